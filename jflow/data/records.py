@@ -1,0 +1,33 @@
+"""What a data source yields: one record, its images still encoded."""
+
+from typing import Any, NamedTuple, Protocol
+
+
+class Turn(NamedTuple):
+  """One turn of a conversation."""
+
+  role: str  # "user" or "assistant"
+  text: str  # a user's turn may hold "<image>" marks, one per image, in the order of `Record.images`
+
+
+class Record(NamedTuple):
+  """One record of a source.
+
+  task            images   text               turns
+  understanding   1..n     "" or the caption  questions and answers, or () where the caption is the answer
+  generation      1        the caption        ()
+  text            none     the document       ()
+  """
+
+  id: str
+  images: tuple[Any, ...]  # encoded bytes, uint8[H, W, 3], or an object with render(size) -> uint8[size, size, 3]
+  text: str
+  turns: tuple[Turn, ...]
+
+
+class Source(Protocol):
+  """Random access to records. Picklable, since loader workers get a copy."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> Record: ...

@@ -1,0 +1,171 @@
+"""The configuration of the whole model: one frozen dataclass, its parts as fields.
+
+It is hashable (a static argument of jit), travels as JSON, and holds no default: the presets stand in
+`configs/models.py`, the sizes of a published checkpoint come from its config.json.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from jflow.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelConfig:
+  """A decoder of Llama layout."""
+
+  vocabulary_size: int
+  width: int
+  mlp_width: int
+  layers: int
+  heads: int
+  kv_heads: int  # fewer than heads: grouped-query attention
+  head_width: int
+  rms_norm_epsilon: float
+  rope_theta: float
+  context: int  # longest sequence, in tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipConfig:
+  """A SigLIP vision tower."""
+
+  image_size: int  # pixels, square
+  patch_size: int
+  width: int
+  mlp_width: int
+  layers: int
+  heads: int
+  layer_norm_epsilon: float
+  gelu: str  # "erf" (the release) or "tanh" (Hugging Face checkpoints)
+
+  @property
+  def patches(self) -> int:
+    return (self.image_size // self.patch_size) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+  """The ConvNeXt encoder and decoder around the LLM (g_enc, g_dec)."""
+
+  width: int  # channels of g_enc and of the sinusoidal time embedding; g_dec works at twice that
+  encoder_blocks: int
+  decoder_blocks: int
+  patch_size: int  # latents per side of a patch
+  norm_epsilon: float
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+  """The autoencoder between pixels and latents."""
+
+  kind: str  # "autoencoder_kl" (SDXL-VAE) or "patch_pca" (closed-form stand-in of the built-in world)
+  latent_channels: int
+  scaling: float  # latents are multiplied by it after encoding
+  block_channels: tuple[int, ...]  # autoencoder_kl: channels per resolution; the factor is 2 ** (len - 1)
+  layers_per_block: int  # autoencoder_kl
+  norm_groups: int  # autoencoder_kl
+  patch_size: int  # patch_pca: pixels per latent
+  window: int  # patch_pca: side of the pixel window that a latent sees
+
+  @property
+  def factor(self) -> int:
+    """Pixels per latent, along one side."""
+    return self.patch_size if self.kind == "patch_pca" else 2 ** (len(self.block_channels) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class JanusFlowConfig:
+  """JanusFlow: one LLM that reads images through SigLIP and writes images by rectified flow."""
+
+  language_model: LanguageModelConfig
+  understanding_encoder: SiglipConfig
+  generation: GenerationConfig
+  autoencoder: AutoencoderConfig
+  alignment_layer: int  # REPA reads the LLM's features after this block, counted from 1 (001 section 4.1)
+  alignment_width: int  # hidden width of the REPA head; 0: the model has none
+  contrastive: bool  # has the heads of the sigmoid loss (stage 0 of the built-in world)
+
+  def __post_init__(self) -> None:
+    """Checks what can be checked without a device; raises UserError naming field and value."""
+    lm, vision, gen = self.language_model, self.understanding_encoder, self.generation
+    if lm.heads % lm.kv_heads:
+      raise UserError(f"model.language_model.heads={lm.heads} must be a multiple of kv_heads={lm.kv_heads}")
+    if lm.head_width % 2:
+      raise UserError(f"model.language_model.head_width={lm.head_width} must be even (rotary halves)")
+    if vision.image_size % vision.patch_size:
+      raise UserError(
+        f"model.understanding_encoder.image_size={vision.image_size} must be a multiple of "
+        f"patch_size={vision.patch_size}"
+      )
+    if vision.width % vision.heads:
+      raise UserError(f"model.understanding_encoder.width={vision.width} must be a multiple of heads={vision.heads}")
+    if vision.gelu not in ("erf", "tanh"):
+      raise UserError(f"model.understanding_encoder.gelu={vision.gelu!r} must be 'erf' or 'tanh'")
+    if self.autoencoder.kind not in ("autoencoder_kl", "patch_pca"):
+      raise UserError(f"model.autoencoder.kind={self.autoencoder.kind!r} must be 'autoencoder_kl' or 'patch_pca'")
+    if vision.image_size % (self.autoencoder.factor * gen.patch_size):
+      raise UserError(
+        f"image_size={vision.image_size} must be a multiple of autoencoder factor {self.autoencoder.factor} x "
+        f"model.generation.patch_size={gen.patch_size}"
+      )
+    if self.patches != vision.patches:
+      raise UserError(
+        f"a written image has {self.patches} patches, a read one {vision.patches}: they must be equal, since the "
+        "alignment loss (eq. 8) compares them position by position"
+      )
+    if not 1 <= self.alignment_layer <= lm.layers:
+      raise UserError(f"model.alignment_layer={self.alignment_layer} must be in 1..{lm.layers}")
+
+  @property
+  def image_size(self) -> int:
+    return self.understanding_encoder.image_size
+
+  @property
+  def latent_size(self) -> int:
+    """Latents along one side of an image."""
+    return self.image_size // self.autoencoder.factor
+
+  @property
+  def patches(self) -> int:
+    """P: patches of a written image, equal to those of a read one."""
+    return (self.latent_size // self.generation.patch_size) ** 2
+
+  def to_dict(self) -> dict[str, Any]:
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_dict(cls, values: Mapping[str, Any]) -> "JanusFlowConfig":
+    """Builds the configuration from nested mappings; names a missing, unknown or mistyped field."""
+    return _build(cls, values, "model")
+
+
+def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
+  if not isinstance(values, Mapping):
+    raise UserError(f"{path} must be a mapping of fields, not {values!r}")
+  hints = typing.get_type_hints(cls)
+  unknown, missing = sorted(set(values) - set(hints)), sorted(set(hints) - set(values))
+  if unknown:
+    raise UserError(f"unknown field {path}.{unknown[0]}; known: {', '.join(hints)}")
+  if missing:
+    raise UserError(f"missing field {path}.{missing[0]}")
+  return cls(**{name: _field(hint, values[name], f"{path}.{name}") for name, hint in hints.items()})
+
+
+def _field(hint: Any, value: Any, path: str) -> Any:
+  if dataclasses.is_dataclass(hint):
+    return _build(hint, value, path)
+  if isinstance(hint, types.GenericAlias):  # tuple[int, ...]
+    if not isinstance(value, (tuple, list)) or not all(type(v) is int for v in value):
+      raise UserError(f"{path} must be a list of integers, not {value!r}")
+    return tuple(value)
+  if hint is float and type(value) is int:
+    value = float(value)
+  if type(value) is not hint:
+    raise UserError(f"{path} must be of type {hint.__name__}, not {value!r}")
+  if hint is int and value < 0:
+    raise UserError(f"{path} must not be negative, not {value}")
+  return value

@@ -1,0 +1,133 @@
+"""The mesh, the one table from logical axes to mesh axes, and sharded creation.
+
+The mesh axes are always ("data", "fsdp", "model"); a size of 1 means off. Logical axis names stand beside
+each weight's shape in `jflow/models/`. A batch is cut over data x fsdp, a weight over fsdp x model.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax import struct
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jflow.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "model")
+
+# Logical axis -> mesh axis. A name that is missing here is an error, never "replicated".
+RULES: dict[str, str | tuple[str, ...] | None] = {
+  "batch": ("data", "fsdp"),
+  "sequence": None,
+  "layers": None,
+  "vocab": "model",
+  "embed": "fsdp",  # width of the residual stream of the LLM and of SigLIP
+  "heads": "model",
+  "kv_heads": "model",
+  "mlp": "model",
+  "channels": "fsdp",  # width of the ConvNeXt stacks
+  "replicated": None,
+}
+
+
+class Boxed(struct.PyTreeNode, nn.meta.AxisMetadata):
+  """A value with its logical axis names; lives only inside `jax.eval_shape` of an initialiser."""
+
+  value: Any
+  names: tuple[str | None, ...] = struct.field(pytree_node=False)
+
+  def unbox(self) -> Any:
+    return self.value
+
+  def replace_boxed(self, val: Any) -> "Boxed":
+    return self.replace(value=val)
+
+  def add_axis(self, index: int, params: dict[Any, Any]) -> "Boxed":
+    names = list(self.names)
+    names.insert(index, "layers")
+    return self.replace(names=tuple(names))
+
+  def remove_axis(self, index: int, params: dict[Any, Any]) -> "Boxed":
+    names = list(self.names)
+    names.pop(index)
+    return self.replace(names=tuple(names))
+
+
+def boxed(init: Callable[..., jax.Array], names: tuple[str | None, ...]) -> Callable[..., Boxed]:
+  """Returns `init` with its result boxed with one logical axis name (or None) per dimension."""
+  for name in names:
+    if name is not None and name not in RULES:
+      raise ValueError(f"unknown logical axis {name!r}; known: {sorted(RULES)}")
+  return lambda *args, **kwargs: Boxed(init(*args, **kwargs), names)
+
+
+def make_mesh(data: int, fsdp: int, model: int, devices: list[jax.Device] | None = None) -> Mesh:
+  """Returns the mesh [data, fsdp, model] over `devices` (default: all).
+
+  Raises:
+    UserError: a size below 1, or sizes whose product is not the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = (data, fsdp, model)
+  if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
+    raise UserError(
+      f"mesh.data x mesh.fsdp x mesh.model = {data} x {fsdp} x {model} does not equal the {len(devices)} "
+      f"{devices[0].platform} device(s); choose sizes of at least 1 whose product is {len(devices)}"
+    )
+  return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def named(mesh: Mesh, names: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+  """Translates logical names into a sharding; a dimension that the mesh axis does not divide stays whole."""
+  spec, used = [], set()
+  for name, size in zip(names, shape, strict=True):
+    axis = RULES[name] if name is not None else None
+    axes = (axis,) if isinstance(axis, str) else (axis or ())
+    axes = tuple(a for a in axes if a not in used)
+    parts = int(np.prod([mesh.shape[a] for a in axes], dtype=int))
+    if parts > 1 and size % parts == 0:
+      used.update(axes)
+      spec.append(axes if len(axes) > 1 else axes[0])
+    else:
+      spec.append(None)
+  return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """The sharding of every array of a `Batch`: axis 0 over data x fsdp."""
+  return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of scalars and of what every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+  """Pins an activation to the table's axes under the ambient mesh (`jax.set_mesh`); without one, `x` itself."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, named(mesh, names, x.shape))
+
+
+def shardings(mesh: Mesh, abstract: Any) -> Any:
+  """Returns the tree of shardings for a tree of `Boxed` or plain `ShapeDtypeStruct` leaves (plain: replicated)."""
+
+  def leaf(x: Any) -> NamedSharding:
+    return named(mesh, x.names, x.value.shape) if isinstance(x, Boxed) else replicated(mesh)
+
+  return jax.tree.map(leaf, abstract, is_leaf=lambda x: isinstance(x, Boxed))
+
+
+def unbox(tree: Any) -> Any:
+  """Drops the boxes of a tree."""
+  return nn.meta.unbox(tree)
+
+
+def create(make: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
+  """Runs `make(*args)`, whose result may hold `Boxed` leaves, with every leaf born on its shards."""
+  out = shardings(mesh, jax.eval_shape(make, *args))
+  return jax.jit(lambda *a: unbox(make(*a)), out_shardings=out)(*args)
