@@ -31,3 +31,15 @@ class Source(Protocol):
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> Record: ...
+
+
+class RecordError(Exception):
+  """A record that cannot be used: it costs itself, and is counted under `reason`, one short word."""
+
+  def __init__(self, reason: str, message: str):
+    super().__init__(reason, message)
+    self.reason = reason
+    self.message = message
+
+  def __str__(self) -> str:
+    return self.message

@@ -1,0 +1,318 @@
+"""Records to token sequences: the layouts of training and, from the same code, the prompts of inference.
+
+Legend: n tokens of a sample, P patches of an image.
+
+  reading an image    BOI image*P EOI          the model takes BOI's slot for its start vector
+  understanding       BOS <image>QUESTION ANSWER EOS
+    plain caption     BOS <image>Generate the caption of this picture. CAPTION EOS
+    chat              BOS User: <image>...\\n\\nAssistant: ANSWER EOS User: ...
+  generation          BOS PROMPT T z*P         T, the time token, stands where the tag that closes the prompt stood
+    chat              BOS User: PROMPT\\n\\nAssistant: T z*P
+  text                BOS DOCUMENT EOS
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jflow import batch as batch_lib
+from jflow.data.records import Record, RecordError, Turn
+from jflow.data.tokenizer import Tokenizer
+from jflow.errors import UserError
+
+IMAGE_MARK = "<image>"
+TEMPLATES = ("plain", "chat")
+CAPTION_PROMPT = "Generate the caption of this picture."
+# What the release puts before a conversation unless told otherwise.
+SYSTEM_PROMPT = (
+  "You are a helpful language and vision assistant. You are able to understand the visual content that the "
+  "user provides, and assist the user with a variety of tasks using natural language.")
+
+_SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)|[。！？]+|\n")
+
+
+class Sample(NamedTuple):
+  """One training sequence, its images not yet decoded."""
+
+  tokens: np.ndarray  # int32[n]
+  targets: np.ndarray  # int32[n]; tokens moved by one
+  loss_mask: np.ndarray  # bool[n]; where the next token is learned
+  positions: np.ndarray  # int32[n]
+  image_starts: tuple[int, ...]  # first slot of each image
+  image_kinds: tuple[int, ...]  # batch.READ or batch.WRITE
+  images: tuple[Any, ...]  # as in Record
+
+
+class Prompt(NamedTuple):
+  """What the model reads before it answers."""
+
+  tokens: np.ndarray  # int32[n]
+  image_starts: tuple[int, ...]  # first slot of each image, that of BOI; the P features follow
+
+  def image_mask(self, image_patches: int) -> np.ndarray:
+    """Returns bool[n]: the slots that images take, 1 + P each."""
+    mask = np.zeros(len(self.tokens), bool)
+    for start in self.image_starts:
+      mask[start:start + 1 + image_patches] = True
+    return mask
+
+
+def build(record: Record, task: str, tokenizer: Tokenizer, template: str, image_patches: int,
+          rng: np.random.Generator | None = None, first_sentence: float = 0.0,
+          prompt_drop: float = 0.0) -> Sample:
+  """Returns the training sequence of a record.
+
+  Without `rng` the sequence is the longest that the record can give: the one to plan rows with.
+
+  Args:
+    record: the record.
+    task: "understanding", "generation" or "text".
+    tokenizer: see `Tokenizer`.
+    template: "plain" (stages 1 and 2) or "chat" (stage 3).
+    image_patches: P.
+    rng: chooses what the two probabilities below decide.
+    first_sentence: probability that generation keeps only the caption's first sentence.
+    prompt_drop: probability that generation drops the prompt; see `_generation`.
+
+  Raises:
+    RecordError: the record does not fit its task.
+  """
+  try:
+    if task == "understanding":
+      return _understanding(record, tokenizer, template, image_patches)
+    if task == "generation":
+      return _generation(record, tokenizer, template, image_patches, rng, first_sentence, prompt_drop)
+    return _text(record, tokenizer, template, image_patches)
+  except UserError as error:
+    raise RecordError("invalid_text", str(error)) from None
+
+
+def chat_prompt(messages: Sequence[Turn | Mapping[str, Any]], image_count: int, tokenizer: Tokenizer,
+                image_patches: int, template: str = "chat", system: str = "", mark: str = IMAGE_MARK,
+                context: int | None = None) -> Prompt:
+  """Returns the prompt that asks for the next answer of a conversation.
+
+  Args:
+    messages: turns, or mappings with "role" ("user" or "assistant", in any case) and "content". The last one
+      is the user's; an assistant's turn with empty content may follow, as in the release's examples.
+    image_count: number of images that come with the messages.
+    tokenizer: see `Tokenizer`.
+    image_patches: P.
+    template: "chat", or "plain" for a model that has seen stages 1 and 2 only.
+    system: system prompt, put first where the template is "chat"; the release's own is `SYSTEM_PROMPT`.
+    mark: the text that stands for an image in a user's turn.
+    context: most tokens that the prompt may have; None is no limit.
+
+  Raises:
+    UserError: the turns do not alternate, the marks do not match the images, or the prompt is too long.
+  """
+  _check_template(template)
+  turns = [_as_turn(message) for message in messages]
+  if turns and turns[-1].role == "assistant" and not turns[-1].text.strip():
+    turns.pop()
+  if not turns or turns[-1].role != "user" or not turns[-1].text.strip():
+    raise UserError("a conversation should end with a question of the user")
+  marks = sum(turn.text.count(mark) for turn in turns if turn.role == "user")
+  if marks != image_count:
+    raise UserError(f"the conversation has {marks} {mark} marks and {image_count} images: use one mark per image")
+  sequence = _Sequence(tokenizer, image_patches)
+  try:
+    _conversation(sequence, turns, template, system, mark)
+  except RecordError as error:
+    raise UserError(str(error)) from None
+  _check_context(len(sequence.tokens), context)
+  return Prompt(np.asarray(sequence.tokens, np.int32), tuple(sequence.image_starts))
+
+
+def generation_prompt(text: str, template: str, tokenizer: Tokenizer, context: int | None = None) -> np.ndarray:
+  """Returns the prompt of a picture, int32[n]: BOS and the text.
+
+  The begin-of-generation tag that closes the release's prompt is left out: the time token takes its slot.
+
+  Args:
+    text: what to paint.
+    template: "plain" (stages 1 and 2) or "chat" (stage 3 and the release).
+    context: most tokens that the prompt may have; None is no limit.
+
+  Raises:
+    UserError: the text is empty or too long.
+  """
+  _check_template(template)
+  text = text.strip()
+  if not text:
+    raise UserError("the prompt is empty: say what to paint")
+  ids = tokenizer.encode(f"User: {text}\n\nAssistant:" if template == "chat" else text)
+  _check_context(1 + len(ids), context)
+  return np.asarray([tokenizer.bos] + ids, np.int32)
+
+
+def first_sentence_of(caption: str) -> str:
+  """Returns a caption's first sentence.
+
+  It ends at . ! ? before white space, at their Chinese forms, or at a line break, and has at least three
+  words (or Chinese punctuation), so that "St. Peter's in Rome." stays whole.
+  """
+  for match in _SENTENCE_END.finditer(caption):
+    sentence = caption[:match.end()].strip()
+    if len(sentence.split()) >= 3 or match.group()[0] in "。！？":
+      return sentence
+  return caption.strip()
+
+
+class _Sequence:
+  """Collects tokens, which of them are learned, and where the images stand."""
+
+  def __init__(self, tokenizer: Tokenizer, image_patches: int):
+    self.tokenizer = tokenizer
+    self.image_patches = image_patches
+    self.tokens = [tokenizer.bos]
+    self.learned = [False]
+    self.image_starts: list[int] = []
+
+  def add(self, ids: Sequence[int], learned: bool = False) -> None:
+    self.tokens.extend(ids)
+    self.learned.extend([learned] * len(ids))
+
+  def text(self, text: str, learned: bool = False) -> None:
+    if text:
+      self.add(self.tokenizer.encode(text), learned)
+
+  def image(self) -> None:
+    self.image_starts.append(len(self.tokens))
+    self.add([self.tokenizer.image_start] + [self.tokenizer.image] * self.image_patches)
+    self.add([self.tokenizer.image_end])
+
+  def sample(self, kind: int, images: tuple[Any, ...], positions: np.ndarray | None = None) -> Sample:
+    tokens = np.asarray(self.tokens, np.int32)
+    if positions is None:
+      positions = np.arange(len(tokens), dtype=np.int32)
+    targets = np.append(tokens[1:], np.int32(self.tokenizer.pad))
+    loss_mask = np.append(np.asarray(self.learned[1:], bool), False)
+    kinds = (kind,) * len(self.image_starts)
+    return Sample(tokens, targets, loss_mask, positions, tuple(self.image_starts), kinds, images)
+
+
+def _understanding(record: Record, tokenizer: Tokenizer, template: str, image_patches: int) -> Sample:
+  if not record.images:
+    raise RecordError("no_image", "an understanding record has at least one image")
+  return _conversation_sample(record, _turns(record, template), tokenizer, template, image_patches)
+
+
+def _text(record: Record, tokenizer: Tokenizer, template: str, image_patches: int) -> Sample:
+  if record.images:
+    raise RecordError("image_marks", "a text record has no images")
+  if record.turns:
+    return _conversation_sample(record, record.turns, tokenizer, template, image_patches)
+  document = record.text.strip()
+  if not document:
+    raise RecordError("empty_text", "the document is empty")
+  sequence = _Sequence(tokenizer, image_patches)
+  sequence.text(document, learned=True)
+  sequence.add([tokenizer.eos], learned=True)
+  return sequence.sample(batch_lib.READ, ())
+
+
+def _generation(record: Record, tokenizer: Tokenizer, template: str, image_patches: int,
+                rng: np.random.Generator | None, first_sentence: float, prompt_drop: float) -> Sample:
+  """Builds BOS PROMPT T z*P.
+
+  A dropped prompt keeps BOS at position 0 and T at the position that it would have had: with the hidden
+  tokens left out this is the release's unconditional row, whose prompt is masked.
+  """
+  if len(record.images) != 1:
+    raise RecordError("image_count", f"a generation record has one image, not {len(record.images)}")
+  caption = record.text.strip()
+  if not caption:
+    raise RecordError("empty_caption", "the caption is empty")
+  shorten, drop = (False, False) if rng is None else rng.random(2) < (first_sentence, prompt_drop)
+  if shorten:
+    caption = first_sentence_of(caption)
+  prompt = generation_prompt(caption, template, tokenizer)
+  sequence = _Sequence(tokenizer, image_patches)
+  if not drop:
+    sequence.add(prompt[1:].tolist())
+  sequence.image_starts.append(len(sequence.tokens))
+  sequence.add([tokenizer.generation_start] + [tokenizer.image] * image_patches)
+  positions = np.append(np.arange(len(prompt)), len(prompt) + np.arange(1 + image_patches))
+  if drop:
+    positions = np.delete(positions, np.arange(1, len(prompt)))
+  return sequence.sample(batch_lib.WRITE, record.images, positions.astype(np.int32))
+
+
+def _turns(record: Record, template: str) -> tuple[Turn, ...]:
+  """Returns the record's turns; a caption becomes the answer to the papers' request."""
+  if record.turns:
+    return record.turns
+  if not record.text.strip():
+    raise RecordError("empty_caption", "the caption is empty")
+  between = "\n" if template == "chat" else ""
+  request = IMAGE_MARK * len(record.images) + between + CAPTION_PROMPT
+  return Turn("user", request), Turn("assistant", record.text)
+
+
+def _conversation_sample(record: Record, turns: Sequence[Turn], tokenizer: Tokenizer, template: str,
+                         image_patches: int) -> Sample:
+  if turns[-1].role != "assistant":
+    raise RecordError("no_answer", "the conversation has no answer to its last question")
+  marks = sum(turn.text.count(IMAGE_MARK) for turn in turns)
+  if marks != len(record.images):
+    raise RecordError("image_marks", f"{marks} {IMAGE_MARK} marks and {len(record.images)} images")
+  sequence = _Sequence(tokenizer, image_patches)
+  _conversation(sequence, turns, template, "", IMAGE_MARK)
+  return sequence.sample(batch_lib.READ, record.images)
+
+
+def _conversation(sequence: _Sequence, turns: Sequence[Turn], template: str, system: str, mark: str) -> None:
+  """Writes turns; each answer, EOS included, is learned. A last question is left open for its answer.
+
+  Text and answer are encoded apart, so that training and inference cut the ids at the same place.
+  """
+  chat = template == "chat"
+  if chat and system.strip():
+    sequence.text(system.strip() + "\n\n")
+  for index, turn in enumerate(turns):
+    if turn.role != ("user", "assistant")[index % 2]:
+      raise RecordError("bad_turns", "turns should alternate between user and assistant, the user first")
+    text = turn.text.strip()
+    if turn.role == "assistant":
+      if not text:
+        raise RecordError("no_answer", "an answer of the conversation is empty")
+      if mark in text:
+        raise RecordError("image_marks", f"{mark} stands in an answer, and only a question can show an image")
+      sequence.text(" " + text, learned=True)
+      sequence.add([sequence.tokenizer.eos], learned=True)
+      continue
+    pieces = text.split(mark)
+    if chat:
+      pieces[0] = "User: " + pieces[0]
+      pieces[-1] += "\n\nAssistant:"
+    else:
+      pieces = [piece.strip() for piece in pieces]
+    for number, piece in enumerate(pieces):
+      if number:
+        sequence.image()
+      sequence.text(piece)
+
+
+def _as_turn(message: Turn | Mapping[str, Any]) -> Turn:
+  if isinstance(message, Turn):
+    return message
+  try:
+    role, text = str(message["role"]).lower(), message["content"]
+  except (KeyError, TypeError):
+    raise UserError(f'a message should hold "role" and "content": {message!r:.80}') from None
+  if not isinstance(text, str):
+    raise UserError(f'the "content" of a message should be text: {message!r:.80}')
+  return Turn(role, text)
+
+
+def _check_template(template: str) -> None:
+  if template not in TEMPLATES:
+    raise UserError(f"template {template!r} is unknown: use one of {', '.join(TEMPLATES)}")
+
+
+def _check_context(length: int, context: int | None) -> None:
+  if context is not None and length > context:
+    raise UserError(f"the prompt has {length:,} tokens, and the context holds {context:,}: shorten it")

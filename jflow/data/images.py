@@ -1,0 +1,150 @@
+"""Images as the model sees them: decoding with limits, and the two preprocessings of the papers."""
+
+import io
+import os
+import warnings
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from jflow.data.records import RecordError
+from jflow.errors import UserError
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_PIXELS = 64 * 2**20
+_WHITE = (255, 255, 255)
+
+# Pillow only warns where an image passes its own limit; `decode` raises, and at a lower limit.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class ImageError(RecordError):
+  """An image that cannot be used. `reason` is one of "empty", "format", "too_large", "unreadable"."""
+
+
+def decode(image: Any, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+  """Returns the pixels of an image as uint8[H, W, 3], RGB, upright.
+
+  Rules: EXIF rotation is applied; an animated image gives its first frame; alpha is laid over white
+  (Differs from the release, which drops it); palette, grey and CMYK are converted by Pillow; of 16 bits the
+  upper 8 stay. The size is checked before any pixel is decoded.
+
+  Args:
+    image: encoded bytes (PNG, JPEG or WEBP), a PIL image, or uint8[H, W, 3].
+
+  Raises:
+    ImageError: the image cannot be used.
+  """
+  if isinstance(image, np.ndarray):
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+      raise ImageError("format", f"an image array should be uint8[H, W, 3], not {image.dtype}{list(image.shape)}")
+    return image
+  return np.asarray(_open(image, max_pixels))
+
+
+def read(path: str) -> np.ndarray:
+  """Returns the pixels of an image file as uint8[H, W, 3]; see `decode`.
+
+  Raises:
+    UserError: the file is missing or is not a readable image.
+  """
+  if not os.path.isfile(path):
+    raise UserError(f"image {path} not found")
+  try:
+    with open(path, "rb") as file:
+      return decode(file.read())
+  except (ImageError, OSError) as error:
+    raise UserError(f"image {path}: {error}") from None
+
+
+def for_understanding(image: Any, size: int, background: tuple[int, int, int] = (127, 127, 127),
+                      min_size: int = 14) -> np.ndarray:
+  """Returns an image to read, uint8[size, size, 3]: long side to `size`, padded to a square.
+
+  Reproduces the release to the bit: Pillow's bicubic on uint8, the short side truncated with a floor of
+  `min_size`, the padding centred with its offset rounded down.
+
+  Args:
+    image: see `decode`; an object with `render(size)` draws itself at that size.
+    size: side in pixels.
+
+  Raises:
+    ImageError: the image cannot be used.
+  """
+  if hasattr(image, "render"):
+    return image.render(size)
+  picture = _open(image, MAX_PIXELS)
+  width, height = picture.size
+  longest = max(width, height)
+  floor = min(min_size, size)
+  width, height = (max(int(side / longest * size), floor) for side in (width, height))
+  picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+  square = Image.new("RGB", (size, size), background)
+  square.paste(picture, ((size - width) // 2, (size - height) // 2))
+  return np.asarray(square)
+
+
+def for_generation(image: Any, size: int, rng: np.random.Generator) -> np.ndarray:
+  """Returns an image to paint, uint8[size, size, 3]: a random square crop, its side resized to `size`.
+
+  The square is cut before the resize, whose cost so does not grow with the aspect ratio.
+
+  Args:
+    image: see `decode`; an object with `render(size)` draws itself at that size.
+    size: side in pixels.
+    rng: chooses the crop.
+
+  Raises:
+    ImageError: the image cannot be used.
+  """
+  if hasattr(image, "render"):
+    return image.render(size)
+  picture = _open(image, MAX_PIXELS)
+  width, height = picture.size
+  side = min(width, height)
+  left = int(rng.integers(width - side + 1))
+  top = int(rng.integers(height - side + 1))
+  box = (left, top, left + side, top + side)
+  return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def _open(image: Any, max_pixels: int) -> Image.Image:
+  """Returns the image as an upright RGB picture of Pillow's; see `decode`."""
+  if isinstance(image, np.ndarray):
+    return Image.fromarray(decode(image))
+  if isinstance(image, (bytes, bytearray, memoryview)):
+    if not len(image):
+      raise ImageError("empty", "the image has no bytes")
+    try:
+      image = Image.open(io.BytesIO(image), formats=FORMATS)
+    except Image.DecompressionBombError:
+      raise ImageError("too_large", f"the image has more than {max_pixels:,} pixels") from None
+    except Exception:  # Pillow's parsers raise many types on damaged headers
+      raise ImageError("format", "not a readable PNG, JPEG or WEBP image") from None
+  if not isinstance(image, Image.Image):
+    raise ImageError("format", f"an image should be bytes, a PIL image or an array, not {type(image).__name__}")
+  if image.width * image.height > max_pixels:
+    raise ImageError("too_large", f"{image.width} x {image.height} is more than {max_pixels:,} pixels")
+  try:
+    image.load()
+    return _to_rgb(ImageOps.exif_transpose(image))
+  except Exception as error:  # see above; a damaged body may raise anything from OSError to struct.error
+    raise ImageError("unreadable", f"the image is damaged ({type(error).__name__})") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+  if image.mode == "RGB":
+    return image if "transparency" not in image.info else _over_white(image)
+  if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
+    values = np.asarray(image).astype(np.int64)
+    return Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+  if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    return _over_white(image)
+  return image.convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+  image = image.convert("RGBA")
+  canvas = Image.new("RGBA", image.size, _WHITE + (255,))
+  return Image.alpha_composite(canvas, image).convert("RGB")

@@ -1,0 +1,122 @@
+"""The mixture: which rows make up the batch of a step, as a pure function of the step.
+
+The papers' ratios count packed rows. A batch holds a fixed number of rows per task until the next change.
+"""
+
+import bisect
+from collections.abc import Sequence
+
+import numpy as np
+
+from jflow.batch import TASKS
+from jflow.errors import UserError
+
+# Rows after which the interleaving of the sources of one task repeats.
+CYCLE = 1000
+
+
+def rows_per_task(weights: Sequence[float], batch_size: int) -> tuple[int, ...]:
+  """Returns how many rows of a batch each task gets: `batch_size` shared by the largest remainder.
+
+  Args:
+    weights: of understanding, generation and text; not negative, any sum above 0.
+    batch_size: rows of a batch over all hosts.
+
+  Raises:
+    UserError: the weights are not three numbers of that kind.
+  """
+  weights = np.asarray(weights, np.float64)
+  if weights.shape != (len(TASKS),) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum():
+    raise UserError(f"a mixture needs one weight >= 0 for each of {', '.join(TASKS)}, and not all 0: "
+                    f"{weights.tolist()}")
+  return tuple(largest_remainder(weights, batch_size).tolist())
+
+
+def largest_remainder(weights: np.ndarray, total: int) -> np.ndarray:
+  """Returns int64[n] that sum to `total` and lie within 1 of weights / sum(weights) * total."""
+  exact = weights / weights.sum() * total
+  counts = np.floor(exact + 1e-9).astype(np.int64)
+  order = np.argsort(-(exact - counts), kind="stable")
+  counts[order[:total - counts.sum()]] += 1
+  return counts
+
+
+class StepPlan:
+  """Step -> the rows of the host's share of the batch, each a (task number, row number of that task).
+
+  Row numbers count up from 0 over the whole run; `Interleave` and the epochs turn them into rows of a source.
+  The global batch stands in the order of `TASKS`, and host h of H has its h-th part, so that the hosts' parts
+  one behind the other are the batch that one host would have made.
+  """
+
+  def __init__(self, mixture: Sequence[tuple[int, Sequence[float]]], batch_size: int, steps: int, host: int,
+               hosts: int):
+    """Checks and stores the schedule.
+
+    Args:
+      mixture: (first step, weights) in rising order; the first starts at 0.
+      batch_size: rows over all hosts, a multiple of `hosts`.
+      steps: length of the plan.
+      host: this host, from 0.
+      hosts: number of hosts.
+
+    Raises:
+      UserError: the schedule or the numbers do not fit.
+    """
+    if batch_size < 1 or batch_size % hosts:
+      raise UserError(f"train.batch_size is {batch_size} rows, which {hosts} hosts cannot share equally")
+    self._starts = [int(start) for start, _ in mixture]
+    if not self._starts or self._starts[0] != 0 or self._starts != sorted(set(self._starts)):
+      raise UserError(f"data.mixture should start at step 0 and rise: {self._starts}")
+    self._counts = [np.array(rows_per_task(weights, batch_size), np.int64) for _, weights in mixture]
+    self._bases = [np.zeros(len(TASKS), np.int64)]
+    for start, stop, counts in zip(self._starts, self._starts[1:], self._counts):
+      self._bases.append(self._bases[-1] + (stop - start) * counts)
+    self._share = batch_size // hosts
+    self._steps, self._host = steps, host
+
+  def __len__(self) -> int:
+    return self._steps
+
+  def counts(self, step: int) -> dict[str, int]:
+    """Returns the rows per task of the global batch at a step."""
+    return dict(zip(TASKS, self._counts[self._segment(step)].tolist()))
+
+  def __getitem__(self, step: int) -> list[tuple[int, int]]:
+    segment = self._segment(step)
+    counts = self._counts[segment]
+    first = self._bases[segment] + (step - self._starts[segment]) * counts
+    rows = [(task, int(first[task]) + i) for task in range(len(TASKS)) for i in range(counts[task])]
+    return rows[self._host * self._share:(self._host + 1) * self._share]
+
+  def _segment(self, step: int) -> int:
+    return bisect.bisect_right(self._starts, step) - 1
+
+
+class Interleave:
+  """Row number of a task -> (source, row number of that source), the sources' shares by weight.
+
+  In every `CYCLE` rows each source has its exact share, in an order that the seed shuffles. A weight is thus a
+  share of the task's rows, whatever the sizes of the sources: a small source starts its next epoch earlier.
+  """
+
+  def __init__(self, weights: Sequence[float], seed: int):
+    weights = np.asarray(weights, np.float64)
+    if not len(weights) or not np.isfinite(weights).all() or (weights <= 0).any():
+      raise UserError(f"weights of sources should be above 0: {weights.tolist()}")
+    counts = largest_remainder(weights, CYCLE)
+    if not counts.all():
+      raise UserError(f"a source has less than 1/{CYCLE} of its task's weight, and would never be read: "
+                      f"{weights.tolist()}")
+    pattern = np.repeat(np.arange(len(weights)), counts)
+    self._pattern = np.random.default_rng(seed).permutation(pattern)
+    self._counts = counts
+    self._ranks = np.zeros(CYCLE, np.int64)
+    for source in range(len(weights)):
+      where = self._pattern == source
+      self._ranks[where] = np.arange(where.sum())
+
+  def __getitem__(self, row: int) -> tuple[int, int]:
+    cycle, place = divmod(row, CYCLE)
+    source = int(self._pattern[place])
+    return source, int(cycle * self._counts[source] + self._ranks[place])

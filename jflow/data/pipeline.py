@@ -1,0 +1,208 @@
+"""The pipeline: the batch of a step, a pure function of the step.
+
+A step names rows (mixture.py), a row names records (packing.py), a record and its rng make a sample
+(examples.py), and the images of a row are decoded last. There is no iterator state: to resume, start at the
+step. Hosts, workers and threads change who does the work, not its result.
+"""
+
+import collections
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jflow import batch as batch_lib
+from jflow.batch import TASKS, Batch, RowShape
+from jflow.data import examples, images, mixture, packing, sources
+from jflow.data.examples import Sample
+from jflow.data.records import RecordError, Source
+from jflow.data.tokenizer import Tokenizer
+from jflow.errors import UserError
+
+# The share of rejected records is judged against at least this many samples.
+MIN_JUDGED = 1000
+
+
+class Rows:
+  """The packed rows of one source: row number -> row. The order changes every epoch. Picklable."""
+
+  def __init__(self, source: Source, task: str, config: Mapping[str, Any], tokenizer: Tokenizer,
+               shape: RowShape, seed: int, name: str):
+    """Plans the rows.
+
+    Raises:
+      UserError: no record of the source fits a row.
+    """
+    self._source, self._task, self._tokenizer, self._shape = source, task, tokenizer, shape
+    self._template = config["template"]
+    self._first_sentence, self._prompt_drop = config["first_sentence"], config["prompt_drop"]
+    self._seed = seed
+    self._order: tuple[int, np.ndarray] | None = None
+    lengths, self.rejected = _lengths(source, task, tokenizer, self._template, shape)
+    if task == "text":
+      self.plan = packing.plan_documents(lengths[:, 0], shape.tokens, seed)
+    else:
+      self.plan = packing.plan(lengths, shape)
+    if not self.plan.rows:
+      raise UserError(f"{name}: none of the {len(source):,} {task} records fits a row of {shape.tokens:,} tokens "
+                      f"and {shape.images} images; rejected: {dict(self.rejected)}")
+
+  def row(self, number: int) -> tuple[Batch, collections.Counter]:
+    """Returns the arrays of a row (`Batch` without the leading axis) and what was rejected in it, by reason.
+
+    The counter's "samples" is the number of samples of the row, rejected ones included.
+    """
+    epoch, index = divmod(number, self.plan.rows)
+    index = self._shuffled(epoch)[index]
+    begin, end = self.plan.row_offsets[index:index + 2]
+    samples, counter = [], collections.Counter(samples=int(end - begin))
+    for piece in range(begin, end):
+      record = int(self.plan.record_ids[piece])
+      try:
+        samples.append(self._sample(record, epoch, int(self.plan.starts[piece]), int(self.plan.stops[piece])))
+      except RecordError as error:
+        counter[error.reason] += 1
+    return packing.pack(samples, self._shape), counter
+
+  def _sample(self, index: int, epoch: int, start: int, stop: int) -> Sample:
+    rng = np.random.default_rng([self._seed, epoch, TASKS.index(self._task), index])
+    sample = examples.build(self._source[index], self._task, self._tokenizer, self._template,
+                            self._shape.image_patches, rng, self._first_sentence, self._prompt_drop)
+    if self._task == "text":
+      return packing.cut(sample, start, stop)
+    size = self._shape.image_size
+    if self._task == "generation":
+      pixels = tuple(images.for_generation(image, size, rng) for image in sample.images)
+    else:
+      pixels = tuple(images.for_understanding(image, size) for image in sample.images)
+    return sample._replace(images=pixels)
+
+  def _shuffled(self, epoch: int) -> np.ndarray:
+    if self._order is None or self._order[0] != epoch:
+      rng = np.random.default_rng([self._seed, epoch, TASKS.index(self._task)])
+      self._order = (epoch, rng.permutation(self.plan.rows))
+    return self._order[1]
+
+
+class Pipeline:
+  """Packed batches of the three tasks."""
+
+  def __init__(self, data_config: Mapping[str, Any], tokenizer: Tokenizer, row_shape: RowShape, batch_size: int,
+               seed: int, host: int = 0, hosts: int = 1):
+    """Opens the sources and plans their rows.
+
+    Args:
+      data_config: the fields of `data` in configs/base.py.
+      tokenizer: see `Tokenizer`.
+      row_shape: sizes of a row.
+      batch_size: rows of a batch over all hosts.
+      seed: of everything random.
+      host: this host, from 0.
+      hosts: number of hosts.
+
+    Raises:
+      UserError: a field does not fit.
+    """
+    self._config, self._shape = data_config, row_shape
+    self._batch_size, self._host, self._hosts = batch_size, host, hosts
+    if data_config["template"] not in examples.TEMPLATES:
+      raise UserError(f"data.template is {data_config['template']!r}: use one of {', '.join(examples.TEMPLATES)}")
+    if row_shape.tokens <= row_shape.image_slots:
+      raise UserError(f"data.row_tokens is {row_shape.tokens}, too few for an image of {row_shape.image_slots} slots")
+    self._mixture = tuple((int(step), tuple(weights)) for step, weights in data_config["mixture"])
+    self._step_plan(1)
+    used = [any(weights[i] > 0 for _, weights in self._mixture) for i in range(len(TASKS))]
+    self._interleaves: list[mixture.Interleave | None] = []
+    self._rows: list[list[Rows]] = []
+    for number, task in enumerate(TASKS):
+      listed = tuple(data_config["sources"][task]) if used[number] else ()
+      if used[number] and not listed:
+        raise UserError(f"data.mixture gives {task} a share, and data.sources.{task} is empty")
+      task_seed = _mix(seed, number)
+      self._interleaves.append(mixture.Interleave([w for _, w in listed], task_seed) if listed else None)
+      self._rows.append([
+        Rows(sources.open_source(spec, task, data_config["shapes"]), task, data_config, tokenizer, row_shape,
+             _mix(task_seed, i), spec) for i, (spec, _) in enumerate(listed)])
+
+  def counts(self, step: int) -> dict[str, int]:
+    """Returns the rows per task of the global batch at a step."""
+    return self._step_plan(step + 1).counts(step)
+
+  def batch(self, step: int) -> Batch:
+    """Returns this host's share of the batch of a step; see `Batch`."""
+    return self._load(self._step_plan(step + 1)[step])[0]
+
+  def batches(self, start_step: int, stop_step: int) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    """Yields the batches of the steps [start_step, stop_step), loaded ahead by threads or processes.
+
+    Yields:
+      The batch, and `{"packs": rows per task of the global batch, "fill": share of this host's slots that are
+      not padding, "rejected": {reason: samples of this host's share}}`.
+
+    Raises:
+      UserError: more than data.max_rejected_share of the samples of this run had to be rejected.
+    """
+    step_plan = self._step_plan(stop_step)
+    seen, rejected = 0, collections.Counter()
+    for offset, (batch, counter) in enumerate(_prefetch(self._load, step_plan, start_step, self._config)):
+      seen += counter.pop("samples")
+      rejected.update(counter)
+      if rejected.total() > self._config["max_rejected_share"] * max(seen, MIN_JUDGED):
+        raise UserError(f"{rejected.total():,} of {seen:,} samples had to be rejected ({dict(rejected)}), more than "
+                        f"data.max_rejected_share = {self._config['max_rejected_share']}; run `jflow prepare` on "
+                        "the source again")
+      fill = float((batch.segment_ids > 0).mean())
+      yield batch, {"packs": step_plan.counts(start_step + offset), "fill": fill, "rejected": dict(counter)}
+
+  def _step_plan(self, steps: int) -> mixture.StepPlan:
+    return mixture.StepPlan(self._mixture, self._batch_size, steps, self._host, self._hosts)
+
+  def _load(self, rows: Sequence[tuple[int, int]]) -> tuple[Batch, collections.Counter]:
+    batch, counter = batch_lib.empty(len(rows), self._shape), collections.Counter()
+    for place, (task, number) in enumerate(rows):
+      source, row_number = self._interleaves[task][number]
+      row, row_counter = self._rows[task][source].row(row_number)
+      counter.update(row_counter)
+      for array, values in zip(batch, row):
+        array[place] = values
+    return batch, counter
+
+
+def _lengths(source: Source, task: str, tokenizer: Tokenizer, template: str,
+             shape: RowShape) -> tuple[np.ndarray, collections.Counter]:
+  """Returns int64[N, 2], tokens and images of each record at their most, and the rejected by reason.
+
+  A rejected record has length 0: it does not fit its task, or is longer than a row ("too_long"; only documents
+  are cut).
+  """
+  lengths, rejected = np.zeros((len(source), 2), np.int64), collections.Counter()
+  for index in range(len(source)):
+    try:
+      sample = examples.build(source[index], task, tokenizer, template, shape.image_patches)
+    except RecordError as error:
+      rejected[error.reason] += 1
+      continue
+    if task != "text" and (len(sample.tokens) > shape.tokens or len(sample.images) > shape.images):
+      rejected["too_long"] += 1
+      continue
+    lengths[index] = len(sample.tokens), len(sample.images)
+  return lengths, rejected
+
+
+def _prefetch(load: Any, step_plan: mixture.StepPlan, start_step: int, config: Mapping[str, Any]) -> Iterator[Any]:
+  """Yields load(step_plan[step]) in the order of the steps, from `start_step` on, through Grain."""
+  import grain
+  dataset = grain.MapDataset.source(step_plan)[start_step:].map(load)
+  threads, prefetch = max(1, config["threads"]), max(1, config["prefetch"])
+  dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
+  if config["workers"] > 0:
+    from absl import flags
+    if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, which only absl.app parses
+      flags.FLAGS.mark_as_parsed()
+    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config["workers"], per_worker_buffer_size=2))
+  yield from dataset
+
+
+def _mix(seed: int, number: int) -> int:
+  """Returns a seed of its own for part `number` of what `seed` decides."""
+  return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])

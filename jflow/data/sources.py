@@ -1,0 +1,30 @@
+"""Sources of records: the built-in world, or a directory that `prepare` wrote."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from jflow.data.records import Source
+from jflow.errors import UserError
+
+SHAPES = "shapes"
+
+
+def open_source(spec: str, task: str, shapes: Mapping[str, Any]) -> Source:
+  """Opens the source that a config names.
+
+  Args:
+    spec: "shapes", or a directory written by `prepare`.
+    task: "understanding", "generation" or "text".
+    shapes: options of the built-in world: size, seed, tags.
+
+  Raises:
+    UserError: there is no such source, or it holds records of another task.
+  """
+  if spec == SHAPES:
+    from jflow.data.shapes import ShapesSource
+    return ShapesSource(task, **shapes)
+  if os.path.isdir(spec):
+    from jflow.data.prepare import PreparedSource
+    return PreparedSource(spec, task)
+  raise UserError(f"data source {spec!r} not found: use {SHAPES!r} or a directory that `jflow prepare` wrote")
