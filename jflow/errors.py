@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""The two exceptions that end a command with one clear line instead of a traceback."""
 
 
 class UserError(Exception):
@@ -6,4 +6,11 @@ class UserError(Exception):
 
   The message is one clear line that names the file, field or shape and says what to do. The command
   line prints it on stderr without a traceback and exits with code 2.
+  """
+
+
+class Stopped(Exception):
+  """A run that cannot go on: the disk is full, too many steps were not finite. Exit code 1.
+
+  The message is one line that says why and names the checkpoint from which the run can go on.
   """

@@ -1,0 +1,113 @@
+"""Every field of a run, once: value, unit, source. The stage files set what differs.
+
+`--config=configs/stage2.py:tiny` picks a size, `--config.train.steps=100` sets a field. Sizes:
+  384 (default), 256   the paper's models; name your data in --config.data.sources.*
+  tiny                 trains in seconds on the built-in world: for trying things out
+  shapes               learns the built-in world in minutes on two cores
+"""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+from configs import models
+
+TOKENIZER = str(pathlib.Path(__file__).parent / "tokenizer")
+SIZES = ("384", "256", "tiny", "shapes")
+
+
+def base(size: str) -> ConfigDict:
+  """Returns the config of a size before a stage sets its own fields."""
+  size = size or "384"
+  if size not in SIZES:
+    raise ValueError(f"unknown size {size!r}; choose one of {', '.join(SIZES)}")
+  small = size in ("tiny", "shapes")
+  builtin = (("shapes", 1.0),)
+  c = ConfigDict()
+  c.size = size
+  c.model = {"384": models.janusflow_384, "256": models.janusflow_256, "tiny": models.tiny, "shapes": models.shapes}[
+    size
+  ]()
+
+  c.train = dict(
+    steps=0,  # optimizer steps of the stage (table 1); every stage sets it
+    batch_size=512,  # packed rows per step (table 1)
+    accumulation=1,  # microbatches that a step's rows are cut into
+    seed=0,  # of parameters, time, noise, data order
+    ema=0.99,  # decay per step (001 section 4.1)
+    init_from="",  # checkpoint to start from: a jflow or an official directory; empty: fresh parameters
+    init_weights="ema",  # of that checkpoint: "ema" or "raw"
+    init_fresh=(),  # parts that may be missing there and then start fresh
+    init_dropped=(),  # parts of that checkpoint that this run does not have
+    max_skipped=20,  # steps in a row with a gradient that is not finite before the run stops
+    fit_images=300,  # pictures that the closed-form codec of the built-in world is fitted to, if fresh
+  )
+  c.optimizer = dict(
+    learning_rate=1e-4,  # constant after the warm-up (table 1)
+    warmup_steps=2000,  # linear (table 1)
+    beta1=0.9,  # table 1
+    beta2=0.95,  # table 1
+    epsilon=1e-8,  # not in the paper
+    weight_decay=0.0,  # table 1
+    clip_norm=1.0,  # global norm (table 1)
+    trained=(),  # patterns of parameter paths; every parameter must match one of the two lists
+    frozen=(),
+  )
+  c.objective = dict(
+    weights=dict(text=1.0, flow=1.0, alignment=1.0, contrastive=0.0),  # the paper gives no weights
+    time_mean=0.0,  # of the logit of the time (not in the paper)
+    time_std=1.0,
+  )
+  c.data = dict(
+    tokenizer=TOKENIZER if small else "",  # directory with tokenizer.json
+    template="plain",  # "plain": prompt and image, image and text; "chat": User / Assistant (stage 3)
+    row_tokens=4096,  # tokens of a packed row (001 section 4.1)
+    row_images=7 if size == "384" else 14,  # image slots of a packed row
+    sources=dict(  # per type: ((directory or "shapes", weight), ...)
+      understanding=builtin if small else (),
+      generation=builtin if small else (),
+      text=builtin if small else (),
+    ),
+    mixture=((0, (50, 50, 0)),),  # (from step, rows understanding : generation : text)
+    first_sentence=0.25,  # share of captions cut to their first sentence for generation (001 section 4.2)
+    prompt_drop=0.1,  # share of prompts dropped, so that guidance works (001 section 3.4)
+    workers=0,  # loader processes; 0: threads only
+    threads=2,  # per process
+    prefetch=2,  # batches ahead per process
+    max_rejected_share=0.01,  # share of broken records that stops the run
+    shapes=dict(size=20_000, seed=0, split="train"),  # the built-in world: records per type
+  )
+  c.compute = dict(
+    dtype="float32" if small else "bfloat16",  # of activations and matmuls; masters are float32
+    remat="none" if small else "full",  # "none", "full", "dots": what the backward pass computes again
+    unroll=1,  # LLM layers per iteration of the scan
+    compilation_cache="~/.cache/jflow",  # compiled programs, reused by a restart; empty: none
+  )
+  c.mesh = dict(data=1, fsdp=1, model=1)  # the product is the number of devices
+  c.checkpoint = dict(interval=1000, keep=3)  # steps between saves; newest steps to retain
+  c.log = dict(every_seconds=10.0)  # between lines where there is no terminal
+  if small:
+    c.checkpoint.interval = 100
+    c.optimizer.warmup_steps = 10
+  if size == "tiny":
+    c.train.batch_size, c.data.row_tokens, c.data.row_images = 8, 128, 4
+    c.data.shapes.size = 2000
+    c.train.steps = 20
+  if size == "shapes":
+    c.train.batch_size, c.data.row_tokens, c.data.row_images = 16, 256, 3
+  return c
+
+
+# What the stages train and freeze, by the first part of a parameter's path.
+NEW_PARTS = (  # linear aligners, g_enc, g_dec, REPA head (001 section 3.3)
+  "understanding_projector",
+  "understanding_start",
+  "generation_encoder",
+  "generation_projector",
+  "generation_output_norm",
+  "generation_output_projector",
+  "generation_decoder",
+  "alignment_head",
+)
+SIGLIP = ("understanding_encoder/(?!pool)",)
+NEVER = ("understanding_encoder/pool", "vae")  # the pooling head is carried along unused; the VAE is frozen

@@ -1,0 +1,138 @@
+"""The sizes of the models, as plain dicts for the section `model` of a config.
+
+janusflow_384, janusflow_256: the paper's (001 section 4.1, appendix A; sizes of the release where it is silent).
+tiny: for tests, a second per step on one core. shapes: learns the built-in world in minutes on two cores.
+"""
+
+
+def janusflow_384() -> dict:
+  """JanusFlow-1.3B at 384 x 384: 24 x 24 = 576 patches."""
+  return dict(
+    language_model=dict(  # DeepSeek-LLM "1.3B"
+      vocabulary_size=102_400,
+      width=2048,
+      mlp_width=5632,
+      layers=24,
+      heads=16,
+      kv_heads=16,
+      head_width=128,
+      rms_norm_epsilon=1e-6,
+      rope_theta=10_000.0,
+      context=4096,
+    ),
+    understanding_encoder=dict(  # SigLIP-Large-Patch16-384
+      image_size=384,
+      patch_size=16,
+      width=1024,
+      mlp_width=4096,
+      layers=24,
+      heads=16,
+      layer_norm_epsilon=1e-6,
+      gelu="erf",
+    ),
+    generation=dict(width=768, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6),
+    autoencoder=dict(  # SDXL-VAE
+      kind="autoencoder_kl",
+      latent_channels=4,
+      scaling=0.13025,
+      block_channels=(128, 256, 512, 512),
+      layers_per_block=2,
+      norm_groups=32,
+      patch_size=0,
+      window=0,
+    ),
+    alignment_layer=6,
+    alignment_width=2048,
+    contrastive=False,
+  )
+
+
+def janusflow_256() -> dict:
+  """JanusFlow at 256 x 256 (001 appendix A): SigLIP-Large-Patch16-256, 16 x 16 = 256 patches."""
+  model = janusflow_384()
+  model["understanding_encoder"]["image_size"] = 256
+  return model
+
+
+def tiny() -> dict:
+  """A JanusFlow with every part of the real one, 32 x 32 pixels, 16 patches."""
+  return dict(
+    language_model=dict(
+      vocabulary_size=1024,
+      width=64,
+      mlp_width=176,
+      layers=4,
+      heads=4,
+      kv_heads=2,
+      head_width=16,
+      rms_norm_epsilon=1e-6,
+      rope_theta=10_000.0,
+      context=512,
+    ),
+    understanding_encoder=dict(
+      image_size=32,
+      patch_size=8,
+      width=48,
+      mlp_width=96,
+      layers=2,
+      heads=4,
+      layer_norm_epsilon=1e-6,
+      gelu="erf",
+    ),
+    generation=dict(width=32, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6),
+    autoencoder=dict(
+      kind="autoencoder_kl",
+      latent_channels=4,
+      scaling=1.0,
+      block_channels=(8, 16, 16),
+      layers_per_block=1,
+      norm_groups=4,
+      patch_size=0,
+      window=0,
+    ),
+    alignment_layer=2,
+    alignment_width=64,
+    contrastive=False,
+  )
+
+
+def shapes() -> dict:
+  """The model of the built-in world: 64 x 64 pixels, 64 patches, latents by a closed-form codec."""
+  return dict(
+    language_model=dict(
+      vocabulary_size=1024,
+      width=192,
+      mlp_width=512,
+      layers=6,
+      heads=4,
+      kv_heads=4,
+      head_width=48,
+      rms_norm_epsilon=1e-6,
+      rope_theta=10_000.0,
+      context=512,
+    ),
+    understanding_encoder=dict(
+      image_size=64,
+      patch_size=8,
+      width=128,
+      mlp_width=256,
+      layers=3,
+      heads=4,
+      layer_norm_epsilon=1e-6,
+      gelu="erf",
+    ),
+    generation=dict(width=96, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6),
+    autoencoder=dict(
+      kind="patch_pca",
+      latent_channels=8,
+      scaling=1.0,
+      block_channels=(),
+      layers_per_block=0,
+      norm_groups=0,
+      patch_size=4,
+      window=8,
+    ),
+    alignment_layer=2,
+    alignment_width=192,
+    contrastive=False,
+  )

@@ -1,0 +1,23 @@
+"""Stage 0, only for the built-in world: makes the stand-ins for what the paper takes pretrained.
+
+The small LLM learns text, the small SigLIP the sigmoid loss between pictures and captions (the caption's
+embedding is the LLM's last hidden state, through a head that later stages drop). The codec in the VAE's place is
+fitted in closed form before the first step.
+
+  python -m jflow train --config=configs/stage0.py:shapes --workdir=runs/stage0
+"""
+
+from configs import base
+
+
+def get_config(size: str = "shapes"):
+  c = base.base(size)
+  c.model.contrastive = True
+  c.model.alignment_width = 0
+  c.objective.weights = dict(text=1.0, flow=0.0, alignment=0.0, contrastive=1.0)
+  c.data.mixture = ((0, (0, 50, 50)),)
+  c.data.prompt_drop = 0.0
+  c.optimizer.learning_rate = 1e-3
+  c.optimizer.trained = ("language_model", "understanding_encoder", "contrastive_head")
+  c.optimizer.frozen = tuple(p for p in base.NEW_PARTS if p != "alignment_head") + ("vae",)
+  return c

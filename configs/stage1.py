@@ -1,0 +1,20 @@
+"""Stage 1, adaptation: the new parts learn to sit between frozen LLM, SigLIP and VAE (001 section 3.3, table 1).
+
+  python -m jflow train --config=configs/stage1.py --workdir=runs/stage1 \\
+    --config.train.init_from=runs/parts --config.data.tokenizer=... --config.data.sources.generation="(('DIR', 1.0),)"
+  python -m jflow train --config=configs/stage1.py:tiny --workdir=runs/tiny1     # seconds, built-in data
+"""
+
+from configs import base
+
+
+def get_config(size: str = ""):
+  c = base.base(size)
+  c.data.mixture = ((0, (50, 50, 0)),)
+  c.train.init_fresh = ("alignment_head",)
+  c.train.init_dropped = ("contrastive_head",)
+  c.optimizer.trained = base.NEW_PARTS
+  c.optimizer.frozen = ("language_model",) + base.SIGLIP + base.NEVER
+  if c.size in ("384", "256"):
+    c.train.steps = 10_000
+  return c

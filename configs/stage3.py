@@ -1,0 +1,19 @@
+"""Stage 3, supervised fine-tuning: everything but the VAE learns, on dialogues (001 section 3.3, table 1).
+
+  python -m jflow train --config=configs/stage3.py --workdir=runs/stage3 --config.train.init_from=runs/stage2
+"""
+
+from configs import base
+
+
+def get_config(size: str = ""):
+  c = base.base(size)
+  c.data.template = "chat"
+  c.data.mixture = ((0, (21, 70, 9)),)
+  c.train.batch_size = c.train.batch_size // 2  # 256 rows in the paper
+  c.optimizer.learning_rate = 2e-5
+  c.optimizer.trained = base.NEW_PARTS + ("language_model",) + base.SIGLIP
+  c.optimizer.frozen = base.NEVER
+  if c.size in ("384", "256"):
+    c.train.steps, c.optimizer.warmup_steps = 26_000, 1000
+  return c

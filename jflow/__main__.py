@@ -1,0 +1,40 @@
+"""python -m jflow COMMAND: every command of jflow. `python -m jflow COMMAND --help` explains one."""
+
+import importlib
+import sys
+
+from jflow.errors import Stopped, UserError
+
+# Command -> (module with main(argv) -> exit code or None, what it does).
+COMMANDS = {
+  "prepare": ("jflow.data.prepare", "import pictures and texts into a training set"),
+  "train": ("jflow.training.command", "train a stage"),
+  "generate": ("jflow.inference.generate_command", "paint pictures from prompts"),
+  "understand": ("jflow.inference.understand_command", "answer a question about pictures"),
+  "convert": ("jflow.interop.convert", "take weights from and to the published PyTorch layout"),
+  "parity": ("jflow.interop.parity", "compare with golden outputs of the PyTorch implementation"),
+}
+
+
+def main(argv: list[str]) -> int:
+  """Runs one command; returns its exit code (2 for a user's mistake)."""
+  if not argv or argv[0] in ("-h", "--help"):
+    print("usage: python -m jflow COMMAND ...\n\n" + __doc__.splitlines()[0] + "\n")
+    for name, (_, what) in COMMANDS.items():
+      print(f"  {name:12} {what}")
+    return 0 if argv else 2
+  if argv[0] not in COMMANDS:
+    print(f"jflow: unknown command {argv[0]!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+    return 2
+  try:
+    return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]) or 0
+  except UserError as error:
+    print(f"jflow: {error}", file=sys.stderr)
+    return 2
+  except Stopped as error:
+    print(f"jflow: {error}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

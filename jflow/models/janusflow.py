@@ -1,0 +1,219 @@
+"""JanusFlow: one LLM that reads images (SigLIP features) and writes images (rectified flow of VAE latents).
+
+Legend: B rows, S sequence, M image slots of a row, I images (B * M where batched), K = 1 + P slots per image,
+P patches, D embed, C channels, H W pixels, h w latents.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jflow import flow, losses
+from jflow.batch import READ, WRITE, Batch
+from jflow.models.config import JanusFlowConfig
+from jflow.models.generation import GenerationDecoder, GenerationEncoder
+from jflow.models.layers import Linear, RMSNorm, parameter
+from jflow.models.llm import Cache, LanguageModel, Output
+from jflow.models.siglip import Siglip
+from jflow.models.vae import make_autoencoder
+from jflow.sharding import constrain
+
+
+def normalise(pixels_u8: jax.Array) -> jax.Array:
+  """uint8 [0, 255] -> f32 [-1, 1]; both image paths use this range."""
+  return pixels_u8.astype(jnp.float32) / 127.5 - 1.0
+
+
+class Draws(NamedTuple):
+  """The randomness of one batch, drawn before it is cut into microbatches or shards."""
+
+  time: jax.Array  # f32[B, M] in (0, 1)
+  noise: jax.Array  # f32[B, M, h, w, C], z_0 of eq. 3
+  posterior: jax.Array  # f32[B, M, h, w, C], for the sample of the VAE's posterior
+
+
+class Sums(NamedTuple):
+  """Loss sums of a batch; divided by the counts of the global batch they are the losses."""
+
+  text: jax.Array
+  flow: jax.Array
+  alignment: jax.Array
+  contrastive: jax.Array
+
+
+class AlignmentHead(nn.Module):
+  """Three-layer MLP h_phi of REPA (eq. 8): LLM features -> SigLIP width. Training only."""
+
+  hidden: int
+  features: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = jax.nn.silu(Linear(self.hidden, ("embed", "mlp"), self.dtype, use_bias=True, name="linear_1")(x))
+    x = jax.nn.silu(Linear(self.hidden, ("mlp", None), self.dtype, use_bias=True, name="linear_2")(x))
+    return Linear(self.features, ("mlp", None), self.dtype, use_bias=True, name="linear_3")(x)
+
+
+class ContrastiveHead(nn.Module):
+  """Text projection, scale and bias of the sigmoid loss that makes stage 0's SigLIP. Training only."""
+
+  features: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, text: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    text = Linear(self.features, ("embed", None), self.dtype, use_bias=True, name="text")(text)
+    log_scale = parameter(self, "log_scale", nn.initializers.constant(2.302585), (), ())
+    bias = parameter(self, "bias", nn.initializers.constant(-10.0), (), ())
+    return text, log_scale, bias
+
+
+class JanusFlow(nn.Module):
+  """The wiring. Only the `params` collection; every method is pure.
+
+  Attributes:
+    config: sizes.
+    dtype: compute dtype; parameters stay f32 where they are trained.
+    remat: policy of the LLM's blocks and SigLIP's ("none", "full", "dots").
+    unroll: LLM layers per scan iteration.
+  """
+
+  config: JanusFlowConfig
+  dtype: Any
+  remat: str
+  unroll: int
+
+  def setup(self) -> None:
+    c, dtype = self.config, self.dtype
+    lm, vision, gen = c.language_model, c.understanding_encoder, c.generation
+    tap = c.alignment_layer if c.alignment_width else 0
+    latents = c.autoencoder.latent_channels
+    self.language_model = LanguageModel(lm, tap, dtype, self.remat, self.unroll)
+    self.understanding_encoder = Siglip(vision, dtype, remat=self.remat != "none")
+    self.understanding_projector = Linear(lm.width, (None, "embed"), dtype, use_bias=True)
+    self.understanding_start = parameter(self, "understanding_start", nn.initializers.zeros, (lm.width,), (None,))
+    self.generation_encoder = GenerationEncoder(gen, lm.width, latents, dtype)
+    self.generation_projector = Linear(lm.width, (None, "embed"), dtype, use_bias=True)
+    self.generation_output_norm = RMSNorm(lm.rms_norm_epsilon, dtype)
+    self.generation_output_projector = Linear(gen.width, ("embed", None), dtype, use_bias=True)
+    self.generation_decoder = GenerationDecoder(gen, lm.width, latents, dtype)
+    self.vae = make_autoencoder(c.autoencoder, dtype)
+    if c.alignment_width:
+      self.alignment_head = AlignmentHead(c.alignment_width, vision.width, dtype)
+    if c.contrastive:
+      self.contrastive_head = ContrastiveHead(vision.width, dtype)
+
+  # --- parts -------------------------------------------------------------------------------------------
+
+  def embed(self, tokens: jax.Array) -> jax.Array:
+    """int32[...] -> [..., D]."""
+    return self.language_model.embed(tokens)
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """[..., D] -> f32[..., V]."""
+    return self.language_model.logits(hidden)
+
+  def backbone(
+    self, x_BSD: jax.Array, positions_BS: jax.Array, segments_BS: jax.Array, cache: Cache | None = None
+  ) -> Output:
+    """The LLM over embeddings; see `LanguageModel.__call__`."""
+    return self.language_model(x_BSD, positions_BS, segments_BS, cache)
+
+  def features(self, pixels_IHWC: jax.Array) -> jax.Array:
+    """f_enc: pixels in [-1, 1] -> [I, P, width of SigLIP]."""
+    return self.understanding_encoder(pixels_IHWC)
+
+  def read_slots(self, features_IPE: jax.Array) -> jax.Array:
+    """The K slots of images to read: the learned start vector, then the projected features. [I, K, D]."""
+    x_IPD = self.understanding_projector(features_IPE)
+    start = jnp.broadcast_to(self.understanding_start.astype(x_IPD.dtype), (x_IPD.shape[0], 1, x_IPD.shape[2]))
+    return jnp.concatenate([start, x_IPD], axis=1)
+
+  def write_slots(self, z_IhwC: jax.Array, time_I: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The K slots of images to write: the time token, then g_enc's patches.
+
+    Returns:
+      (slots [I, K, D], skip [I, h/2, w/2, C'] for g_dec, time embedding [I, D]).
+    """
+    x_IPC, skip, time_ID = self.generation_encoder(z_IhwC, time_I)
+    return jnp.concatenate([time_ID[:, None], self.generation_projector(x_IPC)], axis=1), skip, time_ID
+
+  def velocity(self, hidden_IPD: jax.Array, skip: jax.Array, time_ID: jax.Array) -> jax.Array:
+    """g_dec: the LLM's hidden states at the patch slots (no shift) -> velocity f32[I, h, w, C]."""
+    x_IPC = self.generation_output_projector(self.generation_output_norm(hidden_IPD))
+    return self.generation_decoder(x_IPC, skip, time_ID).astype(jnp.float32)
+
+  def posterior(self, pixels_IHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation of the scaled latents of pixels in [-1, 1]; f32[I, h, w, C] each."""
+    mean, log_variance = self.vae.encode(pixels_IHWC)
+    scale = self.config.autoencoder.scaling
+    return scale * mean.astype(jnp.float32), scale * jnp.exp(0.5 * log_variance.astype(jnp.float32))
+
+  def decode(self, latents_IhwC: jax.Array) -> jax.Array:
+    """Scaled latents -> pixels f32[I, H, W, 3], about [-1, 1], not clipped."""
+    return self.vae.decode(latents_IhwC / self.config.autoencoder.scaling).astype(jnp.float32)
+
+  # --- training ----------------------------------------------------------------------------------------
+
+  def losses(self, batch: Batch, draws: Draws, wanted: tuple[str, ...]) -> Sums:
+    """The loss sums of packed rows: eq. 6 (text), 7 (flow), 8 (alignment), and stage 0's sigmoid loss.
+
+    Args:
+      batch: rows; a microbatch or a shard is fine, since only sums are returned.
+      draws: randomness of the same rows.
+      wanted: names of `Sums` to compute; the others are 0 and cost nothing.
+    """
+    b, m = batch.image_kind.shape
+    flat = lambda x: x.reshape(b * m, *x.shape[2:])
+    rows = lambda x: x.reshape(b, m, *x.shape[1:])
+    writes_BM = batch.image_kind == WRITE
+    pixels = constrain(normalise(flat(batch.images)), "batch", None, None, None)
+
+    features = self.features(pixels)
+    mean, std = self.posterior(pixels)
+    data = mean + std * flat(draws.posterior)
+    z = flow.interpolate(flat(draws.noise), data, flat(draws.time))
+    written, skip, time_ID = self.write_slots(z, flat(draws.time))
+    slots = jnp.where(flat(batch.image_kind == READ)[:, None, None], self.read_slots(features), written)
+    slots = slots.reshape(b, m * slots.shape[1], -1)
+
+    index_BS = jnp.maximum(batch.image_index, 0)
+    images_BSD = jnp.take_along_axis(slots, index_BS[..., None], axis=1)
+    x_BSD = jnp.where(batch.image_index[..., None] >= 0, images_BSD, self.embed(batch.tokens))
+    out = self.backbone(x_BSD, batch.positions, batch.segment_ids)
+
+    zero = jnp.zeros((), jnp.float32)
+    sums = Sums(zero, zero, zero, zero)
+    if "text" in wanted:
+      nll = losses.next_token(self.logits(out.hidden), batch.targets, batch.loss_mask)
+      sums = sums._replace(text=nll)
+    patches = batch.image_start[..., None] + 1 + jnp.arange(self.config.patches)  # [B, M, P]
+    patches = patches.reshape(b, -1)[..., None]
+    gather = lambda x: jnp.take_along_axis(x, patches, axis=1).reshape(b * m, self.config.patches, -1)
+    if "flow" in wanted:
+      velocity = rows(self.velocity(gather(out.hidden), skip, time_ID))
+      target = rows(flow.velocity_target(flat(draws.noise), data))
+      sums = sums._replace(flow=losses.flow(velocity, target, writes_BM))
+    if "alignment" in wanted:
+      projected = rows(self.alignment_head(gather(out.tap)))
+      sums = sums._replace(alignment=losses.alignment(projected, rows(features), writes_BM))
+    if "contrastive" in wanted:
+      before = jnp.maximum(batch.image_start - 1, 0)  # the prompt's last token has read all of it
+      prompt = jnp.take_along_axis(out.hidden, before[..., None], axis=1).reshape(b * m, -1)
+      text, log_scale, bias = self.contrastive_head(prompt)
+      image = self.understanding_encoder.pool(features)
+      sums = sums._replace(
+        contrastive=losses.sigmoid_contrastive(image, text, log_scale, bias, flat(writes_BM))
+      )
+    return sums
+
+  def initialise(self, batch: Batch, draws: Draws) -> None:
+    """Touches every parameter once, so that `init` with this method creates them all."""
+    c = self.config
+    wanted = ("text", "flow") + (("alignment",) if c.alignment_width else ())
+    self.losses(batch, draws, wanted + (("contrastive",) if c.contrastive else ()))
+    self.understanding_encoder.pool(self.features(normalise(batch.images[:, 0])))
+    self.decode(draws.noise[:, 0])

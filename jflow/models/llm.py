@@ -1,0 +1,202 @@
+"""The language model: a decoder of Llama layout (RMSNorm, RoPE, SwiGLU, untied head), scanned over layers.
+
+Legend: B batch, S sequence, T slots of the cache, D embed, N heads, K key heads, H head dim, V vocabulary,
+L layers.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jflow.models.attention import attention
+from jflow.models.config import LanguageModelConfig
+from jflow.models.layers import Linear, RMSNorm, parameter
+from jflow.sharding import constrain
+
+# Names of remat policies a config may choose; "none" keeps every activation.
+REMAT = {
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Cache(struct.PyTreeNode):
+  """Keys and values of past positions. An argument and a result, never hidden state."""
+
+  keys: jax.Array  # [L, B, T, K, H]
+  values: jax.Array  # [L, B, T, K, H]
+  segments: jax.Array  # int32[B, T]; 0 where a slot is empty or padding
+  length: jax.Array  # int32[]; slots in use; the next call writes from here
+
+  @classmethod
+  def empty(cls, config: LanguageModelConfig, batch: int, slots: int, dtype: Any) -> "Cache":
+    shape = (config.layers, batch, slots, config.kv_heads, config.head_width)
+    return cls(
+      keys=jnp.zeros(shape, dtype),
+      values=jnp.zeros(shape, dtype),
+      segments=jnp.zeros((batch, slots), jnp.int32),
+      length=jnp.zeros((), jnp.int32),
+    )
+
+
+class Output(NamedTuple):
+  """What the LLM returns."""
+
+  hidden: jax.Array  # [B, S, D], after the final norm
+  tap: jax.Array  # [B, S, D], the residual stream after block `tap_layer` (for REPA, eq. 8)
+  cache: Cache | None
+
+
+def rope_tables(positions_BS: jax.Array, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+  """cos and sin, f32[B, S, 1, H/2], of position x theta^(-2i/H)."""
+  frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+  angle = positions_BS[..., None, None].astype(jnp.float32) * frequency
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BSNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Rotary embedding in the half-split layout (pairs are i and i + H/2), computed in f32."""
+  cos, sin = tables
+  a, b = jnp.split(x_BSNH.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BSNH.dtype)
+
+
+class Attention(nn.Module):
+  config: LanguageModelConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x_BSD, tables, segments_BS, cache, layer):
+    """Returns (y_BSD, cache with this layer's keys and values written); `cache` None: over the row itself."""
+    c = self.config
+    linear = lambda features, axes, name: Linear(features, axes, self.dtype, use_bias=False, name=name)
+    heads = lambda y, n: y.reshape(*y.shape[:2], n, c.head_width)
+    q_BSNH = heads(linear(c.heads * c.head_width, ("embed", "heads"), "query")(x_BSD), c.heads)
+    k_BSKH = heads(linear(c.kv_heads * c.head_width, ("embed", "kv_heads"), "key")(x_BSD), c.kv_heads)
+    v_BSKH = heads(linear(c.kv_heads * c.head_width, ("embed", "kv_heads"), "value")(x_BSD), c.kv_heads)
+    q_BSNH, k_BSKH = rotate(q_BSNH, tables), rotate(k_BSKH, tables)
+    q_BSNH = constrain(q_BSNH, "batch", None, "heads", None)
+    if cache is None:
+      out = attention(q_BSNH, k_BSKH, v_BSKH, segments_BS, segments_BS, 0)
+    else:
+      at = (layer, 0, cache.length, 0, 0)
+      cache = cache.replace(
+        keys=jax.lax.dynamic_update_slice(cache.keys, k_BSKH[None].astype(cache.keys.dtype), at),
+        values=jax.lax.dynamic_update_slice(cache.values, v_BSKH[None].astype(cache.values.dtype), at),
+      )
+      k_BTKH = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
+      v_BTKH = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
+      out = attention(q_BSNH, k_BTKH, v_BTKH, segments_BS, cache.segments, cache.length)
+    out = out.reshape(*out.shape[:2], c.heads * c.head_width)
+    return linear(c.width, ("heads", "embed"), "output")(out), cache
+
+
+class Mlp(nn.Module):
+  """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+  config: LanguageModelConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x_BSD):
+    c = self.config
+    linear = lambda features, axes, name: Linear(features, axes, self.dtype, use_bias=False, name=name)
+    gate = linear(c.mlp_width, ("embed", "mlp"), "gate")(x_BSD)
+    up = linear(c.mlp_width, ("embed", "mlp"), "up")(x_BSD)
+    return linear(c.width, ("mlp", "embed"), "down")(jax.nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+  config: LanguageModelConfig
+  tap_layer: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, carry, tables, segments_BS):
+    x_BSD, tap_BSD, layer, cache = carry
+    norm = lambda name: RMSNorm(self.config.rms_norm_epsilon, self.dtype, name=name)
+    attended, cache = Attention(self.config, self.dtype, name="attention")(
+      norm("attention_norm")(x_BSD), tables, segments_BS, cache, layer
+    )
+    x_BSD = constrain(x_BSD + attended, "batch", None, None)
+    x_BSD = constrain(x_BSD + Mlp(self.config, self.dtype, name="mlp")(norm("mlp_norm")(x_BSD)), "batch", None, None)
+    layer = layer + 1
+    if tap_BSD is not None:
+      tap_BSD = jnp.where(layer == self.tap_layer, x_BSD, tap_BSD)
+    return (x_BSD, tap_BSD, layer, cache), None
+
+
+class LanguageModel(nn.Module):
+  """Decoder over embeddings; ids go in through `embed`, logits come out through `logits`.
+
+  Attributes:
+    tap_layer: the block (counted from 1) whose output is returned as `tap`; 0: none.
+    remat: a key of REMAT.
+    unroll: layers per iteration of the scan; the parameters do not depend on it.
+  """
+
+  config: LanguageModelConfig
+  tap_layer: int
+  dtype: Any
+  remat: str
+  unroll: int
+
+  def setup(self) -> None:
+    c = self.config
+    init = nn.initializers.normal(0.02)
+    self.table = parameter(self, "embed", init, (c.vocabulary_size, c.width), ("vocab", "embed"))
+    block = Block
+    if self.remat != "none":
+      block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
+    stack = nn.scan(
+      block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=(nn.broadcast, nn.broadcast),
+      length=c.layers,
+      unroll=self.unroll,
+      metadata_params={},
+    )
+    self.layers = stack(c, self.tap_layer, self.dtype)
+    self.norm = RMSNorm(c.rms_norm_epsilon, self.dtype)
+    self.head = Linear(c.vocabulary_size, ("embed", "vocab"), self.dtype, use_bias=False, init=init)
+
+  def embed(self, tokens: jax.Array) -> jax.Array:
+    """int32[...] -> [..., D]."""
+    return self.table.astype(self.dtype)[tokens]
+
+  def __call__(
+    self, x_BSD: jax.Array, positions_BS: jax.Array, segments_BS: jax.Array, cache: Cache | None = None
+  ) -> Output:
+    """Runs the stack over embeddings.
+
+    Args:
+      x_BSD: input embeddings.
+      positions_BS: int32, for RoPE only; what sees what follows from slots and segments.
+      segments_BS: int32; 0 is padding.
+      cache: None for packed rows; otherwise the S positions are written at `cache.length` and attend to
+        all slots before them that carry their segment.
+
+    Returns:
+      Output with the grown cache (None if none was given).
+    """
+    if cache is not None:
+      cache = cache.replace(
+        segments=jax.lax.dynamic_update_slice(cache.segments, segments_BS, (0, cache.length))
+      )
+    tables = rope_tables(positions_BS, self.config.head_width, self.config.rope_theta)
+    x_BSD = constrain(x_BSD.astype(self.dtype), "batch", None, None)
+    tap = jnp.zeros_like(x_BSD) if self.tap_layer else None
+    carry = (x_BSD, tap, jnp.zeros((), jnp.int32), cache)
+    (x_BSD, tap, _, cache), _ = self.layers(carry, tables, segments_BS)
+    if cache is not None:
+      cache = cache.replace(length=cache.length + x_BSD.shape[1])
+    return Output(self.norm(x_BSD), tap, cache)
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """[..., D] -> f32[..., V]."""
+    return self.head(hidden).astype(jnp.float32)

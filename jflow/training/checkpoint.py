@@ -1,0 +1,275 @@
+"""Checkpoints: one Orbax directory per saved step, a sha256 manifest written last, the newest valid one restored.
+
+A run's directory (a "workdir") holds
+
+  config.json            the whole config; `model` rebuilds the model
+  tokenizer/             tokenizer.json, tokenizer_config.json
+  checkpoints/<step>/    Orbax checkpointables `trained`, `frozen`, `ema`, `progress`, and manifest.json
+
+A step without manifest.json is not complete and is never restored. Orbax itself does not notice a flipped bit:
+the manifest does.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+import threading
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from jflow.errors import Stopped, UserError
+from jflow.training.state import TrainState
+
+MANIFEST = "manifest.json"
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with open(path, "rb") as f:
+    return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+  """Writes a small text file so that it is there whole or not at all, also after a power cut."""
+  part = path.with_name(path.name + ".part")
+  with open(part, "w", encoding="utf-8") as f:
+    f.write(text)
+    f.flush()
+    os.fsync(f.fileno())
+  os.replace(part, path)
+
+
+def seal(step_dir: pathlib.Path, metadata: dict[str, Any]) -> None:
+  """Writes the manifest: name, bytes and sha256 of every file of the step, and `metadata`."""
+  files = sorted(p for p in step_dir.rglob("*") if p.is_file() and p.name != MANIFEST)
+  entries = {str(p.relative_to(step_dir)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+  write_atomically(step_dir / MANIFEST, json.dumps({"files": entries, **metadata}, indent=1))
+
+
+def damage(step_dir: pathlib.Path) -> str | None:
+  """Returns what is wrong with a saved step, naming the file, or None when every byte is as written."""
+  try:
+    manifest = json.loads((step_dir / MANIFEST).read_text(encoding="utf-8"))["files"]
+  except FileNotFoundError:
+    return "it has no manifest.json: the save did not finish"
+  except (ValueError, KeyError, OSError):
+    return "manifest.json is unreadable"
+  for name, entry in manifest.items():
+    path = step_dir / name
+    if not path.is_file():
+      return f"{name} is missing"
+    if path.stat().st_size != entry["bytes"]:
+      return f"{name} holds {path.stat().st_size} bytes instead of {entry['bytes']}"
+    if _sha256(path) != entry["sha256"]:
+      return f"{name} has changed since it was written (sha256 differs)"
+  return None
+
+
+def steps_of(directory: pathlib.Path) -> list[int]:
+  """The steps that have a directory, newest first, complete or not."""
+  if not directory.is_dir():
+    return []
+  return sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit() and p.is_dir()), reverse=True)
+
+
+def newest_valid(directory: pathlib.Path) -> int | None:
+  """The newest step whose manifest verifies; says on stderr why a newer one was passed over."""
+  for step in steps_of(directory):
+    why = damage(directory / str(step))
+    if why is None:
+      return step
+    print(f"jflow: checkpoint {directory / str(step)} is not used: {why}", file=sys.stderr)
+  return None
+
+
+def _abstract(tree: Any) -> Any:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+class Checkpointer:
+  """Saves and restores the `TrainState` of one run. Saving is asynchronous: the loop goes on meanwhile."""
+
+  def __init__(self, directory: pathlib.Path, keep: int, metadata: dict[str, Any]):
+    """`keep`: newest steps to retain; `metadata` goes into every manifest (config, versions)."""
+    self._directory, self._keep, self._metadata = directory.absolute(), keep, metadata
+    self._directory.mkdir(parents=True, exist_ok=True)
+    self._thread: threading.Thread | None = None
+    self._error: BaseException | None = None
+
+  def save(self, state: TrainState) -> None:
+    """Starts saving `state` under its step; raises the error of the save before, if it had one."""
+    self.wait()
+    step = int(state.step)
+    target = self._directory / str(step)
+    if jax.process_index() == 0 and target.exists():  # an incomplete or damaged save of a run that was killed
+      shutil.rmtree(target)
+    progress = {"step": state.step, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+    items = {
+      "trained": state.trained,
+      "frozen": state.frozen,
+      "ema": state.ema,
+      "progress": {"optimizer": state.optimizer, **progress},
+    }
+    try:
+      response = ocp.save_checkpointables_async(target, {k: v for k, v in items.items() if jax.tree.leaves(v)})
+    except OSError as error:
+      raise self._stopped(step, error) from error
+    self._thread = threading.Thread(target=self._finish, args=(step, response), name="checkpoint")
+    self._thread.start()
+
+  def _finish(self, step: int, response: Any) -> None:
+    try:
+      response.result()
+      if jax.process_index() == 0:
+        seal(self._directory / str(step), {"step": step, **self._metadata})
+        self._retain()
+    except BaseException as error:  # handed to the training thread by wait()
+      self._error = self._stopped(step, error)
+
+  def _stopped(self, step: int, error: BaseException) -> Stopped:
+    whole = [s for s in steps_of(self._directory) if (self._directory / str(s) / MANIFEST).exists()]
+    last = f"the last complete one is {self._directory / str(whole[0])}" if whole else "there is no earlier one"
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return Stopped(f"the checkpoint of step {step} could not be written ({reason}); {last}")
+
+  def _retain(self) -> None:
+    whole = [s for s in steps_of(self._directory) if (self._directory / str(s) / MANIFEST).exists()]
+    for step in whole[self._keep :]:
+      (self._directory / str(step) / MANIFEST).unlink()  # first: a half-deleted step is not a valid one
+      shutil.rmtree(self._directory / str(step))
+
+  def wait(self) -> None:
+    """Waits for the save in progress and raises its error."""
+    if self._thread is not None:
+      self._thread.join()
+      self._thread = None
+    if self._error is not None:
+      error, self._error = self._error, None
+      raise error
+
+  def restore(self, state: TrainState) -> TrainState | None:
+    """Returns the newest valid state with the shardings of `state`, or None if nothing was saved.
+
+    Raises:
+      UserError: steps were saved and none of them is valid.
+    """
+    for leftover in self._directory.glob("*orbax-checkpoint-tmp*"):
+      if jax.process_index() == 0:
+        shutil.rmtree(leftover, ignore_errors=True)
+    step = newest_valid(self._directory)
+    if step is None:
+      sealed = [s for s in steps_of(self._directory) if (self._directory / str(s) / MANIFEST).exists()]
+      if sealed:
+        raise UserError(f"{self._directory}: none of the saved steps is intact; start in a new workdir or bring back a copy")
+      return None
+    progress = {"step": state.step, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+    wanted = {
+      "trained": state.trained,
+      "frozen": state.frozen,
+      "ema": state.ema,
+      "progress": {"optimizer": state.optimizer, **progress},
+    }
+    loaded = _load(self._directory / str(step), {k: _abstract(v) for k, v in wanted.items() if jax.tree.leaves(v)})
+    counters = loaded.pop("progress")
+    return state.replace(**loaded, **counters)
+
+
+def _load(step_dir: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
+  try:
+    return ocp.load_checkpointables(step_dir.absolute(), wanted)
+  except Exception as error:  # Orbax wraps every cause in one type; the first line of the root says it
+    while error.__cause__ is not None:
+      error = error.__cause__
+    raise UserError(f"checkpoint {step_dir} does not fit this model: {str(error).splitlines()[0]}") from error
+
+
+def resolve(path: str | pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+  """Finds (workdir, step directory) from a workdir, its `checkpoints` folder, or one step of it.
+
+  Raises:
+    UserError: nothing is there, or no step is intact.
+  """
+  path = pathlib.Path(path)
+  if not path.exists():
+    raise UserError(f"checkpoint {path} does not exist")
+  if (path / "checkpoints").is_dir():
+    workdir, steps = path, path / "checkpoints"
+  elif path.name == "checkpoints":
+    workdir, steps = path.parent, path
+  elif path.name.isdigit() and path.parent.name == "checkpoints":
+    workdir, steps = path.parent.parent, path
+  else:
+    raise UserError(f"{path} is no jflow checkpoint: it holds no checkpoints/ folder")
+  if not (workdir / "config.json").is_file():
+    raise UserError(f"{workdir} is no jflow checkpoint: config.json is missing")
+  if steps is path and path.name.isdigit():
+    why = damage(steps)
+    if why:
+      raise UserError(f"checkpoint {steps}: {why}")
+    return workdir, steps
+  step = newest_valid(steps)
+  if step is None:
+    raise UserError(f"{steps} holds no complete checkpoint yet")
+  return workdir, steps / str(step)
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any]:
+  """Reads config.json of a workdir."""
+  try:
+    config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise UserError(f"{workdir / 'config.json'} cannot be read: {error}") from error
+  if not isinstance(config, dict) or "model" not in config:
+    raise UserError(f"{workdir / 'config.json'} has no field model")
+  return config
+
+
+def load_params(path: str | pathlib.Path, weights: str = "ema") -> dict[str, Any]:
+  """Loads the nested parameters of a jflow checkpoint as numpy arrays.
+
+  Args:
+    path: anything `resolve` takes.
+    weights: "ema" (what inference and the next stage use) or "raw".
+  """
+  from jflow.training.optim import merge
+
+  _, step_dir = resolve(path)
+  present = ocp.checkpointables_metadata(step_dir.absolute()).metadata
+  names = [name for name in ("frozen", "ema" if weights == "ema" else "trained") if name in present]
+  abstract = {
+    name: jax.tree.map(lambda m: np.empty(m.shape, m.dtype), present[name], is_leaf=lambda m: hasattr(m, "dtype"))
+    for name in names
+  }
+  loaded = _load(step_dir, abstract)
+  return merge(loaded.get("frozen", {}), loaded.get("ema", loaded.get("trained", {})))
+
+
+def save_params(workdir: str | pathlib.Path, params: dict[str, Any], config: dict[str, Any], tokenizer: Any) -> None:
+  """Writes a converted model as a jflow checkpoint at step 0: what `load_params` and `train.init_from` read.
+
+  Args:
+    workdir: directory to create; must not exist yet.
+    params: nested parameters.
+    config: what config.json holds; `model` and `data.template` at least.
+    tokenizer: a `jflow.data.tokenizer.Tokenizer`, copied into tokenizer/.
+  """
+  workdir = pathlib.Path(workdir)
+  part = workdir.with_name(workdir.name + ".part")
+  shutil.rmtree(part, ignore_errors=True)
+  try:
+    part.mkdir(parents=True)
+    write_atomically(part / "config.json", json.dumps(config, indent=1))
+    if tokenizer is not None:
+      tokenizer.save(part / "tokenizer")
+    step_dir = (part / "checkpoints" / "0").absolute()
+    ocp.save_checkpointables(step_dir, {"ema": params})
+    seal(step_dir, {"step": 0})
+    part.rename(workdir)
+  except BaseException:
+    shutil.rmtree(part, ignore_errors=True)
+    raise

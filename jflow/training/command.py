@@ -1,0 +1,81 @@
+"""The command `train`."""
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from jflow.errors import UserError
+
+_EPILOG = """
+A config is a Python file with get_config(size); the part behind the colon is the size:
+  python -m jflow train --config=configs/stage2.py:tiny --workdir=runs/try
+Set any field of configs/base.py with --config.FIELD=VALUE, for example
+  --config.train.steps=100 --config.optimizer.learning_rate=3e-4 --config.mesh.data=8
+Stop it at any moment; the same command goes on from the last checkpoint in the workdir.
+"""
+
+
+def load_config(arguments: list[str]) -> dict[str, Any]:
+  """Reads --config=FILE[:SIZE] and --config.FIELD=VALUE arguments into nested plain values.
+
+  Raises:
+    UserError: a missing file, an unknown field, a value of the wrong type.
+  """
+  paths = [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]
+  if len(paths) != 1:
+    raise UserError("name one config, for example --config=configs/stage2.py:tiny")
+  file = pathlib.Path(paths[0].rsplit(":", 1)[0] if ":" in paths[0] else paths[0])
+  if not file.is_file():
+    raise UserError(f"config file {file} does not exist")
+  root = str(file.resolve().parent.parent)
+  if root not in sys.path:
+    sys.path.insert(0, root)  # so that a config can import its siblings from any working directory
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", flag_values=values)
+  try:
+    rest = values(["jflow", *arguments])
+  except (flags.Error, AttributeError, KeyError, ValueError, TypeError, SyntaxError) as error:
+    raise UserError(f"{file}: {' '.join(str(error).split())}") from error
+  if rest[1:]:
+    raise UserError(f"unknown argument {rest[1]!r}; fields are set as --config.FIELD=VALUE")
+  return _plain(values.config.to_dict())
+
+
+def _plain(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {k: _plain(v) for k, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return tuple(_plain(v) for v in value)
+  return value
+
+
+def main(argv: list[str]) -> int:
+  """Parses the flags and trains; 143 or 130 after SIGTERM or SIGINT, once the state is saved."""
+  parser = argparse.ArgumentParser(
+    prog="python -m jflow train",
+    description="Trains one stage.",
+    epilog=_EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.add_argument("--config", metavar="FILE[:SIZE]", required=True, help="for example configs/stage2.py:tiny")
+  parser.add_argument("--workdir", metavar="DIR", required=True, type=pathlib.Path, help="directory of this run")
+  known, fields = parser.parse_known_args(argv)
+  config = load_config([f"--config={known.config}", *fields])
+
+  from jflow.training.loop import Terminated, train  # after the flags: a typo needs no import of jax
+
+  try:
+    train(config, known.workdir)
+  except Terminated as error:
+    print(f"jflow: {error}", file=sys.stderr)
+    return 128 + error.signum
+  last = json.loads((known.workdir / "metrics.jsonl").read_text().splitlines()[-1])
+  print(f"done: step {last['step']}, loss {last['loss']:.4f}; checkpoints in {known.workdir / 'checkpoints'}", file=sys.stderr)
+  print(f"next: python -m jflow generate --checkpoint={known.workdir} --prompt=...", file=sys.stderr)
+  return 0

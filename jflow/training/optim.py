@@ -1,0 +1,73 @@
+"""AdamW with linear warm-up then a constant rate, EMA, and freezing by pattern (001 table 1)."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jflow.errors import UserError
+
+Params = dict[str, Any]
+
+
+def partition(params: Params, trained: Iterable[str], frozen: Iterable[str]) -> tuple[Params, Params]:
+  """Cuts a nested tree of parameters into (trained, frozen) by patterns.
+
+  A pattern is a regular expression that must match the beginning of a parameter's path
+  ("language_model/layers/mlp/up/kernel") up to a "/" or its end. Every parameter must match exactly one of
+  the two lists, and every pattern at least one parameter.
+
+  Raises:
+    UserError: a parameter that matches neither or both, or a pattern that matches nothing.
+  """
+  flat = flatten_dict(params, sep="/")
+  lists = {"trained": tuple(trained), "frozen": tuple(frozen)}
+  out: dict[str, dict[str, Any]] = {"trained": {}, "frozen": {}}
+  used = set()
+  for path, value in flat.items():
+    hits = [(name, p) for name, patterns in lists.items() for p in patterns if re.match(f"(?:{p})(?:/|$)", path)]
+    used.update(hits)
+    names = {name for name, _ in hits}
+    if len(names) != 1:
+      which = "neither optimizer.trained nor optimizer.frozen" if not names else "both optimizer.trained and optimizer.frozen"
+      raise UserError(f"parameter {path} matches {which}; every parameter must match exactly one")
+    out[names.pop()][path] = value
+  for name, patterns in lists.items():
+    for p in patterns:
+      if (name, p) not in used:
+        top = sorted({path.split("/")[0] for path in flat})
+        raise UserError(f"optimizer.{name} pattern {p!r} matches no parameter; parts are {', '.join(top)}")
+  return unflatten_dict(out["trained"], sep="/"), unflatten_dict(out["frozen"], sep="/")
+
+
+def merge(first: Params, second: Params) -> Params:
+  """The inverse of `partition`."""
+  return unflatten_dict({**flatten_dict(first), **flatten_dict(second)})
+
+
+def schedule(learning_rate: float, warmup_steps: int) -> optax.Schedule:
+  """Rate of step 0, 1, ...: linear to `learning_rate` over the warm-up, then constant; the first step moves."""
+  return lambda step: learning_rate * jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
+
+
+def make_optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
+  """AdamW after clipping by global norm. `config` is the section `optimizer` of configs/base.py."""
+  return optax.chain(
+    optax.clip_by_global_norm(config["clip_norm"]),
+    optax.adamw(
+      schedule(config["learning_rate"], config["warmup_steps"]),
+      b1=config["beta1"],
+      b2=config["beta2"],
+      eps=config["epsilon"],
+      weight_decay=config["weight_decay"],
+    ),
+  )
+
+
+def update_ema(ema: Params, params: Params, decay: float) -> Params:
+  """ema <- decay * ema + (1 - decay) * params, in f32."""
+  return jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)

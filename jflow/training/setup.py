@@ -1,0 +1,181 @@
+"""What comes before the first step: checks, the workdir's lock and config, the parameters to start from."""
+
+import fcntl
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jflow import sharding
+from jflow.batch import WRITE, RowShape, empty
+from jflow.data.pipeline import Pipeline
+from jflow.errors import UserError
+from jflow.models.config import JanusFlowConfig
+from jflow.models.janusflow import Draws, JanusFlow
+from jflow.models.llm import REMAT
+from jflow.models.vae import fit_patch_pca
+from jflow.training.checkpoint import load_params, read_config, write_atomically
+
+Config = Mapping[str, Any]
+
+# What may differ between a run and its continuation: all else would make it another run.
+_MAY_CHANGE = (
+  "train.steps", "checkpoint.", "log.", "mesh.", "compute.compilation_cache", "data.workers", "data.threads",
+  "data.prefetch",
+)  # fmt: skip
+
+
+def check(config: Config) -> JanusFlowConfig:
+  """Checks all that can be checked before a device is touched; returns the model's configuration.
+
+  Raises:
+    UserError: naming the field, its value, and what is allowed.
+  """
+  model = JanusFlowConfig.from_dict(config["model"])
+  train, data = config["train"], config["data"]
+
+  def need(ok: bool, field: str, what: str) -> None:
+    if not ok:
+      value = config
+      for part in field.split("."):
+        value = value[part]
+      raise UserError(f"config.{field}={value!r} {what}")
+
+  for field in ("train.steps", "train.batch_size", "train.accumulation", "checkpoint.interval", "checkpoint.keep"):
+    section, name = field.split(".")
+    need(config[section][name] >= 1, field, "must be at least 1")
+  need(train["batch_size"] % train["accumulation"] == 0, "train.accumulation", f"must divide train.batch_size={train['batch_size']}")
+  need(0.0 <= train["ema"] < 1.0, "train.ema", "must be in [0, 1)")
+  need(train["init_weights"] in ("ema", "raw"), "train.init_weights", "must be 'ema' or 'raw'")
+  need(config["optimizer"]["learning_rate"] > 0, "optimizer.learning_rate", "must be positive")
+  need(config["compute"]["dtype"] in ("float32", "bfloat16"), "compute.dtype", "must be 'float32' or 'bfloat16'")
+  need(config["compute"]["remat"] in REMAT, "compute.remat", f"must be one of {', '.join(REMAT)}")
+  need(data["template"] in ("plain", "chat"), "data.template", "must be 'plain' or 'chat'")
+  need(data["row_tokens"] <= model.language_model.context, "data.row_tokens", f"must not exceed model.language_model.context={model.language_model.context}")
+  need(data["row_images"] >= 1, "data.row_images", "must be at least 1")
+  need(bool(data["tokenizer"]), "data.tokenizer", "must name a directory with tokenizer.json")
+  rows = (train["batch_size"] // train["accumulation"], config["mesh"]["data"] * config["mesh"]["fsdp"])
+  need(rows[0] % rows[1] == 0, "train.batch_size", f"/ accumulation = {rows[0]} rows must be a multiple of mesh.data x mesh.fsdp = {rows[1]}")
+  weights = config["objective"]["weights"]
+  need(any(weights.values()), "objective.weights", "are all 0: nothing would be learned")
+  need(not weights["alignment"] or model.alignment_width > 0, "objective.weights.alignment", "needs model.alignment_width > 0")
+  need(not weights["contrastive"] or model.contrastive, "objective.weights.contrastive", "needs model.contrastive=True")
+  return model
+
+
+def build(config: Config) -> JanusFlow:
+  """The model of a config."""
+  compute = config["compute"]
+  return JanusFlow(
+    JanusFlowConfig.from_dict(config["model"]), jnp.dtype(compute["dtype"]), compute["remat"], compute["unroll"]
+  )
+
+
+def row_shape(config: Config, model: JanusFlowConfig) -> RowShape:
+  """The packed rows that a config asks for."""
+  return RowShape(config["data"]["row_tokens"], config["data"]["row_images"], model.patches, model.image_size)
+
+
+def initial_params(model: JanusFlow, seed: int) -> Any:
+  """Fresh parameters, boxed with their logical axes; to be traced by `sharding.create` or `eval_shape`."""
+  c = model.config
+  shape = RowShape(2 * (1 + c.patches), 1, c.patches, c.image_size)
+  batch = jax.tree.map(jnp.asarray, empty(1, shape))
+  latents = jnp.zeros((1, 1, c.latent_size, c.latent_size, c.autoencoder.latent_channels))
+  draws = Draws(jnp.full((1, 1), 0.5), latents, latents)
+  return model.init(jax.random.key(seed), batch, draws, method="initialise")["params"]
+
+
+def lock(workdir: pathlib.Path) -> Any:
+  """Holds the workdir against a second trainer until the process ends, however it ends."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    handle = open(workdir / "lock", "a+", encoding="utf-8")
+  except OSError as error:
+    raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError as error:
+    handle.seek(0)
+    raise UserError(f"workdir {workdir} is in use by another trainer ({handle.read().strip() or 'unknown'})") from error
+  handle.truncate(0)
+  handle.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
+  handle.flush()
+  return handle
+
+
+def settle_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+  """Writes config.json, or checks that the one of an earlier start says the same.
+
+  Raises:
+    UserError: naming the first field that differs.
+  """
+  path = workdir / "config.json"
+  ours = json.loads(json.dumps(config))
+  if path.exists():
+    theirs = flatten_dict(read_config(workdir), sep=".")
+    flat = flatten_dict(ours, sep=".")
+    for field in sorted(set(flat) | set(theirs)):
+      if flat.get(field) != theirs.get(field) and not field.startswith(_MAY_CHANGE):
+        raise UserError(
+          f"workdir {workdir} holds a run with {field}={theirs.get(field)!r}, now {flat.get(field)!r}; "
+          "use another --workdir or the same value"
+        )
+  write_atomically(path, json.dumps(ours, indent=1) + "\n")
+
+
+def start_params(config: Config, model: JanusFlow, mesh: jax.sharding.Mesh, pipeline: Pipeline) -> Any:
+  """Parameters of step 0: fresh, or those of `train.init_from`, each on its shards."""
+  train = config["train"]
+  fresh = lambda: initial_params(model, train["seed"])
+  if not train["init_from"]:
+    params = sharding.create(fresh, mesh)
+    if model.config.autoencoder.kind == "patch_pca":
+      fitted = fit_patch_pca(some_images(pipeline, train["fit_images"]), model.config.autoencoder)
+      params["vae"] = jax.tree.map(lambda x, old: jax.device_put(np.asarray(x, old.dtype), old.sharding), fitted, params["vae"])
+    return params
+  source = flatten_dict(load_any(train["init_from"], train["init_weights"]), sep="/")
+  boxed = jax.eval_shape(fresh)
+  where = flatten_dict(sharding.shardings(mesh, boxed), sep="/")
+  wanted = flatten_dict(sharding.unbox(boxed), sep="/")
+  for path in sorted(set(source) - set(wanted)):
+    if not path.startswith(tuple(p + "/" for p in train["init_dropped"])):
+      raise UserError(f"{train['init_from']} holds {path}, which this model has not; another model? (train.init_dropped lists what may be left behind)")
+  missing = [p for p in wanted if p not in source]
+  for path in missing:
+    if not path.startswith(tuple(p + "/" for p in train["init_fresh"])):
+      raise UserError(f"{train['init_from']} lacks {path}; another model? (train.init_fresh lists what may start fresh)")
+  for path in set(wanted) & set(source):
+    if wanted[path].shape != source[path].shape:
+      raise UserError(f"{train['init_from']}: {path} has shape {tuple(source[path].shape)}, this model needs {wanted[path].shape}")
+  new = flatten_dict(sharding.create(fresh, mesh), sep="/") if missing else {}
+  flat = {
+    path: new[path] if path in missing else jax.device_put(np.asarray(source[path], like.dtype), where[path])
+    for path, like in wanted.items()
+  }
+  return unflatten_dict(flat, sep="/")
+
+
+def load_any(path: str, weights: str) -> Any:
+  """Parameters of a jflow or an official checkpoint directory."""
+  return load_params(path, weights)
+
+
+def some_images(pipeline: Pipeline, count: int) -> np.ndarray:
+  """The first `count` pictures to write of a run's data: uint8[count, H, W, 3]."""
+  images: list[np.ndarray] = []
+  step = 0
+  while len(images) < count:
+    batch = pipeline.batch(step)
+    found = batch.images[batch.image_kind == WRITE]
+    if not len(found) and step > 100:
+      raise UserError("data.sources.generation gave no picture: the codec of model.autoencoder.kind='patch_pca' is fitted to some")
+    images.extend(found)
+    step += 1
+  return np.stack(images[:count])
