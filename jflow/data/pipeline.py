@@ -78,10 +78,11 @@ class Rows:
     return sample._replace(images=pixels)
 
   def _shuffled(self, epoch: int) -> np.ndarray:
-    if self._order is None or self._order[0] != epoch:
+    order = self._order  # read once: another thread may be in another epoch
+    if order is None or order[0] != epoch:
       rng = np.random.default_rng([self._seed, epoch, TASKS.index(self._task)])
-      self._order = (epoch, rng.permutation(self.plan.rows))
-    return self._order[1]
+      order = self._order = (epoch, rng.permutation(self.plan.rows))
+    return order[1]
 
 
 class Pipeline:
@@ -103,7 +104,8 @@ class Pipeline:
     Raises:
       UserError: a field does not fit.
     """
-    self._config, self._shape = data_config, row_shape
+    self._config = {name: data_config[name] for name in ("workers", "threads", "prefetch", "max_rejected_share")}
+    self._shape = row_shape
     self._batch_size, self._host, self._hosts = batch_size, host, hosts
     if data_config["template"] not in examples.TEMPLATES:
       raise UserError(f"data.template is {data_config['template']!r}: use one of {', '.join(examples.TEMPLATES)}")
@@ -200,7 +202,12 @@ def _prefetch(load: Any, step_plan: mixture.StepPlan, start_step: int, config: M
     if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, which only absl.app parses
       flags.FLAGS.mark_as_parsed()
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config["workers"], per_worker_buffer_size=2))
-  yield from dataset
+  iterator = iter(dataset)
+  try:
+    yield from iterator
+  finally:
+    if hasattr(iterator, "close"):  # ends the worker processes
+      iterator.close()
 
 
 def _mix(seed: int, number: int) -> int:
