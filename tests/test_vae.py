@@ -1,0 +1,140 @@
+"""The autoencoders: shapes and laws of the KL one, closed form and quality of the patch-PCA codec."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jflow.models.config import AutoencoderConfig
+from jflow.models.vae import AutoencoderKL, PatchPCA, fit_patch_pca, make_autoencoder
+from jflow.sharding import unbox
+
+KL = AutoencoderConfig(
+  kind="autoencoder_kl",
+  latent_channels=4,
+  scaling=0.13025,
+  block_channels=(8, 16),
+  layers_per_block=1,
+  norm_groups=4,
+  patch_size=0,
+  window=0,
+)
+
+
+def _pca(channels: int, patch: int = 4, window: int = 4, scaling: float = 1.0) -> AutoencoderConfig:
+  return AutoencoderConfig(
+    kind="patch_pca",
+    latent_channels=channels,
+    scaling=scaling,
+    block_channels=(),
+    layers_per_block=0,
+    norm_groups=0,
+    patch_size=patch,
+    window=window,
+  )
+
+
+def _pictures(count: int, seed: int = 0) -> np.ndarray:
+  """uint8[N, 32, 32, 3]: a disc and a bar of random colours on a smooth background."""
+  rng = np.random.default_rng(seed)
+  y, x = np.mgrid[:32, :32]
+  out = np.empty((count, 32, 32, 3), np.uint8)
+  for image in out:
+    background = (
+      rng.uniform(60, 200, 3) + rng.uniform(-1, 1, 3) * x[..., None] + rng.uniform(-1, 1, 3) * y[..., None]
+    )
+    disc = (x - rng.uniform(6, 26)) ** 2 + (y - rng.uniform(6, 26)) ** 2 < rng.uniform(3, 8) ** 2
+    bar = np.abs(x * rng.uniform(-1, 1) + y - rng.uniform(6, 26)) < 3
+    image[...] = np.clip(background, 0, 255)
+    image[bar] = rng.uniform(0, 255, 3)
+    image[disc] = rng.uniform(0, 255, 3)
+  return out
+
+
+def _psnr(a: np.ndarray, b: np.ndarray) -> float:
+  """dB of images in [-1, 1]."""
+  return float(10 * np.log10(4 / np.mean((np.clip(a, -1, 1) - b) ** 2)))
+
+
+def test_kl_shapes_batches_and_clamp():
+  model = make_autoencoder(KL, jnp.float32)
+  assert isinstance(model, AutoencoderKL)
+  pixels = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
+  params = unbox(jax.jit(model.init)(jax.random.key(0), pixels))
+  encode = jax.jit(lambda params, x: model.apply(params, x, method="encode"))
+  decode = jax.jit(lambda params, x: model.apply(params, x, method="decode"))
+  mean, log_variance = encode(params, pixels)
+  assert mean.shape == log_variance.shape == (2, 8, 8, 4)
+  out = decode(params, mean)
+  assert out.shape == pixels.shape
+  alone = encode(params, pixels[1:])[0]
+  np.testing.assert_allclose(mean[1:], alone, rtol=1e-4, atol=1e-4)
+  params["params"]["quant"]["bias"] = jnp.array([0.0] * 4 + [1e3, -1e3, 0.0, 0.0])
+  _, log_variance = encode(params, pixels)
+  assert (log_variance[..., 0] == 20).all() and (log_variance[..., 1] == -30).all()
+
+
+def test_the_full_autoencoder_has_the_published_number_of_parameters():
+  config = AutoencoderConfig("autoencoder_kl", 4, 0.13025, (128, 256, 512, 512), 2, 32, 0, 0)
+  model = make_autoencoder(config, jnp.bfloat16)
+  shapes = unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3))))
+  assert sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes)) == 83_653_863
+  latents = jax.eval_shape(
+    lambda p, x: model.apply(p, x, method="encode"), shapes, jnp.zeros((1, 384, 384, 3))
+  )
+  assert latents[0].shape == (1, 48, 48, 4)
+
+
+def _round_trip(config, train, test):
+  model = make_autoencoder(config, jnp.float32)
+  params = {"params": fit_patch_pca(train, config)}
+  pixels = test.astype(np.float32) / 127.5 - 1
+  expected = jax.tree.map(lambda x: x.shape, unbox(jax.eval_shape(model.init, jax.random.key(0), pixels)))
+  assert jax.tree.map(lambda x: x.shape, params) == expected
+  latents, log_variance = model.apply(params, pixels, method="encode")
+  assert (log_variance < -20).all()
+  return pixels, latents, model.apply(params, latents, method="decode")
+
+
+def test_all_components_reconstruct_exactly():
+  pixels, _, out = _round_trip(_pca(4 * 4 * 3), _pictures(200), _pictures(4, seed=1))
+  np.testing.assert_allclose(out, pixels, atol=2e-3)
+
+
+@pytest.mark.parametrize("channels", [4, 8, 12])
+def test_no_code_of_single_patches_is_better(channels):
+  """On the training images the error is below the eigenvalues left out (Eckart-Young); on new ones too."""
+  train = _pictures(200)
+  pixels, _, out = _round_trip(_pca(channels), train, train)
+  patches = pixels.reshape(-1, 8, 4, 8, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 48).astype(np.float64)
+  bound = np.linalg.eigvalsh(np.cov(patches.T, bias=True))[:-channels].sum() / 48
+  assert np.mean((out - pixels) ** 2) < bound
+  pixels, _, out = _round_trip(_pca(channels), train, _pictures(50, seed=1))
+  assert _psnr(out, pixels) > 10 * np.log10(4 / bound)
+
+
+@pytest.mark.parametrize("scaling", [1.0, 0.3])
+def test_scaled_latents_have_zero_mean_and_unit_variance(scaling):
+  train = _pictures(100)
+  _, latents, _ = _round_trip(_pca(8, scaling=scaling), train, train)
+  scaled = np.asarray(latents, np.float64) * scaling
+  np.testing.assert_allclose(scaled.mean((0, 1, 2)), 0, atol=1e-3)
+  variances = scaled.var((0, 1, 2))
+  assert variances.mean() == pytest.approx(1, rel=1e-3)
+  assert variances[0] > 1 > variances[-1]
+
+
+def test_the_fit_is_deterministic_to_the_bit():
+  a, b = (fit_patch_pca(_pictures(50), _pca(8, window=8)) for _ in range(2))
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_window_beyond_the_patch_sees_the_neighbours():
+  config = _pca(8, window=8)
+  model = PatchPCA(config, jnp.float32)
+  params = {"params": fit_patch_pca(_pictures(50), config)}
+  image = np.zeros((1, 32, 32, 3), np.float32)
+  base, _ = model.apply(params, image, method="encode")
+  image[0, 12, 12] = 1.0  # patch (3, 3); the windows of patches 2 and 3 hold it
+  changed = np.abs(model.apply(params, image, method="encode")[0] - base).max(-1)[0] > 1e-6
+  assert {tuple(i) for i in np.argwhere(changed)} == {(2, 2), (2, 3), (3, 2), (3, 3)}
