@@ -79,14 +79,41 @@ def build(record: Record, task: str, tokenizer: Tokenizer, template: str, image_
   Raises:
     RecordError: the record does not fit its task.
   """
+  check(record, task)
   try:
-    if task == "understanding":
-      return _understanding(record, tokenizer, template, image_patches)
     if task == "generation":
       return _generation(record, tokenizer, template, image_patches, rng, first_sentence, prompt_drop)
-    return _text(record, tokenizer, template, image_patches)
+    sequence = _Sequence(tokenizer, image_patches)
+    if task == "text" and not record.turns:
+      sequence.text(record.text.strip(), learned=True)
+      sequence.add([tokenizer.eos], learned=True)
+    else:
+      _conversation(sequence, record.turns or _caption_turns(record, template), template, "", IMAGE_MARK)
+    return sequence.sample(batch_lib.READ, record.images)
   except UserError as error:
-    raise RecordError("invalid_text", str(error)) from None
+    raise RecordError("invalid_utf8", str(error)) from None
+
+
+def check(record: Record, task: str) -> None:
+  """Checks that a record has what its task needs; the images are not looked into.
+
+  Raises:
+    RecordError: it has not.
+  """
+  if task == "generation":
+    if len(record.images) != 1:
+      raise RecordError("image_count", f"a generation record has one image, not {len(record.images)}")
+  elif task == "understanding":
+    if not record.images:
+      raise RecordError("image_count", "an understanding record has at least one image")
+  elif record.images:
+    raise RecordError("image_count", f"a text record has no image, and this one has {len(record.images)}")
+  if record.turns and task != "generation":
+    if record.turns[-1].role != "assistant":
+      raise RecordError("no_answer", "the conversation has no answer to its last question")
+    _check_turns(record.turns, len(record.images), IMAGE_MARK)
+  elif not record.text.strip():
+    raise RecordError("empty_text" if task == "text" else "empty_caption", "the text is empty")
 
 
 def chat_prompt(messages: Sequence[Turn | Mapping[str, Any]], image_count: int, tokenizer: Tokenizer,
@@ -114,14 +141,12 @@ def chat_prompt(messages: Sequence[Turn | Mapping[str, Any]], image_count: int, 
     turns.pop()
   if not turns or turns[-1].role != "user" or not turns[-1].text.strip():
     raise UserError("a conversation should end with a question of the user")
-  marks = sum(turn.text.count(mark) for turn in turns if turn.role == "user")
-  if marks != image_count:
-    raise UserError(f"the conversation has {marks} {mark} marks and {image_count} images: use one mark per image")
-  sequence = _Sequence(tokenizer, image_patches)
   try:
-    _conversation(sequence, turns, template, system, mark)
+    _check_turns(turns, image_count, mark)
   except RecordError as error:
-    raise UserError(str(error)) from None
+    raise UserError(f"the conversation cannot be read: {error}") from None
+  sequence = _Sequence(tokenizer, image_patches)
+  _conversation(sequence, turns, template, system, mark)
   _check_context(len(sequence.tokens), context)
   return Prompt(np.asarray(sequence.tokens, np.int32), tuple(sequence.image_starts))
 
@@ -194,26 +219,6 @@ class _Sequence:
     return Sample(tokens, targets, loss_mask, positions, tuple(self.image_starts), kinds, images)
 
 
-def _understanding(record: Record, tokenizer: Tokenizer, template: str, image_patches: int) -> Sample:
-  if not record.images:
-    raise RecordError("no_image", "an understanding record has at least one image")
-  return _conversation_sample(record, _turns(record, template), tokenizer, template, image_patches)
-
-
-def _text(record: Record, tokenizer: Tokenizer, template: str, image_patches: int) -> Sample:
-  if record.images:
-    raise RecordError("image_marks", "a text record has no images")
-  if record.turns:
-    return _conversation_sample(record, record.turns, tokenizer, template, image_patches)
-  document = record.text.strip()
-  if not document:
-    raise RecordError("empty_text", "the document is empty")
-  sequence = _Sequence(tokenizer, image_patches)
-  sequence.text(document, learned=True)
-  sequence.add([tokenizer.eos], learned=True)
-  return sequence.sample(batch_lib.READ, ())
-
-
 def _generation(record: Record, tokenizer: Tokenizer, template: str, image_patches: int,
                 rng: np.random.Generator | None, first_sentence: float, prompt_drop: float) -> Sample:
   """Builds BOS PROMPT T z*P.
@@ -221,11 +226,7 @@ def _generation(record: Record, tokenizer: Tokenizer, template: str, image_patch
   A dropped prompt keeps BOS at position 0 and T at the position that it would have had: with the hidden
   tokens left out this is the release's unconditional row, whose prompt is masked.
   """
-  if len(record.images) != 1:
-    raise RecordError("image_count", f"a generation record has one image, not {len(record.images)}")
   caption = record.text.strip()
-  if not caption:
-    raise RecordError("empty_caption", "the caption is empty")
   shorten, drop = (False, False) if rng is None else rng.random(2) < (first_sentence, prompt_drop)
   if shorten:
     caption = first_sentence_of(caption)
@@ -241,27 +242,25 @@ def _generation(record: Record, tokenizer: Tokenizer, template: str, image_patch
   return sequence.sample(batch_lib.WRITE, record.images, positions.astype(np.int32))
 
 
-def _turns(record: Record, template: str) -> tuple[Turn, ...]:
-  """Returns the record's turns; a caption becomes the answer to the papers' request."""
-  if record.turns:
-    return record.turns
-  if not record.text.strip():
-    raise RecordError("empty_caption", "the caption is empty")
+def _caption_turns(record: Record, template: str) -> tuple[Turn, ...]:
+  """Returns the turns of a caption record: the caption answers the papers' request."""
   between = "\n" if template == "chat" else ""
   request = IMAGE_MARK * len(record.images) + between + CAPTION_PROMPT
   return Turn("user", request), Turn("assistant", record.text)
 
 
-def _conversation_sample(record: Record, turns: Sequence[Turn], tokenizer: Tokenizer, template: str,
-                         image_patches: int) -> Sample:
-  if turns[-1].role != "assistant":
-    raise RecordError("no_answer", "the conversation has no answer to its last question")
-  marks = sum(turn.text.count(IMAGE_MARK) for turn in turns)
-  if marks != len(record.images):
-    raise RecordError("image_marks", f"{marks} {IMAGE_MARK} marks and {len(record.images)} images")
-  sequence = _Sequence(tokenizer, image_patches)
-  _conversation(sequence, turns, template, "", IMAGE_MARK)
-  return sequence.sample(batch_lib.READ, record.images)
+def _check_turns(turns: Sequence[Turn], image_count: int, mark: str) -> None:
+  for index, turn in enumerate(turns):
+    if turn.role != ("user", "assistant")[index % 2]:
+      raise RecordError("bad_turns", "the turns should alternate between user and assistant, the user first")
+    if turn.role == "assistant":
+      if not turn.text.strip():
+        raise RecordError("no_answer", "an answer is empty")
+      if mark in turn.text:
+        raise RecordError("image_marks", f"{mark} stands in an answer, and only a question can show an image")
+  marks = sum(turn.text.count(mark) for turn in turns)
+  if marks != image_count:
+    raise RecordError("image_marks", f"it has {marks} {mark} marks and {image_count} images; use one mark per image")
 
 
 def _conversation(sequence: _Sequence, turns: Sequence[Turn], template: str, system: str, mark: str) -> None:
@@ -272,15 +271,9 @@ def _conversation(sequence: _Sequence, turns: Sequence[Turn], template: str, sys
   chat = template == "chat"
   if chat and system.strip():
     sequence.text(system.strip() + "\n\n")
-  for index, turn in enumerate(turns):
-    if turn.role != ("user", "assistant")[index % 2]:
-      raise RecordError("bad_turns", "turns should alternate between user and assistant, the user first")
+  for turn in turns:
     text = turn.text.strip()
     if turn.role == "assistant":
-      if not text:
-        raise RecordError("no_answer", "an answer of the conversation is empty")
-      if mark in text:
-        raise RecordError("image_marks", f"{mark} stands in an answer, and only a question can show an image")
       sequence.text(" " + text, learned=True)
       sequence.add([sequence.tokenizer.eos], learned=True)
       continue

@@ -147,6 +147,8 @@ class Pipeline:
     step_plan = self._step_plan(stop_step)
     seen, rejected = 0, collections.Counter()
     for offset, (batch, counter) in enumerate(_prefetch(self._load, step_plan, start_step, self._config)):
+      if self._config["workers"] > 0:  # out of the worker's shared memory, which ends with the worker
+        batch = Batch(*map(np.array, batch))
       seen += counter.pop("samples")
       rejected.update(counter)
       if rejected.total() > self._config["max_rejected_share"] * max(seen, MIN_JUDGED):
@@ -178,9 +180,11 @@ def _lengths(source: Source, task: str, tokenizer: Tokenizer, template: str,
   are cut).
   """
   lengths, rejected = np.zeros((len(source), 2), np.int64), collections.Counter()
-  for index in range(len(source)):
+  # A prepared source has outlines: the same records without the images, which need not be read for this.
+  records = source.outlines() if hasattr(source, "outlines") else (source[i] for i in range(len(source)))
+  for index, record in enumerate(records):
     try:
-      sample = examples.build(source[index], task, tokenizer, template, shape.image_patches)
+      sample = examples.build(record, task, tokenizer, template, shape.image_patches)
     except RecordError as error:
       rejected[error.reason] += 1
       continue

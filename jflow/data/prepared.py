@@ -1,0 +1,182 @@
+"""The prepared data set: a TFDS-layout directory of ArrayRecord shards, images encoded as they came.
+
+  features.json, dataset_info.json                      read by tfds.builder_from_directory(DIR)
+  jflow_TASK-train.array_record-00000-of-00002          id, images, text, conversations (JSON), meta (JSON)
+  outlines-00000-of-00002.jsonl.gz                      the same records without their images, to plan rows with
+  summary.json                                          schema, task, accepted, rejected by reason, ...
+
+`meta` holds the SHA-256 of every image, which is verified on load: Pillow decodes many a damaged image without
+complaint.
+"""
+
+import bisect
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jflow.data.records import Record, RecordError, Turn
+from jflow.errors import UserError
+
+SCHEMA = 1
+SUMMARY = "summary.json"
+_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+
+
+def dataset_name(task: str) -> str:
+  """Returns the name of the data set in TFDS."""
+  return f"jflow_{task}"
+
+
+def shard_name(task: str, shard: int, shards: int) -> str:
+  return f"{dataset_name(task)}-train.array_record-{shard:05d}-of-{shards:05d}"
+
+
+def outline_name(shard: int, shards: int) -> str:
+  return f"outlines-{shard:05d}-of-{shards:05d}.jsonl.gz"
+
+
+def features() -> Any:
+  """Returns the TFDS features of a record. Images are raw bytes, which TFDS does not decode."""
+  import tensorflow_datasets as tfds
+  return tfds.features.FeaturesDict({
+    "id": tfds.features.Text(),
+    "images": tfds.features.Sequence(tfds.features.Tensor(shape=(), dtype=np.object_)),
+    "text": tfds.features.Text(),
+    "conversations": tfds.features.Text(),
+    "meta": tfds.features.Text(),
+  })
+
+
+class ShardWriter:
+  """Writes one shard and its outlines. Nothing is complete before `close`."""
+
+  def __init__(self, path: str, outline_path: str):
+    from array_record.python import array_record_module
+    from tensorflow_datasets.core import example_serializer
+    self._features = features()
+    self._serializer = example_serializer.ExampleSerializer(self._features.get_serialized_info())
+    # One record per group: what random access needs.
+    self._writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
+    self._outlines = gzip.GzipFile(outline_path, "wb", compresslevel=1, mtime=0)
+    self.records = self.images = self.bytes = 0
+
+  def write(self, record: Record, meta: dict[str, Any]) -> None:
+    """Appends a record, whose images are encoded bytes; `meta` is kept beside it as JSON."""
+    hashes = [hashlib.sha256(image).hexdigest() for image in record.images]
+    conversations = json.dumps(record.turns, ensure_ascii=False)
+    example = self._serializer.serialize_example(self._features.encode_example({
+      "id": record.id, "images": list(record.images), "text": record.text, "conversations": conversations,
+      "meta": json.dumps({**meta, "sha256": hashes}, ensure_ascii=False),
+    }))
+    self._writer.write(example)
+    outline = [record.id, len(record.images), record.text, record.turns]
+    self._outlines.write(json.dumps(outline, ensure_ascii=False).encode("utf-8") + b"\n")
+    self.records += 1
+    self.images += len(record.images)
+    self.bytes += len(example)
+
+  def close(self) -> None:
+    self._writer.close()
+    self._outlines.close()
+
+
+def write_metadata(directory: str, task: str, shard_lengths: Sequence[int], num_bytes: int) -> None:
+  """Writes features.json and dataset_info.json for the shards of a directory."""
+  import tensorflow_datasets as tfds
+  template = tfds.core.ShardedFileTemplate(
+    dataset_name=dataset_name(task), data_dir=directory, split="train", filetype_suffix="array_record",
+    template=_TEMPLATE)
+  split = tfds.core.SplitInfo(
+    name="train", shard_lengths=list(shard_lengths), num_bytes=num_bytes, filename_template=template)
+  # check_data would read an example through TensorFlow.
+  tfds.folder_dataset.write_metadata(
+    data_dir=directory, features=features(), split_infos=[split], filename_template=_TEMPLATE, check_data=False,
+    description=f"Records for JanusFlow, task {task}, schema {SCHEMA}.")
+
+
+class PreparedSource:
+  """The records of a prepared data set; a `Source`."""
+
+  def __init__(self, directory: str, task: str):
+    """Opens a directory.
+
+    Raises:
+      UserError: it is not a whole prepared data set of this task.
+    """
+    from array_record.python import array_record_data_source
+    self._directory = directory
+    summary = read_summary(directory)
+    if summary["task"] != task:
+      raise UserError(f"{directory} holds {summary['task']} records and stands in data.sources.{task}: "
+                      f"prepare the source again with --task={task}")
+    lengths = summary["shard_lengths"]
+    paths = [os.path.join(directory, shard_name(task, i, len(lengths))) for i in range(len(lengths))]
+    self._outlines = [os.path.join(directory, outline_name(i, len(lengths))) for i in range(len(lengths))]
+    for path in paths + self._outlines:
+      if not os.path.isfile(path):
+        raise UserError(f"{path} is missing: prepare the source again")
+    self._offsets = np.concatenate([[0], np.cumsum(lengths)]).tolist()
+    self._shards = [array_record_data_source.ArrayRecordDataSource([path]) for path in paths]
+    self._features = features()
+
+  def __len__(self) -> int:
+    return self._offsets[-1]
+
+  def __getitem__(self, index: int) -> Record:
+    """Returns a record.
+
+    Raises:
+      RecordError: the record is damaged ("corrupt"), or an image differs from what was stored ("checksum").
+    """
+    shard = bisect.bisect_right(self._offsets, index) - 1
+    where = f"record {index} of {self._directory}"
+    try:
+      example = self._features.deserialize_example_np(self._shards[shard][index - self._offsets[shard]])
+      meta = json.loads(example["meta"])
+      turns = tuple(Turn(*turn) for turn in json.loads(example["conversations"]))
+      record = Record(example["id"].decode(), tuple(bytes(i) for i in example["images"]), example["text"].decode(),
+                      turns)
+      hashes = meta["sha256"]
+    except Exception as error:  # the readers raise what the damage makes of them
+      raise RecordError("corrupt", f"{where} cannot be read ({type(error).__name__})") from None
+    if [hashlib.sha256(image).hexdigest() for image in record.images] != hashes:
+      raise RecordError("checksum", f"an image of {where} is not what was stored")
+    return record
+
+  def outlines(self) -> Iterator[Record]:
+    """Yields the records in order without reading their images, each of which is None.
+
+    Raises:
+      UserError: an outline file is damaged.
+    """
+    for path in self._outlines:
+      try:
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+          for line in lines:
+            name, images, text, turns = json.loads(line)
+            yield Record(name, (None,) * images, text, tuple(Turn(*turn) for turn in turns))
+      except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}): prepare the source again") from None
+
+
+def read_summary(directory: str) -> dict[str, Any]:
+  """Returns the summary of a prepared data set.
+
+  Raises:
+    UserError: the directory is not one, or was written with another schema.
+  """
+  path = os.path.join(directory, SUMMARY)
+  try:
+    with open(path, encoding="utf-8") as file:
+      summary = json.load(file)
+    schema, _, _ = summary["schema"], summary["task"], summary["shard_lengths"]
+  except (OSError, ValueError, KeyError, TypeError):
+    raise UserError(f"{directory} is not a data set that `jflow prepare` wrote (no readable {SUMMARY})") from None
+  if schema != SCHEMA:
+    raise UserError(f"{directory} has schema {schema}, and this version reads schema {SCHEMA}: prepare it again")
+  return summary
