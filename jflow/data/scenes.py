@@ -1,0 +1,293 @@
+"""The pictures of the shapes world: what may stand in one, how it is drawn, what training never shows.
+
+Places and radii are fractions of the side of the picture, x to the right and y down, so that one scene can be
+drawn at any size. Everything random comes from `rng.random()`, a stream that no version of Python or NumPy
+changes; `random.Random` and `numpy.random.Generator` both serve.
+"""
+
+import collections
+import functools
+import itertools
+import math
+import random
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
+COLORS = {  # GenEval's names; sRGB
+  "red": (214, 38, 40),
+  "orange": (245, 140, 20),
+  "yellow": (245, 222, 48),
+  "green": (38, 150, 64),
+  "blue": (40, 88, 212),
+  "purple": (128, 56, 176),
+  "pink": (246, 140, 196),
+  "brown": (122, 72, 34),
+  "black": (22, 22, 22),
+  "white": (252, 252, 252),
+}
+# Radius, half the side of the box around the object.
+SIZES = {"small": (0.135, 0.160), "large": (0.200, 0.235)}
+# Relation -> (axis, sign of the first's center minus the second's), and what the second then is to the first.
+RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
+INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+SPLITS = ("train", "val", "held_out")
+# GenEval's six, and scenes of three or four different objects, which are only trained on.
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+SEVERAL = "several"
+
+# What training neither shows nor says. Every shape and every color is seen in other combinations.
+HELD_OUT_PAIRS = frozenset((SHAPES[i % 8], tuple(COLORS)[(3 * i + i // 8) % 10]) for i in range(12))
+HELD_OUT_COUNTS = frozenset({("star", 4), ("ring", 3), ("square", 2), ("heart", 4)})
+HELD_OUT_RELATIONS = frozenset({  # each with its inverse: a heart right of a star is held out, too
+  ("star", "left of", "heart"), ("circle", "above", "cross"), ("ring", "right of", "square"),
+  ("triangle", "below", "diamond"),
+})
+PAIRS = tuple(itertools.product(SHAPES, COLORS))
+SEEN_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT_PAIRS)
+
+BACKGROUND = 168  # gray
+JITTER = 8  # of each channel of each fill, and of the background's gray
+GAP = 0.045  # least distance between the boxes of two objects
+MARGIN = 0.02  # least distance from a box to the edge of the picture
+SLANT = 0.45  # largest ratio of the offset across a relation to the offset along it
+SUPERSAMPLING = 4
+RING_HOLE = 0.56  # radius of the hole to that of the ring
+
+T = TypeVar("T")
+Rng = random.Random | np.random.Generator
+
+
+class Object(NamedTuple):
+  """One object of a scene."""
+
+  shape: str  # of SHAPES
+  color: str  # of COLORS
+  size: str  # of SIZES
+  x: float  # center of its box
+  y: float
+  r: float  # half the side of its box
+
+
+class Scene(NamedTuple):
+  """A picture before it is drawn. Picklable; objects neither touch each other nor the edge."""
+
+  objects: tuple[Object, ...]
+  background: int  # gray, in [0, 255]
+  fills: tuple[tuple[int, int, int], ...]  # RGB of each object, in [0, 255]: its color, jittered
+
+  def render(self, size: int) -> np.ndarray:
+    """Draws the scene.
+
+    Args:
+      size: side of the picture in pixels.
+
+    Returns:
+      uint8[size, size, 3], RGB, always the same for the same scene.
+    """
+    side = SUPERSAMPLING * size
+    background = (self.background,) * 3
+    image = Image.new("RGB", (side, side), background)
+    draw = ImageDraw.Draw(image)
+    for thing, fill in zip(self.objects, self.fills):
+      center = (thing.x * side - 0.5, thing.y * side - 0.5)
+      outline = OUTLINES[thing.shape] * (thing.r * side)
+      draw.polygon((outline + center).ravel().tolist(), fill=fill)
+      if thing.shape == "ring":
+        draw.polygon((RING_HOLE * outline + center).ravel().tolist(), fill=background)
+    return np.array(image.reduce(SUPERSAMPLING))
+
+
+class Combination(NamedTuple):
+  """What a prompt says of its picture. See `combinations`."""
+
+  tag: str
+  pairs: tuple[tuple[str, str | None], ...]  # (shape, color); None: the prompt does not name the color
+  count: int = 1  # of the only pair; 1 where there are several pairs
+  relation: str | None = None  # of the first pair to the second
+
+
+def held_out(scene: Scene) -> bool:
+  """Returns whether a scene shows anything that is held out.
+
+  For a held-out relation the side alone counts: a star anywhere left of a heart, however far above it.
+  """
+  objects = scene.objects
+  counts = collections.Counter(thing.shape for thing in objects)
+  return (any((thing.shape, thing.color) in HELD_OUT_PAIRS for thing in objects)
+          or any(counts[shape] == count for shape, count in HELD_OUT_COUNTS)
+          or any(_lies(a, relation, b) for first, relation, second in HELD_OUT_RELATIONS
+                 for a in objects if a.shape == first for b in objects if b.shape == second))
+
+
+def relation_held_out(first: str, relation: str, second: str) -> bool:
+  """Returns whether a relation between two shapes is held out, said from either side."""
+  return ((first, relation, second) in HELD_OUT_RELATIONS
+          or (second, INVERSE[relation], first) in HELD_OUT_RELATIONS)
+
+
+def relation(a: Object, b: Object) -> str | None:
+  """Returns what `a` clearly is to `b`: apart along one axis and nearly level along the other; or None."""
+  offset = (a.x - b.x, a.y - b.y)
+  axis = int(abs(offset[1]) > abs(offset[0]))
+  if abs(offset[axis]) <= a.r + b.r or abs(offset[1 - axis]) > SLANT * abs(offset[axis]):
+    return None
+  return next(name for name, side in RELATIONS.items() if side == (axis, 1 if offset[axis] > 0 else -1))
+
+
+@functools.cache
+def combinations(tag: str, unseen: bool) -> tuple[Combination, ...]:
+  """Returns everything that prompts of a tag can say.
+
+  Args:
+    tag: of TAGS.
+    unseen: only what is held out, or else only what is not. "single_object" and "two_object" name no color,
+      so that none of their prompts is unseen.
+  """
+  if tag == "single_object":
+    return () if unseen else tuple(Combination(tag, ((shape, None),)) for shape in SHAPES)
+  if tag == "two_object":
+    return () if unseen else tuple(
+      Combination(tag, ((a, None), (b, None))) for a, b in itertools.permutations(SHAPES, 2))
+  if tag == "counting":
+    return tuple(Combination(tag, ((shape, None),), count) for shape in SHAPES for count in (2, 3, 4)
+                 if ((shape, count) in HELD_OUT_COUNTS) == unseen)
+  if tag == "colors":
+    return tuple(Combination(tag, (pair,)) for pair in PAIRS if (pair in HELD_OUT_PAIRS) == unseen)
+  if tag == "position":
+    return tuple(Combination(tag, ((a, None), (b, None)), 1, name)
+                 for a, b in itertools.permutations(SHAPES, 2) for name in RELATIONS
+                 if relation_held_out(a, name, b) == unseen)
+  return tuple(Combination(tag, (a, b)) for a, b in itertools.permutations(PAIRS, 2)
+               if a[0] != b[0] and a[1] != b[1] and bool(HELD_OUT_PAIRS & {a, b}) == unseen)
+
+
+def sample(tag: str, split: str, rng: Rng) -> tuple[Scene, Combination]:
+  """Returns a scene and what a prompt of this tag says of it.
+
+  Args:
+    tag: of TAGS, or SEVERAL.
+    split: of SPLITS. In "held_out" every scene shows something that is held out, in the others none does.
+    rng: see the top of the module.
+  """
+  unseen = split == "held_out"
+  while True:
+    combination = _draw(tag, unseen, rng)
+    scene = _compose(combination, unseen, rng)
+    if held_out(scene) == unseen:
+      return scene, combination
+
+
+def pick(rng: Rng, items: Sequence[T]) -> T:
+  """Returns one of the items."""
+  return items[int(rng.random() * len(items))]
+
+
+def shuffled(rng: Rng, items: Sequence[T]) -> list[T]:
+  """Returns the items in random order."""
+  return [item for _, _, item in sorted((rng.random(), i, item) for i, item in enumerate(items))]
+
+
+def _draw(tag: str, unseen: bool, rng: Rng) -> Combination:
+  if tag != SEVERAL:
+    return pick(rng, combinations(tag, unseen) or combinations(tag, False))
+  pairs = pick(rng, combinations("color_attr", unseen)).pairs
+  for _ in range(1 + int(rng.random() < 0.5)):
+    pairs += (pick(rng, [pair for pair in SEEN_PAIRS if pair not in pairs]),)
+  return Combination(tag, tuple(shuffled(rng, pairs)))
+
+
+def _compose(combination: Combination, unseen: bool, rng: Rng) -> Scene:
+  """Chooses what the combination leaves open: colors, sizes, places."""
+  pairs = [(shape, color or pick(rng, _colors(shape, False))) for shape, color in combination.pairs]
+  if unseen and combination.tag in ("single_object", "two_object"):
+    number = int(rng.random() * len(pairs))
+    pairs[number] = (pairs[number][0], pick(rng, _colors(pairs[number][0], True)))
+  pairs *= combination.count
+  sizes = ["small"] * len(pairs)
+  # Two large objects do not fit side by side, and a large one would make counting a matter of area.
+  if combination.count == 1 and len(pairs) <= 2 and rng.random() < 0.5:
+    sizes[int(rng.random() * len(pairs))] = "large"
+  radii = [low + (high - low) * rng.random() for low, high in (SIZES[size] for size in sizes)]
+  if combination.relation:
+    places = _related(radii, combination.relation, rng)
+  else:
+    places = _scattered(radii, rng)
+  objects = tuple(Object(*pair, size, x, y, r) for pair, size, (x, y), r in zip(pairs, sizes, places, radii))
+  background = BACKGROUND + _jitter(rng)
+  fills = tuple(tuple(min(255, max(0, c + _jitter(rng))) for c in COLORS[thing.color]) for thing in objects)
+  return Scene(objects, background, fills)
+
+
+@functools.cache
+def _colors(shape: str, unseen: bool) -> tuple[str, ...]:
+  return tuple(color for color in COLORS if ((shape, color) in HELD_OUT_PAIRS) == unseen)
+
+
+def _jitter(rng: Rng) -> int:
+  return int(rng.random() * (2 * JITTER + 1)) - JITTER
+
+
+def _scattered(radii: Sequence[float], rng: Rng) -> list[tuple[float, float]]:
+  """Returns places anywhere, at least GAP apart."""
+  while True:
+    places: list[tuple[float, float]] = []
+    for r in radii:
+      low, span = r + MARGIN, 1 - 2 * (r + MARGIN)
+      x, y = low + span * rng.random(), low + span * rng.random()
+      if any(max(abs(x - u), abs(y - v)) < r + s + GAP for (u, v), s in zip(places, radii)):
+        break
+      places.append((x, y))
+    else:
+      return places
+
+
+def _related(radii: Sequence[float], name: str, rng: Rng) -> list[tuple[float, float]]:
+  """Returns the places of two objects, the first in the given relation to the second."""
+  low = [r + MARGIN for r in radii]
+  least, most = sum(radii) + GAP, 1 - sum(low)
+  axis, sign = RELATIONS[name]
+  before, after = (0, 1) if sign < 0 else (1, 0)
+  while True:
+    offset = least + (most - least) * rng.random()
+    along, across = [0.0, 0.0], [0.0, 0.0]
+    along[before] = low[before] + (most - offset) * rng.random()
+    along[after] = along[before] + offset
+    across[0] = low[0] + (1 - 2 * low[0]) * rng.random()
+    across[1] = across[0] + SLANT * offset * (2 * rng.random() - 1)
+    if low[1] <= across[1] <= 1 - low[1]:
+      return [(a, b) if axis == 0 else (b, a) for a, b in zip(along, across)]
+
+
+def _lies(a: Object, name: str, b: Object) -> bool:
+  axis, sign = RELATIONS[name]
+  return sign * ((a.x, a.y)[axis] - (b.x, b.y)[axis]) > 0
+
+
+def _outlines() -> dict[str, np.ndarray]:
+  """Returns float[n, 2]: the corners (x, y) of each shape in the box from -1 to 1; the star reaches 1.08."""
+  turn = 2 * math.pi * np.arange(64) / 64
+  circle = np.stack([np.cos(turn), np.sin(turn)], 1)
+  height = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
+  heart = np.stack([np.sin(turn) ** 3, -(height + 2.55) / 16], 1)
+  points = math.pi * (np.arange(10) / 5 - 0.5)
+  reach = np.where(np.arange(10) % 2 == 0, 1.08, 0.40)
+  arm = 0.31
+  quarter = np.array([(arm, -1), (arm, -arm), (1, -arm)])
+  turns = (np.array([[c, s], [-s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1)))
+  return {
+    "circle": circle,
+    "square": 0.88 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]),
+    "triangle": np.array([(0, -0.95), (1, 0.80), (-1, 0.80)]),
+    "diamond": np.array([(0, -1), (1, 0), (0, 1), (-1, 0)]),
+    "star": reach[:, None] * np.stack([np.cos(points), np.sin(points)], 1),
+    "cross": np.concatenate([quarter @ matrix for matrix in turns]),
+    "ring": circle,
+    "heart": heart,
+  }
+
+
+OUTLINES = _outlines()
