@@ -109,5 +109,5 @@ NEW_PARTS = (  # linear aligners, g_enc, g_dec, REPA head (001 section 3.3)
   "generation_decoder",
   "alignment_head",
 )
-SIGLIP = ("understanding_encoder/(?!pool)",)
-NEVER = ("understanding_encoder/pool", "vae")  # the pooling head is carried along unused; the VAE is frozen
+SIGLIP = ("understanding_encoder/(?!head).*",)
+NEVER = ("understanding_encoder/head", "vae")  # the pooling head is carried along unused; the VAE is frozen

@@ -116,6 +116,11 @@ class JanusFlow(nn.Module):
     """[..., D] -> f32[..., V]."""
     return self.language_model.logits(hidden)
 
+  def assemble(self, tokens_BS: jax.Array, slots_BZD: jax.Array, image_index_BS: jax.Array) -> jax.Array:
+    """The LLM's input: token embeddings, and image slots where `image_index` is not -1. [B, S, D]."""
+    images_BSD = jnp.take_along_axis(slots_BZD, jnp.maximum(image_index_BS, 0)[..., None], axis=1)
+    return jnp.where(image_index_BS[..., None] >= 0, images_BSD, self.embed(tokens_BS))
+
   def backbone(
     self, x_BSD: jax.Array, positions_BS: jax.Array, segments_BS: jax.Array, cache: Cache | None = None
   ) -> Output:
@@ -180,9 +185,7 @@ class JanusFlow(nn.Module):
     slots = jnp.where(flat(batch.image_kind == READ)[:, None, None], self.read_slots(features), written)
     slots = slots.reshape(b, m * slots.shape[1], -1)
 
-    index_BS = jnp.maximum(batch.image_index, 0)
-    images_BSD = jnp.take_along_axis(slots, index_BS[..., None], axis=1)
-    x_BSD = jnp.where(batch.image_index[..., None] >= 0, images_BSD, self.embed(batch.tokens))
+    x_BSD = self.assemble(batch.tokens, slots, batch.image_index)
     out = self.backbone(x_BSD, batch.positions, batch.segment_ids)
 
     zero = jnp.zeros((), jnp.float32)
@@ -215,5 +218,4 @@ class JanusFlow(nn.Module):
     c = self.config
     wanted = ("text", "flow") + (("alignment",) if c.alignment_width else ())
     self.losses(batch, draws, wanted + (("contrastive",) if c.contrastive else ()))
-    self.understanding_encoder.pool(self.features(normalise(batch.images[:, 0])))
     self.decode(draws.noise[:, 0])

@@ -154,7 +154,8 @@ def start_params(config: Config, model: JanusFlow, mesh: jax.sharding.Mesh, pipe
   for path in set(wanted) & set(source):
     if wanted[path].shape != source[path].shape:
       raise UserError(f"{train['init_from']}: {path} has shape {tuple(source[path].shape)}, this model needs {wanted[path].shape}")
-  new = flatten_dict(sharding.create(fresh, mesh), sep="/") if missing else {}
+  only_missing = lambda: {p: x for p, x in flatten_dict(fresh(), sep="/").items() if p in missing}
+  new = sharding.create(only_missing, mesh) if missing else {}
   flat = {
     path: new[path] if path in missing else jax.device_put(np.asarray(source[path], like.dtype), where[path])
     for path, like in wanted.items()

@@ -1,0 +1,227 @@
+"""A loaded model with its tokenizer: `generate` paints, `understand` answers."""
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from jflow import flow
+from jflow.data import examples, images
+from jflow.data.images import ImageError
+from jflow.data.tokenizer import Tokenizer
+from jflow.errors import UserError
+from jflow.inference import painting, reading
+from jflow.models.janusflow import JanusFlow
+
+_BUCKET = 32  # prompts are padded to a multiple of this, so that a new length rarely compiles
+
+
+def bucket(length: int) -> int:
+  """The smallest multiple of the bucket size that holds `length`."""
+  return -(-length // _BUCKET) * _BUCKET
+
+
+class Pipeline:
+  """A model ready to paint and to answer. Made by `jflow.load`."""
+
+  def __init__(self, model: JanusFlow, params: Any, tokenizer: Tokenizer, template: str, can_paint: bool = True):
+    """`template`: "plain" (stages 1, 2) or "chat" (stage 3, the release); `can_paint`: the VAE is there."""
+    self.model, self.tokenizer, self.template = model, tokenizer, template
+    self.params, self._can_paint = jax.device_put(params), can_paint
+
+  def generate(
+    self,
+    prompts: str | Sequence[str],
+    steps: int = 30,
+    guidance: float = 2.0,
+    seed: int = 0,
+    noise: np.ndarray | None = None,
+    *,
+    num_images: int = 1,
+    solver: str = "euler",
+    shift: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+    precision: str = "exact",
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+  ) -> list[Image.Image]:
+    """Paints `num_images` pictures per prompt; a picture depends on its prompt and seed, never on its batch.
+
+    Args:
+      prompts: one or several texts.
+      steps: solver steps (30 in the paper).
+      guidance: w of eq. 5: 1 follows the prompt without guidance, 0 ignores it, 2 is the paper's for FID.
+      seed: picture j of a prompt starts from the noise of seed + j.
+      noise: f32[N, C, h, w] latents at time 0 (PyTorch's layout) in place of the seed, N = prompts x num_images.
+      num_images: pictures per prompt.
+      solver: "euler", "heun" or "midpoint".
+      shift: of the time grid, 1 is even (see `flow.time_grid`).
+      interval: guidance acts at these times only.
+      precision: "exact" (f32 state and time) or "release" (bf16 state, time and step as the published loop).
+      batch_size: pictures painted at once.
+      progress: called with (pictures done, pictures in all).
+
+    Returns:
+      PIL images, the pictures of the first prompt first.
+
+    Raises:
+      UserError: a value out of its range, an empty prompt or one longer than the context.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    self._check_painting(prompts, steps, guidance, num_images, solver, shift, precision, batch_size)
+    c = self.model.config
+    room = c.language_model.context - 1 - c.patches
+    ids = [examples.generation_prompt(p, self.template, self.tokenizer, room) for p in prompts]
+    ids = [x for x in ids for _ in range(num_images)]
+    shape = (c.latent_size, c.latent_size, c.autoencoder.latent_channels)
+    if noise is None:
+      start = [jax.random.normal(jax.random.key(seed + j), shape) for j in range(num_images)] * len(prompts)
+      start = np.asarray(jnp.stack(start))
+    else:
+      want = (len(ids), shape[2], shape[0], shape[1])
+      if noise.shape != want:
+        raise UserError(f"noise has shape {noise.shape}, it must be {want} (pictures, channels, height, width)")
+      start = np.asarray(noise, np.float32).transpose(0, 2, 3, 1)
+    grid = flow.time_grid(steps, shift)
+    out: list[Image.Image] = []
+    for at in range(0, len(ids), batch_size):
+      group, z = ids[at : at + batch_size], start[at : at + batch_size]
+      tokens, lengths = _pad(group, self.tokenizer.pad)
+      pixels = painting.paint(
+        self.model, self.params, tokens, lengths, z, grid, jnp.float32(guidance), jnp.asarray(interval, jnp.float32),
+        solver=solver, guided=guidance != 1.0, release=precision == "release",
+      )  # fmt: skip
+      out.extend(to_image(x) for x in np.asarray(pixels))
+      if progress:
+        progress(len(out), len(ids))
+    return out
+
+  def _check_painting(self, prompts, steps, guidance, num_images, solver, shift, precision, batch_size) -> None:
+    def need(ok: bool, message: str) -> None:
+      if not ok:
+        raise UserError(message)
+
+    need(self._can_paint, "this checkpoint has no VAE, so it can answer but not paint: give the VAE's directory (--vae=DIR)")
+    need(bool(prompts), "give at least one prompt")
+    need(steps >= 1, f"steps={steps} must be at least 1")
+    need(bool(np.isfinite(guidance)) and (guidance >= 1 or guidance == 0),
+         f"guidance={guidance} must be at least 1 (1: none), or 0 (ignore the prompt)")  # fmt: skip
+    need(num_images >= 1, f"num_images={num_images} must be at least 1")
+    need(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
+    need(solver in flow.SOLVERS, f"solver={solver!r} must be one of {', '.join(flow.SOLVERS)}")
+    need(bool(np.isfinite(shift)) and shift > 0, f"shift={shift} must be positive")
+    need(precision in ("exact", "release"), f"precision={precision!r} must be 'exact' or 'release'")
+    need(precision == "exact" or (solver == "euler" and shift == 1.0), "precision='release' goes with solver='euler' and shift=1")
+
+  def understand(
+    self,
+    messages: str | Sequence[Any],
+    images: Sequence[Any] = (),
+    max_tokens: int = 512,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    system: str = "",
+    stream: Callable[[str], None] | None = None,
+  ) -> str:
+    """Answers the last question of a conversation.
+
+    Args:
+      messages: a question, or turns {"role": "user" | "assistant", "content": text}. "<image>" marks say where
+        the images stand; without any, they stand before the first question.
+      images: paths, encoded bytes, PIL images or uint8[H, W, 3] arrays.
+      max_tokens: longest answer.
+      temperature: 0 is greedy.
+      top_p: mass of the nucleus to sample from.
+      seed: of the sampling.
+      system: system prompt; the release's own is `jflow.data.examples.SYSTEM_PROMPT`.
+      stream: called with each new piece of the answer.
+
+    Raises:
+      UserError: an unreadable image, a value out of its range, a prompt longer than the context.
+    """
+    if max_tokens < 1:
+      raise UserError(f"max_tokens={max_tokens} must be at least 1")
+    if not (np.isfinite(temperature) and temperature >= 0):
+      raise UserError(f"temperature={temperature} must be at least 0")
+    if not 0 < top_p <= 1:
+      raise UserError(f"top_p={top_p} must be in (0, 1]")
+    c = self.model.config
+    prompt = examples.chat_prompt(
+      _with_marks(messages, len(images)), len(images), self.tokenizer, c.patches, self.template, system,
+      context=c.language_model.context - 1,
+    )  # fmt: skip
+    pixels = np.zeros((1, len(images), c.image_size, c.image_size, 3), np.uint8)
+    for i, image in enumerate(images):
+      pixels[0, i] = prepare_image(image, c.image_size)
+    tokens, lengths = _pad([prompt.tokens], self.tokenizer.pad)
+    index = np.full(tokens.shape, -1, np.int32)
+    for i, start in enumerate(prompt.image_starts):
+      index[0, start : start + 1 + c.patches] = i * (1 + c.patches) + np.arange(1 + c.patches)
+    budget = min(max_tokens, c.language_model.context - len(prompt.tokens))
+    logits, cache = reading.prefill(
+      self.model, self.params, tokens, lengths, pixels, index, slots=tokens.shape[1] + bucket(budget)
+    )
+    answer: list[int] = []
+    said = ""
+    key = jax.random.key(seed)
+    for i in range(budget):
+      token = reading.pick(logits, jax.random.fold_in(key, i), jnp.float32(temperature), jnp.float32(top_p))
+      if int(token[0]) == self.tokenizer.eos:
+        break
+      answer.append(int(token[0]))
+      text = self.tokenizer.decode(answer)
+      if stream and not text.endswith("\ufffd"):  # half of a character waits for its other bytes
+        stream(text[len(said) :])
+        said = text
+      if i + 1 < budget:
+        logits, cache = reading.decode(self.model, self.params, token, lengths + i, cache)
+    text = self.tokenizer.decode(answer)
+    if stream and text != said:
+      stream(text[len(said) :])
+    return text.strip()
+
+
+def to_image(pixels: np.ndarray) -> Image.Image:
+  """f32[H, W, 3] about [-1, 1] -> PIL image; clipped, then truncated to uint8 as the release does."""
+  return Image.fromarray(((np.clip(pixels, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8))
+
+
+def prepare_image(image: Any, size: int) -> np.ndarray:
+  """A path, bytes, PIL image or array -> uint8[size, size, 3], resized and padded for reading."""
+  name = str(image) if isinstance(image, (str, pathlib.Path)) else "the image"
+  if isinstance(image, (str, pathlib.Path)):
+    try:
+      image = pathlib.Path(image).read_bytes()
+    except OSError as error:
+      raise UserError(f"image {name} cannot be read: {error.strerror}") from error
+  elif isinstance(image, Image.Image):
+    image = np.asarray(image.convert("RGB"))
+  try:
+    return images.for_understanding(image, size)
+  except ImageError as error:
+    raise UserError(f"{name} is not a readable PNG, JPEG or WebP image: {error}") from error
+
+
+def _with_marks(messages: str | Sequence[Any], count: int) -> Sequence[Any]:
+  """Puts one image mark per image before the first question, where the messages hold none."""
+  turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [
+    m._asdict() | {"content": m.text} if hasattr(m, "_asdict") else dict(m) for m in messages
+  ]  # fmt: skip
+  mark = examples.IMAGE_MARK
+  if turns and count and not any(mark in str(t.get("content", "")) for t in turns):
+    turns[0] = turns[0] | {"content": mark * count + "\n" + str(turns[0].get("content", ""))}
+  return turns
+
+
+def _pad(ids: Sequence[np.ndarray], pad: int) -> tuple[np.ndarray, np.ndarray]:
+  lengths = np.asarray([len(x) for x in ids], np.int32)
+  tokens = np.full((len(ids), bucket(int(lengths.max()))), pad, np.int32)
+  for row, x in zip(tokens, ids):
+    row[: len(x)] = x
+  return tokens, lengths
