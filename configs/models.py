@@ -101,12 +101,12 @@ def shapes() -> dict:
   return dict(
     language_model=dict(
       vocabulary_size=1024,
-      width=192,
-      mlp_width=512,
+      width=128,
+      mlp_width=352,
       layers=6,
       heads=4,
       kv_heads=4,
-      head_width=48,
+      head_width=32,
       rms_norm_epsilon=1e-6,
       rope_theta=10_000.0,
       context=512,
@@ -114,14 +114,14 @@ def shapes() -> dict:
     understanding_encoder=dict(
       image_size=64,
       patch_size=8,
-      width=128,
+      width=96,
       mlp_width=256,
       layers=3,
       heads=4,
       layer_norm_epsilon=1e-6,
       gelu="erf",
     ),
-    generation=dict(width=96, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6),
+    generation=dict(width=64, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6),
     autoencoder=dict(
       kind="patch_pca",
       latent_channels=8,
@@ -133,6 +133,6 @@ def shapes() -> dict:
       window=8,
     ),
     alignment_layer=2,
-    alignment_width=192,
+    alignment_width=128,
     contrastive=False,
   )

@@ -1,0 +1,39 @@
+"""`jflow.load`: opens an official or a jflow checkpoint directory for inference."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from jflow.data.tokenizer import Tokenizer
+from jflow.errors import UserError
+from jflow.inference.pipeline import Pipeline
+from jflow.interop.checkpoints import read_checkpoint
+from jflow.models.janusflow import JanusFlow
+
+
+def load(path: str | pathlib.Path, *, vae: str | pathlib.Path | None = None, dtype: str | None = None, weights: str = "ema") -> Pipeline:
+  """Opens a checkpoint and returns a `Pipeline` with `generate` and `understand`.
+
+  Args:
+    path: an official directory (config.json and safetensors, no conversion needed) or a jflow one: a workdir,
+      its checkpoints/ folder or one step.
+    vae: directory of the SDXL-VAE for an official checkpoint that holds none; without one it can only answer.
+    dtype: compute dtype, "float32" or "bfloat16"; default: float32 on a CPU, bfloat16 elsewhere.
+    weights: "ema" or "raw", for a checkpoint of jflow's own training.
+
+  Raises:
+    UserError: what is missing or wrong, in one line.
+  """
+  if dtype not in (None, "float32", "bfloat16"):
+    raise UserError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
+  found = read_checkpoint(path, vae=vae, weights=weights)
+  tokenizer = Tokenizer.load(found.tokenizer)
+  if tokenizer.vocabulary_size > found.config.language_model.vocabulary_size:
+    raise UserError(
+      f"{found.tokenizer} has {tokenizer.vocabulary_size} ids, more than the model's "
+      f"{found.config.language_model.vocabulary_size}: it belongs to another model"
+    )
+  compute = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+  model = JanusFlow(found.config, compute, remat="none", unroll=1)
+  return Pipeline(model, found.params, tokenizer, found.template, found.has_vae)
