@@ -1,10 +1,10 @@
 """Packing: a static plan says which samples share a row, and `pack` lays them out.
 
-Whole samples are placed by first fit decreasing inside windows of records, against the row's token and image
-budgets. Documents are cut where a row ends, so that text rows are full.
+Whole samples are placed against the row's token and image budgets. Documents are cut where a row ends, so that
+text rows are full.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +13,6 @@ from jflow import batch as batch_lib
 from jflow.batch import Batch, RowShape
 from jflow.data.examples import Sample
 
-WINDOW = 2048
 # A document is not begun, and not cut, so that a piece shorter than this stands in a row.
 MIN_PIECE = 16
 
@@ -31,32 +30,36 @@ class Plan(NamedTuple):
     return len(self.row_offsets) - 1
 
 
-def plan(lengths: np.ndarray, shape: RowShape) -> Plan:
+def plan(lengths: np.ndarray, shape: RowShape, seed: int) -> Plan:
   """Places whole samples in rows. A sample that no row can hold is left out, as is one of length 0.
+
+  Only the sizes matter, and there are few: a pattern of sizes that fills a row is found once and used until one
+  of its sizes runs out. Which records of a size share a row is random.
 
   Args:
     lengths: int[N, 2]; tokens and images of each sample.
     shape: the row's budgets.
-
-  Returns:
-    The plan; records of a window of `WINDOW` stay together, longest first in each row.
+    seed: chooses among records of the same size.
   """
-  limits = np.array([shape.tokens, shape.images], np.int64)
   lengths = np.asarray(lengths, np.int64)
-  usable = np.flatnonzero((lengths[:, 0] > 0) & (lengths <= limits).all(axis=1))
-  rows: list[list[int]] = []
-  for start in range(0, len(usable), WINDOW):
-    window = usable[start:start + WINDOW]
-    tokens, images = lengths[window].T
-    # Samples with more of what is scarcer come first; the sort is stable, so that the plan is too.
-    need = np.maximum(tokens / limits[0], images / max(limits[1], 1))
-    order = np.argsort(-need, kind="stable")
-    rows.extend(_first_fit(window[order].tolist(), tokens[order].tolist(), images[order].tolist(), limits.tolist()))
-  record_ids = np.fromiter((r for row in rows for r in row), np.int64)
-  row_offsets = np.zeros(len(rows) + 1, np.int64)
-  np.cumsum([len(row) for row in rows], out=row_offsets[1:])
-  return Plan(row_offsets, record_ids, np.zeros(len(record_ids), np.int32),
-              lengths[record_ids, 0].astype(np.int32))
+  usable = np.flatnonzero((lengths[:, 0] > 0) & (lengths <= (shape.tokens, shape.images)).all(axis=1))
+  keys = lengths[usable, 1] * (shape.tokens + 1) + lengths[usable, 0]
+  shuffled = np.random.default_rng(seed).permutation(len(usable))
+  order = usable[shuffled[np.argsort(keys[shuffled], kind="stable")]]
+  counts = np.bincount(keys, minlength=(shape.images + 1) * (shape.tokens + 1))
+  taken = np.cumsum(counts) - counts  # where the unused records of each size begin in `order`
+  record_ids, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+  for pattern, times in _patterns(counts.reshape(shape.images + 1, shape.tokens + 1)):
+    columns = np.empty((times, len(pattern)), np.int64)
+    for column, (images, tokens) in enumerate(pattern):
+      key = images * (shape.tokens + 1) + tokens
+      columns[:, column] = order[taken[key]:taken[key] + times]
+      taken[key] += times
+    record_ids.append(columns.ravel())
+    sizes.append(np.full(times, len(pattern)))
+  record_ids = np.concatenate(record_ids)
+  row_offsets = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
+  return Plan(row_offsets, record_ids, np.zeros(len(record_ids), np.int32), lengths[record_ids, 0].astype(np.int32))
 
 
 def plan_documents(lengths: np.ndarray, row_tokens: int, seed: int) -> Plan:
@@ -71,27 +74,33 @@ def plan_documents(lengths: np.ndarray, row_tokens: int, seed: int) -> Plan:
   """
   lengths = np.asarray(lengths, np.int64)
   order = np.random.default_rng(seed).permutation(np.flatnonzero(lengths > 0))
-  record_ids, starts, stops, row_offsets = [], [], [], [0]
-  room = row_tokens
-  for record, length in zip(order.tolist(), lengths[order].tolist()):
-    start = 0
-    # What is left of a document after a cut is worth a piece only where it holds more than EOS, already learned.
-    while length - start > (1 if start else 0):
-      extra = 1 if start else 0
-      take = min(length - start, room - extra)
-      if take < min(MIN_PIECE, length - start):
-        row_offsets.append(len(record_ids))
-        room = row_tokens
-        continue
-      record_ids.append(record)
-      starts.append(start)
-      stops.append(start + take)
-      start += take
-      room -= take + extra
-  if len(record_ids) > row_offsets[-1]:
-    row_offsets.append(len(record_ids))
-  return Plan(np.array(row_offsets, np.int64), np.array(record_ids, np.int64), np.array(starts, np.int32),
-              np.array(stops, np.int32))
+  ends = np.cumsum(lengths[order])  # in the stream of all documents, one behind the other
+  begins = ends - lengths[order]
+  total = int(ends[-1]) if len(ends) else 0
+  starts, stops, position, document = [], [], 0, 0
+  while position < total:
+    inside = position > begins[document]
+    stop = min(position + row_tokens - int(inside), total)
+    document = int(np.searchsorted(ends, stop, side="right"))
+    following = stop
+    if document < len(ends):
+      begin = int(begins[document])
+      if position < begin and stop - begin < MIN_PIECE:
+        stop = following = begin
+      elif stop > begin and ends[document] - stop == 1:  # EOS alone, which the cut has already learned
+        following, document = int(ends[document]), document + 1
+    starts.append(position)
+    stops.append(stop)
+    position = following
+  starts, stops = np.array(starts, np.int64), np.array(stops, np.int64)
+  first = np.searchsorted(ends, starts, side="right")
+  counts = np.searchsorted(ends, stops - 1, side="right") - first + 1
+  row_offsets = np.concatenate([[0], np.cumsum(counts)])
+  row = np.repeat(np.arange(len(counts)), counts)
+  documents = first[row] + np.arange(len(row)) - row_offsets[row]
+  piece_starts = np.maximum(starts[row] - begins[documents], 0).astype(np.int32)
+  piece_stops = (np.minimum(stops[row], ends[documents]) - begins[documents]).astype(np.int32)
+  return Plan(row_offsets, order[documents], piece_starts, piece_stops)
 
 
 def cut(sample: Sample, start: int, stop: int) -> Sample:
@@ -138,22 +147,60 @@ def pack(samples: Sequence[Sample], shape: RowShape) -> Batch:
   return row
 
 
-def _first_fit(records: list[int], tokens: list[int], images: list[int], limits: list[int]) -> list[list[int]]:
-  """Puts each record, in the given order, in the first row that has room for it."""
-  rows: list[list[int]] = []
-  token_room: list[int] = []
-  image_room: list[int] = []
-  first = 0  # rows before it are full
-  for record, t, i in zip(records, tokens, images):
-    for row in range(first, len(rows)):
-      if token_room[row] >= t and image_room[row] >= i:
-        break
-    else:
-      row = len(rows)
-      rows.append([])
-      token_room.append(limits[0])
-      image_room.append(limits[1])
-    rows[row].append(record)
-    token_room[row] -= t
-    image_room[row] -= i
-  return rows
+def _patterns(counts: np.ndarray) -> Iterator[tuple[list[tuple[int, int]], int]]:
+  """Yields (sizes of one row, how many rows are made so) until nothing is left.
+
+  A row begins with the size that needs most of it, goes on with the largest that fits, and ends with the pair
+  that leaves the least room.
+
+  Args:
+    counts: int[images + 1, tokens + 1]; samples of each size; changed.
+  """
+  image_limit, token_limit = counts.shape[0] - 1, counts.shape[1] - 1
+  tokens = np.arange(token_limit + 1)
+  need = np.maximum(tokens / token_limit, np.arange(image_limit + 1)[:, None] / max(image_limit, 1))
+  by_need = [divmod(int(key), token_limit + 1) for key in np.argsort(-need, axis=None, kind="stable")
+             if counts.flat[key]]
+  # floor[m, t]: most tokens, up to t, of the samples left that have up to m images; 0 is none.
+  floor = np.zeros_like(counts)
+
+  def refresh() -> None:
+    left = np.where(counts > 0, tokens, 0)
+    best = np.maximum.accumulate(left, axis=0)
+    np.maximum.accumulate(best, axis=1, out=floor)
+
+  refresh()
+  for first in by_need:
+    while counts[first]:
+      pattern: list[tuple[int, int]] = []
+      size, room, image_room = first, token_limit, image_limit
+      while size is not None:
+        pattern.append(size)
+        counts[size] -= 1
+        if not counts[size]:
+          refresh()
+        room, image_room = room - size[1], image_room - size[0]
+        size = _next(counts, floor, room, image_room)
+      times = 1 + min(int(counts[size]) // pattern.count(size) for size in pattern)
+      for size in pattern:
+        counts[size] -= times - 1
+        if times > 1 and not counts[size]:
+          refresh()
+      yield pattern, times
+
+
+def _next(counts: np.ndarray, floor: np.ndarray, room: int, image_room: int) -> tuple[int, int] | None:
+  """Returns the size to place next in a row, None where nothing fits."""
+  largest = int(floor[image_room, room])
+  if not largest:
+    return None
+  smallest = int(np.argmax(floor[image_room] > 0))
+  if largest < room and room < 3 * smallest:  # at most two more: the pair that fills best
+    images, lengths = np.nonzero(counts[:image_room + 1, :room + 1])
+    together = lengths + floor[image_room - images, room - lengths]
+    best = int(np.argmax(together))
+    return int(images[best]), int(lengths[best])
+  images = image_room
+  while not counts[images, largest]:
+    images -= 1
+  return images, largest

@@ -42,7 +42,7 @@ class Rows:
     if task == "text":
       self.plan = packing.plan_documents(lengths[:, 0], shape.tokens, seed)
     else:
-      self.plan = packing.plan(lengths, shape)
+      self.plan = packing.plan(lengths, shape, seed)
     if not self.plan.rows:
       raise UserError(f"{name}: none of the {len(source):,} {task} records fits a row of {shape.tokens:,} tokens "
                       f"and {shape.images} images; rejected: {dict(self.rejected)}")

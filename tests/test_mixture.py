@@ -1,0 +1,95 @@
+"""The mixture: exact shares, every row once, pure functions of the step and of the row number."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from jflow.batch import TASKS
+from jflow.data import mixture
+from jflow.data.mixture import Interleave, StepPlan
+from jflow.errors import UserError
+
+STAGE2 = ((0, (30, 50, 20)), (10_000, (14, 80, 6)))
+
+
+@pytest.mark.parametrize("weights, rows, expected", [
+  ((50, 50, 0), 512, (256, 256, 0)), ((30, 50, 20), 512, (154, 256, 102)), ((14, 80, 6), 512, (72, 409, 31)),
+  ((21, 70, 9), 256, (54, 179, 23)), ((30, 50, 20), 10, (3, 5, 2)), ((14, 80, 6), 8, (1, 6, 1)),
+  ((0.3, 0.5, 0.2), 10, (3, 5, 2)), ((0, 0, 7), 5, (0, 0, 5)), ((1, 1, 1), 1, (1, 0, 0)),
+])
+def test_rows_per_task(weights, rows, expected):
+  assert mixture.rows_per_task(weights, rows) == expected
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_largest_remainder_is_within_one_of_the_share(seed):
+  rng = np.random.default_rng(seed)
+  weights, total = rng.random(rng.integers(1, 9)) + 1e-3, int(rng.integers(0, 1000))
+  counts = mixture.largest_remainder(weights, total)
+  assert counts.sum() == total
+  assert (np.abs(counts - weights / weights.sum() * total) < 1).all()
+
+
+@pytest.mark.parametrize("weights", [(1, 2), (0, 0, 0), (1, -1, 1), (1, float("nan"), 1), (float("inf"), 1, 1)])
+def test_impossible_weights_are_refused(weights):
+  with pytest.raises(UserError, match="mixture"):
+    mixture.rows_per_task(weights, 8)
+
+
+def test_steps_use_each_row_of_each_task_once_in_order():
+  plan = StepPlan(((0, (30, 50, 20)), (5, (14, 80, 6)), (9, (0, 0, 1))), 16, 14, 0, 1)
+  rows = {task: [] for task in range(3)}
+  for step in range(14):
+    batch = plan[step]
+    tasks = [task for task, _ in batch]
+    assert len(batch) == 16 and tasks == sorted(tasks)
+    assert {TASKS[t]: tasks.count(t) for t in range(3)} == plan.counts(step)
+    for task, row in batch:
+      rows[task].append(row)
+  for numbers in rows.values():
+    assert numbers == list(range(len(numbers)))
+
+
+def test_the_papers_schedule_changes_at_its_step():
+  plan = StepPlan(STAGE2, 512, 390_000, 0, 1)
+  first, second = dict(zip(TASKS, (154, 256, 102))), dict(zip(TASKS, (72, 409, 31)))
+  assert [plan.counts(step) for step in (0, 9_999, 10_000, 389_999)] == [first, first, second, second]
+  assert plan[10_000][0] == (0, 154 * 10_000) and plan[10_001][0] == (0, 154 * 10_000 + 72)
+  assert len(plan) == 390_000
+
+
+@pytest.mark.parametrize("hosts", [2, 4, 8])
+def test_the_hosts_parts_are_the_whole_batch(hosts):
+  whole = StepPlan(STAGE2, 16, 10_010, 0, 1)
+  parts = [StepPlan(STAGE2, 16, 10_010, host, hosts) for host in range(hosts)]
+  for step in (0, 1, 9_999, 10_000, 10_009):
+    assert [row for part in parts for row in part[step]] == whole[step]
+    assert {len(part[step]) for part in parts} == {16 // hosts}
+
+
+def test_impossible_schedules_are_refused():
+  for schedule in ((), ((1, (1, 1, 1)),), ((0, (1, 1, 1)), (0, (1, 0, 0))), ((0, (1, 1, 1)), (5, (1, 1, 1)), (3, (1, 1, 1)))):
+    with pytest.raises(UserError, match="data.mixture"):
+      StepPlan(schedule, 8, 1, 0, 1)
+  with pytest.raises(UserError, match="10 rows, which 4 hosts"):
+    StepPlan(((0, (1, 1, 1)),), 10, 1, 0, 4)
+
+
+def test_interleave_is_exact_in_every_cycle_and_uses_each_row_once():
+  interleave = Interleave((0.5, 3, 1.5), seed=3)
+  rows = collections.defaultdict(list)
+  for cycle in range(3):
+    for row in range(mixture.CYCLE):
+      source, number = interleave[cycle * mixture.CYCLE + row]
+      rows[source].append(number)
+    assert [len(rows[s]) for s in range(3)] == [100 * (cycle + 1), 600 * (cycle + 1), 300 * (cycle + 1)]
+  for numbers in rows.values():
+    assert numbers == list(range(len(numbers)))
+  assert [Interleave((1, 1), 3)[i] for i in range(50)] != [Interleave((1, 1), 4)[i] for i in range(50)]
+
+
+@pytest.mark.parametrize("weights", [(), (1, 0), (1, -2), (1, float("nan")), (1, 1e-6)])
+def test_sources_without_a_share_are_refused(weights):
+  with pytest.raises(UserError):
+    Interleave(weights, 0)
