@@ -1,10 +1,10 @@
 """Opens a checkpoint of either layout: the published one, or jflow's own."""
 
-import json
 import pathlib
 from typing import Any, NamedTuple
 
 from jflow.errors import UserError
+from jflow.interop import official, transfer
 from jflow.models.config import JanusFlowConfig
 from jflow.training import checkpoint
 
@@ -13,29 +13,20 @@ class Checkpoint(NamedTuple):
   """A checkpoint in memory."""
 
   config: JanusFlowConfig
-  params: Any  # nested numpy arrays
-  tokenizer: pathlib.Path  # directory with tokenizer.json
+  params: Any  # nested numpy arrays; without "vae" where has_vae is False
+  tokenizer: pathlib.Path  # directory with tokenizer.json, if the checkpoint has one
   template: str  # "plain" or "chat"
   has_vae: bool
 
 
-def is_official(path: pathlib.Path) -> bool:
-  """Whether a directory has the published layout: a config.json with a `language_config`."""
-  file = path / "config.json"
-  if not file.is_file():
-    return False
-  try:
-    return "language_config" in json.loads(file.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise UserError(f"{file} is not readable JSON: {error}") from error
-
-
-def read_checkpoint(path: str | pathlib.Path, *, vae: str | pathlib.Path | None = None, weights: str = "ema") -> Checkpoint:
+def read_checkpoint(
+  path: str | pathlib.Path, *, vae: str | pathlib.Path | None = None, weights: str = "ema"
+) -> Checkpoint:
   """Reads a checkpoint, official or jflow.
 
   Args:
     path: directory.
-    vae: directory of the SDXL-VAE, for an official checkpoint.
+    vae: directory of the SDXL-VAE, for an official checkpoint; None: `vae/` inside it, if that exists.
     weights: "ema" or "raw", for a jflow one.
 
   Raises:
@@ -44,10 +35,9 @@ def read_checkpoint(path: str | pathlib.Path, *, vae: str | pathlib.Path | None 
   path = pathlib.Path(path)
   if not path.is_dir():
     raise UserError(f"checkpoint {path} is not a directory")
-  if is_official(path):
-    from jflow.interop.convert import read_official
-
-    return read_official(path, vae)
+  if official.is_official(path):
+    loaded = official.load(path, pathlib.Path(vae) if vae else None)
+    return Checkpoint(loaded.config, transfer.nest(loaded.params), path, "chat", loaded.has_vae)
   workdir, step_dir = checkpoint.resolve(path)
   config = checkpoint.read_config(workdir)
   return Checkpoint(

@@ -1,0 +1,203 @@
+"""The published directory layout of JanusFlow: config.json both ways, reading, writing.
+
+An official directory holds config.json, the weights (`names.official`), and the tokenizer's and processor's
+files. The VAE is published apart (sdxl-vae): it may lie in `vae/` inside the directory or anywhere else.
+"""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from jflow.errors import UserError
+from jflow.interop import names, transfer
+from jflow.interop.official_config import (
+  Fields,
+  autoencoder_config,
+  config_from_official,
+  config_to_official,
+  refuse_code,
+  vae_to_diffusers,
+)
+from jflow.interop.safetensors_io import Checkpoint, read_json
+from jflow.models.config import AutoencoderConfig, JanusFlowConfig
+
+# Files of the processor that travel with an official checkpoint, unread, so that an export can hold them.
+SIDECARS = (
+  "config.json",
+  "preprocessor_config.json",
+  "processor_config.json",
+  "special_tokens_map.json",
+  "generation_config.json",
+)
+
+
+class Loaded(NamedTuple):
+  """A model read from disk."""
+
+  config: JanusFlowConfig
+  params: dict[str, np.ndarray]  # path, keys joined by "/", -> array; without "vae/..." where there is no VAE
+  has_vae: bool
+  tokenizer: Tokenizer | None
+
+
+def is_official(directory: pathlib.Path) -> bool:
+  """Whether config.json is one of the published layout."""
+  path = directory / "config.json"
+  return path.is_file() and "language_config" in read_json(path)
+
+
+def _buffer(name: str) -> bool:
+  """Tensors that old files hold beside the weights, computed here."""
+  return name.endswith((".rotary_emb.inv_freq", ".position_ids"))
+
+
+def load_vae(
+  directory: pathlib.Path, dtype: np.dtype | None
+) -> tuple[AutoencoderConfig, dict[str, np.ndarray]]:
+  """Reads a diffusers AutoencoderKL.
+
+  Raises:
+    UserError: see `transfer.check` and `autoencoder_config`.
+  """
+  values = read_json(directory / "config.json")
+  refuse_code(values, str(directory / "config.json"))
+  config = autoencoder_config(Fields(values, str(directory / "config.json")))
+  checkpoint = Checkpoint(directory, ("diffusion_pytorch_model", "model"))
+  old = "encoder.mid_block.attentions.0.query.weight" in checkpoint.tensors
+  return config, transfer.load(names.autoencoder_kl(config, old), checkpoint, "VAE", dtype=dtype)
+
+
+def load_tokenizer(directory: pathlib.Path, vocabulary_size: int) -> Tokenizer | None:
+  """Reads the tokenizer of a directory; None where there is none.
+
+  Raises:
+    UserError: unreadable, without the special tokens, or with more ids than the model has.
+  """
+  if not (directory / "tokenizer.json").is_file():
+    return None
+  tokenizer = Tokenizer.load(str(directory))
+  if tokenizer.vocabulary_size > vocabulary_size:
+    raise UserError(
+      f"{directory / 'tokenizer.json'} has ids up to {tokenizer.vocabulary_size - 1}, the model's vocabulary "
+      f"{vocabulary_size}: they belong to different models"
+    )
+  return tokenizer
+
+
+def load(directory: pathlib.Path, vae: pathlib.Path | None = None, dtype: np.dtype | None = None) -> Loaded:
+  """Reads a directory of the published layout.
+
+  Args:
+    directory: config.json, weights, and the tokenizer's files if any.
+    vae: directory of a diffusers AutoencoderKL; None: `vae/` inside, if it is there.
+    dtype: of the parameters; None keeps the file's.
+
+  Raises:
+    UserError: anything missing, damaged, or of another model.
+  """
+  values = read_json(directory / "config.json")
+  where = str(directory / "config.json")
+  vae = vae or (directory / "vae" if (directory / "vae" / "config.json").is_file() else None)
+  autoencoder = None
+  if vae is not None:
+    autoencoder = autoencoder_config(Fields(read_json(vae / "config.json"), str(vae / "config.json")))
+  config = config_from_official(values, where, autoencoder)
+  tokenizer = load_tokenizer(directory, config.language_model.vocabulary_size)
+  checkpoint = Checkpoint(directory, ("model",))
+  tied = bool(values["language_config"].get("tie_word_embeddings")) and (
+    "language_model.lm_head.weight" not in checkpoint.tensors
+  )
+  params = transfer.load(names.official(config, tied), checkpoint, "JanusFlow", _buffer, dtype)
+  if vae is not None:
+    params |= load_vae(vae, dtype)[1]
+  return Loaded(config, params, vae is not None, tokenizer)
+
+
+def save(
+  directory: pathlib.Path,
+  config: JanusFlowConfig,
+  params: Mapping[str, np.ndarray],
+  tokenizer: Tokenizer | None,
+  sidecars: pathlib.Path | None,
+  dtype: np.dtype | None,
+  shard_bytes: int,
+) -> None:
+  """Writes a directory of the published layout, its VAE in `vae/`, which must not exist yet.
+
+  Args:
+    params: flat, see `Loaded`; REPA's and the sigmoid loss's heads are left out.
+    sidecars: directory of the processor's files of the checkpoint that this model came from; files that are
+      not there are written from the configuration.
+    dtype: of the tensors; None keeps each parameter's own.
+    shard_bytes: largest file.
+  """
+  directory.mkdir(parents=True)
+  torch_dtype = np.dtype(dtype or params["language_model/embed"].dtype).name
+  ours = config_to_official(config, torch_dtype)
+  files = {
+    "config.json": ours,
+    "preprocessor_config.json": _preprocessor(config),
+    "processor_config.json": _processor(config),
+  }
+  for name in SIDECARS:
+    kept = sidecars / name if sidecars else None
+    if kept and kept.is_file() and (name != "config.json" or _same_model(kept, config, torch_dtype)):
+      shutil.copyfile(kept, directory / name)
+    elif name in files:
+      (directory / name).write_text(json.dumps(files[name], indent=2) + "\n", encoding="utf-8")
+  if tokenizer is not None:
+    tokenizer.save(str(directory))
+  transfer.save(names.official(config), params, directory, "model", "JanusFlow", dtype, shard_bytes)
+  vae = {path: x for path, x in params.items() if path.startswith("vae/")}
+  if vae and config.autoencoder.kind == "autoencoder_kl":
+    (directory / "vae").mkdir()
+    text = json.dumps(vae_to_diffusers(config.autoencoder, config.image_size), indent=2) + "\n"
+    (directory / "vae" / "config.json").write_text(text, encoding="utf-8")
+    entries = names.autoencoder_kl(config.autoencoder)
+    transfer.save(entries, vae, directory / "vae", "diffusion_pytorch_model", "VAE", dtype, shard_bytes)
+
+
+def _same_model(path: pathlib.Path, config: JanusFlowConfig, torch_dtype: str) -> bool:
+  """Whether the config.json that came with the weights still describes them."""
+  values = read_json(path)
+  if values.get("torch_dtype", torch_dtype) != torch_dtype or values["language_config"].get(
+    "tie_word_embeddings"
+  ):
+    return False
+  theirs = config_from_official(values, str(path), config.autoencoder)
+  parts = ("language_model", "understanding_encoder", "generation")
+  return all(getattr(theirs, part) == getattr(config, part) for part in parts)
+
+
+def _preprocessor(c: JanusFlowConfig) -> dict[str, Any]:
+  return {
+    "background_color": [127, 127, 127],
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_processor_type": "VLMImageProcessor",
+    "image_size": c.image_size,
+    "image_std": [0.5, 0.5, 0.5],
+    "min_size": 14,
+    "processor_class": "VLChatProcessor",
+    "rescale_factor": 1 / 255,
+  }
+
+
+def _processor(c: JanusFlowConfig) -> dict[str, Any]:
+  return {
+    "add_special_token": False,
+    "ignore_id": -100,
+    "image_end_tag": SPECIAL_TOKENS["image_end"],
+    "image_gen_tag": SPECIAL_TOKENS["generation_start"],
+    "image_start_tag": SPECIAL_TOKENS["image_start"],
+    "image_tag": SPECIAL_TOKENS["image"],
+    "mask_prompt": True,
+    "num_image_tokens": c.patches,
+    "processor_class": "VLChatProcessor",
+    "sft_format": "deepseek",
+  }

@@ -1,0 +1,183 @@
+"""The starting point of stage 1: a Llama-layout LLM, a SigLIP, a VAE, and fresh parts between them."""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+
+from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from jflow.errors import UserError
+from jflow.interop import names, official, transfer
+from jflow.interop.official import Loaded
+from jflow.interop.official_config import Fields, language_model_config, refuse_code
+from jflow.interop.safetensors_io import Checkpoint, read_json
+from jflow.models.config import GenerationConfig, JanusFlowConfig, SiglipConfig
+from jflow.models.generation import GenerationDecoder, GenerationEncoder
+from jflow.models.layers import Linear, RMSNorm
+from jflow.models.siglip import Pool
+from jflow.sharding import unbox
+
+# The fresh parts have the release's sizes (g_enc and g_dec; REPA reads block 6 of the LLM, 001 section 4.1).
+_GENERATION = GenerationConfig(width=768, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6)
+_ALIGNMENT_LAYER = 6
+# Special tokens that an LLM's tokenizer lacks; BOS and EOS it must have.
+_ADDED = ("pad", "image", "image_start", "image_end", "generation_start")
+_ROWS = 64  # a grown vocabulary is rounded up to a multiple of this
+
+
+def _config(directory: pathlib.Path) -> Fields:
+  path = directory / "config.json"
+  values = read_json(path)
+  refuse_code(values, str(path))
+  return Fields(values, str(path))
+
+
+def _tokenizer(directory: pathlib.Path) -> Tokenizer:
+  """Reads a tokenizer and adds the special tokens that it lacks, with the next free ids.
+
+  Raises:
+    UserError: no readable tokenizer.json, or one without BOS and EOS.
+  """
+  path = directory / "tokenizer.json"
+  if not path.is_file():
+    raise UserError(f"{path} not found: the LLM's tokenizer is a directory that holds a tokenizer.json")
+  try:
+    tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+  except Exception as error:  # the library raises bare Exception
+    raise UserError(f"{path} is not a readable tokenizer ({' '.join(str(error).split())[:120]})") from None
+  present = tokenizer.get_vocab(with_added_tokens=True)
+  missing = [SPECIAL_TOKENS[name] for name in _ADDED if SPECIAL_TOKENS[name] not in present]
+  tokenizer.add_special_tokens([tokenizers.AddedToken(t, normalized=False, special=True) for t in missing])
+  config = (
+    read_json(directory / "tokenizer_config.json") if (directory / "tokenizer_config.json").is_file() else {}
+  )
+  files = {
+    "tokenizer.json": tokenizer.to_str(pretty=True).encode("utf-8"),
+    "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=1).encode("utf-8"),
+  }
+  return Tokenizer(files, str(directory))
+
+
+def _siglip(directory: pathlib.Path, dtype: np.dtype | None) -> tuple[SiglipConfig, dict[str, np.ndarray]]:
+  """Reads a SiglipModel (its vision tower) or a SiglipVisionModel of transformers."""
+  f = _config(directory)
+  f.only("model_type", "siglip", "siglip_vision_model")
+  if "vision_config" in f.values:
+    f = f.sub("vision_config")
+  f.only("hidden_act", "gelu_pytorch_tanh", "gelu")
+  f.only("num_channels", 3)
+  # What transformers leaves out of a config.json has the default of its SiglipVisionConfig.
+  config = SiglipConfig(
+    image_size=f.get("image_size", int, 224),
+    patch_size=f.get("patch_size", int, 16),
+    width=f.get("hidden_size", int, 768),
+    mlp_width=f.get("intermediate_size", int, 3072),
+    layers=f.get("num_hidden_layers", int, 12),
+    heads=f.get("num_attention_heads", int, 12),
+    layer_norm_epsilon=f.get("layer_norm_eps", float, 1e-6),
+    gelu="erf" if f.values.get("hidden_act") == "gelu" else "tanh",
+  )
+  checkpoint = Checkpoint(directory, ("model",))
+  prefix = "vision_model." if any(n.startswith("vision_model.") for n in checkpoint.tensors) else ""
+  head = f"{prefix}head.probe" in checkpoint.tensors
+  ignored = lambda name: name.startswith(("text_model.", "logit_")) or name.endswith("position_ids")
+  entries = list(names.siglip_transformers(config, prefix, head))
+  params = transfer.load(entries, checkpoint, "SigLIP", ignored, dtype)
+  return config, params
+
+
+def _grow(params: dict[str, np.ndarray], rows: int) -> None:
+  """Adds rows for new tokens, each the mean of the old ones: likely logits, and nothing to unlearn."""
+  table, head = params["language_model/embed"], params["language_model/head/kernel"]
+  extra = rows - len(table)
+  mean = table.astype(np.float32).mean(axis=0).astype(table.dtype)
+  params["language_model/embed"] = np.concatenate([table, np.broadcast_to(mean, (extra, len(mean)))])
+  mean = head.astype(np.float32).mean(axis=1).astype(head.dtype)
+  params["language_model/head/kernel"] = np.concatenate(
+    [head, np.broadcast_to(mean[:, None], (len(mean), extra))], axis=1
+  )
+
+
+def _fresh(config: JanusFlowConfig, seed: int, with_head: bool) -> dict[str, np.ndarray]:
+  """Fresh parameters of the parts that no checkpoint brings, f32."""
+  c, f32 = config, jnp.float32
+  d, e, g = c.language_model.width, c.understanding_encoder.width, c.generation.width
+  latents, side = c.autoencoder.latent_channels, c.latent_size // c.generation.patch_size
+  zeros = lambda *shape: jnp.zeros(shape, f32)
+  modules: dict[str, tuple[nn.Module, tuple[Any, ...]]] = {
+    "understanding_projector": (Linear(d, (None, "embed"), f32, use_bias=True), (zeros(1, e),)),
+    "generation_encoder": (
+      GenerationEncoder(c.generation, d, latents, f32),
+      (zeros(1, c.latent_size, c.latent_size, latents), zeros(1)),
+    ),
+    "generation_projector": (Linear(d, (None, "embed"), f32, use_bias=True), (zeros(1, g),)),
+    "generation_output_norm": (RMSNorm(c.language_model.rms_norm_epsilon, f32), (zeros(1, d),)),
+    "generation_output_projector": (Linear(g, ("embed", None), f32, use_bias=True), (zeros(1, d),)),
+    "generation_decoder": (
+      GenerationDecoder(c.generation, d, latents, f32),
+      (zeros(1, c.patches, g), zeros(1, side, side, g), zeros(1, d)),
+    ),
+  }
+  if with_head:
+    modules["understanding_encoder/head"] = (Pool(c.understanding_encoder, f32), (zeros(1, c.patches, e),))
+  out: dict[str, np.ndarray] = {"understanding_start": np.zeros(d, np.float32)}
+  for i, (name, (module, args)) in enumerate(modules.items()):
+    make = jax.jit(lambda key, module=module, args=args: unbox(module.init(key, *args))["params"])
+    params = make(jax.random.fold_in(jax.random.key(seed), i))
+    out |= {f"{name}/{path}": np.asarray(x) for path, x in transfer.flatten(params).items()}
+  return out
+
+
+def load(
+  llm: pathlib.Path,
+  siglip: pathlib.Path,
+  vae: pathlib.Path,
+  tokenizer: pathlib.Path | None,
+  dtype: np.dtype | None,
+  seed: int,
+) -> Loaded:
+  """Builds a JanusFlow whose language model, vision tower and VAE are trained the other parts fresh.
+
+  Args:
+    llm: directory of a LlamaForCausalLM of transformers; the head may be tied to the embedding.
+    siglip: directory of a SiglipModel or SiglipVisionModel of transformers.
+    vae: directory of an AutoencoderKL of diffusers.
+    tokenizer: directory with tokenizer.json; None: that of the LLM. Missing special tokens are added.
+    dtype: of the parameters that are read; None keeps each file's.
+    seed: of the fresh parts.
+
+  Raises:
+    UserError: a part that is missing, damaged, of another layout, or does not fit the others.
+  """
+  f = _config(llm)
+  language = language_model_config(f)
+  words = _tokenizer(tokenizer or llm)
+  vision, params = _siglip(siglip, dtype)
+  autoencoder, vae_params = official.load_vae(vae, dtype)
+  rows = language.vocabulary_size
+  if words.vocabulary_size > rows:
+    rows = -(-words.vocabulary_size // _ROWS) * _ROWS
+  config = JanusFlowConfig(
+    language_model=type(language)(**{**language.__dict__, "vocabulary_size": rows}),
+    understanding_encoder=vision,
+    generation=_GENERATION,
+    autoencoder=autoencoder,
+    alignment_layer=min(_ALIGNMENT_LAYER, language.layers),
+    alignment_width=0,
+    contrastive=False,
+  )
+  tied = bool(f.values.get("tie_word_embeddings", False))
+  ignored = lambda name: name.endswith(".rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+  checkpoint = Checkpoint(llm, ("model",))
+  params |= transfer.load(list(names.language_model(language, "", tied)), checkpoint, "LLM", ignored, dtype)
+  if rows > language.vocabulary_size:
+    print(f"jflow: the vocabulary grows from {language.vocabulary_size} to {rows} rows", file=sys.stderr)
+    _grow(params, rows)
+  with_head = "understanding_encoder/head/latent" not in params
+  return Loaded(config, params | vae_params | _fresh(config, seed, with_head), True, words)

@@ -1,0 +1,309 @@
+"""Reading and writing safetensors tensor by tensor, with every byte of the header checked.
+
+The format: 8 bytes (the header's length, little-endian), a JSON header `{name: {dtype, shape, data_offsets}}`,
+the payload. A damaged header can still parse, with other names, shapes or types than were written: so the
+callers compare all three with what the model needs (`jflow.interop.names`).
+"""
+
+import json
+import math
+import os
+import pathlib
+import struct
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from jflow.errors import UserError
+
+DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+# Types that may stand in a file beside the weights (buffers); they are never read.
+_OTHER_BYTES = {
+  "F64": 8,
+  "I64": 8,
+  "I32": 4,
+  "I16": 2,
+  "I8": 1,
+  "U8": 1,
+  "BOOL": 1,
+  "U16": 2,
+  "U32": 4,
+  "U64": 8,
+}
+_OTHER_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1}
+_MAX_HEADER = 100 * 2**20
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_EXPONENTS = {"F32": (np.uint32, 0x7F800000), "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00)}
+
+
+class Tensor(NamedTuple):
+  """Where a tensor lies."""
+
+  file: pathlib.Path
+  dtype: str  # as the header says: "F32", "BF16", ...
+  shape: tuple[int, ...]
+  start: int  # first byte in the file
+  bytes: int
+
+
+def read_header(path: pathlib.Path) -> dict[str, Tensor]:
+  """Returns the tensors of a file, checked to cover its payload exactly, without gap or overlap.
+
+  Raises:
+    UserError: a file that is cut, has a header that is too large, or does not follow the format.
+  """
+  try:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+      prefix = file.read(8)
+      if len(prefix) < 8:
+        raise UserError(f"{path} is no safetensors file: it has {size} bytes")
+      (length,) = struct.unpack("<Q", prefix)
+      if length > _MAX_HEADER or length > size - 8:
+        raise UserError(
+          f"{path} claims a header of {length:,} bytes and has {size:,} bytes in all: cut or damaged, "
+          "get the file again"
+        )
+      text = file.read(length)
+  except OSError as error:
+    raise UserError(f"{path} cannot be read: {error.strerror}") from None
+  try:
+    header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    header.pop("__metadata__", None)
+    tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
+  except UserError:
+    raise
+  except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    raise UserError(
+      f"{path} has a damaged safetensors header ({_one_line(error)}): get the file again"
+    ) from None
+  end = 8 + length
+  for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].bytes)):
+    if tensor.start != end:
+      raise UserError(
+        f"{path}: tensor {name} starts at byte {tensor.start:,} instead of {end:,}: damaged header"
+      )
+    end += tensor.bytes
+  if end != size:
+    what = "cut" if end > size else "too long"
+    raise UserError(f"{path} is {what}: its header describes {end:,} bytes, the file has {size:,}")
+  return tensors
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  if len({key for key, _ in pairs}) != len(pairs):
+    raise ValueError("a name stands twice")
+  return dict(pairs)
+
+
+def _entry(path: pathlib.Path, name: str, entry: Mapping[str, Any], offset: int) -> Tensor:
+  if set(entry) != {"dtype", "shape", "data_offsets"}:
+    raise ValueError(f"the entry of {name!r} has the fields {sorted(entry)}")
+  dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+  if type(shape) is not list or not all(type(n) is int and 0 <= n < 2**48 for n in shape) or len(shape) > 16:
+    raise ValueError(f"{name!r} has the shape {str(shape)[:60]}")
+  if type(offsets) is not list or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
+    raise ValueError(f"{name!r} has the offsets {str(offsets)[:60]}")
+  width = DTYPES[dtype].itemsize if dtype in DTYPES else _OTHER_BYTES.get(dtype)
+  if width is None:
+    raise ValueError(f"{name!r} has the unknown type {str(dtype)[:20]!r}")
+  count = math.prod(shape) * width
+  if offsets[1] - offsets[0] != count:
+    raise ValueError(f"{name!r} of {count:,} bytes lies in {offsets[1] - offsets[0]:,}")
+  return Tensor(path, dtype, tuple(shape), offset + offsets[0], count)
+
+
+def _one_line(error: Exception) -> str:
+  return " ".join(str(error).split())[:160]
+
+
+class Checkpoint:
+  """The tensors of a directory: one safetensors file, or shards with an index.
+
+  Attributes:
+    tensors: name -> where it lies.
+  """
+
+  def __init__(self, directory: pathlib.Path, stems: tuple[str, ...]):
+    """Reads the headers. `stems`: file names without ".safetensors", in order of preference.
+
+    Raises:
+      UserError: nothing to read, only pickles, a missing shard, an index that does not fit the shards.
+    """
+    self.directory = directory
+    if not directory.is_dir():
+      raise UserError(f"{directory} is not a directory")
+    for stem in stems:
+      index, single = directory / f"{stem}.safetensors.index.json", directory / f"{stem}.safetensors"
+      if index.is_file():
+        self.tensors = _read_index(index)
+        return
+      if single.is_file():
+        self.tensors = read_header(single)
+        return
+    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLES)
+    if pickles:
+      raise UserError(
+        f"{directory / pickles[0]} is a pickle, which can run code, so jflow does not load it: convert it to "
+        "safetensors with the tools of its origin, or download the safetensors file of the same model"
+      )
+    raise UserError(f"{directory} holds neither {stems[0]}.safetensors nor {stems[0]}.safetensors.index.json")
+
+  def read(self, name: str) -> np.ndarray:
+    """Reads one tensor, in the type of the file.
+
+    Raises:
+      UserError: not f32, bf16 or f16, cut, or with a value that is not finite.
+    """
+    tensor = self.tensors[name]
+    if tensor.dtype not in DTYPES:
+      raise UserError(
+        f"{tensor.file}: tensor {name} has the type {tensor.dtype}, weights are F32, BF16 or F16"
+      )
+    out = np.empty(tensor.shape, DTYPES[tensor.dtype])
+    with open(tensor.file, "rb", buffering=0) as file:
+      file.seek(tensor.start)
+      view, done = memoryview(out.reshape(-1).view(np.uint8)), 0
+      while done < tensor.bytes:
+        count = file.readinto(view[done : done + 2**26])
+        if not count:
+          raise UserError(
+            f"{tensor.file} is cut: tensor {name} ends after {done:,} of {tensor.bytes:,} bytes"
+          )
+        done += count
+    if not _finite(out, tensor.dtype):
+      raise UserError(f"{tensor.file}: tensor {name} holds values that are not finite: the file is damaged")
+    return out
+
+
+def _finite(x: np.ndarray, dtype: str) -> bool:
+  """Whether no exponent is all ones; in pieces, so that no second copy of a large tensor exists."""
+  unsigned, exponent = _EXPONENTS[dtype]
+  bits = x.reshape(-1).view(unsigned)
+  pieces = (bits[i : i + 2**22] for i in range(0, bits.size, 2**22))
+  return not any(((piece & exponent) == exponent).any() for piece in pieces)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a JSON object.
+
+  Raises:
+    UserError: missing, unreadable, or not an object.
+  """
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise UserError(f"{path} not found") from None
+  except (OSError, ValueError, RecursionError) as error:
+    raise UserError(f"{path} cannot be read: {_one_line(error)}") from None
+  if not isinstance(value, dict):
+    raise UserError(f"{path} should hold a JSON object")
+  return value
+
+
+def _read_index(path: pathlib.Path) -> dict[str, Tensor]:
+  shard_of = read_json(path).get("weight_map")
+  if not isinstance(shard_of, dict) or not shard_of:
+    raise UserError(f"{path} has no field weight_map")
+  tensors: dict[str, Tensor] = {}
+  for shard in sorted({str(s) for s in shard_of.values()}):
+    if os.path.basename(shard) != shard or not shard.endswith(".safetensors"):
+      raise UserError(
+        f"{path} names the shard {shard!r}: shards are .safetensors files in the same directory"
+      )
+    if not (path.parent / shard).is_file():
+      raise UserError(f"{path.parent / shard} not found: {path.name} names it, the download is not complete")
+    for name, tensor in read_header(path.parent / shard).items():
+      if name in tensors:
+        raise UserError(f"{path.parent / shard}: tensor {name} also stands in {tensors[name].file.name}")
+      tensors[name] = tensor
+  for name, shard in shard_of.items():
+    if name not in tensors or tensors[name].file.name != shard:
+      raise UserError(f"{path}: tensor {name} is not in {shard}")
+  unlisted = sorted(set(tensors) - set(shard_of))
+  if unlisted:
+    raise UserError(f"{path} does not list tensor {unlisted[0]} of {tensors[unlisted[0]].file.name}")
+  return tensors
+
+
+def write(
+  directory: pathlib.Path,
+  stem: str,
+  shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+  get: Callable[[str], np.ndarray],
+  shard_bytes: int,
+  progress: "Progress",
+) -> None:
+  """Writes tensors one by one, so that only one exists at a time beside its source.
+
+  Args:
+    directory: must exist.
+    stem: of the file names.
+    shapes: name -> shape and type, in the order in which they are written.
+    get: name -> tensor.
+    shard_bytes: largest payload of a file; more files get an index, as Hugging Face lays it out.
+    progress: told of every tensor.
+  """
+  codes = {dtype: code for code, dtype in DTYPES.items()}
+  size = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
+  shards: list[list[str]] = [[]]
+  for name in shapes:
+    if shards[-1] and sum(size[n] for n in shards[-1]) + size[name] > shard_bytes:
+      shards.append([])
+    shards[-1].append(name)
+  weight_map = {}
+  for number, names in enumerate(shards):
+    file_name = (
+      f"{stem}-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+      if len(shards) > 1
+      else f"{stem}.safetensors"
+    )
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+      shape, dtype = shapes[name]
+      header[name] = {
+        "dtype": codes[dtype],
+        "shape": list(shape),
+        "data_offsets": [offset, offset + size[name]],
+      }
+      offset += size[name]
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with open(directory / file_name, "wb") as file:
+      file.write(struct.pack("<Q", len(text)) + text)
+      for name in names:
+        tensor = np.ascontiguousarray(get(name))
+        if (tensor.shape, tensor.dtype) != shapes[name]:
+          raise ValueError(f"{name} is {tensor.dtype}{tensor.shape}, announced as {shapes[name]}")
+        file.write(memoryview(tensor.reshape(-1).view(np.uint8)))
+        weight_map[name] = file_name
+        progress.add(size[name])
+      file.flush()
+      os.fsync(file.fileno())
+  if len(shards) > 1:
+    index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
+    (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+class Progress:
+  """Prints how far a reading or writing is, on stderr, every tenth of the way."""
+
+  def __init__(self, what: str, total: int):
+    self._what, self._total, self._done, self._printed = what, max(total, 1), 0, -1
+
+  def add(self, count: int) -> None:
+    """`count` more bytes are done."""
+    self._done += count
+    tenth = 10 * self._done // self._total
+    if tenth > self._printed:
+      self._printed = tenth
+      total = self._total / 2**20
+      print(f"{self._what}: {min(10 * tenth, 100)} % of {total:,.1f} MiB", file=sys.stderr, flush=True)
+
+
+def total_bytes(tensors: Iterable[Tensor]) -> int:
+  """Payload of some tensors."""
+  return sum(tensor.bytes for tensor in tensors)

@@ -1,0 +1,174 @@
+"""Moves weights between tensors on disk and jflow's nested parameters, one tensor at a time."""
+
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jflow.errors import UserError
+from jflow.interop import names, safetensors_io
+from jflow.interop.names import Entry
+
+_BITS = {2: np.uint16, 4: np.uint32}
+
+
+def check(
+  entries: Sequence[Entry], checkpoint: safetensors_io.Checkpoint, ignored: Callable[[str], bool]
+) -> None:
+  """Compares names, shapes and types with what the model needs, before anything is read.
+
+  Raises:
+    UserError: naming the first tensor that is missing, unexpected, of another shape or type.
+  """
+  wanted = {entry.name: entry.shape for entry in entries}
+  present, where = checkpoint.tensors, checkpoint.directory
+  missing = [name for name in wanted if name not in present]
+  if missing:
+    others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    raise UserError(f"{where} lacks tensor {missing[0]} {list(wanted[missing[0]])}{others}: another model?")
+  for name, tensor in present.items():
+    if name in wanted and tensor.shape != wanted[name]:
+      raise UserError(
+        f"{tensor.file}: tensor {name} has the shape {list(tensor.shape)}, config.json asks for "
+        f"{list(wanted[name])}"
+      )
+    if name in wanted and tensor.dtype not in safetensors_io.DTYPES:
+      raise UserError(
+        f"{tensor.file}: tensor {name} has the type {tensor.dtype}, weights are F32, BF16 or F16"
+      )
+  unexpected = sorted(name for name in present if name not in wanted and not ignored(name))
+  if unexpected:
+    others = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
+    raise UserError(f"{where} holds tensor {unexpected[0]}{others}, which this model has not: another model?")
+
+
+def load(
+  entries: Sequence[Entry],
+  checkpoint: safetensors_io.Checkpoint,
+  what: str,
+  ignored: Callable[[str], bool] = lambda name: False,
+  dtype: np.dtype | None = None,
+) -> dict[str, np.ndarray]:
+  """Reads tensors into parameters. Host memory: the result plus the largest tensor.
+
+  Args:
+    entries: the table.
+    checkpoint: where the tensors lie.
+    what: name of the model in messages of progress.
+    ignored: whether a tensor that the table does not name may be there.
+    dtype: of the parameters; None keeps each one's own (float16 becomes float32, exactly).
+
+  Returns:
+    Path, keys joined by "/", -> parameter.
+
+  Raises:
+    UserError: see `check`, and damaged files.
+  """
+  check(entries, checkpoint, ignored)
+  layers: dict[str, int] = {}
+  types: dict[str, np.dtype] = {}
+  for entry in entries:
+    layers[entry.path] = 0 if entry.layer is None else max(layers.get(entry.path, 0), entry.layer + 1)
+    own = safetensors_io.DTYPES[checkpoint.tensors[entry.name].dtype]
+    own = np.dtype(np.float32) if own == np.float16 else own
+    types[entry.path] = dtype or np.result_type(own, types.get(entry.path, own))
+  by_name: dict[str, list[Entry]] = {}
+  for entry in entries:
+    by_name.setdefault(entry.name, []).append(entry)
+  order = sorted(
+    by_name, key=lambda name: (checkpoint.tensors[name].file.name, checkpoint.tensors[name].start)
+  )
+  progress = safetensors_io.Progress(f"reading {what}", sum(checkpoint.tensors[n].bytes for n in by_name))
+  params: dict[str, np.ndarray] = {}
+  for name in order:
+    tensor = checkpoint.read(name)
+    for entry in by_name[name]:
+      if entry.path not in params:
+        lead = (layers[entry.path],) if layers[entry.path] else ()
+        shape = lead + names.jflow_shape(entry.kind, entry.part_shape)
+        params[entry.path] = np.empty(shape, types[entry.path])
+      target = params[entry.path] if entry.layer is None else params[entry.path][entry.layer]
+      _copy(target, names.to_jflow(entry.kind, entry.slice(tensor)))
+    progress.add(checkpoint.tensors[name].bytes)
+  return params
+
+
+def _copy(target: np.ndarray, source: np.ndarray) -> None:
+  """target[...] = source. Bits move as integers, in blocks where the axes are swapped (for the cache)."""
+  if target.dtype != source.dtype:
+    step = max(1, 2**24 // source[0].size)
+    for i in range(0, len(source), step):
+      target[i : i + step] = source[i : i + step].astype(target.dtype)
+    return
+  bits = _BITS[target.dtype.itemsize]
+  target, source = target.view(bits), source.view(bits)
+  if source.ndim == 2 and not source.flags.c_contiguous:
+    for i in range(0, source.shape[0], 256):
+      for j in range(0, source.shape[1], 256):
+        target[i : i + 256, j : j + 256] = source[i : i + 256, j : j + 256]
+  else:
+    target[...] = source
+
+
+def tensor(parts: Sequence[Entry], params: Mapping[str, np.ndarray], dtype: np.dtype) -> np.ndarray:
+  """Builds one PyTorch tensor from the parameters; `parts` are all entries of its name."""
+  out = np.empty(parts[0].shape, dtype)
+  for entry in parts:
+    leaf = params[entry.path] if entry.layer is None else params[entry.path][entry.layer]
+    _copy(entry.slice(out), names.to_pytorch(entry.kind, np.asarray(leaf), entry.part_shape))
+  return out
+
+
+def save(
+  entries: Sequence[Entry],
+  params: Mapping[str, np.ndarray],
+  directory: pathlib.Path,
+  stem: str,
+  what: str,
+  dtype: np.dtype | None,
+  shard_bytes: int,
+) -> None:
+  """Writes parameters as tensors; `dtype` None keeps each one's own.
+
+  Raises:
+    UserError: a parameter is missing or has another shape than the configuration says.
+  """
+  by_name: dict[str, list[Entry]] = {}
+  for entry in entries:
+    if entry.path not in params:
+      raise UserError(f"the checkpoint has no parameter {entry.path}, which the {what} needs")
+    leaf = params[entry.path].shape if entry.layer is None else params[entry.path].shape[1:]
+    if tuple(leaf) != names.jflow_shape(entry.kind, entry.part_shape):
+      raise UserError(
+        f"parameter {entry.path} has the shape {list(params[entry.path].shape)}, the configuration gives "
+        f"{list(names.jflow_shape(entry.kind, entry.part_shape))} per layer"
+      )
+    by_name.setdefault(entry.name, []).append(entry)
+  shapes = {
+    name: (parts[0].shape, np.dtype(dtype or params[parts[0].path].dtype)) for name, parts in by_name.items()
+  }
+  total = sum(int(np.prod(shape)) * kind.itemsize for shape, kind in shapes.values())
+  progress = safetensors_io.Progress(f"writing {what}", total)
+  get = lambda name: tensor(by_name[name], params, shapes[name][1])
+  safetensors_io.write(directory, stem, shapes, get, shard_bytes, progress)
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """{"a/b": x} -> {"a": {"b": x}}."""
+  out: dict[str, Any] = {}
+  for path, value in flat.items():
+    *parents, leaf = path.split("/")
+    node = out
+    for key in parents:
+      node = node.setdefault(key, {})
+    node[leaf] = value
+  return out
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Undoes `nest`."""
+  out: dict[str, Any] = {}
+  for key, value in tree.items():
+    out |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+  return out
