@@ -13,7 +13,7 @@ import numpy as np
 
 from jflow import batch as batch_lib
 from jflow.batch import TASKS, Batch, RowShape
-from jflow.data import examples, images, mixture, packing, sources
+from jflow.data import examples, images, lengths, mixture, packing, sources
 from jflow.data.examples import Sample
 from jflow.data.records import RecordError, Source
 from jflow.data.tokenizer import Tokenizer
@@ -38,11 +38,14 @@ class Rows:
     self._first_sentence, self._prompt_drop = config["first_sentence"], config["prompt_drop"]
     self._seed = seed
     self._order: tuple[int, np.ndarray] | None = None
-    lengths, self.rejected = _lengths(source, task, tokenizer, self._template, shape)
+    sizes, self.rejected = lengths.measure(source, task, tokenizer, self._template, shape.image_patches)
     if task == "text":
-      self.plan = packing.plan_documents(lengths[:, 0], shape.tokens, seed)
-    else:
-      self.plan = packing.plan(lengths, shape, seed)
+      self.plan = packing.plan_documents(sizes[:, 0], shape.tokens, seed)
+    else:  # only documents are cut: a sample longer than a row is left out
+      too_long = (sizes > (shape.tokens, shape.images)).any(axis=1)
+      self.rejected.update(too_long=int(too_long.sum()))
+      self.plan = packing.plan(sizes, shape, seed)
+    self.rejected = +self.rejected
     if not self.plan.rows:
       raise UserError(f"{name}: none of the {len(source):,} {task} records fits a row of {shape.tokens:,} tokens "
                       f"and {shape.images} images; rejected: {dict(self.rejected)}")
@@ -170,29 +173,6 @@ class Pipeline:
       for array, values in zip(batch, row):
         array[place] = values
     return batch, counter
-
-
-def _lengths(source: Source, task: str, tokenizer: Tokenizer, template: str,
-             shape: RowShape) -> tuple[np.ndarray, collections.Counter]:
-  """Returns int64[N, 2], tokens and images of each record at their most, and the rejected by reason.
-
-  A rejected record has length 0: it does not fit its task, or is longer than a row ("too_long"; only documents
-  are cut).
-  """
-  lengths, rejected = np.zeros((len(source), 2), np.int64), collections.Counter()
-  # A prepared source has outlines: the same records without the images, which need not be read for this.
-  records = source.outlines() if hasattr(source, "outlines") else (source[i] for i in range(len(source)))
-  for index, record in enumerate(records):
-    try:
-      sample = examples.build(record, task, tokenizer, template, shape.image_patches)
-    except RecordError as error:
-      rejected[error.reason] += 1
-      continue
-    if task != "text" and (len(sample.tokens) > shape.tokens or len(sample.images) > shape.images):
-      rejected["too_long"] += 1
-      continue
-    lengths[index] = len(sample.tokens), len(sample.images)
-  return lengths, rejected
 
 
 def _prefetch(load: Any, step_plan: mixture.StepPlan, start_step: int, config: Mapping[str, Any]) -> Iterator[Any]:

@@ -177,7 +177,7 @@ def _import_part(importer: Importer, part: Any, index: int, partial: str, task: 
     progress(1)
   writer.close()
   report = {"records": writer.records, "images": writer.images, "bytes": writer.bytes, "rejected": dict(rejected),
-            "first_rejected": first}
+            "first_rejected": first, "digest": writer.digest.hexdigest()}
   _write_json(stem + ".json", report)
   return report
 
@@ -191,6 +191,7 @@ def _summary(job: dict[str, Any], reports: Sequence[dict[str, Any]]) -> dict[str
     "accepted": sum(report["records"] for report in reports), "rejected": dict(rejected),
     "first_rejected": next((r["first_rejected"] for r in reports if r["first_rejected"]), None),
     "images": sum(report["images"] for report in reports), "bytes": sum(report["bytes"] for report in reports),
+    "fingerprint": hashlib.sha256("".join(report["digest"] for report in reports).encode()).hexdigest(),
     "shard_lengths": [report["records"] for report in reports if report["records"]],
   }
 

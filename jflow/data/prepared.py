@@ -64,6 +64,7 @@ class ShardWriter:
     self._writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
     self._outlines = gzip.GzipFile(outline_path, "wb", compresslevel=1, mtime=0)
     self.records = self.images = self.bytes = 0
+    self.digest = hashlib.sha256()
 
   def write(self, record: Record, meta: dict[str, Any]) -> None:
     """Appends a record, whose images are encoded bytes; `meta` is kept beside it as JSON."""
@@ -75,7 +76,9 @@ class ShardWriter:
     }))
     self._writer.write(example)
     outline = [record.id, len(record.images), record.text, record.turns]
-    self._outlines.write(json.dumps(outline, ensure_ascii=False).encode("utf-8") + b"\n")
+    line = json.dumps(outline, ensure_ascii=False).encode("utf-8") + b"\n"
+    self._outlines.write(line)
+    self.digest.update(line + "".join(hashes).encode())
     self.records += 1
     self.images += len(record.images)
     self.bytes += len(example)
@@ -100,7 +103,12 @@ def write_metadata(directory: str, task: str, shard_lengths: Sequence[int], num_
 
 
 class PreparedSource:
-  """The records of a prepared data set; a `Source`."""
+  """The records of a prepared data set; a `Source`.
+
+  Attributes:
+    directory: where it lies.
+    fingerprint: hash of its records.
+  """
 
   def __init__(self, directory: str, task: str):
     """Opens a directory.
@@ -109,8 +117,9 @@ class PreparedSource:
       UserError: it is not a whole prepared data set of this task.
     """
     from array_record.python import array_record_data_source
-    self._directory = directory
+    self.directory = directory
     summary = read_summary(directory)
+    self.fingerprint = summary["fingerprint"]
     if summary["task"] != task:
       raise UserError(f"{directory} holds {summary['task']} records and stands in data.sources.{task}: "
                       f"prepare the source again with --task={task}")
@@ -134,7 +143,7 @@ class PreparedSource:
       RecordError: the record is damaged ("corrupt"), or an image differs from what was stored ("checksum").
     """
     shard = bisect.bisect_right(self._offsets, index) - 1
-    where = f"record {index} of {self._directory}"
+    where = f"record {index} of {self.directory}"
     try:
       example = self._features.deserialize_example_np(self._shards[shard][index - self._offsets[shard]])
       meta = json.loads(example["meta"])
@@ -174,7 +183,7 @@ def read_summary(directory: str) -> dict[str, Any]:
   try:
     with open(path, encoding="utf-8") as file:
       summary = json.load(file)
-    schema, _, _ = summary["schema"], summary["task"], summary["shard_lengths"]
+    schema, _, _ = summary["schema"], summary["task"], (summary["shard_lengths"], summary["fingerprint"])
   except (OSError, ValueError, KeyError, TypeError):
     raise UserError(f"{directory} is not a data set that `jflow prepare` wrote (no readable {SUMMARY})") from None
   if schema != SCHEMA:

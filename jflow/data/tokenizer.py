@@ -1,5 +1,6 @@
 """The tokenizer: a `tokenizer.json` whose special tokens are looked up by name, never by number."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -34,6 +35,7 @@ class Tokenizer:
   Attributes:
     bos, eos, pad, image, image_start, image_end, generation_start: ids of the special tokens.
     vocabulary_size: the largest id + 1; an embedding table needs at least that many rows.
+    fingerprint: hash of the files.
   """
 
   bos: int
@@ -44,6 +46,7 @@ class Tokenizer:
   image_end: int
   generation_start: int
   vocabulary_size: int
+  fingerprint: str
 
   def __init__(self, files: dict[str, bytes], origin: str):
     """Builds the tokenizer from the contents of its files; `origin` names them in messages. See `load`."""
@@ -62,6 +65,7 @@ class Tokenizer:
     self._tokenizer.encode_special_tokens = True
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
+    self.fingerprint = hashlib.sha256(b"".join(files[name] for name in sorted(files))).hexdigest()
     self.vocabulary_size = max(vocabulary.values()) + 1
     for attribute, name in SPECIAL_TOKENS.items():
       setattr(self, attribute, _special_id(vocabulary, config, attribute, name, origin))
