@@ -176,8 +176,10 @@ def _import_part(importer: Importer, part: Any, index: int, partial: str, task: 
       first = first or {"where": item.where, "reason": error.reason, "message": str(error)}
     progress(1)
   writer.close()
-  report = {"records": writer.records, "images": writer.images, "bytes": writer.bytes, "rejected": dict(rejected),
-            "first_rejected": first, "digest": writer.digest.hexdigest()}
+  report = {
+    "records": writer.records, "images": writer.images, "bytes": writer.bytes, "digest": writer.digest.hexdigest(),
+    "file_bytes": os.path.getsize(stem + ".array_record"), "rejected": dict(rejected), "first_rejected": first,
+  }
   _write_json(stem + ".json", report)
   return report
 
@@ -193,6 +195,7 @@ def _summary(job: dict[str, Any], reports: Sequence[dict[str, Any]]) -> dict[str
     "images": sum(report["images"] for report in reports), "bytes": sum(report["bytes"] for report in reports),
     "fingerprint": hashlib.sha256("".join(report["digest"] for report in reports).encode()).hexdigest(),
     "shard_lengths": [report["records"] for report in reports if report["records"]],
+    "shard_bytes": [report["file_bytes"] for report in reports if report["records"]],
   }
 
 

@@ -9,7 +9,6 @@
 complaint.
 """
 
-import bisect
 import gzip
 import hashlib
 import json
@@ -129,12 +128,17 @@ class PreparedSource:
     for path in paths + self._outlines:
       if not os.path.isfile(path):
         raise UserError(f"{path} is missing: prepare the source again")
-    self._offsets = np.concatenate([[0], np.cumsum(lengths)]).tolist()
-    self._shards = [array_record_data_source.ArrayRecordDataSource([path]) for path in paths]
+    for path, size in zip(paths, summary["shard_bytes"]):
+      if os.path.getsize(path) != size:
+        raise UserError(f"{path} has {os.path.getsize(path):,} bytes and should have {size:,}: prepare the source again")
+    self._length = sum(lengths)
+    # The number of records is given, so that no shard is opened before it is read.
+    self._records = array_record_data_source.ArrayRecordDataSource(
+      [f"{path}[0:{length}]" for path, length in zip(paths, lengths)])
     self._features = features()
 
   def __len__(self) -> int:
-    return self._offsets[-1]
+    return self._length
 
   def __getitem__(self, index: int) -> Record:
     """Returns a record.
@@ -142,10 +146,9 @@ class PreparedSource:
     Raises:
       RecordError: the record is damaged ("corrupt"), or an image differs from what was stored ("checksum").
     """
-    shard = bisect.bisect_right(self._offsets, index) - 1
     where = f"record {index} of {self.directory}"
     try:
-      example = self._features.deserialize_example_np(self._shards[shard][index - self._offsets[shard]])
+      example = self._features.deserialize_example_np(self._records[index])
       meta = json.loads(example["meta"])
       turns = tuple(Turn(*turn) for turn in json.loads(example["conversations"]))
       record = Record(example["id"].decode(), tuple(bytes(i) for i in example["images"]), example["text"].decode(),
@@ -183,7 +186,9 @@ def read_summary(directory: str) -> dict[str, Any]:
   try:
     with open(path, encoding="utf-8") as file:
       summary = json.load(file)
-    schema, _, _ = summary["schema"], summary["task"], (summary["shard_lengths"], summary["fingerprint"])
+    schema = summary["schema"]
+    if schema == SCHEMA:
+      summary["task"], summary["shard_lengths"], summary["shard_bytes"], summary["fingerprint"]
   except (OSError, ValueError, KeyError, TypeError):
     raise UserError(f"{directory} is not a data set that `jflow prepare` wrote (no readable {SUMMARY})") from None
   if schema != SCHEMA:
