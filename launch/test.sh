@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Installs what the tests need and runs them; arguments go to pytest.
+#   JFLOW_PARITY=1  also installs PyTorch and diffusers, for the live comparisons (skipped without them)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+packages=("pytest>=8" "scikit-image>=0.25" "scikit-learn>=1.6")
+[ "${JFLOW_PARITY:-0}" = 1 ] && packages+=("torch==2.13.0" "diffusers>=0.35")
+bash launch/install.sh "${packages[@]}"
+export JAX_PLATFORMS=${JAX_PLATFORMS:-$([ -n "${JFLOW_ACCELERATOR:-}" ] || echo cpu)}
+exec "${JFLOW_VENV:-.venv}/bin/python" -m pytest "$@"
