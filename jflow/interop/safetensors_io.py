@@ -1,6 +1,6 @@
 """Reading and writing safetensors tensor by tensor, with every byte of the header checked.
 
-The format: 8 bytes (the header's length, little-endian), a JSON header `{name: {dtype, shape, data_offsets}}`,
+The format: 8 bytes (length of the header), a JSON header `{name: {dtype, shape, data_offsets}}`,
 the payload. A damaged header can still parse, with other names, shapes or types than were written: so the
 callers compare all three with what the model needs (`jflow.interop.names`).
 """

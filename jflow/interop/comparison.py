@@ -1,0 +1,88 @@
+"""Comparing arrays with golden ones: one line each, and the first that differs."""
+
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jflow.errors import UserError
+
+
+class Line(NamedTuple):
+  """The comparison of one array."""
+
+  name: str
+  component: str
+  shape: tuple[int, ...]
+  relative_l2: float  # |ours - golden| / |golden|
+  max_error: float
+  passed: bool
+
+
+def line(
+  name: str,
+  component: str,
+  ours: np.ndarray,
+  golden: np.ndarray,
+  tolerance: float,
+  mask: np.ndarray | None = None,
+) -> Line:
+  """Compares one array where `mask` holds; integers and booleans must be identical, shapes equal."""
+  if ours.shape != golden.shape:
+    return Line(name, f"{component} (ours is {list(ours.shape)})", golden.shape, math.inf, math.inf, False)
+  a, b = np.asarray(ours, np.float64), np.asarray(golden, np.float64)
+  if mask is not None:
+    a, b = a[mask], b[mask]
+  error = np.abs(a - b)
+  relative = math.sqrt(float(np.sum(error * error))) / (math.sqrt(float(np.sum(b * b))) or 1.0)
+  limit = tolerance if np.issubdtype(golden.dtype, np.floating) else 0.0
+  passed = bool(relative <= limit)  # NaN does not pass
+  return Line(name, component, golden.shape, relative, float(error.max(initial=0.0)), passed)
+
+
+def read_golden(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Reads an npz file; never a pickle."""
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      if not hasattr(file, "files"):
+        raise ValueError("a single array")
+      return {name: file[name] for name in file.files}
+  except FileNotFoundError:
+    raise UserError(f"{path} not found") from None
+  except Exception as error:  # zip, npy and pickle errors of many types
+    raise UserError(f"{path} is not a readable npz file of plain arrays ({error})") from None
+
+
+def report(lines: Sequence[Line], tolerance: float, json_path: pathlib.Path | None) -> int:
+  """Prints a line per array and the first component that diverges; returns the exit code."""
+  width = max(len(line.name) for line in lines)
+  for line in lines:
+    verdict = "ok" if line.passed else "DIFFERS"
+    print(
+      f"{line.name:{width}}  {str(list(line.shape)):20}  relative {line.relative_l2:.2e}  "
+      f"max {line.max_error:.2e}  {verdict}"
+    )
+  first = next((line for line in lines if not line.passed), None)
+  if first is None:
+    print(f"all {len(lines)} arrays agree within {tolerance:g}")
+  else:
+    print(f"first to diverge: {first.name}, made by {first.component}")
+  if json_path is not None:
+    value = {
+      "passed": first is None,
+      "tolerance": tolerance,
+      "first_divergence": None if first is None else {"array": first.name, "component": first.component},
+      "arrays": {line.name: _finite(line) for line in lines},
+    }
+    json_path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+  return 0 if first is None else 1
+
+
+def _finite(line: Line) -> dict[str, Any]:
+  """A line for JSON, which has no NaN: such an error is null."""
+  values = line._asdict()
+  values.pop("name")
+  return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in values.items()}

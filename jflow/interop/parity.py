@@ -1,0 +1,280 @@
+"""python -m jflow parity: compares a checkpoint, or the processor, with golden outputs of the PyTorch code.
+
+  --checkpoint=DIR --golden=FILE.npz   the model: SigLIP, LLM, ConvNeXt heads, greedy decoding, sampler
+  --processor=DIR                      tokens and pixels: the tokenizer, chat template and image processor
+
+Computed in float32. Each array gets a line with its relative L2 error; the first component that diverges is
+named, in the order in which the components feed one another.
+"""
+
+import argparse
+import functools
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jflow import flow
+from jflow.errors import UserError
+from jflow.inference import reading
+from jflow.interop.checkpoints import read_checkpoint
+from jflow.interop.comparison import Line, line, read_golden, report
+from jflow.interop.processor_parity import compare_processor
+from jflow.models.janusflow import JanusFlow
+from jflow.models.llm import Cache
+
+_TOLERANCE = 1e-5
+# Output -> the component that makes it from the ones before.
+_COMPONENTS = {
+  "und/features": "understanding_encoder",
+  "und/inputs_embeds": "understanding_projector, understanding_start or the embedding",
+  "und/logits": "language_model",
+  "und/greedy_tokens": "greedy decoding with the cache",
+  "text/logits": "language_model",
+  "gen/t_emb": "generation_encoder (time embedding)",
+  "gen/z_emb": "generation_encoder",
+  "gen/skip": "generation_encoder",
+  "gen/hidden": "language_model",
+  "gen/velocity_cond": "generation_output_norm, generation_output_projector or generation_decoder",
+  "gen/velocity_uncond": "the dropped prompt",
+  "gen/trajectory": "guidance or the solver",
+  "gen/z1": "guidance or the solver",
+}
+_INPUTS = {
+  "und": ("pixels", "input_ids", "attention_mask"),
+  "text": ("input_ids",),
+  "gen": ("prompt_ids", "z0", "t", "steps", "cfg_weight"),
+}
+_VARIANT = re.compile(r"_(?:(first|last)(\d+)|(mean))$")
+
+
+class Output(NamedTuple):
+  """An array of ours in PyTorch's layout; `mask` bool[B, T] says at which tokens it means something."""
+
+  value: np.ndarray
+  mask: np.ndarray | None = None
+
+
+def compare(golden: Mapping[str, np.ndarray], ours: Mapping[str, Output], tolerance: float) -> list[Line]:
+  """Compares every output that the golden file holds, whole or a variant (`_last4`, `_first8`, `_mean`)."""
+  lines = []
+  for key, component in _COMPONENTS.items():
+    for name in golden:
+      if _VARIANT.sub("", name) == key:
+        value, mask = _variant(ours[key], name, golden[name].shape)
+        lines.append(line(name, component, value, golden[name], tolerance, mask))
+  return lines
+
+
+def _variant(output: Output, name: str, shape: tuple[int, ...]) -> Output:
+  """The first or last tokens, or the mean over tokens; a map [B, C, H, W] has H * W tokens, raster order."""
+  variant = _VARIANT.search(name)
+  if variant is None:
+    return output
+  value, mask = output
+  if value.ndim == 4:
+    value = value.reshape(*value.shape[:2], -1).transpose(0, 2, 1)
+  side, count, mean = variant.groups()
+  if mean:
+    weight = np.ones(value.shape[:2]) if mask is None else mask
+    value = np.einsum("bt...,bt->b...", value.astype(np.float64), weight / weight.sum(axis=1, keepdims=True))
+    return Output(value.reshape(shape) if value.size == np.prod(shape) else value)
+  cut = slice(0, int(count)) if side == "first" else slice(-int(count), None)
+  value, mask = value[:, cut], None if mask is None else mask[:, cut]
+  if output.value.ndim == 4 and value.shape != shape:  # channels before tokens
+    value = value.transpose(0, 2, 1)
+  return Output(value, mask)
+
+
+class Runner:
+  """Runs the parts of a model in float32 on the inputs of a golden file."""
+
+  def __init__(self, model: JanusFlow, params: Any):
+    self.model, self.params = model, params
+    self.vocabulary = model.config.language_model.vocabulary_size
+
+  def apply(self, method: str, *args: Any) -> Any:
+    """One method of the model, compiled."""
+    return _apply(self.model, method, self.params, *args)
+
+  def understanding(self, g: Mapping[str, np.ndarray], want: Callable[[str], bool]) -> dict[str, Output]:
+    """Features, embeddings, logits and greedy tokens of the rows of `und/`."""
+    tokens, mask = g["input_ids"].astype(np.int32), g["attention_mask"].astype(bool)
+    pixels = g["pixels"].reshape(-1, *g["pixels"].shape[-3:])
+    features = self.apply("features", pixels.transpose(0, 2, 3, 1))
+    slots, index = self._place(tokens, self.apply("read_slots", features))
+    embeds = self.apply("assemble", tokens, slots, index)
+    out = {
+      "und/features": Output(np.asarray(features)),
+      "und/inputs_embeds": Output(np.asarray(embeds), mask),
+    }
+    if want("und/logits"):
+      positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0).astype(np.int32)
+      hidden = self.apply("backbone", embeds, positions, mask.astype(np.int32)).hidden
+      out["und/logits"] = Output(np.asarray(self.apply("logits", hidden)), mask)
+    if want("und/greedy_tokens"):
+      out["und/greedy_tokens"] = Output(self._greedy(np.asarray(embeds), mask, g["greedy_tokens"].shape[1]))
+    return out
+
+  def _place(self, tokens: np.ndarray, slots_IKD: jax.Array) -> tuple[jax.Array, np.ndarray]:
+    """Distributes images over rows: [B, M * K, D] slots and int32[B, S] indices into them."""
+    boi, image = self.vocabulary - 4, self.vocabulary - 3
+    k = slots_IKD.shape[1]
+    starts = [np.flatnonzero(row == boi) for row in tokens]
+    if sum(map(len, starts)) != len(slots_IKD):
+      raise UserError(f"und/input_ids has {sum(map(len, starts))} images, und/pixels {len(slots_IKD)}")
+    most = max(map(len, starts))
+    index, place = np.full(tokens.shape, -1, np.int32), np.zeros((len(tokens), most), np.int32)
+    used = 0
+    for b, row in enumerate(starts):
+      for m, start in enumerate(row):
+        if not (tokens[b, start + 1 : start + k] == image).all() or start + k > tokens.shape[1]:
+          raise UserError(f"und/input_ids row {b}: {k - 1} image ids should follow position {start}")
+        index[b, start : start + k] = m * k + np.arange(k)
+        place[b, m] = used
+        used += 1
+    return slots_IKD[place].reshape(len(tokens), most * k, -1), index
+
+  def _greedy(self, embeds: np.ndarray, mask: np.ndarray, count: int) -> np.ndarray:
+    """Decodes `count` tokens per row as `understand` does: prompts padded on the right, a static cache."""
+    lengths = mask.sum(axis=1).astype(np.int32)
+    order = np.argsort(~mask, axis=1, kind="stable")  # left padding to the right end
+    embeds = np.take_along_axis(embeds, order[..., None], axis=1)
+    b, s = mask.shape
+    segments = (np.arange(s) < lengths[:, None]).astype(np.int32)
+    cache = Cache.empty(self.model.config.language_model, b, s + count, jnp.float32)
+    out = self.apply(
+      "backbone", embeds, np.broadcast_to(np.arange(s, dtype=np.int32), (b, s)), segments, cache
+    )
+    cache, last = out.cache, out.hidden[np.arange(b), lengths - 1]
+    logits, answer = self.apply("logits", last), []
+    for i in range(count):
+      answer.append(np.asarray(jnp.argmax(logits, axis=-1), np.int32))
+      if i + 1 < count:
+        logits, cache = reading.decode(self.model, self.params, answer[-1], lengths + i, cache)
+    return np.stack(answer, axis=1)
+
+  def text(self, g: Mapping[str, np.ndarray]) -> dict[str, Output]:
+    """Logits of plain token rows."""
+    tokens = g["input_ids"].astype(np.int32)
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    hidden = self.apply("backbone", self.apply("embed", tokens), positions, np.ones_like(tokens)).hidden
+    return {"text/logits": Output(np.asarray(self.apply("logits", hidden)))}
+
+  def generation(self, g: Mapping[str, np.ndarray], want: Callable[[str], bool]) -> dict[str, Output]:
+    """Embeddings and velocities at `gen/t`, and the Euler trajectory; rows with the prompt, then without."""
+    prompt = g["prompt_ids"].reshape(-1).astype(np.int32)
+    z0 = g["z0"].transpose(0, 2, 3, 1)
+    n = len(z0)
+    step = functools.partial(_velocity, self.model, self.params, prompt)
+    v, parts = step(z0, np.broadcast_to(np.asarray(g["t"], np.float32), (n,)))
+    twice = lambda x: np.concatenate([x, x])
+    channels_first = lambda x: np.asarray(x).transpose(0, 3, 1, 2)
+    skip, visible = channels_first(parts["skip"]), np.ones(parts["hidden"].shape[:2], bool)
+    visible[n:, 1 : len(prompt)] = False
+    rows = 2 * n if g.get("t_emb", np.empty(2 * n)).shape[0] == 2 * n else n
+    both = twice if rows == 2 * n else (lambda x: x)
+    out = {
+      "gen/t_emb": Output(both(np.asarray(parts["time"]))),
+      "gen/z_emb": Output(both(skip)),
+      "gen/skip": Output(both(skip)),
+      "gen/hidden": Output(np.asarray(parts["hidden"]), visible),
+      "gen/velocity_cond": Output(channels_first(v[:n])),
+      "gen/velocity_uncond": Output(channels_first(v[n:])),
+    }
+    if want("gen/trajectory") or want("gen/z1"):
+      steps, guidance = int(g["steps"]), float(g["cfg_weight"])
+      grid, z, trajectory = flow.time_grid(steps), jnp.asarray(z0), []
+      for i in range(steps):
+        v, _ = step(z, jnp.broadcast_to(grid[i], (n,)))
+        z = z + flow.guide(v[:n], v[n:], guidance) / steps
+        trajectory.append(channels_first(z))
+      out["gen/trajectory"] = Output(np.stack(trajectory))
+      out["gen/z1"] = Output(trajectory[-1])
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply(model: JanusFlow, method: str, params: Any, *args: Any) -> Any:
+  return model.apply({"params": params}, *args, method=method)
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def _velocity(model: JanusFlow, params: Any, prompt: jax.Array, z: jax.Array, time: jax.Array) -> Any:
+  """Velocities of N pictures with the prompt and N without (hidden but for BOS), and their parts."""
+  apply = functools.partial(model.apply, {"params": params})
+  n, s = len(z), len(prompt)
+  slots, skip, time_ND = apply(z, time, method="write_slots")
+  x = apply(prompt, method="embed")
+  x = jnp.concatenate([jnp.broadcast_to(x, (n, *x.shape)), slots], axis=1)
+  total = x.shape[1]
+  shown = jnp.ones((2 * n, total), jnp.int32).at[n:, 1:s].set(0)
+  positions = jnp.broadcast_to(jnp.arange(total), (2 * n, total))
+  twice = lambda a: jnp.concatenate([a, a])
+  hidden = apply(twice(x), positions, shown, method="backbone").hidden
+  v = apply(hidden[:, s + 1 :], twice(skip), twice(time_ND), method="velocity")
+  return v, {"skip": skip, "time": time_ND, "hidden": hidden}
+
+
+def compare_model(checkpoint: str, golden: pathlib.Path, tolerance: float) -> list[Line]:
+  """Runs a checkpoint on the inputs of a golden file and compares.
+
+  Raises:
+    UserError: the file is unreadable, lacks an input, or holds nothing to compare.
+  """
+  arrays = read_golden(golden)
+  found = read_checkpoint(checkpoint)
+  model = JanusFlow(found.config, jnp.float32, remat="none", unroll=1)
+  bases = {_VARIANT.sub("", name) for name in arrays}
+  ours: dict[str, Output] = {}
+  with jax.default_matmul_precision("highest"):
+    runner = Runner(model, jax.device_put(found.params))
+    del found
+    for group, inputs in _INPUTS.items():
+      outputs = [key for key in _COMPONENTS if key.startswith(group + "/") and key in bases]
+      if not outputs:
+        continue
+      solver = group != "gen" or bool({"gen/trajectory", "gen/z1"} & bases)
+      for name in inputs if solver else inputs[:3]:
+        if f"{group}/{name}" not in arrays:
+          raise UserError(f"{golden} has {outputs[0]} but not its input {group}/{name}")
+      part = {name.split("/", 1)[1]: x for name, x in arrays.items() if name.startswith(group + "/")}
+      if group == "und":
+        ours |= runner.understanding(part, bases.__contains__)
+      elif group == "text":
+        ours |= runner.text(part)
+      else:
+        ours |= runner.generation(part, bases.__contains__)
+  if not ours:
+    raise UserError(f"{golden} holds no output to compare with, such as und/logits")
+  return compare(arrays, ours, tolerance)
+
+
+def main(argv: Sequence[str]) -> int:
+  """The command `parity`."""
+  p = argparse.ArgumentParser(
+    prog="python -m jflow parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  p.add_argument("--checkpoint", help="official or jflow checkpoint directory")
+  p.add_argument("--golden", type=pathlib.Path, help="golden outputs of the PyTorch code, npz")
+  p.add_argument(
+    "--processor", type=pathlib.Path, help="directory with a tokenizer, images, cases.json, golden.npz"
+  )
+  p.add_argument("--tolerance", type=float, help="largest relative L2 error (default: 1e-5; processor: 1e-6)")
+  p.add_argument("--json", type=pathlib.Path, help="write the result here")
+  args = p.parse_args(argv)
+  if args.processor is not None and (args.checkpoint or args.golden):
+    raise UserError("give --processor, or --checkpoint and --golden")
+  if args.processor is not None:
+    tolerance = 1e-6 if args.tolerance is None else args.tolerance
+    lines = list(compare_processor(args.processor, tolerance))
+  elif args.checkpoint and args.golden:
+    tolerance = _TOLERANCE if args.tolerance is None else args.tolerance
+    lines = compare_model(args.checkpoint, args.golden, tolerance)
+  else:
+    raise UserError("give --checkpoint=DIR and --golden=FILE.npz, or --processor=DIR")
+  return report(lines, tolerance, args.json)
