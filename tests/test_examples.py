@@ -27,8 +27,14 @@ def build(record, task, template="plain", **options):
 
 def show(ids) -> str:
   """Returns the text of ids, the special ones as short marks."""
-  names = {TOKENIZER.bos: "[BOS]", TOKENIZER.eos: "[EOS]", TOKENIZER.image: "#", TOKENIZER.image_start: "[",
-           TOKENIZER.image_end: "]", TOKENIZER.generation_start: "[T]"}
+  names = {
+    TOKENIZER.bos: "[BOS]",
+    TOKENIZER.eos: "[EOS]",
+    TOKENIZER.image: "#",
+    TOKENIZER.image_start: "[",
+    TOKENIZER.image_end: "]",
+    TOKENIZER.generation_start: "[T]",
+  }
   text, plain = "", []
   for i in [*map(int, ids), TOKENIZER.pad]:
     if i in names or i == TOKENIZER.pad:
@@ -51,8 +57,9 @@ def question(text="<image>\nWhat?", answer="A cat.", images=(PIXELS,)):
 def test_chat_prompt_reproduces_the_release(name):
   conversation = CASES[name]["conversation"]
   count = sum(len(turn.get("images", [])) for turn in conversation)
-  prompt = examples.chat_prompt(conversation, count, TOKENIZER, 9, system=examples.SYSTEM_PROMPT,
-                                mark="<image_placeholder>")
+  prompt = examples.chat_prompt(
+    conversation, count, TOKENIZER, 9, system=examples.SYSTEM_PROMPT, mark="<image_placeholder>"
+  )
   np.testing.assert_array_equal(prompt.tokens, ARRAYS[f"{name}/input_ids"])
   if count:
     np.testing.assert_array_equal(prompt.image_mask(9), ARRAYS[f"{name}/images_seq_mask"])
@@ -64,20 +71,26 @@ def test_generation_prompt_reproduces_the_release():
   np.testing.assert_array_equal(np.append(prompt, TOKENIZER.generation_start), ARRAYS["generation/input_ids"])
 
 
-@pytest.mark.parametrize("template, expected", [
-  ("plain", "[BOS][###]Generate the caption of this picture. A cat.[EOS]"),
-  ("chat", "[BOS]User: [###]\nGenerate the caption of this picture.\n\nAssistant: A cat.[EOS]"),
-])
+@pytest.mark.parametrize(
+  "template, expected",
+  [
+    ("plain", "[BOS][###]Generate the caption of this picture. A cat.[EOS]"),
+    ("chat", "[BOS]User: [###]\nGenerate the caption of this picture.\n\nAssistant: A cat.[EOS]"),
+  ],
+)
 def test_captions(template, expected):
   sample = build(Record("0", (PIXELS,), " A cat. ", ()), "understanding", template)
   assert show(sample.tokens) == expected
   assert learned(sample) == " A cat.[EOS]"
 
 
-@pytest.mark.parametrize("template, expected", [
-  ("plain", "[BOS][###]What? A cat.[EOS]Sure? Yes[EOS]"),
-  ("chat", "[BOS]User: [###]\nWhat?\n\nAssistant: A cat.[EOS]User: Sure?\n\nAssistant: Yes[EOS]"),
-])
+@pytest.mark.parametrize(
+  "template, expected",
+  [
+    ("plain", "[BOS][###]What? A cat.[EOS]Sure? Yes[EOS]"),
+    ("chat", "[BOS]User: [###]\nWhat?\n\nAssistant: A cat.[EOS]User: Sure?\n\nAssistant: Yes[EOS]"),
+  ],
+)
 def test_conversations(template, expected):
   record = question()
   record = record._replace(turns=(*record.turns, Turn("user", "Sure? "), Turn("assistant", "Yes")))
@@ -89,15 +102,22 @@ def test_conversations(template, expected):
 
 
 def test_images_stand_where_their_marks_do():
-  sample = build(question("<image> is one, <image> is two. Same?", images=(PIXELS, PIXELS)), "understanding", "chat")
+  sample = build(
+    question("<image> is one, <image> is two. Same?", images=(PIXELS, PIXELS)), "understanding", "chat"
+  )
   assert show(sample.tokens) == "[BOS]User: [###] is one, [###] is two. Same?\n\nAssistant: A cat.[EOS]"
   for start in sample.image_starts:
-    assert sample.tokens[start:start + P + 2].tolist() == [
-      TOKENIZER.image_start, *[TOKENIZER.image] * P, TOKENIZER.image_end]
+    assert sample.tokens[start : start + P + 2].tolist() == [
+      TOKENIZER.image_start,
+      *[TOKENIZER.image] * P,
+      TOKENIZER.image_end,
+    ]
 
 
-@pytest.mark.parametrize("template, expected", [
-  ("plain", "[BOS]A cat. It sleeps.[T]###"), ("chat", "[BOS]User: A cat. It sleeps.\n\nAssistant:[T]###")])
+@pytest.mark.parametrize(
+  "template, expected",
+  [("plain", "[BOS]A cat. It sleeps.[T]###"), ("chat", "[BOS]User: A cat. It sleeps.\n\nAssistant:[T]###")],
+)
 def test_generation(template, expected):
   sample = build(Record("0", (PIXELS,), "A cat. It sleeps.", ()), "generation", template)
   assert show(sample.tokens) == expected
@@ -105,7 +125,7 @@ def test_generation(template, expected):
   assert sample.image_starts == (len(sample.tokens) - P - 1,) and sample.image_kinds == (batch_lib.WRITE,)
   np.testing.assert_array_equal(sample.positions, np.arange(len(sample.tokens)))
   prompt = examples.generation_prompt("A cat. It sleeps.", template, TOKENIZER)
-  np.testing.assert_array_equal(sample.tokens[:sample.image_starts[0]], prompt)
+  np.testing.assert_array_equal(sample.tokens[: sample.image_starts[0]], prompt)
 
 
 @pytest.mark.parametrize("template", examples.TEMPLATES)
@@ -115,7 +135,7 @@ def test_a_dropped_prompt_leaves_its_gap(template):
   dropped = build(record, "generation", template, rng=np.random.default_rng(0), prompt_drop=1.0)
   assert show(dropped.tokens) == "[BOS][T]###"
   start = whole.image_starts[0]
-  kept = np.r_[0, start:len(whole.tokens)]  # what the release's masked form leaves to attend to
+  kept = np.r_[0, start : len(whole.tokens)]  # what the release's masked form leaves to attend to
   for array in ("tokens", "targets", "positions"):
     expected = getattr(whole, array)[kept]
     if array == "targets":
@@ -129,7 +149,9 @@ def test_drop_and_first_sentence_occur_at_their_rates():
   counts = {"[BOS]A cat on a sofa. It sleeps.[T]###": 0, "[BOS]A cat on a sofa.[T]###": 0, "[BOS][T]###": 0}
   n = 2000
   for i in range(n):
-    sample = build(record, "generation", rng=np.random.default_rng([0, i]), first_sentence=0.25, prompt_drop=0.1)
+    sample = build(
+      record, "generation", rng=np.random.default_rng([0, i]), first_sentence=0.25, prompt_drop=0.1
+    )
     counts[show(sample.tokens)] += 1
   for count, share in zip(counts.values(), (0.75 * 0.9, 0.25 * 0.9, 0.1)):
     assert abs(count - n * share) < 5 * np.sqrt(n * share * (1 - share))
@@ -138,17 +160,26 @@ def test_drop_and_first_sentence_occur_at_their_rates():
 def test_the_same_rng_gives_the_same_sample():
   record = Record("0", (PIXELS,), "A cat on a sofa. It sleeps.", ())
   for seed in range(20):
-    first, second = (build(record, "generation", rng=np.random.default_rng(seed), first_sentence=0.5, prompt_drop=0.5)
-                     for _ in range(2))
+    first, second = (
+      build(record, "generation", rng=np.random.default_rng(seed), first_sentence=0.5, prompt_drop=0.5)
+      for _ in range(2)
+    )
     np.testing.assert_array_equal(first.tokens, second.tokens)
 
 
-@pytest.mark.parametrize("caption, expected", [
-  ("A cat on a sofa. It sleeps.", "A cat on a sofa."), ("A cat on a sofa", "A cat on a sofa"),
-  ("St. Peter's in Rome. Rain.", "St. Peter's in Rome."), ("Is it 3.5 m long? Yes.", "Is it 3.5 m long?"),
-  ('He says "go on now!" Then he leaves.', 'He says "go on now!"'), ("一只猫。它在睡觉。", "一只猫。"),
-  ("a cat and a dog\nsecond line", "a cat and a dog"), ("Wow! Oh!", "Wow! Oh!"),
-])
+@pytest.mark.parametrize(
+  "caption, expected",
+  [
+    ("A cat on a sofa. It sleeps.", "A cat on a sofa."),
+    ("A cat on a sofa", "A cat on a sofa"),
+    ("St. Peter's in Rome. Rain.", "St. Peter's in Rome."),
+    ("Is it 3.5 m long? Yes.", "Is it 3.5 m long?"),
+    ('He says "go on now!" Then he leaves.', 'He says "go on now!"'),
+    ("一只猫。它在睡觉。", "一只猫。"),
+    ("a cat and a dog\nsecond line", "a cat and a dog"),
+    ("Wow! Oh!", "Wow! Oh!"),
+  ],
+)
 def test_first_sentence(caption, expected):
   assert examples.first_sentence_of(caption) == expected
 
@@ -167,7 +198,10 @@ def test_text_conversations_are_chat():
 
 
 def test_targets_are_the_next_tokens():
-  for sample in (build(question(), "understanding", "chat"), build(Record("0", (), "Once upon a time.", ()), "text")):
+  for sample in (
+    build(question(), "understanding", "chat"),
+    build(Record("0", (), "Once upon a time.", ()), "text"),
+  ):
     np.testing.assert_array_equal(sample.targets[:-1], sample.tokens[1:])
     assert not sample.loss_mask[-1] and sample.loss_mask.any()
 
@@ -195,26 +229,29 @@ def test_special_tokens_in_a_text_stay_text():
 USER, ANSWER = Turn("user", "Why?"), Turn("assistant", "So.")
 
 
-@pytest.mark.parametrize("task, record, reason", [
-  ("understanding", Record("0", (), "caption", ()), "image_count"),
-  ("understanding", Record("0", (PIXELS,), " \n", ()), "empty_caption"),
-  ("understanding", question(answer=" "), "no_answer"),
-  ("understanding", Record("0", (PIXELS,), "", (Turn("user", "<image>"),)), "no_answer"),
-  ("understanding", Record("0", (PIXELS,), "", (Turn("user", "<image>"), ANSWER, USER)), "no_answer"),
-  ("understanding", Record("0", (PIXELS,), "", (ANSWER,)), "bad_turns"),
-  ("understanding", Record("0", (PIXELS,), "", (Turn("user", "<image>"), USER, ANSWER)), "bad_turns"),
-  ("understanding", Record("0", (PIXELS,), "", (Turn("system", "<image>"), ANSWER)), "bad_turns"),
-  ("understanding", question("no mark"), "image_marks"),
-  ("understanding", question("<image><image>"), "image_marks"),
-  ("understanding", question("x", "<image>"), "image_marks"),
-  ("understanding", question("<image> \ud800"), "invalid_utf8"),
-  ("generation", Record("0", (), "caption", ()), "image_count"),
-  ("generation", Record("0", (PIXELS, PIXELS), "caption", ()), "image_count"),
-  ("generation", Record("0", (PIXELS,), "", ()), "empty_caption"),
-  ("generation", Record("0", (PIXELS,), "a \udfff", ()), "invalid_utf8"),
-  ("text", Record("0", (PIXELS,), "text", ()), "image_count"),
-  ("text", Record("0", (), "\n", ()), "empty_text"),
-])
+@pytest.mark.parametrize(
+  "task, record, reason",
+  [
+    ("understanding", Record("0", (), "caption", ()), "image_count"),
+    ("understanding", Record("0", (PIXELS,), " \n", ()), "empty_caption"),
+    ("understanding", question(answer=" "), "no_answer"),
+    ("understanding", Record("0", (PIXELS,), "", (Turn("user", "<image>"),)), "no_answer"),
+    ("understanding", Record("0", (PIXELS,), "", (Turn("user", "<image>"), ANSWER, USER)), "no_answer"),
+    ("understanding", Record("0", (PIXELS,), "", (ANSWER,)), "bad_turns"),
+    ("understanding", Record("0", (PIXELS,), "", (Turn("user", "<image>"), USER, ANSWER)), "bad_turns"),
+    ("understanding", Record("0", (PIXELS,), "", (Turn("system", "<image>"), ANSWER)), "bad_turns"),
+    ("understanding", question("no mark"), "image_marks"),
+    ("understanding", question("<image><image>"), "image_marks"),
+    ("understanding", question("x", "<image>"), "image_marks"),
+    ("understanding", question("<image> \ud800"), "invalid_utf8"),
+    ("generation", Record("0", (), "caption", ()), "image_count"),
+    ("generation", Record("0", (PIXELS, PIXELS), "caption", ()), "image_count"),
+    ("generation", Record("0", (PIXELS,), "", ()), "empty_caption"),
+    ("generation", Record("0", (PIXELS,), "a \udfff", ()), "invalid_utf8"),
+    ("text", Record("0", (PIXELS,), "text", ()), "image_count"),
+    ("text", Record("0", (), "\n", ()), "empty_text"),
+  ],
+)
 def test_what_does_not_fit_is_refused_with_a_reason(task, record, reason):
   for template in examples.TEMPLATES:
     with pytest.raises(RecordError) as caught:
@@ -222,17 +259,20 @@ def test_what_does_not_fit_is_refused_with_a_reason(task, record, reason):
     assert caught.value.reason == reason
 
 
-@pytest.mark.parametrize("messages, images, message", [
-  ([], 0, "end with a question"),
-  ([USER, ANSWER], 0, "end with a question"),
-  ([Turn("user", "  ")], 0, "end with a question"),
-  ([USER, USER], 0, "alternate"),
-  ([Turn("user", "<image>")], 0, "1 <image> marks and 0 images"),
-  ([USER], 1, "0 <image> marks and 1 images"),
-  ([{"role": "user"}], 0, '"content"'),
-  ([{"role": "user", "content": ["list"]}], 0, "should be text"),
-  ([USER, Turn("assistant", " "), USER], 0, "an answer is empty"),
-])
+@pytest.mark.parametrize(
+  "messages, images, message",
+  [
+    ([], 0, "end with a question"),
+    ([USER, ANSWER], 0, "end with a question"),
+    ([Turn("user", "  ")], 0, "end with a question"),
+    ([USER, USER], 0, "alternate"),
+    ([Turn("user", "<image>")], 0, "1 <image> marks and 0 images"),
+    ([USER], 1, "0 <image> marks and 1 images"),
+    ([{"role": "user"}], 0, '"content"'),
+    ([{"role": "user", "content": ["list"]}], 0, "should be text"),
+    ([USER, Turn("assistant", " "), USER], 0, "an answer is empty"),
+  ],
+)
 def test_unreadable_conversations_get_one_clear_line(messages, images, message):
   with pytest.raises(UserError, match=re.escape(message)) as caught:
     examples.chat_prompt(messages, images, TOKENIZER, P)

@@ -47,8 +47,12 @@ def test_understanding_reproduces_the_release(name, expected):
 
 def test_arrays_bytes_and_pictures_are_the_same_image():
   pixels = _gradient(100, 60)
-  forms = [pixels, _encode(Image.fromarray(pixels)), Image.fromarray(pixels),
-           _encode(Image.fromarray(pixels), "WEBP", lossless=True)]
+  forms = [
+    pixels,
+    _encode(Image.fromarray(pixels)),
+    Image.fromarray(pixels),
+    _encode(Image.fromarray(pixels), "WEBP", lossless=True),
+  ]
   for form in forms:
     np.testing.assert_array_equal(images.decode(form), pixels)
     np.testing.assert_array_equal(images.for_understanding(form, 32), images.for_understanding(pixels, 32))
@@ -65,13 +69,13 @@ def test_generation_cuts_a_square_inside_the_picture():
   for seed in range(40):
     crop = images.for_generation(wide, 50, np.random.default_rng(seed))
     left = int(crop[0, 0, 0])
-    np.testing.assert_array_equal(crop, wide[:, left:left + 50])  # side 50 to 50: no resampling
+    np.testing.assert_array_equal(crop, wide[:, left : left + 50])  # side 50 to 50: no resampling
     lefts.append(left)
   assert min(lefts) < 30 and max(lefts) > 120
   tall = np.ascontiguousarray(wide.transpose(1, 0, 2))
   crop = images.for_generation(tall, 50, np.random.default_rng(0))
   top = int(crop[0, 0, 0])
-  np.testing.assert_array_equal(crop, tall[top:top + 50])
+  np.testing.assert_array_equal(crop, tall[top : top + 50])
 
 
 def test_generation_resizes_the_whole_of_a_square():
@@ -81,7 +85,11 @@ def test_generation_resizes_the_whole_of_a_square():
 
 
 def test_generation_survives_a_sliver():
-  assert images.for_generation(np.zeros((1, 5000, 3), np.uint8), 16, np.random.default_rng(0)).shape == (16, 16, 3)
+  assert images.for_generation(np.zeros((1, 5000, 3), np.uint8), 16, np.random.default_rng(0)).shape == (
+    16,
+    16,
+    3,
+  )
 
 
 class Drawn:
@@ -98,7 +106,9 @@ def test_exif_rotation_is_applied():
   pixels = _gradient(40, 20)
   exif = Image.Exif()
   exif[0x0112] = 6  # to be shown rotated by 90 degrees clockwise
-  np.testing.assert_array_equal(images.decode(_encode(Image.fromarray(pixels), exif=exif)), np.rot90(pixels, -1))
+  np.testing.assert_array_equal(
+    images.decode(_encode(Image.fromarray(pixels), exif=exif)), np.rot90(pixels, -1)
+  )
 
 
 def test_alpha_is_laid_over_white():
@@ -142,29 +152,52 @@ def test_an_animation_gives_its_first_frame():
 def _png_header(width: int, height: int) -> bytes:
   def chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
   header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-  return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+  return (
+    b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+  )
 
 
-@pytest.mark.parametrize("data, reason", [
-  (b"", "empty"),
-  (b"hello", "format"),
-  (_encode(Image.new("RGB", (8, 8)), "GIF"), "format"),
-  (_encode(Image.new("RGB", (8, 8)), "BMP"), "format"),
-  (_png_header(20_000, 20_000), "too_large"),
-  (_png_header(9_000, 9_000), "too_large"),
-  (_png_header(2**31 - 1, 2**31 - 1), "too_large"),
-  (_png_header(50, 50), "unreadable"),
-  (_encode(Image.effect_noise((64, 64), 50), "JPEG")[:-1000], "unreadable"),
-  (np.zeros((4, 4), np.uint8), "format"),
-  (np.zeros((4, 4, 3), np.float32), "format"),
-  (np.zeros((0, 4, 3), np.uint8), "format"),
-  (3, "format"),
-], ids=["empty", "text", "gif", "bmp", "400M", "81M", "huge", "no-pixels", "truncated", "grey-array", "float-array",
-        "no-rows", "number"])
+@pytest.mark.parametrize(
+  "data, reason",
+  [
+    (b"", "empty"),
+    (b"hello", "format"),
+    (_encode(Image.new("RGB", (8, 8)), "GIF"), "format"),
+    (_encode(Image.new("RGB", (8, 8)), "BMP"), "format"),
+    (_png_header(20_000, 20_000), "too_large"),
+    (_png_header(9_000, 9_000), "too_large"),
+    (_png_header(2**31 - 1, 2**31 - 1), "too_large"),
+    (_png_header(50, 50), "unreadable"),
+    (_encode(Image.effect_noise((64, 64), 50), "JPEG")[:-1000], "unreadable"),
+    (np.zeros((4, 4), np.uint8), "format"),
+    (np.zeros((4, 4, 3), np.float32), "format"),
+    (np.zeros((0, 4, 3), np.uint8), "format"),
+    (3, "format"),
+  ],
+  ids=[
+    "empty",
+    "text",
+    "gif",
+    "bmp",
+    "400M",
+    "81M",
+    "huge",
+    "no-pixels",
+    "truncated",
+    "grey-array",
+    "float-array",
+    "no-rows",
+    "number",
+  ],
+)
 def test_what_cannot_be_used_has_a_reason(data, reason):
-  for use in (images.decode, lambda x: images.for_understanding(x, 16),
-              lambda x: images.for_generation(x, 16, np.random.default_rng(0))):
+  for use in (
+    images.decode,
+    lambda x: images.for_understanding(x, 16),
+    lambda x: images.for_generation(x, 16, np.random.default_rng(0)),
+  ):
     with pytest.raises(ImageError) as caught:
       use(data)
     assert caught.value.reason == reason and "\n" not in str(caught.value)
@@ -176,15 +209,20 @@ def test_damaged_images_raise_nothing_else():
   picture = Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8))
   exif = Image.Exif()
   exif[0x0112] = 3
-  originals = [_encode(picture, "PNG", exif=exif), _encode(picture, "JPEG", exif=exif), _encode(picture, "WEBP"),
-               _encode(picture.convert("P")), _encode(picture.convert("CMYK"), "JPEG")]
+  originals = [
+    _encode(picture, "PNG", exif=exif),
+    _encode(picture, "JPEG", exif=exif),
+    _encode(picture, "WEBP"),
+    _encode(picture.convert("P")),
+    _encode(picture.convert("CMYK"), "JPEG"),
+  ]
   refused = 0
   for original in originals:
     for _ in range(300):
       data = np.frombuffer(original, np.uint8).copy()
       places = rng.integers(0, min(len(data), rng.choice([64, len(data)])), rng.integers(1, 6))
       data[places] = rng.integers(0, 256, len(places))
-      data = data[:rng.integers(1, len(data) + 1)] if rng.random() < 0.3 else data
+      data = data[: rng.integers(1, len(data) + 1)] if rng.random() < 0.3 else data
       try:
         pixels = images.decode(data.tobytes(), max_pixels=2**20)
         assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
@@ -199,4 +237,6 @@ def test_read_names_the_file(tmp_path):
   (tmp_path / "broken.png").write_bytes(b"x")
   with pytest.raises(UserError, match="broken.png"):
     images.read(str(tmp_path / "broken.png"))
-  np.testing.assert_array_equal(images.read(str(GOLDEN / "wide.png")), np.asarray(Image.open(GOLDEN / "wide.png")))
+  np.testing.assert_array_equal(
+    images.read(str(GOLDEN / "wide.png")), np.asarray(Image.open(GOLDEN / "wide.png"))
+  )

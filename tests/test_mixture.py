@@ -13,11 +13,20 @@ from jflow.errors import UserError
 STAGE2 = ((0, (30, 50, 20)), (10_000, (14, 80, 6)))
 
 
-@pytest.mark.parametrize("weights, rows, expected", [
-  ((50, 50, 0), 512, (256, 256, 0)), ((30, 50, 20), 512, (154, 256, 102)), ((14, 80, 6), 512, (72, 409, 31)),
-  ((21, 70, 9), 256, (54, 179, 23)), ((30, 50, 20), 10, (3, 5, 2)), ((14, 80, 6), 8, (1, 6, 1)),
-  ((0.3, 0.5, 0.2), 10, (3, 5, 2)), ((0, 0, 7), 5, (0, 0, 5)), ((1, 1, 1), 1, (1, 0, 0)),
-])
+@pytest.mark.parametrize(
+  "weights, rows, expected",
+  [
+    ((50, 50, 0), 512, (256, 256, 0)),
+    ((30, 50, 20), 512, (154, 256, 102)),
+    ((14, 80, 6), 512, (72, 409, 31)),
+    ((21, 70, 9), 256, (54, 179, 23)),
+    ((30, 50, 20), 10, (3, 5, 2)),
+    ((14, 80, 6), 8, (1, 6, 1)),
+    ((0.3, 0.5, 0.2), 10, (3, 5, 2)),
+    ((0, 0, 7), 5, (0, 0, 5)),
+    ((1, 1, 1), 1, (1, 0, 0)),
+  ],
+)
 def test_rows_per_task(weights, rows, expected):
   assert mixture.rows_per_task(weights, rows) == expected
 
@@ -31,7 +40,9 @@ def test_largest_remainder_is_within_one_of_the_share(seed):
   assert (np.abs(counts - weights / weights.sum() * total) < 1).all()
 
 
-@pytest.mark.parametrize("weights", [(1, 2), (0, 0, 0), (1, -1, 1), (1, float("nan"), 1), (float("inf"), 1, 1)])
+@pytest.mark.parametrize(
+  "weights", [(1, 2), (0, 0, 0), (1, -1, 1), (1, float("nan"), 1), (float("inf"), 1, 1)]
+)
 def test_impossible_weights_are_refused(weights):
   with pytest.raises(UserError, match="mixture"):
     mixture.rows_per_task(weights, 8)
@@ -69,7 +80,12 @@ def test_the_hosts_parts_are_the_whole_batch(hosts):
 
 
 def test_impossible_schedules_are_refused():
-  for schedule in ((), ((1, (1, 1, 1)),), ((0, (1, 1, 1)), (0, (1, 0, 0))), ((0, (1, 1, 1)), (5, (1, 1, 1)), (3, (1, 1, 1)))):
+  for schedule in (
+    (),
+    ((1, (1, 1, 1)),),
+    ((0, (1, 1, 1)), (0, (1, 0, 0))),
+    ((0, (1, 1, 1)), (5, (1, 1, 1)), (3, (1, 1, 1))),
+  ):
     with pytest.raises(UserError, match="data.mixture"):
       StepPlan(schedule, 8, 1, 0, 1)
   with pytest.raises(UserError, match="10 rows, which 4 hosts"):

@@ -13,7 +13,7 @@ SHAPE = RowShape(tokens=64, images=3, image_patches=4, image_size=2)
 
 def _pieces(plan):
   for row in range(plan.rows):
-    pieces = range(*plan.row_offsets[row:row + 2])
+    pieces = range(*plan.row_offsets[row : row + 2])
     yield [(int(plan.record_ids[p]), int(plan.starts[p]), int(plan.stops[p])) for p in pieces]
 
 
@@ -84,8 +84,15 @@ def _sample(rng, n, images=0, kind=batch_lib.READ):
   starts = tuple(1 + 6 * i for i in range(images))
   pixels = tuple(rng.integers(0, 256, (2, 2, 3), np.uint8) for _ in starts)
   tokens = rng.integers(0, 99, n).astype(np.int32)
-  return Sample(tokens, np.append(tokens[1:], 0).astype(np.int32), rng.random(n) < 0.5,
-                np.arange(n, dtype=np.int32), starts, (kind,) * images, pixels)
+  return Sample(
+    tokens,
+    np.append(tokens[1:], 0).astype(np.int32),
+    rng.random(n) < 0.5,
+    np.arange(n, dtype=np.int32),
+    starts,
+    (kind,) * images,
+    pixels,
+  )
 
 
 def test_a_document_learns_each_token_once_however_it_is_cut():
@@ -121,7 +128,7 @@ def test_pack_lays_each_sample_out_as_if_alone():
     for start, kind, pixels in zip(sample.image_starts, sample.image_kinds, sample.images):
       np.testing.assert_array_equal(row.images[slot], pixels)
       assert row.image_start[slot] == offset + start and row.image_kind[slot] == kind
-      place = row.image_index[offset + start:offset + start + SHAPE.image_slots]
+      place = row.image_index[offset + start : offset + start + SHAPE.image_slots]
       np.testing.assert_array_equal(place, slot * SHAPE.image_slots + np.arange(SHAPE.image_slots))
       slot += 1
     offset += n
@@ -129,5 +136,7 @@ def test_pack_lays_each_sample_out_as_if_alone():
   for values, empty in zip(row, padding):
     if values.shape == (SHAPE.tokens,):
       np.testing.assert_array_equal(values[offset:], empty[offset:])
-  assert (padding.segment_ids == 0).all() and not padding.loss_mask.any() and (padding.image_index == -1).all()
+  assert (
+    (padding.segment_ids == 0).all() and not padding.loss_mask.any() and (padding.image_index == -1).all()
+  )
   assert (row.image_index >= 0).sum() == 3 * SHAPE.image_slots

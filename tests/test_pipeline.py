@@ -45,15 +45,24 @@ def opened(monkeypatch):
   def open_source(spec, task, shapes):
     log.append(Numbers(task, **{**shapes, **spec}))
     return log[-1]
+
   monkeypatch.setattr(sources, "open_source", open_source)
   return log
 
 
 def _config(**changes):
   config = dict(
-    template="plain", first_sentence=0.25, prompt_drop=0.1, workers=0, threads=2, prefetch=2, max_rejected_share=0.01,
-    shapes={"size": 101}, mixture=((0, (30, 50, 20)), (6, (14, 80, 6))),
-    sources={task: (({}, 1.0),) for task in TASKS})
+    template="plain",
+    first_sentence=0.25,
+    prompt_drop=0.1,
+    workers=0,
+    threads=2,
+    prefetch=2,
+    max_rejected_share=0.01,
+    shapes={"size": 101},
+    mixture=((0, (30, 50, 20)), (6, (14, 80, 6))),
+    sources={task: (({}, 1.0),) for task in TASKS},
+  )
   return {**config, **changes}
 
 
@@ -83,7 +92,9 @@ def test_batch_has_the_shapes_it_promises(opened):
   for got, expected in zip(batch, batch_lib.empty(8, SHAPE)):
     assert got.shape == expected.shape and got.dtype == expected.dtype
   kinds = [set(row.tolist()) - {batch_lib.NONE} for row in batch.image_kind]
-  assert kinds == [{batch_lib.READ}] * 2 + [{batch_lib.WRITE}] * 4 + [set()] * 2  # understanding, generation, text
+  assert (
+    kinds == [{batch_lib.READ}] * 2 + [{batch_lib.WRITE}] * 4 + [set()] * 2
+  )  # understanding, generation, text
 
 
 def test_a_step_is_the_same_from_a_new_pipeline_in_any_order(opened):
@@ -97,8 +108,11 @@ def test_a_step_is_the_same_from_a_new_pipeline_in_any_order(opened):
   assert (_pipeline(seed=6).batch(0).tokens != batches[0].tokens).any()
 
 
-@pytest.mark.parametrize("changes", [dict(threads=1, prefetch=1), dict(threads=7, prefetch=9), dict(workers=1),
-                                     dict(workers=3)], ids=str)
+@pytest.mark.parametrize(
+  "changes",
+  [dict(threads=1, prefetch=1), dict(threads=7, prefetch=9), dict(workers=1), dict(workers=3)],
+  ids=str,
+)
 def test_loaders_do_not_change_the_batches(opened, changes):
   expected = _pipeline()
   start, stop = 3, 11  # across the change of the mixture at 6
@@ -140,11 +154,16 @@ def test_samples_are_those_made_alone(opened):
     made = []
     for _, text in [s for s in _segments(batch) if s[0] == row]:
       record = Numbers(task, 101)[_index(text)]
-      variants = [examples.build(record._replace(text=caption), task, TOKENIZER, "plain", 9)
-                  for caption in (record.text, examples.first_sentence_of(record.text))]
+      variants = [
+        examples.build(record._replace(text=caption), task, TOKENIZER, "plain", 9)
+        for caption in (record.text, examples.first_sentence_of(record.text))
+      ]
       sample = next(v for v in variants if TOKENIZER.decode(v.tokens) == text)
-      resize = images.for_understanding if task == "understanding" else (
-        lambda image, size: images.for_generation(image, size, np.random.default_rng(0)))
+      resize = (
+        images.for_understanding
+        if task == "understanding"
+        else (lambda image, size: images.for_generation(image, size, np.random.default_rng(0)))
+      )
       made.append(sample._replace(images=tuple(resize(image, 6) for image in sample.images)))
     for got, expected in zip(batch, packing.pack(made, SHAPE)):
       np.testing.assert_array_equal(got[row], expected)
@@ -153,8 +172,15 @@ def test_samples_are_those_made_alone(opened):
 def test_randomness_differs_between_epochs(opened):
   pipeline = _pipeline(batch_size=1, mixture=((0, (0, 1, 0)),), prompt_drop=0.5, first_sentence=0.0)
   rows = pipeline._rows[1][0].plan.rows
-  kept = [{_index(text) for step in range(rows) for _, text in _segments(pipeline.batch(epoch * rows + step))
-           if "number" in text} for epoch in range(2)]
+  kept = [
+    {
+      _index(text)
+      for step in range(rows)
+      for _, text in _segments(pipeline.batch(epoch * rows + step))
+      if "number" in text
+    }
+    for epoch in range(2)
+  ]
   assert all(25 < len(k) < 76 for k in kept) and kept[0] != kept[1]
 
 
@@ -198,15 +224,19 @@ def test_sources_of_a_task_share_its_rows_by_weight(opened):
   assert len(opened) == 2  # those of tasks without a share stay closed
 
 
-@pytest.mark.parametrize("changes, message", [
-  (dict(template="talk"), "data.template is 'talk'"),
-  (dict(mixture=((0, (1, 1)),)), "mixture"),
-  (dict(sources={**_config()["sources"], "text": ()}), "data.sources.text is empty"),
-  (dict(hosts=3), "8 rows, which 3 hosts"),
-  (dict(shape=RowShape(10, 3, 9, 6)), "data.row_tokens is 10"),
-  (dict(shape=RowShape(12, 3, 9, 6)), "none of the 101 understanding records fits a row of 12 tokens"),
-  (dict(shape=RowShape(96, 0, 9, 6)), "and 0 images"),
-], ids=lambda value: "" if isinstance(value, dict) else value[:20])
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (dict(template="talk"), "data.template is 'talk'"),
+    (dict(mixture=((0, (1, 1)),)), "mixture"),
+    (dict(sources={**_config()["sources"], "text": ()}), "data.sources.text is empty"),
+    (dict(hosts=3), "8 rows, which 3 hosts"),
+    (dict(shape=RowShape(10, 3, 9, 6)), "data.row_tokens is 10"),
+    (dict(shape=RowShape(12, 3, 9, 6)), "none of the 101 understanding records fits a row of 12 tokens"),
+    (dict(shape=RowShape(96, 0, 9, 6)), "and 0 images"),
+  ],
+  ids=lambda value: "" if isinstance(value, dict) else value[:20],
+)
 def test_mistakes_get_one_clear_line(opened, changes, message):
   with pytest.raises(UserError, match=message) as caught:
     _pipeline(**changes)
@@ -220,8 +250,11 @@ def test_unknown_sources_are_named():
 
 @pytest.mark.parametrize("template", examples.TEMPLATES)
 def test_the_built_in_world_fills_batches(template):
-  config = _config(template=template, shapes={"size": 200, "seed": 0, "split": "train"},
-                   sources={task: (("shapes", 1.0),) for task in TASKS})
+  config = _config(
+    template=template,
+    shapes={"size": 200, "seed": 0, "split": "train"},
+    sources={task: (("shapes", 1.0),) for task in TASKS},
+  )
   shape = RowShape(tokens=160, images=3, image_patches=16, image_size=32)
   pipeline = Pipeline(config, TOKENIZER, shape, 8, 0)
   for batch, info in pipeline.batches(0, 4):

@@ -30,8 +30,11 @@ def _image(index: int, format: str = "PNG") -> bytes:
 
 
 def _chat(image, question="<image>\nWhich?", answer="This.", **more):
-  return {"image": image, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
-          **more}
+  return {
+    "image": image,
+    "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+    **more,
+  }
 
 
 @pytest.fixture
@@ -41,7 +44,10 @@ def folder(tmp_path):
   (folder / "pictures").mkdir(parents=True)
   for i in range(12):
     (folder / "pictures" / f"{i}.png").write_bytes(_image(i))
-  _write(folder / "chat.jsonl", [_chat(f"pictures/{i}.png", answer=f"Number {i}, né.", id=f"r{i}") for i in range(12)])
+  _write(
+    folder / "chat.jsonl",
+    [_chat(f"pictures/{i}.png", answer=f"Number {i}, né.", id=f"r{i}") for i in range(12)],
+  )
   return folder
 
 
@@ -77,6 +83,7 @@ def test_records_come_out_as_they_went_in(folder):
 
 def test_tfds_reads_the_directory(folder):
   import tensorflow_datasets as tfds
+
   _, output = _run(folder, part_records=5)
   source = tfds.builder_from_directory(output).as_data_source("train")
   assert len(source) == 12
@@ -87,18 +94,31 @@ def test_tfds_reads_the_directory(folder):
 
 
 def test_captions_lists_arrays_and_texts(folder):
-  entries = [{"image": "pictures/1.png", "caption": "one"}, {"image": ["pictures/2.png"], "caption": "two", "id": 7}]
+  entries = [
+    {"image": "pictures/1.png", "caption": "one"},
+    {"image": ["pictures/2.png"], "caption": "two", "id": 7},
+  ]
   (folder / "captions.json").write_text("\ufeff" + json.dumps(entries), encoding="utf-8")
   _, output = _run(folder, "generation", "captions.json")
   assert [(r.id, r.images, r.text, r.turns) for r in _all(output, "generation")] == [
-    ("0", (_image(1),), "one", ()), ("7", (_image(2),), "two", ())]
+    ("0", (_image(1),), "one", ()),
+    ("7", (_image(2),), "two", ()),
+  ]
   shutil.rmtree(output)
-  _write(folder / "many.jsonl", [_chat(["pictures/3.png", "pictures/4.png"], "<image> or <image>?"),
-                                 {"image": "pictures/5.png", "caption": "five"}])
+  _write(
+    folder / "many.jsonl",
+    [
+      _chat(["pictures/3.png", "pictures/4.png"], "<image> or <image>?"),
+      {"image": "pictures/5.png", "caption": "five"},
+    ],
+  )
   _, output = _run(folder, name="many.jsonl")
   assert [(r.images, r.text) for r in _all(output)] == [((_image(3), _image(4)), ""), ((_image(5),), "five")]
   shutil.rmtree(output)
-  _write(folder / "text.jsonl", [{"text": "A story."}, {"conversations": _chat("", "Why?", "So.")["conversations"]}])
+  _write(
+    folder / "text.jsonl",
+    [{"text": "A story."}, {"conversations": _chat("", "Why?", "So.")["conversations"]}],
+  )
   _, output = _run(folder, "text", "text.jsonl")
   assert [(r.text, len(r.turns)) for r in _all(output, "text")] == [("A story.", 0), ("", 2)]
 
@@ -110,26 +130,43 @@ def _damaged() -> dict[str, bytes]:
   jpeg, gif = io.BytesIO(), io.BytesIO()
   Image.fromarray(noise).save(jpeg, "JPEG")
   Image.fromarray(noise).save(gif, "GIF")
-  return {"cut.jpg": jpeg.getvalue()[:-2000], "empty.png": b"", "film.gif": gif.getvalue(), "text.png": b"hello",
-          "bomb.png": png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]}
+  return {
+    "cut.jpg": jpeg.getvalue()[:-2000],
+    "empty.png": b"",
+    "film.gif": gif.getvalue(),
+    "text.png": b"hello",
+    "bomb.png": png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:],
+  }
 
 
 BAD_LINES = [
-  (b'{"image": ', "broken_json"), (b"[1]", "broken_json"), (b'{"a": ' * 5000, "broken_json"),
+  (b'{"image": ', "broken_json"),
+  (b"[1]", "broken_json"),
+  (b'{"a": ' * 5000, "broken_json"),
   (b'{"image": "pictures/1.png", "caption": "\xff"}', "invalid_utf8"),
   (_chat("pictures/1.png", answer="\ud800"), "invalid_utf8"),
-  (_chat("pictures/99.png"), "missing_image"), (_chat("pictures"), "missing_image"),
-  (_chat("a\0b.png"), "missing_image"), (_chat("../outside.png"), "outside_root"),
-  (_chat("/etc/hostname"), "outside_root"), (_chat(["pictures/1.png", 3]), "bad_field"), (_chat({}), "bad_field"),
+  (_chat("pictures/99.png"), "missing_image"),
+  (_chat("pictures"), "missing_image"),
+  (_chat("a\0b.png"), "missing_image"),
+  (_chat("../outside.png"), "outside_root"),
+  (_chat("/etc/hostname"), "outside_root"),
+  (_chat(["pictures/1.png", 3]), "bad_field"),
+  (_chat({}), "bad_field"),
   ({"image": "pictures/1.png", "caption": ["x"]}, "bad_field"),
-  ({"image": "pictures/1.png", "caption": " "}, "empty_caption"), ({"image": "pictures/1.png"}, "empty_caption"),
+  ({"image": "pictures/1.png", "caption": " "}, "empty_caption"),
+  ({"image": "pictures/1.png"}, "empty_caption"),
   ({"image": "pictures/1.png", "conversations": []}, "no_answer"),
   ({"image": "pictures/1.png", "conversations": _chat("")["conversations"][:1]}, "no_answer"),
-  (_chat("pictures/1.png", answer=""), "no_answer"), (_chat("pictures/1.png", question="Which?"), "image_marks"),
+  (_chat("pictures/1.png", answer=""), "no_answer"),
+  (_chat("pictures/1.png", question="Which?"), "image_marks"),
   ({"image": "pictures/1.png", "conversations": [{"from": "robot", "value": "x"}]}, "bad_turns"),
-  ({"image": "pictures/1.png", "conversations": ["x"]}, "bad_turns"), ({"caption": "no image"}, "image_count"),
-  (_chat("cut.jpg"), "unreadable"), (_chat("empty.png"), "empty"), (_chat("film.gif"), "format"),
-  (_chat("text.png"), "format"), (_chat("bomb.png"), "too_large"),
+  ({"image": "pictures/1.png", "conversations": ["x"]}, "bad_turns"),
+  ({"caption": "no image"}, "image_count"),
+  (_chat("cut.jpg"), "unreadable"),
+  (_chat("empty.png"), "empty"),
+  (_chat("film.gif"), "format"),
+  (_chat("text.png"), "format"),
+  (_chat("bomb.png"), "too_large"),
 ]
 
 
@@ -138,8 +175,17 @@ def test_each_broken_line_is_counted_under_its_reason(folder):
     (folder / name).write_bytes(data)
   (folder.parent / "outside.png").write_bytes(_image(0))
   good = [_chat(f"pictures/{i}.png") for i in range(3)]
-  _write(folder / "chat.jsonl", [good[0], *[line for line, _ in BAD_LINES[:9]], good[1], b"  ",
-                                 *[line for line, _ in BAD_LINES[9:]], good[2]])
+  _write(
+    folder / "chat.jsonl",
+    [
+      good[0],
+      *[line for line, _ in BAD_LINES[:9]],
+      good[1],
+      b"  ",
+      *[line for line, _ in BAD_LINES[9:]],
+      good[2],
+    ],
+  )
   summary, output = _run(folder, max_rejected_share=1.0, part_records=7)
   reasons = [reason for _, reason in BAD_LINES]
   assert summary["rejected"] == {reason: reasons.count(reason) for reason in reasons}
@@ -148,7 +194,9 @@ def test_each_broken_line_is_counted_under_its_reason(folder):
 
 
 def test_too_many_broken_lines_write_nothing_and_name_the_first(folder):
-  lines = [_chat("pictures/1.png")] * 97 + [_chat("pictures/none.png")] + [_chat("pictures/2.png", answer="")] * 2
+  lines = (
+    [_chat("pictures/1.png")] * 97 + [_chat("pictures/none.png")] + [_chat("pictures/2.png", answer="")] * 2
+  )
   _write(folder / "chat.jsonl", lines)
   with pytest.raises(UserError, match=r"line 98: image pictures/none.png not found .*3 of 100 .*share=0.02"):
     _run(folder, max_rejected_share=0.02)
@@ -196,6 +244,7 @@ def test_a_killed_run_goes_on_without_losing_or_doubling(folder, monkeypatch, ki
       raise KeyboardInterrupt
     imported.append(index)
     return import_part(importer, part, index, *rest)
+
   monkeypatch.setattr(prepare, "_import_part", killed)
   with pytest.raises(KeyboardInterrupt):
     _run(folder, part_records=3)
@@ -213,6 +262,7 @@ def test_parts_of_another_input_are_not_used(folder, monkeypatch):
     if index == 2:
       raise KeyboardInterrupt
     return import_part(importer, part, index, *rest)
+
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     patch.setattr(prepare, "_import_part", killed)
     _run(folder, part_records=3)
@@ -266,8 +316,11 @@ def test_a_directory_that_is_not_whole_is_refused(folder):
     PreparedSource(output, "understanding")
   shard.write_bytes(data)
   summary = pathlib.Path(output, "summary.json")
-  for content, message in (("{", "no readable summary.json"), ('{"schema": 1}', "no readable summary.json"),
-                           (summary.read_text().replace('"schema": 1', '"schema": 99'), "schema 99")):
+  for content, message in (
+    ("{", "no readable summary.json"),
+    ('{"schema": 1}', "no readable summary.json"),
+    (summary.read_text().replace('"schema": 1', '"schema": 99'), "schema 99"),
+  ):
     summary.write_text(content)
     with pytest.raises(UserError, match=message):
       PreparedSource(output, "understanding")
@@ -316,6 +369,7 @@ def test_an_image_that_is_not_what_was_stored_costs_its_record(folder, monkeypat
       image[-20] ^= 1
       value["images"] = [bytes(image)]
     return value
+
   monkeypatch.setattr(source._features, "deserialize_example_np", flipped)
   with pytest.raises(RecordError) as caught:
     source[3]
@@ -324,17 +378,30 @@ def test_an_image_that_is_not_what_was_stored_costs_its_record(folder, monkeypat
 
 
 def _pipeline(output):
-  config = dict(template="plain", first_sentence=0.0, prompt_drop=0.0, workers=0, threads=1, prefetch=1,
-                max_rejected_share=0.01, shapes={}, mixture=((0, (1, 0, 0)),),
-                sources={"understanding": ((output, 1.0),), "generation": (), "text": ()})
+  config = dict(
+    template="plain",
+    first_sentence=0.0,
+    prompt_drop=0.0,
+    workers=0,
+    threads=1,
+    prefetch=1,
+    max_rejected_share=0.01,
+    shapes={},
+    mixture=((0, (1, 0, 0)),),
+    sources={"understanding": ((output, 1.0),), "generation": (), "text": ()},
+  )
   return Pipeline(config, TOKENIZER, RowShape(tokens=64, images=2, image_patches=4, image_size=8), 4, 0)
 
 
 def test_the_pipeline_reads_the_directory_and_counts_what_is_damaged(folder):
   _, output = _run(folder)
   batches = list(_pipeline(output).batches(0, 3))
-  centres = {int(batch.images[row, slot, 4, 4, 0]) for batch, _ in batches for row in range(4)
-             for slot in np.flatnonzero(batch.image_kind[row])}
+  centres = {
+    int(batch.images[row, slot, 4, 4, 0])
+    for batch, _ in batches
+    for row in range(4)
+    for slot in np.flatnonzero(batch.image_kind[row])
+  }
   assert centres == set(range(12))
   _flip(output, 500)
   rejected = [info["rejected"] for _, info in _pipeline(output).batches(0, 3)]
@@ -343,28 +410,42 @@ def test_the_pipeline_reads_the_directory_and_counts_what_is_damaged(folder):
 
 def test_lengths_are_measured_once(folder, monkeypatch):
   _, output = _run(folder)
+
   def measure():
     return lengths.measure(PreparedSource(output, "understanding"), "understanding", TOKENIZER, "plain", 4)
+
   first, rejected = measure()
   assert (first[:, 1] == 1).all() and (first[:, 0] > 8).all() and not rejected
+
   def never(*_):
     raise AssertionError("measured again")
+
   with monkeypatch.context() as patch:
     patch.setattr(lengths.examples, "build", never)
     np.testing.assert_array_equal(measure()[0], first)
     with pytest.raises(AssertionError):  # another template has other lengths
       lengths.measure(PreparedSource(output, "understanding"), "understanding", TOKENIZER, "chat", 4)
-  cache, = pathlib.Path(output).glob("lengths-*.npz")
+  (cache,) = pathlib.Path(output).glob("lengths-*.npz")
   cache.write_bytes(b"damaged")
   np.testing.assert_array_equal(measure()[0], first)
 
 
 def test_the_command_says_what_comes_next(folder, capsys):
   output = str(folder.parent / "out")
-  prepare.main(["--format=llava-jsonl", f"--input={folder}/chat.jsonl", f"--output={output}", "--task=understanding",
-                "--processes=1"])
+  prepare.main(
+    [
+      "--format=llava-jsonl",
+      f"--input={folder}/chat.jsonl",
+      f"--output={output}",
+      "--task=understanding",
+      "--processes=1",
+    ]
+  )
   printed = capsys.readouterr().out
-  assert "12 records with 12 images" in printed and f"--config.data.sources.understanding=\"(('{output}', 1.0),)\"" in printed
+  assert (
+    "12 records with 12 images" in printed
+    and f"--config.data.sources.understanding=\"(('{output}', 1.0),)\"" in printed
+  )
 
 
 @pytest.mark.parametrize("arguments", [[], ["--format=papyrus"], ["--max_rejected_share=2"], ["--records=0"]])

@@ -12,8 +12,18 @@ from jflow.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "processor"
 SHIPPED = pathlib.Path(__file__).parent.parent / "configs" / "tokenizer"
-TEXTS = ["", "a red circle", "  two  spaces ", "line\nbreak\r\n\n\ttab", "颜色呢？一个圆。", "naïve ß 🙂👩‍🚀", "\0 nul \x7f",
-         "1234567890", "<image>", "é\u0301"]
+TEXTS = [
+  "",
+  "a red circle",
+  "  two  spaces ",
+  "line\nbreak\r\n\n\ttab",
+  "颜色呢？一个圆。",
+  "naïve ß 🙂👩‍🚀",
+  "\0 nul \x7f",
+  "1234567890",
+  "<image>",
+  "é\u0301",
+]
 
 
 @pytest.fixture(scope="module", params=[GOLDEN, SHIPPED], ids=["golden", "shipped"])
@@ -27,7 +37,9 @@ def test_round_trip(tokenizer, text):
 
 
 def test_special_ids_are_those_of_the_file(tokenizer):
-  added = {token["content"]: token["id"] for token in json.loads(tokenizer._files["tokenizer.json"])["added_tokens"]}
+  added = {
+    token["content"]: token["id"] for token in json.loads(tokenizer._files["tokenizer.json"])["added_tokens"]
+  }
   for attribute, name in SPECIAL_TOKENS.items():
     assert getattr(tokenizer, attribute) == added[name]
   assert tokenizer.vocabulary_size == max(added.values()) + 1
@@ -39,7 +51,9 @@ def test_golden_ids():
   assert ids == [1000, 1001, 1002, 1003, 1004, 1005, 1006]  # tokenizer_config.json calls EOS the pad token
 
 
-@pytest.mark.parametrize("copy", [lambda t: t, lambda t: pickle.loads(pickle.dumps(t))], ids=["itself", "pickled"])
+@pytest.mark.parametrize(
+  "copy", [lambda t: t, lambda t: pickle.loads(pickle.dumps(t))], ids=["itself", "pickled"]
+)
 def test_written_special_tokens_stay_text(tokenizer, copy):
   tokenizer = copy(tokenizer)
   text = " ".join(SPECIAL_TOKENS.values())
@@ -67,7 +81,9 @@ def test_save_copies_the_bytes(tokenizer, tmp_path):
 
 
 def _write(directory, content, config=None):
-  (directory / "tokenizer.json").write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+  (directory / "tokenizer.json").write_bytes(
+    content if isinstance(content, bytes) else json.dumps(content).encode()
+  )
   if config is not None:
     (directory / "tokenizer_config.json").write_text(config)
   return directory
@@ -83,9 +99,19 @@ def _renumbered() -> dict:
   return value
 
 
-@pytest.mark.parametrize("content", [
-  b"", b"{", (GOLDEN / "tokenizer.json").read_bytes()[:20_000], b"\xff\xfe", b"[1, 2]", b"[" * 100_000, b"{}",
-], ids=["empty", "cut", "cut-late", "not-utf8", "array", "nested", "no-model"])
+@pytest.mark.parametrize(
+  "content",
+  [
+    b"",
+    b"{",
+    (GOLDEN / "tokenizer.json").read_bytes()[:20_000],
+    b"\xff\xfe",
+    b"[1, 2]",
+    b"[" * 100_000,
+    b"{}",
+  ],
+  ids=["empty", "cut", "cut-late", "not-utf8", "array", "nested", "no-model"],
+)
 def test_broken_files_are_refused(tmp_path, content):
   with pytest.raises(UserError, match=str(tmp_path)):
     Tokenizer.load(_write(tmp_path, content))

@@ -6,7 +6,7 @@ Legend: n tokens of a sample, P patches of an image.
   understanding       BOS <image>QUESTION ANSWER EOS
     plain caption     BOS <image>Generate the caption of this picture. CAPTION EOS
     chat              BOS User: <image>...\\n\\nAssistant: ANSWER EOS User: ...
-  generation          BOS PROMPT T z*P         T, the time token, stands where the tag that closes the prompt stood
+  generation          BOS PROMPT T z*P      T, the time token, takes the slot of the tag that closed the prompt
     chat              BOS User: PROMPT\\n\\nAssistant: T z*P
   text                BOS DOCUMENT EOS
 """
@@ -28,7 +28,8 @@ CAPTION_PROMPT = "Generate the caption of this picture."
 # What the release puts before a conversation unless told otherwise.
 SYSTEM_PROMPT = (
   "You are a helpful language and vision assistant. You are able to understand the visual content that the "
-  "user provides, and assist the user with a variety of tasks using natural language.")
+  "user provides, and assist the user with a variety of tasks using natural language."
+)
 
 _SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)|[。！？]+|\n")
 
@@ -55,13 +56,20 @@ class Prompt(NamedTuple):
     """Returns bool[n]: the slots that images take, 1 + P each."""
     mask = np.zeros(len(self.tokens), bool)
     for start in self.image_starts:
-      mask[start:start + 1 + image_patches] = True
+      mask[start : start + 1 + image_patches] = True
     return mask
 
 
-def build(record: Record, task: str, tokenizer: Tokenizer, template: str, image_patches: int,
-          rng: np.random.Generator | None = None, first_sentence: float = 0.0,
-          prompt_drop: float = 0.0) -> Sample:
+def build(
+  record: Record,
+  task: str,
+  tokenizer: Tokenizer,
+  template: str,
+  image_patches: int,
+  rng: np.random.Generator | None = None,
+  first_sentence: float = 0.0,
+  prompt_drop: float = 0.0,
+) -> Sample:
   """Returns the training sequence of a record.
 
   Without `rng` the sequence is the longest that the record can give: the one to plan rows with.
@@ -116,9 +124,16 @@ def check(record: Record, task: str) -> None:
     raise RecordError("empty_text" if task == "text" else "empty_caption", "the text is empty")
 
 
-def chat_prompt(messages: Sequence[Turn | Mapping[str, Any]], image_count: int, tokenizer: Tokenizer,
-                image_patches: int, template: str = "chat", system: str = "", mark: str = IMAGE_MARK,
-                context: int | None = None) -> Prompt:
+def chat_prompt(
+  messages: Sequence[Turn | Mapping[str, Any]],
+  image_count: int,
+  tokenizer: Tokenizer,
+  image_patches: int,
+  template: str = "chat",
+  system: str = "",
+  mark: str = IMAGE_MARK,
+  context: int | None = None,
+) -> Prompt:
   """Returns the prompt that asks for the next answer of a conversation.
 
   Args:
@@ -151,7 +166,9 @@ def chat_prompt(messages: Sequence[Turn | Mapping[str, Any]], image_count: int, 
   return Prompt(np.asarray(sequence.tokens, np.int32), tuple(sequence.image_starts))
 
 
-def generation_prompt(text: str, template: str, tokenizer: Tokenizer, context: int | None = None) -> np.ndarray:
+def generation_prompt(
+  text: str, template: str, tokenizer: Tokenizer, context: int | None = None
+) -> np.ndarray:
   """Returns the prompt of a picture, int32[n]: BOS and the text.
 
   The begin-of-generation tag that closes the release's prompt is left out: the time token takes its slot.
@@ -180,7 +197,7 @@ def first_sentence_of(caption: str) -> str:
   words (or Chinese punctuation), so that "St. Peter's in Rome." stays whole.
   """
   for match in _SENTENCE_END.finditer(caption):
-    sentence = caption[:match.end()].strip()
+    sentence = caption[: match.end()].strip()
     if len(sentence.split()) >= 3 or match.group()[0] in "。！？":
       return sentence
   return caption.strip()
@@ -219,8 +236,15 @@ class _Sequence:
     return Sample(tokens, targets, loss_mask, positions, tuple(self.image_starts), kinds, images)
 
 
-def _generation(record: Record, tokenizer: Tokenizer, template: str, image_patches: int,
-                rng: np.random.Generator | None, first_sentence: float, prompt_drop: float) -> Sample:
+def _generation(
+  record: Record,
+  tokenizer: Tokenizer,
+  template: str,
+  image_patches: int,
+  rng: np.random.Generator | None,
+  first_sentence: float,
+  prompt_drop: float,
+) -> Sample:
   """Builds BOS PROMPT T z*P.
 
   A dropped prompt keeps BOS at position 0 and T at the position that it would have had: with the hidden
@@ -260,7 +284,9 @@ def _check_turns(turns: Sequence[Turn], image_count: int, mark: str) -> None:
         raise RecordError("image_marks", f"{mark} stands in an answer, and only a question can show an image")
   marks = sum(turn.text.count(mark) for turn in turns)
   if marks != image_count:
-    raise RecordError("image_marks", f"it has {marks} {mark} marks and {image_count} images; use one mark per image")
+    raise RecordError(
+      "image_marks", f"it has {marks} {mark} marks and {image_count} images; use one mark per image"
+    )
 
 
 def _conversation(sequence: _Sequence, turns: Sequence[Turn], template: str, system: str, mark: str) -> None:

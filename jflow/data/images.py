@@ -38,7 +38,9 @@ def decode(image: Any, max_pixels: int = MAX_PIXELS) -> np.ndarray:
   """
   if isinstance(image, np.ndarray):
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-      raise ImageError("format", f"an image array should be uint8[H, W, 3], not {image.dtype}{list(image.shape)}")
+      raise ImageError(
+        "format", f"an image array should be uint8[H, W, 3], not {image.dtype}{list(image.shape)}"
+      )
     return image
   return np.asarray(_open(image, max_pixels))
 
@@ -58,8 +60,9 @@ def read(path: str) -> np.ndarray:
     raise UserError(f"image {path}: {error}") from None
 
 
-def for_understanding(image: Any, size: int, background: tuple[int, int, int] = (127, 127, 127),
-                      min_size: int = 14) -> np.ndarray:
+def for_understanding(
+  image: Any, size: int, background: tuple[int, int, int] = (127, 127, 127), min_size: int = 14
+) -> np.ndarray:
   """Returns an image to read, uint8[size, size, 3]: long side to `size`, padded to a square.
 
   Reproduces the release to the bit: Pillow's bicubic on uint8, the short side truncated with a floor of
@@ -123,7 +126,9 @@ def _open(image: Any, max_pixels: int) -> Image.Image:
     except Exception:  # Pillow's parsers raise many types on damaged headers
       raise ImageError("format", "not a readable PNG, JPEG or WEBP image") from None
   if not isinstance(image, Image.Image):
-    raise ImageError("format", f"an image should be bytes, a PIL image or an array, not {type(image).__name__}")
+    raise ImageError(
+      "format", f"an image should be bytes, a PIL image or an array, not {type(image).__name__}"
+    )
   if image.width * image.height > max_pixels:
     raise ImageError("too_large", f"{image.width} x {image.height} is more than {max_pixels:,} pixels")
   try:

@@ -50,8 +50,8 @@ class Importer(Protocol):
 class Lines:
   """LLaVA: a file of JSON objects, one per line, or a JSON array of them; images are files beside it.
 
-  {"id": ..., "image": "a.jpg" or ["a.jpg", "b.jpg"], "conversations": [{"from": "human", "value": "<image>\\n..."},
-  {"from": "gpt", "value": ...}, ...]}, or {"image": ..., "caption": ...}.
+  {"id": ..., "image": "a.jpg" or ["a.jpg", "b.jpg"], "conversations": [
+  {"from": "human", "value": "<image>..."}, {"from": "gpt", "value": ...}, ...]}, or {"image": ..., "caption": ...}.
   """
 
   def __init__(self, path: str, task: str, part_records: int, image_root: str | None = None):
@@ -87,7 +87,7 @@ class Lines:
   def items(self, part: tuple[int, int, int]) -> Iterator[Item]:
     start, first, count = part
     if self._is_array():
-      for number, value in enumerate(_load_array(self._path)[first:first + count], start=first):
+      for number, value in enumerate(_load_array(self._path)[first : first + count], start=first):
         yield self._item(f"{self._path} entry {number}", number, value)
       return
     with open(self._path, "rb") as file:
@@ -134,6 +134,7 @@ class Shapes:
 
   def __init__(self, task: str, records: int, seed: int, size: int, part_records: int):
     from jflow.data.shapes import ShapesSource
+
     self._source = ShapesSource(task, records, seed)
     self._size, self._part_records = size, part_records
 
@@ -184,8 +185,11 @@ def llava_text(value: dict[str, Any], task: str) -> tuple[str, tuple[Turn, ...]]
     raise RecordError("no_answer", "the conversation is empty")
   turns = []
   for turn in conversations:
-    role, text = (turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) if isinstance(
-      turn, dict) else (None, None)
+    role, text = (
+      (turn.get("from", turn.get("role")), turn.get("value", turn.get("content")))
+      if isinstance(turn, dict)
+      else (None, None)
+    )
     if role not in _ROLES or not isinstance(text, str):
       raise RecordError("bad_turns", 'a turn should hold "from" ("human" or "gpt") and "value"')
     turns.append(Turn(_ROLES[role], _valid(text)))

@@ -1,7 +1,7 @@
 """How long each record's sequence is at most: what the packing plan is made of.
 
-The first pass over a source. For a prepared data set it reads the outlines, not the images, and leaves its result
-in the data set's directory, named by a hash of what it depends on.
+The first pass over a source. For a prepared data set it reads the outlines, not the images, and leaves its
+result in the data set's directory, named by a hash of what it depends on.
 """
 
 import collections
@@ -19,11 +19,12 @@ from jflow.data.tokenizer import Tokenizer
 _VERSION = 1
 
 
-def measure(source: Source, task: str, tokenizer: Tokenizer, template: str,
-            image_patches: int) -> tuple[np.ndarray, collections.Counter]:
+def measure(
+  source: Source, task: str, tokenizer: Tokenizer, template: str, image_patches: int
+) -> tuple[np.ndarray, collections.Counter]:
   """Returns the tokens and images of every record, int64[N, 2], and what was rejected, by reason.
 
-  A rejected record has length 0. Where chance decides (first sentence, dropped prompt), the longest form counts.
+  A rejected record has length 0. Where chance decides (first sentence, dropped prompt), the longest counts.
   """
   cache = _cache_path(source, task, tokenizer, template, image_patches)
   if cache and os.path.isfile(cache):
@@ -49,7 +50,9 @@ def measure(source: Source, task: str, tokenizer: Tokenizer, template: str,
   return lengths, rejected
 
 
-def _cache_path(source: Source, task: str, tokenizer: Tokenizer, template: str, image_patches: int) -> str | None:
+def _cache_path(
+  source: Source, task: str, tokenizer: Tokenizer, template: str, image_patches: int
+) -> str | None:
   if not hasattr(source, "fingerprint"):
     return None
   key = repr((_VERSION, source.fingerprint, task, tokenizer.fingerprint, template, image_patches))
@@ -60,8 +63,12 @@ def _save(path: str, lengths: np.ndarray, rejected: collections.Counter) -> None
   """Writes the cache; several hosts may do so at once. A directory that cannot be written stays without."""
   temporary = f"{path}.{uuid.uuid4().hex}.npz"
   try:
-    np.savez(temporary, lengths=lengths, reasons=np.array(list(rejected), np.str_),
-             counts=np.array(list(rejected.values()), np.int64))
+    np.savez(
+      temporary,
+      lengths=lengths,
+      reasons=np.array(list(rejected), np.str_),
+      counts=np.array(list(rejected.values()), np.int64),
+    )
     os.replace(temporary, path)
   except OSError:
     pass

@@ -26,9 +26,15 @@ def rows_per_task(weights: Sequence[float], batch_size: int) -> tuple[int, ...]:
     UserError: the weights are not three numbers of that kind.
   """
   weights = np.asarray(weights, np.float64)
-  if weights.shape != (len(TASKS),) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum():
-    raise UserError(f"a mixture needs one weight >= 0 for each of {', '.join(TASKS)}, and not all 0: "
-                    f"{weights.tolist()}")
+  if (
+    weights.shape != (len(TASKS),)
+    or not np.isfinite(weights).all()
+    or (weights < 0).any()
+    or not weights.sum()
+  ):
+    raise UserError(
+      f"a mixture needs one weight >= 0 for each of {', '.join(TASKS)}, and not all 0: {weights.tolist()}"
+    )
   return tuple(largest_remainder(weights, batch_size).tolist())
 
 
@@ -37,7 +43,7 @@ def largest_remainder(weights: np.ndarray, total: int) -> np.ndarray:
   exact = weights / weights.sum() * total
   counts = np.floor(exact + 1e-9).astype(np.int64)
   order = np.argsort(-(exact - counts), kind="stable")
-  counts[order[:total - counts.sum()]] += 1
+  counts[order[: total - counts.sum()]] += 1
   return counts
 
 
@@ -49,8 +55,9 @@ class StepPlan:
   one behind the other are the batch that one host would have made.
   """
 
-  def __init__(self, mixture: Sequence[tuple[int, Sequence[float]]], batch_size: int, steps: int, host: int,
-               hosts: int):
+  def __init__(
+    self, mixture: Sequence[tuple[int, Sequence[float]]], batch_size: int, steps: int, host: int, hosts: int
+  ):
     """Checks and stores the schedule.
 
     Args:
@@ -87,7 +94,7 @@ class StepPlan:
     counts = self._counts[segment]
     first = self._bases[segment] + (step - self._starts[segment]) * counts
     rows = [(task, int(first[task]) + i) for task in range(len(TASKS)) for i in range(counts[task])]
-    return rows[self._host * self._share:(self._host + 1) * self._share]
+    return rows[self._host * self._share : (self._host + 1) * self._share]
 
   def _segment(self, step: int) -> int:
     return bisect.bisect_right(self._starts, step) - 1
@@ -96,8 +103,8 @@ class StepPlan:
 class Interleave:
   """Row number of a task -> (source, row number of that source), the sources' shares by weight.
 
-  In every `CYCLE` rows each source has its exact share, in an order that the seed shuffles. A weight is thus a
-  share of the task's rows, whatever the sizes of the sources: a small source starts its next epoch earlier.
+  In every `CYCLE` rows each source has its exact share, in an order that the seed shuffles. A weight is thus
+  a share of the task's rows, whatever the sizes of the sources: a small source starts its next epoch earlier.
   """
 
   def __init__(self, weights: Sequence[float], seed: int):
@@ -106,8 +113,9 @@ class Interleave:
       raise UserError(f"weights of sources should be above 0: {weights.tolist()}")
     counts = largest_remainder(weights, CYCLE)
     if not counts.all():
-      raise UserError(f"a source has less than 1/{CYCLE} of its task's weight, and would never be read: "
-                      f"{weights.tolist()}")
+      raise UserError(
+        f"a source has less than 1/{CYCLE} of its task's weight, and would never be read: {weights.tolist()}"
+      )
     pattern = np.repeat(np.arange(len(weights)), counts)
     self._pattern = np.random.default_rng(seed).permutation(pattern)
     self._counts = counts

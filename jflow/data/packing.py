@@ -1,7 +1,7 @@
 """Packing: a static plan says which samples share a row, and `pack` lays them out.
 
-Whole samples are placed against the row's token and image budgets. Documents are cut where a row ends, so that
-text rows are full.
+Whole samples are placed against the row's token and image budgets. Documents are cut where a row ends, so
+that text rows are full.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,8 +33,8 @@ class Plan(NamedTuple):
 def plan(lengths: np.ndarray, shape: RowShape, seed: int) -> Plan:
   """Places whole samples in rows. A sample that no row can hold is left out, as is one of length 0.
 
-  Only the sizes matter, and there are few: a pattern of sizes that fills a row is found once and used until one
-  of its sizes runs out. Which records of a size share a row is random.
+  Only the sizes matter, and there are few: a pattern of sizes that fills a row is found once and used until
+  one of its sizes runs out. Which records of a size share a row is random.
 
   Args:
     lengths: int[N, 2]; tokens and images of each sample.
@@ -53,13 +53,15 @@ def plan(lengths: np.ndarray, shape: RowShape, seed: int) -> Plan:
     columns = np.empty((times, len(pattern)), np.int64)
     for column, (images, tokens) in enumerate(pattern):
       key = images * (shape.tokens + 1) + tokens
-      columns[:, column] = order[taken[key]:taken[key] + times]
+      columns[:, column] = order[taken[key] : taken[key] + times]
       taken[key] += times
     record_ids.append(columns.ravel())
     sizes.append(np.full(times, len(pattern)))
   record_ids = np.concatenate(record_ids)
   row_offsets = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
-  return Plan(row_offsets, record_ids, np.zeros(len(record_ids), np.int32), lengths[record_ids, 0].astype(np.int32))
+  return Plan(
+    row_offsets, record_ids, np.zeros(len(record_ids), np.int32), lengths[record_ids, 0].astype(np.int32)
+  )
 
 
 def plan_documents(lengths: np.ndarray, row_tokens: int, seed: int) -> Plan:
@@ -138,7 +140,7 @@ def pack(samples: Sequence[Sample], shape: RowShape) -> Batch:
     row.positions[span] = sample.positions
     row.segment_ids[span] = segment
     for start, kind, pixels in zip(sample.image_starts, sample.image_kinds, sample.images):
-      row.image_index[offset + start:offset + start + k] = slot * k + np.arange(k)
+      row.image_index[offset + start : offset + start + k] = slot * k + np.arange(k)
       row.images[slot] = pixels
       row.image_start[slot] = offset + start
       row.image_kind[slot] = kind
@@ -159,8 +161,11 @@ def _patterns(counts: np.ndarray) -> Iterator[tuple[list[tuple[int, int]], int]]
   image_limit, token_limit = counts.shape[0] - 1, counts.shape[1] - 1
   tokens = np.arange(token_limit + 1)
   need = np.maximum(tokens / token_limit, np.arange(image_limit + 1)[:, None] / max(image_limit, 1))
-  by_need = [divmod(int(key), token_limit + 1) for key in np.argsort(-need, axis=None, kind="stable")
-             if counts.flat[key]]
+  by_need = [
+    divmod(int(key), token_limit + 1)
+    for key in np.argsort(-need, axis=None, kind="stable")
+    if counts.flat[key]
+  ]
   # floor[m, t]: most tokens, up to t, of the samples left that have up to m images; 0 is none.
   floor = np.zeros_like(counts)
 
@@ -195,8 +200,8 @@ def _next(counts: np.ndarray, floor: np.ndarray, room: int, image_room: int) -> 
   if not largest:
     return None
   smallest = int(np.argmax(floor[image_room] > 0))
-  if largest < room and room < 3 * smallest:  # at most two more: the pair that fills best
-    images, lengths = np.nonzero(counts[:image_room + 1, :room + 1])
+  if largest < room < 3 * smallest:  # at most two more: the pair that fills best
+    images, lengths = np.nonzero(counts[: image_room + 1, : room + 1])
     together = lengths + floor[image_room - images, room - lengths]
     best = int(np.argmax(together))
     return int(images[best]), int(lengths[best])

@@ -26,8 +26,16 @@ MIN_JUDGED = 1000
 class Rows:
   """The packed rows of one source: row number -> row. The order changes every epoch. Picklable."""
 
-  def __init__(self, source: Source, task: str, config: Mapping[str, Any], tokenizer: Tokenizer,
-               shape: RowShape, seed: int, name: str):
+  def __init__(
+    self,
+    source: Source,
+    task: str,
+    config: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    shape: RowShape,
+    seed: int,
+    name: str,
+  ):
     """Plans the rows.
 
     Raises:
@@ -47,8 +55,10 @@ class Rows:
       self.plan = packing.plan(sizes, shape, seed)
     self.rejected = +self.rejected
     if not self.plan.rows:
-      raise UserError(f"{name}: none of the {len(source):,} {task} records fits a row of {shape.tokens:,} tokens "
-                      f"and {shape.images} images; rejected: {dict(self.rejected)}")
+      raise UserError(
+        f"{name}: none of the {len(source):,} {task} records fits a row of {shape.tokens:,} tokens "
+        f"and {shape.images} images; rejected: {dict(self.rejected)}"
+      )
 
   def row(self, number: int) -> tuple[Batch, collections.Counter]:
     """Returns the arrays of a row (`Batch` without the leading axis) and what was rejected in it, by reason.
@@ -57,7 +67,7 @@ class Rows:
     """
     epoch, index = divmod(number, self.plan.rows)
     index = self._shuffled(epoch)[index]
-    begin, end = self.plan.row_offsets[index:index + 2]
+    begin, end = self.plan.row_offsets[index : index + 2]
     samples, counter = [], collections.Counter(samples=int(end - begin))
     for piece in range(begin, end):
       record = int(self.plan.record_ids[piece])
@@ -69,8 +79,16 @@ class Rows:
 
   def _sample(self, index: int, epoch: int, start: int, stop: int) -> Sample:
     rng = np.random.default_rng([self._seed, epoch, TASKS.index(self._task), index])
-    sample = examples.build(self._source[index], self._task, self._tokenizer, self._template,
-                            self._shape.image_patches, rng, self._first_sentence, self._prompt_drop)
+    sample = examples.build(
+      self._source[index],
+      self._task,
+      self._tokenizer,
+      self._template,
+      self._shape.image_patches,
+      rng,
+      self._first_sentence,
+      self._prompt_drop,
+    )
     if self._task == "text":
       return packing.cut(sample, start, stop)
     size = self._shape.image_size
@@ -91,8 +109,16 @@ class Rows:
 class Pipeline:
   """Packed batches of the three tasks."""
 
-  def __init__(self, data_config: Mapping[str, Any], tokenizer: Tokenizer, row_shape: RowShape, batch_size: int,
-               seed: int, host: int = 0, hosts: int = 1):
+  def __init__(
+    self,
+    data_config: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    row_shape: RowShape,
+    batch_size: int,
+    seed: int,
+    host: int = 0,
+    hosts: int = 1,
+  ):
     """Opens the sources and plans their rows.
 
     Args:
@@ -107,13 +133,19 @@ class Pipeline:
     Raises:
       UserError: a field does not fit.
     """
-    self._config = {name: data_config[name] for name in ("workers", "threads", "prefetch", "max_rejected_share")}
+    self._config = {
+      name: data_config[name] for name in ("workers", "threads", "prefetch", "max_rejected_share")
+    }
     self._shape = row_shape
     self._batch_size, self._host, self._hosts = batch_size, host, hosts
     if data_config["template"] not in examples.TEMPLATES:
-      raise UserError(f"data.template is {data_config['template']!r}: use one of {', '.join(examples.TEMPLATES)}")
+      raise UserError(
+        f"data.template is {data_config['template']!r}: use one of {', '.join(examples.TEMPLATES)}"
+      )
     if row_shape.tokens <= row_shape.image_slots:
-      raise UserError(f"data.row_tokens is {row_shape.tokens}, too few for an image of {row_shape.image_slots} slots")
+      raise UserError(
+        f"data.row_tokens is {row_shape.tokens}, too few for an image of {row_shape.image_slots} slots"
+      )
     self._mixture = tuple((int(step), tuple(weights)) for step, weights in data_config["mixture"])
     self._step_plan(1)
     used = [any(weights[i] > 0 for _, weights in self._mixture) for i in range(len(TASKS))]
@@ -125,9 +157,20 @@ class Pipeline:
         raise UserError(f"data.mixture gives {task} a share, and data.sources.{task} is empty")
       task_seed = _mix(seed, number)
       self._interleaves.append(mixture.Interleave([w for _, w in listed], task_seed) if listed else None)
-      self._rows.append([
-        Rows(sources.open_source(spec, task, data_config["shapes"]), task, data_config, tokenizer, row_shape,
-             _mix(task_seed, i), spec) for i, (spec, _) in enumerate(listed)])
+      self._rows.append(
+        [
+          Rows(
+            sources.open_source(spec, task, data_config["shapes"]),
+            task,
+            data_config,
+            tokenizer,
+            row_shape,
+            _mix(task_seed, i),
+            spec,
+          )
+          for i, (spec, _) in enumerate(listed)
+        ]
+      )
 
   def counts(self, step: int) -> dict[str, int]:
     """Returns the rows per task of the global batch at a step."""
@@ -155,9 +198,11 @@ class Pipeline:
       seen += counter.pop("samples")
       rejected.update(counter)
       if rejected.total() > self._config["max_rejected_share"] * max(seen, MIN_JUDGED):
-        raise UserError(f"{rejected.total():,} of {seen:,} samples had to be rejected ({dict(rejected)}), more than "
-                        f"data.max_rejected_share = {self._config['max_rejected_share']}; run `jflow prepare` on "
-                        "the source again")
+        raise UserError(
+          f"{rejected.total():,} of {seen:,} samples had to be rejected ({dict(rejected)}), more than "
+          f"data.max_rejected_share = {self._config['max_rejected_share']}; run `jflow prepare` on "
+          "the source again"
+        )
       fill = float((batch.segment_ids > 0).mean())
       yield batch, {"packs": step_plan.counts(start_step + offset), "fill": fill, "rejected": dict(counter)}
 
@@ -175,17 +220,23 @@ class Pipeline:
     return batch, counter
 
 
-def _prefetch(load: Any, step_plan: mixture.StepPlan, start_step: int, config: Mapping[str, Any]) -> Iterator[Any]:
+def _prefetch(
+  load: Any, step_plan: mixture.StepPlan, start_step: int, config: Mapping[str, Any]
+) -> Iterator[Any]:
   """Yields load(step_plan[step]) in the order of the steps, from `start_step` on, through Grain."""
   import grain
+
   dataset = grain.MapDataset.source(step_plan)[start_step:].map(load)
   threads, prefetch = max(1, config["threads"]), max(1, config["prefetch"])
   dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
   if config["workers"] > 0:
     from absl import flags
+
     if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, which only absl.app parses
       flags.FLAGS.mark_as_parsed()
-    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config["workers"], per_worker_buffer_size=2))
+    dataset = dataset.mp_prefetch(
+      grain.MultiprocessingOptions(num_workers=config["workers"], per_worker_buffer_size=2)
+    )
   iterator = iter(dataset)
   try:
     yield from iterator

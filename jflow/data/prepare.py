@@ -1,7 +1,7 @@
 """`python -m jflow prepare`: checks records and writes them as a prepared data set (prepared.py).
 
-The input is cut into parts; each part becomes a shard, written under OUTPUT.partial. A run that was killed goes on
-with the parts that are missing. OUTPUT appears, by a rename, only when all of it is there.
+The input is cut into parts; each part becomes a shard, written under OUTPUT.partial. A run that was killed
+goes on with the parts that are missing. OUTPUT appears, by a rename, only when all of it is there.
 """
 
 import argparse
@@ -28,9 +28,19 @@ FORMATS = ("llava-jsonl", "shapes")
 _PART_RECORDS = 4096
 
 
-def prepare(format: str, input: str, output: str, task: str, max_rejected_share: float = 0.01,
-            image_root: str | None = None, processes: int = 1, part_records: int = _PART_RECORDS,
-            records: int = 1000, seed: int = 0, image_size: int = 384) -> dict[str, Any]:
+def prepare(
+  format: str,
+  input: str,
+  output: str,
+  task: str,
+  max_rejected_share: float = 0.01,
+  image_root: str | None = None,
+  processes: int = 1,
+  part_records: int = _PART_RECORDS,
+  records: int = 1000,
+  seed: int = 0,
+  image_size: int = 384,
+) -> dict[str, Any]:
   """Writes a prepared data set and returns its summary.
 
   Args:
@@ -54,8 +64,15 @@ def prepare(format: str, input: str, output: str, task: str, max_rejected_share:
   output = os.path.abspath(output)
   if os.path.exists(output) and (not os.path.isdir(output) or os.listdir(output)):
     raise UserError(f"{output} exists: name another --output or remove it")
-  job = {"schema": prepared.SCHEMA, "format": format, "task": task, "input": os.path.abspath(input) if input else "",
-         "image_root": image_root, "part_records": part_records, "files": _fingerprint(importer.files())}
+  job = {
+    "schema": prepared.SCHEMA,
+    "format": format,
+    "task": task,
+    "input": os.path.abspath(input) if input else "",
+    "image_root": image_root,
+    "part_records": part_records,
+    "files": _fingerprint(importer.files()),
+  }
   if format == "shapes":
     job.update(records=records, seed=seed, image_size=image_size)
   partial = output + ".partial"
@@ -68,9 +85,12 @@ def prepare(format: str, input: str, output: str, task: str, max_rejected_share:
     shutil.rmtree(partial)
     first = summary["first_rejected"]
     raise UserError(
-      f"{first['where']}: {first['message']} ({first['reason']}); in all {total - summary['accepted']:,} of {total:,} "
-      f"records cannot be used {summary['rejected']}, more than --max_rejected_share={max_rejected_share}"
-      if first else f"{input}: no records found")
+      f"{first['where']}: {first['message']} ({first['reason']}); in all {total - summary['accepted']:,} of "
+      f"{total:,} records cannot be used {summary['rejected']}, more than "
+      f"--max_rejected_share={max_rejected_share}"
+      if first
+      else f"{input}: no records found"
+    )
   _finish(partial, output, task, reports, summary)
   return summary
 
@@ -78,50 +98,82 @@ def prepare(format: str, input: str, output: str, task: str, max_rejected_share:
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command line."""
   parser = argparse.ArgumentParser(
-    prog="python -m jflow prepare", formatter_class=argparse.RawDescriptionHelpFormatter,
+    prog="python -m jflow prepare",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
     description="Checks pictures and texts and writes them as a data set to train on.",
     epilog="""\
 what the input looks like
   llava-jsonl  one JSON object per line (or a JSON array of them); images are files in the same folder
     understanding  {"id": "7", "image": "7.jpg", "conversations": [
-                     {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
+                     {"from": "human", "value": "<image>\\nWhat is this?"},
+                     {"from": "gpt", "value": "A cat."}]}
                    one <image> per picture; "image" may be a list; or {"image": "7.jpg", "caption": "A cat."}
     generation     {"image": "7.jpg", "caption": "A cat on a sofa."}
     text           {"text": "..."}, or conversations without pictures
   shapes       no input: the built-in world, drawn once
 
 examples
-  python -m jflow prepare --format=llava-jsonl --input=photos/chat.jsonl --output=data/chat --task=understanding
-  python -m jflow prepare --format=llava-jsonl --input=photos/captions.jsonl --output=data/paint --task=generation
+  python -m jflow prepare --format=llava-jsonl --input=photos/chat.jsonl --output=chat --task=understanding
+  python -m jflow prepare --format=llava-jsonl --input=photos/captions.jsonl --output=paint --task=generation
   python -m jflow prepare --format=shapes --output=data/shapes --task=generation --records=10000
 
-Every record is checked: the images are decoded, each conversation needs an answer. What cannot be used is left out
-and counted by reason in OUTPUT/summary.json. A run that was killed goes on where it stopped.""")
+Every record is checked: the images are decoded, each conversation needs an answer. What cannot be used is
+left out and counted by reason in OUTPUT/summary.json. A run that was killed goes on where it stopped.""",
+  )
   parser.add_argument("--format", required=True, choices=FORMATS, help="what the input looks like, see below")
   parser.add_argument("--input", default="", help="the file to read (not with --format=shapes)")
   parser.add_argument("--output", required=True, help="the directory to write; must not exist yet")
   parser.add_argument("--task", required=True, choices=TASKS, help="what the records are to teach")
-  parser.add_argument("--max_rejected_share", type=_share, default=0.01, metavar="SHARE",
-                      help="share of unusable records above which nothing is written (default 0.01)")
+  parser.add_argument(
+    "--max_rejected_share",
+    type=_share,
+    default=0.01,
+    metavar="SHARE",
+    help="share of unusable records above which nothing is written (default 0.01)",
+  )
   parser.add_argument("--image_root", default=None, help="folder of the images (default: that of the input)")
-  parser.add_argument("--processes", type=_positive, default=os.cpu_count() or 1,
-                      help="processes that read and check (default: one per core)")
-  parser.add_argument("--part_records", type=_positive, default=_PART_RECORDS,
-                      help=f"records per shard at most (default {_PART_RECORDS})")
-  parser.add_argument("--records", type=_positive, default=1000, help="shapes: number of records (default 1000)")
+  parser.add_argument(
+    "--processes",
+    type=_positive,
+    default=os.cpu_count() or 1,
+    help="processes that read and check (default: one per core)",
+  )
+  parser.add_argument(
+    "--part_records",
+    type=_positive,
+    default=_PART_RECORDS,
+    help=f"records per shard at most (default {_PART_RECORDS})",
+  )
+  parser.add_argument(
+    "--records", type=_positive, default=1000, help="shapes: number of records (default 1000)"
+  )
   parser.add_argument("--seed", type=int, default=0, help="shapes: which records (default 0)")
-  parser.add_argument("--image_size", type=_positive, default=384, help="shapes: side in pixels (default 384)")
+  parser.add_argument(
+    "--image_size", type=_positive, default=384, help="shapes: side in pixels (default 384)"
+  )
   arguments = parser.parse_args(argv)
   summary = prepare(**vars(arguments))
   rejected = sum(summary["rejected"].values())
-  print(f"{summary['accepted']:,} records with {summary['images']:,} images in {arguments.output}"
-        + (f"; {rejected:,} left out: {summary['rejected']}" if rejected else ""))
-  print("next: python -m jflow train --config=configs/stage2.py --workdir=runs/stage2 "
-        f"--config.data.sources.{arguments.task}=\"(('{arguments.output}', 1.0),)\"")
+  print(
+    f"{summary['accepted']:,} records with {summary['images']:,} images in {arguments.output}"
+    + (f"; {rejected:,} left out: {summary['rejected']}" if rejected else "")
+  )
+  print(
+    "next: python -m jflow train --config=configs/stage2.py --workdir=runs/stage2 "
+    f"--config.data.sources.{arguments.task}=\"(('{arguments.output}', 1.0),)\""
+  )
 
 
-def _importer(format: str, input: str, task: str, image_root: str | None, part_records: int, records: int, seed: int,
-              image_size: int) -> Importer:
+def _importer(
+  format: str,
+  input: str,
+  task: str,
+  image_root: str | None,
+  part_records: int,
+  records: int,
+  seed: int,
+  image_size: int,
+) -> Importer:
   if task not in TASKS:
     raise UserError(f"--task={task} is unknown: use one of {', '.join(TASKS)}")
   if format == "shapes":
@@ -133,13 +185,20 @@ def _importer(format: str, input: str, task: str, image_root: str | None, part_r
   raise UserError(f"--format={format} is unknown: use one of {', '.join(FORMATS)}")
 
 
-def _run(importer: Importer, parts: Sequence[Any], partial: str, task: str, processes: int) -> list[dict[str, Any]]:
+def _run(
+  importer: Importer, parts: Sequence[Any], partial: str, task: str, processes: int
+) -> list[dict[str, Any]]:
   """Imports the parts that are not there yet; returns the report of every part, in order."""
   reports = [_read_report(partial, index) for index in range(len(parts))]
   todo = [index for index, report in enumerate(reports) if report is None]
   total = sum(map(importer.size, parts))
-  with tqdm(total=total, initial=total - sum(importer.size(parts[i]) for i in todo), unit="rec", desc="prepare",
-            disable=not sys.stderr.isatty()) as bar:
+  with tqdm(
+    total=total,
+    initial=total - sum(importer.size(parts[i]) for i in todo),
+    unit="rec",
+    desc="prepare",
+    disable=not sys.stderr.isatty(),
+  ) as bar:
     if min(processes, len(todo)) <= 1:
       for index in todo:
         reports[index] = _import_part(importer, parts[index], index, partial, task, bar.update)
@@ -158,8 +217,14 @@ def _run(importer: Importer, parts: Sequence[Any], partial: str, task: str, proc
   return reports
 
 
-def _import_part(importer: Importer, part: Any, index: int, partial: str, task: str,
-                 progress: Callable[[int], Any] = lambda n: None) -> dict[str, Any]:
+def _import_part(
+  importer: Importer,
+  part: Any,
+  index: int,
+  partial: str,
+  task: str,
+  progress: Callable[[int], Any] = lambda n: None,
+) -> dict[str, Any]:
   """Writes one part's shard, then its report, whose presence says that the shard is whole."""
   stem = os.path.join(partial, f"part-{index:05d}")
   writer = prepared.ShardWriter(stem + ".array_record", stem + ".outlines")
@@ -177,8 +242,13 @@ def _import_part(importer: Importer, part: Any, index: int, partial: str, task: 
     progress(1)
   writer.close()
   report = {
-    "records": writer.records, "images": writer.images, "bytes": writer.bytes, "digest": writer.digest.hexdigest(),
-    "file_bytes": os.path.getsize(stem + ".array_record"), "rejected": dict(rejected), "first_rejected": first,
+    "records": writer.records,
+    "images": writer.images,
+    "bytes": writer.bytes,
+    "digest": writer.digest.hexdigest(),
+    "file_bytes": os.path.getsize(stem + ".array_record"),
+    "rejected": dict(rejected),
+    "first_rejected": first,
   }
   _write_json(stem + ".json", report)
   return report
@@ -189,20 +259,27 @@ def _summary(job: dict[str, Any], reports: Sequence[dict[str, Any]]) -> dict[str
   for report in reports:
     rejected.update(report["rejected"])
   return {
-    "schema": prepared.SCHEMA, "task": job["task"], "format": job["format"], "input": job["input"],
-    "accepted": sum(report["records"] for report in reports), "rejected": dict(rejected),
+    "schema": prepared.SCHEMA,
+    "task": job["task"],
+    "format": job["format"],
+    "input": job["input"],
+    "accepted": sum(report["records"] for report in reports),
+    "rejected": dict(rejected),
     "first_rejected": next((r["first_rejected"] for r in reports if r["first_rejected"]), None),
-    "images": sum(report["images"] for report in reports), "bytes": sum(report["bytes"] for report in reports),
+    "images": sum(report["images"] for report in reports),
+    "bytes": sum(report["bytes"] for report in reports),
     "fingerprint": hashlib.sha256("".join(report["digest"] for report in reports).encode()).hexdigest(),
     "shard_lengths": [report["records"] for report in reports if report["records"]],
     "shard_bytes": [report["file_bytes"] for report in reports if report["records"]],
   }
 
 
-def _finish(partial: str, output: str, task: str, reports: Sequence[dict[str, Any]], summary: dict[str, Any]) -> None:
+def _finish(
+  partial: str, output: str, task: str, reports: Sequence[dict[str, Any]], summary: dict[str, Any]
+) -> None:
   """Names the shards as TFDS does, writes the metadata, and renames the directory into place.
 
-  The work is done in a directory of its own, linked from the parts, so that a kill leaves the parts as they are.
+  The work is done in a directory of its own, linked from the parts, so that a kill leaves them as they are.
   """
   whole = output + ".whole"
   shutil.rmtree(whole, ignore_errors=True)

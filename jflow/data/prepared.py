@@ -2,11 +2,11 @@
 
   features.json, dataset_info.json                      read by tfds.builder_from_directory(DIR)
   jflow_TASK-train.array_record-00000-of-00002          id, images, text, conversations (JSON), meta (JSON)
-  outlines-00000-of-00002.jsonl.gz                      the same records without their images, to plan rows with
+  outlines-00000-of-00002.jsonl.gz                      the same records without images, to plan rows with
   summary.json                                          schema, task, accepted, rejected by reason, ...
 
-`meta` holds the SHA-256 of every image, which is verified on load: Pillow decodes many a damaged image without
-complaint.
+`meta` holds the SHA-256 of every image, which is verified on load: Pillow decodes many a damaged image
+without complaint.
 """
 
 import gzip
@@ -42,13 +42,16 @@ def outline_name(shard: int, shards: int) -> str:
 def features() -> Any:
   """Returns the TFDS features of a record. Images are raw bytes, which TFDS does not decode."""
   import tensorflow_datasets as tfds
-  return tfds.features.FeaturesDict({
-    "id": tfds.features.Text(),
-    "images": tfds.features.Sequence(tfds.features.Tensor(shape=(), dtype=np.object_)),
-    "text": tfds.features.Text(),
-    "conversations": tfds.features.Text(),
-    "meta": tfds.features.Text(),
-  })
+
+  return tfds.features.FeaturesDict(
+    {
+      "id": tfds.features.Text(),
+      "images": tfds.features.Sequence(tfds.features.Tensor(shape=(), dtype=np.object_)),
+      "text": tfds.features.Text(),
+      "conversations": tfds.features.Text(),
+      "meta": tfds.features.Text(),
+    }
+  )
 
 
 class ShardWriter:
@@ -57,6 +60,7 @@ class ShardWriter:
   def __init__(self, path: str, outline_path: str):
     from array_record.python import array_record_module
     from tensorflow_datasets.core import example_serializer
+
     self._features = features()
     self._serializer = example_serializer.ExampleSerializer(self._features.get_serialized_info())
     # One record per group: what random access needs.
@@ -69,10 +73,17 @@ class ShardWriter:
     """Appends a record, whose images are encoded bytes; `meta` is kept beside it as JSON."""
     hashes = [hashlib.sha256(image).hexdigest() for image in record.images]
     conversations = json.dumps(record.turns, ensure_ascii=False)
-    example = self._serializer.serialize_example(self._features.encode_example({
-      "id": record.id, "images": list(record.images), "text": record.text, "conversations": conversations,
-      "meta": json.dumps({**meta, "sha256": hashes}, ensure_ascii=False),
-    }))
+    example = self._serializer.serialize_example(
+      self._features.encode_example(
+        {
+          "id": record.id,
+          "images": list(record.images),
+          "text": record.text,
+          "conversations": conversations,
+          "meta": json.dumps({**meta, "sha256": hashes}, ensure_ascii=False),
+        }
+      )
+    )
     self._writer.write(example)
     outline = [record.id, len(record.images), record.text, record.turns]
     line = json.dumps(outline, ensure_ascii=False).encode("utf-8") + b"\n"
@@ -90,15 +101,26 @@ class ShardWriter:
 def write_metadata(directory: str, task: str, shard_lengths: Sequence[int], num_bytes: int) -> None:
   """Writes features.json and dataset_info.json for the shards of a directory."""
   import tensorflow_datasets as tfds
+
   template = tfds.core.ShardedFileTemplate(
-    dataset_name=dataset_name(task), data_dir=directory, split="train", filetype_suffix="array_record",
-    template=_TEMPLATE)
+    dataset_name=dataset_name(task),
+    data_dir=directory,
+    split="train",
+    filetype_suffix="array_record",
+    template=_TEMPLATE,
+  )
   split = tfds.core.SplitInfo(
-    name="train", shard_lengths=list(shard_lengths), num_bytes=num_bytes, filename_template=template)
+    name="train", shard_lengths=list(shard_lengths), num_bytes=num_bytes, filename_template=template
+  )
   # check_data would read an example through TensorFlow.
   tfds.folder_dataset.write_metadata(
-    data_dir=directory, features=features(), split_infos=[split], filename_template=_TEMPLATE, check_data=False,
-    description=f"Records for JanusFlow, task {task}, schema {SCHEMA}.")
+    data_dir=directory,
+    features=features(),
+    split_infos=[split],
+    filename_template=_TEMPLATE,
+    check_data=False,
+    description=f"Records for JanusFlow, task {task}, schema {SCHEMA}.",
+  )
 
 
 class PreparedSource:
@@ -116,12 +138,15 @@ class PreparedSource:
       UserError: it is not a whole prepared data set of this task.
     """
     from array_record.python import array_record_data_source
+
     self.directory = directory
     summary = read_summary(directory)
     self.fingerprint = summary["fingerprint"]
     if summary["task"] != task:
-      raise UserError(f"{directory} holds {summary['task']} records and stands in data.sources.{task}: "
-                      f"prepare the source again with --task={task}")
+      raise UserError(
+        f"{directory} holds {summary['task']} records and stands in data.sources.{task}: "
+        f"prepare the source again with --task={task}"
+      )
     lengths = summary["shard_lengths"]
     paths = [os.path.join(directory, shard_name(task, i, len(lengths))) for i in range(len(lengths))]
     self._outlines = [os.path.join(directory, outline_name(i, len(lengths))) for i in range(len(lengths))]
@@ -130,11 +155,14 @@ class PreparedSource:
         raise UserError(f"{path} is missing: prepare the source again")
     for path, size in zip(paths, summary["shard_bytes"]):
       if os.path.getsize(path) != size:
-        raise UserError(f"{path} has {os.path.getsize(path):,} bytes and should have {size:,}: prepare the source again")
+        raise UserError(
+          f"{path} has {os.path.getsize(path):,} bytes and should have {size:,}: prepare the source again"
+        )
     self._length = sum(lengths)
     # The number of records is given, so that no shard is opened before it is read.
     self._records = array_record_data_source.ArrayRecordDataSource(
-      [f"{path}[0:{length}]" for path, length in zip(paths, lengths)])
+      [f"{path}[0:{length}]" for path, length in zip(paths, lengths)]
+    )
     self._features = features()
 
   def __len__(self) -> int:
@@ -151,8 +179,9 @@ class PreparedSource:
       example = self._features.deserialize_example_np(self._records[index])
       meta = json.loads(example["meta"])
       turns = tuple(Turn(*turn) for turn in json.loads(example["conversations"]))
-      record = Record(example["id"].decode(), tuple(bytes(i) for i in example["images"]), example["text"].decode(),
-                      turns)
+      record = Record(
+        example["id"].decode(), tuple(bytes(i) for i in example["images"]), example["text"].decode(), turns
+      )
       hashes = meta["sha256"]
     except Exception as error:  # the readers raise what the damage makes of them
       raise RecordError("corrupt", f"{where} cannot be read ({type(error).__name__})") from None
@@ -190,7 +219,11 @@ def read_summary(directory: str) -> dict[str, Any]:
     if schema == SCHEMA:
       summary["task"], summary["shard_lengths"], summary["shard_bytes"], summary["fingerprint"]
   except (OSError, ValueError, KeyError, TypeError):
-    raise UserError(f"{directory} is not a data set that `jflow prepare` wrote (no readable {SUMMARY})") from None
+    raise UserError(
+      f"{directory} is not a data set that `jflow prepare` wrote (no readable {SUMMARY})"
+    ) from None
   if schema != SCHEMA:
-    raise UserError(f"{directory} has schema {schema}, and this version reads schema {SCHEMA}: prepare it again")
+    raise UserError(
+      f"{directory} has schema {schema}, and this version reads schema {SCHEMA}: prepare it again"
+    )
   return summary

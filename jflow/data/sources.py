@@ -23,8 +23,10 @@ def open_source(spec: str, task: str, shapes: Mapping[str, Any]) -> Source:
   """
   if spec == SHAPES:
     from jflow.data.shapes import ShapesSource
+
     return ShapesSource(task, **shapes)
   if os.path.isdir(spec):
     from jflow.data.prepared import PreparedSource
+
     return PreparedSource(spec, task)
   raise UserError(f"data source {spec!r} not found: use {SHAPES!r} or a directory that `jflow prepare` wrote")

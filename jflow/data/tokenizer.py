@@ -129,26 +129,40 @@ def train(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
     vocabulary_size: ids in all, at least 256 bytes + 7 special tokens.
   """
   if vocabulary_size < 256 + len(SPECIAL_TOKENS):
-    raise UserError(f"a byte-level vocabulary needs at least {256 + len(SPECIAL_TOKENS)} ids: {vocabulary_size}")
+    raise UserError(
+      f"a byte-level vocabulary needs at least {256 + len(SPECIAL_TOKENS)} ids: {vocabulary_size}"
+    )
   tokenizer = tokenizers.Tokenizer(models.BPE())
-  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-    pre_tokenizers.Split(tokenizers.Regex("[\r\n]"), "isolated"),
-    pre_tokenizers.Digits(individual_digits=True),
-    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-  ])
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(tokenizers.Regex("[\r\n]"), "isolated"),
+      pre_tokenizers.Digits(individual_digits=True),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+    ]
+  )
   tokenizer.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
-    vocab_size=vocabulary_size - len(SPECIAL_TOKENS), min_frequency=2, show_progress=False,
-    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    vocab_size=vocabulary_size - len(SPECIAL_TOKENS),
+    min_frequency=2,
+    show_progress=False,
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+  )
   tokenizer.train_from_iterator(texts, trainer)
   tokenizer.add_special_tokens(
-    [tokenizers.AddedToken(name, normalized=False, special=True) for name in SPECIAL_TOKENS.values()])
+    [tokenizers.AddedToken(name, normalized=False, special=True) for name in SPECIAL_TOKENS.values()]
+  )
   bos = SPECIAL_TOKENS["bos"]
   tokenizer.post_processor = processors.TemplateProcessing(
-    single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+    single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+  )
   config = {
-    "add_bos_token": True, "add_eos_token": False, "bos_token": bos, "eos_token": SPECIAL_TOKENS["eos"],
-    "pad_token": SPECIAL_TOKENS["pad"], "model_max_length": 4096, "tokenizer_class": "LlamaTokenizerFast",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "bos_token": bos,
+    "eos_token": SPECIAL_TOKENS["eos"],
+    "pad_token": SPECIAL_TOKENS["pad"],
+    "model_max_length": 4096,
+    "tokenizer_class": "LlamaTokenizerFast",
     "legacy": True,
   }
   files = {
