@@ -6,7 +6,7 @@ Legend: n tokens of a sample, P patches of an image.
   understanding       BOS <image>QUESTION ANSWER EOS
     plain caption     BOS <image>Generate the caption of this picture. CAPTION EOS
     chat              BOS User: <image>...\\n\\nAssistant: ANSWER EOS User: ...
-  generation          BOS PROMPT T z*P      T, the time token, takes the slot of the tag that closed the prompt
+  generation          BOS PROMPT T z*P           T, the time token, stands where the closing tag stood
     chat              BOS User: PROMPT\\n\\nAssistant: T z*P
   text                BOS DOCUMENT EOS
 """

@@ -51,7 +51,8 @@ class Lines:
   """LLaVA: a file of JSON objects, one per line, or a JSON array of them; images are files beside it.
 
   {"id": ..., "image": "a.jpg" or ["a.jpg", "b.jpg"], "conversations": [
-  {"from": "human", "value": "<image>..."}, {"from": "gpt", "value": ...}, ...]}, or {"image": ..., "caption": ...}.
+  {"from": "human", "value": "<image>..."}, {"from": "gpt", "value": ...}, ...]},
+  or {"image": ..., "caption": ...}.
   """
 
   def __init__(self, path: str, task: str, part_records: int, image_root: str | None = None):
