@@ -15,12 +15,13 @@ from collections.abc import Sequence
 import ml_dtypes
 import numpy as np
 
-from jflow.errors import UserError
+from jflow.errors import Stopped, UserError
 from jflow.interop import official, transfer
 from jflow.interop.official import Loaded
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _KEPT = "official"  # folder of a jflow checkpoint with the processor's files of the official one it came from
+_IN_FLIGHT = 2**29  # bytes that a writing checkpoint may hold beside the parameters
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,10 +78,16 @@ def _read(args: argparse.Namespace) -> tuple[Loaded, str, pathlib.Path | None]:
 
 
 def _write_jflow(output: pathlib.Path, loaded: Loaded, template: str, kept: pathlib.Path | None) -> None:
+  from orbax.checkpoint import v1 as ocp
+
   from jflow.training.checkpoint import save_params
 
   config = {"model": loaded.config.to_dict(), "data": {"template": template}, "has_vae": loaded.has_vae}
-  save_params(output, transfer.nest(loaded.params), config, loaded.tokenizer)
+  # Orbax copies every host array before it writes, unless told that nobody changes them meanwhile.
+  context = ocp.Context()
+  context.memory.deepcopy_host_arrays, context.memory.write_concurrent_bytes = False, _IN_FLIGHT
+  with context:
+    save_params(output, transfer.nest(loaded.params), config, loaded.tokenizer)
   found = [name for name in official.SIDECARS if kept is not None and (kept / name).is_file()]
   for name in found:
     (output / _KEPT).mkdir(exist_ok=True)
@@ -112,6 +119,7 @@ def convert(args: argparse.Namespace) -> None:
 
   Raises:
     UserError: what is missing, damaged or contradictory, in one line.
+    Stopped: the output cannot be written.
   """
   if args.output.exists():
     raise UserError(f"output {args.output} exists: name a directory that does not")
@@ -145,7 +153,7 @@ def convert(args: argparse.Namespace) -> None:
       _write_jflow(part, loaded, template, kept)
     part.rename(args.output)
   except OSError as error:
-    raise UserError(f"{args.output} cannot be written: {error.strerror or error}") from None
+    raise Stopped(f"{args.output} cannot be written: {error.strerror or error}") from None
   finally:
     shutil.rmtree(part, ignore_errors=True)
   print(args.output)
