@@ -71,23 +71,27 @@ def compare(golden: Mapping[str, np.ndarray], ours: Mapping[str, Output], tolera
 
 
 def _variant(output: Output, name: str, shape: tuple[int, ...]) -> Output:
-  """The first or last tokens, or the mean over tokens; a map [B, C, H, W] has H * W tokens, raster order."""
+  """The first or last tokens of an array, or the mean over its tokens, in the layout that the golden array has.
+
+  A map [B, C, H, W] has H * W tokens in raster order; where that does not give `shape`, axis 1 is cut as stored.
+  """
   variant = _VARIANT.search(name)
   if variant is None:
     return output
-  value, mask = output
-  if value.ndim == 4:
-    value = value.reshape(*value.shape[:2], -1).transpose(0, 2, 1)
+  stored, mask = output
+  tokens = stored if stored.ndim != 4 else stored.reshape(*stored.shape[:2], -1).swapaxes(1, 2)
   side, count, mean = variant.groups()
   if mean:
-    weight = np.ones(value.shape[:2]) if mask is None else mask
-    value = np.einsum("bt...,bt->b...", value.astype(np.float64), weight / weight.sum(axis=1, keepdims=True))
-    return Output(value.reshape(shape) if value.size == np.prod(shape) else value)
-  cut = slice(0, int(count)) if side == "first" else slice(-int(count), None)
-  value, mask = value[:, cut], None if mask is None else mask[:, cut]
-  if output.value.ndim == 4 and value.shape != shape:  # channels before tokens
-    value = value.transpose(0, 2, 1)
-  return Output(value, mask)
+    weight = np.ones(tokens.shape[:2]) if mask is None else mask
+    weight = weight / weight.sum(axis=1, keepdims=True)
+    first = np.einsum("bt...,bt->b...", tokens.astype(np.float64), weight)
+    options = [first, first[:, None], stored.mean(axis=1, dtype=np.float64)]
+    mask = None
+  else:
+    cut = slice(0, int(count)) if side == "first" else slice(-int(count), None)
+    options = [tokens[:, cut], tokens[:, cut].swapaxes(1, -1), stored[:, cut]]
+    mask = None if mask is None else mask[:, cut]
+  return Output(next((x for x in options if x.shape == shape), options[0]), mask)
 
 
 class Runner:

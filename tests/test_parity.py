@@ -1,0 +1,222 @@
+"""The command `parity`: golden files pass, every divergence is found and named, bad files are refused."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import official_checkpoint
+import pytest
+from safetensors.numpy import save_file
+
+from jflow.__main__ import main
+from jflow.interop.comparison import line
+
+GOLDEN = official_checkpoint.TINY / "golden.npz"
+PROCESSOR = official_checkpoint.PROCESSOR
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> pathlib.Path:
+  return official_checkpoint.write(tmp_path_factory.mktemp("parity") / "official")
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, np.ndarray]:
+  with np.load(GOLDEN) as file:
+    return {name: file[name] for name in file.files}
+
+
+def _run(
+  checkpoint: pathlib.Path, golden: pathlib.Path, tmp_path: pathlib.Path, *flags: str
+) -> tuple[int, dict]:
+  out = tmp_path / "result.json"
+  code = main(["parity", f"--checkpoint={checkpoint}", f"--golden={golden}", f"--json={out}", *flags])
+  return code, json.loads(out.read_text())
+
+
+def _save(tmp_path: pathlib.Path, values: dict[str, np.ndarray]) -> pathlib.Path:
+  np.savez(tmp_path / "golden.npz", **values)
+  return tmp_path / "golden.npz"
+
+
+def test_the_golden_file_of_the_reference_passes(checkpoint, tmp_path, capsys):
+  code, result = _run(checkpoint, GOLDEN, tmp_path)
+  assert code == 0 and result["passed"] and result["first_divergence"] is None
+  inputs = {"pixels", "input_ids", "attention_mask", "prompt_ids", "z0", "t", "steps", "cfg_weight"}
+  with np.load(GOLDEN) as file:
+    outputs = {name for name in file.files if name.split("/")[1] not in inputs}
+  assert set(result["arrays"]) == outputs and len(outputs) == 13
+  assert all(x["relative_l2"] <= 1e-5 for x in result["arrays"].values())
+  assert result["arrays"]["und/greedy_tokens"]["max_error"] == 0
+  printed = capsys.readouterr().out.splitlines()
+  assert len(printed) == 14 and printed[-1] == "all 13 arrays agree within 1e-05"
+
+
+def test_a_converted_checkpoint_passes_too(checkpoint, tmp_path):
+  assert main(["convert", f"--input={checkpoint}", f"--output={tmp_path / 'jflow'}"]) == 0
+  assert _run(tmp_path / "jflow", GOLDEN, tmp_path)[0] == 0
+
+
+def test_subsets_and_variants(checkpoint, golden, tmp_path):
+  """A file may hold the last positions, the first tokens or the mean over tokens of an array."""
+  tokens = lambda x: x.reshape(*x.shape[:2], -1).transpose(0, 2, 1)  # [B, C, H, W] -> [B, H W, C]
+  values = {name: golden[name] for name in ("und/pixels", "und/input_ids", "und/attention_mask")}
+  values |= {name: golden[name] for name in ("gen/prompt_ids", "gen/z0", "gen/t")}
+  values |= {
+    "und/features_first8": golden["und/features"][:, :8],
+    "und/features_mean": golden["und/features"].mean(axis=1),
+    "und/inputs_embeds_first8": golden["und/inputs_embeds"][:, :8],
+    "und/logits_last4": golden["und/logits"][:, -4:],
+    "gen/z_emb_first8": tokens(golden["gen/z_emb"])[:, :8],
+    "gen/z_emb_mean": golden["gen/z_emb"].mean(axis=(2, 3)),
+    "gen/velocity_cond_last8": tokens(golden["gen/velocity_cond"])[:, -8:].transpose(0, 2, 1),
+    "gen/hidden_last4": golden["gen/hidden"][:, -4:],
+  }
+  code, result = _run(checkpoint, _save(tmp_path, values), tmp_path)
+  assert code == 0 and len(result["arrays"]) == 8
+  values["und/logits_last4"] = golden["und/logits"][:, -5:-1]
+  code, result = _run(checkpoint, _save(tmp_path, values), tmp_path)
+  assert code == 1 and result["first_divergence"]["array"] == "und/logits_last4"
+
+
+def test_padded_positions_are_not_compared(checkpoint, golden, tmp_path):
+  padded = golden["und/attention_mask"] == 0
+  assert padded.any()
+  values = dict(golden)
+  values["und/logits"] = np.where(padded[..., None], np.float32(1e9), golden["und/logits"])
+  assert _run(checkpoint, _save(tmp_path, values), tmp_path)[0] == 0
+
+
+_TOWER = "vision_und_enc_model.vision_tower"
+_BLOCK = "mid_block.res_blocks.1"
+
+
+@pytest.mark.parametrize(
+  "name, array, component",
+  [
+    (f"{_TOWER}.blocks.1.attn.qkv.weight", "und/features", "understanding_encoder"),
+    ("beg_of_und_embed", "und/inputs_embeds", "understanding_start"),
+    ("vision_und_enc_aligner.bias", "und/inputs_embeds", "understanding_projector"),
+    ("language_model.model.layers.2.mlp.down_proj.weight", "und/logits", "language_model"),
+    ("vision_gen_enc_model.time_embed.linear_1.weight", "gen/t_emb", "time embedding"),
+    (f"vision_gen_enc_model.{_BLOCK}.channelwise_norm.weight", "gen/z_emb", "generation_encoder"),
+    ("vision_gen_enc_aligner.weight", "gen/hidden", "language_model"),
+    ("vision_gen_dec_aligner_norm.weight", "gen/velocity_cond", "generation_output_norm"),
+    (f"vision_gen_dec_model.{_BLOCK}.cond_embeds_mapper.bias", "gen/velocity_cond", "generation_decoder"),
+  ],
+)
+def test_the_first_component_that_diverges_is_named(tmp_path, capsys, name, array, component):
+  """One value of one tensor moves: everything before it still agrees."""
+  source = official_checkpoint.write(tmp_path / "official")
+  values = official_checkpoint.tensors()
+  values[name].reshape(-1)[-1] += 0.5
+  save_file(values, source / "model.safetensors")
+  code, result = _run(source, GOLDEN, tmp_path)
+  assert code == 1 and not result["passed"]
+  assert result["first_divergence"]["array"] == array
+  assert component in result["first_divergence"]["component"]
+  assert f"first to diverge: {array}, made by" in capsys.readouterr().out
+
+
+def test_guidance_and_step_count_are_seen_in_the_trajectory_alone(checkpoint, golden, tmp_path):
+  for name, value in (("gen/cfg_weight", 2.5), ("gen/t", 0.26)):
+    code, result = _run(checkpoint, _save(tmp_path, golden | {name: np.asarray(value)}), tmp_path)
+    assert code == 1
+    first = "gen/trajectory" if name == "gen/cfg_weight" else "gen/t_emb"
+    assert result["first_divergence"]["array"] == first
+
+
+def test_the_tolerance_is_a_flag(checkpoint, tmp_path):
+  assert _run(checkpoint, GOLDEN, tmp_path, "--tolerance=1e-9")[0] == 1
+  code, result = _run(checkpoint, GOLDEN, tmp_path, "--tolerance=1e-3")
+  assert code == 0 and result["tolerance"] == 1e-3
+
+
+def test_a_comparison_is_the_relative_l2_error():
+  golden = np.array([3.0, 4.0])
+  found = line("x", "y", golden + np.array([0.0, 0.05]), golden, 0.02)
+  assert found.relative_l2 == pytest.approx(0.01) and found.max_error == pytest.approx(0.05) and found.passed
+  assert not line("x", "y", np.array([np.nan, 4.0]), golden, 1e9).passed
+  assert not line("x", "y", golden[:1], golden, 1e9).passed
+  assert not line("x", "y", np.array([1, 2]), np.array([1, 3]), 1e9).passed
+  zero = np.zeros(3)
+  assert line("x", "y", zero, zero, 1e-5).passed and not line("x", "y", zero + 1e-3, zero, 1e-5).passed
+  mask = np.array([True, False])
+  assert line("x", "y", np.array([3.0, 9.0]), golden, 0.0, mask).passed
+
+
+def test_errors_that_are_not_finite_are_null_in_json(checkpoint, golden, tmp_path):
+  wrong = golden | {"text/logits": golden["text/logits"][:, :-1]}
+  code, result = _run(checkpoint, _save(tmp_path, wrong), tmp_path)
+  assert code == 1 and result["arrays"]["text/logits"]["relative_l2"] is None
+  assert "ours is [2, 16, 256]" in result["first_divergence"]["component"]
+
+
+# --- the processor ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def processor(tmp_path) -> pathlib.Path:
+  shutil.copytree(PROCESSOR, tmp_path / "processor")
+  return tmp_path / "processor"
+
+
+def test_the_golden_processor_passes(tmp_path):
+  assert main(["parity", f"--processor={PROCESSOR}", f"--json={tmp_path / 'r.json'}"]) == 0
+  result = json.loads((tmp_path / "r.json").read_text())
+  with np.load(PROCESSOR / "golden.npz") as file:
+    assert set(result["arrays"]) == set(file.files)
+  assert all(x["max_error"] <= 1e-6 for x in result["arrays"].values())
+
+
+@pytest.mark.parametrize(
+  "key, component",
+  [("input_ids", "tokenizer"), ("images_seq_mask", "image slots"), ("pixel_values", "image processor")],
+)
+def test_a_single_wrong_value_of_the_processor_is_found(processor, tmp_path, key, component):
+  with np.load(processor / "golden.npz") as file:
+    values = {name: file[name] for name in file.files}
+  name = f"two_images/{key}"
+  flat = values[name].reshape(-1)
+  flat[7] = not flat[7] if flat.dtype == bool else flat[7] + 1 if flat.dtype == np.int64 else flat[7] + 2e-6
+  np.savez(processor / "golden.npz", **values)
+  assert main(["parity", f"--processor={processor}", f"--json={tmp_path / 'r.json'}"]) == 1
+  first = json.loads((tmp_path / "r.json").read_text())["first_divergence"]
+  assert first["array"] == name and component in first["component"]
+
+
+# --- bad input -------------------------------------------------------------------------------------------
+
+
+def _refused(capsys, message: str, *argv: str) -> None:
+  capsys.readouterr()
+  assert main(["parity", *argv]) == 2
+  error = [x for x in capsys.readouterr().err.splitlines() if x.startswith("jflow: ")]
+  assert len(error) == 1 and message in error[0], error
+
+
+def test_bad_input_is_one_clear_line(checkpoint, golden, tmp_path, capsys, processor):
+  at = f"--checkpoint={checkpoint}"
+  _refused(capsys, "give --checkpoint=DIR and --golden=FILE.npz", at)
+  _refused(capsys, "give --processor, or", at, f"--processor={processor}")
+  _refused(capsys, "nowhere.npz not found", at, f"--golden={tmp_path / 'nowhere.npz'}")
+  _refused(capsys, "is not a directory", f"--checkpoint={tmp_path / 'no'}", f"--golden={GOLDEN}")
+  (tmp_path / "text.npz").write_text("hello")
+  _refused(capsys, "is not a readable npz file", at, f"--golden={tmp_path / 'text.npz'}")
+  np.savez(tmp_path / "objects.npz", **{"text/logits": np.array([{}], dtype=object)})
+  _refused(capsys, "is not a readable npz file", at, f"--golden={tmp_path / 'objects.npz'}")
+  only = {"text/logits": golden["text/logits"]}
+  _refused(
+    capsys, "has text/logits but not its input text/input_ids", at, f"--golden={_save(tmp_path, only)}"
+  )
+  only = {"text/input_ids": golden["text/input_ids"]}
+  _refused(capsys, "holds no output to compare with", at, f"--golden={_save(tmp_path, only)}")
+  ids = golden["und/input_ids"].copy()
+  ids[1][ids[1] == 252] = 5  # the begin-of-image id of row 1
+  wrong = golden | {"und/input_ids": ids}
+  _refused(capsys, "has 1 images, und/pixels 2", at, f"--golden={_save(tmp_path, wrong)}")
+  (processor / "cases.json").write_text("{}")
+  _refused(capsys, "cases.json does not follow the format", f"--processor={processor}")
+  (processor / "tokenizer.json").unlink()
+  _refused(capsys, "tokenizer.json not found", f"--processor={processor}")
