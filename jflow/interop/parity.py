@@ -71,9 +71,9 @@ def compare(golden: Mapping[str, np.ndarray], ours: Mapping[str, Output], tolera
 
 
 def _variant(output: Output, name: str, shape: tuple[int, ...]) -> Output:
-  """The first or last tokens of an array, or the mean over its tokens, in the layout that the golden array has.
+  """The first or last tokens of an array, or the mean over them, in the layout of the golden array.
 
-  A map [B, C, H, W] has H * W tokens in raster order; where that does not give `shape`, axis 1 is cut as stored.
+  A map [B, C, H, W] has H * W tokens, raster order; where that does not give `shape`, axis 1 is cut.
   """
   variant = _VARIANT.search(name)
   if variant is None:

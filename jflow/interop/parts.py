@@ -128,7 +128,8 @@ def _fresh(config: JanusFlowConfig, seed: int, with_head: bool) -> dict[str, np.
     modules["understanding_encoder/head"] = (Pool(c.understanding_encoder, f32), (zeros(1, c.patches, e),))
   out: dict[str, np.ndarray] = {"understanding_start": np.zeros(d, np.float32)}
   for i, (name, (module, args)) in enumerate(modules.items()):
-    make = jax.jit(lambda key, module=module, args=args: unbox(module.init(key, *args))["params"])
+    # Linear has a field `init`, which hides the method of that name.
+    make = jax.jit(lambda key, module=module, args=args: unbox(nn.Module.init(module, key, *args))["params"])
     params = make(jax.random.fold_in(jax.random.key(seed), i))
     out |= {f"{name}/{path}": np.asarray(x) for path, x in transfer.flatten(params).items()}
   return out

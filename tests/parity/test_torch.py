@@ -1,0 +1,230 @@
+"""Live comparison with PyTorch on small random models: Llama and SigLIP of transformers, VAE of diffusers.
+
+Both sides get the same files, written by the other library, so the conversion is compared too.
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+REASON = "PyTorch is not installed: JFLOW_PARITY=1 bash launch/test.sh installs it"
+torch = pytest.importorskip("torch", reason=REASON)
+transformers = pytest.importorskip("transformers", reason=REASON)
+diffusers = pytest.importorskip("diffusers", reason=REASON)
+
+from jflow.interop import names, official, parts, transfer  # noqa: E402
+from jflow.interop.official_config import Fields, language_model_config  # noqa: E402
+from jflow.interop.safetensors_io import Checkpoint, read_json  # noqa: E402
+from jflow.models.llm import LanguageModel  # noqa: E402
+from jflow.models.siglip import Siglip  # noqa: E402
+from jflow.models.vae import make_autoencoder  # noqa: E402
+
+SEEDS = (0, 1, 2)
+torch.set_num_threads(1)
+
+
+def relative(ours, theirs) -> float:
+  a, b = np.asarray(ours, np.float64), theirs.detach().double().numpy()
+  assert a.shape == b.shape
+  return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def shake(model, seed: int):
+  """Random values everywhere, so that no zero bias and no unit scale hides an error."""
+  generator = torch.Generator().manual_seed(seed)
+  with torch.no_grad():
+    for name, x in model.named_parameters():
+      noise = torch.randn(x.shape, generator=generator)
+      if x.ndim == 1:
+        x.copy_(0.1 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+      else:
+        x.copy_(noise / np.sqrt(np.prod(x.shape[1:])))
+  return model.eval()
+
+
+# --- LLM -------------------------------------------------------------------------------------------------
+
+LLAMAS = (  # multi-head, grouped queries with another rotation and norm, tied head
+  dict(),
+  dict(num_key_value_heads=2, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+  dict(num_key_value_heads=1, tie_word_embeddings=True, num_hidden_layers=4),
+)
+
+
+def llama(directory: pathlib.Path, seed: int, **changes):
+  values = dict(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    attn_implementation="eager",
+    bos_token_id=0,
+    eos_token_id=None,
+    pad_token_id=1,
+  )
+  model = shake(transformers.LlamaForCausalLM(transformers.LlamaConfig(**(values | changes))), seed)
+  model.save_pretrained(directory)
+  return model
+
+
+def read_llama(directory: pathlib.Path):
+  values = read_json(directory / "config.json")
+  config = language_model_config(Fields(values, "config.json"))
+  entries = list(names.language_model(config, "", bool(values.get("tie_word_embeddings"))))
+  params = transfer.load(entries, Checkpoint(directory, ("model",)), "LLM")
+  nested = transfer.nest(params)["language_model"]
+  return LanguageModel(config, 0, jnp.float32, "none", 1), {"params": nested}, entries
+
+
+def llama_logits(model, params, tokens, positions, segments):
+  x = model.apply(params, tokens, method="embed")
+  hidden = model.apply(params, x, positions, segments).hidden
+  return model.apply(params, hidden, method="logits")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_llama_logits(tmp_path, seed):
+  theirs = llama(tmp_path, seed, **LLAMAS[seed])
+  model, params, _ = read_llama(tmp_path)
+  tokens = np.random.default_rng(seed).integers(0, 97, (2, 20))
+  positions = np.broadcast_to(np.arange(20), tokens.shape)
+  ours = jax.jit(lambda p: llama_logits(model, p, tokens, positions, np.ones_like(tokens)))(params)
+  assert relative(ours, theirs(torch.from_numpy(tokens)).logits) < 1e-5
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_llama_gradients_of_every_parameter(tmp_path, seed):
+  theirs = llama(tmp_path, seed, **LLAMAS[seed])
+  model, params, entries = read_llama(tmp_path)
+  tokens = np.random.default_rng(seed).integers(2, 97, (2, 16))  # id 1 is padding: no gradient there
+  positions = np.broadcast_to(np.arange(16), tokens.shape)
+
+  def loss(p):
+    logits = llama_logits(model, p, tokens, positions, np.ones_like(tokens))
+    log_p = jax.nn.log_softmax(logits[:, :-1])
+    return -jnp.mean(jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1))
+
+  value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+  expected = theirs(torch.from_numpy(tokens), labels=torch.from_numpy(tokens)).loss
+  expected.backward()
+  assert float(value) == pytest.approx(expected.item(), rel=1e-5)
+  flat = transfer.flatten({"language_model": jax.tree.map(np.asarray, gradients["params"])})
+  wanted = {name: x.grad for name, x in theirs.named_parameters()}
+  by_name: dict[str, list[names.Entry]] = {}
+  for entry in entries:
+    by_name.setdefault(entry.name, []).append(entry)
+  assert by_name.keys() == wanted.keys()
+  for name, group in by_name.items():
+    # A tied table has one gradient there and two here: of the embedding and of the head.
+    uses = [group] if len({entry.path for entry in group}) == 1 else [[entry] for entry in group]
+    ours = sum(transfer.tensor(use, flat, np.dtype(np.float32)) for use in uses)
+    assert relative(ours, wanted[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_llama_greedy_decoding_with_left_padding(tmp_path, seed):
+  from jflow.models.llm import Cache
+
+  theirs = llama(tmp_path, seed, **LLAMAS[seed])
+  model, params, _ = read_llama(tmp_path)
+  tokens = np.random.default_rng(seed).integers(2, 97, (2, 9))
+  mask = np.ones_like(tokens)
+  mask[0, :4] = 0
+  expected = theirs.generate(
+    torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask), max_new_tokens=10, do_sample=False
+  )[:, 9:]
+  step = jax.jit(lambda p, x, at, segments, cache: model.apply(p, x, at, segments, cache))
+  positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+  cache, block, segments = Cache.empty(model.config, 2, 19, jnp.float32), tokens, mask
+  answer = []
+  for _ in range(10):
+    out = step(params, model.apply(params, block, method="embed"), positions, segments, cache)
+    token = np.argmax(model.apply(params, out.hidden[:, -1], method="logits"), axis=-1)
+    answer.append(token)
+    cache, block, segments = out.cache, token[:, None], np.ones((2, 1), int)
+    positions = positions[:, -1:] + 1
+  np.testing.assert_array_equal(np.stack(answer, axis=1), expected.numpy())
+
+
+# --- SigLIP ----------------------------------------------------------------------------------------------
+
+
+def siglip(directory: pathlib.Path, seed: int, whole: bool = False, **changes):
+  values = dict(
+    hidden_size=32,
+    intermediate_size=72,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    image_size=64,
+    patch_size=16,
+    attn_implementation="eager",
+  )
+  if whole:
+    text = dict(
+      vocab_size=50, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2
+    )
+    config = transformers.SiglipConfig(text_config=text, vision_config=values | changes)
+    model = shake(transformers.SiglipModel(config), seed)
+    model.save_pretrained(directory)
+    return model.vision_model
+  model = shake(transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**(values | changes))), seed)
+  model.save_pretrained(directory)
+  return model
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_siglip_features_and_pooling(tmp_path, seed):
+  change = ({}, {"hidden_act": "gelu", "image_size": 48}, {"layer_norm_eps": 1e-5, "patch_size": 8})[seed]
+  theirs = siglip(tmp_path, seed, whole=seed == 2, **change)
+  config, params = parts._siglip(tmp_path, None)
+  model = Siglip(config, jnp.float32, remat=False)
+  nested = {"params": transfer.nest(params)["understanding_encoder"]}
+  size = config.image_size
+  pixels = np.random.default_rng(seed).uniform(-1, 1, (2, size, size, 3)).astype(np.float32)
+  features = jax.jit(model.apply)(nested, pixels)
+  pooled = model.apply(nested, features, method="pool")
+  with torch.no_grad():
+    out = theirs(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()))
+  assert relative(features, out.last_hidden_state) < 1e-5
+  assert relative(pooled, out.pooler_output) < 1e-5
+
+
+# --- VAE -------------------------------------------------------------------------------------------------
+
+
+def vae(directory: pathlib.Path, seed: int, channels=(8, 16), layers=1):
+  model = diffusers.AutoencoderKL(
+    down_block_types=("DownEncoderBlock2D",) * len(channels),
+    up_block_types=("UpDecoderBlock2D",) * len(channels),
+    block_out_channels=channels,
+    layers_per_block=layers,
+    norm_num_groups=4,
+    latent_channels=4,
+    scaling_factor=0.13025,
+  )
+  shake(model, seed).save_pretrained(directory)
+  return model
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_autoencoder_moments_and_decoding(tmp_path, seed):
+  channels, layers = (((8, 16), 1), ((8, 8, 16), 2), ((16, 8), 1))[seed]
+  theirs = vae(tmp_path, seed, channels, layers)
+  config, params = official.load_vae(tmp_path, None)
+  model, nested = make_autoencoder(config, jnp.float32), {"params": transfer.nest(params)["vae"]}
+  pixels = np.random.default_rng(seed).uniform(-1, 1, (2, 24, 24, 3)).astype(np.float32)
+  mean, log_variance = jax.jit(lambda p, x: model.apply(p, x, method="encode"))(nested, pixels)
+  with torch.no_grad():
+    posterior = theirs.encode(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())).latent_dist
+    decoded = theirs.decode(posterior.mean).sample
+  channels_first = lambda x: np.asarray(x).transpose(0, 3, 1, 2)
+  assert relative(channels_first(mean), posterior.mean) < 1e-5
+  assert relative(channels_first(log_variance), posterior.logvar) < 1e-5
+  latents = posterior.mean.numpy().transpose(0, 2, 3, 1)
+  ours = jax.jit(lambda p, x: model.apply(p, x, method="decode"))(nested, latents)
+  assert relative(channels_first(ours), decoded) < 1e-5
