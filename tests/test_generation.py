@@ -55,6 +55,7 @@ def test_depthwise_convolution_equals_its_definition(path):
   )
 
 
+@pytest.mark.smoke
 def test_depthwise_gradient_equals_that_of_the_convolution():
   x, kernel, weight = _random(2, 8, 5, 3), _random(7, 7, 3, seed=1), _random(2, 8, 5, 3, seed=2)
   loss = lambda f: lambda x, k: jnp.sum(weight * jnp.square(f(x, k)))

@@ -1,16 +1,23 @@
 """The command `parity`: golden files pass, every divergence is found and named, bad files are refused."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import official_checkpoint
 import pytest
 from safetensors.numpy import save_file
 
+from jflow import flow
 from jflow.__main__ import main
+from jflow.inference import painting
+from jflow.interop.checkpoints import read_checkpoint
 from jflow.interop.comparison import line
+from jflow.models.config import AutoencoderConfig
+from jflow.models.janusflow import JanusFlow
 
 GOLDEN = official_checkpoint.TINY / "golden.npz"
 PROCESSOR = official_checkpoint.PROCESSOR
@@ -40,6 +47,7 @@ def _save(tmp_path: pathlib.Path, values: dict[str, np.ndarray]) -> pathlib.Path
   return tmp_path / "golden.npz"
 
 
+@pytest.mark.smoke
 def test_the_golden_file_of_the_reference_passes(checkpoint, tmp_path, capsys):
   code, result = _run(checkpoint, GOLDEN, tmp_path)
   assert code == 0 and result["passed"] and result["first_divergence"] is None
@@ -86,6 +94,35 @@ def test_padded_positions_are_not_compared(checkpoint, golden, tmp_path):
   values = dict(golden)
   values["und/logits"] = np.where(padded[..., None], np.float32(1e9), golden["und/logits"])
   assert _run(checkpoint, _save(tmp_path, values), tmp_path)[0] == 0
+
+
+def test_the_sampler_of_generate_gives_the_trajectory_of_the_reference(checkpoint, golden):
+  """The cached prompt and the compact empty prompt end where PyTorch's repeated full passes end."""
+  found = read_checkpoint(checkpoint)
+  codec = AutoencoderConfig("patch_pca", 4, 1.0, (), 0, 0, patch_size=8, window=8)
+  config = dataclasses.replace(found.config, autoencoder=codec)
+  model = JanusFlow(config, jnp.float32, remat="none", unroll=1)
+  kernel = np.zeros((3, 3, 4, 192), np.float32)
+  kernel[1, 1, np.arange(4), np.arange(4)] = 1.0  # a decoder that shows latent c at column c of its patch
+  params = found.params | {"vae": {"decoder": {"kernel": kernel, "bias": np.zeros(192, np.float32)}}}
+  prompt = golden["gen/prompt_ids"].astype(np.int32)
+  tokens = np.full((2, 16), 255, np.int32)
+  tokens[:, : len(prompt)] = prompt
+  pixels = painting.paint(
+    model,
+    params,
+    tokens,
+    np.full(2, len(prompt), np.int32),
+    golden["gen/z0"].transpose(0, 2, 3, 1),
+    flow.time_grid(int(golden["gen/steps"])),
+    jnp.float32(golden["gen/cfg_weight"]),
+    jnp.array([0.0, 1.0]),
+    solver="euler",
+    guided=True,
+    release=False,
+  )
+  z1 = np.stack([np.asarray(pixels)[:, ::8, c::8, 0] for c in range(4)], axis=1)
+  assert line("gen/z1", "", z1, golden["gen/z1"], 1e-5).passed
 
 
 _TOWER = "vision_und_enc_model.vision_tower"
@@ -162,6 +199,7 @@ def processor(tmp_path) -> pathlib.Path:
   return tmp_path / "processor"
 
 
+@pytest.mark.smoke
 def test_the_golden_processor_passes(tmp_path):
   assert main(["parity", f"--processor={PROCESSOR}", f"--json={tmp_path / 'r.json'}"]) == 0
   result = json.loads((tmp_path / "r.json").read_text())

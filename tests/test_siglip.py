@@ -67,6 +67,7 @@ def test_every_patch_sees_every_patch(params):
   assert (reach > 0).all()
 
 
+@pytest.mark.smoke
 def test_remat_changes_neither_parameters_nor_gradients(params):
   pixels = _pixels(2)
   loss = lambda remat: lambda p: jnp.sum(jnp.square(Siglip(TINY, jnp.float32, remat=remat).apply(p, pixels)))

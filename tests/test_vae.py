@@ -56,6 +56,7 @@ def _psnr(a: np.ndarray, b: np.ndarray) -> float:
   return float(10 * np.log10(4 / np.mean((np.clip(a, -1, 1) - b) ** 2)))
 
 
+@pytest.mark.smoke
 def test_kl_shapes_batches_and_clamp():
   model = make_autoencoder(KL, jnp.float32)
   assert isinstance(model, AutoencoderKL)
