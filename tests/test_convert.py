@@ -258,6 +258,14 @@ def test_config_fields_that_the_layout_allows():
   assert (lm.kv_heads, lm.rms_norm_epsilon, lm.rope_theta) == (4, 1e-6, 10_000.0)
 
 
+@pytest.mark.parametrize("image, patch, factor", [(96, 16, 8), (64, 8, 4), (56, 14, 7), (32, 2, 1)])
+def test_any_patch_count_is_read_without_a_vae(image, patch, factor):
+  values = _tiny_config()
+  values["vision_und_enc_config"]["params"] |= {"image_size": image, "patch_size": patch}
+  config = official_config.config_from_official(values, "config.json", None)
+  assert config.autoencoder.factor == factor and config.patches == (image // patch) ** 2
+
+
 def test_config_of_the_release_names_a_preset():
   config = _full_config()
   values = official_config.config_to_official(config, "bfloat16")
@@ -311,9 +319,9 @@ _ENCODER = ("vision_gen_enc_config", "params")
     ),
     (_set("mistral", "language_config", "model_type"), "model_type='mistral' is not supported"),
     (_set(3, "language_config", "num_key_value_heads"), "kv_heads=3"),
-    (_set(7, *_ENCODER, "kernel_size"), "kernel_size=7 should be 2"),
+    (_set(7, *_ENCODER, "kernel_size"), "kernel_size=7 is not supported, only 2"),
     (_set(False, *_ENCODER, "use_bias"), "use_bias=False is not supported"),
-    (_set(32, *_ENCODER, "hidden_size"), "hidden_size=32 differs from the LLM's 64"),
+    (_set(32, *_ENCODER, "hidden_size"), "hidden_size=32 is not supported, only 64"),
     (_set([], "language_config"), "language_config should be a JSON object"),
     (_set({"AutoModel": "evil.Model"}, "auto_map"), "asks to run Python code"),
     (_set(True, "trust_remote_code"), "asks to run Python code"),

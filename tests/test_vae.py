@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jflow.data.shapes import ShapesSource
 from jflow.models.config import AutoencoderConfig
 from jflow.models.vae import AutoencoderKL, PatchPCA, fit_patch_pca, make_autoencoder
 from jflow.sharding import unbox
@@ -139,3 +140,12 @@ def test_a_window_beyond_the_patch_sees_the_neighbours():
   image[0, 12, 12] = 1.0  # patch (3, 3); the windows of patches 2 and 3 hold it
   changed = np.abs(model.apply(params, image, method="encode")[0] - base).max(-1)[0] > 1e-6
   assert {tuple(i) for i in np.argwhere(changed)} == {(2, 2), (2, 3), (3, 2), (3, 3)}
+
+
+def test_the_codec_of_the_shapes_world():
+  """8 channels of 4 x 4 pixels keep more than the 31.1 dB of plain patch PCA, on new pictures."""
+  draw = lambda split, n: np.stack(
+    [ShapesSource("generation", n, 0, split)[i].images[0].render(64) for i in range(n)]
+  )
+  pixels, _, out = _round_trip(_pca(8), draw("train", 300), draw("val", 50))
+  assert _psnr(out, pixels) > 32

@@ -22,6 +22,7 @@ _SIGLIP = {
 # The VAE of the release, assumed where none lies beside a checkpoint.
 SDXL_VAE = AutoencoderConfig("autoencoder_kl", 4, 0.13025, (128, 256, 512, 512), 2, 32, 0, 0)
 _ALIGNMENT_LAYER = 6  # 001 section 4.1; the release has no head for it
+_BLOCKS = 2  # ConvNeXt blocks of the release in g_enc and in g_dec
 
 
 def refuse_code(values: Mapping[str, Any], where: str) -> None:
@@ -125,39 +126,42 @@ def _siglip_config(f: Fields) -> SiglipConfig:
 def _generation_config(
   encoder: Fields, decoder: Fields, lm: LanguageModelConfig
 ) -> tuple[GenerationConfig, int]:
-  """Returns the ConvNeXt heads' configuration and the number of latent channels."""
+  """Returns the ConvNeXt heads' configuration and the number of latent channels.
+
+  Fields that only repeat a tensor's shape (such as the decoder's channels) are left to the comparison of all
+  shapes, which is stricter.
+  """
   for f in (encoder, decoder):
     f.only("use_bias", True)
     f.only("elementwise_affine", True)
     f.only("use_mid_block", True)
-    if f.get("hidden_size", int) != lm.width:
-      raise UserError(f"{f.where}: hidden_size={f.values['hidden_size']} differs from the LLM's {lm.width}")
+    f.only("hidden_size", lm.width)
+  patch = encoder.get("stride", int)
+  encoder.only("kernel_size", patch)
   encoder.only("padding", 0)
-  width, patch = encoder.get("block_out_channels", list), encoder.get("stride", int)
+  width = encoder.get("block_out_channels", list)
   if len(width) != 1 or type(width[0]) is not int or width[0] < 2 or width[0] % 2:
     raise UserError(f"{encoder.where}: block_out_channels={width!r} should hold one even number")
-  latents = encoder.get("input_channels", int)
-  for f, name, wanted in (
-    (encoder, "kernel_size", patch),
-    (decoder, "in_channels", width[0]),
-    (decoder, "out_channels", latents),
-  ):
-    if f.get(name, int) != wanted:
-      raise UserError(f"{f.where}: {name}={f.values[name]} should be {wanted}, as the encoder's fields say")
-  if decoder.get("block_out_channels", list) != width or 2 ** decoder.get("upsamples", int) != patch:
-    raise UserError(
-      f"{decoder.where}: block_out_channels and upsamples do not undo the encoder's {width}, {patch}"
-    )
   epsilon = encoder.get("norm_eps", float, 1e-6)
-  if decoder.get("norm_eps", float, 1e-6) != epsilon:
-    raise UserError(f"{decoder.where}: norm_eps differs from the encoder's {epsilon}")
-  return GenerationConfig(
+  decoder.only("norm_eps", epsilon)
+  config = GenerationConfig(
     width=width[0],
-    encoder_blocks=encoder.get("layers_in_middle", int),
-    decoder_blocks=decoder.get("layers_in_middle", int),
+    encoder_blocks=encoder.get("layers_in_middle", int, _BLOCKS),
+    decoder_blocks=decoder.get("layers_in_middle", int, _BLOCKS),
     patch_size=patch,
     norm_epsilon=epsilon,
-  ), latents
+  )
+  return config, encoder.get("input_channels", int)
+
+
+def _absent_autoencoder(siglip: SiglipConfig, patch_size: int, latents: int) -> AutoencoderConfig:
+  """Stands for a VAE that is not there: the factor makes a written image have the patches of a read one."""
+  factor = max(1, siglip.patch_size // patch_size)
+  if factor & (factor - 1):  # no power of two: no AutoencoderKL could do it
+    return AutoencoderConfig("patch_pca", latents, 1.0, (), 0, 0, patch_size=factor, window=factor)
+  levels = factor.bit_length()
+  channels = (SDXL_VAE.block_channels + SDXL_VAE.block_channels[-1:] * levels)[:levels]
+  return AutoencoderConfig(**SDXL_VAE.__dict__ | {"latent_channels": latents, "block_channels": channels})
 
 
 def autoencoder_config(f: Fields) -> AutoencoderConfig:
@@ -202,8 +206,7 @@ def config_from_official(
   Args:
     values: its contents.
     where: name of the file, for messages.
-    autoencoder: of the VAE beside it. None: SDXL's, with as many levels as make a written image have as many
-      patches as a read one.
+    autoencoder: of the VAE beside it. None: SDXL's, its levels adapted to the model's patches.
 
   Raises:
     UserError: a field that is missing, mistyped, or asks for what jflow does not compute.
@@ -215,10 +218,7 @@ def config_from_official(
   encoder, decoder = (root.sub(f"vision_gen_{x}_config").sub("params") for x in ("enc", "dec"))
   generation, latents = _generation_config(encoder, decoder, lm)
   if autoencoder is None:
-    levels = max(1, (siglip.patch_size // generation.patch_size).bit_length())
-    channels = (SDXL_VAE.block_channels + SDXL_VAE.block_channels[-1:] * levels)[:levels]
-    fields = SDXL_VAE.__dict__ | {"latent_channels": latents, "block_channels": channels}
-    autoencoder = AutoencoderConfig(**fields)
+    autoencoder = _absent_autoencoder(siglip, generation.patch_size, latents)
   if autoencoder.latent_channels != latents:
     raise UserError(
       f"{where}: the model writes {latents} latent channels, the VAE has {autoencoder.latent_channels}"
