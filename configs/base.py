@@ -75,7 +75,12 @@ def base(size: str) -> ConfigDict:
     threads=2,  # per process
     prefetch=2,  # batches ahead per process
     max_rejected_share=0.01,  # share of broken records that stops the run
-    shapes=dict(size=20_000, seed=0, split="train"),  # the built-in world: records per type
+    shapes=dict(  # the built-in world
+      size=20_000,  # records per type
+      seed=0,
+      split="train",
+      long_captions=0.25,  # share of captions to paint from that describe every object
+    ),
   )
   c.compute = dict(
     dtype="float32" if small else "bfloat16",  # of activations and matmuls; masters are float32

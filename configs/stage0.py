@@ -15,7 +15,7 @@ def get_config(size: str = "shapes"):
   c.model.contrastive = True
   c.model.alignment_width = 0
   c.objective.weights = dict(text=1.0, flow=0.0, alignment=0.0, contrastive=1.0)
-  c.data.mixture = ((0, (0, 50, 50)),)
+  c.data.mixture = ((0, (0, 75, 25)),)
   c.data.prompt_drop = 0.0
   c.optimizer.learning_rate = 1e-3
   c.optimizer.trained = ("language_model", "understanding_encoder", "contrastive_head")

@@ -29,6 +29,7 @@ DEFAULT_TAGS = {"single_object": 0.2, "colors": 0.25, "two_object": 0.1, "counti
                 "color_attr": 0.15, SEVERAL: 0.05}
 LONG_CAPTIONS = 0.25  # share of generation's captions that describe every object
 CAPTION_TURNS = 0.25  # share of understanding's records whose answer is the caption
+SHORT_ANSWERS = 0.5  # share of first questions that carry the next
 # Not in the paper: the release's instruction for short answers. As in LLaVA it ends the first question only.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."
@@ -57,7 +58,7 @@ class ShapesSource:
   """Records of the shapes world; each is a pure function of (seed, split, task, index). Picklable."""
 
   def __init__(self, task: str, size: int, seed: int, split: str = "train",
-               tags: Mapping[str, float] | None = None):
+               tags: Mapping[str, float] | None = None, long_captions: float = LONG_CAPTIONS):
     """Checks and stores the arguments.
 
     Args:
@@ -67,10 +68,14 @@ class ShapesSource:
       split: "train", "val" (what training could have shown, but did not) or "held_out" (each scene shows at
         least one combination that training never shows).
       tags: share of each kind of scene, any sum above 0; those not named have none. Default: DEFAULT_TAGS.
+      long_captions: share of generation's captions that describe every object.
 
     Raises:
       UserError: an argument is out of range.
     """
+    if not 0 <= long_captions <= 1:
+      raise UserError(f"the shapes world's long_captions should be a share from 0 to 1: {long_captions}")
+    self._long_captions = long_captions
     shares = dict(DEFAULT_TAGS if tags is None else tags)
     _check("task", task, TASKS)
     _check("split", split, scenes.SPLITS)
@@ -97,7 +102,7 @@ class ShapesSource:
     scene, combination = scenes.sample(tag, self._split, rng)
     name = f"shapes-{self._split}-{self._task}-{index}"
     if self._task == "generation":
-      return Record(name, (scene,), caption(scene, combination, rng), ())
+      return Record(name, (scene,), caption(scene, combination, rng, self._long_captions), ())
     if self._task == "text":
       return Record(name, (), _document(scene, combination, rng), ())
     if rng.random() < CAPTION_TURNS:
@@ -105,9 +110,9 @@ class ShapesSource:
     return Record(name, (scene,), "", _conversation(scene, rng))
 
 
-def caption(scene: Scene, combination: Combination, rng: Rng) -> str:
+def caption(scene: Scene, combination: Combination, rng: Rng, long_captions: float = LONG_CAPTIONS) -> str:
   """Returns a caption in one of several wordings; the first sentence of a long one is a short one."""
-  long = rng.random() < LONG_CAPTIONS
+  long = rng.random() < long_captions
   # "a star." has too few words to be told from an abbreviation where a caption is cut to its first sentence.
   text = _sentence(combination, TEMPLATES[:-1] if long else TEMPLATES, rng)
   return f"{text}. {' '.join(_details(scene))}" if long else text
@@ -233,7 +238,8 @@ def _conversation(scene: Scene, rng: Rng) -> tuple[Turn, ...]:
     question = pick(rng, kinds[kind])
     text = question.question
     if not turns:
-      text = f"<image>\n{text}{'' if kind == 'choice' else SHORT_ANSWER}"
+      short = kind != "choice" and rng.random() < SHORT_ANSWERS
+      text = f"<image>\n{text}{SHORT_ANSWER if short else ''}"
     turns += [Turn("user", text), Turn("assistant", question.answer)]
   return tuple(turns)
 

@@ -45,10 +45,12 @@ def attention(
 def _plain(q_BSNH, k_BTKH, v_BTKH, q_segments_BS, kv_segments_BT, q_slots_S) -> jax.Array:
   b, s, n, h = q_BSNH.shape
   k = k_BTKH.shape[2]
-  q_BSKGH = q_BSNH.reshape(b, s, k, n // k, h)
-  logits = jnp.einsum("BSKGH,BTKH->BKGST", q_BSKGH, k_BTKH, preferred_element_type=jnp.float32) * h**-0.5
+  q_BKGSH = jnp.moveaxis(q_BSNH.reshape(b, s, k, n // k, h), 1, 3)  # heads in front: plain batched matmuls
+  k_BKTH, v_BKTH = jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(v_BTKH, 1, 2)
+  logits = jnp.einsum("BKGSH,BKTH->BKGST", q_BKGSH, k_BKTH, preferred_element_type=jnp.float32) * h**-0.5
   causal_ST = q_slots_S[:, None] >= jnp.arange(k_BTKH.shape[1])[None, :]
   same_BST = (q_segments_BS[:, :, None] == kv_segments_BT[:, None, :]) & (q_segments_BS[:, :, None] > 0)
   mask = (same_BST & causal_ST)[:, None, None]
   weights = jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1).astype(v_BTKH.dtype)
-  return jnp.einsum("BKGST,BTKH->BSKGH", weights, v_BTKH).reshape(b, s, n, h)
+  out_BKGSH = jnp.einsum("BKGST,BKTH->BKGSH", weights, v_BKTH)
+  return jnp.moveaxis(out_BKGSH, 3, 1).reshape(b, s, n, h)

@@ -131,7 +131,7 @@ class ConvNeXtBlock(nn.Module):
   def __call__(self, x_BHWC: jax.Array, time_BD: jax.Array) -> jax.Array:
     channels, epsilon = x_BHWC.shape[-1], self.config.norm_epsilon
     linear = lambda features, axes, name, init=nn.initializers.lecun_normal(): Linear(
-      features, axes, self.dtype, use_bias=True, init=init, name=name
+      features, axes, self.dtype, use_bias=True, kernel_init=init, name=name
     )
     kernel = parameter(
       self,
@@ -240,7 +240,7 @@ class GenerationDecoder(nn.Module):
       ("channels", None),
       self.dtype,
       use_bias=True,
-      init=nn.initializers.normal(0.02),
+      kernel_init=nn.initializers.normal(0.02),
       name="output",
     )
     return unpatchify(output(x_BHWC), c.patch_size).astype(jnp.float32)

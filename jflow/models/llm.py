@@ -163,7 +163,7 @@ class LanguageModel(nn.Module):
     )
     self.layers = stack(c, self.tap_layer, self.dtype)
     self.norm = RMSNorm(c.rms_norm_epsilon, self.dtype)
-    self.head = Linear(c.vocabulary_size, ("embed", "vocab"), self.dtype, use_bias=False, init=init)
+    self.head = Linear(c.vocabulary_size, ("embed", "vocab"), self.dtype, use_bias=False, kernel_init=init)
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """int32[...] -> [..., D]."""

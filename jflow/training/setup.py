@@ -16,11 +16,12 @@ from jflow import sharding
 from jflow.batch import WRITE, RowShape, empty
 from jflow.data.pipeline import Pipeline
 from jflow.errors import UserError
+from jflow.interop.checkpoints import read_checkpoint
 from jflow.models.config import JanusFlowConfig
 from jflow.models.janusflow import Draws, JanusFlow
 from jflow.models.llm import REMAT
 from jflow.models.vae import fit_patch_pca
-from jflow.training.checkpoint import load_params, read_config, write_atomically
+from jflow.training.checkpoint import read_config, write_atomically
 
 Config = Mapping[str, Any]
 
@@ -140,7 +141,7 @@ def start_params(config: Config, model: JanusFlow, mesh: jax.sharding.Mesh, pipe
       fitted = fit_patch_pca(some_images(pipeline, train["fit_images"]), model.config.autoencoder)
       params["vae"] = jax.tree.map(lambda x, old: jax.device_put(np.asarray(x, old.dtype), old.sharding), fitted, params["vae"])
     return params
-  source = flatten_dict(load_any(train["init_from"], train["init_weights"]), sep="/")
+  source = flatten_dict(read_checkpoint(train["init_from"], weights=train["init_weights"]).params, sep="/")
   boxed = jax.eval_shape(fresh)
   where = flatten_dict(sharding.shardings(mesh, boxed), sep="/")
   wanted = flatten_dict(sharding.unbox(boxed), sep="/")
@@ -161,11 +162,6 @@ def start_params(config: Config, model: JanusFlow, mesh: jax.sharding.Mesh, pipe
     for path, like in wanted.items()
   }
   return unflatten_dict(flat, sep="/")
-
-
-def load_any(path: str, weights: str) -> Any:
-  """Parameters of a jflow or an official checkpoint directory."""
-  return load_params(path, weights)
 
 
 def some_images(pipeline: Pipeline, count: int) -> np.ndarray:
