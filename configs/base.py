@@ -98,8 +98,14 @@ def base(size: str) -> ConfigDict:
     c.train.batch_size, c.data.row_tokens, c.data.row_images = 8, 128, 4
     c.data.shapes.size = 2000
     c.train.steps = 20
-  if size == "shapes":
+  if size == "shapes":  # the stages set steps and rates: small models take a higher rate than table 1's
     c.train.batch_size, c.data.row_tokens, c.data.row_images = 16, 256, 3
+    c.optimizer.warmup_steps = 30
+    c.data.shapes.size = 10_000
+    c.data.shapes.tags = dict(
+      single_object=0.15, colors=0.4, two_object=0.1, counting=0.1, position=0.1, color_attr=0.1, several=0.05
+    )
+    c.data.shapes.long_captions = 0.75  # a caption that says where things are teaches in fewer steps
   return c
 
 

@@ -121,7 +121,7 @@ def shapes() -> dict:
       layer_norm_epsilon=1e-6,
       gelu="erf",
     ),
-    generation=dict(width=64, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6),
+    generation=dict(width=96, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6),
     autoencoder=dict(
       kind="patch_pca",
       latent_channels=8,

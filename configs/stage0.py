@@ -17,7 +17,8 @@ def get_config(size: str = "shapes"):
   c.objective.weights = dict(text=1.0, flow=0.0, alignment=0.0, contrastive=1.0)
   c.data.mixture = ((0, (0, 75, 25)),)
   c.data.prompt_drop = 0.0
-  c.optimizer.learning_rate = 1e-3
   c.optimizer.trained = ("language_model", "understanding_encoder", "contrastive_head")
   c.optimizer.frozen = tuple(p for p in base.NEW_PARTS if p != "alignment_head") + ("vae",)
+  if c.size == "shapes":
+    c.train.steps, c.optimizer.learning_rate = 300, 2e-3
   return c

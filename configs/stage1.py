@@ -17,4 +17,6 @@ def get_config(size: str = ""):
   c.optimizer.frozen = ("language_model",) + base.SIGLIP + base.NEVER
   if c.size in ("384", "256"):
     c.train.steps = 10_000
+  if c.size == "shapes":
+    c.train.steps, c.optimizer.learning_rate = 120, 2e-3
   return c

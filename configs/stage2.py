@@ -16,4 +16,7 @@ def get_config(size: str = ""):
   c.optimizer.frozen = base.SIGLIP + base.NEVER
   if c.size in ("384", "256"):
     c.train.steps = 390_000
+  if c.size == "shapes":
+    c.train.steps, c.optimizer.learning_rate = 900, 2e-3
+    c.data.mixture = ((0, (30, 50, 20)), (100, (14, 80, 6)))
   return c

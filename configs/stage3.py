@@ -10,10 +10,11 @@ def get_config(size: str = ""):
   c = base.base(size)
   c.data.template = "chat"
   c.data.mixture = ((0, (21, 70, 9)),)
-  c.train.batch_size = c.train.batch_size // 2  # 256 rows in the paper
   c.optimizer.learning_rate = 2e-5
   c.optimizer.trained = base.NEW_PARTS + ("language_model",) + base.SIGLIP
   c.optimizer.frozen = base.NEVER
   if c.size in ("384", "256"):
-    c.train.steps, c.optimizer.warmup_steps = 26_000, 1000
+    c.train.steps, c.train.batch_size, c.optimizer.warmup_steps = 26_000, 256, 1000
+  if c.size == "shapes":
+    c.train.steps, c.optimizer.learning_rate = 220, 5e-4
   return c

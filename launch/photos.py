@@ -1,0 +1,131 @@
+"""Proof on real photographs: import, learn by heart, paint from captions, answer questions.
+
+  python launch/photos.py FOLDER       # a few minutes on 2 cores; needs scikit-image and scikit-learn
+
+FOLDER gets photos/ (JPEG and PNG of their own sizes and two LLaVA JSONL files), what `prepare` made of them, the
+run, painted.png and result.json. Exits with 1 unless 9 of 10 pictures and answers are right.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import skimage.data
+import sklearn.datasets
+from PIL import Image
+
+root = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(root))
+
+import jflow
+from jflow.data import images
+from jflow.inference.sheet import contact_sheet
+
+# Name -> (caption, ((question, answer), ...)), all of our own writing.
+PHOTOS = {
+  "astronaut": ("an astronaut in an orange suit smiles at the camera", (("Who is in the picture?", "an astronaut"), ("What color is the suit?", "orange"))),
+  "camera": ("a man in a dark coat looks through a camera on a tripod", (("What is the man doing?", "taking a picture"),)),
+  "coffee": ("a cup of coffee on a saucer with a spoon", (("What is in the cup?", "coffee"),)),
+  "chelsea": ("the face of a ginger cat, seen from close by", (("What animal is this?", "a cat"),)),
+  "rocket": ("a white rocket stands on its launch pad at dusk", (("What stands on the pad?", "a rocket"),)),
+  "coins": ("rows of ancient coins on a dark table", (("What lies on the table?", "coins"),)),
+  "hubble_deep_field": ("hundreds of galaxies in deep space", (("What are the bright spots?", "galaxies"),)),
+  "retina": ("the inside of an eye with its blood vessels", (("What organ is this?", "an eye"),)),
+  "immunohistochemistry": ("stained tissue under a microscope, brown and blue", (("How was the picture taken?", "with a microscope"),)),
+  "brick": ("a wall of bricks", (("What is the wall made of?", "bricks"),)),
+  "grass": ("a meadow of grass from above", (("What grows here?", "grass"),)),
+  "moon": ("craters on the moon", (("Where is this?", "on the moon"),)),
+  "china": ("a Chinese palace under a blue sky", (("In which country is this?", "China"), ("What kind of building is it?", "a palace"))),
+  "flower": ("a red flower with green leaves behind it", (("What plant part is shown?", "a flower"),)),
+}  # fmt: skip
+
+
+def pixels(name: str) -> np.ndarray:
+  """A photograph as it ships: uint8[H, W] or uint8[H, W, 3]."""
+  if name in ("china", "flower"):
+    return sklearn.datasets.load_sample_image(f"{name}.jpg")
+  return getattr(skimage.data, name)()
+
+
+def write_photos(folder: pathlib.Path) -> None:
+  """Writes every second photograph as JPEG, the others as PNG, and reading.jsonl and painting.jsonl."""
+  folder.mkdir(parents=True, exist_ok=True)
+  reading, painting = [], []
+  for i, (name, (caption, questions)) in enumerate(PHOTOS.items()):
+    file = f"{name}.{'jpg' if i % 2 else 'png'}"
+    Image.fromarray(pixels(name)).save(folder / file)
+    painting.append({"id": name, "image": file, "caption": caption})
+    turns = []
+    for question, answer in questions:
+      turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    turns[0]["value"] = "<image>\n" + turns[0]["value"]
+    reading.append({"id": name, "image": file, "conversations": turns})
+  for file, records in (("reading.jsonl", reading), ("painting.jsonl", painting)):
+    (folder / file).write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+
+
+def command(*arguments: str) -> None:
+  """Runs a jflow command as a user would."""
+  subprocess.run([sys.executable, "-m", "jflow", *arguments], check=True, cwd=root)
+
+
+def main() -> int:
+  out = pathlib.Path(sys.argv[1]).resolve()
+  write_photos(out / "photos")
+  for task, file in (("understanding", "reading"), ("generation", "painting")):
+    if not (out / task).exists():
+      command("prepare", "--format=llava-jsonl", f"--input={out / 'photos' / file}.jsonl", f"--output={out / task}", f"--task={task}")
+  command(
+    "train", "--config=configs/photos.py", f"--workdir={out / 'run'}",
+    *(f"--config.data.sources.{task}=(('{out / task}',1.0),)" for task in ("understanding", "generation")),
+  )  # fmt: skip
+
+  model = jflow.load(out / "run")
+  size = model.model.config.image_size
+  centre = {name: centre_square(file_of(out, name), size) for name in PHOTOS}
+  painted = model.generate([caption for caption, _ in PHOTOS.values()], steps=30, guidance=2.0, seed=0)
+  nearest = []
+  for image in painted:
+    distance = {n: float(np.mean((np.asarray(image, np.float32) - c.astype(np.float32)) ** 2)) for n, c in centre.items()}
+    nearest.append(min(distance, key=distance.get))
+  right = sum(a == b for a, b in zip(nearest, PHOTOS))
+
+  answers = []
+  for name, (_, questions) in PHOTOS.items():
+    file = file_of(out, name)
+    messages = []
+    for question, answer in questions:
+      messages.append({"role": "user", "content": question})
+      said = model.understand(messages, [file], max_tokens=24)
+      messages.append({"role": "assistant", "content": said})
+      answers.append({"photo": name, "question": question, "answer": answer, "said": said})
+  correct = sum(a["said"] == a["answer"] for a in answers)
+
+  pairs = [x for name, image in zip(PHOTOS, painted) for x in (Image.fromarray(centre[name]), image)]
+  captions = [x for caption, _ in PHOTOS.values() for x in ("photograph", caption)]
+  contact_sheet(pairs, captions, columns=8, side=128).save(out / "painted.png")
+  result = {"painted": [right, len(PHOTOS)], "answered": [correct, len(answers)], "answers": answers}
+  (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+  print(f"painted: the nearest photograph is the right one for {right} of {len(PHOTOS)}")
+  print(f"answered: {correct} of {len(answers)} questions word for word")
+  print(f"all on one page: {out / 'painted.png'}")
+  return 0 if right >= 0.9 * len(PHOTOS) and correct >= 0.9 * len(answers) else 1
+
+
+def file_of(out: pathlib.Path, name: str) -> pathlib.Path:
+  """The file that `write_photos` wrote for a photograph."""
+  return next((out / "photos").glob(f"{name}.*"))
+
+
+def centre_square(file: pathlib.Path, size: int) -> np.ndarray:
+  """The middle square of a written photograph, uint8[size, size, 3]."""
+  image = Image.fromarray(images.decode(file.read_bytes()))
+  side = min(image.size)
+  left, top = (image.width - side) // 2, (image.height - side) // 2
+  return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side)))
+
+
+if __name__ == "__main__":
+  sys.exit(main())
