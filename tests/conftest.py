@@ -1,0 +1,15 @@
+"""What all tests share: the root on the path, and one cache of compiled programs for the runs they start."""
+
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+  """A directory for `compute.compilation_cache`, so that a program is compiled by the first run that needs it."""
+  return str(tmp_path_factory.mktemp("compilation_cache"))

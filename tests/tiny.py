@@ -1,0 +1,202 @@
+"""One tiny model that the tests share, so that each of its programs is compiled once per session.
+
+16 x 16 pixels, P = 16 patches (K = 17 slots), 2 blocks of width 32, grouped-query attention, closed-form
+codec. The parameters are random in every leaf, also in those that start at zero: nothing hides behind a zero.
+"""
+
+import functools
+import pathlib
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jflow import sharding
+from jflow.batch import READ, WRITE, Batch, RowShape
+from jflow.data.examples import Sample
+from jflow.data.packing import pack
+from jflow.models.config import JanusFlowConfig
+from jflow.models.janusflow import Draws, JanusFlow
+from jflow.training import setup
+
+ROOT = pathlib.Path(__file__).parent.parent
+TOKENIZER = ROOT / "configs" / "tokenizer"
+VOCABULARY = 1024
+BOS, EOS, IMAGE = 1, 2, 3  # any ids do: the model knows none of them
+
+DICT = dict(
+  language_model=dict(
+    vocabulary_size=VOCABULARY,
+    width=32,
+    mlp_width=48,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_width=8,
+    rms_norm_epsilon=1e-6,
+    rope_theta=10_000.0,
+    context=128,
+  ),
+  understanding_encoder=dict(
+    image_size=16,
+    patch_size=4,
+    width=24,
+    mlp_width=32,
+    layers=1,
+    heads=2,
+    layer_norm_epsilon=1e-6,
+    gelu="erf",
+  ),
+  generation=dict(width=16, encoder_blocks=1, decoder_blocks=1, patch_size=2, norm_epsilon=1e-6),
+  autoencoder=dict(
+    kind="patch_pca",
+    latent_channels=4,
+    scaling=0.5,
+    block_channels=(),
+    layers_per_block=0,
+    norm_groups=0,
+    patch_size=2,
+    window=4,
+  ),
+  alignment_layer=1,
+  alignment_width=16,
+  contrastive=False,
+)
+CONFIG = JanusFlowConfig.from_dict(DICT)
+SHAPE = RowShape(tokens=96, images=3, image_patches=CONFIG.patches, image_size=CONFIG.image_size)
+LOSSES = ("text", "flow", "alignment")
+
+
+def model(config: JanusFlowConfig = CONFIG, remat: str = "none", unroll: int = 1) -> JanusFlow:
+  """The model in f32."""
+  return JanusFlow(config, jnp.dtype("float32"), remat, unroll)
+
+
+@functools.cache
+def shapes(config: JanusFlowConfig = CONFIG):
+  """The nested shapes of the parameters."""
+  return sharding.unbox(jax.eval_shape(lambda: setup.initial_params(model(config), 0)))
+
+
+@functools.cache
+def params(config: JanusFlowConfig = CONFIG):
+  """Nested f32 parameters: each leaf is random, a function of its path."""
+  return unflatten_dict(
+    {path: jnp.asarray(_leaf(path, x.shape)) for path, x in flatten_dict(shapes(config)).items()}
+  )
+
+
+def _leaf(path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
+  x = np.random.default_rng(zlib.crc32("/".join(path).encode())).standard_normal(shape).astype(np.float32)
+  if path[-1] == "scale" and path[-2] != "response_norm":
+    return 1.0 + 0.1 * x
+  if path[-1].endswith("kernel"):
+    inputs = shape[-4:-1] if len(shape) == 4 else shape[-2:-1]  # a convolution's, or a matrix's
+    return x / np.sqrt(49.0 if "depthwise" in path[-1] else float(np.prod(inputs)))
+  return 0.5 * x if path[-1] == "embed" else 0.1 * x
+
+
+def _sample(tokens, learned, starts, kind, rng) -> Sample:
+  tokens, learned = np.asarray(tokens, np.int32), np.asarray(learned, bool)
+  size = CONFIG.image_size
+  return Sample(
+    tokens=tokens,
+    targets=np.append(tokens[1:], 0).astype(np.int32),
+    loss_mask=np.append(learned[1:], False),
+    positions=np.arange(len(tokens), dtype=np.int32),
+    image_starts=tuple(starts),
+    image_kinds=(kind,) * len(starts),
+    images=tuple(rng.integers(0, 256, (size, size, 3), np.uint8) for _ in starts),
+  )
+
+
+def _ids(rng: np.random.Generator, count: int) -> list[int]:
+  return rng.integers(10, VOCABULARY, count).tolist()
+
+
+def reading(seed: int, question: int = 4, answer: int = 3) -> Sample:
+  """BOS <image> QUESTION ANSWER EOS, the answer learned."""
+  rng = np.random.default_rng(seed)
+  tokens = [BOS] + [IMAGE] * (2 + CONFIG.patches) + _ids(rng, question + answer) + [EOS]
+  learned = [i >= len(tokens) - answer - 1 for i in range(len(tokens))]
+  return _sample(tokens, learned, [1], READ, rng)
+
+
+def writing(seed: int, prompt: int = 5) -> Sample:
+  """BOS PROMPT T z*P."""
+  rng = np.random.default_rng(seed)
+  tokens = [BOS] + _ids(rng, prompt) + [IMAGE] * (1 + CONFIG.patches)
+  return _sample(tokens, [False] * len(tokens), [1 + prompt], WRITE, rng)
+
+
+def text(seed: int, length: int = 12) -> Sample:
+  """BOS DOCUMENT EOS, all learned."""
+  rng = np.random.default_rng(seed)
+  return _sample([BOS] + _ids(rng, length) + [EOS], [True] * (length + 2), [], READ, rng)
+
+
+def batch(*rows: list[Sample]) -> Batch:
+  """Packs each list of samples into a row of SHAPE."""
+  return jax.tree.map(lambda *x: np.stack(x), *[pack(row, SHAPE) for row in rows])
+
+
+def mixed() -> Batch:
+  """Four rows: all three kinds packed together, then each of them."""
+  return batch(
+    [reading(1), writing(2), text(3)],
+    [reading(4, 7, 2), reading(5)],
+    [writing(6), writing(7, 9)],
+    [text(8, 40), text(9)],
+  )
+
+
+def draws(rows: int, seed: int = 0) -> Draws:
+  """Times, noise and posterior noise for rows of SHAPE."""
+  rng = np.random.default_rng(seed)
+  shape = (rows, SHAPE.images, CONFIG.latent_size, CONFIG.latent_size, CONFIG.autoencoder.latent_channels)
+  return Draws(
+    time=rng.uniform(0.05, 0.95, shape[:2]).astype(np.float32),
+    noise=rng.standard_normal(shape).astype(np.float32),
+    posterior=rng.standard_normal(shape).astype(np.float32),
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "wanted"))
+def loss_sums(model, params, batch, draws, wanted=LOSSES):
+  """The loss sums of a batch."""
+  return model.apply({"params": params}, batch, draws, wanted, method="losses")
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def loss_and_gradient(model, params, batch, draws):
+  """The sum of all three loss sums and its gradient."""
+  total = lambda p: sum(model.apply({"params": p}, batch, draws, LOSSES, method="losses"))
+  return jax.value_and_grad(total)(params)
+
+
+def configuration(**sections) -> dict:
+  """A whole config like those of configs/, for this model; keywords replace fields of a section."""
+  config = dict(
+    model=CONFIG.to_dict(),
+    train=dict(
+      steps=4, batch_size=4, accumulation=1, seed=3, ema=0.9, init_from="", init_weights="ema",
+      init_fresh=(), init_dropped=(), max_skipped=3, fit_images=20,
+    ),
+    optimizer=dict(
+      learning_rate=1e-2, warmup_steps=2, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.0,
+      clip_norm=1.0,
+      trained=("language_model", "generation_.*", "alignment_head", "understanding_(projector|start)"),
+      frozen=("understanding_encoder", "vae"),
+    ),
+    objective=dict(
+      weights=dict(text=1.0, flow=1.0, alignment=1.0, contrastive=0.0), time_mean=0.0, time_std=1.0
+    ),
+    data=dict(tokenizer=str(TOKENIZER), template="plain", row_tokens=SHAPE.tokens, row_images=SHAPE.images),
+    compute=dict(dtype="float32", remat="none", unroll=1, compilation_cache=""),
+    mesh=dict(data=1, fsdp=1, model=1),
+    checkpoint=dict(interval=2, keep=2),
+    log=dict(every_seconds=10.0),
+  )  # fmt: skip
+  return {name: fields | sections.get(name, {}) for name, fields in config.items()}
