@@ -11,5 +11,5 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in
 
 @pytest.fixture(scope="session")
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-  """A directory for `compute.compilation_cache`, so that a program is compiled by the first run that needs it."""
+  """A directory for `compute.compilation_cache`, so that each program is compiled once."""
   return str(tmp_path_factory.mktemp("compilation_cache"))
