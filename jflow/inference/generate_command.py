@@ -1,11 +1,11 @@
 """The command `generate`."""
 
 import argparse
-import json
 import pathlib
 import sys
 
 from jflow.errors import UserError
+from jflow.inference.files import make_directory, write_json
 
 _EPILOG = """
 examples:
@@ -59,8 +59,9 @@ def main(argv: list[str]) -> int:
   """Paints and writes."""
   args = parser().parse_args(argv)
   prompts = read_prompts(args.prompt, args.prompts)
-  if args.output.exists() and not args.output.is_dir():
-    raise UserError(f"--output={args.output} is a file; name a directory")
+  make_directory(args.output, "--output")
+  if args.json:
+    make_directory(args.json.parent, "--json")
 
   from tqdm import tqdm
 
@@ -76,7 +77,6 @@ def main(argv: list[str]) -> int:
       interval=tuple(args.interval), precision=args.precision, batch_size=args.batch_size,
       progress=lambda done, _: bar.update(done - bar.n),
     )  # fmt: skip
-  args.output.mkdir(parents=True, exist_ok=True)
   records = []
   for i, image in enumerate(images):
     prompt, j = prompts[i // args.num_images], i % args.num_images
@@ -90,6 +90,6 @@ def main(argv: list[str]) -> int:
   if args.json:
     settings = {k: getattr(args, k) for k in ("steps", "guidance", "seed", "solver", "shift", "precision")}
     body = {"checkpoint": str(args.checkpoint), "settings": settings, "function_evaluations": evaluations, "pictures": records}
-    args.json.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    write_json(args.json, body)
   print(f"{len(images)} pictures in {args.output} ({evaluations} evaluations of the velocity each); all on one page: {sheet}")
   return 0

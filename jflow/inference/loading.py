@@ -27,6 +27,8 @@ def load(path: str | pathlib.Path, *, vae: str | pathlib.Path | None = None, dty
   """
   if dtype not in (None, "float32", "bfloat16"):
     raise UserError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
+  if weights not in ("ema", "raw"):
+    raise UserError(f"weights={weights!r} must be 'ema' or 'raw'")
   found = read_checkpoint(path, vae=vae, weights=weights)
   tokenizer = Tokenizer.load(found.tokenizer)
   if tokenizer.vocabulary_size > found.config.language_model.vocabulary_size:

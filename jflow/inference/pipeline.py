@@ -18,6 +18,7 @@ from jflow.inference import painting, reading
 from jflow.models.janusflow import JanusFlow
 
 _BUCKET = 32  # prompts are padded to a multiple of this, so that a new length rarely compiles
+_SEEDS = 2**32  # a key keeps 32 bits of its seed
 
 
 def bucket(length: int) -> int:
@@ -72,7 +73,7 @@ class Pipeline:
       UserError: a value out of its range, an empty prompt or one longer than the context.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    self._check_painting(prompts, steps, guidance, num_images, solver, shift, precision, batch_size)
+    self._check_painting(prompts, steps, guidance, seed, num_images, solver, shift, interval, precision, batch_size)
     c = self.model.config
     room = c.language_model.context - 1 - c.patches
     ids = [examples.generation_prompt(p, self.template, self.tokenizer, room) for p in prompts]
@@ -100,7 +101,9 @@ class Pipeline:
         progress(len(out), len(ids))
     return out
 
-  def _check_painting(self, prompts, steps, guidance, num_images, solver, shift, precision, batch_size) -> None:
+  def _check_painting(
+    self, prompts, steps, guidance, seed, num_images, solver, shift, interval, precision, batch_size
+  ) -> None:
     def need(ok: bool, message: str) -> None:
       if not ok:
         raise UserError(message)
@@ -111,9 +114,11 @@ class Pipeline:
     need(bool(np.isfinite(guidance)) and (guidance >= 1 or guidance == 0),
          f"guidance={guidance} must be at least 1 (1: none), or 0 (ignore the prompt)")  # fmt: skip
     need(num_images >= 1, f"num_images={num_images} must be at least 1")
+    need(0 <= seed <= _SEEDS - num_images, f"seed={seed} must be at least 0, and the last picture's below 2**32")
     need(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
     need(solver in flow.SOLVERS, f"solver={solver!r} must be one of {', '.join(flow.SOLVERS)}")
     need(bool(np.isfinite(shift)) and shift > 0, f"shift={shift} must be positive")
+    need(0 <= interval[0] <= interval[1] <= 1, f"interval={tuple(interval)} must hold two times in [0, 1], in order")
     need(precision in ("exact", "release"), f"precision={precision!r} must be 'exact' or 'release'")
     need(precision == "exact" or (solver == "euler" and shift == 1.0), "precision='release' goes with solver='euler' and shift=1")
 
@@ -140,7 +145,7 @@ class Pipeline:
       top_p: mass of the nucleus to sample from.
       seed: of the sampling.
       system: system prompt; the release's own is `jflow.data.examples.SYSTEM_PROMPT`.
-      stream: called with each new piece of the answer.
+      stream: called with each new piece of the answer; together they are what is returned.
 
     Raises:
       UserError: an unreadable image, a value out of its range, a prompt longer than the context.
@@ -151,6 +156,8 @@ class Pipeline:
       raise UserError(f"temperature={temperature} must be at least 0")
     if not 0 < top_p <= 1:
       raise UserError(f"top_p={top_p} must be in (0, 1]")
+    if not 0 <= seed < _SEEDS:
+      raise UserError(f"seed={seed} must be in [0, 2**32)")
     c = self.model.config
     prompt = examples.chat_prompt(
       _with_marks(messages, len(images)), len(images), self.tokenizer, c.patches, self.template, system,
@@ -168,23 +175,22 @@ class Pipeline:
       self.model, self.params, tokens, lengths, pixels, index, slots=tokens.shape[1] + bucket(budget)
     )
     answer: list[int] = []
-    said = ""
+    text = said = ""
     key = jax.random.key(seed)
     for i in range(budget):
       token = reading.pick(logits, jax.random.fold_in(key, i), jnp.float32(temperature), jnp.float32(top_p))
       if int(token[0]) == self.tokenizer.eos:
         break
       answer.append(int(token[0]))
-      text = self.tokenizer.decode(answer)
-      if stream and not text.endswith("\ufffd"):  # half of a character waits for its other bytes
+      text = self.tokenizer.decode(answer).strip()
+      if stream and text != said and not text.endswith("\ufffd"):  # half of a character waits for its other bytes
         stream(text[len(said) :])
         said = text
       if i + 1 < budget:
         logits, cache = reading.decode(self.model, self.params, token, lengths + i, cache)
-    text = self.tokenizer.decode(answer)
     if stream and text != said:
       stream(text[len(said) :])
-    return text.strip()
+    return text
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:

@@ -1,9 +1,10 @@
 """The command `understand`."""
 
 import argparse
-import json
 import pathlib
 import sys
+
+from jflow.inference.files import make_directory, write_json
 
 _EPILOG = """
 examples:
@@ -43,6 +44,8 @@ def main(argv: list[str]) -> int:
 
   for image in args.image:  # before the weights are read: a wrong file should not cost a minute
     prepare_image(image, 16)
+  if args.json:
+    make_directory(args.json.parent, "--json")
   model = jflow.load(args.checkpoint, dtype=args.dtype, weights=args.weights)
 
   def say(piece: str) -> None:
@@ -56,5 +59,5 @@ def main(argv: list[str]) -> int:
   say("\n")
   if args.json:
     body = {"checkpoint": str(args.checkpoint), "images": args.image, "question": args.question, "answer": answer}
-    args.json.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(args.json, body)
   return 0

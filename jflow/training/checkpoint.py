@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from jflow.errors import Stopped, UserError
@@ -55,18 +56,22 @@ def damage(step_dir: pathlib.Path) -> str | None:
   """Returns what is wrong with a saved step, naming the file, or None when every byte is as written."""
   try:
     manifest = json.loads((step_dir / MANIFEST).read_text(encoding="utf-8"))["files"]
+    files = [(name, entry["bytes"], entry["sha256"]) for name, entry in manifest.items()]
   except FileNotFoundError:
     return "it has no manifest.json: the save did not finish"
-  except (ValueError, KeyError, OSError):
+  except (ValueError, KeyError, TypeError, AttributeError, OSError):
     return "manifest.json is unreadable"
-  for name, entry in manifest.items():
+  for name, size, digest in files:
     path = step_dir / name
-    if not path.is_file():
-      return f"{name} is missing"
-    if path.stat().st_size != entry["bytes"]:
-      return f"{name} holds {path.stat().st_size} bytes instead of {entry['bytes']}"
-    if _sha256(path) != entry["sha256"]:
-      return f"{name} has changed since it was written (sha256 differs)"
+    try:
+      if not path.is_file():
+        return f"{name} is missing"
+      if path.stat().st_size != size:
+        return f"{name} holds {path.stat().st_size} bytes instead of {size}"
+      if _sha256(path) != digest:
+        return f"{name} has changed since it was written (sha256 differs)"
+    except OSError as error:
+      return f"{name} cannot be read: {error.strerror}"
   return None
 
 
@@ -127,7 +132,7 @@ class Checkpointer:
       response.result()
       if jax.process_index() == 0:
         seal(self._directory / str(step), {"step": step, **self._metadata})
-        self._retain()
+        self._retain(step)
     except BaseException as error:  # handed to the training thread by wait()
       self._error = self._stopped(step, error)
 
@@ -137,8 +142,9 @@ class Checkpointer:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return Stopped(f"the checkpoint of step {step} could not be written ({reason}); {last}")
 
-  def _retain(self) -> None:
-    whole = [s for s in steps_of(self._directory) if (self._directory / str(s) / MANIFEST).exists()]
+  def _retain(self, saved: int) -> None:
+    """Deletes all but the newest steps up to `saved`. Later ones are damaged: they must not push out good ones."""
+    whole = [s for s in steps_of(self._directory) if s <= saved and (self._directory / str(s) / MANIFEST).exists()]
     for step in whole[self._keep :]:
       (self._directory / str(step) / MANIFEST).unlink()  # first: a half-deleted step is not a valid one
       shutil.rmtree(self._directory / str(step))
@@ -224,8 +230,10 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
     raise UserError(f"{workdir / 'config.json'} cannot be read: {error}") from error
-  if not isinstance(config, dict) or "model" not in config:
-    raise UserError(f"{workdir / 'config.json'} has no field model")
+  fields = flatten_dict(config, sep=".") if isinstance(config, dict) else {}
+  for field in ("model.", "data.template"):
+    if not any(name.startswith(field) for name in fields):
+      raise UserError(f"{workdir / 'config.json'} has no field {field.rstrip('.')}")
   return config
 
 
@@ -235,12 +243,17 @@ def load_params(path: str | pathlib.Path, weights: str = "ema") -> dict[str, Any
   Args:
     path: anything `resolve` takes.
     weights: "ema" (what inference and the next stage use) or "raw".
+
+  Raises:
+    UserError: see `resolve`; or the checkpoint was converted and has no raw weights beside the averaged ones.
   """
   from jflow.training.optim import merge
 
   _, step_dir = resolve(path)
   present = ocp.checkpointables_metadata(step_dir.absolute()).metadata
   names = [name for name in ("frozen", "ema" if weights == "ema" else "trained") if name in present]
+  if weights == "raw" and "ema" in present and "trained" not in present:
+    raise UserError(f"checkpoint {step_dir} has no raw weights beside the averaged ones: use weights 'ema'")
   abstract = {
     name: jax.tree.map(lambda m: np.empty(m.shape, m.dtype), present[name], is_leaf=lambda m: hasattr(m, "dtype"))
     for name in names

@@ -1,7 +1,6 @@
 """The command `train`."""
 
 import argparse
-import json
 import pathlib
 import sys
 from typing import Any
@@ -69,13 +68,16 @@ def main(argv: list[str]) -> int:
   config = load_config([f"--config={known.config}", *fields])
 
   from jflow.training.loop import Terminated, train  # after the flags: a typo needs no import of jax
+  from jflow.training.metrics import read_metrics
 
   try:
     train(config, known.workdir)
   except Terminated as error:
     print(f"jflow: {error}", file=sys.stderr)
     return 128 + error.signum
-  last = json.loads((known.workdir / "metrics.jsonl").read_text().splitlines()[-1])
-  print(f"done: step {last['step']}, loss {last['loss']:.4f}; checkpoints in {known.workdir / 'checkpoints'}", file=sys.stderr)
+  rows = read_metrics(known.workdir / "metrics.jsonl")
+  if rows:
+    loss = "not finite" if rows[-1]["loss"] is None else f"{rows[-1]['loss']:.4f}"
+    print(f"done: step {rows[-1]['step']}, loss {loss}; checkpoints in {known.workdir / 'checkpoints'}", file=sys.stderr)
   print(f"next: python -m jflow generate --checkpoint={known.workdir} --prompt=...", file=sys.stderr)
   return 0

@@ -135,12 +135,13 @@ def _run(
       state, device = step_fn(state, batch)
       flush()
       pending = {"row": {"step": step, "fill": float(info["fill"]), "packs": info["packs"]}, "device": device}
-      if step % interval == 0 or step == last or stop.signum:
+      signum = stop.signum  # read once: a signal after this line stops after the next step, which is then saved
+      if step % interval == 0 or step == last or signum:
         flush()
         checkpointer.save(state)
-      if stop.signum:
+      if signum:
         checkpointer.wait()
-        raise Terminated(stop.signum, f"stopped at step {step}; the same command goes on from there")
+        raise Terminated(signum, f"stopped at step {step}; the same command goes on from there")
     checkpointer.wait()
   finally:
     stop.restore()

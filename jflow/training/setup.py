@@ -48,10 +48,12 @@ def check(config: Config) -> JanusFlowConfig:
         value = value[part]
       raise UserError(f"config.{field}={value!r} {what}")
 
-  for field in ("train.steps", "train.batch_size", "train.accumulation", "checkpoint.interval", "checkpoint.keep"):
+  sizes = ("train.steps", "train.batch_size", "train.accumulation", "checkpoint.interval", "checkpoint.keep")
+  for field in (*sizes, "mesh.data", "mesh.fsdp", "mesh.model"):
     section, name = field.split(".")
     need(config[section][name] >= 1, field, "must be at least 1")
   need(train["batch_size"] % train["accumulation"] == 0, "train.accumulation", f"must divide train.batch_size={train['batch_size']}")
+  need(0 <= train["seed"] < 2**32, "train.seed", "must be in [0, 2**32)")
   need(0.0 <= train["ema"] < 1.0, "train.ema", "must be in [0, 1)")
   need(train["init_weights"] in ("ema", "raw"), "train.init_weights", "must be 'ema' or 'raw'")
   need(config["optimizer"]["learning_rate"] > 0, "optimizer.learning_rate", "must be positive")
