@@ -1,0 +1,327 @@
+"""Checkpoints: exact restore, damage is found and never used, one trainer per workdir, one config per run."""
+
+import errno
+import gc
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from orbax.checkpoint import v1 as ocp
+
+from jflow.data.tokenizer import Tokenizer
+from jflow.errors import Stopped, UserError
+from jflow.training import checkpoint, setup
+from jflow.training.checkpoint import Checkpointer
+from jflow.training.metrics import MetricsFile, read_metrics
+from jflow.training.state import TrainState
+
+OPTIMIZER = optax.adamw(1e-2)
+
+
+def _state(step: int = 0, seed: int = 0) -> TrainState:
+  rng = np.random.default_rng([seed, step])
+  normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  state = TrainState.create(
+    {"head": {"kernel": normal(7, 5)}, "scale": normal(3)}, {"tower": normal(4, 4).astype(jnp.bfloat16)}, OPTIMIZER
+  )
+  moved = jax.tree.map(lambda x: x + 1 if x.dtype == jnp.int32 else normal(*x.shape), (state.ema, state.optimizer))
+  return state.replace(
+    ema=moved[0], optimizer=moved[1], step=jnp.asarray(step, jnp.int32), skipped=jnp.asarray(step + 5, jnp.int32),
+    skipped_in_a_row=jnp.asarray(2, jnp.int32),
+  )  # fmt: skip
+
+
+def _abstract(state: TrainState) -> TrainState:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def _assert_same(a: TrainState, b: TrainState) -> None:
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b)):
+    assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes(), jax.tree_util.keystr(path)
+
+
+def _save(directory: pathlib.Path, *steps: int, keep: int = 10) -> None:
+  checkpointer = Checkpointer(directory, keep, {"versions": {"jax": jax.__version__}})
+  for step in steps:
+    checkpointer.save(_state(step))
+  checkpointer.wait()
+
+
+def _restore(directory: pathlib.Path, keep: int = 10) -> TrainState | None:
+  return Checkpointer(directory, keep, {}).restore(_abstract(_state()))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> pathlib.Path:
+  """A run with steps 2 and 4. Tests that harm it take a copy."""
+  directory = tmp_path_factory.mktemp("run") / "checkpoints"
+  _save(directory, 2, 4)
+  (directory.parent / "config.json").write_text(json.dumps({"model": {"width": 1}, "data": {"template": "plain"}}))
+  return directory
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> pathlib.Path:
+  return pathlib.Path(shutil.copytree(saved.parent, tmp_path / "run")) / "checkpoints"
+
+
+def _files(step_dir: pathlib.Path) -> list[pathlib.Path]:
+  return sorted(p for p in step_dir.rglob("*") if p.is_file())
+
+
+def _largest(step_dir: pathlib.Path) -> pathlib.Path:
+  return max((f for f in _files(step_dir) if f.name != checkpoint.MANIFEST), key=lambda f: f.stat().st_size)
+
+
+@pytest.mark.smoke
+def test_every_leaf_comes_back_bit_for_bit(saved):
+  _assert_same(_restore(saved), _state(4))
+
+
+def test_saving_goes_on_while_the_next_step_takes_the_buffers(tmp_path):
+  """The step donates its state: what is being written must not change under the writer's hands."""
+  advance = jax.jit(lambda s: jax.tree.map(lambda x: x * 3 + 1, s), donate_argnums=0)
+  trained = {"big": jnp.arange(2_000_000, dtype=jnp.float32)}
+  state = TrainState.create(trained, {}, optax.identity()).replace(step=jnp.asarray(1, jnp.int32))
+  want = jax.tree.map(np.array, state)
+  checkpointer = Checkpointer(tmp_path, 1, {})
+  checkpointer.save(state)
+  for _ in range(3):
+    state = advance(state)
+  checkpointer.wait()
+  _assert_same(Checkpointer(tmp_path, 1, {}).restore(_abstract(state)), want)
+
+
+def test_nothing_saved_is_a_fresh_start(tmp_path):
+  assert _restore(tmp_path / "checkpoints") is None
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(copy):
+  rng = np.random.default_rng(0)
+  for number in range(48):
+    files = [f for f in _files(copy / "4") if f.name != checkpoint.MANIFEST and f.stat().st_size]
+    file = files[number % len(files)]
+    good = file.read_bytes()
+    bad = bytearray(good)
+    bad[rng.integers(len(bad))] ^= 1 << rng.integers(8)
+    file.write_bytes(bad)
+    why = checkpoint.damage(copy / "4")
+    assert why and str(file.relative_to(copy / "4")) in why
+    file.write_bytes(good)
+  assert checkpoint.damage(copy / "4") is None
+
+
+def test_a_flipped_bit_of_the_manifest_is_found_or_harmless(copy):
+  """Flips in the manifest's own metadata change nothing that is restored; no flip may raise."""
+  file = copy / "4" / checkpoint.MANIFEST
+  good = file.read_bytes()
+  harmless = json.loads(good)["files"]
+  rng = np.random.default_rng(1)
+  found = 0
+  for place in rng.choice(len(good), 150, replace=False):
+    bad = bytearray(good)
+    bad[place] ^= 1 << rng.integers(8)
+    file.write_bytes(bad)
+    if checkpoint.damage(copy / "4"):
+      found += 1
+    else:
+      assert json.loads(bytes(bad))["files"] == harmless
+  assert found > 100
+
+
+def test_a_cut_or_missing_file_is_found(copy):
+  for file in _files(copy / "4"):
+    good, name = file.read_bytes(), str(file.relative_to(copy / "4"))
+    if good:
+      file.write_bytes(good[: len(good) // 2])
+      assert name in checkpoint.damage(copy / "4")
+    file.unlink()
+    assert name in checkpoint.damage(copy / "4")
+    file.write_bytes(good)
+  assert checkpoint.damage(copy / "4") is None
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": {"bytes": 1}}}', "null"])
+def test_a_manifest_that_says_something_else_is_unreadable(copy, text):
+  (copy / "4" / checkpoint.MANIFEST).write_text(text)
+  assert checkpoint.damage(copy / "4") == "manifest.json is unreadable"
+
+
+def test_a_damaged_step_is_passed_over_and_named(copy, capsys):
+  largest = _largest(copy / "4")
+  largest.write_bytes(largest.read_bytes()[:-1] + b"\x00\x00")
+  _assert_same(_restore(copy), _state(2))
+  assert f"{copy / '4'} is not used: {largest.relative_to(copy / '4')}" in capsys.readouterr().err
+
+
+def test_a_save_that_did_not_finish_is_passed_over(copy):
+  (copy / "4" / checkpoint.MANIFEST).unlink()
+  (copy / "6.orbax-checkpoint-tmp").mkdir()
+  _assert_same(_restore(copy), _state(2))
+  assert not list(copy.glob("*tmp*"))
+  (copy / "2" / checkpoint.MANIFEST).unlink()
+  assert _restore(copy) is None
+
+
+def test_with_no_intact_step_the_run_does_not_start_over(copy):
+  """A silent start from scratch would overwrite what a person may still rescue."""
+  for step in ("2", "4"):
+    _largest(copy / step).unlink()
+  with pytest.raises(UserError, match="none of the saved steps is intact"):
+    _restore(copy)
+
+
+def test_a_damaged_step_is_written_again(copy):
+  _largest(copy / "4").unlink()
+  _save(copy, 4)
+  _assert_same(_restore(copy), _state(4))
+
+
+def test_only_the_newest_steps_are_kept(tmp_path):
+  _save(tmp_path, 1, 2, 3, 4, keep=2)
+  assert checkpoint.steps_of(tmp_path) == [4, 3]
+
+
+def test_a_damaged_later_step_does_not_push_out_a_good_one(copy):
+  """After a fall back from 4 to 2, step 3 is the one to keep."""
+  _largest(copy / "4").unlink()
+  _save(copy, 3, keep=1)
+  _assert_same(_restore(copy), _state(3))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax, which drops a future
+def test_a_checkpoint_of_another_model_is_refused(saved):
+  other = _state()
+  other = other.replace(trained={"head": {"kernel": jnp.zeros((9, 5))}, "scale": jnp.zeros(3)})
+  with pytest.raises(UserError, match="does not fit this model"):
+    Checkpointer(saved, 10, {}).restore(_abstract(other))
+  gc.collect()
+
+
+def test_a_full_disk_stops_the_run_and_names_what_is_left(copy, monkeypatch):
+  full = OSError(errno.ENOSPC, "No space left on device")
+
+  class Failing:
+    def result(self):
+      raise full
+
+  checkpointer = Checkpointer(copy, 10, {})
+  monkeypatch.setattr(ocp, "save_checkpointables_async", lambda *a, **k: Failing())
+  checkpointer.save(_state(6))
+  with pytest.raises(Stopped, match=f"step 6 could not be written.*No space left.*{copy / '4'}"):
+    checkpointer.wait()
+  checkpointer.wait()  # said once
+
+  def at_once(*args, **kwargs):
+    raise full
+
+  monkeypatch.setattr(ocp, "save_checkpointables_async", at_once)
+  with pytest.raises(Stopped, match="No space left"):
+    checkpointer.save(_state(8))
+
+
+# --- finding and loading ----------------------------------------------------------------------------------
+
+
+def test_resolve_takes_a_workdir_its_folder_or_one_step(saved):
+  workdir = saved.parent
+  assert checkpoint.resolve(workdir) == checkpoint.resolve(saved) == (workdir, saved / "4")
+  assert checkpoint.resolve(saved / "2") == (workdir, saved / "2")
+
+
+def test_resolve_says_what_is_wrong(copy):
+  def refused(path: pathlib.Path, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+      checkpoint.resolve(path)
+
+  refused(copy.parent / "nowhere", "nowhere does not exist")
+  refused(copy.parent.parent, "holds no checkpoints/ folder")
+  refused(copy / "7", "does not exist")
+  (copy / "4" / checkpoint.MANIFEST).unlink()
+  refused(copy / "4", "the save did not finish")
+  shutil.rmtree(copy / "2")
+  refused(copy.parent, "holds no complete checkpoint yet")
+  (copy.parent / "config.json").unlink()
+  refused(copy.parent, "config.json is missing")
+
+
+def test_load_params_gives_the_averaged_or_the_raw_weights(saved):
+  state = _state(4)
+  for weights, trained in (("ema", state.ema), ("raw", state.trained)):
+    params = checkpoint.load_params(saved.parent, weights)
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, {**trained, **state.frozen}))
+
+
+def test_a_converted_checkpoint_comes_back_and_has_no_raw_weights(tmp_path):
+  params = {"a": {"b": np.arange(6, dtype=np.float32).reshape(2, 3)}}
+  config = {"model": {"width": 1}, "data": {"template": "chat"}}
+  workdir = tmp_path / "converted"
+  checkpoint.save_params(workdir, params, config, Tokenizer.load(tiny.TOKENIZER))
+  assert np.array_equal(checkpoint.load_params(workdir)["a"]["b"], params["a"]["b"])
+  assert checkpoint.read_config(workdir) == config
+  assert Tokenizer.load(workdir / "tokenizer").vocabulary_size > 0
+  with pytest.raises(UserError, match="no raw weights"):
+    checkpoint.load_params(workdir, "raw")
+
+
+@pytest.mark.parametrize(
+  "text, field", [("{", "cannot be read"), ("[]", "model"), ('{"data": {"template": "x"}}', "model"), ('{"model": {"w": 1}}', "data.template")]
+)  # fmt: skip
+def test_a_wrong_config_file_is_named(tmp_path, text, field):
+  (tmp_path / "config.json").write_text(text)
+  with pytest.raises(UserError, match=f"config.json.*{field}"):
+    checkpoint.read_config(tmp_path)
+
+
+# --- the workdir ------------------------------------------------------------------------------------------
+
+
+def test_a_second_trainer_is_refused_until_the_first_ends(tmp_path):
+  first = setup.lock(tmp_path / "run")
+  with pytest.raises(UserError, match=r"run is in use by another trainer \(pid \d+ on "):
+    setup.lock(tmp_path / "run")
+  first.close()
+  setup.lock(tmp_path / "run").close()
+
+
+def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="file/run cannot be written"):
+    setup.lock(tmp_path / "file" / "run")
+
+
+def test_a_workdir_with_another_config_names_the_field(tmp_path):
+  config = tiny.configuration()
+  setup.settle_config(tmp_path, config)
+  setup.settle_config(tmp_path, config)
+  other = tiny.configuration(optimizer=dict(learning_rate=0.5))
+  with pytest.raises(UserError, match="optimizer.learning_rate=0.01, now 0.5"):
+    setup.settle_config(tmp_path, other)
+  config["model"] = config["model"] | {"alignment_width": 8}
+  with pytest.raises(UserError, match="model.alignment_width=16, now 8"):
+    setup.settle_config(tmp_path, config)
+
+
+def test_what_does_not_change_the_run_may_change(tmp_path):
+  setup.settle_config(tmp_path, tiny.configuration())
+  setup.settle_config(tmp_path, tiny.configuration(train=dict(steps=900), checkpoint=dict(keep=9), mesh=dict(data=4)))
+  assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 900
+
+
+def test_metrics_of_steps_that_are_computed_again_are_dropped(tmp_path):
+  file = MetricsFile(tmp_path / "metrics.jsonl", 1)
+  for step in range(1, 6):
+    file.write({"step": step, "loss": float(np.float32(0.1) * step)})
+  file.close()
+  with open(tmp_path / "metrics.jsonl", "a") as f:
+    f.write('{"step": 6, "lo')  # a kill has cut the line
+  assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+  MetricsFile(tmp_path / "metrics.jsonl", 4).close()
+  assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
