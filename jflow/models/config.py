@@ -5,6 +5,7 @@ It is hashable (a static argument of jit), travels as JSON, and holds no default
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -91,7 +92,15 @@ class JanusFlowConfig:
 
   def __post_init__(self) -> None:
     """Checks what can be checked without a device; raises UserError naming field and value."""
-    lm, vision, gen = self.language_model, self.understanding_encoder, self.generation
+    lm, vision, gen, vae = self.language_model, self.understanding_encoder, self.generation, self.autoencoder
+    if vae.kind not in ("autoencoder_kl", "patch_pca"):
+      raise UserError(f"model.autoencoder.kind={vae.kind!r} must be 'autoencoder_kl' or 'patch_pca'")
+    other = ("patch_size", "window") if vae.kind == "autoencoder_kl" else ("layers_per_block", "norm_groups")
+    for section in ("language_model", "understanding_encoder", "generation", "autoencoder"):
+      for name, value in vars(getattr(self, section)).items():
+        unused = section == "autoencoder" and name in other
+        if isinstance(value, (int, float)) and not unused and not 0 < value < math.inf:
+          raise UserError(f"model.{section}.{name}={value} must be positive")
     if lm.heads % lm.kv_heads:
       raise UserError(f"model.language_model.heads={lm.heads} must be a multiple of kv_heads={lm.kv_heads}")
     if lm.head_width % 2:
@@ -102,20 +111,29 @@ class JanusFlowConfig:
         f"patch_size={vision.patch_size}"
       )
     if vision.width % vision.heads:
-      raise UserError(f"model.understanding_encoder.width={vision.width} must be a multiple of heads={vision.heads}")
+      raise UserError(
+        f"model.understanding_encoder.width={vision.width} must be a multiple of heads={vision.heads}"
+      )
     if vision.gelu not in ("erf", "tanh"):
       raise UserError(f"model.understanding_encoder.gelu={vision.gelu!r} must be 'erf' or 'tanh'")
-    if self.autoencoder.kind not in ("autoencoder_kl", "patch_pca"):
-      raise UserError(f"model.autoencoder.kind={self.autoencoder.kind!r} must be 'autoencoder_kl' or 'patch_pca'")
-    if vision.image_size % (self.autoencoder.factor * gen.patch_size):
+    if gen.width % 2:
+      raise UserError(f"model.generation.width={gen.width} must be even (cosines and sines of the time)")
+    if vae.kind == "patch_pca" and vae.window < vae.patch_size:
+      raise UserError(f"model.autoencoder.window={vae.window} must be at least patch_size={vae.patch_size}")
+    channels = vae.block_channels
+    if vae.kind == "autoencoder_kl" and (not channels or any(c < 1 or c % vae.norm_groups for c in channels)):
       raise UserError(
-        f"image_size={vision.image_size} must be a multiple of autoencoder factor {self.autoencoder.factor} x "
+        f"model.autoencoder.block_channels={channels} must hold multiples of norm_groups={vae.norm_groups}"
+      )
+    if vision.image_size % (vae.factor * gen.patch_size):
+      raise UserError(
+        f"image_size={vision.image_size} must be a multiple of autoencoder factor {vae.factor} x "
         f"model.generation.patch_size={gen.patch_size}"
       )
     if self.patches != vision.patches:
       raise UserError(
-        f"a written image has {self.patches} patches, a read one {vision.patches}: they must be equal, since the "
-        "alignment loss (eq. 8) compares them position by position"
+        f"a written image has {self.patches} patches, a read one {vision.patches}: they must be equal, since "
+        "the alignment loss (eq. 8) compares them position by position"
       )
     if not 1 <= self.alignment_layer <= lm.layers:
       raise UserError(f"model.alignment_layer={self.alignment_layer} must be in 1..{lm.layers}")
