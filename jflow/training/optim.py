@@ -22,18 +22,26 @@ def partition(params: Params, trained: Iterable[str], frozen: Iterable[str]) -> 
   the two lists, and every pattern at least one parameter.
 
   Raises:
-    UserError: a parameter that matches neither or both, or a pattern that matches nothing.
+    UserError: a parameter that matches neither or both, a pattern that matches nothing or is none.
   """
   flat = flatten_dict(params, sep="/")
   lists = {"trained": tuple(trained), "frozen": tuple(frozen)}
+  compiled = {}
+  for name, patterns in lists.items():
+    for p in patterns:
+      try:
+        compiled[name, p] = re.compile(f"(?:{p})(?:/|$)")
+      except re.error as error:
+        raise UserError(f"optimizer.{name} pattern {p!r} is not a regular expression: {error}") from None
   out: dict[str, dict[str, Any]] = {"trained": {}, "frozen": {}}
   used = set()
   for path, value in flat.items():
-    hits = [(name, p) for name, patterns in lists.items() for p in patterns if re.match(f"(?:{p})(?:/|$)", path)]
+    hits = [key for key, pattern in compiled.items() if pattern.match(path)]
     used.update(hits)
     names = {name for name, _ in hits}
     if len(names) != 1:
-      which = "neither optimizer.trained nor optimizer.frozen" if not names else "both optimizer.trained and optimizer.frozen"
+      which, word = ("both", "and") if names else ("neither", "nor")
+      which = f"{which} optimizer.trained {word} optimizer.frozen"
       raise UserError(f"parameter {path} matches {which}; every parameter must match exactly one")
     out[names.pop()][path] = value
   for name, patterns in lists.items():
