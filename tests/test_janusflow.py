@@ -252,18 +252,24 @@ def test_the_contrastive_loss_pairs_each_picture_with_the_last_token_of_its_prom
   samples = [tiny.writing(6), tiny.writing(7, 9), tiny.writing(8, 3)]
   batch, draws = tiny.batch([samples[0], samples[1]], [tiny.reading(1), samples[2]]), tiny.draws(2)
   got = tiny.loss_sums(model, params, batch, draws, ("contrastive",)).contrastive
-  image, text = [], []
+  head = params["contrastive_head"]
+
+  @jax.jit
+  def embeddings(tokens, last, pixels):
+    """Of one sample alone, in a row of 12: what follows the prompt's last token cannot be seen from it."""
+    apply = functools.partial(model.apply, {"params": params})
+    ones = jnp.ones((1, 12), jnp.int32)
+    out = apply(apply(tokens, method="embed"), jnp.arange(12)[None], ones, method="backbone")
+    pool = lambda module, x: module.understanding_encoder.pool(module.features(x))[0]
+    text = out.hidden[0, last] @ head["text"]["kernel"] + head["text"]["bias"]
+    return apply(pixels / 127.5 - 1, method=pool), text
+
+  pairs = []
   for sample in samples:
-    tokens = sample.tokens[None, : sample.image_starts[0]]
-    args = (np.arange(tokens.shape[1])[None], np.ones_like(tokens))
-    x = model.apply({"params": params}, tokens, method="embed")
-    hidden = model.apply({"params": params}, x, *args, method="backbone").hidden[0, -1]
-    head = params["contrastive_head"]
-    text.append(np.asarray(hidden @ head["text"]["kernel"] + head["text"]["bias"], np.float64))
-    pool = lambda m, x: m.understanding_encoder.pool(m.features(x))
-    pixels = sample.images[0][None].astype(np.float32) / 127.5 - 1
-    image.append(np.asarray(model.apply({"params": params}, pixels, method=pool), np.float64)[0])
-  unit = lambda x: np.stack(x) / np.linalg.norm(x, axis=-1, keepdims=True)
+    pixels = sample.images[0][None].astype(np.float32)
+    pairs.append(embeddings(sample.tokens[None, :12], sample.image_starts[0] - 1, pixels))
+  image, text = (np.asarray(x, np.float64) for x in zip(*pairs))
+  unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
   logits = np.exp(float(head["log_scale"])) * unit(image) @ unit(text).T + float(head["bias"])
   want = np.log1p(np.exp(-(2 * np.eye(3) - 1) * logits)).sum()
   assert float(got) == pytest.approx(want, rel=2e-5)

@@ -1,0 +1,118 @@
+"""Laws of the optimizer: AdamW and clipping in numpy, warm-up, EMA, and the partition by pattern."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax.traverse_util import flatten_dict
+
+from configs import stage0, stage1, stage2, stage3
+from jflow.errors import UserError
+from jflow.models.config import JanusFlowConfig
+from jflow.training import optim
+
+RNG = np.random.default_rng(0)
+CONFIG = dict(
+  learning_rate=3e-2, warmup_steps=3, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.0, clip_norm=1.0
+)
+TREE = {"a": {"x": 1, "xy": 2}, "ab": {"x": 3}, "b": 4}
+
+
+def adamw(config, start, gradients):
+  """AdamW of Loshchilov and Hutter over a flat vector, in f64, after clipping to a global norm."""
+  p, m, v = start.astype(np.float64), 0.0, 0.0
+  for step, g in enumerate(gradients.astype(np.float64)):
+    g = g * min(1.0, config["clip_norm"] / np.linalg.norm(g))
+    rate = config["learning_rate"] * min(1.0, (step + 1) / config["warmup_steps"])
+    m = config["beta1"] * m + (1 - config["beta1"]) * g
+    v = config["beta2"] * v + (1 - config["beta2"]) * g**2
+    first, second = m / (1 - config["beta1"] ** (step + 1)), v / (1 - config["beta2"] ** (step + 1))
+    p = p - rate * (first / (np.sqrt(second) + config["epsilon"]) + config["weight_decay"] * p)
+  return p
+
+
+@pytest.mark.parametrize("change", [{}, {"weight_decay": 0.1}, {"clip_norm": 1e6}], ids=str)
+def test_steps_are_those_of_adamw_after_clipping(change):
+  """Eight steps; the gradients' norms lie on both sides of the clip. Two leaves share one global norm."""
+  config = CONFIG | change
+  start = RNG.standard_normal(10).astype(np.float32)
+  gradients = (RNG.standard_normal((8, 10)) * np.geomspace(0.02, 20, 8)[:, None]).astype(np.float32)
+  tree = lambda x: {"a": jnp.asarray(x[:4]), "b": {"c": jnp.asarray(x[4:]).reshape(2, 3)}}
+  optimizer, params = optim.make_optimizer(config), tree(start)
+  state, update = optimizer.init(params), jax.jit(optimizer.update)
+  for g in gradients:
+    updates, state = update(tree(g), state, params)
+    params = jax.tree.map(jnp.add, params, updates)
+  got = np.concatenate([params["a"], params["b"]["c"].ravel()])
+  np.testing.assert_allclose(got, adamw(config, start, gradients), rtol=1e-5, atol=1e-6)
+
+
+def test_warm_up_is_linear_then_constant_and_the_first_step_moves():
+  rate = optim.schedule(0.2, 4)
+  np.testing.assert_allclose([rate(i) for i in range(7)], [0.05, 0.1, 0.15, 0.2, 0.2, 0.2, 0.2], rtol=1e-6)
+  assert optim.schedule(0.2, 0)(0) == pytest.approx(0.2)
+
+
+def test_ema_is_the_weighted_sum_of_the_past():
+  """After n steps: decay^n of the start, and (1 - decay) decay^(n - i) of the parameters after step i."""
+  decay, past = 0.9, RNG.standard_normal((6, 5)).astype(np.float32)
+  ema = {"w": jnp.asarray(past[0])}
+  for p in past[1:]:
+    ema = optim.update_ema(ema, {"w": jnp.asarray(p)}, decay)
+  want = decay**5 * past[0] + sum((1 - decay) * decay ** (5 - i) * past[i] for i in range(1, 6))
+  np.testing.assert_allclose(ema["w"], want, rtol=1e-5, atol=1e-6)
+  assert ema["w"].dtype == jnp.float32
+
+
+@pytest.mark.smoke
+def test_partition_cuts_and_merge_mends():
+  trained, frozen = optim.partition(TREE, ("a", "b"), ("ab",))
+  assert trained == {"a": {"x": 1, "xy": 2}, "b": 4} and frozen == {"ab": {"x": 3}}
+  assert optim.merge(trained, frozen) == TREE
+  trained, frozen = optim.partition(TREE, ("a/x", "ab?/x", "b"), ("a/xy",))
+  assert trained == {"a": {"x": 1}, "ab": {"x": 3}, "b": 4} and frozen == {"a": {"xy": 2}}
+
+
+@pytest.mark.parametrize("trained, frozen, words", [
+  (("a", "ab"), (), "parameter b matches neither"),
+  (("a", "ab", "b"), ("a/x",), "parameter a/x matches both"),
+  (("a", "ab", "b"), ("c",), "optimizer.frozen pattern 'c' matches no parameter; parts are a, ab, b"),
+  ((".*", "x"), (), "optimizer.trained pattern 'x' matches no parameter"),
+  ((".*", "(a"), (), "optimizer.trained pattern '(a' is not a regular expression"),
+])  # fmt: skip
+def test_a_bad_partition_is_one_clear_line(trained, frozen, words):
+  with pytest.raises(UserError) as error:
+    optim.partition(TREE, trained, frozen)
+  assert words in str(error.value) and "\n" not in str(error.value)
+
+
+# Part -> stages that train it (001 table 1 and figure 3); stage 0 makes the stand-ins of the built-in world.
+TRAINED_IN = {
+  "language_model": {0, 2, 3},
+  "understanding_encoder": {0, 3},
+  "understanding_encoder head": {0},
+  "understanding_projector": {1, 2, 3},
+  "understanding_start": {1, 2, 3},
+  "generation_encoder": {1, 2, 3},
+  "generation_projector": {1, 2, 3},
+  "generation_output_norm": {1, 2, 3},
+  "generation_output_projector": {1, 2, 3},
+  "generation_decoder": {1, 2, 3},
+  "alignment_head": {1, 2, 3},
+  "contrastive_head": {0},
+  "vae": set(),
+}
+
+
+@pytest.mark.parametrize("size", ["tiny", "384"])
+@pytest.mark.parametrize("number", range(4))
+def test_the_stages_train_what_the_paper_says(number, size):
+  config = (stage0, stage1, stage2, stage3)[number].get_config(size).to_dict()
+  shapes = tiny.shapes(JanusFlowConfig.from_dict(config["model"]))
+  trained, frozen = optim.partition(shapes, config["optimizer"]["trained"], config["optimizer"]["frozen"])
+  assert len(flatten_dict(trained)) + len(flatten_dict(frozen)) == len(flatten_dict(shapes))
+  for tree, here in ((trained, True), (frozen, False)):
+    for path in flatten_dict(tree):
+      part = path[0] + (" head" if path[:2] == ("understanding_encoder", "head") else "")
+      assert (number in TRAINED_IN[part]) == here, path
