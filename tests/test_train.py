@@ -1,0 +1,248 @@
+"""Training as a user runs it: killed and resumed runs equal an uninterrupted one, stages hand over, bad configs."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from flax.traverse_util import flatten_dict
+
+from jflow import sharding
+from jflow.errors import UserError
+from jflow.training import checkpoint, setup
+from jflow.training.metrics import read_metrics
+
+STEPS, INTERVAL = 36, 6
+QUICK = "--xla_backend_optimization_level=0"  # less time to compile; the same program in every run
+SMALL = (
+  "--config.train.batch_size=4",
+  "--config.train.fit_images=20",
+  "--config.data.shapes.size=60",
+  "--config.model.autoencoder.kind=patch_pca",
+  "--config.model.autoencoder.block_channels=()",
+  "--config.model.autoencoder.patch_size=4",
+  "--config.model.autoencoder.window=4",
+  f"--config.checkpoint.interval={INTERVAL}",
+)
+
+
+def _environment() -> dict[str, str]:
+  return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XLA_FLAGS": QUICK}
+
+
+def _command(stage: int, workdir: pathlib.Path, cache: str, steps: int, *fields: str) -> list[str]:
+  return [
+    sys.executable, "-m", "jflow", "train", f"--config=configs/stage{stage}.py:tiny", f"--workdir={workdir}",
+    f"--config.compute.compilation_cache={cache}", f"--config.train.steps={steps}", *SMALL, *fields,
+  ]  # fmt: skip
+
+
+def _train(*args) -> subprocess.CompletedProcess:
+  done = subprocess.run(_command(*args), cwd=tiny.ROOT, env=_environment(), capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  return done
+
+
+def _interrupt(command: list[str], workdir: pathlib.Path, signum: int, when: Callable[[], bool]) -> tuple[int, str]:
+  """Starts a run, sends a signal as soon as `when` holds; returns (exit code, stderr)."""
+  errors = workdir.with_suffix(".stderr")
+  with open(errors, "w") as file:
+    process = subprocess.Popen(command, cwd=tiny.ROOT, env=_environment(), stderr=file, stdout=file)
+    while process.poll() is None and not when():
+      time.sleep(0.002)
+    process.send_signal(signum)
+    code = process.wait()
+  return code, errors.read_text()
+
+
+def _lines(workdir: pathlib.Path) -> int:
+  file = workdir / "metrics.jsonl"
+  return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def _losses(workdir: pathlib.Path) -> dict[int, str]:
+  rows = read_metrics(workdir / "metrics.jsonl")
+  names = ("loss", "loss_text", "loss_flow", "loss_alignment", "grad_norm")
+  return {row["step"]: " ".join(np.float32(row[name]).tobytes().hex() for name in names) for row in rows}
+
+
+def _parameters(workdir: pathlib.Path, weights: str) -> dict[str, np.ndarray]:
+  return flatten_dict(checkpoint.load_params(workdir, weights), sep="/")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> pathlib.Path:
+  return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def stage1(runs, compilation_cache) -> pathlib.Path:
+  _train(1, runs / "stage1", compilation_cache, 3)
+  return runs / "stage1"
+
+
+@pytest.fixture(scope="module")
+def stage2(runs, stage1, compilation_cache) -> pathlib.Path:
+  _train(2, runs / "stage2", compilation_cache, STEPS, f"--config.train.init_from={stage1}")
+  return runs / "stage2"
+
+
+@pytest.fixture(scope="module")
+def stage3(runs, stage2, compilation_cache) -> pathlib.Path:
+  _train(3, runs / "stage3", compilation_cache, 2, f"--config.train.init_from={stage2}")
+  return runs / "stage3"
+
+
+def test_a_run_that_is_killed_again_and_again_equals_one_that_is_not(runs, stage1, stage2, compilation_cache):
+  workdir = runs / "interrupted"
+  command = _command(2, workdir, compilation_cache, STEPS, f"--config.train.init_from={stage1}")
+
+  sealed = workdir / "checkpoints" / str(INTERVAL) / checkpoint.MANIFEST
+  code, _ = _interrupt(command, workdir, signal.SIGKILL, sealed.exists)
+  assert code == -signal.SIGKILL
+
+  at = checkpoint.newest_valid(workdir / "checkpoints")
+  code, text = _interrupt(command, workdir, signal.SIGTERM, lambda: _stepping(workdir, at))
+  assert code == 128 + signal.SIGTERM
+  stopped = checkpoint.newest_valid(workdir / "checkpoints")
+  assert f"stopped at step {stopped}; the same command goes on" in text and "Traceback" not in text
+  assert list(_losses(workdir)) == list(range(1, stopped + 1))  # what is saved is what was logged
+
+  def saving() -> bool:
+    parts = any("tmp" in p.name for p in (workdir / "checkpoints").iterdir())
+    return _stepping(workdir, stopped) and (parts or _lines(workdir) >= STEPS - 3)
+
+  code, text = _interrupt(command, workdir, signal.SIGKILL, saving)
+  assert code == -signal.SIGKILL
+  assert f"going on from step {stopped} " in text
+
+  assert subprocess.run(command, cwd=tiny.ROOT, env=_environment(), capture_output=True).returncode == 0
+  losses = _losses(workdir)
+  assert list(losses) == list(range(1, STEPS + 1))  # every step once
+  assert losses == _losses(stage2)
+  for weights in ("ema", "raw"):
+    ours, theirs = _parameters(workdir, weights), _parameters(stage2, weights)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[path].tobytes() == theirs[path].tobytes() for path in ours)
+
+
+def _stepping(workdir: pathlib.Path, restored: int) -> bool:
+  """Whether the run has said that its first step after the restored one is done."""
+  return f"step {restored + 1}/{STEPS} " in workdir.with_suffix(".stderr").read_text()
+
+
+def test_frozen_parts_are_handed_over_bit_for_bit_and_the_others_learn(stage1, stage2, stage3):
+  one, two, three = (_parameters(workdir, "raw") for workdir in (stage1, stage2, stage3))
+  same = lambda a, b, part: {a[p].tobytes() == b[p].tobytes() for p in b if p.startswith(part) and p in a}
+  for part in ("understanding_encoder/", "vae/"):
+    assert same(one, two, part) == {True}
+  assert same(two, three, "vae/") == {True}
+  assert same(two, three, "understanding_encoder/head/") == {True}
+  assert False in same(one, two, "language_model/layers/")
+  assert False in same(two, three, "understanding_encoder/")
+  assert False in same(two, three, "generation_decoder/")
+
+
+def test_what_is_frozen_has_no_optimizer_state_on_disk(stage1):
+  """Stage 1 trains the new parts only: two moments of these, and none of the language model."""
+  trained = json.loads((stage1 / "config.json").read_text())["optimizer"]["trained"]
+  sizes = {p: x.nbytes for p, x in _parameters(stage1, "raw").items() if p.startswith(tuple(trained))}
+  from orbax.checkpoint import v1 as ocp
+
+  _, step_dir = checkpoint.resolve(stage1)
+  progress = ocp.checkpointables_metadata(step_dir.absolute()).metadata["progress"]
+  leaves = jax.tree.leaves(progress["optimizer"], is_leaf=lambda m: hasattr(m, "dtype"))
+  moments = sum(int(np.prod(m.shape)) * 4 for m in leaves if m.shape)
+  scalars = sum(2 * 4 for p, x in _parameters(stage1, "raw").items() if p in sizes and not x.shape)
+  assert moments == 2 * sum(sizes.values()) - scalars
+
+
+def test_a_complete_run_stays_as_it_is(runs, stage3, stage2, compilation_cache):
+  before = (stage3 / "metrics.jsonl").read_bytes()
+  done = _train(3, stage3, compilation_cache, 2, f"--config.train.init_from={stage2}")
+  assert "is complete at step 2" in done.stderr
+  assert (stage3 / "metrics.jsonl").read_bytes() == before
+
+
+# --- the parameters of step 0 -----------------------------------------------------------------------------
+
+
+def _start(source: dict, tmp_path: pathlib.Path, **train) -> dict[str, np.ndarray]:
+  checkpoint.save_params(
+    tmp_path / "source", source, {"model": tiny.CONFIG.to_dict(), "data": {"template": "plain"}}, None
+  )
+  config = tiny.configuration(train=dict(init_from=str(tmp_path / "source")) | train)
+  params = setup.start_params(config, tiny.model(), sharding.make_mesh(1, 1, 1), None)
+  return flatten_dict(jax.tree.map(np.asarray, params), sep="/")
+
+
+def test_a_stage_starts_from_the_parameters_it_is_given(tmp_path):
+  source = dict(tiny.params())
+  source["contrastive_head"] = {"bias": np.zeros(())}
+  head = source.pop("alignment_head")
+  got = _start(source, tmp_path, init_fresh=("alignment_head",), init_dropped=("contrastive_head",))
+  want = flatten_dict(tiny.params(), sep="/")
+  assert got.keys() == want.keys()
+  assert all(np.array_equal(got[p], want[p]) for p in want if not p.startswith("alignment_head/"))
+  assert not np.array_equal(got["alignment_head/linear_1/kernel"], head["linear_1"]["kernel"])
+
+
+def test_parameters_of_another_model_are_refused_by_name(tmp_path):
+  source = dict(tiny.params())
+  head = source.pop("alignment_head")
+  with pytest.raises(UserError, match="lacks alignment_head/linear_1/bias.*init_fresh"):
+    _start(source, tmp_path / "lacks")
+  source |= {"alignment_head": head, "other": {"kernel": np.zeros(3)}}
+  with pytest.raises(UserError, match="holds other/kernel.*init_dropped"):
+    _start(source, tmp_path / "holds")
+  source.pop("other")
+  source["understanding_start"] = np.zeros(5, np.float32)
+  with pytest.raises(UserError, match=r"understanding_start has shape \(5,\), this model needs \(32,\)"):
+    _start(source, tmp_path / "shape")
+
+
+# --- configs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "section, fields, named",
+  [
+    ("train", dict(steps=0), "config.train.steps=0 "),
+    ("train", dict(batch_size=0), "config.train.batch_size=0 "),
+    ("train", dict(accumulation=3), "config.train.accumulation=3 must divide train.batch_size=4"),
+    ("train", dict(ema=1.0), "config.train.ema=1.0 "),
+    ("train", dict(seed=-1), "config.train.seed=-1 "),
+    ("train", dict(init_weights="best"), "config.train.init_weights='best' "),
+    ("optimizer", dict(learning_rate=0.0), "config.optimizer.learning_rate=0.0 "),
+    ("compute", dict(dtype="float16"), "config.compute.dtype='float16' "),
+    ("compute", dict(remat="some"), "config.compute.remat='some' must be one of none, full, dots"),
+    ("data", dict(template="poem"), "config.data.template='poem' "),
+    ("data", dict(row_tokens=4096), "config.data.row_tokens=4096 must not exceed model.language_model.context=128"),
+    ("data", dict(row_images=0), "config.data.row_images=0 "),
+    ("data", dict(tokenizer=""), "config.data.tokenizer='' "),
+    ("mesh", dict(data=0), "config.mesh.data=0 must be at least 1"),
+    ("mesh", dict(data=3), "config.train.batch_size=4 / accumulation = 4 rows must be a multiple of .* = 3"),
+    ("checkpoint", dict(interval=0), "config.checkpoint.interval=0 "),
+    ("checkpoint", dict(keep=0), "config.checkpoint.keep=0 "),
+    ("objective", dict(weights=dict(text=0.0, flow=0.0, alignment=0.0, contrastive=0.0)), "are all 0"),
+    ("objective", dict(weights=dict(text=1.0, flow=0.0, alignment=0.0, contrastive=1.0)), "needs model.contrastive=True"),
+    ("model", dict(alignment_width=0), "config.objective.weights.alignment=1.0 needs model.alignment_width > 0"),
+    ("model", dict(hight=3), "unknown field model.hight"),
+  ],
+)  # fmt: skip
+def test_a_config_that_cannot_work_is_refused_before_anything_starts(section, fields, named):
+  with pytest.raises(UserError, match=named):
+    setup.check(tiny.configuration(**{section: fields}))
+
+
+@pytest.mark.smoke
+def test_the_config_of_the_tests_is_fine():
+  assert setup.check(tiny.configuration()) == tiny.CONFIG
