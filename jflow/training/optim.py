@@ -58,7 +58,7 @@ def merge(first: Params, second: Params) -> Params:
 
 
 def schedule(learning_rate: float, warmup_steps: int) -> optax.Schedule:
-  """Rate of step 0, 1, ...: linear to `learning_rate` over the warm-up, then constant; the first step moves."""
+  """Rate of step 0, 1, ...: linear to `learning_rate` in the warm-up, then constant; the first step moves."""
   return lambda step: learning_rate * jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
 
 
