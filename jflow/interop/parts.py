@@ -5,7 +5,6 @@ import pathlib
 import sys
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,7 +109,7 @@ def _fresh(config: JanusFlowConfig, seed: int, with_head: bool) -> dict[str, np.
   d, e, g = c.language_model.width, c.understanding_encoder.width, c.generation.width
   latents, side = c.autoencoder.latent_channels, c.latent_size // c.generation.patch_size
   zeros = lambda *shape: jnp.zeros(shape, f32)
-  modules: dict[str, tuple[nn.Module, tuple[Any, ...]]] = {
+  modules: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "understanding_projector": (Linear(d, (None, "embed"), f32, use_bias=True), (zeros(1, e),)),
     "generation_encoder": (
       GenerationEncoder(c.generation, d, latents, f32),
@@ -128,8 +127,7 @@ def _fresh(config: JanusFlowConfig, seed: int, with_head: bool) -> dict[str, np.
     modules["understanding_encoder/head"] = (Pool(c.understanding_encoder, f32), (zeros(1, c.patches, e),))
   out: dict[str, np.ndarray] = {"understanding_start": np.zeros(d, np.float32)}
   for i, (name, (module, args)) in enumerate(modules.items()):
-    # Linear has a field `init`, which hides the method of that name.
-    make = jax.jit(lambda key, module=module, args=args: unbox(nn.Module.init(module, key, *args))["params"])
+    make = jax.jit(lambda key, module=module, args=args: unbox(module.init(key, *args))["params"])
     params = make(jax.random.fold_in(jax.random.key(seed), i))
     out |= {f"{name}/{path}": np.asarray(x) for path, x in transfer.flatten(params).items()}
   return out
