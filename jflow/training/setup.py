@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from jflow.data.pipeline import Pipeline
 from jflow.errors import UserError
 from jflow.interop.checkpoints import read_checkpoint
 from jflow.models.config import JanusFlowConfig
-from jflow.models.janusflow import Draws, JanusFlow
+from jflow.models.janusflow import Draws, JanusFlow, Sums
 from jflow.models.llm import REMAT
 from jflow.models.vae import fit_patch_pca
 from jflow.training.checkpoint import read_config, write_atomically
@@ -49,14 +50,20 @@ def check(config: Config) -> JanusFlowConfig:
       raise UserError(f"config.{field}={value!r} {what}")
 
   sizes = ("train.steps", "train.batch_size", "train.accumulation", "checkpoint.interval", "checkpoint.keep")
-  for field in (*sizes, "mesh.data", "mesh.fsdp", "mesh.model"):
+  for field in (*sizes, "train.max_skipped", "compute.unroll", "mesh.data", "mesh.fsdp", "mesh.model"):
     section, name = field.split(".")
     need(config[section][name] >= 1, field, "must be at least 1")
   need(train["batch_size"] % train["accumulation"] == 0, "train.accumulation", f"must divide train.batch_size={train['batch_size']}")
   need(0 <= train["seed"] < 2**32, "train.seed", "must be in [0, 2**32)")
   need(0.0 <= train["ema"] < 1.0, "train.ema", "must be in [0, 1)")
   need(train["init_weights"] in ("ema", "raw"), "train.init_weights", "must be 'ema' or 'raw'")
-  need(config["optimizer"]["learning_rate"] > 0, "optimizer.learning_rate", "must be positive")
+  for field in ("learning_rate", "epsilon", "clip_norm"):
+    need(0 < config["optimizer"][field] < math.inf, f"optimizer.{field}", "must be positive")
+  for field in ("warmup_steps", "weight_decay"):
+    need(0 <= config["optimizer"][field] < math.inf, f"optimizer.{field}", "must not be negative")
+  for field in ("beta1", "beta2"):
+    need(0 <= config["optimizer"][field] < 1, f"optimizer.{field}", "must be in [0, 1)")
+  need(0 < config["objective"]["time_std"] < math.inf, "objective.time_std", "must be positive")
   need(config["compute"]["dtype"] in ("float32", "bfloat16"), "compute.dtype", "must be 'float32' or 'bfloat16'")
   need(config["compute"]["remat"] in REMAT, "compute.remat", f"must be one of {', '.join(REMAT)}")
   need(data["template"] in ("plain", "chat"), "data.template", "must be 'plain' or 'chat'")
@@ -66,9 +73,16 @@ def check(config: Config) -> JanusFlowConfig:
   rows = (train["batch_size"] // train["accumulation"], config["mesh"]["data"] * config["mesh"]["fsdp"])
   need(rows[0] % rows[1] == 0, "train.batch_size", f"/ accumulation = {rows[0]} rows must be a multiple of mesh.data x mesh.fsdp = {rows[1]}")
   weights = config["objective"]["weights"]
+  for name, weight in weights.items():
+    need(name in Sums._fields, "objective.weights", f"has {name!r}; losses are {', '.join(Sums._fields)}")
+    need(0 <= weight < math.inf, f"objective.weights.{name}", "must not be negative")
   need(any(weights.values()), "objective.weights", "are all 0: nothing would be learned")
   need(not weights["alignment"] or model.alignment_width > 0, "objective.weights.alignment", "needs model.alignment_width > 0")
   need(not weights["contrastive"] or model.contrastive, "objective.weights.contrastive", "needs model.contrastive=True")
+  need(
+    not weights["contrastive"] or train["accumulation"] == 1, "train.accumulation",
+    "must be 1 with objective.weights.contrastive: pictures are compared with the captions of the whole batch",
+  )  # fmt: skip
   return model
 
 
