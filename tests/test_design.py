@@ -1,0 +1,116 @@
+"""Laws of the source: what may import what, and what stands nowhere."""
+
+import ast
+import functools
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "jflow").rglob("*.py"))
+
+# Files (by the beginning of their path) -> modules that they import nowhere, not even inside a function.
+NEVER = {
+  "jflow/": ("torch", "diffusers", "transformers", "configs", "pickle", "marshal", "shelve", "flax.nnx"),
+  "jflow/data/": (
+    "jax", "flax", "optax", "orbax", "jflow.models", "jflow.training", "jflow.inference", "jflow.interop",
+    "jflow.flow", "jflow.losses", "jflow.sharding",
+  ),
+  "jflow/evaluation/judge.py": ("jax", "flax", "jflow.models"),
+  "jflow/models/": ("jflow.data", "jflow.training", "jflow.inference", "jflow.interop", "jflow.evaluation"),
+  "jflow/training/": ("jflow.inference", "jflow.evaluation"),
+}  # fmt: skip
+PURE = ("batch", "errors", "flow", "losses", "sharding")  # of jflow they import only each other
+
+
+def tree(file: str) -> ast.Module:
+  return ast.parse((ROOT / file).read_text(encoding="utf-8"))
+
+
+@functools.cache
+def imports(file: str) -> frozenset[str]:
+  """Every module, and every name of a module, that a file imports: "a", "a.b"."""
+  out = set()
+  for node in ast.walk(tree(file)):
+    if isinstance(node, ast.Import):
+      out |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f"{file} imports relatively"
+      out |= {f"{node.module}.{alias.name}" for alias in node.names}
+  return frozenset(out)
+
+
+def of(module: str, name: str) -> bool:
+  return name == module or name.startswith(module + ".")
+
+
+def test_the_walk_sees_what_is_there():
+  assert len(FILES) > 40
+  assert "jflow.models.llm.Cache" in imports("jflow/inference/painting.py")
+  assert "jflow.training.loop.train" in imports("jflow/training/command.py")  # inside a function
+
+
+@pytest.mark.parametrize("folder", NEVER)
+def test_what_is_never_imported(folder):
+  bad = {
+    f"{file}: {name}" for file in FILES if file.startswith(folder) for name in imports(file)
+    if any(of(module, name) for module in NEVER[folder])
+  }  # fmt: skip
+  assert not bad
+
+
+def test_linen_lives_in_the_models_and_the_table_of_axes():
+  users = {file for file in FILES if any(of("flax.linen", name) for name in imports(file))}
+  assert {file for file in users if not file.startswith("jflow/models/")} == {"jflow/sharding.py"}
+
+
+def test_pure_modules_stand_below_all_others():
+  for module in PURE:
+    for name in imports(f"jflow/{module}.py"):
+      assert not of("jflow", name) or name.split(".")[1] in PURE, f"{module} imports {name}"
+
+
+def test_models_keep_no_state_but_their_parameters():
+  """No other collection and no randomness inside: every method is a pure function of its arguments."""
+  for file in FILES:
+    for node in ast.walk(tree(file)):
+      if isinstance(node, ast.Attribute):
+        assert node.attr not in ("variable", "make_rng", "Dropout", "sow", "put_variable"), file
+
+
+def test_nothing_is_evaluated_or_unpickled():
+  for file in FILES:
+    for node in ast.walk(tree(file)):
+      if isinstance(node, ast.Call):
+        assert not (isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec")), file
+        for keyword in node.keywords:
+          assert keyword.arg != "allow_pickle" or keyword.value.value is False, file
+
+
+def test_files_are_short_and_say_what_they_are():
+  for file in FILES:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 450, file
+    assert not lines or ast.get_docstring(tree(file)), file
+    assert pathlib.Path(file).name not in ("utils.py", "helpers.py", "common.py", "misc.py")
+    assert not [line for line in lines if "TODO" in line or "FIXME" in line or "XXX" in line], file
+
+
+@pytest.mark.smoke
+def test_what_an_import_really_brings_along():
+  """Loader processes and `--help` start without jax, and no module needs PyTorch."""
+  modules = [file[:-3].replace("/", ".").removesuffix(".__init__") for file in FILES]
+  data = [m for m in modules if of("jflow.data", m)] + ["jflow", "jflow.__main__", "jflow.batch"]
+  code = f"""
+import importlib, sys
+for name in {data!r}: importlib.import_module(name)
+assert "jax" not in sys.modules and "flax" not in sys.modules
+for name in {modules!r}: importlib.import_module(name)
+assert "jax" in sys.modules
+print([name for name in ("torch", "diffusers", "transformers", "configs") if name in sys.modules])
+"""
+  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout == "[]\n"
