@@ -1,0 +1,44 @@
+"""The mesh is a choice of speed alone: the same losses on every one, and a run may go on on another."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory) -> dict:
+  flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": f"{tiny.ROOT}:{tiny.ROOT / 'tests'}"}
+  command = [sys.executable, str(tiny.ROOT / "tests" / "mesh_worker.py"), str(tmp_path_factory.mktemp("mesh"))]
+  done = subprocess.run(command, env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout)
+
+
+def test_losses_and_gradient_do_not_depend_on_the_mesh(result):
+  alone = result["losses"].pop("(1, 1, 1)")
+  assert len(result["losses"]) == 4
+  assert alone[2][0] < alone[0][0]  # it learns, so that equal steps mean equal updates
+  for losses in result["losses"].values():
+    np.testing.assert_allclose(losses, alone, rtol=1e-5)
+  result["losses"]["(1, 1, 1)"] = alone
+
+
+def test_weights_are_cut_over_fsdp_and_model(result):
+  assert result["share"] == 1 / 4
+
+
+def test_a_run_goes_on_on_another_mesh(result):
+  """Restored bit for bit, and the next step is the one that the first mesh would have taken."""
+  assert result["same_bits"] == {"(1, 1, 1)": True, "(1, 4, 2)": True}
+  for losses in result["restored"].values():
+    np.testing.assert_allclose(losses, result["losses"]["(2, 2, 2)"][2], rtol=1e-5)
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(result):
+  assert "mesh.data x mesh.fsdp x mesh.model = 2 x 2 x 1 does not equal the 8 cpu device(s)" in result["refused"]
