@@ -1,0 +1,230 @@
+"""Painting: the cache, the batch and the padding change nothing; guidance, seeds and noise mean what they say."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import jflow
+from jflow import flow
+from jflow.data.tokenizer import Tokenizer
+from jflow.errors import UserError
+from jflow.inference import painting
+from jflow.inference.pipeline import Pipeline, to_image
+from jflow.training.checkpoint import save_params
+
+MODEL, STEPS = tiny.model(), 3
+LATENTS = (tiny.CONFIG.latent_size, tiny.CONFIG.latent_size, tiny.CONFIG.autoencoder.latent_channels)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+  return Tokenizer.load(str(tiny.TOKENIZER))
+
+
+@pytest.fixture(scope="module")
+def pipeline(tokenizer) -> Pipeline:
+  return Pipeline(MODEL, tiny.params(), tokenizer, "plain")
+
+
+def _prompts(*lengths: int) -> list[np.ndarray]:
+  return [np.random.default_rng(n).integers(10, tiny.VOCABULARY, n).astype(np.int32) for n in lengths]
+
+
+def _noise(*seeds: int) -> np.ndarray:
+  return np.stack([np.random.default_rng(seed).standard_normal(LATENTS).astype(np.float32) for seed in seeds])
+
+
+def _paint(
+  prompts, noise, slots: int, guidance=2.0, guided=True, release=False, interval=(0.0, 1.0), pad=0
+) -> np.ndarray:
+  tokens = np.full((len(prompts), slots), pad, np.int32)
+  for row, prompt in zip(tokens, prompts):
+    row[: len(prompt)] = prompt
+  lengths = np.asarray([len(p) for p in prompts], np.int32)
+  out = painting.paint(
+    MODEL, tiny.params(), tokens, lengths, noise, flow.time_grid(STEPS), jnp.float32(guidance),
+    jnp.asarray(interval, jnp.float32), solver="euler", guided=guided, release=release,
+  )  # fmt: skip
+  return np.asarray(out)
+
+
+def _close(a: np.ndarray, b: np.ndarray, tolerance: float = 1e-5) -> None:
+  assert np.abs(b).max() > 0.1
+  np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1.0, np.abs(b).max()))
+
+
+@functools.partial(jax.jit, static_argnames="visible")
+def _velocity(params, prompt, z, time, visible: int):
+  """The velocity by one pass over the whole sequence, of which the first `visible` prompt tokens are there."""
+  apply = functools.partial(MODEL.apply, {"params": params})
+  slots, skip, time_D = apply(z[None], time[None], method="write_slots")
+  x = jnp.concatenate([apply(prompt[None, :visible], method="embed"), slots], axis=1)
+  positions = jnp.concatenate([jnp.arange(visible), len(prompt) + jnp.arange(slots.shape[1])])[None]
+  hidden = apply(x, positions, jnp.ones_like(positions), method="backbone").hidden
+  return apply(hidden[:, visible + 1 :], skip, time_D, method="velocity")[0]
+
+
+@pytest.mark.parametrize("guidance", [2.0, 0.0])
+def test_the_cache_equals_whole_passes(guidance):
+  """Eq. 5 written out: the empty prompt keeps BOS, and the picture keeps its positions."""
+  (prompt,), noise = _prompts(6), _noise(1)
+  z = jnp.asarray(noise[0])
+  for k in range(STEPS):
+    time = jnp.float32(k / STEPS)
+    v, empty = (_velocity(tiny.params(), prompt, z, time, visible) for visible in (len(prompt), 1))
+    z = z + (guidance * v + (1 - guidance) * empty) / STEPS
+  want = MODEL.apply({"params": tiny.params()}, z[None], method="decode")
+  _close(_paint([prompt], noise, 32, guidance), np.asarray(want))
+
+
+def test_a_picture_depends_on_nothing_beside_it():
+  """In a batch with longer prompts, padded further, with other ids in the padding: the same picture."""
+  prompts, noise = _prompts(3, 40, 12), _noise(1, 2, 3)
+  together = _paint(prompts, noise, 64, pad=7)
+  for i, slots in enumerate((32, 64, 32)):
+    _close(together[i : i + 1], _paint(prompts[i : i + 1], noise[i : i + 1], slots))
+
+
+def test_guidance_1_equals_no_guidance():
+  prompts, noise = _prompts(6), _noise(1)
+  plain = _paint(prompts, noise, 32, guided=False)
+  _close(_paint(prompts, noise, 32, guidance=1.0), plain)
+  _close(_paint(prompts, noise, 32, guidance=5.0, interval=(0.99, 1.0)), plain)  # no step starts there
+  assert np.abs(_paint(prompts, noise, 32, guidance=5.0) - plain).max() > 0.01
+
+
+def test_guidance_0_ignores_the_prompt():
+  prompt = _prompts(6)[0]
+  other = np.append(prompt[:1], prompt[1:][::-1]).astype(np.int32)  # the same BOS and length
+  _close(_paint([prompt], _noise(1), 32, guidance=0.0), _paint([other], _noise(1), 32, guidance=0.0))
+  assert np.abs(_paint([prompt], _noise(1), 32) - _paint([other], _noise(1), 32)).max() > 0.01
+
+
+def test_release_precision_is_coarser_and_near():
+  prompts, noise = _prompts(6), _noise(1)
+  exact, release = _paint(prompts, noise, 32), _paint(prompts, noise, 32, release=True)
+  difference = np.abs(release - exact).max()
+  assert 1e-5 < difference < 0.1 * np.abs(exact).max()
+
+
+def test_pixels_are_clipped_and_truncated():
+  values = np.array([-9.0, -1.0, 0.0, 0.999, 1.0, 9.0], np.float32)
+  pixels = np.asarray(to_image(np.broadcast_to(values[:, None], (1, 6, 3))))
+  assert pixels[0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
+
+
+# --- Pipeline.generate ------------------------------------------------------------------------------------
+
+
+def _bytes(images) -> list[bytes]:
+  return [image.tobytes() for image in images]
+
+
+def test_picture_j_starts_from_seed_plus_j(pipeline):
+  """Whatever the batch: alone, two at once, or from noise that is passed in."""
+  seen = []
+  options = dict(steps=STEPS, batch_size=1)
+  many = pipeline.generate(
+    "a red circle", seed=5, num_images=3, progress=lambda *x: seen.append(x), **options
+  )
+  assert seen == [(1, 3), (2, 3), (3, 3)]
+  assert [image.size for image in many] == [(16, 16)] * 3 and len(set(_bytes(many))) == 3
+  single = [pipeline.generate("a red circle", seed=5 + j, **options)[0] for j in range(3)]
+  assert _bytes(single) == _bytes(many)
+  noise = np.stack([jax.random.normal(jax.random.key(5 + j), LATENTS) for j in range(3)]).transpose(
+    0, 3, 1, 2
+  )
+  assert _bytes(pipeline.generate("a red circle", seed=9, num_images=3, noise=noise, **options)) == _bytes(
+    many
+  )
+
+
+def test_pictures_come_prompt_by_prompt(pipeline):
+  options = dict(steps=STEPS, seed=2, batch_size=1)
+  both = pipeline.generate(["a red circle", "two blue stars"], num_images=2, **options)
+  apart = [
+    x for p in ("a red circle", "two blue stars") for x in pipeline.generate(p, num_images=2, **options)
+  ]
+  assert _bytes(both) == _bytes(apart)
+  batched = pipeline.generate(
+    ["a red circle", "two blue stars"], num_images=2, steps=STEPS, seed=2, batch_size=3
+  )
+  for a, b in zip(batched, both):  # another program: float rounding may tip a pixel over one level
+    assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 1
+
+
+def test_the_longest_prompt_that_fits_and_one_more(pipeline, tokenizer):
+  room = tiny.CONFIG.language_model.context - 1 - tiny.CONFIG.patches
+  word = " red"
+  while len(tokenizer.encode("a" + word)) + 1 < room:
+    word += " red"
+  assert len(tokenizer.encode("a" + word)) + 1 == room
+  assert len(pipeline.generate("a" + word, steps=STEPS, guidance=1.0)) == 1
+  with pytest.raises(
+    UserError, match=f"the prompt has {room + 1} tokens, and the context holds {room}: shorten it"
+  ):
+    pipeline.generate("a" + word + " red", steps=STEPS)
+
+
+@pytest.mark.parametrize(
+  "arguments, named",
+  [
+    (dict(prompts=[]), "at least one prompt"),
+    (dict(prompts="  "), "the prompt is empty"),
+    (dict(prompts=["a star", ""]), "the prompt is empty"),
+    (dict(steps=0), "steps=0 must be at least 1"),
+    (dict(guidance=float("nan")), "guidance=nan "),
+    (dict(guidance=float("inf")), "guidance=inf "),
+    (dict(guidance=0.5), "guidance=0.5 must be at least 1"),
+    (dict(guidance=-1.0), "guidance=-1.0 "),
+    (dict(seed=-1), "seed=-1 "),
+    (dict(seed=2**32), "seed=4294967296 "),
+    (dict(num_images=0), "num_images=0 must be at least 1"),
+    (dict(batch_size=0), "batch_size=0 must be at least 1"),
+    (dict(solver="rk45"), "solver='rk45' must be one of euler, heun, midpoint"),
+    (dict(shift=0.0), "shift=0.0 must be positive"),
+    (dict(interval=(0.8, 0.2)), r"interval=\(0.8, 0.2\) "),
+    (dict(interval=(0.0, float("nan"))), "interval="),
+    (dict(precision="half"), "precision='half' must be 'exact' or 'release'"),
+    (dict(precision="release", solver="heun"), "precision='release' goes with solver='euler'"),
+    (dict(noise=np.zeros((1, 8, 8, 4))), r"noise has shape \(1, 8, 8, 4\), it must be \(1, 4, 8, 8\)"),
+  ],
+)
+def test_bad_input_is_named(pipeline, arguments, named):
+  with pytest.raises(UserError, match=named):
+    pipeline.generate(**(dict(prompts="a star") | arguments))
+
+
+def test_a_checkpoint_without_a_vae_says_how_to_give_one(tokenizer):
+  with pytest.raises(UserError, match="--vae=DIR"):
+    Pipeline(MODEL, tiny.params(), tokenizer, "plain", can_paint=False).generate("a star")
+
+
+# --- jflow.load -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, tokenizer):
+  workdir = tmp_path_factory.mktemp("load") / "run"
+  config = {"model": tiny.CONFIG.to_dict(), "data": {"template": "plain"}}
+  save_params(workdir, jax.tree.map(np.asarray, tiny.params()), config, tokenizer)
+  return workdir
+
+
+@pytest.mark.smoke
+def test_a_loaded_model_paints_as_the_one_that_was_saved(workdir, pipeline):
+  ours = jflow.load(workdir, dtype="float32").generate("a red circle", steps=STEPS)
+  assert _bytes(ours) == _bytes(pipeline.generate("a red circle", steps=STEPS))
+
+
+def test_load_says_what_is_wrong(workdir, tmp_path):
+  with pytest.raises(UserError, match="nowhere is not a directory"):
+    jflow.load(tmp_path / "nowhere")
+  with pytest.raises(UserError, match="dtype='int8' must be"):
+    jflow.load(workdir, dtype="int8")
+  with pytest.raises(UserError, match="weights='best' must be"):
+    jflow.load(workdir, weights="best")
