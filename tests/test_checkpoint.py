@@ -28,9 +28,13 @@ def _state(step: int = 0, seed: int = 0) -> TrainState:
   rng = np.random.default_rng([seed, step])
   normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
   state = TrainState.create(
-    {"head": {"kernel": normal(7, 5)}, "scale": normal(3)}, {"tower": normal(4, 4).astype(jnp.bfloat16)}, OPTIMIZER
+    {"head": {"kernel": normal(7, 5)}, "scale": normal(3)},
+    {"tower": normal(4, 4).astype(jnp.bfloat16)},
+    OPTIMIZER,
   )
-  moved = jax.tree.map(lambda x: x + 1 if x.dtype == jnp.int32 else normal(*x.shape), (state.ema, state.optimizer))
+  moved = jax.tree.map(
+    lambda x: x + 1 if x.dtype == jnp.int32 else normal(*x.shape), (state.ema, state.optimizer)
+  )
   return state.replace(
     ema=moved[0], optimizer=moved[1], step=jnp.asarray(step, jnp.int32), skipped=jnp.asarray(step + 5, jnp.int32),
     skipped_in_a_row=jnp.asarray(2, jnp.int32),
@@ -44,7 +48,9 @@ def _abstract(state: TrainState) -> TrainState:
 def _assert_same(a: TrainState, b: TrainState) -> None:
   assert jax.tree.structure(a) == jax.tree.structure(b)
   for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b)):
-    assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes(), jax.tree_util.keystr(path)
+    assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes(), jax.tree_util.keystr(
+      path
+    )
 
 
 def _save(directory: pathlib.Path, *steps: int, keep: int = 10) -> None:
@@ -63,7 +69,9 @@ def saved(tmp_path_factory) -> pathlib.Path:
   """A run with steps 2 and 4. Tests that harm it take a copy."""
   directory = tmp_path_factory.mktemp("run") / "checkpoints"
   _save(directory, 2, 4)
-  (directory.parent / "config.json").write_text(json.dumps({"model": {"width": 1}, "data": {"template": "plain"}}))
+  (directory.parent / "config.json").write_text(
+    json.dumps({"model": {"width": 1}, "data": {"template": "plain"}})
+  )
   return directory
 
 
@@ -148,7 +156,9 @@ def test_a_cut_or_missing_file_is_found(copy):
   assert checkpoint.damage(copy / "4") is None
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": {"bytes": 1}}}', "null"])
+@pytest.mark.parametrize(
+  "text", ["[]", "{}", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": {"bytes": 1}}}', "null"]
+)
 def test_a_manifest_that_says_something_else_is_unreadable(copy, text):
   (copy / "4" / checkpoint.MANIFEST).write_text(text)
   assert checkpoint.damage(copy / "4") == "manifest.json is unreadable"
@@ -196,7 +206,9 @@ def test_a_damaged_later_step_does_not_push_out_a_good_one(copy):
   _assert_same(_restore(copy), _state(3))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax, which drops a future
+@pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # of Orbax, which drops a future
 def test_a_checkpoint_of_another_model_is_refused(saved):
   other = _state()
   other = other.replace(trained={"head": {"kernel": jnp.zeros((9, 5))}, "scale": jnp.zeros(3)})
@@ -311,7 +323,9 @@ def test_a_workdir_with_another_config_names_the_field(tmp_path):
 
 def test_what_does_not_change_the_run_may_change(tmp_path):
   setup.settle_config(tmp_path, tiny.configuration())
-  setup.settle_config(tmp_path, tiny.configuration(train=dict(steps=900), checkpoint=dict(keep=9), mesh=dict(data=4)))
+  setup.settle_config(
+    tmp_path, tiny.configuration(train=dict(steps=900), checkpoint=dict(keep=9), mesh=dict(data=4))
+  )
   assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 900
 
 

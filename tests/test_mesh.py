@@ -13,8 +13,16 @@ import tiny
 @pytest.fixture(scope="module")
 def result(tmp_path_factory) -> dict:
   flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": f"{tiny.ROOT}:{tiny.ROOT / 'tests'}"}
-  command = [sys.executable, str(tiny.ROOT / "tests" / "mesh_worker.py"), str(tmp_path_factory.mktemp("mesh"))]
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": flags,
+    "PYTHONPATH": f"{tiny.ROOT}:{tiny.ROOT / 'tests'}",
+  }
+  command = [
+    sys.executable,
+    str(tiny.ROOT / "tests" / "mesh_worker.py"),
+    str(tmp_path_factory.mktemp("mesh")),
+  ]
   done = subprocess.run(command, env=environment, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout)
@@ -41,4 +49,6 @@ def test_a_run_goes_on_on_another_mesh(result):
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(result):
-  assert "mesh.data x mesh.fsdp x mesh.model = 2 x 2 x 1 does not equal the 8 cpu device(s)" in result["refused"]
+  assert (
+    "mesh.data x mesh.fsdp x mesh.model = 2 x 2 x 1 does not equal the 8 cpu device(s)" in result["refused"]
+  )

@@ -1,4 +1,4 @@
-"""Training as a user runs it: killed and resumed runs equal an uninterrupted one, stages hand over, bad configs."""
+"""Training as a user runs it: killed runs equal uninterrupted ones, stages hand over, bad configs are named."""
 
 import json
 import os
@@ -35,7 +35,11 @@ SMALL = (
 
 
 def _environment() -> dict[str, str]:
-  return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XLA_FLAGS": QUICK}
+  return os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "XLA_FLAGS": QUICK,
+  }
 
 
 def _command(stage: int, workdir: pathlib.Path, cache: str, steps: int, *fields: str) -> list[str]:
@@ -51,7 +55,9 @@ def _train(*args) -> subprocess.CompletedProcess:
   return done
 
 
-def _interrupt(command: list[str], workdir: pathlib.Path, signum: int, when: Callable[[], bool]) -> tuple[int, str]:
+def _interrupt(
+  command: list[str], workdir: pathlib.Path, signum: int, when: Callable[[], bool]
+) -> tuple[int, str]:
   """Starts a run, sends a signal as soon as `when` holds; returns (exit code, stderr)."""
   errors = workdir.with_suffix(".stderr")
   with open(errors, "w") as file:
