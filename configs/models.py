@@ -103,7 +103,7 @@ def shapes() -> dict:
       vocabulary_size=1024,
       width=128,
       mlp_width=352,
-      layers=6,
+      layers=4,
       heads=2,
       kv_heads=2,
       head_width=64,
