@@ -21,6 +21,7 @@ from jflow.errors import UserError
 from jflow.models.config import JanusFlowConfig
 from jflow.models.janusflow import Draws
 from jflow.models.llm import Cache
+from jflow.models.vae import PatchPCA
 
 CONFIG = tiny.CONFIG
 RNG = np.random.default_rng(0)
@@ -219,6 +220,18 @@ def test_losses_not_asked_for_are_zero_and_the_others_unchanged():
   whole = sums(batch, draws)
   text = tiny.loss_sums(tiny.model(), tiny.params(), batch, draws, ("text",))
   close(text._asdict(), {"text": whole["text"], "flow": 0.0, "alignment": 0.0, "contrastive": 0.0})
+
+
+def test_latents_are_scaled_after_encoding_and_before_decoding(monkeypatch):
+  """Mean, standard deviation and decoder of an autoencoder that knows nothing of the factor (0.5 here)."""
+  mean, log_variance = RNG.standard_normal((2, 1, 8, 8, 4)).astype(np.float32)
+  monkeypatch.setattr(PatchPCA, "encode", lambda self, pixels: (jnp.asarray(mean), jnp.asarray(log_variance)))
+  monkeypatch.setattr(PatchPCA, "decode", lambda self, latents: latents)
+  apply = functools.partial(tiny.model().apply, {"params": tiny.params()})
+  scaled, deviation = apply(np.zeros((1, 16, 16, 3), np.float32), method="posterior")
+  np.testing.assert_allclose(scaled, 0.5 * mean, rtol=1e-6)
+  np.testing.assert_allclose(deviation, 0.5 * np.sqrt(np.exp(log_variance)), rtol=1e-5)
+  np.testing.assert_allclose(apply(scaled, method="decode"), mean, rtol=1e-6)
 
 
 # --- the dropped prompt ------------------------------------------------------------------------------
