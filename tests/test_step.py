@@ -54,7 +54,6 @@ def adam(state):
   return next(filter(is_adam, jax.tree.leaves(state.optimizer, is_leaf=is_adam)))
 
 
-@pytest.mark.smoke
 def test_losses_are_sums_over_counts_of_the_whole_batch():
   """Under the draws of (seed, step); `loss` weighs them by the objective's weights."""
   batch, (_, metrics) = tiny.mixed(), first_step()
