@@ -1,15 +1,22 @@
 """`jflow.load`: opens an official or a jflow checkpoint directory for inference."""
 
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from flax.traverse_util import flatten_dict
+
+from jflow import sharding
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.inference.pipeline import Pipeline
 from jflow.interop.checkpoints import read_checkpoint
 from jflow.models.janusflow import JanusFlow
+from jflow.training.setup import initial_params
+
+_NOT_NEEDED = ("vae/", "alignment_head/", "contrastive_head/")  # to answer; `Pipeline.generate` asks for the VAE
 
 
 def load(path: str | pathlib.Path, *, vae: str | pathlib.Path | None = None, dtype: str | None = None, weights: str = "ema") -> Pipeline:
@@ -38,4 +45,19 @@ def load(path: str | pathlib.Path, *, vae: str | pathlib.Path | None = None, dty
     )
   compute = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
   model = JanusFlow(found.config, compute, remat="none", unroll=1)
+  _check_params(path, model, found.params)
   return Pipeline(model, found.params, tokenizer, found.template, found.has_vae)
+
+
+def _check_params(path: str | pathlib.Path, model: JanusFlow, params: Any) -> None:
+  """Compares the parameters with what config.json describes, by name and shape, without computing anything."""
+  present = flatten_dict(params, sep="/")
+  wanted = flatten_dict(sharding.unbox(jax.eval_shape(lambda: initial_params(model, 0))), sep="/")
+  for name, want in wanted.items():
+    if name not in present and not name.startswith(_NOT_NEEDED):
+      raise UserError(f"checkpoint {path} lacks {name}, which its config.json asks for: another model?")
+    if name in present and present[name].shape != want.shape:
+      raise UserError(
+        f"checkpoint {path}: {name} has shape {tuple(present[name].shape)}, its config.json asks for {want.shape}: "
+        "another model?"
+      )

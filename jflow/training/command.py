@@ -35,10 +35,13 @@ def load_config(arguments: list[str]) -> dict[str, Any]:
   if root not in sys.path:
     sys.path.insert(0, root)  # so that a config can import its siblings from any working directory
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", flag_values=values)
+  arguments = ["jflow", *arguments]
+  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
   try:
-    rest = values(["jflow", *arguments])
-  except (flags.Error, AttributeError, KeyError, ValueError, TypeError, SyntaxError) as error:
+    rest = values(arguments)
+  except (AttributeError, KeyError) as error:
+    raise UserError(f"{file}: unknown field {' '.join(str(error.args[0]).split())}") from error
+  except (flags.Error, ValueError, TypeError, SyntaxError) as error:
     raise UserError(f"{file}: {' '.join(str(error).split())}") from error
   if rest[1:]:
     raise UserError(f"unknown argument {rest[1]!r}; fields are set as --config.FIELD=VALUE")
