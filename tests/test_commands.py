@@ -1,0 +1,260 @@
+"""The command line: a mistake gets one line and exit code 2, help answers, good commands do what they say."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import official_checkpoint
+import pytest
+import tiny
+from PIL import Image
+
+from jflow.__main__ import COMMANDS, main
+from jflow.data.tokenizer import Tokenizer
+from jflow.training.checkpoint import save_params
+
+CONFIG = f"{tiny.ROOT}/configs/stage2.py:tiny"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> pathlib.Path:
+  """A jflow checkpoint of the tiny model."""
+  workdir = tmp_path_factory.mktemp("model") / "run"
+  config = {"model": tiny.CONFIG.to_dict(), "data": {"template": "plain"}}
+  params = jax.tree.map(np.asarray, tiny.params())
+  save_params(workdir, params, config, Tokenizer.load(str(tiny.TOKENIZER)))
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory) -> pathlib.Path:
+  path = tmp_path_factory.mktemp("picture") / "a.png"
+  Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)).save(path)
+  return path
+
+
+def _run(capsys, *argv) -> tuple[int, str, str]:
+  """Runs a command in this process; an exception other than SystemExit would be a traceback, and fails."""
+  try:
+    code = main([str(a) for a in argv])
+  except SystemExit as exit:
+    code = exit.code
+  out = capsys.readouterr()
+  return code or 0, out.out, out.err
+
+
+def _refused(capsys, *argv) -> str:
+  """The one line that a mistake gets; of argparse, the last line below its usage."""
+  code, out, err = _run(capsys, *argv)
+  assert code == 2 and out == ""
+  lines = err.splitlines()
+  if lines[0].startswith("usage:"):
+    assert ": error: " in lines[-1]
+    return lines[-1]
+  assert len(lines) == 1 and lines[0].startswith("jflow: "), err
+  return lines[0]
+
+
+# --- as a process -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+  "arguments, said",
+  [
+    (
+      ["paint"],
+      "jflow: unknown command 'paint'; known: prepare, train, generate, understand, convert, parity",
+    ),
+    (
+      ["understand", "--checkpoint=x", "--question=q", "--image=no.png"],
+      "jflow: image no.png cannot be read: ",
+    ),
+    (
+      ["train", f"--config={CONFIG}", "--workdir=w", "--config.train.stepz=3"],
+      f"jflow: {tiny.ROOT}/configs/stage2.py: unknown field 'stepz' Did you mean \"steps\"",
+    ),
+  ],
+)
+def test_a_mistake_ends_the_process_with_code_2_and_one_line(tmp_path, arguments, said):
+  environment = os.environ | {"PYTHONPATH": str(tiny.ROOT), "JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, "-m", "jflow", *arguments]
+  done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+  assert (done.returncode, done.stdout) == (2, "")
+  assert done.stderr.startswith(said) and done.stderr.count("\n") == 1
+  assert not list(tmp_path.iterdir())
+
+
+# --- every command ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_a_command(capsys, command):
+  code, out, err = _run(capsys, command, "--help")
+  assert code == 0 and err == ""
+  assert out.startswith(f"usage: python -m jflow {command} ") and len(out.splitlines()) > 5
+
+
+def test_help_lists_the_commands(capsys):
+  code, out, err = _run(capsys, "--help")
+  assert code == 0 and err == "" and all(f"  {command} " in out for command in COMMANDS)
+  code, out, _ = _run(capsys)
+  assert code == 2 and out.startswith("usage:")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_unknown_flag_is_refused(capsys, command):
+  assert "jflow" in _refused(capsys, command, "--no_such_flag=1")
+
+
+# --- generate and understand ------------------------------------------------------------------------------
+
+
+def test_a_missing_or_unreadable_image(capsys, model, picture, tmp_path):
+  ask = lambda file: _refused(
+    capsys, "understand", f"--checkpoint={model}", "--question=q", f"--image={file}"
+  )
+  assert f"{tmp_path / 'no.png'} cannot be read: No such file" in ask(tmp_path / "no.png")
+  assert "cannot be read: Is a directory" in ask(tmp_path)
+  (tmp_path / "text.png").write_text("no picture")
+  assert "text.png is not a readable PNG, JPEG or WebP image" in ask(tmp_path / "text.png")
+  (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:200])
+  assert "cut.png is not a readable PNG" in ask(tmp_path / "cut.png")
+  (tmp_path / "empty.png").write_bytes(b"")
+  assert "empty.png is not a readable PNG" in ask(tmp_path / "empty.png")
+
+
+def test_a_prompt_longer_than_the_context(capsys, model, tmp_path):
+  long = "red " * 200
+  generate = ("generate", f"--checkpoint={model}", f"--output={tmp_path}")
+  assert "and the context holds 111: shorten it" in _refused(capsys, *generate, f"--prompt={long}")
+  understand = ("understand", f"--checkpoint={model}")
+  assert "and the context holds 127: shorten it" in _refused(capsys, *understand, f"--question={long}")
+
+
+@pytest.mark.parametrize(
+  "flags, said",
+  [
+    ([], "give --prompt=TEXT, or --prompts=FILE"),
+    (["--prompts=no.txt"], "--prompts=no.txt cannot be read as UTF-8 text"),
+    (["--prompt= "], "the prompt is empty"),
+    (["--prompt=a", "--steps=0"], "steps=0 must be at least 1"),
+    (["--prompt=a", "--steps=many"], "argument --steps: invalid int value"),
+    (["--prompt=a", "--guidance=nan"], "guidance=nan"),
+    (["--prompt=a", "--num_images=0"], "num_images=0 must be at least 1"),
+    (["--prompt=a", "--solver=rk45"], "solver='rk45' must be one of"),
+    (["--prompt=a", "--precision=half"], "precision='half' must be"),
+    (["--prompt=a", "--json=/dev/null/x/y.json"], "--json: directory /dev/null/x cannot be made"),
+    (["--prompt=a", "--output=/dev/null/x"], "--output: directory /dev/null/x cannot be made"),
+    (["--prompt=a", "--checkpoint=nowhere"], "checkpoint nowhere is not a directory"),
+    (["--prompt=a", "--checkpoint=."], ". is no jflow checkpoint: it holds no checkpoints/ folder"),
+  ],
+)
+def test_generate_refuses(capsys, model, tmp_path, monkeypatch, flags, said):
+  monkeypatch.chdir(tmp_path)
+  assert said in _refused(capsys, "generate", f"--checkpoint={model}", "--output=out", *flags)
+
+
+def test_a_checkpoint_of_another_model(capsys, model, tmp_path):
+  """config.json of one model beside the weights of another: in jflow's layout and in the published one."""
+  mixed = pathlib.Path(shutil.copytree(model, tmp_path / "mixed"))
+  config = json.loads((mixed / "config.json").read_text())
+  config["model"]["language_model"]["mlp_width"] = 40
+  (mixed / "config.json").write_text(json.dumps(config))
+  said = _refused(capsys, "understand", f"--checkpoint={mixed}", "--question=q")
+  assert "mlp/down/kernel has shape (2, 48, 32), its config.json asks for (2, 40, 32)" in said
+
+  config["model"]["language_model"]["hight"] = 1
+  (mixed / "config.json").write_text(json.dumps(config))
+  said = _refused(capsys, "understand", f"--checkpoint={mixed}", "--question=q")
+  assert "unknown field model.language_model.hight" in said
+
+  official = official_checkpoint.write(tmp_path / "official", tokenizer=True)
+  config = json.loads((official / "config.json").read_text())
+  config["language_config"]["intermediate_size"] += 8
+  (official / "config.json").write_text(json.dumps(config))
+  assert "has the shape" in _refused(capsys, "understand", f"--checkpoint={official}", "--question=q")
+
+
+def test_a_damaged_checkpoint(capsys, model, tmp_path):
+  damaged = pathlib.Path(shutil.copytree(model, tmp_path / "damaged"))
+  (damaged / "checkpoints" / "0" / "manifest.json").unlink()
+  argv = ("generate", "--prompt=a", f"--output={tmp_path / 'out'}")
+  code, _, err = _run(capsys, *argv, f"--checkpoint={damaged}")
+  assert code == 2 and err.splitlines()[-1].endswith("holds no complete checkpoint yet")
+  assert "the save did not finish" in _refused(capsys, *argv, f"--checkpoint={damaged}/checkpoints/0")
+
+
+def test_generate_writes_pictures_a_sheet_and_what_it_did(capsys, model, tmp_path):
+  (tmp_path / "prompts.txt").write_text("a red circle\n\ntwo blue stars\n", encoding="utf-8")
+  out = tmp_path / "out"
+  code, said, err = _run(
+    capsys, "generate", f"--checkpoint={model}", f"--prompts={tmp_path / 'prompts.txt'}", f"--output={out}",
+    "--steps=3", "--num_images=2", "--seed=4", "--batch_size=1", f"--json={out / 'log' / 'made.json'}",
+  )  # fmt: skip
+  assert code == 0 and err == ""
+  names = [f"{i:04d}_{j:02d}.png" for i in range(2) for j in range(2)]
+  assert sorted(p.name for p in out.glob("*.png")) == [*names, "sheet.png"] and str(out / "sheet.png") in said
+  assert all(Image.open(out / name).size == (16, 16) for name in names)
+  made = json.loads((out / "log" / "made.json").read_text())
+  assert made["function_evaluations"] == 3
+  assert [(p["file"], p["prompt"], p["seed"]) for p in made["pictures"]] == [
+    (names[0], "a red circle", 4), (names[1], "a red circle", 5),
+    (names[2], "two blue stars", 4), (names[3], "two blue stars", 5),
+  ]  # fmt: skip
+
+
+def test_understand_prints_the_answer(capsys, model, picture, tmp_path):
+  file = tmp_path / "answer.json"
+  flags = (f"--image={picture}", "--question=What is it?", "--max_tokens=5", f"--json={file}")
+  code, out, err = _run(capsys, "understand", f"--checkpoint={model}", *flags)
+  assert code == 0 and err == ""
+  made = json.loads(file.read_text())
+  assert made["answer"] == out.removesuffix("\n") and made["question"] == "What is it?"
+  assert made["images"] == [str(picture)]
+
+
+# --- train ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "flags, said",
+  [
+    (["--config.train.stepz=3"], "unknown field 'stepz'"),
+    (["--config.nothing=3"], "unknown field 'nothing'"),
+    (["--config.train.steps=many"], "steps"),
+    (["--config.optimizer.learning_rate=fast"], "learning_rate"),
+    (["--config=nowhere.py"], "config file nowhere.py does not exist"),
+    (
+      [f"--config={tiny.ROOT}/configs/stage2.py:huge"],
+      "unknown size 'huge'; choose one of 384, 256, tiny, shapes",
+    ),
+    (["--config.mesh.data=2"], "mesh.data x mesh.fsdp x mesh.model = 2 x 1 x 1 does not equal the "),
+    (["--config.mesh.fsdp=0"], "config.mesh.fsdp=0 must be at least 1"),
+    (["--config.train.accumulation=3"], "config.train.accumulation=3 must divide"),
+    (["--config.model.generation.patch_size=3"], "model.generation.patch_size=3"),
+    (["--config.data.tokenizer=nowhere"], "tokenizer.json not found"),
+    (["--config.optimizer.trained=('language_model',)"], "matches neither"),
+    (["--config.data.sources.text=()"], "data.sources.text is empty"),
+    (["--config.train.init_from=nowhere"], "checkpoint nowhere is not a directory"),
+    (["--workdir=/dev/null/run"], "workdir /dev/null/run cannot be written"),
+  ],
+)
+def test_train_refuses(capsys, tmp_path, monkeypatch, flags, said):
+  monkeypatch.chdir(tmp_path)
+  fields = ("--config.data.shapes.size=20", "--config.compute.compilation_cache=")
+  named = [] if any(flag.startswith("--config=") for flag in flags) else [f"--config={CONFIG}"]
+  assert said in _refused(capsys, "train", *named, "--workdir=run", *fields, *flags)
+
+
+def test_a_workdir_that_holds_another_config(capsys, tmp_path):
+  start = ("train", f"--config={CONFIG}", f"--workdir={tmp_path}", "--config.train.init_from=nowhere")
+  fields = ("--config.data.shapes.size=20", "--config.compute.compilation_cache=")
+  _refused(capsys, *start, *fields)  # far enough to have written config.json
+  said = _refused(capsys, *start, *fields, "--config.train.batch_size=4")
+  assert f"workdir {tmp_path} holds a run with train.batch_size=8, now 4" in said
