@@ -1,4 +1,4 @@
-"""Runs three steps on several meshes over eight virtual CPU devices; prints what test_mesh.py compares, as JSON.
+"""Runs three steps on several meshes over eight virtual CPU devices; prints what test_mesh.py compares.
 
 A process of its own, since the number of devices is fixed when jax starts.
 """
@@ -50,7 +50,7 @@ class Run:
 
 
 def main(directory: pathlib.Path) -> dict:
-  """Returns losses per mesh, the shares of two weights that one device holds, and losses after a change of mesh."""
+  """Returns losses per mesh, the share of a weight on one device, and losses after a change of mesh."""
   rows = [tiny.mixed(), tiny.mixed()._replace(tokens=tiny.mixed().tokens[:, ::-1].copy())]
   batch = jax.tree.map(lambda *x: np.concatenate(x), *rows)
   runs = {sizes: Run(sizes) for sizes in MESHES}

@@ -36,9 +36,12 @@ def _state(step: int = 0, seed: int = 0) -> TrainState:
     lambda x: x + 1 if x.dtype == jnp.int32 else normal(*x.shape), (state.ema, state.optimizer)
   )
   return state.replace(
-    ema=moved[0], optimizer=moved[1], step=jnp.asarray(step, jnp.int32), skipped=jnp.asarray(step + 5, jnp.int32),
+    ema=moved[0],
+    optimizer=moved[1],
+    step=jnp.asarray(step, jnp.int32),
+    skipped=jnp.asarray(step + 5, jnp.int32),
     skipped_in_a_row=jnp.asarray(2, jnp.int32),
-  )  # fmt: skip
+  )
 
 
 def _abstract(state: TrainState) -> TrainState:
@@ -284,8 +287,14 @@ def test_a_converted_checkpoint_comes_back_and_has_no_raw_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "text, field", [("{", "cannot be read"), ("[]", "model"), ('{"data": {"template": "x"}}', "model"), ('{"model": {"w": 1}}', "data.template")]
-)  # fmt: skip
+  "text, field",
+  [
+    ("{", "cannot be read"),
+    ("[]", "no field model"),
+    ('{"data": {"template": "x"}}', "no field model"),
+    ('{"model": {"w": 1}}', "no field data.template"),
+  ],
+)
 def test_a_wrong_config_file_is_named(tmp_path, text, field):
   (tmp_path / "config.json").write_text(text)
   with pytest.raises(UserError, match=f"config.json.*{field}"):

@@ -1,4 +1,4 @@
-"""Painting: the cache, the batch and the padding change nothing; guidance, seeds and noise mean what they say."""
+"""Painting: the cache, the batch and the padding change nothing; guidance, seed and noise keep their word."""
 
 import functools
 
@@ -59,7 +59,7 @@ def _close(a: np.ndarray, b: np.ndarray, tolerance: float = 1e-5) -> None:
 
 @functools.partial(jax.jit, static_argnames="visible")
 def _velocity(params, prompt, z, time, visible: int):
-  """The velocity by one pass over the whole sequence, of which the first `visible` prompt tokens are there."""
+  """The velocity by one pass over the whole sequence, with the first `visible` tokens of the prompt."""
   apply = functools.partial(MODEL.apply, {"params": params})
   slots, skip, time_D = apply(z[None], time[None], method="write_slots")
   x = jnp.concatenate([apply(prompt[None, :visible], method="embed"), slots], axis=1)

@@ -1,4 +1,4 @@
-"""Reading: greedy answers equal whole passes, the nucleus holds the right tokens, the stream is the answer."""
+"""Reading: greedy answers equal whole passes, the nucleus is the right set, the stream is the answer."""
 
 import functools
 import io
@@ -112,8 +112,9 @@ def _frequencies(temperature: float, top_p: float, draws: int = 4000) -> np.ndar
 
 
 @pytest.mark.parametrize(
-  "top_p, kept", [(0.01, [1]), (0.39, [1]), (0.5, [1, 4]), (0.69, [1, 4]), (0.8, [1, 2, 4]), (1.0, [0, 1, 2, 3, 4])]
-)  # fmt: skip
+  "top_p, kept",
+  [(0.01, [1]), (0.39, [1]), (0.5, [1, 4]), (0.69, [1, 4]), (0.8, [1, 2, 4]), (1.0, [0, 1, 2, 3, 4])],
+)
 def test_top_p_keeps_the_smallest_set_of_that_mass(top_p, kept):
   want = np.zeros(5)
   want[kept] = PROBABILITIES[kept] / PROBABILITIES[kept].sum()
