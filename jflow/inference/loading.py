@@ -16,7 +16,8 @@ from jflow.interop.checkpoints import read_checkpoint
 from jflow.models.janusflow import JanusFlow
 from jflow.training.setup import initial_params
 
-_NOT_NEEDED = ("vae/", "alignment_head/", "contrastive_head/")  # to answer; `Pipeline.generate` asks for the VAE
+# Parameters that may be missing: heads that serve training only, and the VAE, which `Pipeline.generate` asks for.
+_NOT_NEEDED = ("vae/", "alignment_head/", "contrastive_head/")
 
 
 def load(path: str | pathlib.Path, *, vae: str | pathlib.Path | None = None, dtype: str | None = None, weights: str = "ema") -> Pipeline:
@@ -50,14 +51,14 @@ def load(path: str | pathlib.Path, *, vae: str | pathlib.Path | None = None, dty
 
 
 def _check_params(path: str | pathlib.Path, model: JanusFlow, params: Any) -> None:
-  """Compares the parameters with what config.json describes, by name and shape, without computing anything."""
+  """Compares names and shapes of the parameters with what config.json describes."""
   present = flatten_dict(params, sep="/")
   wanted = flatten_dict(sharding.unbox(jax.eval_shape(lambda: initial_params(model, 0))), sep="/")
   for name, want in wanted.items():
     if name not in present and not name.startswith(_NOT_NEEDED):
       raise UserError(f"checkpoint {path} lacks {name}, which its config.json asks for: another model?")
     if name in present and present[name].shape != want.shape:
+      shape = tuple(present[name].shape)
       raise UserError(
-        f"checkpoint {path}: {name} has shape {tuple(present[name].shape)}, its config.json asks for {want.shape}: "
-        "another model?"
+        f"checkpoint {path}: {name} has shape {shape}, its config.json asks for {want.shape}: another model?"
       )

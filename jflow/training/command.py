@@ -40,6 +40,8 @@ def load_config(arguments: list[str]) -> dict[str, Any]:
   try:
     rest = values(arguments)
   except (AttributeError, KeyError) as error:
+    while error.__context__ is not None and error.__context__.__context__ is not None:
+      error = error.__context__  # each quotes the text of the one before; the second says "Did you mean"
     raise UserError(f"{file}: unknown field {' '.join(str(error.args[0]).split())}") from error
   except (flags.Error, ValueError, TypeError, SyntaxError) as error:
     raise UserError(f"{file}: {' '.join(str(error).split())}") from error
