@@ -16,7 +16,7 @@ from jflow.interop.checkpoints import read_checkpoint
 from jflow.models.janusflow import JanusFlow
 from jflow.training.setup import initial_params
 
-# Parameters that may be missing: heads that serve training only, and the VAE, which `Pipeline.generate` asks for.
+# May be missing: heads that serve training only, and the VAE, which `Pipeline.generate` asks for.
 _NOT_NEEDED = ("vae/", "alignment_head/", "contrastive_head/")
 
 
