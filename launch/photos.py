@@ -42,7 +42,7 @@ PHOTOS = {
 }  # fmt: skip
 
 
-def pixels(name: str) -> np.ndarray:
+def original(name: str) -> np.ndarray:
   """A photograph as it ships: uint8[H, W] or uint8[H, W, 3]."""
   if name in ("china", "flower"):
     return sklearn.datasets.load_sample_image(f"{name}.jpg")
@@ -55,7 +55,7 @@ def write_photos(folder: pathlib.Path) -> None:
   reading, painting = [], []
   for i, (name, (caption, questions)) in enumerate(PHOTOS.items()):
     file = f"{name}.{'jpg' if i % 2 else 'png'}"
-    Image.fromarray(pixels(name)).save(folder / file)
+    Image.fromarray(original(name)).save(folder / file)
     painting.append({"id": name, "image": file, "caption": caption})
     turns = []
     for question, answer in questions:
@@ -84,11 +84,12 @@ def main() -> int:
 
   model = jflow.load(out / "run")
   size = model.model.config.image_size
-  centre = {name: centre_square(file_of(out, name), size) for name in PHOTOS}
+  crops = {name: square_crops(file_of(out, name), size) for name in PHOTOS}
   painted = model.generate([caption for caption, _ in PHOTOS.values()], steps=30, guidance=2.0, seed=0)
   nearest = []
-  for image in painted:
-    distance = {n: float(np.mean((np.asarray(image, np.float32) - c.astype(np.float32)) ** 2)) for n, c in centre.items()}
+  for image in painted:  # training paints random square crops, so the distance is that to the nearest crop
+    pixels = np.asarray(image, np.float32)
+    distance = {name: float(((crop - pixels) ** 2).mean(axis=(1, 2, 3)).min()) for name, crop in crops.items()}
     nearest.append(min(distance, key=distance.get))
   right = sum(a == b for a, b in zip(nearest, PHOTOS))
 
@@ -103,10 +104,10 @@ def main() -> int:
       answers.append({"photo": name, "question": question, "answer": answer, "said": said})
   correct = sum(a["said"] == a["answer"] for a in answers)
 
-  pairs = [x for name, image in zip(PHOTOS, painted) for x in (Image.fromarray(centre[name]), image)]
+  pairs = [x for name, image in zip(PHOTOS, painted) for x in (Image.fromarray(crops[name][4].astype(np.uint8)), image)]
   captions = [x for caption, _ in PHOTOS.values() for x in ("photograph", caption)]
   contact_sheet(pairs, captions, columns=8, side=128).save(out / "painted.png")
-  result = {"painted": [right, len(PHOTOS)], "answered": [correct, len(answers)], "answers": answers}
+  result = {"painted": [right, len(PHOTOS)], "nearest": dict(zip(PHOTOS, nearest)), "answered": [correct, len(answers)], "answers": answers}
   (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
   print(f"painted: the nearest photograph is the right one for {right} of {len(PHOTOS)}")
   print(f"answered: {correct} of {len(answers)} questions word for word")
@@ -119,12 +120,15 @@ def file_of(out: pathlib.Path, name: str) -> pathlib.Path:
   return next((out / "photos").glob(f"{name}.*"))
 
 
-def centre_square(file: pathlib.Path, size: int) -> np.ndarray:
-  """The middle square of a written photograph, uint8[size, size, 3]."""
+def square_crops(file: pathlib.Path, size: int, count: int = 9) -> np.ndarray:
+  """Square crops of a written photograph, evenly along its long side; f32[count, size, size, 3], middle included."""
   image = Image.fromarray(images.decode(file.read_bytes()))
   side = min(image.size)
-  left, top = (image.width - side) // 2, (image.height - side) // 2
-  return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side)))
+  crops = []
+  for share in np.linspace(0.0, 1.0, count):
+    left, top = share * (image.width - side), share * (image.height - side)
+    crops.append(image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side)))
+  return np.stack([np.asarray(crop, np.float32) for crop in crops])
 
 
 if __name__ == "__main__":
