@@ -99,7 +99,7 @@ def base(size: str) -> ConfigDict:
     c.data.shapes.size = 2000
     c.train.steps = 20
   if size == "shapes":  # the stages set steps and rates: small models take a higher rate than table 1's
-    c.train.batch_size, c.data.row_tokens, c.data.row_images = 8, 256, 3
+    c.train.batch_size, c.data.row_tokens, c.data.row_images = 16, 256, 3
     c.optimizer.warmup_steps = 30
     c.data.shapes.size = 10_000
     c.data.shapes.tags = dict(

@@ -20,6 +20,5 @@ def get_config(size: str = "shapes"):
   c.optimizer.trained = ("language_model", "understanding_encoder", "contrastive_head")
   c.optimizer.frozen = tuple(p for p in base.NEW_PARTS if p != "alignment_head") + ("vae",)
   if c.size == "shapes":
-    c.train.batch_size = 16  # the sigmoid loss wants many pairs
     c.train.steps, c.optimizer.learning_rate = 300, 1e-3
   return c

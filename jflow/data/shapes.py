@@ -229,12 +229,12 @@ def questions(scene: Scene, rng: Rng) -> list[Question]:
 
 
 def _conversation(scene: Scene, rng: Rng) -> tuple[Turn, ...]:
-  """Returns one to three questions of different kinds about the same picture, with their answers."""
+  """Returns one to six questions of different kinds about the same picture, with their answers."""
   kinds: dict[str, list[Question]] = {}
   for question in questions(scene, rng):
     kinds.setdefault(question.kind, []).append(question)
   turns: list[Turn] = []
-  for kind in shuffled(rng, tuple(kinds))[:1 + int(rng.random() * 3)]:
+  for kind in shuffled(rng, tuple(kinds))[:1 + int(rng.random() * 6)]:
     question = pick(rng, kinds[kind])
     text = question.question
     if not turns:
