@@ -1,5 +1,6 @@
 """Weights both ways: bitwise round trips, the table against the model, and every kind of damaged input."""
 
+import dataclasses
 import json
 import pathlib
 import pickle
@@ -264,6 +265,14 @@ def test_any_patch_count_is_read_without_a_vae(image, patch, factor):
   values["vision_und_enc_config"]["params"] |= {"image_size": image, "patch_size": patch}
   config = official_config.config_from_official(values, "config.json", None)
   assert config.autoencoder.factor == factor and config.patches == (image // patch) ** 2
+
+
+@pytest.mark.parametrize("width, mlp_width", [(112, 976), (1152, 4304), (48, 96)])
+def test_the_mlp_width_survives_the_ratio_that_the_layout_keeps(width, mlp_width):
+  config = _full_config()
+  vision = dataclasses.replace(config.understanding_encoder, width=width, mlp_width=mlp_width)
+  values = official_config.config_to_official(dataclasses.replace(config, understanding_encoder=vision), "float32")
+  assert official_config.config_from_official(values, "config.json", None).understanding_encoder == vision
 
 
 def test_config_of_the_release_names_a_preset():

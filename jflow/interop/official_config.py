@@ -1,5 +1,6 @@
 """config.json of the published layout, of transformers' Llama and diffusers' AutoencoderKL: both ways."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -243,7 +244,10 @@ def config_to_official(c: JanusFlowConfig, dtype: str) -> dict[str, Any]:
     "select_feature": "same",
     "select_layer": -1,
   }
-  sizes = (vision.width, vision.layers, vision.heads, vision.patch_size, vision.mlp_width / vision.width)
+  ratio = vision.mlp_width / vision.width
+  if int(vision.width * ratio) < vision.mlp_width:  # both sides truncate the product
+    ratio = math.nextafter(ratio, math.inf)
+  sizes = (vision.width, vision.layers, vision.heads, vision.patch_size, ratio)
   if _SIGLIP.get(siglip["model_name"]) != sizes:
     siglip |= {"model_name": "siglip_custom"} | dict(
       zip(("width", "layers", "heads", "patch_size", "mlp_ratio"), sizes, strict=True)
