@@ -61,6 +61,15 @@ def test_the_golden_file_of_the_reference_passes(checkpoint, tmp_path, capsys):
   assert len(printed) == 14 and printed[-1] == "all 13 arrays agree within 1e-05"
 
 
+def test_the_json_file_may_lie_in_a_new_folder(tmp_path, capsys):
+  path = tmp_path / "a" / "b" / "report.json"
+  assert main(["parity", f"--processor={PROCESSOR}", f"--json={path}"]) == 0
+  assert json.loads(path.read_text())["passed"]
+  (tmp_path / "file").write_text("")
+  assert main(["parity", f"--processor={PROCESSOR}", f"--json={tmp_path / 'file' / 'report.json'}"]) == 2
+  assert "--json: directory" in capsys.readouterr().err
+
+
 def test_a_converted_checkpoint_passes_too(checkpoint, tmp_path):
   assert main(["convert", f"--input={checkpoint}", f"--output={tmp_path / 'jflow'}"]) == 0
   assert _run(tmp_path / "jflow", GOLDEN, tmp_path)[0] == 0

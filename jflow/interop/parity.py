@@ -21,6 +21,7 @@ import numpy as np
 from jflow import flow
 from jflow.errors import UserError
 from jflow.inference import reading
+from jflow.inference.files import make_directory
 from jflow.interop.checkpoints import read_checkpoint
 from jflow.interop.comparison import Line, line, read_golden, report
 from jflow.interop.processor_parity import compare_processor
@@ -273,6 +274,8 @@ def main(argv: Sequence[str]) -> int:
   args = p.parse_args(argv)
   if args.processor is not None and (args.checkpoint or args.golden):
     raise UserError("give --processor, or --checkpoint and --golden")
+  if args.json is not None:
+    make_directory(args.json.parent, "--json")
   if args.processor is not None:
     tolerance = 1e-6 if args.tolerance is None else args.tolerance
     lines = list(compare_processor(args.processor, tolerance))
