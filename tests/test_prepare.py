@@ -300,6 +300,7 @@ def test_mistakes_get_one_clear_line(folder, tmp_path):
   (folder / "broken.json").write_text("[1, ")
   with pytest.raises(UserError, match="broken.json: not valid JSON"):
     _run(folder, name="broken.json")
+  assert not list(folder.parent.glob("*.partial"))
 
 
 def test_a_directory_that_is_not_whole_is_refused(folder):

@@ -75,9 +75,9 @@ def prepare(
   }
   if format == "shapes":
     job.update(records=records, seed=seed, image_size=image_size)
+  parts = importer.parts()
   partial = output + ".partial"
   _open_partial(partial, job)
-  parts = importer.parts()
   reports = _run(importer, parts, partial, task, processes)
   summary = _summary(job, reports)
   total = summary["accepted"] + sum(summary["rejected"].values())
