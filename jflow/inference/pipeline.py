@@ -12,7 +12,7 @@ from PIL import Image
 from jflow import flow
 from jflow.data import examples, images
 from jflow.data.images import ImageError
-from jflow.data.tokenizer import Tokenizer
+from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from jflow.errors import UserError
 from jflow.inference import painting, reading
 from jflow.models.janusflow import JanusFlow
@@ -83,10 +83,10 @@ class Pipeline:
       start = [jax.random.normal(jax.random.key(seed + j), shape) for j in range(num_images)] * len(prompts)
       start = np.asarray(jnp.stack(start))
     else:
-      want = (len(ids), shape[2], shape[0], shape[1])
+      noise, want = np.asarray(noise, np.float32), (len(ids), shape[2], shape[0], shape[1])
       if noise.shape != want:
         raise UserError(f"noise has shape {noise.shape}, it must be {want} (pictures, channels, height, width)")
-      start = np.asarray(noise, np.float32).transpose(0, 2, 3, 1)
+      start = noise.transpose(0, 2, 3, 1)
     grid = flow.time_grid(steps, shift)
     out: list[Image.Image] = []
     for at in range(0, len(ids), batch_size):
@@ -138,7 +138,8 @@ class Pipeline:
 
     Args:
       messages: a question, or turns {"role": "user" | "assistant", "content": text}. "<image>" marks say where
-        the images stand; without any, they stand before the first question.
+        the images stand, or "<image_placeholder>" as in the published code; without any, they stand before the
+        first question.
       images: paths, encoded bytes, PIL images or uint8[H, W, 3] arrays.
       max_tokens: longest answer.
       temperature: 0 is greedy.
@@ -220,7 +221,10 @@ def _with_marks(messages: str | Sequence[Any], count: int) -> Sequence[Any]:
     m._asdict() | {"content": m.text} if hasattr(m, "_asdict") else dict(m) for m in messages
   ]  # fmt: skip
   mark = examples.IMAGE_MARK
-  if turns and count and not any(mark in str(t.get("content", "")) for t in turns):
+  marked = lambda mark: any(mark in str(t.get("content", "")) for t in turns)
+  if count and not marked(mark) and marked(published := SPECIAL_TOKENS["image"]):
+    return [t | {"content": str(t.get("content", "")).replace(published, mark)} for t in turns]
+  if turns and count and not marked(mark):
     turns[0] = turns[0] | {"content": mark * count + "\n" + str(turns[0].get("content", ""))}
   return turns
 
