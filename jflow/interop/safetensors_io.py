@@ -35,6 +35,7 @@ _OTHER_BYTES = {
 }
 _OTHER_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1}
 _MAX_HEADER = 100 * 2**20
+_WORTH_SAYING = 2**24  # bytes; less is read or written in a moment
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _EXPONENTS = {"F32": (np.uint32, 0x7F800000), "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00)}
 
@@ -289,7 +290,7 @@ def write(
 
 
 class Progress:
-  """Prints how far a reading or writing is, on stderr, every tenth of the way."""
+  """Prints how far a reading or writing is, on stderr, every tenth of the way; of small files, nothing."""
 
   def __init__(self, what: str, total: int):
     self._what, self._total, self._done, self._printed = what, max(total, 1), 0, -1
@@ -298,7 +299,7 @@ class Progress:
     """`count` more bytes are done."""
     self._done += count
     tenth = 10 * self._done // self._total
-    if tenth > self._printed:
+    if tenth > self._printed and self._total >= _WORTH_SAYING:
       self._printed = tenth
       total = self._total / 2**20
       print(f"{self._what}: {min(10 * tenth, 100)} % of {total:,.1f} MiB", file=sys.stderr, flush=True)
