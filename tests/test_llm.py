@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
+from jflow.models import llm as llm_module
 from jflow.models.llm import Block, Cache, LanguageModel, rope_tables, rotate
 
 LM = tiny.CONFIG.language_model
@@ -175,3 +176,26 @@ def test_logits_are_the_head_on_the_hidden_state():
   out = llm().apply(params(), X, method="logits")
   assert out.shape == (B, S, LM.vocabulary_size) and out.dtype == jnp.float32
   np.testing.assert_allclose(out, X @ np.asarray(params()["params"]["head"]["kernel"]), atol=1e-5)
+
+
+# --- the loss in blocks -----------------------------------------------------------------------------------
+
+
+def test_the_loss_in_blocks_is_the_loss_and_never_holds_the_logits_of_a_whole_row(monkeypatch):
+  targets = RNG.integers(0, LM.vocabulary_size, (B, S)).astype(np.int32)
+  mask = RNG.random((B, S)) < 0.7
+
+  def loss(variables, x):
+    return llm().apply(variables, x, targets, mask, method="next_token")
+
+  results, programs = [], []
+  for block in (S, 8, 9):  # whole; three blocks; a block that does not divide the row
+    monkeypatch.setattr(llm_module, "_LOSS_BLOCK", block)
+    step = jax.value_and_grad(loss, argnums=(0, 1))
+    results.append(jax.tree.leaves(step(params(), X)))
+    programs.append(str(jax.make_jaxpr(step)(params(), X)))
+  for result in results[1:]:
+    for ours, whole in zip(result, results[0], strict=True):
+      np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-5 * max(float(np.abs(whole).max()), 1e-6))
+  logits = f"f32[{B},{S},{LM.vocabulary_size}]"
+  assert [logits in program for program in programs] == [True, False, True]

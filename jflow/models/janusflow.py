@@ -191,7 +191,7 @@ class JanusFlow(nn.Module):
     zero = jnp.zeros((), jnp.float32)
     sums = Sums(zero, zero, zero, zero)
     if "text" in wanted:
-      nll = losses.next_token(self.logits(out.hidden), batch.targets, batch.loss_mask)
+      nll = self.language_model.next_token(out.hidden, batch.targets, batch.loss_mask)
       sums = sums._replace(text=nll)
     patches = batch.image_start[..., None] + 1 + jnp.arange(self.config.patches)  # [B, M, P]
     patches = patches.reshape(b, -1)[..., None]

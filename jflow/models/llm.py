@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jflow import losses
 from jflow.models.attention import attention
 from jflow.models.config import LanguageModelConfig
 from jflow.models.layers import Linear, RMSNorm, parameter
@@ -22,6 +23,9 @@ REMAT = {
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+_LOSS_BLOCK = 512  # positions whose logits exist at once in the loss of a longer row
 
 
 class Cache(struct.PyTreeNode):
@@ -200,3 +204,23 @@ class LanguageModel(nn.Module):
   def logits(self, hidden: jax.Array) -> jax.Array:
     """[..., D] -> f32[..., V]."""
     return self.head(hidden).astype(jnp.float32)
+
+  def next_token(self, hidden_BSD: jax.Array, targets_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
+    """Sum over masked positions of -log p(target) (eq. 6); see `losses.next_token`.
+
+    A row whose length is a multiple of the block goes through the head in blocks, which the backward pass
+    computes again: no [B, S, V] of a long row ever exists.
+    """
+    b, s, _ = hidden_BSD.shape
+    if s <= _LOSS_BLOCK or s % _LOSS_BLOCK:
+      return losses.next_token(self.logits(hidden_BSD), targets_BS, mask_BS)
+    cut = lambda x: jnp.moveaxis(x.reshape(b, s // _LOSS_BLOCK, _LOSS_BLOCK, *x.shape[2:]), 1, 0)
+
+    def block(module: LanguageModel, total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+      hidden, targets, mask = part
+      return total + losses.next_token(module.logits(hidden), targets, mask), None
+
+    over = nn.scan(
+      nn.remat(block, prevent_cse=False), variable_broadcast="params", split_rngs={"params": False}
+    )
+    return over(self, jnp.zeros((), jnp.float32), tuple(map(cut, (hidden_BSD, targets_BS, mask_BS))))[0]
