@@ -1,5 +1,6 @@
 """Training as a user runs it: killed runs equal uninterrupted ones, stages hand over, bad configs end."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -181,9 +182,9 @@ def test_a_complete_run_stays_as_it_is(runs, stage3, stage2, compilation_cache):
 # --- the parameters of step 0 -----------------------------------------------------------------------------
 
 
-def _start(source: dict, tmp_path: pathlib.Path, **train) -> dict[str, np.ndarray]:
+def _start(source: dict, tmp_path: pathlib.Path, model=tiny.CONFIG, **train) -> dict[str, np.ndarray]:
   checkpoint.save_params(
-    tmp_path / "source", source, {"model": tiny.CONFIG.to_dict(), "data": {"template": "plain"}}, None
+    tmp_path / "source", source, {"model": model.to_dict(), "data": {"template": "plain"}}, None
   )
   config = tiny.configuration(train=dict(init_from=str(tmp_path / "source")) | train)
   params = setup.start_params(config, tiny.model(), sharding.make_mesh(1, 1, 1), None)
@@ -199,6 +200,19 @@ def test_a_stage_starts_from_the_parameters_it_is_given(tmp_path):
   assert got.keys() == want.keys()
   assert all(np.array_equal(got[p], want[p]) for p in want if not p.startswith("alignment_head/"))
   assert not np.array_equal(got["alignment_head/linear_1/kernel"], head["linear_1"]["kernel"])
+
+
+def test_a_field_that_no_shape_shows_is_named(tmp_path, capsys):
+  """SigLIP of Hugging Face has the tanh GELU, configs/ the exact one: all shapes agree, the numbers do not."""
+  _start(tiny.params(), tmp_path / "same")
+  assert capsys.readouterr().err == ""
+  vision = tiny.CONFIG.understanding_encoder
+  other = {"erf": "tanh", "tanh": "erf"}[vision.gelu]
+  model = dataclasses.replace(tiny.CONFIG, understanding_encoder=dataclasses.replace(vision, gelu=other))
+  _start(tiny.params(), tmp_path / "other", model=model)
+  said = capsys.readouterr().err
+  assert said.count("\n") == 1
+  assert f"model.understanding_encoder.gelu='{other}', this run has '{vision.gelu}'" in said
 
 
 def test_parameters_of_another_model_are_refused_by_name(tmp_path):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -157,7 +158,8 @@ def start_params(config: Config, model: JanusFlow, mesh: jax.sharding.Mesh, pipe
       fitted = fit_patch_pca(some_images(pipeline, train["fit_images"]), model.config.autoencoder)
       params["vae"] = jax.tree.map(lambda x, old: jax.device_put(np.asarray(x, old.dtype), old.sharding), fitted, params["vae"])
     return params
-  source = flatten_dict(read_checkpoint(train["init_from"], weights=train["init_weights"]).params, sep="/")
+  found = read_checkpoint(train["init_from"], weights=train["init_weights"])
+  source = flatten_dict(found.params, sep="/")
   boxed = jax.eval_shape(fresh)
   where = flatten_dict(sharding.shardings(mesh, boxed), sep="/")
   wanted = flatten_dict(sharding.unbox(boxed), sep="/")
@@ -171,6 +173,7 @@ def start_params(config: Config, model: JanusFlow, mesh: jax.sharding.Mesh, pipe
   for path in set(wanted) & set(source):
     if wanted[path].shape != source[path].shape:
       raise UserError(f"{train['init_from']}: {path} has shape {tuple(source[path].shape)}, this model needs {wanted[path].shape}")
+  _say_what_no_shape_shows(train["init_from"], found.config, model.config)
   only_missing = lambda: {p: x for p, x in flatten_dict(fresh(), sep="/").items() if p in missing}
   new = sharding.create(only_missing, mesh) if missing else {}
   flat = {
@@ -178,6 +181,18 @@ def start_params(config: Config, model: JanusFlow, mesh: jax.sharding.Mesh, pipe
     for path, like in wanted.items()
   }
   return unflatten_dict(flat, sep="/")
+
+
+def _say_what_no_shape_shows(source: str, theirs: JanusFlowConfig, ours: JanusFlowConfig) -> None:
+  """Names on stderr each field in which two models of the same shapes compute something else."""
+  theirs, ours = (flatten_dict(config.to_dict(), sep=".") for config in (theirs, ours))
+  for field in sorted(ours):
+    if ours[field] != theirs[field] and not field.startswith(("alignment_", "contrastive", "language_model.context")):
+      print(
+        f"jflow: {source} was made with model.{field}={theirs[field]!r}, this run has {ours[field]!r}: the same "
+        f"weights compute something else (--config.model.{field}={theirs[field]} keeps what they were made with)",
+        file=sys.stderr,
+      )
 
 
 def some_images(pipeline: Pipeline, count: int) -> np.ndarray:
