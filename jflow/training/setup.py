@@ -186,11 +186,12 @@ def start_params(config: Config, model: JanusFlow, mesh: jax.sharding.Mesh, pipe
 def _say_what_no_shape_shows(source: str, theirs: JanusFlowConfig, ours: JanusFlowConfig) -> None:
   """Names on stderr each field in which two models of the same shapes compute something else."""
   theirs, ours = (flatten_dict(config.to_dict(), sep=".") for config in (theirs, ours))
+  harmless = ("alignment_", "contrastive", "language_model.context")
   for field in sorted(ours):
-    if ours[field] != theirs[field] and not field.startswith(("alignment_", "contrastive", "language_model.context")):
+    if ours[field] != theirs[field] and not field.startswith(harmless):
       print(
-        f"jflow: {source} was made with model.{field}={theirs[field]!r}, this run has {ours[field]!r}: the same "
-        f"weights compute something else (--config.model.{field}={theirs[field]} keeps what they were made with)",
+        f"jflow: {source} was made with model.{field}={theirs[field]!r}, this run has {ours[field]!r}: the "
+        f"same weights compute something else (--config.model.{field}={theirs[field]} keeps it as it was)",
         file=sys.stderr,
       )
 
