@@ -25,9 +25,12 @@ def base(size: str) -> ConfigDict:
   builtin = (("shapes", 1.0),)
   c = ConfigDict()
   c.size = size
-  c.model = {"384": models.janusflow_384, "256": models.janusflow_256, "tiny": models.tiny, "shapes": models.shapes}[
-    size
-  ]()
+  c.model = {
+    "384": models.janusflow_384,
+    "256": models.janusflow_256,
+    "tiny": models.tiny,
+    "shapes": models.shapes,
+  }[size]()
 
   c.train = dict(
     steps=0,  # optimizer steps of the stage (table 1); every stage sets it

@@ -12,6 +12,7 @@ from configs import base
 def get_config(size: str = ""):
   c = base.base(size)
   c.data.mixture = ((0, (30, 50, 20)), (10_000, (14, 80, 6)))
+  c.train.init_fresh = ("alignment_head",)  # the published checkpoint has none
   c.optimizer.trained = base.NEW_PARTS + ("language_model",)
   c.optimizer.frozen = base.SIGLIP + base.NEVER
   if c.size in ("384", "256"):

@@ -1,6 +1,6 @@
 """Stage 3, supervised fine-tuning: everything but the VAE learns, on dialogues (001 section 3.3, table 1).
 
-  python -m jflow train --config=configs/stage3.py --workdir=runs/stage3 --config.train.init_from=runs/stage2
+python -m jflow train --config=configs/stage3.py --workdir=runs/stage3 --config.train.init_from=runs/stage2
 """
 
 from configs import base
@@ -11,6 +11,7 @@ def get_config(size: str = ""):
   c.data.template = "chat"
   c.data.mixture = ((0, (21, 70, 9)),)
   c.optimizer.learning_rate = 2e-5
+  c.train.init_fresh = ("alignment_head",)  # the published checkpoint has none
   c.optimizer.trained = base.NEW_PARTS + ("language_model",) + base.SIGLIP
   c.optimizer.frozen = base.NEVER
   if c.size in ("384", "256"):

@@ -76,7 +76,13 @@ def main() -> int:
   write_photos(out / "photos")
   for task, file in (("understanding", "reading"), ("generation", "painting")):
     if not (out / task).exists():
-      command("prepare", "--format=llava-jsonl", f"--input={out / 'photos' / file}.jsonl", f"--output={out / task}", f"--task={task}")
+      command(
+        "prepare",
+        "--format=llava-jsonl",
+        f"--input={out / 'photos' / file}.jsonl",
+        f"--output={out / task}",
+        f"--task={task}",
+      )
   command(
     "train", "--config=configs/photos.py", f"--workdir={out / 'run'}",
     *(f"--config.data.sources.{task}=(('{out / task}',1.0),)" for task in ("understanding", "generation")),
@@ -89,7 +95,9 @@ def main() -> int:
   nearest = []
   for image in painted:  # training paints random square crops, so the distance is that to the nearest crop
     pixels = np.asarray(image, np.float32)
-    distance = {name: float(((crop - pixels) ** 2).mean(axis=(1, 2, 3)).min()) for name, crop in crops.items()}
+    distance = {
+      name: float(((crop - pixels) ** 2).mean(axis=(1, 2, 3)).min()) for name, crop in crops.items()
+    }
     nearest.append(min(distance, key=distance.get))
   right = sum(a == b for a, b in zip(nearest, PHOTOS))
 
@@ -104,10 +112,19 @@ def main() -> int:
       answers.append({"photo": name, "question": question, "answer": answer, "said": said})
   correct = sum(a["said"] == a["answer"] for a in answers)
 
-  pairs = [x for name, image in zip(PHOTOS, painted) for x in (Image.fromarray(crops[name][4].astype(np.uint8)), image)]
+  pairs = [
+    x
+    for name, image in zip(PHOTOS, painted)
+    for x in (Image.fromarray(crops[name][4].astype(np.uint8)), image)
+  ]
   captions = [x for caption, _ in PHOTOS.values() for x in ("photograph", caption)]
   contact_sheet(pairs, captions, columns=8, side=128).save(out / "painted.png")
-  result = {"painted": [right, len(PHOTOS)], "nearest": dict(zip(PHOTOS, nearest)), "answered": [correct, len(answers)], "answers": answers}
+  result = {
+    "painted": [right, len(PHOTOS)],
+    "nearest": dict(zip(PHOTOS, nearest)),
+    "answered": [correct, len(answers)],
+    "answers": answers,
+  }
   (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
   print(f"painted: the nearest photograph is the right one for {right} of {len(PHOTOS)}")
   print(f"answered: {correct} of {len(answers)} questions word for word")

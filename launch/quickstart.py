@@ -1,6 +1,6 @@
 """The end of quickstart.sh: paints from prompts, answers questions about held-out pictures, plots the losses.
 
-  python launch/quickstart.py FOLDER     # FOLDER holds stage0 ... stage3
+python launch/quickstart.py FOLDER     # FOLDER holds stage0 ... stage3
 """
 
 import json
@@ -48,7 +48,9 @@ def paint(model: Pipeline, out: pathlib.Path) -> str:
   prompts = [prompt for prompt, _ in singles] + list(OTHERS)
   c = model.model.config
   shape = (len(prompts), c.autoencoder.latent_channels, c.latent_size, c.latent_size)
-  noise = np.random.default_rng(0).standard_normal(shape, np.float32)  # a seed gives every prompt the same noise
+  noise = np.random.default_rng(0).standard_normal(
+    shape, np.float32
+  )  # a seed gives every prompt the same noise
   images = model.generate(prompts, steps=30, guidance=3.0, noise=noise)
   names = [prompt.removeprefix("a picture of ") for prompt in prompts]
   contact_sheet(images, names, columns=8, side=128, lines=2).save(out / "sheet.png")
@@ -106,7 +108,9 @@ def main() -> None:
   print(f"the pictures:  {out / 'sheet.png'}")
   print(f"the answers:   {out / 'answers.png'}, {out / 'answers.txt'}")
   print(f"the losses:    {out / 'losses.png'}")
-  print(f'try your own:  {sys.executable} -m jflow generate --checkpoint={out / "stage3"} --prompt="a picture of a red ring" --output={out / "mine"}')
+  print(
+    f'try your own:  {sys.executable} -m jflow generate --checkpoint={out / "stage3"} --prompt="a picture of a red ring" --output={out / "mine"}'
+  )
 
 
 if __name__ == "__main__":

@@ -271,7 +271,9 @@ def test_any_patch_count_is_read_without_a_vae(image, patch, factor):
 def test_the_mlp_width_survives_the_ratio_that_the_layout_keeps(width, mlp_width):
   config = _full_config()
   vision = dataclasses.replace(config.understanding_encoder, width=width, mlp_width=mlp_width)
-  values = official_config.config_to_official(dataclasses.replace(config, understanding_encoder=vision), "float32")
+  values = official_config.config_to_official(
+    dataclasses.replace(config, understanding_encoder=vision), "float32"
+  )
   assert official_config.config_from_official(values, "config.json", None).understanding_encoder == vision
 
 

@@ -27,8 +27,10 @@ def drawn(split: str, each: int) -> list[tuple[Scene, dict]]:
 
 
 def metadata_of(combination: scenes.Combination) -> dict:
-  include = [{"class": shape, "count": combination.count} | ({"color": color} if color else {})
-             for shape, color in combination.pairs]
+  include = [
+    {"class": shape, "count": combination.count} | ({"color": color} if color else {})
+    for shape, color in combination.pairs
+  ]
   metadata = {"tag": combination.tag, "include": include}
   if combination.relation:
     include.reverse()
@@ -97,12 +99,12 @@ class PatchCodec:
     windows = iter(latents @ self.basis.T + self.mean)
     total, count = np.zeros(image.shape), np.zeros((SIDE, SIDE, 1))
     for y, x in self._corners():
-      total[y:y + 16, x:x + 16] += next(windows).reshape(16, 16, 3)
-      count[y:y + 16, x:x + 16] += 1
+      total[y : y + 16, x : x + 16] += next(windows).reshape(16, 16, 3)
+      count[y : y + 16, x : x + 16] += 1
     return np.clip(total / count, 0, 255).round().astype(np.uint8)
 
   def _windows(self, image: np.ndarray) -> np.ndarray:
-    return np.stack([image[y:y + 16, x:x + 16].ravel().astype(float) for y, x in self._corners()])
+    return np.stack([image[y : y + 16, x : x + 16].ravel().astype(float) for y, x in self._corners()])
 
   def _corners(self):
     return itertools.product(range(0, SIDE - 15, 8), repeat=2)
@@ -208,8 +210,10 @@ GARBAGE = {  # name -> (how it is made, the largest share that the lenient rules
 @pytest.mark.parametrize("name", GARBAGE)
 def test_garbage_never_passes_the_strict_rules(name):
   make, most = GARBAGE[name]
-  scores = [judge.score(make(np.random.default_rng(i)).astype(np.uint8), metadata)
-            for i, (_, metadata) in enumerate(shapes.evaluation_prompts("val", 90, 0))]
+  scores = [
+    judge.score(make(np.random.default_rng(i)).astype(np.uint8), metadata)
+    for i, (_, metadata) in enumerate(shapes.evaluation_prompts("val", 90, 0))
+  ]
   assert not any(score["strict"] for score in scores)
   assert np.mean([score["lenient"] for score in scores]) <= most
 
@@ -222,9 +226,15 @@ def test_an_unrelated_scene_rarely_passes():
   assert np.mean(passed) < 0.1
 
 
-@pytest.mark.parametrize("image", [
-  np.zeros((64, 64), np.uint8), np.zeros((64, 48, 3), np.uint8), np.zeros((64, 64, 3), np.float32),
-  np.zeros((32, 32, 3), np.uint8)])
+@pytest.mark.parametrize(
+  "image",
+  [
+    np.zeros((64, 64), np.uint8),
+    np.zeros((64, 48, 3), np.uint8),
+    np.zeros((64, 64, 3), np.float32),
+    np.zeros((32, 32, 3), np.uint8),
+  ],
+)
 def test_other_arrays_are_refused(image):
   with pytest.raises(ValueError, match="the judge"):
     judge.detect(image)
@@ -244,9 +254,13 @@ def asked(*include: dict, exclude: tuple[dict, ...] = ()) -> dict:
 def test_lenient_allows_more_and_strict_does_not():
   star = {"class": "star", "count": 1}
   for found, is_lenient, is_strict in (
-      ([], False, False), ([seen("star")], True, True), ([seen("star"), seen("heart")], True, False),
-      ([seen("star"), seen("star")], True, False), ([seen("star"), seen(judge.UNKNOWN)], True, False),
-      ([seen(judge.UNKNOWN)], False, False)):
+    ([], False, False),
+    ([seen("star")], True, True),
+    ([seen("star"), seen("heart")], True, False),
+    ([seen("star"), seen("star")], True, False),
+    ([seen("star"), seen(judge.UNKNOWN)], True, False),
+    ([seen(judge.UNKNOWN)], False, False),
+  ):
     assert judge.lenient(found, asked(star)) == is_lenient and judge.strict(found, asked(star)) == is_strict
 
 
@@ -270,16 +284,22 @@ def test_position_refers_to_an_object_included_before():
   assert not judge.lenient([seen("star", x=0.2)], metadata)
 
 
-@pytest.mark.parametrize("a, b, expected", [
-  ((0.2, 0.5), (0.8, 0.5), {"left of"}), ((0.8, 0.5), (0.2, 0.5), {"right of"}),
-  ((0.5, 0.1), (0.5, 0.9), {"above"}), ((0.5, 0.9), (0.5, 0.1), {"below"}),
-  ((0.2, 0.2), (0.8, 0.8), {"left of", "above"}),
-  ((0.50, 0.5), (0.53, 0.5), set()),  # within a tenth of the two widths
-  # Offset (0.06, 0.20), of which 0.04 is taken off: cosine of the direction below a half along x.
-  ((0.56, 0.7), (0.50, 0.5), {"below"}),
-  # Offset (0.08, 0): half of it is left after 0.04, and a half is not more than the least cosine.
-  ((0.58, 0.5), (0.50, 0.5), set()), ((0.59, 0.5), (0.50, 0.5), {"right of"}),
-])
+@pytest.mark.parametrize(
+  "a, b, expected",
+  [
+    ((0.2, 0.5), (0.8, 0.5), {"left of"}),
+    ((0.8, 0.5), (0.2, 0.5), {"right of"}),
+    ((0.5, 0.1), (0.5, 0.9), {"above"}),
+    ((0.5, 0.9), (0.5, 0.1), {"below"}),
+    ((0.2, 0.2), (0.8, 0.8), {"left of", "above"}),
+    ((0.50, 0.5), (0.53, 0.5), set()),  # within a tenth of the two widths
+    # Offset (0.06, 0.20), of which 0.04 is taken off: cosine of the direction below a half along x.
+    ((0.56, 0.7), (0.50, 0.5), {"below"}),
+    # Offset (0.08, 0): half of it is left after 0.04, and a half is not more than the least cosine.
+    ((0.58, 0.5), (0.50, 0.5), set()),
+    ((0.59, 0.5), (0.50, 0.5), {"right of"}),
+  ],
+)
 def test_relations_are_those_of_geneval(a, b, expected):
   assert judge.relations(seen("star", x=a[0], y=a[1]), seen("heart", x=b[0], y=b[1])) == expected
 

@@ -27,8 +27,11 @@ def one(shape: str, color: str = "red", x: float = 0.5, y: float = 0.5, r: float
 
 
 def some_scenes(split: str, each: int = 60) -> list[Scene]:
-  return [scenes.sample(tag, split, random.Random(f"{tag}/{split}/{i}"))[0]
-          for tag in shapes.DEFAULT_TAGS for i in range(each)]
+  return [
+    scenes.sample(tag, split, random.Random(f"{tag}/{split}/{i}"))[0]
+    for tag in shapes.DEFAULT_TAGS
+    for i in range(each)
+  ]
 
 
 def texts(record) -> str:
@@ -45,19 +48,34 @@ def is_above(a: Object, b: Object) -> bool:
 
 def shows_held_out(scene: Scene) -> bool:
   """The definition again, from the lists as they stand in the documentation."""
-  pairs = {("circle", "red"), ("square", "green"), ("triangle", "pink"), ("diamond", "white"),
-           ("star", "yellow"), ("cross", "purple"), ("ring", "black"), ("heart", "orange"),
-           ("circle", "purple"), ("square", "black"), ("triangle", "orange"), ("diamond", "blue")}
+  pairs = {
+    ("circle", "red"),
+    ("square", "green"),
+    ("triangle", "pink"),
+    ("diamond", "white"),
+    ("star", "yellow"),
+    ("cross", "purple"),
+    ("ring", "black"),
+    ("heart", "orange"),
+    ("circle", "purple"),
+    ("square", "black"),
+    ("triangle", "orange"),
+    ("diamond", "blue"),
+  }
   by_shape = collections.defaultdict(list)
   for thing in scene.objects:
     by_shape[thing.shape].append(thing)
-  return (any((thing.shape, thing.color) in pairs for thing in scene.objects)
-          or len(by_shape["star"]) == 4 or len(by_shape["ring"]) == 3 or len(by_shape["square"]) == 2
-          or len(by_shape["heart"]) == 4
-          or any(is_left(a, b) for a in by_shape["star"] for b in by_shape["heart"])
-          or any(is_above(a, b) for a in by_shape["circle"] for b in by_shape["cross"])
-          or any(is_left(b, a) for a in by_shape["ring"] for b in by_shape["square"])
-          or any(is_above(b, a) for a in by_shape["triangle"] for b in by_shape["diamond"]))
+  return (
+    any((thing.shape, thing.color) in pairs for thing in scene.objects)
+    or len(by_shape["star"]) == 4
+    or len(by_shape["ring"]) == 3
+    or len(by_shape["square"]) == 2
+    or len(by_shape["heart"]) == 4
+    or any(is_left(a, b) for a in by_shape["star"] for b in by_shape["heart"])
+    or any(is_above(a, b) for a in by_shape["circle"] for b in by_shape["cross"])
+    or any(is_left(b, a) for a in by_shape["ring"] for b in by_shape["square"])
+    or any(is_above(b, a) for a in by_shape["triangle"] for b in by_shape["diamond"])
+  )
 
 
 # --- Drawing
@@ -65,8 +83,13 @@ def shows_held_out(scene: Scene) -> bool:
 
 STAR = 10 / 2 * 1.08 * 0.40 * math.sin(math.pi / 5)
 AREAS = {  # of radius 1
-  "circle": math.pi, "square": 4 * 0.88**2, "triangle": 1.75, "diamond": 2.0, "star": STAR,
-  "cross": 4 * 2 * 0.31 - 4 * 0.31**2, "ring": math.pi * (1 - 0.56**2),
+  "circle": math.pi,
+  "square": 4 * 0.88**2,
+  "triangle": 1.75,
+  "diamond": 2.0,
+  "star": STAR,
+  "cross": 4 * 2 * 0.31 - 4 * 0.31**2,
+  "ring": math.pi * (1 - 0.56**2),
   # Green's theorem over (sin^3 t, (13 cos t - 5 cos 2t - 2 cos 3t - cos 4t) / 16).
   "heart": 180 * math.pi / 256,
 }
@@ -76,7 +99,7 @@ AREAS = {  # of radius 1
 def test_area_is_that_of_the_geometric_shape(shape):
   image = one(shape, "black").render(256).astype(float)
   covered = (168 - image[..., 0]) / (168 - 22)
-  assert covered.sum() / (0.3 * 256)**2 == pytest.approx(AREAS[shape], rel=0.015)
+  assert covered.sum() / (0.3 * 256) ** 2 == pytest.approx(AREAS[shape], rel=0.015)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -142,8 +165,12 @@ def test_texts_never_mention_what_is_held_out(task, split):
   assert pairs == {(shape, color) for shape in SHAPES for color in COLORS} - scenes.HELD_OUT_PAIRS
 
   found = re.findall(rf"(two|three|four) (?:\w+ )?{SHAPE}", text)
-  found += [(number, shape) for shape, number in re.findall(
-    rf"How many {SHAPE}e?s are there\?(?:{shapes.SHORT_ANSWER})?\s(\w+)", text)]
+  found += [
+    (number, shape)
+    for shape, number in re.findall(
+      rf"How many {SHAPE}e?s are there\?(?:{shapes.SHORT_ANSWER})?\s(\w+)", text
+    )
+  ]
   counts = {(shape, NUMBERS[number]) for number, shape in found}
   assert len(counts) > 15 and not counts & scenes.HELD_OUT_COUNTS
 
@@ -218,11 +245,17 @@ def test_shares_of_the_tags():
   assert share == pytest.approx(0.25, abs=0.06)
 
 
-@pytest.mark.parametrize("arguments, message", [
-  (("painting", 10, 0), "task 'painting'"), (("text", 10, 0, "test"), "split 'test'"),
-  (("text", 0, 0), "size"), (("text", 10, 0, "val", {"dogs": 1}), "tag 'dogs'"),
-  (("text", 10, 0, "val", {"colors": -1}), "'colors'"),
-  (("text", 10, 0, "val", {"colors": 0}), "above 0")])
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (("painting", 10, 0), "task 'painting'"),
+    (("text", 10, 0, "test"), "split 'test'"),
+    (("text", 0, 0), "size"),
+    (("text", 10, 0, "val", {"dogs": 1}), "tag 'dogs'"),
+    (("text", 10, 0, "val", {"colors": -1}), "'colors'"),
+    (("text", 10, 0, "val", {"colors": 0}), "above 0"),
+  ],
+)
 def test_mistakes_are_named(arguments, message):
   with pytest.raises(UserError, match=message):
     ShapesSource(*arguments)
@@ -238,8 +271,11 @@ def says(sentence: str, scene: Scene) -> bool:
   group = re.fullmatch(rf"(two|three|four) (?:{COLOR} )?{SHAPE}e?s", sentence)
   if group:
     number, color, shape = group.groups()
-    return (len(scene.objects) == NUMBERS[number] and {thing.shape for thing in scene.objects} == {shape}
-            and (color is None or {thing.color for thing in scene.objects} == {color}))
+    return (
+      len(scene.objects) == NUMBERS[number]
+      and {thing.shape for thing in scene.objects} == {shape}
+      and (color is None or {thing.color for thing in scene.objects} == {color})
+    )
   related = re.fullmatch(rf"a {SHAPE} (left of|right of|above|below) a {SHAPE}", sentence)
   if related:
     things = {thing.shape: thing for thing in scene.objects}
@@ -267,7 +303,7 @@ def test_captions_are_true_and_their_first_sentence_is_one(split):
     long += bool(rest)
     details = re.findall(rf"The {SHAPE} is {COLOR}, (\w+) and (?:at|on|in) the ([\w ]+)\.", rest)
     for shape, color, size, place in details:
-      thing, = (thing for thing in scene.objects if thing.shape == shape)
+      (thing,) = (thing for thing in scene.objects if thing.shape == shape)
       assert (thing.color, thing.size) == (color, size)
       assert ("left" in place) == (thing.x < 1 / 3) and ("right" in place) == (thing.x >= 2 / 3)
       assert ("top" in place) == (thing.y < 1 / 3) and ("bottom" in place) == (thing.y >= 2 / 3)
@@ -292,21 +328,24 @@ def right_answer(question: str, scene: Scene) -> str:
   if match := re.fullmatch(rf"How many {SHAPE}e?s are there\?", question):
     return list(NUMBERS)[sum(thing.shape == match[1] for thing in objects)]
   if match := re.fullmatch(rf"What shape is {COLOR}\?", question):
-    answer, = {thing.shape for thing in objects if thing.color == match[1]}
+    (answer,) = {thing.shape for thing in objects if thing.color == match[1]}
     return answer
   if match := re.fullmatch(rf"Is the {SHAPE} small or large\?", question):
-    answer, = [thing.size for thing in objects if thing.shape == match[1]]
+    (answer,) = [thing.size for thing in objects if thing.shape == match[1]]
     return answer
   if match := re.fullmatch(rf"Is the {SHAPE} (left of|right of|above|below) the {SHAPE}\?", question):
     (a,), (b,) = ([thing for thing in objects if thing.shape == match[i]] for i in (1, 3))
-    return yes[{"left of": is_left(a, b), "right of": is_left(b, a), "above": is_above(a, b),
-                "below": is_above(b, a)}[match[2]]]
+    return yes[
+      {"left of": is_left(a, b), "right of": is_left(b, a), "above": is_above(a, b), "below": is_above(b, a)}[
+        match[2]
+      ]
+    ]
   first, *lines = question.split("\n")
   match = re.fullmatch(rf"What color is the {SHAPE}\?", first)
-  answer, = [thing.color for thing in objects if thing.shape == match[1]]
+  (answer,) = [thing.color for thing in objects if thing.shape == match[1]]
   if not lines:
     return answer
-  letter, = [line[0] for line in lines[:4] if line[3:] == answer]
+  (letter,) = [line[0] for line in lines[:4] if line[3:] == answer]
   assert [line[:3] for line in lines[:4]] == ["A. ", "B. ", "C. ", "D. "] and len(set(lines)) == 5
   return letter
 
@@ -381,10 +420,13 @@ def test_evaluation_prompts_follow_the_schema_of_geneval():
 
 
 def test_evaluation_prompts_come_again_only_when_all_have_come():
-  prompts = [prompt for prompt, metadata in shapes.evaluation_prompts("val", 600, 0)
-             if metadata["tag"] == "single_object"]
+  prompts = [
+    prompt
+    for prompt, metadata in shapes.evaluation_prompts("val", 600, 0)
+    if metadata["tag"] == "single_object"
+  ]
   every = {f"a picture of a {shape}" for shape in SHAPES}
-  assert all(set(prompts[i:i + 8]) == every for i in range(0, 96, 8))
+  assert all(set(prompts[i : i + 8]) == every for i in range(0, 96, 8))
 
 
 def test_unseen_prompts_name_what_is_held_out():
@@ -393,8 +435,9 @@ def test_unseen_prompts_name_what_is_held_out():
   for split, unseen in (("held_out", True), ("val", False)):
     for _, metadata in shapes.evaluation_prompts(split, 160, 0):
       include = metadata["include"]
-      names = (any((thing["class"], thing.get("color")) in scenes.HELD_OUT_PAIRS for thing in include)
-               or any((thing["class"], thing["count"]) in scenes.HELD_OUT_COUNTS for thing in include))
+      names = any((thing["class"], thing.get("color")) in scenes.HELD_OUT_PAIRS for thing in include) or any(
+        (thing["class"], thing["count"]) in scenes.HELD_OUT_COUNTS for thing in include
+      )
       if metadata["tag"] == "position":
         a, name, b = include[1]["class"], include[1]["position"][0], include[0]["class"]
         names = bool({(a, name, b), (b, OPPOSITE[name], a)} & scenes.HELD_OUT_RELATIONS)

@@ -97,9 +97,13 @@ def test_the_answer_depends_on_every_picture_and_their_order(pipeline):
 
 
 def test_the_mark_of_the_published_code_says_where_a_picture_stands(pipeline):
-  ask = lambda mark: pipeline.understand(f"One {mark} and {mark} two?", [_picture(1), _picture(2)], max_tokens=8)
-  assert ask("<image_placeholder>") == ask("<image>") != pipeline.understand(
-    "One and two?", [_picture(1), _picture(2)], max_tokens=8
+  ask = lambda mark: pipeline.understand(
+    f"One {mark} and {mark} two?", [_picture(1), _picture(2)], max_tokens=8
+  )
+  assert (
+    ask("<image_placeholder>")
+    == ask("<image>")
+    != pipeline.understand("One and two?", [_picture(1), _picture(2)], max_tokens=8)
   )
 
 

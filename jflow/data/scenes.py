@@ -42,10 +42,14 @@ SEVERAL = "several"
 # What training neither shows nor says. Every shape and every color is seen in other combinations.
 HELD_OUT_PAIRS = frozenset((SHAPES[i % 8], tuple(COLORS)[(3 * i + i // 8) % 10]) for i in range(12))
 HELD_OUT_COUNTS = frozenset({("star", 4), ("ring", 3), ("square", 2), ("heart", 4)})
-HELD_OUT_RELATIONS = frozenset({  # each with its inverse: a heart right of a star is held out, too
-  ("star", "left of", "heart"), ("circle", "above", "cross"), ("ring", "right of", "square"),
-  ("triangle", "below", "diamond"),
-})
+HELD_OUT_RELATIONS = frozenset(
+  {  # each with its inverse: a heart right of a star is held out, too
+    ("star", "left of", "heart"),
+    ("circle", "above", "cross"),
+    ("ring", "right of", "square"),
+    ("triangle", "below", "diamond"),
+  }
+)
 PAIRS = tuple(itertools.product(SHAPES, COLORS))
 SEEN_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT_PAIRS)
 
@@ -117,16 +121,27 @@ def held_out(scene: Scene) -> bool:
   """
   objects = scene.objects
   counts = collections.Counter(thing.shape for thing in objects)
-  return (any((thing.shape, thing.color) in HELD_OUT_PAIRS for thing in objects)
-          or any(counts[shape] == count for shape, count in HELD_OUT_COUNTS)
-          or any(_lies(a, relation, b) for first, relation, second in HELD_OUT_RELATIONS
-                 for a in objects if a.shape == first for b in objects if b.shape == second))
+  return (
+    any((thing.shape, thing.color) in HELD_OUT_PAIRS for thing in objects)
+    or any(counts[shape] == count for shape, count in HELD_OUT_COUNTS)
+    or any(
+      _lies(a, relation, b)
+      for first, relation, second in HELD_OUT_RELATIONS
+      for a in objects
+      if a.shape == first
+      for b in objects
+      if b.shape == second
+    )
+  )
 
 
 def relation_held_out(first: str, relation: str, second: str) -> bool:
   """Returns whether a relation between two shapes is held out, said from either side."""
-  return ((first, relation, second) in HELD_OUT_RELATIONS
-          or (second, INVERSE[relation], first) in HELD_OUT_RELATIONS)
+  return (first, relation, second) in HELD_OUT_RELATIONS or (
+    second,
+    INVERSE[relation],
+    first,
+  ) in HELD_OUT_RELATIONS
 
 
 def relation(a: Object, b: Object) -> str | None:
@@ -150,19 +165,32 @@ def combinations(tag: str, unseen: bool) -> tuple[Combination, ...]:
   if tag == "single_object":
     return () if unseen else tuple(Combination(tag, ((shape, None),)) for shape in SHAPES)
   if tag == "two_object":
-    return () if unseen else tuple(
-      Combination(tag, ((a, None), (b, None))) for a, b in itertools.permutations(SHAPES, 2))
+    return (
+      ()
+      if unseen
+      else tuple(Combination(tag, ((a, None), (b, None))) for a, b in itertools.permutations(SHAPES, 2))
+    )
   if tag == "counting":
-    return tuple(Combination(tag, ((shape, None),), count) for shape in SHAPES for count in (2, 3, 4)
-                 if ((shape, count) in HELD_OUT_COUNTS) == unseen)
+    return tuple(
+      Combination(tag, ((shape, None),), count)
+      for shape in SHAPES
+      for count in (2, 3, 4)
+      if ((shape, count) in HELD_OUT_COUNTS) == unseen
+    )
   if tag == "colors":
     return tuple(Combination(tag, (pair,)) for pair in PAIRS if (pair in HELD_OUT_PAIRS) == unseen)
   if tag == "position":
-    return tuple(Combination(tag, ((a, None), (b, None)), 1, name)
-                 for a, b in itertools.permutations(SHAPES, 2) for name in RELATIONS
-                 if relation_held_out(a, name, b) == unseen)
-  return tuple(Combination(tag, (a, b)) for a, b in itertools.permutations(PAIRS, 2)
-               if a[0] != b[0] and a[1] != b[1] and bool(HELD_OUT_PAIRS & {a, b}) == unseen)
+    return tuple(
+      Combination(tag, ((a, None), (b, None)), 1, name)
+      for a, b in itertools.permutations(SHAPES, 2)
+      for name in RELATIONS
+      if relation_held_out(a, name, b) == unseen
+    )
+  return tuple(
+    Combination(tag, (a, b))
+    for a, b in itertools.permutations(PAIRS, 2)
+    if a[0] != b[0] and a[1] != b[1] and bool(HELD_OUT_PAIRS & {a, b}) == unseen
+  )
 
 
 def sample(tag: str, split: str, rng: Rng) -> tuple[Scene, Combination]:

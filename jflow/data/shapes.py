@@ -14,19 +14,55 @@ from typing import Any, NamedTuple
 from jflow.batch import TASKS
 from jflow.data import scenes
 from jflow.data.records import Record, Turn
-from jflow.data.scenes import (COLORS, HELD_OUT_COUNTS, HELD_OUT_PAIRS, HELD_OUT_RELATIONS, PAIRS, SEEN_PAIRS,
-                               SEVERAL, SHAPES, TAGS, Combination, Object, Rng, Scene, pick, shuffled)
+from jflow.data.scenes import (
+  COLORS,
+  HELD_OUT_COUNTS,
+  HELD_OUT_PAIRS,
+  HELD_OUT_RELATIONS,
+  PAIRS,
+  SEEN_PAIRS,
+  SEVERAL,
+  SHAPES,
+  TAGS,
+  Combination,
+  Object,
+  Rng,
+  Scene,
+  pick,
+  shuffled,
+)
 from jflow.errors import UserError
 
 __all__ = [
-  "COLORS", "DEFAULT_TAGS", "HELD_OUT_COUNTS", "HELD_OUT_PAIRS", "HELD_OUT_RELATIONS", "KINDS", "SHAPES",
-  "TAGS", "Object", "Question", "Scene", "ShapesSource", "caption", "describe", "evaluation_prompts",
-  "evaluation_questions", "questions",
+  "COLORS",
+  "DEFAULT_TAGS",
+  "HELD_OUT_COUNTS",
+  "HELD_OUT_PAIRS",
+  "HELD_OUT_RELATIONS",
+  "KINDS",
+  "SHAPES",
+  "TAGS",
+  "Object",
+  "Question",
+  "Scene",
+  "ShapesSource",
+  "caption",
+  "describe",
+  "evaluation_prompts",
+  "evaluation_questions",
+  "questions",
 ]
 
 # Shares of the kinds of scenes.
-DEFAULT_TAGS = {"single_object": 0.2, "colors": 0.25, "two_object": 0.1, "counting": 0.15, "position": 0.1,
-                "color_attr": 0.15, SEVERAL: 0.05}
+DEFAULT_TAGS = {
+  "single_object": 0.2,
+  "colors": 0.25,
+  "two_object": 0.1,
+  "counting": 0.15,
+  "position": 0.1,
+  "color_attr": 0.15,
+  SEVERAL: 0.05,
+}
 LONG_CAPTIONS = 0.25  # share of generation's captions that describe every object
 CAPTION_TURNS = 0.25  # share of understanding's records whose answer is the caption
 SHORT_ANSWERS = 0.5  # share of first questions that carry the next
@@ -37,12 +73,23 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 LETTERS = "ABCD"
 # The first is the one wording of evaluation.
 TEMPLATES = ("a picture of {}", "an image with {}", "{} on a gray background", "there {verb} {}", "{}")
-PLACES = (("at the top left", "at the top", "at the top right"),
-          ("on the left", "in the center", "on the right"),
-          ("at the bottom left", "at the bottom", "at the bottom right"))
+PLACES = (
+  ("at the top left", "at the top", "at the top right"),
+  ("on the left", "in the center", "on the right"),
+  ("at the bottom left", "at the bottom", "at the bottom right"),
+)
 # Kinds of questions. Those of a kind in PAIRED come as a yes and a no about the same picture.
-KINDS = ("existence", "existence_adversarial", "existence_shape", "count", "color", "shape", "size",
-         "relation", "choice")
+KINDS = (
+  "existence",
+  "existence_adversarial",
+  "existence_shape",
+  "count",
+  "color",
+  "shape",
+  "size",
+  "relation",
+  "choice",
+)
 PAIRED = ("existence", "existence_adversarial", "existence_shape", "relation")
 
 
@@ -57,8 +104,15 @@ class Question(NamedTuple):
 class ShapesSource:
   """Records of the shapes world; each is a pure function of (seed, split, task, index). Picklable."""
 
-  def __init__(self, task: str, size: int, seed: int, split: str = "train",
-               tags: Mapping[str, float] | None = None, long_captions: float = LONG_CAPTIONS):
+  def __init__(
+    self,
+    task: str,
+    size: int,
+    seed: int,
+    split: str = "train",
+    tags: Mapping[str, float] | None = None,
+    long_captions: float = LONG_CAPTIONS,
+  ):
     """Checks and stores the arguments.
 
     Args:
@@ -160,8 +214,12 @@ def evaluation_questions(split: str, count: int, seed: int) -> list[tuple[Scene,
   """
   _check("split", split, scenes.SPLITS)
   rng = random.Random(f"{seed}/{split}/questions")
-  wanted = {"count": itertools.cycle(NUMBERS), "size": itertools.cycle(scenes.SIZES),
-            "color": itertools.cycle(COLORS), "shape": itertools.cycle(SHAPES)}
+  wanted = {
+    "count": itertools.cycle(NUMBERS),
+    "size": itertools.cycle(scenes.SIZES),
+    "color": itertools.cycle(COLORS),
+    "shape": itertools.cycle(SHAPES),
+  }
   asked: list[tuple[Scene, Question]] = []
   for kind in itertools.cycle(KINDS):
     answer = next(wanted[kind]) if kind in wanted else None
@@ -171,7 +229,7 @@ def evaluation_questions(split: str, count: int, seed: int) -> list[tuple[Scene,
       group = [q for q in questions(scene, rng) if q.kind == kind and answer in (None, q.answer)]
     size = 2 if kind in PAIRED else len(group) if kind == "choice" else 1
     first = size * int(rng.random() * (len(group) // size))
-    asked += [(scene, question) for question in group[first:first + size]]
+    asked += [(scene, question) for question in group[first : first + size]]
     if len(asked) >= count:
       return asked[:count]
 
@@ -213,8 +271,10 @@ def questions(scene: Scene, rng: Rng) -> list[Question]:
     name = scenes.relation(a, b)
     if name and shapes.count(a.shape) == shapes.count(b.shape) == 1:
       inverse = scenes.INVERSE[name]
-      if unseen or not (scenes.relation_held_out(a.shape, name, b.shape)
-                        or scenes.relation_held_out(a.shape, inverse, b.shape)):
+      if unseen or not (
+        scenes.relation_held_out(a.shape, name, b.shape)
+        or scenes.relation_held_out(a.shape, inverse, b.shape)
+      ):
         ask("relation", f"Is the {a.shape} {name} the {b.shape}?", "yes")
         ask("relation", f"Is the {a.shape} {inverse} the {b.shape}?", "no")
   unique = [thing for thing in objects if shapes.count(thing.shape) == 1]
@@ -234,7 +294,7 @@ def _conversation(scene: Scene, rng: Rng) -> tuple[Turn, ...]:
   for question in questions(scene, rng):
     kinds.setdefault(question.kind, []).append(question)
   turns: list[Turn] = []
-  for kind in shuffled(rng, tuple(kinds))[:1 + int(rng.random() * 6)]:
+  for kind in shuffled(rng, tuple(kinds))[: 1 + int(rng.random() * 6)]:
     question = pick(rng, kinds[kind])
     text = question.question
     if not turns:
@@ -250,7 +310,7 @@ def _document(scene: Scene, combination: Combination, rng: Rng) -> str:
   facts = _details(scene)
   facts += [f"{asked.question} {asked.answer}." for asked in questions(scene, rng) if asked.kind != "choice"]
   facts.append("There is one object." if number == 1 else f"There are {NUMBERS[number]} objects.")
-  facts = shuffled(rng, tuple(dict.fromkeys(facts)))[:2 + int(rng.random() * 4)]
+  facts = shuffled(rng, tuple(dict.fromkeys(facts)))[: 2 + int(rng.random() * 4)]
   return f"{_sentence(combination, TEMPLATES, rng)}. {' '.join(facts)}"
 
 
@@ -265,8 +325,11 @@ def _details(scene: Scene) -> list[str]:
   sentences = []
   for (shape, color, size, *_), place in zip(objects, places):
     told_apart = shapes.count(shape) == 1
-    sentences.append(f"The {shape} is {color}, {size} and {place}." if told_apart else
-                     f"The {color} {shape} is {size} and {place}.")
+    sentences.append(
+      f"The {shape} is {color}, {size} and {place}."
+      if told_apart
+      else f"The {color} {shape} is {size} and {place}."
+    )
   return sentences
 
 

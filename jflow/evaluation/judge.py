@@ -97,7 +97,7 @@ def lenient(detections: Sequence[Detection], metadata: Mapping[str, Any]) -> boo
     by_class[detection.shape].append(detection)
   groups: list[list[Detection]] = []
   for wanted in metadata["include"]:
-    group = by_class[wanted["class"]][:wanted["count"]]
+    group = by_class[wanted["class"]][: wanted["count"]]
     if len(group) < wanted["count"]:
       return False
     if "color" in wanted and any(detection.color != wanted["color"] for detection in group):
@@ -130,12 +130,14 @@ def lab(rgb: np.ndarray) -> np.ndarray:
   linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
   xyz = linear @ _SRGB_TO_XYZ
   root = np.where(xyz > 216 / 24389, np.cbrt(xyz), xyz * (24389 / 27 / 116) + 16 / 116)
-  return np.stack([116 * root[..., 1] - 16, 500 * (root[..., 0] - root[..., 1]),
-                   200 * (root[..., 1] - root[..., 2])], -1)
+  return np.stack(
+    [116 * root[..., 1] - 16, 500 * (root[..., 0] - root[..., 1]), 200 * (root[..., 1] - root[..., 2])], -1
+  )
 
 
-def _placed(group: Sequence[Detection], wanted: Mapping[str, Any],
-            groups: Sequence[Sequence[Detection]]) -> bool:
+def _placed(
+  group: Sequence[Detection], wanted: Mapping[str, Any], groups: Sequence[Sequence[Detection]]
+) -> bool:
   if "position" not in wanted:
     return True
   name, target = wanted["position"]
@@ -204,8 +206,9 @@ def _regions(colors: np.ndarray, distance: np.ndarray, threshold: float) -> np.n
   return regions
 
 
-def _recognize(pixels: np.ndarray, background: np.ndarray, distance: np.ndarray, region: np.ndarray,
-               territory: np.ndarray) -> list[Detection]:
+def _recognize(
+  pixels: np.ndarray, background: np.ndarray, distance: np.ndarray, region: np.ndarray, territory: np.ndarray
+) -> list[Detection]:
   """Returns the object of a region, or the objects if it holds several that touch."""
   # The pixels furthest from the background: neither blur nor a coarse chroma has pulled them towards it.
   far = region & (distance >= np.percentile(distance[region], 67))
@@ -307,6 +310,10 @@ def _surfaces(side: int) -> np.ndarray:
 
 
 # Rows sRGB, columns XYZ, divided by the white point of D65.
-_SRGB_TO_XYZ = np.array([
-  [0.4124564, 0.2126729, 0.0193339], [0.3575761, 0.7151522, 0.1191920], [0.1804375, 0.0721750, 0.9503041],
-]) / np.array([0.95047, 1.0, 1.08883])
+_SRGB_TO_XYZ = np.array(
+  [
+    [0.4124564, 0.2126729, 0.0193339],
+    [0.3575761, 0.7151522, 0.1191920],
+    [0.1804375, 0.0721750, 0.9503041],
+  ]
+) / np.array([0.95047, 1.0, 1.08883])

@@ -22,19 +22,42 @@ def parser() -> argparse.ArgumentParser:
     epilog=_EPILOG,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  p.add_argument("--checkpoint", required=True, metavar="DIR", help="official directory, or a jflow workdir or step")
+  p.add_argument(
+    "--checkpoint", required=True, metavar="DIR", help="official directory, or a jflow workdir or step"
+  )
   p.add_argument("--vae", metavar="DIR", help="SDXL-VAE, for an official checkpoint that holds none")
-  p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to paint; repeat for several")
+  p.add_argument(
+    "--prompt", action="append", default=[], metavar="TEXT", help="what to paint; repeat for several"
+  )
   p.add_argument("--prompts", type=pathlib.Path, metavar="FILE", help="a text file with one prompt per line")
   p.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="where the PNG files go")
   p.add_argument("--steps", type=int, default=30, help="solver steps (default %(default)s, as in the paper)")
-  p.add_argument("--guidance", type=float, default=2.0, help="w of eq. 5: 1 is none, 2 the paper's for FID (default %(default)s)")
-  p.add_argument("--seed", type=int, default=0, help="picture j of a prompt starts from noise seed + j (default %(default)s)")
+  p.add_argument(
+    "--guidance",
+    type=float,
+    default=2.0,
+    help="w of eq. 5: 1 is none, 2 the paper's for FID (default %(default)s)",
+  )
+  p.add_argument(
+    "--seed",
+    type=int,
+    default=0,
+    help="picture j of a prompt starts from noise seed + j (default %(default)s)",
+  )
   p.add_argument("--num_images", type=int, default=1, help="pictures per prompt (default %(default)s)")
   p.add_argument("--solver", default="euler", help="euler, heun or midpoint (default %(default)s)")
   p.add_argument("--shift", type=float, default=1.0, help="of the time grid; 1 is even (default %(default)s)")
-  p.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"), help="guidance acts at these times only")
-  p.add_argument("--precision", default="exact", help="exact (f32 state and time), or release (bf16, as published)")
+  p.add_argument(
+    "--interval",
+    type=float,
+    nargs=2,
+    default=(0.0, 1.0),
+    metavar=("FROM", "TO"),
+    help="guidance acts at these times only",
+  )
+  p.add_argument(
+    "--precision", default="exact", help="exact (f32 state and time), or release (bf16, as published)"
+  )
   p.add_argument("--batch_size", type=int, default=16, help="pictures painted at once (default %(default)s)")
   p.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: float32 on a CPU)")
   p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a jflow training run")
@@ -89,7 +112,14 @@ def main(argv: list[str]) -> int:
   evaluations = flow.SOLVERS[args.solver][1] * args.steps
   if args.json:
     settings = {k: getattr(args, k) for k in ("steps", "guidance", "seed", "solver", "shift", "precision")}
-    body = {"checkpoint": str(args.checkpoint), "settings": settings, "function_evaluations": evaluations, "pictures": records}
+    body = {
+      "checkpoint": str(args.checkpoint),
+      "settings": settings,
+      "function_evaluations": evaluations,
+      "pictures": records,
+    }
     write_json(args.json, body)
-  print(f"{len(images)} pictures in {args.output} ({evaluations} evaluations of the velocity each); all on one page: {sheet}")
+  print(
+    f"{len(images)} pictures in {args.output} ({evaluations} evaluations of the velocity each); all on one page: {sheet}"
+  )
   return 0

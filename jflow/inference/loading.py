@@ -20,7 +20,13 @@ from jflow.training.setup import initial_params
 _NOT_NEEDED = ("vae/", "alignment_head/", "contrastive_head/")
 
 
-def load(path: str | pathlib.Path, *, vae: str | pathlib.Path | None = None, dtype: str | None = None, weights: str = "ema") -> Pipeline:
+def load(
+  path: str | pathlib.Path,
+  *,
+  vae: str | pathlib.Path | None = None,
+  dtype: str | None = None,
+  weights: str = "ema",
+) -> Pipeline:
   """Opens a checkpoint and returns a `Pipeline` with `generate` and `understand`.
 
   Args:

@@ -29,7 +29,9 @@ def bucket(length: int) -> int:
 class Pipeline:
   """A model ready to paint and to answer. Made by `jflow.load`."""
 
-  def __init__(self, model: JanusFlow, params: Any, tokenizer: Tokenizer, template: str, can_paint: bool = True):
+  def __init__(
+    self, model: JanusFlow, params: Any, tokenizer: Tokenizer, template: str, can_paint: bool = True
+  ):
     """`template`: "plain" (stages 1, 2) or "chat" (stage 3, the release); `can_paint`: the VAE is there."""
     self.model, self.tokenizer, self.template = model, tokenizer, template
     self.params, self._can_paint = jax.device_put(params), can_paint
@@ -73,7 +75,9 @@ class Pipeline:
       UserError: a value out of its range, an empty prompt or one longer than the context.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    self._check_painting(prompts, steps, guidance, seed, num_images, solver, shift, interval, precision, batch_size)
+    self._check_painting(
+      prompts, steps, guidance, seed, num_images, solver, shift, interval, precision, batch_size
+    )
     c = self.model.config
     room = c.language_model.context - 1 - c.patches
     ids = [examples.generation_prompt(p, self.template, self.tokenizer, room) for p in prompts]
@@ -85,7 +89,9 @@ class Pipeline:
     else:
       noise, want = np.asarray(noise, np.float32), (len(ids), shape[2], shape[0], shape[1])
       if noise.shape != want:
-        raise UserError(f"noise has shape {noise.shape}, it must be {want} (pictures, channels, height, width)")
+        raise UserError(
+          f"noise has shape {noise.shape}, it must be {want} (pictures, channels, height, width)"
+        )
       start = noise.transpose(0, 2, 3, 1)
     grid = flow.time_grid(steps, shift)
     out: list[Image.Image] = []
@@ -108,19 +114,30 @@ class Pipeline:
       if not ok:
         raise UserError(message)
 
-    need(self._can_paint, "this checkpoint has no VAE, so it can answer but not paint: give the VAE's directory (--vae=DIR)")
+    need(
+      self._can_paint,
+      "this checkpoint has no VAE, so it can answer but not paint: give the VAE's directory (--vae=DIR)",
+    )
     need(bool(prompts), "give at least one prompt")
     need(steps >= 1, f"steps={steps} must be at least 1")
     need(bool(np.isfinite(guidance)) and (guidance >= 1 or guidance == 0),
          f"guidance={guidance} must be at least 1 (1: none), or 0 (ignore the prompt)")  # fmt: skip
     need(num_images >= 1, f"num_images={num_images} must be at least 1")
-    need(0 <= seed <= _SEEDS - num_images, f"seed={seed} must be at least 0, and the last picture's below 2**32")
+    need(
+      0 <= seed <= _SEEDS - num_images, f"seed={seed} must be at least 0, and the last picture's below 2**32"
+    )
     need(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
     need(solver in flow.SOLVERS, f"solver={solver!r} must be one of {', '.join(flow.SOLVERS)}")
     need(bool(np.isfinite(shift)) and shift > 0, f"shift={shift} must be positive")
-    need(0 <= interval[0] <= interval[1] <= 1, f"interval={tuple(interval)} must hold two times in [0, 1], in order")
+    need(
+      0 <= interval[0] <= interval[1] <= 1,
+      f"interval={tuple(interval)} must hold two times in [0, 1], in order",
+    )
     need(precision in ("exact", "release"), f"precision={precision!r} must be 'exact' or 'release'")
-    need(precision == "exact" or (solver == "euler" and shift == 1.0), "precision='release' goes with solver='euler' and shift=1")
+    need(
+      precision == "exact" or (solver == "euler" and shift == 1.0),
+      "precision='release' goes with solver='euler' and shift=1",
+    )
 
   def understand(
     self,
@@ -184,7 +201,9 @@ class Pipeline:
         break
       answer.append(int(token[0]))
       text = self.tokenizer.decode(answer).strip()
-      if stream and text != said and not text.endswith("\ufffd"):  # half of a character waits for its other bytes
+      if (
+        stream and text != said and not text.endswith("\ufffd")
+      ):  # half of a character waits for its other bytes
         stream(text[len(said) :])
         said = text
       if i + 1 < budget:

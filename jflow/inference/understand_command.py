@@ -21,12 +21,20 @@ def parser() -> argparse.ArgumentParser:
     epilog=_EPILOG,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  p.add_argument("--checkpoint", required=True, metavar="DIR", help="official directory, or a jflow workdir or step")
-  p.add_argument("--image", action="append", default=[], metavar="FILE", help="PNG, JPEG or WebP; repeat for several")
-  p.add_argument("--question", required=True, metavar="TEXT", help='"<image>" marks say where the pictures stand')
+  p.add_argument(
+    "--checkpoint", required=True, metavar="DIR", help="official directory, or a jflow workdir or step"
+  )
+  p.add_argument(
+    "--image", action="append", default=[], metavar="FILE", help="PNG, JPEG or WebP; repeat for several"
+  )
+  p.add_argument(
+    "--question", required=True, metavar="TEXT", help='"<image>" marks say where the pictures stand'
+  )
   p.add_argument("--system", default="", metavar="TEXT", help="system prompt (default: none)")
   p.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
-  p.add_argument("--top_p", type=float, default=1.0, help="mass of the nucleus to sample from (default %(default)s)")
+  p.add_argument(
+    "--top_p", type=float, default=1.0, help="mass of the nucleus to sample from (default %(default)s)"
+  )
   p.add_argument("--max_tokens", type=int, default=512, help="longest answer (default %(default)s)")
   p.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
   p.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: float32 on a CPU)")
@@ -58,6 +66,11 @@ def main(argv: list[str]) -> int:
   )  # fmt: skip
   say("\n")
   if args.json:
-    body = {"checkpoint": str(args.checkpoint), "images": args.image, "question": args.question, "answer": answer}
+    body = {
+      "checkpoint": str(args.checkpoint),
+      "images": args.image,
+      "question": args.question,
+      "answer": answer,
+    }
     write_json(args.json, body)
   return 0

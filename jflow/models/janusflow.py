@@ -94,7 +94,9 @@ class JanusFlow(nn.Module):
     self.language_model = LanguageModel(lm, tap, dtype, self.remat, self.unroll)
     self.understanding_encoder = Siglip(vision, dtype, remat=self.remat != "none")
     self.understanding_projector = Linear(lm.width, (None, "embed"), dtype, use_bias=True)
-    self.understanding_start = parameter(self, "understanding_start", nn.initializers.zeros, (lm.width,), (None,))
+    self.understanding_start = parameter(
+      self, "understanding_start", nn.initializers.zeros, (lm.width,), (None,)
+    )
     self.generation_encoder = GenerationEncoder(gen, lm.width, latents, dtype)
     self.generation_projector = Linear(lm.width, (None, "embed"), dtype, use_bias=True)
     self.generation_output_norm = RMSNorm(lm.rms_norm_epsilon, dtype)
@@ -134,7 +136,9 @@ class JanusFlow(nn.Module):
   def read_slots(self, features_IPE: jax.Array) -> jax.Array:
     """The K slots of images to read: the learned start vector, then the projected features. [I, K, D]."""
     x_IPD = self.understanding_projector(features_IPE)
-    start = jnp.broadcast_to(self.understanding_start.astype(x_IPD.dtype), (x_IPD.shape[0], 1, x_IPD.shape[2]))
+    start = jnp.broadcast_to(
+      self.understanding_start.astype(x_IPD.dtype), (x_IPD.shape[0], 1, x_IPD.shape[2])
+    )
     return jnp.concatenate([start, x_IPD], axis=1)
 
   def write_slots(self, z_IhwC: jax.Array, time_I: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -127,7 +127,9 @@ class Block(nn.Module):
       norm("attention_norm")(x_BSD), tables, segments_BS, cache, layer
     )
     x_BSD = constrain(x_BSD + attended, "batch", None, None)
-    x_BSD = constrain(x_BSD + Mlp(self.config, self.dtype, name="mlp")(norm("mlp_norm")(x_BSD)), "batch", None, None)
+    x_BSD = constrain(
+      x_BSD + Mlp(self.config, self.dtype, name="mlp")(norm("mlp_norm")(x_BSD)), "batch", None, None
+    )
     layer = layer + 1
     if tap_BSD is not None:
       tap_BSD = jnp.where(layer == self.tap_layer, x_BSD, tap_BSD)

@@ -121,7 +121,9 @@ class Checkpointer:
       "progress": {"optimizer": state.optimizer, **progress},
     }
     try:
-      response = ocp.save_checkpointables_async(target, {k: v for k, v in items.items() if jax.tree.leaves(v)})
+      response = ocp.save_checkpointables_async(
+        target, {k: v for k, v in items.items() if jax.tree.leaves(v)}
+      )
     except OSError as error:
       raise self._stopped(step, error) from error
     self._thread = threading.Thread(target=self._finish, args=(step, response), name="checkpoint")
@@ -138,13 +140,17 @@ class Checkpointer:
 
   def _stopped(self, step: int, error: BaseException) -> Stopped:
     whole = [s for s in steps_of(self._directory) if (self._directory / str(s) / MANIFEST).exists()]
-    last = f"the last complete one is {self._directory / str(whole[0])}" if whole else "there is no earlier one"
+    last = (
+      f"the last complete one is {self._directory / str(whole[0])}" if whole else "there is no earlier one"
+    )
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return Stopped(f"the checkpoint of step {step} could not be written ({reason}); {last}")
 
   def _retain(self, saved: int) -> None:
     """Deletes all but the newest steps up to `saved`. Later ones are damaged: they must not push out good ones."""
-    whole = [s for s in steps_of(self._directory) if s <= saved and (self._directory / str(s) / MANIFEST).exists()]
+    whole = [
+      s for s in steps_of(self._directory) if s <= saved and (self._directory / str(s) / MANIFEST).exists()
+    ]
     for step in whole[self._keep :]:
       (self._directory / str(step) / MANIFEST).unlink()  # first: a half-deleted step is not a valid one
       shutil.rmtree(self._directory / str(step))
@@ -171,7 +177,9 @@ class Checkpointer:
     if step is None:
       sealed = [s for s in steps_of(self._directory) if (self._directory / str(s) / MANIFEST).exists()]
       if sealed:
-        raise UserError(f"{self._directory}: none of the saved steps is intact; start in a new workdir or bring back a copy")
+        raise UserError(
+          f"{self._directory}: none of the saved steps is intact; start in a new workdir or bring back a copy"
+        )
       return None
     progress = {"step": state.step, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
     wanted = {
@@ -180,7 +188,9 @@ class Checkpointer:
       "ema": state.ema,
       "progress": {"optimizer": state.optimizer, **progress},
     }
-    loaded = _load(self._directory / str(step), {k: _abstract(v) for k, v in wanted.items() if jax.tree.leaves(v)})
+    loaded = _load(
+      self._directory / str(step), {k: _abstract(v) for k, v in wanted.items() if jax.tree.leaves(v)}
+    )
     counters = loaded.pop("progress")
     return state.replace(**loaded, **counters)
 
@@ -255,14 +265,18 @@ def load_params(path: str | pathlib.Path, weights: str = "ema") -> dict[str, Any
   if weights == "raw" and "ema" in present and "trained" not in present:
     raise UserError(f"checkpoint {step_dir} has no raw weights beside the averaged ones: use weights 'ema'")
   abstract = {
-    name: jax.tree.map(lambda m: np.empty(m.shape, m.dtype), present[name], is_leaf=lambda m: hasattr(m, "dtype"))
+    name: jax.tree.map(
+      lambda m: np.empty(m.shape, m.dtype), present[name], is_leaf=lambda m: hasattr(m, "dtype")
+    )
     for name in names
   }
   loaded = _load(step_dir, abstract)
   return merge(loaded.get("frozen", {}), loaded.get("ema", loaded.get("trained", {})))
 
 
-def save_params(workdir: str | pathlib.Path, params: dict[str, Any], config: dict[str, Any], tokenizer: Any) -> None:
+def save_params(
+  workdir: str | pathlib.Path, params: dict[str, Any], config: dict[str, Any], tokenizer: Any
+) -> None:
   """Writes a converted model as a jflow checkpoint at step 0: what `load_params` and `train.init_from` read.
 
   Args:

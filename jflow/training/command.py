@@ -67,8 +67,12 @@ def main(argv: list[str]) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )
-  parser.add_argument("--config", metavar="FILE[:SIZE]", required=True, help="for example configs/stage2.py:tiny")
-  parser.add_argument("--workdir", metavar="DIR", required=True, type=pathlib.Path, help="directory of this run")
+  parser.add_argument(
+    "--config", metavar="FILE[:SIZE]", required=True, help="for example configs/stage2.py:tiny"
+  )
+  parser.add_argument(
+    "--workdir", metavar="DIR", required=True, type=pathlib.Path, help="directory of this run"
+  )
   known, fields = parser.parse_known_args(argv)
   config = load_config([f"--config={known.config}", *fields])
 
@@ -83,6 +87,9 @@ def main(argv: list[str]) -> int:
   rows = read_metrics(known.workdir / "metrics.jsonl")
   if rows:
     loss = "not finite" if rows[-1]["loss"] is None else f"{rows[-1]['loss']:.4f}"
-    print(f"done: step {rows[-1]['step']}, loss {loss}; checkpoints in {known.workdir / 'checkpoints'}", file=sys.stderr)
+    print(
+      f"done: step {rows[-1]['step']}, loss {loss}; checkpoints in {known.workdir / 'checkpoints'}",
+      file=sys.stderr,
+    )
   print(f"next: python -m jflow generate --checkpoint={known.workdir} --prompt=...", file=sys.stderr)
   return 0

@@ -59,7 +59,9 @@ def train(config: dict[str, Any], workdir: pathlib.Path) -> None:
 
   shape = setup.row_shape(config, model_config)
   batch_size, seed = config["train"]["batch_size"], config["train"]["seed"]
-  pipeline = Pipeline(config["data"], tokenizer, shape, batch_size, seed, jax.process_index(), jax.process_count())
+  pipeline = Pipeline(
+    config["data"], tokenizer, shape, batch_size, seed, jax.process_index(), jax.process_count()
+  )
   model = setup.build(config)
   optimizer = optim.make_optimizer(config["optimizer"])
 
@@ -134,8 +136,11 @@ def _run(
     for step, (batch, info) in enumerate(batches, start=first + 1):
       state, device = step_fn(state, batch)
       flush()
-      pending = {"row": {"step": step, "fill": float(info["fill"]), "packs": info["packs"]}, "device": device}
-      signum = stop.signum  # read once: a signal after this line stops after the next step, which is then saved
+      row = {"step": step, "fill": float(info["fill"]), "packs": info["packs"], "rejected": info["rejected"]}
+      pending = {"row": row, "device": device}
+      signum = (
+        stop.signum
+      )  # read once: a signal after this line stops after the next step, which is then saved
       if step % interval == 0 or step == last or signum:
         flush()
         checkpointer.save(state)

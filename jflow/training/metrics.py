@@ -54,7 +54,9 @@ class Progress:
   """A bar with losses, tokens/s and time left on a terminal; a plain line now and then elsewhere."""
 
   def __init__(self, total: int, first: int, every_seconds: float):
-    self._bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+    self._bar = tqdm(
+      total=total, initial=first, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+    )
     self._total, self._every = total, every_seconds
     self._started, self._first, self._next = time.monotonic(), first, 0.0
 

@@ -54,7 +54,11 @@ def check(config: Config) -> JanusFlowConfig:
   for field in (*sizes, "train.max_skipped", "compute.unroll", "mesh.data", "mesh.fsdp", "mesh.model"):
     section, name = field.split(".")
     need(config[section][name] >= 1, field, "must be at least 1")
-  need(train["batch_size"] % train["accumulation"] == 0, "train.accumulation", f"must divide train.batch_size={train['batch_size']}")
+  need(
+    train["batch_size"] % train["accumulation"] == 0,
+    "train.accumulation",
+    f"must divide train.batch_size={train['batch_size']}",
+  )
   need(0 <= train["seed"] < 2**32, "train.seed", "must be in [0, 2**32)")
   need(0.0 <= train["ema"] < 1.0, "train.ema", "must be in [0, 1)")
   need(train["init_weights"] in ("ema", "raw"), "train.init_weights", "must be 'ema' or 'raw'")
@@ -65,21 +69,39 @@ def check(config: Config) -> JanusFlowConfig:
   for field in ("beta1", "beta2"):
     need(0 <= config["optimizer"][field] < 1, f"optimizer.{field}", "must be in [0, 1)")
   need(0 < config["objective"]["time_std"] < math.inf, "objective.time_std", "must be positive")
-  need(config["compute"]["dtype"] in ("float32", "bfloat16"), "compute.dtype", "must be 'float32' or 'bfloat16'")
+  need(
+    config["compute"]["dtype"] in ("float32", "bfloat16"), "compute.dtype", "must be 'float32' or 'bfloat16'"
+  )
   need(config["compute"]["remat"] in REMAT, "compute.remat", f"must be one of {', '.join(REMAT)}")
   need(data["template"] in ("plain", "chat"), "data.template", "must be 'plain' or 'chat'")
-  need(data["row_tokens"] <= model.language_model.context, "data.row_tokens", f"must not exceed model.language_model.context={model.language_model.context}")
+  need(
+    data["row_tokens"] <= model.language_model.context,
+    "data.row_tokens",
+    f"must not exceed model.language_model.context={model.language_model.context}",
+  )
   need(data["row_images"] >= 1, "data.row_images", "must be at least 1")
   need(bool(data["tokenizer"]), "data.tokenizer", "must name a directory with tokenizer.json")
   rows = (train["batch_size"] // train["accumulation"], config["mesh"]["data"] * config["mesh"]["fsdp"])
-  need(rows[0] % rows[1] == 0, "train.batch_size", f"/ accumulation = {rows[0]} rows must be a multiple of mesh.data x mesh.fsdp = {rows[1]}")
+  need(
+    rows[0] % rows[1] == 0,
+    "train.batch_size",
+    f"/ accumulation = {rows[0]} rows must be a multiple of mesh.data x mesh.fsdp = {rows[1]}",
+  )
   weights = config["objective"]["weights"]
   for name, weight in weights.items():
     need(name in Sums._fields, "objective.weights", f"has {name!r}; losses are {', '.join(Sums._fields)}")
     need(0 <= weight < math.inf, f"objective.weights.{name}", "must not be negative")
   need(any(weights.values()), "objective.weights", "are all 0: nothing would be learned")
-  need(not weights["alignment"] or model.alignment_width > 0, "objective.weights.alignment", "needs model.alignment_width > 0")
-  need(not weights["contrastive"] or model.contrastive, "objective.weights.contrastive", "needs model.contrastive=True")
+  need(
+    not weights["alignment"] or model.alignment_width > 0,
+    "objective.weights.alignment",
+    "needs model.alignment_width > 0",
+  )
+  need(
+    not weights["contrastive"] or model.contrastive,
+    "objective.weights.contrastive",
+    "needs model.contrastive=True",
+  )
   need(
     not weights["contrastive"] or train["accumulation"] == 1, "train.accumulation",
     "must be 1 with objective.weights.contrastive: pictures are compared with the captions of the whole batch",
@@ -91,7 +113,10 @@ def build(config: Config) -> JanusFlow:
   """The model of a config."""
   compute = config["compute"]
   return JanusFlow(
-    JanusFlowConfig.from_dict(config["model"]), jnp.dtype(compute["dtype"]), compute["remat"], compute["unroll"]
+    JanusFlowConfig.from_dict(config["model"]),
+    jnp.dtype(compute["dtype"]),
+    compute["remat"],
+    compute["unroll"],
   )
 
 
@@ -121,7 +146,9 @@ def lock(workdir: pathlib.Path) -> Any:
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except OSError as error:
     handle.seek(0)
-    raise UserError(f"workdir {workdir} is in use by another trainer ({handle.read().strip() or 'unknown'})") from error
+    raise UserError(
+      f"workdir {workdir} is in use by another trainer ({handle.read().strip() or 'unknown'})"
+    ) from error
   handle.truncate(0)
   handle.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
   handle.flush()
@@ -156,7 +183,9 @@ def start_params(config: Config, model: JanusFlow, mesh: jax.sharding.Mesh, pipe
     params = sharding.create(fresh, mesh)
     if model.config.autoencoder.kind == "patch_pca":
       fitted = fit_patch_pca(some_images(pipeline, train["fit_images"]), model.config.autoencoder)
-      params["vae"] = jax.tree.map(lambda x, old: jax.device_put(np.asarray(x, old.dtype), old.sharding), fitted, params["vae"])
+      params["vae"] = jax.tree.map(
+        lambda x, old: jax.device_put(np.asarray(x, old.dtype), old.sharding), fitted, params["vae"]
+      )
     return params
   found = read_checkpoint(train["init_from"], weights=train["init_weights"])
   source = flatten_dict(found.params, sep="/")
@@ -165,14 +194,20 @@ def start_params(config: Config, model: JanusFlow, mesh: jax.sharding.Mesh, pipe
   wanted = flatten_dict(sharding.unbox(boxed), sep="/")
   for path in sorted(set(source) - set(wanted)):
     if not path.startswith(tuple(p + "/" for p in train["init_dropped"])):
-      raise UserError(f"{train['init_from']} holds {path}, which this model has not; another model? (train.init_dropped lists what may be left behind)")
+      raise UserError(
+        f"{train['init_from']} holds {path}, which this model has not; another model? (train.init_dropped lists what may be left behind)"
+      )
   missing = [p for p in wanted if p not in source]
   for path in missing:
     if not path.startswith(tuple(p + "/" for p in train["init_fresh"])):
-      raise UserError(f"{train['init_from']} lacks {path}; another model? (train.init_fresh lists what may start fresh)")
+      raise UserError(
+        f"{train['init_from']} lacks {path}; another model? (train.init_fresh lists what may start fresh)"
+      )
   for path in set(wanted) & set(source):
     if wanted[path].shape != source[path].shape:
-      raise UserError(f"{train['init_from']}: {path} has shape {tuple(source[path].shape)}, this model needs {wanted[path].shape}")
+      raise UserError(
+        f"{train['init_from']}: {path} has shape {tuple(source[path].shape)}, this model needs {wanted[path].shape}"
+      )
   _say_what_no_shape_shows(train["init_from"], found.config, model.config)
   only_missing = lambda: {p: x for p, x in flatten_dict(fresh(), sep="/").items() if p in missing}
   new = sharding.create(only_missing, mesh) if missing else {}
@@ -204,7 +239,9 @@ def some_images(pipeline: Pipeline, count: int) -> np.ndarray:
     batch = pipeline.batch(step)
     found = batch.images[batch.image_kind == WRITE]
     if not len(found) and step > 100:
-      raise UserError("data.sources.generation gave no picture: the codec of model.autoencoder.kind='patch_pca' is fitted to some")
+      raise UserError(
+        "data.sources.generation gave no picture: the codec of model.autoencoder.kind='patch_pca' is fitted to some"
+      )
     images.extend(found)
     step += 1
   return np.stack(images[:count])

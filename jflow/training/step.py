@@ -94,7 +94,9 @@ def make_step(
       skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
     )
     metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate(state.step)}
-    metrics |= {f"loss_{name}": getattr(parts, name) for name in Sums._fields if name in wanted or name != "contrastive"}
+    metrics |= {
+      f"loss_{name}": getattr(parts, name) for name in Sums._fields if name in wanted or name != "contrastive"
+    }
     metrics |= {"skipped": new.skipped, "skipped_in_a_row": new.skipped_in_a_row}
     return new, metrics
 
