@@ -6,15 +6,20 @@ FOLDER gets photos/ (JPEG and PNG of their own sizes and two LLaVA JSONL files),
 run, painted.png and result.json. Exits with 1 unless 9 of 10 pictures and answers are right.
 """
 
+import argparse
 import json
 import pathlib
 import subprocess
 import sys
 
 import numpy as np
-import skimage.data
-import sklearn.datasets
 from PIL import Image
+
+try:
+  import skimage.data
+  import sklearn.datasets
+except ImportError:
+  sys.exit("launch/photos.py needs the photographs of two packages: pip install scikit-image scikit-learn")
 
 root = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root))
@@ -72,7 +77,11 @@ def command(*arguments: str) -> None:
 
 
 def main() -> int:
-  out = pathlib.Path(sys.argv[1]).resolve()
+  parser = argparse.ArgumentParser(
+    description="Learns 14 photographs by heart, paints them, answers about them."
+  )
+  parser.add_argument("folder", type=pathlib.Path, help="where all of it goes; the same folder goes on")
+  out = parser.parse_args().folder.resolve()
   write_photos(out / "photos")
   for task, file in (("understanding", "reading"), ("generation", "painting")):
     if not (out / task).exists():

@@ -1,9 +1,13 @@
-"""Writes the tiny checkpoint of tests/golden/tiny in the published layout, with the safetensors library."""
+"""Writes the tiny checkpoint of tests/golden/tiny in the published layout, with the safetensors library.
+
+python tests/official_checkpoint.py DIR
+"""
 
 import importlib.util
 import json
 import pathlib
 import shutil
+import sys
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -48,3 +52,7 @@ def write(
   index = {"metadata": {"total_size": sum(x.nbytes for x in values.values())}, "weight_map": weight_map}
   (directory / "model.safetensors.index.json").write_text(json.dumps(index))
   return directory
+
+
+if __name__ == "__main__":
+  print(write(pathlib.Path(sys.argv[1])))

@@ -17,6 +17,7 @@ from PIL import Image
 from jflow.__main__ import COMMANDS, main
 from jflow.data.tokenizer import Tokenizer
 from jflow.training.checkpoint import save_params
+from jflow.training.command import load_config
 
 CONFIG = f"{tiny.ROOT}/configs/stage2.py:tiny"
 
@@ -253,8 +254,15 @@ def test_train_refuses(capsys, tmp_path, monkeypatch, flags, said):
 
 
 def test_a_workdir_that_holds_another_config(capsys, tmp_path):
-  start = ("train", f"--config={CONFIG}", f"--workdir={tmp_path}", "--config.train.init_from=nowhere")
-  fields = ("--config.data.shapes.size=20", "--config.compute.compilation_cache=")
-  _refused(capsys, *start, *fields)  # far enough to have written config.json
-  said = _refused(capsys, *start, *fields, "--config.train.batch_size=4")
+  fields = ["--config.data.shapes.size=20", "--config.compute.compilation_cache="]
+  begun = load_config([f"--config={CONFIG}", *fields])
+  (tmp_path / "config.json").write_text(json.dumps(begun))
+  start = ("train", f"--config={CONFIG}", f"--workdir={tmp_path}", *fields)
+  said = _refused(capsys, *start, "--config.train.batch_size=4")
   assert f"workdir {tmp_path} holds a run with train.batch_size=8, now 4" in said
+
+
+def test_a_first_mistake_leaves_the_workdir_free(capsys, tmp_path):
+  start = ("train", f"--config={CONFIG}", f"--workdir={tmp_path}", "--config.data.shapes.size=20")
+  assert "nowhere" in _refused(capsys, *start, "--config.train.init_from=nowhere")
+  assert not (tmp_path / "config.json").exists()

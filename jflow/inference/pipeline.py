@@ -142,7 +142,7 @@ class Pipeline:
   def understand(
     self,
     messages: str | Sequence[Any],
-    images: Sequence[Any] = (),
+    images: Any = (),
     max_tokens: int = 512,
     *,
     temperature: float = 0.0,
@@ -157,7 +157,7 @@ class Pipeline:
       messages: a question, or turns {"role": "user" | "assistant", "content": text}. "<image>" marks say where
         the images stand, or "<image_placeholder>" as in the published code; without any, they stand before the
         first question.
-      images: paths, encoded bytes, PIL images or uint8[H, W, 3] arrays.
+      images: one or a list of paths, encoded bytes, PIL images or uint8[H, W, 3] arrays.
       max_tokens: longest answer.
       temperature: 0 is greedy.
       top_p: mass of the nucleus to sample from.
@@ -168,6 +168,8 @@ class Pipeline:
     Raises:
       UserError: an unreadable image, a value out of its range, a prompt longer than the context.
     """
+    if not isinstance(images, (list, tuple)):
+      images = [images]
     if max_tokens < 1:
       raise UserError(f"max_tokens={max_tokens} must be at least 1")
     if not (np.isfinite(temperature) and temperature >= 0):

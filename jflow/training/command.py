@@ -44,7 +44,10 @@ def load_config(arguments: list[str]) -> dict[str, Any]:
       error = error.__context__  # each quotes the text of the one before; the second says "Did you mean"
     raise UserError(f"{file}: unknown field {' '.join(str(error.args[0]).split())}") from error
   except (flags.Error, ValueError, TypeError, SyntaxError) as error:
-    raise UserError(f"{file}: {' '.join(str(error).split())}") from error
+    text = str(error).strip()
+    if "Traceback" in text:  # the config's own error, wrapped with its traceback: the last line says it
+      text = text.splitlines()[-1].removeprefix("ValueError: ")
+    raise UserError(f"{file}: {' '.join(text.split())}") from error
   if rest[1:]:
     raise UserError(f"unknown argument {rest[1]!r}; fields are set as --config.FIELD=VALUE")
   return _plain(values.config.to_dict())

@@ -52,8 +52,7 @@ def train(config: dict[str, Any], workdir: pathlib.Path) -> None:
       f"model.language_model.vocabulary_size={model_config.language_model.vocabulary_size}"
     )
   held = setup.lock(workdir)
-  setup.settle_config(workdir, config)
-  tokenizer.save(workdir / "tokenizer")
+  setup.check_same_run(workdir, config)
   if config["compute"]["compilation_cache"]:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config["compute"]["compilation_cache"]))
 
@@ -82,6 +81,7 @@ def train(config: dict[str, Any], workdir: pathlib.Path) -> None:
       state = jax.jit(state_of, out_shardings=where)(setup.start_params(config, model, mesh, pipeline))
     else:
       print(f"jflow: going on from step {int(state.step)} of {workdir / 'checkpoints'}", file=sys.stderr)
+    setup.write_config(workdir, config, tokenizer)  # late, so that a first mistake leaves the workdir free
     step_fn = jax.jit(
       make_step(model, optimizer, config), donate_argnums=0, out_shardings=(where, sharding.replicated(mesh))
     )

@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jflow import sharding
 from jflow.batch import WRITE, RowShape, empty
 from jflow.data.pipeline import Pipeline
+from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.interop.checkpoints import read_checkpoint
 from jflow.models.config import JanusFlowConfig
@@ -59,6 +60,15 @@ def check(config: Config) -> JanusFlowConfig:
     "train.accumulation",
     f"must divide train.batch_size={train['batch_size']}",
   )
+  for task, sources in data["sources"].items():
+    pairs = not isinstance(sources, str) and all(
+      isinstance(x, (tuple, list))
+      and len(x) == 2
+      and isinstance(x[0], str)
+      and isinstance(x[1], (int, float))
+      for x in sources
+    )
+    need(pairs, f"data.sources.{task}", "must be a tuple of (directory, weight) pairs, as (('DIR', 1.0),)")
   need(0 <= train["seed"] < 2**32, "train.seed", "must be in [0, 2**32)")
   need(0.0 <= train["ema"] < 1.0, "train.ema", "must be in [0, 1)")
   need(train["init_weights"] in ("ema", "raw"), "train.init_weights", "must be 'ema' or 'raw'")
@@ -155,24 +165,28 @@ def lock(workdir: pathlib.Path) -> Any:
   return handle
 
 
-def settle_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
-  """Writes config.json, or checks that the one of an earlier start says the same.
+def check_same_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+  """Checks that a run that has begun in this workdir has the same config; some fields may differ.
 
   Raises:
     UserError: naming the first field that differs.
   """
-  path = workdir / "config.json"
-  ours = json.loads(json.dumps(config))
-  if path.exists():
-    theirs = flatten_dict(read_config(workdir), sep=".")
-    flat = flatten_dict(ours, sep=".")
-    for field in sorted(set(flat) | set(theirs)):
-      if flat.get(field) != theirs.get(field) and not field.startswith(_MAY_CHANGE):
-        raise UserError(
-          f"workdir {workdir} holds a run with {field}={theirs.get(field)!r}, now {flat.get(field)!r}; "
-          "use another --workdir or the same value"
-        )
-  write_atomically(path, json.dumps(ours, indent=1) + "\n")
+  if not (workdir / "config.json").exists():
+    return
+  theirs = flatten_dict(read_config(workdir), sep=".")
+  ours = flatten_dict(json.loads(json.dumps(config)), sep=".")
+  for field in sorted(set(ours) | set(theirs)):
+    if ours.get(field) != theirs.get(field) and not field.startswith(_MAY_CHANGE):
+      raise UserError(
+        f"workdir {workdir} holds a run with {field}={theirs.get(field)!r}, now {ours.get(field)!r}; "
+        "use another --workdir or the same value"
+      )
+
+
+def write_config(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer) -> None:
+  """Writes config.json and tokenizer/: from here on the workdir belongs to this run."""
+  write_atomically(workdir / "config.json", json.dumps(config, indent=1) + "\n")
+  tokenizer.save(workdir / "tokenizer")
 
 
 def start_params(config: Config, model: JanusFlow, mesh: jax.sharding.Mesh, pipeline: Pipeline) -> Any:
