@@ -270,7 +270,7 @@ def test_resolve_says_what_is_wrong(copy):
 def test_load_params_gives_the_averaged_or_the_raw_weights(saved):
   state = _state(4)
   for weights, trained in (("ema", state.ema), ("raw", state.trained)):
-    params = checkpoint.load_params(saved.parent, weights)
+    params = checkpoint.load_params(checkpoint.resolve(saved.parent)[1], weights)
     assert jax.tree.all(jax.tree.map(np.array_equal, params, {**trained, **state.frozen}))
 
 
@@ -279,11 +279,11 @@ def test_a_converted_checkpoint_comes_back_and_has_no_raw_weights(tmp_path):
   config = {"model": {"width": 1}, "data": {"template": "chat"}}
   workdir = tmp_path / "converted"
   checkpoint.save_params(workdir, params, config, Tokenizer.load(tiny.TOKENIZER))
-  assert np.array_equal(checkpoint.load_params(workdir)["a"]["b"], params["a"]["b"])
+  assert np.array_equal(checkpoint.load_params(checkpoint.resolve(workdir)[1])["a"]["b"], params["a"]["b"])
   assert checkpoint.read_config(workdir) == config
   assert Tokenizer.load(workdir / "tokenizer").vocabulary_size > 0
   with pytest.raises(UserError, match="no raw weights"):
-    checkpoint.load_params(workdir, "raw")
+    checkpoint.load_params(checkpoint.resolve(workdir)[1], "raw")
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def _losses(workdir: pathlib.Path) -> dict[int, str]:
 
 
 def _parameters(workdir: pathlib.Path, weights: str) -> dict[str, np.ndarray]:
-  return flatten_dict(checkpoint.load_params(workdir, weights), sep="/")
+  return flatten_dict(checkpoint.load_params(checkpoint.resolve(workdir)[1], weights), sep="/")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import os
 import pathlib
 import struct
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -303,8 +303,3 @@ class Progress:
       self._printed = tenth
       total = self._total / 2**20
       print(f"{self._what}: {min(10 * tenth, 100)} % of {total:,.1f} MiB", file=sys.stderr, flush=True)
-
-
-def total_bytes(tensors: Iterable[Tensor]) -> int:
-  """Payload of some tensors."""
-  return sum(tensor.bytes for tensor in tensors)

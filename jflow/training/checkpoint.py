@@ -82,6 +82,11 @@ def steps_of(directory: pathlib.Path) -> list[int]:
   return sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit() and p.is_dir()), reverse=True)
 
 
+def sealed_steps(directory: pathlib.Path) -> list[int]:
+  """The steps that have a manifest, newest first; whether their bytes are as written is not looked at."""
+  return [step for step in steps_of(directory) if (directory / str(step) / MANIFEST).exists()]
+
+
 def newest_valid(directory: pathlib.Path) -> int | None:
   """The newest step whose manifest verifies; says on stderr why a newer one was passed over."""
   for step in steps_of(directory):
@@ -94,6 +99,18 @@ def newest_valid(directory: pathlib.Path) -> int | None:
 
 def _abstract(tree: Any) -> Any:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+  """The checkpointables of a state, those without a leaf left out: Orbax does not take an empty tree."""
+  progress = {"step": state.step, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+  items = {
+    "trained": state.trained,
+    "frozen": state.frozen,
+    "ema": state.ema,
+    "progress": {"optimizer": state.optimizer, **progress},
+  }
+  return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
 
 
 class Checkpointer:
@@ -113,17 +130,8 @@ class Checkpointer:
     target = self._directory / str(step)
     if jax.process_index() == 0 and target.exists():  # an incomplete or damaged save of a run that was killed
       shutil.rmtree(target)
-    progress = {"step": state.step, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
-    items = {
-      "trained": state.trained,
-      "frozen": state.frozen,
-      "ema": state.ema,
-      "progress": {"optimizer": state.optimizer, **progress},
-    }
     try:
-      response = ocp.save_checkpointables_async(
-        target, {k: v for k, v in items.items() if jax.tree.leaves(v)}
-      )
+      response = ocp.save_checkpointables_async(target, _items(state))
     except OSError as error:
       raise self._stopped(step, error) from error
     self._thread = threading.Thread(target=self._finish, args=(step, response), name="checkpoint")
@@ -139,7 +147,7 @@ class Checkpointer:
       self._error = self._stopped(step, error)
 
   def _stopped(self, step: int, error: BaseException) -> Stopped:
-    whole = [s for s in steps_of(self._directory) if (self._directory / str(s) / MANIFEST).exists()]
+    whole = sealed_steps(self._directory)
     last = (
       f"the last complete one is {self._directory / str(whole[0])}" if whole else "there is no earlier one"
     )
@@ -148,9 +156,7 @@ class Checkpointer:
 
   def _retain(self, saved: int) -> None:
     """Deletes all but the newest steps up to `saved`. Later ones are damaged: they must not push out good ones."""
-    whole = [
-      s for s in steps_of(self._directory) if s <= saved and (self._directory / str(s) / MANIFEST).exists()
-    ]
+    whole = [step for step in sealed_steps(self._directory) if step <= saved]
     for step in whole[self._keep :]:
       (self._directory / str(step) / MANIFEST).unlink()  # first: a half-deleted step is not a valid one
       shutil.rmtree(self._directory / str(step))
@@ -175,22 +181,12 @@ class Checkpointer:
         shutil.rmtree(leftover, ignore_errors=True)
     step = newest_valid(self._directory)
     if step is None:
-      sealed = [s for s in steps_of(self._directory) if (self._directory / str(s) / MANIFEST).exists()]
-      if sealed:
+      if sealed_steps(self._directory):
         raise UserError(
           f"{self._directory}: none of the saved steps is intact; start in a new workdir or bring back a copy"
         )
       return None
-    progress = {"step": state.step, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
-    wanted = {
-      "trained": state.trained,
-      "frozen": state.frozen,
-      "ema": state.ema,
-      "progress": {"optimizer": state.optimizer, **progress},
-    }
-    loaded = _load(
-      self._directory / str(step), {k: _abstract(v) for k, v in wanted.items() if jax.tree.leaves(v)}
-    )
+    loaded = _load(self._directory / str(step), _abstract(_items(state)))
     counters = loaded.pop("progress")
     return state.replace(**loaded, **counters)
 
@@ -247,19 +243,18 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
   return config
 
 
-def load_params(path: str | pathlib.Path, weights: str = "ema") -> dict[str, Any]:
+def load_params(step_dir: pathlib.Path, weights: str = "ema") -> dict[str, Any]:
   """Loads the nested parameters of a jflow checkpoint as numpy arrays.
 
   Args:
-    path: anything `resolve` takes.
+    step_dir: as `resolve` gives it: its bytes have been verified there, and are not hashed again.
     weights: "ema" (what inference and the next stage use) or "raw".
 
   Raises:
-    UserError: see `resolve`; or the checkpoint was converted and has no raw weights beside the averaged ones.
+    UserError: the checkpoint was converted and has no raw weights beside the averaged ones.
   """
   from jflow.training.optim import merge
 
-  _, step_dir = resolve(path)
   present = ocp.checkpointables_metadata(step_dir.absolute()).metadata
   names = [name for name in ("frozen", "ema" if weights == "ema" else "trained") if name in present]
   if weights == "raw" and "ema" in present and "trained" not in present:

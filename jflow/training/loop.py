@@ -138,9 +138,8 @@ def _run(
       flush()
       row = {"step": step, "fill": float(info["fill"]), "packs": info["packs"], "rejected": info["rejected"]}
       pending = {"row": row, "device": device}
-      signum = (
-        stop.signum
-      )  # read once: a signal after this line stops after the next step, which is then saved
+      # Read once: a signal after this line stops after the next step, which is then saved.
+      signum = stop.signum
       if step % interval == 0 or step == last or signum:
         flush()
         checkpointer.save(state)
