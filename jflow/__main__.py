@@ -13,6 +13,7 @@ COMMANDS = {
   "understand": ("jflow.inference.understand_command", "answer a question about pictures"),
   "convert": ("jflow.interop.convert", "take weights from and to the published PyTorch layout"),
   "parity": ("jflow.interop.parity", "compare with golden outputs of the PyTorch implementation"),
+  "bench": ("jflow.bench.command", "measure how fast training, painting, answering or loading runs here"),
 }
 
 
