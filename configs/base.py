@@ -77,6 +77,7 @@ def base(size: str) -> ConfigDict:
     workers=0,  # loader processes; 0: threads only
     threads=2,  # per process
     prefetch=2,  # batches ahead per process
+    plan_cache="~/.cache/jflow",  # lengths and packing plans that cannot be kept beside their records; empty: none
     max_rejected_share=0.01,  # share of broken records that stops the run
     shapes=dict(  # the built-in world
       size=20_000,  # records per type

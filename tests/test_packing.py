@@ -41,20 +41,47 @@ def test_plan_is_optimal_where_that_is_known():
 
 
 def test_plan_of_nothing_has_no_rows():
-  for lengths in (np.zeros((0, 2)), np.array([[65, 0], [10, 4], [0, 0]])):
+  for lengths in (np.zeros((0, 2), int), np.array([[65, 0], [10, 4], [0, 0]])):
     assert packing.plan(lengths, SHAPE, seed=0).rows == 0
-  assert packing.plan_documents(np.zeros(3), 64, 0).rows == 0
+  assert packing.plan_documents(np.zeros(3, int), 64, 0).rows == 0
 
 
-def test_plan_fills_rows_of_realistic_lengths():
+def _log_uniform(rng, least, most, size):
+  return np.exp(rng.uniform(np.log(least), np.log(most), size)).astype(int)
+
+
+def _captions(rng, size):
+  """Captions of 8 to 300 tokens to paint from: BOS, caption, time token, 576 patches."""
+  return np.stack([1 + 577 + _log_uniform(rng, 8, 300, size), np.ones(size, int)], 1)
+
+
+def _conversations(rng, size):
+  """1 to 6 turns about one picture: BOS, BOI, 576 features, EOI, a question and an answer per turn."""
+  turns = rng.integers(1, 7, size)
+  tokens = sum(
+    np.where(turns > turn, rng.integers(8, 40, size) + _log_uniform(rng, 8, 300, size), 0)
+    for turn in range(6)
+  )
+  return np.stack([1 + 578 + tokens, np.ones(size, int)], 1)
+
+
+@pytest.mark.parametrize("size", [3_000, 200_000])
+def test_plan_fills_rows_of_realistic_lengths(size):
   rng = np.random.default_rng(0)
   shape = RowShape(tokens=4096, images=7, image_patches=576, image_size=384)
-  captions = np.stack([577 + 2 + rng.integers(8, 300, 20_000), np.ones(20_000, int)], 1)
-  turns = rng.integers(1, 7, 20_000)
-  chats = np.stack([579 + turns * rng.integers(20, 120, 20_000), np.ones(20_000, int)], 1)
-  for lengths, least in ((captions, 0.95), (chats, 0.97)):
+  for lengths, least in ((_captions(rng, size), 0.95), (_conversations(rng, size), 0.97)):
     plan = packing.plan(lengths, shape, seed=0)
     assert lengths[:, 0].sum() / (plan.rows * shape.tokens) > least
+  documents = _log_uniform(rng, 50, 20_000, size)
+  assert documents.sum() / (packing.plan_documents(documents, 4096, seed=0).rows * 4096) > 0.99
+
+
+def test_six_pictures_share_a_row_wherever_six_fit_on_average():
+  """With 578 tokens and more per picture a seventh never fits, so that no plan has fewer rows."""
+  lengths = _captions(np.random.default_rng(1), 60_000)
+  shape = RowShape(tokens=4096, images=7, image_patches=576, image_size=384)
+  assert lengths[:, 0].mean() * 6 < 4096 and lengths[:, 0].min() * 7 > 4096
+  assert packing.plan(lengths, shape, seed=0).rows <= 60_000 / 6 * 1.001
 
 
 def test_documents_are_cut_to_full_rows():

@@ -58,6 +58,7 @@ def _config(**changes):
     workers=0,
     threads=2,
     prefetch=2,
+    plan_cache="",
     max_rejected_share=0.01,
     shapes={"size": 101},
     mixture=((0, (30, 50, 20)), (6, (14, 80, 6))),

@@ -386,6 +386,7 @@ def _pipeline(output):
     workers=0,
     threads=1,
     prefetch=1,
+    plan_cache="",
     max_rejected_share=0.01,
     shapes={},
     mixture=((0, (1, 0, 0)),),

@@ -13,7 +13,7 @@ import numpy as np
 
 from jflow import batch as batch_lib
 from jflow.batch import TASKS, Batch, RowShape
-from jflow.data import examples, images, lengths, mixture, packing, sources
+from jflow.data import examples, images, mixture, packing, plans, sources
 from jflow.data.examples import Sample
 from jflow.data.records import RecordError, Source
 from jflow.data.tokenizer import Tokenizer
@@ -41,24 +41,30 @@ class Rows:
     Raises:
       UserError: no record of the source fits a row.
     """
-    self._source, self._task, self._tokenizer, self._shape = source, task, tokenizer, shape
+    self.name, self.task = name, task
+    self._source, self._tokenizer, self._shape = source, tokenizer, shape
     self._template = config["template"]
     self._first_sentence, self._prompt_drop = config["first_sentence"], config["prompt_drop"]
     self._seed = seed
-    self._order: tuple[int, np.ndarray] | None = None
-    sizes, self.rejected = lengths.measure(source, task, tokenizer, self._template, shape.image_patches)
-    if task == "text":
-      self.plan = packing.plan_documents(sizes[:, 0], shape.tokens, seed)
-    else:  # only documents are cut: a sample longer than a row is left out
-      too_long = (sizes > (shape.tokens, shape.images)).any(axis=1)
-      self.rejected.update(too_long=int(too_long.sum()))
-      self.plan = packing.plan(sizes, shape, seed)
-    self.rejected = +self.rejected
+    self._orders: dict[int, np.ndarray] = {}
+    self.planned = plans.planned(source, task, tokenizer, self._template, shape, config["plan_cache"])
+    self.plan, self.rejected = self.planned.plan, self.planned.rejected
     if not self.plan.rows:
       raise UserError(
         f"{name}: none of the {len(source):,} {task} records fits a row of {shape.tokens:,} tokens "
         f"and {shape.images} images; rejected: {dict(self.rejected)}"
       )
+
+  def report(self) -> str:
+    """Returns one line: records, planned rows, fill, what was left out."""
+    rejected = collections.Counter(self.rejected)
+    too_long = rejected.pop("too_long", 0)
+    reasons = f" ({', '.join(f'{r} {n:,}' for r, n in sorted(rejected.items()))})" if rejected else ""
+    return (
+      f"{self.task:13} {self.name}: {self.planned.records:,} records in {self.plan.rows:,} rows, "
+      f"{self.planned.fill(self._shape.tokens):.1%} full; {too_long:,} too long, "
+      f"{rejected.total():,} rejected{reasons}"
+    )
 
   def row(self, number: int) -> tuple[Batch, collections.Counter]:
     """Returns the arrays of a row (`Batch` without the leading axis) and what was rejected in it, by reason.
@@ -78,10 +84,10 @@ class Rows:
     return packing.pack(samples, self._shape), counter
 
   def _sample(self, index: int, epoch: int, start: int, stop: int) -> Sample:
-    rng = np.random.default_rng([self._seed, epoch, TASKS.index(self._task), index])
+    rng = np.random.default_rng([self._seed, epoch, TASKS.index(self.task), index])
     sample = examples.build(
       self._source[index],
-      self._task,
+      self.task,
       self._tokenizer,
       self._template,
       self._shape.image_patches,
@@ -89,21 +95,23 @@ class Rows:
       self._first_sentence,
       self._prompt_drop,
     )
-    if self._task == "text":
+    if self.task == "text":
       return packing.cut(sample, start, stop)
     size = self._shape.image_size
-    if self._task == "generation":
+    if self.task == "generation":
       pixels = tuple(images.for_generation(image, size, rng) for image in sample.images)
     else:
       pixels = tuple(images.for_understanding(image, size) for image in sample.images)
     return sample._replace(images=pixels)
 
   def _shuffled(self, epoch: int) -> np.ndarray:
-    order = self._order  # read once: another thread may be in another epoch
-    if order is None or order[0] != epoch:
-      rng = np.random.default_rng([self._seed, epoch, TASKS.index(self._task)])
-      order = self._order = (epoch, rng.permutation(self.plan.rows))
-    return order[1]
+    order = self._orders.get(epoch)
+    if order is None:
+      rng = np.random.default_rng([self._seed, epoch, TASKS.index(self.task)])
+      order = rng.permutation(self.plan.rows)
+      # Threads may be in two epochs at once. A new dict, so that none changes under another's hands.
+      self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1} | {epoch: order}
+    return order
 
 
 class Pipeline:
@@ -171,6 +179,10 @@ class Pipeline:
           for i, (spec, _) in enumerate(listed)
         ]
       )
+
+  def report(self) -> list[str]:
+    """Returns one line per source: records, planned rows, fill, what was left out."""
+    return [rows.report() for sources_of_task in self._rows for rows in sources_of_task]
 
   def counts(self, step: int) -> dict[str, int]:
     """Returns the rows per task of the global batch at a step."""

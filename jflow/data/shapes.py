@@ -6,7 +6,9 @@ relations are held out of all training pictures and texts, to measure what a mod
 """
 
 import bisect
+import hashlib
 import itertools
+import pathlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -102,7 +104,11 @@ class Question(NamedTuple):
 
 
 class ShapesSource:
-  """Records of the shapes world; each is a pure function of (seed, split, task, index). Picklable."""
+  """Records of the shapes world; each is a pure function of (seed, split, task, index). Picklable.
+
+  Attributes:
+    fingerprint: hash of the arguments and of the world's code.
+  """
 
   def __init__(
     self,
@@ -143,6 +149,10 @@ class ShapesSource:
       raise UserError(f"the size of the shapes world should be at least 1 record: {size}")
     self._task, self._size, self._seed, self._split = task, int(size), int(seed), split
     self._tags = tuple(shares)
+    # The words are those of the code: an edit makes another world.
+    code = b"".join(pathlib.Path(module).read_bytes() for module in (__file__, scenes.__file__))
+    key = repr((task, size, seed, split, shares, long_captions)).encode()
+    self.fingerprint = hashlib.sha256(code + key).hexdigest()
     self._bounds = [share / sum(shares.values()) for share in itertools.accumulate(shares.values())]
 
   def __len__(self) -> int:

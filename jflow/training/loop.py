@@ -61,6 +61,9 @@ def train(config: dict[str, Any], workdir: pathlib.Path) -> None:
   pipeline = Pipeline(
     config["data"], tokenizer, shape, batch_size, seed, jax.process_index(), jax.process_count()
   )
+  if jax.process_index() == 0:
+    for line in pipeline.report():
+      print(f"jflow: {line}", file=sys.stderr)
   model = setup.build(config)
   optimizer = optim.make_optimizer(config["optimizer"])
 

@@ -31,7 +31,7 @@ Config = Mapping[str, Any]
 # What may differ between a run and its continuation: all else would make it another run.
 _MAY_CHANGE = (
   "train.steps", "checkpoint.", "log.", "mesh.", "compute.compilation_cache", "data.workers", "data.threads",
-  "data.prefetch",
+  "data.prefetch", "data.plan_cache",
 )  # fmt: skip
 
 

@@ -1,0 +1,58 @@
+"""What is derived from a source once and kept: its lengths and packing plans.
+
+Kept beside the records where that folder can be written, else under `data.plan_cache`; a file's name is a hash
+of all that it depends on, so nothing is ever out of date. Files appear whole, by a rename. Of several processes
+that need the same one, the first makes it and the others wait.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from jflow.data.records import Source
+
+
+def places(source: Source, cache: str) -> list[str]:
+  """Returns the folders to look in, the best first; none for a source that has no fingerprint."""
+  if not hasattr(source, "fingerprint"):
+    return []
+  found = [source.directory] if hasattr(source, "directory") else []
+  return found + ([os.path.expanduser(cache)] if cache else [])
+
+
+def name(kind: str, *key: Any) -> str:
+  """Returns "kind-HASH" of what the file depends on."""
+  return f"{kind}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
+
+
+def find(folders: list[str], file: str) -> str | None:
+  """Returns the path of a file that is there, in the first folder that has it."""
+  return next((path for folder in folders if os.path.exists(path := os.path.join(folder, file))), None)
+
+
+@contextlib.contextmanager
+def alone(folders: list[str], file: str) -> Iterator[str | None]:
+  """Holds the right to write a file; yields its path, or None where no folder can be written.
+
+  Waits while another process holds it: look again for the file inside. A process that dies lets go.
+  """
+  for folder in folders:
+    path = os.path.join(folder, file)
+    try:
+      os.makedirs(folder, exist_ok=True)
+      handle = open(path + ".lock", "a")
+    except OSError:
+      continue
+    with handle:
+      with contextlib.suppress(OSError):  # a file system without locks: each process makes its own
+        fcntl.flock(handle, fcntl.LOCK_EX)
+      try:
+        yield path
+      finally:
+        with contextlib.suppress(OSError):
+          os.unlink(path + ".lock")
+    return
+  yield None

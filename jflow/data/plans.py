@@ -1,0 +1,140 @@
+"""The packing plan of a source, made once and kept (derived.py), and mapped into memory by all who read it.
+
+A plan is a folder `plan-HASH`: the arrays of `packing.Plan` as .npy files, and plan.json with their checksums and
+what the plan left out. HASH covers the records, the tokenizer, the template and the row's budgets.
+"""
+
+import collections
+import json
+import os
+import shutil
+import uuid
+import zlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jflow.batch import RowShape
+from jflow.data import derived, lengths, packing
+from jflow.data.packing import Plan
+from jflow.data.records import Source
+from jflow.data.tokenizer import Tokenizer
+
+# Goes up when packing.py plans other rows.
+_VERSION = 1
+# The order among records of one size. A run's own seed shuffles the rows, not the plan, which all runs share.
+_SEED = 0
+
+
+class MappedPlan(Plan):
+  """A plan whose arrays lie in files. Pickling sends the path: loader processes share the pages."""
+
+  path: str
+
+  def __reduce__(self):
+    return _map, (self.path,)
+
+
+class Planned(NamedTuple):
+  """A plan and what became of the records."""
+
+  plan: Plan
+  records: int
+  tokens: int  # in all rows; the rest is padding
+  rejected: collections.Counter  # reason -> records that no row has; "too_long" fit none
+
+  def fill(self, row_tokens: int) -> float:
+    """Share of the rows' slots that are not padding."""
+    return self.tokens / max(self.plan.rows * row_tokens, 1)
+
+
+def planned(
+  source: Source, task: str, tokenizer: Tokenizer, template: str, shape: RowShape, cache: str
+) -> Planned:
+  """Returns the plan of a source, made now unless it is there.
+
+  Documents (task "text") are cut where a row ends. Any other sample longer than a row, or with more images, is
+  left out and counted as "too_long".
+
+  Args:
+    source: the records.
+    task: "understanding", "generation" or "text".
+    tokenizer: see `Tokenizer`.
+    template: see `examples.build`.
+    shape: the row's budgets.
+    cache: folder for what cannot be kept beside the records; empty: none.
+  """
+  folders = derived.places(source, cache)
+  budgets = (shape.tokens, shape.images, shape.image_patches)
+  file = derived.name(
+    "plan", _VERSION, getattr(source, "fingerprint", ""), task, tokenizer.fingerprint, template, budgets
+  )
+  found = _read(folders, file)
+  if found is None:
+    with derived.alone(folders, file) as path:
+      found = _read(folders, file)
+      if found is None:
+        found = _plan(source, task, tokenizer, template, shape, cache)
+        if path and _write(path, found):
+          found = _read(folders, file) or found
+  return found
+
+
+def _plan(
+  source: Source, task: str, tokenizer: Tokenizer, template: str, shape: RowShape, cache: str
+) -> Planned:
+  sizes, rejected = lengths.measure(source, task, tokenizer, template, shape.image_patches, cache)
+  if task == "text":
+    plan = packing.plan_documents(sizes[:, 0], shape.tokens, _SEED)
+  else:
+    too_long = (sizes[:, 0] > shape.tokens) | (sizes[:, 1] > shape.images)
+    rejected.update(too_long=int(too_long.sum()))
+    plan = packing.plan(sizes, shape, _SEED)
+  tokens = int((plan.stops - plan.starts).sum(dtype=np.int64) + (plan.starts > 0).sum())
+  return Planned(plan, len(source), tokens, +rejected)
+
+
+def _read(folders: list[str], file: str) -> Planned | None:
+  """Returns the plan that is there; None where none is, or it is damaged."""
+  path = derived.find(folders, file)
+  if path is None:
+    return None
+  try:
+    with open(os.path.join(path, "plan.json"), encoding="utf-8") as stream:
+      header = json.load(stream)
+    plan = _map(path)
+    if header["checksums"] == _checksums(plan):
+      return Planned(plan, header["records"], header["tokens"], collections.Counter(header["rejected"]))
+  except (OSError, ValueError, KeyError, TypeError):
+    pass
+  shutil.rmtree(path, ignore_errors=True)
+  return None
+
+
+def _write(path: str, found: Planned) -> bool:
+  """Writes a folder that is whole or not there; False where the disk does not take it."""
+  temporary = f"{path}.{uuid.uuid4().hex}"
+  try:
+    os.mkdir(temporary)
+    for field, array in zip(Plan._fields, found.plan):
+      np.save(os.path.join(temporary, field + ".npy"), array)
+    header: dict[str, Any] = found._asdict() | {"checksums": _checksums(found.plan)}
+    header.pop("plan")
+    with open(os.path.join(temporary, "plan.json"), "w", encoding="utf-8") as stream:
+      json.dump(header, stream, indent=1)
+    os.rename(temporary, path)
+    return True
+  except OSError:
+    shutil.rmtree(temporary, ignore_errors=True)
+    return False
+
+
+def _map(path: str) -> MappedPlan:
+  arrays = (np.load(os.path.join(path, field + ".npy"), mmap_mode="r") for field in Plan._fields)
+  plan = MappedPlan(*(array.view(np.ndarray) for array in arrays))
+  plan.path = path
+  return plan
+
+
+def _checksums(plan: Plan) -> list[int]:
+  return [zlib.crc32(np.ascontiguousarray(array)) for array in plan]
