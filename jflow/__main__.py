@@ -7,7 +7,7 @@ from jflow.errors import Stopped, UserError
 
 # Command -> (module with main(argv) -> exit code or None, what it does).
 COMMANDS = {
-  "prepare": ("jflow.data.prepare", "import pictures and texts into a training set"),
+  "prepare": ("jflow.data.prepare_command", "import pictures and texts into a training set"),
   "train": ("jflow.training.command", "train a stage"),
   "generate": ("jflow.inference.generate_command", "paint pictures from prompts"),
   "understand": ("jflow.inference.understand_command", "answer a question about pictures"),

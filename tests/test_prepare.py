@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from jflow.batch import TASKS, RowShape
-from jflow.data import lengths, prepare, prepared
+from jflow.data import lengths, prepare, prepare_command, prepared
 from jflow.data.pipeline import Pipeline
 from jflow.data.prepared import PreparedSource
 from jflow.data.records import RecordError, Turn
@@ -60,7 +60,7 @@ def _write(path, lines):
 
 def _run(folder, task="understanding", name="chat.jsonl", **options):
   output = str(folder.parent / "out")
-  summary = prepare.prepare("llava-jsonl", str(folder / name), output, task, **options)
+  summary = prepare.prepare("llava-jsonl", output, task, str(folder / name), **options)
   return summary, output
 
 
@@ -220,7 +220,7 @@ def test_images_may_lie_in_a_root_of_their_own(folder, tmp_path):
 @pytest.mark.parametrize("task", TASKS)
 def test_the_built_in_world_is_drawn_once(tmp_path, task):
   output = str(tmp_path / "out")
-  summary = prepare.prepare("shapes", "", output, task, records=7, seed=3, image_size=32)
+  summary = prepare.prepare("shapes", output, task, records=7, seed=3, image_size=32)
   world = ShapesSource(task, 7, 3)
   assert summary["accepted"] == 7
   for i, record in enumerate(_all(output, task)):
@@ -285,7 +285,7 @@ def test_mistakes_get_one_clear_line(folder, tmp_path):
   with pytest.raises(UserError, match="out exists"):
     _run(folder)
   shutil.rmtree(tmp_path / "out")
-  for arguments, message in [
+  for (format, input, output, task), message in [
     (("llava-jsonl", str(folder / "none.jsonl"), str(tmp_path / "out"), "text"), "none.jsonl not found"),
     (("llava-jsonl", "", str(tmp_path / "out"), "text"), "needs --input"),
     (("parchment", "x", str(tmp_path / "out"), "text"), "--format=parchment is unknown"),
@@ -293,7 +293,7 @@ def test_mistakes_get_one_clear_line(folder, tmp_path):
     (("shapes", "", str(folder / "chat.jsonl" / "out"), "text"), "cannot write"),
   ]:
     with pytest.raises(UserError, match=message):
-      prepare.prepare(*arguments)
+      prepare.prepare(format, output, task, input)
   (folder / "empty.jsonl").write_bytes(b"")
   with pytest.raises(UserError, match="no records found"):
     _run(folder, name="empty.jsonl")
@@ -434,7 +434,7 @@ def test_lengths_are_measured_once(folder, monkeypatch):
 
 def test_the_command_says_what_comes_next(folder, capsys):
   output = str(folder.parent / "out")
-  prepare.main(
+  prepare_command.main(
     [
       "--format=llava-jsonl",
       f"--input={folder}/chat.jsonl",
@@ -454,12 +454,12 @@ def test_the_command_says_what_comes_next(folder, capsys):
 def test_the_command_refuses_what_it_does_not_know(arguments, capsys):
   full = ["--format=shapes", "--output=x", "--task=text"] if arguments else []
   with pytest.raises(SystemExit) as caught:
-    prepare.main(full + arguments)
+    prepare_command.main(full + arguments)
   assert caught.value.code == 2 and "error" in capsys.readouterr().err
 
 
 def test_help_teaches(capsys):
   with pytest.raises(SystemExit) as caught:
-    prepare.main(["--help"])
+    prepare_command.main(["--help"])
   text = capsys.readouterr().out
   assert caught.value.code == 0 and '"conversations"' in text and "--max_rejected_share" in text

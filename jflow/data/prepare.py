@@ -4,9 +4,9 @@ The input is cut into parts; each part becomes a shard, written under OUTPUT.par
 goes on with the parts that are missing. OUTPUT appears, by a rename, only when all of it is there.
 """
 
-import argparse
 import collections
 import concurrent.futures
+import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -24,35 +24,26 @@ from jflow.data.importers import Importer
 from jflow.data.records import RecordError
 from jflow.errors import UserError
 
-FORMATS = ("llava-jsonl", "shapes")
-_PART_RECORDS = 4096
-
 
 def prepare(
   format: str,
-  input: str,
   output: str,
   task: str,
+  input: str = "",
   max_rejected_share: float = 0.01,
-  image_root: str | None = None,
   processes: int = 1,
-  part_records: int = _PART_RECORDS,
-  records: int = 1000,
-  seed: int = 0,
-  image_size: int = 384,
+  **options: Any,
 ) -> dict[str, Any]:
   """Writes a prepared data set and returns its summary.
 
   Args:
-    format: one of `FORMATS`.
-    input: the file to read; unused by "shapes".
+    format: one of `importers.FORMATS`.
     output: the directory to write, which must not exist yet.
     task: "understanding", "generation" or "text".
+    input: file, folder or pattern to read; unused by "shapes".
     max_rejected_share: share of unusable records above which nothing is written.
-    image_root: folder that relative image paths start from; None is the folder of the input.
     processes: processes that read and check.
-    part_records: records of a part, and so at most of a shard.
-    records, seed, image_size: of "shapes": how many records, which, and how large the pictures are.
+    options: the other fields of `importers.Options`.
 
   Returns:
     The contents of summary.json.
@@ -60,21 +51,20 @@ def prepare(
   Raises:
     UserError: the input is missing, the output exists, or too many records are unusable.
   """
-  importer = _importer(format, input, task, image_root, part_records, records, seed, image_size)
+  if task not in TASKS:
+    raise UserError(f"--task={task} is unknown: use one of {', '.join(TASKS)}")
+  options = importers.Options(input=input, task=task, **options)
+  importer = importers.open_importer(format, options)
   output = os.path.abspath(output)
   if os.path.exists(output) and (not os.path.isdir(output) or os.listdir(output)):
     raise UserError(f"{output} exists: name another --output or remove it")
   job = {
+    **dataclasses.asdict(options),
     "schema": prepared.SCHEMA,
     "format": format,
-    "task": task,
     "input": os.path.abspath(input) if input else "",
-    "image_root": image_root,
-    "part_records": part_records,
     "files": _fingerprint(importer.files()),
   }
-  if format == "shapes":
-    job.update(records=records, seed=seed, image_size=image_size)
   parts = importer.parts()
   partial = output + ".partial"
   _open_partial(partial, job)
@@ -95,106 +85,16 @@ def prepare(
   return summary
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-  """Runs the command line."""
-  parser = argparse.ArgumentParser(
-    prog="python -m jflow prepare",
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    description="Checks pictures and texts and writes them as a data set to train on.",
-    epilog="""\
-what the input looks like
-  llava-jsonl  one JSON object per line (or a JSON array of them); images are files in the same folder
-    understanding  {"id": "7", "image": "7.jpg", "conversations": [
-                     {"from": "human", "value": "<image>\\nWhat is this?"},
-                     {"from": "gpt", "value": "A cat."}]}
-                   one <image> per picture; "image" may be a list; or {"image": "7.jpg", "caption": "A cat."}
-    generation     {"image": "7.jpg", "caption": "A cat on a sofa."}
-    text           {"text": "..."}, or conversations without pictures
-  shapes       no input: the built-in world, drawn once
-
-examples
-  python -m jflow prepare --format=llava-jsonl --input=photos/chat.jsonl --output=chat --task=understanding
-  python -m jflow prepare --format=llava-jsonl --input=photos/captions.jsonl --output=paint --task=generation
-  python -m jflow prepare --format=shapes --output=data/shapes --task=generation --records=10000
-
-Every record is checked: the images are decoded, each conversation needs an answer. What cannot be used is
-left out and counted by reason in OUTPUT/summary.json. A run that was killed goes on where it stopped.""",
-  )
-  parser.add_argument("--format", required=True, choices=FORMATS, help="what the input looks like, see below")
-  parser.add_argument("--input", default="", help="the file to read (not with --format=shapes)")
-  parser.add_argument("--output", required=True, help="the directory to write; must not exist yet")
-  parser.add_argument("--task", required=True, choices=TASKS, help="what the records are to teach")
-  parser.add_argument(
-    "--max_rejected_share",
-    type=_share,
-    default=0.01,
-    metavar="SHARE",
-    help="share of unusable records above which nothing is written (default 0.01)",
-  )
-  parser.add_argument("--image_root", default=None, help="folder of the images (default: that of the input)")
-  parser.add_argument(
-    "--processes",
-    type=_positive,
-    default=os.cpu_count() or 1,
-    help="processes that read and check (default: one per core)",
-  )
-  parser.add_argument(
-    "--part_records",
-    type=_positive,
-    default=_PART_RECORDS,
-    help=f"records per shard at most (default {_PART_RECORDS})",
-  )
-  parser.add_argument(
-    "--records", type=_positive, default=1000, help="shapes: number of records (default 1000)"
-  )
-  parser.add_argument("--seed", type=int, default=0, help="shapes: which records (default 0)")
-  parser.add_argument(
-    "--image_size", type=_positive, default=384, help="shapes: side in pixels (default 384)"
-  )
-  arguments = parser.parse_args(argv)
-  summary = prepare(**vars(arguments))
-  rejected = sum(summary["rejected"].values())
-  print(
-    f"{summary['accepted']:,} records with {summary['images']:,} images in {arguments.output}"
-    + (f"; {rejected:,} left out: {summary['rejected']}" if rejected else "")
-  )
-  print(
-    "next: python -m jflow train --config=configs/stage2.py --workdir=runs/stage2 "
-    f"--config.data.sources.{arguments.task}=\"(('{arguments.output}', 1.0),)\""
-  )
-
-
-def _importer(
-  format: str,
-  input: str,
-  task: str,
-  image_root: str | None,
-  part_records: int,
-  records: int,
-  seed: int,
-  image_size: int,
-) -> Importer:
-  if task not in TASKS:
-    raise UserError(f"--task={task} is unknown: use one of {', '.join(TASKS)}")
-  if format == "shapes":
-    return importers.Shapes(task, records, seed, image_size, part_records)
-  if not input:
-    raise UserError(f"--format={format} needs --input")
-  if format == "llava-jsonl":
-    return importers.Lines(input, task, part_records, image_root)
-  raise UserError(f"--format={format} is unknown: use one of {', '.join(FORMATS)}")
-
-
 def _run(
   importer: Importer, parts: Sequence[Any], partial: str, task: str, processes: int
 ) -> list[dict[str, Any]]:
   """Imports the parts that are not there yet; returns the report of every part, in order."""
   reports = [_read_report(partial, index) for index in range(len(parts))]
   todo = [index for index, report in enumerate(reports) if report is None]
-  total = sum(map(importer.size, parts))
+  total = sum(map(importer.work, parts))
   with tqdm(
     total=total,
-    initial=total - sum(importer.size(parts[i]) for i in todo),
+    initial=total - sum(importer.work(parts[i]) for i in todo),
     unit="rec",
     desc="prepare",
     disable=not sys.stderr.isatty(),
@@ -210,7 +110,7 @@ def _run(
       try:
         for future in concurrent.futures.as_completed(futures):
           reports[futures[future]] = future.result()
-          bar.update(importer.size(parts[futures[future]]))
+          bar.update(importer.work(parts[futures[future]]))
       except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
@@ -335,17 +235,3 @@ def _fingerprint(files: Sequence[str]) -> str:
   """Returns a hash of the names, sizes and times of files."""
   stats = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
   return hashlib.sha256(repr(stats).encode()).hexdigest()
-
-
-def _share(text: str) -> float:
-  value = float(text)
-  if not 0 <= value <= 1:
-    raise argparse.ArgumentTypeError("should lie between 0 and 1")
-  return value
-
-
-def _positive(text: str) -> int:
-  value = int(text)
-  if value < 1:
-    raise argparse.ArgumentTypeError("should be at least 1")
-  return value

@@ -1,65 +1,34 @@
-"""Importers: the layouts that people have their data in, cut into parts, each part a stream of records.
+"""llava-jsonl: a file of JSON objects, one per line, or a JSON array of them; images are files beside it.
 
-A part is read by one process and becomes one shard. What cannot be used is yielded as a `RecordError` in its
-place, so that the others go on.
+{"id": ..., "image": "a.jpg" or ["a.jpg", "b.jpg"], "conversations": [
+{"from": "human", "value": "<image>..."}, {"from": "gpt", "value": ...}, ...]},
+or {"image": ..., "caption": ...}.
 """
 
 import functools
-import io
 import json
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-from PIL import Image
-
+from jflow.data.importers.importer import Item, Options
 from jflow.data.records import Record, RecordError, Turn
 from jflow.errors import UserError
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
-class Item(NamedTuple):
-  """One line, member or row of the input."""
+class Llava:
+  """See the top of the module."""
 
-  where: str  # for messages: file and line
-  record: Record | RecordError  # images encoded
-  meta: dict[str, Any]
-
-
-class Importer(Protocol):
-  """One input. Picklable."""
-
-  def parts(self) -> list[Any]:
-    """Returns the parts, each small and picklable."""
-    ...
-
-  def size(self, part: Any) -> int:
-    """Returns the number of items of a part."""
-    ...
-
-  def items(self, part: Any) -> Iterator[Item]:
-    """Yields the items of a part."""
-    ...
-
-  def files(self) -> list[str]:
-    """Returns the input files, so that a restart can tell whether they changed."""
-    ...
-
-
-class Lines:
-  """LLaVA: a file of JSON objects, one per line, or a JSON array of them; images are files beside it.
-
-  {"id": ..., "image": "a.jpg" or ["a.jpg", "b.jpg"], "conversations": [
-  {"from": "human", "value": "<image>..."}, {"from": "gpt", "value": ...}, ...]},
-  or {"image": ..., "caption": ...}.
-  """
-
-  def __init__(self, path: str, task: str, part_records: int, image_root: str | None = None):
+  def __init__(self, options: Options):
+    path = options.input
     if not os.path.isfile(path):
       raise UserError(f"input {path} not found: --format=llava-jsonl reads one .jsonl or .json file")
-    self._path, self._task, self._part_records = path, task, part_records
-    self._root = os.path.normpath(os.path.abspath(image_root or os.path.dirname(os.path.abspath(path))))
+    self._path, self._task, self._part_records = path, options.task, options.part_records
+    self._root = os.path.normpath(
+      os.path.abspath(options.image_root or os.path.dirname(os.path.abspath(path)))
+    )
     if not os.path.isdir(self._root):
       raise UserError(f"--image_root {self._root} is not a directory")
 
@@ -82,7 +51,7 @@ class Lines:
       parts.append((start, first, number - first))
     return parts
 
-  def size(self, part: tuple[int, int, int]) -> int:
+  def work(self, part: tuple[int, int, int]) -> int:
     return part[2]
 
   def items(self, part: tuple[int, int, int]) -> Iterator[Item]:
@@ -128,32 +97,6 @@ class Lines:
       except (OSError, ValueError):
         raise RecordError("missing_image", f"image {name} not found in {self._root}") from None
     return tuple(images)
-
-
-class Shapes:
-  """The built-in world, drawn once as PNG files of a given size."""
-
-  def __init__(self, task: str, records: int, seed: int, size: int, part_records: int):
-    from jflow.data.shapes import ShapesSource
-
-    self._source = ShapesSource(task, records, seed)
-    self._size, self._part_records = size, part_records
-
-  def files(self) -> list[str]:
-    return []
-
-  def parts(self) -> list[tuple[int, int]]:
-    count = len(self._source)
-    return [(i, min(i + self._part_records, count)) for i in range(0, count, self._part_records)]
-
-  def size(self, part: tuple[int, int]) -> int:
-    return part[1] - part[0]
-
-  def items(self, part: tuple[int, int]) -> Iterator[Item]:
-    for index in range(*part):
-      record = self._source[index]
-      images = tuple(_png(scene.render(self._size)) for scene in record.images)
-      yield Item(f"shapes record {index}", record._replace(images=images), {})
 
 
 def parse_json(line: bytes) -> Any:
@@ -213,9 +156,3 @@ def _load_array(path: str) -> list[Any]:
       return parse_json(file.read())
     except RecordError as error:
       raise UserError(f"{path}: {error}") from None
-
-
-def _png(pixels: Any) -> bytes:
-  buffer = io.BytesIO()
-  Image.fromarray(pixels).save(buffer, "PNG")
-  return buffer.getvalue()

@@ -1,0 +1,23 @@
+"""Importers: the layouts that people have their data in, one module each. The first line of each says what it reads."""
+
+from jflow.data.importers.importer import Importer, Item, Options
+from jflow.errors import UserError
+
+FORMATS = ("llava-jsonl", "shapes")
+__all__ = ["FORMATS", "Importer", "Item", "Options", "open_importer"]
+
+
+def open_importer(format: str, options: Options) -> Importer:
+  """Returns the importer of a format.
+
+  Raises:
+    UserError: the format is unknown, or the input is not there.
+  """
+  from jflow.data.importers import llava, shapes
+
+  classes = {"llava-jsonl": llava.Llava, "shapes": shapes.Shapes}
+  if format not in classes:
+    raise UserError(f"--format={format} is unknown: use one of {', '.join(FORMATS)}")
+  if format != "shapes" and not options.input:
+    raise UserError(f"--format={format} needs --input")
+  return classes[format](options)
