@@ -42,7 +42,10 @@ def base(size: str) -> ConfigDict:
     init_weights="ema",  # of that checkpoint: "ema" or "raw"
     init_fresh=(),  # parts that may be missing there and then start fresh
     init_dropped=(),  # parts of that checkpoint that this run does not have
-    max_skipped=20,  # steps in a row with a gradient that is not finite before the run stops
+    max_skipped=20,  # skipped steps in a row (gradient not finite, or a spike) before the run stops
+    spike_sigmas=0.0,  # skip a step whose loss or gradient norm is so many standard deviations up; 0: never
+    spike_window=128,  # accepted steps that a spike is judged by
+    watchdog_seconds=1800.0,  # without a step for so long, print all stacks and end the process; 0: never
     fit_images=300,  # pictures that the closed-form codec of the built-in world is fitted to, if fresh
   )
   c.optimizer = dict(
@@ -92,8 +95,20 @@ def base(size: str) -> ConfigDict:
     unroll=1,  # LLM layers per iteration of the scan
     compilation_cache="~/.cache/jflow",  # compiled programs, reused by a restart; empty: none
   )
-  c.mesh = dict(data=1, fsdp=1, model=1)  # the product is the number of devices
-  c.checkpoint = dict(interval=1000, keep=3)  # steps between saves; newest steps to retain
+  c.mesh = dict(data=1, fsdp=1, model=1)  # the product is the number of devices of all processes
+  c.distributed = dict(  # how several processes train one model; one process needs none of it
+    cluster="",  # "auto": jax reads Slurm, TPU pod (also GKE) or Open MPI; "": the three fields below
+    coordinator="",  # HOST:PORT of process 0
+    processes=1,
+    process_id=0,
+    start_seconds=300,  # until all processes have come
+    heartbeat_seconds=30,  # a process that is silent for so long is dead, and the others end too
+  )
+  c.checkpoint = dict(
+    interval=1000,  # steps between saves
+    keep=3,  # newest steps to retain
+    keep_every=0,  # steps that are a multiple of it are retained for good; 0: none
+  )
   c.log = dict(every_seconds=10.0)  # between lines where there is no terminal
   if small:
     c.checkpoint.interval = 100

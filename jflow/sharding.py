@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax import struct
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jflow.errors import UserError
@@ -67,7 +68,8 @@ def make_mesh(data: int, fsdp: int, model: int, devices: list[jax.Device] | None
   """Returns the mesh [data, fsdp, model] over `devices` (default: all).
 
   Raises:
-    UserError: a size below 1, or sizes whose product is not the number of devices.
+    UserError: a size below 1, sizes whose product is not the number of devices, slices of a TPU cluster that
+      mesh.data cannot be spread over.
   """
   devices = jax.devices() if devices is None else devices
   sizes = (data, fsdp, model)
@@ -76,7 +78,16 @@ def make_mesh(data: int, fsdp: int, model: int, devices: list[jax.Device] | None
       f"mesh.data x mesh.fsdp x mesh.model = {data} x {fsdp} x {model} does not equal the {len(devices)} "
       f"{devices[0].platform} device(s); choose sizes of at least 1 whose product is {len(devices)}"
     )
-  return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  else:  # only gradients may cross the slow network between slices, once per step
+    if data % slices:
+      raise UserError(f"mesh.data={data} must be a multiple of the {slices} slices that the devices lie in")
+    grid = mesh_utils.create_hybrid_device_mesh(
+      (data // slices, fsdp, model), (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def named(mesh: Mesh, names: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
@@ -98,6 +109,12 @@ def named(mesh: Mesh, names: tuple[str | None, ...], shape: tuple[int, ...]) -> 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The sharding of every array of a `Batch`: axis 0 over data x fsdp."""
   return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def local_rows(mesh: Mesh, rows: int) -> list[int]:
+  """The places of a batch of `rows` that this process's devices hold, in the order in which it hands them over."""
+  slices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+  return sorted({place for (part,) in slices for place in range(*part.indices(rows))})
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

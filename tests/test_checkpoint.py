@@ -18,7 +18,7 @@ from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped, UserError
 from jflow.training import checkpoint, setup
 from jflow.training.checkpoint import Checkpointer
-from jflow.training.metrics import MetricsFile, read_metrics
+from jflow.training.metrics import Lines, read_lines
 from jflow.training.state import TrainState
 
 OPTIMIZER = optax.adamw(1e-2)
@@ -305,50 +305,50 @@ def test_a_wrong_config_file_is_named(tmp_path, text, field):
 
 
 def test_a_second_trainer_is_refused_until_the_first_ends(tmp_path):
-  first = setup.lock(tmp_path / "run")
+  first = workdir.lock(tmp_path / "run")
   with pytest.raises(UserError, match=r"run is in use by another trainer \(pid \d+ on "):
-    setup.lock(tmp_path / "run")
+    workdir.lock(tmp_path / "run")
   first.close()
-  setup.lock(tmp_path / "run").close()
+  workdir.lock(tmp_path / "run").close()
 
 
 def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match="file/run cannot be written"):
-    setup.lock(tmp_path / "file" / "run")
+    workdir.lock(tmp_path / "file" / "run")
 
 
 def _begin(workdir, config):
-  setup.write_config(workdir, config, Tokenizer.load(tiny.TOKENIZER))
+  workdir.write_config(workdir, config, Tokenizer.load(tiny.TOKENIZER))
 
 
 def test_a_workdir_with_another_config_names_the_field(tmp_path):
   config = tiny.configuration()
-  setup.check_same_run(tmp_path, config)
+  workdir.check_same_run(tmp_path, config)
   _begin(tmp_path, config)
-  setup.check_same_run(tmp_path, config)
+  workdir.check_same_run(tmp_path, config)
   other = tiny.configuration(optimizer=dict(learning_rate=0.5))
   with pytest.raises(UserError, match="optimizer.learning_rate=0.01, now 0.5"):
-    setup.check_same_run(tmp_path, other)
+    workdir.check_same_run(tmp_path, other)
   config["model"] = config["model"] | {"alignment_width": 8}
   with pytest.raises(UserError, match="model.alignment_width=16, now 8"):
-    setup.check_same_run(tmp_path, config)
+    workdir.check_same_run(tmp_path, config)
 
 
 def test_what_does_not_change_the_run_may_change(tmp_path):
   _begin(tmp_path, tiny.configuration())
-  setup.check_same_run(
+  workdir.check_same_run(
     tmp_path, tiny.configuration(train=dict(steps=900), checkpoint=dict(keep=9), mesh=dict(data=4))
   )
 
 
 def test_metrics_of_steps_that_are_computed_again_are_dropped(tmp_path):
-  file = MetricsFile(tmp_path / "metrics.jsonl", 1)
+  file = Lines(tmp_path / "metrics.jsonl", 1)
   for step in range(1, 6):
     file.write({"step": step, "loss": float(np.float32(0.1) * step)})
   file.close()
   with open(tmp_path / "metrics.jsonl", "a") as f:
     f.write('{"step": 6, "lo')  # a kill has cut the line
-  assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
-  MetricsFile(tmp_path / "metrics.jsonl", 4).close()
-  assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+  assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+  Lines(tmp_path / "metrics.jsonl", 4).close()
+  assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]

@@ -67,8 +67,8 @@ def _config(**changes):
   return {**config, **changes}
 
 
-def _pipeline(batch_size=8, host=0, hosts=1, seed=5, shape=SHAPE, **changes):
-  return Pipeline(_config(**changes), TOKENIZER, shape, batch_size, seed, host, hosts)
+def _pipeline(batch_size=8, share=None, seed=5, shape=SHAPE, **changes):
+  return Pipeline(_config(**changes), TOKENIZER, shape, batch_size, seed, share)
 
 
 def _same(first, second):
@@ -127,7 +127,7 @@ def test_loaders_do_not_change_the_batches(opened, changes):
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_share_the_batch(opened, hosts):
-  whole, parts = _pipeline(), [_pipeline(host=host, hosts=hosts) for host in range(hosts)]
+  whole, parts = _pipeline(), [_pipeline(share=part) for part in np.arange(8).reshape(hosts, -1)]
   for step in (0, 6, 40):
     joined = [np.concatenate(arrays) for arrays in zip(*(part.batch(step) for part in parts))]
     _same(whole.batch(step), batch_lib.Batch(*joined))
@@ -231,7 +231,6 @@ def test_sources_of_a_task_share_its_rows_by_weight(opened):
     (dict(template="talk"), "data.template is 'talk'"),
     (dict(mixture=((0, (1, 1)),)), "mixture"),
     (dict(sources={**_config()["sources"], "text": ()}), "data.sources.text is empty"),
-    (dict(hosts=3), "8 rows, which 3 hosts"),
     (dict(shape=RowShape(10, 3, 9, 6)), "data.row_tokens is 10"),
     (dict(shape=RowShape(12, 3, 9, 6)), "none of the 101 understanding records fits a row of 12 tokens"),
     (dict(shape=RowShape(96, 0, 9, 6)), "and 0 images"),

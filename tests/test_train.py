@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 from jflow import sharding
 from jflow.errors import UserError
 from jflow.training import checkpoint, setup
-from jflow.training.metrics import read_metrics
+from jflow.training.metrics import read_lines
 
 STEPS, INTERVAL = 36, 6
 QUICK = "--xla_backend_optimization_level=0"  # less time to compile; the same program in every run
@@ -76,7 +76,7 @@ def _lines(workdir: pathlib.Path) -> int:
 
 
 def _losses(workdir: pathlib.Path) -> dict[int, str]:
-  rows = read_metrics(workdir / "metrics.jsonl")
+  rows = read_lines(workdir / "metrics.jsonl")
   names = ("loss", "loss_text", "loss_flow", "loss_alignment", "grad_norm")
   return {row["step"]: " ".join(np.float32(row[name]).tobytes().hex() for name in names) for row in rows}
 

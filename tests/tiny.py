@@ -182,7 +182,8 @@ def configuration(**sections) -> dict:
     model=CONFIG.to_dict(),
     train=dict(
       steps=4, batch_size=4, accumulation=1, seed=3, ema=0.9, init_from="", init_weights="ema",
-      init_fresh=(), init_dropped=(), max_skipped=3, fit_images=20,
+      init_fresh=(), init_dropped=(), max_skipped=3, fit_images=20, spike_sigmas=0.0, spike_window=8,
+      watchdog_seconds=0.0,
     ),
     optimizer=dict(
       learning_rate=1e-2, warmup_steps=2, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.0,
@@ -196,7 +197,10 @@ def configuration(**sections) -> dict:
     data=dict(tokenizer=str(TOKENIZER), template="plain", row_tokens=SHAPE.tokens, row_images=SHAPE.images, sources={}),
     compute=dict(dtype="float32", remat="none", unroll=1, compilation_cache=""),
     mesh=dict(data=1, fsdp=1, model=1),
-    checkpoint=dict(interval=2, keep=2),
+    distributed=dict(
+      cluster="", coordinator="", processes=1, process_id=0, start_seconds=60, heartbeat_seconds=10
+    ),
+    checkpoint=dict(interval=2, keep=2, keep_every=0),
     log=dict(every_seconds=10.0),
   )  # fmt: skip
   return {name: fields | sections.get(name, {}) for name, fields in config.items()}

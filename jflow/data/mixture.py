@@ -48,30 +48,31 @@ def largest_remainder(weights: np.ndarray, total: int) -> np.ndarray:
 
 
 class StepPlan:
-  """Step -> the rows of the host's share of the batch, each a (task number, row number of that task).
+  """Step -> the rows of this host's share of the batch, each a (task number, row number of that task).
 
   Row numbers count up from 0 over the whole run; `Interleave` and the epochs turn them into rows of a source.
-  The global batch stands in the order of `TASKS`, and host h of H has its h-th part, so that the hosts' parts
-  one behind the other are the batch that one host would have made.
+  The global batch stands in the order of `TASKS`, and each host has the places that lie on its devices, so that
+  the hosts together have the batch that one host would have made.
   """
 
   def __init__(
-    self, mixture: Sequence[tuple[int, Sequence[float]]], batch_size: int, steps: int, host: int, hosts: int
+    self,
+    mixture: Sequence[tuple[int, Sequence[float]]],
+    batch_size: int,
+    steps: int,
+    share: Sequence[int] | None = None,
   ):
     """Checks and stores the schedule.
 
     Args:
       mixture: (first step, weights) in rising order; the first starts at 0.
-      batch_size: rows over all hosts, a multiple of `hosts`.
+      batch_size: rows over all hosts.
       steps: length of the plan.
-      host: this host, from 0.
-      hosts: number of hosts.
+      share: places of the batch that this host loads; None: all of them.
 
     Raises:
       UserError: the schedule or the numbers do not fit.
     """
-    if batch_size < 1 or batch_size % hosts:
-      raise UserError(f"train.batch_size is {batch_size} rows, which {hosts} hosts cannot share equally")
     self._starts = [int(start) for start, _ in mixture]
     if not self._starts or self._starts[0] != 0 or self._starts != sorted(set(self._starts)):
       raise UserError(f"data.mixture should start at step 0 and rise: {self._starts}")
@@ -79,8 +80,8 @@ class StepPlan:
     self._bases = [np.zeros(len(TASKS), np.int64)]
     for start, stop, counts in zip(self._starts, self._starts[1:], self._counts):
       self._bases.append(self._bases[-1] + (stop - start) * counts)
-    self._share = batch_size // hosts
-    self._steps, self._host = steps, host
+    self._share = range(batch_size) if share is None else share
+    self._steps = steps
 
   def __len__(self) -> int:
     return self._steps
@@ -94,7 +95,7 @@ class StepPlan:
     counts = self._counts[segment]
     first = self._bases[segment] + (step - self._starts[segment]) * counts
     rows = [(task, int(first[task]) + i) for task in range(len(TASKS)) for i in range(counts[task])]
-    return rows[self._host * self._share : (self._host + 1) * self._share]
+    return [rows[place] for place in self._share]
 
   def _segment(self, step: int) -> int:
     return bisect.bisect_right(self._starts, step) - 1

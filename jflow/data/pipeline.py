@@ -124,8 +124,7 @@ class Pipeline:
     row_shape: RowShape,
     batch_size: int,
     seed: int,
-    host: int = 0,
-    hosts: int = 1,
+    share: Sequence[int] | None = None,
   ):
     """Opens the sources and plans their rows.
 
@@ -135,8 +134,7 @@ class Pipeline:
       row_shape: sizes of a row.
       batch_size: rows of a batch over all hosts.
       seed: of everything random.
-      host: this host, from 0.
-      hosts: number of hosts.
+      share: places of the batch that this host loads (`sharding.local_rows`); None: all of them.
 
     Raises:
       UserError: a field does not fit.
@@ -145,7 +143,7 @@ class Pipeline:
       name: data_config[name] for name in ("workers", "threads", "prefetch", "max_rejected_share")
     }
     self._shape = row_shape
-    self._batch_size, self._host, self._hosts = batch_size, host, hosts
+    self._batch_size, self._share = batch_size, share
     if data_config["template"] not in examples.TEMPLATES:
       raise UserError(
         f"data.template is {data_config['template']!r}: use one of {', '.join(examples.TEMPLATES)}"
@@ -219,7 +217,7 @@ class Pipeline:
       yield batch, {"packs": step_plan.counts(start_step + offset), "fill": fill, "rejected": dict(counter)}
 
   def _step_plan(self, steps: int) -> mixture.StepPlan:
-    return mixture.StepPlan(self._mixture, self._batch_size, steps, self._host, self._hosts)
+    return mixture.StepPlan(self._mixture, self._batch_size, steps, self._share)
 
   def _load(self, rows: Sequence[tuple[int, int]]) -> tuple[Batch, collections.Counter]:
     batch, counter = batch_lib.empty(len(rows), self._shape), collections.Counter()

@@ -7,16 +7,20 @@ A run's directory (a "workdir") holds
   checkpoints/<step>/    Orbax checkpointables `trained`, `frozen`, `ema`, `progress`, and manifest.json
 
 A step without manifest.json is not complete and is never restored. Orbax itself does not notice a flipped bit:
-the manifest does.
+the manifest does. Several processes share the directory: each writes its shards, hashes what it wrote, and verifies
+its share of a step to be restored; process 0 writes the manifest when all hashes are there.
 """
 
 import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,9 +29,13 @@ from flax.traverse_util import flatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from jflow.errors import Stopped, UserError
+from jflow.training import hosts
 from jflow.training.state import TrainState
 
 MANIFEST = "manifest.json"
+FORMAT = 1  # of what a step holds, written into its manifest
+_HASHES = "hashes."  # beginning of the files that carry hashes from the other processes to process 0
+_PATIENCE = 600.0  # seconds that a process may be later than process 0
 
 
 def _sha256(path: pathlib.Path) -> str:
@@ -45,18 +53,62 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
   os.replace(part, path)
 
 
-def seal(step_dir: pathlib.Path, metadata: dict[str, Any]) -> None:
-  """Writes the manifest: name, bytes and sha256 of every file of the step, and `metadata`."""
-  files = sorted(p for p in step_dir.rglob("*") if p.is_file() and p.name != MANIFEST)
-  entries = {str(p.relative_to(step_dir)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-  write_atomically(step_dir / MANIFEST, json.dumps({"files": entries, **metadata}, indent=1))
+def seal(step_dir: pathlib.Path, metadata: dict[str, Any], process: int = 0, processes: int = 1) -> None:
+  """Writes the manifest: name, bytes and sha256 of every file of the step, and `metadata`.
+
+  All processes call it. Each hashes the files that it wrote, which may still be in its memory; process 0 waits for
+  the hashes of the others.
+
+  Raises:
+    OSError: a file cannot be read or written, or another process does not deliver.
+  """
+  _wait_until(step_dir.is_dir, f"{step_dir} does not appear: is the workdir shared by all processes?")
+  files = sorted(p for p in step_dir.rglob("*") if p.is_file() and not p.name.startswith(_HASHES))
+  names = [str(p.relative_to(step_dir)) for p in files if p.name != MANIFEST]
+  own = [name for name in names if _writer(name) % processes == process]
+  entries = {name: _entry(step_dir / name) for name in own}
+  if process:
+    write_atomically(step_dir / f"{_HASHES}{process}.json", json.dumps(entries))
+    return
+  for other in range(1, processes):
+    path = step_dir / f"{_HASHES}{other}.json"
+    _wait_until(path.exists, f"process {other} did not finish its part of {step_dir}")
+    entries |= json.loads(path.read_text(encoding="utf-8"))
+    path.unlink()
+  entries = dict(sorted(entries.items()))
+  write_atomically(
+    step_dir / MANIFEST, json.dumps({"format": FORMAT, "files": entries, **metadata}, indent=1)
+  )
 
 
-def damage(step_dir: pathlib.Path) -> str | None:
-  """Returns what is wrong with a saved step, naming the file, or None when every byte is as written."""
+def _writer(name: str) -> int:
+  """The process that wrote a file of a step: Orbax names it in the path; what all share is of process 0."""
+  found = re.search(r"process_(\d+)", name)
+  return int(found[1]) if found else 0
+
+
+def _entry(path: pathlib.Path) -> dict[str, Any]:
+  return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _wait_until(ready: Callable[[], bool], otherwise: str) -> None:
+  """Waits for what another process does on the shared disk, which it may show late."""
+  until = time.monotonic() + _PATIENCE
+  while not ready():
+    if time.monotonic() > until:
+      raise TimeoutError(f"{otherwise} (waited {_PATIENCE} s)")
+    time.sleep(0.05)
+
+
+def damage(step_dir: pathlib.Path, part: int = 0, parts: int = 1) -> str | None:
+  """Returns what is wrong with a saved step, naming the file, or None when every byte is as written.
+
+  With `parts`, only every `parts`-th file is looked at, from number `part` on, the largest first.
+  """
   try:
     manifest = json.loads((step_dir / MANIFEST).read_text(encoding="utf-8"))["files"]
     files = [(name, entry["bytes"], entry["sha256"]) for name, entry in manifest.items()]
+    files = sorted(files, key=lambda file: -file[1])[part::parts]
   except FileNotFoundError:
     return "it has no manifest.json: the save did not finish"
   except (ValueError, KeyError, TypeError, AttributeError, OSError):
@@ -87,13 +139,21 @@ def sealed_steps(directory: pathlib.Path) -> list[int]:
   return [step for step in steps_of(directory) if (directory / str(step) / MANIFEST).exists()]
 
 
-def newest_valid(directory: pathlib.Path) -> int | None:
-  """The newest step whose manifest verifies; says on stderr why a newer one was passed over."""
-  for step in steps_of(directory):
-    why = damage(directory / str(step))
-    if why is None:
+def newest_valid(directory: pathlib.Path, together: bool = False) -> int | None:
+  """The newest step whose manifest verifies; says on stderr why a newer one was passed over.
+
+  `together`: all processes of the run call it; each verifies its part, and they agree.
+  """
+  part = (jax.process_index(), jax.process_count()) if together else (0, 1)
+  steps = steps_of(directory)
+  if together:
+    steps = hosts.from_first(steps)
+  for step in steps:
+    why = damage(directory / str(step), *part)
+    if why is not None:
+      print(f"jflow: checkpoint {directory / str(step)} is not used: {why}", file=sys.stderr)
+    if not (hosts.any_of(why is not None) if together else why is not None):
       return step
-    print(f"jflow: checkpoint {directory / str(step)} is not used: {why}", file=sys.stderr)
   return None
 
 
@@ -104,6 +164,8 @@ def _abstract(tree: Any) -> Any:
 def _items(state: TrainState) -> dict[str, Any]:
   """The checkpointables of a state, those without a leaf left out: Orbax does not take an empty tree."""
   progress = {"step": state.step, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+  if state.recent is not None:
+    progress["recent"] = state.recent
   items = {
     "trained": state.trained,
     "frozen": state.frozen,
@@ -116,9 +178,17 @@ def _items(state: TrainState) -> dict[str, Any]:
 class Checkpointer:
   """Saves and restores the `TrainState` of one run. Saving is asynchronous: the loop goes on meanwhile."""
 
-  def __init__(self, directory: pathlib.Path, keep: int, metadata: dict[str, Any]):
-    """`keep`: newest steps to retain; `metadata` goes into every manifest (config, versions)."""
-    self._directory, self._keep, self._metadata = directory.absolute(), keep, metadata
+  def __init__(self, directory: pathlib.Path, keep: int, metadata: dict[str, Any], keep_every: int = 0):
+    """Opens the directory, or makes it.
+
+    Args:
+      directory: the `checkpoints` folder of a workdir; the same for all processes.
+      keep: newest steps to retain.
+      metadata: goes into every manifest (config, commit, versions).
+      keep_every: steps that are a multiple of it are retained for good; 0: none.
+    """
+    self._directory, self._metadata = directory.absolute(), metadata
+    self._keep, self._keep_every = keep, keep_every
     self._directory.mkdir(parents=True, exist_ok=True)
     self._thread: threading.Thread | None = None
     self._error: BaseException | None = None
@@ -127,11 +197,8 @@ class Checkpointer:
     """Starts saving `state` under its step; raises the error of the save before, if it had one."""
     self.wait()
     step = int(state.step)
-    target = self._directory / str(step)
-    if jax.process_index() == 0 and target.exists():  # an incomplete or damaged save of a run that was killed
-      shutil.rmtree(target)
-    try:
-      response = ocp.save_checkpointables_async(target, _items(state))
+    try:  # what stands there is an incomplete or damaged save of a run that was killed
+      response = ocp.save_checkpointables_async(self._directory / str(step), _items(state), overwrite=True)
     except OSError as error:
       raise self._stopped(step, error) from error
     self._thread = threading.Thread(target=self._finish, args=(step, response), name="checkpoint")
@@ -140,24 +207,32 @@ class Checkpointer:
   def _finish(self, step: int, response: Any) -> None:
     try:
       response.result()
-      if jax.process_index() == 0:
-        seal(self._directory / str(step), {"step": step, **self._metadata})
+      process, processes = jax.process_index(), jax.process_count()
+      seal(self._directory / str(step), {"step": step, **self._metadata}, process, processes)
+      if process == 0:
         self._retain(step)
     except BaseException as error:  # handed to the training thread by wait()
       self._error = self._stopped(step, error)
 
   def _stopped(self, step: int, error: BaseException) -> Stopped:
-    whole = sealed_steps(self._directory)
-    last = (
-      f"the last complete one is {self._directory / str(whole[0])}" if whole else "there is no earlier one"
-    )
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return Stopped(f"the checkpoint of step {step} could not be written ({reason}); {last}")
+    return Stopped(f"the checkpoint of step {step} could not be written ({reason}); {self.newest()}")
+
+  def newest(self) -> str:
+    """Where the newest complete checkpoint is, as the end of a message."""
+    whole = sealed_steps(self._directory)
+    return (
+      f"the last complete checkpoint is {self._directory / str(whole[0])}"
+      if whole
+      else "none was saved before"
+    )
 
   def _retain(self, saved: int) -> None:
     """Deletes all but the newest steps up to `saved`. Later ones are damaged: they must not push out good ones."""
     whole = [step for step in sealed_steps(self._directory) if step <= saved]
     for step in whole[self._keep :]:
+      if self._keep_every and step % self._keep_every == 0:
+        continue
       (self._directory / str(step) / MANIFEST).unlink()  # first: a half-deleted step is not a valid one
       shutil.rmtree(self._directory / str(step))
 
@@ -166,6 +241,10 @@ class Checkpointer:
     if self._thread is not None:
       self._thread.join()
       self._thread = None
+    self.check()
+
+  def check(self) -> None:
+    """Raises the error of the last save, if it has ended with one; waits for nothing."""
     if self._error is not None:
       error, self._error = self._error, None
       raise error
@@ -176,10 +255,10 @@ class Checkpointer:
     Raises:
       UserError: steps were saved and none of them is valid.
     """
-    for leftover in self._directory.glob("*orbax-checkpoint-tmp*"):
-      if jax.process_index() == 0:
+    if hosts.is_first():
+      for leftover in self._directory.glob("*orbax-checkpoint-tmp*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    step = newest_valid(self._directory)
+    step = newest_valid(self._directory, together=True)
     if step is None:
       if sealed_steps(self._directory):
         raise UserError(

@@ -79,15 +79,21 @@ def main(argv: list[str]) -> int:
   known, fields = parser.parse_known_args(argv)
   config = load_config([f"--config={known.config}", *fields])
 
-  from jflow.training.loop import Terminated, train  # after the flags: a typo needs no import of jax
-  from jflow.training.metrics import read_metrics
+  from jflow.training import hosts  # after the flags: a typo needs no import of jax
+  from jflow.training.loop import Terminated, train
+  from jflow.training.metrics import read_lines
 
   try:
     train(config, known.workdir)
   except Terminated as error:
-    print(f"jflow: {error}", file=sys.stderr)
+    hosts.say(str(error))
     return 128 + error.signum
-  rows = read_metrics(known.workdir / "metrics.jsonl")
+  except BaseException as error:
+    hosts.leave(error)
+    raise
+  if not hosts.is_first():
+    return 0
+  rows = read_lines(known.workdir / "metrics.jsonl")
   if rows:
     loss = "not finite" if rows[-1]["loss"] is None else f"{rows[-1]['loss']:.4f}"
     print(

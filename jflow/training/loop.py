@@ -16,11 +16,14 @@ from jflow.batch import Batch
 from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped, UserError
-from jflow.training import optim, setup
+from jflow.training import hosts, optim, setup
+from jflow.training import workdir as workdirs
 from jflow.training.checkpoint import Checkpointer
-from jflow.training.metrics import MetricsFile, Progress, number
+from jflow.training.goodput import Goodput
+from jflow.training.metrics import Lines, Progress, number
 from jflow.training.state import TrainState
 from jflow.training.step import make_step
+from jflow.training.watchdog import Watchdog
 
 
 class Terminated(Exception):
@@ -34,16 +37,20 @@ class Terminated(Exception):
 def train(config: dict[str, Any], workdir: pathlib.Path) -> None:
   """Runs a stage to its last step, from where an earlier start left off.
 
+  Several processes call it with the same arguments (but distributed.process_id) on a workdir that they share.
+
   Args:
     config: nested plain values, as configs/base.py has them.
-    workdir: directory of the run; gets config.json, tokenizer/, metrics.jsonl, checkpoints/.
+    workdir: directory of the run; gets config.json, tokenizer/, metrics.jsonl, goodput.jsonl, checkpoints/.
 
   Raises:
     UserError: a mistake in config, data or workdir, found before compilation where possible.
     Stopped: the run cannot go on.
     Terminated: it was asked to stop, and saved first.
   """
+  started = time.time()
   model_config = setup.check(config)
+  hosts.start(config["distributed"])
   mesh = sharding.make_mesh(**config["mesh"])
   tokenizer = Tokenizer.load(config["data"]["tokenizer"])
   if tokenizer.vocabulary_size > model_config.language_model.vocabulary_size:
@@ -51,25 +58,35 @@ def train(config: dict[str, Any], workdir: pathlib.Path) -> None:
       f"{config['data']['tokenizer']} has {tokenizer.vocabulary_size} ids, more than "
       f"model.language_model.vocabulary_size={model_config.language_model.vocabulary_size}"
     )
-  held = setup.lock(workdir)
-  setup.check_same_run(workdir, config)
+  held = hosts.first_alone(lambda: workdirs.claim(workdir, config, tokenizer))
+  try:
+    _train(config, workdir, mesh, tokenizer, started)
+  finally:
+    if held:
+      workdirs.unlock(held)
+
+
+def _train(
+  config: dict[str, Any], workdir: pathlib.Path, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, started: float
+) -> None:
+  """`train` once the workdir is held. `started`: `time.time()` when it was called."""
+  workdirs.check_shared(workdir)
   if config["compute"]["compilation_cache"]:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config["compute"]["compilation_cache"]))
 
-  shape = setup.row_shape(config, model_config)
-  batch_size, seed = config["train"]["batch_size"], config["train"]["seed"]
-  pipeline = Pipeline(
-    config["data"], tokenizer, shape, batch_size, seed, jax.process_index(), jax.process_count()
-  )
-  if jax.process_index() == 0:
-    for line in pipeline.report():
-      print(f"jflow: {line}", file=sys.stderr)
   model = setup.build(config)
+  shape = setup.row_shape(config, model.config)
+  batch_size, seed = config["train"]["batch_size"], config["train"]["seed"]
+  open_pipeline = lambda share=None: Pipeline(config["data"], tokenizer, shape, batch_size, seed, share)
+  pipeline = open_pipeline(sharding.local_rows(mesh, batch_size))
+  for line in pipeline.report():
+    hosts.say(line)
   optimizer = optim.make_optimizer(config["optimizer"])
+  spike_window = config["train"]["spike_window"] if config["train"]["spike_sigmas"] else 0
 
   def state_of(params: Any) -> TrainState:
     trained, frozen = optim.partition(params, config["optimizer"]["trained"], config["optimizer"]["frozen"])
-    return TrainState.create(trained, frozen, optimizer)
+    return TrainState.create(trained, frozen, optimizer, spike_window)
 
   with jax.set_mesh(mesh):
     boxed = jax.eval_shape(lambda: state_of(setup.initial_params(model, seed)))
@@ -77,89 +94,142 @@ def train(config: dict[str, Any], workdir: pathlib.Path) -> None:
     abstract = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), sharding.unbox(boxed), where
     )
-    versions = {"jax": jax.__version__, "python": sys.version.split()[0]}
-    checkpointer = Checkpointer(workdir / "checkpoints", config["checkpoint"]["keep"], {"versions": versions})
+    about = {"config": config, "commit": workdirs.source_version(), "versions": workdirs.versions()}
+    keep, keep_every = config["checkpoint"]["keep"], config["checkpoint"]["keep_every"]
+    checkpointer = Checkpointer(workdir / "checkpoints", keep, about, keep_every)
+    opened = time.time()
     state = checkpointer.restore(abstract)
-    if state is None:
-      state = jax.jit(state_of, out_shardings=where)(setup.start_params(config, model, mesh, pipeline))
+    if state is not None:
+      hosts.say(f"going on from step {int(state.step)} of {workdir / 'checkpoints'}")
     else:
-      print(f"jflow: going on from step {int(state.step)} of {workdir / 'checkpoints'}", file=sys.stderr)
-    setup.write_config(workdir, config, tokenizer)  # late, so that a first mistake leaves the workdir free
+      state = jax.jit(state_of, out_shardings=where)(setup.start_params(config, model, mesh, open_pipeline))
+    if hosts.is_first():  # late, so that a first mistake leaves the workdir free
+      workdirs.write_config(workdir, config, tokenizer)
+    record = Goodput(workdir, started) if hosts.is_first() else None
+    if record:
+      record.mark("setup", at=opened)
+      record.mark("restore", int(state.step))
     step_fn = jax.jit(
       make_step(model, optimizer, config), donate_argnums=0, out_shardings=(where, sharding.replicated(mesh))
     )
-    _run(config, workdir, pipeline, checkpointer, state, step_fn, sharding.batch_sharding(mesh))
-  held.close()
+    run = _Run(config, workdir, pipeline, checkpointer, record, sharding.batch_sharding(mesh))
+    run(state, step_fn)
 
 
-def _run(
-  config: dict[str, Any],
-  workdir: pathlib.Path,
-  pipeline: Pipeline,
-  checkpointer: Checkpointer,
-  state: TrainState,
-  step_fn: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]],
-  where: jax.sharding.NamedSharding,
-) -> None:
-  """Steps from the state's step to the last one. Metrics of a step are fetched while the next one runs."""
-  first, last = int(state.step), config["train"]["steps"]
-  if first >= last:
-    print(f"jflow: {workdir} is complete at step {first}", file=sys.stderr)
-    return
-  interval = config["checkpoint"]["interval"]
-  metrics = MetricsFile(workdir / "metrics.jsonl", first + 1)
-  progress = Progress(last, first, config["log"]["every_seconds"])
-  row_tokens = config["train"]["batch_size"] * config["data"]["row_tokens"]
-  clock = time.monotonic()
-  pending: dict[str, Any] | None = None
+class _Run:
+  """The loop. The metrics of a step are fetched while the next one runs."""
 
-  def flush() -> None:
-    """Waits for the pending step's metrics, writes them, and stops the run when too many steps were skipped."""
-    nonlocal pending, clock
-    if pending is None:
+  def __init__(
+    self,
+    config: dict[str, Any],
+    workdir: pathlib.Path,
+    pipeline: Pipeline,
+    checkpointer: Checkpointer,
+    record: Goodput | None,
+    where: jax.sharding.NamedSharding,
+  ):
+    """`record` is None on all processes but the first; `where`: the sharding of a batch."""
+    self._config, self._workdir, self._where = config, workdir, where
+    self._pipeline, self._checkpointer, self._record = pipeline, checkpointer, record
+    self._pending: dict[str, Any] | None = None
+
+  def __call__(
+    self,
+    state: TrainState,
+    step_fn: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]],
+  ) -> None:
+    """Steps from the state's step to the last one."""
+    first, last = int(state.step), self._config["train"]["steps"]
+    if first >= last:
+      hosts.say(f"{self._workdir} is complete at step {first}")
       return
-    row, device = pending["row"], jax.device_get(pending["device"])
-    pending = None
-    now = time.monotonic()
+    interval = self._config["checkpoint"]["interval"]
+    main = hosts.is_first()
+    self._metrics = Lines(self._workdir / "metrics.jsonl", first + 1) if main else None
+    self._progress = Progress(last, first, self._config["log"]["every_seconds"], shown=main)
+    self._watchdog = Watchdog(self._config["train"]["watchdog_seconds"])
+    self._watchdog.beat("the start", slow=True)
+    self._clock, self._compiled = time.monotonic(), False
+    exchange, stop = hosts.Exchange(), _StopFlag()
+    try:
+      batches = self._on_device(self._pipeline.batches(first, last))
+      for step, (batch, info) in enumerate(batches, start=first + 1):
+        state, device = step_fn(state, batch)
+        signum = self._flush()
+        self._checkpointer.check()
+        row = {
+          "step": step,
+          "fill": float(info["fill"]),
+          "packs": info["packs"],
+          "rejected": info["rejected"],
+        }
+        self._pending = {"row": row, "device": device, "signal": exchange(stop.signum)}
+        # Alone, it is known at once. Read once: a signal after this line stops after the next step.
+        signum = stop.signum if jax.process_count() == 1 else signum
+        if step % interval == 0 or step == last or signum:
+          self._flush()
+          self._save(state, step)
+        if signum:
+          self._finish_saving(step)
+          raise Terminated(signum, f"stopped at step {step}; the same command goes on from there")
+      self._finish_saving(last)
+    finally:
+      self._watchdog.stop()
+      stop.restore()
+      self._progress.close()
+      for file in (self._metrics, self._record):
+        if file:
+          file.close()
+
+  def _flush(self) -> int:
+    """Waits for the pending step, writes its metrics, and stops the run when too many steps were skipped.
+
+    Returns:
+      The signal that any process had got when that step started, or 0.
+    """
+    if self._pending is None:
+      return 0
+    pending, self._pending = self._pending, None
+    row, device, signals = pending["row"], *jax.device_get((pending["device"], pending["signal"]))
+    step, now = row["step"], time.monotonic()
     row |= {name: number(value) for name, value in device.items()}
-    row |= {"tokens_per_second": row_tokens / max(now - clock, 1e-9), "mfu": None}
-    clock = now
+    tokens = self._config["train"]["batch_size"] * self._config["data"]["row_tokens"]
+    row |= {"tokens_per_second": tokens / max(now - self._clock, 1e-9), "mfu": None}
+    self._clock = now
     in_a_row = row.pop("skipped_in_a_row")
-    metrics.write(row)
-    progress.update(row)
-    if in_a_row >= config["train"]["max_skipped"]:
+    if self._metrics:
+      self._metrics.write(row)
+      self._record.steps(step) if self._compiled else self._record.mark("compile", step)
+    self._compiled = True
+    self._progress.update(row)
+    self._watchdog.beat(f"step {step}")
+    if in_a_row >= self._config["train"]["max_skipped"]:
       raise Stopped(
-        f"{in_a_row} steps in a row had a gradient that is not finite, the last at step {row['step']}; "
-        f"the checkpoints in {workdir / 'checkpoints'} were saved before or between"
+        f"{in_a_row} steps in a row were skipped (gradient not finite, or a spike), the last at step {step}; "
+        f"{self._checkpointer.newest()}"
       )
+    return int(signals[0])
 
-  stop = _StopFlag()
-  batches = _on_device(pipeline.batches(first, last), where)
-  try:
-    for step, (batch, info) in enumerate(batches, start=first + 1):
-      state, device = step_fn(state, batch)
-      flush()
-      row = {"step": step, "fill": float(info["fill"]), "packs": info["packs"], "rejected": info["rejected"]}
-      pending = {"row": row, "device": device}
-      # Read once: a signal after this line stops after the next step, which is then saved.
-      signum = stop.signum
-      if step % interval == 0 or step == last or signum:
-        flush()
-        checkpointer.save(state)
-      if signum:
-        checkpointer.wait()
-        raise Terminated(signum, f"stopped at step {step}; the same command goes on from there")
-    checkpointer.wait()
-  finally:
-    stop.restore()
-    progress.close()
-    metrics.close()
+  def _save(self, state: TrainState, step: int) -> None:
+    if self._record:
+      self._record.steps(step, now=True)
+    self._checkpointer.save(state)
+    if self._record:
+      self._record.mark("save", step)
 
+  def _finish_saving(self, step: int) -> None:
+    self._watchdog.beat(f"step {step}", slow=True)
+    self._checkpointer.wait()
+    if self._record:
+      self._record.mark("save", step)
+      self._record.write_summary()
 
-def _on_device(batches: Iterator[tuple[Batch, Any]], where: Any) -> Iterator[tuple[Batch, Any]]:
-  """Puts each host's rows on its shards of the global batch."""
-  for batch, info in batches:
-    yield jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, np.asarray(x)), batch), info
+  def _on_device(self, batches: Iterator[tuple[Batch, Any]]) -> Iterator[tuple[Batch, Any]]:
+    """Puts each host's rows on its shards of the global batch."""
+    rows = self._config["train"]["batch_size"]
+    place = lambda x: jax.make_array_from_process_local_data(self._where, np.asarray(x), (rows, *x.shape[1:]))
+    for batch, info in batches:
+      yield jax.tree.map(place, batch), info
 
 
 class _StopFlag:

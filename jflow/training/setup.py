@@ -1,12 +1,9 @@
-"""What comes before the first step: checks, the workdir's lock and config, the parameters to start from."""
+"""What comes before the first step: the config's checks, the model, the parameters to start from."""
 
-import fcntl
-import json
 import math
-import os
-import pathlib
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,22 +14,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jflow import sharding
 from jflow.batch import WRITE, RowShape, empty
 from jflow.data.pipeline import Pipeline
-from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.interop.checkpoints import read_checkpoint
 from jflow.models.config import JanusFlowConfig
 from jflow.models.janusflow import Draws, JanusFlow, Sums
 from jflow.models.llm import REMAT
 from jflow.models.vae import fit_patch_pca
-from jflow.training.checkpoint import read_config, write_atomically
 
 Config = Mapping[str, Any]
-
-# What may differ between a run and its continuation: all else would make it another run.
-_MAY_CHANGE = (
-  "train.steps", "checkpoint.", "log.", "mesh.", "compute.compilation_cache", "data.workers", "data.threads",
-  "data.prefetch", "data.plan_cache",
-)  # fmt: skip
 
 
 def check(config: Config) -> JanusFlowConfig:
@@ -69,6 +58,11 @@ def check(config: Config) -> JanusFlowConfig:
       for x in sources
     )
     need(pairs, f"data.sources.{task}", "must be a tuple of (directory, weight) pairs, as (('DIR', 1.0),)")
+  for field in ("train.spike_sigmas", "train.watchdog_seconds", "checkpoint.keep_every"):
+    section, name = field.split(".")
+    need(0 <= config[section][name] < math.inf, field, "must not be negative; 0 turns it off")
+  need(train["spike_window"] >= 2, "train.spike_window", "must be at least 2")
+  _check_distributed(config["distributed"], need)
   need(0 <= train["seed"] < 2**32, "train.seed", "must be in [0, 2**32)")
   need(0.0 <= train["ema"] < 1.0, "train.ema", "must be in [0, 1)")
   need(train["init_weights"] in ("ema", "raw"), "train.init_weights", "must be 'ema' or 'raw'")
@@ -119,6 +113,23 @@ def check(config: Config) -> JanusFlowConfig:
   return model
 
 
+def _check_distributed(fields: Mapping[str, Any], need: Callable[[bool, str, str], None]) -> None:
+  need(fields["cluster"] in ("", "auto"), "distributed.cluster", "must be '' or 'auto'")
+  for name in ("processes", "start_seconds", "heartbeat_seconds"):
+    need(fields[name] >= 1, f"distributed.{name}", "must be at least 1")
+  need(
+    0 <= fields["process_id"] < fields["processes"],
+    "distributed.process_id",
+    f"must be in [0, distributed.processes={fields['processes']})",
+  )
+  alone = fields["cluster"] == "auto" or fields["processes"] == 1
+  need(
+    alone or re.fullmatch(r".+:\d+", fields["coordinator"]) is not None,
+    "distributed.coordinator",
+    "must be HOST:PORT of process 0",
+  )
+
+
 def build(config: Config) -> JanusFlow:
   """The model of a config."""
   compute = config["compute"]
@@ -145,58 +156,19 @@ def initial_params(model: JanusFlow, seed: int) -> Any:
   return model.init(jax.random.key(seed), batch, draws, method="initialise")["params"]
 
 
-def lock(workdir: pathlib.Path) -> Any:
-  """Holds the workdir against a second trainer until the process ends, however it ends."""
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    handle = open(workdir / "lock", "a+", encoding="utf-8")
-  except OSError as error:
-    raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
-  try:
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except OSError as error:
-    handle.seek(0)
-    raise UserError(
-      f"workdir {workdir} is in use by another trainer ({handle.read().strip() or 'unknown'})"
-    ) from error
-  handle.truncate(0)
-  handle.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
-  handle.flush()
-  return handle
+def start_params(
+  config: Config, model: JanusFlow, mesh: jax.sharding.Mesh, open_pipeline: Callable[[], Pipeline]
+) -> Any:
+  """Parameters of step 0: fresh, or those of `train.init_from`, each on its shards.
 
-
-def check_same_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
-  """Checks that a run that has begun in this workdir has the same config; some fields may differ.
-
-  Raises:
-    UserError: naming the first field that differs.
+  `open_pipeline` opens the data of all processes: each fits the closed-form codec to the same pictures.
   """
-  if not (workdir / "config.json").exists():
-    return
-  theirs = flatten_dict(read_config(workdir), sep=".")
-  ours = flatten_dict(json.loads(json.dumps(config)), sep=".")
-  for field in sorted(set(ours) | set(theirs)):
-    if ours.get(field) != theirs.get(field) and not field.startswith(_MAY_CHANGE):
-      raise UserError(
-        f"workdir {workdir} holds a run with {field}={theirs.get(field)!r}, now {ours.get(field)!r}; "
-        "use another --workdir or the same value"
-      )
-
-
-def write_config(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer) -> None:
-  """Writes config.json and tokenizer/: from here on the workdir belongs to this run."""
-  write_atomically(workdir / "config.json", json.dumps(config, indent=1) + "\n")
-  tokenizer.save(workdir / "tokenizer")
-
-
-def start_params(config: Config, model: JanusFlow, mesh: jax.sharding.Mesh, pipeline: Pipeline) -> Any:
-  """Parameters of step 0: fresh, or those of `train.init_from`, each on its shards."""
   train = config["train"]
   fresh = lambda: initial_params(model, train["seed"])
   if not train["init_from"]:
     params = sharding.create(fresh, mesh)
     if model.config.autoencoder.kind == "patch_pca":
-      fitted = fit_patch_pca(some_images(pipeline, train["fit_images"]), model.config.autoencoder)
+      fitted = fit_patch_pca(some_images(open_pipeline(), train["fit_images"]), model.config.autoencoder)
       params["vae"] = jax.tree.map(
         lambda x, old: jax.device_put(np.asarray(x, old.dtype), old.sharding), fitted, params["vae"]
       )

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jflow.training.spikes import Recent
+
 
 class TrainState(struct.PyTreeNode):
   """Everything that changes from step to step, and the frozen parameters beside it."""
@@ -15,11 +17,14 @@ class TrainState(struct.PyTreeNode):
   frozen: Any  # no optimizer state, no gradient, no EMA
   ema: Any  # f32, the shape of `trained`
   optimizer: Any
-  skipped: jax.Array  # int32[]; steps whose gradient was not finite, since the start
+  skipped: jax.Array  # int32[]; steps that changed nothing since the start: not finite, or a spike
   skipped_in_a_row: jax.Array  # int32[]
+  recent: Recent | None  # what the guard against spikes compares with; None: no guard
 
   @classmethod
-  def create(cls, trained: Any, frozen: Any, optimizer: Any) -> "TrainState":
+  def create(cls, trained: Any, frozen: Any, optimizer: Any, spike_window: int = 0) -> "TrainState":
+    """The state of step 0. `spike_window`: steps that the guard against spikes looks back on; 0: no guard."""
     zero = lambda: jnp.zeros((), jnp.int32)
     copy = jax.tree.map(lambda x: x + 0.0, trained)
-    return cls(zero(), trained, frozen, copy, optimizer.init(trained), zero(), zero())
+    recent = Recent.empty(spike_window) if spike_window else None
+    return cls(zero(), trained, frozen, copy, optimizer.init(trained), zero(), zero(), recent)

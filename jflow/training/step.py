@@ -15,6 +15,7 @@ from jflow import flow
 from jflow.batch import WRITE, Batch
 from jflow.models.janusflow import Draws, JanusFlow, Sums
 from jflow.training.optim import merge, schedule, update_ema
+from jflow.training.spikes import is_spike, remember
 from jflow.training.state import TrainState
 
 
@@ -48,7 +49,7 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """Builds train_step(state, batch) -> (state, metrics). `config` is the whole config of configs/base.py.
 
-  A step whose gradient is not finite changes nothing but the counters and the step number.
+  A step whose gradient is not finite, or a spike, changes nothing but the counters and the step number.
   """
   weights = {name: weight for name, weight in config["objective"]["weights"].items() if weight}
   wanted = tuple(weights)
@@ -82,9 +83,12 @@ def make_step(
     updates, opt_state = optimizer.update(grads, state.optimizer, state.trained)
     trained = optax.apply_updates(state.trained, updates)
     ema = update_ema(state.ema, trained, config["train"]["ema"])
-    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-    bad = jnp.logical_not(finite).astype(jnp.int32)
+    good, recent = jnp.isfinite(norm) & jnp.isfinite(loss), state.recent
+    if recent is not None:
+      good &= jnp.logical_not(is_spike(recent, loss, norm, config["train"]["spike_sigmas"]))
+      recent = remember(recent, loss, norm, good)
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+    bad = jnp.logical_not(good).astype(jnp.int32)
     new = state.replace(
       step=state.step + 1,
       trained=keep(trained, state.trained),
@@ -92,6 +96,7 @@ def make_step(
       optimizer=keep(opt_state, state.optimizer),
       skipped=state.skipped + bad,
       skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
+      recent=recent,
     )
     metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate(state.step)}
     metrics |= {

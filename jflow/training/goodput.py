@@ -1,0 +1,74 @@
+"""Where the time of a run went, over all its starts: goodput.jsonl, a line whenever the run turns to something else.
+
+A line {"t", "phase", "step"} says what the time since the line before was spent on. So the parts always add up to
+the whole, and a kill costs no more than the part that was being done.
+
+  setup, restore, compile, save   as they say; compile includes the first step, save what the loop waits for
+  steps                           training, up to `step`
+  down                            from the last line of a start that was killed to the next start
+"""
+
+import json
+import pathlib
+import time
+
+from jflow.training.metrics import Lines, read_lines
+
+FILE = "goodput.jsonl"
+
+
+class Goodput:
+  """Writes the record of one start. Lines of steps come once a second at most."""
+
+  def __init__(self, workdir: pathlib.Path, started: float):
+    """`started`: `time.time()` when the process began; what comes before its first line is setup."""
+    self._workdir, self._lines = workdir, Lines(workdir / FILE)
+    self._write("down", None, started)
+    self._written = started
+
+  def mark(self, phase: str, step: int | None = None, at: float | None = None) -> None:
+    """Books the time since the last mark, up to `at` (`time.time()`) or now."""
+    self._write(phase, step, time.time() if at is None else at)
+
+  def steps(self, step: int, now: bool = False) -> None:
+    """Books training up to `step`, if a second has passed or `now`."""
+    if now or time.time() - self._written > 1.0:
+      self.mark("steps", step)
+
+  def _write(self, phase: str, step: int | None, at: float) -> None:
+    self._written = at
+    self._lines.write({"t": at, "phase": phase, "step": step})
+
+  def write_summary(self) -> None:
+    """Writes goodput.json: `summary`, rounded to a tenth of a millisecond."""
+    rounded = {name: round(value, 4) for name, value in summary(self._workdir).items()}
+    (self._workdir / "goodput.json").write_text(json.dumps(rounded) + "\n", encoding="utf-8")
+
+  def close(self) -> None:
+    self._lines.close()
+
+
+def summary(workdir: pathlib.Path) -> dict[str, float]:
+  """Seconds by what they were spent on, over all starts.
+
+  Returns:
+    productive, save, restore, compile, setup, lost (steps that were computed again, and the time between a kill and
+    the next start), wall (their sum), starts, and goodput = productive / wall.
+  """
+  out = dict.fromkeys(("productive", "save", "restore", "compile", "setup", "lost"), 0.0)
+  rows = read_lines(workdir / FILE)
+  done: list[tuple[int, float]] = []  # (last step, seconds) of each booked piece of training
+  before = rows[0]["t"] if rows else 0.0
+  for row in rows:
+    seconds, before = max(row["t"] - before, 0.0), row["t"]
+    if row["phase"] == "steps":
+      done.append((row["step"], seconds))
+    else:
+      out["lost" if row["phase"] == "down" else row["phase"]] += seconds
+    if row["phase"] == "restore" and row["step"] is not None:
+      out["lost"] += sum(s for step, s in done if step > row["step"])
+      done = [(step, s) for step, s in done if step <= row["step"]]
+  out["productive"] = sum(seconds for _, seconds in done)
+  wall = sum(out.values())
+  starts = sum(row["phase"] == "down" for row in rows)
+  return out | {"wall": wall, "starts": starts, "goodput": out["productive"] / wall if wall else 0.0}

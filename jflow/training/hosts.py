@@ -1,0 +1,137 @@
+"""The processes of a run: how they find each other, agree on what to do, and end together.
+
+One process needs none of this. Several start the same command; process 0 alone writes what is not a checkpoint.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jflow.errors import UserError
+
+
+def start(config: Mapping[str, Any]) -> None:
+  """Joins the processes of the run. `config` is the section `distributed` of configs/base.py.
+
+  Raises:
+    UserError: fields that do not fit, a cluster that was not found, processes that did not come.
+  """
+  detect, processes = config["cluster"] == "auto", config["processes"]
+  if not detect and processes == 1:
+    tasks, task = os.environ.get("SLURM_STEP_NUM_TASKS", "1"), os.environ.get("SLURM_PROCID", "0")
+    if tasks != "1":
+      raise UserError(
+        f"this is task {task} of {tasks} of a Slurm step; add --config.distributed.cluster=auto, so that they "
+        "train one model together"
+      )
+    return
+  explicit = {} if detect else dict(
+    coordinator_address=config["coordinator"], num_processes=processes, process_id=config["process_id"],
+    cluster_detection_method="deactivate",
+  )  # fmt: skip
+  jax.config.update("jax_enable_preemption_service", False)  # its handler would take SIGTERM from the loop's
+  try:
+    jax.distributed.initialize(
+      **explicit,
+      initialization_timeout=config["start_seconds"],
+      heartbeat_timeout_seconds=config["heartbeat_seconds"],
+      shutdown_timeout_seconds=config["heartbeat_seconds"],
+    )
+  except (ValueError, RuntimeError) as error:  # the second is jax's own error too
+    reason = str(error).splitlines()[0]
+    if detect and isinstance(error, ValueError):
+      reason = "jax knows no cluster by this environment (Slurm, TPU, Open MPI); set distributed.coordinator"
+    raise UserError(
+      f"config.distributed: the processes of the run did not come together: {reason}"
+    ) from error
+
+
+def is_first() -> bool:
+  """Whether this is process 0, which writes what is not a checkpoint and prints what is no error."""
+  return jax.process_index() == 0
+
+
+def say(message: str) -> None:
+  """Prints one line on stderr, once for all processes."""
+  if is_first():
+    print(f"jflow: {message}", file=sys.stderr, flush=True)
+
+
+def any_of(flag: bool) -> bool:
+  """Whether `flag` holds on at least one process. Waits for all of them."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def from_first(numbers: list[int]) -> list[int]:
+  """The list that process 0 has. Waits for all processes."""
+  if jax.process_count() == 1:
+    return numbers
+  length = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
+  own = np.zeros(length, np.int32)
+  if is_first():
+    own[:] = numbers
+  return multihost_utils.broadcast_one_to_all(own).tolist()
+
+
+def first_alone(action: Callable[[], Any]) -> Any:
+  """Runs `action` on process 0 while the others wait; returns its result there and None elsewhere.
+
+  If it raises, the run ends everywhere: with the error on process 0, without a word on the others.
+  """
+  if jax.process_count() == 1:
+    return action()
+  result, error = None, None
+  if is_first():
+    try:
+      result = action()
+    except Exception as caught:
+      error = caught
+  if any_of(error is not None):
+    jax.distributed.shutdown()  # all are here, so it is quick, and none is left waiting for another
+    raise error or SystemExit(2)
+  return result
+
+
+def leave(error: BaseException) -> None:
+  """Ends this process at once, if it is one of several: the others wait for it, and only its end tells them.
+
+  Python's own exit would first wait for them in turn.
+  """
+  if not jax.distributed.is_initialized() or jax.process_count() == 1:
+    return
+  if isinstance(error, UserError):
+    code = 2
+    print(f"jflow: process {jax.process_index()}: {error}", file=sys.stderr)
+  else:
+    code = 1
+    sys.excepthook(type(error), error, error.__traceback__)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
+
+
+class Exchange:
+  """The largest of each process's few numbers, once a step, without waiting: one tiny collective beside the step."""
+
+  def __init__(self) -> None:
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    mesh = Mesh(np.array(devices).reshape(jax.process_count(), -1), ("process", "device"))
+    self._where = NamedSharding(mesh, PartitionSpec("process"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    self._max = jax.jit(lambda x: x.max(axis=0), out_shardings=whole)
+    self._alone = jax.process_count() == 1
+
+  def __call__(self, *values: int) -> Any:
+    """Returns int32[len(values)], still being computed; `jax.device_get` waits for it."""
+    row = np.asarray([values], np.int32)
+    if self._alone:
+      return row[0]
+    return self._max(jax.make_array_from_process_local_data(self._where, row))

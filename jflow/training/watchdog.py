@@ -1,0 +1,49 @@
+"""Ends a process whose training stands still: a hung collective, disk or loader raises nothing by itself."""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+
+_FIRST = (
+  10  # a first step compiles, and a last one waits for the checkpoint: they may take so many times as long
+)
+
+
+class Watchdog:
+  """Wants to hear of a step every `seconds`; otherwise prints the stacks of all threads and exits with code 1.
+
+  A thread of Python does it and can say why; should it not get to run, because C code holds the interpreter,
+  `faulthandler` does the same from C a little later.
+  """
+
+  def __init__(self, seconds: float):
+    """`seconds`: 0 turns it off."""
+    self._seconds, self._what, self._deadline = seconds, "the start", float("inf")
+    self._ended = threading.Event()
+    if seconds:
+      threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+  def beat(self, what: str, slow: bool = False) -> None:
+    """Starts waiting for the next beat. `what`: what has been done now; `slow`: what comes next may take long."""
+    if self._seconds:
+      seconds = self._seconds * (_FIRST if slow else 1)
+      faulthandler.dump_traceback_later(1.25 * seconds + 1, exit=True)
+      self._what, self._deadline = what, time.monotonic() + seconds
+
+  def stop(self) -> None:
+    self._ended.set()
+    if self._seconds:
+      faulthandler.cancel_dump_traceback_later()
+
+  def _watch(self) -> None:
+    while not self._ended.wait(min(1.0, self._seconds / 10)):
+      if time.monotonic() > self._deadline:
+        print(
+          f"jflow: no step for {self._seconds:g} s (train.watchdog_seconds) after {self._what}; this process ends "
+          "here, and the same command goes on from the last checkpoint. What each thread was doing:",
+          file=sys.stderr, flush=True,
+        )  # fmt: skip
+        faulthandler.dump_traceback(all_threads=True)
+        os._exit(1)

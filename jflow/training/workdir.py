@@ -1,0 +1,123 @@
+"""The workdir of a run: one trainer at a time, one config, and where its code came from."""
+
+import fcntl
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+from flax.traverse_util import flatten_dict
+
+from jflow.data.tokenizer import Tokenizer
+from jflow.errors import UserError
+from jflow.training.checkpoint import read_config, write_atomically
+
+# What may differ between a run and its continuation: all else would make it another run.
+_MAY_CHANGE = (
+  "train.steps", "train.watchdog_seconds", "checkpoint.", "distributed.", "log.", "mesh.",
+  "compute.compilation_cache", "data.workers", "data.threads", "data.prefetch",
+  "data.tokenizer",  # a path; its files are compared instead
+)  # fmt: skip
+
+
+def claim(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer) -> Any:
+  """Locks the workdir and checks that it holds no other run; returns what `unlock` takes. For process 0."""
+  if "://" in str(workdir) or str(workdir).startswith("gs:/"):
+    raise UserError(
+      f"workdir {workdir} must be a folder: mount the bucket (launch/gke/ does it with Cloud Storage FUSE)"
+    )
+  handle = lock(workdir)
+  check_same_run(workdir, config, tokenizer)
+  return handle
+
+
+def check_shared(workdir: pathlib.Path) -> None:
+  """Checks that every process sees the workdir of process 0.
+
+  Raises:
+    UserError: this process does not.
+  """
+  if not (workdir / "lock").exists():
+    raise UserError(
+      f"workdir {workdir} is not shared: process 0 has locked it, process {jax.process_index()} does not see it"
+    )
+
+
+def lock(workdir: pathlib.Path) -> Any:
+  """Holds the workdir against a second trainer until the process ends, however it ends."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    handle = open(workdir / "lock", "a+", encoding="utf-8")
+  except OSError as error:
+    raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError as error:
+    handle.seek(0)
+    raise UserError(
+      f"workdir {workdir} is in use by another trainer ({handle.read().strip() or 'unknown'})"
+    ) from error
+  handle.seek(0)
+  if before := handle.read().strip():  # a trainer that ends in order leaves the file empty
+    print(f"jflow: {before} did not end in order; this one goes on in {workdir}", file=sys.stderr)
+  handle.truncate(0)
+  now = time.strftime("%Y-%m-%d %H:%M:%S")
+  handle.write(f"pid {os.getpid()} on {os.uname().nodename} since {now}\n")
+  handle.flush()
+  return handle
+
+
+def unlock(handle: Any) -> None:
+  """Frees the workdir: this trainer ends by itself."""
+  handle.truncate(0)
+  handle.close()
+
+
+def check_same_run(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer) -> None:
+  """Checks that a run that has begun in this workdir has the same config and tokenizer; some fields may differ.
+
+  Raises:
+    UserError: naming the first field that differs.
+  """
+  if not (workdir / "config.json").exists():
+    return
+  theirs = flatten_dict(read_config(workdir), sep=".")
+  ours = flatten_dict(json.loads(json.dumps(config)), sep=".")
+  for field in sorted(set(ours) | set(theirs)):
+    if ours.get(field) != theirs.get(field) and not field.startswith(_MAY_CHANGE):
+      raise UserError(
+        f"workdir {workdir} holds a run with {field}={theirs.get(field)!r}, now {ours.get(field)!r}; "
+        "use another --workdir or the same value"
+      )
+  if Tokenizer.load(str(workdir / "tokenizer")).fingerprint != tokenizer.fingerprint:
+    raise UserError(
+      f"workdir {workdir} holds a run with another tokenizer than {config['data']['tokenizer']}; use another "
+      f"--workdir or --config.data.tokenizer={workdir / 'tokenizer'}"
+    )
+
+
+def write_config(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer) -> None:
+  """Writes config.json and tokenizer/: from here on the workdir belongs to this run."""
+  write_atomically(workdir / "config.json", json.dumps(config, indent=1) + "\n")
+  tokenizer.save(workdir / "tokenizer")
+
+
+def versions() -> dict[str, str]:
+  """Versions of what a checkpoint depends on."""
+  return {"jax": jax.__version__, "python": sys.version.split()[0]}
+
+
+def source_version() -> str:
+  """The git commit that jflow runs from, with "+changes" when files differ; "" outside a checkout."""
+  git = lambda *a: subprocess.run(
+    ("git", "-C", str(pathlib.Path(__file__).parent), *a), capture_output=True, text=True
+  )
+  try:
+    commit = git("rev-parse", "HEAD").stdout.strip()
+    return commit + ("+changes" if commit and git("status", "--porcelain", "-uno").stdout.strip() else "")
+  except OSError:
+    return ""
