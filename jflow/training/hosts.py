@@ -119,19 +119,19 @@ def leave(error: BaseException) -> None:
 
 
 class Exchange:
-  """The largest of each process's few numbers, once a step, without waiting: one tiny collective beside the step."""
+  """A few numbers of every process, once a step, without waiting: one tiny collective beside the step."""
 
   def __init__(self) -> None:
     devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
     mesh = Mesh(np.array(devices).reshape(jax.process_count(), -1), ("process", "device"))
     self._where = NamedSharding(mesh, PartitionSpec("process"))
     whole = NamedSharding(mesh, PartitionSpec())
-    self._max = jax.jit(lambda x: x.max(axis=0), out_shardings=whole)
+    self._gather = jax.jit(lambda x: x, out_shardings=whole)
     self._alone = jax.process_count() == 1
 
-  def __call__(self, *values: int) -> Any:
-    """Returns int32[len(values)], still being computed; `jax.device_get` waits for it."""
-    row = np.asarray([values], np.int32)
+  def __call__(self, *values: float) -> Any:
+    """Returns f32[processes, len(values)], still being computed; `jax.device_get` waits for it."""
+    row = np.asarray([values], np.float32)
     if self._alone:
-      return row[0]
-    return self._max(jax.make_array_from_process_local_data(self._where, row))
+      return row
+    return self._gather(jax.make_array_from_process_local_data(self._where, row))

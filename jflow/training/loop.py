@@ -157,13 +157,8 @@ class _Run:
         state, device = step_fn(state, batch)
         signum = self._flush()
         self._checkpointer.check()
-        row = {
-          "step": step,
-          "fill": float(info["fill"]),
-          "packs": info["packs"],
-          "rejected": info["rejected"],
-        }
-        self._pending = {"row": row, "device": device, "signal": exchange(stop.signum)}
+        row = {"step": step, "packs": info["packs"], "rejected": info["rejected"]}
+        self._pending = {"row": row, "device": device, "told": exchange(stop.signum, info["fill"])}
         # Alone, it is known at once. Read once: a signal after this line stops after the next step.
         signum = stop.signum if jax.process_count() == 1 else signum
         if step % interval == 0 or step == last or signum:
@@ -190,8 +185,9 @@ class _Run:
     if self._pending is None:
       return 0
     pending, self._pending = self._pending, None
-    row, device, signals = pending["row"], *jax.device_get((pending["device"], pending["signal"]))
+    row, device, told = pending["row"], *jax.device_get((pending["device"], pending["told"]))
     step, now = row["step"], time.monotonic()
+    row["fill"] = float(told[:, 1].mean())
     row |= {name: number(value) for name, value in device.items()}
     tokens = self._config["train"]["batch_size"] * self._config["data"]["row_tokens"]
     row |= {"tokens_per_second": tokens / max(now - self._clock, 1e-9), "mfu": None}
@@ -208,7 +204,7 @@ class _Run:
         f"{in_a_row} steps in a row were skipped (gradient not finite, or a spike), the last at step {step}; "
         f"{self._checkpointer.newest()}"
       )
-    return int(signals[0])
+    return int(told[:, 0].max())
 
   def _save(self, state: TrainState, step: int) -> None:
     if self._record:

@@ -1,0 +1,162 @@
+"""The workdir: one trainer at a time, one config and one tokenizer per run, metrics without repeated steps."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+
+from jflow.data.tokenizer import Tokenizer
+from jflow.errors import Stopped, UserError
+from jflow.training import workdir as workdirs
+from jflow.training.goodput import Goodput, summary
+from jflow.training.metrics import Lines, read_lines
+
+TOKENIZER = Tokenizer.load(str(tiny.TOKENIZER))
+
+
+def test_a_second_trainer_is_refused_until_the_first_ends(tmp_path):
+  first = workdirs.lock(tmp_path / "run")
+  with pytest.raises(UserError, match=r"run is in use by another trainer \(pid \d+ on .* since \d{4}-"):
+    workdirs.lock(tmp_path / "run")
+  workdirs.unlock(first)
+  workdirs.unlock(workdirs.lock(tmp_path / "run"))
+
+
+def test_the_lock_of_a_killed_trainer_is_taken_over_and_named(tmp_path, capsys):
+  """The kernel frees the lock of a process that ends, however it ends."""
+  code = "import pathlib, sys, time; from jflow.training import workdir; held = workdir.lock(pathlib.Path(sys.argv[1]))"
+  other = subprocess.Popen(
+    [sys.executable, "-c", f"{code}; print('held', flush=True); time.sleep(60)", str(tmp_path)],
+    cwd=tiny.ROOT, stdout=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  assert other.stdout.readline() == "held\n"
+  with pytest.raises(UserError, match=f"in use by another trainer .pid {other.pid} on"):
+    workdirs.lock(tmp_path)
+  other.kill()
+  other.communicate()
+  workdirs.unlock(workdirs.lock(tmp_path))
+  assert f"pid {other.pid} on" in capsys.readouterr().err
+  workdirs.unlock(workdirs.lock(tmp_path))
+  assert capsys.readouterr().err == ""
+
+
+def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="file/run cannot be written"):
+    workdirs.lock(tmp_path / "file" / "run")
+
+
+def test_a_workdir_in_a_bucket_says_how(tmp_path):
+  with pytest.raises(UserError, match="must be a folder: mount the bucket"):
+    workdirs.claim(pathlib.Path("gs://bucket/run"), tiny.configuration(), TOKENIZER)
+
+
+def test_a_workdir_that_is_not_shared_is_named(tmp_path):
+  with pytest.raises(UserError, match="is not shared: process 0 has locked it"):
+    workdirs.check_shared(tmp_path)
+
+
+def _begin(workdir: pathlib.Path, config: dict) -> None:
+  workdirs.write_config(workdir, config, TOKENIZER)
+
+
+def test_a_workdir_with_another_config_names_the_field(tmp_path):
+  config = tiny.configuration()
+  workdirs.check_same_run(tmp_path, config, TOKENIZER)
+  _begin(tmp_path, config)
+  workdirs.check_same_run(tmp_path, config, TOKENIZER)
+  other = tiny.configuration(optimizer=dict(learning_rate=0.5))
+  with pytest.raises(UserError, match="optimizer.learning_rate=0.01, now 0.5"):
+    workdirs.check_same_run(tmp_path, other, TOKENIZER)
+  config["model"] = config["model"] | {"alignment_width": 8}
+  with pytest.raises(UserError, match="model.alignment_width=16, now 8"):
+    workdirs.check_same_run(tmp_path, config, TOKENIZER)
+
+
+def test_what_does_not_change_the_run_may_change(tmp_path):
+  _begin(tmp_path, tiny.configuration())
+  changed = tiny.configuration(
+    train=dict(steps=900), checkpoint=dict(keep=9), mesh=dict(data=4), distributed=dict(processes=4)
+  )
+  workdirs.check_same_run(tmp_path, changed, TOKENIZER)
+
+
+def test_a_tokenizer_is_known_by_its_files_and_not_by_its_path(tmp_path):
+  """A checkout that has moved goes on; another tokenizer at the same path does not."""
+  _begin(tmp_path, tiny.configuration())
+  moved = tiny.configuration(data=dict(tokenizer="/elsewhere/tokenizer"))
+  workdirs.check_same_run(tmp_path, moved, TOKENIZER)
+  shutil.copytree(tiny.TOKENIZER, tmp_path / "other")
+  file = tmp_path / "other" / "tokenizer_config.json"
+  file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 7}))
+  with pytest.raises(UserError, match="holds a run with another tokenizer"):
+    workdirs.check_same_run(tmp_path, tiny.configuration(), Tokenizer.load(str(tmp_path / "other")))
+
+
+def test_metrics_of_steps_that_are_computed_again_are_dropped(tmp_path):
+  file = Lines(tmp_path / "metrics.jsonl", 1)
+  for step in range(1, 6):
+    file.write({"step": step, "loss": float(np.float32(0.1) * step)})
+  file.close()
+  with open(tmp_path / "metrics.jsonl", "a") as f:
+    f.write('{"step": 6, "lo')  # a kill has cut the line
+  assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+  Lines(tmp_path / "metrics.jsonl", 4).close()
+  assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_under_the_metrics_stops_the_run_in_one_line(tmp_path):
+  import os
+
+  file = Lines(tmp_path / "metrics.jsonl")
+  full = os.open("/dev/full", os.O_WRONLY)
+  os.dup2(full, file._file)  # every write from here on finds the disk full
+  with pytest.raises(Stopped, match="metrics.jsonl cannot be written: No space left on device"):
+    file.write({"step": 1})
+  os.close(full)
+  file.close()
+
+
+# --- where the time went ----------------------------------------------------------------------------------
+
+
+def test_the_parts_of_a_killed_run_add_up_to_the_time_that_passed(tmp_path):
+  began = time.time()
+  record = Goodput(tmp_path, began)
+  for phase, step, seconds in (
+    ("setup", None, 0.01), ("restore", 0, 0.02), ("compile", 1, 0.03), ("steps", 4, 0.04), ("save", 4, 0.01),
+    ("steps", 6, 0.05),
+  ):  # fmt: skip
+    time.sleep(seconds)
+    record.mark(phase, step)
+  record.close()  # killed: steps 5 and 6 are lost, and the time until the next start
+  time.sleep(0.06)
+  again = Goodput(tmp_path, time.time())
+  time.sleep(0.01)
+  again.mark("restore", 4)
+  time.sleep(0.02)
+  again.steps(9, now=True)
+  got = summary(tmp_path)
+  parts = sum(got[name] for name in ("productive", "save", "restore", "compile", "setup", "lost"))
+  assert parts == pytest.approx(got["wall"]) and got["wall"] == pytest.approx(time.time() - began, abs=0.02)
+  assert got["starts"] == 2
+  lost = read_lines(tmp_path / "goodput.jsonl")
+  assert got["lost"] == pytest.approx(lost[6]["t"] - lost[5]["t"] + lost[7]["t"] - lost[6]["t"], abs=1e-6)
+  assert got["productive"] == pytest.approx(
+    lost[4]["t"] - lost[3]["t"] + lost[9]["t"] - lost[8]["t"], abs=1e-6
+  )
+
+
+def test_steps_are_booked_once_a_second_at_most(tmp_path):
+  record = Goodput(tmp_path, time.time())
+  for step in range(1, 50):
+    record.steps(step)
+  record.steps(50, now=True)
+  assert [row["step"] for row in read_lines(tmp_path / "goodput.jsonl")] == [None, 50]
