@@ -127,13 +127,13 @@ def _damaged() -> dict[str, bytes]:
   noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
   png = _image(0)
   header = b"IHDR" + (30_000).to_bytes(4, "big") * 2 + png[24:29]
-  jpeg, gif = io.BytesIO(), io.BytesIO()
+  jpeg, bitmap = io.BytesIO(), io.BytesIO()
   Image.fromarray(noise).save(jpeg, "JPEG")
-  Image.fromarray(noise).save(gif, "GIF")
+  Image.fromarray(noise).save(bitmap, "BMP")
   return {
     "cut.jpg": jpeg.getvalue()[:-2000],
     "empty.png": b"",
-    "film.gif": gif.getvalue(),
+    "map.bmp": bitmap.getvalue(),
     "text.png": b"hello",
     "bomb.png": png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:],
   }
@@ -154,7 +154,7 @@ BAD_LINES = [
   (_chat({}), "bad_field"),
   ({"image": "pictures/1.png", "caption": ["x"]}, "bad_field"),
   ({"image": "pictures/1.png", "caption": " "}, "empty_caption"),
-  ({"image": "pictures/1.png"}, "empty_caption"),
+  ({"image": "pictures/1.png"}, "missing_caption"),
   ({"image": "pictures/1.png", "conversations": []}, "no_answer"),
   ({"image": "pictures/1.png", "conversations": _chat("")["conversations"][:1]}, "no_answer"),
   (_chat("pictures/1.png", answer=""), "no_answer"),
@@ -164,7 +164,7 @@ BAD_LINES = [
   ({"caption": "no image"}, "image_count"),
   (_chat("cut.jpg"), "unreadable"),
   (_chat("empty.png"), "empty"),
-  (_chat("film.gif"), "format"),
+  (_chat("map.bmp"), "format"),
   (_chat("text.png"), "format"),
   (_chat("bomb.png"), "too_large"),
 ]
@@ -190,7 +190,13 @@ def test_each_broken_line_is_counted_under_its_reason(folder):
   reasons = [reason for _, reason in BAD_LINES]
   assert summary["rejected"] == {reason: reasons.count(reason) for reason in reasons}
   assert summary["accepted"] == 3 and [r.images for r in _all(output)] == [(_image(i),) for i in range(3)]
-  assert "chat.jsonl line 2" in summary["first_rejected"]["where"]
+  first = summary["first_rejected"]
+  assert list(first) == list(summary["rejected"]) and first["broken_json"]["where"].endswith(
+    "chat.jsonl line 2"
+  )
+  assert "99.png not found" in first["missing_image"]["message"]
+  listed = [json.loads(line) for line in pathlib.Path(output, "rejected.jsonl").read_text().splitlines()]
+  assert [entry["reason"] for entry in listed] == reasons
 
 
 def test_too_many_broken_lines_write_nothing_and_name_the_first(folder):

@@ -6,9 +6,13 @@ Legend: n tokens of a sample, P patches of an image.
   understanding       BOS <image>QUESTION ANSWER EOS
     plain caption     BOS <image>Generate the caption of this picture. CAPTION EOS
     chat              BOS User: <image>...\\n\\nAssistant: ANSWER EOS User: ...
+    interleaved       BOS TEXT <image> TEXT <image> ... EOS
   generation          BOS PROMPT T z*P           T, the time token, stands where the closing tag stood
     chat              BOS User: PROMPT\\n\\nAssistant: T z*P
   text                BOS DOCUMENT EOS
+
+Learned are the answers, captions and documents with their EOS: not what the user says, and no image. Of an
+interleaved document, which nobody asks for, all the text is learned (not in the paper).
 """
 
 import re
@@ -92,9 +96,8 @@ def build(
     if task == "generation":
       return _generation(record, tokenizer, template, image_patches, rng, first_sentence, prompt_drop)
     sequence = _Sequence(tokenizer, image_patches)
-    if task == "text" and not record.turns:
-      sequence.text(record.text.strip(), learned=True)
-      sequence.add([tokenizer.eos], learned=True)
+    if not record.turns and (task == "text" or IMAGE_MARK in record.text):
+      _document(sequence, record.text, task)
     else:
       _conversation(sequence, record.turns or _caption_turns(record, template), template, "", IMAGE_MARK)
     return sequence.sample(batch_lib.READ, record.images)
@@ -120,8 +123,10 @@ def check(record: Record, task: str) -> None:
     if record.turns[-1].role != "assistant":
       raise RecordError("no_answer", "the conversation has no answer to its last question")
     _check_turns(record.turns, len(record.images), IMAGE_MARK)
-  elif not record.text.strip():
+  elif not record.text.replace(IMAGE_MARK, "").strip():
     raise RecordError("empty_text" if task == "text" else "empty_caption", "the text is empty")
+  elif task == "understanding" and IMAGE_MARK in record.text:
+    _check_marks(record.text.count(IMAGE_MARK), len(record.images), IMAGE_MARK)
 
 
 def chat_prompt(
@@ -282,11 +287,24 @@ def _check_turns(turns: Sequence[Turn], image_count: int, mark: str) -> None:
         raise RecordError("no_answer", "an answer is empty")
       if mark in turn.text:
         raise RecordError("image_marks", f"{mark} stands in an answer, and only a question can show an image")
-  marks = sum(turn.text.count(mark) for turn in turns)
+  _check_marks(sum(turn.text.count(mark) for turn in turns), image_count, mark)
+
+
+def _check_marks(marks: int, image_count: int, mark: str) -> None:
   if marks != image_count:
     raise RecordError(
       "image_marks", f"it has {marks} {mark} marks and {image_count} images; use one mark per image"
     )
+
+
+def _document(sequence: _Sequence, text: str, task: str) -> None:
+  """Writes a document, learned whole; where pictures are read, its marks become images."""
+  pieces = text.strip().split(IMAGE_MARK) if task == "understanding" else [text.strip()]
+  for number, piece in enumerate(pieces):
+    if number:
+      sequence.image()
+    sequence.text(piece, learned=True)
+  sequence.add([sequence.tokenizer.eos], learned=True)
 
 
 def _conversation(sequence: _Sequence, turns: Sequence[Turn], template: str, system: str, mark: str) -> None:

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from jflow.data.records import RecordError
 from jflow.errors import UserError
 
-FORMATS = ("PNG", "JPEG", "WEBP")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MAX_PIXELS = 64 * 2**20
 _WHITE = (255, 255, 255)
 
@@ -31,7 +31,7 @@ def decode(image: Any, max_pixels: int = MAX_PIXELS) -> np.ndarray:
   upper 8 stay. The size is checked before any pixel is decoded.
 
   Args:
-    image: encoded bytes (PNG, JPEG or WEBP), a PIL image, or uint8[H, W, 3].
+    image: encoded bytes (PNG, JPEG, WEBP or GIF), a PIL image, or uint8[H, W, 3].
 
   Raises:
     ImageError: the image cannot be used.
@@ -112,25 +112,45 @@ def for_generation(image: Any, size: int, rng: np.random.Generator) -> np.ndarra
   return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
+def size(image: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+  """Returns the width and height that the header of an encoded image gives, before any rotation.
+
+  Raises:
+    ImageError: as `decode`, but for "unreadable": the body is not looked at.
+  """
+  return _header(image, max_pixels).size
+
+
+def _header(image: bytes, max_pixels: int) -> Image.Image:
+  """Returns a picture of Pillow's whose pixels are not decoded yet."""
+  if not len(image):
+    raise ImageError("empty", "the image has no bytes")
+  try:
+    picture = Image.open(io.BytesIO(image), formats=FORMATS)
+  except Image.DecompressionBombError:
+    raise ImageError("too_large", f"the image has more than {max_pixels:,} pixels") from None
+  except Exception:  # Pillow's parsers raise many types on damaged headers
+    raise ImageError("format", "not a readable PNG, JPEG, WEBP or GIF image") from None
+  _check_pixels(picture, max_pixels)
+  return picture
+
+
+def _check_pixels(picture: Image.Image, max_pixels: int) -> None:
+  if picture.width * picture.height > max_pixels:
+    raise ImageError("too_large", f"{picture.width} x {picture.height} is more than {max_pixels:,} pixels")
+
+
 def _open(image: Any, max_pixels: int) -> Image.Image:
   """Returns the image as an upright RGB picture of Pillow's; see `decode`."""
   if isinstance(image, np.ndarray):
     return Image.fromarray(decode(image))
   if isinstance(image, (bytes, bytearray, memoryview)):
-    if not len(image):
-      raise ImageError("empty", "the image has no bytes")
-    try:
-      image = Image.open(io.BytesIO(image), formats=FORMATS)
-    except Image.DecompressionBombError:
-      raise ImageError("too_large", f"the image has more than {max_pixels:,} pixels") from None
-    except Exception:  # Pillow's parsers raise many types on damaged headers
-      raise ImageError("format", "not a readable PNG, JPEG or WEBP image") from None
+    image = _header(image, max_pixels)
   if not isinstance(image, Image.Image):
     raise ImageError(
       "format", f"an image should be bytes, a PIL image or an array, not {type(image).__name__}"
     )
-  if image.width * image.height > max_pixels:
-    raise ImageError("too_large", f"{image.width} x {image.height} is more than {max_pixels:,} pixels")
+  _check_pixels(image, max_pixels)
   try:
     image.load()
     return _to_rgb(ImageOps.exif_transpose(image))

@@ -12,17 +12,20 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from jflow.batch import TASKS
 from jflow.data import examples, images, importers, prepared
-from jflow.data.importers import Importer
+from jflow.data.filters import Filters
+from jflow.data.importers import Importer, Item
+from jflow.data.progress import Progress
 from jflow.data.records import RecordError
 from jflow.errors import UserError
+
+REJECTED = "rejected.jsonl"  # every record that was left out: where, message, reason
+MAX_TEXT = 65_536  # characters of a record with images; a row of 4,096 tokens holds about 16,000
+_done: Any = None  # in a worker: work and records done by all of them
 
 
 def prepare(
@@ -31,6 +34,7 @@ def prepare(
   task: str,
   input: str = "",
   max_rejected_share: float = 0.01,
+  filters: Filters = Filters(),
   processes: int = 1,
   **options: Any,
 ) -> dict[str, Any]:
@@ -42,6 +46,7 @@ def prepare(
     task: "understanding", "generation" or "text".
     input: file, folder or pattern to read; unused by "shapes".
     max_rejected_share: share of unusable records above which nothing is written.
+    filters: which records are wanted.
     processes: processes that read and check.
     options: the other fields of `importers.Options`.
 
@@ -62,59 +67,71 @@ def prepare(
     **dataclasses.asdict(options),
     "schema": prepared.SCHEMA,
     "format": format,
+    "filters": {name: value for name, value in filters._asdict().items() if value is not None},
     "input": os.path.abspath(input) if input else "",
     "files": _fingerprint(importer.files()),
   }
   parts = importer.parts()
   partial = output + ".partial"
   _open_partial(partial, job)
-  reports = _run(importer, parts, partial, task, processes)
+  reports = _run(importer, parts, partial, task, filters, processes)
   summary = _summary(job, reports)
-  total = summary["accepted"] + sum(summary["rejected"].values())
-  if not summary["accepted"] or sum(summary["rejected"].values()) > max_rejected_share * total:
+  try:
+    _judge(summary, max_rejected_share)
+  except UserError:
     shutil.rmtree(partial)
-    first = summary["first_rejected"]
-    raise UserError(
-      f"{first['where']}: {first['message']} ({first['reason']}); in all {total - summary['accepted']:,} of "
-      f"{total:,} records cannot be used {summary['rejected']}, more than "
-      f"--max_rejected_share={max_rejected_share}"
-      if first
-      else f"{input}: no records found"
-    )
+    raise
   _finish(partial, output, task, reports, summary)
   return summary
 
 
 def _run(
-  importer: Importer, parts: Sequence[Any], partial: str, task: str, processes: int
+  importer: Importer, parts: Sequence[Any], partial: str, task: str, filters: Filters, processes: int
 ) -> list[dict[str, Any]]:
   """Imports the parts that are not there yet; returns the report of every part, in order."""
   reports = [_read_report(partial, index) for index in range(len(parts))]
   todo = [index for index, report in enumerate(reports) if report is None]
-  total = sum(map(importer.work, parts))
-  with tqdm(
-    total=total,
-    initial=total - sum(importer.work(parts[i]) for i in todo),
-    unit="rec",
-    desc="prepare",
-    disable=not sys.stderr.isatty(),
-  ) as bar:
+  work = [importer.work(part) for part in parts]
+  with Progress(sum(work), sum(work) - sum(work[i] for i in todo)) as progress:
     if min(processes, len(todo)) <= 1:
       for index in todo:
-        reports[index] = _import_part(importer, parts[index], index, partial, task, bar.update)
+        reports[index] = _import_part(importer, parts[index], index, partial, task, filters, progress.add)
       return reports
     # Threads of the parent would not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(processes, len(todo)), mp_context=context) as pool:
-      futures = {pool.submit(_import_part, importer, parts[i], i, partial, task): i for i in todo}
+    done = context.Array("q", 2)
+    with concurrent.futures.ProcessPoolExecutor(
+      min(processes, len(todo)), context, initializer=_begin_process, initargs=(done,)
+    ) as pool:
+      futures = {
+        pool.submit(_import_in_process, importer, parts[i], i, partial, task, filters): i for i in todo
+      }
+      waiting = set(futures)
       try:
-        for future in concurrent.futures.as_completed(futures):
-          reports[futures[future]] = future.result()
-          bar.update(importer.work(parts[futures[future]]))
+        while waiting:
+          ready, waiting = concurrent.futures.wait(waiting, 0.5, concurrent.futures.FIRST_COMPLETED)
+          for future in ready:
+            reports[futures[future]] = future.result()
+          progress.show(*done)
       except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
   return reports
+
+
+def _begin_process(done: Any) -> None:
+  global _done
+  _done = done
+
+
+def _import_in_process(*arguments: Any) -> dict[str, Any]:
+  return _import_part(*arguments, _count)
+
+
+def _count(work: int) -> None:
+  with _done.get_lock():
+    _done[0] += work
+    _done[1] += 1
 
 
 def _import_part(
@@ -123,23 +140,28 @@ def _import_part(
   index: int,
   partial: str,
   task: str,
-  progress: Callable[[int], Any] = lambda n: None,
+  filters: Filters,
+  count: Callable[[int], None],
 ) -> dict[str, Any]:
   """Writes one part's shard, then its report, whose presence says that the shard is whole."""
   stem = os.path.join(partial, f"part-{index:05d}")
   writer = prepared.ShardWriter(stem + ".array_record", stem + ".outlines")
-  rejected, first = collections.Counter(), None
-  for item in importer.items(part):
-    try:
-      if isinstance(item.record, RecordError):
-        raise item.record
-      examples.check(item.record, task)
-      sizes = [list(images.decode(image).shape[1::-1]) for image in item.record.images]
-      writer.write(item.record, {**item.meta, "sizes": sizes})
-    except RecordError as error:
-      rejected[error.reason] += 1
-      first = first or {"where": item.where, "reason": error.reason, "message": str(error)}
-    progress(1)
+  rejected, filtered, first = collections.Counter(), collections.Counter(), {}
+  with open(stem + ".rejected", "w", encoding="utf-8", errors="replace") as log:
+    for item in importer.items(part):
+      try:
+        dropped = _check(item, task, filters)
+        if dropped:
+          filtered[dropped] += 1
+        else:
+          sizes = [list(images.decode(image).shape[1::-1]) for image in item.record.images]
+          writer.write(item.record, {**item.meta, "sizes": sizes})
+      except RecordError as error:
+        rejected[error.reason] += 1
+        entry = {"where": item.where, "message": _printable(str(error))}
+        first.setdefault(error.reason, entry)
+        print(json.dumps({**entry, "reason": error.reason}), file=log)
+      count(item.work)
   writer.close()
   report = {
     "records": writer.records,
@@ -148,16 +170,43 @@ def _import_part(
     "digest": writer.digest.hexdigest(),
     "file_bytes": os.path.getsize(stem + ".array_record"),
     "rejected": dict(rejected),
+    "filtered": dict(filtered),
     "first_rejected": first,
   }
   _write_json(stem + ".json", report)
   return report
 
 
+def _check(item: Item, task: str, filters: Filters) -> str | None:
+  """Returns the filter that drops a record, or None; the images' bodies are not decoded yet.
+
+  Raises:
+    RecordError: the record cannot be used.
+  """
+  if isinstance(item.record, RecordError):
+    raise item.record
+  examples.check(item.record, task)
+  texts = [item.record.text, *(turn.text for turn in item.record.turns)]
+  for text in (item.record.id, *texts):
+    if "\0" in text:
+      raise RecordError("nul_character", "the text holds a NUL character")
+    try:
+      text.encode("utf-8")
+    except UnicodeEncodeError:  # JSON lets it through
+      raise RecordError("invalid_utf8", "the text holds a lone surrogate") from None
+  if item.record.images and sum(map(len, texts)) > MAX_TEXT:
+    raise RecordError(
+      "text_too_long", f"the text has more than {MAX_TEXT:,} characters, which no row can hold"
+    )
+  return filters.drops([images.size(image) for image in item.record.images], item.meta)
+
+
 def _summary(job: dict[str, Any], reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  rejected = collections.Counter()
+  rejected, filtered, first = collections.Counter(), collections.Counter(), {}
   for report in reports:
     rejected.update(report["rejected"])
+    filtered.update(report["filtered"])
+    first = {**report["first_rejected"], **first}
   return {
     "schema": prepared.SCHEMA,
     "task": job["task"],
@@ -165,13 +214,30 @@ def _summary(job: dict[str, Any], reports: Sequence[dict[str, Any]]) -> dict[str
     "input": job["input"],
     "accepted": sum(report["records"] for report in reports),
     "rejected": dict(rejected),
-    "first_rejected": next((r["first_rejected"] for r in reports if r["first_rejected"]), None),
+    "first_rejected": {reason: first[reason] for reason in rejected},
+    "filtered": dict(filtered),
+    "filters": job["filters"],
     "images": sum(report["images"] for report in reports),
     "bytes": sum(report["bytes"] for report in reports),
     "fingerprint": hashlib.sha256("".join(report["digest"] for report in reports).encode()).hexdigest(),
     "shard_lengths": [report["records"] for report in reports if report["records"]],
     "shard_bytes": [report["file_bytes"] for report in reports if report["records"]],
   }
+
+
+def _judge(summary: dict[str, Any], max_rejected_share: float) -> None:
+  """Raises a UserError where nothing should be written."""
+  rejected, accepted = sum(summary["rejected"].values()), summary["accepted"]
+  if rejected > max_rejected_share * (accepted + rejected) or (rejected and not accepted):
+    reason, first = next(iter(summary["first_rejected"].items()))
+    raise UserError(
+      f"{first['where']}: {first['message']} ({reason}); in all {rejected:,} of {accepted + rejected:,} records "
+      f"cannot be used {summary['rejected']}, more than --max_rejected_share={max_rejected_share}"
+    )
+  if not accepted and summary["filtered"]:
+    raise UserError(f"the filters left no record: they dropped {summary['filtered']}")
+  if not accepted:
+    raise UserError(f"{summary['input']}: no records found")
 
 
 def _finish(
@@ -189,12 +255,27 @@ def _finish(
     stem = os.path.join(partial, f"part-{index:05d}")
     os.link(stem + ".array_record", os.path.join(whole, prepared.shard_name(task, shard, len(kept))))
     os.link(stem + ".outlines", os.path.join(whole, prepared.outline_name(shard, len(kept))))
+  _join([os.path.join(partial, f"part-{i:05d}.rejected") for i in range(len(reports))], whole)
   prepared.write_metadata(whole, task, summary["shard_lengths"], summary["bytes"])
   _write_json(os.path.join(whole, prepared.SUMMARY), summary)
   if os.path.isdir(output):
     os.rmdir(output)
   os.rename(whole, output)
   shutil.rmtree(partial)
+
+
+def _join(paths: Sequence[str], directory: str) -> None:
+  """Writes what was rejected, part by part, into one file, if anything was."""
+  paths = [path for path in paths if os.path.getsize(path)]
+  if paths:
+    with open(os.path.join(directory, REJECTED), "wb") as joined:
+      for path in paths:
+        with open(path, "rb") as file:
+          shutil.copyfileobj(file, joined)
+
+
+def _printable(message: str) -> str:
+  return message.encode("utf-8", "backslashreplace").decode()
 
 
 def _open_partial(partial: str, job: dict[str, Any]) -> None:

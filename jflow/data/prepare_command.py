@@ -6,26 +6,43 @@ from collections.abc import Sequence
 
 from jflow.batch import TASKS
 from jflow.data import importers
+from jflow.data.filters import Filters
+from jflow.data.importers.text import DOCUMENTS
 from jflow.data.prepare import prepare
 
 _EPILOG = """\
-what the input looks like
-  llava-jsonl  one JSON object per line (or a JSON array of them); images are files in the same folder
-    understanding  {"id": "7", "image": "7.jpg", "conversations": [
-                     {"from": "human", "value": "<image>\\nWhat is this?"},
-                     {"from": "gpt", "value": "A cat."}]}
-                   one <image> per picture; "image" may be a list; or {"image": "7.jpg", "caption": "A cat."}
-    generation     {"image": "7.jpg", "caption": "A cat on a sofa."}
-    text           {"text": "..."}, or conversations without pictures
+formats: --input is a file, a folder, a pattern ("tars/*.tar") or a range ("tars/{00000..00041}.tar")
+  llava-jsonl  JSON objects, one per line or in an array; images are files in the same folder (--image_root)
+                 {"id": "7", "image": "7.jpg", "conversations": [
+                   {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
+                 {"image": "7.jpg", "caption": "A cat on a sofa."}
+                 {"images": ["a.jpg", "b.jpg"], "text": "First <image> then <image> and the end."}
+  webdataset   tar files as img2dataset writes them: 7.jpg + 7.txt, or 7.json with "caption" or "conversations"
+  parquet      a column of images (bytes or {bytes, path}, or lists of them), one of captions or conversations
+  text         .txt files, each a document (--documents), or .jsonl and .jsonl.gz of {"text": "..."}
+  tfds         the directory of a TFDS data set in ArrayRecord or Parquet; no TensorFlow
   shapes       no input: the built-in world, drawn once
 
+tasks
+  understanding  one <image> in a user's turn per picture; the answers are learned. A caption answers the paper's
+                 request; with <image> in it, it is an interleaved document, all of whose text is learned
+  generation     one picture and its caption
+  text           documents, or conversations without pictures
+
 examples
-  python -m jflow prepare --format=llava-jsonl --input=photos/chat.jsonl --output=chat --task=understanding
-  python -m jflow prepare --format=llava-jsonl --input=photos/captions.jsonl --output=paint --task=generation
+  python -m jflow prepare --format=llava-jsonl --input=photos/chat.jsonl --output=data/chat --task=understanding
+  python -m jflow prepare --format=webdataset --input=tars --output=data/paint --task=generation \\
+    --min_size=256 --max_aspect=2 --min_aesthetic=5
+  python -m jflow prepare --format=parquet --input="tables/*.parquet" --output=data/tables --task=understanding \\
+    --image_column=image --text_column=caption
+  python -m jflow prepare --format=text --input=books --output=data/books --task=text
+  python -m jflow prepare --format=tfds --input=tfds/pets/1.0.0 --output=data/pets --task=generation \\
+    --text_column=label
   python -m jflow prepare --format=shapes --output=data/shapes --task=generation --records=10000
 
-Every record is checked: the images are decoded, each conversation needs an answer. What cannot be used is
-left out and counted by reason in OUTPUT/summary.json. A run that was killed goes on where it stopped."""
+Every record is checked: the images are decoded, each conversation needs an answer. What cannot be used is left out,
+counted by reason in OUTPUT/summary.json and listed in OUTPUT/rejected.jsonl; what a filter drops is counted apart.
+A run that was killed goes on where it stopped."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,12 +56,13 @@ def _import(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
   missing = [f"--{name}" for name in ("format", "output", "task") if not getattr(arguments, name)]
   if missing:
     parser.error(f"an import needs {', '.join(missing)}")
-  summary = prepare(**vars(arguments))
-  rejected = sum(summary["rejected"].values())
-  print(
-    f"{summary['accepted']:,} records with {summary['images']:,} images in {arguments.output}"
-    + (f"; {rejected:,} left out: {summary['rejected']}" if rejected else "")
-  )
+  options = vars(arguments)
+  filters = Filters(*(options.pop(name) for name in Filters._fields))
+  summary = prepare(**options, filters=filters)
+  line = f"{summary['accepted']:,} records with {summary['images']:,} images in {arguments.output}"
+  for what, counts in (("cannot be used", summary["rejected"]), ("dropped by filters", summary["filtered"])):
+    line += f"; {sum(counts.values()):,} {what}: {counts}" if counts else ""
+  print(line)
   print(
     "next: python -m jflow train --config=configs/stage2.py --workdir=runs/stage2 "
     f"--config.data.sources.{arguments.task}=\"(('{arguments.output}', 1.0),)\""
@@ -60,9 +78,15 @@ def _parser() -> argparse.ArgumentParser:
   )
   add = parser.add_argument
   add("--format", choices=importers.FORMATS, help="what the input looks like, see below")
-  add("--input", default="", help="the file to read (not with --format=shapes)")
+  add("--input", default="", help="file, folder, pattern or range to read (not with --format=shapes)")
   add("--output", help="the directory to write; must not exist yet")
   add("--task", choices=TASKS, help="what the records are to teach")
+  add(
+    "--processes",
+    type=_positive,
+    default=os.cpu_count() or 1,
+    help="that read and check (default: one per core)",
+  )
   add(
     "--max_rejected_share",
     type=_share,
@@ -70,17 +94,32 @@ def _parser() -> argparse.ArgumentParser:
     metavar="SHARE",
     help="share of unusable records above which nothing is written (default 0.01)",
   )
-  add("--image_root", default=None, help="folder of the images (default: that of the input)")
+  add = parser.add_argument_group("filters, of which each drops what it does not want").add_argument
+  add("--min_size", type=_positive, metavar="PIXELS", help="of the shorter side of each image, at least")
+  add("--max_aspect", type=_aspect, metavar="RATIO", help="longer side over shorter, at most")
+  add("--min_aesthetic", type=float, metavar="SCORE", help="score in the metadata, at least")
+  add = parser.add_argument_group("how to read").add_argument
+  add("--image_root", help="folder that image paths start from (default: that of the input)")
+  add("--image_column", default="", metavar="NAME", help="of the images (default: the first usual name)")
   add(
-    "--processes",
-    type=_positive,
-    default=os.cpu_count() or 1,
-    help="processes that read and check (default: one per core)",
+    "--text_column", default="", metavar="NAME", help="of the captions, conversations or documents (the same)"
   )
-  add("--part_records", type=_positive, default=4096, help="records per shard at most (default 4096)")
+  add(
+    "--documents",
+    choices=DOCUMENTS,
+    default="file",
+    help="text: what is a document in a .txt file, the paragraphs being those between blank lines (default file)",
+  )
+  add("--split", default="train", help="tfds: which split (default train)")
   add("--records", type=_positive, default=1000, help="shapes: number of records (default 1000)")
   add("--seed", type=int, default=0, help="shapes: which records (default 0)")
   add("--image_size", type=_positive, default=384, help="shapes: side in pixels (default 384)")
+  add(
+    "--part_records",
+    type=_positive,
+    default=4096,
+    help="records per shard at most (default 4096); tars and row groups are shards of their own",
+  )
   return parser
 
 
@@ -88,6 +127,13 @@ def _share(text: str) -> float:
   value = float(text)
   if not 0 <= value <= 1:
     raise argparse.ArgumentTypeError("should lie between 0 and 1")
+  return value
+
+
+def _aspect(text: str) -> float:
+  value = float(text)
+  if not value >= 1:
+    raise argparse.ArgumentTypeError("should be at least 1, that of a square")
   return value
 
 

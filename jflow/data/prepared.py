@@ -3,7 +3,8 @@
   features.json, dataset_info.json                      read by tfds.builder_from_directory(DIR)
   jflow_TASK-train.array_record-00000-of-00002          id, images, text, conversations (JSON), meta (JSON)
   outlines-00000-of-00002.jsonl.gz                      the same records without images, to plan rows with
-  summary.json                                          schema, task, accepted, rejected by reason, ...
+  summary.json                                          schema, task, accepted, rejected by reason, filtered, ...
+  rejected.jsonl                                        every record that was left out: where, message, reason
 
 `meta` holds the SHA-256 of every image, which is verified on load: Pillow decodes many a damaged image
 without complaint.
@@ -80,7 +81,7 @@ class ShardWriter:
           "images": list(record.images),
           "text": record.text,
           "conversations": conversations,
-          "meta": json.dumps({**meta, "sha256": hashes}, ensure_ascii=False),
+          "meta": json.dumps({**meta, "sha256": hashes}),  # ASCII: it may hold lone surrogates
         }
       )
     )

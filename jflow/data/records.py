@@ -15,6 +15,7 @@ class Record(NamedTuple):
 
   task            images   text               turns
   understanding   1..n     "" or the caption  questions and answers, or () where the caption is the answer
+                  1..n     TEXT <image> TEXT  (): an interleaved document, one mark per image
   generation      1        the caption        ()
   text            none     the document       ()
   """

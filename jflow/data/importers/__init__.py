@@ -3,7 +3,7 @@
 from jflow.data.importers.importer import Importer, Item, Options
 from jflow.errors import UserError
 
-FORMATS = ("llava-jsonl", "shapes")
+FORMATS = ("llava-jsonl", "webdataset", "parquet", "text", "tfds", "shapes")
 __all__ = ["FORMATS", "Importer", "Item", "Options", "open_importer"]
 
 
@@ -13,9 +13,16 @@ def open_importer(format: str, options: Options) -> Importer:
   Raises:
     UserError: the format is unknown, or the input is not there.
   """
-  from jflow.data.importers import llava, shapes
+  from jflow.data.importers import llava, parquet, shapes, text, tfds, webdataset
 
-  classes = {"llava-jsonl": llava.Llava, "shapes": shapes.Shapes}
+  classes = {
+    "llava-jsonl": llava.Llava,
+    "webdataset": webdataset.WebDataset,
+    "parquet": parquet.Parquet,
+    "text": text.Text,
+    "tfds": tfds.Tfds,
+    "shapes": shapes.Shapes,
+  }
   if format not in classes:
     raise UserError(f"--format={format} is unknown: use one of {', '.join(FORMATS)}")
   if format != "shapes" and not options.input:

@@ -97,7 +97,7 @@ def input_files(pattern: str, endings: tuple[str, ...], format: str) -> list[str
     missing = [path for path in found if not os.path.isfile(path)]
     if missing:
       raise UserError(
-        f"{missing[0]} is missing, and {len(missing) - 1:,} more of the {len(found):,} files of {pattern}"
+        f"{missing[0]} is missing ({len(missing):,} of the {len(found):,} files of {pattern} are)"
       )
     wanted = "an empty range"
   else:
@@ -108,3 +108,20 @@ def input_files(pattern: str, endings: tuple[str, ...], format: str) -> list[str
       f"input {pattern} not found: {wanted}; --format={format} reads a file, a folder or a pattern"
     )
   return found
+
+
+def read_under(root: str, name: str) -> bytes:
+  """Returns the contents of an image file below a folder.
+
+  Raises:
+    RecordError: it lies elsewhere ("outside_root") or is not there ("missing_image").
+  """
+  root = os.path.normpath(os.path.abspath(root))
+  path = os.path.normpath(os.path.join(root, name))
+  if os.path.commonpath([path, root]) != root:
+    raise RecordError("outside_root", f"image {name:.200} lies outside {root}: set --image_root")
+  try:
+    with open(path, "rb") as file:
+      return file.read()
+  except (OSError, ValueError):
+    raise RecordError("missing_image", f"image {name:.200} not found in {root}") from None

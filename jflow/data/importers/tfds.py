@@ -1,0 +1,116 @@
+"""tfds: a data set that TFDS wrote in ArrayRecord or Parquet files, read without TensorFlow.
+
+The input is the directory of one version, which holds dataset_info.json. Images are taken as they are stored, not
+decoded and encoded again. What `prepare` wrote is such a directory too, so that it can be filtered again.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from jflow.data.importers import objects
+from jflow.data.importers.importer import Item, Options
+from jflow.data.records import RecordError
+from jflow.errors import UserError
+
+
+class Tfds:
+  """See the top of the module."""
+
+  def __init__(self, options: Options):
+    self._options = options
+    if not os.path.isfile(os.path.join(options.input, "dataset_info.json")):
+      raise UserError(f"{options.input} is no TFDS data set: name the directory that holds dataset_info.json")
+    features = self._builder().info.features
+    names = list(features)
+    for flag in ("image_column", "text_column"):
+      if getattr(options, flag) and getattr(options, flag) not in names:
+        raise UserError(
+          f"{options.input} has no feature {getattr(options, flag)!r}: --{flag} is one of {', '.join(names)}"
+        )
+    self._image = options.image_column or next((name for name in objects.IMAGES if name in names), "")
+    if not self._image and options.task != "text":
+      raise UserError(
+        f"{options.input} has no feature of images: name it by --image_column, one of {', '.join(names)}"
+      )
+
+  def files(self) -> list[str]:
+    return sorted(entry.path for entry in os.scandir(self._options.input) if entry.is_file())
+
+  def parts(self) -> list[tuple[int, int]]:
+    splits = self._builder().info.splits
+    if self._options.split not in splits:
+      raise UserError(
+        f"{self._options.input} has no split {self._options.split!r}: --split is one of {', '.join(splits)}"
+      )
+    count, size = splits[self._options.split].num_examples, self._options.part_records
+    return [(i, min(i + size, count)) for i in range(0, count, size)]
+
+  def work(self, part: tuple[int, int]) -> int:
+    return part[1] - part[0]
+
+  def items(self, part: tuple[int, int]) -> Iterator[Item]:
+    from tensorflow_datasets.core import example_parser
+
+    builder = self._builder()
+    try:
+      source = builder.as_data_source(self._options.split).data_source
+    except NotImplementedError:
+      raise UserError(
+        f"{self._options.input} is stored as {builder.info.file_format.value}, which needs TensorFlow: "
+        "let TFDS write it with file_format='array_record'"
+      ) from None
+    features = builder.info.features
+    # The example as it is stored: the features' own decoding would unpack every image.
+    parser = example_parser.ExampleParserNp(features.get_serialized_info())
+    for index in range(*part):
+      where = f"{self._options.input} {self._options.split}[{index}]"
+      try:
+        fields = parser.parse_example(bytes(source[index]))
+      except Exception as error:  # the readers raise what the damage makes of them
+        yield Item(where, RecordError("corrupt", f"cannot be read ({type(error).__name__})"), {})
+        continue
+      yield self._item(where, index, dict(fields), features)
+
+  def _item(self, where: str, index: int, fields: dict[str, Any], features: Mapping[str, Any]) -> Item:
+    options = self._options
+    try:
+      stored = fields.pop(self._image, ())
+      images = () if options.task == "text" else tuple(map(bytes, _listed(stored)))
+      fields = {name: _plain(name, value, features) for name, value in fields.items()}
+      meta = fields.pop("meta", None)
+      if isinstance(meta, str) and meta.startswith("{"):
+        fields = {**objects.notes(objects.parse_object(meta)), **fields}
+      name = str(fields.get("id", index))
+      record = objects.make_record(name, fields, images, options.task, options.text_column)
+      return Item(where, record, objects.notes(fields, (options.text_column,)))
+    except UnicodeDecodeError:
+      return Item(where, RecordError("invalid_utf8", "a text is not valid UTF-8"), {})
+    except RecordError as error:
+      return Item(where, error, {})
+
+  def _builder(self) -> Any:
+    import tensorflow_datasets as tfds
+
+    try:
+      return tfds.builder_from_directory(self._options.input)
+    except Exception as error:  # whatever a damaged dataset_info.json makes of it
+      raise UserError(
+        f"{self._options.input} cannot be read as a TFDS data set ({str(error)[:80]})"
+      ) from None
+
+
+def _listed(value: Any) -> list[Any]:
+  return list(value) if isinstance(value, (list, tuple, np.ndarray)) and np.ndim(value) else [value]
+
+
+def _plain(name: str, value: Any, features: Mapping[str, Any]) -> Any:
+  """Returns a stored value as JSON has it; a class label becomes its name."""
+  feature = features[name]
+  if hasattr(feature, "int2str") and np.ndim(value) == 0:
+    return feature.int2str(int(value))
+  value = value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
+  value = value.item() if isinstance(value, np.generic) and not isinstance(value, bytes) else value
+  return value.decode("utf-8") if isinstance(value, bytes) else value
