@@ -77,6 +77,7 @@ def base(size: str) -> ConfigDict:
     mixture=((0, (50, 50, 0)),),  # (from step, rows understanding : generation : text)
     first_sentence=0.25,  # share of captions cut to their first sentence for generation (001 section 4.2)
     prompt_drop=0.1,  # share of prompts dropped, so that guidance works (001 section 3.4)
+    latents=False,  # True: the VAE's moments and squares that `prepare --latents` wrote, in place of its encoder
     workers=0,  # loader processes; 0: threads only
     threads=2,  # per process
     prefetch=2,  # batches ahead per process

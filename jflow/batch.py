@@ -1,7 +1,7 @@
 """Every array that crosses from data to model: name, shape, dtype, meaning. Numpy only.
 
 Legend: B rows, S tokens of a row, M image slots of a row, K = 1 + P slots that an image takes in the
-row, P patches of an image, H x W pixels.
+row, P patches of an image, H x W pixels, h x w latents of C channels.
 
 A row packs whole samples; each sample is a segment of its own: attention never leaves it and positions
 restart at 0. An image takes K = 1 + P consecutive slots, whether read or written:
@@ -14,6 +14,7 @@ import dataclasses
 from typing import NamedTuple
 
 import numpy as np
+from ml_dtypes import bfloat16
 
 # Values of `Batch.image_kind`.
 NONE, READ, WRITE = 0, 1, 2
@@ -30,6 +31,9 @@ class RowShape:
   images: int  # M
   image_patches: int  # P
   image_size: int  # H = W in pixels
+  moments: tuple[int, ...] = (
+    0,
+  )  # (h, w, 2 C) where latents were made ahead of time; nothing where they were not
 
   @property
   def image_slots(self) -> int:
@@ -49,6 +53,9 @@ class Batch(NamedTuple):
   images: np.ndarray  # uint8[B, M, H, W, 3]; RGB; zeros where image_kind is NONE
   image_start: np.ndarray  # int32[B, M]; position in the row of the image's first slot; 0 where NONE
   image_kind: np.ndarray  # int32[B, M]; NONE, READ or WRITE
+  # bfloat16[B, M, h, w, 2 C]; mean and log variance of the VAE's posterior, not scaled, of images to write;
+  # bfloat16[B, M, 0] where the step runs the VAE itself
+  moments: np.ndarray
 
 
 def empty(rows: int, shape: RowShape) -> Batch:
@@ -64,4 +71,5 @@ def empty(rows: int, shape: RowShape) -> Batch:
     images=np.zeros((b, m, h, h, 3), np.uint8),
     image_start=np.zeros((b, m), np.int32),
     image_kind=np.zeros((b, m), np.int32),
+    moments=np.zeros((b, m, *shape.moments), bfloat16),
   )

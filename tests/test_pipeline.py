@@ -59,6 +59,7 @@ def _config(**changes):
     threads=2,
     prefetch=2,
     plan_cache="",
+    latents=False,
     max_rejected_share=0.01,
     shapes={"size": 101},
     mixture=((0, (30, 50, 20)), (6, (14, 80, 6))),

@@ -393,6 +393,7 @@ def _pipeline(output):
     threads=1,
     prefetch=1,
     plan_cache="",
+    latents=False,
     max_rejected_share=0.01,
     shapes={},
     mixture=((0, (1, 0, 0)),),

@@ -194,7 +194,7 @@ def configuration(**sections) -> dict:
     objective=dict(
       weights=dict(text=1.0, flow=1.0, alignment=1.0, contrastive=0.0), time_mean=0.0, time_std=1.0
     ),
-    data=dict(tokenizer=str(TOKENIZER), template="plain", row_tokens=SHAPE.tokens, row_images=SHAPE.images, sources={}),
+    data=dict(tokenizer=str(TOKENIZER), template="plain", row_tokens=SHAPE.tokens, row_images=SHAPE.images, latents=False, sources={}),
     compute=dict(dtype="float32", remat="none", unroll=1, compilation_cache=""),
     mesh=dict(data=1, fsdp=1, model=1),
     distributed=dict(

@@ -48,6 +48,9 @@ class Sample(NamedTuple):
   image_starts: tuple[int, ...]  # first slot of each image
   image_kinds: tuple[int, ...]  # batch.READ or batch.WRITE
   images: tuple[Any, ...]  # as in Record
+  moments: tuple[
+    np.ndarray, ...
+  ] = ()  # of the VAE, bfloat16[h, w, 2 C] per image, where they were made ahead
 
 
 class Prompt(NamedTuple):

@@ -151,6 +151,8 @@ def pack(samples: Sequence[Sample], shape: RowShape) -> Batch:
       row.image_start[slot] = offset + start
       row.image_kind[slot] = kind
       slot += 1
+    if sample.moments:
+      row.moments[slot - len(sample.moments) : slot] = sample.moments
     offset = span.stop
   return row
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from jflow import batch as batch_lib
 from jflow.batch import TASKS, Batch, RowShape
-from jflow.data import examples, images, mixture, packing, plans, sources
+from jflow.data import examples, images, latents, mixture, packing, plans, sources
 from jflow.data.examples import Sample
 from jflow.data.records import RecordError, Source
 from jflow.data.tokenizer import Tokenizer
@@ -49,6 +49,8 @@ class Rows:
     self._orders: dict[int, np.ndarray] = {}
     self.planned = plans.planned(source, task, tokenizer, self._template, shape, config["plan_cache"])
     self.plan, self.rejected = self.planned.plan, self.planned.rejected
+    ahead = task == "generation" and config["latents"]
+    self.latents = latents.Latents(source, shape.image_size, shape.moments) if ahead else None
     if not self.plan.rows:
       raise UserError(
         f"{name}: none of the {len(source):,} {task} records fits a row of {shape.tokens:,} tokens "
@@ -63,7 +65,7 @@ class Rows:
     return (
       f"{self.task:13} {self.name}: {self.planned.records:,} records in {self.plan.rows:,} rows, "
       f"{self.planned.fill(self._shape.tokens):.1%} full; {too_long:,} too long, "
-      f"{rejected.total():,} rejected{reasons}"
+      f"{rejected.total():,} rejected{reasons}{'; latents made ahead' if self.latents else ''}"
     )
 
   def row(self, number: int) -> tuple[Batch, collections.Counter]:
@@ -98,6 +100,10 @@ class Rows:
     if self.task == "text":
       return packing.cut(sample, start, stop)
     size = self._shape.image_size
+    if self.latents is not None:
+      box, moments = self.latents[index]
+      pixels = images.square(sample.images[0], size, box)
+      return sample._replace(images=(pixels,), moments=(moments,))
     if self.task == "generation":
       pixels = tuple(images.for_generation(image, size, rng) for image in sample.images)
     else:
@@ -181,6 +187,11 @@ class Pipeline:
   def report(self) -> list[str]:
     """Returns one line per source: records, planned rows, fill, what was left out."""
     return [rows.report() for sources_of_task in self._rows for rows in sources_of_task]
+
+  def latents(self) -> dict[str, str]:
+    """Returns the folders of the latents that are in use, each with the fingerprint of its encoder."""
+    rows = [rows for sources_of_task in self._rows for rows in sources_of_task if rows.latents]
+    return {r.latents.directory: r.latents.encoder for r in rows}
 
   def counts(self, step: int) -> dict[str, int]:
     """Returns the rows per task of the global batch at a step."""

@@ -1,7 +1,9 @@
 """`python -m jflow prepare`: its command line."""
 
 import argparse
+import importlib
 import os
+import sys
 from collections.abc import Sequence
 
 from jflow.batch import TASKS
@@ -42,13 +44,28 @@ examples
 
 Every record is checked: the images are decoded, each conversation needs an answer. What cannot be used is left out,
 counted by reason in OUTPUT/summary.json and listed in OUTPUT/rejected.jsonl; what a filter drops is counted apart.
-A run that was killed goes on where it stopped."""
+A run that was killed goes on where it stopped.
+
+afterwards
+  python -m jflow prepare --latents --help    run the VAE over a data set ahead of time"""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+# Flag -> (module with main(argv) -> exit code, what it does) of what is no import; each has a --help of its own.
+MODES = {
+  "--latents": ("jflow.training.latents", "run the VAE over a data set ahead of time"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
   """Runs the command line."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  for flag, (module, _) in MODES.items():
+    if flag in argv:
+      argv.remove(flag)
+      return importlib.import_module(module).main(argv)
   parser = _parser()
   _import(parser.parse_args(argv), parser)
+  return None
 
 
 def _import(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

@@ -157,7 +157,10 @@ class JanusFlow(nn.Module):
 
   def posterior(self, pixels_IHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean and standard deviation of the scaled latents of pixels in [-1, 1]; f32[I, h, w, C] each."""
-    mean, log_variance = self.vae.encode(pixels_IHWC)
+    return self.scaled(*self.vae.encode(pixels_IHWC))
+
+  def scaled(self, mean: jax.Array, log_variance: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Moments of the posterior as the VAE gives them -> mean and standard deviation of the scaled latents, f32."""
     scale = self.config.autoencoder.scaling
     return scale * mean.astype(jnp.float32), scale * jnp.exp(0.5 * log_variance.astype(jnp.float32))
 
@@ -182,7 +185,10 @@ class JanusFlow(nn.Module):
     pixels = constrain(normalise(flat(batch.images)), "batch", None, None, None)
 
     features = self.features(pixels)
-    mean, std = self.posterior(pixels)
+    if batch.moments.shape[2:] == (0,):
+      mean, std = self.posterior(pixels)
+    else:  # made ahead of time
+      mean, std = self.scaled(*jnp.split(flat(batch.moments), 2, axis=-1))
     data = mean + std * flat(draws.posterior)
     z = flow.interpolate(flat(draws.noise), data, flat(draws.time))
     written, skip, time_ID = self.write_slots(z, flat(draws.time))

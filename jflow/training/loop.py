@@ -16,7 +16,7 @@ from jflow.batch import Batch
 from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped, UserError
-from jflow.training import hosts, optim, setup
+from jflow.training import hosts, latents, optim, setup
 from jflow.training import workdir as workdirs
 from jflow.training.checkpoint import Checkpointer
 from jflow.training.goodput import Goodput
@@ -103,6 +103,7 @@ def _train(
       hosts.say(f"going on from step {int(state.step)} of {workdir / 'checkpoints'}")
     else:
       state = jax.jit(state_of, out_shardings=where)(setup.start_params(config, model, mesh, open_pipeline))
+    latents.check(pipeline.latents(), state.frozen, model_config.autoencoder)
     if hosts.is_first():  # late, so that a first mistake leaves the workdir free
       workdirs.write_config(workdir, config, tokenizer)
     record = Goodput(workdir, started) if hosts.is_first() else None

@@ -1,0 +1,148 @@
+"""`python -m jflow prepare --latents`: runs the VAE's encoder over a prepared data set, once and for all.
+
+A run with data.latents=True then takes the moments from disk. Its step still draws the posterior's sample, and
+SigLIP still reads the pixels; what it saves is the encoder's forward pass.
+"""
+
+import argparse
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from jflow import sharding
+from jflow.data import latents
+from jflow.errors import UserError
+from jflow.interop.checkpoints import read_checkpoint
+from jflow.models.config import AutoencoderConfig, JanusFlowConfig
+from jflow.models.janusflow import normalise
+from jflow.models.vae import make_autoencoder
+
+_EPILOG = """\
+examples
+  python -m jflow prepare --latents --input=data/paint --checkpoint=runs/stage1
+  python -m jflow prepare --latents --input=data/paint --checkpoint=JanusFlow-1.3B --vae=sdxl-vae --batch_size=64
+  python -m jflow train --config=configs/stage2.py --workdir=runs/stage2 --config.data.latents=True ...
+
+They lie beside the records, in INPUT/latents-SIZE: per picture the posterior's mean and log variance (bfloat16,
+36 KB at 384) and the one square that was cut out, which training then uses in every epoch. A run refuses latents
+of another encoder, another size or other records. A run of this command that was killed goes on where it
+stopped. All devices of this machine share the work, in float32."""
+
+
+def fingerprint(vae: Mapping[str, Any], config: AutoencoderConfig) -> str:
+  """Returns a hash of what makes moments of pixels: the encoder's parameters, as float32, and the kind of VAE."""
+  digest = hashlib.sha256(
+    repr((config.kind, config.latent_channels, config.patch_size, config.window)).encode()
+  )
+  for path, leaf in sorted(flatten_dict(vae, sep="/").items()):
+    if path.split("/")[0] in ("encoder", "quant"):
+      leaf = np.ascontiguousarray(leaf, np.float32)
+      digest.update(f"{path} {leaf.shape}".encode())
+      digest.update(leaf.data)
+  return digest.hexdigest()
+
+
+def check(found: Mapping[str, str], params: Mapping[str, Any], config: AutoencoderConfig) -> None:
+  """Checks that the latents of a run were made by its own VAE.
+
+  Args:
+    found: folder -> fingerprint, as `Pipeline.latents` returns them.
+    params: the frozen parameters of the run.
+    config: of the VAE.
+
+  Raises:
+    UserError: another encoder made them, or this run trains the VAE.
+  """
+  if not found:
+    return
+  if "vae" not in params:
+    raise UserError("data.latents=True needs a frozen VAE: name it in optimizer.frozen")
+  ours = fingerprint(params["vae"], config)
+  for directory, theirs in found.items():
+    if theirs != ours:
+      raise UserError(
+        f"{directory} was made by another VAE (encoder {theirs[:8]}, this run has {ours[:8]}): remove it and "
+        f"make it again with prepare --latents, or set data.latents=False"
+      )
+
+
+def encoder(vae: Any, config: JanusFlowConfig) -> Callable[[np.ndarray], np.ndarray]:
+  """Returns uint8[N, H, W, 3] -> moments bfloat16[N, h, w, 2 C]; N is a multiple of this machine's devices."""
+  model = make_autoencoder(config.autoencoder, jnp.float32)
+  mesh = sharding.make_mesh(jax.local_device_count(), 1, 1, jax.local_devices())
+  params = jax.device_put(vae, sharding.replicated(mesh))
+
+  @jax.jit
+  def encode(params: Any, pixels_NHWC: jax.Array) -> jax.Array:
+    moments = model.apply({"params": params}, normalise(pixels_NHWC), method="encode")
+    return jnp.concatenate(moments, axis=-1).astype(jnp.bfloat16)
+
+  return lambda pixels: np.asarray(encode(params, jax.device_put(pixels, sharding.batch_sharding(mesh))))
+
+
+def make(
+  checkpoint: str, directory: str, vae: str | None, weights: str, batch_size: int, seed: int, threads: int
+) -> dict[str, Any]:
+  """Writes the latents of a prepared data set; see `latents.write`.
+
+  Raises:
+    UserError: the checkpoint has no VAE, or see `latents.write`.
+  """
+  found = read_checkpoint(checkpoint, vae=vae, weights=weights)
+  if "vae" not in found.params:
+    raise UserError(f"{checkpoint} has no VAE: name the folder of the SDXL-VAE with --vae=DIR")
+  config, params = found.config, found.params["vae"]
+  side, devices = config.latent_size, jax.local_device_count()
+  return latents.write(
+    directory,
+    config.image_size,
+    (side, side, 2 * config.autoencoder.latent_channels),
+    fingerprint(params, config.autoencoder),
+    encoder(params, config),
+    -(-batch_size // devices) * devices,
+    seed,
+    threads,
+  )
+
+
+def main(argv: list[str]) -> int:
+  """Runs the command line."""
+  parser = argparse.ArgumentParser(
+    prog="python -m jflow prepare --latents",
+    description="Runs the VAE over the pictures of a prepared data set, so that training need not.",
+    epilog=_EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add("--input", metavar="DIR", required=True, help="a data set that `prepare --task=generation` wrote")
+  add(
+    "--checkpoint",
+    metavar="DIR",
+    required=True,
+    help="whose VAE; training starts from it, or from the same VAE",
+  )
+  add("--vae", metavar="DIR", help="SDXL-VAE, for an official checkpoint that holds none")
+  add("--weights", choices=("ema", "raw"), default="ema", help="of a jflow checkpoint (default ema)")
+  add("--batch_size", type=int, default=16, help="pictures at a time (default 16)")
+  add("--seed", type=int, default=0, help="of the squares (default 0)")
+  add("--threads", type=int, default=os.cpu_count() or 1, help="that read and decode (default: one per core)")
+  args = parser.parse_args(argv)
+  for name in ("batch_size", "threads"):
+    if getattr(args, name) < 1:
+      raise UserError(f"--{name}={getattr(args, name)} should be at least 1")
+  if args.seed < 0:
+    raise UserError(f"--seed={args.seed} should not be negative")
+  header = make(args.checkpoint, args.input, args.vae, args.weights, args.batch_size, args.seed, args.threads)
+  lost = f"; without: {header['rejected']}" if header["rejected"] else ""
+  print(
+    f"latents of {sum(header['shard_lengths']):,} pictures in {latents.folder(args.input, header['image_size'])}{lost}"
+  )
+  print("next: train with --config.data.latents=True", file=sys.stderr)
+  return 0
