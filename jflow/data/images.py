@@ -169,11 +169,6 @@ def size(image: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
   return _header(image, max_pixels).size
 
 
-def _check_pixels(picture: Image.Image, max_pixels: int) -> None:
-  if picture.width * picture.height > max_pixels:
-    raise ImageError("too_large", f"{picture.width} x {picture.height} is more than {max_pixels:,} pixels")
-
-
 def _open(image: Any, max_pixels: int) -> Image.Image:
   """Returns the image as an upright RGB picture of Pillow's; see `decode`."""
   return _load(_header(image, max_pixels))
@@ -184,12 +179,20 @@ def _header(image: Any, max_pixels: int) -> Image.Image:
   if isinstance(image, np.ndarray):
     return Image.fromarray(decode(image))
   if isinstance(image, (bytes, bytearray, memoryview)):
-    image = _header(image, max_pixels)
+    if not len(image):
+      raise ImageError("empty", "the image has no bytes")
+    try:
+      image = Image.open(io.BytesIO(image), formats=FORMATS)
+    except Image.DecompressionBombError:
+      raise ImageError("too_large", f"the image has more than {max_pixels:,} pixels") from None
+    except Exception:  # Pillow's parsers raise many types on damaged headers
+      raise ImageError("format", "not a readable PNG, JPEG, WEBP or GIF image") from None
   if not isinstance(image, Image.Image):
     raise ImageError(
       "format", f"an image should be bytes, a PIL image or an array, not {type(image).__name__}"
     )
-  _check_pixels(image, max_pixels)
+  if image.width * image.height > max_pixels:
+    raise ImageError("too_large", f"{image.width} x {image.height} is more than {max_pixels:,} pixels")
   return image
 
 

@@ -103,7 +103,7 @@ def _train(
       hosts.say(f"going on from step {int(state.step)} of {workdir / 'checkpoints'}")
     else:
       state = jax.jit(state_of, out_shardings=where)(setup.start_params(config, model, mesh, open_pipeline))
-    latents.check(pipeline.latents(), state.frozen, model_config.autoencoder)
+    latents.check(pipeline.latents(), state.frozen, model.config.autoencoder)
     if hosts.is_first():  # late, so that a first mistake leaves the workdir free
       workdirs.write_config(workdir, config, tokenizer)
     record = Goodput(workdir, started) if hosts.is_first() else None
