@@ -6,14 +6,17 @@ goes on with the parts that are missing. OUTPUT appears, by a rename, only when 
 
 import collections
 import concurrent.futures
+import concurrent.futures.process
 import dataclasses
+import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from jflow.batch import TASKS
 from jflow.data import examples, images, importers, prepared
@@ -73,15 +76,23 @@ def prepare(
   }
   parts = importer.parts()
   partial = output + ".partial"
-  _open_partial(partial, job)
-  reports = _run(importer, parts, partial, task, filters, processes)
-  summary = _summary(job, reports)
-  try:
-    _judge(summary, max_rejected_share)
-  except UserError:
-    shutil.rmtree(partial)
-    raise
-  _finish(partial, output, task, reports, summary)
+  again = "run the same command again to go on"
+  with _open_partial(partial, job):
+    try:
+      reports = _run(importer, parts, partial, task, filters, processes)
+      summary = _summary(job, reports)
+      problem = _problem(summary, max_rejected_share)
+      if not problem:
+        _finish(partial, output, task, reports, summary)
+    except concurrent.futures.process.BrokenProcessPool:
+      raise UserError(
+        f"a process of the import was killed (out of memory?): {again}, with fewer --processes"
+      ) from None
+    except OSError as error:
+      raise UserError(f"{error.filename or output}: {error.strerror or error}; {again}") from None
+  shutil.rmtree(partial)
+  if problem:
+    raise UserError(problem)
   return summary
 
 
@@ -122,6 +133,13 @@ def _run(
 def _begin_process(done: Any) -> None:
   global _done
   _done = done
+  # A killed parent takes its workers along, so that none writes a part that the next run writes too.
+  threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+  parent.join()
+  os._exit(1)
 
 
 def _import_in_process(*arguments: Any) -> dict[str, Any]:
@@ -225,19 +243,18 @@ def _summary(job: dict[str, Any], reports: Sequence[dict[str, Any]]) -> dict[str
   }
 
 
-def _judge(summary: dict[str, Any], max_rejected_share: float) -> None:
-  """Raises a UserError where nothing should be written."""
+def _problem(summary: dict[str, Any], max_rejected_share: float) -> str | None:
+  """Returns why nothing should be written, if so."""
   rejected, accepted = sum(summary["rejected"].values()), summary["accepted"]
   if rejected > max_rejected_share * (accepted + rejected) or (rejected and not accepted):
     reason, first = next(iter(summary["first_rejected"].items()))
-    raise UserError(
+    return (
       f"{first['where']}: {first['message']} ({reason}); in all {rejected:,} of {accepted + rejected:,} records "
       f"cannot be used {summary['rejected']}, more than --max_rejected_share={max_rejected_share}"
     )
   if not accepted and summary["filtered"]:
-    raise UserError(f"the filters left no record: they dropped {summary['filtered']}")
-  if not accepted:
-    raise UserError(f"{summary['input']}: no records found")
+    return f"the filters left no record: they dropped {summary['filtered']}"
+  return None if accepted else f"{summary['input']}: no records found"
 
 
 def _finish(
@@ -261,7 +278,6 @@ def _finish(
   if os.path.isdir(output):
     os.rmdir(output)
   os.rename(whole, output)
-  shutil.rmtree(partial)
 
 
 def _join(paths: Sequence[str], directory: str) -> None:
@@ -278,21 +294,34 @@ def _printable(message: str) -> str:
   return message.encode("utf-8", "backslashreplace").decode()
 
 
-def _open_partial(partial: str, job: dict[str, Any]) -> None:
-  """Makes the directory of the parts; parts of another job, or of files that changed since, are removed."""
+def _open_partial(partial: str, job: dict[str, Any]) -> TextIO:
+  """Makes the directory of the parts and locks it; returns the lock, which ends with the process.
+
+  Parts of another job, or of files that changed since, are removed.
+  """
+  try:
+    os.makedirs(partial, exist_ok=True)
+    lock = open(os.path.join(partial, "lock"), "w")
+  except OSError as error:
+    raise UserError(f"--output: cannot write {partial} ({error.strerror})") from None
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError:
+    raise UserError(
+      f"{partial} is being written by another process: wait for it, or name another --output"
+    ) from None
   path = os.path.join(partial, "job.json")
   try:
     with open(path, encoding="utf-8") as file:
       if json.load(file) == job:
-        return
+        return lock
   except (OSError, ValueError):
     pass
-  shutil.rmtree(partial, ignore_errors=True)
-  try:
-    os.makedirs(partial)
-  except OSError as error:
-    raise UserError(f"--output: cannot write {partial} ({error.strerror})") from None
+  for name in os.listdir(partial):
+    if name != "lock":
+      os.remove(os.path.join(partial, name))
   _write_json(path, job)
+  return lock
 
 
 def _read_report(partial: str, index: int) -> dict[str, Any] | None:

@@ -35,7 +35,7 @@ class WebDataset:
 
   def items(self, part: str) -> Iterator[Item]:
     seen: set[str] = set()
-    key, sample, position, read = "", {}, 0, 0
+    key, sample, position, read, broken = "", {}, 0, 0, False
     try:
       for member in tar.members(part):
         name, ending = _split(member.name)
@@ -47,11 +47,13 @@ class WebDataset:
         key, position = name, member.position
         twice = RecordError("duplicate_key", f"the sample has two members that end in .{ending}")
         sample[ending] = twice if ending in sample else member.data
-    except RecordError as error:  # what stands between the last whole sample and the damage is lost with it
-      yield Item(part, error, {})
-      return
+    except RecordError as error:
+      yield Item(part, error, {}, 0)
+      broken = True
     if sample:
-      yield self._item(part, key, sample, seen, position - read)
+      item = self._item(part, key, sample, seen, position - read)
+      if not broken or isinstance(item.record, Record):  # half a sample is a part of the damage
+        yield item
 
   def _item(
     self, part: str, key: str, sample: dict[str, bytes | RecordError], seen: set[str], work: int

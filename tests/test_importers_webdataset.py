@@ -1,0 +1,280 @@
+"""webdataset: samples as img2dataset writes them, against Python's tarfile; tars that attack."""
+
+import gzip
+import io
+import json
+import os
+import pathlib
+import tarfile
+
+import numpy as np
+import pytest
+
+from jflow.data.importers import tar
+from jflow.data.records import RecordError, Turn
+from jflow.errors import UserError
+from preparing import image, read_back, run, write_tar
+
+
+def _sample(key: str, index: int, caption: str, **more) -> dict[str, bytes]:
+  """A sample as img2dataset writes it."""
+  meta = {"caption": caption, "url": f"http://a.b/{key}.jpg", "key": key, "status": "success",
+          "error_message": None, "width": 12 + index, "height": 9, "original_width": 800, "exif": "{}", **more}  # fmt: skip
+  return {
+    f"{key}.jpg": image(index, "JPEG"),
+    f"{key}.txt": caption.encode(),
+    f"{key}.json": json.dumps(meta).encode(),
+  }
+
+
+@pytest.fixture
+def tars(tmp_path):
+  """Three tars of four samples, one of them compressed."""
+  folder = tmp_path / "in"
+  folder.mkdir()
+  for shard in range(3):
+    members = {}
+    for i in range(4):
+      members |= _sample(f"{shard:05d}{i:04d}", i, f"Shard {shard}, number {i}.", aesthetic=float(i))
+    name = f"{shard:05d}.tar" + (".gz" if shard == 2 else "")
+    write_tar(folder / name, members, "w:gz" if shard == 2 else "w")
+  (folder / "00000_stats.json").write_text("{}")
+  return folder
+
+
+def _run(tars, task="generation", name="", **options):
+  return run(tars, task, name, "webdataset", **options)
+
+
+def test_samples_come_out_as_img2dataset_wrote_them(tars):
+  summary, output = _run(tars, processes=2)
+  assert summary["accepted"] == 12 and summary["shard_lengths"] == [4, 4, 4] and not summary["rejected"]
+  for number, record in enumerate(read_back(output, "generation")):
+    shard, i = divmod(number, 4)
+    assert record.id == f"{shard:05d}{i:04d}" and record.images == (image(i, "JPEG"),)
+    assert record.text == f"Shard {shard}, number {i}." and record.turns == ()
+
+
+def test_the_metadata_stays_with_the_record(tars):
+  import tensorflow_datasets as tfds
+
+  _, output = _run(tars)
+  meta = json.loads(tfds.builder_from_directory(output).as_data_source("train")[5]["meta"])
+  assert (
+    meta["url"] == "http://a.b/000010001.jpg" and meta["original_width"] == 800 and meta["aesthetic"] == 1.0
+  )
+  assert "caption" not in meta and "error_message" not in meta
+
+
+@pytest.mark.parametrize(
+  "name, shards",
+  [("00001.tar", [1]), ("0000[01].tar", [0, 1]), ("{00000..00001}.tar", [0, 1]), ("", [0, 1, 2])],
+)
+def test_a_file_a_pattern_a_range_or_a_folder(tars, name, shards):
+  _, output = _run(tars, name=name)
+  assert [r.id[:5] for r in read_back(output, "generation")] == [f"{s:05d}" for s in shards for _ in range(4)]
+
+
+@pytest.mark.parametrize(
+  "name, message",
+  [
+    ("{00000..00004}.tar", "00002.tar is missing .3 of the 5 files"),
+    ("{00003..00001}.tar", "empty range"),
+    ("*.zip", "no such file"),
+    ("none", "not found"),
+  ],
+)
+def test_a_shard_that_is_missing_gets_one_clear_line(tars, name, message):
+  with pytest.raises(UserError, match=message):
+    _run(tars, name=name)
+  (tars / "empty").mkdir()
+  with pytest.raises(UserError, match="no file that ends in .tar"):
+    _run(tars, name="empty")
+
+
+def test_conversations_and_interleaved_documents_in_json(tars):
+  turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "This."}]
+  members = {
+    "a.png": image(1), "a.json": json.dumps({"conversations": turns}).encode(),
+    "b.0.png": image(2), "b.1.webp": image(3, "WEBP"), "b.txt": b"First <image>, then <image>.",
+    "c.PNG": image(4), "c.txt": "\ufeffné".encode(),
+  }  # fmt: skip
+  write_tar(tars / "mixed.tar", members)
+  _, output = _run(tars, "understanding", "mixed.tar")
+  first, second, third = read_back(output)
+  assert first.turns == (Turn("user", "<image>\nWhich?"), Turn("assistant", "This.")) and first.images == (
+    image(1),
+  )
+  assert second.images == (image(2), image(3, "WEBP")) and second.text == "First <image>, then <image>."
+  assert third.text == "né" and third.images == (image(4),)
+
+
+def test_another_caption_of_the_json_may_be_asked_for(tars):
+  write_tar(tars / "two.tar", _sample("a", 1, "short", recaption="a long one"))
+  _, output = _run(tars, name="two.tar", text_column="recaption")
+  assert [record.text for record in read_back(output, "generation")] == ["a long one"]
+
+
+def test_each_broken_sample_is_counted_under_its_reason(tars):
+  good = image(1)
+  cases = [
+    ({"a.txt": b"no image"}, "missing_image"),
+    ({"b.jpg": good}, "missing_caption"),
+    ({"c.jpg": good, "c.txt": b" \n"}, "empty_caption"),
+    ({"d.jpg": good, "d.txt": b"\xff"}, "invalid_utf8"),
+    ({"e.jpg": good, "e.json": b"{"}, "broken_json"),
+    ({"f.jpg": good, "f.json": b'{"caption": "a", "caption": "b"}'}, "duplicate_key"),
+    ({"g.jpg": b"", "g.txt": b"zero bytes"}, "empty"),
+    ({"h.jpg": good[:-30], "h.txt": b"cut"}, "unreadable"),
+    ({"i.jpg": good, "i.txt": b"a\0b"}, "nul_character"),
+    ({"j.jpg": good, "j.txt": b"x" * 2**20}, "text_too_long"),
+    ({"b.jpg": good, "b.txt": b"key again"}, "duplicate_key"),
+    ({"k.jpg": good, "k.JPG": good, "k.txt": b"twice"}, "duplicate_key"),
+    ({"../l.jpg": good, "../l.txt": b"outside"}, "tar_member"),
+  ]
+  members = [*_sample("first", 1, "good").items()]
+  members += [item for case, _ in cases for item in case.items()]
+  members += [("._z.jpg", b"x"), ("__index__.json", b"{"), *_sample("last", 1, "good").items()]
+  with tarfile.open(tars / "bad.tar", "w") as file:
+    for name, data in members:
+      info = tarfile.TarInfo(name)
+      info.size = len(data)
+      file.addfile(info, io.BytesIO(data))
+  summary, output = _run(tars, name="bad.tar", max_rejected_share=1.0)
+  reasons = [reason for _, reason in cases]
+  assert summary["rejected"] == {reason: reasons.count(reason) for reason in reasons}
+  assert [record.id for record in read_back(output, "generation")] == ["first", "last"]
+  assert "sample g" in summary["first_rejected"]["empty"]["where"]
+
+
+def _content(path) -> list[tuple[str, bytes]]:
+  """What Python's tarfile reads: plain files."""
+  with tarfile.open(path) as file:
+    return [(m.name, file.extractfile(m).read()) for m in file if m.isreg()]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_the_reader_agrees_with_pythons(tmp_path, format, mode):
+  rng = np.random.default_rng(format)
+  members = {f"{'x' * 60}/{'y' * 60}/{i}.bin": rng.bytes(int(rng.integers(0, 3000))) for i in range(20)}
+  if format != tarfile.USTAR_FORMAT:
+    members |= {"z" * 180 + f"/né-{i}.txt": b"long name" for i in range(3)}
+  path = write_tar(tmp_path / "a.tar", members, mode, format=format)
+  with tarfile.open(
+    tmp_path / "b.tar", "w", format=format
+  ) as file:  # a folder, and times that need extended headers
+    file.add(tmp_path, "folder", recursive=False)
+    info = tarfile.TarInfo("folder/a.txt")
+    info.size, info.mtime, info.uname = 3, 1.5, "né"
+    file.addfile(info, io.BytesIO(b"abc"))
+  for each in (path, tmp_path / "b.tar"):
+    assert [(m.name, m.data) for m in tar.members(str(each))] == _content(each)
+
+
+def _typed(name: str, kind: bytes, link: str = "", data: bytes = b"") -> bytes:
+  info = tarfile.TarInfo(name)
+  info.type, info.linkname, info.size = kind, link, len(data)
+  header = info.tobuf(tarfile.GNU_FORMAT)
+  return header + data + bytes(-len(data) % 512)
+
+
+ATTACKS = {
+  "parent": _typed("../../evil.jpg", tarfile.REGTYPE, data=b"x"),
+  "absolute": _typed("/tmp/evil.jpg", tarfile.REGTYPE, data=b"x"),
+  "symlink": _typed("evil.jpg", tarfile.SYMTYPE, "/etc/passwd"),
+  "hard link": _typed("evil.jpg", tarfile.LNKTYPE, "/etc/passwd"),
+  "device": _typed("evil.jpg", tarfile.CHRTYPE),
+  "sparse": _typed("evil.jpg", tarfile.GNUTYPE_SPARSE, data=b"x" * 10),
+  "10,000 characters": _typed("n" * 10_000 + ".jpg", tarfile.REGTYPE, data=b"x"),
+  "1:1000": None,  # below
+}
+
+
+def test_tars_that_attack_write_nothing_and_are_counted(tars, capsys):
+  """S4: each attack stands between two good samples, which come through."""
+  write_tar(tars / "x", _sample("before", 1, "before"))
+  before = pathlib.Path(tars / "x").read_bytes().rstrip(b"\0")
+  before += bytes(-len(before) % 512)
+  write_tar(tars / "x", _sample("after", 1, "after"))
+  after = pathlib.Path(tars / "x").read_bytes()
+  os.remove(tars / "x")
+  outside = {path: sorted(os.listdir(path)) for path in (tars.parent, tars.parent.parent)}
+  refused = 0
+  for number, (name, attack) in enumerate(ATTACKS.items()):
+    path = tars / f"attack{number}.tar"
+    if attack is None:  # 300 MB of zeros in 300 kB: the rest of this tar is lost
+      info = tarfile.TarInfo("bomb.jpg")
+      info.size = 300 * 2**20
+      with gzip.open(path, "wb", 9) as file:
+        file.write(before + info.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(300):
+          file.write(bytes(2**20))
+        file.write(after)
+      reason, kept = "bomb", ["before"]
+    else:
+      path.write_bytes(before + attack + after)
+      reason, kept = "tar_member", ["before", "after"]
+    summary, output = _run(tars, name=path.name, max_rejected_share=1.0)
+    assert summary["rejected"] == {reason: 1}, name
+    assert [record.id for record in read_back(output, "generation")] == kept, name
+    refused += 1
+    for file in pathlib.Path(output).iterdir():
+      file.unlink()
+    os.rmdir(output)
+    os.remove(path)
+  assert {path: sorted(os.listdir(path)) for path in outside} == outside
+  with capsys.disabled():
+    print(f"\nS4 tar attacks refused and counted {refused}/8, files written outside 0")
+
+
+def test_a_tar_that_is_cut_gives_what_stands_before(tars):
+  whole = (tars / "00000.tar").read_bytes()
+  members = _content(tars / "00000.tar")
+  ends = [end for end in range(0, len(whole), 512) if len(list(_safe(whole[:end], tars))) < len(members)]
+  for cut in (1, 511, 700, 2048, ends[-1] - 100, ends[-1]):
+    (tars / "cut.tar").write_bytes(whole[:cut])
+    good, error = [], None
+    try:
+      for member in tar.members(str(tars / "cut.tar")):
+        good.append((member.name, member.data))
+    except RecordError as caught:
+      error = caught
+    assert error is not None and error.reason == "broken_tar" and good == members[: len(good)]
+  for damaged in (whole[:600] + b"\xff" + whole[601:], whole[:1024] + b"junk" + whole[1028:]):
+    (tars / "cut.tar").write_bytes(damaged)
+    try:
+      assert len(list(tar.members(str(tars / "cut.tar")))) <= len(members)
+    except RecordError as caught:
+      assert caught.reason == "broken_tar"
+
+
+def _safe(data: bytes, folder) -> list:
+  (folder / "cut.tar").write_bytes(data)
+  out = []
+  try:
+    out.extend(tar.members(str(folder / "cut.tar")))
+  except RecordError:
+    pass
+  return out
+
+
+def test_damaged_tars_raise_nothing_else(tars):
+  rng = np.random.default_rng(0)
+  originals = [(tars / name).read_bytes() for name in ("00000.tar", "00002.tar.gz")]
+  outcomes = {"whole": 0, "refused": 0}
+  for original in originals:
+    for _ in range(300):
+      data = np.frombuffer(original, np.uint8).copy()
+      places = rng.integers(0, min(len(data), rng.choice([600, len(data)])), rng.integers(1, 5))
+      data[places] = rng.integers(0, 256, len(places))
+      (tars / "m.tar").write_bytes(
+        data[: rng.integers(0, len(data) + 1)].tobytes() if rng.random() < 0.3 else data.tobytes()
+      )
+      try:
+        list(tar.members(str(tars / "m.tar")))
+        outcomes["whole"] += 1
+      except RecordError as error:
+        assert error.reason in ("broken_tar", "broken_gzip", "empty_shard", "bomb")
+        outcomes["refused"] += 1
+  assert min(outcomes.values()) > 20
