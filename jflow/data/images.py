@@ -160,7 +160,9 @@ def _upright_size(picture: Image.Image) -> tuple[int, int]:
   return picture.size[::-1] if turned else picture.size
 
 
-def _resize(picture: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]) -> Image.Image:
+def _resize(
+  picture: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]
+) -> Image.Image:
   """Returns a box of a picture at a size: Pillow's bicubic, in the same order of its two passes in every version.
 
   Pillow 13 begins with the height where that shrinks by more than twice what the width does; older ones always
