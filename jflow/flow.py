@@ -59,11 +59,21 @@ def time_grid(steps: int, shift: float = 1.0) -> jax.Array:
   return t / (t + shift * (1.0 - t))
 
 
-def integrate(velocity: Velocity, noise: jax.Array, grid: jax.Array, solver: str) -> jax.Array:
-  """Solves dz/dt = velocity(z, t) from `noise` at grid[0] to grid[-1] (eq. 4), in the dtype of `noise`."""
+def integrate(
+  velocity: Velocity,
+  z: jax.Array,
+  grid: jax.Array,
+  solver: str,
+  first: jax.Array | int = 0,
+  stop: jax.Array | int | None = None,
+) -> jax.Array:
+  """Solves dz/dt = velocity(z, t) from `z` at grid[0] to grid[-1] (eq. 4), in the dtype of `z`.
+
+  `first` and `stop` solve from grid[first] to grid[stop]; they may be traced: one program for any part.
+  """
   step, _ = SOLVERS[solver]
 
   def body(i: jax.Array, z: jax.Array) -> jax.Array:
     return step(velocity, z, grid[i], grid[i + 1] - grid[i]).astype(z.dtype)
 
-  return jax.lax.fori_loop(0, grid.shape[0] - 1, body, noise)
+  return jax.lax.fori_loop(first, grid.shape[0] - 1 if stop is None else stop, body, z)

@@ -48,7 +48,7 @@ def of(module: str, name: str) -> bool:
 
 def test_the_walk_sees_what_is_there():
   assert len(FILES) > 40
-  assert "jflow.models.llm.Cache" in imports("jflow/inference/painting.py")
+  assert "jflow.models.cache.Cache" in imports("jflow/inference/painting.py")
   assert "jflow.training.loop.train" in imports("jflow/training/command.py")  # inside a function
 
 

@@ -14,9 +14,11 @@ from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.inference import painting
 from jflow.inference.pipeline import Pipeline, to_image
+from jflow.models.janusflow import for_inference
 from jflow.training.checkpoint import save_params
 
 MODEL, STEPS = tiny.model(), 3
+PAINTER = for_inference(MODEL, tiny.params())
 LATENTS = (tiny.CONFIG.latent_size, tiny.CONFIG.latent_size, tiny.CONFIG.autoencoder.latent_channels)
 
 
@@ -31,7 +33,10 @@ def pipeline(tokenizer) -> Pipeline:
 
 
 def _prompts(*lengths: int) -> list[np.ndarray]:
-  return [np.random.default_rng(n).integers(10, tiny.VOCABULARY, n).astype(np.int32) for n in lengths]
+  rows = [np.random.default_rng(n).integers(10, tiny.VOCABULARY, n).astype(np.int32) for n in lengths]
+  for row in rows:
+    row[0] = tiny.BOS
+  return rows
 
 
 def _noise(*seeds: int) -> np.ndarray:
@@ -46,8 +51,7 @@ def _paint(
     row[: len(prompt)] = prompt
   lengths = np.asarray([len(p) for p in prompts], np.int32)
   out = painting.paint(
-    MODEL, tiny.params(), tokens, lengths, noise, flow.time_grid(STEPS), jnp.float32(guidance),
-    jnp.asarray(interval, jnp.float32), solver="euler", guided=guided, release=release,
+    *PAINTER, tokens, lengths, noise, flow.time_grid(STEPS), guidance, interval, solver="euler", guided=guided, release=release,
   )  # fmt: skip
   return np.asarray(out)
 

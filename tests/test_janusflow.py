@@ -18,9 +18,9 @@ from jflow.data.packing import pack
 from jflow.data.records import Record
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
+from jflow.models.cache import Cache
 from jflow.models.config import JanusFlowConfig
-from jflow.models.janusflow import Draws
-from jflow.models.llm import Cache
+from jflow.models.janusflow import Draws, for_inference
 from jflow.models.vae import PatchPCA
 
 CONFIG = tiny.CONFIG
@@ -115,7 +115,8 @@ def test_what_a_sample_does_not_use_is_not_read():
 @jax.jit
 def painted_velocity(params, tokens, z, time):
   """As a sampler computes it: the prompt into a cache, then time token and patches on top. [1, h, w, C]."""
-  apply = functools.partial(tiny.model().apply, {"params": params})
+  model, params = for_inference(tiny.model(), params)
+  apply = functools.partial(model.apply, {"params": params})
   prompt, slots = tokens.shape[1], 1 + CONFIG.patches
   ones = jnp.ones((1, prompt), jnp.int32)
   cache = Cache.empty(CONFIG.language_model, 1, prompt + slots, jnp.float32)

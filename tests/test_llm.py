@@ -10,7 +10,8 @@ import pytest
 import tiny
 
 from jflow.models import llm as llm_module
-from jflow.models.llm import Block, Cache, LanguageModel, rope_tables, rotate
+from jflow.models.cache import Cache
+from jflow.models.llm import Block, LanguageModel, rope_tables, rotate, separate_layers
 
 LM = tiny.CONFIG.language_model
 TAP = 1
@@ -103,7 +104,8 @@ def test_the_cache_in_pieces_equals_one_pass(pieces):
   segments[1, :4] = 0
   positions = np.maximum(np.cumsum(segments, axis=1) - 1, 0).astype(np.int32)
   whole = run(llm(), params(), X, positions, segments)
-  step = jax.jit(lambda *a: llm().apply(params(), *a))
+  separate = {"params": separate_layers(params()["params"], LM.layers)}
+  step = jax.jit(lambda *a: llm(unroll=0).apply(separate, *a))
   cache, hidden, at = Cache.empty(LM, B, S + 9, jnp.float32), [], 0
   for n in pieces:
     cut = slice(at, at + n)
@@ -118,7 +120,7 @@ def test_the_cache_in_pieces_equals_one_pass(pieces):
 def test_the_scan_equals_a_loop_over_its_layers():
   """Block by block, each with its slice of the stacked parameters; the tap is block 1's output."""
   tables, variables = rope_tables(RESTARTED, LM.head_width, LM.rope_theta), params()["params"]
-  carry = (jnp.asarray(X), None, jnp.zeros((), jnp.int32), None)
+  carry = (jnp.asarray(X), None, jnp.zeros((), jnp.int32))
   outputs = []
   for layer in range(LM.layers):
     mine = jax.tree.map(lambda x: x[layer], variables["layers"])

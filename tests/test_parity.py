@@ -17,7 +17,7 @@ from jflow.inference import painting
 from jflow.interop.checkpoints import read_checkpoint
 from jflow.interop.comparison import line
 from jflow.models.config import AutoencoderConfig
-from jflow.models.janusflow import JanusFlow
+from jflow.models.janusflow import JanusFlow, for_inference
 
 GOLDEN = official_checkpoint.TINY / "golden.npz"
 PROCESSOR = official_checkpoint.PROCESSOR
@@ -118,14 +118,13 @@ def test_the_sampler_of_generate_gives_the_trajectory_of_the_reference(checkpoin
   tokens = np.full((2, 16), 255, np.int32)
   tokens[:, : len(prompt)] = prompt
   pixels = painting.paint(
-    model,
-    params,
+    *for_inference(model, params),
     tokens,
     np.full(2, len(prompt), np.int32),
     golden["gen/z0"].transpose(0, 2, 3, 1),
     flow.time_grid(int(golden["gen/steps"])),
-    jnp.float32(golden["gen/cfg_weight"]),
-    jnp.array([0.0, 1.0]),
+    float(golden["gen/cfg_weight"]),
+    (0.0, 1.0),
     solver="euler",
     guided=True,
     release=False,

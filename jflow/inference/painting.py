@@ -1,70 +1,122 @@
-"""Painting: prompts -> latents by rectified flow with guidance, one compiled program for all steps.
+"""Painting: prompts -> latents by rectified flow with guidance -> pixels. One program runs all solver steps.
 
 Legend: N pictures, S prompt slots (bucketed), K = 1 + P slots of a picture, D embed, h w C latents.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jflow import flow
+from jflow.models.cache import Cache, Prefix
 from jflow.models.janusflow import JanusFlow
-from jflow.models.llm import Cache
+
+_GRID = 32  # time grids are padded to a multiple of this: another number of steps rarely compiles
+_DECODED_AT_ONCE = 8 * 384 * 384  # pixels; the VAE's widest activations take 3 GB for them in f32
 
 
-@functools.partial(jax.jit, static_argnames=("model", "solver", "guided", "release"))
 def paint(
   model: JanusFlow,
   params: Any,
-  tokens_NS: jax.Array,
-  lengths_N: jax.Array,
-  noise_NhwC: jax.Array,
-  grid: jax.Array,
-  guidance: jax.Array,
-  interval: jax.Array,
+  tokens_NS: np.ndarray,
+  lengths_N: np.ndarray,
+  noise_NhwC: np.ndarray,
+  grid: np.ndarray,
+  guidance: float,
+  interval: tuple[float, float],
   *,
   solver: str,
   guided: bool,
   release: bool,
+  on_step: Callable[[int, int], None] | None = None,
 ) -> jax.Array:
-  """Solves the ODE from noise to pictures; the prompt's keys and values are computed once.
+  """Solves the ODE from noise to pictures; the prompts' keys and values are computed once.
 
-  The unconditional branch keeps BOS and hides the other prompt positions, while positions of the time token and
-  the patches stay as they were (the release's sense of the empty prompt).
+  The unconditional branch sees BOS alone, one copy for all pictures, while positions of the time token and the
+  patches stay as they were: the release hides the other prompt tokens, which gives the same numbers.
 
   Args:
+    model: with separate layers, see `janusflow.for_inference`.
     tokens_NS: int32 prompts, BOS first, padded on the right.
     lengths_N: int32 true lengths; the time token takes position `length`.
     noise_NhwC: f32, z at time 0.
     grid: f32[steps + 1] times from 0 to 1.
-    guidance: f32[], w of eq. 5.
-    interval: f32[2]; outside these times w is 1.
+    guidance: w of eq. 5.
+    interval: outside these times w is 1.
     guided: False skips the unconditional branch (w = 1).
     release: the state is kept in bf16, and time and step are rounded to bf16 as the published loop does.
+    on_step: called with (steps done, steps); the host then waits ten times for the device, else not at all.
 
   Returns:
     f32[N, H, W, 3], about [-1, 1], not clipped.
   """
+  steps = len(grid) - 1
+  padded = np.pad(np.asarray(grid, np.float32), (0, -steps % _GRID), mode="edge")
+  prefix = read_prompts(model, params, tokens_NS, lengths_N, guided=guided)
+  z = jnp.asarray(noise_NhwC, jnp.bfloat16 if release else jnp.float32)
+  pieces = min(10, steps) if on_step else 1
+  stops = [steps * (i + 1) // pieces for i in range(pieces)]
+  for first, stop in zip([0, *stops], stops):
+    z = solve(
+      model, params, prefix, lengths_N, z, padded, np.int32(first), np.int32(stop), np.int32(steps),
+      np.float32(guidance), np.asarray(interval, np.float32), solver=solver, release=release,
+    )  # fmt: skip
+    if on_step:
+      z.block_until_ready()
+      on_step(stop, steps)
+  return decode(model, params, z, at_once=max(1, _DECODED_AT_ONCE // model.config.image_size**2))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "guided"))
+def read_prompts(
+  model: JanusFlow, params: Any, tokens_NS: jax.Array, lengths_N: jax.Array, *, guided: bool
+) -> Prefix:
+  """Keys and values of the prompts, and of BOS for the unconditional half where there is one."""
   apply = functools.partial(model.apply, {"params": params})
-  n, s = tokens_NS.shape
-  k = 1 + model.config.patches
-  segments = (jnp.arange(s) < lengths_N[:, None]).astype(jnp.int32)
+
+  def read(tokens: jax.Array, lengths: jax.Array) -> Cache:
+    n, s = tokens.shape
+    x = apply(tokens, method="embed")
+    positions = jnp.broadcast_to(jnp.arange(s), (n, s))
+    segments = (positions < lengths[:, None]).astype(jnp.int32)
+    cache = Cache.empty(model.config.language_model, n, s, x.dtype)
+    return apply(x, positions, segments, cache, method="backbone").cache
+
+  prompts = read(tokens_NS, lengths_N)
+  return Prefix((prompts, read(tokens_NS[:1, :1], jnp.ones(1, jnp.int32))) if guided else (prompts,))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "solver", "release"))
+def solve(
+  model: JanusFlow,
+  params: Any,
+  prefix: Prefix,
+  lengths_N: jax.Array,
+  z: jax.Array,
+  grid: jax.Array,
+  first: jax.Array,
+  stop: jax.Array,
+  steps: jax.Array,
+  guidance: jax.Array,
+  interval: jax.Array,
+  *,
+  solver: str,
+  release: bool,
+) -> jax.Array:
+  """Solver steps `first` to `stop` of `steps`; see `paint`. `prefix`: with two caches the pictures are guided."""
+  apply = functools.partial(model.apply, {"params": params})
+  n, k = len(z), 1 + model.config.patches
+  guided = len(prefix.caches) == 2
   twice = lambda x: jnp.concatenate([x, x]) if guided else x
-  if guided:
-    segments = jnp.concatenate([segments, jnp.broadcast_to(jnp.arange(s) < 1, (n, s)).astype(jnp.int32)])
-  rows = segments.shape[0]
-  x = apply(twice(tokens_NS), method="embed")
-  cache = Cache.empty(model.config.language_model, rows, s + k, x.dtype)
-  positions = jnp.broadcast_to(jnp.arange(s), (rows, s))
-  cache = apply(x, positions, segments, cache, method="backbone").cache
   positions = twice(lengths_N)[:, None] + jnp.arange(k)
-  ones = jnp.ones((rows, k), jnp.int32)
 
   def velocity(z: jax.Array, time: jax.Array) -> jax.Array:
     slots, skip, time_ND = apply(z, jnp.broadcast_to(time, (n,)), method="write_slots")
-    hidden = apply(twice(slots), positions, ones, cache, method="backbone").hidden[:, 1:]
+    hidden = apply(twice(slots), positions, jnp.ones_like(positions), prefix, method="backbone").hidden[:, 1:]
     v = apply(hidden, twice(skip), twice(time_ND), method="velocity")
     if not guided:
       return v
@@ -72,18 +124,32 @@ def paint(
     return flow.guide(v[:n], v[n:], weight)
 
   if release:
-    z = _release_loop(velocity, noise_NhwC, grid.shape[0] - 1)
-  else:
-    z = flow.integrate(velocity, noise_NhwC, grid, solver)
-  return apply(z.astype(jnp.float32), method="decode")
+    return _release_loop(velocity, z, first, stop, steps)
+  return flow.integrate(velocity, z, grid, solver, first, stop)
 
 
-def _release_loop(velocity: flow.Velocity, noise: jax.Array, steps: int) -> jax.Array:
+def _release_loop(
+  velocity: flow.Velocity, z: jax.Array, first: jax.Array, stop: jax.Array, steps: jax.Array
+) -> jax.Array:
   """Euler as the published loop computes it: bf16 state, bf16(1000 k / steps) as time, bf16(1 / steps) as step."""
-  dt = jnp.asarray(1.0 / steps, jnp.bfloat16)
+  dt = (1.0 / steps.astype(jnp.float32)).astype(jnp.bfloat16)
 
   def body(i: jax.Array, z: jax.Array) -> jax.Array:
     time = (i.astype(jnp.float32) / steps * 1000.0).astype(jnp.bfloat16).astype(jnp.float32) / 1000.0
     return z + dt * velocity(z, time).astype(jnp.bfloat16)
 
-  return jax.lax.fori_loop(0, steps, body, noise.astype(jnp.bfloat16))
+  return jax.lax.fori_loop(first, stop, body, z)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "at_once"))
+def decode(model: JanusFlow, params: Any, z_NhwC: jax.Array, *, at_once: int) -> jax.Array:
+  """Scaled latents -> f32[N, H, W, 3], the VAE on at most `at_once` pictures at a time."""
+  whole = lambda z: model.apply({"params": params}, z.astype(jnp.float32), method="decode")
+  n = len(z_NhwC)
+  if n <= at_once:
+    return whole(z_NhwC)
+  cut = n - n % at_once
+  slices = z_NhwC[:cut].reshape(-1, at_once, *z_NhwC.shape[1:])
+  pixels = jax.lax.map(whole, slices)
+  pixels = pixels.reshape(cut, *pixels.shape[2:])
+  return jnp.concatenate([pixels, whole(z_NhwC[cut:])]) if cut < n else pixels

@@ -14,16 +14,11 @@ from jflow.data import examples, images
 from jflow.data.images import ImageError
 from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from jflow.errors import UserError
-from jflow.inference import painting, reading
-from jflow.models.janusflow import JanusFlow
+from jflow.inference import decoding, painting
+from jflow.inference.decoding import Request, bucket
+from jflow.models.janusflow import JanusFlow, for_inference
 
-_BUCKET = 32  # prompts are padded to a multiple of this, so that a new length rarely compiles
 _SEEDS = 2**32  # a key keeps 32 bits of its seed
-
-
-def bucket(length: int) -> int:
-  """The smallest multiple of the bucket size that holds `length`."""
-  return -(-length // _BUCKET) * _BUCKET
 
 
 class Pipeline:
@@ -33,8 +28,9 @@ class Pipeline:
     self, model: JanusFlow, params: Any, tokenizer: Tokenizer, template: str, can_paint: bool = True
   ):
     """`template`: "plain" (stages 1, 2) or "chat" (stage 3, the release); `can_paint`: the VAE is there."""
-    self.model, self.tokenizer, self.template = model, tokenizer, template
-    self.params, self._can_paint = jax.device_put(params), can_paint
+    self.model, params = for_inference(model, params)
+    self.params, self.can_paint = jax.device_put(params), can_paint
+    self.tokenizer, self.template = tokenizer, template
 
   def generate(
     self,
@@ -51,6 +47,7 @@ class Pipeline:
     precision: str = "exact",
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
   ) -> list[Image.Image]:
     """Paints `num_images` pictures per prompt; a picture depends on its prompt and seed, never on its batch.
 
@@ -67,6 +64,7 @@ class Pipeline:
       precision: "exact" (f32 state and time) or "release" (bf16 state, time and step as the published loop).
       batch_size: pictures painted at once.
       progress: called with (pictures done, pictures in all).
+      on_step: called within a batch with (solver steps done, steps), about ten times.
 
     Returns:
       PIL images, the pictures of the first prompt first.
@@ -99,8 +97,8 @@ class Pipeline:
       group, z = ids[at : at + batch_size], start[at : at + batch_size]
       tokens, lengths = _pad(group, self.tokenizer.pad)
       pixels = painting.paint(
-        self.model, self.params, tokens, lengths, z, grid, jnp.float32(guidance), jnp.asarray(interval, jnp.float32),
-        solver=solver, guided=guidance != 1.0, release=precision == "release",
+        self.model, self.params, tokens, lengths, z, grid, guidance, interval,
+        solver=solver, guided=guidance != 1.0, release=precision == "release", on_step=on_step,
       )  # fmt: skip
       out.extend(to_image(x) for x in np.asarray(pixels))
       if progress:
@@ -115,7 +113,7 @@ class Pipeline:
         raise UserError(message)
 
     need(
-      self._can_paint,
+      self.can_paint,
       "this checkpoint has no VAE, so it can answer but not paint: give the VAE's directory (--vae=DIR)",
     )
     need(bool(prompts), "give at least one prompt")
@@ -138,6 +136,44 @@ class Pipeline:
       precision == "exact" or (solver == "euler" and shift == 1.0),
       "precision='release' goes with solver='euler' and shift=1",
     )
+
+  def request(
+    self,
+    messages: str | Sequence[Any],
+    images: Any = (),
+    max_tokens: int = 512,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    system: str = "",
+  ) -> Request:
+    """Checks a conversation and makes it a request of a `decoding.Decoder`; arguments as in `understand`.
+
+    Raises:
+      UserError: an unreadable image, a value out of its range, a prompt longer than the context.
+    """
+    if not isinstance(images, (list, tuple)):
+      images = [images]
+    if max_tokens < 1:
+      raise UserError(f"max_tokens={max_tokens} must be at least 1")
+    if not (np.isfinite(temperature) and temperature >= 0):
+      raise UserError(f"temperature={temperature} must be at least 0")
+    if not 0 < top_p <= 1:
+      raise UserError(f"top_p={top_p} must be in (0, 1]")
+    if not 0 <= seed < _SEEDS:
+      raise UserError(f"seed={seed} must be in [0, 2**32)")
+    c = self.model.config
+    context = c.language_model.context
+    prompt = examples.chat_prompt(
+      _with_marks(messages, len(images)), len(images), self.tokenizer, c.patches, self.template, system,
+      context=context - 1,
+    )  # fmt: skip
+    pixels = np.zeros((len(images), c.image_size, c.image_size, 3), np.uint8)
+    for i, image in enumerate(images):
+      pixels[i] = prepare_image(image, c.image_size)
+    budget = min(max_tokens, context - len(prompt.tokens))
+    return Request(prompt.tokens, prompt.image_starts, pixels, budget, temperature, top_p, seed)
 
   def understand(
     self,
@@ -168,51 +204,36 @@ class Pipeline:
     Raises:
       UserError: an unreadable image, a value out of its range, a prompt longer than the context.
     """
-    if not isinstance(images, (list, tuple)):
-      images = [images]
-    if max_tokens < 1:
-      raise UserError(f"max_tokens={max_tokens} must be at least 1")
-    if not (np.isfinite(temperature) and temperature >= 0):
-      raise UserError(f"temperature={temperature} must be at least 0")
-    if not 0 < top_p <= 1:
-      raise UserError(f"top_p={top_p} must be in (0, 1]")
-    if not 0 <= seed < _SEEDS:
-      raise UserError(f"seed={seed} must be in [0, 2**32)")
-    c = self.model.config
-    prompt = examples.chat_prompt(
-      _with_marks(messages, len(images)), len(images), self.tokenizer, c.patches, self.template, system,
-      context=c.language_model.context - 1,
-    )  # fmt: skip
-    pixels = np.zeros((1, len(images), c.image_size, c.image_size, 3), np.uint8)
-    for i, image in enumerate(images):
-      pixels[0, i] = prepare_image(image, c.image_size)
-    tokens, lengths = _pad([prompt.tokens], self.tokenizer.pad)
-    index = np.full(tokens.shape, -1, np.int32)
-    for i, start in enumerate(prompt.image_starts):
-      index[0, start : start + 1 + c.patches] = i * (1 + c.patches) + np.arange(1 + c.patches)
-    budget = min(max_tokens, c.language_model.context - len(prompt.tokens))
-    logits, cache = reading.prefill(
-      self.model, self.params, tokens, lengths, pixels, index, slots=tokens.shape[1] + bucket(budget)
+    request = self.request(
+      messages, images, max_tokens, temperature=temperature, top_p=top_p, seed=seed, system=system
     )
-    answer: list[int] = []
-    text = said = ""
-    key = jax.random.key(seed)
-    for i in range(budget):
-      token = reading.pick(logits, jax.random.fold_in(key, i), jnp.float32(temperature), jnp.float32(top_p))
-      if int(token[0]) == self.tokenizer.eos:
-        break
-      answer.append(int(token[0]))
-      text = self.tokenizer.decode(answer).strip()
-      if (
-        stream and text != said and not text.endswith("\ufffd")
-      ):  # half of a character waits for its other bytes
-        stream(text[len(said) :])
-        said = text
-      if i + 1 < budget:
-        logits, cache = reading.decode(self.model, self.params, token, lengths + i, cache)
-    if stream and text != said:
-      stream(text[len(said) :])
-    return text
+    say = None if stream is None else lambda _, piece: stream(piece)
+    return self.understand_batch([request], stream=say)[0]
+
+  def understand_batch(
+    self,
+    requests: Sequence[Request],
+    batch_size: int = 16,
+    *,
+    stream: Callable[[int, str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+  ) -> list[str]:
+    """Answers many conversations at once; an answer does not depend on what shares its batch.
+
+    Args:
+      requests: made by `request`, of any lengths.
+      batch_size: answers made at the same time; when one ends, the next request takes its row.
+      stream: called with (number of the request, new piece of its answer).
+      progress: called with (answers done, answers in all).
+
+    Returns:
+      One answer per request, in their order.
+    """
+    if batch_size < 1:
+      raise UserError(f"batch_size={batch_size} must be at least 1")
+    if not requests:
+      return []
+    return decoding.answer_all(self, requests, batch_size, stream, progress)
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:

@@ -1,6 +1,10 @@
-"""Reading: a prompt with images -> answer tokens, greedy or sampled, with a static KV cache.
+"""The compiled programs of reading: prompts with images into rows of a cache, then tokens for all rows at once.
 
-Legend: B conversations, S prompt slots (bucketed), M images of a prompt, T slots of the cache, V vocabulary.
+Nothing returns to the host between two tokens: `run` loops on the device until its tokens are made or all rows
+have ended.
+
+Legend: B rows, S prompt slots (bucketed), M images of a prompt (bucketed), K = 1 + P slots of an image, V
+vocabulary.
 """
 
 import functools
@@ -8,78 +12,207 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
+from jflow.models.cache import Cache
 from jflow.models.janusflow import JanusFlow, normalise
-from jflow.models.llm import Cache
+
+CHUNK = 64  # most tokens per row that one call of `run` makes
 
 
-@functools.partial(jax.jit, static_argnames=("model", "slots"))
+class Rows(struct.PyTreeNode):
+  """What the rows of a batch carry from token to token."""
+
+  cache: Cache
+  tokens: jax.Array  # int32[B], the newest token, not yet read by the model
+  active: jax.Array  # bool[B]; the row goes on
+  made: jax.Array  # int32[B], tokens made so far, the end of the text counted
+  limit: jax.Array  # int32[B], tokens to make at most
+  temperature: jax.Array  # f32[B], 0: the most likely token
+  top_p: jax.Array  # f32[B] in (0, 1]
+  seed: jax.Array  # uint32[B]
+
+  @classmethod
+  def empty(cls, model: JanusFlow, rows: int, slots: int) -> "Rows":
+    """Rows that wait for prompts, `slots` positions each."""
+    zero = lambda dtype: jnp.zeros((rows,), dtype)
+    return cls(
+      cache=Cache.empty(model.config.language_model, rows, slots, model.dtype, rows=True),
+      tokens=zero(jnp.int32), active=zero(bool), made=zero(jnp.int32), limit=zero(jnp.int32),
+      temperature=zero(jnp.float32), top_p=zero(jnp.float32), seed=zero(jnp.uint32),
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def look(model: JanusFlow, params: Any, images_MHWC: jax.Array) -> jax.Array:
+  """uint8[M, H, W, 3] -> what the LLM reads of them, [M * K, D]."""
+  apply = functools.partial(model.apply, {"params": params})
+  slots = apply(apply(normalise(images_MHWC), method="features"), method="read_slots")
+  return slots.reshape(-1, slots.shape[-1])
+
+
 def prefill(
-  model: JanusFlow,
-  params: Any,
-  tokens_BS: jax.Array,
+  model: JanusFlow, params: Any, tokens_BS: jax.Array, slots_ZD: jax.Array, image_index_BS: jax.Array,
   lengths_B: jax.Array,
-  images_BMHWC: jax.Array,
-  image_index_BS: jax.Array,
-  *,
-  slots: int,
-) -> tuple[jax.Array, Cache]:
-  """Reads prompts once.
+) -> tuple[jax.Array, Cache]:  # fmt: skip
+  """Reads prompts once; to be traced.
 
   Args:
     tokens_BS: int32, padded on the right.
-    lengths_B: int32 true lengths.
-    images_BMHWC: uint8; M may be 0.
-    image_index_BS: int32 into the [M * K] image slots of the row; -1 where a token stands.
-    slots: size of the cache to make; at least S plus the tokens to generate.
+    slots_ZD: what `look` gave; Z may be 0.
+    image_index_BS: int32 into Z; -1 where a token stands.
+    lengths_B: int32, tokens of each row.
 
   Returns:
-    (f32[B, V] logits of the first answer token, cache).
+    (the last token's hidden state [B, D], a cache of S slots).
   """
   apply = functools.partial(model.apply, {"params": params})
   b, s = tokens_BS.shape
-  m = images_BMHWC.shape[1]
-  if m:
-    pixels = normalise(images_BMHWC.reshape(b * m, *images_BMHWC.shape[2:]))
-    images = apply(apply(pixels, method="features"), method="read_slots")
-    x = apply(tokens_BS, images.reshape(b, -1, images.shape[-1]), image_index_BS, method="assemble")
+  if len(slots_ZD):
+    x = apply(tokens_BS, jnp.broadcast_to(slots_ZD, (b, *slots_ZD.shape)), image_index_BS, method="assemble")
   else:
     x = apply(tokens_BS, method="embed")
-  segments = (jnp.arange(s) < lengths_B[:, None]).astype(jnp.int32)
-  cache = Cache.empty(model.config.language_model, b, slots, x.dtype)
-  out = apply(x, jnp.broadcast_to(jnp.arange(s), (b, s)), segments, cache, method="backbone")
-  last = jnp.take_along_axis(out.hidden, lengths_B[:, None, None] - 1, axis=1)[:, 0]
-  return apply(last, method="logits"), out.cache
+  positions = jnp.broadcast_to(jnp.arange(s), (b, s))
+  segments = (positions < lengths_B[:, None]).astype(jnp.int32)
+  cache = Cache.empty(model.config.language_model, b, s, x.dtype)
+  out = apply(x, positions, segments, cache, method="backbone")
+  return jnp.take_along_axis(out.hidden, lengths_B[:, None, None] - 1, axis=1)[:, 0], out.cache
 
 
-@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("cache",))
-def decode(
-  model: JanusFlow, params: Any, tokens_B: jax.Array, positions_B: jax.Array, cache: Cache
-) -> tuple[jax.Array, Cache]:
-  """Feeds one token per conversation; returns (f32[B, V] logits of the next, cache updated in place)."""
-  apply = functools.partial(model.apply, {"params": params})
-  x = apply(tokens_B[:, None], method="embed")
-  out = apply(x, positions_B[:, None], jnp.ones_like(tokens_B)[:, None], cache, method="backbone")
-  return apply(out.hidden[:, 0], method="logits"), out.cache
-
-
-@jax.jit
-def pick(logits_BV: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
-  """The next tokens: the most likely at temperature 0, else sampled from the nucleus of mass `top_p`.
+@functools.partial(jax.jit, static_argnames=("model", "eos"), donate_argnames=("rows",))
+def admit(
+  model: JanusFlow,
+  params: Any,
+  rows: Rows,
+  row: jax.Array,
+  tokens_S: jax.Array,
+  slots_ZD: jax.Array,
+  image_index_S: jax.Array,
+  length: jax.Array,
+  limit: jax.Array,
+  temperature: jax.Array,
+  top_p: jax.Array,
+  seed: jax.Array,
+  *,
+  eos: int,
+) -> tuple[Rows, jax.Array]:
+  """Reads one prompt into row `row` and chooses the first token of its answer.
 
   Args:
-    temperature: f32[], at least 0.
-    top_p: f32[] in (0, 1]; the smallest set of most likely tokens whose mass reaches it is kept.
+    tokens_S, image_index_S, length: see `prefill`; S is at most the slots of the cache.
+    limit, temperature, top_p, seed: see `Rows`.
+
+  Returns:
+    (rows, int32[] the first token).
+  """
+  hidden, prompt = prefill(model, params, tokens_S[None], slots_ZD, image_index_S[None], length[None])
+  logits = model.apply({"params": params}, hidden, method="logits")
+  sampling = [x[None] for x in (seed, jnp.zeros((), jnp.int32), temperature, top_p)]
+  first = pick(logits, *sampling)[0]
+  put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (row,) + (0,) * (old.ndim - 1))
+  cache = rows.cache
+  filled = jnp.arange(cache.filled.shape[1]) < length
+  cache = Cache(
+    keys=tuple(map(put, cache.keys, prompt.keys)),
+    values=tuple(map(put, cache.values, prompt.values)),
+    filled=put(cache.filled, filled[None]),
+    length=put(cache.length, length[None]),
+  )
+  one = lambda old, new: put(old, jnp.asarray(new, old.dtype)[None])
+  return Rows(
+    cache=cache,
+    tokens=one(rows.tokens, first),
+    active=one(rows.active, (first != eos) & (limit > 1)),
+    made=one(rows.made, 1),
+    limit=one(rows.limit, limit),
+    temperature=one(rows.temperature, temperature),
+    top_p=one(rows.top_p, top_p),
+    seed=one(rows.seed, seed),
+  ), first
+
+
+@functools.partial(jax.jit, static_argnames=("model", "eos", "slots"), donate_argnames=("rows",))
+def run(
+  model: JanusFlow, params: Any, rows: Rows, steps: jax.Array, *, eos: int, slots: int
+) -> tuple[Rows, jax.Array]:
+  """Makes up to `steps` tokens for every active row.
+
+  Args:
+    steps: int32[], at most CHUNK.
+    slots: positions of the cache that attention looks at; at least the longest active row plus `steps`.
+
+  Returns:
+    (rows, int32[CHUNK, B] the new tokens, -1 where a row had ended).
+  """
+  apply = functools.partial(model.apply, {"params": params})
+  whole = rows.cache
+  view = lambda x: jax.lax.slice_in_dim(x, 0, slots, axis=2)
+  near = whole.replace(
+    keys=tuple(map(view, whole.keys)), values=tuple(map(view, whole.values)), filled=whole.filled[:, :slots]
+  )
+
+  def body(carry: tuple[jax.Array, Rows, jax.Array]) -> tuple[jax.Array, Rows, jax.Array]:
+    i, rows, out = carry
+    x = apply(rows.tokens[:, None], method="embed")
+    visible = rows.active.astype(jnp.int32)[:, None]
+    result = apply(x, rows.cache.length[:, None], visible, rows.cache, method="backbone")
+    logits = apply(result.hidden[:, 0], method="logits")
+    tokens = pick(logits, rows.seed, rows.made, rows.temperature, rows.top_p)
+    made = rows.made + rows.active
+    # A row that has ended stays where it is: its slot beyond the end is written and never seen.
+    cache = result.cache.replace(length=jnp.where(rows.active, result.cache.length, rows.cache.length))
+    out = out.at[i].set(jnp.where(rows.active, tokens, -1))
+    active = rows.active & (tokens != eos) & (made < rows.limit)
+    tokens = jnp.where(rows.active, tokens, rows.tokens)
+    return i + 1, rows.replace(cache=cache, tokens=tokens, active=active, made=made), out
+
+  going = lambda carry: (carry[0] < steps) & jnp.any(carry[1].active)
+  out = jnp.full((CHUNK, len(rows.tokens)), -1, jnp.int32)
+  _, rows, out = jax.lax.while_loop(going, body, (0, rows.replace(cache=near), out))
+  near = rows.cache
+  put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
+  cache = near.replace(
+    keys=tuple(map(put, whole.keys, near.keys)),
+    values=tuple(map(put, whole.values, near.values)),
+    filled=put(whole.filled, near.filled),
+  )
+  return rows.replace(cache=cache), out
+
+
+def pick(
+  logits_BV: jax.Array, seed_B: jax.Array, made_B: jax.Array, temperature_B: jax.Array, top_p_B: jax.Array
+) -> jax.Array:
+  """The next tokens: the most likely at temperature 0, else sampled from the nucleus of mass `top_p`.
+
+  A row's draw depends on its own seed and count alone. Rows that need no sorting do not pay for it, unless
+  another row of the batch does.
+
+  Args:
+    made_B: int32, tokens made before this one.
+    temperature_B: f32, at least 0.
+    top_p_B: f32 in (0, 1]; the smallest set of most likely tokens whose mass reaches it is kept (equally likely
+      ones together).
 
   Returns:
     int32[B].
   """
-  greedy = jnp.argmax(logits_BV, axis=-1)
-  scaled = logits_BV / jnp.maximum(temperature, 1e-6)
-  order = jnp.argsort(-scaled, axis=-1)
-  probabilities = jax.nn.softmax(jnp.take_along_axis(scaled, order, axis=-1), axis=-1)
-  before = jnp.cumsum(probabilities, axis=-1) - probabilities
-  kept = jnp.where(before < top_p, jnp.log(probabilities), -jnp.inf)
-  drawn = jax.random.categorical(key, kept, axis=-1)
-  sampled = jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0]
-  return jnp.where(temperature > 0, sampled, greedy).astype(jnp.int32)
+  greedy = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+  def sample() -> jax.Array:
+    log_p = jax.nn.log_softmax(logits_BV / jnp.maximum(temperature_B, 1e-6)[:, None], axis=-1)
+
+    def nucleus() -> jax.Array:
+      falling = -jnp.sort(-log_p, axis=-1)
+      p = jnp.exp(falling)
+      inside = jnp.cumsum(p, axis=-1) - p < top_p_B[:, None]
+      least = jnp.min(jnp.where(inside, falling, jnp.inf), axis=-1, keepdims=True)
+      return jnp.where((log_p >= least) | (top_p_B[:, None] >= 1), log_p, -jnp.inf)
+
+    kept = jax.lax.cond(jnp.any((top_p_B < 1) & (temperature_B > 0)), nucleus, lambda: log_p)
+    draw = lambda seed, made, kept: jax.random.categorical(
+      jax.random.fold_in(jax.random.key(seed), made), kept
+    )
+    drawn = jax.vmap(draw)(seed_B, made_B, kept).astype(jnp.int32)
+    return jnp.where(temperature_B > 0, drawn, greedy)
+
+  return jax.lax.cond(jnp.any(temperature_B > 0), sample, lambda: greedy)

@@ -20,13 +20,12 @@ import numpy as np
 
 from jflow import flow
 from jflow.errors import UserError
-from jflow.inference import reading
 from jflow.inference.files import make_directory
 from jflow.interop.checkpoints import read_checkpoint
 from jflow.interop.comparison import Line, line, read_golden, report
 from jflow.interop.processor_parity import compare_processor
-from jflow.models.janusflow import JanusFlow
-from jflow.models.llm import Cache
+from jflow.models.cache import Cache
+from jflow.models.janusflow import JanusFlow, for_inference
 
 _TOLERANCE = 1e-5
 # Output -> the component that makes it from the ones before.
@@ -145,7 +144,7 @@ class Runner:
     return slots_IKD[place].reshape(len(tokens), most * k, -1), index
 
   def _greedy(self, embeds: np.ndarray, mask: np.ndarray, count: int) -> np.ndarray:
-    """Decodes `count` tokens per row as `understand` does: prompts padded on the right, a static cache."""
+    """Decodes `count` tokens per row as `understand` does: prompts padded on the right, rows of their own length."""
     lengths = mask.sum(axis=1).astype(np.int32)
     order = np.argsort(~mask, axis=1, kind="stable")  # left padding to the right end
     embeds = np.take_along_axis(embeds, order[..., None], axis=1)
@@ -155,13 +154,15 @@ class Runner:
     out = self.apply(
       "backbone", embeds, np.broadcast_to(np.arange(s, dtype=np.int32), (b, s)), segments, cache
     )
-    cache, last = out.cache, out.hidden[np.arange(b), lengths - 1]
+    cache, last = out.cache.replace(length=lengths), out.hidden[np.arange(b), lengths - 1]
     logits, answer = self.apply("logits", last), []
     for i in range(count):
-      answer.append(np.asarray(jnp.argmax(logits, axis=-1), np.int32))
+      answer.append(np.asarray(jnp.argmax(logits, axis=-1), np.int32)[:, None])
       if i + 1 < count:
-        logits, cache = reading.decode(self.model, self.params, answer[-1], lengths + i, cache)
-    return np.stack(answer, axis=1)
+        x = self.apply("embed", answer[-1])
+        out = self.apply("backbone", x, lengths[:, None] + i, np.ones((b, 1), np.int32), cache)
+        cache, logits = out.cache, self.apply("logits", out.hidden[:, 0])
+    return np.concatenate(answer, axis=1)
 
   def text(self, g: Mapping[str, np.ndarray]) -> dict[str, Output]:
     """Logits of plain token rows."""
@@ -233,12 +234,14 @@ def compare_model(checkpoint: str, golden: pathlib.Path, tolerance: float) -> li
   """
   arrays = read_golden(golden)
   found = read_checkpoint(checkpoint)
-  model = JanusFlow(found.config, jnp.float32, remat="none", unroll=1)
+  model, params = for_inference(
+    JanusFlow(found.config, jnp.dtype("float32"), remat="none", unroll=1), found.params
+  )
   bases = {_VARIANT.sub("", name) for name in arrays}
   ours: dict[str, Output] = {}
   with jax.default_matmul_precision("highest"):
-    runner = Runner(model, jax.device_put(found.params))
-    del found
+    runner = Runner(model, jax.device_put(params))
+    del found, params
     for group, inputs in _INPUTS.items():
       outputs = [key for key in _COMPONENTS if key.startswith(group + "/") and key in bases]
       if not outputs:

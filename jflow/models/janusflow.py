@@ -15,7 +15,8 @@ from jflow.batch import READ, WRITE, Batch
 from jflow.models.config import JanusFlowConfig
 from jflow.models.generation import GenerationDecoder, GenerationEncoder
 from jflow.models.layers import Linear, RMSNorm, parameter
-from jflow.models.llm import Cache, LanguageModel, Output
+from jflow.models.cache import Cache, Prefix
+from jflow.models.llm import LanguageModel, Output, separate_layers
 from jflow.models.siglip import Siglip
 from jflow.models.vae import make_autoencoder
 from jflow.sharding import constrain
@@ -78,7 +79,7 @@ class JanusFlow(nn.Module):
     config: sizes.
     dtype: compute dtype; parameters stay f32 where they are trained.
     remat: policy of the LLM's blocks and SigLIP's ("none", "full", "dots").
-    unroll: LLM layers per scan iteration.
+    unroll: LLM layers per scan iteration; 0: separate layers, see `for_inference`.
   """
 
   config: JanusFlowConfig
@@ -124,10 +125,14 @@ class JanusFlow(nn.Module):
     return jnp.where(image_index_BS[..., None] >= 0, images_BSD, self.embed(tokens_BS))
 
   def backbone(
-    self, x_BSD: jax.Array, positions_BS: jax.Array, segments_BS: jax.Array, cache: Cache | None = None
+    self,
+    x_BSD: jax.Array,
+    positions_BS: jax.Array,
+    segments_BS: jax.Array,
+    past: Cache | Prefix | None = None,
   ) -> Output:
     """The LLM over embeddings; see `LanguageModel.__call__`."""
-    return self.language_model(x_BSD, positions_BS, segments_BS, cache)
+    return self.language_model(x_BSD, positions_BS, segments_BS, past)
 
   def features(self, pixels_IHWC: jax.Array) -> jax.Array:
     """f_enc: pixels in [-1, 1] -> [I, P, width of SigLIP]."""
@@ -229,3 +234,24 @@ class JanusFlow(nn.Module):
     wanted = ("text", "flow") + (("alignment",) if c.alignment_width else ())
     self.losses(batch, draws, wanted + (("contrastive",) if c.contrastive else ()))
     self.decode(draws.noise[:, 0])
+
+
+def for_inference(model: JanusFlow, params: Any) -> tuple[JanusFlow, Any]:
+  """The model with separate LLM layers, which decoding needs, and its parameters in the compute dtype.
+
+  Only what a layer casts at its use is cast (kernels, the embedding table): the outputs are bit for bit those
+  of the f32 parameters.
+
+  Args:
+    model: as trained, or already made for inference.
+    params: its nested parameters, NumPy or JAX arrays.
+  """
+
+  def cast(path: tuple[Any, ...], x: Any) -> Any:
+    name = path[-1].key
+    return x.astype(model.dtype) if name.endswith("kernel") or name == "embed" else x
+
+  if model.unroll:
+    lm = separate_layers(params["language_model"], model.config.language_model.layers)
+    params = {**params, "language_model": lm}
+  return model.clone(unroll=0), jax.tree_util.tree_map_with_path(cast, params)

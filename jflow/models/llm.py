@@ -1,7 +1,6 @@
 """The language model: a decoder of Llama layout (RMSNorm, RoPE, SwiGLU, untied head), scanned over layers.
 
-Legend: B batch, S sequence, T slots of the cache, D embed, N heads, K key heads, H head dim, V vocabulary,
-L layers.
+Legend: B batch, S sequence, D embed, N heads, K key heads, H head dim, V vocabulary, L layers.
 """
 
 from typing import Any, NamedTuple
@@ -9,10 +8,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from jflow import losses
 from jflow.models.attention import attention
+from jflow.models.cache import Cache, Prefix
 from jflow.models.config import LanguageModelConfig
 from jflow.models.layers import Linear, RMSNorm, parameter
 from jflow.sharding import constrain
@@ -26,25 +25,6 @@ REMAT = {
 
 
 _LOSS_BLOCK = 512  # positions whose logits exist at once in the loss of a longer row
-
-
-class Cache(struct.PyTreeNode):
-  """Keys and values of past positions. An argument and a result, never hidden state."""
-
-  keys: jax.Array  # [L, B, T, K, H]
-  values: jax.Array  # [L, B, T, K, H]
-  segments: jax.Array  # int32[B, T]; 0 where a slot is empty or padding
-  length: jax.Array  # int32[]; slots in use; the next call writes from here
-
-  @classmethod
-  def empty(cls, config: LanguageModelConfig, batch: int, slots: int, dtype: Any) -> "Cache":
-    shape = (config.layers, batch, slots, config.kv_heads, config.head_width)
-    return cls(
-      keys=jnp.zeros(shape, dtype),
-      values=jnp.zeros(shape, dtype),
-      segments=jnp.zeros((batch, slots), jnp.int32),
-      length=jnp.zeros((), jnp.int32),
-    )
 
 
 class Output(NamedTuple):
@@ -74,8 +54,8 @@ class Attention(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x_BSD, tables, segments_BS, cache, layer):
-    """Returns (y_BSD, cache with this layer's keys and values written); `cache` None: over the row itself."""
+  def __call__(self, x_BSD, tables, segments_BS, past):
+    """Returns (y_BSD, keys and values grown by these positions); `past` None: over the row itself."""
     c = self.config
     linear = lambda features, axes, name: Linear(features, axes, self.dtype, use_bias=False, name=name)
     heads = lambda y, n: y.reshape(*y.shape[:2], n, c.head_width)
@@ -84,19 +64,12 @@ class Attention(nn.Module):
     v_BSKH = heads(linear(c.kv_heads * c.head_width, ("embed", "kv_heads"), "value")(x_BSD), c.kv_heads)
     q_BSNH, k_BSKH = rotate(q_BSNH, tables), rotate(k_BSKH, tables)
     q_BSNH = constrain(q_BSNH, "batch", None, "heads", None)
-    if cache is None:
-      out = attention(q_BSNH, k_BSKH, v_BSKH, segments_BS, segments_BS, 0)
+    if past is None:
+      out, grown = attention(q_BSNH, k_BSKH, v_BSKH, segments_BS, segments_BS, 0), None
     else:
-      at = (layer, 0, cache.length, 0, 0)
-      cache = cache.replace(
-        keys=jax.lax.dynamic_update_slice(cache.keys, k_BSKH[None].astype(cache.keys.dtype), at),
-        values=jax.lax.dynamic_update_slice(cache.values, v_BSKH[None].astype(cache.values.dtype), at),
-      )
-      k_BTKH = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
-      v_BTKH = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
-      out = attention(q_BSNH, k_BTKH, v_BTKH, segments_BS, cache.segments, cache.length)
+      out, grown = past(q_BSNH, k_BSKH, v_BSKH)
     out = out.reshape(*out.shape[:2], c.heads * c.head_width)
-    return linear(c.width, ("heads", "embed"), "output")(out), cache
+    return linear(c.width, ("heads", "embed"), "output")(out), grown
 
 
 class Mlp(nn.Module):
@@ -120,11 +93,12 @@ class Block(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, carry, tables, segments_BS):
-    x_BSD, tap_BSD, layer, cache = carry
+  def __call__(self, carry, tables, segments_BS, past=None):
+    """Returns the carry (residual stream, tap, blocks done) and what `past` has grown to."""
+    x_BSD, tap_BSD, layer = carry
     norm = lambda name: RMSNorm(self.config.rms_norm_epsilon, self.dtype, name=name)
-    attended, cache = Attention(self.config, self.dtype, name="attention")(
-      norm("attention_norm")(x_BSD), tables, segments_BS, cache, layer
+    attended, grown = Attention(self.config, self.dtype, name="attention")(
+      norm("attention_norm")(x_BSD), tables, segments_BS, past
     )
     x_BSD = constrain(x_BSD + attended, "batch", None, None)
     x_BSD = constrain(
@@ -133,7 +107,7 @@ class Block(nn.Module):
     layer = layer + 1
     if tap_BSD is not None:
       tap_BSD = jnp.where(layer == self.tap_layer, x_BSD, tap_BSD)
-    return (x_BSD, tap_BSD, layer, cache), None
+    return (x_BSD, tap_BSD, layer), grown
 
 
 class LanguageModel(nn.Module):
@@ -142,7 +116,9 @@ class LanguageModel(nn.Module):
   Attributes:
     tap_layer: the block (counted from 1) whose output is returned as `tap`; 0: none.
     remat: a key of REMAT.
-    unroll: layers per iteration of the scan; the parameters do not depend on it.
+    unroll: layers per iteration of the scan; the parameters do not depend on it. 0: no scan, and each layer
+      has parameters of its own (`layers_0`, ...) in place of stacked ones: see `separate_layers`. A scan copies
+      each layer's weights out of the stack, which costs more than a decoding step itself.
   """
 
   config: LanguageModelConfig
@@ -155,9 +131,14 @@ class LanguageModel(nn.Module):
     c = self.config
     init = nn.initializers.normal(0.02)
     self.table = parameter(self, "embed", init, (c.vocabulary_size, c.width), ("vocab", "embed"))
+    self.norm = RMSNorm(c.rms_norm_epsilon, self.dtype)
+    self.head = Linear(c.vocabulary_size, ("embed", "vocab"), self.dtype, use_bias=False, kernel_init=init)
     block = Block
     if self.remat != "none":
       block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
+    if not self.unroll:
+      self.layers = [block(c, self.tap_layer, self.dtype) for _ in range(c.layers)]
+      return
     stack = nn.scan(
       block,
       variable_axes={"params": 0},
@@ -168,15 +149,17 @@ class LanguageModel(nn.Module):
       metadata_params={},
     )
     self.layers = stack(c, self.tap_layer, self.dtype)
-    self.norm = RMSNorm(c.rms_norm_epsilon, self.dtype)
-    self.head = Linear(c.vocabulary_size, ("embed", "vocab"), self.dtype, use_bias=False, kernel_init=init)
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """int32[...] -> [..., D]."""
     return self.table.astype(self.dtype)[tokens]
 
   def __call__(
-    self, x_BSD: jax.Array, positions_BS: jax.Array, segments_BS: jax.Array, cache: Cache | None = None
+    self,
+    x_BSD: jax.Array,
+    positions_BS: jax.Array,
+    segments_BS: jax.Array,
+    past: Cache | Prefix | None = None,
   ) -> Output:
     """Runs the stack over embeddings.
 
@@ -184,24 +167,28 @@ class LanguageModel(nn.Module):
       x_BSD: input embeddings.
       positions_BS: int32, for RoPE only; what sees what follows from slots and segments.
       segments_BS: int32; 0 is padding.
-      cache: None for packed rows; otherwise the S positions are written at `cache.length` and attend to
-        all slots before them that carry their segment.
+      past: None for packed rows; a Cache, which the S positions are written into and which is returned grown;
+        or a Prefix that they see and leave as it is. With a past, all that is not padding is one segment, and
+        the layers are separate (`unroll` 0).
 
     Returns:
       Output with the grown cache (None if none was given).
     """
-    if cache is not None:
-      cache = cache.replace(
-        segments=jax.lax.dynamic_update_slice(cache.segments, segments_BS, (0, cache.length))
-      )
     tables = rope_tables(positions_BS, self.config.head_width, self.config.rope_theta)
     x_BSD = constrain(x_BSD.astype(self.dtype), "batch", None, None)
     tap = jnp.zeros_like(x_BSD) if self.tap_layer else None
-    carry = (x_BSD, tap, jnp.zeros((), jnp.int32), cache)
-    (x_BSD, tap, _, cache), _ = self.layers(carry, tables, segments_BS)
-    if cache is not None:
-      cache = cache.replace(length=cache.length + x_BSD.shape[1])
-    return Output(self.norm(x_BSD), tap, cache)
+    carry, cache = (x_BSD, tap, jnp.zeros((), jnp.int32)), None
+    if self.unroll:
+      assert past is None, "a cache needs separate layers: unroll=0"
+      carry, _ = self.layers(carry, tables, segments_BS)
+    else:
+      grown = []
+      for i, block in enumerate(self.layers):
+        carry, layer = block(carry, tables, segments_BS, past and past.layer(i, segments_BS))
+        grown.append(layer)
+      if isinstance(past, Cache):
+        cache = past.grown(grown, segments_BS)
+    return Output(self.norm(carry[0]), carry[1], cache)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """[..., D] -> f32[..., V]."""
@@ -226,3 +213,9 @@ class LanguageModel(nn.Module):
       nn.remat(block, prevent_cse=False), variable_broadcast="params", split_rngs={"params": False}
     )
     return over(self, jnp.zeros((), jnp.float32), tuple(map(cut, (hidden_BSD, targets_BS, mask_BS))))[0]
+
+
+def separate_layers(params: Any, layers: int) -> dict[str, Any]:
+  """Parameters of a scanned stack -> those of the same LanguageModel with `unroll` 0; the rest is shared."""
+  rest = {name: x for name, x in params.items() if name != "layers"}
+  return rest | {f"layers_{i}": jax.tree.map(lambda x: x[i], params["layers"]) for i in range(layers)}

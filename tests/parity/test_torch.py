@@ -128,7 +128,8 @@ def test_llama_gradients_of_every_parameter(tmp_path, seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_llama_greedy_decoding_with_left_padding(tmp_path, seed):
-  from jflow.models.llm import Cache
+  from jflow.models.cache import Cache
+  from jflow.models.llm import separate_layers
 
   theirs = llama(tmp_path, seed, **LLAMAS[seed])
   model, params, _ = read_llama(tmp_path)
@@ -138,6 +139,7 @@ def test_llama_greedy_decoding_with_left_padding(tmp_path, seed):
   expected = theirs.generate(
     torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask), max_new_tokens=10, do_sample=False
   )[:, 9:]
+  model, params = model.clone(unroll=0), {"params": separate_layers(params["params"], model.config.layers)}
   step = jax.jit(lambda p, x, at, segments, cache: model.apply(p, x, at, segments, cache))
   positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
   cache, block, segments = Cache.empty(model.config, 2, 19, jnp.float32), tokens, mask

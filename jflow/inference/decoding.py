@@ -1,0 +1,231 @@
+"""Continuous batching: requests enter and leave the rows of one running batch.
+
+decoder = Decoder(pipeline, slots=8, context=2048)
+slot = decoder.admit(pipeline.request("What color is it?", ["circle.png"]))
+while decoder.busy:
+  for progress in decoder.step(8):
+    ...  # progress.slot, progress.tokens, progress.finished
+    if progress.finished:
+      decoder.release(progress.slot)  # from here another request may take the row
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jflow.data.tokenizer import Tokenizer
+from jflow.errors import UserError
+from jflow.inference import reading
+
+if TYPE_CHECKING:
+  from jflow.inference.pipeline import Pipeline
+
+_SMALLEST = 32  # slots; shorter prompts are padded to it
+_NEAR = 256  # fewest slots of the cache that attention looks at
+
+
+class Request(NamedTuple):
+  """A checked prompt and how to answer it. Made by `Pipeline.request`."""
+
+  tokens: np.ndarray  # int32[n]
+  image_starts: tuple[int, ...]  # first slot of each image
+  images: np.ndarray  # uint8[M, H, W, 3]
+  max_tokens: int
+  temperature: float
+  top_p: float
+  seed: int
+
+
+class Progress(NamedTuple):
+  """What a step has done for one row."""
+
+  slot: int
+  tokens: list[int]  # new tokens of the answer; the end of the text is not among them
+  finished: str | None  # "stop": the answer has ended; "length": it was cut; None: it goes on
+
+
+def bucket(length: int) -> int:
+  """The slots for a prompt of `length`: four sizes per power of two, so that a new length rarely compiles."""
+  step = max(_SMALLEST, 1 << max(0, (length - 1).bit_length() - 3))
+  return -(-length // step) * step
+
+
+def power_of_two(count: int, least: int = 1) -> int:
+  """The smallest power of two that is at least `count` and `least`."""
+  return max(least, 1 << (count - 1).bit_length()) if count else 0
+
+
+class Decoder:
+  """Rows of one batch on the device; a row's answer does not depend on what shares the batch.
+
+  Prefill is compiled once per bucket of prompt lengths, decoding once per power of two of the longest row.
+  """
+
+  def __init__(self, pipeline: "Pipeline", slots: int, context: int):
+    """
+    Args:
+      pipeline: the model.
+      slots: rows, i.e. answers made at the same time.
+      context: prompt and answer of a row have room for this many tokens; at most the model's own context.
+
+    Raises:
+      UserError: no rows, or a context that the model does not have.
+    """
+    most = pipeline.model.config.language_model.context
+    if slots < 1:
+      raise UserError(f"slots={slots} must be at least 1")
+    if not 1 < context <= most:
+      raise UserError(f"context={context} must be in 2..{most}, the model's own")
+    self._model, self._params, self._eos = pipeline.model, pipeline.params, pipeline.tokenizer.eos
+    self._pad, self._patches = pipeline.tokenizer.pad, pipeline.model.config.patches
+    self.context = context
+    self._rows = reading.Rows.empty(self._model, slots, bucket(context))
+    self._free = list(range(slots))[::-1]
+    self._lengths = np.zeros(slots, np.int64)  # slots of the cache in use
+    self._going = np.zeros(slots, bool)
+    self._first: dict[int, jax.Array] = {}  # rows admitted since the last step
+
+  @property
+  def free(self) -> int:
+    """Rows that a request can take."""
+    return len(self._free)
+
+  @property
+  def busy(self) -> bool:
+    """Whether a row still waits for tokens."""
+    return bool(self._first) or bool(self._going.any())
+
+  def admit(self, request: Request) -> int:
+    """Reads a prompt into a free row; its answer comes with the next steps.
+
+    Returns:
+      The slot.
+
+    Raises:
+      UserError: no row is free, or the prompt leaves no room in this decoder's context.
+    """
+    n = len(request.tokens)
+    if n >= self.context:
+      raise UserError(f"the prompt has {n} tokens, and the context holds {self.context - 1}: shorten it")
+    if not self._free:
+      raise UserError("no slot is free: release one first")
+    s, k = min(bucket(n), self._rows.cache.filled.shape[1]), 1 + self._patches
+    tokens, index = np.full(s, self._pad, np.int32), np.full(s, -1, np.int32)
+    tokens[:n] = request.tokens
+    for i, start in enumerate(request.image_starts):
+      index[start : start + k] = i * k + np.arange(k)
+    images = np.zeros((power_of_two(len(request.images)), *request.images.shape[1:]), np.uint8)
+    images[: len(request.images)] = request.images
+    if len(images):
+      seen = reading.look(self._model, self._params, images)
+    else:
+      seen = jnp.zeros((0, self._model.config.language_model.width), self._model.dtype)
+    slot = self._free.pop()
+    self._rows, self._first[slot] = reading.admit(
+      self._model, self._params, self._rows, np.int32(slot), tokens, seen, index, np.int32(n),
+      np.int32(min(request.max_tokens, self.context - n)), np.float32(request.temperature),
+      np.float32(request.top_p), np.uint32(request.seed), eos=self._eos,
+    )  # fmt: skip
+    self._lengths[slot], self._going[slot] = n, False
+    return slot
+
+  def step(self, n: int) -> list[Progress]:
+    """Makes up to `n` tokens for every row in one program; a newly admitted row's first token comes on top.
+
+    Args:
+      n: tokens per row, 0 to `reading.CHUNK`. Few for a stream that should look alive, many for throughput.
+
+    Returns:
+      One entry per row that was waiting, with a reason where it has finished.
+    """
+    if not 0 <= n <= reading.CHUNK:
+      raise ValueError(f"n={n} must be in 0..{reading.CHUNK}")
+    first, self._first = self._first, {}
+    waiting = [slot for slot in range(len(self._going)) if self._going[slot] or slot in first]
+    if not waiting:
+      return []
+    new = np.full((0, len(self._going)), -1, np.int32)
+    if n:
+      longest = int(max(self._lengths[slot] for slot in waiting)) + n
+      near = min(power_of_two(longest, _NEAR), self._rows.cache.filled.shape[1])
+      self._rows, new = reading.run(
+        self._model, self._params, self._rows, np.int32(n), eos=self._eos, slots=near
+      )
+    new, active, first = jax.device_get((new, self._rows.active, first))
+    out = []
+    for slot in waiting:
+      tokens = ([int(first[slot])] if slot in first else []) + [int(t) for t in new[:, slot] if t >= 0]
+      ended = bool(tokens) and tokens[-1] == self._eos
+      self._lengths[slot] += len(tokens) - (slot in first)
+      self._going[slot] = bool(active[slot])
+      finished = None if active[slot] else "stop" if ended else "length"
+      out.append(Progress(slot, tokens[:-1] if ended else tokens, finished))
+    return out
+
+  def release(self, slot: int) -> None:
+    """Frees a row, finished or not (a client may have left)."""
+    if slot in self._free or not 0 <= slot < len(self._going):
+      raise ValueError(f"slot {slot} is not in use")
+    self._first.pop(slot, None)
+    if self._going[slot]:
+      self._rows = self._rows.replace(active=self._rows.active.at[slot].set(False))
+    self._going[slot] = False
+    self._free.append(slot)
+
+
+class Text:
+  """Tokens to text as they come; a character is shown once all its bytes are there."""
+
+  def __init__(self, tokenizer: Tokenizer):
+    self._tokenizer, self._tokens, self._said = tokenizer, [], ""
+
+  @property
+  def text(self) -> str:
+    """The answer so far, stripped."""
+    return self._tokenizer.decode(self._tokens).strip()
+
+  def add(self, tokens: Sequence[int], last: bool = False) -> str:
+    """Returns the piece of text that these tokens add ("" while half a character waits for its other bytes)."""
+    self._tokens += tokens
+    text = self.text
+    if not last and text.endswith("\ufffd"):
+      return ""
+    piece, self._said = text[len(self._said) :], text
+    return piece
+
+
+def answer_all(
+  pipeline: "Pipeline",
+  requests: Sequence[Request],
+  slots: int,
+  stream: Callable[[int, str], None] | None = None,
+  progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+  """Answers requests through `slots` rows, the longest prompts first; see `Pipeline.understand_batch`."""
+  context = pipeline.model.config.language_model.context
+  need = max(len(r.tokens) + r.max_tokens for r in requests)
+  decoder = Decoder(pipeline, min(slots, len(requests)), min(context, power_of_two(need, _NEAR)))
+  texts = [Text(pipeline.tokenizer) for _ in requests]
+  waiting = sorted(range(len(requests)), key=lambda i: len(requests[i].tokens))
+  owner: dict[int, int] = {}
+  done, n = 0, 1 if stream else 16
+  while waiting or owner:
+    while waiting and decoder.free:
+      owner[decoder.admit(requests[waiting[-1]])] = waiting[-1]
+      waiting.pop()
+    for slot, tokens, finished in decoder.step(n):
+      i = owner[slot]
+      piece = texts[i].add(tokens, last=finished is not None)
+      if stream and piece:
+        stream(i, piece)
+      if finished:
+        decoder.release(slot)
+        del owner[slot]
+        done += 1
+        if progress:
+          progress(done, len(requests))
+    n = min(2 * n, reading.CHUNK if not stream else 8)
+  return [text.text for text in texts]

@@ -1,0 +1,156 @@
+"""Keys and values of past positions, and attention over them: growing (a Cache) or fixed (a Prefix).
+
+Both are arguments and results, never hidden state. Heads stand before slots, so that a query's product with the
+keys is a plain batched matmul over memory as it lies.
+
+Legend: B batch, S queries, T slots, N query heads, K key heads, G = N / K, H head dim.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jflow.models.config import LanguageModelConfig
+
+_QUERY_BLOCK = 1024  # longer query sequences are cut, so that no S x T matrix of a long prompt ever exists
+
+# (q_BSNH, k_BSKH, v_BSKH) of new positions -> (attended [B, S, N, H], the layer's grown keys and values).
+Layer = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, tuple[jax.Array, jax.Array] | None]]
+
+
+class Cache(struct.PyTreeNode):
+  """Static slots, filled from the left; updated in place where the program donates it."""
+
+  keys: tuple[jax.Array, ...]  # per layer [B, K, T, H]
+  values: tuple[jax.Array, ...]  # per layer [B, K, T, H]
+  filled: jax.Array  # bool[B, T]; False where a slot is empty or padding
+  length: jax.Array  # int32[] or int32[B]; slots in use (of each row); the next positions go there
+
+  @classmethod
+  def empty(
+    cls, config: LanguageModelConfig, batch: int, slots: int, dtype: Any, rows: bool = False
+  ) -> "Cache":
+    """A cache without positions; `rows`: each row counts its own length."""
+    blank = lambda: tuple(
+      jnp.zeros((batch, config.kv_heads, slots, config.head_width), dtype) for _ in range(config.layers)
+    )
+    length = jnp.zeros((batch,) if rows else (), jnp.int32)
+    return cls(keys=blank(), values=blank(), filled=jnp.zeros((batch, slots), bool), length=length)
+
+  def layer(self, index: int, segments_BS: jax.Array) -> Layer:
+    """What layer `index` does with new positions: write them, attend to all slots up to each."""
+    slots = self._slots(segments_BS.shape[1])
+    seen_BT = self._write(self.filled, segments_BS > 0, slots)
+
+    def attend(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array):
+      write = lambda old, new: self._write(old, new.astype(old.dtype), slots)
+      k_BKTH, v_BKTH = write(self.keys[index], k_BSKH), write(self.values[index], v_BSKH)
+      return _blocks(q_BSNH, k_BKTH, v_BKTH, seen_BT, slots), (k_BKTH, v_BKTH)
+
+    return attend
+
+  def grown(self, layers: Sequence[tuple[jax.Array, jax.Array]], segments_BS: jax.Array) -> "Cache":
+    """The cache after all layers have written."""
+    seq = segments_BS.shape[1]
+    keys, values = zip(*layers)
+    filled = self._write(self.filled, segments_BS > 0, self._slots(seq))
+    return Cache(keys=keys, values=values, filled=filled, length=self.length + seq)
+
+  def _slots(self, seq: int) -> jax.Array:
+    """int32[S] or int32[B, S]: where the next positions go."""
+    return self.length[..., None] + jnp.arange(seq)
+
+  def _write(self, old: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
+    """Puts new [B, S, ...] into old [B, ..., T, ...]; slots beyond the end are dropped."""
+    if old.ndim == 4:
+      if slots.ndim == 1:
+        return jax.lax.dynamic_update_slice(old, jnp.swapaxes(new, 1, 2), (0, 0, slots[0], 0))
+      return old.at[jnp.arange(len(old))[:, None], :, slots].set(new, mode="drop")
+    if slots.ndim == 1:
+      return jax.lax.dynamic_update_slice(old, new, (0, slots[0]))
+    return old.at[jnp.arange(len(old))[:, None], slots].set(new, mode="drop")
+
+
+class Prefix(struct.PyTreeNode):
+  """Fixed keys and values that groups of rows see before their own positions.
+
+  Attributes:
+    caches: one per group; the batch is cut into as many equal groups of rows. A cache of one row serves all
+      rows of its group.
+  """
+
+  caches: tuple[Cache, ...]
+
+  def layer(self, index: int, segments_BS: jax.Array) -> Layer:
+    """What layer `index` does with new positions: attend to the prefix and causally to each other."""
+    del segments_BS  # a written picture has no padding
+
+    def attend(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array):
+      cut = lambda x: jnp.split(x, len(self.caches))
+      groups = zip(self.caches, cut(q_BSNH), cut(k_BSKH), cut(v_BSKH), strict=True)
+      out = [_prefixed(q, k, v, c.keys[index], c.values[index], c.filled) for c, q, k, v in groups]
+      return jnp.concatenate(out), None
+
+    return attend
+
+
+def _grouped(q_BSNH: jax.Array, key_heads: int) -> jax.Array:
+  """[B, S, N, H] -> [B, K, G, S, H]."""
+  b, s, n, h = q_BSNH.shape
+  return jnp.moveaxis(q_BSNH.reshape(b, s, key_heads, n // key_heads, h), 1, 3)
+
+
+def _softmax(logits: jax.Array, mask: jax.Array, dtype: Any) -> jax.Array:
+  return jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1).astype(dtype)
+
+
+def _blocks(q_BSNH, k_BKTH, v_BKTH, seen_BT, slots) -> jax.Array:
+  """Attention of queries at `slots` to the filled slots up to them, a block of queries at a time."""
+  b, s, n, h = q_BSNH.shape
+  slots = jnp.broadcast_to(slots, (b, s))
+
+  def block(q_BSNH: jax.Array, slots_BS: jax.Array) -> jax.Array:
+    q_BKGSH = _grouped(q_BSNH, k_BKTH.shape[1])
+    logits = jnp.einsum("BKGSH,BKTH->BKGST", q_BKGSH, k_BKTH, preferred_element_type=jnp.float32) * h**-0.5
+    mask_BST = seen_BT[:, None] & (slots_BS[..., None] >= jnp.arange(k_BKTH.shape[2]))
+    weights = _softmax(logits, mask_BST[:, None, None], v_BKTH.dtype)
+    out_BKGSH = jnp.einsum("BKGST,BKTH->BKGSH", weights, v_BKTH)
+    return jnp.moveaxis(out_BKGSH, 3, 1).reshape(q_BSNH.shape)
+
+  if s <= _QUERY_BLOCK:
+    return block(q_BSNH, slots)
+  pad = -s % _QUERY_BLOCK
+  cut = lambda x: jnp.moveaxis(
+    jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)).reshape(b, -1, _QUERY_BLOCK, *x.shape[2:]), 1, 0
+  )
+  out = jax.lax.map(lambda part: block(*part), (cut(q_BSNH), cut(slots)))
+  return jnp.moveaxis(out, 0, 1).reshape(b, s + pad, n, h)[:, :s]
+
+
+def _prefixed(q_BSNH, k_BSKH, v_BSKH, prefix_k, prefix_v, filled) -> jax.Array:
+  """Attention to the filled slots of a prefix [B or 1, K, T, H], and causally among the S positions."""
+  b, s, n, h = q_BSNH.shape
+  k, t = prefix_k.shape[1:3]
+  q_BKGSH, k_BKSH, v_BKSH = _grouped(q_BSNH, k), jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
+  shared = len(prefix_k) == 1
+  to_prefix = "BKGSH,KTH->BKGST" if shared else "BKGSH,BKTH->BKGST"
+  from_prefix = "BKGST,KTH->BKGSH" if shared else "BKGST,BKTH->BKGSH"
+  if shared:
+    prefix_k, prefix_v = prefix_k[0], prefix_v[0]
+  logits = jnp.concatenate(
+    [
+      jnp.einsum(to_prefix, q_BKGSH, prefix_k, preferred_element_type=jnp.float32),
+      jnp.einsum("BKGSH,BKTH->BKGST", q_BKGSH, k_BKSH, preferred_element_type=jnp.float32),
+    ],
+    axis=-1,
+  )
+  before_BST = jnp.broadcast_to(filled[:, None], (len(filled), s, t))
+  causal_BST = jnp.broadcast_to(jnp.tril(jnp.ones((s, s), bool)), (len(filled), s, s))
+  mask = jnp.concatenate([before_BST, causal_BST], axis=-1)[:, None, None]
+  weights = _softmax(logits * h**-0.5, mask, v_BSKH.dtype)
+  out_BKGSH = jnp.einsum(from_prefix, weights[..., :t], prefix_v)
+  out_BKGSH = out_BKGSH + jnp.einsum("BKGST,BKTH->BKGSH", weights[..., t:], v_BKSH)
+  return jnp.moveaxis(out_BKGSH, 3, 1).reshape(b, s, n, h)
