@@ -124,7 +124,6 @@ PROBABILITIES = np.array([0.05, 0.4, 0.15, 0.1, 0.3])
 @functools.cache
 def _frequencies(temperature: float, top_p: float, draws: int = 4000) -> np.ndarray:
   logits = jnp.log(jnp.asarray(PROBABILITIES, jnp.float32))[None]
-  keys = jax.random.split(jax.random.key(0), draws)
   column = lambda value, dtype: jnp.full((draws,), value, dtype)
   tokens = reading.pick(
     jnp.broadcast_to(logits, (draws, 5)), jnp.arange(draws, dtype=jnp.uint32), column(0, jnp.int32),
