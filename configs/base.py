@@ -92,7 +92,8 @@ def base(size: str) -> ConfigDict:
   )
   c.compute = dict(
     dtype="float32" if small else "bfloat16",  # of activations and matmuls; masters are float32
-    remat="none" if small else "full",  # "none", "full", "dots": what the backward pass computes again
+    remat="none" if small else "full",  # "none", "full", "dots", "save:attended,gate,up,...": what is kept
+    attention="auto",  # of packed rows: "xla", "cudnn", "triton", "splash", "tokamax"; auto: by device
     unroll=1,  # LLM layers per iteration of the scan
     compilation_cache="~/.cache/jflow",  # compiled programs, reused by a restart; empty: none
   )

@@ -13,3 +13,14 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
   """A directory for `compute.compilation_cache`, so that each program is compiled once."""
   return str(tmp_path_factory.mktemp("compilation_cache"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Skips the tests marked `gpu` where jax has none."""
+  marked = [item for item in items if item.get_closest_marker("gpu")]
+  if marked:
+    import jax
+
+    if jax.default_backend() != "gpu":
+      for item in marked:
+        item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

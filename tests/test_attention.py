@@ -1,12 +1,20 @@
-"""Laws of attention: a loop over queries in numpy; blocks of queries equal the whole."""
+"""Laws of attention: a loop over queries in numpy; blocks of queries equal the whole; kernels equal the plain one.
+
+`pytest -m gpu` runs the same comparison for the kernels of the GPU that is there.
+"""
+
+import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jflow.errors import UserError
 from jflow.models import attention as module
-from jflow.models.attention import attention
+from jflow.models import kernels
+from jflow.models.attention import attention, choose, packed_attention
 
 RNG = np.random.default_rng(0)
 
@@ -65,7 +73,7 @@ def test_blocks_of_queries_equal_the_whole_with_gradients(monkeypatch):
     return jnp.sum(jnp.where(real, attention(q, k, v, *rest), 0.0) * weight)
 
   whole = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
-  monkeypatch.setattr(module, "_QUERY_BLOCK", 16)
+  monkeypatch.setattr(module, "_QUERY_BLOCK", 15)  # five blocks of 13: one position of padding
   blocks = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
   assert "dynamic_slice" in str(jax.make_jaxpr(loss)(q, k, v))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, blocks)
@@ -80,8 +88,107 @@ def test_a_long_row_never_holds_all_pairs():
   assert "1024,4096]" in jaxpr and "4096,4096]" not in jaxpr
 
 
+def test_no_length_falls_back_to_all_pairs():
+  """Blocks of one size, rounded up; the rest is padding that is cut off again."""
+  shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+  segments = jax.ShapeDtypeStruct((1, 1537), jnp.int32)
+  args = (shape(1, 1537, 2, 8), shape(1, 1537, 2, 8), shape(1, 1537, 2, 8), segments, segments, 0)
+  jaxpr = str(jax.make_jaxpr(attention, static_argnums=5)(*args))
+  assert "769,1537]" in jaxpr and "1537,1537]" not in jaxpr
+  assert jax.eval_shape(lambda *a: attention(*a, 0), *args[:5]).shape == (1, 1537, 2, 8)
+
+
 def test_gradients_stay_finite_where_a_query_sees_nothing():
   q, k, v, *_ = inputs(1, 8, 8, 2, 2, 4)
   nothing = np.zeros((1, 8), np.int32)
   gradients = jax.grad(lambda *x: jnp.sum(attention(*x, nothing, nothing, 0)), argnums=(0, 1, 2))(q, k, v)
   assert all(np.isfinite(g).all() for g in gradients)
+
+
+# --- kernels ----------------------------------------------------------------------------------------------
+
+
+def packing(rng: np.random.Generator, batch: int, seq: int) -> np.ndarray:
+  """Rows of random segments 1, 2, ... with padding at the end, one of them full."""
+  out = np.zeros((batch, seq), np.int32)
+  for row in range(batch):
+    cuts = np.sort(rng.choice(np.arange(1, seq), size=rng.integers(1, 7), replace=False))
+    ids = np.searchsorted(cuts, np.arange(seq), side="right") + 1
+    out[row] = np.where(ids <= len(cuts), ids, 0) if row else ids
+  return out
+
+
+def compare(kernel, seq: int, width: int, dtype, tolerance: float) -> None:
+  """Values and gradients against the plain one, and the leak test: a segment's outputs feel no other's inputs."""
+  rng = np.random.default_rng(seq)
+  segments = packing(rng, 2, seq)
+  q, k, v, weight = (jnp.asarray(rng.standard_normal((2, seq, 2, width)), dtype) for _ in range(4))
+  real = (segments > 0)[..., None, None]
+
+  def loss(f, segment=None):
+    counted = real if segment is None else (segments == segment)[..., None, None]
+    return lambda *qkv: jnp.sum(jnp.where(counted, f(*qkv, segments).astype(jnp.float32) * weight, 0.0))
+
+  plain = lambda *args: packed_attention(*args, "xla")
+  run = lambda f, *a: jax.jit(jax.value_and_grad(loss(f, *a), argnums=(0, 1, 2)))
+  got, want = run(kernel)(q, k, v), run(plain)(q, k, v)
+  for ours, theirs in zip(got[1], want[1], strict=True):
+    ours, theirs = (np.where(real, np.asarray(x, np.float64), 0) for x in (ours, theirs))
+    assert np.isfinite(ours).all()
+    assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs)
+  ours, theirs = (np.where(real, np.asarray(f(q, k, v, segments), np.float64), 0) for f in (kernel, plain))
+  np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max())
+  for gradient in run(kernel, 2)(q, k, v)[1]:
+    assert not np.asarray(gradient, np.float32)[segments != 2].any()
+
+
+@pytest.mark.parametrize("name, seq, width", [("splash", 200, 128), ("triton", 256, 64)])
+def test_a_kernel_equals_plain_attention(name, seq, width):
+  """In the interpreter of Pallas; 200 is padded to two tiles."""
+  compare(functools.partial(kernels.KERNELS[name], interpret=True), seq, width, jnp.float32, 2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cudnn", "triton", "tokamax"])
+def test_a_kernel_of_this_gpu_equals_plain_attention(name):
+  device = jax.devices()[0]
+  why = kernels.obstacle(name, device, jnp.bfloat16, 128)
+  if why:
+    pytest.skip(f"{name} {why}")
+  compare(kernels.KERNELS[name], 1024, 128, jnp.bfloat16, 2e-2)
+
+
+def test_the_table_of_segments_is_what_the_packer_made():
+  segments = np.array([[1, 1, 1, 2, 3, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1], [0] * 8], np.int32)
+  lengths, starts = kernels.segment_table(jnp.asarray(segments), 4)
+  np.testing.assert_array_equal(lengths, [[3, 1, 2, -1], [8, -1, -1, -1], [-1] * 4])
+  np.testing.assert_array_equal(starts, [[0, 3, 4, 6, -1], [0, 8, -1, -1, -1], [0, -1, -1, -1, -1]])
+
+
+def device(platform: str, capability: str = ""):
+  return types.SimpleNamespace(platform=platform, compute_capability=capability)
+
+
+def test_the_kernel_follows_the_device():
+  bf16, f32 = "bfloat16", "float32"
+  assert choose("auto", device("cpu"), bf16, 128) == "xla"
+  assert choose("auto", device("tpu"), bf16, 128) == "splash"
+  assert choose("auto", device("tpu"), bf16, 64) == "xla"
+  assert choose("auto", device("gpu", "9.0"), bf16, 128) == "cudnn"
+  assert choose("auto", device("gpu", "8.0"), bf16, 128) == "triton"
+  assert choose("auto", device("gpu", "9.0"), f32, 128) == "triton"
+  assert choose("xla", device("tpu"), bf16, 128) == "xla"
+
+
+@pytest.mark.parametrize(
+  "name, where, dtype, said",
+  [
+    ("splash", device("cpu"), "float32", "does not run on cpu; use 'auto' or 'xla'"),
+    ("cudnn", device("gpu", "8.0"), "bfloat16", "needs a GPU of compute capability 9.0"),
+    ("cudnn", device("gpu", "9.0"), "float32", "needs compute.dtype='bfloat16'"),
+    ("flash", device("gpu", "9.0"), "bfloat16", "must be one of auto, xla, cudnn"),
+  ],
+)
+def test_a_kernel_that_cannot_run_is_refused_by_name(name, where, dtype, said):
+  with pytest.raises(UserError, match=f"config.compute.attention='{name}'.*{said}"):
+    choose(name, where, dtype, 128)

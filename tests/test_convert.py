@@ -61,7 +61,7 @@ def _write_vae(directory: pathlib.Path, dtype: type = np.float32, old: bool = Fa
 def _model_shapes(config: JanusFlowConfig) -> dict[str, tuple[int, ...]]:
   from jflow.training.setup import initial_params
 
-  model = JanusFlow(config, jnp.float32, "none", 1)
+  model = JanusFlow(config, jnp.float32, "none", 1, "xla")
   tree = unbox(jax.eval_shape(lambda: initial_params(model, 0)))
   return {path: x.shape for path, x in transfer.flatten(tree).items()}
 

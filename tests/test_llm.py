@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import tiny
 
+from jflow import losses
+from jflow.errors import UserError
 from jflow.models import llm as llm_module
 from jflow.models.cache import Cache
 from jflow.models.llm import Block, LanguageModel, rope_tables, rotate, separate_layers
@@ -31,7 +33,7 @@ def params():
 
 @functools.cache
 def llm(remat="none", unroll=1, config=LM):
-  return LanguageModel(config, TAP, jnp.dtype("float32"), remat, unroll)
+  return LanguageModel(config, TAP, jnp.dtype("float32"), remat, unroll, "xla")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -124,7 +126,7 @@ def test_the_scan_equals_a_loop_over_its_layers():
   outputs = []
   for layer in range(LM.layers):
     mine = jax.tree.map(lambda x: x[layer], variables["layers"])
-    carry, _ = Block(LM, 0, jnp.dtype("float32")).apply({"params": mine}, carry, tables, SEGMENTS)
+    carry, _ = Block(LM, 0, jnp.dtype("float32"), "xla").apply({"params": mine}, carry, tables, SEGMENTS)
     outputs.append(carry[0])
   out = run(llm(), params(), X, RESTARTED, SEGMENTS)
   np.testing.assert_allclose(out.tap, outputs[TAP - 1], atol=2e-6)
@@ -157,7 +159,9 @@ def loss_and_gradient(model, variables):
   return jax.value_and_grad(loss)(variables)
 
 
-@pytest.mark.parametrize("remat, unroll", [("full", 1), ("dots", 1), ("none", 2), ("full", 2)])
+@pytest.mark.parametrize(
+  "remat, unroll", [("full", 1), ("dots", 1), ("save:attended,gate,up", 1), ("full", 2)]
+)
 def test_remat_and_unroll_change_neither_loss_nor_gradient(remat, unroll):
   want, got = loss_and_gradient(llm(), params()), loss_and_gradient(llm(remat, unroll), params())
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
@@ -167,11 +171,11 @@ def test_remat_and_unroll_change_neither_loss_nor_gradient(remat, unroll):
 def test_remat_keeps_less():
   """Without remat the backward pass is handed the mlp's activations; with "full" only the blocks' inputs."""
   kept = {}
-  for remat in ("none", "dots", "full"):
+  for remat in ("none", "dots", "save:gate", "full"):
     functional = lambda v: jnp.sum(llm(remat).apply(v, X, RESTARTED, SEGMENTS).hidden)
     residuals = jax.eval_shape(lambda v: jax.vjp(functional, v)[1], params())
     kept[remat] = sum(x.size for x in jax.tree.leaves(residuals))
-  assert kept["full"] < kept["dots"] < kept["none"]
+  assert kept["full"] < kept["save:gate"] < kept["dots"] < kept["none"]
 
 
 def test_logits_are_the_head_on_the_hidden_state():
@@ -180,24 +184,27 @@ def test_logits_are_the_head_on_the_hidden_state():
   np.testing.assert_allclose(out, X @ np.asarray(params()["params"]["head"]["kernel"]), atol=1e-5)
 
 
-# --- the loss in blocks -----------------------------------------------------------------------------------
-
-
-def test_the_loss_in_blocks_is_the_loss_and_never_holds_the_logits_of_a_whole_row(monkeypatch):
+def test_the_loss_is_that_of_the_logits():
+  """With its gradients, also for the head's kernel; what carries no loss never becomes logits."""
   targets = RNG.integers(0, LM.vocabulary_size, (B, S)).astype(np.int32)
   mask = RNG.random((B, S)) < 0.7
 
-  def loss(variables, x):
+  def ours(variables, x):
     return llm().apply(variables, x, targets, mask, method="next_token")
 
-  results, programs = [], []
-  for block in (S, 8, 9):  # whole; three blocks; a block that does not divide the row
-    monkeypatch.setattr(llm_module, "_LOSS_BLOCK", block)
-    step = jax.value_and_grad(loss, argnums=(0, 1))
-    results.append(jax.tree.leaves(step(params(), X)))
-    programs.append(str(jax.make_jaxpr(step)(params(), X)))
-  for result in results[1:]:
-    for ours, whole in zip(result, results[0], strict=True):
-      np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-5 * max(float(np.abs(whole).max()), 1e-6))
-  logits = f"f32[{B},{S},{LM.vocabulary_size}]"
-  assert [logits in program for program in programs] == [True, False, True]
+  def plain(variables, x):
+    return losses.next_token(llm().apply(variables, x, method="logits"), targets, mask)
+
+  got, want = (jax.value_and_grad(f, argnums=(0, 1))(params(), X) for f in (ours, plain))
+  close = lambda a, b: np.testing.assert_allclose(
+    a, b, rtol=1e-5, atol=1e-6 * max(float(np.abs(b).max()), 1e-6)
+  )
+  jax.tree.map(close, got, want)
+
+
+def test_a_remat_policy_may_name_what_it_keeps():
+  assert llm_module.remat_policy("none") is None
+  with pytest.raises(
+    UserError, match="compute.remat='save:gate,nothing' must be one of none, full, dots, or"
+  ):
+    llm_module.remat_policy("save:gate,nothing")

@@ -110,7 +110,7 @@ def test_the_sampler_of_generate_gives_the_trajectory_of_the_reference(checkpoin
   found = read_checkpoint(checkpoint)
   codec = AutoencoderConfig("patch_pca", 4, 1.0, (), 0, 0, patch_size=8, window=8)
   config = dataclasses.replace(found.config, autoencoder=codec)
-  model = JanusFlow(config, jnp.float32, remat="none", unroll=1)
+  model = JanusFlow(config, jnp.float32, remat="none", unroll=1, attention="xla")
   kernel = np.zeros((3, 3, 4, 192), np.float32)
   kernel[1, 1, np.arange(4), np.arange(4)] = 1.0  # a decoder that shows latent c at column c of its patch
   params = found.params | {"vae": {"decoder": {"kernel": kernel, "bias": np.zeros(192, np.float32)}}}

@@ -69,9 +69,11 @@ SHAPE = RowShape(tokens=96, images=3, image_patches=CONFIG.patches, image_size=C
 LOSSES = ("text", "flow", "alignment")
 
 
-def model(config: JanusFlowConfig = CONFIG, remat: str = "none", unroll: int = 1) -> JanusFlow:
+def model(
+  config: JanusFlowConfig = CONFIG, remat: str = "none", unroll: int = 1, attention: str = "xla"
+) -> JanusFlow:
   """The model in f32."""
-  return JanusFlow(config, jnp.dtype("float32"), remat, unroll)
+  return JanusFlow(config, jnp.dtype("float32"), remat, unroll, attention)
 
 
 @functools.cache
@@ -195,7 +197,7 @@ def configuration(**sections) -> dict:
       weights=dict(text=1.0, flow=1.0, alignment=1.0, contrastive=0.0), time_mean=0.0, time_std=1.0
     ),
     data=dict(tokenizer=str(TOKENIZER), template="plain", row_tokens=SHAPE.tokens, row_images=SHAPE.images, latents=False, sources={}),
-    compute=dict(dtype="float32", remat="none", unroll=1, compilation_cache=""),
+    compute=dict(dtype="float32", remat="none", unroll=1, attention="auto", compilation_cache=""),
     mesh=dict(data=1, fsdp=1, model=1),
     distributed=dict(
       cluster="", coordinator="", processes=1, process_id=0, start_seconds=60, heartbeat_seconds=10

@@ -51,7 +51,7 @@ def load(
       f"{found.config.language_model.vocabulary_size}: it belongs to another model"
     )
   compute = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-  model = JanusFlow(found.config, compute, remat="none", unroll=1)
+  model = JanusFlow(found.config, compute, remat="none", unroll=1, attention="xla")
   _check_params(path, model, found.params)
   return Pipeline(model, found.params, tokenizer, found.template, found.has_vae)
 

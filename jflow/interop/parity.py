@@ -235,7 +235,7 @@ def compare_model(checkpoint: str, golden: pathlib.Path, tolerance: float) -> li
   arrays = read_golden(golden)
   found = read_checkpoint(checkpoint)
   model, params = for_inference(
-    JanusFlow(found.config, jnp.dtype("float32"), remat="none", unroll=1), found.params
+    JanusFlow(found.config, jnp.dtype("float32"), remat="none", unroll=1, attention="xla"), found.params
   )
   bases = {_VARIANT.sub("", name) for name in arrays}
   ours: dict[str, Output] = {}

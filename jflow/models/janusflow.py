@@ -78,21 +78,24 @@ class JanusFlow(nn.Module):
   Attributes:
     config: sizes.
     dtype: compute dtype; parameters stay f32 where they are trained.
-    remat: policy of the LLM's blocks and SigLIP's ("none", "full", "dots").
+    remat: what the LLM's blocks keep for the backward pass, see `llm.remat_policy`; SigLIP's keep their inputs
+      alone, or everything for "none".
     unroll: LLM layers per scan iteration; 0: separate layers, see `for_inference`.
+    attention: implementation for packed rows, as `attention.choose` returns it.
   """
 
   config: JanusFlowConfig
   dtype: Any
   remat: str
   unroll: int
+  attention: str
 
   def setup(self) -> None:
     c, dtype = self.config, self.dtype
     lm, vision, gen = c.language_model, c.understanding_encoder, c.generation
     tap = c.alignment_layer if c.alignment_width else 0
     latents = c.autoencoder.latent_channels
-    self.language_model = LanguageModel(lm, tap, dtype, self.remat, self.unroll)
+    self.language_model = LanguageModel(lm, tap, dtype, self.remat, self.unroll, self.attention)
     self.understanding_encoder = Siglip(vision, dtype, remat=self.remat != "none")
     self.understanding_projector = Linear(lm.width, (None, "embed"), dtype, use_bias=True)
     self.understanding_start = parameter(

@@ -8,13 +8,15 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from jflow import losses
-from jflow.models.attention import attention
+from jflow import head_loss
+from jflow.errors import UserError
+from jflow.models.attention import packed_attention
 from jflow.models.cache import Cache, Prefix
 from jflow.models.config import LanguageModelConfig
 from jflow.models.layers import Linear, RMSNorm, parameter
-from jflow.sharding import constrain
+from jflow.sharding import constrain, unbox
 
 # Names of remat policies a config may choose; "none" keeps every activation.
 REMAT = {
@@ -23,8 +25,25 @@ REMAT = {
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
+# Activations of a block that remat="save:NAME,NAME" keeps for the backward pass; the rest is computed again.
+SAVABLE = ("query", "key", "value", "attended", "gate", "up")
 
-_LOSS_BLOCK = 512  # positions whose logits exist at once in the loss of a longer row
+
+def remat_policy(name: str) -> Any:
+  """The policy of `jax.checkpoint` for a key of REMAT or "save:NAME,..."; None keeps everything.
+
+  Raises:
+    UserError: an unknown policy or name.
+  """
+  if name in REMAT:
+    return REMAT[name]
+  kind, _, rest = name.partition(":")
+  names = tuple(rest.split(","))
+  if kind != "save" or not set(names) <= set(SAVABLE):
+    raise UserError(
+      f"config.compute.remat={name!r} must be one of {', '.join(REMAT)}, or save: and some of {','.join(SAVABLE)}"
+    )
+  return jax.checkpoint_policies.save_only_these_names(*names)
 
 
 class Output(NamedTuple):
@@ -52,6 +71,7 @@ def rotate(x_BSNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
 class Attention(nn.Module):
   config: LanguageModelConfig
   dtype: Any
+  kernel: str  # of packed rows, see `packed_attention`
 
   @nn.compact
   def __call__(self, x_BSD, tables, segments_BS, past):
@@ -65,7 +85,10 @@ class Attention(nn.Module):
     q_BSNH, k_BSKH = rotate(q_BSNH, tables), rotate(k_BSKH, tables)
     q_BSNH = constrain(q_BSNH, "batch", None, "heads", None)
     if past is None:
-      out, grown = attention(q_BSNH, k_BSKH, v_BSKH, segments_BS, segments_BS, 0), None
+      q_BSNH, k_BSKH = checkpoint_name(q_BSNH, "query"), checkpoint_name(k_BSKH, "key")
+      v_BSKH = checkpoint_name(v_BSKH, "value")
+      out = packed_attention(q_BSNH, k_BSKH, v_BSKH, segments_BS, self.kernel)
+      out, grown = checkpoint_name(out, "attended"), None
     else:
       out, grown = past(q_BSNH, k_BSKH, v_BSKH)
     out = out.reshape(*out.shape[:2], c.heads * c.head_width)
@@ -82,8 +105,8 @@ class Mlp(nn.Module):
   def __call__(self, x_BSD):
     c = self.config
     linear = lambda features, axes, name: Linear(features, axes, self.dtype, use_bias=False, name=name)
-    gate = linear(c.mlp_width, ("embed", "mlp"), "gate")(x_BSD)
-    up = linear(c.mlp_width, ("embed", "mlp"), "up")(x_BSD)
+    gate = checkpoint_name(linear(c.mlp_width, ("embed", "mlp"), "gate")(x_BSD), "gate")
+    up = checkpoint_name(linear(c.mlp_width, ("embed", "mlp"), "up")(x_BSD), "up")
     return linear(c.width, ("mlp", "embed"), "down")(jax.nn.silu(gate) * up)
 
 
@@ -91,13 +114,14 @@ class Block(nn.Module):
   config: LanguageModelConfig
   tap_layer: int
   dtype: Any
+  kernel: str
 
   @nn.compact
   def __call__(self, carry, tables, segments_BS, past=None):
     """Returns the carry (residual stream, tap, blocks done) and what `past` has grown to."""
     x_BSD, tap_BSD, layer = carry
     norm = lambda name: RMSNorm(self.config.rms_norm_epsilon, self.dtype, name=name)
-    attended, grown = Attention(self.config, self.dtype, name="attention")(
+    attended, grown = Attention(self.config, self.dtype, self.kernel, name="attention")(
       norm("attention_norm")(x_BSD), tables, segments_BS, past
     )
     x_BSD = constrain(x_BSD + attended, "batch", None, None)
@@ -115,10 +139,11 @@ class LanguageModel(nn.Module):
 
   Attributes:
     tap_layer: the block (counted from 1) whose output is returned as `tap`; 0: none.
-    remat: a key of REMAT.
+    remat: a key of REMAT or "save:NAME,...", see `remat_policy`.
     unroll: layers per iteration of the scan; the parameters do not depend on it. 0: no scan, and each layer
       has parameters of its own (`layers_0`, ...) in place of stacked ones: see `separate_layers`. A scan copies
       each layer's weights out of the stack, which costs more than a decoding step itself.
+    attention: implementation for packed rows, as `attention.choose` returns it.
   """
 
   config: LanguageModelConfig
@@ -126,6 +151,7 @@ class LanguageModel(nn.Module):
   dtype: Any
   remat: str
   unroll: int
+  attention: str
 
   def setup(self) -> None:
     c = self.config
@@ -135,9 +161,9 @@ class LanguageModel(nn.Module):
     self.head = Linear(c.vocabulary_size, ("embed", "vocab"), self.dtype, use_bias=False, kernel_init=init)
     block = Block
     if self.remat != "none":
-      block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
+      block = nn.remat(Block, policy=remat_policy(self.remat), prevent_cse=False)
     if not self.unroll:
-      self.layers = [block(c, self.tap_layer, self.dtype) for _ in range(c.layers)]
+      self.layers = [block(c, self.tap_layer, self.dtype, self.attention) for _ in range(c.layers)]
       return
     stack = nn.scan(
       block,
@@ -148,7 +174,7 @@ class LanguageModel(nn.Module):
       unroll=self.unroll,
       metadata_params={},
     )
-    self.layers = stack(c, self.tap_layer, self.dtype)
+    self.layers = stack(c, self.tap_layer, self.dtype, self.attention)
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """int32[...] -> [..., D]."""
@@ -195,24 +221,11 @@ class LanguageModel(nn.Module):
     return self.head(hidden).astype(jnp.float32)
 
   def next_token(self, hidden_BSD: jax.Array, targets_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
-    """Sum over masked positions of -log p(target) (eq. 6); see `losses.next_token`.
-
-    A row whose length is a multiple of the block goes through the head in blocks, which the backward pass
-    computes again: no [B, S, V] of a long row ever exists.
-    """
-    b, s, _ = hidden_BSD.shape
-    if s <= _LOSS_BLOCK or s % _LOSS_BLOCK:
-      return losses.next_token(self.logits(hidden_BSD), targets_BS, mask_BS)
-    cut = lambda x: jnp.moveaxis(x.reshape(b, s // _LOSS_BLOCK, _LOSS_BLOCK, *x.shape[2:]), 1, 0)
-
-    def block(module: LanguageModel, total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-      hidden, targets, mask = part
-      return total + losses.next_token(module.logits(hidden), targets, mask), None
-
-    over = nn.scan(
-      nn.remat(block, prevent_cse=False), variable_broadcast="params", split_rngs={"params": False}
-    )
-    return over(self, jnp.zeros((), jnp.float32), tuple(map(cut, (hidden_BSD, targets_BS, mask_BS))))[0]
+    """Sum over masked positions of -log p(target) (eq. 6); see `head_loss.next_token`."""
+    if self.is_initializing():
+      self.logits(hidden_BSD[:, :1])
+    kernel_DV = self.head.variables["params"]["kernel"]
+    return head_loss.next_token(hidden_BSD, unbox(kernel_DV), targets_BS, mask_BS)
 
 
 def separate_layers(params: Any, layers: int) -> dict[str, Any]:

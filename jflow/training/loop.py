@@ -74,7 +74,7 @@ def _train(
   if config["compute"]["compilation_cache"]:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config["compute"]["compilation_cache"]))
 
-  model = setup.build(config)
+  model = setup.build(config, mesh.devices.flat[0])
   shape = setup.row_shape(config, model.config)
   batch_size, seed = config["train"]["batch_size"], config["train"]["seed"]
   open_pipeline = lambda share=None: Pipeline(config["data"], tokenizer, shape, batch_size, seed, share)

@@ -16,9 +16,10 @@ from jflow.batch import WRITE, RowShape, empty
 from jflow.data.pipeline import Pipeline
 from jflow.errors import UserError
 from jflow.interop.checkpoints import read_checkpoint
+from jflow.models import attention
 from jflow.models.config import JanusFlowConfig
 from jflow.models.janusflow import Draws, JanusFlow, Sums
-from jflow.models.llm import REMAT
+from jflow.models.llm import remat_policy
 from jflow.models.vae import fit_patch_pca
 
 Config = Mapping[str, Any]
@@ -76,7 +77,9 @@ def check(config: Config) -> JanusFlowConfig:
   need(
     config["compute"]["dtype"] in ("float32", "bfloat16"), "compute.dtype", "must be 'float32' or 'bfloat16'"
   )
-  need(config["compute"]["remat"] in REMAT, "compute.remat", f"must be one of {', '.join(REMAT)}")
+  remat_policy(config["compute"]["remat"])
+  known = attention.IMPLEMENTATIONS
+  need(config["compute"]["attention"] in known, "compute.attention", f"must be one of {', '.join(known)}")
   need(data["template"] in ("plain", "chat"), "data.template", "must be 'plain' or 'chat'")
   need(
     data["row_tokens"] <= model.language_model.context,
@@ -130,15 +133,16 @@ def _check_distributed(fields: Mapping[str, Any], need: Callable[[bool, str, str
   )
 
 
-def build(config: Config) -> JanusFlow:
-  """The model of a config."""
-  compute = config["compute"]
-  return JanusFlow(
-    JanusFlowConfig.from_dict(config["model"]),
-    jnp.dtype(compute["dtype"]),
-    compute["remat"],
-    compute["unroll"],
-  )
+def build(config: Config, device: jax.Device) -> JanusFlow:
+  """The model of a config, with the attention kernel for `device`.
+
+  Raises:
+    UserError: a kernel that the config names cannot run there.
+  """
+  compute, model = config["compute"], JanusFlowConfig.from_dict(config["model"])
+  width = model.language_model.head_width
+  kernel = attention.choose(compute["attention"], device, compute["dtype"], width)
+  return JanusFlow(model, jnp.dtype(compute["dtype"]), compute["remat"], compute["unroll"], kernel)
 
 
 def row_shape(config: Config, model: JanusFlowConfig) -> RowShape:

@@ -78,7 +78,7 @@ def read_llama(directory: pathlib.Path):
   entries = list(names.language_model(config, "", bool(values.get("tie_word_embeddings"))))
   params = transfer.load(entries, Checkpoint(directory, ("model",)), "LLM")
   nested = transfer.nest(params)["language_model"]
-  return LanguageModel(config, 0, jnp.float32, "none", 1), {"params": nested}, entries
+  return LanguageModel(config, 0, jnp.float32, "none", 1, "xla"), {"params": nested}, entries
 
 
 def llama_logits(model, params, tokens, positions, segments):

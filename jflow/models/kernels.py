@@ -1,0 +1,208 @@
+"""Fused attention kernels for packed rows, one function each, all with one signature.
+
+kernel(q_BSNH, k_BSNH, v_BSNH, segments_BS) -> out_BSNH: causal within segments, scaled by H^-1/2. Heads of keys
+and values are as many as those of queries. Each runs on one device's share; see `attention.over_shards`.
+
+Legend: B batch, S sequence, N heads, H head dim, M segments of a row.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+_TILE = 128  # rows are padded to a multiple of it for the Pallas kernels
+_SPLASH_BLOCKS = (1024, 512, 256, 128)  # the largest that divides the row is taken
+_CUDNN_SEGMENTS = 128  # segments of a row that cuDNN is told about; a row with more takes the plain path
+
+
+def obstacle(name: str, device: jax.Device, dtype: Any, head_width: int) -> str:
+  """Why a kernel cannot run there, as the end of a sentence; empty if it can."""
+  platform, half = device.platform, jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+  if platform != {"splash": "tpu"}.get(name, "gpu"):
+    return f"does not run on {platform}"
+  if name == "splash" and head_width % 128:
+    return f"needs heads of a multiple of 128, not {head_width}"
+  if name == "cudnn":
+    if not half:
+      return f"needs compute.dtype='bfloat16', not {jnp.dtype(dtype).name!r}"
+    if head_width > 128 or head_width % 8:
+      return f"needs heads of at most 128 and a multiple of 8, not {head_width}"
+    if _capability(device) < 9:
+      return (
+        f"needs a GPU of compute capability 9.0 or later for packed rows, not {device.compute_capability}"
+      )
+  if name == "triton" and (head_width & (head_width - 1) or not 16 <= head_width <= 128):
+    return f"needs heads of 16, 32, 64 or 128, not {head_width}"
+  if name == "tokamax" and importlib.util.find_spec("tokamax") is None:
+    return "needs tokamax: pip install tokamax (Python 3.12, jax 0.11 or later)"
+  return ""
+
+
+def _capability(device: jax.Device) -> float:
+  return float(getattr(device, "compute_capability", "0"))
+
+
+def _padded(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """Pads the row to whole tiles with segment 0 and cuts the result."""
+
+  @functools.wraps(kernel)
+  def padded(q_BSNH, k_BSNH, v_BSNH, segments_BS, **options):
+    seq = q_BSNH.shape[1]
+    extra = -seq % _TILE
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2)) if extra else x
+    return kernel(*map(pad, (q_BSNH, k_BSNH, v_BSNH, segments_BS)), **options)[:, :seq]
+
+  return padded
+
+
+@_padded
+def splash(q_BSNH, k_BSNH, v_BSNH, segments_BS, interpret: bool = False) -> jax.Array:
+  """TPU: Pallas splash attention. Skips tiles above the diagonal; masks across segments inside a tile."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  _, seq, heads, width = q_BSNH.shape
+  block = next(b for b in _SPLASH_BLOCKS if seq % b == 0)
+  compute = min(block, 512)
+  sizes = kernel.BlockSizes(
+    block_q=block, block_kv=block, block_kv_compute=compute, block_q_dkv=block, block_kv_dkv=block,
+    block_kv_dkv_compute=compute, block_q_dq=block, block_kv_dq=block,
+  )  # fmt: skip
+  mask = masks.MultiHeadMask([masks.CausalMask((seq, seq))] * heads)
+  run = kernel.make_splash_mha(
+    mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, residual_checkpoint_name="attended",
+    interpret=interpret,
+  )  # fmt: skip
+  heads_first = lambda x: jnp.swapaxes(x, 1, 2)
+  one_row = lambda q, k, v, s: run(q, k, v, segment_ids=kernel.SegmentIds(q=s, kv=s))
+  scaled = q_BSNH * jnp.asarray(width**-0.5, q_BSNH.dtype)
+  return heads_first(jax.vmap(one_row)(*map(heads_first, (scaled, k_BSNH, v_BSNH)), segments_BS))
+
+
+@_padded
+def triton(q_BSNH, k_BSNH, v_BSNH, segments_BS, interpret: bool = False) -> jax.Array:
+  """Any GPU: jax's Pallas-Triton flash attention. Skips tiles above the diagonal."""
+  from jax.experimental.pallas.ops.gpu import attention as pallas
+
+  width = q_BSNH.shape[-1]
+  back = 64 if width <= 64 else 32  # tiles of the backward pass, by shared memory
+  sizes = pallas.BlockSizes(
+    block_q=128, block_k=64, block_q_dkv=back, block_kv_dkv=back, block_q_dq=back, block_kv_dq=back
+  )
+  return pallas.mha(
+    q_BSNH, k_BSNH, v_BSNH, segments_BS, sm_scale=width**-0.5, causal=True, block_sizes=sizes,
+    interpret=interpret,
+  )  # fmt: skip
+
+
+def segment_table(segments_BS: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
+  """Lengths int32[B, M] and starts int32[B, M + 1] of the segments 1..M of each row, -1 where there is none.
+
+  Segments are consecutive runs in rising order, padding (0) behind them, as the packer makes them.
+  """
+  ids = jnp.arange(1, limit + 1)
+  lengths_BM = jnp.sum(segments_BS[:, None, :] == ids[None, :, None], axis=-1, dtype=jnp.int32)
+  ends_BM = jnp.cumsum(lengths_BM, axis=1, dtype=jnp.int32)
+  count_B1 = jnp.max(segments_BS, axis=1, keepdims=True)
+  starts = jnp.concatenate([jnp.zeros_like(count_B1), ends_BM], axis=1)
+  starts = jnp.where(jnp.arange(limit + 1)[None] <= count_B1, starts, -1)
+  return jnp.where(ids[None] <= count_B1, lengths_BM, -1), starts
+
+
+@jax.custom_vjp
+def cudnn(q_BSNH, k_BSNH, v_BSNH, segments_BS) -> jax.Array:
+  """GPU from compute capability 9.0: cuDNN's packed flash attention, which skips everything across segments.
+
+  It goes through private functions of jax: the public one takes no segments. A batch with a row of more
+  segments than cuDNN's table holds takes the plain path: nothing is ever attended to wrongly.
+  """
+  return _cudnn_forward(q_BSNH, k_BSNH, v_BSNH, segments_BS)[0]
+
+
+def _cudnn_forward(q_BSNH, k_BSNH, v_BSNH, segments_BS):
+  real = (segments_BS > 0)[..., None, None]
+  q_BSNH, k_BSNH, v_BSNH = (jnp.where(real, x, jnp.zeros((), x.dtype)) for x in (q_BSNH, k_BSNH, v_BSNH))
+
+  def packed(*qkv):
+    out, statistics = _cudnn_fused(*qkv, *segment_table(segments_BS, _CUDNN_SEGMENTS))
+    return jnp.where(real, out, jnp.zeros((), out.dtype)), statistics  # padding comes back uninitialised
+
+  def plain(*qkv):
+    statistics = jax.eval_shape(packed, *qkv)[1]
+    return _reference(*qkv, segments_BS), jnp.zeros(statistics.shape, statistics.dtype)
+
+  fits = jnp.max(segments_BS) <= _CUDNN_SEGMENTS
+  out, statistics = jax.lax.cond(fits, packed, plain, q_BSNH, k_BSNH, v_BSNH)
+  out, statistics = checkpoint_name(out, "attended"), checkpoint_name(statistics, "attended")
+  return out, (q_BSNH, k_BSNH, v_BSNH, segments_BS, out, statistics)
+
+
+def _cudnn_backward(residuals, d_out):
+  from jax._src.cudnn import fused_attention_stablehlo as fused
+
+  q_BSNH, k_BSNH, v_BSNH, segments_BS, out, statistics = residuals
+  real = (segments_BS > 0)[..., None, None]
+  d_out = jnp.where(real, d_out, jnp.zeros((), d_out.dtype))
+
+  def packed(*qkv):
+    lengths, starts = segment_table(segments_BS, _CUDNN_SEGMENTS)
+    unused = jnp.zeros(0, qkv[0].dtype)
+    held = (*qkv, unused, lengths, lengths, starts, starts, unused, unused, statistics, out)
+    scale, layout = _scale(qkv[0]), fused.AttentionLayout.BTNH.value
+    options = (scale, 42, 0.0, (False, False), fused.MaskType.PADDING_CAUSAL, layout, None)
+    gradients = fused._dot_product_attention_bwd_rule(*options, True, False, held, d_out)[:3]
+    return tuple(jnp.where(real, x, jnp.zeros((), x.dtype)) for x in gradients)
+
+  plain = lambda *qkv: jax.vjp(lambda *x: _reference(*x, segments_BS), *qkv)[1](d_out)
+  fits = jnp.max(segments_BS) <= _CUDNN_SEGMENTS
+  return (*jax.lax.cond(fits, packed, plain, q_BSNH, k_BSNH, v_BSNH), None)
+
+
+cudnn.defvjp(_cudnn_forward, _cudnn_backward)
+
+
+def _reference(q_BSNH, k_BSNH, v_BSNH, segments_BS) -> jax.Array:
+  from jflow.models.attention import attention
+
+  return attention(q_BSNH, k_BSNH, v_BSNH, segments_BS, segments_BS, 0)
+
+
+def _scale(q_BSNH: jax.Array) -> float:
+  return float(q_BSNH.shape[-1] ** -0.5)
+
+
+def _cudnn_fused(q_BSNH, k_BSNH, v_BSNH, lengths_BM, starts_BM):
+  """The output and the statistics (log of the softmax's sum) of cuDNN's forward pass."""
+  from jax._src.cudnn import fused_attention_stablehlo as fused
+
+  return fused.dot_product_attention(
+    q_BSNH, k_BSNH, v_BSNH, q_seqlen=lengths_BM, kv_seqlen=lengths_BM, q_offsets=starts_BM,
+    kv_offsets=starts_BM, scale=_scale(q_BSNH), mask_type=fused.MaskType.PADDING_CAUSAL, return_residual=True,
+  )  # fmt: skip
+
+
+@_padded
+def tokamax(q_BSNH, k_BSNH, v_BSNH, segments_BS) -> jax.Array:
+  """GPU, optional: tokamax's Triton kernel, told where each query's segment starts; skips what lies before."""
+  from tokamax._src.ops.attention import api, base
+
+  slots = jnp.arange(segments_BS.shape[1], dtype=jnp.int32)[None]
+  first = jnp.concatenate(
+    [jnp.ones_like(segments_BS[:, :1], bool), segments_BS[:, 1:] != segments_BS[:, :-1]], 1
+  )
+  starts_BS = jax.lax.cummax(jnp.where(first, slots, 0), axis=1)
+  mask = base.Mask(k_start=starts_BS[:, None, :], is_causal=True)
+  return api.IMPLEMENTATIONS["triton"](q_BSNH, k_BSNH, v_BSNH, mask=mask)
+
+
+KERNELS: dict[str, Callable[..., jax.Array]] = {
+  "cudnn": cudnn,
+  "triton": triton,
+  "splash": splash,
+  "tokamax": tokamax,
+}
