@@ -58,6 +58,30 @@ def power_of_two(count: int, least: int = 1) -> int:
   return max(least, 1 << (count - 1).bit_length()) if count else 0
 
 
+def prompt_arrays(
+  pipeline: "Pipeline", request: Request, most: int
+) -> tuple[np.ndarray, jax.Array, np.ndarray, np.ndarray]:
+  """What `reading.prefill` takes of a request, padded to buckets of at most `most` slots; the images are read.
+
+  Returns:
+    (int32[S] tokens, [Z, D] image slots, int32[S] indices into them, int32[] length).
+  """
+  config, n = pipeline.model.config, len(request.tokens)
+  s, k = min(bucket(n), most), 1 + config.patches
+  tokens, index = np.full(s, pipeline.tokenizer.pad, np.int32), np.full(s, -1, np.int32)
+  tokens[:n] = request.tokens
+  for i, start in enumerate(request.image_starts):
+    index[start : start + k] = i * k + np.arange(k)
+  count = len(request.images)
+  if count:
+    images = np.zeros((power_of_two(count), *request.images.shape[1:]), np.uint8)
+    images[:count] = request.images
+    seen = reading.look(pipeline.model, pipeline.params, images)
+  else:
+    seen = jnp.zeros((0, config.language_model.width), pipeline.model.dtype)
+  return tokens, seen, index, np.int32(n)
+
+
 class Decoder:
   """Rows of one batch on the device; a row's answer does not depend on what shares the batch.
 
@@ -79,8 +103,8 @@ class Decoder:
       raise UserError(f"slots={slots} must be at least 1")
     if not 1 < context <= most:
       raise UserError(f"context={context} must be in 2..{most}, the model's own")
-    self._model, self._params, self._eos = pipeline.model, pipeline.params, pipeline.tokenizer.eos
-    self._pad, self._patches = pipeline.tokenizer.pad, pipeline.model.config.patches
+    self._pipeline, self._eos = pipeline, pipeline.tokenizer.eos
+    self._model, self._params = pipeline.model, pipeline.params
     self.context = context
     self._rows = reading.Rows.empty(self._model, slots, bucket(context))
     self._free = list(range(slots))[::-1]
@@ -112,22 +136,11 @@ class Decoder:
       raise UserError(f"the prompt has {n} tokens, and the context holds {self.context - 1}: shorten it")
     if not self._free:
       raise UserError("no slot is free: release one first")
-    s, k = min(bucket(n), self._rows.cache.filled.shape[1]), 1 + self._patches
-    tokens, index = np.full(s, self._pad, np.int32), np.full(s, -1, np.int32)
-    tokens[:n] = request.tokens
-    for i, start in enumerate(request.image_starts):
-      index[start : start + k] = i * k + np.arange(k)
-    images = np.zeros((power_of_two(len(request.images)), *request.images.shape[1:]), np.uint8)
-    images[: len(request.images)] = request.images
-    if len(images):
-      seen = reading.look(self._model, self._params, images)
-    else:
-      seen = jnp.zeros((0, self._model.config.language_model.width), self._model.dtype)
+    prompt = prompt_arrays(self._pipeline, request, self._rows.cache.filled.shape[1])
     slot = self._free.pop()
     self._rows, self._first[slot] = reading.admit(
-      self._model, self._params, self._rows, np.int32(slot), tokens, seen, index, np.int32(n),
-      np.int32(min(request.max_tokens, self.context - n)), np.float32(request.temperature),
-      np.float32(request.top_p), np.uint32(request.seed), eos=self._eos,
+      self._model, self._params, self._rows, np.int32(slot), *prompt, np.int32(min(request.max_tokens, self.context - n)),
+      np.float32(request.temperature), np.float32(request.top_p), np.uint32(request.seed), eos=self._eos,
     )  # fmt: skip
     self._lengths[slot], self._going[slot] = n, False
     return slot

@@ -14,7 +14,7 @@ from jflow.data import examples, images
 from jflow.data.images import ImageError
 from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from jflow.errors import UserError
-from jflow.inference import decoding, painting
+from jflow.inference import decoding, likelihood, painting
 from jflow.inference.decoding import Request, bucket
 from jflow.models.janusflow import JanusFlow, for_inference
 
@@ -234,6 +234,26 @@ class Pipeline:
     if not requests:
       return []
     return decoding.answer_all(self, requests, batch_size, stream, progress)
+
+  def loglikelihood(
+    self, messages: str | Sequence[Any], images: Any, answers: Sequence[str], *, system: str = ""
+  ) -> list[tuple[float, bool]]:
+    """How likely the model finds given answers to a question, for benchmarks with choices.
+
+    Args:
+      messages, images, system: as in `understand`.
+      answers: texts; the space that training puts before an answer is put there, and the end of the text is not
+        scored.
+
+    Returns:
+      Per answer the sum of its tokens' log-probabilities (nats), and whether greedy decoding would say it.
+
+    Raises:
+      UserError: as `understand`; an empty answer, or one that does not fit the context.
+    """
+    if not answers:
+      return []
+    return likelihood.loglikelihood(self, self.request(messages, images, 1, system=system), answers)
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
