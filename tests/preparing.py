@@ -45,9 +45,9 @@ def make_folder(folder):
   return folder
 
 
-def run(folder, task="understanding", name="chat.jsonl", format="llava-jsonl", **options):
+def run(folder, task="understanding", name="chat.jsonl", format="llava-jsonl", output=None, **options):
   """Prepares folder/name into a directory beside the folder; returns the summary and the directory."""
-  output = str(folder.parent / "out")
+  output = output or str(folder.parent / "out")
   return prepare.prepare(format, output, task, str(folder / name), **options), output
 
 

@@ -114,6 +114,20 @@ def test_images_stand_where_their_marks_do():
     ]
 
 
+@pytest.mark.parametrize("template", examples.TEMPLATES)
+def test_interleaved_documents_are_learned_but_for_their_images(template):
+  text = " First <image> then <image>\n\nand the end. "
+  sample = build(Record("0", (PIXELS, PIXELS), text, ()), "understanding", template)
+  assert show(sample.tokens) == "[BOS]First [###] then [###]\n\nand the end.[EOS]"
+  assert learned(sample) == "First  then \n\nand the end.[EOS]"
+  assert [sample.tokens[start] for start in sample.image_starts] == [TOKENIZER.image_start] * 2
+  assert sample.image_kinds == (batch_lib.READ,) * 2
+  special = (TOKENIZER.image_start, TOKENIZER.image, TOKENIZER.image_end)
+  assert not np.isin(sample.targets[sample.loss_mask], special).any()
+  first = build(Record("0", (PIXELS,), "<image>The end.", ()), "understanding", template)
+  assert show(first.tokens) == "[BOS][###]The end.[EOS]" and learned(first) == "The end.[EOS]"
+
+
 @pytest.mark.parametrize(
   "template, expected",
   [("plain", "[BOS]A cat. It sleeps.[T]###"), ("chat", "[BOS]User: A cat. It sleeps.\n\nAssistant:[T]###")],
@@ -234,6 +248,8 @@ USER, ANSWER = Turn("user", "Why?"), Turn("assistant", "So.")
   [
     ("understanding", Record("0", (), "caption", ()), "image_count"),
     ("understanding", Record("0", (PIXELS,), " \n", ()), "empty_caption"),
+    ("understanding", Record("0", (PIXELS,), " <image>\n", ()), "empty_caption"),
+    ("understanding", Record("0", (PIXELS,), "<image> and <image>", ()), "image_marks"),
     ("understanding", question(answer=" "), "no_answer"),
     ("understanding", Record("0", (PIXELS,), "", (Turn("user", "<image>"),)), "no_answer"),
     ("understanding", Record("0", (PIXELS,), "", (Turn("user", "<image>"), ANSWER, USER)), "no_answer"),

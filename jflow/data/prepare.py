@@ -165,7 +165,7 @@ def _import_part(
   stem = os.path.join(partial, f"part-{index:05d}")
   writer = prepared.ShardWriter(stem + ".array_record", stem + ".outlines")
   rejected, filtered, first = collections.Counter(), collections.Counter(), {}
-  with open(stem + ".rejected", "w", encoding="utf-8", errors="replace") as log:
+  with open(stem + ".rejected", "w", encoding="ascii") as log:
     for item in importer.items(part):
       try:
         dropped = _check(item, task, filters)
@@ -176,7 +176,7 @@ def _import_part(
           writer.write(item.record, {**item.meta, "sizes": sizes})
       except RecordError as error:
         rejected[error.reason] += 1
-        entry = {"where": item.where, "message": _printable(str(error))}
+        entry = {"where": item.where, "message": str(error)}
         first.setdefault(error.reason, entry)
         print(json.dumps({**entry, "reason": error.reason}), file=log)
       count(item.work)
@@ -290,10 +290,6 @@ def _join(paths: Sequence[str], directory: str) -> None:
           shutil.copyfileobj(file, joined)
 
 
-def _printable(message: str) -> str:
-  return message.encode("utf-8", "backslashreplace").decode()
-
-
 def _open_partial(partial: str, job: dict[str, Any]) -> TextIO:
   """Makes the directory of the parts and locks it; returns the lock, which ends with the process.
 
@@ -334,7 +330,8 @@ def _read_report(partial: str, index: int) -> dict[str, Any] | None:
 
 def _write_json(path: str, value: Any) -> None:
   """Writes a file that is either whole or not there."""
-  with open(path + ".tmp", "w", encoding="utf-8") as file:
+  # A lone surrogate, in a message or the name of a file, so becomes its escape.
+  with open(path + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as file:
     json.dump(value, file, ensure_ascii=False, indent=1)
     file.flush()
     os.fsync(file.fileno())

@@ -62,7 +62,8 @@ class Parquet:
     try:
       with _open(path) as table:
         image, drop = self._columns(path, table.schema_arrow.names)
-        for batch in table.iter_batches(_BATCH, row_groups=[group], use_threads=False):
+        wanted = [n for n in table.schema_arrow.names if n != image or self._options.task != "text"]
+        for batch in table.iter_batches(_BATCH, [group], wanted, use_threads=False):
           for fields in batch.to_pylist():
             yield self._item(f"{path} row {first + done}", path, fields, image, drop)
             done += 1
@@ -119,6 +120,8 @@ def _open(path: str) -> Any:
   import pyarrow.parquet
 
   try:
-    return pyarrow.parquet.ParquetFile(path, memory_map=True)
+    return pyarrow.parquet.ParquetFile(
+      path, memory_map=True, pre_buffer=False, page_checksum_verification=True
+    )
   except (pyarrow.ArrowException, OSError) as error:
     raise UserError(f"{path} is not a readable parquet file ({str(error)[:80]}): fetch it again") from None

@@ -56,6 +56,8 @@ class Text:
   def items(self, part: tuple[Piece, ...]) -> Iterator[Item]:
     for path, start, stop in part:
       try:
+        if not os.path.getsize(path):
+          raise RecordError("empty_shard", "the file is empty")
         with open(path, "rb") as raw:
           raw.seek(start)
           gzipped = path.lower().endswith(_GZIP)
@@ -74,14 +76,14 @@ class Text:
   def _cut(self, path: str) -> list[Piece]:
     """Returns a file in pieces of about PART_BYTES, each of which ends where a document does."""
     size, kind = os.path.getsize(path), self._kind(path)
-    if kind == "file" or path.lower().endswith(_GZIP):
+    if kind == "file" or not size or path.lower().endswith(_GZIP):
       return [(path, 0, size)]
     pieces, start = [], 0
     with open(path, "rb") as file:
       while start < size:
         file.seek(start + PART_BYTES)
-        for line, _ in _lines(file):
-          if kind == "line" or not line.strip():
+        for number, (line, _) in enumerate(_lines(file)):
+          if kind == "line" or (number and not line.strip()):  # the first may be the end of a line
             break
         stop = min(file.tell(), size)
         pieces.append((path, start, stop))

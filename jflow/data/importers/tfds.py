@@ -24,7 +24,7 @@ class Tfds:
     if not os.path.isfile(os.path.join(options.input, "dataset_info.json")):
       raise UserError(f"{options.input} is no TFDS data set: name the directory that holds dataset_info.json")
     features = self._builder().info.features
-    names = list(features)
+    names = sorted(features)
     for flag in ("image_column", "text_column"):
       if getattr(options, flag) and getattr(options, flag) not in names:
         raise UserError(
@@ -107,10 +107,21 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _plain(name: str, value: Any, features: Mapping[str, Any]) -> Any:
-  """Returns a stored value as JSON has it; a class label becomes its name."""
-  feature = features[name]
-  if hasattr(feature, "int2str") and np.ndim(value) == 0:
-    return feature.int2str(int(value))
-  value = value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
-  value = value.item() if isinstance(value, np.generic) and not isinstance(value, bytes) else value
+  """Returns a stored value as JSON has it; a class label becomes its name, a sequence of objects their list."""
+  if hasattr(features[name], "int2str") and np.ndim(value) == 0:
+    return features[name].int2str(int(value))
+  if isinstance(value, Mapping):
+    columns = {key: _plain_array(column) for key, column in value.items()}
+    if all(isinstance(column, list) for column in columns.values()):
+      return [dict(zip(columns, row)) for row in zip(*columns.values())]
+    return columns
+  return _plain_array(value)
+
+
+def _plain_array(value: Any) -> Any:
+  value = (
+    value.tolist() if isinstance(value, (np.ndarray, np.generic)) and not isinstance(value, bytes) else value
+  )
+  if isinstance(value, (list, tuple)):
+    return [_plain_array(each) for each in value]
   return value.decode("utf-8") if isinstance(value, bytes) else value
