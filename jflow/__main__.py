@@ -13,6 +13,8 @@ COMMANDS = {
   "understand": ("jflow.inference.understand_command", "answer a question about pictures"),
   "convert": ("jflow.interop.convert", "take weights from and to the published PyTorch layout"),
   "parity": ("jflow.interop.parity", "compare with golden outputs of the PyTorch implementation"),
+  "serve": ("jflow.serving.serve_command", "answer and paint over HTTP, in the OpenAI shape"),
+  "demo": ("jflow.serving.demo_command", "a page to chat about pictures and to paint"),
   "bench": ("jflow.bench.command", "measure how fast training, painting, answering or loading runs here"),
 }
 

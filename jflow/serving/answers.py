@@ -1,0 +1,83 @@
+"""Tokens to what a client of /v1/chat/completions reads: whole, or as server-sent events."""
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from jflow.data.tokenizer import Tokenizer
+from jflow.serving.jobs import Job, Tokens
+from jflow.serving.schemas import ApiError, Chat
+
+
+class TextStream:
+  """The text of an answer as its tokens come; the pieces join to what `Pipeline.understand` returns.
+
+  A piece ends with a whole character: half of one waits for its other bytes.
+  """
+
+  def __init__(self, tokenizer: Tokenizer):
+    self._tokenizer, self.ids, self._said = tokenizer, [], ""
+
+  def add(self, ids: list[int], last: bool) -> str:
+    """Returns the new piece of text; `last` says that no token follows, so that nothing is held back."""
+    self.ids += ids
+    text = self._tokenizer.decode(self.ids).strip()
+    if text.endswith("\ufffd") and not last:
+      return ""
+    piece, self._said = text[len(self._said) :], text
+    return piece
+
+
+class Answer:
+  """One answer on its way to a client."""
+
+  def __init__(self, chat: Chat, model: str, prompt_tokens: int, tokenizer: Tokenizer):
+    self._chat, self._prompt_tokens, self._text = chat, prompt_tokens, TextStream(tokenizer)
+    self._head = {
+      "id": f"chatcmpl-{uuid.uuid4().hex}",
+      "created": int(time.time()),
+      "model": model,
+      "seed": chat.seed,
+    }
+
+  async def whole(self, event: Tokens, job: Job) -> dict[str, Any]:
+    """The answer as one object; `event` is the first of the job."""
+    pieces = [self._text.add(event.ids, bool(event.finished))]
+    while not event.finished:
+      event = await job.next()
+      pieces.append(self._text.add(event.ids, bool(event.finished)))
+    message = {"role": "assistant", "content": "".join(pieces)}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": event.finished}
+    return self._head | {"object": "chat.completion", "choices": [choice], "usage": self._usage()}
+
+  async def stream(self, event: Tokens, job: Job) -> AsyncIterator[str]:
+    """The answer as server-sent events; an error ends it in place of [DONE]."""
+    yield self._event({"role": "assistant", "content": ""})
+    try:
+      while True:
+        if piece := self._text.add(event.ids, bool(event.finished)):
+          yield self._event({"content": piece})
+        if event.finished:
+          break
+        event = await job.next()
+    except ApiError as error:
+      yield _sse(error.body())
+      return
+    yield self._event({}, event.finished)
+    if self._chat.include_usage:
+      yield _sse(self._head | {"object": "chat.completion.chunk", "choices": [], "usage": self._usage()})
+    yield "data: [DONE]\n\n"
+
+  def _event(self, delta: dict[str, str], finished: str | None = None) -> str:
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finished}
+    return _sse(self._head | {"object": "chat.completion.chunk", "choices": [choice]})
+
+  def _usage(self) -> dict[str, int]:
+    read, written = self._prompt_tokens, len(self._text.ids)
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+
+def _sse(body: dict[str, Any]) -> str:
+  return f"data: {json.dumps(body)}\n\n"

@@ -1,0 +1,241 @@
+"""The HTTP interface: routes in the OpenAI shape over an engine."""
+
+import asyncio
+import base64
+import contextlib
+import hmac
+import io
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jflow.errors import UserError
+from jflow.serving import prepare, schemas
+from jflow.serving.answers import Answer
+from jflow.serving.engine import Engine
+from jflow.serving.jobs import Job, Picture
+from jflow.serving.metrics import Metrics
+from jflow.serving.schemas import ApiError
+
+log = logging.getLogger("jflow.serving")
+
+_PREPARING = 4  # requests that are parsed and whose pictures are decoded at the same time
+_DRAINED = (
+  16  # times the limit: how much of a body that is too long is read, so that its client sees the answer
+)
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class Api:
+  """The handlers over one engine.
+
+  Attributes:
+    app: the ASGI application.
+  """
+
+  def __init__(self, engine: Engine, *, name: str, token: str | None, max_body: int):
+    """Args: `name` of the model, `token` that a client must bear (None: none), `max_body` bytes of a request."""
+    self._engine, self._name, self._token, self._max_body = engine, name, token, max_body
+    self._preparing, self._began = asyncio.Semaphore(_PREPARING), int(time.time())
+    routes = [
+      Route("/v1/chat/completions", self._guarded(self.chat), methods=["POST"]),
+      Route("/v1/images/generations", self._guarded(self.paint), methods=["POST"]),
+      Route("/v1/models", self._guarded(self.models)),
+      Route("/metrics", self._guarded(self.metrics)),
+      Route("/health", self.health),
+    ]
+    app = Starlette(
+      routes=routes,
+      exception_handlers={
+        ApiError: _on_error,
+        UserError: lambda request, error: _on_error(request, ApiError(400, str(error))),
+        HTTPException: lambda request, error: _on_error(request, _of_route(request, error)),
+        ClientDisconnect: lambda request, error: Response(status_code=499),
+        Exception: lambda request, error: _on_error(
+          request, ApiError(500, "the server failed at this request")
+        ),
+      },
+    )
+    self.app = Observed(app, engine.metrics, {route.path for route in routes})
+
+  async def chat(self, request: Request) -> Response:
+    """POST /v1/chat/completions."""
+    arrived = time.monotonic()
+    parse = lambda body: prepare.chat(self._engine.pipeline, schemas.parse_chat(body, self._name))
+    chat, work = await self._prepared(request, parse)
+    answer = Answer(chat, self._name, len(work.tokens), self._engine.pipeline.tokenizer)
+    with contextlib.ExitStack() as held:
+      job = held.enter_context(self._engine.submit(work))
+      first = await _while_connected(request, job.next())
+      self._engine.metrics.first_token.observe(time.monotonic() - arrived)
+      self._engine.metrics.tokens.labels("read").inc(len(work.tokens))
+      if not chat.stream:
+        return Json(await _while_connected(request, answer.whole(first, job)))
+      return AnswerStream(answer.stream(first, job), held.pop_all())
+
+  async def paint(self, request: Request) -> Response:
+    """POST /v1/images/generations."""
+    size = self._engine.pipeline.model.config.image_size
+    parse = lambda body: prepare.pictures(
+      self._engine.pipeline, schemas.parse_painting(body, self._name, size)
+    )
+    work = await self._prepared(request, parse)
+    with self._engine.submit(work) as job:
+      painted = await _while_connected(request, _all(job, work.count))
+    data = [{"b64_json": await run_in_threadpool(_png, x), "seed": work.seed + x.index} for x in painted]
+    return Json({"created": int(time.time()), "model": self._name, **work.settings._asdict(), "data": data})
+
+  async def models(self, request: Request) -> Response:
+    """GET /v1/models."""
+    size = self._engine.pipeline.model.config.image_size
+    model = {
+      "id": self._name, "object": "model", "created": self._began, "owned_by": "jflow", "image_size": f"{size}x{size}",
+      "context": self._engine.context, "can_paint": self._engine.pipeline.can_paint,
+    }  # fmt: skip
+    return Json({"object": "list", "data": [model]})
+
+  async def health(self, request: Request) -> Response:
+    """GET /health: 200 when requests are answered at once, else 503 and why."""
+    return Json({"status": self._engine.state}, 200 if self._engine.state == "ready" else 503)
+
+  async def metrics(self, request: Request) -> Response:
+    """GET /metrics."""
+    return Response(self._engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+  def _guarded(self, handler: Handler) -> Handler:
+    """The handler behind the token."""
+
+    async def guarded(request: Request) -> Response:
+      scheme, _, given = request.headers.get("authorization", "").partition(" ")
+      right = self._token is None or hmac.compare_digest(given.strip().encode(), self._token.encode())
+      if not (right and (self._token is None or scheme.lower() == "bearer")):
+        headers = {"WWW-Authenticate": "Bearer"}
+        raise ApiError(401, "this server wants its token: Authorization: Bearer TOKEN", headers=headers)
+      return await handler(request)
+
+    return guarded
+
+  async def _prepared(self, request: Request, parse: Callable[[dict[str, Any]], Any]) -> Any:
+    """Reads and checks a body; what costs time runs on a thread, a few at a time."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+      raise ApiError(415, "send JSON, with the header Content-Type: application/json")
+    self._engine.check_room()
+    body = await self._body(request)
+    async with self._preparing:
+      return await run_in_threadpool(lambda: parse(schemas.parse_json(body)))
+
+  async def _body(self, request: Request) -> bytes:
+    chunks, size = [], 0
+    try:
+      async with asyncio.timeout(self._engine.timeout):
+        async for chunk in request.stream():
+          size += len(chunk)
+          if size <= self._max_body:
+            chunks.append(chunk)
+          elif size > _DRAINED * self._max_body:
+            break
+    except TimeoutError:
+      raise ApiError(408, f"the body did not arrive within {self._engine.timeout:g} s") from None
+    if size > self._max_body:
+      raise ApiError(413, f"the body has more than {self._max_body:,} bytes, the most that this server takes")
+    return b"".join(chunks)
+
+
+class Json(Response):
+  """JSON in plain ASCII, which holds any text that a client sent, lone surrogates too."""
+
+  media_type = "application/json"
+
+  def render(self, content: Any) -> bytes:
+    return json.dumps(content).encode()
+
+
+class AnswerStream(StreamingResponse):
+  """Server-sent events; closes what it holds when they end or their client leaves."""
+
+  def __init__(self, events: AsyncIterator[str], held: contextlib.ExitStack):
+    super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    self._held = held
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    with self._held:
+      await super().__call__(scope, receive, send)
+
+
+class Observed:
+  """Counts requests and writes a line about each."""
+
+  def __init__(self, app: ASGIApp, metrics: Metrics, paths: set[str]):
+    self._app, self._metrics, self._paths = app, metrics, paths
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] != "http":
+      return await self._app(scope, receive, send)
+    started, status = time.monotonic(), 499
+
+    async def watched(message: Message) -> None:
+      nonlocal status
+      if message["type"] == "http.response.start":
+        status = message["status"]
+      await send(message)
+
+    try:
+      await self._app(scope, receive, watched)
+    finally:
+      seconds = time.monotonic() - started
+      path = scope["path"] if scope["path"] in self._paths else "other"
+      self._metrics.requests.labels(path, status).inc()
+      self._metrics.seconds.labels(path).observe(seconds)
+      level = logging.DEBUG if path in ("/health", "/metrics") else logging.INFO
+      log.log(level, "%s %s %d %.2f s", scope["method"], path, status, seconds)
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
+  """Awaits work; raises ClientDisconnect when the client leaves before its end."""
+
+  async def left() -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+      pass
+
+  tasks = [asyncio.ensure_future(work), asyncio.ensure_future(left())]
+  try:
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    if not tasks[0].done():
+      raise ClientDisconnect()
+    return tasks[0].result()
+  finally:
+    for task in tasks:
+      task.cancel()
+
+
+async def _all(job: Job, count: int) -> list[Picture]:
+  return sorted([await job.next() for _ in range(count)], key=lambda picture: picture.index)
+
+
+def _png(picture: Picture) -> str:
+  """A picture as base64 of a PNG file."""
+  out = io.BytesIO()
+  picture.image.save(out, "PNG")
+  return base64.b64encode(out.getvalue()).decode()
+
+
+def _on_error(request: Request, error: ApiError) -> Response:
+  return Json(error.body(), error.status, dict(error.headers))
+
+
+def _of_route(request: Request, error: HTTPException) -> ApiError:
+  allowed = dict(error.headers or {})
+  if error.status_code == 405:
+    return ApiError(405, f"{request.url.path} wants {allowed.get('Allow', 'another method')}", None, allowed)
+  return ApiError(error.status_code, f"there is no {request.url.path[:80]} here", None, allowed)

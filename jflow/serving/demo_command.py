@@ -1,0 +1,60 @@
+"""The command `demo`."""
+
+import argparse
+import os
+import pathlib
+import tempfile
+
+from jflow.errors import UserError
+from jflow.serving import flags
+
+_EPILOG = """
+examples:
+  python -m jflow demo --checkpoint=runs/stage3
+  python -m jflow demo --checkpoint=JanusFlow-1.3B --vae=sdxl-vae --port=7861
+
+The page needs no network. On a distant machine, `ssh -L 7860:localhost:7860 HOST` brings it here.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+  """The flags of `demo`."""
+  p = argparse.ArgumentParser(
+    prog="python -m jflow demo",
+    description="Opens a page to chat about pictures and to paint, over one loaded model. Needs the extra `demo`.",
+    epilog=_EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  flags.add(p, port=7860)
+  p.add_argument(
+    "--max_upload", type=int, default=20, metavar="MB", help="largest picture to upload (default %(default)s)"
+  )
+  return p
+
+
+def main(argv: list[str]) -> int:
+  """Serves the page until a signal."""
+  args = parser().parse_args(argv)
+  flags.check(args)
+  if args.max_upload < 1:
+    raise UserError(f"--max_upload={args.max_upload} must be at least 1")
+  with tempfile.TemporaryDirectory(prefix="jflow-demo-") as uploads:
+    os.environ["GRADIO_TEMP_DIR"] = uploads  # private, and gone at the end
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+      import gradio  # noqa: F401
+    except ImportError:
+      raise UserError("the page needs Gradio: python -m pip install 'gradio>=6,<7'") from None
+
+    from jflow.serving import demo, server
+
+    listener = server.bind(args.host, args.port)
+    engine = flags.engine(args)
+    app = demo.app(
+      engine, pathlib.Path(args.checkpoint).resolve().name, args.max_upload, pathlib.Path(uploads)
+    )
+    print(f"the page is at {server.address(listener)}; Ctrl-C ends it", flush=True)
+    if not server.is_local(args.host):
+      print(f"warning: --host={args.host} lets others use the page, which asks for no password", flush=True)
+    server.run(app, engine, listener, grace=5)
+  return 0

@@ -1,0 +1,65 @@
+"""What the commands `serve` and `demo` share: their flags, and the engine that these describe."""
+
+import argparse
+import logging
+import sys
+
+from jflow.errors import UserError
+
+
+def add(p: argparse.ArgumentParser, port: int) -> None:
+  """Adds the flags of the checkpoint, the address and the engine."""
+  p.add_argument(
+    "--checkpoint", required=True, metavar="DIR", help="official directory, or a jflow workdir or step"
+  )
+  p.add_argument("--vae", metavar="DIR", help="SDXL-VAE, for an official checkpoint that holds none")
+  p.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: float32 on a CPU)")
+  p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a jflow training run")
+  p.add_argument(
+    "--host", default="127.0.0.1", help="address to listen at (default %(default)s: this machine only)"
+  )
+  p.add_argument("--port", type=int, default=port, help="0 takes a free one (default %(default)s)")
+  p.add_argument(
+    "--slots", type=int, default=8, help="conversations answered side by side (default %(default)s)"
+  )
+  p.add_argument(
+    "--context", type=int, help="tokens of one conversation, its answer included (default: the model's)"
+  )
+  p.add_argument("--batch", type=int, default=8, help="pictures painted at once (default %(default)s)")
+  p.add_argument(
+    "--queue", type=int, default=64, help="requests open at once, the next one gets 429 (default %(default)s)"
+  )
+  p.add_argument(
+    "--timeout", type=float, default=300, help="seconds that a request may take (default %(default)s)"
+  )
+
+
+def check(args: argparse.Namespace) -> None:
+  """Checks what needs no model; raises UserError."""
+  for name in ("slots", "batch", "queue", "context"):
+    if (value := getattr(args, name)) is not None and value < 1:
+      raise UserError(f"--{name}={value} must be at least 1")
+  if not 0 < args.timeout < 1e6:
+    raise UserError(f"--timeout={args.timeout:g} must be a number of seconds above 0")
+
+
+def engine(args: argparse.Namespace):
+  """Loads the model and returns its engine, not yet started.
+
+  Raises:
+    UserError: the checkpoint cannot be used, or --context is more than the model's.
+  """
+  import jflow
+  from jflow.serving.engine import Engine
+  from jflow.serving.metrics import Metrics
+
+  logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s")
+  logging.getLogger("jflow.serving").setLevel(logging.INFO)
+  pipeline = jflow.load(args.checkpoint, vae=args.vae, dtype=args.dtype, weights=args.weights)
+  most = pipeline.model.config.language_model.context
+  if args.context is not None and args.context > most:
+    raise UserError(f"--context={args.context} is more than the model's {most}")
+  return Engine(
+    pipeline, Metrics(), slots=args.slots, context=args.context or most, batch=args.batch, queue=args.queue,
+    timeout=args.timeout,
+  )  # fmt: skip

@@ -1,0 +1,83 @@
+"""Runs an ASGI application until a signal, and refuses or finishes what comes after it."""
+
+import logging
+import math
+import socket
+import types
+
+import uvicorn
+
+from jflow.errors import Stopped, UserError
+from jflow.serving.engine import Engine
+
+log = logging.getLogger("jflow.serving")
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def bind(host: str, port: int) -> socket.socket:
+  """Takes the address before the model is loaded; nobody can connect yet.
+
+  Raises:
+    UserError: the address is taken or not this machine's.
+  """
+  if not 0 <= port < 65536:
+    raise UserError(f"--port={port} must be from 0 (any free one) to 65535")
+  family = socket.AF_INET6 if ":" in host else socket.AF_INET
+  listener = socket.socket(family, socket.SOCK_STREAM)
+  listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+  try:
+    listener.bind((host, port))
+  except OSError as error:
+    listener.close()
+    raise UserError(f"--host={host} --port={port} cannot be taken: {error.strerror or error}") from None
+  return listener
+
+
+def is_local(host: str) -> bool:
+  """Whether only this machine can connect."""
+  return host in _LOOPBACK
+
+
+def address(listener: socket.socket) -> str:
+  """http://HOST:PORT of a bound socket."""
+  host, port = listener.getsockname()[:2]
+  return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+  """The first SIGTERM or SIGINT finishes what was accepted, the second ends at once."""
+
+  def __init__(self, app: object, engine: Engine, grace: float):
+    config = uvicorn.Config(
+      app, http="h11", ws="none", loop="asyncio", log_config=None, access_log=False, server_header=False,
+      timeout_graceful_shutdown=math.ceil(grace),
+    )  # fmt: skip
+    super().__init__(config)
+    self._engine = engine
+
+  async def on_tick(self, counter: int) -> bool:
+    """Ends the server when the model has failed: whoever watches it can start it again."""
+    return await super().on_tick(counter) or self._engine.state == "failed"
+
+  def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
+    """Like uvicorn's, but leaves the exit code to the command."""
+    self.force_exit = self.should_exit
+    self.should_exit = True
+    self._engine.drain()
+
+
+def run(app: object, engine: Engine, listener: socket.socket, grace: float) -> None:
+  """Serves until a signal, after which connections have `grace` seconds to end.
+
+  Raises:
+    Stopped: a second signal cut requests short, or the model failed.
+  """
+  server = Server(app, engine, grace)
+  engine.start()
+  server.run(sockets=[listener])
+  if server.force_exit:
+    raise Stopped("stopped at the second signal; requests that ran were cut")
+  if engine.state == "failed":
+    raise Stopped("the model failed; its errors stand above")
+  engine.stop()
