@@ -24,7 +24,24 @@ from jflow.serving.schemas import IMAGE_MARK, MAX_PICTURES, SEEDS, ApiError, Cha
 
 _FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "DejaVu Sans", "sans-serif"]
 _MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "DejaVu Sans Mono", "monospace"]
-_STYLE = pathlib.Path(__file__).with_name("demo.css")
+_STYLE = """
+.gradio-container { max-width: 1060px !important; width: 100% !important; margin: 0 auto !important; }
+#tabs { width: 100%; }
+#head { border: 0; background: none; padding: 0; }
+#head header { display: flex; align-items: baseline; gap: 16px; }
+#head h1 { font-size: 26px; font-weight: 700; letter-spacing: -0.02em; margin: 0; color: #4f46e5; }
+#head p { margin: 0; color: #64748b; font-size: 14px; }
+#head b { color: #334155; font-weight: 600; }
+#below { align-items: flex-start; }
+#seeds { align-items: center; }
+#below_gallery { align-items: center; }
+#note p { color: #64748b; font-size: 13px; margin: 0; }
+#go, #stop { font-weight: 600; font-size: 15px; }
+#fresh { font-weight: 500; font-size: 14px; white-space: nowrap; }
+#chat img { max-height: 260px; width: auto; border-radius: 8px; }
+#chat button[aria-label="Share"], #chat button[title="Share"] { display: none; }
+#gallery .caption-label { font-size: 12px; }
+"""
 # The browser itself refuses what the page would fetch from elsewhere.
 _POLICY = (
   "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -54,7 +71,7 @@ def app(engine: Engine, name: str, max_upload: int, files: pathlib.Path) -> ASGI
   )
   gr.mount_gradio_app(
     outer, blocks, path="/", max_file_size=f"{max_upload}mb", footer_links=[], run_history=False, ssr_mode=False,
-    theme=_theme(), css=_STYLE.read_text(encoding="utf-8"), pwa=False, mcp_server=False,
+    theme=_theme(), css=_STYLE, pwa=False, mcp_server=False,
   )  # fmt: skip
   return Confined(outer)
 
@@ -136,7 +153,7 @@ def _ask_tab(engine: Engine) -> None:
           talk.turns[-1]["content"] = history[-1]["content"] = said or "…"
           yield busy(), history, talk
     except (UserError, ApiError) as error:
-      gr.Warning(_sentence(error), title="Not answered")
+      gr.Warning(_escaped(str(error)), title="Not answered")
       yield idle() if said else idle(value=question), history, talk
       return
     yield idle(), history, talk
@@ -207,7 +224,7 @@ def _paint_tab(engine: Engine, files: pathlib.Path) -> None:
           done.append((str(path), f"seed {seed + picture.index}"))
           yield still(f"{len(done)} of {work.count} …")
     except (UserError, ApiError) as error:
-      gr.Warning(_sentence(error), title="Not painted")
+      gr.Warning(_escaped(str(error)), title="Not painted")
       yield still("")
       return
     archive = folder / f"{_file_name(prompt)}.zip"
@@ -252,11 +269,6 @@ def _picture(path: str, engine: Engine) -> np.ndarray:
 def _file_name(prompt: str) -> str:
   """The beginning of a prompt as the name of a file."""
   return re.sub(r"[^A-Za-z0-9]+", "_", prompt)[:40].strip("_") or "picture"
-
-
-def _sentence(error: Exception) -> str:
-  text = str(error)
-  return _escaped(text[:1].upper() + text[1:] + ".")
 
 
 def _escaped(text: str) -> str:

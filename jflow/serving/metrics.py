@@ -1,6 +1,13 @@
 """What the server counts, for Prometheus."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+  CollectorRegistry,
+  Counter,
+  Gauge,
+  Histogram,
+  disable_created_metrics,
+  generate_latest,
+)
 from prometheus_client.process_collector import ProcessCollector
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
@@ -10,6 +17,7 @@ class Metrics:
   """The counters of one server, in a registry of their own."""
 
   def __init__(self) -> None:
+    disable_created_metrics()
     self.registry = CollectorRegistry()
     ProcessCollector(registry=self.registry)
     make = lambda kind, name, what, labels=(), **options: kind(

@@ -1,0 +1,48 @@
+"""A server over the tiny model, inside the tests' process, so that its programs are compiled once."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import tiny
+
+from jflow.data.tokenizer import Tokenizer
+from jflow.inference.pipeline import Pipeline
+from jflow.serving import server
+from jflow.serving.api import Api
+from jflow.serving.engine import Engine
+from jflow.serving.metrics import Metrics
+
+NAME = "tiny"
+
+
+def pipeline() -> Pipeline:
+  return Pipeline(tiny.model(), tiny.params(), Tokenizer.load(str(tiny.TOKENIZER)), "plain")
+
+
+@contextlib.contextmanager
+def serving(model: Pipeline, app=None, token=None, max_body=2**20, **options) -> Iterator[tuple[str, Engine]]:
+  """Yields (address, engine); `app` makes another application from the engine."""
+  options = {"slots": 4, "context": 128, "batch": 4, "queue": 64, "timeout": 60.0} | options
+  engine = Engine(model, Metrics(), **options)
+  listener = server.bind("127.0.0.1", 0)
+  base = server.address(listener)
+  app = app(engine) if app else Api(engine, name=NAME, token=token, max_body=max_body).app
+  running = server.Server(app, engine, grace=2)
+  engine.start()
+  thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+  thread.start()
+  try:
+    while engine.state == "warming up" or not running.started:
+      time.sleep(0.02)
+    yield base, engine
+  finally:
+    running.should_exit = True
+    thread.join()
+    engine.stop()
+
+
+def client(base: str, **options) -> httpx.Client:
+  return httpx.Client(base_url=base, timeout=60, **options)

@@ -1,0 +1,209 @@
+"""The page in a browser without a screen: it answers, paints, says what is wrong, and fetches nothing from elsewhere."""
+
+import importlib.util
+import io
+import shutil
+import time
+import urllib.request
+import zipfile
+
+import numpy as np
+import pytest
+import serving
+from PIL import Image
+
+from jflow.__main__ import main
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+browser_only = pytest.mark.skipif(
+  not (CHROMIUM and DRIVER and importlib.util.find_spec("gradio") and importlib.util.find_spec("selenium")),
+  reason="needs Gradio, Selenium, and Debian's chromium and chromium-driver",
+)
+FLAGS = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+         "disable-component-update", "disable-sync", "window-size=1180,900")  # fmt: skip
+MAX_UPLOAD = 1  # MB
+
+
+@pytest.fixture(scope="module")
+def model():
+  return serving.pipeline()
+
+
+@pytest.fixture(scope="module")
+def address(model, tmp_path_factory):
+  files = tmp_path_factory.mktemp("uploads")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("GRADIO_TEMP_DIR", str(files))
+    patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    from jflow.serving import demo
+
+    with serving.serving(model, lambda engine: demo.app(engine, "tiny <model>", MAX_UPLOAD, files)) as (
+      base,
+      _,
+    ):
+      yield base
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+  from selenium import webdriver
+  from selenium.webdriver.chrome.service import Service
+
+  options = webdriver.ChromeOptions()
+  options.binary_location = CHROMIUM
+  folder = tmp_path_factory.mktemp("browser")
+  for flag in (*FLAGS, f"user-data-dir={folder / 'profile'}"):
+    options.add_argument(f"--{flag}")
+  options.add_experimental_option("prefs", {"download.default_directory": str(folder)})
+  options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+  driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+  try:
+    driver.set_window_size(1180, 900)
+    driver.downloads = folder
+    yield driver
+  finally:
+    driver.quit()
+
+
+@pytest.fixture
+def browser(driver, address):
+  driver.get(address)
+  return Page(driver)
+
+
+class Page:
+  """The page as a visitor handles it."""
+
+  def __init__(self, driver):
+    self.driver = driver
+    self.wait_for("#question textarea")
+
+  def all(self, selector):
+    return self.driver.find_elements("css selector", selector)
+
+  def wait_for(self, selector, ready=lambda found: bool(found), seconds=60):
+    """The elements, once they are as wanted."""
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+      try:
+        if ready(found := self.all(selector)):
+          return found
+      except Exception as error:  # an element that the page has just replaced
+        if type(error).__name__ != "StaleElementReferenceException":
+          raise
+      time.sleep(0.1)
+    raise AssertionError(f"{selector} never came as wanted: {[x.text for x in self.all(selector)]}")
+
+  def upload(self, path):
+    self.all("#question input[type=file]")[0].send_keys(str(path))
+
+  def ask(self, text, image=None):
+    if image:
+      self.upload(image)
+      self.wait_for("#question .thumbnail-item, #question .thumbnails img, #question [class*=thumbnail]")
+    field = self.wait_for("#question textarea", lambda found: found and found[0].is_enabled())[0]
+    field.send_keys(text)
+    self.wait_for("#question .submit-button", lambda found: found and found[0].is_enabled())[0].click()
+
+  def answers(self):
+    return [x.text for x in self.all("#chat .bot.message")]
+
+  def tab(self, name):
+    self.driver.find_element("xpath", f"//button[@role='tab' and contains(., '{name}')]").click()
+
+  def toast(self):
+    return self.wait_for(".toast-body", lambda found: found and found[-1].text)[-1].text
+
+
+@browser_only
+def test_a_conversation_about_a_picture(browser, model, tmp_path):
+  pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
+  Image.fromarray(pixels).save(tmp_path / "a.png")
+  browser.ask("What is it?", tmp_path / "a.png")
+  first = model.understand("What is it?", [pixels], max_tokens=256)
+  browser.wait_for("#chat .bot.message", lambda found: found and _plain(found[-1].text) == _plain(first))
+
+
+def _plain(text: str) -> str:
+  """Letters and digits alone: the page shows an answer as Markdown."""
+  return "".join(c for c in text if c.isalnum())
+
+
+@browser_only
+def test_wrong_files_and_questions_get_a_message(browser, tmp_path):
+  (tmp_path / "text.png").write_text("no picture")
+  browser.ask("What is it?", tmp_path / "text.png")
+  assert "text.png is not a readable PNG, JPEG or WebP picture" in browser.toast()
+  assert browser.answers() == []
+  assert browser.all("#question textarea")[0].get_attribute("value") == "What is it?"
+
+
+@browser_only
+def test_a_file_that_is_too_large_is_refused(browser, tmp_path):
+  (tmp_path / "large.png").write_bytes(b"\x89PNG" + bytes(MAX_UPLOAD * 2**20 + 1))
+  browser.upload(tmp_path / "large.png")
+  assert "size" in browser.toast().lower()
+
+
+@browser_only
+def test_painting_shows_the_pictures_of_the_seed_and_bundles_them(browser, model):
+  browser.tab("Paint")
+  browser.wait_for("#go", lambda found: found and found[0].is_displayed())
+  browser.all("#go button, button#go")[0].click()
+  assert "prompt is empty" in browser.toast()
+  _fill(browser, "#count input[type=number]", 2)
+  _fill(browser, "#steps input[type=number]", 4)
+  _fill(browser, "#seed input", 7)
+  dice = browser.all("#dice input")[0]
+  if dice.is_selected():
+    dice.click()
+  browser.all("#prompt textarea")[0].send_keys("a red ring")
+  browser.all("#go button, button#go")[0].click()
+  browser.wait_for("#note", lambda found: "4 evaluations" in found[0].text)
+  images = browser.wait_for("#gallery .grid-container img", lambda found: len(found) == 2)
+  want = model.generate("a red ring", 4, seed=7, num_images=2)
+  for image, picture in zip(images, want):
+    got = np.asarray(Image.open(io.BytesIO(_get(image.get_attribute("src")))))
+    assert np.abs(got.astype(int) - np.asarray(picture)).max() <= 1
+  browser.wait_for("#bundle", lambda found: found and found[0].is_enabled())[0].click()
+  file = browser.driver.downloads / "a_red_ring.zip"
+  limit = time.monotonic() + 30
+  while not (file.exists() and zipfile.is_zipfile(file)) and time.monotonic() < limit:
+    time.sleep(0.1)
+  names = zipfile.ZipFile(file).namelist()
+  assert names == ["a_red_ring_seed7.png", "a_red_ring_seed8.png"]
+
+
+def _fill(page, selector, value):
+  field = page.all(selector)[0]
+  field.clear()
+  field.send_keys(str(value) + "\t")
+
+
+def _get(url):
+  with urllib.request.urlopen(url) as response:
+    return response.read()
+
+
+@browser_only
+def test_nothing_comes_from_elsewhere(browser, address):
+  names = "return performance.getEntriesByType('resource').map(x => x.name)"
+  asked = browser.driver.execute_script(names)
+  assert asked and not [name for name in asked if not name.startswith((address, "data:", "blob:"))]
+  blocked = [
+    x["message"] for x in browser.driver.get_log("browser") if "Content Security Policy" in x["message"]
+  ]
+  assert blocked == [], "the page asks for what its policy forbids"
+  with urllib.request.urlopen(address) as response:
+    page, policy = response.read().decode(), response.headers["content-security-policy"]
+  assert "tiny &lt;model&gt;" in page or "tiny <model>" not in page
+  assert policy.startswith("default-src 'self'") and "http" not in policy
+
+
+def test_without_gradio_one_line_says_how_to_install_it(capsys, monkeypatch):
+  monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+  for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+    monkeypatch.setenv(name, "")
+  assert main(["demo", "--checkpoint=nowhere", "--port=0"]) == 2
+  error = capsys.readouterr().err
+  assert error.startswith("jflow: the page needs Gradio: python -m pip install") and error.count("\n") == 1
