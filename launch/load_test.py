@@ -17,8 +17,8 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -224,25 +224,20 @@ def random_checkpoint(directory: pathlib.Path) -> pathlib.Path:
 
 def start(checkpoint: pathlib.Path, *flags: str) -> tuple[subprocess.Popen, str]:
   """Starts a server at a free port; returns it and its address once it is ready."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  command = [sys.executable, "-m", "jflow", "serve", f"--checkpoint={checkpoint}", f"--port={port}", *flags]
-  environment = os.environ | {
-    "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-  }
-  server = subprocess.Popen(
-    command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-  )
-  base = f"http://127.0.0.1:{port}"
-  while server.poll() is None:
+  command = [sys.executable, "-m", "jflow", "serve", f"--checkpoint={checkpoint}", "--port=0", *flags]
+  environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))}
+  log = tempfile.TemporaryFile("w+")
+  server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+  address = re.search(r"http://[^;]+", server.stdout.readline())
+  while address and server.poll() is None:
     try:
-      if httpx.get(f"{base}/health", timeout=5).json()["status"] == "ready":
-        return server, base
-    except httpx.TransportError:
+      if httpx.get(f"{address[0]}/health", timeout=60).json()["status"] == "ready":
+        return server, address[0]
+    except httpx.ConnectError:  # the address is taken, but nobody listens yet
       pass
     time.sleep(0.2)
-  raise SystemExit(f"the server ended with code {server.returncode}: {' '.join(command)}")
+  log.seek(0)
+  raise SystemExit(f"the server ended with code {server.wait()}:\n{log.read()[-2000:]}")
 
 
 def memory(pid: int) -> float:

@@ -38,7 +38,7 @@ _STYLE = """
 #note p { color: #64748b; font-size: 13px; margin: 0; }
 #go, #stop { font-weight: 600; font-size: 15px; }
 #fresh { font-weight: 500; font-size: 14px; white-space: nowrap; }
-#chat img { max-height: 260px; width: auto; border-radius: 8px; }
+#chat img { max-height: 190px; width: auto; border-radius: 8px; }
 #chat button[aria-label="Share"], #chat button[title="Share"] { display: none; }
 #gallery .caption-label { font-size: 12px; }
 """
@@ -208,7 +208,7 @@ def _paint_tab(engine: Engine, files: pathlib.Path) -> None:
     prompt: str, count: int, steps: int, guidance: float, solver: str, seed: float | None, dice: bool
   ) -> AsyncIterator[tuple]:
     """Shows the pictures as they are done."""
-    seed = secrets.randbelow(2**31) if dice else int(seed or 0)
+    seed = secrets.randbelow(10**6) if dice else int(seed or 0)
     done: list[tuple[str, str]] = []
     still = lambda note: (list(done), note, seed, gr.DownloadButton(interactive=False))
     try:
