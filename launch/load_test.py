@@ -54,7 +54,7 @@ def make_request(i: int) -> dict[str, Any]:
   rng = random.Random(i)
   words = lambda n: " ".join(rng.choices(WORDS, k=n))
   if i % 4 == 3:
-    body = {"prompt": words(rng.randint(1, 30)), "n": rng.choice((1, 1, 2, 3)), "steps": rng.choice((4, 8)),
+    body = {"prompt": words(rng.randint(1, 12)), "n": rng.choice((1, 1, 2, 3)), "steps": rng.choice((4, 8)),
             "guidance": rng.choice((1.0, 3.0)), "seed": rng.randrange(2**31)}  # fmt: skip
     return {"path": "/v1/images/generations", "body": body, "pictures": []}
   pictures = [
@@ -74,21 +74,28 @@ def make_request(i: int) -> dict[str, Any]:
   return {"path": "/v1/chat/completions", "body": body, "pictures": pictures}
 
 
-def offline(model: Any, request: dict[str, Any]) -> Any:
-  """The same request made with the pipeline alone: a text, or a list of uint8[H, W, 3]."""
-  body = request["body"]
-  if request["path"].endswith("generations"):
-    options = {name: body[name] for name in ("steps", "guidance", "seed")}
-    return [
-      np.asarray(x) for x in model.generate([body["prompt"]], num_images=body["n"], batch_size=1, **options)
-    ]
-  text = lambda content: content if isinstance(content, str) else content[-1]["text"]
-  mark = lambda content: (
-    "" if isinstance(content, str) else "<image>" * (len(content) - 1) + "\n" * (len(content) > 1)
-  )
-  turns = [{"role": m["role"], "content": mark(m["content"]) + text(m["content"])} for m in body["messages"]]
-  options = {name: body[name] for name in ("max_tokens", "temperature", "top_p", "seed")}
-  return model.understand(turns, request["pictures"], **options)
+def offline(model: Any, requests: list[dict[str, Any]]) -> list[Any]:
+  """The same requests made with the pipeline, one at a time: a text, or a list of uint8[H, W, 3]."""
+  out, questions = [None] * len(requests), {}
+  for i, request in enumerate(tqdm(requests, desc="offline", disable=not sys.stderr.isatty())):
+    body = request["body"]
+    if request["path"].endswith("generations"):
+      options = {name: body[name] for name in ("steps", "guidance", "seed")}
+      painted = model.generate([body["prompt"]], num_images=body["n"], batch_size=1, **options)
+      out[i] = [np.asarray(x) for x in painted]
+      continue
+    turns = []
+    for message in body["messages"]:
+      content = message["content"]
+      if not isinstance(content, str):
+        shown = len(content) - 1
+        content = "<image>" * shown + ("\n" if shown else "") + content[-1]["text"]
+      turns.append({"role": message["role"], "content": content})
+    options = {name: body[name] for name in ("max_tokens", "temperature", "top_p", "seed")}
+    questions[i] = model.request(turns, request["pictures"], **options)
+  for i, text in zip(questions, model.understand_batch(list(questions.values()), batch_size=1)):
+    out[i] = text
+  return out
 
 
 def online(client: httpx.Client, request: dict[str, Any]) -> Any:
@@ -225,7 +232,9 @@ def random_checkpoint(directory: pathlib.Path) -> pathlib.Path:
 def start(checkpoint: pathlib.Path, *flags: str) -> tuple[subprocess.Popen, str]:
   """Starts a server at a free port; returns it and its address once it is ready."""
   command = [sys.executable, "-m", "jflow", "serve", f"--checkpoint={checkpoint}", "--port=0", *flags]
-  environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))}
+  environment = os.environ | {
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+  }
   log = tempfile.TemporaryFile("w+")
   server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
   address = re.search(r"http://[^;]+", server.stdout.readline())
@@ -296,7 +305,7 @@ def main() -> int:
     checkpoint = args.checkpoint or random_checkpoint(pathlib.Path(directory) / "tiny")
     model = jflow.load(checkpoint)
     requests = [make_request(i) for i in range(args.requests)]
-    wanted = [(r, offline(model, r)) for r in tqdm(requests, desc="offline", disable=not sys.stderr.isatty())]
+    wanted = list(zip(requests, offline(model, requests)))
     max_body = 1
     server, base = start(
       checkpoint, f"--token={TOKEN}", f"--max_body={max_body}", f"--queue={2 * args.clients}"

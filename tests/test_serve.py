@@ -20,8 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jflow.__main__ import main
 from jflow.data.tokenizer import Tokenizer
+from jflow.inference.decoding import Text
 from jflow.serving import schemas
-from jflow.serving.answers import TextStream
 from jflow.serving.engine import Engine
 from jflow.serving.jobs import Job, Pictures
 from jflow.serving.metrics import Metrics
@@ -84,14 +84,14 @@ def said_of(body: dict) -> str:
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7])
 def test_pieces_of_text_never_cut_a_character(text, chunk):
   tokenizer = Tokenizer.load(str(tiny.TOKENIZER))
-  ids, stream = tokenizer.encode(text), TextStream(tokenizer)
+  ids, stream = tokenizer.encode(text), Text(tokenizer)
   pieces = [stream.add(ids[i : i + chunk], last=i + chunk >= len(ids)) for i in range(0, len(ids), chunk)]
   assert "".join(pieces) == text.strip() and not any("\ufffd" in piece for piece in pieces)
 
 
 def test_half_a_character_at_the_end_is_not_lost():
   tokenizer = Tokenizer.load(str(tiny.TOKENIZER))
-  stream = TextStream(tokenizer)
+  stream = Text(tokenizer)
   assert stream.add(tokenizer.encode("世")[:1], last=False) == ""
   assert stream.add([], last=True) == "\ufffd"
 

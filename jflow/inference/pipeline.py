@@ -76,21 +76,16 @@ class Pipeline:
     self._check_painting(
       prompts, steps, guidance, seed, num_images, solver, shift, interval, precision, batch_size
     )
-    c = self.model.config
-    room = c.language_model.context - 1 - c.patches
-    ids = [examples.generation_prompt(p, self.template, self.tokenizer, room) for p in prompts]
-    ids = [x for x in ids for _ in range(num_images)]
-    shape = (c.latent_size, c.latent_size, c.autoencoder.latent_channels)
+    ids = [x for x in map(self.painting_prompt, prompts) for _ in range(num_images)]
     if noise is None:
-      start = [jax.random.normal(jax.random.key(seed + j), shape) for j in range(num_images)] * len(prompts)
-      start = np.asarray(jnp.stack(start))
-    else:
-      noise, want = np.asarray(noise, np.float32), (len(ids), shape[2], shape[0], shape[1])
-      if noise.shape != want:
-        raise UserError(
-          f"noise has shape {noise.shape}, it must be {want} (pictures, channels, height, width)"
-        )
-      start = noise.transpose(0, 2, 3, 1)
+      noise = self.noise([seed + j for j in range(num_images)] * len(prompts))
+    c = self.model.config
+    want = (len(ids), c.autoencoder.latent_channels, c.latent_size, c.latent_size)
+    if np.shape(noise) != want:
+      raise UserError(
+        f"noise has shape {np.shape(noise)}, it must be {want} (pictures, channels, height, width)"
+      )
+    start = np.asarray(noise, np.float32).transpose(0, 2, 3, 1)
     grid = flow.time_grid(steps, shift)
     out: list[Image.Image] = []
     for at in range(0, len(ids), batch_size):
@@ -105,6 +100,26 @@ class Pipeline:
         progress(len(out), len(ids))
     return out
 
+  def noise(self, seeds: Sequence[int]) -> np.ndarray:
+    """The noise that pictures of these seeds start from, f32[N, C, h, w] (PyTorch's layout)."""
+    c = self.model.config
+    shape = (c.latent_size, c.latent_size, c.autoencoder.latent_channels)
+    made = {seed: np.asarray(jax.random.normal(jax.random.key(seed), shape)) for seed in set(seeds)}
+    return np.stack([made[seed] for seed in seeds]).transpose(0, 3, 1, 2)
+
+  def painting_prompt(self, text: str) -> np.ndarray:
+    """The tokens of a prompt to paint, int32[n].
+
+    Raises:
+      UserError: the checkpoint cannot paint, the prompt is empty or longer than the context.
+    """
+    if not self.can_paint:
+      raise UserError(
+        "this checkpoint has no VAE, so it can answer but not paint: give the VAE's directory (--vae=DIR)"
+      )
+    room = self.model.config.language_model.context - 1 - self.model.config.patches
+    return examples.generation_prompt(text, self.template, self.tokenizer, room)
+
   def _check_painting(
     self, prompts, steps, guidance, seed, num_images, solver, shift, interval, precision, batch_size
   ) -> None:
@@ -112,10 +127,6 @@ class Pipeline:
       if not ok:
         raise UserError(message)
 
-    need(
-      self.can_paint,
-      "this checkpoint has no VAE, so it can answer but not paint: give the VAE's directory (--vae=DIR)",
-    )
     need(bool(prompts), "give at least one prompt")
     need(steps >= 1, f"steps={steps} must be at least 1")
     need(bool(np.isfinite(guidance)) and (guidance >= 1 or guidance == 0),
@@ -147,8 +158,11 @@ class Pipeline:
     top_p: float = 1.0,
     seed: int = 0,
     system: str = "",
+    mark: str | None = None,
   ) -> Request:
     """Checks a conversation and makes it a request of a `decoding.Decoder`; arguments as in `understand`.
+
+    `mark`: the only text that stands for an image, in place of those that `understand` knows.
 
     Raises:
       UserError: an unreadable image, a value out of its range, a prompt longer than the context.
@@ -166,8 +180,8 @@ class Pipeline:
     c = self.model.config
     context = c.language_model.context
     prompt = examples.chat_prompt(
-      _with_marks(messages, len(images)), len(images), self.tokenizer, c.patches, self.template, system,
-      context=context - 1,
+      messages if mark else _with_marks(messages, len(images)), len(images), self.tokenizer, c.patches, self.template,
+      system, mark or examples.IMAGE_MARK, context - 1,
     )  # fmt: skip
     pixels = np.zeros((len(images), c.image_size, c.image_size, 3), np.uint8)
     for i, image in enumerate(images):

@@ -7,34 +7,17 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from jflow.data.tokenizer import Tokenizer
+from jflow.inference.decoding import Text
 from jflow.serving.jobs import Job, Tokens
 from jflow.serving.schemas import ApiError, Chat
-
-
-class TextStream:
-  """The text of an answer as its tokens come; the pieces join to what `Pipeline.understand` returns.
-
-  A piece ends with a whole character: half of one waits for its other bytes.
-  """
-
-  def __init__(self, tokenizer: Tokenizer):
-    self._tokenizer, self.ids, self._said = tokenizer, [], ""
-
-  def add(self, ids: list[int], last: bool) -> str:
-    """Returns the new piece of text; `last` says that no token follows, so that nothing is held back."""
-    self.ids += ids
-    text = self._tokenizer.decode(self.ids).strip()
-    if text.endswith("\ufffd") and not last:
-      return ""
-    piece, self._said = text[len(self._said) :], text
-    return piece
 
 
 class Answer:
   """One answer on its way to a client."""
 
   def __init__(self, chat: Chat, model: str, prompt_tokens: int, tokenizer: Tokenizer):
-    self._chat, self._prompt_tokens, self._text = chat, prompt_tokens, TextStream(tokenizer)
+    self._chat, self._prompt_tokens, self._text = chat, prompt_tokens, Text(tokenizer)
+    self._written = 0
     self._head = {
       "id": f"chatcmpl-{uuid.uuid4().hex}",
       "created": int(time.time()),
@@ -44,10 +27,10 @@ class Answer:
 
   async def whole(self, event: Tokens, job: Job) -> dict[str, Any]:
     """The answer as one object; `event` is the first of the job."""
-    pieces = [self._text.add(event.ids, bool(event.finished))]
+    pieces = [self._piece(event)]
     while not event.finished:
       event = await job.next()
-      pieces.append(self._text.add(event.ids, bool(event.finished)))
+      pieces.append(self._piece(event))
     message = {"role": "assistant", "content": "".join(pieces)}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": event.finished}
     return self._head | {"object": "chat.completion", "choices": [choice], "usage": self._usage()}
@@ -57,7 +40,7 @@ class Answer:
     yield self._event({"role": "assistant", "content": ""})
     try:
       while True:
-        if piece := self._text.add(event.ids, bool(event.finished)):
+        if piece := self._piece(event):
           yield self._event({"content": piece})
         if event.finished:
           break
@@ -70,12 +53,16 @@ class Answer:
       yield _sse(self._head | {"object": "chat.completion.chunk", "choices": [], "usage": self._usage()})
     yield "data: [DONE]\n\n"
 
+  def _piece(self, event: Tokens) -> str:
+    self._written += len(event.ids)
+    return self._text.add(event.ids, last=event.finished is not None)
+
   def _event(self, delta: dict[str, str], finished: str | None = None) -> str:
     choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finished}
     return _sse(self._head | {"object": "chat.completion.chunk", "choices": [choice]})
 
   def _usage(self) -> dict[str, int]:
-    read, written = self._prompt_tokens, len(self._text.ids)
+    read, written = self._prompt_tokens, self._written
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 

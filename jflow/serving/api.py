@@ -72,7 +72,9 @@ class Api:
   async def chat(self, request: Request) -> Response:
     """POST /v1/chat/completions."""
     arrived = time.monotonic()
-    parse = lambda body: prepare.chat(self._engine.pipeline, schemas.parse_chat(body, self._name))
+    parse = lambda body: prepare.chat(
+      self._engine.pipeline, schemas.parse_chat(body, self._name), self._engine.context
+    )
     chat, work = await self._prepared(request, parse)
     answer = Answer(chat, self._name, len(work.tokens), self._engine.pipeline.tokenizer)
     with contextlib.ExitStack() as held:

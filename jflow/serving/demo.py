@@ -15,9 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jflow.errors import UserError
 from jflow.flow import SOLVERS
+from jflow.inference.decoding import Text
 from jflow.inference.pipeline import prepare_image
 from jflow.serving import prepare
-from jflow.serving.answers import TextStream
 from jflow.serving.engine import Engine
 from jflow.serving.jobs import Pictures
 from jflow.serving.schemas import IMAGE_MARK, MAX_PICTURES, SEEDS, ApiError, Chat, Settings
@@ -138,18 +138,18 @@ def _ask_tab(engine: Engine) -> None:
       wanted = Chat(
         [*talk.turns, turn], [*talk.images, *new], "", int(longest), temperature, top_p, None, True, False
       )
-      _, work = prepare.chat(engine.pipeline, wanted)
+      _, work = prepare.chat(engine.pipeline, wanted, engine.context)
       with engine.submit(work) as job:
         talk.images += new
         talk.turns += [turn, {"role": "assistant", "content": "…"}]  # what stands here if it is stopped
         history = history + [{"role": "user", "content": {"path": path}} for path in question["files"]]
         history += [{"role": "user", "content": question["text"]}, {"role": "assistant", "content": "…"}]
         yield busy(value=None), history, talk
-        text, finished = TextStream(engine.pipeline.tokenizer), None
+        text, finished = Text(engine.pipeline.tokenizer), None
         while not finished:
           event = await job.next()
           finished = event.finished
-          said += text.add(event.ids, bool(finished))
+          said += text.add(event.ids, last=bool(finished))
           talk.turns[-1]["content"] = history[-1]["content"] = said or "…"
           yield busy(), history, talk
     except (UserError, ApiError) as error:
@@ -212,7 +212,7 @@ def _paint_tab(engine: Engine, files: pathlib.Path) -> None:
     done: list[tuple[str, str]] = []
     still = lambda note: (list(done), note, seed, gr.DownloadButton(interactive=False))
     try:
-      engine.pipeline.check_prompt(prompt)
+      engine.pipeline.painting_prompt(prompt)
       work = Pictures(prompt, int(count), seed, Settings(int(steps), float(guidance), solver, 1.0))
       folder, started = pathlib.Path(tempfile.mkdtemp(dir=files)), time.monotonic()
       with engine.submit(work) as job:

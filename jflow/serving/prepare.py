@@ -2,34 +2,40 @@
 
 import secrets
 
+from jflow.errors import UserError
 from jflow.inference.decoding import Request
 from jflow.inference.pipeline import Pipeline
 from jflow.serving.jobs import Pictures
 from jflow.serving.schemas import IMAGE_MARK, SEEDS, Chat, Painting
 
 
-def chat(pipeline: Pipeline, wanted: Chat) -> tuple[Chat, Request]:
+def chat(pipeline: Pipeline, wanted: Chat, context: int) -> tuple[Chat, Request]:
   """Tokenizes a conversation and decodes its pictures.
 
   Returns:
-    (the request with its seed drawn where it named none, the work).
+    (the conversation with its seed drawn where it named none, the work).
 
   Raises:
-    UserError: turns that do not alternate, an unreadable picture, a prompt longer than the context.
+    UserError: turns that do not alternate, an unreadable picture, no room for an answer in `context` tokens.
   """
   wanted = wanted._replace(seed=secrets.randbelow(SEEDS) if wanted.seed is None else wanted.seed)
-  return wanted, pipeline.request(
+  request = pipeline.request(
     wanted.turns, wanted.images, wanted.max_tokens, temperature=wanted.temperature, top_p=wanted.top_p,
     seed=wanted.seed, system=wanted.system, mark=IMAGE_MARK,
   )  # fmt: skip
+  if len(request.tokens) >= context:
+    raise UserError(
+      f"the prompt has {len(request.tokens):,} tokens, and the context holds {context - 1:,}: shorten it"
+    )
+  return wanted, request
 
 
 def pictures(pipeline: Pipeline, wanted: Painting) -> Pictures:
-  """Checks a prompt against the context.
+  """Checks a prompt; draws the seed where none is named.
 
   Raises:
     UserError: the prompt is too long, or the checkpoint cannot paint.
   """
-  pipeline.check_prompt(wanted.prompt)
+  pipeline.painting_prompt(wanted.prompt)
   seed = secrets.randbelow(SEEDS - wanted.count) if wanted.seed is None else wanted.seed
   return Pictures(wanted.prompt, wanted.count, seed, wanted.settings)
