@@ -12,7 +12,9 @@ import sys
 from jflow.errors import UserError
 
 # Workload -> (module, what it measures).
-WORKLOADS: dict[str, tuple[str, str]] = {}
+WORKLOADS: dict[str, tuple[str, str]] = {
+  "data": ("jflow.bench.data", "the input pipeline beside the plain loop: decode and resize"),
+}
 
 
 def main(argv: list[str]) -> int:

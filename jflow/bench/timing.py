@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping
 
 
 def interleaved(
-  candidates: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1
+  candidates: Mapping[str, Callable[[], object]],
+  repeats: int,
+  warmup: int = 1,
+  clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
   """Times each candidate `repeats` times in turn (a, b, a, b, ...), so that a busy spell hits all of them.
 
@@ -14,6 +17,7 @@ def interleaved(
     candidates: name -> call that returns once its work is done (block on device results inside).
     repeats: timed rounds, at least 1.
     warmup: rounds before, not timed (compilation, caches).
+    clock: seconds; `time.process_time` for CPU seconds of all threads.
 
   Returns:
     name -> {"min", "median", "max"} in seconds.
@@ -21,10 +25,10 @@ def interleaved(
   seconds: dict[str, list[float]] = {name: [] for name in candidates}
   for round_ in range(-warmup, repeats):
     for name, call in candidates.items():
-      start = time.perf_counter()
+      start = clock()
       call()
       if round_ >= 0:
-        seconds[name].append(time.perf_counter() - start)
+        seconds[name].append(clock() - start)
   return {name: spread(values) for name, values in seconds.items()}
 
 

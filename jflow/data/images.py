@@ -83,9 +83,11 @@ def for_understanding(
   floor = min(min_size, size)
   width, height = (max(int(side / longest * size), floor) for side in (width, height))
   picture = _resize(picture, (width, height), (0, 0, *picture.size))
-  square = Image.new("RGB", (size, size), background)
-  square.paste(picture, ((size - width) // 2, (size - height) // 2))
-  return np.asarray(square)
+  square = np.empty((size, size, 3), np.uint8)
+  square.reshape(size, -1)[:] = np.tile(np.array(background, np.uint8), size)
+  left, top = (size - width) // 2, (size - height) // 2
+  square[top : top + height, left : left + width] = np.asarray(picture)
+  return square
 
 
 def for_generation(image: Any, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -218,7 +220,8 @@ def _load(image: Image.Image) -> Image.Image:
   """Decodes a picture, upright and RGB."""
   try:
     image.load()
-    return _to_rgb(ImageOps.exif_transpose(image))
+    upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    return _to_rgb(image if upright else ImageOps.exif_transpose(image))  # which would copy an upright one
   except Exception as error:  # see above; a damaged body may raise anything from OSError to struct.error
     raise ImageError("unreadable", f"the image is damaged ({type(error).__name__})") from None
 

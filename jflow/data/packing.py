@@ -137,6 +137,12 @@ def pack(samples: Sequence[Sample], shape: RowShape) -> Batch:
     The arrays of `Batch` without the leading axis.
   """
   row = Batch(*(array[0] for array in batch_lib.empty(1, shape)))
+  pack_into(row, samples, shape)
+  return row
+
+
+def pack_into(row: Batch, samples: Sequence[Sample], shape: RowShape) -> None:
+  """Lays samples out in a row that holds only padding, in place; see `pack`."""
   offset, slot, k = 0, 0, shape.image_slots
   for segment, sample in enumerate(samples, start=1):
     span = slice(offset, offset + len(sample.tokens))
@@ -154,7 +160,6 @@ def pack(samples: Sequence[Sample], shape: RowShape) -> Batch:
     if sample.moments:
       row.moments[slot - len(sample.moments) : slot] = sample.moments
     offset = span.stop
-  return row
 
 
 def _index_type(count: int) -> type[np.integer]:

@@ -7,7 +7,7 @@ step. Hosts, workers and threads change who does the work, not its result.
 
 import collections
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,15 @@ from jflow.errors import UserError
 
 # The share of rejected records is judged against at least this many samples.
 MIN_JUDGED = 1000
+
+
+class Piece(NamedTuple):
+  """What stands in a row: the slots [start, stop) of a record's sequence, all of it but where a document is cut."""
+
+  epoch: int
+  record: int
+  start: int
+  stop: int
 
 
 class Rows:
@@ -68,25 +77,32 @@ class Rows:
       f"{rejected.total():,} rejected{reasons}{'; latents made ahead' if self.latents else ''}"
     )
 
-  def row(self, number: int) -> tuple[Batch, collections.Counter]:
-    """Returns the arrays of a row (`Batch` without the leading axis) and what was rejected in it, by reason.
+  def fill(self, row: Batch, number: int) -> collections.Counter:
+    """Lays a row out in `row`, which holds only padding; returns what was rejected in it, by reason.
 
     The counter's "samples" is the number of samples of the row, rejected ones included.
     """
-    epoch, index = divmod(number, self.plan.rows)
-    index = self._shuffled(epoch)[index]
-    begin, end = self.plan.row_offsets[index : index + 2]
-    samples, counter = [], collections.Counter(samples=int(end - begin))
-    for piece in range(begin, end):
-      record = int(self.plan.record_ids[piece])
+    pieces = self.pieces(number)
+    samples, counter = [], collections.Counter(samples=len(pieces))
+    for piece in pieces:
       try:
-        samples.append(self._sample(record, epoch, int(self.plan.starts[piece]), int(self.plan.stops[piece])))
+        samples.append(self._sample(piece))
       except RecordError as error:
         counter[error.reason] += 1
-    return packing.pack(samples, self._shape), counter
+    packing.pack_into(row, samples, self._shape)
+    return counter
 
-  def _sample(self, index: int, epoch: int, start: int, stop: int) -> Sample:
-    rng = np.random.default_rng([self._seed, epoch, TASKS.index(self.task), index])
+  def pieces(self, number: int) -> list[Piece]:
+    """Returns what stands in a row, in order."""
+    epoch, index = divmod(number, self.plan.rows)
+    index = self._shuffled(epoch)[index]
+    span = slice(*self.plan.row_offsets[index : index + 2])
+    columns = (self.plan.record_ids[span], self.plan.starts[span], self.plan.stops[span])
+    return [Piece(epoch, *piece) for piece in zip(*(column.tolist() for column in columns))]
+
+  def _sample(self, piece: Piece) -> Sample:
+    _, index, start, stop = piece
+    rng = np.random.default_rng([self._seed, piece.epoch, TASKS.index(self.task), index])
     sample = examples.build(
       self._source[index],
       self.task,
@@ -201,6 +217,19 @@ class Pipeline:
     """Returns this host's share of the batch of a step; see `Batch`."""
     return self._load(self._step_plan(step + 1)[step])[0]
 
+  def rows(self, task: str) -> int:
+    """Returns the planned rows of a task's sources in all."""
+    return sum(rows.plan.rows for rows in self._rows[TASKS.index(task)])
+
+  def pieces(self, step: int) -> list[tuple[str, str, list[Piece]]]:
+    """Returns (task, source, what stands in it) of each row of this host's share of a step; decodes nothing."""
+    out = []
+    for task, number in self._step_plan(step + 1)[step]:
+      source, row = self._interleaves[task][number]
+      rows = self._rows[task][source]
+      out.append((rows.task, rows.name, rows.pieces(row)))
+    return out
+
   def batches(self, start_step: int, stop_step: int) -> Iterator[tuple[Batch, dict[str, Any]]]:
     """Yields the batches of the steps [start_step, stop_step), loaded ahead by threads or processes.
 
@@ -234,10 +263,8 @@ class Pipeline:
     batch, counter = batch_lib.empty(len(rows), self._shape), collections.Counter()
     for place, (task, number) in enumerate(rows):
       source, row_number = self._interleaves[task][number]
-      row, row_counter = self._rows[task][source].row(row_number)
-      counter.update(row_counter)
-      for array, values in zip(batch, row):
-        array[place] = values
+      row = Batch(*(array[place] for array in batch))
+      counter.update(self._rows[task][source].fill(row, row_number))
     return batch, counter
 
 
