@@ -14,8 +14,10 @@ import pytest
 import tiny
 from PIL import Image
 
+from jflow import flow
 from jflow.__main__ import COMMANDS, main
 from jflow.data.tokenizer import Tokenizer
+from jflow.inference import generate_command
 from jflow.training.checkpoint import save_params
 from jflow.training.command import load_config
 
@@ -148,8 +150,9 @@ def test_a_prompt_longer_than_the_context(capsys, model, tmp_path):
     (["--prompt=a", "--steps=many"], "argument --steps: invalid int value"),
     (["--prompt=a", "--guidance=nan"], "guidance=nan"),
     (["--prompt=a", "--num_images=0"], "num_images=0 must be at least 1"),
-    (["--prompt=a", "--solver=rk45"], "solver='rk45' must be one of"),
-    (["--prompt=a", "--precision=half"], "precision='half' must be"),
+    (["--prompt=a", "--solver=rk45"], "argument --solver: invalid choice: 'rk45'"),
+    (["--prompt=a", "--precision=half"], "argument --precision: invalid choice: 'half'"),
+    (["--prompt=a", "--steps=0", "--checkpoint=nowhere"], "steps=0 must be at least 1"),
     (["--prompt=a", "--json=/dev/null/x/y.json"], "--json: directory /dev/null/x cannot be made"),
     (["--prompt=a", "--output=/dev/null/x"], "--output: directory /dev/null/x cannot be made"),
     (["--prompt=a", "--checkpoint=nowhere"], "checkpoint nowhere is not a directory"),
@@ -204,10 +207,34 @@ def test_generate_writes_pictures_a_sheet_and_what_it_did(capsys, model, tmp_pat
   assert all(Image.open(out / name).size == (16, 16) for name in names)
   made = json.loads((out / "log" / "made.json").read_text())
   assert made["function_evaluations"] == 3
+  settings = made["settings"]
+  assert (settings["interval"], settings["dtype"], settings["weights"]) == ([0.0, 1.0], "float32", "ema")
   assert [(p["file"], p["prompt"], p["seed"]) for p in made["pictures"]] == [
     (names[0], "a red circle", 4), (names[1], "a red circle", 5),
     (names[2], "two blue stars", 4), (names[3], "two blue stars", 5),
   ]  # fmt: skip
+
+
+def test_generate_replaces_no_earlier_picture_unasked(capsys, model, tmp_path):
+  (tmp_path / "0000_00.png").write_bytes(b"of an earlier run")
+  argv = ("generate", f"--checkpoint={model}", "--prompt=a red circle", f"--output={tmp_path}", "--steps=3")
+  assert "holds 0000_00.png of an earlier run: give another directory, or --overwrite" in _refused(
+    capsys, *argv
+  )
+  assert (tmp_path / "0000_00.png").read_bytes() == b"of an earlier run"
+  code, _, _ = _run(capsys, *argv, "--overwrite", "--batch_size=1")
+  assert code == 0 and Image.open(tmp_path / "0000_00.png").size == (16, 16)
+
+
+def test_the_flags_offer_the_solvers_there_are():
+  assert set(generate_command.SOLVERS) == set(flow.SOLVERS)
+
+
+def test_a_question_about_a_picture_that_is_not_there_gets_a_hint(capsys, model):
+  argv = ("understand", f"--checkpoint={model}", "--max_tokens=5")
+  _, _, err = _run(capsys, *argv, "--question=What is in the picture?")
+  assert err == "jflow: the question speaks of a picture and none is given; show one with --image=FILE\n"
+  assert _run(capsys, *argv, "--question=Why?")[2] == ""
 
 
 def test_understand_prints_the_answer(capsys, model, picture, tmp_path):

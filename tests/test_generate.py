@@ -115,6 +115,23 @@ def test_release_precision_is_coarser_and_near():
   assert 1e-5 < difference < 0.1 * np.abs(exact).max()
 
 
+def test_the_vae_in_slices_gives_the_same_pictures():
+  """Two at a time and one left over."""
+  z = jnp.asarray(_noise(1, 2, 3, 4, 5))
+  whole, slices = (np.asarray(painting.decode(*PAINTER, z, at_once=n)) for n in (8, 2))
+  assert whole.shape == slices.shape == (5, 16, 16, 3)
+  _close(slices, whole, 1e-6)
+
+
+def test_a_picture_in_pieces_of_the_solver_is_the_same():
+  prompts, noise, seen = _prompts(6), _noise(1), []
+  grid, options = flow.time_grid(STEPS), dict(solver="euler", guided=True, release=False)
+  at = np.pad(prompts[0], (0, 26))[None], np.asarray([6]), noise
+  pieces = painting.paint(*PAINTER, *at, grid, 2.0, (0.0, 1.0), on_step=lambda *x: seen.append(x), **options)
+  assert seen == [(1, 3), (2, 3), (3, 3)]
+  np.testing.assert_array_equal(pieces, _paint(prompts, noise, 32))
+
+
 def test_pixels_are_clipped_and_truncated():
   values = np.array([-9.0, -1.0, 0.0, 0.999, 1.0, 9.0], np.float32)
   pixels = np.asarray(to_image(np.broadcast_to(values[:, None], (1, 6, 3))))

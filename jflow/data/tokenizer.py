@@ -106,6 +106,14 @@ class Tokenizer:
     """Returns the text of `ids`, special tokens left out; incomplete UTF-8 becomes U+FFFD."""
     return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
+  def check_fits(self, vocabulary_size: int) -> None:
+    """Raises UserError where the tokenizer has ids that a model of this vocabulary lacks."""
+    if self.vocabulary_size > vocabulary_size:
+      raise UserError(
+        f"{self._origin} has ids up to {self.vocabulary_size - 1}, the model's vocabulary {vocabulary_size} "
+        "(model.language_model.vocabulary_size): they belong to different models"
+      )
+
   def save(self, directory: str) -> None:
     """Writes the files of the tokenizer, byte for byte as they were read."""
     os.makedirs(directory, exist_ok=True)

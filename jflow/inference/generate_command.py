@@ -3,9 +3,19 @@
 import argparse
 import pathlib
 import sys
+from typing import TYPE_CHECKING, Any
 
 from jflow.errors import UserError
+from jflow.inference import flags
 from jflow.inference.files import make_directory, write_json
+
+if TYPE_CHECKING:
+  from PIL import Image
+
+  from jflow.inference.pipeline import Pipeline
+
+SOLVERS = ("euler", "heun", "midpoint")  # the keys of flow.SOLVERS, which would bring jax along
+_SHEET = "sheet.png"
 
 _EPILOG = """
 examples:
@@ -22,15 +32,13 @@ def parser() -> argparse.ArgumentParser:
     epilog=_EPILOG,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  p.add_argument(
-    "--checkpoint", required=True, metavar="DIR", help="official directory, or a jflow workdir or step"
-  )
-  p.add_argument("--vae", metavar="DIR", help="SDXL-VAE, for an official checkpoint that holds none")
+  flags.add_model(p)
   p.add_argument(
     "--prompt", action="append", default=[], metavar="TEXT", help="what to paint; repeat for several"
   )
   p.add_argument("--prompts", type=pathlib.Path, metavar="FILE", help="a text file with one prompt per line")
   p.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="where the PNG files go")
+  p.add_argument("--overwrite", action="store_true", help="replace pictures of an earlier run in --output")
   p.add_argument("--steps", type=int, default=30, help="solver steps (default %(default)s, as in the paper)")
   p.add_argument(
     "--guidance",
@@ -45,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     help="picture j of a prompt starts from noise seed + j (default %(default)s)",
   )
   p.add_argument("--num_images", type=int, default=1, help="pictures per prompt (default %(default)s)")
-  p.add_argument("--solver", default="euler", help="euler, heun or midpoint (default %(default)s)")
+  p.add_argument("--solver", choices=SOLVERS, default="euler", help="(default %(default)s)")
   p.add_argument("--shift", type=float, default=1.0, help="of the time grid; 1 is even (default %(default)s)")
   p.add_argument(
     "--interval",
@@ -56,12 +64,13 @@ def parser() -> argparse.ArgumentParser:
     help="guidance acts at these times only",
   )
   p.add_argument(
-    "--precision", default="exact", help="exact (f32 state and time), or release (bf16, as published)"
+    "--precision",
+    choices=("exact", "release"),
+    default="exact",
+    help="exact (f32 state and time), or release (bf16, as published)",
   )
   p.add_argument("--batch_size", type=int, default=16, help="pictures painted at once (default %(default)s)")
-  p.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: float32 on a CPU)")
-  p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a jflow training run")
-  p.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write what was painted as JSON")
+  flags.add_json(p, "what was painted")
   return p
 
 
@@ -82,39 +91,40 @@ def main(argv: list[str]) -> int:
   """Paints and writes."""
   args = parser().parse_args(argv)
   prompts = read_prompts(args.prompt, args.prompts)
+  names = [f"{i:04d}_{j:02d}.png" for i in range(len(prompts)) for j in range(args.num_images)]
   make_directory(args.output, "--output")
-  if args.json:
-    make_directory(args.json.parent, "--json")
+  earlier = [name for name in (*names, _SHEET) if (args.output / name).exists()]
+  if earlier and not args.overwrite:
+    raise UserError(
+      f"--output={args.output} holds {earlier[0]} of an earlier run: give another directory, or --overwrite"
+    )
+  flags.check_json(args)
 
-  from tqdm import tqdm
-
-  import jflow
   from jflow import flow
+  from jflow.inference import painting
   from jflow.inference.sheet import contact_sheet
 
-  model = jflow.load(args.checkpoint, vae=args.vae, dtype=args.dtype, weights=args.weights)
-  total = len(prompts) * max(args.num_images, 0)
-  with tqdm(total=total, unit="picture", disable=not sys.stderr.isatty()) as bar:
-    images = model.generate(
-      prompts, args.steps, args.guidance, args.seed, num_images=args.num_images, solver=args.solver, shift=args.shift,
-      interval=tuple(args.interval), precision=args.precision, batch_size=args.batch_size,
-      progress=lambda done, _: bar.update(done - bar.n),
-    )  # fmt: skip
+  settings = dict(
+    steps=args.steps, guidance=args.guidance, seed=args.seed, num_images=args.num_images, solver=args.solver,
+    shift=args.shift, interval=tuple(args.interval), precision=args.precision, batch_size=args.batch_size,
+  )  # fmt: skip
+  painting.check(prompts, **settings)
+  model = flags.open_model(args)
+  images = _paint(model, prompts, settings)
   records = []
-  for i, image in enumerate(images):
-    prompt, j = prompts[i // args.num_images], i % args.num_images
-    name = f"{i // args.num_images:04d}_{j:02d}.png"
+  for i, (name, image) in enumerate(zip(names, images, strict=True)):
     image.save(args.output / name)
+    prompt, j = prompts[i // args.num_images], i % args.num_images
     records.append({"file": name, "prompt": prompt, "seed": args.seed + j})
-  sheet = args.output / "sheet.png"
+  sheet = args.output / _SHEET
   columns = args.num_images if args.num_images > 1 else min(6, len(images))
   contact_sheet(images, [r["prompt"] for r in records], columns).save(sheet)
   evaluations = flow.SOLVERS[args.solver][1] * args.steps
   if args.json:
-    settings = {k: getattr(args, k) for k in ("steps", "guidance", "seed", "solver", "shift", "precision")}
+    made = {"dtype": str(model.model.dtype), "weights": args.weights}
     body = {
       "checkpoint": str(args.checkpoint),
-      "settings": settings,
+      "settings": settings | made,
       "function_evaluations": evaluations,
       "pictures": records,
     }
@@ -123,3 +133,23 @@ def main(argv: list[str]) -> int:
     f"{len(images)} pictures in {args.output} ({evaluations} evaluations of the velocity each); all on one page: {sheet}"
   )
   return 0
+
+
+def _paint(model: "Pipeline", prompts: list[str], settings: dict[str, Any]) -> list["Image.Image"]:
+  """Paints under a bar that counts solver steps, since a picture may take a minute."""
+  from tqdm import tqdm
+
+  pictures, steps = len(prompts) * settings["num_images"], settings["steps"]
+  batch = settings["batch_size"]
+  sizes = iter([min(batch, pictures - at) for at in range(0, pictures, batch)])
+  with tqdm(total=pictures * steps, unit="step", disable=not sys.stderr.isatty()) as bar:
+    state = {"size": next(sizes), "before": 0}
+
+    def on_step(done: int, _: int) -> None:
+      bar.update(state["before"] + done * state["size"] - bar.n)
+
+    def on_batch(done: int, total: int) -> None:
+      state.update(size=next(sizes, 0), before=done * steps)
+      bar.set_postfix_str(f"{done} of {total} pictures")
+
+    return model.generate(prompts, **settings, progress=on_batch, on_step=None if bar.disable else on_step)

@@ -45,11 +45,7 @@ def load(
     raise UserError(f"weights={weights!r} must be 'ema' or 'raw'")
   found = read_checkpoint(path, vae=vae, weights=weights)
   tokenizer = Tokenizer.load(found.tokenizer)
-  if tokenizer.vocabulary_size > found.config.language_model.vocabulary_size:
-    raise UserError(
-      f"{found.tokenizer} has {tokenizer.vocabulary_size} ids, more than the model's "
-      f"{found.config.language_model.vocabulary_size}: it belongs to another model"
-    )
+  tokenizer.check_fits(found.config.language_model.vocabulary_size)
   compute = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
   model = JanusFlow(found.config, compute, remat="none", unroll=1, attention="xla")
   _check_params(path, model, found.params)

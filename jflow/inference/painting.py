@@ -4,7 +4,7 @@ Legend: N pictures, S prompt slots (bucketed), K = 1 + P slots of a picture, D e
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,11 +12,57 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflow import flow
+from jflow.errors import UserError
 from jflow.models.cache import Cache, Prefix
 from jflow.models.janusflow import JanusFlow
 
 _GRID = 32  # time grids are padded to a multiple of this: another number of steps rarely compiles
 _DECODED_AT_ONCE = 8 * 384 * 384  # pixels; the VAE's widest activations take 3 GB for them in f32
+_SEEDS = 2**32  # a key keeps 32 bits of its seed
+
+
+def check(
+  prompts: Sequence[str],
+  *,
+  steps: int,
+  guidance: float,
+  seed: int,
+  num_images: int,
+  solver: str,
+  shift: float,
+  interval: tuple[float, float],
+  precision: str,
+  batch_size: int,
+) -> None:
+  """Checks what needs no model, see `Pipeline.generate`; raises UserError."""
+
+  def need(ok: bool, message: str) -> None:
+    if not ok:
+      raise UserError(message)
+
+  need(bool(prompts), "give at least one prompt")
+  need(all(prompt.strip() for prompt in prompts), "the prompt is empty: say what to paint")
+  need(steps >= 1, f"steps={steps} must be at least 1")
+  need(
+    bool(np.isfinite(guidance)) and (guidance >= 1 or guidance == 0),
+    f"guidance={guidance} must be at least 1 (1: none), or 0 (ignore the prompt)",
+  )
+  need(num_images >= 1, f"num_images={num_images} must be at least 1")
+  need(
+    0 <= seed <= _SEEDS - num_images, f"seed={seed} must be at least 0, and the last picture's below 2**32"
+  )
+  need(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
+  need(solver in flow.SOLVERS, f"solver={solver!r} must be one of {', '.join(flow.SOLVERS)}")
+  need(bool(np.isfinite(shift)) and shift > 0, f"shift={shift} must be positive")
+  need(
+    0 <= interval[0] <= interval[1] <= 1,
+    f"interval={tuple(interval)} must hold two times in [0, 1], in order",
+  )
+  need(precision in ("exact", "release"), f"precision={precision!r} must be 'exact' or 'release'")
+  need(
+    precision == "exact" or (solver == "euler" and shift == 1.0),
+    "precision='release' goes with solver='euler' and shift=1",
+  )
 
 
 def paint(

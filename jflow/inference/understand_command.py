@@ -1,16 +1,19 @@
 """The command `understand`."""
 
 import argparse
-import pathlib
+import re
 import sys
 
-from jflow.inference.files import make_directory, write_json
+from jflow.inference import flags
+from jflow.inference.files import write_json
 
 _EPILOG = """
 examples:
   python -m jflow understand --checkpoint=runs/stage3 --image=circle.png --question="What color is the circle?"
   python -m jflow understand --checkpoint=JanusFlow-1.3B --image=a.jpg --image=b.jpg --question="What changed?"
 """
+
+_PICTURE = re.compile(r"\b(image|picture|photo|photograph|figure|drawing|chart)s?\b|图", re.IGNORECASE)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,9 +24,7 @@ def parser() -> argparse.ArgumentParser:
     epilog=_EPILOG,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  p.add_argument(
-    "--checkpoint", required=True, metavar="DIR", help="official directory, or a jflow workdir or step"
-  )
+  flags.add_model(p)
   p.add_argument(
     "--image", action="append", default=[], metavar="FILE", help="PNG, JPEG or WebP; repeat for several"
   )
@@ -37,9 +38,7 @@ def parser() -> argparse.ArgumentParser:
   )
   p.add_argument("--max_tokens", type=int, default=512, help="longest answer (default %(default)s)")
   p.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
-  p.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: float32 on a CPU)")
-  p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a jflow training run")
-  p.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write question and answer as JSON")
+  flags.add_json(p, "question and answer")
   return p
 
 
@@ -47,14 +46,16 @@ def main(argv: list[str]) -> int:
   """Answers on stdout."""
   args = parser().parse_args(argv)
 
-  import jflow
   from jflow.inference.pipeline import prepare_image
 
   for image in args.image:  # before the weights are read: a wrong file should not cost a minute
     prepare_image(image, 16)
-  if args.json:
-    make_directory(args.json.parent, "--json")
-  model = jflow.load(args.checkpoint, dtype=args.dtype, weights=args.weights)
+  flags.check_json(args)
+  if not args.image and _PICTURE.search(args.question):
+    print(
+      "jflow: the question speaks of a picture and none is given; show one with --image=FILE", file=sys.stderr
+    )
+  model = flags.open_model(args)
 
   def say(piece: str) -> None:
     sys.stdout.write(piece)

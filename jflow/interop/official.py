@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from jflow.errors import UserError
 from jflow.interop import names, transfer
 from jflow.interop.official_config import (
   Fields,
@@ -81,11 +80,7 @@ def load_tokenizer(directory: pathlib.Path, vocabulary_size: int) -> Tokenizer |
   if not (directory / "tokenizer.json").is_file():
     return None
   tokenizer = Tokenizer.load(str(directory))
-  if tokenizer.vocabulary_size > vocabulary_size:
-    raise UserError(
-      f"{directory / 'tokenizer.json'} has ids up to {tokenizer.vocabulary_size - 1}, the model's vocabulary "
-      f"{vocabulary_size}: they belong to different models"
-    )
+  tokenizer.check_fits(vocabulary_size)
   return tokenizer
 
 

@@ -15,7 +15,7 @@ from jflow import sharding
 from jflow.batch import Batch
 from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
-from jflow.errors import Stopped, UserError
+from jflow.errors import Stopped
 from jflow.training import hosts, latents, optim, setup
 from jflow.training import workdir as workdirs
 from jflow.training.checkpoint import Checkpointer
@@ -53,11 +53,7 @@ def train(config: dict[str, Any], workdir: pathlib.Path) -> None:
   hosts.start(config["distributed"])
   mesh = sharding.make_mesh(**config["mesh"])
   tokenizer = Tokenizer.load(config["data"]["tokenizer"])
-  if tokenizer.vocabulary_size > model_config.language_model.vocabulary_size:
-    raise UserError(
-      f"{config['data']['tokenizer']} has {tokenizer.vocabulary_size} ids, more than "
-      f"model.language_model.vocabulary_size={model_config.language_model.vocabulary_size}"
-    )
+  tokenizer.check_fits(model_config.language_model.vocabulary_size)
   held = hosts.first_alone(lambda: workdirs.claim(workdir, config, tokenizer))
   try:
     _train(config, workdir, mesh, tokenizer, started)
