@@ -4,6 +4,7 @@ The input is the directory of one version, which holds dataset_info.json. Images
 decoded and encoded again. What `prepare` wrote is such a directory too, so that it can be filtered again.
 """
 
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,7 +24,7 @@ class Tfds:
     self._options = options
     if not os.path.isfile(os.path.join(options.input, "dataset_info.json")):
       raise UserError(f"{options.input} is no TFDS data set: name the directory that holds dataset_info.json")
-    features = self._builder().info.features
+    features = _builder(options.input).info.features
     names = sorted(features)
     for flag in ("image_column", "text_column"):
       if getattr(options, flag) and getattr(options, flag) not in names:
@@ -40,7 +41,7 @@ class Tfds:
     return sorted(entry.path for entry in os.scandir(self._options.input) if entry.is_file())
 
   def parts(self) -> list[tuple[int, int]]:
-    splits = self._builder().info.splits
+    splits = _builder(self._options.input).info.splits
     if self._options.split not in splits:
       raise UserError(
         f"{self._options.input} has no split {self._options.split!r}: --split is one of {', '.join(splits)}"
@@ -54,15 +55,8 @@ class Tfds:
   def items(self, part: tuple[int, int]) -> Iterator[Item]:
     from tensorflow_datasets.core import example_parser
 
-    builder = self._builder()
-    try:
-      source = builder.as_data_source(self._options.split).data_source
-    except NotImplementedError:
-      raise UserError(
-        f"{self._options.input} is stored as {builder.info.file_format.value}, which needs TensorFlow: "
-        "let TFDS write it with file_format='array_record'"
-      ) from None
-    features = builder.info.features
+    features = _builder(self._options.input).info.features
+    source = _open(self._options.input, self._options.split)
     # The example as it is stored: the features' own decoding would unpack every image.
     parser = example_parser.ExampleParserNp(features.get_serialized_info())
     for index in range(*part):
@@ -91,15 +85,27 @@ class Tfds:
     except RecordError as error:
       return Item(where, error, {})
 
-  def _builder(self) -> Any:
-    import tensorflow_datasets as tfds
 
-    try:
-      return tfds.builder_from_directory(self._options.input)
-    except Exception as error:  # whatever a damaged dataset_info.json makes of it
-      raise UserError(
-        f"{self._options.input} cannot be read as a TFDS data set ({str(error)[:80]})"
-      ) from None
+def _builder(directory: str) -> Any:
+  import tensorflow_datasets as tfds
+
+  try:
+    return tfds.builder_from_directory(directory)
+  except Exception as error:  # whatever a damaged dataset_info.json makes of it
+    raise UserError(f"{directory} cannot be read as a TFDS data set ({str(error)[:80]})") from None
+
+
+@functools.lru_cache(maxsize=1)  # TFDS reads Parquet files whole
+def _open(directory: str, split: str) -> Any:
+  """Returns the examples of a split as they are stored: index -> bytes."""
+  builder = _builder(directory)
+  try:
+    return builder.as_data_source(split).data_source
+  except NotImplementedError:
+    raise UserError(
+      f"{directory} is stored as {builder.info.file_format.value}, which needs TensorFlow: "
+      "let TFDS write it with file_format='array_record'"
+    ) from None
 
 
 def _listed(value: Any) -> list[Any]:

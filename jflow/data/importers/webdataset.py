@@ -13,6 +13,7 @@ from jflow.data.importers import objects, tar
 from jflow.data.importers.importer import Item, Options, input_files
 from jflow.data.records import Record, RecordError
 
+MAX_SAMPLE = 128 * 2**20  # bytes
 # What is no PNG, JPEG or WEBP is refused later, by its contents.
 _IMAGE = re.compile(r"(?:.*\.)?(?:jpe?g|png|webp|gif|bmp|tiff?|avif|heic)")
 
@@ -45,8 +46,7 @@ class WebDataset:
           yield self._item(part, key, sample, seen, position - read)
           read, sample = position, {}
         key, position = name, member.position
-        twice = RecordError("duplicate_key", f"the sample has two members that end in .{ending}")
-        sample[ending] = twice if ending in sample else member.data
+        sample[ending] = _fitting(sample, ending, member.data)
     except RecordError as error:
       yield Item(part, error, {}, 0)
       broken = True
@@ -89,6 +89,20 @@ class WebDataset:
     if not images and task != "text":
       raise RecordError("missing_image", f"the sample has no image, only {', '.join(sample)}")
     return objects.make_record(key, fields, images, task, column)
+
+
+def _fitting(
+  sample: dict[str, bytes | RecordError], ending: str, data: bytes | RecordError
+) -> bytes | RecordError:
+  """Returns what a sample is to hold of a member: its data, unless it came before or there is too much."""
+  if ending in sample:
+    return RecordError("duplicate_key", f"the sample has two members that end in .{ending}")
+  if (
+    isinstance(data, bytes)
+    and len(data) + sum(len(d) for d in sample.values() if isinstance(d, bytes)) > MAX_SAMPLE
+  ):
+    return RecordError("too_large", f"the sample has more than {MAX_SAMPLE:,} bytes")
+  return data
 
 
 def _split(name: str) -> tuple[str, str]:
