@@ -16,7 +16,8 @@ from jflow.serving.schemas import ApiError, Settings
 
 log = logging.getLogger("jflow.serving")
 
-_CHUNK = 4  # tokens that every conversation gets before the next look at what waits
+_PAUSE = 0.05  # seconds that a chunk of tokens may take: so long does a new conversation wait, and a stream stand still
+_MOST = 16  # tokens of a chunk
 _MAX_FAILURES = 3  # in a row, before the engine gives up
 
 
@@ -58,6 +59,7 @@ class Engine:
     self._chats: collections.deque[Job] = collections.deque()
     self._pictures: collections.deque[tuple[Job, int]] = collections.deque()  # request, index of its picture
     self._answering: dict[int, Job] = {}  # by slot
+    self._chunk = 4  # tokens that every conversation gets before the next look at what waits
     self._spent = {"chat": 0.0, "painting": 0.0}
     self._pace = 1.0  # seconds between two requests that end, a moving mean
     self._last_end = time.monotonic()
@@ -147,7 +149,7 @@ class Engine:
     started = time.monotonic()
     self._decoder = Decoder(self.pipeline, self.slots, self.context)
     slot = self._decoder.admit(self.pipeline.request("Why?", max_tokens=2))
-    self._decoder.step(_CHUNK)
+    self._decoder.step(2)
     self._decoder.release(slot)
     if self.pipeline.can_paint:
       self._generate([("a circle", 0)], Settings(30, 2.0, "euler", 1.0))
@@ -190,7 +192,11 @@ class Engine:
         self._end(job, ApiError(500, "the model failed at this request"))
         raise
     self._count()
-    for slot, ids, finished in self._decoder.step(_CHUNK):
+    started = time.monotonic()
+    progress = self._decoder.step(self._chunk)
+    slow = time.monotonic() - started > _PAUSE
+    self._chunk = max(1, self._chunk // 2) if slow else min(_MOST, self._chunk + 1)
+    for slot, ids, finished in progress:
       job = self._answering[slot]
       self.metrics.tokens.labels("written").inc(len(ids))
       if finished:
@@ -243,6 +249,7 @@ class Engine:
     error = ApiError(500, "the model failed at this request or at one that shared its batch")
     if kind == "chat":
       jobs, self._answering = list(self._answering.values()), {}
+      self._decoder = None  # its memory is needed
       self._decoder = Decoder(self.pipeline, self.slots, self.context)
     else:
       with self._changed:

@@ -8,6 +8,10 @@ from jflow.inference.pipeline import Pipeline
 from jflow.serving.jobs import Pictures
 from jflow.serving.schemas import IMAGE_MARK, SEEDS, Chat, Painting
 
+_LONGEST_TOKEN = (
+  128  # characters; a text of more per token of the context cannot fit, and is not worth its tokenization
+)
+
 
 def chat(pipeline: Pipeline, wanted: Chat, context: int) -> tuple[Chat, Request]:
   """Tokenizes a conversation and decodes its pictures.
@@ -18,6 +22,7 @@ def chat(pipeline: Pipeline, wanted: Chat, context: int) -> tuple[Chat, Request]
   Raises:
     UserError: turns that do not alternate, an unreadable picture, no room for an answer in `context` tokens.
   """
+  _check_length(sum(len(turn["content"]) for turn in wanted.turns) + len(wanted.system), context)
   wanted = wanted._replace(seed=secrets.randbelow(SEEDS) if wanted.seed is None else wanted.seed)
   request = pipeline.request(
     wanted.turns, wanted.images, wanted.max_tokens, temperature=wanted.temperature, top_p=wanted.top_p,
@@ -36,6 +41,14 @@ def pictures(pipeline: Pipeline, wanted: Painting) -> Pictures:
   Raises:
     UserError: the prompt is too long, or the checkpoint cannot paint.
   """
+  _check_length(len(wanted.prompt), pipeline.model.config.language_model.context)
   pipeline.painting_prompt(wanted.prompt)
   seed = secrets.randbelow(SEEDS - wanted.count) if wanted.seed is None else wanted.seed
   return Pictures(wanted.prompt, wanted.count, seed, wanted.settings)
+
+
+def _check_length(characters: int, context: int) -> None:
+  if characters > _LONGEST_TOKEN * context:
+    raise UserError(
+      f"the prompt has {characters:,} characters, more than {context:,} tokens can hold: shorten it"
+    )
