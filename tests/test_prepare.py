@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from jflow.batch import TASKS
-from jflow.data import prepare, prepare_command
+from jflow.data import prepare, prepare_command, prepared
 from jflow.data.filters import Filters
 from jflow.data.prepared import PreparedSource
 from jflow.data.records import Turn
@@ -47,8 +47,15 @@ def test_tfds_reads_the_directory(folder):
   import tensorflow_datasets as tfds
 
   _, output = run(folder, part_records=5)
-  source = tfds.builder_from_directory(output).as_data_source("train")
-  assert len(source) == 12
+  sources = [tfds.builder_from_directory(output).as_data_source("train")]
+  named = (
+    folder.parent / "data" / prepared.dataset_name("understanding") / "1.0.0"
+  )  # where TFDS looks by name
+  shutil.copytree(output, named)
+  sources.append(tfds.data_source("jflow_understanding", data_dir=folder.parent / "data", split="train"))
+  assert [len(source) for source in sources] == [12, 12]
+  assert all(sources[0][i]["id"] == sources[1][i]["id"] for i in range(12))
+  source = sources[1]
   for i in (0, 4, 5, 11):
     assert source[i]["id"] == f"r{i}".encode() and list(source[i]["images"]) == [image(i)]
     assert json.loads(source[i]["conversations"])[1] == ["assistant", f"Number {i}, né."]
@@ -223,6 +230,19 @@ def test_every_image_of_a_record_must_pass(folder):
   write_lines(folder / "two.jsonl", [row, {**row, "image": ["pictures/1.png", "pictures/2.png"]}])
   summary, output = run(folder, name="two.jsonl", filters=Filters(max_aspect=2.0))
   assert summary["accepted"] == 1 and summary["filtered"] == {"max_aspect": 1}
+
+
+def test_a_mix_with_and_without_pictures_comes_in_once_per_task(folder):
+  plain = {"conversations": chat("", "Why?", "So.")["conversations"]}
+  lost = {"conversations": chat("", "<image>\nWhy?", "So.")["conversations"]}
+  write_lines(folder / "mix.jsonl", [chat("pictures/1.png"), plain, plain, chat("pictures/2.png")])
+  summary, output = run(folder, name="mix.jsonl", max_rejected_share=0.0)
+  assert summary["accepted"] == 2 and summary["filtered"] == {"text_only": 2}
+  summary, output = run(folder, "text", "mix.jsonl", max_rejected_share=0.0, output=output + "-text")
+  assert summary["accepted"] == 2 and summary["filtered"] == {"with_images": 2}
+  write_lines(folder / "lost.jsonl", [chat("pictures/1.png"), lost])
+  summary, _ = run(folder, name="lost.jsonl", max_rejected_share=1.0, output=output + "-lost")
+  assert summary["rejected"] == {"image_count": 1}  # a mark without its picture is no text
 
 
 def test_filters_apply_again_to_what_was_prepared(folder):

@@ -198,11 +198,19 @@ def _import_part(
 def _check(item: Item, task: str, filters: Filters) -> str | None:
   """Returns the filter that drops a record, or None; the images' bodies are not decoded yet.
 
+  Sets of conversations hold some with pictures and some without: those of the other task are dropped as
+  "text_only" or "with_images", and come in when the same input is imported for that task.
+
   Raises:
     RecordError: the record cannot be used.
   """
   if isinstance(item.record, RecordError):
     raise item.record
+  if item.record.turns and not item.record.images and task == "understanding":
+    if not any(examples.IMAGE_MARK in turn.text for turn in item.record.turns):
+      return "text_only"
+  if item.record.turns and item.record.images and task == "text":
+    return "with_images"
   examples.check(item.record, task)
   texts = [item.record.text, *(turn.text for turn in item.record.turns)]
   for text in (item.record.id, *texts):

@@ -44,7 +44,9 @@ examples
 
 Every record is checked: the images are decoded, each conversation needs an answer. What cannot be used is left out,
 counted by reason in OUTPUT/summary.json and listed in OUTPUT/rejected.jsonl; what a filter drops is counted apart.
-A run that was killed goes on where it stopped.
+A run that was killed goes on where it stopped. The images stay as they are, encoded; what training sees of odd ones:
+EXIF rotation applied, alpha over white, the first frame of an animation, the upper 8 of 16 bits, CMYK, grey and
+palette as RGB.
 
 afterwards
   python -m jflow prepare --latents --help    run the VAE over a data set ahead of time"""
@@ -89,6 +91,7 @@ def _import(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m jflow prepare",
+    usage="python -m jflow prepare --format=FORMAT --input=PATH --output=DIR --task=TASK [options]",
     formatter_class=argparse.RawDescriptionHelpFormatter,
     description="Checks pictures and texts and writes them as a data set to train on.",
     epilog=_EPILOG,
