@@ -1,0 +1,143 @@
+"""The closed rules that turn one answer of a model into right or wrong, as the official scorers have them.
+
+Pure text in, numbers out. Where an official rule is odd, the oddity is kept and said: a score is compared with the
+paper's, and a better rule would be another benchmark.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+# The VQA challenge's: characters that become nothing beside a space (or where the text holds "1,000"), else a space.
+_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+_COMMA = re.compile(r"\d,\d")
+# A point before a digit stays. The official pattern also looks for "<=\d" behind the point, which never matches.
+_POINT = re.compile(r"\.(?!\d)")
+_MOST_POINTS = int(re.UNICODE)  # the official call passes this flag as the number of replacements: 32
+_NUMBERS = {
+  word: str(number)
+  for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
+} | {"none": "0"}
+_ARTICLES = ("a", "an", "the")
+# Read without any one of their apostrophes, these get it back.
+_CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't
+must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've
+somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's
+there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't
+what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're
+why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
+_WITH_APOSTROPHES = {
+  word[:i] + word[i + 1 :]: word for word in _CONTRACTIONS for i, letter in enumerate(word) if letter == "'"
+} | {"somebody'd": "somebodyd"}  # the one entry of the official table that goes the other way
+
+# VLMEvalKit's: refusals, and what is cut from an answer before its letter is looked for.
+_REFUSALS = (
+  "Sorry, I can't help with images of people yet.",
+  "I can't process this file.",
+  "I'm sorry, but without the image provided",
+  "Cannot determine the answer",
+)
+_AROUND_LETTERS = ".()[],:;!*#{}"
+_LAST_WORDS = 4  # a letter further from the end is a word of the explanation
+UNDECIDED = "Z"  # no option can be read from the answer
+
+
+def without_punctuation(text: str) -> str:
+  """The VQA challenge's removal of punctuation; apostrophes and decimal points stay."""
+  out = text
+  for mark in _PUNCTUATION:
+    joined = f"{mark} " in text or f" {mark}" in text or _COMMA.search(text)
+    out = out.replace(mark, "" if joined else " ")
+  return _POINT.sub("", out, count=_MOST_POINTS)
+
+
+def normal_words(text: str) -> str:
+  """Lower case, numbers up to ten as digits, no articles, contractions with their apostrophe."""
+  words = [_NUMBERS.get(word, word) for word in text.lower().split()]
+  return " ".join(_WITH_APOSTROPHES.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def normal_answer(text: str) -> str:
+  """The VQA challenge's (EvalAI's) normal form of an answer."""
+  return normal_words(without_punctuation(_one_line(text)))
+
+
+def vqa_score(answer: str, people: Sequence[str], always_normalise: bool = True) -> float:
+  """The VQA score: min(1, people who agree / 3), averaged over leaving out each of the people once.
+
+  Args:
+    answer: of the model.
+    people: the annotators' answers, ten as a rule.
+    always_normalise: True is TextVQA's rule and VLMEvalKit's; False is the VQA challenge's, which leaves all answers
+      as they are (upper case included) when the people agree word for word.
+
+  Returns:
+    In [0, 1]: 0, 0.3, 0.6, 0.9 or 1 for ten people.
+  """
+  people, answer = [_one_line(one) for one in people], _one_line(answer)
+  if always_normalise or len(set(people)) > 1:
+    people, answer = [normal_answer(one) for one in people], normal_answer(answer)
+  agree = [one == answer for one in people]
+  return sum(min(1.0, (sum(agree) - own) / 3) for own in agree) / len(people)
+
+
+def exact(answer: str, truth: str) -> bool:
+  """GQA's rule in VLMEvalKit: equal but for case and outer spaces. "Yes." is not "yes"."""
+  return answer.strip().lower() == truth.strip().lower()
+
+
+def relaxed(answer: str, truth: str, tolerance: float = 0.05) -> bool:
+  """ChartQA's relaxed accuracy: numbers within 5 %, both ends included, anything else equal but for case.
+
+  "5%" is read as 0.05, so that "5" for "5%" is wrong. A true value of 0 is compared as text.
+  """
+  number, wanted = _number(answer.strip()), _number(truth)
+  if number is not None and wanted:
+    return abs(number - wanted) / abs(wanted) <= tolerance
+  return answer.strip().lower() == truth.lower()
+
+
+def yes_or_no(answer: str) -> str:
+  """VLMEvalKit's reading of a yes or a no: "Yes" or "No" if exactly one is among the words, else "Unknown"."""
+  words = without_punctuation(answer.lower()).split()
+  yes, no = "yes" in words, "no" in words
+  return "Unknown" if yes == no else "Yes" if yes else "No"
+
+
+def option(answer: str, choices: Mapping[str, str]) -> str:
+  """VLMEvalKit's reading of a letter, without its language model.
+
+  The only letter among the words, if it is one of the last four; else the only option whose text is in the answer.
+
+  Args:
+    answer: of the model.
+    choices: text by letter.
+
+  Returns:
+    One of the letters, or UNDECIDED.
+  """
+  if "Failed to obtain answer via API" not in answer:
+    if any(refusal in answer for refusal in _REFUSALS):
+      return UNDECIDED
+    words = answer.translate(str.maketrans(_AROUND_LETTERS, " " * len(_AROUND_LETTERS))).split()
+    letters = [letter for letter in choices if letter in words]
+    if len(letters) == 1 and words.index(letters[0]) >= len(words) - _LAST_WORDS:
+      return letters[0]
+    if not letters and UNDECIDED in words:
+      return UNDECIDED
+  lower = answer.lower()
+  if len(lower) > 2 * sum(len(text) for text in choices.values()):
+    return UNDECIDED
+  named = [letter for letter, text in choices.items() if text.lower() in lower]
+  return named[0] if len(named) == 1 else UNDECIDED
+
+
+def _one_line(text: str) -> str:
+  return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _number(text: str) -> float | None:
+  try:
+    return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+  except ValueError:
+    return None

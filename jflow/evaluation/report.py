@@ -1,0 +1,186 @@
+"""report.json and report.html: scores beside the paper's, with all that is needed to make them again."""
+
+import base64
+import datetime
+import hashlib
+import html
+import io
+import json
+import pathlib
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from jflow.evaluation.scores import Score
+
+_PACKAGES = ("jax", "flax", "numpy", "pillow", "scipy")
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --faint: #888; --bar: #3b7dd8; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+.what, .faint, footer { color: var(--faint); }
+table { border-collapse: collapse; width: 100%; } th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); }
+th { text-align: left; font-weight: 600; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+img { max-width: 100%; border: 1px solid var(--line); } code { font-size: .9em; overflow-wrap: anywhere; }
+td:first-child { white-space: nowrap; } .wrap { overflow-x: auto; }
+"""
+
+
+class Result(NamedTuple):
+  """What the scoring of a benchmark gives."""
+
+  scores: Mapping[str, Score]
+  notes: Sequence[str] = ()  # sentences that a reader of the scores needs
+  pictures: Sequence[tuple[str, Image.Image]] = ()  # (title, sheet)
+  details: Mapping[str, Any] = {}  # JSON values for report.json alone
+
+
+def write(
+  directory: pathlib.Path,
+  benchmark: str,
+  what: str,
+  result: Result,
+  paper: Mapping[str, Mapping[str, float]],
+  settings: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Writes report.json, report.html and the sheets, and returns what report.json holds.
+
+  Args:
+    directory: of the evaluation.
+    benchmark: its name.
+    what: one line that says what is measured.
+    result: scores and pictures.
+    paper: score -> {"384": value, "256": value}, where the paper has it.
+    settings: of the predictions, the checkpoint's fingerprint among them.
+  """
+  scores = {}
+  for name, score in result.scores.items():
+    scores[name] = {key: value for key, value in score._asdict().items() if value is not None}
+    if name in paper:
+      scores[name]["paper"] = dict(paper[name])
+  body = {
+    "benchmark": benchmark,
+    "scores": scores,
+    "notes": list(result.notes),
+    "settings": dict(settings),
+    "commit": commit(),
+    "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES},
+    "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    **result.details,
+  }
+  for title, sheet in result.pictures:
+    sheet.save(directory / f"{_file_name(title)}.png")
+  _replace(directory / "report.json", json.dumps(body, indent=1, ensure_ascii=False) + "\n")
+  _replace(directory / "report.html", _page(body, what, result.pictures))
+  return body
+
+
+def table(body: Mapping[str, Any]) -> str:
+  """The scores of a report as text for a terminal."""
+  names = list(body["scores"])
+  width = max(map(len, names), default=0)
+  lines = []
+  for name in names:
+    score = body["scores"][name]
+    cells = [f"{name:{width}}  {_digits(score['value']):>9}"]
+    if "low" in score:
+      cells.append(f"[{_digits(score['low'])}, {_digits(score['high'])}]")
+    if "chance" in score:
+      cells.append(f"chance {_digits(score['chance'])}")
+    if "paper" in score:
+      cells.append("paper " + ", ".join(f"{size}: {_digits(value)}" for size, value in score["paper"].items()))
+    lines.append("  ".join(cells))
+  return "\n".join(lines)
+
+
+def commit() -> str | None:
+  """The git commit of the code, "-dirty" behind it if files differ from it; None outside a repository."""
+  root = pathlib.Path(__file__).parent
+
+  def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+  try:
+    return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+  except (OSError, subprocess.CalledProcessError):
+    return None
+
+
+def fingerprint(directory: str | pathlib.Path, weights: str) -> str:
+  """A sha256 over what a checkpoint computes with: its configuration, tokenizer and weights, and which weights."""
+  directory = pathlib.Path(directory)
+  from jflow.interop.official import is_official
+  from jflow.training.checkpoint import MANIFEST, resolve
+
+  if is_official(directory):
+    files = [*directory.glob("*.json"), *directory.rglob("*.safetensors")]
+  else:
+    workdir, step = resolve(directory)
+    files = [workdir / "config.json", *(workdir / "tokenizer").glob("*"), step / MANIFEST]  # it holds all hashes
+  total = hashlib.sha256(weights.encode())
+  for path in sorted(files):
+    with open(path, "rb") as file:
+      digest = hashlib.file_digest(file, "sha256").hexdigest()
+    total.update(f"{path.name} {digest}\n".encode())
+  return total.hexdigest()
+
+
+def _page(body: Mapping[str, Any], what: str, pictures: Sequence[tuple[str, Image.Image]]) -> str:
+  scores = body["scores"].values()
+  sizes = sorted({size for score in scores for size in score.get("paper", {})}, reverse=True)
+  chance = any("chance" in score for score in scores)
+  head = ["Score", "Value", "95 % interval", *(["Chance"] if chance else []), *(f"Paper, {s}" for s in sizes), "Samples"]
+  rows = []
+  for name, score in body["scores"].items():
+    interval = f"{_digits(score['low'])} to {_digits(score['high'])}" if "low" in score else ""
+    cells = [f"<b>{_digits(score['value'])}</b>", interval]
+    cells += [_digits(score.get("chance"))] if chance else []
+    cells += [_digits(score.get("paper", {}).get(size)) for size in sizes] + [str(score.get("count", ""))]
+    rows.append(f"<tr><td>{html.escape(name)}</td>" + "".join(f'<td class="n">{cell}</td>' for cell in cells) + "</tr>")
+  settings = "".join(
+    f"<tr><td>{html.escape(name)}</td><td><code>{html.escape(_plain(value))}</code></td></tr>"
+    for name, value in {**body["settings"], "commit": body["commit"], **body["versions"], "date": body["date"]}.items()
+  )
+  sheets = "".join(f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="{_data_uri(sheet)}">'
+                   for title, sheet in pictures)  # fmt: skip
+  notes = "".join(f"<li>{html.escape(note)}</li>" for note in body["notes"])
+  columns = "".join(f'<th{"" if i == 0 else " class=n"}>{html.escape(name)}</th>' for i, name in enumerate(head))
+  return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>jflow: {html.escape(body["benchmark"])}</title><style>{_STYLE}</style>
+<h1>{html.escape(body["benchmark"])}</h1><p class="what">{html.escape(what)}</p>
+<div class="wrap"><table><tr>{columns}</tr>{"".join(rows)}</table></div>
+{f"<h2>Notes</h2><ul>{notes}</ul>" if notes else ""}{sheets}
+<h2>Settings</h2><div class="wrap"><table>{settings}</table></div>
+</html>
+"""
+
+
+def _digits(value: float | None) -> str:
+  """Three decimals below 2, where shares are, else two."""
+  return "" if value is None else f"{value:.3f}" if abs(value) < 2 else f"{value:.2f}"
+
+
+def _plain(value: Any) -> str:
+  return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _file_name(title: str) -> str:
+  return "".join(c if c.isalnum() else "_" for c in title.lower())
+
+
+def _data_uri(image: Image.Image) -> str:
+  buffer = io.BytesIO()
+  image.save(buffer, "PNG", optimize=True)
+  return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+  """Writes a file so that a reader sees the old one or the new one."""
+  new = path.with_name(path.name + ".part")
+  new.write_text(text, encoding="utf-8")
+  new.replace(path)

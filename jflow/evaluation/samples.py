@@ -1,0 +1,108 @@
+"""The predictions of an evaluation on disk: one line per sample, written as it is made, read again after any stop."""
+
+import fcntl
+import json
+import os
+import pathlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from jflow.errors import UserError
+
+
+class Samples:
+  """records.jsonl and settings.json of one output directory.
+
+  Several processes may share a directory, each with its part of the samples and its own records file; all read what
+  the others have written.
+  """
+
+  def __init__(self, directory: pathlib.Path, settings: Mapping[str, Any], part: tuple[int, int] = (0, 1)):
+    """Opens or creates the directory.
+
+    Args:
+      directory: of the evaluation.
+      settings: all that the predictions depend on; JSON values. A directory holds predictions of one setting.
+      part: (number, parts): this process makes every `parts`-th sample.
+
+    Raises:
+      UserError: the directory holds another evaluation's predictions, or another process writes this part.
+    """
+    self._directory, (self._number, self._parts) = directory, part
+    name = "records.jsonl" if self._parts == 1 else f"records-{self._number}-of-{self._parts}.jsonl"
+    self._path = directory / name
+    directory.mkdir(parents=True, exist_ok=True)
+    self._compare(json.loads(json.dumps(settings)))
+    self._file = open(self._path, "a+b")
+    try:
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      raise UserError(f"--output={directory}: another process writes {name} now; wait for it or stop it") from None
+    self._cut_torn_line()
+
+  def _compare(self, settings: dict[str, Any]) -> None:
+    path = self._directory / "settings.json"
+    if path.exists():
+      before = json.loads(path.read_text(encoding="utf-8"))
+      for name in sorted(before.keys() | settings.keys()):
+        if before.get(name) != settings.get(name):
+          raise UserError(
+            f"--output={self._directory} holds predictions made with {name}={before.get(name)!r}, not "
+            f"{settings.get(name)!r}: name another --output, or delete it to start over"
+          )
+      return
+    new = path.with_name(f"settings.json.{os.getpid()}")
+    new.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    new.replace(path)
+
+  def _cut_torn_line(self) -> None:
+    """A process that was killed while it wrote leaves half a line: its sample is made again."""
+    self._file.seek(0)
+    whole = self._file.read().rfind(b"\n") + 1
+    self._file.truncate(whole)
+    self._file.seek(0, os.SEEK_END)
+
+  def add(self, record: Mapping[str, Any]) -> None:
+    """Appends one prediction; it survives the death of the process.
+
+    Args:
+      record: JSON values, among them "key".
+    """
+    self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+    self._file.flush()
+
+  def read(self) -> dict[str, dict[str, Any]]:
+    """All predictions so far by key, those of other processes too.
+
+    Raises:
+      UserError: a whole line that is no record.
+    """
+    out = {}
+    for path in sorted(self._directory.glob("records*.jsonl")):
+      lines = path.read_bytes().split(b"\n")[:-1]  # without the line that another process is writing
+      for number, line in enumerate(lines, 1):
+        try:
+          record = json.loads(line)
+          out[record["key"]] = record
+        except (ValueError, KeyError, TypeError):
+          raise UserError(f"{path}, line {number}, is no record: delete the line to make the sample again") from None
+    return out
+
+  def mine(self, keys: Collection[str]) -> list[str]:
+    """The keys that this process makes, in their order."""
+    return [key for i, key in enumerate(keys) if i % self._parts == self._number]
+
+
+def need(row: Mapping[str, Any], fields: Collection[str], where: str) -> None:
+  """Raises a UserError that names the first field of `fields` which a record lacks, and where the record stands."""
+  for field in fields:
+    if row.get(field) in (None, ""):
+      raise UserError(f"{where} has no field {field!r}; it has {', '.join(map(str, row)) or 'none'}")
+
+
+def need_all(wanted: Collection[str], present: Collection[str], what: str, hint: str) -> None:
+  """Raises a UserError with the number of samples that `present` lacks, and the first of them."""
+  missing = [key for key in wanted if key not in present]
+  if missing:
+    some = ", ".join(map(str, missing[:3]))
+    raise UserError(f"{what}: {len(missing)} of {len(wanted)} samples are missing ({some}...): {hint}")

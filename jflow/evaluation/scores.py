@@ -1,0 +1,164 @@
+"""Scores of whole benchmarks from judged records, with confidence intervals."""
+
+import collections
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jflow.errors import UserError
+
+CONFIDENCE_Z = 1.959963984540054  # of 95 %, two-sided
+DRAWS = 1000  # of a bootstrap
+MME_PERCEPTION = (
+  "OCR", "artwork", "celebrity", "color", "count", "existence", "landmark", "position", "posters", "scene",
+)  # fmt: skip
+MME_REASONING = ("code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation")
+
+
+class Score(NamedTuple):
+  """One number of a report."""
+
+  value: float
+  low: float | None = None  # ends of the 95 % interval
+  high: float | None = None
+  count: int | None = None  # samples behind it
+  chance: float | None = None  # what a model that does not look would get
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+  """The 95 % Wilson interval of a share of independent samples."""
+  if not count:
+    return 0.0, 1.0
+  z2, share = CONFIDENCE_Z**2, right / count
+  middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+  half = CONFIDENCE_Z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
+  return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def accuracy(judged: Iterable[bool], scale: float = 1.0, chance: float | None = None) -> Score:
+  """The share of right ones, times `scale`, with its Wilson interval."""
+  judged = [bool(one) for one in judged]
+  low, high = wilson(sum(judged), len(judged))
+  value = sum(judged) / len(judged) if judged else 0.0
+  return Score(scale * value, scale * low, scale * high, len(judged), chance)
+
+
+def mean(values: Sequence[float], scale: float = 1.0) -> Score:
+  """The mean, times `scale`, with a normal interval; for values other than right or wrong."""
+  values = np.asarray(values, np.float64)
+  half = CONFIDENCE_Z * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+  value = float(values.mean())
+  return Score(scale * value, scale * float(value - half), scale * float(value + half), len(values))
+
+
+def bootstrap(statistic: Callable[[np.ndarray], float], groups: Sequence[Any], seed: int = 0) -> Score:
+  """A statistic of independent groups of samples, with its 95 % percentile interval.
+
+  Args:
+    statistic: takes the indices of groups, int[n], with repetitions, and returns a number.
+    groups: whatever `statistic` refers to; pictures of one prompt, questions about one picture.
+    seed: of the draws.
+  """
+  rng, count = np.random.default_rng(seed), len(groups)
+  drawn = [statistic(rng.integers(0, count, count)) for _ in range(DRAWS)]
+  low, high = np.percentile(drawn, [2.5, 97.5])
+  return Score(float(statistic(np.arange(count))), float(low), float(high), count)
+
+
+def f1(truth: np.ndarray, said: np.ndarray) -> dict[str, float]:
+  """F1, precision and recall of the yes; 0 where a denominator is 0.
+
+  Args:
+    truth, said: bool[n], True is a yes.
+  """
+  both = int(np.sum(truth & said))
+  precision = both / int(said.sum()) if said.any() else 0.0
+  recall = both / int(truth.sum()) if truth.any() else 0.0
+  total = precision + recall
+  return {"f1": 2 * precision * recall / total if total else 0.0, "precision": precision, "recall": recall}
+
+
+def pope(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
+  """POPE as VLMEvalKit scores it: F1 of the yes in percent, over all rows, once per category that they stand in.
+
+  Args:
+    rows: {"answer": "Yes" | "No", "said": "Yes" | "No" | "Unknown", "category": "random,popular"}; an Unknown is a
+      wrong answer that says no yes.
+  """
+  apart = [row | {"category": name} for row in rows for name in str(row["category"]).split(",")]
+  out = {}
+  for name in ["", *sorted({row["category"] for row in apart})]:
+    part = [row for row in apart if name in ("", row["category"])]
+    truth = np.array([row["answer"] == "Yes" for row in part])
+    said = np.array([row["said"] == "Yes" for row in part])
+    prefix = f"{name} " if name else ""
+    out[f"{prefix}F1"] = bootstrap(lambda i: 100 * f1(truth[i], said[i])["f1"], part)
+    out[f"{prefix}accuracy"] = accuracy((row["answer"] == row["said"] for row in part), 100)
+    if not name:
+      scored = f1(truth, said)
+      out |= {key: Score(100 * scored[key], count=len(part)) for key in ("precision", "recall")}
+  return out
+
+
+def mme(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
+  """MME: per category accuracy and accuracy+ (both questions of a picture right), in percent, added up.
+
+  Args:
+    rows: {"category", "picture", "right": bool}, two per picture and category.
+
+  Raises:
+    UserError: a picture has not two questions, or neither perception nor reasoning is complete.
+  """
+  pictures: dict[str, dict[str, list[bool]]] = collections.defaultdict(lambda: collections.defaultdict(list))
+  for row in rows:
+    pictures[row["category"]][row["picture"]].append(bool(row["right"]))
+  out = {}
+  for category, groups in sorted(pictures.items()):
+    odd = [name for name, answers in groups.items() if len(answers) != 2]
+    if odd:
+      raise UserError(
+        f"MME: {len(odd)} pictures of {category} have not two questions, for example {odd[0]!r} "
+        f"({len(groups[odd[0]])}): score the whole file, without --limit"
+      )
+    pairs = list(groups.values())
+    plain = [one for pair in pairs for one in pair]
+    out[category] = Score(100 * (np.mean(plain) + np.mean([all(pair) for pair in pairs])), count=len(plain))
+  sums = {}
+  for name, parts in (("perception", MME_PERCEPTION), ("reasoning", MME_REASONING)):
+    if all(part in out for part in parts):
+      sums[name] = Score(sum(out[part].value for part in parts), count=sum(out[part].count for part in parts))
+  if not sums:
+    raise UserError(f"MME: neither the ten perception categories nor the four of reasoning are there: {sorted(out)}")
+  return sums | out
+
+
+def circular(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
+  """MMBench's circular score in percent: a question counts if it is right in every order of its options.
+
+  Args:
+    rows: {"index": int, "right": bool, "category"}; rows whose index is equal modulo 1,000,000 are one question, and
+      its category is that of the row with the least index.
+  """
+  questions: dict[int, list[Mapping[str, Any]]] = collections.defaultdict(list)
+  for row in sorted(rows, key=lambda row: int(row["index"])):
+    questions[int(row["index"]) % 1_000_000].append(row)
+  return by_category([{"right": all(r["right"] for r in q), "category": q[0]["category"]} for q in questions.values()])
+
+
+def by_category(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
+  """Accuracy in percent, over all rows and per category.
+
+  Args:
+    rows: {"right": bool or a share, "category"}.
+  """
+  groups: dict[str, list[float]] = collections.defaultdict(list)
+  for row in rows:
+    groups[str(row["category"])].append(float(row["right"]))
+  values = [value for group in groups.values() for value in group]
+  score = accuracy if all(value in (0.0, 1.0) for value in values) else mean
+  out = {"overall": score(values, 100)}
+  if len(groups) > 1:
+    out |= {name: score(group, 100) for name, group in sorted(groups.items())}
+  return out

@@ -1,0 +1,91 @@
+"""What an evaluation asks of a model, one sample at a time: a question to answer or a picture to paint."""
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from jflow.evaluation.samples import Samples
+
+
+class Question(NamedTuple):
+  """A question about images."""
+
+  key: str
+  text: str  # the user's turn, with a mark where the images stand
+  images: Callable[[], Sequence[Any]]  # reads them; called when the question is asked
+  system: str = ""
+  max_tokens: int = 512
+
+
+class Painting(NamedTuple):
+  """A picture to paint."""
+
+  key: str
+  prompt: str
+  seed: int  # of its noise
+  file: str  # path of the PNG inside the output directory
+
+
+def answer(
+  model: Any, questions: Sequence[Question], samples: Samples, batch_size: int, done: Callable[[int], None]
+) -> None:
+  """Answers the questions greedily and records {"key", "answer"} of each.
+
+  Args:
+    model: a `Pipeline`.
+    questions: those without a record.
+    samples: where the records go.
+    batch_size: questions answered at once.
+    done: called with the number of answers that were just recorded.
+  """
+  for at in range(0, len(questions), batch_size):
+    group = questions[at : at + batch_size]
+    for question in group:
+      text = model.understand(question.text, _with_images(question), question.max_tokens, system=question.system)
+      samples.add({"key": question.key, "answer": text})
+      done(1)
+
+
+def _with_images(question: Question) -> list[Any]:
+  return list(question.images())
+
+
+def paint(
+  model: Any,
+  paintings: Sequence[Painting],
+  samples: Samples,
+  directory: pathlib.Path,
+  batch_size: int,
+  settings: dict[str, Any],
+  done: Callable[[int], None],
+) -> None:
+  """Paints the pictures and records {"key", "file"} of each, once its file is whole.
+
+  Args:
+    model: a `Pipeline`.
+    paintings: those without a record.
+    samples: where the records go.
+    directory: the pictures' files are relative to it.
+    batch_size: pictures painted at once.
+    settings: keywords of `Pipeline.generate`: steps, guidance.
+    done: called with the number of pictures that were just recorded.
+  """
+  for at in range(0, len(paintings), batch_size):
+    group = paintings[at : at + batch_size]
+    noise = np.stack([model.noise(painting.seed) for painting in group])
+    images = model.generate([painting.prompt for painting in group], noise=noise, batch_size=batch_size, **settings)
+    for painting, image in zip(group, images, strict=True):
+      save(image, directory / painting.file)
+      samples.add({"key": painting.key, "file": painting.file})
+    done(len(group))
+
+
+def save(image: Image.Image, path: pathlib.Path) -> None:
+  """Writes a PNG so that the path never holds half of one."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(path.name + ".part")
+  image.save(part, "PNG")
+  part.replace(path)
