@@ -11,6 +11,7 @@ COMMANDS = {
   "train": ("jflow.training.command", "train a stage"),
   "generate": ("jflow.inference.generate_command", "paint pictures from prompts"),
   "understand": ("jflow.inference.understand_command", "answer a question about pictures"),
+  "evaluate": ("jflow.evaluation.command", "score a checkpoint on a benchmark, with a report"),
   "convert": ("jflow.interop.convert", "take weights from and to the published PyTorch layout"),
   "parity": ("jflow.interop.parity", "compare with golden outputs of the PyTorch implementation"),
   "serve": ("jflow.serving.serve_command", "answer and paint over HTTP, in the OpenAI shape"),

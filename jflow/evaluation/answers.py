@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 # The VQA challenge's: characters that become nothing beside a space (or where the text holds "1,000"), else a space.
-_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA = re.compile(r"\d,\d")
 # A point before a digit stays. The official pattern also looks for "<=\d" behind the point, which never matches.
 _POINT = re.compile(r"\.(?!\d)")

@@ -92,7 +92,9 @@ def table(body: Mapping[str, Any]) -> str:
     if "chance" in score:
       cells.append(f"chance {_digits(score['chance'])}")
     if "paper" in score:
-      cells.append("paper " + ", ".join(f"{size}: {_digits(value)}" for size, value in score["paper"].items()))
+      cells.append(
+        "paper " + ", ".join(f"{size}: {_digits(value)}" for size, value in score["paper"].items())
+      )
     lines.append("  ".join(cells))
   return "\n".join(lines)
 
@@ -102,7 +104,9 @@ def commit() -> str | None:
   root = pathlib.Path(__file__).parent
 
   def git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+      ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
   try:
     return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
@@ -120,7 +124,11 @@ def fingerprint(directory: str | pathlib.Path, weights: str) -> str:
     files = [*directory.glob("*.json"), *directory.rglob("*.safetensors")]
   else:
     workdir, step = resolve(directory)
-    files = [workdir / "config.json", *(workdir / "tokenizer").glob("*"), step / MANIFEST]  # it holds all hashes
+    files = [
+      workdir / "config.json",
+      *(workdir / "tokenizer").glob("*"),
+      step / MANIFEST,
+    ]  # it holds all hashes
   total = hashlib.sha256(weights.encode())
   for path in sorted(files):
     with open(path, "rb") as file:
@@ -133,22 +141,38 @@ def _page(body: Mapping[str, Any], what: str, pictures: Sequence[tuple[str, Imag
   scores = body["scores"].values()
   sizes = sorted({size for score in scores for size in score.get("paper", {})}, reverse=True)
   chance = any("chance" in score for score in scores)
-  head = ["Score", "Value", "95 % interval", *(["Chance"] if chance else []), *(f"Paper, {s}" for s in sizes), "Samples"]
+  head = [
+    "Score",
+    "Value",
+    "95 % interval",
+    *(["Chance"] if chance else []),
+    *(f"Paper, {s}" for s in sizes),
+    "Samples",
+  ]
   rows = []
   for name, score in body["scores"].items():
     interval = f"{_digits(score['low'])} to {_digits(score['high'])}" if "low" in score else ""
     cells = [f"<b>{_digits(score['value'])}</b>", interval]
     cells += [_digits(score.get("chance"))] if chance else []
     cells += [_digits(score.get("paper", {}).get(size)) for size in sizes] + [str(score.get("count", ""))]
-    rows.append(f"<tr><td>{html.escape(name)}</td>" + "".join(f'<td class="n">{cell}</td>' for cell in cells) + "</tr>")
+    rows.append(
+      f"<tr><td>{html.escape(name)}</td>" + "".join(f'<td class="n">{cell}</td>' for cell in cells) + "</tr>"
+    )
   settings = "".join(
     f"<tr><td>{html.escape(name)}</td><td><code>{html.escape(_plain(value))}</code></td></tr>"
-    for name, value in {**body["settings"], "commit": body["commit"], **body["versions"], "date": body["date"]}.items()
+    for name, value in {
+      **body["settings"],
+      "commit": body["commit"],
+      **body["versions"],
+      "date": body["date"],
+    }.items()
   )
   sheets = "".join(f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="{_data_uri(sheet)}">'
                    for title, sheet in pictures)  # fmt: skip
   notes = "".join(f"<li>{html.escape(note)}</li>" for note in body["notes"])
-  columns = "".join(f'<th{"" if i == 0 else " class=n"}>{html.escape(name)}</th>' for i, name in enumerate(head))
+  columns = "".join(
+    f"<th{'' if i == 0 else ' class=n'}>{html.escape(name)}</th>" for i, name in enumerate(head)
+  )
   return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>jflow: {html.escape(body["benchmark"])}</title><style>{_STYLE}</style>

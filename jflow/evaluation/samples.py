@@ -37,7 +37,9 @@ class Samples:
     try:
       fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-      raise UserError(f"--output={directory}: another process writes {name} now; wait for it or stop it") from None
+      raise UserError(
+        f"--output={directory}: another process writes {name} now; wait for it or stop it"
+      ) from None
     self._cut_torn_line()
 
   def _compare(self, settings: dict[str, Any]) -> None:
@@ -85,7 +87,9 @@ class Samples:
           record = json.loads(line)
           out[record["key"]] = record
         except (ValueError, KeyError, TypeError):
-          raise UserError(f"{path}, line {number}, is no record: delete the line to make the sample again") from None
+          raise UserError(
+            f"{path}, line {number}, is no record: delete the line to make the sample again"
+          ) from None
     return out
 
   def mine(self, keys: Collection[str]) -> list[str]:

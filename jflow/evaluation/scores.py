@@ -27,7 +27,7 @@ class Score(NamedTuple):
   chance: float | None = None  # what a model that does not look would get
 
 
-def wilson(right: int, count: int) -> tuple[float, float]:
+def wilson(right: float, count: float) -> tuple[float, float]:
   """The 95 % Wilson interval of a share of independent samples."""
   if not count:
     return 0.0, 1.0
@@ -51,6 +51,34 @@ def mean(values: Sequence[float], scale: float = 1.0) -> Score:
   half = CONFIDENCE_Z * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
   value = float(values.mean())
   return Score(scale * value, scale * float(value - half), scale * float(value + half), len(values))
+
+
+def clustered(groups: Sequence[Sequence[bool]], chance: float | None = None) -> Score:
+  """The share of right ones where samples of one group are alike, such as pictures of one prompt.
+
+  The Wilson interval of as many independent samples as the spread between groups speaks for: at least the number of
+  groups, at most that of samples. Unlike a bootstrap it does not shrink to nothing at 0 or 1.
+  """
+  sizes = np.array([len(group) for group in groups], np.float64)
+  sums = np.array([sum(map(bool, group)) for group in groups], np.float64)
+  count, right = sizes.sum(), sums.sum()
+  share = right / count
+  effective = float(len(groups))
+  if 0 < share < 1 and len(groups) > 1:
+    variance = len(groups) / (len(groups) - 1) * float(((sums - share * sizes) ** 2).sum()) / count**2
+    effective = min(max(share * (1 - share) / variance, len(groups)), count) if variance > 0 else count
+  low, high = wilson(share * effective, effective)
+  return Score(float(share), low, high, int(count), chance)
+
+
+def average(parts: Sequence[Score]) -> Score:
+  """The plain mean of independent scores; its interval from theirs (Zou and Donner's MOVER)."""
+  value = float(np.mean([part.value for part in parts]))
+  below = math.sqrt(sum((part.value - part.low) ** 2 for part in parts)) / len(parts)
+  above = math.sqrt(sum((part.high - part.value) ** 2 for part in parts)) / len(parts)
+  chances = [part.chance for part in parts]
+  chance = None if None in chances else float(np.mean(chances))
+  return Score(value, value - below, value + above, sum(part.count for part in parts), chance)
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], groups: Sequence[Any], seed: int = 0) -> Score:
@@ -130,7 +158,9 @@ def mme(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
     if all(part in out for part in parts):
       sums[name] = Score(sum(out[part].value for part in parts), count=sum(out[part].count for part in parts))
   if not sums:
-    raise UserError(f"MME: neither the ten perception categories nor the four of reasoning are there: {sorted(out)}")
+    raise UserError(
+      f"MME: neither the ten perception categories nor the four of reasoning are there: {sorted(out)}"
+    )
   return sums | out
 
 
@@ -144,7 +174,9 @@ def circular(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
   questions: dict[int, list[Mapping[str, Any]]] = collections.defaultdict(list)
   for row in sorted(rows, key=lambda row: int(row["index"])):
     questions[int(row["index"]) % 1_000_000].append(row)
-  return by_category([{"right": all(r["right"] for r in q), "category": q[0]["category"]} for q in questions.values()])
+  return by_category(
+    [{"right": all(r["right"] for r in q), "category": q[0]["category"]} for q in questions.values()]
+  )
 
 
 def by_category(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:

@@ -54,7 +54,9 @@ class Table:
       offset = file.tell()
       for number, cells in enumerate(csv.reader(lines, delimiter="\t"), 1):
         if len(cells) != len(self._header):
-          raise UserError(f"{path}, row {number}, has {len(cells)} columns, its header {len(self._header)}: is it whole?")
+          raise UserError(
+            f"{path}, row {number}, has {len(cells)} columns, its header {len(self._header)}: is it whole?"
+          )
         row = dict(zip(self._header, cells))
         image = row.pop("image", "")
         index = row["index"]
@@ -160,8 +162,12 @@ def _pope(rows: Sequence[Mapping[str, str]], recipe: Recipe) -> Result:
 
 
 def _mme(rows: Sequence[Mapping[str, str]], recipe: Recipe) -> Result:
-  judged = [row | {"said": answers.yes_or_no(row["prediction"]), "picture": row["image_path"]} for row in rows]
-  return Result(scores.mme([row | {"right": row["said"] == row["answer"]} for row in judged]), [_unknown(judged)])
+  judged = [
+    row | {"said": answers.yes_or_no(row["prediction"]), "picture": row["image_path"]} for row in rows
+  ]
+  return Result(
+    scores.mme([row | {"right": row["said"] == row["answer"]} for row in judged]), [_unknown(judged)]
+  )
 
 
 def _unknown(judged: Sequence[Mapping[str, str]]) -> str:
@@ -189,7 +195,9 @@ def _choice(rows: Sequence[Mapping[str, str]], recipe: Recipe) -> Result:
 
 def _circular(rows: Sequence[Mapping[str, str]], recipe: Recipe) -> Result:
   judged, note = _letters(rows)
-  return Result(scores.circular(judged), [note, "A question counts if all orders of its options are answered right."])
+  return Result(
+    scores.circular(judged), [note, "A question counts if all orders of its options are answered right."]
+  )
 
 
 def _people(row: Mapping[str, str]) -> list[str]:

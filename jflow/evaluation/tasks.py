@@ -4,10 +4,14 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from PIL import Image
 
 from jflow.evaluation.samples import Samples
+
+
+_ROUNDS = 4  # batches of questions between two writes: the batch stays full while long answers end
 
 
 class Question(NamedTuple):
@@ -32,7 +36,7 @@ class Painting(NamedTuple):
 def answer(
   model: Any, questions: Sequence[Question], samples: Samples, batch_size: int, done: Callable[[int], None]
 ) -> None:
-  """Answers the questions greedily and records {"key", "answer"} of each.
+  """Answers the questions greedily and records {"key", "answer"} of each, a few batches at a time.
 
   Args:
     model: a `Pipeline`.
@@ -41,16 +45,15 @@ def answer(
     batch_size: questions answered at once.
     done: called with the number of answers that were just recorded.
   """
-  for at in range(0, len(questions), batch_size):
-    group = questions[at : at + batch_size]
-    for question in group:
-      text = model.understand(question.text, _with_images(question), question.max_tokens, system=question.system)
+  group_size = _ROUNDS * batch_size
+  for at in range(0, len(questions), group_size):
+    group = questions[at : at + group_size]
+    requests = [
+      model.request(one.text, list(one.images()), one.max_tokens, system=one.system) for one in group
+    ]
+    for question, text in zip(group, model.understand_batch(requests, batch_size), strict=True):
       samples.add({"key": question.key, "answer": text})
-      done(1)
-
-
-def _with_images(question: Question) -> list[Any]:
-  return list(question.images())
+    done(len(group))
 
 
 def paint(
@@ -75,12 +78,21 @@ def paint(
   """
   for at in range(0, len(paintings), batch_size):
     group = paintings[at : at + batch_size]
-    noise = np.stack([model.noise(painting.seed) for painting in group])
-    images = model.generate([painting.prompt for painting in group], noise=noise, batch_size=batch_size, **settings)
+    noise = np.stack([noise_of(model, painting.seed) for painting in group])
+    images = model.generate(
+      [painting.prompt for painting in group], noise=noise, batch_size=batch_size, **settings
+    )
     for painting, image in zip(group, images, strict=True):
       save(image, directory / painting.file)
       samples.add({"key": painting.key, "file": painting.file})
     done(len(group))
+
+
+def noise_of(model: Any, seed: int) -> np.ndarray:
+  """f32[C, h, w]: the noise that `Pipeline.generate` starts from with this seed."""
+  c = model.model.config
+  shape = (c.latent_size, c.latent_size, c.autoencoder.latent_channels)
+  return np.asarray(jax.random.normal(jax.random.key(seed), shape)).transpose(2, 0, 1)
 
 
 def save(image: Image.Image, path: pathlib.Path) -> None:

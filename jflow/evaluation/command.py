@@ -1,0 +1,231 @@
+"""The command `evaluate`: predictions sample by sample, then scores, then a report."""
+
+import argparse
+import pathlib
+import sys
+from typing import Any
+
+from jflow.errors import UserError
+from jflow.evaluation.recipes import RECIPES, Recipe
+
+_EPILOG = """benchmarks:
+{benchmarks}
+
+examples:
+  python -m jflow evaluate --benchmark=shapes --checkpoint=runs/stage3 --output=scores/shapes
+  python -m jflow evaluate --benchmark=pope --checkpoint=JanusFlow-1.3B --data=LMUData --output=scores/pope
+  python -m jflow evaluate --benchmark=geneval --checkpoint=JanusFlow-1.3B --vae=sdxl-vae --data=geneval --output=scores/geneval
+  python -m jflow evaluate --benchmark=geneval --output=scores/geneval --data=geneval --checkpoint=JanusFlow-1.3B \\
+    --results=results.jsonl          # what GenEval's own evaluator wrote for scores/geneval/pictures
+  python -m jflow evaluate --benchmark=shapes --checkpoint=runs/stage3 --output=scores/sweep --sweep_guidance=1,2,4 --sweep_steps=5,30
+
+The same command goes on where it was stopped. Several processes share the work as --part=0/4 ... --part=3/4 with the
+same --output, each on a device of its own; the last one to end writes the report.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+  """The flags of `evaluate`."""
+  width = max(map(len, RECIPES))
+  names = "\n".join(f"  {name:{width}}  {recipe.what}" for name, recipe in RECIPES.items())
+  p = argparse.ArgumentParser(
+    prog="python -m jflow evaluate",
+    description="Scores a checkpoint: records.jsonl, report.json and report.html in --output.",
+    epilog=_EPILOG.format(benchmarks=names),
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  p.add_argument("--benchmark", required=True, choices=RECIPES, metavar="NAME", help="one of those below")
+  p.add_argument(
+    "--checkpoint", required=True, metavar="DIR", help="official directory, or a jflow workdir or step"
+  )
+  p.add_argument("--vae", metavar="DIR", help="SDXL-VAE, for an official checkpoint that holds none")
+  p.add_argument("--data", type=pathlib.Path, metavar="DIR", help="the benchmark's data (shapes needs none)")
+  p.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="where everything goes")
+  p.add_argument(
+    "--limit", type=_positive, metavar="N", help="the first N prompts and the first N questions only"
+  )
+  p.add_argument("--split", default="", help="vqav2: val (default) or test-dev")
+  p.add_argument("--batch_size", type=_positive, default=16, help="samples at once (default %(default)s)")
+  p.add_argument(
+    "--seed", type=int, default=0, help="added to the seeds of the pictures (default %(default)s)"
+  )
+  p.add_argument("--steps", type=_positive, help="solver steps (default: the recipe's 30)")
+  p.add_argument("--guidance", type=float, help="w of eq. 5 (default: the recipe's 2)")
+  p.add_argument(
+    "--pictures", type=_positive, metavar="N", help="pictures per prompt (default: the recipe's)"
+  )
+  p.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: float32 on a CPU)")
+  p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a jflow training run")
+  p.add_argument(
+    "--part", type=_part, default=(0, 1), metavar="K/N", help="make every N-th sample, from the K-th"
+  )
+  p.add_argument(
+    "--results", type=pathlib.Path, metavar="FILE", help="what an outside scorer wrote: into the report"
+  )
+  p.add_argument(
+    "--features",
+    type=pathlib.Path,
+    metavar="FILE",
+    help="mjhq: .npz with the arrays generated and reference, f32[N, D]",
+  )
+  p.add_argument(
+    "--sweep_guidance", type=_numbers(float), metavar="W,W,...", help="one evaluation for each, and a plot"
+  )
+  p.add_argument(
+    "--sweep_steps", type=_numbers(int), metavar="S,S,...", help="one evaluation for each, and a plot"
+  )
+  return p
+
+
+def main(argv: list[str]) -> int:
+  """Predicts, scores, writes the report."""
+  args = parser().parse_args(argv)
+  if args.sweep_guidance or args.sweep_steps:
+    from jflow.evaluation import sweep
+
+    return sweep.main(args)
+  return evaluate(args, {})
+
+
+def evaluate(args: argparse.Namespace, opened: dict[str, Any]) -> int:
+  """Runs one evaluation; `opened` keeps the loaded model for the next one of a sweep."""
+  recipe = with_flags(RECIPES[args.benchmark], args)
+  benchmark = make(recipe, args)
+  tasks = benchmark.tasks()
+  if "fingerprint" not in opened:
+    from jflow.evaluation.report import fingerprint
+
+    opened["fingerprint"] = fingerprint(args.checkpoint, args.weights)
+  settings = settings_of(recipe, args, opened["fingerprint"])
+  from jflow.evaluation.samples import Samples
+
+  samples = Samples(args.output, settings, args.part)
+  predict(args, recipe, tasks, samples, opened)
+  records = samples.read()
+  missing = sum(task.key not in records for task in tasks)
+  if missing:
+    print(
+      f"this part is done; {missing} of {len(tasks)} samples are left to the other parts", file=sys.stderr
+    )
+    return 0
+  from jflow.evaluation import report
+
+  result = benchmark.score(records)
+  body = report.write(
+    args.output, recipe.name, recipe.what, result, recipe.paper, {**settings, "checkpoint": args.checkpoint}
+  )
+  print(report.table(body))
+  for note in body["notes"]:
+    print(note)
+  print(f"report: {args.output / 'report.html'} (and report.json)", file=sys.stderr)
+  return 0
+
+
+def with_flags(recipe: Recipe, args: argparse.Namespace) -> Recipe:
+  """The recipe with what the flags change."""
+  changed = {
+    name: getattr(args, name) for name in ("steps", "guidance", "pictures") if getattr(args, name) is not None
+  }
+  return recipe._replace(**changed)
+
+
+def make(recipe: Recipe, args: argparse.Namespace) -> Any:
+  """The benchmark: an object with `tasks()` and `score(records)`; data is checked before the model is read."""
+  if recipe.name == "shapes":
+    from jflow.evaluation.world import ShapesBenchmark
+
+    return ShapesBenchmark(recipe, args.output, args.limit, args.seed)
+  if args.data is None:
+    raise UserError(f"--benchmark={recipe.name} needs --data=DIR: {recipe.data}")
+  if not args.data.exists():
+    raise UserError(f"--data={args.data} does not exist: {recipe.data}")
+  if recipe.name == "vqav2":
+    from jflow.evaluation.vqav2 import Vqav2Benchmark
+
+    return Vqav2Benchmark(recipe, args.data, args.split or "val", args.limit)
+  if recipe.file:
+    from jflow.evaluation.tables import TableBenchmark
+
+    return TableBenchmark(recipe, args.data, args.limit)
+  from jflow.evaluation import painted
+
+  return painted.BENCHMARKS[recipe.name](recipe, args)
+
+
+def settings_of(recipe: Recipe, args: argparse.Namespace, fingerprint: str) -> dict[str, Any]:
+  """All that the predictions depend on."""
+  settings = {
+    "benchmark": recipe.name,
+    "fingerprint": fingerprint,
+    "weights": args.weights,
+    "limit": args.limit,
+  }
+  settings |= {"seed": args.seed, "dtype": args.dtype, "split": args.split or recipe.split, "vae": args.vae}
+  if recipe.prompt:
+    settings |= {"prompt": recipe.prompt, "system": recipe.system, "decoding": "greedy"}
+  if not recipe.prompt:
+    settings |= {
+      "steps": recipe.steps,
+      "guidance": recipe.guidance,
+      "pictures": recipe.pictures,
+      "solver": "euler",
+    }
+  return settings
+
+
+def predict(
+  args: argparse.Namespace, recipe: Recipe, tasks: list, samples: Any, opened: dict[str, Any]
+) -> None:
+  """Makes the predictions of this part that have no record yet; loads the model only if there are any."""
+  from jflow.evaluation.tasks import Painting, Question
+
+  records, mine = samples.read(), set(samples.mine([task.key for task in tasks]))
+  open_tasks = [task for task in tasks if task.key in mine and not _is_done(task, records, args.output)]
+  if not open_tasks:
+    return
+  from tqdm import tqdm
+
+  import jflow
+  from jflow.evaluation.tasks import answer, paint
+
+  if "model" not in opened:
+    opened["model"] = jflow.load(args.checkpoint, vae=args.vae, dtype=args.dtype, weights=args.weights)
+  model = opened["model"]
+  with tqdm(
+    total=len(mine),
+    initial=len(mine) - len(open_tasks),
+    unit="sample",
+    desc=args.benchmark,
+    disable=not sys.stderr.isatty(),
+  ) as bar:
+    paintings = [task for task in open_tasks if isinstance(task, Painting)]
+    questions = [task for task in open_tasks if isinstance(task, Question)]
+    painting = {"steps": recipe.steps, "guidance": recipe.guidance}
+    paint(model, paintings, samples, args.output, args.batch_size, painting, bar.update)
+    answer(model, questions, samples, args.batch_size, bar.update)
+
+
+def _is_done(task: Any, records: dict[str, Any], output: pathlib.Path) -> bool:
+  record = records.get(task.key)
+  return record is not None and ("file" not in record or (output / record["file"]).is_file())
+
+
+def _positive(text: str) -> int:
+  number = int(text)
+  if number < 1:
+    raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+  return number
+
+
+def _part(text: str) -> tuple[int, int]:
+  number, _, parts = text.partition("/")
+  if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
+    raise argparse.ArgumentTypeError(f"{text!r} must be K/N with K from 0 to N - 1, for example 0/4")
+  return int(number), int(parts)
+
+
+def _numbers(kind: type) -> Any:
+  def numbers(text: str) -> list:
+    return [kind(one) for one in text.split(",")]
+
+  return numbers
