@@ -35,11 +35,11 @@ def test_the_report_compares_loop_and_pipeline_on_the_same_pictures(tmp_path, ca
   assert "understanding" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("task, least", [("understanding", 0.97), ("generation", 0.95), ("text", 0.99)])
-def test_planning_of_realistic_lengths_fills_the_rows(task, least):
-  found = data._planning(30_000, SHAPE)[task]
-  assert least < found["fill"] <= 1
-  assert found["rows"] >= data.realistic_lengths(task, 30_000, SHAPE)[:, 0].sum() / 4096
+def test_planning_of_realistic_lengths_fills_the_rows():
+  found = data._planning(20_000, SHAPE)
+  for task, least in (("understanding", 0.97), ("generation", 0.95), ("text", 0.99)):
+    assert least < found[task]["fill"] <= 1
+    assert found[task]["rows"] >= data.realistic_lengths(task, 20_000, SHAPE)[:, 0].sum() / 4096
 
 
 @pytest.mark.parametrize("flag", ["--pictures=0", "--repeats=0", "--threads=-1"])

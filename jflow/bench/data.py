@@ -66,7 +66,7 @@ JPEGs at a fraction. cores_per_h200 is what one GPU takes at 42,000 tokens or 65
   )
   add("--pictures", type=int, default=256, help="per round (default 256)")
   add("--repeats", type=int, default=5, help="rounds, loop and pipeline in turn (default 5)")
-  add("--threads", type=int, default=2, help="reader threads (default 2)")
+  add("--threads", type=int, default=1, help="reader threads (default 1, as the loop)")
   add(
     "--workers", type=int, default=0, help="loader processes, measured in addition (default 0: threads only)"
   )
@@ -121,7 +121,9 @@ def _compare(
   source = PreparedSource(directory, task)
   files: list[bytes] = []
   rows = 0
-  while len(files) < args.pictures and rows < pipeline.rows(task):  # the rows of one epoch at most
+  while (
+    len(files) < args.pictures and rows < pipeline.sources()[0].plan.rows
+  ):  # the rows of one epoch at most
     for _, _, pieces in pipeline.pieces(rows):
       files += [image for piece in pieces for image in source[piece.record].images]
     rows += 1

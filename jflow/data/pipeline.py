@@ -202,12 +202,16 @@ class Pipeline:
 
   def report(self) -> list[str]:
     """Returns one line per source: records, planned rows, fill, what was left out."""
-    return [rows.report() for sources_of_task in self._rows for rows in sources_of_task]
+    return [rows.report() for rows in self.sources()]
+
+  def sources(self) -> list[Rows]:
+    """Returns the rows of each source, in the order of the tasks."""
+    return [rows for sources_of_task in self._rows for rows in sources_of_task]
 
   def latents(self) -> dict[str, str]:
     """Returns the folders of the latents that are in use, each with the fingerprint of its encoder."""
-    rows = [rows for sources_of_task in self._rows for rows in sources_of_task if rows.latents]
-    return {r.latents.directory: r.latents.encoder for r in rows}
+    found = [rows.latents for rows in self.sources() if rows.latents]
+    return {made.directory: made.encoder for made in found}
 
   def counts(self, step: int) -> dict[str, int]:
     """Returns the rows per task of the global batch at a step."""
@@ -216,10 +220,6 @@ class Pipeline:
   def batch(self, step: int) -> Batch:
     """Returns this host's share of the batch of a step; see `Batch`."""
     return self._load(self._step_plan(step + 1)[step])[0]
-
-  def rows(self, task: str) -> int:
-    """Returns the planned rows of a task's sources in all."""
-    return sum(rows.plan.rows for rows in self._rows[TASKS.index(task)])
 
   def pieces(self, step: int) -> list[tuple[str, str, list[Piece]]]:
     """Returns (task, source, what stands in it) of each row of this host's share of a step; decodes nothing."""

@@ -49,11 +49,13 @@ EXIF rotation applied, alpha over white, the first frame of an animation, the up
 palette as RGB.
 
 afterwards
+  python -m jflow prepare --inspect OUTPUT    draw packed rows as the model will see them
   python -m jflow prepare --latents --help    run the VAE over a data set ahead of time"""
 
 
 # Flag -> (module with main(argv) -> exit code, what it does) of what is no import; each has a --help of its own.
 MODES = {
+  "--inspect": ("jflow.training.inspect_command", "draw packed rows as the model will see them"),
   "--latents": ("jflow.training.latents", "run the VAE over a data set ahead of time"),
 }
 
@@ -62,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
   """Runs the command line."""
   argv = list(sys.argv[1:] if argv is None else argv)
   for flag, (module, _) in MODES.items():
-    if flag in argv:
-      argv.remove(flag)
+    if any(argument.split("=")[0] == flag for argument in argv):
       return importlib.import_module(module).main(argv)
   parser = _parser()
   _import(parser.parse_args(argv), parser)

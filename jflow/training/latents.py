@@ -115,12 +115,13 @@ def make(
 def main(argv: list[str]) -> int:
   """Runs the command line."""
   parser = argparse.ArgumentParser(
-    prog="python -m jflow prepare --latents",
+    prog="python -m jflow prepare",
     description="Runs the VAE over the pictures of a prepared data set, so that training need not.",
     epilog=_EPILOG,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
+  add("--latents", action="store_true", required=True, help="this command")
   add("--input", metavar="DIR", required=True, help="a data set that `prepare --task=generation` wrote")
   add(
     "--checkpoint",

@@ -1,0 +1,111 @@
+"""`python -m jflow prepare --inspect`: a picture of packed rows as the model will see them."""
+
+import argparse
+import pathlib
+import sys
+
+import numpy as np
+
+import jflow
+from jflow.batch import TASKS, Batch
+from jflow.data import inspection
+from jflow.data.pipeline import Pipeline
+from jflow.data.prepared import read_summary
+from jflow.data.tokenizer import Tokenizer
+from jflow.errors import UserError
+from jflow.models.config import JanusFlowConfig
+from jflow.training.command import load_config
+
+CONFIGS = pathlib.Path(jflow.__file__).parent.parent / "configs"
+
+_EPILOG = """\
+examples
+  python -m jflow prepare --inspect data/chat --rows=4 --output=rows.png
+  python -m jflow prepare --inspect --config=configs/stage2.py:tiny --rows=6 --step=10000     # a run's own mixture
+  python -m jflow prepare --inspect data/paint --config=configs/stage3.py --config.data.tokenizer=JanusFlow-1.3B
+
+Fields of the config are set as for training, --config.FIELD=VALUE. Without a tokenizer in the config the one of the
+built-in world cuts the text, and lengths are not those of a real run."""
+
+
+def main(argv: list[str]) -> int:
+  """Runs the command line."""
+  parser = argparse.ArgumentParser(
+    prog="python -m jflow prepare",
+    description="Draws packed rows: images in place, decoded text, samples by colour, what is learned, fill and lengths.",
+    epilog=_EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  add(
+    "--inspect",
+    metavar="DIR",
+    nargs="?",
+    default="",
+    const="",
+    help="a prepared data set; without it the config's sources",
+  )
+  add("--rows", type=int, default=4, help="rows to draw (default 4)")
+  add(
+    "--output",
+    metavar="FILE",
+    type=pathlib.Path,
+    default=pathlib.Path("rows.png"),
+    help="PNG (default rows.png)",
+  )
+  add(
+    "--config",
+    metavar="FILE[:SIZE]",
+    default=str(CONFIGS / "stage2.py"),
+    help="row, template, mixture (default stage2 at 384)",
+  )
+  add("--step", type=int, default=0, help="of the run (default 0)")
+  args, fields = parser.parse_known_args(argv)
+  if args.rows < 1 or args.step < 0:
+    raise UserError("--rows should be at least 1, and --step not negative")
+  config = load_config([f"--config={args.config}", *fields])
+  picture = render(config, args.inspect, args.rows, args.step, f"{args.inspect or args.config}")
+  try:
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(args.output, "PNG")
+  except OSError as error:
+    raise UserError(f"--output={args.output} cannot be written: {error.strerror}") from error
+  print(f"{args.rows} rows in {args.output}, {picture.width} x {picture.height} pixels")
+  return 0
+
+
+def render(config, directory: str, rows: int, step: int, title: str):
+  """Returns the picture of rows of a data set, or of the mixture of a run where `directory` is empty.
+
+  Args:
+    config: a whole config, as `load_config` returns it.
+    directory: a prepared data set; empty for the sources of the config.
+    rows: how many rows; of a run, spread over the batch and so over its types.
+    step: of the run.
+    title: of the picture.
+  """
+  from jflow.training import setup  # imports jax, which --help does not need
+
+  data, batch_size = dict(config["data"]), config["train"]["batch_size"]
+  if directory:
+    task = read_summary(directory)["task"]
+    data["sources"] = {name: ((directory, 1.0),) if name == task else () for name in TASKS}
+    data["mixture"] = ((0, tuple(float(name == task) for name in TASKS)),)
+    batch_size = rows
+  if not data["tokenizer"]:
+    data["tokenizer"] = load_config([f"--config={CONFIGS / 'stage2.py'}:tiny"])["data"]["tokenizer"]
+    print(f"jflow: no config.data.tokenizer, so {data['tokenizer']} cuts the text", file=sys.stderr)
+  tokenizer = Tokenizer.load(data["tokenizer"])
+  shape = setup.row_shape(config | {"data": data}, JanusFlowConfig.from_dict(config["model"]))
+  share = np.unique(np.linspace(0, batch_size - 1, min(rows, batch_size)).round().astype(int)).tolist()
+  pipeline = Pipeline(data, tokenizer, shape, batch_size, config["train"]["seed"], share)
+  for line in pipeline.report():
+    print(f"jflow: {line}", file=sys.stderr)
+  batch = pipeline.batch(step)
+  shown = [
+    inspection.Row(task, source, Batch(*(array[place] for array in batch)))
+    for place, (task, source, _) in enumerate(pipeline.pieces(step))
+  ]
+  counted = [inspection.histograms(s.task, s.name, s.plan, shape.tokens) for s in pipeline.sources()]
+  return inspection.draw(shown, counted, shape, tokenizer, title)
