@@ -110,6 +110,27 @@ def test_a_killed_run_goes_on_without_losing_or_doubling(folder, monkeypatch, ki
   ] == 12
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_gets_one_clear_line_and_costs_nothing(folder, processes):
+  noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+  Image.fromarray(noise).save(folder / "pictures" / "noise.png")
+  write_lines(folder / "chat.jsonl", [chat("pictures/noise.png", id=f"r{i}") for i in range(60)])
+  command = f"""
+import resource, sys
+from jflow.__main__ import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+sys.exit(main({["prepare", "--format=llava-jsonl", f"--input={folder}/chat.jsonl", f"--output={folder.parent}/out",
+                "--task=understanding", "--part_records=30", f"--processes={processes}"]!r}))
+"""  # fmt: skip
+  done = subprocess.run(
+    [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120
+  )
+  assert done.returncode == 2 and done.stderr.count("\n") == 1
+  assert "File too large; run the same command again to go on" in done.stderr
+  summary, output = run(folder, part_records=30)
+  assert summary["accepted"] == 60 and sorted(os.listdir(folder.parent)) == ["in", "out"]
+
+
 def test_parts_of_another_input_are_not_used(folder, monkeypatch):
   import_part = prepare._import_part
 

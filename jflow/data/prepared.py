@@ -10,11 +10,12 @@
 without complaint.
 """
 
+import errno
 import gzip
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,7 @@ class ShardWriter:
     from array_record.python import array_record_module
     from tensorflow_datasets.core import example_serializer
 
+    self._path = path
     self._features = features()
     self._serializer = example_serializer.ExampleSerializer(self._features.get_serialized_info())
     # One record per group: what random access needs.
@@ -85,7 +87,7 @@ class ShardWriter:
         }
       )
     )
-    self._writer.write(example)
+    self._call(self._writer.write, example)
     outline = [record.id, len(record.images), record.text, record.turns]
     line = json.dumps(outline, ensure_ascii=False).encode("utf-8") + b"\n"
     self._outlines.write(line)
@@ -95,8 +97,15 @@ class ShardWriter:
     self.bytes += len(example)
 
   def close(self) -> None:
-    self._writer.close()
+    self._call(self._writer.close)
     self._outlines.close()
+
+  def _call(self, function: Callable[..., Any], *arguments: Any) -> None:
+    """Calls the writer of ArrayRecord, whose failures (a full disk) become an `OSError`."""
+    try:
+      function(*arguments)
+    except RuntimeError as error:
+      raise OSError(errno.EIO, str(error).split(";")[0], self._path) from None
 
 
 def write_metadata(directory: str, task: str, shard_lengths: Sequence[int], num_bytes: int) -> None:

@@ -1,6 +1,7 @@
 """What every importer is: one input, cut into parts, each part a stream of items."""
 
 import dataclasses
+import errno
 import glob
 import os
 import re
@@ -9,6 +10,9 @@ from typing import Any, NamedTuple, Protocol
 
 from jflow.data.records import Record, RecordError
 from jflow.errors import UserError
+
+# Of the machine, not of the data: the import ends, and goes on when the same command is run again.
+_TRANSIENT = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,5 +127,7 @@ def read_under(root: str, name: str) -> bytes:
   try:
     with open(path, "rb") as file:
       return file.read()
-  except (OSError, ValueError):
+  except (OSError, ValueError) as error:
+    if getattr(error, "errno", None) in _TRANSIENT:
+      raise
     raise RecordError("missing_image", f"image {name:.200} not found in {root}") from None

@@ -67,7 +67,9 @@ class Parquet:
           for fields in batch.to_pylist():
             yield self._item(f"{path} row {first + done}", path, fields, image, drop)
             done += 1
-    except (OSError, ValueError) as error:  # damaged pages: pyarrow's errors are of these kinds
+    except Exception as error:  # pyarrow raises many types on damaged pages
+      if getattr(error, "errno", None):  # the disk, not the data
+        raise
       message = f"the rest of the row group cannot be read ({type(error).__name__})"
       for number in range(done, rows):
         yield Item(f"{path} row {first + number}", RecordError("corrupt", message), {})
@@ -116,12 +118,11 @@ class Parquet:
 
 
 def _open(path: str) -> Any:
-  import pyarrow
   import pyarrow.parquet
 
   try:
     return pyarrow.parquet.ParquetFile(
       path, memory_map=True, pre_buffer=False, page_checksum_verification=True
     )
-  except (pyarrow.ArrowException, OSError) as error:
+  except Exception as error:  # pyarrow raises many types on a damaged footer
     raise UserError(f"{path} is not a readable parquet file ({str(error)[:80]}): fetch it again") from None
