@@ -4,6 +4,7 @@ import asyncio
 import base64
 import collections
 import concurrent.futures
+import contextlib
 import io
 import json
 import signal
@@ -256,6 +257,18 @@ def test_a_failure_of_the_model_costs_what_it_worked_on_alone(model, monkeypatch
     assert client.post(PAINT, json={"prompt": "a ring"}).status_code == 500
     monkeypatch.undo()
     assert client.post(PAINT, json={"prompt": "a ring", "steps": 4}).status_code == 200
+
+
+def test_a_model_that_keeps_failing_ends_the_server(model, monkeypatch):
+  with serving.serving(model) as (base, engine), serving.client(base) as client:
+    monkeypatch.setattr(engine._decoder, "step", lambda n: 1 // 0)
+    monkeypatch.setattr("jflow.serving.engine.Decoder", lambda *_: 1 // 0)
+    assert metrics(client)["jflow_ready"] == 1
+    assert client.post(CHAT, json=ask()).status_code == 503
+    until(lambda: engine.state == "failed")
+    for get in (lambda: client.post(CHAT, json=ask()), lambda: client.get("/health")):
+      with contextlib.suppress(httpx.TransportError):  # the server may be gone already
+        assert get().status_code == 503
 
 
 def test_a_body_without_a_length_is_cut_at_the_limit(model):

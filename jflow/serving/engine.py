@@ -6,6 +6,7 @@ import math
 import threading
 import time
 
+import numpy as np
 from PIL import Image
 
 from jflow.inference.decoding import Decoder, Request
@@ -63,6 +64,7 @@ class Engine:
     self._spent = {"chat": 0.0, "painting": 0.0}
     self._pace = 1.0  # seconds between two requests that end, a moving mean
     self._last_end = time.monotonic()
+    metrics.ready.set_function(lambda: self.state == "ready")
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
   def start(self) -> None:
@@ -112,13 +114,38 @@ class Engine:
   # --- on the engine's thread -----------------------------------------------------------------------------
 
   def _run(self) -> None:
-    failures = 0
     try:
       self._warm_up()
+      self._work()
     except Exception:
-      log.exception("the first answer or picture failed")
-      failures = _MAX_FAILURES
-    while failures < _MAX_FAILURES:
+      log.exception("the model has failed")
+      with self._changed:
+        self.state = "failed"
+        for job in self._open:
+          job.emit(ApiError(503, "the model has failed"))
+
+  def _warm_up(self) -> None:
+    """Compiles what most requests need: a text, a picture read, a picture painted with the default settings."""
+    started, c = time.monotonic(), self.pipeline.model.config
+    self._decoder = Decoder(self.pipeline, self.slots, self.context)
+    picture = np.zeros((c.image_size, c.image_size, 3), np.uint8)
+    for images in ([], [picture]):
+      request = self.pipeline.request("Why?", images, max_tokens=2)
+      if len(request.tokens) < self.context:
+        slot = self._decoder.admit(request)
+        self._decoder.step(2)
+        self._decoder.release(slot)
+    if self.pipeline.can_paint:
+      self._generate([("a circle", 0)], Settings(30, 2.0, "euler", 1.0))
+    with self._changed:
+      if self.state == "warming up":
+        self.state = "ready"
+    log.info("ready after %.1f s of compilation", time.monotonic() - started)
+
+  def _work(self) -> None:
+    """Answers and paints until nothing is left of what was accepted; raises when the model fails time after time."""
+    failures = 0
+    while True:
       with self._changed:
         self._changed.wait_for(lambda: self._open or self.state == "draining")
         self._drop_gone()
@@ -132,31 +159,15 @@ class Engine:
         self._answer() if kind == "chat" else self._paint()
         failures = 0
       except Exception:
-        log.exception("the model failed at a %s", kind)
         self.metrics.failures.inc()
         failures += 1
+        if failures == _MAX_FAILURES:
+          raise
+        log.exception("the model failed at a %s", kind)
         self._fail(kind)
       seconds = time.monotonic() - started
       self._spent[kind] += seconds
       self.metrics.busy.labels(kind).inc(seconds)
-    with self._changed:
-      self.state = "failed"
-      for job in self._open:
-        job.emit(ApiError(503, "the model has failed"))
-
-  def _warm_up(self) -> None:
-    """Compiles what most requests need."""
-    started = time.monotonic()
-    self._decoder = Decoder(self.pipeline, self.slots, self.context)
-    slot = self._decoder.admit(self.pipeline.request("Why?", max_tokens=2))
-    self._decoder.step(2)
-    self._decoder.release(slot)
-    if self.pipeline.can_paint:
-      self._generate([("a circle", 0)], Settings(30, 2.0, "euler", 1.0))
-    with self._changed:
-      if self.state == "warming up":
-        self.state = "ready"
-    log.info("ready after %.1f s of compilation", time.monotonic() - started)
 
   def _whose_turn(self) -> str:
     """The kind of work that goes on next."""
