@@ -3,18 +3,18 @@
 import argparse
 import logging
 import sys
+from typing import TYPE_CHECKING
 
 from jflow.errors import UserError
+from jflow.inference import flags as model_flags
+
+if TYPE_CHECKING:
+  from jflow.serving.engine import Engine
 
 
 def add(p: argparse.ArgumentParser, port: int) -> None:
   """Adds the flags of the checkpoint, the address and the engine."""
-  p.add_argument(
-    "--checkpoint", required=True, metavar="DIR", help="official directory, or a jflow workdir or step"
-  )
-  p.add_argument("--vae", metavar="DIR", help="SDXL-VAE, for an official checkpoint that holds none")
-  p.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: float32 on a CPU)")
-  p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a jflow training run")
+  model_flags.add_model(p)
   p.add_argument(
     "--host", default="127.0.0.1", help="address to listen at (default %(default)s: this machine only)"
   )
@@ -43,19 +43,18 @@ def check(args: argparse.Namespace) -> None:
     raise UserError(f"--timeout={args.timeout:g} must be a number of seconds above 0")
 
 
-def engine(args: argparse.Namespace):
+def engine(args: argparse.Namespace) -> "Engine":
   """Loads the model and returns its engine, not yet started.
 
   Raises:
     UserError: the checkpoint cannot be used, or --context is more than the model's.
   """
-  import jflow
   from jflow.serving.engine import Engine
   from jflow.serving.metrics import Metrics
 
   logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s")
   logging.getLogger("jflow.serving").setLevel(logging.INFO)
-  pipeline = jflow.load(args.checkpoint, vae=args.vae, dtype=args.dtype, weights=args.weights)
+  pipeline = model_flags.open_model(args)
   most = pipeline.model.config.language_model.context
   if args.context is not None and args.context > most:
     raise UserError(f"--context={args.context} is more than the model's {most}")
