@@ -256,9 +256,10 @@ def _problem(summary: dict[str, Any], max_rejected_share: float) -> str | None:
   rejected, accepted = sum(summary["rejected"].values()), summary["accepted"]
   if rejected > max_rejected_share * (accepted + rejected) or (rejected and not accepted):
     reason, first = next(iter(summary["first_rejected"].items()))
+    share = f", more than --max_rejected_share={max_rejected_share}" if accepted else ""
     return (
       f"{first['where']}: {first['message']} ({reason}); in all {rejected:,} of {accepted + rejected:,} records "
-      f"cannot be used {summary['rejected']}, more than --max_rejected_share={max_rejected_share}"
+      f"cannot be used {summary['rejected']}{share}"
     )
   if not accepted and summary["filtered"]:
     return f"the filters left no record: they dropped {summary['filtered']}"

@@ -22,7 +22,7 @@ _KINDS = {
 
 
 class Member(NamedTuple):
-  """A file in a tar, or what is wrong with it."""
+  """A file in a tar, or what is wrong with it. A name that is empty stands for damage to the tar itself."""
 
   name: str
   data: bytes | RecordError
@@ -33,45 +33,56 @@ def members(path: str) -> Iterator[Member]:
   """Yields the files of a tar or tar.gz in order. Folders are left out.
 
   What is no plain file, has a name that leads outside, or is too large comes with a `RecordError` "tar_member".
-
-  Raises:
-    RecordError: the tar is empty ("empty_shard"), cut or damaged ("broken_tar", "broken_gzip"), or unfolds too far
-      ("bomb"). What came before it is whole.
+  Damage comes under an empty name: an empty file ("empty_shard"), one that unfolds too far ("bomb"), one that is
+  cut or damaged ("broken_tar", "broken_gzip"). After a damaged header the next whole one is looked for.
   """
   with open(path, "rb") as raw:
     stream = _Stream(raw, compressed.is_gzip(path))
-    pending: dict[str, str] = {}
     while True:
-      header = stream.read(_BLOCK)
-      if not header and not stream.offset:
-        raise RecordError("empty_shard", "the file is empty")
-      if len(header) < _BLOCK:
-        raise RecordError("broken_tar", "the tar is cut: it has no end mark")
-      if not any(header):
-        return
-      name, size, kind = _parse(header)
-      if kind in (b"L", b"x"):
-        if size > _MAX_HEADER:
-          stream.skip(size)
-          pending = {"path": "?" * _MAX_NAME}
+      try:
+        member = _next(stream, raw)
+      except RecordError as error:
+        yield Member("", error, raw.tell())
+        if error.reason == "broken_tar" and stream.find_header():
           continue
-        text = stream.read_whole(size)
-        pending |= {"path": text.rstrip(b"\0").decode("utf-8", "replace")} if kind == b"L" else _pax(text)
-        continue
-      if kind in (b"K", b"g", b"5"):  # the target of a link, defaults, a folder
+        return
+      if member is None:
+        return
+      yield member
+
+
+def _next(stream: "_Stream", raw: BinaryIO) -> Member | None:
+  """Returns the next file, or None at the end mark."""
+  extended: dict[str, str] = {}
+  while True:
+    begun = stream.offset
+    header = stream.header()
+    if not header and not begun:
+      raise RecordError("empty_shard", "the file is empty")
+    if len(header) < _BLOCK:
+      raise RecordError("broken_tar", "the tar is cut: it has no end mark")
+    if not any(header):
+      return None
+    name, size, kind = _parse(header)
+    if kind in (b"L", b"x"):
+      if size > _MAX_HEADER:
         stream.skip(size)
-        pending = pending if kind == b"K" else {}
+        extended = {"path": "?" * _MAX_NAME}
         continue
-      name, size = pending.get("path", name), _number(pending.get("size", size))
-      problem = _problem(name, kind, size, pending)
-      pending = {}
-      if problem:
-        stream.skip(size)
-        yield Member(
-          name[:_MAX_NAME], RecordError("tar_member", f"member {name[:80]!r} {problem}"), raw.tell()
-        )
-      else:
-        yield Member(name, stream.read_whole(size), raw.tell())
+      text = stream.read_whole(size)
+      extended |= {"path": text.rstrip(b"\0").decode("utf-8", "replace")} if kind == b"L" else _pax(text)
+      continue
+    if kind in (b"K", b"g", b"5"):  # the target of a link, defaults, a folder
+      stream.skip(size)
+      extended = extended if kind == b"K" else {}
+      continue
+    name, size = extended.get("path", name), _number(extended.get("size", size))
+    problem = _problem(name, kind, size, extended)
+    if problem:
+      stream.skip(size)
+      error = RecordError("tar_member", f"member {name[:80]!r} {problem}")
+      return Member(name[:_MAX_NAME] or "?", error, raw.tell())
+    return Member(name, stream.read_whole(size), raw.tell())
 
 
 class _Stream:
@@ -80,12 +91,29 @@ class _Stream:
   def __init__(self, raw: BinaryIO, gzipped: bool):
     self._file = compressed.unfold(raw) if gzipped else raw
     self._size = None if gzipped else os.fstat(raw.fileno()).st_size
+    self._found = b""
     self.offset = 0
 
   def read(self, count: int) -> bytes:
     data = self._file.read(count)
     self.offset += len(data)
     return data
+
+  def header(self) -> bytes:
+    """Returns the next block: the one that `find_header` found, or one that is read."""
+    found, self._found = self._found, b""
+    return found or self.read(_BLOCK)
+
+  def find_header(self) -> bool:
+    """Passes over blocks until one is a header whose checksum holds; returns whether there is one."""
+    try:
+      while len(block := self.read(_BLOCK)) == _BLOCK:
+        if block[257:262] == b"ustar" and _sum(block) == _octal_or_none(block[148:156]):
+          self._found = block
+          return True
+    except RecordError:  # the gzip around it
+      pass
+    return False
 
   def read_whole(self, size: int) -> bytes:
     """Returns the contents of a member and passes over what fills its last block."""
@@ -112,22 +140,24 @@ class _Stream:
 
 def _parse(header: bytes) -> tuple[str, int, bytes]:
   """Returns the name, the size and the kind that a header block gives."""
-  unsigned = sum(header[:148]) + 8 * 32 + sum(header[156:])
-  if _octal(header[148:156]) != unsigned:
-    raise RecordError("broken_tar", "a header of the tar is damaged, and what follows it is lost")
+  field = header[124:136]
+  size = int.from_bytes(field[1:], "big") if field[0] == 0x80 else _octal_or_none(field)
+  if _octal_or_none(header[148:156]) != _sum(header) or size is None:
+    raise RecordError("broken_tar", "a header of the tar is damaged")
   name = header[:100].split(b"\0")[0]
   if header[257:263] == b"ustar\0" and header[345] != 0:
     name = header[345:500].split(b"\0")[0] + b"/" + name
-  field = header[124:136]
-  size = int.from_bytes(field[1:], "big") if field[0] == 0x80 else _octal(field)
   return name.decode("utf-8", "replace"), size, header[156:157]
 
 
-def _octal(field: bytes) -> int:
-  try:
-    return int(field.split(b"\0")[0].strip() or b"0", 8)
-  except ValueError:
-    raise RecordError("broken_tar", "a header of the tar is damaged, and what follows it is lost") from None
+def _sum(header: bytes) -> int:
+  """Returns the checksum of a header, in which its own field counts as spaces."""
+  return sum(header[:148]) + 8 * 32 + sum(header[156:])
+
+
+def _octal_or_none(field: bytes) -> int | None:
+  text = field.split(b"\0")[0].strip()
+  return int(text or b"0", 8) if not text.strip(b"01234567") else None
 
 
 def _number(value: int | str) -> int:

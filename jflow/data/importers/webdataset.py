@@ -36,24 +36,29 @@ class WebDataset:
 
   def items(self, part: str) -> Iterator[Item]:
     seen: set[str] = set()
-    key, sample, position, read, broken = "", {}, 0, 0, False
-    try:
-      for member in tar.members(part):
-        name, ending = _split(member.name)
-        if os.path.basename(member.name).startswith((".", "__")) and not isinstance(member.data, RecordError):
-          continue  # what file managers and writers leave behind
-        if name != key and sample:
-          yield self._item(part, key, sample, seen, position - read)
-          read, sample = position, {}
-        key, position = name, member.position
-        sample[ending] = _fitting(sample, ending, member.data)
-    except RecordError as error:
-      yield Item(part, error, {}, 0)
-      broken = True
-    if sample:
-      item = self._item(part, key, sample, seen, position - read)
-      if not broken or isinstance(item.record, Record):  # half a sample is a part of the damage
-        yield item
+    key, sample, position, read = "", {}, 0, 0
+    damaged = behind = False  # in or before the sample; since its last member
+
+    def finish() -> Iterator[Item]:
+      if sample:
+        item = self._item(part, key, sample, seen, position - read)
+        if not damaged or isinstance(item.record, Record):  # what it lacks, the damage took
+          yield item
+
+    for member in tar.members(part):
+      if not member.name:
+        damaged = behind = True
+        yield Item(part, member.data, {}, 0)
+        continue
+      if os.path.basename(member.name).startswith((".", "__")) and not isinstance(member.data, RecordError):
+        continue  # what file managers and writers leave behind
+      name, ending = _split(member.name)
+      if name != key:
+        yield from finish()
+        damaged, sample, read = behind, {}, position
+      key, position, behind = name, member.position, False
+      sample[ending] = _fitting(sample, ending, member.data)
+    yield from finish()
 
   def _item(
     self, part: str, key: str, sample: dict[str, bytes | RecordError], seen: set[str], work: int
