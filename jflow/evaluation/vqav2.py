@@ -1,0 +1,98 @@
+"""VQAv2 from its own files: scores on val, and the file to hand in on test-dev."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from jflow.errors import UserError
+from jflow.evaluation import answers, scores
+from jflow.evaluation.recipes import Recipe
+from jflow.evaluation.report import Result
+from jflow.evaluation.samples import need, need_all
+from jflow.evaluation.tables import short_prompt
+from jflow.evaluation.tasks import Question
+
+# Split -> (questions, annotations or none, pictures).
+SPLITS = {
+  "val": (
+    "v2_OpenEnded_mscoco_val2014_questions.json",
+    "v2_mscoco_val2014_annotations.json",
+    "val2014/COCO_val2014_{:012d}.jpg",
+  ),
+  "test-dev": (
+    "v2_OpenEnded_mscoco_test-dev2015_questions.json",
+    "",
+    "test2015/COCO_test2015_{:012d}.jpg",
+  ),
+}
+
+
+class Vqav2Benchmark:
+  """Open questions with the answers of ten people."""
+
+  def __init__(self, recipe: Recipe, data: pathlib.Path, split: str, limit: int | None):
+    """Reads questions and annotations, and looks for the first picture."""
+    if split not in SPLITS:
+      raise UserError(f"--split={split!r} must be one of {', '.join(SPLITS)}")
+    self._recipe, self._data = recipe, data
+    questions, annotations, self._picture = SPLITS[split]
+    self._rows = _read(data / questions, "questions", recipe)[:limit]
+    for row in self._rows:
+      need(
+        row,
+        ("question_id", "image_id", "question"),
+        f"{data / questions}, question {row.get('question_id')},",
+      )
+    self._people: dict[int, Mapping[str, Any]] = {}
+    if annotations:
+      rows = _read(data / annotations, "annotations", recipe)
+      for row in rows:
+        need(
+          row,
+          ("question_id", "answers", "answer_type"),
+          f"{data / annotations}, question {row.get('question_id')},",
+        )
+      self._people = {row["question_id"]: row for row in rows}
+      wanted = [row["question_id"] for row in self._rows]
+      need_all(wanted, self._people, str(data / annotations), "take questions and annotations of one release")
+    if self._rows and not self._path(self._rows[0]).is_file():
+      raise UserError(f"{self._path(self._rows[0])} does not exist: {recipe.data}")
+
+  def tasks(self) -> list[Question]:
+    """The questions, in the order of the file."""
+    return [
+      Question(str(row["question_id"]), short_prompt(row), lambda row=row: [self._path(row)])
+      for row in self._rows
+    ]
+
+  def score(self, records: Mapping[str, Mapping[str, Any]]) -> Result:
+    """The VQA score, or the answers to hand in."""
+    need_all([str(row["question_id"]) for row in self._rows], records, "vqav2", "run the same command again")
+    said = {row["question_id"]: records[str(row["question_id"])]["answer"] for row in self._rows}
+    if not self._people:
+      note = "Hand `submission` of report.json to the challenge's server; the paper's score is on test-dev."
+      return Result(
+        {}, [note], details={"submission": [{"question_id": i, "answer": a} for i, a in said.items()]}
+      )
+    judged = []
+    for number, answer in said.items():
+      people = [one["answer"] for one in self._people[number]["answers"]]
+      score = answers.vqa_score(answer, people, always_normalise=False)
+      judged.append({"right": score, "category": self._people[number]["answer_type"]})
+    return Result(
+      scores.by_category(judged),
+      ["The paper's score is on test-dev; on val its ablations have 69.20 at 256."],
+    )
+
+  def _path(self, row: Mapping[str, Any]) -> pathlib.Path:
+    return self._data / self._picture.format(row["image_id"])
+
+
+def _read(path: pathlib.Path, field: str, recipe: Recipe) -> list[dict[str, Any]]:
+  if not path.is_file():
+    raise UserError(f"{path} does not exist: {recipe.data}")
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))[field]
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f"{path} is no file of VQAv2 with the field {field!r}: {error}") from error
