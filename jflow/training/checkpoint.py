@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import absl.logging
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -190,6 +191,9 @@ class Checkpointer:
     self._directory, self._metadata = directory.absolute(), metadata
     self._keep, self._keep_every = keep, keep_every
     self._directory.mkdir(parents=True, exist_ok=True)
+    absl.logging.set_verbosity(
+      absl.logging.FATAL
+    )  # Orbax's errors come as exceptions; it would print them as well
     self._thread: threading.Thread | None = None
     self._error: BaseException | None = None
 

@@ -4,6 +4,7 @@ One process needs none of this. Several start the same command; process 0 alone 
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +14,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jflow.errors import UserError
+from jflow.errors import Stopped, UserError
+
+# What a collective says when a process at the other end is gone.
+_LOST = re.compile("closed by peer|reset by peer|connection refused|heartbeat|UNAVAILABLE", re.IGNORECASE)
 
 
 def start(config: Mapping[str, Any]) -> None:
@@ -107,11 +111,15 @@ def leave(error: BaseException) -> None:
   """
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
     return
-  if isinstance(error, UserError):
-    code = 2
-    print(f"jflow: process {jax.process_index()}: {error}", file=sys.stderr)
+  code = 2 if isinstance(error, UserError) else 1
+  own = f"jflow: process {jax.process_index()}"
+  if isinstance(error, (UserError, Stopped)):
+    print(f"{own}: {error}", file=sys.stderr)
+  elif isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error)):
+    reason = str(error).splitlines()[0]
+    print(f"{own} ends because another one has ended, whose message says why ({reason})", file=sys.stderr)
   else:
-    code = 1
+    print(f"{own} ends by this error:", file=sys.stderr)
     sys.excepthook(type(error), error, error.__traceback__)
   sys.stdout.flush()
   sys.stderr.flush()

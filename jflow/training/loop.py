@@ -1,5 +1,6 @@
 """The training run: restore or start, step, log, save, stop."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -167,6 +168,9 @@ class _Run:
       self._finish_saving(last)
     finally:
       self._watchdog.stop()
+      if jax.process_count() == 1:  # what is being saved when an error comes may still be completed
+        with contextlib.suppress(Stopped):
+          self._checkpointer.wait()
       stop.restore()
       self._progress.close()
       for file in (self._metrics, self._record):

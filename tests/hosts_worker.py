@@ -1,0 +1,103 @@
+"""`python -m jflow train` with a toy in place of the model: the loop, its hosts, checkpoints and faults are real.
+
+  python tests/hosts_worker.py [FAULT STEP PROCESS] -- --workdir=DIR --config.FIELD=VALUE ...
+
+A model of one matrix compiles in a tenth of a second, so that many ways to fail can be tried.
+"""
+
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
+
+from jflow import __main__, sharding  # noqa: E402
+from jflow.training import hosts, loop, optim, workdir as workdirs  # noqa: E402
+from jflow.training.checkpoint import Checkpointer  # noqa: E402
+from jflow.training.goodput import Goodput  # noqa: E402
+from jflow.training.state import TrainState  # noqa: E402
+from launch.faults import struck  # noqa: E402
+
+
+class Data:
+  """Rows that are a function of (step, place): f32[rows, 16]."""
+
+  def __init__(self, rows: list[int], fault: list[str]):
+    self._rows, self._fault = rows, fault
+
+  def batches(self, start: int, stop: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+    made = (
+      (
+        np.stack([np.random.default_rng([step, row]).standard_normal(16, np.float32) for row in self._rows]),
+        {"fill": 0.5, "packs": {}, "rejected": {}},
+      )
+      for step in range(start, stop)
+    )
+    if not self._fault:
+      return made
+    fault, step, process = self._fault
+    return struck(made, start, fault, int(step), int(process))
+
+
+def step(optimizer, state: TrainState, x: jax.Array):
+  """One step of a regression."""
+
+  def loss_fn(trained):
+    return jnp.mean((x @ trained["kernel"] - jnp.roll(x, 1, axis=1)) ** 2)
+
+  loss, grads = jax.value_and_grad(loss_fn)(state.trained)
+  updates, moments = optimizer.update(grads, state.optimizer, state.trained)
+  trained = jax.tree.map(jnp.add, state.trained, updates)
+  new = state.replace(
+    step=state.step + 1, trained=trained, ema=optim.update_ema(state.ema, trained, 0.9), optimizer=moments
+  )
+  return new, {"loss": loss, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+
+
+def train(config: dict[str, Any], workdir: pathlib.Path, fault: list[str]) -> None:
+  """`loop.train` for the toy."""
+  started = time.time()
+  hosts.start(config["distributed"])
+  mesh = sharding.make_mesh(**config["mesh"])
+  held = hosts.first_alone(lambda: workdirs.lock(workdir))
+  try:
+    workdirs.check_shared(workdir)
+    optimizer = optim.make_optimizer(config["optimizer"])
+    initial = lambda: TrainState.create({"kernel": jnp.eye(16) * 0.5}, {}, optimizer)
+    cut = lambda x: NamedSharding(mesh, PartitionSpec("fsdp") if x.ndim == 2 else PartitionSpec())
+    where = jax.tree.map(cut, jax.eval_shape(initial))
+    with jax.set_mesh(mesh):
+      checkpointer = Checkpointer(workdir / "checkpoints", config["checkpoint"]["keep"], {})
+      shaped = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+      state = checkpointer.restore(jax.tree.map(shaped, jax.eval_shape(initial), where))
+      if state is None:
+        state = jax.jit(initial, out_shardings=where)()
+      else:
+        hosts.say(f"going on from step {int(state.step)}")
+      record = Goodput(workdir, started) if hosts.is_first() else None
+      if record:
+        record.mark("restore", int(state.step))
+      rows = sharding.local_rows(mesh, config["train"]["batch_size"])
+      out = (where, sharding.replicated(mesh))
+      step_fn = jax.jit(lambda state, x: step(optimizer, state, x), donate_argnums=0, out_shardings=out)
+      run = loop._Run(config, workdir, Data(rows, fault), checkpointer, record, sharding.batch_sharding(mesh))
+      run(state, step_fn)
+  finally:
+    if held:
+      workdirs.unlock(held)
+
+
+if __name__ == "__main__":
+  at = sys.argv.index("--")
+  fault = sys.argv[1:at]
+  loop.train = lambda config, workdir: train(config, workdir, fault)
+  sys.exit(__main__.main(["train", f"--config={ROOT}/configs/stage1.py:tiny", *sys.argv[at + 1 :]]))
