@@ -111,7 +111,19 @@ def base(size: str) -> ConfigDict:
     keep=3,  # newest steps to retain
     keep_every=0,  # steps that are a multiple of it are retained for good; 0: none
   )
-  c.log = dict(every_seconds=10.0)  # between lines where there is no terminal
+  c.log = dict(
+    every_seconds=10.0,  # between lines where there is no terminal
+    tensorboard=False,  # scalars and sample pictures into workdir/tensorboard; needs the package tensorboard
+    wandb="",  # project of Weights & Biases that gets the same; needs the package wandb; empty: none
+    sample_every=0,  # steps between sample pictures (workdir/samples); one device holds the weights twice; 0: none
+    sample_prompts=(
+      "a picture of a red circle",
+      "a picture of a blue star",
+      "a green square left of a heart",
+    ),
+    sample_steps=30,  # solver steps of a sample picture
+    sample_guidance=2.0,
+  )
   if small:
     c.checkpoint.interval = 100
     c.optimizer.warmup_steps = 10

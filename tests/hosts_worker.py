@@ -99,5 +99,5 @@ def train(config: dict[str, Any], workdir: pathlib.Path, fault: list[str]) -> No
 if __name__ == "__main__":
   at = sys.argv.index("--")
   fault = sys.argv[1:at]
-  loop.train = lambda config, workdir: train(config, workdir, fault)
+  loop.train = lambda config, workdir, painter: train(config, workdir, fault)
   sys.exit(__main__.main(["train", f"--config={ROOT}/configs/stage1.py:tiny", *sys.argv[at + 1 :]]))

@@ -184,7 +184,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path, whole):
     assert "Traceback" not in job.said(0)
     last = job.said(0).splitlines()[-1]
     assert last.startswith("jflow: ") and ("cannot be written" in last or "could not be written" in last)
-  assert checkpoint.newest_valid(tmp_path / "run" / "checkpoints") == 10
+  # The save of step 10 may have been under way.
+  assert checkpoint.newest_valid(tmp_path / "run" / "checkpoints") in (5, 10)
   with toy(tmp_path, "run", processes=1) as job:
     assert job.codes() == [0], job.said(0)
   np.testing.assert_array_equal(losses(tmp_path / "run"), whole)
@@ -199,7 +200,7 @@ def test_the_record_of_a_killed_run_adds_up(tmp_path):
       assert job.codes() == [-signal.SIGKILL if fault else 0]
   got = summary(tmp_path / "run")
   lines = read_lines(tmp_path / "run" / "goodput.jsonl")
-  parts = sum(got[name] for name in ("productive", "save", "restore", "compile", "setup", "lost"))
+  parts = sum(got[name] for name in ("productive", "save", "restore", "compile", "setup", "sample", "lost"))
   assert parts == pytest.approx(lines[-1]["t"] - lines[0]["t"], rel=0.01)
   assert got["starts"] == 2 and got["lost"] > 0 and 0 < got["goodput"] < 1
   assert json.loads((tmp_path / "run" / "goodput.json").read_text())["wall"] == pytest.approx(

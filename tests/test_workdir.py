@@ -144,7 +144,7 @@ def test_the_parts_of_a_killed_run_add_up_to_the_time_that_passed(tmp_path):
   time.sleep(0.02)
   again.steps(9, now=True)
   got = summary(tmp_path)
-  parts = sum(got[name] for name in ("productive", "save", "restore", "compile", "setup", "lost"))
+  parts = sum(got[name] for name in ("productive", "save", "restore", "compile", "setup", "sample", "lost"))
   assert parts == pytest.approx(got["wall"]) and got["wall"] == pytest.approx(time.time() - began, abs=0.02)
   assert got["starts"] == 2
   lost = read_lines(tmp_path / "goodput.jsonl")

@@ -1,6 +1,7 @@
 """The command `train`."""
 
 import argparse
+import functools
 import pathlib
 import sys
 from typing import Any
@@ -61,6 +62,19 @@ def _plain(value: Any) -> Any:
   return value
 
 
+def _paint_samples(config: dict[str, Any], model: Any, tokenizer: Any, params: Any) -> list[Any]:
+  """The pictures of `log.sample_prompts`, as `generate` paints them, on one device."""
+  import jax
+
+  from jflow import sharding
+  from jflow.inference.pipeline import Pipeline
+
+  log = config["log"]
+  with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])):
+    pipeline = Pipeline(model, params, tokenizer, config["data"]["template"])
+    return pipeline.generate(log["sample_prompts"], log["sample_steps"], log["sample_guidance"], seed=0)
+
+
 def main(argv: list[str]) -> int:
   """Parses the flags and trains; 143 or 130 after SIGTERM or SIGINT, once the state is saved."""
   parser = argparse.ArgumentParser(
@@ -84,7 +98,7 @@ def main(argv: list[str]) -> int:
   from jflow.training.metrics import read_lines
 
   try:
-    train(config, known.workdir)
+    train(config, known.workdir, functools.partial(_paint_samples, config))
   except Terminated as error:
     hosts.say(str(error))
     return 128 + error.signum

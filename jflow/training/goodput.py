@@ -4,6 +4,7 @@ A line {"t", "phase", "step"} says what the time since the line before was spent
 the whole, and a kill costs no more than the part that was being done.
 
   setup, restore, compile, save   as they say; compile includes the first step, save what the loop waits for
+  sample                          painting sample pictures
   steps                           training, up to `step`
   down                            from the last line of a start that was killed to the next start
 """
@@ -52,10 +53,10 @@ def summary(workdir: pathlib.Path) -> dict[str, float]:
   """Seconds by what they were spent on, over all starts.
 
   Returns:
-    productive, save, restore, compile, setup, lost (steps that were computed again, and the time between a kill and
+    productive, save, restore, compile, setup, sample, lost (steps that were computed again, and the time between a kill and
     the next start), wall (their sum), starts, and goodput = productive / wall.
   """
-  out = dict.fromkeys(("productive", "save", "restore", "compile", "setup", "lost"), 0.0)
+  out = dict.fromkeys(("productive", "save", "restore", "compile", "setup", "sample", "lost"), 0.0)
   rows = read_lines(workdir / FILE)
   done: list[tuple[int, float]] = []  # (last step, seconds) of each booked piece of training
   before = rows[0]["t"] if rows else 0.0

@@ -85,6 +85,13 @@ def from_first(numbers: list[int]) -> list[int]:
   return multihost_utils.broadcast_one_to_all(own).tolist()
 
 
+def on_host(tree: Any) -> Any:
+  """Whole arrays of a sharded tree as numpy arrays. All processes call it."""
+  return (
+    jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+  )
+
+
 def first_alone(action: Callable[[], Any]) -> Any:
   """Runs `action` on process 0 while the others wait; returns its result there and None elsewhere.
 

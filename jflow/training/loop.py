@@ -1,6 +1,7 @@
 """The training run: restore or start, step, log, save, stop."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import signal
@@ -11,13 +12,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
 from jflow import sharding
 from jflow.batch import Batch
 from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped
-from jflow.training import hosts, latents, optim, setup
+from jflow.models.janusflow import JanusFlow
+from jflow.training import hosts, latents, optim, setup, tracking
 from jflow.training import workdir as workdirs
 from jflow.training.checkpoint import Checkpointer
 from jflow.training.goodput import Goodput
@@ -35,7 +38,11 @@ class Terminated(Exception):
     self.signum = signum
 
 
-def train(config: dict[str, Any], workdir: pathlib.Path) -> None:
+# (model, tokenizer, nested parameters as numpy arrays) -> a picture for each of log.sample_prompts.
+Painter = Callable[[JanusFlow, Tokenizer, Any], list[Image.Image]]
+
+
+def train(config: dict[str, Any], workdir: pathlib.Path, painter: Painter | None = None) -> None:
   """Runs a stage to its last step, from where an earlier start left off.
 
   Several processes call it with the same arguments (but distributed.process_id) on a workdir that they share.
@@ -43,6 +50,7 @@ def train(config: dict[str, Any], workdir: pathlib.Path) -> None:
   Args:
     config: nested plain values, as configs/base.py has them.
     workdir: directory of the run; gets config.json, tokenizer/, metrics.jsonl, goodput.jsonl, checkpoints/.
+    painter: paints the sample pictures that `log.sample_every` asks for.
 
   Raises:
     UserError: a mistake in config, data or workdir, found before compilation where possible.
@@ -57,14 +65,19 @@ def train(config: dict[str, Any], workdir: pathlib.Path) -> None:
   tokenizer.check_fits(model_config.language_model.vocabulary_size)
   held = hosts.first_alone(lambda: workdirs.claim(workdir, config, tokenizer))
   try:
-    _train(config, workdir, mesh, tokenizer, started)
+    _train(config, workdir, mesh, tokenizer, started, painter)
   finally:
     if held:
       workdirs.unlock(held)
 
 
 def _train(
-  config: dict[str, Any], workdir: pathlib.Path, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, started: float
+  config: dict[str, Any],
+  workdir: pathlib.Path,
+  mesh: jax.sharding.Mesh,
+  tokenizer: Tokenizer,
+  started: float,
+  painter: Painter | None,
 ) -> None:
   """`train` once the workdir is held. `started`: `time.time()` when it was called."""
   workdirs.check_shared(workdir)
@@ -110,7 +123,8 @@ def _train(
     step_fn = jax.jit(
       make_step(model, optimizer, config), donate_argnums=0, out_shardings=(where, sharding.replicated(mesh))
     )
-    run = _Run(config, workdir, pipeline, checkpointer, record, sharding.batch_sharding(mesh))
+    paint = functools.partial(painter, model, tokenizer) if painter else None
+    run = _Run(config, workdir, pipeline, checkpointer, record, sharding.batch_sharding(mesh), paint)
     run(state, step_fn)
 
 
@@ -125,8 +139,10 @@ class _Run:
     checkpointer: Checkpointer,
     record: Goodput | None,
     where: jax.sharding.NamedSharding,
+    paint: Callable[[Any], list[Image.Image]] | None = None,
   ):
-    """`record` is None on all processes but the first; `where`: the sharding of a batch."""
+    """`record` is None on all processes but the first; `where`: the sharding of a batch; `paint`: of parameters."""
+    self._paint = paint
     self._config, self._workdir, self._where = config, workdir, where
     self._pipeline, self._checkpointer, self._record = pipeline, checkpointer, record
     self._pending: dict[str, Any] | None = None
@@ -143,6 +159,7 @@ class _Run:
       return
     interval = self._config["checkpoint"]["interval"]
     main = hosts.is_first()
+    self._trackers = tracking.trackers(self._config, self._workdir) if main else []
     self._metrics = Lines(self._workdir / "metrics.jsonl", first + 1) if main else None
     self._progress = Progress(last, first, self._config["log"]["every_seconds"], shown=main)
     self._watchdog = Watchdog(self._config["train"]["watchdog_seconds"])
@@ -162,6 +179,10 @@ class _Run:
         if step % interval == 0 or step == last or signum:
           self._flush()
           self._save(state, step)
+        every = self._config["log"]["sample_every"]
+        if self._paint and every and (step % every == 0 or step == last) and not signum:
+          self._flush()
+          self._sample(state, step)
         if signum:
           self._finish_saving(step)
           raise Terminated(signum, f"stopped at step {step}; the same command goes on from there")
@@ -173,7 +194,7 @@ class _Run:
           self._checkpointer.wait()
       stop.restore()
       self._progress.close()
-      for file in (self._metrics, self._record):
+      for file in (self._metrics, self._record, *self._trackers):
         if file:
           file.close()
 
@@ -197,6 +218,8 @@ class _Run:
     if self._metrics:
       self._metrics.write(row)
       self._record.steps(step) if self._compiled else self._record.mark("compile", step)
+      for tracker in self._trackers:
+        tracker.scalars(step, tracking.scalars(row))
     self._compiled = True
     self._progress.update(row)
     self._watchdog.beat(f"step {step}")
@@ -213,6 +236,20 @@ class _Run:
     self._checkpointer.save(state)
     if self._record:
       self._record.mark("save", step)
+
+  def _sample(self, state: TrainState, step: int) -> None:
+    """Paints with the averaged weights on process 0."""
+    if self._record:
+      self._record.steps(step, now=True)
+    self._watchdog.beat(f"step {step}", slow=True)
+    params = hosts.on_host(optim.merge(state.frozen, state.ema))
+    if self._record:
+      images = self._paint(params)
+      for tracker in self._trackers:
+        tracker.pictures(step, self._config["log"]["sample_prompts"], images)
+      self._record.mark("sample", step)
+    self._watchdog.beat(f"step {step}")
+    self._clock = time.monotonic()
 
   def _finish_saving(self, step: int) -> None:
     self._watchdog.beat(f"step {step}", slow=True)

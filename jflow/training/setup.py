@@ -64,6 +64,17 @@ def check(config: Config) -> JanusFlowConfig:
     need(0 <= config[section][name] < math.inf, field, "must not be negative; 0 turns it off")
   need(train["spike_window"] >= 2, "train.spike_window", "must be at least 2")
   _check_distributed(config["distributed"], need)
+  log = config["log"]
+  need(log["sample_every"] >= 0, "log.sample_every", "must not be negative; 0 turns it off")
+  need(log["sample_steps"] >= 1, "log.sample_steps", "must be at least 1")
+  need(
+    log["sample_guidance"] == 0 or log["sample_guidance"] >= 1,
+    "log.sample_guidance",
+    "must be at least 1, or 0",
+  )
+  prompts = log["sample_prompts"]
+  strings = isinstance(prompts, tuple) and all(isinstance(p, str) and p.strip() for p in prompts)
+  need(strings and bool(prompts or not log["sample_every"]), "log.sample_prompts", "must be a tuple of texts")
   need(0 <= train["seed"] < 2**32, "train.seed", "must be in [0, 2**32)")
   need(0.0 <= train["ema"] < 1.0, "train.ema", "must be in [0, 1)")
   need(train["init_weights"] in ("ema", "raw"), "train.init_weights", "must be 'ema' or 'raw'")

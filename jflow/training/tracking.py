@@ -1,0 +1,114 @@
+"""Scalars and sample pictures for TensorBoard and Weights & Biases, beside metrics.jsonl; each an optional extra."""
+
+import io
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from jflow.errors import UserError
+
+
+class TensorBoard:
+  """An event file in workdir/tensorboard, written with TensorBoard's own writer (no TensorFlow)."""
+
+  def __init__(self, workdir: pathlib.Path):
+    try:
+      from tensorboard.compat.proto import event_pb2, summary_pb2
+      from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    except ImportError as error:
+      raise UserError(
+        "config.log.tensorboard=True needs the package tensorboard: pip install tensorboard"
+      ) from error
+    self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+    self._writer = EventFileWriter(str(workdir / "tensorboard"))
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    self._add(step, [self._summary.Value(tag=tag, simple_value=x) for tag, x in values.items()])
+
+  def pictures(self, step: int, prompts: Sequence[str], images: Sequence[Image.Image]) -> None:
+    values = []
+    for prompt, image in zip(prompts, images, strict=True):
+      png = io.BytesIO()
+      image.save(png, "PNG")
+      sized = dict(height=image.height, width=image.width, colorspace=3, encoded_image_string=png.getvalue())
+      values.append(self._summary.Value(tag=f"samples/{prompt}", image=self._summary.Image(**sized)))
+    self._add(step, values)
+
+  def _add(self, step: int, values: list[Any]) -> None:
+    self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+class WeightsAndBiases:
+  """A run of the project `log.wandb`; a restart goes on in the same run."""
+
+  def __init__(self, workdir: pathlib.Path, project: str, config: Mapping[str, Any]):
+    try:
+      import wandb
+    except ImportError as error:
+      raise UserError(f"config.log.wandb={project!r} needs the package wandb: pip install wandb") from error
+    self._wandb = wandb
+    name = workdir.resolve().name
+    self._run = wandb.init(
+      project=project, name=name, id=name, resume="allow", dir=str(workdir), config=dict(config)
+    )
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    self._run.log(dict(values), step=step)
+
+  def pictures(self, step: int, prompts: Sequence[str], images: Sequence[Image.Image]) -> None:
+    made = [self._wandb.Image(image, caption=prompt) for prompt, image in zip(prompts, images, strict=True)]
+    self._run.log({"samples": made}, step=step)
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+class Files:
+  """Sample pictures as workdir/samples/STEP_NUMBER.png, in the order of the prompts."""
+
+  def __init__(self, workdir: pathlib.Path):
+    self._directory = workdir / "samples"
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    pass  # they are in metrics.jsonl
+
+  def pictures(self, step: int, prompts: Sequence[str], images: Sequence[Image.Image]) -> None:
+    self._directory.mkdir(exist_ok=True)
+    for number, image in enumerate(images):
+      image.save(self._directory / f"{step:08d}_{number}.png")
+
+  def close(self) -> None:
+    pass
+
+
+def trackers(config: Mapping[str, Any], workdir: pathlib.Path) -> list[Any]:
+  """Opens what `config.log` asks for.
+
+  Raises:
+    UserError: a package is missing.
+  """
+  log = config["log"]
+  opened: list[Any] = [Files(workdir)]
+  if log["tensorboard"]:
+    opened.append(TensorBoard(workdir))
+  if log["wandb"]:
+    opened.append(WeightsAndBiases(workdir, log["wandb"], config))
+  return opened
+
+
+def scalars(row: Mapping[str, Any]) -> dict[str, float]:
+  """The numbers of a line of metrics.jsonl by tag: losses together, counts by what is counted."""
+  out = {}
+  for name, value in row.items():
+    if isinstance(value, Mapping):
+      out |= {f"{name}/{key}": float(number) for key, number in value.items()}
+    elif isinstance(value, (int, float)) and name != "step":
+      group, _, rest = name.partition("_")
+      out[f"loss/{rest or 'total'}" if group == "loss" else f"run/{name}"] = float(value)
+  return out
