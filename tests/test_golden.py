@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax.traverse_util import flatten_dict
 from golden_checkpoint import GOLDEN, STEP, params, state
 
 from jflow.models.config import JanusFlowConfig
-from jflow.models.janusflow import JanusFlow
 from jflow.training import checkpoint
 
 WORKDIRS = sorted(GOLDEN.glob("checkpoint_*"))
@@ -24,9 +24,7 @@ def test_there_is_one_of_the_current_format():
 def test_its_weights_and_logits_are_what_they_were(workdir):
   found, step_dir = checkpoint.resolve(workdir)
   assert step_dir.name == str(STEP)
-  model = JanusFlow(
-    JanusFlowConfig.from_dict(checkpoint.read_config(found)["model"]), jnp.dtype("float32"), "none", 1
-  )
+  model = tiny.model(JanusFlowConfig.from_dict(checkpoint.read_config(found)["model"]))
   tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12) % 48
   positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
 
