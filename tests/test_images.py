@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from jflow.data import images
 from jflow.data.images import ImageError
@@ -262,3 +262,38 @@ def test_read_names_the_file(tmp_path):
   np.testing.assert_array_equal(
     images.read(str(GOLDEN / "wide.png")), np.asarray(Image.open(GOLDEN / "wide.png"))
   )
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_square_of_a_large_jpeg_is_that_of_the_whole_picture(orientation):
+  """Decoded at a half or a quarter, whatever its rotation; nearly the pixels of the full decode."""
+  rng = np.random.default_rng(orientation)
+  soft = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8)).resize(
+    (421, 307), Image.Resampling.BICUBIC
+  )
+  exif = Image.Exif()
+  exif[ExifTags.Base.Orientation] = orientation
+  buffer = io.BytesIO()
+  soft.save(buffer, "JPEG", quality=95, exif=exif)
+  upright = Image.fromarray(images.decode(buffer.getvalue()))
+  for size in (48, 100, 153, 200):
+    box = images.random_square(buffer.getvalue(), np.random.default_rng(size))
+    left, top, side = box
+    assert side == min(upright.size) and left + side <= upright.width and top + side <= upright.height
+    got = images.square(buffer.getvalue(), size, box)
+    np.testing.assert_array_equal(
+      got, images.for_generation(buffer.getvalue(), size, np.random.default_rng(size))
+    )
+    edges = (left, top, left + side, top + side)
+    whole = np.asarray(upright.resize((size, size), Image.Resampling.BICUBIC, box=edges))
+    assert np.abs(got.astype(int) - whole).mean() < 1.5
+    moved = (max(left - 12, 0), top, side) if left > 12 else (left, max(top - 12, 0), side)
+    if moved != box:
+      assert np.abs(images.square(buffer.getvalue(), size, moved).astype(int) - whole).mean() > 3
+
+
+def test_a_square_outside_the_picture_is_refused():
+  for box in ((0, 0, 9), (-1, 0, 8), (5, 0, 8), (0, 1, 8), (0, 0, 0)):
+    with pytest.raises(images.ImageError) as caught:
+      images.square(_gradient(12, 8), 4, box)
+    assert caught.value.reason == "crop"

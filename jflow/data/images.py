@@ -119,8 +119,8 @@ def random_square(image: Any, rng: np.random.Generator) -> tuple[int, int, int]:
 def square(image: Any, size: int, box: tuple[int, int, int]) -> np.ndarray:
   """Returns a square of an image, uint8[size, size, 3], resized with Pillow's bicubic after the cut.
 
-  A JPEG at least twice as large as needed is decoded at a half, a quarter or an eighth, which costs a fraction
-  and moves pixels by less than 1 of 255 on average.
+  An upright JPEG at least twice as large as needed is decoded at a half, a quarter or an eighth, which costs a
+  fraction and moves pixels by less than 1 of 255 on average.
 
   Args:
     image: see `decode`.
@@ -146,7 +146,8 @@ def _cut(picture: Image.Image, size: int, box: tuple[int, int, int]) -> np.ndarr
   width, height = _upright_size(picture)
   if not (0 < side and 0 <= left <= width - side and 0 <= top <= height - side):
     raise ImageError("crop", f"the square {box} does not lie in the image of {width} x {height}")
-  picture.draft(None, tuple(-(-length * size // side) for length in picture.size))
+  if _orientation(picture) == 1:
+    picture.draft(None, tuple(-(-length * size // side) for length in picture.size))
   picture = _load(picture)
   scale = round(width / picture.width)
   edges = tuple(edge / scale for edge in (left, top, left + side, top + side))
@@ -155,11 +156,15 @@ def _cut(picture: Image.Image, size: int, box: tuple[int, int, int]) -> np.ndarr
 
 def _upright_size(picture: Image.Image) -> tuple[int, int]:
   """Returns width and height once the EXIF rotation is applied."""
+  return picture.size[::-1] if _orientation(picture) in (5, 6, 7, 8) else picture.size
+
+
+def _orientation(picture: Image.Image) -> int:
+  """Returns the EXIF rotation: 1 is upright, 5 to 8 lie on a side."""
   try:
-    turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return picture.getexif().get(ExifTags.Base.Orientation, 1)
   except Exception as error:  # Pillow may decode the whole picture to find the tag
     raise ImageError("unreadable", f"the image is damaged ({type(error).__name__})") from None
-  return picture.size[::-1] if turned else picture.size
 
 
 def _resize(
@@ -220,8 +225,10 @@ def _load(image: Image.Image) -> Image.Image:
   """Decodes a picture, upright and RGB."""
   try:
     image.load()
-    upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    upright = _orientation(image) == 1
     return _to_rgb(image if upright else ImageOps.exif_transpose(image))  # which would copy an upright one
+  except ImageError:
+    raise
   except Exception as error:  # see above; a damaged body may raise anything from OSError to struct.error
     raise ImageError("unreadable", f"the image is damaged ({type(error).__name__})") from None
 
