@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import shutil
+import threading
 import time
 import urllib.request
 import zipfile
@@ -30,18 +31,16 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def address(model, tmp_path_factory):
+def served(model, tmp_path_factory):
   files = tmp_path_factory.mktemp("uploads")
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("GRADIO_TEMP_DIR", str(files))
     patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     from jflow.serving import demo
 
-    with serving.serving(model, lambda engine: demo.app(engine, "tiny <model>", MAX_UPLOAD, files)) as (
-      base,
-      _,
-    ):
-      yield base
+    app = lambda engine: demo.app(engine, "tiny <model>", MAX_UPLOAD, files)
+    with serving.serving(model, app) as served:
+      yield served
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +65,8 @@ def driver(tmp_path_factory):
 
 
 @pytest.fixture
-def browser(driver, address):
-  driver.get(address)
+def browser(driver, served):
+  driver.get(served[0])
   return Page(driver)
 
 
@@ -130,6 +129,41 @@ def _plain(text: str) -> str:
 
 
 @browser_only
+def test_a_conversation_fills_the_context_until_a_new_one_begins(browser, model):
+  browser.ask("Why?")
+  why = model.understand("Why?", max_tokens=256)
+  browser.wait_for("#chat .bot.message", lambda found: found and _plain(found[-1].text) == _plain(why))
+  browser.ask("a")
+  assert "tokens, and the context holds 127: shorten it" in browser.toast()
+  browser.all("#fresh")[0].click()
+  browser.wait_for("#chat", lambda found: not browser.answers())
+  browser.ask("a")
+  alone = model.understand("a", max_tokens=256)
+  browser.wait_for("#chat .bot.message", lambda found: found and _plain(found[-1].text) == _plain(alone))
+
+
+@browser_only
+def test_stop_frees_the_model_and_keeps_what_was_said(browser, served, monkeypatch):
+  _, engine = served
+  gate, real = threading.Semaphore(2), engine._decoder.step
+
+  def step(n):
+    assert gate.acquire(timeout=30)
+    return real(n)
+
+  monkeypatch.setattr(engine._decoder, "step", step)
+  browser.ask("Why?")
+  browser.wait_for("#chat .bot.message", lambda found: found and len(found[-1].text) > 3)
+  browser.wait_for("#question .stop-button", lambda found: found and found[0].is_enabled())[0].click()
+  browser.wait_for("#question .submit-button")
+  gate.release(9)
+  limit = time.monotonic() + 20
+  while engine._open and time.monotonic() < limit:
+    time.sleep(0.05)
+  assert not engine._open and len(browser.answers()) == 1
+
+
+@browser_only
 def test_wrong_files_and_questions_get_a_message(browser, tmp_path):
   (tmp_path / "text.png").write_text("no picture")
   browser.ask("What is it?", tmp_path / "text.png")
@@ -186,7 +220,8 @@ def _get(url):
 
 
 @browser_only
-def test_nothing_comes_from_elsewhere(browser, address):
+def test_nothing_comes_from_elsewhere(browser, served):
+  address, _ = served
   names = "return performance.getEntriesByType('resource').map(x => x.name)"
   asked = browser.driver.execute_script(names)
   assert asked and not [name for name in asked if not name.startswith((address, "data:", "blob:"))]

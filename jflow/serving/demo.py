@@ -25,7 +25,9 @@ from jflow.serving.schemas import IMAGE_MARK, MAX_PICTURES, SEEDS, ApiError, Cha
 _FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "DejaVu Sans", "sans-serif"]
 _MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "DejaVu Sans Mono", "monospace"]
 _STYLE = """
-.gradio-container { max-width: 1060px !important; width: 100% !important; margin: 0 auto !important; }
+.gradio-container { max-width: 1080px !important; width: 100% !important; margin: 0 auto !important; }
+.gradio-container > main { padding: 16px 24px !important; }
+#gallery { min-height: 330px; }
 #tabs { width: 100%; }
 #head { border: 0; background: none; padding: 0; }
 #head header { display: flex; align-items: baseline; gap: 16px; }
@@ -91,7 +93,7 @@ def page(engine: Engine, name: str, files: pathlib.Path) -> gr.Blocks:
   """The page."""
   size = engine.pipeline.model.config.image_size
   with gr.Blocks(
-    title=f"jflow: {name}", analytics_enabled=False, delete_cache=(600, 3600), fill_height=True
+    title=f"jflow: {name}", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True
   ) as blocks:
     gr.HTML(
       f'<header><h1>jflow</h1><p>One model that reads pictures and paints them. <b>{_escaped(name)}</b>, '
@@ -182,6 +184,9 @@ def _paint_tab(engine: Engine, files: pathlib.Path) -> None:
         autofocus=True,
       )
       with gr.Row():
+        go = gr.Button("Paint", variant="primary", elem_id="go", scale=2)
+        stop = gr.Button("Stop", elem_id="stop", scale=1)
+      with gr.Row():
         count = gr.Slider(1, MAX_PICTURES, 4, step=1, label="Pictures", elem_id="count")
         steps = gr.Slider(1, 100, 30, step=1, label="Steps", elem_id="steps")
       with gr.Row():
@@ -192,12 +197,9 @@ def _paint_tab(engine: Engine, files: pathlib.Path) -> None:
           0, label="Seed", precision=0, minimum=0, maximum=SEEDS - MAX_PICTURES, elem_id="seed"
         )
         dice = gr.Checkbox(True, label="New for each painting", elem_id="dice")
-      with gr.Row():
-        go = gr.Button("Paint", variant="primary", elem_id="go", scale=2)
-        stop = gr.Button("Stop", elem_id="stop", scale=1)
     with gr.Column(scale=3, min_width=320):
       gallery = gr.Gallery(
-        label="Pictures", show_label=False, columns=3, height="max(300px, calc(100vh - 240px))", object_fit="contain",
+        label="Pictures", show_label=False, columns=3, height="auto", object_fit="contain",
         interactive=False, buttons=["download", "fullscreen"], elem_id="gallery",
       )  # fmt: skip
       with gr.Row(elem_id="below_gallery"):
