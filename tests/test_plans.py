@@ -10,6 +10,8 @@ import pytest
 
 from jflow.batch import TASKS, RowShape
 from jflow.data import examples, lengths, packing, plans
+from jflow.data.prepare import prepare
+from jflow.data.prepared import PreparedSource
 from jflow.data.records import RecordError
 from jflow.data.shapes import ShapesSource
 from jflow.data.tokenizer import Tokenizer
@@ -156,3 +158,14 @@ def test_records_that_cannot_be_used_have_length_0_and_a_reason():
 
   sizes, rejected = lengths.measure(Broken(), "text", TOKENIZER, "plain", 16)
   assert (sizes[1::2] == 0).all() and (sizes[::2, 0] > 0).all() and rejected == {"corrupt": 3}
+
+
+def test_processes_do_not_change_the_lengths(tmp_path, monkeypatch):
+  output = str(tmp_path / "data")
+  prepare("shapes", output=output, task="understanding", records=50, image_size=16, part_records=12)
+  alone = lengths._measure(PreparedSource(output, "understanding"), "understanding", TOKENIZER, "chat")
+  monkeypatch.setattr(lengths, "_WORTH_PROCESSES", 1)
+  monkeypatch.setattr(os, "cpu_count", lambda: 2)
+  shared = lengths._measure(PreparedSource(output, "understanding"), "understanding", TOKENIZER, "chat")
+  np.testing.assert_array_equal(alone[0], shared[0])
+  assert alone[0].shape == (50, 2) and alone[1] == shared[1]

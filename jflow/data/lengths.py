@@ -4,20 +4,29 @@ The first pass over a source. For a prepared data set it reads the outlines, not
 (derived.py), and does not depend on the size of the row or of the images.
 """
 
+import array
 import collections
+import concurrent.futures
+import functools
+import multiprocessing
 import os
 import sys
 import uuid
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from jflow.data import derived, examples
-from jflow.data.records import RecordError, Source
+from jflow.data import derived, examples, prepared
+from jflow.data.examples import Sample
+from jflow.data.records import Record, RecordError, Source
 from jflow.data.tokenizer import Tokenizer
 
 # Goes up when the layouts in examples.py change length.
 _VERSION = 2
+# From so many records on, about ten seconds of one core, processes are worth their start.
+_WORTH_PROCESSES = 100_000
 
 
 def measure(
@@ -45,19 +54,59 @@ def measure(
 def _measure(
   source: Source, task: str, tokenizer: Tokenizer, template: str
 ) -> tuple[np.ndarray, collections.Counter]:
-  """Measures with images of 0 patches: each patch adds one token."""
-  lengths, rejected = np.zeros((len(source), 2), np.int32), collections.Counter()
-  outlines = source.outlines() if hasattr(source, "outlines") else None
-  for index in tqdm(
-    range(len(source)), desc=f"measure {task}", unit="rec", delay=2, disable=not sys.stderr.isatty()
-  ):
+  """Measures all records; a large prepared data set by its shards, with a process per core."""
+  build = functools.partial(
+    examples.build, task=task, tokenizer=tokenizer, template=template, image_patches=0
+  )  # each patch adds one token
+  progress = functools.partial(
+    tqdm, total=len(source), desc=f"measure {task}", unit="rec", delay=2, disable=not sys.stderr.isatty()
+  )
+  paths = getattr(source, "outline_paths", [])
+  processes = min(os.cpu_count() or 1, len(paths))
+  with progress() as bar:
+    if processes < 2 or len(source) < _WORTH_PROCESSES:
+      records = source.outlines() if hasattr(source, "outlines") else _records(source)
+      return _sizes(records, build, bar.update)
+    parts = []
+    # Threads of the parent would not survive a fork.
+    with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+      for part in pool.map(functools.partial(_measure_shard, build), paths):
+        parts.append(part)
+        bar.update(len(part[0]))
+  return np.concatenate([sizes for sizes, _ in parts]), sum((r for _, r in parts), collections.Counter())
+
+
+def _measure_shard(build: Callable[[Record], Sample], path: str) -> tuple[np.ndarray, collections.Counter]:
+  return _sizes(prepared.read_outlines(path), build, lambda: None)
+
+
+def _sizes(
+  records: Iterable[Record | RecordError],
+  build: Callable[[Record], Sample],
+  progress: Callable[[], Any],
+) -> tuple[np.ndarray, collections.Counter]:
+  """Returns tokens and images of records, and what was rejected, by reason."""
+  sizes, rejected = array.array("i"), collections.Counter()
+  for record in records:
+    size = 0, 0
     try:
-      record = next(outlines) if outlines is not None else source[index]
-      sample = examples.build(record, task, tokenizer, template, 0)
-      lengths[index] = len(sample.tokens), len(sample.images)
+      if isinstance(record, RecordError):
+        raise record
+      sample = build(record)
+      size = len(sample.tokens), len(sample.images)
     except RecordError as error:
       rejected[error.reason] += 1
-  return lengths, rejected
+    sizes.extend(size)
+    progress()
+  return np.array(sizes, np.int32).reshape(-1, 2), rejected
+
+
+def _records(source: Source) -> Iterator[Record | RecordError]:
+  for index in range(len(source)):
+    try:
+      yield source[index]
+    except RecordError as error:
+      yield error
 
 
 def _read(folders: list[str], file: str, records: int) -> tuple[np.ndarray, collections.Counter] | None:

@@ -139,6 +139,7 @@ class PreparedSource:
   Attributes:
     directory: where it lies.
     fingerprint: hash of its records.
+    outline_paths: files of the outlines, one per shard.
   """
 
   def __init__(self, directory: str, task: str):
@@ -159,8 +160,8 @@ class PreparedSource:
       )
     lengths = summary["shard_lengths"]
     paths = [os.path.join(directory, shard_name(task, i, len(lengths))) for i in range(len(lengths))]
-    self._outlines = [os.path.join(directory, outline_name(i, len(lengths))) for i in range(len(lengths))]
-    for path in paths + self._outlines:
+    self.outline_paths = [os.path.join(directory, outline_name(i, len(lengths))) for i in range(len(lengths))]
+    for path in paths + self.outline_paths:
       if not os.path.isfile(path):
         raise UserError(f"{path} is missing: prepare the source again")
     for path, size in zip(paths, summary["shard_bytes"]):
@@ -200,19 +201,24 @@ class PreparedSource:
     return record
 
   def outlines(self) -> Iterator[Record]:
-    """Yields the records in order without reading their images, each of which is None.
+    """Yields the records in order without reading their images; see `read_outlines`."""
+    for path in self.outline_paths:
+      yield from read_outlines(path)
 
-    Raises:
-      UserError: an outline file is damaged.
-    """
-    for path in self._outlines:
-      try:
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-          for line in lines:
-            name, images, text, turns = json.loads(line)
-            yield Record(name, (None,) * images, text, tuple(Turn(*turn) for turn in turns))
-      except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}): prepare the source again") from None
+
+def read_outlines(path: str) -> Iterator[Record]:
+  """Yields the records of a shard without their images, each of which is None.
+
+  Raises:
+    UserError: the file is damaged.
+  """
+  try:
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+      for line in lines:
+        name, images, text, turns = json.loads(line)
+        yield Record(name, (None,) * images, text, tuple(Turn(*turn) for turn in turns))
+  except (OSError, EOFError, ValueError) as error:
+    raise UserError(f"{path} is damaged ({type(error).__name__}): prepare the source again") from None
 
 
 def read_summary(directory: str) -> dict[str, Any]:
