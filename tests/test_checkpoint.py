@@ -3,8 +3,10 @@
 import errno
 import gc
 import json
+import os
 import pathlib
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -217,6 +219,66 @@ def test_a_checkpoint_of_another_model_is_refused(saved):
   with pytest.raises(UserError, match="does not fit this model"):
     Checkpointer(saved, 10, {}).restore(_abstract(other))
   gc.collect()
+
+
+def test_a_slow_disk_does_not_hold_the_loop(tmp_path, monkeypatch):
+  """`save` comes back while the disk is still at work; the save counts as done only with its manifest."""
+  disk = threading.Event()
+  seal = checkpoint.seal
+  monkeypatch.setattr(checkpoint, "seal", lambda *args: disk.wait(60) and seal(*args))
+  checkpointer = Checkpointer(tmp_path, 10, {})
+  checkpointer.save(_state(2))
+  checkpointer.check()  # nothing to raise, nothing to wait for
+  assert checkpoint.newest_valid(tmp_path) is None
+  disk.set()
+  checkpointer.wait()
+  _assert_same(_restore(tmp_path), _state(2))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_a_disk_that_fails_under_the_manifest_stops_the_run_at_the_next_step(copy, monkeypatch, code):
+  def failing(*args):
+    raise OSError(code, os.strerror(code))
+
+  checkpointer = Checkpointer(copy, 10, {})
+  monkeypatch.setattr(checkpoint, "seal", failing)
+  checkpointer.save(_state(6))
+  checkpointer._thread.join()
+  with pytest.raises(Stopped, match=f"step 6 could not be written.*{os.strerror(code)}.*{copy / '4'}"):
+    checkpointer.check()
+  monkeypatch.undo()
+  _assert_same(_restore(copy), _state(4))
+
+
+def test_the_processes_hashes_together_are_the_manifest(tmp_path):
+  """Each process hashes the files with its number; process 0 waits for the others and writes last."""
+  step_dir = tmp_path / "8"
+  for name in (
+    "_METADATA",
+    "ema/ocdbt.process_0/d/a",
+    "ema/ocdbt.process_1/d/b",
+    "ema/array_metadatas/process_1",
+  ):
+    (step_dir / name).parent.mkdir(parents=True, exist_ok=True)
+    (step_dir / name).write_text(name)
+  first = threading.Thread(target=checkpoint.seal, args=(step_dir, {"step": 8}, 0, 2))
+  first.start()
+  assert checkpoint.damage(step_dir)
+  checkpoint.seal(step_dir, {"step": 8}, 1, 2)
+  first.join()
+  assert checkpoint.damage(step_dir) is None and len(_files(step_dir)) == 5
+  (step_dir / "ema/ocdbt.process_1/d/b").write_text("c" * len("ema/ocdbt.process_1/d/b"))
+  assert (
+    sum(checkpoint.damage(step_dir, part, 3) is not None for part in range(3)) == 1
+  )  # one process notices
+
+
+def test_steps_that_are_kept_for_good_stay(tmp_path):
+  checkpointer = Checkpointer(tmp_path, 1, {}, keep_every=4)
+  for step in (2, 4, 6, 8, 10, 12):
+    checkpointer.save(_state(step))
+  checkpointer.wait()
+  assert checkpoint.steps_of(tmp_path) == [12, 8, 4]
 
 
 def test_a_full_disk_stops_the_run_and_names_what_is_left(copy, monkeypatch):

@@ -6,6 +6,7 @@ import tiny
 from configs import stage0, stage1, stage2, stage3
 from jflow.errors import UserError
 from jflow.training import setup
+from jflow.training.command import load_config
 
 
 @pytest.mark.parametrize("size", ["tiny", "shapes", "384", "256"])
@@ -48,6 +49,18 @@ def test_the_stages_pass(stage, size):
   ("mesh.data", 0),
   ("checkpoint.interval", 0),
   ("checkpoint.keep", 0),
+  ("checkpoint.keep_every", -1),
+  ("train.spike_sigmas", -1.0),
+  ("train.spike_window", 1),
+  ("train.watchdog_seconds", -5.0),
+  ("distributed.cluster", "kubernetes"),
+  ("distributed.processes", 0),
+  ("distributed.process_id", 1),
+  ("distributed.heartbeat_seconds", 0),
+  ("log.sample_every", -1),
+  ("log.sample_steps", 0),
+  ("log.sample_guidance", 0.5),
+  ("log.sample_prompts", ("", "a ring")),
 ])  # fmt: skip
 def test_a_bad_value_is_one_line_that_names_its_field(field, value):
   config = tiny.configuration()
@@ -60,6 +73,31 @@ def test_a_bad_value_is_one_line_that_names_its_field(field, value):
   with pytest.raises(UserError) as error:
     setup.check(config)
   assert f"config.{field}={value!r}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_processes_need_the_address_of_the_first():
+  several = dict(processes=4, process_id=2)
+  with pytest.raises(UserError, match="distributed.coordinator='' must be HOST:PORT of process 0"):
+    setup.check(tiny.configuration(distributed=several))
+  with pytest.raises(UserError, match="distributed.coordinator='head' must be HOST:PORT"):
+    setup.check(tiny.configuration(distributed=several | dict(coordinator="head")))
+  setup.check(tiny.configuration(distributed=several | dict(coordinator="head:1234")))
+  setup.check(tiny.configuration(distributed=dict(cluster="auto")))
+
+
+@pytest.mark.parametrize("argument, named", [
+  ("--config.train.stepps=3", "unknown field config.train.stepps=3"),
+  ("--config.optimizer.learning_rate=fast", "learning_rate"),
+  ("--config.train.batch_size=2.5", "batch_size"),
+  ("--config.mesh.date=2", "unknown field config.mesh.date=2"),
+  ("--config.checkpoint=5", "checkpoint"),
+  ("--confg.train.steps=3", "confg.train.steps"),
+  ("--config.log.tensorboard=perhaps", "tensorboard"),
+])  # fmt: skip
+def test_a_mistyped_argument_is_one_line_that_names_it(argument, named):
+  with pytest.raises(UserError) as error:
+    load_config(["--config=configs/stage1.py:tiny", argument])
+  assert named in str(error.value) and "\n" not in str(error.value) and "Traceback" not in str(error.value)
 
 
 def test_rows_must_fill_the_mesh():

@@ -118,7 +118,9 @@ def test_a_run_that_is_killed_again_and_again_equals_one_that_is_not(runs, stage
   saving = lambda: any("tmp" in p.name for p in (workdir / "checkpoints").glob("*"))
   for number in range(KILLS):
     at = (checkpoint.newest_valid(workdir / "checkpoints") if workdir.exists() else 0) or 0
-    steps = at + int(rng.integers(1, INTERVAL + 2))
+    steps = at + (
+      int(rng.integers(1, INTERVAL + 2)) if number else 1
+    )  # the first: at the hand-over, nothing saved
     moment = saving if number % 2 else lambda: _lines(workdir) >= steps
     code, text = _interrupt(
       command,

@@ -1,6 +1,7 @@
 """The training run: restore or start, step, log, save, stop."""
 
 import contextlib
+import errno
 import functools
 import os
 import pathlib
@@ -66,6 +67,10 @@ def train(config: dict[str, Any], workdir: pathlib.Path, painter: Painter | None
   held = hosts.first_alone(lambda: workdirs.claim(workdir, config, tokenizer))
   try:
     _train(config, workdir, mesh, tokenizer, started, painter)
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+      raise
+    raise Stopped(f"workdir {workdir} cannot be written: {error.strerror}") from error
   finally:
     if held:
       workdirs.unlock(held)

@@ -66,8 +66,11 @@ def lock(workdir: pathlib.Path) -> Any:
     print(f"jflow: {before} did not end in order; this one goes on in {workdir}", file=sys.stderr)
   handle.truncate(0)
   now = time.strftime("%Y-%m-%d %H:%M:%S")
-  handle.write(f"pid {os.getpid()} on {os.uname().nodename} since {now}\n")
-  handle.flush()
+  try:
+    handle.write(f"pid {os.getpid()} on {os.uname().nodename} since {now}\n")
+    handle.flush()
+  except OSError as error:
+    raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
   return handle
 
 
