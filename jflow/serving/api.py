@@ -233,7 +233,7 @@ def _png(picture: Picture) -> str:
 
 
 def _on_error(request: Request, error: ApiError) -> Response:
-  return Json(error.body(), error.status, dict(error.headers))
+  return Json(error.body(), error.status, error.headers)
 
 
 def _of_route(request: Request, error: HTTPException) -> ApiError:

@@ -11,6 +11,8 @@ from jflow.inference import flags as model_flags
 if TYPE_CHECKING:
   from jflow.serving.engine import Engine
 
+_CONTEXT = 4096  # each slot of the full model keeps 0.8 GB of keys and values for it, in bfloat16
+
 
 def add(p: argparse.ArgumentParser, port: int) -> None:
   """Adds the flags of the checkpoint, the address and the engine."""
@@ -23,7 +25,9 @@ def add(p: argparse.ArgumentParser, port: int) -> None:
     "--slots", type=int, default=8, help="conversations answered side by side (default %(default)s)"
   )
   p.add_argument(
-    "--context", type=int, help="tokens of one conversation, its answer included (default: the model's)"
+    "--context",
+    type=int,
+    help=f"tokens of one conversation, its answer included (default: {_CONTEXT}, or the model's where that is less)",
   )
   p.add_argument("--batch", type=int, default=8, help="pictures painted at once (default %(default)s)")
   p.add_argument(
@@ -59,6 +63,6 @@ def engine(args: argparse.Namespace) -> "Engine":
   if args.context is not None and args.context > most:
     raise UserError(f"--context={args.context} is more than the model's {most}")
   return Engine(
-    pipeline, Metrics(), slots=args.slots, context=args.context or most, batch=args.batch, queue=args.queue,
+    pipeline, Metrics(), slots=args.slots, context=args.context or min(most, _CONTEXT), batch=args.batch, queue=args.queue,
     timeout=args.timeout,
   )  # fmt: skip

@@ -33,9 +33,12 @@ _ALWAYS_IGNORED = ("user", "metadata", "store", "safety_identifier", "service_ti
 class ApiError(Exception):
   """A request that gets an error: its HTTP status, one line, and the field that is wrong."""
 
-  def __init__(self, status: int, message: str, field: str | None = None, headers: Mapping[str, str] = {}):
+  def __init__(
+    self, status: int, message: str, field: str | None = None, headers: Mapping[str, str] | None = None
+  ):
     super().__init__(message)
-    self.status, self.message, self.field, self.headers = status, " ".join(message.split()), field, headers
+    self.status, self.message, self.field = status, " ".join(message.split()), field
+    self.headers = dict(headers or {})
 
   def body(self) -> dict[str, Any]:
     """The error as JSON."""
@@ -237,7 +240,7 @@ def _content(content: Any, where: str, images: list[bytes] | None) -> str:
     elif kind == "image_url":
       if images is None:
         raise ApiError(400, f"{here}: only a user's message can show an image", here)
-      images.append(_image(part["image_url"] if "image_url" in part else None, f"{here}.image_url"))
+      images.append(_image(part.get("image_url"), f"{here}.image_url"))
       out += ("\n" if out and not out.endswith(IMAGE_MARK) else "") + IMAGE_MARK
     else:
       raise ApiError(400, f'{here} must be a part of type "text" or "image_url"', here)
