@@ -16,6 +16,7 @@ COMMANDS = {
   "parity": ("jflow.interop.parity", "compare with golden outputs of the PyTorch implementation"),
   "serve": ("jflow.serving.serve_command", "answer and paint over HTTP, in the OpenAI shape"),
   "demo": ("jflow.serving.demo_command", "a page to chat about pictures and to paint"),
+  "compile": ("jflow.compilation.command", "compile the train step for a TPU or GPU mesh that is not there"),
   "bench": ("jflow.bench.command", "measure how fast training, painting, answering or loading runs here"),
 }
 

@@ -13,6 +13,8 @@ from jflow import sharding
 
 CHUNK = 512  # positions whose logits exist at once: 200 MiB of f32 at a vocabulary of 102,400
 
+SCOPE = "head_loss_chunks"  # marks the loop in a compiled program: its length depends on the batch
+
 
 def chunks(positions: int, size: int = CHUNK) -> int:
   """Chunks that so many positions with loss take."""
@@ -115,7 +117,8 @@ def _pass(hidden_BSD, kernel_DV, targets_BS, mask_BS, chunk, gradients, rows, wi
   d_hidden = jnp.zeros_like(hidden_ND) if gradients else None
   d_kernel = jnp.zeros(kernel.shape, jnp.float32) if gradients else None
   start = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), d_hidden, d_kernel)
-  _, loss, d_hidden, d_kernel = jax.lax.while_loop(lambda c: c[0] * chunk < count, step, start)
+  with jax.named_scope(SCOPE):
+    _, loss, d_hidden, d_kernel = jax.lax.while_loop(lambda c: c[0] * chunk < count, step, start)
   loss = jax.lax.psum(loss, rows) if rows else loss
   if not gradients:
     return loss

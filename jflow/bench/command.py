@@ -13,6 +13,7 @@ from jflow.errors import UserError
 
 # Workload -> (module, what it measures).
 WORKLOADS: dict[str, tuple[str, str]] = {
+  "train": ("jflow.bench.train", "the train step of a config: tokens/s, MFU, memory, and its parts alone"),
   "data": ("jflow.bench.data", "the input pipeline beside the plain loop: decode and resize"),
 }
 

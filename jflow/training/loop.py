@@ -21,13 +21,13 @@ from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped
 from jflow.models.janusflow import JanusFlow
-from jflow.training import hosts, latents, optim, setup, tracking
+from jflow.training import hosts, latents, setup, tracking
 from jflow.training import workdir as workdirs
 from jflow.training.checkpoint import Checkpointer
 from jflow.training.goodput import Goodput
 from jflow.training.metrics import Lines, Progress, number
+from jflow.training.program import make_program
 from jflow.training.state import TrainState
-from jflow.training.step import make_step
 from jflow.training.watchdog import Watchdog
 
 
@@ -96,28 +96,20 @@ def _train(
   pipeline = open_pipeline(sharding.local_rows(mesh, batch_size))
   for line in pipeline.report():
     hosts.say(line)
-  optimizer = optim.make_optimizer(config["optimizer"])
-  spike_window = config["train"]["spike_window"] if config["train"]["spike_sigmas"] else 0
-
-  def state_of(params: Any) -> TrainState:
-    trained, frozen = optim.partition(params, config["optimizer"]["trained"], config["optimizer"]["frozen"])
-    return TrainState.create(trained, frozen, optimizer, spike_window)
 
   with jax.set_mesh(mesh):
-    boxed = jax.eval_shape(lambda: state_of(setup.initial_params(model, seed)))
-    where = sharding.shardings(mesh, boxed)
-    abstract = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), sharding.unbox(boxed), where
-    )
+    program = make_program(config, model, mesh)
     about = {"config": config, "commit": workdirs.source_version(), "versions": workdirs.versions()}
     keep, keep_every = config["checkpoint"]["keep"], config["checkpoint"]["keep_every"]
     checkpointer = Checkpointer(workdir / "checkpoints", keep, about, keep_every)
     opened = time.time()
-    state = checkpointer.restore(abstract)
+    state = checkpointer.restore(program.state)
     if state is not None:
       hosts.say(f"going on from step {int(state.step)} of {workdir / 'checkpoints'}")
     else:
-      state = jax.jit(state_of, out_shardings=where)(setup.start_params(config, model, mesh, open_pipeline))
+      state = jax.jit(program.state_of, out_shardings=program.shardings)(
+        setup.start_params(config, model, mesh, open_pipeline)
+      )
     latents.check(pipeline.latents(), state.frozen, model.config.autoencoder)
     if hosts.is_first():  # late, so that a first mistake leaves the workdir free
       workdirs.write_config(workdir, config, tokenizer)
@@ -125,12 +117,9 @@ def _train(
     if record:
       record.mark("setup", at=opened)
       record.mark("restore", int(state.step))
-    step_fn = jax.jit(
-      make_step(model, optimizer, config), donate_argnums=0, out_shardings=(where, sharding.replicated(mesh))
-    )
     paint = functools.partial(painter, model, tokenizer) if painter else None
     run = _Run(config, workdir, pipeline, checkpointer, record, sharding.batch_sharding(mesh), paint)
-    run(state, step_fn)
+    run(state, program.step)
 
 
 class _Run:

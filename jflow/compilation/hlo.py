@@ -1,0 +1,291 @@
+"""What a compiled program does, read from its text: matrix products, bytes of memory, bytes of collectives.
+
+XLA's own cost analysis counts the body of a loop once; with layers under a scan that misses nearly all. Here
+loops count as often as they run. Products inside Pallas and cuDNN calls are invisible: `kernels` counts the calls.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator
+
+_BYTES = {
+  "pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2,
+  "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
+}  # fmt: skip
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_FREE = {
+  "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all",
+  "partition-id", "replica-id", "iota",
+}  # fmt: skip
+_SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r"^(\(.*?\)|[a-z0-9]+\[[^ ]*)\s+([a-z][\w\-]*)\((.*)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+  """One instruction."""
+
+  name: str
+  shape: str
+  code: str
+  operands: tuple[str, ...]
+  text: str
+  root: bool
+
+
+@dataclasses.dataclass
+class Counts:
+  """Totals of one device and one run of the program."""
+
+  flops: float = 0.0  # of dots and convolutions; a multiply-add is 2
+  memory_bytes: float = 0.0  # operands and results of every instruction that reaches memory
+  collective_bytes: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
+  # (kind, mesh axes) -> bytes of the full buffer
+  largest_gather: float = 0.0  # bytes of the largest result of one all-gather
+  kernels: dict[str, float] = dataclasses.field(
+    default_factory=dict
+  )  # custom calls that may multiply -> calls
+
+
+def dims(text: str) -> list[int]:
+  """The dimensions of the first array shape in a text."""
+  found = _SHAPE.search(text)
+  return [int(x) for x in found.group(2).split(",") if x] if found else []
+
+
+def size(text: str) -> int:
+  """Bytes of all array shapes in a text."""
+  arrays = ((_BYTES.get(kind, 0), d) for kind, d in _SHAPE.findall(text))
+  return sum(k * math.prod(int(x) for x in d.split(",") if x) for k, d in arrays)
+
+
+def parse(text: str) -> tuple[dict[str, list[Op]], str]:
+  """The instructions of each computation of a module, and the name of its entry."""
+  computations: dict[str, list[Op]] = {}
+  current, entry = None, ""
+  for line in text.splitlines():
+    if not line.startswith(" "):
+      start = re.match(r"^(ENTRY\s+)?%?([\w.\-]+)\s*\(.*->.*\{\s*$", line)
+      if start:
+        current = computations.setdefault(start.group(2), [])
+        entry = start.group(2) if start.group(1) else entry
+      elif line.rstrip() == "}":
+        current = None
+    elif current is not None and (found := _LINE.match(line)):
+      root, name, rest = found.groups()
+      parts = _OPCODE.match(re.sub(r"/\*.*?\*/", "", rest))
+      if parts:
+        shape, code, tail = parts.groups()
+        inside = tail[: _closing(tail)]
+        current.append(Op(name, shape, code, tuple(re.findall(r"%([\w.\-]+)", inside)), tail, bool(root)))
+  return computations, entry
+
+
+def _closing(text: str) -> int:
+  depth = 1
+  for i, c in enumerate(text):
+    depth += (c == "(") - (c == ")")
+    if not depth:
+      return i
+  return len(text)
+
+
+def count(text: str, mesh: dict[str, int], open_loops: Callable[[str], float]) -> Counts:
+  """Counts a compiled program.
+
+  Args:
+    text: `compiled.as_text()`.
+    mesh: mesh axis -> size, in the order of the devices.
+    open_loops: text of a while loop whose length depends on data -> the times it is taken to run.
+  """
+  computations, entry = parse(text)
+  out, seen = Counts(), {}
+  by_name = {name: {op.name: op for op in ops} for name, ops in computations.items()}
+  for name, times, fused in _visits(computations, entry, open_loops):
+    ops = by_name[name]
+    for op in computations[name]:
+      if op.code in ("dot", "convolution") or (op.code == "custom-call" and _library(op.text)):
+        out.flops += times * _products(op, ops)
+      elif op.code == "custom-call" and (target := re.search(r'custom_call_target="([^"]+)"', op.text)):
+        if re.search("tpu_custom_call|triton|fmha", target.group(1)):
+          out.kernels[target.group(1)] = out.kernels.get(target.group(1), 0.0) + times
+      kind = op.code.removesuffix("-start")
+      if kind in COLLECTIVES:
+        channel = re.search(r"channel_id=(\d+)", op.text)
+        key = channel.group(1) if channel else (name, op.name)
+        if key not in seen or seen[key][1] < times:  # TPU cuts one into several fusions of the same channel
+          seen[key] = (op, times, ops)
+      if not fused and op.code not in _FREE and not op.code.endswith("-done"):
+        out.memory_bytes += times * _traffic(op, ops, computations)
+  totals: dict[tuple[str, str], float] = collections.defaultdict(float)
+  for op, times, ops in seen.values():
+    axes, group = _axes(op.text, mesh)
+    kind, full = op.code.removesuffix("-start"), _full_bytes(op, group)
+    totals[kind, axes] += times * full
+    if kind == "all-gather":
+      out.largest_gather = max(out.largest_gather, full)
+  out.collective_bytes = dict(totals)
+  return out
+
+
+def _visits(computations, entry, open_loops) -> Iterator[tuple[str, float, bool]]:
+  """(computation, times it runs, whether it is the inside of a fusion)."""
+  stack = [(entry, 1.0, False)]
+  while stack:
+    name, times, fused = stack.pop()
+    if name not in computations:
+      continue
+    yield name, times, fused
+    for op in computations[name]:
+      loop = re.search(r"\bcondition=%?([\w.\-]+), body=%?([\w.\-]+)", op.text)
+      if loop:
+        stack.append((loop.group(2), times * _trips(op, loop.group(1), computations, open_loops), fused))
+        continue
+      called = re.search(r"\bcalls=%?([\w.\-]+)", op.text)
+      if called:
+        stack.append((called.group(1), times, fused or op.code in ("fusion", "custom-call")))
+      elif op.code == "call" and (called := re.search(r"\bto_apply=%?([\w.\-]+)", op.text)):
+        stack.append((called.group(1), times, fused))
+      branches = re.search(r"branch_computations=\{([^}]*)\}", op.text)
+      if branches:  # the last stands for the condition that holds: the fused kernel, not its fallback
+        stack.append((branches.group(1).split(",")[-1].strip().lstrip("%"), times, fused))
+      elif taken := re.search(r"true_computation=%?([\w.\-]+)", op.text):
+        stack.append((taken.group(1), times, fused))
+
+
+def _trips(op: Op, condition: str, computations, open_loops) -> float:
+  known = re.search(r"known_trip_count[^0-9}]*(\d+)", op.text)
+  if known:
+    return float(known.group(1))
+  length = open_loops(op.text)
+  if length:
+    return length
+  constants = [
+    int(x) for o in computations.get(condition, ()) if o.code == "constant" and o.shape.startswith(("s32", "u32"))
+    for x in re.findall(r"^(\d+)\)", o.text)
+  ]  # fmt: skip
+  return float(max(constants, default=1))
+
+
+def _library(text: str) -> bool:
+  return "__cublas" in text or "__cudnn$conv" in text
+
+
+def _products(op: Op, ops: dict[str, Op]) -> float:
+  """FLOPs of a dot, a convolution, or a call of cuBLAS or cuDNN that stands for one."""
+  arrays = [dims(ops[name].shape) for name in op.operands[:2] if name in ops]
+  if len(arrays) < 2:
+    return 0.0
+  left, right = arrays
+  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.text)
+  if labels:
+    return _convolution(op, left, right, *labels.groups())
+  contracting = re.search(r"lhs_contracting_dim(?:s|ensions)[\"=:]*[\[{]([\d,\"]*)[\]}]", op.text)
+  over = [int(x) for x in re.findall(r"\d+", contracting.group(1))] if contracting else []
+  return 2.0 * math.prod(dims(op.shape)) * math.prod(left[i] for i in over)
+
+
+def _convolution(
+  op: Op, left: list[int], right: list[int], of_left: str, of_right: str, of_out: str
+) -> float:
+  """2 x outputs x inputs of each that lie inside: TPU writes batched dots as convolutions that are mostly padding."""
+  out = dims(op.shape)
+  window = re.search(r"window=\{([^}]*)\}", op.text)
+  fields = dict(x.split("=") for x in window.group(1).split()) if window else {}
+  spatial = sorted(c for c in of_out if c.isdigit())
+  parts = lambda name, i, default: int(fields[name].split("x")[i]) if name in fields else default
+  total = 2.0 * out[of_out.index("b")] * out[of_out.index("f")] * right[of_right.index("i")]
+  for i, d in enumerate(spatial):
+    n_in, n_out, n_k = left[of_left.index(d)], out[of_out.index(d)], right[of_right.index(d)]
+    stride, dilate = parts("stride", i, 1), parts("lhs_dilate", i, 1)
+    k_dilate, reach = parts("rhs_dilate", i, 1), (n_in - 1) * parts("lhs_dilate", i, 1)
+    before = int(fields["pad"].split("x")[i].split("_")[0]) if "pad" in fields else 0
+    valid = 0
+    for k in range(n_k):
+      start = k * k_dilate - before
+      hits = (start + o * stride for o in range(n_out))
+      valid += sum(1 for at in hits if 0 <= at <= reach and at % dilate == 0)
+    total *= valid
+  groups = re.search(r"batch_group_count=(\d+)", op.text)
+  return total / (int(groups.group(1)) if groups else 1)
+
+
+def _traffic(op: Op, ops: dict[str, Op], computations: dict[str, list[Op]]) -> float:
+  """Bytes that an instruction reads and writes; of what it only slices or updates, the slice."""
+  read = lambda name: size(ops[name].shape) if name in ops else 0
+  if op.code == "dynamic-slice" or op.code == "gather":
+    return 2.0 * size(op.shape)
+  if op.code == "dynamic-update-slice":
+    return 2.0 * read(op.operands[1])
+  called = re.search(r"\bcalls=%?([\w.\-]+)", op.text)
+  inner = computations.get(called.group(1), ()) if op.code == "fusion" and called else ()
+  if not inner:
+    return size(op.shape) + sum(map(read, op.operands))
+  total, written = 0.0, size(op.shape)
+  parameters = {int(o.text.split(")")[0]): o for o in inner if o.code == "parameter"}
+  for i, name in enumerate(op.operands):
+    users = [o for o in inner if i in parameters and parameters[i].name in o.operands]
+    if users and all(o.code in ("dynamic-slice", "gather") for o in users):
+      total += sum(size(o.shape) for o in users)
+    elif users and all(
+      o.code == "dynamic-update-slice" and o.operands[0] == parameters[i].name for o in users
+    ):
+      inside = {o.name: o for o in inner}
+      update = sum(size(inside[o.operands[1]].shape) for o in users if o.operands[1] in inside)
+      total, written = total + update, written - read(name) + update
+    else:
+      total += read(name)
+  return total + max(written, 0)
+
+
+def _full_bytes(op: Op, group: int) -> float:
+  """Bytes of the whole buffer of a collective: gathered, reduced, or before it is scattered."""
+  shapes = [f"{k}[{d}]" for k, d in _SHAPE.findall(op.shape)]
+  total, start = size(op.shape), op.code.endswith("-start")
+  if op.code.startswith("all-gather"):
+    return total * group / (group + 1) if start else total
+  if op.code.startswith("reduce-scatter"):
+    return total * group / (group + 1) if start else total * group
+  return max(total / 2, max(map(size, shapes), default=0)) if start and len(shapes) > 1 else total
+
+
+def _axes(text: str, mesh: dict[str, int]) -> tuple[str, int]:
+  """The mesh axes that a collective runs over ("data+fsdp"), and the number of devices that take part."""
+  names, sizes = list(mesh), list(mesh.values())
+  named = re.search(r"replica_groups=mesh\[[^\]]*\] ?\{([^}]*)\}", text)
+  if named:
+    axes = [a for a in names if f"'{a}'" in named.group(1) or re.search(rf"\b{a}\b", named.group(1))]
+    return "+".join(axes), math.prod(mesh[a] for a in axes)
+  members = _group(text)
+  places = []
+  for device in members:
+    place = []
+    for n in reversed(sizes):
+      device, at = divmod(device, n)
+      place.append(at)
+    places.append(place[::-1])
+  axes = [a for i, a in enumerate(names) if len({p[i] for p in places}) > 1]
+  return "+".join(axes) or "none", len(members)
+
+
+def _group(text: str) -> list[int]:
+  """The devices of the first replica group, or of the first pair of a permute."""
+  pair = re.search(r"source_target_pairs=\{\{([\d,]+)\}", text)
+  if pair:
+    return [int(x) for x in pair.group(1).split(",")]
+  plain = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
+  if plain:
+    return [int(x) for x in plain.group(1).split(",")]
+  iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+  if not iota:
+    return [0]
+  import numpy as np
+
+  ints = lambda s: [int(x) for x in s.split(",")]
+  ids = np.arange(math.prod(ints(iota.group(2)))).reshape(ints(iota.group(2)))
+  if iota.group(3):
+    ids = ids.transpose(ints(iota.group(3)))
+  return ids.reshape(ints(iota.group(1)))[0].tolist()

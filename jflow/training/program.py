@@ -1,0 +1,63 @@
+"""The program of a run: the step, compiled for a mesh, and the shapes and shardings of what it takes.
+
+One place for training, for `bench train` and for `compile`, so that what is measured is what trains.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from jflow import sharding
+from jflow.batch import Batch, empty
+from jflow.models.janusflow import JanusFlow
+from jflow.training import optim, setup
+from jflow.training.state import TrainState
+from jflow.training.step import make_step
+
+# Platform -> options of the compiler for the step.
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+  # Weights are gathered whole, layer by layer. Cut into pieces that overlap with their own product ("windowed
+  # einsum"), they travel through many small permutes: the compiler's own estimate of a step is 2.6 times longer.
+  "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
+  # Collectives start early and end late. The default on newer GPUs; without it A100 waits for each of them.
+  "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
+}
+
+
+class Program(NamedTuple):
+  """What runs a step on a mesh."""
+
+  step: Any  # jitted (state, batch) -> (state, metrics); the state's buffers are given away
+  state: TrainState  # of ShapeDtypeStruct with shardings
+  shardings: TrainState
+  state_of: Callable[[Any], TrainState]  # parameters -> state of step 0
+
+
+def make_program(config: Mapping[str, Any], model: JanusFlow, mesh: jax.sharding.Mesh) -> Program:
+  """Builds the program of a config; nothing is compiled or allocated. Call it, and the step, under `mesh`."""
+  optimizer = optim.make_optimizer(config["optimizer"])
+  train = config["train"]
+  spike_window = train["spike_window"] if train["spike_sigmas"] else 0
+
+  def state_of(params: Any) -> TrainState:
+    trained, frozen = optim.partition(params, config["optimizer"]["trained"], config["optimizer"]["frozen"])
+    return TrainState.create(trained, frozen, optimizer, spike_window)
+
+  boxed = jax.eval_shape(lambda: state_of(setup.initial_params(model, train["seed"])))
+  where = sharding.shardings(mesh, boxed)
+  shaped = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  step = jax.jit(
+    make_step(model, optimizer, config),
+    donate_argnums=0,
+    out_shardings=(where, sharding.replicated(mesh)),
+    compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
+  )
+  return Program(step, jax.tree.map(shaped, sharding.unbox(boxed), where), where, state_of)
+
+
+def abstract_batch(config: Mapping[str, Any], model: JanusFlow, mesh: jax.sharding.Mesh) -> Batch:
+  """The shapes and shardings of the global batch of a config."""
+  where = sharding.batch_sharding(mesh)
+  one, rows = empty(1, setup.row_shape(config, model.config)), config["train"]["batch_size"]
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=where), one)
