@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 _BYTES = {
   "pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2,
   "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
@@ -255,10 +257,6 @@ def _full_bytes(op: Op, group: int) -> float:
 def _axes(text: str, mesh: dict[str, int]) -> tuple[str, int]:
   """The mesh axes that a collective runs over ("data+fsdp"), and the number of devices that take part."""
   names, sizes = list(mesh), list(mesh.values())
-  named = re.search(r"replica_groups=mesh\[[^\]]*\] ?\{([^}]*)\}", text)
-  if named:
-    axes = [a for a in names if f"'{a}'" in named.group(1) or re.search(rf"\b{a}\b", named.group(1))]
-    return "+".join(axes), math.prod(mesh[a] for a in axes)
   members = _group(text)
   places = []
   for device in members:
@@ -276,14 +274,19 @@ def _group(text: str) -> list[int]:
   pair = re.search(r"source_target_pairs=\{\{([\d,]+)\}", text)
   if pair:
     return [int(x) for x in pair.group(1).split(",")]
+  named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text)
+  if named:
+    sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", named.group(1))}
+    used = [i for i, name in enumerate(sizes) if f"'{name}'" in named.group(2)]
+    ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+    first = tuple(slice(None) if i in used else 0 for i in range(len(sizes)))
+    return ids[first].ravel().tolist()
   plain = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
   if plain:
     return [int(x) for x in plain.group(1).split(",")]
   iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
   if not iota:
     return [0]
-  import numpy as np
-
   ints = lambda s: [int(x) for x in s.split(",")]
   ids = np.arange(math.prod(ints(iota.group(2)))).reshape(ints(iota.group(2)))
   if iota.group(3):

@@ -14,6 +14,7 @@ from jflow.compilation import hlo, targets
 from jflow.errors import UserError
 from jflow.models.janusflow import JanusFlow
 from jflow.training import setup
+from jflow.training.flops import model_flops_of
 from jflow.training.program import Program, abstract_batch, make_program
 
 # Share of a row's tokens that carry the next-token loss, by task: an answer of 200 tokens in 776, none, all.
@@ -119,11 +120,7 @@ def _memory(program: Program, batch: Any, analysis: Any, topology: targets.Topol
 def _roofline(config, model: JanusFlow, topology, counts: hlo.Counts, mesh: dict[str, int]) -> dict[str, Any]:
   """The least time of a step by what each part of the machine has to do."""
   chip, work = topology.chip, expected(config, model)[0]
-  trained = {pattern.split("/")[0] for pattern in _trained(config, model)}
-  weights = config["objective"]["weights"]
-  parts = model_flops.step(
-    model.config, trained, work, bool(weights["alignment"]), config["data"]["latents"], bool(weights["text"])
-  )
+  parts = model_flops_of(config, model.config, work)
   needed = sum(parts.values()) / topology.chips
   kernels = _kernel_flops(model, work, config) / topology.chips if counts.kernels else 0.0
   seconds = {
@@ -149,17 +146,6 @@ def _roofline(config, model: JanusFlow, topology, counts: hlo.Counts, mesh: dict
     "mfu_at_most": needed / chip.peak_flops / seconds[slowest],
     "tokens_per_second_per_chip_at_most": tokens / seconds[slowest],
   }  # fmt: skip
-
-
-def _trained(config: dict[str, Any], model: JanusFlow) -> set[str]:
-  from flax.traverse_util import flatten_dict
-
-  from jflow import sharding
-  from jflow.training import optim
-
-  params = sharding.unbox(jax.eval_shape(lambda: setup.initial_params(model, 0)))
-  trained, _ = optim.partition(params, config["optimizer"]["trained"], config["optimizer"]["frozen"])
-  return set(flatten_dict(trained, sep="/"))
 
 
 def _kernel_flops(model: JanusFlow, work: model_flops.Work, config: dict[str, Any]) -> float:

@@ -24,6 +24,7 @@ from jflow.models.janusflow import JanusFlow
 from jflow.training import hosts, latents, setup, tracking
 from jflow.training import workdir as workdirs
 from jflow.training.checkpoint import Checkpointer
+from jflow.training.flops import mfu
 from jflow.training.goodput import Goodput
 from jflow.training.metrics import Lines, Progress, number
 from jflow.training.program import make_program
@@ -206,8 +207,8 @@ class _Run:
     row["fill"] = float(told[:, 1].mean())
     row |= {name: number(value) for name, value in device.items()}
     tokens = self._config["train"]["batch_size"] * self._config["data"]["row_tokens"]
-    row |= {"tokens_per_second": tokens / max(now - self._clock, 1e-9), "mfu": None}
-    self._clock = now
+    seconds, self._clock = max(now - self._clock, 1e-9), now
+    row |= {"tokens_per_second": tokens / seconds, "mfu": mfu(self._config, row, seconds)}
     in_a_row = row.pop("skipped_in_a_row")
     if self._metrics:
       self._metrics.write(row)

@@ -14,6 +14,7 @@ import optax
 from jflow import flow
 from jflow.batch import WRITE, Batch
 from jflow.models.janusflow import Draws, JanusFlow, Sums
+from jflow.training.flops import counted
 from jflow.training.optim import merge, schedule, update_ema
 from jflow.training.spikes import is_spike, remember
 from jflow.training.state import TrainState
@@ -49,6 +50,7 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """Builds train_step(state, batch) -> (state, metrics). `config` is the whole config of configs/base.py.
 
+  Metrics named work_... are the fields of `model_flops.Work`, from which the caller makes `mfu`.
   A step whose gradient is not finite, or a spike, changes nothing but the counters and the step number.
   """
   weights = {name: weight for name, weight in config["objective"]["weights"].items() if weight}
@@ -102,6 +104,7 @@ def make_step(
     metrics |= {
       f"loss_{name}": getattr(parts, name) for name in Sums._fields if name in wanted or name != "contrastive"
     }
+    metrics |= {f"work_{name}": value for name, value in vars(counted(batch, jnp)).items()}
     metrics |= {"skipped": new.skipped, "skipped_in_a_row": new.skipped_in_a_row}
     return new, metrics
 

@@ -1,0 +1,46 @@
+"""Packed rows of made-up samples in the lengths of the paper's data: what the speed of a step is measured on."""
+
+import numpy as np
+
+from jflow.batch import READ, TASKS, WRITE, Batch, RowShape
+from jflow.data.examples import Sample
+from jflow.data.mixture import rows_per_task
+from jflow.data.packing import pack
+
+
+def synthetic(
+  rows: int, shape: RowShape, mixture: tuple[float, ...], vocabulary: int, seed: int = 0
+) -> Batch:
+  """A batch of full rows, types shared by the mixture and spread evenly.
+
+  A read image stands among 200 tokens of question and answer (the answer learned), a written one behind a prompt
+  of 73, as far as the row has room; a text fills its row.
+  """
+  rng = np.random.default_rng(seed)
+  counts = rows_per_task(mixture, rows)
+  order = sorted(((i + 0.5) / count, task) for task, count in zip(TASKS, counts) for i in range(count))
+  packed = [pack(_row(task, shape, vocabulary, rng), shape) for _, task in order]
+  return Batch(*map(np.stack, zip(*packed, strict=True)))
+
+
+def _row(task: str, shape: RowShape, vocabulary: int, rng: np.random.Generator) -> list[Sample]:
+  text = {"understanding": 199, "generation": 73}.get(task, 0)
+  text = min(text, shape.tokens - shape.image_slots)
+  length = shape.image_slots + text if text else shape.tokens
+  count = min(shape.tokens // length, shape.images) if text else 1
+  return [_sample(task, text, length, shape, vocabulary, rng) for _ in range(max(count, 1))]
+
+
+def _sample(task, text, length, shape: RowShape, vocabulary, rng) -> Sample:
+  tokens = rng.integers(0, vocabulary, length).astype(np.int32)
+  slots, size = np.arange(length), shape.image_size
+  start = {"understanding": 1, "generation": text}.get(task)
+  learned = {"text": slots >= 0, "generation": slots < 0}.get(
+    task, slots >= min(1 + shape.image_slots, length - 1)
+  )
+  images, kinds, starts = (), (), ()
+  if start is not None:
+    starts, kinds = (start,), (READ if task == "understanding" else WRITE,)
+    images = (rng.integers(0, 256, (size, size, 3), np.uint8),)
+  positions = slots.astype(np.int32)
+  return Sample(tokens, np.roll(tokens, -1), learned, positions, starts, kinds, images)

@@ -1,0 +1,64 @@
+"""Model FLOPs of a batch: what `mfu` divides by time and peak."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jflow import chips, model_flops
+from jflow.batch import READ, WRITE, Batch
+from jflow.models.config import JanusFlowConfig
+
+
+def counted(batch: Batch, xp: Any = np) -> model_flops.Work:
+  """What a batch holds; `xp` is numpy, or jax.numpy inside a step."""
+  segments = batch.segment_ids
+  real = segments > 0
+  slots = xp.arange(segments.shape[1])[None]
+  first = xp.concatenate([xp.ones_like(real[:, :1]), segments[:, 1:] != segments[:, :-1]], axis=1)
+  starts = xp.where(first, slots, 0)
+  starts = np.maximum.accumulate(starts, axis=1) if xp is np else _running_maximum(starts)
+  total = lambda x: xp.sum(x, dtype=xp.float32)
+  return model_flops.Work(
+    tokens=total(real),
+    pairs=total(xp.where(real, slots - starts + 1, 0)),
+    loss_tokens=total(batch.loss_mask),
+    read=total(batch.image_kind == READ),
+    written=total(batch.image_kind == WRITE),
+  )
+
+
+def _running_maximum(x):
+  return jax.lax.cummax(x, axis=1)
+
+
+def model_flops_of(
+  config: Mapping[str, Any], model: JanusFlowConfig, work: model_flops.Work
+) -> dict[str, float]:
+  """FLOPs of one step by part. A part is trained where a pattern of `optimizer.trained` begins with its name."""
+  parts = (
+    "language_model", "understanding_encoder", "understanding_projector", "generation_encoder", "alignment_head"
+  )  # fmt: skip
+  patterns = config["optimizer"]["trained"]
+  matches = lambda part: any(re.match(rf"(?:{p.split('/')[0]})$", part) for p in patterns)
+  trained = {part for part in parts if matches(part)}
+  weights = config["objective"]["weights"]
+  given = config["data"]["latents"]
+  return model_flops.step(model, trained, work, bool(weights["alignment"]), given, bool(weights["text"]))
+
+
+def mfu(config: Mapping[str, Any], row: dict[str, Any], seconds: float) -> float | None:
+  """The share of the devices' dense bf16 peak that a step used; None where no table has it (a CPU).
+
+  Takes the step's work_... metrics out of `row`.
+  """
+  fields = (field.name for field in dataclasses.fields(model_flops.Work))
+  work = model_flops.Work(**{name: row.pop(f"work_{name}") for name in fields})
+  peak = chips.peak_flops(jax.devices()[0].device_kind)
+  if peak is None:
+    return None
+  flops = sum(model_flops_of(config, JanusFlowConfig.from_dict(config["model"]), work).values())
+  return flops / seconds / (peak * jax.device_count())
