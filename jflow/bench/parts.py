@@ -1,5 +1,6 @@
 """The parts of a train step, each compiled and timed alone on the same batch."""
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,8 +29,6 @@ def time_parts(
 
 
 def _timed(function: Callable[..., Any], args: tuple[Any, ...]) -> float:
-  import time
-
   started = time.perf_counter()
   jax.block_until_ready(function(*args))
   return time.perf_counter() - started
@@ -40,8 +39,7 @@ def _parts(
 ) -> Iterator[tuple[str, Callable, tuple]]:
   params = optim.merge(state.trained, state.frozen)
   c, lm = model.config, model.config.language_model
-  rows, seq = batch.tokens.shape
-  slots = batch.images.shape[0] * batch.images.shape[1]
+  (rows, seq), slots = batch.tokens.shape, batch.images.shape[0] * batch.images.shape[1]
   key = jax.random.key(0)
   draws = draw(model, key, batch, 0.0, 1.0)
   flat = lambda x: x.reshape(slots, *x.shape[2:])
@@ -50,37 +48,39 @@ def _parts(
   hidden = 0.1 * jax.random.normal(key, (rows, seq, lm.width), model.dtype)
   written = 0.1 * jax.random.normal(key, (slots, c.patches, lm.width), model.dtype)
 
+  def gradient(function, names, *args):
+    """Of a sum, by the parameters of some parts and by the last argument."""
+
+    def run(p, *args):
+      inner = lambda part, x: function({**p, **part}, *args[:-1], x)
+      return jax.grad(inner, argnums=(0, 1))({name: p[name] for name in names}, args[-1])
+
+    return run, (params, *args)
+
   def language_model(p, x):
     out = apply(p, "backbone", x, batch.positions, batch.segment_ids)
-    return total(out.hidden) + total(out.tap if out.tap is not None else out.hidden)
+    return total(out.hidden) + (total(out.tap) if out.tap is not None else 0.0)
 
-  llm = {"language_model": params["language_model"]}
-  trained = "language_model" in state.trained
-  yield "llm", jax.grad(language_model, argnums=(0, 1) if trained else 1), (llm, hidden)
+  trained = [name for name in params if name in state.trained]
+  yield "llm", *gradient(language_model, [n for n in trained if n == "language_model"], hidden)
   kernel = params["language_model"]["head"]["kernel"]
   head = lambda x, k: head_loss.next_token(x, k, batch.targets, batch.loss_mask)
-  yield "head", jax.value_and_grad(head, argnums=(0, 1) if trained else 0), (hidden, kernel)
+  by = (0, 1) if "language_model" in trained else 0
+  yield "head", jax.value_and_grad(head, argnums=by), (hidden, kernel)
   pixels = lambda images: normalise(flat(images))
-  encode = lambda p, images: apply(p, "features", pixels(images))
-  yield "siglip", encode, ({"understanding_encoder": params["understanding_encoder"]}, batch.images)
+  yield "siglip", lambda p, images: apply(p, "features", pixels(images)), (params, batch.images)
   if not config["data"]["latents"]:
-    yield (
-      "vae",
-      lambda p, images: apply(p, "posterior", pixels(images)),
-      ({"vae": params["vae"]}, batch.images),
-    )
+    yield "vae", lambda p, images: apply(p, "posterior", pixels(images)), (params, batch.images)
 
   def heads(p, z, x):
     slots_IKD, skip, time_ID = apply(p, "write_slots", z, flat(draws.time))
     out = total(slots_IKD) + total(apply(p, "velocity", x, skip, time_ID))
     if config["objective"]["weights"]["alignment"]:
-      align = lambda module, y: module.alignment_head(y)
-      out += total(apply(p, align, x))
+      out += total(apply(p, lambda module, y: module.alignment_head(y), x))
     return out
 
-  names = ("generation_", "alignment_head")
-  small = {name: x for name, x in params.items() if name.startswith(names)}
-  yield "heads", jax.grad(heads, argnums=(0, 2)), (small, flat(draws.noise), written)
+  names = [name for name in trained if name.startswith(("generation_", "alignment_head"))]
+  yield "heads", *gradient(heads, names, flat(draws.noise), written)
 
   optimizer = optim.make_optimizer(config["optimizer"])
 

@@ -21,7 +21,7 @@ def counted(batch: Batch, xp: Any = np) -> model_flops.Work:
   first = xp.concatenate([xp.ones_like(real[:, :1]), segments[:, 1:] != segments[:, :-1]], axis=1)
   starts = xp.where(first, slots, 0)
   starts = np.maximum.accumulate(starts, axis=1) if xp is np else _running_maximum(starts)
-  total = lambda x: xp.sum(x, dtype=xp.float32)
+  total = lambda x: float(np.sum(x)) if xp is np else xp.sum(x, dtype=xp.float32)
   return model_flops.Work(
     tokens=total(real),
     pairs=total(xp.where(real, slots - starts + 1, 0)),
