@@ -21,7 +21,7 @@ from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped
 from jflow.models.janusflow import JanusFlow
-from jflow.training import hosts, latents, setup, tracking
+from jflow.training import hosts, latents, optim, setup, tracking
 from jflow.training import workdir as workdirs
 from jflow.training.checkpoint import Checkpointer
 from jflow.training.flops import mfu
