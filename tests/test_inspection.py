@@ -113,11 +113,14 @@ def test_odd_rows_are_drawn():
   word = examples.build(Record("w", (), "x" * 190, ()), "text", TOKENIZER, "plain", 9)
   long = RowShape(tokens=4000, images=4, image_patches=9, image_size=24)
   document = examples.build(Record("d", (), "word " * 800, ()), "text", TOKENIZER, "plain", 9)
-  rows = [packing.pack(samples, long) for samples in ((), (word,), (document, word, _writing(drop=1.0)))]
+  many = (_text(),) * 40
+  rows = [
+    packing.pack(samples, long) for samples in ((), (word,), (document, word, _writing(drop=1.0)), many)
+  ]
   shown = inspection.draw(
     [inspection.Row("text", "d" * 99, row) for row in rows], [], long, TOKENIZER, "t" * 200
   )
-  assert shown.height < 1800
+  assert shown.height < 2400
 
 
 def test_the_command_draws_a_data_set_and_a_run(tmp_path, capsys):

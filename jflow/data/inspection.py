@@ -20,6 +20,7 @@ WIDTH = 1680
 _MARGIN, _GAP, _LINE, _PICTURE = 44, 14, 21, 120
 _LINES = 11  # of a card, pictures not counted
 _COLUMNS = 3
+_CARDS = 12  # of a row; the band shows all
 _PAPER, _CARD, _INK, _GREY, _RULE = "#f4f2ed", "#ffffff", "#1d1d1f", "#77757a", "#d9d6cf"
 _LEARNED, _LOSS, _PADDING = "#ffe28a", "#d8791b", "#e4e1da"
 _SAMPLES = ("#8fb8de", "#9dcca3", "#e3a7a1", "#c3b1e1", "#e6c48b", "#8fd0cb", "#d9a7c7", "#b8c48a")
@@ -126,9 +127,14 @@ class _Sheet:
     self._y += 30
     self._band(arrays, shape)
     self._y += 50
-    cards = [_runs(arrays, segment, tokenizer, shape.image_slots) for segment in range(1, samples + 1)]
-    for first in range(0, samples, _COLUMNS):
+    shown = min(samples, _CARDS)
+    cards = [_runs(arrays, segment, tokenizer, shape.image_slots) for segment in range(1, shown + 1)]
+    for first in range(0, shown, _COLUMNS):
       self._cards(first, cards[first : first + _COLUMNS], arrays)
+    if samples > shown:
+      self._room(60)
+      self._pen.text((_MARGIN, self._y), f"... and {samples - shown} samples more", _GREY, self._text)
+      self._y += 24
     self._y += 26
 
   def _band(self, arrays: Batch, shape: RowShape) -> None:

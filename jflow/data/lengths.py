@@ -58,12 +58,11 @@ def _measure(
   build = functools.partial(
     examples.build, task=task, tokenizer=tokenizer, template=template, image_patches=0
   )  # each patch adds one token
-  progress = functools.partial(
-    tqdm, total=len(source), desc=f"measure {task}", unit="rec", delay=2, disable=not sys.stderr.isatty()
-  )
   paths = getattr(source, "outline_paths", [])
   processes = min(os.cpu_count() or 1, len(paths))
-  with progress() as bar:
+  with tqdm(
+    total=len(source), desc=f"measure {task}", unit="rec", delay=2, disable=not sys.stderr.isatty()
+  ) as bar:
     if processes < 2 or len(source) < _WORTH_PROCESSES:
       records = source.outlines() if hasattr(source, "outlines") else _records(source)
       return _sizes(records, build, bar.update)
