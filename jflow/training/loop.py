@@ -95,8 +95,6 @@ def _train(
   batch_size, seed = config["train"]["batch_size"], config["train"]["seed"]
   open_pipeline = lambda share=None: Pipeline(config["data"], tokenizer, shape, batch_size, seed, share)
   pipeline = open_pipeline(sharding.local_rows(mesh, batch_size))
-  for line in pipeline.report():
-    hosts.say(line)
 
   with jax.set_mesh(mesh):
     program = make_program(config, model, mesh)
@@ -118,6 +116,8 @@ def _train(
     if record:
       record.mark("setup", at=opened)
       record.mark("restore", int(state.step))
+    for line in pipeline.report():  # late too: a mistake is one line
+      hosts.say(line)
     paint = functools.partial(painter, model, tokenizer) if painter else None
     run = _Run(config, workdir, pipeline, checkpointer, record, sharding.batch_sharding(mesh), paint)
     run(state, program.step)
