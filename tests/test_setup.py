@@ -86,10 +86,10 @@ def test_processes_need_the_address_of_the_first():
 
 
 @pytest.mark.parametrize("argument, named", [
-  ("--config.train.stepps=3", "unknown field config.train.stepps=3"),
+  ("--config.train.stepps=3", "(--config.train.stepps=3)"),
   ("--config.optimizer.learning_rate=fast", "learning_rate"),
   ("--config.train.batch_size=2.5", "batch_size"),
-  ("--config.mesh.date=2", "unknown field config.mesh.date=2"),
+  ("--config.mesh.date=2", "(--config.mesh.date=2)"),
   ("--config.checkpoint=5", "checkpoint"),
   ("--confg.train.steps=3", "confg.train.steps"),
   ("--config.log.tensorboard=perhaps", "tensorboard"),

@@ -44,10 +44,9 @@ def load_config(arguments: list[str]) -> dict[str, Any]:
     while error.__context__ is not None and error.__context__.__context__ is not None:
       error = error.__context__  # each quotes the text of the one before; the second says "Did you mean"
     hint = " ".join(str(error.args[0]).split())
-    wrong = next(
-      (a for a in arguments if f".{hint.split()[0].strip(chr(39) + chr(34))}" in a.split("=")[0]), ""
-    )
-    raise UserError(f"{file}: unknown field {wrong.removeprefix('--')}: {hint}") from error
+    name = hint.split()[0].strip("'")
+    wrong = next((a for a in arguments if f".{name}" in a.split("=")[0]), "")
+    raise UserError(f"{file}: unknown field {hint} ({wrong})") from error
   except (flags.Error, ValueError, TypeError, SyntaxError) as error:
     text = str(error).strip()
     if "Traceback" in text:  # the config's own error, wrapped with its traceback: the last line says it
