@@ -21,7 +21,7 @@ from jflow.errors import UserError
 from jflow.training import checkpoint, setup
 from jflow.training.metrics import read_lines
 
-STEPS, INTERVAL = 60, 6
+INTERVAL, MANY = 6, 9999
 QUICK = "--xla_backend_optimization_level=0"  # less time to compile; the same program in every run
 SMALL = (
   "--config.train.batch_size=4",
@@ -98,7 +98,7 @@ def stage1(runs, compilation_cache) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def stage2(runs, stage1, compilation_cache) -> pathlib.Path:
-  _train(2, runs / "stage2", compilation_cache, STEPS, f"--config.train.init_from={stage1}")
+  _train(2, runs / "stage2", compilation_cache, 3, f"--config.train.init_from={stage1}")
   return runs / "stage2"
 
 
@@ -111,10 +111,12 @@ def stage3(runs, stage2, compilation_cache) -> pathlib.Path:
 KILLS = 12
 
 
-def test_a_run_that_is_killed_again_and_again_equals_one_that_is_not(runs, stage1, stage2, compilation_cache):
+def test_a_run_that_is_killed_again_and_again_equals_one_that_is_not(runs, stage1, compilation_cache):
   """Twelve SIGKILLs at random moments, every other one inside a save, then SIGTERM; no loss may differ by a bit."""
   workdir, rng = runs / "interrupted", np.random.default_rng(0)
-  command = _command(2, workdir, compilation_cache, STEPS, f"--config.train.init_from={stage1}")
+  command = lambda steps, workdir=workdir: _command(
+    2, workdir, compilation_cache, steps, f"--config.train.init_from={stage1}"
+  )
   saving = lambda: any("tmp" in p.name for p in (workdir / "checkpoints").glob("*"))
   for number in range(KILLS):
     at = (checkpoint.newest_valid(workdir / "checkpoints") if workdir.exists() else 0) or 0
@@ -123,34 +125,33 @@ def test_a_run_that_is_killed_again_and_again_equals_one_that_is_not(runs, stage
     )  # the first: at the hand-over, nothing saved
     moment = saving if number % 2 else lambda: _lines(workdir) >= steps
     code, text = _interrupt(
-      command,
-      workdir,
-      signal.SIGKILL,
-      lambda: _stepping(workdir, at) and (moment() or _lines(workdir) >= STEPS - 1),
+      command(MANY), workdir, signal.SIGKILL, lambda: _stepping(workdir, at) and moment()
     )
     assert code == -signal.SIGKILL, text
     assert at == 0 or f"going on from step {at} " in text
     at = checkpoint.newest_valid(workdir / "checkpoints") or 0
     assert at >= _lines(workdir) - 2 * INTERVAL  # no more is lost than since the save before
 
-  at = checkpoint.newest_valid(workdir / "checkpoints")
-  code, text = _interrupt(command, workdir, signal.SIGTERM, lambda: _stepping(workdir, at))
+  code, text = _interrupt(command(MANY), workdir, signal.SIGTERM, lambda: _stepping(workdir, at))
   assert code == 128 + signal.SIGTERM, text
   stopped = checkpoint.newest_valid(workdir / "checkpoints")
   assert f"stopped at step {stopped}; the same command goes on" in text and "Traceback" not in text
   assert list(_losses(workdir)) == list(range(1, stopped + 1))  # what is saved is what was logged
 
-  done = subprocess.run(command, cwd=tiny.ROOT, env=_environment(), capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
-  losses = _losses(workdir)
-  assert list(losses) == list(range(1, STEPS + 1))  # every step once
-  wanted = _losses(stage2)
+  whole = runs / "whole"
+  for run in (workdir, whole):
+    done = subprocess.run(
+      command(stopped + 3, run), cwd=tiny.ROOT, env=_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+  losses, wanted = _losses(workdir), _losses(whole)
+  assert list(losses) == list(range(1, stopped + 4))  # every step once
   print(
     f"kills survived {KILLS}/{KILLS}, differing losses {sum(losses[step] != wanted[step] for step in wanted)}"
   )
   assert losses == wanted
   for weights in ("ema", "raw"):
-    ours, theirs = _parameters(workdir, weights), _parameters(stage2, weights)
+    ours, theirs = _parameters(workdir, weights), _parameters(whole, weights)
     assert ours.keys() == theirs.keys()
     assert all(ours[path].tobytes() == theirs[path].tobytes() for path in ours)
 
@@ -169,7 +170,7 @@ def test_a_kill_at_the_hand_over_starts_the_stage_again_from_the_same_weights(
 
 def _stepping(workdir: pathlib.Path, restored: int) -> bool:
   """Whether the run has said that its first step after the restored one is done."""
-  return f"step {restored + 1}/{STEPS} " in workdir.with_suffix(".stderr").read_text()
+  return f"step {restored + 1}/{MANY} " in workdir.with_suffix(".stderr").read_text()
 
 
 def test_frozen_parts_are_handed_over_bit_for_bit_and_the_others_learn(stage1, stage2, stage3):
