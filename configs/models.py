@@ -44,6 +44,7 @@ def janusflow_384() -> dict:
     alignment_layer=6,
     alignment_width=2048,
     contrastive=False,
+    reader="siglip",
   )
 
 
@@ -93,6 +94,7 @@ def tiny() -> dict:
     alignment_layer=2,
     alignment_width=64,
     contrastive=False,
+    reader="siglip",
   )
 
 
@@ -135,4 +137,5 @@ def shapes() -> dict:
     alignment_layer=2,
     alignment_width=128,
     contrastive=False,
+    reader="siglip",
   )

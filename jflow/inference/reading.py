@@ -46,8 +46,7 @@ class Rows(struct.PyTreeNode):
 @functools.partial(jax.jit, static_argnames=("model",))
 def look(model: JanusFlow, params: Any, images_MHWC: jax.Array) -> jax.Array:
   """uint8[M, H, W, 3] -> what the LLM reads of them, [M * K, D]."""
-  apply = functools.partial(model.apply, {"params": params})
-  slots = apply(apply(normalise(images_MHWC), method="features"), method="read_slots")
+  slots = model.apply({"params": params}, normalise(images_MHWC), method="read")
   return slots.reshape(-1, slots.shape[-1])
 
 

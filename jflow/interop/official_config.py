@@ -237,6 +237,10 @@ def config_from_official(
 
 def config_to_official(c: JanusFlowConfig, dtype: str) -> dict[str, Any]:
   """The config.json of a model; SigLIP's sizes are written out where they are no preset of the release."""
+  if c.reader != "siglip":
+    raise UserError(
+      f"model.reader={c.reader!r}: the published layout has no place for a reader other than SigLIP"
+    )
   lm, vision, gen = c.language_model, c.understanding_encoder, c.generation
   siglip: dict[str, Any] = {
     "image_size": vision.image_size,

@@ -89,10 +89,15 @@ class JanusFlowConfig:
   alignment_layer: int  # REPA reads the LLM's features after this block, counted from 1 (001 section 4.1)
   alignment_width: int  # hidden width of the REPA head; 0: the model has none
   contrastive: bool  # has the heads of the sigmoid loss (stage 0 of the built-in world)
+  # What images are read with: "siglip", or for ablations the VAE and ConvNeXt blocks, "shared" with painting or
+  # "separate". Checkpoints older than the field have no choice, hence its default.
+  reader: str = "siglip"
 
   def __post_init__(self) -> None:
     """Checks what can be checked without a device; raises UserError naming field and value."""
     lm, vision, gen, vae = self.language_model, self.understanding_encoder, self.generation, self.autoencoder
+    if self.reader not in ("siglip", "shared", "separate"):
+      raise UserError(f"model.reader={self.reader!r} must be 'siglip', 'shared' or 'separate'")
     if vae.kind not in ("autoencoder_kl", "patch_pca"):
       raise UserError(f"model.autoencoder.kind={vae.kind!r} must be 'autoencoder_kl' or 'patch_pca'")
     other = ("patch_size", "window") if vae.kind == "autoencoder_kl" else ("layers_per_block", "norm_groups")
@@ -165,6 +170,8 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
   if not isinstance(values, Mapping):
     raise UserError(f"{path} must be a mapping of fields, not {values!r}")
   hints = typing.get_type_hints(cls)
+  newer = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+  values = {**newer, **values}
   unknown, missing = sorted(set(values) - set(hints)), sorted(set(hints) - set(values))
   if unknown:
     raise UserError(f"unknown field {path}.{unknown[0]}; known: {', '.join(hints)}")

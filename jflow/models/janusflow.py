@@ -97,7 +97,11 @@ class JanusFlow(nn.Module):
     latents = c.autoencoder.latent_channels
     self.language_model = LanguageModel(lm, tap, dtype, self.remat, self.unroll, self.attention)
     self.understanding_encoder = Siglip(vision, dtype, remat=self.remat != "none")
-    self.understanding_projector = Linear(lm.width, (None, "embed"), dtype, use_bias=True)
+    if c.reader == "siglip":
+      self.understanding_projector = Linear(lm.width, (None, "embed"), dtype, use_bias=True)
+    if c.reader == "separate":
+      self.latent_encoder = GenerationEncoder(gen, lm.width, latents, dtype)
+      self.latent_projector = Linear(lm.width, (None, "embed"), dtype, use_bias=True)
     self.understanding_start = parameter(
       self, "understanding_start", nn.initializers.zeros, (lm.width,), (None,)
     )
@@ -141,9 +145,23 @@ class JanusFlow(nn.Module):
     """f_enc: pixels in [-1, 1] -> [I, P, width of SigLIP]."""
     return self.understanding_encoder(pixels_IHWC)
 
+  def latent_features(self, latents_IhwC: jax.Array) -> jax.Array:
+    """Ablations: latents of images to read -> [I, P, width of g_enc], by ConvNeXt blocks at time 1, which is data."""
+    encoder = self.generation_encoder if self.config.reader == "shared" else self.latent_encoder
+    return encoder(latents_IhwC, jnp.ones(latents_IhwC.shape[0]))[0]
+
+  def read(self, pixels_IHWC: jax.Array) -> jax.Array:
+    """Pixels in [-1, 1] of images to read -> their K slots [I, K, D], by whatever reads them."""
+    if self.config.reader == "siglip":
+      return self.read_slots(self.features(pixels_IHWC))
+    return self.read_slots(self.latent_features(self.posterior(pixels_IHWC)[0]))
+
   def read_slots(self, features_IPE: jax.Array) -> jax.Array:
     """The K slots of images to read: the learned start vector, then the projected features. [I, K, D]."""
-    x_IPD = self.understanding_projector(features_IPE)
+    projectors = {
+      "siglip": "understanding_projector", "shared": "generation_projector", "separate": "latent_projector",
+    }  # fmt: skip
+    x_IPD = getattr(self, projectors[self.config.reader])(features_IPE)
     start = jnp.broadcast_to(
       self.understanding_start.astype(x_IPD.dtype), (x_IPD.shape[0], 1, x_IPD.shape[2])
     )
@@ -200,7 +218,8 @@ class JanusFlow(nn.Module):
     data = mean + std * flat(draws.posterior)
     z = flow.interpolate(flat(draws.noise), data, flat(draws.time))
     written, skip, time_ID = self.write_slots(z, flat(draws.time))
-    slots = jnp.where(flat(batch.image_kind == READ)[:, None, None], self.read_slots(features), written)
+    seen = features if self.config.reader == "siglip" else self.latent_features(mean)
+    slots = jnp.where(flat(batch.image_kind == READ)[:, None, None], self.read_slots(seen), written)
     slots = slots.reshape(b, m * slots.shape[1], -1)
 
     x_BSD = self.assemble(batch.tokens, slots, batch.image_index)

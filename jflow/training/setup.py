@@ -116,6 +116,11 @@ def check(config: Config) -> JanusFlowConfig:
     "needs model.alignment_width > 0",
   )
   need(
+    model.reader == "siglip" or not data["latents"],
+    "data.latents",
+    "must be False with another model.reader than 'siglip': pictures to read have no stored latents",
+  )
+  need(
     not weights["contrastive"] or model.contrastive,
     "objective.weights.contrastive",
     "needs model.contrastive=True",
@@ -173,7 +178,10 @@ def initial_params(model: JanusFlow, seed: int) -> Any:
   batch = jax.tree.map(jnp.asarray, empty(1, shape))
   latents = jnp.zeros((1, 1, c.latent_size, c.latent_size, c.autoencoder.latent_channels))
   draws = Draws(jnp.full((1, 1), 0.5), latents, latents)
-  return model.init(jax.random.key(seed), batch, draws, method="initialise")["params"]
+  params = model.init(jax.random.key(seed), batch, draws, method="initialise")["params"]
+  if c.reader == "separate":  # equal at the start, trained apart (001 section 4.5)
+    params["latent_encoder"] = params["generation_encoder"]
+  return params
 
 
 def start_params(
