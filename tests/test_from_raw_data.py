@@ -75,7 +75,7 @@ def test_every_format_comes_in_as_the_help_says_and_trains(tmp_path, monkeypatch
     prepare_command.main(["--help"])
   shown = capsys.readouterr().out.replace("\\\n", " ").split("afterwards")[0]
   examples = [
-    shlex.split(line)[4:] for line in shown.splitlines() if "python -m jflow prepare --format" in line
+    shlex.split(line)[4:] for line in shown.splitlines() if line.startswith("  python -m jflow prepare")
   ]
   flags = [dict(flag[2:].split("=", 1) for flag in example) for example in examples]
   assert {flag["format"] for flag in flags} == set(importers.FORMATS)
