@@ -4,6 +4,7 @@
   384 (default), 256   the paper's models; name your data in --config.data.sources.*
   tiny                 trains in seconds on the built-in world: for trying things out
   shapes               learns the built-in world in minutes on two cores
+  mid                  for `bench` on a CPU
 """
 
 import pathlib
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 from configs import models
 
 TOKENIZER = str(pathlib.Path(__file__).parent / "tokenizer")
-SIZES = ("384", "256", "tiny", "shapes")
+SIZES = ("384", "256", "tiny", "shapes", "mid")
 
 
 def base(size: str) -> ConfigDict:
@@ -21,7 +22,7 @@ def base(size: str) -> ConfigDict:
   size = size or "384"
   if size not in SIZES:
     raise ValueError(f"unknown size {size!r}; choose one of {', '.join(SIZES)}")
-  small = size in ("tiny", "shapes")
+  small = size in ("tiny", "shapes", "mid")
   builtin = (("shapes", 1.0),)
   c = ConfigDict()
   c.size = size
@@ -30,6 +31,7 @@ def base(size: str) -> ConfigDict:
     "256": models.janusflow_256,
     "tiny": models.tiny,
     "shapes": models.shapes,
+    "mid": models.mid,
   }[size]()
 
   c.train = dict(
@@ -130,6 +132,9 @@ def base(size: str) -> ConfigDict:
   if size == "tiny":
     c.train.batch_size, c.data.row_tokens, c.data.row_images = 8, 128, 4
     c.data.shapes.size = 2000
+    c.train.steps = 20
+  if size == "mid":
+    c.train.batch_size, c.data.row_tokens, c.data.row_images = 8, 1024, 6
     c.train.steps = 20
   if size == "shapes":  # the stages set steps and rates: small models take a higher rate than table 1's
     c.train.batch_size, c.data.row_tokens, c.data.row_images = 16, 256, 3

@@ -14,6 +14,11 @@ from jflow.errors import UserError
 # Workload -> (module, what it measures).
 WORKLOADS: dict[str, tuple[str, str]] = {
   "train": ("jflow.bench.train", "the train step of a config: tokens/s, MFU, memory, and its parts alone"),
+  "generate": ("jflow.bench.generate", "painting: solver and VAE, alone or beside PyTorch"),
+  "understand": (
+    "jflow.bench.understand",
+    "answering: first token and the ones after it, alone or beside PyTorch",
+  ),
   "data": ("jflow.bench.data", "the input pipeline beside the plain loop: decode and resize"),
 }
 

@@ -88,12 +88,13 @@ class Decoder:
   Prefill is compiled once per bucket of prompt lengths, decoding once per power of two of the longest row.
   """
 
-  def __init__(self, pipeline: "Pipeline", slots: int, context: int):
+  def __init__(self, pipeline: "Pipeline", slots: int, context: int, ignore_end: bool = False):
     """
     Args:
       pipeline: the model.
       slots: rows, i.e. answers made at the same time.
       context: prompt and answer of a row have room for this many tokens; at most the model's own context.
+      ignore_end: answers go on to their `max_tokens`, for measuring.
 
     Raises:
       UserError: no rows, or a context that the model does not have.
@@ -103,7 +104,7 @@ class Decoder:
       raise UserError(f"slots={slots} must be at least 1")
     if not 1 < context <= most:
       raise UserError(f"context={context} must be in 2..{most}, the model's own")
-    self._pipeline, self._eos = pipeline, pipeline.tokenizer.eos
+    self._pipeline, self._eos = pipeline, -1 if ignore_end else pipeline.tokenizer.eos
     self._model, self._params = pipeline.model, pipeline.params
     self.context = context
     self._rows = reading.Rows.empty(self._model, slots, bucket(context))

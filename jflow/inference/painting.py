@@ -114,7 +114,7 @@ def paint(
     if on_step:
       z.block_until_ready()
       on_step(stop, steps)
-  return decode(model, params, z, at_once=max(1, _DECODED_AT_ONCE // model.config.image_size**2))
+  return decode(model, params, z, at_once=decoded_at_once(model.config.image_size))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "guided"))
@@ -185,6 +185,11 @@ def _release_loop(
     return z + dt * velocity(z, time).astype(jnp.bfloat16)
 
   return jax.lax.fori_loop(first, stop, body, z)
+
+
+def decoded_at_once(image_size: int) -> int:
+  """Pictures that the VAE takes at a time."""
+  return max(1, _DECODED_AT_ONCE // image_size**2)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "at_once"))
