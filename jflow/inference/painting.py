@@ -18,7 +18,7 @@ from jflow.models.janusflow import JanusFlow
 
 _GRID = 32  # time grids are padded to a multiple of this: another number of steps rarely compiles
 _DECODED_AT_ONCE = 8 * 384 * 384  # pixels; the VAE's widest activations take 3 GB for them in f32
-_SEEDS = 2**32  # a key keeps 32 bits of its seed
+SEEDS = 2**32  # a key keeps 32 bits of its seed
 
 
 def check(
@@ -48,9 +48,7 @@ def check(
     f"guidance={guidance} must be at least 1 (1: none), or 0 (ignore the prompt)",
   )
   need(num_images >= 1, f"num_images={num_images} must be at least 1")
-  need(
-    0 <= seed <= _SEEDS - num_images, f"seed={seed} must be at least 0, and the last picture's below 2**32"
-  )
+  need(0 <= seed <= SEEDS - num_images, f"seed={seed} must be at least 0, and the last picture's below 2**32")
   need(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
   need(solver in flow.SOLVERS, f"solver={solver!r} must be one of {', '.join(flow.SOLVERS)}")
   need(bool(np.isfinite(shift)) and shift > 0, f"shift={shift} must be positive")

@@ -17,8 +17,6 @@ from jflow.inference import decoding, likelihood, painting
 from jflow.inference.decoding import Request, bucket
 from jflow.models.janusflow import JanusFlow, for_inference
 
-_SEEDS = 2**32  # a key keeps 32 bits of its seed
-
 
 class Pipeline:
   """A model ready to paint and to answer. Made by `jflow.load`."""
@@ -72,9 +70,10 @@ class Pipeline:
       UserError: a value out of its range, an empty prompt or one longer than the context.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    self._check_painting(
-      prompts, steps, guidance, seed, num_images, solver, shift, interval, precision, batch_size
-    )
+    painting.check(
+      prompts, steps=steps, guidance=guidance, seed=seed, num_images=num_images, solver=solver, shift=shift,
+      interval=interval, precision=precision, batch_size=batch_size,
+    )  # fmt: skip
     ids = [x for x in map(self.painting_prompt, prompts) for _ in range(num_images)]
     if noise is None:
       noise = self.noise([seed + j for j in range(num_images)] * len(prompts))
@@ -119,34 +118,6 @@ class Pipeline:
     room = self.model.config.language_model.context - 1 - self.model.config.patches
     return examples.generation_prompt(text, self.template, self.tokenizer, room)
 
-  def _check_painting(
-    self, prompts, steps, guidance, seed, num_images, solver, shift, interval, precision, batch_size
-  ) -> None:
-    def need(ok: bool, message: str) -> None:
-      if not ok:
-        raise UserError(message)
-
-    need(bool(prompts), "give at least one prompt")
-    need(steps >= 1, f"steps={steps} must be at least 1")
-    need(bool(np.isfinite(guidance)) and (guidance >= 1 or guidance == 0),
-         f"guidance={guidance} must be at least 1 (1: none), or 0 (ignore the prompt)")  # fmt: skip
-    need(num_images >= 1, f"num_images={num_images} must be at least 1")
-    need(
-      0 <= seed <= _SEEDS - num_images, f"seed={seed} must be at least 0, and the last picture's below 2**32"
-    )
-    need(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
-    need(solver in flow.SOLVERS, f"solver={solver!r} must be one of {', '.join(flow.SOLVERS)}")
-    need(bool(np.isfinite(shift)) and shift > 0, f"shift={shift} must be positive")
-    need(
-      0 <= interval[0] <= interval[1] <= 1,
-      f"interval={tuple(interval)} must hold two times in [0, 1], in order",
-    )
-    need(precision in ("exact", "release"), f"precision={precision!r} must be 'exact' or 'release'")
-    need(
-      precision == "exact" or (solver == "euler" and shift == 1.0),
-      "precision='release' goes with solver='euler' and shift=1",
-    )
-
   def request(
     self,
     messages: str | Sequence[Any],
@@ -174,7 +145,7 @@ class Pipeline:
       raise UserError(f"temperature={temperature} must be at least 0")
     if not 0 < top_p <= 1:
       raise UserError(f"top_p={top_p} must be in (0, 1]")
-    if not 0 <= seed < _SEEDS:
+    if not 0 <= seed < painting.SEEDS:
       raise UserError(f"seed={seed} must be in [0, 2**32)")
     c = self.model.config
     context = c.language_model.context

@@ -7,6 +7,7 @@ A request {"do": "load", "file": NPZ} takes the inputs of the following runs; {"
 """
 
 import json
+import os
 import pathlib
 import sys
 import time
@@ -18,6 +19,7 @@ from torch_reference import Reference
 
 def main() -> None:
   directory, dtype = pathlib.Path(sys.argv[1]), getattr(torch, sys.argv[2])
+  torch.set_num_threads(len(os.sched_getaffinity(0)))  # a barrier over more threads than cores waits
   device = "cuda" if torch.cuda.is_available() else "cpu"
   reference, given = Reference(directory, device, dtype), {}
   put = lambda name: torch.from_numpy(given[name]).to(device)
