@@ -34,10 +34,14 @@ _KINDS = {
 }  # fmt: skip
 
 
+def of(device_kind: str) -> Chip | None:
+  """The chip of a device by its kind; None where no table has it (a CPU)."""
+  if device_kind in _KINDS:
+    return CHIPS[_KINDS[device_kind]]
+  return next((CHIPS[n] for part, n in _KINDS.items() if n[0] in "ah" and part in device_kind), None)
+
+
 def peak_flops(device_kind: str) -> float | None:
   """Dense bf16 FLOP/s of a device by its kind; None where no table has it (a CPU)."""
-  if device_kind in _KINDS:
-    return CHIPS[_KINDS[device_kind]].peak_flops
-  return next(
-    (CHIPS[n].peak_flops for part, n in _KINDS.items() if n[0] in "ah" and part in device_kind), None
-  )
+  chip = of(device_kind)
+  return chip and chip.peak_flops
