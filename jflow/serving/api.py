@@ -30,9 +30,7 @@ from jflow.serving.schemas import ApiError
 log = logging.getLogger("jflow.serving")
 
 _PREPARING = 4  # requests that are parsed and whose pictures are decoded at the same time
-_DRAINED = (
-  16  # times the limit: how much of a body that is too long is read, so that its client sees the answer
-)
+_DRAINED = 16  # times the limit that is read of a body that is too long, so that its client sees the answer
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -62,9 +60,7 @@ class Api:
         UserError: lambda request, error: _on_error(request, ApiError(400, str(error))),
         HTTPException: lambda request, error: _on_error(request, _of_route(request, error)),
         ClientDisconnect: lambda request, error: Response(status_code=499),
-        Exception: lambda request, error: _on_error(
-          request, ApiError(500, "the server failed at this request")
-        ),
+        Exception: lambda request, error: _on_error(request, ApiError(500, "the server failed here")),
       },
     )
     self.app = Observed(app, engine.metrics, {route.path for route in routes})
@@ -119,11 +115,12 @@ class Api:
     """The handler behind the token."""
 
     async def guarded(request: Request) -> Response:
-      scheme, _, given = request.headers.get("authorization", "").partition(" ")
-      right = self._token is None or hmac.compare_digest(given.strip().encode(), self._token.encode())
-      if not (right and (self._token is None or scheme.lower() == "bearer")):
-        headers = {"WWW-Authenticate": "Bearer"}
-        raise ApiError(401, "this server wants its token: Authorization: Bearer TOKEN", headers=headers)
+      if self._token is not None:
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        right = hmac.compare_digest(given.strip().encode(), self._token.encode())
+        if scheme.lower() != "bearer" or not right:
+          headers = {"WWW-Authenticate": "Bearer"}
+          raise ApiError(401, "this server wants its token: Authorization: Bearer TOKEN", headers=headers)
       return await handler(request)
 
     return guarded
