@@ -112,8 +112,6 @@ def _train(
     latents.check(pipeline.latents(), state.frozen, model.config.autoencoder)
     if hosts.is_first():  # late, so that a first mistake leaves the workdir free
       workdirs.write_config(workdir, config, tokenizer)
-    for line in pipeline.report():
-      hosts.say(line)
     record = Goodput(workdir, started) if hosts.is_first() else None
     if record:
       record.mark("setup", at=opened)
