@@ -74,8 +74,8 @@ def write(
   }
   for title, sheet in result.pictures:
     sheet.save(directory / f"{_file_name(title)}.png")
-  _replace(directory / "report.json", json.dumps(body, indent=1, ensure_ascii=False) + "\n")
-  _replace(directory / "report.html", _page(body, what, result.pictures))
+  replace(directory / "report.json", json.dumps(body, indent=1, ensure_ascii=False) + "\n")
+  replace(directory / "report.html", _page(body, what, result.pictures))
   return body
 
 
@@ -203,7 +203,7 @@ def _data_uri(image: Image.Image) -> str:
   return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _replace(path: pathlib.Path, text: str) -> None:
+def replace(path: pathlib.Path, text: str) -> None:
   """Writes a file so that a reader sees the old one or the new one."""
   new = path.with_name(path.name + ".part")
   new.write_text(text, encoding="utf-8")

@@ -80,9 +80,7 @@ class ShapesBenchmark:
       said = [records[f"ask/{split}/{i:04d}"]["answer"] for i in range(len(self._questions[split]))]
       out |= _question_scores(self._questions[split], said, chance[split], name)
     for kind in ("pictures", "questions"):
-      seen, unseen = out.get(f"seen {kind}: overall"), out.get(f"held-out {kind}: overall")
-      if seen and unseen:
-        out[f"{kind}: seen less held-out, same categories"] = _gap(out, kind)
+      out |= _gap(out, kind)
     notes = [
       "Pictures: strict means exactly what was asked and nothing else; lenient is GenEval's rule, which allows for more. "
       "Chance is the judge on pictures painted for other prompts of the same category. Intervals: Wilson's, with the pictures of a prompt counted as alike as they are.",
@@ -266,10 +264,11 @@ def _without_eyes(questions: Mapping[str, Sequence[tuple[Any, Asked]]]) -> dict[
   return out
 
 
-def _gap(out: Mapping[str, Score], kind: str) -> Score:
+def _gap(out: Mapping[str, Score], kind: str) -> dict[str, Score]:
   """Mean difference over the categories that both splits have."""
   names = [name.removeprefix(f"held-out {kind}: ") for name in out if name.startswith(f"held-out {kind}: ")]
   names = [name for name in names if name in (TAGS if kind == "pictures" else shapes.KINDS)]
   differences = [out[f"seen {kind}: {name}"].value - out[f"held-out {kind}: {name}"].value for name in names
                  if f"seen {kind}: {name}" in out]  # fmt: skip
-  return Score(float(np.mean(differences)), count=len(differences))
+  name = f"{kind}: seen less held-out, same categories"
+  return {name: Score(float(np.mean(differences)), count=len(differences))} if differences else {}

@@ -1,0 +1,91 @@
+"""Sweeps over guidance and steps: one evaluation for each pair, a table and a plot (the paper's figure 1)."""
+
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jflow.errors import UserError
+from jflow.evaluation import report
+from jflow.evaluation.recipes import RECIPES
+
+_MOST_PANELS = 6
+
+
+def main(args: argparse.Namespace) -> int:
+  """Runs every pair in a folder of its own, so that a stopped sweep goes on where it was; plots those that have scores."""
+  from jflow.evaluation.command import evaluate
+
+  recipe = RECIPES[args.benchmark]
+  if recipe.prompt:
+    raise UserError(f"--benchmark={recipe.name} paints nothing: it has no guidance and no steps to sweep")
+  if args.results or args.features:
+    raise UserError(
+      "--results and --features belong to one setting: give them with the --output of that setting alone"
+    )
+  pairs = list(itertools.product(args.sweep_guidance or [args.guidance or recipe.guidance],
+                                 args.sweep_steps or [args.steps or recipe.steps]))  # fmt: skip
+  found: dict[tuple[float, int], dict[str, Any]] = {}
+  opened: dict[str, Any] = {}
+  for number, (guidance, steps) in enumerate(pairs, 1):
+    output = args.output / f"guidance{guidance:g}_steps{steps}"
+    print(f"{number}/{len(pairs)}: guidance {guidance:g}, {steps} steps, in {output}", flush=True)
+    evaluate(
+      argparse.Namespace(**{**vars(args), "guidance": guidance, "steps": steps, "output": output}), opened
+    )
+    if (output / "report.json").exists():
+      found[guidance, steps] = json.loads((output / "report.json").read_text(encoding="utf-8"))["scores"]
+  names = plotted(found)
+  if not names:
+    print("no scores to plot yet: see the notes above")
+    return 0
+  figure(found, names).savefig(args.output / "sweep.png", dpi=120)
+  rows = [
+    {"guidance": guidance, "steps": steps, **{name: found[guidance, steps][name]["value"] for name in names}}
+    for guidance, steps in found
+  ]
+  report.replace(
+    args.output / "sweep.json", json.dumps({"benchmark": recipe.name, "rows": rows}, indent=1) + "\n"
+  )
+  print(f"plot: {args.output / 'sweep.png'}, numbers: {args.output / 'sweep.json'}")
+  return 0
+
+
+def plotted(found: Mapping[Any, Mapping[str, Any]]) -> list[str]:
+  """The scores worth a panel: overall ones and distances, without what does not depend on the pictures."""
+  names = list(next(iter(found.values()), {}))
+  common = [name for name in names if all(name in scores for scores in found.values())]
+  wanted = [
+    name for name in common
+    if name.endswith("overall") or name in ("FID", "CLIP similarity") or "FD-" in name and "floor" not in name
+  ]  # fmt: skip
+  return [name for name in wanted if "questions" not in name][:_MOST_PANELS]
+
+
+def figure(found: Mapping[tuple[float, int], Mapping[str, Any]], names: Sequence[str]) -> Any:
+  """One panel per score: over guidance, a line for each number of steps; over steps if guidance does not vary."""
+  from matplotlib.figure import Figure
+
+  guidances, steps = (sorted({pair[i] for pair in found}) for i in (0, 1))
+  along, label = (0, "guidance w") if len(guidances) > 1 else (1, "solver steps")
+  columns = min(3, len(names))
+  rows = math.ceil(len(names) / columns)
+  fig = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
+  for panel, name in zip(fig.subplots(rows, columns, squeeze=False).flat, names):
+    for other in steps if along == 0 else guidances:
+      line = sorted((pair[along], found[pair][name]) for pair in found if pair[1 - along] == other)
+      x, y = [at for at, _ in line], [score["value"] for _, score in line]
+      said = f"{other} steps" if along == 0 else f"w = {other:g}"
+      panel.plot(x, y, marker="o", markersize=4, label=said)
+      if all("low" in score for _, score in line):
+        panel.fill_between(
+          x, [score["low"] for _, score in line], [score["high"] for _, score in line], alpha=0.15
+        )
+    panel.set(xlabel=label, title=name)
+    panel.grid(alpha=0.3)
+  fig.axes[0].legend(frameon=False)
+  for panel in list(fig.axes)[len(names) :]:
+    panel.set_visible(False)
+  return fig
