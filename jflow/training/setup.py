@@ -1,5 +1,6 @@
 """What comes before the first step: the config's checks, the model, the parameters to start from."""
 
+import importlib.util
 import math
 import re
 import sys
@@ -72,6 +73,9 @@ def check(config: Config) -> JanusFlowConfig:
     "log.sample_guidance",
     "must be at least 1, or 0",
   )
+  for name in ("tensorboard", "wandb"):
+    there = not log[name] or importlib.util.find_spec(name) is not None
+    need(there, f"log.{name}", f"needs the package {name}: pip install {name}")
   prompts = log["sample_prompts"]
   strings = isinstance(prompts, tuple) and all(isinstance(p, str) and p.strip() for p in prompts)
   need(strings and bool(prompts or not log["sample_every"]), "log.sample_prompts", "must be a tuple of texts")

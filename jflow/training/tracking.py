@@ -8,20 +8,14 @@ from typing import Any
 
 from PIL import Image
 
-from jflow.errors import UserError
-
 
 class TensorBoard:
   """An event file in workdir/tensorboard, written with TensorBoard's own writer (no TensorFlow)."""
 
   def __init__(self, workdir: pathlib.Path):
-    try:
-      from tensorboard.compat.proto import event_pb2, summary_pb2
-      from tensorboard.summary.writer.event_file_writer import EventFileWriter
-    except ImportError as error:
-      raise UserError(
-        "config.log.tensorboard=True needs the package tensorboard: pip install tensorboard"
-      ) from error
+    from tensorboard.compat.proto import event_pb2, summary_pb2
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
     self._event, self._summary = event_pb2.Event, summary_pb2.Summary
     self._writer = EventFileWriter(str(workdir / "tensorboard"))
 
@@ -48,10 +42,8 @@ class WeightsAndBiases:
   """A run of the project `log.wandb`; a restart goes on in the same run."""
 
   def __init__(self, workdir: pathlib.Path, project: str, config: Mapping[str, Any]):
-    try:
-      import wandb
-    except ImportError as error:
-      raise UserError(f"config.log.wandb={project!r} needs the package wandb: pip install wandb") from error
+    import wandb
+
     self._wandb = wandb
     name = workdir.resolve().name
     self._run = wandb.init(
@@ -88,11 +80,7 @@ class Files:
 
 
 def trackers(config: Mapping[str, Any], workdir: pathlib.Path) -> list[Any]:
-  """Opens what `config.log` asks for.
-
-  Raises:
-    UserError: a package is missing.
-  """
+  """Opens what `config.log` asks for; `setup.check` has seen that the packages are there."""
   log = config["log"]
   opened: list[Any] = [Files(workdir)]
   if log["tensorboard"]:

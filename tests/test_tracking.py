@@ -1,0 +1,77 @@
+"""Scalars and sample pictures: TensorBoard's own reader finds what was written; the plain line tells the time left."""
+
+import importlib.util
+import io
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from jflow.errors import UserError
+from jflow.training import setup, tracking
+from jflow.training.metrics import Progress
+
+ROW = {
+  "step": 3, "loss": 1.5, "loss_text": 1.0, "loss_flow": 0.5, "grad_norm": 2.0, "fill": 0.75, "mfu": None,
+  "packs": {"understanding": 2, "text": 1}, "rejected": {}, "skipped": 0,
+}  # fmt: skip
+
+
+def test_tensorboard_reads_scalars_and_pictures_back(tmp_path):
+  accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+  rng = np.random.default_rng(0)
+  images = [Image.fromarray(rng.integers(0, 256, (8, 12, 3), np.uint8)) for _ in range(2)]
+  opened = tracking.trackers(tiny.configuration(log=dict(tensorboard=True)), tmp_path)
+  for tracker in opened:
+    for step in (3, 4):
+      tracker.scalars(step, tracking.scalars(ROW))
+    tracker.pictures(4, ("a ring", "a star"), images)
+    tracker.close()
+  events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+  events.Reload()
+  wanted = {
+    "loss/total": 1.5, "loss/text": 1.0, "loss/flow": 0.5, "run/grad_norm": 2.0, "run/fill": 0.75, "run/skipped": 0.0,
+    "packs/understanding": 2.0, "packs/text": 1.0,
+  }  # fmt: skip
+  assert {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]} == {
+    tag: [(3, value), (4, value)] for tag, value in wanted.items()
+  }
+  for number, prompt in enumerate(("a ring", "a star")):
+    (event,) = events.Images(f"samples/{prompt}")
+    assert event.step == 4 and (event.width, event.height) == (12, 8)
+    for source in (io.BytesIO(event.encoded_image_string), tmp_path / "samples" / f"00000004_{number}.png"):
+      np.testing.assert_array_equal(np.asarray(Image.open(source)), np.asarray(images[number]))
+
+
+@pytest.mark.parametrize("name, value", [("tensorboard", True), ("wandb", "project")])
+def test_a_missing_package_is_named_before_anything_starts(monkeypatch, name, value):
+  there = importlib.util.find_spec
+  monkeypatch.setattr(
+    importlib.util, "find_spec", lambda package: None if package == name else there(package)
+  )
+  with pytest.raises(
+    UserError, match=f"config.log.{name}={value!r} needs the package {name}: pip install {name}"
+  ):
+    setup.check(tiny.configuration(log={name: value}))
+  setup.check(tiny.configuration())
+
+
+def test_the_time_left_does_not_count_the_compilation(monkeypatch, capsys):
+  """A minute to compile, then two seconds a step."""
+  now = [100.0]
+  monkeypatch.setattr("jflow.training.metrics.time.monotonic", lambda: now[0])
+  progress = Progress(total=40, first=4, every_seconds=0.0)
+  for step, at in ((5, 160.0), (6, 162.0), (10, 170.0)):
+    now[0] = at
+    progress.update({"step": step, "loss": 1.0, "tokens_per_second": 5.0})
+  lines = capsys.readouterr().err.splitlines()
+  assert [line.split("tok/s 5 ")[1] for line in lines] == [
+    "compiled in 1.0 min",
+    "left 1.1 min",
+    "left 1.0 min",
+  ]
+  Progress(total=40, first=4, every_seconds=0.0, shown=False).update(
+    {"step": 5, "loss": 1.0, "tokens_per_second": 1}
+  )
+  assert capsys.readouterr().err == ""
