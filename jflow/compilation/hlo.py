@@ -64,6 +64,11 @@ def size(text: str) -> int:
   return sum(k * math.prod(int(x) for x in d.split(",") if x) for k, d in arrays)
 
 
+def main_memory(text: str) -> int:
+  """Bytes of the array shapes in a text, without those that TPU keeps in its on-chip memory (S(1))."""
+  return size(re.sub(r"\b[a-z]+[0-9]*[a-z0-9]*\[[0-9,]*\]\{[^}]*S\(1\)[^}]*\}", "", text))
+
+
 def parse(text: str) -> tuple[dict[str, list[Op]], str]:
   """The instructions of each computation of a module, and the name of its entry."""
   computations: dict[str, list[Op]] = {}
@@ -217,26 +222,26 @@ def _convolution(
 
 def _traffic(op: Op, ops: dict[str, Op], computations: dict[str, list[Op]]) -> float:
   """Bytes that an instruction reads and writes; of what it only slices or updates, the slice."""
-  read = lambda name: size(ops[name].shape) if name in ops else 0
+  read = lambda name: main_memory(ops[name].shape) if name in ops else 0
   if op.code == "dynamic-slice" or op.code == "gather":
-    return 2.0 * size(op.shape)
+    return 2.0 * main_memory(op.shape)
   if op.code == "dynamic-update-slice":
     return 2.0 * read(op.operands[1])
   called = re.search(r"\bcalls=%?([\w.\-]+)", op.text)
   inner = computations.get(called.group(1), ()) if op.code == "fusion" and called else ()
   if not inner:
-    return size(op.shape) + sum(map(read, op.operands))
-  total, written = 0.0, size(op.shape)
+    return main_memory(op.shape) + sum(map(read, op.operands))
+  total, written = 0.0, main_memory(op.shape)
   parameters = {int(o.text.split(")")[0]): o for o in inner if o.code == "parameter"}
   for i, name in enumerate(op.operands):
     users = [o for o in inner if i in parameters and parameters[i].name in o.operands]
     if users and all(o.code in ("dynamic-slice", "gather") for o in users):
-      total += sum(size(o.shape) for o in users)
+      total += sum(main_memory(o.shape) for o in users)
     elif users and all(
       o.code == "dynamic-update-slice" and o.operands[0] == parameters[i].name for o in users
     ):
       inside = {o.name: o for o in inner}
-      update = sum(size(inside[o.operands[1]].shape) for o in users if o.operands[1] in inside)
+      update = sum(main_memory(inside[o.operands[1]].shape) for o in users if o.operands[1] in inside)
       total, written = total + update, written - read(name) + update
     else:
       total += read(name)

@@ -69,6 +69,7 @@ def quiet_environment() -> None:
   """Set before jax starts: no device is opened, and libtpu does not look for a machine that it runs on."""
   os.environ["JAX_PLATFORMS"] = "cpu"
   os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

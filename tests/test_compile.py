@@ -1,0 +1,84 @@
+"""The step compiled for a TPU that is not there. Needs libtpu (pip install 'jflow[compile]'), and no hardware."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from jflow.compilation import targets
+from jflow.errors import UserError
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> dict:
+  file = tmp_path_factory.mktemp("compile") / "report.json"
+  command = [
+    sys.executable,
+    "-m",
+    "jflow",
+    "compile",
+    "--config=configs/stage2.py:tiny",
+    "--topology=v5e:2x4",
+  ]
+  done = subprocess.run([*command, f"--json={file}"], cwd=tiny.ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  return json.loads(file.read_text())
+
+
+@needs_libtpu
+def test_parameters_are_gathered_one_by_one(report):
+  """The largest gather is that of one weight (the head's, 64 x 1024), far below the tree of all parameters."""
+  everything = 8 * 2**30 * report["memory_gib"]["ema"]
+  assert report["largest_gather_bytes"] <= 64 * 1024 * 4 < everything / 2
+  gathered = sum(size for name, size in report["collective_bytes"].items() if name.startswith("all-gather"))
+  assert 0 < gathered < 3 * everything
+
+
+@needs_libtpu
+def test_activations_are_not_moved_to_other_devices(report):
+  """But for the rows of the embedding table: each device looks up its columns for all, then swaps."""
+  moved = ("all-to-all", "collective-permute")
+  assert sum(size for name, size in report["collective_bytes"].items() if name.startswith(moved)) < 300_000
+  assert all(name.endswith(" fsdp") for name in report["collective_bytes"])
+
+
+@needs_libtpu
+def test_the_report_says_what_a_device_holds_and_what_bounds_it(report):
+  memory = report["memory_gib"]
+  parts = sum(memory[name] for name in ("parameters", "ema", "optimizer", "batch", "temporaries"))
+  assert report["fits"] and memory["total"] == pytest.approx(parts, rel=0.15)  # small arrays are padded
+  assert memory["optimizer"] == pytest.approx(2 * memory["ema"], rel=0.01)  # two moments
+  assert report["bound"] == max(report["seconds"], key=report["seconds"].get)
+  assert report["flops"]["program"] > report["flops"]["model"] > 0
+
+
+@pytest.mark.parametrize("name, package", [("v5e:2x4", "libtpu"), ("h100:1x8", "CUDA plugin")])
+def test_a_compiler_that_is_missing_is_asked_for_in_one_line(monkeypatch, name, package):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(UserError, match=f"needs .*{package}.*pip install"):
+    targets.devices(targets.Topology.parse(name))
+
+
+def test_a_mistake_is_one_line_before_anything_is_compiled():
+  command = [
+    sys.executable,
+    "-m",
+    "jflow",
+    "compile",
+    "--config=configs/stage2.py:tiny",
+    "--topology=v5e:4x4",
+  ]
+  environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+  done = subprocess.run(
+    [*command, "--config.mesh.fsdp=3"], cwd=tiny.ROOT, capture_output=True, text=True, env=environment
+  )
+  assert done.returncode == 2 and "Traceback" not in done.stderr
+  assert (
+    done.stderr == "jflow: mesh.data x mesh.fsdp x mesh.model = 1 x 3 x 1 is not the 16 chips of v5e:4x4\n"
+  )
