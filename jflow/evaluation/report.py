@@ -26,7 +26,7 @@ h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 
 table { border-collapse: collapse; width: 100%; } th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); }
 th { text-align: left; font-weight: 600; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 img { max-width: 100%; border: 1px solid var(--line); } code { font-size: .9em; overflow-wrap: anywhere; }
-td:first-child { white-space: nowrap; } .wrap { overflow-x: auto; }
+th.group { padding-top: 1.2rem; } td:first-child { white-space: nowrap; } .wrap { overflow-x: auto; }
 """
 
 
@@ -149,14 +149,18 @@ def _page(body: Mapping[str, Any], what: str, pictures: Sequence[tuple[str, Imag
     *(f"Paper, {s}" for s in sizes),
     "Samples",
   ]
-  rows = []
+  rows, group = [], ""
   for name, score in body["scores"].items():
+    before, _, label = name.rpartition(": ")
+    if before != group:
+      rows.append(f'<tr><th class="group" colspan="{len(head)}">{html.escape(before)}</th></tr>')
+      group = before
     interval = f"{_digits(score['low'])} to {_digits(score['high'])}" if "low" in score else ""
     cells = [f"<b>{_digits(score['value'])}</b>", interval]
     cells += [_digits(score.get("chance"))] if chance else []
     cells += [_digits(score.get("paper", {}).get(size)) for size in sizes] + [str(score.get("count", ""))]
     rows.append(
-      f"<tr><td>{html.escape(name)}</td>" + "".join(f'<td class="n">{cell}</td>' for cell in cells) + "</tr>"
+      f"<tr><td>{html.escape(label)}</td>" + "".join(f'<td class="n">{cell}</td>' for cell in cells) + "</tr>"
     )
   settings = "".join(
     f"<tr><td>{html.escape(name)}</td><td><code>{html.escape(_plain(value))}</code></td></tr>"
@@ -186,7 +190,9 @@ def _page(body: Mapping[str, Any], what: str, pictures: Sequence[tuple[str, Imag
 
 def _digits(value: float | None) -> str:
   """Three decimals below 2, where shares are, else two."""
-  return "" if value is None else f"{value:.3f}" if abs(value) < 2 else f"{value:.2f}"
+  if value is None:
+    return ""
+  return f"{round(value, 3) + 0.0:.3f}" if abs(value) < 2 else f"{value:.2f}"  # + 0.0: no minus before a zero
 
 
 def _plain(value: Any) -> str:
