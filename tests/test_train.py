@@ -112,7 +112,7 @@ KILLS = 12
 
 
 def test_a_run_that_is_killed_again_and_again_equals_one_that_is_not(runs, stage1, compilation_cache):
-  """Twelve SIGKILLs at random moments, every other one inside a save, then SIGTERM; no loss may differ by a bit."""
+  """Twelve SIGKILLs: at a random step, inside a save, just after one, and again; then SIGTERM; no loss may differ by a bit."""
   workdir, rng = runs / "interrupted", np.random.default_rng(0)
   command = lambda steps, workdir=workdir: _command(
     2, workdir, compilation_cache, steps, f"--config.train.init_from={stage1}"
@@ -120,10 +120,14 @@ def test_a_run_that_is_killed_again_and_again_equals_one_that_is_not(runs, stage
   saving = lambda: any("tmp" in p.name for p in (workdir / "checkpoints").glob("*"))
   for number in range(KILLS):
     at = (checkpoint.newest_valid(workdir / "checkpoints") if workdir.exists() else 0) or 0
-    steps = at + (
-      int(rng.integers(1, INTERVAL + 2)) if number else 1
-    )  # the first: at the hand-over, nothing saved
-    moment = saving if number % 2 else lambda: _lines(workdir) >= steps
+    # The first: at the hand-over, when nothing is saved.
+    steps = at + (int(rng.integers(1, INTERVAL + 2)) if number else 1)
+    moments = (
+      lambda: _lines(workdir) >= steps,
+      saving,
+      lambda: at < max(checkpoint.sealed_steps(workdir / "checkpoints"), default=0),  # so that it gets on
+    )
+    moment = moments[number % 3]
     code, text = _interrupt(
       command(MANY), workdir, signal.SIGKILL, lambda: _stepping(workdir, at) and moment()
     )
