@@ -203,6 +203,7 @@ def configuration(**sections) -> dict:
       cluster="", coordinator="", processes=1, process_id=0, start_seconds=60, heartbeat_seconds=10
     ),
     checkpoint=dict(interval=2, keep=2, keep_every=0),
+    profile=dict(start=0, steps=0),
     log=dict(
       every_seconds=10.0, tensorboard=False, wandb="", sample_every=0, sample_prompts=("a red ring",), sample_steps=2,
       sample_guidance=2.0,

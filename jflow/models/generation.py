@@ -142,6 +142,7 @@ class ConvNeXtBlock(nn.Module):
     )
     bias = parameter(self, "depthwise_bias", nn.initializers.zeros, (channels,), ("channels",))
     y_BHWC = depthwise(x_BHWC, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+    y_BHWC = constrain(y_BHWC, "batch", None, None, None)  # else its gradient is cut by channels, and moved
     y_BHWC = RMSNorm(epsilon, self.dtype, name="norm")(y_BHWC)
     y_BHWC = linear(_EXPANSION * channels, ("channels", "mlp"), "expand")(y_BHWC)
     y_BHWC = jax.nn.gelu(y_BHWC, approximate=False)

@@ -161,9 +161,11 @@ class _Run:
     self._watchdog.beat("the start", slow=True)
     self._clock, self._compiled = time.monotonic(), False
     exchange, stop = hosts.Exchange(), _StopFlag()
+    self._tracing = False
     try:
       batches = self._on_device(self._pipeline.batches(first, last))
       for step, (batch, info) in enumerate(batches, start=first + 1):
+        self._trace(step)
         state, device = step_fn(state, batch)
         signum = self._flush()
         self._checkpointer.check()
@@ -183,6 +185,8 @@ class _Run:
           raise Terminated(signum, f"stopped at step {step}; the same command goes on from there")
       self._finish_saving(last)
     finally:
+      if self._tracing:
+        jax.profiler.stop_trace()
       self._watchdog.stop()
       if jax.process_count() == 1:  # what is being saved when an error comes may still be completed
         with contextlib.suppress(Stopped):
@@ -224,6 +228,17 @@ class _Run:
         f"{self._checkpointer.newest()}"
       )
     return int(told[:, 0].max())
+
+  def _trace(self, step: int) -> None:
+    """Starts the profiler's trace before the first step of its window, and ends it before the one behind it."""
+    start, steps = self._config["profile"]["start"], self._config["profile"]["steps"]
+    inside = start <= step < start + steps
+    if inside and not self._tracing:
+      jax.profiler.start_trace(self._workdir / "profile")
+    elif self._tracing and not inside:
+      jax.profiler.stop_trace()
+      hosts.say(f"trace of {steps} steps: {self._workdir / 'profile'}; open it with xprof or Perfetto")
+    self._tracing = inside
 
   def _save(self, state: TrainState, step: int) -> None:
     if self._record:
