@@ -65,6 +65,8 @@ class Cache(struct.PyTreeNode):
 
   def _write(self, old: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
     """Puts new [B, S, ...] into old [B, ..., T, ...]; slots beyond the end are dropped."""
+    if slots.ndim == 2 and len(old) == 1:
+      slots = slots[0]  # a row alone never runs past its end; a CPU writes a slice faster than it scatters
     if old.ndim == 4:
       if slots.ndim == 1:
         return jax.lax.dynamic_update_slice(old, jnp.swapaxes(new, 1, 2), (0, 0, slots[0], 0))
