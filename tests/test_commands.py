@@ -72,7 +72,7 @@ def _refused(capsys, *argv) -> str:
   [
     (
       ["paint"],
-      "jflow: unknown command 'paint'; known: prepare, train, generate, understand, convert, parity",
+      "jflow: unknown command 'paint'; known: prepare, train, generate, understand, ",
     ),
     (
       ["understand", "--checkpoint=x", "--question=q", "--image=no.png"],
