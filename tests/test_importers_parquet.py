@@ -9,7 +9,7 @@ import pytest
 
 from jflow.data.records import Turn
 from jflow.errors import UserError
-from preparing import image, make_folder, read_back, run
+from preparing import chat, image, make_folder, read_back, run
 
 TURNS = (Turn("user", "<image>\nWhich?"), Turn("assistant", "This."))
 
@@ -102,6 +102,16 @@ def test_documents_need_no_image(folder):
   _table(folder, [{"text": f"Document {i}.", "image": image(i)} for i in range(3)])
   _, output = _run(folder, "text")
   assert [record.text for record in read_back(output, "text")] == [f"Document {i}." for i in range(3)]
+
+
+def test_a_mix_with_and_without_pictures_comes_in_once_per_task(folder):
+  plain = {"conversations": chat("", "Why?", "So.")["conversations"]}
+  _table(folder, [chat(image(1)), {"image": None, **plain}])
+  summary, _ = _run(folder, max_rejected_share=0.0)
+  assert summary["accepted"] == 1 and summary["filtered"] == {"text_only": 1}
+  summary, output = _run(folder, "text", max_rejected_share=0.0, output=str(folder.parent / "out-text"))
+  assert summary["filtered"] == {"with_images": 1}
+  assert [turn.text for turn in read_back(output, "text")[0].turns] == ["Why?", "So."]
 
 
 def test_each_broken_row_is_counted_under_its_reason(folder):

@@ -1,10 +1,12 @@
 """Latents made ahead of time: the same losses as live, and no run takes those of another VAE, size or data set."""
 
+import errno
 import functools
 import io
 import json
 import os
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ from ml_dtypes import bfloat16
 from PIL import Image
 
 from jflow.batch import WRITE
-from jflow.data import images, latents, prepare, prepare_command
+from jflow.data import images, latents, prepare, prepare_command, prepared
 from jflow.data.pipeline import Pipeline
 from jflow.data.prepared import PreparedSource
 from jflow.data.records import RecordError
@@ -173,10 +175,25 @@ def test_a_killed_run_goes_on_and_nothing_is_there_before_all_is(data):
     np.testing.assert_allclose(
       *(x[index][1].astype(np.float32) for x in (resumed, whole)), rtol=2**-7, atol=1e-5
     )
-  assert sorted(name.split(".")[-1] for name in killed) == ["array_record"] * 4 + [
-    "job.json".split(".")[-1],
-    "json",
-  ]
+  shards = [f"latents-{i:05d}-of-00004.array_record" for i in range(4)]
+  assert sorted(killed) == [*shards, "latents.json"]
+
+
+def test_one_process_writes_and_a_full_disk_gets_one_clear_line(data, monkeypatch):
+  def meanwhile():
+    with pytest.raises(UserError, match="latents-16.partial is being written by another process"):
+      write(data)
+    return encode()
+
+  write(data, meanwhile)
+  shutil.rmtree(latents.folder(data, 16))
+
+  def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device", "latents-00000")
+
+  monkeypatch.setattr(prepared, "call_writer", full)
+  with pytest.raises(UserError, match="latents-00000: No space left on device; run the same command again"):
+    write(data)
 
 
 def test_a_run_refuses_what_does_not_fit(data, tmp_path):

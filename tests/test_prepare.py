@@ -17,6 +17,7 @@ from PIL import Image
 from jflow.batch import TASKS
 from jflow.data import prepare, prepare_command, prepared
 from jflow.data.filters import Filters
+from jflow.data.partial import open_partial
 from jflow.data.prepared import PreparedSource
 from jflow.data.records import Turn
 from jflow.data.shapes import ShapesSource
@@ -62,16 +63,49 @@ def test_tfds_reads_the_directory(folder):
     assert json.loads(source[i]["meta"])["sizes"] == [[12 + i, 9]]
 
 
-def test_too_many_broken_lines_write_nothing_and_name_the_first(folder):
+def test_too_many_broken_lines_make_no_output_and_name_the_first(folder):
   lines = (
     [chat("pictures/1.png")] * 97 + [chat("pictures/none.png")] + [chat("pictures/2.png", answer="")] * 2
   )
   write_lines(folder / "chat.jsonl", lines)
   with pytest.raises(UserError, match=r"line 98: image pictures/none.png not found .*3 of 100 .*share=0.02"):
     run(folder, max_rejected_share=0.02)
-  assert os.listdir(folder.parent) == ["in"]
-  summary, _ = run(folder, max_rejected_share=0.03)
-  assert summary["accepted"] == 97
+  assert sorted(os.listdir(folder.parent)) == ["in", "out.partial"]
+  (folder / "pictures" / "none.png").write_bytes(image(1))  # found again: its line is read again
+  summary, output = run(folder, max_rejected_share=0.02)
+  assert summary["accepted"] == len(read_back(output)) == 98 and summary["rejected"] == {"no_answer": 2}
+  assert sorted(os.listdir(folder.parent)) == ["in", "out"]
+
+
+def test_a_larger_share_goes_on_with_what_is_done(folder, monkeypatch):
+  lines = [{"id": str(i), "text": f"Document {i}." if i % 10 else ""} for i in range(40)]
+  write_lines(folder / "books.jsonl", lines)
+  with pytest.raises(UserError, match=r"4 of 40 .*is kept for a run with a larger one"):
+    run(folder, "text", "books.jsonl", "text")
+  monkeypatch.setattr(prepare, "_import_part", None)  # no part is read again
+  summary, output = run(folder, "text", "books.jsonl", "text", max_rejected_share=0.1)
+  assert summary["rejected"] == {"empty_text": 4}
+  assert [record.id for record in read_back(output, "text")] == [str(i) for i in range(40) if i % 10]
+
+
+def test_a_shard_that_the_machine_lost_is_made_again(folder, monkeypatch):
+  finish = prepare._finish
+  monkeypatch.setattr(prepare, "_finish", lambda *_: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    run(folder, part_records=4)
+  os.truncate(folder.parent / "out.partial" / "part-00001.array_record", 100)
+  monkeypatch.setattr(prepare, "_finish", finish)
+  _, output = run(folder, part_records=4)
+  assert [record.id for record in read_back(output)] == [f"r{i}" for i in range(12)]
+
+
+def test_a_file_system_without_links_gets_copies(folder, monkeypatch):
+  def refuse(*_):
+    raise PermissionError(1, "Operation not permitted")
+
+  monkeypatch.setattr(os, "link", refuse)
+  _, output = run(folder, part_records=5)
+  assert [record.id for record in read_back(output)] == [f"r{i}" for i in range(12)]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -256,7 +290,8 @@ def test_every_image_of_a_record_must_pass(folder):
 def test_a_mix_with_and_without_pictures_comes_in_once_per_task(folder):
   plain = {"conversations": chat("", "Why?", "So.")["conversations"]}
   lost = {"conversations": chat("", "<image>\nWhy?", "So.")["conversations"]}
-  write_lines(folder / "mix.jsonl", [chat("pictures/1.png"), plain, plain, chat("pictures/2.png")])
+  lines = [chat("pictures/1.png"), plain, {"image": None, **plain}, chat("pictures/2.png")]
+  write_lines(folder / "mix.jsonl", lines)
   summary, output = run(folder, name="mix.jsonl", max_rejected_share=0.0)
   assert summary["accepted"] == 2 and summary["filtered"] == {"text_only": 2}
   summary, output = run(folder, "text", "mix.jsonl", max_rejected_share=0.0, output=output + "-text")
@@ -292,7 +327,7 @@ def test_a_run_that_is_killed_for_good_goes_on(folder):
   assert 3 <= len(done) < 60
   with (
     pytest.raises(UserError, match="being written by another process"),
-    prepare._open_partial(str(partial), {}),
+    open_partial(str(partial), {}, "--output"),
   ):
     run(folder, part_records=50)
   left = None

@@ -13,7 +13,6 @@ import collections
 import concurrent.futures
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +22,7 @@ from ml_dtypes import bfloat16
 from tqdm import tqdm
 
 from jflow.data import images, prepared
+from jflow.data.partial import open_partial, write_json
 from jflow.data.records import RecordError
 from jflow.errors import UserError
 
@@ -133,8 +133,6 @@ def write(
   Raises:
     UserError: the directory is no such data set, has latents already, or cannot be written.
   """
-  from array_record.python import array_record_module
-
   source = prepared.PreparedSource(directory, "generation")
   output = folder(directory, image_size)
   if os.path.exists(output):
@@ -150,38 +148,58 @@ def write(
     "shard_lengths": lengths,
   }
   partial = output + ".partial"
-  _open_partial(partial, header)
-  rejected: collections.Counter = collections.Counter()
-  sizes, first = [], 0
+  with open_partial(partial, header, "--input"):
+    try:
+      reports = _write_shards(source, partial, header, encode, batch_size, threads)
+      header["shard_bytes"] = [report["bytes"] for report in reports]
+      header["rejected"] = dict(
+        sum((collections.Counter(r["rejected"]) for r in reports), collections.Counter())
+      )
+      write_json(os.path.join(partial, "latents.json"), header)
+      os.rename(partial, output)
+    except OSError as error:
+      raise UserError(
+        f"{error.filename or partial}: {error.strerror or error}; run the same command again to go on"
+      ) from None
+  for name in os.listdir(output):
+    if name != "latents.json" and not name.endswith(".array_record"):
+      os.unlink(os.path.join(output, name))
+  return header
+
+
+def _write_shards(
+  source: prepared.PreparedSource,
+  partial: str,
+  header: dict[str, Any],
+  encode: Callable[[np.ndarray], np.ndarray],
+  batch_size: int,
+  threads: int,
+) -> list[dict[str, Any]]:
+  """Writes the shards that are not there yet, each with its report; returns the reports of all."""
+  from array_record.python import array_record_module
+
+  lengths, first, reports = header["shard_lengths"], 0, []
+  read = lambda index: _picture(source, index, header["image_size"], header["seed"])
   with (
     tqdm(total=sum(lengths), unit="img", desc="latents", disable=not sys.stderr.isatty()) as bar,
     concurrent.futures.ThreadPoolExecutor(threads) as pool,
   ):
     for number, length in enumerate(lengths):
       path = os.path.join(partial, _shard(number, header))
-      report = path + ".json"
-      if not os.path.exists(report):
+      if not os.path.exists(path + ".json"):
         writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")
         lost: collections.Counter = collections.Counter()
-        read = lambda index: _picture(source, index, image_size, seed)
         for entry in _entries(read, range(first, first + length), encode, batch_size, pool, lost):
-          writer.write(entry)
+          prepared.call_writer(path, writer.write, entry)
           bar.update()
-        writer.close()
-        _write_json(report, {"bytes": os.path.getsize(path), "rejected": lost})
+        prepared.call_writer(path, writer.close)
+        write_json(path + ".json", {"bytes": os.path.getsize(path), "rejected": lost})
       else:
         bar.update(length)
-      with open(report, encoding="utf-8") as stream:
-        done = json.load(stream)
-      sizes.append(done["bytes"])
-      rejected.update(done["rejected"])
+      with open(path + ".json", encoding="utf-8") as stream:
+        reports.append(json.load(stream))
       first += length
-  header |= {"shard_bytes": sizes, "rejected": dict(rejected)}
-  for number in range(len(lengths)):
-    os.unlink(os.path.join(partial, _shard(number, header) + ".json"))
-  _write_json(os.path.join(partial, "latents.json"), header)
-  os.rename(partial, output)
-  return header
+  return reports
 
 
 def _entries(
@@ -243,26 +261,3 @@ def _read_header(path: str, directory: str, image_size: int) -> dict[str, Any]:
       f"data.latents=True, and {directory} has no latents of {image_size} pixels{there}; make them: "
       f"python -m jflow prepare --latents --input={directory} --checkpoint=..."
     ) from None
-
-
-def _open_partial(partial: str, header: dict[str, Any]) -> None:
-  """Makes the folder to write into; shards of another VAE, size or data set are removed."""
-  path = os.path.join(partial, "job.json")
-  try:
-    with open(path, encoding="utf-8") as stream:
-      if json.load(stream) == header:
-        return
-  except (OSError, ValueError):
-    pass
-  shutil.rmtree(partial, ignore_errors=True)
-  try:
-    os.makedirs(partial)
-    _write_json(path, header)
-  except OSError as error:
-    raise UserError(f"--input: cannot write {partial} ({error.strerror})") from None
-
-
-def _write_json(path: str, value: Any) -> None:
-  with open(path + ".tmp", "w", encoding="utf-8") as stream:
-    json.dump(value, stream, indent=1)
-  os.rename(path + ".tmp", path)

@@ -8,7 +8,6 @@ import collections
 import concurrent.futures
 import concurrent.futures.process
 import dataclasses
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -16,12 +15,13 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 from jflow.batch import TASKS
 from jflow.data import examples, images, importers, prepared
 from jflow.data.filters import Filters
 from jflow.data.importers import Importer, Item
+from jflow.data.partial import open_partial, write_json
 from jflow.data.progress import Progress
 from jflow.data.records import RecordError
 from jflow.errors import UserError
@@ -48,7 +48,8 @@ def prepare(
     output: the directory to write, which must not exist yet.
     task: "understanding", "generation" or "text".
     input: file, folder or pattern to read; unused by "shapes".
-    max_rejected_share: share of unusable records above which nothing is written.
+    max_rejected_share: share of unusable records above which the output is not made. The parts are kept, so that
+      another run with a larger share goes on.
     filters: which records are wanted.
     processes: processes that read and check.
     options: the other fields of `importers.Options`.
@@ -77,20 +78,23 @@ def prepare(
   parts = importer.parts()
   partial = output + ".partial"
   again = "run the same command again to go on"
-  with _open_partial(partial, job):
+  with open_partial(partial, job, "--output"):
     try:
       reports = _run(importer, parts, partial, task, filters, processes)
       summary = _summary(job, reports)
       problem = _problem(summary, max_rejected_share)
       if not problem:
         _finish(partial, output, task, reports, summary)
+      elif summary["accepted"]:
+        _read_again(importer, partial, reports)
     except concurrent.futures.process.BrokenProcessPool:
       raise UserError(
         f"a process of the import was killed (out of memory?): {again}, with fewer --processes"
       ) from None
     except OSError as error:
       raise UserError(f"{error.filename or output}: {error.strerror or error}; {again}") from None
-  shutil.rmtree(partial)
+  if not problem or not summary["accepted"]:
+    shutil.rmtree(partial)
   if problem:
     raise UserError(problem)
   return summary
@@ -191,7 +195,7 @@ def _import_part(
     "filtered": dict(filtered),
     "first_rejected": first,
   }
-  _write_json(stem + ".json", report)
+  write_json(stem + ".json", report)
   return report
 
 
@@ -209,8 +213,10 @@ def _check(item: Item, task: str, filters: Filters) -> str | None:
   if item.record.turns and not item.record.images and task == "understanding":
     if not any(examples.IMAGE_MARK in turn.text for turn in item.record.turns):
       return "text_only"
-  if item.record.turns and item.record.images and task == "text":
-    return "with_images"
+  if task == "text" and item.record.turns:
+    # Formats that need not read the images for this leave the marks alone.
+    if item.record.images or any(examples.IMAGE_MARK in turn.text for turn in item.record.turns):
+      return "with_images"
   examples.check(item.record, task)
   texts = [item.record.text, *(turn.text for turn in item.record.turns)]
   for text in (item.record.id, *texts):
@@ -256,7 +262,11 @@ def _problem(summary: dict[str, Any], max_rejected_share: float) -> str | None:
   rejected, accepted = sum(summary["rejected"].values()), summary["accepted"]
   if rejected > max_rejected_share * (accepted + rejected) or (rejected and not accepted):
     reason, first = next(iter(summary["first_rejected"].items()))
-    share = f", more than --max_rejected_share={max_rejected_share}" if accepted else ""
+    share = (
+      f", more than --max_rejected_share={max_rejected_share}; what is done is kept for a run with a larger one"
+      if accepted
+      else ""
+    )
     return (
       f"{first['where']}: {first['message']} ({reason}); in all {rejected:,} of {accepted + rejected:,} records "
       f"cannot be used {summary['rejected']}{share}"
@@ -279,14 +289,22 @@ def _finish(
   kept = [index for index, report in enumerate(reports) if report["records"]]
   for shard, index in enumerate(kept):
     stem = os.path.join(partial, f"part-{index:05d}")
-    os.link(stem + ".array_record", os.path.join(whole, prepared.shard_name(task, shard, len(kept))))
-    os.link(stem + ".outlines", os.path.join(whole, prepared.outline_name(shard, len(kept))))
+    _link(stem + ".array_record", os.path.join(whole, prepared.shard_name(task, shard, len(kept))))
+    _link(stem + ".outlines", os.path.join(whole, prepared.outline_name(shard, len(kept))))
   _join([os.path.join(partial, f"part-{i:05d}.rejected") for i in range(len(reports))], whole)
   prepared.write_metadata(whole, task, summary["shard_lengths"], summary["bytes"])
-  _write_json(os.path.join(whole, prepared.SUMMARY), summary)
+  write_json(os.path.join(whole, prepared.SUMMARY), summary)
   if os.path.isdir(output):
     os.rmdir(output)
   os.rename(whole, output)
+
+
+def _link(source: str, target: str) -> None:
+  """Gives a file a second name, or a copy where the file system has no links."""
+  try:
+    os.link(source, target)
+  except OSError:
+    shutil.copyfile(source, target)
 
 
 def _join(paths: Sequence[str], directory: str) -> None:
@@ -299,52 +317,22 @@ def _join(paths: Sequence[str], directory: str) -> None:
           shutil.copyfileobj(file, joined)
 
 
-def _open_partial(partial: str, job: dict[str, Any]) -> TextIO:
-  """Makes the directory of the parts and locks it; returns the lock, which ends with the process.
-
-  Parts of another job, or of files that changed since, are removed.
-  """
-  try:
-    os.makedirs(partial, exist_ok=True)
-    lock = open(os.path.join(partial, "lock"), "w")
-  except OSError as error:
-    raise UserError(f"--output: cannot write {partial} ({error.strerror})") from None
-  try:
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except OSError:
-    raise UserError(
-      f"{partial} is being written by another process: wait for it, or name another --output"
-    ) from None
-  path = os.path.join(partial, "job.json")
-  try:
-    with open(path, encoding="utf-8") as file:
-      if json.load(file) == job:
-        return lock
-  except (OSError, ValueError):
-    pass
-  for name in os.listdir(partial):
-    if name != "lock":
-      os.remove(os.path.join(partial, name))
-  _write_json(path, job)
-  return lock
+def _read_again(importer: Importer, partial: str, reports: Sequence[dict[str, Any]]) -> None:
+  """Lets the next run read the parts again in which an image beside the input, which may be mended, was rejected."""
+  for index, report in enumerate(reports):
+    if importer.images_beside and report["rejected"]:
+      os.remove(os.path.join(partial, f"part-{index:05d}.json"))
 
 
 def _read_report(partial: str, index: int) -> dict[str, Any] | None:
+  """Returns the report of a part; None where there is none, or its shard is not whole (the machine went down)."""
+  stem = os.path.join(partial, f"part-{index:05d}")
   try:
-    with open(os.path.join(partial, f"part-{index:05d}.json"), encoding="utf-8") as file:
-      return json.load(file)
+    with open(stem + ".json", encoding="utf-8") as file:
+      report = json.load(file)
+    return report if os.path.getsize(stem + ".array_record") == report["file_bytes"] else None
   except FileNotFoundError:
     return None
-
-
-def _write_json(path: str, value: Any) -> None:
-  """Writes a file that is either whole or not there."""
-  # A lone surrogate, in a message or the name of a file, so becomes its escape.
-  with open(path + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as file:
-    json.dump(value, file, ensure_ascii=False, indent=1)
-    file.flush()
-    os.fsync(file.fileno())
-  os.rename(path + ".tmp", path)
 
 
 def _fingerprint(files: Sequence[str]) -> str:

@@ -44,9 +44,11 @@ examples
 
 Every record is checked: the images are decoded, each conversation needs an answer. What cannot be used is left out,
 counted by reason in OUTPUT/summary.json and listed in OUTPUT/rejected.jsonl; what a filter drops is counted apart.
-A run that was killed goes on where it stopped. The images stay as they are, encoded; what training sees of odd ones:
+A run that was killed goes on where it stopped, as does one with a larger --max_rejected_share. Images beside a file
+of lines are not watched between the two: remove OUTPUT.partial when sound ones were replaced. The images stay as they are, encoded; what training sees of odd ones:
 EXIF rotation applied, alpha over white, the first frame of an animation, the upper 8 of 16 bits, CMYK, grey and
-palette as RGB.
+palette as RGB. Documents longer than a row of training are cut; a conversation or caption that no row can hold is
+left out when the rows are planned, and counted as "too_long".
 
 afterwards
   python -m jflow prepare --inspect OUTPUT    draw packed rows as the model will see them

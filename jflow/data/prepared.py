@@ -87,7 +87,7 @@ class ShardWriter:
         }
       )
     )
-    self._call(self._writer.write, example)
+    call_writer(self._path, self._writer.write, example)
     outline = [record.id, len(record.images), record.text, record.turns]
     line = json.dumps(outline, ensure_ascii=False).encode("utf-8") + b"\n"
     self._outlines.write(line)
@@ -97,15 +97,16 @@ class ShardWriter:
     self.bytes += len(example)
 
   def close(self) -> None:
-    self._call(self._writer.close)
+    call_writer(self._path, self._writer.close)
     self._outlines.close()
 
-  def _call(self, function: Callable[..., Any], *arguments: Any) -> None:
-    """Calls the writer of ArrayRecord, whose failures (a full disk) become an `OSError`."""
-    try:
-      function(*arguments)
-    except RuntimeError as error:
-      raise OSError(errno.EIO, str(error).split(";")[0], self._path) from None
+
+def call_writer(path: str, function: Callable[..., Any], *arguments: Any) -> None:
+  """Calls a writer of ArrayRecord, whose failures (a full disk) become an `OSError` that names the file."""
+  try:
+    function(*arguments)
+  except RuntimeError as error:
+    raise OSError(errno.EIO, str(error).split(";")[0], path) from None
 
 
 def write_metadata(directory: str, task: str, shard_lengths: Sequence[int], num_bytes: int) -> None:

@@ -53,7 +53,13 @@ class Item(NamedTuple):
 
 
 class Importer(Protocol):
-  """One input. Picklable, so that a process can read a part of it."""
+  """One input. Picklable, so that a process can read a part of it.
+
+  Attributes:
+    images_beside: whether images may be files of their own, which `files` does not list.
+  """
+
+  images_beside: bool
 
   def parts(self) -> list[Any]:
     """Returns the parts, each small and picklable. Each becomes a shard."""

@@ -21,6 +21,8 @@ Part = tuple[str, int, int, int]  # file, first byte, first line, lines; the byt
 class Llava:
   """See the top of the module."""
 
+  images_beside = True
+
   def __init__(self, options: Options):
     self._options = options
     self._paths = input_files(options.input, (".jsonl", ".json"), "llava-jsonl")
@@ -80,7 +82,7 @@ class Llava:
 
   def _images(self, value: dict[str, Any], root: str) -> tuple[bytes, ...]:
     keys = (self._options.image_column,) if self._options.image_column else objects.IMAGES
-    names = next((value[key] for key in keys if key in value), ())
+    names = next((value[key] for key in keys if value.get(key) is not None), ())
     names = [names] if isinstance(names, str) else names
     if isinstance(names, list):
       names = [name for name in names if name is not None]  # an interleaved document has a text there

@@ -22,6 +22,8 @@ Part = tuple[str, int, int, int]  # file, row group, its first row, its rows
 class Parquet:
   """See the top of the module."""
 
+  images_beside = True
+
   def __init__(self, options: Options):
     self._options = options
     self._paths = input_files(options.input, (".parquet",), "parquet")
@@ -95,12 +97,12 @@ class Parquet:
         images = tuple(
           self._image(v, path) for v in (value if isinstance(value, list) else [value]) if v is not None
         )
-        if not images:
-          raise RecordError("missing_image", f'"{image}" is empty')
       name = next(
         (str(fields[key]) for key in ("id", "key") if fields.get(key) is not None), where.split()[-1]
       )
       record = objects.make_record(name, fields, images, self._options.task, self._options.text_column)
+      if not images and not record.turns and self._options.task != "text":
+        raise RecordError("missing_image", f'"{image}" is empty')
       return Item(where, record, objects.notes(fields, drop))
     except RecordError as error:
       return Item(where, error, {})

@@ -12,6 +12,8 @@ from jflow.data.importers.importer import Item, Options
 class Shapes:
   """See the top of the module."""
 
+  images_beside = False
+
   def __init__(self, options: Options):
     from jflow.data.shapes import ShapesSource
 

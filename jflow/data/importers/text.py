@@ -27,6 +27,8 @@ Piece = tuple[str, int, int]  # file, first byte, one past the last
 class Text:
   """See the top of the module."""
 
+  images_beside = False
+
   def __init__(self, options: Options):
     if options.task != "text":
       raise UserError(f"--format=text holds documents: use --task=text, not {options.task}")

@@ -20,6 +20,8 @@ from jflow.errors import UserError
 class Tfds:
   """See the top of the module."""
 
+  images_beside = False
+
   def __init__(self, options: Options):
     self._options = options
     if not os.path.isfile(os.path.join(options.input, "dataset_info.json")):
@@ -38,7 +40,12 @@ class Tfds:
       )
 
   def files(self) -> list[str]:
-    return sorted(entry.path for entry in os.scandir(self._options.input) if entry.is_file())
+    # Not the plans and lengths that runs keep beside the records.
+    return sorted(
+      entry.path
+      for entry in os.scandir(self._options.input)
+      if entry.is_file() and ("-of-" in entry.name or entry.name.endswith(".json"))
+    )
 
   def parts(self) -> list[tuple[int, int]]:
     splits = _builder(self._options.input).info.splits

@@ -21,6 +21,8 @@ _IMAGE = re.compile(r"(?:.*\.)?(?:jpe?g|png|webp|gif|bmp|tiff?|avif|heic)")
 class WebDataset:
   """See the top of the module."""
 
+  images_beside = False
+
   def __init__(self, options: Options):
     self._options = options
     self._paths = input_files(options.input, (".tar", ".tar.gz", ".tgz"), "webdataset")
