@@ -2,6 +2,7 @@
 
 import collections
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -190,21 +191,23 @@ def test_a_bad_image_costs_its_sample_alone(opened):
   good = _pipeline(mixture=((0, (1, 0, 0)),))
   bad = _pipeline(mixture=((0, (1, 0, 0)),), shapes={"size": 101, "bad": (3, 50)})
   steps = -(-good._rows[0][0].plan.rows // 8)
-  lost, counted = collections.Counter(), collections.Counter()
+  lost, counted, named = collections.Counter(), collections.Counter(), collections.Counter()
   for step, (batch, info) in enumerate(bad.batches(0, steps)):
     expected = [text for _, text in _segments(good.batch(step))]
     got = [text for _, text in _segments(batch)]
     lost.update(_index(text) for text in expected)
     lost.subtract(_index(text) for text in got)
     counted.update(info["rejected"])
+    named.update(int(re.search(r"understanding record (\d+): ", message)[1]) for message in info["messages"])
     assert (batch.image_kind == batch_lib.READ).sum() == len(got)
     assert set(got) <= set(expected)
+  assert named == +lost
   assert set(+lost) == {3, 50} and counted == {"format": sum((+lost).values())}
 
 
 def test_too_many_bad_images_stop_the_run(opened):
   pipeline = _pipeline(mixture=((0, (1, 0, 0)),), shapes={"size": 100, "bad": tuple(range(50))})
-  with pytest.raises(UserError, match="'format'.*max_rejected_share = 0.01"):
+  with pytest.raises(UserError, match="'format'.*max_rejected_share = 0.01; the last was .* record [0-9]+: "):
     for _ in pipeline.batches(0, 100):
       pass
 

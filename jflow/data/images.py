@@ -17,6 +17,7 @@ _WHITE = (255, 255, 255)
 
 # Pillow only warns where an image passes its own limit; `decode` raises, and at a lower limit.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", "Corrupt EXIF data|Truncated File Read", UserWarning)  # a line per image
 
 
 class ImageError(RecordError):

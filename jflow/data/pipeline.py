@@ -77,20 +77,23 @@ class Rows:
       f"{rejected.total():,} rejected{reasons}{'; latents made ahead' if self.latents else ''}"
     )
 
-  def fill(self, row: Batch, number: int) -> collections.Counter:
-    """Lays a row out in `row`, which holds only padding; returns what was rejected in it, by reason.
+  def fill(self, row: Batch, number: int) -> tuple[int, list[tuple[str, str]]]:
+    """Lays a row out in `row`, which holds only padding.
 
-    The counter's "samples" is the number of samples of the row, rejected ones included.
+    A sample that cannot be used leaves its slots empty: another in its place would stand twice in the epoch.
+
+    Returns:
+      The number of samples of the row, and (reason, message) of each that was rejected.
     """
     pieces = self.pieces(number)
-    samples, counter = [], collections.Counter(samples=len(pieces))
+    samples, rejected = [], []
     for piece in pieces:
       try:
         samples.append(self._sample(piece))
       except RecordError as error:
-        counter[error.reason] += 1
+        rejected.append((error.reason, f"{self.name}, {self.task} record {piece.record}: {error}"))
     packing.pack_into(row, samples, self._shape)
-    return counter
+    return len(pieces), rejected
 
   def pieces(self, number: int) -> list[Piece]:
     """Returns what stands in a row, in order."""
@@ -235,37 +238,50 @@ class Pipeline:
 
     Yields:
       The batch, and `{"packs": rows per task of the global batch, "fill": share of this host's slots that are
-      not padding, "rejected": {reason: samples of this host's share}}`.
+      not padding, "rejected": {reason: samples of this host's share}, "messages": one per rejected sample}`.
 
     Raises:
       UserError: more than data.max_rejected_share of the samples of this run had to be rejected.
     """
     step_plan = self._step_plan(stop_step)
     seen, rejected = 0, collections.Counter()
-    for offset, (batch, counter) in enumerate(_prefetch(self._load, step_plan, start_step, self._config)):
+    loaded = _prefetch(self._load, step_plan, start_step, self._config)
+    for offset, (batch, samples, lost) in enumerate(loaded):
       if self._config["workers"] > 0:  # out of the worker's shared memory, which ends with the worker
         batch = Batch(*map(np.array, batch))
-      seen += counter.pop("samples")
+      counter = collections.Counter(reason for reason, _ in lost)
+      seen += samples
       rejected.update(counter)
       if rejected.total() > self._config["max_rejected_share"] * max(seen, MIN_JUDGED):
         raise UserError(
           f"{rejected.total():,} of {seen:,} samples had to be rejected ({dict(rejected)}), more than "
-          f"data.max_rejected_share = {self._config['max_rejected_share']}; run `jflow prepare` on "
-          "the source again"
+          f"data.max_rejected_share = {self._config['max_rejected_share']}; the last was {lost[-1][1]}; run "
+          "`jflow prepare` on the source again"
         )
       fill = float((batch.segment_ids > 0).mean())
-      yield batch, {"packs": step_plan.counts(start_step + offset), "fill": fill, "rejected": dict(counter)}
+      yield (
+        batch,
+        {
+          "packs": step_plan.counts(start_step + offset),
+          "fill": fill,
+          "rejected": dict(counter),
+          "messages": [message for _, message in lost],
+        },
+      )
 
   def _step_plan(self, steps: int) -> mixture.StepPlan:
     return mixture.StepPlan(self._mixture, self._batch_size, steps, self._share)
 
-  def _load(self, rows: Sequence[tuple[int, int]]) -> tuple[Batch, collections.Counter]:
-    batch, counter = batch_lib.empty(len(rows), self._shape), collections.Counter()
+  def _load(self, rows: Sequence[tuple[int, int]]) -> tuple[Batch, int, list[tuple[str, str]]]:
+    """Returns the batch of rows, its samples, and (reason, message) of each that was rejected."""
+    batch, samples, rejected = batch_lib.empty(len(rows), self._shape), 0, []
     for place, (task, number) in enumerate(rows):
       source, row_number = self._interleaves[task][number]
       row = Batch(*(array[place] for array in batch))
-      counter.update(self._rows[task][source].fill(row, row_number))
-    return batch, counter
+      count, lost = self._rows[task][source].fill(row, row_number)
+      samples += count
+      rejected += lost
+    return batch, samples, rejected
 
 
 def _prefetch(

@@ -8,7 +8,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +40,7 @@ class Terminated(Exception):
     self.signum = signum
 
 
+_NAMED = 20  # records that are named when left out; the others are only counted
 # (model, tokenizer, nested parameters as numpy arrays) -> a picture for each of log.sample_prompts.
 Painter = Callable[[JanusFlow, Tokenizer, Any], list[Image.Image]]
 
@@ -141,6 +142,7 @@ class _Run:
     self._config, self._workdir, self._where = config, workdir, where
     self._pipeline, self._checkpointer, self._record = pipeline, checkpointer, record
     self._pending: dict[str, Any] | None = None
+    self._rejected: set[str] = set()
 
   def __call__(
     self,
@@ -170,6 +172,7 @@ class _Run:
         signum = self._flush()
         self._checkpointer.check()
         row = {"step": step, "packs": info["packs"], "rejected": info["rejected"]}
+        self._name_rejected(step, info["messages"])
         self._pending = {"row": row, "device": device, "told": exchange(stop.signum, info["fill"])}
         # Alone, it is known at once. Read once: a signal after this line stops after the next step.
         signum = stop.signum if jax.process_count() == 1 else signum
@@ -246,6 +249,13 @@ class _Run:
     self._checkpointer.save(state)
     if self._record:
       self._record.mark("save", step)
+
+  def _name_rejected(self, step: int, messages: Sequence[str]) -> None:
+    """Names on stderr the first records that this process had to leave out, each once."""
+    for message in messages:
+      if message not in self._rejected and len(self._rejected) < _NAMED:
+        self._rejected.add(message)
+        print(f"jflow: step {step}: left out {message}", file=sys.stderr, flush=True)
 
   def _sample(self, state: TrainState, step: int) -> None:
     """Paints with the averaged weights on process 0."""
