@@ -38,7 +38,7 @@ class Data:
     made = (
       (
         np.stack([np.random.default_rng([step, row]).standard_normal(16, np.float32) for row in self._rows]),
-        {"fill": 0.5, "packs": {}, "rejected": {}},
+        {"fill": 0.5, "packs": {}, "rejected": {}, "messages": []},
       )
       for step in range(start, stop)
     )
