@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from jflow.errors import Stopped, UserError
+from jflow.errors import Stopped, Terminated, UserError
 
 # Command -> (module with main(argv) -> exit code or None, what it does).
 COMMANDS = {
@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 def main(argv: list[str]) -> int:
-  """Runs one command; returns its exit code (2 for a user's mistake)."""
+  """Runs one command; returns its exit code: 2 for a user's mistake, 130 after Ctrl-C, 143 after SIGTERM."""
   if not argv or argv[0] in ("-h", "--help"):
     print("usage: python -m jflow COMMAND ...\n\n" + __doc__.splitlines()[0] + "\n")
     for name, (_, what) in COMMANDS.items():
@@ -39,6 +39,9 @@ def main(argv: list[str]) -> int:
   except Stopped as error:
     print(f"jflow: {error}", file=sys.stderr)
     return 1
+  except KeyboardInterrupt as error:
+    print(f"jflow: {str(error) or 'stopped'}", file=sys.stderr)
+    return 143 if isinstance(error, Terminated) else 130
 
 
 if __name__ == "__main__":

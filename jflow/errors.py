@@ -1,4 +1,4 @@
-"""The two exceptions that end a command with one clear line instead of a traceback."""
+"""The exceptions that end a command with one clear line instead of a traceback."""
 
 
 class UserError(Exception):
@@ -14,3 +14,7 @@ class Stopped(Exception):
 
   The message is one line that says why and names the checkpoint from which the run can go on.
   """
+
+
+class Terminated(KeyboardInterrupt):
+  """SIGTERM came, where a command turns it into an exception (`prepare`). Exit code 143."""

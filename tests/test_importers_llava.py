@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pathlib
 import shutil
 import zlib
@@ -75,7 +76,8 @@ BAD_LINES = [
   (b'{"image": "pictures/1.png", "caption": "\xff"}', "invalid_utf8"),
   (chat("pictures/1.png", answer="\ud800"), "invalid_utf8"),
   (chat("pictures/99.png"), "missing_image"),
-  (chat("pictures"), "missing_image"),
+  (chat("pictures"), "not_a_file"),
+  (chat("fifo.jpg"), "not_a_file"),
   (chat("a\0b.png"), "missing_image"),
   (chat("../outside.png"), "outside_root"),
   (chat("/etc/hostname"), "outside_root"),
@@ -103,6 +105,7 @@ def test_each_broken_line_is_counted_under_its_reason(folder):
   for name, data in _damaged().items():
     (folder / name).write_bytes(data)
   (folder.parent / "outside.png").write_bytes(image(0))
+  os.mkfifo(folder / "fifo.jpg")
   good = [chat(f"pictures/{i}.png") for i in range(3)]
   write_lines(
     folder / "chat.jsonl",

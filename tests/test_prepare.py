@@ -239,6 +239,35 @@ def test_the_command_refuses_what_it_does_not_know(arguments, capsys):
   assert caught.value.code == 2 and "error" in capsys.readouterr().err
 
 
+def test_a_pattern_that_the_shell_has_opened_is_refused(tmp_path):
+  rest = [f"--output={tmp_path / 'out'}", "--format=webdataset", "--task=generation"]
+  for inputs in (["--input=a.tar", "--input=b.tar"], ["--input", "a.tar", "b.tar"]):
+    with pytest.raises(UserError, match="names 2 files, a.tar first: .* quotes"):
+      prepare_command.main(inputs + rest)
+  with pytest.raises(UserError, match="only local files"):
+    prepare_command.main(["--input=https://x.org/{0..1}.tar", *rest])
+
+
+@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_import_that_is_interrupted_says_so_in_one_line(folder, sent, code):
+  rows = [chat(f"pictures/{i % 12}.png", answer=f"Answer {i}.", id=f"r{i}") for i in range(20_000)]
+  write_lines(folder / "chat.jsonl", rows)
+  partial = folder.parent / "out.partial"
+  command = [
+    sys.executable, "-m", "jflow", "prepare", "--format=llava-jsonl", f"--input={folder}/chat.jsonl",
+    f"--output={folder.parent / 'out'}", "--task=understanding", "--part_records=200", "--processes=2",
+  ]  # fmt: skip
+  process = subprocess.Popen(
+    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+  )
+  while not list(partial.glob("*.json")) and process.poll() is None:
+    time.sleep(0.01)
+  # Ctrl-C reaches every process of the terminal, SIGTERM the one that it is sent to.
+  os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)
+  _, said = process.communicate(timeout=60)
+  assert process.returncode == code and said == "jflow: stopped; run the same command again to go on\n"
+
+
 def test_help_teaches(capsys):
   with pytest.raises(SystemExit) as caught:
     prepare_command.main(["--help"])
@@ -296,6 +325,15 @@ def test_a_mix_with_and_without_pictures_comes_in_once_per_task(folder):
   assert summary["accepted"] == 2 and summary["filtered"] == {"text_only": 2}
   summary, output = run(folder, "text", "mix.jsonl", max_rejected_share=0.0, output=output + "-text")
   assert summary["accepted"] == 2 and summary["filtered"] == {"with_images": 2}
+  others = [
+    {"image": "pictures/none.png", "caption": "One."},
+    {"image": "pictures/1.png", "text": "<image> it is."},
+  ]
+  write_lines(folder / "more.jsonl", [*lines, *others, {"text": "A story."}, b"{"])
+  summary, _ = run(folder, "text", "more.jsonl", max_rejected_share=0.125, output=output + "-more")
+  assert summary["accepted"] == 3 and summary["filtered"] == {"with_images": 4}
+  with pytest.raises(UserError, match="line 5: .*2 of 8 records"):  # those that were dropped are counted too
+    run(folder, name="more.jsonl", max_rejected_share=0.2, output=output + "-few")
   write_lines(folder / "lost.jsonl", [chat("pictures/1.png"), lost])
   summary, _ = run(folder, name="lost.jsonl", max_rejected_share=1.0, output=output + "-lost")
   assert summary["rejected"] == {"image_count": 1}  # a mark without its picture is no text

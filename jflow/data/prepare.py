@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,11 +25,11 @@ from jflow.data.importers import Importer, Item
 from jflow.data.partial import open_partial, write_json
 from jflow.data.progress import Progress
 from jflow.data.records import RecordError
-from jflow.errors import UserError
+from jflow.errors import Stopped, UserError
 
 REJECTED = "rejected.jsonl"  # every record that was left out: where, message, reason
 MAX_TEXT = 65_536  # characters of a record with images; a row of 4,096 tokens holds about 16,000
-_done: Any = None  # in a worker: work and records done by all of them
+_done: Any = None  # in a worker: work and records done by all of them, and whether to stop
 
 
 def prepare(
@@ -48,7 +49,7 @@ def prepare(
     output: the directory to write, which must not exist yet.
     task: "understanding", "generation" or "text".
     input: file, folder or pattern to read; unused by "shapes".
-    max_rejected_share: share of unusable records above which the output is not made. The parts are kept, so that
+    max_rejected_share: share of unusable ones among all records above which the output is not made. The parts are kept, so that
       another run with a larger share goes on.
     filters: which records are wanted.
     processes: processes that read and check.
@@ -87,6 +88,8 @@ def prepare(
         _finish(partial, output, task, reports, summary)
       elif summary["accepted"]:
         _read_again(importer, partial, reports)
+    except KeyboardInterrupt as error:
+      raise type(error)(f"stopped; {again}") from None
     except concurrent.futures.process.BrokenProcessPool:
       raise UserError(
         f"a process of the import was killed (out of memory?): {again}, with fewer --processes"
@@ -114,21 +117,27 @@ def _run(
       return reports
     # Threads of the parent would not survive a fork.
     context = multiprocessing.get_context("spawn")
-    done = context.Array("q", 2)
+    done = context.Array("q", 3)
     with concurrent.futures.ProcessPoolExecutor(
       min(processes, len(todo)), context, initializer=_begin_process, initargs=(done,)
     ) as pool:
-      futures = {
-        pool.submit(_import_in_process, importer, parts[i], i, partial, task, filters): i for i in todo
-      }
+      # The workers inherit that Ctrl-C is not for them.
+      signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+      try:
+        futures = {
+          pool.submit(_import_in_process, importer, parts[i], i, partial, task, filters): i for i in todo
+        }
+      finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
       waiting = set(futures)
       try:
         while waiting:
           ready, waiting = concurrent.futures.wait(waiting, 0.5, concurrent.futures.FIRST_COMPLETED)
           for future in ready:
             reports[futures[future]] = future.result()
-          progress.show(*done)
+          progress.show(*done[:2])
       except BaseException:
+        done[2] = True
         pool.shutdown(wait=False, cancel_futures=True)
         raise
   return reports
@@ -154,6 +163,8 @@ def _count(work: int) -> None:
   with _done.get_lock():
     _done[0] += work
     _done[1] += 1
+    if _done[2]:
+      raise Stopped("another part of the import failed, or it was interrupted")
 
 
 def _import_part(
@@ -202,23 +213,25 @@ def _import_part(
 def _check(item: Item, task: str, filters: Filters) -> str | None:
   """Returns the filter that drops a record, or None; the images' bodies are not decoded yet.
 
-  Sets of conversations hold some with pictures and some without: those of the other task are dropped as
-  "text_only" or "with_images", and come in when the same input is imported for that task.
+  Sets hold some records with pictures and some without: those of the other task are dropped as "text_only" or
+  "with_images", and come in when the same input is imported for that task.
 
   Raises:
     RecordError: the record cannot be used.
   """
   if isinstance(item.record, RecordError):
     raise item.record
+  if item.dropped:
+    return item.dropped
+  texts = [item.record.text, *(turn.text for turn in item.record.turns)]
   if item.record.turns and not item.record.images and task == "understanding":
-    if not any(examples.IMAGE_MARK in turn.text for turn in item.record.turns):
+    if not any(examples.IMAGE_MARK in text for text in texts):
       return "text_only"
   if task == "text" and item.record.turns:
     # Formats that need not read the images for this leave the marks alone.
-    if item.record.images or any(examples.IMAGE_MARK in turn.text for turn in item.record.turns):
+    if item.record.images or any(examples.IMAGE_MARK in text for text in texts):
       return "with_images"
   examples.check(item.record, task)
-  texts = [item.record.text, *(turn.text for turn in item.record.turns)]
   for text in (item.record.id, *texts):
     if "\0" in text:
       raise RecordError("nul_character", "the text holds a NUL character")
@@ -260,7 +273,8 @@ def _summary(job: dict[str, Any], reports: Sequence[dict[str, Any]]) -> dict[str
 def _problem(summary: dict[str, Any], max_rejected_share: float) -> str | None:
   """Returns why nothing should be written, if so."""
   rejected, accepted = sum(summary["rejected"].values()), summary["accepted"]
-  if rejected > max_rejected_share * (accepted + rejected) or (rejected and not accepted):
+  read = accepted + rejected + sum(summary["filtered"].values())
+  if rejected > max_rejected_share * read or (rejected and not accepted):
     reason, first = next(iter(summary["first_rejected"].items()))
     share = (
       f", more than --max_rejected_share={max_rejected_share}; what is done is kept for a run with a larger one"
@@ -268,7 +282,7 @@ def _problem(summary: dict[str, Any], max_rejected_share: float) -> str | None:
       else ""
     )
     return (
-      f"{first['where']}: {first['message']} ({reason}); in all {rejected:,} of {accepted + rejected:,} records "
+      f"{first['where']}: {first['message']} ({reason}); in all {rejected:,} of {read:,} records "
       f"cannot be used {summary['rejected']}{share}"
     )
   if not accepted and summary["filtered"]:

@@ -3,14 +3,17 @@
 import argparse
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jflow.batch import TASKS
 from jflow.data import importers
 from jflow.data.filters import Filters
 from jflow.data.importers.text import DOCUMENTS
 from jflow.data.prepare import prepare
+from jflow.errors import Terminated, UserError
 
 _EPILOG = """\
 formats: --input is a file, a folder, a pattern ("tars/*.tar") or a range ("tars/{00000..00041}.tar")
@@ -78,9 +81,18 @@ def _import(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
   missing = [f"--{name}" for name in ("format", "output", "task") if not getattr(arguments, name)]
   if missing:
     parser.error(f"an import needs {', '.join(missing)}")
-  options = vars(arguments)
+  if len(arguments.input) > 1:
+    raise UserError(
+      f"--input names {len(arguments.input):,} files, {arguments.input[0]} first: the shell has opened the pattern or "
+      "range; put it in quotes, as in --input='tars/{00000..00041}.tar'"
+    )
+  options = {**vars(arguments), "input": "".join(arguments.input)}
   filters = Filters(*(options.pop(name) for name in Filters._fields))
-  summary = prepare(**options, filters=filters)
+  before = signal.signal(signal.SIGTERM, _terminate)
+  try:
+    summary = prepare(**options, filters=filters)
+  finally:
+    signal.signal(signal.SIGTERM, before)
   line = f"{summary['accepted']:,} records with {summary['images']:,} images in {arguments.output}"
   for what, counts in (("cannot be used", summary["rejected"]), ("dropped by filters", summary["filtered"])):
     line += f"; {sum(counts.values()):,} {what}: {counts}" if counts else ""
@@ -89,6 +101,10 @@ def _import(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     "next: python -m jflow train --config=configs/stage2.py --workdir=runs/stage2 "
     f"--config.data.sources.{arguments.task}=\"(('{arguments.output}', 1.0),)\""
   )
+
+
+def _terminate(*_: Any) -> None:
+  raise Terminated
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,7 +117,14 @@ def _parser() -> argparse.ArgumentParser:
   )
   add = parser.add_argument
   add("--format", choices=importers.FORMATS, help="what the input looks like, see below")
-  add("--input", default="", help="file, folder, pattern or range to read (not with --format=shapes)")
+  add(
+    "--input",
+    nargs="+",
+    action="extend",
+    default=[],
+    metavar="PATH",
+    help="file, folder, pattern or range to read, in quotes (not with --format=shapes)",
+  )
   add("--output", help="the directory to write; must not exist yet")
   add("--task", choices=TASKS, help="what the records are to teach")
   add(
@@ -115,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     type=_share,
     default=0.01,
     metavar="SHARE",
-    help="share of unusable records above which nothing is written (default 0.01)",
+    help="share of unusable ones among all records above which nothing is written (default 0.01)",
   )
   add = parser.add_argument_group("filters, of which each drops what it does not want").add_argument
   add("--min_size", type=_positive, metavar="PIXELS", help="of the shorter side of each image, at least")

@@ -5,6 +5,7 @@ import errno
 import glob
 import os
 import re
+import stat
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -50,6 +51,7 @@ class Item(NamedTuple):
   record: Record | RecordError  # images encoded
   meta: dict[str, Any]  # what the input says of it, kept with the record
   work: int = 1  # its share of the part's work
+  dropped: str = ""  # why it is of no use for the task, which is no error: "text_only" or "with_images"
 
 
 class Importer(Protocol):
@@ -90,6 +92,8 @@ def input_files(pattern: str, endings: tuple[str, ...], format: str) -> list[str
   Raises:
     UserError: nothing is found, or a file of a range is missing.
   """
+  if "://" in pattern:
+    raise UserError(f"--input={pattern} is an address: only local files are read, so fetch it first")
   if os.path.isfile(pattern):
     return [pattern]
   if os.path.isdir(pattern):
@@ -124,16 +128,19 @@ def read_under(root: str, name: str) -> bytes:
   """Returns the contents of an image file below a folder.
 
   Raises:
-    RecordError: it lies elsewhere ("outside_root") or is not there ("missing_image").
+    RecordError: it lies elsewhere ("outside_root"), is not there ("missing_image"), or is a folder, a pipe or a
+      device ("not_a_file").
   """
   root = os.path.normpath(os.path.abspath(root))
   path = os.path.normpath(os.path.join(root, name))
   if os.path.commonpath([path, root]) != root:
     raise RecordError("outside_root", f"image {name:.200} lies outside {root}: set --image_root")
   try:
+    if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for its writer
+      raise RecordError("not_a_file", f"image {name:.200} is a folder, a pipe or a device")
     with open(path, "rb") as file:
       return file.read()
   except (OSError, ValueError) as error:
     if getattr(error, "errno", None) in _TRANSIENT:
       raise
-    raise RecordError("missing_image", f"image {name:.200} not found in {root}") from None
+    raise RecordError("missing_image", f"image {name:.200} not found in {root}: see --image_root") from None

@@ -10,9 +10,10 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from jflow.data.examples import IMAGE_MARK
 from jflow.data.importers import objects
 from jflow.data.importers.importer import Item, Options, input_files, read_under
-from jflow.data.records import RecordError
+from jflow.data.records import Record, RecordError
 from jflow.errors import UserError
 
 Part = tuple[str, int, int, int]  # file, first byte, first line, lines; the bytes of an array are left at 0
@@ -73,14 +74,21 @@ class Llava:
       value = objects.parse_object(value) if isinstance(value, bytes) else value
       if not isinstance(value, dict):
         raise RecordError("broken_json", "not a JSON object")
-      images = self._images(value, self._root or os.path.dirname(os.path.abspath(path)))
       name = str(value.get("id", number))
+      paths = self._paths_of_images(value)
+      task, caption = self._options.task, value.get("caption", value.get("conversations"))
+      document = caption is None and isinstance(value.get("text"), str) and IMAGE_MARK not in value["text"]
+      if (task == "text" and paths) or (task == "understanding" and not paths and document):
+        dropped = "with_images" if paths else "text_only"
+        return Item(where, Record(name, (), "", ()), {}, dropped=dropped)
+      root = self._root or os.path.dirname(os.path.abspath(path))
+      images = tuple(read_under(root, path) for path in paths)
       record = objects.make_record(name, value, images, self._options.task, self._options.text_column)
       return Item(where, record, objects.notes(value))
     except RecordError as error:
       return Item(where, error, {})
 
-  def _images(self, value: dict[str, Any], root: str) -> tuple[bytes, ...]:
+  def _paths_of_images(self, value: dict[str, Any]) -> list[str]:
     keys = (self._options.image_column,) if self._options.image_column else objects.IMAGES
     names = next((value[key] for key in keys if value.get(key) is not None), ())
     names = [names] if isinstance(names, str) else names
@@ -88,7 +96,7 @@ class Llava:
       names = [name for name in names if name is not None]  # an interleaved document has a text there
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
       raise RecordError("bad_field", f'"{keys[0]}" should be a path or a list of paths')
-    return tuple(read_under(root, name) for name in names)
+    return list(names)
 
 
 def _is_array(path: str) -> bool:

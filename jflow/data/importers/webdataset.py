@@ -76,6 +76,8 @@ class WebDataset:
         )
       seen.add(key)
       fields = objects.parse_object(sample["json"]) if "json" in sample else {}
+      if self._options.task == "text" and any(map(_IMAGE.fullmatch, sample)):
+        return Item(where, Record(key, (), "", ()), {}, work, "with_images")
       record = self._record(key, fields, sample)
       return Item(where, record, objects.notes(fields, ("key",)), work)
     except RecordError as error:
