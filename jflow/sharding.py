@@ -4,6 +4,7 @@ The mesh axes are always ("data", "fsdp", "model"); a size of 1 means off. Logic
 each weight's shape in `jflow/models/`. A batch is cut over data x fsdp, a weight over fsdp x model.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ MESH_AXES = ("data", "fsdp", "model")
 # Logical axis -> mesh axis. A name that is missing here is an error, never "replicated".
 RULES: dict[str, str | tuple[str, ...] | None] = {
   "batch": ("data", "fsdp"),
+  "group": "data",  # rows of all devices that hold a weight together
   "sequence": None,
   "layers": None,
   "vocab": "model",
@@ -128,6 +130,30 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   if mesh.empty or mesh.size == 1:
     return x
   return jax.lax.with_sharding_constraint(x, named(mesh, names, x.shape))
+
+
+def whole(weight: jax.Array, *names: str | None) -> jax.Array:
+  """A weight as a product reads it: gathered over `fsdp`, still cut over `model`; its gradient is cut like itself.
+
+  Left to choose, the compiler cuts activations by channels, as the weight is: it then moves all of them between
+  all devices, and the more devices there are, the more each of them receives.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return weight
+  used = tuple(name if name is not None and RULES[name] == "model" else None for name in names)
+  return _gathered(weight, named(mesh, used, weight.shape), named(mesh, names, weight.shape))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(weight: jax.Array, used: NamedSharding, kept: NamedSharding) -> jax.Array:
+  return jax.lax.with_sharding_constraint(weight, used)
+
+
+_gathered.defvjp(
+  lambda weight, used, kept: (_gathered(weight, used, kept), None),
+  lambda used, kept, _, gradient: (jax.lax.with_sharding_constraint(gradient, kept),),
+)
 
 
 def shardings(mesh: Mesh, abstract: Any) -> Any:

@@ -74,6 +74,8 @@ GROUPS = [
   ("replica_groups=[1,8]<=[8]", "data+fsdp", 8),
   ("replica_groups=mesh['a'=2,'b'=4] {'b'}", "fsdp", 4),
   ("replica_groups=mesh['axis_0'=8] {'axis_0'}", "data+fsdp", 8),
+  ("replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}", "fsdp", 4),
+  ("replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}", "data", 2),
   ("source_target_pairs={{0,4},{4,0}}", "data", 2),
 ]
 

@@ -279,21 +279,25 @@ def _group(text: str) -> list[int]:
   pair = re.search(r"source_target_pairs=\{\{([\d,]+)\}", text)
   if pair:
     return [int(x) for x in pair.group(1).split(",")]
-  named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text)
+  named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))? ?\{([^}]*)\}", text)
   if named:
     sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", named.group(1))}
-    used = [i for i, name in enumerate(sizes) if f"'{name}'" in named.group(2)]
-    ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+    used = [i for i, name in enumerate(sizes) if f"'{name}'" in named.group(3)]
+    ids = _iota(named.group(2)) if named.group(2) else np.arange(math.prod(sizes.values()))
+    ids = ids.reshape(list(sizes.values()))
     first = tuple(slice(None) if i in used else 0 for i in range(len(sizes)))
     return ids[first].ravel().tolist()
   plain = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
   if plain:
     return [int(x) for x in plain.group(1).split(",")]
-  iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-  if not iota:
-    return [0]
+  iota = re.search(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", text)
+  return _iota(iota.group(1))[0].tolist() if iota else [0]
+
+
+def _iota(text: str) -> np.ndarray:
+  """Devices in XLA's short form: [SHAPE]<=[DIMS]T(PERMUTATION) or, counting from 0 through DIMS permuted, [DIMS]T(...)."""
+  shape, dims, order = re.match(r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?", text).groups()
   ints = lambda s: [int(x) for x in s.split(",")]
-  ids = np.arange(math.prod(ints(iota.group(2)))).reshape(ints(iota.group(2)))
-  if iota.group(3):
-    ids = ids.transpose(ints(iota.group(3)))
-  return ids.reshape(ints(iota.group(1)))[0].tolist()
+  ids = np.arange(math.prod(ints(dims or shape))).reshape(ints(dims or shape))
+  ids = ids.transpose(ints(order)) if order else ids
+  return ids.reshape(ints(shape)) if dims else ids

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jflow.models.config import GenerationConfig
 from jflow.models.layers import Linear, RMSNorm, parameter
 from jflow.models.siglip import patchify
-from jflow.sharding import constrain
+from jflow.sharding import constrain, whole
 
 _KERNEL = 7  # side of the depthwise kernel
 _EXPANSION = 4  # width of a block's mlp over its channels
@@ -141,8 +141,8 @@ class ConvNeXtBlock(nn.Module):
       (None, None, "channels"),
     )
     bias = parameter(self, "depthwise_bias", nn.initializers.zeros, (channels,), ("channels",))
-    y_BHWC = depthwise(x_BHWC, kernel.astype(self.dtype)) + bias.astype(self.dtype)
-    y_BHWC = constrain(y_BHWC, "batch", None, None, None)  # else its gradient is cut by channels, and moved
+    y_BHWC = depthwise(x_BHWC, whole(kernel.astype(self.dtype), None, None, "channels"))
+    y_BHWC = y_BHWC + whole(bias.astype(self.dtype), "channels")
     y_BHWC = RMSNorm(epsilon, self.dtype, name="norm")(y_BHWC)
     y_BHWC = linear(_EXPANSION * channels, ("channels", "mlp"), "expand")(y_BHWC)
     y_BHWC = jax.nn.gelu(y_BHWC, approximate=False)

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jflow.sharding import boxed
+from jflow.sharding import boxed, whole
 
 Axes = tuple[str | None, ...]
 
@@ -34,11 +34,11 @@ class Linear(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
     # One leading axis: XLA:CPU takes twice as long for the kernel's gradient when it contracts over two.
-    y = jnp.dot(x.astype(self.dtype).reshape(-1, x.shape[-1]), kernel.astype(self.dtype))
+    y = jnp.dot(x.astype(self.dtype).reshape(-1, x.shape[-1]), whole(kernel.astype(self.dtype), *self.axes))
     y = y.reshape(*x.shape[:-1], self.features)
     if self.use_bias:
       bias = parameter(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])
-      y = y + bias.astype(self.dtype)
+      y = y + whole(bias.astype(self.dtype), self.axes[1])
     return y
 
 

@@ -178,7 +178,12 @@ class LanguageModel(nn.Module):
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """int32[...] -> [..., D]."""
-    return self.table.astype(self.dtype)[tokens]
+    table = self.table.astype(self.dtype)
+    if tokens.ndim != 2:
+      return table[tokens]
+    # A device looks up its columns for all who share the table; then all swap, which is less than the table.
+    x_BSD = constrain(table[constrain(tokens, "group", None)], "group", None, "embed")
+    return constrain(x_BSD, "batch", None, None)
 
   def __call__(
     self,

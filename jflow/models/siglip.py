@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jflow.models.config import SiglipConfig
 from jflow.models.layers import LayerNorm, Linear, gelu, parameter
-from jflow.sharding import constrain
+from jflow.sharding import constrain, whole
 
 
 def patchify(x_BHWC: jax.Array, patch_size: int) -> jax.Array:
@@ -128,7 +128,8 @@ class Siglip(nn.Module):
       [B, P, D] in `dtype`, patches in raster order.
     """
     x_BPD = self.patch_embed(patchify(pixels_BHWC, self.config.patch_size))
-    x_BPD = constrain(x_BPD + self.position.astype(self.dtype), "batch", None, None)
+    position_PD = whole(self.position.astype(self.dtype), None, "embed")
+    x_BPD = constrain(x_BPD + position_PD, "batch", None, None)
     x_BPD, _ = self.layers(x_BPD, None)
     features_BPD = self.norm(x_BPD)
     if self.is_initializing():
