@@ -104,7 +104,8 @@ def stage2(runs, stage1, compilation_cache) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def stage3(runs, stage2, compilation_cache) -> pathlib.Path:
-  _train(3, runs / "stage3", compilation_cache, 2, f"--config.train.init_from={stage2}")
+  window = ("--config.profile.start=1", "--config.profile.steps=1")
+  _train(3, runs / "stage3", compilation_cache, 2, f"--config.train.init_from={stage2}", *window)
   return runs / "stage3"
 
 
@@ -208,6 +209,12 @@ def test_a_complete_run_stays_as_it_is(runs, stage3, stage2, compilation_cache):
   done = _train(3, stage3, compilation_cache, 2, f"--config.train.init_from={stage2}")
   assert "is complete at step 2" in done.stderr
   assert (stage3 / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_window_of_steps_is_traced(stage3, stage2):
+  (trace,) = (stage3 / "profile").rglob("*.xplane.pb")
+  assert b"train_step" in trace.read_bytes()
+  assert not (stage2 / "profile").exists()
 
 
 # --- the parameters of step 0 -----------------------------------------------------------------------------
