@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import zlib
 
@@ -86,6 +87,8 @@ BAD_LINES = [
   ({"image": "pictures/1.png", "caption": ["x"]}, "bad_field"),
   ({"image": "pictures/1.png", "caption": " "}, "empty_caption"),
   ({"image": "pictures/1.png"}, "missing_caption"),
+  ({"image": "pictures/1.png", "conversations": "hello"}, "bad_field"),
+  ({"image": "pictures/1.png", "conversations": [{"from": "system", "value": "x"}]}, "bad_turns"),
   ({"image": "pictures/1.png", "conversations": []}, "no_answer"),
   ({"image": "pictures/1.png", "conversations": chat("")["conversations"][:1]}, "no_answer"),
   (chat("pictures/1.png", answer=""), "no_answer"),
@@ -126,9 +129,12 @@ def test_each_broken_line_is_counted_under_its_reason(folder):
   assert list(first) == list(summary["rejected"]) and first["broken_json"]["where"].endswith(
     "chat.jsonl line 2"
   )
-  assert "99.png not found" in first["missing_image"]["message"]
+  assert re.search("99.png not found .* see --image_root", first["missing_image"]["message"])
+  assert first["unreadable"]["message"] == "the image is cut short"
   listed = [json.loads(line) for line in pathlib.Path(output, "rejected.jsonl").read_text().splitlines()]
   assert [entry["reason"] for entry in listed] == reasons
+  said = " ".join(entry["message"] for entry in listed)
+  assert "should be a list of turns, not str" in said and "a system turn" in said
 
 
 def test_images_may_lie_in_a_root_of_their_own(folder, tmp_path):

@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from jflow.data.records import Turn
+from jflow.data.records import Record, Turn
 from jflow.errors import UserError
 from preparing import chat, image, make_folder, read_back, run
 
@@ -96,6 +96,17 @@ def test_columns_may_be_named(folder):
     _run(folder, "generation", image_column="photo", text_column="title")
   _, output = _run(folder, "generation", image_column="photo", text_column="alt")
   assert [record.text for record in read_back(output, "generation")] == ["alt 0", "alt 1", "alt 2"]
+
+
+def test_columns_are_found_in_any_case_and_a_missing_one_is_named(folder):
+  _table(folder, [{"URL": "x", "TEXT": "A cat.", "Image": image(1)}])
+  _, output = _run(folder, "generation")
+  assert read_back(output, "generation") == [Record("0", (image(1),), "A cat.", ())]
+  _table(folder, [{"image": image(1), "label": "cat"}])
+  with pytest.raises(
+    UserError, match="has no column of texts: name it by --text_column, one of image, label"
+  ):
+    _run(folder, "generation", output=output + "2")
 
 
 def test_documents_need_no_image(folder):

@@ -133,10 +133,22 @@ def test_the_command_draws_a_data_set_and_a_run(tmp_path, capsys):
     with Image.open(output) as picture:
       assert picture.format == "PNG" and picture.height > 600
   assert "3 rows in" in capsys.readouterr().out
+  few = str(tmp_path / "few")
+  prepare("shapes", output=few, task="understanding", records=1, image_size=32)
+  assert prepare_command.main(["--inspect", few, "--rows=3", f"--output={output}", config]) == 0
+  printed = capsys.readouterr()
+  assert "1 row, all that there are, in" in printed.out and "1 record in 1 row, " in printed.err
   with pytest.raises(UserError, match="is not a data set that"):
     prepare_command.main([f"--inspect={tmp_path}", config])
-  with pytest.raises(UserError, match="--rows should be at least 1"):
-    prepare_command.main(["--inspect", "--rows=0", config])
+  for arguments, message in [
+    (["--rows=0", config], "--rows=0 should be at least 1"),
+    (["--step=-1", config], "--step=-1 should not be negative"),
+    (["--output=x.xyz", config], "--output=x.xyz: .* end in .png"),
+    ([], "needs a data set .--inspect DIR., or a run's --config"),
+    ([data, "--processes=2"], "unknown argument '--processes=2' beside --inspect"),
+  ]:
+    with pytest.raises(UserError, match=message):
+      prepare_command.main(["--inspect", *arguments])
   with pytest.raises(SystemExit) as stopped:
     prepare_command.main(["--inspect", "--help"])
   assert stopped.value.code == 0 and "--step" in capsys.readouterr().out

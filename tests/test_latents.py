@@ -292,3 +292,15 @@ def test_the_command_names_its_mistakes(data, tmp_path, capsys):
   with pytest.raises(SystemExit) as stopped:
     prepare_command.main(["--latents", "--help"])
   assert stopped.value.code == 0 and "latents-SIZE" in capsys.readouterr().out
+
+
+def test_latents_of_pictures_to_read_and_a_run_that_is_interrupted_get_one_clear_line(data, tmp_path):
+  def interrupt():
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt, match="stopped; run the same command again to go on"):
+    write(data, interrupt, encoder="x")
+  read = str(tmp_path / "read")
+  prepare.prepare("shapes", read, "understanding", records=1, image_size=16)
+  with pytest.raises(UserError, match="--input=.*read holds understanding records: .*--task=generation"):
+    write(read, interrupt, encoder="x")

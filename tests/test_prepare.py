@@ -200,10 +200,17 @@ def test_mistakes_get_one_clear_line(folder, tmp_path):
     (("llava-jsonl", "", str(tmp_path / "out"), "text"), "needs --input"),
     (("parchment", "x", str(tmp_path / "out"), "text"), "--format=parchment is unknown"),
     (("shapes", "", str(tmp_path / "out"), "sculpture"), "--task=sculpture is unknown"),
+    (("shapes", str(folder), str(tmp_path / "out"), "text"), "leave out --input"),
+    (
+      ("text", str(folder / "pictures" / "1.png"), str(tmp_path / "out"), "text"),
+      "1.png is no text .*: .*reads .txt",
+    ),
     (("shapes", "", str(folder / "chat.jsonl" / "out"), "text"), "cannot write"),
   ]:
     with pytest.raises(UserError, match=message):
       prepare.prepare(format, output, task, input)
+  with pytest.raises(UserError, match="--format=text .* leave out --image_root"):
+    run(folder, "text", format="text", image_root=str(folder))
   (folder / "empty.jsonl").write_bytes(b"")
   with pytest.raises(UserError, match="no records found"):
     run(folder, name="empty.jsonl")

@@ -231,6 +231,8 @@ def _load(image: Image.Image) -> Image.Image:
   except ImageError:
     raise
   except Exception as error:  # see above; a damaged body may raise anything from OSError to struct.error
+    if "truncated" in str(error):
+      raise ImageError("unreadable", "the image is cut short") from None
     raise ImageError("unreadable", f"the image is damaged ({type(error).__name__})") from None
 
 

@@ -133,6 +133,11 @@ def write(
   Raises:
     UserError: the directory is no such data set, has latents already, or cannot be written.
   """
+  task = prepared.read_summary(directory)["task"]
+  if task != "generation":
+    raise UserError(
+      f"--input={directory} holds {task} records: latents are of pictures to paint, --task=generation"
+    )
   source = prepared.PreparedSource(directory, "generation")
   output = folder(directory, image_size)
   if os.path.exists(output):
@@ -157,6 +162,8 @@ def write(
       )
       write_json(os.path.join(partial, "latents.json"), header)
       os.rename(partial, output)
+    except KeyboardInterrupt:
+      raise KeyboardInterrupt("stopped; run the same command again to go on") from None
     except OSError as error:
       raise UserError(
         f"{error.filename or partial}: {error.strerror or error}; run the same command again to go on"

@@ -72,7 +72,7 @@ class Rows:
     too_long = rejected.pop("too_long", 0)
     reasons = f" ({', '.join(f'{r} {n:,}' for r, n in sorted(rejected.items()))})" if rejected else ""
     return (
-      f"{self.task:13} {self.name}: {self.planned.records:,} records in {self.plan.rows:,} rows, "
+      f"{self.task:13} {self.name}: {_counted(self.planned.records, 'record')} in {_counted(self.plan.rows, 'row')}, "
       f"{self.planned.fill(self._shape.tokens):.1%} full; {too_long:,} too long, "
       f"{rejected.total():,} rejected{reasons}{'; latents made ahead' if self.latents else ''}"
     )
@@ -307,6 +307,10 @@ def _prefetch(
   finally:
     if hasattr(iterator, "close"):  # ends the worker processes
       iterator.close()
+
+
+def _counted(number: int, what: str) -> str:
+  return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _mix(seed: int, number: int) -> int:

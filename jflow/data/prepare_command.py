@@ -10,7 +10,7 @@ from typing import Any
 
 from jflow.batch import TASKS
 from jflow.data import importers
-from jflow.data.filters import Filters
+from jflow.data.filters import AESTHETIC, Filters
 from jflow.data.importers.text import DOCUMENTS
 from jflow.data.prepare import prepare
 from jflow.errors import Terminated, UserError
@@ -22,6 +22,7 @@ formats: --input is a file, a folder, a pattern ("tars/*.tar") or a range ("tars
                    {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
                  {"image": "7.jpg", "caption": "A cat on a sofa."}
                  {"images": ["a.jpg", "b.jpg"], "text": "First <image> then <image> and the end."}
+               a system turn is refused: leave it out, or put it into the first question
   webdataset   tar files as img2dataset writes them: 7.jpg + 7.txt, or 7.json with "caption" or "conversations"
   parquet      a column of images (bytes or {bytes, path}, or lists of them), one of captions or conversations
   text         .txt files, each a document (--documents), or .jsonl and .jsonl.gz of {"text": "..."}
@@ -45,8 +46,9 @@ examples
     --text_column=label
   python -m jflow prepare --format=shapes --output=data/shapes --task=generation --records=10000
 
-Every record is checked: the images are decoded, each conversation needs an answer. What cannot be used is left out,
-counted by reason in OUTPUT/summary.json and listed in OUTPUT/rejected.jsonl; what a filter drops is counted apart.
+Every record is checked: the images (PNG, JPEG, WebP or GIF) are decoded, each conversation needs an answer. What cannot
+be used is left out, counted by reason in OUTPUT/summary.json and listed in OUTPUT/rejected.jsonl; what a filter drops, or
+belongs to another task, is counted apart and not listed.
 A run that was killed goes on where it stopped, as does one with a larger --max_rejected_share. Images beside a file
 of lines are not watched between the two: remove OUTPUT.partial when sound ones were replaced. The images stay as they are, encoded; what training sees of odd ones:
 EXIF rotation applied, alpha over white, the first frame of an animation, the upper 8 of 16 bits, CMYK, grey and
@@ -93,7 +95,8 @@ def _import(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     summary = prepare(**options, filters=filters)
   finally:
     signal.signal(signal.SIGTERM, before)
-  line = f"{summary['accepted']:,} records with {summary['images']:,} images in {arguments.output}"
+  records, pictures = summary["accepted"], summary["images"]
+  line = f"{records:,} record{'s' * (records != 1)} with {pictures:,} image{'s' * (pictures != 1)} in {arguments.output}"
   for what, counts in (("cannot be used", summary["rejected"]), ("dropped by filters", summary["filtered"])):
     line += f"; {sum(counts.values()):,} {what}: {counts}" if counts else ""
   print(line)
@@ -143,7 +146,12 @@ def _parser() -> argparse.ArgumentParser:
   add = parser.add_argument_group("filters, of which each drops what it does not want").add_argument
   add("--min_size", type=_positive, metavar="PIXELS", help="of the shorter side of each image, at least")
   add("--max_aspect", type=_aspect, metavar="RATIO", help="longer side over shorter, at most")
-  add("--min_aesthetic", type=float, metavar="SCORE", help="score in the metadata, at least")
+  add(
+    "--min_aesthetic",
+    type=float,
+    metavar="SCORE",
+    help=f"score in the metadata ({', '.join(AESTHETIC)}), at least",
+  )
   add = parser.add_argument_group("how to read").add_argument
   add("--image_root", help="folder that image paths start from (default: that of the input)")
   add("--image_column", default="", metavar="NAME", help="of the images (default: the first usual name)")

@@ -57,26 +57,40 @@ def main(argv: list[str]) -> int:
   add(
     "--config",
     metavar="FILE[:SIZE]",
-    default=str(CONFIGS / "stage2.py"),
-    help="row, template, mixture (default stage2 at 384)",
+    help="row, template, mixture (default with DIR: stage2 at 384)",
   )
   add("--step", type=int, default=0, help="of the run (default 0)")
   args, fields = parser.parse_known_args(argv)
-  if args.rows < 1 or args.step < 0:
-    raise UserError("--rows should be at least 1, and --step not negative")
+  if args.rows < 1:
+    raise UserError(f"--rows={args.rows} should be at least 1")
+  if args.step < 0:
+    raise UserError(f"--step={args.step} should not be negative")
+  if args.output.suffix.lower() != ".png":
+    raise UserError(f"--output={args.output}: the picture is a PNG, so its name should end in .png")
+  if not args.inspect and args.config is None:
+    raise UserError("--inspect needs a data set (--inspect DIR), or a run's --config=FILE[:SIZE]")
+  unknown = next((field for field in fields if not field.startswith("--config.")), None)
+  if unknown:
+    raise UserError(
+      f"unknown argument {unknown!r} beside --inspect: there are --rows, --step, --output, --config, --config.FIELD"
+    )
+  args.config = args.config or str(CONFIGS / "stage2.py")
   config = load_config([f"--config={args.config}", *fields])
-  picture = render(config, args.inspect, args.rows, args.step, f"{args.inspect or args.config}")
+  picture, count = render(config, args.inspect, args.rows, args.step, f"{args.inspect or args.config}")
   try:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     picture.save(args.output, "PNG")
   except OSError as error:
     raise UserError(f"--output={args.output} cannot be written: {error.strerror}") from error
-  print(f"{args.rows} rows in {args.output}, {picture.width} x {picture.height} pixels")
+  fewer = ", all that there are," if count < args.rows else ""
+  print(f"{count} row{'s' * (count != 1)}{fewer} in {args.output}, {picture.width} x {picture.height} pixels")
   return 0
 
 
 def render(config, directory: str, rows: int, step: int, title: str):
-  """Returns the picture of rows of a data set, or of the mixture of a run where `directory` is empty.
+  """Returns the picture of rows of a data set, or of the mixture of a run where `directory` is empty, and their number.
+
+  A row that comes again, where the data set has fewer than are asked for, is drawn once.
 
   Args:
     config: a whole config, as `load_config` returns it.
@@ -103,9 +117,9 @@ def render(config, directory: str, rows: int, step: int, title: str):
   for line in pipeline.report():
     print(f"jflow: {line}", file=sys.stderr)
   batch = pipeline.batch(step)
-  shown = [
-    inspection.Row(task, source, Batch(*(array[place] for array in batch)))
-    for place, (task, source, _) in enumerate(pipeline.pieces(step))
-  ]
+  shown = {}
+  for place, (task, source, pieces) in enumerate(pipeline.pieces(step)):
+    row = inspection.Row(task, source, Batch(*(array[place] for array in batch)))
+    shown.setdefault((task, source, *(piece[1:] for piece in pieces)), row)  # in any epoch
   counted = [inspection.histograms(s.task, s.name, s.plan, shape.tokens) for s in pipeline.sources()]
-  return inspection.draw(shown, counted, shape, tokenizer, title)
+  return inspection.draw(list(shown.values()), counted, shape, tokenizer, title), len(shown)

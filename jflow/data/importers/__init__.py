@@ -27,4 +27,8 @@ def open_importer(format: str, options: Options) -> Importer:
     raise UserError(f"--format={format} is unknown: use one of {', '.join(FORMATS)}")
   if format != "shapes" and not options.input:
     raise UserError(f"--format={format} needs --input")
+  if format == "shapes" and options.input:
+    raise UserError("--format=shapes draws its own pictures: leave out --input")
+  if options.image_root and format not in ("llava-jsonl", "parquet"):
+    raise UserError(f"--format={format} has no images beside its files: leave out --image_root")
   return classes[format](options)

@@ -7,6 +7,7 @@ from typing import Any
 
 from jflow.data.examples import IMAGE_MARK
 from jflow.data.records import Record, RecordError, Turn
+from jflow.errors import UserError
 
 IMAGES = ("image", "images")
 CONVERSATIONS = ("conversations", "messages", "texts")
@@ -43,6 +44,10 @@ def make_record(
       value = parse_json(value)
     if isinstance(value, (list, tuple)):
       return _from_list(name, value, images)
+    if value is not None and not column:
+      raise RecordError(
+        "bad_field", f"the conversation should be a list of turns, not {type(value).__name__}"
+      )
     if not column and isinstance(fields.get("question"), str) and isinstance(fields.get("answer"), str):
       marks = "" if IMAGE_MARK in fields["question"] else IMAGE_MARK * len(images) + "\n" * bool(images)
       turns = Turn("user", marks + fields["question"]), Turn("assistant", fields["answer"])
@@ -63,7 +68,7 @@ def notes(fields: Mapping[str, Any], leave_out: Iterable[str] = ()) -> dict[str,
   for key, value in fields.items():
     short = isinstance(value, str) and len(value) <= _MAX_NOTE
     number = isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value))
-    if key not in without and (short or number):
+    if key not in without and key.lower() not in without and (short or number):
       kept[key] = value
   return kept
 
@@ -101,8 +106,38 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   return value
 
 
+def text_keys(task: str) -> tuple[str, ...]:
+  """Returns the keys that may hold the text of a record, see `make_record`."""
+  return {
+    "understanding": (*CONVERSATIONS, *CAPTIONS, "question"),
+    "generation": CAPTIONS,
+    "text": (*CONVERSATIONS, *DOCUMENTS, "question"),
+  }[task]
+
+
+def spelled(names: Iterable[str], keys: Sequence[str]) -> str:
+  """Returns the first of the usual keys that is among names, as it is spelled there ("TEXT"); "" where none is."""
+  there = {name.lower(): name for name in names}
+  there |= {name: name for name in names if name == name.lower()}
+  return next((there[key] for key in keys if key in there), "")
+
+
+def require_text(path: str, names: Sequence[str], task: str, what: str) -> None:
+  """Checks that a table has a column of texts under a usual name.
+
+  Raises:
+    UserError: it has none.
+  """
+  if not spelled(names, text_keys(task)):
+    raise UserError(f"{path} has no {what} of texts: name it by --text_column, one of {', '.join(names)}")
+
+
 def _first(fields: Mapping[str, Any], keys: Sequence[str]) -> Any:
-  return next((fields[key] for key in keys if fields.get(key) is not None), None)
+  found = next((fields[key] for key in keys if fields.get(key) is not None), None)
+  if found is None:
+    lower = {name.lower(): value for name, value in fields.items() if value is not None}
+    found = next((lower[key] for key in keys if key in lower), None)
+  return found
 
 
 def _listed(keys: Sequence[str]) -> str:
@@ -125,6 +160,10 @@ def _from_list(name: str, values: Sequence[Any], images: tuple[bytes, ...]) -> R
       continue
     role = value.get("from", value.get("role"))
     text = _content(value.get("value", value.get("content")))
+    if role == "system":
+      raise RecordError(
+        "bad_turns", "a system turn is not learned from: leave it out, or put it into the question"
+      )
     if role not in _ROLES or text is None:
       raise RecordError("bad_turns", 'a turn should hold "from" ("human" or "gpt") and "value"')
     turns.append(Turn(_ROLES[role], text))

@@ -84,7 +84,9 @@ class Parquet:
         raise UserError(
           f"{path} has no column {getattr(options, flag)!r}: --{flag} is one of {', '.join(names)}"
         )
-    image = options.image_column or next((name for name in IMAGES if name in names), "")
+    if not options.text_column:
+      objects.require_text(path, names, options.task, "column")
+    image = options.image_column or objects.spelled(names, IMAGES)
     if not image and options.task != "text":
       raise UserError(f"{path} has no column of images: name it by --image_column, one of {', '.join(names)}")
     return image, (image, options.text_column, "key")

@@ -35,7 +35,13 @@ class Text:
     if options.documents not in DOCUMENTS:
       raise UserError(f"--documents={options.documents} is unknown: use one of {', '.join(DOCUMENTS)}")
     self._options = options
-    self._paths = input_files(options.input, (".txt", ".md", *_JSON, *_GZIP), "text")
+    endings = (".txt", ".md", *_JSON, *_GZIP)
+    self._paths = input_files(options.input, endings, "text")
+    other = next((path for path in self._paths if not path.lower().endswith(endings)), None)
+    if other:
+      raise UserError(
+        f"{other} is no text to learn from by its name: --format=text reads {', '.join(endings)}"
+      )
 
   def files(self) -> list[str]:
     return self._paths

@@ -33,7 +33,9 @@ class Tfds:
         raise UserError(
           f"{options.input} has no feature {getattr(options, flag)!r}: --{flag} is one of {', '.join(names)}"
         )
-    self._image = options.image_column or next((name for name in objects.IMAGES if name in names), "")
+    if not options.text_column:
+      objects.require_text(options.input, names, options.task, "feature")
+    self._image = options.image_column or objects.spelled(names, objects.IMAGES)
     if not self._image and options.task != "text":
       raise UserError(
         f"{options.input} has no feature of images: name it by --image_column, one of {', '.join(names)}"
