@@ -16,7 +16,9 @@ from PIL import Image
 
 from jflow import flow
 from jflow.__main__ import COMMANDS, main
+from jflow.data import prepare_command
 from jflow.data.tokenizer import Tokenizer
+from jflow.errors import Terminated
 from jflow.inference import generate_command
 from jflow.training.checkpoint import save_params
 from jflow.training.command import load_config
@@ -293,3 +295,12 @@ def test_a_first_mistake_leaves_the_workdir_free(capsys, tmp_path):
   start = ("train", f"--config={CONFIG}", f"--workdir={tmp_path}", "--config.data.shapes.size=20")
   assert "nowhere" in _refused(capsys, *start, "--config.train.init_from=nowhere")
   assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_a_command_that_is_interrupted_ends_with_one_line(capsys, monkeypatch, error, code):
+  def interrupt(_):
+    raise error
+
+  monkeypatch.setattr(prepare_command, "main", interrupt)
+  assert main(["prepare"]) == code and capsys.readouterr().err == "jflow: stopped\n"

@@ -295,12 +295,12 @@ def test_the_command_names_its_mistakes(data, tmp_path, capsys):
 
 
 def test_latents_of_pictures_to_read_and_a_run_that_is_interrupted_get_one_clear_line(data, tmp_path):
-  def interrupt():
+  def interrupt(_):
     raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt, match="stopped; run the same command again to go on"):
-    write(data, interrupt, encoder="x")
+    latents.write(data, 16, MOMENTS, "x", interrupt, 4, 7, 2)
   read = str(tmp_path / "read")
   prepare.prepare("shapes", read, "understanding", records=1, image_size=16)
   with pytest.raises(UserError, match="--input=.*read holds understanding records: .*--task=generation"):
-    write(read, interrupt, encoder="x")
+    latents.write(read, 16, MOMENTS, "x", interrupt, 4, 7, 2)
