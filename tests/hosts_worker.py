@@ -5,6 +5,7 @@
 A model of one matrix compiles in a tenth of a second, so that many ways to fail can be tried.
 """
 
+import dataclasses
 import pathlib
 import sys
 import time
@@ -20,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
-from jflow import __main__, sharding  # noqa: E402
+from jflow import __main__, model_flops, sharding  # noqa: E402
 from jflow.training import hosts, loop, optim, workdir as workdirs  # noqa: E402
 from jflow.training.checkpoint import Checkpointer  # noqa: E402
 from jflow.training.goodput import Goodput  # noqa: E402
@@ -60,7 +61,8 @@ def step(optimizer, state: TrainState, x: jax.Array):
   new = state.replace(
     step=state.step + 1, trained=trained, ema=optim.update_ema(state.ema, trained, 0.9), optimizer=moments
   )
-  return new, {"loss": loss, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+  work = {f"work_{field.name}": jnp.zeros(()) for field in dataclasses.fields(model_flops.Work)}
+  return new, {"loss": loss, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row} | work
 
 
 def train(config: dict[str, Any], workdir: pathlib.Path, fault: list[str]) -> None:

@@ -229,7 +229,7 @@ def test_a_run_refuses_what_does_not_fit(data, tmp_path):
 def test_another_vae_is_refused_before_the_step_is_compiled(data, tmp_path, monkeypatch):
   write(data)
   monkeypatch.setattr(setup, "start_params", lambda *_: jax.tree.map(lambda x: x + 1, tiny.params()))
-  monkeypatch.setattr(loop, "make_step", lambda *_: pytest.fail("too late"))
+  monkeypatch.setattr(loop, "_Run", lambda *_: pytest.fail("too late"))
   with pytest.raises(UserError, match="was made by another VAE"):
     loop.train(configuration(data), tmp_path / "run")
 
