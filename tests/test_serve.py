@@ -400,3 +400,19 @@ def test_sigterm_finishes_what_runs_and_ends_with_code_0(tmp_path):
   assert "stopped; every request that was accepted has its answer" in server.stdout.read()
   with pytest.raises(httpx.ConnectError):
     httpx.get(base + "/health")
+
+
+def test_a_second_signal_cuts_what_runs_and_ends_with_code_1(tmp_path):
+  """While the model paints: the process does not wait for a program that would run on for minutes."""
+  from test_load import load_test
+
+  server, base = load_test.start(load_test.random_checkpoint(tmp_path / "tiny"))
+  body = {"prompt": "x", "n": 10, "steps": 200}
+  with httpx.Client(base_url=base, timeout=60) as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
+    pool.submit(lambda: client.post("/v1/images/generations", json=body))
+    while 'jflow_running{kind="painting"} 1.0' not in httpx.get(base + "/metrics").text:
+      time.sleep(0.02)
+    server.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(30) == 1

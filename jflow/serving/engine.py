@@ -59,6 +59,7 @@ class Engine:
     self._open: set[Job] = set()
     self._chats: collections.deque[Job] = collections.deque()
     self._pictures: collections.deque[tuple[Job, int]] = collections.deque()  # request, index of its picture
+    self._painting: list[tuple[Job, int]] = []  # the batch that the model has, or had last
     self._answering: dict[int, Job] = {}  # by slot
     self._chunk = 4  # tokens that every conversation gets before the next look at what waits
     self._spent = {"chat": 0.0, "painting": 0.0}
@@ -222,6 +223,7 @@ class Engine:
     with self._changed:
       settings = self._pictures[0][0].work.settings
       batch = [x for x in self._pictures if x[0].work.settings == settings][: self.batch]
+    self._painting = batch
     for job, _ in batch:
       job.started = True
     self._count()
@@ -263,9 +265,9 @@ class Engine:
       self._decoder = None  # its memory is needed
       self._decoder = Decoder(self.pipeline, self.slots, self.context)
     else:
+      jobs = list({job for job, _ in self._painting})
       with self._changed:
-        jobs = list({job for job, _ in self._pictures if job.started})
-        self._pictures = collections.deque(x for x in self._pictures if not x[0].started)
+        self._pictures = collections.deque(x for x in self._pictures if x[0] not in jobs)
     for job in jobs:
       self._end(job, error)
 

@@ -2,7 +2,10 @@
 
 import logging
 import math
+import os
+import signal
 import socket
+import sys
 import types
 
 import uvicorn
@@ -64,20 +67,30 @@ class Server(uvicorn.Server):
     """Like uvicorn's, but leaves the exit code to the command."""
     self.force_exit = self.should_exit
     self.should_exit = True
+    if self.force_exit:
+      logging.getLogger("uvicorn.error").disabled = True  # that requests were cut is no error of the server
     self._engine.drain()
 
 
 def run(app: object, engine: Engine, listener: socket.socket, grace: float) -> None:
   """Serves until a signal, after which connections have `grace` seconds to end.
 
+  A second signal ends the process with code 1: the model's thread may be inside a program that nothing interrupts.
+
   Raises:
-    Stopped: a second signal cut requests short, or the model failed.
+    Stopped: the model failed.
   """
   server = Server(app, engine, grace)
+  for signum in (
+    signal.SIGTERM,
+    signal.SIGINT,
+  ):  # uvicorn puts these back when it ends: a late signal kills nothing
+    signal.signal(signum, server.handle_exit)
   engine.start()
   server.run(sockets=[listener])
   if server.force_exit:
-    raise Stopped("stopped at the second signal; requests that ran were cut")
+    print("jflow: stopped at the second signal; requests that ran were cut", file=sys.stderr, flush=True)
+    os._exit(1)
   if engine.state == "failed":
     raise Stopped("the model failed; its errors stand above")
   engine.stop()
