@@ -265,8 +265,9 @@ def test_an_import_that_is_interrupted_says_so_in_one_line(folder, sent, code):
     f"--output={folder.parent / 'out'}", "--task=understanding", "--part_records=200", "--processes=2",
   ]  # fmt: skip
   process = subprocess.Popen(
-    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
-  )
+    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+  )  # fmt: skip
   while not list(partial.glob("*.json")) and process.poll() is None:
     time.sleep(0.01)
   # Ctrl-C reaches every process of the terminal, SIGTERM the one that it is sent to.

@@ -104,9 +104,10 @@ def check_same_run(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Tok
 
 
 def write_config(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer) -> None:
-  """Writes config.json and tokenizer/: from here on the workdir belongs to this run."""
+  """Writes tokenizer/ once, then config.json: from here on the workdir belongs to this run, and both are whole."""
+  if not (workdir / "config.json").exists():
+    tokenizer.save(workdir / "tokenizer")
   write_atomically(workdir / "config.json", json.dumps(config, indent=1) + "\n")
-  tokenizer.save(workdir / "tokenizer")
 
 
 def versions() -> dict[str, str]:
