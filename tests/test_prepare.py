@@ -268,7 +268,7 @@ def test_an_import_that_is_interrupted_says_so_in_one_line(folder, sent, code):
     command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
   )  # fmt: skip
-  while not list(partial.glob("*.json")) and process.poll() is None:
+  while not list(partial.glob("part-*.json")) and process.poll() is None:
     time.sleep(0.01)
   # Ctrl-C reaches every process of the terminal, SIGTERM the one that it is sent to.
   os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)
