@@ -52,9 +52,14 @@ def test_texture_sees_noise_and_state_sees_content():
   single = [x for x in renders(150, 2) if len(judge.detect(x)) == 1][:60]
   texture = lambda images: np.stack([distances.texture(x) for x in images])
   state = lambda images: np.stack([distances.state(judge.detect(x)) for x in images])
-  tex = {n: distances.between(texture(x), texture(truth))[0] for n, x in (("floor", floor), ("noisy", noisy))}
+  tex = {
+    n: distances.frechet(*(distances.normalised(texture(y), texture(truth)) for y in (x, truth)))
+    for n, x in (("floor", floor), ("noisy", noisy))
+  }
   content = {
-    name: distances.between_states(state(images), state(truth))[1]  # unbiased: few pictures suffice
+    name: distances.kernel_distance(  # unbiased: few pictures suffice
+      *(distances.normalised(state(x), state(truth), distances.LEAST_STATE) for x in (images, truth))
+    )
     for name, images in (("floor", floor), ("noisy", noisy), ("single", single))
   }
   assert texture(truth[:1]).shape == (1, 228) and state(truth[:1]).shape == (1, 24)

@@ -1,6 +1,7 @@
 """The command `evaluate`: predictions sample by sample, then scores, then a report."""
 
 import argparse
+import os
 import pathlib
 import sys
 from typing import Any
@@ -44,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument(
     "--limit", type=_positive, metavar="N", help="the first N prompts and the first N questions only"
   )
+  p.add_argument("--only", choices=("pictures", "questions"), help="shapes: leaves out the other half")
   p.add_argument("--split", default="", help="vqav2: val (default) or test-dev")
   p.add_argument("--batch_size", type=_positive, default=16, help="samples at once (default %(default)s)")
   p.add_argument(
@@ -67,6 +69,12 @@ def parser() -> argparse.ArgumentParser:
     type=pathlib.Path,
     metavar="FILE",
     help="mjhq: .npz with the arrays generated and reference, f32[N, D]",
+  )
+  p.add_argument(
+    "--cache",
+    default="~/.cache/jflow",
+    metavar="DIR",
+    help="keeps compiled programs, and features of true pictures (default %(default)s; empty: nothing)",
   )
   p.add_argument(
     "--sweep_guidance", type=_numbers(float), metavar="W,W,...", help="one evaluation for each, and a plot"
@@ -134,7 +142,9 @@ def make(recipe: Recipe, args: argparse.Namespace) -> Any:
   if recipe.name == "shapes":
     from jflow.evaluation.world import ShapesBenchmark
 
-    return ShapesBenchmark(recipe, args.output, args.limit, args.seed)
+    return ShapesBenchmark(recipe, args)
+  if args.only:
+    raise UserError(f"--only={args.only} belongs to --benchmark=shapes, which both paints and asks")
   if args.data is None:
     raise UserError(f"--benchmark={recipe.name} needs --data=DIR: {recipe.data}")
   if not args.data.exists():
@@ -161,6 +171,7 @@ def settings_of(recipe: Recipe, args: argparse.Namespace, fingerprint: str) -> d
     "limit": args.limit,
   }
   settings |= {"seed": args.seed, "dtype": args.dtype, "split": args.split or recipe.split, "vae": args.vae}
+  settings |= {"only": args.only}
   if recipe.prompt:
     settings |= {"prompt": recipe.prompt, "system": recipe.system, "decoding": "greedy"}
   if not recipe.prompt:
@@ -183,12 +194,15 @@ def predict(
   open_tasks = [task for task in tasks if task.key in mine and not _is_done(task, records, args.output)]
   if not open_tasks:
     return
+  import jax
   from tqdm import tqdm
 
   import jflow
   from jflow.evaluation.tasks import answer, paint
 
   if "model" not in opened:
+    if args.cache:
+      jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.cache))
     opened["model"] = jflow.load(args.checkpoint, vae=args.vae, dtype=args.dtype, weights=args.weights)
   model = opened["model"]
   with tqdm(

@@ -16,7 +16,7 @@ from jflow.evaluation import judge
 
 TEXTURE_SIDE = 64  # pixels; larger pictures are reduced to it
 _FREQUENCIES, _ANGLES = (0.08, 0.16, 0.28), 4  # cycles per pixel; angles in half a turn
-_LEAST_STATE = 0.25  # of a feature's deviation, when the state of the judge is normalised
+LEAST_STATE = 0.25  # of a feature's deviation, so that what hardly varies in the state does not count for much
 _OPPONENT = np.array([[1, 1, 1], [1, -1, 0], [0.5, 0.5, -1]]) / np.array([[3.0], [1.0], [1.0]])
 
 
@@ -83,17 +83,6 @@ def state(detections: Sequence[judge.Detection]) -> np.ndarray:
   radii = np.log([max(d.r, 1e-3) for d in detections] or [0.15])
   place = np.mean([(d.x, d.y) for d in detections] or [(0.5, 0.5)], axis=0)
   return np.array([*shapes, *colors, len(detections), unknown, radii.mean(), radii.std(), *place], np.float64)
-
-
-def between(generated: np.ndarray, reference: np.ndarray, least: float = 1e-6) -> tuple[float, float]:
-  """(Frechet, kernel) distance of features, both normalised by the reference."""
-  a, b = normalised(generated, reference, least), normalised(reference, reference, least)
-  return frechet(a, b), kernel_distance(a, b)
-
-
-def between_states(generated: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-  """`between` for `state`, where a feature that hardly varies should not count for much."""
-  return between(generated, reference, _LEAST_STATE)
 
 
 def inception_input(image: Image.Image, side: int = 256, lanczos: bool = True) -> np.ndarray:

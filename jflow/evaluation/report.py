@@ -91,6 +91,7 @@ def table(body: Mapping[str, Any]) -> str:
       cells.append(f"[{_digits(score['low'])}, {_digits(score['high'])}]")
     if "chance" in score:
       cells.append(f"chance {_digits(score['chance'])}")
+    cells += [f"{label} {_digits(value)}" for label, value in score.get("beside", {}).items()]
     if "paper" in score:
       cells.append(
         "paper " + ", ".join(f"{size}: {_digits(value)}" for size, value in score["paper"].items())
@@ -141,11 +142,13 @@ def _page(body: Mapping[str, Any], what: str, pictures: Sequence[tuple[str, Imag
   scores = body["scores"].values()
   sizes = sorted({size for score in scores for size in score.get("paper", {})}, reverse=True)
   chance = any("chance" in score for score in scores)
+  beside = list(dict.fromkeys(label for score in scores for label in score.get("beside", {})))
   head = [
     "Score",
     "Value",
     "95 % interval",
     *(["Chance"] if chance else []),
+    *(label.capitalize() for label in beside),
     *(f"Paper, {s}" for s in sizes),
     "Samples",
   ]
@@ -158,6 +161,7 @@ def _page(body: Mapping[str, Any], what: str, pictures: Sequence[tuple[str, Imag
     interval = f"{_digits(score['low'])} to {_digits(score['high'])}" if "low" in score else ""
     cells = [f"<b>{_digits(score['value'])}</b>", interval]
     cells += [_digits(score.get("chance"))] if chance else []
+    cells += [_digits(score.get("beside", {}).get(label)) for label in beside]
     cells += [_digits(score.get("paper", {}).get(size)) for size in sizes] + [str(score.get("count", ""))]
     rows.append(
       f"<tr><td>{html.escape(label)}</td>" + "".join(f'<td class="n">{cell}</td>' for cell in cells) + "</tr>"

@@ -24,7 +24,8 @@ class Score(NamedTuple):
   low: float | None = None  # ends of the 95 % interval
   high: float | None = None
   count: int | None = None  # samples behind it
-  chance: float | None = None  # what a model that does not look would get
+  chance: float | None = None  # what pictures for other prompts get
+  beside: Mapping[str, float] | None = None  # what else to read it against: name -> value
 
 
 def wilson(right: float, count: float) -> tuple[float, float]:
@@ -78,7 +79,9 @@ def average(parts: Sequence[Score]) -> Score:
   above = math.sqrt(sum((part.high - part.value) ** 2 for part in parts)) / len(parts)
   chances = [part.chance for part in parts]
   chance = None if None in chances else float(np.mean(chances))
-  return Score(value, value - below, value + above, sum(part.count for part in parts), chance)
+  names = set.intersection(*(set(part.beside or ()) for part in parts))
+  beside = {name: float(np.mean([part.beside[name] for part in parts])) for name in parts[0].beside or () if name in names}
+  return Score(value, value - below, value + above, sum(part.count for part in parts), chance, beside or None)
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], groups: Sequence[Any], seed: int = 0) -> Score:
@@ -93,6 +96,23 @@ def bootstrap(statistic: Callable[[np.ndarray], float], groups: Sequence[Any], s
   drawn = [statistic(rng.integers(0, count, count)) for _ in range(DRAWS)]
   low, high = np.percentile(drawn, [2.5, 97.5])
   return Score(float(statistic(np.arange(count))), float(low), float(high), count)
+
+
+def jackknife(statistic: Callable[[np.ndarray], float], groups: Sequence[Any], blocks: int = 20) -> Score:
+  """A statistic of independent groups that repetitions would bias, with a normal interval from leaving out blocks.
+
+  Args:
+    statistic: takes indices of groups, int[n], without repetitions, and returns a number.
+    groups: as in `bootstrap`.
+    blocks: the groups are cut into so many, each left out once.
+  """
+  count = len(groups)
+  value, blocks = float(statistic(np.arange(count))), min(blocks, count)
+  if blocks < 3:
+    return Score(value, count=count)
+  left = [statistic(np.flatnonzero(np.arange(count) % blocks != block)) for block in range(blocks)]
+  half = CONFIDENCE_Z * math.sqrt((blocks - 1) * float(np.var(left)))
+  return Score(value, value - half, value + half, count)
 
 
 def f1(truth: np.ndarray, said: np.ndarray) -> dict[str, float]:

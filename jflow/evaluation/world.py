@@ -1,9 +1,10 @@
 """The benchmark `shapes`: pictures of the built-in world judged by program, and questions about its pictures."""
 
+import argparse
 import collections
 import pathlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from jflow.data import scenes, shapes
 from jflow.data.examples import IMAGE_MARK
 from jflow.data.shapes import TAGS, Question as Asked
-from jflow.evaluation import answers, distances, judge, scores
+from jflow.evaluation import answers, distances, judge, references, scores
 from jflow.evaluation.recipes import Recipe
 from jflow.evaluation.report import Result
 from jflow.evaluation.samples import need_all
@@ -25,7 +26,7 @@ PROMPTS_PER_TAG = {"val": 60, "held_out": 40}
 QUESTIONS = 1500  # per split
 SIDE = 96  # pixels of the pictures that questions are about: the model resizes them as it does all others
 REFERENCE = 1500  # renders that pictures are compared with, or ten per picture if that is fewer
-_LEARNED = 6000  # training questions that the model without eyes has seen
+FLOORS = 3  # sets of other renders, of as many as the model has painted
 _SHOWN = 8  # successes and failures per category on a sheet
 
 
@@ -43,14 +44,18 @@ class Painted(NamedTuple):
 class ShapesBenchmark:
   """Six categories after GenEval, questions, distances; combinations that training showed apart from held-out ones."""
 
-  def __init__(self, recipe: Recipe, output: pathlib.Path, limit: int | None, seed: int):
-    """`limit`: the first prompts and the first questions of each split."""
-    self._recipe, self._output, self._seed = recipe, output, seed
+  def __init__(self, recipe: Recipe, args: argparse.Namespace):
+    """Chooses prompts and questions; `args`: flags of the command."""
+    self._recipe, self._output, self._seed = recipe, args.output, args.seed
+    self._cache = pathlib.Path(args.cache).expanduser() if args.cache else None
+    limit, only = args.limit, args.only
     self._prompts, self._questions = {}, {}
     for split, each in PROMPTS_PER_TAG.items():
       tags = sum(bool(scenes.combinations(tag, split == "held_out")) for tag in TAGS)
-      self._prompts[split] = shapes.evaluation_prompts(split, each * tags, 0)[:limit]
-      self._questions[split] = shapes.evaluation_questions(split, min(QUESTIONS, limit or QUESTIONS), 0)
+      prompts = shapes.evaluation_prompts(split, each * tags, 0)[:limit]
+      self._prompts[split] = [] if only == "questions" else prompts
+      count = 0 if only == "pictures" else min(QUESTIONS, limit or QUESTIONS)
+      self._questions[split] = shapes.evaluation_questions(split, count, 0) if count else []
 
   def tasks(self) -> list[Painting | Question]:
     """All pictures to paint, then all questions."""
@@ -70,24 +75,24 @@ class ShapesBenchmark:
     """Judges pictures and answers."""
     need_all([task.key for task in self.tasks()], records, "shapes", "run the same command again")
     out, sheets = {}, []
-    chance = _without_eyes(self._questions)
     for split, name in SPLITS.items():
       painted = list(self._painted(split))
       for rule in ("strict", "lenient"):
         out |= _painting_scores(painted, rule, name)
-      out |= _distances(painted, split, name)
+      out |= _distances(painted, split, name, self._cache)
       sheets += [(f"{name}: {tag}", sheet) for tag, sheet in _sheets(painted)]
       said = [records[f"ask/{split}/{i:04d}"]["answer"] for i in range(len(self._questions[split]))]
-      out |= _question_scores(self._questions[split], said, chance[split], name)
+      out |= _question_scores(self._questions[split], said, name)
     for kind in ("pictures", "questions"):
       out |= _gap(out, kind)
     notes = [
       "Pictures: strict means exactly what was asked and nothing else; lenient is GenEval's rule, which allows for more. "
       "Chance is the judge on pictures painted for other prompts of the same category. Intervals: Wilson's, with the pictures of a prompt counted as alike as they are.",
-      "Questions: chance is the better of the most frequent answer of the kind and of a model that has read the "
-      "questions of training and sees no picture.",
-      "FD-tex (Gabor filters) sees noise and blur, FD-state (what the judge finds) sees content; floor is what other "
-      "renders of the same number give, and no less can be had. Neither is comparable with an FID.",
+      "Questions: beside each score stand the most frequent answer of the kind; a model that has read the questions of "
+      "training and sees no picture; and what was right for the nearest picture of training.",
+      "FD-tex (Gabor filters) sees noise and blur, FD-state (what the judge finds) sees content; neither is comparable "
+      "with an FID. MMD: the unbiased kernel distance on the same features. Floor: what other renders of the same number "
+      f"give, mean, least and most of {FLOORS} sets; no less can be had. Other intervals: jackknife over prompts.",
     ]
     return Result(out, notes, sheets)
 
@@ -142,25 +147,36 @@ def _others(rows: Sequence[Painted]) -> list[tuple[Painted, dict[str, Any]]]:
   return pairs
 
 
-def _distances(painted: Sequence[Painted], split: str, name: str) -> dict[str, Score]:
+def _distances(
+  painted: Sequence[Painted], split: str, name: str, cache: pathlib.Path | None
+) -> dict[str, Score]:
+  """Frechet and kernel distances to true pictures on two kinds of features, each with what true pictures get."""
   if len(painted) < 2:
     return {}
   pictures = [_read(p.file) for p in painted]
-  side, tags = len(pictures[0]), [p.tag for p in painted]
-  reference = _renders(split, tags, min(REFERENCE, 10 * len(painted)), side, "reference")
-  floor = _renders(split, tags, len(painted), side, "floor")
+  own = {
+    "tex": np.stack([distances.texture(p) for p in pictures]),
+    "state": np.stack([distances.state(p.detections) for p in painted]),
+  }
+  tags, count, side = [p.tag for p in painted], len(painted), len(pictures[0])
+  true = lambda many, set_name: references.features(split, tags, many, side, set_name, cache)
+  target = true(min(REFERENCE, 10 * count), "reference")
+  floors = [true(count, f"floor {i}") for i in range(FLOORS)]
+  prompts = collections.defaultdict(list)
+  for i, p in enumerate(painted):
+    prompts[p.prompt].append(i)
+  groups = list(prompts.values())
   out = {}
-  found = [p.detections for p in painted]
-  for what, measure, feature, own in (
-    ("tex", distances.between, distances.texture, np.stack([distances.texture(p) for p in pictures])),
-    ("state", distances.between_states, _state, np.stack([distances.state(d) for d in found])),
-  ):
-    target = np.stack([feature(image) for image in reference])
-    fd, kernel = measure(own, target)
-    least, _ = measure(np.stack([feature(image) for image in floor]), target)
-    out[f"{name} pictures: FD-{what}"] = Score(fd, count=len(painted))
-    out[f"{name} pictures: FD-{what}, floor"] = Score(least, count=len(painted))
-    out[f"{name} pictures: kernel distance, {what}"] = Score(kernel, count=len(painted))
+  for what, least in (("tex", 1e-6), ("state", distances.LEAST_STATE)):
+    normal = lambda x: distances.normalised(x[what], target[what], least)
+    b, normal_floors = normal(target), [normal(x) for x in floors]
+    for measured, measure in ((f"FD-{what}", distances.frechet), (f"MMD-{what}", distances.kernel_distance)):
+      of_prompts = lambda chosen: measure(normal(own)[np.concatenate([groups[i] for i in chosen])], b)
+      out[f"{name} pictures: {measured}"] = scores.jackknife(of_prompts, groups)._replace(count=count)
+      least_values = [measure(x, b) for x in normal_floors]
+      out[f"{name} pictures: {measured}, floor"] = Score(
+        float(np.mean(least_values)), min(least_values), max(least_values), count
+      )
   return out
 
 
@@ -170,16 +186,6 @@ def _read(path: pathlib.Path) -> np.ndarray:
   if image.width < judge.LEAST_SIDE:
     image = image.resize((judge.LEAST_SIDE,) * 2, Image.Resampling.BICUBIC)
   return np.asarray(image)
-
-
-def _state(image: np.ndarray) -> np.ndarray:
-  return distances.state(judge.detect(image))
-
-
-def _renders(split: str, tags: Sequence[str], count: int, side: int, name: str) -> list[np.ndarray]:
-  """True pictures with the categories in the same shares."""
-  rng = random.Random(f"evaluation/{split}/{name}")
-  return [scenes.sample(tags[i % len(tags)], split, rng)[0].render(side) for i in range(count)]
 
 
 def _sheets(painted: Sequence[Painted]) -> Iterator[tuple[str, Image.Image]]:
@@ -209,23 +215,26 @@ def _sheets(painted: Sequence[Painted]) -> Iterator[tuple[str, Image.Image]]:
 
 
 def _question_scores(
-  asked: Sequence[tuple[Any, Asked]], said: Sequence[str], chance: Mapping[str, float], name: str
+  asked: Sequence[tuple[Any, Asked]], said: Sequence[str], name: str
 ) -> dict[str, Score]:
   """Accuracy per kind and their mean; F1 of the yes as POPE's; groups as MME's accuracy+ and MMBench's circles."""
+  if not asked:
+    return {}
   kinds: dict[str, list[bool]] = collections.defaultdict(list)
   groups: dict[str, dict[int, list[bool]]] = collections.defaultdict(lambda: collections.defaultdict(list))
-  yes: dict[str, tuple[list[bool], list[bool]]] = collections.defaultdict(lambda: ([], []))
+  yes: dict[str, list[tuple[bool, bool]]] = collections.defaultdict(list)
   for (number, (_, question)), answer in zip(_grouped(asked), said, strict=True):
     good = right(question, answer)
     kinds[question.kind].append(good)
     groups[question.kind][number].append(good)
     if question.kind in shapes.PAIRED:
-      yes[question.kind][0].append(question.answer == "yes")
-      yes[question.kind][1].append(answers.yes_or_no(answer) == "Yes")
-  prefix = f"{name} questions: "
-  out = {f"{prefix}{kind}": scores.accuracy(judged, chance=chance[kind]) for kind, judged in kinds.items()}
-  for kind, (truth, positive) in yes.items():
-    out[f"{prefix}{kind}, F1"] = Score(scores.f1(np.array(truth), np.array(positive))["f1"], count=len(truth))
+      yes[question.kind].append((question.answer == "yes", answers.yes_or_no(answer) == "Yes"))
+  prefix, beside = f"{name} questions: ", references.baselines(asked)
+  out = {f"{prefix}{kind}": scores.accuracy(judged)._replace(beside=beside[kind]) for kind, judged in kinds.items()}
+  for kind, pairs in yes.items():
+    truth, positive = np.array(pairs).T
+    f1 = lambda i: scores.f1(truth[i], positive[i])["f1"]
+    out[f"{prefix}{kind}, F1"] = scores.bootstrap(f1, pairs)
   for kind in ("relation", "existence", "choice"):
     if kind in groups:
       label = "all four orders" if kind == "choice" else "both of a pair"
@@ -241,27 +250,6 @@ def _grouped(asked: Sequence[tuple[Any, Asked]]) -> Iterator[tuple[int, tuple[An
     if (scene, question.kind) != last:
       number, last = number + 1, (scene, question.kind)
     yield number, (scene, question)
-
-
-def _without_eyes(questions: Mapping[str, Sequence[tuple[Any, Asked]]]) -> dict[str, dict[str, float]]:
-  """Split -> kind -> accuracy of the best that can be said without the picture."""
-  read: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-  for _, question in shapes.evaluation_questions("train", _LEARNED, 1):
-    read[question.question][question.answer] += 1
-  out: dict[str, dict[str, float]] = {}
-  for split, asked in questions.items():
-    kinds: dict[str, list[Asked]] = collections.defaultdict(list)
-    for _, question in asked:
-      kinds[question.kind].append(question)
-    out[split] = {}
-    for kind, group in kinds.items():
-      frequent, count = collections.Counter(q.answer for q in group).most_common(1)[0]
-      guess: Callable[[Asked], str] = lambda q: (
-        read[q.question].most_common(1)[0][0] if read[q.question] else frequent
-      )
-      blind = np.mean([guess(q) == q.answer for q in group])
-      out[split][kind] = max(count / len(group), float(blind))
-  return out
 
 
 def _gap(out: Mapping[str, Score], kind: str) -> dict[str, Score]:

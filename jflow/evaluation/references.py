@@ -1,0 +1,127 @@
+"""What the scores of the built-in world are read against: answers without a look, true pictures and their features."""
+
+import collections
+import hashlib
+import os
+import pathlib
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+from jflow.data import scenes, shapes
+from jflow.data.shapes import Question
+from jflow.evaluation import distances, judge
+
+LEARNED = 6000  # training questions that the models without eyes have seen
+FREQUENT, BLIND, NEAREST = "most frequent answer", "question alone", "nearest picture"
+_SIDE = 24  # pixels at which pictures are compared to find the nearest
+
+Asked = tuple[scenes.Scene, Question]
+
+
+def baselines(asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
+  """Kind of question -> baseline -> its accuracy.
+
+  FREQUENT says the most frequent right answer of the kind. BLIND has read LEARNED questions of training and says what
+  was the most frequent answer to the same words. NEAREST finds, among the training pictures that this was asked about,
+  the one with the nearest pixels, and says what was right there; of a choice it takes the option with that word. What
+  training never asked, both answer as FREQUENT.
+  """
+  learned: dict[str, list[Asked]] = collections.defaultdict(list)
+  for scene, question in shapes.evaluation_questions("train", LEARNED, 1) if asked else ():
+    learned[_words(question)].append((scene, question))
+  kinds: dict[str, list[Asked]] = collections.defaultdict(list)
+  for scene, question in asked:
+    kinds[question.kind].append((scene, question))
+  pixels = _Pixels()
+  out = {}
+  for kind, group in kinds.items():
+    frequent = collections.Counter(q.answer for _, q in group).most_common(1)[0][0]
+    right = dict.fromkeys((FREQUENT, BLIND, NEAREST), 0)
+    for scene, question in group:
+      pool = [(s, q) for s, q in learned.get(_words(question), ()) if s != scene]
+      same = collections.Counter(q.answer for _, q in pool if q.question == question.question)
+      right[FREQUENT] += question.answer == frequent
+      right[BLIND] += question.answer == (same.most_common(1)[0][0] if same else frequent)
+      right[NEAREST] += question.answer == (_nearest(scene, question, pool, pixels) or frequent)
+    out[kind] = {name: count / len(group) for name, count in right.items()}
+  return out
+
+
+class _Pixels:
+  """float32[_SIDE * _SIDE * 3] of a scene, rendered once."""
+
+  def __init__(self) -> None:
+    self._known: dict[scenes.Scene, np.ndarray] = {}
+
+  def __call__(self, scene: scenes.Scene) -> np.ndarray:
+    if scene not in self._known:
+      self._known[scene] = scene.render(_SIDE).astype(np.float32).ravel()
+    return self._known[scene]
+
+
+def _words(question: Question) -> str:
+  """What is asked, without the options of a choice."""
+  return question.question.splitlines()[0]
+
+
+def _options(question: Question) -> dict[str, str]:
+  """Word -> letter of a choice."""
+  lines = [line.split(". ", 1) for line in question.question.splitlines() if line[1:3] == ". "]
+  return {word: letter for letter, word in lines}
+
+
+def _nearest(scene: scenes.Scene, question: Question, pool: Sequence[Asked], pixels: _Pixels) -> str | None:
+  if not pool:
+    return None
+  own = pixels(scene)
+  _, found = min(pool, key=lambda one: float(np.square(pixels(one[0]) - own).sum()))
+  options = _options(question)
+  if not options and not (there := _options(found)):
+    return found.answer
+  word = found.answer
+  if there := _options(found):
+    word = next(word for word, letter in there.items() if letter == found.answer)
+  return options.get(word) if options else word
+
+
+def features(
+  split: str, tags: Sequence[str], count: int, side: int, name: str, cache: pathlib.Path | None
+) -> dict[str, np.ndarray]:
+  """Features of true pictures, with the categories in the same shares: "tex" f64[count, 228] and "state" f64[count, 24].
+
+  Args:
+    split: of the world.
+    tags: categories of the pictures to compare with, in order.
+    count: of renders.
+    side: in pixels.
+    name: of the set; each is drawn anew.
+    cache: folder that keeps them, since they depend on nothing but these arguments and the code; None keeps nothing.
+  """
+  path = None
+  if cache:
+    code = b"".join(pathlib.Path(module.__file__).read_bytes() for module in (scenes, shapes, judge, distances))
+    key = hashlib.sha256(code + repr((split, tuple(tags), count, side, name)).encode()).hexdigest()
+    path = cache / f"renders-{key[:16]}.npz"
+    if path.exists():
+      with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+  pictures = renders(split, tags, count, side, name)
+  out = {
+    "tex": np.stack([distances.texture(image) for image in pictures]),
+    "state": np.stack([distances.state(judge.detect(image)) for image in pictures]),
+  }
+  if path:
+    cache.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    with open(part, "wb") as file:
+      np.savez(file, **out)
+    part.replace(path)
+  return out
+
+
+def renders(split: str, tags: Sequence[str], count: int, side: int, name: str) -> list[np.ndarray]:
+  """uint8[side, side, 3] each: true pictures with the categories in the same shares."""
+  rng = random.Random(f"evaluation/{split}/{name}")
+  return [scenes.sample(tags[i % len(tags)], split, rng)[0].render(side) for i in range(count)]

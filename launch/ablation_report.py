@@ -1,0 +1,300 @@
+"""What launch/ablations.py makes of the scores: results.json, table.md, losses.png and pictures.png."""
+
+import json
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from configs import ablation
+from jflow.data import shapes
+from jflow.data.pipeline import Pipeline
+from jflow.data.tokenizer import Tokenizer
+from jflow.evaluation import report
+from jflow.evaluation.references import BLIND, FREQUENT
+from jflow.inference.sheet import contact_sheet
+from jflow.models.config import JanusFlowConfig
+from jflow.training import setup
+from jflow.training.checkpoint import read_config
+from jflow.training.metrics import read_lines
+
+WHAT = {
+  "A": "no alignment",
+  "B": "one latent encoder for both",
+  "C": "a latent encoder each",
+  "D": "reads only",
+  "E": "paints only",
+  "F": "final",
+}
+PAPER = {  # table 6 of 001: 256 x 256, F 50,000 steps
+  "POPE": {"A": 82.40, "B": 78.13, "C": 75.30, "D": 85.03, "F": 84.73},
+  "VQAv2 val": {"A": 69.62, "B": 53.94, "C": 55.41, "D": 69.10, "F": 69.20},
+  "GQA": {"A": 54.43, "B": 44.04, "C": 44.44, "D": 54.23, "F": 54.83},
+  "FID": {"A": 19.84, "B": 18.05, "C": 17.53, "E": 16.69, "F": 17.61},
+  "CLIP": {"A": 24.94, "B": 26.38, "C": 26.32, "E": 26.89, "F": 26.40},
+}
+
+
+class Row(NamedTuple):
+  """A score of the paper and what stands in its place here."""
+
+  paper: str
+  score: str  # of the benchmark `shapes`, behind the split
+  low_is_good: bool = False
+
+
+ROWS = (
+  Row("POPE", "questions: existence, F1"),
+  Row("VQAv2 val", "questions: overall"),
+  Row("GQA", "questions: relation"),
+  Row("FID", "pictures: FD-tex", True),
+  Row("FID", "pictures: FD-state", True),
+  Row("CLIP", "pictures: overall"),
+)
+LOSSES = ("flow", "text", "alignment")
+SHEET = 12  # prompts, two per category
+
+
+def write(
+  folder: pathlib.Path, reports: Mapping[str, pathlib.Path], ends: Mapping[str, int], command: str
+) -> None:
+  """Writes the four files.
+
+  Args:
+    folder: holds a workdir for each letter.
+    reports: letter -> folder of its evaluation, for those that have one.
+    ends: letter -> steps of its budget, for all.
+    command: that made all this.
+  """
+  letters = {}
+  for letter in ends:
+    letters[letter] = _entry(folder / letter, reports[letter], ends[letter]) if letter in reports else None
+  body = {"command": command, "commit": report.commit(), "letters": letters, "comparisons": compare(letters)}
+  report.replace(folder / "results.json", _compact(body))
+  report.replace(folder / "table.md", table(body))
+  losses({letter: read_lines(folder / letter / "metrics.jsonl") for letter in ends}).savefig(
+    folder / "losses.png", dpi=110
+  )
+  sheet = pictures(reports)
+  if sheet:
+    sheet.save(folder / "pictures.png", optimize=True)
+  print((folder / "table.md").read_text(encoding="utf-8"))
+  print(f"results: {folder}/results.json, table.md, losses.png, pictures.png")
+
+
+def fingerprint_of(output: pathlib.Path) -> str | None:
+  """Of the checkpoint that a folder's report was made for; None without a report."""
+  path = output / "report.json"
+  return json.loads(path.read_text(encoding="utf-8"))["settings"]["fingerprint"] if path.exists() else None
+
+
+def _entry(workdir: pathlib.Path, output: pathlib.Path, budget: int) -> dict[str, Any]:
+  body = json.loads((output / "report.json").read_text(encoding="utf-8"))
+  rows = read_lines(workdir / "metrics.jsonl")
+  steps = int(output.name.split("-")[1])
+  rows = [row for row in rows if row["step"] <= steps]
+  last = rows[-max(1, len(rows) // 20) :]
+  kept = ("fingerprint", "guidance", "steps", "pictures", "limit", "seed", "only")
+  return {
+    "steps": steps,
+    "budget": budget,
+    "pictures": pictures_seen(workdir, steps),
+    "losses_of_the_last_twentieth": {
+      name: float(np.mean(values))
+      for name in LOSSES
+      if (values := [row[f"loss_{name}"] for row in last if row.get(f"loss_{name}") is not None])
+    },
+    "commit": body["commit"],
+    "settings": {name: body["settings"][name] for name in kept if body["settings"].get(name) is not None},
+    "scores": body["scores"],
+  }
+
+
+def pictures_seen(workdir: pathlib.Path, steps: int) -> dict[str, int]:
+  """Pictures that a run has read and painted in its first steps, each time counted."""
+  config, tokenizer = read_config(workdir), Tokenizer.load(str(workdir / "tokenizer"))
+  shape = setup.row_shape(config, JanusFlowConfig.from_dict(config["model"]))
+  pipeline = Pipeline(config["data"], tokenizer, shape, config["train"]["batch_size"], config["train"]["seed"])
+  seen = {"read": 0, "painted": 0}
+  names = {"understanding": "read", "generation": "painted"}  # of the built-in world's records each has one picture
+  for step in range(steps):
+    for task, _, pieces in pipeline.pieces(step):
+      if task in names:
+        seen[names[task]] += len(pieces)
+  return seen
+
+
+def compare(letters: Mapping[str, Mapping[str, Any] | None]) -> list[dict[str, Any]]:
+  """Each letter against F on each score that both have: by how much it is better than F, in the paper and here.
+
+  "agrees" is null where our difference is within its 95 % interval of 0, and where the paper has no number.
+  """
+  out = []
+  for split in ("seen", "held-out"):
+    for row in ROWS:
+      name = f"{split} {row.score}"
+      for letter in letters:
+        ours = [(letters[x] or {}).get("scores", {}).get(name) for x in (letter, "F")]
+        if letter == "F" or None in ours:
+          continue
+        theirs = [PAPER[row.paper].get(x) for x in (letter, "F")]
+        sign = -1 if row.low_is_good else 1
+        difference, low, high = _difference(*ours, sign)
+        paper = None if None in theirs else round(sign * (theirs[0] - theirs[1]), 2)
+        sure = low > 0 or high < 0
+        out.append(
+          {
+            "letter": letter,
+            "score": name,
+            "better_by": difference,
+            "low": low,
+            "high": high,
+            "paper_score": row.paper,
+            "paper_better_by": paper,
+            "agrees": (difference > 0) == (paper > 0) if sure and paper is not None else None,
+          }
+        )
+  return out
+
+
+def _difference(a: Mapping[str, float], b: Mapping[str, float], sign: int) -> tuple[float, float, float]:
+  """(difference, low, high) of two independent scores, from their intervals (Newcombe's method)."""
+  difference = a["value"] - b["value"]
+  below = math.hypot(a["value"] - a["low"], b["high"] - b["value"])
+  above = math.hypot(a["high"] - a["value"], b["value"] - b["low"])
+  low, high = difference - below, difference + above
+  return (difference, low, high) if sign > 0 else (-difference, -high, -low)
+
+
+def table(body: Mapping[str, Any]) -> str:
+  """Markdown: the scores beside the paper's table 6, then each letter against F."""
+  letters, names = body["letters"], list(body["letters"])
+  head = ["", *(f"{x}: {WHAT[x]}" for x in names)]
+  lines = [head, ["---"] + ["---:"] * len(names)]
+
+  def cell(letter: str, get: Any) -> str:
+    return "" if letters[letter] is None else get(letters[letter])
+
+  lines.append(["steps", *(cell(x, lambda e: _of(e["steps"], e["budget"])) for x in names)])
+  lines.append(
+    [
+      "pictures read / painted",
+      *(cell(x, lambda e: f"{e['pictures']['read']:,} / {e['pictures']['painted']:,}") for x in names),
+    ]
+  )
+  for before, row in zip((None, *ROWS), ROWS):
+    if before is None or row.paper != before.paper:
+      lines.append([f"paper: {row.paper}", *(_number(PAPER[row.paper].get(x)) for x in names)])
+    for split in ("seen", "held-out"):
+      lines.append([f"{split} {row.score}", *(_with_base(letters[x], f"{split} {row.score}") for x in names)])
+  for name in _rest(letters):
+    lines.append([name, *(_with_base(letters[x], name) for x in names)])
+  missing = [f"{x} ({WHAT[x]})" for x in names if letters[x] is None]
+  marks = {True: "agrees", False: "differs", None: "undecided"}
+  against = [["against F", "score", "paper", "here", "95 % interval", ""], ["---", "---", "---:", "---:", "---", "---"]]
+  for one in body["comparisons"]:
+    against.append(
+      [
+        one["letter"],
+        f"{one['paper_score']} / {one['score']}",
+        "" if one["paper_better_by"] is None else f"{one['paper_better_by']:+.2f}",
+        f"{one['better_by']:+.3f}",
+        f"{one['low']:+.3f} to {one['high']:+.3f}",
+        "" if one["paper_better_by"] is None else marks[one["agrees"]],
+      ]
+    )
+  join = lambda rows: "\n".join("| " + " | ".join(row) + " |" for row in rows)
+  text = f"`{body['command']}`, commit {str(body['commit'])[:12]}.\n\n"
+  text += f"Not trained yet: {', '.join(missing)}.\n\n" if missing else ""
+  text += "In brackets: what a model gets that does not look (questions), pictures for other prompts (pictures), other "
+  text += f"renders (distances).\n\n{join(lines)}\n\n"
+  text += "Above 0 the letter is better than F (a distance that is less counts as better). Undecided: 0 is within the "
+  text += f"interval.\n\n{join(against)}\n"
+  return text
+
+
+def _rest(letters: Mapping[str, Any]) -> list[str]:
+  """The categories and kinds of questions that the comparison leaves out."""
+  names = dict.fromkeys(name for entry in letters.values() if entry for name in entry["scores"])
+  taken = {f"{split} {row.score}" for split in ("seen", "held-out") for row in ROWS}
+  return [
+    name
+    for name in names
+    if name not in taken and name.split(": ")[-1].split(" (")[0] in (*shapes.TAGS, *shapes.KINDS, "overall")
+  ]
+
+
+def _of(steps: int, budget: int) -> str:
+  return f"{steps:,}" if steps >= budget else f"{steps:,} of {budget:,}"
+
+
+def _number(value: float | None) -> str:
+  return "" if value is None else f"{value:.2f}"
+
+
+def _with_base(entry: Mapping[str, Any] | None, name: str) -> str:
+  """A score, and in brackets what can be had without a look, or the distance's floor."""
+  scores = entry["scores"] if entry else {}
+  if name not in scores:
+    return ""
+  value = scores[name]["value"]
+  without_eyes = max((scores[name].get("beside", {}).get(x) for x in (FREQUENT, BLIND)), key=lambda v: v or 0)
+  base = scores[name].get("chance", scores.get(f"{name}, floor", {}).get("value", without_eyes))
+  text = f"{value:.3f}" if value < 10 else f"{value:.1f}"
+  return text if base is None else f"{text} ({base:.2f})"
+
+
+def losses(runs: Mapping[str, list[dict[str, Any]]]) -> Figure:
+  """A panel per loss over the steps, a line per letter, each point the mean of about a fiftieth of the run."""
+  fig = Figure(figsize=(4.4 * len(LOSSES), 3.4), layout="constrained")
+  for panel, name in zip(fig.subplots(1, len(LOSSES)), LOSSES):
+    for i, (letter, rows) in enumerate(runs.items()):
+      points = [(row["step"], row[f"loss_{name}"]) for row in rows if row.get(f"loss_{name}") is not None]
+      if not points:
+        continue
+      width = max(1, len(points) // 50)
+      points = np.array(points[: len(points) // width * width]).reshape(-1, width, 2).mean(1)
+      if np.ptp(points[:, 1]) == 0:  # a loss without weight
+        continue
+      panel.plot(*points.T, color=f"C{i}", label=f"{letter}: {WHAT[letter]}", linewidth=1.2)
+    panel.set(xlabel="step", title=f"{name} loss")
+    panel.grid(alpha=0.3)
+  handles = {h.get_label(): h for panel in fig.axes for h in panel.get_legend_handles_labels()[0]}
+  if handles:
+    fig.axes[0].legend(handles.values(), handles.keys(), frameon=False, fontsize=7)
+  return fig
+
+
+def pictures(reports: Mapping[str, pathlib.Path]) -> Image.Image | None:
+  """A row per letter that paints, the same prompts and noise in every column; None if none does."""
+  prompts = [text for text, _ in shapes.evaluation_prompts("val", SHEET, 0)]
+  files = {
+    letter: [output / f"pictures/val/{i:04d}_0.png" for i in range(SHEET)]
+    for letter, output in reports.items()
+    if letter != "D"
+  }
+  count = min((sum(path.exists() for path in row) for row in files.values()), default=0)
+  images, captions = [], []
+  for letter, row in files.items():
+    images += [Image.open(path).convert("RGB") for path in row[:count]]
+    captions += [f"{letter}: {text.removeprefix('a picture of ')}" for text in prompts[:count]]
+  return contact_sheet(images, captions, count, side=96, lines=3) if images else None
+
+
+def _compact(body: Mapping[str, Any]) -> str:
+  """JSON with a line per innermost object: easy to read, easy to compare."""
+  text = json.dumps(_rounded(body), indent=1, ensure_ascii=False)
+  return re.sub(r"\{[^{}\[\]]*\}", lambda inner: " ".join(inner[0].split()), text) + "\n"
+
+
+def _rounded(value: Any) -> Any:
+  if isinstance(value, float):
+    return round(value, 4)
+  if isinstance(value, Mapping):
+    return {key: _rounded(one) for key, one in value.items()}
+  return [_rounded(one) for one in value] if isinstance(value, list) else value
