@@ -19,7 +19,7 @@ from ml_dtypes import bfloat16
 # Values of `Batch.image_kind`.
 NONE, READ, WRITE = 0, 1, 2
 
-# The three types of rows, in the order in which they stand in a batch.
+# The three types of rows.
 TASKS = ("understanding", "generation", "text")
 
 

@@ -4,22 +4,21 @@ import numpy as np
 
 from jflow.batch import READ, TASKS, WRITE, Batch, RowShape
 from jflow.data.examples import Sample
-from jflow.data.mixture import rows_per_task
+from jflow.data.mixture import rows_per_task, spread
 from jflow.data.packing import pack
 
 
 def synthetic(
   rows: int, shape: RowShape, mixture: tuple[float, ...], vocabulary: int, seed: int = 0
 ) -> Batch:
-  """A batch of full rows, types shared by the mixture and spread evenly.
+  """A batch of full rows, types shared by the mixture and spread as in training.
 
   A read image stands among 200 tokens of question and answer (the answer learned), a written one behind a prompt
   of 73, as far as the row has room; a text fills its row.
   """
   rng = np.random.default_rng(seed)
-  counts = rows_per_task(mixture, rows)
-  order = sorted(((i + 0.5) / count, task) for task, count in zip(TASKS, counts) for i in range(count))
-  packed = [pack(_row(task, shape, vocabulary, rng), shape) for _, task in order]
+  tasks, _ = spread(rows_per_task(mixture, rows))
+  packed = [pack(_row(TASKS[task], shape, vocabulary, rng), shape) for task in tasks]
   return Batch(*map(np.stack, zip(*packed, strict=True)))
 
 

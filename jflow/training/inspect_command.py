@@ -9,6 +9,7 @@ import numpy as np
 import jflow
 from jflow.batch import TASKS, Batch
 from jflow.data import inspection
+from jflow.data.mixture import StepPlan
 from jflow.data.pipeline import Pipeline
 from jflow.data.prepared import read_summary
 from jflow.data.tokenizer import Tokenizer
@@ -112,7 +113,9 @@ def render(config, directory: str, rows: int, step: int, title: str):
     print(f"jflow: no config.data.tokenizer, so {data['tokenizer']} cuts the text", file=sys.stderr)
   tokenizer = Tokenizer.load(data["tokenizer"])
   shape = setup.row_shape(config | {"data": data}, JanusFlowConfig.from_dict(config["model"]))
-  share = np.unique(np.linspace(0, batch_size - 1, min(rows, batch_size)).round().astype(int)).tolist()
+  tasks = [task for task, _ in StepPlan(data["mixture"], batch_size, step + 1)[step]]
+  by_task = np.argsort(tasks, kind="stable")
+  share = by_task[np.linspace(0, batch_size - 1, min(rows, batch_size)).round().astype(int)].tolist()
   pipeline = Pipeline(data, tokenizer, shape, batch_size, config["train"]["seed"], share)
   for line in pipeline.report():
     print(f"jflow: {line}", file=sys.stderr)
