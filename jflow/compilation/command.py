@@ -38,10 +38,13 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--config", metavar="FILE[:SIZE]", help="for example configs/stage2.py")
   parser.add_argument("--topology", metavar="KIND:DIMS", help="for example v5e:4x4")
   parser.add_argument("--rows_per_device", type=int, metavar="N", help="default: train.batch_size / devices")
+  parser.add_argument(
+    "--effort", type=float, default=0.0, metavar="E", help="of the compiler, from -1 (soonest) to 0, as in training"
+  )
   parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the report as JSON")
   parser.add_argument("--hlo", metavar="FILE", help="write the compiled program as text")
   parser.add_argument(
-    "--table", type=pathlib.Path, metavar="NAME", help="write NAME.json and NAME.md (30 minutes)"
+    "--table", type=pathlib.Path, metavar="NAME", help="write the README's table to NAME.json and NAME.md; an interrupted one goes on (about 2 minutes a row)"
   )
   known, fields = parser.parse_known_args(argv)
   if known.table:
@@ -51,12 +54,14 @@ def main(argv: list[str]) -> int:
   if not known.config or not known.topology:
     raise UserError("name --config and --topology, for example --config=configs/stage2.py --topology=v5e:4x4")
   topology = targets.Topology.parse(known.topology)
+  if not -1.0 <= known.effort <= 0.0:
+    raise UserError(f"--effort={known.effort} must be in [-1, 0]")
   config = load_config([f"--config={known.config}", *fields])
   config = fitted(config, topology, known.rows_per_device)
   targets.quiet_environment()
   from jflow.compilation.report import compile_report
 
-  report = {"config": known.config} | compile_report(config, topology, known.hlo)
+  report = {"config": known.config} | compile_report(config, topology, known.effort, known.hlo)
   show(report)
   if known.json:
     known.json.parent.mkdir(parents=True, exist_ok=True)

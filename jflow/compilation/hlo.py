@@ -130,6 +130,8 @@ def count(text: str, mesh: dict[str, int], open_loops: Callable[[str], float]) -
   totals: dict[tuple[str, str], float] = collections.defaultdict(float)
   for op, times, ops in seen.values():
     axes, group = _axes(op.text, mesh)
+    if group == 1:  # TPU keeps a sum over an axis of one device; nothing travels
+      continue
     kind, full = op.code.removesuffix("-start"), _full_bytes(op, group)
     totals[kind, axes] += times * full
     if kind == "all-gather":

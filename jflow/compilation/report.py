@@ -41,13 +41,14 @@ def expected(config: dict[str, Any], model: JanusFlow) -> tuple[model_flops.Work
 
 
 def compile_report(
-  config: dict[str, Any], topology: targets.Topology, keep_text: str | None = None
+  config: dict[str, Any], topology: targets.Topology, effort: float = 0.0, keep_text: str | None = None
 ) -> dict[str, Any]:
   """Compiles and measures.
 
   Args:
     config: with the mesh and the batch size to compile for; checked here.
     topology: where to.
+    effort: of the compiler for the speed of the program, 0 as in training; below it, down to -1, it compiles sooner.
     keep_text: file that gets the compiled program as text; None: none.
 
   Returns:
@@ -65,7 +66,7 @@ def compile_report(
   report: dict[str, Any] = {
     "topology": topology.name, "chips": topology.chips, "mesh": dict(config["mesh"]),
     "rows_per_device": per_device, "accumulation": config["train"]["accumulation"],
-    "attention": model.attention, "remat": model.remat, "jax": jax.__version__,
+    "attention": model.attention, "remat": model.remat, "effort": effort, "jax": jax.__version__,
   }  # fmt: skip
   with jax.set_mesh(mesh), targets.absent_gpu(topology):
     program = make_program(config, model, mesh)
@@ -75,7 +76,7 @@ def compile_report(
     report["lower_seconds"] = round(time.monotonic() - started, 1)
     started = time.monotonic()
     try:
-      compiled = lowered.compile()
+      compiled = lowered.compile({"exec_time_optimization_effort": effort} if effort else None)
     except Exception as error:  # jax raises several kinds
       overflow = re.search(r"Used ([0-9.]+)([GMK]) of ([0-9.]+)([GMK]) hbm", str(error))
       if not overflow:
