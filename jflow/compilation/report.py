@@ -76,7 +76,7 @@ def compile_report(
     report["lower_seconds"] = round(time.monotonic() - started, 1)
     started = time.monotonic()
     try:
-      compiled = lowered.compile({"exec_time_optimization_effort": effort} if effort else None)
+      compiled = lowered.compile(_options(topology, effort))
     except Exception as error:  # jax raises several kinds
       overflow = re.search(r"Used ([0-9.]+)([GMK]) of ([0-9.]+)([GMK]) hbm", str(error))
       if not overflow:
@@ -97,6 +97,16 @@ def compile_report(
   chunks = head_loss.chunks(math.ceil(share * micro))
   counts = hlo.count(text, dict(mesh.shape), lambda loop: chunks if head_loss.SCOPE in loop else 0)
   return report | _roofline(config, model, topology, counts, dict(mesh.shape))
+
+
+def _options(topology: targets.Topology, effort: float) -> dict[str, Any]:
+  """Options of the compiler beside those of the step itself."""
+  options: dict[str, Any] = {"exec_time_optimization_effort": effort} if effort else {}
+  if topology.chip.platform == "gpu":
+    # Triton's tiles are chosen by trying them on the device; where there is none, those it guesses need not fit.
+    # cuBLAS, the other way to a product, has the same FLOPs and operands.
+    options["xla_gpu_enable_triton_gemm"] = False
+  return options
 
 
 def _memory(program: Program, batch: Any, analysis: Any, topology: targets.Topology) -> dict[str, float]:
