@@ -1,6 +1,7 @@
 """Training as a user runs it: killed runs equal uninterrupted ones, stages hand over, bad configs end."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -21,7 +22,7 @@ from jflow.errors import UserError
 from jflow.training import checkpoint, setup
 from jflow.training.metrics import read_lines
 
-INTERVAL, MANY = 6, 9999
+INTERVAL, STEPS = 4, 24  # of a save, of a stage
 QUICK = "--xla_backend_optimization_level=0"  # less time to compile; the same program in every run
 SMALL = (
   "--config.train.batch_size=4",
@@ -31,6 +32,8 @@ SMALL = (
   "--config.model.autoencoder.block_channels=()",
   "--config.model.autoencoder.patch_size=4",
   "--config.model.autoencoder.window=4",
+  "--config.model.generation.encoder_blocks=1",
+  "--config.model.generation.decoder_blocks=1",
   f"--config.checkpoint.interval={INTERVAL}",
 )
 
@@ -43,10 +46,13 @@ def _environment() -> dict[str, str]:
   }
 
 
-def _command(stage: int, workdir: pathlib.Path, cache: str, steps: int, *fields: str) -> list[str]:
+def _command(
+  stage: int, workdir: pathlib.Path, cache: str, before: pathlib.Path | str, *fields: str
+) -> list[str]:
   return [
     sys.executable, "-m", "jflow", "train", f"--config=configs/stage{stage}.py:tiny", f"--workdir={workdir}",
-    f"--config.compute.compilation_cache={cache}", f"--config.train.steps={steps}", *SMALL, *fields,
+    f"--config.compute.compilation_cache={cache}", f"--config.train.steps={STEPS}", *SMALL,
+    f"--config.train.init_from={before}", *fields,
   ]  # fmt: skip
 
 
@@ -92,90 +98,106 @@ def runs(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def stage1(runs, compilation_cache) -> pathlib.Path:
-  _train(1, runs / "stage1", compilation_cache, 3)
+  _train(1, runs / "stage1", compilation_cache, "")
   return runs / "stage1"
 
 
 @pytest.fixture(scope="module")
 def stage2(runs, stage1, compilation_cache) -> pathlib.Path:
-  _train(2, runs / "stage2", compilation_cache, 3, f"--config.train.init_from={stage1}")
+  _train(2, runs / "stage2", compilation_cache, stage1)
   return runs / "stage2"
 
 
 @pytest.fixture(scope="module")
 def stage3(runs, stage2, compilation_cache) -> pathlib.Path:
   window = ("--config.profile.start=1", "--config.profile.steps=1")
-  _train(3, runs / "stage3", compilation_cache, 2, f"--config.train.init_from={stage2}", *window)
+  _train(3, runs / "stage3", compilation_cache, stage2, *window)
   return runs / "stage3"
 
 
-KILLS = 12
+# When each stage is killed: at a random step, inside a save, just after one, or at the hand-over, before the first
+# step, while the weights of the stage before are taken.
+KILLS = (
+  ("step", "save", "saved"),
+  ("hand-over", "step", "save", "saved", "step"),
+  ("hand-over", "step", "save", "saved"),
+)
 
 
-def test_a_run_that_is_killed_again_and_again_equals_one_that_is_not(runs, stage1, compilation_cache):
-  """Twelve SIGKILLs: at a random step, inside a save, just after one, and again; then SIGTERM; no loss may differ by a bit."""
-  workdir, rng = runs / "interrupted", np.random.default_rng(0)
-  command = lambda steps, workdir=workdir: _command(
-    2, workdir, compilation_cache, steps, f"--config.train.init_from={stage1}"
-  )
-  saving = lambda: any("tmp" in p.name for p in (workdir / "checkpoints").glob("*"))
-  for number in range(KILLS):
-    at = (checkpoint.newest_valid(workdir / "checkpoints") if workdir.exists() else 0) or 0
-    # The first: at the hand-over, when nothing is saved.
-    steps = at + (int(rng.integers(1, INTERVAL + 2)) if number else 1)
-    moments = (
-      lambda: _lines(workdir) >= steps,
-      saving,
-      lambda: at < max(checkpoint.sealed_steps(workdir / "checkpoints"), default=0),  # so that it gets on
-    )
-    moment = moments[number % 3]
-    code, text = _interrupt(
-      command(MANY), workdir, signal.SIGKILL, lambda: _stepping(workdir, at) and moment()
-    )
-    assert code == -signal.SIGKILL, text
-    assert at == 0 or f"going on from step {at} " in text
-    at = checkpoint.newest_valid(workdir / "checkpoints") or 0
-    assert at >= _lines(workdir) - 2 * INTERVAL  # no more is lost than since the save before
+def test_stages_that_are_killed_again_and_again_equal_those_that_are_not(
+  runs, stage1, stage2, stage3, compilation_cache
+):
+  """Twelve SIGKILLs over the three stages and both hand-overs, then SIGTERM; no loss and no weight may differ by a bit."""
+  rng, before, killed, differing = np.random.default_rng(0), "", 0, 0
+  for stage, (kinds, whole) in enumerate(zip(KILLS, (stage1, stage2, stage3), strict=True), 1):
+    workdir = runs / f"interrupted{stage}"
+    command = _command(stage, workdir, compilation_cache, before)
+    for kind in kinds:
+      _kill(command, workdir, kind, int(rng.integers(1, INTERVAL + 2)))
+      killed += 1
+    if stage == 3:
+      _stop(command, workdir)
+    done = subprocess.run(command, cwd=tiny.ROOT, env=_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    losses, wanted = _losses(workdir), _losses(whole)
+    assert list(losses) == list(range(1, STEPS + 1))  # every step once
+    differing += sum(losses[step] != wanted[step] for step in wanted)
+    for weights in ("ema", "raw"):
+      ours, theirs = _parameters(workdir, weights), _parameters(whole, weights)
+      assert ours.keys() == theirs.keys()
+      assert all(ours[path].tobytes() == theirs[path].tobytes() for path in ours)
+    if stage < 3:
+      oldest = min(checkpoint.sealed_steps(workdir / "checkpoints"))
+      assert oldest < STEPS and _frozen(workdir, oldest) == _frozen(workdir, STEPS)
+      assert stage == 1 or _frozen(workdir, STEPS) == _frozen(before, STEPS)
+    before = workdir
+  print(f"kills survived {killed}/{sum(map(len, KILLS))}, differing losses {differing}")
+  assert killed == 12 and differing == 0
 
-  code, text = _interrupt(command(MANY), workdir, signal.SIGTERM, lambda: _stepping(workdir, at))
+
+def _kill(command: list[str], workdir: pathlib.Path, kind: str, steps: int) -> None:
+  """Starts a run and kills it at a moment of a kind; checks where it went on and what it has left behind."""
+  at = _newest(workdir)
+  moments = {
+    "step": lambda: _stepping(workdir, at) and _lines(workdir) >= at + steps,
+    "save": lambda: (
+      _stepping(workdir, at) and any("tmp" in p.name for p in (workdir / "checkpoints").glob("*"))
+    ),
+    "saved": lambda: max(checkpoint.sealed_steps(workdir / "checkpoints"), default=0) > at,  # so that it gets on
+    "hand-over": (workdir / "config.json").exists,
+  }
+  code, text = _interrupt(command, workdir, signal.SIGKILL, moments[kind])
+  assert code == -signal.SIGKILL, text
+  assert at == 0 or f"going on from step {at} " in text
+  if kind == "hand-over":
+    assert not checkpoint.sealed_steps(workdir / "checkpoints") and not _lines(workdir)
+  assert _newest(workdir) >= _lines(workdir) - 2 * INTERVAL  # no more is lost than since the save before
+
+
+def _stop(command: list[str], workdir: pathlib.Path) -> None:
+  """Starts a run and asks it to end by SIGTERM after its first step: it saves, and says so."""
+  at = _newest(workdir)
+  code, text = _interrupt(command, workdir, signal.SIGTERM, lambda: _stepping(workdir, at))
   assert code == 128 + signal.SIGTERM, text
-  stopped = checkpoint.newest_valid(workdir / "checkpoints")
+  stopped = _newest(workdir)
   assert f"stopped at step {stopped}; the same command goes on" in text and "Traceback" not in text
   assert list(_losses(workdir)) == list(range(1, stopped + 1))  # what is saved is what was logged
 
-  whole = runs / "whole"
-  for run in (workdir, whole):
-    done = subprocess.run(
-      command(stopped + 3, run), cwd=tiny.ROOT, env=_environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-  losses, wanted = _losses(workdir), _losses(whole)
-  assert list(losses) == list(range(1, stopped + 4))  # every step once
-  print(
-    f"kills survived {KILLS}/{KILLS}, differing losses {sum(losses[step] != wanted[step] for step in wanted)}"
-  )
-  assert losses == wanted
-  for weights in ("ema", "raw"):
-    ours, theirs = _parameters(workdir, weights), _parameters(whole, weights)
-    assert ours.keys() == theirs.keys()
-    assert all(ours[path].tobytes() == theirs[path].tobytes() for path in ours)
 
-
-def test_a_kill_at_the_hand_over_starts_the_stage_again_from_the_same_weights(
-  runs, stage2, stage3, compilation_cache
-):
-  """Killed before anything of stage 3 is saved: the next start takes stage 2's weights once more."""
-  workdir = runs / "handed_over"
-  command = _command(3, workdir, compilation_cache, 2, f"--config.train.init_from={stage2}")
-  code, _ = _interrupt(command, workdir, signal.SIGKILL, (workdir / "config.json").exists)
-  assert code == -signal.SIGKILL and not checkpoint.sealed_steps(workdir / "checkpoints")
-  assert subprocess.run(command, cwd=tiny.ROOT, env=_environment(), capture_output=True).returncode == 0
-  assert _losses(workdir) == _losses(stage3)
+def _newest(workdir: pathlib.Path) -> int:
+  return (checkpoint.newest_valid(workdir / "checkpoints") if workdir.exists() else 0) or 0
 
 
 def _stepping(workdir: pathlib.Path, restored: int) -> bool:
   """Whether the run has said that its first step after the restored one is done."""
-  return f"step {restored + 1}/{MANY} " in workdir.with_suffix(".stderr").read_text()
+  return f"step {restored + 1}/{STEPS} " in workdir.with_suffix(".stderr").read_text()
+
+
+def _frozen(workdir: pathlib.Path, step: int) -> str:
+  """sha256 over what stages 1 and 2 both leave as it is: SigLIP and the VAE."""
+  params = flatten_dict(checkpoint.load_params(workdir / "checkpoints" / str(step), "raw"), sep="/")
+  frozen = sorted(path for path in params if path.startswith(("understanding_encoder/", "vae/")))
+  return hashlib.sha256(b"".join(params[path].tobytes() for path in frozen)).hexdigest()
 
 
 def test_frozen_parts_are_handed_over_bit_for_bit_and_the_others_learn(stage1, stage2, stage3):
@@ -206,8 +228,8 @@ def test_what_is_frozen_has_no_optimizer_state_on_disk(stage1):
 
 def test_a_complete_run_stays_as_it_is(runs, stage3, stage2, compilation_cache):
   before = (stage3 / "metrics.jsonl").read_bytes()
-  done = _train(3, stage3, compilation_cache, 2, f"--config.train.init_from={stage2}")
-  assert "is complete at step 2" in done.stderr
+  done = _train(3, stage3, compilation_cache, stage2)
+  assert f"is complete at step {STEPS}" in done.stderr
   assert (stage3 / "metrics.jsonl").read_bytes() == before
 
 
