@@ -122,8 +122,9 @@ def count(text: str, mesh: dict[str, int], open_loops: Callable[[str], float]) -
       kind = op.code.removesuffix("-start")
       if kind in COLLECTIVES:
         channel = re.search(r"channel_id=(\d+)", op.text)
-        key = channel.group(1) if channel else (name, op.name)
-        if key not in seen or seen[key][1] < times:  # TPU cuts one into several fusions of the same channel
+        # TPU cuts one into several fusions of the same channel; those that jax itself wrote share a channel.
+        key = (channel.group(1), kind, str(_SHAPE.findall(op.shape)), *_axes(op.text, mesh)) if channel else (name, op.name)
+        if key not in seen or seen[key][1] < times:
           seen[key] = (op, times, ops)
       if not fused and op.code not in _FREE and not op.code.endswith("-done"):
         out.memory_bytes += times * _traffic(op, ops, computations)
