@@ -39,13 +39,15 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--topology", metavar="KIND:DIMS", help="for example v5e:4x4")
   parser.add_argument("--rows_per_device", type=int, metavar="N", help="default: train.batch_size / devices")
   parser.add_argument(
-    "--effort", type=float, default=0.0, metavar="E", help="of the compiler, from -1 (soonest) to 0, as in training"
-  )
+    "--effort", type=float, default=0.0, metavar="E",
+    help="of the compiler, from -1 (soonest) to 0, as in training",
+  )  # fmt: skip
   parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the report as JSON")
   parser.add_argument("--hlo", metavar="FILE", help="write the compiled program as text")
   parser.add_argument(
-    "--table", type=pathlib.Path, metavar="NAME", help="write the README's table to NAME.json and NAME.md; an interrupted one goes on (about 2 minutes a row)"
-  )
+    "--table", type=pathlib.Path, metavar="NAME",
+    help="write the README's table to NAME.json and NAME.md, 2 minutes a row; an interrupted one goes on",
+  )  # fmt: skip
   known, fields = parser.parse_known_args(argv)
   if known.table:
     from jflow.compilation.table import write_table

@@ -123,7 +123,8 @@ def count(text: str, mesh: dict[str, int], open_loops: Callable[[str], float]) -
       if kind in COLLECTIVES:
         channel = re.search(r"channel_id=(\d+)", op.text)
         # TPU cuts one into several fusions of the same channel; those that jax itself wrote share a channel.
-        key = (channel.group(1), kind, str(_SHAPE.findall(op.shape)), *_axes(op.text, mesh)) if channel else (name, op.name)
+        shapes = str(_SHAPE.findall(op.shape))
+        key = (channel.group(1), kind, shapes, *_axes(op.text, mesh)) if channel else (name, op.name)
         if key not in seen or seen[key][1] < times:
           seen[key] = (op, times, ops)
       if not fused and op.code not in _FREE and not op.code.endswith("-done"):
