@@ -52,6 +52,7 @@ __all__ = [
   "describe",
   "evaluation_prompts",
   "evaluation_questions",
+  "prompt",
   "questions",
 ]
 
@@ -208,7 +209,7 @@ def evaluation_prompts(split: str, count: int, seed: int) -> list[tuple[str, dic
   _check("split", split, scenes.SPLITS)
   pools = [(tag, scenes.combinations(tag, split == "held_out")) for tag in TAGS]
   streams = [_cycle(pool, random.Random(f"{seed}/{split}/prompts/{tag}")) for tag, pool in pools if pool]
-  return [_prompt(next(streams[i % len(streams)])) for i in range(count)]
+  return [prompt(next(streams[i % len(streams)])) for i in range(count)]
 
 
 def evaluation_questions(split: str, count: int, seed: int) -> list[tuple[Scene, Question]]:
@@ -298,6 +299,23 @@ def questions(scene: Scene, rng: Rng) -> list[Question]:
   return asked
 
 
+def prompt(combination: Combination) -> tuple[str, dict[str, Any]]:
+  """Returns the prompt of a combination and its metadata; see `evaluation_prompts`."""
+  include: list[dict[str, Any]] = []
+  for shape, color in combination.pairs:
+    include.append({"class": shape, "count": combination.count})
+    if color:
+      include[-1]["color"] = color
+  metadata: dict[str, Any] = {"tag": combination.tag, "include": include}
+  if combination.relation:
+    include.reverse()
+    include[1]["position"] = [combination.relation, 0]
+  if combination.tag == "counting":
+    metadata["exclude"] = [{"class": include[0]["class"], "count": combination.count + 1}]
+  text = TEMPLATES[0].format(_phrase(combination))
+  return text, metadata | {"prompt": text}
+
+
 def _conversation(scene: Scene, rng: Rng) -> tuple[Turn, ...]:
   """Returns one to six questions of different kinds about the same picture, with their answers."""
   kinds: dict[str, list[Question]] = {}
@@ -359,23 +377,6 @@ def _phrase(combination: Combination) -> str:
   if combination.relation:
     return f"{_noun(*pairs[0])} {combination.relation} {_noun(*pairs[1])}"
   return _join([_noun(*pair) for pair in pairs])
-
-
-def _prompt(combination: Combination) -> tuple[str, dict[str, Any]]:
-  """Returns the prompt of a combination and its metadata; see `evaluation_prompts`."""
-  include: list[dict[str, Any]] = []
-  for shape, color in combination.pairs:
-    include.append({"class": shape, "count": combination.count})
-    if color:
-      include[-1]["color"] = color
-  metadata: dict[str, Any] = {"tag": combination.tag, "include": include}
-  if combination.relation:
-    include.reverse()
-    include[1]["position"] = [combination.relation, 0]
-  if combination.tag == "counting":
-    metadata["exclude"] = [{"class": include[0]["class"], "count": combination.count + 1}]
-  prompt = TEMPLATES[0].format(_phrase(combination))
-  return prompt, metadata | {"prompt": prompt}
 
 
 def _cycle(pool: tuple[Combination, ...], rng: Rng) -> Iterator[Combination]:

@@ -188,7 +188,7 @@ def predict(
   args: argparse.Namespace, recipe: Recipe, tasks: list, samples: Any, opened: dict[str, Any]
 ) -> None:
   """Makes the predictions of this part that have no record yet; loads the model only if there are any."""
-  from jflow.evaluation.tasks import Painting, Question
+  from jflow.evaluation.tasks import Painting, Question, RoundTrip
 
   records, mine = samples.read(), set(samples.mine([task.key for task in tasks]))
   open_tasks = [task for task in tasks if task.key in mine and not _is_done(task, records, args.output)]
@@ -198,7 +198,7 @@ def predict(
   from tqdm import tqdm
 
   import jflow
-  from jflow.evaluation.tasks import answer, paint
+  from jflow.evaluation.tasks import answer, paint, round_trips
 
   if "model" not in opened:
     if args.cache:
@@ -216,6 +216,8 @@ def predict(
     questions = [task for task in open_tasks if isinstance(task, Question)]
     painting = {"steps": recipe.steps, "guidance": recipe.guidance}
     paint(model, paintings, samples, args.output, args.batch_size, painting, bar.update)
+    trips = [task for task in open_tasks if isinstance(task, RoundTrip)]
+    round_trips(model, trips, samples, args.output, args.batch_size, bar.update)
     answer(model, questions, samples, args.batch_size, bar.update)
 
 

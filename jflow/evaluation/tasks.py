@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from jflow.evaluation.samples import Samples
-
+from jflow.inference import painting
+from jflow.inference.pipeline import to_image
 
 _ROUNDS = 4  # batches of questions between two writes: the batch stays full while long answers end
 
@@ -31,6 +32,14 @@ class Painting(NamedTuple):
   prompt: str
   seed: int  # of its noise
   file: str  # path of the PNG inside the output directory
+
+
+class RoundTrip(NamedTuple):
+  """A picture to send through the VAE and back: no picture that the model paints can be better."""
+
+  key: str
+  picture: Callable[[int], np.ndarray]  # side in pixels -> uint8[side, side, 3]
+  file: str
 
 
 def answer(
@@ -78,14 +87,43 @@ def paint(
   """
   for at in range(0, len(paintings), batch_size):
     group = paintings[at : at + batch_size]
-    noise = np.stack([noise_of(model, painting.seed) for painting in group])
-    images = model.generate(
-      [painting.prompt for painting in group], noise=noise, batch_size=batch_size, **settings
-    )
-    for painting, image in zip(group, images, strict=True):
-      save(image, directory / painting.file)
-      samples.add({"key": painting.key, "file": painting.file})
+    full = _filled(group, batch_size)
+    noise = np.stack([noise_of(model, one.seed) for one in full])
+    images = model.generate([one.prompt for one in full], noise=noise, batch_size=batch_size, **settings)
+    _keep(group, images, samples, directory)
     done(len(group))
+
+
+def round_trips(
+  model: Any,
+  trips: Sequence[RoundTrip],
+  samples: Samples,
+  directory: pathlib.Path,
+  batch_size: int,
+  done: Callable[[int], None],
+) -> None:
+  """Sends pictures through the VAE and records {"key", "file"} of each; arguments as in `paint`."""
+  side = model.model.config.image_size
+  for at in range(0, len(trips), batch_size):
+    group = trips[at : at + batch_size]
+    pixels = np.stack([trip.picture(side) for trip in _filled(group, batch_size)])
+    latents = painting.encode(model.model, model.params, pixels)
+    decoded = painting.decode(model.model, model.params, latents, at_once=painting.decoded_at_once(side))
+    _keep(group, [to_image(x) for x in np.asarray(decoded)], samples, directory)
+    done(len(group))
+
+
+def _filled(group: Sequence[Any], size: int) -> list[Any]:
+  """The group with its last one repeated, so that the last batch runs the program of all others."""
+  return [*group, *[group[-1]] * (size - len(group))]
+
+
+def _keep(
+  group: Sequence[Painting | RoundTrip], images: Sequence[Image.Image], samples: Samples, directory: pathlib.Path
+) -> None:
+  for task, image in zip(group, images):
+    save(image, directory / task.file)
+    samples.add({"key": task.key, "file": task.file})
 
 
 def noise_of(model: Any, seed: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from jflow.evaluation.recipes import Recipe
 from jflow.evaluation.report import Result
 from jflow.evaluation.samples import need_all
 from jflow.evaluation.scores import Score
-from jflow.evaluation.tasks import Painting, Question
+from jflow.evaluation.tasks import Painting, Question, RoundTrip
 from jflow.inference.sheet import contact_sheet
 
 SPLITS = {"val": "seen", "held_out": "held-out"}  # split of the world -> name in the report
@@ -26,6 +26,8 @@ PROMPTS_PER_TAG = {"val": 60, "held_out": 40}
 QUESTIONS = 1500  # per split
 SIDE = 96  # pixels of the pictures that questions are about: the model resizes them as it does all others
 REFERENCE = 1500  # renders that pictures are compared with, or ten per picture if that is fewer
+RULES = {"strict": judge.strict, "lenient": judge.lenient}
+CEILING = 60  # true pictures per category that the VAE encodes and decodes
 FLOORS = 3  # sets of other renders, of as many as the model has painted
 _SHOWN = 8  # successes and failures per category on a sheet
 
@@ -56,29 +58,44 @@ class ShapesBenchmark:
       self._prompts[split] = [] if only == "questions" else prompts
       count = 0 if only == "pictures" else min(QUESTIONS, limit or QUESTIONS)
       self._questions[split] = shapes.evaluation_questions(split, count, 0) if count else []
+    self._true = []
+    for i in range(0 if only == "questions" else min(CEILING * len(TAGS), limit or CEILING * len(TAGS))):
+      scene, combination = scenes.sample(TAGS[i % len(TAGS)], "val", random.Random(f"evaluation/codec/{i}"))
+      self._true.append((scene, shapes.prompt(combination)[1]))
 
-  def tasks(self) -> list[Painting | Question]:
-    """All pictures to paint, then all questions."""
-    out: list[Painting | Question] = []
+  def tasks(self) -> list[Painting | RoundTrip | Question]:
+    """All pictures to paint, true ones to send through the VAE, then all questions."""
+    out: list[Painting | RoundTrip | Question] = []
     for split, prompts in self._prompts.items():
       for number, (text, _) in enumerate(prompts):
         for j in range(self._recipe.pictures):
           file = f"pictures/{split}/{number:04d}_{j}.png"
           out.append(Painting(f"paint/{split}/{number:04d}/{j}", text, self._seed + j, file))
+    for number, (scene, _) in enumerate(self._true):
+      out.append(RoundTrip(f"codec/{number:04d}", scene.render, f"pictures/codec/{number:04d}.png"))
     for split, asked in self._questions.items():
       for number, (scene, question) in enumerate(asked):
         picture = lambda scene=scene: [scene.render(SIDE)]
         out.append(Question(f"ask/{split}/{number:04d}", prompt_of(question), picture, max_tokens=16))
     return out
 
+  def _ceiling(self) -> dict[str, dict[str, float]]:
+    """Rule -> category -> share of true pictures that are accepted behind the VAE."""
+    found: dict[str, dict[str, list[bool]]] = {rule: collections.defaultdict(list) for rule in RULES}
+    for number, (_, metadata) in enumerate(self._true):
+      detections = judge.detect(_read(self._output / f"pictures/codec/{number:04d}.png"))
+      for rule, accept in RULES.items():
+        found[rule][metadata["tag"]].append(accept(detections, metadata))
+    return {rule: {tag: float(np.mean(judged)) for tag, judged in by_tag.items()} for rule, by_tag in found.items()}
+
   def score(self, records: Mapping[str, Mapping[str, Any]]) -> Result:
     """Judges pictures and answers."""
     need_all([task.key for task in self.tasks()], records, "shapes", "run the same command again")
-    out, sheets = {}, []
+    out, sheets, ceiling = {}, [], self._ceiling()
     for split, name in SPLITS.items():
       painted = list(self._painted(split))
-      for rule in ("strict", "lenient"):
-        out |= _painting_scores(painted, rule, name)
+      for rule in RULES:
+        out |= _painting_scores(painted, rule, name, ceiling[rule])
       out |= _distances(painted, split, name, self._cache)
       sheets += [(f"{name}: {tag}", sheet) for tag, sheet in _sheets(painted)]
       said = [records[f"ask/{split}/{i:04d}"]["answer"] for i in range(len(self._questions[split]))]
@@ -87,7 +104,7 @@ class ShapesBenchmark:
       out |= _gap(out, kind)
     notes = [
       "Pictures: strict means exactly what was asked and nothing else; lenient is GenEval's rule, which allows for more. "
-      "Chance is the judge on pictures painted for other prompts of the same category. Intervals: Wilson's, with the pictures of a prompt counted as alike as they are.",
+      "Chance is the judge on pictures painted for other prompts of the same category; the ceiling, on true pictures that the VAE has encoded and decoded. Intervals: Wilson's, with the pictures of a prompt counted as alike as they are.",
       "Questions: beside each score stand the most frequent answer of the kind; a model that has read the questions of "
       "training and sees no picture; and what was right for the nearest picture of training.",
       "FD-tex (Gabor filters) sees noise and blur, FD-state (what the judge finds) sees content; neither is comparable "
@@ -119,9 +136,11 @@ def right(question: Asked, answer: str) -> bool:
   return answers.normal_answer(answer) == answers.normal_answer(question.answer)
 
 
-def _painting_scores(painted: Sequence[Painted], rule: str, name: str) -> dict[str, Score]:
+def _painting_scores(
+  painted: Sequence[Painted], rule: str, name: str, ceiling: Mapping[str, float]
+) -> dict[str, Score]:
   """Share of accepted pictures per category and their mean, with the chance of pictures for other prompts."""
-  accept = {"strict": judge.strict, "lenient": judge.lenient}[rule]
+  accept = RULES[rule]
   suffix = "" if rule == "strict" else " (lenient)"
   out = {}
   for tag in TAGS:
@@ -132,7 +151,8 @@ def _painting_scores(painted: Sequence[Painted], rule: str, name: str) -> dict[s
     others = [accept(p.detections, metadata) for p, metadata in _others(rows)]
     if rows:
       chance = float(np.mean(others)) if others else None
-      out[f"{name} pictures: {tag}{suffix}"] = scores.clustered(list(groups.values()), chance)
+      beside = {"ceiling of the VAE": ceiling[tag]} if tag in ceiling else None
+      out[f"{name} pictures: {tag}{suffix}"] = scores.clustered(list(groups.values()), chance)._replace(beside=beside)
   return out | {f"{name} pictures: overall{suffix}": scores.average(list(out.values()))} if out else {}
 
 

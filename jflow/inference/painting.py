@@ -14,7 +14,7 @@ import numpy as np
 from jflow import flow
 from jflow.errors import UserError
 from jflow.models.cache import Cache, Prefix
-from jflow.models.janusflow import JanusFlow
+from jflow.models.janusflow import JanusFlow, normalise
 
 _GRID = 32  # time grids are padded to a multiple of this: another number of steps rarely compiles
 _DECODED_AT_ONCE = 8 * 384 * 384  # pixels; the VAE's widest activations take 3 GB for them in f32
@@ -188,6 +188,12 @@ def _release_loop(
 def decoded_at_once(image_size: int) -> int:
   """Pictures that the VAE takes at a time."""
   return max(1, _DECODED_AT_ONCE // image_size**2)
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def encode(model: JanusFlow, params: Any, pixels_NHW3: jax.Array) -> jax.Array:
+  """uint8[N, H, W, 3] -> scaled latents f32[N, h, w, C], the posterior's mean."""
+  return model.apply({"params": params}, normalise(pixels_NHW3), method="posterior")[0]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "at_once"))
