@@ -23,7 +23,7 @@ from jflow.__main__ import main
 from jflow.data import scenes, shapes
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
-from jflow.evaluation import lmms, report, sweep, tables, tasks, world
+from jflow.evaluation import lmms, references, report, sweep, tables, tasks, world
 from jflow.evaluation.command import parser, settings_of, with_flags
 from jflow.evaluation.recipes import RECIPES
 from jflow.evaluation.report import Result
@@ -319,6 +319,23 @@ def _drawn(metadata, split, rng):
     if have == wanted and (not relation or relation[0] == combination.relation):
       if not relation or combination.pairs[0][0] == metadata["include"][1]["class"]:
         return scene
+
+
+def test_the_nearest_picture_answers_for_a_picture_that_is_almost_one_of_training():
+  known = shapes.evaluation_questions("train", references.LEARNED, 1)[:200]
+  asked = [(scene._replace(background=scene.background + 1), question) for scene, question in known]
+  for kind, found in references.baselines(asked).items():
+    assert found[references.NEAREST] >= 0.95, kind
+    answers = [q.answer for _, q in asked if q.kind == kind]
+    assert found[references.FREQUENT] == max(map(answers.count, answers)) / len(answers)
+
+
+def test_features_of_true_pictures_are_kept(tmp_path):
+  make = lambda name: references.features("val", ["colors", "counting"], 4, 48, name, tmp_path)
+  first, other = make("a"), make("b")
+  (kept,) = [path for path in tmp_path.iterdir() if np.array_equal(np.load(path)["tex"], first["tex"])]
+  np.testing.assert_array_equal(make("a")["state"], first["state"])
+  assert first["tex"].shape == (4, 228) and not np.array_equal(first["tex"], other["tex"])
 
 
 def test_answers_to_the_world_are_judged_by_kind():

@@ -1,6 +1,7 @@
 """What the scores of the built-in world are read against: answers without a look, true pictures and their features."""
 
 import collections
+import functools
 import hashlib
 import os
 import pathlib
@@ -28,9 +29,7 @@ def baselines(asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
   the one with the nearest pixels, and says what was right there; of a choice it takes the option with that word. What
   training never asked, both answer as FREQUENT.
   """
-  learned: dict[str, list[Asked]] = collections.defaultdict(list)
-  for scene, question in shapes.evaluation_questions("train", LEARNED, 1) if asked else ():
-    learned[_words(question)].append((scene, question))
+  learned = _learned()
   kinds: dict[str, list[Asked]] = collections.defaultdict(list)
   for scene, question in asked:
     kinds[question.kind].append((scene, question))
@@ -47,6 +46,15 @@ def baselines(asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
       right[NEAREST] += question.answer == (_nearest(scene, question, pool, pixels) or frequent)
     out[kind] = {name: count / len(group) for name, count in right.items()}
   return out
+
+
+@functools.cache
+def _learned() -> dict[str, list[Asked]]:
+  """Words of a question -> where training asks them."""
+  out: dict[str, list[Asked]] = collections.defaultdict(list)
+  for scene, question in shapes.evaluation_questions("train", LEARNED, 1):
+    out[_words(question)].append((scene, question))
+  return dict(out)
 
 
 class _Pixels:
@@ -77,12 +85,9 @@ def _nearest(scene: scenes.Scene, question: Question, pool: Sequence[Asked], pix
     return None
   own = pixels(scene)
   _, found = min(pool, key=lambda one: float(np.square(pixels(one[0]) - own).sum()))
+  words = {letter: word for word, letter in _options(found).items()}
+  word = words.get(found.answer, found.answer)
   options = _options(question)
-  if not options and not (there := _options(found)):
-    return found.answer
-  word = found.answer
-  if there := _options(found):
-    word = next(word for word, letter in there.items() if letter == found.answer)
   return options.get(word) if options else word
 
 

@@ -98,7 +98,7 @@ def bootstrap(statistic: Callable[[np.ndarray], float], groups: Sequence[Any], s
   return Score(float(statistic(np.arange(count))), float(low), float(high), count)
 
 
-def jackknife(statistic: Callable[[np.ndarray], float], groups: Sequence[Any], blocks: int = 20) -> Score:
+def jackknife(statistic: Callable[[np.ndarray], float], groups: Sequence[Any], blocks: int = 10) -> Score:
   """A statistic of independent groups that repetitions would bias, with a normal interval from leaving out blocks.
 
   Args:

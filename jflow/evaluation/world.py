@@ -189,15 +189,17 @@ def _distances(
   out = {}
   for what, least in (("tex", 1e-6), ("state", distances.LEAST_STATE)):
     normal = lambda x: distances.normalised(x[what], target[what], least)
-    b, normal_floors = normal(target), [normal(x) for x in floors]
-    for measured, measure in ((f"FD-{what}", distances.frechet), (f"MMD-{what}", distances.kernel_distance)):
-      of_prompts = lambda chosen: measure(normal(own)[np.concatenate([groups[i] for i in chosen])], b)
-      out[f"{name} pictures: {measured}"] = scores.jackknife(of_prompts, groups)._replace(count=count)
-      least_values = [measure(x, b) for x in normal_floors]
-      out[f"{name} pictures: {measured}, floor"] = Score(
-        float(np.mean(least_values)), min(least_values), max(least_values), count
-      )
+    a, b, others = normal(own), normal(target), [normal(x) for x in floors]
+    of_prompts = lambda chosen: distances.frechet(b, a[np.concatenate([groups[i] for i in chosen])])
+    out[f"{name} pictures: FD-{what}"] = scores.jackknife(of_prompts, groups)._replace(count=count)
+    out[f"{name} pictures: FD-{what}, floor"] = _spread([distances.frechet(b, x) for x in others], count)
+    out[f"{name} pictures: MMD-{what}"] = Score(distances.kernel_distance(a, b), count=count)
+    out[f"{name} pictures: MMD-{what}, floor"] = _spread([distances.kernel_distance(x, b) for x in others], count)
   return out
+
+
+def _spread(values: Sequence[float], count: int) -> Score:
+  return Score(float(np.mean(values)), min(values), max(values), count)
 
 
 def _read(path: pathlib.Path) -> np.ndarray:
