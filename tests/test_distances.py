@@ -117,27 +117,41 @@ def lanczos(x: np.ndarray) -> np.ndarray:
   return np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0)
 
 
-@pytest.mark.parametrize("size", [(256, 256), (384, 384), (500, 300), (200, 333)])
+@pytest.mark.parametrize("size", [(256, 256), (384, 384), (503, 300), (200, 333)])
 @pytest.mark.parametrize("kind", ["lanczos", "bicubic"])
 def test_inception_input_is_the_two_resizes_written_out(size, kind):
   rng = np.random.default_rng(size[0])
   smooth = ndimage.gaussian_filter(rng.normal(size=(size[1], size[0], 3)), (2, 2, 0))
-  image = np.clip(128 + 60 * smooth / smooth.std(), 0, 255).round().astype(np.uint8)
+  image = np.clip(128 + 120 * smooth / smooth.std(), 0, 255).round().astype(np.uint8)  # saturated: both ends are cut
   out = distances.inception_input(Image.fromarray(image), lanczos=kind == "lanczos")
   assert out.shape == (299, 299, 3) and out.dtype == np.float32
   short = min(size)
-  left, top = (size[0] - short) // 2, (size[1] - short) // 2
+  left, top = {(503, 300): (102, 0), (200, 333): (0, 66)}.get(size, (0, 0))  # 101.5 and 66.5 to even
   square = image[top : top + short, left : left + short].astype(np.float64)
   kernel, support = (lanczos, 3.0) if kind == "lanczos" else (cubic, 2.0)
   for c in range(3):
     plane = square[..., c]
     if short != 256:
       plane = resampled(plane, 256, kernel, support, whole=True)
-    expected = resampled(plane, 299, cubic, 2.0, whole=False)
+    expected = np.clip(resampled(plane, 299, cubic, 2.0, whole=False), 0, 255)
     error = np.abs(out[..., c] - expected)
     assert (
       error.max() < 1.5 and error.mean() < 0.02
     )  # fixed-point weights now and then round to another level
+
+
+def test_inception_input_is_that_of_clean_fid():
+  """With the library installed (pip install clean-fid); the rest of GigaGAN's script is torchvision's crop and Pillow."""
+  resize = pytest.importorskip("cleanfid.resize").build_resizer("clean")
+  rng = np.random.default_rng(0)
+  for _ in range(10):
+    width, height = rng.integers(60, 700, 2)
+    image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+    short = min(image.size)
+    left, top = (round((length - short) / 2) for length in image.size)
+    square = image.crop((left, top, left + short, top + short))
+    square = square if short == 256 else square.resize((256, 256), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(distances.inception_input(image), resize(np.asarray(square)))
 
 
 def test_inception_input_of_gray_and_transparent_pictures_has_three_channels():

@@ -89,7 +89,8 @@ def inception_input(image: Image.Image, side: int = 256, lanczos: bool = True) -
   """A picture as GigaGAN's evaluation hands it to Inception, on which the paper's FID rests.
 
   RGB, the middle square, Lanczos to `side` with 8 bits per channel (an author of the paper says bicubic where the
-  script has Lanczos: report both), then as clean-fid does: each channel bicubic to 299 in float32, not rounded.
+  script has Lanczos: report both), then as clean-fid does: each channel bicubic to 299 in float32, cut to [0, 255], not
+  rounded. An odd pixel too many falls to either side, as torchvision's crop rounds halves to even.
 
   Args:
     image: any size and mode.
@@ -97,11 +98,11 @@ def inception_input(image: Image.Image, side: int = 256, lanczos: bool = True) -
     lanczos: False takes bicubic.
 
   Returns:
-    f32[299, 299, 3], about [0, 255]; the network takes (x - 128) / 128.
+    f32[299, 299, 3], in [0, 255]; the network takes (x - 128) / 128.
   """
   image = image.convert("RGB")
   short = min(image.size)
-  left, top = (image.width - short) // 2, (image.height - short) // 2
+  left, top = (round((length - short) / 2) for length in image.size)
   square = image.crop((left, top, left + short, top + short))
   if short != side:
     square = square.resize((side, side), Image.Resampling.LANCZOS if lanczos else Image.Resampling.BICUBIC)
@@ -111,7 +112,7 @@ def inception_input(image: Image.Image, side: int = 256, lanczos: bool = True) -
     )
     for c in range(3)
   ]
-  return np.stack([np.asarray(channel) for channel in channels], axis=-1)
+  return np.stack([np.asarray(channel).clip(0, 255) for channel in channels], axis=-1)
 
 
 @functools.cache
