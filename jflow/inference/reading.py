@@ -108,8 +108,9 @@ def admit(
   logits = model.apply({"params": params}, hidden, method="logits")
   sampling = [x[None] for x in (seed, jnp.zeros((), jnp.int32), temperature, top_p)]
   first = pick(logits, *sampling)[0]
-  put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (row,) + (0,) * (old.ndim - 1))
   cache = rows.cache
+  # Into the row, or into its heads of keys and values.
+  put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, row * len(new), 0)
   filled = jnp.arange(cache.filled.shape[1]) < length
   cache = Cache(
     keys=tuple(map(put, cache.keys, prompt.keys)),
@@ -145,9 +146,10 @@ def run(
   """
   apply = functools.partial(model.apply, {"params": params})
   whole = rows.cache
-  view = lambda x: jax.lax.slice_in_dim(x, 0, slots, axis=2)
   near = whole.replace(
-    keys=tuple(map(view, whole.keys)), values=tuple(map(view, whole.values)), filled=whole.filled[:, :slots]
+    keys=tuple(x[..., :slots] for x in whole.keys),
+    values=tuple(x[:, :slots] for x in whole.values),
+    filled=whole.filled[:, :slots],
   )
 
   def body(carry: tuple[jax.Array, Rows, jax.Array]) -> tuple[jax.Array, Rows, jax.Array]:

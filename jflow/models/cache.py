@@ -1,9 +1,10 @@
 """Keys and values of past positions, and attention over them: growing (a Cache) or fixed (a Prefix).
 
-Both are arguments and results, never hidden state. Heads stand before slots, so that a query's product with the
-keys is a plain batched matmul over memory as it lies.
+Both are arguments and results, never hidden state. Both products of attention are plain batched matmuls over memory
+as it lies: the slots of keys come last, and the heads of all rows are one axis. (With two, XLA:CPU reshapes what it has
+just written, and copies each layer's cache four times per token.)
 
-Legend: B batch, S queries, T slots, N query heads, K key heads, G = N / K, H head dim.
+Legend: B batch, S queries, T slots, N query heads, K key heads, R = B K, G = N / K, H head dim.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,8 +25,8 @@ Layer = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, tuple[jax.A
 class Cache(struct.PyTreeNode):
   """Static slots, filled from the left; updated in place where the program donates it."""
 
-  keys: tuple[jax.Array, ...]  # per layer [B, K, T, H]
-  values: tuple[jax.Array, ...]  # per layer [B, K, T, H]
+  keys: tuple[jax.Array, ...]  # per layer [R, H, T]
+  values: tuple[jax.Array, ...]  # per layer [R, T, H]
   filled: jax.Array  # bool[B, T]; False where a slot is empty or padding
   length: jax.Array  # int32[] or int32[B]; slots in use (of each row); the next positions go there
 
@@ -34,21 +35,20 @@ class Cache(struct.PyTreeNode):
     cls, config: LanguageModelConfig, batch: int, slots: int, dtype: Any, rows: bool = False
   ) -> "Cache":
     """A cache without positions; `rows`: each row counts its own length."""
-    blank = lambda: tuple(
-      jnp.zeros((batch, config.kv_heads, slots, config.head_width), dtype) for _ in range(config.layers)
-    )
+    heads, width = batch * config.kv_heads, config.head_width
+    blank = lambda *shape: tuple(jnp.zeros((heads, *shape), dtype) for _ in range(config.layers))
     length = jnp.zeros((batch,) if rows else (), jnp.int32)
-    return cls(keys=blank(), values=blank(), filled=jnp.zeros((batch, slots), bool), length=length)
+    return cls(keys=blank(width, slots), values=blank(slots, width), filled=jnp.zeros((batch, slots), bool), length=length)
 
   def layer(self, index: int, segments_BS: jax.Array) -> Layer:
     """What layer `index` does with new positions: write them, attend to all slots up to each."""
     slots = self._slots(segments_BS.shape[1])
-    seen_BT = self._write(self.filled, segments_BS > 0, slots)
+    seen_BT = _write(self.filled, segments_BS > 0, slots, 1)
 
     def attend(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array):
-      write = lambda old, new: self._write(old, new.astype(old.dtype), slots)
-      k_BKTH, v_BKTH = write(self.keys[index], k_BSKH), write(self.values[index], v_BSKH)
-      return _blocks(q_BSNH, k_BKTH, v_BKTH, seen_BT, slots), (k_BKTH, v_BKTH)
+      write = lambda old, new, axis: _write(old, _heads_first(new.astype(old.dtype)), slots, axis)
+      k_RHT, v_RTH = write(self.keys[index], k_BSKH, 2), write(self.values[index], v_BSKH, 1)
+      return _blocks(q_BSNH, k_RHT, v_RTH, seen_BT, slots), (k_RHT, v_RTH)
 
     return attend
 
@@ -56,24 +56,12 @@ class Cache(struct.PyTreeNode):
     """The cache after all layers have written."""
     seq = segments_BS.shape[1]
     keys, values = zip(*layers)
-    filled = self._write(self.filled, segments_BS > 0, self._slots(seq))
+    filled = _write(self.filled, segments_BS > 0, self._slots(seq), 1)
     return Cache(keys=keys, values=values, filled=filled, length=self.length + seq)
 
   def _slots(self, seq: int) -> jax.Array:
     """int32[S] or int32[B, S]: where the next positions go."""
     return self.length[..., None] + jnp.arange(seq)
-
-  def _write(self, old: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
-    """Puts new [B, S, ...] into old [B, ..., T, ...]; slots beyond the end are dropped."""
-    if slots.ndim == 2 and len(old) == 1:
-      slots = slots[0]  # a row alone never runs past its end; a CPU writes a slice faster than it scatters
-    if old.ndim == 4:
-      if slots.ndim == 1:
-        return jax.lax.dynamic_update_slice(old, jnp.swapaxes(new, 1, 2), (0, 0, slots[0], 0))
-      return old.at[jnp.arange(len(old))[:, None], :, slots].set(new, mode="drop")
-    if slots.ndim == 1:
-      return jax.lax.dynamic_update_slice(old, new, (0, slots[0]))
-    return old.at[jnp.arange(len(old))[:, None], slots].set(new, mode="drop")
 
 
 class Prefix(struct.PyTreeNode):
@@ -99,6 +87,25 @@ class Prefix(struct.PyTreeNode):
     return attend
 
 
+def _write(old: jax.Array, new: jax.Array, slots: jax.Array, axis: int) -> jax.Array:
+  """Puts new [rows, S, ...] at int32[S] or int32[B, S] slots of old, where they lie along `axis`.
+
+  Slots beyond the end are dropped. Rows may be a multiple of B: the heads of each.
+  """
+  if slots.ndim == 2 and len(slots) == 1:
+    slots = slots[0]  # a row alone never runs past its end; a CPU writes a slice faster than it scatters
+  if slots.ndim == 1:
+    return jax.lax.dynamic_update_slice_in_dim(old, jnp.moveaxis(new, 1, axis), slots[0], axis)
+  at = jnp.repeat(slots, len(old) // len(slots), axis=0)
+  return old.at[(jnp.arange(len(old))[:, None], *(slice(None),) * (axis - 1), at)].set(new, mode="drop")
+
+
+def _heads_first(x_BSKH: jax.Array) -> jax.Array:
+  """[B, S, K, H] -> [R, S, H]."""
+  b, s, k, h = x_BSKH.shape
+  return jnp.swapaxes(x_BSKH, 1, 2).reshape(b * k, s, h)
+
+
 def _grouped(q_BSNH: jax.Array, key_heads: int) -> jax.Array:
   """[B, S, N, H] -> [B, K, G, S, H]."""
   b, s, n, h = q_BSNH.shape
@@ -109,18 +116,20 @@ def _softmax(logits: jax.Array, mask: jax.Array, dtype: Any) -> jax.Array:
   return jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1).astype(dtype)
 
 
-def _blocks(q_BSNH, k_BKTH, v_BKTH, seen_BT, slots) -> jax.Array:
+def _blocks(q_BSNH, k_RHT, v_RTH, seen_BT, slots) -> jax.Array:
   """Attention of queries at `slots` to the filled slots up to them, a block of queries at a time."""
   b, s, n, h = q_BSNH.shape
   slots = jnp.broadcast_to(slots, (b, s))
 
   def block(q_BSNH: jax.Array, slots_BS: jax.Array) -> jax.Array:
-    q_BKGSH = _grouped(q_BSNH, k_BKTH.shape[1])
-    logits = jnp.einsum("BKGSH,BKTH->BKGST", q_BKGSH, k_BKTH, preferred_element_type=jnp.float32) * h**-0.5
-    mask_BST = seen_BT[:, None] & (slots_BS[..., None] >= jnp.arange(k_BKTH.shape[2]))
-    weights = _softmax(logits, mask_BST[:, None, None], v_BKTH.dtype)
-    out_BKGSH = jnp.einsum("BKGST,BKTH->BKGSH", weights, v_BKTH)
-    return jnp.moveaxis(out_BKGSH, 3, 1).reshape(q_BSNH.shape)
+    q_BKGSH = _grouped(q_BSNH, len(k_RHT) // b)
+    q_RGSH = q_BKGSH.reshape(-1, *q_BKGSH.shape[2:])
+    logits = jnp.einsum("RGSH,RHT->RGST", q_RGSH, k_RHT, preferred_element_type=jnp.float32) * h**-0.5
+    mask_BST = seen_BT[:, None] & (slots_BS[..., None] >= jnp.arange(k_RHT.shape[2]))
+    logits_BKGST = logits.reshape(*q_BKGSH.shape[:-1], -1)
+    weights = _softmax(logits_BKGST, mask_BST[:, None, None], v_RTH.dtype).reshape(logits.shape)
+    out_RGSH = jnp.einsum("RGST,RTH->RGSH", weights, v_RTH)
+    return jnp.moveaxis(out_RGSH.reshape(q_BKGSH.shape), 3, 1).reshape(q_BSNH.shape)
 
   if s <= _QUERY_BLOCK:
     return block(q_BSNH, slots)
@@ -133,15 +142,15 @@ def _blocks(q_BSNH, k_BKTH, v_BKTH, seen_BT, slots) -> jax.Array:
 
 
 def _prefixed(q_BSNH, k_BSKH, v_BSKH, prefix_k, prefix_v, filled) -> jax.Array:
-  """Attention to the filled slots of a prefix [B or 1, K, T, H], and causally among the S positions."""
+  """Attention to the filled slots [B or 1, T] of a prefix, and causally among the S positions."""
   b, s, n, h = q_BSNH.shape
-  k, t = prefix_k.shape[1:3]
+  k, t = k_BSKH.shape[2], filled.shape[1]
   q_BKGSH, k_BKSH, v_BKSH = _grouped(q_BSNH, k), jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
-  shared = len(prefix_k) == 1
-  to_prefix = "BKGSH,KTH->BKGST" if shared else "BKGSH,BKTH->BKGST"
+  shared = len(filled) == 1
+  to_prefix = "BKGSH,KHT->BKGST" if shared else "BKGSH,BKHT->BKGST"
   from_prefix = "BKGST,KTH->BKGSH" if shared else "BKGST,BKTH->BKGSH"
-  if shared:
-    prefix_k, prefix_v = prefix_k[0], prefix_v[0]
+  if not shared:
+    prefix_k, prefix_v = prefix_k.reshape(b, k, h, t), prefix_v.reshape(b, k, t, h)
   logits = jnp.concatenate(
     [
       jnp.einsum(to_prefix, q_BKGSH, prefix_k, preferred_element_type=jnp.float32),
