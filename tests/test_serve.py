@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import signal
+import socket
 import threading
 import time
 
@@ -146,9 +147,24 @@ def test_pictures_stand_where_the_conversation_shows_them(served, model):
   )
 
 
-def test_image_marks_that_a_client_writes_are_text(served):
+@pytest.mark.parametrize("mark", ["<image>", "<image_placeholder>"])
+def test_image_marks_in_a_text_are_refused_as_by_the_command(served, mark):
   client, _ = served
-  assert said(client.post(CHAT, json=ask("<image> <image_placeholder> what?")))
+  refused = client.post(CHAT, json=ask(f"{mark} what?"))
+  assert refused.status_code == 400 and mark in refused.json()["error"]["message"]
+
+
+def test_a_body_that_is_still_read_takes_a_place_of_the_queue(model):
+  with serving.serving(model, slots=1, queue=1) as (base, _), serving.client(base) as client:
+    body = json.dumps(ask(max_tokens=1)).encode()
+    address = client.base_url.host, client.base_url.port
+    with socket.create_connection(address) as slow:
+      head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+      slow.sendall(head.encode() + body[:10])
+      until(lambda: client.post(CHAT, json=ask(max_tokens=1)).status_code == 429)
+      slow.sendall(body[10:])
+      assert slow.recv(100).startswith(b"HTTP/1.1 200")
+    assert said(client.post(CHAT, json=ask(max_tokens=1)))
 
 
 def test_a_picture_is_that_of_its_prompt_and_seed_in_any_batch(served, model):

@@ -91,14 +91,6 @@ def main(argv: list[str]) -> int:
   """Paints and writes."""
   args = parser().parse_args(argv)
   prompts = read_prompts(args.prompt, args.prompts)
-  names = [f"{i:04d}_{j:02d}.png" for i in range(len(prompts)) for j in range(args.num_images)]
-  make_directory(args.output, "--output")
-  earlier = [name for name in (*names, _SHEET) if (args.output / name).exists()]
-  if earlier and not args.overwrite:
-    raise UserError(
-      f"--output={args.output} holds {earlier[0]} of an earlier run: give another directory, or --overwrite"
-    )
-  flags.check_json(args)
 
   from jflow import flow
   from jflow.inference import painting
@@ -109,6 +101,14 @@ def main(argv: list[str]) -> int:
     shift=args.shift, interval=tuple(args.interval), precision=args.precision, batch_size=args.batch_size,
   )  # fmt: skip
   painting.check(prompts, **settings)
+  names = [f"{i:04d}_{j:02d}.png" for i in range(len(prompts)) for j in range(args.num_images)]
+  make_directory(args.output, "--output")
+  earlier = [name for name in (*names, _SHEET) if (args.output / name).exists()]
+  if earlier and not args.overwrite:
+    raise UserError(
+      f"--output={args.output} holds {earlier[0]} of an earlier run: give another directory, or --overwrite"
+    )
+  flags.check_json(args)
   model = flags.open_model(args)
   images = _paint(model, prompts, settings)
   records = []

@@ -13,12 +13,12 @@ import numpy as np
 
 from jflow import flow
 from jflow.errors import UserError
+from jflow.inference import checks
 from jflow.models.cache import Cache, Prefix
 from jflow.models.janusflow import JanusFlow, normalise
 
 _GRID = 32  # time grids are padded to a multiple of this: another number of steps rarely compiles
 _DECODED_AT_ONCE = 8 * 384 * 384  # pixels; the VAE's widest activations take 3 GB for them in f32
-SEEDS = 2**32  # a key keeps 32 bits of its seed
 
 
 def check(
@@ -41,17 +41,25 @@ def check(
       raise UserError(message)
 
   need(bool(prompts), "give at least one prompt")
+  need(all(isinstance(prompt, str) for prompt in prompts), "a prompt must be text")
   need(all(prompt.strip() for prompt in prompts), "the prompt is empty: say what to paint")
-  need(steps >= 1, f"steps={steps} must be at least 1")
+  for name, value in dict(steps=steps, num_images=num_images, batch_size=batch_size).items():
+    checks.whole(name, value)
+  checks.seed(seed, num_images - 1)
+  checks.number("guidance", guidance)
   need(
-    bool(np.isfinite(guidance)) and (guidance >= 1 or guidance == 0),
+    guidance >= 1 or guidance == 0,
     f"guidance={guidance} must be at least 1 (1: none), or 0 (ignore the prompt)",
   )
-  need(num_images >= 1, f"num_images={num_images} must be at least 1")
-  need(0 <= seed <= SEEDS - num_images, f"seed={seed} must be at least 0, and the last picture's below 2**32")
-  need(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
   need(solver in flow.SOLVERS, f"solver={solver!r} must be one of {', '.join(flow.SOLVERS)}")
-  need(bool(np.isfinite(shift)) and shift > 0, f"shift={shift} must be positive")
+  checks.number("shift", shift)
+  need(shift > 0, f"shift={shift} must be positive")
+  need(
+    isinstance(interval, (tuple, list)) and len(interval) == 2,
+    f"interval={interval!r:.60} must hold two times in [0, 1], in order",
+  )
+  for time in interval:
+    checks.number("a time of interval", time)
   need(
     0 <= interval[0] <= interval[1] <= 1,
     f"interval={tuple(interval)} must hold two times in [0, 1], in order",

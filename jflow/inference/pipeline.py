@@ -13,7 +13,7 @@ from jflow.data import examples, images
 from jflow.data.images import ImageError
 from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from jflow.errors import UserError
-from jflow.inference import decoding, likelihood, painting
+from jflow.inference import checks, decoding, likelihood, painting
 from jflow.inference.decoding import Request, bucket
 from jflow.models.janusflow import JanusFlow, for_inference
 
@@ -139,14 +139,7 @@ class Pipeline:
     """
     if not isinstance(images, (list, tuple)):
       images = [images]
-    if max_tokens < 1:
-      raise UserError(f"max_tokens={max_tokens} must be at least 1")
-    if not (np.isfinite(temperature) and temperature >= 0):
-      raise UserError(f"temperature={temperature} must be at least 0")
-    if not 0 < top_p <= 1:
-      raise UserError(f"top_p={top_p} must be in (0, 1]")
-    if not 0 <= seed < painting.SEEDS:
-      raise UserError(f"seed={seed} must be in [0, 2**32)")
+    checks.answer(max_tokens, temperature, top_p, seed)
     c = self.model.config
     context = c.language_model.context
     prompt = examples.chat_prompt(
@@ -213,8 +206,7 @@ class Pipeline:
     Returns:
       One answer per request, in their order.
     """
-    if batch_size < 1:
-      raise UserError(f"batch_size={batch_size} must be at least 1")
+    checks.whole("batch_size", batch_size)
     if not requests:
       return []
     return decoding.answer_all(self, requests, batch_size, stream, progress)

@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 
+from jflow.errors import UserError
 from jflow.inference import flags
 from jflow.inference.files import write_json
 
@@ -13,6 +14,7 @@ examples:
   python -m jflow understand --checkpoint=JanusFlow-1.3B --image=a.jpg --image=b.jpg --question="What changed?"
 """
 
+_MARKS = ("<image>", "<image_placeholder>")  # of the data and of the published code
 _PICTURE = re.compile(r"\b(image|picture|photo|photograph|figure|drawing|chart)s?\b|图", re.IGNORECASE)
 
 
@@ -46,8 +48,17 @@ def main(argv: list[str]) -> int:
   """Answers on stdout."""
   args = parser().parse_args(argv)
 
+  from jflow.inference import checks
   from jflow.inference.pipeline import prepare_image
 
+  if not args.question.strip():
+    raise UserError("--question is empty: ask something")
+  for mark in _MARKS:
+    if (count := args.question.count(mark)) not in (0, len(args.image)):
+      raise UserError(
+        f"--question has {count} {mark} marks and there are {len(args.image)} pictures: give one --image=FILE per mark"
+      )
+  checks.answer(args.max_tokens, args.temperature, args.top_p, args.seed)
   for image in args.image:  # before the weights are read: a wrong file should not cost a minute
     prepare_image(image, 16)
   flags.check_json(args)

@@ -129,10 +129,10 @@ class Api:
     """Reads and checks a body; what costs time runs on a thread, a few at a time."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
       raise ApiError(415, "send JSON, with the header Content-Type: application/json")
-    self._engine.check_room()
-    body = await self._body(request)
-    async with self._preparing:
-      return await run_in_threadpool(lambda: parse(schemas.parse_json(body)))
+    with self._engine.coming():
+      body = await self._body(request)
+      async with self._preparing:
+        return await run_in_threadpool(lambda: parse(schemas.parse_json(body)))
 
   async def _body(self, request: Request) -> bytes:
     chunks, size = [], 0

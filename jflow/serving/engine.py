@@ -1,10 +1,12 @@
 """One thread owns the model: it answers conversations side by side and paints what waits, in turns."""
 
 import collections
+import contextlib
 import logging
 import math
 import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -50,13 +52,14 @@ class Engine:
       slots: conversations answered side by side.
       context: tokens that one conversation may have, its answer included.
       batch: pictures painted at once.
-      queue: requests that may be open, those that run and those that wait.
+      queue: requests that may be open: those that run, that wait, and that are still read.
       timeout: seconds that a request may take.
     """
     self.pipeline, self.slots, self.context, self.batch = pipeline, slots, context, batch
     self.queue, self.timeout, self.metrics, self.state = queue, timeout, metrics, "warming up"
     self._changed = threading.Condition()  # guards what waits and what is open
     self._open: set[Job] = set()
+    self._coming = 0  # requests that are read and checked
     self._chats: collections.deque[Job] = collections.deque()
     self._pictures: collections.deque[tuple[Job, int]] = collections.deque()  # request, index of its picture
     self._painting: list[tuple[Job, int]] = []  # the batch that the model has, or had last
@@ -90,10 +93,26 @@ class Engine:
       raise ApiError(
         503, "the server is shutting down" if self.state == "draining" else "the model has failed"
       )
-    if len(self._open) >= self.queue:
+    if (count := len(self._open) + self._coming) >= self.queue:
       seconds = str(max(1, math.ceil(self._pace)))
-      message = f"{len(self._open)} requests are open, as many as may be: try again in {seconds} s"
+      message = f"{count} requests are open, as many as may be: try again in {seconds} s"
       raise ApiError(429, message, headers={"Retry-After": seconds})
+
+  @contextlib.contextmanager
+  def coming(self) -> Iterator[None]:
+    """Holds a place for a request while it is read and checked; its body takes memory from its first byte on.
+
+    Raises:
+      ApiError: see `check_room`.
+    """
+    with self._changed:
+      self.check_room()
+      self._coming += 1
+    try:
+      yield
+    finally:
+      with self._changed:
+        self._coming -= 1
 
   def submit(self, work: Request | Pictures) -> Job:
     """Queues work; called on the event loop that waits for it. Leave the job by `with`.

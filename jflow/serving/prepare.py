@@ -2,6 +2,8 @@
 
 import secrets
 
+from jflow.data import examples
+from jflow.data.tokenizer import SPECIAL_TOKENS
 from jflow.errors import UserError
 from jflow.inference.decoding import Request
 from jflow.inference.pipeline import Pipeline
@@ -20,8 +22,11 @@ def chat(pipeline: Pipeline, wanted: Chat, context: int) -> tuple[Chat, Request]
     (the conversation with its seed drawn where it named none, the work).
 
   Raises:
-    UserError: turns that do not alternate, an unreadable picture, no room for an answer in `context` tokens.
+    UserError: turns that do not alternate, a mark that stands for a picture elsewhere, an unreadable picture, no room for an answer in `context` tokens.
   """
+  for mark in (examples.IMAGE_MARK, SPECIAL_TOKENS["image"]):
+    if any(mark in turn["content"] for turn in wanted.turns):
+      raise UserError(f"the text holds {mark}, which shows no picture here: send it as a part of its own, without marks")
   _check_length(sum(len(turn["content"]) for turn in wanted.turns) + len(wanted.system), context)
   wanted = wanted._replace(seed=secrets.randbelow(SEEDS) if wanted.seed is None else wanted.seed)
   request = pipeline.request(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jflow.flow import SOLVERS
 
-# Stands for an image inside the text of a turn. No text may hold it, so "<image>" stays what a user wrote.
+# Stands for an image inside the text of a turn. No text may hold it.
 IMAGE_MARK = "\x00"
 
 MAX_PICTURES = 10  # of one painting request, as in the API whose shape this is
