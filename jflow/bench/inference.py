@@ -174,13 +174,19 @@ def agree(what: str, ours: np.ndarray, theirs: np.ndarray, dtype: str) -> float:
   return error
 
 
+def first(call: Callable[[], Any]) -> tuple[Any, float]:
+  """What a call returns, and its seconds: the first one compiles."""
+  start = time.perf_counter()
+  return call(), time.perf_counter() - start
+
+
 def in_turn(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, Any]]:
-  """Times calls in turn, one round of all after the other; a first round compiles and is not counted.
+  """Times calls in turn, one round of all after the other; a first round warms up and is not counted.
 
   A call that returns {"seconds", "cpu_seconds"} has timed itself.
 
   Returns:
-    name -> {"seconds": spread, "cpu_seconds": spread, "first": seconds of the first round}.
+    name -> {"seconds": spread, "cpu_seconds": spread}.
   """
   rounds: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
   with tqdm(total=(repeats + 1) * len(calls), unit="call", disable=not sys.stderr.isatty()) as bar:
@@ -195,7 +201,6 @@ def in_turn(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, d
     name: {
       "seconds": spread([x["seconds"] for x in values[1:]]),
       "cpu_seconds": spread([x["cpu_seconds"] for x in values[1:]]),
-      "first": values[0]["seconds"],
     }
     for name, values in rounds.items()
   }
