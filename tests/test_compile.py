@@ -9,7 +9,7 @@ import sys
 import pytest
 import tiny
 
-from jflow.compilation import targets
+from jflow.compilation import hlo, table, targets
 from jflow.errors import UserError
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
@@ -83,3 +83,47 @@ def test_a_mistake_is_one_line_before_anything_is_compiled():
   assert (
     done.stderr == "jflow: mesh.data x mesh.fsdp x mesh.model = 1 x 3 x 1 is not the 16 chips of v5e:4x4\n"
   )
+
+
+_COLLECTIVES = """\
+HloModule step
+
+ENTRY %main (p: f32[4,8]) -> f32[4,8] {
+  %p = f32[4,8]{1,0} parameter(0)
+  %gather = f32[16,8]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %sum = f32[4,8]{1,0} all-reduce(%p), channel_id=1, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
+  %alone = f32[4,8]{1,0} all-reduce(%p), channel_id=2, replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add
+  %one = f32[2,8]{1,0} all-to-all(%p), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %two = f32[2,8]{1,0} all-to-all(%p), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  ROOT %out = f32[4,8]{1,0} copy(%sum)
+}
+"""
+
+
+def test_collectives_are_counted_once_each():
+  """Those that jax wrote share channel 1; one that TPU has cut stands twice; a sum over one device sends nothing."""
+  counts = hlo.count(_COLLECTIVES, {"data": 2, "fsdp": 4}, lambda loop: 1.0)
+  assert counts.collective_bytes == {
+    ("all-gather", "fsdp"): 16 * 8 * 4, ("all-reduce", "data"): 4 * 8 * 4, ("all-to-all", "fsdp"): 2 * 8 * 4,
+  }  # fmt: skip
+  assert counts.largest_gather == 16 * 8 * 4
+
+
+def test_a_table_goes_on_where_it_was(monkeypatch, tmp_path):
+  """What is there is kept, what failed is tried again, and the file is whole after every row."""
+  asked, wrong = [], {"h100:1x8"}
+
+  def compiled(topology: str, rows: int) -> dict:
+    asked.append(topology)
+    memory = {"total": 2.0, "limit": 1.0}
+    return {"topology": topology} | ({"error": "?"} if topology in wrong else {"fits": False, "memory_gib": memory})
+
+  monkeypatch.setattr(table, "ROWS", (("h100:2x8", 4), ("v5e:2x4", 1), ("h100:1x8", 4)))
+  monkeypatch.setattr(table, "_compiled", compiled)
+  assert table.write_table(tmp_path / "all") == 1
+  assert asked == ["h100:2x8", "v5e:2x4", "h100:1x8"]
+  wrong.clear()
+  assert table.write_table(tmp_path / "all") == 0 and asked[3:] == ["h100:1x8"]
+  written = json.loads((tmp_path / "all.json").read_text())
+  assert [report["topology"] for report in written] == ["v5e:2x4", "h100:1x8", "h100:2x8"]  # by kind and size
+  assert (tmp_path / "all.md").read_text().count("\n") == 2 + 3
