@@ -148,6 +148,13 @@ def test_a_kernel_equals_plain_attention(name, seq, width):
   compare(functools.partial(kernels.KERNELS[name], interpret=True), seq, width, jnp.float32, 2e-5)
 
 
+@pytest.mark.parametrize("seq", [200, 256])
+def test_tokamax_is_told_the_segments_as_it_wants(seq):
+  """Its plain implementation takes the same mask as its Triton kernel, and runs anywhere (Python 3.12, jax 0.11)."""
+  pytest.importorskip("tokamax")
+  compare(functools.partial(kernels.tokamax, implementation="xla_chunked"), seq, 64, jnp.float32, 2e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["cudnn", "triton", "tokamax"])
 def test_a_kernel_of_this_gpu_equals_plain_attention(name):

@@ -130,7 +130,7 @@ def make_mesh(topology: Topology, sizes: tuple[int, int, int]) -> Any:
 
 @contextlib.contextmanager
 def absent_gpu(topology: Topology) -> Iterator[None]:
-  """jax's cuDNN attention asks the GPU that is there what it can do; here the topology answers."""
+  """jax's kernels and tokamax ask the GPU that is there what it can do; here the topology answers."""
   if topology.chip.platform != "gpu":
     yield
     return
@@ -138,18 +138,33 @@ def absent_gpu(topology: Topology) -> Iterator[None]:
 
   major = 8.0 if topology.kind == "a100" else 9.0
   replaced = {
-    "check_compute_capability": lambda needed: major >= float(needed),
-    "is_cuda_compute_capability_equal": lambda other: major == float(other),
-    "check_cudnn_version": lambda: 91000,
+    (fused, "check_compute_capability"): lambda needed: major >= float(needed),
+    (fused, "is_cuda_compute_capability_equal"): lambda other: major == float(other),
+    (fused, "check_cudnn_version"): lambda: 91000,
   }
-  kept = {name: getattr(fused, name) for name in replaced}
+  if importlib.util.find_spec("jax._src.pallas.triton.gpu_info"):  # from jax 0.11 on
+    from jax._src.pallas.triton import gpu_info
+
+    found = gpu_info.get_gpu_info_from_version(gpu_info.GpuVersion[topology.kind.upper()])
+    replaced[gpu_info, "get_gpu_info"] = lambda: found
+  kept = {key: getattr(*key) for key in replaced}
   try:
-    for name, function in replaced.items():
-      setattr(fused, name, function)
-    yield
+    for key, function in replaced.items():
+      setattr(*key, function)
+    with _tokamax_elsewhere():
+      yield
   finally:
-    for name, function in kept.items():
-      setattr(fused, name, function)
+    for key, function in kept.items():
+      setattr(*key, function)
+
+
+def _tokamax_elsewhere() -> contextlib.AbstractContextManager[None]:
+  """Tells tokamax, where it is installed, that its kernels are for another machine."""
+  if importlib.util.find_spec("tokamax") is None:
+    return contextlib.nullcontext()
+  from tokamax import config
+
+  return config.cross_compile(True)
 
 
 def _gpu(kind: str) -> str:

@@ -187,8 +187,12 @@ def _cudnn_fused(q_BSNH, k_BSNH, v_BSNH, lengths_BM, starts_BM):
 
 
 @_padded
-def tokamax(q_BSNH, k_BSNH, v_BSNH, segments_BS) -> jax.Array:
-  """GPU, optional: tokamax's Triton kernel, told where each query's segment starts; skips what lies before."""
+def tokamax(q_BSNH, k_BSNH, v_BSNH, segments_BS, implementation: str = "triton") -> jax.Array:
+  """GPU, optional: tokamax's Triton kernel, told where each query's segment starts; skips what lies before.
+
+  It goes through private functions of tokamax 0.0.17: the public one takes no segments. Its "xla_chunked" takes the
+  same mask, and runs anywhere.
+  """
   from tokamax._src.ops.attention import api, base
 
   slots = jnp.arange(segments_BS.shape[1], dtype=jnp.int32)[None]
@@ -197,7 +201,7 @@ def tokamax(q_BSNH, k_BSNH, v_BSNH, segments_BS) -> jax.Array:
   )
   starts_BS = jax.lax.cummax(jnp.where(first, slots, 0), axis=1)
   mask = base.Mask(k_start=starts_BS[:, None, :], is_causal=True)
-  return api.IMPLEMENTATIONS["triton"](q_BSNH, k_BSNH, v_BSNH, mask=mask)
+  return api.IMPLEMENTATIONS[implementation](q_BSNH, k_BSNH, v_BSNH, mask=mask)
 
 
 KERNELS: dict[str, Callable[..., jax.Array]] = {
