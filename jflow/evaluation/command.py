@@ -37,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
   )
   p.add_argument("--benchmark", required=True, choices=RECIPES, metavar="NAME", help="one of those below")
   p.add_argument(
-    "--checkpoint", required=True, metavar="DIR", help="official directory, or a jflow workdir or step"
+    "--checkpoint", required=True, metavar="DIR",
+    help="official directory, or a jflow workdir or step; also gs://...",
   )
   p.add_argument("--vae", metavar="DIR", help="SDXL-VAE, for an official checkpoint that holds none")
   p.add_argument("--data", type=pathlib.Path, metavar="DIR", help="the benchmark's data (shapes needs none)")

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 def add_model(p: argparse.ArgumentParser, required: bool = True) -> None:
   """Adds --checkpoint, --vae, --dtype and --weights."""
   p.add_argument(
-    "--checkpoint", required=required, metavar="DIR", help="official directory, or a jflow workdir or step"
+    "--checkpoint", required=required, metavar="DIR",
+    help="official directory, or a jflow workdir or step; also gs://...",
   )
   p.add_argument("--vae", metavar="DIR", help="SDXL-VAE, for an official checkpoint that holds none")
   p.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: float32 on a CPU)")

@@ -4,7 +4,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from jflow.errors import UserError
-from jflow.interop import official, transfer
+from jflow.interop import official, remote, transfer
 from jflow.models.config import JanusFlowConfig
 from jflow.training import checkpoint
 
@@ -25,14 +25,14 @@ def read_checkpoint(
   """Reads a checkpoint, official or jflow.
 
   Args:
-    path: directory.
+    path: directory, here or in a store (gs://BUCKET/FOLDER; see `remote.fetch`).
     vae: directory of the SDXL-VAE, for an official checkpoint; None: `vae/` inside it, if that exists.
     weights: "ema" or "raw", for a jflow one.
 
   Raises:
     UserError: it is neither, or something is missing or wrong.
   """
-  path = pathlib.Path(path)
+  path = remote.fetch(path) if remote.is_remote(path) else pathlib.Path(path)
   if not path.is_dir():
     raise UserError(f"checkpoint {path} is not a directory")
   if official.is_official(path):

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from jflow.errors import Stopped, UserError
-from jflow.interop import official, transfer
+from jflow.interop import official, remote, transfer
 from jflow.interop.official import Loaded
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -126,6 +126,8 @@ def convert(args: argparse.Namespace) -> None:
   if args.source is None:
     args.source = "huggingface-parts" if args.llm else None
   if args.source != "huggingface-parts":
+    if args.input is not None and remote.is_remote(args.input):
+      args.input = remote.fetch(args.input)
     if args.input is None or not args.input.is_dir():
       raise UserError("give --input=DIR" if args.input is None else f"input {args.input} is not a directory")
     looks = "official" if official.is_official(args.input) else "jflow"

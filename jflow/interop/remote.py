@@ -1,0 +1,86 @@
+"""Checkpoints in object storage (gs://BUCKET/FOLDER): what is read of them is copied into a cache, once."""
+
+import hashlib
+import os
+import pathlib
+import re
+from typing import Any
+
+from jflow.errors import UserError
+
+CACHE = pathlib.Path("~/.cache/jflow/checkpoints")
+_SUFFIXES = (".json", ".safetensors", ".model", ".txt")  # of a published checkpoint; never a pickle
+
+
+def is_remote(path: str | pathlib.Path) -> bool:
+  """Whether a path names a store: gs://BUCKET/FOLDER, also as `pathlib` writes it (gs:/BUCKET/FOLDER)."""
+  return re.match(r"[a-z][a-z0-9]+:/", str(path)) is not None
+
+
+def fetch(path: str | pathlib.Path, cache: pathlib.Path = CACHE) -> pathlib.Path:
+  """Copies a remote checkpoint, of either layout, to this machine.
+
+  Of a workdir, that is its config, its tokenizer and the newest complete step (or the one that the path names); the
+  step's manifest is verified when it is read. The copy's name follows from what the store says of every file, so a
+  checkpoint that has changed is copied anew, and one that has not is not.
+
+  Args:
+    path: any address that fsspec reads; gs:// needs gcsfs.
+    cache: folder of the copies.
+
+  Returns:
+    The local folder, to be opened in place of `path`.
+
+  Raises:
+    UserError: the store's library is missing, nothing is there, or it cannot be read.
+  """
+  import fsspec
+
+  protocol, rest = str(path).split(":", 1)
+  url = f"{protocol}://{rest.strip('/')}"
+  named = re.fullmatch(r"(.*?)/checkpoints(?:/(\d+))?", url)
+  root, step = named.groups() if named else (url, None)
+  try:
+    store, folder = fsspec.core.url_to_fs(root)
+    files = {os.path.relpath(name, folder): info for name, info in store.find(folder, detail=True).items()}
+  except (ImportError, ValueError) as error:
+    package = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}.get(protocol)
+    advice = f": pip install {package}" if package else ""
+    raise UserError(f"checkpoint {url} cannot be opened ({error}){advice}") from error
+  except Exception as error:  # a store raises what it likes
+    raise UserError(f"checkpoint {url} cannot be read: {str(error).strip() or type(error).__name__}") from error
+  wanted = _wanted(url, set(files), step)
+  told = [(name, files[name].get("size"), store.ukey(os.path.join(folder, name))) for name in wanted]
+  key = hashlib.sha256(repr((root, told)).encode()).hexdigest()[:16]
+  local = cache.expanduser() / key
+  for name in wanted:
+    _copy(store, os.path.join(folder, name), local / name, url)
+  return local if step is None else local / "checkpoints" / step
+
+
+def _wanted(url: str, files: set[str], step: str | None) -> list[str]:
+  """The files of a checkpoint that are read."""
+  sealed = {int(m[1]) for name in files if (m := re.fullmatch(r"checkpoints/(\d+)/manifest\.json", name))}
+  if not any(name.startswith("checkpoints/") for name in files):
+    found = sorted(name for name in files if name.endswith(_SUFFIXES))
+    if "config.json" not in found:
+      raise UserError(f"checkpoint {url} holds neither checkpoints/ nor config.json")
+    return found
+  if not sealed or (step is not None and int(step) not in sealed):
+    raise UserError(f"checkpoint {url} holds no complete step{' yet' if step is None else ' of that number'}")
+  parts = ("tokenizer/", f"checkpoints/{max(sealed) if step is None else step}/")
+  return sorted(name for name in files if name == "config.json" or name.startswith(parts))
+
+
+def _copy(store: Any, source: str, target: pathlib.Path, url: str) -> None:
+  """Copies one file, whole or not at all; one that is there is kept."""
+  if target.exists():
+    return
+  part = target.with_name(f"{target.name}.{os.getpid()}.part")
+  try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    store.get_file(source, str(part))
+    part.replace(target)
+  except Exception as error:  # a store raises what it likes
+    part.unlink(missing_ok=True)
+    raise UserError(f"checkpoint {url}: {source} cannot be copied to {target.parent}: {error}") from error

@@ -1,0 +1,85 @@
+"""A checkpoint in a store is copied once and read as it is here; the store is fsspec's in memory."""
+
+import json
+import shutil
+
+import fsspec
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from jflow.data.tokenizer import Tokenizer
+from jflow.errors import UserError
+from jflow.interop import remote
+from jflow.interop.checkpoints import read_checkpoint
+from jflow.training import checkpoint
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+  """A workdir with two steps, the second without its manifest, as memory://bucket/run."""
+  monkeypatch.setattr(remote.fetch, "__defaults__", (tmp_path / "cache",))
+  config = {"model": tiny.DICT | {"reader": "siglip"}, "data": {"template": "plain"}}
+  checkpoint.save_params(tmp_path / "run", tiny.params(), config, Tokenizer.load(tiny.TOKENIZER))
+  (step,) = checkpoint.sealed_steps(tmp_path / "run" / "checkpoints")
+  steps = tmp_path / "run" / "checkpoints"
+  shutil.copytree(steps / str(step), steps / str(step + 7))
+  (steps / str(step + 7) / checkpoint.MANIFEST).unlink()
+  memory = fsspec.filesystem("memory")
+  memory.put(str(tmp_path / "run"), "/bucket/run", recursive=True)
+  yield memory, step
+  memory.rm("/bucket", recursive=True)
+
+
+def same(a, b) -> bool:
+  return all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
+def test_the_newest_complete_step_is_read_and_copied_once(store, monkeypatch, tmp_path):
+  memory, step = store
+  here = read_checkpoint(tmp_path / "run" / "checkpoints" / str(step))
+  found = read_checkpoint("memory://bucket/run")
+  assert same(found.params, here.params) and found.config == here.config
+  assert (found.tokenizer / "tokenizer.json").read_bytes() == (tiny.TOKENIZER / "tokenizer.json").read_bytes()
+  monkeypatch.setattr(memory, "get_file", None)
+  for path in ("memory:/bucket/run", f"memory://bucket/run/checkpoints/{step}", "memory://bucket/run/checkpoints/"):
+    assert same(read_checkpoint(path).params, here.params)
+
+
+def test_what_has_changed_is_copied_anew_and_a_flipped_bit_is_found(store):
+  memory, step = store
+  read_checkpoint("memory://bucket/run")
+  name = "/bucket/run/config.json"
+  config = json.loads(memory.cat(name))
+  memory.pipe(name, json.dumps(config | {"data": {"template": "chat"}}).encode())
+  assert read_checkpoint("memory://bucket/run").template == "chat"
+  largest = max(memory.find(f"/bucket/run/checkpoints/{step}"), key=memory.size)
+  data = bytearray(memory.cat(largest))
+  data[len(data) // 2] ^= 1
+  memory.pipe(largest, bytes(data))
+  with pytest.raises(UserError, match="sha256|complete"):
+    read_checkpoint("memory://bucket/run")
+
+
+@pytest.mark.parametrize(
+  "path, said",
+  [
+    ("memory://bucket/none", "holds neither checkpoints/ nor config.json"),
+    ("memory://bucket/run/checkpoints/99", "holds no complete step of that number"),
+    ("nowhere://bucket/run", "nowhere://bucket/run cannot be opened"),
+  ],
+)
+def test_a_mistake_is_one_line(store, path, said):
+  with pytest.raises(UserError, match=said) as caught:
+    read_checkpoint(path)
+  assert "\n" not in str(caught.value)
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch):
+  def missing(url):
+    raise ImportError("Please install gcsfs to access Google Storage")
+
+  monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+  with pytest.raises(UserError, match="gs://bucket/run cannot be opened.*pip install gcsfs"):
+    read_checkpoint("gs://bucket/run")
