@@ -223,6 +223,12 @@ def test_mistakes_are_one_line_and_exit_code_2(checkpoint, tmp_path, capsys):
     (["--benchmark=pope"], "needs --data=DIR: download https"),
     (["--benchmark=pope", f"--data={tmp_path / 'no'}"], "does not exist: download https"),
     (["--benchmark=mme", f"--data={tmp_path}"], "MME.tsv does not exist: download https"),
+    (["--benchmark=mme", "--guidance=3"], "--guidance=3.0 does not belong to --benchmark=mme, but to dpg, geneval, mj"),
+    (["--benchmark=shapes", "--features=x.npz"], "--features=x.npz does not belong"),
+    (["--benchmark=geneval", "--only=pictures"], "--only=pictures does not belong"),
+    (["--benchmark=geneval", "--results=no.jsonl"], "--results=no.jsonl does not exist"),
+    (["--benchmark=shapes", "--guidance=0.5"], "--guidance=0.5 must be at least 1"),
+    (["--benchmark=shapes", "--sweep_guidance=2,0.5"], "--guidance=0.5 must be at least 1"),
   ):
     assert main(["evaluate", *flags, *more]) == 2
     error = capsys.readouterr().err
@@ -487,6 +493,7 @@ def test_a_server_is_asked_in_its_own_format():
   assert texts == [f"answer q{i}" for i in range(6)]
   path, body = seen[0]
   image, text = body["messages"][0]["content"]
+  assert "model" not in body  # a server has one, under the name of its directory
   assert path == "/v1/chat/completions" and body["max_tokens"] == 5 and body["temperature"] == 0
   data = base64.b64decode(image["image_url"]["url"].removeprefix("data:image/png;base64,"))
   assert Image.open(io.BytesIO(data)).getpixel((0, 0)) == (0, 0, 255) and text["type"] == "text"

@@ -1,6 +1,7 @@
 """The command `evaluate`: predictions sample by sample, then scores, then a report."""
 
 import argparse
+import math
 import os
 import pathlib
 import sys
@@ -98,6 +99,7 @@ def main(argv: list[str]) -> int:
 
 def evaluate(args: argparse.Namespace, opened: dict[str, Any]) -> int:
   """Runs one evaluation; `opened` keeps the loaded model for the next one of a sweep."""
+  check_flags(RECIPES[args.benchmark], args)
   recipe = with_flags(RECIPES[args.benchmark], args)
   benchmark = make(recipe, args)
   tasks = benchmark.tasks()
@@ -130,6 +132,34 @@ def evaluate(args: argparse.Namespace, opened: dict[str, Any]) -> int:
   return 0
 
 
+def check_flags(recipe: Recipe, args: argparse.Namespace) -> None:
+  """Raises a UserError for a flag that the benchmark does not know, and for a value that no sampler takes."""
+  known = {  # flag -> benchmarks that it belongs to
+    "data": set(RECIPES) - {"shapes"},
+    "only": {"shapes"},
+    "split": {"vqav2"},
+    "results": {"geneval", "dpg"},
+    "features": {"mjhq"},
+    **dict.fromkeys(("steps", "guidance"), {name for name, one in RECIPES.items() if not one.prompt}),
+    "pictures": {"shapes", "geneval", "dpg"},
+  }
+  for flag, names in known.items():
+    value = getattr(args, flag)
+    if value not in (None, "") and recipe.name not in names:
+      some = ", ".join(sorted(names)) if len(names) < 5 else "other benchmarks"
+      raise UserError(f"--{flag}={value} does not belong to --benchmark={recipe.name}, but to {some}")
+  if args.steps is not None and args.steps < 1:
+    raise UserError(f"--steps={args.steps} must be at least 1")
+  if args.guidance is not None and not (args.guidance == 0 or 1 <= args.guidance < math.inf):
+    raise UserError(f"--guidance={args.guidance} must be at least 1 (1: none), or 0 (ignore the prompt)")
+  if args.seed < 0:
+    raise UserError(f"--seed={args.seed} must be at least 0")
+  for name in ("results", "features"):
+    path = getattr(args, name)
+    if path is not None and not path.is_file():
+      raise UserError(f"--{name}={path} does not exist" + (": launch/features.py writes it" * (name == "features")))
+
+
 def with_flags(recipe: Recipe, args: argparse.Namespace) -> Recipe:
   """The recipe with what the flags change."""
   changed = {
@@ -144,8 +174,6 @@ def make(recipe: Recipe, args: argparse.Namespace) -> Any:
     from jflow.evaluation.world import ShapesBenchmark
 
     return ShapesBenchmark(recipe, args)
-  if args.only:
-    raise UserError(f"--only={args.only} belongs to --benchmark=shapes, which both paints and asks")
   if args.data is None:
     raise UserError(f"--benchmark={recipe.name} needs --data=DIR: {recipe.data}")
   if not args.data.exists():

@@ -73,7 +73,7 @@ class Answers:
       {"type": "image_url", "image_url": {"url": _data_uri(image)}} for image in images
     ]
     content = [*parts, {"type": "text", "text": _unmarked(text)}]
-    body = {"model": "jflow", "messages": [{"role": "user", "content": content}], **sampling(arguments)}
+    body = {"messages": [{"role": "user", "content": content}], **sampling(arguments)}
     request = urllib.request.Request(
       f"{self._server}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )

@@ -158,8 +158,6 @@ class Mjhq:
     for name, row in rows.items():
       need(row, ("prompt",), f"{path}, picture {name},")
     self._prompts = {name: row["prompt"] for name, row in list(rows.items())[: args.limit]}
-    if args.features is not None and not args.features.is_file():
-      raise UserError(f"--features={args.features} does not exist: launch/features.py writes it")
 
   def tasks(self) -> list[Painting]:
     """One picture per prompt; each starts from noise of its own."""

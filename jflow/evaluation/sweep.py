@@ -16,7 +16,7 @@ _MOST_PANELS = 6
 
 def main(args: argparse.Namespace) -> int:
   """Runs every pair in a folder of its own, so that a stopped sweep goes on where it was; plots those that have scores."""
-  from jflow.evaluation.command import evaluate
+  from jflow.evaluation.command import check_flags, evaluate, with_flags
 
   recipe = RECIPES[args.benchmark]
   if recipe.prompt:
@@ -25,20 +25,27 @@ def main(args: argparse.Namespace) -> int:
     raise UserError(
       "--results and --features belong to one setting: give them with the --output of that setting alone"
     )
-  pairs = list(itertools.product(args.sweep_guidance or [args.guidance or recipe.guidance],
-                                 args.sweep_steps or [args.steps or recipe.steps]))  # fmt: skip
+  usual = with_flags(recipe, args)
+  pairs = list(itertools.product(args.sweep_guidance or [usual.guidance], args.sweep_steps or [usual.steps]))
+  settings = [
+    argparse.Namespace(
+      **{**vars(args), "guidance": w, "steps": n, "output": args.output / f"guidance{w:g}_steps{n}"}
+    )
+    for w, n in pairs
+  ]
+  for one in settings:
+    check_flags(recipe, one)
   if recipe.name == "shapes":
-    args.only = "pictures"  # answers depend on neither
+    for one in settings:
+      one.only = "pictures"  # answers depend on neither
   found: dict[tuple[float, int], dict[str, Any]] = {}
   opened: dict[str, Any] = {}
-  for number, (guidance, steps) in enumerate(pairs, 1):
-    output = args.output / f"guidance{guidance:g}_steps{steps}"
-    print(f"{number}/{len(pairs)}: guidance {guidance:g}, {steps} steps, in {output}", flush=True)
-    evaluate(
-      argparse.Namespace(**{**vars(args), "guidance": guidance, "steps": steps, "output": output}), opened
-    )
-    if (output / "report.json").exists():
-      found[guidance, steps] = json.loads((output / "report.json").read_text(encoding="utf-8"))["scores"]
+  for number, one in enumerate(settings, 1):
+    print(f"{number}/{len(pairs)}: guidance {one.guidance:g}, {one.steps} steps, in {one.output}", flush=True)
+    evaluate(one, opened)
+    path = one.output / "report.json"
+    if path.exists():
+      found[one.guidance, one.steps] = json.loads(path.read_text(encoding="utf-8"))["scores"]
   names = plotted(found)
   if not names:
     print("no scores to plot yet: see the notes above")
