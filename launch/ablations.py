@@ -95,7 +95,7 @@ def main() -> int:
   parser.add_argument("--size", choices=("shapes", "tiny"), default="shapes", help="default %(default)s")
   parser.add_argument("--steps", type=int, help="of F (default: configs/ablation.py's)")
   parser.add_argument("--letters", default=ablation.LETTERS, help="which, and in which order (default %(default)s)")
-  parser.add_argument("--slice", type=int, metavar="STEPS", help="train so many steps of each in turn")
+  parser.add_argument("--slice", type=int, metavar="STEPS", help="train in turn, so many steps of F at a time")
   parser.add_argument("--start", metavar="DIR", help="the stage 1 to start from, in place of one made here")
   parser.add_argument("--limit", type=int, help="score the first N prompts and questions of each split only")
   parser.add_argument("--pictures", type=int, help="per prompt (default: the recipe's 4)")
@@ -119,10 +119,10 @@ def main() -> int:
   }
   if not args.report:
     start = train_stages(args)
-    turn = args.slice or max(ends.values())
-    for until in range(turn, max(ends.values()) + turn, turn):
+    turns = -(-ends["F"] // (args.slice or ends["F"]))
+    for turn in range(1, turns + 1):
       for letter in args.letters:
-        train(args, letter, start, min(until, ends[letter]))
+        train(args, letter, start, ends[letter] * turn // turns)
   done = {letter: steps_done(args.folder / letter) for letter in ends}
   reports = {
     letter: evaluate(args, letter) for letter in ends if done[letter] >= (1 if args.report else ends[letter])

@@ -20,13 +20,13 @@ from jflow.evaluation.scores import Score
 _PACKAGES = ("jax", "flax", "numpy", "pillow", "scipy")
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --faint: #888; --bar: #3b7dd8; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .what, .faint, footer { color: var(--faint); }
 table { border-collapse: collapse; width: 100%; } th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); }
-th { text-align: left; font-weight: 600; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+th { text-align: left; font-weight: 600; } td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 img { max-width: 100%; border: 1px solid var(--line); } code { font-size: .9em; overflow-wrap: anywhere; }
-th.group { padding-top: 1.2rem; } td:first-child { white-space: nowrap; } .wrap { overflow-x: auto; }
+td:first-child { white-space: nowrap; } .wrap { overflow-x: auto; }
 """
 
 
@@ -139,33 +139,11 @@ def fingerprint(directory: str | pathlib.Path, weights: str) -> str:
 
 
 def _page(body: Mapping[str, Any], what: str, pictures: Sequence[tuple[str, Image.Image]]) -> str:
-  scores = body["scores"].values()
-  sizes = sorted({size for score in scores for size in score.get("paper", {})}, reverse=True)
-  chance = any("chance" in score for score in scores)
-  beside = list(dict.fromkeys(label for score in scores for label in score.get("beside", {})))
-  head = [
-    "Score",
-    "Value",
-    "95 % interval",
-    *(["Chance"] if chance else []),
-    *(label.capitalize() for label in beside),
-    *(f"Paper, {s}" for s in sizes),
-    "Samples",
-  ]
-  rows, group = [], ""
+  groups: dict[str, dict[str, Any]] = {}
   for name, score in body["scores"].items():
-    before, _, label = name.rpartition(": ")
-    if before != group:
-      rows.append(f'<tr><th class="group" colspan="{len(head)}">{html.escape(before)}</th></tr>')
-      group = before
-    interval = f"{_digits(score['low'])} to {_digits(score['high'])}" if "low" in score else ""
-    cells = [f"<b>{_digits(score['value'])}</b>", interval]
-    cells += [_digits(score.get("chance"))] if chance else []
-    cells += [_digits(score.get("beside", {}).get(label)) for label in beside]
-    cells += [_digits(score.get("paper", {}).get(size)) for size in sizes] + [str(score.get("count", ""))]
-    rows.append(
-      f"<tr><td>{html.escape(label)}</td>" + "".join(f'<td class="n">{cell}</td>' for cell in cells) + "</tr>"
-    )
+    group, _, label = name.rpartition(": ")
+    groups.setdefault(group, {})[label] = score
+  tables = "".join(_table(group, scores) for group, scores in groups.items())
   settings = "".join(
     f"<tr><td>{html.escape(name)}</td><td><code>{html.escape(_plain(value))}</code></td></tr>"
     for name, value in {
@@ -178,18 +156,37 @@ def _page(body: Mapping[str, Any], what: str, pictures: Sequence[tuple[str, Imag
   sheets = "".join(f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="{_data_uri(sheet)}">'
                    for title, sheet in pictures)  # fmt: skip
   notes = "".join(f"<li>{html.escape(note)}</li>" for note in body["notes"])
-  columns = "".join(
-    f"<th{'' if i == 0 else ' class=n'}>{html.escape(name)}</th>" for i, name in enumerate(head)
-  )
   return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>jflow: {html.escape(body["benchmark"])}</title><style>{_STYLE}</style>
 <h1>{html.escape(body["benchmark"])}</h1><p class="what">{html.escape(what)}</p>
-<div class="wrap"><table><tr>{columns}</tr>{"".join(rows)}</table></div>
+{tables}
 {f"<h2>Notes</h2><ul>{notes}</ul>" if notes else ""}{sheets}
 <h2>Settings</h2><div class="wrap"><table>{settings}</table></div>
 </html>
 """
+
+
+def _table(group: str, scores: Mapping[str, Mapping[str, Any]]) -> str:
+  """The scores of one group, with the columns that any of them fills."""
+  sizes = sorted({size for score in scores.values() for size in score.get("paper", {})}, reverse=True)
+  beside = list(dict.fromkeys(label for score in scores.values() for label in score.get("beside", {})))
+  chance = any("chance" in score for score in scores.values())
+  head = ["Score", "Value", "95 % interval", *(["Chance"] if chance else [])]
+  head += [label[0].upper() + label[1:] for label in beside] + [f"Paper, {size}" for size in sizes] + ["Samples"]
+  rows = [head]
+  for label, score in scores.items():
+    interval = f"{_digits(score['low'])} to {_digits(score['high'])}" if "low" in score else ""
+    cells = [html.escape(label), f"<b>{_digits(score['value'])}</b>", interval]
+    cells += [_digits(score.get("chance"))] if chance else []
+    cells += [_digits(score.get("beside", {}).get(name)) for name in beside]
+    rows.append(cells + [_digits(score.get("paper", {}).get(size)) for size in sizes] + [str(score.get("count", ""))])
+  lines = []
+  for tag, cells in zip(["th"] + ["td"] * len(scores), rows):
+    first, *others = cells
+    lines.append(f"<tr><{tag}>{first}</{tag}>" + "".join(f'<{tag} class="n">{x}</{tag}>' for x in others) + "</tr>")
+  title = f"<h2>{html.escape(group[0].upper() + group[1:])}</h2>" if group else ""
+  return f'{title}<div class="wrap"><table>{"".join(lines)}</table></div>'
 
 
 def _digits(value: float | None) -> str:

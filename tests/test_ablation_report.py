@@ -1,0 +1,96 @@
+"""The table of the ablations: signs against F, missing letters, what the files hold."""
+
+import json
+import sys
+
+import pytest
+import tiny
+
+sys.path.insert(0, str(tiny.ROOT / "launch"))
+
+import ablation_report as made  # noqa: E402
+import ablations  # noqa: E402
+
+from configs import ablation  # noqa: E402
+
+
+def entry(shift: float, steps: int = 100, half: float = 0.05) -> dict:
+  """`shift` is how much better than F it is, in every score."""
+  scores = {}
+  for row in made.ROWS:
+    value = 5 - shift if row.low_is_good else 0.5 + shift
+    scores[f"seen {row.score}"] = {"value": value, "low": value - half, "high": value + half, "count": 9}
+  return {"steps": steps, "budget": 100, "pictures": {"read": 1234, "painted": 5}, "scores": scores}
+
+
+def test_differences_have_newcombes_interval_and_a_distance_that_is_less_is_better():
+  letters = {"A": entry(-0.3), "B": entry(0.01), "C": None, "F": entry(0)}
+  out = {(one["letter"], one["score"]): one for one in made.compare(letters)}
+  assert {letter for letter, _ in out} == {"A", "B"} and len(out) == 2 * len(made.ROWS)
+  for row in made.ROWS:
+    one = out["A", f"seen {row.score}"]
+    assert one["better_by"] == pytest.approx(-0.3)
+    assert (one["low"], one["high"]) == pytest.approx((-0.3 - 0.05 * 2**0.5, -0.3 + 0.05 * 2**0.5))
+  # In the paper A is worse than F in FID, CLIP and POPE, and better in VQAv2.
+  assert out["A", "seen pictures: FD-tex"]["paper_better_by"] == pytest.approx(17.61 - 19.84)
+  assert out["A", "seen pictures: FD-tex"]["agrees"] and out["A", "seen questions: existence, F1"]["agrees"]
+  assert out["A", "seen questions: overall"]["agrees"] is False
+  assert out["B", "seen questions: overall"]["agrees"] is None  # 0 is within the interval
+
+
+def test_the_table_names_what_is_missing_and_unfinished():
+  letters = {"A": entry(-0.3, steps=40), "B": None, "F": entry(0)}
+  letters["F"]["scores"]["seen pictures: overall"]["chance"] = 0.02
+  text = made.table(
+    {"command": "c", "commit": "abc", "letters": letters, "comparisons": made.compare(letters)}
+  )
+  assert "Not trained yet: B (one latent encoder for both)." in text
+  assert "| steps | 40 of 100 |  | 100 |" in text and "1,234 / 5" in text
+  assert "0.500 (0.02)" in text and "| A | POPE / seen questions: existence, F1 | -2.33 | -0.300 |" in text
+  rows = [line for line in text.splitlines() if line.startswith("| ")]
+  assert len([line for line in rows if line.startswith("| paper: FID")]) == 1
+  assert len({line.count("|") for line in rows if line.startswith(("| paper", "| seen", "| steps"))}) == 1
+
+
+def test_json_has_a_line_per_score_and_stays_what_it_was():
+  body = {"letters": {"A": entry(0.123456)}}
+  text = made._compact(body)
+  assert json.loads(text)["letters"]["A"]["scores"]["seen questions: overall"]["value"] == 0.6235
+  assert any('"seen questions: overall": { "value"' in line and '"count"' in line for line in text.splitlines())
+
+
+def test_the_papers_table_has_what_each_letter_can_do():
+  assert set(made.WHAT) == set(ablation.LETTERS)
+  for name, row in made.PAPER.items():
+    paints = name in ("FID", "CLIP")
+    assert set(row) == set(ablation.LETTERS) - ({"D"} if paints else {"E"})
+
+
+@pytest.mark.parametrize("argument", ["--letters=AG", "--steps=0", "--confg.train.seed=1"])
+def test_mistakes_end_before_any_training(argument, monkeypatch, capsys):
+  monkeypatch.setattr(ablations, "run", lambda *_: pytest.fail("a command was started"))
+  monkeypatch.setattr(sys, "argv", ["ablations.py", argument])
+  with pytest.raises(SystemExit) as error:
+    ablations.main()
+  assert error.value.code == 2 and argument.split("=")[0] in capsys.readouterr().err
+
+
+def test_slices_train_every_letter_in_turn(monkeypatch, tmp_path):
+  """Each turn takes a letter as large a part of its steps as every other."""
+  done, called = {}, []
+
+  def run(*arguments):
+    flags = dict(one.removeprefix("--").split("=", 1) for one in arguments[1:])
+    letter = flags["workdir"].rsplit("/", 1)[1]
+    done[letter] = int(flags["config.train.steps"])
+    called.append((letter, done[letter]))
+
+  monkeypatch.setattr(ablations, "run", run)
+  monkeypatch.setattr(ablations, "steps_done", lambda workdir: done.get(workdir.name, 0))
+  monkeypatch.setattr(ablations, "evaluate", lambda *_: tmp_path)
+  monkeypatch.setattr(made, "write", lambda folder, reports, ends, command: called.append(sorted(reports)))
+  monkeypatch.setattr(
+    sys, "argv", ["x", str(tmp_path), "--size=tiny", "--steps=100", "--slice=40", "--start=s", "--letters=FD"]
+  )
+  assert ablations.main() == 0
+  assert called == [("F", 33), ("D", 8), ("F", 66), ("D", 17), ("F", 100), ("D", 26), ["D", "F"]]
