@@ -6,9 +6,9 @@
 
 FOLDER gets stage0 and stage1 (made once, unless --start names a stage 1), a workdir for each letter, its scores under
 scores/, and results.json, table.md, losses.png, pictures.png. Stopped at any moment, the same command goes on; several
-processes may take different letters. D and E take their share of F's steps (configs/ablation.py). With --slice every
-letter trains that many steps in turn, so that all have seen about as much at any moment; the losses are those of one
-run from end to end. Other arguments (--config.FIELD=VALUE) go to the training of every letter.
+processes may take different letters. D and E take their share of F's steps (configs/ablation.py). With --slice the
+letters train in turn, F at most that many steps and the others as large a part of theirs, so that all are equally far
+at any moment; the losses are those of one run from end to end. Other arguments (--config.FIELD=VALUE) go to the training of every letter.
 """
 
 import argparse
