@@ -12,6 +12,7 @@ import tiny
 from jflow.compilation import hlo, table, targets
 from jflow.errors import UserError
 
+_TABLE = tiny.ROOT / "launch" / "compile_table"
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 
 
@@ -127,3 +128,16 @@ def test_a_table_goes_on_where_it_was(monkeypatch, tmp_path):
   written = json.loads((tmp_path / "all.json").read_text())
   assert [report["topology"] for report in written] == ["v5e:2x4", "h100:1x8", "h100:2x8"]  # by kind and size
   assert (tmp_path / "all.md").read_text().count("\n") == 2 + 3
+
+
+def test_the_table_of_the_readme_shows_that_the_cost_per_chip_does_not_grow():
+  """For every kind of chip: bytes of collectives within 10 % from 16 to 256 chips, and everything fits."""
+  reports = {report["topology"]: report for report in json.loads((_TABLE.with_suffix(".json")).read_text())}
+  assert all(report["fits"] for report in reports.values())
+  for small, large in (("v5e:4x4", "v5e:16x16"), ("v5p:2x2x4", "v5p:4x8x8"), ("v6e:4x4", "v6e:16x16"), ("h100:2x8", "h100:32x8")):  # fmt: skip
+    assert (reports[small]["chips"], reports[large]["chips"]) == (16, 256)
+    sent = [sum(reports[name]["collective_bytes"].values()) for name in (small, large)]
+    assert sent[1] == pytest.approx(sent[0], rel=0.1)
+  written = (_TABLE.with_suffix(".md")).read_text()
+  assert written == table.markdown(list(reports.values()))
+  assert written in (tiny.ROOT / "README.md").read_text(encoding="utf-8")

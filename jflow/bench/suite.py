@@ -6,6 +6,7 @@ reported as such and the run goes on. Its sizes are those of the config, so that
 """
 
 import gc
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -101,7 +102,10 @@ def attention(config: dict[str, Any], lm: Any, dtype: Any, steps: int) -> dict[s
 
 
 def head_losses(config: dict[str, Any], lm: Any, dtype: Any, steps: int) -> dict[str, Any]:
-  """The head's loss and gradients by chunk, on all positions and on one in eight, with its temporaries."""
+  """The head's loss and gradients by chunk, on all positions and on one in eight, with its temporaries.
+
+  "scan" is the usual way beside it: all positions, a chunk at a time, its logits made again for the gradient.
+  """
   b, s = config["train"]["batch_size"], config["data"]["row_tokens"]
   hidden = jnp.ones((b, s, lm.width), dtype)
   kernel = jnp.full((lm.width, lm.vocabulary_size), 0.01, jnp.float32)
@@ -118,9 +122,28 @@ def head_losses(config: dict[str, Any], lm: Any, dtype: Any, steps: int) -> dict
       name = f"chunk {chunk}, {share}"
       out[name] = {"temporary_bytes": temporaries}
       calls[name] = lambda p=program, m=mask: jax.block_until_ready(p(hidden, kernel, m))
+  scan = jax.jit(jax.value_and_grad(_by_scan, argnums=(0, 1)))
+  program = scan.lower(hidden, kernel, targets, masks["all"]).compile()
+  out["scan, all"] = {"temporary_bytes": program.memory_analysis().temp_size_in_bytes}
+  calls["scan, all"] = lambda p=program: jax.block_until_ready(p(hidden, kernel, targets, masks["all"]))
   for name, seconds in interleaved(calls, steps).items():
     out[name]["seconds"] = seconds
   return out
+
+
+def _by_scan(hidden_BSD: jax.Array, kernel_DV: jax.Array, targets_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
+  """`head_loss.next_token` by a scan whose body is rematerialised."""
+  chunk = math.gcd(head_loss.CHUNK, targets_BS.size)
+  cut = lambda x: x.reshape(-1, chunk, *x.shape[2:])
+
+  @jax.checkpoint
+  def body(loss: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    x_CD, ids_C, mask_C = part
+    logits_CV = jnp.dot(x_CD, kernel_DV.astype(x_CD.dtype), preferred_element_type=jnp.float32)
+    picked_C = jnp.take_along_axis(logits_CV, ids_C[:, None], axis=1)[:, 0]
+    return loss + jnp.sum(jnp.where(mask_C, jax.nn.logsumexp(logits_CV, axis=1) - picked_C, 0.0)), None
+
+  return jax.lax.scan(body, jnp.zeros(()), tuple(map(cut, (hidden_BSD, targets_BS, mask_BS))))[0]
 
 
 def sweep(config: dict[str, Any], steps: int) -> list[dict[str, Any]]:
