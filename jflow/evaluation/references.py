@@ -94,7 +94,7 @@ def _nearest(scene: scenes.Scene, question: Question, pool: Sequence[Asked], pix
 def features(
   split: str, tags: Sequence[str], count: int, side: int, name: str, cache: pathlib.Path | None
 ) -> dict[str, np.ndarray]:
-  """Features of true pictures, with the categories in the same shares: "tex" f64[count, 228] and "state" f64[count, 24].
+  """Features of true pictures, categories in the same shares: "tex" f64[count, 228], "state" f64[count, 24].
 
   Args:
     split: of the world.

@@ -80,7 +80,8 @@ def average(parts: Sequence[Score]) -> Score:
   chances = [part.chance for part in parts]
   chance = None if None in chances else float(np.mean(chances))
   names = set.intersection(*(set(part.beside or ()) for part in parts))
-  beside = {name: float(np.mean([part.beside[name] for part in parts])) for name in parts[0].beside or () if name in names}
+  mean_of = lambda name: float(np.mean([part.beside[name] for part in parts]))
+  beside = {name: mean_of(name) for name in parts[0].beside or () if name in names}
   return Score(value, value - below, value + above, sum(part.count for part in parts), chance, beside or None)
 
 

@@ -104,7 +104,8 @@ class ShapesBenchmark:
       out |= _gap(out, kind)
     notes = [
       "Pictures: strict means exactly what was asked and nothing else; lenient is GenEval's rule, which allows for more. "
-      "Chance is the judge on pictures painted for other prompts of the same category; the ceiling, on true pictures that the VAE has encoded and decoded. Intervals: Wilson's, with the pictures of a prompt counted as alike as they are.",
+      "Chance is the judge on pictures painted for other prompts of the same category; the ceiling, on true pictures "
+      "that the VAE has encoded and decoded. Intervals: Wilson's, with the pictures of a prompt counted as alike as they are.",
       "Questions: beside each score stand the most frequent answer of the kind; a model that has read the questions of "
       "training and sees no picture; and what was right for the nearest picture of training.",
       "FD-tex (Gabor filters) sees noise and blur, FD-state (what the judge finds) sees content; neither is comparable "
