@@ -11,7 +11,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from configs import ablation
 from jflow.data import shapes
 from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
