@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     "bytes_per_step": read,
     "bandwidth_share": chip and read / seconds_per_token / chip.memory_bandwidth,
     "peak_bytes": inference.peak_bytes(),
-    "compile_seconds": first_seconds - median(measured["all"]),
+    "compile_seconds": max(0.0, first_seconds - median(measured["all"])),
   }
   if torch:
     report["torch"] = {"tokens_per_second": rate("torch "), **torch.about}

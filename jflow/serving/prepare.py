@@ -26,7 +26,7 @@ def chat(pipeline: Pipeline, wanted: Chat, context: int) -> tuple[Chat, Request]
   """
   for mark in (examples.IMAGE_MARK, SPECIAL_TOKENS["image"]):
     if any(mark in turn["content"] for turn in wanted.turns):
-      raise UserError(f"the text holds {mark}, which shows no picture here: send it as a part of its own, without marks")
+      raise UserError(f"the text holds {mark}, which shows no picture here: leave it out, and send the picture itself")
   _check_length(sum(len(turn["content"]) for turn in wanted.turns) + len(wanted.system), context)
   wanted = wanted._replace(seed=secrets.randbelow(SEEDS) if wanted.seed is None else wanted.seed)
   request = pipeline.request(
