@@ -267,13 +267,13 @@ class Engine:
     return images[: len(pictures)]
 
   def _end(self, job: Job, event: Tokens | Picture | ApiError) -> None:
-    """Hands over the last event of a request."""
+    """Hands over the last event of a request, whose place is free before its client can send the next."""
+    with self._changed:
+      self._open.discard(job)
     job.emit(event)
     now = time.monotonic()
     self._pace = 0.9 * self._pace + 0.1 * min(now - self._last_end, self.timeout)
     self._last_end = now
-    with self._changed:
-      self._open.discard(job)
     self._count()
 
   def _fail(self, kind: str) -> None:
