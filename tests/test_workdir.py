@@ -57,6 +57,14 @@ def test_a_workdir_in_a_bucket_says_how(tmp_path):
     workdirs.claim(pathlib.Path("gs://bucket/run"), tiny.configuration(), TOKENIZER)
 
 
+def test_a_start_that_is_refused_leaves_no_trace_of_a_trainer_that_died(tmp_path, capsys):
+  _begin(tmp_path, tiny.configuration())
+  for _ in range(2):
+    with pytest.raises(UserError, match="learning_rate"):
+      workdirs.claim(tmp_path, tiny.configuration(optimizer=dict(learning_rate=0.5)), TOKENIZER)
+  assert capsys.readouterr().err == ""
+
+
 def test_a_workdir_that_is_not_shared_is_named(tmp_path):
   with pytest.raises(UserError, match="is not shared: process 0 has locked it"):
     workdirs.check_shared(tmp_path)

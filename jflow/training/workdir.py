@@ -31,7 +31,11 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer) -
       f"workdir {workdir} must be a folder: mount the bucket (launch/gke/ does it with Cloud Storage FUSE)"
     )
   handle = lock(workdir)
-  check_same_run(workdir, config, tokenizer)
+  try:
+    check_same_run(workdir, config, tokenizer)
+  except UserError:
+    unlock(handle)  # this start ends in order
+    raise
   return handle
 
 
