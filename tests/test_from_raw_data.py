@@ -88,6 +88,6 @@ def test_every_format_comes_in_as_the_help_says_and_trains(tmp_path, monkeypatch
     sources[flag["task"]].append((str(tmp_path / flag["output"]), 1.0))
   assert all(sources.values())
   fields = [f"--config.data.sources.{task}={tuple(listed)!r}" for task, listed in sources.items()]
-  test_train._train(2, tmp_path / "run", compilation_cache, 2, *fields)
+  test_train._train(2, tmp_path / "run", compilation_cache, "", "--config.train.steps=2", *fields)
   for row in read_lines(tmp_path / "run" / "metrics.jsonl"):
     assert np.isfinite(row["loss"]) and row["rejected"] == {} and min(row["packs"].values()) > 0
