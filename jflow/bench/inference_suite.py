@@ -53,7 +53,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.epilog = """\
 examples
   python -m jflow bench inference --json=inference.json                             # one H200
-  python -m jflow bench inference --config=configs/stage3.py:mid --repeats=1 --json=mid.json   # anywhere, half an hour
+  python -m jflow bench inference --config=configs/stage3.py:tiny --versus=none --repeats=1 --json=tiny.json # anywhere
 
 A measurement that --json holds already is not repeated: the same command goes on where it was stopped. The targets are
 those for one H200 with the full model in bfloat16 and are judged there only. --versus=none leaves PyTorch out."""
