@@ -139,7 +139,7 @@ def compare(letters: Mapping[str, Mapping[str, Any] | None]) -> list[dict[str, A
       name = f"{split} {row.score}"
       for letter in letters:
         ours = [(letters[x] or {}).get("scores", {}).get(name) for x in (letter, "F")]
-        if letter == "F" or None in ours:
+        if letter == "F" or None in ours or any("low" not in x for x in ours):  # of too few samples
           continue
         theirs = [PAPER[row.paper].get(x) for x in (letter, "F")]
         sign = -1 if row.low_is_good else 1

@@ -5,10 +5,10 @@
   python launch/ablations.py runs/ablations --steps=1050 --report          # from what is there, trained to the end or not
 
 FOLDER gets stage0 and stage1 (made once, unless --start names a stage 1), a workdir for each letter, its scores under
-scores/, and results.json, table.md, losses.png, pictures.png. Stopped at any moment, the same command goes on; several
-processes may take different letters. D and E take their share of F's steps (configs/ablation.py). With --slice the
-letters train in turn, F at most that many steps and the others as large a part of theirs, so that all are equally far
-at any moment; the losses are those of one run from end to end. Other arguments (--config.FIELD=VALUE) go to the training of every letter.
+scores/, and results.json, table.md, losses.png, pictures.png. Stopped at any moment, the same command goes on. D and
+E take their share of F's steps (configs/ablation.py). With --slice the letters train in turn, F at most that many steps
+and the others as large a part of theirs, so that all are equally far at any moment; the losses are those of one run from
+end to end. Other arguments (--config.FIELD=VALUE) go to the training of every letter.
 """
 
 import argparse
@@ -113,6 +113,8 @@ def main() -> int:
       parser.error(f"--{name}={getattr(args, name)} must be at least 1")
   os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # read by glibc 2.35 or newer, see quickstart.sh
   args.folder = args.folder.resolve()
+  if args.start and pathlib.Path(args.start).is_dir():
+    args.start = str(pathlib.Path(args.start).resolve())
   args.steps = args.steps or ablation.BUDGETS[args.size]
   ends = {
     letter: ablation.get_config(f"{letter}-{args.size}-{args.steps}").train.steps for letter in ablation.LETTERS

@@ -11,6 +11,7 @@ import tiny
 
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
+from jflow.evaluation.report import fingerprint
 from jflow.interop import remote
 from jflow.interop.checkpoints import read_checkpoint
 from jflow.training import checkpoint
@@ -83,3 +84,27 @@ def test_a_library_that_is_missing_is_named(monkeypatch):
   monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
   with pytest.raises(UserError, match="gs://bucket/run cannot be opened.*pip install gcsfs"):
     read_checkpoint("gs://bucket/run")
+
+
+def test_a_copy_that_came_short_is_refused_and_not_kept(store, monkeypatch, tmp_path):
+  memory, _ = store
+  whole = type(memory).get_file
+
+  def cut(source, target):
+    whole(memory, source, target)
+    with open(target, "r+b") as file:
+      file.truncate(1)
+
+  monkeypatch.setattr(memory, "get_file", cut)
+  with pytest.raises(UserError, match="cannot be copied.*1 bytes came of"):
+    read_checkpoint("memory://bucket/run")
+  assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_name_that_leads_out_of_the_folder_is_refused():
+  with pytest.raises(UserError, match="outside its folder: ../../evil.json"):
+    remote._wanted("gs://bucket/run", {"config.json", "../../evil.json"}, None)
+
+
+def test_a_remote_checkpoint_has_the_fingerprint_of_its_copy(store, tmp_path):
+  assert fingerprint("memory://bucket/run", "ema") == fingerprint(tmp_path / "run", "ema")

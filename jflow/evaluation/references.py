@@ -6,6 +6,7 @@ import hashlib
 import os
 import pathlib
 import random
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -118,11 +119,14 @@ def features(
     "state": np.stack([distances.state(judge.detect(image)) for image in pictures]),
   }
   if path:
-    cache.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}")
-    with open(part, "wb") as file:
-      np.savez(file, **out)
-    part.replace(path)
+    try:
+      cache.mkdir(parents=True, exist_ok=True)
+      with open(part, "wb") as file:
+        np.savez(file, **out)
+      part.replace(path)
+    except OSError as error:  # the scores do not need it
+      print(f"jflow: features of true pictures are not kept: {error}", file=sys.stderr)
   return out
 
 

@@ -117,10 +117,11 @@ def commit() -> str | None:
 
 def fingerprint(directory: str | pathlib.Path, weights: str) -> str:
   """A sha256 over what a checkpoint computes with: its configuration, tokenizer and weights, and which weights."""
-  directory = pathlib.Path(directory)
+  from jflow.interop import remote
   from jflow.interop.official import is_official
   from jflow.training.checkpoint import MANIFEST, resolve
 
+  directory = remote.fetch(directory) if remote.is_remote(directory) else pathlib.Path(directory)
   if is_official(directory):
     files = [*directory.glob("*.json"), *directory.rglob("*.safetensors")]
   else:

@@ -38,12 +38,12 @@ def wilson(right: float, count: float) -> tuple[float, float]:
   return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def accuracy(judged: Iterable[bool], scale: float = 1.0, chance: float | None = None) -> Score:
+def accuracy(judged: Iterable[bool], scale: float = 1.0) -> Score:
   """The share of right ones, times `scale`, with its Wilson interval."""
   judged = [bool(one) for one in judged]
   low, high = wilson(sum(judged), len(judged))
   value = sum(judged) / len(judged) if judged else 0.0
-  return Score(scale * value, scale * low, scale * high, len(judged), chance)
+  return Score(scale * value, scale * low, scale * high, len(judged))
 
 
 def mean(values: Sequence[float], scale: float = 1.0) -> Score:
@@ -105,13 +105,14 @@ def jackknife(statistic: Callable[[np.ndarray], float], groups: Sequence[Any], b
   Args:
     statistic: takes indices of groups, int[n], without repetitions, and returns a number.
     groups: as in `bootstrap`.
-    blocks: the groups are cut into so many, each left out once.
+    blocks: the groups are cut into so many runs of neighbours, each left out once: where the categories take turns,
+      every run holds them in about the same shares.
   """
   count = len(groups)
   value, blocks = float(statistic(np.arange(count))), min(blocks, count)
   if blocks < 3:
     return Score(value, count=count)
-  left = [statistic(np.flatnonzero(np.arange(count) % blocks != block)) for block in range(blocks)]
+  left = [statistic(np.flatnonzero(np.arange(count) * blocks // count != block)) for block in range(blocks)]
   half = CONFIDENCE_Z * math.sqrt((blocks - 1) * float(np.var(left)))
   return Score(value, value - half, value + half, count)
 

@@ -25,6 +25,8 @@ def main(args: argparse.Namespace) -> int:
     raise UserError(
       "--results and --features belong to one setting: give them with the --output of that setting alone"
     )
+  if args.only == "questions":
+    raise UserError("--only=questions: answers depend on neither guidance nor steps, so there is nothing to sweep")
   usual = with_flags(recipe, args)
   pairs = list(itertools.product(args.sweep_guidance or [usual.guidance], args.sweep_steps or [usual.steps]))
   settings = [

@@ -50,16 +50,21 @@ def fetch(path: str | pathlib.Path, cache: pathlib.Path = CACHE) -> pathlib.Path
   except Exception as error:  # a store raises what it likes
     raise UserError(f"checkpoint {url} cannot be read: {str(error).strip() or type(error).__name__}") from error
   wanted = _wanted(url, set(files), step)
-  told = [(name, files[name].get("size"), store.ukey(os.path.join(folder, name))) for name in wanted]
+  try:
+    told = [(name, files[name].get("size"), store.ukey(os.path.join(folder, name))) for name in wanted]
+  except Exception as error:  # a file may be gone by now
+    raise UserError(f"checkpoint {url} cannot be read: {str(error).strip() or type(error).__name__}") from error
   key = hashlib.sha256(repr((root, told)).encode()).hexdigest()[:16]
   local = cache.expanduser() / key
   for name in wanted:
-    _copy(store, os.path.join(folder, name), local / name, url)
+    _copy(store, os.path.join(folder, name), files[name].get("size"), local / name, url)
   return local if step is None else local / "checkpoints" / step
 
 
 def _wanted(url: str, files: set[str], step: str | None) -> list[str]:
-  """The files of a checkpoint that are read."""
+  """The files of a checkpoint that are read, by their names below its folder."""
+  if outside := sorted(name for name in files if name.startswith("../")):
+    raise UserError(f"checkpoint {url} holds a file outside its folder: {outside[0]}")
   sealed = {int(m[1]) for name in files if (m := re.fullmatch(r"checkpoints/(\d+)/manifest\.json", name))}
   if not any(name.startswith("checkpoints/") for name in files):
     found = sorted(name for name in files if name.endswith(_SUFFIXES))
@@ -72,14 +77,16 @@ def _wanted(url: str, files: set[str], step: str | None) -> list[str]:
   return sorted(name for name in files if name == "config.json" or name.startswith(parts))
 
 
-def _copy(store: Any, source: str, target: pathlib.Path, url: str) -> None:
-  """Copies one file, whole or not at all; one that is there is kept."""
+def _copy(store: Any, source: str, size: int | None, target: pathlib.Path, url: str) -> None:
+  """Copies one file of so many bytes, whole or not at all; one that is there is kept."""
   if target.exists():
     return
   part = target.with_name(f"{target.name}.{os.getpid()}.part")
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
     store.get_file(source, str(part))
+    if size not in (None, part.stat().st_size):
+      raise OSError(f"{part.stat().st_size} bytes came of {size}")
     part.replace(target)
   except Exception as error:  # a store raises what it likes
     part.unlink(missing_ok=True)

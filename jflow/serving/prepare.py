@@ -22,7 +22,8 @@ def chat(pipeline: Pipeline, wanted: Chat, context: int) -> tuple[Chat, Request]
     (the conversation with its seed drawn where it named none, the work).
 
   Raises:
-    UserError: turns that do not alternate, a mark that stands for a picture elsewhere, an unreadable picture, no room for an answer in `context` tokens.
+    UserError: turns that do not alternate, a mark that stands for a picture elsewhere, an unreadable picture, no room
+      for an answer in `context` tokens.
   """
   for mark in (examples.IMAGE_MARK, SPECIAL_TOKENS["image"]):
     if any(mark in turn["content"] for turn in wanted.turns):
