@@ -16,6 +16,7 @@ from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
 from jflow.evaluation import report
 from jflow.evaluation.references import BLIND, FREQUENT
+from jflow.inference import files
 from jflow.inference.sheet import contact_sheet
 from jflow.models.config import JanusFlowConfig
 from jflow.training import setup
@@ -74,8 +75,8 @@ def write(
   for letter in ends:
     letters[letter] = _entry(folder / letter, reports[letter], ends[letter]) if letter in reports else None
   body = {"command": command, "commit": report.commit(), "letters": letters, "comparisons": compare(letters)}
-  report.replace(folder / "results.json", _compact(body))
-  report.replace(folder / "table.md", table(body))
+  files.replace(folder / "results.json", _compact(body))
+  files.replace(folder / "table.md", table(body))
   losses({letter: read_lines(folder / letter / "metrics.jsonl") for letter in ends}).savefig(
     folder / "losses.png", dpi=110
   )

@@ -5,7 +5,6 @@ Each runs as `bench generate` or `bench understand` in a process of its own, so 
 
 import argparse
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jflow.errors import Stopped, UserError
+from jflow.inference import files
 
 _FULL = "configs/stage3.py:384"
 _PAINT, _ANSWER = ("generate", "--steps=30", "--guidance=2"), ("understand", "--new_tokens=256")
@@ -88,9 +88,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       failed.append(name)
       continue
     report["measurements"][name] = measured
-    _write(args.json, report)
+    files.replace(args.json, json.dumps(report, indent=1) + "\n")
   report["targets"] = judged(report)
-  _write(args.json, report)
+  files.replace(args.json, json.dumps(report, indent=1) + "\n")
   print(table(report["targets"]))
   if failed:
     raise Stopped(f"not measured: {', '.join(failed)} (the messages stand above); the same command tries again")
@@ -135,13 +135,6 @@ def _kept(file: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
   if not known:
     raise UserError(f"--json={file} holds something else, or other settings: name another file")
   return report
-
-
-def _write(file: pathlib.Path, report: dict[str, Any]) -> None:
-  """Replaces the file at once, so that it is never half-written."""
-  fresh = file.with_name(file.name + ".new")
-  fresh.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-  os.replace(fresh, file)
 
 
 def _measure(flags: list[str]) -> dict[str, Any] | None:

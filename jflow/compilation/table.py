@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from jflow.chips import CHIPS
 from jflow.compilation.targets import Topology
+from jflow.inference import files
 
 # Topology and rows per device; fsdp stays at 8 or 16 (TPU) or 8 (GPU), data grows. The first two of a kind, the ends
 # of the claim that the cost per chip does not grow, come before all others.
@@ -40,8 +41,9 @@ def write_table(name: pathlib.Path) -> int:
     report = _compiled(topology, rows)
     (failed if "error" in report else reports)[topology] = report
     order = sorted((reports | failed).values(), key=_place)
-    _replace(file, json.dumps(order, indent=1) + "\n")
-    _replace(name.with_suffix(".md"), markdown(order))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    files.replace(file, json.dumps(order, indent=1) + "\n")
+    files.replace(name.with_suffix(".md"), markdown(order))
   print(f"table: {name.with_suffix('.md')}", file=sys.stderr)
   return 1 if failed else 0
 
@@ -67,14 +69,6 @@ def _place(report: dict) -> tuple[int, int]:
   """Kinds in the order of CHIPS, small meshes first."""
   topology = Topology.parse(report["topology"])
   return list(CHIPS).index(topology.kind), topology.chips
-
-
-def _replace(file: pathlib.Path, text: str) -> None:
-  """Writes a file whole or not at all."""
-  file.parent.mkdir(parents=True, exist_ok=True)
-  draft = file.with_suffix(file.suffix + ".part")
-  draft.write_text(text, encoding="utf-8")
-  draft.replace(file)
 
 
 def markdown(reports: list[dict]) -> str:

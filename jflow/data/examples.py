@@ -23,10 +23,11 @@ import numpy as np
 
 from jflow import batch as batch_lib
 from jflow.data.records import Record, RecordError, Turn
-from jflow.data.tokenizer import Tokenizer
+from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from jflow.errors import UserError
 
 IMAGE_MARK = "<image>"
+MARKS = (IMAGE_MARK, SPECIAL_TOKENS["image"])  # the second is the published code's
 TEMPLATES = ("plain", "chat")
 CAPTION_PROMPT = "Generate the caption of this picture."
 # What the release puts before a conversation unless told otherwise.

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from jflow.evaluation.scores import Score
+from jflow.inference import files
 
 _PACKAGES = ("jax", "flax", "numpy", "pillow", "scipy")
 _STYLE = """
@@ -74,8 +75,8 @@ def write(
   }
   for title, sheet in result.pictures:
     sheet.save(directory / f"{_file_name(title)}.png")
-  replace(directory / "report.json", json.dumps(body, indent=1, ensure_ascii=False) + "\n")
-  replace(directory / "report.html", _page(body, what, result.pictures))
+  files.replace(directory / "report.json", json.dumps(body, indent=1, ensure_ascii=False) + "\n")
+  files.replace(directory / "report.html", _page(body, what, result.pictures))
   return body
 
 
@@ -209,10 +210,3 @@ def _data_uri(image: Image.Image) -> str:
   buffer = io.BytesIO()
   image.save(buffer, "PNG", optimize=True)
   return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def replace(path: pathlib.Path, text: str) -> None:
-  """Writes a file so that a reader sees the old one or the new one."""
-  new = path.with_name(path.name + ".part")
-  new.write_text(text, encoding="utf-8")
-  new.replace(path)

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jflow.errors import UserError
-from jflow.evaluation import report
 from jflow.evaluation.recipes import RECIPES
+from jflow.inference import files
 
 _MOST_PANELS = 6
 
@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
     {"guidance": guidance, "steps": steps, **{name: found[guidance, steps][name]["value"] for name in names}}
     for guidance, steps in found
   ]
-  report.replace(
+  files.replace(
     args.output / "sweep.json", json.dumps({"benchmark": recipe.name, "rows": rows}, indent=1) + "\n"
   )
   print(f"plot: {args.output / 'sweep.png'}, numbers: {args.output / 'sweep.json'}")

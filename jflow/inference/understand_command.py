@@ -14,7 +14,6 @@ examples:
   python -m jflow understand --checkpoint=JanusFlow-1.3B --image=a.jpg --image=b.jpg --question="What changed?"
 """
 
-_MARKS = ("<image>", "<image_placeholder>")  # of the data and of the published code
 _PICTURE = re.compile(r"\b(image|picture|photo|photograph|figure|drawing|chart)s?\b|图", re.IGNORECASE)
 
 
@@ -48,12 +47,13 @@ def main(argv: list[str]) -> int:
   """Answers on stdout."""
   args = parser().parse_args(argv)
 
+  from jflow.data.examples import MARKS
   from jflow.inference import checks
   from jflow.inference.pipeline import prepare_image
 
   if not args.question.strip():
     raise UserError("--question is empty: ask something")
-  for mark in _MARKS:
+  for mark in MARKS:
     if (count := args.question.count(mark)) not in (0, len(args.image)):
       raise UserError(
         f"--question has {count} {mark} marks and there are {len(args.image)} pictures: give one --image=FILE per mark"

@@ -3,7 +3,6 @@
 import secrets
 
 from jflow.data import examples
-from jflow.data.tokenizer import SPECIAL_TOKENS
 from jflow.errors import UserError
 from jflow.inference.decoding import Request
 from jflow.inference.pipeline import Pipeline
@@ -25,7 +24,7 @@ def chat(pipeline: Pipeline, wanted: Chat, context: int) -> tuple[Chat, Request]
     UserError: turns that do not alternate, a mark that stands for a picture elsewhere, an unreadable picture, no room
       for an answer in `context` tokens.
   """
-  for mark in (examples.IMAGE_MARK, SPECIAL_TOKENS["image"]):
+  for mark in examples.MARKS:
     if any(mark in turn["content"] for turn in wanted.turns):
       raise UserError(f"the text holds {mark}, which shows no picture here: leave it out, and send the picture itself")
   _check_length(sum(len(turn["content"]) for turn in wanted.turns) + len(wanted.system), context)
