@@ -14,11 +14,12 @@ def get_config(size: str = "shapes"):
   c = base.base(size)
   c.model.contrastive = True
   c.model.alignment_width = 0
-  c.objective.weights = dict(text=1.0, flow=0.0, alignment=0.0, contrastive=1.0)
-  c.data.mixture = ((0, (0, 75, 25)),)
+  c.objective.weights = dict(text=1.0, flow=0.0, alignment=0.0, contrastive=0.2)
+  c.data.mixture = ((0, (65, 25, 10)),)
   c.data.prompt_drop = 0.0
-  c.optimizer.trained = ("language_model", "understanding_encoder", "contrastive_head")
-  c.optimizer.frozen = tuple(p for p in base.NEW_PARTS if p != "alignment_head") + ("vae",)
+  reader = ("understanding_projector", "understanding_start")
+  c.optimizer.trained = ("language_model", "understanding_encoder", "contrastive_head") + reader
+  c.optimizer.frozen = tuple(p for p in base.NEW_PARTS if p not in reader + ("alignment_head",)) + ("vae",)
   if c.size == "shapes":
-    c.train.steps, c.optimizer.learning_rate = 300, 1e-3
+    c.train.steps, c.optimizer.learning_rate = 1500, 2e-3
   return c

@@ -57,9 +57,10 @@ def train_stages(args: argparse.Namespace) -> str:
   before = ""
   for stage, module in enumerate((stage0, stage1)):
     workdir = args.folder / f"stage{stage}"
-    if steps_done(workdir) < module.get_config(args.size).train.steps:
-      config = f"--config=configs/stage{stage}.py:{args.size}"
-      run("train", config, f"--workdir={workdir}", f"--config.train.init_from={before}")
+    steps = module.get_config(args.size).train.steps if stage or not args.pretrain else args.pretrain
+    if steps_done(workdir) < steps:
+      fields = [f"--config.train.init_from={before}", f"--config.train.steps={steps}"]
+      run("train", f"--config=configs/stage{stage}.py:{args.size}", f"--workdir={workdir}", *fields)
     before = str(workdir)
   return before
 
@@ -94,6 +95,7 @@ def main() -> int:
   parser.add_argument("folder", nargs="?", type=pathlib.Path, default=pathlib.Path("runs/ablations"), metavar="FOLDER")
   parser.add_argument("--size", choices=("shapes", "tiny"), default="shapes", help="default %(default)s")
   parser.add_argument("--steps", type=int, help="of F (default: configs/ablation.py's)")
+  parser.add_argument("--pretrain", type=int, metavar="STEPS", help="of stage 0 (default: configs/stage0.py's)")
   parser.add_argument("--letters", default=ablation.LETTERS, help="which, and in which order (default %(default)s)")
   parser.add_argument("--slice", type=int, metavar="STEPS", help="train in turn, so many steps of F at a time")
   parser.add_argument("--start", metavar="DIR", help="the stage 1 to start from, in place of one made here")
@@ -108,7 +110,7 @@ def main() -> int:
       parser.error(f"unknown argument {field}; fields of the training are --config.FIELD=VALUE")
   if unknown := set(args.letters) - set(ablation.LETTERS):
     parser.error(f"--letters={args.letters}: {', '.join(sorted(unknown))} is none of {ablation.LETTERS}")
-  for name in ("steps", "slice", "limit", "pictures"):
+  for name in ("steps", "pretrain", "slice", "limit", "pictures"):
     if getattr(args, name) is not None and getattr(args, name) < 1:
       parser.error(f"--{name}={getattr(args, name)} must be at least 1")
   os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # read by glibc 2.35 or newer, see quickstart.sh
