@@ -18,6 +18,8 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator, Mapping
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "launch")]
@@ -31,15 +33,52 @@ from jflow.training.checkpoint import sealed_steps  # noqa: E402
 NOT_ASKED = {"D": "questions", "E": "pictures"}  # what each of the two has learned; the rest is not scored
 
 
-def run(*arguments: str) -> None:
-  """Runs a jflow command as a user would; ends with its exit code if it fails. A SIGTERM is handed on to it."""
-  print("$ python -m jflow " + shlex.join(arguments), file=sys.stderr, flush=True)
-  child = subprocess.Popen([sys.executable, "-m", "jflow", *arguments], cwd=ROOT)
-  before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-  try:
-    code = child.wait()
-  except KeyboardInterrupt:  # the terminal tells the child, too: it saves
-    code = child.wait() or 130
+def run(queues: Mapping[str, Iterator[list[str]]], jobs: int = 1) -> None:
+  """Runs jflow commands as a user would, up to `jobs` at a time, each on its share of the cores.
+
+  The commands of a queue come one after the other; of the queues with none running, the one that has had the fewest
+  comes next. Ends with the exit code of the first that fails; the others are then told to save and end, as all are by
+  a SIGTERM or Ctrl-C.
+  """
+  cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+  shares = [cores[i::jobs] or cores for i in range(jobs)]
+  waiting = {name: [0, commands] for name, commands in queues.items()}
+  running: dict[int, tuple[str, subprocess.Popen]] = {}
+  code = 0
+
+  def stop(*_: object) -> None:
+    nonlocal code
+    code = code or 128 + signal.SIGTERM
+    for _, child in running.values():
+      child.terminate()
+
+  before = signal.signal(signal.SIGTERM, stop)
+  while waiting and not code or running:
+    try:
+      for place in set(range(jobs)) - set(running):
+        idle = [name for name in waiting if name not in [other for other, _ in running.values()]]
+        if code or not idle:
+          break
+        name = min(idle, key=lambda name: waiting[name][0])
+        command = next(waiting[name][1], None)
+        if command is None:
+          del waiting[name]
+          continue
+        waiting[name][0] += 1
+        print("$ python -m jflow " + shlex.join(command), file=sys.stderr, flush=True)
+        child = subprocess.Popen([sys.executable, "-m", "jflow", *command], cwd=ROOT)
+        if len(shares) > 1 and shares[place]:
+          os.sched_setaffinity(child.pid, shares[place])
+        running[place] = (name, child)
+      time.sleep(0.2)
+      for place, (_, child) in list(running.items()):
+        if child.poll() is not None:
+          del running[place]
+          if child.returncode and not code:
+            code = child.returncode
+            stop()
+    except KeyboardInterrupt:  # the terminal tells the children, too: they save
+      code = code or 130
   signal.signal(signal.SIGTERM, before)
   if code:
     sys.exit(code)
@@ -50,44 +89,50 @@ def steps_done(workdir: pathlib.Path) -> int:
   return next(iter(sealed_steps(workdir / "checkpoints")), 0)
 
 
-def train_stages(args: argparse.Namespace) -> str:
-  """Trains the stages before the ablations where they are missing; returns the stage 1 to start from."""
-  if args.start:
-    return args.start
+def stages(args: argparse.Namespace) -> Iterator[list[str]]:
+  """The commands that train the stages before the ablations, where they are missing."""
   before = ""
   for stage, module in enumerate((stage0, stage1)):
     workdir = args.folder / f"stage{stage}"
     steps = module.get_config(args.size).train.steps if stage or not args.pretrain else args.pretrain
     if steps_done(workdir) < steps:
       fields = [f"--config.train.init_from={before}", f"--config.train.steps={steps}"]
-      run("train", f"--config=configs/stage{stage}.py:{args.size}", f"--workdir={workdir}", *fields)
+      yield ["train", f"--config=configs/stage{stage}.py:{args.size}", f"--workdir={workdir}", *fields]
     before = str(workdir)
-  return before
 
 
-def train(args: argparse.Namespace, letter: str, start: str, until: int) -> None:
-  """Trains a letter up to a step, from where it is."""
-  workdir = args.folder / letter
-  if steps_done(workdir) >= until:
-    return
-  config = f"--config=configs/ablation.py:{letter}-{args.size}-{args.steps}"
-  fields = [f"--config.train.init_from={start}", f"--config.train.steps={until}", *args.fields]
-  run("train", config, f"--workdir={workdir}", *fields)
+def turns(args: argparse.Namespace, letter: str, end: int, count: int) -> Iterator[list[str]]:
+  """The commands that train a letter to its end in so many turns, from where it is."""
+  workdir, start = args.folder / letter, args.start or args.folder / "stage1"
+  for turn in range(1, count + 1):
+    until = end * turn // count
+    if steps_done(workdir) < until:
+      config = f"--config=configs/ablation.py:{letter}-{args.size}-{args.steps}"
+      fields = [f"--config.train.init_from={start}", f"--config.train.steps={until}", *args.fields]
+      yield ["train", config, f"--workdir={workdir}", *fields]
 
 
-def evaluate(args: argparse.Namespace, letter: str) -> pathlib.Path:
-  """Scores the newest checkpoint of a letter; returns the folder of its report."""
+def options_of(args: argparse.Namespace) -> dict[str, float]:
+  """What the scoring is asked for beyond the recipe."""
   options = {name: getattr(args, name) for name in ("limit", "guidance", "pictures")}
-  options = {name: value for name, value in options.items() if value is not None}
-  name = "-".join([letter, str(steps_done(args.folder / letter)), *(f"{k}{v:g}" for k, v in options.items())])
-  output = args.folder / "scores" / name
+  return {name: value for name, value in options.items() if value is not None}
+
+
+def scores(args: argparse.Namespace, letter: str) -> pathlib.Path:
+  """The folder of the report on the newest checkpoint of a letter."""
+  options = (f"{name}{value:g}" for name, value in options_of(args).items())
+  return args.folder / "scores" / "-".join([letter, str(steps_done(args.folder / letter)), *options])
+
+
+def scoring(args: argparse.Namespace, letter: str) -> Iterator[list[str]]:
+  """The command that scores the newest checkpoint of a letter, where its report is missing."""
+  output, options = scores(args, letter), options_of(args)
   if letter in NOT_ASKED:
     options["only"] = NOT_ASKED[letter]
   flags = [f"--{name}={value:g}" if name == "guidance" else f"--{name}={value}" for name, value in options.items()]
   if ablation_report.fingerprint_of(output) != report.fingerprint(args.folder / letter, "ema"):
     checkpoint, size = f"--checkpoint={args.folder / letter}", f"--batch_size={args.batch_size}"
-    run("evaluate", "--benchmark=shapes", checkpoint, f"--output={output}", size, *flags)
-  return output
+    yield ["evaluate", "--benchmark=shapes", checkpoint, f"--output={output}", size, *flags]
 
 
 def main() -> int:
@@ -98,6 +143,9 @@ def main() -> int:
   parser.add_argument("--pretrain", type=int, metavar="STEPS", help="of stage 0 (default: configs/stage0.py's)")
   parser.add_argument("--letters", default=ablation.LETTERS, help="which, and in which order (default %(default)s)")
   parser.add_argument("--slice", type=int, metavar="STEPS", help="train in turn, so many steps of F at a time")
+  parser.add_argument(
+    "--jobs", type=int, default=1, help="commands at a time, each on its share of the cores (default %(default)s)"
+  )
   parser.add_argument("--start", metavar="DIR", help="the stage 1 to start from, in place of one made here")
   parser.add_argument("--limit", type=int, help="score the first N prompts and questions of each split only")
   parser.add_argument("--pictures", type=int, help="per prompt (default: the recipe's 4)")
@@ -110,7 +158,7 @@ def main() -> int:
       parser.error(f"unknown argument {field}; fields of the training are --config.FIELD=VALUE")
   if unknown := set(args.letters) - set(ablation.LETTERS):
     parser.error(f"--letters={args.letters}: {', '.join(sorted(unknown))} is none of {ablation.LETTERS}")
-  for name in ("steps", "pretrain", "slice", "limit", "pictures"):
+  for name in ("steps", "pretrain", "slice", "jobs", "limit", "pictures"):
     if getattr(args, name) is not None and getattr(args, name) < 1:
       parser.error(f"--{name}={getattr(args, name)} must be at least 1")
   os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # read by glibc 2.35 or newer, see quickstart.sh
@@ -122,15 +170,14 @@ def main() -> int:
     letter: ablation.get_config(f"{letter}-{args.size}-{args.steps}").train.steps for letter in ablation.LETTERS
   }
   if not args.report:
-    start = train_stages(args)
-    turns = -(-ends["F"] // (args.slice or ends["F"]))
-    for turn in range(1, turns + 1):
-      for letter in args.letters:
-        train(args, letter, start, ends[letter] * turn // turns)
+    if not args.start:
+      run({"stages": stages(args)})
+    count = -(-ends["F"] // (args.slice or ends["F"]))
+    run({letter: turns(args, letter, ends[letter], count) for letter in args.letters}, args.jobs)
   done = {letter: steps_done(args.folder / letter) for letter in ends}
-  reports = {
-    letter: evaluate(args, letter) for letter in ends if done[letter] >= (1 if args.report else ends[letter])
-  }
+  scored = [letter for letter in ends if done[letter] >= (1 if args.report else ends[letter])]
+  run({letter: scoring(args, letter) for letter in scored}, args.jobs)
+  reports = {letter: scores(args, letter) for letter in scored}
   ablation_report.write(args.folder, reports, ends, "python " + shlex.join(["launch/ablations.py", *sys.argv[1:]]))
   return 0
 
