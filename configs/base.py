@@ -89,7 +89,7 @@ def base(size: str) -> ConfigDict:
       size=20_000,  # records per type
       seed=0,
       split="train",
-      long_captions=0.25,  # share of captions to paint from that describe every object
+      long_captions=0.25,  # share of captions that describe every object
     ),
   )
   c.compute = dict(
@@ -140,7 +140,7 @@ def base(size: str) -> ConfigDict:
     c.train.batch_size, c.data.row_tokens, c.data.row_images = 8, 1024, 6
     c.train.steps = 20
   if size == "shapes":  # the stages set steps and rates: small models take a higher rate than table 1's
-    c.train.batch_size, c.data.row_tokens, c.data.row_images = 16, 256, 3
+    c.train.batch_size, c.data.row_tokens, c.data.row_images = 8, 256, 3
     c.optimizer.warmup_steps = 30
     c.data.shapes.size = 50_000
     c.data.shapes.tags = dict(

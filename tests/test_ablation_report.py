@@ -1,6 +1,7 @@
 """The table of the ablations: signs against F, missing letters, what the files hold."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -79,18 +80,58 @@ def test_slices_train_every_letter_in_turn(monkeypatch, tmp_path):
   """Each turn takes a letter as large a part of its steps as every other."""
   done, called = {}, []
 
-  def run(*arguments):
-    flags = dict(one.removeprefix("--").split("=", 1) for one in arguments[1:])
-    letter = flags["workdir"].rsplit("/", 1)[1]
-    done[letter] = int(flags["config.train.steps"])
-    called.append((letter, done[letter]))
+  class Trained:  # at once
+    returncode = 0
 
-  monkeypatch.setattr(ablations, "run", run)
+    def __init__(self, command, cwd):
+      flags = dict(one.removeprefix("--").split("=", 1) for one in command[4:])
+      letter = flags["workdir"].rsplit("/", 1)[1]
+      done[letter] = int(flags["config.train.steps"])
+      called.append((letter, done[letter]))
+
+    def poll(self):
+      return self.returncode
+
+  monkeypatch.setattr(ablations.subprocess, "Popen", Trained)
   monkeypatch.setattr(ablations, "steps_done", lambda workdir: done.get(workdir.name, 0))
-  monkeypatch.setattr(ablations, "evaluate", lambda *_: tmp_path)
+  monkeypatch.setattr(ablations, "scoring", lambda *_: iter(()))
   monkeypatch.setattr(made, "write", lambda folder, reports, ends, command: called.append(sorted(reports)))
   monkeypatch.setattr(
     sys, "argv", ["x", str(tmp_path), "--size=tiny", "--steps=100", "--slice=40", "--start=s", "--letters=FD"]
   )
   assert ablations.main() == 0
   assert called == [("F", 33), ("D", 8), ("F", 66), ("D", 17), ("F", 100), ("D", 26), ["D", "F"]]
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+  """Lets `run` start the Python source that stands in a command's place."""
+  popen = subprocess.Popen
+  monkeypatch.setattr(
+    ablations.subprocess, "Popen", lambda command, cwd: popen([sys.executable, "-c", command[3]], cwd=cwd)
+  )
+
+
+def test_two_queues_run_side_by_side_and_each_in_its_order(scripts, tmp_path):
+  """The first of each queue waits for the other's: one at a time they would never end."""
+  wait = "import pathlib, time\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.05)"
+  touch = "import pathlib; pathlib.Path({!r}).touch()\n"
+  a, b = str(tmp_path / "a"), str(tmp_path / "b")
+  seen = []
+
+  def queue(name, *commands):
+    for i, command in enumerate(commands):
+      seen.append((name, i))
+      yield [command]
+
+  first = queue("x", touch.format(a) + wait.format(b), touch.format(a + "2"))
+  ablations.run({"x": first, "y": queue("y", touch.format(b) + wait.format(a))}, jobs=2)
+  assert seen[:2] == [("x", 0), ("y", 0)] and seen[2:] == [("x", 1)] and (tmp_path / "a2").exists()
+
+
+def test_the_first_failure_ends_the_others_and_gives_the_exit_code(scripts):
+  forever = "import time; time.sleep(600)"
+  later = iter([["raise SystemExit(7)"], ["never"]])
+  with pytest.raises(SystemExit) as error:
+    ablations.run({"x": iter([[forever]]), "y": later}, jobs=2)
+  assert error.value.code == 7 and list(later) == [["never"]]

@@ -127,11 +127,11 @@ def test_a_missing_or_unreadable_image(capsys, model, picture, tmp_path):
   assert f"{tmp_path / 'no.png'} cannot be read: No such file" in ask(tmp_path / "no.png")
   assert "cannot be read: Is a directory" in ask(tmp_path)
   (tmp_path / "text.png").write_text("no picture")
-  assert "text.png is not a readable PNG, JPEG or WebP image" in ask(tmp_path / "text.png")
+  assert "text.png: not a readable PNG, JPEG, WEBP or GIF image" in ask(tmp_path / "text.png")
   (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:200])
-  assert "cut.png is not a readable PNG" in ask(tmp_path / "cut.png")
+  assert "cut.png: the image is " in ask(tmp_path / "cut.png")
   (tmp_path / "empty.png").write_bytes(b"")
-  assert "empty.png is not a readable PNG" in ask(tmp_path / "empty.png")
+  assert "empty.png: the image has no bytes" in ask(tmp_path / "empty.png")
 
 
 def test_a_prompt_longer_than_the_context(capsys, model, tmp_path):

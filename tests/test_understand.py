@@ -244,7 +244,7 @@ def test_the_answer_ends_at_eos_at_max_tokens_and_at_the_context(pipeline, token
     (dict(top_p=1.1), "top_p=1.1 "),
     (dict(seed=-1), "seed=-1 "),
     (dict(images=["nowhere.png"]), "nowhere.png cannot be read: No such file"),
-    (dict(images=[b"no picture"]), "not a readable PNG, JPEG or WebP image"),
+    (dict(images=[b"no picture"]), "not a readable PNG, JPEG, WEBP or GIF image"),
   ],
 )
 def test_bad_input_is_named(pipeline, arguments, named):

@@ -66,8 +66,8 @@ DEFAULT_TAGS = {
   "color_attr": 0.15,
   SEVERAL: 0.05,
 }
-LONG_CAPTIONS = 0.25  # share of generation's captions that describe every object
-CAPTION_TURNS = 0.25  # share of understanding's records whose answer is the caption
+LONG_CAPTIONS = 0.25  # share of captions that describe every object
+CAPTION_TURNS = 0.4  # share of understanding's records whose answer is a caption
 SHORT_ANSWERS = 0.5  # share of first questions that carry the next
 # Not in the paper: the release's instruction for short answers. As in LLaVA it ends the first question only.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
@@ -129,7 +129,7 @@ class ShapesSource:
       split: "train", "val" (what training could have shown, but did not) or "held_out" (each scene shows at
         least one combination that training never shows).
       tags: share of each kind of scene, any sum above 0; those not named have none. Default: DEFAULT_TAGS.
-      long_captions: share of generation's captions that describe every object.
+      long_captions: share of captions, to paint from and to read, that describe every object.
 
     Raises:
       UserError: an argument is out of range.
@@ -171,7 +171,7 @@ class ShapesSource:
     if self._task == "text":
       return Record(name, (), _document(scene, combination, rng), ())
     if rng.random() < CAPTION_TURNS:
-      return Record(name, (scene,), describe(scene), ())
+      return Record(name, (scene,), describe(scene, rng.random() < self._long_captions), ())
     return Record(name, (scene,), "", _conversation(scene, rng))
 
 
@@ -183,12 +183,15 @@ def caption(scene: Scene, combination: Combination, rng: Rng, long_captions: flo
   return f"{text}. {' '.join(_details(scene))}" if long else text
 
 
-def describe(scene: Scene) -> str:
-  """Returns the one caption that names every object with its color, from left to right."""
-  ordered = sorted(scene.objects, key=lambda thing: thing.x)
+def describe(scene: Scene, long: bool = False) -> str:
+  """Returns the one caption that names every object with its color, from left to right; long: size and place, too."""
+  scene = scene._replace(objects=tuple(sorted(scene.objects, key=lambda thing: thing.x)))
+  ordered = scene.objects
   if _is_group(scene):
-    return f"a picture of {_plural(ordered[0].shape, ordered[0].color, len(ordered))}"
-  return f"a picture of {_join([_noun(thing.shape, thing.color) for thing in ordered])}"
+    text = f"a picture of {_plural(ordered[0].shape, ordered[0].color, len(ordered))}"
+  else:
+    text = f"a picture of {_join([_noun(thing.shape, thing.color) for thing in ordered])}"
+  return f"{text}. {' '.join(_details(scene))}" if long else text
 
 
 def evaluation_prompts(split: str, count: int, seed: int) -> list[tuple[str, dict[str, Any]]]:

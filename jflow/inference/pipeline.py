@@ -250,7 +250,7 @@ def prepare_image(image: Any, size: int) -> np.ndarray:
   try:
     return images.for_understanding(image, size)
   except ImageError as error:
-    raise UserError(f"{name} is not a readable PNG, JPEG or WebP image: {error}") from error
+    raise UserError(f"{name}: {error}") from error
 
 
 def _with_marks(messages: str | Sequence[Any], count: int) -> Sequence[Any]:
