@@ -20,7 +20,7 @@ everywhere. What C reads with starts fresh where `train.init_from` names a stage
 from configs import base
 
 LETTERS = "ABCDEF"
-BUDGETS = {"384": 50_000, "256": 50_000, "shapes": 1050, "tiny": 20}  # steps of F
+BUDGETS = {"384": 50_000, "256": 50_000, "shapes": 4800, "tiny": 20}  # steps of F
 FIRST, THEN = (30, 50, 20), (14, 80, 6)  # read : painted : text
 _READER = {"B": "shared", "C": "separate"}
 

@@ -1,17 +1,20 @@
 """The paper's table 6 on the built-in world: trains A to F at equal budgets, scores them, puts the table together.
 
-  python launch/ablations.py runs/ablations --steps=1050 --slice=350       # the table, curves and pictures of the README
-  python launch/ablations.py runs/ablations --steps=1050 --letters=FA      # some of them; the others stay as they are
-  python launch/ablations.py runs/ablations --steps=1050 --report          # from what is there, trained to the end or not
+  python launch/ablations.py runs/ablations --steps=4800 --slice=1600 --pretrain=1500 --jobs=2    # 3 hours on 2 cores
+  python launch/ablations.py runs/ablations --steps=4800 --letters=FA      # some of them; the others stay as they are
+  python launch/ablations.py runs/ablations --steps=4800 --report          # from what is there, trained to the end or not
 
 FOLDER gets stage0 and stage1 (made once, unless --start names a stage 1), a workdir for each letter, its scores under
 scores/, and results.json, table.md, losses.png, pictures.png. Stopped at any moment, the same command goes on. D and
 E take their share of F's steps (configs/ablation.py). With --slice the letters train in turn, F at most that many steps
 and the others as large a part of theirs, so that all are equally far at any moment; the losses are those of one run from
-end to end. Other arguments (--config.FIELD=VALUE) go to the training of every letter.
+end to end. With --jobs=2 two letters train at once, each on half of the cores, which gets more done than one after the
+other; what they print goes to FOLDER/LETTER.log. Other arguments (--config.FIELD=VALUE) go to the training of every
+letter.
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import shlex
@@ -33,8 +36,8 @@ from jflow.training.checkpoint import sealed_steps  # noqa: E402
 NOT_ASKED = {"D": "questions", "E": "pictures"}  # what each of the two has learned; the rest is not scored
 
 
-def run(queues: Mapping[str, Iterator[list[str]]], jobs: int = 1) -> None:
-  """Runs jflow commands as a user would, up to `jobs` at a time, each on its share of the cores.
+def run(queues: Mapping[str, Iterator[list[str]]], logs: pathlib.Path, jobs: int = 1) -> None:
+  """Runs jflow commands as a user would, up to `jobs` at a time, each on its share of the cores and with a log.
 
   The commands of a queue come one after the other; of the queues with none running, the one that has had the fewest
   comes next. Ends with the exit code of the first that fails; the others are then told to save and end, as all are by
@@ -65,16 +68,23 @@ def run(queues: Mapping[str, Iterator[list[str]]], jobs: int = 1) -> None:
           del waiting[name]
           continue
         waiting[name][0] += 1
-        print("$ python -m jflow " + shlex.join(command), file=sys.stderr, flush=True)
-        child = subprocess.Popen([sys.executable, "-m", "jflow", *command], cwd=ROOT)
-        if len(shares) > 1 and shares[place]:
-          os.sched_setaffinity(child.pid, shares[place])
+        log = logs / f"{name}.log"
+        print(f"$ python -m jflow {shlex.join(command)}{f' >> {log}' if jobs > 1 else ''}", file=sys.stderr, flush=True)
+        with log.open("a", encoding="utf-8") if jobs > 1 else contextlib.nullcontext() as output:
+          child = subprocess.Popen(
+            [sys.executable, "-m", "jflow", *command], cwd=ROOT, stdout=output, stderr=output
+          )
+        if jobs > 1 and shares[place]:
+          with contextlib.suppress(ProcessLookupError):  # it has ended already
+            os.sched_setaffinity(child.pid, shares[place])
         running[place] = (name, child)
       time.sleep(0.2)
-      for place, (_, child) in list(running.items()):
+      for place, (name, child) in list(running.items()):
         if child.poll() is not None:
           del running[place]
           if child.returncode and not code:
+            if jobs > 1:
+              print("\n".join((logs / f"{name}.log").read_text(encoding="utf-8").splitlines()[-1:]), file=sys.stderr)
             code = child.returncode
             stop()
     except KeyboardInterrupt:  # the terminal tells the children, too: they save
@@ -163,6 +173,7 @@ def main() -> int:
       parser.error(f"--{name}={getattr(args, name)} must be at least 1")
   os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # read by glibc 2.35 or newer, see quickstart.sh
   args.folder = args.folder.resolve()
+  args.folder.mkdir(parents=True, exist_ok=True)
   if args.start and pathlib.Path(args.start).is_dir():
     args.start = str(pathlib.Path(args.start).resolve())
   args.steps = args.steps or ablation.BUDGETS[args.size]
@@ -171,12 +182,12 @@ def main() -> int:
   }
   if not args.report:
     if not args.start:
-      run({"stages": stages(args)})
+      run({"stages": stages(args)}, args.folder)
     count = -(-ends["F"] // (args.slice or ends["F"]))
-    run({letter: turns(args, letter, ends[letter], count) for letter in args.letters}, args.jobs)
+    run({letter: turns(args, letter, ends[letter], count) for letter in args.letters}, args.folder, args.jobs)
   done = {letter: steps_done(args.folder / letter) for letter in ends}
   scored = [letter for letter in ends if done[letter] >= (1 if args.report else ends[letter])]
-  run({letter: scoring(args, letter) for letter in scored}, args.jobs)
+  run({letter: scoring(args, letter) for letter in scored}, args.folder, args.jobs)
   reports = {letter: scores(args, letter) for letter in scored}
   ablation_report.write(args.folder, reports, ends, "python " + shlex.join(["launch/ablations.py", *sys.argv[1:]]))
   return 0

@@ -83,7 +83,7 @@ def test_slices_train_every_letter_in_turn(monkeypatch, tmp_path):
   class Trained:  # at once
     returncode = 0
 
-    def __init__(self, command, cwd):
+    def __init__(self, command, **_):
       flags = dict(one.removeprefix("--").split("=", 1) for one in command[4:])
       letter = flags["workdir"].rsplit("/", 1)[1]
       done[letter] = int(flags["config.train.steps"])
@@ -108,7 +108,7 @@ def scripts(monkeypatch):
   """Lets `run` start the Python source that stands in a command's place."""
   popen = subprocess.Popen
   monkeypatch.setattr(
-    ablations.subprocess, "Popen", lambda command, cwd: popen([sys.executable, "-c", command[3]], cwd=cwd)
+    ablations.subprocess, "Popen", lambda command, **rest: popen([sys.executable, "-c", command[3]], **rest)
   )
 
 
@@ -125,13 +125,14 @@ def test_two_queues_run_side_by_side_and_each_in_its_order(scripts, tmp_path):
       yield [command]
 
   first = queue("x", touch.format(a) + wait.format(b), touch.format(a + "2"))
-  ablations.run({"x": first, "y": queue("y", touch.format(b) + wait.format(a))}, jobs=2)
+  ablations.run({"x": first, "y": queue("y", touch.format(b) + wait.format(a))}, tmp_path, jobs=2)
   assert seen[:2] == [("x", 0), ("y", 0)] and seen[2:] == [("x", 1)] and (tmp_path / "a2").exists()
 
 
-def test_the_first_failure_ends_the_others_and_gives_the_exit_code(scripts):
+def test_the_first_failure_ends_the_others_and_is_told(scripts, tmp_path, capfd):
   forever = "import time; time.sleep(600)"
-  later = iter([["raise SystemExit(7)"], ["never"]])
+  later = iter([["print('steps'); print('no such folder'); raise SystemExit(7)"], ["never"]])
   with pytest.raises(SystemExit) as error:
-    ablations.run({"x": iter([[forever]]), "y": later}, jobs=2)
+    ablations.run({"x": iter([[forever]]), "y": later}, tmp_path, jobs=2)
   assert error.value.code == 7 and list(later) == [["never"]]
+  assert capfd.readouterr().err.splitlines()[-1] == "no such folder"
