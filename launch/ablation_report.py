@@ -77,9 +77,10 @@ def write(
   body = {"command": command, "commit": report.commit(), "letters": letters, "comparisons": compare(letters)}
   files.replace(folder / "results.json", _compact(body))
   files.replace(folder / "table.md", table(body))
-  losses({letter: read_lines(folder / letter / "metrics.jsonl") for letter in ends}).savefig(
-    folder / "losses.png", dpi=110
-  )
+  runs = {letter: read_lines(folder / letter / "metrics.jsonl") for letter in ends}
+  until = {letter: entry["steps"] if entry else ends[letter] for letter, entry in letters.items()}
+  runs = {letter: [row for row in rows if row["step"] <= until[letter]] for letter, rows in runs.items()}
+  losses(runs).savefig(folder / "losses.png", dpi=110)
   sheet = pictures(reports)
   if sheet:
     sheet.save(folder / "pictures.png", optimize=True)
