@@ -62,5 +62,5 @@ def get_config(size: str = ""):
   c.optimizer.trained, c.optimizer.frozen = trained, base.SIGLIP + base.NEVER
   if name == "shapes":
     c.optimizer.learning_rate, c.train.ema = 1.5e-3, 0.998
-    c.checkpoint.interval = 500
+    c.checkpoint.interval, c.data.shapes.size = 500, 50_000
   return c

@@ -23,6 +23,6 @@ def get_config(size: str = "shapes"):
   c.optimizer.trained = ("language_model", "understanding_encoder", "contrastive_head") + reader
   c.optimizer.frozen = tuple(p for p in base.NEW_PARTS if p not in reader + ("alignment_head",)) + ("vae",)
   if c.size == "shapes":
-    c.train.steps, c.optimizer.learning_rate = 400, 2e-3
+    c.train.steps, c.optimizer.learning_rate = 350, 2e-3
     c.train.batch_size = 16  # a pair is told from the others of its batch
   return c
