@@ -40,6 +40,20 @@ def test_largest_remainder_is_within_one_of_the_share(seed):
   assert (np.abs(counts - weights / weights.sum() * total) < 1).all()
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8, 64, 512])
+@pytest.mark.parametrize(
+  "weights", [(35, 60, 5), (14, 80, 6), (50, 50, 0), (1, 1, 1), (0, 0, 3), (97, 1.5, 1.5), (0.9, 0, 0.1)]
+)
+def test_over_the_steps_each_task_gets_its_share(weights, rows):
+  """5 in 100 of 8 rows is less than half a row: every third batch or so holds one, and none gets more than that."""
+  counts = mixture.rows_of_steps(weights, rows, mixture.CYCLE)
+  exact = np.array(weights) / sum(weights) * rows
+  assert (counts.sum(axis=1) == rows).all()
+  assert (np.abs(counts - exact) < 1).all()
+  assert (np.abs(np.cumsum(counts, axis=0) - exact * np.arange(1, mixture.CYCLE + 1)[:, None]) <= 1).all()
+  assert tuple(counts[0]) == mixture.rows_per_task(weights, rows)
+
+
 @pytest.mark.parametrize(
   "weights", [(1, 2), (0, 0, 0), (1, -1, 1), (1, float("nan"), 1), (float("inf"), 1, 1)]
 )
@@ -64,10 +78,12 @@ def test_steps_use_each_row_of_each_task_once_in_order():
 
 def test_the_papers_schedule_changes_at_its_step():
   plan = StepPlan(STAGE2, 512, 390_000)
-  first, second = dict(zip(TASKS, (154, 256, 102))), dict(zip(TASKS, (72, 409, 31)))
-  assert [plan.counts(step) for step in (0, 9_999, 10_000, 389_999)] == [first, first, second, second]
-  first_read = lambda step: next(row for task, row in plan[step] if task == 0)
-  assert first_read(10_000) == 154 * 10_000 and first_read(10_001) == 154 * 10_000 + 72
+  assert plan.counts(0) == plan.counts(9_000) == dict(zip(TASKS, (154, 256, 102)))
+  assert plan.counts(10_000) == plan.counts(389_000) == dict(zip(TASKS, (72, 409, 31)))
+  first = lambda step, task: next(row for t, row in plan[step] if t == task)
+  assert [first(10_000, task) for task in range(3)] == [3 * 512 * 1000, 5 * 512 * 1000, 2 * 512 * 1000]
+  assert [first(389_000, task) - first(10_000, task) for task in range(3)] == [14 * 512 * 3790, 80 * 512 * 3790, 6 * 512 * 3790]
+  assert first(10_001, 0) == first(10_000, 0) + 72
   assert len(plan) == 390_000
 
 

@@ -1,9 +1,11 @@
 """The mixture: which rows make up the batch of a step, as a pure function of the step.
 
-The papers' ratios count packed rows. A batch holds a fixed number of rows per task until the next change.
+The papers' ratios count packed rows. A batch of few rows cannot hold every ratio (6 in 100 of 8 rows is half a row),
+so a batch holds what its task is owed by then: over the steps each task gets its share.
 """
 
 import bisect
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,16 +13,33 @@ import numpy as np
 from jflow.batch import TASKS
 from jflow.errors import UserError
 
-# Rows after which the interleaving of the sources of one task repeats.
+# Rows after which the interleaving of the sources of one task repeats; steps after which that of the tasks does.
 CYCLE = 1000
 
 
 def rows_per_task(weights: Sequence[float], batch_size: int) -> tuple[int, ...]:
-  """Returns how many rows of a batch each task gets: `batch_size` shared by the largest remainder.
+  """Returns how many rows of its first batch each task gets: `batch_size` shared by the largest remainder.
+
+  Raises:
+    UserError: see `rows_of_steps`.
+  """
+  return tuple(rows_of_steps(weights, batch_size, 1)[0].tolist())
+
+
+def rows_of_steps(weights: Sequence[float], batch_size: int, steps: int) -> np.ndarray:
+  """Returns how many rows each task gets in each of `steps` batches.
+
+  A batch is shared by the largest remainder of what each task is owed: its exact share of all batches so far, less
+  the rows that it had. So every count lies within 1 of the exact share of one batch, and over the steps their sums
+  stay near the exact share of all.
 
   Args:
     weights: of understanding, generation and text; not negative, any sum above 0.
     batch_size: rows of a batch over all hosts.
+    steps: number of batches.
+
+  Returns:
+    int64[steps, tasks].
 
   Raises:
     UserError: the weights are not three numbers of that kind.
@@ -35,7 +54,15 @@ def rows_per_task(weights: Sequence[float], batch_size: int) -> tuple[int, ...]:
     raise UserError(
       f"a mixture needs one weight >= 0 for each of {', '.join(TASKS)}, and not all 0: {weights.tolist()}"
     )
-  return tuple(largest_remainder(weights, batch_size).tolist())
+  exact = weights / weights.sum() * batch_size
+  whole = np.floor(exact + 1e-9).astype(np.int64)
+  counts, owed = np.tile(whole, (steps, 1)), np.zeros(len(weights))
+  for step in range(steps):
+    owed += exact - whole
+    more = np.argsort(-np.round(owed, 9), kind="stable")[: batch_size - whole.sum()]
+    counts[step, more] += 1
+    owed[more] -= 1
+  return counts
 
 
 def largest_remainder(weights: np.ndarray, total: int) -> np.ndarray:
@@ -47,7 +74,8 @@ def largest_remainder(weights: np.ndarray, total: int) -> np.ndarray:
   return counts
 
 
-def spread(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+@functools.lru_cache(maxsize=64)
+def spread(counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
   """Spreads the rows of each task evenly over the places of a batch, the rarest task first.
 
   A device has consecutive places, as many as every other, and waits for the one with the most work: the head's loss
@@ -98,12 +126,13 @@ class StepPlan:
     self._starts = [int(start) for start, _ in mixture]
     if not self._starts or self._starts[0] != 0 or self._starts != sorted(set(self._starts)):
       raise UserError(f"data.mixture should start at step 0 and rise: {self._starts}")
-    self._counts = [np.array(rows_per_task(weights, batch_size), np.int64) for _, weights in mixture]
+    self._counts = [rows_of_steps(weights, batch_size, CYCLE) for _, weights in mixture]
+    # Rows of each task before each step of a cycle, and before the end of it.
+    self._before = [np.cumsum(np.pad(counts, ((1, 0), (0, 0))), axis=0) for counts in self._counts]
     self._bases = [np.zeros(len(TASKS), np.int64)]
-    for start, stop, counts in zip(self._starts, self._starts[1:], self._counts):
-      self._bases.append(self._bases[-1] + (stop - start) * counts)
+    for segment, (start, stop) in enumerate(zip(self._starts, self._starts[1:])):
+      self._bases.append(self._bases[-1] + self._rows_before(segment, stop - start))
     self._share = list(range(batch_size) if share is None else share)
-    self._spread = [spread(counts) for counts in self._counts]
     self._steps = steps
 
   def __len__(self) -> int:
@@ -111,17 +140,24 @@ class StepPlan:
 
   def counts(self, step: int) -> dict[str, int]:
     """Returns the rows per task of the global batch at a step."""
-    return dict(zip(TASKS, self._counts[self._segment(step)].tolist()))
+    segment, place = self._place(step)
+    return dict(zip(TASKS, self._counts[segment][place % CYCLE].tolist()))
 
   def __getitem__(self, step: int) -> list[tuple[int, int]]:
-    segment = self._segment(step)
-    counts = self._counts[segment]
-    first = self._bases[segment] + (step - self._starts[segment]) * counts
-    tasks, ranks = self._spread[segment]
+    segment, place = self._place(step)
+    first = self._bases[segment] + self._rows_before(segment, place)
+    tasks, ranks = spread(tuple(self._counts[segment][place % CYCLE].tolist()))
     return [(int(tasks[place]), int(first[tasks[place]] + ranks[place])) for place in self._share]
 
-  def _segment(self, step: int) -> int:
-    return bisect.bisect_right(self._starts, step) - 1
+  def _place(self, step: int) -> tuple[int, int]:
+    """Returns the part of the schedule that a step lies in, and how many of its steps come before."""
+    segment = bisect.bisect_right(self._starts, step) - 1
+    return segment, step - self._starts[segment]
+
+  def _rows_before(self, segment: int, steps: int) -> np.ndarray:
+    """Returns the rows per task of the first `steps` steps of a part of the schedule."""
+    cycles, place = divmod(steps, CYCLE)
+    return cycles * self._before[segment][-1] + self._before[segment][place]
 
 
 class Interleave:
