@@ -14,7 +14,7 @@ from scipy import fft
 from jflow.data.scenes import COLORS, SHAPES
 from jflow.evaluation import judge
 
-TEXTURE_SIDE = 64  # pixels; larger pictures are reduced to it
+TEXTURE_SIDE = 64  # pixels; pictures of another size are brought to it
 _FREQUENCIES, _ANGLES = (0.08, 0.16, 0.28), 4  # cycles per pixel; angles in half a turn
 LEAST_STATE = 0.25  # of a feature's deviation, so that what hardly varies in the state does not count for much
 _OPPONENT = np.array([[1, 1, 1], [1, -1, 0], [0.5, 0.5, -1]]) / np.array([[3.0], [1.0], [1.0]])
