@@ -36,61 +36,86 @@ from jflow.training.checkpoint import sealed_steps  # noqa: E402
 NOT_ASKED = {"D": "questions", "E": "pictures"}  # what each of the two has learned; the rest is not scored
 
 
-def run(queues: Mapping[str, Iterator[list[str]]], logs: pathlib.Path, jobs: int = 1) -> None:
+class Runner:
   """Runs jflow commands as a user would, up to `jobs` at a time, each on its share of the cores and with a log.
 
   The commands of a queue come one after the other; of the queues with none running, the one that has had the fewest
-  comes next. Ends with the exit code of the first that fails; the others are then told to save and end, as all are by
-  a SIGTERM or Ctrl-C.
+  comes next.
   """
-  cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-  shares = [cores[i::jobs] or cores for i in range(jobs)]
-  waiting = {name: [0, commands] for name, commands in queues.items()}
-  running: dict[int, tuple[str, subprocess.Popen]] = {}
-  code = 0
 
-  def stop(*_: object) -> None:
-    nonlocal code
-    code = code or 128 + signal.SIGTERM
-    for _, child in running.values():
+  def __init__(self, queues: Mapping[str, Iterator[list[str]]], logs: pathlib.Path, jobs: int = 1):
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    self._shares = [cores[i::jobs] or cores for i in range(jobs)]
+    self._queues, self._started = dict(queues), dict.fromkeys(queues, 0)
+    self._logs, self._jobs = logs, jobs
+    self._running: dict[int, tuple[str, subprocess.Popen]] = {}  # place -> queue and its process
+    self._code = 0
+
+  def run(self) -> int:
+    """Returns 0 when all queues are empty, or else the exit code of the first command that failed.
+
+    The others are then told to save and end, as all are by a SIGTERM or Ctrl-C.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: self._stop(128 + signal.SIGTERM))
+    try:
+      while self._queues and not self._code or self._running:
+        try:
+          self._start()
+          time.sleep(0.2)
+          self._reap()
+        except KeyboardInterrupt:  # the terminal tells the children, too: they save
+          self._code = self._code or 130
+    finally:
+      signal.signal(signal.SIGTERM, before)
+    return self._code
+
+  def _start(self) -> None:
+    """Starts commands on the free places."""
+    for place in sorted(set(range(self._jobs)) - set(self._running)):
+      command = None
+      while command is None and not self._code:
+        idle = self._queues.keys() - {queue for queue, _ in self._running.values()}
+        if not idle:
+          return
+        queue = min(idle, key=lambda queue: (self._started[queue], list(self._queues).index(queue)))
+        command = next(self._queues[queue], None)
+        if command is None:
+          del self._queues[queue]
+      if command is not None:
+        self._started[queue] += 1
+        self._running[place] = (queue, self._launch(place, self._logs / f"{queue}.log", command))
+
+  def _launch(self, place: int, log: pathlib.Path, command: list[str]) -> subprocess.Popen:
+    several = self._jobs > 1
+    print(f"$ python -m jflow {shlex.join(command)}{f' >> {log}' if several else ''}", file=sys.stderr, flush=True)
+    with log.open("a", encoding="utf-8") if several else contextlib.nullcontext() as output:
+      child = subprocess.Popen([sys.executable, "-m", "jflow", *command], cwd=ROOT, stdout=output, stderr=output)
+    if several and self._shares[place]:
+      with contextlib.suppress(ProcessLookupError):  # it has ended already
+        os.sched_setaffinity(child.pid, self._shares[place])
+    return child
+
+  def _reap(self) -> None:
+    """Forgets the commands that have ended; after one that failed, ends all."""
+    for place, (queue, child) in list(self._running.items()):
+      if child.poll() is None:
+        continue
+      del self._running[place]
+      if child.returncode and not self._code:
+        if self._jobs > 1:
+          log = (self._logs / f"{queue}.log").read_text(encoding="utf-8")
+          print("\n".join(log.splitlines()[-1:]), file=sys.stderr)
+        self._stop(child.returncode)
+
+  def _stop(self, code: int) -> None:
+    self._code = self._code or code
+    for _, child in self._running.values():
       child.terminate()
 
-  before = signal.signal(signal.SIGTERM, stop)
-  while waiting and not code or running:
-    try:
-      for place in set(range(jobs)) - set(running):
-        idle = [name for name in waiting if name not in [other for other, _ in running.values()]]
-        if code or not idle:
-          break
-        name = min(idle, key=lambda name: waiting[name][0])
-        command = next(waiting[name][1], None)
-        if command is None:
-          del waiting[name]
-          continue
-        waiting[name][0] += 1
-        log = logs / f"{name}.log"
-        print(f"$ python -m jflow {shlex.join(command)}{f' >> {log}' if jobs > 1 else ''}", file=sys.stderr, flush=True)
-        with log.open("a", encoding="utf-8") if jobs > 1 else contextlib.nullcontext() as output:
-          child = subprocess.Popen(
-            [sys.executable, "-m", "jflow", *command], cwd=ROOT, stdout=output, stderr=output
-          )
-        if jobs > 1 and shares[place]:
-          with contextlib.suppress(ProcessLookupError):  # it has ended already
-            os.sched_setaffinity(child.pid, shares[place])
-        running[place] = (name, child)
-      time.sleep(0.2)
-      for place, (name, child) in list(running.items()):
-        if child.poll() is not None:
-          del running[place]
-          if child.returncode and not code:
-            if jobs > 1:
-              print("\n".join((logs / f"{name}.log").read_text(encoding="utf-8").splitlines()[-1:]), file=sys.stderr)
-            code = child.returncode
-            stop()
-    except KeyboardInterrupt:  # the terminal tells the children, too: they save
-      code = code or 130
-  signal.signal(signal.SIGTERM, before)
-  if code:
+
+def run(queues: Mapping[str, Iterator[list[str]]], logs: pathlib.Path, jobs: int = 1) -> None:
+  """Runs the commands of all queues, see `Runner`; ends with the exit code of the first that fails."""
+  if code := Runner(queues, logs, jobs).run():
     sys.exit(code)
 
 
