@@ -142,6 +142,7 @@ def base(size: str) -> ConfigDict:
   if size == "shapes":  # the stages set steps and rates: small models take a higher rate than table 1's
     c.train.batch_size, c.data.row_tokens, c.data.row_images = 8, 240, 4
     c.optimizer.warmup_steps = 30
+    c.optimizer.beta2 = 0.99  # gradients of 8 rows are noisier than those of 512
     c.data.shapes.size = 20_000
     c.data.shapes.tags = dict(
       single_object=0.15, colors=0.4, two_object=0.1, counting=0.1, position=0.1, color_attr=0.1, several=0.05
