@@ -156,9 +156,11 @@ class LanguageModel(nn.Module):
   def setup(self) -> None:
     c = self.config
     # As large as what blocks and aligners add, or a fresh model drowns its tokens for its first hundreds of steps.
-    self.table = parameter(self, "embed", nn.initializers.normal(1.0), (c.vocabulary_size, c.width), ("vocab", "embed"))
+    shape, axes = (c.vocabulary_size, c.width), ("vocab", "embed")
+    self.table = parameter(self, "embed", nn.initializers.normal(1.0), shape, axes)
     self.norm = RMSNorm(c.rms_norm_epsilon, self.dtype)
-    self.head = Linear(c.vocabulary_size, ("embed", "vocab"), self.dtype, use_bias=False, kernel_init=nn.initializers.normal(0.02))
+    small = nn.initializers.normal(0.02)
+    self.head = Linear(c.vocabulary_size, ("embed", "vocab"), self.dtype, use_bias=False, kernel_init=small)
     block = Block
     if self.remat != "none":
       block = nn.remat(Block, policy=remat_policy(self.remat), prevent_cse=False)
