@@ -140,7 +140,7 @@ def base(size: str) -> ConfigDict:
     c.train.batch_size, c.data.row_tokens, c.data.row_images = 8, 1024, 6
     c.train.steps = 20
   if size == "shapes":  # the stages set steps and rates: small models take a higher rate than table 1's
-    c.train.batch_size, c.data.row_tokens, c.data.row_images = 8, 240, 4
+    c.train.batch_size, c.data.row_tokens, c.data.row_images = 8, 256, 3
     c.optimizer.warmup_steps = 30
     c.optimizer.beta2 = 0.99  # gradients of 8 rows are noisier than those of 512
     c.data.shapes.size = 20_000

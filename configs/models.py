@@ -100,23 +100,27 @@ def tiny() -> dict:
 
 
 def shapes() -> dict:
-  """The model of the built-in world: 48 x 48 pixels, 36 patches, latents by a closed-form codec."""
+  """The model of the built-in world: 48 x 48 pixels, 64 patches, latents by a closed-form codec.
+
+  48 pixels are the least that the judge reads; of true pictures after this codec it accepts 99.7 %. A patch is one
+  latent of 12 numbers, which a small model learns to denoise in far fewer pictures than 2 x 2 latents of 8 numbers.
+  """
   return dict(
     language_model=dict(
       vocabulary_size=1024,
-      width=128,
-      mlp_width=352,
+      width=96,
+      mlp_width=256,
       layers=4,
-      heads=4,
-      kv_heads=4,
+      heads=3,
+      kv_heads=3,
       head_width=32,
       rms_norm_epsilon=1e-6,
       rope_theta=10_000.0,
       context=512,
     ),
     understanding_encoder=dict(
-      image_size=48,  # the least that the judge reads, who finds all that the codec keeps of such a picture
-      patch_size=8,
+      image_size=48,
+      patch_size=6,
       width=96,
       mlp_width=256,
       layers=3,
@@ -124,19 +128,19 @@ def shapes() -> dict:
       layer_norm_epsilon=1e-6,
       gelu="erf",
     ),
-    generation=dict(width=128, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6),
+    generation=dict(width=96, encoder_blocks=2, decoder_blocks=2, patch_size=1, norm_epsilon=1e-6),
     autoencoder=dict(
       kind="patch_pca",
-      latent_channels=8,
+      latent_channels=12,
       scaling=1.0,
       block_channels=(),
       layers_per_block=0,
       norm_groups=0,
-      patch_size=4,
-      window=4,
+      patch_size=6,
+      window=6,
     ),
     alignment_layer=2,
-    alignment_width=128,
+    alignment_width=96,
     contrastive=False,
     reader="siglip",
   )

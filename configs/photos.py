@@ -10,8 +10,10 @@ from configs import base
 
 def get_config(size: str = "shapes"):
   c = base.base(size)
-  if c.size == "shapes":  # photographs need more than the built-in world's 48 pixels
-    c.model.understanding_encoder.image_size, c.data.row_tokens, c.data.row_images = 64, 256, 3
+  if c.size == "shapes":  # photographs have more detail than the built-in world
+    c.model.understanding_encoder.update(image_size=64, patch_size=8)
+    c.model.autoencoder.update(patch_size=4, window=4, latent_channels=8)
+    c.model.generation.patch_size = 2
   c.data.sources = dict(understanding=(), generation=(), text=())  # named on the command line
   c.data.mixture = ((0, (25, 75, 0)),)
   c.data.template = "chat"

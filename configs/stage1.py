@@ -18,5 +18,5 @@ def get_config(size: str = ""):
   if c.size in ("384", "256"):
     c.train.steps = 10_000
   if c.size == "shapes":
-    c.train.steps, c.optimizer.learning_rate = 150, 4e-3
+    c.train.steps, c.optimizer.learning_rate = 150, 3e-3
   return c
