@@ -54,7 +54,13 @@ def rows_of_steps(weights: Sequence[float], batch_size: int, steps: int) -> np.n
     raise UserError(
       f"a mixture needs one weight >= 0 for each of {', '.join(TASKS)}, and not all 0: {weights.tolist()}"
     )
-  exact = weights / weights.sum() * batch_size
+  return _rows_of_steps(tuple(weights.tolist()), batch_size, steps)
+
+
+@functools.lru_cache(maxsize=64)
+def _rows_of_steps(weights: tuple[float, ...], batch_size: int, steps: int) -> np.ndarray:
+  """See `rows_of_steps`; kept, since every look at a single batch makes a plan."""
+  exact = np.array(weights) / sum(weights) * batch_size
   whole = np.floor(exact + 1e-9).astype(np.int64)
   counts, owed = np.tile(whole, (steps, 1)), np.zeros(len(weights))
   for step in range(steps):
@@ -140,16 +146,16 @@ class StepPlan:
 
   def counts(self, step: int) -> dict[str, int]:
     """Returns the rows per task of the global batch at a step."""
-    segment, place = self._place(step)
-    return dict(zip(TASKS, self._counts[segment][place % CYCLE].tolist()))
+    segment, passed = self._segment(step)
+    return dict(zip(TASKS, self._counts[segment][passed % CYCLE].tolist()))
 
   def __getitem__(self, step: int) -> list[tuple[int, int]]:
-    segment, place = self._place(step)
-    first = self._bases[segment] + self._rows_before(segment, place)
-    tasks, ranks = spread(tuple(self._counts[segment][place % CYCLE].tolist()))
+    segment, passed = self._segment(step)
+    first = self._bases[segment] + self._rows_before(segment, passed)
+    tasks, ranks = spread(tuple(self._counts[segment][passed % CYCLE].tolist()))
     return [(int(tasks[place]), int(first[tasks[place]] + ranks[place])) for place in self._share]
 
-  def _place(self, step: int) -> tuple[int, int]:
+  def _segment(self, step: int) -> tuple[int, int]:
     """Returns the part of the schedule that a step lies in, and how many of its steps come before."""
     segment = bisect.bisect_right(self._starts, step) - 1
     return segment, step - self._starts[segment]
