@@ -143,6 +143,10 @@ def base(size: str) -> ConfigDict:
     c.train.batch_size, c.data.row_tokens, c.data.row_images = 8, 256, 3
     c.optimizer.warmup_steps = 30
     c.optimizer.beta2 = 0.99  # gradients of 8 rows are noisier than those of 512
+    # Which of the eight shapes a noisy picture shows is settled early: by Bayes' rule over 40,000 pictures of one red
+    # shape the right one has probability 0.28 at time 0.11, 0.75 at 0.20 and 0.97 at 0.28. The standard distribution
+    # has a sixth of its times below 0.28, this one two thirds.
+    c.objective.time_mean, c.objective.time_std = -1.5, 0.9
     c.data.shapes.size = 20_000
     c.data.shapes.tags = dict(
       single_object=0.15, colors=0.4, two_object=0.1, counting=0.1, position=0.1, color_attr=0.1, several=0.05

@@ -196,7 +196,9 @@ def main() -> int:
   for name in ("steps", "pretrain", "slice", "jobs", "limit", "pictures"):
     if getattr(args, name) is not None and getattr(args, name) < 1:
       parser.error(f"--{name}={getattr(args, name)} must be at least 1")
-  os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # read by glibc 2.35 or newer, see quickstart.sh
+  flags = 'source "$0" && jflow_xla_flags cpu && printf %s "$GLIBC_TUNABLES"'
+  flags = ["bash", "-c", flags, str(ROOT / "launch" / "xla_flags.sh")]
+  os.environ["GLIBC_TUNABLES"] = subprocess.run(flags, check=True, capture_output=True, text=True).stdout
   args.folder = args.folder.resolve()
   args.folder.mkdir(parents=True, exist_ok=True)
   if args.start and pathlib.Path(args.start).is_dir():

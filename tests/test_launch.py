@@ -163,6 +163,8 @@ def test_xla_knows_the_flags_and_a_users_own_wins():
   )
   assert run(flags) == 0 and run(flags + " --xla_gpu_no_such_flag=1") != 0
   assert "windowed_einsum" in _flags("tpu")["LIBTPU_INIT_ARGS"]
+  assert "hugetlb=1" in _flags("cpu")["GLIBC_TUNABLES"]
+  assert _flags("cpu", GLIBC_TUNABLES="glibc.malloc.check=1")["GLIBC_TUNABLES"] == "glibc.malloc.check=1"
   assert not _flags("abacus")
 
 
