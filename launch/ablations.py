@@ -170,6 +170,13 @@ def scoring(args: argparse.Namespace, letter: str) -> Iterator[list[str]]:
     yield ["evaluate", "--benchmark=shapes", checkpoint, f"--output={output}", size, *flags]
 
 
+def tunables() -> str:
+  """Returns what xla_flags.sh gives glibc's allocator on a CPU, or what the user has set."""
+  script = 'source "$0" && jflow_xla_flags cpu && printf %s "$GLIBC_TUNABLES"'
+  command = ["bash", "-c", script, str(ROOT / "launch" / "xla_flags.sh")]
+  return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("folder", nargs="?", type=pathlib.Path, default=pathlib.Path("runs/ablations"), metavar="FOLDER")
@@ -196,9 +203,7 @@ def main() -> int:
   for name in ("steps", "pretrain", "slice", "jobs", "limit", "pictures"):
     if getattr(args, name) is not None and getattr(args, name) < 1:
       parser.error(f"--{name}={getattr(args, name)} must be at least 1")
-  flags = 'source "$0" && jflow_xla_flags cpu && printf %s "$GLIBC_TUNABLES"'
-  flags = ["bash", "-c", flags, str(ROOT / "launch" / "xla_flags.sh")]
-  os.environ["GLIBC_TUNABLES"] = subprocess.run(flags, check=True, capture_output=True, text=True).stdout
+  os.environ["GLIBC_TUNABLES"] = tunables()
   args.folder = args.folder.resolve()
   args.folder.mkdir(parents=True, exist_ok=True)
   if args.start and pathlib.Path(args.start).is_dir():

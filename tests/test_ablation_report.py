@@ -1,6 +1,7 @@
 """The table of the ablations: signs against F, missing letters, what the files hold."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -92,6 +93,8 @@ def test_slices_train_every_letter_in_turn(monkeypatch, tmp_path):
     def poll(self):
       return self.returncode
 
+  monkeypatch.setenv("GLIBC_TUNABLES", ablations.tunables())
+  monkeypatch.setattr(ablations, "tunables", lambda: os.environ["GLIBC_TUNABLES"])
   monkeypatch.setattr(ablations.subprocess, "Popen", Trained)
   monkeypatch.setattr(ablations, "steps_done", lambda workdir: done.get(workdir.name, 0))
   monkeypatch.setattr(ablations, "scoring", lambda *_: iter(()))
