@@ -145,7 +145,7 @@ def base(size: str) -> ConfigDict:
     c.optimizer.beta2 = 0.99  # gradients of 8 rows are noisier than those of 512
     # Which of the eight shapes a noisy picture shows is settled early: by Bayes' rule over 40,000 pictures of one red
     # shape the right one has probability 0.28 at time 0.11, 0.75 at 0.20 and 0.97 at 0.28. The standard distribution
-    # has a sixth of its times below 0.28, this one two thirds.
+    # has a sixth of its times below 0.28, this one nearly three quarters.
     c.objective.time_mean, c.objective.time_std = -1.5, 0.9
     c.data.shapes.size = 20_000
     c.data.shapes.tags = dict(
