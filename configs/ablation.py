@@ -46,11 +46,10 @@ def get_config(size: str = ""):
     c.train.steps, c.data.mixture = reading(FIRST[1], THEN[1]) // 100, ((0, (0, 1, 0)),)
 
   c.train.init_fresh = ("alignment_head",)
-  c.train.init_dropped = ("contrastive_head",)
   trained = base.NEW_PARTS + ("language_model",)
   if letter in "AD":  # nothing is painted in D, so nothing is aligned
     c.model.alignment_width, c.objective.weights.alignment = 0, 0.0
-    c.train.init_fresh, c.train.init_dropped = (), ("contrastive_head", "alignment_head")
+    c.train.init_fresh, c.train.init_dropped = (), ("alignment_head",)
     trained = tuple(part for part in trained if part != "alignment_head")
   if letter in _READER:
     c.model.reader = _READER[letter]

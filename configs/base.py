@@ -43,11 +43,13 @@ def base(size: str) -> ConfigDict:
     init_from="",  # checkpoint to start from: a jflow or an official directory; empty: fresh parameters
     init_weights="ema",  # of that checkpoint: "ema" or "raw"
     init_fresh=(),  # parts that may be missing there and then start fresh
+    init_parts=(),  # ((part, checkpoint), ...): parts that come from another checkpoint, say another SigLIP
     init_dropped=(),  # parts of that checkpoint that this run does not have
     max_skipped=20,  # skipped steps in a row (gradient not finite, or a spike) before the run stops
     spike_sigmas=0.0,  # skip a step whose loss or gradient norm is so many standard deviations up; 0: never
     spike_window=128,  # accepted steps that a spike is judged by
     watchdog_seconds=1800.0,  # without a step for so long, print all stacks and end the process; 0: never
+    fit_labels=0,  # pictures of the built-in world whose labels a fresh SigLIP is fitted to; 0: it stays fresh
     fit_images=300,  # pictures that the closed-form codec of the built-in world is fitted to, if fresh
   )
   c.optimizer = dict(
@@ -62,7 +64,7 @@ def base(size: str) -> ConfigDict:
     frozen=(),
   )
   c.objective = dict(
-    weights=dict(text=1.0, flow=1.0, alignment=1.0, contrastive=0.0),  # the paper gives no weights
+    weights=dict(text=1.0, flow=1.0, alignment=1.0),  # the paper gives no weights
     time_mean=0.0,  # of the logit of the time (not in the paper)
     time_std=1.0,
   )

@@ -44,7 +44,6 @@ def janusflow_384() -> dict:
     ),
     alignment_layer=6,
     alignment_width=2048,
-    contrastive=False,
     reader="siglip",
   )
 
@@ -94,7 +93,6 @@ def tiny() -> dict:
     ),
     alignment_layer=2,
     alignment_width=64,
-    contrastive=False,
     reader="siglip",
   )
 
@@ -141,7 +139,6 @@ def shapes() -> dict:
     ),
     alignment_layer=2,
     alignment_width=96,
-    contrastive=False,
     reader="siglip",
   )
 
@@ -184,5 +181,4 @@ def mid() -> dict:
     ),
     alignment_layer=2,
     alignment_width=768,
-    contrastive=False,
   )

@@ -12,7 +12,6 @@ def get_config(size: str = ""):
   c = base.base(size)
   c.data.mixture = ((0, (50, 50, 0)),)
   c.train.init_fresh = ("alignment_head",)
-  c.train.init_dropped = ("contrastive_head",)
   c.optimizer.trained = base.NEW_PARTS
   c.optimizer.frozen = ("language_model",) + base.SIGLIP + base.NEVER
   if c.size in ("384", "256"):

@@ -43,23 +43,3 @@ def alignment(projected: jax.Array, features: jax.Array, mask: jax.Array) -> jax
   dot = jnp.sum(projected * features, axis=-1)
   norms = jnp.sqrt(jnp.sum(projected**2, -1) * jnp.sum(features**2, -1) + 1e-12)
   return -jnp.sum(jnp.where(mask, jnp.mean(dot / norms, axis=-1), 0.0))
-
-
-def sigmoid_contrastive(
-  image: jax.Array, text: jax.Array, log_scale: jax.Array, bias: jax.Array, mask: jax.Array
-) -> jax.Array:
-  """Sum over pairs of the sigmoid loss of SigLIP: matching pairs +1, all others -1. Only for stage 0.
-
-  Args:
-    image, text: [I, E] embeddings, normalised here; row i of one belongs to row i of the other.
-    log_scale, bias: scalars.
-    mask: bool[I] of the rows that count.
-
-  Returns:
-    Sum over ordered pairs; divide by the number of masked rows, as SigLIP does.
-  """
-  unit = lambda x: x / jnp.sqrt(jnp.sum(jnp.square(x), -1, keepdims=True) + 1e-12)
-  logits = jnp.exp(log_scale) * unit(image.astype(jnp.float32)) @ unit(text.astype(jnp.float32)).T + bias
-  sign = 2.0 * jnp.eye(image.shape[0]) - 1.0
-  pairs = mask[:, None] & mask[None, :]
-  return -jnp.sum(jnp.where(pairs, jax.nn.log_sigmoid(sign * logits), 0.0))

@@ -145,7 +145,6 @@ def test_the_losses_of_a_picture_are_those_of_the_sampler():
     "text": 0.0,
     "flow": float(np.mean((np.asarray(velocity) - (data - noise)) ** 2)),
     "alignment": -float(np.mean((projected * features).sum(-1) / norms)),
-    "contrastive": 0.0,
   }
   close(sums(tiny.batch([sample]), draws), want)
 
@@ -191,7 +190,7 @@ def reached():
 
   out = {}
   for i, name in ((1, "flow"), (2, "alignment")):
-    flat = flatten_dict(gradient(jnp.eye(4)[i], tiny.params()))
+    flat = flatten_dict(gradient(jnp.eye(3)[i], tiny.params()))
     flat = {path: np.asarray(g) for path, g in flat.items() if path[0] != "vae"}
     out[name] = {path[0] for path, g in flat.items() if path[0] != "language_model" and np.any(g)}
     for path, g in flat.items():
@@ -220,7 +219,7 @@ def test_losses_not_asked_for_are_zero_and_the_others_unchanged():
   batch, draws = tiny.mixed(), tiny.draws(4)
   whole = sums(batch, draws)
   text = tiny.loss_sums(tiny.model(), tiny.params(), batch, draws, ("text",))
-  close(text._asdict(), {"text": whole["text"], "flow": 0.0, "alignment": 0.0, "contrastive": 0.0})
+  close(text._asdict(), {"text": whole["text"], "flow": 0.0, "alignment": 0.0})
 
 
 def test_latents_are_scaled_after_encoding_and_before_decoding(monkeypatch):
@@ -257,38 +256,6 @@ def test_a_dropped_prompt_is_the_masked_prompt_without_its_masked_slots():
   assert sums(tiny.batch([whole]), draws)["flow"] != pytest.approx(compact["flow"], rel=1e-3)
 
 
-# --- stage 0 -----------------------------------------------------------------------------------------
-
-
-def test_the_contrastive_loss_pairs_each_picture_with_the_last_token_of_its_prompt():
-  config = JanusFlowConfig.from_dict(tiny.DICT | {"contrastive": True, "alignment_width": 0})
-  model, params = tiny.model(config), tiny.params(config)
-  samples = [tiny.writing(6), tiny.writing(7, 9), tiny.writing(8, 3)]
-  batch, draws = tiny.batch([samples[0], samples[1]], [tiny.reading(1), samples[2]]), tiny.draws(2)
-  got = tiny.loss_sums(model, params, batch, draws, ("contrastive",)).contrastive
-  head = params["contrastive_head"]
-
-  @jax.jit
-  def embeddings(tokens, last, pixels):
-    """Of one sample alone, in a row of 12: what follows the prompt's last token cannot be seen from it."""
-    apply = functools.partial(model.apply, {"params": params})
-    ones = jnp.ones((1, 12), jnp.int32)
-    out = apply(apply(tokens, method="embed"), jnp.arange(12)[None], ones, method="backbone")
-    pool = lambda module, x: module.understanding_encoder.pool(module.features(x))[0]
-    text = out.hidden[0, last] @ head["text"]["kernel"] + head["text"]["bias"]
-    return apply(pixels / 127.5 - 1, method=pool), text
-
-  pairs = []
-  for sample in samples:
-    pixels = sample.images[0][None].astype(np.float32)
-    pairs.append(embeddings(sample.tokens[None, :12], sample.image_starts[0] - 1, pixels))
-  image, text = (np.asarray(x, np.float64) for x in zip(*pairs))
-  unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
-  logits = np.exp(float(head["log_scale"])) * unit(image) @ unit(text).T + float(head["bias"])
-  want = np.log1p(np.exp(-(2 * np.eye(3) - 1) * logits)).sum()
-  assert float(got) == pytest.approx(want, rel=2e-5)
-
-
 # --- configs -----------------------------------------------------------------------------------------
 
 
@@ -319,7 +286,6 @@ BAD = [
   ("autoencoder.block_channels", 8, "autoencoder.block_channels"),
   ("alignment_layer", 3, "alignment_layer=3"),
   ("alignment_layer", 0, "alignment_layer=0"),
-  ("contrastive", 1, "model.contrastive"),
 ]
 
 

@@ -35,10 +35,9 @@ def test_the_stages_pass(stage, size):
   ("optimizer.weight_decay", -0.1),
   ("optimizer.beta2", 1.0),
   ("objective.time_std", 0.0),
-  ("objective.weights", dict(text=0.0, flow=0.0, alignment=0.0, contrastive=0.0)),
-  ("objective.weights", dict(text=1.0, flow=1.0, alignment=0.0, contrastive=0.0, repa=1.0)),
+  ("objective.weights", dict(text=0.0, flow=0.0, alignment=0.0)),
+  ("objective.weights", dict(text=1.0, flow=1.0, alignment=0.0, repa=1.0)),
   ("objective.weights.flow", -1.0),
-  ("objective.weights.contrastive", 1.0),
   ("data.template", "poem"),
   ("data.row_tokens", 129),
   ("data.row_images", 0),
@@ -105,11 +104,6 @@ def test_rows_must_fill_the_mesh():
     setup.check(tiny.configuration(train=dict(accumulation=2), mesh=dict(data=2, fsdp=2)))
 
 
-def test_losses_need_their_heads_and_pairs_their_batch():
+def test_losses_need_their_heads():
   with pytest.raises(UserError, match="objective.weights.alignment=1.0 needs model.alignment_width"):
     setup.check(tiny.configuration(model=dict(alignment_width=0)))
-  weights = dict(text=1.0, flow=0.0, alignment=0.0, contrastive=1.0)
-  contrastive = dict(model=dict(contrastive=True), objective=dict(weights=weights))
-  setup.check(tiny.configuration(**contrastive))
-  with pytest.raises(UserError, match="train.accumulation=2 must be 1"):
-    setup.check(tiny.configuration(**contrastive, train=dict(accumulation=2)))

@@ -14,7 +14,7 @@ from jflow.training import optim, setup
 from jflow.training.state import TrainState
 from jflow.training.step import counts, draw, make_step
 
-WEIGHTS = dict(text=0.5, flow=2.0, alignment=0.25, contrastive=0.0)
+WEIGHTS = dict(text=0.5, flow=2.0, alignment=0.25)
 
 
 def configuration(accumulation: int = 1, **compute):
@@ -66,7 +66,6 @@ def test_losses_are_sums_over_counts_of_the_whole_batch():
     assert float(metrics[f"loss_{name}"]) == pytest.approx(float(value), rel=2e-5)
   total = sum(WEIGHTS[name] * float(value) for name, value in want.items())
   assert float(metrics["loss"]) == pytest.approx(total, rel=2e-5)
-  assert "loss_contrastive" not in metrics
   assert float(metrics["learning_rate"]) == pytest.approx(1e-2 / 2)
 
 
@@ -172,7 +171,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters(poison):
 def test_a_batch_of_padding_teaches_nothing():
   """Counts are at least 1, and slots without a picture give no NaN."""
   batch = jax.tree.map(jnp.asarray, empty(4, tiny.SHAPE))
-  assert [float(x) for x in counts(batch)] == [1.0] * 4
+  assert [float(x) for x in counts(batch)] == [1.0] * 3
   new, metrics = program()(start(), batch)
   assert float(metrics["loss"]) == 0 and float(metrics["grad_norm"]) == 0 and int(metrics["skipped"]) == 0
   identical(new.trained, start().trained)

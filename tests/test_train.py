@@ -253,13 +253,26 @@ def _start(source: dict, tmp_path: pathlib.Path, model=tiny.CONFIG, **train) -> 
 
 def test_a_stage_starts_from_the_parameters_it_is_given(tmp_path):
   source = dict(tiny.params())
-  source["contrastive_head"] = {"bias": np.zeros(())}
+  source["latent_encoder"] = {"bias": np.zeros(())}
   head = source.pop("alignment_head")
-  got = _start(source, tmp_path, init_fresh=("alignment_head",), init_dropped=("contrastive_head",))
+  got = _start(source, tmp_path, init_fresh=("alignment_head",), init_dropped=("latent_encoder",))
   want = flatten_dict(tiny.params(), sep="/")
   assert got.keys() == want.keys()
   assert all(np.array_equal(got[p], want[p]) for p in want if not p.startswith("alignment_head/"))
   assert not np.array_equal(got["alignment_head/linear_1/kernel"], head["linear_1"]["kernel"])
+
+
+def test_a_part_can_come_from_another_checkpoint(tmp_path):
+  other = jax.tree.map(lambda x: np.asarray(x) + 1, tiny.params())
+  about = {"model": tiny.CONFIG.to_dict(), "data": {"template": "plain"}}
+  checkpoint.save_params(tmp_path / "other", other, about, None)
+  parts = tuple((part, str(tmp_path / "other")) for part in ("understanding_encoder", "understanding_start"))
+  got = _start(tiny.params(), tmp_path, init_parts=parts)
+  for path, want in flatten_dict(tiny.params(), sep="/").items():
+    moved = path.startswith(("understanding_encoder/", "understanding_start"))
+    np.testing.assert_array_equal(got[path], want + moved, err_msg=path)
+  with pytest.raises(UserError, match="init_parts: .*other has no part 'siglip'"):
+    _start(tiny.params(), tmp_path / "none", init_parts=(("siglip", str(tmp_path / "other")),))
 
 
 def test_a_field_that_no_shape_shows_is_named(tmp_path, capsys):
@@ -297,6 +310,9 @@ def test_parameters_of_another_model_are_refused_by_name(tmp_path):
   [
     ("train", dict(steps=0), "config.train.steps=0 "),
     ("train", dict(batch_size=0), "config.train.batch_size=0 "),
+    ("train", dict(init_parts=("vae",)), "config.train.init_parts=('vae',) must be a tuple of"),
+    ("train", dict(init_parts=(("vae", "DIR"),)), "needs train.init_from"),
+    ("train", dict(fit_labels=-1), "config.train.fit_labels=-1 must not be negative"),
     ("train", dict(accumulation=3), "config.train.accumulation=3 must divide train.batch_size=4"),
     ("train", dict(ema=1.0), "config.train.ema=1.0 "),
     ("train", dict(seed=-1), "config.train.seed=-1 "),
@@ -312,8 +328,7 @@ def test_parameters_of_another_model_are_refused_by_name(tmp_path):
     ("mesh", dict(data=3), "train.batch_size=4 / accumulation = 4 rows must be .* = 3"),
     ("checkpoint", dict(interval=0), "config.checkpoint.interval=0 "),
     ("checkpoint", dict(keep=0), "config.checkpoint.keep=0 "),
-    ("objective", dict(weights=dict(text=0.0, flow=0.0, contrastive=0.0)), "are all 0"),
-    ("objective", dict(weights=dict(alignment=0.0, contrastive=1.0)), "needs model.contrastive=True"),
+    ("objective", dict(weights=dict(text=0.0, flow=0.0)), "are all 0"),
     ("model", dict(alignment_width=0), "weights.alignment=1.0 needs model.alignment_width > 0"),
     ("model", dict(hight=3), "unknown field model.hight"),
   ],

@@ -62,7 +62,6 @@ DICT = dict(
   ),
   alignment_layer=1,
   alignment_width=16,
-  contrastive=False,
 )
 CONFIG = JanusFlowConfig.from_dict(DICT)
 SHAPE = RowShape(tokens=96, images=3, image_patches=CONFIG.patches, image_size=CONFIG.image_size)
@@ -184,7 +183,7 @@ def configuration(**sections) -> dict:
     model=CONFIG.to_dict(),
     train=dict(
       steps=4, batch_size=4, accumulation=1, seed=3, ema=0.9, init_from="", init_weights="ema",
-      init_fresh=(), init_dropped=(), max_skipped=3, fit_images=20, spike_sigmas=0.0, spike_window=8,
+      init_fresh=(), init_dropped=(), init_parts=(), max_skipped=3, fit_images=20, fit_labels=0, spike_sigmas=0.0, spike_window=8,
       watchdog_seconds=0.0,
     ),
     optimizer=dict(
@@ -194,7 +193,7 @@ def configuration(**sections) -> dict:
       frozen=("understanding_encoder", "vae"),
     ),
     objective=dict(
-      weights=dict(text=1.0, flow=1.0, alignment=1.0, contrastive=0.0), time_mean=0.0, time_std=1.0
+      weights=dict(text=1.0, flow=1.0, alignment=1.0), time_mean=0.0, time_std=1.0
     ),
     data=dict(tokenizer=str(TOKENIZER), template="plain", row_tokens=SHAPE.tokens, row_images=SHAPE.images, latents=False, sources={}),
     compute=dict(dtype="float32", remat="none", unroll=1, attention="auto", compilation_cache=""),

@@ -135,6 +135,19 @@ def held_out(scene: Scene) -> bool:
   )
 
 
+def patch_labels(scene: Scene, side: int) -> np.ndarray:
+  """Returns what each patch shows: int8[side * side, 2], indices into SHAPES and COLORS, both -1 where no object is.
+
+  A patch shows the object in whose box its center lies; boxes do not overlap. Raster order.
+  """
+  labels = np.full((side, side, 2), -1, np.int8)
+  center = (np.arange(side) + 0.5) / side
+  for thing in scene.objects:
+    columns, rows = (np.abs(center - middle) < thing.r for middle in (thing.x, thing.y))
+    labels[np.ix_(rows, columns)] = SHAPES.index(thing.shape), tuple(COLORS).index(thing.color)
+  return labels.reshape(-1, 2)
+
+
 def relation_held_out(first: str, relation: str, second: str) -> bool:
   """Returns whether a relation between two shapes is held out, said from either side."""
   return (first, relation, second) in HELD_OUT_RELATIONS or (

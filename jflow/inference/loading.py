@@ -17,7 +17,7 @@ from jflow.models.janusflow import JanusFlow
 from jflow.training.setup import initial_params
 
 # May be missing: heads that serve training only, and the VAE, which `Pipeline.generate` asks for.
-_NOT_NEEDED = ("vae/", "alignment_head/", "contrastive_head/")
+_NOT_NEEDED = ("vae/", "alignment_head/")
 
 
 def load(

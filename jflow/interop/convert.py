@@ -101,11 +101,8 @@ def _say_what_is_left_out(loaded: Loaded, to: str) -> None:
   if not loaded.has_vae:
     say("no VAE (neither vae/ in the directory nor --vae=DIR): the result answers but does not paint")
   if to == "official":
-    heads = sorted(
-      {p.split("/")[0] for p in loaded.params if p.startswith(("alignment_head", "contrastive_head"))}
-    )
-    if heads:
-      say(f"left out, since they serve training only: {', '.join(heads)}")
+    if any(p.startswith("alignment_head/") for p in loaded.params):
+      say("left out, since it serves training only: alignment_head")
     if loaded.config.autoencoder.kind != "autoencoder_kl":
       say("left out: the VAE, a linear codec that the PyTorch code does not know")
     if loaded.config.understanding_encoder.gelu != "erf":

@@ -231,7 +231,6 @@ def config_from_official(
     autoencoder=autoencoder,
     alignment_layer=min(_ALIGNMENT_LAYER, lm.layers),
     alignment_width=0,
-    contrastive=False,
   )
 
 

@@ -169,7 +169,6 @@ def load(
     autoencoder=autoencoder,
     alignment_layer=min(_ALIGNMENT_LAYER, language.layers),
     alignment_width=0,
-    contrastive=False,
   )
   tied = bool(f.values.get("tie_word_embeddings", False))
   ignored = lambda name: name.endswith(".rotary_emb.inv_freq") or (tied and name == "lm_head.weight")

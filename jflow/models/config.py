@@ -88,7 +88,6 @@ class JanusFlowConfig:
   autoencoder: AutoencoderConfig
   alignment_layer: int  # REPA reads the LLM's features after this block, counted from 1 (001 section 4.1)
   alignment_width: int  # hidden width of the REPA head; 0: the model has none
-  contrastive: bool  # has the heads of the sigmoid loss (stage 0 of the built-in world)
   # What images are read with: "siglip", or for ablations the VAE and ConvNeXt blocks, "shared" with painting or
   # "separate". Checkpoints older than the field have no choice, hence its default.
   reader: str = "siglip"
@@ -163,6 +162,8 @@ class JanusFlowConfig:
   @classmethod
   def from_dict(cls, values: Mapping[str, Any]) -> "JanusFlowConfig":
     """Builds the configuration from nested mappings; names a missing, unknown or mistyped field."""
+    if isinstance(values, Mapping):  # checkpoints of older versions say whether stage 0's sigmoid loss had its heads
+      values = {name: value for name, value in values.items() if name != "contrastive"}
     return _build(cls, values, "model")
 
 

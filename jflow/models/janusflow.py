@@ -41,7 +41,6 @@ class Sums(NamedTuple):
   text: jax.Array
   flow: jax.Array
   alignment: jax.Array
-  contrastive: jax.Array
 
 
 class AlignmentHead(nn.Module):
@@ -56,20 +55,6 @@ class AlignmentHead(nn.Module):
     x = jax.nn.silu(Linear(self.hidden, ("embed", "mlp"), self.dtype, use_bias=True, name="linear_1")(x))
     x = jax.nn.silu(Linear(self.hidden, ("mlp", None), self.dtype, use_bias=True, name="linear_2")(x))
     return Linear(self.features, ("mlp", None), self.dtype, use_bias=True, name="linear_3")(x)
-
-
-class ContrastiveHead(nn.Module):
-  """Text projection, scale and bias of the sigmoid loss that makes stage 0's SigLIP. Training only."""
-
-  features: int
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, text: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    text = Linear(self.features, ("embed", None), self.dtype, use_bias=True, name="text")(text)
-    log_scale = parameter(self, "log_scale", nn.initializers.constant(2.302585), (), ())
-    bias = parameter(self, "bias", nn.initializers.constant(-10.0), (), ())
-    return text, log_scale, bias
 
 
 class JanusFlow(nn.Module):
@@ -113,8 +98,6 @@ class JanusFlow(nn.Module):
     self.vae = make_autoencoder(c.autoencoder, dtype)
     if c.alignment_width:
       self.alignment_head = AlignmentHead(c.alignment_width, vision.width, dtype)
-    if c.contrastive:
-      self.contrastive_head = ContrastiveHead(vision.width, dtype)
 
   # --- parts -------------------------------------------------------------------------------------------
 
@@ -197,7 +180,7 @@ class JanusFlow(nn.Module):
   # --- training ----------------------------------------------------------------------------------------
 
   def losses(self, batch: Batch, draws: Draws, wanted: tuple[str, ...]) -> Sums:
-    """The loss sums of packed rows: eq. 6 (text), 7 (flow), 8 (alignment), and stage 0's sigmoid loss.
+    """The loss sums of packed rows: eq. 6 (text), 7 (flow) and 8 (alignment).
 
     Args:
       batch: rows; a microbatch or a shard is fine, since only sums are returned.
@@ -226,7 +209,7 @@ class JanusFlow(nn.Module):
     out = self.backbone(x_BSD, batch.positions, batch.segment_ids)
 
     zero = jnp.zeros((), jnp.float32)
-    sums = Sums(zero, zero, zero, zero)
+    sums = Sums(zero, zero, zero)
     if "text" in wanted:
       nll = self.language_model.next_token(out.hidden, batch.targets, batch.loss_mask)
       sums = sums._replace(text=nll)
@@ -240,21 +223,13 @@ class JanusFlow(nn.Module):
     if "alignment" in wanted:
       projected = rows(self.alignment_head(gather(out.tap)))
       sums = sums._replace(alignment=losses.alignment(projected, rows(features), writes_BM))
-    if "contrastive" in wanted:
-      before = jnp.maximum(batch.image_start - 1, 0)  # the prompt's last token has read all of it
-      prompt = jnp.take_along_axis(out.hidden, before[..., None], axis=1).reshape(b * m, -1)
-      text, log_scale, bias = self.contrastive_head(prompt)
-      image = self.understanding_encoder.pool(features)
-      sums = sums._replace(
-        contrastive=losses.sigmoid_contrastive(image, text, log_scale, bias, flat(writes_BM))
-      )
     return sums
 
   def initialise(self, batch: Batch, draws: Draws) -> None:
     """Touches every parameter once, so that `init` with this method creates them all."""
     c = self.config
     wanted = ("text", "flow") + (("alignment",) if c.alignment_width else ())
-    self.losses(batch, draws, wanted + (("contrastive",) if c.contrastive else ()))
+    self.losses(batch, draws, wanted)
     self.decode(draws.noise[:, 0])
 
 

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jflow import sharding
 from jflow.batch import WRITE, RowShape, empty
 from jflow.data.pipeline import Pipeline
+from jflow.data.shapes import ShapesSource
 from jflow.errors import UserError
 from jflow.interop.checkpoints import read_checkpoint
 from jflow.models import attention
@@ -22,6 +23,7 @@ from jflow.models.config import JanusFlowConfig
 from jflow.models.janusflow import Draws, JanusFlow, Sums
 from jflow.models.llm import remat_policy
 from jflow.models.vae import fit_patch_pca
+from jflow.training.tower import fit_siglip
 
 Config = Mapping[str, Any]
 
@@ -81,6 +83,18 @@ def check(config: Config) -> JanusFlowConfig:
   need(strings and bool(prompts or not log["sample_every"]), "log.sample_prompts", "must be a tuple of texts")
   need(0 <= train["seed"] < 2**32, "train.seed", "must be in [0, 2**32)")
   need(0.0 <= train["ema"] < 1.0, "train.ema", "must be in [0, 1)")
+  parts = train["init_parts"]
+  pairs = isinstance(parts, tuple) and all(
+    isinstance(x, tuple) and len(x) == 2 and all(isinstance(y, str) for y in x) for x in parts
+  )
+  need(pairs, "train.init_parts", "must be a tuple of (part, checkpoint), as (('understanding_encoder', 'DIR'),)")
+  need(not parts or bool(train["init_from"]), "train.init_parts", "needs train.init_from, whose parts it replaces")
+  need(train["fit_labels"] >= 0, "train.fit_labels", "must not be negative; 0 leaves SigLIP fresh")
+  need(
+    not train["fit_labels"] or model.reader == "siglip",
+    "train.fit_labels",
+    "must be 0 with another model.reader than 'siglip'",
+  )
   need(train["init_weights"] in ("ema", "raw"), "train.init_weights", "must be 'ema' or 'raw'")
   for field in ("learning_rate", "epsilon", "clip_norm"):
     need(0 < config["optimizer"][field] < math.inf, f"optimizer.{field}", "must be positive")
@@ -124,15 +138,6 @@ def check(config: Config) -> JanusFlowConfig:
     "data.latents",
     "must be False with another model.reader than 'siglip': pictures to read have no stored latents",
   )
-  need(
-    not weights["contrastive"] or model.contrastive,
-    "objective.weights.contrastive",
-    "needs model.contrastive=True",
-  )
-  need(
-    not weights["contrastive"] or train["accumulation"] == 1, "train.accumulation",
-    "must be 1 with objective.weights.contrastive: pictures are compared with the captions of the whole batch",
-  )  # fmt: skip
   return model
 
 
@@ -199,14 +204,22 @@ def start_params(
   fresh = lambda: initial_params(model, train["seed"])
   if not train["init_from"]:
     params = sharding.create(fresh, mesh)
+    put = lambda fitted, part: jax.tree.map(
+      lambda x, old: jax.device_put(np.asarray(x, old.dtype), old.sharding), fitted, params[part]
+    )
     if model.config.autoencoder.kind == "patch_pca":
       fitted = fit_patch_pca(some_images(open_pipeline(), train["fit_images"]), model.config.autoencoder)
-      params["vae"] = jax.tree.map(
-        lambda x, old: jax.device_put(np.asarray(x, old.dtype), old.sharding), fitted, params["vae"]
-      )
+      params["vae"] = put(fitted, "vae")
+    if train["fit_labels"]:
+      source = ShapesSource("generation", **config["data"]["shapes"])
+      world = [source[i].images[0] for i in range(min(len(source), train["fit_labels"]))]
+      fitted = fit_siglip(model.config.understanding_encoder, world, train["fit_labels"], train["seed"])
+      params["understanding_encoder"] = put(fitted, "understanding_encoder")
     return params
   found = read_checkpoint(train["init_from"], weights=train["init_weights"])
   source = flatten_dict(found.params, sep="/")
+  for part, path in train["init_parts"]:
+    source = _replaced(source, part, path, train["init_weights"])
   boxed = jax.eval_shape(fresh)
   where = flatten_dict(sharding.shardings(mesh, boxed), sep="/")
   wanted = flatten_dict(sharding.unbox(boxed), sep="/")
@@ -236,10 +249,19 @@ def start_params(
   return unflatten_dict(flat, sep="/")
 
 
+def _replaced(source: dict[str, Any], part: str, path: str, weights: str) -> dict[str, Any]:
+  """Returns flat parameters in which one part is that of another checkpoint."""
+  of_part = lambda params: {p: x for p, x in params.items() if p.split("/")[0] == part}
+  other = of_part(flatten_dict(read_checkpoint(path, weights=weights).params, sep="/"))
+  if not other:
+    raise UserError(f"train.init_parts: {path} has no part {part!r}")
+  return {p: x for p, x in source.items() if p not in of_part(source)} | other
+
+
 def _say_what_no_shape_shows(source: str, theirs: JanusFlowConfig, ours: JanusFlowConfig) -> None:
   """Names on stderr each field in which two models of the same shapes compute something else."""
   theirs, ours = (flatten_dict(config.to_dict(), sep=".") for config in (theirs, ours))
-  harmless = ("alignment_", "contrastive", "language_model.context")
+  harmless = ("alignment_", "language_model.context")
   for field in sorted(ours):
     if ours[field] != theirs[field] and not field.startswith(harmless):
       print(
@@ -256,7 +278,7 @@ def some_images(pipeline: Pipeline, count: int) -> np.ndarray:
   while len(images) < count:
     batch = pipeline.batch(step)
     found = batch.images[batch.image_kind == WRITE]
-    if not len(found) and step > 100:
+    if not images and not len(found) and step > 100:
       raise UserError(
         "data.sources.generation gave no picture: the codec of model.autoencoder.kind='patch_pca' is fitted to some"
       )

@@ -37,7 +37,7 @@ def counts(batch: Batch) -> Sums:
   """What each loss sum is divided by: tokens that carry loss, and images written; at least 1."""
   tokens = jnp.maximum(jnp.sum(batch.loss_mask), 1).astype(jnp.float32)
   images = jnp.maximum(jnp.sum(batch.image_kind == WRITE), 1).astype(jnp.float32)
-  return Sums(text=tokens, flow=images, alignment=images, contrastive=images)
+  return Sums(text=tokens, flow=images, alignment=images)
 
 
 def loss_sums(model: JanusFlow, params: Any, batch: Batch, draws: Draws, wanted: tuple[str, ...]) -> Sums:
@@ -101,9 +101,7 @@ def make_step(
       recent=recent,
     )
     metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate(state.step)}
-    metrics |= {
-      f"loss_{name}": getattr(parts, name) for name in Sums._fields if name in wanted or name != "contrastive"
-    }
+    metrics |= {f"loss_{name}": value for name, value in parts._asdict().items()}
     metrics |= {f"work_{name}": value for name, value in vars(counted(batch, jnp)).items()}
     metrics |= {"skipped": new.skipped, "skipped_in_a_row": new.skipped_in_a_row}
     return new, metrics

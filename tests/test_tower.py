@@ -1,0 +1,95 @@
+"""The tower of the built-in world: what its patches are told, and that it learns it."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jflow import sharding
+from jflow.data import scenes
+from jflow.data.scenes import Object, Scene
+from jflow.data.shapes import ShapesSource
+from jflow.models.config import SiglipConfig
+from jflow.models.siglip import Siglip
+from jflow.training import setup
+from jflow.training.tower import fit_siglip, label_loss
+
+CONFIG = SiglipConfig(
+  image_size=24, patch_size=6, width=32, mlp_width=64, layers=1, heads=2, layer_norm_epsilon=1e-6, gelu="erf"
+)
+
+
+def test_a_patch_is_labelled_with_the_object_whose_box_holds_its_center():
+  scene = Scene(
+    (Object("star", "blue", "small", 0.25, 0.25, 0.15), Object("ring", "red", "small", 0.8, 0.7, 0.14)), 168, ()
+  )
+  star, ring = (scenes.SHAPES.index("star"), 4), (scenes.SHAPES.index("ring"), 0)
+  want = np.full((8, 8, 2), -1)
+  want[1:3, 1:3] = star  # centers at 0.1875 and 0.3125
+  want[5:7, 6:7] = ring  # rows 0.6875 and 0.8125 are in [0.56, 0.84], column 0.8125 in [0.66, 0.94]
+  want[5:7, 5] = ring  # 0.6875
+  want[5:7, 7] = ring  # 0.9375
+  want[4, 5:8] = ring  # 0.5625
+  np.testing.assert_array_equal(scenes.patch_labels(scene, 8).reshape(8, 8, 2), want)
+
+
+def test_every_picture_of_the_world_shows_each_object_on_some_patch():
+  source = ShapesSource("generation", 200, 3)
+  for i in range(200):
+    scene = source[i].images[0]
+    found = {tuple(label) for label in scenes.patch_labels(scene, 8) if label[0] >= 0}
+    colors = tuple(scenes.COLORS)
+    assert found == {(scenes.SHAPES.index(o.shape), colors.index(o.color)) for o in scene.objects}
+
+
+def test_the_loss_counts_shape_and_color_on_objects_and_presence_everywhere():
+  labels = np.full((2, 3, 2), -1)
+  labels[0, 1] = 2, 7
+  even = jnp.zeros((2, 3, 19))
+  loss, right = label_loss(even, labels)
+  assert float(loss) == pytest.approx(math.log(8) + math.log(10) + math.log(2), rel=1e-6)
+  assert float(right) == 0.0  # the first of equal logits is not shape 2
+  sure = even.at[..., 18].set(jnp.where(labels[..., 0] >= 0, 50.0, -50.0)).at[0, 1, 2].set(50.0).at[0, 1, 8 + 7].set(50.0)
+  loss, right = label_loss(sure, labels)
+  assert float(loss) == pytest.approx(0.0, abs=1e-6) and float(right) == 1.0
+  off = sure.at[1, :, :18].set(9.0)  # what is said of shape and color where nothing is does not matter
+  assert float(label_loss(off, labels)[0]) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_fitting_teaches_a_tower_to_tell_colors():
+  source = ShapesSource("generation", 320, 0)
+  world = [source[i].images[0] for i in range(len(source))]
+  tower = fit_siglip(CONFIG, world, 1600, 0)
+  assert sharding.unbox(jax.tree.map(np.shape, tower)).keys() == tower.keys()
+  val = ShapesSource("generation", 80, 0, split="val")
+  val = [val[i].images[0] for i in range(len(val))]
+  labels = np.stack([scenes.patch_labels(scene, 4) for scene in val])
+  pixels = np.stack([scene.render(24) for scene in val]) / np.float32(127.5) - 1
+
+  features = jax.jit(Siglip(CONFIG, jnp.float32, False).apply)
+
+  def score(tower):
+    """The share of unseen objects' patches whose color a linear fit on half of them finds."""
+    x = np.asarray(features({"params": tower}, pixels))[labels[..., 0] >= 0]
+    y = np.eye(10)[labels[labels[..., 0] >= 0][:, 1]]
+    x = np.concatenate([x, np.ones((len(x), 1))], 1)
+    half = len(x) // 2
+    weights = np.linalg.lstsq(x[:half], y[:half], rcond=None)[0]
+    return np.mean((x[half:] @ weights).argmax(1) == y[half:].argmax(1))
+
+  again = fit_siglip(CONFIG, world, 16, 0)
+  assert score(tower) > score(again) + 0.1
+
+
+def test_a_fresh_run_starts_from_the_fitted_tower_and_says_so(capsys, monkeypatch):
+  monkeypatch.setattr(setup, "some_images", lambda *_: np.random.default_rng(0).integers(0, 255, (20, 16, 16, 3), np.uint8))
+  config = tiny.configuration(train=dict(fit_labels=20), data=dict(shapes=dict(size=60, seed=0)))
+  model = tiny.model()
+  params = setup.start_params(config, model, sharding.make_mesh(1, 1, 1), lambda: None)
+  said = capsys.readouterr().err
+  assert "fitting SigLIP to 32 labelled pictures" in said and "SigLIP names the shape" in said
+  fresh = jax.tree.leaves(tiny.params()["understanding_encoder"])
+  assert any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params["understanding_encoder"]), fresh))
