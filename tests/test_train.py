@@ -310,7 +310,7 @@ def test_parameters_of_another_model_are_refused_by_name(tmp_path):
   [
     ("train", dict(steps=0), "config.train.steps=0 "),
     ("train", dict(batch_size=0), "config.train.batch_size=0 "),
-    ("train", dict(init_parts=("vae",)), "config.train.init_parts=('vae',) must be a tuple of"),
+    ("train", dict(init_parts=("vae",)), r"config.train.init_parts=\('vae',\) must be a tuple of"),
     ("train", dict(init_parts=(("vae", "DIR"),)), "needs train.init_from"),
     ("train", dict(fit_labels=-1), "config.train.fit_labels=-1 must not be negative"),
     ("train", dict(accumulation=3), "config.train.accumulation=3 must divide train.batch_size=4"),
