@@ -1,7 +1,7 @@
 """Every benchmark as data: what is measured, where the data comes from, how the model is asked, the paper's scores.
 
 What the papers leave open is pinned here and printed in every report: 30 Euler steps, 4 pictures per prompt with seeds
-0 to 3, greedy answers without a system prompt.
+0 to 3 (in the built-in world each picture has noise of its own), greedy answers without a system prompt.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class Recipe(NamedTuple):
   # Painting
   steps: int = 30
   guidance: float = 2.0
-  pictures: int = 1  # per prompt, with seeds 0, 1, ...
+  pictures: int = 1  # per prompt
 
 
 def _kit(name: str, folder: str = "VLMEval") -> str:

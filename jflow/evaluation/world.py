@@ -70,7 +70,8 @@ class ShapesBenchmark:
       for number, (text, _) in enumerate(prompts):
         for j in range(self._recipe.pictures):
           file = f"pictures/{split}/{number:04d}_{j}.png"
-          out.append(Painting(f"paint/{split}/{number:04d}/{j}", text, self._seed + j, file))
+          seed = self._seed + number * self._recipe.pictures + j  # noise in common would count as one sample
+          out.append(Painting(f"paint/{split}/{number:04d}/{j}", text, seed, file))
     for number, (scene, _) in enumerate(self._true):
       out.append(RoundTrip(f"codec/{number:04d}", scene.render, f"pictures/codec/{number:04d}.png"))
     for split, asked in self._questions.items():

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,17 +29,6 @@ _SHAPES = len(scenes.SHAPES)
 _LABELS = _SHAPES + len(scenes.COLORS) + 1  # logits of a patch: shape, color, whether anything is there
 
 
-class _Labelled(nn.Module):
-  """A tower with a linear layer that names what each patch shows."""
-
-  config: SiglipConfig
-
-  @nn.compact
-  def __call__(self, pixels_BHWC: jax.Array) -> jax.Array:
-    features_BPD = Siglip(self.config, jnp.float32, False, name="tower")(pixels_BHWC)
-    return nn.Dense(_LABELS, name="labels")(features_BPD)
-
-
 def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed: int) -> Any:
   """Fits a tower to scenes of the built-in world.
 
@@ -56,10 +44,14 @@ def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed
   Returns:
     The parameters of `Siglip`, f32, unboxed. Its pooling head is as fresh.
   """
-  model = _Labelled(config)
+  tower = Siglip(config, jnp.float32, False)
   size, side = config.image_size, config.image_size // config.patch_size
   steps = -(-pictures // _BATCH)
-  params = unbox(model.init(jax.random.key(seed), jnp.zeros((1, size, size, 3)))["params"])
+  key, other = jax.random.split(jax.random.key(seed))
+  params = {
+    "tower": unbox(tower.init(key, jnp.zeros((1, size, size, 3)))["params"]),
+    "labels": jax.random.normal(other, (config.width, _LABELS)) / np.sqrt(config.width),
+  }
   rate = optax.schedules.join_schedules(
     [optax.linear_schedule(0.0, _RATE, _WARMUP), optax.linear_schedule(_RATE, _RATE / 10, steps)], [_WARMUP]
   )
@@ -67,7 +59,8 @@ def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed
 
   @jax.jit
   def step(params, state, images, labels):
-    loss = lambda params: label_loss(model.apply({"params": params}, images / 127.5 - 1.0), labels)
+    features = lambda params: tower.apply({"params": params["tower"]}, images / 127.5 - 1.0)
+    loss = lambda params: label_loss(features(params) @ params["labels"], labels)
     gradients, right = jax.grad(loss, has_aux=True)(params)
     updates, state = optimizer.update(gradients, state)
     return optax.apply_updates(params, updates), state, right
