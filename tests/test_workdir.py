@@ -87,6 +87,23 @@ def test_a_workdir_with_another_config_names_the_field(tmp_path):
     workdirs.check_same_run(tmp_path, config, TOKENIZER)
 
 
+def test_every_field_that_differs_is_named(tmp_path):
+  _begin(tmp_path, tiny.configuration())
+  other = tiny.configuration(optimizer=dict(learning_rate=0.5), train=dict(seed=4))
+  with pytest.raises(UserError, match="learning_rate=0.01, now 0.5; train.seed=3, now 4: use another --workdir or the same values"):
+    workdirs.check_same_run(tmp_path, other, TOKENIZER)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, "", [], False, None])
+def test_a_field_of_another_version_that_is_off_changes_nothing(tmp_path, value):
+  """An update of jflow must not end a run: what it brings starts off, and what it dropped was off."""
+  config = tiny.configuration()
+  _begin(tmp_path, config | {"train": config["train"] | {"dropped": value}})
+  workdirs.check_same_run(tmp_path, config | {"train": config["train"] | {"new": value}}, TOKENIZER)
+  with pytest.raises(UserError, match="train.new=None, now 7"):
+    workdirs.check_same_run(tmp_path, config | {"train": config["train"] | {"new": 7}}, TOKENIZER)
+
+
 def test_what_does_not_change_the_run_may_change(tmp_path):
   _begin(tmp_path, tiny.configuration())
   changed = tiny.configuration(

@@ -43,16 +43,15 @@ def fetch(path: str | pathlib.Path, cache: pathlib.Path = CACHE) -> pathlib.Path
   try:
     store, folder = fsspec.core.url_to_fs(root)
     files = {os.path.relpath(name, folder): info for name, info in store.find(folder, detail=True).items()}
+    wanted = _wanted(url, set(files), step)
+    told = [(name, files[name].get("size"), store.ukey(os.path.join(folder, name))) for name in wanted]
+  except UserError:
+    raise
   except (ImportError, ValueError) as error:
     package = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}.get(protocol)
     advice = f": pip install {package}" if package else ""
     raise UserError(f"checkpoint {url} cannot be opened ({error}){advice}") from error
-  except Exception as error:  # a store raises what it likes
-    raise UserError(f"checkpoint {url} cannot be read: {str(error).strip() or type(error).__name__}") from error
-  wanted = _wanted(url, set(files), step)
-  try:
-    told = [(name, files[name].get("size"), store.ukey(os.path.join(folder, name))) for name in wanted]
-  except Exception as error:  # a file may be gone by now
+  except Exception as error:  # a store raises what it likes; a file may be gone by now
     raise UserError(f"checkpoint {url} cannot be read: {str(error).strip() or type(error).__name__}") from error
   key = hashlib.sha256(repr((root, told)).encode()).hexdigest()[:16]
   local = cache.expanduser() / key

@@ -88,18 +88,24 @@ def check_same_run(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Tok
   """Checks that a run that has begun in this workdir has the same config and tokenizer; some fields may differ.
 
   Raises:
-    UserError: naming the first field that differs.
+    UserError: naming every field that differs.
   """
   if not (workdir / "config.json").exists():
     return
   theirs = flatten_dict(read_config(workdir), sep=".")
   ours = flatten_dict(json.loads(json.dumps(config)), sep=".")
+  differ = []
   for field in sorted(set(ours) | set(theirs)):
-    if ours.get(field) != theirs.get(field) and not field.startswith(_MAY_CHANGE):
-      raise UserError(
-        f"workdir {workdir} holds a run with {field}={theirs.get(field)!r}, now {ours.get(field)!r}; "
-        "use another --workdir or the same value"
-      )
+    before, now = theirs.get(field), ours.get(field)
+    only_one_has_it = field not in theirs or field not in ours  # of two versions of jflow: off (0, empty) is as before
+    same = not before and not now if only_one_has_it else before == now
+    if not same and not field.startswith(_MAY_CHANGE):
+      differ.append(f"{field}={before!r}, now {now!r}")
+  if differ:
+    raise UserError(
+      f"workdir {workdir} holds a run with {'; '.join(differ)}: use another --workdir or the same "
+      f"value{'s' * (len(differ) > 1)}"
+    )
   if Tokenizer.load(str(workdir / "tokenizer")).fingerprint != tokenizer.fingerprint:
     raise UserError(
       f"workdir {workdir} holds a run with another tokenizer than {config['data']['tokenizer']}; use another "
