@@ -60,6 +60,6 @@ def get_config(size: str = ""):
     trained += ("latent_encoder", "latent_projector")
   c.optimizer.trained, c.optimizer.frozen = trained, base.SIGLIP + base.NEVER
   if name == "shapes":
-    c.optimizer.learning_rate, c.train.ema = 3e-3, 0.998
+    c.optimizer.learning_rate, c.optimizer.cooldown, c.train.ema = 3e-3, 0.3, 0.998
     c.checkpoint.interval, c.data.shapes.size = 500, 50_000
   return c

@@ -53,8 +53,9 @@ def base(size: str) -> ConfigDict:
     fit_images=300,  # pictures that the closed-form codec of the built-in world is fitted to, if fresh
   )
   c.optimizer = dict(
-    learning_rate=1e-4,  # constant after the warm-up (table 1)
+    learning_rate=1e-4,  # between warm-up and cool-down (table 1)
     warmup_steps=2000,  # linear (table 1)
+    cooldown=0.0,  # share of train.steps, the last ones, over which the rate falls linearly to 0 (not in the paper)
     beta1=0.9,  # table 1
     beta2=0.95,  # table 1
     epsilon=1e-8,  # not in the paper

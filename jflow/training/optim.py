@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up then a constant rate, EMA, and freezing by pattern (001 table 1)."""
+"""AdamW with linear warm-up, a constant rate and, if asked for, a cool-down; EMA, and freezing by pattern (001 table 1)."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -57,17 +57,32 @@ def merge(first: Params, second: Params) -> Params:
   return unflatten_dict({**flatten_dict(first), **flatten_dict(second)})
 
 
-def schedule(learning_rate: float, warmup_steps: int) -> optax.Schedule:
-  """Rate of step 0, 1, ...: linear to `learning_rate` in the warm-up, then constant; the first step moves."""
-  return lambda step: learning_rate * jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
+def schedule(config: Mapping[str, Any], steps: int) -> optax.Schedule:
+  """Rate of step 0, 1, ...: linear to `learning_rate` in the warm-up, constant, linear to 0 in the cool-down.
+
+  The first step moves, and so does the last: the rate would be 0 at step `steps`.
+
+  Args:
+    config: the section `optimizer` of configs/base.py; `cooldown` is a share of the steps.
+    steps: of the run.
+  """
+  warmup, cooldown = max(config["warmup_steps"], 1), config["cooldown"] * steps
+
+  def rate(step):
+    share = jnp.minimum(1.0, (step + 1) / warmup)
+    if cooldown:
+      share = jnp.minimum(share, jnp.maximum(0.0, (steps - step) / cooldown))
+    return config["learning_rate"] * share
+
+  return rate
 
 
-def make_optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
-  """AdamW after clipping by global norm. `config` is the section `optimizer` of configs/base.py."""
+def make_optimizer(config: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
+  """AdamW after clipping by global norm; arguments as of `schedule`."""
   return optax.chain(
     optax.clip_by_global_norm(config["clip_norm"]),
     optax.adamw(
-      schedule(config["learning_rate"], config["warmup_steps"]),
+      schedule(config, steps),
       b1=config["beta1"],
       b2=config["beta2"],
       eps=config["epsilon"],

@@ -100,6 +100,7 @@ def check(config: Config) -> JanusFlowConfig:
     need(0 < config["optimizer"][field] < math.inf, f"optimizer.{field}", "must be positive")
   for field in ("warmup_steps", "weight_decay"):
     need(0 <= config["optimizer"][field] < math.inf, f"optimizer.{field}", "must not be negative")
+  need(0 <= config["optimizer"]["cooldown"] <= 1, "optimizer.cooldown", "must be a share from 0 to 1")
   for field in ("beta1", "beta2"):
     need(0 <= config["optimizer"][field] < 1, f"optimizer.{field}", "must be in [0, 1)")
   need(0 < config["objective"]["time_std"] < math.inf, "objective.time_std", "must be positive")
