@@ -14,12 +14,13 @@ def get_config(size: str = "shapes"):
   c = base.base(size)
   c.model.alignment_width = 0
   c.objective.weights = dict(text=1.0, flow=0.0, alignment=0.0)
-  c.data.mixture = ((0, (76, 4, 20)),)  # the codec is fitted to pictures to paint
+  c.data.mixture = ((0, (80, 0, 20)),)
   reader = ("understanding_projector", "understanding_start")
   c.optimizer.trained = ("language_model",) + reader
   c.optimizer.frozen = (
     tuple(p for p in base.NEW_PARTS if p not in reader + ("alignment_head",)) + base.SIGLIP + base.NEVER
   )
+  c.train.fit_labels = 320
   if c.size == "shapes":
     c.train.fit_labels = 40_000
     c.train.steps, c.optimizer.learning_rate = 350, 2e-3

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax.traverse_util import flatten_dict
 
 from jflow import sharding
 from jflow.data import scenes
@@ -63,7 +64,9 @@ def test_fitting_teaches_a_tower_to_tell_colors():
   source = ShapesSource("generation", 320, 0)
   world = [source[i].images[0] for i in range(len(source))]
   tower = fit_siglip(CONFIG, world, 1600, 0)
-  assert sharding.unbox(jax.tree.map(np.shape, tower)).keys() == tower.keys()
+  fresh = Siglip(CONFIG, jnp.float32, False).init(jax.random.key(0), jnp.zeros((1, 24, 24, 3)))["params"]
+  assert jax.tree.map(np.shape, tower) == jax.tree.map(np.shape, sharding.unbox(fresh))
+  assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(tower))
   val = ShapesSource("generation", 80, 0, split="val")
   val = [val[i].images[0] for i in range(len(val))]
   labels = np.stack([scenes.patch_labels(scene, 4) for scene in val])
@@ -84,12 +87,23 @@ def test_fitting_teaches_a_tower_to_tell_colors():
   assert score(tower) > score(again) + 0.1
 
 
-def test_a_fresh_run_starts_from_the_fitted_tower_and_says_so(capsys, monkeypatch):
-  monkeypatch.setattr(setup, "some_images", lambda *_: np.random.default_rng(0).integers(0, 255, (20, 16, 16, 3), np.uint8))
-  config = tiny.configuration(train=dict(fit_labels=20), data=dict(shapes=dict(size=60, seed=0)))
-  model = tiny.model()
-  params = setup.start_params(config, model, sharding.make_mesh(1, 1, 1), lambda: None)
+def test_a_fresh_run_starts_from_the_fitted_tower_and_nothing_else_changes(capsys, monkeypatch):
+  noise = np.random.default_rng(0).integers(0, 255, (20, 16, 16, 3), np.uint8)
+  monkeypatch.setattr(setup, "some_images", lambda *_: noise)
+  model, mesh = tiny.model(), sharding.make_mesh(1, 1, 1)
+
+  def start(fit_labels):
+    config = tiny.configuration(train=dict(fit_labels=fit_labels), data=dict(shapes=dict(size=60, seed=0)))
+    return flatten_dict(setup.start_params(config, model, mesh, lambda: None), sep="/")
+
+  fitted, fresh = start(20), start(0)
   said = capsys.readouterr().err
-  assert "fitting SigLIP to 32 labelled pictures" in said and "SigLIP names the shape" in said
-  fresh = jax.tree.leaves(tiny.params()["understanding_encoder"])
-  assert any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params["understanding_encoder"]), fresh))
+  assert said.count("fitting SigLIP to 32 labelled pictures") == said.count("SigLIP names the shape") == 1
+  world = ShapesSource("generation", 60, 0)
+  world = [world[i].images[0] for i in range(20)]
+  want = flatten_dict(fit_siglip(tiny.CONFIG.understanding_encoder, world, 20, tiny.configuration()["train"]["seed"]), sep="/")
+  for path, x in fitted.items():
+    part, _, rest = path.partition("/")
+    np.testing.assert_array_equal(x, want[rest] if part == "understanding_encoder" else fresh[path], err_msg=path)
+  changed = [path for path in fresh if not np.array_equal(fresh[path], fitted[path])]
+  assert "understanding_encoder/patch_embed/kernel" in changed

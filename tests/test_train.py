@@ -288,6 +288,23 @@ def test_a_field_that_no_shape_shows_is_named(tmp_path, capsys):
   assert f"model.understanding_encoder.gelu='{other}', this run has '{vision.gelu}'" in said
 
 
+def test_what_no_shape_shows_is_asked_of_the_checkpoint_that_a_part_comes_from(tmp_path, capsys):
+  vision = tiny.CONFIG.understanding_encoder
+  gelu = {"erf": "tanh", "tanh": "erf"}[vision.gelu]
+  other = dataclasses.replace(tiny.CONFIG, understanding_encoder=dataclasses.replace(vision, gelu=gelu))
+  source = dict(tiny.params())
+  source["understanding_encoder"] = source["understanding_encoder"] | {"patch_embed": {"kernel": np.zeros((3, 4))}}
+  for name, model, params in (("other", other, tiny.params()), ("odd", tiny.CONFIG, source)):
+    checkpoint.save_params(tmp_path / name, params, {"model": model.to_dict(), "data": {"template": "plain"}}, None)
+  part = lambda name: (("understanding_encoder", str(tmp_path / name)),)
+  _start(tiny.params(), tmp_path / "a", init_parts=part("other"))
+  assert f"{tmp_path / 'other'} was made with model.understanding_encoder.gelu='{gelu}'" in capsys.readouterr().err
+  _start(tiny.params(), tmp_path / "b", model=other, init_parts=part("other"))
+  assert capsys.readouterr().err.count("\n") == 1  # once, and not of the part that is replaced
+  with pytest.raises(UserError, match="odd lacks understanding_encoder/patch_embed/bias"):
+    _start(tiny.params(), tmp_path / "c", init_parts=part("odd"))
+
+
 def test_parameters_of_another_model_are_refused_by_name(tmp_path):
   source = dict(tiny.params())
   head = source.pop("alignment_head")
@@ -312,6 +329,7 @@ def test_parameters_of_another_model_are_refused_by_name(tmp_path):
     ("train", dict(batch_size=0), "config.train.batch_size=0 "),
     ("train", dict(init_parts=("vae",)), r"config.train.init_parts=\('vae',\) must be a tuple of"),
     ("train", dict(init_parts=(("vae", "DIR"),)), "needs train.init_from"),
+    ("train", dict(fit_labels=16, init_from="DIR"), "config.train.fit_labels=16 must be 0 with train.init_from"),
     ("train", dict(fit_labels=-1), "config.train.fit_labels=-1 must not be negative"),
     ("train", dict(accumulation=3), "config.train.accumulation=3 must divide train.batch_size=4"),
     ("train", dict(ema=1.0), "config.train.ema=1.0 "),

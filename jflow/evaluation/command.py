@@ -210,6 +210,8 @@ def settings_of(recipe: Recipe, args: argparse.Namespace, fingerprint: str) -> d
       "pictures": recipe.pictures,
       "solver": "euler",
     }
+  if recipe.name == "shapes":
+    settings["noise"] = "of its own for every picture"
   return settings
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import itertools
 import pathlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,12 +67,12 @@ class ShapesBenchmark:
   def tasks(self) -> list[Painting | RoundTrip | Question]:
     """All pictures to paint, true ones to send through the VAE, then all questions."""
     out: list[Painting | RoundTrip | Question] = []
+    seeds = itertools.count(self._seed)  # noise in common would make pictures one sample
     for split, prompts in self._prompts.items():
       for number, (text, _) in enumerate(prompts):
         for j in range(self._recipe.pictures):
           file = f"pictures/{split}/{number:04d}_{j}.png"
-          seed = self._seed + number * self._recipe.pictures + j  # noise in common would count as one sample
-          out.append(Painting(f"paint/{split}/{number:04d}/{j}", text, seed, file))
+          out.append(Painting(f"paint/{split}/{number:04d}/{j}", text, next(seeds), file))
     for number, (scene, _) in enumerate(self._true):
       out.append(RoundTrip(f"codec/{number:04d}", scene.render, f"pictures/codec/{number:04d}.png"))
     for split, asked in self._questions.items():

@@ -125,7 +125,7 @@ def save(
   """Writes a directory of the published layout, its VAE in `vae/`, which must not exist yet.
 
   Args:
-    params: flat, see `Loaded`; REPA's and the sigmoid loss's heads are left out.
+    params: flat, see `Loaded`; REPA's head is left out.
     sidecars: directory of the processor's files of the checkpoint that this model came from; files that are
       not there are written from the configuration.
     dtype: of the tensors; None keeps each parameter's own.

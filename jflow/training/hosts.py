@@ -85,6 +85,11 @@ def from_first(numbers: list[int]) -> list[int]:
   return multihost_utils.broadcast_one_to_all(own).tolist()
 
 
+def tree_of_first(tree: Any) -> Any:
+  """The tree of numpy arrays that process 0 has; those of the others have its shapes. Waits for all processes."""
+  return tree if jax.process_count() == 1 else jax.device_get(multihost_utils.broadcast_one_to_all(tree))
+
+
 def on_host(tree: Any) -> Any:
   """Whole arrays of a sharded tree as numpy arrays. All processes call it."""
   return (

@@ -13,16 +13,17 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jflow import sharding
-from jflow.batch import WRITE, RowShape, empty
+from jflow.batch import NONE, RowShape, empty
 from jflow.data.pipeline import Pipeline
 from jflow.data.shapes import ShapesSource
 from jflow.errors import UserError
-from jflow.interop.checkpoints import read_checkpoint
+from jflow.interop.checkpoints import Checkpoint, read_checkpoint
 from jflow.models import attention
 from jflow.models.config import JanusFlowConfig
 from jflow.models.janusflow import Draws, JanusFlow, Sums
 from jflow.models.llm import remat_policy
 from jflow.models.vae import fit_patch_pca
+from jflow.training import hosts
 from jflow.training.tower import fit_siglip
 
 Config = Mapping[str, Any]
@@ -94,6 +95,11 @@ def check(config: Config) -> JanusFlowConfig:
     not train["fit_labels"] or model.reader == "siglip",
     "train.fit_labels",
     "must be 0 with another model.reader than 'siglip'",
+  )
+  need(
+    not train["fit_labels"] or not train["init_from"],
+    "train.fit_labels",
+    "must be 0 with train.init_from: that SigLIP is not fresh",
   )
   need(train["init_weights"] in ("ema", "raw"), "train.init_weights", "must be 'ema' or 'raw'")
   for field in ("learning_rate", "epsilon", "clip_norm"):
@@ -212,35 +218,30 @@ def start_params(
       fitted = fit_patch_pca(some_images(open_pipeline(), train["fit_images"]), model.config.autoencoder)
       params["vae"] = put(fitted, "vae")
     if train["fit_labels"]:
-      source = ShapesSource("generation", **config["data"]["shapes"])
-      world = [source[i].images[0] for i in range(min(len(source), train["fit_labels"]))]
-      fitted = fit_siglip(model.config.understanding_encoder, world, train["fit_labels"], train["seed"])
-      params["understanding_encoder"] = put(fitted, "understanding_encoder")
+      params["understanding_encoder"] = put(_fitted_siglip(config, model), "understanding_encoder")
     return params
-  found = read_checkpoint(train["init_from"], weights=train["init_weights"])
-  source = flatten_dict(found.params, sep="/")
-  for part, path in train["init_parts"]:
-    source = _replaced(source, part, path, train["init_weights"])
+  read = {path: read_checkpoint(path, weights=train["init_weights"]) for path in _paths(train)}
+  source, origin = _chosen(train, read)
   boxed = jax.eval_shape(fresh)
   where = flatten_dict(sharding.shardings(mesh, boxed), sep="/")
   wanted = flatten_dict(sharding.unbox(boxed), sep="/")
   for path in sorted(set(source) - set(wanted)):
     if not path.startswith(tuple(p + "/" for p in train["init_dropped"])):
       raise UserError(
-        f"{train['init_from']} holds {path}, which this model has not; another model? (train.init_dropped lists what may be left behind)"
+        f"{origin(path)} holds {path}, which this model has not; another model? (train.init_dropped lists what may be left behind)"
       )
   missing = [p for p in wanted if p not in source]
   for path in missing:
     if not path.startswith(tuple(p + "/" for p in train["init_fresh"])):
       raise UserError(
-        f"{train['init_from']} lacks {path}; another model? (train.init_fresh lists what may start fresh)"
+        f"{origin(path)} lacks {path}; another model? (train.init_fresh lists what may start fresh)"
       )
   for path in set(wanted) & set(source):
     if wanted[path].shape != source[path].shape:
       raise UserError(
-        f"{train['init_from']}: {path} has shape {tuple(source[path].shape)}, this model needs {wanted[path].shape}"
+        f"{origin(path)}: {path} has shape {tuple(source[path].shape)}, this model needs {wanted[path].shape}"
       )
-  _say_what_no_shape_shows(train["init_from"], found.config, model.config)
+  _say_what_no_shape_shows(model.config, {path: loaded.config for path, loaded in read.items()}, origin)
   only_missing = lambda: {p: x for p, x in flatten_dict(fresh(), sep="/").items() if p in missing}
   new = sharding.create(only_missing, mesh) if missing else {}
   flat = {
@@ -250,38 +251,70 @@ def start_params(
   return unflatten_dict(flat, sep="/")
 
 
-def _replaced(source: dict[str, Any], part: str, path: str, weights: str) -> dict[str, Any]:
-  """Returns flat parameters in which one part is that of another checkpoint."""
-  of_part = lambda params: {p: x for p, x in params.items() if p.split("/")[0] == part}
-  other = of_part(flatten_dict(read_checkpoint(path, weights=weights).params, sep="/"))
-  if not other:
-    raise UserError(f"train.init_parts: {path} has no part {part!r}")
-  return {p: x for p, x in source.items() if p not in of_part(source)} | other
+def _fitted_siglip(config: Config, model: JanusFlow) -> Any:
+  """The tower for `train.fit_labels`: fitted on one device of each process, the same on every mesh."""
+  train = config["train"]
+  source = ShapesSource("generation", **config["data"]["shapes"])
+  world = [source[i].images[0] for i in range(min(len(source), train["fit_labels"]))]
+  with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])):
+    fitted = fit_siglip(model.config.understanding_encoder, world, train["fit_labels"], train["seed"])
+  return hosts.tree_of_first(fitted)
 
 
-def _say_what_no_shape_shows(source: str, theirs: JanusFlowConfig, ours: JanusFlowConfig) -> None:
-  """Names on stderr each field in which two models of the same shapes compute something else."""
-  theirs, ours = (flatten_dict(config.to_dict(), sep=".") for config in (theirs, ours))
+def _paths(train: Config) -> list[str]:
+  """The checkpoints that a run starts from, each once."""
+  return list(dict.fromkeys([train["init_from"], *(path for _, path in train["init_parts"])]))
+
+
+def _chosen(train: Config, read: Mapping[str, Checkpoint]) -> tuple[dict[str, Any], Callable[[str], str]]:
+  """Returns the flat parameters of `init_from` with the parts of `init_parts`, and parameter path -> checkpoint."""
+  parts = dict(train["init_parts"])
+  origin = lambda path: parts.get(path.split("/")[0], train["init_from"])
+  flat = {path: flatten_dict(loaded.params, sep="/") for path, loaded in read.items()}
+  for part, path in parts.items():
+    if not any(name.split("/")[0] == part for name in flat[path]):
+      raise UserError(f"train.init_parts: {path} has no part {part!r}")
+  return {name: x for path in flat for name, x in flat[path].items() if origin(name) == path}, origin
+
+
+_PART_OF = {"understanding_encoder": "understanding_encoder", "autoencoder": "vae", "generation": "generation_encoder"}
+
+
+def _say_what_no_shape_shows(
+  ours: JanusFlowConfig, theirs: Mapping[str, JanusFlowConfig], origin: Callable[[str], str]
+) -> None:
+  """Names on stderr each field in which models of the same shapes compute something else.
+
+  Args:
+    ours: this run's model.
+    theirs: checkpoint -> its model.
+    origin: parameter path -> the checkpoint that it comes from.
+  """
+  flat = {path: flatten_dict(config.to_dict(), sep=".") for path, config in theirs.items()}
   harmless = ("alignment_", "language_model.context")
-  for field in sorted(ours):
-    if ours[field] != theirs[field] and not field.startswith(harmless):
+  for field, value in sorted(flatten_dict(ours.to_dict(), sep=".").items()):
+    source = origin(_PART_OF.get(field.split(".")[0], "language_model"))
+    before = flat[source][field]
+    if value != before and not field.startswith(harmless):
       print(
-        f"jflow: {source} was made with model.{field}={theirs[field]!r}, this run has {ours[field]!r}: the "
-        f"same weights compute something else (--config.model.{field}={theirs[field]} keeps it as it was)",
+        f"jflow: {source} was made with model.{field}={before!r}, this run has {value!r}: the "
+        f"same weights compute something else (--config.model.{field}={before} keeps it as it was)",
         file=sys.stderr,
       )
 
 
 def some_images(pipeline: Pipeline, count: int) -> np.ndarray:
-  """The first `count` pictures to write of a run's data: uint8[count, H, W, 3]."""
+  """The first `count` pictures of a run's data, to read or to paint: uint8[count, H, W, 3]."""
   images: list[np.ndarray] = []
-  step = 0
+  step = last = 0
   while len(images) < count:
     batch = pipeline.batch(step)
-    found = batch.images[batch.image_kind == WRITE]
-    if not images and not len(found) and step > 100:
+    found = batch.images[batch.image_kind != NONE]
+    last = step if len(found) else last
+    if step - last > 100:
       raise UserError(
-        "data.sources.generation gave no picture: the codec of model.autoencoder.kind='patch_pca' is fitted to some"
+        f"the data gave {len(images)} of train.fit_images={count} pictures: the codec of "
+        "model.autoencoder.kind='patch_pca' is fitted to some"
       )
     images.extend(found)
     step += 1

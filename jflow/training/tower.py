@@ -23,8 +23,8 @@ from jflow.sharding import unbox
 from jflow.training import hosts
 
 _BATCH = 16  # smaller ones learn more from as many pictures; the rate is for this size
-_RATE = 1.5e-3  # falls linearly to a tenth
-_WARMUP = 50  # steps
+_RATE = 1.5e-3  # falls linearly to a tenth after the warm-up
+_WARMUP = 50  # steps; fewer than 800 pictures only warm up
 _SHAPES = len(scenes.SHAPES)
 _LABELS = _SHAPES + len(scenes.COLORS) + 1  # logits of a patch: shape, color, whether anything is there
 
@@ -42,7 +42,7 @@ def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed
     seed: of the fresh parameters.
 
   Returns:
-    The parameters of `Siglip`, f32, unboxed. Its pooling head is as fresh.
+    The parameters of `Siglip`, f32 numpy arrays. Its pooling head is as fresh.
   """
   tower = Siglip(config, jnp.float32, False)
   size, side = config.image_size, config.image_size // config.patch_size
@@ -53,7 +53,7 @@ def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed
     "labels": jax.random.normal(other, (config.width, _LABELS)) / np.sqrt(config.width),
   }
   rate = optax.schedules.join_schedules(
-    [optax.linear_schedule(0.0, _RATE, _WARMUP), optax.linear_schedule(_RATE, _RATE / 10, steps)], [_WARMUP]
+    [optax.linear_schedule(0.0, _RATE, _WARMUP), optax.linear_schedule(_RATE, _RATE / 10, max(1, steps - _WARMUP))], [_WARMUP]
   )
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
 
@@ -80,7 +80,7 @@ def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed
   bar.close()
   last = float(np.mean(jax.device_get(right[-max(1, steps // 10) :])))
   hosts.say(f"SigLIP names the shape on {last:.0%} of the patches that show one")
-  return params["tower"]
+  return jax.device_get(params["tower"])
 
 
 def label_loss(logits_BPL: jax.Array, labels_BP2: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -18,7 +18,7 @@ from jflow.training.checkpoint import read_config, write_atomically
 
 # What may differ between a run and its continuation: all else would make it another run.
 _MAY_CHANGE = (
-  "train.steps", "train.watchdog_seconds", "checkpoint.", "distributed.", "log.", "mesh.", "profile.",
+  "train.steps", "train.watchdog_seconds", "train.init_fresh", "train.init_dropped", "checkpoint.", "distributed.", "log.", "mesh.", "profile.",
   "compute.compilation_cache", "data.workers", "data.threads", "data.prefetch", "data.plan_cache",
   "data.tokenizer",  # a path; its files are compared instead
 )  # fmt: skip
