@@ -60,6 +60,8 @@ def get_config(size: str = ""):
     trained += ("latent_encoder", "latent_projector")
   c.optimizer.trained, c.optimizer.frozen = trained, base.SIGLIP + base.NEVER
   if name == "shapes":
-    c.optimizer.learning_rate, c.optimizer.cooldown, c.train.ema = 3e-3, 0.3, 0.998
+    c.optimizer.learning_rate, c.train.ema = 3e-3, 0.998
+    c.optimizer.cooldown_start = c.train.steps * 7 // 10
+    c.optimizer.cooldown_steps = c.train.steps - c.optimizer.cooldown_start
     c.checkpoint.interval, c.data.shapes.size = 500, 50_000
   return c

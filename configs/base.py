@@ -55,7 +55,8 @@ def base(size: str) -> ConfigDict:
   c.optimizer = dict(
     learning_rate=1e-4,  # between warm-up and cool-down (table 1)
     warmup_steps=2000,  # linear (table 1)
-    cooldown=0.0,  # share of train.steps, the last ones, over which the rate falls linearly to 0 (not in the paper)
+    cooldown_start=0,  # from this step on the rate falls linearly to 0 (not in the paper)
+    cooldown_steps=0,  # over so many; 0: it stays
     beta1=0.9,  # table 1
     beta2=0.95,  # table 1
     epsilon=1e-8,  # not in the paper

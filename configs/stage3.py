@@ -17,5 +17,5 @@ def get_config(size: str = ""):
   if c.size in ("384", "256"):
     c.train.steps, c.train.batch_size, c.optimizer.warmup_steps = 26_000, 256, 1000
   if c.size == "shapes":
-    c.train.steps, c.optimizer.learning_rate, c.optimizer.cooldown = 300, 2e-3, 1.0
+    c.train.steps, c.optimizer.learning_rate, c.optimizer.cooldown_steps = 300, 2e-3, 300
   return c

@@ -73,7 +73,7 @@ def train(config: dict[str, Any], workdir: pathlib.Path, fault: list[str]) -> No
   held = hosts.first_alone(lambda: workdirs.lock(workdir))
   try:
     workdirs.check_shared(workdir)
-    optimizer = optim.make_optimizer(config["optimizer"], config["train"]["steps"])
+    optimizer = optim.make_optimizer(config["optimizer"])
     initial = lambda: TrainState.create({"kernel": jnp.eye(16) * 0.5}, {}, optimizer)
     cut = lambda x: NamedSharding(mesh, PartitionSpec("fsdp") if x.ndim == 2 else PartitionSpec())
     where = jax.tree.map(cut, jax.eval_shape(initial))

@@ -331,6 +331,8 @@ def test_parameters_of_another_model_are_refused_by_name(tmp_path):
     ("train", dict(init_parts=(("vae", "DIR"),)), "needs train.init_from"),
     ("train", dict(fit_labels=16, init_from="DIR"), "config.train.fit_labels=16 must be 0 with train.init_from"),
     ("train", dict(fit_labels=-1), "config.train.fit_labels=-1 must not be negative"),
+    ("optimizer", dict(cooldown_start=-1), "config.optimizer.cooldown_start=-1 must not be negative"),
+    ("optimizer", dict(cooldown_start=0, cooldown_steps=2), "config.optimizer.cooldown_steps=2 ends the cool-down at step 2"),
     ("train", dict(accumulation=3), "config.train.accumulation=3 must divide train.batch_size=4"),
     ("train", dict(ema=1.0), "config.train.ema=1.0 "),
     ("train", dict(seed=-1), "config.train.seed=-1 "),

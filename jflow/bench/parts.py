@@ -82,7 +82,7 @@ def _parts(
   names = [name for name in trained if name.startswith(("generation_", "alignment_head"))]
   yield "heads", *gradient(heads, names, flat(draws.noise), written)
 
-  optimizer = optim.make_optimizer(config["optimizer"], config["train"]["steps"])
+  optimizer = optim.make_optimizer(config["optimizer"])
 
   def update(state: TrainState):
     gradients = jax.tree.map(lambda x: 1e-3 * x, state.trained)

@@ -57,32 +57,30 @@ def merge(first: Params, second: Params) -> Params:
   return unflatten_dict({**flatten_dict(first), **flatten_dict(second)})
 
 
-def schedule(config: Mapping[str, Any], steps: int) -> optax.Schedule:
+def schedule(config: Mapping[str, Any]) -> optax.Schedule:
   """Rate of step 0, 1, ...: linear to `learning_rate` in the warm-up, constant, linear to 0 in the cool-down.
 
-  The first step moves, and so does the last: the rate would be 0 at step `steps`.
-
-  Args:
-    config: the section `optimizer` of configs/base.py; `cooldown` is a share of the steps.
-    steps: of the run.
+  The first step moves, and so does the last of the cool-down; behind it the rate is 0.
+  `config` is the section `optimizer` of configs/base.py.
   """
-  warmup, cooldown = max(config["warmup_steps"], 1), config["cooldown"] * steps
+  warmup, cooldown = max(config["warmup_steps"], 1), config["cooldown_steps"]
+  end = config["cooldown_start"] + cooldown
 
   def rate(step):
     share = jnp.minimum(1.0, (step + 1) / warmup)
     if cooldown:
-      share = jnp.minimum(share, jnp.maximum(0.0, (steps - step) / cooldown))
+      share = jnp.minimum(share, jnp.maximum(0.0, (end - step) / cooldown))
     return config["learning_rate"] * share
 
   return rate
 
 
-def make_optimizer(config: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
-  """AdamW after clipping by global norm; arguments as of `schedule`."""
+def make_optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
+  """AdamW after clipping by global norm. `config` is the section `optimizer` of configs/base.py."""
   return optax.chain(
     optax.clip_by_global_norm(config["clip_norm"]),
     optax.adamw(
-      schedule(config, steps),
+      schedule(config),
       b1=config["beta1"],
       b2=config["beta2"],
       eps=config["epsilon"],

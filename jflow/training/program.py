@@ -36,7 +36,7 @@ class Program(NamedTuple):
 
 def make_program(config: Mapping[str, Any], model: JanusFlow, mesh: jax.sharding.Mesh) -> Program:
   """Builds the program of a config; nothing is compiled or allocated. Call it, and the step, under `mesh`."""
-  optimizer = optim.make_optimizer(config["optimizer"], config["train"]["steps"])
+  optimizer = optim.make_optimizer(config["optimizer"])
   train = config["train"]
   spike_window = train["spike_window"] if train["spike_sigmas"] else 0
 

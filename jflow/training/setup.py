@@ -104,9 +104,14 @@ def check(config: Config) -> JanusFlowConfig:
   need(train["init_weights"] in ("ema", "raw"), "train.init_weights", "must be 'ema' or 'raw'")
   for field in ("learning_rate", "epsilon", "clip_norm"):
     need(0 < config["optimizer"][field] < math.inf, f"optimizer.{field}", "must be positive")
-  for field in ("warmup_steps", "weight_decay"):
+  for field in ("warmup_steps", "weight_decay", "cooldown_start", "cooldown_steps"):
     need(0 <= config["optimizer"][field] < math.inf, f"optimizer.{field}", "must not be negative")
-  need(0 <= config["optimizer"]["cooldown"] <= 1, "optimizer.cooldown", "must be a share from 0 to 1")
+  end = config["optimizer"]["cooldown_start"] + config["optimizer"]["cooldown_steps"]
+  need(
+    not config["optimizer"]["cooldown_steps"] or train["steps"] <= end,
+    "optimizer.cooldown_steps",
+    f"ends the cool-down at step {end}: the rate of train.steps={train['steps']} would be 0; 0 keeps it constant",
+  )
   for field in ("beta1", "beta2"):
     need(0 <= config["optimizer"][field] < 1, f"optimizer.{field}", "must be in [0, 1)")
   need(0 < config["objective"]["time_std"] < math.inf, "objective.time_std", "must be positive")

@@ -56,7 +56,7 @@ def make_step(
   weights = {name: weight for name, weight in config["objective"]["weights"].items() if weight}
   wanted = tuple(weights)
   micro = config["train"]["accumulation"]
-  rate = schedule(config["optimizer"], config["train"]["steps"])
+  rate = schedule(config["optimizer"])
   seed = config["train"]["seed"]
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
