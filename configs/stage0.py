@@ -23,5 +23,5 @@ def get_config(size: str = "shapes"):
   c.train.fit_labels = 320
   if c.size == "shapes":
     c.train.fit_labels = 40_000
-    c.train.steps, c.optimizer.learning_rate = 350, 2e-3
+    c.train.steps, c.optimizer.learning_rate = 300, 2e-3
   return c
