@@ -5,7 +5,6 @@ All but the first test train a toy (tests/hosts_worker.py): what is tested is th
 
 import json
 import pathlib
-import shutil
 import signal
 
 import numpy as np

@@ -30,10 +30,7 @@ def test_a_patch_is_labelled_with_the_object_whose_box_holds_its_center():
   star, ring = (scenes.SHAPES.index("star"), 4), (scenes.SHAPES.index("ring"), 0)
   want = np.full((8, 8, 2), -1)
   want[1:3, 1:3] = star  # centers at 0.1875 and 0.3125
-  want[5:7, 6:7] = ring  # rows 0.6875 and 0.8125 are in [0.56, 0.84], column 0.8125 in [0.66, 0.94]
-  want[5:7, 5] = ring  # 0.6875
-  want[5:7, 7] = ring  # 0.9375
-  want[4, 5:8] = ring  # 0.5625
+  want[4:7, 5:8] = ring  # rows 0.5625 to 0.8125 are in [0.56, 0.84], columns 0.6875 to 0.9375 in [0.66, 0.94]
   np.testing.assert_array_equal(scenes.patch_labels(scene, 8).reshape(8, 8, 2), want)
 
 

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jflow import sharding
 from jflow.batch import NONE, RowShape, empty
 from jflow.data.pipeline import Pipeline
-from jflow.data.shapes import ShapesSource
+from jflow.data.sources import SHAPES, open_source
 from jflow.errors import UserError
 from jflow.interop.checkpoints import Checkpoint, read_checkpoint
 from jflow.models import attention
@@ -259,7 +259,7 @@ def start_params(
 def _fitted_siglip(config: Config, model: JanusFlow) -> Any:
   """The tower for `train.fit_labels`: fitted on one device of each process, the same on every mesh."""
   train = config["train"]
-  source = ShapesSource("generation", **config["data"]["shapes"])
+  source = open_source(SHAPES, "generation", config["data"]["shapes"])
   world = [source[i].images[0] for i in range(min(len(source), train["fit_labels"]))]
   with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])):
     fitted = fit_siglip(model.config.understanding_encoder, world, train["fit_labels"], train["seed"])

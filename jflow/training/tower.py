@@ -18,6 +18,7 @@ from tqdm import tqdm
 from jflow.data import scenes
 from jflow.data.scenes import Scene
 from jflow.models.config import SiglipConfig
+from jflow.models.janusflow import normalise
 from jflow.models.siglip import Siglip
 from jflow.sharding import unbox
 from jflow.training import hosts
@@ -59,7 +60,7 @@ def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed
 
   @jax.jit
   def step(params, state, images, labels):
-    features = lambda params: tower.apply({"params": params["tower"]}, images / 127.5 - 1.0)
+    features = lambda params: tower.apply({"params": params["tower"]}, normalise(images))
     loss = lambda params: label_loss(features(params) @ params["labels"], labels)
     gradients, right = jax.grad(loss, has_aux=True)(params)
     updates, state = optimizer.update(gradients, state)
@@ -72,7 +73,7 @@ def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed
   right = []
   for i in range(steps):
     batch = [world[k % len(world)] for k in range(i * _BATCH, (i + 1) * _BATCH)]
-    images = np.stack([scene.render(size) for scene in batch]).astype(np.float32)
+    images = np.stack([scene.render(size) for scene in batch])
     labels = np.stack([scenes.patch_labels(scene, side) for scene in batch])
     params, state, share = step(params, state, images, labels)
     right.append(share)
