@@ -62,6 +62,7 @@ def base(size: str) -> ConfigDict:
     epsilon=1e-8,  # not in the paper
     weight_decay=0.0,  # table 1
     clip_norm=1.0,  # global norm (table 1)
+    muon=(),  # patterns of trained matrices that Muon updates in place of AdamW (not in the paper)
     trained=(),  # patterns of parameter paths; every parameter must match one of the two lists
     frozen=(),
   )
@@ -147,6 +148,7 @@ def base(size: str) -> ConfigDict:
     c.train.batch_size, c.data.row_tokens, c.data.row_images = 8, 256, 3
     c.optimizer.warmup_steps = 30
     c.optimizer.beta2 = 0.99  # gradients of 8 rows are noisier than those of 512
+    c.optimizer.muon = ("language_model/layers", "generation_(encoder|decoder)/blocks_.*")
     # Which of the eight shapes a noisy picture shows is settled early: by Bayes' rule over 40,000 pictures of one red
     # shape the right one has probability 0.28 at time 0.11, 0.75 at 0.20 and 0.97 at 0.28. The standard distribution
     # has a sixth of its times below 0.28, this one nearly three quarters.

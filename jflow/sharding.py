@@ -157,10 +157,15 @@ _gathered.defvjp(
 
 
 def shardings(mesh: Mesh, abstract: Any) -> Any:
-  """Returns the tree of shardings for a tree of `Boxed` or plain `ShapeDtypeStruct` leaves (plain: replicated)."""
+  """Returns the tree of shardings for a tree of `Boxed` or plain `ShapeDtypeStruct` leaves (plain: replicated).
 
-  def leaf(x: Any) -> NamedSharding:
-    return named(mesh, x.names, x.value.shape) if isinstance(x, Boxed) else replicated(mesh)
+  A box may be empty: the moments of a parameter that another optimizer updates (`optax.MaskedNode`).
+  """
+
+  def leaf(x: Any) -> Any:
+    if not isinstance(x, Boxed):
+      return replicated(mesh)
+    return jax.tree.map(lambda value: named(mesh, x.names, value.shape), x.value)
 
   return jax.tree.map(leaf, abstract, is_leaf=lambda x: isinstance(x, Boxed))
 

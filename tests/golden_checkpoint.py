@@ -54,7 +54,7 @@ def state() -> TrainState:
   patterns = fields["optimizer"]["trained"], fields["optimizer"]["frozen"]
   trained, frozen = optim.partition(params("raw"), *patterns)
   averaged, _ = optim.partition(params("ema"), *patterns)
-  constant = {"cooldown_start": 0, "cooldown_steps": 0}  # fields younger than the checkpoint
+  constant = {"cooldown_start": 0, "cooldown_steps": 0, "muon": ()}  # fields younger than the checkpoint
   optimizer = optim.make_optimizer(fields["optimizer"] | constant)
   made = TrainState.create(trained, frozen, optimizer, spike_window=4)
   count = lambda x: jnp.full_like(x, STEP) if x.dtype == jnp.int32 else x + 0.25

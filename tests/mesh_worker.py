@@ -25,7 +25,7 @@ class Run:
   """The tiny model's training on one mesh."""
 
   def __init__(self, sizes: tuple[int, int, int]):
-    config = tiny.configuration(train=dict(batch_size=8))
+    config = tiny.configuration(train=dict(batch_size=8), optimizer=dict(muon=("language_model/layers/mlp",)))
     devices = jax.devices()[: int(np.prod(sizes))]
     self.mesh = sharding.make_mesh(*sizes, devices=devices)
     optimizer = optim.make_optimizer(config["optimizer"])

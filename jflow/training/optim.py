@@ -1,4 +1,7 @@
-"""AdamW with linear warm-up, a constant rate and, if asked for, a cool-down; EMA, and freezing by pattern (001 table 1)."""
+"""AdamW with linear warm-up, a constant rate and, if asked for, a cool-down; EMA, and freezing by pattern (001 table 1).
+
+Not in the paper: Muon for matrices that patterns name.
+"""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -7,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jflow.errors import UserError
@@ -26,13 +30,7 @@ def partition(params: Params, trained: Iterable[str], frozen: Iterable[str]) -> 
   """
   flat = flatten_dict(params, sep="/")
   lists = {"trained": tuple(trained), "frozen": tuple(frozen)}
-  compiled = {}
-  for name, patterns in lists.items():
-    for p in patterns:
-      try:
-        compiled[name, p] = re.compile(f"(?:{p})(?:/|$)")
-      except re.error as error:
-        raise UserError(f"optimizer.{name} pattern {p!r} is not a regular expression: {error}") from None
+  compiled = {(name, p): _compiled(name, p) for name, patterns in lists.items() for p in patterns}
   out: dict[str, dict[str, Any]] = {"trained": {}, "frozen": {}}
   used = set()
   for path, value in flat.items():
@@ -50,6 +48,14 @@ def partition(params: Params, trained: Iterable[str], frozen: Iterable[str]) -> 
         top = sorted({path.split("/")[0] for path in flat})
         raise UserError(f"optimizer.{name} pattern {p!r} matches no parameter; parts are {', '.join(top)}")
   return unflatten_dict(out["trained"], sep="/"), unflatten_dict(out["frozen"], sep="/")
+
+
+def _compiled(field: str, pattern: str) -> re.Pattern[str]:
+  """A pattern of parameter paths, see `partition`; UserError if it is no regular expression."""
+  try:
+    return re.compile(f"(?:{pattern})(?:/|$)")
+  except re.error as error:
+    raise UserError(f"optimizer.{field} pattern {pattern!r} is not a regular expression: {error}") from None
 
 
 def merge(first: Params, second: Params) -> Params:
@@ -76,17 +82,54 @@ def schedule(config: Mapping[str, Any]) -> optax.Schedule:
 
 
 def make_optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
-  """AdamW after clipping by global norm. `config` is the section `optimizer` of configs/base.py."""
-  return optax.chain(
-    optax.clip_by_global_norm(config["clip_norm"]),
-    optax.adamw(
-      schedule(config),
-      b1=config["beta1"],
-      b2=config["beta2"],
+  """AdamW after clipping by global norm, or where `muon` names matrices, Muon for them and NAdamW for the rest.
+
+  `config` is the section `optimizer` of configs/base.py. Muon's updates are scaled to the root mean square of AdamW's
+  (0.2, https://arxiv.org/abs/2502.16982), so that one rate serves both; its momentum is optax's, 0.95.
+  """
+  rate, decay = schedule(config), config["weight_decay"]
+  if config["muon"]:
+    optimizer = optax.contrib.muon(
+      rate,
       eps=config["epsilon"],
-      weight_decay=config["weight_decay"],
-    ),
-  )
+      weight_decay=decay,
+      adam_b1=config["beta1"],
+      adam_b2=config["beta2"],
+      adam_weight_decay=decay,
+      muon_weight_dimension_numbers=lambda params: muon_axes(params, config["muon"]),
+      consistent_rms=0.2,
+    )
+  else:
+    optimizer = optax.adamw(
+      rate, b1=config["beta1"], b2=config["beta2"], eps=config["epsilon"], weight_decay=decay
+    )
+  return optax.chain(optax.clip_by_global_norm(config["clip_norm"]), optimizer)
+
+
+def muon_axes(params: Params, patterns: Iterable[str]) -> Params:
+  """The tree of `params` with (rows, columns) of every matrix that Muon updates, and None for all else.
+
+  A matrix is a "kernel" whose path a pattern matches, see `partition`. Axes before its last two count layers: each
+  layer is a matrix of its own.
+  """
+  compiled = [_compiled("muon", pattern) for pattern in patterns]
+
+  def axes(path: tuple[str, ...], value: Any) -> optax.contrib.MuonDimensionNumbers | None:
+    shapes = [leaf.shape for leaf in jax.tree.leaves(value)]  # none where optax has masked a parameter
+    if shapes and path[-1] == "kernel" and any(pattern.match("/".join(path)) for pattern in compiled):
+      return optax.contrib.MuonDimensionNumbers(len(shapes[0]) - 2, len(shapes[0]) - 1)
+    return None
+
+  return unflatten_dict({path: axes(path, value) for path, value in flatten_dict(params).items()})
+
+
+def check_muon(params: Params, patterns: Iterable[str]) -> None:
+  """Raises UserError for a pattern that matches no matrix of `params`, trained or frozen, or is none."""
+  for pattern in patterns:
+    if not any(flatten_dict(muon_axes(params, (pattern,))).values()):
+      raise UserError(
+        f"optimizer.muon pattern {pattern!r} matches no matrix; say 'language_model/layers' for those of the LLM"
+      )
 
 
 def update_ema(ema: Params, params: Params, decay: float) -> Params:

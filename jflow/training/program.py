@@ -41,6 +41,7 @@ def make_program(config: Mapping[str, Any], model: JanusFlow, mesh: jax.sharding
   spike_window = train["spike_window"] if train["spike_sigmas"] else 0
 
   def state_of(params: Any) -> TrainState:
+    optim.check_muon(params, config["optimizer"]["muon"])
     trained, frozen = optim.partition(params, config["optimizer"]["trained"], config["optimizer"]["frozen"])
     return TrainState.create(trained, frozen, optimizer, spike_window)
 
