@@ -20,7 +20,7 @@ everywhere. What C reads with starts fresh where `train.init_from` names a stage
 from configs import base
 
 LETTERS = "ABCDEF"
-BUDGETS = {"384": 50_000, "256": 50_000, "shapes": 4800, "tiny": 20}  # steps of F
+BUDGETS = {"384": 50_000, "256": 50_000, "shapes": 4000, "tiny": 20}  # steps of F
 FIRST, THEN = (30, 50, 20), (14, 80, 6)  # read : painted : text
 _READER = {"B": "shared", "C": "separate"}
 
@@ -64,4 +64,8 @@ def get_config(size: str = ""):
     c.optimizer.cooldown_start = c.train.steps * 7 // 10
     c.optimizer.cooldown_steps = c.train.steps - c.optimizer.cooldown_start
     c.checkpoint.interval, c.data.shapes.size = 500, 50_000
+    c.data.shapes.long_captions = 0.5
+    c.data.shapes.tags = dict(
+      single_object=0.12, colors=0.25, two_object=0.13, counting=0.13, position=0.17, color_attr=0.15, several=0.05
+    )
   return c

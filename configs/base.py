@@ -95,6 +95,7 @@ def base(size: str) -> ConfigDict:
       seed=0,
       split="train",
       long_captions=0.25,  # share of captions that describe every object
+      named_colors=0.5,  # share of captions and texts whose first sentence names colors that its kind leaves open
     ),
   )
   c.compute = dict(

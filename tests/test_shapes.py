@@ -276,13 +276,15 @@ def says(sentence: str, scene: Scene) -> bool:
       and {thing.shape for thing in scene.objects} == {shape}
       and (color is None or {thing.color for thing in scene.objects} == {color})
     )
-  related = re.fullmatch(rf"a {SHAPE} (left of|right of|above|below) a {SHAPE}", sentence)
+  related = re.fullmatch(rf"an? (?:{COLOR} )?{SHAPE} (left of|right of|above|below) an? (?:{COLOR} )?{SHAPE}", sentence)
   if related:
+    first, shape, relation, second, other = related.groups()
     things = {thing.shape: thing for thing in scene.objects}
-    a, b = things[related[1]], things[related[3]]
-    offset = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}[related[2]]
-    across = abs(a.y - b.y) if related[2] in ("left of", "right of") else abs(a.x - b.x)
-    return len(scene.objects) == 2 and offset > a.r + b.r and across <= 0.45 * offset
+    a, b = things[shape], things[other]
+    offset = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}[relation]
+    across = abs(a.y - b.y) if relation in ("left of", "right of") else abs(a.x - b.x)
+    placed = len(scene.objects) == 2 and offset > a.r + b.r and across <= 0.45 * offset
+    return placed and (first, second) in ((None, None), (a.color, b.color))
   nouns = [re.fullmatch(rf"(a|an) (?:{COLOR} )?{SHAPE}", part) for part in re.split(", | and ", sentence)]
   assert all(nouns), sentence
   assert all((noun[1] == "an") == (noun[2] == "orange") for noun in nouns)
@@ -313,9 +315,19 @@ def test_captions_are_true_and_their_first_sentence_is_one(split):
   assert {"a picture", "an image", "there is", "there are"} <= openings
 
 
+@pytest.mark.parametrize("task", ["generation", "text"])
+def test_first_sentences_name_colors_that_their_kind_leaves_open_as_often_as_asked(task):
+  for share in (0.0, 0.3, 1.0):
+    source = ShapesSource(task, 400, 6, tags=dict(position=1.0, counting=1.0), named_colors=share)
+    colored = [bool(re.search(COLOR, record.text.split(".")[0])) for record in source]
+    assert abs(np.mean(colored) - share) <= (0.08 if share == 0.3 else 0.0)
+
+
 def test_describe_names_every_object():
   for scene in some_scenes("train") + some_scenes("held_out"):
     text = shapes.describe(scene)
+    told_apart = len(scene.objects) == 2 and scenes.relation(*sorted(scene.objects, key=lambda thing: thing.x))
+    assert any(f" {name} " in text for name in scenes.RELATIONS) == bool(told_apart and not text.count(" two "))
     assert says(text, scene) and len(re.findall(COLOR, text)) >= 1
     first, rest = shapes.describe(scene, long=True).split(". ", 1)
     assert first == text

@@ -67,6 +67,7 @@ DEFAULT_TAGS = {
   SEVERAL: 0.05,
 }
 LONG_CAPTIONS = 0.25  # share of captions that describe every object
+NAMED_COLORS = 0.5  # share of sentences that name the colors which their kind of prompt leaves open
 CAPTION_TURNS = 0.4  # share of understanding's records whose answer is a caption
 SHORT_ANSWERS = 0.5  # share of first questions that carry the next
 # Not in the paper: the release's instruction for short answers. As in LLaVA it ends the first question only.
@@ -119,6 +120,7 @@ class ShapesSource:
     split: str = "train",
     tags: Mapping[str, float] | None = None,
     long_captions: float = LONG_CAPTIONS,
+    named_colors: float = NAMED_COLORS,
   ):
     """Checks and stores the arguments.
 
@@ -130,13 +132,16 @@ class ShapesSource:
         least one combination that training never shows).
       tags: share of each kind of scene, any sum above 0; those not named have none. Default: DEFAULT_TAGS.
       long_captions: share of captions, to paint from and to read, that describe every object.
+      named_colors: share of captions to paint from, and of texts, whose first sentence names every color, whatever
+        the kind of scene. What stands where is learned from colors, long before shapes are.
 
     Raises:
       UserError: an argument is out of range.
     """
-    if not 0 <= long_captions <= 1:
-      raise UserError(f"the shapes world's long_captions should be a share from 0 to 1: {long_captions}")
-    self._long_captions = long_captions
+    for name, share in (("long_captions", long_captions), ("named_colors", named_colors)):
+      if not 0 <= share <= 1:
+        raise UserError(f"the shapes world's {name} should be a share from 0 to 1: {share}")
+    self._long_captions, self._named_colors = long_captions, named_colors
     shares = dict(DEFAULT_TAGS if tags is None else tags)
     _check("task", task, TASKS)
     _check("split", split, scenes.SPLITS)
@@ -152,7 +157,7 @@ class ShapesSource:
     self._tags = tuple(shares)
     # The words are those of the code: an edit makes another world.
     code = b"".join(pathlib.Path(module).read_bytes() for module in (__file__, scenes.__file__))
-    key = repr((task, size, seed, split, shares, long_captions)).encode()
+    key = repr((task, size, seed, split, shares, long_captions, named_colors)).encode()
     self.fingerprint = hashlib.sha256(code + key).hexdigest()
     self._bounds = [share / sum(shares.values()) for share in itertools.accumulate(shares.values())]
 
@@ -167,12 +172,19 @@ class ShapesSource:
     scene, combination = scenes.sample(tag, self._split, rng)
     name = f"shapes-{self._split}-{self._task}-{index}"
     if self._task == "generation":
-      return Record(name, (scene,), caption(scene, combination, rng, self._long_captions), ())
+      return Record(name, (scene,), caption(scene, self._told(scene, combination, rng), rng, self._long_captions), ())
     if self._task == "text":
-      return Record(name, (), _document(scene, combination, rng), ())
+      return Record(name, (), _document(scene, self._told(scene, combination, rng), rng), ())
     if rng.random() < CAPTION_TURNS:
       return Record(name, (scene,), describe(scene, rng.random() < self._long_captions), ())
     return Record(name, (scene,), "", _conversation(scene, rng))
+
+  def _told(self, scene: Scene, combination: Combination, rng: Rng) -> Combination:
+    """What the first sentence says of the scene: the combination, at times with every color."""
+    if rng.random() >= self._named_colors:
+      return combination
+    things = scene.objects[: len(combination.pairs)]
+    return combination._replace(pairs=tuple((thing.shape, thing.color) for thing in things))
 
 
 def caption(scene: Scene, combination: Combination, rng: Rng, long_captions: float = LONG_CAPTIONS) -> str:
@@ -184,13 +196,21 @@ def caption(scene: Scene, combination: Combination, rng: Rng, long_captions: flo
 
 
 def describe(scene: Scene, long: bool = False) -> str:
-  """Returns the one caption that names every object with its color, from left to right; long: size and place, too."""
+  """Returns the one caption that names every object with its color, from left to right; long: size and place, too.
+
+  Of two objects it says how the first lies to the second, where that is clear.
+  """
   scene = scene._replace(objects=tuple(sorted(scene.objects, key=lambda thing: thing.x)))
   ordered = scene.objects
+  nouns = [_noun(thing.shape, thing.color) for thing in ordered]
+  relation = scenes.relation(*ordered) if len(ordered) == 2 else None
   if _is_group(scene):
-    text = f"a picture of {_plural(ordered[0].shape, ordered[0].color, len(ordered))}"
+    told = _plural(ordered[0].shape, ordered[0].color, len(ordered))
+  elif relation:
+    told = f"{nouns[0]} {relation} {nouns[1]}"
   else:
-    text = f"a picture of {_join([_noun(thing.shape, thing.color) for thing in ordered])}"
+    told = _join(nouns)
+  text = f"a picture of {told}"
   return f"{text}. {' '.join(_details(scene))}" if long else text
 
 
