@@ -58,6 +58,8 @@ def get_config(size: str = ""):
   if letter == "C":
     c.train.init_fresh += ("latent_encoder", "latent_projector")
     trained += ("latent_encoder", "latent_projector")
+    if c.optimizer.muon:
+      c.optimizer.muon += ("latent_encoder/blocks_.*",)
   c.optimizer.trained, c.optimizer.frozen = trained, base.SIGLIP + base.NEVER
   if name == "shapes":
     c.optimizer.learning_rate, c.train.ema = 3e-3, 0.998
