@@ -58,6 +58,9 @@ def test_every_parameter_of_every_ablation_is_trained_or_frozen(letter, size):
     config["optimizer"]["trained"],
     config["optimizer"]["frozen"],
   )
+  optim.check_muon(setup.sharding.unbox(shapes), config["optimizer"]["muon"])
+  axes = optim.muon_axes(setup.sharding.unbox(shapes), config["optimizer"]["muon"])
+  assert letter != "C" or axes["latent_encoder"] == axes["generation_encoder"]
   assert set(frozen) == {"understanding_encoder", "vae"}
   assert ("alignment_head" in trained) == (letter not in "AD")
   assert ("understanding_projector" in trained) == (letter not in "BC")

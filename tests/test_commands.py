@@ -270,6 +270,8 @@ def test_understand_prints_the_answer(capsys, model, picture, tmp_path):
     (["--config.model.generation.patch_size=3"], "model.generation.patch_size=3"),
     (["--config.data.tokenizer=nowhere"], "tokenizer.json not found"),
     (["--config.optimizer.trained=('language_model',)"], "matches neither"),
+    (["--config.optimizer.muon=('language_model/norm',)"], "matches no parameter named kernel"),
+    (["--config.optimizer.muon=(1,)"], "config.optimizer.muon=(1,) must be a tuple of patterns"),
     (["--config.data.sources.text=()"], "data.sources.text is empty"),
     (["--config.train.init_from=nowhere"], "checkpoint nowhere is not a directory"),
     (["--workdir=/dev/null/run"], "workdir /dev/null/run cannot be written"),

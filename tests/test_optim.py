@@ -49,37 +49,67 @@ def test_steps_are_those_of_adamw_after_clipping(change):
   np.testing.assert_allclose(got, adamw(config, start, gradients), rtol=1e-5, atol=1e-6)
 
 
-def test_muon_orthogonalises_the_matrices_that_it_is_given():
-  """The first update is 0.2 sqrt(max(rows, columns)) rate times the gradient with its singular values near 1.
+def tree_of_matrices(seed: int) -> dict:
+  """Layers of a scan, a matrix that no pattern names, one that is named alone, and a bias."""
+  rng = np.random.default_rng(seed)
+  shapes = {"a": {"x": {"kernel": (3, 16, 40), "bias": (3, 40)}}, "b": {"kernel": (16, 40)}, "c": {"kernel": (24, 16)}}
+  draw = lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  return jax.tree.map(draw, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
-  Five steps of Newton-Schulz leave them within 0.3 of it, for any layer alone. NAdamW moves the rest by about the rate.
+
+def test_muon_orthogonalises_the_momentum_of_its_matrices_layer_by_layer():
+  """Its updates are 0.2 sqrt(max(rows, columns)) rate U V', where U S V' is the gradient plus 0.95 of the momentum.
+
+  Five steps of Newton-Schulz leave the singular values within 0.32 of 1. Weight decay comes on top.
   """
-  config = CONFIG | dict(warmup_steps=0, muon=("a/.*", "c"))
-  params = {
-    "a": {"x": {"kernel": RNG.standard_normal((3, 16, 40)), "bias": np.ones((3, 40))}},
-    "b": {"kernel": RNG.standard_normal((16, 40))},
-    "c": {"kernel": RNG.standard_normal((24, 16))},
-  }
-  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
-  gradients = jax.tree.map(lambda x: jnp.asarray(RNG.standard_normal(x.shape), jnp.float32), params)
+  config = CONFIG | dict(warmup_steps=2, muon=("a/.*", "c"), weight_decay=0.1, clip_norm=1e9)
+  params, gradients = tree_of_matrices(0), [tree_of_matrices(1), tree_of_matrices(2)]
   optimizer = optim.make_optimizer(config)
-  updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
-  moved = [(gradients["a"]["x"]["kernel"][i], updates["a"]["x"]["kernel"][i]) for i in range(3)]
-  for gradient, update in [*moved, (gradients["c"]["kernel"], updates["c"]["kernel"])]:
-    left, _, right = np.linalg.svd(gradient, full_matrices=False)
-    scale = -0.2 * max(update.shape) ** 0.5 * config["learning_rate"]
-    np.testing.assert_allclose(left.T @ update @ right.T / scale, np.eye(len(right)), atol=0.32)
-  for got, gradient in ((updates["a"]["x"]["bias"], gradients["a"]["x"]["bias"]), (updates["b"], gradients["b"])):
-    one = jax.tree.map(lambda u, g: np.asarray(u / jnp.sign(g)), got, gradient)
-    np.testing.assert_allclose(jax.tree.leaves(one)[0], -config["learning_rate"], rtol=1.0)
+  state, update = optimizer.init(params), jax.jit(optimizer.update)
+  momentum = jax.tree.map(np.zeros_like, params)
+  for step, gradient in enumerate(gradients):
+    updates, state = update(gradient, state, params)
+    momentum = jax.tree.map(lambda m, g: 0.95 * m + 0.05 * g, momentum, gradient)
+    pushed = jax.tree.map(lambda m, g: 0.95 * m / (1 - 0.95 ** (step + 2)) + 0.05 * g / (1 - 0.95 ** (step + 1)), momentum, gradient)
+    rate = config["learning_rate"] * (step + 1) / 2
+    three = [[t["a"]["x"]["kernel"][i] for t in (pushed, updates, params)] for i in range(3)]
+    for direction, moved, weight in [*three, [t["c"]["kernel"] for t in (pushed, updates, params)]]:
+      left, _, right = np.linalg.svd(direction, full_matrices=False)
+      turned = -(moved + rate * 0.1 * weight) / (0.2 * max(moved.shape) ** 0.5 * rate)
+      np.testing.assert_allclose(left.T @ turned @ right.T, np.eye(len(right)), atol=0.32)
 
 
-def test_a_pattern_of_muon_that_matches_no_matrix_is_refused():
+def test_what_muon_does_not_take_goes_by_nadamw():
+  """Dozat's first step: the sign times 1 + beta1 (1 - beta1) / (1 - beta1^2), over 1 of the second moment."""
+  config = CONFIG | dict(warmup_steps=0, muon=("a/.*", "c"))
+  params, gradients = tree_of_matrices(0), tree_of_matrices(1)
+  optimizer = optim.make_optimizer(config)
+  updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+  for part in (lambda t: t["a"]["x"]["bias"], lambda t: t["b"]["kernel"]):
+    want = -config["learning_rate"] * np.sign(part(gradients)) * (1 + 0.9 * 0.1 / (1 - 0.9**2))
+    np.testing.assert_allclose(part(updates), want, rtol=1e-3)
+
+
+def test_muon_leaves_what_is_frozen_out():
+  """Stage 1 names the LLM's matrices, as all stages do, and trains none of them."""
+  optimizer = optim.make_optimizer(CONFIG | dict(muon=("c",)))
+  params = {"b": tree_of_matrices(0)["b"]}
+  updates, _ = optimizer.update(params, optimizer.init(params), params)
+  assert list(updates) == ["b"]
+
+
+@pytest.mark.parametrize(
+  "pattern, words",
+  [
+    ("language_model/norm", "optimizer.muon pattern 'language_model/norm' matches no parameter named kernel"),
+    ("language_model/embed", "parts are alignment_head, "),
+    ("(", r"optimizer.muon pattern '\(' is not a regular expression"),
+  ],
+)
+def test_a_pattern_of_muon_that_matches_no_matrix_is_refused(pattern, words):
   optim.check_muon(tiny.params(), ("language_model/layers", "generation_(encoder|decoder)/blocks_.*"))
-  with pytest.raises(UserError, match="optimizer.muon pattern 'language_model/norm' matches no matrix"):
-    optim.check_muon(tiny.params(), ("language_model/norm",))
-  with pytest.raises(UserError, match=r"optimizer.muon pattern '\(' is not a regular expression"):
-    optim.check_muon(tiny.params(), ("(",))
+  with pytest.raises(UserError, match=words):
+    optim.check_muon(tiny.params(), (pattern,))
 
 
 def test_warm_up_is_linear_then_constant_and_the_first_step_moves():

@@ -254,6 +254,8 @@ def test_shares_of_the_tags():
     (("text", 10, 0, "val", {"dogs": 1}), "tag 'dogs'"),
     (("text", 10, 0, "val", {"colors": -1}), "'colors'"),
     (("text", 10, 0, "val", {"colors": 0}), "above 0"),
+    (("text", 10, 0, "val", None, 1.5), "long_captions"),
+    (("text", 10, 0, "val", None, 0.5, -0.5), "named_colors"),
   ],
 )
 def test_mistakes_are_named(arguments, message):
@@ -326,13 +328,14 @@ def test_first_sentences_name_colors_that_their_kind_leaves_open_as_often_as_ask
 def test_describe_names_every_object():
   for scene in some_scenes("train") + some_scenes("held_out"):
     text = shapes.describe(scene)
-    told_apart = len(scene.objects) == 2 and scenes.relation(*sorted(scene.objects, key=lambda thing: thing.x))
-    assert any(f" {name} " in text for name in scenes.RELATIONS) == bool(told_apart and not text.count(" two "))
+    related = len(scene.objects) == 2 and scenes.relation(*scene.objects) and " two " not in text
+    assert any(f" {name} " in text for name in scenes.RELATIONS) == bool(related)
     assert says(text, scene) and len(re.findall(COLOR, text)) >= 1
     first, rest = shapes.describe(scene, long=True).split(". ", 1)
     assert first == text
     details = re.findall(rf"The {SHAPE} is {COLOR}, (\w+) and (?:at|on|in) the [\w ]+\.", rest)
-    ordered = sorted(scene.objects, key=lambda thing: thing.x)  # from left to right
+    order = (lambda thing: thing.shape) if related else (lambda thing: thing.x)  # from left to right
+    ordered = sorted(scene.objects, key=order)
     if len({thing.shape for thing in scene.objects}) == len(scene.objects):
       assert details == [(thing.shape, thing.color, thing.size) for thing in ordered]
 

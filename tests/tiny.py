@@ -188,8 +188,7 @@ def configuration(**sections) -> dict:
     ),
     optimizer=dict(
       learning_rate=1e-2, warmup_steps=2, cooldown_start=0, cooldown_steps=0, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.0,
-      muon=(),
-      clip_norm=1.0,
+      clip_norm=1.0, muon=(),
       trained=("language_model", "generation_.*", "alignment_head", "understanding_(projector|start)"),
       frozen=("understanding_encoder", "vae"),
     ),

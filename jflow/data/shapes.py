@@ -67,7 +67,6 @@ DEFAULT_TAGS = {
   SEVERAL: 0.05,
 }
 LONG_CAPTIONS = 0.25  # share of captions that describe every object
-NAMED_COLORS = 0.5  # share of sentences that name the colors which their kind of prompt leaves open
 CAPTION_TURNS = 0.4  # share of understanding's records whose answer is a caption
 SHORT_ANSWERS = 0.5  # share of first questions that carry the next
 # Not in the paper: the release's instruction for short answers. As in LLaVA it ends the first question only.
@@ -120,7 +119,7 @@ class ShapesSource:
     split: str = "train",
     tags: Mapping[str, float] | None = None,
     long_captions: float = LONG_CAPTIONS,
-    named_colors: float = NAMED_COLORS,
+    named_colors: float = 0.0,
   ):
     """Checks and stores the arguments.
 
@@ -172,7 +171,8 @@ class ShapesSource:
     scene, combination = scenes.sample(tag, self._split, rng)
     name = f"shapes-{self._split}-{self._task}-{index}"
     if self._task == "generation":
-      return Record(name, (scene,), caption(scene, self._told(scene, combination, rng), rng, self._long_captions), ())
+      told = self._told(scene, combination, rng)
+      return Record(name, (scene,), caption(scene, told, rng, self._long_captions), ())
     if self._task == "text":
       return Record(name, (), _document(scene, self._told(scene, combination, rng), rng), ())
     if rng.random() < CAPTION_TURNS:
@@ -181,7 +181,7 @@ class ShapesSource:
 
   def _told(self, scene: Scene, combination: Combination, rng: Rng) -> Combination:
     """What the first sentence says of the scene: the combination, at times with every color."""
-    if rng.random() >= self._named_colors:
+    if not self._named_colors or rng.random() >= self._named_colors:
       return combination
     things = scene.objects[: len(combination.pairs)]
     return combination._replace(pairs=tuple((thing.shape, thing.color) for thing in things))
@@ -196,18 +196,20 @@ def caption(scene: Scene, combination: Combination, rng: Rng, long_captions: flo
 
 
 def describe(scene: Scene, long: bool = False) -> str:
-  """Returns the one caption that names every object with its color, from left to right; long: size and place, too.
+  """Returns the one caption that names every object with its color; long: size and place, too.
 
-  Of two objects it says how the first lies to the second, where that is clear.
+  From left to right, but for two objects of which one clearly lies on a side of the other: then by the alphabet, so that
+  each of the four relations has to be seen.
   """
-  scene = scene._replace(objects=tuple(sorted(scene.objects, key=lambda thing: thing.x)))
+  relation = scenes.relation(*scene.objects) if len(scene.objects) == 2 and not _is_group(scene) else None
+  order = (lambda thing: thing.shape) if relation else (lambda thing: thing.x)
+  scene = scene._replace(objects=tuple(sorted(scene.objects, key=order)))
   ordered = scene.objects
   nouns = [_noun(thing.shape, thing.color) for thing in ordered]
-  relation = scenes.relation(*ordered) if len(ordered) == 2 else None
   if _is_group(scene):
     told = _plural(ordered[0].shape, ordered[0].color, len(ordered))
   elif relation:
-    told = f"{nouns[0]} {relation} {nouns[1]}"
+    told = f"{nouns[0]} {scenes.relation(*ordered)} {nouns[1]}"
   else:
     told = _join(nouns)
   text = f"a picture of {told}"

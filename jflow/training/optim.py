@@ -84,8 +84,9 @@ def schedule(config: Mapping[str, Any]) -> optax.Schedule:
 def make_optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
   """AdamW after clipping by global norm, or where `muon` names matrices, Muon for them and NAdamW for the rest.
 
-  `config` is the section `optimizer` of configs/base.py. Muon's updates are scaled to the root mean square of AdamW's
-  (0.2, https://arxiv.org/abs/2502.16982), so that one rate serves both; its momentum is optax's, 0.95.
+  `config` is the section `optimizer` of configs/base.py; `beta1` and `beta2` are not Muon's. Its momentum is optax's 0.95,
+  and its updates are scaled to the root mean square of AdamW's, 0.2 of the rate (https://arxiv.org/abs/2502.16982), so
+  that one rate serves both.
   """
   rate, decay = schedule(config), config["weight_decay"]
   if config["muon"]:
@@ -109,26 +110,30 @@ def make_optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
 def muon_axes(params: Params, patterns: Iterable[str]) -> Params:
   """The tree of `params` with (rows, columns) of every matrix that Muon updates, and None for all else.
 
-  A matrix is a "kernel" whose path a pattern matches, see `partition`. Axes before its last two count layers: each
-  layer is a matrix of its own.
+  A matrix is a parameter named "kernel" of two axes, or of three where the first counts layers, each a matrix of its own.
+  Its path matches a pattern, see `partition`.
   """
   compiled = [_compiled("muon", pattern) for pattern in patterns]
 
   def axes(path: tuple[str, ...], value: Any) -> optax.contrib.MuonDimensionNumbers | None:
-    shapes = [leaf.shape for leaf in jax.tree.leaves(value)]  # none where optax has masked a parameter
-    if shapes and path[-1] == "kernel" and any(pattern.match("/".join(path)) for pattern in compiled):
-      return optax.contrib.MuonDimensionNumbers(len(shapes[0]) - 2, len(shapes[0]) - 1)
+    ranks = [len(leaf.shape) for leaf in jax.tree.leaves(value)]  # none where optax has masked a parameter
+    if path[-1] == "kernel" and ranks in ([2], [3]) and any(p.match("/".join(path)) for p in compiled):
+      return optax.contrib.MuonDimensionNumbers(ranks[0] - 2, ranks[0] - 1)
     return None
 
   return unflatten_dict({path: axes(path, value) for path, value in flatten_dict(params).items()})
 
 
 def check_muon(params: Params, patterns: Iterable[str]) -> None:
-  """Raises UserError for a pattern that matches no matrix of `params`, trained or frozen, or is none."""
+  """Raises UserError for a pattern that matches no matrix of `params`, or is none.
+
+  A matrix may be frozen: one list serves all stages.
+  """
   for pattern in patterns:
     if not any(flatten_dict(muon_axes(params, (pattern,))).values()):
       raise UserError(
-        f"optimizer.muon pattern {pattern!r} matches no matrix; say 'language_model/layers' for those of the LLM"
+        f"optimizer.muon pattern {pattern!r} matches no parameter named kernel with 2 or 3 axes; parts are "
+        f"{', '.join(sorted(params))}"
       )
 
 

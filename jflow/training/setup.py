@@ -102,6 +102,12 @@ def check(config: Config) -> JanusFlowConfig:
     "must be 0 with train.init_from: that SigLIP is not fresh",
   )
   need(train["init_weights"] in ("ema", "raw"), "train.init_weights", "must be 'ema' or 'raw'")
+  muon = config["optimizer"]["muon"]
+  need(
+    isinstance(muon, tuple) and all(isinstance(pattern, str) and pattern for pattern in muon),
+    "optimizer.muon",
+    "must be a tuple of patterns, as ('language_model/layers',)",
+  )
   for field in ("learning_rate", "epsilon", "clip_norm"):
     need(0 < config["optimizer"][field] < math.inf, f"optimizer.{field}", "must be positive")
   for field in ("warmup_steps", "weight_decay", "cooldown_start", "cooldown_steps"):

@@ -100,7 +100,8 @@ def check_same_run(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Tok
     only_one_has_it = field not in theirs or field not in ours  # of two versions of jflow: off (0, empty) is as before
     same = not before and not now if only_one_has_it else before == now
     if not same and not field.startswith(_MAY_CHANGE):
-      differ.append(f"{field}={before!r}, now {now!r}")
+      was = f"no {field} yet" if field not in theirs else f"{field}={before!r}"
+      differ.append(f"{was}, now {'gone' if field not in ours else repr(now)}")
   if differ:
     raise UserError(
       f"workdir {workdir} holds a run with {'; '.join(differ)}: use another --workdir or the same "
