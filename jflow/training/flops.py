@@ -1,4 +1,4 @@
-"""Model FLOPs of a batch: what `mfu` divides by time and peak."""
+"""Model FLOPs of a batch: what `mfu` divides by time and peak. The optimizer's are none of the model's."""
 
 import dataclasses
 import re
