@@ -1,8 +1,8 @@
 """The paper's table 6 on the built-in world: trains A to F at equal budgets, scores them, puts the table together.
 
-  python launch/ablations.py runs/ablations --steps=4800 --slice=1600 --pretrain=1500 --jobs=2    # 3 hours on 2 cores
-  python launch/ablations.py runs/ablations --steps=4800 --letters=FA      # some of them; the others stay as they are
-  python launch/ablations.py runs/ablations --steps=4800 --report          # from what is there, trained to the end or not
+  python launch/ablations.py runs/ablations --slice=2000 --jobs=2 --guidance=3 --pictures=2   # 2 hours on 2 cores
+  python launch/ablations.py runs/ablations --letters=FA      # some of them; the others stay as they are
+  python launch/ablations.py runs/ablations --report          # from what is there, trained to the end or not
 
 FOLDER gets stage0 and stage1 (made once, unless --start names a stage 1), a workdir for each letter, its scores under
 scores/, and results.json, table.md, losses.png, pictures.png. Stopped at any moment, the same command goes on. D and
