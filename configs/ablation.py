@@ -66,6 +66,7 @@ def get_config(size: str = ""):
     c.optimizer.cooldown_start = c.train.steps * 7 // 10
     c.optimizer.cooldown_steps = c.train.steps - c.optimizer.cooldown_start
     c.checkpoint.interval, c.data.shapes.size = 500, 50_000
+    # More of the harder prompts than in configs/base.py, and as many short captions, which prompts are, as long ones.
     c.data.shapes.long_captions = 0.5
     c.data.shapes.tags = dict(
       single_object=0.12, colors=0.25, two_object=0.13, counting=0.13, position=0.17, color_attr=0.15, several=0.05
