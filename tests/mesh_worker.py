@@ -19,14 +19,13 @@ from jflow.training.state import TrainState
 from jflow.training.step import make_step
 
 MESHES = ((1, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2))
-MUON = ("language_model/layers", "generation_(encoder|decoder)/blocks_.*")  # NAdamW has the rest
 
 
 class Run:
   """The tiny model's training on one mesh."""
 
   def __init__(self, sizes: tuple[int, int, int]):
-    config = tiny.configuration(train=dict(batch_size=8), optimizer=dict(muon=MUON))
+    config = tiny.configuration(train=dict(batch_size=8), optimizer=dict(muon=tiny.MUON))
     devices = jax.devices()[: int(np.prod(sizes))]
     self.mesh = sharding.make_mesh(*sizes, devices=devices)
     optimizer = optim.make_optimizer(config["optimizer"])

@@ -37,8 +37,6 @@ SMALL = (
   f"--config.checkpoint.interval={INTERVAL}",
 )
 
-MUON = "--config.optimizer.muon=('language_model/layers','generation_(encoder|decoder)/blocks_.*')"  # in stage 3
-
 
 def _environment() -> dict[str, str]:
   return os.environ | {
@@ -54,7 +52,7 @@ def _command(
   return [
     sys.executable, "-m", "jflow", "train", f"--config=configs/stage{stage}.py:tiny", f"--workdir={workdir}",
     f"--config.compute.compilation_cache={cache}", f"--config.train.steps={STEPS}", *SMALL,
-    f"--config.train.init_from={before}", *[MUON] * (stage == 3), *fields,
+    f"--config.train.init_from={before}", *[f"--config.optimizer.muon={tiny.MUON}"] * (stage == 3), *fields,
   ]  # fmt: skip
 
 

@@ -177,6 +177,9 @@ def loss_and_gradient(model, params, batch, draws):
   return jax.value_and_grad(total)(params)
 
 
+MUON = ("language_model/layers", "generation_(encoder|decoder)/blocks_.*")  # as configs/base.py has it for :shapes
+
+
 def configuration(**sections) -> dict:
   """A whole config like those of configs/, for this model; keywords replace fields of a section."""
   config = dict(

@@ -201,19 +201,18 @@ def describe(scene: Scene, long: bool = False) -> str:
   From left to right, but for two objects of which one clearly lies on a side of the other: then by the alphabet, so that
   each of the four relations has to be seen.
   """
-  relation = scenes.relation(*scene.objects) if len(scene.objects) == 2 and not _is_group(scene) else None
-  order = (lambda thing: thing.shape) if relation else (lambda thing: thing.x)
-  scene = scene._replace(objects=tuple(sorted(scene.objects, key=order)))
-  ordered = scene.objects
+  group = _is_group(scene)
+  ordered = sorted(scene.objects, key=lambda thing: thing.shape)
+  relation = scenes.relation(*ordered) if len(ordered) == 2 and not group else None
+  if not relation:
+    ordered = sorted(scene.objects, key=lambda thing: thing.x)
   nouns = [_noun(thing.shape, thing.color) for thing in ordered]
-  if _is_group(scene):
+  if group:
     told = _plural(ordered[0].shape, ordered[0].color, len(ordered))
-  elif relation:
-    told = f"{nouns[0]} {scenes.relation(*ordered)} {nouns[1]}"
   else:
-    told = _join(nouns)
+    told = f" {relation} ".join(nouns) if relation else _join(nouns)
   text = f"a picture of {told}"
-  return f"{text}. {' '.join(_details(scene))}" if long else text
+  return f"{text}. {' '.join(_details(scene._replace(objects=tuple(ordered))))}" if long else text
 
 
 def evaluation_prompts(split: str, count: int, seed: int) -> list[tuple[str, dict[str, Any]]]:
