@@ -1,4 +1,4 @@
-"""The ablations of the paper's table 6, one letter each, on the built-in world or at 256 x 256 (001 section 4.5).
+"""The ablations of the paper's table 6, one letter each, on the built-in world or at 256 x 256 (paper section 4.5).
 
   A  without representation alignment (REPA)
   B  one VAE + ConvNeXt encoder for reading and painting

@@ -39,7 +39,7 @@ def base(size: str) -> ConfigDict:
     batch_size=512,  # packed rows per step (table 1)
     accumulation=1,  # microbatches that a step's rows are cut into
     seed=0,  # of parameters, time, noise, data order
-    ema=0.99,  # decay per step (001 section 4.1)
+    ema=0.99,  # decay per step (paper section 4.1)
     init_from="",  # checkpoint to start from: a jflow or an official directory; empty: fresh parameters
     init_weights="ema",  # of that checkpoint: "ema" or "raw"
     init_fresh=(),  # parts that may be missing there and then start fresh
@@ -76,7 +76,7 @@ def base(size: str) -> ConfigDict:
   c.data = dict(
     tokenizer=TOKENIZER if small else "",  # directory with tokenizer.json
     template="plain",  # "plain": prompt and image, image and text; "chat": User / Assistant (stage 3)
-    row_tokens=4096,  # tokens of a packed row (001 section 4.1)
+    row_tokens=4096,  # tokens of a packed row (paper section 4.1)
     row_images=7 if size == "384" else 14,  # image slots of a packed row
     sources=dict(  # per type: ((directory or "shapes", weight), ...)
       understanding=builtin if small else (),
@@ -84,8 +84,8 @@ def base(size: str) -> ConfigDict:
       text=builtin if small else (),
     ),
     mixture=((0, (50, 50, 0)),),  # (from step, rows understanding : generation : text)
-    first_sentence=0.25,  # share of captions cut to their first sentence for generation (001 section 4.2)
-    prompt_drop=0.1,  # share of prompts dropped, so that guidance works (001 section 3.4)
+    first_sentence=0.25,  # share of captions cut to their first sentence for generation (paper section 4.2)
+    prompt_drop=0.1,  # share of prompts dropped, so that guidance works (paper section 3.4)
     latents=False,  # True: the VAE's moments and squares that `prepare --latents` wrote, in place of its encoder
     workers=0,  # loader processes; 0: threads only
     threads=2,  # per process
@@ -167,7 +167,7 @@ def base(size: str) -> ConfigDict:
 
 
 # What the stages train and freeze, by the first part of a parameter's path.
-NEW_PARTS = (  # linear aligners, g_enc, g_dec, REPA head (001 section 3.3)
+NEW_PARTS = (  # linear aligners, g_enc, g_dec, REPA head (paper section 3.3)
   "understanding_projector",
   "understanding_start",
   "generation_encoder",

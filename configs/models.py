@@ -1,6 +1,6 @@
 """The sizes of the models, as plain dicts for the section `model` of a config.
 
-janusflow_384, janusflow_256: the paper's (001 section 4.1, appendix A; sizes of the release where it is silent).
+janusflow_384, janusflow_256: the paper's (paper section 4.1, appendix A; sizes of the release where it is silent).
 tiny: for tests, a second per step on one core. shapes: learns the built-in world in minutes on two cores.
 mid: the paper's parts at a width where a CPU's time goes where an accelerator's goes; for measuring.
 """
@@ -49,7 +49,7 @@ def janusflow_384() -> dict:
 
 
 def janusflow_256() -> dict:
-  """JanusFlow at 256 x 256 (001 appendix A): SigLIP-Large-Patch16-256, 16 x 16 = 256 patches."""
+  """JanusFlow at 256 x 256 (paper appendix A): SigLIP-Large-Patch16-256, 16 x 16 = 256 patches."""
   model = janusflow_384()
   model["understanding_encoder"]["image_size"] = 256
   return model

@@ -1,4 +1,4 @@
-"""Stage 1, adaptation: the new parts learn to sit between frozen LLM, SigLIP and VAE (001 section 3.3, table 1).
+"""Stage 1, adaptation: the new parts learn to sit between frozen LLM, SigLIP and VAE (paper section 3.3, table 1).
 
   python -m jflow train --config=configs/stage1.py --workdir=runs/stage1 \\
     --config.train.init_from=runs/parts --config.data.tokenizer=... --config.data.sources.generation="(('DIR', 1.0),)"

@@ -1,4 +1,4 @@
-"""Stage 2, unified pre-training: everything but SigLIP and the VAE learns (001 section 3.3, table 1).
+"""Stage 2, unified pre-training: everything but SigLIP and the VAE learns (paper section 3.3, table 1).
 
 The mixture is 30 : 50 : 20 for the first 10,000 steps, then 14 : 80 : 6. The paper says 390,000 steps, its
 slides 380,000.

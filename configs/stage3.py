@@ -1,4 +1,4 @@
-"""Stage 3, supervised fine-tuning: everything but the VAE learns, on dialogues (001 section 3.3, table 1).
+"""Stage 3, supervised fine-tuning: everything but the VAE learns, on dialogues (paper section 3.3, table 1).
 
 python -m jflow train --config=configs/stage3.py --workdir=runs/stage3 --config.train.init_from=runs/stage2
 """

@@ -1,7 +1,7 @@
 """jflow: JanusFlow in JAX and Flax. One LLM that reads images and writes images by rectified flow.
 
 import jflow
-model = jflow.load("runs/stage3")
+model = jflow.load("quickstart/stage3")
 model.generate(["a picture of a red circle"], steps=30, guidance=2.0)[0].save("circle.png")
 model.understand("What color is the circle?", ["circle.png"])
 """

@@ -20,6 +20,13 @@ COMMANDS = {
   "bench": ("jflow.bench.command", "measure how fast training, painting, answering or loading runs here"),
 }
 
+_START = """
+start with a small model that has learned a built-in world (bash launch/quickstart.sh makes it):
+  python -m jflow generate --checkpoint=quickstart/stage3 --prompt="a picture of a red ring" --output=rings
+  python -m jflow understand --checkpoint=quickstart/stage3 --image=rings/0000_00.png --question="What color is the ring?"
+  python -m jflow evaluate --benchmark=shapes --checkpoint=quickstart/stage3 --output=scores --limit=48
+  python -m jflow train --config=configs/stage2.py:tiny --workdir=runs/try --config.train.steps=20"""
+
 
 def main(argv: list[str]) -> int:
   """Runs one command; returns its exit code: 2 for a user's mistake, 130 after Ctrl-C, 143 after SIGTERM."""
@@ -27,6 +34,7 @@ def main(argv: list[str]) -> int:
     print("usage: python -m jflow COMMAND ...\n\n" + __doc__.splitlines()[0] + "\n")
     for name, (_, what) in COMMANDS.items():
       print(f"  {name:12} {what}")
+    print(_START)
     return 0 if argv else 2
   if argv[0] not in COMMANDS:
     print(f"jflow: unknown command {argv[0]!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)

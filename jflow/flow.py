@@ -1,4 +1,4 @@
-"""Rectified flow, pure: time distribution, interpolation, velocity, solvers, guidance (001 sections 3.1, 3.2).
+"""Rectified flow, pure: time distribution, interpolation, velocity, solvers, guidance (paper sections 3.1, 3.2).
 
 Time runs from 0 (noise) to 1 (data): z_t = t x + (1 - t) z_0, dz_t/dt = x - z_0.
 """
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 def logit_normal(key: jax.Array, shape: tuple[int, ...], mean: float, std: float) -> jax.Array:
-  """Times in (0, 1) whose logit is normal (001 section 3.4). Not in the paper: its mean and deviation."""
+  """Times in (0, 1) whose logit is normal (paper section 3.4). Not in the paper: its mean and deviation."""
   return jax.nn.sigmoid(mean + std * jax.random.normal(key, shape))
 
 

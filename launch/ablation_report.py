@@ -31,7 +31,7 @@ WHAT = {
   "E": "paints only",
   "F": "final",
 }
-PAPER = {  # table 6 of 001: 256 x 256, F 50,000 steps
+PAPER = {  # table 6 of the paper: 256 x 256, F 50,000 steps
   "POPE": {"A": 82.40, "B": 78.13, "C": 75.30, "D": 85.03, "F": 84.73},
   "VQAv2 val": {"A": 69.62, "B": 53.94, "C": 55.41, "D": 69.10, "F": 69.20},
   "GQA": {"A": 54.43, "B": 44.04, "C": 44.44, "D": 54.23, "F": 54.83},

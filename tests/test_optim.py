@@ -161,7 +161,7 @@ def test_a_bad_partition_is_one_clear_line(trained, frozen, words):
   assert words in str(error.value) and "\n" not in str(error.value)
 
 
-# Part -> stages that train it (001 table 1 and figure 3); stage 0 makes the stand-ins of the built-in world.
+# Part -> stages that train it (paper table 1 and figure 3); stage 0 makes the stand-ins of the built-in world.
 TRAINED_IN = {
   "language_model": {0, 2, 3},
   "understanding_encoder": {3},

@@ -15,7 +15,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.epilog = """\
 examples
   python -m jflow bench generate --versus=torch                              # a mid-size model, random weights
-  python -m jflow bench generate --checkpoint=runs/stage3 --batch_size=4
+  python -m jflow bench generate --checkpoint=quickstart/stage3 --batch_size=4
   python -m jflow bench generate --config=configs/stage3.py:384 --batch_size=16 --versus=torch   # on a GPU
 
 The PyTorch side is the published loop: it runs the prompt again at every step. On a GPU or TPU the report says

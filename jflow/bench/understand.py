@@ -15,7 +15,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.epilog = """\
 examples
   python -m jflow bench understand --versus=torch                             # a mid-size model, random weights
-  python -m jflow bench understand --checkpoint=runs/stage3 --batch_size=8
+  python -m jflow bench understand --checkpoint=quickstart/stage3 --batch_size=8
   python -m jflow bench understand --config=configs/stage3.py:384 --batch_size=16 --versus=torch  # on a GPU
 
 Each row reads one picture and a question and answers greedily; the PyTorch side is transformers' generate. On a GPU

@@ -18,7 +18,7 @@ examples
   python -m jflow compile --table=launch/compile_table
 
 A topology is KIND:DIMS: v5e:4x4, v6e:16x16, v4:2x2x4, v5p:4x4x4 (chips), a100:1x8, h100:4x8, h200:1x1 (hosts x
-GPUs). TPU needs libtpu (pip install 'jflow[compile]'), GPU jax's CUDA plugin (pip install --no-deps
+GPUs). TPU needs libtpu (pip install '.[compile]'), GPU jax's CUDA plugin (pip install --no-deps
 jax-cuda13-plugin jax-cuda13-pjrt); neither needs the hardware. Where the config leaves the mesh at 1 x 1 x 1,
 fsdp covers a host of GPUs or up to 16 TPU chips, and data the rest.
 

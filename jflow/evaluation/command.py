@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import sys
+import textwrap
 from typing import Any
 
 from jflow.errors import UserError
@@ -14,12 +15,12 @@ _EPILOG = """benchmarks:
 {benchmarks}
 
 examples:
-  python -m jflow evaluate --benchmark=shapes --checkpoint=runs/stage3 --output=scores/shapes
+  python -m jflow evaluate --benchmark=shapes --checkpoint=quickstart/stage3 --output=scores/shapes
   python -m jflow evaluate --benchmark=pope --checkpoint=JanusFlow-1.3B --data=LMUData --output=scores/pope
   python -m jflow evaluate --benchmark=geneval --checkpoint=JanusFlow-1.3B --vae=sdxl-vae --data=geneval --output=scores/geneval
   python -m jflow evaluate --benchmark=geneval --output=scores/geneval --data=geneval --checkpoint=JanusFlow-1.3B \\
     --results=results.jsonl          # what GenEval's own evaluator wrote for scores/geneval/pictures
-  python -m jflow evaluate --benchmark=shapes --checkpoint=runs/stage3 --output=scores/sweep --sweep_guidance=1,2,4 --sweep_steps=5,30
+  python -m jflow evaluate --benchmark=shapes --checkpoint=quickstart/stage3 --output=scores/sweep --sweep_guidance=1,2,4 --sweep_steps=5,30
 
 The same command goes on where it was stopped. Several processes share the work as --part=0/4 ... --part=3/4 with the
 same --output, each on a device of its own; the last one to end writes the report.
@@ -29,7 +30,11 @@ same --output, each on a device of its own; the last one to end writes the repor
 def parser() -> argparse.ArgumentParser:
   """The flags of `evaluate`."""
   width = max(map(len, RECIPES))
-  names = "\n".join(f"  {name:{width}}  {recipe.what}" for name, recipe in RECIPES.items())
+  indent = " " * (width + 6)
+  names = "\n".join(
+    f"  {name:{width}}  {recipe.what}\n" + textwrap.fill(recipe.data, 110, initial_indent=indent, subsequent_indent=indent)
+    for name, recipe in RECIPES.items()
+  )
   p = argparse.ArgumentParser(
     prog="python -m jflow evaluate",
     description="Scores a checkpoint: records.jsonl, report.json and report.html in --output.",
@@ -42,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     help="official directory, or a jflow workdir or step; also gs://...",
   )
   p.add_argument("--vae", metavar="DIR", help="SDXL-VAE, for an official checkpoint that holds none")
-  p.add_argument("--data", type=pathlib.Path, metavar="DIR", help="the benchmark's data (shapes needs none)")
+  p.add_argument("--data", type=pathlib.Path, metavar="DIR", help="the benchmark's data, see below (shapes needs none)")
   p.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="where everything goes")
   p.add_argument(
     "--limit", type=_positive, metavar="N", help="the first N prompts and the first N questions only"

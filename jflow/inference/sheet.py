@@ -13,7 +13,7 @@ def contact_sheet(
 
   Args:
     images: pictures, shown at `side` x `side` pixels.
-    captions: one text per picture, wrapped to `lines` lines at most.
+    captions: one text per picture, wrapped to `lines` lines at most; a longer one ends in …
     columns: pictures per row of the grid.
   """
   font = ImageFont.load_default(size=13)
@@ -26,7 +26,7 @@ def contact_sheet(
     x, y = margin + (i % columns) * cell_width, margin + (i // columns) * cell_height
     resample = Image.Resampling.BICUBIC if image.width >= side else Image.Resampling.NEAREST
     sheet.paste(image.resize((side, side), resample), (x, y))
-    text = textwrap.wrap(caption, width=max(8, side // 7))[:lines]
+    text = textwrap.wrap(caption, width=max(8, side // 7), max_lines=lines, placeholder=" …")
     for n, words in enumerate(text):
       draw.text((x, y + side + 2 + n * line), words, fill="black", font=font)
   return sheet

@@ -4,6 +4,12 @@
                           shards or another type)
 --from=jflow              a jflow checkpoint, to a directory that the PyTorch code loads unchanged
 --from=huggingface-parts  an LLM, a SigLIP and a VAE, to the starting point of stage 1
+
+examples:
+  python -m jflow convert --from=official --input=JanusFlow-1.3B --vae=sdxl-vae --output=runs/janusflow
+  python -m jflow convert --from=jflow --to=official --input=runs/stage3 --output=for-pytorch
+  python -m jflow convert --from=huggingface-parts --llm=deepseek-llm --siglip=siglip-large-patch16-384 \\
+    --vae=sdxl-vae --output=runs/parts
 """
 
 import argparse

@@ -22,7 +22,7 @@ _SIGLIP = {
 }
 # The VAE of the release, assumed where none lies beside a checkpoint.
 SDXL_VAE = AutoencoderConfig("autoencoder_kl", 4, 0.13025, (128, 256, 512, 512), 2, 32, 0, 0)
-_ALIGNMENT_LAYER = 6  # 001 section 4.1; the release has no head for it
+_ALIGNMENT_LAYER = 6  # paper section 4.1; the release has no head for it
 _BLOCKS = 2  # ConvNeXt blocks of the release in g_enc and in g_dec
 
 

@@ -5,6 +5,11 @@
 
 Computed in float32. Each array gets a line with its relative L2 error; the first component that diverges is
 named, in the order in which the components feed one another.
+
+examples, with what ships in tests/ (the first command writes the small checkpoint that the golden file belongs to):
+  python tests/official_checkpoint.py tiny-official
+  python -m jflow parity --checkpoint=tiny-official --golden=tests/golden/tiny/golden.npz
+  python -m jflow parity --processor=tests/golden/processor
 """
 
 import argparse

@@ -22,7 +22,7 @@ from jflow.models.layers import Linear, RMSNorm
 from jflow.models.siglip import Pool
 from jflow.sharding import unbox
 
-# The fresh parts have the release's sizes (g_enc and g_dec; REPA reads block 6 of the LLM, 001 section 4.1).
+# The fresh parts have the release's sizes (g_enc and g_dec; REPA reads block 6 of the LLM, paper section 4.1).
 _GENERATION = GenerationConfig(width=768, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6)
 _ALIGNMENT_LAYER = 6
 # Special tokens that an LLM's tokenizer lacks; BOS and EOS it must have.

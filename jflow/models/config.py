@@ -86,7 +86,7 @@ class JanusFlowConfig:
   understanding_encoder: SiglipConfig
   generation: GenerationConfig
   autoencoder: AutoencoderConfig
-  alignment_layer: int  # REPA reads the LLM's features after this block, counted from 1 (001 section 4.1)
+  alignment_layer: int  # REPA reads the LLM's features after this block, counted from 1 (paper section 4.1)
   alignment_width: int  # hidden width of the REPA head; 0: the model has none
   # What images are read with: "siglip", or for ablations the VAE and ConvNeXt blocks, "shared" with painting or
   # "separate". Checkpoints older than the field have no choice, hence its default.

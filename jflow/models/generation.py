@@ -1,4 +1,4 @@
-"""The ConvNeXt encoder and decoder around the LLM (001 section 3.2), as the release computes them.
+"""The ConvNeXt encoder and decoder around the LLM (paper section 3.2), as the release computes them.
 
 Legend: B images, H x W latents or patches, P patches, C channels, D width of the LLM.
 """

@@ -8,7 +8,7 @@ from jflow.serving import flags
 
 _EPILOG = """
 examples:
-  python -m jflow serve --checkpoint=runs/stage3
+  python -m jflow serve --checkpoint=quickstart/stage3
   python -m jflow serve --checkpoint=JanusFlow-1.3B --vae=sdxl-vae --host=0.0.0.0 --token_file=token.txt --slots=16
 
   curl localhost:8000/v1/chat/completions -H "Content-Type: application/json" \\

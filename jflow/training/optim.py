@@ -1,6 +1,6 @@
-"""AdamW with linear warm-up, a constant rate and, if asked for, a cool-down; EMA, and freezing by pattern (001 table 1).
+"""AdamW with linear warm-up and a constant rate; EMA, and freezing by pattern (paper table 1).
 
-Not in the paper: Muon for matrices that patterns name.
+Not in the paper: a cool-down, and Muon for matrices that patterns name.
 """
 
 import re

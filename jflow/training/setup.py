@@ -206,7 +206,7 @@ def initial_params(model: JanusFlow, seed: int) -> Any:
   latents = jnp.zeros((1, 1, c.latent_size, c.latent_size, c.autoencoder.latent_channels))
   draws = Draws(jnp.full((1, 1), 0.5), latents, latents)
   params = model.init(jax.random.key(seed), batch, draws, method="initialise")["params"]
-  if c.reader == "separate":  # equal at the start, trained apart (001 section 4.5)
+  if c.reader == "separate":  # equal at the start, trained apart (paper section 4.5)
     params["latent_encoder"] = params["generation_encoder"]
   return params
 

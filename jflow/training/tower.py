@@ -1,6 +1,6 @@
 """The stand-in for a pretrained SigLIP on the built-in world: a tower fitted to labels of its patches.
 
-SigLIP has seen billions of pairs of pictures and texts before JanusFlow reads with it (001 section 3.2). A small
+SigLIP has seen billions of pairs of pictures and texts before JanusFlow reads with it (paper section 3.2). A small
 tower on two cores sees some ten thousand pictures, in which the sigmoid loss teaches it colors and no shapes. So each
 patch learns what stands on it: it is told in every picture, for every object, where it is.
 """
