@@ -17,7 +17,7 @@ from PIL import Image
 
 import jflow
 from jflow.__main__ import main
-from jflow.data import scenes, shapes
+from jflow.data import images, scenes, shapes
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.evaluation import references, report, sweep, tables, tasks, world
@@ -139,6 +139,7 @@ def test_several_images_and_line_breaks_in_a_row(tmp_path):
     ({"answer": ""}, "index 2, has no field 'answer'"),
     ({"image": "77"}, "index 2: its image '77' is no row with an image"),
     ({"image": "A" * 80}, "index 2: its image cannot be decoded"),
+    ({"image": str([7, 8]) + " " * 80}, "index 2: its image cannot be decoded"),
     ({"index": 1}, "index 1 comes twice"),
   ],
 )
@@ -159,8 +160,8 @@ def test_the_prompts_are_those_of_the_kit():
   assert tables.pope_prompt(asked) == f"{mark}\nIs it?{short}"
   assert tables.short_prompt({"question": "Who?"}) == f"{mark}Who?{short}"
   row = {"question": "Which?", "A": "x", "B": "y", "C": "", "hint": "Look."}
-  letter = "\nAnswer with the option's letter from the given choices directly."
-  assert tables.choice_prompt(row) == f"{mark}\nHint: Look.\nWhich?\nA. x\nB. y{letter}"
+  letter = "Answer with the option's letter from the given choices directly."  # a blank line stands before it
+  assert tables.choice_prompt(row) == f"{mark}\nHint: Look.\nWhich?\nA. x\nB. y\n\n{letter}"
   assert (
     tables.choice_prompt({"question": "Why?", "A": ""}) == f"{mark}\nWhy?\nAnswer the question directly. "
   )
@@ -180,6 +181,63 @@ def test_open_questions_of_mmmu_have_their_answer_as_first_option(tmp_path):
   benchmark = tables.TableBenchmark(RECIPES["mmmu"], tmp_path, None)
   out = benchmark.score({"1": {"answer": "about 42 m"}, "2": {"answer": "41 m"}})
   assert out.scores["overall"].value == 50 and out.scores["overall"].count == 2
+
+
+def test_a_question_with_several_pictures_is_asked_with_all_of_them_first(checkpoint, tmp_path):
+  """As the kit asks MMMU; the marks inside its texts are words."""
+  row = {
+    "index": 1, "image": str([png("red"), png("blue")]), "question": "Is <image 1> like <image 2>?", "A": "yes", "B": "no",
+    "answer": "A", "category": "x", "split": "validation",
+  }  # fmt: skip
+  write_table(tmp_path / "MMMU_DEV_VAL.tsv", [row, row | {"index": 2, "image": png("red")}])
+  benchmark = tables.TableBenchmark(RECIPES["mmmu"]._replace(max_tokens=3), tmp_path, None)
+  model, samples, done = jflow.load(checkpoint), Samples(tmp_path / "out", {}), []
+  tasks.answer(model, benchmark.tasks(), samples, 2, done.append)
+  images = tables.Table(tmp_path / "MMMU_DEV_VAL.tsv").images("1")
+  text = tables.choice_prompt(row).removeprefix("<image>")
+  alone = model.understand(f"<image><image>{text}", images, 3)
+  assert samples.read()["1"]["answer"] == alone and sum(done) == 2
+
+
+def test_rows_about_one_picture_are_known_to_be(data):
+  table = tables.Table(data / "POPE.tsv")
+  assert [table.picture(str(i)) for i in range(6)] == ["0", "0", "0", "3", "3", "3"]
+
+
+def test_a_limit_keeps_whole_questions(tmp_path):
+  rows = [
+    {"index": i + 1_000_000 * turn, "image": png("red"), "question": "q", "A": "x", "answer": "A", "category": "c"}
+    for turn in range(3)
+    for i in (5, 6, 7)
+  ]
+  write_table(tmp_path / "MMBench_DEV_EN.tsv", rows)
+  benchmark = tables.TableBenchmark(RECIPES["mmbench"], tmp_path, 2)
+  assert [task.key for task in benchmark.tasks()] == ["5", "6", "1000005", "1000006", "2000005", "2000006"]
+  write_table(tmp_path / "MMBench_DEV_EN.tsv", [rows[0] | {"index": "a7"}])
+  with pytest.raises(UserError, match="row 1: the index 'a7' is no number"):
+    tables.TableBenchmark(RECIPES["mmbench"], tmp_path, None)
+  (tmp_path / "MME.tsv").write_text("index\tquestion\n")
+  with pytest.raises(UserError, match="--limit=5: MME adds up whole categories"):
+    tables.TableBenchmark(RECIPES["mme"], tmp_path, 5)
+
+
+def test_a_file_that_is_no_table_is_refused_in_one_line(tmp_path):
+  (tmp_path / "POPE.tsv").write_bytes(b"index\tquestion\n1\t\xff\xfe\n")
+  with pytest.raises(UserError, match="POPE.tsv, row 1, is no tab-separated UTF-8 text"):
+    tables.Table(tmp_path / "POPE.tsv")
+
+
+def test_pictures_of_tables_keep_to_the_limits_of_images(tmp_path, monkeypatch):
+  """Alpha is dropped, as the published code opens pictures; more pixels than `images` allows are refused."""
+  buffer = io.BytesIO()
+  Image.new("RGBA", (4, 4), (200, 100, 50, 0)).save(buffer, "PNG")
+  row = pope_rows(1)[0] | {"image": base64.b64encode(buffer.getvalue()).decode()}
+  write_table(tmp_path / "POPE.tsv", [row])
+  table = tables.Table(tmp_path / "POPE.tsv")
+  assert table.images("0")[0].getpixel((0, 0)) == (200, 100, 50)
+  monkeypatch.setattr(images, "MAX_PIXELS", 15)
+  with pytest.raises(UserError, match="index 0: its image cannot be decoded: 4 x 4 is more than 15 pixels"):
+    table.images("0")
 
 
 def test_missing_samples_are_counted(data):
@@ -203,7 +261,9 @@ def test_a_reading_benchmark_from_file_to_report(checkpoint, data, tmp_path, cap
   alone = model.understand(tables.pope_prompt(pope_rows()[4]), image)
   assert next(record["answer"] for record in records if record["key"] == "4") == alone
   assert body["scores"]["F1"]["paper"] == {"384": 88.0, "256": 85.3}
-  assert len(body["settings"]["fingerprint"]) == 64 and body["settings"]["system"] == ""
+  settings = body["settings"]
+  assert len(settings["fingerprint"]) == 64 and settings["system"] == "" and settings["dtype"] == "float32"
+  assert settings["prompt"].startswith("<image>\nQUESTION\nAnswer") and settings["max_tokens"] == 512
   page = (output / "report.html").read_text()
   assert "88.00" in page and body["settings"]["fingerprint"] in page and "http" not in page
   assert "paper 384: 88.00" in capsys.readouterr().out
@@ -212,6 +272,20 @@ def test_a_reading_benchmark_from_file_to_report(checkpoint, data, tmp_path, cap
   assert (output / "records.jsonl").read_bytes() == before
   assert main(["evaluate", "--benchmark=pope", "--weights=raw", *flags]) == 2
   assert "fingerprint" in capsys.readouterr().err
+  write_table(data / "POPE.tsv", pope_rows()[:-1] + [pope_rows()[-1] | {"answer": "No"}])  # another file of that name
+  assert main(["evaluate", "--benchmark=pope", *flags]) == 2
+  assert "holds predictions made with data=" in capsys.readouterr().err
+
+
+def test_parts_share_the_work_and_the_last_one_writes_the_report(checkpoint, data, tmp_path, capsys):
+  flags = ["--benchmark=pope", f"--checkpoint={checkpoint}", f"--data={data}", f"--output={tmp_path / 'out'}"]
+  assert main(["evaluate", *flags, "--part=1/2"]) == 0
+  assert "3 of 6 samples are left to the other parts" in capsys.readouterr().err
+  assert not (tmp_path / "out" / "report.json").exists()
+  assert main(["evaluate", *flags, "--part=0/2"]) == 0
+  body = json.loads((tmp_path / "out" / "report.json").read_text())
+  assert main(["evaluate", *flags[:3], f"--output={tmp_path / 'whole'}"]) == 0
+  assert body["scores"] == json.loads((tmp_path / "whole" / "report.json").read_text())["scores"]
 
 
 def test_mistakes_are_one_line_and_exit_code_2(checkpoint, tmp_path, capsys):
@@ -396,6 +470,31 @@ def test_a_fingerprint_changes_with_weights_and_configuration(checkpoint, tmp_pa
   config = json.loads((copy / "config.json").read_text())
   (copy / "config.json").write_text(json.dumps(config | {"more": 1}))
   assert report.fingerprint(checkpoint, "ema") != report.fingerprint(copy, "ema")
+
+
+def test_an_outside_scorers_findings_stay_and_are_plotted(checkpoint, tmp_path, capsys):
+  """GenEval: a sweep paints, its evaluator's results go into each setting, the same sweep then has its plot."""
+  (tmp_path / "evaluation_metadata.jsonl").write_text(
+    '{"tag": "colors", "include": [{"class": "cow", "count": 1}], "prompt": "a photo of a cow"}\n'
+  )
+  base = ["evaluate", "--benchmark=geneval", f"--checkpoint={checkpoint}", f"--data={tmp_path}", "--pictures=2"]
+  swept = [*base, f"--output={tmp_path / 'out'}", "--sweep_guidance=1,3", "--sweep_steps=1"]
+  assert main(swept) == 0
+  assert "no scores to plot yet" in capsys.readouterr().out
+  for w in (1, 3):
+    output = tmp_path / "out" / f"guidance{w}_steps1"
+    rows = [
+      {"filename": f"{output}/pictures/00000/samples/0000{j}.png", "tag": "colors", "prompt": "a photo of a cow",
+       "correct": j < w // 2} for j in range(2)
+    ]  # fmt: skip
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one = [*base, f"--output={output}", f"--guidance={w}", "--steps=1", f"--results={tmp_path / 'results.jsonl'}"]
+    assert main(one) == 0
+    body = json.loads((output / "report.json").read_text())
+    assert any("Not the recipe: --guidance" in note for note in body["notes"]) and "sha256" in body["settings"]["results"]
+  assert main(swept) == 0
+  rows = json.loads((tmp_path / "out" / "sweep.json").read_text())["rows"]
+  assert [(row["guidance"], row["overall"]) for row in rows] == [(1, 0), (3, 0.5)]
 
 
 # --- Sweeps

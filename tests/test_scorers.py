@@ -87,10 +87,14 @@ def test_vqa_score_against_the_definition():
     assert answers.vqa_score("two", people) == pytest.approx(expected)
 
 
-def test_unanimous_people_are_compared_word_for_word_by_the_challenge_alone():
-  assert answers.vqa_score("Yes", ["yes"] * 10, always_normalise=True) == 1
-  assert answers.vqa_score("Yes", ["yes"] * 10, always_normalise=False) == 0
-  assert answers.vqa_score("Yes", ["yes"] * 9 + ["no"], always_normalise=False) == 1
+def test_unanimous_people_stay_as_they_wrote_by_the_challenges_rule_alone():
+  """The model's answer is normalised by either: "Yes." must not lose what ten people agree on."""
+  for as_written in (True, False):
+    assert answers.vqa_score("Yes.", ["yes"] * 10, unanimous_as_written=as_written) == 1
+    assert answers.vqa_score("the 2", ["two"] * 9 + ["2"], unanimous_as_written=as_written) == 1
+    assert answers.vqa_score("Yes", ["Yes"] * 9 + ["no"], unanimous_as_written=as_written) == 1
+  assert answers.vqa_score("Yes", ["Yes"] * 10, unanimous_as_written=True) == 0
+  assert answers.vqa_score("Yes", ["Yes"] * 10) == 1
 
 
 # --- GQA, ChartQA
@@ -186,6 +190,30 @@ def test_pope_counts_a_row_once_per_category():
   assert out["F1"].low <= out["F1"].value <= out["F1"].high
 
 
+def test_pope_draws_whole_pictures():
+  """Ten copies of every question about a picture say no more than one: the intervals stay as wide."""
+  rng = np.random.default_rng(0)
+  once = [
+    {"answer": "Yes", "said": "Yes" if rng.random() < 0.7 else "No", "category": "random", "picture": str(i)} for i in range(50)
+  ] + [{"answer": "No", "said": "No", "category": "random", "picture": str(i)} for i in range(50)]
+  few, many = scores.pope(once), scores.pope([row for row in once for _ in range(10)])
+  apart = scores.pope([row | {"picture": f"{row['picture']}/{i}"} for row in once for i in range(10)])
+  for name in ("F1", "accuracy"):
+    width = lambda out, name=name: out[name].high - out[name].low
+    assert few[name].value == many[name].value == apart[name].value
+    assert width(many) == pytest.approx(width(few), rel=0.1) and width(apart) < 0.5 * width(few)
+
+
+def test_the_f1_of_groups_is_that_of_their_questions():
+  rng = np.random.default_rng(1)
+  groups = [[(bool(rng.random() < 0.5), bool(rng.random() < 0.5)) for _ in range(n)] for n in rng.integers(1, 5, 40)]
+  truth, said = np.array([pair for group in groups for pair in group]).T
+  out = scores.f1_of_yes(groups, 100)
+  assert out.value == pytest.approx(100 * scores.f1(truth, said)["f1"]) and out.count == len(truth)
+  assert out.low < out.value < out.high
+  assert scores.f1_of_yes([[(False, False)]]).value == 0
+
+
 def test_f1_is_zero_without_a_yes():
   none = np.zeros(3, bool)
   assert scores.f1(none, none) == {"f1": 0.0, "precision": 0.0, "recall": 0.0}
@@ -204,6 +232,10 @@ def test_mme_adds_accuracy_and_accuracy_plus():
   out = scores.mme(mme_rows(scores.MME_PERCEPTION, [(True, True), (True, False)]))
   assert out["OCR"].value == pytest.approx(75 + 50)
   assert out["perception"].value == pytest.approx(10 * 125)
+  assert out["OCR"].low < 125 < out["OCR"].high and out["OCR"].count == 4 and out["perception"].count == 40
+  # Ten independent categories: the standard error of a sum grows with the root of their number.
+  width = lambda score: score.high - score.low
+  assert width(out["perception"]) == pytest.approx(10**0.5 * width(out["OCR"]))
   assert "reasoning" not in out
   whole = mme_rows(scores.MME_PERCEPTION + scores.MME_REASONING, [(True, True)])
   assert scores.mme(whole)["perception"].value == 2000 and scores.mme(whole)["reasoning"].value == 800
@@ -228,6 +260,17 @@ def test_a_circular_question_needs_every_order_right():
   out = scores.circular(rows)
   assert out["overall"].value == 50 and out["overall"].count == 4
   assert out["x"].value == 100 and out["y"].value == 0
+
+
+def test_questions_about_one_picture_count_as_alike_as_they_are():
+  alike = [{"right": i < 6, "category": "x", "picture": i} for i in range(10) for _ in range(4)]
+  apart = [row | {"picture": i} for i, row in enumerate(alike)]
+  shares = lambda rows: [row | {"right": 0.9 * row["right"]} for row in rows]
+  for change in (lambda rows: rows, shares):
+    one, other = scores.by_category(change(alike))["overall"], scores.by_category(change(apart))["overall"]
+    assert one.value == other.value and one.high - one.low > 1.5 * (other.high - other.low)
+  unnamed = [{name: row[name] for name in ("right", "category")} for row in alike]
+  assert scores.by_category(unnamed) == scores.by_category(apart)
 
 
 # --- Intervals

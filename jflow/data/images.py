@@ -46,6 +46,19 @@ def decode(image: Any, max_pixels: int = MAX_PIXELS) -> np.ndarray:
   return np.asarray(_open(image, max_pixels))
 
 
+def as_published(data: bytes) -> Image.Image:
+  """Returns an image as the published code opens it: Pillow's RGB, alpha dropped, EXIF ignored. Limits as in `decode`.
+
+  Raises:
+    ImageError: the image cannot be used.
+  """
+  image = _header(data, MAX_PIXELS)
+  try:
+    return image.convert("RGB")
+  except Exception as error:  # as in `_load`
+    raise ImageError("unreadable", f"the image is damaged ({type(error).__name__})") from None
+
+
 def read(path: str) -> np.ndarray:
   """Returns the pixels of an image file as uint8[H, W, 3]; see `decode`.
 

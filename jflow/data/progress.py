@@ -1,4 +1,4 @@
-"""The progress of an import: share of the work, records per second, time left."""
+"""The progress of long work: its share, items per second, time left."""
 
 import sys
 import time
@@ -13,11 +13,18 @@ _LINE_SECONDS = 30.0  # between lines where there is no terminal
 class Progress:
   """A bar on a terminal, a line now and then elsewhere."""
 
-  def __init__(self, total: int, done: int):
-    """Starts at `done` of `total`, in records or bytes."""
+  def __init__(self, total: int, done: int, name: str = "prepare", unit: str = "records"):
+    """Starts at `done` of `total`, in records or bytes.
+
+    Args:
+      total, done: of the work.
+      name: what is done, before every line.
+      unit: of the items whose rate is shown.
+    """
+    self._name, self._unit = name, unit
     self._terminal = sys.stderr.isatty()
     self._bar = tqdm(
-      total=total, initial=done, desc="prepare", bar_format=_FORMAT, disable=not self._terminal
+      total=total, initial=done, desc=name, bar_format=_FORMAT, disable=not self._terminal
     )
     self._total, self._begun = total, done
     self._work = self._records = 0
@@ -34,6 +41,10 @@ class Progress:
     """Counts a record and its work."""
     self.show(self._work + work, self._records + 1)
 
+  def count(self, items: int) -> None:
+    """Counts items that are each one unit of the work."""
+    self.show(self._work + items, self._records + items)
+
   def show(self, work: int, records: int) -> None:
     """Sets the work and the records done since the start."""
     self._work, self._records = work, records
@@ -44,11 +55,11 @@ class Progress:
   def _print(self, now: float) -> None:
     self._shown = now
     rate = self._records / max(now - self._start, 1e-3)
-    text = f"{self._records:,} records, {rate:,.0f}/s"
+    text = f"{self._records:,} {self._unit}, {rate:,.0f}/s"
     if self._terminal:
       self._bar.set_postfix_str(text, refresh=False)
       self._bar.update(self._begun + self._work - self._bar.n)
     elif now - self._start > _LINE_SECONDS:
       left = (self._total - self._begun - self._work) * (now - self._start) / max(self._work, 1)
       share = (self._begun + self._work) / max(self._total, 1)
-      print(f"prepare: {share:.0%}, {text}, {left:,.0f} s left", file=sys.stderr, flush=True)
+      print(f"{self._name}: {share:.0%}, {text}, {left:,.0f} s left", file=sys.stderr, flush=True)

@@ -62,21 +62,22 @@ def normal_answer(text: str) -> str:
   return normal_words(without_punctuation(_one_line(text)))
 
 
-def vqa_score(answer: str, people: Sequence[str], always_normalise: bool = True) -> float:
+def vqa_score(answer: str, people: Sequence[str], unanimous_as_written: bool = False) -> float:
   """The VQA score: min(1, people who agree / 3), averaged over leaving out each of the people once.
 
   Args:
     answer: of the model.
     people: the annotators' answers, ten as a rule.
-    always_normalise: True is TextVQA's rule and VLMEvalKit's; False is the VQA challenge's, which leaves all answers
-      as they are (upper case included) when the people agree word for word.
+    unanimous_as_written: the VQA challenge's, which leaves the people's answers as they are (upper case included) when
+      they agree word for word. False is VLMEvalKit's rule for TextVQA; TextVQA's own evaluator also splits "'s" from
+      words and drops every comma and question mark first.
 
   Returns:
     In [0, 1]: 0, 0.3, 0.6, 0.9 or 1 for ten people.
   """
-  people, answer = [_one_line(one) for one in people], _one_line(answer)
-  if always_normalise or len(set(people)) > 1:
-    people, answer = [normal_answer(one) for one in people], normal_answer(answer)
+  answer, people = normal_answer(answer), [_one_line(one) for one in people]
+  if not unanimous_as_written or len(set(people)) > 1:
+    people = [normal_answer(one) for one in people]
   agree = [one == answer for one in people]
   return sum(min(1.0, (sum(agree) - own) / 3) for own in agree) / len(people)
 

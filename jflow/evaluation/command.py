@@ -1,11 +1,13 @@
 """The command `evaluate`: predictions sample by sample, then scores, then a report."""
 
 import argparse
+import json
 import math
 import os
 import pathlib
 import sys
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from jflow.errors import UserError
@@ -108,15 +110,14 @@ def evaluate(args: argparse.Namespace, opened: dict[str, Any]) -> int:
   recipe = with_flags(RECIPES[args.benchmark], args)
   benchmark = make(recipe, args)
   tasks = benchmark.tasks()
-  if "fingerprint" not in opened:
-    from jflow.evaluation.report import fingerprint
-
-    opened["fingerprint"] = fingerprint(args.checkpoint, args.weights)
-  settings = settings_of(recipe, args, opened["fingerprint"])
+  from jflow.evaluation import report
   from jflow.evaluation.samples import Samples
 
+  if "fingerprint" not in opened:
+    opened["fingerprint"] = report.fingerprint(args.checkpoint, args.weights, args.vae)
+  settings = settings_of(recipe, args, opened["fingerprint"], benchmark.data_files())
   samples = Samples(args.output, settings, args.part)
-  predict(args, recipe, tasks, samples, opened)
+  predict(args, recipe, settings["dtype"], tasks, samples, opened)
   records = samples.read()
   missing = sum(task.key not in records for task in tasks)
   if missing:
@@ -124,17 +125,33 @@ def evaluate(args: argparse.Namespace, opened: dict[str, Any]) -> int:
       f"this part is done; {missing} of {len(tasks)} samples are left to the other parts", file=sys.stderr
     )
     return 0
-  from jflow.evaluation import report
-
   result = benchmark.score(records)
-  body = report.write(
-    args.output, recipe.name, recipe.what, result, recipe.paper, {**settings, "checkpoint": args.checkpoint}
-  )
+  body = report.scored_before(args.output, settings) if not result.scores else None
+  if body is None:
+    body = _write(args, recipe, settings, result)
   print(report.table(body))
   for note in body["notes"]:
     print(note)
   print(f"report: {args.output / 'report.html'} (and report.json)", file=sys.stderr)
   return 0
+
+
+def _write(args: argparse.Namespace, recipe: Recipe, settings: dict[str, Any], result: Any) -> dict[str, Any]:
+  """Writes the report, with notes on what differs from the recipe and on what an outside scorer has found."""
+  from jflow.evaluation import report
+
+  usual, notes = RECIPES[recipe.name], list(result.notes)
+  changed = [f"--{name}={getattr(args, name)}" for name in ("guidance", "steps", "pictures", "limit")
+             if getattr(args, name) is not None and getattr(args, name) != getattr(usual, name, None)]  # fmt: skip
+  if changed and usual.paper:
+    notes.append(f"Not the recipe: {', '.join(changed)}. The paper's scores stand for the recipe.")
+  more = {"checkpoint": args.checkpoint, "vae": args.vae}
+  for name in ("results", "features"):
+    path = getattr(args, name)
+    if path is not None:
+      more[name] = f"{path} (sha256 {report.hash_of([path])[:16]})"
+  result = result._replace(notes=notes)
+  return report.write(args.output, recipe.name, recipe.what, result, recipe.paper, {**settings, **more})
 
 
 def check_flags(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -144,7 +161,7 @@ def check_flags(recipe: Recipe, args: argparse.Namespace) -> None:
     "only": {"shapes"},
     "split": {"vqav2"},
     "results": {"geneval", "dpg"},
-    "features": {"mjhq"},
+    "features": {"mjhq", "mjhq10k"},
     **dict.fromkeys(("steps", "guidance"), {name for name, one in RECIPES.items() if not one.prompt}),
     "pictures": {"shapes", "geneval", "dpg"},
   }
@@ -196,18 +213,27 @@ def make(recipe: Recipe, args: argparse.Namespace) -> Any:
   return painted.BENCHMARKS[recipe.name](recipe, args)
 
 
-def settings_of(recipe: Recipe, args: argparse.Namespace, fingerprint: str) -> dict[str, Any]:
-  """All that the predictions depend on."""
+def settings_of(
+  recipe: Recipe, args: argparse.Namespace, fingerprint: str, data: Sequence[pathlib.Path] = ()
+) -> dict[str, Any]:
+  """All that the predictions depend on; `fingerprint` of the checkpoint and its VAE, `data` the benchmark's files."""
+  from jflow.evaluation import report
+
   settings = {
     "benchmark": recipe.name,
     "fingerprint": fingerprint,
     "weights": args.weights,
     "limit": args.limit,
+    "data": report.hash_of(data) if data else None,
   }
-  settings |= {"seed": args.seed, "dtype": args.dtype, "split": args.split or recipe.split, "vae": args.vae}
+  settings |= {"seed": args.seed, "dtype": _dtype(args), "split": args.split or recipe.split}
   settings |= {"only": args.only}
   if recipe.prompt:
-    settings |= {"prompt": recipe.prompt, "system": recipe.system, "decoding": "greedy"}
+    from jflow.evaluation.tables import PROMPTS
+
+    row = {"question": "QUESTION", "hint": "HINT", "A": "OPTION A", "B": "OPTION B"}
+    settings |= {"prompt": PROMPTS[recipe.prompt](row), "system": recipe.system, "decoding": "greedy"}
+    settings["max_tokens"] = recipe.max_tokens
   if not recipe.prompt:
     settings |= {
       "steps": recipe.steps,
@@ -220,8 +246,21 @@ def settings_of(recipe: Recipe, args: argparse.Namespace, fingerprint: str) -> d
   return settings
 
 
+def _dtype(args: argparse.Namespace) -> str:
+  """The compute dtype: --dtype, or that of the predictions so far, or the usual one of this machine."""
+  if args.dtype:
+    return args.dtype
+  path = args.output / "settings.json"
+  before = json.loads(path.read_text(encoding="utf-8")).get("dtype") if path.exists() else None
+  if before:
+    return before
+  from jflow.inference.loading import usual_dtype
+
+  return usual_dtype()
+
+
 def predict(
-  args: argparse.Namespace, recipe: Recipe, tasks: list, samples: Any, opened: dict[str, Any]
+  args: argparse.Namespace, recipe: Recipe, dtype: str, tasks: list, samples: Any, opened: dict[str, Any]
 ) -> None:
   """Makes the predictions of this part that have no record yet; loads the model only if there are any."""
   from jflow.evaluation.tasks import Painting, Question, RoundTrip
@@ -231,30 +270,24 @@ def predict(
   if not open_tasks:
     return
   import jax
-  from tqdm import tqdm
 
   import jflow
+  from jflow.data.progress import Progress
   from jflow.evaluation.tasks import answer, paint, round_trips
 
   if "model" not in opened:
     if args.cache:
       jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.cache))
-    opened["model"] = jflow.load(args.checkpoint, vae=args.vae, dtype=args.dtype, weights=args.weights)
+    opened["model"] = jflow.load(args.checkpoint, vae=args.vae, dtype=dtype, weights=args.weights)
   model = opened["model"]
-  with tqdm(
-    total=len(mine),
-    initial=len(mine) - len(open_tasks),
-    unit="sample",
-    desc=args.benchmark,
-    disable=not sys.stderr.isatty(),
-  ) as bar:
+  with Progress(len(mine), len(mine) - len(open_tasks), args.benchmark, "samples") as bar:
     paintings = [task for task in open_tasks if isinstance(task, Painting)]
     questions = [task for task in open_tasks if isinstance(task, Question)]
     painting = {"steps": recipe.steps, "guidance": recipe.guidance}
-    paint(model, paintings, samples, args.output, args.batch_size, painting, bar.update)
+    paint(model, paintings, samples, args.output, args.batch_size, painting, bar.count)
     trips = [task for task in open_tasks if isinstance(task, RoundTrip)]
-    round_trips(model, trips, samples, args.output, args.batch_size, bar.update)
-    answer(model, questions, samples, args.batch_size, bar.update)
+    round_trips(model, trips, samples, args.output, args.batch_size, bar.count)
+    answer(model, questions, samples, args.batch_size, bar.count)
 
 
 def _is_done(task: Any, records: dict[str, Any], output: pathlib.Path) -> bool:

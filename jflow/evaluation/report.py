@@ -37,7 +37,7 @@ class Result(NamedTuple):
   scores: Mapping[str, Score]
   notes: Sequence[str] = ()  # sentences that a reader of the scores needs
   pictures: Sequence[tuple[str, Image.Image]] = ()  # (title, sheet)
-  details: Mapping[str, Any] = {}  # JSON values for report.json alone
+  files: Mapping[str, Any] = {}  # name -> JSON value: what is handed in elsewhere, each a file of its own
 
 
 def write(
@@ -71,13 +71,24 @@ def write(
     "commit": commit(),
     "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES},
     "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    **result.details,
   }
+  for name, value in result.files.items():
+    files.replace(directory / name, json.dumps(value, ensure_ascii=False) + "\n")
   for title, sheet in result.pictures:
     sheet.save(directory / f"{_file_name(title)}.png")
   files.replace(directory / "report.json", json.dumps(body, indent=1, ensure_ascii=False) + "\n")
   files.replace(directory / "report.html", _page(body, what, result.pictures))
   return body
+
+
+def scored_before(directory: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+  """What report.json holds if an outside scorer's findings for the same predictions are in it, else None."""
+  path = directory / "report.json"
+  if not path.exists():
+    return None
+  body = json.loads(path.read_text(encoding="utf-8"))
+  same = all(body["settings"].get(name) == value for name, value in json.loads(json.dumps(settings)).items())
+  return body if body["scores"] and same else None
 
 
 def table(body: Mapping[str, Any]) -> str:
@@ -116,8 +127,8 @@ def commit() -> str | None:
     return None
 
 
-def fingerprint(directory: str | pathlib.Path, weights: str) -> str:
-  """A sha256 over what a checkpoint computes with: its configuration, tokenizer and weights, and which weights."""
+def fingerprint(directory: str | pathlib.Path, weights: str, vae: str | pathlib.Path | None = None) -> str:
+  """A sha256 over what a checkpoint computes with: its configuration, tokenizer and weights, which weights, and the VAE."""
   from jflow.interop import remote
   from jflow.interop.official import is_official
   from jflow.training.checkpoint import MANIFEST, resolve
@@ -137,6 +148,17 @@ def fingerprint(directory: str | pathlib.Path, weights: str) -> str:
     with open(path, "rb") as file:
       digest = hashlib.file_digest(file, "sha256").hexdigest()
     total.update(f"{path.name} {digest}\n".encode())
+  if vae:
+    total.update(f"vae {hash_of([*pathlib.Path(vae).glob('*.json'), *pathlib.Path(vae).glob('*.safetensors')])}".encode())
+  return total.hexdigest()
+
+
+def hash_of(paths: Sequence[pathlib.Path]) -> str:
+  """A sha256 over the names and contents of files, in the order of their names."""
+  total = hashlib.sha256()
+  for path in sorted(paths):
+    with open(path, "rb") as file:
+      total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
   return total.hexdigest()
 
 

@@ -47,15 +47,23 @@ def accuracy(judged: Iterable[bool], scale: float = 1.0) -> Score:
 
 
 def mean(values: Sequence[float], scale: float = 1.0) -> Score:
-  """The mean, times `scale`, with a normal interval; for values other than right or wrong."""
-  values = np.asarray(values, np.float64)
-  half = CONFIDENCE_Z * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-  value = float(values.mean())
-  return Score(scale * value, scale * float(value - half), scale * float(value + half), len(values))
+  """The mean of independent values, times `scale`, with a normal interval; for values other than right or wrong."""
+  return clustered_mean([[float(value)] for value in values], scale)
 
 
-def clustered(groups: Sequence[Sequence[bool]], chance: float | None = None) -> Score:
-  """The share of right ones where samples of one group are alike, such as pictures of one prompt.
+def clustered_mean(groups: Sequence[Sequence[float]], scale: float = 1.0) -> Score:
+  """As `mean`, where the values of one group may be alike, such as those of questions about one picture."""
+  sizes, sums = (np.array([fold(group) for group in groups], np.float64) for fold in (len, sum))
+  count, number = sizes.sum(), len(groups)
+  value = sums.sum() / count
+  half = 0.0
+  if number > 1:
+    half = CONFIDENCE_Z * math.sqrt(number / (number - 1) * float(((sums - value * sizes) ** 2).sum())) / count
+  return Score(scale * float(value), scale * float(value - half), scale * float(value + half), int(count))
+
+
+def clustered(groups: Sequence[Sequence[bool]], chance: float | None = None, scale: float = 1.0) -> Score:
+  """The share of right ones, times `scale`, where samples of one group are alike, such as pictures of one prompt.
 
   The Wilson interval of as many independent samples as the spread between groups speaks for: at least the number of
   groups, at most that of samples. Unlike a bootstrap it does not shrink to nothing at 0 or 1.
@@ -69,7 +77,7 @@ def clustered(groups: Sequence[Sequence[bool]], chance: float | None = None) -> 
     variance = len(groups) / (len(groups) - 1) * float(((sums - share * sizes) ** 2).sum()) / count**2
     effective = min(max(share * (1 - share) / variance, len(groups)), count) if variance > 0 else count
   low, high = wilson(share * effective, effective)
-  return Score(float(share), low, high, int(count), chance)
+  return Score(scale * float(share), scale * low, scale * high, int(count), chance)
 
 
 def average(parts: Sequence[Score]) -> Score:
@@ -130,12 +138,36 @@ def f1(truth: np.ndarray, said: np.ndarray) -> dict[str, float]:
   return {"f1": 2 * precision * recall / total if total else 0.0, "precision": precision, "recall": recall}
 
 
+def f1_of_yes(groups: Sequence[Sequence[tuple[bool, bool]]], scale: float = 1.0) -> Score:
+  """F1 of the yes, times `scale`; its interval draws whole groups, such as the questions about one picture.
+
+  Args:
+    groups: (truth, said) of each question of a group, True is a yes.
+  """
+  # Per group: found, said, true. F1 is 2 found / (said + true).
+  counts = np.array([[sum(t and s for t, s in g), sum(s for _, s in g), sum(t for t, _ in g)] for g in groups], float)
+
+  def statistic(chosen: np.ndarray) -> float:
+    found, said, true = counts[chosen].sum(0)
+    return scale * 2 * found / (said + true) if said + true else 0.0
+
+  return bootstrap(statistic, groups)._replace(count=sum(map(len, groups)))
+
+
+def grouped(rows: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+  """The rows by "picture", where they name one: questions about one picture are not independent."""
+  groups: dict[Any, list[Mapping[str, Any]]] = collections.defaultdict(list)
+  for number, row in enumerate(rows):
+    groups[row.get("picture", number)].append(row)
+  return list(groups.values())
+
+
 def pope(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
   """POPE as VLMEvalKit scores it: F1 of the yes in percent, over all rows, once per category that they stand in.
 
   Args:
-    rows: {"answer": "Yes" | "No", "said": "Yes" | "No" | "Unknown", "category": "random,popular"}; an Unknown is a
-      wrong answer that says no yes.
+    rows: {"answer": "Yes" | "No", "said": "Yes" | "No" | "Unknown", "category": "random,popular", "picture"}; an
+      Unknown is a wrong answer that says no yes.
   """
   apart = [row | {"category": name} for row in rows for name in str(row["category"]).split(",")]
   out = {}
@@ -143,9 +175,9 @@ def pope(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
     part = [row for row in apart if name in ("", row["category"])]
     truth = np.array([row["answer"] == "Yes" for row in part])
     said = np.array([row["said"] == "Yes" for row in part])
-    prefix = f"{name} " if name else ""
-    out[f"{prefix}F1"] = bootstrap(lambda i: 100 * f1(truth[i], said[i])["f1"], part)
-    out[f"{prefix}accuracy"] = accuracy((row["answer"] == row["said"] for row in part), 100)
+    prefix, groups = f"{name} " if name else "", grouped(part)
+    out[f"{prefix}F1"] = f1_of_yes([[(r["answer"] == "Yes", r["said"] == "Yes") for r in group] for group in groups], 100)
+    out[f"{prefix}accuracy"] = clustered([[r["answer"] == r["said"] for r in group] for group in groups], scale=100)
     if not name:
       scored = f1(truth, said)
       out |= {key: Score(100 * scored[key], count=len(part)) for key in ("precision", "recall")}
@@ -172,18 +204,21 @@ def mme(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
         f"MME: {len(odd)} pictures of {category} have not two questions, for example {odd[0]!r} "
         f"({len(groups[odd[0]])}): score the whole file, without --limit"
       )
-    pairs = list(groups.values())
-    plain = [one for pair in pairs for one in pair]
-    out[category] = Score(100 * (np.mean(plain) + np.mean([all(pair) for pair in pairs])), count=len(plain))
+    # A picture is worth half a point for each right answer and one more for both, of 200 in all.
+    out[category] = mean([sum(pair) / 2 + all(pair) for pair in groups.values()], 100)._replace(count=2 * len(groups))
   sums = {}
   for name, parts in (("perception", MME_PERCEPTION), ("reasoning", MME_REASONING)):
     if all(part in out for part in parts):
-      sums[name] = Score(sum(out[part].value for part in parts), count=sum(out[part].count for part in parts))
+      sums[name] = _times(average([out[part] for part in parts]), len(parts))
   if not sums:
     raise UserError(
       f"MME: neither the ten perception categories nor the four of reasoning are there: {sorted(out)}"
     )
   return sums | out
+
+
+def _times(score: Score, factor: float) -> Score:
+  return score._replace(value=factor * score.value, low=factor * score.low, high=factor * score.high)
 
 
 def circular(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
@@ -205,14 +240,19 @@ def by_category(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
   """Accuracy in percent, over all rows and per category.
 
   Args:
-    rows: {"right": bool or a share, "category"}.
+    rows: {"right": bool or a share, "category", "picture"}; the interval counts questions about one picture as alike as
+      they are.
   """
-  groups: dict[str, list[float]] = collections.defaultdict(list)
+  categories: dict[str, list[Mapping[str, Any]]] = collections.defaultdict(list)
   for row in rows:
-    groups[str(row["category"])].append(float(row["right"]))
-  values = [value for group in groups.values() for value in group]
-  score = accuracy if all(value in (0.0, 1.0) for value in values) else mean
-  out = {"overall": score(values, 100)}
-  if len(groups) > 1:
-    out |= {name: score(group, 100) for name, group in sorted(groups.items())}
+    categories[str(row["category"])].append(row)
+  plain = all(float(row["right"]) in (0.0, 1.0) for row in rows)
+
+  def score(part: Sequence[Mapping[str, Any]]) -> Score:
+    values = [[float(row["right"]) for row in group] for group in grouped(part)]
+    return clustered(values, scale=100) if plain else clustered_mean(values, 100)
+
+  out = {"overall": score(rows)}
+  if len(categories) > 1:
+    out |= {name: score(part) for name, part in sorted(categories.items())}
   return out

@@ -1,4 +1,4 @@
-"""Sweeps over guidance and steps: one evaluation for each pair, a table and a plot (the paper's figure 1)."""
+"""Sweeps over guidance and steps: one evaluation for each pair, a table and a plot (figure 1 of the paper's appendix)."""
 
 import argparse
 import itertools
@@ -23,7 +23,8 @@ def main(args: argparse.Namespace) -> int:
     raise UserError(f"--benchmark={recipe.name} paints nothing: it has no guidance and no steps to sweep")
   if args.results or args.features:
     raise UserError(
-      "--results and --features belong to one setting: give them with the --output of that setting alone"
+      "--results and --features belong to one setting: give them with its own --output, --guidance and --steps; the "
+      "same sweep then plots them"
     )
   if args.only == "questions":
     raise UserError("--only=questions: answers depend on neither guidance nor steps, so there is nothing to sweep")
@@ -50,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
       found[one.guidance, one.steps] = json.loads(path.read_text(encoding="utf-8"))["scores"]
   names = plotted(found)
   if not names:
-    print("no scores to plot yet: see the notes above")
+    print("no scores to plot yet: do what the notes above say in each folder, then give this command again")
     return 0
   figure(found, names).savefig(args.output / "sweep.png", dpi=120)
   rows = [

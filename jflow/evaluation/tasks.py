@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from jflow.data.examples import IMAGE_MARK
 from jflow.evaluation.samples import Samples
 from jflow.inference import painting
 from jflow.inference.pipeline import to_image
@@ -19,7 +20,7 @@ class Question(NamedTuple):
   """A question about images."""
 
   key: str
-  text: str  # the user's turn, with a mark where the images stand
+  text: str  # the user's turn, with one mark where all images stand
   images: Callable[[], Sequence[Any]]  # reads them; called when the question is asked
   system: str = ""
   max_tokens: int = 512
@@ -57,12 +58,16 @@ def answer(
   group_size = _ROUNDS * batch_size
   for at in range(0, len(questions), group_size):
     group = questions[at : at + group_size]
-    requests = [
-      model.request(one.text, list(one.images()), one.max_tokens, system=one.system) for one in group
-    ]
+    requests = [_request(model, one) for one in group]
     for question, text in zip(group, model.understand_batch(requests, batch_size), strict=True):
       samples.add({"key": question.key, "answer": text})
     done(len(group))
+
+
+def _request(model: Any, question: Question) -> Any:
+  images = list(question.images())
+  text = question.text.replace(IMAGE_MARK, IMAGE_MARK * len(images), 1)
+  return model.request(text, images, question.max_tokens, system=question.system)
 
 
 def paint(

@@ -37,6 +37,7 @@ class Vqav2Benchmark:
       raise UserError(f"--split={split!r} must be one of {', '.join(SPLITS)}")
     self._recipe, self._data = recipe, data
     questions, annotations, self._picture = SPLITS[split]
+    self._files = [data / name for name in (questions, annotations) if name]
     self._rows = _read(data / questions, "questions", recipe)[:limit]
     for row in self._rows:
       need(
@@ -50,19 +51,27 @@ class Vqav2Benchmark:
       for row in rows:
         need(
           row,
-          ("question_id", "answers", "answer_type"),
+          ("question_id", "image_id", "answers", "answer_type"),
           f"{data / annotations}, question {row.get('question_id')},",
         )
+        for one in row["answers"]:
+          need(one, ("answer",), f"{data / annotations}, question {row['question_id']}, one of its answers,")
       self._people = {row["question_id"]: row for row in rows}
       wanted = [row["question_id"] for row in self._rows]
       need_all(wanted, self._people, str(data / annotations), "take questions and annotations of one release")
     if self._rows and not self._path(self._rows[0]).is_file():
       raise UserError(f"{self._path(self._rows[0])} does not exist: {recipe.data}")
 
+  def data_files(self) -> list[pathlib.Path]:
+    """What the predictions and scores depend on, but for the pictures."""
+    return self._files
+
   def tasks(self) -> list[Question]:
     """The questions, in the order of the file."""
     return [
-      Question(str(row["question_id"]), short_prompt(row), lambda row=row: [self._path(row)])
+      Question(
+        str(row["question_id"]), short_prompt(row), lambda row=row: [self._path(row)], max_tokens=self._recipe.max_tokens
+      )
       for row in self._rows
     ]
 
@@ -71,15 +80,19 @@ class Vqav2Benchmark:
     need_all([str(row["question_id"]) for row in self._rows], records, "vqav2", "run the same command again")
     said = {row["question_id"]: records[str(row["question_id"])]["answer"] for row in self._rows}
     if not self._people:
-      note = "Hand `submission` of report.json to the challenge's server; the paper's score is on test-dev."
-      return Result(
-        {}, [note], details={"submission": [{"question_id": i, "answer": a} for i, a in said.items()]}
+      note = (
+        "Hand submission.json to the challenge's server (79.8 at 384 and 76.3 at 256 in the paper). Its answers are "
+        "normalised by the challenge's rule, as is usual, since the server leaves some as they are."
       )
+      given = [{"question_id": i, "answer": answers.normal_answer(a)} for i, a in said.items()]
+      return Result({}, [note], files={"submission.json": given})
     judged = []
     for number, answer in said.items():
       people = [one["answer"] for one in self._people[number]["answers"]]
-      score = answers.vqa_score(answer, people, always_normalise=False)
-      judged.append({"right": score, "category": self._people[number]["answer_type"]})
+      score = answers.vqa_score(answer, people, unanimous_as_written=True)
+      judged.append(
+        {"right": score, "category": self._people[number]["answer_type"], "picture": self._people[number]["image_id"]}
+      )
     return Result(
       scores.by_category(judged),
       ["The paper's score is on test-dev; on val its ablations have 69.20 at 256."],
@@ -93,6 +106,9 @@ def _read(path: pathlib.Path, field: str, recipe: Recipe) -> list[dict[str, Any]
   if not path.is_file():
     raise UserError(f"{path} does not exist: {recipe.data}")
   try:
-    return json.loads(path.read_text(encoding="utf-8"))[field]
+    rows = json.loads(path.read_text(encoding="utf-8"))[field]
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f"{path} is no file of VQAv2 with the field {field!r}: {error}") from error
+  if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    raise UserError(f"{path}: {field!r} should be a list of objects")
+  return rows

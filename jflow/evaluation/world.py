@@ -64,6 +64,10 @@ class ShapesBenchmark:
       scene, combination = scenes.sample(TAGS[i % len(TAGS)], "val", random.Random(f"evaluation/codec/{i}"))
       self._true.append((scene, shapes.prompt(combination)[1]))
 
+  def data_files(self) -> list[pathlib.Path]:
+    """None: the world is code."""
+    return []
+
   def tasks(self) -> list[Painting | RoundTrip | Question]:
     """All pictures to paint, true ones to send through the VAE, then all questions."""
     out: list[Painting | RoundTrip | Question] = []
@@ -108,7 +112,8 @@ class ShapesBenchmark:
       "Pictures: strict means exactly what was asked and nothing else; lenient is GenEval's rule, which allows for more. "
       "Chance is the judge on pictures painted for other prompts of the same category; the ceiling, on true pictures "
       "that the VAE has encoded and decoded. Intervals: Wilson's, with the pictures of a prompt counted as alike as they are.",
-      "Questions: beside each score stand the most frequent answer of the kind; a model that has read the questions of "
+      "Questions: their intervals count a yes and a no about one picture, and the orders of one choice, as alike as they are. "
+      "Beside each score stand the most frequent answer of the kind; a model that has read the questions of "
       "training and sees no picture; and what was right for the nearest picture of training.",
       "FD-tex (Gabor filters) sees noise and blur, FD-state (what the judge finds) sees content; neither is comparable "
       "with an FID. MMD: the unbiased kernel distance on the same features. Floor: what other renders of the same number "
@@ -242,29 +247,30 @@ def _sheets(painted: Sequence[Painted]) -> Iterator[tuple[str, Image.Image]]:
 def _question_scores(
   asked: Sequence[tuple[Any, Asked]], said: Sequence[str], name: str
 ) -> dict[str, Score]:
-  """Accuracy per kind and their mean; F1 of the yes as POPE's; groups as MME's accuracy+ and MMBench's circles."""
+  """Accuracy per kind and their mean; F1 of the yes as POPE's; groups as MME's accuracy+ and MMBench's circles.
+
+  The questions of a group (a yes and a no, the orders of a choice) count as alike as their answers are.
+  """
   if not asked:
     return {}
-  kinds: dict[str, list[bool]] = collections.defaultdict(list)
-  groups: dict[str, dict[int, list[bool]]] = collections.defaultdict(lambda: collections.defaultdict(list))
-  yes: dict[str, list[tuple[bool, bool]]] = collections.defaultdict(list)
+  by_group = lambda: collections.defaultdict(lambda: collections.defaultdict(list))
+  groups: dict[str, dict[int, list[bool]]] = by_group()
+  yes: dict[str, dict[int, list[tuple[bool, bool]]]] = by_group()
   for (number, (_, question)), answer in zip(_grouped(asked), said, strict=True):
-    good = right(question, answer)
-    kinds[question.kind].append(good)
-    groups[question.kind][number].append(good)
+    groups[question.kind][number].append(right(question, answer))
     if question.kind in shapes.PAIRED:
-      yes[question.kind].append((question.answer == "yes", answers.yes_or_no(answer) == "Yes"))
+      yes[question.kind][number].append((question.answer == "yes", answers.yes_or_no(answer) == "Yes"))
   prefix, beside = f"{name} questions: ", references.baselines(asked)
-  out = {f"{prefix}{kind}": scores.accuracy(judged)._replace(beside=beside[kind]) for kind, judged in kinds.items()}
+  out = {}
+  for kind, judged in groups.items():
+    out[f"{prefix}{kind}"] = scores.clustered(list(judged.values()))._replace(beside=beside[kind])
   for kind, pairs in yes.items():
-    truth, positive = np.array(pairs).T
-    f1 = lambda i: scores.f1(truth[i], positive[i])["f1"]
-    out[f"{prefix}{kind}, F1"] = scores.bootstrap(f1, pairs)
+    out[f"{prefix}{kind}, F1"] = scores.f1_of_yes(list(pairs.values()))
   for kind in ("relation", "existence", "choice"):
     if kind in groups:
       label = "all four orders" if kind == "choice" else "both of a pair"
       out[f"{prefix}{kind}, {label}"] = scores.accuracy([all(group) for group in groups[kind].values()])
-  out[f"{prefix}overall"] = scores.average([out[f"{prefix}{kind}"] for kind in kinds])
+  out[f"{prefix}overall"] = scores.average([out[f"{prefix}{kind}"] for kind in groups])
   return out
 
 

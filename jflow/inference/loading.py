@@ -46,10 +46,15 @@ def load(
   found = read_checkpoint(path, vae=vae, weights=weights)
   tokenizer = Tokenizer.load(found.tokenizer)
   tokenizer.check_fits(found.config.language_model.vocabulary_size)
-  compute = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+  compute = jnp.dtype(dtype or usual_dtype())
   model = JanusFlow(found.config, compute, remat="none", unroll=1, attention="xla")
   _check_params(path, model, found.params)
   return Pipeline(model, found.params, tokenizer, found.template, found.has_vae)
+
+
+def usual_dtype() -> str:
+  """What is computed in where nothing else is asked for: "float32" on a CPU, "bfloat16" elsewhere."""
+  return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def _check_params(path: str | pathlib.Path, model: JanusFlow, params: Any) -> None:
