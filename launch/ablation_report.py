@@ -15,7 +15,7 @@ from jflow.data import shapes
 from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
 from jflow.evaluation import report
-from jflow.evaluation.references import BLIND, FREQUENT
+from jflow.evaluation.references import BLIND, FREQUENT, NEAREST
 from jflow.inference import files
 from jflow.inference.sheet import contact_sheet
 from jflow.models.config import JanusFlowConfig
@@ -133,7 +133,9 @@ def pictures_seen(workdir: pathlib.Path, steps: int) -> dict[str, int]:
 def compare(letters: Mapping[str, Mapping[str, Any] | None]) -> list[dict[str, Any]]:
   """Each letter against F on each score that both have: by how much it is better than F, in the paper and here.
 
-  "agrees" is null where our difference is within its 95 % interval of 0, and where the paper has no number.
+  "agrees" is null where our difference is within its 95 % interval of 0, where the paper has no number, and for an F1
+  where neither of the two answers more questions than chance: it then says how often they say yes. The intervals are
+  those of pictures and questions; how much two trainings of one letter would differ is not in them.
   """
   out = []
   for split in ("seen", "held-out"):
@@ -147,7 +149,9 @@ def compare(letters: Mapping[str, Mapping[str, Any] | None]) -> list[dict[str, A
         sign = -1 if row.low_is_good else 1
         difference, low, high = _difference(*ours, sign)
         paper = None if None in theirs else round(sign * (theirs[0] - theirs[1]), 2)
-        sure = low > 0 or high < 0
+        plain = [(letters[x] or {}).get("scores", {}).get(name.removesuffix(", F1"), {}) for x in (letter, "F")]
+        learned = not name.endswith(", F1") or any(one.get("low", 0) > 0.5 for one in plain)
+        sure = (low > 0 or high < 0) and learned
         out.append(
           {
             "letter": letter,
@@ -212,10 +216,12 @@ def table(body: Mapping[str, Any]) -> str:
   join = lambda rows: "\n".join("| " + " | ".join(row) + " |" for row in rows)
   text = f"`{body['command']}`, commit {str(body['commit'])[:12]}.\n\n"
   text += f"Not trained yet: {', '.join(missing)}.\n\n" if missing else ""
-  text += "In brackets: what a model gets that does not look (questions), pictures for other prompts (pictures), other "
+  text += "In brackets: the best of three simple answers, the most frequent one, that to the question alone and that for the "
+  text += "nearest picture of training (questions), pictures for other prompts (pictures), other "
   text += f"renders (distances).\n\n{join(lines)}\n\n"
   text += "Above 0 the letter is better than F (a distance that is less counts as better). Undecided: 0 is within the "
-  text += f"interval.\n\n{join(against)}\n"
+  text += "interval, which leaves out how much two trainings of one letter differ; or an F1 of two that answer by chance.\n\n"
+  text += f"{join(against)}\n"
   return text
 
 
@@ -239,13 +245,13 @@ def _number(value: float | None) -> str:
 
 
 def _with_base(entry: Mapping[str, Any] | None, name: str) -> str:
-  """A score, and in brackets what can be had without a look, or the distance's floor."""
+  """A score, and in brackets the best of three simple answers, what other pictures get, or the distance's floor."""
   scores = entry["scores"] if entry else {}
   if name not in scores:
     return ""
   value = scores[name]["value"]
-  without_eyes = max((scores[name].get("beside", {}).get(x) for x in (FREQUENT, BLIND)), key=lambda v: v or 0)
-  base = scores[name].get("chance", scores.get(f"{name}, floor", {}).get("value", without_eyes))
+  simple = max((scores[name].get("beside", {}).get(x) for x in (FREQUENT, BLIND, NEAREST)), key=lambda v: v or 0)
+  base = scores[name].get("chance", scores.get(f"{name}, floor", {}).get("value", simple))
   text = f"{value:.3f}" if value < 10 else f"{value:.1f}"
   return text if base is None else f"{text} ({base:.2f})"
 

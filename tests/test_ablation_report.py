@@ -22,6 +22,8 @@ def entry(shift: float, steps: int = 100, half: float = 0.05) -> dict:
   for row in made.ROWS:
     value = 5 - shift if row.low_is_good else 0.5 + shift
     scores[f"seen {row.score}"] = {"value": value, "low": value - half, "high": value + half, "count": 9}
+  accuracy = 0.7 + shift
+  scores["seen questions: existence"] = {"value": accuracy, "low": accuracy - half, "high": accuracy + half, "count": 9}
   return {"steps": steps, "budget": 100, "pictures": {"read": 1234, "painted": 5}, "scores": scores}
 
 
@@ -38,6 +40,10 @@ def test_differences_have_newcombes_interval_and_a_distance_that_is_less_is_bett
   assert out["A", "seen pictures: FD-tex"]["agrees"] and out["A", "seen questions: existence, F1"]["agrees"]
   assert out["A", "seen questions: overall"]["agrees"] is False
   assert out["B", "seen questions: overall"]["agrees"] is None  # 0 is within the interval
+  for letter in "AF":  # both answer by chance: how often they say yes decides nothing
+    letters[letter]["scores"]["seen questions: existence"]["low"] = 0.49
+  (one,) = [one for one in made.compare({x: letters[x] for x in "AF"}) if one["score"].endswith(", F1")]
+  assert one["agrees"] is None
 
 
 def test_the_table_names_what_is_missing_and_unfinished():
