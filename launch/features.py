@@ -6,13 +6,20 @@ Needs PyTorch, and Transformers for --clip; jflow itself needs neither.
 
   python launch/features.py --pictures=scores/mjhq/pictures --reference=MJHQ-30K --inception=inception-2015-12-05.pt \\
     --clip=clip-vit-large-patch14 --output=features.npz
+
+The reference is exactly the pictures that meta_data.json names. What is done is kept in OUTPUT.parts as it is made: the
+same command goes on where it was stopped, and removes the folder at the end.
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +27,15 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+from jflow.errors import UserError  # noqa: E402
 from jflow.evaluation.distances import inception_input  # noqa: E402
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+PART = 1024  # pictures in a file of OUTPUT.parts
 
 
-def main() -> None:
-  """Writes names, generated and reference, and with --clip the features of pictures and prompts."""
+def main() -> int:
+  """Writes names, generated, reference_names, reference, resize, and with --clip those of CLIP."""
   p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   p.add_argument("--pictures", type=pathlib.Path, required=True, help="what the model painted: ID.png")
   p.add_argument(
@@ -39,80 +48,237 @@ def main() -> None:
     "--resize",
     choices=("lanczos", "bicubic"),
     default="lanczos",
-    help="to 256 (default: as GigaGAN's script)",
+    help="to 256 (default: as GigaGAN's script; an author of the paper says bicubic: report both)",
   )
-  p.add_argument("--batch_size", type=int, default=64)
+  p.add_argument("--batch_size", type=int, default=64, help="pictures at once (default %(default)s)")
   p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
   args = p.parse_args()
-  pictures, reference = _pictures(args.pictures), _pictures(args.reference)
-  arrays = {"names": np.array([path.stem for path in pictures])}
-  network = torch.jit.load(str(args.inception), map_location=args.device).eval()
+  try:
+    extract(args)
+  except UserError as error:
+    print(f"features: {error}", file=sys.stderr)
+    return 2
+  return 0
+
+
+def extract(args: argparse.Namespace) -> None:
+  """Makes what is missing, then puts the parts together.
+
+  Raises:
+    UserError: a file is missing or unreadable, or pictures and meta_data.json do not fit.
+  """
+  prompts = read_prompts(args.reference / "meta_data.json")
+  pictures = painted(args.pictures, prompts)
+  reference = true_pictures(args.reference, prompts)
+  if args.batch_size < 1:
+    raise UserError(f"--batch_size={args.batch_size} must be at least 1")
+  network = load_inception(args.inception, args.device)
+  clip = Clip(args.clip, args.device) if args.clip else None
+  parts = Parts(args.output.with_name(args.output.name + ".parts"), args.batch_size)
+  arrays = {
+    "names": np.array([path.stem for path in pictures]),
+    "reference_names": np.array([path.stem for path in reference]),
+    "resize": np.array(args.resize),
+  }
+  make = lambda group: {"features": inception_features(network, group, args.device, args.resize == "lanczos")}
+  key = [args.resize, state_of(args.inception)]
   for name, paths in (("generated", pictures), ("reference", reference)):
-    arrays[name] = inception_features(
-      network, paths, args.batch_size, args.device, args.resize == "lanczos", name
-    )
-  if args.clip:
-    prompts = json.loads((args.reference / "meta_data.json").read_text(encoding="utf-8"))
-    texts = [prompts[path.stem]["prompt"] for path in pictures]
-    arrays |= clip_features(args.clip, pictures, texts, args.batch_size, args.device)
-  np.savez(args.output, **arrays)
+    arrays[name] = parts.all(name, paths, [state_of(path) for path in paths], key, make)["features"]
+  if clip:
+    pairs = [(path, prompts[path.stem]) for path in pictures]
+    key = [state_of(path) for path in sorted(args.clip.iterdir())]
+    arrays |= parts.all("clip", pairs, [[state_of(path), text] for path, text in pairs], key, clip.features)
+  save(args.output, arrays)
+  parts.remove()
   print(f"{len(pictures)} pictures and {len(reference)} of the reference: {args.output}")
 
 
+class Parts:
+  """Features on disk, a file for every run of `PART` pictures, whole or not there."""
+
+  def __init__(self, folder: pathlib.Path, batch_size: int):
+    """Creates the folder; `batch_size`: items at once, which no feature depends on."""
+    self._folder, self._batch_size = folder, batch_size
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise UserError(f"{folder} cannot be made: {error.strerror}") from None
+
+  def all(
+    self, name: str, items: Sequence[Any], states: Sequence[Any], key: Any,
+    make: Callable[[Sequence[Any]], dict[str, np.ndarray]],
+  ) -> dict[str, np.ndarray]:  # fmt: skip
+    """The features of all items, made by `make` where no part has them.
+
+    Args:
+      name: of the features.
+      items: what `make` takes, a batch at a time.
+      states: JSON values, of each item what its features depend on.
+      key: a JSON value, what the features of all items depend on.
+      make: items -> arrays, f32[items, ...].
+    """
+    found: list[dict[str, np.ndarray]] = []
+    with tqdm(total=len(items), desc=name, disable=not sys.stderr.isatty()) as bar:
+      for at in range(0, len(items), PART):
+        digest = hashlib.sha256(json.dumps([name, key, states[at : at + PART]]).encode()).hexdigest()
+        path = self._folder / f"{name}-{at:06d}-{digest[:16]}.npz"  # other settings or pictures: another name
+        part, group = self._read(path), items[at : at + PART]
+        if part is None:
+          batches = []
+          for start in range(0, len(group), self._batch_size):
+            batches.append(make(group[start : start + self._batch_size]))
+            bar.update(len(group[start : start + self._batch_size]))
+          part = _joined(batches)
+          save(path, part)
+        else:
+          bar.update(len(group))
+        found.append(part)
+    return _joined(found)
+
+  def remove(self) -> None:
+    """Removes the folder, and the parts of other settings too."""
+    for path in self._folder.glob("*-??????-*.npz*"):
+      path.unlink()
+    with contextlib.suppress(OSError):  # something else lies there
+      self._folder.rmdir()
+
+  def _read(self, path: pathlib.Path) -> dict[str, np.ndarray] | None:
+    if not path.is_file():
+      return None
+    try:
+      with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+    except Exception:  # damaged on disk: zip, zlib and NumPy raise many types
+      return None
+
+
+def load_inception(path: pathlib.Path, device: str) -> torch.jit.ScriptModule:
+  """The network of a TorchScript file."""
+  if not path.is_file():
+    raise UserError(f"--inception={path} does not exist: take inception-2015-12-05.pt of clean-fid and StyleGAN")
+  try:
+    return torch.jit.load(str(path), map_location=device).eval()
+  except RuntimeError as error:
+    raise UserError(f"--inception={path} is no TorchScript file: {str(error).splitlines()[0]}") from None
+
+
 def inception_features(
-  network: torch.jit.ScriptModule,
-  paths: Sequence[pathlib.Path],
-  batch_size: int,
-  device: str,
-  lanczos: bool,
-  name: str,
+  network: torch.jit.ScriptModule, paths: Sequence[pathlib.Path], device: str, lanczos: bool
 ) -> np.ndarray:
   """f32[n, D] of pictures as `inception_input` prepares them."""
-  out = []
-  for group in _groups(paths, batch_size, name):
-    pixels = np.stack([inception_input(Image.open(path), lanczos=lanczos) for path in group])
+  with ThreadPoolExecutor() as pool, torch.no_grad():
+    pixels = np.stack(list(pool.map(lambda path: inception_input(picture(path), lanczos=lanczos), paths)))
+    x = (torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device) - 128) / 128
+    return network.layers.forward(x).flatten(1).float().cpu().numpy()
+
+
+class Clip:
+  """Hugging Face's CLIPModel of a directory."""
+
+  def __init__(self, directory: pathlib.Path, device: str):
+    """Reads the model; of its weights only safetensors."""
+    self._device = device
+    if not directory.is_dir():
+      raise UserError(f"--clip={directory} is no directory: download openai/clip-vit-large-patch14 of Hugging Face")
+    try:
+      from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+      self._model = CLIPModel.from_pretrained(directory, use_safetensors=True).to(device).eval()
+      self._process = CLIPImageProcessor.from_pretrained(directory)
+      self._tokenize = AutoTokenizer.from_pretrained(directory)
+    except ImportError as error:
+      raise UserError(f"--clip needs Hugging Face's transformers: {error}".splitlines()[0]) from None
+    except (OSError, ValueError) as error:
+      said = f"--clip={directory} holds no CLIPModel in safetensors with its tokenizer: {error}"
+      raise UserError(said.splitlines()[0]) from None
+
+  def features(self, pairs: Sequence[tuple[pathlib.Path, str]]) -> dict[str, np.ndarray]:
+    """f32[n, D] of pictures, of their prompts, and of the prompts behind GigaGAN's "A photo depicts "."""
+    images = self._process([picture(path) for path, _ in pairs], return_tensors="pt").to(self._device)
     with torch.no_grad():
-      x = (torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device) - 128) / 128
-      out.append(network.layers.forward(x).flatten(1).float().cpu().numpy())
-  return np.concatenate(out)
-
-
-def clip_features(
-  directory: pathlib.Path, paths: Sequence[pathlib.Path], texts: Sequence[str], batch_size: int, device: str
-) -> dict[str, np.ndarray]:
-  """Features of pictures, of their prompts, and of the prompts behind GigaGAN's "A photo depicts "."""
-  from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
-
-  model = CLIPModel.from_pretrained(directory).to(device).eval()
-  process = CLIPImageProcessor.from_pretrained(directory)
-  tokenize = AutoTokenizer.from_pretrained(directory)
-  out: dict[str, list[np.ndarray]] = {"clip_pictures": [], "clip_prompts": [], "clip_prompts_depicts": []}
-  with torch.no_grad():
-    for group in _groups(list(zip(paths, texts)), batch_size, "CLIP"):
-      images = process([Image.open(path).convert("RGB") for path, _ in group], return_tensors="pt").to(device)
-      vision = model.vision_model(**images).pooler_output
-      out["clip_pictures"].append(model.visual_projection(vision).float().cpu().numpy())
+      vision = self._model.vision_model(**images)
+      out = {"clip_pictures": self._model.visual_projection(vision.pooler_output)}
       for name, before in (("clip_prompts", ""), ("clip_prompts_depicts", "A photo depicts ")):
-        words = [before + text for _, text in group]
-        ids = tokenize(words, padding=True, truncation=True, return_tensors="pt").to(device)
-        language = model.text_model(**ids).pooler_output
-        out[name].append(model.text_projection(language).float().cpu().numpy())
-  return {name: np.concatenate(parts) for name, parts in out.items()}
+        words = [before + text for _, text in pairs]
+        ids = self._tokenize(words, padding=True, truncation=True, return_tensors="pt").to(self._device)
+        language = self._model.text_model(input_ids=ids.input_ids, attention_mask=ids.attention_mask)
+        out[name] = self._model.text_projection(language.pooler_output)
+    return {name: array.float().cpu().numpy() for name, array in out.items()}
 
 
-def _pictures(folder: pathlib.Path) -> list[pathlib.Path]:
-  paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+def read_prompts(path: pathlib.Path) -> dict[str, str]:
+  """Name of a picture -> prompt."""
+  if not path.is_file():
+    raise UserError(f"{path} does not exist: --reference names the folder of MJHQ-30K, with its meta_data.json")
+  try:
+    return {name: row["prompt"] for name, row in json.loads(path.read_text(encoding="utf-8")).items()}
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    raise UserError(f"{path} is no object of names with prompts ({type(error).__name__}): download it again") from None
+
+
+def painted(folder: pathlib.Path, prompts: dict[str, str]) -> list[pathlib.Path]:
+  """The pictures of a folder, each of a prompt."""
+  paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
   if not paths:
-    sys.exit(f"{folder} holds no pictures")
+    raise UserError(f"{folder} holds no pictures: --pictures names the folder pictures/ of an evaluation's --output")
+  others = [path.name for path in paths if path.stem not in prompts]
+  if others:
+    raise UserError(f"{folder}: {len(others)} of {len(paths)} pictures have no prompt in meta_data.json "
+                    f"({_some(others)}): name the pictures of this benchmark")  # fmt: skip
+  _refuse_doubles(folder, paths)
   return paths
 
 
-def _groups(items: Sequence, size: int, name: str) -> Iterator[Sequence]:
-  with tqdm(total=len(items), desc=name, disable=not sys.stderr.isatty()) as bar:
-    for at in range(0, len(items), size):
-      yield items[at : at + size]
-      bar.update(len(items[at : at + size]))
+def true_pictures(folder: pathlib.Path, prompts: dict[str, str]) -> list[pathlib.Path]:
+  """The pictures that meta_data.json names, wherever they lie below the folder; no others."""
+  paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.stem in prompts)
+  _refuse_doubles(folder, paths)
+  missing = sorted(prompts.keys() - {path.stem for path in paths})
+  if missing:
+    raise UserError(f"{folder}: {len(missing)} of {len(prompts)} pictures of meta_data.json are missing "
+                    f"({_some(missing)}): unpack mjhq30k_imgs.zip there, whole")  # fmt: skip
+  return paths
+
+
+def _refuse_doubles(folder: pathlib.Path, paths: Sequence[pathlib.Path]) -> None:
+  by_name: dict[str, list[pathlib.Path]] = {}
+  for path in paths:
+    by_name.setdefault(path.stem, []).append(path)
+  doubles = [same for same in by_name.values() if len(same) > 1]
+  if doubles:
+    raise UserError(f"{folder}: {len(doubles)} pictures lie there twice, for example {doubles[0][0]} and "
+                    f"{doubles[0][1]}: move what an evaluation has painted elsewhere")  # fmt: skip
+
+
+def _joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _some(names: Sequence[str]) -> str:
+  return ", ".join(names[:3]) + ("..." if len(names) > 3 else "")
+
+
+def picture(path: pathlib.Path) -> Image.Image:
+  """A picture in RGB."""
+  try:
+    return Image.open(path).convert("RGB")
+  except Exception as error:  # Pillow raises many types on a damaged file
+    raise UserError(f"{path} is no readable picture ({type(error).__name__}): make or unpack it again") from None
+
+
+def state_of(path: pathlib.Path) -> list[Any]:
+  """What tells a file from another of its name: size in bytes, time of the last change in nanoseconds."""
+  found = path.stat()
+  return [path.name, found.st_size, found.st_mtime_ns]
+
+
+def save(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+  """Writes an .npz so that the path never holds half of one."""
+  new = path.with_name(path.name + ".new")
+  with open(new, "wb") as file:
+    np.savez(file, **arrays)
+  new.replace(path)
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

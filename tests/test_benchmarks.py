@@ -1,16 +1,13 @@
 """Painting benchmarks write what their scorers read, and read what these write; VQAv2 from its own files."""
 
 import json
-import runpy
-import sys
+import shlex
 
-import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
 from jflow.errors import UserError
-from jflow.evaluation import distances, painted, scores, tasks
+from jflow.evaluation import painted, scores, tasks
 from jflow.evaluation.command import parser, with_flags
 from jflow.evaluation.recipes import RECIPES
 from jflow.evaluation.vqav2 import Vqav2Benchmark
@@ -28,9 +25,19 @@ def flags(name: str, tmp_path, *more: str):
   )
 
 
-def benchmark(name: str, tmp_path, *more: str):
+def benchmark(name: str, tmp_path, *more: str, **changes):
   args = flags(name, tmp_path, *more)
-  return painted.BENCHMARKS[name](with_flags(RECIPES[name], args), args)
+  return painted.BENCHMARKS[name](with_flags(RECIPES[name], args)._replace(**changes), args)
+
+
+def commands(note: str) -> tuple[list[str], list[str]]:
+  """The words of the two command lines of a note that says what to run next."""
+  first, then = (shlex.split(line) for line in note.split("\n") if line.startswith("  "))
+  return first, then
+
+
+def write_lines(path, rows) -> None:
+  path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
 
 
 def paint(bench, tmp_path) -> dict:
@@ -58,69 +65,85 @@ METADATA = [
 @pytest.fixture
 def geneval(tmp_path):
   (tmp_path / "data").mkdir()
-  lines = "".join(json.dumps(row) + "\n" for row in METADATA)
-  (tmp_path / "data" / "evaluation_metadata.jsonl").write_text(lines)
+  write_lines(tmp_path / "data" / "evaluation_metadata.jsonl", METADATA)
   return tmp_path
 
 
 def as_geneval_reads(folder) -> list[tuple[str, dict]]:
   """The walk of its evaluator: folders of digits, one JSON object, samples of digits."""
   found = []
-  for sub in folder.iterdir():
+  for sub in sorted(folder.iterdir()):
     assert sub.is_dir() and sub.name.isdigit()
     with open(sub / "metadata.jsonl") as file:
       metadata = json.load(file)
-    for image in (sub / "samples").iterdir():
+    for image in sorted((sub / "samples").iterdir()):
       assert image.stem.isdigit() and image.suffix == ".png"
       found.append((str(image), metadata))
   return found
 
 
-def test_geneval_layout_and_results(geneval):
-  bench = benchmark("geneval", geneval)
-  records = paint(bench, geneval)
-  note = bench.score(records).notes[0]
-  assert "evaluate_images.py" in note
-  found = as_geneval_reads(geneval / "out" / "pictures")
-  assert len(found) == 12
-  assert {metadata["prompt"] for _, metadata in found} == {row["prompt"] for row in METADATA}
-  # Three of four benches, no cow, every red cow.
-  right = lambda name, metadata: (
-    "bench" in metadata["prompt"] and "00000.png" not in name or "red" in metadata["prompt"]
-  )
-  results = [
+def geneval_results(folder) -> list[dict]:
+  """What the evaluator writes if it finds three of four benches, no cow, every red cow."""
+  return [
     {
       "filename": name,
       "tag": m["tag"],
       "prompt": m["prompt"],
-      "correct": right(name, m),
+      "correct": "bench" in m["prompt"] and "00000.png" not in name or "red" in m["prompt"],
       "reason": "",
       "metadata": "{}",
     }
-    for name, m in found
+    for name, m in as_geneval_reads(folder)
   ]
+
+
+def test_geneval_layout_and_results(geneval):
+  bench = benchmark("geneval", geneval)
+  assert bench.data_files() == [geneval / "data" / "evaluation_metadata.jsonl"]
+  records = paint(bench, geneval)
+  notes = bench.score(records).notes
+  assert "3 prompts, the published benchmark 553" in notes[-1] and "--sweep_guidance=2,3,5,7.5" in notes[-2]
+  out = (geneval / "out").resolve()
+  assert commands(notes[0])[0] == [
+    "python", "evaluation/evaluate_images.py", f"{out}/pictures", "--outfile", f"{out}/results.jsonl", "--model-path",
+    "OBJECT_DETECTOR_FOLDER",
+  ]  # fmt: skip
+  found = as_geneval_reads(geneval / "out" / "pictures")
+  assert len(found) == 12
+  assert {metadata["prompt"] for _, metadata in found} == {row["prompt"] for row in METADATA}
   path = geneval / "results.jsonl"
-  path.write_text("".join(json.dumps(row) + "\n" for row in results))
+  write_lines(path, geneval_results(geneval / "out" / "pictures"))
   out = benchmark("geneval", geneval, f"--results={path}").score(records).scores
   assert out["single_object"].value == pytest.approx(3 / 8) and out["colors"].value == 1
   assert out["overall"].value == pytest.approx((3 / 8 + 1) / 2)  # the mean of categories, not of pictures
-  path.write_text("".join(json.dumps(row) + "\n" for row in results[:-2]))
-  with pytest.raises(UserError, match="2 of 12 samples are missing"):
-    benchmark("geneval", geneval, f"--results={path}").score(records)
-  path.write_text("".join(json.dumps(row) + "\n" for row in results + results[:1]))
-  with pytest.raises(UserError, match="comes twice"):
-    benchmark("geneval", geneval, f"--results={path}").score(records)
+
+
+def test_the_printed_command_reads_the_results_with_all_flags_of_the_first(geneval, monkeypatch):
+  """From another folder too: a relative --output of the first command is a whole path in the second."""
+  monkeypatch.chdir(geneval)
+  (geneval / "geneval").mkdir()  # a folder of the benchmark's name is not taken for it
+  given = ["--benchmark=geneval", "--checkpoint=gs://a/b", "--data=data", "--output=with space", "--pictures=1",
+           "--guidance=5", "--limit=2", "--seed=7", "--sweep_guidance=5,6", "--part=0/2", "--weights=raw"]  # fmt: skip
+  args = parser().parse_args(given)
+  bench = painted.BENCHMARKS["geneval"](with_flags(RECIPES["geneval"], args), args)
+  records = {}
+  for task in bench.tasks():
+    tasks.save(Image.new("RGB", (8, 8)), geneval / "with space" / task.file)
+    records[task.key] = {"file": task.file}
+  notes = bench.score(records).notes
+  assert not any("published benchmark" in note for note in notes)  # --limit says why there are fewer
+  first, then = commands(notes[0])
+  assert first[2] == str(geneval / "with space/pictures") and then[:4] == ["python", "-m", "jflow", "evaluate"]
+  again = parser().parse_args(then[4:])
+  assert again.output == geneval / "with space" and again.data == geneval / "data" and str(again.results) == first[4]
+  kept = ("benchmark", "checkpoint", "pictures", "guidance", "limit", "seed", "weights", "steps", "vae", "dtype")
+  assert all(getattr(again, name) == getattr(args, name) for name in kept)
+  assert again.sweep_guidance is None and again.part == (0, 1)
 
 
 def test_geneval_seeds_are_pinned_and_prompts_share_them(geneval):
   seeds = [task.seed for task in benchmark("geneval", geneval).tasks()]
   assert seeds == [0, 1, 2, 3] * 3
-
-
-def test_a_prompt_without_a_field_is_named(geneval):
-  (geneval / "data" / "evaluation_metadata.jsonl").write_text('{"tag": "colors", "include": [1]}\n')
-  with pytest.raises(UserError, match="line 1, has no field 'prompt'"):
-    benchmark("geneval", geneval)
 
 
 # --- DPG-Bench
@@ -138,8 +161,15 @@ def dpg(tmp_path):
 def test_dpg_grids_are_cut_as_the_scorer_cuts_them(dpg):
   bench = benchmark("dpg", dpg)
   assert bench.tasks()[0].prompt == "a long prompt, 0"
+  assert bench.data_files() == [dpg / "data" / "prompts" / f"diffusiondb{i}.txt" for i in range(3)]
   records = paint(bench, dpg)
-  assert "--resolution 8" in bench.score(records).notes[0]
+  notes = bench.score(records).notes
+  out = (dpg / "out").resolve()
+  assert commands(notes[0])[0] == [
+    "python", "dpg_bench/compute_dpg_bench.py", "--image-root-path", f"{out}/grids", "--resolution", "8", "--pic-num",
+    "4", "--res-path", f"{out}/results.txt",
+  ]  # fmt: skip
+  assert "ELLA" in notes[0] and "3 prompts, the published benchmark 1,065" in notes[-1]
   names = sorted(path.name for path in (dpg / "out" / "grids").iterdir())
   assert names == [f"diffusiondb{i}.png" for i in range(3)]  # nothing else: the scorer lists the folder
   image = Image.open(dpg / "out" / "grids" / "diffusiondb1.png")
@@ -148,105 +178,109 @@ def test_dpg_grids_are_cut_as_the_scorer_cuts_them(dpg):
   assert [image.crop(crop).getpixel((3, 3))[0] for crop in crops] == [4, 5, 6, 7]
 
 
-def test_dpg_results_are_read_and_dropped_pictures_refused(dpg):
+DPG_SUMMARY = [
+  "Model: x", "L1 category scores:", "\tentity: 87.5", "\tglobal: 50.0", "L2 category scores:", "\tentity - whole: 1",
+  "Image path: /a, 1, 2, 3, 4, 5", "DPG-Bench score: 50.0",
+]  # fmt: skip
+
+
+def dpg_row(i: int, mean: float | None = None) -> str:
+  numbers = [1.0, 0.5, 0.5 - i / 4, 1.0 - i / 4]
+  return ", ".join(map(str, [f"/some, where/diffusiondb{i}.png", *numbers, sum(numbers) / 4 if mean is None else mean]))
+
+
+DPG_ROWS = [dpg_row(i) for i in range(3)]
+
+
+def test_dpg_results_are_read(dpg):
   bench = benchmark("dpg", dpg)
   records = paint(bench, dpg)
-  lines = [f"/some, where/diffusiondb{i}.png, 1.0, 0.5, 0.5, 1.0, {0.75 - i / 4}\n" for i in range(3)]
-  summary = "Model: x\nL1 category scores:\n\tentity: 87.5\n\tglobal: 50.0\nL2 category scores:\n\tentity - whole: 1\n"
   path = dpg / "results.txt"
-  path.write_text("".join(lines) + summary + "DPG-Bench score: 50.0\n")
+  write_lines(path, DPG_ROWS + DPG_SUMMARY)
   out = benchmark("dpg", dpg, f"--results={path}").score(records).scores
-  assert out["overall"].value == pytest.approx(50) and out["overall"].count == 3
+  assert out["overall"].value == pytest.approx(100 * (0.75 + 0.625 + 0.5) / 3) and out["overall"].count == 3
   assert out["entity"].value == 87.5 and out["global"].value == 50 and len(out) == 3
-  path.write_text("".join(lines[:2]) + summary)
-  with pytest.raises(UserError, match=r"1 of 3 samples are missing \(diffusiondb2"):
-    benchmark("dpg", dpg, f"--results={path}").score(records)
 
 
-# --- MJHQ
+# --- wrong files
 
 
-@pytest.fixture
-def mjhq(tmp_path):
-  data = tmp_path / "data"
-  rng = np.random.default_rng(0)
-  meta = {}
-  for i in range(6):
-    name, category = f"id{i}", ("animals", "food")[i % 2]
-    meta[name] = {"category": category, "prompt": f"prompt {i}"}
-    path = data / "mjhq30k_imgs" / category / f"{name}.jpg"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(path)
-  (data / "meta_data.json").write_text(json.dumps(meta))
-  return tmp_path
+GENEVAL_LINE = {"filename": "/x/00000/samples/00000.png", "tag": "single_object", "correct": True}
 
 
-def test_mjhq_measures_features_of_all_its_pictures_by_name(mjhq):
-  bench = benchmark("mjhq", mjhq)
-  assert len({task.seed for task in bench.tasks()}) == 6
-  records = paint(bench, mjhq)
-  assert "launch/features.py" in bench.score(records).notes[0]
-  rng = np.random.default_rng(1)
-  generated, reference = (
-    rng.normal(size=(6, 4)).astype(np.float32),
-    rng.normal(size=(9, 4)).astype(np.float32),
-  )
-  pictures, prompts = rng.normal(size=(2, 6, 3)).astype(np.float32)
-  names = np.array([f"id{i}" for i in range(6)])
-  order = rng.permutation(6)
-  path = mjhq / "features.npz"
-  np.savez(
-    path, names=names[order], generated=generated[order], reference=reference, clip_pictures=pictures[order],
-    clip_prompts=prompts[order],
-  )  # fmt: skip
-  out = benchmark("mjhq", mjhq, f"--features={path}").score(records).scores
-  assert out["FID"].value == pytest.approx(distances.frechet(generated, reference))
-  cosine = [p @ q / np.linalg.norm(p) / np.linalg.norm(q) for p, q in zip(pictures, prompts)]
-  assert out["CLIP similarity"].value == pytest.approx(100 * np.mean(cosine), rel=1e-5)
-  np.savez(path, names=names[:4], generated=generated[:4], reference=reference)
-  with pytest.raises(UserError, match="2 of 6 samples are missing"):
-    benchmark("mjhq", mjhq, f"--features={path}").score(records)
-  np.savez(path, names=names, generated=generated, reference=reference[:3])
-  with pytest.raises(UserError, match="3 reference pictures for 6"):
-    benchmark("mjhq", mjhq, f"--features={path}").score(records)
+def changed(number: int, **fields):
+  """The results of all pictures, with other fields in one line."""
+  return lambda rows: [row | (fields if i == number else {}) for i, row in enumerate(rows)]
 
 
-def test_the_extractor_normalises_as_clean_fid_and_feeds_the_benchmark(mjhq, monkeypatch):
-  torch = pytest.importorskip("torch")
+@pytest.mark.parametrize(
+  "name, change, message",
+  [
+    ("geneval", lambda rows: rows[:-2], "2 of 12 samples are missing"),
+    ("geneval", lambda rows: rows + rows[:1], "line 13, .* comes twice"),
+    ("geneval", lambda rows: rows + [GENEVAL_LINE | {"filename": "/x/00003/samples/00000.png"}],
+     "1 of 13 samples are not of this evaluation .00003/0"),
+    ("geneval", changed(4, tag="colors"), "line 5, has tag='colors' where this evaluation has 'single_object'"),
+    ("geneval", changed(4, prompt="a photo of a dog"), "line 5, has prompt='a photo of a dog' where this"),
+    ("geneval", changed(1, correct="true"), "line 2, has correct='true', neither true nor false"),
+    ("geneval", changed(1, filename=7), "line 2, names 7, no picture of GenEval's layout"),
+    ("geneval", lambda rows: [[1], *rows], "line 1, is no JSON object"),
+    ("geneval", lambda rows: [*rows, "{"], "line 13, is no JSON"),
+    ("geneval", lambda rows: ["[" * 100_000], "line 1, is no JSON"),
+    ("geneval", lambda rows: [rows[0], b"\xff"], "line 2, is not UTF-8"),
+    ("dpg", lambda rows: DPG_ROWS[:2] + DPG_SUMMARY, "1 of 3 samples are missing .diffusiondb2"),
+    ("dpg", lambda rows: DPG_ROWS + DPG_ROWS[:1], "line 4, names diffusiondb0, which comes twice"),
+    ("dpg", lambda rows: DPG_ROWS + DPG_SUMMARY + DPG_ROWS[:1], "line 12, names diffusiondb0, which comes twice"),
+    ("dpg", lambda rows: [*DPG_ROWS, dpg_row(1).replace("db1", "db9")], "1 of 4 samples are not of this evaluation"),
+    ("dpg", lambda rows: ["/x/diffusiondb0.png, (0, 0, 8, 8), is there a cow?, yes"], "line 1, .*not its _detail.txt"),
+    ("dpg", lambda rows: ["/x/diffusiondb0.png, 1.0, 1.0"], "line 1, .* made with --pic-num 4"),
+    ("dpg", lambda rows: [DPG_ROWS[0], dpg_row(1, mean=0.9)], "line 2, is no path with 4 scores and their mean"),
+    ("dpg", lambda rows: [DPG_ROWS[0].replace("1.0", "nan")], "line 1, has 'nan' where a number from 0 to 1"),
+    ("dpg", lambda rows: [*DPG_ROWS, "Model: x", "L1 category scores:", "\tentity: much"], "line 6, has 'much' where"),
+    ("dpg", lambda rows: [DPG_ROWS[0], b"\xff"], "line 2, is not UTF-8"),
+  ],
+)  # fmt: skip
+def test_wrong_results_are_one_line_with_file_and_number(name, change, message, request, tmp_path):
+  request.getfixturevalue(name)
+  bench = benchmark(name, tmp_path)
+  records = paint(bench, tmp_path)
+  bench.score(records)
+  path = tmp_path / "results.txt"
+  rows = change(geneval_results(tmp_path / "out" / "pictures") if name == "geneval" else [])
+  write_lines(path, [row for row in rows if not isinstance(row, bytes)])
+  with open(path, "ab") as file:
+    file.write(b"".join(row for row in rows if isinstance(row, bytes)))
+  with pytest.raises(UserError, match=message) as error:
+    benchmark(name, tmp_path, f"--results={path}").score(records)
+  assert "\n" not in str(error.value) and str(path) in str(error.value)
 
-  class Layers(torch.nn.Module):
-    def forward(self, x: torch.Tensor):
-      return torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)[:, :, None, None]
 
-  class Network(torch.nn.Module):
-    def __init__(self):
-      super().__init__()
-      self.layers = Layers()
-
-    def forward(self, x: torch.Tensor):
-      return self.layers(x)
-
-  bench = benchmark("mjhq", mjhq)
-  records = paint(bench, mjhq)
-  network, features = mjhq / "inception.pt", mjhq / "features.npz"
-  torch.jit.script(Network()).save(str(network))
-  arguments = [
-    f"--pictures={mjhq / 'out/pictures'}",
-    f"--reference={mjhq / 'data'}",
-    f"--inception={network}",
-  ]
-  monkeypatch.setattr(
-    sys, "argv", ["features.py", *arguments, f"--output={features}", "--device=cpu", "--batch_size=4"]
-  )
-  runpy.run_path(str(tiny.ROOT / "launch" / "features.py"), run_name="__main__")
-  with np.load(features) as file:
-    assert len(file["reference"]) == 6
-    first = file["generated"][file["names"].tolist().index("id5")]
-  np.testing.assert_allclose(
-    first[:3], [(5 - 128) / 128, -1, -1], atol=1e-6
-  )  # a picture of the color (5, 0, 0)
-  out = benchmark("mjhq", mjhq, f"--features={features}").score(records).scores
-  assert np.isfinite(out["FID"].value) and out["FID"].count == 6
+@pytest.mark.parametrize(
+  "name, file, text, message",
+  [
+    ("geneval", "evaluation_metadata.jsonl", b'{"tag": "colors", "include": [1]}', "line 1, has no field 'prompt'"),
+    ("geneval", "evaluation_metadata.jsonl", b'{"tag": "a", "include": [1], "prompt": 3}', "has prompt=3, which is no"),
+    ("geneval", "evaluation_metadata.jsonl", b"\n7", "line 2, is no JSON object, but 7"),
+    ("geneval", "evaluation_metadata.jsonl", b"{}x", "line 1, is no JSON"),
+    ("geneval", "evaluation_metadata.jsonl", b"\n\n\xff", "line 3, is not UTF-8"),
+    ("geneval", "evaluation_metadata.jsonl", b"\n", "holds no prompts"),
+    ("dpg", "prompts/a.txt", b"\xff", "a.txt, line 1, is not UTF-8"),
+    ("dpg", "prompts/a.txt", b" \n", "a.txt holds no prompt"),
+    ("mjhq", "meta_data.json", b"[]", "meta_data.json is no JSON object"),
+    ("mjhq", "meta_data.json", b'{"a": 1}', "picture 'a', is no JSON object, but 1"),
+    ("mjhq", "meta_data.json", b'{"a": {"prompt": [1]}}', "picture 'a', has prompt="),
+    ("mjhq", "meta_data.json", b'{"../a": {"prompt": "x"}}', "picture '../a', has no name that a file could bear"),
+    ("mjhq10k", "meta_data.json", b'{"a": {"prompt": "x"}}', "picture 'a', has no field 'category'"),
+    ("mjhq10k", "meta_data.json", b'{"a": {"prompt": "x", "category": "y"}}', "10,000 prompts cannot be drawn evenly"),
+  ],
+)  # fmt: skip
+def test_wrong_prompts_are_one_line_with_file_and_place(name, file, text, message, tmp_path):
+  path = tmp_path / "data" / file
+  path.parent.mkdir(parents=True)
+  path.write_bytes(text)
+  with pytest.raises(UserError, match=message) as error:
+    benchmark(name, tmp_path)
+  assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
 # --- VQAv2
@@ -258,7 +292,12 @@ def vqa_files(tmp_path, count: int = 2):
   Image.new("RGB", (5, 5)).save(pictures / "COCO_val2014_000000000042.jpg")
   questions = [{"question_id": 10 + i, "image_id": 42, "question": f"Why {i}?"} for i in range(3)]
   annotations = [
-    {"question_id": 10 + i, "answer_type": "other", "answers": [{"answer": a} for a in ["cat"] * 9 + ["dog"]]}
+    {
+      "question_id": 10 + i,
+      "image_id": 42,
+      "answer_type": "other",
+      "answers": [{"answer": a} for a in ["cat"] * 9 + ["dog"]],
+    }
     for i in range(count)
   ]
   (tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(
@@ -291,7 +330,7 @@ def test_vqav2_test_dev_gives_the_file_to_hand_in(tmp_path):
   Image.new("RGB", (5, 5)).save(tmp_path / "test2015" / "COCO_test2015_000000000042.jpg")
   bench = Vqav2Benchmark(RECIPES["vqav2"], tmp_path, "test-dev", None)
   result = bench.score({str(10 + i): {"answer": f"a{i}"} for i in range(3)})
-  assert result.details["submission"] == [{"question_id": 10 + i, "answer": f"a{i}"} for i in range(3)]
+  assert result.files["submission.json"] == [{"question_id": 10 + i, "answer": f"a{i}"} for i in range(3)]
   with pytest.raises(UserError, match="'train' must be one of val, test-dev"):
     Vqav2Benchmark(RECIPES["vqav2"], tmp_path, "train", None)
 
