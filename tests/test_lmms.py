@@ -2,9 +2,14 @@
 
 import base64
 import http.server
+import importlib.metadata
 import io
 import json
+import subprocess
+import sys
 import threading
+import tomllib
+import types
 from typing import NamedTuple
 
 import pytest
@@ -46,6 +51,141 @@ def test_lmms_evals_requests_are_answered_as_by_understand(checkpoint):
   assert scored == pytest.approx(alone.loglikelihood("What is it?", [picture], ["red"])[0], rel=1e-5)
 
 
+def test_images_of_a_task_are_never_all_in_memory_and_the_answers_keep_their_order(checkpoint, monkeypatch):
+  model = lmms.Model(checkpoint=checkpoint, batch_size=1)
+  open_images, sizes = [], []
+
+  def visual(doc):
+    open_images.append(doc)
+    return [Image.new("RGB", (8, 8))]
+
+  def answer(asked):
+    sizes.append(len(open_images))
+    open_images.clear()
+    return [text.upper() for text, _, _ in asked]
+
+  monkeypatch.setattr(model._answers, "answer", answer)
+  model.task_dict = {"t": {"s": list(range(10))}}
+  texts = [f"q{i}" for i in range(10)]
+  requests = [Request((text, {}, visual, i, "t", "s")) for i, text in enumerate(texts)]
+  assert model.generate_until(requests) == [text.upper() for text in texts] and sizes == [4, 4, 2]
+
+
+def test_a_stopped_run_goes_on_with_its_cache(checkpoint, tmp_path):
+  visual = lambda doc: [Image.new("RGB", (8, 8), doc)]
+  docs = {"t": {"s": ["red", "blue", "green", "white", "black", "red"]}}
+  greedy, drawn = {"max_new_tokens": 3}, {"max_new_tokens": 3, "do_sample": True}
+  requests = [Request(("What?", greedy, visual, i, "t", "s")) for i in range(6)]
+  scored = [Request(("What?", lambda doc: doc, visual, i, "t", "s")) for i in range(2)]
+
+  def model(cache="", **more):
+    out = lmms.Model(checkpoint=checkpoint, batch_size="1", cache=cache, **more)
+    out.task_dict, out.asked = docs, []
+    for name in ("answer", "likelihoods"):
+      run = getattr(out._answers, name)
+      setattr(out._answers, name, lambda asked, run=run: out.asked.extend(asked) or run(asked))
+    return out
+
+  plain = model()
+  expected, likely = plain.generate_until(requests), plain.loglikelihood(scored)
+  cache = str(tmp_path / "cache")
+  first = model(cache)
+  read = first._answers.answer
+
+  def stops(asked):
+    if len(asked) == 2:  # the second group
+      raise KeyboardInterrupt
+    return read(asked)
+
+  first._answers.answer = stops
+  with pytest.raises(KeyboardInterrupt):
+    first.generate_until(requests)
+  first._kept._samples._file.close()  # as the end of its process does
+  second = model(cache)
+  assert second.generate_until(requests) == expected and len(second.asked) == 2
+  assert second.loglikelihood(scored) == likely
+  second._kept._samples._file.close()
+  third = model(cache)
+  assert third.generate_until(requests) == expected and third.loglikelihood(scored) == likely and not third.asked
+  other = [Request(("Which?", greedy, visual, 0, "t", "s")), Request(("What?", drawn, visual, 0, "t", "s"))]
+  third.generate_until(other)
+  third.generate_until(other)
+  assert len(third.asked) == 3  # a drawn answer is never kept
+  third._kept._samples._file.close()
+  with pytest.raises(UserError, match="dtype='float32', not 'bfloat16'"):
+    model(cache, dtype="bfloat16")
+
+
+def test_what_a_task_gives_for_an_image_is_opened_or_refused(tmp_path):
+  buffer = io.BytesIO()
+  Image.new("RGB", (3, 2), "blue").save(buffer, "PNG")
+  path = tmp_path / "image.png"
+  path.write_bytes(buffer.getvalue())
+  data = buffer.getvalue()
+  given = [data, str(path), path, {"bytes": data, "path": None}, {"bytes": None, "path": str(path)}]
+  opened = lmms.images_of(given, "x")
+  assert [(image.size, image.getpixel((0, 0))) for image in opened] == [((3, 2), (0, 0, 255))] * 5
+  assert lmms.images_of(None, "x") == lmms.images_of([], "x") == []
+  assert lmms.images_of(opened[0], "x") == [opened[0]]
+  model = lmms.Model(server="http://127.0.0.1:1")
+  cases = (
+    (7, "gives int where"), (None, "gives NoneType"), (b"x", "1 bytes, no image"), ({}, "gives NoneType"),
+    (str(tmp_path / "no.png"), "no.png', no image"), ("https://x/y.png", "no image to read"),
+  )  # fmt: skip
+  for wrong, message in cases:
+    model.task_dict = {"pope": {"test": [[wrong]]}}
+    request = Request(("What?", {}, lambda doc: doc, 0, "pope", "test"))
+    with pytest.raises(UserError, match=message) as error:
+      model.generate_until([request])
+    assert str(error.value).startswith("task pope, document 0 of test, gives")
+
+
+class Manifest(NamedTuple):
+  """As lmms-eval's."""
+
+  model_id: str
+  simple_class_path: str
+
+
+def test_the_entry_point_resolves_to_a_manifest_of_the_model(monkeypatch):
+  group = tomllib.loads((tiny.ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["lmms_eval.models"]
+  for name in ("lmms_eval", "lmms_eval.models"):
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+  registry = types.ModuleType("lmms_eval.models.registry_v2")
+  registry.ModelManifest = Manifest
+  monkeypatch.setitem(sys.modules, registry.__name__, registry)
+  ((name, value),) = group.items()
+  found = importlib.metadata.EntryPoint(name, value, "lmms_eval.models").load()()
+  assert found.model_id == "jflow"
+  module, _, attribute = found.simple_class_path.rpartition(".")
+  assert getattr(importlib.import_module(module), attribute) is lmms.Model
+  # In a process of its own: the registry loads it while lmms-eval is half imported.
+  code = f"import sys, {value.split(':')[0]}; print(sorted({{'jax', 'numpy', 'PIL', 'lmms_eval'}} & set(sys.modules)))"
+  run = subprocess.run([sys.executable, "-c", code], cwd=tiny.ROOT, capture_output=True, text=True, check=True)
+  assert run.stdout.strip() == "[]"
+
+
+def test_only_a_missing_lmms_eval_is_done_without(tmp_path, monkeypatch):
+  assert lmms._base() is object or "lmms_eval" in sys.modules
+  for name in [name for name in sys.modules if name.split(".")[0] == "lmms_eval"]:
+    monkeypatch.delitem(sys.modules, name)
+  package = tmp_path / "lmms_eval" / "api"
+  package.mkdir(parents=True)
+  for folder in (package, package.parent):
+    (folder / "__init__.py").touch()
+  monkeypatch.syspath_prepend(tmp_path)
+  (package / "model.py").write_text("class lmms: pass\n")
+  assert lmms._base().__name__ == "lmms"
+  (package / "model.py").unlink()
+  for name in ("lmms_eval.api.model", "lmms_eval.api", "lmms_eval"):
+    monkeypatch.delitem(sys.modules, name)
+  (package / "model.py").write_text("import a_module_that_is_not_there\n")
+  with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
+    lmms._base()
+  for name in ("lmms_eval.api.model", "lmms_eval.api", "lmms_eval"):
+    sys.modules.pop(name, None)
+
+
 def test_lmms_evals_arguments_become_ours():
   assert lmms.sampling({"temperature": 0, "do_sample": False}) == {"max_tokens": 512, "temperature": 0.0}
   sampled = lmms.sampling({"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 16})
@@ -53,6 +193,8 @@ def test_lmms_evals_arguments_become_ours():
   assert lmms.cut(" yes\n\nno END", ["\n\n", "END"]) == "yes" and lmms.cut("a b", "b") == "a"
   with pytest.raises(UserError, match="one of them"):
     lmms.Answers()
+  with pytest.raises(UserError, match="--batch_size=auto must be a number"):
+    lmms.Answers(server="http://x", batch_size="auto")
 
 
 def test_a_server_is_asked_in_its_own_format():

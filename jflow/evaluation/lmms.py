@@ -3,34 +3,40 @@
 Install jflow into lmms-eval's own environment (it needs PyTorch and some fifty packages, jflow needs none of them):
 
   pip install lmms-eval==0.7.3 && pip install -e .
-  python -m lmms_eval --model jflow --model_args checkpoint=JanusFlow-1.3B --batch_size 16 --tasks pope,mme
+  python -m lmms_eval --model jflow --model_args checkpoint=JanusFlow-1.3B,cache=scores/lmms --batch_size 16 \\
+    --tasks pope,mme
   python -m lmms_eval --model jflow --model_args server=http://127.0.0.1:8000 --tasks pope     # a running `jflow serve`
+
+With cache=DIR each greedy answer is on disk as it is made: the same command goes on where it was stopped, and refuses
+the answers of another checkpoint (of a server it sees only the address: take another DIR for another model).
+lmms-eval's own --use_cache writes only once all answers of all tasks are there.
 
 The prompts are lmms-eval's own, so its scores differ from those of `evaluate`, which has the prompts of VLMEvalKit.
 """
 
 import base64
+import hashlib
 import io
 import json
+import os
+import pathlib
+import sys
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from PIL import Image
+from tqdm import tqdm
 
+from jflow.data import images as pictures
 from jflow.errors import UserError
+from jflow.evaluation.samples import Samples
 
 _TOKENS = 512  # where a task sets no max_new_tokens
 _SECONDS = 600  # for one answer of a server
-
-
-def manifest() -> Any:
-  """The entry point of the group `lmms_eval.models`."""
-  from lmms_eval.models.registry_v2 import ModelManifest
-
-  return ModelManifest(model_id="jflow", simple_class_path="jflow.evaluation.lmms.Model")
+_ROUNDS = 4  # batches whose images are in memory at a time
 
 
 class Answers:
@@ -43,7 +49,10 @@ class Answers:
     """`checkpoint` as for all commands, or `server`, the address of `python -m jflow serve`."""
     if bool(checkpoint) == bool(server):
       raise UserError("model_args: give checkpoint=DIR or server=URL, one of them")
-    self._server, self._batch_size = server.rstrip("/"), int(batch_size)
+    self._server = server.rstrip("/")
+    if not str(batch_size).isdigit() or int(batch_size) < 1:
+      raise UserError(f"--batch_size={batch_size} must be a number of at least 1: jflow finds none by itself")
+    self.batch_size = int(batch_size)
     if checkpoint:
       import jflow
 
@@ -52,14 +61,14 @@ class Answers:
   def answer(self, asked: Sequence[tuple[str, Sequence[Image.Image], dict[str, Any]]]) -> list[str]:
     """Answers (question, images, lmms-eval's generation arguments) in order, each cut at its stop strings."""
     if self._server:
-      with ThreadPoolExecutor(self._batch_size) as pool:
+      with ThreadPoolExecutor(self.batch_size) as pool:
         texts = list(pool.map(lambda one: self._ask_server(*one), asked))
     else:
       requests = [
         self._model.request(_unmarked(text), list(images), **sampling(arguments))
         for text, images, arguments in asked
       ]
-      texts = self._model.understand_batch(requests, self._batch_size)
+      texts = self._model.understand_batch(requests, self.batch_size)
     return [cut(text, arguments.get("until")) for text, (_, _, arguments) in zip(texts, asked, strict=True)]
 
   def likelihoods(self, asked: Sequence[tuple[str, Sequence[Image.Image], str]]) -> list[tuple[float, bool]]:
@@ -116,17 +125,75 @@ def _data_uri(image: Image.Image) -> str:
   return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _images(model: Any, visual: Any, doc_id: int, task: str, split: str) -> list[Image.Image]:
-  """The images of a document; lmms-eval gives a function, or none where there are no images."""
-  images = visual(model.task_dict[task][split][doc_id]) if callable(visual) else visual
-  return [image for image in images or () if isinstance(image, Image.Image)]
+class Kept:
+  """Answers on disk, so that a stopped run goes on; none are kept without a directory."""
+
+  def __init__(self, directory: str, settings: dict[str, Any]):
+    """Opens or creates the directory; `settings`: all that the answers depend on but the requests.
+
+    Raises:
+      UserError: the directory holds the answers of another model, or another process writes them.
+    """
+    self._samples = Samples(pathlib.Path(str(directory)), settings) if directory else None
+    self._found = self._samples.read() if self._samples else {}
+
+  def get(self, key: str) -> Any:
+    """The answer to a request, or None."""
+    return self._found[key]["answer"] if key in self._found else None
+
+  def add(self, key: str, answer: Any) -> None:
+    """Keeps an answer, unless its key is empty."""
+    if self._samples and key:
+      self._found[key] = {"key": key, "answer": answer}
+      self._samples.add(self._found[key])
+
+
+def key_of(kind: str, task: str, split: str, doc_id: Any, question: str, arguments: Any) -> str:
+  """What tells a request from all others; empty where an answer is drawn, so that it is drawn anew."""
+  if isinstance(arguments, dict) and sampling(arguments)["temperature"] > 0:
+    return ""
+  asked = hashlib.sha256(json.dumps([question, arguments], sort_keys=True, default=str).encode()).hexdigest()
+  return f"{kind} {task} {split} {doc_id} {asked[:16]}"
+
+
+def images_of(found: Any, where: str) -> list[Image.Image]:
+  """The images of a document, opened: a question is never asked without its picture.
+
+  Args:
+    found: what a task gives: PIL images, paths, bytes, dictionaries with "bytes" or "path"; a list of them, one, or
+      None where there are no images.
+    where: names the document.
+
+  Raises:
+    UserError: something else, or an unreadable image.
+  """
+  if found is None:
+    return []
+  return [_image(one, where) for one in (found if isinstance(found, (list, tuple)) else [found])]
+
+
+def _image(one: Any, where: str) -> Image.Image:
+  if isinstance(one, Image.Image):
+    return one
+  if isinstance(one, dict):
+    one = one.get("bytes") or one.get("path")
+  if not isinstance(one, (bytes, bytearray, str, os.PathLike)):
+    raise UserError(f"{where} gives {type(one).__name__} where an image should be: leave this task out")
+  try:
+    data = one if isinstance(one, (bytes, bytearray)) else pathlib.Path(one).read_bytes()
+    return Image.fromarray(pictures.decode(data))
+  except (pictures.ImageError, OSError, ValueError) as error:  # ValueError: a path with a zero byte
+    name = f"{len(one)} bytes" if isinstance(one, (bytes, bytearray)) else repr(str(one)[:200])
+    raise UserError(f"{where} gives {name}, no image to read: {error}") from None
 
 
 def _base() -> type:
-  """lmms-eval's class of models, or `object` where it is not installed."""
+  """lmms-eval's class of models, or `object` where lmms-eval is not installed."""
   try:
     from lmms_eval.api.model import lmms
-  except ImportError:
+  except ModuleNotFoundError as error:
+    if error.name != "lmms_eval":  # it is there, but lacks something
+      raise
     return object
   return lmms
 
@@ -136,29 +203,78 @@ class Model(_base()):
 
   is_simple = True
 
-  def __init__(self, **arguments: Any):
-    """`arguments`: those of `Answers`; lmms-eval's own device and max_batch_size are jflow's own business."""
+  def __init__(self, cache: str = "", **arguments: Any):
+    """Loads the checkpoint, or takes a server.
+
+    Args:
+      cache: a directory that keeps the answers; see the top of this file.
+      arguments: those of `Answers`; lmms-eval's own device and max_batch_size are jflow's own business.
+    """
     super().__init__()
-    self._answers = Answers(**{k: v for k, v in arguments.items() if k not in ("device", "max_batch_size")})
+    arguments = {k: v for k, v in arguments.items() if k not in ("device", "max_batch_size")}
+    self._answers = Answers(**arguments)
+    self._kept = Kept(cache, _settings(arguments) if cache else {})
 
   def generate_until(self, requests: Sequence[Any]) -> list[str]:
     """Answers requests (context, generation arguments, images, document, task, split)."""
-    asked = []
-    for request in requests:
-      context, arguments, visual, doc_id, task, split = request.args
-      asked.append((context, _images(self, visual, doc_id, task, split), dict(arguments)))
-    return self._answers.answer(asked)
+    read = lambda context, arguments, *_: (context, dict(arguments))
+    ask = lambda asked: self._answers.answer([(text, images, arguments) for text, arguments, images in asked])
+    return self._all("generate_until", requests, read, ask)
 
   def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
     """Scores requests (context, answer, images, document, task, split)."""
-    asked = []
-    for request in requests:
-      context, target, visual, doc_id, task, split = request.args
-      if callable(target):
-        target = target(self.task_dict[task][split][doc_id])
-      asked.append((context, _images(self, visual, doc_id, task, split), target))
-    return self._answers.likelihoods(asked)
+
+    def read(context: str, target: Any, _: Any, doc_id: Any, task: str, split: str) -> tuple[str, str]:
+      return context, target(self.task_dict[task][split][doc_id]) if callable(target) else target
+
+    def ask(asked: list) -> list[tuple[float, bool]]:
+      scored = self._answers.likelihoods([(text, images, answer) for text, answer, images in asked])
+      return [(float(value), bool(greedy)) for value, greedy in scored]
+
+    return [tuple(scored) for scored in self._all("loglikelihood", requests, read, ask)]
 
   def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
     """Not offered: no benchmark of the paper has several rounds."""
     raise NotImplementedError("jflow answers single questions in lmms-eval")
+
+  def _all(self, kind: str, requests: Sequence[Any], read: Callable, ask: Callable[[list], Sequence[Any]]) -> list[Any]:
+    """Answers in the order of the requests, made a few batches at a time: their images alone are in memory.
+
+    Args:
+      kind: of the requests.
+      requests: lmms-eval's, with `args`.
+      read: args -> (question, arguments or answer).
+      ask: [(question, arguments or answer, images)] -> answers.
+    """
+    asked = [read(*request.args) for request in requests]
+    keys = [key_of(kind, task, split, doc_id, *one)
+            for one, (*_, doc_id, task, split) in zip(asked, (request.args for request in requests))]  # fmt: skip
+    answers = [self._kept.get(key) for key in keys]
+    missing = [i for i, answer in enumerate(answers) if answer is None]
+    size = _ROUNDS * self._answers.batch_size
+    with tqdm(total=len(keys), initial=len(keys) - len(missing), desc=kind, disable=not sys.stderr.isatty()) as bar:
+      for at in range(0, len(missing), size):
+        group = missing[at : at + size]
+        made = ask([(*asked[i], self._images(*requests[i].args[2:])) for i in group])
+        for i, answer in zip(group, made, strict=True):
+          answers[i] = answer
+          self._kept.add(keys[i], answer)
+        bar.update(len(group))
+    return answers
+
+  def _images(self, visual: Any, doc_id: Any, task: str, split: str) -> list[Image.Image]:
+    """The images of a document; lmms-eval gives a function, or none where there are no images."""
+    found = visual(self.task_dict[task][split][doc_id]) if callable(visual) else visual
+    return images_of(found, f"task {task}, document {doc_id} of {split},")
+
+
+def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
+  """All that answers depend on but the requests."""
+  if arguments.get("server"):
+    return {"server": arguments["server"].rstrip("/")}
+  from jflow.evaluation.report import fingerprint
+  from jflow.inference.loading import usual_dtype
+
+  weights = arguments.get("weights") or "ema"
+  checkpoint = fingerprint(arguments["checkpoint"], weights, arguments.get("vae"))
+  return {"fingerprint": checkpoint, "weights": weights, "dtype": arguments.get("dtype") or usual_dtype()}

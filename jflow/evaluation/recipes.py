@@ -32,6 +32,7 @@ class Recipe(NamedTuple):
   pictures: int = 1  # per prompt
   prompts: int = 0  # of those of the data, as many of each category; 0: all
 
+
 _MJHQ = (
   "download meta_data.json and the unpacked mjhq30k_imgs.zip (one folder per category) of "
   "huggingface.co/datasets/playgroundai/MJHQ-30K into one folder and name it with --data"
