@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 from scipy import linalg, ndimage
 
@@ -140,9 +141,8 @@ def test_inception_input_is_the_two_resizes_written_out(size, kind):
     )  # fixed-point weights now and then round to another level
 
 
-def test_inception_input_is_that_of_clean_fid():
-  """With the library installed (pip install clean-fid); the rest of GigaGAN's script is torchvision's crop and Pillow."""
-  resize = pytest.importorskip("cleanfid.resize").build_resizer("clean")
+def clean_fid_pictures():
+  """Ten pictures of noise of random sizes, and the squares of 256 x 256 that GigaGAN's script makes of them."""
   rng = np.random.default_rng(0)
   for _ in range(10):
     width, height = rng.integers(60, 700, 2)
@@ -150,7 +150,26 @@ def test_inception_input_is_that_of_clean_fid():
     short = min(image.size)
     left, top = (round((length - short) / 2) for length in image.size)
     square = image.crop((left, top, left + short, top + short))
-    square = square if short == 256 else square.resize((256, 256), Image.Resampling.LANCZOS)
+    yield image, square if short == 256 else square.resize((256, 256), Image.Resampling.LANCZOS)
+
+
+def test_inception_input_is_what_clean_fid_made():
+  """Every 13th pixel of what the library made of the same squares, kept in tests/golden/clean_fid.npz.
+
+  Made once by cleanfid.resize.build_resizer("clean") of clean-fid 0.1.35 with Pillow 12.3.0 and NumPy 2.
+  """
+  with np.load(tiny.ROOT / "tests" / "golden" / "clean_fid.npz") as golden:
+    assert len(golden.files) == 10
+    for i, (image, _) in enumerate(clean_fid_pictures()):
+      expected = golden[f"{i}_{image.width}x{image.height}"]
+      np.testing.assert_allclose(distances.inception_input(image)[::13, ::13], expected, rtol=1e-6, atol=1e-4)
+
+
+def test_inception_input_is_that_of_clean_fid():
+  """With the library installed (JFLOW_PARITY=1); the rest of GigaGAN's script is torchvision's crop and Pillow."""
+  pytest.importorskip("torch")
+  resize = pytest.importorskip("cleanfid.resize").build_resizer("clean")
+  for image, square in clean_fid_pictures():
     np.testing.assert_array_equal(distances.inception_input(image), resize(np.asarray(square)))
 
 
