@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     "--features",
     type=pathlib.Path,
     metavar="FILE",
-    help="mjhq: .npz with the arrays generated and reference, f32[N, D]",
+    help="mjhq, mjhq10k: the .npz that launch/features.py writes",
   )
   p.add_argument(
     "--cache",
