@@ -10,7 +10,8 @@
 The part behind the colon is LETTER-SIZE, or LETTER-SIZE-STEPS where STEPS is the budget of F that D and E take their
 share of. A fifth of it is read : painted : text = 30 : 50 : 20, the rest 14 : 80 : 6.
 
-  python -m jflow train --config=configs/ablation.py:F-shapes-5000 --workdir=runs/ablation-F --config.train.init_from=runs/stage1
+  python -m jflow train --config=configs/ablation.py:F-shapes-5000 --workdir=runs/ablation-F \\
+    --config.train.init_from=runs/stage1
   python -m jflow evaluate --benchmark=shapes --checkpoint=runs/ablation-F --guidance=7.5 --output=scores/ablation-F
 
 Differs from the paper: its table leaves open whether C trains the VAE that it reads with; here the VAE is frozen

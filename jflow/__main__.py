@@ -23,7 +23,8 @@ COMMANDS = {
 _START = """
 start with a small model that has learned a built-in world (bash launch/quickstart.sh makes it):
   python -m jflow generate --checkpoint=quickstart/stage3 --prompt="a picture of a red ring" --output=rings
-  python -m jflow understand --checkpoint=quickstart/stage3 --image=rings/0000_00.png --question="What color is the ring?"
+  python -m jflow understand --checkpoint=quickstart/stage3 --image=rings/0000_00.png \\
+    --question="What color is the ring?"
   python -m jflow evaluate --benchmark=shapes --checkpoint=quickstart/stage3 --output=scores --limit=48
   python -m jflow train --config=configs/stage2.py:tiny --workdir=runs/try --config.train.steps=20"""
 

@@ -216,11 +216,12 @@ def table(body: Mapping[str, Any]) -> str:
   join = lambda rows: "\n".join("| " + " | ".join(row) + " |" for row in rows)
   text = f"`{body['command']}`, commit {str(body['commit'])[:12]}.\n\n"
   text += f"Not trained yet: {', '.join(missing)}.\n\n" if missing else ""
-  text += "In brackets: the best of three simple answers, the most frequent one, that to the question alone and that for the "
-  text += "nearest picture of training (questions), pictures for other prompts (pictures), other "
+  text += "In brackets: the best of three simple answers, the most frequent one, that to the question alone and that "
+  text += "for the nearest picture of training (questions), pictures for other prompts (pictures), other "
   text += f"renders (distances).\n\n{join(lines)}\n\n"
   text += "Above 0 the letter is better than F (a distance that is less counts as better). Undecided: 0 is within the "
-  text += "interval, which leaves out how much two trainings of one letter differ; or an F1 of two that answer by chance.\n\n"
+  text += "interval, which leaves out how much two trainings of one letter differ; or an F1 of two that answer by "
+  text += "chance.\n\n"
   text += f"{join(against)}\n"
   return text
 

@@ -2,7 +2,7 @@
 
 Inception gives the FID: `inception-2015-12-05.pt`, the TorchScript file of clean-fid and StyleGAN. With --clip, a
 directory of Hugging Face's CLIP (openai/clip-vit-large-patch14), also the similarity of picture and prompt.
-Needs PyTorch, and Transformers for --clip; jflow itself needs neither.
+Needs PyTorch; jflow itself does not.
 
   python launch/features.py --pictures=scores/mjhq/pictures --reference=MJHQ-30K --inception=inception-2015-12-05.pt \\
     --clip=clip-vit-large-patch14 --output=features.npz

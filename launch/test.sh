@@ -12,6 +12,6 @@ packages=("pytest>=8" "httpx>=0.27" "scikit-image>=0.25" "scikit-learn>=1.6" "te
 bash launch/install.sh "${packages[@]}"
 python=${JFLOW_VENV:-.venv}/bin/python
 # Its resize alone is used, which needs PyTorch; with its requirements it would bring torchvision too.
-[ "${JFLOW_PARITY:-0}" = 1 ] && "$python" -m pip install --quiet --disable-pip-version-check --no-deps "clean-fid==0.1.35"
+[ "${JFLOW_PARITY:-0}" = 1 ] && "$python" -m pip install --quiet --no-deps "clean-fid==0.1.35"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-$([ -n "${JFLOW_ACCELERATOR:-}" ] || echo cpu)}
 exec "$python" -m pytest "$@"

@@ -15,6 +15,20 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
   return str(tmp_path_factory.mktemp("compilation_cache"))
 
 
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+  """A checkpoint of the tiny model, as training leaves one."""
+  import tiny
+
+  from jflow.data.tokenizer import Tokenizer
+  from jflow.training.checkpoint import save_params
+
+  path = tmp_path_factory.mktemp("tiny") / "model"
+  config = {"model": tiny.CONFIG.to_dict(), "data": {"template": "plain"}}
+  save_params(path, tiny.params(), config, Tokenizer.load(str(tiny.TOKENIZER)))
+  return str(path)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   """Skips the tests marked `gpu` where jax has none."""
   marked = [item for item in items if item.get_closest_marker("gpu")]

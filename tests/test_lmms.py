@@ -17,18 +17,8 @@ import tiny
 from PIL import Image
 
 import jflow
-from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.evaluation import lmms
-from jflow.training.checkpoint import save_params
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
-  path = tmp_path_factory.mktemp("lmms") / "model"
-  config = {"model": tiny.CONFIG.to_dict(), "data": {"template": "plain"}}
-  save_params(path, tiny.params(), config, Tokenizer.load(str(tiny.TOKENIZER)))
-  return str(path)
 
 
 class Request(NamedTuple):
@@ -37,22 +27,22 @@ class Request(NamedTuple):
   args: tuple
 
 
-def test_lmms_evals_requests_are_answered_as_by_understand(checkpoint):
-  model = lmms.Model(checkpoint=checkpoint, batch_size="2", device="cpu")
+def test_lmms_evals_requests_are_answered_as_by_understand(tiny_checkpoint):
+  model = lmms.Model(checkpoint=tiny_checkpoint, batch_size="2", device="cpu")
   picture = Image.new("RGB", (8, 8), "red")
   model.task_dict = {"pope": {"test": [{"picture": picture}, {"picture": None}]}}
   visual = lambda doc: [doc["picture"]] if doc["picture"] else []
   arguments = {"max_new_tokens": 4, "until": ["\n\n"], "temperature": 0, "top_p": None, "num_beams": 1}
   requests = [Request(("What is it?", arguments, visual, i, "pope", "test")) for i in (0, 1, 0)]
-  alone = jflow.load(checkpoint)
+  alone = jflow.load(tiny_checkpoint)
   expected = [alone.understand("What is it?", images, 4) for images in ([picture], [], [picture])]
   assert model.generate_until(requests) == expected
   (scored,) = model.loglikelihood([Request(("What is it?", lambda doc: "red", visual, 0, "pope", "test"))])
   assert scored == pytest.approx(alone.loglikelihood("What is it?", [picture], ["red"])[0], rel=1e-5)
 
 
-def test_images_of_a_task_are_never_all_in_memory_and_the_answers_keep_their_order(checkpoint, monkeypatch):
-  model = lmms.Model(checkpoint=checkpoint, batch_size=1)
+def test_images_of_a_task_are_never_all_in_memory_and_the_answers_keep_their_order(tiny_checkpoint, monkeypatch):
+  model = lmms.Model(checkpoint=tiny_checkpoint, batch_size=1)
   open_images, sizes = [], []
 
   def visual(doc):
@@ -71,7 +61,7 @@ def test_images_of_a_task_are_never_all_in_memory_and_the_answers_keep_their_ord
   assert model.generate_until(requests) == [text.upper() for text in texts] and sizes == [4, 4, 2]
 
 
-def test_a_stopped_run_goes_on_with_its_cache(checkpoint, tmp_path):
+def test_a_stopped_run_goes_on_with_its_cache(tiny_checkpoint, tmp_path):
   visual = lambda doc: [Image.new("RGB", (8, 8), doc)]
   docs = {"t": {"s": ["red", "blue", "green", "white", "black", "red"]}}
   greedy, drawn = {"max_new_tokens": 3}, {"max_new_tokens": 3, "do_sample": True}
@@ -79,7 +69,7 @@ def test_a_stopped_run_goes_on_with_its_cache(checkpoint, tmp_path):
   scored = [Request(("What?", lambda doc: doc, visual, i, "t", "s")) for i in range(2)]
 
   def model(cache="", **more):
-    out = lmms.Model(checkpoint=checkpoint, batch_size="1", cache=cache, **more)
+    out = lmms.Model(checkpoint=tiny_checkpoint, batch_size="1", cache=cache, **more)
     out.task_dict, out.asked = docs, []
     for name in ("answer", "likelihoods"):
       run = getattr(out._answers, name)

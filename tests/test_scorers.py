@@ -194,7 +194,8 @@ def test_pope_draws_whole_pictures():
   """Ten copies of every question about a picture say no more than one: the intervals stay as wide."""
   rng = np.random.default_rng(0)
   once = [
-    {"answer": "Yes", "said": "Yes" if rng.random() < 0.7 else "No", "category": "random", "picture": str(i)} for i in range(50)
+    {"answer": "Yes", "said": "Yes" if rng.random() < 0.7 else "No", "category": "random", "picture": str(i)}
+    for i in range(50)
   ] + [{"answer": "No", "said": "No", "category": "random", "picture": str(i)} for i in range(50)]
   few, many = scores.pope(once), scores.pope([row for row in once for _ in range(10)])
   apart = scores.pope([row | {"picture": f"{row['picture']}/{i}"} for row in once for i in range(10)])
@@ -211,7 +212,8 @@ def test_the_f1_of_groups_is_that_of_their_questions():
   out = scores.f1_of_yes(groups, 100)
   assert out.value == pytest.approx(100 * scores.f1(truth, said)["f1"]) and out.count == len(truth)
   assert out.low < out.value < out.high
-  assert scores.f1_of_yes([[(False, False)]]).value == 0
+  never = scores.f1_of_yes([[(True, False), (False, False)]] * 20)  # no draw says more
+  assert never.value == 0 and never.low is None and never.high is None
 
 
 def test_f1_is_zero_without_a_yes():
@@ -232,13 +234,15 @@ def test_mme_adds_accuracy_and_accuracy_plus():
   out = scores.mme(mme_rows(scores.MME_PERCEPTION, [(True, True), (True, False)]))
   assert out["OCR"].value == pytest.approx(75 + 50)
   assert out["perception"].value == pytest.approx(10 * 125)
-  assert out["OCR"].low < 125 < out["OCR"].high and out["OCR"].count == 4 and out["perception"].count == 40
+  assert 0 < out["OCR"].low < 125 < out["OCR"].high < 200
+  assert out["OCR"].count == 4 and out["perception"].count == 40
   # Ten independent categories: the standard error of a sum grows with the root of their number.
   width = lambda score: score.high - score.low
   assert width(out["perception"]) == pytest.approx(10**0.5 * width(out["OCR"]))
   assert "reasoning" not in out
   whole = mme_rows(scores.MME_PERCEPTION + scores.MME_REASONING, [(True, True)])
   assert scores.mme(whole)["perception"].value == 2000 and scores.mme(whole)["reasoning"].value == 800
+  assert scores.mme(whole)["OCR"].low < 200 == scores.mme(whole)["OCR"].high  # one picture proves little
 
 
 def test_mme_refuses_single_questions_and_missing_categories():
@@ -287,6 +291,10 @@ def test_clustered_intervals_lie_between_those_of_groups_and_of_samples():
   assert scores.clustered(alike)[1:3] == pytest.approx(scores.wilson(6, 10), abs=0.02)
   spread = [[True, True, False, False]] * 10
   assert scores.clustered(spread)[1:3] == pytest.approx(scores.wilson(20, 40))
+  uneven = scores.clustered([[True] * 100] + [[True]] * 9)  # a group of nearly all is nearly one sample
+  assert uneven.low < 0.4 < scores.clustered([[True] * 10] * 10).low
+  shares = scores.clustered([[0.9]] * 5, scale=100)
+  assert shares.value == pytest.approx(90) and 40 < shares.low < 90 < shares.high < 100
   none = scores.clustered([[False] * 4] * 10)
   assert none.value == 0 and none.high == pytest.approx(scores.wilson(0, 10)[1])
 

@@ -14,7 +14,7 @@ class Progress:
   """A bar on a terminal, a line now and then elsewhere."""
 
   def __init__(self, total: int, done: int, name: str = "prepare", unit: str = "records"):
-    """Starts at `done` of `total`, in records or bytes.
+    """Starts at `done` of `total`, in items or bytes.
 
     Args:
       total, done: of the work.

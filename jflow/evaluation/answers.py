@@ -69,8 +69,9 @@ def vqa_score(answer: str, people: Sequence[str], unanimous_as_written: bool = F
     answer: of the model.
     people: the annotators' answers, ten as a rule.
     unanimous_as_written: the VQA challenge's, which leaves the people's answers as they are (upper case included) when
-      they agree word for word. False is VLMEvalKit's rule for TextVQA; TextVQA's own evaluator also splits "'s" from
-      words and drops every comma and question mark first.
+      they agree word for word. Later versions of its code then leave the model's answer, too, for which "Yes." would
+      lose; as is usual, and in its first version, it is normalised here. False is VLMEvalKit's rule for TextVQA;
+      TextVQA's own evaluator also splits "'s" from words and drops every comma and question mark first.
 
   Returns:
     In [0, 1]: 0, 0.3, 0.6, 0.9 or 1 for ten people.

@@ -22,7 +22,8 @@ examples:
   python -m jflow evaluate --benchmark=geneval --checkpoint=JanusFlow-1.3B --vae=sdxl-vae --data=geneval --output=scores/geneval
   python -m jflow evaluate --benchmark=geneval --output=scores/geneval --data=geneval --checkpoint=JanusFlow-1.3B \\
     --results=results.jsonl          # what GenEval's own evaluator wrote for scores/geneval/pictures
-  python -m jflow evaluate --benchmark=shapes --checkpoint=quickstart/stage3 --output=scores/sweep --sweep_guidance=1,2,4 --sweep_steps=5,30
+  python -m jflow evaluate --benchmark=shapes --checkpoint=quickstart/stage3 --output=scores/sweep \\
+    --sweep_guidance=1,2,4 --sweep_steps=5,30
 
 The same command goes on where it was stopped. Several processes share the work as --part=0/4 ... --part=3/4 with the
 same --output, each on a device of its own; the last one to end writes the report.
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
   width = max(map(len, RECIPES))
   indent = " " * (width + 6)
   names = "\n".join(
-    f"  {name:{width}}  {recipe.what}\n" + textwrap.fill(recipe.data, 110, initial_indent=indent, subsequent_indent=indent)
+    f"  {name:{width}}  {recipe.what}\n{textwrap.indent(textwrap.fill(recipe.data, 110 - len(indent)), indent)}"
     for name, recipe in RECIPES.items()
   )
   p = argparse.ArgumentParser(
@@ -105,7 +106,7 @@ def main(argv: list[str]) -> int:
 
 
 def evaluate(args: argparse.Namespace, opened: dict[str, Any]) -> int:
-  """Runs one evaluation; `opened` keeps the loaded model for the next one of a sweep."""
+  """Runs one evaluation; `opened` keeps the fingerprint, and the model by its dtype, for the next one of a sweep."""
   check_flags(RECIPES[args.benchmark], args)
   recipe = with_flags(RECIPES[args.benchmark], args)
   benchmark = make(recipe, args)
@@ -126,9 +127,8 @@ def evaluate(args: argparse.Namespace, opened: dict[str, Any]) -> int:
     )
     return 0
   result = benchmark.score(records)
-  body = report.scored_before(args.output, settings) if not result.scores else None
-  if body is None:
-    body = _write(args, recipe, settings, result)
+  before = report.scored_before(args.output, settings)
+  body = before if before and not result.scores else _write(args, recipe, settings, result, before)
   print(report.table(body))
   for note in body["notes"]:
     print(note)
@@ -136,11 +136,20 @@ def evaluate(args: argparse.Namespace, opened: dict[str, Any]) -> int:
   return 0
 
 
-def _write(args: argparse.Namespace, recipe: Recipe, settings: dict[str, Any], result: Any) -> dict[str, Any]:
-  """Writes the report, with notes on what differs from the recipe and on what an outside scorer has found."""
-  from jflow.evaluation import report
+def _write(
+  args: argparse.Namespace, recipe: Recipe, settings: dict[str, Any], result: Any, before: dict[str, Any] | None
+) -> dict[str, Any]:
+  """Writes the report, with notes on what differs from the recipe and on what an outside scorer has found.
 
-  usual, notes = RECIPES[recipe.name], list(result.notes)
+  `before`: an earlier report on the same predictions; a FID on pictures that were resized the other way stays.
+  """
+  from jflow.evaluation import report
+  from jflow.evaluation.scores import Score
+
+  usual, notes, scores = RECIPES[recipe.name], list(result.notes), dict(result.scores)
+  for name, score in (before or {}).get("scores", {}).items():
+    if name.startswith("FID") and name not in scores:
+      scores[name] = Score(**{field: score.get(field) for field in Score._fields})
   changed = [f"--{name}={getattr(args, name)}" for name in ("guidance", "steps", "pictures", "limit")
              if getattr(args, name) is not None and getattr(args, name) != getattr(usual, name, None)]  # fmt: skip
   if changed and usual.paper:
@@ -150,7 +159,7 @@ def _write(args: argparse.Namespace, recipe: Recipe, settings: dict[str, Any], r
     path = getattr(args, name)
     if path is not None:
       more[name] = f"{path} (sha256 {report.hash_of([path])[:16]})"
-  result = result._replace(notes=notes)
+  result = result._replace(notes=notes, scores=scores)
   return report.write(args.output, recipe.name, recipe.what, result, recipe.paper, {**settings, **more})
 
 
@@ -168,7 +177,7 @@ def check_flags(recipe: Recipe, args: argparse.Namespace) -> None:
   for flag, names in known.items():
     value = getattr(args, flag)
     if value not in (None, "") and recipe.name not in names:
-      some = ", ".join(sorted(names)) if len(names) < 5 else "other benchmarks"
+      some = ", ".join(sorted(names)) if len(names) < 6 else "other benchmarks"
       raise UserError(f"--{flag}={value} does not belong to --benchmark={recipe.name}, but to {some}")
   if args.steps is not None and args.steps < 1:
     raise UserError(f"--steps={args.steps} must be at least 1")
@@ -275,11 +284,11 @@ def predict(
   from jflow.data.progress import Progress
   from jflow.evaluation.tasks import answer, paint, round_trips
 
-  if "model" not in opened:
+  if dtype not in opened:
     if args.cache:
       jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.cache))
-    opened["model"] = jflow.load(args.checkpoint, vae=args.vae, dtype=dtype, weights=args.weights)
-  model = opened["model"]
+    opened[dtype] = jflow.load(args.checkpoint, vae=args.vae, dtype=dtype, weights=args.weights)
+  model = opened[dtype]
   with Progress(len(mine), len(mine) - len(open_tasks), args.benchmark, "samples") as bar:
     paintings = [task for task in open_tasks if isinstance(task, Painting)]
     questions = [task for task in open_tasks if isinstance(task, Question)]

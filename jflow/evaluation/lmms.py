@@ -1,6 +1,6 @@
 """lmms-eval reads and scores with jflow: a model `jflow` that lmms-eval finds by an entry point.
 
-Install jflow into lmms-eval's own environment (it needs PyTorch and some fifty packages, jflow needs none of them):
+Install jflow into lmms-eval's own environment (it needs PyTorch and some fifty packages that jflow does without):
 
   pip install lmms-eval==0.7.3 && pip install -e .
   python -m lmms_eval --model jflow --model_args checkpoint=JanusFlow-1.3B,cache=scores/lmms --batch_size 16 \\
@@ -134,7 +134,7 @@ class Kept:
     Raises:
       UserError: the directory holds the answers of another model, or another process writes them.
     """
-    self._samples = Samples(pathlib.Path(str(directory)), settings) if directory else None
+    self._samples = Samples(pathlib.Path(str(directory)), settings, flag="cache") if directory else None
     self._found = self._samples.read() if self._samples else {}
 
   def get(self, key: str) -> Any:

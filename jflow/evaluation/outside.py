@@ -27,7 +27,8 @@ def next_command(where: str, words: Sequence[Any], args: argparse.Namespace, **m
   for name, value in (vars(args) | more).items():
     if value == usual.get_default(name) or name == "part" or name.startswith("sweep_"):
       continue
-    if isinstance(value, pathlib.Path) or name in ("checkpoint", "vae", "cache") and pathlib.Path(value).exists():
+    on_disk = value and name in ("checkpoint", "vae", "cache") and pathlib.Path(value).exists()
+    if isinstance(value, pathlib.Path) or on_disk:
       value = pathlib.Path(value).resolve()
     again.append(f"--{name}={value}")
   return f"Next, {where}:\n  {shlex.join(map(str, words))}\nthen:\n  {shlex.join(again)}"

@@ -1,8 +1,8 @@
 """Every benchmark as data: what is measured, where the data comes from, how the model is asked, the paper's scores.
 
 What the papers leave open is pinned here and printed in every report: 30 Euler steps, 4 pictures per prompt with seeds
-0 to 3 (in the built-in world and of MJHQ each picture has noise of its own), greedy answers without a system prompt (but
-for MM-Vet). Answers that a closed rule reads end after 512 tokens; where they are free, after the 2,048 of VLMEvalKit.
+0 to 3 (in the built-in world and of MJHQ each picture has noise of its own), greedy answers without a system prompt
+(but for MM-Vet). Answers that a closed rule reads end after 512 tokens; where they are free, after VLMEvalKit's 2,048.
 """
 
 from collections.abc import Mapping

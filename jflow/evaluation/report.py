@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from jflow.errors import UserError
 from jflow.evaluation.scores import Score
 from jflow.inference import files
 
@@ -27,7 +28,7 @@ h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 
 table { border-collapse: collapse; width: 100%; } th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); }
 th { text-align: left; font-weight: 600; } td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 img { max-width: 100%; border: 1px solid var(--line); } code { font-size: .9em; overflow-wrap: anywhere; }
-td:first-child { white-space: nowrap; } .wrap { overflow-x: auto; }
+li { white-space: pre-wrap; overflow-wrap: anywhere; } td:first-child { white-space: nowrap; } .wrap { overflow-x: auto; }
 """
 
 
@@ -128,14 +129,18 @@ def commit() -> str | None:
 
 
 def fingerprint(directory: str | pathlib.Path, weights: str, vae: str | pathlib.Path | None = None) -> str:
-  """A sha256 over what a checkpoint computes with: its configuration, tokenizer and weights, which weights, and the VAE."""
+  """A sha256 over what a checkpoint computes with: configuration, tokenizer, weights, which of them, and the VAE.
+
+  Raises:
+    UserError: `vae` is no directory of an AutoencoderKL.
+  """
   from jflow.interop import remote
   from jflow.interop.official import is_official
   from jflow.training.checkpoint import MANIFEST, resolve
 
   directory = remote.fetch(directory) if remote.is_remote(directory) else pathlib.Path(directory)
   if is_official(directory):
-    files = [*directory.glob("*.json"), *directory.rglob("*.safetensors")]
+    files = [*directory.glob("*.json"), *directory.glob("vae/*.json"), *directory.rglob("*.safetensors")]
   else:
     workdir, step = resolve(directory)
     files = [
@@ -149,7 +154,10 @@ def fingerprint(directory: str | pathlib.Path, weights: str, vae: str | pathlib.
       digest = hashlib.file_digest(file, "sha256").hexdigest()
     total.update(f"{path.name} {digest}\n".encode())
   if vae:
-    total.update(f"vae {hash_of([*pathlib.Path(vae).glob('*.json'), *pathlib.Path(vae).glob('*.safetensors')])}".encode())
+    weights_of_vae, config = list(pathlib.Path(vae).glob("*.safetensors")), pathlib.Path(vae) / "config.json"
+    if not weights_of_vae or not config.is_file():
+      raise UserError(f"--vae={vae} holds no config.json and *.safetensors: name the directory of sdxl-vae")
+    total.update(f"vae {hash_of([config, *weights_of_vae])}\n".encode())
   return total.hexdigest()
 
 

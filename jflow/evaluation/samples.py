@@ -17,18 +17,21 @@ class Samples:
   the others have written.
   """
 
-  def __init__(self, directory: pathlib.Path, settings: Mapping[str, Any], part: tuple[int, int] = (0, 1)):
+  def __init__(
+    self, directory: pathlib.Path, settings: Mapping[str, Any], part: tuple[int, int] = (0, 1), flag: str = "--output"
+  ):
     """Opens or creates the directory.
 
     Args:
       directory: of the evaluation.
       settings: all that the predictions depend on; JSON values. A directory holds predictions of one setting.
       part: (number, parts): this process makes every `parts`-th sample.
+      flag: that named the directory, for messages.
 
     Raises:
       UserError: the directory holds another evaluation's predictions, or another process writes this part.
     """
-    self._directory, (self._number, self._parts) = directory, part
+    self._directory, (self._number, self._parts), self._flag = directory, part, flag
     name = "records.jsonl" if self._parts == 1 else f"records-{self._number}-of-{self._parts}.jsonl"
     self._path = directory / name
     directory.mkdir(parents=True, exist_ok=True)
@@ -38,24 +41,33 @@ class Samples:
       fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
       raise UserError(
-        f"--output={directory}: another process writes {name} now; wait for it or stop it"
+        f"{flag}={directory}: another process writes {name} now; wait for it or stop it"
       ) from None
     self._cut_torn_line()
 
   def _compare(self, settings: dict[str, Any]) -> None:
     path = self._directory / "settings.json"
-    if path.exists():
-      before = json.loads(path.read_text(encoding="utf-8"))
-      for name in sorted(before.keys() | settings.keys()):
-        if before.get(name) != settings.get(name):
-          raise UserError(
-            f"--output={self._directory} holds predictions made with {name}={before.get(name)!r}, not "
-            f"{settings.get(name)!r}: name another --output, or delete it to start over"
-          )
-      return
     new = path.with_name(f"settings.json.{os.getpid()}")
     new.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    new.replace(path)
+    try:
+      os.link(new, path)  # the first of several processes that start together
+      return
+    except FileExistsError:
+      pass
+    except OSError:  # a file system without links
+      if not path.exists():
+        new.replace(path)
+        return
+    finally:
+      new.unlink(missing_ok=True)
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for name in sorted(before.keys() | settings.keys()):
+      if before.get(name) != settings.get(name):
+        old = f"{name}={_short(before[name])}" if before.get(name) is not None else f"an unknown or no {name}"
+        raise UserError(
+          f"{self._flag}={self._directory} holds predictions made with {old}, not {_short(settings.get(name))}: name "
+          f"another {self._flag}, or delete it to start over"
+        )
 
   def _cut_torn_line(self) -> None:
     """A process that was killed while it wrote leaves half a line: its sample is made again."""
@@ -95,6 +107,11 @@ class Samples:
   def mine(self, keys: Collection[str]) -> list[str]:
     """The keys that this process makes, in their order."""
     return [key for i, key in enumerate(keys) if i % self._parts == self._number]
+
+
+def _short(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= 48 else f"{text[:20]}...{text[-8:]}"
 
 
 def need(row: Mapping[str, Any], fields: Collection[str], where: str) -> None:

@@ -11,6 +11,7 @@ from jflow.errors import UserError
 
 CONFIDENCE_Z = 1.959963984540054  # of 95 %, two-sided
 DRAWS = 1000  # of a bootstrap
+ROTATION = 1_000_000  # between the indices of a question of MMBench and the same with its options turned
 MME_PERCEPTION = (
   "OCR", "artwork", "celebrity", "color", "count", "existence", "landmark", "position", "posters", "scene",
 )  # fmt: skip
@@ -47,35 +48,33 @@ def accuracy(judged: Iterable[bool], scale: float = 1.0) -> Score:
 
 
 def mean(values: Sequence[float], scale: float = 1.0) -> Score:
-  """The mean of independent values, times `scale`, with a normal interval; for values other than right or wrong."""
-  return clustered_mean([[float(value)] for value in values], scale)
+  """The mean of independent values, times `scale`, with a normal interval; for values without bounds."""
+  values = np.asarray(values, np.float64)
+  half = CONFIDENCE_Z * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+  value = float(values.mean())
+  return Score(scale * value, scale * float(value - half), scale * float(value + half), len(values))
 
 
-def clustered_mean(groups: Sequence[Sequence[float]], scale: float = 1.0) -> Score:
-  """As `mean`, where the values of one group may be alike, such as those of questions about one picture."""
-  sizes, sums = (np.array([fold(group) for group in groups], np.float64) for fold in (len, sum))
-  count, number = sizes.sum(), len(groups)
-  value = sums.sum() / count
-  half = 0.0
-  if number > 1:
-    half = CONFIDENCE_Z * math.sqrt(number / (number - 1) * float(((sums - value * sizes) ** 2).sum())) / count
-  return Score(scale * float(value), scale * float(value - half), scale * float(value + half), int(count))
+def clustered(groups: Sequence[Sequence[float]], chance: float | None = None, scale: float = 1.0) -> Score:
+  """The mean of values in [0, 1], times `scale`, where those of one group are alike, such as pictures of one prompt.
 
+  The Wilson interval of as many independent samples, right or wrong, as the spread between groups speaks for: at least
+  what is left if all of a group are the same (the number of groups, if they are equally large), at most all of them.
+  Unlike a bootstrap it does not shrink to nothing at 0 or 1, and it stays within them.
 
-def clustered(groups: Sequence[Sequence[bool]], chance: float | None = None, scale: float = 1.0) -> Score:
-  """The share of right ones, times `scale`, where samples of one group are alike, such as pictures of one prompt.
-
-  The Wilson interval of as many independent samples as the spread between groups speaks for: at least the number of
-  groups, at most that of samples. Unlike a bootstrap it does not shrink to nothing at 0 or 1.
+  Args:
+    groups: right or wrong, or shares of it.
+    chance: see `Score`.
+    scale: of all that is returned.
   """
   sizes = np.array([len(group) for group in groups], np.float64)
-  sums = np.array([sum(map(bool, group)) for group in groups], np.float64)
-  count, right = sizes.sum(), sums.sum()
-  share = right / count
-  effective = float(len(groups))
+  sums = np.array([sum(map(float, group)) for group in groups], np.float64)
+  count, share = sizes.sum(), sums.sum() / sizes.sum()
+  least = count**2 / np.square(sizes).sum()
+  effective = least
   if 0 < share < 1 and len(groups) > 1:
     variance = len(groups) / (len(groups) - 1) * float(((sums - share * sizes) ** 2).sum()) / count**2
-    effective = min(max(share * (1 - share) / variance, len(groups)), count) if variance > 0 else count
+    effective = min(max(share * (1 - share) / variance, least), count) if variance > 0 else count
   low, high = wilson(share * effective, effective)
   return Score(scale * float(share), scale * low, scale * high, int(count), chance)
 
@@ -151,7 +150,8 @@ def f1_of_yes(groups: Sequence[Sequence[tuple[bool, bool]]], scale: float = 1.0)
     found, said, true = counts[chosen].sum(0)
     return scale * 2 * found / (said + true) if said + true else 0.0
 
-  return bootstrap(statistic, groups)._replace(count=sum(map(len, groups)))
+  score = bootstrap(statistic, groups)._replace(count=sum(map(len, groups)))
+  return score if score.low < score.high else score._replace(low=None, high=None)  # no draw differs: nothing is known
 
 
 def grouped(rows: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
@@ -173,13 +173,12 @@ def pope(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
   out = {}
   for name in ["", *sorted({row["category"] for row in apart})]:
     part = [row for row in apart if name in ("", row["category"])]
-    truth = np.array([row["answer"] == "Yes" for row in part])
-    said = np.array([row["said"] == "Yes" for row in part])
     prefix, groups = f"{name} " if name else "", grouped(part)
-    out[f"{prefix}F1"] = f1_of_yes([[(r["answer"] == "Yes", r["said"] == "Yes") for r in group] for group in groups], 100)
+    yes = [[(row["answer"] == "Yes", row["said"] == "Yes") for row in group] for group in groups]
+    out[f"{prefix}F1"] = f1_of_yes(yes, 100)
     out[f"{prefix}accuracy"] = clustered([[r["answer"] == r["said"] for r in group] for group in groups], scale=100)
     if not name:
-      scored = f1(truth, said)
+      scored = f1(*np.array([pair for group in yes for pair in group]).T)
       out |= {key: Score(100 * scored[key], count=len(part)) for key in ("precision", "recall")}
   return out
 
@@ -204,8 +203,9 @@ def mme(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
         f"MME: {len(odd)} pictures of {category} have not two questions, for example {odd[0]!r} "
         f"({len(groups[odd[0]])}): score the whole file, without --limit"
       )
-    # A picture is worth half a point for each right answer and one more for both, of 200 in all.
-    out[category] = mean([sum(pair) / 2 + all(pair) for pair in groups.values()], 100)._replace(count=2 * len(groups))
+    # A picture is worth a quarter for each right answer and a half more for both.
+    shares = [[sum(pair) / 4 + all(pair) / 2] for pair in groups.values()]
+    out[category] = clustered(shares, scale=200)._replace(count=2 * len(groups))
   sums = {}
   for name, parts in (("perception", MME_PERCEPTION), ("reasoning", MME_REASONING)):
     if all(part in out for part in parts):
@@ -225,15 +225,13 @@ def circular(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
   """MMBench's circular score in percent: a question counts if it is right in every order of its options.
 
   Args:
-    rows: {"index": int, "right": bool, "category"}; rows whose index is equal modulo 1,000,000 are one question, and
-      its category is that of the row with the least index.
+    rows: {"index": int, "right": bool, "category", "picture"}; rows whose index is equal modulo ROTATION are one
+      question, and its category and picture are those of the row with the least index.
   """
   questions: dict[int, list[Mapping[str, Any]]] = collections.defaultdict(list)
   for row in sorted(rows, key=lambda row: int(row["index"])):
-    questions[int(row["index"]) % 1_000_000].append(row)
-  return by_category(
-    [{"right": all(r["right"] for r in q), "category": q[0]["category"]} for q in questions.values()]
-  )
+    questions[int(row["index"]) % ROTATION].append(row)
+  return by_category([q[0] | {"right": all(row["right"] for row in q)} for q in questions.values()])
 
 
 def by_category(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
@@ -246,12 +244,7 @@ def by_category(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
   categories: dict[str, list[Mapping[str, Any]]] = collections.defaultdict(list)
   for row in rows:
     categories[str(row["category"])].append(row)
-  plain = all(float(row["right"]) in (0.0, 1.0) for row in rows)
-
-  def score(part: Sequence[Mapping[str, Any]]) -> Score:
-    values = [[float(row["right"]) for row in group] for group in grouped(part)]
-    return clustered(values, scale=100) if plain else clustered_mean(values, 100)
-
+  score = lambda part: clustered([[row["right"] for row in group] for group in grouped(part)], scale=100)
   out = {"overall": score(rows)}
   if len(categories) > 1:
     out |= {name: score(part) for name, part in sorted(categories.items())}

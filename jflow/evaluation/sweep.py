@@ -1,4 +1,4 @@
-"""Sweeps over guidance and steps: one evaluation for each pair, a table and a plot (figure 1 of the paper's appendix)."""
+"""Sweeps over guidance and steps: one evaluation for each pair, a table and a plot (the appendix's figure 1)."""
 
 import argparse
 import itertools
@@ -15,7 +15,7 @@ _MOST_PANELS = 6
 
 
 def main(args: argparse.Namespace) -> int:
-  """Runs every pair in a folder of its own, so that a stopped sweep goes on where it was; plots those that have scores."""
+  """Runs every pair in a folder of its own, so that a stopped sweep goes on; plots those that have scores."""
   from jflow.evaluation.command import check_flags, evaluate, with_flags
 
   recipe = RECIPES[args.benchmark]
@@ -69,10 +69,8 @@ def plotted(found: Mapping[Any, Mapping[str, Any]]) -> list[str]:
   """The scores worth a panel: overall ones and distances, without what does not depend on the pictures."""
   names = list(next(iter(found.values()), {}))
   common = [name for name in names if all(name in scores for scores in found.values())]
-  wanted = [
-    name for name in common
-    if name.endswith("overall") or name in ("FID", "CLIP similarity") or "FD-" in name and "floor" not in name
-  ]  # fmt: skip
+  distance = lambda name: name.startswith("FID") or "FD-" in name and "floor" not in name
+  wanted = [name for name in common if name.endswith("overall") or name == "CLIP similarity" or distance(name)]
   return [name for name in wanted if "questions" not in name][:_MOST_PANELS]
 
 

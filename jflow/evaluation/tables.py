@@ -8,6 +8,7 @@ import ast
 import base64
 import binascii
 import csv
+import hashlib
 import io
 import pathlib
 import string
@@ -31,7 +32,6 @@ _YES_OR_NO = " Please answer yes or no."
 _SHORT = "\nAnswer the question using a single word or phrase."
 _LETTER = "\n\nAnswer with the option's letter from the given choices directly."
 _OPEN = "\nAnswer the question directly. "
-_ROTATION = 1_000_000  # MMBench: rows whose index is equal modulo this are one question with its options turned
 _OTHER = "Other Answers"  # second option of MMMU's open questions, the first being the answer
 
 
@@ -45,7 +45,7 @@ class Table:
       UserError: no file, no header, or a row with another number of columns.
     """
     csv.field_size_limit(sys.maxsize)
-    self._path, self._offsets, self._images = path, {}, {}
+    self._path, self._offsets, self._images, self._first = path, {}, {}, {}
     self.rows: list[dict[str, str]] = []
     try:
       self._read()
@@ -53,7 +53,7 @@ class Table:
       raise UserError(f"{path}, row {len(self.rows) + 1}, is no tab-separated UTF-8 text: {error}") from error
 
   def _read(self) -> None:
-    path = self._path
+    path, firsts = self._path, {}
     with open(path, "rb") as file:
       lines = _lines(file)
       self._header = next(csv.reader(lines, delimiter="\t"), [])
@@ -74,12 +74,16 @@ class Table:
         self._offsets[index] = offset
         if len(image) <= _LONGEST_REFERENCE:
           self._images[index] = image
+        else:
+          digest = hashlib.sha256(image.encode()).digest()
+          self._first[index] = firsts.setdefault(digest, index)
         self.rows.append(row)
         offset = file.tell()
 
   def picture(self, index: str) -> str:
-    """The index of the row that holds the images of this one: rows with the same ask about the same pictures."""
-    return self._images.get(index) or index
+    """The index of the first row with the images of this one: rows with the same ask about the same pictures."""
+    index = self._images.get(index) or index
+    return self._first.get(index, index)
 
   def images(self, index: str) -> list[Image.Image]:
     """Decodes the images of a row, following a reference to another one.
@@ -121,9 +125,10 @@ class TableBenchmark:
     if recipe.rule == "circular":
       for number, row in enumerate(rows, 1):
         if not row["index"].isdigit():
-          raise UserError(f"{path}, row {number}: the index {row['index']!r} is no number, and its remainder names the question")
-      kept = set(list(dict.fromkeys(int(row["index"]) % _ROTATION for row in rows))[:limit])
-      self._rows = [row for row in rows if int(row["index"]) % _ROTATION in kept]  # every order of a question's options
+          raise UserError(f"{path}, row {number}: the index {row['index']!r} is no number: is it MMBench's file?")
+      question = lambda row: int(row["index"]) % scores.ROTATION
+      kept = set(list(dict.fromkeys(map(question, rows)))[:limit])
+      self._rows = [row for row in rows if question(row) in kept]  # with every order of its options
     else:
       self._rows = rows[:limit]
     if not self._rows:
@@ -259,8 +264,8 @@ def _relaxed(rows: Sequence[Mapping[str, str]], recipe: Recipe) -> Result:
 def _hand_in(rows: Sequence[Mapping[str, str]], recipe: Recipe) -> Result:
   ids = {f"v1_{row['index']}": row["prediction"] for row in rows}
   note = (
-    "Graded by a language model: hand answers.json to the benchmark's own evaluator. The paper has 30.9 at 384 and 27.4 "
-    "at 256 by GPT-4."
+    "Graded by a language model: hand answers.json to the benchmark's own evaluator. The paper has 30.9 at 384 and "
+    "27.4 at 256 by GPT-4."
   )
   return Result({}, [note], files={"answers.json": ids})
 

@@ -5,6 +5,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from PIL import Image
+
+from jflow.data import images
 from jflow.errors import UserError
 from jflow.evaluation import answers, scores
 from jflow.evaluation.recipes import Recipe
@@ -54,8 +57,11 @@ class Vqav2Benchmark:
           ("question_id", "image_id", "answers", "answer_type"),
           f"{data / annotations}, question {row.get('question_id')},",
         )
-        for one in row["answers"]:
-          need(one, ("answer",), f"{data / annotations}, question {row['question_id']}, one of its answers,")
+        where, people = f"{data / annotations}, question {row['question_id']},", row["answers"]
+        if not isinstance(people, list) or not people or not all(isinstance(one, dict) for one in people):
+          raise UserError(f"{where} has answers={people!r:.60}, which is no list of objects")
+        for one in people:
+          need(one, ("answer",), f"{where} one of its answers,")
       self._people = {row["question_id"]: row for row in rows}
       wanted = [row["question_id"] for row in self._rows]
       need_all(wanted, self._people, str(data / annotations), "take questions and annotations of one release")
@@ -68,11 +74,9 @@ class Vqav2Benchmark:
 
   def tasks(self) -> list[Question]:
     """The questions, in the order of the file."""
+    most, images_of = self._recipe.max_tokens, lambda row: lambda: [self._image(row)]
     return [
-      Question(
-        str(row["question_id"]), short_prompt(row), lambda row=row: [self._path(row)], max_tokens=self._recipe.max_tokens
-      )
-      for row in self._rows
+      Question(str(row["question_id"]), short_prompt(row), images_of(row), max_tokens=most) for row in self._rows
     ]
 
   def score(self, records: Mapping[str, Mapping[str, Any]]) -> Result:
@@ -90,13 +94,22 @@ class Vqav2Benchmark:
     for number, answer in said.items():
       people = [one["answer"] for one in self._people[number]["answers"]]
       score = answers.vqa_score(answer, people, unanimous_as_written=True)
-      judged.append(
-        {"right": score, "category": self._people[number]["answer_type"], "picture": self._people[number]["image_id"]}
-      )
+      row = self._people[number]
+      judged.append({"right": score, "category": row["answer_type"], "picture": row["image_id"]})
     return Result(
       scores.by_category(judged),
-      ["The paper's score is on test-dev; on val its ablations have 69.20 at 256."],
+      [
+        "The paper's score is on test-dev; on val its ablations have 69.20 at 256.",
+        "The model's answer is always normalised, the people's unless all ten agree word for word.",
+      ],
     )
+
+  def _image(self, row: Mapping[str, Any]) -> Image.Image:
+    path = self._path(row)
+    try:
+      return images.as_published(path.read_bytes())
+    except (OSError, images.ImageError) as error:
+      raise UserError(f"{path} cannot be read: {error}") from error
 
   def _path(self, row: Mapping[str, Any]) -> pathlib.Path:
     return self._data / self._picture.format(row["image_id"])

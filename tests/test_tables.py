@@ -1,0 +1,184 @@
+"""Reading benchmarks from TSV files: rows, pictures, the kit's prompts, limits."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from tsv import png, pope_rows, write_table
+
+import jflow
+from jflow.data import images
+from jflow.errors import UserError
+from jflow.evaluation import tables, tasks
+from jflow.evaluation.recipes import RECIPES
+from jflow.evaluation.samples import Samples
+
+
+@pytest.fixture
+def data(tmp_path):
+  folder = tmp_path / "data"
+  folder.mkdir()
+  write_table(folder / "POPE.tsv", pope_rows())
+  return folder
+
+
+def test_images_come_from_their_row_or_the_row_they_refer_to(data):
+  table = tables.Table(data / "POPE.tsv")
+  for index in ("0", "1", "3", "5"):
+    (image,) = table.images(index)
+    assert image.size == (8, 6) and image.getpixel((0, 0)) == (255, 0, 0)
+  assert "image" not in table.rows[0]
+
+
+def test_several_images_and_line_breaks_in_a_row(tmp_path):
+  rows = [
+    {
+      "index": 1,
+      "image": str([png("red"), png("blue")]),
+      "question": 'two\nlines "quoted"',
+      "answer": "é\tx",
+    },
+    {"index": 2, "image": png("lime"), "question": "b", "answer": "c"},
+  ]
+  write_table(tmp_path / "t.tsv", rows)
+  table = tables.Table(tmp_path / "t.tsv")
+  assert [image.getpixel((1, 1)) for image in table.images("1")] == [(255, 0, 0), (0, 0, 255)]
+  assert table.images("2")[0].getpixel((1, 1)) == (0, 255, 0)
+  assert table.rows[0]["question"] == 'two\nlines "quoted"' and table.rows[0]["answer"] == "é\tx"
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"answer": ""}, "index 2, has no field 'answer'"),
+    ({"image": "77"}, "index 2: its image '77' is no row with an image"),
+    ({"image": "A" * 80}, "index 2: its image cannot be decoded"),
+    ({"image": str([7, 8]) + " " * 80}, "index 2: its image cannot be decoded"),
+    ({"index": 1}, "index 1 comes twice"),
+  ],
+)
+def test_a_bad_row_is_named(tmp_path, change, message):
+  rows = pope_rows()
+  rows[2] |= change
+  write_table(tmp_path / "POPE.tsv", rows)
+  with pytest.raises(UserError, match=message):
+    benchmark = tables.TableBenchmark(RECIPES["pope"], tmp_path, None)
+    for task in benchmark.tasks():
+      task.images()
+
+
+def test_the_prompts_are_those_of_the_kit():
+  mark, short = "<image>", "\nAnswer the question using a single word or phrase."
+  asked = {"question": "Is it? Please answer yes or no."}
+  assert tables.yes_no_prompt(asked) == f"{mark}\n{asked['question']}{short}"
+  assert tables.pope_prompt(asked) == f"{mark}\nIs it?{short}"
+  assert tables.short_prompt({"question": "Who?"}) == f"{mark}Who?{short}"
+  row = {"question": "Which?", "A": "x", "B": "y", "C": "", "hint": "Look."}
+  letter = "Answer with the option's letter from the given choices directly."  # a blank line stands before it
+  assert tables.choice_prompt(row) == f"{mark}\nHint: Look.\nWhich?\nA. x\nB. y\n\n{letter}"
+  assert (
+    tables.choice_prompt({"question": "Why?", "A": ""}) == f"{mark}\nWhy?\nAnswer the question directly. "
+  )
+
+
+def test_open_questions_of_mmmu_have_their_answer_as_first_option(tmp_path):
+  row = {
+    "index": 1,
+    "image": png("red"),
+    "question": "q",
+    "A": "",
+    "answer": "42 m",
+    "category": "x",
+    "split": "validation",
+  }
+  write_table(tmp_path / "MMMU_DEV_VAL.tsv", [row, row | {"index": 2}, row | {"index": 3, "split": "dev"}])
+  benchmark = tables.TableBenchmark(RECIPES["mmmu"], tmp_path, None)
+  out = benchmark.score({"1": {"answer": "about 42 m"}, "2": {"answer": "41 m"}})
+  assert out.scores["overall"].value == 50 and out.scores["overall"].count == 2
+
+
+def test_a_question_with_several_pictures_is_asked_with_all_of_them_first(tiny_checkpoint, tmp_path):
+  """As the kit asks MMMU; the marks inside its texts are words."""
+  row = {
+    "index": 1, "image": str([png("red"), png("blue")]), "question": "Is <image 1> like <image 2>?", "A": "yes",
+    "B": "no", "answer": "A", "category": "x", "split": "validation",
+  }  # fmt: skip
+  write_table(tmp_path / "MMMU_DEV_VAL.tsv", [row, row | {"index": 2, "image": png("red")}])
+  benchmark = tables.TableBenchmark(RECIPES["mmmu"]._replace(max_tokens=3), tmp_path, None)
+  model, samples, done = jflow.load(tiny_checkpoint), Samples(tmp_path / "out", {}), []
+  tasks.answer(model, benchmark.tasks(), samples, 2, done.append)
+  images = tables.Table(tmp_path / "MMMU_DEV_VAL.tsv").images("1")
+  text = tables.choice_prompt(row).removeprefix("<image>")
+  alone = model.understand(f"<image><image>{text}", images, 3)
+  assert samples.read()["1"]["answer"] == alone and sum(done) == 2
+
+
+def test_a_limit_keeps_whole_questions(tmp_path):
+  rows = [
+    {"index": i + 1_000_000 * turn, "image": png("red"), "question": "q", "A": "x", "answer": "A", "category": "c"}
+    for turn in range(3)
+    for i in (5, 6, 7)
+  ]
+  write_table(tmp_path / "MMBench_DEV_EN.tsv", rows)
+  benchmark = tables.TableBenchmark(RECIPES["mmbench"], tmp_path, 2)
+  assert [task.key for task in benchmark.tasks()] == ["5", "6", "1000005", "1000006", "2000005", "2000006"]
+  write_table(tmp_path / "MMBench_DEV_EN.tsv", [rows[0] | {"index": "a7"}])
+  with pytest.raises(UserError, match="row 1: the index 'a7' is no number"):
+    tables.TableBenchmark(RECIPES["mmbench"], tmp_path, None)
+  (tmp_path / "MME.tsv").write_text("index\tquestion\n")
+  with pytest.raises(UserError, match="--limit=5: MME adds up whole categories"):
+    tables.TableBenchmark(RECIPES["mme"], tmp_path, 5)
+
+
+def test_a_file_that_is_no_table_is_refused_in_one_line(tmp_path):
+  (tmp_path / "POPE.tsv").write_bytes(b"index\tquestion\n1\t\xff\xfe\n")
+  with pytest.raises(UserError, match="POPE.tsv, row 1, is no tab-separated UTF-8 text"):
+    tables.Table(tmp_path / "POPE.tsv")
+
+
+def test_pictures_of_tables_keep_to_the_limits_of_images(tmp_path, monkeypatch):
+  """Alpha is dropped, as the published code opens pictures; more pixels than `images` allows are refused."""
+  buffer = io.BytesIO()
+  Image.new("RGBA", (4, 4), (200, 100, 50, 0)).save(buffer, "PNG")
+  row = pope_rows(1)[0] | {"image": base64.b64encode(buffer.getvalue()).decode()}
+  write_table(tmp_path / "POPE.tsv", [row])
+  table = tables.Table(tmp_path / "POPE.tsv")
+  assert table.images("0")[0].getpixel((0, 0)) == (200, 100, 50)
+  seen = images.for_understanding(np.asarray(table.images("0")[0]), 4)  # what the model sees
+  assert (seen == (200, 100, 50)).all()
+  monkeypatch.setattr(images, "MAX_PIXELS", 15)
+  with pytest.raises(UserError, match="index 0: its image cannot be decoded: 4 x 4 is more than 15 pixels"):
+    table.images("0")
+
+
+def test_a_picture_as_published_is_not_turned_or_laid_over_white_later():
+  turned, see_through = io.BytesIO(), io.BytesIO()
+  exif = Image.Exif()
+  exif[0x0112] = 6  # a quarter turn
+  Image.new("RGB", (8, 4), "red").save(turned, "PNG", exif=exif)
+  Image.new("RGB", (4, 4), "red").save(see_through, "PNG", transparency=(255, 0, 0))
+  assert images.as_published(turned.getvalue()).size == (8, 4)
+  assert images.decode(turned.getvalue()).shape == (8, 4, 3)  # what training does
+  for data in (turned, see_through):
+    shown = images.for_understanding(images.as_published(data.getvalue()), 8)
+    assert (shown[4] == (255, 0, 0)).all()  # the middle line is red from end to end
+
+
+def test_repeated_pictures_are_one_picture(tmp_path):
+  """SEED's and GQA's files hold a picture once per question, or once for all: both ways they are the same picture."""
+  large = io.BytesIO()
+  Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)).save(large, "PNG")
+  image = base64.b64encode(large.getvalue()).decode()
+  pictures = {4: image, 7: png("red"), 9: image, 11: "9"}
+  rows = [{"index": i, "image": one, "question": "q", "answer": "a"} for i, one in pictures.items()]
+  write_table(tmp_path / "t.tsv", rows)
+  table = tables.Table(tmp_path / "t.tsv")
+  assert [table.picture(str(i)) for i in (4, 7, 9, 11)] == ["4", "7", "4", "4"]
+
+
+def test_missing_samples_are_counted(data):
+  benchmark = tables.TableBenchmark(RECIPES["pope"], data, None)
+  with pytest.raises(UserError, match=r"pope: 4 of 6 samples are missing \(2, 3, 4"):
+    benchmark.score({"0": {"answer": "yes"}, "1": {"answer": "no"}})
