@@ -311,7 +311,7 @@ def test_vqav2_val_is_scored_and_names_what_is_missing(tmp_path):
   vqa_files(tmp_path)
   bench = Vqav2Benchmark(RECIPES["vqav2"], tmp_path, "val", None)
   task = bench.tasks()[1]
-  assert task.key == "11" and task.images()[0].is_file() and task.text.startswith("<image>Why 1?\nAnswer")
+  assert task.key == "11" and task.images()[0].size == (5, 5) and task.text.startswith("<image>Why 1?\nAnswer")
   out = bench.score({"10": {"answer": "Cat."}, "11": {"answer": "dog"}}).scores
   assert out["overall"].value == pytest.approx(100 * (1 + 0.3) / 2)
   with pytest.raises(UserError, match="1 of 2 samples are missing"):
@@ -344,3 +344,25 @@ def test_every_recipe_is_complete():
   for size in ("384", "256"):  # the paper's overall is the mean of its six
     mean = scores.average([scores.Score(geneval[tag][size], 0, 1, 1) for tag in painted.GENEVAL_TAGS]).value
     assert geneval["overall"][size] == pytest.approx(mean, abs=0.008)
+
+
+@pytest.mark.parametrize(
+  "answers, message",
+  [
+    (["yes"], r"question 10, has answers=\['yes'\], which is no list of objects"),
+    (3, "question 10, has answers=3, which"),
+    ([], "question 10, has answers=[], which"),
+    ([{"answer_id": 1}], "question 10, one of its answers, has no field 'answer'; it has answer_id"),
+  ],
+)
+def test_vqav2_annotations_that_are_none_are_named(tmp_path, answers, message):
+  vqa_files(tmp_path)
+  path = tmp_path / "v2_mscoco_val2014_annotations.json"
+  body = json.loads(path.read_text())
+  body["annotations"][0]["answers"] = answers
+  path.write_text(json.dumps(body))
+  with pytest.raises(UserError, match=message.replace("[]", r"\[\]")):
+    Vqav2Benchmark(RECIPES["vqav2"], tmp_path, "val", None)
+  (tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json").write_text('{"questions": [1]}')
+  with pytest.raises(UserError, match="'questions' should be a list of objects"):
+    Vqav2Benchmark(RECIPES["vqav2"], tmp_path, "val", None)
