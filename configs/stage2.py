@@ -18,6 +18,6 @@ def get_config(size: str = ""):
   if c.size in ("384", "256"):
     c.train.steps = 390_000
   if c.size == "shapes":
-    c.train.steps, c.optimizer.learning_rate = 1150, 3e-3
+    c.train.steps, c.optimizer.learning_rate = 1050, 3e-3
     c.data.mixture = ((0, (30, 50, 20)), (200, (14, 80, 6)))
   return c
