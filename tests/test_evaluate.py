@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from tsv import pope_rows, write_table
+from tsv import pope_folder, pope_rows, write_table
 
 import jflow
 from jflow.__main__ import main
@@ -28,10 +28,7 @@ from jflow.inference import loading
 
 @pytest.fixture
 def data(tmp_path):
-  folder = tmp_path / "data"
-  folder.mkdir()
-  write_table(folder / "POPE.tsv", pope_rows())
-  return folder
+  return pope_folder(tmp_path / "data")
 
 
 # --- Samples on disk

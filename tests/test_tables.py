@@ -6,7 +6,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-from tsv import png, pope_rows, write_table
+from tsv import png, pope_folder, pope_rows, write_table
 
 import jflow
 from jflow.data import images
@@ -18,10 +18,7 @@ from jflow.evaluation.samples import Samples
 
 @pytest.fixture
 def data(tmp_path):
-  folder = tmp_path / "data"
-  folder.mkdir()
-  write_table(folder / "POPE.tsv", pope_rows())
-  return folder
+  return pope_folder(tmp_path / "data")
 
 
 def test_images_come_from_their_row_or_the_row_they_refer_to(data):

@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import pathlib
 
 from PIL import Image
 
@@ -31,3 +32,10 @@ def pope_rows(count: int = 6) -> list[dict]:
     }
     for i in range(count)
   ]
+
+
+def pope_folder(folder: pathlib.Path) -> pathlib.Path:
+  """A new folder with a POPE.tsv of six questions about two pictures."""
+  folder.mkdir()
+  write_table(folder / "POPE.tsv", pope_rows())
+  return folder
