@@ -1,6 +1,6 @@
 """How well the judge of the built-in world sees: it judges true pictures after damage, and what is no picture.
 
-  python launch/judge_figures.py launch/results/judge.json --jobs=2     # 5 minutes on 2 cores
+  python launch/judge_figures.py launch/results/judge.json --pictures=720     # 7 to 9 minutes on one core
 
 For pictures of 48 (the side of the `:shapes` model), 64 and 96 pixels and for each kind of damage:
 
