@@ -148,11 +148,7 @@ def fingerprint(directory: str | pathlib.Path, weights: str, vae: str | pathlib.
       *(workdir / "tokenizer").glob("*"),
       step / MANIFEST,
     ]  # it holds all hashes
-  total = hashlib.sha256(weights.encode())
-  for path in sorted(files):
-    with open(path, "rb") as file:
-      digest = hashlib.file_digest(file, "sha256").hexdigest()
-    total.update(f"{path.name} {digest}\n".encode())
+  total = _add(hashlib.sha256(weights.encode()), files)
   if vae:
     weights_of_vae, config = list(pathlib.Path(vae).glob("*.safetensors")), pathlib.Path(vae) / "config.json"
     if not weights_of_vae or not config.is_file():
@@ -163,11 +159,15 @@ def fingerprint(directory: str | pathlib.Path, weights: str, vae: str | pathlib.
 
 def hash_of(paths: Sequence[pathlib.Path]) -> str:
   """A sha256 over the names and contents of files, in the order of their names."""
-  total = hashlib.sha256()
+  return _add(hashlib.sha256(), paths).hexdigest()
+
+
+def _add(total: Any, paths: Sequence[pathlib.Path]) -> Any:
+  """Adds names and contents of files to a hash, in the order of their names, and returns it."""
   for path in sorted(paths):
     with open(path, "rb") as file:
       total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-  return total.hexdigest()
+  return total
 
 
 def _page(body: Mapping[str, Any], what: str, pictures: Sequence[tuple[str, Image.Image]]) -> str:

@@ -52,12 +52,9 @@ class Vqav2Benchmark:
     if annotations:
       rows = _read(data / annotations, "annotations", recipe)
       for row in rows:
-        need(
-          row,
-          ("question_id", "image_id", "answers", "answer_type"),
-          f"{data / annotations}, question {row.get('question_id')},",
-        )
-        where, people = f"{data / annotations}, question {row['question_id']},", row["answers"]
+        where = f"{data / annotations}, question {row.get('question_id')},"
+        need(row, ("question_id", "image_id", "answers", "answer_type"), where)
+        people = row["answers"]
         if not isinstance(people, list) or not people or not all(isinstance(one, dict) for one in people):
           raise UserError(f"{where} has answers={people!r:.60}, which is no list of objects")
         for one in people:
