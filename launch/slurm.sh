@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains on a Slurm cluster, one process per GPU; Slurm places, restarts and ends the processes.
 #   sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 launch/slurm.sh \
-#     --config=configs/stage2.py --workdir=/shared/runs/stage2 --config.mesh.data=4 --config.mesh.fsdp=8
+#     --config=configs/stage2.py --workdir=/shared/runs/stage2 --config.mesh.data=4 --config.mesh.fsdp=8 \
+#     --config.train.accumulation=4 ...   # 512 rows a step: 4 at a time on each of 32 GPUs
 # The workdir lies on a disk that all nodes share. Two minutes before the time limit, and when the job is preempted,
 # the run saves and ends; it is put back into the queue and goes on, as it does after a node has failed.
 #SBATCH --job-name=jflow

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on every VM of a TPU pod slice (or several slices), one process per VM, with the same command on each.
 #   TPU=my-slice ZONE=us-east5-a bash launch/tpu.sh --config=configs/stage2.py --workdir=/mnt/runs/stage2 \
-#     --config.mesh.data=16
+#     --config.mesh.fsdp=16 --config.train.accumulation=32 ...   # 512 rows a step: one at a time on each of 16 v5e
 # /mnt/runs is shared: Filestore, or a bucket mounted with Cloud Storage FUSE. jflow and its .venv
 # (JFLOW_ACCELERATOR=tpu bash launch/install.sh) lie in JFLOW_DIR (default ~/jflow) of every VM.
 # On a VM itself (or from a startup script): bash launch/tpu.sh --here --config=...

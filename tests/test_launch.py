@@ -14,6 +14,8 @@ import pytest
 import tiny
 import yaml
 
+from jflow.training.command import load_config
+
 LAUNCH = tiny.ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 FIELDS = ("--config=configs/stage2.py", "--workdir=/runs/two words", "--config.mesh.data=4")
@@ -240,6 +242,11 @@ def test_a_manifest_is_a_jobset_that_starts_the_command(file, tmp_path):
   fields = dict(part.split("=", 1) for part in call.strip("[]").split("][") if "=" in part)
   mesh = int(fields["--config.mesh.data"]) * int(fields["--config.mesh.fsdp"])
   assert mesh == job.get("replicas", 1) * job_spec["parallelism"] * chips
+  assert all(fields[f"--config.data.sources.{task}"] for task in ("understanding", "generation", "text"))
+  # As many rows at once on each chip as launch/compile_table.md shows to fit.
+  config = load_config([part for part in call.strip("[]").split("][") if part.startswith("--config")])
+  fit = {"nvidia.com/gpu": 4, "google.com/tpu": 1}[next(iter(container["resources"]["limits"]))]
+  assert config["train"]["batch_size"] == fit * mesh * int(fields["--config.train.accumulation"])
   if "nvidia.com/gpu" in container["resources"]["limits"]:
     name = f"{manifest['metadata']['name']}-{job['name']}-0-0.{manifest['metadata']['name']}:"
     assert fields["--config.distributed.coordinator"].startswith(name)

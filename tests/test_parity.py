@@ -97,6 +97,16 @@ def test_subsets_and_variants(checkpoint, golden, tmp_path):
   assert code == 1 and result["first_divergence"]["array"] == "und/logits_last4"
 
 
+def test_a_file_says_which_ids_stand_for_an_image(checkpoint, golden, tmp_path):
+  """Those positions hold what SigLIP gives, so that any ids serve, here two of the text's."""
+  ids = golden["und/input_ids"]
+  boi, image = np.setdiff1d(np.arange(200), ids)[:2]
+  values = golden | {"und/input_ids": np.where(ids == 252, boi, np.where(ids == 253, image, ids))}
+  assert main(["parity", f"--checkpoint={checkpoint}", f"--golden={_save(tmp_path, values)}"]) == 2
+  values["und/special_ids"] = np.array([boi, image])
+  assert _run(checkpoint, _save(tmp_path, values), tmp_path)[0] == 0
+
+
 def test_padded_positions_are_not_compared(checkpoint, golden, tmp_path):
   padded = golden["und/attention_mask"] == 0
   assert padded.any()

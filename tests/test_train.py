@@ -301,22 +301,33 @@ def test_what_no_shape_shows_is_asked_of_the_checkpoint_that_a_part_comes_from(t
   assert f"{tmp_path / 'other'} was made with model.understanding_encoder.gelu='{gelu}'" in capsys.readouterr().err
   _start(tiny.params(), tmp_path / "b", model=other, init_parts=part("other"))
   assert capsys.readouterr().err.count("\n") == 1  # once, and not of the part that is replaced
-  with pytest.raises(UserError, match="odd lacks understanding_encoder/patch_embed/bias"):
+  with pytest.raises(UserError, match="odd: understanding_encoder/patch_embed/bias is missing"):
     _start(tiny.params(), tmp_path / "c", init_parts=part("odd"))
 
 
 def test_parameters_of_another_model_are_refused_by_name(tmp_path):
   source = dict(tiny.params())
   head = source.pop("alignment_head")
-  with pytest.raises(UserError, match="lacks alignment_head/linear_1/bias.*init_fresh"):
+  with pytest.raises(UserError, match="alignment_head/linear_1/bias is missing.*init_fresh"):
     _start(source, tmp_path / "lacks")
   source |= {"alignment_head": head, "other": {"kernel": np.zeros(3)}}
-  with pytest.raises(UserError, match="holds other/kernel.*init_dropped"):
+  with pytest.raises(UserError, match="other/kernel is there.*init_dropped"):
     _start(source, tmp_path / "holds")
   source.pop("other")
   source["understanding_start"] = np.zeros(5, np.float32)
-  with pytest.raises(UserError, match=r"understanding_start has shape \(5,\), this model needs \(32,\)"):
+  with pytest.raises(UserError, match=r"understanding_start has shape \(5,\), this model needs \(32,\)$"):
     _start(source, tmp_path / "shape")
+
+
+def test_a_checkpoint_of_other_sizes_names_every_field_to_set(tmp_path):
+  language = dataclasses.replace(tiny.CONFIG.language_model, mlp_width=24, rope_theta=130_000.0)
+  other = dataclasses.replace(tiny.CONFIG, language_model=language)
+  with pytest.raises(UserError) as refused:
+    _start(tiny.params(other), tmp_path, model=other)
+  fields = str(refused.value).split("it was made with ")[1].split()
+  assert fields == [
+    "--config.model.language_model.mlp_width=24", "--config.model.language_model.rope_theta=130000.0"
+  ]  # fmt: skip
 
 
 # --- configs ----------------------------------------------------------------------------------------------

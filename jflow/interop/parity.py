@@ -6,6 +6,19 @@
 Computed in float32. Each array gets a line with its relative L2 error; the first component that diverges is
 named, in the order in which the components feed one another.
 
+A golden file is an .npz of what the reference computes in float32, PyTorch layouts (B rows, S tokens, N pictures):
+  und/pixels [.., 3, H, W], und/input_ids, und/attention_mask [B, S]; und/special_ids, the ids of <begin_of_image> and
+    <image_placeholder> (without it: the fourth and third from the end of the vocabulary)
+    -> und/features (SigLIP), und/inputs_embeds, und/logits, und/greedy_tokens (generate(do_sample=False))
+  text/input_ids [B, S]
+    -> text/logits
+  gen/prompt_ids [S] with BOS and without the closing tag, gen/z0 [N, C, h, w], gen/t [N] in [0, 1], gen/steps,
+  gen/cfg_weight
+    -> gen/t_emb, gen/z_emb, gen/hidden, gen/velocity_cond, gen/velocity_uncond (at gen/t); gen/trajectory, gen/z1 (Euler
+    steps whose t and dt are not rounded to bfloat16)
+Any outputs may be left out. NAME_last4, NAME_first8 and NAME_mean stand for the last tokens of an array, the first, and
+the mean over them, which keeps the file of a large model small.
+
 examples, with what ships in tests/ (the first command writes the small checkpoint that the golden file belongs to):
   python tests/official_checkpoint.py tiny-official
   python -m jflow parity --checkpoint=tiny-official --golden=tests/golden/tiny/golden.npz
@@ -115,7 +128,8 @@ class Runner:
     tokens, mask = g["input_ids"].astype(np.int32), g["attention_mask"].astype(bool)
     pixels = g["pixels"].reshape(-1, *g["pixels"].shape[-3:])
     features = self.apply("features", pixels.transpose(0, 2, 3, 1))
-    slots, index = self._place(tokens, self.apply("read_slots", features))
+    boi, image = map(int, g.get("special_ids", (self.vocabulary - 4, self.vocabulary - 3)))
+    slots, index = self._place(tokens, self.apply("read_slots", features), boi, image)
     embeds = self.apply("assemble", tokens, slots, index)
     out = {
       "und/features": Output(np.asarray(features)),
@@ -129,9 +143,8 @@ class Runner:
       out["und/greedy_tokens"] = Output(self._greedy(np.asarray(embeds), mask, g["greedy_tokens"].shape[1]))
     return out
 
-  def _place(self, tokens: np.ndarray, slots_IKD: jax.Array) -> tuple[jax.Array, np.ndarray]:
+  def _place(self, tokens: np.ndarray, slots_IKD: jax.Array, boi: int, image: int) -> tuple[jax.Array, np.ndarray]:
     """Distributes images over rows: [B, M * K, D] slots and int32[B, S] indices into them."""
-    boi, image = self.vocabulary - 4, self.vocabulary - 3
     k = slots_IKD.shape[1]
     starts = [np.flatnonzero(row == boi) for row in tokens]
     if sum(map(len, starts)) != len(slots_IKD):

@@ -3,8 +3,9 @@
 import importlib.util
 import math
 import re
+import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -236,23 +237,15 @@ def start_params(
   boxed = jax.eval_shape(fresh)
   where = flatten_dict(sharding.shardings(mesh, boxed), sep="/")
   wanted = flatten_dict(sharding.unbox(boxed), sep="/")
-  for path in sorted(set(source) - set(wanted)):
-    if not path.startswith(tuple(p + "/" for p in train["init_dropped"])):
-      raise UserError(
-        f"{origin(path)} holds {path}, which this model has not; another model? (train.init_dropped lists what may be left behind)"
-      )
-  missing = [p for p in wanted if p not in source]
-  for path in missing:
-    if not path.startswith(tuple(p + "/" for p in train["init_fresh"])):
-      raise UserError(
-        f"{origin(path)} lacks {path}; another model? (train.init_fresh lists what may start fresh)"
-      )
-  for path in set(wanted) & set(source):
-    if wanted[path].shape != source[path].shape:
-      raise UserError(
-        f"{origin(path)}: {path} has shape {tuple(source[path].shape)}, this model needs {wanted[path].shape}"
-      )
-  _say_what_no_shape_shows(model.config, {path: loaded.config for path, loaded in read.items()}, origin)
+  differing = _differences(model.config, {path: loaded.config for path, loaded in read.items()}, origin)
+  _check_fits(train, source, wanted, origin, differing)
+  for made, field, before, value in differing:
+    print(
+      f"jflow: {made} was made with model.{field}={before!r}, this run has {value!r}: the "
+      f"same weights compute something else (--config.model.{field}={before} keeps it as it was)",
+      file=sys.stderr,
+    )
+  missing = set(wanted) - set(source)
   only_missing = lambda: {p: x for p, x in flatten_dict(fresh(), sep="/").items() if p in missing}
   new = sharding.create(only_missing, mesh) if missing else {}
   flat = {
@@ -291,10 +284,34 @@ def _chosen(train: Config, read: Mapping[str, Checkpoint]) -> tuple[dict[str, An
 _PART_OF = {"understanding_encoder": "understanding_encoder", "autoencoder": "vae", "generation": "generation_encoder"}
 
 
-def _say_what_no_shape_shows(
-  ours: JanusFlowConfig, theirs: Mapping[str, JanusFlowConfig], origin: Callable[[str], str]
+def _check_fits(
+  train: Config,
+  source: Mapping[str, Any],
+  wanted: Mapping[str, Any],
+  origin: Callable[[str], str],
+  differing: Sequence[tuple[str, str, Any, Any]],
 ) -> None:
-  """Names on stderr each field in which models of the same shapes compute something else.
+  """Raises UserError where parameters are missing, left over or of another shape; it lists the fields to set."""
+
+  def refuse(path: str, what: str) -> None:
+    made = [(field, before) for checkpoint, field, before, _ in differing if checkpoint == origin(path)]
+    fields = " ".join(shlex.quote(f"--config.model.{field}={before}") for field, before in made)
+    raise UserError(f"{origin(path)}: {path} {what}" + (f"; it was made with {fields}" if fields else ""))
+
+  dropped, fresh = (tuple(part + "/" for part in train[name]) for name in ("init_dropped", "init_fresh"))
+  for path in sorted(set(source) | set(wanted)):
+    if path not in wanted and not path.startswith(dropped):
+      refuse(path, "is there, and this model has it not (train.init_dropped lists what may be left behind)")
+    if path not in source and not path.startswith(fresh):
+      refuse(path, "is missing (train.init_fresh lists what may start fresh)")
+    if path in wanted and path in source and wanted[path].shape != source[path].shape:
+      refuse(path, f"has shape {tuple(source[path].shape)}, this model needs {wanted[path].shape}")
+
+
+def _differences(
+  ours: JanusFlowConfig, theirs: Mapping[str, JanusFlowConfig], origin: Callable[[str], str]
+) -> list[tuple[str, str, Any, Any]]:
+  """Returns (checkpoint, field of the model, value there, value here) where the two differ.
 
   Args:
     ours: this run's model.
@@ -303,15 +320,12 @@ def _say_what_no_shape_shows(
   """
   flat = {path: flatten_dict(config.to_dict(), sep=".") for path, config in theirs.items()}
   harmless = ("alignment_", "language_model.context")
+  found = []
   for field, value in sorted(flatten_dict(ours.to_dict(), sep=".").items()):
     source = origin(_PART_OF.get(field.split(".")[0], "language_model"))
-    before = flat[source][field]
-    if value != before and not field.startswith(harmless):
-      print(
-        f"jflow: {source} was made with model.{field}={before!r}, this run has {value!r}: the "
-        f"same weights compute something else (--config.model.{field}={before} keeps it as it was)",
-        file=sys.stderr,
-      )
+    if value != flat[source][field] and not field.startswith(harmless):
+      found.append((source, field, flat[source][field], value))
+  return found
 
 
 def some_images(pipeline: Pipeline, count: int) -> np.ndarray:
