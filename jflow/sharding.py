@@ -81,11 +81,11 @@ def make_mesh(data: int, fsdp: int, model: int, devices: list[jax.Device] | None
       f"{devices[0].platform} device(s); choose sizes of at least 1 whose product is {len(devices)}"
     )
   slices = len({getattr(device, "slice_index", 0) for device in devices})
-  if slices == 1:
+  if data % slices and devices[0].platform == "tpu":
+    raise UserError(f"mesh.data={data} must be a multiple of the {slices} slices that the devices lie in")
+  if slices == 1 or data % slices:  # GPUs count each node as a slice, and a group may span several
     grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
   else:  # only gradients may cross the slow network between slices, once per step
-    if data % slices:
-      raise UserError(f"mesh.data={data} must be a multiple of the {slices} slices that the devices lie in")
     grid = mesh_utils.create_hybrid_device_mesh(
       (data // slices, fsdp, model), (slices, 1, 1), devices, allow_split_physical_axes=True
     )

@@ -4,7 +4,7 @@
 # When one of them fails, all end, and the same command goes on from the last checkpoint. Ctrl-C saves first.
 #   JFLOW_RESTARTS=3   start again so many times after a failure (default 0)
 #   JFLOW_PYTHON       the Python to use (default .venv/bin/python, or python)
-# With GPUs, process i sees GPU i alone (N of them); with JAX_PLATFORMS=cpu each has JAX_NUM_CPU_DEVICES (default 1).
+# With GPUs, process i sees the i-th GPU alone (of CUDA_VISIBLE_DEVICES, where that is set); with JAX_PLATFORMS=cpu each has JAX_NUM_CPU_DEVICES (default 1).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 [[ "${1:-}" =~ ^[1-9][0-9]*$ && "${2:-}" == -- ]] || { sed -n '2,3p' "$0" | cut -c3- >&2; exit 2; }
@@ -13,13 +13,22 @@ shift 2
 venv=${JFLOW_VENV:-.venv}
 python=${JFLOW_PYTHON:-$([ -x "$venv/bin/python" ] && echo "$venv/bin/python" || echo python)}
 pids=()
+IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((processes - 1)))}"
+if [ "${#devices[@]}" -lt "$processes" ]; then
+  echo "launch/local.sh: CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names fewer GPUs than $processes processes" >&2
+  exit 2
+fi
+if [ "${JAX_PLATFORMS:-}" != cpu ] && command -v nvidia-smi >/dev/null; then
+  source launch/xla_flags.sh
+  jflow_xla_flags gpu
+fi
 
 start() {
   local port
   port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
   pids=()
   for ((i = 0; i < processes; i++)); do
-    CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-$i} "$python" -m jflow train "$@" \
+    CUDA_VISIBLE_DEVICES=${devices[i]} "$python" -m jflow train "$@" \
       --config.distributed.coordinator="127.0.0.1:$port" --config.distributed.processes="$processes" \
       --config.distributed.process_id="$i" &
     pids+=($!)

@@ -2,7 +2,8 @@
 # Trains on every VM of a TPU pod slice (or several slices), one process per VM, with the same command on each.
 #   TPU=my-slice ZONE=us-east5-a bash launch/tpu.sh --config=configs/stage2.py --workdir=/mnt/runs/stage2 \
 #     --config.mesh.fsdp=16 --config.train.accumulation=32 ...   # 512 rows a step: one at a time on each of 16 v5e
-# /mnt/runs is shared: Filestore, or a bucket mounted with Cloud Storage FUSE. jflow and its .venv
+# /mnt/runs is shared: Filestore, or a bucket mounted with Cloud Storage FUSE
+# (rename-dir-limit=200000, unless the bucket has a hierarchical namespace). jflow and its .venv
 # (JFLOW_ACCELERATOR=tpu bash launch/install.sh) lie in JFLOW_DIR (default ~/jflow) of every VM.
 # On a VM itself (or from a startup script): bash launch/tpu.sh --here --config=...
 #   JFLOW_RESTARTS   starts after a failure (default 10); a queued resource starts the VMs again after a preemption

@@ -35,11 +35,15 @@ class Data:
   def __init__(self, rows: list[int], fault: list[str]):
     self._rows, self._fault = rows, fault
 
+  def _rejected(self, step: int) -> dict[str, int]:
+    """One in the row at place 7, the last, at step 2 (counted from 0)."""
+    return {"checksum": 1} if step == 2 and 7 in self._rows else {}
+
   def batches(self, start: int, stop: int) -> Iterator[tuple[Any, dict[str, Any]]]:
     made = (
       (
         np.stack([np.random.default_rng([step, row]).standard_normal(16, np.float32) for row in self._rows]),
-        {"fill": 0.5, "packs": {}, "rejected": {}, "messages": []},
+        {"fill": 0.5, "packs": {}, "rejected": self._rejected(step), "messages": []},
       )
       for step in range(start, stop)
     )

@@ -203,6 +203,15 @@ def test_only_the_newest_steps_are_kept(tmp_path):
   assert checkpoint.steps_of(tmp_path) == [4, 3]
 
 
+def test_what_a_kill_left_of_a_save_goes_with_the_old_steps(tmp_path):
+  _save(tmp_path, 4)
+  for step in (3, 7):
+    (tmp_path / str(step)).mkdir()
+    (tmp_path / str(step) / "half").write_text("")
+  _save(tmp_path, 6)
+  assert checkpoint.steps_of(tmp_path) == [7, 6, 4]  # 7 may be another process's, and is passed over
+
+
 def test_a_damaged_later_step_does_not_push_out_a_good_one(copy):
   """After a fall back from 4 to 2, step 3 is the one to keep."""
   _largest(copy / "4").unlink()

@@ -67,6 +67,29 @@ def toy(
   )
 
 
+def test_records_that_another_process_left_out_are_counted(tmp_path):
+  with toy(tmp_path, "run", steps=4) as job:
+    assert job.codes() == [0, 0], job.said(0)
+  with toy(tmp_path, "alone", processes=1, steps=4) as job:
+    assert job.codes() == [0], job.said(0)
+  rejected = lambda run: [row["rejected"] for row in read_lines(tmp_path / run / "metrics.jsonl")]
+  assert rejected("run") == [{}, {}, {"other_processes": 1}, {}]
+  assert rejected("alone") == [{}, {}, {"checksum": 1}, {}]
+
+
+def test_a_process_that_ends_late_is_waited_for(tmp_path):
+  """Process 0 may seal a checkpoint or paint long after the others are done, longer than a heartbeat."""
+  code = (
+    "import sys, time\nfrom jflow.training import hosts\n"
+    "values = dict(part.removeprefix('--config.distributed.').split('=') for part in sys.argv[1:])\n"
+    "hosts.start(dict(cluster='', coordinator=values['coordinator'], processes=2, start_seconds=60,"
+    " process_id=int(values['process_id']), heartbeat_seconds=2))\n"
+    "hosts.any_of(False)\ntime.sleep(8 * hosts.is_first())"
+  )
+  with Job(tmp_path, ("-c", code)) as job:
+    assert job.codes() == [0, 0], job.said(0) + job.said(1)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> np.ndarray:
   """Losses of the toy's run that nothing disturbs, on one process."""
@@ -84,9 +107,11 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, whole):
   np.testing.assert_allclose(losses(tmp_path / "run"), whole, rtol=1e-5)
 
 
-def test_a_signal_to_any_process_stops_all_after_the_same_step(tmp_path, whole):
+@pytest.mark.parametrize("interval", [1, 5000])
+def test_a_signal_to_any_process_stops_all_after_the_same_step(tmp_path, whole, interval):
+  """Also where every step waits for its numbers before it is saved."""
   run = tmp_path / "run"
-  with toy(tmp_path, "run", steps=2000, fields=("--config.checkpoint.interval=5000",)) as job:
+  with toy(tmp_path, "run", steps=2000, fields=(f"--config.checkpoint.interval={interval}",)) as job:
     job.wait_for(lambda: len(read_lines(run / "metrics.jsonl")) > 20)
     job.send(1)  # not the one that writes
     job.wait_for(lambda: "saving before exit" in job.said(1))

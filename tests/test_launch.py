@@ -77,6 +77,18 @@ def test_local_starts_n_processes_that_know_each_other(tmp_path):
   assert len({call.split("coordinator=")[1].split("]")[0] for call in calls}) == 1
 
 
+def test_local_gives_each_process_one_of_the_gpus_that_it_may_see(tmp_path):
+  note = f'echo "$CUDA_VISIBLE_DEVICES" >> {tmp_path}/gpus'
+  stage = Stage(tmp_path, (0, 0, 0, 0), note)
+  seen = lambda: sorted((tmp_path / "gpus").read_text().split())
+  assert stage.run("local.sh", "2", "--", *FIELDS, CUDA_VISIBLE_DEVICES="5,7,6").returncode == 0
+  assert seen() == ["5", "7"]
+  assert stage.run("local.sh", "2", "--", *FIELDS, CUDA_VISIBLE_DEVICES="").returncode == 0
+  assert seen() == ["0", "1", "5", "7"]
+  done = stage.run("local.sh", "2", "--", *FIELDS, CUDA_VISIBLE_DEVICES="3")
+  assert done.returncode == 2 and "names fewer GPUs than 2 processes" in done.stderr
+
+
 def test_local_starts_again_after_a_failure_and_not_after_a_mistake(tmp_path):
   stage = Stage(tmp_path, (0, 1, 0, 0))
   assert stage.run("local.sh", "2", "--", *FIELDS, JFLOW_RESTARTS="2").returncode == 0
@@ -182,6 +194,7 @@ MUST = {
   "spec.replicatedJobs.template.spec.template.spec.containers": {"name", "image", "command"},
 }
 MAY = {
+  "metadata": {"name", "annotations"},
   "spec": {"replicatedJobs", "network", "successPolicy", "failurePolicy", "startupPolicy", "suspend", "coordinator",
            "managedBy", "ttlSecondsAfterFinished"},
   "spec.network": {"enableDNSHostnames", "subdomain", "publishNotReadyAddresses"},

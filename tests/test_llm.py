@@ -119,6 +119,18 @@ def test_the_cache_in_pieces_equals_one_pass(pieces):
   assert int(cache.length) == S
 
 
+def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
+  """In bfloat16 a sum of ones stays at 256."""
+  model, variables = LanguageModel(LM, 0, jnp.bfloat16, "none", 1, "xla"), params()
+  tokens = jnp.full((2, 1000), 7)
+  total = lambda table: jnp.sum(
+    model.apply({"params": variables["params"] | {"embed": table}}, tokens, method="embed").astype(jnp.float32)
+  )
+  gradient = np.asarray(jax.grad(total)(variables["params"]["embed"]))
+  np.testing.assert_array_equal(gradient[7], 2000.0)
+  assert not np.delete(gradient, 7, axis=0).any()
+
+
 def test_the_scan_equals_a_loop_over_its_layers():
   """Block by block, each with its slice of the stacked parameters; the tap is block 1's output."""
   tables, variables = rope_tables(RESTARTED, LM.head_width, LM.rope_theta), params()["params"]

@@ -4,10 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 import tiny
+
+from jflow import sharding
+from jflow.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +56,16 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(result):
   assert (
     "mesh.data x mesh.fsdp x mesh.model = 2 x 2 x 1 does not equal the 8 cpu device(s)" in result["refused"]
   )
+
+
+def test_a_group_may_span_nodes_of_gpus_and_not_slices_of_tpus(monkeypatch):
+  """JAX numbers the nodes of a GPU cluster as slices; two of two chips each."""
+  monkeypatch.setattr(sharding, "Mesh", lambda grid, *_, **__: grid)
+  cluster = lambda platform: [
+    types.SimpleNamespace(platform=platform, device_kind=platform, id=i, process_index=i // 2, slice_index=i // 2)
+    for i in range(4)
+  ]
+  ids = lambda *sizes: [device.id for device in sharding.make_mesh(*sizes, devices=cluster("gpu")).flat]
+  assert ids(1, 4, 1) == ids(2, 2, 1) == ids(4, 1, 1) == [0, 1, 2, 3]
+  with pytest.raises(UserError, match="mesh.data=1 must be a multiple of the 2 slices"):
+    sharding.make_mesh(1, 4, 1, devices=cluster("tpu"))

@@ -149,14 +149,17 @@ def test_the_work_of_a_batch_is_counted_alike_on_host_and_device():
 def test_mfu_is_null_where_no_table_has_the_device(monkeypatch):
   config = tiny.configuration(data=dict(latents=False))
   row = lambda: {f"work_{name}": value for name, value in vars(flops.counted(tiny.mixed())).items()}
-  assert flops.mfu(config, row(), 1.0) is None
+  trained = {"language_model", "generation_encoder"}
+  assert flops.mfu(config, trained, row(), 1.0) is None
   gpu = types.SimpleNamespace(device_kind="NVIDIA H200")
   monkeypatch.setattr(jax, "devices", lambda: [gpu])
-  once, left = row(), flops.model_flops_of(config, tiny.CONFIG, flops.counted(tiny.mixed()))
+  once, left = row(), flops.model_flops_of(config, tiny.CONFIG, trained, flops.counted(tiny.mixed()))
   np.testing.assert_allclose(
-    flops.mfu(config, once, 2.0), sum(left.values()) / 2.0 / chips.CHIPS["h200"].peak_flops
+    flops.mfu(config, trained, once, 2.0), sum(left.values()) / 2.0 / chips.CHIPS["h200"].peak_flops
   )
   assert not once
+  frozen = flops.model_flops_of(config, tiny.CONFIG, (), flops.counted(tiny.mixed()))
+  assert sum(frozen.values()) < sum(left.values())
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters(poison):
   identical(after, clean.replace(skipped=jnp.int32(2)))
 
 
+def test_the_rate_that_is_logged_is_the_one_applied_after_a_skipped_step():
+  """The warm-up counts accepted steps, and this is the first of two."""
+  late = start().replace(step=jnp.int32(1), skipped=jnp.int32(1))
+  _, metrics = program()(late, tiny.mixed())
+  assert float(metrics["learning_rate"]) == pytest.approx(1e-2 / 2)
+
+
 def test_a_batch_of_padding_teaches_nothing():
   """Counts are at least 1, and slots without a picture give no NaN."""
   batch = jax.tree.map(jnp.asarray, empty(4, tiny.SHAPE))

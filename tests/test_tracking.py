@@ -2,6 +2,8 @@
 
 import importlib.util
 import io
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -55,6 +57,18 @@ def test_a_missing_package_is_named_before_anything_starts(monkeypatch, name, va
   ):
     setup.check(tiny.configuration(log={name: value}))
   setup.check(tiny.configuration())
+
+
+def test_two_workdirs_of_one_name_are_two_runs_and_a_restart_is_the_same(monkeypatch, tmp_path):
+  started = []
+  fake = types.SimpleNamespace(init=lambda **fields: started.append((fields["name"], fields["id"])))
+  monkeypatch.setitem(sys.modules, "wandb", fake)
+  for name in ("a", "b", "a"):
+    workdir = tmp_path / name / "stage2"
+    workdir.mkdir(parents=True, exist_ok=True)
+    tracking.trackers(tiny.configuration(log=dict(wandb="project")), workdir)
+  (first, second, again) = started
+  assert first == again != second and {name for name, _ in started} == {"stage2"}
 
 
 def test_the_time_left_does_not_count_the_compilation(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """The workdir: one trainer at a time, one config and one tokenizer per run, metrics without repeated steps."""
 
+import errno
 import json
 import pathlib
 import shutil
@@ -44,6 +45,37 @@ def test_the_lock_of_a_killed_trainer_is_taken_over_and_named(tmp_path, capsys):
   assert f"pid {other.pid} on" in capsys.readouterr().err
   workdirs.unlock(workdirs.lock(tmp_path))
   assert capsys.readouterr().err == ""
+
+
+def test_a_lock_that_a_dead_host_left_is_waited_for(tmp_path, monkeypatch, capsys):
+  """A network disk frees it when the lease ends; whoever is on this host is alive."""
+  tries, real = [], workdirs.fcntl.flock
+
+  def flock(handle, operation):
+    tries.append(operation)
+    if len(tries) < 4:
+      raise BlockingIOError(errno.EWOULDBLOCK, "held")
+    real(handle, operation)
+
+  (tmp_path / "lock").write_text("pid 7 on another-node since 2026-01-01 00:00:00\n")
+  monkeypatch.setattr(workdirs.time, "sleep", lambda seconds: None)
+  monkeypatch.setattr(workdirs.fcntl, "flock", flock)
+  workdirs.unlock(workdirs.lock(tmp_path))
+  assert "is held by pid 7 on another-node since 2026-01-01 00:00:00; waiting up to 120 s" in capsys.readouterr().err
+  (tmp_path / "lock").write_text("pid 7 on another-node since 2026-01-01 00:00:00\n")
+  tries.clear()
+  monkeypatch.setattr(workdirs, "_LEASE", -1)
+  with pytest.raises(UserError, match="is in use by another trainer .pid 7 on another-node"):
+    workdirs.lock(tmp_path)
+
+
+def test_a_disk_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+  def flock(handle, operation):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+  monkeypatch.setattr(workdirs.fcntl, "flock", flock)
+  workdirs.unlock(workdirs.lock(tmp_path))
+  assert "cannot be locked (Function not implemented): take care that" in capsys.readouterr().err
 
 
 def test_a_workdir_that_cannot_be_made_is_named(tmp_path):

@@ -99,7 +99,7 @@ def measure(config: dict[str, Any], steps: int, parts: bool) -> dict[str, Any]:
       jax.block_until_ready(metrics["loss"])
       if i >= 0:
         seconds.append(time.perf_counter() - started)
-    flops = model_flops_of(config, model.config, counted(host))
+    flops = model_flops_of(config, model.config, state.trained, counted(host))
     tokens, total = int((host.segment_ids > 0).sum()), sum(flops.values())
     peak = chips.peak_flops(device.device_kind)
     step = spread(seconds)

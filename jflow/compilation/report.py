@@ -96,7 +96,7 @@ def compile_report(
   micro = per_device * config["data"]["row_tokens"] / config["train"]["accumulation"]
   chunks = head_loss.chunks(math.ceil(share * micro))
   counts = hlo.count(text, dict(mesh.shape), lambda loop: chunks if head_loss.SCOPE in loop else 0)
-  return report | _roofline(config, model, topology, counts, dict(mesh.shape))
+  return report | _roofline(config, model, program.state.trained, topology, counts, dict(mesh.shape))
 
 
 def _options(topology: targets.Topology, effort: float) -> dict[str, Any]:
@@ -128,10 +128,12 @@ def _memory(program: Program, batch: Any, analysis: Any, topology: targets.Topol
   return out
 
 
-def _roofline(config, model: JanusFlow, topology, counts: hlo.Counts, mesh: dict[str, int]) -> dict[str, Any]:
+def _roofline(
+  config, model: JanusFlow, trained, topology, counts: hlo.Counts, mesh: dict[str, int]
+) -> dict[str, Any]:
   """The least time of a step by what each part of the machine has to do."""
   chip, work = topology.chip, expected(config, model)[0]
-  parts = model_flops_of(config, model.config, work)
+  parts = model_flops_of(config, model.config, trained, work)
   needed = sum(parts.values()) / topology.chips
   kernels = _kernel_flops(model, work, config) / topology.chips if counts.kernels else 0.0
   seconds = {

@@ -31,8 +31,10 @@ def open_partial(partial: str, job: dict[str, Any], flag: str) -> TextIO:
     raise UserError(f"{flag}: cannot write {partial} ({error.strerror})") from None
   try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except OSError:
+  except BlockingIOError:
     raise UserError(f"{partial} is being written by another process: wait until it ends") from None
+  except OSError:  # a file system without locks
+    pass
   path = os.path.join(partial, _JOB)
   try:
     with open(path, encoding="utf-8") as file:

@@ -180,11 +180,12 @@ class LanguageModel(nn.Module):
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """int32[...] -> [..., D]."""
-    table = self.table.astype(self.dtype)
+    # Rounded after the lookup, so that the gradients of a token that stands in many places are summed in float32.
     if tokens.ndim != 2:
-      return table[tokens]
+      return self.table[tokens].astype(self.dtype)
     # A device looks up its columns for all who share the table; then all swap, which is less than the table.
-    x_BSD = constrain(table[constrain(tokens, "group", None)], "group", None, "embed")
+    x_BSD = self.table[constrain(tokens, "group", None)].astype(self.dtype)
+    x_BSD = constrain(x_BSD, "group", None, "embed")
     return constrain(x_BSD, "batch", None, None)
 
   def __call__(

@@ -232,8 +232,15 @@ class Checkpointer:
     )
 
   def _retain(self, saved: int) -> None:
-    """Deletes all but the newest steps up to `saved`. Later ones are damaged: they must not push out good ones."""
-    whole = [step for step in sealed_steps(self._directory) if step <= saved]
+    """Deletes all but the newest steps up to `saved`. Later ones are damaged: they must not push out good ones.
+
+    A step without a manifest is what a kill left of a save, or of this.
+    """
+    sealed = sealed_steps(self._directory)
+    for step in steps_of(self._directory):
+      if step < saved and step not in sealed:
+        shutil.rmtree(self._directory / str(step))
+    whole = [step for step in sealed if step <= saved]
     for step in whole[self._keep :]:
       if self._keep_every and step % self._keep_every == 0:
         continue

@@ -1,8 +1,7 @@
 """Model FLOPs of a batch: what `mfu` divides by time and peak. The optimizer's are none of the model's."""
 
 import dataclasses
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -36,21 +35,17 @@ def _running_maximum(x):
 
 
 def model_flops_of(
-  config: Mapping[str, Any], model: JanusFlowConfig, work: model_flops.Work
+  config: Mapping[str, Any], model: JanusFlowConfig, trained: Collection[str], work: model_flops.Work
 ) -> dict[str, float]:
-  """FLOPs of one step by part. A part is trained where a pattern of `optimizer.trained` begins with its name."""
-  parts = (
-    "language_model", "understanding_encoder", "understanding_projector", "generation_encoder", "alignment_head"
-  )  # fmt: skip
-  patterns = config["optimizer"]["trained"]
-  matches = lambda part: any(re.match(rf"(?:{p.split('/')[0]})$", part) for p in patterns)
-  trained = {part for part in parts if matches(part)}
+  """FLOPs of one step by part. `trained`: the parts that hold a trained parameter, the keys of `TrainState.trained`."""
   weights = config["objective"]["weights"]
   given = config["data"]["latents"]
-  return model_flops.step(model, trained, work, bool(weights["alignment"]), given, bool(weights["text"]))
+  return model_flops.step(model, set(trained), work, bool(weights["alignment"]), given, bool(weights["text"]))
 
 
-def mfu(config: Mapping[str, Any], row: dict[str, Any], seconds: float) -> float | None:
+def mfu(
+  config: Mapping[str, Any], trained: Collection[str], row: dict[str, Any], seconds: float
+) -> float | None:
   """The share of the devices' dense bf16 peak that a step used; None where no table has it (a CPU).
 
   Takes the step's work_... metrics out of `row`.
@@ -60,5 +55,5 @@ def mfu(config: Mapping[str, Any], row: dict[str, Any], seconds: float) -> float
   peak = chips.peak_flops(jax.devices()[0].device_kind)
   if peak is None:
     return None
-  flops = sum(model_flops_of(config, JanusFlowConfig.from_dict(config["model"]), work).values())
+  flops = sum(model_flops_of(config, JanusFlowConfig.from_dict(config["model"]), trained, work).values())
   return flops / seconds / (peak * jax.device_count())

@@ -19,6 +19,9 @@ from jflow.errors import Stopped, UserError
 # What a collective says when a process at the other end is gone.
 _LOST = re.compile("closed by peer|reset by peer|connection refused|heartbeat|UNAVAILABLE", re.IGNORECASE)
 
+# Seconds that processes wait for each other at the end: process 0 may still seal a checkpoint or paint samples.
+_FAREWELL = 1800
+
 
 def start(config: Mapping[str, Any]) -> None:
   """Joins the processes of the run. `config` is the section `distributed` of configs/base.py.
@@ -45,7 +48,7 @@ def start(config: Mapping[str, Any]) -> None:
       **explicit,
       initialization_timeout=config["start_seconds"],
       heartbeat_timeout_seconds=config["heartbeat_seconds"],
-      shutdown_timeout_seconds=config["heartbeat_seconds"],
+      shutdown_timeout_seconds=_FAREWELL,
     )
   except (ValueError, RuntimeError) as error:  # the second is jax's own error too
     reason = str(error).splitlines()[0]

@@ -154,14 +154,14 @@ class _Run:
     if first >= last:
       hosts.say(f"{self._workdir} is complete at step {first}")
       return
-    interval = self._config["checkpoint"]["interval"]
+    interval, every = self._config["checkpoint"]["interval"], self._config["log"]["sample_every"]
     main = hosts.is_first()
     self._trackers = tracking.trackers(self._config, self._workdir) if main else []
     self._metrics = Lines(self._workdir / "metrics.jsonl", first + 1) if main else None
     self._progress = Progress(last, first, self._config["log"]["every_seconds"], shown=main)
     self._watchdog = Watchdog(self._config["train"]["watchdog_seconds"])
     self._watchdog.beat("the start", slow=True)
-    self._clock, self._compiled = time.monotonic(), False
+    self._clock, self._compiled, self._trained = time.monotonic(), False, set(state.trained)
     exchange, stop = hosts.Exchange(), _StopFlag()
     self._tracing = False
     try:
@@ -173,15 +173,16 @@ class _Run:
         self._checkpointer.check()
         row = {"step": step, "packs": info["packs"], "rejected": info["rejected"]}
         self._name_rejected(step, info["messages"])
-        self._pending = {"row": row, "device": device, "told": exchange(stop.signum, info["fill"])}
+        lost = sum(info["rejected"].values())
+        self._pending = {"row": row, "device": device, "told": exchange(stop.signum, info["fill"], lost)}
         # Alone, it is known at once. Read once: a signal after this line stops after the next step.
         signum = stop.signum if jax.process_count() == 1 else signum
-        if step % interval == 0 or step == last or signum:
-          self._flush()
+        save, paint = (bool(n) and (step % n == 0 or step == last) for n in (interval, every if self._paint else 0))
+        if save or paint or signum:
+          signum = self._flush() or signum
+        if save or signum:
           self._save(state, step)
-        every = self._config["log"]["sample_every"]
-        if self._paint and every and (step % every == 0 or step == last) and not signum:
-          self._flush()
+        if paint and not signum:
           self._sample(state, step)
         if signum:
           self._finish_saving(step)
@@ -212,10 +213,12 @@ class _Run:
     row, device, told = pending["row"], *jax.device_get((pending["device"], pending["told"]))
     step, now = row["step"], time.monotonic()
     row["fill"] = float(told[:, 1].mean())
+    if elsewhere := int(told[:, 2].sum()) - sum(row["rejected"].values()):
+      row["rejected"] = row["rejected"] | {"other_processes": elsewhere}
     row |= {name: number(value) for name, value in device.items()}
     tokens = self._config["train"]["batch_size"] * self._config["data"]["row_tokens"]
     seconds, self._clock = max(now - self._clock, 1e-9), now
-    row |= {"tokens_per_second": tokens / seconds, "mfu": mfu(self._config, row, seconds)}
+    row |= {"tokens_per_second": tokens / seconds, "mfu": mfu(self._config, self._trained, row, seconds)}
     in_a_row = row.pop("skipped_in_a_row")
     if self._metrics:
       self._metrics.write(row)
@@ -246,6 +249,7 @@ class _Run:
   def _save(self, state: TrainState, step: int) -> None:
     if self._record:
       self._record.steps(step, now=True)
+      self._metrics.sync()
     self._checkpointer.save(state)
     if self._record:
       self._record.mark("save", step)

@@ -53,6 +53,10 @@ class Lines:
     if written != len(line):
       raise Stopped(f"{self._path} cannot be written: the disk is full; the checkpoints are as they were")
 
+  def sync(self) -> None:
+    """Waits until the lines are on the disk, so that no checkpoint is ahead of them."""
+    os.fsync(self._file)
+
   def close(self) -> None:
     os.close(self._file)
 

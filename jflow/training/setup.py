@@ -240,10 +240,9 @@ def start_params(
   differing = _differences(model.config, {path: loaded.config for path, loaded in read.items()}, origin)
   _check_fits(train, source, wanted, origin, differing)
   for made, field, before, value in differing:
-    print(
-      f"jflow: {made} was made with model.{field}={before!r}, this run has {value!r}: the "
-      f"same weights compute something else (--config.model.{field}={before} keeps it as it was)",
-      file=sys.stderr,
+    hosts.say(
+      f"{made} was made with model.{field}={before!r}, this run has {value!r}: the same weights compute something "
+      f"else (--config.model.{field}={before} keeps it as it was)"
     )
   missing = set(wanted) - set(source)
   only_missing = lambda: {p: x for p, x in flatten_dict(fresh(), sep="/").items() if p in missing}

@@ -100,7 +100,7 @@ def make_step(
       skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
       recent=recent,
     )
-    metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate(state.step)}
+    metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate(state.step - state.skipped)}
     metrics |= {f"loss_{name}": value for name, value in parts._asdict().items()}
     metrics |= {f"work_{name}": value for name, value in vars(counted(batch, jnp)).items()}
     metrics |= {"skipped": new.skipped, "skipped_in_a_row": new.skipped_in_a_row}

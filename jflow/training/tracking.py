@@ -3,10 +3,13 @@
 import io
 import pathlib
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
+
+from jflow.training.checkpoint import write_atomically
 
 
 class TensorBoard:
@@ -45,10 +48,13 @@ class WeightsAndBiases:
     import wandb
 
     self._wandb = wandb
-    name = workdir.resolve().name
+    known = workdir / "wandb_id"  # the name of a folder is not one of a kind
+    if not known.exists():
+      write_atomically(known, uuid.uuid4().hex + "\n")
     self._run = wandb.init(
-      project=project, name=name, id=name, resume="allow", dir=str(workdir), config=dict(config)
-    )
+      project=project, name=workdir.resolve().name, id=known.read_text(encoding="utf-8").strip(), resume="allow",
+      dir=str(workdir), config=dict(config),
+    )  # fmt: skip
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
     self._run.log(dict(values), step=step)

@@ -14,13 +14,15 @@ _FIRST = (
 class Watchdog:
   """Wants to hear of a step every `seconds`; otherwise prints the stacks of all threads and exits with code 1.
 
+  A run starts it before its first step, when the data is planned and the state is there.
+
   A thread of Python does it and can say why; should it not get to run, because C code holds the interpreter,
   `faulthandler` does the same from C a little later.
   """
 
   def __init__(self, seconds: float):
     """`seconds`: 0 turns it off."""
-    self._seconds, self._what, self._deadline = seconds, "the start", float("inf")
+    self._seconds, self._allowed, self._what, self._deadline = seconds, seconds, "the start", float("inf")
     self._ended = threading.Event()
     if seconds:
       threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -28,9 +30,9 @@ class Watchdog:
   def beat(self, what: str, slow: bool = False) -> None:
     """Starts waiting for the next beat. `what`: what has been done now; `slow`: what comes next may take long."""
     if self._seconds:
-      seconds = self._seconds * (_FIRST if slow else 1)
-      faulthandler.dump_traceback_later(1.25 * seconds + 1, exit=True)
-      self._what, self._deadline = what, time.monotonic() + seconds
+      self._allowed = self._seconds * (_FIRST if slow else 1)
+      faulthandler.dump_traceback_later(1.25 * self._allowed + 1, exit=True)
+      self._what, self._deadline = what, time.monotonic() + self._allowed
 
   def stop(self) -> None:
     self._ended.set()
@@ -41,7 +43,7 @@ class Watchdog:
     while not self._ended.wait(min(1.0, self._seconds / 10)):
       if time.monotonic() > self._deadline:
         print(
-          f"jflow: no step for {self._seconds:g} s (train.watchdog_seconds) after {self._what}; this process ends "
+          f"jflow: no step for {self._allowed:g} s (train.watchdog_seconds={self._seconds:g}) after {self._what}; this process ends "
           "here, and the same command goes on from the last checkpoint. What each thread was doing:",
           file=sys.stderr, flush=True,
         )  # fmt: skip

@@ -23,6 +23,8 @@ _MAY_CHANGE = (
   "data.tokenizer",  # a path; its files are compared instead
 )  # fmt: skip
 
+_LEASE = 120  # seconds after which a network disk has freed the lock of a host that died
+
 
 def claim(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer) -> Any:
   """Locks the workdir and checks that it holds no other run; returns what `unlock` takes. For process 0."""
@@ -58,13 +60,7 @@ def lock(workdir: pathlib.Path) -> Any:
     handle = open(workdir / "lock", "a+", encoding="utf-8")
   except OSError as error:
     raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
-  try:
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except OSError as error:
-    handle.seek(0)
-    raise UserError(
-      f"workdir {workdir} is in use by another trainer ({handle.read().strip() or 'unknown'})"
-    ) from error
+  _wait_for_lock(handle, workdir)
   handle.seek(0)
   if before := handle.read().strip():  # a trainer that ends in order leaves the file empty
     print(f"jflow: {before} did not end in order; this one goes on in {workdir}", file=sys.stderr)
@@ -76,6 +72,29 @@ def lock(workdir: pathlib.Path) -> Any:
   except OSError as error:
     raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
   return handle
+
+
+def _wait_for_lock(handle: Any, workdir: pathlib.Path) -> None:
+  """Locks an open file; waits for one that another host holds, since a network disk frees a dead host's late."""
+  until, said = time.monotonic() + _LEASE, False
+  while True:
+    try:
+      return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      handle.seek(0)
+      holder = handle.read().strip() or "unknown"
+      if f" on {os.uname().nodename} " in holder or time.monotonic() > until:
+        raise UserError(f"workdir {workdir} is in use by another trainer ({holder})") from error
+      if not said:
+        print(f"jflow: {workdir} is held by {holder}; waiting up to {_LEASE} s for it", file=sys.stderr, flush=True)
+      said = True
+      time.sleep(1)
+    except OSError as error:  # a file system without locks
+      print(
+        f"jflow: {workdir} cannot be locked ({error.strerror}): take care that no second trainer uses it",
+        file=sys.stderr, flush=True,
+      )  # fmt: skip
+      return None
 
 
 def unlock(handle: Any) -> None:
