@@ -256,6 +256,8 @@ def test_shares_of_the_tags():
     (("text", 10, 0, "val", {"colors": 0}), "above 0"),
     (("text", 10, 0, "val", None, 1.5), "long_captions"),
     (("text", 10, 0, "val", None, 0.5, -0.5), "named_colors"),
+    (("text", 10, 0, "val", None, 0.5, 0.5, (("colour", 2.0),)), "kind of question 'colour'"),
+    (("text", 10, 0, "val", None, 0.5, 0.5, (("color", 0.0),)), "'color' should have a weight above 0"),
   ],
 )
 def test_mistakes_are_named(arguments, message):
@@ -386,6 +388,19 @@ def test_answers_of_conversations_are_right():
     for question, answer in zip(record.turns[::2], record.turns[1::2]):
       text = question.text.removeprefix("<image>\n").removesuffix(shapes.SHORT_ANSWER)
       assert answer.text == right_answer(text, record.images[0])
+
+
+def test_a_kind_of_question_can_be_asked_more_often():
+  """Of relations where a scene of two objects allows them: first in 1 of 9 conversations, or in 9 of 17."""
+  def first(weight: float) -> float:
+    asked = (("relation", weight),)
+    source = ShapesSource("understanding", 3000, 8, tags=dict(position=1.0), asked=asked)
+    questions = [record.turns[0].text for record in source if record.turns]
+    return np.mean([bool(re.match(r"<image>\nIs the \w+ (left|right|above|below)", text)) for text in questions])
+
+  records = lambda asked: [record.turns for record in ShapesSource("understanding", 50, 8, asked=asked)]
+  assert records(()) == records((("relation", 1.0),))
+  assert first(1.0) == pytest.approx(1 / 9, abs=0.03) and first(9.0) == pytest.approx(9 / 17, abs=0.05)
 
 
 def test_questions_take_either_kind_of_generator():

@@ -8,6 +8,7 @@ relations are held out of all training pictures and texts, to measure what a mod
 import bisect
 import hashlib
 import itertools
+import math
 import pathlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -120,6 +121,7 @@ class ShapesSource:
     tags: Mapping[str, float] | None = None,
     long_captions: float = LONG_CAPTIONS,
     named_colors: float = 0.0,
+    asked: Sequence[tuple[str, float]] = (),
   ):
     """Checks and stores the arguments.
 
@@ -133,6 +135,7 @@ class ShapesSource:
       long_captions: share of captions, to paint from and to read, that describe every object.
       named_colors: share of captions to paint from, and of texts, whose first sentence names every color, whatever
         the kind of scene. What stands where is learned from colors, long before shapes are.
+      asked: (kind of question, how often it is drawn beside the others, which have 1) for understanding.
 
     Raises:
       UserError: an argument is out of range.
@@ -141,6 +144,12 @@ class ShapesSource:
       if not 0 <= share <= 1:
         raise UserError(f"the shapes world's {name} should be a share from 0 to 1: {share}")
     self._long_captions, self._named_colors = long_captions, named_colors
+    self._asked = dict.fromkeys(KINDS, 1.0)
+    for kind, weight in asked:
+      _check("kind of question", kind, KINDS)
+      if not 0 < weight < float("inf"):
+        raise UserError(f"the shapes world's questions of kind {kind!r} should have a weight above 0: {weight}")
+      self._asked[kind] = weight
     shares = dict(DEFAULT_TAGS if tags is None else tags)
     _check("task", task, TASKS)
     _check("split", split, scenes.SPLITS)
@@ -156,7 +165,7 @@ class ShapesSource:
     self._tags = tuple(shares)
     # The words are those of the code: an edit makes another world.
     code = b"".join(pathlib.Path(module).read_bytes() for module in (__file__, scenes.__file__))
-    key = repr((task, size, seed, split, shares, long_captions, named_colors)).encode()
+    key = repr((task, size, seed, split, shares, long_captions, named_colors, self._asked)).encode()
     self.fingerprint = hashlib.sha256(code + key).hexdigest()
     self._bounds = [share / sum(shares.values()) for share in itertools.accumulate(shares.values())]
 
@@ -177,7 +186,7 @@ class ShapesSource:
       return Record(name, (), _document(scene, self._told(scene, combination, rng), rng), ())
     if rng.random() < CAPTION_TURNS:
       return Record(name, (scene,), describe(scene, rng.random() < self._long_captions), ())
-    return Record(name, (scene,), "", _conversation(scene, rng))
+    return Record(name, (scene,), "", _conversation(scene, rng, self._asked))
 
   def _told(self, scene: Scene, combination: Combination, rng: Rng) -> Combination:
     """What the first sentence says of the scene: the combination, at times with every color."""
@@ -340,13 +349,19 @@ def prompt(combination: Combination) -> tuple[str, dict[str, Any]]:
   return text, metadata | {"prompt": text}
 
 
-def _conversation(scene: Scene, rng: Rng) -> tuple[Turn, ...]:
-  """Returns one to six questions of different kinds about the same picture, with their answers."""
+def _conversation(scene: Scene, rng: Rng, weights: Mapping[str, float]) -> tuple[Turn, ...]:
+  """Returns one to six questions of different kinds about the same picture, with their answers.
+
+  Args:
+    weights: of each kind; the kinds are drawn by them without putting back.
+  """
   kinds: dict[str, list[Question]] = {}
   for question in questions(scene, rng):
     kinds.setdefault(question.kind, []).append(question)
   turns: list[Turn] = []
-  for kind in shuffled(rng, tuple(kinds))[: 1 + int(rng.random() * 6)]:
+  # The first of exponential clocks that tick at these rates, then the next; equal rates are a plain shuffle.
+  clocks = sorted((-math.log(1 - rng.random()) / weights[kind], i, kind) for i, kind in enumerate(kinds))
+  for _, _, kind in clocks[: 1 + int(rng.random() * 6)]:
     question = pick(rng, kinds[kind])
     text = question.question
     if not turns:
