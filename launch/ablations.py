@@ -31,6 +31,7 @@ import ablation_report  # noqa: E402
 
 from configs import ablation, stage0, stage1  # noqa: E402
 from jflow.evaluation import report  # noqa: E402
+from jflow.interop import checkpoints  # noqa: E402
 from jflow.training.checkpoint import sealed_steps  # noqa: E402
 
 NOT_ASKED = {"D": "questions", "E": "pictures"}  # what each of the two has learned; the rest is not scored
@@ -165,7 +166,7 @@ def scoring(args: argparse.Namespace, letter: str) -> Iterator[list[str]]:
   if letter in NOT_ASKED:
     options["only"] = NOT_ASKED[letter]
   flags = [f"--{name}={value:g}" if name == "guidance" else f"--{name}={value}" for name, value in options.items()]
-  if ablation_report.fingerprint_of(output) != report.fingerprint(args.folder / letter, "ema"):
+  if ablation_report.fingerprint_of(output) != report.fingerprint(checkpoints.locate(args.folder / letter), "ema"):
     checkpoint, size = f"--checkpoint={args.folder / letter}", f"--batch_size={args.batch_size}"
     yield ["evaluate", "--benchmark=shapes", checkpoint, f"--output={output}", size, *flags]
 

@@ -157,6 +157,7 @@ def test_a_prompt_longer_than_the_context(capsys, model, tmp_path):
     (["--prompt=a", "--steps=0", "--checkpoint=nowhere"], "steps=0 must be at least 1"),
     (["--prompt=a", "--json=/dev/null/x/y.json"], "--json: directory /dev/null/x cannot be made"),
     (["--prompt=a", "--output=/dev/null/x"], "--output: directory /dev/null/x cannot be made"),
+    (["--prompt=a", "--output=/proc"], "--output: directory /proc cannot be written"),
     (["--prompt=a", "--checkpoint=nowhere"], "checkpoint nowhere is not a directory"),
     (["--prompt=a", "--checkpoint=."], ". is no jflow checkpoint: it holds no checkpoints/ folder"),
   ],
@@ -215,6 +216,42 @@ def test_generate_writes_pictures_a_sheet_and_what_it_did(capsys, model, tmp_pat
     (names[0], "a red circle", 4), (names[1], "a red circle", 5),
     (names[2], "two blue stars", 4), (names[3], "two blue stars", 5),
   ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "argv",
+  [
+    ("generate", "--prompt=a", "--output=out", "--checkpoint=x"),
+    ("understand", "--question=q", "--checkpoint=x"),
+    ("parity", "--golden=x", "--checkpoint=x"),
+    ("bench", "generate", "--config=x"),
+    ("compile", f"--config={CONFIG}", "--topology=h100:1x1"),
+  ],
+)
+def test_a_folder_in_the_place_of_the_json_file_is_refused_at_once(capsys, tmp_path, monkeypatch, argv):
+  monkeypatch.chdir(tmp_path)
+  assert "--json=. is a directory: name a file" in _refused(capsys, *argv, "--json=.")
+
+
+@pytest.mark.parametrize("full", ["0000_00.png", "sheet.png", "made.json"])
+def test_a_full_disk_ends_generate_with_one_line(capsys, model, tmp_path, full):
+  (tmp_path / full).symlink_to("/dev/full")
+  argv = ("generate", f"--checkpoint={model}", "--prompt=a", f"--output={tmp_path}", "--overwrite", "--steps=3")
+  code, _, err = _run(capsys, *argv, "--batch_size=1", f"--json={tmp_path / 'made.json'}")
+  place = tmp_path / full if full == "made.json" else tmp_path
+  assert code == 1 and err == f"jflow: {place} cannot be written: No space left on device\n"
+
+
+def test_a_full_disk_ends_understand_with_one_line(capsys, model, tmp_path):
+  (tmp_path / "answer.json").symlink_to("/dev/full")
+  argv = ("understand", f"--checkpoint={model}", "--question=Why?", "--max_tokens=5")
+  code, _, err = _run(capsys, *argv, f"--json={tmp_path / 'answer.json'}")
+  assert code == 1 and err.count("\n") == 1 and "answer.json cannot be written: No space left on device" in err
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
+  (tmp_path / "prompts.txt").write_text("a red circle\ntwo stars\n", encoding="utf-8-sig")
+  assert generate_command.read_prompts([], tmp_path / "prompts.txt") == ["a red circle", "two stars"]
 
 
 def test_generate_replaces_no_earlier_picture_unasked(capsys, model, tmp_path):

@@ -210,6 +210,27 @@ def test_read_checkpoint_takes_either_layout(tmp_path):
   assert given.has_vae and "vae" in given.params and given.config.autoencoder == VAE
 
 
+def test_a_converted_checkpoint_without_a_vae_takes_one_to_paint_with(tmp_path, capsys):
+  source = official_checkpoint.write(tmp_path / "official", tokenizer=True)
+  vae, run = _write_vae(tmp_path / "vae"), tmp_path / "jflow"
+  assert main(["convert", f"--input={source}", f"--output={run}"]) == 0
+  paint = ["generate", f"--checkpoint={run}", "--prompt=a star", "--steps=1", f"--output={tmp_path / 'out'}"]
+  capsys.readouterr()
+  for command in ([*paint, f"--vae={vae}"], ["convert", f"--input={run}", f"--vae={vae}", f"--output={tmp_path / 'b'}"]):
+    assert main(command) == 2
+    assert "vae holds another VAE than the one that" in capsys.readouterr().err
+  fields = json.loads((run / "config.json").read_text())
+  fields["model"]["autoencoder"] = dataclasses.asdict(VAE)  # as if it had been converted beside SDXL's
+  (run / "config.json").write_text(json.dumps(fields))
+  assert main(paint) == 2 and "this checkpoint has no VAE" in capsys.readouterr().err
+  assert main([*paint, f"--vae={vae}"]) == 0 and (tmp_path / "out" / "0000_00.png").is_file()
+  found = read_checkpoint(run, vae=vae)
+  assert found.has_vae
+  _bitwise_equal(transfer.flatten(found.params["vae"], "vae/"), official.load_vae(vae, None)[1])
+  assert main(["convert", f"--input={run}", f"--vae={vae}", f"--output={tmp_path / 'back'}"]) == 0
+  _bitwise_equal(_all_tensors(tmp_path / "back" / "vae"), _all_tensors(vae))
+
+
 @pytest.mark.skipif(
   not pathlib.Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc"
 )

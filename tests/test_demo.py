@@ -164,6 +164,25 @@ def test_stop_frees_the_model_and_keeps_what_was_said(browser, served, monkeypat
 
 
 @browser_only
+def test_a_question_that_failed_stands_in_its_field_alone_and_is_asked_again_once(browser, served, model, monkeypatch):
+  _, engine = served
+
+  def fail(n):
+    raise RuntimeError("no memory")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(engine._decoder, "step", fail)
+    browser.ask("Why?")
+    assert "the model failed at this request" in browser.toast()
+  browser.wait_for("#chat", lambda found: not browser.all("#chat .message"))
+  assert browser.all("#question textarea")[0].get_attribute("value") == "Why?"
+  browser.wait_for("#question .submit-button", lambda found: found and found[0].is_enabled())[0].click()
+  why = model.understand("Why?", max_tokens=256)
+  browser.wait_for("#chat .bot.message", lambda found: found and _plain(found[-1].text) == _plain(why))
+  assert len(browser.all("#chat .user.message")) == len(browser.answers()) == 1
+
+
+@browser_only
 def test_wrong_files_and_questions_get_a_message(browser, tmp_path):
   (tmp_path / "text.png").write_text("no picture")
   browser.ask("What is it?", tmp_path / "text.png")

@@ -2,10 +2,13 @@
 
 import json
 import os
+import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -16,14 +19,15 @@ from tsv import pope_folder, pope_rows, write_table
 import jflow
 from jflow.__main__ import main
 from jflow.data import scenes, shapes
-from jflow.errors import UserError
+from jflow.errors import Stopped, UserError
 from jflow.evaluation import references, report, sweep, tables, tasks, world
 from jflow.evaluation.command import parser, settings_of, with_flags
 from jflow.evaluation.recipes import RECIPES
 from jflow.evaluation.report import Result
 from jflow.evaluation.samples import Samples
 from jflow.evaluation.scores import Score
-from jflow.inference import loading
+from jflow.inference import files, loading
+from jflow.interop import checkpoints
 
 
 @pytest.fixture
@@ -63,6 +67,41 @@ def test_parts_cover_every_sample_once_and_read_each_other(tmp_path):
     for key in part.mine(keys):
       part.add({"key": key})
   assert set(parts[0].read()) == set(keys)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+  samples = Samples(tmp_path, {})
+  whole, samples._file = samples._file, open("/dev/full", "wb", buffering=0)
+  with pytest.raises(Stopped, match="records.jsonl cannot be written: No space left on device"):
+    samples.add({"key": "x"})
+  monkeypatch.setattr(samples, "_file", types.SimpleNamespace(write=lambda line: len(line) - 1))
+  with pytest.raises(Stopped, match="records.jsonl cannot be written: No space left on device"):
+    samples.add({"key": "x"})
+  whole.close()
+  (tmp_path / f"a.png.{os.getpid()}.part").symlink_to("/dev/full")
+  (tmp_path / f"report.json.{os.getpid()}.part").symlink_to("/dev/full")
+  with pytest.raises(Stopped, match="a.png cannot be written: No space left on device"):
+    tasks.save(Image.new("RGB", (4, 4)), tmp_path / "a.png")
+  with pytest.raises(Stopped, match="report.json cannot be written: No space left on device"):
+    report.write(tmp_path, "n", "what", Result({}), {}, {})
+  assert not list(tmp_path.glob("*.part")) and not (tmp_path / "a.png").exists()
+
+
+def test_two_processes_that_write_a_file_at_the_same_time_do_not_take_it_from_each_other(tmp_path, monkeypatch):
+  """The second one begins and ends while the first one writes."""
+  picture, real = Image.new("RGB", (4, 4)), pathlib.Path.replace
+
+  def replace(new, path):
+    monkeypatch.setattr(pathlib.Path, "replace", real)
+    with monkeypatch.context() as other:
+      other.setattr(os, "getpid", lambda: 1)
+      write()
+    return real(new, path)
+
+  for write in (lambda: tasks.save(picture, tmp_path / "a.png"), lambda: files.replace(tmp_path / "b.json", "{}")):
+    monkeypatch.setattr(pathlib.Path, "replace", replace)
+    write()
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.json"]
 
 
 # --- The whole command
@@ -111,6 +150,27 @@ def test_the_dtype_of_the_first_predictions_stays(tiny_checkpoint, data, tmp_pat
   assert main(["evaluate", *flags, "--dtype=float32"]) == 2
 
 
+def test_a_step_that_is_saved_meanwhile_is_not_taken_for_the_one_that_was_hashed(
+  tiny_checkpoint, data, tmp_path, monkeypatch
+):
+  workdir = tmp_path / "run"
+  shutil.copytree(tiny_checkpoint, workdir)
+  made, opened = report.fingerprint, []
+
+  def fingerprint(*arguments):
+    found = made(*arguments)
+    shutil.copytree(workdir / "checkpoints" / "0", workdir / "checkpoints" / "5")
+    return found
+
+  monkeypatch.setattr(report, "fingerprint", fingerprint)
+  monkeypatch.setattr(jflow, "load", lambda path, **more: opened.append(path) or loading.load(path, **more))
+  flags = ["--benchmark=pope", f"--checkpoint={workdir}", f"--data={data}", f"--output={tmp_path / 'out'}"]
+  assert main(["evaluate", *flags]) == 0
+  settings = json.loads((tmp_path / "out" / "report.json").read_text())["settings"]
+  assert opened == [workdir / "checkpoints" / "0"] and settings["read_from"] == str(workdir / "checkpoints" / "0")
+  assert "read_from" not in json.loads((tmp_path / "out" / "settings.json").read_text())
+
+
 def test_parts_share_the_work_and_the_last_one_writes_the_report(tiny_checkpoint, data, tmp_path, capsys):
   flags = ["--benchmark=pope", f"--checkpoint={tiny_checkpoint}", f"--data={data}", f"--output={tmp_path / 'out'}"]
   assert main(["evaluate", *flags, "--part=1/2"]) == 0
@@ -134,6 +194,11 @@ def test_mistakes_are_one_line_and_exit_code_2(tiny_checkpoint, tmp_path, capsys
     (["--benchmark=geneval", "--results=no.jsonl"], "--results=no.jsonl does not exist"),
     (["--benchmark=shapes", "--guidance=0.5"], "--guidance=0.5 must be at least 1"),
     (["--benchmark=shapes", "--sweep_guidance=2,0.5"], "--guidance=0.5 must be at least 1"),
+    (["--benchmark=shapes", "--limit=1", "--seed=-1"], "seed=-1 must be at least 0"),
+    (["--benchmark=shapes", f"--seed={2**32}", "--limit=1"], "seed=4294967296 must be less than 2**32"),
+    (["--benchmark=shapes", f"--seed={2**32 - 1}", "--limit=1"], "seed=4294967295 must be less than 2**32 - "),
+    (["--benchmark=shapes", "--limit=1", f"--output={tiny_checkpoint}/config.json"], "cannot be made: File exists"),
+    (["--benchmark=shapes", "--limit=1", "--output=/proc"], "--output: directory /proc cannot be written"),
   ):
     assert main(["evaluate", *flags, *more]) == 2
     error = capsys.readouterr().err
@@ -174,7 +239,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_if_it_had_not_been(tiny_checkpo
 
 def test_noise_of_a_seed_is_that_of_generate(tiny_checkpoint):
   model = jflow.load(tiny_checkpoint)
-  noise = np.stack([tasks.noise_of(model, seed) for seed in (5, 6)])
+  noise = model.noise([5, 6])
   by_seed = model.generate("a picture of a star", steps=2, seed=5, num_images=2)
   by_noise = model.generate(["a picture of a star"] * 2, steps=2, noise=noise)
   for a, b in zip(by_seed, by_noise):
@@ -188,6 +253,26 @@ def shapes_benchmark(output, *flags: str):
   args = parser().parse_args(["--benchmark=shapes", "--checkpoint=x", f"--output={output}", "--cache=", *flags])
   recipe = with_flags(RECIPES["shapes"], args)
   return world.ShapesBenchmark(recipe, args), settings_of(recipe, args, "f")
+
+
+def test_predictions_about_another_world_are_refused(tmp_path, monkeypatch):
+  benchmark, _ = shapes_benchmark(tmp_path, "--limit=1")
+  assert [path.name for path in benchmark.data_files()] == ["scenes.py", "shapes.py"]
+  args = parser().parse_args(["--benchmark=shapes", "--checkpoint=x", f"--output={tmp_path / 'out'}"])
+  settings = lambda: settings_of(RECIPES["shapes"], args, "f", benchmark.data_files())
+  Samples(tmp_path / "out", settings())._file.close()
+  Samples(tmp_path / "out", settings())._file.close()
+  edited = tmp_path / "scenes.py"
+  edited.write_text(pathlib.Path(scenes.__file__).read_text() + "# edited\n")
+  monkeypatch.setattr(scenes, "__file__", str(edited))
+  with pytest.raises(UserError, match="holds predictions made with data="):
+    Samples(tmp_path / "out", settings())
+
+
+def test_the_settings_name_the_split_that_is_read(tmp_path):
+  args = lambda *more: parser().parse_args(["--benchmark=vqav2", "--checkpoint=x", f"--output={tmp_path}", *more])
+  for flags, split in (((), "val"), (("--split=test-dev",), "test-dev")):
+    assert settings_of(RECIPES["vqav2"], args(*flags), "f")["split"] == split
 
 
 def test_every_picture_of_the_world_starts_from_noise_of_its_own(tmp_path):
@@ -292,28 +377,23 @@ def test_a_report_escapes_what_it_shows_and_holds_its_pictures(tmp_path):
 
 
 def test_a_fingerprint_changes_with_weights_and_configuration(tiny_checkpoint, tmp_path):
-  import shutil
-
   copy = tmp_path / "copy"
   shutil.copytree(tiny_checkpoint, copy)
-  assert (
-    report.fingerprint(tiny_checkpoint, "ema")
-    == report.fingerprint(copy, "ema")
-    != report.fingerprint(copy, "raw")
-  )
+  fingerprint = lambda path, *more: report.fingerprint(checkpoints.locate(path), *more)
+  assert fingerprint(tiny_checkpoint, "ema") == fingerprint(copy, "ema") != fingerprint(copy, "raw")
   vae = tmp_path / "vae"
   vae.mkdir()
   with pytest.raises(UserError, match="--vae=.* holds no config.json and"):
-    report.fingerprint(tiny_checkpoint, "ema", vae)
+    fingerprint(tiny_checkpoint, "ema", vae)
   (vae / "config.json").write_text("{}")
   found = []
   for content in (b"a", b"b"):
     (vae / "model.safetensors").write_bytes(content)
-    found.append(report.fingerprint(tiny_checkpoint, "ema", vae))
-  assert len({*found, report.fingerprint(tiny_checkpoint, "ema")}) == 3
+    found.append(fingerprint(tiny_checkpoint, "ema", vae))
+  assert len({*found, fingerprint(tiny_checkpoint, "ema")}) == 3
   config = json.loads((copy / "config.json").read_text())
   (copy / "config.json").write_text(json.dumps(config | {"more": 1}))
-  assert report.fingerprint(tiny_checkpoint, "ema") != report.fingerprint(copy, "ema")
+  assert fingerprint(tiny_checkpoint, "ema") != fingerprint(copy, "ema")
 
 
 def test_an_outside_scorers_findings_stay_and_are_plotted(tiny_checkpoint, tmp_path, capsys):

@@ -147,3 +147,5 @@ def test_images_may_lie_in_a_root_of_their_own(folder, tmp_path):
   write_lines(folder / "chat.jsonl", [absolute])
   shutil.rmtree(tmp_path / "out")
   assert run(folder, image_root=str(tmp_path / "root"))[0]["accepted"] == 1
+  output = str(tmp_path / "again")
+  assert run(folder, output=output, image_root=f"/{tmp_path / 'root'}")[0]["accepted"] == 1  # //folder is /folder

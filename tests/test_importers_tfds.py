@@ -68,6 +68,18 @@ def test_labels_and_splits(tmp_path):
   assert sorted(record.text for record in read_back(output, "generation")) == ["cat", "dog"]
 
 
+@pytest.mark.parametrize("classes", [{"names": ["cat", "dog"]}, {"num_classes": 2}])
+def test_an_example_without_a_label_is_rejected_and_does_not_get_the_last_ones_name(tmp_path, classes):
+  features = lambda f: {"image": f.Image(), "label": f.ClassLabel(**classes)}
+  examples = [{"image": image(i), "label": label} for i, label in enumerate((0, -1, 1))]
+  folder = _write(tmp_path / "in", features, examples)
+  summary, output = run(
+    folder, "generation", "1.0.0", "tfds", text_column="label", max_rejected_share=0.5
+  )
+  assert summary["rejected"] == {"missing_caption": 1}
+  assert sorted(record.text for record in read_back(output, "generation")) == classes.get("names", ["0", "1"])
+
+
 def test_lists_of_images_and_conversations(tmp_path):
   def features(f):
     return {

@@ -5,6 +5,7 @@ import http.server
 import importlib.metadata
 import io
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,11 +15,12 @@ from typing import NamedTuple
 
 import pytest
 import tiny
-from PIL import Image
+from PIL import ExifTags, Image
 
 import jflow
+from jflow.data import images as pictures
 from jflow.errors import UserError
-from jflow.evaluation import lmms
+from jflow.evaluation import lmms, report
 
 
 class Request(NamedTuple):
@@ -106,6 +108,23 @@ def test_a_stopped_run_goes_on_with_its_cache(tiny_checkpoint, tmp_path):
     model(cache, dtype="bfloat16")
 
 
+def test_a_step_that_is_saved_meanwhile_is_not_taken_for_the_one_that_the_cache_names(
+  tiny_checkpoint, tmp_path, monkeypatch
+):
+  workdir, opened = tmp_path / "run", []
+  shutil.copytree(tiny_checkpoint, workdir)
+
+  def load(path, **more):
+    opened.append(path)
+    shutil.copytree(workdir / "checkpoints" / "0", workdir / "checkpoints" / "5")
+
+  monkeypatch.setattr(jflow, "load", load)
+  named, made = [], report.fingerprint
+  monkeypatch.setattr(report, "fingerprint", lambda path, *more: named.append(path) or made(path, *more))
+  lmms.Model(checkpoint=str(workdir), cache=str(tmp_path / "cache"))
+  assert opened == named == [workdir / "checkpoints" / "0"]
+
+
 def test_what_a_task_gives_for_an_image_is_opened_or_refused(tmp_path):
   buffer = io.BytesIO()
   Image.new("RGB", (3, 2), "blue").save(buffer, "PNG")
@@ -117,8 +136,19 @@ def test_what_a_task_gives_for_an_image_is_opened_or_refused(tmp_path):
   assert [(image.size, image.getpixel((0, 0))) for image in opened] == [((3, 2), (0, 0, 255))] * 5
   assert lmms.images_of(None, "x") == lmms.images_of([], "x") == []
   assert lmms.images_of(opened[0], "x") == [opened[0]]
+  odd = Image.new("RGBA", (4, 2), (200, 100, 0, 0))  # by the published code's reading neither turned nor over white
+  exif = Image.Exif()
+  exif[ExifTags.Base.Orientation] = 6
+  odd.save(buffer := io.BytesIO(), "PNG", exif=exif)
+  for form in (buffer.getvalue(), Image.open(buffer)):
+    (read,) = lmms.images_of(form, "x")
+    shown = pictures.for_understanding(read, 4)
+    assert read.size == (4, 2) and not read.getexif() and shown[1, 0].tolist() == [200, 100, 0]
+  Image.effect_noise((40, 40), 50).save(buffer := io.BytesIO(), "PNG")
+  cut_short = Image.open(io.BytesIO(buffer.getvalue()[:200]))
   model = lmms.Model(server="http://127.0.0.1:1")
   cases = (
+    (cut_short, "no image to read: the image is damaged"),
     (7, "gives int where"), (None, "gives NoneType"), (b"x", "1 bytes, no image"), ({}, "gives NoneType"),
     (str(tmp_path / "no.png"), "no.png', no image"), ("https://x/y.png", "no image to read"),
   )  # fmt: skip

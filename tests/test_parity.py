@@ -68,6 +68,8 @@ def test_the_json_file_may_lie_in_a_new_folder(tmp_path, capsys):
   (tmp_path / "file").write_text("")
   assert main(["parity", f"--processor={PROCESSOR}", f"--json={tmp_path / 'file' / 'report.json'}"]) == 2
   assert "--json: directory" in capsys.readouterr().err
+  assert main(["parity", f"--processor={PROCESSOR}", f"--json={tmp_path}"]) == 2
+  assert f"--json={tmp_path} is a directory: name a file" in capsys.readouterr().err
 
 
 def test_a_converted_checkpoint_passes_too(checkpoint, tmp_path):
@@ -95,6 +97,15 @@ def test_subsets_and_variants(checkpoint, golden, tmp_path):
   values["und/logits_last4"] = golden["und/logits"][:, -5:-1]
   code, result = _run(checkpoint, _save(tmp_path, values), tmp_path)
   assert code == 1 and result["first_divergence"]["array"] == "und/logits_last4"
+
+
+def test_the_first_greedy_tokens_are_compared_without_the_others(checkpoint, golden, tmp_path):
+  values = {name: x for name, x in golden.items() if name.startswith("und/") and name != "und/greedy_tokens"}
+  first = golden["und/greedy_tokens"][:, :3]
+  code, result = _run(checkpoint, _save(tmp_path, values | {"und/greedy_tokens_first3": first}), tmp_path)
+  assert code == 0 and result["arrays"]["und/greedy_tokens_first3"]["max_error"] == 0
+  code, _ = _run(checkpoint, _save(tmp_path, values | {"und/greedy_tokens_first3": first + 1}), tmp_path)
+  assert code == 1
 
 
 def test_a_file_says_which_ids_stand_for_an_image(checkpoint, golden, tmp_path):
@@ -272,6 +283,22 @@ def test_bad_input_is_one_clear_line(checkpoint, golden, tmp_path, capsys, proce
   ids[1][ids[1] == 252] = 5  # the begin-of-image id of row 1
   wrong = golden | {"und/input_ids": ids}
   _refused(capsys, "has 1 images, und/pixels 2", at, f"--golden={_save(tmp_path, wrong)}")
+  for name, value, message in (
+    ("und/pixels", golden["und/pixels"][..., :-8], "und/pixels is [3, 64, 56] where this model takes [3, 64, 64]"),
+    ("gen/z0", golden["gen/z0"][..., :-2], "gen/z0 is [4, 8, 6] where this model takes [4, 8, 8]"),
+    ("und/special_ids", np.array([252]), "und/special_ids is [1] where this model takes [2]"),
+    ("und/special_ids", np.array(252), "und/special_ids is [] where this model takes [2]"),
+  ):
+    _refused(capsys, message, at, f"--golden={_save(tmp_path, golden | {name: value})}")
+  last = {name: x for name, x in golden.items() if name != "und/greedy_tokens"}
+  last["und/greedy_tokens_last4"] = golden["und/greedy_tokens"][:, -4:]
+  _refused(capsys, "greedy_tokens_last4 needs und/greedy_tokens beside", at, f"--golden={_save(tmp_path, last)}")
+  with np.load(processor / "golden.npz") as file:
+    values = {name: file[name] for name in file.files}
+  np.savez(processor / "golden.npz", **values, **{"two_image/input_ids": np.zeros(3)})
+  _refused(capsys, "golden.npz holds two_image/input_ids, which no case", f"--processor={processor}")
+  np.savez(processor / "golden.npz")
+  _refused(capsys, "golden.npz holds no arrays", f"--processor={processor}")
   (processor / "cases.json").write_text("{}")
   _refused(capsys, "cases.json does not follow the format", f"--processor={processor}")
   (processor / "tokenizer.json").unlink()

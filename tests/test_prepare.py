@@ -209,8 +209,22 @@ def test_mistakes_get_one_clear_line(folder, tmp_path):
   ]:
     with pytest.raises(UserError, match=message):
       prepare.prepare(format, output, task, input)
-  with pytest.raises(UserError, match="--format=text .* leave out --image_root"):
-    run(folder, "text", format="text", image_root=str(folder))
+  for format, flag, value in (
+    ("text", "image_root", str(folder)),
+    ("text", "image_column", "picture"),
+    ("llava-jsonl", "records", 1000),  # the default, but given
+    ("llava-jsonl", "seed", 0),
+    ("webdataset", "split", "test"),
+    ("webdataset", "part_records", 5),
+    ("parquet", "documents", "line"),
+    ("parquet", "image_size", 32),
+    ("tfds", "image_root", str(folder)),
+    ("shapes", "text_column", "title"),
+  ):
+    with pytest.raises(UserError, match=f"^--format={format} does not read --{flag}, .* leave out --{flag}$"):
+      prepare_command.main(
+        [f"--format={format}", f"--input={folder}", f"--output={tmp_path / 'out'}", "--task=text", f"--{flag}={value}"]
+      )
   (folder / "empty.jsonl").write_bytes(b"")
   with pytest.raises(UserError, match="no records found"):
     run(folder, name="empty.jsonl")

@@ -1,5 +1,6 @@
 """The prepared directory: read back, refused where it is not whole, verified record by record."""
 
+import gzip
 import pathlib
 
 import numpy as np
@@ -113,6 +114,16 @@ def _pipeline(output):
     sources={"understanding": ((output, 1.0),), "generation": (), "text": ()},
   )
   return Pipeline(config, TOKENIZER, RowShape(tokens=64, images=2, image_patches=4, image_size=8), 4, 0)
+
+
+@pytest.mark.parametrize("damage", [b"\x07", b""])
+def test_damaged_outlines_are_named(tmp_path, damage):
+  """The first byte of the compressed stream names a kind of block that there is none of; or the file ends there."""
+  data = gzip.compress(b"[]" * 500)
+  path = tmp_path / "outlines-00000-of-00001.jsonl.gz"
+  path.write_bytes(data[:10] + damage + (data[11:] if damage else b""))
+  with pytest.raises(UserError, match="outlines-00000.* is damaged .*prepare the source again"):
+    list(prepared.read_outlines(str(path)))
 
 
 def test_the_pipeline_reads_the_directory_and_counts_what_is_damaged(folder):

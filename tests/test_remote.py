@@ -13,7 +13,7 @@ from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.evaluation.report import fingerprint
 from jflow.interop import remote
-from jflow.interop.checkpoints import read_checkpoint
+from jflow.interop.checkpoints import locate, read_checkpoint
 from jflow.training import checkpoint
 
 
@@ -107,4 +107,4 @@ def test_a_name_that_leads_out_of_the_folder_is_refused():
 
 
 def test_a_remote_checkpoint_has_the_fingerprint_of_its_copy(store, tmp_path):
-  assert fingerprint("memory://bucket/run", "ema") == fingerprint(tmp_path / "run", "ema")
+  assert fingerprint(locate("memory://bucket/run"), "ema") == fingerprint(locate(tmp_path / "run"), "ema")

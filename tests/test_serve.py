@@ -376,6 +376,8 @@ def test_an_error_is_one_line_whatever_a_client_wrote():
   [
     (["--port=70000"], "--port=70000 must be from 0"),
     (["--slots=0"], "--slots=0 must be at least 1"),
+    (["--context=1"], "--context=1 must be at least 2"),
+    (["--batch=5"], "--batch=5 must be a power of two"),
     (["--timeout=0"], "--timeout=0 must be"),
     (["--max_body=0"], "--max_body=0 must be"),
     (["--token_file=nowhere"], "--token_file=nowhere cannot be read"),

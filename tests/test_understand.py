@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from PIL import Image
+from PIL import ExifTags, Image
 
 from jflow.data import examples
 from jflow.data.tokenizer import Tokenizer
@@ -228,6 +228,8 @@ def test_the_answer_ends_at_eos_at_max_tokens_and_at_the_context(pipeline, token
     (dict(messages=""), "should end with a question"),
     (dict(messages=[]), "should end with a question"),
     (dict(messages=[{"role": "user"}]), '"role" and "content"'),
+    (dict(messages=["What is this?"]), '"role" and "content": \'What is this'),
+    (dict(messages=[("user", "What is this?")], images=[_picture()]), '"role" and "content"'),
     (
       dict(messages=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]),
       "end with a question",
@@ -261,3 +263,19 @@ def test_a_picture_may_come_as_a_path_bytes_an_image_or_an_array(tmp_path):
   want = prepare_image(forms[0], 16)
   assert want.shape == (16, 16, 3)
   assert all(np.array_equal(prepare_image(form, 16), want) for form in forms)
+
+
+def test_an_odd_picture_is_read_alike_from_its_file_and_from_pil(tmp_path):
+  """A turned one, one with alpha, one of 16 bits; and one that is cut short gets one line."""
+  pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 4), np.uint8)
+  exif = Image.Exif()
+  exif[ExifTags.Base.Orientation] = 6
+  Image.fromarray(pixels[..., :3]).save(tmp_path / "turned.jpg", exif=exif)
+  Image.fromarray(pixels).save(tmp_path / "alpha.png")
+  Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
+  for name in ("turned.jpg", "alpha.png", "deep.png"):
+    with Image.open(tmp_path / name) as image:
+      assert np.array_equal(prepare_image(image, 16), prepare_image(tmp_path / name, 16)), name
+  data = (tmp_path / "alpha.png").read_bytes()
+  with pytest.raises(UserError, match="the image: the image is "):
+    prepare_image(Image.open(io.BytesIO(data[: len(data) // 2])), 16)

@@ -5,11 +5,11 @@ Each workload is a module with `add_flags(parser)`, which needs no jax, and `run
 
 import argparse
 import importlib
-import json
 import pathlib
 import sys
 
-from jflow.errors import UserError
+from jflow.inference.files import write_json
+from jflow.inference.flags import check_json
 
 # Workload -> (module, what it measures).
 WORKLOADS: dict[str, tuple[str, str]] = {
@@ -38,16 +38,12 @@ def main(argv: list[str]) -> int:
     sub.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the report as JSON")
     importlib.import_module(module).add_flags(sub)
   args = parser.parse_args(argv)
-  if args.json:
-    try:
-      args.json.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise UserError(f"--json={args.json}: its folder cannot be made: {error.strerror}") from error
+  check_json(args)
   report = importlib.import_module(WORKLOADS[args.workload][0]).run(args)
   for name, value in report.items():
     print(f"{name:24} {_readable(value)}")
   if args.json and args.workload != "inference":  # which keeps its own
-    args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(args.json, report)
     print(f"report: {args.json}", file=sys.stderr)
   return 0
 

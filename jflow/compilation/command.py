@@ -1,13 +1,14 @@
 """The command `compile`: the train step, compiled ahead of time for machines that are not there."""
 
 import argparse
-import json
 import pathlib
 import sys
 from typing import Any
 
 from jflow.compilation import targets
 from jflow.errors import UserError
+from jflow.inference.files import write_json
+from jflow.inference.flags import check_json
 from jflow.training.command import load_config
 
 _EPILOG = """\
@@ -60,14 +61,14 @@ def main(argv: list[str]) -> int:
     raise UserError(f"--effort={known.effort} must be in [-1, 0]")
   config = load_config([f"--config={known.config}", *fields])
   config = fitted(config, topology, known.rows_per_device)
+  check_json(known)
   targets.quiet_environment()
   from jflow.compilation.report import compile_report
 
   report = {"config": known.config} | compile_report(config, topology, known.effort, known.hlo)
   show(report)
   if known.json:
-    known.json.parent.mkdir(parents=True, exist_ok=True)
-    known.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(known.json, report)
     print(f"report: {known.json}", file=sys.stderr)
   return 0 if report["fits"] else 1
 

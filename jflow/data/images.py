@@ -46,17 +46,20 @@ def decode(image: Any, max_pixels: int = MAX_PIXELS) -> np.ndarray:
   return np.asarray(_open(image, max_pixels))
 
 
-def as_published(data: bytes) -> Image.Image:
+def as_published(image: Any) -> Image.Image:
   """Returns an image as the published code opens it: Pillow's RGB, alpha dropped, EXIF ignored. Limits as in `decode`.
 
   Nothing but pixels is kept, so that no later step turns it or lays it over white.
 
+  Args:
+    image: encoded bytes or a PIL image.
+
   Raises:
     ImageError: the image cannot be used.
   """
-  image = _header(data, MAX_PIXELS)
+  picture = _header(image, MAX_PIXELS)
   try:
-    return Image.fromarray(np.asarray(image.convert("RGB")))
+    return Image.fromarray(np.asarray(picture.convert("RGB")))
   except Exception as error:  # as in `_load`
     raise ImageError("unreadable", f"the image is damaged ({type(error).__name__})") from None
 

@@ -6,7 +6,7 @@
 An entry holds the square that was cut out (left, top, side: int32) and then the posterior's mean and log
 variance, bfloat16[h, w, 2 C], before scaling. The square is drawn once per record, from (seed, record), and is
 the same in every epoch: what the VAE saw is what SigLIP has to see. An entry of a record that cannot be decoded
-is empty. This file reads and writes; training/latents_command.py runs the VAE.
+is empty. This file reads and writes; training/latents.py runs the VAE.
 """
 
 import collections

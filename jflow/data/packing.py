@@ -14,7 +14,7 @@ from jflow import batch as batch_lib
 from jflow.batch import Batch, RowShape
 from jflow.data.examples import Sample
 
-# A document is not begun, and not cut, so that a piece shorter than this stands in a row.
+# A document is not begun at the end of a row that would cut it after fewer tokens. What a cut leaves may be shorter.
 MIN_PIECE = 16
 
 

@@ -53,7 +53,7 @@ def prepare(
       another run with a larger share goes on.
     filters: which records are wanted.
     processes: processes that read and check.
-    options: the other fields of `importers.Options`.
+    options: the other fields of `importers.Options`, those alone that the format reads.
 
   Returns:
     The contents of summary.json.
@@ -63,6 +63,7 @@ def prepare(
   """
   if task not in TASKS:
     raise UserError(f"--task={task} is unknown: use one of {', '.join(TASKS)}")
+  importers.check_flags(format, options)
   options = importers.Options(input=input, task=task, **options)
   importer = importers.open_importer(format, options)
   output = os.path.abspath(output)

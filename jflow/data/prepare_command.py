@@ -88,8 +88,9 @@ def _import(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
       f"--input names {len(arguments.input):,} files, {arguments.input[0]} first: the shell has opened the pattern or "
       "range; put it in quotes, as in --input='tars/{00000..00041}.tar'"
     )
-  options = {**vars(arguments), "input": "".join(arguments.input)}
-  filters = Filters(*(options.pop(name) for name in Filters._fields))
+  options = {name: value for name, value in vars(arguments).items() if value is not None}
+  options["input"] = "".join(arguments.input)
+  filters = Filters(**{name: options.pop(name) for name in Filters._fields if name in options})
   before = signal.signal(signal.SIGTERM, _terminate)
   try:
     summary = prepare(**options, filters=filters)
@@ -154,24 +155,20 @@ def _parser() -> argparse.ArgumentParser:
   )
   add = parser.add_argument_group("how to read").add_argument
   add("--image_root", help="folder that image paths start from (default: that of the input)")
-  add("--image_column", default="", metavar="NAME", help="of the images (default: the first usual name)")
-  add(
-    "--text_column", default="", metavar="NAME", help="of the captions, conversations or documents (the same)"
-  )
+  add("--image_column", metavar="NAME", help="of the images (default: the first usual name)")
+  add("--text_column", metavar="NAME", help="of the captions, conversations or documents (the same)")
   add(
     "--documents",
     choices=DOCUMENTS,
-    default="file",
     help="text: what is a document in a .txt file, the paragraphs being those between blank lines (default file)",
   )
-  add("--split", default="train", help="tfds: which split (default train)")
-  add("--records", type=_positive, default=1000, help="shapes: number of records (default 1000)")
-  add("--seed", type=int, default=0, help="shapes: which records (default 0)")
-  add("--image_size", type=_positive, default=384, help="shapes: side in pixels (default 384)")
+  add("--split", help="tfds: which split (default train)")
+  add("--records", type=_positive, help="shapes: number of records (default 1000)")
+  add("--seed", type=int, help="shapes: which records (default 0)")
+  add("--image_size", type=_positive, help="shapes: side in pixels (default 384)")
   add(
     "--part_records",
     type=_positive,
-    default=4096,
     help="records per shard at most (default 4096); tars and row groups are shards of their own",
   )
   return parser

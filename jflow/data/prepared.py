@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -218,7 +219,7 @@ def read_outlines(path: str) -> Iterator[Record]:
       for line in lines:
         name, images, text, turns = json.loads(line)
         yield Record(name, (None,) * images, text, tuple(Turn(*turn) for turn in turns))
-  except (OSError, EOFError, ValueError) as error:
+  except (OSError, EOFError, ValueError, zlib.error) as error:
     raise UserError(f"{path} is damaged ({type(error).__name__}): prepare the source again") from None
 
 

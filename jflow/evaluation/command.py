@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     "--checkpoint", required=True, metavar="DIR",
     help="official directory, or a jflow workdir or step; also gs://...",
   )
-  p.add_argument("--vae", metavar="DIR", help="SDXL-VAE, for an official checkpoint that holds none")
+  p.add_argument("--vae", metavar="DIR", help="SDXL-VAE, for a checkpoint that holds none")
   p.add_argument("--data", type=pathlib.Path, metavar="DIR", help="the benchmark's data, see below (shapes needs none)")
   p.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="where everything goes")
   p.add_argument(
@@ -106,16 +106,28 @@ def main(argv: list[str]) -> int:
 
 
 def evaluate(args: argparse.Namespace, opened: dict[str, Any]) -> int:
-  """Runs one evaluation; `opened` keeps the fingerprint, and the model by its dtype, for the next one of a sweep."""
+  """Runs one evaluation.
+
+  Args:
+    args: flags of the command.
+    opened: keeps what the next evaluation of a sweep reads too: where the checkpoint lies, its fingerprint, and the
+      model by its dtype.
+  """
   check_flags(RECIPES[args.benchmark], args)
   recipe = with_flags(RECIPES[args.benchmark], args)
   benchmark = make(recipe, args)
   tasks = benchmark.tasks()
   from jflow.evaluation import report
   from jflow.evaluation.samples import Samples
+  from jflow.evaluation.tasks import Painting
+  from jflow.inference import checks
+  from jflow.interop import checkpoints
 
+  seeds = [task.seed for task in tasks if isinstance(task, Painting)]
+  checks.seed(args.seed, max(seeds, default=args.seed) - args.seed)
   if "fingerprint" not in opened:
-    opened["fingerprint"] = report.fingerprint(args.checkpoint, args.weights, args.vae)
+    opened["checkpoint"] = checkpoints.locate(args.checkpoint)
+    opened["fingerprint"] = report.fingerprint(opened["checkpoint"], args.weights, args.vae)
   settings = settings_of(recipe, args, opened["fingerprint"], benchmark.data_files())
   samples = Samples(args.output, settings, args.part)
   predict(args, recipe, settings["dtype"], tasks, samples, opened)
@@ -128,7 +140,8 @@ def evaluate(args: argparse.Namespace, opened: dict[str, Any]) -> int:
     return 0
   result = benchmark.score(records)
   before = report.scored_before(args.output, settings)
-  body = before if before and not result.scores else _write(args, recipe, settings, result, before)
+  read = str(opened["checkpoint"])
+  body = before if before and not result.scores else _write(args, read, recipe, settings, result, before)
   print(report.table(body))
   for note in body["notes"]:
     print(note)
@@ -137,11 +150,13 @@ def evaluate(args: argparse.Namespace, opened: dict[str, Any]) -> int:
 
 
 def _write(
-  args: argparse.Namespace, recipe: Recipe, settings: dict[str, Any], result: Any, before: dict[str, Any] | None
-) -> dict[str, Any]:
+  args: argparse.Namespace, read: str, recipe: Recipe, settings: dict[str, Any], result: Any,
+  before: dict[str, Any] | None,
+) -> dict[str, Any]:  # fmt: skip
   """Writes the report, with notes on what differs from the recipe and on what an outside scorer has found.
 
-  `before`: an earlier report on the same predictions; a FID on pictures that were resized the other way stays.
+  `read`: the directory that the checkpoint was read from. `before`: an earlier report on the same predictions; a FID
+  on pictures that were resized the other way stays.
   """
   from jflow.evaluation import report
   from jflow.evaluation.scores import Score
@@ -154,7 +169,7 @@ def _write(
              if getattr(args, name) is not None and getattr(args, name) != getattr(usual, name, None)]  # fmt: skip
   if changed and usual.paper:
     notes.append(f"Not the recipe: {', '.join(changed)}. The paper's scores stand for the recipe.")
-  more = {"checkpoint": args.checkpoint, "vae": args.vae}
+  more = {"checkpoint": args.checkpoint, "read_from": read, "vae": args.vae}
   for name in ("results", "features"):
     path = getattr(args, name)
     if path is not None:
@@ -183,8 +198,6 @@ def check_flags(recipe: Recipe, args: argparse.Namespace) -> None:
     raise UserError(f"--steps={args.steps} must be at least 1")
   if args.guidance is not None and not (args.guidance == 0 or 1 <= args.guidance < math.inf):
     raise UserError(f"--guidance={args.guidance} must be at least 1 (1: none), or 0 (ignore the prompt)")
-  if args.seed < 0:
-    raise UserError(f"--seed={args.seed} must be at least 0")
   for name in ("results", "features"):
     path = getattr(args, name)
     if path is not None and not path.is_file():
@@ -212,7 +225,7 @@ def make(recipe: Recipe, args: argparse.Namespace) -> Any:
   if recipe.name == "vqav2":
     from jflow.evaluation.vqav2 import Vqav2Benchmark
 
-    return Vqav2Benchmark(recipe, args.data, args.split or "val", args.limit)
+    return Vqav2Benchmark(recipe, args.data, args.split or recipe.split, args.limit)
   if recipe.file:
     from jflow.evaluation.tables import TableBenchmark
 
@@ -287,7 +300,7 @@ def predict(
   if dtype not in opened:
     if args.cache:
       jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.cache))
-    opened[dtype] = jflow.load(args.checkpoint, vae=args.vae, dtype=dtype, weights=args.weights)
+    opened[dtype] = jflow.load(opened["checkpoint"], vae=args.vae, dtype=dtype, weights=args.weights)
   model = opened[dtype]
   with Progress(len(mine), len(mine) - len(open_tasks), args.benchmark, "samples") as bar:
     paintings = [task for task in open_tasks if isinstance(task, Painting)]

@@ -43,7 +43,7 @@ class Answers:
   """Asks a checkpoint in this process, or a server."""
 
   def __init__(
-    self, checkpoint: str = "", server: str = "", batch_size: int = 16, vae: str | None = None,
+    self, checkpoint: str | pathlib.Path = "", server: str = "", batch_size: int = 16, vae: str | None = None,
     dtype: str | None = None, weights: str = "ema",
   ):  # fmt: skip
     """`checkpoint` as for all commands, or `server`, the address of `python -m jflow serve`."""
@@ -173,15 +173,13 @@ def images_of(found: Any, where: str) -> list[Image.Image]:
 
 
 def _image(one: Any, where: str) -> Image.Image:
-  if isinstance(one, Image.Image):
-    return one
+  """An image with the pixels that the published code reads, whatever form it comes in."""
   if isinstance(one, dict):
     one = one.get("bytes") or one.get("path")
-  if not isinstance(one, (bytes, bytearray, str, os.PathLike)):
+  if not isinstance(one, (Image.Image, bytes, bytearray, str, os.PathLike)):
     raise UserError(f"{where} gives {type(one).__name__} where an image should be: leave this task out")
   try:
-    data = one if isinstance(one, (bytes, bytearray)) else pathlib.Path(one).read_bytes()
-    return Image.fromarray(pictures.decode(data))
+    return pictures.as_published(pathlib.Path(one).read_bytes() if isinstance(one, (str, os.PathLike)) else one)
   except (pictures.ImageError, OSError, ValueError) as error:  # ValueError: a path with a zero byte
     name = f"{len(one)} bytes" if isinstance(one, (bytes, bytearray)) else repr(str(one)[:200])
     raise UserError(f"{where} gives {name}, no image to read: {error}") from None
@@ -212,6 +210,10 @@ class Model(_base()):
     """
     super().__init__()
     arguments = {k: v for k, v in arguments.items() if k not in ("device", "max_batch_size")}
+    if arguments.get("checkpoint"):  # of a training run the same step for the model and for the name of its answers
+      from jflow.interop import checkpoints
+
+      arguments["checkpoint"] = checkpoints.locate(arguments["checkpoint"])
     self._answers = Answers(**arguments)
     self._kept = Kept(cache, _settings(arguments) if cache else {})
 

@@ -20,6 +20,7 @@ from jflow.evaluation.report import Result
 from jflow.evaluation.samples import need, need_all
 from jflow.evaluation.scores import Score
 from jflow.evaluation.tasks import Painting, save
+from jflow.inference import files
 
 GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 _GUIDANCE = (
@@ -64,7 +65,7 @@ class Geneval:
     need_all([task.key for task in self.tasks()], records, "geneval", "run the same command again")
     folder = self._args.output.resolve() / "pictures"
     for i, row in enumerate(self._prompts):  # one object per file: the evaluator reads it whole
-      (folder / f"{i:05d}" / "metadata.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+      files.replace(folder / f"{i:05d}" / "metadata.jsonl", json.dumps(row) + "\n")
     notes = [_GUIDANCE, *outside.another_number(self._found, self.published, self._args)]
     if self._args.results is None:
       results = folder.parent / "results.jsonl"

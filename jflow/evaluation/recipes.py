@@ -23,7 +23,7 @@ class Recipe(NamedTuple):
   prompt: str = ""  # of tables.PROMPTS
   rule: str = ""  # of tables.RULES
   fields: tuple[str, ...] = ("index", "question", "answer")  # that every row must fill
-  split: str = ""  # rows of this split only
+  split: str = ""  # rows of this split only, unless --split names another
   system: str = ""
   max_tokens: int = 512  # of an answer
   # Painting
@@ -104,7 +104,7 @@ RECIPES = {
       "from visualqa.org, put v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json and the "
       "COCO images val2014/ (for test-dev: v2_OpenEnded_mscoco_test-dev2015_questions.json and test2015/) into one "
       "folder and name it with --data",
-      prompt="short",
+      prompt="short", split="val",
     ),
     Recipe(
       "geneval", "GenEval: 553 prompts x 4 pictures, objects, counts, colors and places found by a detector",

@@ -58,6 +58,9 @@ def write(
     result: scores and pictures.
     paper: score -> {"384": value, "256": value}, where the paper has it.
     settings: of the predictions, the checkpoint's fingerprint among them.
+
+  Raises:
+    Stopped: the directory cannot be written.
   """
   scores = {}
   for name, score in result.scores.items():
@@ -76,7 +79,8 @@ def write(
   for name, value in result.files.items():
     files.replace(directory / name, json.dumps(value, ensure_ascii=False) + "\n")
   for title, sheet in result.pictures:
-    sheet.save(directory / f"{_file_name(title)}.png")
+    with files.new_file(directory / f"{_file_name(title)}.png") as new:
+      sheet.save(new, "PNG")
   files.replace(directory / "report.json", json.dumps(body, indent=1, ensure_ascii=False) + "\n")
   files.replace(directory / "report.html", _page(body, what, result.pictures))
   return body
@@ -128,26 +132,27 @@ def commit() -> str | None:
     return None
 
 
-def fingerprint(directory: str | pathlib.Path, weights: str, vae: str | pathlib.Path | None = None) -> str:
+def fingerprint(directory: pathlib.Path, weights: str, vae: str | pathlib.Path | None = None) -> str:
   """A sha256 over what a checkpoint computes with: configuration, tokenizer, weights, which of them, and the VAE.
+
+  Args:
+    directory: as `checkpoints.locate` gives it: its bytes have been verified there, and the weights of a jflow
+      checkpoint are not hashed again.
+    weights: "ema" or "raw".
+    vae: directory of the SDXL-VAE, if one is given beside the checkpoint.
 
   Raises:
     UserError: `vae` is no directory of an AutoencoderKL.
   """
-  from jflow.interop import remote
+  from jflow.interop.checkpoints import workdir_of
   from jflow.interop.official import is_official
-  from jflow.training.checkpoint import MANIFEST, resolve
+  from jflow.training.checkpoint import MANIFEST
 
-  directory = remote.fetch(directory) if remote.is_remote(directory) else pathlib.Path(directory)
   if is_official(directory):
     files = [*directory.glob("*.json"), *directory.glob("vae/*.json"), *directory.rglob("*.safetensors")]
   else:
-    workdir, step = resolve(directory)
-    files = [
-      workdir / "config.json",
-      *(workdir / "tokenizer").glob("*"),
-      step / MANIFEST,
-    ]  # it holds all hashes
+    workdir = workdir_of(directory)
+    files = [workdir / "config.json", *(workdir / "tokenizer").glob("*"), directory / MANIFEST]  # it holds all hashes
   total = _add(hashlib.sha256(weights.encode()), files)
   if vae:
     weights_of_vae, config = list(pathlib.Path(vae).glob("*.safetensors")), pathlib.Path(vae) / "config.json"

@@ -1,5 +1,6 @@
 """The predictions of an evaluation on disk: one line per sample, written as it is made, read again after any stop."""
 
+import errno
 import fcntl
 import json
 import os
@@ -8,6 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from jflow.errors import UserError
+from jflow.inference.files import make_directory, writing
 
 
 class Samples:
@@ -29,20 +31,25 @@ class Samples:
       flag: that named the directory, for messages.
 
     Raises:
-      UserError: the directory holds another evaluation's predictions, or another process writes this part.
+      UserError: the directory holds another evaluation's predictions, cannot be written, or another process writes
+        this part.
+      Stopped: the disk is full.
     """
     self._directory, (self._number, self._parts), self._flag = directory, part, flag
     name = "records.jsonl" if self._parts == 1 else f"records-{self._number}-of-{self._parts}.jsonl"
     self._path = directory / name
-    directory.mkdir(parents=True, exist_ok=True)
-    self._compare(json.loads(json.dumps(settings)))
-    self._file = open(self._path, "a+b")
+    make_directory(directory, flag)
+    with writing(directory):
+      self._compare(json.loads(json.dumps(settings)))
+      self._file = open(self._path, "a+b", buffering=0)
     try:
       fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
       raise UserError(
         f"{flag}={directory}: another process writes {name} now; wait for it or stop it"
       ) from None
+    except OSError:  # a file system without locks
+      pass
     self._cut_torn_line()
 
   def _compare(self, settings: dict[str, Any]) -> None:
@@ -81,9 +88,14 @@ class Samples:
 
     Args:
       record: JSON values, among them "key".
+
+    Raises:
+      Stopped: the disk is full.
     """
-    self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-    self._file.flush()
+    line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    with writing(self._path):
+      if self._file.write(line) != len(line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
   def read(self) -> dict[str, dict[str, Any]]:
     """All predictions so far by key, those of other processes too.

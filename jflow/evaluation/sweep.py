@@ -53,7 +53,8 @@ def main(args: argparse.Namespace) -> int:
   if not names:
     print("no scores to plot yet: do what the notes above say in each folder, then give this command again")
     return 0
-  figure(found, names).savefig(args.output / "sweep.png", dpi=120)
+  with files.new_file(args.output / "sweep.png") as new:
+    figure(found, names).savefig(new, dpi=120, format="png")
   rows = [
     {"guidance": guidance, "steps": steps, **{name: found[guidance, steps][name]["value"] for name in names}}
     for guidance, steps in found

@@ -4,13 +4,12 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from PIL import Image
 
 from jflow.data.examples import IMAGE_MARK
 from jflow.evaluation.samples import Samples
-from jflow.inference import painting
+from jflow.inference import files, painting
 from jflow.inference.pipeline import to_image
 
 _ROUNDS = 4  # batches of questions between two writes: the batch stays full while long answers end
@@ -93,7 +92,7 @@ def paint(
   for at in range(0, len(paintings), batch_size):
     group = paintings[at : at + batch_size]
     full = _filled(group, batch_size)
-    noise = np.stack([noise_of(model, one.seed) for one in full])
+    noise = model.noise([one.seed for one in full])
     images = model.generate([one.prompt for one in full], noise=noise, batch_size=batch_size, **settings)
     _keep(group, images, samples, directory)
     done(len(group))
@@ -131,16 +130,12 @@ def _keep(
     samples.add({"key": task.key, "file": task.file})
 
 
-def noise_of(model: Any, seed: int) -> np.ndarray:
-  """f32[C, h, w]: the noise that `Pipeline.generate` starts from with this seed."""
-  c = model.model.config
-  shape = (c.latent_size, c.latent_size, c.autoencoder.latent_channels)
-  return np.asarray(jax.random.normal(jax.random.key(seed), shape)).transpose(2, 0, 1)
-
-
 def save(image: Image.Image, path: pathlib.Path) -> None:
-  """Writes a PNG so that the path never holds half of one."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(path.name + ".part")
-  image.save(part, "PNG")
-  part.replace(path)
+  """Writes a PNG so that the path never holds half of one.
+
+  Raises:
+    Stopped: it cannot be written.
+  """
+  with files.new_file(path) as new:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(new, "PNG")

@@ -1,14 +1,18 @@
 """What the commands write beside their pictures and answers."""
 
+import contextlib
 import json
+import os
 import pathlib
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
-from jflow.errors import UserError
+from jflow.errors import Stopped, UserError
 
 
 def make_directory(directory: pathlib.Path, flag: str) -> None:
-  """Creates a directory before the work starts: a place that cannot be written should not cost it.
+  """Creates a directory, and tries to write there, before the work starts: a wrong place should not cost it.
 
   Raises:
     UserError: naming the flag and the directory.
@@ -17,15 +21,56 @@ def make_directory(directory: pathlib.Path, flag: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f"{flag}: directory {directory} cannot be made: {error.strerror}") from error
+  try:
+    tempfile.TemporaryFile(dir=directory).close()
+  except OSError as error:
+    raise UserError(f"{flag}: directory {directory} cannot be written: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+  """Around what writes a file or into a directory: a full disk ends the command with one line.
+
+  Raises:
+    Stopped: it cannot be written.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise Stopped(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def replace(path: pathlib.Path, text: str) -> None:
-  """Writes a file so that a reader sees the old one or the new one."""
-  new = path.with_name(path.name + ".part")
-  new.write_text(text, encoding="utf-8")
-  new.replace(path)
+  """Writes a file so that a reader sees the old one or the new one, also where several processes write it.
+
+  Raises:
+    Stopped: it cannot be written.
+  """
+  with new_file(path) as new:
+    new.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields the name of a file of this process, to write; it takes the place of `path` once it is whole.
+
+  Raises:
+    Stopped: it cannot be written.
+  """
+  new = path.with_name(f"{path.name}.{os.getpid()}.part")
+  with writing(path):
+    try:
+      yield new
+      new.replace(path)
+    finally:
+      new.unlink(missing_ok=True)
 
 
 def write_json(path: pathlib.Path, body: dict[str, Any]) -> None:
-  """Writes what a command did, for programs to read."""
-  path.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+  """Writes what a command did, for programs to read.
+
+  Raises:
+    Stopped: it cannot be written.
+  """
+  with writing(path):
+    path.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

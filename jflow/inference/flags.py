@@ -4,6 +4,7 @@ import argparse
 import pathlib
 from typing import TYPE_CHECKING
 
+from jflow.errors import UserError
 from jflow.inference.files import make_directory
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ def add_model(p: argparse.ArgumentParser, required: bool = True) -> None:
     "--checkpoint", required=required, metavar="DIR",
     help="official directory, or a jflow workdir or step; also gs://...",
   )
-  p.add_argument("--vae", metavar="DIR", help="SDXL-VAE, for an official checkpoint that holds none")
+  p.add_argument("--vae", metavar="DIR", help="SDXL-VAE, for a checkpoint that holds none")
   p.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: float32 on a CPU)")
   p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a jflow training run")
 
@@ -34,6 +35,8 @@ def add_json(p: argparse.ArgumentParser, what: str) -> None:
 
 
 def check_json(args: argparse.Namespace) -> None:
-  """Makes the folder of --json before the work starts; raises UserError where it cannot be."""
+  """Makes the folder of --json before the work starts; raises UserError where it cannot be, or is named itself."""
   if args.json:
     make_directory(args.json.parent, "--json")
+    if args.json.is_dir():
+      raise UserError(f"--json={args.json} is a directory: name a file")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jflow.errors import UserError
 from jflow.inference import flags
-from jflow.inference.files import make_directory, write_json
+from jflow.inference.files import make_directory, write_json, writing
 
 if TYPE_CHECKING:
   from PIL import Image
@@ -79,7 +79,7 @@ def read_prompts(prompts: list[str], file: pathlib.Path | None) -> list[str]:
   prompts = list(prompts)
   if file is not None:
     try:
-      prompts += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+      prompts += [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
       raise UserError(f"--prompts={file} cannot be read as UTF-8 text: {error}") from error
   if not prompts:
@@ -112,13 +112,14 @@ def main(argv: list[str]) -> int:
   model = flags.open_model(args)
   images = _paint(model, prompts, settings)
   records = []
-  for i, (name, image) in enumerate(zip(names, images, strict=True)):
-    image.save(args.output / name)
-    prompt, j = prompts[i // args.num_images], i % args.num_images
-    records.append({"file": name, "prompt": prompt, "seed": args.seed + j})
   sheet = args.output / _SHEET
   columns = args.num_images if args.num_images > 1 else min(6, len(images))
-  contact_sheet(images, [r["prompt"] for r in records], columns).save(sheet)
+  with writing(args.output):
+    for i, (name, image) in enumerate(zip(names, images, strict=True)):
+      image.save(args.output / name)
+      prompt, j = prompts[i // args.num_images], i % args.num_images
+      records.append({"file": name, "prompt": prompt, "seed": args.seed + j})
+    contact_sheet(images, [r["prompt"] for r in records], columns).save(sheet)
   evaluations = flow.SOLVERS[args.solver][1] * args.steps
   if args.json:
     made = {"dtype": str(model.model.dtype), "weights": args.weights}

@@ -32,7 +32,7 @@ def load(
   Args:
     path: an official directory (config.json and safetensors, no conversion needed) or a jflow one: a workdir,
       its checkpoints/ folder or one step.
-    vae: directory of the SDXL-VAE for an official checkpoint that holds none; without one it can only answer.
+    vae: directory of the SDXL-VAE, for a checkpoint that holds none; without one it can only answer.
     dtype: compute dtype, "float32" or "bfloat16"; default: float32 on a CPU, bfloat16 elsewhere.
     weights: "ema" or "raw", for a checkpoint of jflow's own training.
 

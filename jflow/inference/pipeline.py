@@ -1,7 +1,7 @@
 """A loaded model with its tokenizer: `generate` paints, `understand` answers."""
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from PIL import Image
 from jflow import flow
 from jflow.data import examples, images
 from jflow.data.images import ImageError
+from jflow.data.records import Turn
 from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from jflow.errors import UserError
 from jflow.inference import checks, decoding, likelihood, painting
@@ -238,15 +239,13 @@ def to_image(pixels: np.ndarray) -> Image.Image:
 
 
 def prepare_image(image: Any, size: int) -> np.ndarray:
-  """A path, bytes, PIL image or array -> uint8[size, size, 3], resized and padded for reading."""
+  """A path, bytes, PIL image or array -> uint8[size, size, 3]; see `images.for_understanding`."""
   name = str(image) if isinstance(image, (str, pathlib.Path)) else "the image"
   if isinstance(image, (str, pathlib.Path)):
     try:
       image = pathlib.Path(image).read_bytes()
     except OSError as error:
       raise UserError(f"image {name} cannot be read: {error.strerror}") from error
-  elif isinstance(image, Image.Image):
-    image = np.asarray(image.convert("RGB"))
   try:
     return images.for_understanding(image, size)
   except ImageError as error:
@@ -255,9 +254,10 @@ def prepare_image(image: Any, size: int) -> np.ndarray:
 
 def _with_marks(messages: str | Sequence[Any], count: int) -> Sequence[Any]:
   """Puts one image mark per image before the first question, where the messages hold none."""
-  turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [
-    m._asdict() | {"content": m.text} if hasattr(m, "_asdict") else dict(m) for m in messages
-  ]  # fmt: skip
+  messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+  if not all(isinstance(m, (Turn, Mapping)) for m in messages):
+    return messages  # which `examples.chat_prompt` refuses
+  turns = [m._asdict() | {"content": m.text} if isinstance(m, Turn) else dict(m) for m in messages]
   mark = examples.IMAGE_MARK
   marked = lambda mark: any(mark in str(t.get("content", "")) for t in turns)
   if count and not marked(mark) and marked(published := SPECIAL_TOKENS["image"]):

@@ -19,31 +19,58 @@ class Checkpoint(NamedTuple):
   has_vae: bool
 
 
+def locate(path: str | pathlib.Path) -> pathlib.Path:
+  """Finds what is read of a checkpoint: an official directory itself, of a jflow one the newest intact step.
+
+  What was located once stays the same while a training run saves newer steps.
+
+  Args:
+    path: directory, here or in a store (gs://BUCKET/FOLDER; see `remote.fetch`).
+
+  Raises:
+    UserError: it is neither, or no step is intact.
+  """
+  path = remote.fetch(path) if remote.is_remote(path) else pathlib.Path(path)
+  if not path.is_dir():
+    raise UserError(f"checkpoint {path} is not a directory")
+  return path if official.is_official(path) else checkpoint.resolve(path)[1]
+
+
+def workdir_of(step_dir: pathlib.Path) -> pathlib.Path:
+  """The workdir, with the configuration and the tokenizer, of a step that `locate` found."""
+  return step_dir.parent.parent
+
+
 def read_checkpoint(
   path: str | pathlib.Path, *, vae: str | pathlib.Path | None = None, weights: str = "ema"
 ) -> Checkpoint:
   """Reads a checkpoint, official or jflow.
 
   Args:
-    path: directory, here or in a store (gs://BUCKET/FOLDER; see `remote.fetch`).
-    vae: directory of the SDXL-VAE, for an official checkpoint; None: `vae/` inside it, if that exists.
+    path: see `locate`.
+    vae: directory of the SDXL-VAE, for a checkpoint that holds none; None: the VAE inside it, if there is one.
     weights: "ema" or "raw", for a jflow one.
 
   Raises:
     UserError: it is neither, or something is missing or wrong.
   """
-  path = remote.fetch(path) if remote.is_remote(path) else pathlib.Path(path)
-  if not path.is_dir():
-    raise UserError(f"checkpoint {path} is not a directory")
-  if official.is_official(path):
-    loaded = official.load(path, pathlib.Path(vae) if vae else None)
-    return Checkpoint(loaded.config, transfer.nest(loaded.params), path, "chat", loaded.has_vae)
-  workdir, step_dir = checkpoint.resolve(path)
-  config = checkpoint.read_config(workdir)
+  found = locate(path)
+  if official.is_official(found):
+    loaded = official.load(found, pathlib.Path(vae) if vae else None)
+    return Checkpoint(loaded.config, transfer.nest(loaded.params), found, "chat", loaded.has_vae)
+  workdir = workdir_of(found)
+  fields = checkpoint.read_config(workdir)
+  config = JanusFlowConfig.from_dict(fields["model"])
+  given = {}
+  if vae:
+    autoencoder, flat = official.load_vae(pathlib.Path(vae), None)
+    if autoencoder != config.autoencoder:
+      raise UserError(f"{vae} holds another VAE than the one that {path} was trained with")
+    given = transfer.nest(flat)
   return Checkpoint(
-    config=JanusFlowConfig.from_dict(config["model"]),
-    params=checkpoint.load_params(step_dir, weights),
+    config=config,
+    params=checkpoint.load_params(found, weights) | given,
     tokenizer=workdir / "tokenizer",
-    template=config["data"]["template"],
-    has_vae=config.get("has_vae", True),
+    template=fields["data"]["template"],
+    has_vae=bool(given) or fields.get("has_vae", True),
   )

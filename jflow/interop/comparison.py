@@ -1,6 +1,5 @@
 """Comparing arrays with golden ones: one line each, and the first that differs."""
 
-import json
 import math
 import pathlib
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jflow.errors import UserError
+from jflow.inference.files import write_json
 
 
 class Line(NamedTuple):
@@ -77,7 +77,7 @@ def report(lines: Sequence[Line], tolerance: float, json_path: pathlib.Path | No
       "first_divergence": None if first is None else {"array": first.name, "component": first.component},
       "arrays": {line.name: _finite(line) for line in lines},
     }
-    json_path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    write_json(json_path, value)
   return 0 if first is None else 1
 
 

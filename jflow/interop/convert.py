@@ -68,18 +68,12 @@ def _read(args: argparse.Namespace) -> tuple[Loaded, str, pathlib.Path | None]:
   if args.source == "official":
     return official.load(args.input, args.vae, dtype), "chat", args.input
   from jflow.interop.checkpoints import read_checkpoint
-  from jflow.training.checkpoint import resolve
 
-  found = read_checkpoint(args.input, weights=args.weights)
+  found = read_checkpoint(args.input, vae=args.vae, weights=args.weights)
   params = transfer.flatten(found.params)
   tokenizer = official.load_tokenizer(found.tokenizer, found.config.language_model.vocabulary_size)
-  if args.vae is not None:
-    config, vae = official.load_vae(args.vae, dtype)
-    if config != found.config.autoencoder:
-      raise UserError(f"{args.vae} holds another VAE than the one that {args.input} was trained with")
-    params |= vae
   has_vae = any(path.startswith("vae/") for path in params)
-  kept = resolve(args.input)[0] / _KEPT
+  kept = found.tokenizer.parent / _KEPT
   return Loaded(found.config, params, has_vae, tokenizer), found.template, kept if kept.is_dir() else None
 
 

@@ -38,7 +38,7 @@ import numpy as np
 
 from jflow import flow
 from jflow.errors import UserError
-from jflow.inference.files import make_directory
+from jflow.inference.flags import check_json
 from jflow.interop.checkpoints import read_checkpoint
 from jflow.interop.comparison import Line, line, read_golden, report
 from jflow.interop.processor_parity import compare_processor
@@ -126,9 +126,13 @@ class Runner:
   def understanding(self, g: Mapping[str, np.ndarray], want: Callable[[str], bool]) -> dict[str, Output]:
     """Features, embeddings, logits and greedy tokens of the rows of `und/`."""
     tokens, mask = g["input_ids"].astype(np.int32), g["attention_mask"].astype(bool)
-    pixels = g["pixels"].reshape(-1, *g["pixels"].shape[-3:])
+    size = self.model.config.image_size
+    _check_shape("und/pixels", g["pixels"].shape[-3:], (3, size, size))
+    pixels = g["pixels"].reshape(-1, 3, size, size)
     features = self.apply("features", pixels.transpose(0, 2, 3, 1))
-    boi, image = map(int, g.get("special_ids", (self.vocabulary - 4, self.vocabulary - 3)))
+    special = g.get("special_ids", np.array([self.vocabulary - 4, self.vocabulary - 3]))
+    _check_shape("und/special_ids", special.shape, (2,))
+    boi, image = map(int, special)
     slots, index = self._place(tokens, self.apply("read_slots", features), boi, image)
     embeds = self.apply("assemble", tokens, slots, index)
     out = {
@@ -140,7 +144,7 @@ class Runner:
       hidden = self.apply("backbone", embeds, positions, mask.astype(np.int32)).hidden
       out["und/logits"] = Output(np.asarray(self.apply("logits", hidden)), mask)
     if want("und/greedy_tokens"):
-      out["und/greedy_tokens"] = Output(self._greedy(np.asarray(embeds), mask, g["greedy_tokens"].shape[1]))
+      out["und/greedy_tokens"] = Output(self._greedy(np.asarray(embeds), mask, _greedy_count(g)))
     return out
 
   def _place(self, tokens: np.ndarray, slots_IKD: jax.Array, boi: int, image: int) -> tuple[jax.Array, np.ndarray]:
@@ -192,6 +196,8 @@ class Runner:
   def generation(self, g: Mapping[str, np.ndarray], want: Callable[[str], bool]) -> dict[str, Output]:
     """Embeddings and velocities at `gen/t`, and the Euler trajectory; rows with the prompt, then without."""
     prompt = g["prompt_ids"].reshape(-1).astype(np.int32)
+    c = self.model.config
+    _check_shape("gen/z0", g["z0"].shape[-3:], (c.autoencoder.latent_channels, c.latent_size, c.latent_size))
     z0 = g["z0"].transpose(0, 2, 3, 1)
     n = len(z0)
     step = functools.partial(_velocity, self.model, self.params, prompt)
@@ -220,6 +226,23 @@ class Runner:
       out["gen/trajectory"] = Output(np.stack(trajectory))
       out["gen/z1"] = Output(trajectory[-1])
     return out
+
+
+def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+  """Raises a UserError where an input of the golden file does not fit the model; `found` may be the last axes."""
+  if found != wanted:
+    raise UserError(f"{name} is {list(found)} where this model takes {list(wanted)}: another model's golden file?")
+
+
+def _greedy_count(g: Mapping[str, np.ndarray]) -> int:
+  """How many tokens to decode for greedy_tokens, or for its first ones where the file does not hold it whole."""
+  if "greedy_tokens" in g:
+    return g["greedy_tokens"].shape[1]
+  names = [name for name in g if _VARIANT.sub("", name) == "greedy_tokens"]
+  for name in names:
+    if _VARIANT.search(name)[1] != "first":
+      raise UserError(f"und/{name} needs und/greedy_tokens beside it, which says how many tokens there are")
+  return max(g[name].shape[1] for name in names)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -295,8 +318,7 @@ def main(argv: Sequence[str]) -> int:
   args = p.parse_args(argv)
   if args.processor is not None and (args.checkpoint or args.golden):
     raise UserError("give --processor, or --checkpoint and --golden")
-  if args.json is not None:
-    make_directory(args.json.parent, "--json")
+  check_json(args)
   if args.processor is not None:
     tolerance = 1e-6 if args.tolerance is None else args.tolerance
     lines = list(compare_processor(args.processor, tolerance))

@@ -28,7 +28,8 @@ def compare_processor(directory: pathlib.Path, tolerance: float) -> Iterator[Lin
   within `tolerance` each.
 
   Raises:
-    UserError: a file is missing or damaged, or cases.json lacks a field.
+    UserError: a file is missing or damaged, cases.json lacks a field, or golden.npz holds no array of its cases, or
+      one of none of them.
   """
   tokenizer = Tokenizer.load(str(directory))
   golden = read_golden(directory / "golden.npz")
@@ -36,6 +37,7 @@ def compare_processor(directory: pathlib.Path, tolerance: float) -> Iterator[Lin
   try:
     size = int(values["image_size"])
     patches = (size // int(values["patch_size"])) ** 2
+    _check_names(directory, list(golden), [case["name"] for case in values["cases"]])
     for case in values["cases"]:
       ours = _process(directory, case, tokenizer, size, patches)
       for key, component in _COMPONENTS.items():
@@ -45,6 +47,19 @@ def compare_processor(directory: pathlib.Path, tolerance: float) -> Iterator[Lin
           yield found._replace(passed=found.passed and found.max_error <= tolerance)
   except (KeyError, TypeError, ValueError) as error:
     raise UserError(f"{directory / 'cases.json'} does not follow the format ({error!r})") from None
+
+
+def _check_names(directory: pathlib.Path, arrays: list[str], cases: list[str]) -> None:
+  """Raises a UserError unless every array belongs to a case: one that none names would pass unseen."""
+  if not arrays:
+    raise UserError(f"{directory / 'golden.npz'} holds no arrays")
+  known = {f"{case}/{key}" for case in cases for key in _COMPONENTS}
+  others = [name for name in arrays if name not in known]
+  if others:
+    raise UserError(
+      f"{directory / 'golden.npz'} holds {others[0]}, which no case of cases.json has: its arrays are CASE/"
+      f"{', CASE/'.join(_COMPONENTS)}"
+    )
 
 
 def _process(

@@ -132,7 +132,7 @@ def _ask_tab(engine: Engine) -> None:
     question: dict, history: list, talk: Talk, temperature: float, top_p: float, longest: int
   ) -> AsyncIterator[tuple]:
     """Streams the answer to a question; after a mistake, the question stays in its field."""
-    said = ""
+    said, before = "", (list(talk.turns), list(talk.images), history)
     try:
       new = [_picture(path, engine) for path in question["files"]]
       mark = IMAGE_MARK * len(new) + ("\n" if new else "")
@@ -156,6 +156,8 @@ def _ask_tab(engine: Engine) -> None:
           yield busy(), history, talk
     except (UserError, ApiError) as error:
       gr.Warning(_escaped(str(error)), title="Not answered")
+      if not said:  # the question goes back into its field: asked again, it should not stand there twice
+        talk.turns, talk.images, history = before
       yield idle() if said else idle(value=question), history, talk
       return
     yield idle(), history, talk

@@ -51,7 +51,7 @@ class Engine:
     Args:
       slots: conversations answered side by side.
       context: tokens that one conversation may have, its answer included.
-      batch: pictures painted at once.
+      batch: pictures painted at once, a power of two.
       queue: requests that may be open: those that run, that wait, and that are still read.
       timeout: seconds that a request may take.
     """

@@ -29,7 +29,7 @@ def add(p: argparse.ArgumentParser, port: int) -> None:
     type=int,
     help=f"tokens of one conversation, its answer included (default: {_CONTEXT}, or the model's where that is less)",
   )
-  p.add_argument("--batch", type=int, default=8, help="pictures painted at once (default %(default)s)")
+  p.add_argument("--batch", type=int, default=8, help="pictures painted at once, a power of two (default %(default)s)")
   p.add_argument(
     "--queue", type=int, default=64, help="requests open at once, the next one gets 429 (default %(default)s)"
   )
@@ -40,9 +40,11 @@ def add(p: argparse.ArgumentParser, port: int) -> None:
 
 def check(args: argparse.Namespace) -> None:
   """Checks what needs no model; raises UserError."""
-  for name in ("slots", "batch", "queue", "context"):
-    if (value := getattr(args, name)) is not None and value < 1:
-      raise UserError(f"--{name}={value} must be at least 1")
+  for name, least in (("slots", 1), ("batch", 1), ("queue", 1), ("context", 2)):
+    if (value := getattr(args, name)) is not None and value < least:
+      raise UserError(f"--{name}={value} must be at least {least}")
+  if args.batch.bit_count() != 1:  # the engine fills a batch up to a power of two, see `Engine._generate`
+    raise UserError(f"--batch={args.batch} must be a power of two, for example 4 or 8")
   if not 0 < args.timeout < 1e6:
     raise UserError(f"--timeout={args.timeout:g} must be a number of seconds above 0")
 

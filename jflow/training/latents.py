@@ -129,7 +129,7 @@ def main(argv: list[str]) -> int:
     required=True,
     help="whose VAE; training starts from it, or from the same VAE",
   )
-  add("--vae", metavar="DIR", help="SDXL-VAE, for an official checkpoint that holds none")
+  add("--vae", metavar="DIR", help="SDXL-VAE, for a checkpoint that holds none")
   add("--weights", choices=("ema", "raw"), default="ema", help="of a jflow checkpoint (default ema)")
   add("--batch_size", type=int, default=16, help="pictures at a time (default 16)")
   add("--seed", type=int, default=0, help="of the squares (default 0)")

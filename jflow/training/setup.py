@@ -63,7 +63,7 @@ def check(config: Config) -> JanusFlowConfig:
     what = "must be a tuple of (directory, weight) pairs, as (('DIR', 1.0),)"
     need(weighted(sources), f"data.sources.{task}", what)
   what = "must be a tuple of (kind of question, weight) pairs, as (('relation', 4.0),)"
-  need(weighted(data["shapes"]["asked"]), "data.shapes.asked", what)
+  need(weighted(data["shapes"].get("asked", ())), "data.shapes.asked", what)
   for field in ("train.spike_sigmas", "train.watchdog_seconds", "checkpoint.keep_every"):
     section, name = field.split(".")
     need(0 <= config[section][name] < math.inf, field, "must not be negative; 0 turns it off")

@@ -133,7 +133,7 @@ def read_under(root: str, name: str) -> bytes:
   """
   root = os.path.normpath(os.path.abspath(root))
   path = os.path.normpath(os.path.join(root, name))
-  if os.path.commonpath([path, root]) != root:
+  if os.path.commonpath([path, root]) != os.path.commonpath([root]):  # which writes "//folder" as "/folder"
     raise RecordError("outside_root", f"image {name:.200} lies outside {root}: set --image_root")
   try:
     if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for its writer

@@ -122,9 +122,12 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _plain(name: str, value: Any, features: Mapping[str, Any]) -> Any:
-  """Returns a stored value as JSON has it; a class label becomes its name, a sequence of objects their list."""
+  """Returns a stored value as JSON has it; a class label becomes its name, a sequence of objects their list.
+
+  A label below 0 is TFDS's way to say that an example has none: it becomes None.
+  """
   if hasattr(features[name], "int2str") and np.ndim(value) == 0:
-    return features[name].int2str(int(value))
+    return features[name].int2str(int(value)) if value >= 0 else None
   if isinstance(value, Mapping):
     columns = {key: _plain_array(column) for key, column in value.items()}
     if all(isinstance(column, list) for column in columns.values()):
