@@ -257,6 +257,7 @@ def test_shares_of_the_tags():
     (("text", 10, 0, "val", None, 1.5), "long_captions"),
     (("text", 10, 0, "val", None, 0.5, -0.5), "named_colors"),
     (("text", 10, 0, "val", None, 0.5, 0.5, (("colour", 2.0),)), "kind of question 'colour'"),
+    (("text", 10, 0, "val", None, 0.5, 0.5, ("relation", 4.0)), "asked should hold pairs"),
     (("text", 10, 0, "val", None, 0.5, 0.5, (("color", 0.0),)), "'color' should have a weight above 0"),
   ],
 )

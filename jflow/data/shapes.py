@@ -145,7 +145,10 @@ class ShapesSource:
         raise UserError(f"the shapes world's {name} should be a share from 0 to 1: {share}")
     self._long_captions, self._named_colors = long_captions, named_colors
     self._asked = dict.fromkeys(KINDS, 1.0)
-    for kind, weight in asked:
+    for pair in asked:
+      if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise UserError(f"the shapes world's asked should hold pairs, as (('relation', 4.0),): {asked!r}")
+      kind, weight = pair
       _check("kind of question", kind, KINDS)
       if not 0 < weight < float("inf"):
         raise UserError(f"the shapes world's questions of kind {kind!r} should have a weight above 0: {weight}")
@@ -350,11 +353,7 @@ def prompt(combination: Combination) -> tuple[str, dict[str, Any]]:
 
 
 def _conversation(scene: Scene, rng: Rng, weights: Mapping[str, float]) -> tuple[Turn, ...]:
-  """Returns one to six questions of different kinds about the same picture, with their answers.
-
-  Args:
-    weights: of each kind; the kinds are drawn by them without putting back.
-  """
+  """Returns one to six questions about the same picture; kinds are drawn by `weights`, without putting back."""
   kinds: dict[str, list[Question]] = {}
   for question in questions(scene, rng):
     kinds.setdefault(question.kind, []).append(question)

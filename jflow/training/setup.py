@@ -55,15 +55,15 @@ def check(config: Config) -> JanusFlowConfig:
     "train.accumulation",
     f"must divide train.batch_size={train['batch_size']}",
   )
-  weighted = lambda pairs: isinstance(pairs, (tuple, list)) and all(
-    isinstance(x, (tuple, list)) and len(x) == 2 and isinstance(x[0], str) and isinstance(x[1], (int, float))
-    for x in pairs
-  )
   for task, sources in data["sources"].items():
-    what = "must be a tuple of (directory, weight) pairs, as (('DIR', 1.0),)"
-    need(weighted(sources), f"data.sources.{task}", what)
-  what = "must be a tuple of (kind of question, weight) pairs, as (('relation', 4.0),)"
-  need(weighted(data["shapes"].get("asked", ())), "data.shapes.asked", what)
+    pairs = not isinstance(sources, str) and all(
+      isinstance(x, (tuple, list))
+      and len(x) == 2
+      and isinstance(x[0], str)
+      and isinstance(x[1], (int, float))
+      for x in sources
+    )
+    need(pairs, f"data.sources.{task}", "must be a tuple of (directory, weight) pairs, as (('DIR', 1.0),)")
   for field in ("train.spike_sigmas", "train.watchdog_seconds", "checkpoint.keep_every"):
     section, name = field.split(".")
     need(0 <= config[section][name] < math.inf, field, "must not be negative; 0 turns it off")
