@@ -6,6 +6,7 @@ The result depends on this file and on jflow/data/shapes.py alone; retrain when 
 and train the small models anew with it.
 """
 
+import argparse
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -98,6 +99,9 @@ def corpus() -> Iterator[str]:
 
 
 if __name__ == "__main__":
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("directory", help="where tokenizer.json goes, configs/tokenizer for the small configs")
+  arguments = parser.parse_args()
   trained = tokenizer.train(corpus(), VOCABULARY_SIZE)
-  trained.save(sys.argv[1])
-  print(f"wrote {sys.argv[1]}: {trained.vocabulary_size} ids")
+  trained.save(arguments.directory)
+  print(f"wrote {arguments.directory}: {trained.vocabulary_size} ids")
