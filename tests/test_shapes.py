@@ -258,7 +258,7 @@ def test_shares_of_the_tags():
     (("text", 10, 0, "val", None, 0.5, -0.5), "named_colors"),
     (("text", 10, 0, "val", None, 0.5, 0.5, (("colour", 2.0),)), "kind of question 'colour'"),
     (("text", 10, 0, "val", None, 0.5, 0.5, ("relation", 4.0)), "asked should hold pairs"),
-    (("text", 10, 0, "val", None, 0.5, 0.5, (("color", 0.0),)), "'color' should have a weight above 0"),
+    (("text", 10, 0, "val", None, 0.5, 0.5, (("color", -1.0),)), "'color' should have a weight >= 0"),
   ],
 )
 def test_mistakes_are_named(arguments, message):
@@ -364,6 +364,11 @@ def right_answer(question: str, scene: Scene) -> str:
         match[2]
       ]
     ]
+  if match := re.fullmatch(rf"Where is the {SHAPE}, seen from the {SHAPE}\?", question):
+    (a,), (b,) = ([thing for thing in objects if thing.shape == match[i]] for i in (1, 2))
+    if abs(a.x - b.x) > abs(a.y - b.y):
+      return "left" if is_left(a, b) else "right"
+    return "above" if is_above(a, b) else "below"
   first, *lines = question.split("\n")
   match = re.fullmatch(rf"What color is the {SHAPE}\?", first)
   (answer,) = [thing.color for thing in objects if thing.shape == match[1]]
@@ -381,14 +386,19 @@ def test_answers_are_right(split):
     for asked in shapes.questions(scene, random.Random(i)):
       assert asked.answer == right_answer(asked.question, scene), (asked, scene)
       kinds.add(asked.kind)
-  assert kinds == set(shapes.KINDS)
+  assert kinds == {*shapes.KINDS, shapes.PLACE}
 
 
-def test_answers_of_conversations_are_right():
-  for record in ShapesSource("understanding", 500, 7):
+@pytest.mark.parametrize("asked", [(), (("place", 5.0), ("count", 0.0))])
+def test_answers_of_conversations_are_right(asked):
+  texts = []
+  for record in ShapesSource("understanding", 500, 7, asked=asked):
     for question, answer in zip(record.turns[::2], record.turns[1::2]):
       text = question.text.removeprefix("<image>\n").removesuffix(shapes.SHORT_ANSWER)
       assert answer.text == right_answer(text, record.images[0])
+      texts.append(text)
+  assert any(text.startswith("Where is") for text in texts) == bool(asked)
+  assert any(text.startswith("How many") for text in texts) != bool(asked)
 
 
 def test_a_kind_of_question_can_be_asked_more_often():

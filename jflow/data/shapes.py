@@ -94,6 +94,7 @@ KINDS = (
   "relation",
   "choice",
 )
+PLACE = "place"  # which relation it is; asked in training alone, where `asked` says so
 PAIRED = ("existence", "existence_adversarial", "existence_shape", "relation")
 
 
@@ -102,7 +103,7 @@ class Question(NamedTuple):
 
   question: str
   answer: str  # one word in lower case, or the letter of the right option
-  kind: str  # of KINDS
+  kind: str  # of KINDS, or PLACE
 
 
 class ShapesSource:
@@ -135,7 +136,7 @@ class ShapesSource:
       long_captions: share of captions, to paint from and to read, that describe every object.
       named_colors: share of captions to paint from, and of texts, whose first sentence names every color, whatever
         the kind of scene. What stands where is learned from colors, long before shapes are.
-      asked: (kind of question, how often it is drawn beside the others, which have 1) for understanding.
+      asked: (kind of question, how often it is drawn beside the others, which have 1, and PLACE 0).
 
     Raises:
       UserError: an argument is out of range.
@@ -144,14 +145,14 @@ class ShapesSource:
       if not 0 <= share <= 1:
         raise UserError(f"the shapes world's {name} should be a share from 0 to 1: {share}")
     self._long_captions, self._named_colors = long_captions, named_colors
-    self._asked = dict.fromkeys(KINDS, 1.0)
+    self._asked = dict.fromkeys(KINDS, 1.0) | {PLACE: 0.0}
     for pair in asked:
       if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise UserError(f"the shapes world's asked should hold pairs, as (('relation', 4.0),): {asked!r}")
       kind, weight = pair
-      _check("kind of question", kind, KINDS)
-      if not 0 < weight < float("inf"):
-        raise UserError(f"the shapes world's questions of kind {kind!r} should have a weight above 0: {weight}")
+      _check("kind of question", kind, (*KINDS, PLACE))
+      if not 0 <= weight < float("inf"):
+        raise UserError(f"the shapes world's questions of kind {kind!r} should have a weight >= 0: {weight}")
       self._asked[kind] = weight
     shares = dict(DEFAULT_TAGS if tags is None else tags)
     _check("task", task, TASKS)
@@ -322,6 +323,7 @@ def questions(scene: Scene, rng: Rng) -> list[Question]:
         scenes.relation_held_out(a.shape, name, b.shape)
         or scenes.relation_held_out(a.shape, inverse, b.shape)
       ):
+        ask(PLACE, f"Where is the {a.shape}, seen from the {b.shape}?", name.removesuffix(" of"))
         ask("relation", f"Is the {a.shape} {name} the {b.shape}?", "yes")
         ask("relation", f"Is the {a.shape} {inverse} the {b.shape}?", "no")
   unique = [thing for thing in objects if shapes.count(thing.shape) == 1]
@@ -356,7 +358,8 @@ def _conversation(scene: Scene, rng: Rng, weights: Mapping[str, float]) -> tuple
   """Returns one to six questions about the same picture; kinds are drawn by `weights`, without putting back."""
   kinds: dict[str, list[Question]] = {}
   for question in questions(scene, rng):
-    kinds.setdefault(question.kind, []).append(question)
+    if weights[question.kind]:
+      kinds.setdefault(question.kind, []).append(question)
   turns: list[Turn] = []
   # The first of exponential clocks that tick at these rates, then the next; equal rates are a plain shuffle.
   clocks = sorted((-math.log(1 - rng.random()) / weights[kind], i, kind) for i, kind in enumerate(kinds))
@@ -374,7 +377,7 @@ def _document(scene: Scene, combination: Combination, rng: Rng) -> str:
   """Returns a text of a few true sentences about a scene."""
   number = len(scene.objects)
   facts = _details(scene)
-  facts += [f"{asked.question} {asked.answer}." for asked in questions(scene, rng) if asked.kind != "choice"]
+  facts += [f"{asked.question} {asked.answer}." for asked in questions(scene, rng) if asked.kind not in ("choice", PLACE)]
   facts.append("There is one object." if number == 1 else f"There are {NUMBERS[number]} objects.")
   facts = shuffled(rng, tuple(dict.fromkeys(facts)))[: 2 + int(rng.random() * 4)]
   return f"{_sentence(combination, TEMPLATES, rng)}. {' '.join(facts)}"
