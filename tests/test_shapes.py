@@ -364,8 +364,9 @@ def right_answer(question: str, scene: Scene) -> str:
         match[2]
       ]
     ]
-  if match := re.fullmatch(rf"Where is the {SHAPE}, seen from the {SHAPE}\?", question):
-    (a,), (b,) = ([thing for thing in objects if thing.shape == match[i]] for i in (1, 2))
+  if match := re.fullmatch(rf"Where is the {SHAPE}, seen from the (?:{SHAPE}|other one)\?", question):
+    (a,) = [thing for thing in objects if thing.shape == match[1]]
+    (b,) = [thing for thing in objects if (thing.shape == match[2] if match[2] else thing != a)]
     if abs(a.x - b.x) > abs(a.y - b.y):
       return "left" if is_left(a, b) else "right"
     return "above" if is_above(a, b) else "below"

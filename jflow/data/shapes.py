@@ -146,10 +146,9 @@ class ShapesSource:
         raise UserError(f"the shapes world's {name} should be a share from 0 to 1: {share}")
     self._long_captions, self._named_colors = long_captions, named_colors
     self._asked = dict.fromkeys(KINDS, 1.0) | {PLACE: 0.0}
-    for pair in asked:
-      if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise UserError(f"the shapes world's asked should hold pairs, as (('relation', 4.0),): {asked!r}")
-      kind, weight = pair
+    if any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in asked):
+      raise UserError(f"the shapes world's asked should hold pairs, as (('relation', 4.0),): {asked!r}")
+    for kind, weight in asked:
       _check("kind of question", kind, (*KINDS, PLACE))
       if not 0 <= weight < float("inf"):
         raise UserError(f"the shapes world's questions of kind {kind!r} should have a weight >= 0: {weight}")
@@ -323,7 +322,8 @@ def questions(scene: Scene, rng: Rng) -> list[Question]:
         scenes.relation_held_out(a.shape, name, b.shape)
         or scenes.relation_held_out(a.shape, inverse, b.shape)
       ):
-        ask(PLACE, f"Where is the {a.shape}, seen from the {b.shape}?", name.removesuffix(" of"))
+        for seen_from in (f"the {b.shape}",) + ("the other one",) * (len(objects) == 2):
+          ask(PLACE, f"Where is the {a.shape}, seen from {seen_from}?", name.removesuffix(" of"))
         ask("relation", f"Is the {a.shape} {name} the {b.shape}?", "yes")
         ask("relation", f"Is the {a.shape} {inverse} the {b.shape}?", "no")
   unique = [thing for thing in objects if shapes.count(thing.shape) == 1]
