@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from jflow.data import shapes
+from jflow.data import questions, scenes, shapes
 from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
 from jflow.evaluation import report
@@ -233,7 +233,7 @@ def _rest(letters: Mapping[str, Any]) -> list[str]:
   return [
     name
     for name in names
-    if name not in taken and name.split(": ")[-1].split(" (")[0] in (*shapes.TAGS, *shapes.KINDS, "overall")
+    if name not in taken and name.split(": ")[-1].split(" (")[0] in (*scenes.TAGS, *questions.KINDS, "overall")
   ]
 
 

@@ -18,7 +18,7 @@ root = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root))
 
 import jflow
-from jflow.data import shapes
+from jflow.data import questions, shapes
 from jflow.evaluation import judge
 from jflow.inference.pipeline import Pipeline
 from jflow.inference.sheet import contact_sheet
@@ -66,7 +66,7 @@ def paint(model: Pipeline, out: pathlib.Path) -> str:
 
 def answer(model: Pipeline, out: pathlib.Path) -> str:
   """Writes answers.txt and answers.png about pictures with combinations that training never showed."""
-  asked = shapes.evaluation_questions("held_out", QUESTIONS, seed=1)
+  asked = questions.for_evaluation("held_out", QUESTIONS, seed=1)
   size = model.model.config.image_size
   pictures, lines, right = [], [], 0
   for scene, question in asked:

@@ -18,7 +18,7 @@ from tsv import pope_folder, pope_rows, write_table
 
 import jflow
 from jflow.__main__ import main
-from jflow.data import scenes, shapes
+from jflow.data import questions, scenes, shapes
 from jflow.errors import Stopped, UserError
 from jflow.evaluation import references, report, sweep, tables, tasks, world
 from jflow.evaluation.command import parser, settings_of, with_flags
@@ -257,14 +257,14 @@ def shapes_benchmark(output, *flags: str):
 
 def test_predictions_about_another_world_are_refused(tmp_path, monkeypatch):
   benchmark, _ = shapes_benchmark(tmp_path, "--limit=1")
-  assert [path.name for path in benchmark.data_files()] == ["scenes.py", "shapes.py"]
+  assert {path.name for path in benchmark.data_files()} == {"scenes.py", "words.py", "questions.py", "shapes.py"}
   args = parser().parse_args(["--benchmark=shapes", "--checkpoint=x", f"--output={tmp_path / 'out'}"])
   settings = lambda: settings_of(RECIPES["shapes"], args, "f", benchmark.data_files())
   Samples(tmp_path / "out", settings())._file.close()
   Samples(tmp_path / "out", settings())._file.close()
   edited = tmp_path / "scenes.py"
   edited.write_text(pathlib.Path(scenes.__file__).read_text() + "# edited\n")
-  monkeypatch.setattr(scenes, "__file__", str(edited))
+  monkeypatch.setattr(shapes, "CODE", (edited, *shapes.CODE[1:]))
   with pytest.raises(UserError, match="holds predictions made with data="):
     Samples(tmp_path / "out", settings())
 
@@ -324,7 +324,7 @@ def _drawn(metadata, split, rng):
 
 
 def test_the_nearest_picture_answers_for_a_picture_that_is_almost_one_of_training():
-  known = shapes.evaluation_questions("train", references.LEARNED, 1)[:200]
+  known = questions.for_evaluation("train", references.LEARNED, 1)[:200]
   asked = [(scene._replace(background=scene.background + 1), question) for scene, question in known]
   for kind, found in references.baselines(asked).items():
     assert found[references.NEAREST] >= 0.95, kind
@@ -342,7 +342,7 @@ def test_features_of_true_pictures_are_kept(tmp_path, monkeypatch):
 
 
 def test_answers_to_the_world_are_judged_by_kind():
-  asked = lambda answer, kind, text="?": shapes.Question(text, answer, kind)
+  asked = lambda answer, kind, text="?": questions.Question(text, answer, kind)
   assert world.right(asked("yes", "existence"), "Yes.") and not world.right(asked("no", "existence"), "Yes.")
   assert not world.right(asked("no", "relation"), "maybe")
   assert world.right(asked("two", "count"), "2") and world.right(asked("zero", "count"), "none")

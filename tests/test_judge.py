@@ -24,7 +24,7 @@ SIDE = 64
 
 def drawn(split: str, each: int) -> list[tuple[Scene, dict]]:
   """Returns scenes of all tags, each with the metadata of its prompt."""
-  return [judge_figures.drawn(tag, split, i, "judge") for tag, i in itertools.product(shapes.TAGS, range(each))]
+  return [judge_figures.drawn(tag, split, i, "judge") for tag, i in itertools.product(scenes.TAGS, range(each))]
 
 
 # --- What was drawn is what is found

@@ -11,8 +11,9 @@ import re
 import numpy as np
 import pytest
 
-from jflow.data import examples, scenes, shapes
-from jflow.data.shapes import COLORS, SHAPES, Object, Scene, ShapesSource
+from jflow.data import examples, questions, scenes, shapes
+from jflow.data.scenes import COLORS, SHAPES, Object, Scene
+from jflow.data.shapes import ShapesSource
 from jflow.errors import UserError
 
 TASKS = ("understanding", "generation", "text")
@@ -29,7 +30,7 @@ def one(shape: str, color: str = "red", x: float = 0.5, y: float = 0.5, r: float
 def some_scenes(split: str, each: int = 60) -> list[Scene]:
   return [
     scenes.sample(tag, split, random.Random(f"{tag}/{split}/{i}"))[0]
-    for tag in shapes.DEFAULT_TAGS
+    for tag in scenes.DEFAULT_TAGS
     for i in range(each)
   ]
 
@@ -168,7 +169,7 @@ def test_texts_never_mention_what_is_held_out(task, split):
   found += [
     (number, shape)
     for shape, number in re.findall(
-      rf"How many {SHAPE}e?s are there\?(?:{shapes.SHORT_ANSWER})?\s(\w+)", text
+      rf"How many {SHAPE}e?s are there\?(?:{questions.SHORT_ANSWER})?\s(\w+)", text
     )
   ]
   counts = {(shape, NUMBERS[number]) for number, shape in found}
@@ -212,7 +213,7 @@ def test_evaluation_sets_are_the_same_on_every_machine():
   digest = hashlib.sha256()
   for split, prompts in (("val", 360), ("held_out", 160)):
     digest.update(repr(shapes.evaluation_prompts(split, prompts, 0)).encode())
-    digest.update(repr(shapes.evaluation_questions(split, 1500, 0)).encode())
+    digest.update(repr(questions.for_evaluation(split, 1500, 0)).encode())
   assert digest.hexdigest() == "d2868cd8ee3bf52d2755e89ba48837f26d2e597a69fdbc9794e72a6e68df273b"
 
 
@@ -229,8 +230,8 @@ def test_records_fit_their_task():
       assert [turn.role for turn in record.turns] == ["user", "assistant"] * (len(record.turns) // 2)
       assert len(record.turns) in (2, 4, 6, 8, 10, 12)
       assert record.turns[0].text.startswith("<image>\n") and texts(record).count("<image>") == 1
-      short += record.turns[0].text.endswith(shapes.SHORT_ANSWER)
-      assert not any(turn.text.endswith(shapes.SHORT_ANSWER) for turn in record.turns[1:])
+      short += record.turns[0].text.endswith(questions.SHORT_ANSWER)
+      assert not any(turn.text.endswith(questions.SHORT_ANSWER) for turn in record.turns[1:])
   assert 0.33 < captions / 400 < 0.47
   assert short > 80
 
@@ -364,6 +365,11 @@ def right_answer(question: str, scene: Scene) -> str:
         match[2]
       ]
     ]
+  if match := re.fullmatch(rf"Where is the {SHAPE}\?", question):
+    (thing,) = [thing for thing in objects if thing.shape == match[1]]
+    row = "at the top" if thing.y < 1 / 3 else "at the bottom" if thing.y >= 2 / 3 else ""
+    column = "left" if thing.x < 1 / 3 else "right" if thing.x >= 2 / 3 else ""
+    return f"{row} {column}".strip() if row else f"on the {column}" if column else "in the center"
   if match := re.fullmatch(rf"Where is the {SHAPE}, seen from the (?:{SHAPE}|other one)\?", question):
     (a,) = [thing for thing in objects if thing.shape == match[1]]
     (b,) = [thing for thing in objects if (thing.shape == match[2] if match[2] else thing != a)]
@@ -384,10 +390,10 @@ def right_answer(question: str, scene: Scene) -> str:
 def test_answers_are_right(split):
   kinds = set()
   for i, scene in enumerate(some_scenes(split)):
-    for asked in shapes.questions(scene, random.Random(i)):
+    for asked in questions.about(scene, random.Random(i)):
       assert asked.answer == right_answer(asked.question, scene), (asked, scene)
       kinds.add(asked.kind)
-  assert kinds == {*shapes.KINDS, shapes.PLACE}
+  assert kinds == {*questions.KINDS, questions.PLACE}
 
 
 @pytest.mark.parametrize("asked", [(), (("place", 5.0), ("count", 0.0))])
@@ -395,7 +401,7 @@ def test_answers_of_conversations_are_right(asked):
   texts = []
   for record in ShapesSource("understanding", 500, 7, asked=asked):
     for question, answer in zip(record.turns[::2], record.turns[1::2]):
-      text = question.text.removeprefix("<image>\n").removesuffix(shapes.SHORT_ANSWER)
+      text = question.text.removeprefix("<image>\n").removesuffix(questions.SHORT_ANSWER)
       assert answer.text == right_answer(text, record.images[0])
       texts.append(text)
   assert any(text.startswith("Where is") for text in texts) == bool(asked)
@@ -417,7 +423,7 @@ def test_a_kind_of_question_can_be_asked_more_often():
 
 def test_questions_take_either_kind_of_generator():
   scene = some_scenes("train", 1)[-1]
-  asked = [shapes.questions(scene, rng) for rng in (np.random.default_rng(0), random.Random(0))]
+  asked = [questions.about(scene, rng) for rng in (np.random.default_rng(0), random.Random(0))]
   assert [question.kind for question in asked[0]] == [question.kind for question in asked[1]]
 
 
@@ -426,8 +432,8 @@ def test_questions_take_either_kind_of_generator():
 
 @pytest.mark.parametrize("split", ["val", "held_out"])
 def test_evaluation_questions_are_balanced_and_grouped(split):
-  asked = shapes.evaluation_questions(split, 1600, 0)
-  assert asked == shapes.evaluation_questions(split, 1600, 0) != shapes.evaluation_questions(split, 1600, 1)
+  asked = questions.for_evaluation(split, 1600, 0)
+  assert asked == questions.for_evaluation(split, 1600, 0) != questions.for_evaluation(split, 1600, 1)
   assert len(asked) == 1600
   answers = collections.defaultdict(collections.Counter)
   groups = collections.defaultdict(list)
@@ -436,19 +442,19 @@ def test_evaluation_questions_are_balanced_and_grouped(split):
     assert question.answer == right_answer(question.question, scene)
     answers[question.kind][question.answer] += 1
     groups[question.kind, scene].append(question.answer)
-  assert set(answers) == set(shapes.KINDS)
+  assert set(answers) == set(questions.KINDS)
   for kind, counter in answers.items():
     assert max(counter.values()) - min(counter.values()) <= 1, (kind, counter)
     assert len(counter) == {"count": 5, "color": 10, "shape": 8, "choice": 4}.get(kind, 2)
   whole = list(groups.items())[:-1]  # the last may be cut short
-  assert all(sorted(group) == ["no", "yes"] for (kind, _), group in whole if kind in shapes.PAIRED)
+  assert all(sorted(group) == ["no", "yes"] for (kind, _), group in whole if kind in questions.PAIRED)
   assert all(sorted(group) == list("ABCD") for (kind, _), group in whole if kind == "choice")
 
 
 def test_evaluation_prompts_follow_the_schema_of_geneval():
   prompts = shapes.evaluation_prompts("val", 360, 0)
   assert prompts == shapes.evaluation_prompts("val", 360, 0) != shapes.evaluation_prompts("val", 360, 1)
-  assert collections.Counter(metadata["tag"] for _, metadata in prompts) == dict.fromkeys(shapes.TAGS, 60)
+  assert collections.Counter(metadata["tag"] for _, metadata in prompts) == dict.fromkeys(scenes.TAGS, 60)
   for prompt, metadata in prompts:
     assert metadata["prompt"] == prompt and prompt.startswith("a picture of ")
     tag, include = metadata["tag"], metadata["include"]

@@ -38,6 +38,15 @@ SPLITS = ("train", "val", "held_out")
 # GenEval's six, and scenes of three or four different objects, which are only trained on.
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SEVERAL = "several"
+DEFAULT_TAGS = {  # shares of training
+  "single_object": 0.2,
+  "colors": 0.25,
+  "two_object": 0.1,
+  "counting": 0.15,
+  "position": 0.1,
+  "color_attr": 0.15,
+  SEVERAL: 0.05,
+}
 
 # What training neither shows nor says. Every shape and every color is seen in other combinations.
 HELD_OUT_PAIRS = frozenset((SHAPES[i % 8], tuple(COLORS)[(3 * i + i // 8) % 10]) for i in range(12))

@@ -1,109 +1,31 @@
 """The shapes world: endless pictures with exact captions and questions, so that all of jflow runs offline.
 
-Gray pictures of one to four colored shapes, in GenEval's terms: a class is a shape. `scenes` draws them, this
-file speaks about them and makes them a source of records. Some pairs of shape and color, some counts and some
-relations are held out of all training pictures and texts, to measure what a model has understood.
+Gray pictures of one to four colored shapes, in GenEval's terms: a class is a shape. `scenes` draws them, `questions`
+asks about them, this file describes them and makes them a source of records. Some pairs of shape and color, some
+counts and some relations are held out of all training pictures and texts, to measure what a model has understood.
 """
 
 import bisect
 import hashlib
 import itertools
-import math
 import pathlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from jflow.batch import TASKS
-from jflow.data import scenes
-from jflow.data.records import Record, Turn
-from jflow.data.scenes import (
-  COLORS,
-  HELD_OUT_COUNTS,
-  HELD_OUT_PAIRS,
-  HELD_OUT_RELATIONS,
-  PAIRS,
-  SEEN_PAIRS,
-  SEVERAL,
-  SHAPES,
-  TAGS,
-  Combination,
-  Object,
-  Rng,
-  Scene,
-  pick,
-  shuffled,
-)
+from jflow.data import questions, scenes, words
+from jflow.data.records import Record
+from jflow.data.scenes import DEFAULT_TAGS, SEVERAL, TAGS, Combination, Rng, Scene, pick, shuffled
+from jflow.data.words import NUMBERS
 from jflow.errors import UserError
 
-__all__ = [
-  "COLORS",
-  "DEFAULT_TAGS",
-  "HELD_OUT_COUNTS",
-  "HELD_OUT_PAIRS",
-  "HELD_OUT_RELATIONS",
-  "KINDS",
-  "SHAPES",
-  "TAGS",
-  "Object",
-  "Question",
-  "Scene",
-  "ShapesSource",
-  "caption",
-  "describe",
-  "evaluation_prompts",
-  "evaluation_questions",
-  "prompt",
-  "questions",
-]
-
-# Shares of the kinds of scenes.
-DEFAULT_TAGS = {
-  "single_object": 0.2,
-  "colors": 0.25,
-  "two_object": 0.1,
-  "counting": 0.15,
-  "position": 0.1,
-  "color_attr": 0.15,
-  SEVERAL: 0.05,
-}
+# The words are those of the code: an edit makes another world.
+CODE = tuple(pathlib.Path(file) for file in (scenes.__file__, words.__file__, questions.__file__, __file__))
 LONG_CAPTIONS = 0.25  # share of captions that describe every object
 CAPTION_TURNS = 0.4  # share of understanding's records whose answer is a caption
-SHORT_ANSWERS = 0.5  # share of first questions that carry the next
-# Not in the paper: the release's instruction for short answers. As in LLaVA it ends the first question only.
-SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
-LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."
-NUMBERS = ("zero", "one", "two", "three", "four")
-LETTERS = "ABCD"
 # The first is the one wording of evaluation.
 TEMPLATES = ("a picture of {}", "an image with {}", "{} on a gray background", "there {verb} {}", "{}")
-PLACES = (
-  ("at the top left", "at the top", "at the top right"),
-  ("on the left", "in the center", "on the right"),
-  ("at the bottom left", "at the bottom", "at the bottom right"),
-)
-# Kinds of questions. Those of a kind in PAIRED come as a yes and a no about the same picture.
-KINDS = (
-  "existence",
-  "existence_adversarial",
-  "existence_shape",
-  "count",
-  "color",
-  "shape",
-  "size",
-  "relation",
-  "choice",
-)
-PLACE = "place"  # which relation it is; asked in training alone, where `asked` says so
-PAIRED = ("existence", "existence_adversarial", "existence_shape", "relation")
-
-
-class Question(NamedTuple):
-  """A question about a picture, and its only right answer."""
-
-  question: str
-  answer: str  # one word in lower case, or the letter of the right option
-  kind: str  # of KINDS, or PLACE
 
 
 class ShapesSource:
@@ -136,7 +58,7 @@ class ShapesSource:
       long_captions: share of captions, to paint from and to read, that describe every object.
       named_colors: share of captions to paint from, and of texts, whose first sentence names every color, whatever
         the kind of scene. What stands where is learned from colors, long before shapes are.
-      asked: (kind of question, how often it is drawn beside the others, which have 1, and PLACE 0).
+      asked: (kind of question, how often it is drawn beside the others, which have 1, and questions.PLACE 0).
 
     Raises:
       UserError: an argument is out of range.
@@ -145,19 +67,19 @@ class ShapesSource:
       if not 0 <= share <= 1:
         raise UserError(f"the shapes world's {name} should be a share from 0 to 1: {share}")
     self._long_captions, self._named_colors = long_captions, named_colors
-    self._asked = dict.fromkeys(KINDS, 1.0) | {PLACE: 0.0}
+    self._asked = dict.fromkeys(questions.KINDS, 1.0) | {questions.PLACE: 0.0}
     if any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in asked):
       raise UserError(f"the shapes world's asked should hold pairs, as (('relation', 4.0),): {asked!r}")
     for kind, weight in asked:
-      _check("kind of question", kind, (*KINDS, PLACE))
+      words.check("kind of question", kind, tuple(self._asked))
       if not 0 <= weight < float("inf"):
         raise UserError(f"the shapes world's questions of kind {kind!r} should have a weight >= 0: {weight}")
       self._asked[kind] = weight
     shares = dict(DEFAULT_TAGS if tags is None else tags)
-    _check("task", task, TASKS)
-    _check("split", split, scenes.SPLITS)
+    words.check("task", task, TASKS)
+    words.check("split", split, scenes.SPLITS)
     for tag, share in shares.items():
-      _check("tag", tag, TAGS + (SEVERAL,))
+      words.check("tag", tag, TAGS + (SEVERAL,))
       if not 0 <= share < float("inf"):
         raise UserError(f"the share of the shapes world's tag {tag!r} should be a number >= 0: {share}")
     if not sum(shares.values()):
@@ -166,8 +88,7 @@ class ShapesSource:
       raise UserError(f"the size of the shapes world should be at least 1 record: {size}")
     self._task, self._size, self._seed, self._split = task, int(size), int(seed), split
     self._tags = tuple(shares)
-    # The words are those of the code: an edit makes another world.
-    code = b"".join(pathlib.Path(module).read_bytes() for module in (__file__, scenes.__file__))
+    code = b"".join(path.read_bytes() for path in CODE)
     key = repr((task, size, seed, split, shares, long_captions, named_colors, self._asked)).encode()
     self.fingerprint = hashlib.sha256(code + key).hexdigest()
     self._bounds = [share / sum(shares.values()) for share in itertools.accumulate(shares.values())]
@@ -189,7 +110,7 @@ class ShapesSource:
       return Record(name, (), _document(scene, self._told(scene, combination, rng), rng), ())
     if rng.random() < CAPTION_TURNS:
       return Record(name, (scene,), describe(scene, rng.random() < self._long_captions), ())
-    return Record(name, (scene,), "", _conversation(scene, rng, self._asked))
+    return Record(name, (scene,), "", questions.conversation(scene, rng, self._asked))
 
   def _told(self, scene: Scene, combination: Combination, rng: Rng) -> Combination:
     """What the first sentence says of the scene: the combination, at times with every color."""
@@ -218,11 +139,11 @@ def describe(scene: Scene, long: bool = False) -> str:
   relation = scenes.relation(*ordered) if len(ordered) == 2 and not group else None
   if not relation:
     ordered = sorted(scene.objects, key=lambda thing: thing.x)
-  nouns = [_noun(thing.shape, thing.color) for thing in ordered]
+  nouns = [words.noun(thing.shape, thing.color) for thing in ordered]
   if group:
-    told = _plural(ordered[0].shape, ordered[0].color, len(ordered))
+    told = words.plural(ordered[0].shape, ordered[0].color, len(ordered))
   else:
-    told = f" {relation} ".join(nouns) if relation else _join(nouns)
+    told = f" {relation} ".join(nouns) if relation else words.join(nouns)
   text = f"a picture of {told}"
   return f"{text}. {' '.join(_details(scene._replace(objects=tuple(ordered))))}" if long else text
 
@@ -242,99 +163,10 @@ def evaluation_prompts(split: str, count: int, seed: int) -> list[tuple[str, dic
     (prompt, metadata) in GenEval's schema: {"tag", "include": [{"class", "count", "color"?, "position"?}],
     "exclude"?, "prompt"}; "position": [relation, index in "include" of the object that it refers to].
   """
-  _check("split", split, scenes.SPLITS)
+  words.check("split", split, scenes.SPLITS)
   pools = [(tag, scenes.combinations(tag, split == "held_out")) for tag in TAGS]
   streams = [_cycle(pool, random.Random(f"{seed}/{split}/prompts/{tag}")) for tag, pool in pools if pool]
   return [prompt(next(streams[i % len(streams)])) for i in range(count)]
-
-
-def evaluation_questions(split: str, count: int, seed: int) -> list[tuple[Scene, Question]]:
-  """Returns questions with their pictures, the kinds and their answers balanced.
-
-  Neighbours that share kind and scene belong together, as in MME's acc+ and MMBench's circular score: a yes
-  and a no, or the four orders of the options of a choice.
-
-  Args:
-    split: as in `ShapesSource`.
-    count: number of questions; the last group may be cut short.
-    seed: of the choice.
-  """
-  _check("split", split, scenes.SPLITS)
-  rng = random.Random(f"{seed}/{split}/questions")
-  wanted = {
-    "count": itertools.cycle(NUMBERS),
-    "size": itertools.cycle(scenes.SIZES),
-    "color": itertools.cycle(COLORS),
-    "shape": itertools.cycle(SHAPES),
-  }
-  asked: list[tuple[Scene, Question]] = []
-  for kind in itertools.cycle(KINDS):
-    answer = next(wanted[kind]) if kind in wanted else None
-    group: list[Question] = []
-    while not group:
-      scene = scenes.sample(pick(rng, tuple(DEFAULT_TAGS)), split, rng)[0]
-      group = [q for q in questions(scene, rng) if q.kind == kind and answer in (None, q.answer)]
-    size = 2 if kind in PAIRED else len(group) if kind == "choice" else 1
-    first = size * int(rng.random() * (len(group) // size))
-    asked += [(scene, question) for question in group[first : first + size]]
-    if len(asked) >= count:
-      return asked[:count]
-
-
-def questions(scene: Scene, rng: Rng) -> list[Question]:
-  """Returns questions of all kinds that the scene allows.
-
-  A scene without anything held out gets no question that names anything held out.
-  POPE's popular negatives are left out: in this world all pairs are about equally frequent.
-  """
-  objects, unseen = scene.objects, scenes.held_out(scene)
-  present = {(thing.shape, thing.color) for thing in objects}
-  absent = [pair for pair in (PAIRS if unseen else SEEN_PAIRS) if pair not in present]
-  shapes = [thing.shape for thing in objects]
-  there, missing = list(dict.fromkeys(shapes)), [shape for shape in SHAPES if shape not in shapes]
-  asked = []
-
-  def ask(kind: str, question: str, answer: str) -> None:
-    asked.append(Question(question, answer, kind))
-
-  for shape, color in sorted(present):
-    ask("existence", _is_there(shape, color), "yes")
-    ask("existence", _is_there(*pick(rng, absent)), "no")
-    near = [pair for pair in absent if (pair[0] == shape) != (pair[1] == color)]
-    ask("existence_adversarial", _is_there(shape, color), "yes")
-    ask("existence_adversarial", _is_there(*pick(rng, near)), "no")
-  for shape in there:
-    ask("existence_shape", _is_there(shape), "yes")
-    ask("existence_shape", _is_there(pick(rng, missing)), "no")
-    ask("count", f"How many {_plural_noun(shape)} are there?", NUMBERS[shapes.count(shape)])
-  ask("count", f"How many {_plural_noun(pick(rng, missing))} are there?", NUMBERS[0])
-  for thing in objects:
-    if shapes.count(thing.shape) == 1:
-      ask("color", f"What color is the {thing.shape}?", thing.color)
-      ask("size", f"Is the {thing.shape} small or large?", thing.size)
-    if len({shape for shape, color in present if color == thing.color}) == 1:
-      ask("shape", f"What shape is {thing.color}?", thing.shape)
-  for a, b in itertools.permutations(objects, 2):
-    name = scenes.relation(a, b)
-    if name and shapes.count(a.shape) == shapes.count(b.shape) == 1:
-      inverse = scenes.INVERSE[name]
-      if unseen or not (
-        scenes.relation_held_out(a.shape, name, b.shape)
-        or scenes.relation_held_out(a.shape, inverse, b.shape)
-      ):
-        for seen_from in (f"the {b.shape}",) + ("the other one",) * (len(objects) == 2):
-          ask(PLACE, f"Where is the {a.shape}, seen from {seen_from}?", name.removesuffix(" of"))
-        ask("relation", f"Is the {a.shape} {name} the {b.shape}?", "yes")
-        ask("relation", f"Is the {a.shape} {inverse} the {b.shape}?", "no")
-  unique = [thing for thing in objects if shapes.count(thing.shape) == 1]
-  if unique:
-    thing = pick(rng, unique)
-    wrong = [color for color in COLORS if (thing.shape, color) in absent]
-    options = [thing.color] + shuffled(rng, wrong)[:3]
-    for turn in range(4):
-      lines = "".join(f"\n{letter}. {options[(i + turn) % 4]}" for i, letter in enumerate(LETTERS))
-      ask("choice", f"What color is the {thing.shape}?{lines}{LETTER_ANSWER}", LETTERS[-turn % 4])
-  return asked
 
 
 def prompt(combination: Combination) -> tuple[str, dict[str, Any]]:
@@ -354,30 +186,12 @@ def prompt(combination: Combination) -> tuple[str, dict[str, Any]]:
   return text, metadata | {"prompt": text}
 
 
-def _conversation(scene: Scene, rng: Rng, weights: Mapping[str, float]) -> tuple[Turn, ...]:
-  """Returns one to six questions about the same picture; kinds are drawn by `weights`, without putting back."""
-  kinds: dict[str, list[Question]] = {}
-  for question in questions(scene, rng):
-    if weights[question.kind]:
-      kinds.setdefault(question.kind, []).append(question)
-  turns: list[Turn] = []
-  # The first of exponential clocks that tick at these rates, then the next; equal rates are a plain shuffle.
-  clocks = sorted((-math.log(1 - rng.random()) / weights[kind], i, kind) for i, kind in enumerate(kinds))
-  for _, _, kind in clocks[: 1 + int(rng.random() * 6)]:
-    question = pick(rng, kinds[kind])
-    text = question.question
-    if not turns:
-      short = kind != "choice" and rng.random() < SHORT_ANSWERS
-      text = f"<image>\n{text}{SHORT_ANSWER if short else ''}"
-    turns += [Turn("user", text), Turn("assistant", question.answer)]
-  return tuple(turns)
-
-
 def _document(scene: Scene, combination: Combination, rng: Rng) -> str:
   """Returns a text of a few true sentences about a scene."""
   number = len(scene.objects)
   facts = _details(scene)
-  facts += [f"{asked.question} {asked.answer}." for asked in questions(scene, rng) if asked.kind not in ("choice", PLACE)]
+  asked = [one for one in questions.about(scene, rng) if one.kind not in ("choice", questions.PLACE)]
+  facts += [f"{one.question} {one.answer}." for one in asked]
   facts.append("There is one object." if number == 1 else f"There are {NUMBERS[number]} objects.")
   facts = shuffled(rng, tuple(dict.fromkeys(facts)))[: 2 + int(rng.random() * 4)]
   return f"{_sentence(combination, TEMPLATES, rng)}. {' '.join(facts)}"
@@ -386,10 +200,10 @@ def _document(scene: Scene, combination: Combination, rng: Rng) -> str:
 def _details(scene: Scene) -> list[str]:
   """Returns sentences that say the color, size and place of every object."""
   objects = scene.objects
-  places = [PLACES[min(2, int(3 * thing.y))][min(2, int(3 * thing.x))] for thing in objects]
+  places = [words.place(thing) for thing in objects]
   if _is_group(scene):
-    name = _plural_noun(objects[0].shape)
-    return [f"The {name} are {objects[0].color} and {objects[0].size}.", f"The {name} are {_join(places)}."]
+    name = words.plural_noun(objects[0].shape)
+    return [f"The {name} are {objects[0].color} and {objects[0].size}.", f"The {name} are {words.join(places)}."]
   shapes = [thing.shape for thing in objects]
   sentences = []
   for (shape, color, size, *_), place in zip(objects, places):
@@ -414,37 +228,12 @@ def _sentence(combination: Combination, templates: Sequence[str], rng: Rng) -> s
 def _phrase(combination: Combination) -> str:
   pairs = combination.pairs
   if combination.count > 1:
-    return _plural(*pairs[0], combination.count)
+    return words.plural(*pairs[0], combination.count)
   if combination.relation:
-    return f"{_noun(*pairs[0])} {combination.relation} {_noun(*pairs[1])}"
-  return _join([_noun(*pair) for pair in pairs])
+    return f"{words.noun(*pairs[0])} {combination.relation} {words.noun(*pairs[1])}"
+  return words.join([words.noun(*pair) for pair in pairs])
 
 
 def _cycle(pool: tuple[Combination, ...], rng: Rng) -> Iterator[Combination]:
   while True:
     yield from shuffled(rng, pool)
-
-
-def _is_there(shape: str, color: str | None = None) -> str:
-  return f"Is there {_noun(shape, color)} in the picture?"
-
-
-def _noun(shape: str, color: str | None = None) -> str:
-  return f"{'an' if color == 'orange' else 'a'} {color + ' ' if color else ''}{shape}"
-
-
-def _plural(shape: str, color: str | None, count: int) -> str:
-  return f"{NUMBERS[count]} {color + ' ' if color else ''}{_plural_noun(shape)}"
-
-
-def _plural_noun(shape: str) -> str:
-  return shape + ("es" if shape == "cross" else "s")
-
-
-def _join(parts: list[str]) -> str:
-  return " and ".join([", ".join(parts[:-1])] * (len(parts) > 1) + parts[-1:])
-
-
-def _check(what: str, name: str, known: tuple[str, ...]) -> None:
-  if name not in known:
-    raise UserError(f"the shapes world has no {what} {name!r}: use one of {', '.join(known)}")

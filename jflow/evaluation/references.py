@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jflow.data import scenes, shapes
-from jflow.data.shapes import Question
+from jflow.data import questions, scenes, shapes
+from jflow.data.questions import Question
 from jflow.evaluation import distances, judge
 
 LEARNED = 6000  # training questions that the models without eyes have seen
@@ -53,7 +53,7 @@ def baselines(asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
 def _learned() -> dict[str, list[Asked]]:
   """Words of a question -> where training asks them."""
   out: dict[str, list[Asked]] = collections.defaultdict(list)
-  for scene, question in shapes.evaluation_questions("train", LEARNED, 1):
+  for scene, question in questions.for_evaluation("train", LEARNED, 1):
     out[_words(question)].append((scene, question))
   return dict(out)
 
@@ -107,7 +107,8 @@ def features(
   """
   path = None
   if cache:
-    code = b"".join(pathlib.Path(module.__file__).read_bytes() for module in (scenes, shapes, judge, distances))
+    files = (*shapes.CODE, *(pathlib.Path(module.__file__) for module in (judge, distances)))
+    code = b"".join(file.read_bytes() for file in files)
     key = hashlib.sha256(code + repr((split, tuple(tags), count, side, name)).encode()).hexdigest()
     path = cache / f"renders-{key[:16]}.npz"
     if path.exists():

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from jflow.data import scenes, shapes
+from jflow.data import questions, scenes, shapes
 from jflow.data.examples import IMAGE_MARK
-from jflow.data.shapes import TAGS, Question as Asked
+from jflow.data.questions import Question as Asked
+from jflow.data.scenes import TAGS
 from jflow.evaluation import answers, distances, judge, references, scores
 from jflow.evaluation.recipes import Recipe
 from jflow.evaluation.report import Result
@@ -58,7 +59,7 @@ class ShapesBenchmark:
       prompts = shapes.evaluation_prompts(split, each * tags, 0)[:limit]
       self._prompts[split] = [] if only == "questions" else prompts
       count = 0 if only == "pictures" else min(QUESTIONS, limit or QUESTIONS)
-      self._questions[split] = shapes.evaluation_questions(split, count, 0) if count else []
+      self._questions[split] = questions.for_evaluation(split, count, 0) if count else []
     self._true = []
     for i in range(0 if only == "questions" else min(CEILING * len(TAGS), limit or CEILING * len(TAGS))):
       scene, combination = scenes.sample(TAGS[i % len(TAGS)], "val", random.Random(f"evaluation/codec/{i}"))
@@ -66,7 +67,7 @@ class ShapesBenchmark:
 
   def data_files(self) -> list[pathlib.Path]:
     """The world is code: what is asked and what is right changes with it."""
-    return [pathlib.Path(module.__file__) for module in (scenes, shapes)]
+    return list(shapes.CODE)
 
   def tasks(self) -> list[Painting | RoundTrip | Question]:
     """All pictures to paint, true ones to send through the VAE, then all questions."""
@@ -130,13 +131,13 @@ class ShapesBenchmark:
 
 def prompt_of(question: Asked) -> str:
   """The user's turn: picture, question, and the instruction for short answers unless it has options."""
-  suffix = "" if question.kind == "choice" else shapes.SHORT_ANSWER
+  suffix = "" if question.kind == "choice" else questions.SHORT_ANSWER
   return f"{IMAGE_MARK}\n{question.question}{suffix}"
 
 
 def right(question: Asked, answer: str) -> bool:
   """Whether an answer is the right one: as text after normalisation, as a yes or no, as a letter."""
-  if question.kind in shapes.PAIRED:
+  if question.kind in questions.PAIRED:
     return answers.yes_or_no(answer).lower() == question.answer
   if question.kind == "choice":
     lines = [line.split(". ", 1) for line in question.question.splitlines() if line[1:3] == ". "]
@@ -258,7 +259,7 @@ def _question_scores(
   yes: dict[str, dict[int, list[tuple[bool, bool]]]] = by_group()
   for (number, (_, question)), answer in zip(_grouped(asked), said, strict=True):
     groups[question.kind][number].append(right(question, answer))
-    if question.kind in shapes.PAIRED:
+    if question.kind in questions.PAIRED:
       yes[question.kind][number].append((question.answer == "yes", answers.yes_or_no(answer) == "Yes"))
   prefix, beside = f"{name} questions: ", references.baselines(asked)
   out = {}
@@ -286,7 +287,7 @@ def _grouped(asked: Sequence[tuple[Any, Asked]]) -> Iterator[tuple[int, tuple[An
 def _gap(out: Mapping[str, Score], kind: str) -> dict[str, Score]:
   """Mean difference over the categories that both splits have."""
   names = [name.removeprefix(f"held-out {kind}: ") for name in out if name.startswith(f"held-out {kind}: ")]
-  names = [name for name in names if name in (TAGS if kind == "pictures" else shapes.KINDS)]
+  names = [name for name in names if name in (TAGS if kind == "pictures" else questions.KINDS)]
   differences = [out[f"seen {kind}: {name}"].value - out[f"held-out {kind}: {name}"].value for name in names
                  if f"seen {kind}: {name}" in out]  # fmt: skip
   name = f"{kind}: seen less held-out, same categories"

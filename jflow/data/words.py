@@ -1,0 +1,42 @@
+"""The words of the shapes world: how objects, counts and places are named."""
+
+from jflow.data.scenes import Object
+from jflow.errors import UserError
+
+NUMBERS = ("zero", "one", "two", "three", "four")
+PLACES = (
+  ("at the top left", "at the top", "at the top right"),
+  ("on the left", "in the center", "on the right"),
+  ("at the bottom left", "at the bottom", "at the bottom right"),
+)
+
+
+def place(thing: Object) -> str:
+  """Where an object is, to a third of the side."""
+  return PLACES[min(2, int(3 * thing.y))][min(2, int(3 * thing.x))]
+
+
+def noun(shape: str, color: str | None = None) -> str:
+  """As in "an orange ring"."""
+  return f"{'an' if color == 'orange' else 'a'} {color + ' ' if color else ''}{shape}"
+
+
+def plural(shape: str, color: str | None, count: int) -> str:
+  """As in "two red crosses"."""
+  return f"{NUMBERS[count]} {color + ' ' if color else ''}{plural_noun(shape)}"
+
+
+def plural_noun(shape: str) -> str:
+  """As in "crosses"."""
+  return shape + ("es" if shape == "cross" else "s")
+
+
+def join(parts: list[str]) -> str:
+  """As in "a ring, a star and a heart"."""
+  return " and ".join([", ".join(parts[:-1])] * (len(parts) > 1) + parts[-1:])
+
+
+def check(what: str, name: str, known: tuple[str, ...]) -> None:
+  """Raises UserError where the world does not know a name."""
+  if name not in known:
+    raise UserError(f"the shapes world has no {what} {name!r}: use one of {', '.join(known)}")
