@@ -14,7 +14,7 @@ venv=${JFLOW_VENV:-.venv}
 python=${JFLOW_PYTHON:-$([ -x "$venv/bin/python" ] && echo "$venv/bin/python" || echo python)}
 pids=()
 IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((processes - 1)))}"
-if [ "${#devices[@]}" -lt "$processes" ]; then
+if [ "${JAX_PLATFORMS:-}" != cpu ] && [ "${#devices[@]}" -lt "$processes" ]; then
   echo "launch/local.sh: CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names fewer GPUs than $processes processes" >&2
   exit 2
 fi
@@ -28,7 +28,7 @@ start() {
   port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
   pids=()
   for ((i = 0; i < processes; i++)); do
-    CUDA_VISIBLE_DEVICES=${devices[i]} "$python" -m jflow train "$@" \
+    CUDA_VISIBLE_DEVICES=${devices[i]:-} "$python" -m jflow train "$@" \
       --config.distributed.coordinator="127.0.0.1:$port" --config.distributed.processes="$processes" \
       --config.distributed.process_id="$i" &
     pids+=($!)

@@ -2,7 +2,7 @@
 
   python launch/tokenizer.py configs/tokenizer
 
-The result depends on this file and on jflow/data/shapes.py alone; retrain when the world's wording changes,
+The result depends on this file and on those of jflow.data.shapes.CODE; retrain when the world's wording changes,
 and train the small models anew with it.
 """
 

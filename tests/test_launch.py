@@ -85,8 +85,10 @@ def test_local_gives_each_process_one_of_the_gpus_that_it_may_see(tmp_path):
   assert seen() == ["5", "7"]
   assert stage.run("local.sh", "2", "--", *FIELDS, CUDA_VISIBLE_DEVICES="").returncode == 0
   assert seen() == ["0", "1", "5", "7"]
-  done = stage.run("local.sh", "2", "--", *FIELDS, CUDA_VISIBLE_DEVICES="3")
+  done = stage.run("local.sh", "2", "--", *FIELDS, CUDA_VISIBLE_DEVICES="3", JAX_PLATFORMS="")
   assert done.returncode == 2 and "names fewer GPUs than 2 processes" in done.stderr
+  done = stage.run("local.sh", "2", "--", *FIELDS, CUDA_VISIBLE_DEVICES="-1", JAX_PLATFORMS="cpu")
+  assert done.returncode == 0, done.stderr
 
 
 def test_local_starts_again_after_a_failure_and_not_after_a_mistake(tmp_path):

@@ -259,6 +259,11 @@ def test_shares_of_the_tags():
     (("text", 10, 0, "val", None, 0.5, -0.5), "named_colors"),
     (("text", 10, 0, "val", None, 0.5, 0.5, (("colour", 2.0),)), "kind of question 'colour'"),
     (("text", 10, 0, "val", None, 0.5, 0.5, ("relation", 4.0)), "asked should hold pairs"),
+    (("text", 10, 0, "val", None, 0.5, 0.5, (("relation", "4"),)), "'relation' should have a weight >= 0: 4"),
+    (
+      ("text", 10, 0, "val", None, 0.5, 0.5, (("existence", 0), ("existence_shape", 0), ("count", 0))),
+      "asked should leave existence or count",
+    ),
     (("text", 10, 0, "val", None, 0.5, 0.5, (("color", -1.0),)), "'color' should have a weight >= 0"),
   ],
 )

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -62,6 +63,12 @@ def test_a_lock_that_a_dead_host_left_is_waited_for(tmp_path, monkeypatch, capsy
   monkeypatch.setattr(workdirs.fcntl, "flock", flock)
   workdirs.unlock(workdirs.lock(tmp_path))
   assert "is held by pid 7 on another-node since 2026-01-01 00:00:00; waiting up to 120 s" in capsys.readouterr().err
+  (tmp_path / "lock").write_text("pid 7 on another-node since 2026-01-01 00:00:00\n")
+  tries.clear()
+  name = os.uname().nodename  # as a pod that has moved to another machine
+  (tmp_path / "lock").write_text(f"pid 7 on {name} (00000000) since 2026-01-01 00:00:00\n")
+  workdirs.unlock(workdirs.lock(tmp_path))
+  assert f"is held by pid 7 on {name} (00000000)" in capsys.readouterr().err
   (tmp_path / "lock").write_text("pid 7 on another-node since 2026-01-01 00:00:00\n")
   tries.clear()
   monkeypatch.setattr(workdirs, "_LEASE", -1)

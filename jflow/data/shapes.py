@@ -72,9 +72,11 @@ class ShapesSource:
       raise UserError(f"the shapes world's asked should hold pairs, as (('relation', 4.0),): {asked!r}")
     for kind, weight in asked:
       words.check("kind of question", kind, tuple(self._asked))
-      if not 0 <= weight < float("inf"):
+      if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
         raise UserError(f"the shapes world's questions of kind {kind!r} should have a weight >= 0: {weight}")
       self._asked[kind] = weight
+    if not any(self._asked[kind] for kind in ("existence", "existence_shape", "count")):
+      raise UserError("the shapes world's asked should leave existence or count, which every scene allows")
     shares = dict(DEFAULT_TAGS if tags is None else tags)
     words.check("task", task, TASKS)
     words.check("split", split, scenes.SPLITS)

@@ -36,7 +36,7 @@ def add_json(p: argparse.ArgumentParser, what: str) -> None:
 
 def check_json(args: argparse.Namespace) -> None:
   """Makes the folder of --json before the work starts; raises UserError where it cannot be, or is named itself."""
-  if args.json:
+  if args.json and args.json.is_dir():
+    raise UserError(f"--json={args.json} is a directory: name a file")
+  if args.json and not args.json.exists():  # /dev/stdout is there, in a folder that takes no files
     make_directory(args.json.parent, "--json")
-    if args.json.is_dir():
-      raise UserError(f"--json={args.json} is a directory: name a file")

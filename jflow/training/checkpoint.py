@@ -239,7 +239,7 @@ class Checkpointer:
     sealed = sealed_steps(self._directory)
     for step in steps_of(self._directory):
       if step < saved and step not in sealed:
-        shutil.rmtree(self._directory / str(step))
+        shutil.rmtree(self._directory / str(step), ignore_errors=True)
     whole = [step for step in sealed if step <= saved]
     for step in whole[self._keep :]:
       if self._keep_every and step % self._keep_every == 0:

@@ -4,7 +4,6 @@ import importlib.util
 import math
 import re
 import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -240,6 +239,8 @@ def start_params(
   differing = _differences(model.config, {path: loaded.config for path, loaded in read.items()}, origin)
   _check_fits(train, source, wanted, origin, differing)
   for made, field, before, value in differing:
+    if field == "alignment_width":  # a head of training alone: dropped, or fresh
+      continue
     hosts.say(
       f"{made} was made with model.{field}={before!r}, this run has {value!r}: the same weights compute something "
       f"else (--config.model.{field}={before} keeps it as it was)"
@@ -283,6 +284,9 @@ def _chosen(train: Config, read: Mapping[str, Checkpoint]) -> tuple[dict[str, An
 _PART_OF = {"understanding_encoder": "understanding_encoder", "autoencoder": "vae", "generation": "generation_encoder"}
 
 
+_SHAPELESS = ("gelu", "epsilon", "rope_theta", "scaling")  # fields that change what is computed and no shape
+
+
 def _check_fits(
   train: Config,
   source: Mapping[str, Any],
@@ -293,9 +297,10 @@ def _check_fits(
   """Raises UserError where parameters are missing, left over or of another shape; it lists the fields to set."""
 
   def refuse(path: str, what: str) -> None:
-    made = [(field, before) for checkpoint, field, before, _ in differing if checkpoint == origin(path)]
-    fields = " ".join(shlex.quote(f"--config.model.{field}={before}") for field, before in made)
-    raise UserError(f"{origin(path)}: {path} {what}" + (f"; it was made with {fields}" if fields else ""))
+    made = {field: before for checkpoint, field, before, _ in differing if checkpoint == origin(path)}
+    explained = not all(field.endswith(_SHAPELESS) for field in made)
+    fields = " ".join(shlex.quote(f"--config.model.{field}={before}") for field, before in made.items())
+    raise UserError(f"{origin(path)}: {path} {what}" + (f"; it was made with {fields}" if explained else ""))
 
   dropped, fresh = (tuple(part + "/" for part in train[name]) for name in ("init_dropped", "init_fresh"))
   for path in sorted(set(source) | set(wanted)):
@@ -318,11 +323,12 @@ def _differences(
     origin: parameter path -> the checkpoint that it comes from.
   """
   flat = {path: flatten_dict(config.to_dict(), sep=".") for path, config in theirs.items()}
-  harmless = ("alignment_", "language_model.context")
+  harmless = ("alignment_layer", "language_model.context")
   found = []
   for field, value in sorted(flatten_dict(ours.to_dict(), sep=".").items()):
     source = origin(_PART_OF.get(field.split(".")[0], "language_model"))
-    if value != flat[source][field] and not field.startswith(harmless):
+    fresh = field == "alignment_width" and not flat[source][field]  # there is no such head yet
+    if value != flat[source][field] and field not in harmless and not fresh:
       found.append((source, field, flat[source][field], value))
   return found
 

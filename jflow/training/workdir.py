@@ -67,11 +67,17 @@ def lock(workdir: pathlib.Path) -> Any:
   handle.truncate(0)
   now = time.strftime("%Y-%m-%d %H:%M:%S")
   try:
-    handle.write(f"pid {os.getpid()} on {os.uname().nodename} since {now}\n")
+    handle.write(f"pid {os.getpid()} on {_machine()} since {now}\n")
     handle.flush()
   except OSError as error:
     raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
   return handle
+
+
+def _machine() -> str:
+  """This machine since it was started; a name alone passes to another one, as that of a pod does."""
+  boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
+  return f"{os.uname().nodename} ({boot.read_text()[:8] if boot.exists() else 'no boot id'})"
 
 
 def _wait_for_lock(handle: Any, workdir: pathlib.Path) -> None:
@@ -83,7 +89,7 @@ def _wait_for_lock(handle: Any, workdir: pathlib.Path) -> None:
     except BlockingIOError as error:
       handle.seek(0)
       holder = handle.read().strip() or "unknown"
-      if f" on {os.uname().nodename} " in holder or time.monotonic() > until:
+      if _machine() in holder or time.monotonic() > until:
         raise UserError(f"workdir {workdir} is in use by another trainer ({holder})") from error
       if not said:
         print(f"jflow: {workdir} is held by {holder}; waiting up to {_LEASE} s for it", file=sys.stderr, flush=True)
