@@ -148,7 +148,7 @@ def test_the_watchdog_ends_a_stalled_job_and_prints_where_it_stood(tmp_path):
   with toy(tmp_path, "run", "sleep", 8, 1, fields=("--config.train.watchdog_seconds=4",)) as job:
     assert all(job.codes(60))
     said = [job.said(0), job.said(1)]
-  assert any("no step for 4 s (train.watchdog_seconds) after step" in text for text in said)
+  assert any("no step for 4 s (train.watchdog_seconds=4) after step" in text for text in said)
   assert any("most recent call first" in text for text in said), said
 
 
