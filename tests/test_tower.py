@@ -16,7 +16,7 @@ from jflow.data.shapes import ShapesSource
 from jflow.models.config import SiglipConfig
 from jflow.models.siglip import Siglip
 from jflow.training import setup
-from jflow.training.tower import fit_siglip, label_loss
+from jflow.training.tower import fit_siglip, label_loss, recolored
 
 CONFIG = SiglipConfig(
   image_size=24, patch_size=6, width=32, mlp_width=64, layers=1, heads=2, layer_norm_epsilon=1e-6, gelu="erf"
@@ -43,18 +43,43 @@ def test_every_picture_of_the_world_shows_each_object_on_some_patch():
     assert found == {(scenes.SHAPES.index(o.shape), colors.index(o.color)) for o in scene.objects}
 
 
-def test_the_loss_counts_shape_and_color_on_objects_and_presence_everywhere():
-  labels = np.full((2, 3, 2), -1)
-  labels[0, 1] = 2, 7
-  even = jnp.zeros((2, 3, 19))
+def test_the_loss_counts_what_is_told_and_presence_and_place_everywhere():
+  labels = np.full((2, 4, 2), -1)
+  labels[0, 1] = 2, -1  # of one object the shape is told
+  labels[1, 2] = -1, 7  # of another the color
+  even = jnp.zeros((2, 4, 8 + 10 + 1 + 2 + 2))
   loss, right = label_loss(even, labels)
-  assert float(loss) == pytest.approx(math.log(8) + math.log(10) + math.log(2), rel=1e-6)
+  assert float(loss) == pytest.approx(math.log(8) + math.log(10) + math.log(2) + 0.25 * 2 * math.log(2), rel=1e-6)
   assert float(right) == 0.0  # the first of equal logits is not shape 2
-  sure = even.at[..., 18].set(jnp.where(labels[..., 0] >= 0, 50.0, -50.0)).at[0, 1, 2].set(50.0).at[0, 1, 8 + 7].set(50.0)
+  sure = even.at[..., 18].set(jnp.where(labels.max(-1) >= 0, 50.0, -50.0)).at[0, 1, 2].set(50.0).at[1, 2, 8 + 7].set(50.0)
+  for patch, (row, column) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+    sure = sure.at[:, patch, 19 + row].set(50.0).at[:, patch, 21 + column].set(50.0)
   loss, right = label_loss(sure, labels)
   assert float(loss) == pytest.approx(0.0, abs=1e-6) and float(right) == 1.0
-  off = sure.at[1, :, :18].set(9.0)  # what is said of shape and color where nothing is does not matter
+  off = sure.at[0, 1, 8:18].set(9.0).at[1, 2, :8].set(9.0).at[:, 3, :18].set(9.0)  # not told: does not matter
   assert float(label_loss(off, labels)[0]) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_recolored_object_has_no_named_color_and_each_label_belongs_to_its_half():
+  source, rng = ShapesSource("generation", 300, 1), np.random.default_rng(0)
+  known = np.array(list(scenes.COLORS.values()))
+  seen = {True: 0, False: 0}
+  for i in range(len(source)):
+    scene, all_told = source[i].images[0], i % 2 == 0
+    other, labels = recolored(scene, 8, rng, all_told)
+    assert other._replace(fills=scene.fills) == scene  # nothing but the colors changes
+    truth = scenes.patch_labels(scene, 8)
+    for thing, before, after in zip(scene.objects, scene.fills, other.fills):
+      own = before == after
+      seen[own] += 1
+      shape, color = scenes.SHAPES.index(thing.shape), tuple(scenes.COLORS).index(thing.color)
+      here = scenes.patch_labels(scene._replace(objects=(thing,)), 8)[:, 0] >= 0
+      assert set(labels[here, 0]) == {shape if all_told or not own else -1}
+      assert set(labels[here, 1]) == {color if own else -1}
+      if not own:
+        assert np.linalg.norm(known - after, axis=1).min() > 3 * scenes.JITTER  # no shade of a named one
+    assert (labels[truth[:, 0] < 0] == -1).all()
+  assert 0.35 < seen[True] / sum(seen.values()) < 0.45
 
 
 def test_fitting_teaches_a_tower_to_tell_colors():

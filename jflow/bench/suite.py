@@ -8,7 +8,7 @@ reported as such and the run goes on. Its sizes are those of the config, so that
 import gc
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,8 +34,8 @@ _CHUNKS = (256, 512, 1024)
 _SEGMENTS = 6
 
 
-def run_suite(config: dict[str, Any], steps: int) -> dict[str, Any]:
-  """Measures all sections; `steps` timed calls each. Rows per step are the config's, and multiples of them."""
+def run_suite(config: dict[str, Any], steps: int, chosen: Sequence[str]) -> dict[str, Any]:
+  """Measures the chosen sections; `steps` timed calls each. Rows per step are the config's, and multiples of them."""
   model = setup.check(config)
   device = jax.devices()[0]
   dtype = jnp.dtype(config["compute"]["dtype"])
@@ -46,9 +46,9 @@ def run_suite(config: dict[str, Any], steps: int) -> dict[str, Any]:
     "head_loss": lambda: head_losses(config, model.language_model, dtype, steps),
     "steps": lambda: sweep(config, steps),
   }
-  for name, section in sections.items():
+  for name in chosen:
     print(f"bench: {name} ...", file=sys.stderr, flush=True)
-    report[name] = section()
+    report[name] = sections[name]()
   return report
 
 

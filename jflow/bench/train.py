@@ -6,11 +6,13 @@ from typing import Any
 
 from jflow.errors import UserError
 
+SECTIONS = ("ceiling", "attention", "head_loss", "steps")
 _EPILOG = """\
 examples
   python -m jflow bench train --config=configs/stage2.py:tiny                      # anywhere
   python -m jflow bench train --config=configs/stage2.py --rows=8 --json=h200.json # one GPU
-  python -m jflow bench train --suite --config=configs/stage2.py --json=suite.json # everything, one GPU, 30 minutes
+  python -m jflow bench train --config=configs/stage2.py --rows=4 --json=suite.json --suite            # everything, one GPU, 30 minutes
+  python -m jflow bench train --config=configs/stage2.py --rows=4 --json=kernels.json --suite attention  # a part of it
 
 Rows are full and random, in the mixture of the config's last phase; everything runs on the device, SigLIP and VAE
 included. MFU takes the model FLOPs of jflow/model_flops.py over the vendor's dense bf16 peak; none on a CPU. Parts
@@ -28,7 +30,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     "--parts", action=argparse.BooleanOptionalAction, default=True, help="time the parts too"
   )
   parser.add_argument(
-    "--suite", action="store_true", help="ceilings, kernels, losses, remat x rows, memory too"
+    "--suite",
+    nargs="*",
+    choices=SECTIONS,
+    metavar="SECTION",
+    help=f"in place of the one step: {', '.join(SECTIONS)} (remat x rows); all where none is named",
   )
   parser.add_argument(
     "--fields", nargs="*", default=[], metavar="config.FIELD=VALUE", help="set fields of the config"
@@ -44,10 +50,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
   fields = [f"--{field.lstrip('-')}" for field in args.fields]
   config = load_config([f"--config={args.config}", *fields])
   config = with_rows(config, args.rows)
-  if args.suite:
+  if args.suite is not None:
     from jflow.bench.suite import run_suite
 
-    return run_suite(config, args.steps)
+    return run_suite(config, args.steps, args.suite or SECTIONS)
   return measure(config, args.steps, args.parts)
 
 

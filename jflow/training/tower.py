@@ -2,9 +2,15 @@
 
 SigLIP has seen billions of pairs of pictures and texts before JanusFlow reads with it (paper section 3.2). A small
 tower on two cores sees some ten thousand pictures, in which the sigmoid loss teaches it colors and no shapes. So each
-patch learns what stands on it: it is told in every picture, for every object, where it is.
+patch learns what stands on it, and in which row and column it lies: without that, the tower forgets where things are.
+
+Billions of pictures show every shape in every color. The world of training never shows some pairs, and a tower that
+learns shapes from it learns that as well. So some objects get a color that has no name in the world, and in the second
+half of the pictures shapes are told of these alone, colors of the others alone.
 """
 
+import itertools
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -27,14 +33,18 @@ _BATCH = 16  # smaller ones learn more from as many pictures; the rate is for th
 _RATE = 1.5e-3  # falls linearly to a tenth after the warm-up
 _WARMUP = 50  # steps; fewer than 800 pictures only warm up
 _SHAPES = len(scenes.SHAPES)
-_LABELS = _SHAPES + len(scenes.COLORS) + 1  # logits of a patch: shape, color, whether anything is there
+_COLORS = len(scenes.COLORS)
+_PLACE_WEIGHT = 0.25  # of the losses of row and column
+_RECOLORED = 0.6  # share of the objects
+_NAMED = np.array([*scenes.COLORS.values(), (scenes.BACKGROUND,) * 3])
+_APART = np.array([50] * _COLORS + [85])  # least distance of a recolored object's RGB from each of _NAMED
 
 
 def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed: int) -> Any:
   """Fits a tower to scenes of the built-in world.
 
-  The loss is the cross-entropy of shape and color over patches whose center lies in an object's box, and the binary
-  one of whether a patch is such.
+  The loss is the cross-entropy of shape and color over patches whose center lies in an object's box (`recolored` says
+  of which objects which), the binary one of whether a patch is such, and those of every patch's row and column.
 
   Args:
     config: of the tower.
@@ -51,7 +61,7 @@ def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed
   key, other = jax.random.split(jax.random.key(seed))
   params = {
     "tower": unbox(tower.init(key, jnp.zeros((1, size, size, 3)))["params"]),
-    "labels": jax.random.normal(other, (config.width, _LABELS)) / np.sqrt(config.width),
+    "labels": jax.random.normal(other, (config.width, _SHAPES + _COLORS + 1 + 2 * side)) / np.sqrt(config.width),
   }
   rate = optax.schedules.join_schedules(
     [optax.linear_schedule(0.0, _RATE, _WARMUP), optax.linear_schedule(_RATE, _RATE / 10, max(1, steps - _WARMUP))], [_WARMUP]
@@ -70,12 +80,12 @@ def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed
   shown = sys.stderr.isatty() and hosts.is_first()
   hosts.say(f"fitting SigLIP to {steps * _BATCH:,} labelled pictures before the first step")
   bar = tqdm(total=steps * _BATCH, unit="picture", desc="fitting SigLIP to labels", disable=not shown)
-  right = []
+  right, rng = [], np.random.default_rng(seed)
   for i in range(steps):
-    batch = [world[k % len(world)] for k in range(i * _BATCH, (i + 1) * _BATCH)]
-    images = np.stack([scene.render(size) for scene in batch])
-    labels = np.stack([scenes.patch_labels(scene, side) for scene in batch])
-    params, state, share = step(params, state, images, labels)
+    batch = range(i * _BATCH, (i + 1) * _BATCH)
+    batch = [recolored(world[k % len(world)], side, rng, all_told=i < steps // 2) for k in batch]
+    images = np.stack([scene.render(size) for scene, _ in batch])
+    params, state, share = step(params, state, images, np.stack([labels for _, labels in batch]))
     right.append(share)
     bar.update(_BATCH)
   bar.close()
@@ -84,19 +94,52 @@ def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed
   return jax.device_get(params["tower"])
 
 
-def label_loss(logits_BPL: jax.Array, labels_BP2: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns the loss of `fit_siglip` and the share of the objects' patches whose shape is right.
+def recolored(
+  scene: Scene, side: int, rng: np.random.Generator, all_told: bool
+) -> tuple[Scene, np.ndarray]:
+  """Gives some objects a color that has no name in the world, and tells what each patch shows.
 
   Args:
-    logits_BPL: of shapes, of colors, of whether anything is there.
-    labels_BP2: int[B, P, 2], shape and color, -1 where nothing is.
+    scene: of the built-in world.
+    side: patches of a row of patches.
+    rng: decides which objects, and their colors.
+    all_told: whether the shape of an object in its own color is told.
+
+  Returns:
+    The scene, and int8[side * side, 2]: shape and color on each patch, -1 where nothing is or it is not told.
   """
-  there_BP = labels_BP2[..., 0] >= 0
-  count = jnp.maximum(there_BP.sum(), 1)
-  named = jnp.maximum(labels_BP2, 0)
+  own = [rng.random() >= _RECOLORED for _ in scene.objects]
+  fills = tuple(fill if kept else _nameless(rng) for fill, kept in zip(scene.fills, own))
+  only = lambda kept: scene._replace(objects=tuple(itertools.compress(scene.objects, kept)))
+  shapes = scenes.patch_labels(scene if all_told else only([not kept for kept in own]), side)[:, 0]
+  colors = scenes.patch_labels(only(own), side)[:, 1]
+  return scene._replace(fills=fills), np.stack([shapes, colors], axis=1)
+
+
+def _nameless(rng: np.random.Generator) -> tuple[int, int, int]:
+  """An RGB color far from all that the world names, and from its background."""
+  while True:
+    color = rng.integers(0, 256, 3)
+    if (np.linalg.norm(_NAMED - color, axis=1) > _APART).all():
+      return tuple(color.tolist())
+
+
+def label_loss(logits_BPL: jax.Array, labels_BP2: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the loss of `fit_siglip` and the share of the patches with a told shape on which it is right.
+
+  Args:
+    logits_BPL: of shapes, of colors, of whether anything is there, of rows, of columns.
+    labels_BP2: of `recolored`: int[B, P, 2], shape and color, -1 where not told; patches in raster order.
+  """
+  side = math.isqrt(logits_BPL.shape[1])
+  ends = np.cumsum((_SHAPES, _COLORS, 1, side))
+  shapes, colors, there, rows, columns = jnp.split(logits_BPL, ends, axis=-1)
   entropy = optax.softmax_cross_entropy_with_integer_labels
-  shapes, colors, there = jnp.split(logits_BPL, (_SHAPES, _LABELS - 1), axis=-1)
-  loss = entropy(shapes, named[..., 0]) + entropy(colors, named[..., 1])
-  loss = (loss * there_BP).sum() / count + optax.sigmoid_binary_cross_entropy(there[..., 0], there_BP).mean()
-  right = (shapes.argmax(-1) == labels_BP2[..., 0]) & there_BP
-  return loss, right.sum() / count
+  mean = lambda x, where: (x * where).sum() / jnp.maximum(where.sum(), 1)
+  told_BP2, named_BP2 = labels_BP2 >= 0, jnp.maximum(labels_BP2, 0)
+  loss = mean(entropy(shapes, named_BP2[..., 0]), told_BP2[..., 0])
+  loss += mean(entropy(colors, named_BP2[..., 1]), told_BP2[..., 1])
+  loss += optax.sigmoid_binary_cross_entropy(there[..., 0], told_BP2.any(-1)).mean()
+  row, column = (jnp.broadcast_to(x, logits_BPL.shape[:2]) for x in np.divmod(np.arange(side * side), side))
+  loss += _PLACE_WEIGHT * (entropy(rows, row).mean() + entropy(columns, column).mean())
+  return loss, mean(shapes.argmax(-1) == labels_BP2[..., 0], told_BP2[..., 0])
