@@ -169,7 +169,31 @@ def test_the_table_of_segments_is_what_the_packer_made():
   segments = np.array([[1, 1, 1, 2, 3, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1], [0] * 8], np.int32)
   lengths, starts = kernels.segment_table(jnp.asarray(segments), 4)
   np.testing.assert_array_equal(lengths, [[3, 1, 2, -1], [8, -1, -1, -1], [-1] * 4])
-  np.testing.assert_array_equal(starts, [[0, 3, 4, 6, -1], [0, 8, -1, -1, -1], [0, -1, -1, -1, -1]])
+  np.testing.assert_array_equal(starts, [[0, 3, 4, -1, -1], [0, -1, -1, -1, -1], [-1] * 5])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_cudnn_is_told_where_each_segment_of_each_row_lies(seed):
+  """What jax makes of the table for cuDNN: a flat list of all segments, their places counted in numbers."""
+  from jax._src.cudnn.fused_attention_stablehlo import _fix_seqlen_offsets
+
+  rng = np.random.default_rng(seed)
+  batch, seq, heads, width, limit = 3, 64, 2, 8, 10
+  segments = packing(rng, batch, seq)
+  if seed == 0:
+    segments[1] = 0  # a row of padding alone
+  lengths, starts = kernels.segment_table(jnp.asarray(segments), limit)
+  like = jnp.zeros((batch, seq, heads, width))
+  lengths, _, starts, _ = map(np.asarray, _fix_seqlen_offsets(lengths, lengths, starts, starts, like, like))
+  want = [
+    (row * seq + int(np.argmax(segments[row] == i)), int((segments[row] == i).sum()))
+    for row in range(batch)
+    for i in range(1, segments[row].max() + 1)
+  ]
+  stride = heads * width
+  got = list(zip((starts.ravel() // stride).tolist(), lengths.ravel().tolist()))
+  assert got[: len(want)] == want
+  assert starts.ravel()[len(want)] == batch * seq * stride and not any(length for _, length in got[len(want) :])
 
 
 def device(platform: str, capability: str = ""):
@@ -181,9 +205,10 @@ def test_the_kernel_follows_the_device():
   assert choose("auto", device("cpu"), bf16, 128) == "xla"
   assert choose("auto", device("tpu"), bf16, 128) == "splash"
   assert choose("auto", device("tpu"), bf16, 64) == "xla"
-  assert choose("auto", device("gpu", "9.0"), bf16, 128) == "cudnn"
-  assert choose("auto", device("gpu", "8.0"), bf16, 128) == "triton"
-  assert choose("auto", device("gpu", "9.0"), f32, 128) == "triton"
+  assert choose("auto", device("gpu", "9.0"), bf16, 128) == "triton"
+  assert choose("auto", device("gpu", "8.0"), f32, 128) == "triton"
+  assert choose("auto", device("gpu", "9.0"), bf16, 96) == "xla"
+  assert choose("cudnn", device("gpu", "9.0"), bf16, 128) == "cudnn"
   assert choose("xla", device("tpu"), bf16, 128) == "xla"
 
 

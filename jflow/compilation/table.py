@@ -23,6 +23,7 @@ ROWS = (
 # For TPU the compiler works 13 times as long on a ConvNeXt block with its full effort, and the memory, not the
 # products or the collectives, of what it makes differs; see the README.
 _EFFORT = {"tpu": -1.0, "gpu": 0.0}
+_ATTENTION = {"tpu": "splash", "gpu": "cudnn"}
 
 
 def write_table(name: pathlib.Path) -> int:
@@ -50,12 +51,13 @@ def write_table(name: pathlib.Path) -> int:
 
 def _compiled(topology: str, rows: int) -> dict:
   """The report of a row, or its error, from a process of its own: what a compiler holds is given back."""
-  effort = _EFFORT[Topology.parse(topology).chip.platform]
+  platform = Topology.parse(topology).chip.platform
+  effort, attention = _EFFORT[platform], _ATTENTION[platform]
   with tempfile.TemporaryDirectory() as folder:
     file = pathlib.Path(folder) / "report.json"
     command = [
       sys.executable, "-m", "jflow", "compile", "--config=configs/stage2.py", f"--topology={topology}",
-      f"--rows_per_device={rows}", f"--effort={effort}", f"--json={file}",
+      f"--rows_per_device={rows}", f"--effort={effort}", f"--json={file}", f"--config.compute.attention={attention}",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     if file.exists():

@@ -22,8 +22,9 @@ _QUERY_BLOCK = 1024  # longer query sequences are cut, so that no S x T matrix o
 def choose(name: str, device: jax.Device, dtype: Any, head_width: int) -> str:
   """Resolves "auto" for a device, and checks that a kernel named outright can run there.
 
-  TPU: splash. GPU: packed cuDNN from compute capability 9.0 on, Pallas-Triton before it. Everything else, and
-  whatever those kernels do not take (f32 on a GPU, odd head widths): xla.
+  TPU: splash. GPU: Pallas-Triton, which passed its test (`pytest -m gpu`) on an H200; cuDNN's packed kernel has to be
+  asked for, since it failed there, and what was wrong, its table of segments, has been mended without a GPU at hand.
+  Everything else, and whatever those kernels do not take (odd head widths): xla.
 
   Raises:
     UserError: the named kernel cannot run on this device, in this dtype or at this width.
@@ -31,8 +32,8 @@ def choose(name: str, device: jax.Device, dtype: Any, head_width: int) -> str:
   if name not in IMPLEMENTATIONS:
     raise UserError(f"config.compute.attention={name!r} must be one of {', '.join(IMPLEMENTATIONS)}")
   if name == "auto":
-    preferred = {"tpu": ("splash",), "gpu": ("cudnn", "triton")}.get(device.platform, ())
-    return next((k for k in preferred if not kernels.obstacle(k, device, dtype, head_width)), "xla")
+    preferred = {"tpu": "splash", "gpu": "triton"}.get(device.platform, "xla")
+    return preferred if preferred == "xla" or not kernels.obstacle(preferred, device, dtype, head_width) else "xla"
   why = "" if name == "xla" else kernels.obstacle(name, device, dtype, head_width)
   if why:
     raise UserError(f"config.compute.attention={name!r} {why}; use 'auto' or 'xla'")

@@ -103,15 +103,16 @@ def triton(q_BSNH, k_BSNH, v_BSNH, segments_BS, interpret: bool = False) -> jax.
 def segment_table(segments_BS: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
   """Lengths int32[B, M] and starts int32[B, M + 1] of the segments 1..M of each row, -1 where there is none.
 
-  Segments are consecutive runs in rising order, padding (0) behind them, as the packer makes them.
+  Segments are consecutive runs in rising order, padding (0) behind them, as the packer makes them. The last column of
+  the starts is always -1: jax lists the starts of all rows one after another and adds where the last row ends, so that
+  an end among them would shift every segment of the rows below.
   """
   ids = jnp.arange(1, limit + 1)
   lengths_BM = jnp.sum(segments_BS[:, None, :] == ids[None, :, None], axis=-1, dtype=jnp.int32)
-  ends_BM = jnp.cumsum(lengths_BM, axis=1, dtype=jnp.int32)
-  count_B1 = jnp.max(segments_BS, axis=1, keepdims=True)
-  starts = jnp.concatenate([jnp.zeros_like(count_B1), ends_BM], axis=1)
-  starts = jnp.where(jnp.arange(limit + 1)[None] <= count_B1, starts, -1)
-  return jnp.where(ids[None] <= count_B1, lengths_BM, -1), starts
+  starts_BM = jnp.cumsum(lengths_BM, axis=1, dtype=jnp.int32) - lengths_BM
+  there_BM = ids[None] <= jnp.max(segments_BS, axis=1, keepdims=True)
+  none = lambda x_BM: jnp.where(there_BM, x_BM, -1)
+  return none(lengths_BM), jnp.pad(none(starts_BM), ((0, 0), (0, 1)), constant_values=-1)
 
 
 @jax.custom_vjp
@@ -119,7 +120,7 @@ def cudnn(q_BSNH, k_BSNH, v_BSNH, segments_BS) -> jax.Array:
   """GPU from compute capability 9.0: cuDNN's packed flash attention, which skips everything across segments.
 
   It goes through private functions of jax: the public one takes no segments. A batch with a row of more
-  segments than cuDNN's table holds takes the plain path: nothing is ever attended to wrongly.
+  segments than cuDNN's table holds takes the plain path. Has to be asked for: see `attention.choose`.
   """
   return _cudnn_forward(q_BSNH, k_BSNH, v_BSNH, segments_BS)[0]
 
