@@ -1,5 +1,6 @@
 """`bench train --suite` as a user runs it: what its report says of kernels, losses and the step on a CPU."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -7,6 +8,8 @@ import sys
 
 import pytest
 import tiny
+
+from jflow.bench import train
 
 ROWS, ROW_TOKENS = 2, 128
 FIELDS = (
@@ -61,3 +64,15 @@ def test_the_suite_measures_all_its_sections(suite):
   assert kernels["xla"]["leak"] == 0 and kernels["xla"]["gradient_error"] == 0
   assert {name for name, found in kernels.items() if "skipped" in found} == {*kernels} - {"xla"}
   assert all(loss["seconds"]["median"] > 0 for loss in suite["head_loss"].values())
+
+
+def test_a_part_of_the_suite_can_be_chosen(monkeypatch):
+  chosen = []
+  monkeypatch.setattr("jflow.bench.suite.run_suite", lambda config, steps, sections: chosen.append(tuple(sections)) or {})
+  parser = argparse.ArgumentParser()
+  train.add_flags(parser)
+  for flags in (["--suite", "attention", "ceiling"], ["--suite"]):
+    train.run(parser.parse_args(["--config=configs/stage2.py:tiny", *flags]))
+  assert chosen == [("attention", "ceiling"), train.SECTIONS]
+  with pytest.raises(SystemExit):
+    parser.parse_args(["--config=configs/stage2.py:tiny", "--suite", "kernels"])

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import tiny
@@ -128,6 +129,15 @@ def test_a_table_goes_on_where_it_was(monkeypatch, tmp_path):
   written = json.loads((tmp_path / "all.json").read_text())
   assert [report["topology"] for report in written] == ["v5e:2x4", "h100:1x8", "h100:2x8"]  # by kind and size
   assert (tmp_path / "all.md").read_text().count("\n") == 2 + 3
+
+
+def test_a_row_of_the_table_names_the_attention_that_it_was_made_with(monkeypatch):
+  commands = []
+  monkeypatch.setattr(table.subprocess, "run", lambda command, **_: commands.append(command) or types.SimpleNamespace(stderr=""))
+  for topology in ("h100:1x8", "v5e:2x4"):
+    assert "error" in table._compiled(topology, 1)
+  assert ["--config.compute.attention=cudnn" in command for command in commands] == [True, False]
+  assert "--config.compute.attention=splash" in commands[1]
 
 
 def test_the_table_of_the_readme_shows_that_the_cost_per_chip_does_not_grow():

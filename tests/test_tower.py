@@ -51,7 +51,8 @@ def test_the_loss_counts_what_is_told_and_presence_and_place_everywhere():
   loss, right = label_loss(even, labels)
   assert float(loss) == pytest.approx(math.log(8) + math.log(10) + math.log(2) + 0.25 * 2 * math.log(2), rel=1e-6)
   assert float(right) == 0.0  # the first of equal logits is not shape 2
-  sure = even.at[..., 18].set(jnp.where(labels.max(-1) >= 0, 50.0, -50.0)).at[0, 1, 2].set(50.0).at[1, 2, 8 + 7].set(50.0)
+  sure = even.at[..., 18].set(jnp.where(labels.max(-1) >= 0, 50.0, -50.0))
+  sure = sure.at[0, 1, 2].set(50.0).at[1, 2, 8 + 7].set(50.0)
   for patch, (row, column) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
     sure = sure.at[:, patch, 19 + row].set(50.0).at[:, patch, 21 + column].set(50.0)
   loss, right = label_loss(sure, labels)
@@ -65,8 +66,8 @@ def test_a_recolored_object_has_no_named_color_and_each_label_belongs_to_its_hal
   known = np.array(list(scenes.COLORS.values()))
   seen = {True: 0, False: 0}
   for i in range(len(source)):
-    scene, all_told = source[i].images[0], i % 2 == 0
-    other, labels = recolored(scene, 8, rng, all_told)
+    scene, all_shapes = source[i].images[0], i % 2 == 0
+    other, labels = recolored(scene, 8, rng, all_shapes)
     assert other._replace(fills=scene.fills) == scene  # nothing but the colors changes
     truth = scenes.patch_labels(scene, 8)
     for thing, before, after in zip(scene.objects, scene.fills, other.fills):
@@ -74,12 +75,26 @@ def test_a_recolored_object_has_no_named_color_and_each_label_belongs_to_its_hal
       seen[own] += 1
       shape, color = scenes.SHAPES.index(thing.shape), tuple(scenes.COLORS).index(thing.color)
       here = scenes.patch_labels(scene._replace(objects=(thing,)), 8)[:, 0] >= 0
-      assert set(labels[here, 0]) == {shape if all_told or not own else -1}
+      assert set(labels[here, 0]) == {shape if all_shapes or not own else -1}
       assert set(labels[here, 1]) == {color if own else -1}
       if not own:
-        assert np.linalg.norm(known - after, axis=1).min() > 3 * scenes.JITTER  # no shade of a named one
+        assert np.linalg.norm(known - after, axis=1).min() > 50  # no shade of a named one
+        assert np.linalg.norm(np.array(after) - scenes.BACKGROUND) > 85
     assert (labels[truth[:, 0] < 0] == -1).all()
   assert 0.35 < seen[True] / sum(seen.values()) < 0.45
+
+
+def test_shapes_of_named_colors_are_told_in_the_first_half_alone(monkeypatch):
+  told = []
+
+  def noted(scene, side, rng, all_shapes):
+    told.append(all_shapes)
+    return recolored(scene, side, rng, all_shapes)
+
+  monkeypatch.setattr("jflow.training.tower.recolored", noted)
+  source = ShapesSource("generation", 16, 0)
+  fit_siglip(CONFIG, [source[i].images[0] for i in range(16)], 64, 0)
+  assert told == [True] * 32 + [False] * 32
 
 
 def test_fitting_teaches_a_tower_to_tell_colors():
@@ -123,7 +138,8 @@ def test_a_fresh_run_starts_from_the_fitted_tower_and_nothing_else_changes(capsy
   assert said.count("fitting SigLIP to 32 labelled pictures") == said.count("SigLIP names the shape") == 1
   world = ShapesSource("generation", 60, 0)
   world = [world[i].images[0] for i in range(20)]
-  want = flatten_dict(fit_siglip(tiny.CONFIG.understanding_encoder, world, 20, tiny.configuration()["train"]["seed"]), sep="/")
+  fitted_alone = fit_siglip(tiny.CONFIG.understanding_encoder, world, 20, tiny.configuration()["train"]["seed"])
+  want = flatten_dict(fitted_alone, sep="/")
   for path, x in fitted.items():
     part, _, rest = path.partition("/")
     np.testing.assert_array_equal(x, want[rest] if part == "understanding_encoder" else fresh[path], err_msg=path)

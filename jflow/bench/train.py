@@ -11,8 +11,8 @@ _EPILOG = """\
 examples
   python -m jflow bench train --config=configs/stage2.py:tiny                      # anywhere
   python -m jflow bench train --config=configs/stage2.py --rows=8 --json=h200.json # one GPU
-  python -m jflow bench train --config=configs/stage2.py --rows=4 --json=suite.json --suite            # everything, one GPU, 30 minutes
-  python -m jflow bench train --config=configs/stage2.py --rows=4 --json=kernels.json --suite attention  # a part of it
+  python -m jflow bench train --config=configs/stage2.py --rows=4 --json=suite.json --suite # one GPU, 30 minutes
+  python -m jflow bench train --config=configs/stage2.py --rows=4 --json=kernels.json --suite attention # a part of it
 
 Rows are full and random, in the mixture of the config's last phase; everything runs on the device, SigLIP and VAE
 included. MFU takes the model FLOPs of jflow/model_flops.py over the vendor's dense bf16 peak; none on a CPU. Parts

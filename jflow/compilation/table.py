@@ -23,6 +23,7 @@ ROWS = (
 # For TPU the compiler works 13 times as long on a ConvNeXt block with its full effort, and the memory, not the
 # products or the collectives, of what it makes differs; see the README.
 _EFFORT = {"tpu": -1.0, "gpu": 0.0}
+# As the table was made. "auto" takes Triton on a GPU, see `attention.choose`.
 _ATTENTION = {"tpu": "splash", "gpu": "cudnn"}
 
 

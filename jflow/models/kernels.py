@@ -86,7 +86,10 @@ def splash(q_BSNH, k_BSNH, v_BSNH, segments_BS, interpret: bool = False) -> jax.
 
 @_padded
 def triton(q_BSNH, k_BSNH, v_BSNH, segments_BS, interpret: bool = False) -> jax.Array:
-  """Any GPU: jax's Pallas-Triton flash attention. Skips tiles above the diagonal."""
+  """Any GPU: jax's Pallas-Triton flash attention. Skips tiles above the diagonal.
+
+  Its statistics carry no name, so that the forward pass runs again for the gradient also where remat keeps "attended".
+  """
   from jax.experimental.pallas.ops.gpu import attention as pallas
 
   width = q_BSNH.shape[-1]

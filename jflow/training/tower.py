@@ -5,8 +5,8 @@ tower on two cores sees some ten thousand pictures, in which the sigmoid loss te
 patch learns what stands on it, and in which row and column it lies: without that, the tower forgets where things are.
 
 Billions of pictures show every shape in every color. The world of training never shows some pairs, and a tower that
-learns shapes from it learns that as well. So some objects get a color that has no name in the world, and in the second
-half of the pictures shapes are told of these alone, colors of the others alone.
+learns shapes from it learns that as well. So some objects get a color that has no name in the world. Colors are told of
+the others alone, and in the second half of the pictures shapes of these alone.
 """
 
 import itertools
@@ -50,7 +50,7 @@ def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed
     config: of the tower.
     world: scenes, drawn at the tower's `image_size`; taken in order, again from the first where there are too few.
     pictures: how many to learn from; rounded up to whole batches of 16.
-    seed: of the fresh parameters.
+    seed: of the fresh parameters, and of which objects get another color.
 
   Returns:
     The parameters of `Siglip`, f32 numpy arrays. Its pooling head is as fresh.
@@ -64,7 +64,8 @@ def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed
     "labels": jax.random.normal(other, (config.width, _SHAPES + _COLORS + 1 + 2 * side)) / np.sqrt(config.width),
   }
   rate = optax.schedules.join_schedules(
-    [optax.linear_schedule(0.0, _RATE, _WARMUP), optax.linear_schedule(_RATE, _RATE / 10, max(1, steps - _WARMUP))], [_WARMUP]
+    [optax.linear_schedule(0.0, _RATE, _WARMUP), optax.linear_schedule(_RATE, _RATE / 10, max(1, steps - _WARMUP))],
+    [_WARMUP],
   )
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
 
@@ -83,19 +84,19 @@ def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed
   right, rng = [], np.random.default_rng(seed)
   for i in range(steps):
     batch = range(i * _BATCH, (i + 1) * _BATCH)
-    batch = [recolored(world[k % len(world)], side, rng, all_told=i < steps // 2) for k in batch]
+    batch = [recolored(world[k % len(world)], side, rng, all_shapes=i < steps // 2) for k in batch]
     images = np.stack([scene.render(size) for scene, _ in batch])
     params, state, share = step(params, state, images, np.stack([labels for _, labels in batch]))
     right.append(share)
     bar.update(_BATCH)
   bar.close()
   last = float(np.mean(jax.device_get(right[-max(1, steps // 10) :])))
-  hosts.say(f"SigLIP names the shape on {last:.0%} of the patches that show one")
+  hosts.say(f"SigLIP names the shape on {last:.0%} of the patches of objects in colors without a name")
   return jax.device_get(params["tower"])
 
 
 def recolored(
-  scene: Scene, side: int, rng: np.random.Generator, all_told: bool
+  scene: Scene, side: int, rng: np.random.Generator, all_shapes: bool
 ) -> tuple[Scene, np.ndarray]:
   """Gives some objects a color that has no name in the world, and tells what each patch shows.
 
@@ -103,7 +104,7 @@ def recolored(
     scene: of the built-in world.
     side: patches of a row of patches.
     rng: decides which objects, and their colors.
-    all_told: whether the shape of an object in its own color is told.
+    all_shapes: whether the shape of an object in its own color is told, too.
 
   Returns:
     The scene, and int8[side * side, 2]: shape and color on each patch, -1 where nothing is or it is not told.
@@ -111,7 +112,7 @@ def recolored(
   own = [rng.random() >= _RECOLORED for _ in scene.objects]
   fills = tuple(fill if kept else _nameless(rng) for fill, kept in zip(scene.fills, own))
   only = lambda kept: scene._replace(objects=tuple(itertools.compress(scene.objects, kept)))
-  shapes = scenes.patch_labels(scene if all_told else only([not kept for kept in own]), side)[:, 0]
+  shapes = scenes.patch_labels(scene if all_shapes else only([not kept for kept in own]), side)[:, 0]
   colors = scenes.patch_labels(only(own), side)[:, 1]
   return scene._replace(fills=fills), np.stack([shapes, colors], axis=1)
 
