@@ -68,7 +68,8 @@ def test_the_suite_measures_all_its_sections(suite):
 
 def test_a_part_of_the_suite_can_be_chosen(monkeypatch):
   chosen = []
-  monkeypatch.setattr("jflow.bench.suite.run_suite", lambda config, steps, sections: chosen.append(tuple(sections)) or {})
+  note = lambda config, steps, sections: chosen.append(tuple(sections)) or {}
+  monkeypatch.setattr("jflow.bench.suite.run_suite", note)
   parser = argparse.ArgumentParser()
   train.add_flags(parser)
   for flags in (["--suite", "attention", "ceiling"], ["--suite"]):

@@ -133,7 +133,8 @@ def test_a_table_goes_on_where_it_was(monkeypatch, tmp_path):
 
 def test_a_row_of_the_table_names_the_attention_that_it_was_made_with(monkeypatch):
   commands = []
-  monkeypatch.setattr(table.subprocess, "run", lambda command, **_: commands.append(command) or types.SimpleNamespace(stderr=""))
+  failed = types.SimpleNamespace(stderr="")
+  monkeypatch.setattr(table.subprocess, "run", lambda command, **_: commands.append(command) or failed)
   for topology in ("h100:1x8", "v5e:2x4"):
     assert "error" in table._compiled(topology, 1)
   assert ["--config.compute.attention=cudnn" in command for command in commands] == [True, False]

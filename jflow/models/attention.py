@@ -32,8 +32,8 @@ def choose(name: str, device: jax.Device, dtype: Any, head_width: int) -> str:
   if name not in IMPLEMENTATIONS:
     raise UserError(f"config.compute.attention={name!r} must be one of {', '.join(IMPLEMENTATIONS)}")
   if name == "auto":
-    preferred = {"tpu": "splash", "gpu": "triton"}.get(device.platform, "xla")
-    return preferred if preferred == "xla" or not kernels.obstacle(preferred, device, dtype, head_width) else "xla"
+    kernel = {"tpu": "splash", "gpu": "triton"}.get(device.platform)
+    return kernel if kernel and not kernels.obstacle(kernel, device, dtype, head_width) else "xla"
   why = "" if name == "xla" else kernels.obstacle(name, device, dtype, head_width)
   if why:
     raise UserError(f"config.compute.attention={name!r} {why}; use 'auto' or 'xla'")

@@ -111,10 +111,13 @@ def recolored(
   """
   own = [rng.random() >= _RECOLORED for _ in scene.objects]
   fills = tuple(fill if kept else _nameless(rng) for fill, kept in zip(scene.fills, own))
-  only = lambda kept: scene._replace(objects=tuple(itertools.compress(scene.objects, kept)))
-  shapes = scenes.patch_labels(scene if all_shapes else only([not kept for kept in own]), side)[:, 0]
-  colors = scenes.patch_labels(only(own), side)[:, 1]
-  return scene._replace(fills=fills), np.stack([shapes, colors], axis=1)
+  labels_P2 = scenes.patch_labels(scene, side)
+  kept = scene._replace(objects=tuple(itertools.compress(scene.objects, own)))
+  own_P = scenes.patch_labels(kept, side)[:, 0] >= 0
+  labels_P2[~own_P, 1] = -1
+  if not all_shapes:
+    labels_P2[own_P, 0] = -1
+  return scene._replace(fills=fills), labels_P2
 
 
 def _nameless(rng: np.random.Generator) -> tuple[int, int, int]:
