@@ -257,6 +257,7 @@ def test_shares_of_the_tags():
     (("text", 10, 0, "val", {"colors": 0}), "above 0"),
     (("text", 10, 0, "val", None, 1.5), "long_captions"),
     (("text", 10, 0, "val", None, 0.5, -0.5), "named_colors"),
+    (("text", 10, 0, "val", None, 0.5, 0.5, (), 1.1), "in_order"),
     (("text", 10, 0, "val", None, 0.5, 0.5, (("colour", 2.0),)), "kind of question 'colour'"),
     (("text", 10, 0, "val", None, 0.5, 0.5, ("relation", 4.0)), "asked should hold pairs"),
     (("text", 10, 0, "val", None, 0.5, 0.5, (("relation", "4"),)), "'relation' should have a weight >= 0: 4"),
@@ -332,6 +333,25 @@ def test_first_sentences_name_colors_that_their_kind_leaves_open_as_often_as_ask
     source = ShapesSource(task, 400, 6, tags=dict(position=1.0, counting=1.0), named_colors=share)
     colored = [bool(re.search(COLOR, record.text.split(".")[0])) for record in source]
     assert abs(np.mean(colored) - share) <= (0.08 if share == 0.3 else 0.0)
+
+
+def test_captions_name_objects_from_left_to_right_as_often_as_asked():
+  for share in (0.0, 0.5, 1.0):
+    tags = dict(two_object=1.0, color_attr=1.0, several=1.0)
+    source = ShapesSource("generation", 900, 6, tags=tags, named_colors=0.3, in_order=share)
+    pairs = []  # of neighbors in the sentence: is the first further left?
+    for record in source:
+      objects = record.images[0].objects
+      shapes_told = re.findall(SHAPE, record.text.split(".")[0])
+      at = {thing.shape: thing.x for thing in objects}
+      if len(at) == len(objects):
+        assert sorted(shapes_told) == sorted(at)
+        pairs += [at[first] < at[second] for first, second in zip(shapes_told, shapes_told[1:])]
+    assert abs(np.mean(pairs) - (0.5 + share / 2)) <= (0.05 if share < 1 else 0)
+  # A relation says what stands where; either side may still come first.
+  related = ShapesSource("generation", 300, 6, tags=dict(position=1.0), long_captions=0.0, in_order=1.0)
+  told = [re.search("left|right|above|below", record.text)[0] for record in related]
+  assert min(map(told.count, ("left", "right", "above", "below"))) > 50
 
 
 def test_describe_names_every_object():

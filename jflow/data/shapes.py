@@ -45,6 +45,7 @@ class ShapesSource:
     long_captions: float = LONG_CAPTIONS,
     named_colors: float = 0.0,
     asked: Sequence[tuple[str, float]] = (),
+    in_order: float = 0.0,
   ):
     """Checks and stores the arguments.
 
@@ -59,14 +60,18 @@ class ShapesSource:
       named_colors: share of captions to paint from, and of texts, whose first sentence names every color, whatever
         the kind of scene. What stands where is learned from colors, long before shapes are.
       asked: (kind of question, how often it is drawn beside the others, which have 1, and questions.PLACE 0).
+      in_order: share of captions to paint from, and of texts, whose first sentence names objects from left to right
+        where it says no relation; the others name them in random order. Told in random order, two objects without
+        colors can stand either way, and a sampler has to see in the noise which is to be which.
 
     Raises:
       UserError: an argument is out of range.
     """
-    for name, share in (("long_captions", long_captions), ("named_colors", named_colors)):
+    shares_of_captions = dict(long_captions=long_captions, named_colors=named_colors, in_order=in_order)
+    for name, share in shares_of_captions.items():
       if not 0 <= share <= 1:
         raise UserError(f"the shapes world's {name} should be a share from 0 to 1: {share}")
-    self._long_captions, self._named_colors = long_captions, named_colors
+    self._long_captions, self._named_colors, self._in_order = long_captions, named_colors, in_order
     self._asked = dict.fromkeys(questions.KINDS, 1.0) | {questions.PLACE: 0.0}
     if any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in asked):
       raise UserError(f"the shapes world's asked should hold pairs, as (('relation', 4.0),): {asked!r}")
@@ -91,7 +96,7 @@ class ShapesSource:
     self._task, self._size, self._seed, self._split = task, int(size), int(seed), split
     self._tags = tuple(shares)
     code = b"".join(path.read_bytes() for path in CODE)
-    key = repr((task, size, seed, split, shares, long_captions, named_colors, self._asked)).encode()
+    key = repr((task, size, seed, split, shares, long_captions, named_colors, self._asked, in_order)).encode()
     self.fingerprint = hashlib.sha256(code + key).hexdigest()
     self._bounds = [share / sum(shares.values()) for share in itertools.accumulate(shares.values())]
 
@@ -115,11 +120,14 @@ class ShapesSource:
     return Record(name, (scene,), "", questions.conversation(scene, rng, self._asked))
 
   def _told(self, scene: Scene, combination: Combination, rng: Rng) -> Combination:
-    """What the first sentence says of the scene: the combination, at times with every color."""
-    if not self._named_colors or rng.random() >= self._named_colors:
-      return combination
+    """What the first sentence says of the scene: the combination, at times with every color, or from left to right."""
     things = scene.objects[: len(combination.pairs)]
-    return combination._replace(pairs=tuple((thing.shape, thing.color) for thing in things))
+    pairs = combination.pairs
+    if self._named_colors and rng.random() < self._named_colors:
+      pairs = tuple((thing.shape, thing.color) for thing in things)
+    if self._in_order and rng.random() < self._in_order and not combination.relation:
+      pairs = tuple(pair for _, pair in sorted(zip(things, pairs), key=lambda both: both[0].x))
+    return combination._replace(pairs=pairs)
 
 
 def caption(scene: Scene, combination: Combination, rng: Rng, long_captions: float = LONG_CAPTIONS) -> str:
