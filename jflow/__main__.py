@@ -1,6 +1,7 @@
 """python -m jflow COMMAND: every command of jflow. `python -m jflow COMMAND --help` explains one."""
 
 import importlib
+import os
 import sys
 
 from jflow.errors import Stopped, Terminated, UserError
@@ -30,7 +31,24 @@ start with a small model that has learned a built-in world (bash launch/quicksta
 
 
 def main(argv: list[str]) -> int:
-  """Runs one command; returns its exit code: 2 for a user's mistake, 130 after Ctrl-C, 143 after SIGTERM."""
+  """Runs one command; returns its exit code: 2 for a user's mistake, 130 after Ctrl-C, 143 after SIGTERM.
+
+  1 where the run stopped by itself, or where its output could not be written: a full disk, a pipe that was closed.
+  """
+  try:
+    try:
+      return _run(argv)
+    finally:
+      sys.stdout.flush()
+  except OSError as error:
+    if not _output_lost():
+      raise
+    if not isinstance(error, BrokenPipeError):  # `| head` has read enough: no news
+      print(f"jflow: cannot write to standard output: {error.strerror}", file=sys.stderr)
+    return 1
+
+
+def _run(argv: list[str]) -> int:
   if not argv or argv[0] in ("-h", "--help"):
     print("usage: python -m jflow COMMAND ...\n\n" + __doc__.splitlines()[0] + "\n")
     for name, (_, what) in COMMANDS.items():
@@ -51,6 +69,16 @@ def main(argv: list[str]) -> int:
   except KeyboardInterrupt as error:
     print(f"jflow: {str(error) or 'stopped'}", file=sys.stderr)
     return 143 if isinstance(error, Terminated) else 130
+
+
+def _output_lost() -> bool:
+  """Returns whether standard output takes no more; it then leads nowhere, so that leaving fails no second time."""
+  try:
+    print(flush=True)  # unbuffered output keeps nothing that a flush alone could write again
+    return False
+  except OSError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 if __name__ == "__main__":

@@ -249,6 +249,19 @@ def test_a_full_disk_ends_understand_with_one_line(capsys, model, tmp_path):
   assert code == 1 and err.count("\n") == 1 and "answer.json cannot be written: No space left on device" in err
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_ends_without_a_traceback(unbuffered):
+  said = {}
+  # The other end of the pipe is gone by the time that Python has started.
+  for where, end in (("full", "--help > /dev/full"), ("closed", "--help | true"), ("flags", "generate --help | true")):
+    command = f"set -o pipefail; {sys.executable} -m jflow {end}"
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 or where == "flags", done  # argparse hides what an unbuffered output refuses
+    said[where] = done.stderr
+  assert said == {"full": "jflow: cannot write to standard output: No space left on device\n", "closed": "", "flags": ""}
+
+
 def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
   (tmp_path / "prompts.txt").write_text("a red circle\ntwo stars\n", encoding="utf-8-sig")
   assert generate_command.read_prompts([], tmp_path / "prompts.txt") == ["a red circle", "two stars"]
