@@ -335,15 +335,15 @@ def test_first_sentences_name_colors_that_their_kind_leaves_open_as_often_as_ask
     assert abs(np.mean(colored) - share) <= (0.08 if share == 0.3 else 0.0)
 
 
-def test_captions_name_objects_from_left_to_right_as_often_as_asked():
+def test_captions_name_objects_from_the_top_left_as_often_as_asked():
   for share in (0.0, 0.5, 1.0):
     tags = dict(two_object=1.0, color_attr=1.0, several=1.0)
     source = ShapesSource("generation", 900, 6, tags=tags, named_colors=0.3, in_order=share)
-    pairs = []  # of neighbors in the sentence: is the first further left?
+    pairs = []  # of neighbors in the sentence: is the first nearer to the top left?
     for record in source:
       objects = record.images[0].objects
       shapes_told = re.findall(SHAPE, record.text.split(".")[0])
-      at = {thing.shape: thing.x for thing in objects}
+      at = {thing.shape: thing.x + thing.y for thing in objects}
       if len(at) == len(objects):
         assert sorted(shapes_told) == sorted(at)
         pairs += [at[first] < at[second] for first, second in zip(shapes_told, shapes_told[1:])]
