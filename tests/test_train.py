@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,6 +232,19 @@ def test_a_complete_run_stays_as_it_is(runs, stage3, stage2, compilation_cache):
   done = _train(3, stage3, compilation_cache, stage2)
   assert f"is complete at step {STEPS}" in done.stderr
   assert (stage3 / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_goes_on_with_smaller_microbatches_and_less_memory(runs, stage2, stage1, compilation_cache):
+  """As on half of the devices: the same batches and draws, so the same losses to rounding."""
+  smaller = runs / "smaller"
+  shutil.copytree(stage2, smaller)
+  shutil.rmtree(smaller / "checkpoints" / str(STEPS))
+  fields = ("train.accumulation=2", "compute.remat=full", "compute.unroll=2", "compute.attention=xla")
+  _train(2, smaller, compilation_cache, stage1, *(f"--config.{field}" for field in fields))
+  losses = lambda workdir: [row["loss"] for row in read_lines(workdir / "metrics.jsonl")]
+  assert len(losses(smaller)) == STEPS
+  assert losses(smaller)[:-INTERVAL] == losses(stage2)[:-INTERVAL]
+  np.testing.assert_allclose(losses(smaller)[-INTERVAL:], losses(stage2)[-INTERVAL:], rtol=1e-4)
 
 
 def test_a_window_of_steps_is_traced(stage3, stage2):

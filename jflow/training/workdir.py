@@ -16,9 +16,11 @@ from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.training.checkpoint import read_config, write_atomically
 
-# What may differ between a run and its continuation: all else would make it another run.
+# What may differ between a run and its continuation: all else would make it another run. With the mesh goes what fits
+# a step into its devices, which changes losses by rounding alone.
 _MAY_CHANGE = (
-  "train.steps", "train.watchdog_seconds", "train.init_fresh", "train.init_dropped", "checkpoint.", "distributed.", "log.", "mesh.", "profile.",
+  "train.steps", "train.watchdog_seconds", "train.init_fresh", "train.init_dropped", "checkpoint.", "distributed.", "log.", "profile.",
+  "mesh.", "train.accumulation", "compute.remat", "compute.attention", "compute.unroll",
   "compute.compilation_cache", "data.workers", "data.threads", "data.prefetch", "data.plan_cache",
   "data.tokenizer",  # a path; its files are compared instead
 )  # fmt: skip
