@@ -98,7 +98,7 @@ def base(size: str) -> ConfigDict:
       split="train",
       long_captions=0.25,  # share of captions that describe every object
       named_colors=0.0,  # share of captions and texts whose first sentence names colors that its kind leaves open
-      in_order=0.0,  # share of those whose first sentence names objects from the top left where it says no relation
+      in_order=0.0,  # share of captions and texts that name objects from the top left, unless they say a relation
       asked=(),  # (kind of question, weight) pairs, as (("relation", 4.0),): jflow/data/questions.py
     ),
   )

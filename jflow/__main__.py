@@ -1,5 +1,6 @@
 """python -m jflow COMMAND: every command of jflow. `python -m jflow COMMAND --help` explains one."""
 
+import errno
 import importlib
 import os
 import sys
@@ -30,22 +31,27 @@ start with a small model that has learned a built-in world (bash launch/quicksta
   python -m jflow train --config=configs/stage2.py:tiny --workdir=runs/try --config.train.steps=20"""
 
 
+# A full disk, a used-up quota, a file as large as the limit, a broken disk, a pipe that nobody reads any more.
+_UNWRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}
+
+
 def main(argv: list[str]) -> int:
   """Runs one command; returns its exit code: 2 for a user's mistake, 130 after Ctrl-C, 143 after SIGTERM.
 
-  1 where the run stopped by itself, or where its output could not be written: a full disk, a pipe that was closed.
+  1 where the run stopped by itself, or where all went well but its output could not be written.
   """
+  code = 0
   try:
-    try:
-      return _run(argv)
-    finally:
+    code = _run(argv)
+    if sys.stdout:  # None where it was closed from the start
       sys.stdout.flush()
   except OSError as error:
-    if not _output_lost():
+    if error.filename is not None or error.errno not in _UNWRITTEN or not _drop_lost_output():
       raise
-    if not isinstance(error, BrokenPipeError):  # `| head` has read enough: no news
+    if error.errno != errno.EPIPE:  # `| head` has read enough: no news
       print(f"jflow: cannot write to standard output: {error.strerror}", file=sys.stderr)
-    return 1
+    return code or 1
+  return code
 
 
 def _run(argv: list[str]) -> int:
@@ -71,10 +77,10 @@ def _run(argv: list[str]) -> int:
     return 143 if isinstance(error, Terminated) else 130
 
 
-def _output_lost() -> bool:
+def _drop_lost_output() -> bool:
   """Returns whether standard output takes no more; it then leads nowhere, so that leaving fails no second time."""
   try:
-    print(flush=True)  # unbuffered output keeps nothing that a flush alone could write again
+    print(flush=True)  # a line, since unbuffered output keeps nothing that a flush alone could write again
     return False
   except OSError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

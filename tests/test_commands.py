@@ -249,17 +249,33 @@ def test_a_full_disk_ends_understand_with_one_line(capsys, model, tmp_path):
   assert code == 1 and err.count("\n") == 1 and "answer.json cannot be written: No space left on device" in err
 
 
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_output_that_cannot_be_written_ends_without_a_traceback(unbuffered):
-  said = {}
-  # The other end of the pipe is gone by the time that Python has started.
-  for where, end in (("full", "--help > /dev/full"), ("closed", "--help | true"), ("flags", "generate --help | true")):
-    command = f"set -o pipefail; {sys.executable} -m jflow {end}"
-    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
-    assert done.returncode == 1 or where == "flags", done  # argparse hides what an unbuffered output refuses
-    said[where] = done.stderr
-  assert said == {"full": "jflow: cannot write to standard output: No space left on device\n", "closed": "", "flags": ""}
+@pytest.mark.parametrize(
+  "run, code, said",
+  [
+    ("--help > /dev/full", 1, "jflow: cannot write to standard output: No space left on device\n"),
+    ("--help | true", 1, ""),  # nobody reads any more by the time that Python has started
+    ("--help >&-", 0, ""),
+    ("paint > /dev/full", 2, "jflow: unknown command 'paint'; known: "),
+    ("paint >&-", 2, "jflow: unknown command 'paint'; known: "),
+  ],
+)
+def test_output_that_cannot_be_written_ends_without_a_traceback(run, code, said, unbuffered):
+  command = f"set -o pipefail; '{sys.executable}' -m jflow {run}"
+  environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+  done = subprocess.run(["bash", "-c", command], cwd=tiny.ROOT, env=environment, capture_output=True, text=True)
+  assert done.returncode == code and done.stderr.startswith(said), done
+  assert done.stderr.count("\n") == bool(said)
+
+
+@pytest.mark.parametrize("end", ["> /dev/full", "| true", "> FILE"])
+def test_an_error_of_another_file_is_not_taken_for_lost_output(tmp_path, end):
+  program = "import jflow.__main__ as m; m._run = lambda argv: open('/nowhere/file'); m.main([])"
+  command = f"set -o pipefail; '{sys.executable}' -c \"{program}\" {end.replace('FILE', f'{tmp_path}/out')}"
+  done = subprocess.run(["bash", "-c", command], cwd=tiny.ROOT, capture_output=True, text=True)
+  assert "No such file or directory: '/nowhere/file'" in done.stderr
+  assert end != "> FILE" or (tmp_path / "out").read_text() == ""
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):

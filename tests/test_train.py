@@ -239,7 +239,7 @@ def test_a_run_goes_on_with_smaller_microbatches_and_less_memory(runs, stage2, s
   smaller = runs / "smaller"
   shutil.copytree(stage2, smaller)
   shutil.rmtree(smaller / "checkpoints" / str(STEPS))
-  fields = ("train.accumulation=2", "compute.remat=full", "compute.unroll=2", "compute.attention=xla")
+  fields = ("train.accumulation=2", "compute.remat=full", "compute.unroll=2")
   _train(2, smaller, compilation_cache, stage1, *(f"--config.{field}" for field in fields))
   losses = lambda workdir: [row["loss"] for row in read_lines(workdir / "metrics.jsonl")]
   assert len(losses(smaller)) == STEPS

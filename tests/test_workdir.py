@@ -146,9 +146,12 @@ def test_a_field_of_another_version_that_is_off_changes_nothing(tmp_path, value)
 def test_what_does_not_change_the_run_may_change(tmp_path):
   _begin(tmp_path, tiny.configuration())
   changed = tiny.configuration(
-    train=dict(steps=900), checkpoint=dict(keep=9), mesh=dict(data=4), distributed=dict(processes=4)
-  )
+    train=dict(steps=900, accumulation=2), checkpoint=dict(keep=9), mesh=dict(data=4), distributed=dict(processes=4),
+    compute=dict(remat="full", unroll=2, attention="xla"),
+  )  # fmt: skip
   workdirs.check_same_run(tmp_path, changed, TOKENIZER)
+  with pytest.raises(UserError, match="compute.dtype='float32', now 'bfloat16'"):
+    workdirs.check_same_run(tmp_path, tiny.configuration(compute=dict(dtype="bfloat16")), TOKENIZER)
 
 
 def test_a_tokenizer_is_known_by_its_files_and_not_by_its_path(tmp_path):

@@ -60,9 +60,10 @@ class ShapesSource:
       named_colors: share of captions to paint from, and of texts, whose first sentence names every color, whatever
         the kind of scene. What stands where is learned from colors, long before shapes are.
       asked: (kind of question, how often it is drawn beside the others, which have 1, and questions.PLACE 0).
-      in_order: share of captions to paint from, and of texts, whose first sentence names objects as one reads a page,
-        from the top left, where it says no relation; the others name them in random order. Told in random order, two
-        objects without colors can stand either way, and a sampler has to see in the noise which is to be which.
+      in_order: share of captions to paint from, and of texts, whose first sentence names objects by x + y of their
+        centers: of two, the left one first where they stand more side by side than one above the other, else the upper
+        one. Without it the order is random, as it always is in a sentence that says a relation. Told in random order,
+        two objects without colors can stand either way, and a sampler has to see in the noise which is to be which.
 
     Raises:
       UserError: an argument is out of range.
@@ -126,7 +127,6 @@ class ShapesSource:
     if self._named_colors and rng.random() < self._named_colors:
       pairs = tuple((thing.shape, thing.color) for thing in things)
     if self._in_order and rng.random() < self._in_order and not combination.relation:
-      # Of two, the left one comes first where they stand side by side, and the upper one where they do not.
       pairs = tuple(pair for _, pair in sorted(zip(things, pairs), key=lambda both: both[0].x + both[0].y))
     return combination._replace(pairs=pairs)
 

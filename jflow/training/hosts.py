@@ -3,6 +3,7 @@
 One process needs none of this. Several start the same command; process 0 alone writes what is not a checkpoint.
 """
 
+import contextlib
 import os
 import re
 import sys
@@ -136,8 +137,9 @@ def leave(error: BaseException) -> None:
   else:
     print(f"{own} ends by this error:", file=sys.stderr)
     sys.excepthook(type(error), error, error.__traceback__)
-  sys.stdout.flush()
-  sys.stderr.flush()
+  for stream in filter(None, (sys.stdout, sys.stderr)):
+    with contextlib.suppress(OSError):  # the others wait, whether or not this can be read
+      stream.flush()
   os._exit(code)
 
 

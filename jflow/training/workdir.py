@@ -16,8 +16,8 @@ from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.training.checkpoint import read_config, write_atomically
 
-# What may differ between a run and its continuation: all else would make it another run. With the mesh goes what fits
-# a step into its devices, which changes losses by rounding alone.
+# What may differ between a run and its continuation: all else would make it another run. How a step is laid out over
+# devices and memory changes losses by rounding alone, another attention kernel by what that kernel rounds.
 _MAY_CHANGE = (
   "train.steps", "train.watchdog_seconds", "train.init_fresh", "train.init_dropped", "checkpoint.", "distributed.", "log.", "profile.",
   "mesh.", "train.accumulation", "compute.remat", "compute.attention", "compute.unroll",
