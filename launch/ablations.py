@@ -204,6 +204,8 @@ def main() -> int:
   for name in ("steps", "pretrain", "slice", "jobs", "limit", "pictures"):
     if getattr(args, name) is not None and getattr(args, name) < 1:
       parser.error(f"--{name}={getattr(args, name)} must be at least 1")
+  if args.steps is not None and args.steps < 5:
+    parser.error(f"--steps={args.steps} must be at least 5: a fifth of them has a mixture of its own")
   os.environ["GLIBC_TUNABLES"] = tunables()
   args.folder = args.folder.resolve()
   args.folder.mkdir(parents=True, exist_ok=True)

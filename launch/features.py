@@ -22,9 +22,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
+
+try:
+  import torch
+except ModuleNotFoundError:
+  print("launch/features.py needs PyTorch, which jflow does not install: pip install torch", file=sys.stderr)
+  sys.exit(2)
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from jflow.errors import UserError  # noqa: E402

@@ -129,7 +129,7 @@ def test_a_reading_benchmark_from_file_to_report(tiny_checkpoint, data, tmp_path
   assert main(["evaluate", "--benchmark=pope", *flags]) == 0  # nothing is left to do
   assert (output / "records.jsonl").read_bytes() == before
   assert main(["evaluate", "--benchmark=pope", "--weights=raw", *flags]) == 2
-  assert "fingerprint" in capsys.readouterr().err
+  assert "holds predictions of another checkpoint" in capsys.readouterr().err
   write_table(data / "POPE.tsv", pope_rows()[:-1] + [pope_rows()[-1] | {"answer": "No"}])  # another file of that name
   assert main(["evaluate", "--benchmark=pope", *flags]) == 2
   assert "holds predictions made with data=" in capsys.readouterr().err
@@ -440,7 +440,18 @@ def test_a_sweep_makes_a_plot_of_all_pairs_and_goes_on(tiny_checkpoint, tmp_path
   assert one["settings"]["guidance"] == 3.0
   assert body["rows"][1]["seen pictures: overall"] == one["scores"]["seen pictures: overall"]["value"]
   assert Image.open(tmp_path / "out" / "sweep.png").width > 400
+  assert any("Not the recipe: --guidance=3.0, --steps=2, --pictures=1, --limit=2." in note for note in one["notes"])
+  assert body["settings"]["fingerprint"] == one["settings"]["fingerprint"] and body["settings"]["limit"] == 2
+  low, high = body["rows"][1]["intervals"]["seen pictures: overall"]
+  assert low <= body["rows"][1]["seen pictures: overall"] <= high
+  assert main(["evaluate", *flags, "--sweep_steps=1", "--guidance=3"]) == 0  # adds a point
+  body = json.loads((tmp_path / "out" / "sweep.json").read_text())
+  assert [(row["guidance"], row["steps"]) for row in body["rows"]] == [(1.5, 2), (3.0, 1), (3.0, 2)]
   capsys.readouterr()
+  assert main(["evaluate", *flags, "--sweep_guidance=2", "--guidance=3"]) == 2
+  assert "--guidance and --sweep_guidance exclude each other" in capsys.readouterr().err
+  assert main(["evaluate", *flags, "--sweep_steps=5,0"]) == 2
+  assert "--sweep_steps: 0 must be at least 1" in capsys.readouterr().err
   assert main(["evaluate", "--benchmark=pope", "--sweep_steps=2", "--checkpoint=x", "--output=y"]) == 2
   assert "paints nothing" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 import collections
 import importlib.util
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -341,3 +342,10 @@ def test_clip_features_are_those_of_one_picture_and_prompt_at_a_time(pictures, e
   scores = benchmark("mjhq", pictures, f"--features={pictures / 'features.npz'}").score(records).scores
   assert {"FID", "CLIP similarity", 'CLIP similarity, "A photo depicts"'} == set(scores)
   assert extract(extractor, pictures, monkeypatch, f"--clip={pictures / 'data'}") == 2  # no model
+
+
+def test_the_features_say_that_they_need_pytorch():
+  program = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path('launch/features.py', run_name='__main__')"
+  done = subprocess.run([sys.executable, "-c", program], cwd=tiny.ROOT, capture_output=True, text=True)
+  assert done.returncode == 2
+  assert done.stderr == "launch/features.py needs PyTorch, which jflow does not install: pip install torch\n"

@@ -20,7 +20,7 @@ examples:
   python -m jflow evaluate --benchmark=shapes --checkpoint=quickstart/stage3 --output=scores/shapes
   python -m jflow evaluate --benchmark=pope --checkpoint=JanusFlow-1.3B --data=LMUData --output=scores/pope
   python -m jflow evaluate --benchmark=geneval --checkpoint=JanusFlow-1.3B --vae=sdxl-vae --data=geneval --output=scores/geneval
-  python -m jflow evaluate --benchmark=geneval --output=scores/geneval --data=geneval --checkpoint=JanusFlow-1.3B \\
+  python -m jflow evaluate --benchmark=geneval --checkpoint=JanusFlow-1.3B --vae=sdxl-vae --data=geneval --output=scores/geneval \\
     --results=results.jsonl          # what GenEval's own evaluator wrote for scores/geneval/pictures
   python -m jflow evaluate --benchmark=shapes --checkpoint=quickstart/stage3 --output=scores/sweep \\
     --sweep_guidance=1,2,4 --sweep_steps=5,30
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument("--data", type=pathlib.Path, metavar="DIR", help="the benchmark's data, see below (shapes needs none)")
   p.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="where everything goes")
   p.add_argument(
-    "--limit", type=_positive, metavar="N", help="the first N prompts and the first N questions only"
+    "--limit", type=_positive, metavar="N", help="only the first N prompts and the first N questions, of each split"
   )
   p.add_argument("--only", choices=("pictures", "questions"), help="shapes: leaves out the other half")
   p.add_argument("--split", default="", help="vqav2: val (default) or test-dev")
@@ -167,8 +167,9 @@ def _write(
       scores[name] = Score(**{field: score.get(field) for field in Score._fields})
   changed = [f"--{name}={getattr(args, name)}" for name in ("guidance", "steps", "pictures", "limit")
              if getattr(args, name) is not None and getattr(args, name) != getattr(usual, name, None)]  # fmt: skip
-  if changed and usual.paper:
-    notes.append(f"Not the recipe: {', '.join(changed)}. The paper's scores stand for the recipe.")
+  if changed:
+    paper = " The paper's scores stand for the recipe." if usual.paper else ""
+    notes.append(f"Not the recipe: {', '.join(changed)}.{paper}")
   more = {"checkpoint": args.checkpoint, "read_from": read, "vae": args.vae}
   for name in ("results", "features"):
     path = getattr(args, name)

@@ -1,9 +1,13 @@
-"""Sweeps over guidance and steps: one evaluation for each pair, a table and a plot (the appendix's figure 1)."""
+"""Sweeps over guidance and steps: one evaluation for each pair, a table and a plot (the appendix's figure 1).
+
+A later sweep into the same folder adds to the plot what it finds, as long as nothing but the two differs.
+"""
 
 import argparse
 import itertools
 import json
 import math
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +19,7 @@ _MOST_PANELS = 6
 
 
 def main(args: argparse.Namespace) -> int:
-  """Runs every pair in a folder of its own, so that a stopped sweep goes on; plots those that have scores."""
+  """Runs every pair in a folder of its own, so that a stopped sweep goes on; plots all that have scores."""
   from jflow.evaluation.command import check_flags, evaluate, with_flags
 
   recipe = RECIPES[args.benchmark]
@@ -28,6 +32,12 @@ def main(args: argparse.Namespace) -> int:
     )
   if args.only == "questions":
     raise UserError("--only=questions: answers depend on neither guidance nor steps, so there is nothing to sweep")
+  for name in ("guidance", "steps"):
+    several = getattr(args, f"sweep_{name}")
+    if several and getattr(args, name) is not None:
+      raise UserError(f"--{name} and --sweep_{name} exclude each other: give one of them")
+    if several and name == "steps" and min(several) < 1:
+      raise UserError(f"--sweep_steps: {min(several)} must be at least 1")
   usual = with_flags(recipe, args)
   pairs = list(itertools.product(args.sweep_guidance or [usual.guidance], args.sweep_steps or [usual.steps]))
   settings = [
@@ -41,14 +51,11 @@ def main(args: argparse.Namespace) -> int:
   if recipe.name == "shapes":
     for one in settings:
       one.only = "pictures"  # answers depend on neither
-  found: dict[tuple[float, int], dict[str, Any]] = {}
   opened: dict[str, Any] = {}
   for number, one in enumerate(settings, 1):
     print(f"{number}/{len(pairs)}: guidance {one.guidance:g}, {one.steps} steps, in {one.output}", flush=True)
     evaluate(one, opened)
-    path = one.output / "report.json"
-    if path.exists():
-      found[one.guidance, one.steps] = json.loads(path.read_text(encoding="utf-8"))["scores"]
+  found, shared = reports(args.output, pairs)
   names = plotted(found)
   if not names:
     print("no scores to plot yet: do what the notes above say in each folder, then give this command again")
@@ -56,14 +63,33 @@ def main(args: argparse.Namespace) -> int:
   with files.new_file(args.output / "sweep.png") as new:
     figure(found, names).savefig(new, dpi=120, format="png")
   rows = [
-    {"guidance": guidance, "steps": steps, **{name: found[guidance, steps][name]["value"] for name in names}}
-    for guidance, steps in found
-  ]
-  files.replace(
-    args.output / "sweep.json", json.dumps({"benchmark": recipe.name, "rows": rows}, indent=1) + "\n"
-  )
+    {"guidance": guidance, "steps": steps, **{name: scores[name]["value"] for name in names},
+     "intervals": {name: [scores[name]["low"], scores[name]["high"]] for name in names if "low" in scores[name]}}
+    for (guidance, steps), scores in found.items()
+  ]  # fmt: skip
+  body = {"benchmark": recipe.name, "settings": shared, "rows": rows}
+  files.replace(args.output / "sweep.json", json.dumps(body, indent=1) + "\n")
   print(f"plot: {args.output / 'sweep.png'}, numbers: {args.output / 'sweep.json'}")
   return 0
+
+
+def reports(
+  folder: pathlib.Path, pairs: Sequence[tuple[float, int]]
+) -> tuple[dict[tuple[float, int], dict[str, Any]], dict[str, Any]]:
+  """Reads the reports below a folder that were made as those of `pairs`, guidance and steps aside.
+
+  Returns:
+    (guidance, steps) -> scores, in order; and the settings that all share.
+  """
+  loose = ("guidance", "steps", "results", "features", "checkpoint", "read_from", "vae")  # the fingerprint says which
+  found, alike = {}, {}
+  for path in folder.glob("guidance*_steps*/report.json"):
+    body = json.loads(path.read_text(encoding="utf-8"))
+    pair = body["settings"]["guidance"], body["settings"]["steps"]
+    found[pair] = body["scores"]
+    alike[pair] = {name: value for name, value in body["settings"].items() if name not in loose}
+  asked = next((alike[pair] for pair in pairs if pair in alike), {})
+  return {pair: found[pair] for pair in sorted(found) if alike[pair] == asked}, asked
 
 
 def plotted(found: Mapping[Any, Mapping[str, Any]]) -> list[str]:
