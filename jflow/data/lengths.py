@@ -10,16 +10,15 @@ import concurrent.futures
 import functools
 import multiprocessing
 import os
-import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from jflow.data import derived, examples, prepared
 from jflow.data.examples import Sample
+from jflow.data.progress import Progress
 from jflow.data.records import Record, RecordError, Source
 from jflow.data.tokenizer import Tokenizer
 
@@ -60,18 +59,16 @@ def _measure(
   )  # each patch adds one token
   paths = getattr(source, "outline_paths", [])
   processes = min(os.cpu_count() or 1, len(paths))
-  with tqdm(
-    total=len(source), desc=f"measure {task}", unit="rec", delay=2, disable=not sys.stderr.isatty()
-  ) as bar:
+  with Progress(len(source), 0, f"measure {task}", delay=2) as bar:
     if processes < 2 or len(source) < _WORTH_PROCESSES:
       records = source.outlines() if hasattr(source, "outlines") else _records(source)
-      return _sizes(records, build, bar.update)
+      return _sizes(records, build, lambda: bar.count(1))
     parts = []
     # Threads of the parent would not survive a fork.
     with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
       for part in pool.map(functools.partial(_measure_shard, build), paths):
         parts.append(part)
-        bar.update(len(part[0]))
+        bar.count(len(part[0]))
   return np.concatenate([sizes for sizes, _ in parts]), sum((r for _, r in parts), collections.Counter())
 
 

@@ -13,18 +13,19 @@ _LINE_SECONDS = 30.0  # between lines where there is no terminal
 class Progress:
   """A bar on a terminal, a line now and then elsewhere."""
 
-  def __init__(self, total: int, done: int, name: str = "prepare", unit: str = "records"):
+  def __init__(self, total: int, done: int, name: str = "prepare", unit: str = "records", delay: float = 0.0):
     """Starts at `done` of `total`, in items or bytes.
 
     Args:
       total, done: of the work.
       name: what is done, before every line.
       unit: of the items whose rate is shown.
+      delay: seconds before there is a bar, for work that is mostly short.
     """
     self._name, self._unit = name, unit
     self._terminal = sys.stderr.isatty()
     self._bar = tqdm(
-      total=total, initial=done, desc=name, bar_format=_FORMAT, disable=not self._terminal
+      total=total, initial=done, desc=name, bar_format=_FORMAT, delay=delay, disable=not self._terminal
     )
     self._total, self._begun = total, done
     self._work = self._records = 0
