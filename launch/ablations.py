@@ -30,8 +30,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "launch")]
 import ablation_report  # noqa: E402
 
 from configs import ablation, stage0, stage1  # noqa: E402
+from jflow.errors import UserError  # noqa: E402
 from jflow.evaluation import report  # noqa: E402
-from jflow.interop import checkpoints  # noqa: E402
+from jflow.interop import checkpoints, remote  # noqa: E402
 from jflow.training.checkpoint import sealed_steps  # noqa: E402
 
 NOT_ASKED = {"D": "questions", "E": "pictures"}  # what each of the two has learned; the rest is not scored
@@ -206,11 +207,15 @@ def main() -> int:
       parser.error(f"--{name}={getattr(args, name)} must be at least 1")
   if args.steps is not None and args.steps < 5:
     parser.error(f"--steps={args.steps} must be at least 5: a fifth of them has a mixture of its own")
+  if args.start and not remote.is_remote(args.start):
+    try:
+      args.start = str(pathlib.Path(args.start).resolve())
+      checkpoints.locate(args.start)
+    except UserError as error:
+      parser.error(f"--start: {error}")
   os.environ["GLIBC_TUNABLES"] = tunables()
   args.folder = args.folder.resolve()
   args.folder.mkdir(parents=True, exist_ok=True)
-  if args.start and pathlib.Path(args.start).is_dir():
-    args.start = str(pathlib.Path(args.start).resolve())
   args.steps = args.steps or ablation.BUDGETS[args.size]
   ends = {
     letter: ablation.get_config(f"{letter}-{args.size}-{args.steps}").train.steps for letter in ablation.LETTERS

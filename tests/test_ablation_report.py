@@ -74,7 +74,7 @@ def test_the_papers_table_has_what_each_letter_can_do():
     assert set(row) == set(ablation.LETTERS) - ({"D"} if paints else {"E"})
 
 
-@pytest.mark.parametrize("argument", ["--letters=AG", "--steps=0", "--confg.train.seed=1"])
+@pytest.mark.parametrize("argument", ["--letters=AG", "--steps=0", "--steps=4", "--start=nowhere", "--confg.train.seed=1"])
 def test_mistakes_end_before_any_training(argument, monkeypatch, capsys):
   monkeypatch.setattr(ablations, "run", lambda *_: pytest.fail("a command was started"))
   monkeypatch.setattr(sys, "argv", ["ablations.py", argument])
