@@ -104,6 +104,7 @@ def test_slices_train_every_letter_in_turn(monkeypatch, tmp_path):
   monkeypatch.setattr(ablations.subprocess, "Popen", Trained)
   monkeypatch.setattr(ablations, "steps_done", lambda workdir: done.get(workdir.name, 0))
   monkeypatch.setattr(ablations, "scoring", lambda *_: iter(()))
+  monkeypatch.setattr(ablations.checkpoints, "locate", lambda path: path)
   monkeypatch.setattr(made, "write", lambda folder, reports, ends, command: called.append(sorted(reports)))
   monkeypatch.setattr(
     sys, "argv", ["x", str(tmp_path), "--size=tiny", "--steps=100", "--slice=40", "--start=s", "--letters=FD"]
