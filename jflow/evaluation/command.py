@@ -195,8 +195,6 @@ def check_flags(recipe: Recipe, args: argparse.Namespace) -> None:
     if value not in (None, "") and recipe.name not in names:
       some = ", ".join(sorted(names)) if len(names) < 6 else "other benchmarks"
       raise UserError(f"--{flag}={value} does not belong to --benchmark={recipe.name}, but to {some}")
-  if args.steps is not None and args.steps < 1:
-    raise UserError(f"--steps={args.steps} must be at least 1")
   if args.guidance is not None and not (args.guidance == 0 or 1 <= args.guidance < math.inf):
     raise UserError(f"--guidance={args.guidance} must be at least 1 (1: none), or 0 (ignore the prompt)")
   for name in ("results", "features"):

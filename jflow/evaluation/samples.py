@@ -70,15 +70,12 @@ class Samples:
     before = json.loads(path.read_text(encoding="utf-8"))
     for name in sorted(before.keys() | settings.keys()):
       if before.get(name) != settings.get(name):
-        if name == "fingerprint":
-          raise UserError(
-            f"{self._flag}={self._directory} holds predictions of another checkpoint, other weights or another VAE: name "
-            f"another {self._flag}, or delete it to start over"
-          )
         old = f"{name}={_short(before[name])}" if before.get(name) is not None else f"an unknown or no {name}"
+        held = f"made with {old}, not {_short(settings.get(name))}"
+        if name == "fingerprint":  # a hash says nothing to a reader
+          held = "of another checkpoint, other weights or another VAE"
         raise UserError(
-          f"{self._flag}={self._directory} holds predictions made with {old}, not {_short(settings.get(name))}: name "
-          f"another {self._flag}, or delete it to start over"
+          f"{self._flag}={self._directory} holds predictions {held}: name another {self._flag}, or delete it to start over"
         )
 
   def _cut_torn_line(self) -> None:

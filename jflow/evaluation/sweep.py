@@ -33,11 +33,10 @@ def main(args: argparse.Namespace) -> int:
   if args.only == "questions":
     raise UserError("--only=questions: answers depend on neither guidance nor steps, so there is nothing to sweep")
   for name in ("guidance", "steps"):
-    several = getattr(args, f"sweep_{name}")
-    if several and getattr(args, name) is not None:
+    if getattr(args, f"sweep_{name}") and getattr(args, name) is not None:
       raise UserError(f"--{name} and --sweep_{name} exclude each other: give one of them")
-    if several and name == "steps" and min(several) < 1:
-      raise UserError(f"--sweep_steps: {min(several)} must be at least 1")
+  if args.sweep_steps and min(args.sweep_steps) < 1:
+    raise UserError(f"--sweep_steps: {min(args.sweep_steps)} must be at least 1")
   usual = with_flags(recipe, args)
   pairs = list(itertools.product(args.sweep_guidance or [usual.guidance], args.sweep_steps or [usual.steps]))
   settings = [
