@@ -13,6 +13,7 @@ from jflow.inference.pipeline import Pipeline
 from jflow.serving import server
 from jflow.serving.api import Api
 from jflow.serving.engine import Engine
+from jflow.serving.hosts import Guarded, Hosts
 from jflow.serving.metrics import Metrics
 
 NAME = "tiny"
@@ -23,13 +24,16 @@ def pipeline() -> Pipeline:
 
 
 @contextlib.contextmanager
-def serving(model: Pipeline, app=None, token=None, max_body=2**20, **options) -> Iterator[tuple[str, Engine]]:
+def serving(
+  model: Pipeline, app=None, token=None, max_body=2**20, allowed=(), **options
+) -> Iterator[tuple[str, Engine]]:
   """Yields (address, engine); `app` makes another application from the engine."""
   options = {"slots": 4, "context": 128, "batch": 4, "queue": 64, "timeout": 60.0} | options
   engine = Engine(model, Metrics(), **options)
   listener = server.bind("127.0.0.1", 0)
   base = server.address(listener)
   app = app(engine) if app else Api(engine, name=NAME, token=token, max_body=max_body).app
+  app = Guarded(app, Hosts(listener, "127.0.0.1", allowed))
   running = server.Server(app, engine, grace=2)
   engine.start()
   thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})

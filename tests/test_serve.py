@@ -159,7 +159,7 @@ def test_a_body_that_is_still_read_takes_a_place_of_the_queue(model):
     body = json.dumps(ask(max_tokens=1)).encode()
     address = client.base_url.host, client.base_url.port
     with socket.create_connection(address) as slow:
-      head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+      head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
       slow.sendall(head.encode() + body[:10])
       until(lambda: client.post(CHAT, json=ask(max_tokens=1)).status_code == 429)
       slow.sendall(body[10:])

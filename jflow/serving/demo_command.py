@@ -47,6 +47,7 @@ def main(argv: list[str]) -> int:
       raise UserError("the page needs Gradio: python -m pip install 'gradio>=6,<7'") from None
 
     from jflow.serving import demo, server
+    from jflow.serving.hosts import Guarded, Hosts
 
     listener = server.bind(args.host, args.port)
     engine = flags.engine(args)
@@ -54,7 +55,8 @@ def main(argv: list[str]) -> int:
       engine, pathlib.Path(args.checkpoint).resolve().name, args.max_upload, pathlib.Path(uploads)
     )
     print(f"the page is at {server.address(listener)}; Ctrl-C ends it", flush=True)
-    if not server.is_local(args.host):
+    if not server.is_local(listener):
       print(f"warning: --host={args.host} lets others use the page, which asks for no password", flush=True)
+    app = Guarded(app, Hosts(listener, args.host, args.allowed_host))
     server.run(app, engine, listener, grace=5)
   return 0

@@ -20,6 +20,11 @@ def add(p: argparse.ArgumentParser, port: int) -> None:
   p.add_argument(
     "--host", default="127.0.0.1", help="address to listen at (default %(default)s: this machine only)"
   )
+  p.add_argument(
+    "--allowed_host", action="append", default=[], metavar="NAME",
+    help="a name or address that clients may call this server by, besides those that --host stands for (needed behind a "
+    "reverse proxy); repeatable, * allows any, and then any web page can use the server",
+  )  # fmt: skip
   p.add_argument("--port", type=int, default=port, help="0 takes a free one (default %(default)s)")
   p.add_argument(
     "--slots", type=int, default=8, help="conversations answered side by side (default %(default)s)"
@@ -40,9 +45,13 @@ def add(p: argparse.ArgumentParser, port: int) -> None:
 
 def check(args: argparse.Namespace) -> None:
   """Checks what needs no model; raises UserError."""
+  from jflow.serving import hosts
+
   for name, least in (("slots", 1), ("batch", 1), ("queue", 1), ("context", 2)):
     if (value := getattr(args, name)) is not None and value < least:
       raise UserError(f"--{name}={value} must be at least {least}")
+  for name in args.allowed_host:
+    hosts.check_name(name)
   if args.batch.bit_count() != 1:  # the engine fills a batch up to a power of two, see `Engine._generate`
     raise UserError(f"--batch={args.batch} must be a power of two, for example 4 or 8")
   if not 0 < args.timeout < 1e6:

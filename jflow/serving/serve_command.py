@@ -55,18 +55,20 @@ def main(argv: list[str]) -> int:
 
   from jflow.serving import server
   from jflow.serving.api import Api
+  from jflow.serving.hosts import Guarded, Hosts
 
   listener = server.bind(args.host, args.port)
   engine = flags.engine(args)
   name = args.name or pathlib.Path(args.checkpoint).resolve().name
   api = Api(engine, name=name, token=token, max_body=args.max_body * 2**20)
   print(f"serving {name!r} at {server.address(listener)}; Ctrl-C ends it", flush=True)
-  if token is None and not server.is_local(args.host):
+  if token is None and not server.is_local(listener):
     print(
       f"warning: --host={args.host} lets others connect, and without --token_file anyone may use the model",
       flush=True,
     )
-  server.run(api.app, engine, listener, grace=args.timeout + 5)
+  app = Guarded(api.app, Hosts(listener, args.host, args.allowed_host))
+  server.run(app, engine, listener, grace=args.timeout + 5)
   print("stopped; every request that was accepted has its answer")
   return 0
 

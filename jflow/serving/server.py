@@ -1,5 +1,6 @@
 """Runs an ASGI application until a signal, and refuses or finishes what comes after it."""
 
+import ipaddress
 import logging
 import math
 import os
@@ -14,8 +15,6 @@ from jflow.errors import Stopped, UserError
 from jflow.serving.engine import Engine
 
 log = logging.getLogger("jflow.serving")
-
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -37,9 +36,9 @@ def bind(host: str, port: int) -> socket.socket:
   return listener
 
 
-def is_local(host: str) -> bool:
+def is_local(listener: socket.socket) -> bool:
   """Whether only this machine can connect."""
-  return host in _LOOPBACK
+  return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def address(listener: socket.socket) -> str:
