@@ -9,6 +9,10 @@ class UserError(Exception):
   """
 
 
+class PromptTooLong(UserError):
+  """A prompt that has more tokens than its context holds."""
+
+
 class Stopped(Exception):
   """A run that cannot go on: the disk is full, too many steps were not finite. Exit code 1.
 

@@ -11,7 +11,7 @@ from jflow import batch as batch_lib
 from jflow.data import examples
 from jflow.data.records import Record, RecordError, Turn
 from jflow.data.tokenizer import Tokenizer
-from jflow.errors import UserError
+from jflow.errors import PromptTooLong, UserError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "processor"
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "cases.json").read_text())["cases"]}
@@ -275,18 +275,54 @@ def test_what_does_not_fit_is_refused_with_a_reason(task, record, reason):
     assert caught.value.reason == reason
 
 
+def turns(text: str) -> list[Turn]:
+  """Turns from "u:question a:answer s:system"; "_" stands for a space."""
+  roles = {"u": "user", "a": "assistant", "s": "system", "d": "developer"}
+  return [Turn(roles[turn[0]], turn[2:].replace("_", " ")) for turn in text.split()]
+
+
+@pytest.mark.parametrize(
+  "history, chat, plain",
+  [
+    ("u:A", "User: A\n\nAssistant:", "A"),
+    ("u:A a:B u:C", "User: A\n\nAssistant: B[EOS]User: C\n\nAssistant:", "A B[EOS]C"),
+    ("s:S u:A a:B u:C", "S\n\nUser: A\n\nAssistant: B[EOS]User: C\n\nAssistant:", "S\n\nA B[EOS]C"),
+    ("u:A a:B u:C a:_", "User: A\n\nAssistant: B[EOS]User: C\n\nAssistant:", "A B[EOS]C"),
+    ("u:A a: u:C", "User: A\n\nAssistant:[EOS]User: C\n\nAssistant:", "A[EOS]C"),
+    ("u:A a:__ u:C", "User: A\n\nAssistant:[EOS]User: C\n\nAssistant:", "A[EOS]C"),
+    ("u:A u:B u:<image> a:C u:D", "User: A\nB\n[###]\n\nAssistant: C[EOS]User: D\n\nAssistant:",
+     "A\nB[###] C[EOS]D"),
+    ("u: u:A u:", "User: A\n\nAssistant:", "A"),
+    ("u:A a:B a:C u:D", "User: A\n\nAssistant: B\nC[EOS]User: D\n\nAssistant:", "A B\nC[EOS]D"),
+    ("a:A u:B", "Assistant: A[EOS]User: B\n\nAssistant:", " A[EOS]B"),
+    ("s:S a:A u:B", "S\n\nAssistant: A[EOS]User: B\n\nAssistant:", "S\n\n A[EOS]B"),
+    ("u:A a:B s:S u:C", "User: A\n\nAssistant: B[EOS]S\n\nUser: C\n\nAssistant:", "A B[EOS]S\n\nC"),
+    ("u:A a:B u:C s:S", "User: A\n\nAssistant: B[EOS]S\n\nUser: C\n\nAssistant:", "A B[EOS]S\n\nC"),
+    ("s:R u:A s:S u:B", "R\n\nS\n\nUser: A\nB\n\nAssistant:", "R\n\nS\n\nA\nB"),
+    ("d:S s:_ u:A", "S\n\nUser: A\n\nAssistant:", "S\n\nA"),
+  ],
+)  # fmt: skip
+def test_a_history_is_read_as_it_was_said(history, chat, plain):
+  for template, expected in (("chat", chat), ("plain", plain)):
+    prompt = examples.chat_prompt(turns(history), history.count("<image>"), TOKENIZER, P, template)
+    assert show(prompt.tokens) == "[BOS]" + expected
+
+
 @pytest.mark.parametrize(
   "messages, images, message",
   [
     ([], 0, "end with a question"),
     ([USER, ANSWER], 0, "end with a question"),
     ([Turn("user", "  ")], 0, "end with a question"),
-    ([USER, USER], 0, "alternate"),
+    ([USER, Turn("tool", "4")], 0, "'tool'"),
+    ([ANSWER], 0, "end with a question"),
+    ([Turn("system", "Be brief.")], 0, "end with a question"),
+    ([USER, Turn("assistant", "<image>"), USER], 0, "only a question can hold one"),
+    ([Turn("system", "<image>"), USER], 0, "only a question can hold one"),
     ([Turn("user", "<image>")], 0, "1 <image> marks and 0 images"),
     ([USER], 1, "0 <image> marks and 1 images"),
     ([{"role": "user"}], 0, '"content"'),
     ([{"role": "user", "content": ["list"]}], 0, "should be text"),
-    ([USER, Turn("assistant", " "), USER], 0, "an answer is empty"),
   ],
 )
 def test_unreadable_conversations_get_one_clear_line(messages, images, message):
@@ -300,7 +336,7 @@ def test_prompts_have_limits():
   examples.generation_prompt("A cat", "plain", TOKENIZER, context=length)
   with pytest.raises(UserError, match=f"{length} tokens, and the context holds {length - 1}"):
     examples.generation_prompt("A cat", "plain", TOKENIZER, context=length - 1)
-  with pytest.raises(UserError, match="context holds 4"):
+  with pytest.raises(PromptTooLong, match="context holds 4"):
     examples.chat_prompt([Turn("user", "Why is it so?")], 0, TOKENIZER, P, context=4)
   with pytest.raises(UserError, match="prompt is empty"):
     examples.generation_prompt(" ", "plain", TOKENIZER)

@@ -24,7 +24,7 @@ import numpy as np
 from jflow import batch as batch_lib
 from jflow.data.records import Record, RecordError, Turn
 from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from jflow.errors import UserError
+from jflow.errors import PromptTooLong, UserError
 
 IMAGE_MARK = "<image>"
 MARKS = (IMAGE_MARK, SPECIAL_TOKENS["image"])  # the second is the published code's
@@ -103,7 +103,7 @@ def build(
     if not record.turns and (task == "text" or IMAGE_MARK in record.text):
       _document(sequence, record.text, task)
     else:
-      _conversation(sequence, record.turns or _caption_turns(record, template), template, "", IMAGE_MARK)
+      _conversation(sequence, record.turns or _caption_turns(record, template), template, IMAGE_MARK)
     return sequence.sample(batch_lib.READ, record.images)
   except UserError as error:
     raise RecordError("invalid_utf8", str(error)) from None
@@ -145,32 +145,39 @@ def chat_prompt(
 ) -> Prompt:
   """Returns the prompt that asks for the next answer of a conversation.
 
+  A history is what was said, not what should be learned: see `_history` for turns that do not alternate.
+
   Args:
-    messages: turns, or mappings with "role" ("user" or "assistant", in any case) and "content". The last one
-      is the user's; an assistant's turn with empty content may follow, as in the release's examples.
+    messages: turns, or mappings with "role" ("user", "assistant", "system" or "developer", in any case) and
+      "content". The last one, system turns aside, is the user's; an assistant's turn with empty content may
+      follow, as in the release's examples.
     image_count: number of images that come with the messages.
     tokenizer: see `Tokenizer`.
     image_patches: P.
     template: "chat", or "plain" for a model that has seen stages 1 and 2 only.
-    system: system prompt, put first where the template is "chat"; the release's own is `SYSTEM_PROMPT`.
+    system: system prompt, put first; the release's own is `SYSTEM_PROMPT`.
     mark: the text that stands for an image in a user's turn.
     context: most tokens that the prompt may have; None is no limit.
 
   Raises:
-    UserError: the turns do not alternate, the marks do not match the images, or the prompt is too long.
+    UserError: a role is unknown, the conversation does not end with a question, or the marks do not match
+      the images.
+    PromptTooLong: the prompt does not fit the context.
   """
   _check_template(template)
-  turns = [_as_turn(message) for message in messages]
-  if turns and turns[-1].role == "assistant" and not turns[-1].text.strip():
+  turns = _history([Turn("system", system), *map(_as_turn, messages)])
+  if turns and turns[-1].role == "assistant" and not turns[-1].text:
     turns.pop()
-  if not turns or turns[-1].role != "user" or not turns[-1].text.strip():
+  if not turns or turns[-1].role != "user" or not turns[-1].text:
     raise UserError("a conversation should end with a question of the user")
+  if any(mark in turn.text for turn in turns if turn.role != "user"):
+    raise UserError(f"the conversation cannot be read: {mark} shows an image, only a question can hold one")
   try:
-    _check_turns(turns, image_count, mark)
+    _check_marks(sum(turn.text.count(mark) for turn in turns), image_count, mark)
   except RecordError as error:
     raise UserError(f"the conversation cannot be read: {error}") from None
   sequence = _Sequence(tokenizer, image_patches)
-  _conversation(sequence, turns, template, system, mark)
+  _conversation(sequence, turns, template, mark)
   _check_context(len(sequence.tokens), context)
   return Prompt(np.asarray(sequence.tokens, np.int32), tuple(sequence.image_starts))
 
@@ -311,19 +318,49 @@ def _document(sequence: _Sequence, text: str, task: str) -> None:
   sequence.add([sequence.tokenizer.eos], learned=True)
 
 
-def _conversation(sequence: _Sequence, turns: Sequence[Turn], template: str, system: str, mark: str) -> None:
+def _history(turns: Sequence[Turn]) -> list[Turn]:
+  """Brings what was said into the order that the templates can write.
+
+  Turns of one speaker in a row are one turn, each on lines of its own. A system turn stands before the
+  question that is open at its place, else before the next turn; several of them are paragraphs. An answer
+  may be empty.
+  """
+  out: list[Turn] = []
+  for turn in turns:
+    text = turn.text.strip()
+    if turn.role == "system":
+      if not text:
+        continue
+      at = len(out) - (bool(out) and out[-1].role == "user")
+      if at and out[at - 1].role == "system":
+        out[at - 1] = Turn("system", f"{out[at - 1].text}\n\n{text}")
+      else:
+        out.insert(at, Turn("system", text))
+    elif out and out[-1].role == turn.role:
+      out[-1] = Turn(turn.role, "\n".join(filter(None, (out[-1].text, text))))
+    else:
+      out.append(Turn(turn.role, text))
+  return out
+
+
+def _conversation(sequence: _Sequence, turns: Sequence[Turn], template: str, mark: str) -> None:
   """Writes turns; each answer, EOS included, is learned. A last question is left open for its answer.
 
   Text and answer are encoded apart, so that training and inference cut the ids at the same place.
   """
-  chat = template == "chat"
-  if chat and system.strip():
-    sequence.text(system.strip() + "\n\n")
+  chat, asked = template == "chat", False
   for turn in turns:
     text = turn.text.strip()
+    if turn.role == "system":
+      sequence.text(text + "\n\n")
+      continue
     if turn.role == "assistant":
-      sequence.text(" " + text, learned=True)
+      if chat and not asked:
+        sequence.text("Assistant:")
+      if text:
+        sequence.text(" " + text, learned=True)
       sequence.add([sequence.tokenizer.eos], learned=True)
+      asked = False
       continue
     pieces = text.split(mark)
     if chat:
@@ -335,15 +372,19 @@ def _conversation(sequence: _Sequence, turns: Sequence[Turn], template: str, sys
       if number:
         sequence.image()
       sequence.text(piece)
+    asked = True
 
 
 def _as_turn(message: Turn | Mapping[str, Any]) -> Turn:
-  if isinstance(message, Turn):
-    return message
   try:
-    role, text = str(message["role"]).lower(), message["content"]
+    said = isinstance(message, Turn)
+    role, text = message if said else (message["role"], message["content"])
   except (KeyError, TypeError):
     raise UserError(f'a message should hold "role" and "content": {message!r:.80}') from None
+  role = str(role).lower()
+  role = "system" if role == "developer" else role
+  if role not in ("system", "user", "assistant"):
+    raise UserError(f"the role of a turn must be system, developer, user or assistant, got {role[:40]!r}")
   if not isinstance(text, str):
     raise UserError(f'the "content" of a message should be text: {message!r:.80}')
   return Turn(role, text)
@@ -356,4 +397,4 @@ def _check_template(template: str) -> None:
 
 def _check_context(length: int, context: int | None) -> None:
   if context is not None and length > context:
-    raise UserError(f"the prompt has {length:,} tokens, and the context holds {context:,}: shorten it")
+    raise PromptTooLong(f"the prompt has {length:,} tokens, and the context holds {context:,}: shorten it")

@@ -168,9 +168,9 @@ class Pipeline:
     """Answers the last question of a conversation.
 
     Args:
-      messages: a question, or turns {"role": "user" | "assistant", "content": text}. "<image>" marks say where
-        the images stand, or "<image_placeholder>" as in the published code; without any, they stand before the
-        first question.
+      messages: a question, or turns {"role": "user" | "assistant" | "system", "content": text}, see
+        `examples.chat_prompt`. "<image>" marks say where the images stand, or "<image_placeholder>" as in the
+        published code; without any, they stand before the first question.
       images: one or a list of paths, encoded bytes, PIL images or uint8[H, W, 3] arrays.
       max_tokens: longest answer.
       temperature: 0 is greedy.
@@ -262,8 +262,9 @@ def _with_marks(messages: str | Sequence[Any], count: int) -> Sequence[Any]:
   marked = lambda mark: any(mark in str(t.get("content", "")) for t in turns)
   if count and not marked(mark) and marked(published := SPECIAL_TOKENS["image"]):
     return [t | {"content": str(t.get("content", "")).replace(published, mark)} for t in turns]
-  if turns and count and not marked(mark):
-    turns[0] = turns[0] | {"content": mark * count + "\n" + str(turns[0].get("content", ""))}
+  asked = [i for i, t in enumerate(turns) if str(t.get("role", "")).lower() == "user"]
+  if asked and count and not marked(mark):
+    turns[asked[0]] |= {"content": mark * count + "\n" + str(turns[asked[0]].get("content", ""))}
   return turns
 
 
