@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import io
 import os
 import sys
 
@@ -41,9 +42,12 @@ def main(argv: list[str]) -> int:
   1 where the run stopped by itself, or where all went well but its output could not be written.
   """
   code = 0
+  for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is printed with escapes
+    if isinstance(stream, io.TextIOWrapper):  # None where it was closed from the start
+      stream.reconfigure(errors="backslashreplace")
   try:
     code = _run(argv)
-    if sys.stdout:  # None where it was closed from the start
+    if sys.stdout:
       sys.stdout.flush()
   except OSError as error:
     if error.filename is not None or error.errno not in _UNWRITTEN or not _drop_lost_output():

@@ -22,3 +22,19 @@ class Stopped(Exception):
 
 class Terminated(KeyboardInterrupt):
   """SIGTERM came, where a command turns it into an exception (`prepare`). Exit code 143."""
+
+
+def need_text_name(flag: str, path: object) -> None:
+  """Refuses the name of a directory that ArrayRecord and TensorStore cannot write into.
+
+  Args:
+    flag: that named it, for the message.
+    path: its name; bytes that are no UTF-8 stand in it as Python's lone surrogates.
+
+  Raises:
+    UserError: the name holds such bytes.
+  """
+  try:
+    str(path).encode("utf-8")
+  except UnicodeEncodeError:
+    raise UserError(f"{flag}={path} must be a name in UTF-8: what is written there cannot bear another") from None

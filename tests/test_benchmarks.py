@@ -352,7 +352,9 @@ def test_every_recipe_is_complete():
     (["yes"], r"question 10, has answers=\['yes'\], which is no list of objects"),
     (3, "question 10, has answers=3, which"),
     ([], "question 10, has answers=[], which"),
-    ([{"answer_id": 1}], "question 10, one of its answers, has no field 'answer'; it has answer_id"),
+    ([{"answer_id": 1}] * 10, "question 10, one of its answers, has no field 'answer'; it has answer_id"),
+    ([{"answer": "yes"}] * 3, "question 10, has 3 answers"),
+    ([{"answer": ["yes"]}] * 10, r"question 10, one of its answers, has answer=\['yes'\], which is no text"),
   ],
 )
 def test_vqav2_annotations_that_are_none_are_named(tmp_path, answers, message):
@@ -361,8 +363,30 @@ def test_vqav2_annotations_that_are_none_are_named(tmp_path, answers, message):
   body = json.loads(path.read_text())
   body["annotations"][0]["answers"] = answers
   path.write_text(json.dumps(body))
-  with pytest.raises(UserError, match=message.replace("[]", r"\[\]")):
+  with pytest.raises(UserError, match=message.replace("=[]", r"=\[\]")):
     Vqav2Benchmark(RECIPES["vqav2"], tmp_path, "val", None)
   (tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json").write_text('{"questions": [1]}')
   with pytest.raises(UserError, match="'questions' should be a list of objects"):
     Vqav2Benchmark(RECIPES["vqav2"], tmp_path, "val", None)
+
+
+@pytest.mark.parametrize(
+  "field, value, message",
+  [
+    ("question_id", [10], "questions 1, has question_id"),
+    ("question_id", 11, "questions 2: question 11 comes twice"),
+    ("question_id", True, "questions 1, has question_id=True"),
+    ("image_id", "42", "question 10, has image_id='42'"),
+    ("image_id", -1, "question 10, has image_id=-1"),
+    ("question", 7, "question 10, has question=7, which is no text"),
+  ],
+)
+def test_vqav2_questions_that_are_none_are_named(tmp_path, field, value, message):
+  vqa_files(tmp_path)
+  path = tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json"
+  body = json.loads(path.read_text())
+  body["questions"][0][field] = value
+  path.write_text(json.dumps(body), encoding="utf-8-sig")
+  with pytest.raises(UserError, match=message) as error:
+    Vqav2Benchmark(RECIPES["vqav2"], tmp_path, "val", None)
+  assert str(path) in str(error.value)

@@ -1,5 +1,6 @@
 """The command line: a mistake gets one line and exit code 2, help answers, good commands do what they say."""
 
+import io
 import json
 import os
 import pathlib
@@ -93,6 +94,31 @@ def test_a_mistake_ends_the_process_with_code_2_and_one_line(tmp_path, arguments
   assert (done.returncode, done.stdout) == (2, "")
   assert done.stderr.startswith(said) and done.stderr.count("\n") == 1
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_name_that_the_terminal_cannot_show_is_printed_with_escapes(monkeypatch, tmp_path, encoding):
+  """In a result as in a mistake, also a name of bytes that are no text at all, which no encoding can show."""
+  (tmp_path / "text.txt").write_text("one document\n")
+  streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
+  for name, stream in streams.items():
+    monkeypatch.setattr(sys, name, stream)
+  command = ["prepare", "--format=text", "--task=text", f"--input={tmp_path / 'text.txt'}"]
+  for name, expected in (("ünï-\u732b", 0), ("ünï-\u732b-\udcff", 2)):
+    assert main([*command, f"--output={tmp_path}/{name}"]) == expected
+    stream = streams["stderr" if expected else "stdout"]
+    stream.flush()
+    assert name.encode(encoding, "backslashreplace") in stream.buffer.getvalue()
+  assert (tmp_path / "ünï-\u732b" / "summary.json").exists() and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_name_that_is_no_text_costs_no_picture(capsys, model, tmp_path):
+  output = f"{tmp_path}/a-\udcff"
+  code, said, _ = _run(capsys, "generate", f"--checkpoint={model}", "--prompt=a ring", f"--output={output}", "--steps=1",
+                       f"--json={output}.json")  # fmt: skip
+  assert code == 0 and os.path.exists(f"{output}/sheet.png")
+  assert json.loads(open(f"{output}.json").read())["pictures"][0]["file"] == "0000_00.png"
 
 
 # --- every command ----------------------------------------------------------------------------------------
@@ -281,6 +307,8 @@ def test_an_error_of_another_file_is_not_taken_for_lost_output(tmp_path, end):
 def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
   (tmp_path / "prompts.txt").write_text("a red circle\ntwo stars\n", encoding="utf-8-sig")
   assert generate_command.read_prompts([], tmp_path / "prompts.txt") == ["a red circle", "two stars"]
+  (tmp_path / "prompts.txt").write_bytes("a red\u2028circle\r\n \r\ntwo\x85stars".encode())  # no line ends there
+  assert generate_command.read_prompts([], tmp_path / "prompts.txt") == ["a red\u2028circle", "two\x85stars"]
 
 
 def test_generate_replaces_no_earlier_picture_unasked(capsys, model, tmp_path):

@@ -59,6 +59,45 @@ def test_other_settings_and_a_second_writer_are_refused(tmp_path):
     Samples(tmp_path, {"guidance": 3.0, "limit": None})
 
 
+@pytest.mark.parametrize(
+  "name, text",
+  [
+    *(("settings.json", text) for text in (b"", b"{", b"[]", b"\0\0\0", b"\xff", b"[" * 100_000, b"7")),
+    *(("records.jsonl", text + b"\n") for text in (b"{", b"[]", b"\0\0", b"\xff", b"[" * 100_000, b'{"key": [1]}',
+                                                   b'{"answer": "x"}', b'{"key": "1", "answer": 7}')),
+  ],
+)  # fmt: skip
+def test_damaged_files_of_an_evaluation_are_named_and_stay(tmp_path, name, text):
+  samples = Samples(tmp_path, {"a": 1})
+  samples.add({"key": "0", "answer": "x"})
+  samples._file.close()
+  whole = b'{"key": "2", "answer": "y"}\n' if name == "records.jsonl" else b""
+  with open(tmp_path / name, "ab" if whole else "wb") as file:
+    file.write(text + whole)
+  before = (tmp_path / "records.jsonl").read_bytes()
+  with pytest.raises(UserError, match=f"{name}.* (is damaged|line 2, is no record)") as error:
+    Samples(tmp_path, {"a": 1}).read()
+  assert "\n" not in str(error.value) and "delete" in str(error.value)
+  assert (tmp_path / "records.jsonl").read_bytes() == before and (tmp_path / name).read_bytes().endswith(text + whole)
+
+
+def test_records_without_their_settings_are_no_other_evaluations(tmp_path):
+  samples = Samples(tmp_path, {"guidance": 2.0})
+  samples.add({"key": "0", "answer": "x"})
+  samples._file.close()
+  (tmp_path / "settings.json").unlink()
+  for _ in range(2):
+    with pytest.raises(UserError, match="without settings.json"):
+      Samples(tmp_path, {"guidance": 3.0})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"scores": {"a": 1}, "settings": {}, "notes": []}', "[" * 9999])
+def test_a_damaged_report_is_named(tmp_path, text):
+  (tmp_path / "report.json").write_text(text)
+  with pytest.raises(UserError, match="report.json is damaged.* delete it"):
+    report.scored_before(tmp_path, {})
+
+
 def test_parts_cover_every_sample_once_and_read_each_other(tmp_path):
   keys = [str(i) for i in range(11)]
   parts = [Samples(tmp_path, {}, (k, 3)) for k in range(3)]

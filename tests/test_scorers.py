@@ -88,12 +88,14 @@ def test_vqa_score_against_the_definition():
 
 
 def test_unanimous_people_stay_as_they_wrote_by_the_challenges_rule_alone():
-  """The model's answer is normalised by either: "Yes." must not lose what ten people agree on."""
+  """The model's answer is normalised by either: "Yes." must not lose what ten people agree on, nor "Yes" itself."""
   for as_written in (True, False):
     assert answers.vqa_score("Yes.", ["yes"] * 10, unanimous_as_written=as_written) == 1
     assert answers.vqa_score("the 2", ["two"] * 9 + ["2"], unanimous_as_written=as_written) == 1
     assert answers.vqa_score("Yes", ["Yes"] * 9 + ["no"], unanimous_as_written=as_written) == 1
-  assert answers.vqa_score("Yes", ["Yes"] * 10, unanimous_as_written=True) == 0
+  assert answers.vqa_score("Yes", ["Yes"] * 10, unanimous_as_written=True) == 1
+  assert answers.vqa_score("t-shirt", ["t-shirt"] * 10, unanimous_as_written=True) == 1
+  assert answers.vqa_score("yes", ["Yes"] * 10, unanimous_as_written=True) == 0
   assert answers.vqa_score("Yes", ["Yes"] * 10) == 1
 
 

@@ -53,6 +53,8 @@ def test_several_images_and_line_breaks_in_a_row(tmp_path):
     ({"image": "77"}, "index 2: its image '77' is no row with an image"),
     ({"image": "A" * 80}, "index 2: its image cannot be decoded"),
     ({"image": str([7, 8]) + " " * 80}, "index 2: its image cannot be decoded"),
+    ({"image": "['" + "[" * 50_000}, "index 2: its image cannot be decoded"),
+    ({"image": ""}, "index 2: its image '' is no row with an image"),
     ({"index": 1}, "index 1 comes twice"),
   ],
 )
@@ -64,6 +66,79 @@ def test_a_bad_row_is_named(tmp_path, change, message):
     benchmark = tables.TableBenchmark(RECIPES["pope"], tmp_path, None)
     for task in benchmark.tasks():
       task.images()
+
+
+CHOICE = {"question": "Which?", "A": "one", "B": "two", "C": "", "category": "x", "split": "validation"}
+TEN = str(["two"] * 9 + ["2"])
+
+
+@pytest.mark.parametrize(
+  "name, row, truth, said",
+  [
+    ("pope", {}, "yes", "Yes."),  # as POPE's own files spell it
+    ("pope", {}, " NO ", "no"),
+    ("gqa", {}, " Left", "left"),
+    ("chartqa", {}, " Blue ", "blue"),
+    ("chartqa", {}, "nan", "NaN"),
+    ("chartqa", {}, " 12 ", "12.1"),
+    ("chartqa", {}, "[0.5, 'half']", "half"),
+    ("chartqa", {}, "[Blue, Gray]", "[blue, gray]"),  # a text, as the kit reads it
+    ("textvqa", {}, TEN, "2"),
+    ("chartqa", {}, "[]x", "[]x"),
+    ("seed", CHOICE, "b", "B"),
+    ("seed", CHOICE, " a", "A"),
+    ("mmbench", CHOICE, "b", "B"),
+    ("mmmu", CHOICE, "b", "(B)"),
+    ("mmmu", CHOICE | {"A": "", "B": ""}, "42 m", "It is 42 M"),
+  ],
+)
+def test_every_truth_that_is_accepted_can_be_said(tmp_path, name, row, truth, said):
+  rows = [{"index": i, "image": png("red"), "question": "q", "category": "x", **row, "answer": truth} for i in "12"]
+  write_table(tmp_path / RECIPES[name].file, rows)
+  scored = tables.TableBenchmark(RECIPES[name], tmp_path, None).score({i: {"answer": said} for i in "12"}).scores
+  overall = scored["accuracy" if name == "pope" else "overall"]
+  assert (overall.value, overall.count) == (100, 2)
+
+
+@pytest.mark.parametrize(
+  "name, row, truth",
+  [
+    ("pope", {}, "maybe"),
+    ("pope", {}, "1"),
+    ("mme", {}, "true"),
+    ("seed", CHOICE, "C"),  # an empty option
+    ("seed", CHOICE, "AB"),
+    ("seed", CHOICE, "one"),
+    ("mmbench", CHOICE, "0"),
+    ("mmmu", CHOICE, "D"),
+    ("textvqa", {}, "two"),  # the score leaves one of the people out
+    ("textvqa", {}, "['two', 'two', 'two']"),
+    ("textvqa", {}, "[]"),
+    ("textvqa", {}, "['two', '2'"),
+    ("textvqa", {}, "['two' 'three']"),  # as NumPy prints a list: Python reads one text
+    ("textvqa", {}, "[['two'], 'three']"),
+    ("chartqa", {}, '["two", None]'),
+    ("chartqa", {}, "['" + "[" * 100_000),
+  ],
+)
+def test_a_truth_that_no_answer_equals_is_refused_with_its_row(tmp_path, name, row, truth):
+  right = TEN if name == "textvqa" else "A" if row else "no"
+  fine = {"index": 1, "image": png("red"), "question": "q", "category": "x", "image_path": "x", **row, "answer": right}
+  path = tmp_path / RECIPES[name].file
+  write_table(path, [fine, fine | {"index": 7, "answer": truth}])
+  with pytest.raises(UserError) as error:
+    tables.TableBenchmark(RECIPES[name], tmp_path, None)
+  message = str(error.value)
+  assert str(path) in message and "index 7" in message and repr(truth)[:60] in message and "\n" not in message
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(data):
+  path = data / "POPE.tsv"
+  before = tables.Table(path)
+  sizes = [x.size for x in before.images("1")]
+  path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+  after = tables.Table(path)
+  assert after.rows == before.rows and [x.size for x in after.images("1")] == sizes
 
 
 def test_the_prompts_are_those_of_the_kit():
@@ -125,12 +200,22 @@ def test_a_limit_keeps_whole_questions(tmp_path):
   with pytest.raises(UserError, match="row 1: the index 'a7' is no number"):
     tables.TableBenchmark(RECIPES["mmbench"], tmp_path, None)
   (tmp_path / "MME.tsv").write_text("index\tquestion\n")
+  for index in ("²", "9" * 5000):
+    write_table(tmp_path / "MMBench_DEV_EN.tsv", [rows[0] | {"index": index}])
+    with pytest.raises(UserError, match="row 1: the index .* is no number"):
+      tables.TableBenchmark(RECIPES["mmbench"], tmp_path, None)
   with pytest.raises(UserError, match="--limit=5: MME adds up whole categories"):
     tables.TableBenchmark(RECIPES["mme"], tmp_path, 5)
 
 
 def test_a_file_that_is_no_table_is_refused_in_one_line(tmp_path):
   (tmp_path / "POPE.tsv").write_bytes(b"index\tquestion\n1\t\xff\xfe\n")
+  with pytest.raises(UserError, match="POPE.tsv, row 1, is no tab-separated UTF-8 text"):
+    tables.Table(tmp_path / "POPE.tsv")
+  (tmp_path / "POPE.tsv").write_bytes(b"index\tquestion\tanswer\tanswer\n1\tq\tYes\tNo\n")
+  with pytest.raises(UserError, match="column 'answer' more than once"):
+    tables.Table(tmp_path / "POPE.tsv")
+  (tmp_path / "POPE.tsv").write_bytes("index\tquestion\n1\tq\n".encode("utf-16"))
   with pytest.raises(UserError, match="POPE.tsv, row 1, is no tab-separated UTF-8 text"):
     tables.Table(tmp_path / "POPE.tsv")
 

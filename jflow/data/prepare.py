@@ -25,7 +25,7 @@ from jflow.data.importers import Importer, Item
 from jflow.data.partial import open_partial, write_json
 from jflow.data.progress import Progress
 from jflow.data.records import RecordError
-from jflow.errors import Stopped, UserError
+from jflow.errors import Stopped, UserError, need_text_name
 
 REJECTED = "rejected.jsonl"  # every record that was left out: where, message, reason
 MAX_TEXT = 65_536  # characters of a record with images; a row of 4,096 tokens holds about 16,000
@@ -66,6 +66,7 @@ def prepare(
   importers.check_flags(format, options)
   options = importers.Options(input=input, task=task, **options)
   importer = importers.open_importer(format, options)
+  need_text_name("--output", output)
   output = os.path.abspath(output)
   if os.path.exists(output) and (not os.path.isdir(output) or os.listdir(output)):
     raise UserError(f"{output} exists: name another --output or remove it")

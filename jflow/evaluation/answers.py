@@ -4,6 +4,7 @@ Pure text in, numbers out. Where an official rule is odd, the oddity is kept and
 paper's, and a better rule would be another benchmark.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -69,17 +70,19 @@ def vqa_score(answer: str, people: Sequence[str], unanimous_as_written: bool = F
     answer: of the model.
     people: the annotators' answers, ten as a rule.
     unanimous_as_written: the VQA challenge's, which leaves the people's answers as they are (upper case included) when
-      they agree word for word. Later versions of its code then leave the model's answer, too, for which "Yes." would
-      lose; as is usual, and in its first version, it is normalised here. False is VLMEvalKit's rule for TextVQA;
-      TextVQA's own evaluator also splits "'s" from words and drops every comma and question mark first.
+      they agree word for word. The model's answer then counts normalised, as in the first version of its code and as is
+      usual, or as it stands, as in later ones: no spelling of the people is out of reach. False is VLMEvalKit's rule
+      for TextVQA; TextVQA's own evaluator also splits "'s" from words and drops every comma and question mark first.
 
   Returns:
     In [0, 1]: 0, 0.3, 0.6, 0.9 or 1 for ten people.
   """
-  answer, people = normal_answer(answer), [_one_line(one) for one in people]
-  if not unanimous_as_written or len(set(people)) > 1:
+  right, people = {normal_answer(answer)}, [_one_line(one) for one in people]
+  if unanimous_as_written and len(set(people)) == 1:
+    right.add(_one_line(answer))
+  else:
     people = [normal_answer(one) for one in people]
-  agree = [one == answer for one in people]
+  agree = [one in right for one in people]
   return sum(min(1.0, (sum(agree) - own) / 3) for own in agree) / len(people)
 
 
@@ -91,12 +94,13 @@ def exact(answer: str, truth: str) -> bool:
 def relaxed(answer: str, truth: str, tolerance: float = 0.05) -> bool:
   """ChartQA's relaxed accuracy: numbers within 5 %, both ends included, anything else equal but for case.
 
-  "5%" is read as 0.05, so that "5" for "5%" is wrong. A true value of 0 is compared as text.
+  "5%" is read as 0.05, so that "5" for "5%" is wrong. A true value of 0, or one that is not finite, is compared as
+  text; spaces around the truth do not count, as those around the answer.
   """
-  number, wanted = _number(answer.strip()), _number(truth)
-  if number is not None and wanted:
+  number, wanted = _number(answer.strip()), _number(truth.strip())
+  if number is not None and wanted and math.isfinite(wanted):
     return abs(number - wanted) / abs(wanted) <= tolerance
-  return answer.strip().lower() == truth.lower()
+  return exact(answer, truth)
 
 
 def yes_or_no(answer: str) -> str:

@@ -1,7 +1,6 @@
 """The command `evaluate`: predictions sample by sample, then scores, then a report."""
 
 import argparse
-import json
 import math
 import os
 import pathlib
@@ -271,8 +270,9 @@ def _dtype(args: argparse.Namespace) -> str:
   """The compute dtype: --dtype, or that of the predictions so far, or the usual one of this machine."""
   if args.dtype:
     return args.dtype
-  path = args.output / "settings.json"
-  before = json.loads(path.read_text(encoding="utf-8")).get("dtype") if path.exists() else None
+  from jflow.evaluation.samples import settings_in
+
+  before = (settings_in(args.output) or {}).get("dtype")
   if before:
     return before
   from jflow.inference.loading import usual_dtype
@@ -312,8 +312,11 @@ def predict(
 
 
 def _is_done(task: Any, records: dict[str, Any], output: pathlib.Path) -> bool:
-  record = records.get(task.key)
-  return record is not None and ("file" not in record or (output / record["file"]).is_file())
+  """Whether a task has its record, and the file that this names is there."""
+  record = records.get(task.key, {})
+  if hasattr(task, "file"):
+    return record.get("file") == task.file and (output / task.file).is_file()
+  return isinstance(record.get("answer"), str)
 
 
 def _positive(text: str) -> int:

@@ -101,12 +101,12 @@ def object_of(text: str, where: str) -> dict[str, Any]:
 
 
 def text_of(path: pathlib.Path) -> str:
-  """A file of UTF-8, or a UserError that names the file and the line that is none."""
+  """A file of UTF-8, without a byte order mark, or a UserError that names the file and the line that is none."""
   try:
     data = path.read_bytes()
   except OSError as error:
     raise UserError(f"{path} cannot be read: {error.strerror}") from None
   try:
-    return data.decode("utf-8")
+    return data.decode("utf-8-sig")
   except UnicodeDecodeError as error:
     raise UserError(f"{path}, line {data[: error.start].count(10) + 1}, is not UTF-8: save the file as UTF-8") from None

@@ -111,9 +111,8 @@ def features(
     code = b"".join(file.read_bytes() for file in files)
     key = hashlib.sha256(code + repr((split, tuple(tags), count, side, name)).encode()).hexdigest()
     path = cache / f"renders-{key[:16]}.npz"
-    if path.exists():
-      with np.load(path, allow_pickle=False) as file:
-        return dict(file)
+    if (kept := _kept(path)) is not None:
+      return kept
   pictures = renders(split, tags, count, side, name)
   out = {
     "tex": np.stack([distances.texture(image) for image in pictures]),
@@ -129,6 +128,18 @@ def features(
     except OSError as error:  # the scores do not need it
       print(f"jflow: features of true pictures are not kept: {error}", file=sys.stderr)
   return out
+
+
+def _kept(path: pathlib.Path) -> dict[str, np.ndarray] | None:
+  """The arrays of a file of the cache; None where there is none, or a damaged one, which is made anew."""
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      return dict(file)
+  except FileNotFoundError:
+    return None
+  except Exception as error:  # zip, zlib and NumPy raise many types
+    print(f"jflow: {path} is damaged ({type(error).__name__}): its features are made anew", file=sys.stderr)
+    return None
 
 
 def renders(split: str, tags: Sequence[str], count: int, side: int, name: str) -> list[np.ndarray]:

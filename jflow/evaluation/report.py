@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from jflow.errors import UserError
+from jflow.evaluation.samples import object_in
 from jflow.evaluation.scores import Score
 from jflow.inference import files
 
@@ -88,12 +89,29 @@ def write(
 
 def scored_before(directory: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
   """What report.json holds if an outside scorer's findings for the same predictions are in it, else None."""
-  path = directory / "report.json"
-  if not path.exists():
+  body = read(directory)
+  if body is None:
     return None
-  body = json.loads(path.read_text(encoding="utf-8"))
   same = all(body["settings"].get(name) == value for name, value in json.loads(json.dumps(settings)).items())
   return body if body["scores"] and same else None
+
+
+def read(directory: pathlib.Path) -> dict[str, Any] | None:
+  """What report.json of a directory holds; None where there is none.
+
+  Raises:
+    UserError: it is damaged.
+  """
+  path = directory / "report.json"
+  hint = "delete it, and give the command again, with --results or --features where it had them"
+  body = object_in(path, hint)
+  if body is None:
+    return None
+  scores, settings = body.get("scores"), body.get("settings")
+  whole = isinstance(scores, dict) and isinstance(settings, dict) and isinstance(body.get("notes"), list)
+  if not whole or not all(isinstance(one, dict) and _is_number(one.get("value")) for one in scores.values()):
+    raise UserError(f"{path} is damaged, no report: {hint}")
+  return body
 
 
 def table(body: Mapping[str, Any]) -> str:
@@ -231,6 +249,10 @@ def _digits(value: float | None) -> str:
   if value is None:
     return ""
   return f"{round(value, 3) + 0.0:.3f}" if abs(value) < 2 else f"{value:.2f}"  # + 0.0: no minus before a zero
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _plain(value: Any) -> str:

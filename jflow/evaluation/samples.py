@@ -54,6 +54,11 @@ class Samples:
 
   def _compare(self, settings: dict[str, Any]) -> None:
     path = self._directory / "settings.json"
+    if not path.exists() and any(one.stat().st_size for one in self._directory.glob("records*.jsonl")):
+      raise UserError(
+        f"{self._flag}={self._directory} holds predictions without settings.json, so nobody knows of what: "
+        f"name another {self._flag}, or delete it to start over"
+      )
     new = path.with_name(f"settings.json.{os.getpid()}")
     new.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     try:
@@ -67,7 +72,7 @@ class Samples:
         return
     finally:
       new.unlink(missing_ok=True)
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = settings_in(self._directory, self._flag) or {}
     for name in sorted(before.keys() | settings.keys()):
       if before.get(name) != settings.get(name):
         old = f"{name}={_short(before[name])}" if before.get(name) is not None else f"an unknown or no {name}"
@@ -111,16 +116,51 @@ class Samples:
       for number, line in enumerate(lines, 1):
         try:
           record = json.loads(line)
-          out[record["key"]] = record
-        except (ValueError, KeyError, TypeError):
-          raise UserError(
-            f"{path}, line {number}, is no record: delete the line to make the sample again"
-          ) from None
+        except (ValueError, RecursionError):
+          record = None
+        if not _is_record(record):
+          raise UserError(f"{path}, line {number}, is no record: delete the line to make the sample again")
+        out[record["key"]] = record
     return out
 
   def mine(self, keys: Collection[str]) -> list[str]:
     """The keys that this process makes, in their order."""
     return [key for i, key in enumerate(keys) if i % self._parts == self._number]
+
+
+def settings_in(directory: pathlib.Path, flag: str = "--output") -> dict[str, Any] | None:
+  """What settings.json of an evaluation's directory holds; None where there is no such file.
+
+  Raises:
+    UserError: it is damaged.
+  """
+  return object_in(directory / "settings.json", f"name another {flag}, or delete {directory} to start over")
+
+
+def object_in(path: pathlib.Path, hint: str) -> dict[str, Any] | None:
+  """The JSON object of a file that an evaluation wrote; None where there is no such file.
+
+  Raises:
+    UserError: it is damaged; `hint` says what to do.
+  """
+  try:
+    value = json.loads(path.read_bytes())
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  except OSError as error:
+    raise UserError(f"{path} cannot be read: {error.strerror}") from None
+  except (ValueError, RecursionError):
+    value = None
+  if not isinstance(value, dict):
+    raise UserError(f"{path} is damaged, no JSON object: {hint}")
+  return value
+
+
+def _is_record(value: Any) -> bool:
+  """Whether it is a prediction: a key, with an answer (a text, or what likelihoods keep) or the name of a file."""
+  if not isinstance(value, dict) or not isinstance(value.get("key"), str):
+    return False
+  return isinstance(value.get("answer", ""), str | list) and isinstance(value.get("file", ""), str)
 
 
 def _short(value: Any) -> str:

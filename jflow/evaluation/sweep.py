@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jflow.errors import UserError
+from jflow.evaluation import report
 from jflow.evaluation.recipes import RECIPES
 from jflow.inference import files
 
@@ -83,7 +84,7 @@ def reports(
   loose = ("guidance", "steps", "results", "features", "checkpoint", "read_from", "vae")  # the fingerprint says which
   found, alike = {}, {}
   for path in folder.glob("guidance*_steps*/report.json"):
-    body = json.loads(path.read_text(encoding="utf-8"))
+    body = report.read(path.parent)
     pair = body["settings"]["guidance"], body["settings"]["steps"]
     found[pair] = body["scores"]
     alike[pair] = {name: value for name, value in body["settings"].items() if name not in loose}

@@ -6,11 +6,11 @@ answer, category, split. The images stay in the file until their question is ask
 
 import ast
 import base64
-import binascii
 import csv
 import hashlib
 import io
 import pathlib
+import re
 import string
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from PIL import Image
 from jflow.data import images
 from jflow.data.examples import IMAGE_MARK
 from jflow.errors import UserError
-from jflow.evaluation import answers, scores
+from jflow.evaluation import answers, scores, truths
 from jflow.evaluation.recipes import Recipe
 from jflow.evaluation.report import Result
 from jflow.evaluation.samples import need, need_all
@@ -51,6 +51,8 @@ class Table:
       self._read()
     except (UnicodeDecodeError, csv.Error) as error:
       raise UserError(f"{path}, row {len(self.rows) + 1}, is no tab-separated UTF-8 text: {error}") from error
+    except OSError as error:
+      raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
   def _read(self) -> None:
     path, firsts = self._path, {}
@@ -60,6 +62,9 @@ class Table:
       for column in ("index", "question"):
         if column not in self._header:
           raise UserError(f"{path} has no column {column!r}; it has {', '.join(self._header)[:200]}")
+      twice = [name for name in self._header if self._header.count(name) > 1]
+      if twice:
+        raise UserError(f"{path} has the column {twice[0]!r} more than once: which one counts is not known")
       offset = file.tell()
       for number, cells in enumerate(csv.reader(lines, delimiter="\t"), 1):
         if len(cells) != len(self._header):
@@ -85,17 +90,26 @@ class Table:
     index = self._images.get(index) or index
     return self._first.get(index, index)
 
+  def holder(self, index: str) -> str:
+    """The index of the row that holds the image of this one: itself, or the one that it refers to.
+
+    Raises:
+      UserError: the row has no image, or refers to a row that holds none.
+    """
+    reference = self._images.get(index)
+    if reference is None:
+      return index
+    if reference not in self._offsets or self._images.get(reference) is not None:
+      raise UserError(f"{self._path}, index {index}: its image {reference!r} is no row with an image")
+    return reference
+
   def images(self, index: str) -> list[Image.Image]:
     """Decodes the images of a row, following a reference to another one.
 
     Raises:
-      UserError: the row has no image, refers to none, or holds one that cannot be decoded.
+      UserError: see `holder`, or the image cannot be decoded.
     """
-    reference = self._images.get(index)
-    if reference is not None:
-      if reference not in self._offsets or self._images.get(reference) is not None:
-        raise UserError(f"{self._path}, index {index}: its image {reference!r} is no row with an image")
-      index = reference
+    index = self.holder(index)
     with open(self._path, "rb") as file:
       file.seek(self._offsets[index])
       cells = next(csv.reader(_lines(file), delimiter="\t"))
@@ -103,8 +117,9 @@ class Table:
     try:
       texts = ast.literal_eval(field) if field.startswith("[") else [field]
       return [images.as_published(base64.b64decode(text)) for text in texts]
-    except (ValueError, SyntaxError, TypeError, images.ImageError, binascii.Error) as error:
-      raise UserError(f"{self._path}, index {index}: its image cannot be decoded: {error}") from error
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError, images.ImageError) as error:
+      reason = str(error) or type(error).__name__
+      raise UserError(f"{self._path}, index {index}: its image cannot be decoded: {reason}") from error
 
 
 class TableBenchmark:
@@ -124,7 +139,7 @@ class TableBenchmark:
       raise UserError(f"--limit={limit}: MME adds up whole categories; leave --limit out")
     if recipe.rule == "circular":
       for number, row in enumerate(rows, 1):
-        if not row["index"].isdigit():
+        if not re.fullmatch("[0-9]{1,18}", row["index"]):
           raise UserError(f"{path}, row {number}: the index {row['index']!r} is no number: is it MMBench's file?")
       question = lambda row: int(row["index"]) % scores.ROTATION
       kept = set(list(dict.fromkeys(map(question, rows)))[:limit])
@@ -135,6 +150,16 @@ class TableBenchmark:
       raise UserError(f"{path} has no rows{f' of the split {recipe.split!r}' if recipe.split else ''}")
     for row in self._rows:
       need(row, recipe.fields, f"{path}, index {row['index']},")
+      self._table.holder(row["index"])
+    if recipe.rule in truths.RULES:
+      self._rows = [row | {"answer": self._truth(row)} for row in self._rows]
+
+  def _truth(self, row: Mapping[str, str]) -> str:
+    try:
+      return truths.RULES[self._recipe.rule](row, choices(row))
+    except ValueError as error:
+      where = f"{self._path}, index {row['index']}"
+      raise UserError(f"{where}: answer={row['answer']!r:.80} {error}; no answer could be right") from None
 
   def data_files(self) -> list[pathlib.Path]:
     """What the predictions and scores depend on."""
@@ -234,23 +259,13 @@ def _circular(rows: Sequence[Mapping[str, str]], recipe: Recipe) -> Result:
   )
 
 
-def _people(row: Mapping[str, str]) -> list[str]:
-  """The answers of a row: a list, or one."""
-  if row["answer"].startswith("["):
-    try:
-      return [str(one) for one in ast.literal_eval(row["answer"])]
-    except (ValueError, SyntaxError):
-      pass
-  return [row["answer"]]
-
-
 def _by_rule(rows, judge) -> Result:
   judged = [row | {"right": judge(row), "category": row.get("split") or "all"} for row in rows]
   return Result(scores.by_category(judged))
 
 
 def _vqa(rows: Sequence[Mapping[str, str]], recipe: Recipe) -> Result:
-  return _by_rule(rows, lambda row: answers.vqa_score(row["prediction"], _people(row)))
+  return _by_rule(rows, lambda row: answers.vqa_score(row["prediction"], truths.people_of(row["answer"])))
 
 
 def _exact(rows: Sequence[Mapping[str, str]], recipe: Recipe) -> Result:
@@ -258,7 +273,7 @@ def _exact(rows: Sequence[Mapping[str, str]], recipe: Recipe) -> Result:
 
 
 def _relaxed(rows: Sequence[Mapping[str, str]], recipe: Recipe) -> Result:
-  return _by_rule(rows, lambda row: any(answers.relaxed(row["prediction"], one) for one in _people(row)))
+  return _by_rule(rows, lambda row: any(answers.relaxed(row["prediction"], one) for one in truths.people_of(row["answer"])))
 
 
 def _hand_in(rows: Sequence[Mapping[str, str]], recipe: Recipe) -> Result:
@@ -280,6 +295,8 @@ RULES = {
 
 
 def _lines(file: io.BufferedReader) -> Iterator[str]:
-  """Lines of text; the file stands exactly behind those that were taken."""
+  """Lines of text, without a byte order mark; the file stands exactly behind those that were taken."""
+  first = file.tell() == 0
   while line := file.readline():
-    yield line.decode("utf-8")
+    yield line.decode("utf-8-sig" if first else "utf-8")
+    first = False

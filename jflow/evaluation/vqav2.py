@@ -1,6 +1,5 @@
 """VQAv2 from its own files: scores on val, and the file to hand in on test-dev."""
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +8,7 @@ from PIL import Image
 
 from jflow.data import images
 from jflow.errors import UserError
-from jflow.evaluation import answers, scores
+from jflow.evaluation import answers, outside, scores, truths
 from jflow.evaluation.recipes import Recipe
 from jflow.evaluation.report import Result
 from jflow.evaluation.samples import need, need_all
@@ -43,25 +42,17 @@ class Vqav2Benchmark:
     self._files = [data / name for name in (questions, annotations) if name]
     self._rows = _read(data / questions, "questions", recipe)[:limit]
     for row in self._rows:
-      need(
-        row,
-        ("question_id", "image_id", "question"),
-        f"{data / questions}, question {row.get('question_id')},",
-      )
+      where = f"{data / questions}, question {row['question_id']},"
+      need(row, ("image_id", "question"), where)
+      outside.need_texts(row, ("question",), where)
+      _need_number(row, "image_id", where)
     self._people: dict[int, Mapping[str, Any]] = {}
     if annotations:
-      rows = _read(data / annotations, "annotations", recipe)
-      for row in rows:
-        where = f"{data / annotations}, question {row.get('question_id')},"
-        need(row, ("question_id", "image_id", "answers", "answer_type"), where)
-        people = row["answers"]
-        if not isinstance(people, list) or not people or not all(isinstance(one, dict) for one in people):
-          raise UserError(f"{where} has answers={people!r:.60}, which is no list of objects")
-        for one in people:
-          need(one, ("answer",), f"{where} one of its answers,")
-      self._people = {row["question_id"]: row for row in rows}
+      self._people = {row["question_id"]: row for row in _read(data / annotations, "annotations", recipe)}
       wanted = [row["question_id"] for row in self._rows]
       need_all(wanted, self._people, str(data / annotations), "take questions and annotations of one release")
+      for number in wanted:
+        _check_people(self._people[number], f"{data / annotations}, question {number},")
     if self._rows and not self._path(self._rows[0]).is_file():
       raise UserError(f"{self._path(self._rows[0])} does not exist: {recipe.data}")
 
@@ -93,13 +84,12 @@ class Vqav2Benchmark:
       score = answers.vqa_score(answer, people, unanimous_as_written=True)
       row = self._people[number]
       judged.append({"right": score, "category": row["answer_type"], "picture": row["image_id"]})
-    return Result(
-      scores.by_category(judged),
-      [
-        "The paper's score is on test-dev; on val its ablations have 69.20 at 256.",
-        "The model's answer is always normalised, the people's unless all ten agree word for word.",
-      ],
-    )
+    notes = [
+      "The paper's score is on test-dev; on val its ablations have 69.20 at 256.",
+      "Answers are normalised, but for the people's where all ten agree word for word: there the model's is right "
+      "as it stands, too.",
+    ]
+    return Result(scores.by_category(judged), notes)
 
   def _image(self, row: Mapping[str, Any]) -> Image.Image:
     path = self._path(row)
@@ -113,12 +103,35 @@ class Vqav2Benchmark:
 
 
 def _read(path: pathlib.Path, field: str, recipe: Recipe) -> list[dict[str, Any]]:
+  """The objects of a list, each with a question_id of its own."""
   if not path.is_file():
     raise UserError(f"{path} does not exist: {recipe.data}")
-  try:
-    rows = json.loads(path.read_text(encoding="utf-8"))[field]
-  except (ValueError, KeyError, TypeError) as error:
-    raise UserError(f"{path} is no file of VQAv2 with the field {field!r}: {error}") from error
+  rows = outside.object_of(outside.text_of(path), f"{path}").get(field)
   if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-    raise UserError(f"{path}: {field!r} should be a list of objects")
+    raise UserError(f"{path} is no file of VQAv2: {field!r} should be a list of objects")
+  seen = set()
+  for number, row in enumerate(rows, 1):
+    need(row, ("question_id",), f"{path}, {field} {number},")
+    _need_number(row, "question_id", f"{path}, {field} {number},")
+    if row["question_id"] in seen:
+      raise UserError(f"{path}, {field} {number}: question {row['question_id']} comes twice")
+    seen.add(row["question_id"])
   return rows
+
+
+def _need_number(row: Mapping[str, Any], field: str, where: str) -> None:
+  if type(row[field]) is not int or not 0 <= row[field] < 10**12:
+    raise UserError(f"{where} has {field}={row[field]!r:.60}, which must be a whole number from 0 to 10**12")
+
+
+def _check_people(row: Mapping[str, Any], where: str) -> None:
+  """Raises a UserError unless a row of the annotations can be scored."""
+  need(row, ("image_id", "answers", "answer_type"), where)
+  people = row["answers"]
+  if not isinstance(people, list) or not people or not all(isinstance(one, dict) for one in people):
+    raise UserError(f"{where} has answers={people!r:.60}, which is no list of objects")
+  if len(people) < truths.LEAST_PEOPLE:
+    raise UserError(f"{where} has {len(people)} answers, and no answer is wholly right by fewer than {truths.LEAST_PEOPLE}")
+  for one in people:
+    need(one, ("answer",), f"{where} one of its answers,")
+    outside.need_texts(one, ("answer",), f"{where} one of its answers,")

@@ -47,7 +47,7 @@ def replace(path: pathlib.Path, text: str) -> None:
     Stopped: it cannot be written.
   """
   with new_file(path) as new:
-    new.write_text(text, encoding="utf-8")
+    new.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files need not be Unicode
 
 
 @contextlib.contextmanager
@@ -73,4 +73,5 @@ def write_json(path: pathlib.Path, body: dict[str, Any]) -> None:
     Stopped: it cannot be written.
   """
   with writing(path):
-    path.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(body, indent=1, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # which is JSON's own escape

@@ -79,7 +79,8 @@ def read_prompts(prompts: list[str], file: pathlib.Path | None) -> list[str]:
   prompts = list(prompts)
   if file is not None:
     try:
-      prompts += [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+      lines = file.read_text(encoding="utf-8-sig").split("\n")  # a line separator of Unicode parts no prompts
+      prompts += [line.strip() for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
       raise UserError(f"--prompts={file} cannot be read as UTF-8 text: {error}") from error
   if not prompts:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import ml_dtypes
 import numpy as np
 
-from jflow.errors import Stopped, UserError
+from jflow.errors import Stopped, UserError, need_text_name
 from jflow.interop import official, remote, transfer
 from jflow.interop.official import Loaded
 
@@ -118,6 +118,7 @@ def convert(args: argparse.Namespace) -> None:
     UserError: what is missing, damaged or contradictory, in one line.
     Stopped: the output cannot be written.
   """
+  need_text_name("--output", args.output)
   if args.output.exists():
     raise UserError(f"output {args.output} exists: name a directory that does not")
   if args.source is None:

@@ -9,7 +9,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from jflow.errors import UserError
+from jflow.errors import UserError, need_text_name
 
 _EPILOG = """
 A config is a Python file with get_config(size); the part behind the colon is the size:
@@ -100,6 +100,7 @@ def main(argv: list[str]) -> int:
     "--workdir", metavar="DIR", required=True, type=pathlib.Path, help="directory of this run"
   )
   known, fields = parser.parse_known_args(argv)
+  need_text_name("--workdir", known.workdir)
   config = load_config([f"--config={known.config}", *fields])
 
   from jflow.training import hosts  # after the flags: a typo needs no import of jax

@@ -1,0 +1,87 @@
+"""True answers of benchmarks, checked when their file is read: one that no answer can equal would score 0 unsaid."""
+
+import ast
+import io
+import re
+import token
+import tokenize
+from collections.abc import Mapping
+
+LEAST_PEOPLE = 4  # whose agreement gives a VQA score of 1
+_LIST = re.compile(r"\[\s*[bru]?['\"]", re.IGNORECASE)  # a list of texts begins so, whole or damaged
+
+
+def yes_or_no(row: Mapping[str, str], options: Mapping[str, str]) -> str:
+  """POPE's and MME's truth: "Yes" or "No", however it is spelled (POPE's own files have "yes").
+
+  Args:
+    row: of the table; `options` are its choices by letter.
+
+  Raises:
+    ValueError: it is neither; so for all rules.
+  """
+  answer = row["answer"].strip().capitalize()
+  if answer not in ("Yes", "No"):
+    raise ValueError("must be Yes or No")
+  return answer
+
+
+def letter(row: Mapping[str, str], options: Mapping[str, str]) -> str:
+  """The letter of one of the options, in upper case; the text itself where the question is open."""
+  if not options:
+    return row["answer"]
+  answer = row["answer"].strip().upper()
+  if answer not in options:
+    raise ValueError(f"must be the letter of one of its options, {', '.join(options)}")
+  return answer
+
+
+def people(row: Mapping[str, str], options: Mapping[str, str]) -> str:
+  """The answers of enough people, as Python writes a list."""
+  if len(people_of(row["answer"])) < LEAST_PEOPLE:
+    raise ValueError(f"must be a list of at least {LEAST_PEOPLE} answers: the score leaves one out and asks for three")
+  return row["answer"]
+
+
+def one_or_more(row: Mapping[str, str], options: Mapping[str, str]) -> str:
+  """One answer, or a list of at least one as Python writes it."""
+  people_of(row["answer"])
+  return row["answer"]
+
+
+def text(row: Mapping[str, str], options: Mapping[str, str]) -> str:
+  """Any text."""
+  return row["answer"]
+
+
+def people_of(answer: str) -> list[str]:
+  """The answers of a field: those of a list as Python writes it, or the one text that it is.
+
+  Raises:
+    ValueError: a list without answers, a damaged one, or one whose texts no comma parts.
+  """
+  if not answer.lstrip().startswith("["):
+    return [answer]
+  try:
+    found = ast.literal_eval(answer.strip())
+  except (ValueError, SyntaxError, RecursionError, MemoryError):
+    if _LIST.match(answer.lstrip()):
+      raise ValueError("must be a whole list of texts, such as ['two', '2']") from None
+    return [answer]  # a text that begins with a bracket
+  if not isinstance(found, list) or not found or not all(isinstance(one, str | int | float) for one in found):
+    raise ValueError("must be a list of at least one text or number")
+  if _texts(answer) > sum(isinstance(one, str) for one in found):  # NumPy prints ['a' 'b'], which Python reads as 'ab'
+    raise ValueError("must have a comma between the texts of its list")
+  return [str(one) for one in found]
+
+
+def _texts(source: str) -> int:
+  """The number of string literals in a text that is one expression."""
+  tokens = tokenize.generate_tokens(io.StringIO(source.strip()).readline)
+  return sum(one.type == token.STRING for one in tokens)
+
+
+RULES = {
+  "pope": yes_or_no, "mme": yes_or_no, "choice": letter, "circular": letter, "vqa": people,
+  "relaxed": one_or_more, "exact": text,
+}  # fmt: skip
