@@ -151,13 +151,25 @@ def test_an_animation_gives_its_first_frame():
     assert (images.decode(data) == (255, 0, 0)).all()
 
 
-def _png_header(width: int, height: int) -> bytes:
-  def chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+def _chunk(kind: bytes, body: bytes = b"") -> bytes:
+  """A chunk of a PNG."""
+  return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
+
+def _segment(code: int, body: bytes = b"") -> bytes:
+  """A segment of a JPEG."""
+  return struct.pack(">BBH", 0xFF, code, len(body) + 2) + body
+
+
+def _riff(name: bytes, body: bytes) -> bytes:
+  """A chunk of a WEBP."""
+  return name + struct.pack("<I", len(body)) + body + bytes(len(body) % 2)
+
+
+def _png_header(width: int, height: int) -> bytes:
   header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
   return (
-    b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(b"")) + _chunk(b"IEND")
   )
 
 
@@ -203,6 +215,215 @@ def test_what_cannot_be_used_has_a_reason(data, reason):
     with pytest.raises(ImageError) as caught:
       use(data)
     assert caught.value.reason == reason and "\n" not in str(caught.value)
+
+
+SOUND = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3)).astype(np.uint8))
+PNG, JPEG, GIF = (_encode(SOUND, format) for format in ("PNG", "JPEG", "GIF"))
+GIF_START = 13 + 768  # behind the header and the palette
+LARGE, UNFOLDS = bytes(2 * 2**20), zlib.compress(bytes(3 * 2**20))
+# EXIF whose rotation says "upside down", but for a tag behind it that lies outside.
+ENTRIES = struct.pack("<HHHLHHHHLL", 2, 0x0112, 3, 1, 3, 0, 0x0131, 2, 10**6, 10**6)
+TURNED = b"II*\0\x08\0\0\0" + ENTRIES
+HEXADECIMAL = b"\nexif\n      34\n" + TURNED.hex().encode()
+MANY_TAGS = b"II*\0\x08\0\0\0\xff\xff" + b"".join(
+  struct.pack("<HHLL", i, 2, 500_000, 8) for i in range(60_000)
+)
+
+
+def _in_png(*chunks: bytes, behind: bytes = b"") -> bytes:
+  return PNG[:33] + b"".join(chunks) + PNG[33:-12] + behind + PNG[-12:]
+
+
+def _in_jpeg(*segments: bytes) -> bytes:
+  return JPEG[:2] + b"".join(segments) + JPEG[2:]
+
+
+def _in_webp(before: bytes = b"", behind: bytes = b"", flags: int = 0x2C) -> bytes:
+  canvas = bytes([flags, 0, 0, 0]) + (39).to_bytes(3, "little") + (29).to_bytes(3, "little")
+  body = b"WEBP" + _riff(b"VP8X", canvas) + before + _encode(SOUND, "WEBP", lossless=True)[12:] + behind
+  return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def _in_gif(extension: bytes) -> bytes:
+  return GIF[:GIF_START] + extension + GIF[GIF_START:]
+
+
+def _telephone(**options) -> bytes:
+  """Two pictures in one file, as telephones write them; the first is the photograph."""
+  return _encode(SOUND, "MPO", save_all=True, append_images=[SOUND.rotate(180)], **options)
+
+
+METADATA = {
+  "PNG, profile of 2 MiB": _in_png(_chunk(b"iCCP", b"icc\0\0" + UNFOLDS)),
+  "PNG, profile cut": _in_png(_chunk(b"iCCP", b"icc\0\0" + UNFOLDS[:9])),
+  "PNG, profile of an unknown compression": _in_png(_chunk(b"iCCP", b"icc\0\7abc")),
+  "PNG, zTXt of 3 MiB": _in_png(_chunk(b"zTXt", b"parameters\0\0" + UNFOLDS)),
+  "PNG, iTXt of 3 MiB behind the pixels": _in_png(behind=_chunk(b"iTXt", b"workflow\0\1\0\0\0" + UNFOLDS)),
+  "PNG, much text": _in_png(*[_chunk(b"tEXt", b"a\0" + LARGE)] * 40),
+  "PNG, EXIF of garbage": _in_png(_chunk(b"eXIf", b"garbage")),
+  "PNG, EXIF of garbage behind the pixels": _in_png(behind=_chunk(b"eXIf", b"garbage")),
+  "PNG, EXIF of many large tags": _in_png(_chunk(b"eXIf", MANY_TAGS)),
+  "PNG, EXIF in a chain of names": _in_png(_chunk(b"eXIf", b"Exif\0\0" * 2**20)),
+  "PNG, profile in a text that is no text": _in_png(_chunk(b"zTXt", b"Raw profile type exif\0\0" + UNFOLDS)),
+  "PNG, texts named as what Pillow knows": _in_png(
+    _chunk(b"tEXt", b"transparency\0x"), _chunk(b"tEXt", b"bbox\0x")
+  ),
+  "PNG, chunks without contents": _in_png(
+    *map(_chunk, (b"iCCP", b"pHYs", b"sRGB", b"gAMA", b"eXIf", b"acTL", b"fcTL"))
+  ),
+  "PNG, two animations": _in_png(*[_chunk(b"acTL", struct.pack(">II", 2, 0))] * 2),
+  "PNG, text with a wrong checksum": _in_png(_chunk(b"tEXt", b"a\0b")[:-4] + b"sum!"),
+  "PNG, text cut at the end": PNG[:-12] + _chunk(b"tEXt", b"a\0" + LARGE)[:-9],
+  "WEBP, EXIF of garbage": _in_webp(behind=_riff(b"EXIF", b"Exif\0\0garbage")),
+  "WEBP, EXIF cut": _in_webp(behind=_riff(b"EXIF", LARGE))[:-1000],
+  "WEBP, profile of 2 MiB": _in_webp(before=_riff(b"ICCP", LARGE)),
+  "WEBP, XMP that is no text": _in_webp(behind=_riff(b"XMP ", b"\xff" * 99)),
+  "WEBP, metadata promised": _in_webp(),
+  "JPEG, EXIF of garbage": _in_jpeg(_segment(0xE1, b"Exif\0\0garbage")),
+  "JPEG, EXIF in many segments": _in_jpeg(*[_segment(0xE1, b"Exif\0\0" + bytes(65_000))] * 100),
+  "JPEG, profile cut": _in_jpeg(_segment(0xE2, b"ICC_PROFILE\0\1\3" + bytes(60_000))),
+  "JPEG, profile without a number": _in_jpeg(_segment(0xE2, b"ICC_PROFILE\0")),
+  "JPEG, JFIF, Adobe and MPF cut": _in_jpeg(
+    _segment(0xE0, b"JFIF"), _segment(0xEE, b"Adobe"), _segment(0xE2, b"MPF\0")
+  ),
+  "JPEG, MPF of garbage": _in_jpeg(_segment(0xE2, b"MPF\0II*\0\x08\0\0\0" + b"\xff" * 90)),
+  "JPEG, Photoshop's cut": _in_jpeg(_segment(0xED, b"Photoshop 3.0\x008BIM\3\xed\xff")),
+  "JPEG, comments": _in_jpeg(*[_segment(0xFE, bytes(65_000))] * 100),
+  "JPEG, fill bytes": _in_jpeg(b"\xff" * 2**20),
+  "JPEG, two pictures": _telephone(),
+  "JPEG, two pictures, the second cut": _telephone()[:-700],
+  "GIF, comments": _in_gif(b"!\xfe" + (b"\xff" + bytes(255)) * 20_000 + b"\0"),
+  "GIF, a program's data": _in_gif(b"!\xff\x0bNETSCAPE2.0\0"),
+  "GIF, zeros": _in_gif(LARGE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("data", METADATA.values(), ids=METADATA)
+def test_metadata_never_costs_a_picture(data):
+  plain = {b"\x89": PNG, b"\xff": JPEG, b"G": GIF, b"R": PNG}[data[:1]]
+  np.testing.assert_array_equal(images.decode(data), images.decode(plain))
+  assert images.size(data) == SOUND.size
+  np.testing.assert_array_equal(
+    images.for_generation(data, 8, np.random.default_rng(0)),
+    images.for_generation(plain, 8, np.random.default_rng(0)),
+  )
+  np.testing.assert_array_equal(images.as_published(data), images.as_published(plain))
+
+
+def _xmp(orientation: int) -> bytes:
+  return f'<x:xmpmeta><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'.encode()
+
+
+@pytest.mark.parametrize(
+  "data",
+  [
+    _in_png(_chunk(b"eXIf", TURNED)),
+    _in_png(behind=_chunk(b"eXIf", TURNED)),
+    _in_png(_chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(HEXADECIMAL))),
+    _in_png(_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + _xmp(3)), _chunk(b"eXIf", b"garbage")),
+    _in_webp(behind=_riff(b"EXIF", TURNED)),
+    _in_webp(behind=_riff(b"EXIF", b"Exif\0\0" + TURNED)),
+    _in_webp(behind=_riff(b"XMP ", _xmp(3))),
+    _in_jpeg(_segment(0xE1, b"Exif\0\0" + TURNED)),
+    _in_jpeg(_segment(0xE1, b"Exif\0\0garbage"), _segment(0xE1, b"Exif\0\0" + TURNED)),
+    _in_jpeg(_segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + _xmp(3))),
+    _telephone(exif=b"Exif\0\0" + TURNED),
+  ],
+  ids=["png", "png-behind", "png-text", "png-xmp", "webp", "webp-named", "webp-xmp", "jpeg", "jpeg-second",
+       "jpeg-xmp", "two-pictures"],
+)  # fmt: skip
+def test_a_rotation_is_applied_wherever_it_can_be_read(data):
+  plain = JPEG if data[:1] == b"\xff" else PNG
+  np.testing.assert_array_equal(images.decode(data), np.rot90(images.decode(plain), 2))
+
+
+def test_colors_are_read_by_what_stays():
+  """Adobe's segment says that the three colors of a JPEG are red, green and blue."""
+  plain = _encode(SOUND, "JPEG", keep_rgb=True, quality=95)
+  assert np.abs(images.decode(plain).astype(int) - np.asarray(SOUND)).mean() < 8
+  first_frame = _encode(SOUND, save_all=True, append_images=[SOUND.rotate(180)])
+  np.testing.assert_array_equal(images.decode(first_frame), SOUND)
+  clear = _encode(SOUND.convert("P"), transparency=SOUND.convert("P").getpixel((0, 0)))
+  assert (images.decode(clear)[0, 0] == 255).all()
+
+
+def _progressive(side: int, scans: int) -> bytes:
+  """A gray progressive JPEG whose last scans hold nothing but empty bands."""
+  blocks = (side // 8) ** 2
+  runs = ""
+  while blocks:
+    bits = min(14, blocks.bit_length() - 1)
+    run = min(blocks, 2 ** (bits + 1) - 1)
+    runs += format(bits, "04b") + (format(run - 2**bits, f"0{bits}b") if bits else "")
+    blocks -= run
+  first, more = (
+    int(b + "1" * (-len(b) % 8), 2).to_bytes(-(-len(b) // 8), "big").replace(b"\xff", b"\xff\0")
+    for b in ("0" * (side // 8) ** 2, runs)
+  )
+  head = b"\xff\xd8" + _segment(0xDB, b"\0" + b"\1" * 64)
+  head += _segment(0xC2, struct.pack(">BHHB", 8, side, side, 1) + b"\1\x11\0")
+  head += _segment(0xC4, b"\0" + bytes([1] + [0] * 15) + b"\0")
+  head += _segment(0xC4, b"\x10" + bytes([0, 0, 0, 15] + [0] * 12) + bytes(i << 4 for i in range(15)))
+  head += _segment(0xDA, b"\1\1\0\0\0\0") + first + _segment(0xDA, b"\1\1\0\1\x3f\x01") + more
+  return head + (_segment(0xDA, b"\1\1\0\1\x3f\x10") + more) * (scans - 2) + b"\xff\xd9"
+
+
+def test_the_passes_over_a_jpeg_are_limited_before_it_is_decoded():
+  for data in (_progressive(8192, 30), _progressive(64, 300), _progressive(8, 10**5)):
+    for use in (
+      images.decode,
+      images.size,
+      images.as_published,
+      lambda data: images.for_understanding(data, 16),
+    ):
+      with pytest.raises(ImageError) as caught:
+        use(data)
+      assert caught.value.reason == "too_large"
+  assert images.decode(_progressive(64, 64)).shape == (64, 64, 3)
+  for mode in ("L", "RGB", "CMYK"):  # as encoders make them
+    progressive = images.decode(_encode(SOUND.convert(mode), "JPEG", progressive=True))
+    np.testing.assert_array_equal(progressive, images.decode(_encode(SOUND.convert(mode), "JPEG")))
+
+
+@pytest.mark.parametrize(
+  "data",
+  [
+    JPEG[:2] + _segment(0xFE) * 10**6 + JPEG[2:],
+    JPEG[:-2] + _segment(0xDC, b"\0\1") * 10**6 + JPEG[-2:],
+    _in_png(_chunk(b"tEXt") * 10**6),
+    _in_png(_chunk(b"IDAT") * 10**6),
+    _in_webp(behind=_riff(b"EXIF", b"") * 10**6),
+    _in_gif(b"!\xfe\0" * 10**6),
+    _in_gif(b"!\xfe" + b"\1x" * 10**6 + b"\0"),
+  ],
+  ids=["jpeg", "jpeg-behind", "png-text", "png-pixels", "webp", "gif", "gif-blocks"],
+)
+def test_a_picture_in_a_million_pieces_is_refused(data):
+  with pytest.raises(ImageError) as caught:
+    images.decode(data)
+  assert caught.value.reason == "too_large"
+
+
+@pytest.mark.parametrize(
+  "data, word",
+  [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+    (_encode(SOUND, "TIFF"), "TIFF"),
+    (_encode(SOUND, "BMP"), "BMP"),
+    (b"\n<!DOCTYPE html><html>404", "web page"),
+    (b"\0\0\0\x1cftypheic\0\0", "HEIC"),
+    (b"<svg xmlns=''/>", "SVG"),
+  ],
+)
+def test_what_is_no_image_is_named(data, word):
+  with pytest.raises(ImageError, match=word) as caught:
+    images.decode(data)
+  assert caught.value.reason == "format"
+
+
+def test_a_rotation_of_a_pillow_image_that_cannot_be_read_is_none():
+  picture = Image.open(io.BytesIO(_in_jpeg(_segment(0xE1, b"Exif\0\0garbage"))))
+  np.testing.assert_array_equal(images.decode(picture), images.decode(JPEG))
 
 
 def _resident() -> float:

@@ -2,26 +2,59 @@
 
 import io
 import os
+import re
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
+from jflow.data import metadata, pointers
 from jflow.data.records import RecordError
 from jflow.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MAX_PIXELS = 64 * 2**20
+# Passes over a picture. Encoders make 10 to 18 of a progressive JPEG; a hundred bytes are enough for one more.
+MAX_SCANS = 100
+MAX_LARGE_SCANS = 20  # of a picture with as many pixels as may be
 _WHITE = (255, 255, 255)
+_UPRIGHT = {  # EXIF rotation -> what undoes it
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
+_OTHERS = (  # what files begin with that people take for one of FORMATS
+  (rb"\s*<(?:!doctype html|html)", "a web page"),
+  (rb"\s*<(?:\?xml|svg)", "SVG or other XML"),
+  (rb"II\*\0|MM\0\*|II\+\0|MM\0\+", "TIFF"),
+  (rb"BM", "BMP"),
+  (rb"....ftypavi[fs]", "AVIF"),
+  (rb"....ftyp(?:hei[cxms]|mif1|msf1)", "HEIC"),
+  (rb"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL"),
+  (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "JPEG 2000"),
+  (rb"8BPS", "Photoshop"),
+  (rb"%PDF", "PDF"),
+  (rb"....ftyp|\x1a\x45\xdf\xa3|RIFF....AVI ", "video"),
+)
 
 # Pillow only warns where an image passes its own limit; `decode` raises, and at a lower limit.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", "Corrupt EXIF data|Truncated File Read", UserWarning)  # a line per image
 
 
 class ImageError(RecordError):
   """An image that cannot be used. `reason` is one of "empty", "format", "too_large", "unreadable"."""
+
+
+class _Picture(NamedTuple):
+  """A picture whose pixels are not decoded yet."""
+
+  image: Image.Image
+  orientation: int  # as in EXIF: 1 is upright, 5 to 8 lie on a side
 
 
 def decode(image: Any, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -29,7 +62,8 @@ def decode(image: Any, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
   Rules: EXIF rotation is applied; an animated image gives its first frame; alpha is laid over white
   (Differs from the release, which drops it); palette, grey and CMYK are converted by Pillow; of 16 bits the
-  upper 8 stay. The size is checked before any pixel is decoded.
+  upper 8 stay. The size is checked before any pixel is decoded. Metadata, however large or broken, costs nothing but
+  the rotation where that cannot be read.
 
   Args:
     image: encoded bytes (PNG, JPEG, WEBP or GIF), a PIL image, or uint8[H, W, 3].
@@ -57,11 +91,11 @@ def as_published(image: Any) -> Image.Image:
   Raises:
     ImageError: the image cannot be used.
   """
-  picture = _header(image, MAX_PIXELS)
+  picture = _header(image, MAX_PIXELS).image
   try:
     return Image.fromarray(np.asarray(picture.convert("RGB")))
-  except Exception as error:  # as in `_load`
-    raise ImageError("unreadable", f"the image is damaged ({type(error).__name__})") from None
+  except Exception as error:
+    raise _damage(error) from None
 
 
 def read(path: str) -> np.ndarray:
@@ -152,7 +186,7 @@ def square(image: Any, size: int, box: tuple[int, int, int]) -> np.ndarray:
   return _cut(_header(image, MAX_PIXELS), size, box)
 
 
-def _draw_square(picture: Image.Image, rng: np.random.Generator) -> tuple[int, int, int]:
+def _draw_square(picture: _Picture, rng: np.random.Generator) -> tuple[int, int, int]:
   width, height = _upright_size(picture)
   side = min(width, height)
   left = int(rng.integers(width - side + 1))
@@ -160,30 +194,22 @@ def _draw_square(picture: Image.Image, rng: np.random.Generator) -> tuple[int, i
   return left, top, side
 
 
-def _cut(picture: Image.Image, size: int, box: tuple[int, int, int]) -> np.ndarray:
+def _cut(picture: _Picture, size: int, box: tuple[int, int, int]) -> np.ndarray:
   left, top, side = box
   width, height = _upright_size(picture)
   if not (0 < side and 0 <= left <= width - side and 0 <= top <= height - side):
     raise ImageError("crop", f"the square {box} does not lie in the image of {width} x {height}")
-  if _orientation(picture) == 1:
-    picture.draft(None, tuple(-(-length * size // side) for length in picture.size))
-  picture = _load(picture)
-  scale = round(width / picture.width)
+  if picture.orientation == 1:
+    picture.image.draft(None, tuple(-(-length * size // side) for length in picture.image.size))
+  upright = _load(picture)
+  scale = round(width / upright.width)
   edges = tuple(edge / scale for edge in (left, top, left + side, top + side))
-  return np.asarray(_resize(picture, (size, size), edges))
+  return np.asarray(_resize(upright, (size, size), edges))
 
 
-def _upright_size(picture: Image.Image) -> tuple[int, int]:
+def _upright_size(picture: _Picture) -> tuple[int, int]:
   """Returns width and height once the EXIF rotation is applied."""
-  return picture.size[::-1] if _orientation(picture) in (5, 6, 7, 8) else picture.size
-
-
-def _orientation(picture: Image.Image) -> int:
-  """Returns the EXIF rotation: 1 is upright, 5 to 8 lie on a side."""
-  try:
-    return picture.getexif().get(ExifTags.Base.Orientation, 1)
-  except Exception as error:  # Pillow may decode the whole picture to find the tag
-    raise ImageError("unreadable", f"the image is damaged ({type(error).__name__})") from None
+  return picture.image.size[::-1] if picture.orientation >= 5 else picture.image.size
 
 
 def _resize(
@@ -210,7 +236,7 @@ def size(image: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
   Raises:
     ImageError: as `decode`, but for "unreadable": the body is not looked at.
   """
-  return _header(image, max_pixels).size
+  return _header(image, max_pixels).image.size
 
 
 def _open(image: Any, max_pixels: int) -> Image.Image:
@@ -218,40 +244,76 @@ def _open(image: Any, max_pixels: int) -> Image.Image:
   return _load(_header(image, max_pixels))
 
 
-def _header(image: Any, max_pixels: int) -> Image.Image:
-  """Returns the image as a picture of Pillow's whose size is known and whose pixels are not decoded yet."""
+def _header(image: Any, max_pixels: int) -> _Picture:
+  """Returns the image as a picture whose size is known and whose pixels are not decoded yet."""
   if isinstance(image, np.ndarray):
-    return Image.fromarray(decode(image))
+    return _Picture(Image.fromarray(decode(image)), 1)
   if isinstance(image, (bytes, bytearray, memoryview)):
-    if not len(image):
-      raise ImageError("empty", "the image has no bytes")
-    try:
-      image = Image.open(io.BytesIO(image), formats=FORMATS)
-    except Image.DecompressionBombError:
-      raise ImageError("too_large", f"the image has more than {max_pixels:,} pixels") from None
-    except Exception:  # Pillow's parsers raise many types on damaged headers
-      raise ImageError("format", "not a readable PNG, JPEG, WEBP or GIF image") from None
+    return _from_bytes(bytes(image), max_pixels)
   if not isinstance(image, Image.Image):
     raise ImageError(
       "format", f"an image should be bytes, a PIL image or an array, not {type(image).__name__}"
     )
+  _check_pixels(image, max_pixels)
+  try:
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+  except Exception:  # the rotation alone is lost
+    orientation = 1
+  return _Picture(image, orientation if orientation in _UPRIGHT else 1)
+
+
+def _from_bytes(data: bytes, max_pixels: int) -> _Picture:
+  if not data:
+    raise ImageError("empty", "the image has no bytes")
+  try:
+    bare = metadata.strip(data)
+  except metadata.TooManyParts:
+    raise ImageError("too_large", f"the image is cut into more than {metadata.MAX_PARTS:,} pieces") from None
+  if not bare:
+    raise ImageError("format", f"not a readable PNG, JPEG, WEBP or GIF image{_but(data[:512])}")
+  try:
+    image = Image.open(io.BytesIO(bare.data), formats=(bare.format,))
+  except Image.DecompressionBombError:
+    raise ImageError("too_large", f"the image has more than {max_pixels:,} pixels") from None
+  except Exception:  # Pillow's parsers raise many types on damaged headers
+    raise ImageError("format", "not a readable PNG, JPEG, WEBP or GIF image") from None
+  _check_pixels(image, max_pixels)
+  if bare.scans > MAX_SCANS or bare.scans * image.width * image.height > MAX_LARGE_SCANS * max_pixels:
+    raise ImageError(
+      "too_large", f"{bare.scans:,} scans of {image.width} x {image.height} are more than a JPEG has"
+    )
+  return _Picture(image, bare.orientation)
+
+
+def _but(start: bytes) -> str:
+  """Returns what a file is that begins so and is no image, for a message; "" where that is not known."""
+  if pointers.is_pointer(start):
+    return f", but {pointers.WORDS}"
+  return next(
+    (f", but {name}" for pattern, name in _OTHERS if re.match(pattern, start, re.DOTALL | re.I)), ""
+  )
+
+
+def _check_pixels(image: Image.Image, max_pixels: int) -> None:
   if image.width * image.height > max_pixels:
     raise ImageError("too_large", f"{image.width} x {image.height} is more than {max_pixels:,} pixels")
-  return image
 
 
-def _load(image: Image.Image) -> Image.Image:
+def _load(picture: _Picture) -> Image.Image:
   """Decodes a picture, upright and RGB."""
+  image, turn = picture.image, _UPRIGHT.get(picture.orientation)
   try:
     image.load()
-    upright = _orientation(image) == 1
-    return _to_rgb(image if upright else ImageOps.exif_transpose(image))  # which would copy an upright one
-  except ImageError:
-    raise
-  except Exception as error:  # see above; a damaged body may raise anything from OSError to struct.error
-    if "truncated" in str(error):
-      raise ImageError("unreadable", "the image is cut short") from None
-    raise ImageError("unreadable", f"the image is damaged ({type(error).__name__})") from None
+    return _to_rgb(image if turn is None else image.transpose(turn))
+  except Exception as error:
+    raise _damage(error) from None
+
+
+def _damage(error: Exception) -> ImageError:
+  """Returns what a decoder's error means; a damaged body may raise anything from OSError to struct.error."""
+  if "truncated" in str(error):
+    return ImageError("unreadable", "the image is cut short")
+  return ImageError("unreadable", f"the image is damaged ({type(error).__name__})")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
