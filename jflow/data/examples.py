@@ -36,7 +36,9 @@ SYSTEM_PROMPT = (
   "user provides, and assist the user with a variety of tasks using natural language."
 )
 
-_SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)|[。！？]+|\n")
+# Possessive, and never from the middle of a run: the time is that of one pass.
+_SENTENCE_END = re.compile(r"(?<![.!?])[.!?]++[\"')\]]*+(?=\s|$)|[。！？]++|\n")
+_THREE_WORDS = re.compile(r"\s*+\S++\s++\S++\s++\S")
 
 
 class Sample(NamedTuple):
@@ -96,14 +98,15 @@ def build(
     RecordError: the record does not fit its task.
   """
   check(record, task)
+  mark = IMAGE_MARK if record.images else ""
   try:
     if task == "generation":
       return _generation(record, tokenizer, template, image_patches, rng, first_sentence, prompt_drop)
     sequence = _Sequence(tokenizer, image_patches)
     if not record.turns and (task == "text" or IMAGE_MARK in record.text):
-      _document(sequence, record.text, task)
+      _document(sequence, record.text, mark)
     else:
-      _conversation(sequence, record.turns or _caption_turns(record, template), template, IMAGE_MARK)
+      _conversation(sequence, record.turns or _caption_turns(record, template), template, mark)
     return sequence.sample(batch_lib.READ, record.images)
   except UserError as error:
     raise RecordError("invalid_utf8", str(error)) from None
@@ -111,6 +114,8 @@ def build(
 
 def check(record: Record, task: str) -> None:
   """Checks that a record has what its task needs; the images are not looked into.
+
+  Where the record has no image, `<image>` is text.
 
   Raises:
     RecordError: it has not.
@@ -126,11 +131,25 @@ def check(record: Record, task: str) -> None:
   if record.turns and task != "generation":
     if record.turns[-1].role != "assistant":
       raise RecordError("no_answer", "the conversation has no answer to its last question")
-    _check_turns(record.turns, len(record.images), IMAGE_MARK)
-  elif not record.text.replace(IMAGE_MARK, "").strip():
+    _check_turns(record.turns, len(record.images), IMAGE_MARK if record.images else "")
+  elif not (record.text.replace(IMAGE_MARK, "") if record.images else record.text).strip():
     raise RecordError("empty_text" if task == "text" else "empty_caption", "the text is empty")
   elif task == "understanding" and IMAGE_MARK in record.text:
     _check_marks(record.text.count(IMAGE_MARK), len(record.images), IMAGE_MARK)
+
+
+def learnable(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], list[str]]:
+  """Returns the turns that can be learned from, as LLaVA takes them, and what was left out.
+
+  A conversation that begins with the assistant loses that turn ("first_answer"), one that ends with the user its last
+  question ("last_question"). What an only turn says cannot be learned.
+  """
+  left_out = []
+  if len(turns) > 1 and turns[0].role == "assistant":
+    turns, left_out = turns[1:], ["first_answer"]
+  if len(turns) > 1 and turns[-1].role == "user":
+    turns, left_out = turns[:-1], [*left_out, "last_question"]
+  return turns, left_out
 
 
 def chat_prompt(
@@ -212,10 +231,11 @@ def first_sentence_of(caption: str) -> str:
   It ends at . ! ? before white space, at their Chinese forms, or at a line break, and has at least three
   words (or Chinese punctuation), so that "St. Peter's in Rome." stays whole.
   """
+  words = _THREE_WORDS.match(caption)
+  enough = words.end() if words else len(caption) + 1
   for match in _SENTENCE_END.finditer(caption):
-    sentence = caption[: match.end()].strip()
-    if len(sentence.split()) >= 3 or match.group()[0] in "。！？":
-      return sentence
+    if match.end() >= enough or match.group()[0] in "。！？":
+      return caption[: match.end()].strip()
   return caption.strip()
 
 
@@ -296,9 +316,10 @@ def _check_turns(turns: Sequence[Turn], image_count: int, mark: str) -> None:
     if turn.role == "assistant":
       if not turn.text.strip():
         raise RecordError("no_answer", "an answer is empty")
-      if mark in turn.text:
+      if mark and mark in turn.text:
         raise RecordError("image_marks", f"{mark} stands in an answer, and only a question can show an image")
-  _check_marks(sum(turn.text.count(mark) for turn in turns), image_count, mark)
+  if mark:
+    _check_marks(sum(turn.text.count(mark) for turn in turns), image_count, mark)
 
 
 def _check_marks(marks: int, image_count: int, mark: str) -> None:
@@ -308,9 +329,9 @@ def _check_marks(marks: int, image_count: int, mark: str) -> None:
     )
 
 
-def _document(sequence: _Sequence, text: str, task: str) -> None:
-  """Writes a document, learned whole; where pictures are read, its marks become images."""
-  pieces = text.strip().split(IMAGE_MARK) if task == "understanding" else [text.strip()]
+def _document(sequence: _Sequence, text: str, mark: str) -> None:
+  """Writes a document, learned whole; its marks, where there are any, become images."""
+  pieces = text.strip().split(mark) if mark else [text.strip()]
   for number, piece in enumerate(pieces):
     if number:
       sequence.image()
@@ -346,6 +367,8 @@ def _history(turns: Sequence[Turn]) -> list[Turn]:
 def _conversation(sequence: _Sequence, turns: Sequence[Turn], template: str, mark: str) -> None:
   """Writes turns; each answer, EOS included, is learned. A last question is left open for its answer.
 
+  Where no mark stands for an image, `mark` is empty.
+
   Text and answer are encoded apart, so that training and inference cut the ids at the same place.
   """
   chat, asked = template == "chat", False
@@ -362,7 +385,7 @@ def _conversation(sequence: _Sequence, turns: Sequence[Turn], template: str, mar
       sequence.add([sequence.tokenizer.eos], learned=True)
       asked = False
       continue
-    pieces = text.split(mark)
+    pieces = text.split(mark) if mark else [text]
     if chat:
       pieces[0] = "User: " + pieces[0]
       pieces[-1] += "\n\nAssistant:"

@@ -26,7 +26,7 @@ class Filters(NamedTuple):
       try:
         if not float(score) >= self.min_aesthetic:
           return "min_aesthetic"
-      except (TypeError, ValueError):
+      except (TypeError, ValueError, OverflowError):
         return "no_aesthetic_score"
     if self.min_size is not None and any(min(size) < self.min_size for size in sizes):
       return "min_size"

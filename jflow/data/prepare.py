@@ -15,7 +15,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jflow.batch import TASKS
@@ -24,7 +24,7 @@ from jflow.data.filters import Filters
 from jflow.data.importers import Importer, Item
 from jflow.data.partial import open_partial, write_json
 from jflow.data.progress import Progress
-from jflow.data.records import RecordError
+from jflow.data.records import Record, RecordError, Unwanted
 from jflow.errors import Stopped, UserError, need_text_name
 
 REJECTED = "rejected.jsonl"  # every record that was left out: where, message, reason
@@ -84,7 +84,7 @@ def prepare(
   with open_partial(partial, job, "--output"):
     try:
       reports = _run(importer, parts, partial, task, filters, processes)
-      summary = _summary(job, reports)
+      summary = _summary(job, reports, importer.left_out)
       problem = _problem(summary, max_rejected_share)
       if not problem:
         _finish(partial, output, task, reports, summary)
@@ -181,16 +181,20 @@ def _import_part(
   """Writes one part's shard, then its report, whose presence says that the shard is whole."""
   stem = os.path.join(partial, f"part-{index:05d}")
   writer = prepared.ShardWriter(stem + ".array_record", stem + ".outlines")
-  rejected, filtered, first = collections.Counter(), collections.Counter(), {}
+  rejected, filtered, notes, first = *(collections.Counter() for _ in range(3)), {}
   with open(stem + ".rejected", "w", encoding="ascii") as log:
     for item in importer.items(part):
       try:
-        dropped = _check(item, task, filters)
+        record, said = _learnable(item, task)
+        dropped = _check(record, item.meta, task, filters)
         if dropped:
           filtered[dropped] += 1
         else:
-          sizes = [list(images.decode(image).shape[1::-1]) for image in item.record.images]
-          writer.write(item.record, {**item.meta, "sizes": sizes})
+          sizes = {image: list(images.decode(image).shape[1::-1]) for image in dict.fromkeys(record.images)}
+          writer.write(record, {**item.meta, "sizes": [sizes[image] for image in record.images]})
+          notes.update(said)
+      except Unwanted as error:
+        filtered[error.reason] += 1
       except RecordError as error:
         rejected[error.reason] += 1
         entry = {"where": item.where, "message": str(error)}
@@ -206,13 +210,37 @@ def _import_part(
     "file_bytes": os.path.getsize(stem + ".array_record"),
     "rejected": dict(rejected),
     "filtered": dict(filtered),
+    "notes": dict(notes),
     "first_rejected": first,
   }
   write_json(stem + ".json", report)
   return report
 
 
-def _check(item: Item, task: str, filters: Filters) -> str | None:
+def _learnable(item: Item, task: str) -> tuple[Record, list[str]]:
+  """Returns the record of an item as it is learned, and what is noted of it, each note once.
+
+  "first_answer" and "last_question" are turns that were left out; "mark_as_text" is an `<image>` without an image.
+
+  Raises:
+    RecordError: the item is none.
+  """
+  if isinstance(item.record, RecordError):
+    raise item.record
+  record, said = item.record, []
+  if task != "generation":
+    turns, said = examples.learnable(record.turns)
+    record = record._replace(turns=turns)
+  if not record.images and any(examples.IMAGE_MARK in text for text in _texts(record)):
+    said.append("mark_as_text")
+  return record, said
+
+
+def _texts(record: Record) -> list[str]:
+  return [record.text, *(turn.text for turn in record.turns)]
+
+
+def _check(record: Record, meta: Mapping[str, Any], task: str, filters: Filters) -> str | None:
   """Returns the filter that drops a record, or None; the images' bodies are not decoded yet.
 
   Sets hold some records with pictures and some without: those of the other task are dropped as "text_only" or
@@ -221,38 +249,34 @@ def _check(item: Item, task: str, filters: Filters) -> str | None:
   Raises:
     RecordError: the record cannot be used.
   """
-  if isinstance(item.record, RecordError):
-    raise item.record
-  if item.dropped:
-    return item.dropped
-  texts = [item.record.text, *(turn.text for turn in item.record.turns)]
-  if item.record.turns and not item.record.images and task == "understanding":
-    if not any(examples.IMAGE_MARK in text for text in texts):
-      return "text_only"
-  if task == "text" and item.record.turns:
-    # Formats that need not read the images for this leave the marks alone.
-    if item.record.images or any(examples.IMAGE_MARK in text for text in texts):
-      return "with_images"
-  examples.check(item.record, task)
-  for text in (item.record.id, *texts):
+  if task == "understanding" and record.turns and not record.images:
+    return "text_only"
+  if task == "text" and record.images:
+    return "with_images"
+  examples.check(record, task)
+  texts = _texts(record)
+  for text in (record.id, *texts):
     if "\0" in text:
       raise RecordError("nul_character", "the text holds a NUL character")
     try:
       text.encode("utf-8")
     except UnicodeEncodeError:  # JSON lets it through
       raise RecordError("invalid_utf8", "the text holds a lone surrogate") from None
-  if item.record.images and sum(map(len, texts)) > MAX_TEXT:
+  if record.images and sum(map(len, texts)) > MAX_TEXT:
     raise RecordError(
       "text_too_long", f"the text has more than {MAX_TEXT:,} characters, which no row can hold"
     )
-  return filters.drops([images.size(image) for image in item.record.images], item.meta)
+  return filters.drops([images.size(image) for image in record.images], meta)
 
 
-def _summary(job: dict[str, Any], reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  rejected, filtered, first = collections.Counter(), collections.Counter(), {}
+def _summary(
+  job: dict[str, Any], reports: Sequence[dict[str, Any]], left_out: Mapping[str, int]
+) -> dict[str, Any]:
+  rejected, filtered, notes, first = *(collections.Counter() for _ in range(3)), {}
   for report in reports:
     rejected.update(report["rejected"])
     filtered.update(report["filtered"])
+    notes.update(report.get("notes", {}))
     first = {**report["first_rejected"], **first}
   return {
     "schema": prepared.SCHEMA,
@@ -264,6 +288,8 @@ def _summary(job: dict[str, Any], reports: Sequence[dict[str, Any]]) -> dict[str
     "first_rejected": {reason: first[reason] for reason in rejected},
     "filtered": dict(filtered),
     "filters": job["filters"],
+    "notes": dict(notes),
+    "left_out": dict(left_out),
     "images": sum(report["images"] for report in reports),
     "bytes": sum(report["bytes"] for report in reports),
     "fingerprint": hashlib.sha256("".join(report["digest"] for report in reports).encode()).hexdigest(),

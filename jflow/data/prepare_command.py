@@ -98,7 +98,12 @@ def _import(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     signal.signal(signal.SIGTERM, before)
   records, pictures = summary["accepted"], summary["images"]
   line = f"{records:,} record{'s' * (records != 1)} with {pictures:,} image{'s' * (pictures != 1)} in {arguments.output}"
-  for what, counts in (("cannot be used", summary["rejected"]), ("dropped by filters", summary["filtered"])):
+  for what, counts in (
+    ("cannot be used", summary["rejected"]),
+    ("dropped by filters", summary["filtered"]),
+    ("learned in part or as text", summary["notes"]),
+    ("files or folders left out", summary["left_out"]),
+  ):
     line += f"; {sum(counts.values()):,} {what}: {counts}" if counts else ""
   print(line)
   print(

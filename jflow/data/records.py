@@ -46,3 +46,10 @@ class RecordError(Exception):
 
   def __str__(self) -> str:
     return self.message
+
+
+class Unwanted(RecordError):
+  """A sound record that this import has no use for: no error, and counted with what the filters drop.
+
+  `reason` says whose it is: "text_only", "with_images", "with_video", ...
+  """

@@ -10,13 +10,13 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from jflow.data.examples import IMAGE_MARK
-from jflow.data.importers import objects
-from jflow.data.importers.importer import Item, Options, input_files, read_under
-from jflow.data.records import Record, RecordError
+from jflow.data.importers import inputs, objects
+from jflow.data.importers.importer import Item, Options, make_item
+from jflow.data.records import Record, RecordError, Unwanted
 from jflow.errors import UserError
 
-Part = tuple[str, int, int, int]  # file, first byte, first line, lines; the bytes of an array are left at 0
+Part = tuple[str, int, int, int]  # file, first byte, or _ARRAY, first line or entry, how many
+_ARRAY = -1
 
 
 class Llava:
@@ -26,7 +26,7 @@ class Llava:
 
   def __init__(self, options: Options):
     self._options = options
-    self._paths = input_files(options.input, (".jsonl", ".json"), "llava-jsonl")
+    self._paths, self.left_out = inputs.input_files(options.input, (".jsonl", ".json"), "llava-jsonl")
     self._root = options.image_root or (options.input if os.path.isdir(options.input) else None)
     if self._root and not os.path.isdir(self._root):
       raise UserError(f"--image_root {self._root} is not a directory")
@@ -42,26 +42,26 @@ class Llava:
 
   def items(self, part: Part) -> Iterator[Item]:
     path, start, first, count = part
-    if _is_array(path):
+    if start == _ARRAY:
       for number, value in enumerate(_load_array(path)[first : first + count], start=first):
         yield self._item(path, f"{path} entry {number}", number, value)
       return
     with open(path, "rb") as file:
       file.seek(start)
-      for number in range(first + 1, first + count + 1):
-        line = file.readline()
-        if line.strip():
+      for number, (line, _) in zip(range(first + 1, first + count + 1), inputs.lines(file)):
+        if not inputs.is_blank(line):
           yield self._item(path, f"{path} line {number}", number, line)
 
   def _parts_of(self, path: str) -> list[Part]:
+    inputs.check_encoding(path)
     size = self._options.part_records
     if _is_array(path):
       count = len(_load_array(path))
-      return [(path, 0, i, min(size, count - i)) for i in range(0, count, size)]
+      return [(path, _ARRAY, i, min(size, count - i)) for i in range(0, count, size)]
     parts, offset, start, first, number = [], 0, 0, 0, 0
     with open(path, "rb") as file:
-      for number, line in enumerate(file, start=1):
-        offset += len(line)
+      for number, (_, length) in enumerate(inputs.lines(file), start=1):
+        offset += length
         if number - first == size:
           parts.append((path, start, first, size))
           start, first = offset, number
@@ -70,44 +70,62 @@ class Llava:
     return parts
 
   def _item(self, path: str, where: str, number: int, value: Any) -> Item:
-    try:
-      value = objects.parse_object(value) if isinstance(value, bytes) else value
-      if not isinstance(value, dict):
-        raise RecordError("broken_json", "not a JSON object")
-      name = str(value.get("id", number))
-      paths = self._paths_of_images(value)
-      task, caption = self._options.task, value.get("caption", value.get("conversations"))
-      document = caption is None and isinstance(value.get("text"), str) and IMAGE_MARK not in value["text"]
-      if (task == "text" and paths) or (task == "understanding" and not paths and document):
-        dropped = "with_images" if paths else "text_only"
-        return Item(where, Record(name, (), "", ()), {}, dropped=dropped)
-      root = self._root or os.path.dirname(os.path.abspath(path))
-      images = tuple(read_under(root, path) for path in paths)
-      record = objects.make_record(name, value, images, self._options.task, self._options.text_column)
-      return Item(where, record, objects.notes(value))
-    except RecordError as error:
-      return Item(where, error, {})
+    return make_item(where, lambda: self._record(path, number, value))
 
-  def _paths_of_images(self, value: dict[str, Any]) -> list[str]:
-    keys = (self._options.image_column,) if self._options.image_column else objects.IMAGES
-    names = next((value[key] for key in keys if value.get(key) is not None), ())
-    names = [names] if isinstance(names, str) else names
-    if isinstance(names, list):
-      names = [name for name in names if name is not None]  # an interleaved document has a text there
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
-      raise RecordError("bad_field", f'"{keys[0]}" should be a path or a list of paths')
-    return list(names)
+  def _record(self, path: str, number: int, value: Any) -> tuple[Record, dict[str, Any]]:
+    if isinstance(value, RecordError):
+      raise value
+    if isinstance(value, bytes) and len(value) > inputs.MAX_LINE:
+      raise RecordError("too_large", f"the line has more than {inputs.MAX_LINE:,} bytes")
+    value = objects.parse_object(value) if isinstance(value, bytes) else value
+    if not isinstance(value, dict):
+      raise RecordError("broken_json", "not a JSON object")
+    task, name = self._options.task, objects.name_of(value, number)
+    objects.check_media(value, self._options.text_column)
+    paths = objects.images_of(value, task, self._options.image_column)
+    if not all(isinstance(path, str) and path for path in paths):
+      key = self._options.image_column or objects.IMAGES[0]
+      raise RecordError("bad_field", f'"{key}" should be a path or a list of paths')
+    caption = value.get("caption", value.get("conversations"))
+    if task == "understanding" and not paths and caption is None and isinstance(value.get("text"), str):
+      raise Unwanted("text_only", "a document without an image is learned by --task=text")
+    record = objects.make_record(name, value, tuple(paths), task, self._options.text_column)
+    root = self._root or os.path.dirname(os.path.abspath(path))
+    return record._replace(images=_read(root, paths)), objects.notes(value)
+
+
+def _read(root: str, paths: list[str]) -> tuple[bytes, ...]:
+  """Returns the contents of the images of a record, of which all have a limit together."""
+  images: dict[str, bytes] = {}
+  left = inputs.MAX_IMAGE_FILE
+  for path in paths:
+    if path not in images:
+      images[path] = inputs.read_under(root, path, left)
+    left -= len(images[path])
+    if left < 0:
+      raise RecordError("too_large", f"the images of the record have more than {inputs.MAX_IMAGE_FILE:,} bytes")
+  return tuple(images[path] for path in paths)
 
 
 def _is_array(path: str) -> bool:
+  """Whether a file is one JSON array, and not lines, of which the first is one."""
   with open(path, "rb") as file:
-    return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    line = next((line for line, _ in inputs.lines(file) if not inputs.is_blank(line)), b"")
+    if not line.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+      return False
+    if all(inputs.is_blank(line) for line, _ in inputs.lines(file)):
+      return True
+  try:
+    objects.parse_json(line)
+  except RecordError:
+    return True
+  return False
 
 
 @functools.lru_cache(maxsize=1)
 def _load_array(path: str) -> list[Any]:
   with open(path, "rb") as file:
     try:
-      return objects.parse_json(file.read())
+      return objects.parse_array(file.read())
     except RecordError as error:
       raise UserError(f"{path}: {error}") from None

@@ -2,11 +2,12 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jflow.data.examples import IMAGE_MARK
-from jflow.data.records import Record, RecordError, Turn
+from jflow.data.records import Record, RecordError, Turn, Unwanted
 from jflow.errors import UserError
 
 IMAGES = ("image", "images")
@@ -14,14 +15,46 @@ CONVERSATIONS = ("conversations", "messages", "texts")
 CAPTIONS = ("caption", "text", "prompt", "description")
 DOCUMENTS = ("text", "content", "document")
 
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+# Names that data sets give to the two who speak, in lower case.
+_ROLES = {
+  **dict.fromkeys(("human", "user", "prompter"), "user"),
+  **dict.fromkeys(
+    ("gpt", "assistant", "bot", "chatbot", "chatgpt", "model", "ai", "gpt4", "gpt-4", "bard", "bing", "claude"),
+    "assistant",
+  ),
+}
+# Media that no task reads: keys and columns that hold one, and endings of files that are one.
+_MEDIA = {
+  "with_video": ("video", "videos", "video_path", "video_paths", "video_file", "video_files", "mp4", "m4v", "mov", "mkv",
+                 "webm", "avi"),
+  "with_audio": ("audio", "audios", "audio_path", "audio_paths", "audio_file", "audio_files", "input_audio", "wav",
+                 "flac", "mp3", "ogg", "opus", "m4a", "aac"),
+  "with_point_cloud": ("point_cloud", "point_clouds", "pointcloud", "pointclouds", "pcd", "ply"),
+}  # fmt: skip
+_MEDIUM_OF = {name: reason for reason, names in _MEDIA.items() for name in names}
+# Keys that hold a medium where their value is the name of a file: they may as well hold a word about it.
+_PERHAPS = {
+  **dict.fromkeys(("clip", "clips", "movie"), "with_video"),
+  **dict.fromkeys(("sound", "sounds", "speech", "voice", "music"), "with_audio"),
+  **dict.fromkeys(("points", "point", "lidar"), "with_point_cloud"),
+  **dict.fromkeys(("pdf", "pdfs"), "with_pdf"),
+}
+# Keys of images, where their value is the name of a file, that are not read unless --image_column names them.
+_OTHER_IMAGES = ("img", "imgs", "img_path", "image_path", "image_paths", "image_file", "image_files", "picture",
+                 "pictures", "photo", "photos")  # fmt: skip
+_IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic")
+_TURN = ("from", "role"), ("value", "content")
 _MAX_NOTE = 1000  # characters of a value that is kept as metadata
+_MAX_DEPTH = 16  # of lists and objects in which a value is looked for
+_BLANKS = re.compile(r"[ \t\r\n]*+")
+_TOKENS = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of it
 
 
 def make_record(
-  name: str, fields: Mapping[str, Any], images: tuple[bytes, ...], task: str, column: str = ""
+  name: str, fields: Mapping[str, Any], images: tuple[Any, ...], task: str, column: str = ""
 ) -> Record:
-  """Returns the record of an object whose images were read.
+  """Returns the record of an object whose images are known.
 
   Args:
     name: the record's id.
@@ -30,21 +63,25 @@ def make_record(
                      image marks in it is an interleaved document
       generation     a caption
       text           a conversation; a document (`DOCUMENTS`)
-    images: encoded.
+    images: as the record is to hold them.
     task: "understanding", "generation" or "text".
     column: the key to take instead of the usual ones.
 
   Raises:
+    Unwanted: the record has a medium that the task does not read.
     RecordError: no key holds text, or it has the wrong form.
   """
+  check_media(fields, column)
+  if task == "text" and (images or images_of(fields, task)):
+    raise Unwanted("with_images", "a record with an image is no text")
   keys = (column,) if column else (DOCUMENTS if task == "text" else CAPTIONS)
   if task != "generation":
     value = _first(fields, (column,) if column else CONVERSATIONS)
     if isinstance(value, str) and value.lstrip().startswith("[") and not column:
       value = parse_json(value)
-    if isinstance(value, (list, tuple)):
-      return _from_list(name, value, images)
-    if value is not None and not column:
+    if isinstance(value, (list, tuple)) and (value or column or _first(fields, keys) is None):
+      return _from_list(name, value, images, task)
+    if value is not None and not column and not isinstance(value, (list, tuple)):
       raise RecordError(
         "bad_field", f"the conversation should be a list of turns, not {type(value).__name__}"
       )
@@ -59,6 +96,87 @@ def make_record(
   if not isinstance(text, str):
     raise RecordError("bad_field", f"{_listed(keys)} should be text, not {type(text).__name__}")
   return Record(name, images, text, ())
+
+
+def name_of(fields: Mapping[str, Any], otherwise: Any) -> str:
+  """Returns the id of an object, or the other name where it has none.
+
+  Raises:
+    RecordError: it is neither text nor a number.
+  """
+  name = fields.get("id")
+  if name is not None and not isinstance(name, (str, int, float)):
+    raise RecordError("bad_field", f'"id" should be text or a number, not {type(name).__name__}')
+  return str(otherwise if name is None else name)
+
+
+def images_of(fields: Mapping[str, Any], task: str, column: str = "") -> list[Any]:
+  """Returns the images that an object names, as it names them: the first of the usual keys that holds one.
+
+  Of a list, what is None is left out: an interleaved document has a text there. An object that names no image may
+  hold `<image>`, which is text.
+
+  Args:
+    fields: the object.
+    task: "understanding", "generation" or "text".
+    column: the key to take instead of the usual ones.
+
+  Raises:
+    Unwanted: an image stands under a key that is not among the usual ones, and the task is text.
+    RecordError: the same for another task.
+  """
+  keys = (column,) if column else IMAGES
+  value = next((fields[key] for key in keys if not is_empty(fields.get(key))), None)
+  if value is not None:
+    return [each for each in value if each is not None] if isinstance(value, (list, tuple)) else [value]
+  for key in () if column else fields:
+    lower = key.lower()
+    named = lower in IMAGES and _holds(fields[key])
+    if named or (lower in _OTHER_IMAGES and _is_file(fields[key], _IMAGE_ENDINGS)):
+      if task == "text":
+        raise Unwanted("with_images", "a record with an image is no text")
+      raise RecordError("missing_image", f"the image stands under {key!r}: name it by --image_column")
+  return []
+
+
+def check_media(names: Mapping[str, Any], column: str = "") -> None:
+  """Checks that an object, or a sample of files, holds no medium that is not read.
+
+  Args:
+    names: keys and their values, or endings of files and their contents; one that is empty does not count.
+    column: the key of the texts, which holds no medium whatever its name.
+
+  Raises:
+    Unwanted: it does: "with_video", "with_audio", "with_point_cloud" or "with_pdf".
+  """
+  for name, value in names.items():
+    key = name.lower().rpartition(".")[2]
+    reason = _MEDIUM_OF.get(key)
+    if reason is None and _is_file(value, (*_MEDIUM_OF, "pdf")):
+      reason = _PERHAPS.get(key)
+    if reason and name != column and _holds(value):
+      raise Unwanted(reason, f"{name!r} holds what no task reads")
+
+
+def _is_file(value: Any, endings: Iterable[str]) -> bool:
+  """Whether a value is the contents of a file, or its name with one of the endings; of a list, the first is."""
+  first = value[0] if isinstance(value, (list, tuple)) and value else value
+  ending = first.rpartition(".")[2].lower() if isinstance(first, str) else ""
+  return isinstance(first, (bytes, Mapping)) or (ending in endings and ending != first)
+
+
+def is_empty(value: Any, depth: int = 0) -> bool:
+  """Whether a value says that there is nothing: None, "", [], or a list or an object of nothing but such."""
+  if isinstance(value, Mapping) and value:
+    value = list(value.values())
+  if isinstance(value, (list, tuple)):
+    return depth < _MAX_DEPTH and all(is_empty(each, depth + 1) for each in value)
+  return value is None or (isinstance(value, (str, bytes)) and not value)
+
+
+def _holds(value: Any) -> bool:
+  """Whether a value may be a medium, or name it: no number, and not empty."""
+  return isinstance(value, (str, bytes, list, tuple, Mapping)) and not is_empty(value)
 
 
 def notes(fields: Mapping[str, Any], leave_out: Iterable[str] = ()) -> dict[str, Any]:
@@ -86,7 +204,69 @@ def parse_json(text: bytes | str) -> Any:
   except UnicodeDecodeError:
     raise RecordError("invalid_utf8", "not valid UTF-8") from None
   except (ValueError, RecursionError) as error:
-    raise RecordError("broken_json", f"not valid JSON ({str(error)[:80]})") from None
+    raise _broken(error) from None
+
+
+def parse_array(data: bytes) -> list[Any]:
+  """Returns the entries of a JSON array; for one that `parse_json` would refuse, its `RecordError`.
+
+  Raises:
+    RecordError: the whole is not a JSON array, so that it is not known where its entries end.
+  """
+  text = data.decode("utf-8-sig", "surrogateescape")
+  damaged = _NOT_UTF8.search(text) is not None
+  entries: list[Any] = []
+  at = _skip(text, _skip(text, 0) + 1)
+  if text[at : at + 1] == "]":
+    _end(text, at)
+    return entries
+  while True:
+    try:
+      entry, end = _DECODER.raw_decode(text, at)
+    except json.JSONDecodeError as error:
+      raise _broken(error) from None
+    except RecordError as error:
+      entry, end = error, _end_of_value(text, at)
+    except (ValueError, RecursionError) as error:
+      entry, end = _broken(error), _end_of_value(text, at)
+    if damaged and _NOT_UTF8.search(text, at, end):
+      entry = RecordError("invalid_utf8", "not valid UTF-8")
+    entries.append(entry)
+    at = _skip(text, end)
+    if text[at : at + 1] == "]":
+      _end(text, at)
+      return entries
+    if text[at : at + 1] != ",":
+      raise RecordError("broken_json", f"not valid JSON (no ',' or ']' at character {at:,})")
+    at = _skip(text, at + 1)
+
+
+def _skip(text: str, at: int) -> int:
+  return _BLANKS.match(text, at).end()
+
+
+def _end(text: str, at: int) -> None:
+  if _skip(text, at + 1) < len(text):
+    raise RecordError("broken_json", f"not valid JSON (more after its end, at character {at + 1:,})")
+
+
+def _end_of_value(text: str, at: int) -> int:
+  """Returns where a list or an object ends, or a number, however deep or long it is."""
+  depth = 0
+  for token in _TOKENS.finditer(text, at):
+    if token.start() > at and not depth:
+      break
+    depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(token[0], 0)
+    if not depth:
+      return token.end()
+  number = re.compile(r"[-+.0-9eE]++").match(text, at)
+  if depth or not number:
+    raise RecordError("broken_json", f"not valid JSON (the entry at character {at:,} has no end)")
+  return number.end()
+
+
+def _broken(error: Exception) -> RecordError:
+  return RecordError("broken_json", f"not valid JSON ({str(error)[:80]})")
 
 
 def parse_object(text: bytes | str) -> dict[str, Any]:
@@ -100,10 +280,18 @@ def parse_object(text: bytes | str) -> dict[str, Any]:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   value = dict(pairs)
   if len(value) < len(pairs):
-    keys = [key for key, _ in pairs]
-    twice = next(key for key in keys if keys.count(key) > 1)
+    seen: set[str] = set()
+    twice = next(key for key, _ in pairs if key in seen or seen.add(key))
     raise RecordError("duplicate_key", f"the key {twice[:40]!r} stands twice in an object")
   return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def is_conversation(names: Iterable[str]) -> bool:
+  """Whether an object or a table may hold conversations, which a picture can belong to, by its keys."""
+  return bool(spelled(names, (*CONVERSATIONS, "question")))
 
 
 def text_keys(task: str) -> tuple[str, ...]:
@@ -144,44 +332,70 @@ def _listed(keys: Sequence[str]) -> str:
   return " or ".join(f'"{key}"' for key in keys)
 
 
-def _from_list(name: str, values: Sequence[Any], images: tuple[bytes, ...]) -> Record:
+def _from_list(name: str, values: Sequence[Any], images: tuple[Any, ...], task: str) -> Record:
   """Returns the record of a list: turns, pairs of question and answer, or an interleaved document."""
   if not values:
     raise RecordError("no_answer", "the conversation is empty")
-  if all(value is None or isinstance(value, str) for value in values) and None in values:
+  if any(value is None for value in values) and all(value is None or isinstance(value, str) for value in values):
+    _check_parts(images, task)
     return Record(name, images, "\n\n".join(IMAGE_MARK if v is None else v for v in values), ())
-  turns = []
+  turns, shown = [], False
   for value in values:
+    if isinstance(value, (list, tuple)) and len(value) == 2:  # as `prepare` writes them
+      value = {"from": value[0], "value": value[1]}
     if not isinstance(value, Mapping):
       raise RecordError("bad_turns", "a turn should be an object")
     if isinstance(value.get("user"), str) and isinstance(value.get("assistant"), str):
       marks = "" if turns or IMAGE_MARK in value["user"] else IMAGE_MARK * len(images)
       turns += [Turn("user", marks + value["user"]), Turn("assistant", value["assistant"])]
       continue
-    role = value.get("from", value.get("role"))
-    text = _content(value.get("value", value.get("content")))
+    role, said = (next((value[k] for k in keys if value.get(k) is not None), None) for keys in _TURN)
+    text, image = _content(said)
+    shown = shown or image
+    if not isinstance(role, str) or text is None:
+      raise RecordError("bad_turns", 'a turn should hold "from" ("human" or "gpt") and "value", both text')
+    role = role.strip().lower()
+    if role == "system" and not text.strip():
+      continue
     if role == "system":
       raise RecordError(
         "bad_turns", "a system turn is not learned from: leave it out, or put it into the question"
       )
-    if role not in _ROLES or text is None:
-      raise RecordError("bad_turns", 'a turn should hold "from" ("human" or "gpt") and "value"')
+    if role not in _ROLES:
+      raise RecordError("bad_turns", f'a turn is of "human" or "gpt" (or user, assistant, ...), not {role[:40]!r}')
     turns.append(Turn(_ROLES[role], text))
+  if shown:
+    _check_parts(images, task)
   return Record(name, images, "", tuple(turns))
 
 
-def _content(value: Any) -> str | None:
-  """Returns the text of a turn: as it is, or put together from a list of {"type": "text" or "image"}."""
+def _check_parts(images: tuple[Any, ...], task: str) -> None:
+  """Checks that a record has images where its text is made of parts of which one is an image."""
+  if not images and task == "text":
+    raise Unwanted("with_images", "a record with an image is no text")
+  if not images:
+    raise RecordError("image_count", "a part of the text is an image, and the record names none")
+
+
+def _content(value: Any) -> tuple[str | None, bool]:
+  """Returns the text of a turn, None where it has another form, and whether an image is a part of it.
+
+  The text is as it is, or put together from a list of {"type": "text" or "image"}.
+  """
   if isinstance(value, str):
-    return value
+    return value, False
   if not isinstance(value, (list, tuple)) or not all(isinstance(piece, Mapping) for piece in value):
-    return None
-  pieces = []
+    return None, False
+  pieces, image = [], False
   for piece in value:
-    if piece.get("type") == "image":
+    kind = piece.get("type")
+    kind = kind.lower().removesuffix("_url") if isinstance(kind, str) else ""
+    check_media({kind: kind or None, **piece})
+    if kind == "image":
+      image = True
       pieces.append(IMAGE_MARK)
     elif isinstance(piece.get("text"), str):
       pieces.append(piece["text"])
     else:
-      return None
-  return "".join(pieces)
+      return None, False
+  return "".join(pieces), image

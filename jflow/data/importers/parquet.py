@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from jflow.data.importers import objects
-from jflow.data.importers.importer import Item, Options, input_files, read_under
+from jflow.data.importers.importer import Item, Options
+from jflow.data.importers.inputs import input_files, read_under
 from jflow.data.records import RecordError
 from jflow.errors import UserError
 
@@ -26,7 +27,7 @@ class Parquet:
 
   def __init__(self, options: Options):
     self._options = options
-    self._paths = input_files(options.input, (".parquet",), "parquet")
+    self._paths, self.left_out = input_files(options.input, (".parquet",), "parquet")
 
   def files(self) -> list[str]:
     return self._paths
@@ -64,7 +65,9 @@ class Parquet:
     try:
       with _open(path) as table:
         image, drop = self._columns(path, table.schema_arrow.names)
-        wanted = [n for n in table.schema_arrow.names if n != image or self._options.task != "text"]
+        names = table.schema_arrow.names
+        images = self._options.task != "text" or objects.is_conversation(names)
+        wanted = [name for name in names if name != image or images]
         for batch in table.iter_batches(_BATCH, [group], wanted, use_threads=False):
           for fields in batch.to_pylist():
             yield self._item(f"{path} row {first + done}", path, fields, image, drop)
@@ -93,9 +96,10 @@ class Parquet:
 
   def _item(self, where: str, path: str, fields: dict[str, Any], image: str, drop: tuple[str, ...]) -> Item:
     try:
-      images = ()
-      if self._options.task != "text":
-        value = fields.pop(image)
+      images, value = (), fields.pop(image, None)
+      if self._options.task == "text":
+        images = () if objects.is_empty(value) else (value,)  # which makes it no text
+      else:
         images = tuple(
           self._image(v, path) for v in (value if isinstance(value, list) else [value]) if v is not None
         )

@@ -13,6 +13,7 @@ class Shapes:
   """See the top of the module."""
 
   images_beside = False
+  left_out: dict[str, int] = {}
 
   def __init__(self, options: Options):
     from jflow.data.shapes import ShapesSource

@@ -8,15 +8,15 @@ Large files are cut into parts where a document ends; small ones share a part.
 
 import os
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from jflow.data.importers import compressed, objects
-from jflow.data.importers.importer import Item, Options, input_files
+from jflow.data.importers import compressed, inputs, objects
+from jflow.data.importers.importer import Item, Options, make_item
 from jflow.data.records import Record, RecordError
 from jflow.errors import UserError
 
 DOCUMENTS = ("file", "paragraph", "line")
-MAX_DOCUMENT = 64 * 2**20  # bytes
+MAX_DOCUMENT = inputs.MAX_LINE
 PART_BYTES = 64 * 2**20
 _JSON = (".jsonl", ".ndjson", ".json")
 _GZIP = (".jsonl.gz", ".json.gz")
@@ -36,7 +36,7 @@ class Text:
       raise UserError(f"--documents={options.documents} is unknown: use one of {', '.join(DOCUMENTS)}")
     self._options = options
     endings = (".txt", ".md", *_JSON, *_GZIP)
-    self._paths = input_files(options.input, endings, "text")
+    self._paths, self.left_out = inputs.input_files(options.input, endings, "text")
     other = next((path for path in self._paths if not path.lower().endswith(endings)), None)
     if other:
       raise UserError(
@@ -68,13 +68,12 @@ class Text:
           raise RecordError("empty_shard", "the file is empty")
         with open(path, "rb") as raw:
           raw.seek(start)
-          gzipped = path.lower().endswith(_GZIP)
+          gzipped, kind = path.lower().endswith(_GZIP), self._kind(path)
           file = compressed.unfold(raw) if gzipped else raw
-          for document, length in _documents(file, None if gzipped else stop - start, self._kind(path)):
-            item = self._item(path, start, document)
+          for document, length in _documents(file, None if gzipped else stop - start, kind):
+            if kind == "file" or not inputs.is_blank(document):
+              yield self._item(path, start, document, 0 if gzipped else length)
             start += length
-            if item:
-              yield item._replace(work=0 if gzipped else length)
       except RecordError as error:
         yield Item(path, error, {})
 
@@ -86,11 +85,12 @@ class Text:
     size, kind = os.path.getsize(path), self._kind(path)
     if kind == "file" or not size or path.lower().endswith(_GZIP):
       return [(path, 0, size)]
+    inputs.check_encoding(path)
     pieces, start = [], 0
     with open(path, "rb") as file:
       while start < size:
         file.seek(start + PART_BYTES)
-        for number, (line, _) in enumerate(_lines(file)):
+        for number, (line, _) in enumerate(inputs.lines(file)):
           if kind == "line" or (number and not line.strip()):  # the first may be the end of a line
             break
         stop = min(file.tell(), size)
@@ -98,35 +98,27 @@ class Text:
         start = stop
     return pieces
 
-  def _item(self, path: str, start: int, document: bytes) -> Item | None:
-    """Returns the item of a document that begins at a byte; None for a blank line."""
-    kind = self._kind(path)
-    if kind != "file" and not document.strip():
-      return None
-    where = path if kind == "file" else f"{path} byte {start}"
-    name = os.path.basename(path) + ("" if kind == "file" else f":{start}")
-    try:
-      if len(document) > MAX_DOCUMENT:
-        raise RecordError("too_large", f"the document has more than {MAX_DOCUMENT:,} bytes; see --documents")
-      if not path.lower().endswith(_JSON + _GZIP):
-        return Item(where, Record(name, (), document.decode("utf-8-sig"), ()), {})
+  def _item(self, path: str, start: int, document: bytes, work: int) -> Item:
+    """Returns the item of a document that begins at a byte."""
+    where = path if self._kind(path) == "file" else f"{path} byte {start}"
+    return make_item(where, lambda: self._record(path, start, document), work)
+
+  def _record(self, path: str, start: int, document: bytes) -> tuple[Record, dict[str, Any]]:
+    name = os.path.basename(path) + ("" if self._kind(path) == "file" else f":{start}")
+    if len(document) > MAX_DOCUMENT:
+      raise RecordError("too_large", f"the document has more than {MAX_DOCUMENT:,} bytes; see --documents")
+    if inputs.is_utf16(document):
+      raise RecordError("invalid_utf8", "UTF-16 or UTF-32 text: convert it to UTF-8, as in iconv -f UTF-16 -t UTF-8")
+    if path.lower().endswith(_JSON + _GZIP):
       fields = objects.parse_object(document)
-      name = str(fields.get("id", name))
-      record = objects.make_record(name, fields, (), "text", self._options.text_column)
-      return Item(where, record, objects.notes(fields))
+      record = objects.make_record(
+        objects.name_of(fields, name), fields, (), "text", self._options.text_column
+      )
+      return record, objects.notes(fields)
+    try:
+      return Record(name, (), document.decode("utf-8-sig"), ()), {}
     except UnicodeDecodeError:
-      return Item(where, RecordError("invalid_utf8", "not valid UTF-8"), {})
-    except RecordError as error:
-      return Item(where, error, {})
-
-
-def _lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-  """Yields each line, of which no more than MAX_DOCUMENT + 1 bytes are kept, and its length."""
-  while line := file.readline(MAX_DOCUMENT + 1):
-    length, last = len(line), line
-    while not last.endswith(b"\n") and (last := file.readline(2**20)):
-      length += len(last)
-    yield line, length
+      raise RecordError("invalid_utf8", "not valid UTF-8") from None
 
 
 def _documents(file: BinaryIO, length: int | None, kind: str) -> Iterator[tuple[bytes, int]]:
@@ -134,18 +126,24 @@ def _documents(file: BinaryIO, length: int | None, kind: str) -> Iterator[tuple[
   if kind == "file":
     yield file.read(min(length, MAX_DOCUMENT + 1)), length
     return
-  lines, kept, taken, done = [], 0, 0, 0
-  for line, size in _lines(file):
-    if kept <= MAX_DOCUMENT:
-      lines.append(line)
-      kept += len(line)
+  document, taken, done = bytearray(), 0, 0
+  begun = False  # whether the document holds more than blank lines
+  for line, size in inputs.lines(file, MAX_DOCUMENT):
+    if len(document) <= MAX_DOCUMENT:
+      document += line
     taken += size
     done += size
     # A blank line ends a paragraph; before its first line it is a part of it.
-    if kind == "line" or (not line.strip() and kept > len(line) and any(map(bytes.strip, lines))):
-      yield b"".join(lines), taken
-      lines, kept, taken = [], 0, 0
+    blank = not line.strip()
+    if kind == "line" or (blank and begun):
+      yield bytes(document), taken
+      document.clear()
+      taken, begun = 0, False
+    elif not blank:
+      begun = True
+    elif len(document) > MAX_DOCUMENT // 2:  # nothing but blank lines so far
+      document.clear()
     if done == length:
       break
-  if lines:
-    yield b"".join(lines), taken
+  if document:
+    yield bytes(document), taken

@@ -21,6 +21,7 @@ class Tfds:
   """See the top of the module."""
 
   images_beside = False
+  left_out: dict[str, int] = {}
 
   def __init__(self, options: Options):
     self._options = options
@@ -81,7 +82,9 @@ class Tfds:
     options = self._options
     try:
       stored = fields.pop(self._image, ())
-      images = () if options.task == "text" else tuple(map(bytes, _listed(stored)))
+      images = tuple(map(bytes, _listed(stored)))
+      if options.task == "text" and not objects.is_conversation(fields):
+        images = ()
       fields = {name: _plain(name, value, features) for name, value in fields.items()}
       meta = fields.pop("meta", None)
       if isinstance(meta, str) and meta.startswith("{"):

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from jflow.data.importers import objects, tar
-from jflow.data.importers.importer import Item, Options, input_files
-from jflow.data.records import Record, RecordError
+from jflow.data.importers.importer import Item, Options
+from jflow.data.importers.inputs import input_files, is_hidden
+from jflow.data.records import Record, RecordError, Unwanted
 
 MAX_SAMPLE = 128 * 2**20  # bytes
 # What is no PNG, JPEG or WEBP is refused later, by its contents.
@@ -25,7 +26,7 @@ class WebDataset:
 
   def __init__(self, options: Options):
     self._options = options
-    self._paths = input_files(options.input, (".tar", ".tar.gz", ".tgz"), "webdataset")
+    self._paths, self.left_out = input_files(options.input, (".tar", ".tar.gz", ".tgz"), "webdataset")
 
   def files(self) -> list[str]:
     return self._paths
@@ -44,7 +45,7 @@ class WebDataset:
     def finish() -> Iterator[Item]:
       if sample:
         item = self._item(part, key, sample, seen, position - read)
-        if not damaged or isinstance(item.record, Record):  # what it lacks, the damage took
+        if not damaged or isinstance(item.record, (Record, Unwanted)):  # what it lacks, the damage took
           yield item
 
     for member in tar.members(part):
@@ -52,7 +53,8 @@ class WebDataset:
         damaged = behind = True
         yield Item(part, member.data, {}, 0)
         continue
-      if os.path.basename(member.name).startswith((".", "__")) and not isinstance(member.data, RecordError):
+      hidden = is_hidden(member.name) or os.path.basename(member.name).startswith("__")
+      if hidden and not isinstance(member.data, RecordError):
         continue  # what file managers and writers leave behind
       name, ending = _split(member.name)
       if name != key:
@@ -75,9 +77,10 @@ class WebDataset:
           "duplicate_key", "the key stands twice in the tar: the members of a sample should stand together"
         )
       seen.add(key)
+      objects.check_media(sample)
       fields = objects.parse_object(sample["json"]) if "json" in sample else {}
       if self._options.task == "text" and any(map(_IMAGE.fullmatch, sample)):
-        return Item(where, Record(key, (), "", ()), {}, work, "with_images")
+        raise Unwanted("with_images", "a sample with an image is no text")
       record = self._record(key, fields, sample)
       return Item(where, record, objects.notes(fields, ("key",)), work)
     except RecordError as error:
