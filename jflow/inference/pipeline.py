@@ -130,10 +130,15 @@ class Pipeline:
     seed: int = 0,
     system: str = "",
     mark: str | None = None,
+    context: int | None = None,
+    read: Callable[[Any, int], np.ndarray] | None = None,
   ) -> Request:
-    """Checks a conversation and makes it a request of a `decoding.Decoder`; arguments as in `understand`.
+    """Checks a conversation and makes it a request of a `decoding.Decoder`; other arguments as in `understand`.
 
-    `mark`: the only text that stands for an image, in place of those that `understand` knows.
+    Args:
+      mark: the only text that stands for an image, in place of those that `understand` knows.
+      context: of the decoder, where it is less than the model's.
+      read: takes the place of `prepare_image`.
 
     Raises:
       UserError: an unreadable image, a value out of its range, a prompt longer than the context.
@@ -142,14 +147,14 @@ class Pipeline:
       images = [images]
     checks.answer(max_tokens, temperature, top_p, seed)
     c = self.model.config
-    context = c.language_model.context
+    context = min(context or c.language_model.context, c.language_model.context)
     prompt = examples.chat_prompt(
       messages if mark else _with_marks(messages, len(images)), len(images), self.tokenizer, c.patches, self.template,
       system, mark or examples.IMAGE_MARK, context - 1,
     )  # fmt: skip
     pixels = np.zeros((len(images), c.image_size, c.image_size, 3), np.uint8)
     for i, image in enumerate(images):
-      pixels[i] = prepare_image(image, c.image_size)
+      pixels[i] = (read or prepare_image)(image, c.image_size)
     budget = min(max_tokens, context - len(prompt.tokens))
     return Request(prompt.tokens, prompt.image_starts, pixels, budget, temperature, top_p, seed)
 

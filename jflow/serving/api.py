@@ -3,16 +3,16 @@
 import asyncio
 import base64
 import contextlib
+import functools
 import hmac
 import io
 import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jflow.errors import UserError
 from jflow.serving import prepare, schemas
 from jflow.serving.answers import Answer
+from jflow.serving.body import Bodies, parse_json
 from jflow.serving.engine import Engine
 from jflow.serving.jobs import Job, Picture
 from jflow.serving.metrics import Metrics
@@ -29,9 +30,7 @@ from jflow.serving.schemas import ApiError
 
 log = logging.getLogger("jflow.serving")
 
-_PREPARING = 4  # requests that are parsed and whose pictures are decoded at the same time
-_DRAINED = 16  # times the limit that is read of a body that is too long, so that its client sees the answer
-
+T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -44,8 +43,10 @@ class Api:
 
   def __init__(self, engine: Engine, *, name: str, token: str | None, max_body: int):
     """Args: `name` of the model, `token` that a client must bear (None: none), `max_body` bytes of a request."""
-    self._engine, self._name, self._token, self._max_body = engine, name, token, max_body
-    self._preparing, self._began = asyncio.Semaphore(_PREPARING), int(time.time())
+    self._engine, self._name, self._token = engine, name, token
+    self._bodies = Bodies(max_body, engine.timeout)
+    self._preparing = prepare.Preparing(engine.pipeline, engine.context, engine.timeout)
+    self._began = int(time.time())
     routes = [
       Route("/v1/chat/completions", self._guarded(self.chat), methods=["POST"]),
       Route("/v1/images/generations", self._guarded(self.paint), methods=["POST"]),
@@ -68,10 +69,8 @@ class Api:
   async def chat(self, request: Request) -> Response:
     """POST /v1/chat/completions."""
     arrived = time.monotonic()
-    parse = lambda body: prepare.chat(
-      self._engine.pipeline, schemas.parse_chat(body, self._name), self._engine.context
-    )
-    chat, work = await self._prepared(request, parse)
+    parse = lambda body: schemas.parse_chat(parse_json(body), self._name)
+    chat, work = await self._prepared(request, self._preparing.chat, parse)
     answer = Answer(chat, self._name, len(work.tokens), self._engine.pipeline.tokenizer)
     with contextlib.ExitStack() as held:
       job = held.enter_context(self._engine.submit(work))
@@ -85,13 +84,11 @@ class Api:
   async def paint(self, request: Request) -> Response:
     """POST /v1/images/generations."""
     size = self._engine.pipeline.model.config.image_size
-    parse = lambda body: prepare.pictures(
-      self._engine.pipeline, schemas.parse_painting(body, self._name, size)
-    )
-    work = await self._prepared(request, parse)
+    parse = lambda body: schemas.parse_painting(parse_json(body), self._name, size)
+    work = await self._prepared(request, self._preparing.pictures, parse)
     with self._engine.submit(work) as job:
       painted = await _while_connected(request, _all(job, work.count))
-    data = [{"b64_json": await run_in_threadpool(_png, x), "seed": work.seed + x.index} for x in painted]
+    data = [{"b64_json": await self._preparing.run(functools.partial(_png, x)), "seed": work.seed + x.index} for x in painted]
     return Json({"created": int(time.time()), "model": self._name, **work.settings._asdict(), "data": data})
 
   async def models(self, request: Request) -> Response:
@@ -125,30 +122,16 @@ class Api:
 
     return guarded
 
-  async def _prepared(self, request: Request, parse: Callable[[dict[str, Any]], Any]) -> Any:
-    """Reads and checks a body; what costs time runs on a thread, a few at a time."""
+  async def _prepared(
+    self, request: Request, work: Callable[[Callable[[], T]], Coroutine[Any, Any, Any]], parse: Callable[[bytes], T]
+  ) -> Any:
+    """Reads and checks a body; ends when its client leaves. A place of the queue is taken once the body is there."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
       raise ApiError(415, "send JSON, with the header Content-Type: application/json")
-    with self._engine.coming():
-      body = await self._body(request)
-      async with self._preparing:
-        return await run_in_threadpool(lambda: parse(schemas.parse_json(body)))
-
-  async def _body(self, request: Request) -> bytes:
-    chunks, size = [], 0
-    try:
-      async with asyncio.timeout(self._engine.timeout):
-        async for chunk in request.stream():
-          size += len(chunk)
-          if size <= self._max_body:
-            chunks.append(chunk)
-          elif size > _DRAINED * self._max_body:
-            break
-    except TimeoutError:
-      raise ApiError(408, f"the body did not arrive within {self._engine.timeout:g} s") from None
-    if size > self._max_body:
-      raise ApiError(413, f"the body has more than {self._max_body:,} bytes, the most that this server takes")
-    return b"".join(chunks)
+    self._engine.check_room()
+    async with self._bodies.read(request) as body:
+      with self._engine.coming():
+        return await _while_connected(request, work(lambda: parse(body)))
 
 
 class Json(Response):
@@ -197,7 +180,7 @@ class Observed:
       self._metrics.requests.labels(path, status).inc()
       self._metrics.seconds.labels(path).observe(seconds)
       level = logging.DEBUG if path in ("/health", "/metrics") else logging.INFO
-      log.log(level, "%s %s %d %.2f s", scope["method"], path, status, seconds)
+      log.log(level, "%s %s %d %.2f s", scope["method"][:16], path, status, seconds)
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
@@ -236,5 +219,5 @@ def _on_error(request: Request, error: ApiError) -> Response:
 def _of_route(request: Request, error: HTTPException) -> ApiError:
   allowed = dict(error.headers or {})
   if error.status_code == 405:
-    return ApiError(405, f"{request.url.path} wants {allowed.get('Allow', 'another method')}", None, allowed)
-  return ApiError(error.status_code, f"there is no {request.url.path[:80]} here", None, allowed)
+    return ApiError(405, f"{request.scope['path']} wants {allowed.get('Allow', 'another method')}", None, allowed)
+  return ApiError(error.status_code, f"there is no {request.scope['path'][:80]!r} here", None, allowed)

@@ -1,21 +1,124 @@
-"""From a checked request to work for the engine: tokens, pixels and a seed."""
+"""From what a client wants to work for the engine: tokens, pixels and a seed.
 
+Both the HTTP interface and the page go through `Preparing`, on threads that neither the event loop nor the model's
+thread waits for.
+"""
+
+import asyncio
+import concurrent.futures
+import functools
 import secrets
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Self, TypeVar
+
+import numpy as np
 
 from jflow.data import examples
 from jflow.errors import UserError
+from jflow.inference import painting
 from jflow.inference.decoding import Request
-from jflow.inference.pipeline import Pipeline
+from jflow.inference.pipeline import Pipeline, prepare_image
 from jflow.serving.jobs import Pictures
-from jflow.serving.schemas import IMAGE_MARK, SEEDS, Chat, Painting
+from jflow.serving.schemas import IMAGE_MARK, SEEDS, ApiError, Chat, Painting
 
-_LONGEST_TOKEN = (
-  128  # characters; a text of more per token of the context cannot fit, and is not worth its tokenization
-)
+_LONGEST_TOKEN = 128  # characters; a text of more per token of the context cannot fit
+_FIRST_LOOK = 4  # characters per token of the context of which the tokens are counted first
+_THREADS = 4  # for texts, and as many for pictures: a text never waits for a picture
+
+T = TypeVar("T")
 
 
-def chat(pipeline: Pipeline, wanted: Chat, context: int) -> tuple[Chat, Request]:
-  """Tokenizes a conversation and decodes its pictures.
+class Preparing:
+  """Parses, tokenizes and decodes within the time of a request, and no longer than somebody waits for it."""
+
+  def __init__(self, pipeline: Pipeline, context: int, seconds: float):
+    """Args: `context` tokens of a conversation, `seconds` that a request may take."""
+    self._pipeline, self._context, self._seconds = pipeline, context, seconds
+    pool = functools.partial(concurrent.futures.ThreadPoolExecutor, _THREADS)
+    self._texts, self._pictures = pool("text"), pool("picture")
+
+  async def chat(self, parse: Callable[[], Chat]) -> tuple[Chat, Request]:
+    """A conversation ready for the engine. Cancelled, it stops before its next picture.
+
+    Args:
+      parse: makes the conversation, on a thread.
+
+    Returns:
+      (the conversation with its seed drawn where it named none, the work).
+
+    Raises:
+      UserError: see `chat`.
+      ApiError: 504 when it takes too long; whatever `parse` raises.
+    """
+    with Patience(self._seconds) as patience:
+      wanted = await self._on(self._texts, patience, parse)
+      threads = self._pictures if any(isinstance(x, bytes) for x in wanted.images) else self._texts
+      return await self._on(
+        threads, patience, lambda: chat(self._pipeline, wanted, self._context, patience.check)
+      )
+
+  async def pictures(self, parse: Callable[[], Painting]) -> Pictures:
+    """Pictures to paint, ready for the engine; see `chat`."""
+    with Patience(self._seconds) as patience:
+      return await self._on(self._texts, patience, lambda: pictures(self._pipeline, parse()))
+
+  async def run(self, work: Callable[[], T]) -> T:
+    """Something else that costs time, such as writing a PNG file."""
+    with Patience(self._seconds) as patience:
+      return await self._on(self._texts, patience, work)
+
+  async def _on(self, threads: concurrent.futures.Executor, patience: "Patience", work: Callable[[], T]) -> T:
+    def watched() -> T:
+      patience.check()
+      return work()
+
+    running = asyncio.get_running_loop().run_in_executor(threads, watched)
+    try:
+      return await asyncio.wait_for(running, patience.left())
+    except TimeoutError:
+      raise patience.over() from None
+
+
+class Patience:
+  """How long work is waited for. A context manager: leaving it tells the threads that nobody waits any more."""
+
+  def __init__(self, seconds: float):
+    self._seconds, self._end = seconds, time.monotonic() + seconds
+    self._gone = threading.Event()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._gone.set()
+
+  def left(self) -> float:
+    """Seconds that are left."""
+    return max(0.0, self._end - time.monotonic())
+
+  def check(self) -> None:
+    """Raises ApiError when nobody waits any more."""
+    if self._gone.is_set() or not self.left():
+      raise self.over()
+
+  def over(self) -> ApiError:
+    """That the time is over."""
+    return ApiError(
+      504, f"the request took longer than {self._seconds:g} s to prepare: send less, or smaller pictures"
+    )
+
+
+def chat(
+  pipeline: Pipeline, wanted: Chat, context: int, check: Callable[[], None] = lambda: None
+) -> tuple[Chat, Request]:
+  """Tokenizes a conversation and decodes its pictures, whose number is checked before any is decoded.
+
+  Args:
+    wanted: its images are files as bytes, or pixels as `Request.images` holds them.
+    context: tokens of a conversation.
+    check: called before each picture; ends the work by raising.
 
   Returns:
     (the conversation with its seed drawn where it named none, the work).
@@ -26,34 +129,64 @@ def chat(pipeline: Pipeline, wanted: Chat, context: int) -> tuple[Chat, Request]
   """
   for mark in examples.MARKS:
     if any(mark in turn["content"] for turn in wanted.turns):
-      raise UserError(f"the text holds {mark}, which shows no picture here: leave it out, and send the picture itself")
-  _check_length(sum(len(turn["content"]) for turn in wanted.turns) + len(wanted.system), context)
+      raise UserError(
+        f"the text holds {mark}, which shows no picture here: leave it out, and send the picture itself"
+      )
+  fitting = (context - 1) // (2 + pipeline.model.config.patches)
+  if len(wanted.images) > fitting:
+    raise UserError(f"the conversation must show at most {fitting} pictures, for which {context:,} tokens have room, "
+                    f"got {len(wanted.images):,}")  # fmt: skip
+  _check_length(pipeline, [turn["content"] for turn in wanted.turns] + [wanted.system], context)
+
+  def read(image: Any, size: int) -> np.ndarray:
+    check()
+    if not isinstance(image, (bytes, np.ndarray)):  # a name would be opened
+      raise UserError(f"a picture must be the bytes of a file, got {type(image).__name__}")
+    return prepare_image(image, size)
+
   wanted = wanted._replace(seed=secrets.randbelow(SEEDS) if wanted.seed is None else wanted.seed)
   request = pipeline.request(
     wanted.turns, wanted.images, wanted.max_tokens, temperature=wanted.temperature, top_p=wanted.top_p,
-    seed=wanted.seed, system=wanted.system, mark=IMAGE_MARK,
+    seed=wanted.seed, system=wanted.system, mark=IMAGE_MARK, context=context, read=read,
   )  # fmt: skip
-  if len(request.tokens) >= context:
-    raise UserError(
-      f"the prompt has {len(request.tokens):,} tokens, and the context holds {context - 1:,}: shorten it"
-    )
   return wanted, request
 
 
 def pictures(pipeline: Pipeline, wanted: Painting) -> Pictures:
-  """Checks a prompt; draws the seed where none is named.
+  """Checks a prompt and how it is painted; draws the seed where none is named.
 
   Raises:
-    UserError: the prompt is too long, or the checkpoint cannot paint.
+    UserError: the prompt is too long, a setting is out of its range, or the checkpoint cannot paint.
   """
-  _check_length(len(wanted.prompt), pipeline.model.config.language_model.context)
-  pipeline.painting_prompt(wanted.prompt)
+  _check_length(pipeline, [wanted.prompt], pipeline.model.config.language_model.context)
   seed = secrets.randbelow(SEEDS - wanted.count) if wanted.seed is None else wanted.seed
-  return Pictures(wanted.prompt, wanted.count, seed, wanted.settings)
+  work = Pictures(wanted.prompt, wanted.count, seed, wanted.settings)
+  check_painting(work)
+  pipeline.painting_prompt(wanted.prompt)
+  return work
 
 
-def _check_length(characters: int, context: int) -> None:
-  if characters > _LONGEST_TOKEN * context:
-    raise UserError(
-      f"the prompt has {characters:,} characters, more than {context:,} tokens can hold: shorten it"
-    )
+def check_painting(work: Pictures) -> None:
+  """Raises UserError where a painting cannot be what it asks for; needs no model."""
+  painting.check(
+    [work.prompt], **work.settings._asdict(), seed=work.seed, num_images=work.count, interval=(0.0, 1.0),
+    precision="exact", batch_size=1,
+  )  # fmt: skip
+
+
+def _check_length(pipeline: Pipeline, texts: list[str], context: int) -> None:
+  """Raises UserError for texts that cannot fit, after about as many tokens as could.
+
+  A tokenizer holds up all other threads of the process while it works.
+  """
+  if len(texts) > context:
+    raise UserError(f"the conversation must have at most {context:,} turns, got {len(texts):,}")
+  whole = "\n".join(texts)
+  size = _FIRST_LOOK * context
+  while size < len(whole):
+    # Twice the context: what is cut off may change the tokens at the cut, and no others.
+    if size >= _LONGEST_TOKEN * context or len(pipeline.tokenizer.encode(whole[:size])) > 2 * context:
+      raise UserError(
+        f"the prompt has {len(whole):,} characters, more than {context:,} tokens can hold: shorten it"
+      )
+    size *= 2

@@ -79,22 +79,6 @@ class Painting(NamedTuple):
   settings: Settings
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
-  """The object that a body holds; raises ApiError (400) for anything else."""
-
-  def refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number of JSON")
-
-  try:
-    value = json.loads(body, parse_constant=refuse)
-  except (ValueError, RecursionError) as error:
-    reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-    raise ApiError(400, f"the body is not JSON: {reason}") from None
-  if not isinstance(value, dict):
-    raise ApiError(400, "the body should be a JSON object")
-  return value
-
-
 def parse_chat(body: dict[str, Any], model: str) -> Chat:
   """A request for /v1/chat/completions.
 
