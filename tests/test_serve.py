@@ -354,10 +354,11 @@ def test_fields_that_ask_for_nothing_special_are_welcome():
   )
 
 
-@pytest.mark.parametrize("field, value", [("stop", ["a"]), ("tools", [{}]), ("logprobs", True), ("n", 3)])
+@pytest.mark.parametrize("field, value", [("stop", [""]), ("tools", [{}]), ("logprobs", True), ("n", 3)])
 def test_fields_that_ask_for_what_is_missing_are_refused(field, value):
-  with pytest.raises(ApiError, match=f"{field} is not supported"):
+  with pytest.raises(ApiError) as caught:
     schemas.parse_chat(ask(**{field: value}), "m")
+  assert caught.value.field == field
 
 
 def test_an_error_is_one_line_whatever_a_client_wrote():

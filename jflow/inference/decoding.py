@@ -191,24 +191,59 @@ class Decoder:
 
 
 class Text:
-  """Tokens to text as they come; a character is shown once all its bytes are there."""
+  """Tokens to text as they come; a character is shown once all its bytes are there.
 
-  def __init__(self, tokenizer: Tokenizer):
-    self._tokenizer, self._tokens, self._said = tokenizer, [], ""
+  Attributes:
+    text: the answer as far as it was shown, stripped.
+    tokens: its tokens, up to the one that completes a stop sequence.
+    stopped: a stop sequence has ended the answer, of which it is no part.
+  """
 
-  @property
-  def text(self) -> str:
-    """The answer so far, stripped."""
-    return self._tokenizer.decode(self._tokens).strip()
+  def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+    """`stops`: texts that end the answer where the first of them is complete; no part of one is ever shown."""
+    self._tokenizer, self._stops = tokenizer, tuple(stops)
+    self.text, self.tokens, self.stopped = "", [], False
 
   def add(self, tokens: Sequence[int], last: bool = False) -> str:
-    """Returns the piece of text that these tokens add ("" while half a character waits for its other bytes)."""
-    self._tokens += tokens
-    text = self.text
-    if not last and text.endswith("\ufffd"):
+    """Returns the piece of text that these tokens add.
+
+    It is "" while half a character waits for its other bytes, or the beginning of a stop sequence for its end.
+    """
+    if self.stopped:
       return ""
-    piece, self._said = text[len(self._said) :], text
+    before = len(self.tokens)
+    self.tokens += tokens
+    text = self._decoded(len(self.tokens))
+    if (end := _first_stop(text, self._stops)) is not None:
+      self.stopped, text = True, text[:end]
+      counts = range(before + 1, len(self.tokens))
+      whole = (n for n in counts if _first_stop(self._decoded(n), self._stops) is not None)
+      del self.tokens[next(whole, len(self.tokens)) :]
+    elif not last:
+      if text.rstrip().endswith("\ufffd"):
+        return ""
+      text = text[: len(text) - _begun_stop(text, self._stops)]
+    piece, self.text = text.rstrip()[len(self.text) :], text.rstrip()
     return piece
+
+  def _decoded(self, count: int) -> str:
+    """The text of the first tokens; the space that the templates put before an answer is no part of it."""
+    return self._tokenizer.decode(self.tokens[:count]).lstrip()
+
+
+def _first_stop(text: str, stops: Sequence[str]) -> int | None:
+  """Where the stop sequence that is the first to be complete begins; None where none is.
+
+  So it does not matter how the text came in pieces.
+  """
+  found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
+  return min(found)[1] if found else None
+
+
+def _begun_stop(text: str, stops: Sequence[str]) -> int:
+  """The length of the longest end of a text that is the beginning of a stop sequence."""
+  ends = (n for stop in stops for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
+  return max(ends, default=0)
 
 
 def answer_all(

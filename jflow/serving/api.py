@@ -19,7 +19,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jflow.errors import UserError
+from jflow.errors import PromptTooLong, UserError
 from jflow.serving import prepare, schemas
 from jflow.serving.answers import Answer
 from jflow.serving.body import Bodies, parse_json
@@ -51,6 +51,7 @@ class Api:
       Route("/v1/chat/completions", self._guarded(self.chat), methods=["POST"]),
       Route("/v1/images/generations", self._guarded(self.paint), methods=["POST"]),
       Route("/v1/models", self._guarded(self.models)),
+      Route("/v1/models/{name:path}", self._guarded(self.model)),
       Route("/metrics", self._guarded(self.metrics)),
       Route("/health", self.health),
     ]
@@ -58,7 +59,7 @@ class Api:
       routes=routes,
       exception_handlers={
         ApiError: _on_error,
-        UserError: lambda request, error: _on_error(request, ApiError(400, str(error))),
+        UserError: lambda request, error: _on_error(request, _of_user(request, error)),
         HTTPException: lambda request, error: _on_error(request, _of_route(request, error)),
         ClientDisconnect: lambda request, error: Response(status_code=499),
         Exception: lambda request, error: _on_error(request, ApiError(500, "the server failed here")),
@@ -93,12 +94,20 @@ class Api:
 
   async def models(self, request: Request) -> Response:
     """GET /v1/models."""
+    return Json({"object": "list", "data": [self._model()]})
+
+  async def model(self, request: Request) -> Response:
+    """GET /v1/models/NAME."""
+    if (name := request.path_params["name"]) != self._name:
+      raise schemas.no_model(name, self._name)
+    return Json(self._model())
+
+  def _model(self) -> dict[str, Any]:
     size = self._engine.pipeline.model.config.image_size
-    model = {
+    return {
       "id": self._name, "object": "model", "created": self._began, "owned_by": "jflow", "image_size": f"{size}x{size}",
       "context": self._engine.context, "can_paint": self._engine.pipeline.can_paint,
     }  # fmt: skip
-    return Json({"object": "list", "data": [model]})
 
   async def health(self, request: Request) -> Response:
     """GET /health: 200 when requests are answered at once, else 503 and why."""
@@ -214,6 +223,13 @@ def _png(picture: Picture) -> str:
 
 def _on_error(request: Request, error: ApiError) -> Response:
   return Json(error.body(), error.status, error.headers)
+
+
+def _of_user(request: Request, error: UserError) -> ApiError:
+  """A mistake that shows once the conversation or the prompt is read as a whole."""
+  field = "prompt" if request.scope["path"].endswith("generations") else "messages"
+  code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
+  return ApiError(400, str(error), field, code=code)
 
 
 def _of_route(request: Request, error: HTTPException) -> ApiError:

@@ -15,7 +15,7 @@ from jflow.inference.decoding import Decoder, Request
 from jflow.inference.pipeline import Pipeline
 from jflow.serving.jobs import Job, Picture, Pictures, Tokens
 from jflow.serving.metrics import Metrics
-from jflow.serving.schemas import ApiError, Settings
+from jflow.serving.schemas import ApiError, Settings, fold_seed
 
 log = logging.getLogger("jflow.serving")
 
@@ -246,7 +246,7 @@ class Engine:
     for job, _ in batch:
       job.started = True
     self._count()
-    images = self._generate([(job.work.prompt, job.work.seed + i) for job, i in batch], settings)
+    images = self._generate([(job.work.prompt, fold_seed(job.work.seed + i)) for job, i in batch], settings)
     with self._changed:
       for unit in batch:
         self._pictures.remove(unit)

@@ -16,12 +16,12 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from jflow.data import examples
-from jflow.errors import UserError
+from jflow.errors import PromptTooLong, UserError
 from jflow.inference import painting
 from jflow.inference.decoding import Request
 from jflow.inference.pipeline import Pipeline, prepare_image
 from jflow.serving.jobs import Pictures
-from jflow.serving.schemas import IMAGE_MARK, SEEDS, ApiError, Chat, Painting
+from jflow.serving.schemas import IMAGE_MARK, SEEDS, ApiError, Chat, Painting, fold_seed
 
 _LONGEST_TOKEN = 128  # characters; a text of more per token of the context cannot fit
 _FIRST_LOOK = 4  # characters per token of the context of which the tokens are counted first
@@ -124,18 +124,20 @@ def chat(
     (the conversation with its seed drawn where it named none, the work).
 
   Raises:
-    UserError: turns that do not alternate, a mark that stands for a picture elsewhere, an unreadable picture, no room
+    UserError: a conversation without a question, a mark that stands for a picture elsewhere, an unreadable picture, no room
       for an answer in `context` tokens.
   """
   for mark in examples.MARKS:
-    if any(mark in turn["content"] for turn in wanted.turns):
+    if any(mark in turn["content"] for turn in wanted.turns if turn["role"] == "user"):
       raise UserError(
         f"the text holds {mark}, which shows no picture here: leave it out, and send the picture itself"
       )
   fitting = (context - 1) // (2 + pipeline.model.config.patches)
   if len(wanted.images) > fitting:
-    raise UserError(f"the conversation must show at most {fitting} pictures, for which {context:,} tokens have room, "
-                    f"got {len(wanted.images):,}")  # fmt: skip
+    raise PromptTooLong(
+      f"the conversation must show at most {fitting} pictures, for which {context:,} tokens have room, "
+      f"got {len(wanted.images):,}"
+    )
   _check_length(pipeline, [turn["content"] for turn in wanted.turns] + [wanted.system], context)
 
   def read(image: Any, size: int) -> np.ndarray:
@@ -147,7 +149,7 @@ def chat(
   wanted = wanted._replace(seed=secrets.randbelow(SEEDS) if wanted.seed is None else wanted.seed)
   request = pipeline.request(
     wanted.turns, wanted.images, wanted.max_tokens, temperature=wanted.temperature, top_p=wanted.top_p,
-    seed=wanted.seed, system=wanted.system, mark=IMAGE_MARK, context=context, read=read,
+    seed=fold_seed(wanted.seed), system=wanted.system, mark=IMAGE_MARK, context=context, read=read,
   )  # fmt: skip
   return wanted, request
 
@@ -167,9 +169,9 @@ def pictures(pipeline: Pipeline, wanted: Painting) -> Pictures:
 
 
 def check_painting(work: Pictures) -> None:
-  """Raises UserError where a painting cannot be what it asks for; needs no model."""
+  """Raises UserError where a painting cannot be what it asks for; needs no model. Every seed can be painted."""
   painting.check(
-    [work.prompt], **work.settings._asdict(), seed=work.seed, num_images=work.count, interval=(0.0, 1.0),
+    [work.prompt], **work.settings._asdict(), seed=0, num_images=work.count, interval=(0.0, 1.0),
     precision="exact", batch_size=1,
   )  # fmt: skip
 
@@ -180,13 +182,13 @@ def _check_length(pipeline: Pipeline, texts: list[str], context: int) -> None:
   A tokenizer holds up all other threads of the process while it works.
   """
   if len(texts) > context:
-    raise UserError(f"the conversation must have at most {context:,} turns, got {len(texts):,}")
+    raise PromptTooLong(f"the conversation must have at most {context:,} turns, got {len(texts):,}")
   whole = "\n".join(texts)
   size = _FIRST_LOOK * context
   while size < len(whole):
     # Twice the context: what is cut off may change the tokens at the cut, and no others.
     if size >= _LONGEST_TOKEN * context or len(pipeline.tokenizer.encode(whole[:size])) > 2 * context:
-      raise UserError(
+      raise PromptTooLong(
         f"the prompt has {len(whole):,} characters, more than {context:,} tokens can hold: shorten it"
       )
     size *= 2

@@ -1,50 +1,53 @@
-"""What clients send and get: JSON in the widely used OpenAI shape, checked field by field."""
+"""What clients send: JSON in the widely used OpenAI shape, checked field by field.
 
-import base64
-import binascii
-import json
-import re
+Null is left out. A field that asks for nothing which is missing here is ignored: a hint that changes no answer, or a
+value that stands for what is done anyway. What jflow does not compute is refused by name.
+"""
+
+import hashlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jflow.flow import SOLVERS
+from jflow.serving import data_uri
+from jflow.serving.fields import ApiError, Fields, shown
 
 # Stands for an image inside the text of a turn. No text may hold it.
 IMAGE_MARK = "\x00"
 
 MAX_PICTURES = 10  # of one painting request, as in the API whose shape this is
 MAX_STEPS = 200
-SEEDS = 2**32
-_DATA_URI = re.compile(r"data:image/(png|jpeg|jpg|webp);base64,", re.IGNORECASE)
+MAX_STOPS = 4
+MAX_STOP_LENGTH = 1000  # characters
+SEEDS = 2**32  # of the model: a key keeps 32 bits
 
-# Fields that clients send by habit -> the values that ask for nothing that is missing here.
-_CHAT_IGNORED = {
-  "n": (1,), "stop": (None, []), "frequency_penalty": (None, 0), "presence_penalty": (None, 0), "logit_bias": (None, {}),
-  "logprobs": (None, False), "top_logprobs": (None, 0), "tools": (None, []), "tool_choice": (None, "none", "auto"),
-  "response_format": (None, {"type": "text"}), "modalities": (None, ["text"]),
+_ZERO = (0, 0.0)
+# Who asks, and how to bill, keep and cache it.
+_HINTS = {
+  "user": str, "metadata": dict, "safety_identifier": str, "store": (False,), "service_tier": ("auto", "default"),
+  "prompt_cache_key": str, "prompt_cache_retention": str, "prompt_cache_options": dict,
 }  # fmt: skip
-_PAINTING_IGNORED = {
-  "quality": (None, "auto", "standard"), "style": (None,), "background": (None, "auto", "opaque"), "stream": (None, False),
-  "output_format": (None, "png"), "moderation": (None, "auto", "low"),
+_CHAT_IGNORED = _HINTS | {
+  "n": (1,), "frequency_penalty": _ZERO, "presence_penalty": _ZERO, "logit_bias": ({},), "logprobs": (False,),
+  "top_logprobs": (0,), "modalities": (["text"],), "response_format": ({"type": "text"},),
+  "reasoning_effort": ("none",), "verbosity": ("medium",),
+  # Nothing can be called where no tools are given.
+  "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": bool, "functions": ([],),
+  "function_call": ("none", "auto"),
+  # Of the public API, and not computed here whatever they say.
+  "audio": (), "prediction": (), "web_search_options": (), "moderation": (),
 }  # fmt: skip
-_ALWAYS_IGNORED = ("user", "metadata", "store", "safety_identifier", "service_tier")
-
-
-class ApiError(Exception):
-  """A request that gets an error: its HTTP status, one line, and the field that is wrong."""
-
-  def __init__(
-    self, status: int, message: str, field: str | None = None, headers: Mapping[str, str] | None = None
-  ):
-    super().__init__(message)
-    self.status, self.message, self.field = status, " ".join(message.split()), field
-    self.headers = dict(headers or {})
-
-  def body(self) -> dict[str, Any]:
-    """The error as JSON."""
-    kinds = {401: "authentication_error", 429: "rate_limit_error"}
-    kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-    return {"error": {"message": self.message, "type": kind, "param": self.field, "code": self.status}}
+_PAINTING_IGNORED = _HINTS | {
+  "quality": ("auto", "standard"), "background": ("auto", "opaque"), "moderation": ("auto", "low"), "stream": (False,),
+  "partial_images": (0,), "output_format": ("png",), "output_compression": (100,),
+  "style": (), "complexity": (), "frame_count": (), "frame_duration_ms": (), "svg": (),
+}  # fmt: skip
+_MESSAGE_IGNORED = {
+  "name": str,  # the templates have no place for it
+  "tool_calls": ([],), "function_call": (), "audio": (), "refusal": ("",), "annotations": ([],),
+}  # fmt: skip
+_PART_IGNORED = {"prompt_cache_breakpoint": dict}
+_DETAILS = ("auto", "low", "high", "original")  # a model reads every picture at one size, the largest it has
 
 
 class Chat(NamedTuple):
@@ -59,6 +62,7 @@ class Chat(NamedTuple):
   seed: int | None
   stream: bool
   include_usage: bool  # of a stream
+  stop: tuple[str, ...] = ()  # sequences that end the answer, and are not part of it
 
 
 class Settings(NamedTuple):
@@ -89,22 +93,23 @@ def parse_chat(body: dict[str, Any], model: str) -> Chat:
   Raises:
     ApiError: what is wrong, with the field's name.
   """
-  fields = _Fields(body, model, _CHAT_IGNORED)
-  messages = fields.take("messages", list)
+  fields = _of_model(body, model)
+  fields.ignore(_CHAT_IGNORED)
+  turns, images = _conversation(fields.take("messages", list))
   limits = [fields.integer(name, None, 1, 2**31 - 1) for name in ("max_tokens", "max_completion_tokens")]
   temperature = fields.number("temperature", 0.0, 0.0, 2.0)
   top_p = fields.number("top_p", 1.0, 0.0, 1.0)
   if top_p == 0:
-    raise ApiError(400, "top_p must be above 0, and at most 1", "top_p")
-  seed = fields.integer("seed", None, 0, SEEDS - 1)
+    raise fields.refuse("top_p", "must be above 0, and at most 1, got 0")
+  seed, stop = _seed(fields), _stop(fields)
   stream = fields.take("stream", bool, False)
-  options = fields.take("stream_options", dict, {})
+  options = Fields(fields.take("stream_options", dict, {}), "stream_options")
+  include_usage = options.take("include_usage", bool, False)
+  options.ignore({"include_obfuscation": (False,)})
+  options.end()
   fields.end()
-  turns, images, system = _conversation(messages)
-  return Chat(
-    turns, images, system, limits[0] or limits[1] or 512, temperature, top_p, seed, stream,
-    bool(options.get("include_usage")),
-  )  # fmt: skip
+  most = min((x for x in limits if x is not None), default=512)
+  return Chat(turns, images, "", most, temperature, top_p, seed, stream, include_usage, stop)
 
 
 def parse_painting(body: dict[str, Any], model: str, image_size: int) -> Painting:
@@ -113,136 +118,122 @@ def parse_painting(body: dict[str, Any], model: str, image_size: int) -> Paintin
   Raises:
     ApiError: what is wrong, with the field's name.
   """
-  fields = _Fields(body, model, _PAINTING_IGNORED)
+  fields = _of_model(body, model)
+  fields.ignore(_PAINTING_IGNORED)
   prompt = fields.take("prompt", str)
   if not prompt.strip():
-    raise ApiError(400, "the prompt is empty: say what to paint", "prompt")
+    raise fields.refuse("prompt", "is empty: say what to paint")
   count = fields.integer("n", 1, 1, MAX_PICTURES)
-  size, mine = fields.take("size", str, "auto"), f"{image_size}x{image_size}"
-  if size not in (mine, "auto"):
-    raise ApiError(400, f"size must be {mine}, the only one that this model paints: {size[:40]!r}", "size")
+  fields.choice("size", (f"{image_size}x{image_size}", "auto"), None)
   if fields.take("response_format", str, "b64_json") != "b64_json":
-    raise ApiError(400, "response_format must be b64_json: no picture is kept to link to", "response_format")
+    raise fields.refuse("response_format", "must be b64_json: no picture is kept to link to")
   guidance = fields.number("guidance", 2.0, 0.0, 1000.0)
   if 0 < guidance < 1:
-    raise ApiError(400, "guidance must be at least 1 (1: none), or 0 (ignore the prompt)", "guidance")
-  solver = fields.take("solver", str, "euler")
-  if solver not in SOLVERS:
-    raise ApiError(400, f"solver must be one of {', '.join(SOLVERS)}", "solver")
+    raise fields.refuse("guidance", f"must be at least 1 (1: none), or 0 (ignore the prompt), got {guidance:g}")
+  solver = fields.choice("solver", tuple(SOLVERS), "euler")
   shift = fields.number("shift", 1.0, 0.01, 100.0)
   settings = Settings(fields.integer("steps", 30, 1, MAX_STEPS), guidance, solver, shift)
-  seed = fields.integer("seed", None, 0, SEEDS - count)
+  seed = _seed(fields)
   fields.end()
   return Painting(prompt, count, seed, settings)
 
 
-class _Fields:
-  """Takes the fields of a body one by one; what nobody took is refused at the end."""
+def fold_seed(seed: int) -> int:
+  """The seed in [0, SEEDS) that one of up to 64 bits, or a negative one, stands for.
 
-  def __init__(self, body: dict[str, Any], model: str, ignored: Mapping[str, tuple]):
-    self._rest = dict(body)
-    for name in _ALWAYS_IGNORED:
-      self._rest.pop(name, None)
-    for name, values in ignored.items():
-      if (value := self._rest.pop(name, values[0])) not in values:
-        raise ApiError(400, f"{name} is not supported: leave it out ({json.dumps(value)[:80]})", name)
-    if (named := self.take("model", str, model)) != model:
-      raise ApiError(404, f"the model {named[:80]!r} is not served here, but {model!r} is", "model")
-
-  def take(self, name: str, kind: type, default: Any = ...) -> Any:
-    """A field of one JSON type; null counts as left out."""
-    value = self._rest.pop(name, None)
-    if value is None:
-      if default is ...:
-        raise ApiError(400, f"{name} is missing", name)
-      return default
-    if not isinstance(value, kind):
-      names = {list: "a list", dict: "an object", str: "a text", bool: "true or false"}
-      raise ApiError(400, f"{name} must be {names[kind]}", name)
-    return value
-
-  def integer(self, name: str, default: int | None, low: int, high: int) -> int | None:
-    """A whole number in [low, high]."""
-    value = self._rest.pop(name, None)
-    if value is None:
-      return default
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-      raise ApiError(400, f"{name} must be a whole number from {low} to {high}", name)
-    return value
-
-  def number(self, name: str, default: float, low: float, high: float) -> float:
-    """A number in [low, high]."""
-    value = self._rest.pop(name, None)
-    if value is None:
-      return default
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
-      raise ApiError(400, f"{name} must be a number from {low:g} to {high:g}", name)
-    return float(value)
-
-  def end(self) -> None:
-    """Raises ApiError for a field that is not known: a typo should not be taken for a wish."""
-    if self._rest:
-      name = next(iter(self._rest))
-      raise ApiError(400, f"the field {name[:80]!r} is not known", name[:80])
+  Those in the range stand for themselves; the others are hashed, so that neighbours and multiples differ.
+  """
+  if 0 <= seed < SEEDS:
+    return seed
+  return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest())
 
 
-def _conversation(messages: list[Any]) -> tuple[list[dict[str, str]], list[bytes], str]:
-  """Turns with marks for their images, the images, and the system prompt."""
+def _of_model(body: dict[str, Any], model: str) -> Fields:
+  """The fields of a request for this model."""
+  fields = Fields(body)
+  if (named := fields.take("model", str, model)) != model:
+    raise no_model(named, model)
+  return fields
+
+
+def no_model(named: str, model: str) -> ApiError:
+  """The error of a name that is not the served model's."""
+  message = f"the model {shown(named)} is not served here, but {model!r} is"
+  return ApiError(404, message, "model", code="model_not_found")
+
+
+def _seed(fields: Fields) -> int | None:
+  return fields.integer("seed", None, -(2**63), 2**64 - 1)
+
+
+def _stop(fields: Fields) -> tuple[str, ...]:
+  """The sequences that end an answer."""
+  value = fields.any("stop")
+  stops = [value] if isinstance(value, str) else value or []
+  if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+    raise fields.refuse("stop", f"must be a text or a list of texts, got {shown(value)}", "invalid_type")
+  if len(stops) > MAX_STOPS:
+    raise fields.refuse("stop", f"must be at most {MAX_STOPS} texts, got {len(stops)}")
+  if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
+    raise fields.refuse("stop", f"must be texts of 1 to {MAX_STOP_LENGTH} characters")
+  return tuple(stops)
+
+
+def _conversation(messages: list[Any]) -> tuple[list[dict[str, str]], list[bytes]]:
+  """Turns with marks for their images, and the images."""
   turns: list[dict[str, str]] = []
   images: list[bytes] = []
-  system: list[str] = []
-  for i, message in enumerate(messages):
-    where = f"messages[{i}]"
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-      raise ApiError(400, f'{where} must be an object with "role" and "content"', where)
-    role = message["role"]
-    if role not in ("system", "developer", "user", "assistant"):
-      raise ApiError(400, f"{where}.role must be system, user or assistant: {role[:40]!r}", f"{where}.role")
-    text = _content(message.get("content"), f"{where}.content", images if role == "user" else None)
-    if role not in ("system", "developer"):
-      turns.append({"role": role, "content": text})
-    elif turns:
-      raise ApiError(400, f"{where}: a system message comes before all others", where)
-    else:
-      system.append(text)
-  return turns, images, "\n\n".join(system)
+  for i, value in enumerate(messages):
+    message = Fields(value, f"messages[{i}]")
+    role = message.choice("role", ("system", "developer", "user", "assistant"))
+    message.ignore(_MESSAGE_IGNORED)
+    text = _content(message, role, images)
+    message.end()
+    turns.append({"role": role, "content": text})
+  return turns, images
 
 
-def _content(content: Any, where: str, images: list[bytes] | None) -> str:
+def _content(message: Fields, role: str, images: list[bytes]) -> str:
   """The text of a message, each part on a line of its own; an image leaves its mark, and its bytes in `images`."""
-  parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-  if not isinstance(parts, list):
-    raise ApiError(400, f"{where} must be a text or a list of parts", where)
+  content = message.any("content")
+  if content is None and role == "assistant":
+    return ""
+  if content is None:
+    raise message.refuse("content", "is missing", "missing_required_parameter")
+  if not isinstance(content, (str, list)):
+    raise message.refuse("content", f"must be a text or a list of parts, got {shown(content)}", "invalid_type")
   out = ""
-  for i, part in enumerate(parts):
-    here = f"{where}[{i}]" if content is parts else where
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-      if IMAGE_MARK in part["text"]:
-        raise ApiError(400, f"{here}: the text holds a NUL character", here)
-      out += ("\n" if out else "") + part["text"]
-    elif kind == "image_url":
-      if images is None:
-        raise ApiError(400, f"{here}: only a user's message can show an image", here)
-      images.append(_image(part.get("image_url"), f"{here}.image_url"))
-      out += ("\n" if out and not out.endswith(IMAGE_MARK) else "") + IMAGE_MARK
+  for i, value in enumerate([content] if isinstance(content, str) else content):
+    where = message.path("content" if isinstance(content, str) else f"content[{i}]")
+    part = Fields({"type": "text", "text": value} if isinstance(value, str) else value, where)
+    kind = part.choice("type", ("text", "image_url"))
+    if kind == "text":
+      text = part.take("text", str)
+      if role == "assistant":
+        text = text.replace(IMAGE_MARK, "\ufffd")  # a model may say it, and its answer comes back
+      if IMAGE_MARK in text:
+        raise ApiError(400, f"{where} must be a text without NUL characters", where)
+      out += ("\n" if out else "") + text
+    elif role != "user":
+      raise ApiError(400, f"{where} must be a text: only a user's message can show an image", where)
     else:
-      raise ApiError(400, f'{here} must be a part of type "text" or "image_url"', here)
+      images.append(_image(part))
+      out += ("\n" if out and not out.endswith(IMAGE_MARK) else "") + IMAGE_MARK
+    part.ignore(_PART_IGNORED)
+    part.end()
   return out
 
 
-def _image(value: Any, where: str) -> bytes:
-  """The bytes of a data URI. Nothing is fetched and no file is opened for a client."""
-  url = value.get("url") if isinstance(value, dict) else value
-  if not isinstance(url, str):
-    raise ApiError(400, f'{where} must be {{"url": "data:image/png;base64,..."}}', where)
-  match = _DATA_URI.match(url)
-  if not match:
-    hint = "remote addresses and files are not opened" if not url.startswith("data:") else "of no other kind"
-    raise ApiError(
-      400, f"{where}.url must be a data URI with a base64 PNG, JPEG or WebP image; {hint}", where
-    )
+def _image(part: Fields) -> bytes:
+  """The bytes of a part's picture. Nothing is fetched and no file is opened for a client."""
+  value = part.any("image_url")
+  if value is None:
+    raise part.refuse("image_url", "is missing", "missing_required_parameter")
+  image = Fields({"url": value} if isinstance(value, str) else value, part.path("image_url"))
+  url = image.take("url", str)
+  image.choice("detail", _DETAILS, None)
+  image.end()
   try:
-    return base64.b64decode(url[match.end() :], validate=True)
-  except (binascii.Error, ValueError):
-    raise ApiError(400, f"{where}.url is not valid base64", where) from None
+    return data_uri.decode(url)
+  except ValueError as error:
+    raise image.refuse("url", str(error), "invalid_image_url") from None
