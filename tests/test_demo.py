@@ -216,7 +216,7 @@ def test_painting_shows_the_pictures_of_the_seed_and_bundles_them(browser, model
   images = browser.wait_for("#gallery .grid-container img", lambda found: len(found) == 2)
   want = model.generate("a red ring", 4, seed=7, num_images=2)
   for image, picture in zip(images, want):
-    got = np.asarray(Image.open(io.BytesIO(_get(image.get_attribute("src")))))
+    got = np.asarray(Image.open(io.BytesIO(_get(browser.driver, image.get_attribute("src")))))
     assert np.abs(got.astype(int) - np.asarray(picture)).max() <= 1
   browser.wait_for("#bundle", lambda found: found and found[0].is_enabled())[0].click()
   file = browser.driver.downloads / "a_red_ring.zip"
@@ -233,8 +233,10 @@ def _fill(page, selector, value):
   field.send_keys(str(value) + "\t")
 
 
-def _get(url):
-  with urllib.request.urlopen(url) as response:
+def _get(driver, url):
+  """What the browser gets there, which shows its cookies."""
+  cookies = "; ".join(f"{x['name']}={x['value']}" for x in driver.get_cookies())
+  with urllib.request.urlopen(urllib.request.Request(url, headers={"Cookie": cookies})) as response:
     return response.read()
 
 

@@ -213,9 +213,9 @@ def with_flags(recipe: Recipe, args: argparse.Namespace) -> Recipe:
 def make(recipe: Recipe, args: argparse.Namespace) -> Any:
   """The benchmark: an object with `tasks()` and `score(records)`; data is checked before the model is read."""
   if recipe.name == "shapes":
-    from jflow.world.benchmark import WorldBenchmark
+    from jflow.evaluation.world import ShapesBenchmark
 
-    return WorldBenchmark(recipe, args)
+    return ShapesBenchmark(recipe, args)
   if args.data is None:
     raise UserError(f"--benchmark={recipe.name} needs --data=DIR: {recipe.data}")
   if not args.data.exists():

@@ -5,7 +5,7 @@ import collections
 import contextlib
 import json
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, NoReturn
 
 from starlette.requests import Request
@@ -25,9 +25,9 @@ _KEPT = 16  # bodies of the largest size that are kept at the same time
 class Bodies:
   """The bodies that a server keeps in memory, of which the slowest goes when there are too many bytes."""
 
-  def __init__(self, largest: int, seconds: float):
-    """Args: `largest` body in bytes, `seconds` that one may take to arrive."""
-    self._largest, self._most, self._seconds = largest, _KEPT * largest, seconds
+  def __init__(self, largest: int, seconds: float, kept: int = _KEPT):
+    """Args: `largest` body in bytes, `seconds` that one may take to arrive, how many of that size may be `kept`."""
+    self._largest, self._most, self._seconds = largest, kept * largest, seconds
     self._kept = 0  # bytes
     self._arriving: set[_Arriving] = set()
 
@@ -123,8 +123,14 @@ class _Arriving:
     return whole
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
+def _constant(name: str) -> NoReturn:
+  raise ValueError(f"{name} is not a number of JSON")
+
+
+def parse_json(body: bytes, constant: Callable[[str], Any] = _constant) -> dict[str, Any]:
   """The object that a body holds: UTF-8, no name twice, finite numbers, whole characters, nested within reason.
+
+  `constant`: what NaN, Infinity and -Infinity become, which are no JSON.
 
   Raises:
     ApiError: 400 for anything else.
@@ -133,7 +139,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
     raise ApiError(400, f"the body must have at most {_MOST_MARKS:,} values")
   try:
     value = json.loads(
-      body.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=_constant, parse_int=_integer, parse_float=_number
+      body.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=constant, parse_int=_integer, parse_float=_number
     )  # fmt: skip
     _check(value)
   except (ValueError, RecursionError) as error:
@@ -178,10 +184,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     twice = next(name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1)
     raise ValueError(f"the name {twice[:80]!r} stands twice in an object")
   return made
-
-
-def _constant(name: str) -> NoReturn:
-  raise ValueError(f"{name} is not a number of JSON")
 
 
 def _integer(digits: str) -> int:

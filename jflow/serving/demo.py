@@ -1,26 +1,29 @@
 """The page of `demo`: chat about pictures, and paint. Needs nothing from the network."""
 
+import functools
+import html
+import io
 import pathlib
 import re
 import secrets
-import tempfile
 import time
 import zipfile
 from collections.abc import AsyncIterator
+from typing import Any, NamedTuple
 
 import fastapi
 import gradio as gr
-import numpy as np
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from jflow.errors import UserError
 from jflow.flow import SOLVERS
-from jflow.inference.decoding import Text
-from jflow.inference.pipeline import prepare_image
-from jflow.serving import prepare
+from jflow.inference.decoding import Request, Text
+from jflow.serving import prepare, schemas
 from jflow.serving.engine import Engine
-from jflow.serving.jobs import Pictures
-from jflow.serving.schemas import IMAGE_MARK, MAX_PICTURES, SEEDS, ApiError, Chat, Settings
+from jflow.serving.front import Front
+from jflow.serving.jobs import Picture
+from jflow.serving.schemas import IMAGE_MARK, MAX_PICTURES, SEEDS, ApiError
+from jflow.serving.visitors import MAX_FILES, MAX_SESSIONS, File, Left, Session, Talk, Visitors
 
 _FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "DejaVu Sans", "sans-serif"]
 _MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "DejaVu Sans Mono", "monospace"]
@@ -44,19 +47,7 @@ _STYLE = """
 #chat button[aria-label="Share"], #chat button[title="Share"] { display: none; }
 #gallery .caption-label { font-size: 12px; }
 """
-# The browser itself refuses what the page would fetch from elsewhere.
-_POLICY = (
-  "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-  "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; connect-src 'self' data: blob:"
-)
-
-
-class Talk:
-  """The conversation of one visitor, kept on the server."""
-
-  def __init__(self) -> None:
-    self.turns: list[dict[str, str]] = []
-    self.images: list[np.ndarray] = []  # uint8[H, W, 3]
+_RAW = {"api_visibility": "private", "preprocess": False}  # Gradio gets no values, see `front`
 
 
 def app(engine: Engine, name: str, max_upload: int, files: pathlib.Path) -> ASGIApp:
@@ -68,14 +59,23 @@ def app(engine: Engine, name: str, max_upload: int, files: pathlib.Path) -> ASGI
     files: where pictures are kept while they are shown; must be GRADIO_TEMP_DIR of the environment.
   """
   outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-  blocks = page(engine, name, files).queue(
-    max_size=engine.queue, default_concurrency_limit=engine.queue, api_open=False
-  )
+  visitors = Visitors(files, max_upload * 2**20)
+  preparing = prepare.Preparing(engine.pipeline, engine.context, engine.timeout)
+  blocks = page(Work(engine, name, visitors, preparing))
+  blocks.state_session_capacity = MAX_SESSIONS
+  blocks.queue(max_size=engine.queue, default_concurrency_limit=engine.queue, api_open=False)
   gr.mount_gradio_app(
     outer, blocks, path="/", max_file_size=f"{max_upload}mb", footer_links=[], run_history=False, ssr_mode=False,
     theme=_theme(), css=_STYLE, pwa=False, mcp_server=False,
   )  # fmt: skip
-  return Confined(outer)
+  events = {
+    x["id"]: (len(x["inputs"]), x["queue"] is not False)
+    for x in blocks.config["dependencies"]
+    if x["backend_fn"]
+  }
+  return Front(
+    outer, visitors, events, engine.timeout, closing=lambda: engine.state in ("draining", "failed")
+  )
 
 
 def _theme() -> gr.themes.Base:
@@ -89,26 +89,34 @@ def _theme() -> gr.themes.Base:
   )  # fmt: skip
 
 
-def page(engine: Engine, name: str, files: pathlib.Path) -> gr.Blocks:
+class Work(NamedTuple):
+  """What the page's functions share."""
+
+  engine: Engine
+  name: str  # of the model
+  visitors: Visitors
+  preparing: prepare.Preparing
+
+
+def page(work: Work) -> gr.Blocks:
   """The page."""
-  size = engine.pipeline.model.config.image_size
-  with gr.Blocks(
-    title=f"jflow: {name}", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True
-  ) as blocks:
+  size = work.engine.pipeline.model.config.image_size
+  with gr.Blocks(title=f"jflow: {work.name}", analytics_enabled=False, fill_width=True) as blocks:
     gr.HTML(
-      f'<header><h1>jflow</h1><p>One model that reads pictures and paints them. <b>{_escaped(name)}</b>, '
+      f"<header><h1>jflow</h1><p>One model that reads pictures and paints them. <b>{html.escape(work.name)}</b>, "
       f"{size} × {size} pixels</p></header>", elem_id="head",
     )  # fmt: skip
     with gr.Tabs(elem_id="tabs"):
       with gr.Tab("Ask", id="ask"):
-        _ask_tab(engine)
-      with gr.Tab("Paint", id="paint", visible=engine.pipeline.can_paint):
-        _paint_tab(engine, files)
+        _ask_tab(work)
+      with gr.Tab("Paint", id="paint", visible=work.engine.pipeline.can_paint):
+        _paint_tab(work)
+    blocks.unload(lambda: None)  # so that the page keeps a connection open, which tells how long it is here
   return blocks
 
 
-def _ask_tab(engine: Engine) -> None:
-  talk = gr.State(Talk, time_to_live=3600)
+def _ask_tab(work: Work) -> None:
+  engine, visitors = work.engine, work.visitors
   shown = gr.Chatbot(
     elem_id="chat", show_label=False, height="max(300px, calc(100vh - 330px))", buttons=["copy"], layout="bubble",
     placeholder="<center><h3>Show it a picture</h3>Drop one into the field below, and ask.</center>",
@@ -128,53 +136,62 @@ def _ask_tab(engine: Engine) -> None:
   idle = lambda **value: gr.MultimodalTextbox(submit_btn=True, stop_btn=False, **value)
   busy = lambda **value: gr.MultimodalTextbox(submit_btn=False, stop_btn=True, **value)
 
-  async def answer(
-    question: dict, history: list, talk: Talk, temperature: float, top_p: float, longest: int
-  ) -> AsyncIterator[tuple]:
+  async def answer(request: gr.Request, *_: None) -> AsyncIterator[tuple]:
     """Streams the answer to a question; after a mistake, the question stays in its field."""
-    said, before = "", (list(talk.turns), list(talk.images), history)
+    session, (question, *settings) = request.state.asked
+    before, again, said = session.talk, {}, ""
+    talk, pictures = before.copy(), []
     try:
-      new = [_picture(path, engine) for path in question["files"]]
-      mark = IMAGE_MARK * len(new) + ("\n" if new else "")
-      turn = {"role": "user", "content": mark + question["text"].replace(IMAGE_MARK, "")}
-      wanted = Chat(
-        [*talk.turns, turn], [*talk.images, *new], "", int(longest), temperature, top_p, None, True, False
-      )
-      _, work = prepare.chat(engine.pipeline, wanted, engine.context)
-      with engine.submit(work) as job:
-        talk.images += new
-        talk.turns += [turn, {"role": "assistant", "content": "…"}]  # what stands here if it is stopped
-        history = history + [{"role": "user", "content": {"path": path}} for path in question["files"]]
-        history += [{"role": "user", "content": question["text"]}, {"role": "assistant", "content": "…"}]
-        yield busy(value=None), history, talk
-        text, finished = Text(engine.pipeline.tokenizer), None
-        while not finished:
-          event = await job.next()
-          finished = event.finished
-          said += text.add(event.ids, last=bool(finished))
-          talk.turns[-1]["content"] = history[-1]["content"] = said or "…"
-          yield busy(), history, talk
-    except (UserError, ApiError) as error:
-      gr.Warning(_escaped(str(error)), title="Not answered")
-      if not said:  # the question goes back into its field: asked again, it should not stand there twice
-        talk.turns, talk.images, history = before
-      yield idle() if said else idle(value=question), history, talk
+      text, pictures = _question(question, visitors, session.owner)
+      again = {"value": {"text": text, "files": [x.path for x in pictures]}}
+      wanted = _wanted(text, settings, work.name)
+      with session.working("an answer"):
+        await session.listened()
+        mark = IMAGE_MARK * len(pictures) + ("\n" if pictures else "")
+        talk.turns.append({"role": "user", "content": mark + text})
+        task = await session.while_here(_prepared(wanted, talk, pictures, work))
+        talk.images = list(task.images)
+        with engine.submit(task) as job:
+          talk.turns.append({"role": "assistant", "content": "…"})  # what stands here if it is stopped
+          talk.shown += [{"role": "user", "content": {"path": x.path}} for x in pictures]
+          talk.shown += [{"role": "user", "content": text}, {"role": "assistant", "content": "…"}]
+          talk.hold(pictures)
+          session.talk = talk
+          yield busy(value=None), talk.shown
+          out, finished = Text(engine.pipeline.tokenizer), None
+          while not finished:
+            event = await session.while_here(job.next())
+            finished = event.finished
+            said += out.add(event.ids, last=bool(finished))
+            talk.turns[-1]["content"] = talk.shown[-1]["content"] = said or "…"
+            yield busy(), talk.shown
+    except Left:
       return
-    yield idle(), history, talk
+    except (UserError, ApiError) as error:
+      gr.Warning(html.escape(str(error)), title="Not answered")
+      if not said and session.talk is talk:  # asked again, the question should not stand there twice
+        session.talk = before
+      yield (idle() if said else idle(**again)), session.talk.shown
+      return
+    yield idle(), talk.shown
+
+  def forget(request: gr.Request, *_: None) -> tuple:
+    """Begins a new conversation."""
+    session = request.state.asked.session
+    visitors.drop(session.talk.files)
+    session.talk = Talk()
+    return [], idle(value=None)
 
   asked = field.submit(
-    answer, [field, shown, talk, temperature, top_p, longest], [field, shown, talk], show_progress="hidden",
-    api_visibility="private",
+    answer, [field, temperature, top_p, longest], [field, shown], show_progress="hidden", **_RAW
   )  # fmt: skip
-  field.stop(idle, None, field, cancels=[asked], api_visibility="private", queue=False)
-  for forget in (fresh.click, shown.clear):
-    forget(
-      lambda: ([], Talk(), idle(value=None)), None, [shown, talk, field], cancels=[asked], api_visibility="private",
-      queue=False,
-    )  # fmt: skip
+  field.stop(idle, None, field, cancels=[asked], queue=False, **_RAW)
+  for again in (fresh.click, shown.clear):
+    again(forget, None, [shown, field], cancels=[asked], queue=False, **_RAW)
 
 
-def _paint_tab(engine: Engine, files: pathlib.Path) -> None:
+def _paint_tab(work: Work) -> None:
+  engine, visitors = work.engine, work.visitors
   with gr.Row(equal_height=False):
     with gr.Column(scale=2, min_width=300):
       prompt = gr.Textbox(
@@ -208,72 +225,135 @@ def _paint_tab(engine: Engine, files: pathlib.Path) -> None:
         note = gr.Markdown("", elem_id="note")
         bundle = gr.DownloadButton("Download all", interactive=False, size="sm", elem_id="bundle", scale=0)
 
-  async def paint(
-    prompt: str, count: int, steps: int, guidance: float, solver: str, seed: float | None, dice: bool
-  ) -> AsyncIterator[tuple]:
+  async def paint(request: gr.Request, *_: None) -> AsyncIterator[tuple]:
     """Shows the pictures as they are done."""
-    seed = secrets.randbelow(10**6) if dice else int(seed or 0)
+    session, values = request.state.asked
     done: list[tuple[str, str]] = []
+    seed = gr.skip()
     still = lambda note: (list(done), note, seed, gr.DownloadButton(interactive=False))
     try:
-      engine.pipeline.painting_prompt(prompt)
-      work = Pictures(prompt, int(count), seed, Settings(int(steps), float(guidance), solver, 1.0))
-      folder, started = pathlib.Path(tempfile.mkdtemp(dir=files)), time.monotonic()
-      with engine.submit(work) as job:
-        yield still(f"Painting {work.count} …")
-        while len(done) < work.count:
-          picture = await job.next()
-          path = folder / f"{_file_name(prompt)}_seed{seed + picture.index}.png"
-          picture.image.save(path)
-          done.append((str(path), f"seed {seed + picture.index}"))
-          yield still(f"{len(done)} of {work.count} …")
+      wanted = _painting(values, work)
+      with session.working("a painting"):
+        await session.listened()
+        task = await session.while_here(work.preparing.pictures(lambda: wanted))
+        visitors.drop(session.painted)
+        files = session.painted = list[File]()
+        stem, seed, started = _file_name(task.prompt), task.seed, time.monotonic()
+        with engine.submit(task) as job:
+          yield still(f"Painting {task.count} …")
+          while len(done) < task.count:
+            picture = await session.while_here(job.next())
+            data = await work.preparing.run(functools.partial(_png, picture))
+            name = f"{stem}_seed{seed + picture.index}.png"
+            files.append(await _kept(visitors, session, name, "image/png", data))
+            done.append((files[-1].path, f"seed {seed + picture.index}"))
+            yield still(f"{len(done)} of {task.count} …")
+        data = await work.preparing.run(lambda: _zip(files))
+        files.append(await _kept(visitors, session, f"{stem}.zip", "application/zip", data))
+    except Left:
+      return
     except (UserError, ApiError) as error:
-      gr.Warning(_escaped(str(error)), title="Not painted")
+      gr.Warning(html.escape(str(error)), title="Not painted")
       yield still("")
       return
-    archive = folder / f"{_file_name(prompt)}.zip"
-    with zipfile.ZipFile(archive, "w") as out:
-      for path, _ in done:
-        out.write(path, pathlib.Path(path).name)
-    seconds = time.monotonic() - started
-    note = f"{work.count} in {seconds:.1f} s, {SOLVERS[solver][1] * work.settings.steps} evaluations of the velocity each"
-    yield done, note, seed, gr.DownloadButton(value=str(archive), interactive=True)
+    seconds, settings = time.monotonic() - started, task.settings
+    each = f"{SOLVERS[settings.solver][1] * settings.steps} evaluations of the velocity each"
+    button = gr.DownloadButton(value=files[-1].path, interactive=True)
+    yield done, f"{task.count} in {seconds:.1f} s, {each}", seed, button
 
   settings = [prompt, count, steps, guidance, solver, seed, dice]
   painted = gr.on(
-    [go.click, prompt.submit], paint, settings, [gallery, note, seed, bundle], api_visibility="private",
-    show_progress="minimal", show_progress_on=[gallery],
+    [go.click, prompt.submit], paint, settings, [gallery, note, seed, bundle], show_progress="minimal",
+    show_progress_on=[gallery], **_RAW,
   )  # fmt: skip
-  stop.click(lambda: "Stopped.", None, note, cancels=[painted], api_visibility="private", queue=False)
+  stop.click(lambda *_: "Stopped.", None, note, cancels=[painted], queue=False, **_RAW)
 
 
-class Confined:
-  """Adds the policy that keeps the browser from fetching anything from elsewhere."""
+def _question(value: Any, visitors: Visitors, owner: str | None) -> tuple[str, list[File]]:
+  """The text of a question and its pictures, each a file that this visitor uploaded.
 
-  def __init__(self, inner: ASGIApp):
-    self._inner = inner
+  Raises:
+    ApiError: anything else.
+  """
+  text, files = (value.get("text"), value.get("files")) if isinstance(value, dict) else (value, [])
+  text, files = "" if text is None else text, [] if files is None else files
+  if not isinstance(text, str) or not isinstance(files, list) or len(files) > MAX_FILES:
+    raise ApiError(400, f"a question must be a text with at most {MAX_FILES} pictures")
+  known = [visitors.file(x.get("path") if isinstance(x, dict) else x, owner) for x in files]
+  if None in known:
+    raise ApiError(400, f"picture {known.index(None) + 1} is none that you uploaded here: add it again")
+  return text, known
 
-  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-    async def confined(message: Message) -> None:
-      if message["type"] == "http.response.start":
-        message["headers"] = [*message["headers"], (b"content-security-policy", _POLICY.encode())]
-      await send(message)
 
-    await self._inner(scope, receive, confined)
+def _wanted(text: str, settings: list[Any], name: str) -> schemas.Chat:
+  """A conversation of one question, checked as the server checks it."""
+  fields = dict(zip(("temperature", "top_p", "max_tokens"), settings))
+  _check_given(fields)
+  return schemas.parse_chat({"messages": [{"role": "user", "content": text}], "stream": True} | fields, name)
 
 
-def _picture(path: str, engine: Engine) -> np.ndarray:
-  """An uploaded file, ready to read; a mistake names the file as the visitor knows it."""
+def _painting(values: list[Any], work: Work) -> schemas.Painting:
+  """A painting, checked as the server checks it; the seed is drawn where the visitor wants a new one."""
+  fields = dict(zip(("prompt", "n", "steps", "guidance", "solver", "seed", "dice"), values))
+  if fields["dice"] is True:
+    fields["seed"] = secrets.randbelow(10**6)
+  elif fields["dice"] is not False:
+    raise ApiError(400, "dice must be true or false", "dice")
+  _check_given(fields)
+  del fields["dice"]
+  return schemas.parse_painting(fields, work.name, work.engine.pipeline.model.config.image_size)
+
+
+def _check_given(fields: dict[str, Any]) -> None:
+  """Raises ApiError for a setting that is empty: a default in its place would not be what the page shows."""
+  for name, value in fields.items():
+    if value is None:
+      raise ApiError(400, f"{name} is empty", name)
+
+
+async def _prepared(wanted: schemas.Chat, talk: Talk, pictures: list[File], work: Work) -> Request:
+  """A conversation ready for the engine: `wanted` with the turns of `talk` and more pictures.
+
+  Raises:
+    UserError: see `prepare.chat`; a picture that cannot be read is named as the visitor knows it.
+  """
+
+  def whole() -> schemas.Chat:
+    try:
+      new = [pathlib.Path(x.path).read_bytes() for x in pictures]
+    except FileNotFoundError:
+      raise UserError("a picture of this question is not here any more: add it again") from None
+    return wanted._replace(turns=talk.turns, images=[*talk.images, *new])
+
   try:
-    return prepare_image(pathlib.Path(path).read_bytes(), engine.pipeline.model.config.image_size)
-  except UserError:
-    raise UserError(f"{pathlib.Path(path).name} is not a readable PNG, JPEG or WebP picture") from None
+    return (await work.preparing.chat(whole))[1]
+  except prepare.UnreadableImage as error:
+    name = pictures[error.index - len(talk.images)].name
+    raise UserError(f"{name} is not a readable PNG, JPEG or WebP picture") from None
+
+
+async def _kept(visitors: Visitors, session: Session, name: str, kind: str, data: bytes) -> File:
+  """A file that the gallery shows."""
+  file = await visitors.keep(session.owner, name, kind, data)
+  file.held = True
+  return file
+
+
+def _png(picture: Picture) -> bytes:
+  out = io.BytesIO()
+  picture.image.save(out, "PNG")
+  return out.getvalue()
+
+
+def _zip(files: list[File]) -> bytes:
+  """An archive of pictures, which are as small as they get already."""
+  out = io.BytesIO()
+  with zipfile.ZipFile(out, "w") as archive:
+    for file in files:
+      archive.write(file.path, file.name)
+  return out.getvalue()
 
 
 def _file_name(prompt: str) -> str:
   """The beginning of a prompt as the name of a file."""
   return re.sub(r"[^A-Za-z0-9]+", "_", prompt)[:40].strip("_") or "picture"
-
-
-def _escaped(text: str) -> str:
-  return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -7,6 +7,7 @@ thread waits for.
 import asyncio
 import concurrent.futures
 import functools
+import itertools
 import secrets
 import threading
 import time
@@ -81,6 +82,14 @@ class Preparing:
       raise patience.over() from None
 
 
+class UnreadableImage(UserError):
+  """A picture of a conversation that cannot be read: the one at `index` of its images."""
+
+  def __init__(self, index: int, message: str):
+    super().__init__(message)
+    self.index = index
+
+
 class Patience:
   """How long work is waited for. A context manager: leaving it tells the threads that nobody waits any more."""
 
@@ -140,11 +149,17 @@ def chat(
     )
   _check_length(pipeline, [turn["content"] for turn in wanted.turns] + [wanted.system], context)
 
+  index = itertools.count()
+
   def read(image: Any, size: int) -> np.ndarray:
     check()
     if not isinstance(image, (bytes, np.ndarray)):  # a name would be opened
       raise UserError(f"a picture must be the bytes of a file, got {type(image).__name__}")
-    return prepare_image(image, size)
+    i = next(index)
+    try:
+      return prepare_image(image, size)
+    except UserError as error:
+      raise UnreadableImage(i, str(error)) from None
 
   wanted = wanted._replace(seed=secrets.randbelow(SEEDS) if wanted.seed is None else wanted.seed)
   request = pipeline.request(

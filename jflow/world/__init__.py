@@ -1,1 +1,0 @@
-"""The built-in world: pictures, captions and questions drawn by program, and what judges them."""
