@@ -99,7 +99,7 @@ def base(size: str) -> ConfigDict:
       long_captions=0.25,  # share of captions that describe every object
       named_colors=0.0,  # share of captions and texts whose first sentence names colors that its kind leaves open
       in_order=0.0,  # share of captions and texts that name objects from the top left, unless they say a relation
-      asked=(),  # (kind of question, weight) pairs, as (("relation", 4.0),): jflow/data/questions.py
+      asked=(),  # (kind of question, weight) pairs, as (("relation", 4.0),): jflow/world/questions.py
     ),
   )
   c.compute = dict(

@@ -1,7 +1,7 @@
 """Stage 0, only for the built-in world: makes the stand-ins for what the paper takes pretrained.
 
 Before the first step the codec in the VAE's place is fitted in closed form, and the small SigLIP to labels of what its
-patches show and where they lie (jflow/training/tower.py). Then the small LLM learns text, and with the linear aligner to
+patches show and where they lie (jflow/world/siglip_fit.py). Then the small LLM learns text, and with the linear aligner to
 describe pictures and to answer.
 
   python -m jflow train --config=configs/stage0.py:shapes --workdir=runs/stage0

@@ -11,17 +11,18 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from jflow.data import questions, scenes, shapes
 from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
 from jflow.evaluation import report
-from jflow.evaluation.references import BLIND, FREQUENT, NEAREST
 from jflow.inference import files
 from jflow.inference.sheet import contact_sheet
 from jflow.models.config import JanusFlowConfig
 from jflow.training import setup
 from jflow.training.checkpoint import read_config
 from jflow.training.metrics import read_lines
+from jflow.world import questions, scenes
+from jflow.world import source as world
+from jflow.world.references import BLIND, FREQUENT, NEAREST
 
 WHAT = {
   "A": "no alignment",
@@ -280,7 +281,7 @@ def losses(runs: Mapping[str, list[dict[str, Any]]]) -> Figure:
 
 def pictures(reports: Mapping[str, pathlib.Path]) -> Image.Image | None:
   """A row per letter that paints, the same prompts and noise in every column; None if none does."""
-  prompts = [text for text, _ in shapes.evaluation_prompts("val", SHEET, 0)]
+  prompts = [text for text, _ in world.evaluation_prompts("val", SHEET, 0)]
   files = {
     letter: [output / f"pictures/val/{i:04d}_0.png" for i in range(SHEET)]
     for letter, output in reports.items()

@@ -41,11 +41,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from jflow.data import scenes, shapes  # noqa: E402
-from jflow.data.scenes import COLORS, SHAPES, TAGS, Scene  # noqa: E402
 from jflow.errors import UserError  # noqa: E402
-from jflow.evaluation import judge, report, scores  # noqa: E402
+from jflow.evaluation import report, scores  # noqa: E402
 from jflow.inference import files  # noqa: E402
+from jflow.world import (  # noqa: E402
+  judge,  # noqa: E402
+  scenes,
+)
+from jflow.world import source as world
+from jflow.world.scenes import COLORS, SHAPES, TAGS, Scene  # noqa: E402
 
 SIDES = (48, 64, 96)  # pixels
 PICTURES = 900  # per row
@@ -62,7 +66,7 @@ Metadata = Mapping[str, Any]  # what a prompt asked for, in GenEval's schema
 def drawn(tag: str, split: str, number: int, seed: str) -> tuple[Scene, dict[str, Any]]:
   """Returns a scene and the metadata of a prompt that is true of it, always the same for the same arguments."""
   scene, combination = scenes.sample(tag, split, random.Random(f"{tag}/{split}/{seed}/{number}"))
-  return scene, shapes.prompt(combination)[1]
+  return scene, world.prompt(combination)[1]
 
 
 def falsified(metadata: Metadata, rng: random.Random) -> dict[str, Any]:
@@ -288,7 +292,7 @@ def measure(pictures: int, jobs: int) -> tuple[list[dict[str, Any]], list[dict[s
     raise UserError(f"--pictures={pictures}: give a multiple of {len(TAGS)}, the number of categories")
   if jobs < 1:
     raise UserError(f"--jobs={jobs}: give at least 1")
-  asked = [metadata for _, metadata in shapes.evaluation_prompts("val", pictures, 0)]
+  asked = [metadata for _, metadata in world.evaluation_prompts("val", pictures, 0)]
   tasks = [(side, number, asked[number]) for side in SIDES for number in range(pictures)]
   with contextlib.ExitStack() as stack:
     pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(jobs)) if jobs > 1 else None

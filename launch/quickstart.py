@@ -18,11 +18,11 @@ root = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root))
 
 import jflow
-from jflow.data import questions, shapes
-from jflow.evaluation import judge
 from jflow.inference.pipeline import Pipeline
 from jflow.inference.sheet import contact_sheet
 from jflow.training.metrics import read_lines
+from jflow.world import judge, questions
+from jflow.world import source as world
 
 PROMPTS = 32
 QUESTIONS = 24
@@ -38,7 +38,7 @@ OTHERS = (
 
 def single_object_prompts() -> list[tuple[str, dict]]:
   """One prompt per seen pair of color and shape, the first PROMPTS of an even sample."""
-  pool = [x for x in shapes.evaluation_prompts("train", 600, seed=1) if x[1]["tag"] == "colors"]
+  pool = [x for x in world.evaluation_prompts("train", 600, seed=1) if x[1]["tag"] == "colors"]
   return pool[:PROMPTS]
 
 

@@ -2,7 +2,7 @@
 
   python launch/tokenizer.py configs/tokenizer
 
-The result depends on this file and on those of jflow.data.shapes.CODE; retrain when the world's wording changes,
+The result depends on this file and on those of jflow.world.source.CODE; retrain when the world's wording changes,
 and train the small models anew with it.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from jflow.data import examples, tokenizer
-from jflow.data.shapes import ShapesSource
+from jflow.world.source import WorldSource
 
 VOCABULARY_SIZE = 1024
 WORLD_RECORDS = 400  # per task
@@ -90,7 +90,7 @@ def corpus() -> Iterator[str]:
   yield examples.CAPTION_PROMPT
   yield f"User: {examples.SYSTEM_PROMPT}\n\nAssistant: "
   for task in ("understanding", "generation", "text"):
-    source = ShapesSource(task, WORLD_RECORDS, seed=0)
+    source = WorldSource(task, WORLD_RECORDS, seed=0)
     for index in range(len(source)):
       record = source[index]
       yield record.text

@@ -19,12 +19,20 @@ NEVER = {
     "jax", "flax", "optax", "orbax", "jflow.models", "jflow.training", "jflow.inference", "jflow.interop",
     "jflow.flow", "jflow.losses", "jflow.sharding",
   ),
-  "jflow/evaluation/judge.py": ("jax", "flax", "jflow.models"),
+  "jflow/world/": ("jflow.serving", "jflow.bench", "jflow.compilation"),
+  **{  # loader processes draw the world, and the judge counts as data does: without jax
+    f"jflow/world/{name}.py": ("jax", "flax", "jflow.models", "jflow.training", "jflow.inference")
+    for name in ("scenes", "words", "questions", "source", "importer", "judge", "features")
+  },
   "jflow/models/": ("jflow.data", "jflow.training", "jflow.inference", "jflow.interop", "jflow.evaluation"),
   "jflow/training/": ("jflow.inference", "jflow.evaluation"),  # but for EXCEPT
 }  # fmt: skip
 # The command stands above both: it hands the loop a function that paints sample pictures.
 EXCEPT = {("jflow/training/", "jflow/training/command.py")}
+# The world is a leaf: by these doors alone does the rest of jflow reach it.
+WORLD = {
+  "jflow/data/sources.py", "jflow/data/importers/__init__.py", "jflow/evaluation/command.py", "jflow/training/setup.py",
+}  # fmt: skip
 PURE = ("batch", "errors", "flow", "head_loss", "losses", "sharding")  # of jflow they import only each other
 
 
@@ -63,6 +71,11 @@ def test_what_is_never_imported(folder):
     if any(of(module, name) for module in NEVER[folder])
   }  # fmt: skip
   assert not bad
+
+
+def test_the_world_is_a_leaf():
+  users = {file for file in FILES if any(of("jflow.world", name) for name in imports(file))}
+  assert {file for file in users if not file.startswith("jflow/world/")} == WORLD
 
 
 def test_linen_lives_in_the_models_and_the_table_of_axes():

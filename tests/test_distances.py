@@ -8,8 +8,8 @@ import tiny
 from PIL import Image
 from scipy import linalg, ndimage
 
-from jflow.data import scenes
-from jflow.evaluation import distances, judge
+from jflow.evaluation import distances
+from jflow.world import features, judge, scenes
 
 
 def test_frechet_of_normal_samples_is_the_closed_form():
@@ -51,15 +51,15 @@ def test_texture_sees_noise_and_state_sees_content():
   rng = np.random.default_rng(0)
   noisy = [np.clip(x + rng.normal(0, 8, x.shape), 0, 255).round().astype(np.uint8) for x in floor]
   single = [x for x in renders(150, 2) if len(judge.detect(x)) == 1][:60]
-  texture = lambda images: np.stack([distances.texture(x) for x in images])
-  state = lambda images: np.stack([distances.state(judge.detect(x)) for x in images])
+  texture = lambda images: np.stack([features.texture(x) for x in images])
+  state = lambda images: np.stack([features.state(judge.detect(x)) for x in images])
   tex = {
     n: distances.frechet(*(distances.normalised(texture(y), texture(truth)) for y in (x, truth)))
     for n, x in (("floor", floor), ("noisy", noisy))
   }
   content = {
     name: distances.kernel_distance(  # unbiased: few pictures suffice
-      *(distances.normalised(state(x), state(truth), distances.LEAST_STATE) for x in (images, truth))
+      *(distances.normalised(state(x), state(truth), features.LEAST_STATE) for x in (images, truth))
     )
     for name, images in (("floor", floor), ("noisy", noisy), ("single", single))
   }
@@ -72,14 +72,14 @@ def test_texture_of_a_shifted_grating_stays_and_of_a_turned_one_does_not():
   x = np.arange(64)
   wave = lambda phase: (128 + 80 * np.sin(2 * np.pi * 0.15625 * x + phase))[None, :].repeat(64, 0)
   image = lambda plane: np.repeat(plane[..., None], 3, -1).round().astype(np.uint8)
-  still, shifted = distances.texture(image(wave(0))), distances.texture(image(wave(2)))
-  turned = distances.texture(image(wave(0).T))
+  still, shifted = features.texture(image(wave(0))), features.texture(image(wave(2)))
+  turned = features.texture(image(wave(0).T))
   assert np.abs(still - shifted)[:144].max() < 0.05 * np.abs(still[:144]).max()
   assert np.abs(still - turned)[:144].max() > 0.5 * np.abs(still[:144]).max()
 
 
 def test_state_of_nothing_is_finite():
-  assert np.isfinite(distances.state([])).all()
+  assert np.isfinite(features.state([])).all()
 
 
 # --- GigaGAN's resize

@@ -18,9 +18,8 @@ from tsv import pope_folder, pope_rows, write_table
 
 import jflow
 from jflow.__main__ import main
-from jflow.data import questions, scenes, shapes
 from jflow.errors import Stopped, UserError
-from jflow.evaluation import references, report, sweep, tables, tasks, world
+from jflow.evaluation import report, sweep, tables, tasks
 from jflow.evaluation.command import parser, settings_of, with_flags
 from jflow.evaluation.recipes import RECIPES
 from jflow.evaluation.report import Result
@@ -28,6 +27,8 @@ from jflow.evaluation.samples import Samples
 from jflow.evaluation.scores import Score
 from jflow.inference import files, loading
 from jflow.interop import checkpoints
+from jflow.world import benchmark, questions, references, scenes
+from jflow.world import source as world
 
 
 @pytest.fixture
@@ -291,19 +292,19 @@ def test_noise_of_a_seed_is_that_of_generate(tiny_checkpoint):
 def shapes_benchmark(output, *flags: str):
   args = parser().parse_args(["--benchmark=shapes", "--checkpoint=x", f"--output={output}", "--cache=", *flags])
   recipe = with_flags(RECIPES["shapes"], args)
-  return world.ShapesBenchmark(recipe, args), settings_of(recipe, args, "f")
+  return benchmark.WorldBenchmark(recipe, args), settings_of(recipe, args, "f")
 
 
 def test_predictions_about_another_world_are_refused(tmp_path, monkeypatch):
   benchmark, _ = shapes_benchmark(tmp_path, "--limit=1")
-  assert {path.name for path in benchmark.data_files()} == {"scenes.py", "words.py", "questions.py", "shapes.py"}
+  assert {path.name for path in benchmark.data_files()} == {"scenes.py", "words.py", "questions.py", "source.py"}
   args = parser().parse_args(["--benchmark=shapes", "--checkpoint=x", f"--output={tmp_path / 'out'}"])
   settings = lambda: settings_of(RECIPES["shapes"], args, "f", benchmark.data_files())
   Samples(tmp_path / "out", settings())._file.close()
   Samples(tmp_path / "out", settings())._file.close()
   edited = tmp_path / "scenes.py"
   edited.write_text(pathlib.Path(scenes.__file__).read_text() + "# edited\n")
-  monkeypatch.setattr(shapes, "CODE", (edited, *shapes.CODE[1:]))
+  monkeypatch.setattr(world, "CODE", (edited, *world.CODE[1:]))
   with pytest.raises(UserError, match="holds predictions made with data="):
     Samples(tmp_path / "out", settings())
 
@@ -372,7 +373,7 @@ def test_the_nearest_picture_answers_for_a_picture_that_is_almost_one_of_trainin
 
 
 def test_features_of_true_pictures_are_kept(tmp_path, monkeypatch):
-  make = lambda name: references.features("val", ["colors", "counting"], 4, 48, name, tmp_path)
+  make = lambda name: references.features_of_renders("val", ["colors", "counting"], 4, 48, name, tmp_path)
   first, other = make("a"), make("b")
   (kept,) = [path for path in tmp_path.iterdir() if np.array_equal(np.load(path)["tex"], first["tex"])]
   monkeypatch.setattr(references, "renders", lambda *_: pytest.fail("drawn again"))
@@ -382,15 +383,15 @@ def test_features_of_true_pictures_are_kept(tmp_path, monkeypatch):
 
 def test_answers_to_the_world_are_judged_by_kind():
   asked = lambda answer, kind, text="?": questions.Question(text, answer, kind)
-  assert world.right(asked("yes", "existence"), "Yes.") and not world.right(asked("no", "existence"), "Yes.")
-  assert not world.right(asked("no", "relation"), "maybe")
-  assert world.right(asked("two", "count"), "2") and world.right(asked("zero", "count"), "none")
-  assert world.right(asked("red", "color"), "Red.") and not world.right(asked("red", "color"), "dark red")
+  assert benchmark.right(asked("yes", "existence"), "Yes.") and not benchmark.right(asked("no", "existence"), "Yes.")
+  assert not benchmark.right(asked("no", "relation"), "maybe")
+  assert benchmark.right(asked("two", "count"), "2") and benchmark.right(asked("zero", "count"), "none")
+  assert benchmark.right(asked("red", "color"), "Red.") and not benchmark.right(asked("red", "color"), "dark red")
   options = "What color is it?\nA. red\nB. blue\nC. pink\nD. brown\nAnswer with"
-  assert world.right(asked("B", "choice", options), "B.") and world.right(
+  assert benchmark.right(asked("B", "choice", options), "B.") and benchmark.right(
     asked("B", "choice", options), "blue"
   )
-  assert not world.right(asked("B", "choice", options), "A")
+  assert not benchmark.right(asked("B", "choice", options), "A")
 
 
 # --- Reports

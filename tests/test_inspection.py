@@ -10,9 +10,9 @@ from jflow.batch import WRITE, Batch, RowShape
 from jflow.data import examples, inspection, packing, plans, prepare_command
 from jflow.data.prepare import prepare
 from jflow.data.records import Record, Turn
-from jflow.data.shapes import ShapesSource
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
+from jflow.world.source import WorldSource
 
 ROOT = pathlib.Path(__file__).parent.parent
 TOKENIZER = Tokenizer.load(ROOT / "configs" / "tokenizer")
@@ -94,7 +94,7 @@ def test_the_band_marks_the_positions_that_carry_a_loss():
 @pytest.mark.parametrize("task", ["generation", "text"])
 def test_the_histograms_are_those_of_the_rows(task):
   shape = RowShape(tokens=160, images=2, image_patches=16, image_size=32)
-  found = plans.planned(ShapesSource(task, size=120, seed=0), task, TOKENIZER, "plain", shape, "")
+  found = plans.planned(WorldSource(task, size=120, seed=0), task, TOKENIZER, "plain", shape, "")
   counted = inspection.histograms(task, "shapes", found.plan, shape.tokens)
   fill = []
   for row in range(found.plan.rows):

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tiny
 
-from jflow.data import scenes, shapes
-from jflow.data.scenes import COLORS, SHAPES, Object, Scene
-from jflow.evaluation import judge
-from jflow.evaluation.judge import Detection
+from jflow.world import judge, scenes
+from jflow.world import source as world
+from jflow.world.judge import Detection
+from jflow.world.scenes import COLORS, SHAPES, Object, Scene
 
 sys.path.insert(0, str(tiny.ROOT / "launch"))
 
@@ -154,7 +154,7 @@ MOST_LENIENT = {"uniform noise": 0.01, "random blobs": 0.05}  # share that GenEv
 @pytest.mark.parametrize("side, count", [(48, 30), (64, 90), (96, 30)])
 @pytest.mark.parametrize("name", judge_figures.GARBAGE)
 def test_garbage_never_passes_the_strict_rules(name, side, count):
-  prompts = shapes.evaluation_prompts("val", count, 0)
+  prompts = world.evaluation_prompts("val", count, 0)
   passed = [judge_figures.garbage(side, i, metadata, [name])[name] for i, (_, metadata) in enumerate(prompts)]
   assert not any(rules["strict"] for rules in passed)
   assert np.mean([rules["lenient"] for rules in passed]) <= MOST_LENIENT.get(name, 0)

@@ -13,15 +13,15 @@ from jflow.data import examples, lengths, packing, plans
 from jflow.data.prepare import prepare
 from jflow.data.prepared import PreparedSource
 from jflow.data.records import RecordError
-from jflow.data.shapes import ShapesSource
 from jflow.data.tokenizer import Tokenizer
+from jflow.world.source import WorldSource
 
 TOKENIZER = Tokenizer.load(pathlib.Path(__file__).parent.parent / "configs" / "tokenizer")
 SHAPE = RowShape(tokens=160, images=2, image_patches=16, image_size=32)
 
 
 def _source(task="generation", size=150, **options):
-  return ShapesSource(task, size=size, seed=0, **options)
+  return WorldSource(task, size=size, seed=0, **options)
 
 
 def _planned(cache, task="generation", template="plain", shape=SHAPE, **options):

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from preparing import chat, image, make_folder, read_back, run, write_lines
 
 from jflow.batch import TASKS
 from jflow.data import prepare, prepare_command, prepared
@@ -20,9 +21,8 @@ from jflow.data.filters import Filters
 from jflow.data.partial import open_partial
 from jflow.data.prepared import PreparedSource
 from jflow.data.records import Turn
-from jflow.data.shapes import ShapesSource
 from jflow.errors import UserError
-from preparing import chat, image, make_folder, read_back, run, write_lines
+from jflow.world.source import WorldSource
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -112,7 +112,7 @@ def test_a_file_system_without_links_gets_copies(folder, monkeypatch):
 def test_the_built_in_world_is_drawn_once(tmp_path, task):
   output = str(tmp_path / "out")
   summary = prepare.prepare("shapes", output, task, records=7, seed=3, image_size=32)
-  world = ShapesSource(task, 7, 3)
+  world = WorldSource(task, 7, 3)
   assert summary["accepted"] == 7
   for i, record in enumerate(read_back(output, task)):
     assert (record.text, record.turns) == (world[i].text, world[i].turns)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow.data.shapes import ShapesSource
 from jflow.models.config import AutoencoderConfig
 from jflow.models.vae import AutoencoderKL, PatchPCA, fit_patch_pca, make_autoencoder
 from jflow.sharding import unbox
+from jflow.world.source import WorldSource
 
 KL = AutoencoderConfig(
   kind="autoencoder_kl",
@@ -145,7 +145,7 @@ def test_a_window_beyond_the_patch_sees_the_neighbours():
 def test_the_codec_of_the_shapes_world():
   """8 channels of 4 x 4 pixels keep more than the 31.1 dB of plain patch PCA, on new pictures."""
   draw = lambda split, n: np.stack(
-    [ShapesSource("generation", n, 0, split)[i].images[0].render(64) for i in range(n)]
+    [WorldSource("generation", n, 0, split)[i].images[0].render(64) for i in range(n)]
   )
   pixels, _, out = _round_trip(_pca(8), draw("train", 300), draw("val", 50))
   assert _psnr(out, pixels) > 32

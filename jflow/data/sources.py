@@ -16,16 +16,16 @@ def open_source(spec: str, task: str, shapes: Mapping[str, Any]) -> Source:
   Args:
     spec: "shapes", or a directory written by `prepare`.
     task: "understanding", "generation" or "text".
-    shapes: options of the built-in world, see `ShapesSource`: size, seed, tags, long_captions, named_colors, asked,
+    shapes: options of the built-in world, see `WorldSource`: size, seed, tags, long_captions, named_colors, asked,
       in_order.
 
   Raises:
     UserError: there is no such source, or it holds records of another task.
   """
   if spec == SHAPES:
-    from jflow.data.shapes import ShapesSource
+    from jflow.world.source import WorldSource
 
-    return ShapesSource(task, **shapes)
+    return WorldSource(task, **shapes)
   if os.path.isdir(spec):
     from jflow.data.prepared import PreparedSource
 

@@ -213,9 +213,9 @@ def with_flags(recipe: Recipe, args: argparse.Namespace) -> Recipe:
 def make(recipe: Recipe, args: argparse.Namespace) -> Any:
   """The benchmark: an object with `tasks()` and `score(records)`; data is checked before the model is read."""
   if recipe.name == "shapes":
-    from jflow.evaluation.world import ShapesBenchmark
+    from jflow.world.benchmark import WorldBenchmark
 
-    return ShapesBenchmark(recipe, args)
+    return WorldBenchmark(recipe, args)
   if args.data is None:
     raise UserError(f"--benchmark={recipe.name} needs --data=DIR: {recipe.data}")
   if not args.data.exists():

@@ -24,7 +24,7 @@ from jflow.models.janusflow import Draws, JanusFlow, Sums
 from jflow.models.llm import remat_policy
 from jflow.models.vae import fit_patch_pca
 from jflow.training import hosts
-from jflow.training.tower import fit_siglip
+from jflow.world.siglip_fit import fit_siglip
 
 Config = Mapping[str, Any]
 

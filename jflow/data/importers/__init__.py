@@ -43,7 +43,8 @@ def open_importer(format: str, options: Options) -> Importer:
   Raises:
     UserError: the format is unknown, or the input is not there.
   """
-  from jflow.data.importers import llava, parquet, shapes, text, tfds, webdataset
+  from jflow.data.importers import llava, parquet, text, tfds, webdataset
+  from jflow.world import importer
 
   classes = {
     "llava-jsonl": llava.Llava,
@@ -51,7 +52,7 @@ def open_importer(format: str, options: Options) -> Importer:
     "parquet": parquet.Parquet,
     "text": text.Text,
     "tfds": tfds.Tfds,
-    "shapes": shapes.Shapes,
+    "shapes": importer.World,
   }
   if format not in classes:
     raise UserError(f"--format={format} is unknown: use one of {', '.join(FORMATS)}")

@@ -11,10 +11,12 @@ import re
 import numpy as np
 import pytest
 
-from jflow.data import examples, questions, scenes, shapes
-from jflow.data.scenes import COLORS, SHAPES, Object, Scene
-from jflow.data.shapes import ShapesSource
+from jflow.data import examples
 from jflow.errors import UserError
+from jflow.world import questions, scenes
+from jflow.world import source as world
+from jflow.world.scenes import COLORS, SHAPES, Object, Scene
+from jflow.world.source import WorldSource
 
 TASKS = ("understanding", "generation", "text")
 NUMBERS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4}
@@ -151,14 +153,14 @@ def test_objects_keep_apart_and_inside(split):
 @pytest.mark.parametrize("split", scenes.SPLITS)
 @pytest.mark.parametrize("task", TASKS)
 def test_scenes_of_a_split_show_held_out_combinations_always_or_never(task, split):
-  source = ShapesSource(task if task != "text" else "generation", 600, 1, split)
+  source = WorldSource(task if task != "text" else "generation", 600, 1, split)
   assert {shows_held_out(record.images[0]) for record in source} == {split == "held_out"}
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("task", TASKS)
 def test_texts_never_mention_what_is_held_out(task, split):
-  text = "\n".join(texts(record) for record in ShapesSource(task, 3000, 2, split))
+  text = "\n".join(texts(record) for record in WorldSource(task, 3000, 2, split))
   pairs = {(shape, color) for color, shape in re.findall(f"{COLOR} {SHAPE}", text)}
   pairs |= {(shape, color) for shape, color in re.findall(f"{SHAPE}(?:e?s)? (?:is|are) {COLOR}", text)}
   for shape, options in re.findall(rf"What color is the {SHAPE}\?((?:\n[A-D]\. \w+)+)", text):
@@ -195,14 +197,14 @@ def test_every_shape_color_count_and_relation_is_seen_in_other_combinations():
 
 def test_record_is_a_pure_function_of_its_index():
   for task in TASKS:
-    source = ShapesSource(task, 50, 3)
+    source = WorldSource(task, 50, 3)
     records = [source[i] for i in range(50)]
-    again = pickle.loads(pickle.dumps(ShapesSource(task, 10**9, 3)))
+    again = pickle.loads(pickle.dumps(WorldSource(task, 10**9, 3)))
     assert [again[i] for i in reversed(range(50))] == records[::-1]
     assert list(source) == records
     assert len({record.id for record in records}) == 50
     assert len({repr(record[1:]) for record in records}) > 45
-    for other in (ShapesSource(task, 50, 4), ShapesSource(task, 50, 3, "val")):
+    for other in (WorldSource(task, 50, 4), WorldSource(task, 50, 3, "val")):
       assert [other[i][1:] for i in range(50)] != [record[1:] for record in records]
     with pytest.raises(IndexError):
       source[50]
@@ -212,18 +214,18 @@ def test_evaluation_sets_are_the_same_on_every_machine():
   """Whoever changes this hash changes the test set: scores from before and after cannot be compared."""
   digest = hashlib.sha256()
   for split, prompts in (("val", 360), ("held_out", 160)):
-    digest.update(repr(shapes.evaluation_prompts(split, prompts, 0)).encode())
+    digest.update(repr(world.evaluation_prompts(split, prompts, 0)).encode())
     digest.update(repr(questions.for_evaluation(split, 1500, 0)).encode())
   assert digest.hexdigest() == "d2868cd8ee3bf52d2755e89ba48837f26d2e597a69fdbc9794e72a6e68df273b"
 
 
 def test_records_fit_their_task():
-  for record in ShapesSource("generation", 200, 5):
+  for record in WorldSource("generation", 200, 5):
     assert len(record.images) == 1 and record.text and not record.turns
-  for record in ShapesSource("text", 200, 5):
+  for record in WorldSource("text", 200, 5):
     assert not record.images and record.text.count(".") >= 1 and not record.turns
   captions = short = 0
-  for record in ShapesSource("understanding", 400, 5):
+  for record in WorldSource("understanding", 400, 5):
     assert len(record.images) == 1 and bool(record.text) != bool(record.turns)
     captions += not record.turns
     if record.turns:
@@ -237,11 +239,11 @@ def test_records_fit_their_task():
 
 
 def test_shares_of_the_tags():
-  source = ShapesSource("generation", 100, 0, tags={"single_object": 2, "colors": 1, "counting": 0})
+  source = WorldSource("generation", 100, 0, tags={"single_object": 2, "colors": 1, "counting": 0})
   assert all(len(record.images[0].objects) == 1 for record in source)
-  single = [len(record.images[0].objects) == 1 for record in ShapesSource("generation", 3000, 0)]
+  single = [len(record.images[0].objects) == 1 for record in WorldSource("generation", 3000, 0)]
   assert np.mean(single) == pytest.approx(0.45, abs=0.04)
-  phrases = [record.text for record in ShapesSource("generation", 600, 0, tags={"position": 1, "colors": 3})]
+  phrases = [record.text for record in WorldSource("generation", 600, 0, tags={"position": 1, "colors": 3})]
   share = np.mean([bool(re.search("left of|right of|above|below", text.split(". ")[0])) for text in phrases])
   assert share == pytest.approx(0.25, abs=0.06)
 
@@ -270,7 +272,7 @@ def test_shares_of_the_tags():
 )
 def test_mistakes_are_named(arguments, message):
   with pytest.raises(UserError, match=message):
-    ShapesSource(*arguments)
+    WorldSource(*arguments)
 
 
 # --- Truth of what is said
@@ -308,7 +310,7 @@ def says(sentence: str, scene: Scene) -> bool:
 @pytest.mark.parametrize("split", scenes.SPLITS)
 def test_captions_are_true_and_their_first_sentence_is_one(split):
   openings, long = set(), 0
-  for record in ShapesSource("generation", 1500, 6, split):
+  for record in WorldSource("generation", 1500, 6, split):
     scene = record.images[0]
     first, _, rest = record.text.partition(". ")
     assert says(first, scene), record
@@ -330,7 +332,7 @@ def test_captions_are_true_and_their_first_sentence_is_one(split):
 @pytest.mark.parametrize("task", ["generation", "text"])
 def test_first_sentences_name_colors_that_their_kind_leaves_open_as_often_as_asked(task):
   for share in (0.0, 0.3, 1.0):
-    source = ShapesSource(task, 400, 6, tags=dict(position=1.0, counting=1.0), named_colors=share)
+    source = WorldSource(task, 400, 6, tags=dict(position=1.0, counting=1.0), named_colors=share)
     colored = [bool(re.search(COLOR, record.text.split(".")[0])) for record in source]
     assert abs(np.mean(colored) - share) <= (0.08 if share == 0.3 else 0.0)
 
@@ -343,7 +345,7 @@ def test_first_sentences_name_objects_from_the_top_left_as_often_as_asked(task, 
   for share in (0.0, 0.5, 1.0):
     tags = dict(two_object=1.0, color_attr=1.0, several=1.0)
     pairs = []  # of neighbors in the sentence: is the first nearer to the top left?
-    for record in ShapesSource(task, 900, 6, tags=tags, named_colors=0.3, in_order=share):
+    for record in WorldSource(task, 900, 6, tags=tags, named_colors=0.3, in_order=share):
       objects = shown[-1][0].objects
       told = re.findall(SHAPE, record.text.split(".")[0])
       at = {thing.shape: thing.x + thing.y for thing in objects}
@@ -354,7 +356,7 @@ def test_first_sentences_name_objects_from_the_top_left_as_often_as_asked(task, 
 
 
 def test_relations_stay_true_and_in_random_order_where_captions_are_in_order():
-  related = ShapesSource("generation", 300, 6, tags=dict(position=1.0), long_captions=0.0, in_order=1.0)
+  related = WorldSource("generation", 300, 6, tags=dict(position=1.0), long_captions=0.0, in_order=1.0)
   assert all(says(record.text, record.images[0]) for record in related)
   told = [re.search("left|right|above|below", record.text)[0] for record in related]
   assert min(map(told.count, ("left", "right", "above", "below"))) > 50
@@ -362,11 +364,11 @@ def test_relations_stay_true_and_in_random_order_where_captions_are_in_order():
 
 def test_describe_names_every_object():
   for scene in some_scenes("train") + some_scenes("held_out"):
-    text = shapes.describe(scene)
+    text = world.describe(scene)
     related = len(scene.objects) == 2 and scenes.relation(*scene.objects) and " two " not in text
     assert any(f" {name} " in text for name in scenes.RELATIONS) == bool(related)
     assert says(text, scene) and len(re.findall(COLOR, text)) >= 1
-    first, rest = shapes.describe(scene, long=True).split(". ", 1)
+    first, rest = world.describe(scene, long=True).split(". ", 1)
     assert first == text
     details = re.findall(rf"The {SHAPE} is {COLOR}, (\w+) and (?:at|on|in) the [\w ]+\.", rest)
     order = (lambda thing: thing.shape) if related else (lambda thing: thing.x)  # from left to right
@@ -430,7 +432,7 @@ def test_answers_are_right(split):
 @pytest.mark.parametrize("asked", [(), (("place", 5.0), ("count", 0.0))])
 def test_answers_of_conversations_are_right(asked):
   texts = []
-  for record in ShapesSource("understanding", 500, 7, asked=asked):
+  for record in WorldSource("understanding", 500, 7, asked=asked):
     for question, answer in zip(record.turns[::2], record.turns[1::2]):
       text = question.text.removeprefix("<image>\n").removesuffix(questions.SHORT_ANSWER)
       assert answer.text == right_answer(text, record.images[0])
@@ -443,11 +445,11 @@ def test_a_kind_of_question_can_be_asked_more_often():
   """Of relations where a scene of two objects allows them: first in 1 of 9 conversations, or in 9 of 17."""
   def first(weight: float) -> float:
     asked = (("relation", weight),)
-    source = ShapesSource("understanding", 3000, 8, tags=dict(position=1.0), asked=asked)
+    source = WorldSource("understanding", 3000, 8, tags=dict(position=1.0), asked=asked)
     questions = [record.turns[0].text for record in source if record.turns]
     return np.mean([bool(re.match(r"<image>\nIs the \w+ (left|right|above|below)", text)) for text in questions])
 
-  records = lambda asked: [record.turns for record in ShapesSource("understanding", 50, 8, asked=asked)]
+  records = lambda asked: [record.turns for record in WorldSource("understanding", 50, 8, asked=asked)]
   assert records(()) == records((("relation", 1.0),))
   assert first(1.0) == pytest.approx(1 / 9, abs=0.03) and first(9.0) == pytest.approx(9 / 17, abs=0.05)
 
@@ -483,8 +485,8 @@ def test_evaluation_questions_are_balanced_and_grouped(split):
 
 
 def test_evaluation_prompts_follow_the_schema_of_geneval():
-  prompts = shapes.evaluation_prompts("val", 360, 0)
-  assert prompts == shapes.evaluation_prompts("val", 360, 0) != shapes.evaluation_prompts("val", 360, 1)
+  prompts = world.evaluation_prompts("val", 360, 0)
+  assert prompts == world.evaluation_prompts("val", 360, 0) != world.evaluation_prompts("val", 360, 1)
   assert collections.Counter(metadata["tag"] for _, metadata in prompts) == dict.fromkeys(scenes.TAGS, 60)
   for prompt, metadata in prompts:
     assert metadata["prompt"] == prompt and prompt.startswith("a picture of ")
@@ -507,7 +509,7 @@ def test_evaluation_prompts_follow_the_schema_of_geneval():
 def test_evaluation_prompts_come_again_only_when_all_have_come():
   prompts = [
     prompt
-    for prompt, metadata in shapes.evaluation_prompts("val", 600, 0)
+    for prompt, metadata in world.evaluation_prompts("val", 600, 0)
     if metadata["tag"] == "single_object"
   ]
   every = {f"a picture of a {shape}" for shape in SHAPES}
@@ -515,10 +517,10 @@ def test_evaluation_prompts_come_again_only_when_all_have_come():
 
 
 def test_unseen_prompts_name_what_is_held_out():
-  prompts = shapes.evaluation_prompts("held_out", 160, 0)
+  prompts = world.evaluation_prompts("held_out", 160, 0)
   assert {metadata["tag"] for _, metadata in prompts} == {"counting", "colors", "position", "color_attr"}
   for split, unseen in (("held_out", True), ("val", False)):
-    for _, metadata in shapes.evaluation_prompts(split, 160, 0):
+    for _, metadata in world.evaluation_prompts(split, 160, 0):
       include = metadata["include"]
       names = any((thing["class"], thing.get("color")) in scenes.HELD_OUT_PAIRS for thing in include) or any(
         (thing["class"], thing["count"]) in scenes.HELD_OUT_COUNTS for thing in include

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jflow.data import questions, scenes, shapes
-from jflow.data.questions import Question
-from jflow.evaluation import distances, judge
+from jflow.world import features, judge, questions, scenes, source
+from jflow.world.questions import Question
 
 LEARNED = 6000  # training questions that the models without eyes have seen
 FREQUENT, BLIND, NEAREST = "most frequent answer", "question alone", "nearest picture"
@@ -92,7 +91,7 @@ def _nearest(scene: scenes.Scene, question: Question, pool: Sequence[Asked], pix
   return options.get(word) if options else word
 
 
-def features(
+def features_of_renders(
   split: str, tags: Sequence[str], count: int, side: int, name: str, cache: pathlib.Path | None
 ) -> dict[str, np.ndarray]:
   """Features of true pictures, categories in the same shares: "tex" f64[count, 228], "state" f64[count, 24].
@@ -107,7 +106,7 @@ def features(
   """
   path = None
   if cache:
-    files = (*shapes.CODE, *(pathlib.Path(module.__file__) for module in (judge, distances)))
+    files = (*source.CODE, *(pathlib.Path(module.__file__) for module in (judge, features)))
     code = b"".join(file.read_bytes() for file in files)
     key = hashlib.sha256(code + repr((split, tuple(tags), count, side, name)).encode()).hexdigest()
     path = cache / f"renders-{key[:16]}.npz"
@@ -115,8 +114,8 @@ def features(
       return kept
   pictures = renders(split, tags, count, side, name)
   out = {
-    "tex": np.stack([distances.texture(image) for image in pictures]),
-    "state": np.stack([distances.state(judge.detect(image)) for image in pictures]),
+    "tex": np.stack([features.texture(image) for image in pictures]),
+    "state": np.stack([features.state(judge.detect(image)) for image in pictures]),
   }
   if path:
     part = path.with_name(f"{path.name}.{os.getpid()}")

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jflow.batch import TASKS
-from jflow.data import questions, scenes, words
 from jflow.data.records import Record
-from jflow.data.scenes import DEFAULT_TAGS, SEVERAL, TAGS, Combination, Rng, Scene, pick, shuffled
-from jflow.data.words import NUMBERS
 from jflow.errors import UserError
+from jflow.world import questions, scenes, words
+from jflow.world.scenes import DEFAULT_TAGS, SEVERAL, TAGS, Combination, Rng, Scene, pick, shuffled
+from jflow.world.words import NUMBERS
 
 # The words are those of the code: an edit makes another world.
 CODE = tuple(pathlib.Path(file) for file in (scenes.__file__, words.__file__, questions.__file__, __file__))
@@ -28,7 +28,7 @@ CAPTION_TURNS = 0.4  # share of understanding's records whose answer is a captio
 TEMPLATES = ("a picture of {}", "an image with {}", "{} on a gray background", "there {verb} {}", "{}")
 
 
-class ShapesSource:
+class WorldSource:
   """Records of the shapes world; each is a pure function of (seed, split, task, index). Picklable.
 
   Attributes:

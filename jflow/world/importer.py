@@ -9,16 +9,16 @@ from PIL import Image
 from jflow.data.importers.importer import Item, Options
 
 
-class Shapes:
+class World:
   """See the top of the module."""
 
   images_beside = False
   left_out: dict[str, int] = {}
 
   def __init__(self, options: Options):
-    from jflow.data.shapes import ShapesSource
+    from jflow.world.source import WorldSource
 
-    self._source = ShapesSource(options.task, options.records, options.seed)
+    self._source = WorldSource(options.task, options.records, options.seed)
     self._size, self._part_records = options.image_size, options.part_records
 
   def files(self) -> list[str]:

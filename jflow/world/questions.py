@@ -6,10 +6,10 @@ import random
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from jflow.data import scenes, words
 from jflow.data.records import Turn
-from jflow.data.scenes import COLORS, PAIRS, SEEN_PAIRS, SHAPES, Rng, Scene, pick, shuffled
-from jflow.data.words import NUMBERS
+from jflow.world import scenes, words
+from jflow.world.scenes import COLORS, PAIRS, SEEN_PAIRS, SHAPES, Rng, Scene, pick, shuffled
+from jflow.world.words import NUMBERS
 
 SHORT_ANSWERS = 0.5  # share of first questions that carry the next
 # Not in the paper: the release's instruction for short answers. As in LLaVA it ends the first question only.
@@ -47,7 +47,7 @@ def for_evaluation(split: str, count: int, seed: int) -> list[tuple[Scene, Quest
   and a no, or the four orders of the options of a choice.
 
   Args:
-    split: as in `ShapesSource`.
+    split: as in `WorldSource`.
     count: number of questions; the last group may be cut short.
     seed: of the choice.
   """

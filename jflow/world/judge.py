@@ -14,8 +14,8 @@ from PIL import Image
 from scipy import ndimage
 from scipy.cluster import vq
 
-from jflow.data import scenes
-from jflow.data.scenes import COLORS, SHAPES
+from jflow.world import scenes
+from jflow.world.scenes import COLORS, SHAPES
 
 UNKNOWN = "unknown"
 LEAST_SIDE, MOST_SIDE = 48, 96  # pixels
@@ -80,7 +80,7 @@ def score(image: np.ndarray, metadata: Mapping[str, Any]) -> dict[str, bool]:
 
   Args:
     image: see `detect`.
-    metadata: in GenEval's schema, as from `jflow.data.shapes.evaluation_prompts`.
+    metadata: in GenEval's schema, as from `jflow.world.source.evaluation_prompts`.
 
   Returns:
     "lenient": GenEval's rules, which mostly allow for more than was asked; "strict": exactly what was asked

@@ -1,7 +1,7 @@
 """The words of the shapes world: how objects, counts and places are named."""
 
-from jflow.data.scenes import Object
 from jflow.errors import UserError
+from jflow.world.scenes import Object
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 PLACES = (

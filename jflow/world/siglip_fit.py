@@ -21,13 +21,13 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from jflow.data import scenes
-from jflow.data.scenes import Scene
 from jflow.models.config import SiglipConfig
 from jflow.models.janusflow import normalise
 from jflow.models.siglip import Siglip
 from jflow.sharding import unbox
 from jflow.training import hosts
+from jflow.world import scenes
+from jflow.world.scenes import Scene
 
 _BATCH = 16  # smaller ones learn more from as many pictures; the rate is for this size
 _RATE = 1.5e-3  # falls linearly to a tenth after the warm-up

@@ -10,13 +10,13 @@ import tiny
 from flax.traverse_util import flatten_dict
 
 from jflow import sharding
-from jflow.data import scenes
-from jflow.data.scenes import Object, Scene
-from jflow.data.shapes import ShapesSource
 from jflow.models.config import SiglipConfig
 from jflow.models.siglip import Siglip
 from jflow.training import setup
-from jflow.training.tower import fit_siglip, label_loss, recolored
+from jflow.world import scenes
+from jflow.world.scenes import Object, Scene
+from jflow.world.siglip_fit import fit_siglip, label_loss, recolored
+from jflow.world.source import WorldSource
 
 CONFIG = SiglipConfig(
   image_size=24, patch_size=6, width=32, mlp_width=64, layers=1, heads=2, layer_norm_epsilon=1e-6, gelu="erf"
@@ -35,7 +35,7 @@ def test_a_patch_is_labelled_with_the_object_whose_box_holds_its_center():
 
 
 def test_every_picture_of_the_world_shows_each_object_on_some_patch():
-  source = ShapesSource("generation", 200, 3)
+  source = WorldSource("generation", 200, 3)
   for i in range(200):
     scene = source[i].images[0]
     found = {tuple(label) for label in scenes.patch_labels(scene, 8) if label[0] >= 0}
@@ -62,7 +62,7 @@ def test_the_loss_counts_what_is_told_and_presence_and_place_everywhere():
 
 
 def test_a_recolored_object_has_no_named_color_and_each_label_belongs_to_its_half():
-  source, rng = ShapesSource("generation", 300, 1), np.random.default_rng(0)
+  source, rng = WorldSource("generation", 300, 1), np.random.default_rng(0)
   known = np.array(list(scenes.COLORS.values()))
   seen = {True: 0, False: 0}
   for i in range(len(source)):
@@ -91,20 +91,20 @@ def test_shapes_of_named_colors_are_told_in_the_first_half_alone(monkeypatch):
     told.append(all_shapes)
     return recolored(scene, side, rng, all_shapes)
 
-  monkeypatch.setattr("jflow.training.tower.recolored", noted)
-  source = ShapesSource("generation", 16, 0)
+  monkeypatch.setattr("jflow.world.siglip_fit.recolored", noted)
+  source = WorldSource("generation", 16, 0)
   fit_siglip(CONFIG, [source[i].images[0] for i in range(16)], 64, 0)
   assert told == [True] * 32 + [False] * 32
 
 
 def test_fitting_teaches_a_tower_to_tell_colors():
-  source = ShapesSource("generation", 320, 0)
+  source = WorldSource("generation", 320, 0)
   world = [source[i].images[0] for i in range(len(source))]
   tower = fit_siglip(CONFIG, world, 1600, 0)
   fresh = Siglip(CONFIG, jnp.float32, False).init(jax.random.key(0), jnp.zeros((1, 24, 24, 3)))["params"]
   assert jax.tree.map(np.shape, tower) == jax.tree.map(np.shape, sharding.unbox(fresh))
   assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(tower))
-  val = ShapesSource("generation", 80, 0, split="val")
+  val = WorldSource("generation", 80, 0, split="val")
   val = [val[i].images[0] for i in range(len(val))]
   labels = np.stack([scenes.patch_labels(scene, 4) for scene in val])
   pixels = np.stack([scene.render(24) for scene in val]) / np.float32(127.5) - 1
@@ -136,7 +136,7 @@ def test_a_fresh_run_starts_from_the_fitted_tower_and_nothing_else_changes(capsy
   fitted, fresh = start(20), start(0)
   said = capsys.readouterr().err
   assert said.count("fitting SigLIP to 32 labelled pictures") == said.count("SigLIP names the shape") == 1
-  world = ShapesSource("generation", 60, 0)
+  world = WorldSource("generation", 60, 0)
   world = [world[i].images[0] for i in range(20)]
   fitted_alone = fit_siglip(tiny.CONFIG.understanding_encoder, world, 20, tiny.configuration()["train"]["seed"])
   want = flatten_dict(fitted_alone, sep="/")

@@ -11,17 +11,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from jflow.data import questions, scenes, shapes
 from jflow.data.examples import IMAGE_MARK
-from jflow.data.questions import Question as Asked
-from jflow.data.scenes import TAGS
-from jflow.evaluation import answers, distances, judge, references, scores
+from jflow.evaluation import answers, distances, scores
 from jflow.evaluation.recipes import Recipe
 from jflow.evaluation.report import Result
 from jflow.evaluation.samples import need_all
 from jflow.evaluation.scores import Score
 from jflow.evaluation.tasks import Painting, Question, RoundTrip
 from jflow.inference.sheet import contact_sheet
+from jflow.world import features, judge, questions, references, scenes, source
+from jflow.world.questions import Question as Asked
+from jflow.world.scenes import TAGS
 
 SPLITS = {"val": "seen", "held_out": "held-out"}  # split of the world -> name in the report
 PROMPTS_PER_TAG = {"val": 60, "held_out": 40}
@@ -45,7 +45,7 @@ class Painted(NamedTuple):
   metadata: dict[str, Any]
 
 
-class ShapesBenchmark:
+class WorldBenchmark:
   """Six categories after GenEval, questions, distances; combinations that training showed apart from held-out ones."""
 
   def __init__(self, recipe: Recipe, args: argparse.Namespace):
@@ -56,18 +56,18 @@ class ShapesBenchmark:
     self._prompts, self._questions = {}, {}
     for split, each in PROMPTS_PER_TAG.items():
       tags = sum(bool(scenes.combinations(tag, split == "held_out")) for tag in TAGS)
-      prompts = shapes.evaluation_prompts(split, each * tags, 0)[:limit]
+      prompts = source.evaluation_prompts(split, each * tags, 0)[:limit]
       self._prompts[split] = [] if only == "questions" else prompts
       count = 0 if only == "pictures" else min(QUESTIONS, limit or QUESTIONS)
       self._questions[split] = questions.for_evaluation(split, count, 0) if count else []
     self._true = []
     for i in range(0 if only == "questions" else min(CEILING * len(TAGS), limit or CEILING * len(TAGS))):
       scene, combination = scenes.sample(TAGS[i % len(TAGS)], "val", random.Random(f"evaluation/codec/{i}"))
-      self._true.append((scene, shapes.prompt(combination)[1]))
+      self._true.append((scene, source.prompt(combination)[1]))
 
   def data_files(self) -> list[pathlib.Path]:
     """The world is code: what is asked and what is right changes with it."""
-    return list(shapes.CODE)
+    return list(source.CODE)
 
   def tasks(self) -> list[Painting | RoundTrip | Question]:
     """All pictures to paint, true ones to send through the VAE, then all questions."""
@@ -184,11 +184,11 @@ def _distances(
     return {}
   pictures = [_read(p.file) for p in painted]
   own = {
-    "tex": np.stack([distances.texture(p) for p in pictures]),
-    "state": np.stack([distances.state(p.detections) for p in painted]),
+    "tex": np.stack([features.texture(p) for p in pictures]),
+    "state": np.stack([features.state(p.detections) for p in painted]),
   }
   tags, count, side = [p.tag for p in painted], len(painted), len(pictures[0])
-  true = lambda many, set_name: references.features(split, tags, many, side, set_name, cache)
+  true = lambda many, set_name: references.features_of_renders(split, tags, many, side, set_name, cache)
   target = true(min(REFERENCE, 10 * count), "reference")
   floors = [true(count, f"floor {i}") for i in range(FLOORS)]
   prompts = collections.defaultdict(list)
@@ -196,7 +196,7 @@ def _distances(
     prompts[p.prompt].append(i)
   groups = list(prompts.values())
   out = {}
-  for what, least in (("tex", 1e-6), ("state", distances.LEAST_STATE)):
+  for what, least in (("tex", 1e-6), ("state", features.LEAST_STATE)):
     normal = lambda x: distances.normalised(x[what], target[what], least)
     a, b, others = normal(own), normal(target), [normal(x) for x in floors]
     of_prompts = lambda chosen: distances.frechet(b, a[np.concatenate([groups[i] for i in chosen])])
