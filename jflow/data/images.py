@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
-from jflow.data import metadata, pointers
+from jflow.data import git_lfs, metadata, tiff
 from jflow.data.records import RecordError
 from jflow.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MAX_PIXELS = 64 * 2**20
-# Passes over a picture. Encoders make 10 to 18 of a progressive JPEG; a hundred bytes are enough for one more.
+# Passes over a picture. Encoders make 10 to 18 of a progressive JPEG; a hundred bytes are enough for one
+# more.
 MAX_SCANS = 100
 MAX_LARGE_SCANS = 20  # of a picture with as many pixels as may be
 _WHITE = (255, 255, 255)
@@ -44,6 +45,7 @@ _OTHERS = (  # what files begin with that people take for one of FORMATS
 
 # Pillow only warns where an image passes its own limit; `decode` raises, and at a lower limit.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", "Corrupt EXIF data|Truncated File Read", UserWarning)  # a line per image
 
 
 class ImageError(RecordError):
@@ -62,8 +64,8 @@ def decode(image: Any, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
   Rules: EXIF rotation is applied; an animated image gives its first frame; alpha is laid over white
   (Differs from the release, which drops it); palette, grey and CMYK are converted by Pillow; of 16 bits the
-  upper 8 stay. The size is checked before any pixel is decoded. Metadata, however large or broken, costs nothing but
-  the rotation where that cannot be read.
+  upper 8 stay. The size is checked before any pixel is decoded. Metadata, however large or broken, costs
+  nothing but the rotation where that cannot be read.
 
   Args:
     image: encoded bytes (PNG, JPEG, WEBP or GIF), a PIL image, or uint8[H, W, 3].
@@ -96,6 +98,27 @@ def as_published(image: Any) -> Image.Image:
     return Image.fromarray(np.asarray(picture.convert("RGB")))
   except Exception as error:
     raise _damage(error) from None
+
+
+def tiff_as_png(data: bytes) -> bytes:
+  """Returns a TIFF image as PNG: the pixels that `decode` would give, if it read TIFF. Other bytes come back
+  as they are.
+
+  Raises:
+    ImageError: the TIFF is damaged, too large, or in a form that is not read.
+  """
+  if not tiff.is_tiff(data):
+    return data
+  try:
+    image = Image.open(io.BytesIO(tiff.first_picture(data)), formats=("TIFF",))
+  except ValueError as error:
+    raise ImageError("unreadable", f"the TIFF {error}") from None
+  except Exception as error:  # as in `_from_bytes`
+    raise _damage(error) from None
+  _check_pixels(image, MAX_PIXELS)
+  file = io.BytesIO()
+  _load(_Picture(image, 1)).save(file, "PNG")  # Pillow turns a TIFF upright itself
+  return file.getvalue()
 
 
 def read(path: str) -> np.ndarray:
@@ -270,11 +293,11 @@ def _from_bytes(data: bytes, max_pixels: int) -> _Picture:
   except metadata.TooManyParts:
     raise ImageError("too_large", f"the image is cut into more than {metadata.MAX_PARTS:,} pieces") from None
   if not bare:
-    raise ImageError("format", f"not a readable PNG, JPEG, WEBP or GIF image{_but(data[:512])}")
+    raise ImageError("format", f"not a readable PNG, JPEG, WEBP or GIF image{_but(data)}")
   try:
     image = Image.open(io.BytesIO(bare.data), formats=(bare.format,))
-  except Image.DecompressionBombError:
-    raise ImageError("too_large", f"the image has more than {max_pixels:,} pixels") from None
+  except Image.DecompressionBombError as error:
+    raise _damage(error) from None
   except Exception:  # Pillow's parsers raise many types on damaged headers
     raise ImageError("format", "not a readable PNG, JPEG, WEBP or GIF image") from None
   _check_pixels(image, max_pixels)
@@ -285,10 +308,11 @@ def _from_bytes(data: bytes, max_pixels: int) -> _Picture:
   return _Picture(image, bare.orientation)
 
 
-def _but(start: bytes) -> str:
-  """Returns what a file is that begins so and is no image, for a message; "" where that is not known."""
-  if pointers.is_pointer(start):
-    return f", but {pointers.WORDS}"
+def _but(data: bytes) -> str:
+  """Returns what a file is that is no image, for a message; "" where that is not known."""
+  if git_lfs.is_pointer(data):
+    return ", but a git-lfs pointer: run `git lfs pull` where it came from"
+  start = data[:512]
   return next(
     (f", but {name}" for pattern, name in _OTHERS if re.match(pattern, start, re.DOTALL | re.I)), ""
   )
@@ -311,6 +335,8 @@ def _load(picture: _Picture) -> Image.Image:
 
 def _damage(error: Exception) -> ImageError:
   """Returns what a decoder's error means; a damaged body may raise anything from OSError to struct.error."""
+  if isinstance(error, Image.DecompressionBombError):
+    return ImageError("too_large", "the image has more pixels than may be")
   if "truncated" in str(error):
     return ImageError("unreadable", "the image is cut short")
   return ImageError("unreadable", f"the image is damaged ({type(error).__name__})")

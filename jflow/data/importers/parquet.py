@@ -1,21 +1,31 @@
 """parquet: tables of images and texts, as the Hugging Face hub and img2dataset hold them.
 
-An image is bytes, {"bytes", "path"}, or a list of either; a text is a caption, a conversation (a list of turns or
-its JSON), or an interleaved document. A row group is a part, and becomes a shard.
+An image is bytes, {"bytes", "path"}, a path, or a list of these; a text is a caption, a conversation (a list
+of turns or its JSON), or an interleaved document. `datasets` writes pictures of palettes, CMYK and 16 bits as
+TIFF, which becomes PNG. A row group is a part, and becomes a shard.
+
+Each column is read for itself, a few rows at a time, so that what cannot be read costs the rows that need it:
+the image and the text of a row are needed, and numbers and short texts are kept as metadata where they can be
+read.
 """
 
+import collections
+import io
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+from jflow.data import images as images_lib
 from jflow.data.importers import objects
-from jflow.data.importers.importer import Item, Options
+from jflow.data.importers.importer import Item, Options, make_item
 from jflow.data.importers.inputs import input_files, read_under
-from jflow.data.records import RecordError
+from jflow.data.records import Record, RecordError, Unwanted
 from jflow.errors import UserError
 
 IMAGES = (*objects.IMAGES, "jpg", "png", "webp", "jpeg", "img", "image_bytes", "bytes")
-_BATCH = 32  # rows in memory
+MAX_RATIO = 100  # bytes of a column to those of its file: images and text do not shrink so far
+MAX_ROWS = 100  # to a byte of the file
+_BATCH_ROWS, _BATCH_BYTES = 32, 2**27  # of a column in memory, unless a single cell is larger
 
 Part = tuple[str, int, int, int]  # file, row group, its first row, its rows
 
@@ -36,19 +46,23 @@ class Parquet:
     """Returns the row groups.
 
     Raises:
-      UserError: a file is no parquet file, or has no column of the name that was asked for.
+      UserError: a file is no parquet file, claims more than it can hold, or has no column of the name that
+      was asked
+        for.
     """
     parts = []
     for path in self._paths:
-      if not os.path.getsize(path):
+      size = os.path.getsize(path)
+      if not size:
         parts.append((path, 0, 0, 0))
         continue
       with _open(path) as table:
-        names = table.schema_arrow.names
-        self._columns(path, names)
+        self._columns(path, table.schema_arrow)
         row = 0
         for group in range(table.metadata.num_row_groups):
           rows = table.metadata.row_group(group).num_rows
+          if not 0 <= rows <= MAX_ROWS * size:
+            raise UserError(f"{path}: row group {group} claims {rows:,} rows in a file of {size:,} bytes")
           parts.append((path, group, row, rows))
           row += rows
     return parts
@@ -61,27 +75,21 @@ class Parquet:
     if not os.path.getsize(path):
       yield Item(path, RecordError("empty_shard", "the file is empty"), {})
       return
-    done = 0
-    try:
-      with _open(path) as table:
-        image, drop = self._columns(path, table.schema_arrow.names)
-        names = table.schema_arrow.names
-        images = self._options.task != "text" or objects.is_conversation(names)
-        wanted = [name for name in names if name != image or images]
-        for batch in table.iter_batches(_BATCH, [group], wanted, use_threads=False):
-          for fields in batch.to_pylist():
-            yield self._item(f"{path} row {first + done}", path, fields, image, drop)
-            done += 1
-    except Exception as error:  # pyarrow raises many types on damaged pages
-      if getattr(error, "errno", None):  # the disk, not the data
-        raise
-      message = f"the rest of the row group cannot be read ({type(error).__name__})"
-      for number in range(done, rows):
-        yield Item(f"{path} row {first + number}", RecordError("corrupt", message), {})
+    with _open(path) as table:
+      columns = self._columns(path, table.schema_arrow)
+      cells = {name: _cells(table, path, group, name, needed) for name, needed in columns.read.items()}
+      for number in range(first, first + rows):
+        fields = {name: next(values) for name, values in cells.items()}
+        where = f"{path} row {number}"
+        yield make_item(where, lambda: self._read(path, number, fields, columns))
 
-  def _columns(self, path: str, names: list[str]) -> tuple[str, tuple[str, ...]]:
-    """Returns the column of the images ("" where there is none) and what is no metadata."""
-    options = self._options
+  def _columns(self, path: str, schema: Any) -> "_Columns":
+    """Returns the columns of a table that are read.
+
+    Raises:
+      UserError: there is none of images or texts, or of the name that was asked for, or there are several.
+    """
+    options, names = self._options, schema.names
     for flag in ("image_column", "text_column"):
       if getattr(options, flag) and getattr(options, flag) not in names:
         raise UserError(
@@ -92,37 +100,139 @@ class Parquet:
     image = options.image_column or objects.spelled(names, IMAGES)
     if not image and options.task != "text":
       raise UserError(f"{path} has no column of images: name it by --image_column, one of {', '.join(names)}")
-    return image, (image, options.text_column, "key")
+    texts = (options.text_column,) if options.text_column else (*objects.text_keys(options.task), "answer")
+    read = {name for name in names if name in texts or (not options.text_column and name.lower() in texts)}
+    # A document goes without its picture; a conversation that has one is no text.
+    if image and (options.task != "text" or objects.is_conversation(names)):
+      read.add(image)
+    twice = [name for name, count in collections.Counter(names).items() if count > 1]
+    if several := sorted(read.intersection(twice)):
+      raise UserError(f"{path} has several columns {several[0]!r}: leave one of them")
+    rest = [field for field in schema if field.name not in (*read, image, *twice)]
+    media = tuple(field.name for field in rest if self._is_medium(field.name))
+    read.update(media, {"id", "key"}.intersection(names).difference(twice))
+    kept = self._notes({field.name: 0 for field in rest if _is_short(field.type)}, image)
+    return _Columns(image, media, {name: name in read for name in names if name in read or name in kept})
 
-  def _item(self, where: str, path: str, fields: dict[str, Any], image: str, drop: tuple[str, ...]) -> Item:
+  def _is_medium(self, name: str) -> bool:
+    """Returns whether a column may hold what makes its row one for another task, or for none."""
     try:
-      images, value = (), fields.pop(image, None)
-      if self._options.task == "text":
-        images = () if objects.is_empty(value) else (value,)  # which makes it no text
-      else:
-        images = tuple(
-          self._image(v, path) for v in (value if isinstance(value, list) else [value]) if v is not None
-        )
-      name = next(
-        (str(fields[key]) for key in ("id", "key") if fields.get(key) is not None), where.split()[-1]
-      )
-      record = objects.make_record(name, fields, images, self._options.task, self._options.text_column)
-      if not images and not record.turns and self._options.task != "text":
-        raise RecordError("missing_image", f'"{image}" is empty')
-      return Item(where, record, objects.notes(fields, drop))
+      objects.check_media({name: b"contents"}, self._options.text_column)
+      return self._options.task == "text" and bool(objects.images_of({name: b"contents"}, "text"))
+    except Unwanted:
+      return True
+
+  def _notes(self, fields: dict[str, Any], image: str) -> dict[str, Any]:
+    return objects.notes(fields, (image, self._options.text_column, "key"))
+
+  def _read(
+    self, path: str, number: int, fields: dict[str, Any], columns: "_Columns"
+  ) -> tuple[Record, dict[str, Any]]:
+    task, image = self._options.task, columns.image
+    for name in columns.media:
+      if isinstance(fields[name], RecordError):
+        raise fields[name]
+    value = fields.pop(image, None)
+    if isinstance(value, RecordError):
+      raise value
+    if task == "text":
+      images = () if objects.is_empty(value) else (value,)  # which makes it no text
+    else:
+      values = value if isinstance(value, list) else [value]
+      images = tuple(self._image(each, path) for each in values if each is not None)
+    named = (fields.get(key) for key in ("id", "key"))
+    name = next((str(each) for each in named if each is not None and not _broken_in(each)), str(number))
+    try:
+      record = objects.make_record(name, fields, images, task, self._options.text_column)
+    except Unwanted:
+      raise
     except RecordError as error:
-      return Item(where, error, {})
+      raise _broken_in(fields) or error from None
+    if not images and not record.turns and task != "text":
+      raise RecordError("missing_image", f'"{image}" is empty')
+    return record, self._notes(fields, image)
 
   def _image(self, value: Any, path: str) -> bytes:
+    """Returns an encoded image; `value` is its bytes, its path, or {"bytes", "path"}, of which the first counts."""
     if isinstance(value, dict):
       name, value = value.get("path"), value.get("bytes")
-      if value is None and isinstance(name, str) and name:
-        value = read_under(self._options.image_root or os.path.dirname(os.path.abspath(path)), name)
-    if value is None:
+      value = name if value is None else value
+    if isinstance(value, RecordError):
+      raise value
+    if isinstance(value, str) and value:
+      value = read_under(self._options.image_root or os.path.dirname(os.path.abspath(path)), value)
+    if value is None or value == "":
       raise RecordError("missing_image", "the image has no bytes and no path")
     if not isinstance(value, bytes):
       raise RecordError("bad_field", f"an image should be bytes, not {type(value).__name__}")
-    return value
+    return images_lib.tiff_as_png(value)
+
+
+class _Columns(NamedTuple):
+  """The columns of a table that are read."""
+
+  image: str  # "" where there is none
+  media: tuple[str, ...]  # those that decide whether a row is of use
+  read: dict[str, bool]  # whether a row needs it, or it is metadata
+
+
+def _cells(table: Any, path: str, group: int, name: str, needed: bool) -> Iterator[Any]:
+  """Yields the values of a column in a row group without end; those that cannot be read are a `RecordError`."""
+  try:
+    size = _unfolded(table.metadata.row_group(group), name)
+    if needed and size > MAX_RATIO * os.path.getsize(path) + 2**20:
+      raise RecordError("bomb", f'"{name}" unfolds to more than {MAX_RATIO} times the size of the file')
+    rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, size)))
+    for batch in table.iter_batches(rows, [group], [name], use_threads=False):
+      yield from map(_value, batch.column(name))
+    broken = RecordError("corrupt", f'"{name}" ends before the row group does')
+  except RecordError as error:
+    broken = error
+  except Exception as error:  # pyarrow raises many types on damaged pages
+    if getattr(error, "errno", None):  # the disk, not the data
+      raise
+    broken = RecordError(
+      "corrupt", f'the rest of "{name}" in the row group cannot be read ({type(error).__name__})'
+    )
+  while True:
+    yield broken
+
+
+def _unfolded(group: Any, name: str) -> int:
+  """Returns the bytes of a column in a row group, uncompressed, as the file gives them."""
+  columns = [group.column(i) for i in range(group.num_columns)]
+  return sum(c.total_uncompressed_size for c in columns if f"{c.path_in_schema}.".startswith(f"{name}."))
+
+
+def _value(cell: Any) -> Any:
+  """Returns a cell as Python has it, in which what cannot be converted is a `RecordError`."""
+  try:
+    return cell.as_py()
+  except UnicodeDecodeError:
+    broken = RecordError("invalid_utf8", "the text is not valid UTF-8")
+  except Exception as error:  # a date or a number that Python does not have
+    broken = RecordError("bad_field", f"a value cannot be read ({type(error).__name__})")
+  if hasattr(cell, "keys"):
+    return {field.name: _value(cell[i]) for i, field in enumerate(cell.type)}
+  return list(map(_value, cell.values)) if hasattr(cell, "values") else broken
+
+
+def _broken_in(value: Any) -> RecordError | None:
+  """Returns the first part of a value that could not be read."""
+  if isinstance(value, (dict, list)):
+    found = map(_broken_in, value.values() if isinstance(value, dict) else value)
+    return next((error for error in found if error), None)
+  return value if isinstance(value, RecordError) else None
+
+
+def _is_short(kind: Any) -> bool:
+  """Returns whether a column may hold what is kept as metadata: numbers and texts."""
+  from pyarrow import types
+
+  kind = getattr(kind, "storage_type", kind)
+  kind = kind.value_type if types.is_dictionary(kind) else kind
+  texts = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+  return texts or types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind)
 
 
 def _open(path: str) -> Any:
@@ -130,7 +240,32 @@ def _open(path: str) -> Any:
 
   try:
     return pyarrow.parquet.ParquetFile(
-      path, memory_map=True, pre_buffer=False, page_checksum_verification=True
+      path, metadata=_plain_metadata(path), memory_map=True, pre_buffer=False, page_checksum_verification=True
     )
   except Exception as error:  # pyarrow raises many types on a damaged footer
-    raise UserError(f"{path} is not a readable parquet file ({str(error)[:80]}): fetch it again") from None
+    raise UserError(f"{path} is not a readable parquet file ({str(error)[:80]}){_advice(path)}") from None
+
+
+def _plain_metadata(path: str) -> Any:
+  """Returns the metadata of a file without the Arrow schema that its writer may have left.
+
+  It would bring back types, such as dictionaries, of which a single text that is no UTF-8 costs the whole
+  column.
+  """
+  import pyarrow.parquet
+
+  with open(path, "rb") as file:
+    size = file.seek(-8, os.SEEK_END) + 8
+    length = int.from_bytes(file.read(4), "little")
+    file.seek(max(0, size - 8 - length))
+    footer = file.read()
+  plain = footer.replace(b"ARROW:schema", b"(not used).s") if footer.endswith(b"PAR1") else footer
+  return pyarrow.parquet.read_metadata(io.BytesIO(b"PAR1" + plain))
+
+
+def _advice(path: str) -> str:
+  with open(path, "rb") as file:
+    start = file.read(6)
+  if start == b"ARROW1":
+    return ": it is an Arrow file, which pyarrow.parquet.write_table writes as parquet"
+  return ": decrypt it first" if start[:4] == b"PARE" else ": fetch it again"
