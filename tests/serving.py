@@ -25,7 +25,7 @@ def pipeline() -> Pipeline:
 
 @contextlib.contextmanager
 def serving(
-  model: Pipeline, app=None, token=None, max_body=2**20, allowed=(), **options
+  model: Pipeline, app=None, token=None, max_body=2**20, allowed=(), limits=None, **options
 ) -> Iterator[tuple[str, Engine]]:
   """Yields (address, engine); `app` makes another application from the engine."""
   options = {"slots": 4, "context": 128, "batch": 4, "queue": 64, "timeout": 60.0} | options
@@ -34,7 +34,7 @@ def serving(
   base = server.address(listener)
   app = app(engine) if app else Api(engine, name=NAME, token=token, max_body=max_body).app
   app = Guarded(app, Hosts(listener, "127.0.0.1", allowed))
-  running = server.Server(app, engine, grace=2)
+  running = server.Server(app, engine, grace=2, limits=limits)
   engine.start()
   thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
   thread.start()

@@ -189,7 +189,8 @@ class Observed:
       self._metrics.requests.labels(path, status).inc()
       self._metrics.seconds.labels(path).observe(seconds)
       level = logging.DEBUG if path in ("/health", "/metrics") else logging.INFO
-      log.log(level, "%s %s %d %.2f s", scope["method"][:16], path, status, seconds)
+      kind = {"kind": (path, status)}
+      log.log(level, "%s %s %d %.2f s", scope["method"][:16], path, status, seconds, extra=kind)
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, Any]) -> Any:

@@ -1,8 +1,6 @@
 """What the commands `serve` and `demo` share: their flags, and the engine that these describe."""
 
 import argparse
-import logging
-import sys
 from typing import TYPE_CHECKING
 
 from jflow.errors import UserError
@@ -64,11 +62,11 @@ def engine(args: argparse.Namespace) -> "Engine":
   Raises:
     UserError: the checkpoint cannot be used, or --context is more than the model's.
   """
+  from jflow.serving import logs
   from jflow.serving.engine import Engine
   from jflow.serving.metrics import Metrics
 
-  logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s")
-  logging.getLogger("jflow.serving").setLevel(logging.INFO)
+  logs.to_stderr()
   pipeline = model_flags.open_model(args)
   most = pipeline.model.config.language_model.context
   if args.context is not None and args.context > most:

@@ -1,5 +1,6 @@
 """Runs an ASGI application until a signal, and refuses or finishes what comes after it."""
 
+import functools
 import ipaddress
 import logging
 import math
@@ -12,6 +13,8 @@ import types
 import uvicorn
 
 from jflow.errors import Stopped, UserError
+from jflow.serving import logs
+from jflow.serving.connections import Connection, Limits
 from jflow.serving.engine import Engine
 
 log = logging.getLogger("jflow.serving")
@@ -50,16 +53,22 @@ def address(listener: socket.socket) -> str:
 class Server(uvicorn.Server):
   """The first SIGTERM or SIGINT finishes what was accepted, the second ends at once."""
 
-  def __init__(self, app: object, engine: Engine, grace: float):
+  def __init__(self, app: object, engine: Engine, grace: float, limits: Limits | None = None):
+    limits = limits or Limits.here()
     config = uvicorn.Config(
-      app, http="h11", ws="none", loop="asyncio", log_config=None, access_log=False, server_header=False,
-      timeout_graceful_shutdown=math.ceil(grace),
+      app, http=functools.partial(Connection, limits=limits), ws="none", loop="asyncio", log_config=None, access_log=False,
+      server_header=False, timeout_graceful_shutdown=math.ceil(grace), timeout_keep_alive=limits.idle,
+      backlog=limits.backlog,
     )  # fmt: skip
     super().__init__(config)
     self._engine = engine
 
   async def on_tick(self, counter: int) -> bool:
-    """Ends the server when the model has failed: whoever watches it can start it again."""
+    """Ends what is too slow, and the server when the model has failed: whoever watches it can start it again."""
+    if counter % 10 == 0:
+      for connection in list(self.server_state.connections):
+        connection.look()
+      logs.tell()
     return await super().on_tick(counter) or self._engine.state == "failed"
 
   def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:

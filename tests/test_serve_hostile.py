@@ -1,0 +1,336 @@
+"""A server among clients that are slow, greedy, broken or gone: they are cut or refused, and the others go on."""
+
+import base64
+import contextlib
+import http.client
+import io
+import json
+import logging
+import socket
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+import serving
+from PIL import Image
+
+from jflow.inference.pipeline import prepare_image
+from jflow.serving.connections import Limits
+from jflow.serving.logs import OncePerSecond
+
+CHAT, PAINT = "/v1/chat/completions", "/v1/images/generations"
+HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode()
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+LIMITS = Limits(connections=12, backlog=8, head=1.0, rest=2.0, idle=1, window=1.0)
+MAX_BODY = 2**20
+
+
+@pytest.fixture(scope="module")
+def served():
+  with serving.serving(serving.pipeline(), limits=LIMITS, max_body=MAX_BODY, queue=4) as (base, engine):
+    with serving.client(base) as client:
+      yield client, engine
+
+
+def ask(text="Why?", **more):
+  return {"messages": [{"role": "user", "content": text}], "max_tokens": 2} | more
+
+
+BODY = json.dumps(ask()).encode()
+LENGTH = b"Content-Length: %d\r\n" % len(BODY)
+
+
+def connect(client) -> socket.socket:
+  return socket.create_connection((client.base_url.host, client.base_url.port), timeout=30)
+
+
+def until(condition, seconds=20.0):
+  limit = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < limit, "it never came true"
+    time.sleep(0.01)
+
+
+def to_the_end(connection) -> bytes:
+  out = b""
+  with contextlib.suppress(ConnectionError):
+    while data := connection.recv(65536):
+      out += data
+  return out
+
+
+def works(client):
+  response = client.post(CHAT, json=ask(), headers={"Connection": "close"})
+  assert response.status_code == 200, response.text
+
+
+# --- HTTP -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "sent, status",
+  [
+    (GET + b"\r\n\r\n"[:2], 200),
+    (GET + b"X: " + b"a" * 2**16 + b"\r\n\r\n", 400),
+    (GET + b"".join(b"X%d: a\r\n" % i for i in range(20_000)) + b"\r\n", 400),
+    (b"GET /health HTTP/1.1\r\n\r\n", 400),
+    (GET + b"Host: localhost\r\n\r\n", 400),
+    (b"GET /health HTTP/1.0\r\n\r\n", 200),
+    (b"GET /metrics HTTP/1.0\r\n\r\n", 421),
+    (b"GET /health HTTP/1.1\r\nHost: evil.example\r\n\r\n", 421),
+    (b"GET /health HTTP/1.1\r\nHost: \r\n\r\n", 421),
+    (b"\x16\x03\x01\x02\x00\x01" * 20 + b"\r\n\r\n", 400),
+    (b"GET //[x HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
+    (b"GET /../../etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
+    (b"GET /%2e%2e/%ff%00 HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
+    (b"OPTIONS " + HEAD[5:] + b"\r\n", 405),
+    (b"A" * 9999 + b" /health HTTP/1.1\r\nHost: localhost\r\n\r\n", 405),
+    (HEAD + LENGTH + b"Origin: http://evil.example\r\n\r\n" + BODY, 403),
+    (HEAD + LENGTH + b"Origin: null\r\n\r\n" + BODY, 403),
+    (HEAD + LENGTH + b"Origin: http://localhost:1\r\n\r\n" + BODY, 200),
+    (HEAD + LENGTH + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY), 400),
+    (HEAD + LENGTH + b"Content-Length: 7\r\n\r\n" + BODY, 400),
+    (HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", 400),
+    (HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+    (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 20_000, 400),
+    (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"".join(b"1\r\n%c\r\n" % x for x in BODY) + b"0\r\n\r\n", 200),
+    (HEAD + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % (MAX_BODY + 1), 413),
+    (GET + b"Authorization: Bearer \xff\xfe\r\n\r\n", 200),
+  ],
+)  # fmt: skip
+def test_what_is_no_good_http_is_refused_in_json_with_all_headers(served, sent, status):
+  client, _ = served
+  with connect(client) as connection:
+    with contextlib.suppress(ConnectionError):
+      connection.sendall(sent)
+    response = http.client.HTTPResponse(connection)
+    response.begin()
+    body = response.read()
+  assert response.status == status, body
+  assert response.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
+  assert response.headers["X-Frame-Options"] == "DENY" and response.headers["X-Content-Type-Options"] == "nosniff"
+  if status != 200:
+    error = json.loads(body)["error"]
+    assert error["message"] and "\n" not in error["message"]
+  works(client)
+
+
+@pytest.mark.parametrize(
+  "sent, status",
+  [(b"", None), (GET, 408), (b"GET", 408), (HEAD + LENGTH + b"\r\n" + BODY[:9], 408), (b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n", 404)],
+)  # fmt: skip
+def test_what_comes_too_slowly_is_cut(served, sent, status):
+  client, _ = served
+  with connect(client) as connection:
+    connection.sendall(sent)
+    said = to_the_end(connection)
+    assert int(said.split()[1]) == status if status else said == b""
+  works(client)
+
+
+def test_a_slow_drip_is_no_pace(served):
+  client, _ = served
+  with connect(client) as connection:
+    connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\n{")
+    with contextlib.suppress(ConnectionError):
+      for _ in range(100):
+        time.sleep(0.1)
+        connection.sendall(b" ")
+    assert to_the_end(connection)[:12] in (b"HTTP/1.1 408", b"")
+
+
+def test_a_client_that_does_not_read_is_cut(served):
+  client, _ = served
+  with socket.socket() as connection:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect((client.base_url.host, client.base_url.port))
+    connection.settimeout(0.5)
+    with pytest.raises(ConnectionError):
+      for _ in range(200):
+        with contextlib.suppress(TimeoutError):
+          connection.send(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
+        time.sleep(0.05)
+
+
+def test_slow_bodies_and_idle_connections_lock_nobody_out(served):
+  client, _ = served
+  held = [connect(client) for _ in range(3 * LIMITS.connections)]
+  try:
+    for i, connection in enumerate(held):
+      with contextlib.suppress(ConnectionError):
+        connection.sendall([b"", GET, HEAD + b"Content-Length: 99\r\n\r\n{"][i % 3])
+    for _ in range(3):
+      works(client)
+  finally:
+    for connection in held:
+      connection.close()
+
+
+def test_pipelined_requests_are_answered_in_their_order(served):
+  client, _ = served
+  with connect(client) as connection:
+    connection.sendall((GET + b"\r\n") * 50 + HEAD + LENGTH + b"Connection: close\r\n\r\n" + BODY)
+    said = to_the_end(connection)
+    assert said.count(b"HTTP/1.1 200") == 51 and b"chat.completion" in said[-400:]
+
+
+def test_a_client_that_pipelines_and_leaves_is_noticed(served, monkeypatch):
+  client, engine = served
+  opened = threading.Event()
+  real = engine._decoder.step
+  monkeypatch.setattr(engine._decoder, "step", lambda n: (opened.wait(20), real(n))[1])
+  with connect(client) as connection:
+    connection.sendall(HEAD + LENGTH + b"\r\n" + BODY + GET + b"\r\n")
+    until(lambda: engine._open)
+  try:
+    until(lambda: all(job.gone for job in engine._open))
+  finally:
+    opened.set()
+
+
+# --- bodies -----------------------------------------------------------------------------------------------
+
+
+def deep(levels):
+  return b"[" * levels + b"]" * levels
+
+
+@pytest.mark.parametrize(
+  "value",
+  [deep(65), deep(980), deep(989), deep(100_000), b'{"a":' * 990 + b"1" + b"}" * 990, b"9" * 5000, b"-" + b"9" * 4301,
+   b"1e999", b"NaN", b"Infinity", b"-Infinity", b'"\\ud800"', b'["\\udfff"]', b'{"\\ud83d": 1}', b'"\xff"', b'"\xed\xa0\x80"',
+   b'{"a": 1, "a": 1}', b'{"b": [{"a": 1, "\\u0061": 2}]}', b'"\x00"', b"[" + b"[]," * 2**18 + b"1]"],
+  ids=lambda value: value[:12].decode("latin-1") + str(len(value)),
+)  # fmt: skip
+@pytest.mark.parametrize("path", [CHAT, PAINT])
+@pytest.mark.parametrize("field", ["tools", "response_format", "messages", "metadata", "user", "prompt", "seed", "other"])
+def test_json_that_breaks_what_reads_it_is_refused_in_every_field(served, path, field, value):
+  client, _ = served
+  rest = json.dumps({**ask(), "prompt": "a"}).encode()[1:]
+  body = b'{"%s": %s, %s' % (field.encode(), value, rest)
+  refused = client.post(path, content=body, headers={"Content-Type": "application/json"})
+  assert refused.status_code == 400 and "\n" not in refused.json()["error"]["message"]
+  assert len(refused.text) < 600
+
+
+def picture(mode="RGB", size=(20, 12), kind="PNG", **options) -> str:
+  file = io.BytesIO()
+  Image.new(mode, size).save(file, kind, **options)
+  return f"data:image/{kind.lower()};base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def show(*urls):
+  return [{"type": "image_url", "image_url": {"url": url}} for url in urls] + [{"type": "text", "text": "What?"}]
+
+
+@pytest.mark.parametrize(
+  "content",
+  [
+    show(*[picture()] * 1000),
+    show("data:image/png;base64," + "A" * 900_000),
+    show("data:image/png;base64," + "A" * 900_001),
+    "why " * 200_000,
+    "a" * 1_000_000,
+    "\N{SLIGHTLY SMILING FACE}" * 80_000,
+    "\n" * 500_000 + "a",
+    [{"type": "text", "text": "a"}] * 20_000,
+  ],
+  ids=["1000 pictures", "a long picture", "no base64", "words", "a word", "signs", "lines", "parts"],
+)
+def test_what_cannot_fit_is_refused_before_it_costs_anything(served, monkeypatch, content):
+  client, _ = served
+  decoded = []
+  monkeypatch.setattr("jflow.serving.prepare.prepare_image", lambda *x: decoded.append(prepare_image(*x)) or decoded[-1])
+  refused = client.post(CHAT, json=ask(content))
+  assert refused.status_code == 400 and len(refused.json()["error"]["message"]) < 300
+  assert not decoded
+
+
+@pytest.mark.parametrize("body", [{"prompt": "why " * 100_000}, {"prompt": "\n" * 500_000 + "a"}])
+def test_a_prompt_to_paint_has_the_same_bounds(served, body):
+  client, _ = served
+  assert client.post(PAINT, json=body).status_code == 400
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP"])
+def test_of_many_frames_the_first_is_read(served, kind):
+  client, _ = served
+  frames = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(200)]
+  url = picture(size=(8, 8), kind=kind, save_all=True, append_images=frames)
+  assert client.post(CHAT, json=ask(show(url))).status_code in ((200,) if kind == "WEBP" else (200, 400))
+
+
+def test_who_leaves_while_pictures_are_decoded_holds_nobody_up(served, monkeypatch):
+  client, engine = served
+  begun, opened, decoded = threading.Semaphore(0), threading.Event(), []
+
+  def slow(image, size):
+    begun.release()
+    assert opened.wait(30)
+    decoded.append(image)
+    return prepare_image(image, size)
+
+  monkeypatch.setattr("jflow.serving.prepare.prepare_image", slow)
+  body = json.dumps(ask(show(picture(), picture()))).encode()
+  held = [connect(client) for _ in range(4)]
+  for connection in held:
+    connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+  for _ in held:
+    assert begun.acquire(timeout=30)
+  assert client.post(CHAT, json=ask()).status_code == 429  # the queue of 4 is full
+  for connection in held[:2]:
+    connection.close()
+  until(lambda: client.post(CHAT, json=ask()).status_code == 200)  # while four threads decode
+  for connection in held[2:]:
+    connection.close()
+  until(lambda: not engine._coming)
+  opened.set()
+  time.sleep(0.2)
+  assert len(decoded) == len(held), "a second picture was decoded for somebody who had left"
+
+
+def test_the_slowest_body_makes_room_for_others():
+  """Bodies share a bound of memory; here sixteen times 1,000 bytes."""
+  with serving.serving(serving.pipeline(), max_body=1000) as (base, _), serving.client(base) as client:
+    held = [connect(client) for _ in range(17)]
+    for connection in held:
+      connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\n" + b" " * 990)
+      time.sleep(0.02)
+    held[0].settimeout(20)
+    assert b" 503 " in held[0].recv(100)
+    works(client)
+    for connection in held:
+      connection.close()
+
+
+# --- the log ----------------------------------------------------------------------------------------------
+
+
+def test_the_log_has_one_line_of_a_kind_per_second_and_tells_of_the_rest(monkeypatch):
+  now, out = [0.0], io.StringIO()
+  monkeypatch.setattr("jflow.serving.logs.time.monotonic", lambda: now[0])
+  handler, log = OncePerSecond(out), logging.Logger("test")
+  log.addHandler(handler)
+
+  def say(status):
+    log.info("answered %d", status, extra={"kind": status})
+
+  for _ in range(1000):
+    say(200), say(400)
+  assert len(out.getvalue().splitlines()) == 2
+  now[0] += 1.0
+  handler.tell()
+  lines = out.getvalue().splitlines()
+  assert len(lines) == 4 and all("999" in line for line in lines[2:])
+  say(200)
+  handler.tell()
+  assert len(out.getvalue().splitlines()) == 5
+
+
+def test_the_number_of_connections_leaves_files_for_the_process(monkeypatch):
+  for files in (64, 128, 1024, 2**20):
+    monkeypatch.setattr("jflow.serving.connections.resource.getrlimit", lambda _, files=files: (files, files))
+    limits = Limits.here()
+    assert 1 <= limits.connections < files and limits.connections + limits.backlog <= files
