@@ -1,6 +1,6 @@
 """Proof on real photographs: a small model learns a dozen of them by heart, from files in the LLaVA layout.
 
-`python launch/photos.py FOLDER` writes the photographs that ship inside scikit-image and scikit-learn, imports
+`python launch/experiments/photos.py FOLDER` writes photographs that ship inside scikit-image and scikit-learn, imports
 them with `prepare`, trains with this config (a few minutes on 2 cores), paints each from its caption and asks its
 questions. All that the paper takes pretrained starts fresh, so everything but the codec learns at once.
 """

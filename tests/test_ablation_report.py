@@ -8,7 +8,7 @@ import sys
 import pytest
 import tiny
 
-sys.path.insert(0, str(tiny.ROOT / "launch"))
+sys.path.insert(0, str(tiny.ROOT / "launch" / "experiments"))
 
 import ablation_report as made  # noqa: E402
 import ablations  # noqa: E402

@@ -13,7 +13,7 @@ import tiny
 from jflow.compilation import hlo, table, targets
 from jflow.errors import UserError
 
-_TABLE = tiny.ROOT / "launch" / "compile_table"
+_TABLE = tiny.ROOT / "launch" / "experiments" / "results" / "compile_table"
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 
 

@@ -14,7 +14,7 @@ from jflow.world import source as world
 from jflow.world.judge import Detection
 from jflow.world.scenes import COLORS, SHAPES, Object, Scene
 
-sys.path.insert(0, str(tiny.ROOT / "launch"))
+sys.path.insert(0, str(tiny.ROOT / "launch" / "experiments"))
 
 import judge_figures  # noqa: E402
 from judge_figures import classes, falsified  # noqa: E402
@@ -60,7 +60,7 @@ def test_place_and_radius_are_measured_at_any_size(side):
       assert nearest.r == pytest.approx(thing.r, rel=0.1)
 
 
-# --- What damage leaves of it; launch/results/judge.json has the figures of many more pictures
+# --- What damage leaves of it; launch/experiments/results/judge.json has the figures of many more pictures
 
 PICTURES = {"VAE-like mix": 120}  # per side; of other damage 36, six of each category
 LEAST_EXACT = {  # damage -> least share of pictures in which all is found and nothing else, at 48, 64 and 96 pixels
@@ -116,7 +116,7 @@ def test_figures_are_counted_written_and_printed(tmp_path, monkeypatch, capsys):
   file = tmp_path / "made" / "judge.json"
   assert judge_figures.main([str(file), "--pictures=6"]) == 0
   body = json.loads(file.read_text())
-  assert body["command"] == f"python launch/judge_figures.py {file} --pictures=6" and "commit" in body
+  assert body["command"] == f"python launch/experiments/judge_figures.py {file} --pictures=6" and "commit" in body
   rows = {row["damage"]: row for row in body["rows"]}
   assert list(rows) == list(judge_figures.DAMAGE) and {row["side"] for row in body["rows"]} == {48}
   assert rows["none"]["score"] == {"value": 1.0, "low": 0.6097, "high": 1.0} and rows["none"]["fp"]["value"] == 0

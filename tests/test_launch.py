@@ -258,7 +258,7 @@ def test_a_manifest_is_a_jobset_that_starts_the_command(file, tmp_path):
   mesh = int(fields["--config.mesh.data"]) * int(fields["--config.mesh.fsdp"])
   assert mesh == job.get("replicas", 1) * job_spec["parallelism"] * chips
   assert all(fields[f"--config.data.sources.{task}"] for task in ("understanding", "generation", "text"))
-  # As many rows at once on each chip as launch/compile_table.md shows to fit.
+  # As many rows at once on each chip as launch/experiments/results/compile_table.md shows to fit.
   config = load_config([part for part in call.strip("[]").split("][") if part.startswith("--config")])
   fit = {"nvidia.com/gpu": 4, "google.com/tpu": 1}[next(iter(container["resources"]["limits"]))]
   assert config["train"]["batch_size"] == fit * mesh * int(fields["--config.train.accumulation"])

@@ -1,4 +1,4 @@
-"""MJHQ: features that launch/features.py makes of pictures with networks on disk, and what is measured on them."""
+"""MJHQ: features that launch/experiments/features.py makes of pictures with networks on disk, and what is measured on them."""
 
 import collections
 import importlib.util
@@ -29,7 +29,7 @@ def mjhq(tmp_path):
 
 
 def features_of(names, reference_names=NAMES, resize="lanczos", seed=1) -> dict[str, np.ndarray]:
-  """What launch/features.py writes: a picture's features are a function of its name."""
+  """What launch/experiments/features.py writes: a picture's features are a function of its name."""
   drawn = lambda kind, one, width: np.random.default_rng([seed, kind, NAMES.index(one)]).normal(size=width)
   stack = lambda kind, names, width: np.stack([drawn(kind, one, width) for one in names]).astype(np.float32)
   return {
@@ -45,7 +45,7 @@ def test_mjhq_measures_features_of_all_its_pictures_by_name(mjhq):
   records = paint(bench, mjhq)
   notes = bench.score(records).notes
   first, then = commands(notes[0])
-  assert first[1].endswith("launch/features.py") and f"--output={mjhq / 'out/features.npz'}" in first
+  assert first[1].endswith("launch/experiments/features.py") and f"--output={mjhq / 'out/features.npz'}" in first
   assert f"--features={mjhq / 'out/features.npz'}" in then and "6 prompts, the published benchmark 30,000" in notes[-1]
   path = mjhq / "features.npz"
   order = np.random.default_rng(1).permutation(6)
@@ -80,7 +80,7 @@ def with_nan(arrays):
     (lambda a: a | {"reference_names": np.array([*NAMES[:5], "other"])}, "reference: 1 of 6 samples are not of this"),
     (lambda a: a | {"names": np.array([*NAMES[:5], "other"])}, "1 of 6 samples are not of this evaluation .other"),
     (lambda a: a | {"names": np.array([*NAMES[:5], "id0"])}, "1 of 6 names come twice"),
-    (without("reference_names"), "has no array 'reference_names'.*run launch/features.py again"),
+    (without("reference_names"), "has no array 'reference_names'.*run launch/experiments/features.py again"),
     (without("resize"), "has no array 'resize'"),
     (without("clip_pictures"), "clip_pictures .* should be float.6, D"),
     (lambda a: a | {"resize": np.array("box")}, "resize='box' must be lanczos or bicubic"),
@@ -90,10 +90,10 @@ def with_nan(arrays):
     (lambda a: a | {"names": np.arange(6)}, "names int64.6. is no list of names"),
     (with_nan, "generated holds values that are not finite"),
     (lambda a: a | {"clip_prompts": a["clip_prompts"][:, :2]}, "clip_pictures .6, 3. and clip_prompts .6, 2. differ"),
-    (lambda a: a | {"names": np.array(NAMES, object)}, "is no file of launch/features.py"),  # pickled
-    (lambda a: None, "is no file of launch/features.py"),
-    (lambda a: b"", "is no file of launch/features.py"),
-    (lambda a: b"PK\3\4 and no zip", "is no file of launch/features.py"),
+    (lambda a: a | {"names": np.array(NAMES, object)}, "is no file of launch/experiments/features.py"),  # pickled
+    (lambda a: None, "is no file of launch/experiments/features.py"),
+    (lambda a: b"", "is no file of launch/experiments/features.py"),
+    (lambda a: b"PK\3\4 and no zip", "is no file of launch/experiments/features.py"),
   ],
 )  # fmt: skip
 def test_wrong_features_are_one_line_with_the_file(change, message, mjhq):
@@ -141,9 +141,9 @@ def test_prompts_are_drawn_evenly_and_the_same_in_any_order():
 
 @pytest.fixture
 def extractor(monkeypatch):
-  """launch/features.py as a module, with three pictures in a part."""
+  """launch/experiments/features.py as a module, with three pictures in a part."""
   pytest.importorskip("torch")
-  spec = importlib.util.spec_from_file_location("features", tiny.ROOT / "launch" / "features.py")
+  spec = importlib.util.spec_from_file_location("features", tiny.ROOT / "launch" / "experiments" / "features.py")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   monkeypatch.setattr(module, "PART", 3)
@@ -345,7 +345,7 @@ def test_clip_features_are_those_of_one_picture_and_prompt_at_a_time(pictures, e
 
 
 def test_the_features_say_that_they_need_pytorch():
-  program = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path('launch/features.py', run_name='__main__')"
+  program = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path('launch/experiments/features.py', run_name='__main__')"
   done = subprocess.run([sys.executable, "-c", program], cwd=tiny.ROOT, capture_output=True, text=True)
   assert done.returncode == 2
-  assert done.stderr == "launch/features.py needs PyTorch, which jflow does not install: pip install torch\n"
+  assert done.stderr == "launch/experiments/features.py needs PyTorch, which jflow does not install: pip install torch\n"

@@ -16,7 +16,7 @@ examples
   python -m jflow compile --config=configs/stage2.py --topology=v5e:4x4 --rows_per_device=1
   python -m jflow compile --config=configs/stage2.py --topology=h100:4x8 --rows_per_device=4 --json=h100.json
   python -m jflow compile --config=configs/stage2.py --topology=v5p:2x2x4 --config.mesh.data=2 --config.mesh.fsdp=8
-  python -m jflow compile --table=launch/compile_table
+  python -m jflow compile --table=launch/experiments/results/compile_table
 
 A topology is KIND:DIMS: v5e:4x4, v6e:16x16, v4:2x2x4, v5p:4x4x4 (chips), a100:1x8, h100:4x8, h200:1x1 (hosts x
 GPUs). TPU needs libtpu (pip install '.[compile]'), GPU jax's CUDA plugin (pip install --no-deps

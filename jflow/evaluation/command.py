@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     "--features",
     type=pathlib.Path,
     metavar="FILE",
-    help="mjhq, mjhq10k: the .npz that launch/features.py writes",
+    help="mjhq, mjhq10k: the .npz that launch/experiments/features.py writes",
   )
   p.add_argument(
     "--cache",
@@ -199,7 +199,7 @@ def check_flags(recipe: Recipe, args: argparse.Namespace) -> None:
   for name in ("results", "features"):
     path = getattr(args, name)
     if path is not None and not path.is_file():
-      raise UserError(f"--{name}={path} does not exist" + (": launch/features.py writes it" * (name == "features")))
+      raise UserError(f"--{name}={path} does not exist" + (": launch/experiments/features.py writes it" * (name == "features")))
 
 
 def with_flags(recipe: Recipe, args: argparse.Namespace) -> Recipe:

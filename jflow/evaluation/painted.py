@@ -27,7 +27,7 @@ _GUIDANCE = (
   "The guidance with which the paper painted for this benchmark is not published (for its FID: w = 2): report several, "
   "--sweep_guidance=2,3,5,7.5 makes them."
 )
-_FEATURES = "run launch/features.py again"
+_FEATURES = "run launch/experiments/features.py again"
 
 
 class Geneval:
@@ -240,7 +240,7 @@ class Mjhq:
                    f"the reference is all {total} true pictures. The paper does not say which it took.")  # fmt: skip
     if self._args.features is None:
       features = self._args.output.resolve() / "features.npz"
-      words = ["python", outside.script("launch/features.py"), f"--pictures={features.with_name('pictures')}",
+      words = ["python", outside.script("launch/experiments/features.py"), f"--pictures={features.with_name('pictures')}",
                f"--reference={self._file.resolve().parent}", "--inception=inception-2015-12-05.pt",
                "--clip=clip-vit-large-patch14", f"--output={features}"]  # fmt: skip
       where = ("where PyTorch is installed (--inception: the TorchScript file that clean-fid takes; --clip: the folder "
@@ -252,7 +252,7 @@ class Mjhq:
     (done, _), (other, flag) = both if resize == "lanczos" else both[::-1]
     said = [
       f"Pictures were resized {done}, then bicubic to 299 in float32. Report the other way too, {other}: "
-      f"launch/features.py {flag}.",
+      f"launch/experiments/features.py {flag}.",
       f"A distance is comparable only at the same number of pictures: here {len(self._prompts):,} painted ones and "
       f"{len(self._all):,} true ones.",
     ]
@@ -332,7 +332,7 @@ def _arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as file:
       return {name: np.asanyarray(file[name]) for name in file.files}
   except Exception as error:  # zip, zlib and NumPy raise many types on a file that is damaged or another's
-    raise UserError(f"{path} is no file of launch/features.py ({type(error).__name__}): {_FEATURES}") from None
+    raise UserError(f"{path} is no file of launch/experiments/features.py ({type(error).__name__}): {_FEATURES}") from None
 
 
 def _names(arrays: Mapping[str, np.ndarray], name: str, path: pathlib.Path) -> list[str]:

@@ -1,6 +1,6 @@
 """Trains the tokenizer of the small configs: words of the built-in world, and some ordinary English.
 
-  python launch/tokenizer.py configs/tokenizer
+  python launch/experiments/tokenizer.py configs/tokenizer
 
 The result depends on this file and on those of jflow.world.source.CODE; retrain when the world's wording changes,
 and train the small models anew with it.
@@ -11,7 +11,7 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from jflow.data import examples, tokenizer
 from jflow.world.source import WorldSource

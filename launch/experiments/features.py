@@ -4,7 +4,7 @@ Inception gives the FID: `inception-2015-12-05.pt`, the TorchScript file of clea
 directory of Hugging Face's CLIP (openai/clip-vit-large-patch14), also the similarity of picture and prompt.
 Needs PyTorch; jflow itself does not.
 
-  python launch/features.py --pictures=scores/mjhq/pictures --reference=MJHQ-30K --inception=inception-2015-12-05.pt \\
+  python launch/experiments/features.py --pictures=scores/mjhq/pictures --reference=MJHQ-30K --inception=inception-2015-12-05.pt \\
     --clip=clip-vit-large-patch14 --output=features.npz
 
 The reference is exactly the pictures that meta_data.json names. What is done is kept in OUTPUT.parts as it is made: the
@@ -28,10 +28,10 @@ from tqdm import tqdm
 try:
   import torch
 except ModuleNotFoundError:
-  print("launch/features.py needs PyTorch, which jflow does not install: pip install torch", file=sys.stderr)
+  print("launch/experiments/features.py needs PyTorch, which jflow does not install: pip install torch", file=sys.stderr)
   sys.exit(2)
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from jflow.errors import UserError  # noqa: E402
 from jflow.evaluation.distances import inception_input  # noqa: E402
 

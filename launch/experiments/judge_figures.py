@@ -1,6 +1,6 @@
 """How well the judge of the built-in world sees: it judges true pictures after damage, and what is no picture.
 
-  python launch/judge_figures.py launch/results/judge.json --pictures=720     # 7 to 9 minutes on one core
+  python launch/experiments/judge_figures.py launch/experiments/results/judge.json --pictures=720     # 7 to 9 minutes on one core
 
 For pictures of 48 (the side of the `:shapes` model), 64 and 96 pixels and for each kind of damage:
 
@@ -39,7 +39,7 @@ from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from jflow.errors import UserError  # noqa: E402
 from jflow.evaluation import report, scores  # noqa: E402
@@ -369,7 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(error, file=sys.stderr)
     return 2
   body = {
-    "command": shlex.join(["python", "launch/judge_figures.py", *arguments]),
+    "command": shlex.join(["python", "launch/experiments/judge_figures.py", *arguments]),
     "commit": report.commit(),
     "pictures": args.pictures,
     "rows": rows,

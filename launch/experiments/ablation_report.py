@@ -1,4 +1,4 @@
-"""What launch/ablations.py makes of the scores: results.json, table.md, losses.png and pictures.png."""
+"""What launch/experiments/ablations.py makes of the scores: results.json, table.md, losses.png and pictures.png."""
 
 import json
 import math

@@ -1,8 +1,8 @@
 """The paper's table 6 on the built-in world: trains A to F at equal budgets, scores them, puts the table together.
 
-  python launch/ablations.py runs/ablations --slice=2000 --jobs=2 --guidance=3 --pictures=2   # 2 hours on 2 cores
-  python launch/ablations.py runs/ablations --letters=FA      # some of them; the others stay as they are
-  python launch/ablations.py runs/ablations --report          # from what is there, trained to the end or not
+  python launch/experiments/ablations.py runs/ablations --slice=2000 --jobs=2 --guidance=3 --pictures=2   # 2 hours on 2 cores
+  python launch/experiments/ablations.py runs/ablations --letters=FA      # some of them; the others stay as they are
+  python launch/experiments/ablations.py runs/ablations --report          # from what is there, trained to the end or not
 
 FOLDER gets stage0 and stage1 (made once, unless --start names a stage 1), a workdir for each letter, its scores under
 scores/, and results.json, table.md, losses.png, pictures.png. Stopped at any moment, the same command goes on. D and
@@ -24,8 +24,8 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "launch")]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "launch" / "experiments")]
 
 import ablation_report  # noqa: E402
 
@@ -229,7 +229,7 @@ def main() -> int:
   scored = [letter for letter in ends if done[letter] >= (1 if args.report else ends[letter])]
   run({letter: scoring(args, letter) for letter in scored}, args.folder, args.jobs)
   reports = {letter: scores(args, letter) for letter in scored}
-  ablation_report.write(args.folder, reports, ends, "python " + shlex.join(["launch/ablations.py", *sys.argv[1:]]))
+  ablation_report.write(args.folder, reports, ends, "python " + shlex.join(["launch/experiments/ablations.py", *sys.argv[1:]]))
   return 0
 
 

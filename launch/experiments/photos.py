@@ -1,6 +1,6 @@
 """Proof on real photographs: import, learn by heart, paint from captions, answer questions.
 
-  python launch/photos.py FOLDER       # a few minutes on 2 cores; needs scikit-image and scikit-learn
+  python launch/experiments/photos.py FOLDER       # a few minutes on 2 cores; needs scikit-image and scikit-learn
 
 FOLDER gets photos/ (JPEG and PNG of their own sizes and two LLaVA JSONL files), what `prepare` made of them, the
 run, painted.png and result.json. Exits with 1 unless 9 of 10 pictures and answers are right.
@@ -19,9 +19,9 @@ try:
   import skimage.data
   import sklearn.datasets
 except ImportError:
-  sys.exit("launch/photos.py needs the photographs of two packages: pip install scikit-image scikit-learn")
+  sys.exit("launch/experiments/photos.py needs the photographs of two packages: pip install scikit-image scikit-learn")
 
-root = pathlib.Path(__file__).resolve().parent.parent
+root = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(root))
 
 import jflow
