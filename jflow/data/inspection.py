@@ -6,6 +6,7 @@ what is learned on a yellow ground. Below, a histogram of fill and of lengths fo
 
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -325,12 +326,7 @@ def _runs(arrays: Batch, segment: int, tokenizer: Tokenizer, image_slots: int) -
 
 def _words(text: str) -> list[str]:
   """Cuts text before its spaces; each line break is a word of its own."""
-  words = [""]
-  for letter in text.replace("\r", "").replace("\t", " "):
-    if letter in " \n" or words[-1] == "\n":
-      words.append("")
-    words[-1] += letter
-  return [word for word in words if word]
+  return re.findall(r"\n| [^ \n]*|[^ \n]+", text.replace("\r", "").replace("\t", " "))
 
 
 def _darker(colour: str) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from jflow.data.examples import IMAGE_MARK
@@ -14,6 +14,7 @@ IMAGES = ("image", "images")
 CONVERSATIONS = ("conversations", "messages", "texts")
 CAPTIONS = ("caption", "text", "prompt", "description")
 DOCUMENTS = ("text", "content", "document")
+_TEXTS = {*CONVERSATIONS, *CAPTIONS, *DOCUMENTS, "question", "answer", "id"}
 
 # Names that data sets give to the two who speak, in lower case.
 _ROLES = {
@@ -30,21 +31,22 @@ _MEDIA = {
   "with_audio": ("audio", "audios", "audio_path", "audio_paths", "audio_file", "audio_files", "input_audio", "wav",
                  "flac", "mp3", "ogg", "opus", "m4a", "aac"),
   "with_point_cloud": ("point_cloud", "point_clouds", "pointcloud", "pointclouds", "pcd", "ply"),
+  "with_pdf": ("pdf", "pdfs"),
 }  # fmt: skip
 _MEDIUM_OF = {name: reason for reason, names in _MEDIA.items() for name in names}
-# Keys that hold a medium where their value is the name of a file: they may as well hold a word about it.
+# Keys that hold a medium where their value is the name of such a file: they may as well hold a word about it.
 _PERHAPS = {
   **dict.fromkeys(("clip", "clips", "movie"), "with_video"),
   **dict.fromkeys(("sound", "sounds", "speech", "voice", "music"), "with_audio"),
   **dict.fromkeys(("points", "point", "lidar"), "with_point_cloud"),
-  **dict.fromkeys(("pdf", "pdfs"), "with_pdf"),
 }
-# Keys of images, where their value is the name of a file, that are not read unless --image_column names them.
+# Keys of images, where their value is the name of such a file, that are not read unless --image_column names them.
 _OTHER_IMAGES = ("img", "imgs", "img_path", "image_path", "image_paths", "image_file", "image_files", "picture",
                  "pictures", "photo", "photos")  # fmt: skip
 _IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic")
 _TURN = ("from", "role"), ("value", "content")
 _MAX_NOTE = 1000  # characters of a value that is kept as metadata
+_MAX_NAME = 4096  # characters of the name of a file
 _MAX_DEPTH = 16  # of lists and objects in which a value is looked for
 _BLANKS = re.compile(r"[ \t\r\n]*+")
 _TOKENS = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
@@ -129,13 +131,14 @@ def images_of(fields: Mapping[str, Any], task: str, column: str = "") -> list[An
   value = next((fields[key] for key in keys if not is_empty(fields.get(key))), None)
   if value is not None:
     return [each for each in value if each is not None] if isinstance(value, (list, tuple)) else [value]
+  conversation = is_conversation(fields)
   for key in () if column else fields:
     lower = key.lower()
-    named = lower in IMAGES and _holds(fields[key])
-    if named or (lower in _OTHER_IMAGES and _is_file(fields[key], _IMAGE_ENDINGS)):
+    may_be = lower in _OTHER_IMAGES or (conversation and lower not in _TEXTS)
+    if (lower in IMAGES and _holds(fields[key])) or (may_be and _is_file(fields[key], _IMAGE_ENDINGS)):
       if task == "text":
         raise Unwanted("with_images", "a record with an image is no text")
-      raise RecordError("missing_image", f"the image stands under {key!r}: name it by --image_column")
+      raise RecordError("missing_image", f"the image stands under {key[:40]!r}: name it by --image_column")
   return []
 
 
@@ -149,20 +152,29 @@ def check_media(names: Mapping[str, Any], column: str = "") -> None:
   Raises:
     Unwanted: it does: "with_video", "with_audio", "with_point_cloud" or "with_pdf".
   """
+  conversation = is_conversation(names)
   for name, value in names.items():
     key = name.lower().rpartition(".")[2]
     reason = _MEDIUM_OF.get(key)
-    if reason is None and _is_file(value, (*_MEDIUM_OF, "pdf")):
-      reason = _PERHAPS.get(key)
+    may_be = key in _PERHAPS or (conversation and key not in _TEXTS)
+    if reason is None and may_be and _is_file(value, _MEDIUM_OF):
+      reason = _PERHAPS.get(key) or _MEDIUM_OF[_ending(value)]
     if reason and name != column and _holds(value):
-      raise Unwanted(reason, f"{name!r} holds what no task reads")
+      raise Unwanted(reason, f"{name[:40]!r} holds what no task reads")
 
 
-def _is_file(value: Any, endings: Iterable[str]) -> bool:
-  """Whether a value is the contents of a file, or its name with one of the endings; of a list, the first is."""
+def _is_file(value: Any, endings: Container[str]) -> bool:
+  """Whether a value is the name of a file with one of the endings; of a list, the first is."""
+  return _ending(value) in endings
+
+
+def _ending(value: Any) -> str:
+  """Returns the ending of the file that a value, or the first of a list, is the name of; "" where it is none."""
   first = value[0] if isinstance(value, (list, tuple)) and value else value
-  ending = first.rpartition(".")[2].lower() if isinstance(first, str) else ""
-  return isinstance(first, (bytes, Mapping)) or (ending in endings and ending != first)
+  if not isinstance(first, str) or len(first) > _MAX_NAME or any(map(str.isspace, first)):
+    return ""
+  stem, _, ending = first.rpartition(".")
+  return ending.lower() if stem else ""
 
 
 def is_empty(value: Any, depth: int = 0) -> bool:
@@ -181,7 +193,7 @@ def _holds(value: Any) -> bool:
 
 def notes(fields: Mapping[str, Any], leave_out: Iterable[str] = ()) -> dict[str, Any]:
   """Returns what is kept of an object as metadata: numbers and short strings, without its text."""
-  without = {*IMAGES, *CONVERSATIONS, *CAPTIONS, *DOCUMENTS, "question", "answer", "id", *leave_out}
+  without = {*IMAGES, *_TEXTS, *leave_out}
   kept = {}
   for key, value in fields.items():
     short = isinstance(value, str) and len(value) <= _MAX_NOTE
@@ -226,7 +238,7 @@ def parse_array(data: bytes) -> list[Any]:
     except json.JSONDecodeError as error:
       raise _broken(error) from None
     except RecordError as error:
-      entry, end = error, _end_of_value(text, at)
+      entry, end = error.with_traceback(None), _end_of_value(text, at)
     except (ValueError, RecursionError) as error:
       entry, end = _broken(error), _end_of_value(text, at)
     if damaged and _NOT_UTF8.search(text, at, end):
