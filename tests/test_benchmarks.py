@@ -155,6 +155,7 @@ def dpg(tmp_path):
   folder.mkdir(parents=True)
   for i in range(3):
     (folder / f"diffusiondb{i}.txt").write_text(f"a long\nprompt, {i}\n")
+  (folder / "._diffusiondb0.txt").write_bytes(b"what a Mac leaves")
   return tmp_path
 
 

@@ -158,6 +158,8 @@ def pictures(mjhq):
     path = mjhq / "data" / "mjhq30k_imgs" / ("animals", "food")[i % 2] / f"{name}.jpg"
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(path)
+  (mjhq / "data" / ".Trash-1000").mkdir()
+  (mjhq / "data" / ".Trash-1000" / path.name).write_bytes(b"what was deleted")
   paint(benchmark("mjhq", mjhq), mjhq)
   return mjhq
 

@@ -16,13 +16,15 @@ from jflow.data.prepare import prepare
 from jflow.errors import Terminated, UserError
 
 _EPILOG = """\
-formats: --input is a file, a folder, a pattern ("tars/*.tar") or a range ("tars/{00000..00041}.tar")
+formats: --input is a file, a folder, a pattern ("tars/*.tar") or a range ("tars/{00000..00041}.tar"); of a folder,
+         hidden files and folders are left out, links are followed, and each file is read once
   llava-jsonl  JSON objects, one per line or in an array; images are files in the same folder (--image_root)
                  {"id": "7", "image": "7.jpg", "conversations": [
                    {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
                  {"image": "7.jpg", "caption": "A cat on a sofa."}
                  {"images": ["a.jpg", "b.jpg"], "text": "First <image> then <image> and the end."}
-               a system turn is refused: leave it out, or put it into the first question
+               a system turn is refused: leave it out, or put it into the first question; a first turn of the
+               assistant and a last one of the user are left out, as in LLaVA, and counted
   webdataset   tar files as img2dataset writes them: 7.jpg + 7.txt, or 7.json with "caption" or "conversations"
   parquet      a column of images (bytes or {bytes, path}, or lists of them), one of captions or conversations
   text         .txt files, each a document (--documents), or .jsonl and .jsonl.gz of {"text": "..."}
@@ -33,7 +35,8 @@ tasks
   understanding  one <image> in a user's turn per picture; the answers are learned. A caption answers the paper's
                  request; with <image> in it, it is an interleaved document, all of whose text is learned
   generation     one picture and its caption
-  text           documents, or conversations without pictures
+  text           documents, or conversations without pictures, in which <image> is text
+records of a video, a sound or a point cloud are left out and counted
 
 examples
   python -m jflow prepare --format=llava-jsonl --input=photos/chat.jsonl --output=data/chat --task=understanding
@@ -100,8 +103,8 @@ def _import(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
   line = f"{records:,} record{'s' * (records != 1)} with {pictures:,} image{'s' * (pictures != 1)} in {arguments.output}"
   for what, counts in (
     ("cannot be used", summary["rejected"]),
-    ("dropped by filters", summary["filtered"]),
-    ("learned in part or as text", summary["notes"]),
+    ("dropped by filters or of another task", summary["filtered"]),
+    ("notes", summary["notes"]),
     ("files or folders left out", summary["left_out"]),
   ):
     line += f"; {sum(counts.values()):,} {what}: {counts}" if counts else ""

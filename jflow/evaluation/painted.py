@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from jflow.data.importers.inputs import is_hidden
 from jflow.errors import UserError
 from jflow.evaluation import distances, outside, scores
 from jflow.evaluation.recipes import Recipe
@@ -116,7 +117,7 @@ class Dpg:
     if recipe.pictures not in (1, 4):
       raise UserError(f"--pictures={recipe.pictures}: DPG-Bench takes 4 pictures per prompt, or 1")
     folder = args.data / "prompts" if (args.data / "prompts").is_dir() else args.data
-    self._files = sorted(folder.glob("*.txt"))
+    self._files = sorted(path for path in folder.glob("*.txt") if not is_hidden(path.name))
     if not self._files:
       raise UserError(f"{folder} holds no prompts (*.txt): {recipe.data}")
     self._prompts = {path.stem: " ".join(outside.text_of(path).split()) for path in self._files[: args.limit]}

@@ -32,6 +32,7 @@ except ModuleNotFoundError:
   sys.exit(2)
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+from jflow.data.importers.inputs import is_hidden  # noqa: E402
 from jflow.errors import UserError  # noqa: E402
 from jflow.evaluation.distances import inception_input  # noqa: E402
 
@@ -223,7 +224,7 @@ def read_prompts(path: pathlib.Path) -> dict[str, str]:
 
 def painted(folder: pathlib.Path, prompts: dict[str, str]) -> list[pathlib.Path]:
   """The pictures of a folder, each of a prompt."""
-  paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
+  paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES and not is_hidden(p.name))
   if not paths:
     raise UserError(f"{folder} holds no pictures: --pictures names the folder pictures/ of an evaluation's --output")
   others = [path.name for path in paths if path.stem not in prompts]
@@ -236,7 +237,8 @@ def painted(folder: pathlib.Path, prompts: dict[str, str]) -> list[pathlib.Path]
 
 def true_pictures(folder: pathlib.Path, prompts: dict[str, str]) -> list[pathlib.Path]:
   """The pictures that meta_data.json names, wherever they lie below the folder; no others."""
-  paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.stem in prompts)
+  named = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.stem in prompts)
+  paths = sorted(path for path in named if not is_hidden(str(path.relative_to(folder))))
   _refuse_doubles(folder, paths)
   missing = sorted(prompts.keys() - {path.stem for path in paths})
   if missing:

@@ -122,8 +122,13 @@ def _is_array(path: str) -> bool:
   return False
 
 
-@functools.lru_cache(maxsize=1)
 def _load_array(path: str) -> list[Any]:
+  return _parse_array(path, os.stat(path).st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _parse_array(path: str, changed: int) -> list[Any]:
+  """Returns the entries of an array; `changed` tells one state of the file from another."""
   with open(path, "rb") as file:
     try:
       return objects.parse_array(file.read())

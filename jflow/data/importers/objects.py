@@ -188,7 +188,7 @@ def is_empty(value: Any, depth: int = 0) -> bool:
 
 def _holds(value: Any) -> bool:
   """Whether a value may be a medium, or name it: no number, and not empty."""
-  return isinstance(value, (str, bytes, list, tuple, Mapping)) and not is_empty(value)
+  return isinstance(value, (str, bytes, list, tuple, Mapping)) and bool(value) and not is_empty(value)
 
 
 def notes(fields: Mapping[str, Any], leave_out: Iterable[str] = ()) -> dict[str, Any]:
