@@ -24,9 +24,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from typing import Any
 
-import httpx
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -40,6 +41,20 @@ WORDS = "a red blue ring circle star picture of what color is the left one two w
 
 
 # --- requests ---------------------------------------------------------------------------------------------
+
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no part in this
+
+
+def send(url: str, body: Any = None, headers: dict[str, str] | None = None, timeout: float = 600) -> tuple[int, bytes]:
+  """Posts `body` (bytes, or what becomes JSON), or gets where it is None; returns (status, what came back)."""
+  data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+  request = urllib.request.Request(url, data, {"Content-Type": "application/json"} | (headers or {}))
+  try:
+    with _opener.open(request, timeout=timeout) as answer:
+      return answer.status, answer.read()
+  except urllib.error.HTTPError as error:
+    with error:
+      return error.code, error.read()
 
 
 def data_uri(picture: np.ndarray, kind: str = "PNG") -> str:
@@ -98,14 +113,12 @@ def offline(model: Any, requests: list[dict[str, Any]]) -> list[Any]:
   return out
 
 
-def online(client: httpx.Client, request: dict[str, Any]) -> Any:
+def online(base: str, request: dict[str, Any]) -> Any:
   """The server's answer, as `offline` gives it; raises where it is not a whole and good one."""
-  body = request["body"]
-  if body.get("stream"):
-    with client.stream("POST", request["path"], json=body) as response:
-      response.read() if response.status_code != 200 else None
-      check(response.status_code == 200, f"{response.status_code}")
-      events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+  status, answer = send(base + request["path"], request["body"], HEADERS)
+  check(status == 200, f"{status} {answer[:300]!r}")
+  if request["body"].get("stream"):
+    events = [line.removeprefix("data: ") for line in answer.decode().splitlines() if line]
     check(events[-1] == "[DONE]", "the stream has no [DONE]")
     choices = [json.loads(event)["choices"][0] for event in events[:-1]]
     check(
@@ -114,12 +127,10 @@ def online(client: httpx.Client, request: dict[str, Any]) -> Any:
     )
     check(choices[-1]["finish_reason"] in ("stop", "length"), "no finish_reason at the end")
     return "".join(choice["delta"].get("content", "") for choice in choices)
-  response = client.post(request["path"], json=body)
-  check(response.status_code == 200, f"{response.status_code} {response.text}")
   if request["path"].endswith("generations"):
-    files = [base64.b64decode(x["b64_json"]) for x in response.json()["data"]]
+    files = [base64.b64decode(x["b64_json"]) for x in json.loads(answer)["data"]]
     return [np.asarray(Image.open(io.BytesIO(file))) for file in files]
-  return response.json()["choices"][0]["message"]["content"]
+  return json.loads(answer)["choices"][0]["message"]["content"]
 
 
 def check(ok: bool, message: str) -> None:
@@ -140,18 +151,18 @@ def same(got: Any, want: Any) -> bool:
 
 
 def bad_requests(image_size: int, context: int, max_body: int) -> dict[str, tuple[int, dict[str, Any]]]:
-  """What is wrong -> (the status that it gets, arguments of httpx' `request`)."""
+  """What is wrong -> (the status that it gets, its path, body and headers)."""
   chat, paint = "/v1/chat/completions", "/v1/images/generations"
   say = lambda content, **more: dict(
-    url=chat, json={"messages": [{"role": "user", "content": content}], **more}
+    path=chat, body={"messages": [{"role": "user", "content": content}], **more}
   )
   show = lambda url: say(
     [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]
   )
   raw = lambda content, kind="application/json": dict(
-    url=chat, content=content, headers={"Content-Type": kind}
+    path=chat, body=content, headers={"Content-Type": kind}
   )
-  draw = lambda **body: dict(url=paint, json=body)
+  draw = lambda **body: dict(path=paint, body=body)
   cut = data_uri(np.zeros((32, 32, 3), np.uint8) + np.arange(32, dtype=np.uint8)[:, None])
   bomb = io.BytesIO()
   Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
@@ -165,13 +176,13 @@ def bad_requests(image_size: int, context: int, max_body: int) -> dict[str, tupl
     "NaN": (400, raw(b'{"messages": [{"role": "user", "content": "Why?"}], "temperature": NaN}')),
     "another content type": (415, raw(b"messages=1", "application/x-www-form-urlencoded")),
     "a body that is too long": (413, raw(b" " * (max_body + 1))),
-    "an unknown path": (404, dict(url="/v1/completions", json={})),
+    "an unknown path": (404, dict(path="/v1/completions", body={})),
     "an unknown model": (404, say("Why?", model="gpt-nothing")),
-    "no messages": (400, dict(url=chat, json={})),
-    "an empty conversation": (400, dict(url=chat, json={"messages": []})),
+    "no messages": (400, dict(path=chat, body={})),
+    "an empty conversation": (400, dict(path=chat, body={"messages": []})),
     "an empty question": (400, say("  ")),
-    "an unknown role": (400, dict(url=chat, json={"messages": [{"role": "robot", "content": "Why?"}]})),
-    "an answer at the end": (400, dict(url=chat, json={"messages": [{"role": "assistant", "content": "So."}]})),
+    "an unknown role": (400, dict(path=chat, body={"messages": [{"role": "robot", "content": "Why?"}]})),
+    "an answer at the end": (400, dict(path=chat, body={"messages": [{"role": "assistant", "content": "So."}]})),
     "a field with a typo": (400, say("Why?", temprature=1)),
     "a lone surrogate": (400, raw(b'{"messages": [{"role": "user", "content": "\\ud800"}]}')),
     "a NUL character": (400, say("a\x00b")),
@@ -202,14 +213,14 @@ def bad_requests(image_size: int, context: int, max_body: int) -> dict[str, tupl
 
 def refused(base: str, status: int, arguments: dict[str, Any]) -> str:
   """Sends a bad request; returns what is wrong with its answer, "" for nothing."""
-  arguments = {**arguments, "headers": {**HEADERS, **arguments.get("headers", {})}}
-  response = httpx.post(base + arguments.pop("url"), timeout=60, **arguments)
+  headers = HEADERS | arguments.get("headers", {})
+  got, answer = send(base + arguments["path"], arguments["body"], headers, timeout=60)
   try:
-    line = response.json()["error"]["message"]
+    line = json.loads(answer)["error"]["message"]
   except (ValueError, KeyError, TypeError):
-    return f"no error in JSON: {response.text[:100]!r}"
-  if response.status_code != status:
-    return f"{response.status_code} in place of {status}: {line}"
+    return f"no error in JSON: {answer[:100]!r}"
+  if got != status:
+    return f"{got} in place of {status}: {line}"
   return "" if line and "\n" not in line and len(line) < 300 else f"not one line: {line!r}"
 
 
@@ -240,9 +251,9 @@ def start(checkpoint: pathlib.Path, *flags: str) -> tuple[subprocess.Popen, str]
   address = re.search(r"http://[^;]+", server.stdout.readline())
   while address and server.poll() is None:
     try:
-      if httpx.get(f"{address[0]}/health", timeout=60).json()["status"] == "ready":
+      if json.loads(send(f"{address[0]}/health", timeout=60)[1])["status"] == "ready":
         return server, address[0]
-    except httpx.ConnectError:  # the address is taken, but nobody listens yet
+    except OSError:  # the address is taken, but nobody listens yet
       pass
     time.sleep(0.2)
   log.seek(0)
@@ -262,7 +273,7 @@ def run(base: str, pid: int, wanted: list[tuple[dict, Any]], clients: int) -> di
   def one(i: int) -> None:
     started = time.monotonic()
     try:
-      got = online(client, wanted[i][0])
+      got = online(base, wanted[i][0])
     except Exception as error:
       lost.append(f"request {i}: {type(error).__name__}: {error}")
       return
@@ -271,18 +282,10 @@ def run(base: str, pid: int, wanted: list[tuple[dict, Any]], clients: int) -> di
       wrong.append(i)
     sizes.append(memory(pid))
 
-  limits = httpx.Limits(max_connections=clients)
   started = time.monotonic()
-  with httpx.Client(base_url=base, headers=HEADERS, timeout=600, limits=limits) as client:
-    with concurrent.futures.ThreadPoolExecutor(clients) as pool:
-      list(
-        tqdm(
-          pool.map(one, range(len(wanted))),
-          total=len(wanted),
-          unit="request",
-          disable=not sys.stderr.isatty(),
-        )
-      )
+  with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+    answers = pool.map(one, range(len(wanted)))
+    list(tqdm(answers, total=len(wanted), unit="request", disable=not sys.stderr.isatty()))
   wall = time.monotonic() - started
   return {"requests": len(wanted), "clients": clients, "lost": lost, "wrong": wrong, "wall_seconds": round(wall, 2),
           "requests_per_second": round(len(wanted) / wall, 2), "seconds": seconds, "memory": sizes}  # fmt: skip

@@ -169,7 +169,7 @@ def _seed(fields: Fields) -> int | None:
 def _stop(fields: Fields) -> tuple[str, ...]:
   """The sequences that end an answer."""
   value = fields.any("stop")
-  stops = [value] if isinstance(value, str) else value or []
+  stops = [value] if isinstance(value, str) else [] if value is None else value
   if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
     raise fields.refuse("stop", f"must be a text or a list of texts, got {shown(value)}", "invalid_type")
   if len(stops) > MAX_STOPS:
