@@ -55,6 +55,9 @@ def picture(seed=0, kind="PNG") -> bytes:
   return file.getvalue()
 
 
+URL = "data:image/png;base64," + base64.b64encode(picture()).decode()
+
+
 def show(url, text="What?", **more):
   part = {"type": "image_url", "image_url": {"url": url} | more}
   return {"role": "user", "content": [part, {"type": "text", "text": text}]}
@@ -285,6 +288,9 @@ def test_both_limits_of_an_answer_hold():
   (CHAT, ask({"role": "user", "content": "why " * 500}), 400, "messages", "context_length_exceeded"),
   (CHAT, ask({"role": "user", "content": "x" * 100_000}), 400, "messages", "context_length_exceeded"),
   (CHAT, ask(show("https://example.com/a.png")), 400, "messages[0].content[0].image_url.url", "invalid_image_url"),
+  (CHAT, ask(show(URL), show(URL[:98])), 400, "messages[1].content[0].image_url", "invalid_image"),
+  (CHAT, ask(show("data:image/svg+xml,<svg/>")), 400, "messages[0].content[0].image_url", "invalid_image"),
+  (CHAT, ask(show("data:image/png;base64,")), 400, "messages[0].content[0].image_url", "invalid_image"),
   (PAINT, {"prompt": "why " * 500}, 400, "prompt", "context_length_exceeded"),
   (PAINT, {"prompt": "a", "model": "dall-e-3"}, 404, "model", "model_not_found"),
   ("/v1/completions", {}, 404, None, "unknown_url"),
@@ -446,7 +452,7 @@ def test_a_stop_sequence_frees_the_slot_at_once(model, monkeypatch):
 # --- pictures ---------------------------------------------------------------------------------------------
 
 PNG = picture()
-B64 = base64.b64encode(PNG).decode()
+B64 = URL.partition(",")[2]
 URLS = {
   "as it should be": "data:image/png;base64," + B64,
   "parameters": "data:image/png;charset=utf-8;name=a.png;base64," + B64,

@@ -228,6 +228,8 @@ def _on_error(request: Request, error: ApiError) -> Response:
 
 def _of_user(request: Request, error: UserError) -> ApiError:
   """A mistake that shows once the conversation or the prompt is read as a whole."""
+  if isinstance(error, prepare.UnreadableImage):
+    return ApiError(400, f"{error.field}: {error}", error.field, code="invalid_image")
   field = "prompt" if request.scope["path"].endswith("generations") else "messages"
   code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
   return ApiError(400, str(error), field, code=code)

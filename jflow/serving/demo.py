@@ -323,7 +323,7 @@ async def _prepared(wanted: schemas.Chat, talk: Talk, pictures: list[File], work
       new = [pathlib.Path(x.path).read_bytes() for x in pictures]
     except FileNotFoundError:
       raise UserError("a picture of this question is not here any more: add it again") from None
-    return wanted._replace(turns=talk.turns, images=[*talk.images, *new])
+    return wanted._replace(turns=talk.turns, images=[*talk.images, *new], image_fields=[])
 
   try:
     return (await work.preparing.chat(whole))[1]

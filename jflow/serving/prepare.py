@@ -83,11 +83,14 @@ class Preparing:
 
 
 class UnreadableImage(UserError):
-  """A picture of a conversation that cannot be read: the one at `index` of its images."""
+  """A picture of a conversation that cannot be read: the one at `index` of its images.
 
-  def __init__(self, index: int, message: str):
+  `field` of the request holds it, where there is one.
+  """
+
+  def __init__(self, index: int, message: str, field: str | None):
     super().__init__(message)
-    self.index = index
+    self.index, self.field = index, field
 
 
 class Patience:
@@ -133,8 +136,9 @@ def chat(
     (the conversation with its seed drawn where it named none, the work).
 
   Raises:
-    UserError: a conversation without a question, a mark that stands for a picture elsewhere, an unreadable picture, no room
-      for an answer in `context` tokens.
+    UserError: a conversation without a question, or a mark that stands for a picture elsewhere.
+    UnreadableImage: a picture cannot be read.
+    PromptTooLong: no room for an answer in `context` tokens.
   """
   for mark in examples.MARKS:
     if any(mark in turn["content"] for turn in wanted.turns if turn["role"] == "user"):
@@ -147,7 +151,7 @@ def chat(
       f"the conversation must show at most {fitting} pictures, for which {context:,} tokens have room, "
       f"got {len(wanted.images):,}"
     )
-  _check_length(pipeline, [turn["content"] for turn in wanted.turns] + [wanted.system], context)
+  _check_length(pipeline, [turn["content"] for turn in wanted.turns], context)
 
   index = itertools.count()
 
@@ -159,12 +163,13 @@ def chat(
     try:
       return prepare_image(image, size)
     except UserError as error:
-      raise UnreadableImage(i, str(error)) from None
+      field = wanted.image_fields[i] if wanted.image_fields else None
+      raise UnreadableImage(i, str(error), field) from None
 
   wanted = wanted._replace(seed=secrets.randbelow(SEEDS) if wanted.seed is None else wanted.seed)
   request = pipeline.request(
     wanted.turns, wanted.images, wanted.max_tokens, temperature=wanted.temperature, top_p=wanted.top_p,
-    seed=fold_seed(wanted.seed), system=wanted.system, mark=IMAGE_MARK, context=context, read=read,
+    seed=fold_seed(wanted.seed), mark=IMAGE_MARK, context=context, read=read,
   )  # fmt: skip
   return wanted, request
 

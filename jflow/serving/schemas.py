@@ -53,9 +53,9 @@ _DETAILS = ("auto", "low", "high", "original")  # a model reads every picture at
 class Chat(NamedTuple):
   """A conversation to answer."""
 
-  turns: list[dict[str, str]]  # "role" and "content", in which IMAGE_MARK stands for the next image
+  turns: list[dict[str, str]]  # "role" and "content", as of `examples.chat_prompt`; IMAGE_MARK is the next image
   images: list[bytes]
-  system: str
+  image_fields: list[str]  # where each stands in the request
   max_tokens: int
   temperature: float
   top_p: float
@@ -95,7 +95,7 @@ def parse_chat(body: dict[str, Any], model: str) -> Chat:
   """
   fields = _of_model(body, model)
   fields.ignore(_CHAT_IGNORED)
-  turns, images = _conversation(fields.take("messages", list))
+  turns, images, image_fields = _conversation(fields.take("messages", list))
   limits = [fields.integer(name, None, 1, 2**31 - 1) for name in ("max_tokens", "max_completion_tokens")]
   temperature = fields.number("temperature", 0.0, 0.0, 2.0)
   top_p = fields.number("top_p", 1.0, 0.0, 1.0)
@@ -109,7 +109,7 @@ def parse_chat(body: dict[str, Any], model: str) -> Chat:
   options.end()
   fields.end()
   most = min((x for x in limits if x is not None), default=512)
-  return Chat(turns, images, "", most, temperature, top_p, seed, stream, include_usage, stop)
+  return Chat(turns, images, image_fields, most, temperature, top_p, seed, stream, include_usage, stop)
 
 
 def parse_painting(body: dict[str, Any], model: str, image_size: int) -> Painting:
@@ -179,10 +179,10 @@ def _stop(fields: Fields) -> tuple[str, ...]:
   return tuple(stops)
 
 
-def _conversation(messages: list[Any]) -> tuple[list[dict[str, str]], list[bytes]]:
-  """Turns with marks for their images, and the images."""
+def _conversation(messages: list[Any]) -> tuple[list[dict[str, str]], list[bytes], list[str]]:
+  """Turns with marks for their images, the images, and where these stand."""
   turns: list[dict[str, str]] = []
-  images: list[bytes] = []
+  images: dict[str, bytes] = {}
   for i, value in enumerate(messages):
     message = Fields(value, f"messages[{i}]")
     role = message.choice("role", ("system", "developer", "user", "assistant"))
@@ -190,10 +190,10 @@ def _conversation(messages: list[Any]) -> tuple[list[dict[str, str]], list[bytes
     text = _content(message, role, images)
     message.end()
     turns.append({"role": role, "content": text})
-  return turns, images
+  return turns, list(images.values()), list(images)
 
 
-def _content(message: Fields, role: str, images: list[bytes]) -> str:
+def _content(message: Fields, role: str, images: dict[str, bytes]) -> str:
   """The text of a message, each part on a line of its own; an image leaves its mark, and its bytes in `images`."""
   content = message.any("content")
   if content is None and role == "assistant":
@@ -217,7 +217,7 @@ def _content(message: Fields, role: str, images: list[bytes]) -> str:
     elif role != "user":
       raise ApiError(400, f"{where} must be a text: only a user's message can show an image", where)
     else:
-      images.append(_image(part))
+      images[part.path("image_url")] = _image(part)
       out += ("\n" if out and not out.endswith(IMAGE_MARK) else "") + IMAGE_MARK
     part.ignore(_PART_IGNORED)
     part.end()
