@@ -1,7 +1,9 @@
 """text: documents come out as they went in, wherever the parts are cut."""
 
+import bz2
 import gzip
 import json
+import lzma
 
 import pytest
 
@@ -112,3 +114,33 @@ def test_mistakes_get_one_clear_line(folder):
     _run(folder)
   with pytest.raises(UserError, match="--documents=page is unknown"):
     _run(folder, documents="page")
+
+
+LINE = b'{"text": "A document."}\n'
+
+
+@pytest.mark.parametrize(
+  "name, data", [("a.jsonl", gzip.compress(LINE)), ("a.jsonl.gz", LINE), ("a.jsonl.gz", gzip.compress(LINE))]
+)
+def test_gzip_is_told_by_its_contents(folder, name, data):
+  (folder / name).write_bytes(data)
+  _, output = _run(folder)
+  assert _texts(output) == ["A document."]
+
+
+@pytest.mark.parametrize(
+  "format, name, data, word",
+  [
+    ("text", "a.jsonl.zst", b"\x28\xb5\x2f\xfd" + LINE, "unzstd"),
+    ("text", "a.jsonl", bz2.compress(LINE), "bunzip2"),
+    ("text", "a.jsonl.xz", lzma.compress(LINE), "unxz"),
+    ("text", "a.txt.gz", gzip.compress(LINE), "no text to learn from"),
+    ("llava-jsonl", "a.jsonl.gz", gzip.compress(LINE), "gunzip"),
+    ("parquet", "a.parquet.gz", gzip.compress(LINE), "gunzip"),
+  ],
+)
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_is_packed_otherwise_is_named_with_what_unpacks_it(folder, format, name, data, word, whole):
+  (folder / name).write_bytes(data)
+  with pytest.raises(UserError, match=f"{name}.*{word}"):
+    run(folder, "text", "" if whole else name, format)

@@ -1,6 +1,8 @@
 """tfds: data sets that TFDS wrote come in without TensorFlow, their images untouched."""
 
 import io
+import json
+import shutil
 import sys
 
 import numpy as np
@@ -73,9 +75,7 @@ def test_an_example_without_a_label_is_rejected_and_does_not_get_the_last_ones_n
   features = lambda f: {"image": f.Image(), "label": f.ClassLabel(**classes)}
   examples = [{"image": image(i), "label": label} for i, label in enumerate((0, -1, 1))]
   folder = _write(tmp_path / "in", features, examples)
-  summary, output = run(
-    folder, "generation", "1.0.0", "tfds", text_column="label", max_rejected_share=0.5
-  )
+  summary, output = run(folder, "generation", "1.0.0", "tfds", text_column="label", max_rejected_share=0.5)
   assert summary["rejected"] == {"missing_caption": 1}
   assert sorted(record.text for record in read_back(output, "generation")) == classes.get("names", ["0", "1"])
 
@@ -108,3 +108,129 @@ def test_mistakes_get_one_clear_line(tmp_path):
   (folder / "1.0.0" / "dataset_info.json").write_text("{")
   with pytest.raises(UserError, match="cannot be read as a TFDS data set"):
     run(folder, "generation", "1.0.0", "tfds")
+
+
+def _stored(**values) -> bytes:
+  """An example as TFDS stores it, whatever it holds."""
+  from tensorflow_datasets.proto import tf_example_pb2
+
+  example = tf_example_pb2.Example()
+  for name, value in values.items():
+    feature = example.features.feature[name]
+    (feature.int64_list if isinstance(value[0], int) else feature.bytes_list).value.extend(value)
+  return example.SerializeToString()
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+  """A data set of texts whose examples a test replaces, and how."""
+
+  def features(f):
+    turns = f.Sequence({"role": f.Text(), "content": f.Text()})
+    return {"text": f.Text(), "url": f.Text(), "label": f.ClassLabel(num_classes=2), "turns": turns}
+
+  says = [{"role": "user", "content": "Why?"}]
+  examples = [{"text": "A text.", "url": "http://a.b", "label": 1, "turns": says}] * 2
+  folder = _write(tmp_path_factory.mktemp("tfds") / "in", features, examples) / "1.0.0"
+  return folder
+
+
+def _replaced(texts, folder, examples, length=None):
+  """Returns a copy of the data set that holds these examples, and says that there are `length`."""
+  from array_record.python import array_record_module
+
+  shutil.copytree(texts, folder / "1.0.0")
+  (shard,) = (folder / "1.0.0").glob("*train*")
+  shard.unlink()
+  writer = array_record_module.ArrayRecordWriter(str(shard), "group_size:1")
+  for example in examples:
+    writer.write(example)
+  writer.close()
+  info = json.loads((folder / "1.0.0" / "dataset_info.json").read_text())
+  (split,) = (split for split in info["splits"] if split["name"] == "train")
+  split["shardLengths"] = [str(len(examples) if length is None else length)]
+  (folder / "1.0.0" / "dataset_info.json").write_text(json.dumps(info))
+  return folder
+
+
+SOUND = {
+  "text": [b"A text."],
+  "url": [b"http://a.b"],
+  "label": [1],
+  "turns/role": [b"a"],
+  "turns/content": [b"b"],
+}
+
+
+@pytest.mark.parametrize(
+  "changed, options, rejected",
+  [
+    ({"url": [b"caf\xe9"]}, {}, {}),
+    ({"turns/role": [b"\xff"]}, {}, {}),
+    ({"label": [7]}, {}, {}),
+    ({"text": [b"caf\xe9"]}, {}, {"invalid_utf8": 1}),
+    ({"label": [7]}, {"text_column": "label"}, {"bad_field": 1}),
+    ({"turns/role": [b"user"]}, {"text_column": "turns"}, {"bad_field": 1}),
+    ({"turns/role": [b"\xff", b"assistant"]}, {"text_column": "turns"}, {"invalid_utf8": 1}),
+  ],
+  ids=["url", "unused", "label", "text", "used-label", "lengths", "used"],
+)
+def test_a_feature_that_cannot_be_read_costs_the_record_that_needs_it(
+  texts, tmp_path, changed, options, rejected
+):
+  turns = {"turns/role": [b"user", b"assistant"], "turns/content": [b"Why?", b"So."]}
+  sound = SOUND | (turns if options.get("text_column") == "turns" else {})
+  examples = [_stored(**sound), _stored(**sound | changed), _stored(**sound)]
+  folder = _replaced(texts, tmp_path / "in", examples)
+  summary, _ = run(folder, "text", "1.0.0", "tfds", max_rejected_share=1.0, **options)
+  assert summary["rejected"] == rejected and summary["accepted"] == 3 - sum(rejected.values())
+
+
+def test_an_example_that_is_none_costs_itself(texts, tmp_path):
+  examples = [_stored(**SOUND), b"\xff\xff", _stored(url=[b"a"]), _stored(**SOUND)]
+  folder = _replaced(texts, tmp_path / "in", examples)
+  summary, _ = run(folder, "text", "1.0.0", "tfds", max_rejected_share=1.0)
+  assert summary["rejected"] == {"corrupt": 1, "missing_text": 1} and summary["accepted"] == 2
+
+
+@pytest.mark.parametrize("length", [1, 5, 10**15])
+def test_other_counts_of_records_than_there_are_lose_nothing_silently(texts, tmp_path, length):
+  folder = _replaced(texts, tmp_path / "in", [_stored(**SOUND)] * 2, length)
+  with pytest.raises(UserError, match="holds 2 records, and dataset_info.json says"):
+    run(folder, "text", "1.0.0", "tfds")
+
+
+def test_numbers_are_no_images(texts):
+  with pytest.raises(UserError, match='"label" should hold encoded images'):
+    run(texts.parent, "generation", "1.0.0", "tfds", image_column="label", output=str(texts.parent / "out"))
+
+
+def test_a_description_of_features_imports_nothing(texts, tmp_path, monkeypatch):
+  """TFDS imports the modules whose classes the file names."""
+  folder = _replaced(texts, tmp_path / "in", [_stored(**SOUND)])
+  (tmp_path / "planted.py").write_text("raise SystemExit('imported')")
+  monkeypatch.syspath_prepend(tmp_path)
+  path = folder / "1.0.0" / "features.json"
+  for key in ("pythonClassName", "type"):
+    features = json.loads((texts / "features.json").read_text())
+    features["featuresDict"]["features"]["url"][key] = "planted.Text"
+    path.write_text(json.dumps(features))
+    with pytest.raises(UserError, match="'planted.Text', which is not imported"):
+      run(folder, "text", "1.0.0", "tfds")
+
+
+@pytest.mark.parametrize(
+  "content, word",
+  [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n", "git lfs pull"),
+    (b"no record", "cannot be read"),
+    (None, "is missing"),
+  ],
+  ids=["git-lfs", "damaged", "missing"],
+)
+def test_a_shard_that_is_none_is_named(texts, tmp_path, content, word):
+  folder = _replaced(texts, tmp_path / "in", [_stored(**SOUND)])
+  (shard,) = (folder / "1.0.0").glob("*train*")
+  shard.write_bytes(content) if content else shard.unlink()
+  with pytest.raises(UserError, match=f"train.*{word}"):
+    run(folder, "text", "1.0.0", "tfds")

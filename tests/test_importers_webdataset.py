@@ -1,9 +1,11 @@
 """webdataset: samples as img2dataset writes them, against Python's tarfile; tars that attack."""
 
+import bz2
 import collections
 import gzip
 import io
 import json
+import lzma
 import os
 import pathlib
 import tarfile
@@ -288,3 +290,183 @@ def test_damaged_tars_raise_nothing_else(tars):
       outcomes.update(_read(tars / "m.tar")[1] or ["whole"])
   assert set(outcomes) <= {"broken_tar", "broken_gzip", "empty_shard", "bomb", "tar_member", "whole"}
   assert min(outcomes[name] for name in ("broken_tar", "broken_gzip", "whole")) > 20
+
+
+JPEG = image(1, "JPEG")
+
+
+def _tar(*members: tuple[str, bytes], **options) -> bytes:
+  """A tar of members, of which a name may come twice."""
+  file = io.BytesIO()
+  with tarfile.open(fileobj=file, mode="w", **options) as writer:
+    for name, data in members:
+      info = tarfile.TarInfo(name)
+      info.size = len(data)
+      writer.addfile(info, io.BytesIO(data))
+  return file.getvalue()
+
+
+def _pair(key: str) -> tuple[tuple[str, bytes], ...]:
+  return (f"{key}.jpg", JPEG), (f"{key}.txt", b"a cat")
+
+
+def _without_end(data: bytes) -> bytes:
+  data = data.rstrip(b"\0")
+  return data + bytes(-len(data) % 512)
+
+
+FIRST, SECOND = _tar(*_pair("a")), _tar(*_pair("b"))
+
+
+def _counts(tars, data: bytes, task="generation", **options) -> dict[str, int]:
+  """Returns how many samples of a tar come in, are rejected and dropped, by reason."""
+  (tars / "one.tar").write_bytes(data)
+  summary, output = _run(tars, task, "one.tar", max_rejected_share=1.0, **options)
+  for file in pathlib.Path(output).iterdir():
+    file.unlink()
+  os.rmdir(output)
+  return {"accepted": summary["accepted"], **summary["rejected"], **summary["filtered"]}
+
+
+@pytest.mark.parametrize(
+  "data, counts",
+  [
+    (FIRST + SECOND, {"accepted": 2}),
+    (FIRST + bytes(2**20) + SECOND, {"accepted": 2}),
+    (_without_end(FIRST) + bytes(512) + SECOND, {"accepted": 2}),
+    (_without_end(FIRST) + SECOND, {"accepted": 2}),
+    (gzip.compress(FIRST) + gzip.compress(SECOND), {"accepted": 2}),
+    (gzip.compress(FIRST + SECOND) + bytes(999), {"accepted": 2}),
+    (FIRST + _without_end(SECOND)[:-600], {"accepted": 1, "broken_tar": 1}),
+    (FIRST + b"x" * 512 + SECOND, {"accepted": 2, "broken_tar": 1}),
+    (FIRST + b"x" * 99 + SECOND, {"accepted": 1, "broken_tar": 1}),
+    (FIRST + b"the end", {"accepted": 1, "broken_tar": 1}),
+    (FIRST + gzip.compress(SECOND), {"accepted": 1, "broken_tar": 1}),
+    (gzip.compress(FIRST) + SECOND, {"accepted": 1, "broken_gzip": 1}),
+  ],
+  ids=["joined", "far-apart", "zeros-inside", "no-end", "gzips", "zeros-behind-gzip", "cut", "junk", "askew", "words",
+       "gzip-behind", "tar-behind-gzip"],
+)  # fmt: skip
+def test_what_follows_the_end_of_a_tar_is_read_or_counted(tars, data, counts):
+  assert _counts(tars, data) == counts
+
+
+CHAT = [{"from": "human", "value": "<image>Which?"}, {"from": "gpt", "value": "This."}]
+
+
+@pytest.mark.parametrize(
+  "members, options, text",
+  [
+    ({"input.jpg": JPEG, "outputs.txt": b"a cat"}, {"image_column": "input.jpg", "text_column": "outputs.txt"}, "a cat"),
+    ({"img": JPEG, "cap": b"a cat"}, {"image_column": "img", "text_column": "cap"}, "a cat"),
+    ({"jpg": JPEG, "Caption": b"a cat"}, {"text_column": ".caption"}, "a cat"),
+    ({"05.png": image(1), "05.txt": b"a cat"}, {"text_column": "05.txt"}, "a cat"),
+    ({"jpg": JPEG, "cap": b"a cat", "json": b'{"cap": "not this"}'}, {"text_column": "cap"}, "a cat"),
+    ({"jpg": JPEG, "txt": b"not this", "json": b'{"cap": "a cat"}'}, {"text_column": "cap"}, "a cat"),
+    ({"jpg": JPEG, "cap.json": b'"a cat"'}, {"text_column": "cap.json"}, "a cat"),
+    ({"jpg": JPEG, "chat.json": json.dumps(CHAT).encode()}, {"text_column": "chat.json"}, "This."),
+    ({"jpg": JPEG, "txt": b"a cat", "json": b'{"broken'}, {}, "a cat"),
+    ({"jpg": JPEG, "cap": b"a cat", "json": b'{"broken'}, {"text_column": "cap"}, "a cat"),
+  ],
+  ids=["writer", "short", "case", "dots", "both", "key", "json-text", "json-chat", "broken-json", "broken-json-beside"],
+)  # fmt: skip
+def test_flags_name_the_members_that_are_there(tars, members, options, text):
+  write_tar(tars / "one.tar", {f"key.{ending}": data for ending, data in members.items()})
+  task = "understanding" if text == "This." else "generation"
+  _, output = _run(tars, task, "one.tar", **options)
+  (record,) = read_back(output, task)
+  assert text in (record.text, *(turn.text for turn in record.turns)) and len(record.images) == 1
+
+
+@pytest.mark.parametrize(
+  "members, options, words",
+  [
+    ({"jpg": JPEG, "outputs.txt": b"x"}, {}, ("jpg, outputs.txt", "--text_column")),
+    ({"jpg": JPEG, "json": b'{"alt": "x"}'}, {}, ("jpg, json (alt)", "--text_column")),
+    ({"jpg": JPEG, "txt": b"x"}, {"text_column": "cap"}, ('"cap" is missing', "jpg, txt")),
+    ({"img": JPEG, "txt": b"x"}, {}, ("img, txt", "--image_column")),
+    ({"jpg": JPEG, "txt": b"x"}, {"image_column": "png"}, ("no png", "jpg, txt")),
+    ({"jpg": JPEG, "json": b'{"caption": "x"}'}, {"text_column": "json"}, ("should be text, not dict",)),
+  ],
+)
+def test_what_is_missing_is_said_with_what_is_there(tars, members, options, words):
+  write_tar(tars / "one.tar", {f"key.{ending}": data for ending, data in members.items()})
+  with pytest.raises(UserError) as caught:
+    _run(tars, name="one.tar", **options)
+  assert all(word in str(caught.value) for word in words)
+
+
+def _block(name: str, kind: bytes, size: int | bytes, link: str = "") -> bytes:
+  """A header whose size field is given as it stands."""
+  block = bytearray(_typed(name, kind, link))
+  block[124:136] = size if isinstance(size, bytes) else b"%011o\0" % size
+  block[148:156] = b" " * 8
+  block[148:156] = b"%06o\0 " % sum(block)
+  return bytes(block)
+
+
+BAD_LABEL = _typed("a.label", tarfile.SYMTYPE, "/etc/passwd")
+FIELDS = b"5 a=\n" * 13_000
+
+
+@pytest.mark.parametrize(
+  "data, counts",
+  [
+    (_tar(("._a.jpg", b"x"), *_pair("a"), ("__MACOSX/a.jpg", b"x"), ("d/.DS_Store", b"x")), {"accepted": 1, "hidden": 3}),
+    (_tar(*_pair("x/a"), *_pair("y/a"), *_pair("./z/a")), {"accepted": 3}),
+    (_tar(*_pair("caf\xe9"), *_pair("caf\xe8"), format=tarfile.USTAR_FORMAT, encoding="latin-1"), {"accepted": 2}),
+    (_tar(("a.jpg", JPEG), *_pair("b"), ("a.txt", b"x")), {"accepted": 1, "missing_caption": 1, "duplicate_key": 1}),
+    (_tar(*_pair("a"), ("b.mp4", bytes(2**10)), ("b.txt", b"x"), ("c.wav", b"x")),
+     {"accepted": 1, "with_video": 1, "with_audio": 1}),
+    (_tar(*_pair("a")) + _block("b.mp4", b"0", 2**30), {"accepted": 1, "broken_tar": 1}),
+    (_tar(_pair("a")[0])[:1024 + 512 * (-(-len(JPEG) // 512) - 1)] + BAD_LABEL + _tar(("a.txt", b"x")), {"accepted": 1}),
+    (_block("b.jpg", tarfile.LNKTYPE, 5000, "x") + FIRST, {"accepted": 1, "tar_member": 1}),
+    (_block("d", tarfile.DIRTYPE, 5000) + FIRST, {"accepted": 1}),
+    (_block("name", b"V", 0) + FIRST, {"accepted": 1}),
+    (_block("b.jpg", b"0", b"-0000000001\0") + FIRST, {"accepted": 1, "broken_tar": 1}),
+    (_block("b.jpg", b"0", b"\xff" * 12) + FIRST, {"accepted": 1, "broken_tar": 1}),
+    (_block("b.jpg", b"0", b"\x80" + b"\xff" * 11) + FIRST, {"accepted": 1, "broken_tar": 1}),
+    (_block("b", b"L", 2**33 - 1) + FIRST, {"accepted": 1, "broken_tar": 1}),
+    (_block("b", b"x", len(FIELDS)) + FIELDS + bytes(-len(FIELDS) % 512) + FIRST, {"accepted": 1}),
+    (_tar(*((f"b.{i}", b"") for i in range(5000))) + FIRST, {"accepted": 1, "missing_image": 1}),
+  ],
+  ids=["hidden", "folders", "latin-1", "apart", "media", "video-cut", "link-not-needed", "link-with-size", "folder-with-size",
+       "label", "negative", "negative-256", "huge-256", "long-name", "many-fields", "many-members"],
+)  # fmt: skip
+def test_odd_members_cost_themselves_and_are_counted(tars, data, counts):
+  assert _counts(tars, data) == counts
+
+
+@pytest.mark.parametrize(
+  "name, data, word",
+  [
+    ("one.tar", bz2.compress(FIRST), "bunzip2"),
+    ("one.tar.xz", lzma.compress(FIRST), "unxz"),
+    ("one.tar", b"\x28\xb5\x2f\xfd" + FIRST, "unzstd"),
+    ("one.tar.zst", b"\x28\xb5\x2f\xfd" + FIRST, "unzstd"),
+    ("one.tbz2", bz2.compress(FIRST), "bunzip2"),
+    ("one.tar", b"PK\3\4" + FIRST, "unzip"),
+    (
+      "one.tar",
+      b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n",
+      "git lfs pull",
+    ),
+  ],
+)
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_is_packed_otherwise_is_named_with_what_unpacks_it(tars, name, data, word, folder):
+  (tars / name).write_bytes(data)
+  with pytest.raises(UserError, match=f"{name}.*{word}"):
+    _run(tars, name="" if folder else name)
+
+
+def test_a_gzip_that_is_cut_gives_the_samples_before(tars):
+  rng = np.random.default_rng(0)
+  members = [
+    (f"{i}.jpg", JPEG + rng.bytes(5000)) if j == 0 else (f"{i}.txt", b"a cat")
+    for i in range(40)
+    for j in (0, 1)
+  ]
+  data = gzip.compress(_tar(*members))
+  counts = _counts(tars, data[: len(data) // 2])
+  assert counts["broken_gzip"] == 1 and 15 <= counts["accepted"] <= 20

@@ -25,7 +25,8 @@ formats: --input is a file, a folder, a pattern ("tars/*.tar") or a range ("tars
                  {"images": ["a.jpg", "b.jpg"], "text": "First <image> then <image> and the end."}
                a system turn is refused: leave it out, or put it into the first question; a first turn of the
                assistant and a last one of the user are left out, as in LLaVA, and counted
-  webdataset   tar files as img2dataset writes them: 7.jpg + 7.txt, or 7.json with "caption" or "conversations"
+  webdataset   tar files as img2dataset writes them: 7.jpg + 7.txt, or 7.json with "caption" or "conversations";
+               --image_column and --text_column may name other endings, as in input.jpg and outputs.txt
   parquet      a column of images (bytes or {bytes, path}, or lists of them), one of captions or conversations
   text         .txt files, each a document (--documents), or .jsonl and .jsonl.gz of {"text": "..."}
   tfds         the directory of a TFDS data set in ArrayRecord or Parquet; no TensorFlow
@@ -163,8 +164,12 @@ def _parser() -> argparse.ArgumentParser:
   )
   add = parser.add_argument_group("how to read").add_argument
   add("--image_root", help="folder that image paths start from (default: that of the input)")
-  add("--image_column", metavar="NAME", help="of the images (default: the first usual name)")
-  add("--text_column", metavar="NAME", help="of the captions, conversations or documents (the same)")
+  add("--image_column", metavar="NAME", help="of the images (default: the first usual name); in tars an ending")
+  add(
+    "--text_column",
+    metavar="NAME",
+    help="of the captions, conversations or documents (the same); in tars an ending or, without one, a key of KEY.json",
+  )
   add(
     "--documents",
     choices=DOCUMENTS,

@@ -1,19 +1,57 @@
-"""Reads gzip files with a limit to how far they unfold."""
+"""Reads gzip files with a limit to how far they unfold, and names what is compressed otherwise."""
 
 import gzip
 import io
 import os
+import re
 import zlib
+from collections.abc import Sequence
 from typing import BinaryIO
 
 from jflow.data.records import RecordError
+from jflow.errors import UserError
 
 MAX_RATIO = 100  # images and text do not shrink so far
+_GZIP = b"\x1f\x8b\x08"
+_OTHERS = (  # what files begin with, what they are, and what unpacks them
+  (rb"BZh[1-9]1AY&SY", "compressed by bzip2", "bunzip2"),
+  (rb"\xfd7zXZ\0", "compressed by xz", "unxz"),
+  (rb"\x28\xb5\x2f\xfd", "compressed by zstd", "unzstd"),
+  (rb"\x04\x22\x4d\x18", "compressed by lz4", "unlz4"),
+  (rb"\x1f[\x9d\xa0]", "compressed by compress", "uncompress"),
+  (rb"LZIP\x01", "compressed by lzip", "lzip -d"),
+  (rb"PK\x03\x04", "a zip archive", "unzip"),
+  (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x"),
+  (rb"Rar!\x1a\x07", "a rar archive", "unrar x"),
+)
+_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".z")
+_ENDINGS_OF_TARS = (".tbz2", ".tbz", ".txz", ".tzst")
+
+
+def with_compressed(endings: tuple[str, ...]) -> tuple[str, ...]:
+  """Returns endings of file names, and what they become where the files are compressed."""
+  tars = _ENDINGS_OF_TARS if ".tgz" in endings else ()
+  return (*endings, *(each + more for each in endings for more in _ENDINGS), *tars)
+
+
+def check(paths: Sequence[str], gzip_is_read: bool) -> None:
+  """Checks that no file is compressed in a way that is not read, by its contents.
+
+  Raises:
+    UserError: one is; the message says how to unpack it.
+  """
+  others = _OTHERS if gzip_is_read else (*_OTHERS, (re.escape(_GZIP), "compressed by gzip", "gunzip"))
+  for path in paths:
+    with open(path, "rb") as file:
+      start = file.read(16)
+    for pattern, what, tool in others:
+      if re.match(pattern, start):
+        raise UserError(f"{path} is {what}, which this format is not read from: `{tool}` it first")
 
 
 def is_gzip(path: str) -> bool:
   with open(path, "rb") as file:
-    return file.read(2) == b"\x1f\x8b"
+    return file.read(len(_GZIP)) == _GZIP
 
 
 def unfold(raw: BinaryIO) -> io.BufferedReader:
@@ -35,10 +73,11 @@ class _Unfolded(io.RawIOBase):
 
   def readinto(self, buffer: memoryview) -> int:
     try:
-      count = self._file.readinto(buffer)
-    except (OSError, EOFError, zlib.error) as error:
+      data = self._file.read1(len(buffer))  # no more than there is before the damage
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
       raise RecordError("broken_gzip", f"the file is cut or damaged ({type(error).__name__})") from None
-    self._left -= count
+    buffer[: len(data)] = data
+    self._left -= len(data)
     if self._left < 0:
       raise RecordError("bomb", f"the file unfolds to more than {MAX_RATIO} times its size")
-    return count
+    return len(data)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from jflow.data import git_lfs
+from jflow.data.importers import compressed
 from jflow.data.records import RecordError
 from jflow.errors import UserError
 
@@ -54,7 +55,7 @@ def input_files(pattern: str, endings: tuple[str, ...], format: str) -> Inputs:
 
   Raises:
     UserError: nothing is found, a file of a range or the target of a link is missing, a folder cannot be read, or a
-      file is a git-lfs pointer.
+      file is a git-lfs pointer, or compressed in a way that is not read.
   """
   if "://" in pattern:
     raise UserError(f"--input={pattern} is an address: only local files are read, so fetch it first")
@@ -62,7 +63,7 @@ def input_files(pattern: str, endings: tuple[str, ...], format: str) -> Inputs:
   if os.path.isfile(pattern):
     found, wanted = [pattern], ""
   elif os.path.isdir(pattern):
-    found = _walk(pattern, endings, (), left_out)
+    found = _walk(pattern, compressed.with_compressed(endings), (), left_out)
     wanted = f"no file that ends in {', '.join(endings)}"
   elif match := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", pattern):
     found, wanted = _range(pattern, *match.groups()), "an empty range"
@@ -75,6 +76,7 @@ def input_files(pattern: str, endings: tuple[str, ...], format: str) -> Inputs:
       f"input {pattern} not found: {wanted}{without}; --format={format} reads a file, a folder or a pattern"
     )
   git_lfs.check(found)
+  compressed.check(found, any(ending.endswith(("gz", ".tar")) for ending in endings))
   return Inputs(found, dict(left_out))
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from jflow.data import images as images_lib
 from jflow.data.importers import objects
+from jflow.data.importers.cells import broken_in
 from jflow.data.importers.importer import Item, Options, make_item
 from jflow.data.importers.inputs import input_files, read_under
 from jflow.data.records import Record, RecordError, Unwanted
@@ -141,13 +142,13 @@ class Parquet:
       values = value if isinstance(value, list) else [value]
       images = tuple(self._image(each, path) for each in values if each is not None)
     named = (fields.get(key) for key in ("id", "key"))
-    name = next((str(each) for each in named if each is not None and not _broken_in(each)), str(number))
+    name = next((str(each) for each in named if each is not None and not broken_in(each)), str(number))
     try:
       record = objects.make_record(name, fields, images, task, self._options.text_column)
     except Unwanted:
       raise
     except RecordError as error:
-      raise _broken_in(fields) or error from None
+      raise broken_in(fields) or error from None
     if not images and not record.turns and task != "text":
       raise RecordError("missing_image", f'"{image}" is empty')
     return record, self._notes(fields, image)
@@ -215,14 +216,6 @@ def _value(cell: Any) -> Any:
   if hasattr(cell, "keys"):
     return {field.name: _value(cell[i]) for i, field in enumerate(cell.type)}
   return list(map(_value, cell.values)) if hasattr(cell, "values") else broken
-
-
-def _broken_in(value: Any) -> RecordError | None:
-  """Returns the first part of a value that could not be read."""
-  if isinstance(value, (dict, list)):
-    found = map(_broken_in, value.values() if isinstance(value, dict) else value)
-    return next((error for error in found if error), None)
-  return value if isinstance(value, RecordError) else None
 
 
 def _is_short(kind: Any) -> bool:

@@ -5,6 +5,7 @@ links and sparse maps. This reader takes plain files alone and says what is wron
 """
 
 import os
+import re
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -15,10 +16,13 @@ MAX_MEMBER = 64 * 2**20  # bytes of a file in a tar
 _MAX_NAME = 1024
 _MAX_HEADER = 64 * 2**10  # bytes of an extended header
 _BLOCK = 512
+_ZEROS = bytes(_BLOCK)
+_PAX_FIELD = re.compile(rb"([0-9]{1,9}) ([^=]*+)=")
 _KINDS = {
   b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe",
   b"S": "a sparse file",
 }  # fmt: skip
+_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"6")  # whatever size they claim
 
 
 class Member(NamedTuple):
@@ -34,7 +38,8 @@ def members(path: str) -> Iterator[Member]:
 
   What is no plain file, has a name that leads outside, or is too large comes with a `RecordError` "tar_member".
   Damage comes under an empty name: an empty file ("empty_shard"), one that unfolds too far ("bomb"), one that is
-  cut or damaged ("broken_tar", "broken_gzip"). After a damaged header the next whole one is looked for.
+  cut or damaged ("broken_tar", "broken_gzip"). After a damaged header the next whole one is looked for. Behind an end
+  mark another tar may follow, as `cat` joins them; what follows and is none is damage.
   """
   with open(path, "rb") as raw:
     stream = _Stream(raw, compressed.is_gzip(path))
@@ -61,7 +66,9 @@ def _next(stream: "_Stream", raw: BinaryIO) -> Member | None:
       raise RecordError("empty_shard", "the file is empty")
     if len(header) < _BLOCK:
       raise RecordError("broken_tar", "the tar is cut: it has no end mark")
-    if not any(header):
+    if header == _ZEROS:
+      if stream.pass_zeros():
+        continue
       return None
     name, size, kind = _parse(header)
     if kind in (b"L", b"x"):
@@ -70,16 +77,20 @@ def _next(stream: "_Stream", raw: BinaryIO) -> Member | None:
         extended = {"path": "?" * _MAX_NAME}
         continue
       text = stream.read_whole(size)
-      extended |= {"path": text.rstrip(b"\0").decode("utf-8", "replace")} if kind == b"L" else _pax(text)
+      extended |= {"path": _text(text.split(b"\0")[0])} if kind == b"L" else _pax(text)
       continue
-    if kind in (b"K", b"g", b"5"):  # the target of a link, defaults, a folder
+    if kind in (b"K", b"g", b"V"):  # the target of a link, defaults, the tar's own name
       stream.skip(size)
       extended = extended if kind == b"K" else {}
       continue
     name, size = extended.get("path", name), _number(extended.get("size", size))
+    if kind == b"5" or (kind == b"\0" and name.endswith("/")):  # a folder
+      extended = {}
+      continue
     problem = _problem(name, kind, size, extended)
     if problem:
-      stream.skip(size)
+      if kind not in _WITHOUT_DATA:
+        stream.skip(size)
       error = RecordError("tar_member", f"member {name[:80]!r} {problem}")
       return Member(name[:_MAX_NAME] or "?", error, raw.tell())
     return Member(name, stream.read_whole(size), raw.tell())
@@ -104,11 +115,26 @@ class _Stream:
     found, self._found = self._found, b""
     return found or self.read(_BLOCK)
 
+  def pass_zeros(self) -> bool:
+    """Passes over blocks of zeros; returns whether a header follows.
+
+    Raises:
+      RecordError: something else does.
+    """
+    while (block := self.read(_BLOCK)) == _ZEROS:
+      pass
+    if not any(block):
+      return False
+    if len(block) < _BLOCK or not _is_header(block):
+      raise RecordError("broken_tar", "what follows the end mark of the tar is no tar")
+    self._found = block
+    return True
+
   def find_header(self) -> bool:
     """Passes over blocks until one is a header whose checksum holds; returns whether there is one."""
     try:
       while len(block := self.read(_BLOCK)) == _BLOCK:
-        if block[257:262] == b"ustar" and _sum(block) == _octal_or_none(block[148:156]):
+        if block[257:262] == b"ustar" and _is_header(block):
           self._found = block
           return True
     except RecordError:  # the gzip around it
@@ -142,17 +168,25 @@ def _parse(header: bytes) -> tuple[str, int, bytes]:
   """Returns the name, the size and the kind that a header block gives."""
   field = header[124:136]
   size = int.from_bytes(field[1:], "big") if field[0] == 0x80 else _octal_or_none(field)
-  if _octal_or_none(header[148:156]) != _sum(header) or size is None:
+  if not _is_header(header) or size is None:
     raise RecordError("broken_tar", "a header of the tar is damaged")
   name = header[:100].split(b"\0")[0]
   if header[257:263] == b"ustar\0" and header[345] != 0:
     name = header[345:500].split(b"\0")[0] + b"/" + name
-  return name.decode("utf-8", "replace"), size, header[156:157]
+  return _text(name), size, header[156:157]
 
 
-def _sum(header: bytes) -> int:
-  """Returns the checksum of a header, in which its own field counts as spaces."""
-  return sum(header[:148]) + 8 * 32 + sum(header[156:])
+def _is_header(block: bytes) -> bool:
+  """Returns whether the checksum of a block holds; the field that it stands in counts as spaces."""
+  return sum(block[:148]) + 8 * 32 + sum(block[156:]) == _octal_or_none(block[148:156])
+
+
+def _text(name: bytes) -> str:
+  """Returns a name; in one that is no UTF-8 each byte is a character, so that no two become the same."""
+  try:
+    return name.decode("utf-8")
+  except UnicodeDecodeError:
+    return name.decode("latin-1")
 
 
 def _octal_or_none(field: bytes) -> int | None:
@@ -161,25 +195,21 @@ def _octal_or_none(field: bytes) -> int | None:
 
 
 def _number(value: int | str) -> int:
-  try:
-    size = int(value)
-  except ValueError:
-    size = -1
-  if size < 0:
+  if isinstance(value, str) and not re.fullmatch("[0-9]{1,20}", value):
     raise RecordError("broken_tar", "an extended header of the tar is damaged")
-  return size
+  return int(value)
 
 
 def _pax(text: bytes) -> dict[str, str]:
   """Returns the fields of an extended header, lines of LENGTH KEY=VALUE."""
-  fields = {}
-  while text:
-    length, _, rest = text.partition(b" ")
-    if not length.isdigit() or not len(length) + 2 < int(length) <= len(text):
+  fields, start = {}, 0
+  while start < len(text):
+    match = _PAX_FIELD.match(text, start)
+    end = start + int(match[1]) if match else 0
+    if not match or not match.end() < end <= len(text):
       raise RecordError("broken_tar", "an extended header of the tar is damaged")
-    key, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
-    fields[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
-    text = text[int(length) :]
+    fields[_text(match[2])] = _text(text[match.end() : end - 1])
+    start = end
   return fields
 
 

@@ -68,7 +68,7 @@ class Text:
           raise RecordError("empty_shard", "the file is empty")
         with open(path, "rb") as raw:
           raw.seek(start)
-          gzipped, kind = path.lower().endswith(_GZIP), self._kind(path)
+          gzipped, kind = compressed.is_gzip(path), self._kind(path)
           file = compressed.unfold(raw) if gzipped else raw
           for document, length in _documents(file, None if gzipped else stop - start, kind):
             if kind == "file" or not inputs.is_blank(document):
@@ -83,7 +83,7 @@ class Text:
   def _cut(self, path: str) -> list[Piece]:
     """Returns a file in pieces of about PART_BYTES, each of which ends where a document does."""
     size, kind = os.path.getsize(path), self._kind(path)
-    if kind == "file" or not size or path.lower().endswith(_GZIP):
+    if kind == "file" or not size or compressed.is_gzip(path):
       return [(path, 0, size)]
     inputs.check_encoding(path)
     pieces, start = [], 0

@@ -5,16 +5,22 @@ decoded and encoded again. What `prepare` wrote is such a directory too, so that
 """
 
 import functools
+import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from jflow.data import git_lfs
 from jflow.data.importers import objects
-from jflow.data.importers.importer import Item, Options
-from jflow.data.records import RecordError
+from jflow.data.importers.cells import broken_in
+from jflow.data.importers.importer import Item, Options, make_item
+from jflow.data.records import Record, RecordError, Unwanted
 from jflow.errors import UserError
+
+
+_FEATURES = "tensorflow_datasets.core.features."
 
 
 class Tfds:
@@ -27,6 +33,7 @@ class Tfds:
     self._options = options
     if not os.path.isfile(os.path.join(options.input, "dataset_info.json")):
       raise UserError(f"{options.input} is no TFDS data set: name the directory that holds dataset_info.json")
+    git_lfs.check(self.files())
     features = _builder(options.input).info.features
     names = sorted(features)
     for flag in ("image_column", "text_column"):
@@ -56,8 +63,9 @@ class Tfds:
       raise UserError(
         f"{self._options.input} has no split {self._options.split!r}: --split is one of {', '.join(splits)}"
       )
-    count, size = splits[self._options.split].num_examples, self._options.part_records
-    return [(i, min(i + size, count)) for i in range(0, count, size)]
+    split, size = splits[self._options.split], self._options.part_records
+    _check_shards(split)
+    return [(i, min(i + size, split.num_examples)) for i in range(0, split.num_examples, size)]
 
   def work(self, part: tuple[int, int]) -> int:
     return part[1] - part[0]
@@ -72,39 +80,110 @@ class Tfds:
     for index in range(*part):
       where = f"{self._options.input} {self._options.split}[{index}]"
       try:
-        fields = parser.parse_example(bytes(source[index]))
+        fields = dict(parser.parse_example(bytes(source[index])))
       except Exception as error:  # the readers raise what the damage makes of them
         yield Item(where, RecordError("corrupt", f"cannot be read ({type(error).__name__})"), {})
         continue
-      yield self._item(where, index, dict(fields), features)
+      yield make_item(where, lambda: self._read(index, fields, features))
 
-  def _item(self, where: str, index: int, fields: dict[str, Any], features: Mapping[str, Any]) -> Item:
+  def _read(
+    self, index: int, fields: dict[str, Any], features: Mapping[str, Any]
+  ) -> tuple[Record, dict[str, Any]]:
     options = self._options
+    images = tuple(_listed(fields.pop(self._image, ())))
+    if options.task == "text" and not objects.is_conversation(fields):
+      images = ()
+    if not all(isinstance(image, bytes) for image in images):
+      raise RecordError("bad_field", f'"{self._image}" should hold encoded images')
+    fields = {name: _plain(name, value, features) for name, value in fields.items()}
+    meta = fields.pop("meta", None)
+    if isinstance(meta, str) and meta.startswith("{"):
+      fields = {**_notes_in(meta), **fields}
+    name = str(index if broken_in(fields.get("id")) else fields.get("id", index))
     try:
-      stored = fields.pop(self._image, ())
-      images = tuple(map(bytes, _listed(stored)))
-      if options.task == "text" and not objects.is_conversation(fields):
-        images = ()
-      fields = {name: _plain(name, value, features) for name, value in fields.items()}
-      meta = fields.pop("meta", None)
-      if isinstance(meta, str) and meta.startswith("{"):
-        fields = {**objects.notes(objects.parse_object(meta)), **fields}
-      name = str(fields.get("id", index))
       record = objects.make_record(name, fields, images, options.task, options.text_column)
-      return Item(where, record, objects.notes(fields, (options.text_column,)))
-    except UnicodeDecodeError:
-      return Item(where, RecordError("invalid_utf8", "a text is not valid UTF-8"), {})
+    except Unwanted:
+      raise
     except RecordError as error:
-      return Item(where, error, {})
+      raise broken_in(fields) or error from None
+    return record, objects.notes(fields, (options.text_column,))
+
+
+def _notes_in(meta: str) -> dict[str, Any]:
+  """Returns what `prepare` noted of a record; nothing where it cannot be read."""
+  try:
+    return objects.notes(objects.parse_object(meta))
+  except RecordError:
+    return {}
+
+
+def _check_shards(split: Any) -> None:
+  """Checks that the files of a split hold the records that dataset_info.json says.
+
+  Raises:
+    UserError: one is missing, cannot be opened, or holds another number of records.
+  """
+  if len(split.filepaths) != len(split.shard_lengths):
+    raise UserError(f"the split {split.name!r} has {len(split.filepaths)} files, and other shard_lengths")
+  for path, length in zip(map(str, split.filepaths), split.shard_lengths):
+    if not os.path.isfile(path):
+      raise UserError(f"{path} is missing: fetch it again")
+    try:
+      records = _records_in(path, length)
+    except Exception as error:  # as in `items`
+      raise UserError(f"{path} cannot be read ({str(error)[:80]}): fetch it again") from None
+    if records != length:
+      raise UserError(
+        f"{path} holds {records:,} records, and dataset_info.json says {length:,}: fetch both again"
+      )
+
+
+def _records_in(path: str, otherwise: int) -> int:
+  """Returns the records of a file; the other number where its format does not tell."""
+  name = os.path.basename(path)
+  if ".parquet" in name:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_metadata(path).num_rows
+  if ".array_record" not in name:
+    return otherwise
+  from array_record.python import array_record_module
+
+  reader = array_record_module.ArrayRecordReader(path)
+  try:
+    return reader.num_records()
+  finally:
+    reader.close()
 
 
 def _builder(directory: str) -> Any:
   import tensorflow_datasets as tfds
 
+  _check_features(os.path.join(directory, "features.json"))
   try:
     return tfds.builder_from_directory(directory)
   except Exception as error:  # whatever a damaged dataset_info.json makes of it
     raise UserError(f"{directory} cannot be read as a TFDS data set ({str(error)[:80]})") from None
+
+
+def _check_features(path: str) -> None:
+  """Checks that a description of features names TFDS's own classes alone: TFDS imports what it names.
+
+  Raises:
+    UserError: it does not, or cannot be read.
+  """
+  try:
+    with open(path, encoding="utf-8") as file:
+      waiting = [json.load(file)]
+  except (OSError, ValueError, RecursionError) as error:
+    raise UserError(f"{path} cannot be read ({type(error).__name__}): fetch it again") from None
+  while waiting:
+    value = waiting.pop()
+    waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    names = [value.get("pythonClassName"), value.get("type")] if isinstance(value, dict) else []
+    for name in names:
+      if isinstance(name, str) and not name.startswith(_FEATURES):
+        raise UserError(f"{path} names a class that is not TFDS's own, {name[:80]!r}, which is not imported")
 
 
 @functools.lru_cache(maxsize=1)  # TFDS reads Parquet files whole
@@ -118,6 +197,10 @@ def _open(directory: str, split: str) -> Any:
       f"{directory} is stored as {builder.info.file_format.value}, which needs TensorFlow: "
       "let TFDS write it with file_format='array_record'"
     ) from None
+  except Exception as error:  # as in `items`
+    raise UserError(
+      f"{directory}, split {split!r}, cannot be read ({str(error)[:80]}): fetch it again"
+    ) from None
 
 
 def _listed(value: Any) -> list[Any]:
@@ -127,15 +210,21 @@ def _listed(value: Any) -> list[Any]:
 def _plain(name: str, value: Any, features: Mapping[str, Any]) -> Any:
   """Returns a stored value as JSON has it; a class label becomes its name, a sequence of objects their list.
 
-  A label below 0 is TFDS's way to say that an example has none: it becomes None.
+  A label below 0 is TFDS's way to say that an example has none: it becomes None. What cannot be read is a
+  `RecordError` in its place.
   """
-  if hasattr(features[name], "int2str") and np.ndim(value) == 0:
-    return features[name].int2str(int(value)) if value >= 0 else None
+  try:
+    if hasattr(features[name], "int2str") and np.ndim(value) == 0:
+      return features[name].int2str(int(value)) if value is not None and value >= 0 else None
+  except ValueError:
+    return RecordError("bad_field", f'"{name}" has no class {value}')
   if isinstance(value, Mapping):
     columns = {key: _plain_array(column) for key, column in value.items()}
-    if all(isinstance(column, list) for column in columns.values()):
-      return [dict(zip(columns, row)) for row in zip(*columns.values())]
-    return columns
+    if not all(isinstance(column, list) for column in columns.values()):
+      return columns
+    if len(set(map(len, columns.values()))) > 1:
+      return RecordError("bad_field", f'the parts of "{name}" have different lengths')
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
   return _plain_array(value)
 
 
@@ -145,4 +234,7 @@ def _plain_array(value: Any) -> Any:
   )
   if isinstance(value, (list, tuple)):
     return [_plain_array(each) for each in value]
-  return value.decode("utf-8") if isinstance(value, bytes) else value
+  try:
+    return value.decode("utf-8") if isinstance(value, bytes) else value
+  except UnicodeDecodeError:
+    return RecordError("invalid_utf8", "a text is not valid UTF-8")

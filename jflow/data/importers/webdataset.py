@@ -1,7 +1,9 @@
 """webdataset: tar files whose members of the same name form a sample, as img2dataset writes them.
 
 KEY.jpg (.jpeg .png .webp), several as KEY.0.jpg, KEY.1.jpg; KEY.txt holds the caption, KEY.json an object with a
-caption or conversations and metadata. The members of a sample stand together. A tar is a part, and becomes a shard.
+caption or conversations and metadata. --image_column and --text_column may name the ending of another member
+(input.jpg, outputs.txt, cap), and --text_column a key of KEY.json; where both are there, the member counts. KEY ends
+at the first dot. The members of a sample stand together. A tar is a part, and becomes a shard.
 """
 
 import os
@@ -10,11 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from jflow.data.importers import objects, tar
-from jflow.data.importers.importer import Item, Options
+from jflow.data.importers.importer import Item, Options, make_item
 from jflow.data.importers.inputs import input_files, is_hidden
 from jflow.data.records import Record, RecordError, Unwanted
 
 MAX_SAMPLE = 128 * 2**20  # bytes
+_ENDINGS = (".tar", ".tar.gz", ".tgz")
 # What is no PNG, JPEG or WEBP is refused later, by its contents.
 _IMAGE = re.compile(r"(?:.*\.)?(?:jpe?g|png|webp|gif|bmp|tiff?|avif|heic)")
 
@@ -26,7 +29,10 @@ class WebDataset:
 
   def __init__(self, options: Options):
     self._options = options
-    self._paths, self.left_out = input_files(options.input, (".tar", ".tar.gz", ".tgz"), "webdataset")
+    self._paths, self.left_out = input_files(options.input, _ENDINGS, "webdataset")
+    self._image_ending, self._text_ending = (
+      column.lower().lstrip(".") for column in (options.image_column, options.text_column)
+    )
 
   def files(self) -> list[str]:
     return self._paths
@@ -39,7 +45,7 @@ class WebDataset:
 
   def items(self, part: str) -> Iterator[Item]:
     seen: set[str] = set()
-    key, sample, position, read = "", {}, 0, 0
+    key, sample, size, position, read = "", {}, 0, 0, 0
     damaged = behind = False  # in or before the sample; since its last member
 
     def finish() -> Iterator[Item]:
@@ -55,70 +61,113 @@ class WebDataset:
         continue
       hidden = is_hidden(member.name) or os.path.basename(member.name).startswith("__")
       if hidden and not isinstance(member.data, RecordError):
-        continue  # what file managers and writers leave behind
+        where = f"{part} member {member.name:.80}"
+        yield Item(where, Unwanted("hidden", "what file managers and writers leave behind"), {}, 0)
+        continue
       name, ending = _split(member.name)
       if name != key:
         yield from finish()
-        damaged, sample, read = behind, {}, position
+        damaged, sample, size, read = behind, {}, 0, position
       key, position, behind = name, member.position, False
-      sample[ending] = _fitting(sample, ending, member.data)
+      size += 0 if isinstance(member.data, RecordError) else len(member.data)
+      if ending in sample:
+        sample[ending] = RecordError("duplicate_key", f"the sample has two members that end in .{ending}")
+      elif size > MAX_SAMPLE:
+        sample[ending] = RecordError("too_large", f"the sample has more than {MAX_SAMPLE:,} bytes")
+      else:
+        sample[ending] = member.data
     yield from finish()
 
   def _item(
     self, part: str, key: str, sample: dict[str, bytes | RecordError], seen: set[str], work: int
   ) -> Item:
-    where = f"{part} sample {key:.80}"
-    try:
-      for data in sample.values():
-        if isinstance(data, RecordError):
-          raise data
+    def read() -> tuple[Record, dict[str, Any]]:
       if key in seen:
         raise RecordError(
           "duplicate_key", "the key stands twice in the tar: the members of a sample should stand together"
         )
       seen.add(key)
-      objects.check_media(sample)
-      fields = objects.parse_object(sample["json"]) if "json" in sample else {}
+      contents = {n: b"broken" if isinstance(data, RecordError) else data for n, data in sample.items()}
+      objects.check_media(contents, self._text_ending)
       if self._options.task == "text" and any(map(_IMAGE.fullmatch, sample)):
         raise Unwanted("with_images", "a sample with an image is no text")
-      record = self._record(key, fields, sample)
-      return Item(where, record, objects.notes(fields, ("key",)), work)
-    except RecordError as error:
-      return Item(where, error, {}, work)
+      return self._record(key, sample)
 
-  def _record(self, key: str, fields: dict[str, Any], sample: dict[str, bytes]) -> Record:
+    item = make_item(f"{part} sample {key:.80}", read, work)
+    if isinstance(item.record, RecordError) and not isinstance(item.record, Unwanted):
+      broken = next((data for data in sample.values() if isinstance(data, RecordError)), item.record)
+      return item._replace(record=broken)
+    return item
+
+  def _record(self, key: str, sample: dict[str, bytes | RecordError]) -> tuple[Record, dict[str, Any]]:
+    """Returns the record of a sample and its metadata; a member that it does not need may be broken."""
     task, column = self._options.task, self._options.text_column
-    if "txt" in sample:
-      try:
-        text = sample["txt"].decode("utf-8-sig")
-      except UnicodeDecodeError:
-        raise RecordError("invalid_utf8", "the text is not valid UTF-8") from None
-      fields = {**fields, "text" if task == "text" else "caption": text}
-    wanted = self._options.image_column.lower()
+    named = bool(column) and self._text_ending in sample
+    ending = self._text_ending if named else "txt"
+    fields = self._fields(
+      sample, not named and (bool(column) or ending not in sample or task != "generation")
+    )
+    texts = dict(fields)
+    if ending in sample:
+      texts[column if named else "text" if task == "text" else "caption"] = _text(
+        ending, _sound(sample[ending])
+      )
+    wanted = self._image_ending
     images = tuple(
-      data for name, data in sample.items() if (name == wanted if wanted else _IMAGE.fullmatch(name))
+      _sound(data) for name, data in sample.items() if (name == wanted if wanted else _IMAGE.fullmatch(name))
     )
     if not images and task != "text":
-      raise RecordError("missing_image", f"the sample has no image, only {', '.join(sample)}")
-    return objects.make_record(key, fields, images, task, column)
+      what = f"no {wanted}" if wanted else "no image"
+      raise RecordError(
+        "missing_image", f"the sample has {what}, only {_listed(sample, {})}: see --image_column"
+      )
+    try:
+      return objects.make_record(key, texts, images, task, column), objects.notes(fields, ("key",))
+    except RecordError as error:
+      if error.reason in ("missing_caption", "missing_text"):
+        message = f"{error}; the sample has only {_listed(sample, fields)}: see --text_column"
+        raise RecordError(error.reason, message) from None
+      raise
+
+  def _fields(self, sample: dict[str, bytes | RecordError], needed: bool) -> dict[str, Any]:
+    """Returns the object in KEY.json; an empty one where there is none, or a broken one that is not needed."""
+    try:
+      return objects.parse_object(_sound(sample["json"])) if "json" in sample else {}
+    except RecordError:
+      if needed:
+        raise
+      return {}
 
 
-def _fitting(
-  sample: dict[str, bytes | RecordError], ending: str, data: bytes | RecordError
-) -> bytes | RecordError:
-  """Returns what a sample is to hold of a member: its data, unless it came before or there is too much."""
-  if ending in sample:
-    return RecordError("duplicate_key", f"the sample has two members that end in .{ending}")
-  if (
-    isinstance(data, bytes)
-    and len(data) + sum(len(d) for d in sample.values() if isinstance(d, bytes)) > MAX_SAMPLE
-  ):
-    return RecordError("too_large", f"the sample has more than {MAX_SAMPLE:,} bytes")
+def _sound(data: bytes | RecordError) -> bytes:
+  """Returns the contents of a member that is needed.
+
+  Raises:
+    RecordError: it is broken.
+  """
+  if isinstance(data, RecordError):
+    raise data
   return data
+
+
+def _text(ending: str, data: bytes) -> Any:
+  """Returns the text of a member, or what its JSON holds."""
+  if ending.rpartition(".")[2] == "json":
+    return objects.parse_json(data)
+  try:
+    return data.decode("utf-8-sig")
+  except UnicodeDecodeError:
+    raise RecordError("invalid_utf8", f"the text in .{ending} is not valid UTF-8") from None
+
+
+def _listed(sample: dict[str, Any], fields: dict[str, Any]) -> str:
+  """Returns the endings of a sample, and the keys of its JSON, for a message."""
+  endings, keys = (", ".join(f"{name:.40}" for name in list(names)[:12]) for names in (sample, fields))
+  return endings + (f" ({keys})" if "json" in sample and keys else "")
 
 
 def _split(name: str) -> tuple[str, str]:
   """Returns the key and the ending: the name is cut at the first dot after the last slash."""
-  folder, _, base = name.removeprefix("./").rpartition("/")
+  folder, _, base = "/".join(part for part in name.split("/") if part not in ("", ".")).rpartition("/")
   stem, _, ending = base.partition(".")
   return f"{folder}/{stem}" if folder else stem, ending.lower()
