@@ -13,17 +13,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from jflow.interop import names, transfer
+from jflow.interop import budget, names, processor_config, sizes, tied, transfer
+from jflow.interop.fields import Fields
+from jflow.interop.foreign_config import autoencoder_config
 from jflow.interop.official_config import (
-  Fields,
-  autoencoder_config,
   config_from_official,
   config_to_official,
-  refuse_code,
+  is_tied,
   vae_to_diffusers,
 )
-from jflow.interop.safetensors_io import Checkpoint, read_json
+from jflow.interop.safetensors_io import Checkpoint
 from jflow.models.config import AutoencoderConfig, JanusFlowConfig
+from jflow.strict_json import read_object
 
 # Files of the processor that travel with an official checkpoint, unread, so that an export can hold them.
 SIDECARS = (
@@ -47,7 +48,7 @@ class Loaded(NamedTuple):
 def is_official(directory: pathlib.Path) -> bool:
   """Whether config.json is one of the published layout."""
   path = directory / "config.json"
-  return path.is_file() and "language_config" in read_json(path)
+  return path.exists() and "language_config" in read_object(path)
 
 
 def _buffer(name: str) -> bool:
@@ -55,20 +56,26 @@ def _buffer(name: str) -> bool:
   return name.endswith((".rotary_emb.inv_freq", ".position_ids"))
 
 
-def load_vae(
-  directory: pathlib.Path, dtype: np.dtype | None
-) -> tuple[AutoencoderConfig, dict[str, np.ndarray]]:
-  """Reads a diffusers AutoencoderKL.
+def describe_vae(directory: pathlib.Path) -> tuple[AutoencoderConfig, transfer.Weights]:
+  """Reads the configuration and the headers of a diffusers AutoencoderKL.
 
   Raises:
     UserError: see `transfer.check` and `autoencoder_config`.
   """
-  values = read_json(directory / "config.json")
-  refuse_code(values, str(directory / "config.json"))
-  config = autoencoder_config(Fields(values, str(directory / "config.json")))
+  f = Fields(read_object(directory / "config.json"), str(directory / "config.json"))
+  config = autoencoder_config(f)
   checkpoint = Checkpoint(directory, ("diffusion_pytorch_model", "model"))
+  sizes.check_autoencoder(f, config, checkpoint.tensors, directory)
   old = "encoder.mid_block.attentions.0.query.weight" in checkpoint.tensors
-  return config, transfer.load(names.autoencoder_kl(config, old), checkpoint, "VAE", dtype=dtype)
+  return config, transfer.Weights.describe(names.autoencoder_kl(config, old), checkpoint, "VAE")
+
+
+def load_vae(
+  directory: pathlib.Path, dtype: np.dtype | None
+) -> tuple[AutoencoderConfig, dict[str, np.ndarray]]:
+  """Reads a diffusers AutoencoderKL: `describe_vae`, and its weights."""
+  config, weights = describe_vae(directory)
+  return config, weights.read(dtype)
 
 
 def load_tokenizer(directory: pathlib.Path, vocabulary_size: int) -> Tokenizer | None:
@@ -84,6 +91,61 @@ def load_tokenizer(directory: pathlib.Path, vocabulary_size: int) -> Tokenizer |
   return tokenizer
 
 
+class Described(NamedTuple):
+  """A model whose files fit one another, as far as that shows before its weights are read."""
+
+  config: JanusFlowConfig
+  has_vae: bool
+  tokenizer: Tokenizer | None
+  parts: tuple[transfer.Weights, ...]
+
+  def read(self, dtype: np.dtype | None = None) -> dict[str, np.ndarray]:
+    """Reads the weights; see `load`."""
+    budget.check(sum(part.bytes(dtype) for part in self.parts), self.parts[0].checkpoint.directory)
+    return {path: x for part in self.parts for path, x in part.read(dtype).items()}
+
+
+def describe(directory: pathlib.Path, vae: pathlib.Path | None = None) -> Described:
+  """Reads a directory of the published layout but for its weights, of which it reads the headers.
+
+  Args:
+    directory: see `load`.
+    vae: see `load`.
+
+  Raises:
+    UserError: anything missing, damaged, contradictory, or of another model.
+  """
+  path = directory / "config.json"
+  root = Fields(read_object(path), str(path))
+  vae = vae or (directory / "vae" if (directory / "vae" / "config.json").exists() else None)
+  autoencoder = None
+  if vae is not None:
+    autoencoder = autoencoder_config(Fields(read_object(vae / "config.json"), str(vae / "config.json")))
+  config = config_from_official(root.values, root.where, autoencoder)
+  checks = {"preprocessor_config.json": processor_config.check_images, "processor_config.json": processor_config.check_chat}
+  for name, check in checks.items():
+    if (directory / name).exists():
+      check(Fields(read_object(directory / name), str(directory / name)), config)
+  tokenizer = load_tokenizer(directory, config.language_model.vocabulary_size)
+  checkpoint = Checkpoint(directory, ("model",))
+  _check_sizes(root, config, checkpoint)
+  prefix = "language_model."
+  from_embedding = tied.check(root.sub("language_config"), is_tied(root), checkpoint, prefix)
+  weights = transfer.Weights.describe(names.official(config, from_embedding), checkpoint, "JanusFlow", _buffer)
+  return Described(config, vae is not None, tokenizer, (weights,) if vae is None else (weights, describe_vae(vae)[1]))
+
+
+def _check_sizes(root: Fields, config: JanusFlowConfig, checkpoint: Checkpoint) -> None:
+  """Compares the sizes of config.json with the weights', by the names of its fields."""
+  tensors, where = checkpoint.tensors, checkpoint.directory
+  sizes.check_llama(root.sub("language_config"), config.language_model, tensors, "language_model.", where)
+  und, enc, dec = (root.sub(f"vision_{part}_config").sub("params") for part in ("und_enc", "gen_enc", "gen_dec"))
+  tower = "vision_und_enc_model.vision_tower"
+  where_of = (f"{tower}.blocks.", f"{tower}.patch_embed.proj.weight", f"{tower}.pos_embed")
+  sizes.check_siglip(und, config.understanding_encoder, tensors, ("layers", "width"), where_of, where)
+  sizes.check_generation(enc, dec, config.generation, tensors, where)
+
+
 def load(directory: pathlib.Path, vae: pathlib.Path | None = None, dtype: np.dtype | None = None) -> Loaded:
   """Reads a directory of the published layout.
 
@@ -95,22 +157,8 @@ def load(directory: pathlib.Path, vae: pathlib.Path | None = None, dtype: np.dty
   Raises:
     UserError: anything missing, damaged, or of another model.
   """
-  values = read_json(directory / "config.json")
-  where = str(directory / "config.json")
-  vae = vae or (directory / "vae" if (directory / "vae" / "config.json").is_file() else None)
-  autoencoder = None
-  if vae is not None:
-    autoencoder = autoencoder_config(Fields(read_json(vae / "config.json"), str(vae / "config.json")))
-  config = config_from_official(values, where, autoencoder)
-  tokenizer = load_tokenizer(directory, config.language_model.vocabulary_size)
-  checkpoint = Checkpoint(directory, ("model",))
-  tied = bool(values["language_config"].get("tie_word_embeddings")) and (
-    "language_model.lm_head.weight" not in checkpoint.tensors
-  )
-  params = transfer.load(names.official(config, tied), checkpoint, "JanusFlow", _buffer, dtype)
-  if vae is not None:
-    params |= load_vae(vae, dtype)[1]
-  return Loaded(config, params, vae is not None, tokenizer)
+  found = describe(directory, vae)
+  return Loaded(found.config, found.read(dtype), found.has_vae, found.tokenizer)
 
 
 def save(
@@ -159,10 +207,9 @@ def save(
 
 def _same_model(path: pathlib.Path, config: JanusFlowConfig, torch_dtype: str) -> bool:
   """Whether the config.json that came with the weights still describes them."""
-  values = read_json(path)
-  if values.get("torch_dtype", torch_dtype) != torch_dtype or values["language_config"].get(
-    "tie_word_embeddings"
-  ):
+  values = read_object(path)
+  root = Fields(values, str(path))
+  if values.get("torch_dtype", torch_dtype) != torch_dtype or is_tied(root):
     return False
   theirs = config_from_official(values, str(path), config.autoencoder)
   parts = ("language_model", "understanding_encoder", "generation")

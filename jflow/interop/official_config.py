@@ -1,10 +1,13 @@
-"""config.json of the published layout, of transformers' Llama and diffusers' AutoencoderKL: both ways."""
+"""config.json of the published layout, both ways; diffusers' of the VAE beside it."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from jflow.errors import UserError
+from jflow.interop.fields import Fields
+from jflow.interop.foreign_config import autoencoder_config as autoencoder_config
+from jflow.interop.foreign_config import language_model_config
 from jflow.models.config import (
   AutoencoderConfig,
   GenerationConfig,
@@ -12,6 +15,7 @@ from jflow.models.config import (
   LanguageModelConfig,
   SiglipConfig,
 )
+from jflow.strict_json import shown
 
 # Named presets of the release's SigLIP: width, layers, heads, patch size, mlp width over width.
 _SIGLIP = {
@@ -26,125 +30,68 @@ _ALIGNMENT_LAYER = 6  # paper section 4.1; the release has no head for it
 _BLOCKS = 2  # ConvNeXt blocks of the release in g_enc and in g_dec
 
 
-def refuse_code(values: Mapping[str, Any], where: str) -> None:
-  """Refuses a config.json that names Python code to run."""
-  if "auto_map" in values or values.get("trust_remote_code"):
-    raise UserError(
-      f"{where} asks to run Python code that came with the weights (auto_map, trust_remote_code), which "
-      "jflow never does: remove the field if the weights are those of a plain model"
-    )
-
-
-class Fields:
-  """Reads fields of a config.json, naming file and field where one is missing or has another type."""
-
-  def __init__(self, values: Any, where: str):
-    if not isinstance(values, Mapping):
-      raise UserError(f"{where} should be a JSON object")
-    self.values, self.where = values, where
-
-  def get(self, name: str, kind: type, default: Any = None) -> Any:
-    """The field; absent or null gives `default`, and without a default is an error."""
-    value = self.values.get(name)
-    if value is None:
-      if default is None:
-        raise UserError(f"{self.where} has no field {name}")
-      return default
-    if kind is float and type(value) is int:
-      value = float(value)
-    if type(value) is not kind or (kind in (int, float) and value <= 0):
-      raise UserError(
-        f"{self.where}: {name}={value!r} should be a positive {kind.__name__}"
-        if kind in (int, float)
-        else f"{self.where}: {name}={value!r} should be a {kind.__name__}"
-      )
-    return value
-
-  def only(self, name: str, *allowed: Any) -> None:
-    """Refuses a value that this code does not compute; absent or null is fine."""
-    value = self.values.get(name)
-    if value is not None and value not in allowed:
-      raise UserError(f"{self.where}: {name}={value!r} is not supported, only {allowed[0]!r}")
-
-  def sub(self, name: str) -> "Fields":
-    """The object in a field."""
-    if name not in self.values:
-      raise UserError(f"{self.where} has no field {name}")
-    return Fields(self.values[name], f"{self.where}: {name}")
-
-
-def language_model_config(f: Fields) -> LanguageModelConfig:
-  """Reads a LlamaConfig of transformers; fields that it may leave out take its defaults."""
-  f.only("model_type", "llama")
-  f.only("hidden_act", "silu")
-  f.only("attention_bias", False)
-  f.only("mlp_bias", False)
-  f.only("pretraining_tp", 1)
-  rope = f.values.get("rope_parameters") or f.values.get("rope_scaling") or {}
-  rope = Fields(rope, f"{f.where}: rope_parameters")
-  rope.only("rope_type", "default")
-  rope.only("type", "default")
-  width, heads = f.get("hidden_size", int), f.get("num_attention_heads", int)
-  return LanguageModelConfig(
-    vocabulary_size=f.get("vocab_size", int),
-    width=width,
-    mlp_width=f.get("intermediate_size", int),
-    layers=f.get("num_hidden_layers", int),
-    heads=heads,
-    kv_heads=f.get("num_key_value_heads", int, heads),
-    head_width=f.get("head_dim", int, width // heads),
-    rms_norm_epsilon=f.get("rms_norm_eps", float, 1e-6),
-    rope_theta=f.get("rope_theta", float, rope.get("rope_theta", float, 10_000.0)),
-    context=f.get("max_position_embeddings", int, 2048),
-  )
-
-
 def _siglip_config(f: Fields) -> SiglipConfig:
+  """Reads the arguments of the release's CLIPVisionTower, and the sizes of a tower that it has no name for."""
   f.only("select_feature", "same")
+  f.only("select_layers")
+  f.only("ckpt_path", "")
+  for name in ("pixel_mean", "pixel_std"):
+    f.only(name)
   name = f.get("model_name", str, "")
-  if name not in _SIGLIP and "width" not in f.values:
+  if name not in _SIGLIP and f.values.get("width") is None:
     raise UserError(
-      f"{f.where}: model_name={name!r} is unknown and width is missing; known: {', '.join(_SIGLIP)}"
+      f"{f.where}: model_name={shown(name)} is unknown and width is missing; known: {', '.join(_SIGLIP)}"
     )
   preset = _SIGLIP.get(name, (None,) * 5)
+  if name in _SIGLIP:
+    for field, value in zip(("width", "layers", "heads", "patch_size", "mlp_ratio"), preset, strict=True):
+      f.only(field, value)
   width = f.get("width", int, preset[0])
   layers = f.get("layers", int, preset[1])
-  select = f.values.get("select_layer", -1)
+  f.ignore(("select_layer",))
+  select = -2 if f.values.get("select_layer") is None else f.values["select_layer"]  # the release's own default
   if type(select) is not int or not -layers <= select <= layers:
-    raise UserError(f"{f.where}: select_layer={select!r} should be an integer in {-layers}..{layers}")
-  return SiglipConfig(
+    raise UserError(f"{f.where}: select_layer={shown(select)} should be an integer in {-layers}..{layers}")
+  ratio = f.get("mlp_ratio", float, preset[4])
+  if not 1 <= width * ratio < 2**31:
+    raise UserError(f"{f.where}: mlp_ratio={ratio:g} should give a width of the MLP in 1..2**31, got {width * ratio:g}")
+  config = SiglipConfig(
     image_size=f.get("image_size", int),
     patch_size=f.get("patch_size", int, preset[3]),
     width=width,
-    mlp_width=int(width * f.get("mlp_ratio", float, preset[4])),
+    mlp_width=int(width * ratio),
     layers=select if select > 0 else layers + select + 1 if select else layers,
     heads=f.get("heads", int, preset[2]),
     layer_norm_epsilon=f.get("norm_eps", float, 1e-6),
     gelu=f.get("gelu", str, "erf"),
   )
+  f.close()
+  return config
 
 
 def _generation_config(
   encoder: Fields, decoder: Fields, lm: LanguageModelConfig
 ) -> tuple[GenerationConfig, int]:
-  """Returns the ConvNeXt heads' configuration and the number of latent channels.
-
-  Fields that only repeat a tensor's shape (such as the decoder's channels) are left to the comparison of all
-  shapes, which is stricter.
-  """
+  """Returns the ConvNeXt heads' configuration and the number of latent channels."""
   for f in (encoder, decoder):
     f.only("use_bias", True)
     f.only("elementwise_affine", True)
     f.only("use_mid_block", True)
     f.only("hidden_size", lm.width)
+    f.only("dropout", 0)  # jflow trains without
   patch = encoder.get("stride", int)
   encoder.only("kernel_size", patch)
   encoder.only("padding", 0)
   width = encoder.get("block_out_channels", list)
-  if len(width) != 1 or type(width[0]) is not int or width[0] < 2 or width[0] % 2:
-    raise UserError(f"{encoder.where}: block_out_channels={width!r} should hold one even number")
+  if len(width) != 1 or type(width[0]) is not int or not 2 <= width[0] < 2**31 or width[0] % 2:
+    raise UserError(f"{encoder.where}: block_out_channels={shown(width)} should hold one even number")
+  latents = encoder.get("input_channels", int)
   epsilon = encoder.get("norm_eps", float, 1e-6)
   decoder.only("norm_eps", epsilon)
+  decoder.only("in_channels", width[0])
+  decoder.only("block_out_channels", width)
+  decoder.only("out_channels", latents)
+  decoder.only("upsamples", patch.bit_length() - 1)
   config = GenerationConfig(
     width=width[0],
     encoder_blocks=encoder.get("layers_in_middle", int, _BLOCKS),
@@ -152,7 +99,9 @@ def _generation_config(
     patch_size=patch,
     norm_epsilon=epsilon,
   )
-  return config, encoder.get("input_channels", int)
+  encoder.close()
+  decoder.close()
+  return config, latents
 
 
 def _absent_autoencoder(siglip: SiglipConfig, patch_size: int, latents: int) -> AutoencoderConfig:
@@ -165,38 +114,28 @@ def _absent_autoencoder(siglip: SiglipConfig, patch_size: int, latents: int) -> 
   return AutoencoderConfig(**SDXL_VAE.__dict__ | {"latent_channels": latents, "block_channels": channels})
 
 
-def autoencoder_config(f: Fields) -> AutoencoderConfig:
-  """Reads the configuration of a diffusers AutoencoderKL.
+def _params(root: Fields, part: str, cls: str) -> Fields:
+  """The arguments of a part's class."""
+  f = root.sub(f"{part}_config")
+  f.only("cls", cls)
+  f.only("model_type", part)
+  params = f.sub("params")
+  f.close()
+  return params
+
+
+def is_tied(root: Fields) -> bool:
+  """Whether the head is said to be the embedding, by the language model or the whole.
 
   Raises:
-    UserError: a variant that is not SDXL's.
+    UserError: the two contradict each other.
   """
-  f.only("_class_name", "AutoencoderKL")
-  f.only("act_fn", "silu")
-  for name in ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"):
-    f.only(name, True)
-  f.only("shift_factor", 0, 0.0)
-  f.only("in_channels", 3)
-  f.only("out_channels", 3)
-  for name, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-    if set(f.get(name, list, [block])) != {block}:
-      raise UserError(f"{f.where}: {name} may hold {block} alone")
-  channels = f.get("block_out_channels", list)
-  groups = f.get("norm_num_groups", int, 32)
-  if not channels or not all(type(c) is int and c > 0 and c % groups == 0 for c in channels):
-    raise UserError(
-      f"{f.where}: block_out_channels={channels!r} should hold multiples of norm_num_groups={groups}"
-    )
-  return AutoencoderConfig(
-    kind="autoencoder_kl",
-    latent_channels=f.get("latent_channels", int),
-    scaling=f.get("scaling_factor", float),
-    block_channels=tuple(channels),
-    layers_per_block=f.get("layers_per_block", int),
-    norm_groups=groups,
-    patch_size=0,
-    window=0,
-  )
+  inner = root.sub("language_config")
+  told = [(f, f.get("tie_word_embeddings", bool)) for f in (root, inner) if f.values.get("tie_word_embeddings") is not None]
+  root.ignore(("tie_word_embeddings",))
+  if len({value for _, value in told}) > 1:
+    raise UserError(" and ".join(f"{f.where}: tie_word_embeddings={value}" for f, value in told) + " contradict each other")
+  return bool(told) and told[0][1]
 
 
 def config_from_official(
@@ -212,12 +151,23 @@ def config_from_official(
   Raises:
     UserError: a field that is missing, mistyped, or asks for what jflow does not compute.
   """
-  refuse_code(values, where)
   root = Fields(values, where)
-  lm = language_model_config(root.sub("language_config"))
-  siglip = _siglip_config(root.sub("vision_und_enc_config").sub("params"))
-  encoder, decoder = (root.sub(f"vision_gen_{x}_config").sub("params") for x in ("enc", "dec"))
+  root.only("model_type", "multi_modality")
+  root.only("architectures", ["MultiModalityCausalLM"])
+  language = root.sub("language_config")
+  lm = language_model_config(language)
+  siglip = _siglip_config(_params(root, "vision_und_enc", "CLIPVisionTower"))
+  encoder = _params(root, "vision_gen_enc", "ShallowUViTEncoder")
+  decoder = _params(root, "vision_gen_dec", "ShallowUViTDecoder")
+  for f in (encoder, decoder):
+    if language.values.get("hidden_size") is None and f.values.get("hidden_size") not in (None, lm.width):
+      raise UserError(
+        f"{language.where} has no field hidden_size, which then is {lm.width}; {f.where} has "
+        f"{shown(f.values['hidden_size'])}"
+      )
   generation, latents = _generation_config(encoder, decoder, lm)
+  is_tied(root)
+  root.close()
   if autoencoder is None:
     autoencoder = _absent_autoencoder(siglip, generation.patch_size, latents)
   if autoencoder.latent_channels != latents:

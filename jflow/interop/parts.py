@@ -12,15 +12,17 @@ import tokenizers
 
 from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from jflow.errors import UserError
-from jflow.interop import names, official, transfer
+from jflow.interop import budget, names, official, processor_config, sizes, tied, transfer
+from jflow.interop.fields import Fields
+from jflow.interop.foreign_config import is_tied, language_model_config, siglip_config
 from jflow.interop.official import Loaded
-from jflow.interop.official_config import Fields, language_model_config, refuse_code
-from jflow.interop.safetensors_io import Checkpoint, read_json
-from jflow.models.config import GenerationConfig, JanusFlowConfig, SiglipConfig
+from jflow.interop.safetensors_io import Checkpoint
+from jflow.models.config import GenerationConfig, JanusFlowConfig, LanguageModelConfig, SiglipConfig
 from jflow.models.generation import GenerationDecoder, GenerationEncoder
 from jflow.models.layers import Linear, RMSNorm
 from jflow.models.siglip import Pool
 from jflow.sharding import unbox
+from jflow.strict_json import read_object
 
 # The fresh parts have the release's sizes (g_enc and g_dec; REPA reads block 6 of the LLM, paper section 4.1).
 _GENERATION = GenerationConfig(width=768, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6)
@@ -30,11 +32,8 @@ _ADDED = ("pad", "image", "image_start", "image_end", "generation_start")
 _ROWS = 64  # a grown vocabulary is rounded up to a multiple of this
 
 
-def _config(directory: pathlib.Path) -> Fields:
-  path = directory / "config.json"
-  values = read_json(path)
-  refuse_code(values, str(path))
-  return Fields(values, str(path))
+def _config(path: pathlib.Path) -> Fields:
+  return Fields(read_object(path), str(path))
 
 
 def _tokenizer(directory: pathlib.Path) -> Tokenizer:
@@ -63,32 +62,41 @@ def _tokenizer(directory: pathlib.Path) -> Tokenizer:
   return Tokenizer(files, str(directory))
 
 
-def _siglip(directory: pathlib.Path, dtype: np.dtype | None) -> tuple[SiglipConfig, dict[str, np.ndarray]]:
-  """Reads a SiglipModel (its vision tower) or a SiglipVisionModel of transformers."""
-  f = _config(directory)
-  f.only("model_type", "siglip", "siglip_vision_model")
-  if "vision_config" in f.values:
-    f = f.sub("vision_config")
-  f.only("hidden_act", "gelu_pytorch_tanh", "gelu")
-  f.only("num_channels", 3)
-  # What transformers leaves out of a config.json has the default of its SiglipVisionConfig.
-  config = SiglipConfig(
-    image_size=f.get("image_size", int, 224),
-    patch_size=f.get("patch_size", int, 16),
-    width=f.get("hidden_size", int, 768),
-    mlp_width=f.get("intermediate_size", int, 3072),
-    layers=f.get("num_hidden_layers", int, 12),
-    heads=f.get("num_attention_heads", int, 12),
-    layer_norm_epsilon=f.get("layer_norm_eps", float, 1e-6),
-    gelu="erf" if f.values.get("hidden_act") == "gelu" else "tanh",
-  )
+def _describe_siglip(directory: pathlib.Path) -> tuple[SiglipConfig, transfer.Weights]:
+  """Reads the configuration and the headers of a SiglipModel (its vision tower) or a SiglipVisionModel."""
+  f = _config(directory / "config.json")
+  config = siglip_config(f)
+  f = f.sub("vision_config") if f.values.get("vision_config") is not None else f
+  if (directory / "preprocessor_config.json").exists():
+    processor_config.check_siglip(_config(directory / "preprocessor_config.json"), config.image_size)
   checkpoint = Checkpoint(directory, ("model",))
   prefix = "vision_model." if any(n.startswith("vision_model.") for n in checkpoint.tensors) else ""
+  embeddings = f"{prefix}embeddings"
+  found = (f"{prefix}encoder.layers.", f"{embeddings}.patch_embedding.weight", f"{embeddings}.position_embedding.weight")
+  sizes.check_siglip(f, config, checkpoint.tensors, ("num_hidden_layers", "hidden_size"), found, directory)
   head = f"{prefix}head.probe" in checkpoint.tensors
-  ignored = lambda name: name.startswith(("text_model.", "logit_")) or name.endswith("position_ids")
+  if head and f.values.get("vision_use_head") is False:
+    raise UserError(f"{f.where}: vision_use_head=False, and {directory} holds tensor {prefix}head.probe")
+  ignored = lambda name: name.startswith(("text_model.", "logit_")) or name == f"{embeddings}.position_ids"
   entries = list(names.siglip_transformers(config, prefix, head))
-  params = transfer.load(entries, checkpoint, "SigLIP", ignored, dtype)
-  return config, params
+  return config, transfer.Weights.describe(entries, checkpoint, "SigLIP", ignored)
+
+
+def _siglip(directory: pathlib.Path, dtype: np.dtype | None) -> tuple[SiglipConfig, dict[str, np.ndarray]]:
+  """Reads a vision tower: `_describe_siglip`, and its weights."""
+  config, weights = _describe_siglip(directory)
+  return config, weights.read(dtype)
+
+
+def _describe_llm(directory: pathlib.Path) -> tuple[LanguageModelConfig, transfer.Weights]:
+  """Reads the configuration and the headers of a LlamaForCausalLM."""
+  f = _config(directory / "config.json")
+  config = language_model_config(f)
+  checkpoint = Checkpoint(directory, ("model",))
+  sizes.check_llama(f, config, checkpoint.tensors, "", directory)
+  entries = list(names.language_model(config, "", tied.check(f, is_tied(f), checkpoint, "")))
+  ignored = lambda name: name.endswith(".rotary_emb.inv_freq")
+  return config, transfer.Weights.describe(entries, checkpoint, "LLM", ignored)
 
 
 def _grow(params: dict[str, np.ndarray], rows: int) -> None:
@@ -154,11 +162,10 @@ def load(
   Raises:
     UserError: a part that is missing, damaged, of another layout, or does not fit the others.
   """
-  f = _config(llm)
-  language = language_model_config(f)
   words = _tokenizer(tokenizer or llm)
-  vision, params = _siglip(siglip, dtype)
-  autoencoder, vae_params = official.load_vae(vae, dtype)
+  language, llm_weights = _describe_llm(llm)
+  vision, siglip_weights = _describe_siglip(siglip)
+  autoencoder, vae_weights = official.describe_vae(vae)
   rows = language.vocabulary_size
   if words.vocabulary_size > rows:
     rows = -(-words.vocabulary_size // _ROWS) * _ROWS
@@ -170,12 +177,11 @@ def load(
     alignment_layer=min(_ALIGNMENT_LAYER, language.layers),
     alignment_width=0,
   )
-  tied = bool(f.values.get("tie_word_embeddings", False))
-  ignored = lambda name: name.endswith(".rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
-  checkpoint = Checkpoint(llm, ("model",))
-  params |= transfer.load(list(names.language_model(language, "", tied)), checkpoint, "LLM", ignored, dtype)
+  weights = (siglip_weights, vae_weights, llm_weights)
+  budget.check(sum(part.bytes(dtype) for part in weights), llm)
+  params = {path: x for part in weights for path, x in part.read(dtype).items()}
   if rows > language.vocabulary_size:
     print(f"jflow: the vocabulary grows from {language.vocabulary_size} to {rows} rows", file=sys.stderr)
     _grow(params, rows)
   with_head = "understanding_encoder/head/latent" not in params
-  return Loaded(config, params | vae_params | _fresh(config, seed, with_head), True, words)
+  return Loaded(config, params | _fresh(config, seed, with_head), True, words)

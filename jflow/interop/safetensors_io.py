@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pathlib
+import stat
 import struct
 import sys
 from collections.abc import Callable, Mapping
@@ -17,7 +18,10 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jflow import strict_json
 from jflow.errors import UserError
+from jflow.strict_json import read_object as read_json
+from jflow.strict_json import shown
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 # Types that may stand in a file beside the weights (buffers); they are never read.
@@ -34,7 +38,10 @@ _OTHER_BYTES = {
   "U64": 8,
 }
 _OTHER_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1}
-_MAX_HEADER = 100 * 2**20
+_MAX_HEADER = 16 * 2**20  # bytes; a thousand tensors take 100 KB
+_MAX_INDEX = 64 * 2**20
+_MOST_TENSORS = 100_000
+_LONGEST_NAME = 512
 _WORTH_SAYING = 2**24  # bytes; less is read or written in a moment
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _EXPONENTS = {"F32": (np.uint32, 0x7F800000), "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00)}
@@ -57,7 +64,10 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
     UserError: a file that is cut, has a header that is too large, or does not follow the format.
   """
   try:
-    size = path.stat().st_size
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+      raise UserError(f"{path} must be a file")
+    size = found.st_size
     with open(path, "rb") as file:
       prefix = file.read(8)
       if len(prefix) < 8:
@@ -72,12 +82,12 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
   except OSError as error:
     raise UserError(f"{path} cannot be read: {error.strerror}") from None
   try:
-    header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    header = strict_json.parse(text)
     header.pop("__metadata__", None)
+    if len(header) > _MOST_TENSORS:
+      raise ValueError(f"{len(header):,} tensors")
     tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
-  except UserError:
-    raise
-  except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+  except (ValueError, TypeError, AttributeError) as error:
     raise UserError(
       f"{path} has a damaged safetensors header ({_one_line(error)}): get the file again"
     ) from None
@@ -94,23 +104,21 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
   return tensors
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  if len({key for key, _ in pairs}) != len(pairs):
-    raise ValueError("a name stands twice")
-  return dict(pairs)
-
-
 def _entry(path: pathlib.Path, name: str, entry: Mapping[str, Any], offset: int) -> Tensor:
+  if not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
+    raise ValueError(f"a tensor is named {shown(name)}")
   if set(entry) != {"dtype", "shape", "data_offsets"}:
-    raise ValueError(f"the entry of {name!r} has the fields {sorted(entry)}")
+    raise ValueError(f"the entry of {name!r} has the fields {shown(sorted(entry))}")
   dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
   if type(shape) is not list or not all(type(n) is int and 0 <= n < 2**48 for n in shape) or len(shape) > 16:
-    raise ValueError(f"{name!r} has the shape {str(shape)[:60]}")
-  if type(offsets) is not list or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
-    raise ValueError(f"{name!r} has the offsets {str(offsets)[:60]}")
-  width = DTYPES[dtype].itemsize if dtype in DTYPES else _OTHER_BYTES.get(dtype)
-  if width is None:
-    raise ValueError(f"{name!r} has the unknown type {str(dtype)[:20]!r}")
+    raise ValueError(f"{name!r} has the shape {shown(shape)}")
+  if type(offsets) is not list or len(offsets) != 2 or not all(
+    type(n) is int and 0 <= n < 2**63 for n in offsets
+  ):
+    raise ValueError(f"{name!r} has the offsets {shown(offsets)}")
+  if type(dtype) is not str or (dtype not in DTYPES and dtype not in _OTHER_BYTES):
+    raise ValueError(f"{name!r} has the unknown type {shown(dtype)}")
+  width = DTYPES[dtype].itemsize if dtype in DTYPES else _OTHER_BYTES[dtype]
   count = math.prod(shape) * width
   if offsets[1] - offsets[0] != count:
     raise ValueError(f"{name!r} of {count:,} bytes lies in {offsets[1] - offsets[0]:,}")
@@ -124,6 +132,8 @@ def _one_line(error: Exception) -> str:
 class Checkpoint:
   """The tensors of a directory: one safetensors file, or shards with an index.
 
+  Where both are there, the file is read, as by transformers; the index must list the same tensors.
+
   Attributes:
     tensors: name -> where it lies.
   """
@@ -132,18 +142,21 @@ class Checkpoint:
     """Reads the headers. `stems`: file names without ".safetensors", in order of preference.
 
     Raises:
-      UserError: nothing to read, only pickles, a missing shard, an index that does not fit the shards.
+      UserError: nothing to read, only pickles, a missing shard, an index that does not fit the shards or the file
+      beside it.
     """
     self.directory = directory
     if not directory.is_dir():
       raise UserError(f"{directory} is not a directory")
     for stem in stems:
       index, single = directory / f"{stem}.safetensors.index.json", directory / f"{stem}.safetensors"
-      if index.is_file():
-        self.tensors = _read_index(index)
-        return
       if single.is_file():
         self.tensors = read_header(single)
+        if index.is_file():
+          _check_beside(index, single, self.tensors)
+        return
+      if index.is_file():
+        self.tensors = _read_index(index)
         return
     pickles = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLES)
     if pickles:
@@ -164,17 +177,22 @@ class Checkpoint:
       raise UserError(
         f"{tensor.file}: tensor {name} has the type {tensor.dtype}, weights are F32, BF16 or F16"
       )
-    out = np.empty(tensor.shape, DTYPES[tensor.dtype])
-    with open(tensor.file, "rb", buffering=0) as file:
-      file.seek(tensor.start)
-      view, done = memoryview(out.reshape(-1).view(np.uint8)), 0
-      while done < tensor.bytes:
-        count = file.readinto(view[done : done + 2**26])
-        if not count:
-          raise UserError(
-            f"{tensor.file} is cut: tensor {name} ends after {done:,} of {tensor.bytes:,} bytes"
-          )
-        done += count
+    try:
+      out = np.empty(tensor.shape, DTYPES[tensor.dtype])
+      with open(tensor.file, "rb", buffering=0) as file:
+        file.seek(tensor.start)
+        view, done = memoryview(out.reshape(-1).view(np.uint8)), 0
+        while done < tensor.bytes:
+          count = file.readinto(view[done : done + 2**26])
+          if not count:
+            raise UserError(
+              f"{tensor.file} is cut: tensor {name} ends after {done:,} of {tensor.bytes:,} bytes"
+            )
+          done += count
+    except OSError as error:
+      raise UserError(f"{tensor.file} cannot be read: {error.strerror}") from None
+    except MemoryError:
+      raise UserError(f"{tensor.file}: tensor {name} has {tensor.bytes:,} bytes, more memory than there is") from None
     if not _finite(out, tensor.dtype):
       raise UserError(f"{tensor.file}: tensor {name} holds values that are not finite: the file is damaged")
     return out
@@ -188,33 +206,30 @@ def _finite(x: np.ndarray, dtype: str) -> bool:
   return not any(((piece & exponent) == exponent).any() for piece in pieces)
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a JSON object.
-
-  Raises:
-    UserError: missing, unreadable, or not an object.
-  """
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise UserError(f"{path} not found") from None
-  except (OSError, ValueError, RecursionError) as error:
-    raise UserError(f"{path} cannot be read: {_one_line(error)}") from None
-  if not isinstance(value, dict):
-    raise UserError(f"{path} should hold a JSON object")
-  return value
+def _weight_map(path: pathlib.Path) -> tuple[dict[str, str], int | None]:
+  """Returns what an index says: tensor -> shard, and the bytes of all tensors if it says that."""
+  index = read_json(path, _MAX_INDEX)
+  shard_of, told = index.get("weight_map"), index.get("metadata")
+  if not isinstance(shard_of, dict) or not shard_of:
+    raise UserError(f"{path} has no field weight_map")
+  for name, shard in shard_of.items():
+    plain = type(shard) is str and os.path.basename(shard) == shard and shard.isprintable()
+    if not plain or not shard.endswith(".safetensors"):
+      raise UserError(
+        f"{path} names the shard {shown(shard)} of {shown(name)}: shards are .safetensors files in the same directory"
+      )
+  if told is not None and not isinstance(told, dict):
+    raise UserError(f"{path}: metadata should be a JSON object, got {shown(told)}")
+  total = (told or {}).get("total_size")
+  if total is not None and (type(total) not in (int, float) or total < 0):
+    raise UserError(f"{path}: metadata: total_size should be a number of bytes, got {shown(total)}")
+  return shard_of, total
 
 
 def _read_index(path: pathlib.Path) -> dict[str, Tensor]:
-  shard_of = read_json(path).get("weight_map")
-  if not isinstance(shard_of, dict) or not shard_of:
-    raise UserError(f"{path} has no field weight_map")
+  shard_of, total = _weight_map(path)
   tensors: dict[str, Tensor] = {}
-  for shard in sorted({str(s) for s in shard_of.values()}):
-    if os.path.basename(shard) != shard or not shard.endswith(".safetensors"):
-      raise UserError(
-        f"{path} names the shard {shard!r}: shards are .safetensors files in the same directory"
-      )
+  for shard in sorted(set(shard_of.values())):
     if not (path.parent / shard).is_file():
       raise UserError(f"{path.parent / shard} not found: {path.name} names it, the download is not complete")
     for name, tensor in read_header(path.parent / shard).items():
@@ -223,11 +238,31 @@ def _read_index(path: pathlib.Path) -> dict[str, Tensor]:
       tensors[name] = tensor
   for name, shard in shard_of.items():
     if name not in tensors or tensors[name].file.name != shard:
-      raise UserError(f"{path}: tensor {name} is not in {shard}")
+      raise UserError(f"{path}: tensor {shown(name)[1:-1]} is not in {shard}")
   unlisted = sorted(set(tensors) - set(shard_of))
   if unlisted:
     raise UserError(f"{path} does not list tensor {unlisted[0]} of {tensors[unlisted[0]].file.name}")
+  size = sum(tensor.bytes for tensor in tensors.values())
+  if total is not None and total != size:
+    raise UserError(
+      f"{path}: metadata: total_size={total:,} and its shards hold {size:,} bytes of tensors: an index of other "
+      "shards? Remove the field if the shards are right"
+    )
   return tensors
+
+
+def _check_beside(index: pathlib.Path, single: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
+  """Says that a whole file is read and not the index beside it, as transformers does; they must list the same."""
+  shard_of, _ = _weight_map(index)
+  listed = set(shard_of)
+  for where, names in ((single, listed - set(tensors)), (index, set(tensors) - listed)):
+    if names:
+      raise UserError(
+        f"{where} lacks tensor {shown(min(names))[1:-1]}, which {(single if where == index else index).name} has: two "
+        "models in one directory, remove the one that is not meant"
+      )
+  if set(shard_of.values()) != {single.name}:
+    print(f"jflow: {single} is read, and not the shards of {index.name} beside it", file=sys.stderr)
 
 
 def write(

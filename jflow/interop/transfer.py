@@ -1,5 +1,6 @@
 """Moves weights between tensors on disk and jflow's nested parameters, one tensor at a time."""
 
+import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jflow.errors import UserError
-from jflow.interop import names, safetensors_io
+from jflow.interop import budget, names, safetensors_io
 from jflow.interop.names import Entry
 
 _BITS = {2: np.uint16, 4: np.uint32}
@@ -51,54 +52,91 @@ def load(
   ignored: Callable[[str], bool] = lambda name: False,
   dtype: np.dtype | None = None,
 ) -> dict[str, np.ndarray]:
-  """Reads tensors into parameters. Host memory: the result plus the largest tensor.
+  """Reads tensors into parameters: `Weights.describe` and `Weights.read` in one."""
+  weights = Weights.describe(entries, checkpoint, what, ignored)
+  return weights.read(dtype)
 
-  Args:
-    entries: the table.
-    checkpoint: where the tensors lie.
-    what: name of the model in messages of progress.
-    ignored: whether a tensor that the table does not name may be there.
-    dtype: of the parameters; None keeps each one's own (float16 becomes float32, exactly).
 
-  Returns:
-    Path, keys joined by "/", -> parameter.
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """Tensors that the headers show to be those of a model, and where they go; none is read yet."""
 
-  Raises:
-    UserError: see `check`, and damaged files.
-  """
-  check(entries, checkpoint, ignored)
-  layers: dict[str, int] = {}
-  types: dict[str, np.dtype] = {}
-  for entry in entries:
-    layers[entry.path] = 0 if entry.layer is None else max(layers.get(entry.path, 0), entry.layer + 1)
-    own = safetensors_io.DTYPES[checkpoint.tensors[entry.name].dtype]
-    own = np.dtype(np.float32) if own == np.float16 else own
-    types[entry.path] = dtype or np.result_type(own, types.get(entry.path, own))
-  by_name: dict[str, list[Entry]] = {}
-  for entry in entries:
-    by_name.setdefault(entry.name, []).append(entry)
-  order = sorted(
-    by_name, key=lambda name: (checkpoint.tensors[name].file.name, checkpoint.tensors[name].start)
-  )
-  progress = safetensors_io.Progress(f"reading {what}", sum(checkpoint.tensors[n].bytes for n in by_name))
-  params: dict[str, np.ndarray] = {}
-  for name in order:
-    tensor = checkpoint.read(name)
-    for entry in by_name[name]:
-      if entry.path not in params:
-        lead = (layers[entry.path],) if layers[entry.path] else ()
-        shape = lead + names.jflow_shape(entry.kind, entry.part_shape)
-        params[entry.path] = _aligned(shape, types[entry.path])
-      target = params[entry.path] if entry.layer is None else params[entry.path][entry.layer]
-      _copy(target, names.to_jflow(entry.kind, entry.slice(tensor)))
-    progress.add(checkpoint.tensors[name].bytes)
-  return params
+  entries: Sequence[Entry]  # the table
+  checkpoint: safetensors_io.Checkpoint
+  what: str  # name of the model in messages of progress
+
+  @classmethod
+  def describe(
+    cls,
+    entries: Sequence[Entry],
+    checkpoint: safetensors_io.Checkpoint,
+    what: str,
+    ignored: Callable[[str], bool] = lambda name: False,
+  ) -> "Weights":
+    """Checks names, shapes and types; `ignored`: whether a tensor that the table does not name may be there.
+
+    Raises:
+      UserError: see `check`.
+    """
+    check(entries, checkpoint, ignored)
+    return cls(entries, checkpoint, what)
+
+  def types(self, dtype: np.dtype | None) -> dict[str, np.dtype]:
+    """Parameter -> the type that it is read in; see `read`."""
+    types: dict[str, np.dtype] = {}
+    for entry in self.entries:
+      own = safetensors_io.DTYPES[self.checkpoint.tensors[entry.name].dtype]
+      own = np.dtype(np.float32) if own == np.float16 else own
+      types[entry.path] = dtype or np.result_type(own, types.get(entry.path, own))
+    return types
+
+  def bytes(self, dtype: np.dtype | None) -> int:
+    """What `read` takes of memory: the parameters and the largest tensor."""
+    types, tensors = self.types(dtype), self.checkpoint.tensors
+    params = sum(math.prod(entry.part_shape) * types[entry.path].itemsize for entry in self.entries)
+    return params + max((tensors[entry.name].bytes for entry in self.entries), default=0)
+
+  def read(self, dtype: np.dtype | None) -> dict[str, np.ndarray]:
+    """Reads the tensors into parameters. Host memory: the result plus the largest tensor.
+
+    Args:
+      dtype: of the parameters; None keeps each one's own (float16 becomes float32, exactly).
+
+    Returns:
+      Path, keys joined by "/", -> parameter.
+
+    Raises:
+      UserError: a damaged file, or more than this machine's memory.
+    """
+    entries, tensors = self.entries, self.checkpoint.tensors
+    budget.check(self.bytes(dtype), self.checkpoint.directory)
+    types, layers, by_name = self.types(dtype), {}, {}
+    for entry in entries:
+      layers[entry.path] = 0 if entry.layer is None else max(layers.get(entry.path, 0), entry.layer + 1)
+      by_name.setdefault(entry.name, []).append(entry)
+    order = sorted(by_name, key=lambda name: (tensors[name].file.name, tensors[name].start))
+    progress = safetensors_io.Progress(f"reading {self.what}", sum(tensors[n].bytes for n in by_name))
+    params: dict[str, np.ndarray] = {}
+    for name in order:
+      tensor = self.checkpoint.read(name)
+      for entry in by_name[name]:
+        if entry.path not in params:
+          lead = (layers[entry.path],) if layers[entry.path] else ()
+          shape = lead + names.jflow_shape(entry.kind, entry.part_shape)
+          params[entry.path] = _aligned(shape, types[entry.path])
+        target = params[entry.path] if entry.layer is None else params[entry.path][entry.layer]
+        _copy(target, names.to_jflow(entry.kind, entry.slice(tensor)))
+      progress.add(tensors[name].bytes)
+    return params
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   """An array on a boundary of 64 bytes: the CPU backend of XLA takes such an array over without a copy."""
   count = math.prod(shape) * dtype.itemsize
-  raw = np.empty(count + 64, np.uint8)
+  try:
+    raw = np.empty(count + 64, np.uint8)
+  except MemoryError:
+    raise UserError(f"a parameter of shape {list(shape)} takes {count:,} bytes, more memory than there is") from None
   start = -raw.ctypes.data % 64
   return raw[start : start + count].view(dtype).reshape(shape)
 

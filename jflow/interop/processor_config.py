@@ -1,0 +1,93 @@
+"""preprocessor_config.json and processor_config.json: what they ask for must be what jflow does with pictures and turns.
+
+jflow resizes, pads, normalises and tags as the release does (`jflow.data.images`, `jflow.data.examples`). These files
+travel with a checkpoint and programs write them freely, so a field that is not known is said and not refused.
+"""
+
+import sys
+
+from jflow.data.tokenizer import SPECIAL_TOKENS
+from jflow.errors import UserError
+from jflow.interop.fields import Fields
+from jflow.models.config import JanusFlowConfig
+from jflow.strict_json import shown
+
+_HALF = [0.5, 0.5, 0.5]
+
+
+def check_images(f: Fields, config: JanusFlowConfig) -> None:
+  """Checks the release's VLMImageProcessor.
+
+  Raises:
+    UserError: naming the field that asks for something else.
+  """
+  f.only("image_processor_type", "VLMImageProcessor")
+  f.only("background_color", [127, 127, 127])
+  f.only("min_size", 14)
+  _check_size(f, "image_size", config.image_size)
+  _check_normalisation(f)
+  _say_rest(f)
+
+
+def check_siglip(f: Fields, image_size: int) -> None:
+  """Checks an image processor of transformers' SigLIP; how it resizes is not asked, since jflow pads to a square.
+
+  Raises:
+    UserError: naming the field that asks for something else.
+  """
+  f.only("image_processor_type", "SiglipImageProcessor", "SiglipImageProcessorFast")
+  f.only("do_center_crop", False)
+  f.ignore(("resample", "do_convert_rgb", "crop_size", "default_to_square"))
+  if isinstance(f.values.get("size"), dict):
+    size = f.sub("size")
+    for side in ("height", "width", "shortest_edge", "longest_edge"):
+      _check_size(size, side, image_size)
+    size.close()
+  else:
+    _check_size(f, "size", image_size)
+  _check_normalisation(f)
+  _say_rest(f)
+
+
+def check_chat(f: Fields, config: JanusFlowConfig) -> None:
+  """Checks the release's VLChatProcessor.
+
+  Raises:
+    UserError: naming the field that asks for something else.
+  """
+  _check_size(f, "num_image_tokens", config.patches)
+  f.only("add_special_token", False)
+  f.only("ignore_id", -100)
+  f.only("mask_prompt", True, False)
+  f.only("sft_format", "deepseek")
+  tags = {"image_tag": "image", "image_start_tag": "image_start", "image_end_tag": "image_end", "pad_tag": "pad"}
+  for field, token in (tags | {"image_gen_tag": "generation_start"}).items():
+    f.only(field, SPECIAL_TOKENS[token])
+  _say_rest(f)
+
+
+def _check_size(f: Fields, name: str, wanted: int) -> None:
+  if f.values.get(name) is not None and f.get(name, int) != wanted:
+    raise UserError(f"{f.where}: {name}={f.values[name]} is not supported, the model's is {wanted}")
+  f.ignore((name,))
+
+
+def _check_normalisation(f: Fields) -> None:
+  """Pixels become [-1, 1]: rescaled by 1/255, less the mean 0.5, over the deviation 0.5."""
+  f.only("processor_class", "VLChatProcessor", "SiglipProcessor")
+  f.only("image_mean", _HALF)
+  f.only("image_std", _HALF)
+  f.only("do_rescale", True)
+  f.only("do_resize", True)
+  if f.values.get("rescale_factor") is not None and abs(f.get("rescale_factor", float) * 255 - 1) > 1e-6:
+    raise UserError(f"{f.where}: rescale_factor={shown(f.values['rescale_factor'])} is not supported, only {1 / 255}")
+  f.ignore(("rescale_factor",))
+  f.only("do_normalize", True, False)
+  if f.values.get("do_normalize") is False:  # a mistake that was published, and repaired later
+    print(f"jflow: {f.where} says do_normalize=false; pixels are normalised to [-1, 1] all the same", file=sys.stderr)
+
+
+def _say_rest(f: Fields) -> None:
+  if rest := f.unknown():
+    names = ", ".join(shown(name)[1:-1] for name in rest[:8])
+    print(f"jflow: {f.where} has fields that jflow does not read: {names}", file=sys.stderr)

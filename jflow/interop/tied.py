@@ -1,0 +1,44 @@
+"""The head of a language model that config.json ties to the embedding, compared with what the file holds."""
+
+import numpy as np
+
+from jflow.errors import UserError
+from jflow.interop.fields import Fields
+from jflow.interop.safetensors_io import Checkpoint
+
+
+def check(f: Fields, tied: bool, checkpoint: Checkpoint, prefix: str) -> bool:
+  """Compares what a configuration says of the head with what is there.
+
+  Args:
+    f: the configuration, for its place.
+    tied: what it says.
+    checkpoint: the weights.
+    prefix: before the names of the language model's tensors.
+
+  Returns:
+    Whether the head is to be read from the embedding, since the file holds none.
+
+  Raises:
+    UserError: a tied model with a head of its own, or an untied one without.
+  """
+  embed, head = f"{prefix}model.embed_tokens.weight", f"{prefix}lm_head.weight"
+  if head not in checkpoint.tensors:
+    if not tied and embed in checkpoint.tensors:
+      raise UserError(
+        f"{checkpoint.directory} lacks tensor {head}, and {f.where} does not say tie_word_embeddings=true"
+      )
+    return tied
+  if tied and embed in checkpoint.tensors and not _equal(checkpoint, embed, head):
+    raise UserError(
+      f"{f.where}: tie_word_embeddings=true, and {head} in {checkpoint.tensors[head].file} differs from {embed}: set "
+      "it to false to keep this head, or remove the tensor"
+    )
+  return False
+
+
+def _equal(checkpoint: Checkpoint, a: str, b: str) -> bool:
+  if checkpoint.tensors[a].shape != checkpoint.tensors[b].shape:
+    return False
+  x, y = checkpoint.read(a), checkpoint.read(b)
+  return all(np.array_equal(x[i : i + 4096], y[i : i + 4096]) for i in range(0, len(x), 4096))
