@@ -1,10 +1,14 @@
 """Opens a checkpoint of either layout: the published one, or jflow's own."""
 
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from flax.traverse_util import flatten_dict
+
+from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
-from jflow.interop import official, remote, transfer
+from jflow.interop import official, own_layout, remote, transfer
 from jflow.models.config import JanusFlowConfig
 from jflow.training import checkpoint
 
@@ -17,6 +21,21 @@ class Checkpoint(NamedTuple):
   tokenizer: pathlib.Path  # directory with tokenizer.json, if the checkpoint has one
   template: str  # "plain" or "chat"
   has_vae: bool
+
+
+class Described(NamedTuple):
+  """A checkpoint whose files fit one another, as far as that shows before its weights are read."""
+
+  config: JanusFlowConfig
+  directory: pathlib.Path  # with tokenizer.json, if the checkpoint has one
+  tokenizer: Tokenizer | None  # read where it was asked for
+  template: str
+  has_vae: bool
+  read_params: Callable[[], Any]  # nested numpy arrays
+
+  def read(self) -> Checkpoint:
+    """Reads the weights."""
+    return Checkpoint(self.config, self.read_params(), self.directory, self.template, self.has_vae)
 
 
 def locate(path: str | pathlib.Path) -> pathlib.Path:
@@ -44,33 +63,54 @@ def workdir_of(step_dir: pathlib.Path) -> pathlib.Path:
 def read_checkpoint(
   path: str | pathlib.Path, *, vae: str | pathlib.Path | None = None, weights: str = "ema"
 ) -> Checkpoint:
-  """Reads a checkpoint, official or jflow.
+  """Reads a checkpoint, official or jflow: `describe`, and the weights."""
+  return describe(path, vae=vae, weights=weights).read()
+
+
+def describe(
+  path: str | pathlib.Path, *, vae: str | pathlib.Path | None = None, weights: str = "ema", tokenizer: bool = False
+) -> Described:
+  """Reads all of a checkpoint but its weights: what is wrong with it shows here, what costs least first.
 
   Args:
     path: see `locate`.
     vae: directory of the SDXL-VAE, for a checkpoint that holds none; None: the VAE inside it, if there is one.
     weights: "ema" or "raw", for a jflow one.
+    tokenizer: whether it must have one that fits the model.
 
   Raises:
-    UserError: it is neither, or something is missing or wrong.
+    UserError: it is neither, or something is missing, contradictory, or wrong.
   """
-  found = locate(path)
-  if official.is_official(found):
-    loaded = official.load(found, pathlib.Path(vae) if vae else None)
-    return Checkpoint(loaded.config, transfer.nest(loaded.params), found, "chat", loaded.has_vae)
-  workdir = workdir_of(found)
-  fields = checkpoint.read_config(workdir)
-  config = JanusFlowConfig.from_dict(fields["model"])
-  given = {}
-  if vae:
-    autoencoder, flat = official.load_vae(pathlib.Path(vae), None)
+  path = remote.fetch(path) if remote.is_remote(path) else pathlib.Path(path)
+  vae = pathlib.Path(vae) if vae else None
+  if not (path.is_dir() and official.is_official(path)):
+    return _describe_own(path, vae, weights, tokenizer)
+  if tokenizer and not (path / "tokenizer.json").is_file():
+    Tokenizer.load(str(path))  # says what is missing
+  found = official.describe(path, vae)
+  return Described(
+    found.config, path, found.tokenizer, "chat", found.has_vae, lambda: transfer.nest(found.read())
+  )
+
+
+def _describe_own(path: pathlib.Path, vae: pathlib.Path | None, weights: str, tokenizer: bool) -> Described:
+  around = (path, path.parent, path.parent.parent)
+  workdir = next((d for d in around if (d / "checkpoints").is_dir() and (d / "config.json").exists()), None)
+  workdir = workdir or workdir_of(locate(path))  # which says why there is none
+  settings = own_layout.read_settings(workdir)
+  config, words = settings.config, None
+  if tokenizer:
+    words = Tokenizer.load(str(workdir / "tokenizer"))
+    words.check_fits(config.language_model.vocabulary_size)
+  given = None
+  if vae is not None:
+    autoencoder, given = official.describe_vae(vae)
     if autoencoder != config.autoencoder:
       raise UserError(f"{vae} holds another VAE than the one that {path} was trained with")
-    given = transfer.nest(flat)
-  return Checkpoint(
-    config=config,
-    params=checkpoint.load_params(found, weights) | given,
-    tokenizer=workdir / "tokenizer",
-    template=fields["data"]["template"],
-    has_vae=bool(given) or fields.get("has_vae", True),
-  )
+    settings = settings._replace(has_vae=False)
+  step = locate(path)
+  parts = checkpoint.param_shapes(step, weights)
+  found = {name: x for part in parts.values() for name, x in flatten_dict(part, sep="/").items()}
+  own_layout.check(settings, found, step)
+  read = lambda: checkpoint.load_params(step, weights) | (transfer.nest(given.read(None)) if given else {})
+  return Described(config, workdir / "tokenizer", words, settings.template, given is not None or settings.has_vae, read)

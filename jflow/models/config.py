@@ -12,6 +12,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from jflow.errors import UserError
+from jflow.strict_json import shown
+
+# The most that a size may be. No model comes near; without an end, one number in a file from elsewhere would have a
+# program build blocks or compute with numbers for hours.
+_MOST = 2**24
+_MOST_OF = {
+  "layers": 1024, "encoder_blocks": 128, "decoder_blocks": 128, "layers_per_block": 32, "heads": 2**14,
+  "kv_heads": 2**14, "image_size": 2**14, "patch_size": 2**12, "window": 2**12, "latent_channels": 2**14,
+}  # fmt: skip
+_MOST_LEVELS = 12  # of an autoencoder: a factor of 2048 between pixels and latents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,15 +106,26 @@ class JanusFlowConfig:
     """Checks what can be checked without a device; raises UserError naming field and value."""
     lm, vision, gen, vae = self.language_model, self.understanding_encoder, self.generation, self.autoencoder
     if self.reader not in ("siglip", "shared", "separate"):
-      raise UserError(f"model.reader={self.reader!r} must be 'siglip', 'shared' or 'separate'")
+      raise UserError(f"model.reader={shown(self.reader)} must be 'siglip', 'shared' or 'separate'")
     if vae.kind not in ("autoencoder_kl", "patch_pca"):
-      raise UserError(f"model.autoencoder.kind={vae.kind!r} must be 'autoencoder_kl' or 'patch_pca'")
+      raise UserError(f"model.autoencoder.kind={shown(vae.kind)} must be 'autoencoder_kl' or 'patch_pca'")
     other = ("patch_size", "window") if vae.kind == "autoencoder_kl" else ("layers_per_block", "norm_groups")
     for section in ("language_model", "understanding_encoder", "generation", "autoencoder"):
       for name, value in vars(getattr(self, section)).items():
         unused = section == "autoencoder" and name in other
         if isinstance(value, (int, float)) and not unused and not 0 < value < math.inf:
-          raise UserError(f"model.{section}.{name}={value} must be positive")
+          raise UserError(f"model.{section}.{name}={shown(value)} must be positive")
+        if isinstance(value, int) and value > _MOST_OF.get(name, _MOST):
+          most = _MOST_OF.get(name, _MOST)
+          raise UserError(f"model.{section}.{name}={shown(value)} must be at most {most}")
+    if len(vae.block_channels) > _MOST_LEVELS or any(c > _MOST for c in vae.block_channels):
+      raise UserError(
+        f"model.autoencoder.block_channels={shown(vae.block_channels)} must hold at most {_MOST_LEVELS} numbers of at "
+        f"most {_MOST}"
+      )
+    for name, value in (("alignment_layer", self.alignment_layer), ("alignment_width", self.alignment_width)):
+      if not 0 <= value <= _MOST:
+        raise UserError(f"model.{name}={shown(value)} must be in 0..{_MOST}")
     if lm.heads % lm.kv_heads:
       raise UserError(f"model.language_model.heads={lm.heads} must be a multiple of kv_heads={lm.kv_heads}")
     if lm.head_width % 2:
@@ -119,7 +140,7 @@ class JanusFlowConfig:
         f"model.understanding_encoder.width={vision.width} must be a multiple of heads={vision.heads}"
       )
     if vision.gelu not in ("erf", "tanh"):
-      raise UserError(f"model.understanding_encoder.gelu={vision.gelu!r} must be 'erf' or 'tanh'")
+      raise UserError(f"model.understanding_encoder.gelu={shown(vision.gelu)} must be 'erf' or 'tanh'")
     if gen.width % 2:
       raise UserError(f"model.generation.width={gen.width} must be even (cosines and sines of the time)")
     if vae.kind == "patch_pca" and vae.window < vae.patch_size:
@@ -169,13 +190,13 @@ class JanusFlowConfig:
 
 def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
   if not isinstance(values, Mapping):
-    raise UserError(f"{path} must be a mapping of fields, not {values!r}")
+    raise UserError(f"{path} must be a mapping of fields, not {shown(values)}")
   hints = typing.get_type_hints(cls)
   newer = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
   values = {**newer, **values}
-  unknown, missing = sorted(set(values) - set(hints)), sorted(set(hints) - set(values))
+  unknown, missing = sorted(map(str, set(values) - set(hints))), sorted(set(hints) - set(values))
   if unknown:
-    raise UserError(f"unknown field {path}.{unknown[0]}; known: {', '.join(hints)}")
+    raise UserError(f"unknown field {path}.{shown(unknown[0])[1:-1]}; known: {', '.join(hints)}")
   if missing:
     raise UserError(f"missing field {path}.{missing[0]}")
   return cls(**{name: _field(hint, values[name], f"{path}.{name}") for name, hint in hints.items()})
@@ -186,12 +207,12 @@ def _field(hint: Any, value: Any, path: str) -> Any:
     return _build(hint, value, path)
   if isinstance(hint, types.GenericAlias):  # tuple[int, ...]
     if not isinstance(value, (tuple, list)) or not all(type(v) is int for v in value):
-      raise UserError(f"{path} must be a list of integers, not {value!r}")
+      raise UserError(f"{path} must be a list of integers, not {shown(value)}")
     return tuple(value)
-  if hint is float and type(value) is int:
+  if hint is float and type(value) is int and abs(value) < 2**63:
     value = float(value)
   if type(value) is not hint:
-    raise UserError(f"{path} must be of type {hint.__name__}, not {value!r}")
+    raise UserError(f"{path} must be of type {hint.__name__}, not {shown(value)}")
   if hint is int and value < 0:
-    raise UserError(f"{path} must not be negative, not {value}")
+    raise UserError(f"{path} must not be negative, not {shown(value)}")
   return value

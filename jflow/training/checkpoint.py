@@ -333,6 +333,30 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
   return config
 
 
+def param_shapes(step_dir: pathlib.Path, weights: str = "ema") -> dict[str, Any]:
+  """The checkpointables that hold parameters, each nested shapes and types, from a step's metadata alone.
+
+  Args:
+    step_dir: as `resolve` gives it.
+    weights: see `load_params`.
+
+  Raises:
+    UserError: no readable metadata, or no raw weights beside the averaged ones.
+  """
+  try:
+    present = ocp.checkpointables_metadata(step_dir.absolute()).metadata
+    names = [name for name in ("frozen", "ema" if weights == "ema" else "trained") if name in present]
+    raw = weights == "raw" and "ema" in present and "trained" not in present
+    shape = lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype)
+    shapes = {name: jax.tree.map(shape, present[name], is_leaf=lambda m: hasattr(m, "dtype")) for name in names}
+  except Exception as error:  # Orbax raises what it likes on damaged metadata
+    reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+    raise UserError(f"checkpoint {step_dir} has no readable metadata ({reason})") from error
+  if raw:
+    raise UserError(f"checkpoint {step_dir} has no raw weights beside the averaged ones: use weights 'ema'")
+  return shapes
+
+
 def load_params(step_dir: pathlib.Path, weights: str = "ema") -> dict[str, Any]:
   """Loads the nested parameters of a jflow checkpoint as numpy arrays.
 
@@ -345,17 +369,9 @@ def load_params(step_dir: pathlib.Path, weights: str = "ema") -> dict[str, Any]:
   """
   from jflow.training.optim import merge
 
-  present = ocp.checkpointables_metadata(step_dir.absolute()).metadata
-  names = [name for name in ("frozen", "ema" if weights == "ema" else "trained") if name in present]
-  if weights == "raw" and "ema" in present and "trained" not in present:
-    raise UserError(f"checkpoint {step_dir} has no raw weights beside the averaged ones: use weights 'ema'")
-  abstract = {
-    name: jax.tree.map(
-      lambda m: np.empty(m.shape, m.dtype), present[name], is_leaf=lambda m: hasattr(m, "dtype")
-    )
-    for name in names
-  }
-  loaded = _load(step_dir, abstract)
+  # Orbax reads into numpy what is asked for by numpy arrays; these take no memory.
+  like = lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape)
+  loaded = _load(step_dir, jax.tree.map(like, param_shapes(step_dir, weights)))
   return merge(loaded.get("frozen", {}), loaded.get("ema", loaded.get("trained", {})))
 
 

@@ -1,0 +1,111 @@
+"""jflow's own checkpoints: config.json against the names and shapes that a step's metadata gives, nothing else read."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jflow.errors import UserError
+from jflow.interop import budget, names
+from jflow.models.config import JanusFlowConfig
+from jflow.strict_json import read_object, shown
+
+# May be there without a use: heads of training, of this version and of older ones.
+_UNUSED = ("alignment_head/", "contrastive_head/")
+_REACH = 3  # latents that the closed-form codec's decoder sees, along one side
+# A step that is smaller on disk than its arrays by more than this holds none of what it claims.
+_DENSEST, _SMALL = 1000, 2**28
+
+
+class Settings(NamedTuple):
+  """What config.json of a workdir says of the model."""
+
+  config: JanusFlowConfig
+  template: str  # "plain" or "chat"
+  has_vae: bool
+
+
+def read_settings(workdir: pathlib.Path) -> Settings:
+  """Reads config.json of a workdir.
+
+  Raises:
+    UserError: it is missing or damaged, or a field is missing, mistyped or out of range.
+  """
+  path = workdir / "config.json"
+  fields = read_object(path)
+  model, data = fields.get("model"), fields.get("data")
+  if not isinstance(model, dict) or not model:
+    raise UserError(f"{path} has no field model")
+  if not isinstance(data, dict) or data.get("template") is None:
+    raise UserError(f"{path} has no field data.template")
+  if data["template"] not in ("plain", "chat"):
+    raise UserError(f"{path}: data.template={shown(data['template'])} must be 'plain' or 'chat'")
+  has_vae = fields.get("has_vae", True)
+  if type(has_vae) is not bool:
+    raise UserError(f"{path}: has_vae={shown(has_vae)} must be true or false")
+  try:
+    return Settings(JanusFlowConfig.from_dict(model), data["template"], has_vae)
+  except UserError as error:
+    raise UserError(f"{path}: {error}") from None
+
+
+def shapes(c: JanusFlowConfig) -> dict[str, tuple[int, ...]]:
+  """Every parameter of a model, keys joined by "/", and its shape; from the tables, without building the model."""
+  out: dict[str, tuple[int, ...]] = {}
+  entries = names.official(c)
+  if c.autoencoder.kind == "autoencoder_kl":
+    entries += names.autoencoder_kl(c.autoencoder)
+  for entry in entries:
+    shape = names.jflow_shape(entry.kind, entry.part_shape)
+    if entry.layer is not None:
+      shape = (max(out[entry.path][0] if entry.path in out else 0, entry.layer + 1), *shape)
+    out[entry.path] = shape
+  linear = lambda path, into, to: {f"{path}/kernel": (into, to), f"{path}/bias": (to,)}
+  if c.autoencoder.kind == "patch_pca":
+    latents, patch, window = c.autoencoder.latent_channels, c.autoencoder.patch_size, c.autoencoder.window
+    for part, side, into, to in (("encoder", window, 3, latents), ("decoder", _REACH, latents, 3 * patch**2)):
+      out |= {f"vae/{part}/kernel": (side, side, into, to), f"vae/{part}/bias": (to,)}
+  if c.reader != "siglip":
+    out = {path: shape for path, shape in out.items() if not path.startswith("understanding_projector/")}
+  if c.reader == "separate":
+    for theirs, ours in (("generation_encoder/", "latent_encoder/"), ("generation_projector/", "latent_projector/")):
+      out |= {ours + path.removeprefix(theirs): x for path, x in out.items() if path.startswith(theirs)}
+  if c.alignment_width:
+    width, hidden = c.language_model.width, c.alignment_width
+    out |= linear("alignment_head/linear_1", width, hidden) | linear("alignment_head/linear_2", hidden, hidden)
+    out |= linear("alignment_head/linear_3", hidden, c.understanding_encoder.width)
+  return out
+
+
+def check(settings: Settings, found: Mapping[str, Any], step: pathlib.Path) -> None:
+  """Compares names and shapes with what config.json describes, and the bytes with the memory and the disk.
+
+  Args:
+    settings: of the checkpoint.
+    found: parameter -> something with `shape` and `dtype`.
+    step: the folder of the step.
+
+  Raises:
+    UserError: another model, types that are no weights, or more bytes than there can be.
+  """
+  wanted = shapes(settings.config)
+  not_needed = ("alignment_head/",) if settings.has_vae else ("alignment_head/", "vae/")
+  for name, shape in wanted.items():
+    if name not in found and not name.startswith(not_needed):
+      raise UserError(f"checkpoint {step} lacks {name}, which its config.json asks for: another model?")
+    if name in found and tuple(found[name].shape) != shape:
+      raise UserError(
+        f"checkpoint {step}: {name} has shape {tuple(found[name].shape)}, its config.json asks for {shape}: another "
+        "model?"
+      )
+  for name, x in found.items():
+    if name not in wanted and not name.startswith(_UNUSED):
+      raise UserError(f"checkpoint {step} holds {shown(name)[1:-1]}, which its config.json does not ask for: another model?")
+    if np.dtype(x.dtype).name not in ("float32", "bfloat16", "float16"):
+      raise UserError(f"checkpoint {step}: {shown(name)[1:-1]} has the type {x.dtype}, weights are float32, bfloat16 or float16")
+  total = sum(int(np.prod(x.shape, dtype=object)) * np.dtype(x.dtype).itemsize for x in found.values())
+  disk = sum(path.stat().st_size for path in step.rglob("*") if path.is_file())
+  if total > _SMALL + _DENSEST * disk:
+    raise UserError(f"checkpoint {step} claims {total:,} bytes of weights and has {disk:,} on disk: damaged")
+  budget.check(total, step)
