@@ -1,14 +1,20 @@
 """The tokenizer: a `tokenizer.json` whose special tokens are looked up by name, never by number."""
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from jflow import strict_json
+from jflow.data import tokenizer_file
 from jflow.errors import UserError
+from jflow.strict_json import shown
 
 # Names of the special tokens in the release's tokenizer.json.
 SPECIAL_TOKENS = {
@@ -48,48 +54,51 @@ class Tokenizer:
   vocabulary_size: int
   fingerprint: str
 
-  def __init__(self, files: dict[str, bytes], origin: str):
-    """Builds the tokenizer from the contents of its files; `origin` names them in messages. See `load`."""
+  def __init__(self, files: dict[str, bytes], origin: str, checked: bool = False):
+    """Builds the tokenizer from the contents of its files; see `load`.
+
+    Args:
+      files: name -> contents.
+      origin: names them in messages.
+      checked: whether they have been built from before.
+    """
     self._files = files
     self._origin = origin
-    try:
-      self._tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
-      config = json.loads(files.get("tokenizer_config.json", b"{}"))
-      vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-    except Exception as error:  # the library raises bare Exception
-      raise UserError(f"{origin}: not a readable tokenizer ({_one_line(error)})") from None
-    if not isinstance(config, dict):
-      raise UserError(f"{origin}: tokenizer_config.json should hold an object")
+    added = [] if checked else tokenizer_file.check(files["tokenizer.json"], origin).get("added_tokens") or []
+    config, other = (_settings(files, name, origin) for name in ("tokenizer_config.json", "special_tokens_map.json"))
+    self._tokenizer = build(files["tokenizer.json"], origin)
+    vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
     if len(set(vocabulary.values())) != len(vocabulary):
       raise UserError(f"{origin}: tokenizer.json gives the same id to two tokens")
+    _check_added(vocabulary, added, config, origin)
     self._tokenizer.encode_special_tokens = True
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     self.fingerprint = hashlib.sha256(b"".join(files[name] for name in sorted(files))).hexdigest()
     self.vocabulary_size = max(vocabulary.values()) + 1
     for attribute, name in SPECIAL_TOKENS.items():
-      setattr(self, attribute, _special_id(vocabulary, config, attribute, name, origin))
+      token = _special_token(vocabulary, config, other, attribute, name, origin)
+      setattr(self, attribute, vocabulary[token])
+      if not checked and vocabulary[token] in self.encode(token):
+        raise UserError(
+          f"{origin}: tokenizer.json does not mark {token} as special, so that any text could spell it: set special to true"
+        )
 
   @classmethod
   def load(cls, directory: str) -> "Tokenizer":
     """Reads `tokenizer.json` (and `tokenizer_config.json` where it exists) from a directory.
 
     Raises:
-      UserError: a file is missing, broken or too large, or a special token is missing.
+      UserError: a file is missing, broken or too large, a special token is missing, or it asks for what could take
+        time or memory without end.
     """
     directory = os.fspath(directory)
-    path = os.path.join(directory, "tokenizer.json")
-    if not os.path.isfile(path):
-      raise UserError(f"{path} not found: the tokenizer is a directory that holds a tokenizer.json")
-    files = {}
-    for name in _FILES:
-      path = os.path.join(directory, name)
-      if os.path.isfile(path):
-        if os.path.getsize(path) > _MAX_FILE_BYTES:
-          raise UserError(f"{path} has {os.path.getsize(path):,} bytes: too large for a tokenizer")
-        with open(path, "rb") as file:
-          files[name] = file.read()
-    return cls(files, directory)
+    tokenizer = cls(read_files(directory), directory)
+    path = os.path.join(directory, "added_tokens.json")  # of the tokenizers before tokenizer.json
+    for content, i in (strict_json.read_object(path) if os.path.exists(path) else {}).items():
+      if (has := tokenizer._tokenizer.token_to_id(content)) != i:
+        raise UserError(f"{path} gives {shown(content)} the id {shown(i)}, and tokenizer.json has {has}")
+    return tokenizer
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of `text`, without BOS and without special ids.
@@ -98,13 +107,15 @@ class Tokenizer:
       UserError: the text holds a lone surrogate and so is not valid Unicode.
     """
     try:
-      return self._tokenizer.encode(text, add_special_tokens=False).ids
+      with _native(f"{self._origin}: the tokenizer cannot read {shown(text)}"):
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
     except (UnicodeEncodeError, TypeError):
       raise UserError(f"not valid Unicode text: {text[:40]!r}") from None
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of `ids`, special tokens left out; incomplete UTF-8 becomes U+FFFD."""
-    return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+    with _native(f"{self._origin}: the tokenizer cannot write the ids {shown(list(ids[:20]))}"):
+      return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
   def check_fits(self, vocabulary_size: int) -> None:
     """Raises UserError where the tokenizer has ids that a model of this vocabulary lacks."""
@@ -123,7 +134,84 @@ class Tokenizer:
 
   def __reduce__(self):
     # The library's own pickling forgets `encode_special_tokens`.
-    return Tokenizer, (self._files, self._origin)
+    return Tokenizer, (self._files, self._origin, True)
+
+
+@contextlib.contextmanager
+def _native(what: str) -> Iterator[None]:
+  """Around a call of the library, which raises bare Exception, and whose panics are not even that.
+
+  Raises:
+    UserError: `what`, and the library's reason.
+    UnicodeEncodeError, TypeError: of the arguments.
+  """
+  try:
+    yield
+  except (UnicodeEncodeError, TypeError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    raise
+  except BaseException as error:
+    raise UserError(f"{what} ({_one_line(error)})") from None
+
+
+def read_files(directory: str) -> dict[str, bytes]:
+  """The contents of a tokenizer's files, by their names.
+
+  Raises:
+    UserError: there is no tokenizer.json, a file is too large or cannot be read, or another file contradicts it.
+  """
+  path = os.path.join(directory, "tokenizer.json")
+  if not os.path.isfile(path):
+    found = sorted(p.name for p in pathlib.Path(directory).glob("*.model"))
+    raise UserError(
+      f"{path} not found: {found[0]} beside it is a sentencepiece model, which transformers' AutoTokenizer turns into a "
+      "tokenizer.json (save_pretrained)"
+      if found
+      else f"{path} not found: the tokenizer is a directory that holds a tokenizer.json"
+    )
+  files = {}
+  for name in _FILES:
+    path = os.path.join(directory, name)
+    if os.path.exists(path):
+      if os.path.getsize(path) > _MAX_FILE_BYTES:
+        raise UserError(f"{path} has {os.path.getsize(path):,} bytes: too large for a tokenizer")
+      files[name] = strict_json.read_bytes(path, _MAX_FILE_BYTES)
+  return files
+
+
+def build(content: bytes, origin: str) -> tokenizers.Tokenizer:
+  """The library's tokenizer of a tokenizer.json that `tokenizer_file.check` has passed.
+
+  Raises:
+    UserError: it takes none of it.
+  """
+  with _native(f"{origin}: not a readable tokenizer"):
+    return tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+
+
+def _settings(files: dict[str, bytes], name: str, origin: str) -> dict[str, Any]:
+  """The object in a file beside tokenizer.json; empty where there is none."""
+  try:
+    value = strict_json.parse(files.get(name, b"{}"))
+  except strict_json.Malformed as error:
+    raise UserError(f"{origin}: {name} cannot be read: {error}") from None
+  if not isinstance(value, dict):
+    raise UserError(f"{origin}: {name} should hold an object")
+  if value.get("auto_map") is not None or value.get("trust_remote_code"):
+    raise UserError(f"{origin}: {name} asks to run Python code that came with it (auto_map), which jflow never does")
+  return value
+
+
+def _check_added(vocabulary: dict[str, int], added: list[Any], config: dict[str, Any], origin: str) -> None:
+  """Checks that each added token has the id that the files give it: the library numbers anew what it does not like."""
+  told = [("tokenizer.json: added_tokens", token["content"], token["id"]) for token in added]
+  decoder = config.get("added_tokens_decoder")
+  for i, token in decoder.items() if isinstance(decoder, dict) else ():
+    content = token.get("content") if isinstance(token, dict) else token
+    told.append(("tokenizer_config.json: added_tokens_decoder", content, int(i) if i.isdecimal() and len(i) < 12 else i))
+  for where, content, i in told:
+    if type(content) is not str or vocabulary.get(content) != i:
+      has = vocabulary.get(content) if type(content) is str else None
+      raise UserError(f"{origin}: {where} gives {shown(content)} the id {shown(i)}, and the tokenizer has {has}")
 
 
 def train(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
@@ -180,23 +268,32 @@ def train(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
   return Tokenizer(files, "the trained tokenizer")
 
 
-def _special_id(vocabulary: dict[str, int], config: dict, attribute: str, name: str, origin: str) -> int:
-  """Returns the id of one special token.
+def _special_token(
+  vocabulary: dict[str, int], config: dict[str, Any], other: dict[str, Any], attribute: str, name: str, origin: str
+) -> str:
+  """Returns one special token.
 
-  bos and eos: tokenizer_config.json may name other tokens. pad: the release's name comes first, since its
-  tokenizer_config.json names EOS; a tokenizer without any pads with EOS (no padding is ever read).
+  bos and eos: tokenizer_config.json or special_tokens_map.json may name other tokens. pad: the release's name comes
+  first, since its tokenizer_config.json names EOS; a tokenizer without any pads with EOS (no padding is ever read).
   """
-  named = config.get(f"{attribute}_token")
-  if isinstance(named, dict):
-    named = named.get("content")
+  named, also = (_content(values.get(f"{attribute}_token")) for values in (config, other))
+  if attribute in ("bos", "eos") and named and also and named != also:
+    raise UserError(
+      f"{origin}: {attribute}_token is {shown(named)} in tokenizer_config.json and {shown(also)} in special_tokens_map.json"
+    )
+  named = named or also
   candidates = {"bos": (named, name), "eos": (named, name)}.get(attribute, (name, named))
   if attribute == "pad":
-    candidates += (config.get("eos_token"), SPECIAL_TOKENS["eos"])
+    candidates += (_content(config.get("eos_token")), SPECIAL_TOKENS["eos"])
   for candidate in candidates:
     if isinstance(candidate, str) and candidate in vocabulary:
-      return vocabulary[candidate]
+      return candidate
   raise UserError(f"{origin}: the tokenizer has no {name} token ({attribute}); JanusFlow needs it")
 
 
-def _one_line(error: Exception) -> str:
+def _content(token: Any) -> Any:
+  return token.get("content") if isinstance(token, dict) else token
+
+
+def _one_line(error: BaseException) -> str:
   return " ".join(str(error).split())[:160]

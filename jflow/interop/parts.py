@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from jflow.data import tokenizer_file
+from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer, build, read_files
 from jflow.errors import UserError
 from jflow.interop import budget, names, official, processor_config, sizes, tied, transfer
 from jflow.interop.fields import Fields
@@ -42,24 +43,24 @@ def _tokenizer(directory: pathlib.Path) -> Tokenizer:
   Raises:
     UserError: no readable tokenizer.json, or one without BOS and EOS.
   """
-  path = directory / "tokenizer.json"
-  if not path.is_file():
-    raise UserError(f"{path} not found: the LLM's tokenizer is a directory that holds a tokenizer.json")
-  try:
-    tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-  except Exception as error:  # the library raises bare Exception
-    raise UserError(f"{path} is not a readable tokenizer ({' '.join(str(error).split())[:120]})") from None
+  files = read_files(str(directory))
+  tokenizer_file.check(files["tokenizer.json"], str(directory))
+  tokenizer = build(files["tokenizer.json"], str(directory))
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
   present = tokenizer.get_vocab(with_added_tokens=True)
   missing = [SPECIAL_TOKENS[name] for name in _ADDED if SPECIAL_TOKENS[name] not in present]
   tokenizer.add_special_tokens([tokenizers.AddedToken(t, normalized=False, special=True) for t in missing])
-  config = (
-    read_json(directory / "tokenizer_config.json") if (directory / "tokenizer_config.json").is_file() else {}
+  path = directory / "tokenizer_config.json"
+  config = read_object(path) if path.exists() else {}
+  return Tokenizer(
+    files
+    | {
+      "tokenizer.json": tokenizer.to_str(pretty=True).encode("utf-8"),
+      "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=1).encode("utf-8"),
+    },
+    str(directory),
   )
-  files = {
-    "tokenizer.json": tokenizer.to_str(pretty=True).encode("utf-8"),
-    "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=1).encode("utf-8"),
-  }
-  return Tokenizer(files, str(directory))
 
 
 def _describe_siglip(directory: pathlib.Path) -> tuple[SiglipConfig, transfer.Weights]:
@@ -162,8 +163,8 @@ def load(
   Raises:
     UserError: a part that is missing, damaged, of another layout, or does not fit the others.
   """
-  words = _tokenizer(tokenizer or llm)
   language, llm_weights = _describe_llm(llm)
+  words = _tokenizer(tokenizer or llm)
   vision, siglip_weights = _describe_siglip(siglip)
   autoencoder, vae_weights = official.describe_vae(vae)
   rows = language.vocabulary_size
