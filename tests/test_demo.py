@@ -121,6 +121,7 @@ def test_a_conversation_about_a_picture(browser, model, tmp_path):
   browser.ask("What is it?", tmp_path / "a.png")
   first = model.understand("What is it?", [pixels], max_tokens=256)
   browser.wait_for("#chat .bot.message", lambda found: found and _plain(found[-1].text) == _plain(first))
+  browser.wait_for("#chat .user img", lambda found: found and found[0].get_property("naturalWidth") == 24)
 
 
 def _plain(text: str) -> str:
