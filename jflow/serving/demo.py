@@ -126,11 +126,10 @@ def _ask_tab(work: Work) -> None:
     placeholder="A question; add pictures with the clip, or drop them here", autofocus=True,
   )  # fmt: skip
   with gr.Row(elem_id="below"):
-    with gr.Accordion("Settings", open=False):
-      with gr.Row():
-        temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0 takes the most likely word")
-        top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top p", info="mass of the words to choose from")
-        longest = gr.Slider(1, 1024, 256, step=1, label="Longest answer", info="in tokens")
+    with gr.Accordion("Settings", open=False), gr.Row():
+      temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0 takes the most likely word")
+      top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top p", info="mass of the words to choose from")
+      longest = gr.Slider(1, 1024, 256, step=1, label="Longest answer", info="in tokens")
     fresh = gr.Button("New conversation", scale=0, min_width=190, size="md", elem_id="fresh")
 
   idle = lambda **value: gr.MultimodalTextbox(submit_btn=True, stop_btn=False, **value)

@@ -34,7 +34,7 @@ MAX_BODY = 2**20  # bytes of a request that is no upload
 _UPLOADS = 16  # files of one upload
 _UPLOADING = 4  # uploads of the largest size that are read at the same time
 _PIECE = 2**18  # bytes
-_BEAT = 15.0  # seconds between two signs of life to a page that is open
+_BEAT = 15  # seconds between two signs of life to a page that is open
 _HEADERS = {  # what Gradio sees of a request
   b"host", b"accept", b"if-none-match", b"if-modified-since", b"range", b"x-forwarded-host", b"x-forwarded-proto",
 }  # fmt: skip
@@ -178,15 +178,16 @@ class Front:
   async def heartbeat(self, request: Request) -> Response:
     """Stays open as long as the page does."""
     session = self._visitors.session(request.path_params["name"], self._owner(request), new=True)
-    return Stream(self._beats(), session)
+    return Stream(self._alive(session), session)
 
-  async def _beats(self) -> AsyncIterator[str]:
-    while True:
-      yield "data: ALIVE\n\n"
-      for _ in range(int(_BEAT)):
-        await asyncio.sleep(1)
-        if self._closing():
-          return
+  async def _alive(self, session: Session) -> AsyncIterator[str]:
+    beats = 0
+    async for _ in session.beats():
+      if self._closing():
+        return
+      if beats % _BEAT == 0:
+        yield "data: ALIVE\n\n"
+      beats += 1
 
   async def join(self, request: Request) -> ASGIApp:
     """Queues an event of the page."""

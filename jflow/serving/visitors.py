@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,7 +22,8 @@ log = logging.getLogger("jflow.serving")
 
 T = TypeVar("T")
 
-MAX_SESSIONS = 500
+MAX_SESSIONS = 300
+MAX_LISTENERS = 2  # connections for the events of one session
 MAX_FILES = 200  # of one visitor
 MIN_BYTES = 2**26  # that one visitor may have at least, so that large paintings fit
 MAX_TOTAL = 2**31  # bytes of all files
@@ -82,11 +83,14 @@ class Session:
     self.events: collections.deque[str] = collections.deque(maxlen=64)
     self.seen, self.open = time.monotonic(), 0  # connections that stay
     self._listeners, self._listened, self._left = 0, asyncio.Event(), asyncio.Event()
+    self._beat: object = None  # the connection that says that the page is open
     self._busy: set[str] = set()
 
   @contextlib.contextmanager
   def connected(self, listens: bool) -> Iterator[None]:
-    """While a connection stays open; one that `listens` gets the events."""
+    """While a connection stays open; one that `listens` gets the events. Raises ApiError where too many do."""
+    if listens and self._listeners >= MAX_LISTENERS:
+      raise ApiError(429, f"{MAX_LISTENERS} connections listen to this session, as many as may")
     self.open += 1
     if listens:
       self._listeners += 1
@@ -100,6 +104,23 @@ class Session:
         self._listeners -= 1
         if not self._listeners:
           self._listened.clear()
+
+  async def beats(self) -> AsyncIterator[None]:
+    """A beat per second, as long as this is the latest of the session's connections that beat."""
+    mine = self._beat = object()
+    while self._beat is mine:
+      yield
+      await asyncio.sleep(1)
+
+  def end(self) -> None:
+    """Ends the beats and the work."""
+    self._beat = None
+    self._left.set()
+
+  @property
+  def empty(self) -> bool:
+    """Whether nothing would be lost with it."""
+    return not (self.talk.turns or self.talk.files or self.painted or self._busy)
 
   def leave(self) -> None:
     """Ends the work whose listener closed the connection."""
@@ -236,15 +257,17 @@ class Visitors:
 
   def _forget(self, name: str) -> None:
     session = self._sessions.pop(name)
+    session.end()
     self.drop(session.talk.files + session.painted)
 
   def _make_place(self) -> None:
-    """Makes place for one session more."""
+    """Makes place for one session more: the longest unused goes that nobody has open, or else that holds nothing."""
     if len(self._sessions) >= MAX_SESSIONS:
-      away = next((name for name, x in self._sessions.items() if not x.open), None)
-      if away is None:
-        raise ApiError(503, f"{MAX_SESSIONS} pages are open, as many as may be: try again later")
-      self._forget(away)
+      away = [name for name, x in self._sessions.items() if not x.open]
+      away = away or [name for name, x in self._sessions.items() if x.empty]
+      if not away:
+        raise ApiError(503, f"{MAX_SESSIONS} pages are in use, as many as may be: try again later")
+      self._forget(away[0])
 
   def _make_room(self, owner: str | None, size: int) -> None:
     """Makes room for a file: of this visitor's own what nothing shows, of others what those left who are gone."""
