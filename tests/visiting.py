@@ -1,11 +1,15 @@
 """A visitor of the page who speaks HTTP: what the page's script asks for, and what it should never get."""
 
 import contextlib
+import http.server
 import json
+import pathlib
 import re
 import secrets
+import tempfile
+import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import httpx
 
@@ -37,7 +41,7 @@ class Visitor:
     self._kinds = {x["id"]: (x["type"], x["props"].get("value")) for x in config["components"]}
     self.events = {x["api_name"]: x for x in config["dependencies"] if x["backend_fn"]}
 
-  def __enter__(self) -> "Visitor":
+  def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *_: object) -> None:
@@ -90,6 +94,50 @@ def _messages(response: httpx.Response) -> Iterator[dict[str, Any]]:
       if message["msg"] == "close_stream":
         return
       yield message
+
+
+@contextlib.contextmanager
+def elsewhere() -> Iterator[tuple[str, list[str]]]:
+  """Another server: (the address of a secret there, the requests that it got)."""
+  asked: list[str] = []
+
+  class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+      asked.append(self.path)
+      self.send_response(200)
+      self.end_headers()
+      self.wfile.write(SECRET.encode())
+
+    def log_message(self, *_: object) -> None:
+      pass
+
+  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  try:
+    yield f"http://127.0.0.1:{server.server_port}/x.png", asked
+  finally:
+    server.shutdown()
+    server.server_close()
+
+
+@contextlib.contextmanager
+def secrets_of(base: str, folder: pathlib.Path) -> Iterator[list[str]]:
+  """Files that a visitor may not get: of the machine, of the page's folder, and of a visitor who is here."""
+  with tempfile.TemporaryDirectory() as elsewhere, Visitor(base) as owner:
+    name = secrets.token_hex(4)
+    outside, inside, link, linked = (
+      pathlib.Path(elsewhere) / "x.txt",
+      *(folder / f"{name}{x}" for x in ("", ".txt", "z")),
+    )
+    for file in (outside, inside):
+      file.write_text(SECRET)
+    link.symlink_to(outside)
+    linked.symlink_to(outside.parent)
+    theirs = owner.upload(SECRET.encode(), "theirs.txt")
+    assert SECRET in owner.http.get(f"/gradio_api/file={theirs}").text  # which its owner gets
+    yield [str(x) for x in (outside, inside, link, linked / "x.txt", theirs)]
+    for file in (inside, link, linked):
+      file.unlink()
 
 
 def warnings(messages: list[dict[str, Any]]) -> list[str]:
