@@ -1,5 +1,4 @@
-"""What a record says it holds: pictures or not, other media, who speaks, and where a conversation begins and ends."""
-
+"""What a record says it holds: pictures or not, other media, who speaks, where a conversation ends."""
 
 import pytest
 
@@ -98,7 +97,10 @@ def test_what_an_image_key_holds_is_told_the_same_for_every_task(folder, records
 
 
 def test_the_first_image_key_that_holds_one_counts(folder):
-  lines = [{"image": "", "images": ["pictures/2.png"], "caption": "c"}, {"image": ["pictures/3.png", None], "text": "t"}]
+  lines = [
+    {"image": "", "images": ["pictures/2.png"], "caption": "c"},
+    {"image": ["pictures/3.png", None], "text": "t"},
+  ]
   _, found = _import(folder, lines, "understanding")
   assert [record.images for record in found] == [(image(2),), (image(3),)]
 
@@ -194,11 +196,40 @@ def test_conversations_are_cut_as_llava_cuts_them(folder, turns, kept, notes):
   assert len(found) == bool(kept) and (not kept or summary["notes"] == notes)
 
 
-ODD = (None, True, 0, 1.5, float("nan"), "", " ", "x" * 100_000, "\ud800", "a\0b", [], {}, ["human"], {"a": ["b"]}, [[[]]])
+ODD = (
+  None,
+  True,
+  0,
+  1.5,
+  float("nan"),
+  "",
+  " ",
+  "x" * 100_000,
+  "\ud800",
+  "a\0b",
+  [],
+  {},
+  ["human"],
+  {"a": ["b"]},
+  [[[]]],
+)
 
 
 @pytest.mark.parametrize(
-  "place", ["from", "role", "value", "content", "conversations", "messages", "turn", "image", "id", "text", "question"]
+  "place",
+  [
+    "from",
+    "role",
+    "value",
+    "content",
+    "conversations",
+    "messages",
+    "turn",
+    "image",
+    "id",
+    "text",
+    "question",
+  ],
 )
 def test_no_value_of_a_field_costs_more_than_its_record(folder, place):
   records = []
@@ -222,7 +253,10 @@ def test_no_value_of_a_field_costs_more_than_its_record(folder, place):
 
 
 def test_what_was_prepared_can_be_prepared_again(folder):
-  records = [talk(human("<image>\nWhy?"), A, image="pictures/1.png"), {"image": "pictures/2.png", "caption": "A cat."}]
+  records = [
+    talk(human("<image>\nWhy?"), A, image="pictures/1.png"),
+    {"image": "pictures/2.png", "caption": "A cat."},
+  ]
   write_lines(folder / "a.jsonl", records)
   _, first = run(folder, name="a.jsonl")
   _, second = run(folder.parent, name="out", format="tfds", output=str(folder.parent / "again"))
@@ -241,7 +275,9 @@ def test_the_time_of_a_long_line_is_that_of_one_pass(folder):
   summary, _ = run(folder, "text", "a.jsonl", max_rejected_share=1.0, output=str(folder.parent / "keys"))
   assert summary["rejected"] == {"duplicate_key": 1} and summary["accepted"] == 1
   (folder / "a.txt").write_bytes(b"\n" * count + b"One.\n\n" + b" \r\n" * count + b"Two.\n")
-  summary, output = run(folder, "text", "a.txt", "text", documents="paragraph", output=str(folder.parent / "blank"))
+  summary, output = run(
+    folder, "text", "a.txt", "text", documents="paragraph", output=str(folder.parent / "blank")
+  )
   assert [record.text.strip() for record in read_back(output, "text")] == ["One.", "Two."]
   for caption in ("." * count + "x", "a" + "\n" * count + "b", '."' * count + "x", "a b" + " !" * count):
     examples.first_sentence_of(caption)

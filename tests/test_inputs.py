@@ -1,4 +1,4 @@
-"""What an input is made of: hidden, linked, missing and foreign files, each read once, or counted, or refused."""
+"""The files of an input: hidden, linked, missing and foreign ones are read once, counted, or refused."""
 
 import gzip
 import json
@@ -34,7 +34,15 @@ def _write(path, data=b"x"):
   path.write_bytes(data)
 
 
-HIDDEN = (".git", ".ipynb_checkpoints", ".cache/deep", ".Trash-1000/files", "sub/.hidden", "__MACOSX", "@eaDir")
+HIDDEN = (
+  ".git",
+  ".ipynb_checkpoints",
+  ".cache/deep",
+  ".Trash-1000/files",
+  "sub/.hidden",
+  "__MACOSX",
+  "@eaDir",
+)
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)

@@ -1,9 +1,10 @@
 """Fuzzes the importers of `prepare`: python tests/tools/fuzz_importers.py --seed=0 --tries=2000
 
-Each round writes sound records with spoiled ones between them, in one of `LAYOUTS`, and imports them in this process.
-A try is a spoiled record, or a file of which bytes were changed. Asked is that nothing but `UserError` escapes, that a
-round ends in time, that every sound record of a round is there, and that accepted, rejected and dropped ones add up.
-Prints one line of JSON, {"tried", "escaped", "hung", "lost"}, and on stderr what broke and how to see it again.
+Each round writes sound records with spoiled ones between them, in one of `LAYOUTS`, and imports them in this
+process. A try is a spoiled record, or a file of which bytes were changed. Asked is that nothing but
+`UserError` escapes, that a round ends in time, that every sound record of a round is there, and that
+accepted, rejected and dropped ones add up. Prints one line of JSON, {"tried", "escaped", "hung", "lost"}, and
+on stderr what broke and how to see it again.
 """
 
 import argparse
@@ -242,9 +243,7 @@ def run_round(layout: Layout, rng: random.Random, folder: pathlib.Path) -> tuple
   return SPOILED, _missing(layout, summary, folder / "out", len(records))
 
 
-def _import(
-  layout: Layout, path: pathlib.Path, output: pathlib.Path
-) -> tuple[dict[str, Any] | None, str]:
+def _import(layout: Layout, path: pathlib.Path, output: pathlib.Path) -> tuple[dict[str, Any] | None, str]:
   def stop(*_: Any) -> None:
     raise Hung
 

@@ -78,8 +78,8 @@ def make_item(where: str, read: Callable[[], tuple[Record, dict[str, Any]]], wor
 
   Args:
     where: for messages.
-    read: returns the record and its metadata, or raises `RecordError`. What else it raises, but for the machine's own
-      failures, becomes the reason "malformed", with the class and the place.
+    read: returns the record and its metadata, or raises `RecordError`. What else it raises, but for the
+      machine's own failures, becomes the reason "malformed", with the class and the place.
     work: see `Item`.
   """
   try:
@@ -90,5 +90,7 @@ def make_item(where: str, read: Callable[[], tuple[Record, dict[str, Any]]], wor
     raise
   except Exception as error:
     place = traceback.extract_tb(error.__traceback__)[-1]
-    message = f"cannot be read ({type(error).__name__} in {place.name}, line {place.lineno}: {str(error)[:80]})"
+    message = (
+      f"cannot be read ({type(error).__name__} in {place.name}, line {place.lineno}: {str(error)[:80]})"
+    )
     return Item(where, RecordError("malformed", message), {}, work)

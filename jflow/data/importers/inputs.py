@@ -18,7 +18,7 @@ from jflow.errors import UserError
 
 MAX_IMAGE_FILE = 256 * 2**20  # bytes; no picture within `images.MAX_PIXELS` needs more
 MAX_LINE = 64 * 2**20  # bytes of a line, or of a document
-# What systems leave in folders beside the hidden files: a Mac's archives, a Synology's thumbnails, what was deleted.
+# What systems leave beside the hidden files: a Mac's archives, a Synology's thumbnails, what was deleted.
 _OF_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 # Of the machine, not of the data: the import ends, and goes on when the same command is run again.
 _TRANSIENT = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -42,20 +42,21 @@ def is_hidden(name: str) -> bool:
 def input_files(pattern: str, endings: tuple[str, ...], format: str) -> Inputs:
   """Returns the files that an input names, each once.
 
-  A folder is read with the folders inside it, also with those that it links to. Left out, and counted, are hidden
-  files and folders and a system's own ("hidden"), a second link to the same file ("linked_twice"), a link to a folder
-  around the input ("linked_back") or to nothing ("broken_link"), pipes and devices ("not_a_file"), and folders that a
-  pattern names ("folder"). What the pattern itself names is taken, hidden or not.
+  A folder is read with the folders inside it, also with those that it links to. Left out, and counted, are
+  hidden files and folders and a system's own ("hidden"), a second link to the same file ("linked_twice"), a
+  link to a folder around the input ("linked_back") or to nothing ("broken_link"), pipes and devices
+  ("not_a_file"), and folders that a pattern names ("folder"). What the pattern itself names is taken, hidden
+  or not.
 
   Args:
-    pattern: a file; a folder, whose files with one of the endings count; a pattern with `*`; or a numbered range
-      such as `00000..00041` in braces, each file of which must be there.
+    pattern: a file; a folder, whose files with one of the endings count; a pattern with `*`; or a numbered
+      range such as `00000..00041` in braces, each file of which must be there.
     endings: of file names in a folder, in lower case.
     format: for messages.
 
   Raises:
-    UserError: nothing is found, a file of a range or the target of a link is missing, a folder cannot be read, or a
-      file is a git-lfs pointer, or compressed in a way that is not read.
+    UserError: nothing is found, a file of a range or the target of a link is missing, a folder cannot be
+      read, or a file is a git-lfs pointer, or compressed in a way that is not read.
   """
   if "://" in pattern:
     raise UserError(f"--input={pattern} is an address: only local files are read, so fetch it first")
@@ -96,7 +97,10 @@ def _range(pattern: str, before: str, first: str, last: str, after: str) -> list
 
 
 def _matching(pattern: str, left_out: collections.Counter) -> list[str]:
-  """Returns the files that a pattern matches; `**` is any number of folders, which are walked as an input is."""
+  """Returns the files that a pattern matches.
+
+  `**` is any number of folders, which are walked as an input is.
+  """
   parts = pattern.split("/")
   named = tuple(part for part in parts if is_hidden(part))
   if "**" in parts:
@@ -122,7 +126,7 @@ def _matching(pattern: str, left_out: collections.Counter) -> list[str]:
 
 
 def _fits(parts: list[str], pattern: list[str]) -> bool:
-  """Whether the parts of a path match those of a pattern, of which each `**` stands for any number of parts."""
+  """Whether the parts of a path match those of a pattern, in which `**` is any number of parts."""
   at = {0}  # how much of the pattern may be used up
   for part in parts:
     at |= {i + 1 for i in at if i < len(pattern) and pattern[i] == "**"}
@@ -137,7 +141,7 @@ def _fits(parts: list[str], pattern: list[str]) -> bool:
 def _walk(
   root: str, endings: tuple[str, ...], named: tuple[str, ...], left_out: collections.Counter
 ) -> list[str]:
-  """Returns the files below a folder that have one of the endings, each once; those that no link leads to first.
+  """Returns the files below a folder that have one of the endings, each once.
 
   Args:
     root: the folder.
@@ -219,8 +223,8 @@ def read_under(root: str, name: str, limit: int = MAX_IMAGE_FILE) -> bytes:
     limit: bytes that the file may have.
 
   Raises:
-    RecordError: it lies elsewhere ("outside_root"), is not there ("missing_image"), is a folder, a pipe or a device
-      ("not_a_file"), too large ("too_large"), or a git-lfs pointer ("git_lfs_pointer").
+    RecordError: it lies elsewhere ("outside_root"), is not there ("missing_image"), is a folder, a pipe or a
+      device ("not_a_file"), too large ("too_large"), or a git-lfs pointer ("git_lfs_pointer").
   """
   root = os.path.normpath(os.path.abspath(root))
   path = os.path.normpath(os.path.join(root, name))
@@ -239,12 +243,17 @@ def read_under(root: str, name: str, limit: int = MAX_IMAGE_FILE) -> bytes:
       raise
     raise RecordError("missing_image", f"image {name:.200} not found in {root}: see --image_root") from None
   if git_lfs.is_pointer(data):
-    raise RecordError("git_lfs_pointer", f"image {name:.200} is a git-lfs pointer: run `git lfs pull` in {root}")
+    raise RecordError(
+      "git_lfs_pointer", f"image {name:.200} is a git-lfs pointer: run `git lfs pull` in {root}"
+    )
   return data
 
 
 def lines(file: BinaryIO, limit: int = MAX_LINE) -> Iterator[tuple[bytes, int]]:
-  """Yields each line, of which no more than `limit` + 1 bytes are kept, and its length. Only a line feed ends one."""
+  """Yields each line, of which no more than `limit` + 1 bytes are kept, and its length.
+
+  Only a line feed ends one.
+  """
   while line := file.readline(limit + 1):
     length, last = len(line), line
     while not last.endswith(b"\n") and (last := file.readline(2**20)):

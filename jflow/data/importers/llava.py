@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from jflow.data.importers import inputs, objects
+from jflow.data.importers import arrays, inputs, objects
 from jflow.data.importers.importer import Item, Options, make_item
 from jflow.data.records import Record, RecordError, Unwanted
 from jflow.errors import UserError
@@ -26,7 +26,9 @@ class Llava:
 
   def __init__(self, options: Options):
     self._options = options
-    self._paths, self.left_out = inputs.input_files(options.input, (".jsonl", ".json"), "llava-jsonl")
+    self._paths, self.left_out = inputs.input_files(
+      options.input, (".jsonl", ".ndjson", ".json"), "llava-jsonl"
+    )
     self._root = options.image_root or (options.input if os.path.isdir(options.input) else None)
     if self._root and not os.path.isdir(self._root):
       raise UserError(f"--image_root {self._root} is not a directory")
@@ -103,7 +105,9 @@ def _read(root: str, paths: list[str]) -> tuple[bytes, ...]:
       images[path] = inputs.read_under(root, path, left)
     left -= len(images[path])
     if left < 0:
-      raise RecordError("too_large", f"the images of the record have more than {inputs.MAX_IMAGE_FILE:,} bytes")
+      raise RecordError(
+        "too_large", f"the images of the record have more than {inputs.MAX_IMAGE_FILE:,} bytes"
+      )
   return tuple(images[path] for path in paths)
 
 
@@ -131,6 +135,6 @@ def _parse_array(path: str, changed: int) -> list[Any]:
   """Returns the entries of an array; `changed` tells one state of the file from another."""
   with open(path, "rb") as file:
     try:
-      return objects.parse_array(file.read())
+      return arrays.parse_array(file.read())
     except RecordError as error:
       raise UserError(f"{path}: {error}") from None

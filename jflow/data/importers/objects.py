@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,20 @@ _TEXTS = {*CONVERSATIONS, *CAPTIONS, *DOCUMENTS, "question", "answer", "id"}
 _ROLES = {
   **dict.fromkeys(("human", "user", "prompter"), "user"),
   **dict.fromkeys(
-    ("gpt", "assistant", "bot", "chatbot", "chatgpt", "model", "ai", "gpt4", "gpt-4", "bard", "bing", "claude"),
+    (
+      "gpt",
+      "assistant",
+      "bot",
+      "chatbot",
+      "chatgpt",
+      "model",
+      "ai",
+      "gpt4",
+      "gpt-4",
+      "bard",
+      "bing",
+      "claude",
+    ),
     "assistant",
   ),
 }
@@ -40,7 +52,8 @@ _PERHAPS = {
   **dict.fromkeys(("sound", "sounds", "speech", "voice", "music"), "with_audio"),
   **dict.fromkeys(("points", "point", "lidar"), "with_point_cloud"),
 }
-# Keys of images, where their value is the name of such a file, that are not read unless --image_column names them.
+# Keys of images, where their value is the name of such a file, that are not read unless --image_column
+# names them.
 _OTHER_IMAGES = ("img", "imgs", "img_path", "image_path", "image_paths", "image_file", "image_files", "picture",
                  "pictures", "photo", "photos")  # fmt: skip
 _IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic")
@@ -48,9 +61,6 @@ _TURN = ("from", "role"), ("value", "content")
 _MAX_NOTE = 1000  # characters of a value that is kept as metadata
 _MAX_NAME = 4096  # characters of the name of a file
 _MAX_DEPTH = 16  # of lists and objects in which a value is looked for
-_BLANKS = re.compile(r"[ \t\r\n]*+")
-_TOKENS = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
-_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of it
 
 
 def make_record(
@@ -61,8 +71,8 @@ def make_record(
   Args:
     name: the record's id.
     fields: the object. What holds its text, by task; the first that is there counts:
-      understanding  a conversation (`CONVERSATIONS`); "question" and "answer"; a caption (`CAPTIONS`), which with
-                     image marks in it is an interleaved document
+      understanding  a conversation (`CONVERSATIONS`); "question" and "answer"; a caption (`CAPTIONS`), which
+                     with image marks in it is an interleaved document
       generation     a caption
       text           a conversation; a document (`DOCUMENTS`)
     images: as the record is to hold them.
@@ -115,8 +125,8 @@ def name_of(fields: Mapping[str, Any], otherwise: Any) -> str:
 def images_of(fields: Mapping[str, Any], task: str, column: str = "") -> list[Any]:
   """Returns the images that an object names, as it names them: the first of the usual keys that holds one.
 
-  Of a list, what is None is left out: an interleaved document has a text there. An object that names no image may
-  hold `<image>`, which is text.
+  Of a list, what is None is left out: an interleaved document has a text there. An object that names no image
+  may hold `<image>`, which is text.
 
   Args:
     fields: the object.
@@ -133,9 +143,13 @@ def images_of(fields: Mapping[str, Any], task: str, column: str = "") -> list[An
     return [each for each in value if each is not None] if isinstance(value, (list, tuple)) else [value]
   conversation = is_conversation(fields)
   for key in () if column else fields:
-    lower = key.lower()
-    may_be = lower in _OTHER_IMAGES or (conversation and lower not in _TEXTS)
-    if (lower in IMAGES and _holds(fields[key])) or (may_be and _is_file(fields[key], _IMAGE_ENDINGS)):
+    lower, value = key.lower(), fields[key]
+    named = conversation and lower not in _TEXTS and _ending(value) in _IMAGE_ENDINGS
+    if (
+      named
+      or (lower in IMAGES and _holds(value))
+      or (lower in _OTHER_IMAGES and _is_file(value, _IMAGE_ENDINGS))
+    ):
       if task == "text":
         raise Unwanted("with_images", "a record with an image is no text")
       raise RecordError("missing_image", f"the image stands under {key[:40]!r}: name it by --image_column")
@@ -156,20 +170,25 @@ def check_media(names: Mapping[str, Any], column: str = "") -> None:
   for name, value in names.items():
     key = name.lower().rpartition(".")[2]
     reason = _MEDIUM_OF.get(key)
-    may_be = key in _PERHAPS or (conversation and key not in _TEXTS)
-    if reason is None and may_be and _is_file(value, _MEDIUM_OF):
-      reason = _PERHAPS.get(key) or _MEDIUM_OF[_ending(value)]
+    if reason is None and _is_file(value, _MEDIUM_OF):
+      reason = _PERHAPS.get(key)
+    if reason is None and conversation and key not in _TEXTS:
+      reason = _MEDIUM_OF.get(_ending(value))
     if reason and name != column and _holds(value):
       raise Unwanted(reason, f"{name[:40]!r} holds what no task reads")
 
 
 def _is_file(value: Any, endings: Container[str]) -> bool:
-  """Whether a value is the name of a file with one of the endings; of a list, the first is."""
-  return _ending(value) in endings
+  """Whether a value is the contents of a file, or the name of one with one of the endings.
+
+  Of a list, the first is.
+  """
+  first = value[0] if isinstance(value, (list, tuple)) and value else value
+  return isinstance(first, (bytes, Mapping)) or _ending(first) in endings
 
 
 def _ending(value: Any) -> str:
-  """Returns the ending of the file that a value, or the first of a list, is the name of; "" where it is none."""
+  """Returns the ending of the file that a value, or the first of a list, is the name of, or ""."""
   first = value[0] if isinstance(value, (list, tuple)) and value else value
   if not isinstance(first, str) or len(first) > _MAX_NAME or any(map(str.isspace, first)):
     return ""
@@ -207,8 +226,8 @@ def parse_json(text: bytes | str) -> Any:
   """Returns the value of a JSON text.
 
   Raises:
-    RecordError: it is not UTF-8 ("invalid_utf8"), not JSON ("broken_json"), or an object in it names a key twice
-      ("duplicate_key"), where readers differ in what they take.
+    RecordError: it is not UTF-8 ("invalid_utf8"), not JSON ("broken_json"), or an object in it names a key
+      twice ("duplicate_key"), where readers differ in what they take.
   """
   try:
     text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
@@ -216,68 +235,11 @@ def parse_json(text: bytes | str) -> Any:
   except UnicodeDecodeError:
     raise RecordError("invalid_utf8", "not valid UTF-8") from None
   except (ValueError, RecursionError) as error:
-    raise _broken(error) from None
+    raise broken_json(error) from None
 
 
-def parse_array(data: bytes) -> list[Any]:
-  """Returns the entries of a JSON array; for one that `parse_json` would refuse, its `RecordError`.
-
-  Raises:
-    RecordError: the whole is not a JSON array, so that it is not known where its entries end.
-  """
-  text = data.decode("utf-8-sig", "surrogateescape")
-  damaged = _NOT_UTF8.search(text) is not None
-  entries: list[Any] = []
-  at = _skip(text, _skip(text, 0) + 1)
-  if text[at : at + 1] == "]":
-    _end(text, at)
-    return entries
-  while True:
-    try:
-      entry, end = _DECODER.raw_decode(text, at)
-    except json.JSONDecodeError as error:
-      raise _broken(error) from None
-    except RecordError as error:
-      entry, end = error.with_traceback(None), _end_of_value(text, at)
-    except (ValueError, RecursionError) as error:
-      entry, end = _broken(error), _end_of_value(text, at)
-    if damaged and _NOT_UTF8.search(text, at, end):
-      entry = RecordError("invalid_utf8", "not valid UTF-8")
-    entries.append(entry)
-    at = _skip(text, end)
-    if text[at : at + 1] == "]":
-      _end(text, at)
-      return entries
-    if text[at : at + 1] != ",":
-      raise RecordError("broken_json", f"not valid JSON (no ',' or ']' at character {at:,})")
-    at = _skip(text, at + 1)
-
-
-def _skip(text: str, at: int) -> int:
-  return _BLANKS.match(text, at).end()
-
-
-def _end(text: str, at: int) -> None:
-  if _skip(text, at + 1) < len(text):
-    raise RecordError("broken_json", f"not valid JSON (more after its end, at character {at + 1:,})")
-
-
-def _end_of_value(text: str, at: int) -> int:
-  """Returns where a list or an object ends, or a number, however deep or long it is."""
-  depth = 0
-  for token in _TOKENS.finditer(text, at):
-    if token.start() > at and not depth:
-      break
-    depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(token[0], 0)
-    if not depth:
-      return token.end()
-  number = re.compile(r"[-+.0-9eE]++").match(text, at)
-  if depth or not number:
-    raise RecordError("broken_json", f"not valid JSON (the entry at character {at:,} has no end)")
-  return number.end()
-
-
-def _broken(error: Exception) -> RecordError:
+def broken_json(error: Exception) -> RecordError:
+  """Returns what is told of a text that is not JSON."""
   return RecordError("broken_json", f"not valid JSON ({str(error)[:80]})")
 
 
@@ -298,7 +260,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   return value
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def is_conversation(names: Iterable[str]) -> bool:
@@ -316,7 +278,7 @@ def text_keys(task: str) -> tuple[str, ...]:
 
 
 def spelled(names: Iterable[str], keys: Sequence[str]) -> str:
-  """Returns the first of the usual keys that is among names, as it is spelled there ("TEXT"); "" where none is."""
+  """Returns the first of the usual keys that is among names, as it is spelled there, or ""."""
   there = {name.lower(): name for name in names}
   there |= {name: name for name in names if name == name.lower()}
   return next((there[key] for key in keys if key in there), "")
@@ -348,7 +310,9 @@ def _from_list(name: str, values: Sequence[Any], images: tuple[Any, ...], task: 
   """Returns the record of a list: turns, pairs of question and answer, or an interleaved document."""
   if not values:
     raise RecordError("no_answer", "the conversation is empty")
-  if any(value is None for value in values) and all(value is None or isinstance(value, str) for value in values):
+  if any(value is None for value in values) and all(
+    value is None or isinstance(value, str) for value in values
+  ):
     _check_parts(images, task)
     return Record(name, images, "\n\n".join(IMAGE_MARK if v is None else v for v in values), ())
   turns, shown = [], False
@@ -374,7 +338,9 @@ def _from_list(name: str, values: Sequence[Any], images: tuple[Any, ...], task: 
         "bad_turns", "a system turn is not learned from: leave it out, or put it into the question"
       )
     if role not in _ROLES:
-      raise RecordError("bad_turns", f'a turn is of "human" or "gpt" (or user, assistant, ...), not {role[:40]!r}')
+      raise RecordError(
+        "bad_turns", f'a turn is of "human" or "gpt" (or user, assistant, ...), not {role[:40]!r}'
+      )
     turns.append(Turn(_ROLES[role], text))
   if shown:
     _check_parts(images, task)

@@ -108,7 +108,9 @@ class Text:
     if len(document) > MAX_DOCUMENT:
       raise RecordError("too_large", f"the document has more than {MAX_DOCUMENT:,} bytes; see --documents")
     if inputs.is_utf16(document):
-      raise RecordError("invalid_utf8", "UTF-16 or UTF-32 text: convert it to UTF-8, as in iconv -f UTF-16 -t UTF-8")
+      raise RecordError(
+        "invalid_utf8", "UTF-16 or UTF-32 text: convert it to UTF-8, as in iconv -f UTF-16 -t UTF-8"
+      )
     if path.lower().endswith(_JSON + _GZIP):
       fields = objects.parse_object(document)
       record = objects.make_record(
@@ -122,7 +124,10 @@ class Text:
 
 
 def _documents(file: BinaryIO, length: int | None, kind: str) -> Iterator[tuple[bytes, int]]:
-  """Yields the documents of the next `length` bytes (None: of all), cut like lines, and the bytes that each takes."""
+  """Yields the documents of the next `length` bytes, cut like lines, and the bytes that each takes.
+
+  A length of None is that of all.
+  """
   if kind == "file":
     yield file.read(min(length, MAX_DOCUMENT + 1)), length
     return

@@ -1,0 +1,71 @@
+"""A JSON array entry by entry, so that one that cannot be used costs itself."""
+
+import json
+import re
+from typing import Any
+
+from jflow.data.importers import objects
+from jflow.data.records import RecordError
+
+_BLANKS = re.compile(r"[ \t\r\n]*+")
+_TOKENS = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of it
+_NUMBER = re.compile(r"[-+.0-9eE]++")
+
+
+def parse_array(data: bytes) -> list[Any]:
+  """Returns the entries of a JSON array; for one that `objects.parse_json` would refuse, its `RecordError`.
+
+  Raises:
+    RecordError: the whole is not a JSON array, so that it is not known where its entries end.
+  """
+  text = data.decode("utf-8-sig", "surrogateescape")
+  damaged = _NOT_UTF8.search(text) is not None
+  entries: list[Any] = []
+  at = _skip(text, _skip(text, 0) + 1)
+  if text[at : at + 1] == "]":
+    _end(text, at)
+    return entries
+  while True:
+    try:
+      entry, end = objects.DECODER.raw_decode(text, at)
+    except json.JSONDecodeError as error:
+      raise objects.broken_json(error) from None
+    except RecordError as error:
+      entry, end = error.with_traceback(None), _end_of_value(text, at)
+    except (ValueError, RecursionError) as error:
+      entry, end = objects.broken_json(error), _end_of_value(text, at)
+    if damaged and _NOT_UTF8.search(text, at, end):
+      entry = RecordError("invalid_utf8", "not valid UTF-8")
+    entries.append(entry)
+    at = _skip(text, end)
+    if text[at : at + 1] == "]":
+      _end(text, at)
+      return entries
+    if text[at : at + 1] != ",":
+      raise RecordError("broken_json", f"not valid JSON (no ',' or ']' at character {at:,})")
+    at = _skip(text, at + 1)
+
+
+def _skip(text: str, at: int) -> int:
+  return _BLANKS.match(text, at).end()
+
+
+def _end(text: str, at: int) -> None:
+  if _skip(text, at + 1) < len(text):
+    raise RecordError("broken_json", f"not valid JSON (more after its end, at character {at + 1:,})")
+
+
+def _end_of_value(text: str, at: int) -> int:
+  """Returns where a list or an object ends, or a number, however deep or long it is."""
+  depth = 0
+  for token in _TOKENS.finditer(text, at):
+    if token.start() > at and not depth:
+      break
+    depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(token[0], 0)
+    if not depth:
+      return token.end()
+  number = _NUMBER.match(text, at)
+  if depth or not number:
+    raise RecordError("broken_json", f"not valid JSON (the entry at character {at:,} has no end)")
+  return number.end()
