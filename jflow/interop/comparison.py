@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jflow.errors import UserError
 from jflow.inference.files import write_json
 
 
@@ -41,19 +40,6 @@ def line(
   limit = tolerance if np.issubdtype(golden.dtype, np.floating) else 0.0
   passed = bool(relative <= limit)  # NaN does not pass
   return Line(name, component, golden.shape, relative, float(error.max(initial=0.0)), passed)
-
-
-def read_golden(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Reads an npz file; never a pickle."""
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      if not hasattr(file, "files"):
-        raise ValueError("a single array")
-      return {name: file[name] for name in file.files}
-  except FileNotFoundError:
-    raise UserError(f"{path} not found") from None
-  except Exception as error:  # zip, npy and pickle errors of many types
-    raise UserError(f"{path} is not a readable npz file of plain arrays ({error})") from None
 
 
 def report(lines: Sequence[Line], tolerance: float, json_path: pathlib.Path | None) -> int:

@@ -16,14 +16,17 @@ import argparse
 import pathlib
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
 
 from jflow.errors import Stopped, UserError, need_text_name
+from jflow.inference import checks
 from jflow.interop import official, remote, transfer
 from jflow.interop.official import Loaded
+from jflow.interop.official_config import config_to_official
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _KEPT = "official"  # folder of a jflow checkpoint with the processor's files of the official one it came from
@@ -67,13 +70,15 @@ def _read(args: argparse.Namespace) -> tuple[Loaded, str, pathlib.Path | None]:
     return loaded, "plain", None
   if args.source == "official":
     return official.load(args.input, args.vae, dtype), "chat", args.input
-  from jflow.interop.checkpoints import read_checkpoint
+  from jflow.interop.checkpoints import describe
 
-  found = read_checkpoint(args.input, vae=args.vae, weights=args.weights)
-  params = transfer.flatten(found.params)
-  tokenizer = official.load_tokenizer(found.tokenizer, found.config.language_model.vocabulary_size)
+  found = describe(args.input, vae=args.vae, weights=args.weights)
+  if args.to == "official":
+    config_to_official(found.config, "float32")  # refuses what that layout has no place for
+  tokenizer = official.load_tokenizer(found.directory, found.config.language_model.vocabulary_size)
+  params = transfer.flatten(found.read_params())
   has_vae = any(path.startswith("vae/") for path in params)
-  kept = found.tokenizer.parent / _KEPT
+  kept = found.directory.parent / _KEPT
   return Loaded(found.config, params, has_vae, tokenizer), found.template, kept if kept.is_dir() else None
 
 
@@ -111,6 +116,28 @@ def _say_what_is_left_out(loaded: Loaded, to: str) -> None:
       )
 
 
+def _check_flags(args: argparse.Namespace) -> None:
+  """Refuses flags that would do nothing, numbers out of range, and an output that cannot be made.
+
+  Raises:
+    UserError: naming the flag.
+  """
+  parts = args.source == "huggingface-parts"
+  for flag in ("input",) if parts else ("llm", "siglip", "tokenizer"):
+    if getattr(args, flag) is not None:
+      raise UserError(f"--{flag}={getattr(args, flag)} is not read with --from={args.source}: leave it out")
+  if args.shard_bytes < 1:
+    raise UserError(f"--shard_bytes={args.shard_bytes} must be positive")
+  checks.seed(args.seed)
+  folder = args.output.absolute().parent
+  while not folder.exists():
+    folder = folder.parent
+  try:
+    tempfile.TemporaryFile(dir=folder).close()
+  except OSError as error:
+    raise UserError(f"--output={args.output}: directory {folder} cannot be written: {error.strerror}") from None
+
+
 def convert(args: argparse.Namespace) -> None:
   """Reads, converts and writes; nothing is left behind when it fails.
 
@@ -136,9 +163,8 @@ def convert(args: argparse.Namespace) -> None:
     if args.source == "jflow" and looks == "official":
       raise UserError(f"{args.input} is an official checkpoint: use --from=official")
     args.source = looks
-  to = args.to or ("official" if args.source == "jflow" else "jflow")
-  if args.shard_bytes < 1:
-    raise UserError(f"--shard_bytes={args.shard_bytes} must be positive")
+  to = args.to = args.to or ("official" if args.source == "jflow" else "jflow")
+  _check_flags(args)
   loaded, template, kept = _read(args)
   dtype = _DTYPES.get(args.dtype)
   if args.source == "jflow" and to == "jflow" and dtype is not None:

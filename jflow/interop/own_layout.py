@@ -91,7 +91,7 @@ def check(settings: Settings, found: Mapping[str, Any], step: pathlib.Path) -> N
   """
   wanted = shapes(settings.config)
   not_needed = ("alignment_head/",) if settings.has_vae else ("alignment_head/", "vae/")
-  for name, shape in wanted.items():
+  for name, shape in sorted(wanted.items()):
     if name not in found and not name.startswith(not_needed):
       raise UserError(f"checkpoint {step} lacks {name}, which its config.json asks for: another model?")
     if name in found and tuple(found[name].shape) != shape:

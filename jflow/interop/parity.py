@@ -27,8 +27,8 @@ examples, with what ships in tests/ (the first command writes the small checkpoi
 
 import argparse
 import functools
+import math
 import pathlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -39,8 +39,9 @@ import numpy as np
 from jflow import flow
 from jflow.errors import UserError
 from jflow.inference.flags import check_json
-from jflow.interop.checkpoints import read_checkpoint
-from jflow.interop.comparison import Line, line, read_golden, report
+from jflow.interop import golden
+from jflow.interop.checkpoints import describe
+from jflow.interop.comparison import Line, line, report
 from jflow.interop.processor_parity import compare_processor
 from jflow.models.cache import Cache
 from jflow.models.janusflow import JanusFlow, for_inference
@@ -62,12 +63,6 @@ _COMPONENTS = {
   "gen/trajectory": "guidance or the solver",
   "gen/z1": "guidance or the solver",
 }
-_INPUTS = {
-  "und": ("pixels", "input_ids", "attention_mask"),
-  "text": ("input_ids",),
-  "gen": ("prompt_ids", "z0", "t", "steps", "cfg_weight"),
-}
-_VARIANT = re.compile(r"_(?:(first|last)(\d+)|(mean))$")
 
 
 class Output(NamedTuple):
@@ -77,14 +72,14 @@ class Output(NamedTuple):
   mask: np.ndarray | None = None
 
 
-def compare(golden: Mapping[str, np.ndarray], ours: Mapping[str, Output], tolerance: float) -> list[Line]:
+def compare(arrays: Mapping[str, np.ndarray], ours: Mapping[str, Output], tolerance: float) -> list[Line]:
   """Compares every output that the golden file holds, whole or a variant (`_last4`, `_first8`, `_mean`)."""
   lines = []
   for key, component in _COMPONENTS.items():
-    for name in golden:
-      if _VARIANT.sub("", name) == key:
-        value, mask = _variant(ours[key], name, golden[name].shape)
-        lines.append(line(name, component, value, golden[name], tolerance, mask))
+    for name in arrays:
+      if golden.VARIANT.sub("", name) == key:
+        value, mask = _variant(ours[key], name, arrays[name].shape)
+        lines.append(line(name, component, value, arrays[name], tolerance, mask))
   return lines
 
 
@@ -93,7 +88,7 @@ def _variant(output: Output, name: str, shape: tuple[int, ...]) -> Output:
 
   A map [B, C, H, W] has H * W tokens, raster order; where that does not give `shape`, axis 1 is cut.
   """
-  variant = _VARIANT.search(name)
+  variant = golden.VARIANT.search(name)
   if variant is None:
     return output
   stored, mask = output
@@ -125,15 +120,11 @@ class Runner:
 
   def understanding(self, g: Mapping[str, np.ndarray], want: Callable[[str], bool]) -> dict[str, Output]:
     """Features, embeddings, logits and greedy tokens of the rows of `und/`."""
-    tokens, mask = g["input_ids"].astype(np.int32), g["attention_mask"].astype(bool)
+    tokens, mask = g["und/input_ids"].astype(np.int32), g["und/attention_mask"].astype(bool)
     size = self.model.config.image_size
-    _check_shape("und/pixels", g["pixels"].shape[-3:], (3, size, size))
-    pixels = g["pixels"].reshape(-1, 3, size, size)
+    pixels = g["und/pixels"].astype(np.float32).reshape(-1, 3, size, size)
     features = self.apply("features", pixels.transpose(0, 2, 3, 1))
-    special = g.get("special_ids", np.array([self.vocabulary - 4, self.vocabulary - 3]))
-    _check_shape("und/special_ids", special.shape, (2,))
-    boi, image = map(int, special)
-    slots, index = self._place(tokens, self.apply("read_slots", features), boi, image)
+    slots, index = self._place(tokens, self.apply("read_slots", features), *golden.special_ids(g, self.vocabulary))
     embeds = self.apply("assemble", tokens, slots, index)
     out = {
       "und/features": Output(np.asarray(features)),
@@ -144,22 +135,18 @@ class Runner:
       hidden = self.apply("backbone", embeds, positions, mask.astype(np.int32)).hidden
       out["und/logits"] = Output(np.asarray(self.apply("logits", hidden)), mask)
     if want("und/greedy_tokens"):
-      out["und/greedy_tokens"] = Output(self._greedy(np.asarray(embeds), mask, _greedy_count(g)))
+      out["und/greedy_tokens"] = Output(self._greedy(np.asarray(embeds), mask, golden.greedy_count(g)))
     return out
 
   def _place(self, tokens: np.ndarray, slots_IKD: jax.Array, boi: int, image: int) -> tuple[jax.Array, np.ndarray]:
     """Distributes images over rows: [B, M * K, D] slots and int32[B, S] indices into them."""
     k = slots_IKD.shape[1]
-    starts = [np.flatnonzero(row == boi) for row in tokens]
-    if sum(map(len, starts)) != len(slots_IKD):
-      raise UserError(f"und/input_ids has {sum(map(len, starts))} images, und/pixels {len(slots_IKD)}")
+    starts = golden.image_starts(tokens, len(slots_IKD), k - 1, boi, image)
     most = max(map(len, starts))
     index, place = np.full(tokens.shape, -1, np.int32), np.zeros((len(tokens), most), np.int32)
     used = 0
     for b, row in enumerate(starts):
       for m, start in enumerate(row):
-        if not (tokens[b, start + 1 : start + k] == image).all() or start + k > tokens.shape[1]:
-          raise UserError(f"und/input_ids row {b}: {k - 1} image ids should follow position {start}")
         index[b, start : start + k] = m * k + np.arange(k)
         place[b, m] = used
         used += 1
@@ -188,25 +175,23 @@ class Runner:
 
   def text(self, g: Mapping[str, np.ndarray]) -> dict[str, Output]:
     """Logits of plain token rows."""
-    tokens = g["input_ids"].astype(np.int32)
+    tokens = g["text/input_ids"].astype(np.int32)
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     hidden = self.apply("backbone", self.apply("embed", tokens), positions, np.ones_like(tokens)).hidden
     return {"text/logits": Output(np.asarray(self.apply("logits", hidden)))}
 
   def generation(self, g: Mapping[str, np.ndarray], want: Callable[[str], bool]) -> dict[str, Output]:
     """Embeddings and velocities at `gen/t`, and the Euler trajectory; rows with the prompt, then without."""
-    prompt = g["prompt_ids"].reshape(-1).astype(np.int32)
-    c = self.model.config
-    _check_shape("gen/z0", g["z0"].shape[-3:], (c.autoencoder.latent_channels, c.latent_size, c.latent_size))
-    z0 = g["z0"].transpose(0, 2, 3, 1)
+    prompt = g["gen/prompt_ids"].reshape(-1).astype(np.int32)
+    z0 = g["gen/z0"].astype(np.float32).transpose(0, 2, 3, 1)
     n = len(z0)
     step = functools.partial(_velocity, self.model, self.params, prompt)
-    v, parts = step(z0, np.broadcast_to(np.asarray(g["t"], np.float32), (n,)))
+    v, parts = step(z0, np.broadcast_to(np.asarray(g["gen/t"], np.float32), (n,)))
     twice = lambda x: np.concatenate([x, x])
     channels_first = lambda x: np.asarray(x).transpose(0, 3, 1, 2)
     skip, visible = channels_first(parts["skip"]), np.ones(parts["hidden"].shape[:2], bool)
     visible[n:, 1 : len(prompt)] = False
-    rows = 2 * n if g.get("t_emb", np.empty(2 * n)).shape[0] == 2 * n else n
+    rows = 2 * n if g.get("gen/t_emb", np.empty(2 * n)).shape[:1] == (2 * n,) else n
     both = twice if rows == 2 * n else (lambda x: x)
     out = {
       "gen/t_emb": Output(both(np.asarray(parts["time"]))),
@@ -217,7 +202,7 @@ class Runner:
       "gen/velocity_uncond": Output(channels_first(v[n:])),
     }
     if want("gen/trajectory") or want("gen/z1"):
-      steps, guidance = int(g["steps"]), float(g["cfg_weight"])
+      steps, guidance = int(g["gen/steps"].item()), float(g["gen/cfg_weight"].item())
       grid, z, trajectory = flow.time_grid(steps), jnp.asarray(z0), []
       for i in range(steps):
         v, _ = step(z, jnp.broadcast_to(grid[i], (n,)))
@@ -226,23 +211,6 @@ class Runner:
       out["gen/trajectory"] = Output(np.stack(trajectory))
       out["gen/z1"] = Output(trajectory[-1])
     return out
-
-
-def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-  """Raises a UserError where an input of the golden file does not fit the model; `found` may be the last axes."""
-  if found != wanted:
-    raise UserError(f"{name} is {list(found)} where this model takes {list(wanted)}: another model's golden file?")
-
-
-def _greedy_count(g: Mapping[str, np.ndarray]) -> int:
-  """How many tokens to decode for greedy_tokens, or for its first ones where the file does not hold it whole."""
-  if "greedy_tokens" in g:
-    return g["greedy_tokens"].shape[1]
-  names = [name for name in g if _VARIANT.sub("", name) == "greedy_tokens"]
-  for name in names:
-    if _VARIANT.search(name)[1] != "first":
-      raise UserError(f"und/{name} needs und/greedy_tokens beside it, which says how many tokens there are")
-  return max(g[name].shape[1] for name in names)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -267,39 +235,30 @@ def _velocity(model: JanusFlow, params: Any, prompt: jax.Array, z: jax.Array, ti
   return v, {"skip": skip, "time": time_ND, "hidden": hidden}
 
 
-def compare_model(checkpoint: str, golden: pathlib.Path, tolerance: float) -> list[Line]:
+def compare_model(checkpoint: str, path: pathlib.Path, tolerance: float) -> list[Line]:
   """Runs a checkpoint on the inputs of a golden file and compares.
 
   Raises:
-    UserError: the file is unreadable, lacks an input, or holds nothing to compare.
+    UserError: the file is unreadable, lacks an input, holds nothing to compare, or is another model's.
   """
-  arrays = read_golden(golden)
-  found = read_checkpoint(checkpoint)
+  arrays = golden.read(path)
+  groups = golden.check(path, arrays, _COMPONENTS)
+  found = describe(checkpoint)
+  golden.check_fits(arrays, groups, found.config)
   model, params = for_inference(
-    JanusFlow(found.config, jnp.dtype("float32"), remat="none", unroll=1, attention="xla"), found.params
+    JanusFlow(found.config, jnp.dtype("float32"), remat="none", unroll=1, attention="xla"), found.read_params()
   )
-  bases = {_VARIANT.sub("", name) for name in arrays}
+  bases = {golden.VARIANT.sub("", name) for name in arrays}
   ours: dict[str, Output] = {}
   with jax.default_matmul_precision("highest"):
     runner = Runner(model, jax.device_put(params))
-    del found, params
-    for group, inputs in _INPUTS.items():
-      outputs = [key for key in _COMPONENTS if key.startswith(group + "/") and key in bases]
-      if not outputs:
-        continue
-      solver = group != "gen" or bool({"gen/trajectory", "gen/z1"} & bases)
-      for name in inputs if solver else inputs[:3]:
-        if f"{group}/{name}" not in arrays:
-          raise UserError(f"{golden} has {outputs[0]} but not its input {group}/{name}")
-      part = {name.split("/", 1)[1]: x for name, x in arrays.items() if name.startswith(group + "/")}
-      if group == "und":
-        ours |= runner.understanding(part, bases.__contains__)
-      elif group == "text":
-        ours |= runner.text(part)
-      else:
-        ours |= runner.generation(part, bases.__contains__)
-  if not ours:
-    raise UserError(f"{golden} holds no output to compare with, such as und/logits")
+    del params
+    if "und" in groups:
+      ours |= runner.understanding(arrays, bases.__contains__)
+    if "text" in groups:
+      ours |= runner.text(arrays)
+    if "gen" in groups:
+      ours |= runner.generation(arrays, bases.__contains__)
   return compare(arrays, ours, tolerance)
 
 
@@ -318,6 +277,8 @@ def main(argv: Sequence[str]) -> int:
   args = p.parse_args(argv)
   if args.processor is not None and (args.checkpoint or args.golden):
     raise UserError("give --processor, or --checkpoint and --golden")
+  if args.tolerance is not None and not 0 <= args.tolerance < math.inf:
+    raise UserError(f"--tolerance={args.tolerance} must be a finite number that is not negative")
   check_json(args)
   if args.processor is not None:
     tolerance = 1e-6 if args.tolerance is None else args.tolerance

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 
 from jflow.data import examples, images
-from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer, read_files
 from jflow.errors import UserError
-from jflow.interop.comparison import Line, line, read_golden
-from jflow.interop.safetensors_io import read_json
+from jflow.interop import golden
+from jflow.interop.comparison import Line, line
+from jflow.strict_json import read_object, shown
 
+_LARGEST = 4096  # side of a picture, in pixels
 _COMPONENTS = {
   "input_ids": "tokenizer or chat template",
   "images_seq_mask": "image slots",
@@ -31,22 +33,48 @@ def compare_processor(directory: pathlib.Path, tolerance: float) -> Iterator[Lin
     UserError: a file is missing or damaged, cases.json lacks a field, or golden.npz holds no array of its cases, or
       one of none of them.
   """
-  tokenizer = Tokenizer.load(str(directory))
-  golden = read_golden(directory / "golden.npz")
-  values = read_json(directory / "cases.json")
-  try:
-    size = int(values["image_size"])
-    patches = (size // int(values["patch_size"])) ** 2
-    _check_names(directory, list(golden), [case["name"] for case in values["cases"]])
-    for case in values["cases"]:
-      ours = _process(directory, case, tokenizer, size, patches)
-      for key, component in _COMPONENTS.items():
-        name = f"{case['name']}/{key}"
-        if name in golden:
-          found = line(name, component, ours[key], golden[name], tolerance)
-          yield found._replace(passed=found.passed and found.max_error <= tolerance)
-  except (KeyError, TypeError, ValueError) as error:
-    raise UserError(f"{directory / 'cases.json'} does not follow the format ({error!r})") from None
+  files = read_files(str(directory))
+  arrays = golden.read(directory / "golden.npz")
+  size, patches, cases = _read_cases(directory)
+  _check_names(directory, list(arrays), [case["name"] for case in cases])
+  tokenizer = Tokenizer(files, str(directory))
+  for case in cases:
+    ours = _process(directory, case, tokenizer, size, patches)
+    for key, component in _COMPONENTS.items():
+      name = f"{case['name']}/{key}"
+      if name in arrays:
+        found = line(name, component, ours[key], arrays[name], tolerance)
+        yield found._replace(passed=found.passed and found.max_error <= tolerance)
+
+
+def _read_cases(directory: pathlib.Path) -> tuple[int, int, list[dict[str, Any]]]:
+  """Reads cases.json: the side of a picture, its patches, and the cases, each field checked, each picture there."""
+  path = directory / "cases.json"
+  values = read_object(path)
+
+  def need(ok: bool, what: str) -> None:
+    if not ok:
+      raise UserError(f"{path} does not follow the format: {what}")
+
+  for name in ("image_size", "patch_size"):
+    found = values.get(name)
+    need(type(found) is int and 1 <= found <= _LARGEST, f"{name} must be in 1..{_LARGEST}, got {shown(found)}")
+  cases = values.get("cases")
+  need(isinstance(cases, list) and bool(cases), "cases must be a list")
+  for i, case in enumerate(cases):
+    where = f"cases[{i}]"
+    need(isinstance(case, dict) and type(case.get("name")) is str, f"{where} must be an object with a name")
+    turns = case.get("conversation")
+    need(isinstance(turns, list) and bool(turns), f"{where}.conversation must be a list of turns")
+    for turn in turns:
+      texts = isinstance(turn, dict) and all(type(turn.get(key)) is str for key in ("role", "content"))
+      need(texts, f"{where}.conversation: a turn must have a role and a content, got {shown(turn)}")
+      pictures = turn.get("images", [])
+      need(isinstance(pictures, list), f"{where}: images must be a list, got {shown(pictures)}")
+      for name in pictures:
+        need(type(name) is str and pathlib.PurePath(name).name == name, f"{where}: a picture is a file here, got {shown(name)}")
+        need((directory / name).is_file(), f"{where}: {directory / name} not found")
+  return values["image_size"], (values["image_size"] // values["patch_size"]) ** 2, cases
 
 
 def _check_names(directory: pathlib.Path, arrays: list[str], cases: list[str]) -> None:
