@@ -1,9 +1,11 @@
 """What a record says it holds: pictures or not, other media, who speaks, where a conversation ends."""
 
+import json
+
 import pytest
 
 from jflow.data import examples
-from preparing import image, make_folder, read_back, run, write_lines
+from preparing import image, make_folder, read_back, run, write_lines, write_tar
 from test_examples import TOKENIZER, show
 
 SOUND = {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}
@@ -127,6 +129,37 @@ def test_records_of_other_media_are_dropped_under_their_name(folder, task, forma
   reasons = [reason for reason, _ in MEDIA for _ in base] + ["with_video"]
   assert not found and not summary["rejected"]
   assert summary["filtered"] == {reason: reasons.count(reason) for reason in reasons}
+
+
+def _rows(folder):
+  """Writes a table and a tar of the same records: two of text, and one each of a picture, a video and a sound."""
+  pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+  empty = {"image": None, "video": None, "audio": None}
+  more = [
+    {},
+    {"image": {"bytes": None, "path": None}},
+    {"image": {"bytes": image(1), "path": None}},
+    {"video": "a.mp4"},
+    {"audio": {"bytes": b"x", "path": "a.wav"}},
+  ]
+  talks = [[human(f"<{what}> {i}"), gpt("So.")] for i, what in enumerate(("image", "video", "image", "video", "audio"))]
+  rows = [{**empty, **fields, "conversations": turns} for fields, turns in zip(more, talks, strict=True)]
+  parquet.write_table(pa.Table.from_pylist(rows), folder / "a.parquet")
+  members = {f"{i}.json": json.dumps({"conversations": turns}).encode() for i, turns in enumerate(talks)}
+  members |= {"2.png": image(1), "3.mp4": b"x", "4.0.WAV": b"x"}
+  write_tar(folder / "a.tar", dict(sorted(members.items())))
+
+
+@pytest.mark.parametrize("format, name", [("parquet", "a.parquet"), ("webdataset", "a.tar")])
+def test_tables_and_tars_are_read_by_the_same_rules(folder, format, name):
+  _rows(folder)
+  summary, output = run(folder, "text", name, format)
+  assert [record.turns[0].text for record in read_back(output, "text")] == ["<image> 0", "<video> 1"]
+  assert summary["filtered"] == {"with_images": 1, "with_video": 1, "with_audio": 1}
+  if format == "parquet":
+    summary, output = run(folder, "understanding", name, format, str(folder.parent / "understanding"))
+    assert summary["accepted"] == 1 and not summary["rejected"]
+    assert summary["filtered"] == {"text_only": 2, "with_video": 1, "with_audio": 1}
 
 
 def test_a_word_about_a_medium_is_none(folder):

@@ -140,6 +140,7 @@ class Parquet:
       images = () if objects.is_empty(value) else (value,)  # which makes it no text
     else:
       values = value if isinstance(value, list) else [value]
+      values = [None if isinstance(each, dict) and objects.is_empty(each) else each for each in values]
       images = tuple(self._image(each, path) for each in values if each is not None)
     named = (fields.get(key) for key in ("id", "key"))
     name = next((str(each) for each in named if each is not None and not broken_in(each)), str(number))
