@@ -140,6 +140,7 @@ def test_models_are_listed_and_found(openai, client):
   assert [x.id for x in client.models.list()] == [serving.NAME]
   found = client.models.retrieve(serving.NAME)
   assert (found.id, found.object) == (serving.NAME, "model") and type(found.created) is int
+  assert client.get("/models/", cast_to=object) == client.get("/models", cast_to=object)
   for wrong in ("gpt-4o", "org/name", f"{serving.NAME}/x"):
     with pytest.raises(openai.NotFoundError) as caught:
       client.models.retrieve(wrong)

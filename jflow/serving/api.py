@@ -97,8 +97,10 @@ class Api:
     return Json({"object": "list", "data": [self._model()]})
 
   async def model(self, request: Request) -> Response:
-    """GET /v1/models/NAME."""
-    if (name := request.path_params["name"]) != self._name:
+    """GET /v1/models/NAME; without a name, all."""
+    if not (name := request.path_params["name"]):
+      return await self.models(request)
+    if name != self._name:
       raise schemas.no_model(name, self._name)
     return Json(self._model())
 

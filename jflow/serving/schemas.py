@@ -133,7 +133,7 @@ def parse_painting(body: dict[str, Any], model: str, image_size: int) -> Paintin
   solver = fields.choice("solver", tuple(SOLVERS), "euler")
   shift = fields.number("shift", 1.0, 0.01, 100.0)
   settings = Settings(fields.integer("steps", 30, 1, MAX_STEPS), guidance, solver, shift)
-  seed = _seed(fields)
+  seed = _seed(fields, count)
   fields.end()
   return Painting(prompt, count, seed, settings)
 
@@ -162,8 +162,9 @@ def no_model(named: str, model: str) -> ApiError:
   return ApiError(404, message, "model", code="model_not_found")
 
 
-def _seed(fields: Fields) -> int | None:
-  return fields.integer("seed", None, -(2**63), 2**64 - 1)
+def _seed(fields: Fields, count: int = 1) -> int | None:
+  """The seed of the first of `count` results; each has to be one that can be asked for."""
+  return fields.integer("seed", None, -(2**63), 2**64 - count)
 
 
 def _stop(fields: Fields) -> tuple[str, ...]:
