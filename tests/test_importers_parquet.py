@@ -270,20 +270,17 @@ def test_damage_to_a_column_of_metadata_costs_nothing_but_it(folder):
 
 
 @pytest.mark.parametrize(
-  "columns, column",
+  "columns",
   [
-    ({"image": [bytes(2**25), *PNG[:3]], "caption": CAPTIONS[:4]}, "image"),
-    ({"image": PNG[:4], "caption": ["x" * 2**25, *CAPTIONS[:3]]}, "caption"),
-    (
-      {"image": _structs(bytes=[bytes(2**25), *PNG[:3]], path=CAPTIONS[:4]), "caption": CAPTIONS[:4]},
-      "image",
-    ),
+    {"image": [bytes(2**25), *PNG[:3]], "caption": CAPTIONS[:4]},
+    {"image": PNG[:4], "caption": ["x" * 2**25, *CAPTIONS[:3]]},
+    {"image": _structs(bytes=[bytes(2**25), *PNG[:3]], path=CAPTIONS[:4]), "caption": CAPTIONS[:4]},
   ],
   ids=["image", "caption", "struct"],
 )
-def test_a_column_that_unfolds_too_far_is_not_read(folder, columns, column):
+def test_what_unfolds_too_far_is_not_read(folder, columns):
   _table_of(folder, columns, compression="zstd")
-  with pytest.raises(UserError, match=f'row 0: "{column}" unfolds .* .bomb.*4 of 4'):
+  with pytest.raises(UserError, match="row 0: the row group unfolds .* .bomb.*4 of 4"):
     _run(folder, "generation", "t.parquet")
 
 

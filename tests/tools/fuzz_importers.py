@@ -19,8 +19,8 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
@@ -28,6 +28,8 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in
 from jflow.data import prepare, prepared  # noqa: E402
 from jflow.errors import UserError  # noqa: E402
 from preparing import image  # noqa: E402
+from tools import fuzz_layouts  # noqa: E402
+from tools.fuzzing import Layout, mark, spoil_bytes  # noqa: E402
 
 SECONDS = 30  # of a round, far beyond what one takes
 SPOILED = 12  # records of a round
@@ -40,23 +42,6 @@ class Hung(BaseException):
 
 class Raw(str):
   """Text that stands in a JSON text as it is."""
-
-
-class Layout(NamedTuple):
-  """How a format holds records, and how one of them is spoiled."""
-
-  format: str
-  task: str
-  sound: Callable[[int], Any]  # number -> a record that holds `mark(number)`
-  spoil: Callable[[random.Random, Any], Any]  # a sound record -> one that may be unusable
-  write: Callable[[pathlib.Path, list[Any]], pathlib.Path]  # folder, records -> the input
-  options: dict[str, Any] = {}
-  exact: bool = True  # whether a spoiled record is still one record
-
-
-def mark(number: int) -> str:
-  """A text that no other record holds."""
-  return f"Sound {number:04d}."
 
 
 # Values that stand where others are expected.
@@ -98,28 +83,6 @@ def spoil_fields(rng: random.Random, record: dict[str, Any]) -> dict[str, Any]:
     elif isinstance(inside, dict):
       inside[rng.choice(KEYS)] = inside.pop(key)
   return record
-
-
-def spoil_bytes(rng: random.Random, data: bytes) -> bytes:
-  """Returns bytes of which some were changed, left out, put in, doubled or cut off."""
-  changed = bytearray(data)
-  for _ in range(rng.choice((1, 1, 2, 8))):
-    at = rng.randrange(len(changed) + 1)
-    length = rng.choice((1, 1, 2, 16, 400))
-    change = rng.randrange(6)
-    if change == 0 and at < len(changed):
-      changed[at] ^= 1 << rng.randrange(8)
-    elif change == 1:
-      del changed[at : at + length]
-    elif change == 2:
-      changed[at:at] = rng.randbytes(length)
-    elif change == 3:
-      changed[at:at] = changed[at : at + length]
-    elif change == 4:
-      del changed[at:]
-    else:
-      changed[at : at + length] = bytes([rng.randrange(256)]) * length
-  return bytes(changed)
 
 
 def to_json(value: Any) -> bytes:
@@ -216,6 +179,7 @@ LAYOUTS = {
     "text", "text", _text, spoil_bytes, _write_paragraphs, {"documents": "paragraph"}, exact=False
   ),
   "text files": Layout("text", "text", _text, spoil_bytes, _write_files),
+  **fuzz_layouts.LAYOUTS,
 }
 
 

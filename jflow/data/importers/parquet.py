@@ -24,7 +24,7 @@ from jflow.data.records import Record, RecordError, Unwanted
 from jflow.errors import UserError
 
 IMAGES = (*objects.IMAGES, "jpg", "png", "webp", "jpeg", "img", "image_bytes", "bytes")
-MAX_RATIO = 100  # bytes of a column to those of its file: images and text do not shrink so far
+MAX_RATIO = 100  # bytes of a row group to those of its file: images and text do not shrink so far
 MAX_ROWS = 100  # to a byte of the file
 _BATCH_ROWS, _BATCH_BYTES = 32, 2**27  # of a column in memory, unless a single cell is larger
 
@@ -78,7 +78,15 @@ class Parquet:
       return
     with _open(path) as table:
       columns = self._columns(path, table.schema_arrow)
-      cells = {name: _cells(table, path, group, name, needed) for name, needed in columns.read.items()}
+      size = table.metadata.row_group(group).total_byte_size
+      if size > MAX_RATIO * os.path.getsize(path) + 2**20:
+        bomb = RecordError(
+          "bomb", f"the row group unfolds to more than {MAX_RATIO} times the size of its file"
+        )
+        yield from (Item(f"{path} row {number}", bomb, {}) for number in range(first, first + rows))
+        return
+      batch = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, size)))
+      cells = {name: _cells(table, group, name, batch) for name in columns.read}
       for number in range(first, first + rows):
         fields = {name: next(values) for name, values in cells.items()}
         where = f"{path} row {number}"
@@ -113,7 +121,7 @@ class Parquet:
     media = tuple(field.name for field in rest if self._is_medium(field.name))
     read.update(media, {"id", "key"}.intersection(names).difference(twice))
     kept = self._notes({field.name: 0 for field in rest if _is_short(field.type)}, image)
-    return _Columns(image, media, {name: name in read for name in names if name in read or name in kept})
+    return _Columns(image, media, tuple(name for name in names if name in read or name in kept))
 
   def _is_medium(self, name: str) -> bool:
     """Returns whether a column may hold what makes its row one for another task, or for none."""
@@ -175,21 +183,18 @@ class _Columns(NamedTuple):
 
   image: str  # "" where there is none
   media: tuple[str, ...]  # those that decide whether a row is of use
-  read: dict[str, bool]  # whether a row needs it, or it is metadata
+  read: tuple[str, ...]  # with those of metadata
 
 
-def _cells(table: Any, path: str, group: int, name: str, needed: bool) -> Iterator[Any]:
-  """Yields the values of a column in a row group without end; those that cannot be read are a `RecordError`."""
+def _cells(table: Any, group: int, name: str, rows: int) -> Iterator[Any]:
+  """Yields the values of a column in a row group without end; those that cannot be read are a `RecordError`.
+
+  Nothing is asked of the column's own metadata: pyarrow ends the process where they are damaged.
+  """
   try:
-    size = _unfolded(table.metadata.row_group(group), name)
-    if needed and size > MAX_RATIO * os.path.getsize(path) + 2**20:
-      raise RecordError("bomb", f'"{name}" unfolds to more than {MAX_RATIO} times the size of the file')
-    rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, size)))
     for batch in table.iter_batches(rows, [group], [name], use_threads=False):
       yield from map(_value, batch.column(name))
     broken = RecordError("corrupt", f'"{name}" ends before the row group does')
-  except RecordError as error:
-    broken = error
   except Exception as error:  # pyarrow raises many types on damaged pages
     if getattr(error, "errno", None):  # the disk, not the data
       raise
@@ -198,12 +203,6 @@ def _cells(table: Any, path: str, group: int, name: str, needed: bool) -> Iterat
     )
   while True:
     yield broken
-
-
-def _unfolded(group: Any, name: str) -> int:
-  """Returns the bytes of a column in a row group, uncompressed, as the file gives them."""
-  columns = [group.column(i) for i in range(group.num_columns)]
-  return sum(c.total_uncompressed_size for c in columns if f"{c.path_in_schema}.".startswith(f"{name}."))
 
 
 def _value(cell: Any) -> Any:

@@ -123,9 +123,15 @@ def _check_shards(split: Any) -> None:
   Raises:
     UserError: one is missing, cannot be opened, or holds another number of records.
   """
-  if len(split.filepaths) != len(split.shard_lengths):
-    raise UserError(f"the split {split.name!r} has {len(split.filepaths)} files, and other shard_lengths")
-  for path, length in zip(map(str, split.filepaths), split.shard_lengths):
+  try:
+    paths, lengths = list(map(str, split.filepaths)), list(map(int, split.shard_lengths))
+  except Exception as error:  # whatever a damaged dataset_info.json makes of it
+    raise UserError(
+      f"the files of the split {split.name!r} are not said in dataset_info.json ({str(error)[:80]}): fetch it again"
+    ) from None
+  if len(paths) != len(lengths):
+    raise UserError(f"the split {split.name!r} has {len(paths):,} files and {len(lengths):,} shardLengths")
+  for path, length in zip(paths, lengths):
     if not os.path.isfile(path):
       raise UserError(f"{path} is missing: fetch it again")
     try:
