@@ -39,6 +39,9 @@ class Data:
     """One in the row at place 7, the last, at step 2 (counted from 0)."""
     return {"checksum": 1} if step == 2 and 7 in self._rows else {}
 
+  def waiting_for(self) -> str:
+    return ""
+
   def batches(self, start: int, stop: int) -> Iterator[tuple[Any, dict[str, Any]]]:
     made = (
       (
@@ -105,5 +108,5 @@ def train(config: dict[str, Any], workdir: pathlib.Path, fault: list[str]) -> No
 if __name__ == "__main__":
   at = sys.argv.index("--")
   fault = sys.argv[1:at]
-  loop.train = lambda config, workdir, painter: train(config, workdir, fault)
+  loop.train = lambda config, workdir, *_: train(config, workdir, fault)
   sys.exit(__main__.main(["train", f"--config={ROOT}/configs/stage1.py:tiny", *sys.argv[at + 1 :]]))

@@ -7,6 +7,7 @@ The first pass over a source. For a prepared data set it reads the outlines, not
 import array
 import collections
 import concurrent.futures
+import concurrent.futures.process
 import functools
 import multiprocessing
 import os
@@ -18,9 +19,11 @@ import numpy as np
 
 from jflow.data import derived, examples, prepared
 from jflow.data.examples import Sample
+from jflow.data.processes import end_with_parent
 from jflow.data.progress import Progress
 from jflow.data.records import Record, RecordError, Source
 from jflow.data.tokenizer import Tokenizer
+from jflow.errors import Stopped
 
 # Goes up when the layouts in examples.py change length.
 _VERSION = 2
@@ -65,10 +68,15 @@ def _measure(
       return _sizes(records, build, lambda: bar.count(1))
     parts = []
     # Threads of the parent would not survive a fork.
-    with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-      for part in pool.map(functools.partial(_measure_shard, build), paths):
-        parts.append(part)
-        bar.count(len(part[0]))
+    with concurrent.futures.ProcessPoolExecutor(
+      processes, multiprocessing.get_context("spawn"), end_with_parent
+    ) as pool:
+      try:
+        for part in pool.map(functools.partial(_measure_shard, build), paths):
+          parts.append(part)
+          bar.count(len(part[0]))
+      except concurrent.futures.process.BrokenProcessPool:
+        raise Stopped(f"a process that measured {task} was killed (out of memory?): start again") from None
   return np.concatenate([sizes for sizes, _ in parts]), sum((r for _, r in parts), collections.Counter())
 
 

@@ -6,6 +6,7 @@ step. Hosts, workers and threads change who does the work, not its result.
 """
 
 import collections
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from jflow import batch as batch_lib
 from jflow.batch import TASKS, Batch, RowShape
-from jflow.data import examples, images, latents, mixture, packing, plans, sources
+from jflow.data import examples, images, latents, mixture, packing, plans, processes, sources
 from jflow.data.examples import Sample
 from jflow.data.records import RecordError, Source
 from jflow.data.tokenizer import Tokenizer
@@ -180,6 +181,7 @@ class Pipeline:
     self._mixture = tuple((int(step), tuple(weights)) for step, weights in data_config["mixture"])
     self._step_plan(1)
     used = [any(weights[i] > 0 for _, weights in self._mixture) for i in range(len(TASKS))]
+    self._loaders: processes.Loaders | None = None
     self._interleaves: list[mixture.Interleave | None] = []
     self._rows: list[list[Rows]] = []
     for number, task in enumerate(TASKS):
@@ -245,10 +247,7 @@ class Pipeline:
     """
     step_plan = self._step_plan(stop_step)
     seen, rejected = 0, collections.Counter()
-    loaded = _prefetch(self._load, step_plan, start_step, self._config)
-    for offset, (batch, samples, lost) in enumerate(loaded):
-      if self._config["workers"] > 0:  # out of the worker's shared memory, which ends with the worker
-        batch = Batch(*map(np.array, batch))
+    for offset, (batch, samples, lost) in enumerate(self._loaded(step_plan, start_step)):
       counter = collections.Counter(reason for reason, _ in lost)
       seen += samples
       rejected.update(counter)
@@ -269,6 +268,25 @@ class Pipeline:
         },
       )
 
+  def waiting_for(self) -> str:
+    """Returns the loader process that a run stands still for, if it does so now; else ""."""
+    return self._loaders.waiting_for() if self._loaders else ""
+
+  def _loaded(self, step_plan: mixture.StepPlan, start_step: int) -> Iterator[Any]:
+    """Yields what `_load` makes of the steps from `start_step` on, loaded ahead."""
+    read = functools.partial(_read, self._load, step_plan, start_step, self._config)
+    count = min(self._config["workers"], len(step_plan) - start_step)
+    if count < 1:
+      yield from read()
+      return
+    loaders = processes.Loaders(read, count)
+    self._loaders = loaders
+    try:
+      yield from loaders
+    finally:
+      self._loaders = None
+      loaders.close()
+
   def _step_plan(self, steps: int) -> mixture.StepPlan:
     return mixture.StepPlan(self._mixture, self._batch_size, steps, self._share)
 
@@ -284,28 +302,21 @@ class Pipeline:
     return batch, samples, rejected
 
 
-def _prefetch(
-  load: Any, step_plan: mixture.StepPlan, start_step: int, config: Mapping[str, Any]
+def _read(
+  load: Any, step_plan: mixture.StepPlan, start_step: int, config: Mapping[str, Any], index: int = 0, count: int = 1
 ) -> Iterator[Any]:
-  """Yields load(step_plan[step]) in the order of the steps, from `start_step` on, through Grain."""
+  """Yields load(step_plan[step]) of every `count`-th step from `start_step + index` on, by threads through Grain."""
   import grain
 
-  dataset = grain.MapDataset.source(step_plan)[start_step:].map(load)
+  if start_step + index >= len(step_plan):
+    return
+  dataset = grain.MapDataset.source(step_plan)[start_step + index :: count].map(load)
   threads, prefetch = max(1, config["threads"]), max(1, config["prefetch"])
-  dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
-  if config["workers"] > 0:
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, which only absl.app parses
-      flags.FLAGS.mark_as_parsed()
-    dataset = dataset.mp_prefetch(
-      grain.MultiprocessingOptions(num_workers=config["workers"], per_worker_buffer_size=2)
-    )
-  iterator = iter(dataset)
+  iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)))
   try:
     yield from iterator
   finally:
-    if hasattr(iterator, "close"):  # ends the worker processes
+    if hasattr(iterator, "close"):
       iterator.close()
 
 

@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from jflow.data import examples, images, importers, prepared
 from jflow.data.filters import Filters
 from jflow.data.importers import Importer, Item
 from jflow.data.partial import open_partial, write_json
+from jflow.data.processes import end_with_parent
 from jflow.data.progress import Progress
 from jflow.data.records import Record, RecordError, Unwanted
 from jflow.errors import Stopped, UserError, need_text_name
@@ -148,13 +148,7 @@ def _run(
 def _begin_process(done: Any) -> None:
   global _done
   _done = done
-  # A killed parent takes its workers along, so that none writes a part that the next run writes too.
-  threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-
-
-def _end_with(parent: Any) -> None:
-  parent.join()
-  os._exit(1)
+  end_with_parent()  # so that none writes a part that the next run writes too
 
 
 def _import_in_process(*arguments: Any) -> dict[str, Any]:

@@ -159,7 +159,7 @@ class _Run:
     self._trackers = tracking.trackers(self._config, self._workdir) if main else []
     self._metrics = Lines(self._workdir / "metrics.jsonl", first + 1) if main else None
     self._progress = Progress(last, first, self._config["log"]["every_seconds"], shown=main)
-    self._watchdog = Watchdog(self._config["train"]["watchdog_seconds"])
+    self._watchdog = Watchdog(self._config["train"]["watchdog_seconds"], self._pipeline.waiting_for)
     self._watchdog.beat("the start", slow=True)
     self._clock, self._compiled, self._trained = time.monotonic(), False, set(state.trained)
     exchange, stop = hosts.Exchange(), _StopFlag()

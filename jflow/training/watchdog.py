@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 _FIRST = (
   10  # a first step compiles, and a last one waits for the checkpoint: they may take so many times as long
@@ -12,7 +13,7 @@ _FIRST = (
 
 
 class Watchdog:
-  """Wants to hear of a step every `seconds`; otherwise prints the stacks of all threads and exits with code 1.
+  """Wants to hear of a step every `seconds`; otherwise says why, with the stacks of all threads, and exits with code 1.
 
   A run starts it before its first step, when the data is planned and the state is there.
 
@@ -20,8 +21,12 @@ class Watchdog:
   `faulthandler` does the same from C a little later.
   """
 
-  def __init__(self, seconds: float):
-    """`seconds`: 0 turns it off."""
+  def __init__(self, seconds: float, waiting_for: Callable[[], str] = lambda: ""):
+    """`seconds`: 0 turns it off. `waiting_for` says which other process the run stands still for, "" for none.
+
+    It is then named, and stacks of this process would say nothing.
+    """
+    self._waiting_for = waiting_for
     self._seconds, self._allowed, self._what, self._deadline = seconds, seconds, "the start", float("inf")
     self._ended = threading.Event()
     if seconds:
@@ -42,10 +47,13 @@ class Watchdog:
   def _watch(self) -> None:
     while not self._ended.wait(min(1.0, self._seconds / 10)):
       if time.monotonic() > self._deadline:
+        other = self._waiting_for()
         print(
-          f"jflow: no step for {self._allowed:g} s (train.watchdog_seconds={self._seconds:g}) after {self._what}; this process ends "
-          "here, and the same command goes on from the last checkpoint. What each thread was doing:",
+          f"jflow: no step for {self._allowed:g} s (train.watchdog_seconds={self._seconds:g}) after {self._what}"
+          f"{f', since {other} sends nothing' if other else ''}; this process ends here, and the same command goes on "
+          f"from the last checkpoint{'' if other else '. What each thread was doing:'}",
           file=sys.stderr, flush=True,
         )  # fmt: skip
-        faulthandler.dump_traceback(all_threads=True)
+        if not other:
+          faulthandler.dump_traceback(all_threads=True)
         os._exit(1)
