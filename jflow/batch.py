@@ -11,6 +11,7 @@ restart at 0. An image takes K = 1 + P consecutive slots, whether read or writte
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +57,12 @@ class Batch(NamedTuple):
   # bfloat16[B, M, h, w, 2 C]; mean and log variance of the VAE's posterior, not scaled, of images to write;
   # bfloat16[B, M, 0] where the step runs the VAE itself
   moments: np.ndarray
+
+
+def row_bytes(shape: RowShape) -> int:
+  """Returns the bytes of one row of a batch, without making it."""
+  moments = 2 * math.prod(shape.moments)
+  return shape.tokens * (5 * 4 + 1) + shape.images * (3 * shape.image_size**2 + 2 * 4 + moments)
 
 
 def empty(rows: int, shape: RowShape) -> Batch:

@@ -7,6 +7,7 @@ step. Hosts, workers and threads change who does the work, not its result.
 
 import collections
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -177,6 +178,15 @@ class Pipeline:
     if row_shape.tokens <= row_shape.image_slots:
       raise UserError(
         f"data.row_tokens is {row_shape.tokens}, too few for an image of {row_shape.image_slots} slots"
+      )
+    rows = batch_size if share is None else len(share)
+    ahead = max(1, data_config["workers"]) * (data_config["prefetch"] + 2)  # one is made, and one in use
+    needed, there = batch_lib.row_bytes(row_shape) * rows, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed * ahead > there:
+      raise UserError(
+        f"{ahead} batches of {rows:,} rows of {row_shape.tokens:,} tokens and {row_shape.images:,} images take "
+        f"{ahead * needed / 2**30:,.0f} GiB, and this machine has {there / 2**30:,.0f}: train.batch_size, data.row_tokens, "
+        "data.row_images, data.workers or data.prefetch must be smaller"
       )
     self._mixture = tuple((int(step), tuple(weights)) for step, weights in data_config["mixture"])
     self._step_plan(1)

@@ -6,10 +6,8 @@ import pathlib
 import sys
 from typing import Any
 
-from absl import flags
-from ml_collections import config_flags
-
 from jflow.errors import UserError, need_text_name
+from jflow.training import config_files, fields, overrides
 
 _EPILOG = """
 A config is a Python file with get_config(size); the part behind the colon is the size:
@@ -35,32 +33,14 @@ def load_config(arguments: list[str]) -> dict[str, Any]:
   paths = [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]
   if len(paths) != 1:
     raise UserError("name one config, for example --config=configs/stage2.py:tiny")
-  file = pathlib.Path(paths[0].rsplit(":", 1)[0] if ":" in paths[0] else paths[0])
-  if not file.is_file():
-    raise UserError(f"config file {file} does not exist")
-  root = str(file.resolve().parent.parent)
-  if root not in sys.path:
-    sys.path.insert(0, root)  # so that a config can import its siblings from any working directory
-  values = flags.FlagValues()
-  arguments = ["jflow", *arguments]
-  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+  file, config = config_files.load(paths[0])
   try:
-    rest = values(arguments)
-  except (AttributeError, KeyError) as error:
-    while error.__context__ is not None and error.__context__.__context__ is not None:
-      error = error.__context__  # each quotes the text of the one before; the second says "Did you mean"
-    hint = " ".join(str(error.args[0]).split())
-    name = hint.split()[0].strip("'")
-    wrong = next((a for a in arguments if f".{name}" in a.split("=")[0]), "")
-    raise UserError(f"{file}: unknown field {hint} ({wrong})") from error
-  except (flags.Error, ValueError, TypeError, SyntaxError) as error:
-    text = str(error).strip()
-    if "Traceback" in text:  # the config's own error, wrapped with its traceback: the last line says it
-      text = text.splitlines()[-1].removeprefix("ValueError: ")
-    raise UserError(f"{file}: {' '.join(text.split())}") from error
-  if rest[1:]:
-    raise UserError(f"unknown argument {rest[1]!r}; fields are set as --config.FIELD=VALUE")
-  return _plain(values.config.to_dict())
+    overrides.apply(config, [a for a in arguments if not a.startswith("--config=")])
+    read = _plain(config.to_dict())
+    fields.check_complete(read)
+    return read
+  except UserError as error:
+    raise UserError(f"{file}: {error}") from None
 
 
 def _plain(value: Any) -> Any:
@@ -99,9 +79,9 @@ def main(argv: list[str]) -> int:
   parser.add_argument(
     "--workdir", metavar="DIR", required=True, type=pathlib.Path, help="directory of this run"
   )
-  known, fields = parser.parse_known_args(argv)
+  known, settings = parser.parse_known_args(argv)
   need_text_name("--workdir", known.workdir)
-  config = load_config([f"--config={known.config}", *fields])
+  config = load_config([f"--config={known.config}", *settings])
 
   from jflow.training import hosts  # after the flags: a typo needs no import of jax
   from jflow.training.loop import Terminated, train

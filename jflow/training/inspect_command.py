@@ -100,8 +100,9 @@ def render(config, directory: str, rows: int, step: int, title: str):
     step: of the run.
     title: of the picture.
   """
-  from jflow.training import setup  # imports jax, which --help does not need
+  from jflow.training import fields, setup  # the second imports jax, which --help does not need
 
+  fields.check({"data": config["data"]})
   data, batch_size = dict(config["data"]), config["train"]["batch_size"]
   if directory:
     task = read_summary(directory)["task"]

@@ -27,7 +27,7 @@ from jflow.training.checkpoint import Checkpointer
 from jflow.training.flops import mfu
 from jflow.training.goodput import Goodput
 from jflow.training.metrics import Lines, Progress, number
-from jflow.training.program import make_program
+from jflow.training.program import check_memory, make_program
 from jflow.training.state import TrainState
 from jflow.training.watchdog import Watchdog
 
@@ -99,6 +99,7 @@ def _train(
 
   with jax.set_mesh(mesh):
     program = make_program(config, model, mesh)
+    check_memory(program, mesh)
     about = {"config": config, "commit": workdirs.source_version(), "versions": workdirs.versions()}
     keep, keep_every = config["checkpoint"]["keep"], config["checkpoint"]["keep_every"]
     checkpointer = Checkpointer(workdir / "checkpoints", keep, about, keep_every)

@@ -3,6 +3,8 @@
 One place for training, for `bench train` and for `compile`, so that what is measured is what trains.
 """
 
+import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ import jax
 
 from jflow import sharding
 from jflow.batch import Batch, empty
+from jflow.errors import UserError
 from jflow.models.janusflow import JanusFlow
 from jflow.training import optim, setup
 from jflow.training.state import TrainState
@@ -55,6 +58,25 @@ def make_program(config: Mapping[str, Any], model: JanusFlow, mesh: jax.sharding
     compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
   )
   return Program(step, jax.tree.map(shaped, sharding.unbox(boxed), where), where, state_of)
+
+
+def check_memory(program: Program, mesh: jax.sharding.Mesh) -> None:
+  """Checks that the state of a run can lie on its devices at all; what a step takes besides is not counted.
+
+  Raises:
+    UserError: it cannot.
+  """
+  device = mesh.local_devices[0]
+  there = (device.memory_stats() or {}).get("bytes_limit")
+  if there is None and device.platform == "cpu":  # the devices of a CPU share the machine's memory
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(mesh.local_devices)
+  leaves = jax.tree.leaves(program.state)
+  needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+  if there is not None and needed // mesh.size > there:
+    raise UserError(
+      f"parameters, their averages and the optimizer's state take {needed / 2**30:,.0f} GiB, more than the "
+      f"{mesh.size * there / 2**30:,.0f} GiB of {mesh.size} devices: the fields config.model.* must be smaller, or the mesh larger"
+    )
 
 
 def abstract_batch(config: Mapping[str, Any], model: JanusFlow, mesh: jax.sharding.Mesh) -> Batch:

@@ -1,8 +1,6 @@
 """What comes before the first step: the config's checks, the model, the parameters to start from."""
 
 import importlib.util
-import math
-import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,7 +21,7 @@ from jflow.models.config import JanusFlowConfig
 from jflow.models.janusflow import Draws, JanusFlow, Sums
 from jflow.models.llm import remat_policy
 from jflow.models.vae import fit_patch_pca
-from jflow.training import hosts
+from jflow.training import fields, hosts
 from jflow.world.siglip_fit import fit_siglip
 
 Config = Mapping[str, Any]
@@ -35,62 +33,29 @@ def check(config: Config) -> JanusFlowConfig:
   Raises:
     UserError: naming the field, its value, and what is allowed.
   """
+  fields.check(config)
   model = JanusFlowConfig.from_dict(config["model"])
-  train, data = config["train"], config["data"]
+  train, data, mesh = config["train"], config["data"], config["mesh"]
 
   def need(ok: bool, field: str, what: str) -> None:
     if not ok:
       value = config
       for part in field.split("."):
         value = value[part]
-      raise UserError(f"config.{field}={value!r} {what}")
+      raise fields.refusal(field, value, what)
 
-  sizes = ("train.steps", "train.batch_size", "train.accumulation", "checkpoint.interval", "checkpoint.keep")
-  for field in (*sizes, "train.max_skipped", "compute.unroll", "mesh.data", "mesh.fsdp", "mesh.model"):
-    section, name = field.split(".")
-    need(config[section][name] >= 1, field, "must be at least 1")
   need(
     train["batch_size"] % train["accumulation"] == 0,
     "train.accumulation",
     f"must divide train.batch_size={train['batch_size']}",
   )
-  for task, sources in data["sources"].items():
-    pairs = not isinstance(sources, str) and all(
-      isinstance(x, (tuple, list))
-      and len(x) == 2
-      and isinstance(x[0], str)
-      and isinstance(x[1], (int, float))
-      for x in sources
-    )
-    need(pairs, f"data.sources.{task}", "must be a tuple of (directory, weight) pairs, as (('DIR', 1.0),)")
-  for field in ("train.spike_sigmas", "train.watchdog_seconds", "checkpoint.keep_every"):
-    section, name = field.split(".")
-    need(0 <= config[section][name] < math.inf, field, "must not be negative; 0 turns it off")
-  need(train["spike_window"] >= 2, "train.spike_window", "must be at least 2")
   _check_distributed(config["distributed"], need)
   log = config["log"]
-  need(log["sample_every"] >= 0, "log.sample_every", "must not be negative; 0 turns it off")
-  need(log["sample_steps"] >= 1, "log.sample_steps", "must be at least 1")
-  need(
-    log["sample_guidance"] == 0 or log["sample_guidance"] >= 1,
-    "log.sample_guidance",
-    "must be at least 1, or 0",
-  )
   for name in ("tensorboard", "wandb"):
     there = not log[name] or importlib.util.find_spec(name) is not None
     need(there, f"log.{name}", f"needs the package {name}: pip install {name}")
-  prompts = log["sample_prompts"]
-  strings = isinstance(prompts, tuple) and all(isinstance(p, str) and p.strip() for p in prompts)
-  need(strings and bool(prompts or not log["sample_every"]), "log.sample_prompts", "must be a tuple of texts")
-  need(0 <= train["seed"] < 2**32, "train.seed", "must be in [0, 2**32)")
-  need(0.0 <= train["ema"] < 1.0, "train.ema", "must be in [0, 1)")
-  parts = train["init_parts"]
-  pairs = isinstance(parts, tuple) and all(
-    isinstance(x, tuple) and len(x) == 2 and all(isinstance(y, str) for y in x) for x in parts
-  )
-  need(pairs, "train.init_parts", "must be a tuple of (part, checkpoint), as (('understanding_encoder', 'DIR'),)")
-  need(not parts or bool(train["init_from"]), "train.init_parts", "needs train.init_from, whose parts it replaces")
-  need(train["fit_labels"] >= 0, "train.fit_labels", "must not be negative; 0 leaves SigLIP fresh")
+  need(bool(log["sample_prompts"] or not log["sample_every"]), "log.sample_prompts", "must hold some for log.sample_every")
+  need(not train["init_parts"] or bool(train["init_from"]), "train.init_parts", "needs train.init_from, whose parts it replaces")
   need(
     not train["fit_labels"] or model.reader == "siglip",
     "train.fit_labels",
@@ -101,41 +66,23 @@ def check(config: Config) -> JanusFlowConfig:
     "train.fit_labels",
     "must be 0 with train.init_from: that SigLIP is not fresh",
   )
-  need(train["init_weights"] in ("ema", "raw"), "train.init_weights", "must be 'ema' or 'raw'")
-  muon = config["optimizer"]["muon"]
-  need(
-    isinstance(muon, tuple) and all(isinstance(pattern, str) and pattern for pattern in muon),
-    "optimizer.muon",
-    "must be a tuple of patterns, as ('language_model/layers',)",
-  )
-  for field in ("learning_rate", "epsilon", "clip_norm"):
-    need(0 < config["optimizer"][field] < math.inf, f"optimizer.{field}", "must be positive")
-  for field in ("warmup_steps", "weight_decay", "cooldown_start", "cooldown_steps"):
-    need(0 <= config["optimizer"][field] < math.inf, f"optimizer.{field}", "must not be negative")
   end = config["optimizer"]["cooldown_start"] + config["optimizer"]["cooldown_steps"]
   need(
     not config["optimizer"]["cooldown_steps"] or train["steps"] <= end,
     "optimizer.cooldown_steps",
     f"ends the cool-down at step {end}: the rate of train.steps={train['steps']} would be 0; 0 keeps it constant",
   )
-  for field in ("beta1", "beta2"):
-    need(0 <= config["optimizer"][field] < 1, f"optimizer.{field}", "must be in [0, 1)")
-  need(0 < config["objective"]["time_std"] < math.inf, "objective.time_std", "must be positive")
-  need(
-    config["compute"]["dtype"] in ("float32", "bfloat16"), "compute.dtype", "must be 'float32' or 'bfloat16'"
-  )
   remat_policy(config["compute"]["remat"])
   known = attention.IMPLEMENTATIONS
   need(config["compute"]["attention"] in known, "compute.attention", f"must be one of {', '.join(known)}")
-  need(data["template"] in ("plain", "chat"), "data.template", "must be 'plain' or 'chat'")
   need(
     data["row_tokens"] <= model.language_model.context,
     "data.row_tokens",
     f"must not exceed model.language_model.context={model.language_model.context}",
   )
-  need(data["row_images"] >= 1, "data.row_images", "must be at least 1")
+  need(data["row_images"] <= data["row_tokens"], "data.row_images", f"must not exceed data.row_tokens={data['row_tokens']}")
   need(bool(data["tokenizer"]), "data.tokenizer", "must name a directory with tokenizer.json")
-  rows = (train["batch_size"] // train["accumulation"], config["mesh"]["data"] * config["mesh"]["fsdp"])
+  rows = (train["batch_size"] // train["accumulation"], mesh["data"] * mesh["fsdp"])
   need(
     rows[0] % rows[1] == 0,
     "train.batch_size",
@@ -144,7 +91,8 @@ def check(config: Config) -> JanusFlowConfig:
   weights = config["objective"]["weights"]
   for name, weight in weights.items():
     need(name in Sums._fields, "objective.weights", f"has {name!r}; losses are {', '.join(Sums._fields)}")
-    need(0 <= weight < math.inf, f"objective.weights.{name}", "must not be negative")
+    what = fields.number(0.0)(weight)
+    need(not what, f"objective.weights.{name}", what)
   need(any(weights.values()), "objective.weights", "are all 0: nothing would be learned")
   need(
     not weights["alignment"] or model.alignment_width > 0,
@@ -159,21 +107,14 @@ def check(config: Config) -> JanusFlowConfig:
   return model
 
 
-def _check_distributed(fields: Mapping[str, Any], need: Callable[[bool, str, str], None]) -> None:
-  need(fields["cluster"] in ("", "auto"), "distributed.cluster", "must be '' or 'auto'")
-  for name in ("processes", "start_seconds", "heartbeat_seconds"):
-    need(fields[name] >= 1, f"distributed.{name}", "must be at least 1")
+def _check_distributed(section: Mapping[str, Any], need: Callable[[bool, str, str], None]) -> None:
   need(
-    0 <= fields["process_id"] < fields["processes"],
+    section["process_id"] < section["processes"],
     "distributed.process_id",
-    f"must be in [0, distributed.processes={fields['processes']})",
+    f"must be in [0, distributed.processes={section['processes']})",
   )
-  alone = fields["cluster"] == "auto" or fields["processes"] == 1
-  need(
-    alone or re.fullmatch(r".+:\d+", fields["coordinator"]) is not None,
-    "distributed.coordinator",
-    "must be HOST:PORT of process 0",
-  )
+  alone = section["cluster"] == "auto" or section["processes"] == 1
+  need(alone or bool(section["coordinator"]), "distributed.coordinator", "must be HOST:PORT of process 0")
 
 
 def build(config: Config, device: jax.Device) -> JanusFlow:
@@ -299,8 +240,8 @@ def _check_fits(
   def refuse(path: str, what: str) -> None:
     made = {field: before for checkpoint, field, before, _ in differing if checkpoint == origin(path)}
     explained = not all(field.endswith(_SHAPELESS) for field in made)
-    fields = " ".join(shlex.quote(f"--config.model.{field}={before}") for field, before in made.items())
-    raise UserError(f"{origin(path)}: {path} {what}" + (f"; it was made with {fields}" if explained else ""))
+    flags = " ".join(shlex.quote(f"--config.model.{field}={before}") for field, before in made.items())
+    raise UserError(f"{origin(path)}: {path} {what}" + (f"; it was made with {flags}" if explained else ""))
 
   dropped, fresh = (tuple(part + "/" for part in train[name]) for name in ("init_dropped", "init_fresh"))
   for path in sorted(set(source) | set(wanted)):

@@ -1,0 +1,187 @@
+"""Config files: a Python file with get_config(size), loaded without a change to where Python looks for modules.
+
+The folder of a config is not on the import path: what lies beside it never stands in for an installed module. A config
+reaches its siblings by the name of their folder (`from configs import base` in a folder "configs"), as long as nothing
+that is installed has that name, or relatively (`from . import base`).
+"""
+
+import contextlib
+import importlib.abc
+import importlib.util
+import inspect
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import CodeType
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from jflow.errors import UserError
+
+_PACKAGE = "jflow_config"  # the package that a config file is loaded in, for what it imports relatively
+_INSTALLED = {"site-packages", "dist-packages"}
+
+
+def load(named: str) -> tuple[pathlib.Path, ConfigDict]:
+  """Runs the config file that a command line names.
+
+  Args:
+    named: FILE or FILE:SIZE.
+
+  Returns:
+    The file, and what its get_config has returned.
+
+  Raises:
+    UserError: the file is missing or fails; it names the file and the line.
+  """
+  file, size = _split(named)
+  siblings = _Siblings(file.resolve().parent)
+  with siblings.in_reach(), contextlib.redirect_stdout(sys.stderr):  # standard output is for a command's result
+    name = f"{_PACKAGE}.{file.stem}"
+    module = importlib.util.module_from_spec(ModuleSpec(name, _Source(name, str(file)), origin=str(file)))
+    module.__file__, module.__package__ = str(file), _PACKAGE
+    with _blamed_on(file, siblings.folder):
+      sys.modules[name] = module
+      module.__spec__.loader.exec_module(module)
+    function = getattr(module, "get_config", None)
+    if not callable(function):
+      raise UserError(f"{file}: a config must have a function get_config(size), and this file has none")
+    _check_size(file, function, size)
+    with _blamed_on(file, siblings.folder):
+      config = function(*size)
+      if isinstance(config, FrozenConfigDict):
+        config = config.as_configdict()
+      config = ConfigDict(config) if isinstance(config, dict) else config
+    if not isinstance(config, ConfigDict):
+      raise UserError(f"{file}:{_line(function)}: get_config must return a ConfigDict, got a {type(config).__name__}")
+  return file, config
+
+
+def _split(named: str) -> tuple[pathlib.Path, list[str]]:
+  """Returns the file, and the size in a list, which is empty where none is named."""
+  parts = named.split(":")
+  for count in range(len(parts), 0, -1):  # a folder's name may hold a colon
+    path = ":".join(parts[:count])
+    with contextlib.suppress(OSError, ValueError):  # a name that is too long, or that no file can have
+      if path and pathlib.Path(path).is_file():
+        return pathlib.Path(path), [":".join(parts[count:])] if count < len(parts) else []
+  raise UserError(f"config file {(named.rpartition(':')[0] or named)[:300]!r} does not exist")
+
+
+def _check_size(file: pathlib.Path, function: Callable[..., Any], size: Sequence[str]) -> None:
+  try:
+    takes = inspect.signature(function)
+  except (TypeError, ValueError):  # of native code
+    return
+  try:
+    takes.bind(*size)
+  except TypeError:
+    what = f"takes no size, got {size[0]!r}" if size else "needs a size, as FILE:SIZE"
+    raise UserError(f"{file}:{_line(function)}: get_config{takes} {what}") from None
+
+
+def _line(function: Any) -> int:
+  return getattr(getattr(function, "__code__", None), "co_firstlineno", 1)
+
+
+@contextlib.contextmanager
+def _blamed_on(file: pathlib.Path, folder: pathlib.Path) -> Iterator[None]:
+  """Turns whatever a config raises into one line that names the last line of a config that led to it."""
+  try:
+    yield
+  except UserError:
+    raise
+  except SyntaxError as error:
+    text = f": {error.text.strip()[:80]}" if error.text else ""
+    raise UserError(f"{error.filename or file}:{error.lineno or 1}: {error.msg}{text}") from None
+  except KeyboardInterrupt:
+    raise
+  except BaseException as error:
+    own = (str(file), f"{folder}{os.sep}")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(own)]
+    at = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else str(file)
+    said = " ".join(str(error).split())[:500]
+    if isinstance(error, SystemExit):
+      raise UserError(f"{at}: the config ends Python ({said or 'exit code 0'})") from None
+    if isinstance(error, ModuleNotFoundError):
+      said += (
+        f"; a config imports a file beside it as `from {folder.name} import NAME` or `from . import NAME`, and others "
+        "from folders in PYTHONPATH"
+      )
+    kind = [] if said and isinstance(error, ValueError) else [type(error).__name__]
+    raise UserError(": ".join([at, *kind, *[said] * bool(said)])) from None
+
+
+class _Source(SourceFileLoader):
+  """Runs what the file says: no bytecode is written beside it, and none that lies there is taken for it."""
+
+  def get_code(self, fullname: str) -> CodeType:
+    path = self.get_filename(fullname)
+    return self.source_to_code(self.get_data(path), path)
+
+
+class _Siblings(importlib.abc.MetaPathFinder):
+  """Finds the modules in a config's own folder, by the name of the folder and in `_PACKAGE`, and no others."""
+
+  def __init__(self, folder: pathlib.Path):
+    self.folder = folder
+    self._places = {_PACKAGE: [str(folder)]}
+    if folder.name and not _is_taken(folder.name):
+      found = PathFinder.find_spec(folder.name)  # say "configs" in the working directory
+      others = list(found.submodule_search_locations or ()) if found else []
+      self._places[folder.name] = list(dict.fromkeys([str(folder), *others]))
+
+  @contextlib.contextmanager
+  def in_reach(self) -> Iterator[None]:
+    """Lets imports find them; what they have brought along, and what they did to the path, is gone behind it."""
+    own = lambda: {name: module for name, module in sys.modules.items() if name.split(".")[0] in self._places}
+    before, path = own(), list(sys.path)
+    for name in before:
+      del sys.modules[name]
+    sys.meta_path.insert(0, self)
+    try:
+      yield
+    finally:
+      sys.meta_path.remove(self)
+      sys.path[:] = path
+      for name in own():
+        del sys.modules[name]
+      sys.modules.update(before)
+
+  def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
+    if fullname in self._places:
+      places = self._places[fullname]
+      return _package(fullname, places, places[0] if fullname != _PACKAGE else "")
+    if fullname.split(".")[0] not in self._places:
+      return None
+    name = fullname.rpartition(".")[2]
+    for place in path or ():
+      inside, file = os.path.join(place, name), os.path.join(place, name + ".py")
+      if os.path.isfile(file):
+        return importlib.util.spec_from_file_location(fullname, file, loader=_Source(fullname, file))
+      if os.path.isdir(inside):
+        return _package(fullname, [inside], inside)
+    return None
+
+
+def _package(name: str, places: list[str], folder: str) -> ModuleSpec:
+  """Returns the spec of a package; `folder` may hold its __init__.py."""
+  file = os.path.join(folder, "__init__.py")
+  if folder and os.path.isfile(file):
+    loader = _Source(name, file)
+    return importlib.util.spec_from_file_location(name, file, loader=loader, submodule_search_locations=places)
+  spec = ModuleSpec(name, None, is_package=True)
+  spec.submodule_search_locations = places
+  return spec
+
+
+def _is_taken(name: str) -> bool:
+  """Whether something that is installed, or at work already, has the name of a folder."""
+  if name in sys.stdlib_module_names or getattr(sys.modules.get(name), "__file__", None):
+    return True
+  installed = [path for path in sys.path if _INSTALLED & set(pathlib.Path(path).parts)]
+  return PathFinder.find_spec(name, installed) is not None
