@@ -63,7 +63,10 @@ def app(engine: Engine, name: str, max_upload: int, files: pathlib.Path) -> ASGI
   preparing = prepare.Preparing(engine.pipeline, engine.context, engine.timeout)
   blocks = page(Work(engine, name, visitors, preparing))
   blocks.state_session_capacity = MAX_SESSIONS
-  blocks.queue(max_size=engine.queue, default_concurrency_limit=engine.queue, api_open=False)
+  blocks.max_threads = (
+    2 * MAX_SESSIONS
+  )  # events that run: a session has one of each kind, which may wait for its client
+  blocks.queue(max_size=engine.queue, default_concurrency_limit=None, api_open=False)
   gr.mount_gradio_app(
     outer, blocks, path="/", max_file_size=f"{max_upload}mb", footer_links=[], run_history=False, ssr_mode=False,
     theme=_theme(), css=_STYLE, pwa=False, mcp_server=False,

@@ -41,6 +41,7 @@ def main(argv: list[str]) -> int:
   with tempfile.TemporaryDirectory(prefix="jflow-demo-") as uploads:
     os.environ["GRADIO_TEMP_DIR"] = uploads  # private, and gone at the end
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"  # it reckons over all of them at the end of each
     try:
       import gradio  # noqa: F401
     except ImportError:

@@ -23,7 +23,7 @@ log = logging.getLogger("jflow.serving")
 T = TypeVar("T")
 
 MAX_SESSIONS = 300
-MAX_LISTENERS = 2  # connections for the events of one session
+MAX_LISTENERS = 3  # connections for the events of one session
 MAX_FILES = 200  # of one visitor
 MIN_BYTES = 2**26  # that one visitor may have at least, so that large paintings fit
 MAX_TOTAL = 2**31  # bytes of all files
