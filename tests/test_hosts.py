@@ -50,7 +50,16 @@ def answer(hosts, headers, path="/", method="GET", version="1.1"):
   return start["status"]
 
 
-LOOPBACK = ["127.0.0.1", "127.0.0.1:8000", "127.1.2.3:1", "localhost", "LocalHost:9", "localhost.", "[::1]", "[::1]:8000"]
+LOOPBACK = [
+  "127.0.0.1",
+  "127.0.0.1:8000",
+  "127.1.2.3:1",
+  "localhost",
+  "LocalHost:9",
+  "localhost.",
+  "[::1]",
+  "[::1]:8000",
+]
 BAD = ["", " ", "evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "evil.localhost",
        "localhost:80:80", "localhost:port", "localhost:123456", "localhost/", "a@localhost", "localhost@a", "localhost,evil",
        "localhost evil", "localhost\t", "[::1", "::1", "[::1]x", "[127.0.0.1]", "l\xf6calhost", "localhost..", "127.1", "0x7f.1",
@@ -121,7 +130,9 @@ def test_an_origin_is_a_page_of_this_server(listeners, at, host, allowed, origin
   hosts = Hosts(listeners[at], listeners[at].getsockname()[0], allowed)
   for method in ("GET", "POST", "OPTIONS"):
     assert answer(hosts, [("host", host), ("origin", origin)], "/v1/chat/completions", method) == status
-  assert answer(hosts, [("host", host), ("origin", origin), ("origin", origin)]) == (200 if allowed == ["*"] else 403)
+  assert answer(hosts, [("host", host), ("origin", origin), ("origin", origin)]) == (
+    200 if allowed == ["*"] else 403
+  )
 
 
 @pytest.mark.parametrize("command", ["serve", "demo"])

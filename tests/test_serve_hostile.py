@@ -1,6 +1,7 @@
 """A server among clients that are slow, greedy, broken or gone: they are cut or refused, and the others go on."""
 
 import base64
+import concurrent.futures
 import contextlib
 import http.client
 import io
@@ -16,9 +17,12 @@ import pytest
 import serving
 from PIL import Image
 
+from jflow.errors import UserError
 from jflow.inference.pipeline import prepare_image
 from jflow.serving.connections import Limits
+from jflow.serving.jobs import Pictures
 from jflow.serving.logs import OncePerSecond
+from jflow.serving.schemas import Settings
 
 CHAT, PAINT = "/v1/chat/completions", "/v1/images/generations"
 HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode()
@@ -110,7 +114,9 @@ def test_what_is_no_good_http_is_refused_in_json_with_all_headers(served, sent, 
     body = response.read()
   assert response.status == status, body
   assert response.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
-  assert response.headers["X-Frame-Options"] == "DENY" and response.headers["X-Content-Type-Options"] == "nosniff"
+  assert (
+    response.headers["X-Frame-Options"] == "DENY" and response.headers["X-Content-Type-Options"] == "nosniff"
+  )
   if status != 200:
     error = json.loads(body)["error"]
     assert error["message"] and "\n" not in error["message"]
@@ -119,7 +125,10 @@ def test_what_is_no_good_http_is_refused_in_json_with_all_headers(served, sent, 
 
 @pytest.mark.parametrize(
   "sent, status",
-  [(b"", None), (GET, 408), (b"GET", 408), (HEAD + LENGTH + b"\r\n" + BODY[:9], 408), (b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n", 404)],
+  [
+    (b"", None), (GET, 408), (b"GET", 408), (HEAD + LENGTH + b"\r\n" + BODY[:9], 408),
+    (b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n", 404),
+  ],
 )  # fmt: skip
 def test_what_comes_too_slowly_is_cut(served, sent, status):
   client, _ = served
@@ -205,7 +214,9 @@ def deep(levels):
   ids=lambda value: value[:12].decode("latin-1") + str(len(value)),
 )  # fmt: skip
 @pytest.mark.parametrize("path", [CHAT, PAINT])
-@pytest.mark.parametrize("field", ["tools", "response_format", "messages", "metadata", "user", "prompt", "seed", "other"])
+@pytest.mark.parametrize(
+  "field", ["tools", "response_format", "messages", "metadata", "user", "prompt", "seed", "other"]
+)
 def test_json_that_breaks_what_reads_it_is_refused_in_every_field(served, path, field, value):
   client, _ = served
   rest = json.dumps({**ask(), "prompt": "a"}).encode()[1:]
@@ -222,7 +233,9 @@ def picture(mode="RGB", size=(20, 12), kind="PNG", **options) -> str:
 
 
 def show(*urls):
-  return [{"type": "image_url", "image_url": {"url": url}} for url in urls] + [{"type": "text", "text": "What?"}]
+  return [{"type": "image_url", "image_url": {"url": url}} for url in urls] + [
+    {"type": "text", "text": "What?"}
+  ]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +255,9 @@ def show(*urls):
 def test_what_cannot_fit_is_refused_before_it_costs_anything(served, monkeypatch, content):
   client, _ = served
   decoded = []
-  monkeypatch.setattr("jflow.serving.prepare.prepare_image", lambda *x: decoded.append(prepare_image(*x)) or decoded[-1])
+  monkeypatch.setattr(
+    "jflow.serving.prepare.prepare_image", lambda *x: decoded.append(prepare_image(*x)) or decoded[-1]
+  )
   refused = client.post(CHAT, json=ask(content))
   assert refused.status_code == 400 and len(refused.json()["error"]["message"]) < 300
   assert not decoded
@@ -334,3 +349,116 @@ def test_the_number_of_connections_leaves_files_for_the_process(monkeypatch):
     monkeypatch.setattr("jflow.serving.connections.resource.getrlimit", lambda _, files=files: (files, files))
     limits = Limits.here()
     assert 1 <= limits.connections < files and limits.connections + limits.backlog <= files
+
+
+# --- the engine -------------------------------------------------------------------------------------------
+
+
+class Gate:
+  """Compiles what waits only once it is opened."""
+
+  def __init__(self, monkeypatch, target, name):
+    self.opened, real = threading.Event(), getattr(target, name)
+
+    def prepare(*args, compile=True, **more):
+      assert not compile or self.opened.wait(30)
+      return real(*args, compile=compile, **more)
+
+    monkeypatch.setattr(target, name, prepare)
+
+
+def test_nobody_waits_for_a_program_that_another_request_needs(served, monkeypatch):
+  client, engine = served
+  gate = Gate(monkeypatch, engine.pipeline, "prepare_painting")
+  drawn = []
+  draw = lambda body: drawn.append(client.post(PAINT, json=body))
+  thread = threading.Thread(
+    target=draw, args=({"prompt": "a ring", "steps": 3, "solver": "midpoint", "n": 2, "seed": 1},)
+  )
+  thread.start()
+  until(lambda: engine._aside)
+  works(client)
+  assert client.post(PAINT, json={"prompt": "a circle", "steps": 3}).status_code == 200
+  gate.opened.set()
+  thread.join(60)
+  (response,) = drawn
+  assert [x["seed"] for x in response.json()["data"]] == [1, 2]
+  want = engine.pipeline.generate(["a ring"], 3, seed=1, num_images=2, solver="midpoint")
+  for x, image in zip(response.json()["data"], want, strict=True):
+    got = Image.open(io.BytesIO(base64.b64decode(x["b64_json"])))
+    assert np.abs(np.asarray(got).astype(int) - np.asarray(image)).max() <= 1
+
+
+def test_who_leaves_while_a_program_is_compiled_frees_the_place(served, monkeypatch):
+  client, engine = served
+  for target, name, path, body in (
+    (engine.pipeline, "prepare_painting", PAINT, {"prompt": "a ring", "n": 2, "guidance": 1}),
+    (engine._decoder, "prepare", CHAT, ask("x" * 70)),
+  ):
+    gate = Gate(monkeypatch, target, name)
+    with pytest.raises(httpx.ReadTimeout):
+      client.post(path, json=body, timeout=0.5)
+    until(lambda: not engine._open)
+    assert not gate.opened.is_set()
+    works(client)
+    gate.opened.set()
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+  "settings, seed, count",
+  [
+    ({"guidance": float("nan")}, 0, 1), ({"guidance": float("inf")}, 0, 1), ({"guidance": 0.5}, 0, 1),
+    ({"steps": 0}, 0, 1), ({"steps": 2.5}, 0, 1), ({"shift": float("nan")}, 0, 1), ({"shift": 0.0}, 0, 1),
+    ({"solver": "dopri"}, 0, 1), ({}, 0.5, 1), ({}, float("nan"), 1), ({}, 0, 0), ({}, 0, float("nan")),
+  ],
+)  # fmt: skip
+def test_a_mistake_in_a_painting_is_never_the_models(served, settings, seed, count):
+  _, engine = served
+  work = Pictures("a ring", count, seed, Settings(30, 2.0, "euler", 1.0)._replace(**settings))
+  with pytest.raises(UserError):
+    engine.submit(work)
+  assert engine.state == "ready" and not engine._open
+
+
+@pytest.mark.parametrize(
+  "field, value",
+  [
+    ("temperature", float("nan")), ("temperature", -1.0), ("top_p", 0.0), ("top_p", float("nan")), ("seed", -1),
+    ("seed", 2**32), ("max_tokens", 0), ("max_tokens", 2.5),
+  ],
+)  # fmt: skip
+def test_a_mistake_in_a_question_is_never_the_models(served, field, value):
+  _, engine = served
+  with pytest.raises(UserError):
+    engine.submit(engine.pipeline.request("Why?")._replace(**{field: value}))
+  assert engine.state == "ready" and not engine._open
+
+
+def test_a_mistake_that_the_models_thread_finds_costs_its_request_alone(served, monkeypatch):
+  client, engine = served
+  failures = lambda: client.get("/metrics").text.split("jflow_failures_total ")[1].split()[0]
+  before = failures()
+  real = engine.pipeline.generate
+
+  def generate(prompts, *args, **options):
+    if any("bad" in prompt for prompt in prompts):
+      raise UserError("this prompt is bad")
+    return real(prompts, *args, **options)
+
+  def admit(work):
+    raise UserError("this question is bad")
+
+  monkeypatch.setattr(engine.pipeline, "generate", generate)
+  for _ in range(4):
+    refused = client.post(PAINT, json={"prompt": "bad", "steps": 3})
+    assert refused.status_code == 400 and refused.json()["error"]["message"] == "this prompt is bad"
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    paint = lambda prompt: client.post(PAINT, json={"prompt": prompt, "steps": 3, "shift": 2}).status_code
+    assert list(pool.map(paint, ["good", "bad"])) == [200, 400]
+  with monkeypatch.context() as patch:
+    patch.setattr(engine._decoder, "admit", admit)
+    for _ in range(4):
+      assert client.post(CHAT, json=ask()).status_code == 400
+  works(client)
+  assert engine.state == "ready" and failures() == before

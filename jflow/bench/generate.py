@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
   def solve() -> jax.Array:
     prefix = painting.read_prompts(pipeline.model, pipeline.params, tokens, lengths, guided=guided)
-    grid = np.pad(np.asarray(flow.time_grid(args.steps)), (0, -args.steps % 32), mode="edge")
+    grid = np.pad(np.asarray(flow.time_grid(args.steps)), (0, -args.steps % 256), mode="edge")
     return painting.solve(
       pipeline.model, pipeline.params, prefix, lengths, noise, grid, np.int32(0), np.int32(args.steps),
       np.int32(args.steps), np.float32(args.guidance), np.asarray([0.0, 1.0], np.float32),

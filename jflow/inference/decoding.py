@@ -10,7 +10,7 @@ while decoder.busy:
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import numpy as np
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.inference import reading
+from jflow.inference.programs import Programs, shapes
 
 if TYPE_CHECKING:
   from jflow.inference.pipeline import Pipeline
@@ -108,6 +109,7 @@ class Decoder:
     self._model, self._params = pipeline.model, pipeline.params
     self.context = context
     self._rows = reading.Rows.empty(self._model, slots, bucket(context))
+    self._shapes = shapes(self._rows)
     self._free = list(range(slots))[::-1]
     self._lengths = np.zeros(slots, np.int64)  # slots of the cache in use
     self._going = np.zeros(slots, bool)
@@ -122,6 +124,38 @@ class Decoder:
   def busy(self) -> bool:
     """Whether a row still waits for tokens."""
     return bool(self._first) or bool(self._going.any())
+
+  def prepare(self, request: Request, compile: bool = True) -> bool:
+    """Compiles what the answer to a request runs, from its pictures to its last token, or looks whether that is done.
+
+    May be called from another thread than the other methods.
+
+    Returns:
+      Whether nothing is left to compile.
+    """
+    config, n, count = self._model.config, len(request.tokens), len(request.images)
+    most = self._shapes.cache.filled.shape[1]
+
+    def results(program: Programs, *args: Any, **static: Any) -> Any:
+      args = (self._model, self._params, *args) if compile else (self._model, *args)
+      return program.compile(*args, **static) if compile else program.kept(*args, **static)
+
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+    seen = array(self._model.dtype, 0, config.language_model.width)
+    if count:
+      seen = results(reading.look, array(jnp.uint8, power_of_two(count), *request.images.shape[1:]))
+    tokens, whole = array(jnp.int32, min(bucket(n), most)), array(jnp.int32)
+    done = seen is not None and results(
+      reading.admit, self._shapes, whole, tokens, seen, tokens, whole, whole, array(jnp.float32), array(jnp.float32),
+      array(jnp.uint32), eos=self._eos,
+    ) is not None  # fmt: skip
+    near, longest = power_of_two(n, _NEAR), min(n + request.max_tokens, self.context)
+    while done:
+      done = results(reading.run, self._shapes, whole, eos=self._eos, slots=min(near, most)) is not None
+      if near >= min(longest + reading.CHUNK, most):
+        break
+      near *= 2
+    return done
 
   def admit(self, request: Request) -> int:
     """Reads a prompt into a free row; its answer comes with the next steps.

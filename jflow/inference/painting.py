@@ -14,10 +14,11 @@ import numpy as np
 from jflow import flow
 from jflow.errors import UserError
 from jflow.inference import checks
+from jflow.inference.programs import Programs, bounded
 from jflow.models.cache import Cache, Prefix
 from jflow.models.janusflow import JanusFlow, normalise
 
-_GRID = 32  # time grids are padded to a multiple of this: another number of steps rarely compiles
+_GRID = 256  # time grids are padded to a multiple of this: no usual number of steps compiles anew
 _DECODED_AT_ONCE = 8 * 384 * 384  # pixels; the VAE's widest activations take 3 GB for them in f32
 
 
@@ -107,7 +108,7 @@ def paint(
     f32[N, H, W, 3], about [-1, 1], not clipped.
   """
   steps = len(grid) - 1
-  padded = np.pad(np.asarray(grid, np.float32), (0, -steps % _GRID), mode="edge")
+  padded = np.pad(np.asarray(grid, np.float32), (0, _padded(steps) - len(grid)), mode="edge")
   prefix = read_prompts(model, params, tokens_NS, lengths_N, guided=guided)
   z = jnp.asarray(noise_NhwC, jnp.bfloat16 if release else jnp.float32)
   pieces = min(10, steps) if on_step else 1
@@ -123,7 +124,48 @@ def paint(
   return decode(model, params, z, at_once=decoded_at_once(model.config.image_size))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "guided"))
+def prepare(
+  model: JanusFlow,
+  params: Any,
+  rows: int,
+  slots: int,
+  steps: int,
+  *,
+  solver: str,
+  guided: bool,
+  compile: bool = True,
+) -> bool:
+  """Compiles what `paint` runs for `rows` prompts of `slots` tokens, or looks whether that is done.
+
+  Returns:
+    Whether `paint` has nothing left to compile.
+  """
+  c = model.config
+
+  def results(program: Programs, *args: Any, **static: Any) -> Any:
+    return (
+      program.compile(model, params, *args, **static) if compile else program.kept(model, *args, **static)
+    )
+
+  array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+  number, lengths = array(jnp.int32), array(jnp.int32, rows)
+  prefix = results(read_prompts, array(jnp.int32, rows, slots), lengths, guided=guided)
+  if prefix is None:
+    return False
+  z = array(jnp.float32, rows, c.latent_size, c.latent_size, c.autoencoder.latent_channels)
+  z = results(
+    solve, prefix, lengths, z, array(jnp.float32, _padded(steps)), number, number, number, array(jnp.float32),
+    array(jnp.float32, 2), solver=solver, release=False,
+  )  # fmt: skip
+  return z is not None and results(decode, z, at_once=decoded_at_once(c.image_size)) is not None
+
+
+def _padded(steps: int) -> int:
+  """Entries of a time grid, padded."""
+  return 1 + -(-steps // _GRID) * _GRID
+
+
+@bounded(most=12)
 def read_prompts(
   model: JanusFlow, params: Any, tokens_NS: jax.Array, lengths_N: jax.Array, *, guided: bool
 ) -> Prefix:
@@ -142,7 +184,7 @@ def read_prompts(
   return Prefix((prompts, read(tokens_NS[:1, :1], jnp.ones(1, jnp.int32))) if guided else (prompts,))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "solver", "release"))
+@bounded(most=12)
 def solve(
   model: JanusFlow,
   params: Any,
@@ -204,7 +246,7 @@ def encode(model: JanusFlow, params: Any, pixels_NHW3: jax.Array) -> jax.Array:
   return model.apply({"params": params}, normalise(pixels_NHW3), method="posterior")[0]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "at_once"))
+@bounded(most=6)
 def decode(model: JanusFlow, params: Any, z_NhwC: jax.Array, *, at_once: int) -> jax.Array:
   """Scaled latents -> f32[N, H, W, 3], the VAE on at most `at_once` pictures at a time."""
   whole = lambda z: model.apply({"params": params}, z.astype(jnp.float32), method="decode")

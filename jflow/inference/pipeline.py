@@ -99,6 +99,22 @@ class Pipeline:
         progress(len(out), len(ids))
     return out
 
+  def prepare_painting(
+    self, prompts: Sequence[str], steps: int, guidance: float, solver: str, *, rows: int, compile: bool = True
+  ) -> bool:
+    """Compiles what `generate` runs for a batch of `rows` of these prompts, or looks whether that is done.
+
+    Returns:
+      Whether nothing is left to compile.
+
+    Raises:
+      UserError: see `painting_prompt`.
+    """
+    slots = bucket(max(len(self.painting_prompt(prompt)) for prompt in set(prompts)))
+    return painting.prepare(
+      self.model, self.params, rows, slots, steps, solver=solver, guided=guidance != 1.0, compile=compile
+    )
+
   def noise(self, seeds: Sequence[int]) -> np.ndarray:
     """The noise that pictures of these seeds start from, f32[N, C, h, w] (PyTorch's layout)."""
     c = self.model.config

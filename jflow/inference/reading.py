@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jflow.inference.programs import bounded
 from jflow.models.cache import Cache
 from jflow.models.janusflow import JanusFlow, normalise
 
@@ -43,7 +44,7 @@ class Rows(struct.PyTreeNode):
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
+@bounded(most=6)
 def look(model: JanusFlow, params: Any, images_MHWC: jax.Array) -> jax.Array:
   """uint8[M, H, W, 3] -> what the LLM reads of them, [M * K, D]."""
   slots = model.apply({"params": params}, normalise(images_MHWC), method="read")
@@ -78,7 +79,7 @@ def prefill(
   return jnp.take_along_axis(out.hidden, lengths_B[:, None, None] - 1, axis=1)[:, 0], out.cache
 
 
-@functools.partial(jax.jit, static_argnames=("model", "eos"), donate_argnames=("rows",))
+@bounded(most=24, donate=("rows",))
 def admit(
   model: JanusFlow,
   params: Any,
@@ -131,7 +132,7 @@ def admit(
   ), first
 
 
-@functools.partial(jax.jit, static_argnames=("model", "eos", "slots"), donate_argnames=("rows",))
+@bounded(most=8, donate=("rows",))
 def run(
   model: JanusFlow, params: Any, rows: Rows, steps: jax.Array, *, eos: int, slots: int
 ) -> tuple[Rows, jax.Array]:

@@ -89,7 +89,10 @@ class Api:
     work = await self._prepared(request, self._preparing.pictures, parse)
     with self._engine.submit(work) as job:
       painted = await _while_connected(request, _all(job, work.count))
-    data = [{"b64_json": await self._preparing.run(functools.partial(_png, x)), "seed": work.seed + x.index} for x in painted]
+    data = [
+      {"b64_json": await self._preparing.run(functools.partial(_png, x)), "seed": work.seed + x.index}
+      for x in painted
+    ]
     return Json({"created": int(time.time()), "model": self._name, **work.settings._asdict(), "data": data})
 
   async def models(self, request: Request) -> Response:
@@ -134,7 +137,10 @@ class Api:
     return guarded
 
   async def _prepared(
-    self, request: Request, work: Callable[[Callable[[], T]], Coroutine[Any, Any, Any]], parse: Callable[[bytes], T]
+    self,
+    request: Request,
+    work: Callable[[Callable[[], T]], Coroutine[Any, Any, Any]],
+    parse: Callable[[bytes], T],
   ) -> Any:
     """Reads and checks a body; ends when its client leaves. A place of the queue is taken once the body is there."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -240,5 +246,7 @@ def _of_user(request: Request, error: UserError) -> ApiError:
 def _of_route(request: Request, error: HTTPException) -> ApiError:
   allowed = dict(error.headers or {})
   if error.status_code == 405:
-    return ApiError(405, f"{request.scope['path']} wants {allowed.get('Allow', 'another method')}", None, allowed)
+    return ApiError(
+      405, f"{request.scope['path']} wants {allowed.get('Allow', 'another method')}", None, allowed
+    )
   return ApiError(error.status_code, f"there is no {request.scope['path'][:80]!r} here", None, allowed)

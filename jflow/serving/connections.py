@@ -74,8 +74,13 @@ class Connection(H11Protocol):
     self.conn = Reader(h11.SERVER, _LONGEST_HEAD)
     self._limits = limits
     self._received = 0  # bytes
-    self._since, self._before = self.loop.time(), 0  # the begin of a request or of the wait for one, bytes received then
-    self._refused: float | None = None  # when; what still comes is not read, but taken, so that the answer gets there
+    self._since, self._before = (
+      self.loop.time(),
+      0,
+    )  # the begin of a request or of the wait for one, bytes received then
+    self._refused: float | None = (
+      None  # when; what still comes is not read, but taken, so that the answer gets there
+    )
     self._body_since: tuple[float, int] | None = None  # a window's begin, and the bytes received then
     self._write_since: tuple[float, int] | None = None  # and the bytes that waited to be sent then
 
@@ -95,7 +100,9 @@ class Connection(H11Protocol):
     self._received += len(data)
     super().data_received(data)
     # While a request is answered, uvicorn stops to read what follows it, and so does not see its client leave.
-    if self.flow.read_paused and self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < _AHEAD:
+    if (
+      self.flow.read_paused and self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < _AHEAD
+    ):
       self.flow.resume_reading()
 
   def on_response_complete(self) -> None:

@@ -1,18 +1,26 @@
-"""One thread owns the model: it answers conversations side by side and paints what waits, in turns."""
+"""One thread owns the model: it answers conversations side by side and paints what waits, in turns.
+
+A second one compiles, so that nobody waits for a program but those whose request needs it.
+"""
 
 import collections
+import concurrent.futures
 import contextlib
+import functools
 import logging
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from jflow.errors import UserError
 from jflow.inference.decoding import Decoder, Request
 from jflow.inference.pipeline import Pipeline
+from jflow.serving import prepare
 from jflow.serving.jobs import Job, Picture, Pictures, Tokens
 from jflow.serving.metrics import Metrics
 from jflow.serving.schemas import ApiError, Settings, fold_seed
@@ -22,6 +30,16 @@ log = logging.getLogger("jflow.serving")
 _PAUSE = 0.05  # seconds that a chunk of tokens may take: so long does a new conversation wait, and a stream stand still
 _MOST = 16  # tokens of a chunk
 _MAX_FAILURES = 3  # in a row, before the engine gives up
+_USUAL = 512  # tokens of an answer for which the programs are compiled at first
+_LOOK = 0.2  # seconds between two looks for requests that nobody waits for any more
+
+
+class Batch(NamedTuple):
+  """Pictures that are painted at once."""
+
+  units: list[tuple[Job, int]]  # request, index of its picture
+  settings: Settings
+  compiled: concurrent.futures.Future | None = None  # of the programs that it needs
 
 
 class Engine:
@@ -29,7 +47,7 @@ class Engine:
 
   A new conversation joins the running ones at the next chunk of tokens. While both kinds have work, the kind
   that has used less of the model's time goes next; a batch of pictures, once begun, runs to its end, so a
-  stream pauses for one batch at most.
+  stream pauses for one batch at most. What needs a program that is not compiled is set aside until it is.
 
   Attributes:
     state: "warming up" (requests wait for the first compilation), "ready", "draining" or "failed".
@@ -62,6 +80,8 @@ class Engine:
     self._coming = 0  # requests that are read and checked
     self._chats: collections.deque[Job] = collections.deque()
     self._pictures: collections.deque[tuple[Job, int]] = collections.deque()  # request, index of its picture
+    self._aside: list[Batch] = []  # until their programs are compiled
+    self._unprepared: dict[Job, concurrent.futures.Future] = {}  # conversations, likewise
     self._painting: list[tuple[Job, int]] = []  # the batch that the model has, or had last
     self._answering: dict[int, Job] = {}  # by slot
     self._chunk = 4  # tokens that every conversation gets before the next look at what waits
@@ -70,6 +90,7 @@ class Engine:
     self._last_end = time.monotonic()
     metrics.ready.set_function(lambda: self.state == "ready")
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+    self._compiler = concurrent.futures.ThreadPoolExecutor(1, "compiler")
 
   def start(self) -> None:
     """Starts the thread, which compiles first."""
@@ -86,6 +107,7 @@ class Engine:
     """Drains and waits for the end of the thread."""
     self.drain()
     self._thread.join()
+    self._compiler.shutdown(wait=False, cancel_futures=True)
 
   def check_room(self) -> None:
     """Raises ApiError: 429 when as many requests as may are open, 503 when none is accepted any more."""
@@ -119,7 +141,9 @@ class Engine:
 
     Raises:
       ApiError: see `check_room`.
+      UserError: the work asks for what cannot be; see `prepare.check`.
     """
+    prepare.check(work, self.context)
     with self._changed:
       self.check_room()
       job = Job(work, self.timeout)
@@ -150,13 +174,14 @@ class Engine:
     self._decoder = Decoder(self.pipeline, self.slots, self.context)
     picture = np.zeros((c.image_size, c.image_size, 3), np.uint8)
     for images in ([], [picture]):
-      request = self.pipeline.request("Why?", images, max_tokens=2)
-      if len(request.tokens) < self.context:
+      if len(self.pipeline.request("Why?", images, 1).tokens) < self.context:
+        request = self.pipeline.request("Why?", images, _USUAL, context=self.context)
+        self._decoder.prepare(request)
         slot = self._decoder.admit(request)
         self._decoder.step(2)
         self._decoder.release(slot)
     if self.pipeline.can_paint:
-      self._generate([("a circle", 0)], Settings(30, 2.0, "euler", 1.0))
+      self._generate([("a circle", 0)], Settings(30, 2.0, "euler", 1.0), 1)
     with self._changed:
       if self.state == "warming up":
         self.state = "ready"
@@ -167,11 +192,11 @@ class Engine:
     failures = 0
     while True:
       with self._changed:
-        self._changed.wait_for(lambda: self._open or self.state == "draining")
+        self._changed.wait_for(self._has_work, _LOOK)
         self._drop_gone()
-        if not self._open:
-          if self.state == "draining":
-            return
+        if not self._open and self.state == "draining":
+          return
+        if not self._has_work():
           continue
         kind = self._whose_turn()
       started = time.monotonic()
@@ -189,9 +214,18 @@ class Engine:
       self._spent[kind] += seconds
       self.metrics.busy.labels(kind).inc(seconds)
 
+  def _has_work(self) -> bool:
+    """Whether anything can go on."""
+    waiting = self._chats or self._answering or self._pictures or self._compiled()
+    return bool(waiting) or self.state == "draining" and not self._open
+
+  def _compiled(self) -> Batch | None:
+    """A batch that was set aside and can be painted."""
+    return next((batch for batch in self._aside if batch.compiled.done()), None)
+
   def _whose_turn(self) -> str:
     """The kind of work that goes on next."""
-    chat, pictures = bool(self._chats or self._answering), bool(self._pictures)
+    chat, pictures = bool(self._chats or self._answering), bool(self._pictures or self._compiled())
     if not (chat and pictures):
       self._spent = {"chat": 0.0, "painting": 0.0}  # no credit for a time without work
       return "chat" if chat else "painting"
@@ -203,6 +237,11 @@ class Engine:
     if gone:
       self._chats = collections.deque(job for job in self._chats if job not in gone)
       self._pictures = collections.deque(x for x in self._pictures if x[0] not in gone)
+      for batch in [batch for batch in self._aside if all(job in gone for job, _ in batch.units)]:
+        batch.compiled.cancel()
+        self._aside.remove(batch)
+      for job in gone & self._unprepared.keys():
+        self._unprepared.pop(job).cancel()
       for slot in [slot for slot, job in self._answering.items() if job in gone]:
         self._decoder.release(slot)
         del self._answering[slot]
@@ -216,9 +255,13 @@ class Engine:
         if not self._chats:
           break
         job = self._chats.popleft()
+      if not self._prepared(job):
+        continue
       job.started = True
       try:
         self._answering[self._decoder.admit(job.work)] = job
+      except UserError as error:
+        self._end(job, ApiError(400, str(error)))
       except Exception:
         self._end(job, ApiError(500, "the model failed at this request"))
         raise
@@ -237,26 +280,96 @@ class Engine:
       else:
         job.emit(Tokens(ids, None))
 
+  def _prepared(self, job: Job) -> bool:
+    """Whether a conversation can go on; else it comes back once its programs are compiled."""
+    if job.prepared or self._decoder.prepare(job.work, compile=False):
+      return True
+
+    def back(_: object) -> None:
+      with self._changed:
+        job.prepared = True  # where compiling failed, the model fails at the request itself
+        if self._unprepared.pop(job, None):
+          self._chats.appendleft(job)
+        self._changed.notify()
+
+    with self._changed:
+      self._unprepared[job] = self._compile(lambda decoder=self._decoder: decoder.prepare(job.work))
+    self._unprepared[job].add_done_callback(back)
+    return False
+
+  def _compile(self, work: Callable[[], object]) -> concurrent.futures.Future:
+    log.info("compiling for a request of a new shape")
+    return self._compiler.submit(work)
+
   def _paint(self) -> None:
-    """Paints what waits with the settings of the first."""
+    """Paints what waits with the settings of the first, or what was set aside and can go on."""
     with self._changed:
-      settings = self._pictures[0][0].work.settings
-      batch = [x for x in self._pictures if x[0].work.settings == settings][: self.batch]
-    self._painting = batch
-    for job, _ in batch:
-      job.started = True
-    self._count()
-    images = self._generate([(job.work.prompt, fold_seed(job.work.seed + i)) for job, i in batch], settings)
-    with self._changed:
-      for unit in batch:
-        self._pictures.remove(unit)
-    for (job, i), image in zip(batch, images):
-      last = i + 1 == job.work.count
+      if batch := self._compiled():
+        self._aside.remove(batch)
+      else:
+        settings = self._pictures[0][0].work.settings
+        batch = Batch([x for x in self._pictures if x[0].work.settings == settings][: self.batch], settings)
+        for unit in batch.units:
+          self._pictures.remove(unit)
+    rows = 1 << (len(batch.units) - 1).bit_length()
+    self._painting = batch.units
+    try:
+      if not batch.compiled and not self._ready(batch, rows):
+        return
+      for job, _ in batch.units:
+        job.started = True
+      self._count()
+      pictures = [(job.work.prompt, fold_seed(job.work.seed + i)) for job, i in batch.units]
+      images = self._generate(pictures, batch.settings, rows)
+    except UserError as error:
+      return self._refuse(batch, error)
+    for (job, i), image in zip(batch.units, images):
+      job.painted += 1
+      last = job.painted == job.work.count
       self._end(job, Picture(i, image)) if last else job.emit(Picture(i, image))
 
-  def _generate(self, pictures: list[tuple[str, int]], settings: Settings) -> list[Image.Image]:
-    """Paints (prompt, seed)s; the batch is filled up to a power of two, so that few sizes are compiled."""
-    rows = 1 << (len(pictures) - 1).bit_length()
+  def _ready(self, batch: Batch, rows: int) -> bool:
+    """Whether a batch can be painted; else it is set aside until its programs are compiled."""
+    prompts, settings = [job.work.prompt for job, _ in batch.units], batch.settings
+    prepare_painting = functools.partial(
+      self.pipeline.prepare_painting, prompts, settings.steps, settings.guidance, settings.solver, rows=rows
+    )
+    if prepare_painting(compile=False):
+      return True
+    compiled = self._compile(prepare_painting)
+    with self._changed:
+      self._aside.append(batch._replace(compiled=compiled))
+    compiled.add_done_callback(lambda _: self._notify())
+    return False
+
+  def _refuse(self, batch: Batch, error: UserError) -> None:
+    """Ends the request that cannot be painted; those that shared its batch are painted without it."""
+    jobs = list(dict.fromkeys(job for job, _ in batch.units))
+    if len(jobs) == 1:
+      self._drop_pictures(jobs)
+      return self._end(jobs[0], ApiError(400, str(error)))
+    with self._changed:
+      done = concurrent.futures.Future()
+      done.set_result(None)
+      for job in jobs:
+        self._aside.append(Batch([x for x in batch.units if x[0] is job], batch.settings, done))
+
+  def _drop_pictures(self, jobs: list[Job]) -> None:
+    """Forgets what waits of requests that have ended."""
+    with self._changed:
+      self._pictures = collections.deque(x for x in self._pictures if x[0] not in jobs)
+      self._aside = [
+        batch._replace(units=units)
+        for batch in self._aside
+        if (units := [x for x in batch.units if x[0] not in jobs])
+      ]
+
+  def _notify(self) -> None:
+    with self._changed:
+      self._changed.notify()
+
+  def _generate(self, pictures: list[tuple[str, int]], settings: Settings, rows: int) -> list[Image.Image]:
+    """Paints (prompt, seed)s; the batch is filled up to `rows`, a power of two, so that few sizes are compiled."""
     prompts, seeds = zip(*(pictures + pictures[:1] * (rows - len(pictures))))
     images = self.pipeline.generate(
       prompts, settings.steps, settings.guidance, noise=self.pipeline.noise(seeds), solver=settings.solver,
@@ -285,8 +398,7 @@ class Engine:
       self._decoder = Decoder(self.pipeline, self.slots, self.context)
     else:
       jobs = list({job for job, _ in self._painting})
-      with self._changed:
-        self._pictures = collections.deque(x for x in self._pictures if x[0] not in jobs)
+      self._drop_pictures(jobs)
     for job in jobs:
       self._end(job, error)
 

@@ -44,6 +44,8 @@ class Job:
     self.work, self.kind = work, "painting" if isinstance(work, Pictures) else "chat"
     self.gone = False  # nobody waits for it any more
     self.started = False
+    self.prepared = False  # its programs were compiled
+    self.painted = 0  # pictures that were handed over
     self._seconds, self._deadline = seconds, time.monotonic() + seconds
     self._loop = asyncio.get_running_loop()
     self._events: asyncio.Queue[Any] = asyncio.Queue()

@@ -18,7 +18,7 @@ import numpy as np
 
 from jflow.data import examples
 from jflow.errors import PromptTooLong, UserError
-from jflow.inference import painting
+from jflow.inference import checks, painting
 from jflow.inference.decoding import Request
 from jflow.inference.pipeline import Pipeline, prepare_image
 from jflow.serving.jobs import Pictures
@@ -183,17 +183,29 @@ def pictures(pipeline: Pipeline, wanted: Painting) -> Pictures:
   _check_length(pipeline, [wanted.prompt], pipeline.model.config.language_model.context)
   seed = secrets.randbelow(SEEDS - wanted.count) if wanted.seed is None else wanted.seed
   work = Pictures(wanted.prompt, wanted.count, seed, wanted.settings)
-  check_painting(work)
+  check(work, 0)
   pipeline.painting_prompt(wanted.prompt)
   return work
 
 
-def check_painting(work: Pictures) -> None:
-  """Raises UserError where a painting cannot be what it asks for; needs no model. Every seed can be painted."""
-  painting.check(
-    [work.prompt], **work.settings._asdict(), seed=0, num_images=work.count, interval=(0.0, 1.0),
-    precision="exact", batch_size=1,
-  )  # fmt: skip
+def check(work: Request | Pictures, context: int) -> None:
+  """Checks what can be checked of work without the model: a mistake is its request's, and never the model's.
+
+  Raises:
+    UserError: a setting is out of its range, or a prompt has no room in `context` tokens.
+  """
+  if isinstance(work, Pictures):
+    checks.whole("seed", work.seed, -SEEDS * SEEDS)  # the engine folds it
+    painting.check(
+      [work.prompt], **work.settings._asdict(), seed=0, num_images=work.count, interval=(0.0, 1.0),
+      precision="exact", batch_size=1,
+    )  # fmt: skip
+  else:
+    checks.answer(work.max_tokens, work.temperature, work.top_p, work.seed)
+    if len(work.tokens) >= context:
+      raise UserError(
+        f"the prompt has {len(work.tokens):,} tokens, and the context holds {context - 1:,}: shorten it"
+      )
 
 
 def _check_length(pipeline: Pipeline, texts: list[str], context: int) -> None:

@@ -1,0 +1,87 @@
+"""Compiled programs, of which the least recently used go: who asks for ever new shapes takes no memory without end."""
+
+import collections
+import functools
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+class Programs:
+  """A function of a model, compiled for each of its shapes; called like the function.
+
+  Its first two arguments are the model and its params. One program belongs to the model, the keyword arguments, and
+  the shapes of the other arguments. May be called from several threads.
+  """
+
+  def __init__(self, function: Callable[..., Any], most: int, donate: Sequence[str] = ()):
+    """Args: the pure `function`, how many programs are kept at `most`, names of arguments to `donate`."""
+    self._function, self._most = function, most
+    code = function.__code__
+    self._donate = tuple(code.co_varnames[: code.co_argcount].index(name) - 1 for name in donate)
+    self._kept: collections.OrderedDict[Hashable, _Program] = collections.OrderedDict()
+    self._lock = threading.Lock()
+    functools.update_wrapper(self, function)
+
+  def __call__(self, model: Any, params: Any, *args: Any, **static: Hashable) -> Any:
+    """Runs the program of these shapes; compiles it where it is not kept."""
+    program = self._program(model, args, static)
+    out = program.run(params, *args)
+    if program.results is None:
+      program.results = shapes(out)
+    return out
+
+  def compile(self, model: Any, params: Any, *args: Any, **static: Hashable) -> Any:
+    """Compiles the program without running it; of the arguments the shapes count. Returns its results as shapes."""
+    program = self._program(model, args, static)
+    if program.results is None:
+      lowered = program.run.lower(shapes(params), *shapes(args))
+      lowered.compile()
+      program.results = shapes(lowered.out_info)
+    return program.results
+
+  def kept(self, model: Any, *args: Any, **static: Hashable) -> Any:
+    """The results of the program of these shapes, as shapes; None where it is still to be compiled."""
+    with self._lock:
+      program = self._kept.get(_key(model, args, static))
+    return program and program.results
+
+  def __len__(self) -> int:
+    return len(self._kept)
+
+  def _program(self, model: Any, args: tuple, static: dict[str, Hashable]) -> "_Program":
+    key = _key(model, args, static)
+    with self._lock:
+      if key not in self._kept:
+        function = functools.partial(self._function, model, **static)
+        function.__name__ = self._function.__name__  # in profiles
+        self._kept[key] = _Program(jax.jit(function, donate_argnums=self._donate))
+      self._kept.move_to_end(key)
+      if len(self._kept) > self._most:
+        self._kept.popitem(last=False)
+      return self._kept[key]
+
+
+class _Program:
+  """One program. Its jitted function is its own, so that everything that was compiled goes with it."""
+
+  def __init__(self, run: Any):
+    self.run, self.results = run, None
+
+
+def bounded(most: int, donate: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Programs]:
+  """Decorator: see `Programs`."""
+  return lambda function: Programs(function, most, donate)
+
+
+def shapes(tree: Any) -> Any:
+  """The arrays of a tree as shapes and dtypes."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), tree)
+
+
+def _key(model: Any, args: tuple, static: dict[str, Hashable]) -> Hashable:
+  leaves, structure = jax.tree.flatten(args)
+  return model, structure, tuple((x.shape, x.dtype) for x in leaves), tuple(sorted(static.items()))
