@@ -1,6 +1,7 @@
 """Loader processes: they end with the run, however it ends, and a run whose loader ends says so in one line."""
 
 import contextlib
+import json
 import os
 import pathlib
 import signal
@@ -182,4 +183,7 @@ def test_a_run_whose_loader_or_trainer_is_killed(tmp_path, compilation_cache):
   run, children = start(done + 2)
   loader = _loaders(run.pid)[0]
   os.kill(loader, signal.SIGKILL)
+  record = json.loads((workdir / "data.json").read_text())  # what the next start compares its data with
+  manifest = json.loads((checkpoint.resolve(workdir)[1] / "manifest.json").read_text())
+  assert manifest["data"] == record and [source["records"] for source in record["understanding"]] == [40]
   check(run, children, 1, f"loader process 1 of 2 (pid {loader}) was ended by SIGKILL")

@@ -11,6 +11,7 @@ is empty. This file reads and writes; training/latents.py runs the VAE.
 
 import collections
 import concurrent.futures
+import hashlib
 import json
 import os
 import sys
@@ -37,6 +38,7 @@ class Latents:
   Attributes:
     directory: where they lie.
     encoder: fingerprint of the VAE's encoder that made them.
+    fingerprint: hash of all that they were made from: records, encoder, sizes, seed.
   """
 
   def __init__(self, source: Any, image_size: int, moments: tuple[int, ...]):
@@ -75,6 +77,8 @@ class Latents:
       if theirs != ours:
         raise UserError(f"{self.directory} holds {what} of {theirs}, and this run has {ours}; {again}")
     self.encoder = header["encoder"]
+    made_from = [header.get(name) for name in ("records", "encoder", "image_size", "moments", "seed")]
+    self.fingerprint = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
     self._moments = moments
     paths = [os.path.join(self.directory, _shard(i, header)) for i in range(len(header["shard_lengths"]))]
     for path, size in zip(paths, header["shard_bytes"]):

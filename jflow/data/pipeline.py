@@ -53,6 +53,7 @@ class Rows:
       UserError: no record of the source fits a row.
     """
     self.name, self.task = name, task
+    self.fingerprint = getattr(source, "fingerprint", "")
     self._source, self._tokenizer, self._shape = source, tokenizer, shape
     self._template = config["template"]
     self._first_sentence, self._prompt_drop = config["first_sentence"], config["prompt_drop"]
@@ -194,11 +195,13 @@ class Pipeline:
     self._loaders: processes.Loaders | None = None
     self._interleaves: list[mixture.Interleave | None] = []
     self._rows: list[list[Rows]] = []
+    self._weights: list[list[float]] = []
     for number, task in enumerate(TASKS):
       listed = tuple(data_config["sources"][task]) if used[number] else ()
       if used[number] and not listed:
         raise UserError(f"data.mixture gives {task} a share, and data.sources.{task} is empty")
       task_seed = _mix(seed, number)
+      self._weights.append([weight for _, weight in listed])
       self._interleaves.append(mixture.Interleave([w for _, w in listed], task_seed) if listed else None)
       self._rows.append(
         [
@@ -222,6 +225,19 @@ class Pipeline:
   def sources(self) -> list[Rows]:
     """Returns the rows of each source, in the order of the tasks."""
     return [rows for sources_of_task in self._rows for rows in sources_of_task]
+
+  def identity(self) -> dict[str, list[dict[str, Any]]]:
+    """Returns, by task, what identifies the content of each source in use, and so the batches of a run."""
+    return {
+      task: [
+        {
+          "source": rows.name, "weight": float(weight), "records": rows.planned.records, "fingerprint": rows.fingerprint,
+          "latents": rows.latents.fingerprint if rows.latents else "",
+        }
+        for rows, weight in zip(listed, weights, strict=True)
+      ]
+      for task, listed, weights in zip(TASKS, self._rows, self._weights, strict=True) if listed
+    }  # fmt: skip
 
   def latents(self) -> dict[str, str]:
     """Returns the folders of the latents that are in use, each with the fingerprint of its encoder."""

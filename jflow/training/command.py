@@ -20,7 +20,8 @@ Stages start from the one before (stage 1 from `convert --from=huggingface-parts
   data and tokenizer, as under "Pretrain" in README.md
 Set any field of configs/base.py with --config.FIELD=VALUE, for example
   --config.train.steps=100 --config.optimizer.learning_rate=3e-4 --config.mesh.data=8
-Stop it at any moment; the same command goes on from the last checkpoint in the workdir.
+Stop it at any moment; the same command goes on from the last checkpoint in the workdir. It refuses data sets that hold
+something else than before, wherever they lie now; --accept_data goes on with them, and with them from then on.
 """
 
 
@@ -64,6 +65,12 @@ def _paint_samples(config: dict[str, Any], model: Any, tokenizer: Any, params: A
     return pipeline.generate(log["sample_prompts"], log["sample_steps"], log["sample_guidance"], seed=0)
 
 
+def _workdir(text: str) -> pathlib.Path:
+  if what := fields.text(text) or ("" if text else "must name a directory"):
+    raise UserError(f"--workdir={text[:100]!r} {what}")
+  return pathlib.Path(text)
+
+
 def main(argv: list[str]) -> int:
   """Parses the flags and trains; 143 or 130 after SIGTERM or SIGINT, once the state is saved."""
   parser = argparse.ArgumentParser(
@@ -77,8 +84,12 @@ def main(argv: list[str]) -> int:
     "--config", metavar="FILE[:SIZE]", required=True, help="for example configs/stage2.py:tiny"
   )
   parser.add_argument(
-    "--workdir", metavar="DIR", required=True, type=pathlib.Path, help="directory of this run"
+    "--workdir", metavar="DIR", required=True, type=_workdir, help="directory of this run"
   )
+  parser.add_argument(
+    "--accept_data", metavar="HASH", default="",
+    help="go on with other data than the run has begun with; the refusal of such a start names HASH",
+  )  # fmt: skip
   known, settings = parser.parse_known_args(argv)
   need_text_name("--workdir", known.workdir)
   config = load_config([f"--config={known.config}", *settings])
@@ -88,7 +99,7 @@ def main(argv: list[str]) -> int:
   from jflow.training.metrics import read_lines
 
   try:
-    train(config, known.workdir, functools.partial(_paint_samples, config))
+    train(config, known.workdir, functools.partial(_paint_samples, config), known.accept_data)
   except Terminated as error:
     hosts.say(str(error))
     return 128 + error.signum

@@ -21,7 +21,7 @@ from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped
 from jflow.models.janusflow import JanusFlow
-from jflow.training import hosts, latents, optim, setup, tracking
+from jflow.training import data_record, hosts, latents, optim, setup, tracking
 from jflow.training import workdir as workdirs
 from jflow.training.checkpoint import Checkpointer
 from jflow.training.flops import mfu
@@ -45,15 +45,18 @@ _NAMED = 20  # records that are named when left out; the others are only counted
 Painter = Callable[[JanusFlow, Tokenizer, Any], list[Image.Image]]
 
 
-def train(config: dict[str, Any], workdir: pathlib.Path, painter: Painter | None = None) -> None:
+def train(
+  config: dict[str, Any], workdir: pathlib.Path, painter: Painter | None = None, accepted_data: str = ""
+) -> None:
   """Runs a stage to its last step, from where an earlier start left off.
 
   Several processes call it with the same arguments (but distributed.process_id) on a workdir that they share.
 
   Args:
     config: nested plain values, as configs/base.py has them.
-    workdir: directory of the run; gets config.json, tokenizer/, metrics.jsonl, goodput.jsonl, checkpoints/.
+    workdir: directory of the run; gets config.json, data.json, tokenizer/, metrics.jsonl, goodput.jsonl, checkpoints/.
     painter: paints the sample pictures that `log.sample_every` asks for.
+    accepted_data: other data than before that the run may go on with; see `data_record.check`.
 
   Raises:
     UserError: a mistake in config, data or workdir, found before compilation where possible.
@@ -68,7 +71,7 @@ def train(config: dict[str, Any], workdir: pathlib.Path, painter: Painter | None
   tokenizer.check_fits(model_config.language_model.vocabulary_size)
   held = hosts.first_alone(lambda: workdirs.claim(workdir, config, tokenizer))
   try:
-    _train(config, workdir, mesh, tokenizer, started, painter)
+    _train(config, workdir, mesh, tokenizer, started, painter, accepted_data)
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
       raise
@@ -85,6 +88,7 @@ def _train(
   tokenizer: Tokenizer,
   started: float,
   painter: Painter | None,
+  accepted_data: str,
 ) -> None:
   """`train` once the workdir is held. `started`: `time.time()` when it was called."""
   workdirs.check_shared(workdir)
@@ -96,11 +100,13 @@ def _train(
   batch_size, seed = config["train"]["batch_size"], config["train"]["seed"]
   open_pipeline = lambda share=None: Pipeline(config["data"], tokenizer, shape, batch_size, seed, share)
   pipeline = open_pipeline(sharding.local_rows(mesh, batch_size))
+  data = pipeline.identity()
+  data_record.check(workdir, data, accepted_data)
 
   with jax.set_mesh(mesh):
     program = make_program(config, model, mesh)
     check_memory(program, mesh)
-    about = {"config": config, "commit": workdirs.source_version(), "versions": workdirs.versions()}
+    about = {"config": config, "data": data, "commit": workdirs.source_version(), "versions": workdirs.versions()}
     keep, keep_every = config["checkpoint"]["keep"], config["checkpoint"]["keep_every"]
     checkpointer = Checkpointer(workdir / "checkpoints", keep, about, keep_every)
     opened = time.time()
@@ -113,6 +119,7 @@ def _train(
       )
     latents.check(pipeline.latents(), state.frozen, model.config.autoencoder)
     if hosts.is_first():  # late, so that a first mistake leaves the workdir free
+      data_record.write(workdir, data)
       workdirs.write_config(workdir, config, tokenizer)
     record = Goodput(workdir, started) if hosts.is_first() else None
     if record:

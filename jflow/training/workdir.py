@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
+from jflow.training import data_record
 from jflow.training.checkpoint import read_config, write_atomically
 
 # What may differ between a run and its continuation: all else would make it another run. How a step is laid out over
@@ -121,12 +122,15 @@ def check_same_run(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Tok
     return
   theirs = flatten_dict(read_config(workdir), sep=".")
   ours = flatten_dict(json.loads(json.dumps(config)), sep=".")
+  may_change = _MAY_CHANGE
+  if data_record.read(workdir) is not None:
+    may_change += ("data.sources.",)  # names: what they hold is compared instead, see data_record
   differ = []
   for field in sorted(set(ours) | set(theirs)):
     before, now = theirs.get(field), ours.get(field)
     only_one_has_it = field not in theirs or field not in ours  # of two versions of jflow: off (0, empty) is as before
     same = not before and not now if only_one_has_it else before == now
-    if not same and not field.startswith(_MAY_CHANGE):
+    if not same and not field.startswith(may_change):
       was = f"no {field} yet" if field not in theirs else f"{field}={before!r}"
       differ.append(f"{was}, now {'gone' if field not in ours else repr(now)}")
   if differ:

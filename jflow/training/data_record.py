@@ -1,0 +1,145 @@
+"""What data a run has begun with, by content: WORKDIR/data.json, and in each checkpoint's manifest.
+
+Per task a list of sources in their order: records, fingerprint, weight, and the latents made ahead. The same order of
+batches needs all of it, and no path: a data set may be moved or copied.
+"""
+
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+from jflow.errors import UserError
+from jflow.training import hosts
+from jflow.training.checkpoint import MANIFEST, sealed_steps, write_atomically
+
+NAME = "data.json"
+_KINDS = {"source": str, "records": int, "fingerprint": str, "weight": (int, float), "latents": str}  # of a source
+_CONTENT = tuple(name for name in _KINDS if name != "source")
+# Task -> its sources, as `Pipeline.identity` returns them.
+Data = dict[str, list[dict[str, Any]]]
+
+
+def read(workdir: pathlib.Path) -> Data | None:
+  """The data of the run in a workdir; None of one that has not begun, or of a version that kept no record.
+
+  Raises:
+    UserError: the record is damaged, and no checkpoint has a copy of it.
+  """
+  file = workdir / NAME
+  try:
+    return _checked(json.loads(file.read_text(encoding="utf-8")))
+  except FileNotFoundError:
+    return _of_checkpoints(workdir)
+  except (OSError, ValueError) as error:
+    found = _of_checkpoints(workdir)
+    if found is None:
+      raise UserError(f"{file} is damaged ({error}): remove it, and this start's data becomes that of the run") from None
+    return found
+
+
+def _of_checkpoints(workdir: pathlib.Path) -> Data | None:
+  for step in sealed_steps(workdir / "checkpoints"):
+    try:
+      manifest = json.loads((workdir / "checkpoints" / str(step) / MANIFEST).read_text(encoding="utf-8"))
+      return _checked(manifest["data"])
+    except (OSError, ValueError, KeyError, TypeError):
+      continue
+  return None
+
+
+def _checked(data: Any) -> Data:
+  """Raises ValueError for what is no record."""
+  fine = isinstance(data, dict) and all(
+    isinstance(sources, list)
+    and all(isinstance(source, dict) for source in sources)
+    and all(isinstance(source.get(name), kind) for source in sources for name, kind in _KINDS.items())
+    for sources in data.values()
+  )
+  if not fine:
+    raise ValueError("it is no record of data")
+  return data
+
+
+def write(workdir: pathlib.Path, data: Data) -> None:
+  """Keeps the data of a run that begins, or goes on with what was accepted."""
+  write_atomically(workdir / NAME, json.dumps(data, indent=1) + "\n")
+
+
+def check(workdir: pathlib.Path, now: Data, accepted: str) -> None:
+  """Checks that a run goes on with its own data. All processes call it.
+
+  Args:
+    workdir: of the run.
+    now: the data of this start.
+    accepted: what --accept_data names: `digest` of data that the run may go on with.
+
+  Raises:
+    UserError: it is other data, named by source; or processes see different data.
+  """
+  hosts.first_alone(lambda: _check(workdir, now, accepted))
+  own = list(bytes.fromhex(digest(now)))
+  other = hosts.from_first(own) != own
+  if hosts.any_of(other):
+    whom = f"this one sees {_told(now)}" if other else "another process does not see what this one does"
+    raise UserError(f"the processes of this run see different data under data.sources: {whom}")
+
+
+def _check(workdir: pathlib.Path, now: Data, accepted: str) -> None:
+  if not (workdir / "config.json").exists():
+    return
+  before = read(workdir)
+  if before is None:
+    hosts.say(f"{workdir} has no record of its data: that of this start is kept from now on ({_told(now)})")
+    return
+  changes = differences(before, now)
+  if not changes:
+    return
+  told = f"workdir {workdir} holds a run on other data: {'; '.join(changes)}"
+  if accepted != digest(now)[:8]:
+    raise UserError(f"{told}; use another --workdir, or go on with this data on purpose by --accept_data={digest(now)[:8]}")
+  hosts.say(f"{told}; it goes on with this data, as --accept_data={accepted} says")
+
+
+def digest(data: Data) -> str:
+  """A hash of the content, whatever the sources are called."""
+  content = {task: [[source[name] for name in _CONTENT] for source in sources] for task, sources in data.items()}
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def differences(before: Data, now: Data) -> list[str]:
+  """What has changed, source by source, in words; nothing where only names have."""
+  out = []
+  for task in sorted(set(before) | set(now)):
+    old, new = before.get(task, []), now.get(task, [])
+    key = lambda source: json.dumps([source[name] for name in _CONTENT])
+    if [*map(key, old)] == [*map(key, new)]:
+      continue
+    field = f"data.sources.{task}"
+    if sorted(map(key, old)) == sorted(map(key, new)):
+      out.append(f"{field} lists its sources in another order")
+      continue
+    for i in range(max(len(old), len(new))):
+      if i >= len(new):
+        out.append(f"{field} has no {old[i]['source']} any more ({_content(old[i])})")
+      elif i >= len(old):
+        out.append(f"{field} has {new[i]['source']} more ({_content(new[i])})")
+      elif key(old[i]) != key(new[i]):
+        out.append(f"{field}: {new[i]['source']} has {_content(new[i], old[i])}, and the run has begun with {_content(old[i], new[i])}")
+  return out
+
+
+def _content(source: dict[str, Any], other: dict[str, Any] | None = None) -> str:
+  """A source in words: its records and fingerprint, and of weight and latents what is not as in another one."""
+  told = [f"{source['records']:,} records, fingerprint {str(source['fingerprint'])[:8]}"]
+  if other is not None and all(source[name] == other[name] for name in ("records", "fingerprint")):
+    told = []
+  if other is None or source["weight"] != other["weight"]:
+    told.append(f"weight {source['weight']:g}")
+  if other is not None and source["latents"] != other["latents"]:
+    told.append(f"latents {source['latents'][:8]}" if source["latents"] else "no latents")
+  return ", ".join(told)
+
+
+def _told(data: Data) -> str:
+  return "; ".join(f"{source['source']}: {_content(source)}" for sources in data.values() for source in sources)
