@@ -83,7 +83,7 @@ def _refused(capsys, *argv) -> str:
     ),
     (
       ["train", f"--config={CONFIG}", "--workdir=w", "--config.train.stepz=3"],
-      f"jflow: {tiny.ROOT}/configs/stage2.py: unknown field 'stepz' Did you mean \"steps\"",
+      f"jflow: {tiny.ROOT}/configs/stage2.py: unknown field 'stepz' (--config.train.stepz=3); did you mean train.steps?",
     ),
   ],
 )

@@ -170,15 +170,15 @@ def test_any_value_for_any_field(field):
 
 
 @pytest.mark.parametrize("argument, named", [
-  ("--config.train.stpes=3", "unknown field config.train.stpes (--config.train.stpes=3); did you mean train.steps?"),
+  ("--config.train.stpes=3", "unknown field 'stpes' (--config.train.stpes=3); did you mean train.steps?"),
   ("--config.learning_rate=3", "did you mean optimizer.learning_rate?"),
-  ("--config.a.b.c=3", "unknown field config.a.b.c"),
+  ("--config.a.b.c=3", "unknown field 'a' (--config.a.b.c=3)"),
   ("--config.train.steps.x=3", "train.steps is a field and no section"),
-  ("--config.=3", "unknown field config."),
-  ("--config..=3", "unknown field config.."),
+  ("--config.=3", "unknown field '' (--config.=3)"),
+  ("--config..=3", "unknown field '' (--config..=3)"),
   ("--config.data.mixture[0]=3", "did you mean data.mixture?"),
-  ("--config.__class__=3", "unknown field config.__class__"),
-  ("--config.items=3", "unknown field config.items"),
+  ("--config.__class__=3", "unknown field '__class__'"),
+  ("--config.items=3", "unknown field 'items'"),
   ("--config.train={'steps': 3}", "names a section"),
   ("--config.train.steps", "--config.train.steps needs a value"),
   ("--noconfig.train.steps", "must be a whole number"),

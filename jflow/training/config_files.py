@@ -69,7 +69,8 @@ def _split(named: str) -> tuple[pathlib.Path, list[str]]:
     with contextlib.suppress(OSError, ValueError):  # a name that is too long, or that no file can have
       if path and pathlib.Path(path).is_file():
         return pathlib.Path(path), [":".join(parts[count:])] if count < len(parts) else []
-  raise UserError(f"config file {(named.rpartition(':')[0] or named)[:300]!r} does not exist")
+  named = (named.rpartition(":")[0] or named)[:300].encode("unicode_escape").decode()  # one line, whatever is in it
+  raise UserError(f"config file {named or repr('')} does not exist")
 
 
 def _check_size(file: pathlib.Path, function: Callable[..., Any], size: Sequence[str]) -> None:

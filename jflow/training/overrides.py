@@ -68,9 +68,9 @@ def _place(config: ConfigDict, path: str, argument: str) -> tuple[ConfigDict, st
   for depth, name in enumerate(parts):
     if not isinstance(where, ConfigDict):
       leaf = ".".join(parts[:depth])
-      raise UserError(f"unknown field config.{path[:200]} ({argument}): {leaf} is a field and no section")
+      raise UserError(f"unknown field {shown(name)} ({argument}): {leaf} is a field and no section")
     if name not in where:
-      raise UserError(f"unknown field config.{path[:200]} ({argument}){_meant(config, path)}")
+      raise UserError(f"unknown field {shown(name)} ({argument}){_meant(config, path)}")
     if depth == len(parts) - 1:
       return where, name
     where = where[name]
