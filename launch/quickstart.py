@@ -20,7 +20,7 @@ sys.path.insert(0, str(root))
 import jflow
 from jflow.inference.pipeline import Pipeline
 from jflow.inference.sheet import contact_sheet
-from jflow.training.metrics import read_lines
+from jflow.training.metrics import read_metrics
 from jflow.world import judge, questions
 from jflow.world import source as world
 
@@ -86,7 +86,7 @@ def plot(out: pathlib.Path) -> None:
   stages = sorted(p for p in out.glob("stage*") if (p / "metrics.jsonl").exists())
   figure, axes = plt.subplots(1, len(stages), figsize=(4 * len(stages), 3), squeeze=False)
   for axis, stage in zip(axes[0], stages):
-    rows = read_lines(stage / "metrics.jsonl")
+    rows = read_metrics(stage)
     for name in sorted({k for row in rows for k in row if k.startswith("loss_")}):
       values = np.array([row.get(name) or np.nan for row in rows], float)
       if np.isfinite(values).any():

@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from jflow.training.checkpoint import newest_valid, sealed_steps  # noqa: E402
-from jflow.training.metrics import read_lines  # noqa: E402
+from jflow.training.metrics import read_metrics  # noqa: E402
 
 STEPS, INTERVAL, WATCHDOG = 60, 4, 15
 INSIDE = (
@@ -146,14 +146,14 @@ class Soak:
 
 def newest_step(workdir: pathlib.Path) -> int:
   """The last step whose metrics are written."""
-  rows = read_lines(workdir / "metrics.jsonl")
+  rows = read_metrics(workdir)
   return rows[-1]["step"] if rows else 0
 
 
 def losses(workdir: pathlib.Path) -> dict[int, str]:
   """step -> the losses and the gradient's norm, as Python writes floats: equal text, equal bits."""
   names = ("loss", "loss_text", "loss_flow", "loss_alignment", "grad_norm")
-  return {row["step"]: repr([row[name] for name in names]) for row in read_lines(workdir / "metrics.jsonl")}
+  return {row["step"]: repr([row[name] for name in names]) for row in read_metrics(workdir)}
 
 
 def fingerprint(workdir: pathlib.Path) -> str:

@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped, UserError
-from jflow.training import checkpoint
+from jflow.training import checkpoint, steps
 from jflow.training.checkpoint import Checkpointer
 from jflow.training.state import TrainState
 
@@ -180,8 +180,24 @@ def test_a_save_that_did_not_finish_is_passed_over(copy):
   (copy / "6.orbax-checkpoint-tmp").mkdir()
   _assert_same(_restore(copy), _state(2))
   assert not list(copy.glob("*tmp*"))
-  (copy / "2" / checkpoint.MANIFEST).unlink()
-  assert _restore(copy) is None
+
+
+def test_a_first_save_that_did_not_finish_is_no_run_to_go_on_from(tmp_path):
+  directory = tmp_path / "checkpoints"
+  assert _restore(directory) is None
+  assert steps.make_room(directory, 2) is None  # killed before its manifest was written
+  shutil.copytree(_half(tmp_path), directory / "2")
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+  assert _restore(directory) is None
+  _save(directory, 2)
+  _assert_same(_restore(directory), _state(2))
+  assert sorted(p.name for p in directory.iterdir()) == ["2"] and not (tmp_path / "unsaved").exists()
+
+
+def _half(folder: pathlib.Path) -> pathlib.Path:
+  (folder / "half" / "trained").mkdir(parents=True)
+  (folder / "half" / "trained" / "data").write_text("half")
+  return folder / "half"
 
 
 def test_with_no_intact_step_the_run_does_not_start_over(copy):
@@ -204,12 +220,16 @@ def test_only_the_newest_steps_are_kept(tmp_path):
 
 
 def test_what_a_kill_left_of_a_save_goes_with_the_old_steps(tmp_path):
-  _save(tmp_path, 4)
-  for step in (3, 7):
-    (tmp_path / str(step)).mkdir()
-    (tmp_path / str(step) / "half").write_text("")
-  _save(tmp_path, 6)
-  assert checkpoint.steps_of(tmp_path) == [7, 6, 4]  # 7 may be another process's, and is passed over
+  """And nothing else: a folder that no save has marked may be whole but for its manifest, or another program's."""
+  directory = tmp_path / "checkpoints"
+  _save(directory, 4)
+  for step in (1, 3, 7):
+    if step != 1:
+      steps.make_room(directory, step)
+    shutil.copytree(_half(tmp_path / str(step)), directory / str(step))
+  _save(directory, 6)
+  assert checkpoint.steps_of(directory) == [7, 6, 4, 1]  # 7 may be another process's, and is passed over
+  assert (directory / "1" / "trained" / "data").read_text() == "half"
 
 
 def test_a_damaged_later_step_does_not_push_out_a_good_one(copy):
@@ -360,7 +380,10 @@ def test_a_converted_checkpoint_comes_back_and_has_no_raw_weights(tmp_path):
   "text, field",
   [
     ("{", "cannot be read"),
-    ("[]", "no field model"),
+    ("[]", "cannot be read"),
+    ("[" * 5000, "cannot be read"),
+    ('{"a":' * 200 + "1" + "}" * 200, "cannot be read"),
+    ('{"model": 1, "data": {"template": "x"}}', "no field model"),
     ('{"data": {"template": "x"}}', "no field model"),
     ('{"model": {"w": 1}}', "no field data.template"),
   ],

@@ -1,6 +1,7 @@
 """The workdir: one trainer at a time, one config and one tokenizer per run, metrics without repeated steps."""
 
 import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -50,7 +51,7 @@ def test_the_lock_of_a_killed_trainer_is_taken_over_and_named(tmp_path, capsys):
 
 def test_a_lock_that_a_dead_host_left_is_waited_for(tmp_path, monkeypatch, capsys):
   """A network disk frees it when the lease ends; whoever is on this host is alive."""
-  tries, real = [], workdirs.fcntl.flock
+  tries, real = [], fcntl.flock
 
   def flock(handle, operation):
     tries.append(operation)
@@ -60,7 +61,7 @@ def test_a_lock_that_a_dead_host_left_is_waited_for(tmp_path, monkeypatch, capsy
 
   (tmp_path / "lock").write_text("pid 7 on another-node since 2026-01-01 00:00:00\n")
   monkeypatch.setattr(workdirs.time, "sleep", lambda seconds: None)
-  monkeypatch.setattr(workdirs.fcntl, "flock", flock)
+  monkeypatch.setattr(fcntl, "flock", flock)
   workdirs.unlock(workdirs.lock(tmp_path))
   assert "is held by pid 7 on another-node since 2026-01-01 00:00:00; waiting up to 120 s" in capsys.readouterr().err
   (tmp_path / "lock").write_text("pid 7 on another-node since 2026-01-01 00:00:00\n")
@@ -80,7 +81,7 @@ def test_a_disk_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
   def flock(handle, operation):
     raise OSError(errno.ENOSYS, "Function not implemented")
 
-  monkeypatch.setattr(workdirs.fcntl, "flock", flock)
+  monkeypatch.setattr(fcntl, "flock", flock)
   workdirs.unlock(workdirs.lock(tmp_path))
   assert "cannot be locked (Function not implemented): take care that" in capsys.readouterr().err
 

@@ -5,13 +5,14 @@ of all that it depends on, so nothing is ever out of date. Files appear whole, b
 that need the same one, the first makes it and the others wait.
 """
 
+import collections
 import contextlib
-import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
 from typing import Any
 
+from jflow import files
 from jflow.data.records import Source
 
 
@@ -43,12 +44,12 @@ def alone(folders: list[str], file: str) -> Iterator[str | None]:
     path = os.path.join(folder, file)
     try:
       os.makedirs(folder, exist_ok=True)
-      handle = open(path + ".lock", "a")
+      handle = files.open_lock(path + ".lock")
     except OSError:
       continue
     with handle:
       with contextlib.suppress(OSError):  # a file system without locks: each process makes its own
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        files.lock(handle, wait=True)
       try:
         yield path
       finally:
@@ -56,3 +57,15 @@ def alone(folders: list[str], file: str) -> Iterator[str | None]:
           os.unlink(path + ".lock")
     return
   yield None
+
+
+def counts(value: Any) -> collections.Counter:
+  """The counts, by reason, that a file holds.
+
+  Raises:
+    ValueError: it holds something else.
+  """
+  pairs = value.items() if isinstance(value, dict) else [(None, None)]
+  if not all(isinstance(name, str) and type(number) is int and number >= 0 for name, number in pairs):
+    raise ValueError(f"no counts: {str(value)[:80]}")
+  return collections.Counter(dict(pairs))

@@ -22,12 +22,14 @@ import numpy as np
 from ml_dtypes import bfloat16
 from tqdm import tqdm
 
+from jflow import files
 from jflow.data import images, prepared
-from jflow.data.partial import open_partial, write_json
+from jflow.data.partial import open_partial, read_report, write_report
 from jflow.data.records import RecordError
 from jflow.errors import UserError
 
 SCHEMA = 1
+_HEADER = "latents.json"
 _BOX = np.dtype("<i4")
 _AHEAD = 2  # batches that the readers are ahead of the VAE
 
@@ -61,11 +63,7 @@ class Latents:
       )
     self.directory = folder(source.directory, image_size)
     again = f"make them again: python -m jflow prepare --latents --input={source.directory} --checkpoint=..."
-    header = _read_header(self.directory, source.directory, image_size)
-    if header["schema"] != SCHEMA:
-      raise UserError(
-        f"{self.directory} has schema {header['schema']}, and this version reads {SCHEMA}; {again}"
-      )
+    header = _read_header(self.directory, source.directory, image_size, again)
     if header["records"] != source.fingerprint:
       raise UserError(
         f"{self.directory} was made from other records than {source.directory} holds now; {again}"
@@ -164,8 +162,8 @@ def write(
       header["rejected"] = dict(
         sum((collections.Counter(r["rejected"]) for r in reports), collections.Counter())
       )
-      write_json(os.path.join(partial, "latents.json"), header)
-      os.rename(partial, output)
+      files.write_json(os.path.join(partial, _HEADER), header)
+      files.publish(partial, output)
     except KeyboardInterrupt:
       raise KeyboardInterrupt("stopped; run the same command again to go on") from None
     except OSError as error:
@@ -173,7 +171,7 @@ def write(
         f"{error.filename or partial}: {error.strerror or error}; run the same command again to go on"
       ) from None
   for name in os.listdir(output):
-    if name != "latents.json" and not name.endswith(".array_record"):
+    if name != _HEADER and not name.endswith(".array_record"):
       os.unlink(os.path.join(output, name))
   return header
 
@@ -197,18 +195,19 @@ def _write_shards(
   ):
     for number, length in enumerate(lengths):
       path = os.path.join(partial, _shard(number, header))
-      if not os.path.exists(path + ".json"):
+      report = read_report(path + ".json")
+      if report is None:
         writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")
         lost: collections.Counter = collections.Counter()
         for entry in _entries(read, range(first, first + length), encode, batch_size, pool, lost):
           prepared.call_writer(path, writer.write, entry)
           bar.update()
         prepared.call_writer(path, writer.close)
-        write_json(path + ".json", {"bytes": os.path.getsize(path), "rejected": lost})
+        report = {"bytes": os.path.getsize(path), "rejected": lost}
+        write_report(path + ".json", report, [path])
       else:
         bar.update(length)
-      with open(path + ".json", encoding="utf-8") as stream:
-        reports.append(json.load(stream))
+      reports.append(report)
       first += length
   return reports
 
@@ -259,16 +258,34 @@ def _shard(number: int, header: dict[str, Any]) -> str:
   return f"latents-{number:05d}-of-{len(header['shard_lengths']):05d}.array_record"
 
 
-def _read_header(path: str, directory: str, image_size: int) -> dict[str, Any]:
+def _read_header(path: str, directory: str, image_size: int, again: str) -> dict[str, Any]:
+  """The contents of latents.json. `again`: how to make the latents again, for messages."""
   try:
-    with open(os.path.join(path, "latents.json"), encoding="utf-8") as stream:
-      header = json.load(stream)
-    header["schema"], header["records"], header["image_size"], header["moments"], header["encoder"]
-    return header
-  except (OSError, ValueError, KeyError, TypeError):
+    header = files.read_object(os.path.join(path, _HEADER))
+    schema = header["schema"]
+    if schema == SCHEMA:
+      _check_header(header)
+  except FileNotFoundError:
     others = sorted(name for name in os.listdir(directory) if name.startswith("latents-"))
     there = f"; there are: {', '.join(others)}" if others else ""
     raise UserError(
       f"data.latents=True, and {directory} has no latents of {image_size} pixels{there}; make them: "
       f"python -m jflow prepare --latents --input={directory} --checkpoint=..."
     ) from None
+  except (files.Damaged, KeyError, TypeError) as error:
+    raise UserError(f"{os.path.join(path, _HEADER)} is damaged ({error}): remove {path}; {again}") from None
+  if schema != SCHEMA:
+    raise UserError(f"{path} has schema {schema}, and this version reads {SCHEMA}; {again}")
+  return header
+
+
+def _check_header(header: dict[str, Any]) -> None:
+  """Raises Damaged, or KeyError, where what is read of a header is not there or not of its type."""
+  numbers = ("moments", "shard_lengths", "shard_bytes")
+  if not all(files.are_counts(header[name]) for name in numbers):
+    raise files.Damaged(f"{', '.join(numbers)} must be lists of integers")
+  if len(header["shard_lengths"]) != len(header["shard_bytes"]):
+    raise files.Damaged("shard_lengths and shard_bytes must be of one length")
+  if not (isinstance(header["records"], str) and isinstance(header["encoder"], str)):
+    raise files.Damaged("records and encoder must be strings")
+  header["image_size"]

@@ -8,15 +8,16 @@ import array
 import collections
 import concurrent.futures
 import concurrent.futures.process
+import contextlib
 import functools
 import multiprocessing
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
+from jflow import files
 from jflow.data import derived, examples, prepared
 from jflow.data.examples import Sample
 from jflow.data.processes import end_with_parent
@@ -72,7 +73,7 @@ def _measure(
       processes, multiprocessing.get_context("spawn"), end_with_parent
     ) as pool:
       try:
-        for part in pool.map(functools.partial(_measure_shard, build), paths):
+        for part in pool.map(functools.partial(_measure_shard, build), paths, source.shard_lengths):
           parts.append(part)
           bar.count(len(part[0]))
       except concurrent.futures.process.BrokenProcessPool:
@@ -80,8 +81,10 @@ def _measure(
   return np.concatenate([sizes for sizes, _ in parts]), sum((r for _, r in parts), collections.Counter())
 
 
-def _measure_shard(build: Callable[[Record], Sample], path: str) -> tuple[np.ndarray, collections.Counter]:
-  return _sizes(prepared.read_outlines(path), build, lambda: None)
+def _measure_shard(
+  build: Callable[[Record], Sample], path: str, records: int
+) -> tuple[np.ndarray, collections.Counter]:
+  return _sizes(prepared.read_outlines(path, records), build, lambda: None)
 
 
 def _sizes(
@@ -121,28 +124,22 @@ def _read(folders: list[str], file: str, records: int) -> tuple[np.ndarray, coll
   try:
     with np.load(path) as arrays:
       lengths = arrays["lengths"]
-      rejected = collections.Counter(dict(zip(arrays["reasons"].tolist(), arrays["counts"].tolist())))
-    if lengths.shape == (records, 2):
+      rejected = derived.counts(dict(zip(arrays["reasons"].tolist(), arrays["counts"].tolist(), strict=True)))
+    if lengths.shape == (records, 2) and lengths.dtype == np.int32 and not (lengths < 0).any():
       return lengths, rejected
   except Exception:  # zip files break in many ways; a damaged one is made again
     pass
-  try:
-    os.unlink(path)
-  except OSError:
-    pass
+  with contextlib.suppress(OSError):
+    files.remove(path)
   return None
 
 
 def _write(path: str, lengths: np.ndarray, rejected: collections.Counter) -> None:
   """Writes a file that is whole or not there. A full disk costs only the time to measure again."""
-  temporary = f"{path}.{uuid.uuid4().hex}.npz"
-  try:
-    np.savez(
-      temporary,
-      lengths=lengths,
-      reasons=np.array(list(rejected), np.str_),
-      counts=np.array(list(rejected.values()), np.int64),
-    )
-    os.replace(temporary, path)
-  except OSError:
-    pass
+  arrays = dict(
+    lengths=lengths,
+    reasons=np.array(list(rejected), np.str_),
+    counts=np.array(list(rejected.values()), np.int64),
+  )
+  with contextlib.suppress(OSError), files.replacing(path) as new, open(new, "wb") as file:
+    np.savez(file, **arrays)

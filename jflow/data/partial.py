@@ -1,11 +1,10 @@
 """A directory of work that is not whole yet: one process writes in it, and a killed one's work is taken up again."""
 
-import fcntl
-import json
 import os
-import shutil
+from collections.abc import Sequence
 from typing import Any, TextIO
 
+from jflow import files
 from jflow.errors import UserError
 
 _JOB, _LOCK = "job.json", "lock"
@@ -14,7 +13,7 @@ _JOB, _LOCK = "job.json", "lock"
 def open_partial(partial: str, job: dict[str, Any], flag: str) -> TextIO:
   """Makes the directory and locks it; returns the lock, which ends with the process.
 
-  What another job left there, or this one on files that changed since, is removed.
+  What another job left there, or this one on files that changed since, is removed; what nobody knows is not.
 
   Args:
     partial: the directory.
@@ -22,40 +21,52 @@ def open_partial(partial: str, job: dict[str, Any], flag: str) -> TextIO:
     flag: the option that named the place, for messages.
 
   Raises:
-    UserError: it cannot be written, or another process writes in it.
+    UserError: it cannot be written, another process writes in it, or it holds what no job is known of.
   """
   try:
     os.makedirs(partial, exist_ok=True)
-    lock = open(os.path.join(partial, _LOCK), "w")
+    lock = files.open_lock(os.path.join(partial, _LOCK))
   except OSError as error:
     raise UserError(f"{flag}: cannot write {partial} ({error.strerror})") from None
   try:
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    raise UserError(f"{partial} is being written by another process: wait until it ends") from None
+    if not files.lock(lock):
+      lock.close()
+      raise UserError(f"{partial} is being written by another process: wait until it ends")
   except OSError:  # a file system without locks
     pass
   path = os.path.join(partial, _JOB)
+  others = sorted(name for name in os.listdir(partial) if name not in (_LOCK, _JOB))
   try:
-    with open(path, encoding="utf-8") as file:
-      if json.load(file) == job:
-        return lock
-  except (OSError, ValueError):
-    pass
-  for entry in list(os.scandir(partial)):
-    if entry.is_dir(follow_symlinks=False):
-      shutil.rmtree(entry.path)
-    elif entry.name != _LOCK:
-      os.remove(entry.path)
-  write_json(path, job)
+    if files.read_object(path) == job:
+      return lock
+  except (FileNotFoundError, files.Damaged) as error:
+    if others or os.path.isdir(path):  # of which nobody knows whose they are
+      problem = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged: {error}"
+      lock.close()
+      raise UserError(
+        f"{partial} holds {(others or [_JOB])[0]}, and its {_JOB} {problem}: if it is of no use, remove {partial}"
+      ) from None
+  for name in others:
+    files.remove(os.path.join(partial, name))
+  files.write_json(path, job)  # last, so that a kill leaves what the next start removes
   return lock
 
 
-def write_json(path: str, value: Any) -> None:
-  """Writes a file that is either whole or not there."""
-  # A lone surrogate, in a message or the name of a file, so becomes its escape.
-  with open(path + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as file:
-    json.dump(value, file, ensure_ascii=False, indent=1)
-    file.flush()
-    os.fsync(file.fileno())
-  os.rename(path + ".tmp", path)
+def write_report(path: str, report: dict[str, Any], paths: Sequence[str]) -> None:
+  """Writes the report of a part whose files are finished; its presence says that they are whole."""
+  for file in paths:
+    files.sync(file)
+  sizes = {os.path.basename(file): os.path.getsize(file) for file in paths}
+  files.write_json(path, {**report, "files": sizes})
+
+
+def read_report(path: str) -> dict[str, Any] | None:
+  """Returns the report of a part; None where there is none, or it or a file of the part is not whole."""
+  try:
+    report = files.read_object(path)
+    for name, size in report["files"].items():
+      if os.path.getsize(os.path.join(os.path.dirname(path), name)) != size:
+        return None
+    return report
+  except (OSError, files.Damaged, KeyError, AttributeError, TypeError):
+    return None

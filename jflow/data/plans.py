@@ -5,7 +5,7 @@ what the plan left out. HASH covers the records, the tokenizer, the template and
 """
 
 import collections
-import json
+import contextlib
 import os
 import shutil
 import uuid
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jflow import files
 from jflow.batch import RowShape
 from jflow.data import derived, lengths, packing
 from jflow.data.packing import Plan
@@ -69,14 +70,14 @@ def planned(
   file = derived.name(
     "plan", _VERSION, getattr(source, "fingerprint", ""), task, tokenizer.fingerprint, template, budgets
   )
-  found = _read(folders, file)
+  found = _read(folders, file, len(source))
   if found is None:
     with derived.alone(folders, file) as path:
-      found = _read(folders, file)
+      found = _read(folders, file, len(source))
       if found is None:
         found = _plan(source, task, tokenizer, template, shape, cache)
         if path and _write(path, found):
-          found = _read(folders, file) or found
+          found = _read(folders, file, len(source)) or found
   return found
 
 
@@ -90,25 +91,43 @@ def _plan(
     too_long = (sizes[:, 0] > shape.tokens) | (sizes[:, 1] > shape.images)
     rejected.update(too_long=int(too_long.sum()))
     plan = packing.plan(sizes, shape, _SEED)
-  tokens = int((plan.stops - plan.starts).sum(dtype=np.int64) + (plan.starts > 0).sum())
-  return Planned(plan, len(source), tokens, +rejected)
+  return Planned(plan, len(source), _tokens(plan), +rejected)
 
 
-def _read(folders: list[str], file: str) -> Planned | None:
-  """Returns the plan that is there; None where none is, or it is damaged."""
+def _read(folders: list[str], file: str, records: int) -> Planned | None:
+  """Returns the plan that is there; None where none is, or it is damaged and now removed."""
   path = derived.find(folders, file)
   if path is None:
     return None
   try:
-    with open(os.path.join(path, "plan.json"), encoding="utf-8") as stream:
-      header = json.load(stream)
+    header = files.read_object(os.path.join(path, "plan.json"))
     plan = _map(path)
-    if header["checksums"] == _checksums(plan):
-      return Planned(plan, header["records"], header["tokens"], collections.Counter(header["rejected"]))
-  except (OSError, ValueError, KeyError, TypeError):
+    if header["checksums"] == _checksums(plan) and header["records"] == records and _fits(plan, records):
+      return Planned(plan, records, _tokens(plan), derived.counts(header["rejected"]))
+  except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
     pass
-  shutil.rmtree(path, ignore_errors=True)
+  with contextlib.suppress(OSError):
+    files.remove(path)
   return None
+
+
+def _fits(plan: Plan, records: int) -> bool:
+  """Whether the arrays are a plan of so many records: checksums do not cover types and shapes."""
+  offsets, *columns = plan
+  return (
+    all(array.ndim == 1 and array.dtype.kind == "i" for array in plan)
+    and len({len(column) for column in columns}) == 1
+    and len(offsets) > 0
+    and offsets[0] == 0
+    and offsets[-1] == len(plan.record_ids)
+    and bool((np.diff(offsets) >= 0).all())
+    and (not len(plan.record_ids) or 0 <= plan.record_ids.min() <= plan.record_ids.max() < records)
+  )
+
+
+def _tokens(plan: Plan) -> int:
+  """Tokens in all rows; a piece that is cut off in front has a BOS of its own."""
+  return int((plan.stops - plan.starts).sum(dtype=np.int64) + (plan.starts > 0).sum())
 
 
 def _write(path: str, found: Planned) -> bool:
@@ -120,9 +139,9 @@ def _write(path: str, found: Planned) -> bool:
       np.save(os.path.join(temporary, field + ".npy"), array)
     header: dict[str, Any] = found._asdict() | {"checksums": _checksums(found.plan)}
     header.pop("plan")
-    with open(os.path.join(temporary, "plan.json"), "w", encoding="utf-8") as stream:
-      json.dump(header, stream, indent=1)
-    os.rename(temporary, path)
+    files.write_json(os.path.join(temporary, "plan.json"), header)
+    files.remove(path)  # a link to nowhere, or what could not be removed when it was read
+    files.publish(temporary, path)
     return True
   except OSError:
     shutil.rmtree(temporary, ignore_errors=True)

@@ -17,16 +17,18 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jflow import files
 from jflow.batch import TASKS
 from jflow.data import examples, images, importers, prepared
 from jflow.data.filters import Filters
 from jflow.data.importers import Importer, Item
-from jflow.data.partial import open_partial, write_json
+from jflow.data.partial import open_partial, read_report, write_report
 from jflow.data.processes import end_with_parent
 from jflow.data.progress import Progress
 from jflow.data.records import Record, RecordError, Unwanted
 from jflow.errors import Stopped, UserError, need_text_name
 
+_SUFFIXES = (".array_record", ".outlines", ".rejected")  # of the files of a part
 REJECTED = "rejected.jsonl"  # every record that was left out: where, message, reason
 MAX_TEXT = 65_536  # characters of a record with images; a row of 4,096 tokens holds about 16,000
 _done: Any = None  # in a worker: work and records done by all of them, and whether to stop
@@ -99,7 +101,7 @@ def prepare(
     except OSError as error:
       raise UserError(f"{error.filename or output}: {error.strerror or error}; {again}") from None
   if not problem or not summary["accepted"]:
-    shutil.rmtree(partial)
+    files.remove(partial)
   if problem:
     raise UserError(problem)
   return summary
@@ -196,18 +198,19 @@ def _import_part(
         print(json.dumps({**entry, "reason": error.reason}), file=log)
       count(item.work)
   writer.close()
+  paths = [stem + suffix for suffix in _SUFFIXES]
   report = {
     "records": writer.records,
     "images": writer.images,
     "bytes": writer.bytes,
     "digest": writer.digest.hexdigest(),
-    "file_bytes": os.path.getsize(stem + ".array_record"),
+    "file_bytes": os.path.getsize(paths[0]),
     "rejected": dict(rejected),
     "filtered": dict(filtered),
     "notes": dict(notes),
     "first_rejected": first,
   }
-  write_json(stem + ".json", report)
+  write_report(stem + ".json", report, paths)
   return report
 
 
@@ -319,8 +322,8 @@ def _finish(
 
   The work is done in a directory of its own, linked from the parts, so that a kill leaves them as they are.
   """
-  whole = output + ".whole"
-  shutil.rmtree(whole, ignore_errors=True)
+  whole = os.path.join(partial, "whole")
+  files.remove(whole)
   os.mkdir(whole)
   kept = [index for index, report in enumerate(reports) if report["records"]]
   for shard, index in enumerate(kept):
@@ -329,10 +332,10 @@ def _finish(
     _link(stem + ".outlines", os.path.join(whole, prepared.outline_name(shard, len(kept))))
   _join([os.path.join(partial, f"part-{i:05d}.rejected") for i in range(len(reports))], whole)
   prepared.write_metadata(whole, task, summary["shard_lengths"], summary["bytes"])
-  write_json(os.path.join(whole, prepared.SUMMARY), summary)
+  files.write_json(os.path.join(whole, prepared.SUMMARY), summary)
   if os.path.isdir(output):
     os.rmdir(output)
-  os.rename(whole, output)
+  files.publish(whole, output)
 
 
 def _link(source: str, target: str) -> None:
@@ -361,14 +364,22 @@ def _read_again(importer: Importer, partial: str, reports: Sequence[dict[str, An
 
 
 def _read_report(partial: str, index: int) -> dict[str, Any] | None:
-  """Returns the report of a part; None where there is none, or its shard is not whole (the machine went down)."""
-  stem = os.path.join(partial, f"part-{index:05d}")
+  """Returns the report of a part; None where there is none, or it or a file of the part is not whole."""
+  report = read_report(os.path.join(partial, f"part-{index:05d}.json"))
   try:
-    with open(stem + ".json", encoding="utf-8") as file:
-      report = json.load(file)
-    return report if os.path.getsize(stem + ".array_record") == report["file_bytes"] else None
-  except FileNotFoundError:
-    return None
+    counts = [report[name] for name in ("records", "images", "bytes", "file_bytes")]
+    counts += [number for name in ("rejected", "filtered") for number in report[name].values()]
+    first = report["first_rejected"]
+    whole = (
+      files.are_counts(counts)
+      and isinstance(report["digest"], str)
+      and len(report["files"]) == len(_SUFFIXES)
+      and first.keys() == report["rejected"].keys()
+      and all(entry.keys() == {"where", "message"} for entry in first.values())
+    )
+  except (KeyError, TypeError, AttributeError):
+    whole = False
+  return report if whole else None
 
 
 def _fingerprint(files: Sequence[str]) -> str:

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from jflow import files
+from jflow.batch import TASKS
 from jflow.data.records import Record, RecordError, Turn
 from jflow.errors import UserError
 
@@ -142,6 +144,7 @@ class PreparedSource:
     directory: where it lies.
     fingerprint: hash of its records.
     outline_paths: files of the outlines, one per shard.
+    shard_lengths: records of each shard.
   """
 
   def __init__(self, directory: str, task: str):
@@ -160,7 +163,7 @@ class PreparedSource:
         f"{directory} holds {summary['task']} records and stands in data.sources.{task}: "
         f"prepare the source again with --task={task}"
       )
-    lengths = summary["shard_lengths"]
+    lengths = self.shard_lengths = summary["shard_lengths"]
     paths = [os.path.join(directory, shard_name(task, i, len(lengths))) for i in range(len(lengths))]
     self.outline_paths = [os.path.join(directory, outline_name(i, len(lengths))) for i in range(len(lengths))]
     for path in paths + self.outline_paths:
@@ -204,23 +207,39 @@ class PreparedSource:
 
   def outlines(self) -> Iterator[Record]:
     """Yields the records in order without reading their images; see `read_outlines`."""
-    for path in self.outline_paths:
-      yield from read_outlines(path)
+    for path, length in zip(self.outline_paths, self.shard_lengths):
+      yield from read_outlines(path, length)
 
 
-def read_outlines(path: str) -> Iterator[Record]:
+def read_outlines(path: str, records: int | None = None) -> Iterator[Record]:
   """Yields the records of a shard without their images, each of which is None.
+
+  Args:
+    path: the file.
+    records: how many it should hold.
 
   Raises:
     UserError: the file is damaged.
   """
+  number = 0
   try:
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-      for line in lines:
-        name, images, text, turns = json.loads(line)
-        yield Record(name, (None,) * images, text, tuple(Turn(*turn) for turn in turns))
+    with gzip.open(path, "rb") as lines:
+      for number, line in enumerate(lines, 1):
+        if number == records:  # all that there should be, or more
+          number += len(lines.read(1))
+        yield _outline(files.parse(line))
+    if records is not None and number != records:
+      raise ValueError
   except (OSError, EOFError, ValueError, zlib.error) as error:
     raise UserError(f"{path} is damaged ({type(error).__name__}): prepare the source again") from None
+
+
+def _outline(value: Any) -> Record:
+  match value:
+    case [str(name), int(images), str(text), [*turns]] if 0 <= images < 2**20:
+      if all(isinstance(turn, list) and list(map(type, turn)) == [str, str] for turn in turns):
+        return Record(name, (None,) * images, text, tuple(Turn(*turn) for turn in turns))
+  raise ValueError("not an outline")
 
 
 def read_summary(directory: str) -> dict[str, Any]:
@@ -229,14 +248,13 @@ def read_summary(directory: str) -> dict[str, Any]:
   Raises:
     UserError: the directory is not one, or was written with another schema.
   """
-  path = os.path.join(directory, SUMMARY)
   try:
-    with open(path, encoding="utf-8") as file:
-      summary = json.load(file)
+    summary = files.read_object(os.path.join(directory, SUMMARY))
     schema = summary["schema"]
-    if schema == SCHEMA:
-      summary["task"], summary["shard_lengths"], summary["shard_bytes"], summary["fingerprint"]
-  except (OSError, ValueError, KeyError, TypeError):
+    whole = schema != SCHEMA or _is_whole(summary)
+  except (OSError, files.Damaged, KeyError):
+    whole = False
+  if not whole:
     raise UserError(
       f"{directory} is not a data set that `jflow prepare` wrote (no readable {SUMMARY})"
     ) from None
@@ -245,3 +263,17 @@ def read_summary(directory: str) -> dict[str, Any]:
       f"{directory} has schema {schema}, and this version reads schema {SCHEMA}: prepare it again"
     )
   return summary
+
+
+def _is_whole(summary: dict[str, Any]) -> bool:
+  """Whether what is read of a summary is there and of its type."""
+  lengths, sizes = summary["shard_lengths"], summary["shard_bytes"]
+  return (
+    files.are_counts(lengths)
+    and files.are_counts(sizes)
+    and len(lengths) == len(sizes) > 0
+    and all(lengths)
+    and sum(lengths) == summary["accepted"]
+    and isinstance(summary["fingerprint"], str)
+    and summary["task"] in TASKS
+  )

@@ -2,12 +2,12 @@
 
 import contextlib
 import json
-import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from jflow import files
 from jflow.errors import Stopped, UserError
 
 
@@ -54,16 +54,13 @@ def replace(path: pathlib.Path, text: str) -> None:
 def new_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields the name of a file of this process, to write; it takes the place of `path` once it is whole.
 
+  A link, as /dev/stdout is one, a device or a pipe is written straight.
+
   Raises:
     Stopped: it cannot be written.
   """
-  new = path.with_name(f"{path.name}.{os.getpid()}.part")
-  with writing(path):
-    try:
-      yield new
-      new.replace(path)
-    finally:
-      new.unlink(missing_ok=True)
+  with writing(path), files.output(path) as new:
+    yield new
 
 
 def write_json(path: pathlib.Path, body: dict[str, Any]) -> None:
@@ -72,6 +69,4 @@ def write_json(path: pathlib.Path, body: dict[str, Any]) -> None:
   Raises:
     Stopped: it cannot be written.
   """
-  with writing(path):
-    text = json.dumps(body, indent=1, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # which is JSON's own escape
+  replace(path, json.dumps(body, indent=1, ensure_ascii=False) + "\n")

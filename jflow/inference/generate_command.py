@@ -5,6 +5,7 @@ import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from jflow import files
 from jflow.errors import UserError
 from jflow.inference import flags
 from jflow.inference.files import make_directory, write_json, writing
@@ -117,10 +118,12 @@ def main(argv: list[str]) -> int:
   columns = args.num_images if args.num_images > 1 else min(6, len(images))
   with writing(args.output):
     for i, (name, image) in enumerate(zip(names, images, strict=True)):
-      image.save(args.output / name)
+      with files.output(args.output / name) as new:
+        image.save(new, "PNG")
       prompt, j = prompts[i // args.num_images], i % args.num_images
       records.append({"file": name, "prompt": prompt, "seed": args.seed + j})
-    contact_sheet(images, [r["prompt"] for r in records], columns).save(sheet)
+    with files.output(sheet) as new:
+      contact_sheet(images, [r["prompt"] for r in records], columns).save(new, "PNG")
   evaluations = flow.SOLVERS[args.solver][1] * args.steps
   if args.json:
     made = {"dtype": str(model.model.dtype), "weights": args.weights}

@@ -11,9 +11,7 @@ the manifest does. Several processes share the directory: each writes its shards
 its share of a step to be restored; process 0 writes the manifest when all hashes are there.
 """
 
-import hashlib
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -26,32 +24,17 @@ from typing import Any
 import absl.logging
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 from orbax.checkpoint import v1 as ocp
 
+from jflow import files
 from jflow.errors import Stopped, UserError
-from jflow.training import hosts
+from jflow.training import hosts, steps
 from jflow.training.state import TrainState
+from jflow.training.steps import MANIFEST, damage, sealed_steps, steps_of
 
-MANIFEST = "manifest.json"
 FORMAT = 1  # of what a step holds, written into its manifest
 _HASHES = "hashes."  # beginning of the files that carry hashes from the other processes to process 0
 _PATIENCE = 600.0  # seconds that a process may be later than process 0
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with open(path, "rb") as f:
-    return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Writes a small text file so that it is there whole or not at all, also after a power cut."""
-  part = path.with_name(path.name + ".part")
-  with open(part, "w", encoding="utf-8") as f:
-    f.write(text)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(part, path)
 
 
 def seal(step_dir: pathlib.Path, metadata: dict[str, Any], process: int = 0, processes: int = 1) -> None:
@@ -64,22 +47,22 @@ def seal(step_dir: pathlib.Path, metadata: dict[str, Any], process: int = 0, pro
     OSError: a file cannot be read or written, or another process does not deliver.
   """
   _wait_until(step_dir.is_dir, f"{step_dir} does not appear: is the workdir shared by all processes?")
-  files = sorted(p for p in step_dir.rglob("*") if p.is_file() and not p.name.startswith(_HASHES))
-  names = [str(p.relative_to(step_dir)) for p in files if p.name != MANIFEST]
+  found = sorted(p for p in step_dir.rglob("*") if p.is_file() and not p.name.startswith(_HASHES))
+  names = [str(p.relative_to(step_dir)) for p in found if p.name != MANIFEST]
   own = [name for name in names if _writer(name) % processes == process]
   entries = {name: _entry(step_dir / name) for name in own}
   if process:
-    write_atomically(step_dir / f"{_HASHES}{process}.json", json.dumps(entries))
+    files.write_text(step_dir / f"{_HASHES}{process}.json", json.dumps(entries))
     return
   for other in range(1, processes):
     path = step_dir / f"{_HASHES}{other}.json"
     _wait_until(path.exists, f"process {other} did not finish its part of {step_dir}")
-    entries |= json.loads(path.read_text(encoding="utf-8"))
+    entries |= files.read_object(path)
     path.unlink()
-  entries = dict(sorted(entries.items()))
-  write_atomically(
-    step_dir / MANIFEST, json.dumps({"format": FORMAT, "files": entries, **metadata}, indent=1)
-  )
+  for folder in (*(p for p in step_dir.rglob("*") if p.is_dir()), step_dir.parent):
+    files.sync(folder)
+  manifest = {"format": FORMAT, "files": dict(sorted(entries.items())), **metadata}
+  files.write_text(step_dir / MANIFEST, json.dumps(manifest, indent=1))
 
 
 def _writer(name: str) -> int:
@@ -89,7 +72,8 @@ def _writer(name: str) -> int:
 
 
 def _entry(path: pathlib.Path) -> dict[str, Any]:
-  return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+  files.sync(path)
+  return {"bytes": path.stat().st_size, "sha256": steps.sha256(path)}
 
 
 def _wait_until(ready: Callable[[], bool], otherwise: str) -> None:
@@ -101,55 +85,16 @@ def _wait_until(ready: Callable[[], bool], otherwise: str) -> None:
     time.sleep(0.05)
 
 
-def damage(step_dir: pathlib.Path, part: int = 0, parts: int = 1) -> str | None:
-  """Returns what is wrong with a saved step, naming the file, or None when every byte is as written.
-
-  With `parts`, only every `parts`-th file is looked at, from number `part` on, the largest first.
-  """
-  try:
-    manifest = json.loads((step_dir / MANIFEST).read_text(encoding="utf-8"))["files"]
-    files = [(name, entry["bytes"], entry["sha256"]) for name, entry in manifest.items()]
-    files = sorted(files, key=lambda file: -file[1])[part::parts]
-  except FileNotFoundError:
-    return "it has no manifest.json: the save did not finish"
-  except (ValueError, KeyError, TypeError, AttributeError, OSError):
-    return "manifest.json is unreadable"
-  for name, size, digest in files:
-    path = step_dir / name
-    try:
-      if not path.is_file():
-        return f"{name} is missing"
-      if path.stat().st_size != size:
-        return f"{name} holds {path.stat().st_size} bytes instead of {size}"
-      if _sha256(path) != digest:
-        return f"{name} has changed since it was written (sha256 differs)"
-    except OSError as error:
-      return f"{name} cannot be read: {error.strerror}"
-  return None
-
-
-def steps_of(directory: pathlib.Path) -> list[int]:
-  """The steps that have a directory, newest first, complete or not."""
-  if not directory.is_dir():
-    return []
-  return sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit() and p.is_dir()), reverse=True)
-
-
-def sealed_steps(directory: pathlib.Path) -> list[int]:
-  """The steps that have a manifest, newest first; whether their bytes are as written is not looked at."""
-  return [step for step in steps_of(directory) if (directory / str(step) / MANIFEST).exists()]
-
-
 def newest_valid(directory: pathlib.Path, together: bool = False) -> int | None:
   """The newest step whose manifest verifies; says on stderr why a newer one was passed over.
 
   `together`: all processes of the run call it; each verifies its part, and they agree.
   """
   part = (jax.process_index(), jax.process_count()) if together else (0, 1)
-  steps = steps_of(directory)
+  found = steps_of(directory)
   if together:
-    steps = hosts.from_first(steps)
-  for step in steps:
+    found = hosts.from_first(found)
+  for step in found:
     why = damage(directory / str(step), *part)
     if why is not None:
       print(f"jflow: checkpoint {directory / str(step)} is not used: {why}", file=sys.stderr)
@@ -190,18 +135,25 @@ class Checkpointer:
     """
     self._directory, self._metadata = directory.absolute(), metadata
     self._keep, self._keep_every = keep, keep_every
-    self._directory.mkdir(parents=True, exist_ok=True)
+    try:
+      self._directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise UserError(f"{directory} cannot be used as a folder of checkpoints: {error.strerror}") from error
     absl.logging.set_verbosity(
       absl.logging.FATAL
     )  # Orbax's errors come as exceptions; it would print them as well
     self._thread: threading.Thread | None = None
     self._error: BaseException | None = None
+    self._told: dict[int, str] = {}
 
   def save(self, state: TrainState) -> None:
     """Starts saving `state` under its step; raises the error of the save before, if it had one."""
     self.wait()
     step = int(state.step)
-    try:  # what stands there is an incomplete or damaged save of a run that was killed
+    try:
+      if hosts.is_first() and (said := steps.make_room(self._directory, step)):
+        hosts.say(said)
+      # What still stands there is half a save of a run that was killed.
       response = ocp.save_checkpointables_async(self._directory / str(step), _items(state), overwrite=True)
     except OSError as error:
       raise self._stopped(step, error) from error
@@ -214,7 +166,11 @@ class Checkpointer:
       process, processes = jax.process_index(), jax.process_count()
       seal(self._directory / str(step), {"step": step, **self._metadata}, process, processes)
       if process == 0:
-        self._retain(step)
+        steps.complete(self._directory, step)
+        told = steps.retain(self._directory, step, self._keep, self._keep_every)
+        for note in told.keys() - self._told.keys():
+          hosts.say(told[note])
+        self._told |= told
     except BaseException as error:  # handed to the training thread by wait()
       self._error = self._stopped(step, error)
 
@@ -231,22 +187,6 @@ class Checkpointer:
       else "none was saved before"
     )
 
-  def _retain(self, saved: int) -> None:
-    """Deletes all but the newest steps up to `saved`. Later ones are damaged: they must not push out good ones.
-
-    A step without a manifest is what a kill left of a save, or of this.
-    """
-    sealed = sealed_steps(self._directory)
-    for step in steps_of(self._directory):
-      if step < saved and step not in sealed:
-        shutil.rmtree(self._directory / str(step), ignore_errors=True)
-    whole = [step for step in sealed if step <= saved]
-    for step in whole[self._keep :]:
-      if self._keep_every and step % self._keep_every == 0:
-        continue
-      (self._directory / str(step) / MANIFEST).unlink()  # first: a half-deleted step is not a valid one
-      shutil.rmtree(self._directory / str(step))
-
   def wait(self) -> None:
     """Waits for the save in progress and raises its error."""
     if self._thread is not None:
@@ -261,24 +201,33 @@ class Checkpointer:
       raise error
 
   def restore(self, state: TrainState) -> TrainState | None:
-    """Returns the newest valid state with the shardings of `state`, or None if nothing was saved.
+    """Returns the newest valid state with the shardings of `state`, or None where a run may begin.
 
     Raises:
-      UserError: steps were saved and none of them is valid.
+      UserError: a run has been here, and none of its steps is valid.
     """
-    if hosts.is_first():
-      for leftover in self._directory.glob("*orbax-checkpoint-tmp*"):
-        shutil.rmtree(leftover, ignore_errors=True)
     step = newest_valid(self._directory, together=True)
     if step is None:
       if sealed_steps(self._directory):
         raise UserError(
           f"{self._directory}: none of the saved steps is intact; start in a new workdir or bring back a copy"
         )
+      hosts.first_alone(self._begin)
       return None
     loaded = _load(self._directory / str(step), _abstract(_items(state)))
     counters = loaded.pop("progress")
+    if int(counters["step"]) != step:
+      held = int(counters["step"])
+      raise UserError(f"checkpoint {self._directory / str(step)} holds step {held}: give the folder that name")
+    if hosts.is_first():
+      steps.complete(self._directory, step)
+      steps.clean(self._directory)
     return state.replace(**loaded, **counters)
+
+  def _begin(self) -> None:
+    steps.check_not_lost(self._directory)
+    steps.clean(self._directory)
+    steps.begin(self._directory.parent)
 
 
 def _load(step_dir: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -300,36 +249,37 @@ def resolve(path: str | pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
   if not path.exists():
     raise UserError(f"checkpoint {path} does not exist")
   if (path / "checkpoints").is_dir():
-    workdir, steps = path, path / "checkpoints"
+    workdir, folder = path, path / "checkpoints"
   elif path.name == "checkpoints":
-    workdir, steps = path.parent, path
-  elif path.name.isdigit() and path.parent.name == "checkpoints":
-    workdir, steps = path.parent.parent, path
+    workdir, folder = path.parent, path
+  elif steps.number(path.name) is not None and path.parent.name == "checkpoints":
+    workdir, folder = path.parent.parent, path
   else:
     raise UserError(f"{path} is no jflow checkpoint: it holds no checkpoints/ folder")
   if not (workdir / "config.json").is_file():
     raise UserError(f"{workdir} is no jflow checkpoint: config.json is missing")
-  if steps is path and path.name.isdigit():
-    why = damage(steps)
+  if folder is path and path.name != "checkpoints":
+    why = damage(folder)
     if why:
-      raise UserError(f"checkpoint {steps}: {why}")
-    return workdir, steps
-  step = newest_valid(steps)
+      raise UserError(f"checkpoint {folder}: {why}")
+    return workdir, folder
+  step = newest_valid(folder)
   if step is None:
-    raise UserError(f"{steps} holds no complete checkpoint yet")
-  return workdir, steps / str(step)
+    raise UserError(f"{folder} holds no complete checkpoint yet")
+  return workdir, folder / str(step)
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:
   """Reads config.json of a workdir."""
+  path = workdir / "config.json"
   try:
-    config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise UserError(f"{workdir / 'config.json'} cannot be read: {error}") from error
-  fields = flatten_dict(config, sep=".") if isinstance(config, dict) else {}
-  for field in ("model.", "data.template"):
-    if not any(name.startswith(field) for name in fields):
-      raise UserError(f"{workdir / 'config.json'} has no field {field.rstrip('.')}")
+    config = files.read_object(path)
+  except (FileNotFoundError, files.Damaged) as error:
+    raise UserError(f"{path} cannot be read: {error}") from error
+  if not isinstance(config.get("model"), dict) or not config["model"]:
+    raise UserError(f"{path} has no field model")
+  if not isinstance(config.get("data"), dict) or not isinstance(config["data"].get("template"), str):
+    raise UserError(f"{path} has no field data.template")
   return config
 
 
@@ -391,13 +341,13 @@ def save_params(
   shutil.rmtree(part, ignore_errors=True)
   try:
     part.mkdir(parents=True)
-    write_atomically(part / "config.json", json.dumps(config, indent=1))
+    files.write_text(part / "config.json", json.dumps(config, indent=1))
     if tokenizer is not None:
       tokenizer.save(part / "tokenizer")
     step_dir = (part / "checkpoints" / "0").absolute()
     ocp.save_checkpointables(step_dir, {"ema": params})
     seal(step_dir, {"step": 0})
-    part.rename(workdir)
+    files.publish(part, workdir)
   except BaseException:
     shutil.rmtree(part, ignore_errors=True)
     raise

@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
 
   from jflow.training import hosts  # after the flags: a typo needs no import of jax
   from jflow.training.loop import Terminated, train
-  from jflow.training.metrics import read_lines
+  from jflow.training.metrics import read_metrics
 
   try:
     train(config, known.workdir, functools.partial(_paint_samples, config), known.accept_data)
@@ -108,9 +108,9 @@ def main(argv: list[str]) -> int:
     raise
   if not hosts.is_first():
     return 0
-  rows = read_lines(known.workdir / "metrics.jsonl")
+  rows = read_metrics(known.workdir)
   if rows:
-    loss = "not finite" if rows[-1]["loss"] is None else f"{rows[-1]['loss']:.4f}"
+    loss = "not finite" if rows[-1].get("loss") is None else f"{rows[-1]['loss']:.4f}"
     print(
       f"done: step {rows[-1]['step']}, loss {loss}; checkpoints in {known.workdir / 'checkpoints'}",
       file=sys.stderr,

@@ -9,9 +9,10 @@ import json
 import pathlib
 from typing import Any
 
+from jflow import files
 from jflow.errors import UserError
 from jflow.training import hosts
-from jflow.training.checkpoint import MANIFEST, sealed_steps, write_atomically
+from jflow.training.steps import MANIFEST, sealed_steps
 
 NAME = "data.json"
 _KINDS = {"source": str, "records": int, "fingerprint": str, "weight": (int, float), "latents": str}  # of a source
@@ -28,10 +29,10 @@ def read(workdir: pathlib.Path) -> Data | None:
   """
   file = workdir / NAME
   try:
-    return _checked(json.loads(file.read_text(encoding="utf-8")))
+    return _checked(files.read_object(file))
   except FileNotFoundError:
     return _of_checkpoints(workdir)
-  except (OSError, ValueError) as error:
+  except ValueError as error:
     found = _of_checkpoints(workdir)
     if found is None:
       raise UserError(f"{file} is damaged ({error}): remove it, and this start's data becomes that of the run") from None
@@ -41,9 +42,8 @@ def read(workdir: pathlib.Path) -> Data | None:
 def _of_checkpoints(workdir: pathlib.Path) -> Data | None:
   for step in sealed_steps(workdir / "checkpoints"):
     try:
-      manifest = json.loads((workdir / "checkpoints" / str(step) / MANIFEST).read_text(encoding="utf-8"))
-      return _checked(manifest["data"])
-    except (OSError, ValueError, KeyError, TypeError):
+      return _checked(files.read_object(workdir / "checkpoints" / str(step) / MANIFEST)["data"])
+    except (OSError, ValueError, KeyError):
       continue
   return None
 
@@ -63,7 +63,7 @@ def _checked(data: Any) -> Data:
 
 def write(workdir: pathlib.Path, data: Data) -> None:
   """Keeps the data of a run that begins, or goes on with what was accepted."""
-  write_atomically(workdir / NAME, json.dumps(data, indent=1) + "\n")
+  files.write_text(workdir / NAME, json.dumps(data, indent=1) + "\n")
 
 
 def check(workdir: pathlib.Path, now: Data, accepted: str) -> None:
@@ -86,7 +86,7 @@ def check(workdir: pathlib.Path, now: Data, accepted: str) -> None:
 
 
 def _check(workdir: pathlib.Path, now: Data, accepted: str) -> None:
-  if not (workdir / "config.json").exists():
+  if not (workdir / "config.json").exists() and not sealed_steps(workdir / "checkpoints"):
     return
   before = read(workdir)
   if before is None:

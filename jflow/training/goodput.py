@@ -12,10 +12,13 @@ the whole, and a kill costs no more than the part that was being done.
 import json
 import pathlib
 import time
+from typing import Any
 
+from jflow import files
 from jflow.training.metrics import Lines, read_lines
 
 FILE = "goodput.jsonl"
+_PHASES = ("setup", "restore", "compile", "save", "sample", "steps", "down")
 
 
 class Goodput:
@@ -23,7 +26,7 @@ class Goodput:
 
   def __init__(self, workdir: pathlib.Path, started: float):
     """`started`: `time.time()` when the process began; what comes before its first line is setup."""
-    self._workdir, self._lines = workdir, Lines(workdir / FILE)
+    self._workdir, self._lines = workdir, Lines(workdir / FILE, wrong=_wrong)
     self._write("down", None, started)
     self._written = started
 
@@ -43,10 +46,22 @@ class Goodput:
   def write_summary(self) -> None:
     """Writes goodput.json: `summary`, rounded to a tenth of a millisecond."""
     rounded = {name: round(value, 4) for name, value in summary(self._workdir).items()}
-    (self._workdir / "goodput.json").write_text(json.dumps(rounded) + "\n", encoding="utf-8")
+    files.write_text(self._workdir / "goodput.json", json.dumps(rounded) + "\n")
 
   def close(self) -> None:
     self._lines.close()
+
+
+def _wrong(row: dict[str, Any]) -> str | None:
+  """Returns what is wrong with a line, if so."""
+  when, phase, step = row.get("t"), row.get("phase"), row.get("step")
+  if isinstance(when, bool) or not isinstance(when, (int, float)) or not 0 <= when < 1e12:
+    return "t must be a time"
+  if phase not in _PHASES:
+    return f"phase must be one of {', '.join(_PHASES)}"
+  if isinstance(step, bool) or not isinstance(step, int if phase == "steps" else (int, type(None))):
+    return "step must be an integer"
+  return None
 
 
 def summary(workdir: pathlib.Path) -> dict[str, float]:
@@ -57,7 +72,7 @@ def summary(workdir: pathlib.Path) -> dict[str, float]:
     the next start), wall (their sum), starts, and goodput = productive / wall.
   """
   out = dict.fromkeys(("productive", "save", "restore", "compile", "setup", "sample", "lost"), 0.0)
-  rows = read_lines(workdir / FILE)
+  rows = read_lines(workdir / FILE, _wrong)
   done: list[tuple[int, float]] = []  # (last step, seconds) of each booked piece of training
   before = rows[0]["t"] if rows else 0.0
   for row in rows:

@@ -26,7 +26,8 @@ from jflow.training import workdir as workdirs
 from jflow.training.checkpoint import Checkpointer
 from jflow.training.flops import mfu
 from jflow.training.goodput import Goodput
-from jflow.training.metrics import Lines, Progress, number
+from jflow.training import steps as step_folders
+from jflow.training.metrics import FILE, Lines, Progress, number
 from jflow.training.program import check_memory, make_program
 from jflow.training.state import TrainState
 from jflow.training.watchdog import Watchdog
@@ -73,9 +74,12 @@ def train(
   try:
     _train(config, workdir, mesh, tokenizer, started, painter, accepted_data)
   except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+    inside = os.path.join(os.path.abspath(workdir), "")
+    named = isinstance(error.filename, str) and os.path.abspath(error.filename).startswith(inside)
+    if not named and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
       raise
-    raise Stopped(f"workdir {workdir} cannot be written: {error.strerror}") from error
+    where = error.filename if named else f"workdir {workdir}"
+    raise Stopped(f"{where} cannot be written: {error.strerror}") from error
   finally:
     if held:
       workdirs.unlock(held)
@@ -107,6 +111,7 @@ def _train(
     program = make_program(config, model, mesh)
     check_memory(program, mesh)
     about = {"config": config, "data": data, "commit": workdirs.source_version(), "versions": workdirs.versions()}
+    about |= {"tokenizer": tokenizer.fingerprint}
     keep, keep_every = config["checkpoint"]["keep"], config["checkpoint"]["keep_every"]
     checkpointer = Checkpointer(workdir / "checkpoints", keep, about, keep_every)
     opened = time.time()
@@ -165,7 +170,7 @@ class _Run:
     interval, every = self._config["checkpoint"]["interval"], self._config["log"]["sample_every"]
     main = hosts.is_first()
     self._trackers = tracking.trackers(self._config, self._workdir) if main else []
-    self._metrics = Lines(self._workdir / "metrics.jsonl", first + 1) if main else None
+    self._metrics = self._open_metrics(first) if main else None
     self._progress = Progress(last, first, self._config["log"]["every_seconds"], shown=main)
     self._watchdog = Watchdog(self._config["train"]["watchdog_seconds"], self._pipeline.waiting_for)
     self._watchdog.beat("the start", slow=True)
@@ -208,6 +213,14 @@ class _Run:
       for file in (self._metrics, self._record, *self._trackers):
         if file:
           file.close()
+
+  def _open_metrics(self, first: int) -> Lines:
+    """Opens metrics.jsonl after step `first`; where a later checkpoint is passed over, a copy is kept."""
+    later = any(step > first for step in step_folders.steps_of(self._workdir / "checkpoints"))
+    lines = Lines(self._workdir / FILE, first + 1, keep_dropped=later)
+    if first and not lines.rows:
+      hosts.say(f"{self._workdir / FILE} has no line of the steps up to {first}: it begins with the next")
+    return lines
 
   def _flush(self) -> int:
     """Waits for the pending step, writes its metrics, and stops the run when too many steps were skipped.

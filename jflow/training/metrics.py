@@ -5,36 +5,142 @@ import os
 import pathlib
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from jflow.errors import Stopped
-from jflow.training.checkpoint import write_atomically
+from jflow import files
+from jflow.errors import Stopped, UserError
+
+FILE = "metrics.jsonl"
+Row = dict[str, Any]
 
 
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Reads a file of JSON lines; a last line that a kill has cut is left out."""
-  if not path.exists():
-    return []
-  rows = []
-  for line in path.read_text(encoding="utf-8").splitlines():
-    try:
-      rows.append(json.loads(line))
-    except ValueError:
-      break
-  return rows
+class _Read(NamedTuple):
+  """What a file of JSON lines holds."""
+
+  rows: list[tuple[bytes, Row]]  # text and content of each line that is whole
+  damaged: list[tuple[int, str]]  # number of each other line, from 1, and what is wrong
+
+
+def wrong_metrics(row: Row) -> str | None:
+  """Returns what is wrong with a line of metrics.jsonl, if so."""
+  step = row.get("step")
+  if isinstance(step, bool) or not isinstance(step, int) or not 0 < step < 2**31:
+    return f"step must be a positive integer, got {str(step)[:20]!r}"
+  loss = row.get("loss")
+  if isinstance(loss, bool) or not isinstance(loss, (int, float, type(None))):
+    return f"loss must be a number or null, got {str(loss)[:20]!r}"
+  return None
+
+
+def read_metrics(workdir: pathlib.Path) -> list[Row]:
+  """The lines of a run's metrics.jsonl, each step once (its last line); see `read_lines`."""
+  return _unique(read_lines(workdir / FILE, wrong_metrics))
+
+
+def read_lines(path: pathlib.Path, wrong: Callable[[Row], str | None] | None = None) -> list[Row]:
+  """Reads a file of JSON lines, of which each is an object; none where there is no file.
+
+  A damaged line costs that line, and is said on stderr; a last one without its end is what a kill leaves of one,
+  and is left out without a word.
+
+  Args:
+    path: the file.
+    wrong: returns what is wrong with the content of a line, if so.
+
+  Raises:
+    UserError: it cannot be read at all.
+  """
+  read = _read(path, wrong)
+  if read.damaged:
+    print(f"jflow: {path}: {_said(read.damaged)}; left out", file=sys.stderr)
+  return [row for _, row in read.rows]
+
+
+def _unique(rows: list[Row]) -> list[Row]:
+  """Each step once: its last line, in the order of the file."""
+  last = {row["step"]: number for number, row in enumerate(rows)}
+  return [rows[number] for number in sorted(last.values())]
+
+
+def _read(path: pathlib.Path, wrong: Callable[[Row], str | None] | None) -> _Read:
+  try:
+    content = files.read_bytes(path)
+  except FileNotFoundError:
+    return _Read([], [])
+  except files.Damaged as error:
+    raise UserError(f"{path}: {error}: move it away") from error
+  read = _Read([], [])
+  lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+  for number, line in enumerate(lines, 1):
+    text = line.strip(b"\0 \t\r")  # a power cut may leave NUL bytes around a line
+    ended, problem = number < len(lines), None
+    if not text:
+      problem = "it holds NUL bytes alone" if ended and b"\0" in line else None
+    else:
+      try:
+        row = files.parse(text)
+        problem = _problem(row, wrong)
+        if not problem:
+          read.rows.append((text, row))
+      except files.Damaged as error:
+        problem = str(error) if ended else None
+    if problem:
+      read.damaged.append((number, problem))
+  return read
+
+
+def _problem(row: Any, wrong: Callable[[Row], str | None] | None) -> str | None:
+  if not isinstance(row, dict):
+    return f"it holds a {type(row).__name__} instead of an object"
+  return wrong(row) if wrong else None
+
+
+def _said(damaged: list[tuple[int, str]]) -> str:
+  (number, why), more = damaged[0], len(damaged) - 1
+  return f"line {number} is damaged ({why})" + (f", and {more} more" if more else "")
 
 
 class Lines:
   """A file of JSON lines that is appended to, each line whole or not at all. Floats parse back to the same float32."""
 
-  def __init__(self, path: pathlib.Path, before: int | None = None):
-    """`before`: drops lines whose step is not below it: they are about to be computed again."""
-    rows = read_lines(path)  # a line that a kill has cut ends here
-    kept = [row for row in rows if before is None or row["step"] < before]
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+  def __init__(
+    self,
+    path: pathlib.Path,
+    before: int | None = None,
+    wrong: Callable[[Row], str | None] | None = None,
+    keep_dropped: bool = False,
+  ):
+    """Opens the file, or makes it. A copy of one with damaged lines is kept beside it.
+
+    Args:
+      path: the file.
+      before: of a file with metrics: drops the lines of this step and later ones, which are about to be computed
+        again. Each step stays once.
+      wrong: of another file: see `read_lines`.
+      keep_dropped: keeps a copy of the file if `before` drops any line.
+
+    Raises:
+      UserError: what stands there cannot be read.
+      OSError: it cannot be written.
+    """
+    wrong = wrong_metrics if before is not None else wrong
+    read = _read(path, wrong)
+    rows = read.rows
+    if before is not None:
+      last = {row["step"]: number for number, (_, row) in enumerate(rows)}
+      rows = [rows[number] for number in sorted(last.values()) if rows[number][1]["step"] < before]
+    if read.damaged:
+      copy = files.keep_copy(path, "damaged")
+      print(f"jflow: {path}: {_said(read.damaged)}; left out, and kept in {copy.name}", file=sys.stderr)
+    elif keep_dropped and any(row["step"] >= before for _, row in read.rows):
+      copy = files.keep_copy(path, "replaced")
+      print(f"jflow: {path}: steps from {before} on are computed again, and kept in {copy.name}", file=sys.stderr)
+    files.write_bytes(path, b"".join(line + b"\n" for line, _ in rows))
+    self.rows = len(rows)
     self._path, self._file = path, os.open(path, os.O_WRONLY | os.O_APPEND)
 
   def write(self, row: dict[str, Any]) -> None:

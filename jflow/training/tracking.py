@@ -1,7 +1,10 @@
 """Scalars and sample pictures for TensorBoard and Weights & Biases, beside metrics.jsonl; each an optional extra."""
 
+import contextlib
 import io
 import pathlib
+import re
+import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -9,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from jflow.training.checkpoint import write_atomically
+from jflow import files
 
 
 class TensorBoard:
@@ -48,11 +51,8 @@ class WeightsAndBiases:
     import wandb
 
     self._wandb = wandb
-    known = workdir / "wandb_id"  # the name of a folder is not one of a kind
-    if not known.exists():
-      write_atomically(known, uuid.uuid4().hex + "\n")
     self._run = wandb.init(
-      project=project, name=workdir.resolve().name, id=known.read_text(encoding="utf-8").strip(), resume="allow",
+      project=project, name=workdir.resolve().name, id=_run_id(workdir / "wandb_id"), resume="allow",
       dir=str(workdir), config=dict(config),
     )  # fmt: skip
 
@@ -67,6 +67,18 @@ class WeightsAndBiases:
     self._run.finish()
 
 
+def _run_id(path: pathlib.Path) -> str:
+  """The name of the run in Weights & Biases, kept in a file: that of a folder is not one of a kind."""
+  with contextlib.suppress(FileNotFoundError, ValueError):
+    text = files.read_bytes(path).decode("ascii").strip()
+    if re.fullmatch(r"[\w.-]{1,64}", text):
+      return text
+    print(f"jflow: {path} is damaged: Weights & Biases gets a new run", file=sys.stderr)
+  made = uuid.uuid4().hex
+  files.write_text(path, made + "\n")
+  return made
+
+
 class Files:
   """Sample pictures as workdir/samples/STEP_NUMBER.png, in the order of the prompts."""
 
@@ -79,7 +91,8 @@ class Files:
   def pictures(self, step: int, prompts: Sequence[str], images: Sequence[Image.Image]) -> None:
     self._directory.mkdir(exist_ok=True)
     for number, image in enumerate(images):
-      image.save(self._directory / f"{step:08d}_{number}.png")
+      with files.replacing(self._directory / f"{step:08d}_{number}.png") as new:
+        image.save(new, "PNG")
 
   def close(self) -> None:
     pass

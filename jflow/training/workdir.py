@@ -1,6 +1,6 @@
 """The workdir of a run: one trainer at a time, one config, and where its code came from."""
 
-import fcntl
+import contextlib
 import json
 import os
 import pathlib
@@ -12,10 +12,11 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict
 
+from jflow import files
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
-from jflow.training import data_record
-from jflow.training.checkpoint import read_config, write_atomically
+from jflow.training import data_record, steps
+from jflow.training.checkpoint import read_config
 
 # What may differ between a run and its continuation: all else would make it another run. How a step is laid out over
 # devices and memory changes losses by rounding alone, another attention kernel by what that kernel rounds.
@@ -37,7 +38,9 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer) -
     )
   handle = lock(workdir)
   try:
+    _check_kinds(workdir)
     check_same_run(workdir, config, tokenizer)
+    steps.check_not_lost(workdir / "checkpoints")
   except UserError:
     unlock(handle)  # this start ends in order
     raise
@@ -56,25 +59,49 @@ def check_shared(workdir: pathlib.Path) -> None:
     )
 
 
+def _check_kinds(workdir: pathlib.Path) -> None:
+  """Raises UserError where a folder stands in place of a file of the run, or no folder in place of one."""
+  for name in ("config.json", "data.json", "metrics.jsonl", "goodput.jsonl", "goodput.json", "wandb_id", "unsaved"):
+    if (workdir / name).exists() and not (workdir / name).is_file():
+      raise UserError(f"{workdir / name} must be a file: move away what stands there")
+  for name in ("checkpoints", "tokenizer", "samples", "profile", "tensorboard"):
+    if os.path.lexists(workdir / name) and not (workdir / name).is_dir():
+      raise UserError(f"{workdir / name} must be a folder: move away what stands there")
+
+
 def lock(workdir: pathlib.Path) -> Any:
   """Holds the workdir against a second trainer until the process ends, however it ends."""
+  path = workdir / "lock"
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    handle = open(workdir / "lock", "a+", encoding="utf-8")
+    handle = files.open_lock(path)
   except OSError as error:
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+      raise UserError(f"{path} must be a file, and no link: remove it") from error
     raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
   _wait_for_lock(handle, workdir)
-  handle.seek(0)
-  if before := handle.read().strip():  # a trainer that ends in order leaves the file empty
+  if before := _holder(handle):  # a trainer that ends in order leaves the file empty
     print(f"jflow: {before} did not end in order; this one goes on in {workdir}", file=sys.stderr)
-  handle.truncate(0)
   now = time.strftime("%Y-%m-%d %H:%M:%S")
   try:
+    _empty(handle)
     handle.write(f"pid {os.getpid()} on {_machine()} since {now}\n")
     handle.flush()
   except OSError as error:
     raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
   return handle
+
+
+def _empty(handle: Any) -> None:
+  handle.seek(0)
+  handle.truncate()
+
+
+def _holder(handle: Any) -> str:
+  """Who wrote the lock last, as one line; "" for none. The file may hold anything."""
+  handle.seek(0)
+  text = " ".join(handle.read(400).split())
+  return "".join(c for c in text if c.isprintable())[:200]
 
 
 def _machine() -> str:
@@ -88,39 +115,42 @@ def _wait_for_lock(handle: Any, workdir: pathlib.Path) -> None:
   until, said = time.monotonic() + _LEASE, False
   while True:
     try:
-      return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      handle.seek(0)
-      holder = handle.read().strip() or "unknown"
-      if _machine() in holder or time.monotonic() > until:
-        raise UserError(f"workdir {workdir} is in use by another trainer ({holder})") from error
-      if not said:
-        print(f"jflow: {workdir} is held by {holder}; waiting up to {_LEASE} s for it", file=sys.stderr, flush=True)
-      said = True
-      time.sleep(1)
+      if files.lock(handle):
+        return
     except OSError as error:  # a file system without locks
       print(
         f"jflow: {workdir} cannot be locked ({error.strerror}): take care that no second trainer uses it",
         file=sys.stderr, flush=True,
       )  # fmt: skip
-      return None
+      return
+    holder = _holder(handle) or "unknown"
+    if _machine() in holder or time.monotonic() > until:
+      raise UserError(f"workdir {workdir} is in use by another trainer ({holder})")
+    if not said:
+      print(f"jflow: {workdir} is held by {holder}; waiting up to {_LEASE} s for it", file=sys.stderr, flush=True)
+    said = True
+    time.sleep(1)
 
 
 def unlock(handle: Any) -> None:
   """Frees the workdir: this trainer ends by itself."""
-  handle.truncate(0)
+  _empty(handle)
   handle.close()
 
 
 def check_same_run(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer) -> None:
   """Checks that a run that has begun in this workdir has the same config and tokenizer; some fields may differ.
 
+  A config.json or tokenizer that is lost is known by the newest manifest, and written again by `write_config`.
+
   Raises:
-    UserError: naming every field that differs.
+    UserError: naming every field that differs, or what is damaged.
   """
-  if not (workdir / "config.json").exists():
+  manifest = _newest_manifest(workdir)
+  before = _config_of_run(workdir, manifest)
+  if before is None:
     return
-  theirs = flatten_dict(read_config(workdir), sep=".")
+  theirs = flatten_dict(before, sep=".")
   ours = flatten_dict(json.loads(json.dumps(config)), sep=".")
   may_change = _MAY_CHANGE
   if data_record.read(workdir) is not None:
@@ -138,18 +168,60 @@ def check_same_run(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Tok
       f"workdir {workdir} holds a run with {'; '.join(differ)}: use another --workdir or the same "
       f"value{'s' * (len(differ) > 1)}"
     )
-  if Tokenizer.load(str(workdir / "tokenizer")).fingerprint != tokenizer.fingerprint:
+  kept, problem = workdir / "tokenizer", None
+  try:
+    if Tokenizer.load(str(kept)).fingerprint == tokenizer.fingerprint:
+      return
+  except UserError as error:
+    problem = str(error)
+  if manifest.get("tokenizer") == tokenizer.fingerprint and not kept.is_symlink():
+    print(f"jflow: {kept} is not as the run left it: it is written again", file=sys.stderr)
+  elif problem:
+    raise UserError(
+      f"workdir {workdir} has lost its tokenizer ({problem}): bring back the run's tokenizer.json and "
+      "tokenizer_config.json"
+    )
+  else:
     raise UserError(
       f"workdir {workdir} holds a run with another tokenizer than {config['data']['tokenizer']}; use another "
-      f"--workdir or --config.data.tokenizer={workdir / 'tokenizer'}"
+      f"--workdir or --config.data.tokenizer={kept}"
     )
 
 
+def _newest_manifest(workdir: pathlib.Path) -> dict[str, Any]:
+  """The newest manifest that can be read; empty where there is none."""
+  for step in steps.sealed_steps(workdir / "checkpoints"):
+    with contextlib.suppress(OSError, files.Damaged):
+      return files.read_object(workdir / "checkpoints" / str(step) / steps.MANIFEST)
+  return {}
+
+
+def _config_of_run(workdir: pathlib.Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
+  """The config of the run that has begun here, by config.json or else by a manifest; None if none has."""
+  path, problem = workdir / "config.json", "is missing"
+  try:
+    if path.exists():
+      return read_config(workdir)
+  except UserError as error:
+    problem = str(error).removeprefix(f"{path} ")
+  if isinstance(manifest.get("config"), dict):
+    print(f"jflow: {path} {problem}; the run's config is taken from its newest checkpoint", file=sys.stderr)
+    return manifest["config"]
+  if steps.sealed_steps(workdir / "checkpoints"):
+    raise UserError(f"{path} {problem}, and no checkpoint holds the run's config: bring back a copy of the file")
+  steps.check_not_lost(workdir / "checkpoints")  # nothing is saved yet: there is nothing to be true to
+  return None
+
+
 def write_config(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer) -> None:
-  """Writes tokenizer/ once, then config.json: from here on the workdir belongs to this run, and both are whole."""
-  if not (workdir / "config.json").exists():
+  """Writes tokenizer/, then config.json: from here on the workdir belongs to this run, and both are whole."""
+  try:
+    same = Tokenizer.load(str(workdir / "tokenizer")).fingerprint == tokenizer.fingerprint
+  except UserError:
+    same = False
+  if not same:
     tokenizer.save(workdir / "tokenizer")
-  write_atomically(workdir / "config.json", json.dumps(config, indent=1) + "\n")
+  files.write_text(workdir / "config.json", json.dumps(config, indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:

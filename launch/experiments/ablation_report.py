@@ -19,7 +19,7 @@ from jflow.inference.sheet import contact_sheet
 from jflow.models.config import JanusFlowConfig
 from jflow.training import setup
 from jflow.training.checkpoint import read_config
-from jflow.training.metrics import read_lines
+from jflow.training.metrics import read_metrics
 from jflow.world import questions, scenes
 from jflow.world import source as world
 from jflow.world.references import BLIND, FREQUENT, NEAREST
@@ -78,7 +78,7 @@ def write(
   body = {"command": command, "commit": report.commit(), "letters": letters, "comparisons": compare(letters)}
   files.replace(folder / "results.json", _compact(body))
   files.replace(folder / "table.md", table(body))
-  runs = {letter: read_lines(folder / letter / "metrics.jsonl") for letter in ends}
+  runs = {letter: read_metrics(folder / letter) for letter in ends}
   until = {letter: entry["steps"] if entry else ends[letter] for letter, entry in letters.items()}
   runs = {letter: [row for row in rows if row["step"] <= until[letter]] for letter, rows in runs.items()}
   losses(runs).savefig(folder / "losses.png", dpi=110)
@@ -97,7 +97,7 @@ def fingerprint_of(output: pathlib.Path) -> str | None:
 
 def _entry(workdir: pathlib.Path, output: pathlib.Path, budget: int) -> dict[str, Any]:
   body = json.loads((output / "report.json").read_text(encoding="utf-8"))
-  rows = read_lines(workdir / "metrics.jsonl")
+  rows = read_metrics(workdir)
   steps = int(output.name.split("-")[1])
   rows = [row for row in rows if row["step"] <= steps]
   last = rows[-max(1, len(rows) // 20) :]

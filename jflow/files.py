@@ -1,0 +1,237 @@
+"""Files that jflow writes, each there whole or not at all, and reads without trust; locks between processes.
+
+What is written takes its place by a rename, once its bytes are on the disk: neither a kill, a full disk nor a power
+cut leaves half of it. A link is replaced and never followed, so nothing elsewhere changes. What is read may be cut,
+empty, of another type or no text at all: `Damaged` says in one line what is wrong.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator
+from typing import IO, Any, TextIO
+
+_DEEPEST = 100  # levels of nested JSON: the files of jflow have six at most, and Python's recursion ends at 1,000
+
+
+class Damaged(ValueError):
+  """A file that is not what jflow wrote; the message says why, without the file's name."""
+
+
+@contextlib.contextmanager
+def replacing(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields the name of a new file to write, which takes the place of `path` once it is whole and on the disk.
+
+  Raises:
+    OSError: it cannot be written; `filename` is `path`. What was there is as it was, and nothing is left behind.
+  """
+  path = pathlib.Path(path)
+  new = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
+  try:
+    yield new
+    sync(new)
+    os.replace(new, path)
+    sync(path.parent)
+  except OSError as error:
+    if error.filename not in (None, str(new), new):  # of another file, which the caller read
+      raise
+    raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+  finally:
+    with contextlib.suppress(OSError):
+      new.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def output(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+  """`replacing` for a place that a user named: what is a link (as /dev/stdout), a device or a pipe is written straight.
+
+  Raises:
+    OSError: it cannot be written.
+  """
+  path = pathlib.Path(path)
+  if path.is_symlink() or (path.exists() and not path.is_file()):
+    yield path
+  else:
+    with replacing(path) as new:
+      yield new
+
+
+def write_text(path: str | pathlib.Path, text: str) -> None:
+  """Writes a text file whole or not at all; a lone surrogate, as of a file's name, becomes its escape.
+
+  Raises:
+    OSError: see `replacing`.
+  """
+  with replacing(path) as new:
+    new.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+
+
+def write_bytes(path: str | pathlib.Path, content: bytes) -> None:
+  """Writes a file whole or not at all.
+
+  Raises:
+    OSError: see `replacing`.
+  """
+  with replacing(path) as new:
+    new.write_bytes(content)
+
+
+def write_json(path: str | pathlib.Path, value: Any) -> None:
+  """Writes a value as JSON, whole or not at all.
+
+  Raises:
+    OSError: see `replacing`.
+  """
+  write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def publish(folder: str | pathlib.Path, target: str | pathlib.Path) -> None:
+  """Renames a finished folder into place, once all that it holds is on the disk.
+
+  Raises:
+    OSError: it cannot be written, or `target` is there and is no empty folder.
+  """
+  for directory, _, names in os.walk(folder):
+    for name in names:
+      if not os.path.islink(path := os.path.join(directory, name)):
+        sync(path)
+    sync(directory)
+  os.rename(folder, target)
+  sync(os.path.dirname(os.path.abspath(target)))
+
+
+def sync(path: str | pathlib.Path) -> None:
+  """Waits until a file, or the names in a folder, are on the disk."""
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  except OSError:
+    if not os.path.isdir(path):  # some file systems sync no folders
+      raise
+  finally:
+    os.close(handle)
+
+
+def remove(path: str | pathlib.Path) -> None:
+  """Removes a file, a folder with all that it holds, or a link and not what it leads to; none there is no error."""
+  if os.path.isdir(path) and not os.path.islink(path):
+    shutil.rmtree(path)
+  else:
+    pathlib.Path(path).unlink(missing_ok=True)
+
+
+def set_aside(path: str | pathlib.Path, word: str) -> pathlib.Path:
+  """Gives what stands at `path` another name, NAME.WORD or NAME.WORD-2 and so on, and returns it."""
+  aside = _free(pathlib.Path(path), word)
+  os.rename(path, aside)
+  return aside
+
+
+def keep_copy(path: str | pathlib.Path, word: str) -> pathlib.Path:
+  """Copies a file to NAME.WORD, or NAME.WORD-2 and so on, and returns the copy's name."""
+  aside = _free(pathlib.Path(path), word)
+  with replacing(aside) as new:
+    shutil.copyfile(path, new)
+  return aside
+
+
+def _free(path: pathlib.Path, word: str) -> pathlib.Path:
+  names = (path.with_name(f"{path.name}.{word}{f'-{n}' if n > 1 else ''}") for n in range(1, 1_000_000))
+  return next(name for name in names if not os.path.lexists(name))
+
+
+def parse(text: bytes) -> Any:
+  """The value of JSON text.
+
+  Raises:
+    Damaged: it is none.
+  """
+  try:
+    value = json.loads(text.decode("utf-8"))
+  except UnicodeDecodeError:
+    raise Damaged("it is not UTF-8 text") from None
+  except RecursionError:
+    raise Damaged("it is nested too deep") from None
+  except ValueError as error:
+    raise Damaged(f"it is empty or no JSON ({' '.join(str(error).split())[:100]})") from None
+  level = [value]
+  for _ in range(_DEEPEST):
+    inside = (x for v in level if isinstance(v, (dict, list)) for x in (v.values() if isinstance(v, dict) else v))
+    level = [x for x in inside if isinstance(x, (dict, list))]
+    if not level:
+      return value
+  raise Damaged("it is nested too deep")
+
+
+def are_counts(values: Any) -> bool:
+  """Whether a value that was read is a list of whole numbers that are not negative."""
+  return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**60 for n in values)
+
+
+def read_bytes(path: str | pathlib.Path) -> bytes:
+  """The content of a file, and not of a pipe or a device, which may have no end.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    Damaged: it cannot be read.
+  """
+  try:
+    if not stat.S_ISREG(os.stat(path).st_mode):
+      raise Damaged("it is no file")
+    return pathlib.Path(path).read_bytes()
+  except FileNotFoundError:
+    raise
+  except OSError as error:
+    raise Damaged(f"it cannot be read: {error.strerror or error}") from error
+
+
+def read_object(path: str | pathlib.Path) -> dict[str, Any]:
+  """The object in a JSON file.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    Damaged: it cannot be read or holds no object.
+  """
+  value = parse(read_bytes(path))
+  if not isinstance(value, dict):
+    raise Damaged(f"it holds a {type(value).__name__} instead of an object")
+  return value
+
+
+def open_lock(path: str | pathlib.Path) -> TextIO:
+  """Opens a file to lock, or makes it; its text may be anything.
+
+  Raises:
+    OSError: it cannot be made, or stands in place of one and is a link, a folder or a pipe.
+  """
+  handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+  if not stat.S_ISREG(os.fstat(handle).st_mode):
+    os.close(handle)
+    raise OSError(errno.EINVAL, "Not a file", str(path))
+  return open(handle, "r+", encoding="utf-8", errors="replace")
+
+
+def lock(handle: IO[Any], wait: bool = False) -> bool:
+  """Locks an open file until it is closed or the process ends, however it ends.
+
+  Args:
+    handle: the file.
+    wait: until another process lets go of it.
+
+  Returns:
+    Whether this process holds it; False: another one does.
+
+  Raises:
+    OSError: the file system has no locks.
+  """
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    return True
+  except BlockingIOError:
+    return False

@@ -1,0 +1,182 @@
+"""The step folders of a run: which are there, which are whole, and which may go.
+
+  checkpoints/STEP/             as checkpoint.py writes it, manifest.json last
+  checkpoints/STEP.unfinished   what stands in STEP is being written or deleted, and may be removed
+  unsaved                       beside `checkpoints`: no checkpoint of this run is complete yet
+
+A step that has neither a manifest nor a mark was once whole, so it is never deleted; and where a run has been, with
+nothing left to go on from, none starts over.
+"""
+
+import hashlib
+import os
+import pathlib
+import re
+import shutil
+
+from jflow import files
+from jflow.errors import UserError
+
+MANIFEST = "manifest.json"
+_STEP = re.compile("0|[1-9][0-9]{0,9}")
+_LARGEST = 2**31 - 1  # a step is an int32
+_UNSAVED = "unsaved"
+_UNFINISHED = ".unfinished"
+_TEMPORARY = ".orbax-checkpoint-tmp"  # in the name that a step has while Orbax writes it
+
+
+def sha256(path: pathlib.Path) -> str:
+  """Hash of a file's content."""
+  with open(path, "rb") as f:
+    return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def number(name: str) -> int | None:
+  """The step that a folder of this name holds; None for a name that jflow does not give (007, other digits)."""
+  return int(name) if _STEP.fullmatch(name) and int(name) <= _LARGEST else None
+
+
+def damage(step_dir: pathlib.Path, part: int = 0, parts: int = 1) -> str | None:
+  """Returns what is wrong with a saved step, naming the file, or None when every byte is as written.
+
+  With `parts`, only every `parts`-th file is looked at, from number `part` on, the largest first.
+  """
+  try:
+    manifest = files.read_object(step_dir / MANIFEST)["files"]
+    entries = [(name, entry["bytes"], entry["sha256"]) for name, entry in manifest.items()]
+    entries = sorted(entries, key=lambda entry: -entry[1])
+  except FileNotFoundError:
+    return f"it has no {MANIFEST}: the save did not finish, or the file was lost"
+  except (ValueError, KeyError, TypeError, AttributeError):
+    return f"{MANIFEST} is unreadable"
+  if not entries:
+    return f"{MANIFEST} lists no file"
+  for name, size, digest in entries[part::parts]:
+    path = step_dir / name
+    try:
+      if not path.is_file():
+        return f"{name} is missing"
+      if path.stat().st_size != size:
+        return f"{name} holds {path.stat().st_size} bytes instead of {size}"
+      if sha256(path) != digest:
+        return f"{name} has changed since it was written (sha256 differs)"
+    except OSError as error:
+      return f"{name} cannot be read: {error.strerror}"
+  return None
+
+
+def steps_of(directory: pathlib.Path) -> list[int]:
+  """The steps that have a folder, newest first, complete or not."""
+  if not directory.is_dir():
+    return []
+  found = ((number(p.name), p) for p in directory.iterdir())
+  return sorted((step for step, p in found if step is not None and p.is_dir()), reverse=True)
+
+
+def sealed_steps(directory: pathlib.Path) -> list[int]:
+  """The steps that have a manifest, newest first; whether their bytes are as written is not looked at."""
+  return [step for step in steps_of(directory) if (directory / str(step) / MANIFEST).exists()]
+
+
+def begin(workdir: pathlib.Path) -> None:
+  """Marks that a run begins here, none of whose checkpoints is complete yet."""
+  files.write_text(workdir / _UNSAVED, "No checkpoint of this run is complete yet; the first one removes this file.\n")
+
+
+def check_not_lost(directory: pathlib.Path) -> None:
+  """Checks that no run has been here whose checkpoints are gone. `directory`: `checkpoints` of its workdir.
+
+  Raises:
+    UserError: naming what shows the run, and what can be done.
+  """
+  workdir, shown = directory.parent, []
+  if sealed_steps(directory):
+    return
+  for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+    step = any((path / name).exists() for name in (MANIFEST, "_CHECKPOINT_METADATA")) and _TEMPORARY not in path.name
+    if (step or path.name.isdigit()) and not _mark(directory, path.name).exists():
+      shown.append(f"{directory.name}/{path.name}")
+  if not (workdir / _UNSAVED).exists():
+    for name in ("metrics.jsonl", "goodput.jsonl", "config.json", "data.json"):
+      path = workdir / name
+      if path.is_dir() or (path.exists() and path.stat().st_size) or path.is_symlink():
+        shown.append(name)
+  if shown:
+    named = ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")
+    raise UserError(
+      f"workdir {workdir} holds a run ({named}) and no complete checkpoint of it ({MANIFEST} in {directory.name}/STEP "
+      f"is written last): bring back what is missing from a copy, or name another --workdir, or begin again after "
+      f"`mv {workdir} {workdir}.old`; nothing was changed"
+    )
+
+
+def clean(directory: pathlib.Path) -> None:
+  """Removes what a kill left of saves that had not got their names yet."""
+  for path in directory.glob(f"*{_TEMPORARY}*"):
+    if number(path.name.split(_TEMPORARY)[0]) is not None and not path.is_symlink():
+      shutil.rmtree(path, ignore_errors=True)
+
+
+def make_room(directory: pathlib.Path, step: int) -> str | None:
+  """Marks that a step is about to be written; what stands there and is not half a save gets another name.
+
+  Returns:
+    What to tell of it, if so.
+  """
+  path, said = directory / str(step), None
+  if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or not _mark(directory, step).exists()):
+    said = f"{path} is not what this run saved: it is now {files.set_aside(path, 'replaced').name}, remove it at will"
+  _write_mark(directory, step)
+  return said
+
+
+def complete(directory: pathlib.Path, step: int) -> None:
+  """Marks that a step is whole; its manifest is on the disk."""
+  _mark(directory, step).unlink(missing_ok=True)
+  (directory.parent / _UNSAVED).unlink(missing_ok=True)
+
+
+def retain(directory: pathlib.Path, saved: int, keep: int, keep_every: int) -> dict[int, str]:
+  """Deletes all but the newest `keep` complete steps up to `saved`, and those that are a multiple of `keep_every`.
+
+  Later ones are damaged: they must not push out good ones. What a kill left of a save or of a deletion goes too.
+  Of a step that is a link only the link goes; what it leads to stays as it is.
+
+  Returns:
+    Step -> what to tell of it: a link is gone, or the step could not be deleted.
+  """
+  sealed = sealed_steps(directory)
+  marks = (p.name.removesuffix(_UNFINISHED) for p in directory.iterdir() if p.name.endswith(_UNFINISHED))
+  left = [step for step in map(number, marks) if step is not None and step < saved and step not in sealed]
+  old = [step for step in sealed if step <= saved][keep:]
+  told = {}
+  for step in left + [step for step in old if not (keep_every and step % keep_every == 0)]:
+    if note := _delete(directory, step):
+      told[step] = note
+  return told
+
+
+def _delete(directory: pathlib.Path, step: int) -> str | None:
+  path = directory / str(step)
+  try:
+    if path.is_symlink():
+      target = os.readlink(path)
+      path.unlink()
+      return f"the link {path} is removed, as an old step; {target} is as it was"
+    if os.path.ismount(path):
+      return f"the old step {path} is a mount point and stays"
+    _write_mark(directory, step)
+    (path / MANIFEST).unlink(missing_ok=True)  # first: a half-deleted step is not a complete one
+    files.remove(path)
+    _mark(directory, step).unlink()
+    return None
+  except OSError as error:
+    return f"the old step {path} could not be deleted ({error.strerror or error}): delete it by hand"
+
+
+def _mark(directory: pathlib.Path, step: int | str) -> pathlib.Path:
+  return directory / f"{step}{_UNFINISHED}"
+
+
+def _write_mark(directory: pathlib.Path, step: int) -> None:
+  files.write_text(_mark(directory, step), f"Step {step} is being written or deleted: it may be removed.\n")
