@@ -8,6 +8,7 @@ empty, of another type or no text at all: `Damaged` says in one line what is wro
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
@@ -116,6 +117,18 @@ def sync(path: str | pathlib.Path) -> None:
       raise
   finally:
     os.close(handle)
+
+
+def sha256(path: str | pathlib.Path) -> str:
+  """Hash of a file's content."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def entry(path: str | pathlib.Path) -> dict[str, Any]:
+  """Size and hash of a file, once it is on the disk: what a manifest says of it."""
+  sync(path)
+  return {"bytes": os.path.getsize(path), "sha256": sha256(path)}
 
 
 def remove(path: str | pathlib.Path) -> None:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from jflow import files
 from jflow.data import images, prepared
-from jflow.data.partial import open_partial, read_report, write_report
+from jflow.data.partial import clear, open_partial, read_report, write_report
 from jflow.data.records import RecordError
 from jflow.errors import UserError
 
@@ -197,6 +197,7 @@ def _write_shards(
       path = os.path.join(partial, _shard(number, header))
       report = read_report(path + ".json")
       if report is None:
+        clear([path])
         writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")
         lost: collections.Counter = collections.Counter()
         for entry in _entries(read, range(first, first + length), encode, batch_size, pool, lost):

@@ -10,6 +10,7 @@ import concurrent.futures
 import concurrent.futures.process
 import contextlib
 import functools
+import io
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -122,7 +123,7 @@ def _read(folders: list[str], file: str, records: int) -> tuple[np.ndarray, coll
   if path is None:
     return None
   try:
-    with np.load(path) as arrays:
+    with np.load(io.BytesIO(files.read_bytes(path))) as arrays:
       lengths = arrays["lengths"]
       rejected = derived.counts(dict(zip(arrays["reasons"].tolist(), arrays["counts"].tolist(), strict=True)))
     if lengths.shape == (records, 2) and lengths.dtype == np.int32 and not (lengths < 0).any():

@@ -1,5 +1,6 @@
 """A directory of work that is not whole yet: one process writes in it, and a killed one's work is taken up again."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any, TextIO
@@ -52,20 +53,29 @@ def open_partial(partial: str, job: dict[str, Any], flag: str) -> TextIO:
   return lock
 
 
+def clear(paths: Sequence[str]) -> None:
+  """Removes what a killed process left in the places of a part's files: a link is never written through.
+
+  Raises:
+    OSError: a folder stands there.
+  """
+  for path in paths:
+    with contextlib.suppress(FileNotFoundError):
+      os.unlink(path)
+
+
 def write_report(path: str, report: dict[str, Any], paths: Sequence[str]) -> None:
   """Writes the report of a part whose files are finished; its presence says that they are whole."""
-  for file in paths:
-    files.sync(file)
-  sizes = {os.path.basename(file): os.path.getsize(file) for file in paths}
-  files.write_json(path, {**report, "files": sizes})
+  files.write_json(path, {**report, "files": {os.path.basename(file): files.entry(file) for file in paths}})
 
 
 def read_report(path: str) -> dict[str, Any] | None:
   """Returns the report of a part; None where there is none, or it or a file of the part is not whole."""
   try:
     report = files.read_object(path)
-    for name, size in report["files"].items():
-      if os.path.getsize(os.path.join(os.path.dirname(path), name)) != size:
+    for name, entry in report["files"].items():
+      file = os.path.join(os.path.dirname(path), name)
+      if not os.path.isfile(file) or files.sha256(file) != entry["sha256"]:
         return None
     return report
   except (OSError, files.Damaged, KeyError, AttributeError, TypeError):

@@ -104,7 +104,7 @@ def _read(folders: list[str], file: str, records: int) -> Planned | None:
     plan = _map(path)
     if header["checksums"] == _checksums(plan) and header["records"] == records and _fits(plan, records):
       return Planned(plan, records, _tokens(plan), derived.counts(header["rejected"]))
-  except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
+  except Exception:  # headers of arrays break in many ways; a damaged plan is made again
     pass
   with contextlib.suppress(OSError):
     files.remove(path)
@@ -149,7 +149,10 @@ def _write(path: str, found: Planned) -> bool:
 
 
 def _map(path: str) -> MappedPlan:
-  arrays = (np.load(os.path.join(path, field + ".npy"), mmap_mode="r") for field in Plan._fields)
+  paths = [os.path.join(path, field + ".npy") for field in Plan._fields]
+  if not all(map(os.path.isfile, paths)):  # a pipe would be waited for
+    raise FileNotFoundError(path)
+  arrays = (np.load(file, mmap_mode="r") for file in paths)
   plan = MappedPlan(*(array.view(np.ndarray) for array in arrays))
   plan.path = path
   return plan

@@ -22,7 +22,7 @@ from jflow.batch import TASKS
 from jflow.data import examples, images, importers, prepared
 from jflow.data.filters import Filters
 from jflow.data.importers import Importer, Item
-from jflow.data.partial import open_partial, read_report, write_report
+from jflow.data.partial import clear, open_partial, read_report, write_report
 from jflow.data.processes import end_with_parent
 from jflow.data.progress import Progress
 from jflow.data.records import Record, RecordError, Unwanted
@@ -176,6 +176,8 @@ def _import_part(
 ) -> dict[str, Any]:
   """Writes one part's shard, then its report, whose presence says that the shard is whole."""
   stem = os.path.join(partial, f"part-{index:05d}")
+  paths = [stem + suffix for suffix in _SUFFIXES]
+  clear(paths)
   writer = prepared.ShardWriter(stem + ".array_record", stem + ".outlines")
   rejected, filtered, notes, first = *(collections.Counter() for _ in range(3)), {}
   with open(stem + ".rejected", "w", encoding="ascii") as log:
@@ -198,7 +200,6 @@ def _import_part(
         print(json.dumps({**entry, "reason": error.reason}), file=log)
       count(item.work)
   writer.close()
-  paths = [stem + suffix for suffix in _SUFFIXES]
   report = {
     "records": writer.records,
     "images": writer.images,
@@ -273,7 +274,7 @@ def _summary(
   for report in reports:
     rejected.update(report["rejected"])
     filtered.update(report["filtered"])
-    notes.update(report.get("notes", {}))
+    notes.update(report["notes"])
     first = {**report["first_rejected"], **first}
   return {
     "schema": prepared.SCHEMA,
@@ -368,7 +369,7 @@ def _read_report(partial: str, index: int) -> dict[str, Any] | None:
   report = read_report(os.path.join(partial, f"part-{index:05d}.json"))
   try:
     counts = [report[name] for name in ("records", "images", "bytes", "file_bytes")]
-    counts += [number for name in ("rejected", "filtered") for number in report[name].values()]
+    counts += [number for name in ("rejected", "filtered", "notes") for number in report[name].values()]
     first = report["first_rejected"]
     whole = (
       files.are_counts(counts)

@@ -14,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from jflow import strict_json
 from jflow.data import tokenizer_file
 from jflow.errors import UserError
+from jflow.files import write_bytes
 from jflow.strict_json import shown
 
 # Names of the special tokens in the release's tokenizer.json.
@@ -129,8 +130,7 @@ class Tokenizer:
     """Writes the files of the tokenizer, byte for byte as they were read."""
     os.makedirs(directory, exist_ok=True)
     for name, content in self._files.items():
-      with open(os.path.join(directory, name), "wb") as file:
-        file.write(content)
+      write_bytes(os.path.join(directory, name), content)
 
   def __reduce__(self):
     # The library's own pickling forgets `encode_special_tokens`.

@@ -50,7 +50,7 @@ def seal(step_dir: pathlib.Path, metadata: dict[str, Any], process: int = 0, pro
   found = sorted(p for p in step_dir.rglob("*") if p.is_file() and not p.name.startswith(_HASHES))
   names = [str(p.relative_to(step_dir)) for p in found if p.name != MANIFEST]
   own = [name for name in names if _writer(name) % processes == process]
-  entries = {name: _entry(step_dir / name) for name in own}
+  entries = {name: files.entry(step_dir / name) for name in own}
   if process:
     files.write_text(step_dir / f"{_HASHES}{process}.json", json.dumps(entries))
     return
@@ -69,11 +69,6 @@ def _writer(name: str) -> int:
   """The process that wrote a file of a step: Orbax names it in the path; what all share is of process 0."""
   found = re.search(r"process_(\d+)", name)
   return int(found[1]) if found else 0
-
-
-def _entry(path: pathlib.Path) -> dict[str, Any]:
-  files.sync(path)
-  return {"bytes": path.stat().st_size, "sha256": steps.sha256(path)}
 
 
 def _wait_until(ready: Callable[[], bool], otherwise: str) -> None:

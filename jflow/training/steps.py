@@ -8,7 +8,6 @@ A step that has neither a manifest nor a mark was once whole, so it is never del
 nothing left to go on from, none starts over.
 """
 
-import hashlib
 import os
 import pathlib
 import re
@@ -23,12 +22,6 @@ _LARGEST = 2**31 - 1  # a step is an int32
 _UNSAVED = "unsaved"
 _UNFINISHED = ".unfinished"
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name that a step has while Orbax writes it
-
-
-def sha256(path: pathlib.Path) -> str:
-  """Hash of a file's content."""
-  with open(path, "rb") as f:
-    return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def number(name: str) -> int | None:
@@ -58,7 +51,7 @@ def damage(step_dir: pathlib.Path, part: int = 0, parts: int = 1) -> str | None:
         return f"{name} is missing"
       if path.stat().st_size != size:
         return f"{name} holds {path.stat().st_size} bytes instead of {size}"
-      if sha256(path) != digest:
+      if files.sha256(path) != digest:
         return f"{name} has changed since it was written (sha256 differs)"
     except OSError as error:
       return f"{name} cannot be read: {error.strerror}"

@@ -174,7 +174,8 @@ def check_same_run(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Tok
       return
   except UserError as error:
     problem = str(error)
-  if manifest.get("tokenizer") == tokenizer.fingerprint and not kept.is_symlink():
+  mendable = not kept.is_symlink() and not any(path.is_dir() for path in kept.glob("*"))
+  if manifest.get("tokenizer") == tokenizer.fingerprint and mendable:
     print(f"jflow: {kept} is not as the run left it: it is written again", file=sys.stderr)
   elif problem:
     raise UserError(
