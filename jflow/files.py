@@ -2,7 +2,7 @@
 
 What is written takes its place by a rename, once its bytes are on the disk: neither a kill, a full disk nor a power
 cut leaves half of it. A link is replaced and never followed, so nothing elsewhere changes. What is read may be cut,
-empty, of another type or no text at all: `Damaged` says in one line what is wrong.
+empty, of another type or no text at all: `Malformed` says in one line what is wrong, without the file's name.
 """
 
 import contextlib
@@ -18,11 +18,7 @@ import uuid
 from collections.abc import Iterator
 from typing import IO, Any, TextIO
 
-_DEEPEST = 100  # levels of nested JSON: the files of jflow have six at most, and Python's recursion ends at 1,000
-
-
-class Damaged(ValueError):
-  """A file that is not what jflow wrote; the message says why, without the file's name."""
+from jflow.strict_json import Malformed, parse
 
 
 @contextlib.contextmanager
@@ -159,29 +155,6 @@ def _free(path: pathlib.Path, word: str) -> pathlib.Path:
   return next(name for name in names if not os.path.lexists(name))
 
 
-def parse(text: bytes) -> Any:
-  """The value of JSON text.
-
-  Raises:
-    Damaged: it is none.
-  """
-  try:
-    value = json.loads(text.decode("utf-8"))
-  except UnicodeDecodeError:
-    raise Damaged("it is not UTF-8 text") from None
-  except RecursionError:
-    raise Damaged("it is nested too deep") from None
-  except ValueError as error:
-    raise Damaged(f"it is empty or no JSON ({' '.join(str(error).split())[:100]})") from None
-  level = [value]
-  for _ in range(_DEEPEST):
-    inside = (x for v in level if isinstance(v, (dict, list)) for x in (v.values() if isinstance(v, dict) else v))
-    level = [x for x in inside if isinstance(x, (dict, list))]
-    if not level:
-      return value
-  raise Damaged("it is nested too deep")
-
-
 def are_counts(values: Any) -> bool:
   """Whether a value that was read is a list of whole numbers that are not negative."""
   return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**60 for n in values)
@@ -192,16 +165,16 @@ def read_bytes(path: str | pathlib.Path) -> bytes:
 
   Raises:
     FileNotFoundError: there is no such file.
-    Damaged: it cannot be read.
+    Malformed: it cannot be read.
   """
   try:
     if not stat.S_ISREG(os.stat(path).st_mode):
-      raise Damaged("it is no file")
+      raise Malformed("it is no file")
     return pathlib.Path(path).read_bytes()
   except FileNotFoundError:
     raise
   except OSError as error:
-    raise Damaged(f"it cannot be read: {error.strerror or error}") from error
+    raise Malformed(f"it cannot be read: {error.strerror or error}") from error
 
 
 def read_object(path: str | pathlib.Path) -> dict[str, Any]:
@@ -209,11 +182,11 @@ def read_object(path: str | pathlib.Path) -> dict[str, Any]:
 
   Raises:
     FileNotFoundError: there is no such file.
-    Damaged: it cannot be read or holds no object.
+    Malformed: it cannot be read or holds no object.
   """
   value = parse(read_bytes(path))
   if not isinstance(value, dict):
-    raise Damaged(f"it holds a {type(value).__name__} instead of an object")
+    raise Malformed(f"it holds a {type(value).__name__} instead of an object")
   return value
 
 

@@ -27,6 +27,7 @@ from jflow.data import images, prepared
 from jflow.data.partial import clear, open_partial, read_report, write_report
 from jflow.data.records import RecordError
 from jflow.errors import UserError
+from jflow.strict_json import Malformed
 
 SCHEMA = 1
 _HEADER = "latents.json"
@@ -273,7 +274,7 @@ def _read_header(path: str, directory: str, image_size: int, again: str) -> dict
       f"data.latents=True, and {directory} has no latents of {image_size} pixels{there}; make them: "
       f"python -m jflow prepare --latents --input={directory} --checkpoint=..."
     ) from None
-  except (files.Damaged, KeyError, TypeError) as error:
+  except (Malformed, KeyError, TypeError) as error:
     raise UserError(f"{os.path.join(path, _HEADER)} is damaged ({error}): remove {path}; {again}") from None
   if schema != SCHEMA:
     raise UserError(f"{path} has schema {schema}, and this version reads {SCHEMA}; {again}")
@@ -281,12 +282,12 @@ def _read_header(path: str, directory: str, image_size: int, again: str) -> dict
 
 
 def _check_header(header: dict[str, Any]) -> None:
-  """Raises Damaged, or KeyError, where what is read of a header is not there or not of its type."""
+  """Raises Malformed, or KeyError, where what is read of a header is not there or not of its type."""
   numbers = ("moments", "shard_lengths", "shard_bytes")
   if not all(files.are_counts(header[name]) for name in numbers):
-    raise files.Damaged(f"{', '.join(numbers)} must be lists of integers")
+    raise Malformed(f"{', '.join(numbers)} must be lists of integers")
   if len(header["shard_lengths"]) != len(header["shard_bytes"]):
-    raise files.Damaged("shard_lengths and shard_bytes must be of one length")
+    raise Malformed("shard_lengths and shard_bytes must be of one length")
   if not (isinstance(header["records"], str) and isinstance(header["encoder"], str)):
-    raise files.Damaged("records and encoder must be strings")
+    raise Malformed("records and encoder must be strings")
   header["image_size"]

@@ -7,6 +7,7 @@ from typing import Any, TextIO
 
 from jflow import files
 from jflow.errors import UserError
+from jflow.strict_json import Malformed
 
 _JOB, _LOCK = "job.json", "lock"
 
@@ -40,7 +41,7 @@ def open_partial(partial: str, job: dict[str, Any], flag: str) -> TextIO:
   try:
     if files.read_object(path) == job:
       return lock
-  except (FileNotFoundError, files.Damaged) as error:
+  except (FileNotFoundError, Malformed) as error:
     if others or os.path.isdir(path):  # of which nobody knows whose they are
       problem = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged: {error}"
       lock.close()
@@ -78,5 +79,5 @@ def read_report(path: str) -> dict[str, Any] | None:
       if not os.path.isfile(file) or files.sha256(file) != entry["sha256"]:
         return None
     return report
-  except (OSError, files.Damaged, KeyError, AttributeError, TypeError):
+  except (OSError, Malformed, KeyError, AttributeError, TypeError):
     return None

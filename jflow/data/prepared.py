@@ -25,6 +25,7 @@ from jflow import files
 from jflow.batch import TASKS
 from jflow.data.records import Record, RecordError, Turn
 from jflow.errors import UserError
+from jflow.strict_json import Malformed, parse
 
 SCHEMA = 1
 SUMMARY = "summary.json"
@@ -227,7 +228,7 @@ def read_outlines(path: str, records: int | None = None) -> Iterator[Record]:
       for number, line in enumerate(lines, 1):
         if number == records:  # all that there should be, or more
           number += len(lines.read(1))
-        yield _outline(files.parse(line))
+        yield _outline(parse(line))
     if records is not None and number != records:
       raise ValueError
   except (OSError, EOFError, ValueError, zlib.error) as error:
@@ -252,7 +253,7 @@ def read_summary(directory: str) -> dict[str, Any]:
     summary = files.read_object(os.path.join(directory, SUMMARY))
     schema = summary["schema"]
     whole = schema != SCHEMA or _is_whole(summary)
-  except (OSError, files.Damaged, KeyError):
+  except (OSError, Malformed, KeyError):
     whole = False
   if not whole:
     raise UserError(

@@ -28,6 +28,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jflow import files
 from jflow.errors import Stopped, UserError
+from jflow.strict_json import Malformed
 from jflow.training import hosts, steps
 from jflow.training.state import TrainState
 from jflow.training.steps import MANIFEST, damage, sealed_steps, steps_of
@@ -269,7 +270,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
   path = workdir / "config.json"
   try:
     config = files.read_object(path)
-  except (FileNotFoundError, files.Damaged) as error:
+  except (FileNotFoundError, Malformed) as error:
     raise UserError(f"{path} cannot be read: {error}") from error
   if not isinstance(config.get("model"), dict) or not config["model"]:
     raise UserError(f"{path} has no field model")

@@ -21,12 +21,11 @@ from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped
 from jflow.models.janusflow import JanusFlow
-from jflow.training import data_record, hosts, latents, optim, setup, tracking
+from jflow.training import data_record, hosts, latents, optim, setup, steps, tracking
 from jflow.training import workdir as workdirs
 from jflow.training.checkpoint import Checkpointer
 from jflow.training.flops import mfu
 from jflow.training.goodput import Goodput
-from jflow.training import steps as step_folders
 from jflow.training.metrics import FILE, Lines, Progress, number
 from jflow.training.program import check_memory, make_program
 from jflow.training.state import TrainState
@@ -216,7 +215,7 @@ class _Run:
 
   def _open_metrics(self, first: int) -> Lines:
     """Opens metrics.jsonl after step `first`; where a later checkpoint is passed over, a copy is kept."""
-    later = any(step > first for step in step_folders.steps_of(self._workdir / "checkpoints"))
+    later = any(step > first for step in steps.steps_of(self._workdir / "checkpoints"))
     lines = Lines(self._workdir / FILE, first + 1, keep_dropped=later)
     if first and not lines.rows:
       hosts.say(f"{self._workdir / FILE} has no line of the steps up to {first}: it begins with the next")

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from jflow import files
 from jflow.errors import Stopped, UserError
+from jflow.strict_json import Malformed, parse
 
 FILE = "metrics.jsonl"
 Row = dict[str, Any]
@@ -71,7 +72,7 @@ def _read(path: pathlib.Path, wrong: Callable[[Row], str | None] | None) -> _Rea
     content = files.read_bytes(path)
   except FileNotFoundError:
     return _Read([], [])
-  except files.Damaged as error:
+  except Malformed as error:
     raise UserError(f"{path}: {error}: move it away") from error
   read = _Read([], [])
   lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -82,11 +83,11 @@ def _read(path: pathlib.Path, wrong: Callable[[Row], str | None] | None) -> _Rea
       problem = "it holds NUL bytes alone" if ended and b"\0" in line else None
     else:
       try:
-        row = files.parse(text)
+        row = parse(text)
         problem = _problem(row, wrong)
         if not problem:
           read.rows.append((text, row))
-      except files.Damaged as error:
+      except Malformed as error:
         problem = str(error) if ended else None
     if problem:
       read.damaged.append((number, problem))

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 from jflow import files
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
+from jflow.strict_json import Malformed
 from jflow.training import data_record, steps
 from jflow.training.checkpoint import read_config
 
@@ -192,7 +193,7 @@ def check_same_run(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Tok
 def _newest_manifest(workdir: pathlib.Path) -> dict[str, Any]:
   """The newest manifest that can be read; empty where there is none."""
   for step in steps.sealed_steps(workdir / "checkpoints"):
-    with contextlib.suppress(OSError, files.Damaged):
+    with contextlib.suppress(OSError, Malformed):
       return files.read_object(workdir / "checkpoints" / str(step) / steps.MANIFEST)
   return {}
 
