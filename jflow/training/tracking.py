@@ -69,10 +69,10 @@ class WeightsAndBiases:
 
 def _run_id(path: pathlib.Path) -> str:
   """The name of the run in Weights & Biases, kept in a file: that of a folder is not one of a kind."""
-  with contextlib.suppress(FileNotFoundError, ValueError):
-    text = files.read_bytes(path).decode("ascii").strip()
-    if re.fullmatch(r"[\w.-]{1,64}", text):
-      return text
+  with contextlib.suppress(FileNotFoundError):
+    text = files.read_bytes(path).strip()
+    if re.fullmatch(rb"[A-Za-z0-9_.-]{1,64}", text):
+      return text.decode()
     print(f"jflow: {path} is damaged: Weights & Biases gets a new run", file=sys.stderr)
   made = uuid.uuid4().hex
   files.write_text(path, made + "\n")
