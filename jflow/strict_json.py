@@ -107,9 +107,13 @@ def read_bytes(path: str | pathlib.Path, most: int = MOST_BYTES) -> bytes:
   try:
     found = pathlib.Path(path).stat()
     if not stat.S_ISREG(found.st_mode):
-      raise UserError(f"{path} must be a file, and it is a {'directory' if stat.S_ISDIR(found.st_mode) else 'device'}")
+      raise UserError(
+        f"{path} must be a file, and it is a {'directory' if stat.S_ISDIR(found.st_mode) else 'device'}"
+      )
     if found.st_size > most:
-      raise UserError(f"{path} has {found.st_size:,} bytes, and such a file has at most {most:,}: another file?")
+      raise UserError(
+        f"{path} has {found.st_size:,} bytes, and such a file has at most {most:,}: another file?"
+      )
     with open(path, "rb") as file:
       content = file.read(most + 1)
   except FileNotFoundError:

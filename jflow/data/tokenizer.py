@@ -66,7 +66,9 @@ class Tokenizer:
     self._files = files
     self._origin = origin
     added = [] if checked else tokenizer_file.check(files["tokenizer.json"], origin).get("added_tokens") or []
-    config, other = (_settings(files, name, origin) for name in ("tokenizer_config.json", "special_tokens_map.json"))
+    config, other = (
+      _settings(files, name, origin) for name in ("tokenizer_config.json", "special_tokens_map.json")
+    )
     self._tokenizer = build(files["tokenizer.json"], origin)
     vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
     if len(set(vocabulary.values())) != len(vocabulary):
@@ -197,7 +199,9 @@ def _settings(files: dict[str, bytes], name: str, origin: str) -> dict[str, Any]
   if not isinstance(value, dict):
     raise UserError(f"{origin}: {name} should hold an object")
   if value.get("auto_map") is not None or value.get("trust_remote_code"):
-    raise UserError(f"{origin}: {name} asks to run Python code that came with it (auto_map), which jflow never does")
+    raise UserError(
+      f"{origin}: {name} asks to run Python code that came with it (auto_map), which jflow never does"
+    )
   return value
 
 
@@ -207,11 +211,15 @@ def _check_added(vocabulary: dict[str, int], added: list[Any], config: dict[str,
   decoder = config.get("added_tokens_decoder")
   for i, token in decoder.items() if isinstance(decoder, dict) else ():
     content = token.get("content") if isinstance(token, dict) else token
-    told.append(("tokenizer_config.json: added_tokens_decoder", content, int(i) if i.isdecimal() and len(i) < 12 else i))
+    told.append(
+      ("tokenizer_config.json: added_tokens_decoder", content, int(i) if i.isdecimal() and len(i) < 12 else i)
+    )
   for where, content, i in told:
     if type(content) is not str or vocabulary.get(content) != i:
       has = vocabulary.get(content) if type(content) is str else None
-      raise UserError(f"{origin}: {where} gives {shown(content)} the id {shown(i)}, and the tokenizer has {has}")
+      raise UserError(
+        f"{origin}: {where} gives {shown(content)} the id {shown(i)}, and the tokenizer has {has}"
+      )
 
 
 def train(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
@@ -269,7 +277,12 @@ def train(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
 
 
 def _special_token(
-  vocabulary: dict[str, int], config: dict[str, Any], other: dict[str, Any], attribute: str, name: str, origin: str
+  vocabulary: dict[str, int],
+  config: dict[str, Any],
+  other: dict[str, Any],
+  attribute: str,
+  name: str,
+  origin: str,
 ) -> str:
   """Returns one special token.
 

@@ -14,7 +14,17 @@ from typing import Any
 from jflow.errors import UserError
 from jflow.strict_json import Malformed, parse, shown
 
-_SECTIONS = ("version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model")
+_SECTIONS = (
+  "version",
+  "truncation",
+  "padding",
+  "added_tokens",
+  "normalizer",
+  "pre_tokenizer",
+  "post_processor",
+  "decoder",
+  "model",
+)
 _PARTS = {
   "normalizer": """BertNormalizer ByteLevel Lowercase NFC NFD NFKC NFKD Nmt Precompiled Prepend Replace Sequence Strip
     StripAccents""",
@@ -68,7 +78,9 @@ def check(content: bytes, origin: str) -> dict[str, Any]:
           raise ValueError(f"{section} has {len(parts)} parts, at most {_MOST_PARTS} are read")
         growth = math.prod(_growth(section, part) for part in parts)
         if growth > _LONGEST:
-          raise ValueError(f"{section} makes up to {growth} characters of one, at most {_LONGEST} are allowed")
+          raise ValueError(
+            f"{section} makes up to {growth} characters of one, at most {_LONGEST} are allowed"
+          )
   except ValueError as error:
     raise UserError(f"{where}{error})") from None
   return value
@@ -80,7 +92,9 @@ def _model_ids(model: Mapping[str, Any]) -> Mapping[str, int]:
   if kind not in _MODELS:
     raise ValueError(f"model.type={shown(kind)} must be one of {', '.join(_MODELS)}")
   if model.get("dropout"):
-    raise ValueError(f"model.dropout={shown(model['dropout'])} would read the same text differently each time")
+    raise ValueError(
+      f"model.dropout={shown(model['dropout'])} would read the same text differently each time"
+    )
   vocabulary = model.get("vocab")
   if isinstance(vocabulary, list):
     pairs = all(isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is str for pair in vocabulary)
@@ -92,9 +106,13 @@ def _model_ids(model: Mapping[str, Any]) -> Mapping[str, int]:
     return ids
   if not isinstance(vocabulary, dict):
     raise ValueError("model.vocab must be an object of ids")
-  wrong = next((token for token, i in vocabulary.items() if type(i) is not int or not 0 <= i < _MOST_IDS), None)
+  wrong = next(
+    (token for token, i in vocabulary.items() if type(i) is not int or not 0 <= i < _MOST_IDS), None
+  )
   if wrong is not None:
-    raise ValueError(f"model.vocab: the id of {shown(wrong)} must be in 0..{_MOST_IDS - 1}, got {shown(vocabulary[wrong])}")
+    raise ValueError(
+      f"model.vocab: the id of {shown(wrong)} must be in 0..{_MOST_IDS - 1}, got {shown(vocabulary[wrong])}"
+    )
   return vocabulary
 
 
@@ -107,7 +125,9 @@ def _check_added(tokens: Any, ids: Mapping[str, int]) -> None:
     if type(content) is not str or not content or type(i) is not int or not 0 <= i < _MOST_IDS:
       raise ValueError(f"added_tokens: {shown(token)} must have a content and an id in 0..{_MOST_IDS - 1}")
     if taken.get(i, content) != content or ids.get(content, i) != i:
-      raise ValueError(f"added_tokens: {shown(content)} has the id {i}, which the same id gives to two tokens or to it another")
+      raise ValueError(
+        f"added_tokens: {shown(content)} has the id {i}, which the same id gives to two tokens or to it another"
+      )
     taken[i] = content
 
 
@@ -131,7 +151,9 @@ def _growth(section: str, part: Mapping[str, Any]) -> int:
   """How many characters a part makes of one at most; its settings are checked."""
   kind, pattern, content = part["type"], part.get("pattern"), part.get("content")
   if kind in ("Replace", "Split"):
-    if not isinstance(pattern, dict) or len(pattern) != 1 or not all(type(x) is str for x in pattern.values()):
+    if (
+      not isinstance(pattern, dict) or len(pattern) != 1 or not all(type(x) is str for x in pattern.values())
+    ):
       raise ValueError(f"{section}: {kind}.pattern={shown(pattern)} must be a String or a Regex")
     if "Regex" in pattern and (why := _costly(pattern["Regex"])):
       raise ValueError(f"{section}: {kind}.pattern={shown(pattern['Regex'])} {why}")
@@ -140,7 +162,9 @@ def _growth(section: str, part: Mapping[str, Any]) -> int:
       raise ValueError(f"{section}: Replace.content={shown(content)} must be a text")
     return max(1, -(-len(content) // max(1, len(pattern.get("String", "")))))
   if kind == "Prepend" and not (type(part.get("prepend")) is str and len(part["prepend"]) <= _LONGEST):
-    raise ValueError(f"{section}: Prepend.prepend={shown(part.get('prepend'))} must be a text of at most {_LONGEST} characters")
+    raise ValueError(
+      f"{section}: Prepend.prepend={shown(part.get('prepend'))} must be a text of at most {_LONGEST} characters"
+    )
   if kind == "FixedLength" and not (type(part.get("length")) is int and 1 <= part["length"] <= 2**16):
     raise ValueError(f"{section}: FixedLength.length={shown(part.get('length'))} must be a positive number")
   if kind == "Strip" and section == "decoder":
@@ -227,7 +251,9 @@ def _end_of_class(pattern: str, start: int) -> int:
       i += 1
     elif pattern[i] == "[":
       depth += 1
-      if pattern[i + 1 : i + 2] == "]" or pattern[i + 1 : i + 3] == "^]":  # a bracket at the beginning is itself
+      if (
+        pattern[i + 1 : i + 2] == "]" or pattern[i + 1 : i + 3] == "^]"
+      ):  # a bracket at the beginning is itself
         i += 2 if pattern[i + 1] == "^" else 1
     elif pattern[i] == "]":
       depth -= 1

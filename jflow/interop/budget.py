@@ -38,4 +38,6 @@ def check(needed: int, where: Any) -> None:
   """
   most = memory()
   if needed > most:
-    raise UserError(f"{where}: its weights take {needed:,} bytes of memory, and there are {max(most, 0):,} here")
+    raise UserError(
+      f"{where}: its weights take {needed:,} bytes of memory, and there are {max(most, 0):,} here"
+    )

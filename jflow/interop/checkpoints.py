@@ -68,7 +68,11 @@ def read_checkpoint(
 
 
 def describe(
-  path: str | pathlib.Path, *, vae: str | pathlib.Path | None = None, weights: str = "ema", tokenizer: bool = False
+  path: str | pathlib.Path,
+  *,
+  vae: str | pathlib.Path | None = None,
+  weights: str = "ema",
+  tokenizer: bool = False,
 ) -> Described:
   """Reads all of a checkpoint but its weights: what is wrong with it shows here, what costs least first.
 
@@ -113,4 +117,6 @@ def _describe_own(path: pathlib.Path, vae: pathlib.Path | None, weights: str, to
   found = {name: x for part in parts.values() for name, x in flatten_dict(part, sep="/").items()}
   own_layout.check(settings, found, step)
   read = lambda: checkpoint.load_params(step, weights) | (transfer.nest(given.read(None)) if given else {})
-  return Described(config, workdir / "tokenizer", words, settings.template, given is not None or settings.has_vae, read)
+  return Described(
+    config, workdir / "tokenizer", words, settings.template, given is not None or settings.has_vae, read
+  )

@@ -135,7 +135,9 @@ def _check_flags(args: argparse.Namespace) -> None:
   try:
     tempfile.TemporaryFile(dir=folder).close()
   except OSError as error:
-    raise UserError(f"--output={args.output}: directory {folder} cannot be written: {error.strerror}") from None
+    raise UserError(
+      f"--output={args.output}: directory {folder} cannot be written: {error.strerror}"
+    ) from None
 
 
 def convert(args: argparse.Namespace) -> None:

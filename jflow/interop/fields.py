@@ -12,19 +12,76 @@ _MOST = 2**31 - 1  # of any size
 # Fields of transformers' PretrainedConfig and of the tools around it that change nothing a forward pass computes:
 # bookkeeping, defaults of its own sampling loop (jflow's flags say how to sample), choices of a kernel or a type.
 _HARMLESS = frozenset(
-  """
-  _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _diffusers_version
-  _experts_implementation _flash_attn_2_enabled _name_or_path architectures attn_implementation bad_words_ids
-  begin_suppress_tokens bos_token_id chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype
-  early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-  forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_factor initializer_range
-  is_decoder is_llama_config label2id length_penalty max_length min_length neftune_noise_alpha no_repeat_ngram_size
-  num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states output_scores pad_token_id
-  prefix problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
-  suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript
-  transformers.js_config transformers_version trust_remote_code typical_p unsloth_fixed unsloth_version use_bfloat16
-  use_cache
-  """.split()
+  [
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_attn_implementation_internal",
+    "_commit_hash",
+    "_diffusers_version",
+    "_experts_implementation",
+    "_flash_attn_2_enabled",
+    "_name_or_path",
+    "architectures",
+    "attn_implementation",
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "decoder_start_token_id",
+    "diversity_penalty",
+    "do_sample",
+    "dtype",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "eos_token_id",
+    "exponential_decay_length_penalty",
+    "finetuning_task",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "gradient_checkpointing",
+    "id2label",
+    "initializer_factor",
+    "initializer_range",
+    "is_decoder",
+    "is_llama_config",
+    "label2id",
+    "length_penalty",
+    "max_length",
+    "min_length",
+    "neftune_noise_alpha",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "pad_token_id",
+    "prefix",
+    "problem_type",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict",
+    "return_dict_in_generate",
+    "sep_token_id",
+    "suppress_tokens",
+    "task_specific_params",
+    "temperature",
+    "tf_legacy_loss",
+    "tokenizer_class",
+    "top_k",
+    "top_p",
+    "torch_dtype",
+    "torchscript",
+    "transformers.js_config",
+    "transformers_version",
+    "trust_remote_code",
+    "typical_p",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_bfloat16",
+    "use_cache",
+  ]
 )
 
 
@@ -73,7 +130,9 @@ class Fields:
     self._known.add(name)
     value = self.values.get(name)
     if value is not None and not any(_same(value, x) for x in allowed):
-      raise UserError(f"{self.where}: {name}={shown(value)} is not supported, only {shown(allowed[0]) if allowed else 'null'}")
+      raise UserError(
+        f"{self.where}: {name}={shown(value)} is not supported, only {shown(allowed[0]) if allowed else 'null'}"
+      )
 
   def ignore(self, names: Iterable[str]) -> None:
     """Fields that change nothing of what is computed."""

@@ -15,8 +15,8 @@ import numpy as np
 from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from jflow.interop import budget, names, processor_config, sizes, tied, transfer
 from jflow.interop.fields import Fields
-from jflow.interop.foreign_config import autoencoder_config
 from jflow.interop.official_config import (
+  autoencoder_config,
   config_from_official,
   config_to_official,
   is_tied,
@@ -122,7 +122,10 @@ def describe(directory: pathlib.Path, vae: pathlib.Path | None = None) -> Descri
   if vae is not None:
     autoencoder = autoencoder_config(Fields(read_object(vae / "config.json"), str(vae / "config.json")))
   config = config_from_official(root.values, root.where, autoencoder)
-  checks = {"preprocessor_config.json": processor_config.check_images, "processor_config.json": processor_config.check_chat}
+  checks = {
+    "preprocessor_config.json": processor_config.check_images,
+    "processor_config.json": processor_config.check_chat,
+  }
   for name, check in checks.items():
     if (directory / name).exists():
       check(Fields(read_object(directory / name), str(directory / name)), config)
@@ -131,15 +134,21 @@ def describe(directory: pathlib.Path, vae: pathlib.Path | None = None) -> Descri
   _check_sizes(root, config, checkpoint)
   prefix = "language_model."
   from_embedding = tied.check(root.sub("language_config"), is_tied(root), checkpoint, prefix)
-  weights = transfer.Weights.describe(names.official(config, from_embedding), checkpoint, "JanusFlow", _buffer)
-  return Described(config, vae is not None, tokenizer, (weights,) if vae is None else (weights, describe_vae(vae)[1]))
+  weights = transfer.Weights.describe(
+    names.official(config, from_embedding), checkpoint, "JanusFlow", _buffer
+  )
+  return Described(
+    config, vae is not None, tokenizer, (weights,) if vae is None else (weights, describe_vae(vae)[1])
+  )
 
 
 def _check_sizes(root: Fields, config: JanusFlowConfig, checkpoint: Checkpoint) -> None:
   """Compares the sizes of config.json with the weights', by the names of its fields."""
   tensors, where = checkpoint.tensors, checkpoint.directory
   sizes.check_llama(root.sub("language_config"), config.language_model, tensors, "language_model.", where)
-  und, enc, dec = (root.sub(f"vision_{part}_config").sub("params") for part in ("und_enc", "gen_enc", "gen_dec"))
+  und, enc, dec = (
+    root.sub(f"vision_{part}_config").sub("params") for part in ("und_enc", "gen_enc", "gen_dec")
+  )
   tower = "vision_und_enc_model.vision_tower"
   where_of = (f"{tower}.blocks.", f"{tower}.patch_embed.proj.weight", f"{tower}.pos_embed")
   sizes.check_siglip(und, config.understanding_encoder, tensors, ("layers", "width"), where_of, where)

@@ -6,8 +6,7 @@ from typing import Any
 
 from jflow.errors import UserError
 from jflow.interop.fields import Fields
-from jflow.interop.foreign_config import autoencoder_config as autoencoder_config
-from jflow.interop.foreign_config import language_model_config
+from jflow.interop.transformers_config import language_model_config
 from jflow.models.config import (
   AutoencoderConfig,
   GenerationConfig,
@@ -49,12 +48,16 @@ def _siglip_config(f: Fields) -> SiglipConfig:
   width = f.get("width", int, preset[0])
   layers = f.get("layers", int, preset[1])
   f.ignore(("select_layer",))
-  select = -2 if f.values.get("select_layer") is None else f.values["select_layer"]  # the release's own default
+  select = (
+    -2 if f.values.get("select_layer") is None else f.values["select_layer"]
+  )  # the release's own default
   if type(select) is not int or not -layers <= select <= layers:
     raise UserError(f"{f.where}: select_layer={shown(select)} should be an integer in {-layers}..{layers}")
   ratio = f.get("mlp_ratio", float, preset[4])
   if not 1 <= width * ratio < 2**31:
-    raise UserError(f"{f.where}: mlp_ratio={ratio:g} should give a width of the MLP in 1..2**31, got {width * ratio:g}")
+    raise UserError(
+      f"{f.where}: mlp_ratio={ratio:g} should give a width of the MLP in 1..2**31, got {width * ratio:g}"
+    )
   config = SiglipConfig(
     image_size=f.get("image_size", int),
     patch_size=f.get("patch_size", int, preset[3]),
@@ -114,6 +117,51 @@ def _absent_autoencoder(siglip: SiglipConfig, patch_size: int, latents: int) -> 
   return AutoencoderConfig(**SDXL_VAE.__dict__ | {"latent_channels": latents, "block_channels": channels})
 
 
+def autoencoder_config(f: Fields) -> AutoencoderConfig:
+  """Reads the configuration of a diffusers AutoencoderKL.
+
+  Raises:
+    UserError: a variant that is not SDXL's.
+  """
+  f.only("_class_name", "AutoencoderKL")
+  f.only("act_fn", "silu")
+  for name in ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"):
+    f.only(name, True)
+  f.only("shift_factor", 0)
+  f.only("in_channels", 3)
+  f.only("out_channels", 3)
+  f.ignore(
+    ("sample_size", "force_upcast")
+  )  # of diffusers' pipelines: a size to suggest, a type to compute in
+  channels = f.get("block_out_channels", list)
+  groups = f.get("norm_num_groups", int, 32)
+  if not channels or not all(type(c) is int and 0 < c < 2**31 and c % groups == 0 for c in channels):
+    raise UserError(
+      f"{f.where}: block_out_channels={shown(channels)} should hold multiples of norm_num_groups={groups}"
+    )
+  for name, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+    kinds = f.get(name, list, [block] * len(channels))
+    if any(kind != block for kind in kinds):
+      raise UserError(f"{f.where}: {name}={shown(kinds)} is not supported: {name} may hold {block} alone")
+    if len(kinds) != len(channels):
+      raise UserError(f"{f.where}: {name} names {len(kinds)} blocks, block_out_channels {len(channels)}")
+  latents = f.get("latent_channels", int)
+  f.only("latents_mean", [0] * min(latents, 4096))
+  f.only("latents_std", [1] * min(latents, 4096))
+  config = AutoencoderConfig(
+    kind="autoencoder_kl",
+    latent_channels=latents,
+    scaling=f.get("scaling_factor", float),
+    block_channels=tuple(channels),
+    layers_per_block=f.get("layers_per_block", int),
+    norm_groups=groups,
+    patch_size=0,
+    window=0,
+  )
+  f.close()
+  return config
+
+
 def _params(root: Fields, part: str, cls: str) -> Fields:
   """The arguments of a part's class."""
   f = root.sub(f"{part}_config")
@@ -131,10 +179,16 @@ def is_tied(root: Fields) -> bool:
     UserError: the two contradict each other.
   """
   inner = root.sub("language_config")
-  told = [(f, f.get("tie_word_embeddings", bool)) for f in (root, inner) if f.values.get("tie_word_embeddings") is not None]
+  told = [
+    (f, f.get("tie_word_embeddings", bool))
+    for f in (root, inner)
+    if f.values.get("tie_word_embeddings") is not None
+  ]
   root.ignore(("tie_word_embeddings",))
   if len({value for _, value in told}) > 1:
-    raise UserError(" and ".join(f"{f.where}: tie_word_embeddings={value}" for f, value in told) + " contradict each other")
+    raise UserError(
+      " and ".join(f"{f.where}: tie_word_embeddings={value}" for f, value in told) + " contradict each other"
+    )
   return bool(told) and told[0][1]
 
 

@@ -69,11 +69,16 @@ def shapes(c: JanusFlowConfig) -> dict[str, tuple[int, ...]]:
   if c.reader != "siglip":
     out = {path: shape for path, shape in out.items() if not path.startswith("understanding_projector/")}
   if c.reader == "separate":
-    for theirs, ours in (("generation_encoder/", "latent_encoder/"), ("generation_projector/", "latent_projector/")):
+    for theirs, ours in (
+      ("generation_encoder/", "latent_encoder/"),
+      ("generation_projector/", "latent_projector/"),
+    ):
       out |= {ours + path.removeprefix(theirs): x for path, x in out.items() if path.startswith(theirs)}
   if c.alignment_width:
     width, hidden = c.language_model.width, c.alignment_width
-    out |= linear("alignment_head/linear_1", width, hidden) | linear("alignment_head/linear_2", hidden, hidden)
+    out |= linear("alignment_head/linear_1", width, hidden) | linear(
+      "alignment_head/linear_2", hidden, hidden
+    )
     out |= linear("alignment_head/linear_3", hidden, c.understanding_encoder.width)
   return out
 
@@ -101,9 +106,13 @@ def check(settings: Settings, found: Mapping[str, Any], step: pathlib.Path) -> N
       )
   for name, x in found.items():
     if name not in wanted and not name.startswith(_UNUSED):
-      raise UserError(f"checkpoint {step} holds {shown(name)[1:-1]}, which its config.json does not ask for: another model?")
+      raise UserError(
+        f"checkpoint {step} holds {shown(name)[1:-1]}, which its config.json does not ask for: another model?"
+      )
     if np.dtype(x.dtype).name not in ("float32", "bfloat16", "float16"):
-      raise UserError(f"checkpoint {step}: {shown(name)[1:-1]} has the type {x.dtype}, weights are float32, bfloat16 or float16")
+      raise UserError(
+        f"checkpoint {step}: {shown(name)[1:-1]} has the type {x.dtype}, weights are float32, bfloat16 or float16"
+      )
   total = sum(int(np.prod(x.shape, dtype=object)) * np.dtype(x.dtype).itemsize for x in found.values())
   disk = sum(path.stat().st_size for path in step.rglob("*") if path.is_file())
   if total > _SMALL + _DENSEST * disk:

@@ -124,7 +124,9 @@ class Runner:
     size = self.model.config.image_size
     pixels = g["und/pixels"].astype(np.float32).reshape(-1, 3, size, size)
     features = self.apply("features", pixels.transpose(0, 2, 3, 1))
-    slots, index = self._place(tokens, self.apply("read_slots", features), *golden.special_ids(g, self.vocabulary))
+    slots, index = self._place(
+      tokens, self.apply("read_slots", features), *golden.special_ids(g, self.vocabulary)
+    )
     embeds = self.apply("assemble", tokens, slots, index)
     out = {
       "und/features": Output(np.asarray(features)),
@@ -138,7 +140,9 @@ class Runner:
       out["und/greedy_tokens"] = Output(self._greedy(np.asarray(embeds), mask, golden.greedy_count(g)))
     return out
 
-  def _place(self, tokens: np.ndarray, slots_IKD: jax.Array, boi: int, image: int) -> tuple[jax.Array, np.ndarray]:
+  def _place(
+    self, tokens: np.ndarray, slots_IKD: jax.Array, boi: int, image: int
+  ) -> tuple[jax.Array, np.ndarray]:
     """Distributes images over rows: [B, M * K, D] slots and int32[B, S] indices into them."""
     k = slots_IKD.shape[1]
     starts = golden.image_starts(tokens, len(slots_IKD), k - 1, boi, image)
@@ -246,7 +250,8 @@ def compare_model(checkpoint: str, path: pathlib.Path, tolerance: float) -> list
   found = describe(checkpoint)
   golden.check_fits(arrays, groups, found.config)
   model, params = for_inference(
-    JanusFlow(found.config, jnp.dtype("float32"), remat="none", unroll=1, attention="xla"), found.read_params()
+    JanusFlow(found.config, jnp.dtype("float32"), remat="none", unroll=1, attention="xla"),
+    found.read_params(),
   )
   bases = {golden.VARIANT.sub("", name) for name in arrays}
   ours: dict[str, Output] = {}

@@ -15,9 +15,9 @@ from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer, build, read_files
 from jflow.errors import UserError
 from jflow.interop import budget, names, official, processor_config, sizes, tied, transfer
 from jflow.interop.fields import Fields
-from jflow.interop.foreign_config import is_tied, language_model_config, siglip_config
 from jflow.interop.official import Loaded
 from jflow.interop.safetensors_io import Checkpoint
+from jflow.interop.transformers_config import is_tied, language_model_config, siglip_config
 from jflow.models.config import GenerationConfig, JanusFlowConfig, LanguageModelConfig, SiglipConfig
 from jflow.models.generation import GenerationDecoder, GenerationEncoder
 from jflow.models.layers import Linear, RMSNorm
@@ -73,7 +73,11 @@ def _describe_siglip(directory: pathlib.Path) -> tuple[SiglipConfig, transfer.We
   checkpoint = Checkpoint(directory, ("model",))
   prefix = "vision_model." if any(n.startswith("vision_model.") for n in checkpoint.tensors) else ""
   embeddings = f"{prefix}embeddings"
-  found = (f"{prefix}encoder.layers.", f"{embeddings}.patch_embedding.weight", f"{embeddings}.position_embedding.weight")
+  found = (
+    f"{prefix}encoder.layers.",
+    f"{embeddings}.patch_embedding.weight",
+    f"{embeddings}.position_embedding.weight",
+  )
   sizes.check_siglip(f, config, checkpoint.tensors, ("num_hidden_layers", "hidden_size"), found, directory)
   head = f"{prefix}head.probe" in checkpoint.tensors
   if head and f.values.get("vision_use_head") is False:

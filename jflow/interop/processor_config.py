@@ -60,7 +60,12 @@ def check_chat(f: Fields, config: JanusFlowConfig) -> None:
   f.only("ignore_id", -100)
   f.only("mask_prompt", True, False)
   f.only("sft_format", "deepseek")
-  tags = {"image_tag": "image", "image_start_tag": "image_start", "image_end_tag": "image_end", "pad_tag": "pad"}
+  tags = {
+    "image_tag": "image",
+    "image_start_tag": "image_start",
+    "image_end_tag": "image_end",
+    "pad_tag": "pad",
+  }
   for field, token in (tags | {"image_gen_tag": "generation_start"}).items():
     f.only(field, SPECIAL_TOKENS[token])
   _say_rest(f)
@@ -80,11 +85,16 @@ def _check_normalisation(f: Fields) -> None:
   f.only("do_rescale", True)
   f.only("do_resize", True)
   if f.values.get("rescale_factor") is not None and abs(f.get("rescale_factor", float) * 255 - 1) > 1e-6:
-    raise UserError(f"{f.where}: rescale_factor={shown(f.values['rescale_factor'])} is not supported, only {1 / 255}")
+    raise UserError(
+      f"{f.where}: rescale_factor={shown(f.values['rescale_factor'])} is not supported, only {1 / 255}"
+    )
   f.ignore(("rescale_factor",))
   f.only("do_normalize", True, False)
   if f.values.get("do_normalize") is False:  # a mistake that was published, and repaired later
-    print(f"jflow: {f.where} says do_normalize=false; pixels are normalised to [-1, 1] all the same", file=sys.stderr)
+    print(
+      f"jflow: {f.where} says do_normalize=false; pixels are normalised to [-1, 1] all the same",
+      file=sys.stderr,
+    )
 
 
 def _say_rest(f: Fields) -> None:

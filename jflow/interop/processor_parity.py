@@ -58,7 +58,9 @@ def _read_cases(directory: pathlib.Path) -> tuple[int, int, list[dict[str, Any]]
 
   for name in ("image_size", "patch_size"):
     found = values.get(name)
-    need(type(found) is int and 1 <= found <= _LARGEST, f"{name} must be in 1..{_LARGEST}, got {shown(found)}")
+    need(
+      type(found) is int and 1 <= found <= _LARGEST, f"{name} must be in 1..{_LARGEST}, got {shown(found)}"
+    )
   cases = values.get("cases")
   need(isinstance(cases, list) and bool(cases), "cases must be a list")
   for i, case in enumerate(cases):
@@ -72,7 +74,10 @@ def _read_cases(directory: pathlib.Path) -> tuple[int, int, list[dict[str, Any]]
       pictures = turn.get("images", [])
       need(isinstance(pictures, list), f"{where}: images must be a list, got {shown(pictures)}")
       for name in pictures:
-        need(type(name) is str and pathlib.PurePath(name).name == name, f"{where}: a picture is a file here, got {shown(name)}")
+        need(
+          type(name) is str and pathlib.PurePath(name).name == name,
+          f"{where}: a picture is a file here, got {shown(name)}",
+        )
         need((directory / name).is_file(), f"{where}: {directory / name} not found")
   return values["image_size"], (values["image_size"] // values["patch_size"]) ** 2, cases
 

@@ -112,8 +112,10 @@ def _entry(path: pathlib.Path, name: str, entry: Mapping[str, Any], offset: int)
   dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
   if type(shape) is not list or not all(type(n) is int and 0 <= n < 2**48 for n in shape) or len(shape) > 16:
     raise ValueError(f"{name!r} has the shape {shown(shape)}")
-  if type(offsets) is not list or len(offsets) != 2 or not all(
-    type(n) is int and 0 <= n < 2**63 for n in offsets
+  if (
+    type(offsets) is not list
+    or len(offsets) != 2
+    or not all(type(n) is int and 0 <= n < 2**63 for n in offsets)
   ):
     raise ValueError(f"{name!r} has the offsets {shown(offsets)}")
   if type(dtype) is not str or (dtype not in DTYPES and dtype not in _OTHER_BYTES):
@@ -192,7 +194,9 @@ class Checkpoint:
     except OSError as error:
       raise UserError(f"{tensor.file} cannot be read: {error.strerror}") from None
     except MemoryError:
-      raise UserError(f"{tensor.file}: tensor {name} has {tensor.bytes:,} bytes, more memory than there is") from None
+      raise UserError(
+        f"{tensor.file}: tensor {name} has {tensor.bytes:,} bytes, more memory than there is"
+      ) from None
     if not _finite(out, tensor.dtype):
       raise UserError(f"{tensor.file}: tensor {name} holds values that are not finite: the file is damaged")
     return out

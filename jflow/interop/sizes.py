@@ -7,7 +7,7 @@ these come first; and a field that is wrong is better named than the first tenso
 import math
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jflow.errors import UserError
 from jflow.interop.fields import Fields
@@ -15,7 +15,14 @@ from jflow.interop.safetensors_io import Tensor
 from jflow.models.config import AutoencoderConfig, GenerationConfig, LanguageModelConfig, SiglipConfig
 
 
-def check(f: Fields, claimed: Mapping[str, int], found: Mapping[str, int | None], where: Any) -> None:
+class Found(NamedTuple):
+  """A size that the weights show, and how."""
+
+  size: int
+  how: str
+
+
+def check(f: Fields, claimed: Mapping[str, int], found: Mapping[str, Found | None], where: Any) -> None:
   """Compares sizes by the names of their fields; those that the weights do not tell (None) pass.
 
   Args:
@@ -29,11 +36,11 @@ def check(f: Fields, claimed: Mapping[str, int], found: Mapping[str, int | None]
   """
   for name, value in claimed.items():
     has = found.get(name)
-    if has is None or has == value:
+    if has is None or has.size == value:
       continue
     if f.values.get(name) is None:
-      raise UserError(f"{f.where} has no field {name}, which then is {value}; the weights in {where} have {has}")
-    raise UserError(f"{f.where}: {name}={value} does not fit the weights in {where}, which have {has}")
+      raise UserError(f"{f.where} has no field {name}, which then is {value}; in {where} {has.how}")
+    raise UserError(f"{f.where}: {name}={value} does not fit the weights: in {where} {has.how}")
 
 
 def count(names: Collection[str], prefix: str) -> int:
@@ -41,19 +48,26 @@ def count(names: Collection[str], prefix: str) -> int:
   return len({found[1] for name in names if (found := re.match(re.escape(prefix) + r"(\d{1,9})\.", name))})
 
 
-def _axis(tensors: Mapping[str, Tensor], name: str, axis: int) -> int | None:
+def _count(names: Collection[str], prefix: str) -> Found:
+  size = count(names, prefix)
+  return Found(size, f"there are {size} of {prefix}*")
+
+
+def _axis(tensors: Mapping[str, Tensor], name: str, axis: int) -> Found | None:
   shape = tensors[name].shape if name in tensors else ()
-  return shape[axis] if axis < len(shape) else None
+  return Found(shape[axis], f"tensor {name} has the shape {list(shape)}") if axis < len(shape) else None
 
 
-def check_llama(f: Fields, c: LanguageModelConfig, tensors: Mapping[str, Tensor], prefix: str, where: Any) -> None:
+def check_llama(
+  f: Fields, c: LanguageModelConfig, tensors: Mapping[str, Tensor], prefix: str, where: Any
+) -> None:
   """Checks a Llama of transformers; `prefix` stands before the names of its tensors."""
   embed, layer = f"{prefix}model.embed_tokens.weight", f"{prefix}model.layers.0"
   claimed = {
     "num_hidden_layers": c.layers, "vocab_size": c.vocabulary_size, "hidden_size": c.width, "intermediate_size": c.mlp_width,
   }  # fmt: skip
   found = {
-    "num_hidden_layers": count(tensors, f"{prefix}model.layers."),
+    "num_hidden_layers": _count(tensors, f"{prefix}model.layers."),
     "vocab_size": _axis(tensors, embed, 0),
     "hidden_size": _axis(tensors, embed, 1),
     "intermediate_size": _axis(tensors, f"{layer}.mlp.gate_proj.weight", 0),
@@ -61,14 +75,19 @@ def check_llama(f: Fields, c: LanguageModelConfig, tensors: Mapping[str, Tensor]
   check(f, claimed, found, where)
   for field, rows, heads in (("num_attention_heads", "q", c.heads), ("num_key_value_heads", "k", c.kv_heads)):
     has = _axis(tensors, f"{layer}.self_attn.{rows}_proj.weight", 0)
-    if has is not None and has != heads * c.head_width:
+    if has is not None and has.size != heads * c.head_width:
       raise UserError(
-        f"{f.where}: {field}={heads} of head_dim={c.head_width} do not fit the weights in {where}, which have {has} rows"
+        f"{f.where}: {field}={heads} of head_dim={c.head_width} do not fit the weights: in {where} {has.how}"
       )
 
 
 def check_siglip(
-  f: Fields, c: SiglipConfig, tensors: Mapping[str, Tensor], fields: tuple[str, str], names: tuple[str, str, str], where: Any
+  f: Fields,
+  c: SiglipConfig,
+  tensors: Mapping[str, Tensor],
+  fields: tuple[str, str],
+  names: tuple[str, str, str],
+  where: Any,
 ) -> None:
   """Checks a vision tower of the release or of transformers.
 
@@ -82,21 +101,25 @@ def check_siglip(
   """
   layers, patch, positions = names
   side, shape = _axis(tensors, patch, 3), tensors[positions].shape if positions in tensors else ()
-  known = side is not None and len(shape) > 1
+  image = None
+  if side is not None and len(shape) > 1:
+    image = Found(side.size * math.isqrt(shape[-2]), f"tensor {positions} has the shape {list(shape)}")
   claimed = {fields[0]: c.layers, fields[1]: c.width, "patch_size": c.patch_size, "image_size": c.image_size}
   found = {
-    fields[0]: count(tensors, layers),
+    fields[0]: _count(tensors, layers),
     fields[1]: _axis(tensors, patch, 0),
     "patch_size": side,
-    "image_size": side * math.isqrt(shape[-2]) if known else None,
+    "image_size": image,
   }
   check(f, claimed, found, where)
 
 
-def check_generation(encoder: Fields, decoder: Fields, c: GenerationConfig, tensors: Mapping[str, Tensor], where: Any) -> None:
+def check_generation(
+  encoder: Fields, decoder: Fields, c: GenerationConfig, tensors: Mapping[str, Tensor], where: Any
+) -> None:
   """Checks the ConvNeXt blocks of g_enc and g_dec."""
   for f, blocks, part in ((encoder, c.encoder_blocks, "enc"), (decoder, c.decoder_blocks, "dec")):
-    found = count(tensors, f"vision_gen_{part}_model.mid_block.res_blocks.")
+    found = _count(tensors, f"vision_gen_{part}_model.mid_block.res_blocks.")
     check(f, {"layers_in_middle": blocks}, {"layers_in_middle": found}, where)
 
 
@@ -108,7 +131,7 @@ def check_autoencoder(f: Fields, c: AutoencoderConfig, tensors: Mapping[str, Ten
       f"{f.where}: block_out_channels has {len(c.block_channels)} levels, the weights in {where} have {levels}"
     )
   found = {
-    "layers_per_block": count(tensors, "encoder.down_blocks.0.resnets."),
+    "layers_per_block": _count(tensors, "encoder.down_blocks.0.resnets."),
     "latent_channels": _axis(tensors, "post_quant_conv.weight", 0),
   }
   check(f, {"layers_per_block": c.layers_per_block, "latent_channels": c.latent_channels}, found, where)

@@ -136,7 +136,9 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   try:
     raw = np.empty(count + 64, np.uint8)
   except MemoryError:
-    raise UserError(f"a parameter of shape {list(shape)} takes {count:,} bytes, more memory than there is") from None
+    raise UserError(
+      f"a parameter of shape {list(shape)} takes {count:,} bytes, more memory than there is"
+    ) from None
   start = -raw.ctypes.data % 64
   return raw[start : start + count].view(dtype).reshape(shape)
 

@@ -1,11 +1,11 @@
-"""config.json of a model's parts as transformers and diffusers write them: Llama, SigLIP, AutoencoderKL.
+"""config.json of a Llama and of a SigLIP as transformers writes them.
 
-Each is read with a closed list of fields. What a file leaves out has the default of its library.
+Each is read with a closed list of fields. What a file leaves out has the default of the library.
 """
 
 from jflow.errors import UserError
 from jflow.interop.fields import Fields
-from jflow.models.config import AutoencoderConfig, LanguageModelConfig, SiglipConfig
+from jflow.models.config import LanguageModelConfig, SiglipConfig
 from jflow.strict_json import shown
 
 
@@ -20,7 +20,14 @@ def language_model_config(f: Fields) -> LanguageModelConfig:
   f.only("hidden_act", "silu")
   _no_dropout(f)
   f.only("pretraining_tp", 1)
-  for name in ("attention_bias", "mlp_bias", "rope_interleaved", "use_sliding_window", "qk_norm", "use_qk_norm"):
+  for name in (
+    "attention_bias",
+    "mlp_bias",
+    "rope_interleaved",
+    "use_sliding_window",
+    "qk_norm",
+    "use_qk_norm",
+  ):
     f.only(name, False)
   for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling"):
     f.only(name, 1)
@@ -28,11 +35,15 @@ def language_model_config(f: Fields) -> LanguageModelConfig:
     f.ignore(("sliding_window", "max_window_layers"))
   width, heads = f.get("hidden_size", int, 4096), f.get("num_attention_heads", int, 32)
   if f.values.get("head_dim") is None and width % heads:
-    raise UserError(f"{f.where}: hidden_size={width} must be a multiple of num_attention_heads={heads}, or head_dim given")
+    raise UserError(
+      f"{f.where}: hidden_size={width} must be a multiple of num_attention_heads={heads}, or head_dim given"
+    )
   layers, context = f.get("num_hidden_layers", int, 32), f.get("max_position_embeddings", int, 2048)
   kinds = f.get("layer_types", list, [])
   if kinds and (len(kinds) != layers or any(kind != "full_attention" for kind in kinds)):
-    raise UserError(f"{f.where}: layer_types={shown(kinds)} is not supported, only {layers} x 'full_attention'")
+    raise UserError(
+      f"{f.where}: layer_types={shown(kinds)} is not supported, only {layers} x 'full_attention'"
+    )
   f.only("max_sequence_length", context)
   is_tied(f)
   config = LanguageModelConfig(
@@ -65,7 +76,9 @@ def is_tied(f: Fields) -> bool:
 def _theta(f: Fields) -> float:
   """The base of the rotary frequencies: of the field itself or of the rotation's own object, one value in all."""
   f.only("partial_rotary_factor", 1)
-  said = {f"{f.where}: rope_theta": f.get("rope_theta", float)} if f.values.get("rope_theta") is not None else {}
+  said = (
+    {f"{f.where}: rope_theta": f.get("rope_theta", float)} if f.values.get("rope_theta") is not None else {}
+  )
   f.ignore(("rope_theta", "rope_scaling", "rope_parameters"))
   for name in ("rope_parameters", "rope_scaling"):
     if f.values.get(name) in (None, {}):
@@ -73,7 +86,11 @@ def _theta(f: Fields) -> float:
     rope = f.sub(name)
     for key in ("rope_type", "type"):
       rope.only(key, "default")
-    if rope.values.get("rope_type") is None and rope.values.get("type") is None and set(rope.values) - {"rope_theta"}:
+    if (
+      rope.values.get("rope_type") is None
+      and rope.values.get("type") is None
+      and set(rope.values) - {"rope_theta"}
+    ):
       raise UserError(f"{rope.where}={shown(rope.values)} has no rope_type: only 'default' is supported")
     rope.only("partial_rotary_factor", 1)
     rope.only("factor", 1)
@@ -81,7 +98,9 @@ def _theta(f: Fields) -> float:
       said[f"{rope.where}: rope_theta"] = rope.get("rope_theta", float)
     rope.close()
   if len(set(said.values())) > 1:
-    raise UserError(" and ".join(f"{field}={value:g}" for field, value in said.items()) + " contradict each other")
+    raise UserError(
+      " and ".join(f"{field}={value:g}" for field, value in said.items()) + " contradict each other"
+    )
   return next(iter(said.values()), 10_000.0)
 
 
@@ -113,49 +132,6 @@ def siglip_config(f: Fields) -> SiglipConfig:
     heads=f.get("num_attention_heads", int, 12),
     layer_norm_epsilon=f.get("layer_norm_eps", float, 1e-6),
     gelu="erf" if f.values.get("hidden_act") == "gelu" else "tanh",
-  )
-  f.close()
-  return config
-
-
-def autoencoder_config(f: Fields) -> AutoencoderConfig:
-  """Reads the configuration of a diffusers AutoencoderKL.
-
-  Raises:
-    UserError: a variant that is not SDXL's.
-  """
-  f.only("_class_name", "AutoencoderKL")
-  f.only("act_fn", "silu")
-  for name in ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"):
-    f.only(name, True)
-  f.only("shift_factor", 0)
-  f.only("in_channels", 3)
-  f.only("out_channels", 3)
-  f.ignore(("sample_size", "force_upcast"))  # of diffusers' pipelines: a size to suggest, a type to compute in
-  channels = f.get("block_out_channels", list)
-  groups = f.get("norm_num_groups", int, 32)
-  if not channels or not all(type(c) is int and 0 < c < 2**31 and c % groups == 0 for c in channels):
-    raise UserError(
-      f"{f.where}: block_out_channels={shown(channels)} should hold multiples of norm_num_groups={groups}"
-    )
-  for name, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-    kinds = f.get(name, list, [block] * len(channels))
-    if any(kind != block for kind in kinds):
-      raise UserError(f"{f.where}: {name}={shown(kinds)} is not supported: {name} may hold {block} alone")
-    if len(kinds) != len(channels):
-      raise UserError(f"{f.where}: {name} names {len(kinds)} blocks, block_out_channels {len(channels)}")
-  latents = f.get("latent_channels", int)
-  f.only("latents_mean", [0] * min(latents, 4096))
-  f.only("latents_std", [1] * min(latents, 4096))
-  config = AutoencoderConfig(
-    kind="autoencoder_kl",
-    latent_channels=latents,
-    scaling=f.get("scaling_factor", float),
-    block_channels=tuple(channels),
-    layers_per_block=f.get("layers_per_block", int),
-    norm_groups=groups,
-    patch_size=0,
-    window=0,
   )
   f.close()
   return config
