@@ -289,12 +289,15 @@ def param_shapes(step_dir: pathlib.Path, weights: str = "ema") -> dict[str, Any]
   Raises:
     UserError: no readable metadata, or no raw weights beside the averaged ones.
   """
+  absl.logging.set_verbosity(absl.logging.FATAL)  # what Orbax says of a file that it cannot read, is said here
   try:
     present = ocp.checkpointables_metadata(step_dir.absolute()).metadata
     names = [name for name in ("frozen", "ema" if weights == "ema" else "trained") if name in present]
     raw = weights == "raw" and "ema" in present and "trained" not in present
-    shape = lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype)
+    shape = lambda m: jax.ShapeDtypeStruct(tuple(m.shape), m.dtype)
     shapes = {name: jax.tree.map(shape, present[name], is_leaf=lambda m: hasattr(m, "dtype")) for name in names}
+    if not all(isinstance(tree, dict) and jax.tree.leaves(tree) for tree in shapes.values()):
+      raise ValueError("no arrays")
   except Exception as error:  # Orbax raises what it likes on damaged metadata
     reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
     raise UserError(f"checkpoint {step_dir} has no readable metadata ({reason})") from error
