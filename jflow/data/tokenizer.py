@@ -289,23 +289,31 @@ def _special_token(
   bos and eos: tokenizer_config.json or special_tokens_map.json may name other tokens. pad: the release's name comes
   first, since its tokenizer_config.json names EOS; a tokenizer without any pads with EOS (no padding is ever read).
   """
-  named, also = (_content(values.get(f"{attribute}_token")) for values in (config, other))
+  settings = {"tokenizer_config.json": config, "special_tokens_map.json": other}
+  named, also = (_named(values, f"{attribute}_token", f"{origin}: {file}") for file, values in settings.items())
   if attribute in ("bos", "eos") and named and also and named != also:
     raise UserError(
       f"{origin}: {attribute}_token is {shown(named)} in tokenizer_config.json and {shown(also)} in special_tokens_map.json"
     )
   named = named or also
+  if attribute in ("bos", "eos") and named and named not in vocabulary:
+    raise UserError(f"{origin}: {attribute}_token={shown(named)} is none of the tokens of tokenizer.json")
   candidates = {"bos": (named, name), "eos": (named, name)}.get(attribute, (name, named))
   if attribute == "pad":
-    candidates += (_content(config.get("eos_token")), SPECIAL_TOKENS["eos"])
+    candidates += (_named(config, "eos_token", origin), SPECIAL_TOKENS["eos"])
   for candidate in candidates:
     if isinstance(candidate, str) and candidate in vocabulary:
       return candidate
   raise UserError(f"{origin}: the tokenizer has no {name} token ({attribute}); JanusFlow needs it")
 
 
-def _content(token: Any) -> Any:
-  return token.get("content") if isinstance(token, dict) else token
+def _named(values: dict[str, Any], field: str, where: str) -> str | None:
+  """The token that a file names, as a text or as an object with its content."""
+  token = values.get(field)
+  content = token.get("content") if isinstance(token, dict) else token
+  if content is not None and type(content) is not str:
+    raise UserError(f"{where}: {field}={shown(token)} must be a token")
+  return content
 
 
 def _one_line(error: BaseException) -> str:
