@@ -82,7 +82,11 @@ _DEEPSEEK = _COMMON | dict(
   rope_theta=10000.0, tie_word_embeddings=False, vocab_size=102400,
 )  # fmt: skip
 _JANUS_PRO_7B = dict(
-  max_position_embeddings=16384, model_type="llama", num_hidden_layers=30, torch_dtype="bfloat16", vocab_size=102400
+  max_position_embeddings=16384,
+  model_type="llama",
+  num_hidden_layers=30,
+  torch_dtype="bfloat16",
+  vocab_size=102400,
 )
 _TINYLLAMA = _COMMON | dict(
   _name_or_path="meta-llama/Llama-2-7b-hf", architectures=["LlamaForCausalLM"], bos_token_id=1, eos_token_id=2,
@@ -150,7 +154,10 @@ _JANUSFLOW_1B = dict(
     ("llama", _TINYLLAMA),
     ("llama", _SMOLLM),
     ("llama", _TINYLLAMA | dict(rope_parameters=dict(rope_theta=10000.0, rope_type="default"))),
-    ("llama", LLAMA | dict(layer_types=["full_attention"] * 3, use_sliding_window=False, sliding_window=4096)),
+    (
+      "llama",
+      LLAMA | dict(layer_types=["full_attention"] * 3, use_sliding_window=False, sliding_window=4096),
+    ),
     ("siglip", _SIGLIP_LARGE),
     ("siglip", SIGLIP | dict(hidden_act="gelu_pytorch_tanh", attention_dropout=0.0, vision_use_head=True)),
     ("vae", _SDXL_VAE),
@@ -165,7 +172,14 @@ def test_what_is_published_loads(reader, values):
 
 def test_what_a_file_leaves_out_has_the_default_of_its_library():
   lm = READERS["llama"][0](_JANUS_PRO_7B)
-  assert (lm.width, lm.mlp_width, lm.layers, lm.heads, lm.kv_heads, lm.head_width) == (4096, 11008, 30, 32, 32, 128)
+  assert (lm.width, lm.mlp_width, lm.layers, lm.heads, lm.kv_heads, lm.head_width) == (
+    4096,
+    11008,
+    30,
+    32,
+    32,
+    128,
+  )
   assert (lm.rms_norm_epsilon, lm.rope_theta, lm.context) == (1e-6, 10_000.0, 16384)
   assert READERS["siglip"][0]({"model_type": "siglip_vision_model"}).width == 768
 
@@ -314,7 +328,13 @@ def test_a_size_is_a_positive_whole_number_of_some_range(reader, path, value):
 
 @pytest.mark.parametrize("value", (0, -1.0, "1e-6", True, [1.0], float("nan"), float("inf"), 10**400))
 @pytest.mark.parametrize(
-  "reader, path", [("llama", "rms_norm_eps"), ("llama", "rope_theta"), ("siglip", "layer_norm_eps"), ("vae", "scaling_factor")]
+  "reader, path",
+  [
+    ("llama", "rms_norm_eps"),
+    ("llama", "rope_theta"),
+    ("siglip", "layer_norm_eps"),
+    ("vae", "scaling_factor"),
+  ],
 )
 def test_a_factor_is_a_positive_finite_number(reader, path, value):
   with pytest.raises(UserError, match=path):

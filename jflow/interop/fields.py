@@ -5,9 +5,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jflow.errors import UserError
+from jflow.models.config import most
 from jflow.strict_json import shown
-
-_MOST = 2**31 - 1  # of any size
 
 # Fields of transformers' PretrainedConfig and of the tools around it that change nothing a forward pass computes:
 # bookkeeping, defaults of its own sampling loop (jflow's flags say how to sample), choices of a kernel or a type.
@@ -107,8 +106,15 @@ class Fields:
     self.values, self.where = values, where
     self._known: set[str] = set()
 
-  def get(self, name: str, kind: type, default: Any = None) -> Any:
-    """The field; absent gives `default`, and without a default is an error. Numbers are positive and finite."""
+  def get(self, name: str, kind: type, default: Any = None, ours: str = "") -> Any:
+    """The field, of which numbers are positive and finite.
+
+    Args:
+      name: of the field.
+      kind: its type.
+      default: what an absent one is; without a default that is an error.
+      ours: the name in jflow's own configuration, which says how large it may be.
+    """
     self._known.add(name)
     value = self.values.get(name)
     if value is None:
@@ -121,8 +127,8 @@ class Fields:
     if type(value) is not kind or (number and not 0 < value < math.inf):
       what = f"positive {kind.__name__}" if number else kind.__name__
       raise UserError(f"{self.where}: {name}={shown(value)} should be a {what}")
-    if kind is int and value > _MOST:
-      raise UserError(f"{self.where}: {name}={shown(value)} should be at most {_MOST}")
+    if kind is int and value > most(ours):
+      raise UserError(f"{self.where}: {name}={shown(value)} should be at most {most(ours)}")
     return value
 
   def only(self, name: str, *allowed: Any) -> None:

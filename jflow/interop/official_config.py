@@ -8,11 +8,13 @@ from jflow.errors import UserError
 from jflow.interop.fields import Fields
 from jflow.interop.transformers_config import language_model_config
 from jflow.models.config import (
+  MOST_LEVELS,
   AutoencoderConfig,
   GenerationConfig,
   JanusFlowConfig,
   LanguageModelConfig,
   SiglipConfig,
+  most,
 )
 from jflow.strict_json import shown
 
@@ -46,7 +48,7 @@ def _siglip_config(f: Fields) -> SiglipConfig:
     for field, value in zip(("width", "layers", "heads", "patch_size", "mlp_ratio"), preset, strict=True):
       f.only(field, value)
   width = f.get("width", int, preset[0])
-  layers = f.get("layers", int, preset[1])
+  layers = f.get("layers", int, preset[1], "layers")
   f.ignore(("select_layer",))
   select = (
     -2 if f.values.get("select_layer") is None else f.values["select_layer"]
@@ -54,17 +56,17 @@ def _siglip_config(f: Fields) -> SiglipConfig:
   if type(select) is not int or not -layers <= select <= layers:
     raise UserError(f"{f.where}: select_layer={shown(select)} should be an integer in {-layers}..{layers}")
   ratio = f.get("mlp_ratio", float, preset[4])
-  if not 1 <= width * ratio < 2**31:
+  if not 1 <= width * ratio <= most(""):
     raise UserError(
-      f"{f.where}: mlp_ratio={ratio:g} should give a width of the MLP in 1..2**31, got {width * ratio:g}"
+      f"{f.where}: mlp_ratio={ratio:g} should give a width of the MLP in 1..{most('')}, got {width * ratio:g}"
     )
   config = SiglipConfig(
-    image_size=f.get("image_size", int),
-    patch_size=f.get("patch_size", int, preset[3]),
+    image_size=f.get("image_size", int, None, "image_size"),
+    patch_size=f.get("patch_size", int, preset[3], "patch_size"),
     width=width,
     mlp_width=int(width * ratio),
     layers=select if select > 0 else layers + select + 1 if select else layers,
-    heads=f.get("heads", int, preset[2]),
+    heads=f.get("heads", int, preset[2], "heads"),
     layer_norm_epsilon=f.get("norm_eps", float, 1e-6),
     gelu=f.get("gelu", str, "erf"),
   )
@@ -82,13 +84,13 @@ def _generation_config(
     f.only("use_mid_block", True)
     f.only("hidden_size", lm.width)
     f.only("dropout", 0)  # jflow trains without
-  patch = encoder.get("stride", int)
+  patch = encoder.get("stride", int, None, "patch_size")
   encoder.only("kernel_size", patch)
   encoder.only("padding", 0)
   width = encoder.get("block_out_channels", list)
-  if len(width) != 1 or type(width[0]) is not int or not 2 <= width[0] < 2**31 or width[0] % 2:
+  if len(width) != 1 or type(width[0]) is not int or not 2 <= width[0] <= most("") or width[0] % 2:
     raise UserError(f"{encoder.where}: block_out_channels={shown(width)} should hold one even number")
-  latents = encoder.get("input_channels", int)
+  latents = encoder.get("input_channels", int, None, "latent_channels")
   epsilon = encoder.get("norm_eps", float, 1e-6)
   decoder.only("norm_eps", epsilon)
   decoder.only("in_channels", width[0])
@@ -97,8 +99,8 @@ def _generation_config(
   decoder.only("upsamples", patch.bit_length() - 1)
   config = GenerationConfig(
     width=width[0],
-    encoder_blocks=encoder.get("layers_in_middle", int, _BLOCKS),
-    decoder_blocks=decoder.get("layers_in_middle", int, _BLOCKS),
+    encoder_blocks=encoder.get("layers_in_middle", int, _BLOCKS, "encoder_blocks"),
+    decoder_blocks=decoder.get("layers_in_middle", int, _BLOCKS, "decoder_blocks"),
     patch_size=patch,
     norm_epsilon=epsilon,
   )
@@ -135,7 +137,9 @@ def autoencoder_config(f: Fields) -> AutoencoderConfig:
   )  # of diffusers' pipelines: a size to suggest, a type to compute in
   channels = f.get("block_out_channels", list)
   groups = f.get("norm_num_groups", int, 32)
-  if not channels or not all(type(c) is int and 0 < c < 2**31 and c % groups == 0 for c in channels):
+  if not 0 < len(channels) <= MOST_LEVELS or not all(
+    type(c) is int and 0 < c <= most("") and c % groups == 0 for c in channels
+  ):
     raise UserError(
       f"{f.where}: block_out_channels={shown(channels)} should hold multiples of norm_num_groups={groups}"
     )
@@ -145,15 +149,15 @@ def autoencoder_config(f: Fields) -> AutoencoderConfig:
       raise UserError(f"{f.where}: {name}={shown(kinds)} is not supported: {name} may hold {block} alone")
     if len(kinds) != len(channels):
       raise UserError(f"{f.where}: {name} names {len(kinds)} blocks, block_out_channels {len(channels)}")
-  latents = f.get("latent_channels", int)
-  f.only("latents_mean", [0] * min(latents, 4096))
-  f.only("latents_std", [1] * min(latents, 4096))
+  latents = f.get("latent_channels", int, None, "latent_channels")
+  f.only("latents_mean", [0] * latents)
+  f.only("latents_std", [1] * latents)
   config = AutoencoderConfig(
     kind="autoencoder_kl",
     latent_channels=latents,
     scaling=f.get("scaling_factor", float),
     block_channels=tuple(channels),
-    layers_per_block=f.get("layers_per_block", int),
+    layers_per_block=f.get("layers_per_block", int, None, "layers_per_block"),
     norm_groups=groups,
     patch_size=0,
     window=0,

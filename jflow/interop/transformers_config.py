@@ -33,12 +33,12 @@ def language_model_config(f: Fields) -> LanguageModelConfig:
     f.only(name, 1)
   if f.values.get("use_sliding_window") is False:
     f.ignore(("sliding_window", "max_window_layers"))
-  width, heads = f.get("hidden_size", int, 4096), f.get("num_attention_heads", int, 32)
+  width, heads = f.get("hidden_size", int, 4096), f.get("num_attention_heads", int, 32, "heads")
   if f.values.get("head_dim") is None and width % heads:
     raise UserError(
       f"{f.where}: hidden_size={width} must be a multiple of num_attention_heads={heads}, or head_dim given"
     )
-  layers, context = f.get("num_hidden_layers", int, 32), f.get("max_position_embeddings", int, 2048)
+  layers, context = f.get("num_hidden_layers", int, 32, "layers"), f.get("max_position_embeddings", int, 2048)
   kinds = f.get("layer_types", list, [])
   if kinds and (len(kinds) != layers or any(kind != "full_attention" for kind in kinds)):
     raise UserError(
@@ -52,7 +52,7 @@ def language_model_config(f: Fields) -> LanguageModelConfig:
     mlp_width=f.get("intermediate_size", int, 11_008),
     layers=layers,
     heads=heads,
-    kv_heads=f.get("num_key_value_heads", int, heads),
+    kv_heads=f.get("num_key_value_heads", int, heads, "kv_heads"),
     head_width=f.get("head_dim", int, width // heads),
     rms_norm_epsilon=f.get("rms_norm_eps", float, 1e-6),
     rope_theta=_theta(f),
@@ -124,12 +124,12 @@ def siglip_config(f: Fields) -> SiglipConfig:
   f.get("vision_use_head", bool, True)  # of the pooling head, which jflow keeps and does not compute
   f.ignore(("tie_word_embeddings",))  # there are none
   config = SiglipConfig(
-    image_size=f.get("image_size", int, 224),
-    patch_size=f.get("patch_size", int, 16),
+    image_size=f.get("image_size", int, 224, "image_size"),
+    patch_size=f.get("patch_size", int, 16, "patch_size"),
     width=f.get("hidden_size", int, 768),
     mlp_width=f.get("intermediate_size", int, 3072),
-    layers=f.get("num_hidden_layers", int, 12),
-    heads=f.get("num_attention_heads", int, 12),
+    layers=f.get("num_hidden_layers", int, 12, "layers"),
+    heads=f.get("num_attention_heads", int, 12, "heads"),
     layer_norm_epsilon=f.get("layer_norm_eps", float, 1e-6),
     gelu="erf" if f.values.get("hidden_act") == "gelu" else "tanh",
   )

@@ -21,7 +21,12 @@ _MOST_OF = {
   "layers": 1024, "encoder_blocks": 128, "decoder_blocks": 128, "layers_per_block": 32, "heads": 2**14,
   "kv_heads": 2**14, "image_size": 2**14, "patch_size": 2**12, "window": 2**12, "latent_channels": 2**14,
 }  # fmt: skip
-_MOST_LEVELS = 12  # of an autoencoder: a factor of 2048 between pixels and latents
+MOST_LEVELS = 12  # of an autoencoder: a factor of 2048 between pixels and latents
+
+
+def most(field: str) -> int:
+  """The largest value of a whole-numbered field, by its name."""
+  return _MOST_OF.get(field, _MOST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +120,11 @@ class JanusFlowConfig:
         unused = section == "autoencoder" and name in other
         if isinstance(value, (int, float)) and not unused and not 0 < value < math.inf:
           raise UserError(f"model.{section}.{name}={shown(value)} must be positive")
-        if isinstance(value, int) and value > _MOST_OF.get(name, _MOST):
-          most = _MOST_OF.get(name, _MOST)
-          raise UserError(f"model.{section}.{name}={shown(value)} must be at most {most}")
-    if len(vae.block_channels) > _MOST_LEVELS or any(c > _MOST for c in vae.block_channels):
+        if isinstance(value, int) and value > most(name):
+          raise UserError(f"model.{section}.{name}={shown(value)} must be at most {most(name)}")
+    if len(vae.block_channels) > MOST_LEVELS or any(c > _MOST for c in vae.block_channels):
       raise UserError(
-        f"model.autoencoder.block_channels={shown(vae.block_channels)} must hold at most {_MOST_LEVELS} numbers of at "
+        f"model.autoencoder.block_channels={shown(vae.block_channels)} must hold at most {MOST_LEVELS} numbers of at "
         f"most {_MOST}"
       )
     for name, value in (("alignment_layer", self.alignment_layer), ("alignment_width", self.alignment_width)):

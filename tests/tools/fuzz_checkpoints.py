@@ -56,7 +56,9 @@ def _write_vae(directory: pathlib.Path) -> None:
   directory.mkdir()
   config = AutoencoderConfig("autoencoder_kl", 4, 0.13025, (4, 4, 8, 8), 1, 4, 0, 0)
   rng = np.random.default_rng(7)
-  values = {e.name: (0.2 * rng.standard_normal(e.shape)).astype(np.float32) for e in names.autoencoder_kl(config)}
+  values = {
+    e.name: (0.2 * rng.standard_normal(e.shape)).astype(np.float32) for e in names.autoencoder_kl(config)
+  }
   save_file(values, directory / "diffusion_pytorch_model.safetensors")
   (directory / "config.json").write_text(json.dumps(official_config.vae_to_diffusers(config, 64)))
 
@@ -66,9 +68,17 @@ def write_published(directory: pathlib.Path) -> None:
   official_checkpoint.write(directory, shards=2, tokenizer=True)
   _write_vae(directory / "vae")
   half = [0.5, 0.5, 0.5]
-  images = {"image_size": 64, "image_mean": half, "image_std": half, "rescale_factor": 1 / 255, "do_normalize": True}
+  images = {
+    "image_size": 64,
+    "image_mean": half,
+    "image_std": half,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+  }
   (directory / "preprocessor_config.json").write_text(json.dumps(images | {"min_size": 14}))
-  (directory / "processor_config.json").write_text(json.dumps({"num_image_tokens": 16, "sft_format": "deepseek"}))
+  (directory / "processor_config.json").write_text(
+    json.dumps({"num_image_tokens": 16, "sft_format": "deepseek"})
+  )
 
 
 def write_own(directory: pathlib.Path) -> None:
@@ -92,10 +102,14 @@ def spoil_json(rng: random.Random, value: Any) -> Any:
     elif change == 4:
       del inside[key]
     elif change == 5 and isinstance(inside, dict):
-      inside[rng.choice(("rope_scaling", "extra", "latents_mean", "auto_map", "", "a\nb"))] = rng.choice(ODD + NUMBERS)
+      inside[rng.choice(("rope_scaling", "extra", "latents_mean", "auto_map", "", "a\nb"))] = rng.choice(
+        ODD + NUMBERS
+      )
     elif change == 6:
       other, place = rng.choice(found)
-      inside[key] = copy.deepcopy(other[place]) if place in other or isinstance(other, list) and place < len(other) else 0
+      inside[key] = (
+        copy.deepcopy(other[place]) if place in other or isinstance(other, list) and place < len(other) else 0
+      )
     elif type(inside[key]) is int:
       inside[key] += rng.choice((-1, 1, 2**20))
   return value
@@ -106,23 +120,42 @@ def spoil_tokenizer(rng: random.Random, value: Any) -> Any:
   value = copy.deepcopy(value)
   pattern = {"Regex": rng.choice(PATTERNS)}
   split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
-  replace = {"type": "Replace", "pattern": rng.choice(({"String": "a"}, pattern)), "content": "x" * rng.choice((0, 1, 50, 10**5))}
+  replace = {
+    "type": "Replace",
+    "pattern": rng.choice(({"String": "a"}, pattern)),
+    "content": "x" * rng.choice((0, 1, 50, 10**5)),
+  }
   change = rng.randrange(8)
   if change == 0:
-    value["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, *[value["pre_tokenizer"]] * rng.choice((1, 3, 80))]}
+    value["pre_tokenizer"] = {
+      "type": "Sequence",
+      "pretokenizers": [split, *[value["pre_tokenizer"]] * rng.choice((1, 3, 80))],
+    }
   elif change == 1:
     value["normalizer"] = {"type": "Sequence", "normalizers": [replace] * rng.choice((1, 2, 12))}
   elif change == 2:
-    value["normalizer"] = rng.choice(({"type": "Precompiled", "precompiled_charsmap": "AAAA"}, {"type": "Prepend", "prepend": "x" * 10**6}))
+    value["normalizer"] = rng.choice(
+      ({"type": "Precompiled", "precompiled_charsmap": "AAAA"}, {"type": "Prepend", "prepend": "x" * 10**6})
+    )
   elif change == 3:
-    value["decoder"] = {"type": "Strip", "content": "a", "start": rng.choice(NUMBERS), "stop": rng.choice((0, 3, 2**40))}
+    value["decoder"] = {
+      "type": "Strip",
+      "content": "a",
+      "start": rng.choice(NUMBERS),
+      "stop": rng.choice((0, 3, 2**40)),
+    }
   elif change == 4:
     value["model"] = rng.choice(({"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 7}, value["model"] | {"dropout": 0.5},
                                  {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}))  # fmt: skip
   elif change == 5:
     rng.choice(value["added_tokens"])["id"] = rng.choice((0, 1, 10**6, 2**32, -1, 1003))
   elif change == 6:
-    value["truncation"] = {"direction": "Right", "max_length": rng.choice((1, 0, 3)), "strategy": "LongestFirst", "stride": 0}
+    value["truncation"] = {
+      "direction": "Right",
+      "max_length": rng.choice((1, 0, 3)),
+      "strategy": "LongestFirst",
+      "stride": 0,
+    }
   else:
     value = spoil_json(rng, value)
   return value
@@ -142,7 +175,11 @@ def _spoil_file(rng: random.Random, path: pathlib.Path) -> None:
     if change < 0.02:
       path.mkdir()
   elif change < 0.1:
-    path.write_bytes(rng.choice((b"", b"[" * 10**5, b"\xef\xbb\xbf" + data, data.decode("latin-1").encode("utf-16"), b"{}", b"null")))
+    path.write_bytes(
+      rng.choice(
+        (b"", b"[" * 10**5, b"\xef\xbb\xbf" + data, data.decode("latin-1").encode("utf-16"), b"{}", b"null")
+      )
+    )
   elif change < 0.25:
     path.write_bytes(spoil_bytes(rng, data))
   elif path.suffix == ".safetensors":
@@ -174,7 +211,10 @@ def spoil(rng: random.Random, directory: pathlib.Path) -> str:
     (step / checkpoint.MANIFEST).unlink()
     checkpoint.seal(step, {"step": int(step.name)})
   elif rng.random() < 0.05:
-    shutil.copyfile(next(p for p in files if p.is_file()), directory / rng.choice(("model.safetensors", "added_tokens.json")))
+    shutil.copyfile(
+      next(p for p in files if p.is_file()),
+      directory / rng.choice(("model.safetensors", "added_tokens.json")),
+    )
   return str(path.relative_to(directory))
 
 
@@ -197,7 +237,11 @@ def open_checkpoint(directory: pathlib.Path) -> str:
       model.tokenizer.decode(model.tokenizer.encode(text))
     said = ""
   except UserError as error:
-    said = "refused" if "\n" not in str(error) and len(str(error)) < 2000 else f"escaped: no line: {str(error)[:500]!r}"
+    said = (
+      "refused"
+      if "\n" not in str(error) and len(str(error)) < 2000
+      else f"escaped: no line: {str(error)[:500]!r}"
+    )
   except Hung:
     said = f"hung: {traceback.format_exc(limit=-3)}"
   except BaseException as error:
