@@ -73,7 +73,6 @@ REFUSED = {
   "no checkpoints, damaged metrics": (
     lambda run: (put(run, None, "checkpoints"), put(run, b"\0" * 90, "metrics.jsonl")), "metrics.jsonl"),
   "goodput alone": (lambda run: put(run, None, "checkpoints", "metrics.jsonl", "config.json"), "goodput.jsonl"),
-  "config.json alone": (lambda run: put(run, None, "checkpoints", "metrics.jsonl", "goodput.jsonl"), "config.json"),
   "steps under other names": (
     lambda run: [(run / name).rename(run / f"checkpoints/old{i}") for i, name in enumerate(STEPS)], "old0"),
   "manifests cut": (lambda run: [os.truncate(run / name, 40) for name in MANIFESTS], "none of the saved steps"),

@@ -90,7 +90,7 @@ def check_not_lost(directory: pathlib.Path) -> None:
     if (step or path.name.isdigit()) and not _mark(directory, path.name).exists():
       shown.append(f"{directory.name}/{path.name}")
   if not (workdir / _UNSAVED).exists():
-    for name in ("metrics.jsonl", "goodput.jsonl", "config.json", "data.json"):
+    for name in ("metrics.jsonl", "goodput.jsonl"):
       path = workdir / name
       if path.is_dir() or (path.exists() and path.stat().st_size) or path.is_symlink():
         shown.append(name)

@@ -58,6 +58,10 @@ class Hung(BaseException):
   """A try did not end."""
 
 
+class Begun(Exception):
+  """A run begins, at step 0."""
+
+
 class Lost(Exception):
   """Something whole is gone, or a run has started over."""
 
@@ -127,7 +131,7 @@ def go_on(workdir: pathlib.Path, rng: random.Random) -> int:
     checkpointer = open_checkpoints(workdir)
     restored = checkpointer.restore(abstract())
     if restored is None:
-      raise Lost("the run has started over")
+      raise Begun
     first = int(restored.step)
     for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(state(first)), strict=True):
       if not np.array_equal(x, y):
@@ -157,6 +161,10 @@ def try_run(workdir: pathlib.Path, harmed: set[str], rng: random.Random) -> None
   before, old = snapshot(workdir), whole_lines(workdir)
   try:
     first = go_on(workdir, rng)
+  except Begun:
+    if any(name.startswith(("checkpoints/", "metrics.jsonl", "goodput.jsonl")) for name in before):
+      raise Lost("the run has started over") from None
+    return
   except UserError:
     check_kept(before, snapshot(workdir), lambda name: name == "lock")
     return
