@@ -35,7 +35,7 @@ from jflow.models.config import JanusFlowConfig
 from jflow.training.command import load_config
 
 CONFIGS = pathlib.Path(jflow.__file__).parent.parent / "configs"
-# What one H200 would take at 42,000 tokens a second (31,800 were measured, README "Speed"): rows of 4,096 tokens, and
+# What one H200 would take at 42,000 tokens a second (31,800 were measured, jflow/bench/README.md): rows of 4,096 tokens, and
 # pictures in them.
 TOKENS_PER_SECOND, PICTURES_PER_SECOND = 42_000, 65
 _WORDS = "a photograph of the old red sailing boat on calm sea near small white houses at sunset with many birds".split()

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--hlo", metavar="FILE", help="write the compiled program as text")
   parser.add_argument(
     "--table", type=pathlib.Path, metavar="NAME",
-    help="write the README's table to NAME.json and NAME.md, 2 minutes a row; an interrupted one goes on",
+    help="write the table of jflow/bench/README.md to NAME.json and NAME.md, 2 minutes a row; an interrupted one goes on",
   )  # fmt: skip
   known, fields = parser.parse_known_args(argv)
   if known.table:

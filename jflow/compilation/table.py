@@ -1,4 +1,4 @@
-"""The table of the README: stage 2 at 384 over TPU and GPU meshes of 8 to 256 chips."""
+"""The table of jflow/bench/README.md: stage 2 at 384 over TPU and GPU meshes of 8 to 256 chips."""
 
 import json
 import pathlib
@@ -21,7 +21,7 @@ ROWS = (
 )  # fmt: skip
 
 # For TPU the compiler works 13 times as long on a ConvNeXt block with its full effort, and the memory, not the
-# products or the collectives, of what it makes differs; see the README.
+# products or the collectives, of what it makes differs; see jflow/bench/README.md.
 _EFFORT = {"tpu": -1.0, "gpu": 0.0}
 # As the table was made. "auto" takes Triton on a GPU, see `attention.choose`.
 _ATTENTION = {"tpu": "splash", "gpu": "cudnn"}

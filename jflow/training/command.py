@@ -17,7 +17,7 @@ Stages start from the one before (stage 1 from `convert --from=huggingface-parts
   python -m jflow train --config=configs/stage2.py:tiny --workdir=runs/try
   python -m jflow train --config=configs/stage2.py --workdir=runs/stage2 --config.train.init_from=runs/stage1 \\
     --config.mesh.fsdp=8 --config.train.accumulation=16      # 512 rows on 8 GPUs, 4 at a time on each; and its
-  data and tokenizer, as under "Pretrain" in README.md
+  data and tokenizer, as under "Pretrain" in configs/README.md
 Set any field of configs/base.py with --config.FIELD=VALUE, for example
   --config.train.steps=100 --config.optimizer.learning_rate=3e-4 --config.mesh.data=8
 Stop it at any moment; the same command goes on from the last checkpoint in the workdir. It refuses data sets that hold
