@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import zipfile
 
 import jax.numpy as jnp
 import numpy as np
@@ -261,6 +262,96 @@ def _refused(capsys, message: str, *argv: str) -> None:
   assert main(["parity", *argv]) == 2
   error = [x for x in capsys.readouterr().err.splitlines() if x.startswith("jflow: ")]
   assert len(error) == 1 and message in error[0], error
+
+
+@pytest.fixture
+def unopened(monkeypatch):
+  """No checkpoint may be opened."""
+  monkeypatch.setattr("jflow.interop.parity.describe", lambda *args: pytest.fail("the checkpoint was opened"))
+
+
+def _without(golden, *names):
+  return {name: x for name, x in golden.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+  "change, part",
+  [
+    (lambda g: _without(g, "und/pixels"), "und/pixels"),
+    (lambda g: _without(g, "und/attention_mask"), "und/attention_mask"),
+    (lambda g: _without(g, "gen/steps"), "gen/steps"),
+    (lambda g: _without(g, "gen/t"), "gen/t"),
+    (lambda g: _without(g, "text/input_ids"), "text/input_ids"),
+    (lambda g: {"gen/z0": g["gen/z0"]}, "no output"),
+    (lambda g: g | {"und/input_ids": g["und/input_ids"].astype(np.float32)}, "und/input_ids"),
+    (lambda g: g | {"und/input_ids": g["und/input_ids"][0]}, "und/input_ids"),
+    (lambda g: g | {"und/attention_mask": g["und/attention_mask"][:, 1:]}, "und/attention_mask"),
+    (lambda g: g | {"und/attention_mask": 0 * g["und/attention_mask"]}, "und/attention_mask"),
+    (lambda g: g | {"und/pixels": np.full_like(g["und/pixels"], np.nan)}, "und/pixels"),
+    (lambda g: g | {"und/pixels": g["und/pixels"][..., 0]}, "und/pixels"),
+    (lambda g: g | {"und/greedy_tokens": g["und/greedy_tokens"][0]}, "greedy_tokens"),
+    (lambda g: g | {"gen/steps": np.array(0)}, "gen/steps"),
+    (lambda g: g | {"gen/steps": np.array(10**9)}, "gen/steps"),
+    (lambda g: g | {"gen/steps": np.array(6.5)}, "gen/steps"),
+    (lambda g: g | {"gen/t": np.array(1.5)}, "gen/t"),
+    (lambda g: g | {"gen/t": np.array([0.1, 0.2, 0.3])}, "gen/t"),
+    (lambda g: g | {"gen/cfg_weight": np.array(np.inf)}, "gen/cfg_weight"),
+    (lambda g: g | {"gen/z0": g["gen/z0"][0]}, "gen/z0"),
+    (lambda g: g | {"gen/z0": g["gen/z0"][:0]}, "gen/z0"),
+    (lambda g: g | {"text/logits": g["text/logits"].astype(np.complex64)}, "text/logits"),
+    (lambda g: g | {"text/logits": np.array(["a"])}, "text/logits"),
+    (lambda g: g | {"text/logits": np.zeros((0, 4))}, "text/logits"),
+    (lambda g: g | {"text/logits": np.array([{}], dtype=object)}, "npz"),
+  ],
+)
+def test_an_incomplete_golden_file_is_told_before_the_checkpoint_is_opened(golden, tmp_path, capsys, unopened, change, part):
+  path = _save(tmp_path, change(golden))
+  _refused(capsys, part, "--checkpoint=anywhere", f"--golden={path}")
+
+
+def test_a_file_that_unpacks_to_far_more_is_refused(tmp_path, capsys, unopened):
+  with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as file, file.open("text/logits.npy", "w") as out:
+    np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": (2**27,)})
+    for _ in range(512):
+      out.write(bytes(2**20))
+  _refused(capsys, "would unpack to", "--checkpoint=anywhere", f"--golden={tmp_path / 'bomb.npz'}")
+
+
+def test_ids_that_the_model_has_not_are_told_before_weights_are_read(checkpoint, golden, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr("jflow.interop.safetensors_io.Checkpoint.read", lambda *args: pytest.fail("weights were read"))
+  for name in ("text/input_ids", "gen/prompt_ids"):
+    for wrong in (-1, 256):
+      ids = golden[name].copy()
+      ids.reshape(-1)[3] = wrong
+      path = _save(tmp_path, golden | {name: ids})
+      _refused(capsys, name, f"--checkpoint={checkpoint}", f"--golden={path}")
+
+
+def test_arrays_that_are_not_compared_are_said(checkpoint, golden, tmp_path, capsys):
+  path = _save(tmp_path, {name: golden[f"text/{name[5:]}"] for name in ("text/input_ids", "text/logits")} | {"text/logit": np.zeros(3)})
+  assert main(["parity", f"--checkpoint={checkpoint}", f"--golden={path}"]) == 0
+  assert "text/logit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  "change, part",
+  [
+    (dict(image_size="48"), "image_size"),
+    (dict(image_size=10**9), "image_size"),
+    (dict(patch_size=0), "patch_size"),
+    (dict(cases={}), "cases"),
+    (dict(cases=["one"]), "cases[0]"),
+    (dict(cases=[{"name": "one", "conversation": ["x"]}]), "turn"),
+    (dict(cases=[{"name": "one", "conversation": [{"role": "User", "content": "a", "images": ["../x.png"]}]}]), "../x.png"),
+    (dict(cases=[{"name": "one", "conversation": [{"role": "User", "content": "a", "images": ["/etc/hostname"]}]}]), "/etc/hostname"),
+    (dict(cases=[{"name": "one", "conversation": [{"role": "User", "content": "a", "images": ["no.png"]}]}]), "no.png"),
+  ],
+)  # fmt: skip
+def test_cases_are_checked_before_the_tokenizer_is_built(processor, capsys, monkeypatch, change, part):
+  monkeypatch.setattr("jflow.interop.processor_parity.Tokenizer", lambda *args: pytest.fail("the tokenizer was built"))
+  path = processor / "cases.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  _refused(capsys, part, f"--processor={processor}")
 
 
 def test_bad_input_is_one_clear_line(checkpoint, golden, tmp_path, capsys, processor):

@@ -180,3 +180,176 @@ def test_shipped_tokenizer_fits_the_small_configs():
   assert tokenizer.vocabulary_size == 1024
   for word in (" red", " circle", " stars", " yes", " left"):
     assert len(tokenizer.encode(word)) == 1
+
+
+# --- files from elsewhere ----------------------------------------------------------------------------------
+
+
+def _regex(pattern):
+  return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def _replace(content, pattern="a"):
+  return {"type": "Replace", "pattern": {"String": pattern}, "content": content}
+
+
+def _sequence(key, parts):
+  return {"type": "Sequence", key: parts}
+
+
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_HOSTILE = [
+  (dict(pre_tokenizer=_regex("(a+)+$")), "pre_tokenizer"),
+  (dict(pre_tokenizer=_regex("(a|a)*b")), "pre_tokenizer"),
+  (dict(pre_tokenizer=_regex("a{100000}")), "pre_tokenizer"),
+  (dict(pre_tokenizer=_regex("(?:a{1000}){1000}")), "pre_tokenizer"),
+  (dict(pre_tokenizer=_regex("a*b*c*d*e*f")), "pre_tokenizer"),
+  (dict(pre_tokenizer=_regex("(?<x>a|b\\g<x>c)")), "pre_tokenizer"),
+  (dict(pre_tokenizer=_regex("(a)\\1")), "pre_tokenizer"),
+  (dict(pre_tokenizer=_regex("[a-z" + "b" * 5000)), "pre_tokenizer"),
+  (dict(pre_tokenizer=_regex("[")), "tokenizer"),
+  (dict(pre_tokenizer=_sequence("pretokenizers", [_BYTES] * 100)), "pre_tokenizer"),
+  (dict(pre_tokenizer={"type": "FixedLength", "length": 0}), "FixedLength"),
+  (dict(pre_tokenizer={"type": "Unheard"}), "pre_tokenizer"),
+  (dict(pre_tokenizer=[]), "pre_tokenizer"),
+  (dict(normalizer=_replace("x" * 1000)), "normalizer"),
+  (dict(normalizer=_sequence("normalizers", [_replace("aaaa")] * 12)), "normalizer"),
+  (dict(normalizer={"type": "Replace", "pattern": {"Regex": "(a+)+"}, "content": ""}), "normalizer"),
+  (dict(normalizer={"type": "Prepend", "prepend": "x" * 10**6}), "Prepend"),
+  (dict(normalizer={"type": "Precompiled", "precompiled_charsmap": "?"}), "Precompiled"),
+  (dict(decoder={"type": "Strip", "content": "a", "start": 0, "stop": 2**40}), "decoder"),
+  (dict(added_tokens=[{"id": -1, "content": "<x>"}]), "added_tokens"),
+  (dict(added_tokens=[{"id": 2**40, "content": "<x>"}]), "added_tokens"),
+  (dict(added_tokens="<x>"), "added_tokens"),
+  (dict(unheard={"a": 1}), "unheard"),
+]
+
+
+@pytest.mark.parametrize("change, part", _HOSTILE, ids=lambda x: str(x)[:50])
+def test_what_could_take_time_or_memory_without_end_is_refused(tmp_path, change, part):
+  with pytest.raises(UserError) as caught:
+    Tokenizer.load(_write(tmp_path, _golden() | change))
+  said = str(caught.value)
+  assert str(tmp_path) in said and part in said and "\n" not in said and len(said) < 600
+
+
+@pytest.mark.parametrize(
+  "pattern",
+  [
+    "[\r\n]",
+    "\\s?[A-Za-zµÀ-ÖØ-öø-ƺ]+",
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
+    "[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]*[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\\p{N}{1,3}",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+",
+    "\\s+$",
+    "[[:alpha:]&&[^\\p{Han}]]+",
+  ],
+)
+def test_expressions_of_published_tokenizers_pass(tmp_path, pattern):
+  value = _golden() | {"pre_tokenizer": _sequence("pretokenizers", [_regex(pattern), _BYTES])}
+  tokenizer = Tokenizer.load(_write(tmp_path, value))
+  text = "It's 12345 naïve 颜色\n\n  end "
+  assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def _with(change) -> dict:
+  value = _golden()
+  change(value)
+  return value
+
+
+@pytest.mark.parametrize(
+  "change, part",
+  [
+    (lambda v: v["model"].update(dropout=0.1), "dropout"),
+    (lambda v: v["model"]["vocab"].update({"circle!": -1}), "circle!"),
+    (lambda v: v["model"]["vocab"].update({"circle!": 1.5}), "circle!"),
+    (lambda v: v["model"].update(vocab=[]), "tokenizer"),
+    (lambda v: v["model"].update(type="Unheard"), "Unheard"),
+    (lambda v: v["added_tokens"][3].update(id=1500), "<image_placeholder>"),
+    (lambda v: v["added_tokens"][3].update(id=5), "<image_placeholder>"),
+    (lambda v: v["added_tokens"][3].update(content=""), "added_tokens"),
+  ],
+)
+def test_a_vocabulary_that_is_not_what_it_says_is_refused(tmp_path, change, part):
+  with pytest.raises(UserError, match=part):
+    Tokenizer.load(_write(tmp_path, _with(change)))
+
+
+def test_a_token_that_the_file_does_not_mark_as_special_stays_text_too(tmp_path):
+  value = _with(lambda v: [token.update(special=False) for token in v["added_tokens"]])
+  tokenizer = Tokenizer.load(_write(tmp_path, value))
+  text = " ".join(SPECIAL_TOKENS.values())
+  for copy in (tokenizer, pickle.loads(pickle.dumps(tokenizer))):
+    assert copy.image == 1003 and not set(copy.encode(text)) & set(range(1000, 1007)) and copy.decode(copy.encode(text)) == text
+
+
+def test_a_special_token_that_is_a_word_is_refused(tmp_path):
+  words = {token: i for i, token in enumerate((*SPECIAL_TOKENS.values(), "a"))}
+  model = {"type": "WordLevel", "vocab": words, "unk_token": "a"}
+  with pytest.raises(UserError, match="must hold it as a special token|unk_token"):
+    Tokenizer.load(_write(tmp_path, {"version": "1.0", "model": model, "pre_tokenizer": {"type": "WhitespaceSplit"}}))
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+  text = (GOLDEN / "tokenizer.json").read_text().replace('"vocab": {', '"vocab": {"!": 7, ', 1)
+  with pytest.raises(UserError, match="twice"):
+    Tokenizer.load(_write(tmp_path, text.encode()))
+
+
+def test_truncation_and_padding_of_the_file_cut_nothing(tmp_path):
+  value = _golden() | {
+    "truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
+    "padding": {"strategy": {"Fixed": 512}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                "pad_type_id": 0, "pad_token": "!"},
+  }  # fmt: skip
+  assert Tokenizer.load(_write(tmp_path, value)).encode("a red circle") == Tokenizer.load(GOLDEN).encode("a red circle")
+
+
+@pytest.mark.parametrize(
+  "name, value, part",
+  [
+    ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}, "auto_map"),
+    ("tokenizer_config.json", {"bos_token": "<nowhere>"}, "bos_token"),
+    ("tokenizer_config.json", {"eos_token": 7}, "eos_token"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"1003": {"content": "<end_of_image>"}}}, "added_tokens_decoder"),
+    ("special_tokens_map.json", {"eos_token": "<image_placeholder>"}, "special_tokens_map.json"),
+    ("special_tokens_map.json", [], "special_tokens_map.json"),
+    ("added_tokens.json", {"<image_placeholder>": 7}, "added_tokens.json"),
+    ("added_tokens.json", {"<unheard>": 1003}, "added_tokens.json"),
+  ],
+)
+def test_files_beside_it_may_not_contradict(tmp_path, name, value, part):
+  _write(tmp_path, _golden(), json.dumps({"eos_token": SPECIAL_TOKENS["eos"]}))
+  (tmp_path / name).write_text(json.dumps(value))
+  with pytest.raises(UserError, match=part):
+    Tokenizer.load(tmp_path)
+
+
+def test_a_template_of_the_file_is_never_run(tmp_path):
+  canary = tmp_path / "canary"
+  template = "{{ cycler.__init__.__globals__.os.system('touch " + str(canary) + "') }}"
+  tokenizer = Tokenizer.load(_write(tmp_path, _golden(), json.dumps({"chat_template": template})))
+  assert tokenizer.encode("a red circle") and not canary.exists()
+
+
+def test_a_sentencepiece_model_is_named_with_the_way_out(tmp_path):
+  (tmp_path / "tokenizer.model").write_bytes(b"x")
+  with pytest.raises(UserError, match="tokenizer.model beside it is a sentencepiece model.*save_pretrained"):
+    Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("error", [Exception("bare"), type("PanicException", (BaseException,), {})("a panic")])
+def test_whatever_the_library_raises_is_one_line(tmp_path, monkeypatch, error):
+  tokenizer = Tokenizer.load(GOLDEN)
+
+  class Broken:
+    def encode(self, *args, **kwargs):
+      raise error
+
+    decode = encode
+
+  monkeypatch.setattr(tokenizer, "_tokenizer", Broken())
+  for call in (lambda: tokenizer.encode("a"), lambda: tokenizer.decode([1])):
+    with pytest.raises(UserError, match=str(error)):
+      call()

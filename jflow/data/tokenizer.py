@@ -82,10 +82,13 @@ class Tokenizer:
     for attribute, name in SPECIAL_TOKENS.items():
       token = _special_token(vocabulary, config, other, attribute, name, origin)
       setattr(self, attribute, vocabulary[token])
-      if not checked and vocabulary[token] in self.encode(token):
-        raise UserError(
-          f"{origin}: tokenizer.json does not mark {token} as special, so that any text could spell it: set special to true"
-        )
+      if vocabulary[token] in self.encode(token):  # the file does not mark it as special
+        with _native(f"{origin}: {shown(token)} cannot be made a special token"):
+          self._tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
+        if vocabulary[token] in self.encode(token) or self._tokenizer.token_to_id(token) != vocabulary[token]:
+          raise UserError(
+            f"{origin}: any text can spell {token}: tokenizer.json must hold it as a special token"
+          )
 
   @classmethod
   def load(cls, directory: str) -> "Tokenizer":
@@ -290,7 +293,9 @@ def _special_token(
   first, since its tokenizer_config.json names EOS; a tokenizer without any pads with EOS (no padding is ever read).
   """
   settings = {"tokenizer_config.json": config, "special_tokens_map.json": other}
-  named, also = (_named(values, f"{attribute}_token", f"{origin}: {file}") for file, values in settings.items())
+  named, also = (
+    _named(values, f"{attribute}_token", f"{origin}: {file}") for file, values in settings.items()
+  )
   if attribute in ("bos", "eos") and named and also and named != also:
     raise UserError(
       f"{origin}: {attribute}_token is {shown(named)} in tokenizer_config.json and {shown(also)} in special_tokens_map.json"
