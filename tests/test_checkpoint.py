@@ -310,6 +310,93 @@ def test_steps_that_are_kept_for_good_stay(tmp_path):
   assert checkpoint.steps_of(tmp_path) == [12, 8, 4]
 
 
+@pytest.fixture(scope="module")
+def saved_four(tmp_path_factory) -> pathlib.Path:
+  directory = tmp_path_factory.mktemp("four") / "checkpoints"
+  _save(directory, 1, 2, 3, 4)
+  return directory
+
+
+@pytest.fixture
+def four(saved_four, tmp_path) -> pathlib.Path:
+  """Steps 1 to 4."""
+  return pathlib.Path(shutil.copytree(saved_four, tmp_path / "checkpoints"))
+
+
+def _contents(folder: pathlib.Path) -> dict[str, bytes]:
+  return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_of_an_old_step_that_is_a_link_only_the_link_goes(four, tmp_path, capsys):
+  kept = tmp_path / "kept"
+  kept.mkdir()
+  (four / "1").rename(kept / "1")
+  (four / "1").symlink_to(kept / "1")
+  (four / "2").rename(four / "best")  # a link to a neighbour
+  (four / "2").symlink_to("best")
+  data = _largest(four / "3")  # a link inside a step
+  data.rename(kept / "data")
+  data.symlink_to(kept / "data")
+  os.link(_largest(four / "4"), kept / "linked")
+  before = _contents(kept), _contents(four / "best")
+  _save(four, 5, 6, keep=2)
+  assert sorted(p.name for p in four.iterdir()) == ["5", "6", "best"]
+  assert (_contents(kept), _contents(four / "best")) == before and checkpoint.damage(kept / "1") is None
+  assert f"the link {four / '1'} is removed" in capsys.readouterr().err
+
+
+def test_a_folder_of_checkpoints_may_lie_elsewhere(four, tmp_path):
+  four.rename(tmp_path / "disk")
+  four.symlink_to(tmp_path / "disk")
+  _save(four, 5, keep=2)
+  assert checkpoint.steps_of(tmp_path / "disk") == [5, 4]
+
+
+@pytest.mark.parametrize("fault", ["a step that cannot be deleted", "a mount point"])
+def test_an_old_step_that_stays_stops_no_run_and_is_said_once(four, monkeypatch, capsys, fault):
+  def failing(path):
+    raise OSError(errno.EACCES, "Permission denied")
+
+  if fault == "a mount point":
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path).endswith("/1"))
+  else:
+    monkeypatch.setattr(steps.files, "remove", failing)
+  before = _contents(four / "1")
+  checkpointer = Checkpointer(four, 2, {})
+  for step in (5, 6):
+    checkpointer.save(_state(step))
+  checkpointer.wait()
+  assert capsys.readouterr().err.count(f"the old step {four / '1'} ") == 1
+  _assert_same(_restore(four), _state(6))
+  if fault == "a mount point":
+    assert _contents(four / "1") == before
+  else:
+    monkeypatch.undo()
+    _save(four, 7, keep=2)  # what could not be deleted goes when it can be
+    assert sorted(p.name for p in four.iterdir()) == ["6", "7"]
+
+
+@pytest.mark.parametrize("what", ["link", "dangling link", "file", "folder"])
+def test_what_stands_in_the_place_of_a_step_to_save_is_kept(four, tmp_path, what):
+  (tmp_path / "kept").mkdir()
+  (tmp_path / "kept" / "notes").write_text("mine")
+  place = four / "5"
+  if what == "link":
+    place.symlink_to(tmp_path / "kept")
+  elif what == "dangling link":
+    place.symlink_to("nowhere")
+  elif what == "file":
+    place.write_text("mine")
+  else:
+    (tmp_path / "kept").rename(place)
+  _save(four, 5)
+  _assert_same(_restore(four), _state(5))
+  aside = four / "5.replaced"
+  assert os.path.lexists(aside) and not (four / "5").is_symlink()
+  if what in ("link", "folder"):
+    assert (aside / "notes").read_text() == "mine"
+
+
 def test_a_full_disk_stops_the_run_and_names_what_is_left(copy, monkeypatch):
   full = OSError(errno.ENOSPC, "No space left on device")
 
@@ -381,8 +468,8 @@ def test_a_converted_checkpoint_comes_back_and_has_no_raw_weights(tmp_path):
   [
     ("{", "cannot be read"),
     ("[]", "cannot be read"),
-    ("[" * 5000, "cannot be read"),
-    ('{"a":' * 200 + "1" + "}" * 200, "cannot be read"),
+    pytest.param("[" * 5000, "cannot be read", id="deep"),
+    pytest.param('{"a":' * 200 + "1" + "}" * 200, "cannot be read", id="nested"),
     ('{"model": 1, "data": {"template": "x"}}', "no field model"),
     ('{"data": {"template": "x"}}', "no field model"),
     ('{"model": {"w": 1}}', "no field data.template"),

@@ -196,6 +196,63 @@ def test_one_process_writes_and_a_full_disk_gets_one_clear_line(data, monkeypatc
     write(data)
 
 
+@pytest.mark.parametrize(
+  "damage",
+  [
+    "", "[]", "{", "42", "\0" * 60, "[" * 100_000, '{"schema": 1}', {"shard_lengths": None}, {"shard_bytes": [1]},
+    {"moments": "8"}, {"shard_lengths": ["6", 6, 6, 4]}, {"records": None}, {"encoder": 7},
+  ],
+  ids=lambda value: ascii(value)[:24],
+)  # fmt: skip
+def test_a_damaged_header_is_named(written, damage):
+  header = pathlib.Path(written[0]) / "latents.json"
+  text = json.dumps(json.loads(written[1]) | damage) if isinstance(damage, dict) else damage
+  header.write_text(text)
+  with pytest.raises(UserError, match="latents.json is damaged .*: remove .*make them again"):
+    latents.Latents(written[2], 16, MOMENTS)
+  assert header.read_text() == text
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+  """The folder of some latents, their header, and their records; a test writes another header."""
+  data = str(tmp_path_factory.mktemp("written") / "data")
+  prepare.prepare("shapes", data, "generation", records=22, image_size=16, part_records=6)
+  constant = lambda: lambda pixels: np.zeros((len(pixels), *MOMENTS), bfloat16)
+  write(data, constant)
+  folder = latents.folder(data, 16)
+  return folder, (pathlib.Path(folder) / "latents.json").read_text(), PreparedSource(data, "generation")
+
+
+@pytest.mark.parametrize("harm", ["report", "shard of NUL", "shard a link"])
+def test_a_shard_that_is_not_whole_is_made_again(tmp_path, harm):
+  data = str(tmp_path / "data")
+  prepare.prepare("shapes", data, "generation", records=12, image_size=16, part_records=6)
+  ones = lambda pixels: np.ones((len(pixels), *MOMENTS), bfloat16)
+  calls = []
+
+  def killed():
+    calls.append(1)
+    if len(calls) == 3:
+      raise KeyboardInterrupt
+    return ones
+
+  with pytest.raises(KeyboardInterrupt):
+    write(data, killed)
+  shard = pathlib.Path(latents.folder(data, 16) + ".partial") / "latents-00000-of-00002.array_record"
+  (tmp_path / "precious").write_text("mine")
+  if harm == "report":
+    shard.with_name(shard.name + ".json").write_text('{"bytes": "x"}')
+  elif harm == "shard of NUL":
+    shard.write_bytes(bytes(shard.stat().st_size))
+  else:
+    shard.unlink()
+    shard.symlink_to(tmp_path / "precious")
+  write(data, lambda: ones)
+  made = latents.Latents(PreparedSource(data, "generation"), 16, MOMENTS)
+  assert all((made[i][1] == 1).all() for i in range(12)) and (tmp_path / "precious").read_text() == "mine"
+
+
 def test_a_run_refuses_what_does_not_fit(data, tmp_path):
   with pytest.raises(
     UserError, match="has no latents of 16 pixels; make them: python -m jflow prepare --latents"

@@ -1,9 +1,11 @@
 """Plans and lengths are made once, shared, never taken half-written, and the same wherever they lie."""
 
+import json
 import multiprocessing
 import os
 import pathlib
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -99,6 +101,50 @@ def test_a_damaged_file_is_made_again(tmp_path, made):
       if pattern.startswith("lengths"):
         next(tmp_path.glob("plan-*/plan.json")).write_text("{}")
       _same(_planned(tmp_path), expected)
+
+
+@pytest.mark.parametrize("pattern", ["plan-*", "plan-*/plan.json", "plan-*/starts.npy", "plan-*/row_offsets.npy", "lengths-*"])
+@pytest.mark.parametrize(
+  "content",
+  [b"", b"\0" * 300, b"[]", b"[" * 100_000, b"\x93NUMPY\x01\0", "list", "folder", "link", "pipe"],
+  ids=lambda value: ascii(value)[:24],
+)  # fmt: skip
+def test_what_is_not_what_was_kept_is_made_again(tmp_path, pattern, content):
+  source, cache = _source(size=12), tmp_path / "cache"
+  make = lambda: plans.planned(source, "generation", TOKENIZER, "plain", SHAPE, str(cache))
+  expected = make()
+  if pattern == "lengths-*":
+    shutil.rmtree(next(cache.glob("plan-*")))
+  (path,) = cache.glob(pattern)
+  if path.is_dir():
+    shutil.rmtree(path)
+  else:
+    path.unlink()
+  if content == "folder":
+    path.mkdir()
+  elif content == "pipe":
+    os.mkfifo(path)
+  elif content == "link":
+    path.symlink_to("nowhere")
+  elif content == "list":  # of the right form and other content
+    path.write_text(json.dumps({"checksums": [], "records": "12", "tokens": None, "rejected": [1]}))
+  else:
+    path.write_bytes(content)
+  for _ in range(2):
+    _same(make(), expected)
+  assert sorted(p.suffix for p in cache.iterdir()) == ["", ".npz"] and not (cache / "nowhere").exists()
+
+
+def test_a_header_with_other_counts_is_made_again(tmp_path):
+  expected = _planned(tmp_path, size=12)
+  (path,) = tmp_path.glob("plan-*/plan.json")
+  header = json.loads(path.read_text())
+  for changed in ({"records": 13}, {"records": True}, {"rejected": {"x": -1}}, {"rejected": None}, {"checksums": 7}):
+    path.write_text(json.dumps(header | changed))
+    _same(_planned(tmp_path, size=12), expected)
+    assert json.loads(path.read_text()) == header
+  path.write_text(json.dumps(header | {"tokens": "many"}))  # counted, not read
+  _same(_planned(tmp_path, size=12), expected)
 
 
 def test_loader_processes_get_a_path_and_not_the_arrays(tmp_path):

@@ -99,6 +99,59 @@ def test_a_shard_that_the_machine_lost_is_made_again(folder, monkeypatch):
   assert [record.id for record in read_back(output)] == [f"r{i}" for i in range(12)]
 
 
+HARM = {  # to what a killed import left: of a part, whose report alone says that it is whole
+  "report": lambda part, name: (part / f"{name}.json").write_text("[]"),
+  "report cut": lambda part, name: os.truncate(part / f"{name}.json", 30),
+  "report nested": lambda part, name: (part / f"{name}.json").write_text("[" * 100_000),
+  "report of text": lambda part, name: (part / f"{name}.json").write_text('{"records": "4", "files": {}}'),
+  "report a pipe": lambda part, name: ((part / f"{name}.json").unlink(), os.mkfifo(part / f"{name}.json")),
+  "shard of NUL": lambda part, name: _zero(part / f"{name}.array_record"),
+  "outlines of NUL": lambda part, name: _zero(part / f"{name}.outlines"),
+  "no outlines": lambda part, name: (part / f"{name}.outlines").unlink(),
+  "no rejected": lambda part, name: (part / f"{name}.rejected").unlink(),
+  "shard a link": lambda part, name: _link(part / f"{name}.array_record", part.parent / "precious"),
+  "outlines a pipe": lambda part, name: ((part / f"{name}.outlines").unlink(), os.mkfifo(part / f"{name}.outlines")),
+}  # fmt: skip
+
+
+def _zero(path):  # as a power cut leaves a file: of its size
+  path.write_bytes(bytes(path.stat().st_size))
+
+
+def _link(path, target):
+  target.write_text("mine")
+  path.unlink()
+  path.symlink_to(target)
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_part_that_is_not_whole_is_read_again(folder, harm):
+  write_lines(folder / "books.jsonl", [{"id": str(i), "text": f"Document {i}." if i else ""} for i in range(12)])
+  with pytest.raises(UserError, match="1 of 12"):
+    run(folder, "text", "books.jsonl", "text", part_records=5)
+  HARM[harm](folder.parent / "out.partial", "part-00000")
+  _, output = run(folder, "text", "books.jsonl", "text", part_records=5, max_rejected_share=0.1)
+  assert [record.id for record in read_back(output, "text")] == [str(i) for i in range(1, 12)]
+  if harm == "shard a link":
+    assert (folder.parent / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("job", [None, b"", b"{", b"[]", b"\0" * 40, b"[" * 100_000], ids=lambda value: ascii(value)[:24])
+def test_work_of_which_nothing_is_known_is_not_removed(folder, job):
+  """Parts whose job.json is lost may be days of work; and a folder of that name may be the user's."""
+  write_lines(folder / "books.jsonl", [{"text": f"Document {i}." if i else ""} for i in range(12)])
+  with pytest.raises(UserError, match="1 of 12"):
+    run(folder, "text", "books.jsonl", "text", part_records=5)
+  partial = folder.parent / "out.partial"
+  (partial / "job.json").unlink()
+  if job is not None:
+    (partial / "job.json").write_bytes(job)
+  before = sorted(os.listdir(partial))
+  with pytest.raises(UserError, match=r"out.partial holds part-00000.*job.json is (missing|damaged).*remove"):
+    run(folder, "text", "books.jsonl", "text", part_records=5, max_rejected_share=0.1)
+  assert sorted(os.listdir(partial)) == before
+
+
 def test_a_file_system_without_links_gets_copies(folder, monkeypatch):
   def refuse(*_):
     raise PermissionError(1, "Operation not permitted")

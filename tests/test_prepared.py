@@ -37,9 +37,18 @@ def test_a_directory_that_is_not_whole_is_refused(folder):
     PreparedSource(output, "understanding")
   shard.write_bytes(data)
   summary = pathlib.Path(output, "summary.json")
+  whole = summary.read_text()
   for content, message in (
     ("{", "no readable summary.json"),
     ('{"schema": 1}', "no readable summary.json"),
+    ("", "no readable summary.json"),
+    ("42", "no readable summary.json"),
+    ("\0" * 90, "no readable summary.json"),
+    ("[" * 100_000, "no readable summary.json"),
+    (whole.replace('"shard_lengths": [', '"shard_lengths": ["6", '), "no readable summary.json"),
+    (whole.replace('"shard_bytes": [', '"shard_bytes": [1, '), "no readable summary.json"),
+    (whole.replace('"accepted": 12', '"accepted": 11'), "no readable summary.json"),
+    (whole.replace('"fingerprint": "', '"fingerprint": ["'), "no readable summary.json"),
     (summary.read_text().replace('"schema": 1', '"schema": 99'), "schema 99"),
   ):
     summary.write_text(content)
@@ -124,6 +133,24 @@ def test_damaged_outlines_are_named(tmp_path, damage):
   path.write_bytes(data[:10] + damage + (data[11:] if damage else b""))
   with pytest.raises(UserError, match="outlines-00000.* is damaged .*prepare the source again"):
     list(prepared.read_outlines(str(path)))
+
+
+@pytest.mark.parametrize(
+  "lines",
+  [
+    b"", b'["a", 1, "t", []]\n', b'["a", 1, "t", []]\n' * 3, b"42\n" * 2, b'["a", 1, "t"]\n' * 2,
+    b'["a", 1e9, "t", []]\n' * 2, b'["a", 99999999999, "t", []]\n' * 2, b'["a", 1, "t", [["user"]]]\n' * 2,
+    b'["a", 1, null, []]\n' * 2, b"[" * 100_000 + b"\n\n", b"\xff\n" * 2,
+  ],
+  ids=lambda value: ascii(value)[:24],
+)  # fmt: skip
+def test_outlines_that_are_not_those_of_the_shard_are_named(tmp_path, lines):
+  """An empty file is no damage to gzip, and would leave the shard's records out of the plan without a word."""
+  path = tmp_path / "outlines-00000-of-00001.jsonl.gz"
+  for content in (gzip.compress(lines), *([b""] if not lines else [])):
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="outlines-00000.* is damaged .*prepare the source again"):
+      list(prepared.read_outlines(str(path), 2))
 
 
 def test_the_pipeline_reads_the_directory_and_counts_what_is_damaged(folder):

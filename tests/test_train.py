@@ -234,6 +234,34 @@ def test_a_complete_run_stays_as_it_is(runs, stage3, stage2, compilation_cache):
   assert (stage3 / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_damaged_run_goes_on_without_loss_or_is_refused(runs, stage3, stage2, compilation_cache):
+  """As a user meets it: a step that was moved away, a line that was spoiled; then all manifests are gone."""
+  harmed = runs / "harmed"
+  shutil.copytree(stage3, harmed)
+  shutil.rmtree(harmed / "checkpoints" / str(STEPS))
+  oldest = min(checkpoint.sealed_steps(harmed / "checkpoints"))
+  kept = shutil.move(harmed / "checkpoints" / str(oldest), runs / "kept")
+  (harmed / "checkpoints" / str(oldest)).symlink_to(kept)
+  text = (harmed / "metrics.jsonl").read_bytes().split(b"\n")
+  text[3] = text[3].replace(b":", b";", 1)
+  (harmed / "metrics.jsonl").write_bytes(b"\n".join(text) + b'{"step": 25, "x": "\xff\xfe')
+  one_more = f"--config.train.steps={STEPS + INTERVAL}"  # so that the linked step is an old one
+  done = _train(3, harmed, compilation_cache, stage2, one_more)
+  assert "metrics.jsonl: line 4 is damaged" in done.stderr and "Traceback" not in done.stderr
+  losses, whole = _losses(harmed), _losses(stage3)
+  assert list(losses) == [step for step in range(1, STEPS + INTERVAL + 1) if step != 4]
+  assert all(losses[step] == whole[step] for step in whole if step != 4)
+  assert (harmed / "metrics.jsonl.damaged").read_bytes().startswith(b"\n".join(text))
+  assert checkpoint.damage(pathlib.Path(kept)) is None
+  for manifest in harmed.glob("checkpoints/*/manifest.json"):
+    manifest.unlink()
+  before = {path: path.read_bytes() for path in harmed.rglob("*") if path.is_file()}
+  command = _command(3, harmed, compilation_cache, stage2, one_more)
+  done = subprocess.run(command, cwd=tiny.ROOT, env=_environment(), capture_output=True, text=True)
+  assert done.returncode == 2 and "no complete checkpoint of it" in done.stderr and "Traceback" not in done.stderr
+  assert {path: path.read_bytes() for path in harmed.rglob("*") if path.is_file()} == before
+
+
 def test_a_run_goes_on_with_smaller_microbatches_and_less_memory(runs, stage2, stage1, compilation_cache):
   """As on half of the devices: the same batches and draws, so the same losses to rounding."""
   smaller = runs / "smaller"
