@@ -91,5 +91,10 @@ def _drop_lost_output() -> bool:
     return True
 
 
-if __name__ == "__main__":
+def run() -> None:
+  """The installed command `jflow`: runs the command line and exits with its code."""
   sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+  run()

@@ -115,4 +115,4 @@ def test_a_tokenizer_without_bos_is_refused(directories, tmp_path, capsys):
     f"--output={tmp_path / 'o'}",
   ]
   assert main(argv) == 2
-  assert "(bos); JanusFlow needs it" in capsys.readouterr().err
+  assert "bos_token='<｜begin▁of▁sentence｜>'" in capsys.readouterr().err
