@@ -1,7 +1,6 @@
 """The predictions of an evaluation on disk: one line per sample, written as it is made, read again after any stop."""
 
 import errno
-import fcntl
 import json
 import os
 import pathlib
@@ -9,6 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from jflow.errors import UserError
+from jflow.files import lock
 from jflow.inference.files import make_directory, writing
 
 
@@ -43,13 +43,11 @@ class Samples:
       self._compare(json.loads(json.dumps(settings)))
       self._file = open(self._path, "a+b", buffering=0)
     try:
-      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise UserError(
-        f"{flag}={directory}: another process writes {name} now; wait for it or stop it"
-      ) from None
+      alone = lock(self._file)
     except OSError:  # a file system without locks
-      pass
+      alone = True
+    if not alone:
+      raise UserError(f"{flag}={directory}: another process writes {name} now; wait for it or stop it")
     self._cut_torn_line()
 
   def _compare(self, settings: dict[str, Any]) -> None:

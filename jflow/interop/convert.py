@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import ml_dtypes
 import numpy as np
 
+from jflow import files
 from jflow.errors import Stopped, UserError, need_text_name
 from jflow.inference import checks
 from jflow.interop import official, remote, transfer
@@ -179,7 +180,7 @@ def convert(args: argparse.Namespace) -> None:
       official.save(part, loaded.config, loaded.params, loaded.tokenizer, kept, dtype, args.shard_bytes)
     else:
       _write_jflow(part, loaded, template, kept)
-    part.rename(args.output)
+    files.publish(part, args.output)
   except OSError as error:
     raise Stopped(f"{args.output} cannot be written: {error.strerror or error}") from None
   finally:

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from jflow.errors import UserError
+from jflow.files import replacing
 
 CACHE = pathlib.Path("~/.cache/jflow/checkpoints")
 _SUFFIXES = (".json", ".safetensors", ".model", ".txt")  # of a published checkpoint; never a pickle
@@ -80,13 +81,11 @@ def _copy(store: Any, source: str, size: int | None, target: pathlib.Path, url: 
   """Copies one file of so many bytes, whole or not at all; one that is there is kept."""
   if target.exists():
     return
-  part = target.with_name(f"{target.name}.{os.getpid()}.part")
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
-    store.get_file(source, str(part))
-    if size not in (None, part.stat().st_size):
-      raise OSError(f"{part.stat().st_size} bytes came of {size}")
-    part.replace(target)
+    with replacing(target) as new:
+      store.get_file(source, str(new))
+      if size not in (None, new.stat().st_size):
+        raise OSError(f"{new.stat().st_size} bytes came of {size}")
   except Exception as error:  # a store raises what it likes
-    part.unlink(missing_ok=True)
     raise UserError(f"checkpoint {url}: {source} cannot be copied to {target.parent}: {error}") from error

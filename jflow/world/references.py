@@ -3,7 +3,6 @@
 import collections
 import functools
 import hashlib
-import os
 import pathlib
 import random
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jflow.files import replacing
 from jflow.world import features, judge, questions, scenes, source
 from jflow.world.questions import Question
 
@@ -118,12 +118,10 @@ def features_of_renders(
     "state": np.stack([features.state(judge.detect(image)) for image in pictures]),
   }
   if path:
-    part = path.with_name(f"{path.name}.{os.getpid()}")
     try:
       cache.mkdir(parents=True, exist_ok=True)
-      with open(part, "wb") as file:
+      with replacing(path) as new, open(new, "wb") as file:
         np.savez(file, **out)
-      part.replace(path)
     except OSError as error:  # the scores do not need it
       print(f"jflow: features of true pictures are not kept: {error}", file=sys.stderr)
   return out
