@@ -216,6 +216,7 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, Any]) -> 
     return tasks[0].result()
   finally:
     for task in tasks:
+      task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody is left to hear of it
       task.cancel()
 
 

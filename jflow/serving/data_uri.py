@@ -2,11 +2,11 @@
 
 import base64
 import re
-import urllib.parse
 
 _HEAD = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),", re.IGNORECASE)
 _LONGEST_HEAD = 1000  # characters
 _UNTYPED = ("", "application/octet-stream", "binary/octet-stream")  # of files that a browser does not know
+_ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
 _SPACE = re.compile(r"[ \t\r\n\f]+")
 _BASE64 = re.compile(r"[A-Za-z0-9+/]*={0,2}")
 
@@ -29,7 +29,8 @@ def decode(uri: str) -> bytes:
   kind, encoding = head[1].strip().lower(), head[2].rpartition(";")[2].strip().lower()
   if kind not in _UNTYPED and not kind.startswith("image/"):
     raise ValueError(f"must be a PNG, JPEG, WebP or GIF picture, got {kind[:40]!r}")
-  body = urllib.parse.unquote_to_bytes(uri[head.end() :])
+  # Not urllib's, which takes twenty times the memory of what is all escapes.
+  body = _ESCAPE.sub(lambda match: bytes.fromhex(match[1].decode()), uri[head.end() :].encode())
   return _from_base64(body) if encoding == "base64" else body
 
 
