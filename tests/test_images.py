@@ -137,6 +137,20 @@ def test_sixteen_bits_keep_the_upper_eight():
   assert pixels[0, :, 0].tolist() == [0, 0, 1, 128, 255] and (pixels == pixels[..., :1]).all()
 
 
+def test_the_clear_color_of_sixteen_bits_is_laid_over_white():
+  values = np.array([[0x1234, 0x1235, 0x8000]], np.uint16)
+  grey = images.decode(_encode(Image.fromarray(values), transparency=0x1234))
+  assert grey[0, :, 0].tolist() == [255, 0x12, 0x80]
+  data = _encode(Image.new("RGB", (3, 1)))
+  end = data.index(b"IEND") - 4
+  pixels = np.array([[0x1212, 0x3434, 0x5656], [0x1212, 0x3434, 0xFFFF], [0, 0, 0]], ">u2")
+  header = _chunk(b"IHDR", struct.pack(">2L5B", 3, 1, 16, 2, 0, 0, 0))
+  clear = _chunk(b"tRNS", pixels[0].tobytes())
+  body = _chunk(b"IDAT", zlib.compress(b"\0" + pixels.tobytes()))
+  color = images.decode(data[:8] + header + clear + body + data[end:])
+  assert color[0].tolist() == [[255] * 3, [0x12, 0x34, 255], [0] * 3]
+
+
 def test_grey_bilevel_and_cmyk():
   assert (images.decode(_encode(Image.new("L", (3, 3), 77))) == 77).all()
   assert (images.decode(_encode(Image.new("1", (3, 3), 1))) == 255).all()

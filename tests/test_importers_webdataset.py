@@ -385,6 +385,7 @@ def test_flags_name_the_members_that_are_there(tars, members, options, text):
     ({"jpg": JPEG, "json": b'{"alt": "x"}'}, {}, ("jpg, json (alt)", "--text_column")),
     ({"jpg": JPEG, "txt": b"x"}, {"text_column": "cap"}, ('"cap" is missing', "jpg, txt")),
     ({"img": JPEG, "txt": b"x"}, {}, ("img, txt", "--image_column")),
+    ({"": b"x"}, {}, ("no image, only ''",)),
     ({"jpg": JPEG, "txt": b"x"}, {"image_column": "png"}, ("no png", "jpg, txt")),
     ({"jpg": JPEG, "json": b'{"caption": "x"}'}, {"text_column": "json"}, ("should be text, not dict",)),
   ],

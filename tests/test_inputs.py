@@ -49,12 +49,19 @@ HIDDEN = (
 def test_hidden_folders_are_left_out_and_counted_unless_they_are_named(folder, hidden):
   _write(folder / hidden / "x.txt")
   _write(folder / hidden / "._y.txt")
-  for name in ("", "**/*.txt"):
+  for name in ("", "**/*.txt", "**/**/**/*.txt"):
     assert _texts(folder, name) == ("a", {"hidden": 1})
     (folder.parent / "out").rename(folder.parent / f"out{len(name)}")
   assert _texts(folder, hidden) == ("x", {"hidden": 1})
   (folder.parent / "out").rename(folder.parent / "out-named")
   assert _texts(folder, f"{hidden}/[x].txt") == ("x", {})
+
+
+def test_the_name_of_a_file_costs_no_text(folder):
+  for name, ids in (("caf\udce9.txt", ["caf\\xe9.txt"]), ("b\udce9.jsonl", ["b\\xe9.jsonl:0"]), ("ü.txt", ["ü.txt"])):
+    (folder / name).write_bytes(b'{"text": "x"}')
+    _, output = run(folder, "text", name, "text", output=str(folder.parent / ids[0]))
+    assert [record.id for record in read_back(output, "text")] == ids
 
 
 def _hide_jsonl(folder):

@@ -343,10 +343,14 @@ def _damage(error: Exception) -> ImageError:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+  clear = image.info.get("transparency")  # in a PNG of 16 bits it has 16 bits, too
   if image.mode == "RGB":
-    return image if "transparency" not in image.info else _over_white(image)
+    if isinstance(clear, tuple) and max(clear) > 255:  # Pillow has cut the pixels to 8 bits
+      image.info["transparency"] = tuple(value >> 8 for value in clear)
+    return image if clear is None else _over_white(image)
   if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
     values = np.asarray(image).astype(np.int64)
+    values = np.where(values == clear, 65535, values) if isinstance(clear, int) else values
     return Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8)).convert("RGB")
   if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
     return _over_white(image)

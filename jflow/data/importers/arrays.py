@@ -58,14 +58,11 @@ def _end(text: str, at: int) -> None:
 
 def _end_of_value(text: str, at: int) -> int:
   """Returns where a list or an object ends, or a number, however deep or long it is."""
+  if number := _NUMBER.match(text, at):
+    return number.end()
   depth = 0
   for token in _TOKENS.finditer(text, at):
-    if token.start() > at and not depth:
-      break
     depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(token[0], 0)
     if not depth:
       return token.end()
-  number = _NUMBER.match(text, at)
-  if depth or not number:
-    raise RecordError("broken_json", f"not valid JSON (the entry at character {at:,} has no end)")
-  return number.end()
+  raise RecordError("broken_json", f"not valid JSON (the entry at character {at:,} has no end)")

@@ -129,7 +129,9 @@ def _fits(parts: list[str], pattern: list[str]) -> bool:
   """Whether the parts of a path match those of a pattern, in which `**` is any number of parts."""
   at = {0}  # how much of the pattern may be used up
   for part in parts:
-    at |= {i + 1 for i in at if i < len(pattern) and pattern[i] == "**"}
+    for i in range(len(pattern)):
+      if i in at and pattern[i] == "**":
+        at.add(i + 1)
     at = {
       i if pattern[i] == "**" else i + 1
       for i in at

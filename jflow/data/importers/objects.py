@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -56,8 +57,11 @@ _PERHAPS = {
 # names them.
 _OTHER_IMAGES = ("img", "imgs", "img_path", "image_path", "image_paths", "image_file", "image_files", "picture",
                  "pictures", "photo", "photos")  # fmt: skip
+# Keys of a conversation that say where its medium lies, or which it is.
+_REFERENCE = re.compile(r"(video|audio|image|img)s?[_-]?(?:url|uri|link|id|name)s?")
 _IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic")
 _TURN = ("from", "role"), ("value", "content")
+_PLACE = ("path", "url", "uri", "file", "file_name", "filename", "name")  # of a file that an object describes
 _MAX_NOTE = 1000  # characters of a value that is kept as metadata
 _MAX_NAME = 4096  # characters of the name of a file
 _MAX_DEPTH = 16  # of lists and objects in which a value is looked for
@@ -145,6 +149,7 @@ def images_of(fields: Mapping[str, Any], task: str, column: str = "") -> list[An
   for key in () if column else fields:
     lower, value = key.lower(), fields[key]
     named = conversation and lower not in _TEXTS and _ending(value) in _IMAGE_ENDINGS
+    named |= conversation and (_reference(lower) in ("image", "img") or _is_contents(value)) and _holds(value)
     if (
       named
       or (lower in IMAGES and _holds(value))
@@ -173,7 +178,7 @@ def check_media(names: Mapping[str, Any], column: str = "") -> None:
     if reason is None and _is_file(value, _MEDIUM_OF):
       reason = _PERHAPS.get(key)
     if reason is None and conversation and key not in _TEXTS:
-      reason = _MEDIUM_OF.get(_ending(value))
+      reason = _MEDIUM_OF.get(_ending(value)) or _MEDIUM_OF.get(_reference(key))
     if reason and name != column and _holds(value):
       raise Unwanted(reason, f"{name[:40]!r} holds what no task reads")
 
@@ -187,9 +192,25 @@ def _is_file(value: Any, endings: Container[str]) -> bool:
   return isinstance(first, (bytes, Mapping)) or _ending(first) in endings
 
 
-def _ending(value: Any) -> str:
-  """Returns the ending of the file that a value, or the first of a list, is the name of, or ""."""
+def _is_contents(value: Any) -> bool:
+  """Whether a value, or the first of a list, is {"bytes", "path"} as `datasets` stores pictures."""
   first = value[0] if isinstance(value, (list, tuple)) and value else value
+  return isinstance(first, Mapping) and bool(first.get("bytes"))
+
+
+def _reference(key: str) -> str:
+  """Returns the medium that a key such as "video_url" or "image_id" refers to, or ""."""
+  match = _REFERENCE.fullmatch(key)
+  return match[1] if match else ""
+
+
+def _ending(value: Any) -> str:
+  """Returns the ending of the file that a value, or the first of a list, is the name or address of, or ""."""
+  first = value[0] if isinstance(value, (list, tuple)) and value else value
+  if isinstance(first, Mapping):
+    first = next((first[key] for key in _PLACE if first.get(key)), None)
+  if isinstance(first, str) and "://" in first[:32]:
+    first = re.split("[?#]", first, maxsplit=1)[0]
   if not isinstance(first, str) or len(first) > _MAX_NAME or any(map(str.isspace, first)):
     return ""
   stem, _, ending = first.rpartition(".")

@@ -12,7 +12,7 @@ read.
 import collections
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jflow.data import images as images_lib
@@ -118,16 +118,19 @@ class Parquet:
     if several := sorted(read.intersection(twice)):
       raise UserError(f"{path} has several columns {several[0]!r}: leave one of them")
     rest = [field for field in schema if field.name not in (*read, image, *twice)]
-    media = tuple(field.name for field in rest if self._is_medium(field.name))
+    media = tuple(field.name for field in rest if self._is_medium(field.name, names))
     read.update(media, {"id", "key"}.intersection(names).difference(twice))
+    if options.task == "text" and objects.is_conversation(names):
+      read.update(field.name for field in rest if _names_files(field.type))
     kept = self._notes({field.name: 0 for field in rest if _is_short(field.type)}, image)
     return _Columns(image, media, tuple(name for name in names if name in read or name in kept))
 
-  def _is_medium(self, name: str) -> bool:
-    """Returns whether a column may hold what makes its row one for another task, or for none."""
+  def _is_medium(self, name: str, names: Sequence[str]) -> bool:
+    """Returns whether a column of a table may hold what makes its row one for another task, or for none."""
+    row = {**dict.fromkeys(names), name: b"contents"}
     try:
-      objects.check_media({name: b"contents"}, self._options.text_column)
-      return self._options.task == "text" and bool(objects.images_of({name: b"contents"}, "text"))
+      objects.check_media(row, self._options.text_column)
+      return self._options.task == "text" and bool(objects.images_of(row, "text"))
     except Unwanted:
       return True
 
@@ -226,6 +229,16 @@ def _is_short(kind: Any) -> bool:
   kind = kind.value_type if types.is_dictionary(kind) else kind
   texts = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
   return texts or types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind)
+
+
+def _names_files(kind: Any) -> bool:
+  """Returns whether a column may hold lists of names of files, or objects that describe a file."""
+  from pyarrow import types
+
+  lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+  listed = any(is_list(kind) for is_list in lists)
+  kind = kind.value_type if listed else kind
+  return types.is_struct(kind) or (listed and (types.is_string(kind) or types.is_large_string(kind)))
 
 
 def _open(path: str) -> Any:

@@ -104,7 +104,8 @@ class Text:
     return make_item(where, lambda: self._record(path, start, document), work)
 
   def _record(self, path: str, start: int, document: bytes) -> tuple[Record, dict[str, Any]]:
-    name = os.path.basename(path) + ("" if self._kind(path) == "file" else f":{start}")
+    name = os.fsencode(os.path.basename(path)).decode("utf-8", "backslashreplace")  # which need not be Unicode
+    name += "" if self._kind(path) == "file" else f":{start}"
     if len(document) > MAX_DOCUMENT:
       raise RecordError("too_large", f"the document has more than {MAX_DOCUMENT:,} bytes; see --documents")
     if inputs.is_utf16(document):

@@ -6,11 +6,13 @@ caption or conversations and metadata. --image_column and --text_column may name
 at the first dot. The members of a sample stand together. A tar is a part, and becomes a shard.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator
 from typing import Any
 
+from jflow.data.examples import IMAGE_MARK
 from jflow.data.importers import objects, tar
 from jflow.data.importers.importer import Item, Options, make_item
 from jflow.data.importers.inputs import input_files, is_hidden
@@ -116,7 +118,7 @@ class WebDataset:
     images = tuple(
       _sound(data) for name, data in sample.items() if (name == wanted if wanted else _IMAGE.fullmatch(name))
     )
-    if not images and task != "text":
+    if not images and task != "text" and not (task == "understanding" and _is_talk(sample, texts)):
       what = f"no {wanted}" if wanted else "no image"
       raise RecordError(
         "missing_image", f"the sample has {what}, only {_listed(sample, {})}: see --image_column"
@@ -137,6 +139,11 @@ class WebDataset:
       if needed:
         raise
       return {}
+
+
+def _is_talk(sample: dict[str, Any], fields: dict[str, Any]) -> bool:
+  """Whether a sample without an image is a conversation that needs none, of which its members hold no more."""
+  return set(sample) == {"json"} and objects.is_conversation(fields) and IMAGE_MARK not in json.dumps(fields)
 
 
 def _sound(data: bytes | RecordError) -> bytes:
@@ -162,7 +169,7 @@ def _text(ending: str, data: bytes) -> Any:
 
 def _listed(sample: dict[str, Any], fields: dict[str, Any]) -> str:
   """Returns the endings of a sample, and the keys of its JSON, for a message."""
-  endings, keys = (", ".join(f"{name:.40}" for name in list(names)[:12]) for names in (sample, fields))
+  endings, keys = (", ".join(f"{name or repr(name):.40}" for name in list(names)[:12]) for names in (sample, fields))
   return endings + (f" ({keys})" if "json" in sample and keys else "")
 
 
