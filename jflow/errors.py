@@ -1,5 +1,7 @@
 """The exceptions that end a command with one clear line instead of a traceback."""
 
+import sys
+
 
 class UserError(Exception):
   """A mistake of the user: a missing file, an unknown field, a wrong shape, an unreadable image.
@@ -25,16 +27,19 @@ class Terminated(KeyboardInterrupt):
 
 
 def need_text_name(flag: str, path: object) -> None:
-  """Refuses the name of a directory that ArrayRecord and TensorStore cannot write into.
+  """Refuses the name of a directory that ArrayRecord and TensorStore can neither write into nor read from.
 
   Args:
     flag: that named it, for the message.
     path: its name; bytes that are no UTF-8 stand in it as Python's lone surrogates.
 
   Raises:
-    UserError: the name holds such bytes.
+    UserError: the name holds such bytes, or Python reads names in another encoding.
   """
+  name, encoding = str(path), sys.getfilesystemencoding()
+  if not name.isascii() and encoding.lower() not in ("utf-8", "utf8"):
+    raise UserError(f"{flag}={path}: Python reads names as {encoding}, and they are UTF-8: set PYTHONUTF8=1")
   try:
-    str(path).encode("utf-8")
+    name.encode("utf-8")
   except UnicodeEncodeError:
-    raise UserError(f"{flag}={path} must be a name in UTF-8: what is written there cannot bear another") from None
+    raise UserError(f"{flag}={path} must be a name in UTF-8: what writes and reads there knows no other") from None

@@ -21,6 +21,7 @@ from jflow.data import prepare_command
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Terminated
 from jflow.inference import generate_command
+from jflow.inference.files import write_json
 from jflow.training.checkpoint import save_params
 from jflow.training.command import load_config
 
@@ -113,12 +114,41 @@ def test_a_name_that_the_terminal_cannot_show_is_printed_with_escapes(monkeypatc
   assert (tmp_path / "ünï-\u732b" / "summary.json").exists() and len(list(tmp_path.iterdir())) == 2
 
 
+def test_where_python_reads_names_in_another_encoding_it_is_said(tmp_path):
+  """In a C locale without UTF-8, what is written would lie under another name, or nowhere."""
+  (tmp_path / "ü.txt").write_text("one document\n")
+  environment = os.environ | {"PYTHONPATH": str(tiny.ROOT), "LC_ALL": "C", "PYTHONUTF8": "0"}
+  command = [sys.executable, "-m", "jflow", "prepare", "--format=text", "--task=text", "--input=ü.txt"]
+  for output, code in (("öut", 2), ("out", 0)):
+    done = subprocess.run(
+      [*command, f"--output={output}"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == code and ("PYTHONUTF8=1" in done.stderr) == bool(code)
+  assert json.loads((tmp_path / "out" / "summary.json").read_text())["accepted"] == 1
+
+
 def test_a_name_that_is_no_text_costs_no_picture(capsys, model, tmp_path):
   output = f"{tmp_path}/a-\udcff"
   code, said, _ = _run(capsys, "generate", f"--checkpoint={model}", "--prompt=a ring", f"--output={output}", "--steps=1",
                        f"--json={output}.json")  # fmt: skip
   assert code == 0 and os.path.exists(f"{output}/sheet.png")
   assert json.loads(open(f"{output}.json").read())["pictures"][0]["file"] == "0000_00.png"
+
+
+def test_a_checkpoint_under_a_name_that_is_no_text_is_told(capsys, model, tmp_path):
+  os.symlink(model, f"{tmp_path}/a-\udcff")
+  code, said, told = _run(capsys, "generate", f"--checkpoint={tmp_path}/a-\udcff", "--prompt=a", f"--output={tmp_path}/o")
+  assert (code, said) == (2, "") and "--checkpoint" in told and told.count("\n") == 1
+
+
+def test_a_result_on_standard_output_stands_behind_its_lines(monkeypatch, tmp_path):
+  """--json=/dev/stdout where that is a file, of which the lines so far would be written over, and not UTF-8."""
+  with open(tmp_path / "all", "w", encoding="ascii") as stream:
+    monkeypatch.setattr(sys, "stdout", stream)
+    print("before")
+    write_json(tmp_path / "all", {"name": "ün"})
+    print("after")
+  assert (tmp_path / "all").read_text(encoding="utf-8") == 'before\n{\n "name": "ün"\n}\nafter\n'
 
 
 # --- every command ----------------------------------------------------------------------------------------

@@ -72,6 +72,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
   """
   if not args.json:
     raise UserError("give --json=FILE: the measurements are kept there, and the same command goes on with it")
+  if args.json.exists() and not args.json.is_file():
+    raise UserError(f"--json={args.json} must be a file: it is read again, and replaced")
   if args.repeats < 1:
     raise UserError(f"--repeats={args.repeats} must be at least 1")
   settings = {"config": args.config, "versus": args.versus, "repeats": args.repeats}

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import pathlib
+import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -64,9 +66,23 @@ def new_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_json(path: pathlib.Path, body: dict[str, Any]) -> None:
-  """Writes what a command did, for programs to read.
+  """Writes what a command did, for programs to read. What is standard output goes behind what stands there.
 
   Raises:
     Stopped: it cannot be written.
   """
-  replace(path, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
+  text = json.dumps(body, indent=1, ensure_ascii=False) + "\n"
+  if not _is_stdout(path):
+    replace(path, text)
+    return
+  with writing(path):  # to open it again would write over the lines so far
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))
+    sys.stdout.buffer.flush()
+
+
+def _is_stdout(path: pathlib.Path) -> bool:
+  try:
+    return os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno()))
+  except (OSError, ValueError, AttributeError):  # no such file, no stream, or one that is no file
+    return False

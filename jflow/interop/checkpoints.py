@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from flax.traverse_util import flatten_dict
 
 from jflow.data.tokenizer import Tokenizer
-from jflow.errors import UserError
+from jflow.errors import UserError, need_text_name
 from jflow.interop import official, own_layout, remote, transfer
 from jflow.models.config import JanusFlowConfig
 from jflow.training import checkpoint
@@ -113,6 +113,7 @@ def _describe_own(path: pathlib.Path, vae: pathlib.Path | None, weights: str, to
       raise UserError(f"{vae} holds another VAE than the one that {path} was trained with")
     settings = settings._replace(has_vae=False)
   step = locate(path)
+  need_text_name("--checkpoint", step)
   parts = checkpoint.param_shapes(step, weights)
   found = {name: x for part in parts.values() for name, x in flatten_dict(part, sep="/").items()}
   own_layout.check(settings, found, step)
