@@ -1,6 +1,8 @@
 """A directory of work that is not whole yet: one process writes in it, and a killed one's work is taken up again."""
 
 import contextlib
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from typing import Any, TextIO
@@ -10,6 +12,7 @@ from jflow.errors import UserError
 from jflow.strict_json import Malformed
 
 _JOB, _LOCK = "job.json", "lock"
+_DIGEST = "digest_of_report"
 
 
 def open_partial(partial: str, job: dict[str, Any], flag: str) -> TextIO:
@@ -67,17 +70,24 @@ def clear(paths: Sequence[str]) -> None:
 
 def write_report(path: str, report: dict[str, Any], paths: Sequence[str]) -> None:
   """Writes the report of a part whose files are finished; its presence says that they are whole."""
-  files.write_json(path, {**report, "files": {os.path.basename(file): files.entry(file) for file in paths}})
+  report = {**report, "files": {os.path.basename(file): files.entry(file) for file in paths}}
+  files.write_json(path, {**report, _DIGEST: _digest(report)})
 
 
 def read_report(path: str) -> dict[str, Any] | None:
-  """Returns the report of a part; None where there is none, or it or a file of the part is not whole."""
+  """Returns the report of a part; None where there is none, or it or a file of the part is not as it was written."""
   try:
     report = files.read_object(path)
+    if report.pop(_DIGEST, None) != _digest(report):
+      return None
     for name, entry in report["files"].items():
       file = os.path.join(os.path.dirname(path), name)
       if not os.path.isfile(file) or files.sha256(file) != entry["sha256"]:
         return None
     return report
-  except (OSError, Malformed, KeyError, AttributeError, TypeError):
+  except (OSError, Malformed):
     return None
+
+
+def _digest(report: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()

@@ -111,7 +111,7 @@ def _run(
   importer: Importer, parts: Sequence[Any], partial: str, task: str, filters: Filters, processes: int
 ) -> list[dict[str, Any]]:
   """Imports the parts that are not there yet; returns the report of every part, in order."""
-  reports = [_read_report(partial, index) for index in range(len(parts))]
+  reports = [read_report(os.path.join(partial, f"part-{index:05d}.json")) for index in range(len(parts))]
   todo = [index for index, report in enumerate(reports) if report is None]
   work = [importer.work(part) for part in parts]
   with Progress(sum(work), sum(work) - sum(work[i] for i in todo)) as progress:
@@ -362,25 +362,6 @@ def _read_again(importer: Importer, partial: str, reports: Sequence[dict[str, An
   for index, report in enumerate(reports):
     if importer.images_beside and report["rejected"]:
       os.remove(os.path.join(partial, f"part-{index:05d}.json"))
-
-
-def _read_report(partial: str, index: int) -> dict[str, Any] | None:
-  """Returns the report of a part; None where there is none, or it or a file of the part is not whole."""
-  report = read_report(os.path.join(partial, f"part-{index:05d}.json"))
-  try:
-    counts = [report[name] for name in ("records", "images", "bytes", "file_bytes")]
-    counts += [number for name in ("rejected", "filtered", "notes") for number in report[name].values()]
-    first = report["first_rejected"]
-    whole = (
-      files.are_counts(counts)
-      and isinstance(report["digest"], str)
-      and len(report["files"]) == len(_SUFFIXES)
-      and first.keys() == report["rejected"].keys()
-      and all(entry.keys() == {"where", "message"} for entry in first.values())
-    )
-  except (KeyError, TypeError, AttributeError):
-    whole = False
-  return report if whole else None
 
 
 def _fingerprint(files: Sequence[str]) -> str:

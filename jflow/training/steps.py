@@ -8,6 +8,7 @@ A step that has neither a manifest nor a mark was once whole, so it is never del
 nothing left to go on from, none starts over.
 """
 
+import contextlib
 import os
 import pathlib
 import re
@@ -125,8 +126,9 @@ def make_room(directory: pathlib.Path, step: int) -> str | None:
 
 def complete(directory: pathlib.Path, step: int) -> None:
   """Marks that a step is whole; its manifest is on the disk."""
-  _mark(directory, step).unlink(missing_ok=True)
-  (directory.parent / _UNSAVED).unlink(missing_ok=True)
+  for mark in (_mark(directory, step), directory.parent / _UNSAVED):
+    with contextlib.suppress(IsADirectoryError):  # another's folder
+      mark.unlink(missing_ok=True)
 
 
 def retain(directory: pathlib.Path, saved: int, keep: int, keep_every: int) -> dict[int, str]:
