@@ -16,6 +16,7 @@ import shutil
 
 from jflow import files
 from jflow.errors import UserError
+from jflow.strict_json import Malformed
 
 MANIFEST = "manifest.json"
 _STEP = re.compile("0|[1-9][0-9]{0,9}")
@@ -105,20 +106,26 @@ def check_not_lost(directory: pathlib.Path) -> None:
 
 
 def clean(directory: pathlib.Path) -> None:
-  """Removes what a kill left of saves that had not got their names yet."""
+  """Removes what a kill left of saves that had not got their names yet, and marks of what is not there."""
   for path in directory.glob(f"*{_TEMPORARY}*"):
     if number(path.name.split(_TEMPORARY)[0]) is not None and not path.is_symlink():
       shutil.rmtree(path, ignore_errors=True)
+  for step in _marked(directory):
+    if not os.path.lexists(directory / str(step)):
+      _remove_mark(_mark(directory, step))
 
 
 def make_room(directory: pathlib.Path, step: int) -> str | None:
-  """Marks that a step is about to be written; what stands there and is not half a save gets another name.
+  """Marks that a step is about to be written; what stands there gets another name.
+
+  Not so half a save, nor a step that was passed over for its damage, which is written again.
 
   Returns:
     What to tell of it, if so.
   """
   path, said = directory / str(step), None
-  if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or not _mark(directory, step).exists()):
+  known = _mark(directory, step).exists() or _has_manifest(path)
+  if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or not known):
     said = f"{path} is not what this run saved: it is now {files.set_aside(path, 'replaced').name}, remove it at will"
   _write_mark(directory, step)
   return said
@@ -126,9 +133,8 @@ def make_room(directory: pathlib.Path, step: int) -> str | None:
 
 def complete(directory: pathlib.Path, step: int) -> None:
   """Marks that a step is whole; its manifest is on the disk."""
-  for mark in (_mark(directory, step), directory.parent / _UNSAVED):
-    with contextlib.suppress(IsADirectoryError):  # another's folder
-      mark.unlink(missing_ok=True)
+  _remove_mark(_mark(directory, step))
+  _remove_mark(directory.parent / _UNSAVED)
 
 
 def retain(directory: pathlib.Path, saved: int, keep: int, keep_every: int) -> dict[int, str]:
@@ -141,8 +147,7 @@ def retain(directory: pathlib.Path, saved: int, keep: int, keep_every: int) -> d
     Step -> what to tell of it: a link is gone, or the step could not be deleted.
   """
   sealed = sealed_steps(directory)
-  marks = (p.name.removesuffix(_UNFINISHED) for p in directory.iterdir() if p.name.endswith(_UNFINISHED))
-  left = [step for step in map(number, marks) if step is not None and step < saved and step not in sealed]
+  left = [step for step in _marked(directory) if step < saved and step not in sealed]
   old = [step for step in sealed if step <= saved][keep:]
   told = {}
   for step in left + [step for step in old if not (keep_every and step % keep_every == 0)]:
@@ -163,7 +168,7 @@ def _delete(directory: pathlib.Path, step: int) -> str | None:
     _write_mark(directory, step)
     (path / MANIFEST).unlink(missing_ok=True)  # first: a half-deleted step is not a complete one
     files.remove(path)
-    _mark(directory, step).unlink()
+    _remove_mark(_mark(directory, step))
     return None
   except OSError as error:
     return f"the old step {path} could not be deleted ({error.strerror or error}): delete it by hand"
@@ -175,3 +180,22 @@ def _mark(directory: pathlib.Path, step: int | str) -> pathlib.Path:
 
 def _write_mark(directory: pathlib.Path, step: int) -> None:
   files.write_text(_mark(directory, step), f"Step {step} is being written or deleted: it may be removed.\n")
+
+
+def _remove_mark(mark: pathlib.Path) -> None:
+  with contextlib.suppress(IsADirectoryError):  # another's folder
+    mark.unlink(missing_ok=True)
+
+
+def _marked(directory: pathlib.Path) -> list[int]:
+  """The steps that have a mark."""
+  found = (p for p in directory.iterdir() if p.name.endswith(_UNFINISHED) and p.is_file())
+  return [step for p in found if (step := number(p.name.removesuffix(_UNFINISHED))) is not None]
+
+
+def _has_manifest(step_dir: pathlib.Path) -> bool:
+  """Whether a manifest is there and can be read."""
+  try:
+    return bool(files.read_object(step_dir / MANIFEST))
+  except (OSError, Malformed):
+    return False

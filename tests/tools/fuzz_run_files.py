@@ -45,6 +45,7 @@ from jflow.training import workdir as workdirs  # noqa: E402
 from jflow.training.checkpoint import Checkpointer  # noqa: E402
 from jflow.training.goodput import Goodput, summary  # noqa: E402
 from jflow.training.metrics import Lines, read_metrics  # noqa: E402
+from jflow.training.steps import damage  # noqa: E402
 from jflow.training.state import TrainState  # noqa: E402
 
 SECONDS = 60  # of a try, far beyond what one takes
@@ -159,6 +160,9 @@ def go_on(workdir: pathlib.Path, rng: random.Random) -> int:
 def try_run(workdir: pathlib.Path, harmed: set[str], rng: random.Random) -> None:
   """Goes on with a harmed run."""
   before, old = snapshot(workdir), whole_lines(workdir)
+  folders = {f"checkpoints/{step}/" for step in SAVED}
+  # What is damaged by its own manifest is written again, if the run saves that step.
+  damaged = tuple(f for f in folders if "manifest.json" not in (damage(workdir / f) or "manifest.json"))
   try:
     first = go_on(workdir, rng)
   except Begun:
@@ -171,7 +175,7 @@ def try_run(workdir: pathlib.Path, harmed: set[str], rng: random.Random) -> None
   after = snapshot(workdir)
   kept = collections.Counter(after.values())
   for name, content in before.items():
-    if name.startswith("checkpoints/") and not kept[content]:
+    if name.startswith("checkpoints/") and not kept[content] and not name.startswith(damaged):
       raise Lost(f"{name} is gone")
   new = whole_lines(workdir)
   everywhere = "".join(c.decode("utf-8", "replace") for n, c in after.items() if n.startswith("metrics.jsonl"))
