@@ -24,6 +24,7 @@ from jflow.models.config import AutoencoderConfig, JanusFlowConfig
 from jflow.training import checkpoint as own
 
 HEAD, EMBED = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}  # a tensor of a header
 DEEP = b"[" * 10_000 + b"]" * 10_000
 
 
@@ -266,10 +267,10 @@ def _rewrite_header(path: pathlib.Path, change) -> None:
     (lambda h: h[EMBED].update(dtype="F8_E8M0"), "F8_E8M0"),
     (lambda h: h[EMBED].update(dtype=["F32"]), "type"),
     (lambda h: h[EMBED].update(dtype="I32"), "I32"),
-    (lambda h: h.update({"a\nb": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}), "named"),
-    (lambda h: h.update({"x" * 5000: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}), "named"),
-    (lambda h: h.update({f"empty.{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(5000)}), "empty.0"),
-    (lambda h: h.update({"language_model.model.layers.0.self_attn.q_norm.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}), "q_norm"),
+    (lambda h: h.update({"a\nb": EMPTY}), "named"),
+    (lambda h: h.update({"x" * 5000: EMPTY}), "named"),
+    (lambda h: h.update({f"empty.{i}": EMPTY for i in range(5000)}), "empty.0"),
+    (lambda h: h.update({"language_model.model.layers.0.self_attn.q_norm.weight": EMPTY}), "q_norm"),
   ],
 )  # fmt: skip
 def test_a_header_that_lies_is_refused(published, tmp_path, unread, change, part):

@@ -281,14 +281,20 @@ def test_a_token_that_the_file_does_not_mark_as_special_stays_text_too(tmp_path)
   tokenizer = Tokenizer.load(_write(tmp_path, value))
   text = " ".join(SPECIAL_TOKENS.values())
   for copy in (tokenizer, pickle.loads(pickle.dumps(tokenizer))):
-    assert copy.image == 1003 and not set(copy.encode(text)) & set(range(1000, 1007)) and copy.decode(copy.encode(text)) == text
+    assert (
+      copy.image == 1003
+      and not set(copy.encode(text)) & set(range(1000, 1007))
+      and copy.decode(copy.encode(text)) == text
+    )
 
 
 def test_a_special_token_that_is_a_word_is_refused(tmp_path):
   words = {token: i for i, token in enumerate((*SPECIAL_TOKENS.values(), "a"))}
   model = {"type": "WordLevel", "vocab": words, "unk_token": "a"}
   with pytest.raises(UserError, match="must hold it as a special token|unk_token"):
-    Tokenizer.load(_write(tmp_path, {"version": "1.0", "model": model, "pre_tokenizer": {"type": "WhitespaceSplit"}}))
+    Tokenizer.load(
+      _write(tmp_path, {"version": "1.0", "model": model, "pre_tokenizer": {"type": "WhitespaceSplit"}})
+    )
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path):
@@ -303,7 +309,9 @@ def test_truncation_and_padding_of_the_file_cut_nothing(tmp_path):
     "padding": {"strategy": {"Fixed": 512}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
                 "pad_type_id": 0, "pad_token": "!"},
   }  # fmt: skip
-  assert Tokenizer.load(_write(tmp_path, value)).encode("a red circle") == Tokenizer.load(GOLDEN).encode("a red circle")
+  assert Tokenizer.load(_write(tmp_path, value)).encode("a red circle") == Tokenizer.load(GOLDEN).encode(
+    "a red circle"
+  )
 
 
 @pytest.mark.parametrize(
@@ -312,7 +320,11 @@ def test_truncation_and_padding_of_the_file_cut_nothing(tmp_path):
     ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}, "auto_map"),
     ("tokenizer_config.json", {"bos_token": "<nowhere>"}, "bos_token"),
     ("tokenizer_config.json", {"eos_token": 7}, "eos_token"),
-    ("tokenizer_config.json", {"added_tokens_decoder": {"1003": {"content": "<end_of_image>"}}}, "added_tokens_decoder"),
+    (
+      "tokenizer_config.json",
+      {"added_tokens_decoder": {"1003": {"content": "<end_of_image>"}}},
+      "added_tokens_decoder",
+    ),
     ("special_tokens_map.json", {"eos_token": "<image_placeholder>"}, "special_tokens_map.json"),
     ("special_tokens_map.json", [], "special_tokens_map.json"),
     ("added_tokens.json", {"<image_placeholder>": 7}, "added_tokens.json"),
@@ -339,7 +351,9 @@ def test_a_sentencepiece_model_is_named_with_the_way_out(tmp_path):
     Tokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize("error", [Exception("bare"), type("PanicException", (BaseException,), {})("a panic")])
+@pytest.mark.parametrize(
+  "error", [Exception("bare"), type("PanicException", (BaseException,), {})("a panic")]
+)
 def test_whatever_the_library_raises_is_one_line(tmp_path, monkeypatch, error):
   tokenizer = Tokenizer.load(GOLDEN)
 

@@ -168,8 +168,8 @@ def read_files(directory: str) -> dict[str, bytes]:
   if not os.path.isfile(path):
     found = sorted(p.name for p in pathlib.Path(directory).glob("*.model"))
     raise UserError(
-      f"{path} not found: {found[0]} beside it is a sentencepiece model, which transformers' AutoTokenizer turns into a "
-      "tokenizer.json (save_pretrained)"
+      f"{path} not found: {found[0]} beside it is a sentencepiece model, which transformers' AutoTokenizer turns "
+      "into a tokenizer.json (save_pretrained)"
       if found
       else f"{path} not found: the tokenizer is a directory that holds a tokenizer.json"
     )
@@ -298,7 +298,7 @@ def _special_token(
   )
   if attribute in ("bos", "eos") and named and also and named != also:
     raise UserError(
-      f"{origin}: {attribute}_token is {shown(named)} in tokenizer_config.json and {shown(also)} in special_tokens_map.json"
+      f"{origin}: {attribute}_token is {shown(named)} in tokenizer_config.json, {shown(also)} in special_tokens_map.json"
     )
   named = named or also
   if attribute in ("bos", "eos") and named and named not in vocabulary:

@@ -1,4 +1,4 @@
-"""The fields of a foreign config.json, read with a closed list: each is computed, known to change nothing, or refused."""
+"""The fields of a foreign config.json, a closed list: each is computed, known to change nothing, or refused."""
 
 import math
 from collections.abc import Iterable, Mapping

@@ -18,7 +18,9 @@ VARIANT = re.compile(r"_(?:(first|last)(\d{1,9})|(mean))$")
 # Input -> (kinds of its type, its axes; None: a scalar or one number per picture).
 _IDS, _MASK, _REAL = "iu", "iub", "fiu"
 INPUTS: dict[str, dict[str, tuple[str, tuple[str, ...] | None]]] = {
-  "und": {"pixels": (_REAL, ("..", "3", "H", "W")), "input_ids": (_IDS, ("B", "S")), "attention_mask": (_MASK, ("B", "S"))},
+  "und": {
+    "pixels": (_REAL, ("..", "3", "H", "W")), "input_ids": (_IDS, ("B", "S")), "attention_mask": (_MASK, ("B", "S")),
+  },
   "text": {"input_ids": (_IDS, ("B", "S"))},
   "gen": {
     "prompt_ids": (_IDS, ("S",)), "z0": (_REAL, ("N", "C", "h", "w")), "t": (_REAL, None), "steps": (_IDS, None),

@@ -1,4 +1,4 @@
-"""preprocessor_config.json and processor_config.json: what they ask for must be what jflow does with pictures and turns.
+"""preprocessor_config.json, processor_config.json: what they ask for must be what jflow does with pictures and turns.
 
 jflow resizes, pads, normalises and tags as the release does (`jflow.data.images`, `jflow.data.examples`). These files
 travel with a checkpoint and programs write them freely, so a field that is not known is said and not refused.

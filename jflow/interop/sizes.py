@@ -64,7 +64,8 @@ def check_llama(
   """Checks a Llama of transformers; `prefix` stands before the names of its tensors."""
   embed, layer = f"{prefix}model.embed_tokens.weight", f"{prefix}model.layers.0"
   claimed = {
-    "num_hidden_layers": c.layers, "vocab_size": c.vocabulary_size, "hidden_size": c.width, "intermediate_size": c.mlp_width,
+    "num_hidden_layers": c.layers, "vocab_size": c.vocabulary_size, "hidden_size": c.width,
+    "intermediate_size": c.mlp_width,
   }  # fmt: skip
   found = {
     "num_hidden_layers": _count(tensors, f"{prefix}model.layers."),
