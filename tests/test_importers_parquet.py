@@ -420,3 +420,13 @@ PACKED = _tiff(Image.new("RGB", (12, 9)), compression="tiff_lzw")
 def test_a_tiff_that_cannot_be_read_costs_its_row(folder, data, reason):
   _table(folder, [{"image": data, "caption": "x"}, {"image": PLAIN, "caption": "y"}], "t.parquet")
   assert _reasons(folder, "generation") == {reason: 1, "accepted": 1}
+
+
+def test_the_metadata_of_a_table_are_read_once_for_all_its_row_groups(tmp_path, monkeypatch):
+  """Each holds those of all row groups, so that the time would grow with the square of their number."""
+  _table(tmp_path, [{"text": f"{i}"} for i in range(9)], "a.parquet", row_group_size=1)
+  read, count = pyarrow.parquet.read_metadata, []
+  monkeypatch.setattr(pyarrow.parquet, "read_metadata", lambda file: count.append(file) or read(file))
+  summary, output = run(tmp_path, "text", "a.parquet", "parquet", output=str(tmp_path / "out"))
+  assert [record.text for record in read_back(output, "text")] == [f"{i}" for i in range(9)]
+  assert summary["shard_lengths"] == [1] * 9 and len(count) == 1

@@ -10,6 +10,7 @@ read.
 """
 
 import collections
+import functools
 import io
 import os
 from collections.abc import Iterator, Sequence
@@ -246,17 +247,18 @@ def _open(path: str) -> Any:
 
   try:
     return pyarrow.parquet.ParquetFile(
-      path, metadata=_plain_metadata(path), memory_map=True, pre_buffer=False, page_checksum_verification=True
+      path, metadata=_plain_metadata(path, os.stat(path).st_mtime_ns), memory_map=True, pre_buffer=False, page_checksum_verification=True
     )
   except Exception as error:  # pyarrow raises many types on a damaged footer
     raise UserError(f"{path} is not a readable parquet file ({str(error)[:80]}){_advice(path)}") from None
 
 
-def _plain_metadata(path: str) -> Any:
+@functools.lru_cache(maxsize=1)  # read for each row group again, they would take time with the square of these
+def _plain_metadata(path: str, changed: int) -> Any:
   """Returns the metadata of a file without the Arrow schema that its writer may have left.
 
   It would bring back types, such as dictionaries, of which a single text that is no UTF-8 costs the whole
-  column.
+  column. `changed` tells one state of the file from another.
   """
   import pyarrow.parquet
 
