@@ -1,8 +1,9 @@
-"""Laws of the optimizer: AdamW and clipping in numpy, warm-up, EMA, and the partition by pattern."""
+"""Laws of the optimizer: AdamW after clipping, Muon, warm-up, EMA, and the partition by pattern."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 from flax.traverse_util import flatten_dict
@@ -20,33 +21,28 @@ CONFIG = dict(
 TREE = {"a": {"x": 1, "xy": 2}, "ab": {"x": 3}, "b": 4}
 
 
-def adamw(config, start, gradients):
-  """AdamW of Loshchilov and Hutter over a flat vector, in f64, after clipping to a global norm."""
-  p, m, v = start.astype(np.float64), 0.0, 0.0
-  for step, g in enumerate(gradients.astype(np.float64)):
-    g = g * min(1.0, config["clip_norm"] / np.linalg.norm(g))
-    rate = config["learning_rate"] * min(1.0, (step + 1) / config["warmup_steps"])
-    m = config["beta1"] * m + (1 - config["beta1"]) * g
-    v = config["beta2"] * v + (1 - config["beta2"]) * g**2
-    first, second = m / (1 - config["beta1"] ** (step + 1)), v / (1 - config["beta2"] ** (step + 1))
-    p = p - rate * (first / (np.sqrt(second) + config["epsilon"]) + config["weight_decay"] * p)
-  return p
-
-
-@pytest.mark.parametrize("change", [{}, {"weight_decay": 0.1}, {"clip_norm": 1e6}], ids=str)
-def test_steps_are_those_of_adamw_after_clipping(change):
+def test_steps_are_those_of_adamw_after_clipping():
   """Eight steps; the gradients' norms lie on both sides of the clip. Two leaves share one global norm."""
-  config = CONFIG | change
+  config = CONFIG | {"weight_decay": 0.1}
   start = RNG.standard_normal(10).astype(np.float32)
   gradients = (RNG.standard_normal((8, 10)) * np.geomspace(0.02, 20, 8)[:, None]).astype(np.float32)
+  norms = np.linalg.norm(gradients, axis=1, keepdims=True)
+  assert norms.min() < config["clip_norm"] < norms.max()
+  rate = lambda step: config["learning_rate"] * jnp.minimum(1.0, (step + 1) / config["warmup_steps"])
+  adamw = optax.adamw(rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
   tree = lambda x: {"a": jnp.asarray(x[:4]), "b": {"c": jnp.asarray(x[4:]).reshape(2, 3)}}
-  optimizer, params = optim.make_optimizer(config), tree(start)
+  got = run(optim.make_optimizer(config), tree(start), [tree(g) for g in gradients])
+  want = run(adamw, jnp.asarray(start), list(gradients / np.maximum(norms / config["clip_norm"], 1.0)))
+  np.testing.assert_allclose(np.concatenate([got["a"], got["b"]["c"].ravel()]), want, rtol=1e-5, atol=1e-6)
+
+
+def run(optimizer: optax.GradientTransformation, params, gradients: list):
+  """The parameters after a step for each of the gradients."""
   state, update = optimizer.init(params), jax.jit(optimizer.update)
-  for g in gradients:
-    updates, state = update(tree(g), state, params)
-    params = jax.tree.map(jnp.add, params, updates)
-  got = np.concatenate([params["a"], params["b"]["c"].ravel()])
-  np.testing.assert_allclose(got, adamw(config, start, gradients), rtol=1e-5, atol=1e-6)
+  for gradient in gradients:
+    updates, state = update(gradient, state, params)
+    params = optax.apply_updates(params, updates)
+  return params
 
 
 def tree_of_matrices(seed: int) -> dict:
