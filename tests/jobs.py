@@ -17,7 +17,9 @@ TRAIN = ("-m", "jflow", "train")
 class Job:
   """Processes that train one model together; use it in a `with`, so that none outlives the test."""
 
-  def __init__(self, directory: pathlib.Path, program: tuple[str, ...], *fields: str, processes=2, devices=1):
+  def __init__(
+    self, directory: pathlib.Path, program: tuple[str, ...], *fields: str, processes=2, devices=1, heartbeat=6
+  ):
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
       address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -28,7 +30,7 @@ class Job:
       "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
     together = (f"--config.distributed.coordinator={address}", f"--config.distributed.processes={processes}")
-    together += ("--config.distributed.heartbeat_seconds=6",)
+    together += (f"--config.distributed.heartbeat_seconds={heartbeat}",)
     self._logs = [directory / f"process_{i}.log" for i in range(processes)]
     self.processes = []
     for i, log in enumerate(self._logs):

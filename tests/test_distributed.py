@@ -54,7 +54,7 @@ def test_two_processes_of_two_devices_train_as_one_of_four(tmp_path, compilation
 
 
 def toy(
-  tmp_path, name: str, *fault: object, processes: int = 2, devices: int = 1, steps: int = 40, fields=()
+  tmp_path, name: str, *fault: object, processes: int = 2, devices: int = 1, steps: int = 40, fields=(), heartbeat=6
 ) -> Job:
   """A run of the toy over all devices."""
   (tmp_path / f"{name}.logs").mkdir(exist_ok=True)
@@ -63,18 +63,9 @@ def toy(
     f"--config.train.steps={steps}", "--config.compute.compilation_cache=", *fields,
   )  # fmt: skip
   return Job(
-    tmp_path / f"{name}.logs", (*WORKER, *map(str, fault), "--"), *every, processes=processes, devices=devices
-  )
-
-
-def test_records_that_another_process_left_out_are_counted(tmp_path):
-  with toy(tmp_path, "run", steps=4) as job:
-    assert job.codes() == [0, 0], job.said(0)
-  with toy(tmp_path, "alone", processes=1, steps=4) as job:
-    assert job.codes() == [0], job.said(0)
-  rejected = lambda run: [row["rejected"] for row in read_lines(tmp_path / run / "metrics.jsonl")]
-  assert rejected("run") == [{}, {}, {"other_processes": 1}, {}]
-  assert rejected("alone") == [{}, {}, {"checksum": 1}, {}]
+    tmp_path / f"{name}.logs", (*WORKER, *map(str, fault), "--"), *every, processes=processes, devices=devices,
+    heartbeat=heartbeat,
+  )  # fmt: skip
 
 
 def test_a_process_that_ends_late_is_waited_for(tmp_path):
@@ -90,21 +81,37 @@ def test_a_process_that_ends_late_is_waited_for(tmp_path):
     assert job.codes() == [0, 0], job.said(0) + job.said(1)
 
 
+def rejected(workdir: pathlib.Path) -> list[dict[str, int]]:
+  """Records left out, by reason, in each of the first four steps."""
+  return [row["rejected"] for row in read_lines(workdir / "metrics.jsonl")[:4]]
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> np.ndarray:
-  """Losses of the toy's run that nothing disturbs, on one process."""
+def alone(tmp_path_factory) -> pathlib.Path:
+  """The toy's run that nothing disturbs, on one process."""
   directory = tmp_path_factory.mktemp("whole")
   with toy(directory, "run", processes=1) as job:
     assert job.codes() == [0], job.said(0)
-  return losses(directory / "run")
+  return directory / "run"
 
 
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path, whole):
-  """2 processes, then 1, then 2 of 2 devices: no step twice, none missing, the same losses."""
+@pytest.fixture(scope="module")
+def whole(alone) -> np.ndarray:
+  """The losses of that run."""
+  return losses(alone)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone, whole):
+  """2 processes, then 1, then 2 of 2 devices: no step twice, none missing, the same losses.
+
+  Records that another process left out are counted.
+  """
   for steps, processes, devices in ((12, 2, 1), (23, 1, 1), (40, 2, 2)):
     with toy(tmp_path, "run", processes=processes, devices=devices, steps=steps) as job:
       assert job.codes() == [0] * processes, job.said(0)
   np.testing.assert_allclose(losses(tmp_path / "run"), whole, rtol=1e-5)
+  assert rejected(tmp_path / "run") == [{}, {}, {"other_processes": 1}, {}]
+  assert rejected(alone) == [{}, {}, {"checksum": 1}, {}]
 
 
 @pytest.mark.parametrize("interval", [1, 5000])
@@ -126,18 +133,23 @@ def test_a_signal_to_any_process_stops_all_after_the_same_step(tmp_path, whole, 
   np.testing.assert_array_equal(losses(run)[:, 0], np.arange(1, steps[-1] + 4))  # no step lost, none repeated
 
 
-@pytest.mark.parametrize("process", [0, 1])
-@pytest.mark.parametrize("fault", ["raise", "kill", "freeze"])
+@pytest.mark.parametrize(
+  "fault, process",
+  [
+    ("raise", 0), ("raise", 1), ("kill", 0), ("kill", 1), ("freeze", 1),
+    pytest.param("freeze", 0, marks=pytest.mark.soak),
+  ],
+)  # fmt: skip
 def test_a_process_that_fails_ends_the_whole_job(tmp_path, whole, fault, process):
   """Whatever happens to either process, the other ends too, with a code that is not 0, within a minute."""
-  with toy(tmp_path, "run", fault, 8, process) as job:
+  with toy(tmp_path, "run", fault, 8, process, heartbeat=2) as job:
     assert job.processes[1 - process].wait(60) != 0
     if fault != "freeze":  # only the kernel or the cluster's engine ends a process that stands still
       assert job.processes[process].wait(60) == {"raise": 1, "kill": -signal.SIGKILL}[fault]
     if fault == "raise":
       assert f"process {process} ends by this error" in job.said(process)
       assert "a fault was asked for" in job.said(process)
-  if process == 1:  # after either end, the run goes on from its last whole checkpoint
+  if (fault, process) in (("raise", 1), ("kill", 1)):  # the run goes on from its last whole checkpoint
     with toy(tmp_path, "run", processes=1) as job:
       assert job.codes() == [0], job.said(0)
     np.testing.assert_allclose(losses(tmp_path / "run"), whole, rtol=1e-5)
