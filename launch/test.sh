@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs them; arguments go to pytest.
+# Installs what the tests need and runs all but those marked `kill` or `soak`; arguments go to pytest in its place:
+#   launch/test.sh -m fast    laws alone, in under three minutes
+#   launch/test.sh tests      all of them
 #   JFLOW_COMPILE=1 also installs libtpu (213 MB), for the step compiled for a TPU (skipped without it)
 #   JFLOW_DEMO=1    also installs Gradio and Selenium, for the page's test (skipped without them and chromium-driver)
 #   JFLOW_PARITY=1  also installs PyTorch, diffusers and clean-fid: live comparisons (skipped without them)
@@ -14,4 +16,5 @@ python=${JFLOW_VENV:-.venv}/bin/python
 # Its resize alone is used, which needs PyTorch; with its requirements it would bring torchvision too.
 [ "${JFLOW_PARITY:-0}" = 1 ] && "$python" -m pip install --quiet --no-deps "clean-fid==0.1.35"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-$([ -n "${JFLOW_ACCELERATOR:-}" ] || echo cpu)}
+[ $# -gt 0 ] || set -- -m "not kill and not soak"
 exec "$python" -m pytest "$@"

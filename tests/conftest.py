@@ -1,6 +1,8 @@
-"""What all tests share: the root on the path, and one cache of compiled programs for the runs they start."""
+"""The lanes of the suite, the root on the path, and one cache of compiled programs for all tests and their processes."""
 
+import os
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -8,11 +10,36 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
+# Less time to compile, the same program in every process.
+QUICK = "--xla_backend_optimization_level=0"
+
+# Files of laws, whole: one process, no server, seconds each. Their tests are `fast`.
+FAST = {
+  "attention", "conversations", "decoding", "examples", "flow", "generate", "generation", "golden", "head_loss",
+  "importers_llava", "importers_text", "janusflow", "llm", "losses", "mixture", "optim", "packing", "scorers",
+  "setup", "siglip", "speed", "spikes", "step", "tables", "tokenizer", "vae", "world",
+}  # fmt: skip
+
+# Files that start other processes. Their tests are `process`.
+PROCESS = {
+  "bench_inference", "bench_train", "commands", "compile", "design", "distributed", "evaluate", "from_raw_data",
+  "launch", "lmms", "mesh", "plans", "prepare", "train", "workdir",
+}  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  """Sets what jax and the processes that tests start read from the environment, unless it is set."""
+  os.environ.setdefault("XLA_FLAGS", QUICK)
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+  os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("compiled"))
+
 
 @pytest.fixture(scope="session")
-def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-  """A directory for `compute.compilation_cache`, so that each program is compiled once."""
-  return str(tmp_path_factory.mktemp("compilation_cache"))
+def compilation_cache() -> str:
+  """The directory for `compute.compilation_cache`, so that each program is compiled once."""
+  return os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
 @pytest.fixture(scope="session")
@@ -29,8 +56,24 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
   return str(path)
 
 
+@pytest.fixture(autouse=True)
+def _fast_tests_start_no_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+  def refused(*arguments, **_):
+    raise AssertionError(f"a fast test must start no process, got {arguments}")
+
+  if request.node.get_closest_marker("fast"):
+    monkeypatch.setattr(subprocess, "Popen", refused)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """Skips the tests marked `gpu` where jax has none."""
+  """Puts tests into their lanes; skips those marked `gpu` where jax has none."""
+  for item in items:
+    module = item.path.stem.removeprefix("test_")
+    slow = any(item.get_closest_marker(name) for name in ("process", "soak", "kill"))
+    if module in FAST and not slow:
+      item.add_marker("fast")
+    elif module in PROCESS:
+      item.add_marker("process")
   marked = [item for item in items if item.get_closest_marker("gpu")]
   if marked:
     import jax
