@@ -1,4 +1,4 @@
-"""The lanes of the suite, the root on the path, and one cache of compiled programs for all tests and their processes."""
+"""The lanes of the suite, the root on the path, one cache of compiled programs for all tests and their processes."""
 
 import os
 import pathlib
@@ -27,13 +27,11 @@ PROCESS = {
 }  # fmt: skip
 
 
-def pytest_configure(config: pytest.Config) -> None:
-  """Sets what jax and the processes that tests start read from the environment, unless it is set."""
-  os.environ.setdefault("XLA_FLAGS", QUICK)
-  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-  os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("compiled"))
+# What jax and the processes that tests start read from the environment, unless it is set. `pytest --cache-clear`
+# empties the cache.
+os.environ.setdefault("XLA_FLAGS", QUICK)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "d" / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 @pytest.fixture(scope="session")
