@@ -94,6 +94,7 @@ print("same")
 """
 
 
+@pytest.mark.process
 def test_the_loss_does_not_depend_on_the_mesh():
   """Rows over data and fsdp, width over fsdp, vocabulary over model; devices with more and less to do."""
   flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
