@@ -23,7 +23,7 @@ FAST = {
 # Files that start other processes. Their tests are `process`.
 PROCESS = {
   "bench_inference", "bench_train", "commands", "compile", "design", "distributed", "evaluate", "from_raw_data",
-  "launch", "lmms", "mesh", "plans", "prepare", "scaling", "train", "workdir",
+  "launch", "lmms", "mesh", "plans", "prepare", "train", "workdir",
 }  # fmt: skip
 
 

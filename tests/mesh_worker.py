@@ -1,4 +1,4 @@
-"""Runs three steps on several meshes over eight virtual CPU devices; prints what test_mesh.py compares.
+"""Runs and compiles steps on several meshes over 16 virtual CPU devices; prints what test_mesh.py compares.
 
 A process of its own, since the number of devices is fixed when jax starts.
 """
@@ -11,14 +11,20 @@ import jax
 import numpy as np
 import tiny
 
-from jflow import sharding
+from jflow import head_loss, losses, sharding
+from jflow.compilation import hlo
 from jflow.errors import UserError
+from jflow.models import generation
 from jflow.training import optim, setup
 from jflow.training.checkpoint import Checkpointer
+from jflow.training.program import abstract_batch, make_program
 from jflow.training.state import TrainState
 from jflow.training.step import make_step
 
 MESHES = ((1, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2))
+HEAD_MESHES = ((4, 1, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2), (1, 1, 2))
+COMPILED = ((2, 4, 1), (4, 4, 1))
+ROWS = 2  # per device of those
 
 
 class Run:
@@ -49,8 +55,41 @@ class Run:
     ]
 
 
+def collectives(sizes: tuple[int, int, int]) -> dict[str, float]:
+  """Kind and mesh axes -> bytes per device in one step, with the convolution that TPU and GPU get. Nothing runs."""
+  devices = int(np.prod(sizes))
+  config = tiny.configuration(train=dict(batch_size=ROWS * devices))
+  mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:devices])
+  with jax.set_mesh(mesh):
+    program = make_program(config, tiny.model(), mesh)
+    batch = abstract_batch(config, tiny.model(), mesh)
+    text = program.step.lower(program.state, batch).compile().as_text()
+  counts = hlo.count(text, dict(mesh.shape), lambda loop: 1.0)
+  return {f"{kind} {axes}": size for (kind, axes), size in counts.collective_bytes.items()}
+
+
+def check_head_loss() -> None:
+  """Asserts that the head's loss and gradients are the plain ones on every mesh; devices have more and less to do."""
+  rng = np.random.default_rng(0)
+  hidden, kernel = rng.standard_normal((4, 24, 16), np.float32), rng.standard_normal((16, 50), np.float32)
+  targets = rng.integers(0, 50, (4, 24)).astype(np.int32)
+  mask = rng.random((4, 24)) < [[0.9], [0.1], [0.0], [0.5]]
+  ours = lambda h, k: head_loss.next_token(h, k, targets, mask, 8)
+  plain = lambda h, k: losses.next_token(h @ k, targets, mask)
+  want = jax.value_and_grad(plain, argnums=(0, 1))(hidden, kernel)
+  for sizes in HEAD_MESHES:
+    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+    put = lambda x, *names: jax.device_put(x, sharding.named(mesh, names, x.shape))
+    with jax.set_mesh(mesh):
+      got = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(
+        put(hidden, "batch", None, None), put(kernel, "embed", "vocab")
+      )
+    same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5, err_msg=str(sizes))
+    jax.tree.map(same, got, want)
+
+
 def main(directory: pathlib.Path) -> dict:
-  """Returns losses per mesh, the share of a weight on one device, and losses after a change of mesh."""
+  """Returns losses per mesh, the share of a weight on one device, losses after a change of mesh, and collectives."""
   rows = [tiny.mixed(), tiny.mixed()._replace(tokens=tiny.mixed().tokens[:, ::-1].copy())]
   batch = jax.tree.map(lambda *x: np.concatenate(x), *rows)
   runs = {sizes: Run(sizes) for sizes in MESHES}
@@ -75,6 +114,9 @@ def main(directory: pathlib.Path) -> dict:
     sharding.make_mesh(2, 2, 1)
   except UserError as error:
     out["refused"] = str(error)
+  check_head_loss()
+  generation.depthwise = generation._convolution
+  out["collectives"] = [collectives(sizes) for sizes in COMPILED]
   return out
 
 

@@ -1,14 +1,9 @@
-"""Laws of the head's loss: the plain loss and its gradients, work that follows the mask, any mesh."""
-
-import os
-import subprocess
-import sys
+"""Laws of the head's loss: the plain loss and its gradients, work that follows the mask. On any mesh: test_mesh.py."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from jflow import head_loss, losses
 from jflow.bench import suite
@@ -73,33 +68,3 @@ def test_the_gradient_of_the_kernel_is_summed_in_f32():
   gradient = jax.grad(head_loss.next_token, argnums=1)(hidden, kernel, targets, np.ones((1, n), bool), 16)
   assert gradient.dtype == jnp.float32
   np.testing.assert_array_equal(gradient[:, 0], -n / 2)
-
-
-_ON_MESHES = """
-import jax, numpy as np, test_head_loss as t
-from jax.sharding import NamedSharding, PartitionSpec as P
-from jflow import sharding
-batch, mask = 4, np.random.default_rng(1).random((4, t.S)) < [[0.9], [0.1], [0.0], [0.5]]
-hidden = np.concatenate([t.HIDDEN, 2 * t.HIDDEN]); targets = np.concatenate([t.TARGETS, t.TARGETS[::-1]])
-f = lambda h, k: t.head_loss.next_token(h, k, targets, mask, 8)
-want = jax.value_and_grad(lambda h, k: t.losses.next_token(h @ k, targets, mask), argnums=(0, 1))(hidden, t.KERNEL)
-for sizes in ((4, 1, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2), (1, 1, 2)):
-  mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
-  put = lambda x, *names: jax.device_put(x, sharding.named(mesh, names, x.shape))
-  with jax.set_mesh(mesh):
-    got = jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(
-      put(hidden, "batch", None, None), put(t.KERNEL, "embed", "vocab"))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), got, want)
-print("same")
-"""
-
-
-@pytest.mark.process
-def test_the_loss_does_not_depend_on_the_mesh():
-  """Rows over data and fsdp, width over fsdp, vocabulary over model; devices with more and less to do."""
-  flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-  environment = os.environ | {
-    "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": f"{tiny.ROOT}:{tiny.ROOT / 'tests'}",
-  }  # fmt: skip
-  done = subprocess.run([sys.executable, "-c", _ON_MESHES], env=environment, capture_output=True, text=True)
-  assert done.stdout == "same\n", done.stderr

@@ -1,4 +1,7 @@
-"""The mesh is a choice of speed alone: the same losses on every one, and a run may go on on another."""
+"""The mesh is a choice of speed alone: the same losses on every one, and a run may go on on another.
+
+What a device sends does not grow with their number: more of them take more rows in the same time.
+"""
 
 import json
 import os
@@ -6,6 +9,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -15,21 +19,21 @@ from jflow.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory) -> dict:
-  flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+def worker(tmp_path_factory) -> subprocess.CompletedProcess:
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": flags,
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=16 --xla_backend_optimization_level=0",
     "PYTHONPATH": f"{tiny.ROOT}:{tiny.ROOT / 'tests'}",
   }
-  command = [
-    sys.executable,
-    str(tiny.ROOT / "tests" / "mesh_worker.py"),
-    str(tmp_path_factory.mktemp("mesh")),
-  ]
+  command = [sys.executable, tiny.ROOT / "tests" / "mesh_worker.py", tmp_path_factory.mktemp("mesh")]
   done = subprocess.run(command, env=environment, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
-  return json.loads(done.stdout)
+  assert done.returncode == 0, done.stderr  # the head's loss too is the plain one on every mesh
+  return done
+
+
+@pytest.fixture(scope="module")
+def result(worker) -> dict:
+  return json.loads(worker.stdout)
 
 
 def test_losses_and_gradient_do_not_depend_on_the_mesh(result):
@@ -54,8 +58,27 @@ def test_a_run_goes_on_on_another_mesh(result):
 
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(result):
   assert (
-    "mesh.data x mesh.fsdp x mesh.model = 2 x 2 x 1 does not equal the 8 cpu device(s)" in result["refused"]
+    "mesh.data x mesh.fsdp x mesh.model = 2 x 2 x 1 does not equal the 16 cpu device(s)" in result["refused"]
   )
+
+
+def test_twice_the_devices_send_no_more_each(result):
+  eight, sixteen = result["collectives"]
+  assert sum(sixteen.values()) == pytest.approx(sum(eight.values()), rel=0.02)
+  assert sum(eight.values()) > 0
+
+
+def test_between_groups_of_devices_only_gradients_travel(result):
+  """Sums over `data`, no larger than all gradients in f32; activations and weights stay within a group."""
+  for collectives in result["collectives"]:
+    crossing = {name: size for name, size in collectives.items() if "data" in name.split(" ")[1]}
+    assert {name.split(" ")[0] for name in crossing} == {"all-reduce"}
+    assert 0 < sum(crossing.values()) < 4 * sum(x.size for x in jax.tree.leaves(tiny.shapes()))
+
+
+def test_the_compiler_never_gives_up_on_a_layout(worker):
+  """It warns where it gathers an activation whole on every device, to cut it anew."""
+  assert "rematerialization" not in worker.stderr
 
 
 def test_a_group_may_span_nodes_of_gpus_and_not_slices_of_tpus(monkeypatch):
