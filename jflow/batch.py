@@ -12,10 +12,13 @@ restart at 0. An image takes K = 1 + P consecutive slots, whether read or writte
 
 import dataclasses
 import math
+import os
 from typing import NamedTuple
 
 import numpy as np
 from ml_dtypes import bfloat16
+
+from jflow.errors import UserError
 
 # Values of `Batch.image_kind`.
 NONE, READ, WRITE = 0, 1, 2
@@ -59,10 +62,21 @@ class Batch(NamedTuple):
   moments: np.ndarray
 
 
-def row_bytes(shape: RowShape) -> int:
-  """Returns the bytes of one row of a batch, without making it."""
+def need_memory(rows: int, shape: RowShape, count: int) -> None:
+  """Checks that this machine can hold `count` batches of so many rows, before one is made.
+
+  Raises:
+    UserError: it cannot.
+  """
   moments = 2 * math.prod(shape.moments)
-  return shape.tokens * (5 * 4 + 1) + shape.images * (3 * shape.image_size**2 + 2 * 4 + moments)
+  row = shape.tokens * (5 * 4 + 1) + shape.images * (3 * shape.image_size**2 + 2 * 4 + moments)
+  needed, there = count * rows * row, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  if needed > there:
+    raise UserError(
+      f"{count} batches of {rows:,} rows of {shape.tokens:,} tokens and {shape.images:,} images take "
+      f"{needed / 2**30:,.0f} GiB, and this machine has {there / 2**30:,.0f}: train.batch_size, data.row_tokens, "
+      "data.row_images, data.workers or data.prefetch must be smaller"
+    )
 
 
 def empty(rows: int, shape: RowShape) -> Batch:

@@ -20,7 +20,11 @@ def numbers(count: int, fault: str, index: int, processes: int):
   for number in range(index, count, processes):
     if number == 5:
       FAULTS[fault]()
-    yield Numbers(np.full(3, number), np.full((2, 2**19), number, np.float32), np.zeros((0, 4), np.int8)), number, "rest"
+    yield (
+      Numbers(np.full(3, number), np.full((2, 2**19), number, np.float32), np.zeros((0, 4), np.int8)),
+      number,
+      "rest",
+    )
 
 
 def _raise(error: Exception):

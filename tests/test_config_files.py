@@ -41,15 +41,29 @@ def folder(tmp_path) -> pathlib.Path:
 
 def test_what_lies_beside_a_config_or_above_it_is_not_imported(folder):
   (folder / "inner" / "x.py").write_text(FOLLOW)
-  command = [sys.executable, "-m", "jflow", "train", f"--config={folder / 'inner' / 'x.py'}:tiny", "--workdir=/dev/null/run"]
+  command = [
+    sys.executable,
+    "-m",
+    "jflow",
+    "train",
+    f"--config={folder / 'inner' / 'x.py'}:tiny",
+    "--workdir=/dev/null/run",
+  ]
   environment = os.environ | {"PYTHONPATH": str(tiny.ROOT), "JAX_PLATFORMS": "cpu"}
   done = subprocess.run(command, cwd=tiny.ROOT, env=environment, capture_output=True, text=True)
-  assert done.returncode == 2 and done.stderr == "jflow: workdir /dev/null/run cannot be written: Not a directory\n"
+  assert (
+    done.returncode == 2
+    and done.stderr == "jflow: workdir /dev/null/run cannot be written: Not a directory\n"
+  )
 
 
-@pytest.mark.parametrize("name", ["random.py", "types.py", "json.py", "jax.py", "x.py", "a:b.py", "no_suffix"])
+@pytest.mark.parametrize(
+  "name", ["random.py", "types.py", "json.py", "jax.py", "x.py", "a:b.py", "no_suffix"]
+)
 def test_a_config_may_have_any_name_and_hides_no_module_of_it(folder, name):
-  (folder / name).write_text("import json, random, types\nimport jax, numpy\nassert jax.__version__\n" + FOLLOW)
+  (folder / name).write_text(
+    "import json, random, types\nimport jax, numpy\nassert jax.__version__\n" + FOLLOW
+  )
   before, modules = list(sys.path), {n: id(m) for n, m in sys.modules.items() if not n.startswith("jax.")}
   assert load(folder / name)["train"]["steps"] == 20
   assert sys.path == before and {n: id(sys.modules.get(n)) for n in modules} == modules
@@ -192,7 +206,12 @@ def test_an_argument_that_is_no_field(argument, named):
 
 def test_a_field_that_is_named_again():
   """The last value counts, so that a launcher's own can be replaced; those of a tuple add up."""
-  again = ("--config.train.steps=1", "--config.train.steps=2", "--config.optimizer.muon=a", "--config.optimizer.muon=b(c|d)")
+  again = (
+    "--config.train.steps=1",
+    "--config.train.steps=2",
+    "--config.optimizer.muon=a",
+    "--config.optimizer.muon=b(c|d)",
+  )
   read = load_config([STAGE2, *again, "--config.log.tensorboard", "--config.checkpoint.keep", "5"])
   assert read["train"]["steps"] == 2 and read["optimizer"]["muon"] == ("a", "b(c|d)")
   assert read["log"]["tensorboard"] is True and read["checkpoint"]["keep"] == 5

@@ -122,7 +122,17 @@ def test_a_run_of_a_version_without_a_record_takes_what_it_finds(run, sets, caps
   assert "holds a run with data.sources.generation=" in start(run, capsys, other)
 
 
-@pytest.mark.parametrize("spoiled", ["", "{", "[]", '{"text": 3}', '{"text": [{"source": "a", "records": "b", "fingerprint": "", "weight": 1, "latents": ""}]}', "\0" * 100])
+@pytest.mark.parametrize(
+  "spoiled",
+  [
+    "",
+    "{",
+    "[]",
+    '{"text": 3}',
+    '{"text": [{"source": "a", "records": "b", "fingerprint": "", "weight": 1, "latents": ""}]}',
+    "\0" * 100,
+  ],
+)
 def test_a_damaged_record_is_taken_from_a_checkpoint_or_refused(run, sets, capsys, spoiled):
   now = identity(fields_of(sets))
   (run / "data.json").write_text(spoiled)

@@ -73,7 +73,9 @@ def test_batches_come_in_the_order_of_one_process_and_as_they_were():
   assert [number for _, number, rest in got] == list(range(11)) and {rest for *_, rest in got} == {"rest"}
   for arrays, number, _ in got:
     assert isinstance(arrays, Numbers) and arrays.empty.shape == (0, 4) and arrays.empty.dtype == np.int8
-    assert (arrays.large == number).all() and arrays.large.shape == (2, 2**19) and arrays.large.flags.writeable
+    assert (
+      (arrays.large == number).all() and arrays.large.shape == (2, 2**19) and arrays.large.flags.writeable
+    )
 
 
 def test_what_a_loader_meets_is_raised_where_its_batch_would_stand():
@@ -125,7 +127,9 @@ if __name__ == "__main__":
 def test_loaders_end_with_their_parent_even_when_they_are_stopped(tmp_path, then, code):
   script = tmp_path / "stage.py"
   script.write_text(_STAGE.format(paths=[str(tiny.ROOT), str(tiny.ROOT / "tests")], then=then))
-  parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+  parent = subprocess.Popen(
+    [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+  )
   assert parent.stdout.readline() == "[0, 1, 2, 3]\n"
   children = _children(parent.pid)
   if code == -signal.SIGKILL:

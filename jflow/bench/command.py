@@ -8,6 +8,7 @@ import importlib
 import pathlib
 import sys
 
+from jflow.arguments import Parser
 from jflow.inference.files import write_json
 from jflow.inference.flags import check_json
 
@@ -26,7 +27,7 @@ WORKLOADS: dict[str, tuple[str, str]] = {
 
 def main(argv: list[str]) -> int:
   """Runs one workload, prints its report as a table, and writes it where --json says."""
-  parser = argparse.ArgumentParser(
+  parser = Parser(
     prog="python -m jflow bench",
     description="Measures a workload. Ratios come from one run, side by side; nothing is compared with old runs.",
   )

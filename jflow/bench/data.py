@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import jflow
+from jflow.arguments import whole
 from jflow.batch import NONE, RowShape
 from jflow.bench.timing import interleaved
 from jflow.data import packing, prepare
@@ -65,14 +66,16 @@ JPEGs at a fraction. cores_per_h200 is what one GPU takes at 42,000 tokens or 65
     action="append",
     help="a prepared data set with pictures, repeatable (default: made here)",
   )
-  add("--pictures", type=int, default=256, help="per round (default 256)")
-  add("--repeats", type=int, default=5, help="rounds, loop and pipeline in turn (default 5)")
-  add("--threads", type=int, default=1, help="reader threads (default 1, as the loop)")
+  add("--pictures", type=whole(most=10**6), default=256, help="per round (default 256)")
+  add("--repeats", type=whole(most=100_000), default=5, help="rounds, loop and pipeline in turn (default 5)")
+  add("--threads", type=whole(most=1024), default=1, help="reader threads (default 1, as the loop)")
   add(
-    "--workers", type=int, default=0, help="loader processes, measured in addition (default 0: threads only)"
+    "--workers", type=whole(0, 1024), default=0,
+    help="loader processes, measured in addition (default 0: threads only)"
   )
   add(
-    "--plan", metavar="RECORDS", type=int, default=0, help="plan so many records of realistic lengths instead"
+    "--plan", metavar="RECORDS", type=whole(0, 10**8), default=0,
+    help="plan so many records of realistic lengths instead"
   )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jflow.arguments import number, whole
 from jflow.errors import UserError
 
 
@@ -22,10 +23,10 @@ The PyTorch side is the published loop: it runs the prompt again at every step. 
 which share of the chip's peak the pictures' FLOPs take (mfu)."""
   inference.add_flags(parser)
   add = parser.add_argument
-  add("--batch_size", type=int, default=2, help="pictures painted at once (default %(default)s)")
-  add("--steps", type=int, default=30, help="Euler steps (default %(default)s)")
-  add("--guidance", type=float, default=2.0, help="w of eq. 5 (default %(default)s)")
-  add("--prompt_tokens", type=int, default=32, help="of the longest prompt (default %(default)s)")
+  add("--batch_size", type=whole(most=4096), default=2, help="pictures painted at once (default %(default)s)")
+  add("--steps", type=whole(most=10_000), default=30, help="Euler steps (default %(default)s)")
+  add("--guidance", type=number(most=1e6), default=2.0, help="w of eq. 5 (default %(default)s)")
+  add("--prompt_tokens", type=whole(), default=32, help="of the longest prompt (default %(default)s)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -41,6 +42,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
   pipeline = inference.open_pipeline(args)
   c, n, dtype = pipeline.model.config, args.batch_size, str(pipeline.model.dtype)
+  context = c.language_model.context
+  if args.prompt_tokens + 1 + c.patches > context:
+    raise UserError(
+      f"--prompt_tokens={args.prompt_tokens} and the {1 + c.patches} slots of a picture must not exceed the "
+      f"context of {context}"
+    )
   rng = np.random.default_rng(0)
   lengths = np.asarray([args.prompt_tokens - i % min(8, args.prompt_tokens) for i in range(n)], np.int32)
   tokens = rng.integers(10, 500, (n, -(-args.prompt_tokens // 32) * 32)).astype(np.int32)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import jflow
 from jflow import chips, sharding
+from jflow.arguments import whole
 from jflow.bench.timing import spread
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped, UserError
@@ -46,7 +47,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     help="random weights of this size (default stage3.py:mid; :384 is the paper's model)",
   )
   add("--versus", choices=("torch",), help="PyTorch doing the same work with the same weights, in turn")
-  add("--repeats", type=int, default=5, help="timed rounds (default %(default)s)")
+  add("--repeats", type=whole(most=100_000), default=5, help="timed rounds (default %(default)s)")
 
 
 def open_pipeline(args: argparse.Namespace) -> Pipeline:

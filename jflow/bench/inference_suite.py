@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from jflow.arguments import whole
 from jflow.errors import Stopped, UserError
 from jflow.inference import files
 
@@ -60,7 +61,7 @@ those for one H200 with the full model in bfloat16 and are judged there only. --
   add = parser.add_argument
   add("--config", metavar="FILE[:SIZE]", default=_FULL, help="random weights of this size (default %(default)s)")
   add("--versus", choices=("torch", "none"), default="torch", help="PyTorch in turn (default %(default)s)")
-  add("--repeats", type=int, default=5, help="timed rounds (default %(default)s)")
+  add("--repeats", type=whole(most=100_000), default=5, help="timed rounds (default %(default)s)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import argparse
 import time
 from typing import Any
 
+from jflow.arguments import whole
 from jflow.errors import UserError
 
 SECTIONS = ("ceiling", "attention", "head_loss", "steps")
@@ -24,8 +25,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--config", metavar="FILE[:SIZE]", required=True, help="for example configs/stage2.py:tiny"
   )
-  parser.add_argument("--rows", type=int, help="rows per step (default: train.batch_size)")
-  parser.add_argument("--steps", type=int, default=20, help="timed steps (default 20)")
+  parser.add_argument("--rows", type=whole(most=2**20), help="rows per step (default: train.batch_size)")
+  parser.add_argument("--steps", type=whole(most=10**6), default=20, help="timed steps (default 20)")
   parser.add_argument(
     "--parts", action=argparse.BooleanOptionalAction, default=True, help="time the parts too"
   )
@@ -76,6 +77,7 @@ def measure(config: dict[str, Any], steps: int, parts: bool) -> dict[str, Any]:
   import jax
 
   from jflow import chips, sharding
+  from jflow.batch import need_memory
   from jflow.bench import parts as part_timing
   from jflow.bench.rows import synthetic
   from jflow.bench.timing import spread
@@ -89,6 +91,7 @@ def measure(config: dict[str, Any], steps: int, parts: bool) -> dict[str, Any]:
   model = setup.build(config, device)
   shape, rows = setup.row_shape(config, model.config), config["train"]["batch_size"]
   vocabulary = model.config.language_model.vocabulary_size
+  need_memory(rows, shape, 2)  # here and on the devices
   host = synthetic(rows, shape, config["data"]["mixture"][-1][1], vocabulary)
   with jax.set_mesh(mesh):
     program = make_program(config, model, mesh)

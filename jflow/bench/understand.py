@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jflow.arguments import whole
 from jflow.errors import UserError
 
 
@@ -22,9 +23,9 @@ Each row reads one picture and a question and answers greedily; the PyTorch side
 or TPU the report says which share of the memory bandwidth decoding reaches (bandwidth_share)."""
   inference.add_flags(parser)
   add = parser.add_argument
-  add("--batch_size", type=int, default=1, help="answers made at once (default %(default)s)")
-  add("--new_tokens", type=int, default=64, help="of each answer (default %(default)s)")
-  add("--question_tokens", type=int, default=64, help="beside the picture (default %(default)s)")
+  add("--batch_size", type=whole(most=4096), default=1, help="answers made at once (default %(default)s)")
+  add("--new_tokens", type=whole(), default=64, help="of each answer (default %(default)s)")
+  add("--question_tokens", type=whole(), default=64, help="beside the picture (default %(default)s)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

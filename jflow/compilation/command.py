@@ -5,6 +5,7 @@ import pathlib
 import sys
 from typing import Any
 
+from jflow.arguments import Parser, number, whole
 from jflow.compilation import targets
 from jflow.errors import UserError
 from jflow.inference.files import write_json
@@ -29,7 +30,7 @@ memory and network at the vendor's peak, as if the other two cost nothing."""
 
 def main(argv: list[str]) -> int:
   """Compiles one step and prints the report, or all of the table; 1 where the step does not fit."""
-  parser = argparse.ArgumentParser(
+  parser = Parser(
     prog="python -m jflow compile",
     description="Compiles the train step of a config for a machine that is not there, and says what it takes.",
     epilog=_EPILOG,
@@ -38,9 +39,12 @@ def main(argv: list[str]) -> int:
   )
   parser.add_argument("--config", metavar="FILE[:SIZE]", help="for example configs/stage2.py")
   parser.add_argument("--topology", metavar="KIND:DIMS", help="for example v5e:4x4")
-  parser.add_argument("--rows_per_device", type=int, metavar="N", help="default: train.batch_size / devices")
   parser.add_argument(
-    "--effort", type=float, default=0.0, metavar="E",
+    "--rows_per_device", type=whole(), metavar="N",
+    help="default: train.batch_size / devices",
+  )  # fmt: skip
+  parser.add_argument(
+    "--effort", type=number(), default=0.0, metavar="E",
     help="of the compiler, from -1 (soonest) to 0, as in training",
   )  # fmt: skip
   parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the report as JSON")

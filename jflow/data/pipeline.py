@@ -7,7 +7,6 @@ step. Hosts, workers and threads change who does the work, not its result.
 
 import collections
 import functools
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -182,13 +181,7 @@ class Pipeline:
       )
     rows = batch_size if share is None else len(share)
     ahead = max(1, data_config["workers"]) * (data_config["prefetch"] + 2)  # one is made, and one in use
-    needed, there = batch_lib.row_bytes(row_shape) * rows, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed * ahead > there:
-      raise UserError(
-        f"{ahead} batches of {rows:,} rows of {row_shape.tokens:,} tokens and {row_shape.images:,} images take "
-        f"{ahead * needed / 2**30:,.0f} GiB, and this machine has {there / 2**30:,.0f}: train.batch_size, data.row_tokens, "
-        "data.row_images, data.workers or data.prefetch must be smaller"
-      )
+    batch_lib.need_memory(rows, row_shape, ahead)
     self._mixture = tuple((int(step), tuple(weights)) for step, weights in data_config["mixture"])
     self._step_plan(1)
     used = [any(weights[i] > 0 for _, weights in self._mixture) for i in range(len(TASKS))]

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from jflow.arguments import SEED, Parser, number, whole
 from jflow.batch import TASKS
 from jflow.data import importers
 from jflow.data.filters import AESTHETIC, Filters
@@ -121,7 +122,7 @@ def _terminate(*_: Any) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+  parser = Parser(
     prog="python -m jflow prepare",
     usage="python -m jflow prepare --format=FORMAT --input=PATH --output=DIR --task=TASK [options]",
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -142,23 +143,23 @@ def _parser() -> argparse.ArgumentParser:
   add("--task", choices=TASKS, help="what the records are to teach")
   add(
     "--processes",
-    type=_positive,
+    type=whole(1, 10_000),
     default=os.cpu_count() or 1,
     help="that read and check (default: one per core)",
   )
   add(
     "--max_rejected_share",
-    type=_share,
+    type=number(0, 1),
     default=0.01,
     metavar="SHARE",
     help="share of unusable ones among all records above which nothing is written (default 0.01)",
   )
   add = parser.add_argument_group("filters, of which each drops what it does not want").add_argument
-  add("--min_size", type=_positive, metavar="PIXELS", help="of the shorter side of each image, at least")
-  add("--max_aspect", type=_aspect, metavar="RATIO", help="longer side over shorter, at most")
+  add("--min_size", type=whole(1), metavar="PIXELS", help="of the shorter side of each image, at least")
+  add("--max_aspect", type=number(1), metavar="RATIO", help="longer side over shorter, at most")
   add(
     "--min_aesthetic",
-    type=float,
+    type=number(),
     metavar="SCORE",
     help=f"score in the metadata ({', '.join(AESTHETIC)}), at least",
   )
@@ -176,33 +177,12 @@ def _parser() -> argparse.ArgumentParser:
     help="text: what is a document in a .txt file, the paragraphs being those between blank lines (default file)",
   )
   add("--split", help="tfds: which split (default train)")
-  add("--records", type=_positive, help="shapes: number of records (default 1000)")
-  add("--seed", type=int, help="shapes: which records (default 0)")
-  add("--image_size", type=_positive, help="shapes: side in pixels (default 384)")
+  add("--records", type=whole(1), help="shapes: number of records (default 1000)")
+  add("--seed", type=whole(most=SEED), help="shapes: which records (default 0)")
+  add("--image_size", type=whole(1, 16_384), help="shapes: side in pixels (default 384)")
   add(
     "--part_records",
-    type=_positive,
+    type=whole(1),
     help="records per shard at most (default 4096); tars and row groups are shards of their own",
   )
   return parser
-
-
-def _share(text: str) -> float:
-  value = float(text)
-  if not 0 <= value <= 1:
-    raise argparse.ArgumentTypeError("should lie between 0 and 1")
-  return value
-
-
-def _aspect(text: str) -> float:
-  value = float(text)
-  if not value >= 1:
-    raise argparse.ArgumentTypeError("should be at least 1, that of a square")
-  return value
-
-
-def _positive(text: str) -> int:
-  value = int(text)
-  if value < 1:
-    raise argparse.ArgumentTypeError("should be at least 1")
-  return value

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from jflow.arguments import SEED, Parser, listed, number, whole
 from jflow.errors import UserError
 from jflow.evaluation.recipes import RECIPES, Recipe
 
@@ -37,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     f"  {name:{width}}  {recipe.what}\n{textwrap.indent(textwrap.fill(recipe.data, 110 - len(indent)), indent)}"
     for name, recipe in RECIPES.items()
   )
-  p = argparse.ArgumentParser(
+  p = Parser(
     prog="python -m jflow evaluate",
     description="Scores a checkpoint: records.jsonl, report.json and report.html in --output.",
     epilog=_EPILOG.format(benchmarks=names),
@@ -52,18 +53,23 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument("--data", type=pathlib.Path, metavar="DIR", help="the benchmark's data, see below (shapes needs none)")
   p.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="where everything goes")
   p.add_argument(
-    "--limit", type=_positive, metavar="N", help="only the first N prompts and the first N questions, of each split"
+    "--limit", type=whole(1), metavar="N",
+    help="only the first N prompts and the first N questions, of each split"
   )
   p.add_argument("--only", choices=("pictures", "questions"), help="shapes: leaves out the other half")
   p.add_argument("--split", default="", help="vqav2: val (default) or test-dev")
-  p.add_argument("--batch_size", type=_positive, default=16, help="samples at once (default %(default)s)")
   p.add_argument(
-    "--seed", type=int, default=0, help="added to the seeds of the pictures (default %(default)s)"
+    "--batch_size", type=whole(1, 100_000), default=16,
+    help="samples at once (default %(default)s)",
+  )  # fmt: skip
+  p.add_argument(
+    "--seed", type=whole(most=SEED), default=0,
+    help="added to the seeds of the pictures (default %(default)s)"
   )
-  p.add_argument("--steps", type=_positive, help="solver steps (default: the recipe's 30)")
-  p.add_argument("--guidance", type=float, help="w of eq. 5 (default: the recipe's 2)")
+  p.add_argument("--steps", type=whole(1, 10_000), help="solver steps (default: the recipe's 30)")
+  p.add_argument("--guidance", type=number(most=1e6), help="w of eq. 5 (default: the recipe's 2)")
   p.add_argument(
-    "--pictures", type=_positive, metavar="N", help="pictures per prompt (default: the recipe's)"
+    "--pictures", type=whole(1, 1000), metavar="N", help="pictures per prompt (default: the recipe's)"
   )
   p.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: float32 on a CPU)")
   p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a jflow training run")
@@ -86,10 +92,12 @@ def parser() -> argparse.ArgumentParser:
     help="keeps compiled programs, and features of true pictures (default %(default)s; empty: nothing)",
   )
   p.add_argument(
-    "--sweep_guidance", type=_numbers(float), metavar="W,W,...", help="one evaluation for each, and a plot"
+    "--sweep_guidance", type=listed(number(most=1e6)), metavar="W,W,...",
+    help="one evaluation for each, and a plot"
   )
   p.add_argument(
-    "--sweep_steps", type=_numbers(int), metavar="S,S,...", help="one evaluation for each, and a plot"
+    "--sweep_steps", type=listed(whole(most=10_000)), metavar="S,S,...",
+    help="one evaluation for each, and a plot"
   )
   return p
 
@@ -319,22 +327,9 @@ def _is_done(task: Any, records: dict[str, Any], output: pathlib.Path) -> bool:
   return isinstance(record.get("answer"), str)
 
 
-def _positive(text: str) -> int:
-  number = int(text)
-  if number < 1:
-    raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-  return number
-
-
 def _part(text: str) -> tuple[int, int]:
   number, _, parts = text.partition("/")
-  if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
+  digits = all(one.isascii() and one.isdigit() and len(one) < 10 for one in (number, parts))
+  if not (digits and int(number) < int(parts)):
     raise argparse.ArgumentTypeError(f"{text!r} must be K/N with K from 0 to N - 1, for example 0/4")
   return int(number), int(parts)
-
-
-def _numbers(kind: type) -> Any:
-  def numbers(text: str) -> list:
-    return [kind(one) for one in text.split(",")]
-
-  return numbers

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from jflow import files
+from jflow.arguments import SEED, Parser, number, whole
 from jflow.errors import UserError
 from jflow.inference import flags
 from jflow.inference.files import make_directory, write_json, writing
@@ -27,7 +28,7 @@ examples:
 
 def parser() -> argparse.ArgumentParser:
   """The flags of `generate`."""
-  p = argparse.ArgumentParser(
+  p = Parser(
     prog="python -m jflow generate",
     description="Paints pictures from prompts: PNG files and a contact sheet.",
     epilog=_EPILOG,
@@ -40,25 +41,34 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument("--prompts", type=pathlib.Path, metavar="FILE", help="a text file with one prompt per line")
   p.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="where the PNG files go")
   p.add_argument("--overwrite", action="store_true", help="replace pictures of an earlier run in --output")
-  p.add_argument("--steps", type=int, default=30, help="solver steps (default %(default)s, as in the paper)")
+  p.add_argument(
+    "--steps", type=whole(most=10_000), default=30,
+    help="solver steps (default %(default)s, as in the paper)",
+  )  # fmt: skip
   p.add_argument(
     "--guidance",
-    type=float,
+    type=number(most=1e6),
     default=2.0,
     help="w of eq. 5: 1 is none, 2 the paper's for FID (default %(default)s)",
   )
   p.add_argument(
     "--seed",
-    type=int,
+    type=whole(most=SEED),
     default=0,
     help="picture j of a prompt starts from noise seed + j (default %(default)s)",
   )
-  p.add_argument("--num_images", type=int, default=1, help="pictures per prompt (default %(default)s)")
+  p.add_argument(
+    "--num_images", type=whole(most=100_000), default=1,
+    help="pictures per prompt (default %(default)s)",
+  )  # fmt: skip
   p.add_argument("--solver", choices=SOLVERS, default="euler", help="(default %(default)s)")
-  p.add_argument("--shift", type=float, default=1.0, help="of the time grid; 1 is even (default %(default)s)")
+  p.add_argument(
+    "--shift", type=number(most=1e6), default=1.0,
+    help="of the time grid; 1 is even (default %(default)s)",
+  )  # fmt: skip
   p.add_argument(
     "--interval",
-    type=float,
+    type=number(),
     nargs=2,
     default=(0.0, 1.0),
     metavar=("FROM", "TO"),
@@ -70,7 +80,10 @@ def parser() -> argparse.ArgumentParser:
     default="exact",
     help="exact (f32 state and time), or release (bf16, as published)",
   )
-  p.add_argument("--batch_size", type=int, default=16, help="pictures painted at once (default %(default)s)")
+  p.add_argument(
+    "--batch_size", type=whole(most=100_000), default=16,
+    help="pictures painted at once (default %(default)s)",
+  )  # fmt: skip
   flags.add_json(p, "what was painted")
   return p
 

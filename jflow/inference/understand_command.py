@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 
+from jflow.arguments import SEED, Parser, number, whole
 from jflow.errors import UserError
 from jflow.inference import flags
 from jflow.inference.files import write_json
@@ -19,7 +20,7 @@ _PICTURE = re.compile(r"\b(image|picture|photo|photograph|figure|drawing|chart)s
 
 def parser() -> argparse.ArgumentParser:
   """The flags of `understand`."""
-  p = argparse.ArgumentParser(
+  p = Parser(
     prog="python -m jflow understand",
     description="Answers a question about pictures; the answer goes to stdout as it is made.",
     epilog=_EPILOG,
@@ -33,12 +34,15 @@ def parser() -> argparse.ArgumentParser:
     "--question", required=True, metavar="TEXT", help='"<image>" marks say where the pictures stand'
   )
   p.add_argument("--system", default="", metavar="TEXT", help="system prompt (default: none)")
-  p.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
   p.add_argument(
-    "--top_p", type=float, default=1.0, help="mass of the nucleus to sample from (default %(default)s)"
+    "--temperature", type=number(most=1e6), default=0.0,
+    help="0 takes the most likely token (default)",
+  )  # fmt: skip
+  p.add_argument(
+    "--top_p", type=number(), default=1.0, help="mass of the nucleus to sample from (default %(default)s)"
   )
-  p.add_argument("--max_tokens", type=int, default=512, help="longest answer (default %(default)s)")
-  p.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
+  p.add_argument("--max_tokens", type=whole(), default=512, help="longest answer (default %(default)s)")
+  p.add_argument("--seed", type=whole(most=SEED), default=0, help="of the sampling (default %(default)s)")
   flags.add_json(p, "question and answer")
   return p
 

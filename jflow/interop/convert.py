@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from jflow import files
+from jflow.arguments import SEED, Parser, whole
 from jflow.errors import Stopped, UserError, need_text_name
 from jflow.inference import checks
 from jflow.interop import official, remote, transfer
@@ -35,7 +36,7 @@ _IN_FLIGHT = 2**29  # bytes that a writing checkpoint may hold beside the parame
 
 
 def _parser() -> argparse.ArgumentParser:
-  p = argparse.ArgumentParser(
+  p = Parser(
     prog="python -m jflow convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   kinds = ("official", "huggingface-parts", "jflow")
@@ -53,8 +54,11 @@ def _parser() -> argparse.ArgumentParser:
   p.add_argument(
     "--weights", choices=("ema", "raw"), default="ema", help="of a jflow checkpoint (default: ema)"
   )
-  p.add_argument("--seed", type=int, default=0, help="of the fresh parts of huggingface-parts")
-  p.add_argument("--shard_bytes", type=int, default=4 * 2**30, help="largest official file (default: 4 GiB)")
+  p.add_argument("--seed", type=whole(most=SEED), default=0, help="of the fresh parts of huggingface-parts")
+  p.add_argument(
+    "--shard_bytes", type=whole(most=2**62), default=4 * 2**30,
+    help="largest official file (default: 4 GiB)",
+  )  # fmt: skip
   return p
 
 

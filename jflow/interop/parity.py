@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflow import flow
+from jflow.arguments import Parser, number
 from jflow.errors import UserError
 from jflow.inference.flags import check_json
 from jflow.interop import golden
@@ -269,7 +270,7 @@ def compare_model(checkpoint: str, path: pathlib.Path, tolerance: float) -> list
 
 def main(argv: Sequence[str]) -> int:
   """The command `parity`."""
-  p = argparse.ArgumentParser(
+  p = Parser(
     prog="python -m jflow parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   p.add_argument("--checkpoint", help="official or jflow checkpoint directory")
@@ -277,7 +278,10 @@ def main(argv: Sequence[str]) -> int:
   p.add_argument(
     "--processor", type=pathlib.Path, help="directory with a tokenizer, images, cases.json, golden.npz"
   )
-  p.add_argument("--tolerance", type=float, help="largest relative L2 error (default: 1e-5; processor: 1e-6)")
+  p.add_argument(
+    "--tolerance", type=number(),
+    help="largest relative L2 error (default: 1e-5; processor: 1e-6)",
+  )  # fmt: skip
   p.add_argument("--json", type=pathlib.Path, help="write the result here")
   args = p.parse_args(argv)
   if args.processor is not None and (args.checkpoint or args.golden):

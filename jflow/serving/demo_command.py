@@ -5,6 +5,7 @@ import os
 import pathlib
 import tempfile
 
+from jflow.arguments import Parser, whole
 from jflow.errors import UserError
 from jflow.serving import flags
 
@@ -19,7 +20,7 @@ The page needs no network. On a distant machine, `ssh -L 7860:localhost:7860 HOS
 
 def parser() -> argparse.ArgumentParser:
   """The flags of `demo`."""
-  p = argparse.ArgumentParser(
+  p = Parser(
     prog="python -m jflow demo",
     description="Opens a page to chat about pictures and to paint, over one loaded model. Needs the extra `demo`.",
     epilog=_EPILOG,
@@ -27,7 +28,8 @@ def parser() -> argparse.ArgumentParser:
   )
   flags.add(p, port=7860)
   p.add_argument(
-    "--max_upload", type=int, default=20, metavar="MB", help="largest picture to upload (default %(default)s)"
+    "--max_upload", type=whole(), default=20, metavar="MB",
+    help="largest picture to upload (default %(default)s)"
   )
   return p
 

@@ -3,6 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from jflow.arguments import number, whole
 from jflow.errors import UserError
 from jflow.inference import flags as model_flags
 
@@ -23,21 +24,29 @@ def add(p: argparse.ArgumentParser, port: int) -> None:
     help="a name or address that clients may call this server by, besides those that --host stands for (needed behind a "
     "reverse proxy); repeatable, * allows any, and then any web page can use the server",
   )  # fmt: skip
-  p.add_argument("--port", type=int, default=port, help="0 takes a free one (default %(default)s)")
   p.add_argument(
-    "--slots", type=int, default=8, help="conversations answered side by side (default %(default)s)"
+    "--port", type=whole(most=65535), default=port,
+    help="0 takes a free one (default %(default)s)",
+  )  # fmt: skip
+  p.add_argument(
+    "--slots", type=whole(most=100_000), default=8,
+    help="conversations answered side by side (default %(default)s)"
   )
   p.add_argument(
     "--context",
-    type=int,
+    type=whole(),
     help=f"tokens of one conversation, its answer included (default: {_CONTEXT}, or the model's where that is less)",
   )
-  p.add_argument("--batch", type=int, default=8, help="pictures painted at once, a power of two (default %(default)s)")
   p.add_argument(
-    "--queue", type=int, default=64, help="requests open at once, the next one gets 429 (default %(default)s)"
+    "--batch", type=whole(most=100_000), default=8,
+    help="pictures painted at once, a power of two (default %(default)s)",
+  )  # fmt: skip
+  p.add_argument(
+    "--queue", type=whole(), default=64,
+    help="requests open at once, the next one gets 429 (default %(default)s)"
   )
   p.add_argument(
-    "--timeout", type=float, default=300, help="seconds that a request may take (default %(default)s)"
+    "--timeout", type=number(), default=300, help="seconds that a request may take (default %(default)s)"
   )
 
 

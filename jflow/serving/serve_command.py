@@ -3,6 +3,7 @@
 import argparse
 import pathlib
 
+from jflow.arguments import Parser, whole
 from jflow.errors import UserError
 from jflow.serving import flags
 
@@ -23,7 +24,7 @@ them, exit code 1.
 
 def parser() -> argparse.ArgumentParser:
   """The flags of `serve`."""
-  p = argparse.ArgumentParser(
+  p = Parser(
     prog="python -m jflow serve",
     description="Serves a model over HTTP in the OpenAI shape: /v1/chat/completions, /v1/images/generations, /v1/models, "
     "/health, /metrics.",
@@ -35,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     "--name", metavar="TEXT", help="of the model, as clients see it (default: the checkpoint's folder)"
   )
   p.add_argument(
-    "--max_body", type=int, default=20, metavar="MB", help="largest request (default %(default)s)"
+    "--max_body", type=whole(), default=20, metavar="MB", help="largest request (default %(default)s)"
   )
   secret = p.add_mutually_exclusive_group()
   secret.add_argument(

@@ -6,6 +6,7 @@ import pathlib
 import sys
 from typing import Any
 
+from jflow.arguments import Parser
 from jflow.errors import UserError, need_text_name
 from jflow.training import config_files, fields, overrides
 
@@ -73,7 +74,7 @@ def _workdir(text: str) -> pathlib.Path:
 
 def main(argv: list[str]) -> int:
   """Parses the flags and trains; 143 or 130 after SIGTERM or SIGINT, once the state is saved."""
-  parser = argparse.ArgumentParser(
+  parser = Parser(
     prog="python -m jflow train",
     description="Trains one stage.",
     epilog=_EPILOG,

@@ -40,7 +40,10 @@ def load(named: str) -> tuple[pathlib.Path, ConfigDict]:
   """
   file, size = _split(named)
   siblings = _Siblings(file.resolve().parent)
-  with siblings.in_reach(), contextlib.redirect_stdout(sys.stderr):  # standard output is for a command's result
+  with (
+    siblings.in_reach(),
+    contextlib.redirect_stdout(sys.stderr),
+  ):  # standard output is for a command's result
     name = f"{_PACKAGE}.{file.stem}"
     module = importlib.util.module_from_spec(ModuleSpec(name, _Source(name, str(file)), origin=str(file)))
     module.__file__, module.__package__ = str(file), _PACKAGE
@@ -57,7 +60,9 @@ def load(named: str) -> tuple[pathlib.Path, ConfigDict]:
         config = config.as_configdict()
       config = ConfigDict(config) if isinstance(config, dict) else config
     if not isinstance(config, ConfigDict):
-      raise UserError(f"{file}:{_line(function)}: get_config must return a ConfigDict, got a {type(config).__name__}")
+      raise UserError(
+        f"{file}:{_line(function)}: get_config must return a ConfigDict, got a {type(config).__name__}"
+      )
   return file, config
 
 
@@ -69,7 +74,9 @@ def _split(named: str) -> tuple[pathlib.Path, list[str]]:
     with contextlib.suppress(OSError, ValueError):  # a name that is too long, or that no file can have
       if path and pathlib.Path(path).is_file():
         return pathlib.Path(path), [":".join(parts[count:])] if count < len(parts) else []
-  named = (named.rpartition(":")[0] or named)[:300].encode("unicode_escape").decode()  # one line, whatever is in it
+  named = (
+    (named.rpartition(":")[0] or named)[:300].encode("unicode_escape").decode()
+  )  # one line, whatever is in it
   raise UserError(f"config file {named or repr('')} does not exist")
 
 
@@ -174,7 +181,9 @@ def _package(name: str, places: list[str], folder: str) -> ModuleSpec:
   file = os.path.join(folder, "__init__.py")
   if folder and os.path.isfile(file):
     loader = _Source(name, file)
-    return importlib.util.spec_from_file_location(name, file, loader=loader, submodule_search_locations=places)
+    return importlib.util.spec_from_file_location(
+      name, file, loader=loader, submodule_search_locations=places
+    )
   spec = ModuleSpec(name, None, is_package=True)
   spec.submodule_search_locations = places
   return spec

@@ -15,7 +15,13 @@ from jflow.training import hosts
 from jflow.training.steps import MANIFEST, sealed_steps
 
 NAME = "data.json"
-_KINDS = {"source": str, "records": int, "fingerprint": str, "weight": (int, float), "latents": str}  # of a source
+_KINDS = {
+  "source": str,
+  "records": int,
+  "fingerprint": str,
+  "weight": (int, float),
+  "latents": str,
+}  # of a source
 _CONTENT = tuple(name for name in _KINDS if name != "source")
 # Task -> its sources, as `Pipeline.identity` returns them.
 Data = dict[str, list[dict[str, Any]]]
@@ -35,7 +41,9 @@ def read(workdir: pathlib.Path) -> Data | None:
   except ValueError as error:
     found = _of_checkpoints(workdir)
     if found is None:
-      raise UserError(f"{file} is damaged ({error}): remove it, and this start's data becomes that of the run") from None
+      raise UserError(
+        f"{file} is damaged ({error}): remove it, and this start's data becomes that of the run"
+      ) from None
     return found
 
 
@@ -97,13 +105,17 @@ def _check(workdir: pathlib.Path, now: Data, accepted: str) -> None:
     return
   told = f"workdir {workdir} holds a run on other data: {'; '.join(changes)}"
   if accepted != digest(now)[:8]:
-    raise UserError(f"{told}; use another --workdir, or go on with this data on purpose by --accept_data={digest(now)[:8]}")
+    raise UserError(
+      f"{told}; use another --workdir, or go on with this data on purpose by --accept_data={digest(now)[:8]}"
+    )
   hosts.say(f"{told}; it goes on with this data, as --accept_data={accepted} says")
 
 
 def digest(data: Data) -> str:
   """A hash of the content, whatever the sources are called."""
-  content = {task: [[source[name] for name in _CONTENT] for source in sources] for task, sources in data.items()}
+  content = {
+    task: [[source[name] for name in _CONTENT] for source in sources] for task, sources in data.items()
+  }
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -125,7 +137,9 @@ def differences(before: Data, now: Data) -> list[str]:
       elif i >= len(old):
         out.append(f"{field} has {new[i]['source']} more ({_content(new[i])})")
       elif key(old[i]) != key(new[i]):
-        out.append(f"{field}: {new[i]['source']} has {_content(new[i], old[i])}, and the run has begun with {_content(old[i], new[i])}")
+        out.append(
+          f"{field}: {new[i]['source']} has {_content(new[i], old[i])}, and the run has begun with {_content(old[i], new[i])}"
+        )
   return out
 
 
@@ -142,4 +156,6 @@ def _content(source: dict[str, Any], other: dict[str, Any] | None = None) -> str
 
 
 def _told(data: Data) -> str:
-  return "; ".join(f"{source['source']}: {_content(source)}" for sources in data.values() for source in sources)
+  return "; ".join(
+    f"{source['source']}: {_content(source)}" for sources in data.values() for source in sources
+  )

@@ -40,7 +40,10 @@ def number(least: float = -math.inf, most: float = math.inf, above: float = -mat
     if least == 0 and below == math.inf == most and value < 0:
       return "must not be negative" + note
     if not (least <= value <= most and above < value < below):
-      low, high = (f"[{least:g}" if math.isfinite(least) else "("), (f"{most:g}]" if most < math.inf else f"{below:g})")
+      low, high = (
+        (f"[{least:g}" if math.isfinite(least) else "("),
+        (f"{most:g}]" if most < math.inf else f"{below:g})"),
+      )
       return f"must be in {low}, {high}"
     return ""
 
@@ -49,7 +52,9 @@ def number(least: float = -math.inf, most: float = math.inf, above: float = -mat
 
 def text(value: Any) -> str:
   """Text of one line."""
-  return "" if isinstance(value, str) and not re.search(r"[\x00-\x1f\x7f]", value) else "must be text of one line"
+  return (
+    "" if isinstance(value, str) and not re.search(r"[\x00-\x1f\x7f]", value) else "must be text of one line"
+  )
 
 
 def truth(value: Any) -> str:
@@ -58,7 +63,9 @@ def truth(value: Any) -> str:
 
 def words(value: Any) -> str:
   """Names, none of them empty."""
-  fine = isinstance(value, (tuple, list)) and all(isinstance(one, str) and one and not text(one) for one in value)
+  fine = isinstance(value, (tuple, list)) and all(
+    isinstance(one, str) and one and not text(one) for one in value
+  )
   return "" if fine else "must be a tuple of texts, as ('a', 'b')"
 
 
@@ -92,7 +99,11 @@ def weighted(example: str) -> Check:
 
   def check(value: Any) -> str:
     fine = isinstance(value, (tuple, list)) and all(
-      isinstance(one, (tuple, list)) and len(one) == 2 and not text(one[0]) and one[0] and not number(0)(one[1])
+      isinstance(one, (tuple, list))
+      and len(one) == 2
+      and not text(one[0])
+      and one[0]
+      and not number(0)(one[1])
       for one in value
     )
     return "" if fine else f"must be a tuple of {example}"
@@ -216,9 +227,13 @@ FIELDS: dict[str, Check] = {
   # Of the model, whose class checks the rest: depths that would be built layer by layer, for hours.
   **dict.fromkeys(
     (
-      "model.language_model.layers", "model.understanding_encoder.layers", "model.generation.encoder_blocks",
-      "model.generation.decoder_blocks", "model.autoencoder.layers_per_block",
-    ), whole(-_MOST, 1024),
+      "model.language_model.layers",
+      "model.understanding_encoder.layers",
+      "model.generation.encoder_blocks",
+      "model.generation.decoder_blocks",
+      "model.autoencoder.layers_per_block",
+    ),
+    whole(-_MOST, 1024),
   ),
 }
 

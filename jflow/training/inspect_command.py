@@ -7,6 +7,7 @@ import sys
 import numpy as np
 
 import jflow
+from jflow.arguments import Parser, whole
 from jflow.batch import TASKS, Batch
 from jflow.data import inspection
 from jflow.data.mixture import StepPlan
@@ -31,7 +32,7 @@ built-in world cuts the text, and lengths are not those of a real run."""
 
 def main(argv: list[str]) -> int:
   """Runs the command line."""
-  parser = argparse.ArgumentParser(
+  parser = Parser(
     prog="python -m jflow prepare",
     description="Draws packed rows: images in place, decoded text, samples by colour, what is learned, fill and lengths.",
     epilog=_EPILOG,
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
     const="",
     help="a prepared data set; without it the config's sources",
   )
-  add("--rows", type=int, default=4, help="rows to draw (default 4)")
+  add("--rows", type=whole(), default=4, help="rows to draw (default 4)")
   add(
     "--output",
     metavar="FILE",
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> int:
     metavar="FILE[:SIZE]",
     help="row, template, mixture (default with DIR: stage2 at 384)",
   )
-  add("--step", type=int, default=0, help="of the run (default 0)")
+  add("--step", type=whole(), default=0, help="of the run (default 0)")
   args, fields = parser.parse_known_args(argv)
   if args.rows < 1:
     raise UserError(f"--rows={args.rows} should be at least 1")

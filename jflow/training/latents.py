@@ -17,6 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jflow import sharding
+from jflow.arguments import SEED, Parser, whole
 from jflow.data import latents
 from jflow.errors import UserError
 from jflow.interop.checkpoints import read_checkpoint
@@ -114,7 +115,7 @@ def make(
 
 def main(argv: list[str]) -> int:
   """Runs the command line."""
-  parser = argparse.ArgumentParser(
+  parser = Parser(
     prog="python -m jflow prepare",
     description="Runs the VAE over the pictures of a prepared data set, so that training need not.",
     epilog=_EPILOG,
@@ -131,9 +132,12 @@ def main(argv: list[str]) -> int:
   )
   add("--vae", metavar="DIR", help="SDXL-VAE, for a checkpoint that holds none")
   add("--weights", choices=("ema", "raw"), default="ema", help="of a jflow checkpoint (default ema)")
-  add("--batch_size", type=int, default=16, help="pictures at a time (default 16)")
-  add("--seed", type=int, default=0, help="of the squares (default 0)")
-  add("--threads", type=int, default=os.cpu_count() or 1, help="that read and decode (default: one per core)")
+  add("--batch_size", type=whole(most=100_000), default=16, help="pictures at a time (default 16)")
+  add("--seed", type=whole(most=SEED), default=0, help="of the squares (default 0)")
+  add(
+    "--threads", type=whole(most=100_000), default=os.cpu_count() or 1,
+    help="that read and decode (default: one per core)",
+  )  # fmt: skip
   args = parser.parse_args(argv)
   for name in ("batch_size", "threads"):
     if getattr(args, name) < 1:

@@ -75,7 +75,8 @@ def check_memory(program: Program, mesh: jax.sharding.Mesh) -> None:
   if there is not None and needed // mesh.size > there:
     raise UserError(
       f"parameters, their averages and the optimizer's state take {needed / 2**30:,.0f} GiB, more than the "
-      f"{mesh.size * there / 2**30:,.0f} GiB of {mesh.size} devices: the fields config.model.* must be smaller, or the mesh larger"
+      f"{mesh.size * there / 2**30:,.0f} GiB of {mesh.size} devices: the fields config.model.* must be smaller, or "
+      "the mesh larger"
     )
 
 

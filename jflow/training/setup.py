@@ -54,8 +54,9 @@ def check(config: Config) -> JanusFlowConfig:
   for name in ("tensorboard", "wandb"):
     there = not log[name] or importlib.util.find_spec(name) is not None
     need(there, f"log.{name}", f"needs the package {name}: pip install {name}")
-  need(bool(log["sample_prompts"] or not log["sample_every"]), "log.sample_prompts", "must hold some for log.sample_every")
-  need(not train["init_parts"] or bool(train["init_from"]), "train.init_parts", "needs train.init_from, whose parts it replaces")
+  need(bool(log["sample_prompts"] or not log["sample_every"]), "log.sample_prompts", "must hold one to paint")
+  parts = not train["init_parts"] or bool(train["init_from"])
+  need(parts, "train.init_parts", "needs train.init_from, whose parts it replaces")
   need(
     not train["fit_labels"] or model.reader == "siglip",
     "train.fit_labels",
@@ -80,7 +81,8 @@ def check(config: Config) -> JanusFlowConfig:
     "data.row_tokens",
     f"must not exceed model.language_model.context={model.language_model.context}",
   )
-  need(data["row_images"] <= data["row_tokens"], "data.row_images", f"must not exceed data.row_tokens={data['row_tokens']}")
+  most = data["row_tokens"]
+  need(data["row_images"] <= most, "data.row_images", f"must not exceed data.row_tokens={most}")
   need(bool(data["tokenizer"]), "data.tokenizer", "must name a directory with tokenizer.json")
   rows = (train["batch_size"] // train["accumulation"], mesh["data"] * mesh["fsdp"])
   need(

@@ -1,0 +1,88 @@
+"""The command line: a parser whose errors are one line, and numbers that are bounded.
+
+A number that no machine could serve (10**30 pictures) or that is none (nan) ends a command before anything is read.
+"""
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+SEED = 2**63 - 1  # what a seed can be at most; each use has its own, closer bound
+_DIGITS = 25  # of a whole number that is looked at
+
+
+class Parser(argparse.ArgumentParser):
+  """argparse's parser without the usage before an error."""
+
+  _given: Sequence[str] = ()
+
+  def parse_known_args(
+    self, args: Sequence[str] | None = None, namespace: Any = None
+  ) -> tuple[Any, list[str]]:
+    self._given = args = list(sys.argv[1:] if args is None else args)
+    for flag, equals, value in (one.partition("=") for one in args):
+      if flag.startswith("-") and equals and value == "--":  # argparse would take it for the end of the flags
+        self.error(f"argument {flag}: expected one argument")
+    return super().parse_known_args(args, namespace)
+
+  def error(self, message: str) -> NoReturn:
+    """Ends with code 2; a value that a type below refuses stands behind its flag, as elsewhere."""
+    if (found := re.match(r"argument (\S+): (\S+) must be ", message)) and "=".join(found.groups()) in self._given:
+      message = message.removeprefix("argument ").replace(": ", "=", 1)
+    told = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in message)
+    self.exit(
+      2, f"jflow: error: {told if len(told) <= 600 else told[:600] + '...'}; see {self.prog} --help\n"
+    )
+
+
+def whole(least: int | None = None, most: int = 10**9) -> Callable[[str], int]:
+  """A type for argparse: a whole number of at most `most`; of at least `least`, unless the command says so itself."""
+
+  def read(text: str) -> int:
+    if not re.fullmatch(r"\s*[+-]?[0-9](_?[0-9])*\s*", text):
+      raise ValueError
+    digits = text.strip().lstrip("+-").replace("_", "").lstrip("0")
+    number = int(text) if len(digits) <= _DIGITS else 10**_DIGITS * (-1 if "-" in text else 1)
+    return _within(number, text, least, most)
+
+  read.__name__ = "int"  # argparse calls what is no number an "invalid int value"
+  return read
+
+
+def number(least: float | None = None, most: float = 1e9) -> Callable[[str], float]:
+  """A type for argparse: a finite number of at most `most`; of at least `least`, unless the command says so itself."""
+
+  def read(text: str) -> float:
+    found = float(text) if text.isascii() else float("")  # as for any text that is no number
+    if not math.isfinite(found):
+      raise argparse.ArgumentTypeError(f"{_short(text)} must be a finite number")
+    return _within(found, text, least, most)
+
+  read.__name__ = "float"
+  return read
+
+
+def listed(kind: Callable[[str], Any]) -> Callable[[str], list]:
+  """A type for argparse: numbers with commas between them."""
+
+  def read(text: str) -> list:
+    return [kind(one) for one in text.split(",")]
+
+  read.__name__ = "list"
+  return read
+
+
+def _within(found: Any, text: str, least: float | None, most: float) -> Any:
+  if least is not None and found < least:
+    raise argparse.ArgumentTypeError(f"{_short(text)} must be at least {least:g}")
+  if found > most or found < -most:
+    raise argparse.ArgumentTypeError(f"{_short(text)} must be at most {most:.15g}" if found > most else
+                                     f"{_short(text)} must be at least {-most:.15g}")  # fmt: skip
+  return found
+
+
+def _short(text: str) -> str:
+  return text if len(text) <= 60 else f"{text[:60]}..."
