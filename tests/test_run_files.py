@@ -284,9 +284,13 @@ def test_a_damaged_name_of_a_tracked_run_is_made_anew(tmp_path, content, monkeyp
 def test_inference_reads_what_is_whole(run):
   put(run, None, MANIFESTS[2])
   assert checkpoint.resolve(run)[1].name == "4"
-  (run / "checkpoints" / "²").mkdir()
-  (run / "checkpoints" / "007").mkdir()
-  assert checkpoint.resolve(run)[1].name == "4"
+  (run / "checkpoints" / "notes").mkdir()
   for name in ("²", "007"):
+    (run / "checkpoints" / name).mkdir()
+    with pytest.raises(UserError, match=f"checkpoints/{name} must be named as a step"):
+      checkpoint.resolve(run)
     with pytest.raises(UserError, match="no jflow checkpoint"):
       checkpoint.resolve(run / "checkpoints" / name)
+    assert checkpoint.resolve(run / "checkpoints" / "4")[1].name == "4"
+    (run / "checkpoints" / name).rmdir()
+  assert checkpoint.resolve(run)[1].name == "4"

@@ -239,7 +239,7 @@ def resolve(path: str | pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
   """Finds (workdir, step directory) from a workdir, its `checkpoints` folder, or one step of it.
 
   Raises:
-    UserError: nothing is there, or no step is intact.
+    UserError: nothing is there, no step is intact, or a number that is no step stands among them.
   """
   path = pathlib.Path(path)
   if not path.exists():
@@ -259,6 +259,9 @@ def resolve(path: str | pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     if why:
       raise UserError(f"checkpoint {folder}: {why}")
     return workdir, folder
+  odd = sorted(each.name for each in folder.iterdir() if each.name.isdigit() and steps.number(each.name) is None)
+  if odd:  # which checkpoint is the newest cannot be told
+    raise UserError(f"{folder / odd[0]} must be named as a step, as in 0 or 1000: rename it, move it away, or name a step")
   step = newest_valid(folder)
   if step is None:
     raise UserError(f"{folder} holds no complete checkpoint yet")
