@@ -15,6 +15,10 @@ class PromptTooLong(UserError):
   """A prompt that has more tokens than its context holds."""
 
 
+class CannotPaint(UserError):
+  """A picture is asked of a checkpoint without a VAE."""
+
+
 class Stopped(Exception):
   """A run that cannot go on: the disk is full, too many steps were not finite. Exit code 1.
 

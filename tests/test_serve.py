@@ -343,6 +343,13 @@ def test_models_tell_what_is_served(served):
   assert said(client.post(CHAT, json=ask(model=serving.NAME)))
 
 
+def test_a_model_that_cannot_paint_is_what_is_wrong(served, monkeypatch):
+  client, engine = served
+  monkeypatch.setattr(engine.pipeline, "can_paint", False)
+  refused = client.post(PAINT, json={"prompt": "a ring"})
+  assert refused.status_code == 400 and refused.json()["error"]["param"] == "model"
+
+
 # --- requests ---------------------------------------------------------------------------------------------
 
 

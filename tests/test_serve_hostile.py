@@ -23,19 +23,33 @@ from jflow.serving.connections import Limits
 from jflow.serving.jobs import Pictures
 from jflow.serving.logs import OncePerSecond
 from jflow.serving.schemas import Settings
+from tools import fuzz_server
 
 CHAT, PAINT = "/v1/chat/completions", "/v1/images/generations"
 HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode()
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 LIMITS = Limits(connections=12, backlog=8, head=1.0, rest=2.0, idle=1, window=1.0)
+STRICT = LIMITS._replace(head=0.5, rest=0.5, window=0.5, linger=0.3, look=0.1)
 MAX_BODY = 2**20
 
 
 @pytest.fixture(scope="module")
-def served():
-  with serving.serving(serving.pipeline(), limits=LIMITS, max_body=MAX_BODY, queue=4) as (base, engine):
+def model():
+  return serving.pipeline()
+
+
+@pytest.fixture(scope="module")
+def served(model):
+  with serving.serving(model, limits=LIMITS, max_body=MAX_BODY, queue=4) as (base, engine):
     with serving.client(base) as client:
       yield client, engine
+
+
+@pytest.fixture(scope="module")
+def strict(model):
+  """A server that waits for nobody; what it is asked by others than the slow goes out in one piece."""
+  with serving.serving(model, limits=STRICT) as (base, _), serving.client(base) as client:
+    yield client
 
 
 def ask(text="Why?", **more):
@@ -130,18 +144,62 @@ def test_what_is_no_good_http_is_refused_in_json_with_all_headers(served, sent, 
     (b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n", 404),
   ],
 )  # fmt: skip
-def test_what_comes_too_slowly_is_cut(served, sent, status):
-  client, _ = served
-  with connect(client) as connection:
+def test_what_comes_too_slowly_is_cut(strict, sent, status):
+  with connect(strict) as connection:
     connection.sendall(sent)
     said = to_the_end(connection)
     assert int(said.split()[1]) == status if status else said == b""
-  works(client)
+  works(strict)
 
 
-def test_a_slow_drip_is_no_pace(served):
+def test_a_body_that_its_connection_refuses_is_counted_as_what_it_got(served, strict):
+  def counted(client, status):
+    name = f'jflow_requests_total{{path="{CHAT}",status="{status}"}} '
+    return float(client.get("/metrics").text.partition(name)[2].partition("\n")[0] or 0)
+
+  for client, status, sent in (
+    (strict, 408, HEAD + LENGTH + b"\r\n" + BODY[:9]),
+    (served[0], 400, HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"),
+  ):
+    before, gone = counted(client, status), counted(client, 499)
+    with connect(client) as connection:
+      connection.sendall(sent)
+      assert int(to_the_end(connection).split()[1]) == status
+    until(lambda client=client, status=status, before=before: counted(client, status) == before + 1)
+    assert counted(client, 499) == gone
+
+
+@pytest.mark.parametrize(
+  "sent",
+  [
+    b"HEAD " + HEAD[5:] + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"HEAD " + HEAD[5:] + b"X: " + b"a" * 33_000 + b"\r\n\r\n",
+    HEAD + b"Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+  ],
+  ids=["no chunk, no body back", "a long head, no body back", "no chunk where none was asked for yet"],
+)
+def test_what_is_refused_by_its_connection_is_no_fault_of_the_server(served, caplog, sent):
   client, _ = served
-  with connect(client) as connection:
+  with connect(client) as connection, caplog.at_level(logging.ERROR):
+    connection.sendall(sent)
+    head, _, body = to_the_end(connection).partition(b"\r\n\r\n")
+    works(client)
+  assert head.startswith(b"HTTP/1.1 400 ") and not caplog.records
+  if len(sent) < 2**15:  # else it may not have come in one piece
+    assert bool(body) == sent.startswith(b"POST")
+
+
+def test_a_fault_at_one_connection_is_not_the_servers(strict, monkeypatch, caplog):
+  monkeypatch.setattr("jflow.serving.connections.Connection._unread", lambda *_: 1 // 0)
+  with connect(strict) as connection:
+    assert to_the_end(connection) == b""
+  monkeypatch.undo()
+  assert "ZeroDivisionError" in caplog.text
+  works(strict)
+
+
+def test_a_slow_drip_is_no_pace(strict):
+  with connect(strict) as connection:
     connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\n{")
     with contextlib.suppress(ConnectionError):
       for _ in range(100):
@@ -150,12 +208,11 @@ def test_a_slow_drip_is_no_pace(served):
     assert to_the_end(connection)[:12] in (b"HTTP/1.1 408", b"")
 
 
-def test_a_client_that_does_not_read_is_cut(served):
-  client, _ = served
+def test_a_client_that_does_not_read_is_cut(strict):
   with socket.socket() as connection:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    connection.connect((client.base_url.host, client.base_url.port))
-    connection.settimeout(0.5)
+    connection.connect((strict.base_url.host, strict.base_url.port))
+    connection.settimeout(0.2)
     with pytest.raises(ConnectionError):
       for _ in range(200):
         with contextlib.suppress(TimeoutError):
@@ -306,9 +363,9 @@ def test_who_leaves_while_pictures_are_decoded_holds_nobody_up(served, monkeypat
   assert len(decoded) == len(held), "a second picture was decoded for somebody who had left"
 
 
-def test_the_slowest_body_makes_room_for_others():
+def test_the_slowest_body_makes_room_for_others(model):
   """Bodies share a bound of memory; here sixteen times 1,000 bytes."""
-  with serving.serving(serving.pipeline(), max_body=1000) as (base, _), serving.client(base) as client:
+  with serving.serving(model, max_body=1000) as (base, _), serving.client(base) as client:
     held = [connect(client) for _ in range(17)]
     for connection in held:
       connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\n" + b" " * 990)
@@ -462,3 +519,12 @@ def test_a_mistake_that_the_models_thread_finds_costs_its_request_alone(served, 
       assert client.post(CHAT, json=ask()).status_code == 400
   works(client)
   assert engine.state == "ready" and failures() == before
+
+
+# --- all of it --------------------------------------------------------------------------------------------
+
+
+def test_a_short_run_of_the_fuzzer(served, caplog):
+  client, _ = served
+  counts = fuzz_server.fuzz(seed=0, tries=800, base=str(client.base_url), log=lambda: caplog.text)
+  assert counts == {"tried": 800, "escaped": 0, "hung": 0, "lost": 0}

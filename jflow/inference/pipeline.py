@@ -13,7 +13,7 @@ from jflow.data import examples, images
 from jflow.data.images import ImageError
 from jflow.data.records import Turn
 from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from jflow.errors import UserError
+from jflow.errors import CannotPaint, UserError
 from jflow.inference import checks, decoding, likelihood, painting
 from jflow.inference.decoding import Request, bucket
 from jflow.models.janusflow import JanusFlow, for_inference
@@ -126,10 +126,11 @@ class Pipeline:
     """The tokens of a prompt to paint, int32[n].
 
     Raises:
-      UserError: the checkpoint cannot paint, the prompt is empty or longer than the context.
+      CannotPaint: there is no VAE.
+      UserError: the prompt is empty or longer than the context.
     """
     if not self.can_paint:
-      raise UserError(
+      raise CannotPaint(
         "this checkpoint has no VAE, so it can answer but not paint: give the VAE's directory (--vae=DIR)"
       )
     room = self.model.config.language_model.context - 1 - self.model.config.patches

@@ -19,7 +19,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jflow.errors import PromptTooLong, UserError
+from jflow.errors import CannotPaint, PromptTooLong, UserError
 from jflow.serving import prepare, schemas
 from jflow.serving.answers import Answer
 from jflow.serving.body import Bodies, parse_json
@@ -193,6 +193,7 @@ class Observed:
       await self._app(scope, receive, watched)
     finally:
       seconds = time.monotonic() - started
+      status = scope.get("state", {}).get("refused", status)  # by its connection
       path = scope["path"] if scope["path"] in self._paths else "other"
       self._metrics.requests.labels(path, status).inc()
       self._metrics.seconds.labels(path).observe(seconds)
@@ -239,6 +240,8 @@ def _of_user(request: Request, error: UserError) -> ApiError:
   """A mistake that shows once the conversation or the prompt is read as a whole."""
   if isinstance(error, prepare.UnreadableImage):
     return ApiError(400, f"{error.field}: {error}", error.field, code="invalid_image")
+  if isinstance(error, CannotPaint):
+    return ApiError(400, str(error), "model")
   field = "prompt" if request.scope["path"].endswith("generations") else "messages"
   code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
   return ApiError(400, str(error), field, code=code)

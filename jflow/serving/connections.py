@@ -1,7 +1,7 @@
 """Connections that last no longer and take no more than what comes over them is worth.
 
-uvicorn's HTTP/1.1, and around it: how many connections there are, the time in which the head of a request is there,
-the pace of its body and of its answer's reader, and the sizes of the pieces in which they come.
+uvicorn's HTTP/1.1, and around it: how many connections there are, the time in which the head of a request is
+there, the pace of its body and of its answer's reader, and the sizes of the pieces in which they come.
 """
 
 import asyncio
@@ -18,7 +18,6 @@ from jflow.serving.schemas import ApiError
 _LONGEST_HEAD = 2**15  # bytes
 _OWN_FILES = 64  # that the process has open besides its connections
 _MOST = 1000  # connections
-_LINGER = 2.0  # seconds for a client to read why it was refused
 _AHEAD = 2**16  # bytes of the next request that are read while one is answered
 _SMALL_PIECES = 1000  # pieces of a body that may be small
 _LEAST_PIECE = 32  # mean bytes of the further ones; each costs some microseconds of the event loop
@@ -34,6 +33,8 @@ class Limits(NamedTuple):
   idle: int = 5  # seconds between two requests
   window: float = 10.0  # seconds over which the pace of a body and of a reader is measured
   pace: float = 1000.0  # bytes per second that a body has to come with, and an answer has to be read with
+  linger: float = 2.0  # seconds for a client to read why it was refused
+  look: float = 1.0  # seconds between two looks at a connection, in tenths
 
   @classmethod
   def here(cls) -> "Limits":
@@ -47,12 +48,14 @@ class Limits(NamedTuple):
 class Reader(h11.Connection):
   """h11's parser, strict about two lengths of one body and about bodies in crumbs."""
 
+  method = b""  # of the last request
   _chunked, _pieces, _bytes = False, 0, 0
 
   def next_event(self) -> Any:
     """The next event; raises RemoteProtocolError as h11 does."""
     event = super().next_event()
     if isinstance(event, h11.Request):
+      self.method = event.method
       names = {name for name, _ in event.headers}
       if len(event.target) + sum(len(name) + len(value) for name, value in event.headers) > _LONGEST_HEAD:
         raise h11.RemoteProtocolError("a head that is too long")
@@ -67,20 +70,17 @@ class Reader(h11.Connection):
 
 
 class Connection(H11Protocol):
-  """One connection; `look` is called about once per second."""
+  """One connection; `look` is called every `Limits.look` seconds."""
 
   def __init__(self, *args: Any, limits: Limits, **kwargs: Any):
     super().__init__(*args, **kwargs)
     self.conn = Reader(h11.SERVER, _LONGEST_HEAD)
     self._limits = limits
     self._received = 0  # bytes
-    self._since, self._before = (
-      self.loop.time(),
-      0,
-    )  # the begin of a request or of the wait for one, bytes received then
-    self._refused: float | None = (
-      None  # when; what still comes is not read, but taken, so that the answer gets there
-    )
+    # The begin of a request or of the wait for one, and the bytes received then.
+    self._since, self._before = self.loop.time(), 0
+    # When; what still comes is not read, but taken, so that the answer gets there.
+    self._refused: float | None = None
     self._body_since: tuple[float, int] | None = None  # a window's begin, and the bytes received then
     self._write_since: tuple[float, int] | None = None  # and the bytes that waited to be sent then
 
@@ -150,10 +150,13 @@ class Connection(H11Protocol):
       headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
                  (b"connection", b"close"), *HEADERS]  # fmt: skip
       head = h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status])
-      for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+      bodiless = self.conn.our_state is h11.SEND_RESPONSE and self.conn.method == b"HEAD"
+      for event in (head, h11.Data(data=b"" if bodiless else body), h11.EndOfMessage()):
         self.transport.write(self.conn.send(event))
+      if self.cycle is not None and not self.cycle.response_complete:
+        self.cycle.scope["state"]["refused"] = status
     if self.cycle is not None and not self.cycle.response_complete:  # who answers it finds its client gone
-      self.cycle.disconnected = True
+      self.cycle.disconnected, self.cycle.waiting_for_100_continue = True, False
       self.cycle.message_event.set()
     if not self.transport.is_closing():
       self._refused = self.loop.time()
@@ -168,7 +171,7 @@ class Connection(H11Protocol):
     elif self.transport.is_closing():
       pass
     elif self._refused is not None:
-      if now - self._refused > _LINGER:
+      if now - self._refused > self._limits.linger:
         self.end()
     elif self.waits():
       self._body_since = None

@@ -1,11 +1,10 @@
 """What clients send: JSON in the widely used OpenAI shape, checked field by field.
 
-Null is left out. A field that asks for nothing which is missing here is ignored: a hint that changes no answer, or a
-value that stands for what is done anyway. What jflow does not compute is refused by name.
+Null is left out. A field that asks for nothing which is missing here is ignored: a hint that changes no answer,
+or a value that stands for what is done anyway. What jflow does not compute is refused by name.
 """
 
 import hashlib
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jflow.flow import SOLVERS

@@ -61,13 +61,18 @@ class Server(uvicorn.Server):
       backlog=limits.backlog,
     )  # fmt: skip
     super().__init__(config)
-    self._engine = engine
+    self._engine, self._ticks = engine, max(1, round(10 * limits.look))
 
   async def on_tick(self, counter: int) -> bool:
     """Ends what is too slow, and the server when the model has failed: whoever watches it can start it again."""
-    if counter % 10 == 0:
+    if counter % self._ticks == 0:
       for connection in list(self.server_state.connections):
-        connection.look()
+        try:
+          connection.look()
+        except Exception:  # is this connection's alone
+          log.exception("a connection failed")
+          connection.end()
+    if counter % 10 == 0:
       logs.tell()
     return await super().on_tick(counter) or self._engine.state == "failed"
 
