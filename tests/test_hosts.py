@@ -22,7 +22,8 @@ def listeners():
     def getsockname(self):
       return self._host, 8000
 
-  return {"loopback": At("127.0.0.1"), "loopback6": At("::1"), "wildcard": At("0.0.0.0"), "wildcard6": At("::"),
+  return {"loopback": At("127.0.0.1"), "loopback6": At("::1"), "wildcard": At("0.0.0.0"),
+          "wildcard6": At("::"),
           "one": At("192.0.2.7")}  # fmt: skip
 
 
@@ -60,10 +61,13 @@ LOOPBACK = [
   "[::1]",
   "[::1]:8000",
 ]
-BAD = ["", " ", "evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "evil.localhost",
-       "localhost:80:80", "localhost:port", "localhost:123456", "localhost/", "a@localhost", "localhost@a", "localhost,evil",
-       "localhost evil", "localhost\t", "[::1", "::1", "[::1]x", "[127.0.0.1]", "l\xf6calhost", "localhost..", "127.1", "0x7f.1",
-       "2130706433", "http://localhost", "*", "localhost#", "localhost\x00", "[::1%25lo]", "."]  # fmt: skip
+BAD = [
+  "", " ", "evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example",
+  "evil.localhost", "localhost:80:80", "localhost:port", "localhost:123456", "localhost/", "a@localhost",
+  "localhost@a", "localhost,evil", "localhost evil", "localhost\t", "[::1", "::1", "[::1]x", "[127.0.0.1]",
+  "l\xf6calhost", "localhost..", "127.1", "0x7f.1", "2130706433", "http://localhost", "*", "localhost#",
+  "localhost\x00", "[::1%25lo]", ".",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -71,7 +75,8 @@ BAD = ["", " ", "evil.example", "evil.example:8000", "localhost.evil.example", "
   [
     ("loopback", [], LOOPBACK, [*BAD, "192.0.2.7", "0.0.0.0", "[::]", "10.0.0.1", HERE]),
     ("loopback6", [], LOOPBACK, BAD),
-    ("loopback", ["Chat.Example.", "192.0.2.9"], ["chat.example", "CHAT.example.:443", "192.0.2.9", *LOOPBACK],
+    ("loopback", ["Chat.Example.", "192.0.2.9"], ["chat.example", "CHAT.example.:443", "192.0.2.9",
+    *LOOPBACK],
      [*BAD, "example", "a.chat.example"]),
     ("loopback", ["*"], [*LOOPBACK, "evil.example"], ["", "localhost@a", "localhost:80:80"]),
     ("wildcard", [], [*LOOPBACK, "192.0.2.7", "[2001:db8::1]:8000", HERE, f"{HERE}:8000", HERE.upper()], BAD),

@@ -1,4 +1,4 @@
-"""A server among clients that are slow, greedy, broken or gone: they are cut or refused, and the others go on."""
+"""A server among clients that are slow, greedy, broken or gone: they are cut or refused, others go on."""
 
 import base64
 import concurrent.futures
@@ -57,6 +57,7 @@ def ask(text="Why?", **more):
 
 
 BODY = json.dumps(ask()).encode()
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
 LENGTH = b"Content-Length: %d\r\n" % len(BODY)
 
 
@@ -111,9 +112,9 @@ def works(client):
     (HEAD + LENGTH + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY), 400),
     (HEAD + LENGTH + b"Content-Length: 7\r\n\r\n" + BODY, 400),
     (HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", 400),
-    (HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
-    (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 20_000, 400),
-    (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"".join(b"1\r\n%c\r\n" % x for x in BODY) + b"0\r\n\r\n", 200),
+    (HEAD + CHUNKED + b"zz\r\n", 400),
+    (HEAD + CHUNKED + b"1\r\n \r\n" * 20_000, 400),
+    (HEAD + CHUNKED + b"".join(b"1\r\n%c\r\n" % x for x in BODY) + b"0\r\n\r\n", 200),
     (HEAD + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % (MAX_BODY + 1), 413),
     (GET + b"Authorization: Bearer \xff\xfe\r\n\r\n", 200),
   ],
@@ -159,7 +160,7 @@ def test_a_body_that_its_connection_refuses_is_counted_as_what_it_got(served, st
 
   for client, status, sent in (
     (strict, 408, HEAD + LENGTH + b"\r\n" + BODY[:9]),
-    (served[0], 400, HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"),
+    (served[0], 400, HEAD + CHUNKED + b"zz\r\n"),
   ):
     before, gone = counted(client, status), counted(client, 499)
     with connect(client) as connection:
@@ -172,9 +173,9 @@ def test_a_body_that_its_connection_refuses_is_counted_as_what_it_got(served, st
 @pytest.mark.parametrize(
   "sent",
   [
-    b"HEAD " + HEAD[5:] + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"HEAD " + HEAD[5:] + CHUNKED + b"zz\r\n",
     b"HEAD " + HEAD[5:] + b"X: " + b"a" * 33_000 + b"\r\n\r\n",
-    HEAD + b"Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    HEAD + b"Expect: 100-continue\r\n" + CHUNKED + b"zz\r\n",
   ],
   ids=["no chunk, no body back", "a long head, no body back", "no chunk where none was asked for yet"],
 )
@@ -265,8 +266,10 @@ def deep(levels):
 
 @pytest.mark.parametrize(
   "value",
-  [deep(65), deep(980), deep(989), deep(100_000), b'{"a":' * 990 + b"1" + b"}" * 990, b"9" * 5000, b"-" + b"9" * 4301,
-   b"1e999", b"NaN", b"Infinity", b"-Infinity", b'"\\ud800"', b'["\\udfff"]', b'{"\\ud83d": 1}', b'"\xff"', b'"\xed\xa0\x80"',
+  [deep(65), deep(980), deep(989), deep(100_000), b'{"a":' * 990 + b"1" + b"}" * 990, b"9" * 5000,
+   b"-" + b"9" * 4301,
+   b"1e999", b"NaN", b"Infinity", b"-Infinity", b'"\\ud800"', b'["\\udfff"]', b'{"\\ud83d": 1}', b'"\xff"',
+   b'"\xed\xa0\x80"',
    b'{"a": 1, "a": 1}', b'{"b": [{"a": 1, "\\u0061": 2}]}', b'"\x00"', b"[" + b"[]," * 2**18 + b"1]"],
   ids=lambda value: value[:12].decode("latin-1") + str(len(value)),
 )  # fmt: skip
@@ -481,7 +484,8 @@ def test_a_mistake_in_a_painting_is_never_the_models(served, settings, seed, cou
 @pytest.mark.parametrize(
   "field, value",
   [
-    ("temperature", float("nan")), ("temperature", -1.0), ("top_p", 0.0), ("top_p", float("nan")), ("seed", -1),
+    ("temperature", float("nan")), ("temperature", -1.0), ("top_p", 0.0), ("top_p", float("nan")), ("seed",
+    -1),
     ("seed", 2**32), ("max_tokens", 0), ("max_tokens", 2.5),
   ],
 )  # fmt: skip

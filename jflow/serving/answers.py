@@ -56,7 +56,7 @@ class Answer:
     yield "data: [DONE]\n\n"
 
   def _read(self, event: Tokens, job: Job) -> tuple[str, str | None]:
-    """The text that an event adds, and why the answer ends with it; a stop sequence frees the job's slot at once."""
+    """The text that an event adds, and why the answer ends with it; a stop sequence frees the job's slot."""
     piece = self._text.add(event.ids, last=event.finished is not None)
     if self._text.stopped:
       job.gone = True

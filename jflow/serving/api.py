@@ -42,7 +42,7 @@ class Api:
   """
 
   def __init__(self, engine: Engine, *, name: str, token: str | None, max_body: int):
-    """Args: `name` of the model, `token` that a client must bear (None: none), `max_body` bytes of a request."""
+    """Args: `name` of the model, `token` to bear (None: none), `max_body` bytes of a request."""
     self._engine, self._name, self._token = engine, name, token
     self._bodies = Bodies(max_body, engine.timeout)
     self._preparing = prepare.Preparing(engine.pipeline, engine.context, engine.timeout)
@@ -110,7 +110,8 @@ class Api:
   def _model(self) -> dict[str, Any]:
     size = self._engine.pipeline.model.config.image_size
     return {
-      "id": self._name, "object": "model", "created": self._began, "owned_by": "jflow", "image_size": f"{size}x{size}",
+      "id": self._name, "object": "model", "created": self._began, "owned_by": "jflow",
+      "image_size": f"{size}x{size}",
       "context": self._engine.context, "can_paint": self._engine.pipeline.can_paint,
     }  # fmt: skip
 
@@ -142,7 +143,10 @@ class Api:
     work: Callable[[Callable[[], T]], Coroutine[Any, Any, Any]],
     parse: Callable[[bytes], T],
   ) -> Any:
-    """Reads and checks a body; ends when its client leaves. A place of the queue is taken once the body is there."""
+    """Reads and checks a body; ends when its client leaves.
+
+    A place of the queue is taken once the body is there.
+    """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
       raise ApiError(415, "send JSON, with the header Content-Type: application/json")
     self._engine.check_room()
@@ -217,7 +221,8 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, Any]) -> 
     return tasks[0].result()
   finally:
     for task in tasks:
-      task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody is left to hear of it
+      # Nobody is left to hear of it.
+      task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
       task.cancel()
 
 

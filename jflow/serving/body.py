@@ -14,9 +14,8 @@ from jflow.serving.schemas import ApiError
 
 _DEEPEST = 64  # nested lists and objects; what walks the answer to a request by recursion needs a bound
 _TOO_DEEP = f"it is nested deeper than {_DEEPEST} levels"
-_MOST_MARKS = (
-  2**18
-)  # characters "[", "{" and ",": each can begin a value, which costs far more memory than itself
+# Characters "[", "{" and ",": each can begin a value, which costs far more memory than itself.
+_MOST_MARKS = 2**18
 _LONGEST_NUMBER = 64  # characters
 _DRAINED = 16  # times the limit that is read of a body that is too long, so that its client sees the answer
 _KEPT = 16  # bodies of the largest size that are kept at the same time
@@ -26,7 +25,7 @@ class Bodies:
   """The bodies that a server keeps in memory, of which the slowest goes when there are too many bytes."""
 
   def __init__(self, largest: int, seconds: float, kept: int = _KEPT):
-    """Args: `largest` body in bytes, `seconds` that one may take to arrive, how many of that size may be `kept`."""
+    """Args: `largest` body in bytes, `seconds` for one to arrive, how many of that size may be `kept`."""
     self._largest, self._most, self._seconds = largest, kept * largest, seconds
     self._kept = 0  # bytes
     self._arriving: set[_Arriving] = set()
@@ -128,7 +127,7 @@ def _constant(name: str) -> NoReturn:
 
 
 def parse_json(body: bytes, constant: Callable[[str], Any] = _constant) -> dict[str, Any]:
-  """The object that a body holds: UTF-8, no name twice, finite numbers, whole characters, nested within reason.
+  """The object that a body holds: UTF-8, no name twice, finite numbers, whole characters, not too deep.
 
   `constant`: what NaN, Infinity and -Infinity become, which are no JSON.
 
@@ -139,7 +138,8 @@ def parse_json(body: bytes, constant: Callable[[str], Any] = _constant) -> dict[
     raise ApiError(400, f"the body must have at most {_MOST_MARKS:,} values")
   try:
     value = json.loads(
-      body.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=constant, parse_int=_integer, parse_float=_number
+      body.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=constant, parse_int=_integer,
+      parse_float=_number
     )  # fmt: skip
     _check(value)
   except (ValueError, RecursionError) as error:

@@ -99,7 +99,7 @@ class Connection(H11Protocol):
       self._since, self._before = self.loop.time(), self._received
     self._received += len(data)
     super().data_received(data)
-    # While a request is answered, uvicorn stops to read what follows it, and so does not see its client leave.
+    # While a request is answered, uvicorn stops to read what follows it, and does not see its client leave.
     if (
       self.flow.read_paused and self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < _AHEAD
     ):
@@ -144,7 +144,7 @@ class Connection(H11Protocol):
     self.transport.abort()
 
   def refuse(self, status: int, message: str) -> None:
-    """Answers with an error where no answer has begun, and closes once the client has, or after some seconds."""
+    """Answers with an error where no answer has begun, and closes once the client has or seconds later."""
     if not self.transport.is_closing() and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
       body = json.dumps(ApiError(status, message).body()).encode()
       headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),

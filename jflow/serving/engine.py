@@ -27,7 +27,8 @@ from jflow.serving.schemas import ApiError, Settings, fold_seed
 
 log = logging.getLogger("jflow.serving")
 
-_PAUSE = 0.05  # seconds that a chunk of tokens may take: so long does a new conversation wait, and a stream stand still
+# Seconds that a chunk of tokens may take: so long does a new conversation wait, and a stream stand still.
+_PAUSE = 0.05
 _MOST = 16  # tokens of a chunk
 _MAX_FAILURES = 3  # in a row, before the engine gives up
 _USUAL = 512  # tokens of an answer for which the programs are compiled at first
@@ -169,7 +170,7 @@ class Engine:
           job.emit(ApiError(503, "the model has failed"))
 
   def _warm_up(self) -> None:
-    """Compiles what most requests need: a text, a picture read, a picture painted with the default settings."""
+    """Compiles what most requests need: a text, a picture read, a picture painted with default settings."""
     started, c = time.monotonic(), self.pipeline.model.config
     self._decoder = Decoder(self.pipeline, self.slots, self.context)
     picture = np.zeros((c.image_size, c.image_size, 3), np.uint8)
@@ -188,7 +189,7 @@ class Engine:
     log.info("ready after %.1f s of compilation", time.monotonic() - started)
 
   def _work(self) -> None:
-    """Answers and paints until nothing is left of what was accepted; raises when the model fails time after time."""
+    """Answers and paints until nothing is left of what was accepted; raises when the model fails thrice."""
     failures = 0
     while True:
       with self._changed:
@@ -369,7 +370,7 @@ class Engine:
       self._changed.notify()
 
   def _generate(self, pictures: list[tuple[str, int]], settings: Settings, rows: int) -> list[Image.Image]:
-    """Paints (prompt, seed)s; the batch is filled up to `rows`, a power of two, so that few sizes are compiled."""
+    """Paints (prompt, seed)s; the batch is filled up to `rows`, a power of two: few sizes are compiled."""
     prompts, seeds = zip(*(pictures + pictures[:1] * (rows - len(pictures))))
     images = self.pipeline.generate(
       prompts, settings.steps, settings.guidance, noise=self.pipeline.noise(seeds), solver=settings.solver,

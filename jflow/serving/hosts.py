@@ -1,7 +1,7 @@
 """Who a server answers for: the names in a request's Host and Origin, and the headers that keep pages apart.
 
-A page at evil.example whose name is led to 127.0.0.1 (DNS rebinding) is of the server's own origin to a browser; only
-its Host tells. So a name has to be one that the listener goes by, or one of `--allowed_host`.
+A page at evil.example whose name is led to 127.0.0.1 (DNS rebinding) is of the server's own origin to a
+browser; only its Host tells. So a name has to be one that the listener goes by, or one of `--allowed_host`.
 """
 
 import ipaddress
@@ -35,7 +35,7 @@ class Hosts:
   """The names that a listener goes by."""
 
   def __init__(self, listener: socket.socket, host: str, allowed: Sequence[str] = ()):
-    """Args: the bound `listener`, its `host` as the flag gave it, and more names that are `allowed`; "*" is any."""
+    """Args: the bound `listener`, its `host` as the flag gave it, more `allowed` names; "*" is any."""
     self._any = ANY in allowed
     self._bound = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
     named = [name for name in (host, *allowed) if name and name != ANY]
@@ -81,7 +81,7 @@ class Hosts:
 
 
 class Guarded:
-  """An application behind `Hosts`; every answer forbids other pages to frame it and browsers to guess its type."""
+  """An application behind `Hosts`; no answer may be framed by other pages, or its type guessed."""
 
   def __init__(self, inner: ASGIApp, hosts: Hosts):
     self._inner, self._hosts = inner, hosts
@@ -111,7 +111,7 @@ class Guarded:
 
 
 def parse(authority: str) -> str | Address | None:
-  """The host of HOST or HOST:PORT: an address, a name in small letters without the last dot, None for neither."""
+  """The host of HOST or HOST:PORT: an address, a name in small letters without the last dot, or None."""
   match = _AUTHORITY.fullmatch(authority)
   return _host(match[1]) if match else None
 

@@ -1,7 +1,7 @@
 """From what a client wants to work for the engine: tokens, pixels and a seed.
 
-Both the HTTP interface and the page go through `Preparing`, on threads that neither the event loop nor the model's
-thread waits for.
+Both the HTTP interface and the page go through `Preparing`, on threads that neither the event loop nor the
+model's thread waits for.
 """
 
 import asyncio
@@ -94,7 +94,7 @@ class UnreadableImage(UserError):
 
 
 class Patience:
-  """How long work is waited for. A context manager: leaving it tells the threads that nobody waits any more."""
+  """How long work is waited for. A context manager: leaving it tells the threads that nobody does."""
 
   def __init__(self, seconds: float):
     self._seconds, self._end = seconds, time.monotonic() + seconds

@@ -1,7 +1,7 @@
 """What clients send: JSON in the widely used OpenAI shape, checked field by field.
 
-Null is left out. A field that asks for nothing which is missing here is ignored: a hint that changes no answer,
-or a value that stands for what is done anyway. What jflow does not compute is refused by name.
+Null is left out. A field that asks for nothing which is missing here is ignored: a hint that changes no
+answer, or a value that stands for what is done anyway. What jflow does not compute is refused by name.
 """
 
 import hashlib
@@ -23,7 +23,8 @@ SEEDS = 2**32  # of the model: a key keeps 32 bits
 _ZERO = (0, 0.0)
 # Who asks, and how to bill, keep and cache it.
 _HINTS = {
-  "user": str, "metadata": dict, "safety_identifier": str, "store": (False,), "service_tier": ("auto", "default"),
+  "user": str, "metadata": dict, "safety_identifier": str, "store": (False,), "service_tier": ("auto",
+  "default"),
   "prompt_cache_key": str, "prompt_cache_retention": str, "prompt_cache_options": dict,
 }  # fmt: skip
 _CHAT_IGNORED = _HINTS | {
@@ -37,7 +38,8 @@ _CHAT_IGNORED = _HINTS | {
   "audio": (), "prediction": (), "web_search_options": (), "moderation": (),
 }  # fmt: skip
 _PAINTING_IGNORED = _HINTS | {
-  "quality": ("auto", "standard"), "background": ("auto", "opaque"), "moderation": ("auto", "low"), "stream": (False,),
+  "quality": ("auto", "standard"), "background": ("auto", "opaque"), "moderation": ("auto", "low"),
+  "stream": (False,),
   "partial_images": (0,), "output_format": ("png",), "output_compression": (100,),
   "style": (), "complexity": (), "frame_count": (), "frame_duration_ms": (), "svg": (),
 }  # fmt: skip
@@ -52,7 +54,7 @@ _DETAILS = ("auto", "low", "high", "original")  # a model reads every picture at
 class Chat(NamedTuple):
   """A conversation to answer."""
 
-  turns: list[dict[str, str]]  # "role" and "content", as of `examples.chat_prompt`; IMAGE_MARK is the next image
+  turns: list[dict[str, str]]  # "role" and "content" as of `examples.chat_prompt`; IMAGE_MARK is an image
   images: list[bytes]
   image_fields: list[str]  # where each stands in the request
   max_tokens: int
@@ -128,7 +130,8 @@ def parse_painting(body: dict[str, Any], model: str, image_size: int) -> Paintin
     raise fields.refuse("response_format", "must be b64_json: no picture is kept to link to")
   guidance = fields.number("guidance", 2.0, 0.0, 1000.0)
   if 0 < guidance < 1:
-    raise fields.refuse("guidance", f"must be at least 1 (1: none), or 0 (ignore the prompt), got {guidance:g}")
+    message = f"must be at least 1 (1: none), or 0 (ignore the prompt), got {guidance:g}"
+    raise fields.refuse("guidance", message)
   solver = fields.choice("solver", tuple(SOLVERS), "euler")
   shift = fields.number("shift", 1.0, 0.01, 100.0)
   settings = Settings(fields.integer("steps", 30, 1, MAX_STEPS), guidance, solver, shift)
@@ -194,14 +197,15 @@ def _conversation(messages: list[Any]) -> tuple[list[dict[str, str]], list[bytes
 
 
 def _content(message: Fields, role: str, images: dict[str, bytes]) -> str:
-  """The text of a message, each part on a line of its own; an image leaves its mark, and its bytes in `images`."""
+  """The text of a message, each part on its own line; an image leaves its mark, and its bytes in `images`."""
   content = message.any("content")
   if content is None and role == "assistant":
     return ""
   if content is None:
     raise message.refuse("content", "is missing", "missing_required_parameter")
   if not isinstance(content, (str, list)):
-    raise message.refuse("content", f"must be a text or a list of parts, got {shown(content)}", "invalid_type")
+    wrong = f"must be a text or a list of parts, got {shown(content)}"
+    raise message.refuse("content", wrong, "invalid_type")
   out = ""
   for i, value in enumerate([content] if isinstance(content, str) else content):
     where = message.path("content" if isinstance(content, str) else f"content[{i}]")

@@ -56,7 +56,8 @@ class Server(uvicorn.Server):
   def __init__(self, app: object, engine: Engine, grace: float, limits: Limits | None = None):
     limits = limits or Limits.here()
     config = uvicorn.Config(
-      app, http=functools.partial(Connection, limits=limits), ws="none", loop="asyncio", log_config=None, access_log=False,
+      app, http=functools.partial(Connection, limits=limits), ws="none", loop="asyncio", log_config=None,
+      access_log=False,
       server_header=False, timeout_graceful_shutdown=math.ceil(grace), timeout_keep_alive=limits.idle,
       backlog=limits.backlog,
     )  # fmt: skip
@@ -64,7 +65,7 @@ class Server(uvicorn.Server):
     self._engine, self._ticks = engine, max(1, round(10 * limits.look))
 
   async def on_tick(self, counter: int) -> bool:
-    """Ends what is too slow, and the server when the model has failed: whoever watches it can start it again."""
+    """Ends what is too slow, and the server when the model has failed: who watches it can start it again."""
     if counter % self._ticks == 0:
       for connection in list(self.server_state.connections):
         try:
@@ -88,16 +89,14 @@ class Server(uvicorn.Server):
 def run(app: object, engine: Engine, listener: socket.socket, grace: float) -> None:
   """Serves until a signal, after which connections have `grace` seconds to end.
 
-  A second signal ends the process with code 1: the model's thread may be inside a program that nothing interrupts.
+  A second signal ends the process with code 1: the model's thread may be inside a program that nothing stops.
 
   Raises:
     Stopped: the model failed.
   """
   server = Server(app, engine, grace)
-  for signum in (
-    signal.SIGTERM,
-    signal.SIGINT,
-  ):  # uvicorn puts these back when it ends: a late signal kills nothing
+  # uvicorn puts these back when it ends: a late signal kills nothing.
+  for signum in (signal.SIGTERM, signal.SIGINT):
     signal.signal(signum, server.handle_exit)
   engine.start()
   server.run(sockets=[listener])

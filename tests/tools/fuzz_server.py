@@ -1,11 +1,11 @@
 """Fuzzes `serve` over raw sockets: python tests/tools/fuzz_server.py --seed=0 --tries=3000
 
-A try is one connection of a client whom nobody should trust: requests whose fields, pictures, heads or bytes are
-spoiled, several at once, cut off, or of somebody who leaves. Several such clients run at a time. Asked is that
-every answer is HTTP in the shape of the interface, that no error is the server's own, that each try is answered in
-time and another visitor's look at /health too, that the log holds no traceback, and that in the end nothing is held
-and a question and a picture are answered as they were in the beginning.
-Prints one line of JSON, {"tried", "escaped", "hung", "lost"}, and on stderr what broke and how to see it again.
+A try is one connection of a client whom nobody should trust: requests whose fields, pictures, heads or bytes
+are spoiled, several at once, cut off, or of somebody who leaves. Several such clients run at a time. Asked is
+that every answer is HTTP in the shape of the interface, that no error is the server's own, that each try is
+answered in time, and another visitor's looks at /health too, that the log holds no traceback, and that in the
+end nothing is held and a question and a picture are answered as they were in the beginning.
+Prints one line of JSON, {"tried", "escaped", "hung", "lost"}, and on stderr what broke, whole.
 """
 
 import argparse
@@ -54,26 +54,28 @@ COMMAND = (
 )
 
 ODD: tuple[Any, ...] = (
-  None, True, False, 0, 1, -1, 2, 3, 2**31, 2**32, 2**63, -(2**63), 10**30, 10**300, 0.0, -0.0, 0.5, 2.5, 1e-300, 1e308,
-  float("nan"), float("inf"), "", " ", "x", "1", "\0", "\ud800", "\u202e", "a" * 3000, "\n" * 900, "tiny", "gpt-5", "euler",
-  "heun", "midpoint", "auto", "url", "16x16", "b64_json", "text", "<image_placeholder>", "</s>", "../../etc/passwd",
-  "http://127.0.0.1:9/x", "file:///etc/passwd", "data:image/png;base64,AAAA", [], {}, [[]], [{}], [None], [0] * 500,
+  None, True, False, 0, 1, -1, 2, 3, 2**31, 2**32, 2**63, -(2**63), 10**30, 10**300, 0.0, -0.0, 0.5, 2.5,
+  1e-300, 1e308, float("nan"), float("inf"), "", " ", "x", "1", "\0", "\ud800", "\u202e", "a" * 3000,
+  "\n" * 900, "tiny", "gpt-5", "euler", "heun", "midpoint", "auto", "url", "16x16", "b64_json", "text",
+  "<image_placeholder>", "</s>", "../../etc/passwd", "http://127.0.0.1:9/x", "file:///etc/passwd",
+  "data:image/png;base64,AAAA", [], {}, [[]], [{}], [None], [0] * 500,
 )  # fmt: skip
 NAMES = (
-  "messages", "role", "content", "type", "image_url", "url", "text", "detail", "name", "tool_calls", "refusal", "model",
-  "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options", "include_usage",
-  "n", "tools", "response_format", "logit_bias", "metadata", "user", "prompt", "size", "steps", "guidance", "solver", "shift",
-  "quality", "background", "other", "",
+  "messages", "role", "content", "type", "image_url", "url", "text", "detail", "name", "tool_calls",
+  "refusal", "model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "stream",
+  "stream_options", "include_usage", "n", "tools", "response_format", "logit_bias", "metadata", "user",
+  "prompt", "size", "steps", "guidance", "solver", "shift", "quality", "background", "other", "",
 )  # fmt: skip
 PATHS = (
-  "/v1/models", "/v1/models/", "/v1/models/tiny", "/v1/models/%00", "/metrics", "/health", "/", "/x", "/v1/../etc/passwd",
-  "//x", "/%2e%2e/", CHAT + "/", CHAT + "?x=%ff", "http://evil.example/health", "*",
+  "/v1/models", "/v1/models/", "/v1/models/tiny", "/v1/models/%00", "/metrics", "/health", "/", "/x",
+  "/v1/../etc/passwd", "//x", "/%2e%2e/", CHAT + "/", CHAT + "?x=%ff", "http://evil.example/health", "*",
 )  # fmt: skip
 HEADS = (
-  b"Origin: null", b"Origin: http://localhost", b"Origin: http://evil.example", b"Origin: \xff", b"X: " + b"a" * 40_000,
-  b"Expect: 100-continue", b"Expect: x", b"Upgrade: websocket\r\nConnection: upgrade", b"Content-Length: 3", b"TE: trailers",
-  b"Transfer-Encoding: gzip", b"Host: localhost", b"Authorization: Bearer \xff", b"Content-Encoding: gzip", b"X : y", b"\0: x",
-  b" folded", b"Cookie: a=b", b"Range: bytes=0-1", b"Content-Type: text/plain", b"Connection: keep-alive, x", b"X" * 300,
+  b"Origin: null", b"Origin: http://localhost", b"Origin: http://evil.example", b"Origin: \xff",
+  b"X: " + b"a" * 40_000, b"Expect: 100-continue", b"Expect: x", b"Upgrade: websocket\r\nConnection: upgrade",
+  b"Content-Length: 3", b"TE: trailers", b"Transfer-Encoding: gzip", b"Host: localhost",
+  b"Authorization: Bearer \xff", b"Content-Encoding: gzip", b"X : y", b"\0: x", b" folded", b"Cookie: a=b",
+  b"Range: bytes=0-1", b"Content-Type: text/plain", b"Connection: keep-alive, x", b"X" * 300,
 )  # fmt: skip
 
 
@@ -82,7 +84,7 @@ class Try(NamedTuple):
 
   pieces: list[bytes]  # that are sent one after the other
   methods: list[str]  # of the requests that they hold, as far as these are sound
-  ends: str  # "answered": reads all answers; "cut": says that no more comes, then reads; "leaves": after some bytes
+  ends: str  # "answered": reads all; "cut": says that no more comes, and reads; "leaves": reads nothing
 
 
 class Broken(Exception):
@@ -158,9 +160,13 @@ def _picture(rng: random.Random) -> dict[str, Any]:
   """A part of a question that shows a picture of any sort."""
   data = rng.choice(fuzz_pictures.PICTURES + fuzz_pictures.TIFFS)
   data = spoil_bytes(rng, data) if rng.random() < 0.4 else data
-  kind = rng.choice(("image/png", "image/jpeg", "image/webp", "IMAGE/GIF", "", "text/html", "image/png;charset=x"))
+  kind = rng.choice(
+    ("image/png", "image/jpeg", "image/webp", "IMAGE/GIF", "", "text/html", "image/png;charset=x")
+  )
   text = base64.b64encode(data).decode()
-  text = rng.choice((text, text.rstrip("="), text.replace("A", "%41"), text[:60] + "\n" + text[60:], text[:-7]))
+  text = rng.choice(
+    (text, text.rstrip("="), text.replace("A", "%41"), text[:60] + "\n" + text[60:], text[:-7])
+  )
   uri = f"data:{kind};base64,{text}"
   return {"type": "image_url", "image_url": rng.choice(({"url": uri}, {"url": uri, "detail": "low"}, uri))}
 
@@ -326,7 +332,8 @@ def fuzz(
   seed: int, tries: int, base: str, log: Callable[[], str], stuck: Callable[[], None] = lambda: None
 ) -> dict[str, int]:
   """Sends requests to a server that logs to `log`; returns the counts."""
-  counts, lock, numbers = collections.Counter(tried=0, escaped=0, hung=0, lost=0), threading.Lock(), iter(range(tries))
+  counts, lock = collections.Counter(tried=0, escaped=0, hung=0, lost=0), threading.Lock()
+  numbers = iter(range(tries))
   url, over = httpx.URL(base), threading.Event()
   address = (url.host, url.port)
 
@@ -374,7 +381,8 @@ def fuzz(
     served = bool(print(repr(error), file=sys.stderr))
   if not served:
     note("lost", "a question or a picture is not answered as it was, or something is still held")
-  for number, traceback in enumerate(re.findall(r"^Traceback.*?(?=^\d{4}-|\Z)", log(), re.MULTILINE | re.DOTALL)):
+  tracebacks = re.findall(r"^Traceback.*?(?=^\d{4}-|\Z)", log(), re.MULTILINE | re.DOTALL)
+  for number, traceback in enumerate(tracebacks):
     note("escaped", f"a traceback in the log: {traceback[-1000:] if number < 5 else ''}")
   return dict(counts)
 
