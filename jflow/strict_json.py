@@ -7,6 +7,7 @@ import reprlib
 import stat
 from typing import Any
 
+from jflow import git_lfs
 from jflow.errors import UserError
 
 MOST_BYTES = 16 * 2**20  # a config.json has some KB, the index of the largest published models 10 MB
@@ -79,6 +80,8 @@ def parse(content: bytes) -> Any:
   Raises:
     Malformed: no JSON, a key that stands twice, a number that is not finite or endless, too many levels.
   """
+  if git_lfs.is_pointer(content):
+    raise Malformed("it is a git-lfs pointer, not the file: run `git lfs pull` in its folder")
   if content.startswith(b"\xef\xbb\xbf"):
     raise Malformed("it begins with a byte order mark: save it as UTF-8 without one")
   try:

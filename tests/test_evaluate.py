@@ -1,5 +1,6 @@
 """The frame of `evaluate`: resumable samples, refused mistakes, reports; and the built-in world's benchmark."""
 
+import errno
 import json
 import os
 import pathlib
@@ -117,8 +118,11 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
   with pytest.raises(Stopped, match="records.jsonl cannot be written: No space left on device"):
     samples.add({"key": "x"})
   whole.close()
-  (tmp_path / f"a.png.{os.getpid()}.part").symlink_to("/dev/full")
-  (tmp_path / f"report.json.{os.getpid()}.part").symlink_to("/dev/full")
+
+  def full(_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(os, "fsync", full)
   with pytest.raises(Stopped, match="a.png cannot be written: No space left on device"):
     tasks.save(Image.new("RGB", (4, 4)), tmp_path / "a.png")
   with pytest.raises(Stopped, match="report.json cannot be written: No space left on device"):

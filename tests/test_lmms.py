@@ -148,7 +148,7 @@ def test_what_a_task_gives_for_an_image_is_opened_or_refused(tmp_path):
   cut_short = Image.open(io.BytesIO(buffer.getvalue()[:200]))
   model = lmms.Model(server="http://127.0.0.1:1")
   cases = (
-    (cut_short, "no image to read: the image is damaged"),
+    (cut_short, "no image to read: the image is cut short"),
     (7, "gives int where"), (None, "gives NoneType"), (b"x", "1 bytes, no image"), ({}, "gives NoneType"),
     (str(tmp_path / "no.png"), "no.png', no image"), ("https://x/y.png", "no image to read"),
   )  # fmt: skip

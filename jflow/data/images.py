@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
-from jflow.data import git_lfs, metadata, tiff
+from jflow import git_lfs
+from jflow.data import metadata, tiff
 from jflow.data.records import RecordError
 from jflow.errors import UserError
 

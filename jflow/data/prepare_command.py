@@ -112,8 +112,9 @@ def _import(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     line += f"; {sum(counts.values()):,} {what}: {counts}" if counts else ""
   print(line)
   print(
-    "next: python -m jflow train --config=configs/stage2.py --workdir=runs/stage2 "
-    f"--config.data.sources.{arguments.task}=\"(('{arguments.output}', 1.0),)\""
+    "next: python -m jflow train --config=configs/stage2.py --workdir=runs/stage2 --config.data.tokenizer=DIR "
+    f"--config.data.sources.{arguments.task}=\"(('{arguments.output}', 1.0),)\" "
+    "(DIR and the rest of the command: configs/README.md)"
   )
 
 

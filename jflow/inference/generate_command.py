@@ -95,8 +95,12 @@ def read_prompts(prompts: list[str], file: pathlib.Path | None) -> list[str]:
     try:
       lines = file.read_text(encoding="utf-8-sig").split("\n")  # a line separator of Unicode parts no prompts
       prompts += [line.strip() for line in lines if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+      raise UserError(f"--prompts={file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
       raise UserError(f"--prompts={file} cannot be read as UTF-8 text: {error}") from error
+    if not any(map(str.strip, lines)):
+      raise UserError(f"--prompts={file} holds no prompt: give one per line")
   if not prompts:
     raise UserError("give --prompt=TEXT, or --prompts=FILE with one prompt per line")
   return prompts

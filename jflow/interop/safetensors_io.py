@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jflow import strict_json
+from jflow import git_lfs, strict_json
 from jflow.errors import UserError
 from jflow.strict_json import read_object as read_json
 from jflow.strict_json import shown
@@ -68,6 +68,7 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
     if not stat.S_ISREG(found.st_mode):
       raise UserError(f"{path} must be a file")
     size = found.st_size
+    git_lfs.check([str(path)])
     with open(path, "rb") as file:
       prefix = file.read(8)
       if len(prefix) < 8:

@@ -77,7 +77,7 @@ def _split(named: str) -> tuple[pathlib.Path, list[str]]:
   named = (
     (named.rpartition(":")[0] or named)[:300].encode("unicode_escape").decode()
   )  # one line, whatever is in it
-  raise UserError(f"config file {named or repr('')} does not exist")
+  raise UserError(f"config file {named or repr('')} does not exist: give its path, as in configs/stage2.py:tiny")
 
 
 def _check_size(file: pathlib.Path, function: Callable[..., Any], size: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-from jflow.data import git_lfs
+from jflow import git_lfs
 from jflow.data.importers import compressed
 from jflow.data.records import RecordError
 from jflow.errors import UserError
@@ -72,9 +72,11 @@ def input_files(pattern: str, endings: tuple[str, ...], format: str) -> Inputs:
     found = _matching(pattern, left_out)
     wanted = "a pipe or a device" if os.path.exists(pattern) else "no such file"
   if not found:
-    without = f" (left out: {dict(left_out)})" if left_out else ""
+    counts = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+    without = f" (left out: {counts})" if counts else ""
+    what = "holds nothing to read" if os.path.isdir(pattern) else "not found"
     raise UserError(
-      f"input {pattern} not found: {wanted}{without}; --format={format} reads a file, a folder or a pattern"
+      f"input {pattern} {what}: {wanted}{without}; --format={format} reads a file, a folder or a pattern"
     )
   git_lfs.check(found)
   compressed.check(found, any(ending.endswith(("gz", ".tar")) for ending in endings))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jflow.data import git_lfs
+from jflow import git_lfs
 from jflow.data.importers import objects
 from jflow.data.importers.cells import broken_in
 from jflow.data.importers.importer import Item, Options, make_item
