@@ -12,12 +12,12 @@ restart at 0. An image takes K = 1 + P consecutive slots, whether read or writte
 
 import dataclasses
 import math
-import os
 from typing import NamedTuple
 
 import numpy as np
 from ml_dtypes import bfloat16
 
+from jflow import memory
 from jflow.errors import UserError
 
 # Values of `Batch.image_kind`.
@@ -70,7 +70,7 @@ def need_memory(rows: int, shape: RowShape, count: int) -> None:
   """
   moments = 2 * math.prod(shape.moments)
   row = shape.tokens * (5 * 4 + 1) + shape.images * (3 * shape.image_size**2 + 2 * 4 + moments)
-  needed, there = count * rows * row, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  needed, there = count * rows * row, memory.limit()
   if needed > there:
     raise UserError(
       f"{count} batches of {rows:,} rows of {shape.tokens:,} tokens and {shape.images:,} images take "

@@ -20,6 +20,8 @@ from typing import IO, Any, TextIO
 
 from jflow.strict_json import Malformed, parse
 
+PART = ".part"  # ends the name of a file that is being written
+
 
 @contextlib.contextmanager
 def replacing(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
@@ -29,7 +31,7 @@ def replacing(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     OSError: it cannot be written; `filename` is `path`. What was there is as it was, and nothing is left behind.
   """
   path = pathlib.Path(path)
-  new = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
+  new = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{PART}")
   try:
     yield new
     sync(new)

@@ -183,6 +183,12 @@ def test_any_value_for_any_field(field):
         assert f"--config.{field}" in refused(STAGE2, *arguments), value
 
 
+@pytest.mark.parametrize("pattern", [".*", ".*lora.*", "(a|b)/c", "[ab].*", "./runs/a", "2d/x"])
+def test_a_pattern_without_quotes_is_the_only_element(pattern):
+  config = load_config([STAGE2, f"--config.optimizer.muon={pattern}"])
+  assert config["optimizer"]["muon"] == (pattern,)
+
+
 @pytest.mark.parametrize("argument, named", [
   ("--config.train.stpes=3", "unknown field 'stpes' (--config.train.stpes=3); did you mean train.steps?"),
   ("--config.learning_rate=3", "did you mean optimizer.learning_rate?"),

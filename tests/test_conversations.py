@@ -192,6 +192,23 @@ def test_tables_and_tars_are_read_by_the_same_rules(folder, format, name):
   assert summary["filtered"] == {"text_only": 2 - lost, "with_video": 1, "with_audio": 1}
 
 
+@pytest.mark.parametrize("format", ["llava-jsonl", "parquet"])
+def test_where_an_image_is_from_costs_nothing(folder, format):
+  """Beside an image the name of a video or of a document is a note."""
+  sources = {"source": "clip_001.mp4", "url": "https://x.org/a.mp4?t=3", "video_id": "abc", "original": "docs/b.pdf"}
+  turns = [human("<image>What?"), gpt("A ring.")]
+  if format == "parquet":
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    row = {"image": image(1), "conversations": turns, **sources}
+    parquet.write_table(pa.Table.from_pylist([row] * 4), folder / "a.parquet")
+    name = "a.parquet"
+  else:
+    name = "a.jsonl"
+    write_lines(folder / name, [talk(*turns, image="pictures/1.png", **{key: x}) for key, x in sources.items()])
+  summary, _ = run(folder, "understanding", name, format, max_rejected_share=1.0)
+  assert summary["accepted"] == 4 and not _counts(summary)
+
+
 def test_a_word_about_a_medium_is_none(folder):
   empty = [{"video": value} for value in (None, "", [], [None], {}, 3, False)]
   words = [{"sound": "loud"}, {"music": "jazz"}, {"clip": 0.3}, {"points": [1, 2]}, {"source": "videos"}]

@@ -293,7 +293,9 @@ def test_what_is_too_large_is_refused(visitor, served):
     400,
   ]
   for body in (b"", b"x", b"[]", b"[" * 100_000, b"\xff", b'{"fn_index": {}}'):
-    assert post("/gradio_api/queue/join", content=body).status_code in (400, 404)
+    assert post("/gradio_api/queue/join", content=body).status_code == 415  # as a form of another page sends it
+    as_json = {"Content-Type": "application/json"}
+    assert post("/gradio_api/queue/join", content=body, headers=as_json).status_code in (400, 404)
 
 
 def test_a_prompt_and_pictures_beyond_the_context_are_refused_before_they_are_read(visitor, monkeypatch):
@@ -407,7 +409,8 @@ def test_files_go_with_their_visitor(kept, tmp_path):
   asyncio.run(visit())
 
 
-def test_files_and_sessions_are_limited(kept, tmp_path):
+def test_files_and_sessions_are_limited(kept, tmp_path, monkeypatch):
+  from jflow.serving import visitors
   from jflow.serving.schemas import ApiError
 
   async def visit():
@@ -433,6 +436,14 @@ def test_files_and_sessions_are_limited(kept, tmp_path):
         fourth.talk.turns.append({"role": "user", "content": "x"})
         with fourth.connected(listens=True), pytest.raises(ApiError, match="as many as may be"):
           kept.session("fifth", "b", new=True)
+        monkeypatch.setattr(visitors, "IDLE", -1.0)
+        with fourth.connected(listens=True):
+          with fourth.working("an answer"):  # what works stays, and the other is what has asked for nothing the longest
+            kept.session("fifth", "b", new=True)
+            with pytest.raises(ApiError, match="no such session"):
+              kept.session("here", "a")
+            assert kept.session("fourth", "b") is fourth
+          await kept.keep("e", "e.png", "image/png", bytes(45))  # nor do files of those who are idle fill the disk
     assert second is not here
 
   asyncio.run(visit())

@@ -295,7 +295,7 @@ def test_more_weights_than_memory_are_refused_unread(published, tmp_path, unread
   text = json.dumps(header).encode()
   path.write_bytes(struct.pack("<Q", len(text)) + text)
   os.truncate(path, 8 + len(text) + at)
-  monkeypatch.setattr("jflow.interop.budget.memory", lambda: 2**31)
+  monkeypatch.setattr("jflow.memory.limit", lambda: 2**31)
   _refused(copy, "bytes of memory", "2,147,483,648")
 
 

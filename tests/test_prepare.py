@@ -152,6 +152,14 @@ def test_work_of_which_nothing_is_known_is_not_removed(folder, job):
   assert sorted(os.listdir(partial)) == before
 
 
+def test_a_kill_while_the_job_was_written_leaves_nothing_in_the_way(tmp_path):
+  partial = tmp_path / "out.partial"
+  partial.mkdir()
+  (partial / "job.json.1a2b3c4d.part").write_bytes(b"{")
+  open_partial(str(partial), {"a": 1}, "--output").close()
+  assert sorted(os.listdir(partial)) == ["job.json", "lock"]
+
+
 def test_a_file_system_without_links_gets_copies(folder, monkeypatch):
   def refuse(*_):
     raise PermissionError(1, "Operation not permitted")

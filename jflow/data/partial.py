@@ -40,6 +40,9 @@ def open_partial(partial: str, job: dict[str, Any], flag: str) -> TextIO:
   except OSError:  # a file system without locks
     pass
   path = os.path.join(partial, _JOB)
+  for name in os.listdir(partial):
+    if name.startswith(_JOB + ".") and name.endswith(files.PART):  # a kill while it was written
+      files.remove(os.path.join(partial, name))
   others = sorted(name for name in os.listdir(partial) if name not in (_LOCK, _JOB))
   try:
     if files.read_object(path) == job:

@@ -135,6 +135,8 @@ class Loaders:
         f"{self._name(index)} {self._end_of(index)}; the same command goes on from the last checkpoint, where memory "
         "was short with fewer data.workers or a smaller data.prefetch"
       )
+    except Exception as error:  # no memory for the batch, or what was sent is no batch
+      return Stopped(f"{self._name(index)}: its batch cannot be read ({type(error).__name__}: {error})")
 
   def _name(self, index: int) -> str:
     return f"loader process {index + 1} of {len(self._processes)} (pid {self._processes[index].pid})"

@@ -165,7 +165,7 @@ def _padded(steps: int) -> int:
   return 1 + -(-steps // _GRID) * _GRID
 
 
-@bounded(most=12)
+@bounded(most=16)
 def read_prompts(
   model: JanusFlow, params: Any, tokens_NS: jax.Array, lengths_N: jax.Array, *, guided: bool
 ) -> Prefix:
@@ -184,7 +184,7 @@ def read_prompts(
   return Prefix((prompts, read(tokens_NS[:1, :1], jnp.ones(1, jnp.int32))) if guided else (prompts,))
 
 
-@bounded(most=12)
+@bounded(most=16)
 def solve(
   model: JanusFlow,
   params: Any,

@@ -132,7 +132,7 @@ def admit(
   ), first
 
 
-@bounded(most=8, donate=("rows",))
+@bounded(most=16, donate=("rows",))
 def run(
   model: JanusFlow, params: Any, rows: Rows, steps: jax.Array, *, eos: int, slots: int
 ) -> tuple[Rows, jax.Array]:

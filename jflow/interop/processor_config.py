@@ -56,6 +56,7 @@ def check_chat(f: Fields, config: JanusFlowConfig) -> None:
     UserError: naming the field that asks for something else.
   """
   _check_size(f, "num_image_tokens", config.patches)
+  f.ignore(("processor_class",))
   f.only("add_special_token", False)
   f.only("ignore_id", -100)
   f.only("mask_prompt", True, False)

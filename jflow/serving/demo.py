@@ -173,6 +173,8 @@ def _ask_tab(work: Work) -> None:
       gr.Warning(html.escape(str(error)), title="Not answered")
       if not said and session.talk is talk:  # asked again, the question should not stand there twice
         session.talk = before
+        for file in pictures:
+          file.held = False
       yield (idle() if said else idle(**again)), session.talk.shown
       return
     yield idle(), talk.shown

@@ -249,6 +249,8 @@ class Front:
 
   async def _body(self, request: Request) -> dict[str, Any]:
     """The object that a body holds; a number that is none stays one, for the check of its field."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+      raise ApiError(415, "send JSON, with the header Content-Type: application/json")  # no form of another page can
     async with self._bodies.read(request) as body:
       return parse_json(body, constant=float)
 

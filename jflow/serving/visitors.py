@@ -28,6 +28,7 @@ MAX_FILES = 200  # of one visitor
 MIN_BYTES = 2**26  # that one visitor may have at least, so that large paintings fit
 MAX_TOTAL = 2**31  # bytes of all files
 LINGER = 300.0  # seconds that a visitor's things stay after the last sign of him
+IDLE = 60.0  # seconds without a request after which one who is still here makes room for others
 _LISTENS = 10.0  # seconds within which a client that asks has to listen to the answer
 _SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -121,6 +122,11 @@ class Session:
   def empty(self) -> bool:
     """Whether nothing would be lost with it."""
     return not (self.talk.turns or self.talk.files or self.painted or self._busy)
+
+  @property
+  def idle(self) -> bool:
+    """Whether it works on nothing, and has asked for nothing lately."""
+    return not self._busy and self.seen <= time.monotonic() - IDLE
 
   def leave(self) -> None:
     """Ends the work whose listener closed the connection."""
@@ -261,16 +267,18 @@ class Visitors:
     self.drop(session.talk.files + session.painted)
 
   def _make_place(self) -> None:
-    """Makes place for one session more: the longest unused goes that nobody has open, or else that holds nothing."""
+    """Makes place for one session more: the longest unused goes that nobody has open, or holds nothing, or is idle."""
     if len(self._sessions) >= MAX_SESSIONS:
       away = [name for name, x in self._sessions.items() if not x.open]
       away = away or [name for name, x in self._sessions.items() if x.empty]
+      away = away or [name for name, x in self._sessions.items() if x.idle]
       if not away:
         raise ApiError(503, f"{MAX_SESSIONS} pages are in use, as many as may be: try again later")
       self._forget(away[0])
 
   def _make_room(self, owner: str | None, size: int) -> None:
-    """Makes room for a file: of this visitor's own what nothing shows, of others what those left who are gone."""
+    """Makes room for a file: of this visitor's own what nothing shows, of others what is left of those who are gone,
+    then what nobody has asked for lately."""
     mine = lambda: [x for x in self._files.values() if x.owner == owner]
     full = lambda files: len(files) >= MAX_FILES or sum(x.size for x in files) + size > self.max_bytes
     if full(mine()):
@@ -284,8 +292,10 @@ class Visitors:
         )
     total = lambda: sum(x.size for x in self._files.values()) + size
     if total() > MAX_TOTAL:
-      here = self._here()
-      for file in [x for x in self._files.values() if x.owner not in here and x.owner != owner]:
+      here, limit = self._here(), time.monotonic() - IDLE
+      others = [x for x in self._files.values() if x.owner != owner]
+      gone = [x for x in others if x.owner not in here]
+      for file in gone + [x for x in others if x.owner in here and x.seen <= limit]:
         self.drop([file])
         if total() <= MAX_TOTAL:
           break

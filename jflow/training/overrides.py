@@ -163,12 +163,30 @@ def _text(argument: str, text: str) -> str:
   return text
 
 
+def _is_pattern(text: str) -> bool:
+  """Whether a word is no literal of Python, but a regular expression, as for the names of parameters."""
+  if re.fullmatch(r"[+-]?[0-9_.]+", text):  # a number, of more digits than Python reads
+    return False
+  try:
+    ast.literal_eval(text)
+    return False
+  except (ValueError, SyntaxError, RecursionError, MemoryError):
+    pass
+  try:
+    re.compile(text)
+    return True
+  except (re.error, RecursionError, OverflowError):
+    return False
+
+
 def _tuple(argument: str, text: str) -> tuple[Any, ...]:
   """A literal, or one word without quotes as the only element."""
   if not re.search(r"[\s,'\"]|^[(\[{]", text) and not re.match(r"[+-]?[0-9.]", text):
     return (
       (_text(argument, text),) if text not in ("", "None", "True", "False") else _refuse_tuple(argument, text)
     )
+  if not re.search(r"[\s,'\"]", text) and _is_pattern(text):
+    return (_text(argument, text),)
   read = _plain(argument, _literal(argument, text, "must be a tuple, as ('a', 'b') or ((0, 1.5),)"))
   if isinstance(read, dict) or read is None:
     _refuse_tuple(argument, text)

@@ -4,13 +4,12 @@ One place for training, for `bench train` and for `compile`, so that what is mea
 """
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
-from jflow import sharding
+from jflow import memory, sharding
 from jflow.batch import Batch, empty
 from jflow.errors import UserError
 from jflow.models.janusflow import JanusFlow
@@ -69,7 +68,7 @@ def check_memory(program: Program, mesh: jax.sharding.Mesh) -> None:
   device = mesh.local_devices[0]
   there = (device.memory_stats() or {}).get("bytes_limit")
   if there is None and device.platform == "cpu":  # the devices of a CPU share the machine's memory
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(mesh.local_devices)
+    there = memory.limit() // len(mesh.local_devices)
   leaves = jax.tree.leaves(program.state)
   needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
   if there is not None and needed // mesh.size > there:

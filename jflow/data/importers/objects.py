@@ -87,7 +87,7 @@ def make_record(
     Unwanted: the record has a medium that the task does not read.
     RecordError: no key holds text, or it has the wrong form.
   """
-  check_media(fields, column)
+  check_media(fields, column, bool(images))
   if task == "text" and (images or images_of(fields, task)):
     raise Unwanted("with_images", "a record with an image is no text")
   keys = (column,) if column else (DOCUMENTS if task == "text" else CAPTIONS)
@@ -161,23 +161,28 @@ def images_of(fields: Mapping[str, Any], task: str, column: str = "") -> list[An
   return []
 
 
-def check_media(names: Mapping[str, Any], column: str = "") -> None:
+def check_media(names: Mapping[str, Any], column: str = "", pictured: bool = False) -> None:
   """Checks that an object, or a sample of files, holds no medium that is not read.
 
   Args:
     names: keys and their values, or endings of files and their contents; one that is empty does not count.
     column: the key of the texts, which holds no medium whatever its name.
+    pictured: whether the record has an image that `names` does not hold.
 
   Raises:
     Unwanted: it does: "with_video", "with_audio", "with_point_cloud" or "with_pdf".
   """
-  conversation = is_conversation(names)
+  # Beside an image the name of a video or of a document says where the image is from.
+  pictured |= any(
+    name.lower() in (*IMAGES, *_OTHER_IMAGES, *_IMAGE_ENDINGS) and not is_empty(value) for name, value in names.items()
+  )
+  guess = not pictured and is_conversation(names)
   for name, value in names.items():
     key = name.lower().rpartition(".")[2]
     reason = _MEDIUM_OF.get(key)
     if reason is None and _is_file(value, _MEDIUM_OF):
       reason = _PERHAPS.get(key)
-    if reason is None and conversation and key not in _TEXTS:
+    if reason is None and guess and key not in _TEXTS:
       reason = _MEDIUM_OF.get(_ending(value)) or _MEDIUM_OF.get(_reference(key))
     if reason and name != column and _holds(value):
       raise Unwanted(reason, f"{name[:40]!r} holds what no task reads")

@@ -1,0 +1,23 @@
+"""The memory that this process may come to hold."""
+
+import contextlib
+import os
+import pathlib
+import resource
+
+_CONTAINERS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def limit() -> int:
+  """Bytes: the least of this machine's, its container's and the process's own limit, if nothing else ran here."""
+  limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+  for path in _CONTAINERS:
+    with contextlib.suppress(OSError, ValueError):  # none, or "max"
+      limits.append(int(pathlib.Path(path).read_text()))
+  most = resource.getrlimit(resource.RLIMIT_AS)[0]
+  if most != resource.RLIM_INFINITY:
+    used = 0
+    with contextlib.suppress(OSError, ValueError):
+      used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    limits.append(most - used)
+  return min(limits)
