@@ -1,6 +1,7 @@
 """A server among clients that are slow, greedy, broken or gone: they are cut or refused, others go on."""
 
 import base64
+import collections
 import concurrent.futures
 import contextlib
 import http.client
@@ -18,6 +19,7 @@ import serving
 from PIL import Image
 
 from jflow.errors import UserError
+from jflow.inference import painting, reading
 from jflow.inference.pipeline import prepare_image
 from jflow.serving.connections import Limits
 from jflow.serving.jobs import Pictures
@@ -455,6 +457,8 @@ def test_who_leaves_while_a_program_is_compiled_frees_the_place(served, monkeypa
     (engine.pipeline, "prepare_painting", PAINT, {"prompt": "a ring", "n": 2, "guidance": 1}),
     (engine._decoder, "prepare", CHAT, ask("x" * 70)),
   ):
+    for programs in (painting.solve, painting.read_prompts, reading.admit):
+      monkeypatch.setattr(programs, "_kept", collections.OrderedDict())  # without those of other tests
     gate = Gate(monkeypatch, target, name)
     with pytest.raises(httpx.ReadTimeout):
       client.post(path, json=body, timeout=0.5)

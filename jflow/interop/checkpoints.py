@@ -61,10 +61,10 @@ def workdir_of(step_dir: pathlib.Path) -> pathlib.Path:
 
 
 def read_checkpoint(
-  path: str | pathlib.Path, *, vae: str | pathlib.Path | None = None, weights: str = "ema"
+  path: str | pathlib.Path, *, vae: str | pathlib.Path | None = None, weights: str = "ema", whole: bool = True
 ) -> Checkpoint:
   """Reads a checkpoint, official or jflow: `describe`, and the weights."""
-  return describe(path, vae=vae, weights=weights).read()
+  return describe(path, vae=vae, weights=weights, whole=whole).read()
 
 
 def describe(
@@ -73,6 +73,7 @@ def describe(
   vae: str | pathlib.Path | None = None,
   weights: str = "ema",
   tokenizer: bool = False,
+  whole: bool = True,
 ) -> Described:
   """Reads all of a checkpoint but its weights: what is wrong with it shows here, what costs least first.
 
@@ -81,6 +82,7 @@ def describe(
     vae: directory of the SDXL-VAE, for a checkpoint that holds none; None: the VAE inside it, if there is one.
     weights: "ema" or "raw", for a jflow one.
     tokenizer: whether it must have one that fits the model.
+    whole: whether the parameters of a jflow one must be those of its config.json; who takes parts of it compares them.
 
   Raises:
     UserError: it is neither, or something is missing, contradictory, or wrong.
@@ -88,7 +90,7 @@ def describe(
   path = remote.fetch(path) if remote.is_remote(path) else pathlib.Path(path)
   vae = pathlib.Path(vae) if vae else None
   if not (path.is_dir() and official.is_official(path)):
-    return _describe_own(path, vae, weights, tokenizer)
+    return _describe_own(path, vae, weights, tokenizer, whole)
   if tokenizer and not (path / "tokenizer.json").is_file():
     Tokenizer.load(str(path))  # says what is missing
   found = official.describe(path, vae)
@@ -97,7 +99,9 @@ def describe(
   )
 
 
-def _describe_own(path: pathlib.Path, vae: pathlib.Path | None, weights: str, tokenizer: bool) -> Described:
+def _describe_own(
+  path: pathlib.Path, vae: pathlib.Path | None, weights: str, tokenizer: bool, whole: bool
+) -> Described:
   around = (path, path.parent, path.parent.parent)
   workdir = next((d for d in around if (d / "checkpoints").is_dir() and (d / "config.json").exists()), None)
   workdir = workdir or workdir_of(locate(path))  # which says why there is none
@@ -116,7 +120,9 @@ def _describe_own(path: pathlib.Path, vae: pathlib.Path | None, weights: str, to
   need_text_name("--checkpoint", step)
   parts = checkpoint.param_shapes(step, weights)
   found = {name: x for part in parts.values() for name, x in flatten_dict(part, sep="/").items()}
-  own_layout.check(settings, found, step)
+  if whole:
+    own_layout.check_names(settings, found, step)
+  own_layout.check_bytes(found, step)
   read = lambda: checkpoint.load_params(step, weights) | (transfer.nest(given.read(None)) if given else {})
   return Described(
     config, workdir / "tokenizer", words, settings.template, given is not None or settings.has_vae, read

@@ -83,8 +83,8 @@ def shapes(c: JanusFlowConfig) -> dict[str, tuple[int, ...]]:
   return out
 
 
-def check(settings: Settings, found: Mapping[str, Any], step: pathlib.Path) -> None:
-  """Compares names and shapes with what config.json describes, and the bytes with the memory and the disk.
+def check_names(settings: Settings, found: Mapping[str, Any], step: pathlib.Path) -> None:
+  """Compares names, shapes and types with what config.json describes.
 
   Args:
     settings: of the checkpoint.
@@ -92,7 +92,7 @@ def check(settings: Settings, found: Mapping[str, Any], step: pathlib.Path) -> N
     step: the folder of the step.
 
   Raises:
-    UserError: another model, types that are no weights, or more bytes than there can be.
+    UserError: another model.
   """
   wanted = shapes(settings.config)
   not_needed = ("alignment_head/",) if settings.has_vae else ("alignment_head/", "vae/")
@@ -113,6 +113,14 @@ def check(settings: Settings, found: Mapping[str, Any], step: pathlib.Path) -> N
       raise UserError(
         f"checkpoint {step}: {shown(name)[1:-1]} has the type {x.dtype}, weights are float32, bfloat16 or float16"
       )
+
+
+def check_bytes(found: Mapping[str, Any], step: pathlib.Path) -> None:
+  """Compares the bytes with the memory and the disk. Arguments as in `check_names`.
+
+  Raises:
+    UserError: more bytes than there can be.
+  """
   total = sum(int(np.prod(x.shape, dtype=object)) * np.dtype(x.dtype).itemsize for x in found.values())
   disk = sum(path.stat().st_size for path in step.rglob("*") if path.is_file())
   if total > _SMALL + _DENSEST * disk:

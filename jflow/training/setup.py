@@ -174,7 +174,7 @@ def start_params(
     if train["fit_labels"]:
       params["understanding_encoder"] = put(_fitted_siglip(config, model), "understanding_encoder")
     return params
-  read = {path: read_checkpoint(path, weights=train["init_weights"]) for path in _paths(train)}
+  read = {path: read_checkpoint(path, weights=train["init_weights"], whole=False) for path in _paths(train)}
   source, origin = _chosen(train, read)
   boxed = jax.eval_shape(fresh)
   where = flatten_dict(sharding.shardings(mesh, boxed), sep="/")
