@@ -202,7 +202,7 @@ def test_a_prompt_longer_than_the_context(capsys, model, tmp_path):
   "flags, said",
   [
     ([], "give --prompt=TEXT, or --prompts=FILE"),
-    (["--prompts=no.txt"], "--prompts=no.txt cannot be read as UTF-8 text"),
+    (["--prompts=no.txt"], "--prompts=no.txt cannot be read: No such file"),
     (["--prompt= "], "the prompt is empty"),
     (["--prompt=a", "--steps=0"], "steps=0 must be at least 1"),
     (["--prompt=a", "--steps=many"], "argument --steps: invalid int value"),

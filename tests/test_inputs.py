@@ -128,7 +128,7 @@ REFUSED = [  # what is made, format, task, the input, what the message names
   (lambda f: (f / "b.txt").symlink_to("none"), "text", "", "b.txt is a link to a file that is not there"),
   (lambda f: (f / "b.txt").symlink_to("none"), "text", "*.txt", "b.txt is a link to a file that is not there"),
   (lambda f: os.mkfifo(f / "b.txt"), "text", "b.txt", "a pipe or a device"),
-  (lambda f: (f / "a.txt").rename(f / ".a.txt"), "text", "", "'hidden': 1"),
+  (lambda f: (f / "a.txt").rename(f / ".a.txt"), "text", "", "1 hidden"),
   *(
     (lambda f, name=name: _write(f / name, POINTER), format, name, f"{name} is a git-lfs pointer")
     for name, format in (
