@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -111,7 +112,11 @@ def _run(
   importer: Importer, parts: Sequence[Any], partial: str, task: str, filters: Filters, processes: int
 ) -> list[dict[str, Any]]:
   """Imports the parts that are not there yet; returns the report of every part, in order."""
-  reports = [read_report(os.path.join(partial, f"part-{index:05d}.json")) for index in range(len(parts))]
+  paths = [os.path.join(partial, f"part-{index:05d}.json") for index in range(len(parts))]
+  if there := sum(map(os.path.exists, paths)):  # each is hashed, which takes its time
+    print(f"jflow: checking {there:,} of {len(parts):,} parts, which are there already", file=sys.stderr, flush=True)
+  with concurrent.futures.ThreadPoolExecutor(max(1, processes)) as pool:
+    reports = list(pool.map(read_report, paths))
   todo = [index for index, report in enumerate(reports) if report is None]
   work = [importer.work(part) for part in parts]
   with Progress(sum(work), sum(work) - sum(work[i] for i in todo)) as progress:
