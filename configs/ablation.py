@@ -30,9 +30,7 @@ def get_config(size: str = ""):
   letter, _, rest = size.partition("-")
   name, _, budget = rest.partition("-")
   if letter not in tuple(LETTERS) or not name or not (budget.isdigit() and int(budget) or not budget):
-    raise ValueError(
-      f"{size!r} must be LETTER-SIZE or LETTER-SIZE-STEPS with a letter of {LETTERS}, as in F-shapes"
-    )
+    raise ValueError(f"{size!r} must be LETTER-SIZE or LETTER-SIZE-STEPS with a letter of {LETTERS}, as in F-shapes")
   c = base.base(name)
   steps = int(budget) if budget else BUDGETS[name]
   turn = steps // 5

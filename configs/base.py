@@ -123,9 +123,7 @@ def base(size: str) -> ConfigDict:
     keep=3,  # newest steps to retain
     keep_every=0,  # steps that are a multiple of it are retained for good; 0: none
   )
-  c.profile = dict(
-    start=0, steps=0
-  )  # a trace of so many steps from that one on, into workdir/profile; 0: none
+  c.profile = dict(start=0, steps=0)  # a trace of so many steps from that one on, into workdir/profile; 0: none
   c.log = dict(
     every_seconds=10.0,  # between lines where there is no terminal
     tensorboard=False,  # scalars and sample pictures into workdir/tensorboard; needs the package tensorboard

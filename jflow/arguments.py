@@ -19,9 +19,7 @@ class Parser(argparse.ArgumentParser):
 
   _given: Sequence[str] = ()
 
-  def parse_known_args(
-    self, args: Sequence[str] | None = None, namespace: Any = None
-  ) -> tuple[Any, list[str]]:
+  def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
     self._given = args = list(sys.argv[1:] if args is None else args)
     for flag, equals, value in (one.partition("=") for one in args):
       if flag.startswith("-") and equals and value == "--":  # argparse would take it for the end of the flags
@@ -33,9 +31,7 @@ class Parser(argparse.ArgumentParser):
     if (found := re.match(r"argument (\S+): (\S+) must be ", message)) and "=".join(found.groups()) in self._given:
       message = message.removeprefix("argument ").replace(": ", "=", 1)
     told = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in message)
-    self.exit(
-      2, f"jflow: error: {told if len(told) <= 600 else told[:600] + '...'}; see {self.prog} --help\n"
-    )
+    self.exit(2, f"jflow: error: {told if len(told) <= 600 else told[:600] + '...'}; see {self.prog} --help\n")
 
 
 def whole(least: int | None = None, most: int = 10**9) -> Callable[[str], int]:
@@ -79,8 +75,9 @@ def _within(found: Any, text: str, least: float | None, most: float) -> Any:
   if least is not None and found < least:
     raise argparse.ArgumentTypeError(f"{_short(text)} must be at least {least:g}")
   if found > most or found < -most:
-    raise argparse.ArgumentTypeError(f"{_short(text)} must be at most {most:.15g}" if found > most else
-                                     f"{_short(text)} must be at least {-most:.15g}")  # fmt: skip
+    raise argparse.ArgumentTypeError(
+      f"{_short(text)} must be at most {most:.15g}" if found > most else f"{_short(text)} must be at least {-most:.15g}"
+    )
   return found
 
 

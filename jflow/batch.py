@@ -35,9 +35,7 @@ class RowShape:
   images: int  # M
   image_patches: int  # P
   image_size: int  # H = W in pixels
-  moments: tuple[int, ...] = (
-    0,
-  )  # (h, w, 2 C) where latents were made ahead of time; nothing where they were not
+  moments: tuple[int, ...] = (0,)  # (h, w, 2 C) where latents were made ahead of time; nothing where they were not
 
   @property
   def image_slots(self) -> int:

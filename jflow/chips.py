@@ -29,9 +29,15 @@ BETWEEN_HOSTS = 50 * _GB  # bytes per second, GPU and direction, between hosts: 
 
 # What `device.device_kind` says of a chip that is there -> its name here.
 _KINDS = {
-  "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "A100": "a100",
-  "H100": "h100", "H200": "h200",
-}  # fmt: skip
+  "TPU v4": "v4",
+  "TPU v5 lite": "v5e",
+  "TPU v5": "v5p",
+  "TPU v5p": "v5p",
+  "TPU v6 lite": "v6e",
+  "A100": "a100",
+  "H100": "h100",
+  "H200": "h200",
+}
 
 
 def of(device_kind: str) -> Chip | None:

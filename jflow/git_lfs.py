@@ -30,6 +30,4 @@ def check(paths: list[str]) -> None:
   pointers = [path for path in paths if is_pointer_file(path)]
   if pointers:
     others = f", as are {len(pointers) - 1:,} more of {len(paths):,}" if len(pointers) > 1 else ""
-    raise UserError(
-      f"{pointers[0]} is a git-lfs pointer{others}, not the data: run `git lfs pull` in its folder"
-    )
+    raise UserError(f"{pointers[0]} is a git-lfs pointer{others}, not the data: run `git lfs pull` in its folder")

@@ -66,9 +66,7 @@ def _sharded(hidden_BSD, kernel_DV, targets_BS, mask_BS, chunk, gradients):
   kernel = sharding.named(mesh, ("embed", "vocab"), kernel_DV.shape).spec
   axes = lambda entry: () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
   rows, width, vocabulary = axes(hidden[0]), axes(kernel[0]), axes(kernel[1])
-  body = functools.partial(
-    _pass, chunk=chunk, gradients=gradients, rows=rows, width=width, vocabulary=vocabulary
-  )
+  body = functools.partial(_pass, chunk=chunk, gradients=gradients, rows=rows, width=width, vocabulary=vocabulary)
   flat = PartitionSpec(hidden[0], None)
   out = (PartitionSpec(), hidden, kernel) if gradients else PartitionSpec()
   run = jax.shard_map(body, in_specs=(hidden, kernel, flat, flat), out_specs=out, check_vma=False)

@@ -86,9 +86,12 @@ def parse(content: bytes) -> Any:
     raise Malformed("it begins with a byte order mark: save it as UTF-8 without one")
   try:
     value = json.loads(
-      content.decode("utf-8"), object_pairs_hook=_object, parse_int=_whole, parse_float=_fraction,
+      content.decode("utf-8"),
+      object_pairs_hook=_object,
+      parse_int=_whole,
+      parse_float=_fraction,
       parse_constant=lambda name: _Refused(f"{name}, which is no number of JSON"),
-    )  # fmt: skip
+    )
   except Malformed:
     raise
   except UnicodeDecodeError:
@@ -110,13 +113,9 @@ def read_bytes(path: str | pathlib.Path, most: int = MOST_BYTES) -> bytes:
   try:
     found = pathlib.Path(path).stat()
     if not stat.S_ISREG(found.st_mode):
-      raise UserError(
-        f"{path} must be a file, and it is a {'directory' if stat.S_ISDIR(found.st_mode) else 'device'}"
-      )
+      raise UserError(f"{path} must be a file, and it is a {'directory' if stat.S_ISDIR(found.st_mode) else 'device'}")
     if found.st_size > most:
-      raise UserError(
-        f"{path} has {found.st_size:,} bytes, and such a file has at most {most:,}: another file?"
-      )
+      raise UserError(f"{path} has {found.st_size:,} bytes, and such a file has at most {most:,}: another file?")
     with open(path, "rb") as file:
       content = file.read(most + 1)
   except FileNotFoundError:

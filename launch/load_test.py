@@ -69,23 +69,30 @@ def make_request(i: int) -> dict[str, Any]:
   rng = random.Random(i)
   words = lambda n: " ".join(rng.choices(WORDS, k=n))
   if i % 4 == 3:
-    body = {"prompt": words(rng.randint(1, 12)), "n": rng.choice((1, 1, 2, 3)), "steps": rng.choice((4, 8)),
-            "guidance": rng.choice((1.0, 3.0)), "seed": rng.randrange(2**31)}  # fmt: skip
+    body = {
+      "prompt": words(rng.randint(1, 12)),
+      "n": rng.choice((1, 1, 2, 3)),
+      "steps": rng.choice((4, 8)),
+      "guidance": rng.choice((1.0, 3.0)),
+      "seed": rng.randrange(2**31),
+    }
     return {"path": "/v1/images/generations", "body": body, "pictures": []}
   pictures = [
-    np.random.default_rng(1000 * i + j).integers(
-      0, 256, (rng.randint(8, 40), rng.randint(8, 40), 3), np.uint8
-    )
+    np.random.default_rng(1000 * i + j).integers(0, 256, (rng.randint(8, 40), rng.randint(8, 40), 3), np.uint8)
     for j in range(rng.choice((0, 1, 1, 2)))
   ]
-  parts = [
-    {"type": "image_url", "image_url": {"url": data_uri(x, rng.choice(("PNG", "WEBP")))}} for x in pictures
-  ]
+  parts = [{"type": "image_url", "image_url": {"url": data_uri(x, rng.choice(("PNG", "WEBP")))}} for x in pictures]
   turns = [{"role": "user", "content": [*parts, {"type": "text", "text": words(rng.randint(1, 20))}]}]
   if rng.random() < 0.3:
     turns += [{"role": "assistant", "content": words(4)}, {"role": "user", "content": words(5)}]
-  body = {"messages": turns, "max_tokens": rng.randint(1, 24), "temperature": rng.choice((0.0, 0.0, 0.8)),
-          "top_p": rng.choice((1.0, 0.9)), "seed": rng.randrange(2**31), "stream": rng.random() < 0.5}  # fmt: skip
+  body = {
+    "messages": turns,
+    "max_tokens": rng.randint(1, 24),
+    "temperature": rng.choice((0.0, 0.0, 0.8)),
+    "top_p": rng.choice((1.0, 0.9)),
+    "seed": rng.randrange(2**31),
+    "stream": rng.random() < 0.5,
+  }
   return {"path": "/v1/chat/completions", "body": body, "pictures": pictures}
 
 
@@ -153,15 +160,9 @@ def same(got: Any, want: Any) -> bool:
 def bad_requests(image_size: int, context: int, max_body: int) -> dict[str, tuple[int, dict[str, Any]]]:
   """What is wrong -> (the status that it gets, its path, body and headers)."""
   chat, paint = "/v1/chat/completions", "/v1/images/generations"
-  say = lambda content, **more: dict(
-    path=chat, body={"messages": [{"role": "user", "content": content}], **more}
-  )
-  show = lambda url: say(
-    [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]
-  )
-  raw = lambda content, kind="application/json": dict(
-    path=chat, body=content, headers={"Content-Type": kind}
-  )
+  say = lambda content, **more: dict(path=chat, body={"messages": [{"role": "user", "content": content}], **more})
+  show = lambda url: say([{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}])
+  raw = lambda content, kind="application/json": dict(path=chat, body=content, headers={"Content-Type": kind})
   draw = lambda **body: dict(path=paint, body=body)
   cut = data_uri(np.zeros((32, 32, 3), np.uint8) + np.arange(32, dtype=np.uint8)[:, None])
   bomb = io.BytesIO()
@@ -197,7 +198,7 @@ def bad_requests(image_size: int, context: int, max_body: int) -> dict[str, tupl
     "a path as an image": (400, show("/etc/passwd")),
     "an image that is not base64": (400, show("data:image/png;base64,&&&&")),
     "an image that is a text": (400, show("data:image/png;base64," + base64.b64encode(b"no picture").decode())),
-    "half an image": (400, show(cut[: len(cut) // 2 // 4 * 4 + 2].rstrip("=")[: -2])),
+    "half an image": (400, show(cut[: len(cut) // 2 // 4 * 4 + 2].rstrip("=")[:-2])),
     "an image bomb": (400, show("data:image/png;base64," + base64.b64encode(bomb.getvalue()).decode())),
     "an empty prompt": (400, draw(prompt=" ")),
     "a prompt longer than its context": (400, draw(prompt="why " * (2 * context))),
@@ -208,7 +209,7 @@ def bad_requests(image_size: int, context: int, max_body: int) -> dict[str, tupl
     "too many pictures": (400, draw(prompt="a ring", n=1000)),
     "another size": (400, draw(prompt="a ring", size=f"{image_size + 1}x{image_size + 1}")),
     "a link instead of a picture": (400, draw(prompt="a ring", response_format="url")),
-  }  # fmt: skip
+  }
 
 
 def refused(base: str, status: int, arguments: dict[str, Any]) -> str:
@@ -243,9 +244,7 @@ def random_checkpoint(directory: pathlib.Path) -> pathlib.Path:
 def start(checkpoint: pathlib.Path, *flags: str) -> tuple[subprocess.Popen, str]:
   """Starts a server at a free port; returns it and its address once it is ready."""
   command = [sys.executable, "-m", "jflow", "serve", f"--checkpoint={checkpoint}", "--port=0", *flags]
-  environment = os.environ | {
-    "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-  }
+  environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))}
   log = tempfile.TemporaryFile("w+")
   server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
   address = re.search(r"http://[^;]+", server.stdout.readline())
@@ -287,8 +286,16 @@ def run(base: str, pid: int, wanted: list[tuple[dict, Any]], clients: int) -> di
     answers = pool.map(one, range(len(wanted)))
     list(tqdm(answers, total=len(wanted), unit="request", disable=not sys.stderr.isatty()))
   wall = time.monotonic() - started
-  return {"requests": len(wanted), "clients": clients, "lost": lost, "wrong": wrong, "wall_seconds": round(wall, 2),
-          "requests_per_second": round(len(wanted) / wall, 2), "seconds": seconds, "memory": sizes}  # fmt: skip
+  return {
+    "requests": len(wanted),
+    "clients": clients,
+    "lost": lost,
+    "wrong": wrong,
+    "wall_seconds": round(wall, 2),
+    "requests_per_second": round(len(wanted) / wall, 2),
+    "seconds": seconds,
+    "memory": sizes,
+  }
 
 
 def main() -> int:
@@ -313,9 +320,7 @@ def main() -> int:
     requests = [make_request(i) for i in range(args.requests)]
     wanted = list(zip(requests, offline(model, requests)))
     max_body = 1
-    server, base = start(
-      checkpoint, f"--token={TOKEN}", f"--max_body={max_body}", f"--queue={2 * args.clients}"
-    )
+    server, base = start(checkpoint, f"--token={TOKEN}", f"--max_body={max_body}", f"--queue={2 * args.clients}")
     try:
       rounds = [run(base, server.pid, wanted, args.clients) for _ in range(args.rounds)]
       c = model.model.config
@@ -346,18 +351,24 @@ def summary(rounds: list[dict], answers: dict[str, str], code: int) -> dict[str,
   last, later = rounds[-1], [size for r in rounds[len(rounds) // 2 :] for size in r["memory"]]
   slope = float(np.polyfit(np.arange(len(later)), later, 1)[0]) if len(later) > 1 else 0.0
   report = {
-    "requests": sum(r["requests"] for r in rounds), "clients": last["clients"],
-    "lost": [x for r in rounds for x in r["lost"]], "wrong": sorted({x for r in rounds for x in r["wrong"]}),
-    "wall_seconds": [r["wall_seconds"] for r in rounds], "requests_per_second": last["requests_per_second"],
+    "requests": sum(r["requests"] for r in rounds),
+    "clients": last["clients"],
+    "lost": [x for r in rounds for x in r["lost"]],
+    "wrong": sorted({x for r in rounds for x in r["wrong"]}),
+    "wall_seconds": [r["wall_seconds"] for r in rounds],
+    "requests_per_second": last["requests_per_second"],
     "seconds": {"median": statistics.median(last["seconds"] or [0]), "max": max(last["seconds"], default=0)},
-    "memory_mib": {"first": round(later[0], 1), "last": round(later[-1], 1),
-                   "slope_mib_per_100_requests": round(100 * slope, 3)},
-    "bad_requests": len(answers), "bad_wrong": [f"{name}: {x}" for name, x in answers.items() if x], "exit_code": code,
-  }  # fmt: skip
+    "memory_mib": {
+      "first": round(later[0], 1),
+      "last": round(later[-1], 1),
+      "slope_mib_per_100_requests": round(100 * slope, 3),
+    },
+    "bad_requests": len(answers),
+    "bad_wrong": [f"{name}: {x}" for name, x in answers.items() if x],
+    "exit_code": code,
+  }
   report["memory_grows"] = len(rounds) > 1 and slope * len(later) >= 0.02 * later[-1]
-  report["ok"] = not (
-    report["lost"] or report["wrong"] or report["bad_wrong"] or code or report["memory_grows"]
-  )
+  report["ok"] = not (report["lost"] or report["wrong"] or report["bad_wrong"] or code or report["memory_grows"])
   return report
 
 

@@ -48,9 +48,7 @@ def paint(model: Pipeline, out: pathlib.Path) -> str:
   prompts = [prompt for prompt, _ in singles] + list(OTHERS)
   c = model.model.config
   shape = (len(prompts), c.autoencoder.latent_channels, c.latent_size, c.latent_size)
-  noise = np.random.default_rng(0).standard_normal(
-    shape, np.float32
-  )  # a seed gives every prompt the same noise
+  noise = np.random.default_rng(0).standard_normal(shape, np.float32)  # a seed gives every prompt the same noise
   images = model.generate(prompts, steps=30, guidance=3.0, noise=noise)
   names = [prompt.removeprefix("a picture of ") for prompt in prompts]
   contact_sheet(images, names, columns=8, side=128, lines=2).save(out / "sheet.png")
@@ -61,7 +59,9 @@ def paint(model: Pipeline, out: pathlib.Path) -> str:
     color += bool(found) and all(thing.color == wanted for thing in found)
     shape_too += judge.score(np.asarray(image), metadata)["strict"]
   total = len(singles)
-  return f"painted: the right color and no other in {color} of {total} single-object pictures, right in all in {shape_too}"
+  return (
+    f"painted: the right color and no other in {color} of {total} single-object pictures, right in all in {shape_too}"
+  )
 
 
 def answer(model: Pipeline, out: pathlib.Path) -> str:

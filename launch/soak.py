@@ -25,8 +25,8 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from jflow.training.checkpoint import newest_valid, sealed_steps  # noqa: E402
-from jflow.training.metrics import read_metrics  # noqa: E402
+from jflow.training.checkpoint import newest_valid, sealed_steps
+from jflow.training.metrics import read_metrics
 
 STEPS, INTERVAL, WATCHDOG = 60, 4, 15
 INSIDE = (
@@ -42,10 +42,18 @@ OUTSIDE = ("kill at any moment", "kill in a save", "freeze, then kill", "termina
 ON_DISK = ("flip a bit", "cut a file", "delete a file")
 FAULTS = 2 * OUTSIDE + INSIDE + ON_DISK
 SMALL = (
-  "train.batch_size=4", "train.fit_images=20", "data.shapes.size=60", "model.autoencoder.kind=patch_pca",
-  "model.autoencoder.block_channels=()", "model.autoencoder.patch_size=4", "model.autoencoder.window=4",
-  f"train.steps={STEPS}", f"checkpoint.interval={INTERVAL}", "checkpoint.keep=3", "log.every_seconds=0",
-)  # fmt: skip
+  "train.batch_size=4",
+  "train.fit_images=20",
+  "data.shapes.size=60",
+  "model.autoencoder.kind=patch_pca",
+  "model.autoencoder.block_channels=()",
+  "model.autoencoder.patch_size=4",
+  "model.autoencoder.window=4",
+  f"train.steps={STEPS}",
+  f"checkpoint.interval={INTERVAL}",
+  "checkpoint.keep=3",
+  "log.every_seconds=0",
+)
 
 
 class Soak:
@@ -100,9 +108,12 @@ class Soak:
       row, code = self._from_outside(process, fault, workdir, step)
     resumed = re.search(r"going on from step (\d+)", self._log.read_text())
     return row | {
-      "fault": fault, "code": code, "resumed_from": int(resumed[1]) if resumed else 0, "reached": newest_step(workdir),
+      "fault": fault,
+      "code": code,
+      "resumed_from": int(resumed[1]) if resumed else 0,
+      "reached": newest_step(workdir),
       "seconds": round(time.monotonic() - began, 2),
-    }  # fmt: skip
+    }
 
   def _wait(self, process: subprocess.Popen) -> int:
     try:
@@ -120,8 +131,11 @@ class Soak:
       ready = lambda: time.monotonic() > until
     while process.poll() is None and not ready():
       time.sleep(0.003)
-    signals = {"freeze, then kill": (signal.SIGSTOP, signal.SIGKILL), "terminate": (signal.SIGTERM,),
-               "terminate twice": (signal.SIGTERM, signal.SIGTERM)}.get(fault, (signal.SIGKILL,))  # fmt: skip
+    signals = {
+      "freeze, then kill": (signal.SIGSTOP, signal.SIGKILL),
+      "terminate": (signal.SIGTERM,),
+      "terminate twice": (signal.SIGTERM, signal.SIGTERM),
+    }.get(fault, (signal.SIGKILL,))
     for signum in signals:
       process.send_signal(signum)
       time.sleep(0.05)
@@ -129,9 +143,7 @@ class Soak:
 
   def _damage(self, workdir: pathlib.Path, fault: str) -> str:
     newest = workdir / "checkpoints" / str(newest_valid(workdir / "checkpoints"))
-    files = sorted(
-      p for p in newest.rglob("*") if p.is_file() and p.stat().st_size and p.name != "manifest.json"
-    )
+    files = sorted(p for p in newest.rglob("*") if p.is_file() and p.stat().st_size and p.name != "manifest.json")
     file = self._random.choice(files)
     content = bytearray(file.read_bytes())
     if fault == "delete a file":

@@ -15,16 +15,53 @@ QUICK = "--xla_backend_optimization_level=0"
 
 # Files of laws, whole: one process, no server, seconds each. Their tests are `fast`.
 FAST = {
-  "attention", "conversations", "decoding", "examples", "flow", "generate", "generation", "golden", "head_loss",
-  "importers_llava", "importers_text", "janusflow", "llm", "losses", "mixture", "optim", "packing", "scorers",
-  "setup", "siglip", "speed", "spikes", "step", "tables", "tokenizer", "vae", "world",
-}  # fmt: skip
+  "attention",
+  "conversations",
+  "decoding",
+  "examples",
+  "flow",
+  "generate",
+  "generation",
+  "golden",
+  "head_loss",
+  "importers_llava",
+  "importers_text",
+  "janusflow",
+  "llm",
+  "losses",
+  "mixture",
+  "optim",
+  "packing",
+  "scorers",
+  "setup",
+  "siglip",
+  "speed",
+  "spikes",
+  "step",
+  "tables",
+  "tokenizer",
+  "vae",
+  "world",
+}
 
 # Files that start other processes. Their tests are `process`.
 PROCESS = {
-  "bench_inference", "bench_train", "commands", "compile", "design", "distributed", "evaluate", "from_raw_data",
-  "launch", "lmms", "mesh", "plans", "prepare", "train", "workdir",
-}  # fmt: skip
+  "bench_inference",
+  "bench_train",
+  "commands",
+  "compile",
+  "design",
+  "distributed",
+  "evaluate",
+  "from_raw_data",
+  "launch",
+  "lmms",
+  "mesh",
+  "plans",
+  "prepare",
+  "train",
+  "workdir",
+}
 
 
 # What jax and the processes that tests start read from the environment, unless it is set. `pytest --cache-clear`

@@ -28,9 +28,7 @@ STEP = 7
 def config() -> dict:
   """The smallest model that has every part."""
   model = copy.deepcopy(tiny.DICT)
-  model["language_model"] |= dict(
-    vocabulary_size=48, width=8, mlp_width=12, heads=2, kv_heads=1, head_width=4
-  )
+  model["language_model"] |= dict(vocabulary_size=48, width=8, mlp_width=12, heads=2, kv_heads=1, head_width=4)
   model["understanding_encoder"] |= dict(width=8, mlp_width=8, heads=2)
   model["generation"] |= dict(width=8)
   model["alignment_width"] = 8
@@ -41,9 +39,7 @@ def config() -> dict:
 def params(salt: str) -> dict:
   """Nested f32 parameters, each leaf a function of its path and `salt`."""
   shapes = flatten_dict(tiny.shapes(JanusFlowConfig.from_dict(config()["model"])), sep="/")
-  leaf = lambda path, shape: (
-    np.random.default_rng(zlib.crc32(f"{salt}/{path}".encode())).standard_normal(shape) / 4
-  )
+  leaf = lambda path, shape: np.random.default_rng(zlib.crc32(f"{salt}/{path}".encode())).standard_normal(shape) / 4
   flat = {path: jnp.asarray(leaf(path, x.shape), jnp.float32) for path, x in shapes.items()}
   return unflatten_dict(flat, sep="/")
 

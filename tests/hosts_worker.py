@@ -19,14 +19,15 @@ import numpy as np
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jflow import __main__, model_flops, sharding  # noqa: E402
-from jflow.training import hosts, loop, optim, workdir as workdirs  # noqa: E402
-from jflow.training.checkpoint import Checkpointer  # noqa: E402
-from jflow.training.goodput import Goodput  # noqa: E402
-from jflow.training.state import TrainState  # noqa: E402
-from launch.faults import struck  # noqa: E402
+from jflow import __main__, model_flops, sharding
+from jflow.training import hosts, loop, optim
+from jflow.training import workdir as workdirs
+from jflow.training.checkpoint import Checkpointer
+from jflow.training.goodput import Goodput
+from jflow.training.state import TrainState
+from launch.faults import struck
 
 
 class Data:

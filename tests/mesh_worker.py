@@ -50,9 +50,7 @@ class Run:
     with jax.set_mesh(self.mesh):
       batch = jax.device_put(batch, sharding.batch_sharding(self.mesh))
       self.state, metrics = self._step(self.state, batch)
-    return [
-      float(metrics[name]) for name in ("loss", "loss_text", "loss_flow", "loss_alignment", "grad_norm")
-    ]
+    return [float(metrics[name]) for name in ("loss", "loss_text", "loss_flow", "loss_alignment", "grad_norm")]
 
 
 def collectives(sizes: tuple[int, int, int]) -> dict[str, float]:

@@ -28,9 +28,7 @@ def tensors(vocabulary: int = 256) -> dict[str, np.ndarray]:
   return {name: _weights.tensor(name, tuple(shape)).astype(np.float32) for name, shape in shapes.items()}
 
 
-def write(
-  directory: pathlib.Path, dtype: type = np.float32, shards: int = 1, tokenizer: bool = False
-) -> pathlib.Path:
+def write(directory: pathlib.Path, dtype: type = np.float32, shards: int = 1, tokenizer: bool = False) -> pathlib.Path:
   """Writes the checkpoint; several shards get an index. A tokenizer brings a vocabulary of 1024."""
   directory.mkdir(parents=True)
   config = json.loads((TINY / "config.json").read_text())

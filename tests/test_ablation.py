@@ -18,9 +18,7 @@ from jflow.interop.official_config import config_to_official
 from jflow.models.config import JanusFlowConfig
 from jflow.training import optim, setup
 
-READERS = {
-  reader: JanusFlowConfig.from_dict(tiny.DICT | {"reader": reader}) for reader in ("shared", "separate")
-}
+READERS = {reader: JanusFlowConfig.from_dict(tiny.DICT | {"reader": reader}) for reader in ("shared", "separate")}
 
 
 def rows(config) -> np.ndarray:
@@ -90,8 +88,9 @@ def test_separate_encoders_are_equal_at_the_start_alone():
   model = tiny.model(READERS["separate"])
   program, shapes = jax.make_jaxpr(lambda: setup.initial_params(model, 0), return_shape=True)()
   made = jax.tree.unflatten(jax.tree.structure(shapes), program.jaxpr.outvars)
-  first, second, other = (jax.tree.leaves(made[part]) for part in
-                          ("latent_encoder", "generation_encoder", "generation_decoder"))  # fmt: skip
+  first, second, other = (
+    jax.tree.leaves(made[part]) for part in ("latent_encoder", "generation_encoder", "generation_decoder")
+  )
   assert len(first) > 10 and all(a is b for a, b in zip(first, second, strict=True))
   assert not {id(x) for x in first} & {id(x) for x in other}
 
@@ -104,17 +103,13 @@ def test_training_and_answering_read_alike(reader):
   sample = tiny.reading(3)
   batch, draws = tiny.batch([sample]), tiny.draws(1)
   loss = float(tiny.loss_sums(model, params, batch, draws, ("text",)).text)
-  slots = model.apply(
-    {"params": params}, jnp.asarray(sample.images[0][None], jnp.float32) / 127.5 - 1, method="read"
-  )
+  slots = model.apply({"params": params}, jnp.asarray(sample.images[0][None], jnp.float32) / 127.5 - 1, method="read")
   n = len(sample.tokens)
   index = np.full((1, n), -1, np.int32)
   start = sample.image_starts[0]
   index[0, start : start + slots.shape[1]] = np.arange(slots.shape[1])
   x = model.apply({"params": params}, sample.tokens[None], slots, index, method="assemble")
-  out = model.apply(
-    {"params": params}, x, sample.positions[None], np.ones((1, n), np.int32), method="backbone"
-  )
+  out = model.apply({"params": params}, x, sample.positions[None], np.ones((1, n), np.int32), method="backbone")
   logits = model.apply({"params": params}, out.hidden, method="logits")[0]
   nll = -jax.nn.log_softmax(logits)[np.arange(n), sample.targets]
   assert loss == pytest.approx(float(nll[sample.loss_mask].sum()), rel=1e-5)

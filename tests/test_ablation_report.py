@@ -10,10 +10,10 @@ import tiny
 
 sys.path.insert(0, str(tiny.ROOT / "launch" / "experiments"))
 
-import ablation_report as made  # noqa: E402
-import ablations  # noqa: E402
+import ablation_report as made
+import ablations
 
-from configs import ablation  # noqa: E402
+from configs import ablation
 
 
 def entry(shift: float, steps: int = 100, half: float = 0.05) -> dict:
@@ -49,9 +49,7 @@ def test_differences_have_newcombes_interval_and_a_distance_that_is_less_is_bett
 def test_the_table_names_what_is_missing_and_unfinished():
   letters = {"A": entry(-0.3, steps=40), "B": None, "F": entry(0)}
   letters["F"]["scores"]["seen pictures: overall"]["chance"] = 0.02
-  text = made.table(
-    {"command": "c", "commit": "abc", "letters": letters, "comparisons": made.compare(letters)}
-  )
+  text = made.table({"command": "c", "commit": "abc", "letters": letters, "comparisons": made.compare(letters)})
   assert "Not trained yet: B (one latent encoder for both)." in text
   assert "| steps | 40 of 100 |  | 100 |" in text and "1,234 / 5" in text
   assert "0.500 (0.02)" in text and "| A | POPE / seen questions: existence, F1 | -2.33 | -0.300 |" in text
@@ -74,7 +72,9 @@ def test_the_papers_table_has_what_each_letter_can_do():
     assert set(row) == set(ablation.LETTERS) - ({"D"} if paints else {"E"})
 
 
-@pytest.mark.parametrize("argument", ["--letters=AG", "--steps=0", "--steps=4", "--start=nowhere", "--confg.train.seed=1"])
+@pytest.mark.parametrize(
+  "argument", ["--letters=AG", "--steps=0", "--steps=4", "--start=nowhere", "--confg.train.seed=1"]
+)
 def test_mistakes_end_before_any_training(argument, monkeypatch, capsys):
   monkeypatch.setattr(ablations, "run", lambda *_: pytest.fail("a command was started"))
   monkeypatch.setattr(sys, "argv", ["ablations.py", argument])

@@ -19,13 +19,18 @@ TINY = "--config=configs/stage2.py:tiny"
 # Command with what it needs -> flags with whole numbers, and with others.
 COMMANDS = {
   f"generate {CHECKPOINT} --prompt=a --output=/dev/null/x": (
-    ("steps", "seed", "num_images", "batch_size"), ("guidance", "shift")),
+    ("steps", "seed", "num_images", "batch_size"),
+    ("guidance", "shift"),
+  ),
   f"understand {CHECKPOINT} --question=q": (("max_tokens", "seed"), ("temperature", "top_p")),
   f"evaluate --benchmark=shapes {CHECKPOINT} --output=/dev/null/x": (
-    ("limit", "batch_size", "seed", "steps", "pictures", "sweep_steps", "part"), ("guidance", "sweep_guidance")),
+    ("limit", "batch_size", "seed", "steps", "pictures", "sweep_steps", "part"),
+    ("guidance", "sweep_guidance"),
+  ),
   "prepare --format=shapes --task=text --output=/dev/null/x": (
     ("processes", "records", "seed", "image_size", "min_size", "part_records"),
-    ("max_rejected_share", "max_aspect", "min_aesthetic")),
+    ("max_rejected_share", "max_aspect", "min_aesthetic"),
+  ),
   f"prepare --latents --input=/nowhere {CHECKPOINT}": (("batch_size", "seed", "threads"), ()),
   f"prepare --inspect {TINY} --output=/dev/null/x.png": (("rows", "step"), ()),
   f"bench train {TINY}": (("rows", "steps"), ()),
@@ -37,7 +42,7 @@ COMMANDS = {
   f"demo {CHECKPOINT}": (("port", "slots", "context", "batch", "queue", "max_upload"), ("timeout",)),
   f"parity {CHECKPOINT} --golden=/nowhere.npz": ((), ("tolerance",)),
   "convert --from=jflow --to=official --input=/nowhere --output=/dev/null/x": (("seed", "shard_bytes"), ()),
-}  # fmt: skip
+}
 
 
 def refused(capsys, command: str, *flags: str) -> str:
@@ -63,9 +68,7 @@ def test_pictures_and_tokens_in_numbers_that_no_machine_holds(capsys):
   assert "--num_images" in refused(capsys, generate, f"--num_images={10**9}")
   assert "--interval" in refused(capsys, generate, "--interval", "nan", "1")
   assert "--rows" in refused(capsys, f"bench train {TINY}", f"--rows={10**9}")
-  assert "train.batch_size" in refused(
-    capsys, f"compile {TINY} --topology=v5e:2x2", f"--rows_per_device={10**8}"
-  )
+  assert "train.batch_size" in refused(capsys, f"compile {TINY} --topology=v5e:2x2", f"--rows_per_device={10**8}")
 
 
 def test_an_unknown_flag_and_a_missing_one_are_one_line(capsys):
@@ -74,15 +77,18 @@ def test_an_unknown_flag_and_a_missing_one_are_one_line(capsys):
   assert "steps" in refused(capsys, f"generate {CHECKPOINT} --prompt=a --output=x", "--steps")
 
 
-@pytest.mark.parametrize("workdir, said", [
-  ("", "--workdir=''"),
-  ("a\0b", "--workdir="),
-  ("a\nb", "--workdir="),
-  ("/etc/hostname", "workdir /etc/hostname cannot be written"),
-  ("/dev/null/x", "workdir /dev/null/x cannot be written"),
-  ("/proc/x", "workdir /proc/x cannot be written"),
-  ("a" * 5000, "cannot be written: File name too long"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "workdir, said",
+  [
+    ("", "--workdir=''"),
+    ("a\0b", "--workdir="),
+    ("a\nb", "--workdir="),
+    ("/etc/hostname", "workdir /etc/hostname cannot be written"),
+    ("/dev/null/x", "workdir /dev/null/x cannot be written"),
+    ("/proc/x", "workdir /proc/x cannot be written"),
+    ("a" * 5000, "cannot be written: File name too long"),
+  ],
+)
 def test_a_workdir_that_cannot_be(capsys, workdir, said):
   try:
     code = main(["train", TINY, f"--workdir={workdir}"])

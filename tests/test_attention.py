@@ -39,9 +39,8 @@ def by_hand(q, k, v, q_segments, kv_segments, start):
   group = q.shape[2] // k.shape[2]
   for b, i, n in np.ndindex(q.shape[:3]):
     seen = [
-      j for j in range(k.shape[1])
-      if j <= start + i and kv_segments[b, j] == q_segments[b, i] and q_segments[b, i] > 0
-    ]  # fmt: skip
+      j for j in range(k.shape[1]) if j <= start + i and kv_segments[b, j] == q_segments[b, i] and q_segments[b, i] > 0
+    ]
     if seen:
       logits = k[b, seen, n // group].astype(np.float64) @ q[b, i, n] / np.sqrt(q.shape[3])
       weights = np.exp(logits - logits.max())
@@ -82,9 +81,11 @@ def test_blocks_of_queries_equal_the_whole_with_gradients(monkeypatch):
 def test_a_long_row_never_holds_all_pairs():
   shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
   segments = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
-  jaxpr = str(jax.make_jaxpr(attention, static_argnums=5)(
-    shape(1, 4096, 2, 8), shape(1, 4096, 2, 8), shape(1, 4096, 2, 8), segments, segments, 0
-  ))  # fmt: skip
+  jaxpr = str(
+    jax.make_jaxpr(attention, static_argnums=5)(
+      shape(1, 4096, 2, 8), shape(1, 4096, 2, 8), shape(1, 4096, 2, 8), segments, segments, 0
+    )
+  )
   assert "1024,4096]" in jaxpr and "4096,4096]" not in jaxpr
 
 

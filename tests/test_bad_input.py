@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from preparing import image, run, write_lines, write_tar
 
 from jflow.batch import RowShape
 from jflow.data import images, prepared
@@ -15,7 +16,6 @@ from jflow.data.pipeline import Pipeline
 from jflow.data.prepared import PreparedSource
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
-from preparing import image, run, write_lines, write_tar
 
 TOKENIZER = Tokenizer.load(pathlib.Path(__file__).parent.parent / "configs" / "tokenizer")
 GOOD = 40
@@ -77,10 +77,19 @@ def _caption(i: int, name: str = "good.png") -> dict:
 def _epoch(output) -> collections.Counter:
   """Reads every row once, as a run does; returns what was rejected, by reason."""
   config = dict(
-    template="plain", first_sentence=0.0, prompt_drop=0.0, workers=0, threads=1, prefetch=1, plan_cache="",
-    latents=False, max_rejected_share=1.0, shapes={}, mixture=((0, (0, 1, 0)),),
+    template="plain",
+    first_sentence=0.0,
+    prompt_drop=0.0,
+    workers=0,
+    threads=1,
+    prefetch=1,
+    plan_cache="",
+    latents=False,
+    max_rejected_share=1.0,
+    shapes={},
+    mixture=((0, (0, 1, 0)),),
     sources={"understanding": (), "generation": ((output, 1.0),), "text": ()},
-  )  # fmt: skip
+  )
   pipeline = Pipeline(config, TOKENIZER, RowShape(tokens=96, images=4, image_patches=4, image_size=8), 1, 0)
   rows, counts, read = pipeline._rows[1][0].plan.rows, collections.Counter(), 0
   for batch, info in pipeline.batches(0, rows):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from configs import models
 
+from configs import models
 from jflow.__main__ import main
 from jflow.bench import costs, inference, inference_suite
 from jflow.errors import Stopped
@@ -29,9 +29,7 @@ def _counted(function, *shapes) -> float:
 def test_a_picture_of_the_paper_s_model_costs_92_teraflop():
   """30 steps with guidance and the VAE: 92.6 where the prompt is seen by both halves, a little less here."""
   assert costs.painting_flops(FULL, 30, 32, True) == pytest.approx(92.6e12, rel=0.01)
-  assert costs.vae_decoder_flops(FULL.autoencoder, 48) == pytest.approx(
-    1.406e12, rel=0.001
-  )  # torch's counter
+  assert costs.vae_decoder_flops(FULL.autoencoder, 48) == pytest.approx(1.406e12, rel=0.001)  # torch's counter
   assert costs.painting_flops(FULL, 30, 32, False) < 0.52 * costs.painting_flops(FULL, 30, 32, True)
 
 
@@ -70,19 +68,20 @@ def test_the_formulas_are_what_xla_counts():
   assert whole == pytest.approx(_counted(velocity, params, z), rel=0.05)
 
 
-@pytest.mark.parametrize("workload, flags, wanted", [
-  ("generate", ("--steps=2",), ("images_per_second", "model_flops", "seconds_per_step")),
-  ("understand", ("--new_tokens=6",), ("tokens_per_second", "seconds_to_first", "bytes_per_step")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "workload, flags, wanted",
+  [
+    ("generate", ("--steps=2",), ("images_per_second", "model_flops", "seconds_per_step")),
+    ("understand", ("--new_tokens=6",), ("tokens_per_second", "seconds_to_first", "bytes_per_step")),
+  ],
+)
 def test_a_report_has_what_the_contract_names(tmp_path, workload, flags, wanted):
   file = tmp_path / "report.json"
   assert main(["bench", workload, CONFIG, "--repeats=1", f"--json={file}", *flags]) == 0
   report = json.loads(file.read_text())
   assert {"workload", "device", "dtype", "compile_seconds", *wanted} <= report.keys()
   assert report["workload"] == workload and report["dtype"] == "float32"
-  assert (
-    report["mfu" if workload == "generate" else "bandwidth_share"] is None
-  )  # a CPU has no peak in the table
+  assert report["mfu" if workload == "generate" else "bandwidth_share"] is None  # a CPU has no peak in the table
 
 
 def test_the_suite_goes_on_where_it_was_and_judges_on_its_own_machine(tmp_path, monkeypatch, capsys):
@@ -94,7 +93,9 @@ def test_the_suite_goes_on_where_it_was_and_judges_on_its_own_machine(tmp_path, 
     if broken & set(flags):
       return None
     head = {"device": "NVIDIA H200", "dtype": "bfloat16", "speedup": {"all": 2.5}}
-    figures = {"images_per_second": 4.1} if flags[0] == "generate" else {"tokens_per_second": 800, "bandwidth_share": 0.4}
+    figures = (
+      {"images_per_second": 4.1} if flags[0] == "generate" else {"tokens_per_second": 800, "bandwidth_share": 0.4}
+    )
     return head | figures
 
   monkeypatch.setattr(inference_suite, "_measure", measure)

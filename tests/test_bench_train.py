@@ -24,9 +24,19 @@ FIELDS = (
 def suite(tmp_path_factory) -> dict:
   file = tmp_path_factory.mktemp("bench") / "suite.json"
   command = [
-    sys.executable, "-m", "jflow", "bench", "train", "--suite", "--config=configs/stage2.py:tiny", f"--rows={ROWS}",
-    "--steps=1", f"--json={file}", "--fields", *FIELDS,
-  ]  # fmt: skip
+    sys.executable,
+    "-m",
+    "jflow",
+    "bench",
+    "train",
+    "--suite",
+    "--config=configs/stage2.py:tiny",
+    f"--rows={ROWS}",
+    "--steps=1",
+    f"--json={file}",
+    "--fields",
+    *FIELDS,
+  ]
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
   done = subprocess.run(command, cwd=tiny.ROOT, env=environment, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr

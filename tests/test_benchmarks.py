@@ -105,9 +105,14 @@ def test_geneval_layout_and_results(geneval):
   assert "3 prompts, the published benchmark 553" in notes[-1] and "--sweep_guidance=2,3,5,7.5" in notes[-2]
   out = (geneval / "out").resolve()
   assert commands(notes[0])[0] == [
-    "python", "evaluation/evaluate_images.py", f"{out}/pictures", "--outfile", f"{out}/results.jsonl", "--model-path",
+    "python",
+    "evaluation/evaluate_images.py",
+    f"{out}/pictures",
+    "--outfile",
+    f"{out}/results.jsonl",
+    "--model-path",
     "OBJECT_DETECTOR_FOLDER",
-  ]  # fmt: skip
+  ]
   found = as_geneval_reads(geneval / "out" / "pictures")
   assert len(found) == 12
   assert {metadata["prompt"] for _, metadata in found} == {row["prompt"] for row in METADATA}
@@ -122,8 +127,19 @@ def test_the_printed_command_reads_the_results_with_all_flags_of_the_first(genev
   """From another folder too: a relative --output of the first command is a whole path in the second."""
   monkeypatch.chdir(geneval)
   (geneval / "geneval").mkdir()  # a folder of the benchmark's name is not taken for it
-  given = ["--benchmark=geneval", "--checkpoint=gs://a/b", "--data=data", "--output=with space", "--pictures=1",
-           "--guidance=5", "--limit=2", "--seed=7", "--sweep_guidance=5,6", "--part=0/2", "--weights=raw"]  # fmt: skip
+  given = [
+    "--benchmark=geneval",
+    "--checkpoint=gs://a/b",
+    "--data=data",
+    "--output=with space",
+    "--pictures=1",
+    "--guidance=5",
+    "--limit=2",
+    "--seed=7",
+    "--sweep_guidance=5,6",
+    "--part=0/2",
+    "--weights=raw",
+  ]
   args = parser().parse_args(given)
   bench = painted.BENCHMARKS["geneval"](with_flags(RECIPES["geneval"], args), args)
   records = {}
@@ -167,9 +183,17 @@ def test_dpg_grids_are_cut_as_the_scorer_cuts_them(dpg):
   notes = bench.score(records).notes
   out = (dpg / "out").resolve()
   assert commands(notes[0])[0] == [
-    "python", "dpg_bench/compute_dpg_bench.py", "--image-root-path", f"{out}/grids", "--resolution", "8", "--pic-num",
-    "4", "--res-path", f"{out}/results.txt",
-  ]  # fmt: skip
+    "python",
+    "dpg_bench/compute_dpg_bench.py",
+    "--image-root-path",
+    f"{out}/grids",
+    "--resolution",
+    "8",
+    "--pic-num",
+    "4",
+    "--res-path",
+    f"{out}/results.txt",
+  ]
   assert "ELLA" in notes[0] and "3 prompts, the published benchmark 1,065" in notes[-1]
   names = sorted(path.name for path in (dpg / "out" / "grids").iterdir())
   assert names == [f"diffusiondb{i}.png" for i in range(3)]  # nothing else: the scorer lists the folder
@@ -180,9 +204,15 @@ def test_dpg_grids_are_cut_as_the_scorer_cuts_them(dpg):
 
 
 DPG_SUMMARY = [
-  "Model: x", "L1 category scores:", "\tentity: 87.5", "\tglobal: 50.0", "L2 category scores:", "\tentity - whole: 1",
-  "Image path: /a, 1, 2, 3, 4, 5", "DPG-Bench score: 50.0",
-]  # fmt: skip
+  "Model: x",
+  "L1 category scores:",
+  "\tentity: 87.5",
+  "\tglobal: 50.0",
+  "L2 category scores:",
+  "\tentity - whole: 1",
+  "Image path: /a, 1, 2, 3, 4, 5",
+  "DPG-Bench score: 50.0",
+]
 
 
 def dpg_row(i: int, mean: float | None = None) -> str:
@@ -219,8 +249,11 @@ def changed(number: int, **fields):
   [
     ("geneval", lambda rows: rows[:-2], "2 of 12 samples are missing"),
     ("geneval", lambda rows: rows + rows[:1], "line 13, .* comes twice"),
-    ("geneval", lambda rows: rows + [GENEVAL_LINE | {"filename": "/x/00003/samples/00000.png"}],
-     "1 of 13 samples are not of this evaluation .00003/0"),
+    (
+      "geneval",
+      lambda rows: rows + [GENEVAL_LINE | {"filename": "/x/00003/samples/00000.png"}],
+      "1 of 13 samples are not of this evaluation .00003/0",
+    ),
     ("geneval", changed(4, tag="colors"), "line 5, has tag='colors' where this evaluation has 'single_object'"),
     ("geneval", changed(4, prompt="a photo of a dog"), "line 5, has prompt='a photo of a dog' where this"),
     ("geneval", changed(1, correct="true"), "line 2, has correct='true', neither true nor false"),
@@ -240,7 +273,7 @@ def changed(number: int, **fields):
     ("dpg", lambda rows: [*DPG_ROWS, "Model: x", "L1 category scores:", "\tentity: much"], "line 6, has 'much' where"),
     ("dpg", lambda rows: [DPG_ROWS[0], b"\xff"], "line 2, is not UTF-8"),
   ],
-)  # fmt: skip
+)
 def test_wrong_results_are_one_line_with_file_and_number(name, change, message, request, tmp_path):
   request.getfixturevalue(name)
   bench = benchmark(name, tmp_path)
@@ -274,7 +307,7 @@ def test_wrong_results_are_one_line_with_file_and_number(name, change, message, 
     ("mjhq10k", "meta_data.json", b'{"a": {"prompt": "x"}}', "picture 'a', has no field 'category'"),
     ("mjhq10k", "meta_data.json", b'{"a": {"prompt": "x", "category": "y"}}', "10,000 prompts cannot be drawn evenly"),
   ],
-)  # fmt: skip
+)
 def test_wrong_prompts_are_one_line_with_file_and_place(name, file, text, message, tmp_path):
   path = tmp_path / "data" / file
   path.parent.mkdir(parents=True)
@@ -301,9 +334,7 @@ def vqa_files(tmp_path, count: int = 2):
     }
     for i in range(count)
   ]
-  (tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(
-    json.dumps({"questions": questions[:count]})
-  )
+  (tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps({"questions": questions[:count]}))
   (tmp_path / "v2_mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": annotations}))
   return questions
 
@@ -324,9 +355,7 @@ def test_vqav2_val_is_scored_and_names_what_is_missing(tmp_path):
 
 def test_vqav2_test_dev_gives_the_file_to_hand_in(tmp_path):
   questions = vqa_files(tmp_path)
-  (tmp_path / "v2_OpenEnded_mscoco_test-dev2015_questions.json").write_text(
-    json.dumps({"questions": questions})
-  )
+  (tmp_path / "v2_OpenEnded_mscoco_test-dev2015_questions.json").write_text(json.dumps({"questions": questions}))
   (tmp_path / "test2015").mkdir()
   Image.new("RGB", (5, 5)).save(tmp_path / "test2015" / "COCO_test2015_000000000042.jpg")
   bench = Vqav2Benchmark(RECIPES["vqav2"], tmp_path, "test-dev", None)

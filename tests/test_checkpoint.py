@@ -33,9 +33,7 @@ def _state(step: int = 0, seed: int = 0) -> TrainState:
     {"tower": normal(4, 4).astype(jnp.bfloat16)},
     OPTIMIZER,
   )
-  moved = jax.tree.map(
-    lambda x: x + 1 if x.dtype == jnp.int32 else normal(*x.shape), (state.ema, state.optimizer)
-  )
+  moved = jax.tree.map(lambda x: x + 1 if x.dtype == jnp.int32 else normal(*x.shape), (state.ema, state.optimizer))
   return state.replace(
     ema=moved[0],
     optimizer=moved[1],
@@ -52,9 +50,7 @@ def _abstract(state: TrainState) -> TrainState:
 def _assert_same(a: TrainState, b: TrainState) -> None:
   assert jax.tree.structure(a) == jax.tree.structure(b)
   for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b)):
-    assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes(), jax.tree_util.keystr(
-      path
-    )
+    assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes(), jax.tree_util.keystr(path)
 
 
 def _save(directory: pathlib.Path, *steps: int, keep: int = 10) -> None:
@@ -73,9 +69,7 @@ def saved(tmp_path_factory) -> pathlib.Path:
   """A run with steps 2 and 4. Tests that harm it take a copy."""
   directory = tmp_path_factory.mktemp("run") / "checkpoints"
   _save(directory, 2, 4)
-  (directory.parent / "config.json").write_text(
-    json.dumps({"model": {"width": 1}, "data": {"template": "plain"}})
-  )
+  (directory.parent / "config.json").write_text(json.dumps({"model": {"width": 1}, "data": {"template": "plain"}}))
   return directory
 
 
@@ -239,9 +233,7 @@ def test_a_damaged_later_step_does_not_push_out_a_good_one(copy):
   _assert_same(_restore(copy), _state(3))
 
 
-@pytest.mark.filterwarnings(
-  "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # of Orbax, which drops a future
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax, which drops a future
 def test_a_checkpoint_of_another_model_is_refused(saved):
   other = _state()
   other = other.replace(trained={"head": {"kernel": jnp.zeros((9, 5))}, "scale": jnp.zeros(3)})
@@ -297,9 +289,7 @@ def test_the_processes_hashes_together_are_the_manifest(tmp_path):
   first.join()
   assert checkpoint.damage(step_dir) is None and len(_files(step_dir)) == 5
   (step_dir / "ema/ocdbt.process_1/d/b").write_text("c" * len("ema/ocdbt.process_1/d/b"))
-  assert (
-    sum(checkpoint.damage(step_dir, part, 3) is not None for part in range(3)) == 1
-  )  # one process notices
+  assert sum(checkpoint.damage(step_dir, part, 3) is not None for part in range(3)) == 1  # one process notices
 
 
 def test_steps_that_are_kept_for_good_stay(tmp_path):

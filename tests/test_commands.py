@@ -129,15 +129,24 @@ def test_where_python_reads_names_in_another_encoding_it_is_said(tmp_path):
 
 def test_a_name_that_is_no_text_costs_no_picture(capsys, model, tmp_path):
   output = f"{tmp_path}/a-\udcff"
-  code, said, _ = _run(capsys, "generate", f"--checkpoint={model}", "--prompt=a ring", f"--output={output}", "--steps=1",
-                       f"--json={output}.json")  # fmt: skip
+  code, said, _ = _run(
+    capsys,
+    "generate",
+    f"--checkpoint={model}",
+    "--prompt=a ring",
+    f"--output={output}",
+    "--steps=1",
+    f"--json={output}.json",
+  )
   assert code == 0 and os.path.exists(f"{output}/sheet.png")
   assert json.loads(open(f"{output}.json").read())["pictures"][0]["file"] == "0000_00.png"
 
 
 def test_a_checkpoint_under_a_name_that_is_no_text_is_told(capsys, model, tmp_path):
   os.symlink(model, f"{tmp_path}/a-\udcff")
-  code, said, told = _run(capsys, "generate", f"--checkpoint={tmp_path}/a-\udcff", "--prompt=a", f"--output={tmp_path}/o")
+  code, said, told = _run(
+    capsys, "generate", f"--checkpoint={tmp_path}/a-\udcff", "--prompt=a", f"--output={tmp_path}/o"
+  )
   assert (code, said) == (2, "") and "--checkpoint" in told and told.count("\n") == 1
 
 
@@ -177,9 +186,7 @@ def test_an_unknown_flag_is_refused(capsys, command):
 
 
 def test_a_missing_or_unreadable_image(capsys, model, picture, tmp_path):
-  ask = lambda file: _refused(
-    capsys, "understand", f"--checkpoint={model}", "--question=q", f"--image={file}"
-  )
+  ask = lambda file: _refused(capsys, "understand", f"--checkpoint={model}", "--question=q", f"--image={file}")
   assert f"{tmp_path / 'no.png'} cannot be read: No such file" in ask(tmp_path / "no.png")
   assert "cannot be read: Is a directory" in ask(tmp_path)
   (tmp_path / "text.png").write_text("no picture")
@@ -257,9 +264,17 @@ def test_generate_writes_pictures_a_sheet_and_what_it_did(capsys, model, tmp_pat
   (tmp_path / "prompts.txt").write_text("a red circle\n\ntwo blue stars\n", encoding="utf-8")
   out = tmp_path / "out"
   code, said, err = _run(
-    capsys, "generate", f"--checkpoint={model}", f"--prompts={tmp_path / 'prompts.txt'}", f"--output={out}",
-    "--steps=3", "--num_images=2", "--seed=4", "--batch_size=1", f"--json={out / 'log' / 'made.json'}",
-  )  # fmt: skip
+    capsys,
+    "generate",
+    f"--checkpoint={model}",
+    f"--prompts={tmp_path / 'prompts.txt'}",
+    f"--output={out}",
+    "--steps=3",
+    "--num_images=2",
+    "--seed=4",
+    "--batch_size=1",
+    f"--json={out / 'log' / 'made.json'}",
+  )
   assert code == 0 and err == ""
   names = [f"{i:04d}_{j:02d}.png" for i in range(2) for j in range(2)]
   assert sorted(p.name for p in out.glob("*.png")) == [*names, "sheet.png"] and str(out / "sheet.png") in said
@@ -269,9 +284,11 @@ def test_generate_writes_pictures_a_sheet_and_what_it_did(capsys, model, tmp_pat
   settings = made["settings"]
   assert (settings["interval"], settings["dtype"], settings["weights"]) == ([0.0, 1.0], "float32", "ema")
   assert [(p["file"], p["prompt"], p["seed"]) for p in made["pictures"]] == [
-    (names[0], "a red circle", 4), (names[1], "a red circle", 5),
-    (names[2], "two blue stars", 4), (names[3], "two blue stars", 5),
-  ]  # fmt: skip
+    (names[0], "a red circle", 4),
+    (names[1], "a red circle", 5),
+    (names[2], "two blue stars", 4),
+    (names[3], "two blue stars", 5),
+  ]
 
 
 @pytest.mark.parametrize(
@@ -344,9 +361,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
 def test_generate_replaces_no_earlier_picture_unasked(capsys, model, tmp_path):
   (tmp_path / "0000_00.png").write_bytes(b"of an earlier run")
   argv = ("generate", f"--checkpoint={model}", "--prompt=a red circle", f"--output={tmp_path}", "--steps=3")
-  assert "holds 0000_00.png of an earlier run: give another directory, or --overwrite" in _refused(
-    capsys, *argv
-  )
+  assert "holds 0000_00.png of an earlier run: give another directory, or --overwrite" in _refused(capsys, *argv)
   assert (tmp_path / "0000_00.png").read_bytes() == b"of an earlier run"
   code, _, _ = _run(capsys, *argv, "--overwrite", "--batch_size=1")
   assert code == 0 and Image.open(tmp_path / "0000_00.png").size == (16, 16)

@@ -82,9 +82,7 @@ def test_a_mistake_is_one_line_before_anything_is_compiled():
     [*command, "--config.mesh.fsdp=3"], cwd=tiny.ROOT, capture_output=True, text=True, env=environment
   )
   assert done.returncode == 2 and "Traceback" not in done.stderr
-  assert (
-    done.stderr == "jflow: mesh.data x mesh.fsdp x mesh.model = 1 x 3 x 1 is not the 16 chips of v5e:4x4\n"
-  )
+  assert done.stderr == "jflow: mesh.data x mesh.fsdp x mesh.model = 1 x 3 x 1 is not the 16 chips of v5e:4x4\n"
 
 
 _COLLECTIVES = """\
@@ -106,8 +104,10 @@ def test_collectives_are_counted_once_each():
   """Those that jax wrote share channel 1; one that TPU has cut stands twice; a sum over one device sends nothing."""
   counts = hlo.count(_COLLECTIVES, {"data": 2, "fsdp": 4}, lambda loop: 1.0)
   assert counts.collective_bytes == {
-    ("all-gather", "fsdp"): 16 * 8 * 4, ("all-reduce", "data"): 4 * 8 * 4, ("all-to-all", "fsdp"): 2 * 8 * 4,
-  }  # fmt: skip
+    ("all-gather", "fsdp"): 16 * 8 * 4,
+    ("all-reduce", "data"): 4 * 8 * 4,
+    ("all-to-all", "fsdp"): 2 * 8 * 4,
+  }
   assert counts.largest_gather == 16 * 8 * 4
 
 
@@ -145,7 +145,12 @@ def test_the_table_of_the_readme_shows_that_the_cost_per_chip_does_not_grow():
   """For every kind of chip: bytes of collectives within 10 % from 16 to 256 chips, and everything fits."""
   reports = {report["topology"]: report for report in json.loads((_TABLE.with_suffix(".json")).read_text())}
   assert all(report["fits"] for report in reports.values())
-  for small, large in (("v5e:4x4", "v5e:16x16"), ("v5p:2x2x4", "v5p:4x8x8"), ("v6e:4x4", "v6e:16x16"), ("h100:2x8", "h100:32x8")):  # fmt: skip
+  for small, large in (
+    ("v5e:4x4", "v5e:16x16"),
+    ("v5p:2x2x4", "v5p:4x8x8"),
+    ("v6e:4x4", "v6e:16x16"),
+    ("h100:2x8", "h100:32x8"),
+  ):
     assert (reports[small]["chips"], reports[large]["chips"]) == (16, 256)
     sent = [sum(reports[name]["collective_bytes"].values()) for name in (small, large)]
     assert sent[1] == pytest.approx(sent[0], rel=0.1)

@@ -51,19 +51,12 @@ def test_what_lies_beside_a_config_or_above_it_is_not_imported(folder):
   ]
   environment = os.environ | {"PYTHONPATH": str(tiny.ROOT), "JAX_PLATFORMS": "cpu"}
   done = subprocess.run(command, cwd=tiny.ROOT, env=environment, capture_output=True, text=True)
-  assert (
-    done.returncode == 2
-    and done.stderr == "jflow: workdir /dev/null/run cannot be written: Not a directory\n"
-  )
+  assert done.returncode == 2 and done.stderr == "jflow: workdir /dev/null/run cannot be written: Not a directory\n"
 
 
-@pytest.mark.parametrize(
-  "name", ["random.py", "types.py", "json.py", "jax.py", "x.py", "a:b.py", "no_suffix"]
-)
+@pytest.mark.parametrize("name", ["random.py", "types.py", "json.py", "jax.py", "x.py", "a:b.py", "no_suffix"])
 def test_a_config_may_have_any_name_and_hides_no_module_of_it(folder, name):
-  (folder / name).write_text(
-    "import json, random, types\nimport jax, numpy\nassert jax.__version__\n" + FOLLOW
-  )
+  (folder / name).write_text("import json, random, types\nimport jax, numpy\nassert jax.__version__\n" + FOLLOW)
   before, modules = list(sys.path), {n: id(m) for n, m in sys.modules.items() if not n.startswith("jax.")}
   assert load(folder / name)["train"]["steps"] == 20
   assert sys.path == before and {n: id(sys.modules.get(n)) for n in modules} == modules
@@ -105,24 +98,27 @@ def test_no_bytecode_beside_a_config_is_taken_for_it(tmp_path):
   assert load(good)["train"]["steps"] == 20
 
 
-@pytest.mark.parametrize("source, line, said", [
-  ("def get_config(size:\n  pass\n", 1, "'(' was never closed"),
-  ("x = 1\nraise KeyError('a')\n", 2, "KeyError: 'a'"),
-  ("raise ValueError('two\\nlines')\n", 1, "two lines"),
-  ("import sys\nsys.exit(3)\n", 2, "the config ends Python (3)"),
-  ("raise BaseException('odd')\n", 1, "BaseException: odd"),
-  ("import helper\n", 1, "No module named 'helper'"),
-  ("x = 1\n\n\ndef get_config(size):\n  return 3\n", 4, "must return a ConfigDict, got a int"),
-  ("def get_config(size):\n  pass\n", 1, "must return a ConfigDict, got a NoneType"),
-  ("def get_config():\n  pass\n", 1, "takes no size, got 'tiny'"),
-  ("def get_config(size):\n  return get_config(size)\n", 2, "RecursionError"),
-  ("def get_config(size):\n  return {'a': {'b': 1}}\n", 0, "the config has no"),
-  ("x = 3\n", 0, "must have a function get_config(size)"),
-  ("get_config = 3\n", 0, "must have a function get_config(size)"),
-  ("x = 1\0\n", 1, "null bytes"),
-  (FOLLOW + "def get_config(size, c=get_config):\n  c = c(size)\n  del c.train['ema']\n  return c\n", 0, "train.ema"),
-  (FOLLOW + "def get_config(size, c=get_config):\n  c = c(size)\n  c.train.steps = '3'\n  return c\n", 5, "steps"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "source, line, said",
+  [
+    ("def get_config(size:\n  pass\n", 1, "'(' was never closed"),
+    ("x = 1\nraise KeyError('a')\n", 2, "KeyError: 'a'"),
+    ("raise ValueError('two\\nlines')\n", 1, "two lines"),
+    ("import sys\nsys.exit(3)\n", 2, "the config ends Python (3)"),
+    ("raise BaseException('odd')\n", 1, "BaseException: odd"),
+    ("import helper\n", 1, "No module named 'helper'"),
+    ("x = 1\n\n\ndef get_config(size):\n  return 3\n", 4, "must return a ConfigDict, got a int"),
+    ("def get_config(size):\n  pass\n", 1, "must return a ConfigDict, got a NoneType"),
+    ("def get_config():\n  pass\n", 1, "takes no size, got 'tiny'"),
+    ("def get_config(size):\n  return get_config(size)\n", 2, "RecursionError"),
+    ("def get_config(size):\n  return {'a': {'b': 1}}\n", 0, "the config has no"),
+    ("x = 3\n", 0, "must have a function get_config(size)"),
+    ("get_config = 3\n", 0, "must have a function get_config(size)"),
+    ("x = 1\0\n", 1, "null bytes"),
+    (FOLLOW + "def get_config(size, c=get_config):\n  c = c(size)\n  del c.train['ema']\n  return c\n", 0, "train.ema"),
+    (FOLLOW + "def get_config(size, c=get_config):\n  c = c(size)\n  c.train.steps = '3'\n  return c\n", 5, "steps"),
+  ],
+)
 def test_a_config_that_fails_is_one_line_with_its_place(tmp_path, capfd, source, line, said):
   file = tmp_path / "x.py"
   file.write_text(source)
@@ -152,21 +148,66 @@ def test_a_size_that_no_config_has(size):
 LONG = "5" * 5000
 DEEP = "(" * 500
 EMPTY = "(" * 100 + ")" * 100  # ()
-ODD = ("", "nan", "inf", "-inf", "1e400", "2.5", LONG, DEEP, "(1,", "[", "'", "b'x'", "{}", "None", "true", "1+2j", "\n", "٣",
-       "a b", "a,b", "9" * 22, "-0", EMPTY, "(1e400,)", "('\\x00',)", "(None,)", "-" * 3000 + "1")  # fmt: skip
+ODD = (
+  "",
+  "nan",
+  "inf",
+  "-inf",
+  "1e400",
+  "2.5",
+  LONG,
+  DEEP,
+  "(1,",
+  "[",
+  "'",
+  "b'x'",
+  "{}",
+  "None",
+  "true",
+  "1+2j",
+  "\n",
+  "٣",
+  "a b",
+  "a,b",
+  "9" * 22,
+  "-0",
+  EMPTY,
+  "(1e400,)",
+  "('\\x00',)",
+  "(None,)",
+  "-" * 3000 + "1",
+)
 # Field -> those of ODD that it takes, and as what.
 TAKES = {
   "train.steps": {"-0": 0},
   "train.ema": {"2.5": 2.5, "-0": 0.0, "9" * 22: 1e22},
   "log.tensorboard": {"true": True},
   "train.init_from": {value: value for value in ODD if value != "\n"},
-  "optimizer.muon": {"-0": (0,), "2.5": (2.5,), "true": ("true",), "nan": ("nan",), "inf": ("inf",), "-inf": ("-inf",),
-                     "٣": ("٣",), "-" * 3000 + "1": ("-" * 3000 + "1",), EMPTY: ()},
-  "data.mixture": {"-0": (0,), "2.5": (2.5,), "true": ("true",), "nan": ("nan",), "inf": ("inf",), "-inf": ("-inf",),
-                   "٣": ("٣",), "-" * 3000 + "1": ("-" * 3000 + "1",), EMPTY: ()},
+  "optimizer.muon": {
+    "-0": (0,),
+    "2.5": (2.5,),
+    "true": ("true",),
+    "nan": ("nan",),
+    "inf": ("inf",),
+    "-inf": ("-inf",),
+    "٣": ("٣",),
+    "-" * 3000 + "1": ("-" * 3000 + "1",),
+    EMPTY: (),
+  },
+  "data.mixture": {
+    "-0": (0,),
+    "2.5": (2.5,),
+    "true": ("true",),
+    "nan": ("nan",),
+    "inf": ("inf",),
+    "-inf": ("-inf",),
+    "٣": ("٣",),
+    "-" * 3000 + "1": ("-" * 3000 + "1",),
+    EMPTY: (),
+  },
   "train": {},
   "objective.weights": {},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("field", TAKES)
@@ -189,23 +230,26 @@ def test_a_pattern_without_quotes_is_the_only_element(pattern):
   assert config["optimizer"]["muon"] == (pattern,)
 
 
-@pytest.mark.parametrize("argument, named", [
-  ("--config.train.stpes=3", "unknown field 'stpes' (--config.train.stpes=3); did you mean train.steps?"),
-  ("--config.learning_rate=3", "did you mean optimizer.learning_rate?"),
-  ("--config.a.b.c=3", "unknown field 'a' (--config.a.b.c=3)"),
-  ("--config.train.steps.x=3", "train.steps is a field and no section"),
-  ("--config.=3", "unknown field '' (--config.=3)"),
-  ("--config..=3", "unknown field '' (--config..=3)"),
-  ("--config.data.mixture[0]=3", "did you mean data.mixture?"),
-  ("--config.__class__=3", "unknown field '__class__'"),
-  ("--config.items=3", "unknown field 'items'"),
-  ("--config.train={'steps': 3}", "names a section"),
-  ("--config.train.steps", "--config.train.steps needs a value"),
-  ("--noconfig.train.steps", "must be a whole number"),
-  ("--flagfile=/etc/hostname", "unknown argument '--flagfile=/etc/hostname'"),
-  ("steps=3", "unknown argument 'steps=3'"),
-  ("--", "unknown argument '--'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "argument, named",
+  [
+    ("--config.train.stpes=3", "unknown field 'stpes' (--config.train.stpes=3); did you mean train.steps?"),
+    ("--config.learning_rate=3", "did you mean optimizer.learning_rate?"),
+    ("--config.a.b.c=3", "unknown field 'a' (--config.a.b.c=3)"),
+    ("--config.train.steps.x=3", "train.steps is a field and no section"),
+    ("--config.=3", "unknown field '' (--config.=3)"),
+    ("--config..=3", "unknown field '' (--config..=3)"),
+    ("--config.data.mixture[0]=3", "did you mean data.mixture?"),
+    ("--config.__class__=3", "unknown field '__class__'"),
+    ("--config.items=3", "unknown field 'items'"),
+    ("--config.train={'steps': 3}", "names a section"),
+    ("--config.train.steps", "--config.train.steps needs a value"),
+    ("--noconfig.train.steps", "must be a whole number"),
+    ("--flagfile=/etc/hostname", "unknown argument '--flagfile=/etc/hostname'"),
+    ("steps=3", "unknown argument 'steps=3'"),
+    ("--", "unknown argument '--'"),
+  ],
+)
 def test_an_argument_that_is_no_field(argument, named):
   assert named in refused(STAGE2, argument)
 
@@ -233,20 +277,38 @@ def test_each_field_has_its_check():
 
 HUGE = 10**9
 NEVER = {  # field -> values that are refused before anything is built
-  **dict.fromkeys(("train.steps", "train.batch_size", "mesh.data", "checkpoint.interval"), (0, -1, 2**40, "3", 2.5, None, True)),
-  **dict.fromkeys(("mesh.fsdp", "mesh.model", "train.batch_size", "data.workers", "data.threads", "data.prefetch"), (HUGE,)),
+  **dict.fromkeys(
+    ("train.steps", "train.batch_size", "mesh.data", "checkpoint.interval"), (0, -1, 2**40, "3", 2.5, None, True)
+  ),
+  **dict.fromkeys(
+    ("mesh.fsdp", "mesh.model", "train.batch_size", "data.workers", "data.threads", "data.prefetch"), (HUGE,)
+  ),
   **dict.fromkeys(("train.spike_window", "train.fit_images", "data.row_images", "log.sample_steps"), (HUGE, 10**5000)),
   **dict.fromkeys(("model.language_model.layers", "model.generation.encoder_blocks"), (10**6, 10**5000)),
-  **dict.fromkeys(("optimizer.learning_rate", "objective.time_mean", "train.watchdog_seconds", "data.prompt_drop"),
-                  (float("nan"), float("inf"), "1", None, True, 1e300j)),
-  **dict.fromkeys(("optimizer.trained", "optimizer.frozen", "optimizer.muon"), ("a", ("",), (1,), ("(",), ("a{99999999999}",))),
+  **dict.fromkeys(
+    ("optimizer.learning_rate", "objective.time_mean", "train.watchdog_seconds", "data.prompt_drop"),
+    (float("nan"), float("inf"), "1", None, True, 1e300j),
+  ),
+  **dict.fromkeys(
+    ("optimizer.trained", "optimizer.frozen", "optimizer.muon"), ("a", ("",), (1,), ("(",), ("a{99999999999}",))
+  ),
   **dict.fromkeys(("train.init_fresh", "train.init_dropped"), ("vae", (3,), None)),
-  "data.mixture": ((), 3, ("((((",), ((0, (1, 1)),), ((1, (1, 1, 1)),), ((0, (0, 0, 0)),), ((0, (1, -1, 1)),), ((0, "abc"),),
-                   ((0, (1, 1, float("nan"))),), ((0, (1, 1, 1)), (0, (1, 1, 1)))),
+  "data.mixture": (
+    (),
+    3,
+    ("((((",),
+    ((0, (1, 1)),),
+    ((1, (1, 1, 1)),),
+    ((0, (0, 0, 0)),),
+    ((0, (1, -1, 1)),),
+    ((0, "abc"),),
+    ((0, (1, 1, float("nan"))),),
+    ((0, (1, 1, 1)), (0, (1, 1, 1))),
+  ),
   "data.sources.text": ("shapes", (("shapes",),), ((3, 1.0),), (("", 1.0),), (("shapes", float("inf")),)),
   "distributed.coordinator": ("head", "head:99999", "a b:1", 3),
   "data.tokenizer": ("a\nb", "a\0b", 3),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("field", NEVER)

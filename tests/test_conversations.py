@@ -3,10 +3,10 @@
 import json
 
 import pytest
-
-from jflow.data import examples
 from preparing import image, make_folder, read_back, run, write_lines, write_tar
 from test_examples import TOKENIZER, show
+
+from jflow.data import examples
 
 SOUND = {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}
 
@@ -82,15 +82,24 @@ def test_with_images_the_marks_still_have_to_match(folder):
   [
     ([talk(*SOUND["conversations"], image=empty) for empty in ("", [], None, [""], [None])], ("text_only", "")),
     ([talk(*SOUND["conversations"], images=empty) for empty in ("", [], None, [""], [None])], ("text_only", "")),
-    ([talk(*SOUND["conversations"], image=odd) for odd in (0, True, 1.5, {}, {"a": 1}, [1], ["x", ""])],
-     ("bad_field", "bad_field")),
-    ([talk(human("<image>"), gpt("x"), **{key: "pictures/1.png"}) for key in ("img", "Image", "image_path", "file")],
-     ("missing_image", "with_images")),
-    ([{"messages": [{"role": "user", "content": [{"type": kind}]}, {"role": "assistant", "content": "x"}]}
-      for kind in ("image", "image_url", "IMAGE")], ("image_count", "with_images")),
+    (
+      [talk(*SOUND["conversations"], image=odd) for odd in (0, True, 1.5, {}, {"a": 1}, [1], ["x", ""])],
+      ("bad_field", "bad_field"),
+    ),
+    (
+      [talk(human("<image>"), gpt("x"), **{key: "pictures/1.png"}) for key in ("img", "Image", "image_path", "file")],
+      ("missing_image", "with_images"),
+    ),
+    (
+      [
+        {"messages": [{"role": "user", "content": [{"type": kind}]}, {"role": "assistant", "content": "x"}]}
+        for kind in ("image", "image_url", "IMAGE")
+      ],
+      ("image_count", "with_images"),
+    ),
     ([{"texts": [None, "A paragraph."]}], ("image_count", "with_images")),
   ],
-)  # fmt: skip
+)
 def test_what_an_image_key_holds_is_told_the_same_for_every_task(folder, records, tasks):
   for task, reason in zip(("understanding", "text"), tasks):
     summary, found = _import(folder, records, task, output=str(folder.parent / task))
@@ -108,10 +117,15 @@ def test_the_first_image_key_that_holds_one_counts(folder):
 
 
 MEDIA = [
-  ("with_video", {"video": "a.mp4"}), ("with_video", {"videos": ["a.mp4"]}), ("with_video", {"Video": {"path": "a"}}),
-  ("with_audio", {"audio": "a.wav"}), ("with_audio", {"audios": [{"bytes": "x"}]}), ("with_audio", {"sound": "a.wav"}),
-  ("with_point_cloud", {"point_cloud": "a.ply"}), ("with_pdf", {"pdf": "a.pdf"}),
-]  # fmt: skip
+  ("with_video", {"video": "a.mp4"}),
+  ("with_video", {"videos": ["a.mp4"]}),
+  ("with_video", {"Video": {"path": "a"}}),
+  ("with_audio", {"audio": "a.wav"}),
+  ("with_audio", {"audios": [{"bytes": "x"}]}),
+  ("with_audio", {"sound": "a.wav"}),
+  ("with_point_cloud", {"point_cloud": "a.ply"}),
+  ("with_pdf", {"pdf": "a.pdf"}),
+]
 
 
 @pytest.mark.parametrize("task", ["text", "understanding", "generation"])
@@ -132,12 +146,18 @@ def test_records_of_other_media_are_dropped_under_their_name(folder, task, forma
 
 
 REFERENCES = [
-  ("with_video", {"video_url": "https://youtu.be/abc"}), ("with_video", {"video_id": "v_abc"}),
-  ("with_video", {"media": [{"type": "video", "path": "a.mp4"}]}), ("with_video", {"url": "http://x/a.webm?t=3#s"}),
-  ("with_audio", {"audio_urls": ["http://x/a"]}), ("with_audio", {"file": {"name": "a.flac"}}),
-  ("with_images", {"image_url": {"url": "http://x/a.png?w=3"}}), ("with_images", {"image_url": "http://x/200"}),
-  ("with_images", {"imageId": "000123"}), ("with_images", {"screen": {"bytes": "x", "path": None}}), ("with_images", {"url": "http://x/a.jpg#top"}),
-]  # fmt: skip
+  ("with_video", {"video_url": "https://youtu.be/abc"}),
+  ("with_video", {"video_id": "v_abc"}),
+  ("with_video", {"media": [{"type": "video", "path": "a.mp4"}]}),
+  ("with_video", {"url": "http://x/a.webm?t=3#s"}),
+  ("with_audio", {"audio_urls": ["http://x/a"]}),
+  ("with_audio", {"file": {"name": "a.flac"}}),
+  ("with_images", {"image_url": {"url": "http://x/a.png?w=3"}}),
+  ("with_images", {"image_url": "http://x/200"}),
+  ("with_images", {"imageId": "000123"}),
+  ("with_images", {"screen": {"bytes": "x", "path": None}}),
+  ("with_images", {"url": "http://x/a.jpg#top"}),
+]
 
 
 @pytest.mark.parametrize("format", ["llava-jsonl", "text", "parquet"])
@@ -151,7 +171,9 @@ def test_what_a_conversation_refers_to_is_its_medium_and_what_a_document_refers_
     summary, output = run(folder, "text", "t", format)
     assert len(read_back(output, "text")) == 1
   else:
-    summary, found = _import(folder, [*records, {"text": "A talk.", "video_url": "https://youtu.be/abc"}], format=format)
+    summary, found = _import(
+      folder, [*records, {"text": "A talk.", "video_url": "https://youtu.be/abc"}], format=format
+    )
     assert [record.text for record in found] == ["A talk."]
   reasons = [reason for reason, _ in REFERENCES]
   assert summary["filtered"] == {reason: reasons.count(reason) for reason in reasons} and not summary["rejected"]
@@ -355,9 +377,7 @@ def test_the_time_of_a_long_line_is_that_of_one_pass(folder):
   summary, _ = run(folder, "text", "a.jsonl", max_rejected_share=1.0, output=str(folder.parent / "keys"))
   assert summary["rejected"] == {"duplicate_key": 1} and summary["accepted"] == 1
   (folder / "a.txt").write_bytes(b"\n" * count + b"One.\n\n" + b" \r\n" * count + b"Two.\n")
-  summary, output = run(
-    folder, "text", "a.txt", "text", documents="paragraph", output=str(folder.parent / "blank")
-  )
+  summary, output = run(folder, "text", "a.txt", "text", documents="paragraph", output=str(folder.parent / "blank"))
   assert [record.text.strip() for record in read_back(output, "text")] == ["One.", "Two."]
   numbers = ",".join(["9" * 4400] * 4000)  # too long for Python's int
   (folder / "a.json").write_text(f'[{numbers}, {{"text": "One."}}]')

@@ -216,7 +216,10 @@ def test_a_converted_checkpoint_without_a_vae_takes_one_to_paint_with(tmp_path, 
   assert main(["convert", f"--input={source}", f"--output={run}"]) == 0
   paint = ["generate", f"--checkpoint={run}", "--prompt=a star", "--steps=1", f"--output={tmp_path / 'out'}"]
   capsys.readouterr()
-  for command in ([*paint, f"--vae={vae}"], ["convert", f"--input={run}", f"--vae={vae}", f"--output={tmp_path / 'b'}"]):
+  for command in (
+    [*paint, f"--vae={vae}"],
+    ["convert", f"--input={run}", f"--vae={vae}", f"--output={tmp_path / 'b'}"],
+  ):
     assert main(command) == 2
     assert "vae holds another VAE than the one that" in capsys.readouterr().err
   fields = json.loads((run / "config.json").read_text())
@@ -231,9 +234,7 @@ def test_a_converted_checkpoint_without_a_vae_takes_one_to_paint_with(tmp_path, 
   _bitwise_equal(_all_tensors(tmp_path / "back" / "vae"), _all_tensors(vae))
 
 
-@pytest.mark.skipif(
-  not pathlib.Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc"
-)
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
 def test_loading_holds_one_copy_in_memory(tmp_path):
   """A process that loads 260 MB of bf16, no tensor above a tenth of it, grows by less than 1.5 times that."""
   directory = tmp_path / "big"
@@ -252,9 +253,7 @@ def test_loading_holds_one_copy_in_memory(tmp_path):
     "  return next(1024 * int(line.split()[1]) for line in lines if line.startswith('VmHWM'))\n"
     "before = peak(); loaded = official.load(pathlib.Path(sys.argv[1])); print(peak() - before)"
   )
-  out = subprocess.run(
-    [sys.executable, "-c", code, directory], capture_output=True, text=True, check=True, cwd=ROOT
-  )
+  out = subprocess.run([sys.executable, "-c", code, directory], capture_output=True, text=True, check=True, cwd=ROOT)
   assert "reading JanusFlow: 100 %" in out.stderr
   assert size > 250e6 and int(out.stdout) < 1.5 * size
 
@@ -292,9 +291,7 @@ def test_any_patch_count_is_read_without_a_vae(image, patch, factor):
 def test_the_mlp_width_survives_the_ratio_that_the_layout_keeps(width, mlp_width):
   config = _full_config()
   vision = dataclasses.replace(config.understanding_encoder, width=width, mlp_width=mlp_width)
-  values = official_config.config_to_official(
-    dataclasses.replace(config, understanding_encoder=vision), "float32"
-  )
+  values = official_config.config_to_official(dataclasses.replace(config, understanding_encoder=vision), "float32")
   assert official_config.config_from_official(values, "config.json", None).understanding_encoder == vision
 
 
@@ -541,9 +538,7 @@ def test_a_missing_shard_is_named(tmp_path, capsys):
   _refused(source, tmp_path, capsys, "model-00002-of-00003.safetensors not found")
 
 
-@pytest.mark.parametrize(
-  "shard", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "model.bin", ".."]
-)
+@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "model.bin", ".."])
 def test_an_index_cannot_name_files_elsewhere(tmp_path, capsys, shard):
   source = official_checkpoint.write(tmp_path / "official", shards=2)
   path = source / "model.safetensors.index.json"

@@ -39,9 +39,7 @@ class Marked:
       return Record(str(index), (), f"n{index} said. " * (3 + index * 7 % 40), ())
     image = np.full((7, 7 + index % 3, 3), index, np.uint8)
     if self.task == "generation":
-      return Record(
-        str(index), (image,), f"the number {index} in words. It is painted." * (1 + index % 2), ()
-      )
+      return Record(str(index), (image,), f"the number {index} in words. It is painted." * (1 + index % 2), ())
     turns = (Turn("user", "<image>\nWhich?"), Turn("assistant", "That one." * (1 + index % 4)))
     return Record(str(index), (image,), "", turns)
 
@@ -53,10 +51,19 @@ def marked(monkeypatch):
 
 def pipeline(share=None, seed=5, **changes):
   config = dict(
-    template="plain", first_sentence=0.25, prompt_drop=0.1, workers=0, threads=2, prefetch=2, plan_cache="",
-    latents=False, max_rejected_share=0.01, shapes={}, mixture=MIXTURE,
-    sources={task: (("marked", 1.0),) for task in TASKS},
-  )  # fmt: skip
+    template="plain",
+    first_sentence=0.25,
+    prompt_drop=0.1,
+    workers=0,
+    threads=2,
+    prefetch=2,
+    plan_cache="",
+    latents=False,
+    max_rejected_share=0.01,
+    shapes={},
+    mixture=MIXTURE,
+    sources=dict.fromkeys(TASKS, (("marked", 1.0),)),
+  )
   return Pipeline(config | changes, TOKENIZER, SHAPE, BATCH, seed, share)
 
 
@@ -111,8 +118,7 @@ def order():
 def test_the_ids_of_the_batches_are_those_of_the_plan(order, count):
   rows = pipeline()
   wanted = [
-    [[(task, piece.record) for piece in pieces] for task, _, pieces in rows.pieces(step)]
-    for step in range(STEPS)
+    [[(task, piece.record) for piece in pieces] for task, _, pieces in rows.pieces(step)] for step in range(STEPS)
   ]
   named = [
     [[w if isinstance(g[1], str) else g for g, w in zip(got, want, strict=True)] for got, want in zip(*step)]

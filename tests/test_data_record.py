@@ -12,7 +12,8 @@ from jflow.batch import TASKS, RowShape
 from jflow.data import pipeline, prepare
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
-from jflow.training import data_record, workdir as workdirs
+from jflow.training import data_record
+from jflow.training import workdir as workdirs
 from jflow.training.command import load_config
 
 CONFIG = f"--config={tiny.ROOT}/configs/stage2.py:tiny"
@@ -62,14 +63,20 @@ def start(run: pathlib.Path, capsys, fields: list[str], *flags: str) -> str:
 PAINT = "data.sources.generation"
 
 
-@pytest.mark.parametrize("sources, said", [
-  (lambda s: ((f"{s}/generation-more", 1.0),), f"{PAINT}: SETS/generation-more has 9 records, "),
-  (lambda s: ((f"{s}/generation-other", 1.0),), f"{PAINT}: SETS/generation-other has 6 records, "),
-  (lambda s: ((f"{s}/generation", 1.0), (f"{s}/generation-other", 1.0)), f"{PAINT} has SETS/generation-other more "),
-  (lambda s: ((f"{s}/generation", 1.0), (f"{s}/generation", 1.0)), f"{PAINT} has SETS/generation more "),
-  (lambda s: ((f"{s}/generation", 2.0),), f"{PAINT}: SETS/generation has weight 2, and the run has begun with weight 1"),
-  (lambda s: (("shapes", 1.0),), f"{PAINT}: shapes has 2,000 records, "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "sources, said",
+  [
+    (lambda s: ((f"{s}/generation-more", 1.0),), f"{PAINT}: SETS/generation-more has 9 records, "),
+    (lambda s: ((f"{s}/generation-other", 1.0),), f"{PAINT}: SETS/generation-other has 6 records, "),
+    (lambda s: ((f"{s}/generation", 1.0), (f"{s}/generation-other", 1.0)), f"{PAINT} has SETS/generation-other more "),
+    (lambda s: ((f"{s}/generation", 1.0), (f"{s}/generation", 1.0)), f"{PAINT} has SETS/generation more "),
+    (
+      lambda s: ((f"{s}/generation", 2.0),),
+      f"{PAINT}: SETS/generation has weight 2, and the run has begun with weight 1",
+    ),
+    (lambda s: (("shapes", 1.0),), f"{PAINT}: shapes has 2,000 records, "),
+  ],
+)
 def test_other_data_is_refused_by_the_name_of_its_source(run, sets, capsys, sources, said):
   fields = fields_of(sets, generation=sources(sets))
   message = start(run, capsys, fields)

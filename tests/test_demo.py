@@ -20,8 +20,17 @@ browser_only = pytest.mark.skipif(
   not (CHROMIUM and DRIVER and importlib.util.find_spec("gradio") and importlib.util.find_spec("selenium")),
   reason="needs Gradio, Selenium, and Debian's chromium and chromium-driver",
 )
-FLAGS = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-         "disable-component-update", "disable-sync", "window-size=1180,900")  # fmt: skip
+FLAGS = (
+  "headless",
+  "no-sandbox",
+  "disable-gpu",
+  "disable-quic",
+  "no-first-run",
+  "disable-background-networking",
+  "disable-component-update",
+  "disable-sync",
+  "window-size=1180,900",
+)
 MAX_UPLOAD = 1  # MB
 
 
@@ -247,9 +256,7 @@ def test_nothing_comes_from_elsewhere(browser, served):
   names = "return performance.getEntriesByType('resource').map(x => x.name)"
   asked = browser.driver.execute_script(names)
   assert asked and not [name for name in asked if not name.startswith((address, "data:", "blob:"))]
-  blocked = [
-    x["message"] for x in browser.driver.get_log("browser") if "Content Security Policy" in x["message"]
-  ]
+  blocked = [x["message"] for x in browser.driver.get_log("browser") if "Content Security Policy" in x["message"]]
   assert blocked == [], "the page asks for what its policy forbids"
   with urllib.request.urlopen(address) as response:
     page, policy = response.read().decode(), response.headers["content-security-policy"]

@@ -85,9 +85,7 @@ def png(side=8):
 
 def text_of(visitor, messages):
   """All that a visitor gets by what he was told, files too."""
-  return json.dumps(messages) + "".join(
-    visitor.http.get(x).text for x in visiting.files(messages) if "127.0" not in x
-  )
+  return json.dumps(messages) + "".join(visitor.http.get(x).text for x in visiting.files(messages) if "127.0" not in x)
 
 
 # --- what a client names -----------------------------------------------------------------------------------
@@ -124,8 +122,22 @@ def test_nobody_gets_a_file_by_its_path_in_any_spelling(visitor, served, secrets
       urllib.parse.quote(urllib.parse.quote(path, safe=""), safe=""),
     )
     folder, name = path.rsplit("/", 1)
-    spelled = [path, quoted, twice, f"/{path}", f"file://{path}", f"{folder}/./{name}", f"{folder}/x/../{name}",
-               up + path[1:], f"{path}%00", f"{path}%00.png", f"{path}/", path.upper(), f"{path}?x=1", f"{path};x"]  # fmt: skip
+    spelled = [
+      path,
+      quoted,
+      twice,
+      f"/{path}",
+      f"file://{path}",
+      f"{folder}/./{name}",
+      f"{folder}/x/../{name}",
+      up + path[1:],
+      f"{path}%00",
+      f"{path}%00.png",
+      f"{path}/",
+      path.upper(),
+      f"{path}?x=1",
+      f"{path};x",
+    ]
     starts = (
       "/gradio_api/file=",
       "/gradio_api/file/",
@@ -150,10 +162,23 @@ def test_addresses_of_gradio_that_the_page_does_not_need_do_not_exist(visitor):
   import gradio as gr
 
   needed = {
-    "/", "/config", "/theme.css", "/manifest.json", "/favicon.ico", "/static/x", "/assets/x", "/gradio_api/app_id",
-    "/gradio_api/upload", "/gradio_api/file=x", "/gradio_api/heartbeat/x", "/gradio_api/queue/join", "/gradio_api/queue/data",
-    "/gradio_api/run/predict", "/gradio_api/cancel", "/gradio_api/reset",
-  }  # fmt: skip
+    "/",
+    "/config",
+    "/theme.css",
+    "/manifest.json",
+    "/favicon.ico",
+    "/static/x",
+    "/assets/x",
+    "/gradio_api/app_id",
+    "/gradio_api/upload",
+    "/gradio_api/file=x",
+    "/gradio_api/heartbeat/x",
+    "/gradio_api/queue/join",
+    "/gradio_api/queue/data",
+    "/gradio_api/run/predict",
+    "/gradio_api/cancel",
+    "/gradio_api/reset",
+  }
   with gr.Blocks() as blocks:
     gr.Textbox()
   described = [x for route in gr.routes.App.create_app(blocks).routes for x in _paths(route)]
@@ -185,9 +210,7 @@ def test_what_a_visitor_made_is_his_alone(visitor, other, served):
       assert [x.get(address).status_code for x in (other.http, nobody)] == [404, 404], address
   asked = other.ask("answer", other.values("answer", _0={"text": "Why?", "files": [{"path": upload}]}))
   assert "none that you uploaded here" in visiting.warnings(asked)[0]
-  kept = visitor.ask(
-    "answer", visitor.values("answer", _0={"text": "Why?", "files": [{"path": upload}]}, _3=1)
-  )
+  kept = visitor.ask("answer", visitor.values("answer", _0={"text": "Why?", "files": [{"path": upload}]}, _3=1))
   assert not visiting.warnings(kept) and upload in json.dumps(kept)
 
 
@@ -202,9 +225,7 @@ def test_a_session_is_its_visitors_alone(visitor, other, served):
         client.get("/gradio_api/queue/data", params={"session_hash": visitor.session}),
         client.post("/gradio_api/cancel", json=body),
         client.post("/gradio_api/run/predict", json=event),
-        client.post(
-          "/gradio_api/queue/join", json=event | {"fn_index": body["fn_index"], "data": [None] * 4}
-        ),
+        client.post("/gradio_api/queue/join", json=event | {"fn_index": body["fn_index"], "data": [None] * 4}),
       ]
       assert [x.status_code for x in answers] == [404] * 4
   assert visitor.http.post("/gradio_api/run/predict", json=event).status_code == 200
@@ -239,18 +260,31 @@ SETTINGS = [
   ("paint", 4, "solver", (NAN, None, 5, [], {}, True, "magic")),
   ("paint", 5, "seed", (*NUMBERS, 2.5, HUGE)),
   ("paint", 6, "dice", (NAN, None, 1, "x", [], {})),
-  ("answer", 0, "question", (NAN, None, 5, [], True, {"text": 5}, {"text": "x", "files": 5}, {"text": "x", "files": "x"},
-                             {"text": "x", "files": [5]}, {"text": "x", "files": [{"path": 5}]},
-                             {"text": "x", "files": ["x"] * 300})),
+  (
+    "answer",
+    0,
+    "question",
+    (
+      NAN,
+      None,
+      5,
+      [],
+      True,
+      {"text": 5},
+      {"text": "x", "files": 5},
+      {"text": "x", "files": "x"},
+      {"text": "x", "files": [5]},
+      {"text": "x", "files": [{"path": 5}]},
+      {"text": "x", "files": ["x"] * 300},
+    ),
+  ),
   ("answer", 1, "temperature", (*NUMBERS, -1, 3, HUGE)),
   ("answer", 2, "top_p", (*NUMBERS, -1, 0, 2, HUGE)),
   ("answer", 3, "max_tokens", (*NUMBERS, 0, -1, 2.5, HUGE)),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(
-  ("event", "position", "field", "values"), SETTINGS, ids=[f"{x[0]}-{x[2]}" for x in SETTINGS]
-)
+@pytest.mark.parametrize(("event", "position", "field", "values"), SETTINGS, ids=[f"{x[0]}-{x[2]}" for x in SETTINGS])
 def test_a_wrong_setting_is_its_visitors_mistake(visitor, served, event, position, field, values):
   _, engine = served
   for value in values:
@@ -267,14 +301,22 @@ def test_what_is_too_large_is_refused(visitor, served):
   large, many = ("files", ("a.png", bytes(MAX_UPLOAD * 2**20 + 1))), [("files", ("a.png", b"x"))] * 17
   form = {"Content-Type": "multipart/form-data; boundary=B"}
   answers = [
-    post("/gradio_api/upload", files=[large]), post("/gradio_api/upload", files=many),
-    post("/gradio_api/upload", files=[large] * 16), post("/gradio_api/upload", content=b"x"),
-    post("/gradio_api/upload", content=b"x", headers=form), post("/gradio_api/upload", data={"files": "x"}, files={"y": b""}),
-    visitor.join("paint", visitor.values("paint", _0="a" * 2**20)), visitor.join("paint", [[]] * 200_000),
-    visitor.join("paint", []), visitor.join("paint", None), visitor.join("paint", visitor.values("paint"), "x" * 65),
-    visitor.join("paint", visitor.values("paint"), "../x"), visitor.join(10**9, []), visitor.join(-1, []),
+    post("/gradio_api/upload", files=[large]),
+    post("/gradio_api/upload", files=many),
+    post("/gradio_api/upload", files=[large] * 16),
+    post("/gradio_api/upload", content=b"x"),
+    post("/gradio_api/upload", content=b"x", headers=form),
+    post("/gradio_api/upload", data={"files": "x"}, files={"y": b""}),
+    visitor.join("paint", visitor.values("paint", _0="a" * 2**20)),
+    visitor.join("paint", [[]] * 200_000),
+    visitor.join("paint", []),
+    visitor.join("paint", None),
+    visitor.join("paint", visitor.values("paint"), "x" * 65),
+    visitor.join("paint", visitor.values("paint"), "../x"),
+    visitor.join(10**9, []),
+    visitor.join(-1, []),
     visitor.join("paint", visitor.values("paint", _0=json.loads("[" * 90 + "]" * 90))),
-  ]  # fmt: skip
+  ]
   assert [x.status_code for x in answers] == [
     413,
     400,
@@ -318,16 +360,14 @@ def test_others_are_served_while_a_picture_is_decoded(visitor, other, monkeypatc
 
   monkeypatch.setattr(images, "for_understanding", held)
   path = visitor.upload(png())
-  assert visitor.join(
-    "answer", visitor.values("answer", _0={"text": "x", "files": [{"path": path}]}, _3=1)
-  ).is_success
+  assert visitor.join("answer", visitor.values("answer", _0={"text": "x", "files": [{"path": path}]}, _3=1)).is_success
   with visitor.listening() as messages:
     assert begun.wait(30)
     assert other.http.get("/").is_success and other.upload(png())
     assert other.ask("answer", other.values("answer", _3=1))[-1]["success"]
     assert other.ask("paint", other.values("paint", _1=1, _2=1))[-1]["success"]
     go.set()
-    assert [x for x in messages][-1]["success"]
+    assert list(messages)[-1]["success"]
 
 
 def test_work_ends_when_its_visitor_leaves(visitor, served, monkeypatch):
@@ -357,9 +397,7 @@ def test_work_ends_when_its_visitor_leaves(visitor, served, monkeypatch):
 def test_markup_of_visitors_is_shown_as_text(visitor, served):
   markup = '<img src=x onerror="alert(1)">'
   path = visitor.upload(b"x", f"{markup}.png")
-  told = visiting.warnings(
-    visitor.ask("answer", visitor.values("answer", _0={"text": "x", "files": [{"path": path}]}))
-  )
+  told = visiting.warnings(visitor.ask("answer", visitor.values("answer", _0={"text": "x", "files": [{"path": path}]})))
   assert "&lt;img" in told[0] and "<" not in told[0] + path
   assert "<" not in visiting.warnings(visitor.ask("paint", visitor.values("paint", _4=markup)))[0]
   page = visitor.http.get("/")
@@ -368,8 +406,7 @@ def test_markup_of_visitors_is_shown_as_text(visitor, served):
   script = visitor.upload(b"<script>alert(1)</script>", "a.html")
   got = visitor.http.get(f"/gradio_api/file={script}")
   assert (
-    got.headers["content-type"] == "application/octet-stream"
-    and "attachment" in got.headers["content-disposition"]
+    got.headers["content-type"] == "application/octet-stream" and "attachment" in got.headers["content-disposition"]
   )
   assert got.headers["x-content-type-options"] == "nosniff"
 

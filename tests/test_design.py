@@ -16,8 +16,17 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "jflow").rg
 NEVER = {
   "jflow/": ("torch", "diffusers", "transformers", "configs", "pickle", "marshal", "shelve", "flax.nnx"),
   "jflow/data/": (
-    "jax", "flax", "optax", "orbax", "jflow.models", "jflow.training", "jflow.inference", "jflow.interop",
-    "jflow.flow", "jflow.losses", "jflow.sharding",
+    "jax",
+    "flax",
+    "optax",
+    "orbax",
+    "jflow.models",
+    "jflow.training",
+    "jflow.inference",
+    "jflow.interop",
+    "jflow.flow",
+    "jflow.losses",
+    "jflow.sharding",
   ),
   "jflow/world/": ("jflow.serving", "jflow.bench", "jflow.compilation"),
   **{  # loader processes draw the world, and the judge counts as data does: without jax
@@ -26,16 +35,28 @@ NEVER = {
   },
   "jflow/models/": ("jflow.data", "jflow.training", "jflow.inference", "jflow.interop", "jflow.evaluation"),
   "jflow/training/": ("jflow.inference", "jflow.evaluation"),  # but for EXCEPT
-}  # fmt: skip
+}
 # The command stands above both: it hands the loop a function that paints sample pictures.
 EXCEPT = {("jflow/training/", "jflow/training/command.py")}
 # The world is a leaf: by these doors alone does the rest of jflow reach it.
 WORLD = {
-  "jflow/data/sources.py", "jflow/data/importers/__init__.py", "jflow/evaluation/command.py", "jflow/training/setup.py",
-}  # fmt: skip
+  "jflow/data/sources.py",
+  "jflow/data/importers/__init__.py",
+  "jflow/evaluation/command.py",
+  "jflow/training/setup.py",
+}
 PURE = (  # of jflow they import only each other
-  "batch", "errors", "files", "flow", "git_lfs", "head_loss", "losses", "memory", "sharding", "strict_json",
-)  # fmt: skip
+  "batch",
+  "errors",
+  "files",
+  "flow",
+  "git_lfs",
+  "head_loss",
+  "losses",
+  "memory",
+  "sharding",
+  "strict_json",
+)
 
 
 def tree(file: str) -> ast.Module:
@@ -68,10 +89,12 @@ def test_the_walk_sees_what_is_there():
 @pytest.mark.parametrize("folder", NEVER)
 def test_what_is_never_imported(folder):
   bad = {
-    f"{file}: {name}" for file in FILES
-    if file.startswith(folder) and (folder, file) not in EXCEPT for name in imports(file)
+    f"{file}: {name}"
+    for file in FILES
+    if file.startswith(folder) and (folder, file) not in EXCEPT
+    for name in imports(file)
     if any(of(module, name) for module in NEVER[folder])
-  }  # fmt: skip
+  }
   assert not bad
 
 

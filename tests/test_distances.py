@@ -109,9 +109,7 @@ def resampled(plane: np.ndarray, size: int, kernel, support: float, whole: bool)
 
 def cubic(x: np.ndarray) -> np.ndarray:
   x = np.abs(x)
-  return np.where(
-    x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, np.where(x < 2, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2, 0)
-  )
+  return np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, np.where(x < 2, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2, 0))
 
 
 def lanczos(x: np.ndarray) -> np.ndarray:
@@ -136,9 +134,7 @@ def test_inception_input_is_the_two_resizes_written_out(size, kind):
       plane = resampled(plane, 256, kernel, support, whole=True)
     expected = np.clip(resampled(plane, 299, cubic, 2.0, whole=False), 0, 255)
     error = np.abs(out[..., c] - expected)
-    assert (
-      error.max() < 1.5 and error.mean() < 0.02
-    )  # fixed-point weights now and then round to another level
+    assert error.max() < 1.5 and error.mean() < 0.02  # fixed-point weights now and then round to another level
 
 
 def clean_fid_pictures():

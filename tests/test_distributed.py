@@ -15,13 +15,20 @@ from jflow.training import checkpoint
 from jflow.training.metrics import read_lines
 
 REAL = (
-  "--config=configs/stage1.py:tiny", "--config.train.batch_size=4", "--config.train.fit_images=20",
+  "--config=configs/stage1.py:tiny",
+  "--config.train.batch_size=4",
+  "--config.train.fit_images=20",
   "--config.train.fit_labels=32",
-  "--config.data.shapes.size=60", "--config.model.autoencoder.kind=patch_pca", "--config.train.steps=4",
-  "--config.model.autoencoder.block_channels=()", "--config.model.autoencoder.patch_size=4",
-  "--config.model.autoencoder.window=4", "--config.checkpoint.interval=2", "--config.mesh.data=2",
+  "--config.data.shapes.size=60",
+  "--config.model.autoencoder.kind=patch_pca",
+  "--config.train.steps=4",
+  "--config.model.autoencoder.block_channels=()",
+  "--config.model.autoencoder.patch_size=4",
+  "--config.model.autoencoder.window=4",
+  "--config.checkpoint.interval=2",
+  "--config.mesh.data=2",
   "--config.mesh.fsdp=2",
-)  # fmt: skip
+)
 
 
 def losses(workdir: pathlib.Path) -> np.ndarray:
@@ -47,9 +54,7 @@ def test_two_processes_of_two_devices_train_as_one_of_four(tmp_path, compilation
   assert any("process_1" in name for name in manifest["files"])
   assert checkpoint.damage(two / "checkpoints" / "4") is None
   assert manifest["config"]["mesh"] == {"data": 2, "fsdp": 2, "model": 1} and manifest["commit"]
-  kernels = [
-    checkpoint.load_params(run / "checkpoints" / "4")["generation_projector"]["kernel"] for run in (two, one)
-  ]
+  kernels = [checkpoint.load_params(run / "checkpoints" / "4")["generation_projector"]["kernel"] for run in (two, one)]
   np.testing.assert_allclose(*kernels, rtol=1e-4, atol=1e-6)
 
 
@@ -59,13 +64,21 @@ def toy(
   """A run of the toy over all devices."""
   (tmp_path / f"{name}.logs").mkdir(exist_ok=True)
   every = (
-    f"--workdir={tmp_path / name}", f"--config.mesh.fsdp={processes * devices}", "--config.checkpoint.interval=5",
-    f"--config.train.steps={steps}", "--config.compute.compilation_cache=", *fields,
-  )  # fmt: skip
+    f"--workdir={tmp_path / name}",
+    f"--config.mesh.fsdp={processes * devices}",
+    "--config.checkpoint.interval=5",
+    f"--config.train.steps={steps}",
+    "--config.compute.compilation_cache=",
+    *fields,
+  )
   return Job(
-    tmp_path / f"{name}.logs", (*WORKER, *map(str, fault), "--"), *every, processes=processes, devices=devices,
+    tmp_path / f"{name}.logs",
+    (*WORKER, *map(str, fault), "--"),
+    *every,
+    processes=processes,
+    devices=devices,
     heartbeat=heartbeat,
-  )  # fmt: skip
+  )
 
 
 def test_a_process_that_ends_late_is_waited_for(tmp_path):
@@ -136,10 +149,14 @@ def test_a_signal_to_any_process_stops_all_after_the_same_step(tmp_path, whole, 
 @pytest.mark.parametrize(
   "fault, process",
   [
-    ("raise", 0), ("raise", 1), ("kill", 0), ("kill", 1), ("freeze", 1),
+    ("raise", 0),
+    ("raise", 1),
+    ("kill", 0),
+    ("kill", 1),
+    ("freeze", 1),
     pytest.param("freeze", 0, marks=pytest.mark.soak),
   ],
-)  # fmt: skip
+)
 def test_a_process_that_fails_ends_the_whole_job(tmp_path, whole, fault, process):
   """Whatever happens to either process, the other ends too, with a code that is not 0, within a minute."""
   with toy(tmp_path, "run", fault, 8, process, heartbeat=2) as job:
@@ -238,6 +255,4 @@ def test_the_record_of_a_killed_run_adds_up(tmp_path):
   parts = sum(got[name] for name in ("productive", "save", "restore", "compile", "setup", "sample", "lost"))
   assert parts == pytest.approx(lines[-1]["t"] - lines[0]["t"], rel=0.01)
   assert got["starts"] == 2 and got["lost"] > 0 and 0 < got["goodput"] < 1
-  assert json.loads((tmp_path / "run" / "goodput.json").read_text())["wall"] == pytest.approx(
-    got["wall"], abs=0.01
-  )
+  assert json.loads((tmp_path / "run" / "goodput.json").read_text())["wall"] == pytest.approx(got["wall"], abs=0.01)

@@ -64,10 +64,21 @@ def test_other_settings_and_a_second_writer_are_refused(tmp_path):
   "name, text",
   [
     *(("settings.json", text) for text in (b"", b"{", b"[]", b"\0\0\0", b"\xff", b"[" * 100_000, b"7")),
-    *(("records.jsonl", text + b"\n") for text in (b"{", b"[]", b"\0\0", b"\xff", b"[" * 100_000, b'{"key": [1]}',
-                                                   b'{"answer": "x"}', b'{"key": "1", "answer": 7}')),
+    *(
+      ("records.jsonl", text + b"\n")
+      for text in (
+        b"{",
+        b"[]",
+        b"\0\0",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"key": [1]}',
+        b'{"answer": "x"}',
+        b'{"key": "1", "answer": 7}',
+      )
+    ),
   ],
-)  # fmt: skip
+)
 def test_damaged_files_of_an_evaluation_are_named_and_stay(tmp_path, name, text):
   samples = Samples(tmp_path, {"a": 1})
   samples.add({"key": "0", "answer": "x"})
@@ -266,8 +277,14 @@ main(sys.argv[1:])
 
 def test_a_killed_evaluation_goes_on_and_ends_as_if_it_had_not_been(tiny_checkpoint, tmp_path):
   """kill -9 in the middle of painting; the pictures and the scores are those of a run without it."""
-  flags = ["--benchmark=shapes", f"--checkpoint={tiny_checkpoint}", "--limit=6", "--pictures=1", "--steps=2",
-           "--batch_size=2"]  # fmt: skip
+  flags = [
+    "--benchmark=shapes",
+    f"--checkpoint={tiny_checkpoint}",
+    "--limit=6",
+    "--pictures=1",
+    "--steps=2",
+    "--batch_size=2",
+  ]
   killed, whole = tmp_path / "killed", tmp_path / "whole"
   command = [sys.executable, "-c", _KILLED, "evaluate", *flags, f"--output={killed}"]
   assert subprocess.run(command, cwd=tiny.ROOT).returncode == -signal.SIGKILL
@@ -394,9 +411,7 @@ def test_answers_to_the_world_are_judged_by_kind():
   assert benchmark.right(asked("two", "count"), "2") and benchmark.right(asked("zero", "count"), "none")
   assert benchmark.right(asked("red", "color"), "Red.") and not benchmark.right(asked("red", "color"), "dark red")
   options = "What color is it?\nA. red\nB. blue\nC. pink\nD. brown\nAnswer with"
-  assert benchmark.right(asked("B", "choice", options), "B.") and benchmark.right(
-    asked("B", "choice", options), "blue"
-  )
+  assert benchmark.right(asked("B", "choice", options), "B.") and benchmark.right(asked("B", "choice", options), "blue")
   assert not benchmark.right(asked("B", "choice", options), "A")
 
 
@@ -404,9 +419,7 @@ def test_answers_to_the_world_are_judged_by_kind():
 
 
 def test_a_report_escapes_what_it_shows_and_holds_its_pictures(tmp_path):
-  result = Result(
-    {"a<b": Score(0.5, 0.4, 0.6, 10, 0.1)}, ["x & y"], [("Sheet", Image.new("RGB", (4, 4), "red"))]
-  )
+  result = Result({"a<b": Score(0.5, 0.4, 0.6, 10, 0.1)}, ["x & y"], [("Sheet", Image.new("RGB", (4, 4), "red"))])
   body = report.write(tmp_path, "n", "what", result, {"a<b": {"384": 0.7}}, {"prompt": "<script>"})
   page = (tmp_path / "report.html").read_text()
   assert "a&lt;b" in page and "x &amp; y" in page and "&lt;script&gt;" in page and "<script>" not in page
@@ -454,9 +467,14 @@ def test_an_outside_scorers_findings_stay_and_are_plotted(tiny_checkpoint, tmp_p
   for w in (1, 3):
     output = tmp_path / "out" / f"guidance{w}_steps1"
     rows = [
-      {"filename": f"{output}/pictures/00000/samples/0000{j}.png", "tag": "colors", "prompt": "a photo of a cow",
-       "correct": j < w // 2} for j in range(2)
-    ]  # fmt: skip
+      {
+        "filename": f"{output}/pictures/00000/samples/0000{j}.png",
+        "tag": "colors",
+        "prompt": "a photo of a cow",
+        "correct": j < w // 2,
+      }
+      for j in range(2)
+    ]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     one = [*base, f"--output={output}", f"--guidance={w}", "--steps=1", f"--results={tmp_path / 'results.jsonl'}"]
     assert main(one) == 0

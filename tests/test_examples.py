@@ -102,9 +102,7 @@ def test_conversations(template, expected):
 
 
 def test_images_stand_where_their_marks_do():
-  sample = build(
-    question("<image> is one, <image> is two. Same?", images=(PIXELS, PIXELS)), "understanding", "chat"
-  )
+  sample = build(question("<image> is one, <image> is two. Same?", images=(PIXELS, PIXELS)), "understanding", "chat")
   assert show(sample.tokens) == "[BOS]User: [###] is one, [###] is two. Same?\n\nAssistant: A cat.[EOS]"
   for start in sample.image_starts:
     assert sample.tokens[start : start + P + 2].tolist() == [
@@ -163,9 +161,7 @@ def test_drop_and_first_sentence_occur_at_their_rates():
   counts = {"[BOS]A cat on a sofa. It sleeps.[T]###": 0, "[BOS]A cat on a sofa.[T]###": 0, "[BOS][T]###": 0}
   n = 2000
   for i in range(n):
-    sample = build(
-      record, "generation", rng=np.random.default_rng([0, i]), first_sentence=0.25, prompt_drop=0.1
-    )
+    sample = build(record, "generation", rng=np.random.default_rng([0, i]), first_sentence=0.25, prompt_drop=0.1)
     counts[show(sample.tokens)] += 1
   for count, share in zip(counts.values(), (0.75 * 0.9, 0.25 * 0.9, 0.1)):
     assert abs(count - n * share) < 5 * np.sqrt(n * share * (1 - share))
@@ -290,8 +286,7 @@ def turns(text: str) -> list[Turn]:
     ("u:A a:B u:C a:_", "User: A\n\nAssistant: B[EOS]User: C\n\nAssistant:", "A B[EOS]C"),
     ("u:A a: u:C", "User: A\n\nAssistant:[EOS]User: C\n\nAssistant:", "A[EOS]C"),
     ("u:A a:__ u:C", "User: A\n\nAssistant:[EOS]User: C\n\nAssistant:", "A[EOS]C"),
-    ("u:A u:B u:<image> a:C u:D", "User: A\nB\n[###]\n\nAssistant: C[EOS]User: D\n\nAssistant:",
-     "A\nB[###] C[EOS]D"),
+    ("u:A u:B u:<image> a:C u:D", "User: A\nB\n[###]\n\nAssistant: C[EOS]User: D\n\nAssistant:", "A\nB[###] C[EOS]D"),
     ("u: u:A u:", "User: A\n\nAssistant:", "A"),
     ("u:A a:B a:C u:D", "User: A\n\nAssistant: B\nC[EOS]User: D\n\nAssistant:", "A B\nC[EOS]D"),
     ("a:A u:B", "Assistant: A[EOS]User: B\n\nAssistant:", " A[EOS]B"),
@@ -301,7 +296,7 @@ def turns(text: str) -> list[Turn]:
     ("s:R u:A s:S u:B", "R\n\nS\n\nUser: A\nB\n\nAssistant:", "R\n\nS\n\nA\nB"),
     ("d:S s:_ u:A", "S\n\nUser: A\n\nAssistant:", "S\n\nA"),
   ],
-)  # fmt: skip
+)
 def test_a_history_is_read_as_it_was_said(history, chat, plain):
   for template, expected in (("chat", chat), ("plain", plain)):
     prompt = examples.chat_prompt(turns(history), history.count("<image>"), TOKENIZER, P, template)

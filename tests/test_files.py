@@ -6,8 +6,8 @@ import os
 import pytest
 
 from jflow import files
-from jflow.inference import files as outputs
 from jflow.errors import Stopped
+from jflow.inference import files as outputs
 from jflow.strict_json import Malformed
 
 
@@ -96,12 +96,18 @@ def test_names_aside_are_free_ones(tmp_path):
 @pytest.mark.parametrize(
   "content, said",
   [
-    (b"", "Expecting value"), (b"{", "Expecting"), (b"[]", "list instead of an object"), (b"null", "NoneType"),
-    (b"\xff", "UTF-8"), (b"\0" * 9, "Expecting value"), (b"[" * 100_000, "nested"), (b'{"a": 1, "a": 2}', "twice"),
+    (b"", "Expecting value"),
+    (b"{", "Expecting"),
+    (b"[]", "list instead of an object"),
+    (b"null", "NoneType"),
+    (b"\xff", "UTF-8"),
+    (b"\0" * 9, "Expecting value"),
+    (b"[" * 100_000, "nested"),
+    (b'{"a": 1, "a": 2}', "twice"),
     (b'{"a": NaN}', "NaN"),
   ],
   ids=lambda value: ascii(value)[:24],
-)  # fmt: skip
+)
 def test_an_object_that_is_none_says_why(tmp_path, content, said):
   (tmp_path / "a").write_bytes(content)
   with pytest.raises(Malformed, match=said) as caught:

@@ -12,27 +12,57 @@ from jflow.interop.fields import Fields
 
 JANUSFLOW = json.loads((official_checkpoint.TINY / "config.json").read_text())
 LLAMA = dict(
-  model_type="llama", hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
-  num_key_value_heads=2, vocab_size=256,
-)  # fmt: skip
+  model_type="llama",
+  hidden_size=64,
+  intermediate_size=160,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  vocab_size=256,
+)
 SIGLIP = dict(
-  model_type="siglip_vision_model", image_size=64, patch_size=16, hidden_size=48, intermediate_size=96,
-  num_hidden_layers=2, num_attention_heads=4,
-)  # fmt: skip
+  model_type="siglip_vision_model",
+  image_size=64,
+  patch_size=16,
+  hidden_size=48,
+  intermediate_size=96,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+)
 VAE = dict(
-  _class_name="AutoencoderKL", act_fn="silu", block_out_channels=[32, 64], in_channels=3, out_channels=3,
-  down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4,
-  layers_per_block=1, norm_num_groups=32, scaling_factor=0.5,
-)  # fmt: skip
+  _class_name="AutoencoderKL",
+  act_fn="silu",
+  block_out_channels=[32, 64],
+  in_channels=3,
+  out_channels=3,
+  down_block_types=["DownEncoderBlock2D"] * 2,
+  up_block_types=["UpDecoderBlock2D"] * 2,
+  latent_channels=4,
+  layers_per_block=1,
+  norm_num_groups=32,
+  scaling_factor=0.5,
+)
 IMAGES = dict(
-  background_color=[127, 127, 127], do_normalize=True, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5],
-  image_processor_type="VLMImageProcessor", image_size=64, min_size=14, processor_class="VLChatProcessor",
+  background_color=[127, 127, 127],
+  do_normalize=True,
+  image_mean=[0.5, 0.5, 0.5],
+  image_std=[0.5, 0.5, 0.5],
+  image_processor_type="VLMImageProcessor",
+  image_size=64,
+  min_size=14,
+  processor_class="VLChatProcessor",
   rescale_factor=0.00392156862745098,
-)  # fmt: skip
+)
 CHAT = dict(
-  add_special_token=False, ignore_id=-100, image_end_tag="<end_of_image>", image_start_tag="<begin_of_image>",
-  image_tag="<image_placeholder>", mask_prompt=True, num_image_tokens=16, sft_format="deepseek",
-)  # fmt: skip
+  add_special_token=False,
+  ignore_id=-100,
+  image_end_tag="<end_of_image>",
+  image_start_tag="<begin_of_image>",
+  image_tag="<image_placeholder>",
+  mask_prompt=True,
+  num_image_tokens=16,
+  sft_format="deepseek",
+)
 
 
 def _official(values):
@@ -53,12 +83,19 @@ READERS = {
   "siglip images": (
     lambda values: processor_config.check_siglip(Fields(values, "config.json"), 64),
     dict(
-      do_normalize=True, do_rescale=True, do_resize=True, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5],
-      image_processor_type="SiglipImageProcessor", processor_class="SiglipProcessor", resample=3,
-      rescale_factor=1 / 255, size={"height": 64, "width": 64},
+      do_normalize=True,
+      do_rescale=True,
+      do_resize=True,
+      image_mean=[0.5, 0.5, 0.5],
+      image_std=[0.5, 0.5, 0.5],
+      image_processor_type="SiglipImageProcessor",
+      processor_class="SiglipProcessor",
+      resample=3,
+      rescale_factor=1 / 255,
+      size={"height": 64, "width": 64},
     ),
   ),
-}  # fmt: skip
+}
 
 
 def _changed(reader, path, value):
@@ -76,11 +113,25 @@ def _changed(reader, path, value):
 
 _COMMON = dict(transformers_version="4.38.2", torch_dtype="bfloat16", use_cache=True, initializer_range=0.02)
 _DEEPSEEK = _COMMON | dict(
-  architectures=["LlamaForCausalLM"], attention_bias=False, bos_token_id=100000, eos_token_id=100001, hidden_act="silu",
-  hidden_size=4096, intermediate_size=11008, max_position_embeddings=4096, model_type="llama", num_attention_heads=32,
-  num_hidden_layers=30, num_key_value_heads=32, pretraining_tp=1, rms_norm_eps=1e-6, rope_scaling=None,
-  rope_theta=10000.0, tie_word_embeddings=False, vocab_size=102400,
-)  # fmt: skip
+  architectures=["LlamaForCausalLM"],
+  attention_bias=False,
+  bos_token_id=100000,
+  eos_token_id=100001,
+  hidden_act="silu",
+  hidden_size=4096,
+  intermediate_size=11008,
+  max_position_embeddings=4096,
+  model_type="llama",
+  num_attention_heads=32,
+  num_hidden_layers=30,
+  num_key_value_heads=32,
+  pretraining_tp=1,
+  rms_norm_eps=1e-6,
+  rope_scaling=None,
+  rope_theta=10000.0,
+  tie_word_embeddings=False,
+  vocab_size=102400,
+)
 _JANUS_PRO_7B = dict(
   max_position_embeddings=16384,
   model_type="llama",
@@ -89,59 +140,128 @@ _JANUS_PRO_7B = dict(
   vocab_size=102400,
 )
 _TINYLLAMA = _COMMON | dict(
-  _name_or_path="meta-llama/Llama-2-7b-hf", architectures=["LlamaForCausalLM"], bos_token_id=1, eos_token_id=2,
-  hidden_act="silu", hidden_size=2048, intermediate_size=5632, max_position_embeddings=2048, model_type="llama",
-  num_attention_heads=32, num_hidden_layers=22, num_key_value_heads=4, pretraining_tp=1, rms_norm_eps=1e-5,
-  rope_scaling=None, rope_theta=10000.0, tie_word_embeddings=False, vocab_size=32000, attention_bias=False,
-)  # fmt: skip
+  _name_or_path="meta-llama/Llama-2-7b-hf",
+  architectures=["LlamaForCausalLM"],
+  bos_token_id=1,
+  eos_token_id=2,
+  hidden_act="silu",
+  hidden_size=2048,
+  intermediate_size=5632,
+  max_position_embeddings=2048,
+  model_type="llama",
+  num_attention_heads=32,
+  num_hidden_layers=22,
+  num_key_value_heads=4,
+  pretraining_tp=1,
+  rms_norm_eps=1e-5,
+  rope_scaling=None,
+  rope_theta=10000.0,
+  tie_word_embeddings=False,
+  vocab_size=32000,
+  attention_bias=False,
+)
 _SMOLLM = _COMMON | dict(
-  architectures=["LlamaForCausalLM"], attention_bias=False, attention_dropout=0.0, bos_token_id=0, eos_token_id=0,
-  hidden_act="silu", hidden_size=576, intermediate_size=1536, is_llama_config=True, max_position_embeddings=8192,
-  mlp_bias=False, model_type="llama", num_attention_heads=9, num_hidden_layers=30, num_key_value_heads=3,
-  pretraining_tp=1, rms_norm_eps=1e-5, rope_interleaved=False, rope_scaling=None, rope_theta=100000,
-  tie_word_embeddings=True, vocab_size=49152, **{"transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}},
-)  # fmt: skip
+  architectures=["LlamaForCausalLM"],
+  attention_bias=False,
+  attention_dropout=0.0,
+  bos_token_id=0,
+  eos_token_id=0,
+  hidden_act="silu",
+  hidden_size=576,
+  intermediate_size=1536,
+  is_llama_config=True,
+  max_position_embeddings=8192,
+  mlp_bias=False,
+  model_type="llama",
+  num_attention_heads=9,
+  num_hidden_layers=30,
+  num_key_value_heads=3,
+  pretraining_tp=1,
+  rms_norm_eps=1e-5,
+  rope_interleaved=False,
+  rope_scaling=None,
+  rope_theta=100000,
+  tie_word_embeddings=True,
+  vocab_size=49152,
+  **{"transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}},
+)
 _SIGLIP_LARGE = dict(
-  architectures=["SiglipModel"], initializer_factor=1.0, model_type="siglip", torch_dtype="float32",
+  architectures=["SiglipModel"],
+  initializer_factor=1.0,
+  model_type="siglip",
+  torch_dtype="float32",
   text_config=dict(hidden_size=1024, intermediate_size=4096, model_type="siglip_text_model", num_hidden_layers=24),
   transformers_version="4.37.0.dev0",
   vision_config=dict(
-    hidden_size=1024, image_size=384, intermediate_size=4096, model_type="siglip_vision_model", num_attention_heads=16,
-    num_hidden_layers=24, patch_size=16,
+    hidden_size=1024,
+    image_size=384,
+    intermediate_size=4096,
+    model_type="siglip_vision_model",
+    num_attention_heads=16,
+    num_hidden_layers=24,
+    patch_size=16,
   ),
-)  # fmt: skip
+)
 _SDXL_VAE = VAE | dict(
-  _diffusers_version="0.18.0.dev0", _name_or_path=".", block_out_channels=[128, 256, 512, 512], layers_per_block=2,
-  down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, sample_size=1024,
-  scaling_factor=0.13025, force_upcast=True, latents_mean=None, latents_std=None, shift_factor=None,
-)  # fmt: skip
+  _diffusers_version="0.18.0.dev0",
+  _name_or_path=".",
+  block_out_channels=[128, 256, 512, 512],
+  layers_per_block=2,
+  down_block_types=["DownEncoderBlock2D"] * 4,
+  up_block_types=["UpDecoderBlock2D"] * 4,
+  sample_size=1024,
+  scaling_factor=0.13025,
+  force_upcast=True,
+  latents_mean=None,
+  latents_std=None,
+  shift_factor=None,
+)
 _RELEASE_PART = dict(
-  block_out_channels=[768], hidden_size=2048, layers_in_middle=2, norm_eps=1e-6, elementwise_affine=True, use_bias=True,
-  use_mid_block=True, dropout=0.0,
-)  # fmt: skip
+  block_out_channels=[768],
+  hidden_size=2048,
+  layers_in_middle=2,
+  norm_eps=1e-6,
+  elementwise_affine=True,
+  use_bias=True,
+  use_mid_block=True,
+  dropout=0.0,
+)
 _JANUSFLOW_1B = dict(
-  architectures=["MultiModalityCausalLM"], model_type="multi_modality", torch_dtype="bfloat16",
+  architectures=["MultiModalityCausalLM"],
+  model_type="multi_modality",
+  torch_dtype="bfloat16",
   transformers_version="4.38.2",
   language_config=_JANUS_PRO_7B
   | dict(
-    hidden_size=2048, intermediate_size=5632, num_attention_heads=16, num_hidden_layers=24, num_key_value_heads=16,
-    _attn_implementation="flash_attention_2", rms_norm_eps=1e-6,
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_attention_heads=16,
+    num_hidden_layers=24,
+    num_key_value_heads=16,
+    _attn_implementation="flash_attention_2",
+    rms_norm_eps=1e-6,
   ),
   vision_und_enc_config=dict(
-    cls="CLIPVisionTower", model_type="vision_und_enc",
+    cls="CLIPVisionTower",
+    model_type="vision_und_enc",
     params=dict(
-      image_size=384, model_name="siglip_large_patch16_384", select_feature="same", select_layer=-1,
+      image_size=384,
+      model_name="siglip_large_patch16_384",
+      select_feature="same",
+      select_layer=-1,
     ),
   ),
   vision_gen_enc_config=dict(
-    cls="ShallowUViTEncoder", model_type="vision_gen_enc",
+    cls="ShallowUViTEncoder",
+    model_type="vision_gen_enc",
     params=_RELEASE_PART | dict(input_channels=4, stride=2, kernel_size=2, padding=0),
   ),
   vision_gen_dec_config=dict(
-    cls="ShallowUViTDecoder", model_type="vision_gen_dec",
+    cls="ShallowUViTDecoder",
+    model_type="vision_gen_dec",
     params=_RELEASE_PART | dict(in_channels=768, out_channels=4, upsamples=1),
   ),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import pytest
 import test_importers_tfds
 import test_train
 from PIL import Image
+from preparing import write_lines, write_tar
 
 from jflow.data import importers, prepare_command
 from jflow.training.metrics import read_lines
-from preparing import write_lines, write_tar
 
 
 def _photo(index: int) -> bytes:
@@ -55,12 +55,8 @@ def _write_inputs(folder) -> None:
     members |= {f"{i:09d}.json": json.dumps(meta).encode()}
   write_tar(folder / "tars" / "00000.tar", members)
   (folder / "tables").mkdir()
-  rows = [
-    {"image": {"bytes": _photo(i), "path": f"{i}.jpg"}, "caption": f"Squares number {i}."} for i in range(10)
-  ]
-  pyarrow.parquet.write_table(
-    pyarrow.Table.from_pylist(rows), folder / "tables" / "train-00000-of-00001.parquet"
-  )
+  rows = [{"image": {"bytes": _photo(i), "path": f"{i}.jpg"}, "caption": f"Squares number {i}."} for i in range(10)]
+  pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "tables" / "train-00000-of-00001.parquet")
   (folder / "books").mkdir()
   for i in range(10):
     (folder / "books" / f"{i}.txt").write_text(f"Chapter {i}.\n\n" + "Once there was a cat. " * 20)
@@ -74,9 +70,7 @@ def test_every_format_comes_in_as_the_help_says_and_trains(tmp_path, monkeypatch
   with pytest.raises(SystemExit):
     prepare_command.main(["--help"])
   shown = capsys.readouterr().out.replace("\\\n", " ").split("afterwards")[0]
-  examples = [
-    shlex.split(line)[4:] for line in shown.splitlines() if line.startswith("  python -m jflow prepare")
-  ]
+  examples = [shlex.split(line)[4:] for line in shown.splitlines() if line.startswith("  python -m jflow prepare")]
   flags = [dict(flag[2:].split("=", 1) for flag in example) for example in examples]
   assert {flag["format"] for flag in flags} == set(importers.FORMATS)
   sources = {"understanding": [], "generation": [], "text": []}

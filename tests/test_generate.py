@@ -51,8 +51,17 @@ def _paint(
     row[: len(prompt)] = prompt
   lengths = np.asarray([len(p) for p in prompts], np.int32)
   out = painting.paint(
-    *PAINTER, tokens, lengths, noise, flow.time_grid(STEPS), guidance, interval, solver="euler", guided=guided, release=release,
-  )  # fmt: skip
+    *PAINTER,
+    tokens,
+    lengths,
+    noise,
+    flow.time_grid(STEPS),
+    guidance,
+    interval,
+    solver="euler",
+    guided=guided,
+    release=release,
+  )
   return np.asarray(out)
 
 
@@ -149,31 +158,21 @@ def test_picture_j_starts_from_seed_plus_j(pipeline):
   """Whatever the batch: alone, two at once, or from noise that is passed in."""
   seen = []
   options = dict(steps=STEPS, batch_size=1)
-  many = pipeline.generate(
-    "a red circle", seed=5, num_images=3, progress=lambda *x: seen.append(x), **options
-  )
+  many = pipeline.generate("a red circle", seed=5, num_images=3, progress=lambda *x: seen.append(x), **options)
   assert seen == [(1, 3), (2, 3), (3, 3)]
   assert [image.size for image in many] == [(16, 16)] * 3 and len(set(_bytes(many))) == 3
   single = [pipeline.generate("a red circle", seed=5 + j, **options)[0] for j in range(3)]
   assert _bytes(single) == _bytes(many)
-  noise = np.stack([jax.random.normal(jax.random.key(5 + j), LATENTS) for j in range(3)]).transpose(
-    0, 3, 1, 2
-  )
-  assert _bytes(pipeline.generate("a red circle", seed=9, num_images=3, noise=noise, **options)) == _bytes(
-    many
-  )
+  noise = np.stack([jax.random.normal(jax.random.key(5 + j), LATENTS) for j in range(3)]).transpose(0, 3, 1, 2)
+  assert _bytes(pipeline.generate("a red circle", seed=9, num_images=3, noise=noise, **options)) == _bytes(many)
 
 
 def test_pictures_come_prompt_by_prompt(pipeline):
   options = dict(steps=STEPS, seed=2, batch_size=1)
   both = pipeline.generate(["a red circle", "two blue stars"], num_images=2, **options)
-  apart = [
-    x for p in ("a red circle", "two blue stars") for x in pipeline.generate(p, num_images=2, **options)
-  ]
+  apart = [x for p in ("a red circle", "two blue stars") for x in pipeline.generate(p, num_images=2, **options)]
   assert _bytes(both) == _bytes(apart)
-  batched = pipeline.generate(
-    ["a red circle", "two blue stars"], num_images=2, steps=STEPS, seed=2, batch_size=3
-  )
+  batched = pipeline.generate(["a red circle", "two blue stars"], num_images=2, steps=STEPS, seed=2, batch_size=3)
   for a, b in zip(batched, both):  # another program: float rounding may tip a pixel over one level
     assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 1
 
@@ -185,9 +184,7 @@ def test_the_longest_prompt_that_fits_and_one_more(pipeline, tokenizer):
     word += " red"
   assert len(tokenizer.encode("a" + word)) + 1 == room
   assert len(pipeline.generate("a" + word, steps=STEPS, guidance=1.0)) == 1
-  with pytest.raises(
-    UserError, match=f"the prompt has {room + 1} tokens, and the context holds {room}: shorten it"
-  ):
+  with pytest.raises(UserError, match=f"the prompt has {room + 1} tokens, and the context holds {room}: shorten it"):
     pipeline.generate("a" + word + " red", steps=STEPS)
 
 

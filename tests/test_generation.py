@@ -50,9 +50,7 @@ def _depthwise_loop(x, kernel):
 @pytest.mark.parametrize("path", ["depthwise", "_convolution", "_shifted_sum"])
 def test_depthwise_convolution_equals_its_definition(path):
   x, kernel = _random(2, 5, 9, 3), _random(7, 7, 3, seed=1)
-  np.testing.assert_allclose(
-    getattr(generation, path)(x, kernel), _depthwise_loop(x, kernel), rtol=1e-4, atol=1e-4
-  )
+  np.testing.assert_allclose(getattr(generation, path)(x, kernel), _depthwise_loop(x, kernel), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.smoke
@@ -131,9 +129,7 @@ def test_images_do_not_see_each_other_and_each_has_its_own_time(stack):
 
   together = velocity(latents, time)
   for i in range(2):
-    np.testing.assert_allclose(
-      together[i : i + 1], velocity(latents[i : i + 1], time[i : i + 1]), rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(together[i : i + 1], velocity(latents[i : i + 1], time[i : i + 1]), rtol=1e-4, atol=1e-5)
   assert np.abs(together[0] - velocity(latents, time[::-1])[0]).max() > 1e-3
 
 
@@ -160,8 +156,6 @@ def test_the_full_heads_have_the_published_number_of_parameters():
   decoder = GenerationDecoder(config, 2048, 4, jnp.bfloat16)
   key = jax.random.key(0)
   shapes = unbox(jax.eval_shape(encoder.init, key, f32(1, 48, 48, 4), f32(1)))
-  shapes_decoder = unbox(
-    jax.eval_shape(decoder.init, key, f32(1, 576, 768), f32(1, 24, 24, 768), f32(1, 2048))
-  )
+  shapes_decoder = unbox(jax.eval_shape(decoder.init, key, f32(1, 576, 768), f32(1, 24, 24, 768), f32(1, 2048)))
   count = lambda tree: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
   assert round((count(shapes) + count(shapes_decoder)) / 1e6, 2) == 72.18

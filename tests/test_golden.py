@@ -36,9 +36,7 @@ def test_its_weights_and_logits_are_what_they_were(workdir):
 
   for weights in ("ema", "raw"):
     loaded, wanted = checkpoint.load_params(step_dir, weights), params(weights)
-    frozen = {
-      path for path in flatten_dict(wanted, sep="/") if path.startswith(("understanding_encoder", "vae"))
-    }
+    frozen = {path for path in flatten_dict(wanted, sep="/") if path.startswith(("understanding_encoder", "vae"))}
     flat = flatten_dict(wanted, sep="/") | {p: flatten_dict(params("raw"), sep="/")[p] for p in frozen}
     got = flatten_dict(loaded, sep="/")
     assert got.keys() == flat.keys()

@@ -232,9 +232,7 @@ def test_beside_a_whole_file_the_index_is_stale(tmp_path, capsys):
   save_file(whole, directory / "model.safetensors")
   read = checkpoints.read_checkpoint(directory).params["understanding_start"]
   np.testing.assert_array_equal(read, whole["beg_of_und_embed"][0])
-  assert (
-    "model.safetensors is read, and not the shards of model.safetensors.index.json" in capsys.readouterr().err
-  )
+  assert "model.safetensors is read, and not the shards of model.safetensors.index.json" in capsys.readouterr().err
   for path in shards:
     path.unlink()
   checkpoints.describe(directory)
@@ -272,7 +270,7 @@ def _rewrite_header(path: pathlib.Path, change) -> None:
     (lambda h: h.update({f"empty.{i}": EMPTY for i in range(5000)}), "empty.0"),
     (lambda h: h.update({"language_model.model.layers.0.self_attn.q_norm.weight": EMPTY}), "q_norm"),
   ],
-)  # fmt: skip
+)
 def test_a_header_that_lies_is_refused(published, tmp_path, unread, change, part):
   copy = _copy(published, tmp_path)
   _rewrite_header(copy / "model.safetensors", change)
@@ -341,13 +339,11 @@ def test_the_table_of_jflows_own_layout_is_the_model(change, kind):
   values = tiny.DICT | change
   if kind == "autoencoder_kl":
     values |= {
-      "autoencoder": values["autoencoder"]
-      | dict(kind=kind, block_channels=[8, 16], layers_per_block=2, norm_groups=4)
+      "autoencoder": values["autoencoder"] | dict(kind=kind, block_channels=[8, 16], layers_per_block=2, norm_groups=4)
     }
   config = JanusFlowConfig.from_dict(values)
   found = {
-    "/".join(k.key for k in path): x.shape
-    for path, x in tiny.jax.tree_util.tree_leaves_with_path(tiny.shapes(config))
+    "/".join(k.key for k in path): x.shape for path, x in tiny.jax.tree_util.tree_leaves_with_path(tiny.shapes(config))
   }
   assert own_layout.shapes(config) == found
 
@@ -373,9 +369,7 @@ def _head(directory: pathlib.Path, tied: bool, head: str, prefix: str) -> None:
   if head == "absent":
     del values[f"{prefix}lm_head.weight"]
   save_file(values, path)
-  _set(
-    directory / "config.json", f"{_LANGUAGE}/tie_word_embeddings" if prefix else "tie_word_embeddings", tied
-  )
+  _set(directory / "config.json", f"{_LANGUAGE}/tie_word_embeddings" if prefix else "tie_word_embeddings", tied)
 
 
 @pytest.fixture(scope="module")
@@ -384,16 +378,17 @@ def parts(tmp_path_factory) -> dict[str, pathlib.Path]:
   root = tmp_path_factory.mktemp("parts")
   rng = np.random.default_rng(0)
   values = official_checkpoint.tensors(1024)
-  llm = {
-    name.removeprefix("language_model."): x
-    for name, x in values.items()
-    if name.startswith("language_model.")
-  }
+  llm = {name.removeprefix("language_model."): x for name, x in values.items() if name.startswith("language_model.")}
   config = json.loads((official_checkpoint.TINY / "config.json").read_text())
   vision = dict(
-    model_type="siglip_vision_model", image_size=64, patch_size=16, hidden_size=48, intermediate_size=96,
-    num_hidden_layers=1, num_attention_heads=4,
-  )  # fmt: skip
+    model_type="siglip_vision_model",
+    image_size=64,
+    patch_size=16,
+    hidden_size=48,
+    intermediate_size=96,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+  )
   from jflow.interop import names, transformers_config
   from jflow.interop.fields import Fields
 
@@ -425,9 +420,7 @@ def parts(tmp_path_factory) -> dict[str, pathlib.Path]:
     ("huggingface-parts", False, "absent", "tie_word_embeddings"),
   ],
 )
-def test_a_tied_head_is_the_embedding_or_refused(
-  published, parts, tmp_path, capsys, layout, tied, head, message
-):
+def test_a_tied_head_is_the_embedding_or_refused(published, parts, tmp_path, capsys, layout, tied, head, message):
   source = _copy(published if layout == "official" else parts["llm"], tmp_path)
   _head(source, tied, head, "language_model." if layout == "official" else "")
   argv = (
@@ -471,9 +464,5 @@ def test_the_command_line_has_no_traceback(published, tmp_path):
   copy = _copy(published, tmp_path)
   _set(copy / "config.json", f"{_LANGUAGE}/num_hidden_layers", 10**9)
   argv = [sys.executable, "-m", "jflow", "convert", f"--input={copy}", f"--output={tmp_path / 'out'}"]
-  done = subprocess.run(
-    argv, capture_output=True, text=True, cwd=tiny.ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}
-  )
-  assert (
-    done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "num_hidden_layers" in done.stderr
-  )
+  done = subprocess.run(argv, capture_output=True, text=True, cwd=tiny.ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+  assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "num_hidden_layers" in done.stderr

@@ -22,9 +22,13 @@ def listeners():
     def getsockname(self):
       return self._host, 8000
 
-  return {"loopback": At("127.0.0.1"), "loopback6": At("::1"), "wildcard": At("0.0.0.0"),
-          "wildcard6": At("::"),
-          "one": At("192.0.2.7")}  # fmt: skip
+  return {
+    "loopback": At("127.0.0.1"),
+    "loopback6": At("::1"),
+    "wildcard": At("0.0.0.0"),
+    "wildcard6": At("::"),
+    "one": At("192.0.2.7"),
+  }
 
 
 def answer(hosts, headers, path="/", method="GET", version="1.1"):
@@ -38,8 +42,13 @@ def answer(hosts, headers, path="/", method="GET", version="1.1"):
   async def send(message):
     sent.append(message)
 
-  scope = {"type": "http", "http_version": version, "path": path, "method": method,
-           "headers": [(k.encode(), v.encode("latin-1")) for k, v in headers]}  # fmt: skip
+  scope = {
+    "type": "http",
+    "http_version": version,
+    "path": path,
+    "method": method,
+    "headers": [(k.encode(), v.encode("latin-1")) for k, v in headers],
+  }
   asyncio.run(Guarded(app, hosts)(scope, None, send))
   start, body = sent
   kept = [(k.lower(), v) for k, v in start["headers"]]
@@ -62,12 +71,38 @@ LOOPBACK = [
   "[::1]:8000",
 ]
 BAD = [
-  "", " ", "evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example",
-  "evil.localhost", "localhost:80:80", "localhost:port", "localhost:123456", "localhost/", "a@localhost",
-  "localhost@a", "localhost,evil", "localhost evil", "localhost\t", "[::1", "::1", "[::1]x", "[127.0.0.1]",
-  "l\xf6calhost", "localhost..", "127.1", "0x7f.1", "2130706433", "http://localhost", "*", "localhost#",
-  "localhost\x00", "[::1%25lo]", ".",
-]  # fmt: skip
+  "",
+  " ",
+  "evil.example",
+  "evil.example:8000",
+  "localhost.evil.example",
+  "127.0.0.1.evil.example",
+  "evil.localhost",
+  "localhost:80:80",
+  "localhost:port",
+  "localhost:123456",
+  "localhost/",
+  "a@localhost",
+  "localhost@a",
+  "localhost,evil",
+  "localhost evil",
+  "localhost\t",
+  "[::1",
+  "::1",
+  "[::1]x",
+  "[127.0.0.1]",
+  "l\xf6calhost",
+  "localhost..",
+  "127.1",
+  "0x7f.1",
+  "2130706433",
+  "http://localhost",
+  "*",
+  "localhost#",
+  "localhost\x00",
+  "[::1%25lo]",
+  ".",
+]
 
 
 @pytest.mark.parametrize(
@@ -75,15 +110,18 @@ BAD = [
   [
     ("loopback", [], LOOPBACK, [*BAD, "192.0.2.7", "0.0.0.0", "[::]", "10.0.0.1", HERE]),
     ("loopback6", [], LOOPBACK, BAD),
-    ("loopback", ["Chat.Example.", "192.0.2.9"], ["chat.example", "CHAT.example.:443", "192.0.2.9",
-    *LOOPBACK],
-     [*BAD, "example", "a.chat.example"]),
+    (
+      "loopback",
+      ["Chat.Example.", "192.0.2.9"],
+      ["chat.example", "CHAT.example.:443", "192.0.2.9", *LOOPBACK],
+      [*BAD, "example", "a.chat.example"],
+    ),
     ("loopback", ["*"], [*LOOPBACK, "evil.example"], ["", "localhost@a", "localhost:80:80"]),
     ("wildcard", [], [*LOOPBACK, "192.0.2.7", "[2001:db8::1]:8000", HERE, f"{HERE}:8000", HERE.upper()], BAD),
     ("wildcard6", [], [*LOOPBACK, "192.0.2.7", HERE], BAD),
     ("one", [], ["192.0.2.7", "192.0.2.7:8000", HERE], [*BAD, "127.0.0.1", "localhost", "192.0.2.8"]),
   ],
-)  # fmt: skip
+)
 def test_a_host_is_one_that_the_listener_goes_by(listeners, at, allowed, good, bad):
   host = listeners[at].getsockname()[0]
   hosts = Hosts(listeners[at], host, allowed)
@@ -135,9 +173,7 @@ def test_an_origin_is_a_page_of_this_server(listeners, at, host, allowed, origin
   hosts = Hosts(listeners[at], listeners[at].getsockname()[0], allowed)
   for method in ("GET", "POST", "OPTIONS"):
     assert answer(hosts, [("host", host), ("origin", origin)], "/v1/chat/completions", method) == status
-  assert answer(hosts, [("host", host), ("origin", origin), ("origin", origin)]) == (
-    200 if allowed == ["*"] else 403
-  )
+  assert answer(hosts, [("host", host), ("origin", origin), ("origin", origin)]) == (200 if allowed == ["*"] else 403)
 
 
 @pytest.mark.parametrize("command", ["serve", "demo"])

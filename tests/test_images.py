@@ -108,9 +108,7 @@ def test_exif_rotation_is_applied():
   pixels = _gradient(40, 20)
   exif = Image.Exif()
   exif[0x0112] = 6  # to be shown rotated by 90 degrees clockwise
-  np.testing.assert_array_equal(
-    images.decode(_encode(Image.fromarray(pixels), exif=exif)), np.rot90(pixels, -1)
-  )
+  np.testing.assert_array_equal(images.decode(_encode(Image.fromarray(pixels), exif=exif)), np.rot90(pixels, -1))
 
 
 def test_alpha_is_laid_over_white():
@@ -182,9 +180,7 @@ def _riff(name: bytes, body: bytes) -> bytes:
 
 def _png_header(width: int, height: int) -> bytes:
   header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-  return (
-    b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(b"")) + _chunk(b"IEND")
-  )
+  return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(b"")) + _chunk(b"IEND")
 
 
 @pytest.mark.parametrize(
@@ -239,9 +235,7 @@ LARGE, UNFOLDS = bytes(2 * 2**20), zlib.compress(bytes(3 * 2**20))
 ENTRIES = struct.pack("<HHHLHHHHLL", 2, 0x0112, 3, 1, 3, 0, 0x0131, 2, 10**6, 10**6)
 TURNED = b"II*\0\x08\0\0\0" + ENTRIES
 HEXADECIMAL = b"\nexif\n      34\n" + TURNED.hex().encode()
-MANY_TAGS = b"II*\0\x08\0\0\0\xff\xff" + b"".join(
-  struct.pack("<HHLL", i, 2, 500_000, 8) for i in range(60_000)
-)
+MANY_TAGS = b"II*\0\x08\0\0\0\xff\xff" + b"".join(struct.pack("<HHLL", i, 2, 500_000, 8) for i in range(60_000))
 
 
 def _in_png(*chunks: bytes, behind: bytes = b"") -> bytes:
@@ -279,9 +273,7 @@ METADATA = {
   "PNG, EXIF of many large tags": _in_png(_chunk(b"eXIf", MANY_TAGS)),
   "PNG, EXIF in a chain of names": _in_png(_chunk(b"eXIf", b"Exif\0\0" * 2**20)),
   "PNG, profile in a text that is no text": _in_png(_chunk(b"zTXt", b"Raw profile type exif\0\0" + UNFOLDS)),
-  "PNG, texts named as what Pillow knows": _in_png(
-    _chunk(b"tEXt", b"transparency\0x"), _chunk(b"tEXt", b"bbox\0x")
-  ),
+  "PNG, texts named as what Pillow knows": _in_png(_chunk(b"tEXt", b"transparency\0x"), _chunk(b"tEXt", b"bbox\0x")),
   "PNG, chunks without contents": _in_png(
     *map(_chunk, (b"iCCP", b"pHYs", b"sRGB", b"gAMA", b"eXIf", b"acTL", b"fcTL"))
   ),
@@ -309,7 +301,7 @@ METADATA = {
   "GIF, comments": _in_gif(b"!\xfe" + (b"\xff" + bytes(255)) * 20_000 + b"\0"),
   "GIF, a program's data": _in_gif(b"!\xff\x0bNETSCAPE2.0\0"),
   "GIF, zeros": _in_gif(LARGE),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("data", METADATA.values(), ids=METADATA)
@@ -343,9 +335,20 @@ def _xmp(orientation: int) -> bytes:
     _in_jpeg(_segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + _xmp(3))),
     _telephone(exif=b"Exif\0\0" + TURNED),
   ],
-  ids=["png", "png-behind", "png-text", "png-xmp", "webp", "webp-named", "webp-xmp", "jpeg", "jpeg-second",
-       "jpeg-xmp", "two-pictures"],
-)  # fmt: skip
+  ids=[
+    "png",
+    "png-behind",
+    "png-text",
+    "png-xmp",
+    "webp",
+    "webp-named",
+    "webp-xmp",
+    "jpeg",
+    "jpeg-second",
+    "jpeg-xmp",
+    "two-pictures",
+  ],
+)
 def test_a_rotation_is_applied_wherever_it_can_be_read(data):
   plain = JPEG if data[:1] == b"\xff" else PNG
   np.testing.assert_array_equal(images.decode(data), np.rot90(images.decode(plain), 2))
@@ -446,9 +449,7 @@ def _resident() -> float:
   return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-@pytest.mark.skipif(
-  not os.path.exists("/proc/self/statm"), reason="reads the memory of a process as Linux shows it"
-)
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads the memory of a process as Linux shows it")
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the damage
 def test_damaged_images_raise_nothing_else(capsys):
   """S5: 9,000 mutated images; only our error comes out, and no memory stays behind."""
@@ -483,9 +484,7 @@ def test_damaged_images_raise_nothing_else(capsys):
   assert outcomes.total() == 9000 and min(outcomes[r] for r in ("decoded", "format", "unreadable")) > 300
   assert grown < 16
   with capsys.disabled():
-    print(
-      f"\nS5 mutated images 9,000: escaped 0, {dict(outcomes)}, memory {grown:+.1f} MB after the first 1,800"
-    )
+    print(f"\nS5 mutated images 9,000: escaped 0, {dict(outcomes)}, memory {grown:+.1f} MB after the first 1,800")
 
 
 def test_read_names_the_file(tmp_path):
@@ -494,18 +493,14 @@ def test_read_names_the_file(tmp_path):
   (tmp_path / "broken.png").write_bytes(b"x")
   with pytest.raises(UserError, match="broken.png"):
     images.read(str(tmp_path / "broken.png"))
-  np.testing.assert_array_equal(
-    images.read(str(GOLDEN / "wide.png")), np.asarray(Image.open(GOLDEN / "wide.png"))
-  )
+  np.testing.assert_array_equal(images.read(str(GOLDEN / "wide.png")), np.asarray(Image.open(GOLDEN / "wide.png")))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_square_of_a_large_jpeg_is_that_of_the_whole_picture(orientation):
   """Decoded at a half or a quarter, whatever its rotation; nearly the pixels of the full decode."""
   rng = np.random.default_rng(orientation)
-  soft = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8)).resize(
-    (421, 307), Image.Resampling.BICUBIC
-  )
+  soft = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8)).resize((421, 307), Image.Resampling.BICUBIC)
   exif = Image.Exif()
   exif[ExifTags.Base.Orientation] = orientation
   buffer = io.BytesIO()
@@ -516,9 +511,7 @@ def test_a_square_of_a_large_jpeg_is_that_of_the_whole_picture(orientation):
     left, top, side = box
     assert side == min(upright.size) and left + side <= upright.width and top + side <= upright.height
     got = images.square(buffer.getvalue(), size, box)
-    np.testing.assert_array_equal(
-      got, images.for_generation(buffer.getvalue(), size, np.random.default_rng(size))
-    )
+    np.testing.assert_array_equal(got, images.for_generation(buffer.getvalue(), size, np.random.default_rng(size)))
     edges = (left, top, left + side, top + side)
     whole = np.asarray(upright.resize((size, size), Image.Resampling.BICUBIC, box=edges))
     assert np.abs(got.astype(int) - whole).mean() < 1.5

@@ -11,9 +11,9 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from preparing import chat, image, make_folder, read_back, run, write_lines
 
 from jflow.errors import UserError
-from preparing import chat, image, make_folder, read_back, run, write_lines
 
 
 @pytest.fixture
@@ -126,9 +126,7 @@ def test_each_broken_line_is_counted_under_its_reason(folder):
   assert summary["rejected"] == {reason: reasons.count(reason) for reason in reasons}
   assert summary["accepted"] == 3 and [r.images for r in read_back(output)] == [(image(i),) for i in range(3)]
   first = summary["first_rejected"]
-  assert list(first) == list(summary["rejected"]) and first["broken_json"]["where"].endswith(
-    "chat.jsonl line 2"
-  )
+  assert list(first) == list(summary["rejected"]) and first["broken_json"]["where"].endswith("chat.jsonl line 2")
   assert re.search("99.png not found .* see --image_root", first["missing_image"]["message"])
   assert first["unreadable"]["message"] == "the image is cut short"
   listed = [json.loads(line) for line in pathlib.Path(output, "rejected.jsonl").read_text().splitlines()]

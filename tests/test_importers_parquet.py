@@ -9,11 +9,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image
+from preparing import chat, image, make_folder, read_back, run
 
 from jflow.data import images
 from jflow.data.records import Record, Turn
 from jflow.errors import UserError
-from preparing import chat, image, make_folder, read_back, run
 
 TURNS = (Turn("user", "<image>\nWhich?"), Turn("assistant", "This."))
 
@@ -58,17 +58,29 @@ def test_captions(folder, make):
 @pytest.mark.parametrize(
   "row",
   [
-    {"image": image(1), "conversations": [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "This."}]},
-    {"images": [{"bytes": image(1), "path": None}],
-     "conversations": json.dumps([{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "This."}])},
-    {"images": [{"bytes": image(1), "path": None}],
-     "messages": [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "\nWhich?"}]},
-                  {"role": "assistant", "content": [{"type": "text", "text": "This."}]}]},
-    {"images": [{"bytes": image(1), "path": None}], "texts": [{"user": "\nWhich?", "assistant": "This.", "source": "x"}]},
+    {
+      "image": image(1),
+      "conversations": [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "This."}],
+    },
+    {
+      "images": [{"bytes": image(1), "path": None}],
+      "conversations": json.dumps([{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "This."}]),
+    },
+    {
+      "images": [{"bytes": image(1), "path": None}],
+      "messages": [
+        {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "\nWhich?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "This."}]},
+      ],
+    },
+    {
+      "images": [{"bytes": image(1), "path": None}],
+      "texts": [{"user": "\nWhich?", "assistant": "This.", "source": "x"}],
+    },
     {"image": image(1), "question": "Which?", "answer": "This."},
   ],
   ids=["llava", "json", "chat", "pairs", "question"],
-)  # fmt: skip
+)
 def test_conversations_in_all_their_forms(folder, row):
   _table(folder, [row])
   _, output = _run(folder)
@@ -90,9 +102,7 @@ def test_interleaved_documents(folder):
 
 
 def test_columns_may_be_named(folder):
-  rows = [
-    {"photo": image(i), "alt": f"alt {i}", "caption": "not this", "score": 1.5, "n": i} for i in range(3)
-  ]
+  rows = [{"photo": image(i), "alt": f"alt {i}", "caption": "not this", "score": 1.5, "n": i} for i in range(3)]
   _table(folder, rows)
   with pytest.raises(UserError, match="no column of images: name it by --image_column, one of photo, alt"):
     _run(folder, "generation")
@@ -107,9 +117,7 @@ def test_columns_are_found_in_any_case_and_a_missing_one_is_named(folder):
   _, output = _run(folder, "generation")
   assert read_back(output, "generation") == [Record("0", (image(1),), "A cat.", ())]
   _table(folder, [{"image": image(1), "label": "cat"}])
-  with pytest.raises(
-    UserError, match="has no column of texts: name it by --text_column, one of image, label"
-  ):
+  with pytest.raises(UserError, match="has no column of texts: name it by --text_column, one of image, label"):
     _run(folder, "generation", output=output + "2")
 
 
@@ -148,9 +156,7 @@ def test_each_broken_row_is_counted_under_its_reason(folder):
 
 def test_damage_costs_its_row_group_and_a_file_of_another_kind_is_named(folder):
   noise = [{"text": f"{i} " + image(i).hex() * 20} for i in range(8)]
-  _table(
-    folder, noise, row_group_size=4, write_page_checksum=True, use_dictionary=False, write_statistics=False
-  )
+  _table(folder, noise, row_group_size=4, write_page_checksum=True, use_dictionary=False, write_statistics=False)
   path = folder / "train-00000-of-00001.parquet"
   data = bytearray(path.read_bytes())
   column = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0)
@@ -212,13 +218,31 @@ ODD = pyarrow.DictionaryArray.from_arrays([0] * 40 + [1] + [0] * 29, _texts("a c
     ({"image": _one_bad(), "caption": CAPTIONS}, {"invalid_utf8": 1, "missing_image": ROWS - 1}),
     ({"image": PNG, "caption": CAPTIONS, "video": _one_bad()}, {"invalid_utf8": 1}),
     ({"image": PNG, "caption": CAPTIONS, "a.b": CAPTIONS, "a": [1] * ROWS}, {}),
-    ({"image": pyarrow.array(PNG, pyarrow.large_binary()), "caption": pyarrow.array(CAPTIONS, pyarrow.string_view())}, {}),
+    (
+      {"image": pyarrow.array(PNG, pyarrow.large_binary()), "caption": pyarrow.array(CAPTIONS, pyarrow.string_view())},
+      {},
+    ),
     ({"image": pyarrow.nulls(ROWS), "caption": CAPTIONS}, {"missing_image": ROWS}),
     ({"image": [1] * ROWS, "caption": CAPTIONS}, {"bad_field": ROWS}),
   ],
-  ids=["url", "dictionary", "id", "another-caption", "date", "timestamp", "path", "caption", "dictionary-caption",
-       "image", "video", "names-with-dots", "large-types", "nulls", "numbers"],
-)  # fmt: skip
+  ids=[
+    "url",
+    "dictionary",
+    "id",
+    "another-caption",
+    "date",
+    "timestamp",
+    "path",
+    "caption",
+    "dictionary-caption",
+    "image",
+    "video",
+    "names-with-dots",
+    "large-types",
+    "nulls",
+    "numbers",
+  ],
+)
 def test_a_cell_that_cannot_be_read_costs_the_row_that_needs_it(folder, columns, rejected):
   _table_of(folder, columns)
   reasons = _reasons(folder, "generation")
@@ -376,9 +400,7 @@ def _tags(data: bytes, **changed: int) -> bytes:
     tag = int.from_bytes(data[entry : entry + 2], "little")
     if f"tag{tag}" in changed:
       kind, value = 4, changed[f"tag{tag}"]
-      data[entry + 2 : entry + 12] = b"".join(
-        n.to_bytes(s, "little") for n, s in ((kind, 2), (1, 4), (value, 4))
-      )
+      data[entry + 2 : entry + 12] = b"".join(n.to_bytes(s, "little") for n, s in ((kind, 2), (1, 4), (value, 4)))
     if f"count{tag}" in changed:
       data[entry + 4 : entry + 8] = changed[f"count{tag}"].to_bytes(4, "little")
   return bytes(data)

@@ -6,10 +6,10 @@ import json
 import lzma
 
 import pytest
+from preparing import read_back, run, write_lines
 
 from jflow.data.importers import text
 from jflow.errors import UserError
-from preparing import read_back, run, write_lines
 
 
 @pytest.fixture
@@ -38,9 +38,7 @@ def test_a_file_is_a_document(folder):
   assert summary["shard_lengths"] == [3]  # small files share a shard
 
 
-DOCUMENTS = [
-  f"Document {i}.\nLine" + f" {i} again and again." * (i % 7) + f"\nIts end {i}." for i in range(40)
-]
+DOCUMENTS = [f"Document {i}.\nLine" + f" {i} again and again." * (i % 7) + f"\nIts end {i}." for i in range(40)]
 
 
 @pytest.mark.parametrize("part_bytes", [1, 37, 500, 10**9])
@@ -57,9 +55,7 @@ def test_paragraphs_are_the_same_wherever_parts_are_cut(folder, monkeypatch, par
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".txt"])
 def test_lines_are_the_same_wherever_parts_are_cut(folder, monkeypatch, part_bytes, ending):
   monkeypatch.setattr(text, "PART_BYTES", part_bytes)
-  lines = [
-    f"Line {i} né" if ending == ".txt" else json.dumps({"text": DOCUMENTS[i], "id": i}) for i in range(40)
-  ]
+  lines = [f"Line {i} né" if ending == ".txt" else json.dumps({"text": DOCUMENTS[i], "id": i}) for i in range(40)]
   data = "\n".join(lines[:20] + [""] + lines[20:]).encode()
   (folder / ("lines" + ending)).write_bytes(gzip.compress(data) if ending.endswith("gz") else data)
   _, output = _run(folder, documents="line")
@@ -101,10 +97,7 @@ def test_each_broken_document_is_counted_under_its_reason(folder, monkeypatch):
   summary, output = _run(folder, max_rejected_share=1.0)
   reasons = [reason for _, reason in cases] + ["empty_shard", "broken_gzip", "bomb"]
   assert summary["rejected"] == {reason: reasons.count(reason) for reason in reasons}
-  assert (
-    _texts(output) == ["good", "good"]
-    and "a.jsonl byte 17" in summary["first_rejected"]["broken_json"]["where"]
-  )
+  assert _texts(output) == ["good", "good"] and "a.jsonl byte 17" in summary["first_rejected"]["broken_json"]["where"]
 
 
 def test_mistakes_get_one_clear_line(folder):

@@ -7,10 +7,10 @@ import sys
 
 import numpy as np
 import pytest
+from preparing import image, read_back, run
 
 from jflow.data.records import Turn
 from jflow.errors import UserError
-from preparing import image, read_back, run
 
 
 def _write(folder, features, examples, file_format="array_record"):
@@ -50,9 +50,7 @@ def _captioned(f):
   }
 
 
-EXAMPLES = [
-  {"image": image(i, "JPEG"), "label": i % 2, "caption": f"pet {i}, né", "score": i / 2} for i in range(7)
-]
+EXAMPLES = [{"image": image(i, "JPEG"), "label": i % 2, "caption": f"pet {i}, né", "score": i / 2} for i in range(7)]
 
 
 @pytest.mark.parametrize("file_format", ["array_record", "parquet"])
@@ -175,9 +173,7 @@ SOUND = {
   ],
   ids=["url", "unused", "label", "text", "used-label", "lengths", "used"],
 )
-def test_a_feature_that_cannot_be_read_costs_the_record_that_needs_it(
-  texts, tmp_path, changed, options, rejected
-):
+def test_a_feature_that_cannot_be_read_costs_the_record_that_needs_it(texts, tmp_path, changed, options, rejected):
   turns = {"turns/role": [b"user", b"assistant"], "turns/content": [b"Why?", b"So."]}
   sound = SOUND | (turns if options.get("text_column") == "turns" else {})
   examples = [_stored(**sound), _stored(**sound | changed), _stored(**sound)]

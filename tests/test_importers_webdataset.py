@@ -12,17 +12,27 @@ import tarfile
 
 import numpy as np
 import pytest
+from preparing import image, read_back, run, write_tar
 
 from jflow.data.importers import tar
 from jflow.data.records import RecordError, Turn
 from jflow.errors import UserError
-from preparing import image, read_back, run, write_tar
 
 
 def _sample(key: str, index: int, caption: str, **more) -> dict[str, bytes]:
   """A sample as img2dataset writes it."""
-  meta = {"caption": caption, "url": f"http://a.b/{key}.jpg", "key": key, "status": "success",
-          "error_message": None, "width": 12 + index, "height": 9, "original_width": 800, "exif": "{}", **more}  # fmt: skip
+  meta = {
+    "caption": caption,
+    "url": f"http://a.b/{key}.jpg",
+    "key": key,
+    "status": "success",
+    "error_message": None,
+    "width": 12 + index,
+    "height": 9,
+    "original_width": 800,
+    "exif": "{}",
+    **more,
+  }
   return {
     f"{key}.jpg": image(index, "JPEG"),
     f"{key}.txt": caption.encode(),
@@ -63,9 +73,7 @@ def test_the_metadata_stays_with_the_record(tars):
 
   _, output = _run(tars)
   meta = json.loads(tfds.builder_from_directory(output).as_data_source("train")[5]["meta"])
-  assert (
-    meta["url"] == "http://a.b/000010001.jpg" and meta["original_width"] == 800 and meta["aesthetic"] == 1.0
-  )
+  assert meta["url"] == "http://a.b/000010001.jpg" and meta["original_width"] == 800 and meta["aesthetic"] == 1.0
   assert "caption" not in meta and "error_message" not in meta
 
 
@@ -98,16 +106,18 @@ def test_a_shard_that_is_missing_gets_one_clear_line(tars, name, message):
 def test_conversations_and_interleaved_documents_in_json(tars):
   turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "This."}]
   members = {
-    "a.png": image(1), "a.json": json.dumps({"conversations": turns}).encode(),
-    "b.0.png": image(2), "b.1.webp": image(3, "WEBP"), "b.txt": b"First <image>, then <image>.",
-    "c.PNG": image(4), "c.txt": "\ufeffné".encode(),
-  }  # fmt: skip
+    "a.png": image(1),
+    "a.json": json.dumps({"conversations": turns}).encode(),
+    "b.0.png": image(2),
+    "b.1.webp": image(3, "WEBP"),
+    "b.txt": b"First <image>, then <image>.",
+    "c.PNG": image(4),
+    "c.txt": "\ufeffné".encode(),
+  }
   write_tar(tars / "mixed.tar", members)
   _, output = _run(tars, "understanding", "mixed.tar")
   first, second, third = read_back(output)
-  assert first.turns == (Turn("user", "<image>\nWhich?"), Turn("assistant", "This.")) and first.images == (
-    image(1),
-  )
+  assert first.turns == (Turn("user", "<image>\nWhich?"), Turn("assistant", "This.")) and first.images == (image(1),)
   assert second.images == (image(2), image(3, "WEBP")) and second.text == "First <image>, then <image>."
   assert third.text == "né" and third.images == (image(4),)
 
@@ -164,9 +174,7 @@ def test_the_reader_agrees_with_pythons(tmp_path, format, mode):
   if format != tarfile.USTAR_FORMAT:
     members |= {"z" * 180 + f"/né-{i}.txt": b"long name" for i in range(3)}
   path = write_tar(tmp_path / "a.tar", members, mode, format=format)
-  with tarfile.open(
-    tmp_path / "b.tar", "w", format=format
-  ) as file:  # a folder, and times that need extended headers
+  with tarfile.open(tmp_path / "b.tar", "w", format=format) as file:  # a folder, and times that need extended headers
     file.add(tmp_path, "folder", recursive=False)
     info = tarfile.TarInfo("folder/a.txt")
     info.size, info.mtime, info.uname = 3, 1.5, "né"
@@ -344,9 +352,21 @@ def _counts(tars, data: bytes, task="generation", **options) -> dict[str, int]:
     (FIRST + gzip.compress(SECOND), {"accepted": 1, "broken_tar": 1}),
     (gzip.compress(FIRST) + SECOND, {"accepted": 1, "broken_gzip": 1}),
   ],
-  ids=["joined", "far-apart", "zeros-inside", "no-end", "gzips", "zeros-behind-gzip", "cut", "junk", "askew", "words",
-       "gzip-behind", "tar-behind-gzip"],
-)  # fmt: skip
+  ids=[
+    "joined",
+    "far-apart",
+    "zeros-inside",
+    "no-end",
+    "gzips",
+    "zeros-behind-gzip",
+    "cut",
+    "junk",
+    "askew",
+    "words",
+    "gzip-behind",
+    "tar-behind-gzip",
+  ],
+)
 def test_what_follows_the_end_of_a_tar_is_read_or_counted(tars, data, counts):
   assert _counts(tars, data) == counts
 
@@ -357,7 +377,11 @@ CHAT = [{"from": "human", "value": "<image>Which?"}, {"from": "gpt", "value": "T
 @pytest.mark.parametrize(
   "members, options, text",
   [
-    ({"input.jpg": JPEG, "outputs.txt": b"a cat"}, {"image_column": "input.jpg", "text_column": "outputs.txt"}, "a cat"),
+    (
+      {"input.jpg": JPEG, "outputs.txt": b"a cat"},
+      {"image_column": "input.jpg", "text_column": "outputs.txt"},
+      "a cat",
+    ),
     ({"img": JPEG, "cap": b"a cat"}, {"image_column": "img", "text_column": "cap"}, "a cat"),
     ({"jpg": JPEG, "Caption": b"a cat"}, {"text_column": ".caption"}, "a cat"),
     ({"05.png": image(1), "05.txt": b"a cat"}, {"text_column": "05.txt"}, "a cat"),
@@ -369,7 +393,7 @@ CHAT = [{"from": "human", "value": "<image>Which?"}, {"from": "gpt", "value": "T
     ({"jpg": JPEG, "cap": b"a cat", "json": b'{"broken'}, {"text_column": "cap"}, "a cat"),
   ],
   ids=["writer", "short", "case", "dots", "both", "key", "json-text", "json-chat", "broken-json", "broken-json-beside"],
-)  # fmt: skip
+)
 def test_flags_name_the_members_that_are_there(tars, members, options, text):
   write_tar(tars / "one.tar", {f"key.{ending}": data for ending, data in members.items()})
   task = "understanding" if text == "This." else "generation"
@@ -413,14 +437,22 @@ FIELDS = b"5 a=\n" * 13_000
 @pytest.mark.parametrize(
   "data, counts",
   [
-    (_tar(("._a.jpg", b"x"), *_pair("a"), ("__MACOSX/a.jpg", b"x"), ("d/.DS_Store", b"x")), {"accepted": 1, "hidden": 3}),
+    (
+      _tar(("._a.jpg", b"x"), *_pair("a"), ("__MACOSX/a.jpg", b"x"), ("d/.DS_Store", b"x")),
+      {"accepted": 1, "hidden": 3},
+    ),
     (_tar(*_pair("x/a"), *_pair("y/a"), *_pair("./z/a")), {"accepted": 3}),
     (_tar(*_pair("caf\xe9"), *_pair("caf\xe8"), format=tarfile.USTAR_FORMAT, encoding="latin-1"), {"accepted": 2}),
     (_tar(("a.jpg", JPEG), *_pair("b"), ("a.txt", b"x")), {"accepted": 1, "missing_caption": 1, "duplicate_key": 1}),
-    (_tar(*_pair("a"), ("b.mp4", bytes(2**10)), ("b.txt", b"x"), ("c.wav", b"x")),
-     {"accepted": 1, "with_video": 1, "with_audio": 1}),
+    (
+      _tar(*_pair("a"), ("b.mp4", bytes(2**10)), ("b.txt", b"x"), ("c.wav", b"x")),
+      {"accepted": 1, "with_video": 1, "with_audio": 1},
+    ),
     (_tar(*_pair("a")) + _block("b.mp4", b"0", 2**30), {"accepted": 1, "broken_tar": 1}),
-    (_tar(_pair("a")[0])[:1024 + 512 * (-(-len(JPEG) // 512) - 1)] + BAD_LABEL + _tar(("a.txt", b"x")), {"accepted": 1}),
+    (
+      _tar(_pair("a")[0])[: 1024 + 512 * (-(-len(JPEG) // 512) - 1)] + BAD_LABEL + _tar(("a.txt", b"x")),
+      {"accepted": 1},
+    ),
     (_block("b.jpg", tarfile.LNKTYPE, 5000, "x") + FIRST, {"accepted": 1, "tar_member": 1}),
     (_block("d", tarfile.DIRTYPE, 5000) + FIRST, {"accepted": 1}),
     (_block("name", b"V", 0) + FIRST, {"accepted": 1}),
@@ -431,9 +463,25 @@ FIELDS = b"5 a=\n" * 13_000
     (_block("b", b"x", len(FIELDS)) + FIELDS + bytes(-len(FIELDS) % 512) + FIRST, {"accepted": 1}),
     (_tar(*((f"b.{i}", b"") for i in range(5000))) + FIRST, {"accepted": 1, "missing_image": 1}),
   ],
-  ids=["hidden", "folders", "latin-1", "apart", "media", "video-cut", "link-not-needed", "link-with-size", "folder-with-size",
-       "label", "negative", "negative-256", "huge-256", "long-name", "many-fields", "many-members"],
-)  # fmt: skip
+  ids=[
+    "hidden",
+    "folders",
+    "latin-1",
+    "apart",
+    "media",
+    "video-cut",
+    "link-not-needed",
+    "link-with-size",
+    "folder-with-size",
+    "label",
+    "negative",
+    "negative-256",
+    "huge-256",
+    "long-name",
+    "many-fields",
+    "many-members",
+  ],
+)
 def test_odd_members_cost_themselves_and_are_counted(tars, data, counts):
   assert _counts(tars, data) == counts
 
@@ -464,9 +512,7 @@ def test_what_is_packed_otherwise_is_named_with_what_unpacks_it(tars, name, data
 def test_a_gzip_that_is_cut_gives_the_samples_before(tars):
   rng = np.random.default_rng(0)
   members = [
-    (f"{i}.jpg", JPEG + rng.bytes(5000)) if j == 0 else (f"{i}.txt", b"a cat")
-    for i in range(40)
-    for j in (0, 1)
+    (f"{i}.jpg", JPEG + rng.bytes(5000)) if j == 0 else (f"{i}.txt", b"a cat") for i in range(40) for j in (0, 1)
   ]
   data = gzip.compress(_tar(*members))
   counts = _counts(tars, data[: len(data) // 2])

@@ -5,9 +5,9 @@ import json
 import os
 
 import pytest
+from preparing import chat, image, make_folder, read_back, run, write_lines, write_tar
 
 from jflow.errors import UserError
-from preparing import chat, image, make_folder, read_back, run, write_lines, write_tar
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 1234\n"
 
@@ -74,9 +74,7 @@ def _hide_parquet(folder):
   folder.mkdir()
   for name in ("a.parquet", "._a.parquet", ".git/b.parquet"):
     (folder / name).parent.mkdir(exist_ok=True)
-    parquet.write_table(
-      pa.Table.from_pylist([{"image": image(i), "text": str(i)} for i in range(12)]), folder / name
-    )
+    parquet.write_table(pa.Table.from_pylist([{"image": image(i), "text": str(i)} for i in range(12)]), folder / name)
 
 
 def _hide_tar(folder):
@@ -132,8 +130,14 @@ REFUSED = [  # what is made, format, task, the input, what the message names
   *(
     (lambda f, name=name: _write(f / name, POINTER), format, name, f"{name} is a git-lfs pointer")
     for name, format in (
-      ("b.txt", "text"), ("b.jsonl", "text"), ("b.jsonl.gz", "text"), ("b.jsonl", "llava-jsonl"),
-      ("b.json", "llava-jsonl"), ("b.parquet", "parquet"), ("b.tar", "webdataset"), ("b.tar.gz", "webdataset"),
+      ("b.txt", "text"),
+      ("b.jsonl", "text"),
+      ("b.jsonl.gz", "text"),
+      ("b.jsonl", "llava-jsonl"),
+      ("b.json", "llava-jsonl"),
+      ("b.parquet", "parquet"),
+      ("b.tar", "webdataset"),
+      ("b.tar.gz", "webdataset"),
     )
   ),
   *(
@@ -141,7 +145,7 @@ REFUSED = [  # what is made, format, task, the input, what the message names
     for name, format in (("b.jsonl", "text"), ("b.jsonl", "llava-jsonl"), ("b.json", "llava-jsonl"))
     for data in ('{"text": "a"}'.encode(code) for code in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"))
   ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case", range(len(REFUSED)))

@@ -25,12 +25,12 @@ def _pixels(number):
 
 def _reading():
   turns = (
-    Turn("user", "<image>\nWhat is this, and <image> that?"), Turn("assistant", "A cat; a dog."),
-    Turn("user", "Sure?"), Turn("assistant", "Yes."),
-  )  # fmt: skip
-  sample = examples.build(
-    Record("a", (_pixels(1), _pixels(2)), "", turns), "understanding", TOKENIZER, "plain", 9
+    Turn("user", "<image>\nWhat is this, and <image> that?"),
+    Turn("assistant", "A cat; a dog."),
+    Turn("user", "Sure?"),
+    Turn("assistant", "Yes."),
   )
+  sample = examples.build(Record("a", (_pixels(1), _pixels(2)), "", turns), "understanding", TOKENIZER, "plain", 9)
   return sample
 
 
@@ -54,8 +54,10 @@ def test_a_sample_is_cut_into_its_images_and_what_is_learned():
   assert "".join(run.text for run in runs if run.learned) == " A cat; a dog.‹eos› Yes.‹eos›"
   runs = inspection._runs(_row(_writing()), 1, TOKENIZER, SHAPE.image_slots)
   assert [(run.text, run.learned, run.slot) for run in runs] == [
-    ("‹bos›", False, None), ("a house by the sea", False, None), ("", False, 0),
-  ]  # fmt: skip
+    ("‹bos›", False, None),
+    ("a house by the sea", False, None),
+    ("", False, 0),
+  ]
   runs = inspection._runs(_row(_text()), 1, TOKENIZER, SHAPE.image_slots)
   assert "".join(r.text for r in runs if r.learned) == ("Once upon a time. " * 3).strip() + "‹eos›"
   assert [r.text for r in runs if not r.learned] == ["‹bos›"]
@@ -114,12 +116,8 @@ def test_odd_rows_are_drawn():
   long = RowShape(tokens=4000, images=4, image_patches=9, image_size=24)
   document = examples.build(Record("d", (), "word " * 800, ()), "text", TOKENIZER, "plain", 9)
   many = (_text(),) * 40
-  rows = [
-    packing.pack(samples, long) for samples in ((), (word,), (document, word, _writing(drop=1.0)), many)
-  ]
-  shown = inspection.draw(
-    [inspection.Row("text", "d" * 99, row) for row in rows], [], long, TOKENIZER, "t" * 200
-  )
+  rows = [packing.pack(samples, long) for samples in ((), (word,), (document, word, _writing(drop=1.0)), many)]
+  shown = inspection.draw([inspection.Row("text", "d" * 99, row) for row in rows], [], long, TOKENIZER, "t" * 200)
   assert shown.height < 2400
 
 

@@ -156,9 +156,7 @@ def read_logits(params, tokens, image, start):
   x = apply(tokens[None], method="embed")
   features = apply(image[None] / 127.5 - 1, method="features")
   projector = params["understanding_projector"]
-  slots = jnp.concatenate(
-    [params["understanding_start"][None], features[0] @ projector["kernel"] + projector["bias"]]
-  )
+  slots = jnp.concatenate([params["understanding_start"][None], features[0] @ projector["kernel"] + projector["bias"]])
   x = jax.lax.dynamic_update_slice(x, slots[None], (0, start, 0))
   positions = jnp.arange(len(tokens))[None]
   return apply(apply(x, positions, jnp.ones_like(positions), method="backbone").hidden, method="logits")[0]
@@ -166,9 +164,7 @@ def read_logits(params, tokens, image, start):
 
 def test_the_loss_of_an_answer_is_that_of_a_layout_by_hand():
   sample = tiny.reading(1)
-  logits = read_logits(
-    tiny.params(), sample.tokens, sample.images[0].astype(np.float32), sample.image_starts[0]
-  )
+  logits = read_logits(tiny.params(), sample.tokens, sample.images[0].astype(np.float32), sample.image_starts[0])
   log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
   answer = np.flatnonzero(sample.loss_mask)  # 3 tokens and EOS, each predicted from the one before
   assert len(answer) == 4 and answer[-1] == len(sample.tokens) - 2
@@ -203,16 +199,21 @@ def reached():
 
 def test_the_flow_loss_teaches_the_writing_path_only():
   assert reached()["flow"] == {
-    "generation_encoder", "generation_projector", "generation_output_norm", "generation_output_projector",
-    "generation_decoder", "embed", "layer 0", "layer 1", "norm",
-  }  # fmt: skip
+    "generation_encoder",
+    "generation_projector",
+    "generation_output_norm",
+    "generation_output_projector",
+    "generation_decoder",
+    "embed",
+    "layer 0",
+    "layer 1",
+    "norm",
+  }
 
 
 def test_alignment_reads_after_its_block_and_leaves_the_encoder_alone():
   """alignment_layer = 1: nothing behind block 1, and no gradient into SigLIP, which eq. 8 holds constant."""
-  assert reached()["alignment"] == {
-    "alignment_head", "generation_encoder", "generation_projector", "embed", "layer 0"
-  }  # fmt: skip
+  assert reached()["alignment"] == {"alignment_head", "generation_encoder", "generation_projector", "embed", "layer 0"}
 
 
 def test_losses_not_asked_for_are_zero_and_the_others_unchanged():
@@ -300,12 +301,15 @@ def test_a_bad_model_config_names_its_field(field, value, words):
   assert words in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("changes, words", [
-  ({"block_channels": ()}, "autoencoder.block_channels"),
-  ({"block_channels": (8, 10)}, "autoencoder.block_channels"),
-  ({"layers_per_block": 0}, "autoencoder.layers_per_block"),
-  ({"norm_groups": 0}, "autoencoder.norm_groups"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"block_channels": ()}, "autoencoder.block_channels"),
+    ({"block_channels": (8, 10)}, "autoencoder.block_channels"),
+    ({"layers_per_block": 0}, "autoencoder.layers_per_block"),
+    ({"norm_groups": 0}, "autoencoder.norm_groups"),
+  ],
+)
 def test_a_bad_autoencoder_names_its_field(changes, words):
   good = dict(kind="autoencoder_kl", block_channels=(8, 16), layers_per_block=1, norm_groups=4)
   values = tiny.DICT | {"autoencoder": tiny.DICT["autoencoder"] | good | dict(patch_size=0, window=0)}

@@ -16,8 +16,8 @@ from jflow.world.scenes import COLORS, SHAPES, Object, Scene
 
 sys.path.insert(0, str(tiny.ROOT / "launch" / "experiments"))
 
-import judge_figures  # noqa: E402
-from judge_figures import classes, falsified  # noqa: E402
+import judge_figures
+from judge_figures import classes, falsified
 
 SIDE = 64
 

@@ -62,18 +62,24 @@ def data(tmp_path) -> str:
     lines.append(json.dumps({"image": f"{i}", "caption": f"number {i}"}))
   (tmp_path / "in.jsonl").write_text("\n".join(lines))
   output = str(tmp_path / "data")
-  prepare.prepare(
-    "llava-jsonl", input=str(tmp_path / "in.jsonl"), output=output, task="generation", part_records=6
-  )
+  prepare.prepare("llava-jsonl", input=str(tmp_path / "in.jsonl"), output=output, task="generation", part_records=6)
   return output
 
 
 def configuration(data, **changes):
   fields = dict(
-    first_sentence=0.0, prompt_drop=0.0, workers=0, threads=1, prefetch=1, plan_cache="", max_rejected_share=0.01,
-    latents=True, shapes={}, mixture=((0, (0, 1, 0)),),
+    first_sentence=0.0,
+    prompt_drop=0.0,
+    workers=0,
+    threads=1,
+    prefetch=1,
+    plan_cache="",
+    max_rejected_share=0.01,
+    latents=True,
+    shapes={},
+    mixture=((0, (0, 1, 0)),),
     sources=dict(understanding=(), generation=((data, 1.0),), text=()),
-  )  # fmt: skip
+  )
   return tiny.configuration(data=fields | changes)
 
 
@@ -131,9 +137,7 @@ def test_every_epoch_shows_the_square_that_was_encoded(data):
   shown = []
   for step in range(8):
     batch = rows.batch(step)
-    for pixels, moments in zip(
-      batch.images[batch.image_kind == WRITE], batch.moments[batch.image_kind == WRITE]
-    ):
+    for pixels, moments in zip(batch.images[batch.image_kind == WRITE], batch.moments[batch.image_kind == WRITE]):
       assert wanted[pixels.tobytes()] == moments.tobytes()
       shown.append(pixels.tobytes())
   assert len(shown) > 3 * RECORDS and set(shown) == set(wanted)
@@ -172,9 +176,7 @@ def test_a_killed_run_goes_on_and_nothing_is_there_before_all_is(data):
   resumed = latents.Latents(PreparedSource(data, "generation"), 16, MOMENTS)
   for index in range(RECORDS):
     assert resumed[index][0] == whole[index][0]
-    np.testing.assert_allclose(
-      *(x[index][1].astype(np.float32) for x in (resumed, whole)), rtol=2**-7, atol=1e-5
-    )
+    np.testing.assert_allclose(*(x[index][1].astype(np.float32) for x in (resumed, whole)), rtol=2**-7, atol=1e-5)
   shards = [f"latents-{i:05d}-of-00004.array_record" for i in range(4)]
   assert sorted(killed) == [*shards, "latents.json"]
 
@@ -199,11 +201,22 @@ def test_one_process_writes_and_a_full_disk_gets_one_clear_line(data, monkeypatc
 @pytest.mark.parametrize(
   "damage",
   [
-    "", "[]", "{", "42", "\0" * 60, "[" * 100_000, '{"schema": 1}', {"shard_lengths": None}, {"shard_bytes": [1]},
-    {"moments": "8"}, {"shard_lengths": ["6", 6, 6, 4]}, {"records": None}, {"encoder": 7},
+    "",
+    "[]",
+    "{",
+    "42",
+    "\0" * 60,
+    "[" * 100_000,
+    '{"schema": 1}',
+    {"shard_lengths": None},
+    {"shard_bytes": [1]},
+    {"moments": "8"},
+    {"shard_lengths": ["6", 6, 6, 4]},
+    {"records": None},
+    {"encoder": 7},
   ],
   ids=lambda value: ascii(value)[:24],
-)  # fmt: skip
+)
 def test_a_damaged_header_is_named(written, damage):
   header = pathlib.Path(written[0]) / "latents.json"
   text = json.dumps(json.loads(written[1]) | damage) if isinstance(damage, dict) else damage
@@ -254,9 +267,7 @@ def test_a_shard_that_is_not_whole_is_made_again(tmp_path, harm):
 
 
 def test_a_run_refuses_what_does_not_fit(data, tmp_path):
-  with pytest.raises(
-    UserError, match="has no latents of 16 pixels; make them: python -m jflow prepare --latents"
-  ):
+  with pytest.raises(UserError, match="has no latents of 16 pixels; make them: python -m jflow prepare --latents"):
     pipeline(configuration(data))
   write(data)
   source = PreparedSource(data, "generation")

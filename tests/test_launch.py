@@ -41,20 +41,24 @@ class Stage:
       f"exec 9>{directory}/turn; flock 9; code=$(head -n1 {directory}/codes); sed -i 1d {directory}/codes\n"
       f'exit "${{code:-0}}"'
     )
-    for name, body in {"python": train, "srun": f'{note}\nwhile [[ "$1" == --* ]]; do shift; done; exec "$@"',
-                       "scontrol": note, "gcloud": note}.items():  # fmt: skip
+    for name, body in {
+      "python": train,
+      "srun": f'{note}\nwhile [[ "$1" == --* ]]; do shift; done; exec "$@"',
+      "scontrol": note,
+      "gcloud": note,
+    }.items():
       (bin / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
       (bin / name).chmod(0o755)
     self.environment = os.environ | {
-      "PATH": f"{bin}:{os.environ['PATH']}", "JFLOW_VENV": str(directory / "venv"), "SLURM_JOB_ID": "17",
+      "PATH": f"{bin}:{os.environ['PATH']}",
+      "JFLOW_VENV": str(directory / "venv"),
+      "SLURM_JOB_ID": "17",
       "SLURM_SUBMIT_DIR": str(tiny.ROOT),
-    }  # fmt: skip
+    }
 
   def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     command = ["bash", LAUNCH / script, *arguments]
-    return subprocess.run(
-      command, env=self.environment | environment, capture_output=True, text=True, timeout=60
-    )
+    return subprocess.run(command, env=self.environment | environment, capture_output=True, text=True, timeout=60)
 
   def calls(self, name: str) -> list[str]:
     lines = self._log.read_text().splitlines() if self._log.exists() else []
@@ -161,9 +165,7 @@ def _flags(platform: str, **environment: str) -> dict[str, str]:
   command = f"source {LAUNCH}/xla_flags.sh && jflow_xla_flags {platform} && env -0"
   clean = {"PATH": os.environ["PATH"]} | environment
   done = subprocess.run(["bash", "-euc", command], env=clean, capture_output=True, text=True)
-  return (
-    dict(line.split("=", 1) for line in done.stdout.split("\0") if "=" in line) if not done.returncode else {}
-  )
+  return dict(line.split("=", 1) for line in done.stdout.split("\0") if "=" in line) if not done.returncode else {}
 
 
 def test_xla_knows_the_flags_and_a_users_own_wins():
@@ -197,15 +199,31 @@ MUST = {
 }
 MAY = {
   "metadata": {"name", "annotations"},
-  "spec": {"replicatedJobs", "network", "successPolicy", "failurePolicy", "startupPolicy", "suspend", "coordinator",
-           "managedBy", "ttlSecondsAfterFinished"},
+  "spec": {
+    "replicatedJobs",
+    "network",
+    "successPolicy",
+    "failurePolicy",
+    "startupPolicy",
+    "suspend",
+    "coordinator",
+    "managedBy",
+    "ttlSecondsAfterFinished",
+  },
   "spec.network": {"enableDNSHostnames", "subdomain", "publishNotReadyAddresses"},
   "spec.failurePolicy": {"maxRestarts", "rules", "restartStrategy"},
   "spec.failurePolicy.rules": {"name", "action", "targetReplicatedJobs", "onJobFailureReasons"},
   "spec.replicatedJobs": {"name", "template", "replicas", "groupName", "dependsOn"},
-  "spec.replicatedJobs.template.spec": {"parallelism", "completions", "completionMode", "backoffLimit",
-                                        "podFailurePolicy", "template", "activeDeadlineSeconds"},
-}  # fmt: skip
+  "spec.replicatedJobs.template.spec": {
+    "parallelism",
+    "completions",
+    "completionMode",
+    "backoffLimit",
+    "podFailurePolicy",
+    "template",
+    "activeDeadlineSeconds",
+  },
+}
 
 
 def _objects(node: object, path: str = ""):
@@ -239,18 +257,19 @@ def test_a_manifest_is_a_jobset_that_starts_the_command(file, tmp_path):
   pod = job_spec["template"]["spec"]
   assert pod["restartPolicy"] == "Never"  # JobSet starts all again together; podFailurePolicy asks for it too
   (container,) = pod["containers"]
-  assert {mount["name"] for mount in container["volumeMounts"]} == {
-    volume["name"] for volume in pod["volumes"]
-  }
+  assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
   (chips,) = container["resources"]["limits"].values()
 
   stage = Stage(tmp_path, (0,))
   (script,) = container["args"]
   script = script.replace(".venv/", f"{tmp_path}/venv/")
   done = subprocess.run(
-    [*container["command"], script], cwd=tiny.ROOT, env=stage.environment | {"JOB_COMPLETION_INDEX": "3"},
-    capture_output=True, text=True,
-  )  # fmt: skip
+    [*container["command"], script],
+    cwd=tiny.ROOT,
+    env=stage.environment | {"JOB_COMPLETION_INDEX": "3"},
+    capture_output=True,
+    text=True,
+  )
   assert done.returncode == 0, done.stderr
   (call,) = stage.calls("python")
   assert call.startswith("[-m][jflow][train][--config=configs/stage2.py]")

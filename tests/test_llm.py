@@ -171,9 +171,7 @@ def loss_and_gradient(model, variables):
   return jax.value_and_grad(loss)(variables)
 
 
-@pytest.mark.parametrize(
-  "remat, unroll", [("full", 1), ("dots", 1), ("save:attended,gate,up", 1), ("full", 2)]
-)
+@pytest.mark.parametrize("remat, unroll", [("full", 1), ("dots", 1), ("save:attended,gate,up", 1), ("full", 2)])
 def test_remat_and_unroll_change_neither_loss_nor_gradient(remat, unroll):
   want, got = loss_and_gradient(llm(), params()), loss_and_gradient(llm(remat, unroll), params())
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
@@ -208,15 +206,11 @@ def test_the_loss_is_that_of_the_logits():
     return losses.next_token(llm().apply(variables, x, method="logits"), targets, mask)
 
   got, want = (jax.value_and_grad(f, argnums=(0, 1))(params(), X) for f in (ours, plain))
-  close = lambda a, b: np.testing.assert_allclose(
-    a, b, rtol=1e-5, atol=1e-6 * max(float(np.abs(b).max()), 1e-6)
-  )
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * max(float(np.abs(b).max()), 1e-6))
   jax.tree.map(close, got, want)
 
 
 def test_a_remat_policy_may_name_what_it_keeps():
   assert llm_module.remat_policy("none") is None
-  with pytest.raises(
-    UserError, match="compute.remat='save:gate,nothing' must be one of none, full, dots, or"
-  ):
+  with pytest.raises(UserError, match="compute.remat='save:gate,nothing' must be one of none, full, dots, or"):
     llm_module.remat_policy("save:gate,nothing")

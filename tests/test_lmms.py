@@ -149,9 +149,13 @@ def test_what_a_task_gives_for_an_image_is_opened_or_refused(tmp_path):
   model = lmms.Model(server="http://127.0.0.1:1")
   cases = (
     (cut_short, "no image to read: the image is cut short"),
-    (7, "gives int where"), (None, "gives NoneType"), (b"x", "1 bytes, no image"), ({}, "gives NoneType"),
-    (str(tmp_path / "no.png"), "no.png', no image"), ("https://x/y.png", "no image to read"),
-  )  # fmt: skip
+    (7, "gives int where"),
+    (None, "gives NoneType"),
+    (b"x", "1 bytes, no image"),
+    ({}, "gives NoneType"),
+    (str(tmp_path / "no.png"), "no.png', no image"),
+    ("https://x/y.png", "no image to read"),
+  )
   for wrong, message in cases:
     model.task_dict = {"pope": {"test": [[wrong]]}}
     request = Request(("What?", {}, lambda doc: doc, 0, "pope", "test"))

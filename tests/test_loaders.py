@@ -25,11 +25,16 @@ ENVIRONMENT = os.environ | {
   "XLA_FLAGS": "--xla_backend_optimization_level=0",  # less time to compile
 }
 QUICK = (  # as little to compile and to plan as can be
-  "--config.train.batch_size=4", "--config.train.fit_images=8", "--config.data.shapes.size=40",
-  "--config.model.autoencoder.kind=patch_pca", "--config.model.autoencoder.block_channels=()",
-  "--config.model.autoencoder.patch_size=4", "--config.model.autoencoder.window=4",
-  "--config.model.generation.encoder_blocks=1", "--config.model.generation.decoder_blocks=1",
-)  # fmt: skip
+  "--config.train.batch_size=4",
+  "--config.train.fit_images=8",
+  "--config.data.shapes.size=40",
+  "--config.model.autoencoder.kind=patch_pca",
+  "--config.model.autoencoder.block_channels=()",
+  "--config.model.autoencoder.patch_size=4",
+  "--config.model.autoencoder.window=4",
+  "--config.model.generation.encoder_blocks=1",
+  "--config.model.generation.decoder_blocks=1",
+)
 
 
 def _alive(pid: int) -> bool:
@@ -73,9 +78,7 @@ def test_batches_come_in_the_order_of_one_process_and_as_they_were():
   assert [number for _, number, rest in got] == list(range(11)) and {rest for *_, rest in got} == {"rest"}
   for arrays, number, _ in got:
     assert isinstance(arrays, Numbers) and arrays.empty.shape == (0, 4) and arrays.empty.dtype == np.int8
-    assert (
-      (arrays.large == number).all() and arrays.large.shape == (2, 2**19) and arrays.large.flags.writeable
-    )
+    assert (arrays.large == number).all() and arrays.large.shape == (2, 2**19) and arrays.large.flags.writeable
 
 
 def test_what_a_loader_meets_is_raised_where_its_batch_would_stand():
@@ -119,17 +122,18 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("then, code", [
-  ("import time; time.sleep(600)", -signal.SIGKILL),  # killed from outside
-  ("import os; os._exit(1)", 1),  # as the watchdog ends it
-  ("raise RuntimeError('by itself')", 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "then, code",
+  [
+    ("import time; time.sleep(600)", -signal.SIGKILL),  # killed from outside
+    ("import os; os._exit(1)", 1),  # as the watchdog ends it
+    ("raise RuntimeError('by itself')", 1),
+  ],
+)
 def test_loaders_end_with_their_parent_even_when_they_are_stopped(tmp_path, then, code):
   script = tmp_path / "stage.py"
   script.write_text(_STAGE.format(paths=[str(tiny.ROOT), str(tiny.ROOT / "tests")], then=then))
-  parent = subprocess.Popen(
-    [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-  )
+  parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
   assert parent.stdout.readline() == "[0, 1, 2, 3]\n"
   children = _children(parent.pid)
   if code == -signal.SIGKILL:
@@ -152,10 +156,18 @@ def test_a_run_whose_loader_or_trainer_is_killed(tmp_path, compilation_cache):
   """Nothing is left of a trainer that is killed, even of a loader that is stopped; a loader that is killed ends it."""
   workdir = tmp_path / "run"
   command = [
-    sys.executable, "-m", "jflow", "train", "--config=configs/stage1.py:tiny", f"--workdir={workdir}",
-    "--config.train.steps=100000", "--config.checkpoint.interval=10", "--config.data.workers=2", *QUICK,
+    sys.executable,
+    "-m",
+    "jflow",
+    "train",
+    "--config=configs/stage1.py:tiny",
+    f"--workdir={workdir}",
+    "--config.train.steps=100000",
+    "--config.checkpoint.interval=10",
+    "--config.data.workers=2",
+    *QUICK,
     f"--config.compute.compilation_cache={compilation_cache}",
-  ]  # fmt: skip
+  ]
   errors = tmp_path / "stderr"
 
   def start(until_step: int) -> tuple[subprocess.Popen, list[int]]:

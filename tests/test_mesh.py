@@ -57,9 +57,7 @@ def test_a_run_goes_on_on_another_mesh(result):
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(result):
-  assert (
-    "mesh.data x mesh.fsdp x mesh.model = 2 x 2 x 1 does not equal the 16 cpu device(s)" in result["refused"]
-  )
+  assert "mesh.data x mesh.fsdp x mesh.model = 2 x 2 x 1 does not equal the 16 cpu device(s)" in result["refused"]
 
 
 def test_twice_the_devices_send_no_more_each(result):

@@ -54,9 +54,7 @@ def test_over_the_steps_each_task_gets_its_share(weights, rows):
   assert tuple(counts[0]) == mixture.rows_per_task(weights, rows)
 
 
-@pytest.mark.parametrize(
-  "weights", [(1, 2), (0, 0, 0), (1, -1, 1), (1, float("nan"), 1), (float("inf"), 1, 1)]
-)
+@pytest.mark.parametrize("weights", [(1, 2), (0, 0, 0), (1, -1, 1), (1, float("nan"), 1), (float("inf"), 1, 1)])
 def test_impossible_weights_are_refused(weights):
   with pytest.raises(UserError, match="mixture"):
     mixture.rows_per_task(weights, 8)
@@ -82,7 +80,11 @@ def test_the_papers_schedule_changes_at_its_step():
   assert plan.counts(10_000) == plan.counts(389_000) == dict(zip(TASKS, (72, 409, 31)))
   first = lambda step, task: next(row for t, row in plan[step] if t == task)
   assert [first(10_000, task) for task in range(3)] == [3 * 512 * 1000, 5 * 512 * 1000, 2 * 512 * 1000]
-  assert [first(389_000, task) - first(10_000, task) for task in range(3)] == [14 * 512 * 3790, 80 * 512 * 3790, 6 * 512 * 3790]
+  assert [first(389_000, task) - first(10_000, task) for task in range(3)] == [
+    14 * 512 * 3790,
+    80 * 512 * 3790,
+    6 * 512 * 3790,
+  ]
   assert first(10_001, 0) == first(10_000, 0) + 72
   assert len(plan) == 390_000
 

@@ -33,10 +33,14 @@ def features_of(names, reference_names=NAMES, resize="lanczos", seed=1) -> dict[
   drawn = lambda kind, one, width: np.random.default_rng([seed, kind, NAMES.index(one)]).normal(size=width)
   stack = lambda kind, names, width: np.stack([drawn(kind, one, width) for one in names]).astype(np.float32)
   return {
-    "names": np.array(names), "generated": stack(0, names, 4), "reference": stack(1, reference_names, 4),
-    "reference_names": np.array(reference_names), "resize": np.array(resize), "clip_pictures": stack(2, names, 3),
+    "names": np.array(names),
+    "generated": stack(0, names, 4),
+    "reference": stack(1, reference_names, 4),
+    "reference_names": np.array(reference_names),
+    "resize": np.array(resize),
+    "clip_pictures": stack(2, names, 3),
     "clip_prompts": stack(3, names, 3),
-  }  # fmt: skip
+  }
 
 
 def test_mjhq_measures_features_of_all_its_pictures_by_name(mjhq):
@@ -95,7 +99,7 @@ def with_nan(arrays):
     (lambda a: b"", "is no file of launch/experiments/features.py"),
     (lambda a: b"PK\3\4 and no zip", "is no file of launch/experiments/features.py"),
   ],
-)  # fmt: skip
+)
 def test_wrong_features_are_one_line_with_the_file(change, message, mjhq):
   bench = benchmark("mjhq", mjhq)
   records, path = paint(bench, mjhq), mjhq / "features.npz"
@@ -187,8 +191,14 @@ def extract(extractor, folder, monkeypatch, *more: str, output: str = "features.
   """Runs the script; returns its exit code."""
   if not (folder / "inception.pt").exists():
     save_network(folder / "inception.pt")
-  arguments = [f"--pictures={folder / 'out/pictures'}", f"--reference={folder / 'data'}", f"--output={folder / output}",
-               f"--inception={folder / 'inception.pt'}", "--device=cpu", "--batch_size=2"]  # fmt: skip
+  arguments = [
+    f"--pictures={folder / 'out/pictures'}",
+    f"--reference={folder / 'data'}",
+    f"--output={folder / output}",
+    f"--inception={folder / 'inception.pt'}",
+    "--device=cpu",
+    "--batch_size=2",
+  ]
   monkeypatch.setattr(sys, "argv", ["features.py", *arguments, *more])
   return extractor.main()
 
@@ -276,7 +286,7 @@ def unlink(folder):
     (lambda f: (f / "inception.pt").write_bytes(b"x"), "inception.pt is no TorchScript file"),
     (lambda f: (f / "out/pictures").rename(f / "elsewhere"), "out/pictures holds no pictures"),
   ],
-)  # fmt: skip
+)
 def test_the_extractor_refuses_pictures_that_do_not_fit(change, message, pictures, extractor, monkeypatch, capsys):
   change(pictures)
   assert extract(extractor, pictures, monkeypatch) == 2
@@ -302,9 +312,13 @@ def save_clip(folder) -> None:
     single="[start] $A [end]", special_tokens=[("[start]", 2), ("[end]", 3)]
   )
   transformers.PreTrainedTokenizerFast(
-    tokenizer_object=raw, pad_token="[pad]", unk_token="[unk]", bos_token="[start]", eos_token="[end]",
+    tokenizer_object=raw,
+    pad_token="[pad]",
+    unk_token="[unk]",
+    bos_token="[start]",
+    eos_token="[end]",
     model_max_length=12,
-  ).save_pretrained(folder)  # fmt: skip
+  ).save_pretrained(folder)
   small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
   special = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
   text = small | special | {"vocab_size": 20, "max_position_embeddings": 12}
@@ -350,4 +364,6 @@ def test_the_features_say_that_they_need_pytorch():
   program = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path('launch/experiments/features.py', run_name='__main__')"
   done = subprocess.run([sys.executable, "-c", program], cwd=tiny.ROOT, capture_output=True, text=True)
   assert done.returncode == 2
-  assert done.stderr == "launch/experiments/features.py needs PyTorch, which jflow does not install: pip install torch\n"
+  assert (
+    done.stderr == "launch/experiments/features.py needs PyTorch, which jflow does not install: pip install torch\n"
+  )

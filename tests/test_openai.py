@@ -40,9 +40,7 @@ def openai():
 
 @pytest.fixture(scope="module")
 def client(openai, served):
-  with openai.OpenAI(
-    base_url=f"{served[0].base_url}/v1", api_key="anything", max_retries=0, timeout=60
-  ) as client:
+  with openai.OpenAI(base_url=f"{served[0].base_url}/v1", api_key="anything", max_retries=0, timeout=60) as client:
     yield client
 
 
@@ -84,21 +82,12 @@ def test_whole_streamed_and_async_answers_are_one(openai, client, model):
   whole = client.chat.completions.create(**request)
   want = model.understand([USER], max_tokens=20, temperature=1.0, seed=3)
   assert whole.choices[0].message.content == want != "" and whole.choices[0].finish_reason == "length"
-  assert (
-    whole.object == "chat.completion" and type(whole.created) is int and whole.usage.completion_tokens == 20
-  )
-  assert (
-    whole.choices[0].logprobs
-    is whole.choices[0].message.refusal
-    is whole.choices[0].message.tool_calls
-    is None
-  )
+  assert whole.object == "chat.completion" and type(whole.created) is int and whole.usage.completion_tokens == 20
+  assert whole.choices[0].logprobs is whole.choices[0].message.refusal is whole.choices[0].message.tool_calls is None
 
   def joined(chunks):
     *parts, last = chunks
-    assert {x.object for x in chunks} == {"chat.completion.chunk"} and len(
-      {(x.id, x.created) for x in chunks}
-    ) == 1
+    assert {x.object for x in chunks} == {"chat.completion.chunk"} and len({(x.id, x.created) for x in chunks}) == 1
     assert parts[0].choices[0].delta.role == "assistant" and not any(x.usage for x in parts)
     assert last.choices == [] and last.usage == whole.usage
     assert [x.choices[0].finish_reason for x in parts] == [None] * (len(parts) - 1) + ["length"]
@@ -116,9 +105,10 @@ def test_whole_streamed_and_async_answers_are_one(openai, client, model):
 
   answers, chunks, painted = asyncio.run(later())
   assert {x.choices[0].message.content for x in answers} == {want} and joined(chunks) == want
-  assert painted.data[0].b64_json == client.images.generate(
-    prompt="a ring", extra_body={"steps": 4, "seed": 5}
-  ).data[0].b64_json  # fmt: skip
+  assert (
+    painted.data[0].b64_json
+    == client.images.generate(prompt="a ring", extra_body={"steps": 4, "seed": 5}).data[0].b64_json
+  )
 
 
 def test_none_is_left_out_everywhere(client):
@@ -126,9 +116,7 @@ def test_none_is_left_out_everywhere(client):
   own = {"extra_headers", "extra_query", "extra_body", "timeout"}
   nothing = {name: None for name in optional(create) if name not in own}
   assert {"n", "seed", "stop", "audio", "reasoning_effort", "metadata"} <= set(nothing)
-  more = {
-    name: None for name in (*nothing, "anything", "temprature", "response_format", "stream_options", "tools")
-  }
+  more = dict.fromkeys((*nothing, "anything", "temprature", "response_format", "stream_options", "tools"))
   first = create(**ask() | {"max_tokens": 8, "model": serving.NAME})
   message = {
     "role": "user",
@@ -137,9 +125,7 @@ def test_none_is_left_out_everywhere(client):
     "tool_calls": None,
   }
   empty = ask(message) | nothing | {"model": serving.NAME, "max_tokens": 8}
-  assert (
-    create(**empty, extra_body={k: v for k, v in more.items() if k != "max_tokens"}).choices == first.choices
-  )
+  assert create(**empty, extra_body={k: v for k, v in more.items() if k != "max_tokens"}).choices == first.choices
   nothing = {name: None for name in optional(generate) if name not in own}
   assert {"n", "output_compression", "partial_images", "size", "stream"} <= set(nothing)
   body = {"steps": 4, "seed": 0, "guidance": None, "solver": None, "shift": None, "anything": None}
@@ -148,9 +134,7 @@ def test_none_is_left_out_everywhere(client):
 
 
 def test_an_answer_is_taken_back_as_the_client_dumps_it(client):
-  create = lambda *messages: client.chat.completions.create(
-    **ask(*messages), model=serving.NAME, temperature=1.0
-  )
+  create = lambda *messages: client.chat.completions.create(**ask(*messages), model=serving.NAME, temperature=1.0)
   messages = [USER]
   for _ in range(3):
     messages += [create(*messages).choices[0].message.model_dump(), USER]
@@ -206,58 +190,122 @@ def test_errors_are_those_of_the_client(openai, client, served, model, monkeypat
 
 ZERO = (0, 0.0, None)
 WELCOME = {
-  "n": (1,), "stop": ([], "x", ["x", "y"]), "frequency_penalty": ZERO, "presence_penalty": ZERO,
-  "logit_bias": ({}, {"5": None}), "logprobs": (False,), "top_logprobs": (0,), "tools": ([],),
-  "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
-  "parallel_tool_calls": (True, False), "prompt_cache_key": ("a",), "prompt_cache_retention": ("24h",),
-  "safety_identifier": ("me",), "user": ("me",), "metadata": ({}, {"a": "b"}), "store": (False,),
-  "service_tier": ("auto", "default"), "response_format": ({"type": "text"}, {"type": "text", "x": None}),
-  "modalities": (["text"],), "reasoning_effort": ("none",), "verbosity": ("medium",), "model": ("m",),
+  "n": (1,),
+  "stop": ([], "x", ["x", "y"]),
+  "frequency_penalty": ZERO,
+  "presence_penalty": ZERO,
+  "logit_bias": ({}, {"5": None}),
+  "logprobs": (False,),
+  "top_logprobs": (0,),
+  "tools": ([],),
+  "functions": ([],),
+  "tool_choice": ("none", "auto"),
+  "function_call": ("none", "auto"),
+  "parallel_tool_calls": (True, False),
+  "prompt_cache_key": ("a",),
+  "prompt_cache_retention": ("24h",),
+  "safety_identifier": ("me",),
+  "user": ("me",),
+  "metadata": ({}, {"a": "b"}),
+  "store": (False,),
+  "service_tier": ("auto", "default"),
+  "response_format": ({"type": "text"}, {"type": "text", "x": None}),
+  "modalities": (["text"],),
+  "reasoning_effort": ("none",),
+  "verbosity": ("medium",),
+  "model": ("m",),
   "stream_options": ({}, {"include_usage": False}, {"include_usage": None, "include_obfuscation": False}),
-  "max_completion_tokens": (5,), "temperature": (0, 2.0), "top_p": (1, 0.1), "anything": (None,),
-}  # fmt: skip
+  "max_completion_tokens": (5,),
+  "temperature": (0, 2.0),
+  "top_p": (1, 0.1),
+  "anything": (None,),
+}
 WELCOME_PAINTING = {
-  "n": (1, 10), "size": ("auto", "16x16"), "quality": ("auto", "standard"), "background": ("auto", "opaque"),
-  "moderation": ("auto", "low"), "output_format": ("png",), "output_compression": (100,),
-  "partial_images": (0,), "response_format": ("b64_json",), "user": ("me",), "stream": (False,),
-  "model": ("m",), "style": (None,), "x": (None,),
-}  # fmt: skip
+  "n": (1, 10),
+  "size": ("auto", "16x16"),
+  "quality": ("auto", "standard"),
+  "background": ("auto", "opaque"),
+  "moderation": ("auto", "low"),
+  "output_format": ("png",),
+  "output_compression": (100,),
+  "partial_images": (0,),
+  "response_format": ("b64_json",),
+  "user": ("me",),
+  "stream": (False,),
+  "model": ("m",),
+  "style": (None,),
+  "x": (None,),
+}
 REFUSED = {
-  "n": (2, 0, True, 1.0, "1"), "stop": ("", [""], [None], ["a"] * 5, 5, {}, ["a" * 1001]),
-  "frequency_penalty": (0.5, "0", False), "presence_penalty": (-1,), "logit_bias": ({"5": 1},),
-  "logprobs": (True, 0), "top_logprobs": (1,), "tools": ([{}], {}), "functions": ([{}],),
-  "tool_choice": ("required", {"type": "function"}), "function_call": ({"name": "f"},),
-  "parallel_tool_calls": (1,), "store": (True,), "service_tier": ("flex", "priority"), "user": (5,),
-  "metadata": ("a",), "response_format": ({"type": "json_object"}, {}, "text"),
-  "modalities": (["text", "audio"], []), "audio": ({},), "prediction": ({},), "web_search_options": ({},),
-  "reasoning_effort": ("high",), "verbosity": ("low",), "max_tokens": (0, -1, 8.0, "8", True),
-  "max_completion_tokens": (0, 1.5), "temperature": (-1, 2.1, "1", True, [], 10**30), "top_p": (0, 1.1),
-  "seed": (1.0, "1", True, 2**64, -(2**63) - 1), "stream": (1, "true", 0), "stream_options": (5, []),
-  "model": (5, ["m"]), "temprature": (1, 0, "", False), "messages": (None, {}, "Why?"),
-}  # fmt: skip
-REFUSED_PAINTING = {
-  "n": (0, 11, True, 1.0, "1"), "size": ("17x17", "", 16), "quality": ("hd",), "background": ("transparent",),
-  "style": ("vivid",), "output_format": ("jpeg",), "output_compression": (50, 100.0),
-  "partial_images": (1, False), "response_format": ("url", 5), "stream": (True, 1),
-  "prompt": (None, "", " ", 5, ["a"]), "seed": (0.0, "0", 2**64), "steps": (0, 201, 4.0, True),
-  "guidance": (0.5, -1, "2"), "solver": ("dopri", 5), "shift": (0, 101), "negative_prompt": ("a",),
+  "n": (2, 0, True, 1.0, "1"),
+  "stop": ("", [""], [None], ["a"] * 5, 5, {}, ["a" * 1001]),
+  "frequency_penalty": (0.5, "0", False),
+  "presence_penalty": (-1,),
+  "logit_bias": ({"5": 1},),
+  "logprobs": (True, 0),
+  "top_logprobs": (1,),
+  "tools": ([{}], {}),
+  "functions": ([{}],),
+  "tool_choice": ("required", {"type": "function"}),
+  "function_call": ({"name": "f"},),
+  "parallel_tool_calls": (1,),
   "store": (True,),
-}  # fmt: skip
+  "service_tier": ("flex", "priority"),
+  "user": (5,),
+  "metadata": ("a",),
+  "response_format": ({"type": "json_object"}, {}, "text"),
+  "modalities": (["text", "audio"], []),
+  "audio": ({},),
+  "prediction": ({},),
+  "web_search_options": ({},),
+  "reasoning_effort": ("high",),
+  "verbosity": ("low",),
+  "max_tokens": (0, -1, 8.0, "8", True),
+  "max_completion_tokens": (0, 1.5),
+  "temperature": (-1, 2.1, "1", True, [], 10**30),
+  "top_p": (0, 1.1),
+  "seed": (1.0, "1", True, 2**64, -(2**63) - 1),
+  "stream": (1, "true", 0),
+  "stream_options": (5, []),
+  "model": (5, ["m"]),
+  "temprature": (1, 0, "", False),
+  "messages": (None, {}, "Why?"),
+}
+REFUSED_PAINTING = {
+  "n": (0, 11, True, 1.0, "1"),
+  "size": ("17x17", "", 16),
+  "quality": ("hd",),
+  "background": ("transparent",),
+  "style": ("vivid",),
+  "output_format": ("jpeg",),
+  "output_compression": (50, 100.0),
+  "partial_images": (1, False),
+  "response_format": ("url", 5),
+  "stream": (True, 1),
+  "prompt": (None, "", " ", 5, ["a"]),
+  "seed": (0.0, "0", 2**64),
+  "steps": (0, 201, 4.0, True),
+  "guidance": (0.5, -1, "2"),
+  "solver": ("dopri", 5),
+  "shift": (0, 101),
+  "negative_prompt": ("a",),
+  "store": (True,),
+}
 
 
 def test_fields_that_ask_for_nothing_missing_are_welcome():
   for name, value in ((name, value) for name, values in WELCOME.items() for value in values):
     assert schemas.parse_chat(ask(**{name: value}), "m").turns, (name, value)
   for name, value in ((name, value) for name, values in WELCOME_PAINTING.items() for value in values):
-    assert schemas.parse_painting({"prompt": "a", name: value}, "m", 16).count == (
-      value if name == "n" else 1
-    )
+    assert schemas.parse_painting({"prompt": "a", name: value}, "m", 16).count == (value if name == "n" else 1)
 
 
 def test_fields_that_ask_for_something_missing_are_refused_by_name():
   painting = lambda name, value: schemas.parse_painting({"prompt": "a", name: value}, "m", 16)
-  for parse, refused in ((lambda name, value: schemas.parse_chat(ask(**{name: value}), "m"), REFUSED),
-                         (painting, REFUSED_PAINTING)):  # fmt: skip
+  for parse, refused in (
+    (lambda name, value: schemas.parse_chat(ask(**{name: value}), "m"), REFUSED),
+    (painting, REFUSED_PAINTING),
+  ):
     for name, value in ((name, value) for name, values in refused.items() for value in values):
       with pytest.raises(ApiError) as caught:
         parse(name, value)
@@ -313,27 +361,29 @@ def test_both_limits_of_an_answer_hold():
   assert limit(max_tokens=None, max_completion_tokens=7) == 7 and limit() == 512
 
 
-@pytest.mark.parametrize("path, body, status, param, code", [
-  (CHAT, ask(temprature=1), 400, "temprature", "unknown_parameter"),
-  (CHAT, ask(tools=[{}]), 400, "tools", "unsupported_value"),
-  (CHAT, ask(max_tokens=True), 400, "max_tokens", "invalid_type"),
-  (CHAT, {}, 400, "messages", "missing_required_parameter"),
-  (CHAT, {"messages": []}, 400, "messages", "invalid_value"),
-  (CHAT, ask(USER, {"role": "assistant", "content": "Because"}), 400, "messages", "invalid_value"),
-  (CHAT, ask({"role": "system", "content": "x"}), 400, "messages", "invalid_value"),
-  (CHAT, ask({"role": "user", "content": "why " * 500}), 400, "messages", "context_length_exceeded"),
-  (CHAT, ask({"role": "user", "content": "x" * 100_000}), 400, "messages", "context_length_exceeded"),
-  (CHAT, ask(show("https://example.com/a.png")), 400, "messages[0].content[0].image_url.url",
-   "invalid_image_url"),
-  (CHAT, ask(show(URL), show(URL[:98])), 400, "messages[1].content[0].image_url", "invalid_image"),
-  (CHAT, ask(show("data:image/svg+xml,<svg/>")), 400, "messages[0].content[0].image_url", "invalid_image"),
-  (CHAT, ask(show("data:image/png;base64,")), 400, "messages[0].content[0].image_url", "invalid_image"),
-  (PAINT, {"prompt": "why " * 500}, 400, "prompt", "context_length_exceeded"),
-  (PAINT, {"prompt": "a", "model": "dall-e-3"}, 404, "model", "model_not_found"),
-  ("/v1/completions", {}, 404, None, "unknown_url"),
-  ("/v1/responses", {"input": "Why?"}, 404, None, "unknown_url"),
-  ("/v1/models", {}, 405, None, "method_not_allowed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "path, body, status, param, code",
+  [
+    (CHAT, ask(temprature=1), 400, "temprature", "unknown_parameter"),
+    (CHAT, ask(tools=[{}]), 400, "tools", "unsupported_value"),
+    (CHAT, ask(max_tokens=True), 400, "max_tokens", "invalid_type"),
+    (CHAT, {}, 400, "messages", "missing_required_parameter"),
+    (CHAT, {"messages": []}, 400, "messages", "invalid_value"),
+    (CHAT, ask(USER, {"role": "assistant", "content": "Because"}), 400, "messages", "invalid_value"),
+    (CHAT, ask({"role": "system", "content": "x"}), 400, "messages", "invalid_value"),
+    (CHAT, ask({"role": "user", "content": "why " * 500}), 400, "messages", "context_length_exceeded"),
+    (CHAT, ask({"role": "user", "content": "x" * 100_000}), 400, "messages", "context_length_exceeded"),
+    (CHAT, ask(show("https://example.com/a.png")), 400, "messages[0].content[0].image_url.url", "invalid_image_url"),
+    (CHAT, ask(show(URL), show(URL[:98])), 400, "messages[1].content[0].image_url", "invalid_image"),
+    (CHAT, ask(show("data:image/svg+xml,<svg/>")), 400, "messages[0].content[0].image_url", "invalid_image"),
+    (CHAT, ask(show("data:image/png;base64,")), 400, "messages[0].content[0].image_url", "invalid_image"),
+    (PAINT, {"prompt": "why " * 500}, 400, "prompt", "context_length_exceeded"),
+    (PAINT, {"prompt": "a", "model": "dall-e-3"}, 404, "model", "model_not_found"),
+    ("/v1/completions", {}, 404, None, "unknown_url"),
+    ("/v1/responses", {"input": "Why?"}, 404, None, "unknown_url"),
+    ("/v1/models", {}, 405, None, "method_not_allowed"),
+  ],
+)
 def test_an_error_has_a_code_that_is_a_text(served, path, body, status, param, code):
   response = served[0].post(path, json=body)
   error = response.json()["error"]
@@ -411,9 +461,7 @@ def test_a_seed_of_any_kind_gives_one_answer_and_one_picture(served, model):
   assert len(set(texts)) == len(seeds)
   again = client.post(CHAT, json=ask(temperature=1.0, max_tokens=20, seed=-1))
   assert said(again) == texts[seeds.index(-1)]
-  assert texts[:2] == [
-    model.understand([USER], max_tokens=20, temperature=1.0, seed=seed) for seed in seeds[:2]
-  ]
+  assert texts[:2] == [model.understand([USER], max_tokens=20, temperature=1.0, seed=seed) for seed in seeds[:2]]
 
   def paint(seed, n=1):
     response = client.post(PAINT, json={"prompt": "a ring", "steps": 4, "n": n, "seed": seed})
@@ -424,8 +472,7 @@ def test_a_seed_of_any_kind_gives_one_answer_and_one_picture(served, model):
     pair = paint(first, 2)
     assert [seed for seed, _ in pair] == [first, first + 1]
     assert [
-      np.abs(_pixels(a) - _pixels(b)).max() <= 1
-      for (_, a), ((_, b),) in zip(pair, map(paint, (first, first + 1)))
+      np.abs(_pixels(a) - _pixels(b)).max() <= 1 for (_, a), ((_, b),) in zip(pair, map(paint, (first, first + 1)))
     ]
   (want,) = model.generate(["a ring"], 4, seed=0)
   assert np.abs(_pixels(paint(0)[0][1]) - np.asarray(want).astype(int)).max() <= 1
@@ -450,9 +497,7 @@ def test_an_answer_ends_before_its_stop_sequence(served):
   ):
     wanted = whole[: whole.find(stop if isinstance(stop, str) else stop[0])].rstrip()
     answer = client.post(CHAT, json=body | {"stop": stop}).json()
-    assert (
-      answer["choices"][0]["message"]["content"] == wanted and answer["choices"][0]["finish_reason"] == "stop"
-    )
+    assert answer["choices"][0]["message"]["content"] == wanted and answer["choices"][0]["finish_reason"] == "stop"
     assert 0 < answer["usage"]["completion_tokens"] < 100
     streamed = body | {"stop": stop, "stream": True, "stream_options": {"include_usage": True}}
     lines = [x[6:] for x in client.post(CHAT, json=streamed).text.split("\n") if x]
@@ -517,9 +562,7 @@ URLS = {
   "another type": "data:image/jpeg;base64," + B64,
   "no type": "data:;base64," + B64,
   "a file of no known type": "data:application/octet-stream;base64," + B64,
-  "line breaks": "data:image/png;base64,"
-  + "\r\n".join(B64[i : i + 76] for i in range(0, len(B64), 76))
-  + "\n",
+  "line breaks": "data:image/png;base64," + "\r\n".join(B64[i : i + 76] for i in range(0, len(B64), 76)) + "\n",
   "spaces": " data:image/png; base64, " + " ".join(B64[i : i + 4] for i in range(0, len(B64), 4)),
   "the alphabet for addresses": "data:image/png;base64," + B64.replace("+", "-").replace("/", "_"),
   "no padding": "data:image/png;base64," + B64.rstrip("="),
@@ -535,13 +578,30 @@ def test_a_picture_is_read_as_a_browser_writes_it(url):
   assert schemas.parse_chat(ask(show(url)), "m").images == [PNG]
 
 
-@pytest.mark.parametrize("url", [
-  "https://example.com/a.png", "http://127.0.0.1/a.png", "file:///etc/passwd", "/etc/passwd", "a.png", "",
-  "data:", "blob:x", "data:image/png;base64", "data:text/html;base64," + B64,
-  "data:application/pdf;base64," + B64, B64, "data:image/png;base64,A", "data:image/png;base64,AA=A",
-  "data:image/png;base64,A===", "data:image/png;base64,\u00e9AA", "data:image/png;base64,&&&&",
-  "data:image/png;base64,%zz", "data:image/png;" + "a" * 2000 + ";base64," + B64,
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "url",
+  [
+    "https://example.com/a.png",
+    "http://127.0.0.1/a.png",
+    "file:///etc/passwd",
+    "/etc/passwd",
+    "a.png",
+    "",
+    "data:",
+    "blob:x",
+    "data:image/png;base64",
+    "data:text/html;base64," + B64,
+    "data:application/pdf;base64," + B64,
+    B64,
+    "data:image/png;base64,A",
+    "data:image/png;base64,AA=A",
+    "data:image/png;base64,A===",
+    "data:image/png;base64,\u00e9AA",
+    "data:image/png;base64,&&&&",
+    "data:image/png;base64,%zz",
+    "data:image/png;" + "a" * 2000 + ";base64," + B64,
+  ],
+)
 def test_what_is_no_picture_of_its_own_is_refused(url):
   with pytest.raises(ApiError) as caught:
     schemas.parse_chat(ask(show(url)), "m")
@@ -565,9 +625,11 @@ def test_pictures_of_earlier_turns_and_the_first_of_an_animation_are_seen(served
   gif = "data:image/gif;base64," + base64.b64encode(file.getvalue()).decode()
   messages = [show(gif), show(URLS["parameters"]), ANSWER, {"role": "system", "content": "S"}, USER]
   turns = [
-    {"role": "user", "content": "<image>\nWhat?\n<image>\nWhat?"}, ANSWER, {"role": "system", "content": "S"},
+    {"role": "user", "content": "<image>\nWhat?\n<image>\nWhat?"},
+    ANSWER,
+    {"role": "system", "content": "S"},
     USER,
-  ]  # fmt: skip
+  ]
   first = io.BytesIO()
   Image.open(file).convert("RGB").save(first, "PNG")
   assert said(client.post(CHAT, json=ask(*messages))) == model.understand(turns, [first.getvalue(), PNG], 8)

@@ -15,8 +15,16 @@ from jflow.training import optim
 
 RNG = np.random.default_rng(0)
 CONFIG = dict(
-  learning_rate=3e-2, warmup_steps=3, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.0, clip_norm=1.0,
-  cooldown_start=0, cooldown_steps=0, muon=(),
+  learning_rate=3e-2,
+  warmup_steps=3,
+  beta1=0.9,
+  beta2=0.95,
+  epsilon=1e-8,
+  weight_decay=0.0,
+  clip_norm=1.0,
+  cooldown_start=0,
+  cooldown_steps=0,
+  muon=(),
 )
 TREE = {"a": {"x": 1, "xy": 2}, "ab": {"x": 3}, "b": 4}
 
@@ -66,7 +74,9 @@ def test_muon_orthogonalises_the_momentum_of_its_matrices_layer_by_layer():
   for step, gradient in enumerate(gradients):
     updates, state = update(gradient, state, params)
     momentum = jax.tree.map(lambda m, g: 0.95 * m + 0.05 * g, momentum, gradient)
-    pushed = jax.tree.map(lambda m, g: 0.95 * m / (1 - 0.95 ** (step + 2)) + 0.05 * g / (1 - 0.95 ** (step + 1)), momentum, gradient)
+    pushed = jax.tree.map(
+      lambda m, g: 0.95 * m / (1 - 0.95 ** (step + 2)) + 0.05 * g / (1 - 0.95 ** (step + 1)), momentum, gradient
+    )
     rate = config["learning_rate"] * (step + 1) / 2
     three = [[t["a"]["x"]["kernel"][i] for t in (pushed, updates, params)] for i in range(3)]
     for direction, moved, weight in [*three, [t["c"]["kernel"] for t in (pushed, updates, params)]]:
@@ -144,13 +154,16 @@ def test_partition_cuts_and_merge_mends():
   assert trained == {"a": {"x": 1}, "ab": {"x": 3}, "b": 4} and frozen == {"a": {"xy": 2}}
 
 
-@pytest.mark.parametrize("trained, frozen, words", [
-  (("a", "ab"), (), "parameter b matches neither"),
-  (("a", "ab", "b"), ("a/x",), "parameter a/x matches both"),
-  (("a", "ab", "b"), ("c",), "optimizer.frozen pattern 'c' matches no parameter; parts are a, ab, b"),
-  ((".*", "x"), (), "optimizer.trained pattern 'x' matches no parameter"),
-  ((".*", "(a"), (), "optimizer.trained pattern '(a' is not a regular expression"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "trained, frozen, words",
+  [
+    (("a", "ab"), (), "parameter b matches neither"),
+    (("a", "ab", "b"), ("a/x",), "parameter a/x matches both"),
+    (("a", "ab", "b"), ("c",), "optimizer.frozen pattern 'c' matches no parameter; parts are a, ab, b"),
+    ((".*", "x"), (), "optimizer.trained pattern 'x' matches no parameter"),
+    ((".*", "(a"), (), "optimizer.trained pattern '(a' is not a regular expression"),
+  ],
+)
 def test_a_bad_partition_is_one_clear_line(trained, frozen, words):
   with pytest.raises(UserError) as error:
     optim.partition(TREE, trained, frozen)

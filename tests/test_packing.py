@@ -59,8 +59,7 @@ def _conversations(rng, size):
   """1 to 6 turns about one picture: BOS, BOI, 576 features, EOI, a question and an answer per turn."""
   turns = rng.integers(1, 7, size)
   tokens = sum(
-    np.where(turns > turn, rng.integers(8, 40, size) + _log_uniform(rng, 8, 300, size), 0)
-    for turn in range(6)
+    np.where(turns > turn, rng.integers(8, 40, size) + _log_uniform(rng, 8, 300, size), 0) for turn in range(6)
   )
   return np.stack([1 + 578 + tokens, np.ones(size, int)], 1)
 
@@ -89,7 +88,7 @@ def test_documents_are_cut_to_full_rows():
   lengths = rng.integers(50, 20_000, 500)
   plan = packing.plan_documents(lengths, 4096, seed=1)
   used = 0
-  covered = {record: 0 for record in range(500)}
+  covered = dict.fromkeys(range(500), 0)
   for row in _pieces(plan):
     size = sum(stop - start + (start > 0) for _, start, stop in row)
     assert size <= 4096
@@ -163,7 +162,5 @@ def test_pack_lays_each_sample_out_as_if_alone():
   for values, empty in zip(row, padding):
     if values.shape == (SHAPE.tokens,):
       np.testing.assert_array_equal(values[offset:], empty[offset:])
-  assert (
-    (padding.segment_ids == 0).all() and not padding.loss_mask.any() and (padding.image_index == -1).all()
-  )
+  assert (padding.segment_ids == 0).all() and not padding.loss_mask.any() and (padding.image_index == -1).all()
   assert (row.image_index >= 0).sum() == 3 * SHAPE.image_slots

@@ -35,9 +35,7 @@ def golden() -> dict[str, np.ndarray]:
     return {name: file[name] for name in file.files}
 
 
-def _run(
-  checkpoint: pathlib.Path, golden: pathlib.Path, tmp_path: pathlib.Path, *flags: str
-) -> tuple[int, dict]:
+def _run(checkpoint: pathlib.Path, golden: pathlib.Path, tmp_path: pathlib.Path, *flags: str) -> tuple[int, dict]:
   out = tmp_path / "result.json"
   code = main(["parity", f"--checkpoint={checkpoint}", f"--golden={golden}", f"--json={out}", *flags])
   return code, json.loads(out.read_text())
@@ -304,13 +302,18 @@ def _without(golden, *names):
     (lambda g: g | {"text/logits": np.array([{}], dtype=object)}, "npz"),
   ],
 )
-def test_an_incomplete_golden_file_is_told_before_the_checkpoint_is_opened(golden, tmp_path, capsys, unopened, change, part):
+def test_an_incomplete_golden_file_is_told_before_the_checkpoint_is_opened(
+  golden, tmp_path, capsys, unopened, change, part
+):
   path = _save(tmp_path, change(golden))
   _refused(capsys, part, "--checkpoint=anywhere", f"--golden={path}")
 
 
 def test_a_file_that_unpacks_to_far_more_is_refused(tmp_path, capsys, unopened):
-  with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as file, file.open("text/logits.npy", "w") as out:
+  with (
+    zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as file,
+    file.open("text/logits.npy", "w") as out,
+  ):
     np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": (2**27,)})
     for _ in range(512):
       out.write(bytes(2**20))
@@ -328,7 +331,10 @@ def test_ids_that_the_model_has_not_are_told_before_weights_are_read(checkpoint,
 
 
 def test_arrays_that_are_not_compared_are_said(checkpoint, golden, tmp_path, capsys):
-  path = _save(tmp_path, {name: golden[f"text/{name[5:]}"] for name in ("text/input_ids", "text/logits")} | {"text/logit": np.zeros(3)})
+  path = _save(
+    tmp_path,
+    {name: golden[f"text/{name[5:]}"] for name in ("text/input_ids", "text/logits")} | {"text/logit": np.zeros(3)},
+  )
   assert main(["parity", f"--checkpoint={checkpoint}", f"--golden={path}"]) == 0
   assert "text/logit" in capsys.readouterr().err
 
@@ -342,11 +348,17 @@ def test_arrays_that_are_not_compared_are_said(checkpoint, golden, tmp_path, cap
     (dict(cases={}), "cases"),
     (dict(cases=["one"]), "cases[0]"),
     (dict(cases=[{"name": "one", "conversation": ["x"]}]), "turn"),
-    (dict(cases=[{"name": "one", "conversation": [{"role": "User", "content": "a", "images": ["../x.png"]}]}]), "../x.png"),
-    (dict(cases=[{"name": "one", "conversation": [{"role": "User", "content": "a", "images": ["/etc/hostname"]}]}]), "/etc/hostname"),
+    (
+      dict(cases=[{"name": "one", "conversation": [{"role": "User", "content": "a", "images": ["../x.png"]}]}]),
+      "../x.png",
+    ),
+    (
+      dict(cases=[{"name": "one", "conversation": [{"role": "User", "content": "a", "images": ["/etc/hostname"]}]}]),
+      "/etc/hostname",
+    ),
     (dict(cases=[{"name": "one", "conversation": [{"role": "User", "content": "a", "images": ["no.png"]}]}]), "no.png"),
   ],
-)  # fmt: skip
+)
 def test_cases_are_checked_before_the_tokenizer_is_built(processor, capsys, monkeypatch, change, part):
   monkeypatch.setattr("jflow.interop.processor_parity.Tokenizer", lambda *args: pytest.fail("the tokenizer was built"))
   path = processor / "cases.json"
@@ -365,9 +377,7 @@ def test_bad_input_is_one_clear_line(checkpoint, golden, tmp_path, capsys, proce
   np.savez(tmp_path / "objects.npz", **{"text/logits": np.array([{}], dtype=object)})
   _refused(capsys, "is not a readable npz file", at, f"--golden={tmp_path / 'objects.npz'}")
   only = {"text/logits": golden["text/logits"]}
-  _refused(
-    capsys, "has text/logits but not its input text/input_ids", at, f"--golden={_save(tmp_path, only)}"
-  )
+  _refused(capsys, "has text/logits but not its input text/input_ids", at, f"--golden={_save(tmp_path, only)}")
   only = {"text/input_ids": golden["text/input_ids"]}
   _refused(capsys, "holds no output to compare with", at, f"--golden={_save(tmp_path, only)}")
   ids = golden["und/input_ids"].copy()

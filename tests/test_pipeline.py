@@ -96,8 +96,10 @@ def test_batch_has_the_shapes_it_promises(opened):
     assert got.shape == expected.shape and got.dtype == expected.dtype
   kinds = [frozenset(row.tolist()) - {batch_lib.NONE} for row in batch.image_kind]
   assert collections.Counter(kinds) == {  # understanding, generation, text
-    frozenset({batch_lib.READ}): 2, frozenset({batch_lib.WRITE}): 4, frozenset(): 2,
-  }  # fmt: skip
+    frozenset({batch_lib.READ}): 2,
+    frozenset({batch_lib.WRITE}): 4,
+    frozenset(): 2,
+  }
 
 
 def test_a_step_is_the_same_from_a_new_pipeline_in_any_order(opened):
@@ -260,7 +262,7 @@ def test_the_built_in_world_fills_batches(template):
   config = _config(
     template=template,
     shapes={"size": 200, "seed": 0, "split": "train"},
-    sources={task: (("shapes", 1.0),) for task in TASKS},
+    sources=dict.fromkeys(TASKS, (("shapes", 1.0),)),
   )
   shape = RowShape(tokens=160, images=3, image_patches=16, image_size=32)
   pipeline = Pipeline(config, TOKENIZER, shape, 8, 0)

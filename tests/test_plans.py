@@ -103,12 +103,14 @@ def test_a_damaged_file_is_made_again(tmp_path, made):
       _same(_planned(tmp_path), expected)
 
 
-@pytest.mark.parametrize("pattern", ["plan-*", "plan-*/plan.json", "plan-*/starts.npy", "plan-*/row_offsets.npy", "lengths-*"])
+@pytest.mark.parametrize(
+  "pattern", ["plan-*", "plan-*/plan.json", "plan-*/starts.npy", "plan-*/row_offsets.npy", "lengths-*"]
+)
 @pytest.mark.parametrize(
   "content",
   [b"", b"\0" * 300, b"[]", b"[" * 100_000, b"\x93NUMPY\x01\0", "list", "folder", "link", "pipe"],
   ids=lambda value: ascii(value)[:24],
-)  # fmt: skip
+)
 def test_what_is_not_what_was_kept_is_made_again(tmp_path, pattern, content):
   source, cache = _source(size=12), tmp_path / "cache"
   make = lambda: plans.planned(source, "generation", TOKENIZER, "plain", SHAPE, str(cache))

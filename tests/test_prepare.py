@@ -49,9 +49,7 @@ def test_tfds_reads_the_directory(folder):
 
   _, output = run(folder, part_records=5)
   sources = [tfds.builder_from_directory(output).as_data_source("train")]
-  named = (
-    folder.parent / "data" / prepared.dataset_name("understanding") / "1.0.0"
-  )  # where TFDS looks by name
+  named = folder.parent / "data" / prepared.dataset_name("understanding") / "1.0.0"  # where TFDS looks by name
   shutil.copytree(output, named)
   sources.append(tfds.data_source("jflow_understanding", data_dir=folder.parent / "data", split="train"))
   assert [len(source) for source in sources] == [12, 12]
@@ -64,9 +62,7 @@ def test_tfds_reads_the_directory(folder):
 
 
 def test_too_many_broken_lines_make_no_output_and_name_the_first(folder):
-  lines = (
-    [chat("pictures/1.png")] * 97 + [chat("pictures/none.png")] + [chat("pictures/2.png", answer="")] * 2
-  )
+  lines = [chat("pictures/1.png")] * 97 + [chat("pictures/none.png")] + [chat("pictures/2.png", answer="")] * 2
   write_lines(folder / "chat.jsonl", lines)
   with pytest.raises(UserError, match=r"line 98: image pictures/none.png not found .*3 of 100 .*share=0.02"):
     run(folder, max_rejected_share=0.02)
@@ -111,7 +107,7 @@ HARM = {  # to what a killed import left: of a part, whose report alone says tha
   "no rejected": lambda part, name: (part / f"{name}.rejected").unlink(),
   "shard a link": lambda part, name: _link(part / f"{name}.array_record", part.parent / "precious"),
   "outlines a pipe": lambda part, name: ((part / f"{name}.outlines").unlink(), os.mkfifo(part / f"{name}.outlines")),
-}  # fmt: skip
+}
 
 
 def _zero(path):  # as a power cut leaves a file: of its size
@@ -136,7 +132,9 @@ def test_a_part_that_is_not_whole_is_read_again(folder, harm):
     assert (folder.parent / "precious").read_text() == "mine"
 
 
-@pytest.mark.parametrize("job", [None, b"", b"{", b"[]", b"\0" * 40, b"[" * 100_000], ids=lambda value: ascii(value)[:24])
+@pytest.mark.parametrize(
+  "job", [None, b"", b"{", b"[]", b"\0" * 40, b"[" * 100_000], ids=lambda value: ascii(value)[:24]
+)
 def test_work_of_which_nothing_is_known_is_not_removed(folder, job):
   """Parts whose job.json is lost may be days of work; and a folder of that name may be the user's."""
   write_lines(folder / "books.jsonl", [{"text": f"Document {i}." if i else ""} for i in range(12)])
@@ -200,9 +198,7 @@ def test_a_killed_run_goes_on_without_losing_or_doubling(folder, monkeypatch, ki
   killed_after = 99
   summary, output = run(folder, part_records=3)
   assert imported == [0, 1, 2, 3]
-  assert [record.id for record in read_back(output)] == [f"r{i}" for i in range(12)] and summary[
-    "accepted"
-  ] == 12
+  assert [record.id for record in read_back(output)] == [f"r{i}" for i in range(12)] and summary["accepted"] == 12
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -214,12 +210,19 @@ def test_a_full_disk_gets_one_clear_line_and_costs_nothing(folder, processes):
 import resource, sys
 from jflow.__main__ import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-sys.exit(main({["prepare", "--format=llava-jsonl", f"--input={folder}/chat.jsonl", f"--output={folder.parent}/out",
-                "--task=understanding", "--part_records=30", f"--processes={processes}"]!r}))
-"""  # fmt: skip
-  done = subprocess.run(
-    [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120
-  )
+sys.exit(main({
+    [
+      "prepare",
+      "--format=llava-jsonl",
+      f"--input={folder}/chat.jsonl",
+      f"--output={folder.parent}/out",
+      "--task=understanding",
+      "--part_records=30",
+      f"--processes={processes}",
+    ]!r
+  }))
+"""
+  done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
   assert done.returncode == 2 and done.stderr.count("\n") == 1
   assert "File too large; run the same command again to go on" in done.stderr
   summary, output = run(folder, part_records=30)
@@ -336,13 +339,26 @@ def test_an_import_that_is_interrupted_says_so_in_one_line(folder, sent, code):
   write_lines(folder / "chat.jsonl", rows)
   partial = folder.parent / "out.partial"
   command = [
-    sys.executable, "-m", "jflow", "prepare", "--format=llava-jsonl", f"--input={folder}/chat.jsonl",
-    f"--output={folder.parent / 'out'}", "--task=understanding", "--part_records=200", "--processes=2",
-  ]  # fmt: skip
+    sys.executable,
+    "-m",
+    "jflow",
+    "prepare",
+    "--format=llava-jsonl",
+    f"--input={folder}/chat.jsonl",
+    f"--output={folder.parent / 'out'}",
+    "--task=understanding",
+    "--part_records=200",
+    "--processes=2",
+  ]
   process = subprocess.Popen(
-    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
+    command,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    cwd=ROOT,
+    start_new_session=True,
     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-  )  # fmt: skip
+  )
   while not list(partial.glob("part-*.json")) and process.poll() is None:
     time.sleep(0.01)
   # Ctrl-C reaches every process of the terminal, SIGTERM the one that it is sent to.
@@ -360,9 +376,7 @@ def test_help_teaches(capsys):
 
 def _scored(folder):
   """Twelve captions: image i has 12 + i by 9 pixels, a score of i / 2, and none for the last."""
-  rows = [
-    {"image": f"pictures/{i}.png", "caption": f"number {i}", "aesthetic_score": i / 2} for i in range(12)
-  ]
+  rows = [{"image": f"pictures/{i}.png", "caption": f"number {i}", "aesthetic_score": i / 2} for i in range(12)]
   del rows[11]["aesthetic_score"]
   return write_lines(folder / "scored.jsonl", rows)
 
@@ -435,9 +449,17 @@ def test_a_run_that_is_killed_for_good_goes_on(folder):
   write_lines(folder / "chat.jsonl", rows)
   output = folder.parent / "out"
   command = [
-    sys.executable, "-m", "jflow", "prepare", "--format=llava-jsonl", f"--input={folder}/chat.jsonl",
-    f"--output={output}", "--task=understanding", "--part_records=50", "--processes=2",
-  ]  # fmt: skip
+    sys.executable,
+    "-m",
+    "jflow",
+    "prepare",
+    "--format=llava-jsonl",
+    f"--input={folder}/chat.jsonl",
+    f"--output={output}",
+    "--task=understanding",
+    "--part_records=50",
+    "--processes=2",
+  ]
   process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT)
   partial = folder.parent / "out.partial"
   while process.poll() is None and len(list(partial.glob("part-*[0-9].json"))) < 3:

@@ -5,6 +5,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from preparing import image, make_folder, run
 
 from jflow.batch import RowShape
 from jflow.data import lengths, prepared
@@ -13,7 +14,6 @@ from jflow.data.prepared import PreparedSource
 from jflow.data.records import RecordError
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
-from preparing import image, make_folder, run
 
 TOKENIZER = Tokenizer.load(pathlib.Path(__file__).parent.parent / "configs" / "tokenizer")
 
@@ -138,12 +138,20 @@ def test_damaged_outlines_are_named(tmp_path, damage):
 @pytest.mark.parametrize(
   "lines",
   [
-    b"", b'["a", 1, "t", []]\n', b'["a", 1, "t", []]\n' * 3, b"42\n" * 2, b'["a", 1, "t"]\n' * 2,
-    b'["a", 1e9, "t", []]\n' * 2, b'["a", 99999999999, "t", []]\n' * 2, b'["a", 1, "t", [["user"]]]\n' * 2,
-    b'["a", 1, null, []]\n' * 2, b"[" * 100_000 + b"\n\n", b"\xff\n" * 2,
+    b"",
+    b'["a", 1, "t", []]\n',
+    b'["a", 1, "t", []]\n' * 3,
+    b"42\n" * 2,
+    b'["a", 1, "t"]\n' * 2,
+    b'["a", 1e9, "t", []]\n' * 2,
+    b'["a", 99999999999, "t", []]\n' * 2,
+    b'["a", 1, "t", [["user"]]]\n' * 2,
+    b'["a", 1, null, []]\n' * 2,
+    b"[" * 100_000 + b"\n\n",
+    b"\xff\n" * 2,
   ],
   ids=lambda value: ascii(value)[:24],
-)  # fmt: skip
+)
 def test_outlines_that_are_not_those_of_the_shard_are_named(tmp_path, lines):
   """An empty file is no damage to gzip, and would leave the shard's records out of the plan without a word."""
   path = tmp_path / "outlines-00000-of-00001.jsonl.gz"

@@ -71,10 +71,14 @@ REFUSED = {
   "no steps": (lambda run: put(run, None, *STEPS), "metrics.jsonl"),
   "no checkpoints": (lambda run: put(run, None, "checkpoints"), "metrics.jsonl"),
   "no checkpoints, damaged metrics": (
-    lambda run: (put(run, None, "checkpoints"), put(run, b"\0" * 90, "metrics.jsonl")), "metrics.jsonl"),
+    lambda run: (put(run, None, "checkpoints"), put(run, b"\0" * 90, "metrics.jsonl")),
+    "metrics.jsonl",
+  ),
   "goodput alone": (lambda run: put(run, None, "checkpoints", "metrics.jsonl", "config.json"), "goodput.jsonl"),
   "steps under other names": (
-    lambda run: [(run / name).rename(run / f"checkpoints/old{i}") for i, name in enumerate(STEPS)], "old0"),
+    lambda run: [(run / name).rename(run / f"checkpoints/old{i}") for i, name in enumerate(STEPS)],
+    "old0",
+  ),
   "manifests cut": (lambda run: [os.truncate(run / name, 40) for name in MANIFESTS], "none of the saved steps"),
   "manifests empty": (lambda run: put(run, b"", *MANIFESTS), "none of the saved steps"),
   "manifests NUL": (lambda run: put(run, b"\0" * 50, *MANIFESTS), "none of the saved steps"),
@@ -86,10 +90,13 @@ REFUSED = {
   "metrics a pipe": (lambda run: (put(run, None, "metrics.jsonl"), os.mkfifo(run / "metrics.jsonl")), "must be a file"),
   "config a folder": (lambda run: folder(run, "config.json"), "config.json must be a file"),
   "lock a folder": (lambda run: folder(run, "lock"), "lock must be a file"),
-  "lock a link": (lambda run: (put(run, None, "lock"), (run / "lock").symlink_to("config.json")), "lock must be a file"),
+  "lock a link": (
+    lambda run: (put(run, None, "lock"), (run / "lock").symlink_to("config.json")),
+    "lock must be a file",
+  ),
   "another config": (other_config, "train.seed=99, now 3"),
   "another step's folder": (lambda run: (run / STEPS[2]).rename(run / "checkpoints/8"), "holds step 6"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -139,7 +146,7 @@ GOES_ON = {
   "lock no UTF-8": (lambda run: put(run, b"\xff\xfe\0" * 900, "lock"), 6, "did not end in order"),
   "no lock": (lambda run: put(run, None, "lock"), 6, ""),
   "folders of others": (lambda run: [foreign(run, name) for name in ("٣", "²", "007", "9" * 30, "3", "best")], 6, ""),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", GOES_ON)
@@ -197,7 +204,7 @@ LINES = {  # harm to lines 1 to 6 -> steps that are read, whether damage is said
   "a mark in front": (line(1, b"\xef\xbb\xbf" + rows(1)[0]), [1, 2, 3, 4, 5, 6], False),
   "twice": (lambda lines: [*lines[:4], *lines[2:]], [1, 2, 3, 4, 5, 6], False),
   "twice, the last counts": (lambda lines: [*lines, b'{"step": 5, "loss": 7.0}'], [1, 2, 3, 4, 6, 5], False),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", LINES)

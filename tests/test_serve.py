@@ -142,9 +142,7 @@ def test_pictures_stand_where_the_conversation_shows_them(served, model):
     {"role": "assistant", "content": "A ring."},
     {"role": "user", "content": "And\n<image>\nthis one?"},
   ]
-  assert said(client.post(CHAT, json={"messages": messages, "max_tokens": 9})) == model.understand(
-    turns, pictures, 9
-  )
+  assert said(client.post(CHAT, json={"messages": messages, "max_tokens": 9})) == model.understand(turns, pictures, 9)
 
 
 @pytest.mark.parametrize("mark", ["<image>", "<image_placeholder>"])
@@ -180,9 +178,7 @@ def test_a_picture_is_that_of_its_prompt_and_seed_in_any_batch(served, model):
       got = Image.open(io.BytesIO(base64.b64decode(x["b64_json"])))
       assert np.abs(np.asarray(got).astype(int) - np.asarray(image)).max() <= 1
   sums = metrics(client)
-  assert sums["jflow_painting_batch_sum"] > sums["jflow_painting_batch_count"], (
-    "no two pictures shared a batch"
-  )
+  assert sums["jflow_painting_batch_sum"] > sums["jflow_painting_batch_count"], "no two pictures shared a batch"
 
 
 # --- limits -----------------------------------------------------------------------------------------------
@@ -357,9 +353,7 @@ def test_a_model_that_cannot_paint_is_what_is_wrong(served, monkeypatch):
 def test_fields_that_ask_for_nothing_special_are_welcome():
   body = ask(n=1, stop=None, presence_penalty=0, frequency_penalty=0.0, logprobs=False, user="me", tools=[])
   assert schemas.parse_chat(body | {"max_completion_tokens": 7, "max_tokens": None}, "m").max_tokens == 7
-  schemas.parse_painting(
-    {"prompt": "a", "quality": "auto", "size": "auto", "response_format": "b64_json"}, "m", 16
-  )
+  schemas.parse_painting({"prompt": "a", "quality": "auto", "size": "auto", "response_format": "b64_json"}, "m", 16)
 
 
 @pytest.mark.parametrize("field, value", [("stop", [""]), ("tools", [{}]), ("logprobs", True), ("n", 3)])
@@ -402,9 +396,7 @@ def test_mistakes_get_one_line_before_anything_is_loaded(capsys, flags, line):
     code = end.code
   error = capsys.readouterr().err
   assert (
-    code == 2
-    and error.replace("jflow: error: ", "jflow: ").startswith("jflow: " + line)
-    and error.count("\n") == 1
+    code == 2 and error.replace("jflow: error: ", "jflow: ").startswith("jflow: " + line) and error.count("\n") == 1
   )
 
 

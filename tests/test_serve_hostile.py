@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import serving
 from PIL import Image
+from tools import fuzz_server
 
 from jflow.errors import UserError
 from jflow.inference import painting, reading
@@ -25,7 +26,6 @@ from jflow.serving.connections import Limits
 from jflow.serving.jobs import Pictures
 from jflow.serving.logs import OncePerSecond
 from jflow.serving.schemas import Settings
-from tools import fuzz_server
 
 CHAT, PAINT = "/v1/chat/completions", "/v1/images/generations"
 HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode()
@@ -120,7 +120,7 @@ def works(client):
     (HEAD + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % (MAX_BODY + 1), 413),
     (GET + b"Authorization: Bearer \xff\xfe\r\n\r\n", 200),
   ],
-)  # fmt: skip
+)
 def test_what_is_no_good_http_is_refused_in_json_with_all_headers(served, sent, status):
   client, _ = served
   with connect(client) as connection:
@@ -131,9 +131,7 @@ def test_what_is_no_good_http_is_refused_in_json_with_all_headers(served, sent, 
     body = response.read()
   assert response.status == status, body
   assert response.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
-  assert (
-    response.headers["X-Frame-Options"] == "DENY" and response.headers["X-Content-Type-Options"] == "nosniff"
-  )
+  assert response.headers["X-Frame-Options"] == "DENY" and response.headers["X-Content-Type-Options"] == "nosniff"
   if status != 200:
     error = json.loads(body)["error"]
     assert error["message"] and "\n" not in error["message"]
@@ -143,10 +141,13 @@ def test_what_is_no_good_http_is_refused_in_json_with_all_headers(served, sent, 
 @pytest.mark.parametrize(
   "sent, status",
   [
-    (b"", None), (GET, 408), (b"GET", 408), (HEAD + LENGTH + b"\r\n" + BODY[:9], 408),
+    (b"", None),
+    (GET, 408),
+    (b"GET", 408),
+    (HEAD + LENGTH + b"\r\n" + BODY[:9], 408),
     (b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n", 404),
   ],
-)  # fmt: skip
+)
 def test_what_comes_too_slowly_is_cut(strict, sent, status):
   with connect(strict) as connection:
     connection.sendall(sent)
@@ -268,13 +269,30 @@ def deep(levels):
 
 @pytest.mark.parametrize(
   "value",
-  [deep(65), deep(980), deep(989), deep(100_000), b'{"a":' * 990 + b"1" + b"}" * 990, b"9" * 5000,
-   b"-" + b"9" * 4301,
-   b"1e999", b"NaN", b"Infinity", b"-Infinity", b'"\\ud800"', b'["\\udfff"]', b'{"\\ud83d": 1}', b'"\xff"',
-   b'"\xed\xa0\x80"',
-   b'{"a": 1, "a": 1}', b'{"b": [{"a": 1, "\\u0061": 2}]}', b'"\x00"', b"[" + b"[]," * 2**18 + b"1]"],
+  [
+    deep(65),
+    deep(980),
+    deep(989),
+    deep(100_000),
+    b'{"a":' * 990 + b"1" + b"}" * 990,
+    b"9" * 5000,
+    b"-" + b"9" * 4301,
+    b"1e999",
+    b"NaN",
+    b"Infinity",
+    b"-Infinity",
+    b'"\\ud800"',
+    b'["\\udfff"]',
+    b'{"\\ud83d": 1}',
+    b'"\xff"',
+    b'"\xed\xa0\x80"',
+    b'{"a": 1, "a": 1}',
+    b'{"b": [{"a": 1, "\\u0061": 2}]}',
+    b'"\x00"',
+    b"[" + b"[]," * 2**18 + b"1]",
+  ],
   ids=lambda value: value[:12].decode("latin-1") + str(len(value)),
-)  # fmt: skip
+)
 @pytest.mark.parametrize("path", [CHAT, PAINT])
 @pytest.mark.parametrize(
   "field", ["tools", "response_format", "messages", "metadata", "user", "prompt", "seed", "other"]
@@ -295,9 +313,7 @@ def picture(mode="RGB", size=(20, 12), kind="PNG", **options) -> str:
 
 
 def show(*urls):
-  return [{"type": "image_url", "image_url": {"url": url}} for url in urls] + [
-    {"type": "text", "text": "What?"}
-  ]
+  return [{"type": "image_url", "image_url": {"url": url}} for url in urls] + [{"type": "text", "text": "What?"}]
 
 
 @pytest.mark.parametrize(
@@ -472,11 +488,20 @@ def test_who_leaves_while_a_program_is_compiled_frees_the_place(served, monkeypa
 @pytest.mark.parametrize(
   "settings, seed, count",
   [
-    ({"guidance": float("nan")}, 0, 1), ({"guidance": float("inf")}, 0, 1), ({"guidance": 0.5}, 0, 1),
-    ({"steps": 0}, 0, 1), ({"steps": 2.5}, 0, 1), ({"shift": float("nan")}, 0, 1), ({"shift": 0.0}, 0, 1),
-    ({"solver": "dopri"}, 0, 1), ({}, 0.5, 1), ({}, float("nan"), 1), ({}, 0, 0), ({}, 0, float("nan")),
+    ({"guidance": float("nan")}, 0, 1),
+    ({"guidance": float("inf")}, 0, 1),
+    ({"guidance": 0.5}, 0, 1),
+    ({"steps": 0}, 0, 1),
+    ({"steps": 2.5}, 0, 1),
+    ({"shift": float("nan")}, 0, 1),
+    ({"shift": 0.0}, 0, 1),
+    ({"solver": "dopri"}, 0, 1),
+    ({}, 0.5, 1),
+    ({}, float("nan"), 1),
+    ({}, 0, 0),
+    ({}, 0, float("nan")),
   ],
-)  # fmt: skip
+)
 def test_a_mistake_in_a_painting_is_never_the_models(served, settings, seed, count):
   _, engine = served
   work = Pictures("a ring", count, seed, Settings(30, 2.0, "euler", 1.0)._replace(**settings))
@@ -488,11 +513,16 @@ def test_a_mistake_in_a_painting_is_never_the_models(served, settings, seed, cou
 @pytest.mark.parametrize(
   "field, value",
   [
-    ("temperature", float("nan")), ("temperature", -1.0), ("top_p", 0.0), ("top_p", float("nan")), ("seed",
-    -1),
-    ("seed", 2**32), ("max_tokens", 0), ("max_tokens", 2.5),
+    ("temperature", float("nan")),
+    ("temperature", -1.0),
+    ("top_p", 0.0),
+    ("top_p", float("nan")),
+    ("seed", -1),
+    ("seed", 2**32),
+    ("max_tokens", 0),
+    ("max_tokens", 2.5),
   ],
-)  # fmt: skip
+)
 def test_a_mistake_in_a_question_is_never_the_models(served, field, value):
   _, engine = served
   with pytest.raises(UserError):

@@ -18,49 +18,52 @@ def test_the_stages_pass(stage, size):
   assert setup.check(config.to_dict()).image_size in (32, 48, 384, 256)
 
 
-@pytest.mark.parametrize("field, value", [
-  ("train.steps", 0),
-  ("train.batch_size", -4),
-  ("train.accumulation", 0),
-  ("train.accumulation", 3),
-  ("train.seed", -1),
-  ("train.ema", 1.0),
-  ("train.max_skipped", 0),
-  ("train.init_weights", "best"),
-  ("optimizer.learning_rate", 0.0),
-  ("optimizer.learning_rate", float("nan")),
-  ("optimizer.clip_norm", 0.0),
-  ("optimizer.epsilon", 0.0),
-  ("optimizer.warmup_steps", -1),
-  ("optimizer.weight_decay", -0.1),
-  ("optimizer.beta2", 1.0),
-  ("objective.time_std", 0.0),
-  ("objective.weights", dict(text=0.0, flow=0.0, alignment=0.0)),
-  ("objective.weights", dict(text=1.0, flow=1.0, alignment=0.0, repa=1.0)),
-  ("objective.weights.flow", -1.0),
-  ("data.template", "poem"),
-  ("data.row_tokens", 129),
-  ("data.row_images", 0),
-  ("data.tokenizer", ""),
-  ("compute.dtype", "float16"),
-  ("compute.remat", "some"),
-  ("compute.unroll", 0),
-  ("mesh.data", 0),
-  ("checkpoint.interval", 0),
-  ("checkpoint.keep", 0),
-  ("checkpoint.keep_every", -1),
-  ("train.spike_sigmas", -1.0),
-  ("train.spike_window", 1),
-  ("train.watchdog_seconds", -5.0),
-  ("distributed.cluster", "kubernetes"),
-  ("distributed.processes", 0),
-  ("distributed.process_id", 1),
-  ("distributed.heartbeat_seconds", 0),
-  ("log.sample_every", -1),
-  ("log.sample_steps", 0),
-  ("log.sample_guidance", 0.5),
-  ("log.sample_prompts", ("", "a ring")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "field, value",
+  [
+    ("train.steps", 0),
+    ("train.batch_size", -4),
+    ("train.accumulation", 0),
+    ("train.accumulation", 3),
+    ("train.seed", -1),
+    ("train.ema", 1.0),
+    ("train.max_skipped", 0),
+    ("train.init_weights", "best"),
+    ("optimizer.learning_rate", 0.0),
+    ("optimizer.learning_rate", float("nan")),
+    ("optimizer.clip_norm", 0.0),
+    ("optimizer.epsilon", 0.0),
+    ("optimizer.warmup_steps", -1),
+    ("optimizer.weight_decay", -0.1),
+    ("optimizer.beta2", 1.0),
+    ("objective.time_std", 0.0),
+    ("objective.weights", dict(text=0.0, flow=0.0, alignment=0.0)),
+    ("objective.weights", dict(text=1.0, flow=1.0, alignment=0.0, repa=1.0)),
+    ("objective.weights.flow", -1.0),
+    ("data.template", "poem"),
+    ("data.row_tokens", 129),
+    ("data.row_images", 0),
+    ("data.tokenizer", ""),
+    ("compute.dtype", "float16"),
+    ("compute.remat", "some"),
+    ("compute.unroll", 0),
+    ("mesh.data", 0),
+    ("checkpoint.interval", 0),
+    ("checkpoint.keep", 0),
+    ("checkpoint.keep_every", -1),
+    ("train.spike_sigmas", -1.0),
+    ("train.spike_window", 1),
+    ("train.watchdog_seconds", -5.0),
+    ("distributed.cluster", "kubernetes"),
+    ("distributed.processes", 0),
+    ("distributed.process_id", 1),
+    ("distributed.heartbeat_seconds", 0),
+    ("log.sample_every", -1),
+    ("log.sample_steps", 0),
+    ("log.sample_guidance", 0.5),
+    ("log.sample_prompts", ("", "a ring")),
+  ],
+)
 def test_a_bad_value_is_one_line_that_names_its_field(field, value):
   config = tiny.configuration()
   setup.check(config)
@@ -84,15 +87,18 @@ def test_processes_need_the_address_of_the_first():
   setup.check(tiny.configuration(distributed=dict(cluster="auto")))
 
 
-@pytest.mark.parametrize("argument, named", [
-  ("--config.train.stepps=3", "(--config.train.stepps=3)"),
-  ("--config.optimizer.learning_rate=fast", "learning_rate"),
-  ("--config.train.batch_size=2.5", "batch_size"),
-  ("--config.mesh.date=2", "(--config.mesh.date=2)"),
-  ("--config.checkpoint=5", "checkpoint"),
-  ("--confg.train.steps=3", "confg.train.steps"),
-  ("--config.log.tensorboard=perhaps", "tensorboard"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "argument, named",
+  [
+    ("--config.train.stepps=3", "(--config.train.stepps=3)"),
+    ("--config.optimizer.learning_rate=fast", "learning_rate"),
+    ("--config.train.batch_size=2.5", "batch_size"),
+    ("--config.mesh.date=2", "(--config.mesh.date=2)"),
+    ("--config.checkpoint=5", "checkpoint"),
+    ("--confg.train.steps=3", "confg.train.steps"),
+    ("--config.log.tensorboard=perhaps", "tensorboard"),
+  ],
+)
 def test_a_mistyped_argument_is_one_line_that_names_it(argument, named):
   with pytest.raises(UserError) as error:
     load_config(["--config=configs/stage1.py:tiny", argument])

@@ -98,6 +98,4 @@ def test_the_large_tower_has_the_published_number_of_parameters():
   # A block: 4 attention maps and 2 mlp maps with biases, 2 layer norms. The head: such maps and one norm.
   d, f = 1024, 4096
   maps = 4 * (d * d + d) + (d * f + f) + (f * d + d)
-  assert (
-    count == (16 * 16 * 3 * d + d) + 576 * d + 24 * (maps + 4 * d) + 2 * d + (d + maps + 2 * d) == 316_283_904
-  )
+  assert count == (16 * 16 * 3 * d + d) + 576 * d + 24 * (maps + 4 * d) + 2 * d + (d + maps + 2 * d) == 316_283_904

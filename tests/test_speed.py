@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from configs import models
 
+from configs import models
 from jflow import chips, model_flops
 from jflow.batch import READ, WRITE
 from jflow.bench import rows
@@ -91,8 +91,10 @@ def test_a_batched_product_written_as_a_convolution_counts_once():
     "%c = f32[16,8,32]{2,1,0} convolution(%a, %b), window={size=16 pad=15_15 lhs_dilate=1 rhs_reversal=1}, "
     "dim_labels=0bf_0io->0bf"
   )
-  text = f"ENTRY %main (a: f32[16,8,64]) -> f32[16,8,32] {{\n  %a = f32[1,8,64]{{2,1,0}} parameter(0)\n" \
-    f"  %b = f32[16,64,32]{{2,1,0}} parameter(1)\n  ROOT {line}\n}}\n"  # fmt: skip
+  text = (
+    f"ENTRY %main (a: f32[16,8,64]) -> f32[16,8,32] {{\n  %a = f32[1,8,64]{{2,1,0}} parameter(0)\n"
+    f"  %b = f32[16,64,32]{{2,1,0}} parameter(1)\n  ROOT {line}\n}}\n"
+  )
   assert hlo.count(text, {"data": 1}, lambda loop: 0).flops == 2 * 16 * 8 * 64 * 32
 
 
@@ -120,16 +122,12 @@ def test_a_mesh_follows_the_topology_or_is_refused():
     "model": 1,
   }
   with pytest.raises(UserError, match="2 x 4 x 1 is not the 16 chips of v5e:4x4"):
-    command.fitted(
-      {**config, "mesh": {"data": 2, "fsdp": 4, "model": 1}}, targets.Topology.parse("v5e:4x4"), 1
-    )
+    command.fitted({**config, "mesh": {"data": 2, "fsdp": 4, "model": 1}}, targets.Topology.parse("v5e:4x4"), 1)
 
 
 def test_made_up_rows_hold_what_the_mixture_says():
   batch = rows.synthetic(8, tiny.SHAPE, (2, 5, 1), tiny.VOCABULARY)
-  assert (batch.image_kind == READ).any(axis=1).sum() == 2 and (batch.image_kind == WRITE).any(
-    axis=1
-  ).sum() == 5
+  assert (batch.image_kind == READ).any(axis=1).sum() == 2 and (batch.image_kind == WRITE).any(axis=1).sum() == 5
   assert batch.loss_mask.all(axis=1).sum() == 1
   for row, kind in enumerate(batch.image_kind):
     for start in batch.image_start[row][kind > 0]:
@@ -162,8 +160,6 @@ def test_mfu_is_null_where_no_table_has_the_device(monkeypatch):
   assert sum(frozen.values()) < sum(left.values())
 
 
-@pytest.mark.parametrize(
-  "kind, peak", [("TPU v5 lite", 197e12), ("NVIDIA H100 80GB HBM3", 989e12), ("cpu", None)]
-)
+@pytest.mark.parametrize("kind, peak", [("TPU v5 lite", 197e12), ("NVIDIA H100 80GB HBM3", 989e12), ("cpu", None)])
 def test_peaks_are_found_by_the_kind_of_the_device(kind, peak):
   assert chips.peak_flops(kind) == peak

@@ -18,9 +18,7 @@ WEIGHTS = dict(text=0.5, flow=2.0, alignment=0.25)
 
 
 def configuration(accumulation: int = 1, **compute):
-  return tiny.configuration(
-    objective=dict(weights=WEIGHTS), train=dict(accumulation=accumulation), compute=compute
-  )
+  return tiny.configuration(objective=dict(weights=WEIGHTS), train=dict(accumulation=accumulation), compute=compute)
 
 
 @functools.cache

@@ -150,9 +150,7 @@ def test_the_prompts_are_those_of_the_kit():
   row = {"question": "Which?", "A": "x", "B": "y", "C": "", "hint": "Look."}
   letter = "Answer with the option's letter from the given choices directly."  # a blank line stands before it
   assert tables.choice_prompt(row) == f"{mark}\nHint: Look.\nWhich?\nA. x\nB. y\n\n{letter}"
-  assert (
-    tables.choice_prompt({"question": "Why?", "A": ""}) == f"{mark}\nWhy?\nAnswer the question directly. "
-  )
+  assert tables.choice_prompt({"question": "Why?", "A": ""}) == f"{mark}\nWhy?\nAnswer the question directly. "
 
 
 def test_open_questions_of_mmmu_have_their_answer_as_first_option(tmp_path):
@@ -174,9 +172,15 @@ def test_open_questions_of_mmmu_have_their_answer_as_first_option(tmp_path):
 def test_a_question_with_several_pictures_is_asked_with_all_of_them_first(tiny_checkpoint, tmp_path):
   """As the kit asks MMMU; the marks inside its texts are words."""
   row = {
-    "index": 1, "image": str([png("red"), png("blue")]), "question": "Is <image 1> like <image 2>?", "A": "yes",
-    "B": "no", "answer": "A", "category": "x", "split": "validation",
-  }  # fmt: skip
+    "index": 1,
+    "image": str([png("red"), png("blue")]),
+    "question": "Is <image 1> like <image 2>?",
+    "A": "yes",
+    "B": "no",
+    "answer": "A",
+    "category": "x",
+    "split": "validation",
+  }
   write_table(tmp_path / "MMMU_DEV_VAL.tsv", [row, row | {"index": 2, "image": png("red")}])
   benchmark = tables.TableBenchmark(RECIPES["mmmu"]._replace(max_tokens=3), tmp_path, None)
   model, samples, done = jflow.load(tiny_checkpoint), Samples(tmp_path / "out", {}), []

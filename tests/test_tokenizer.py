@@ -37,9 +37,7 @@ def test_round_trip(tokenizer, text):
 
 
 def test_special_ids_are_those_of_the_file(tokenizer):
-  added = {
-    token["content"]: token["id"] for token in json.loads(tokenizer._files["tokenizer.json"])["added_tokens"]
-  }
+  added = {token["content"]: token["id"] for token in json.loads(tokenizer._files["tokenizer.json"])["added_tokens"]}
   for attribute, name in SPECIAL_TOKENS.items():
     assert getattr(tokenizer, attribute) == added[name]
   assert tokenizer.vocabulary_size == max(added.values()) + 1
@@ -51,9 +49,7 @@ def test_golden_ids():
   assert ids == [1000, 1001, 1002, 1003, 1004, 1005, 1006]  # tokenizer_config.json calls EOS the pad token
 
 
-@pytest.mark.parametrize(
-  "copy", [lambda t: t, lambda t: pickle.loads(pickle.dumps(t))], ids=["itself", "pickled"]
-)
+@pytest.mark.parametrize("copy", [lambda t: t, lambda t: pickle.loads(pickle.dumps(t))], ids=["itself", "pickled"])
 def test_written_special_tokens_stay_text(tokenizer, copy):
   tokenizer = copy(tokenizer)
   text = " ".join(SPECIAL_TOKENS.values())
@@ -81,9 +77,7 @@ def test_save_copies_the_bytes(tokenizer, tmp_path):
 
 
 def _write(directory, content, config=None):
-  (directory / "tokenizer.json").write_bytes(
-    content if isinstance(content, bytes) else json.dumps(content).encode()
-  )
+  (directory / "tokenizer.json").write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
   if config is not None:
     (directory / "tokenizer_config.json").write_text(config)
   return directory
@@ -292,9 +286,7 @@ def test_a_special_token_that_is_a_word_is_refused(tmp_path):
   words = {token: i for i, token in enumerate((*SPECIAL_TOKENS.values(), "a"))}
   model = {"type": "WordLevel", "vocab": words, "unk_token": "a"}
   with pytest.raises(UserError, match="must hold it as a special token|unk_token"):
-    Tokenizer.load(
-      _write(tmp_path, {"version": "1.0", "model": model, "pre_tokenizer": {"type": "WhitespaceSplit"}})
-    )
+    Tokenizer.load(_write(tmp_path, {"version": "1.0", "model": model, "pre_tokenizer": {"type": "WhitespaceSplit"}}))
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path):
@@ -306,12 +298,16 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
 def test_truncation_and_padding_of_the_file_cut_nothing(tmp_path):
   value = _golden() | {
     "truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
-    "padding": {"strategy": {"Fixed": 512}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
-                "pad_type_id": 0, "pad_token": "!"},
-  }  # fmt: skip
-  assert Tokenizer.load(_write(tmp_path, value)).encode("a red circle") == Tokenizer.load(GOLDEN).encode(
-    "a red circle"
-  )
+    "padding": {
+      "strategy": {"Fixed": 512},
+      "direction": "Right",
+      "pad_to_multiple_of": None,
+      "pad_id": 0,
+      "pad_type_id": 0,
+      "pad_token": "!",
+    },
+  }
+  assert Tokenizer.load(_write(tmp_path, value)).encode("a red circle") == Tokenizer.load(GOLDEN).encode("a red circle")
 
 
 @pytest.mark.parametrize(
@@ -351,9 +347,7 @@ def test_a_sentencepiece_model_is_named_with_the_way_out(tmp_path):
     Tokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize(
-  "error", [Exception("bare"), type("PanicException", (BaseException,), {})("a panic")]
-)
+@pytest.mark.parametrize("error", [Exception("bare"), type("PanicException", (BaseException,), {})("a panic")])
 def test_whatever_the_library_raises_is_one_line(tmp_path, monkeypatch, error):
   tokenizer = Tokenizer.load(GOLDEN)
 

@@ -15,9 +15,17 @@ from jflow.training import setup, tracking
 from jflow.training.metrics import Progress
 
 ROW = {
-  "step": 3, "loss": 1.5, "loss_text": 1.0, "loss_flow": 0.5, "grad_norm": 2.0, "fill": 0.75, "mfu": None,
-  "packs": {"understanding": 2, "text": 1}, "rejected": {}, "skipped": 0,
-}  # fmt: skip
+  "step": 3,
+  "loss": 1.5,
+  "loss_text": 1.0,
+  "loss_flow": 0.5,
+  "grad_norm": 2.0,
+  "fill": 0.75,
+  "mfu": None,
+  "packs": {"understanding": 2, "text": 1},
+  "rejected": {},
+  "skipped": 0,
+}
 
 
 def test_tensorboard_reads_scalars_and_pictures_back(tmp_path):
@@ -33,9 +41,15 @@ def test_tensorboard_reads_scalars_and_pictures_back(tmp_path):
   events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
   events.Reload()
   wanted = {
-    "loss/total": 1.5, "loss/text": 1.0, "loss/flow": 0.5, "run/grad_norm": 2.0, "run/fill": 0.75, "run/skipped": 0.0,
-    "packs/understanding": 2.0, "packs/text": 1.0,
-  }  # fmt: skip
+    "loss/total": 1.5,
+    "loss/text": 1.0,
+    "loss/flow": 0.5,
+    "run/grad_norm": 2.0,
+    "run/fill": 0.75,
+    "run/skipped": 0.0,
+    "packs/understanding": 2.0,
+    "packs/text": 1.0,
+  }
   assert {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]} == {
     tag: [(3, value), (4, value)] for tag, value in wanted.items()
   }
@@ -49,12 +63,8 @@ def test_tensorboard_reads_scalars_and_pictures_back(tmp_path):
 @pytest.mark.parametrize("name, value", [("tensorboard", True), ("wandb", "project")])
 def test_a_missing_package_is_named_before_anything_starts(monkeypatch, name, value):
   there = importlib.util.find_spec
-  monkeypatch.setattr(
-    importlib.util, "find_spec", lambda package: None if package == name else there(package)
-  )
-  with pytest.raises(
-    UserError, match=f"config.log.{name}={value!r} needs the package {name}: pip install {name}"
-  ):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda package: None if package == name else there(package))
+  with pytest.raises(UserError, match=f"config.log.{name}={value!r} needs the package {name}: pip install {name}"):
     setup.check(tiny.configuration(log={name: value}))
   setup.check(tiny.configuration())
 
@@ -85,7 +95,5 @@ def test_the_time_left_does_not_count_the_compilation(monkeypatch, capsys):
     "left 1.1 min",
     "left 1.0 min",
   ]
-  Progress(total=40, first=4, every_seconds=0.0, shown=False).update(
-    {"step": 5, "loss": 1.0, "tokens_per_second": 1}
-  )
+  Progress(total=40, first=4, every_seconds=0.0, shown=False).update({"step": 5, "loss": 1.0, "tokens_per_second": 1})
   assert capsys.readouterr().err == ""

@@ -47,14 +47,21 @@ def _environment() -> dict[str, str]:
   }
 
 
-def _command(
-  stage: int, workdir: pathlib.Path, cache: str, before: pathlib.Path | str, *fields: str
-) -> list[str]:
+def _command(stage: int, workdir: pathlib.Path, cache: str, before: pathlib.Path | str, *fields: str) -> list[str]:
   return [
-    sys.executable, "-m", "jflow", "train", f"--config=configs/stage{stage}.py:tiny", f"--workdir={workdir}",
-    f"--config.compute.compilation_cache={cache}", f"--config.train.steps={STEPS}", *SMALL,
-    f"--config.train.init_from={before}", *[f"--config.optimizer.muon={tiny.MUON}"] * (stage == 3), *fields,
-  ]  # fmt: skip
+    sys.executable,
+    "-m",
+    "jflow",
+    "train",
+    f"--config=configs/stage{stage}.py:tiny",
+    f"--workdir={workdir}",
+    f"--config.compute.compilation_cache={cache}",
+    f"--config.train.steps={STEPS}",
+    *SMALL,
+    f"--config.train.init_from={before}",
+    *[f"--config.optimizer.muon={tiny.MUON}"] * (stage == 3),
+    *fields,
+  ]
 
 
 def _train(*args) -> subprocess.CompletedProcess:
@@ -63,9 +70,7 @@ def _train(*args) -> subprocess.CompletedProcess:
   return done
 
 
-def _interrupt(
-  command: list[str], workdir: pathlib.Path, signum: int, when: Callable[[], bool]
-) -> tuple[int, str]:
+def _interrupt(command: list[str], workdir: pathlib.Path, signum: int, when: Callable[[], bool]) -> tuple[int, str]:
   """Starts a run, sends a signal as soon as `when` holds; returns (exit code, stderr)."""
   errors = workdir.with_suffix(".stderr")
   with open(errors, "w") as file:
@@ -166,9 +171,7 @@ def _kill(command: list[str], workdir: pathlib.Path, kind: str, steps: int) -> N
   at = _newest(workdir)
   moments = {
     "step": lambda: _stepping(workdir, at) and _lines(workdir) >= at + steps,
-    "save": lambda: (
-      _stepping(workdir, at) and any("tmp" in p.name for p in (workdir / "checkpoints").glob("*"))
-    ),
+    "save": lambda: _stepping(workdir, at) and any("tmp" in p.name for p in (workdir / "checkpoints").glob("*")),
     "saved": lambda: max(checkpoint.sealed_steps(workdir / "checkpoints"), default=0) > at,  # so that it gets on
     "hand-over": (workdir / "config.json").exists,
   }
@@ -290,9 +293,7 @@ def test_a_window_of_steps_is_traced(stage3, stage2):
 
 
 def _start(source: dict, tmp_path: pathlib.Path, model=tiny.CONFIG, **train) -> dict[str, np.ndarray]:
-  checkpoint.save_params(
-    tmp_path / "source", source, {"model": model.to_dict(), "data": {"template": "plain"}}, None
-  )
+  checkpoint.save_params(tmp_path / "source", source, {"model": model.to_dict(), "data": {"template": "plain"}}, None)
   config = tiny.configuration(train=dict(init_from=str(tmp_path / "source")) | train)
   params = setup.start_params(config, tiny.model(), sharding.make_mesh(1, 1, 1), None)
   return flatten_dict(jax.tree.map(np.asarray, params), sep="/")
@@ -372,9 +373,7 @@ def test_a_checkpoint_of_other_sizes_names_every_field_to_set(tmp_path):
   with pytest.raises(UserError) as refused:
     _start(tiny.params(other), tmp_path, model=other)
   fields = str(refused.value).split("it was made with ")[1].split()
-  assert fields == [
-    "--config.model.language_model.mlp_width=24", "--config.model.language_model.rope_theta=130000.0"
-  ]  # fmt: skip
+  assert fields == ["--config.model.language_model.mlp_width=24", "--config.model.language_model.rope_theta=130000.0"]
 
 
 # --- configs ----------------------------------------------------------------------------------------------
@@ -390,7 +389,11 @@ def test_a_checkpoint_of_other_sizes_names_every_field_to_set(tmp_path):
     ("train", dict(fit_labels=16, init_from="DIR"), "config.train.fit_labels=16 must be 0 with train.init_from"),
     ("train", dict(fit_labels=-1), "config.train.fit_labels=-1 must not be negative"),
     ("optimizer", dict(cooldown_start=-1), "config.optimizer.cooldown_start=-1 must not be negative"),
-    ("optimizer", dict(cooldown_start=0, cooldown_steps=2), "config.optimizer.cooldown_steps=2 ends the cool-down at step 2"),
+    (
+      "optimizer",
+      dict(cooldown_start=0, cooldown_steps=2),
+      "config.optimizer.cooldown_steps=2 ends the cool-down at step 2",
+    ),
     ("train", dict(accumulation=3), "config.train.accumulation=3 must divide train.batch_size=4"),
     ("train", dict(ema=1.0), "config.train.ema=1.0 "),
     ("train", dict(seed=-1), "config.train.seed=-1 "),
@@ -410,7 +413,7 @@ def test_a_checkpoint_of_other_sizes_names_every_field_to_set(tmp_path):
     ("model", dict(alignment_width=0), "weights.alignment=1.0 needs model.alignment_width > 0"),
     ("model", dict(hight=3), "unknown field model.hight"),
   ],
-)  # fmt: skip
+)
 def test_a_config_that_cannot_work_is_refused_before_anything_starts(section, fields, named):
   with pytest.raises(UserError, match=named):
     setup.check(tiny.configuration(**{section: fields}))

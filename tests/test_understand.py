@@ -58,9 +58,7 @@ def test_greedy_with_a_cache_equals_whole_passes(pipeline, tokenizer):
   for _ in range(8):
     padded = np.zeros(96, np.int32)
     padded[: len(ids) + len(chosen)] = ids + chosen
-    logits = _whole_pass(
-      tiny.params(), padded, index, _picture()[None].astype(np.float32), len(ids) + len(chosen)
-    )
+    logits = _whole_pass(tiny.params(), padded, index, _picture()[None].astype(np.float32), len(ids) + len(chosen))
     chosen.append(int(np.argmax(logits)))
     if chosen[-1] == tokenizer.eos:
       chosen.pop()
@@ -75,21 +73,15 @@ def test_logits_with_a_cache_equal_whole_passes():
   pixels, none = np.zeros((1, 16, 16, 3), np.float32), np.full(96, -1, np.int32)
 
   def whole(length: int) -> np.ndarray:
-    return np.asarray(
-      _whole_pass(tiny.params(), np.append(tokens, np.zeros(87, np.int32)), none, pixels, length)
-    )
+    return np.asarray(_whole_pass(tiny.params(), np.append(tokens, np.zeros(87, np.int32)), none, pixels, length))
 
   model, params = for_inference(MODEL, tiny.params())
   apply = jax.jit(functools.partial(model.apply, {"params": params}), static_argnames="method")
   padded = np.full((1, 32), 5, np.int32)
   padded[0, :6] = tokens[:6]
   index, nothing = np.full((1, 32), -1, np.int32), np.zeros((0, tiny.CONFIG.language_model.width), np.float32)
-  hidden, cache = jax.jit(reading.prefill, static_argnums=0)(
-    model, params, padded, nothing, index, np.asarray([6])
-  )
-  cache = cache.replace(
-    length=jnp.asarray([6])
-  )  # a row of its own length: new tokens take the padding's place
+  hidden, cache = jax.jit(reading.prefill, static_argnums=0)(model, params, padded, nothing, index, np.asarray([6]))
+  cache = cache.replace(length=jnp.asarray([6]))  # a row of its own length: new tokens take the padding's place
   for length in range(6, 10):
     logits = hidden @ np.asarray(params["language_model"]["head"]["kernel"])
     np.testing.assert_allclose(logits[0], whole(length), atol=1e-5 * np.abs(whole(length)).max())
@@ -106,9 +98,7 @@ def test_the_answer_depends_on_every_picture_and_their_order(pipeline):
 
 
 def test_the_mark_of_the_published_code_says_where_a_picture_stands(pipeline):
-  ask = lambda mark: pipeline.understand(
-    f"One {mark} and {mark} two?", [_picture(1), _picture(2)], max_tokens=8
-  )
+  ask = lambda mark: pipeline.understand(f"One {mark} and {mark} two?", [_picture(1), _picture(2)], max_tokens=8)
   assert (
     ask("<image_placeholder>")
     == ask("<image>")
@@ -126,9 +116,12 @@ def _frequencies(temperature: float, top_p: float, draws: int = 4000) -> np.ndar
   logits = jnp.log(jnp.asarray(PROBABILITIES, jnp.float32))[None]
   column = lambda value, dtype: jnp.full((draws,), value, dtype)
   tokens = reading.pick(
-    jnp.broadcast_to(logits, (draws, 5)), jnp.arange(draws, dtype=jnp.uint32), column(0, jnp.int32),
-    column(temperature, jnp.float32), column(top_p, jnp.float32),
-  )  # fmt: skip
+    jnp.broadcast_to(logits, (draws, 5)),
+    jnp.arange(draws, dtype=jnp.uint32),
+    column(0, jnp.int32),
+    column(temperature, jnp.float32),
+    column(top_p, jnp.float32),
+  )
   return np.bincount(np.asarray(tokens), minlength=5) / draws
 
 
@@ -213,9 +206,7 @@ def test_the_answer_ends_at_eos_at_max_tokens_and_at_the_context(pipeline, token
   assert length(n) == context - 2
   assert pipeline.request(turns(n), max_tokens=9).max_tokens == 2
   assert pipeline.understand(turns(n), max_tokens=9) == pipeline.understand(turns(n), max_tokens=2)
-  with pytest.raises(
-    UserError, match=f"the prompt has {context} tokens, and the context holds {context - 1}"
-  ):
+  with pytest.raises(UserError, match=f"the prompt has {context} tokens, and the context holds {context - 1}"):
     pipeline.understand(turns(n + 2))
 
 

@@ -41,9 +41,7 @@ def _pictures(count: int, seed: int = 0) -> np.ndarray:
   y, x = np.mgrid[:32, :32]
   out = np.empty((count, 32, 32, 3), np.uint8)
   for image in out:
-    background = (
-      rng.uniform(60, 200, 3) + rng.uniform(-1, 1, 3) * x[..., None] + rng.uniform(-1, 1, 3) * y[..., None]
-    )
+    background = rng.uniform(60, 200, 3) + rng.uniform(-1, 1, 3) * x[..., None] + rng.uniform(-1, 1, 3) * y[..., None]
     disc = (x - rng.uniform(6, 26)) ** 2 + (y - rng.uniform(6, 26)) ** 2 < rng.uniform(3, 8) ** 2
     bar = np.abs(x * rng.uniform(-1, 1) + y - rng.uniform(6, 26)) < 3
     image[...] = np.clip(background, 0, 255)
@@ -81,9 +79,7 @@ def test_the_full_autoencoder_has_the_published_number_of_parameters():
   model = make_autoencoder(config, jnp.bfloat16)
   shapes = unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3))))
   assert sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes)) == 83_653_863
-  latents = jax.eval_shape(
-    lambda p, x: model.apply(p, x, method="encode"), shapes, jnp.zeros((1, 384, 384, 3))
-  )
+  latents = jax.eval_shape(lambda p, x: model.apply(p, x, method="encode"), shapes, jnp.zeros((1, 384, 384, 3)))
   assert latents[0].shape == (1, 48, 48, 4)
 
 
@@ -144,8 +140,6 @@ def test_a_window_beyond_the_patch_sees_the_neighbours():
 
 def test_the_codec_of_the_shapes_world():
   """8 channels of 4 x 4 pixels keep more than the 31.1 dB of plain patch PCA, on new pictures."""
-  draw = lambda split, n: np.stack(
-    [WorldSource("generation", n, 0, split)[i].images[0].render(64) for i in range(n)]
-  )
+  draw = lambda split, n: np.stack([WorldSource("generation", n, 0, split)[i].images[0].render(64) for i in range(n)])
   pixels, _, out = _round_trip(_pca(8), draw("train", 300), draw("val", 50))
   assert _psnr(out, pixels) > 32

@@ -36,8 +36,10 @@ def test_the_lock_of_a_killed_trainer_is_taken_over_and_named(tmp_path, capsys):
   code = "import pathlib, sys, time; from jflow.training import workdir; held = workdir.lock(pathlib.Path(sys.argv[1]))"
   other = subprocess.Popen(
     [sys.executable, "-c", f"{code}; print('held', flush=True); time.sleep(60)", str(tmp_path)],
-    cwd=tiny.ROOT, stdout=subprocess.PIPE, text=True,
-  )  # fmt: skip
+    cwd=tiny.ROOT,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
   assert other.stdout.readline() == "held\n"
   with pytest.raises(UserError, match=f"in use by another trainer .pid {other.pid} on"):
     workdirs.lock(tmp_path)
@@ -130,7 +132,9 @@ def test_a_workdir_with_another_config_names_the_field(tmp_path):
 def test_every_field_that_differs_is_named(tmp_path):
   _begin(tmp_path, tiny.configuration())
   other = tiny.configuration(optimizer=dict(learning_rate=0.5), train=dict(seed=4))
-  with pytest.raises(UserError, match="learning_rate=0.01, now 0.5; train.seed=3, now 4: use another --workdir or the same values"):
+  with pytest.raises(
+    UserError, match="learning_rate=0.01, now 0.5; train.seed=3, now 4: use another --workdir or the same values"
+  ):
     workdirs.check_same_run(tmp_path, other, TOKENIZER)
 
 
@@ -147,9 +151,12 @@ def test_a_field_of_another_version_that_is_off_changes_nothing(tmp_path, value)
 def test_what_does_not_change_the_run_may_change(tmp_path):
   _begin(tmp_path, tiny.configuration())
   changed = tiny.configuration(
-    train=dict(steps=900, accumulation=2), checkpoint=dict(keep=9), mesh=dict(data=4), distributed=dict(processes=4),
+    train=dict(steps=900, accumulation=2),
+    checkpoint=dict(keep=9),
+    mesh=dict(data=4),
+    distributed=dict(processes=4),
     compute=dict(remat="full", unroll=2, attention="xla"),
-  )  # fmt: skip
+  )
   workdirs.check_same_run(tmp_path, changed, TOKENIZER)
   with pytest.raises(UserError, match="compute.dtype='float32', now 'bfloat16'"):
     workdirs.check_same_run(tmp_path, tiny.configuration(compute=dict(dtype="bfloat16")), TOKENIZER)
@@ -199,9 +206,13 @@ def test_the_parts_of_a_killed_run_add_up_to_the_time_that_passed(tmp_path):
   began = time.time()
   record = Goodput(tmp_path, began)
   for phase, step, seconds in (
-    ("setup", None, 0.01), ("restore", 0, 0.02), ("compile", 1, 0.03), ("steps", 4, 0.04), ("save", 4, 0.01),
+    ("setup", None, 0.01),
+    ("restore", 0, 0.02),
+    ("compile", 1, 0.03),
+    ("steps", 4, 0.04),
+    ("save", 4, 0.01),
     ("steps", 6, 0.05),
-  ):  # fmt: skip
+  ):
     time.sleep(seconds)
     record.mark(phase, step)
   record.close()  # killed: steps 5 and 6 are lost, and the time until the next start
@@ -217,9 +228,7 @@ def test_the_parts_of_a_killed_run_add_up_to_the_time_that_passed(tmp_path):
   assert got["starts"] == 2
   lost = read_lines(tmp_path / "goodput.jsonl")
   assert got["lost"] == pytest.approx(lost[6]["t"] - lost[5]["t"] + lost[7]["t"] - lost[6]["t"], abs=1e-6)
-  assert got["productive"] == pytest.approx(
-    lost[4]["t"] - lost[3]["t"] + lost[9]["t"] - lost[8]["t"], abs=1e-6
-  )
+  assert got["productive"] == pytest.approx(lost[4]["t"] - lost[3]["t"] + lost[9]["t"] - lost[8]["t"], abs=1e-6)
 
 
 def test_steps_are_booked_once_a_second_at_most(tmp_path):

@@ -108,7 +108,7 @@ def test_area_is_that_of_the_geometric_shape(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_box_is_centered_and_has_the_radius(shape):
   image = one(shape, "black", x=0.4, y=0.6, r=0.25).render(400)
-  rows, columns = np.nonzero((image[..., 0] < 100))
+  rows, columns = np.nonzero(image[..., 0] < 100)
   left, right, top, bottom = columns.min(), columns.max() + 1, rows.min(), rows.max() + 1
   assert abs((left + right) / 2 - 160) <= 1.5
   assert abs((top + bottom) / 2 - 240) <= 11  # stars and triangles stand on less than half of their box
@@ -170,9 +170,7 @@ def test_texts_never_mention_what_is_held_out(task, split):
   found = re.findall(rf"(two|three|four) (?:\w+ )?{SHAPE}", text)
   found += [
     (number, shape)
-    for shape, number in re.findall(
-      rf"How many {SHAPE}e?s are there\?(?:{questions.SHORT_ANSWER})?\s(\w+)", text
-    )
+    for shape, number in re.findall(rf"How many {SHAPE}e?s are there\?(?:{questions.SHORT_ANSWER})?\s(\w+)", text)
   ]
   counts = {(shape, NUMBERS[number]) for number, shape in found}
   assert len(counts) > 15 and not counts & scenes.HELD_OUT_COUNTS
@@ -223,7 +221,9 @@ def test_records_of_training_are_those_of_their_version():
   """A run goes on over an edit of the world's files; one that changes a record has to change VERSION and this hash."""
   digest = hashlib.sha256(str(world.VERSION).encode())
   for task in ("understanding", "generation", "text"):
-    source = WorldSource(task, 300, 9, tags=dict(position=1.0, several=1.0, counting=1.0), named_colors=0.5, in_order=0.5)
+    source = WorldSource(
+      task, 300, 9, tags=dict(position=1.0, several=1.0, counting=1.0), named_colors=0.5, in_order=0.5
+    )
     digest.update(repr([source[i] for i in range(300)]).encode())
   assert digest.hexdigest() == "24ffee17171bfa9ccf816024f1962026d94a173fa5b3cc3c5e757762e1974af5"
 
@@ -403,9 +403,7 @@ def right_answer(question: str, scene: Scene) -> str:
   if match := re.fullmatch(rf"Is the {SHAPE} (left of|right of|above|below) the {SHAPE}\?", question):
     (a,), (b,) = ([thing for thing in objects if thing.shape == match[i]] for i in (1, 3))
     return yes[
-      {"left of": is_left(a, b), "right of": is_left(b, a), "above": is_above(a, b), "below": is_above(b, a)}[
-        match[2]
-      ]
+      {"left of": is_left(a, b), "right of": is_left(b, a), "above": is_above(a, b), "below": is_above(b, a)}[match[2]]
     ]
   if match := re.fullmatch(rf"Where is the {SHAPE}\?", question):
     (thing,) = [thing for thing in objects if thing.shape == match[1]]
@@ -452,6 +450,7 @@ def test_answers_of_conversations_are_right(asked):
 
 def test_a_kind_of_question_can_be_asked_more_often():
   """Of relations where a scene of two objects allows them: first in 1 of 9 conversations, or in 9 of 17."""
+
   def first(weight: float) -> float:
     asked = (("relation", weight),)
     source = WorldSource("understanding", 3000, 8, tags=dict(position=1.0), asked=asked)
@@ -517,9 +516,7 @@ def test_evaluation_prompts_follow_the_schema_of_geneval():
 
 def test_evaluation_prompts_come_again_only_when_all_have_come():
   prompts = [
-    prompt
-    for prompt, metadata in world.evaluation_prompts("val", 600, 0)
-    if metadata["tag"] == "single_object"
+    prompt for prompt, metadata in world.evaluation_prompts("val", 600, 0) if metadata["tag"] == "single_object"
   ]
   every = {f"a picture of a {shape}" for shape in SHAPES}
   assert all(set(prompts[i : i + 8]) == every for i in range(0, 96, 8))

@@ -68,9 +68,7 @@ SHAPE = RowShape(tokens=96, images=3, image_patches=CONFIG.patches, image_size=C
 LOSSES = ("text", "flow", "alignment")
 
 
-def model(
-  config: JanusFlowConfig = CONFIG, remat: str = "none", unroll: int = 1, attention: str = "xla"
-) -> JanusFlow:
+def model(config: JanusFlowConfig = CONFIG, remat: str = "none", unroll: int = 1, attention: str = "xla") -> JanusFlow:
   """The model in f32."""
   return JanusFlow(config, jnp.dtype("float32"), remat, unroll, attention)
 
@@ -84,9 +82,7 @@ def shapes(config: JanusFlowConfig = CONFIG):
 @functools.cache
 def params(config: JanusFlowConfig = CONFIG):
   """Nested f32 parameters: each leaf is random, a function of its path."""
-  return unflatten_dict(
-    {path: jnp.asarray(_leaf(path, x.shape)) for path, x in flatten_dict(shapes(config)).items()}
-  )
+  return unflatten_dict({path: jnp.asarray(_leaf(path, x.shape)) for path, x in flatten_dict(shapes(config)).items()})
 
 
 def _leaf(path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
@@ -185,30 +181,59 @@ def configuration(**sections) -> dict:
   config = dict(
     model=CONFIG.to_dict(),
     train=dict(
-      steps=4, batch_size=4, accumulation=1, seed=3, ema=0.9, init_from="", init_weights="ema",
-      init_fresh=(), init_dropped=(), init_parts=(), max_skipped=3, fit_images=20, fit_labels=0, spike_sigmas=0.0, spike_window=8,
+      steps=4,
+      batch_size=4,
+      accumulation=1,
+      seed=3,
+      ema=0.9,
+      init_from="",
+      init_weights="ema",
+      init_fresh=(),
+      init_dropped=(),
+      init_parts=(),
+      max_skipped=3,
+      fit_images=20,
+      fit_labels=0,
+      spike_sigmas=0.0,
+      spike_window=8,
       watchdog_seconds=0.0,
     ),
     optimizer=dict(
-      learning_rate=1e-2, warmup_steps=2, cooldown_start=0, cooldown_steps=0, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.0,
-      clip_norm=1.0, muon=(),
+      learning_rate=1e-2,
+      warmup_steps=2,
+      cooldown_start=0,
+      cooldown_steps=0,
+      beta1=0.9,
+      beta2=0.95,
+      epsilon=1e-8,
+      weight_decay=0.0,
+      clip_norm=1.0,
+      muon=(),
       trained=("language_model", "generation_.*", "alignment_head", "understanding_(projector|start)"),
       frozen=("understanding_encoder", "vae"),
     ),
-    objective=dict(
-      weights=dict(text=1.0, flow=1.0, alignment=1.0), time_mean=0.0, time_std=1.0
+    objective=dict(weights=dict(text=1.0, flow=1.0, alignment=1.0), time_mean=0.0, time_std=1.0),
+    data=dict(
+      tokenizer=str(TOKENIZER),
+      template="plain",
+      row_tokens=SHAPE.tokens,
+      row_images=SHAPE.images,
+      latents=False,
+      sources={},
     ),
-    data=dict(tokenizer=str(TOKENIZER), template="plain", row_tokens=SHAPE.tokens, row_images=SHAPE.images, latents=False, sources={}),
     compute=dict(dtype="float32", remat="none", unroll=1, attention="auto", compilation_cache=""),
     mesh=dict(data=1, fsdp=1, model=1),
-    distributed=dict(
-      cluster="", coordinator="", processes=1, process_id=0, start_seconds=60, heartbeat_seconds=10
-    ),
+    distributed=dict(cluster="", coordinator="", processes=1, process_id=0, start_seconds=60, heartbeat_seconds=10),
     checkpoint=dict(interval=2, keep=2, keep_every=0),
     profile=dict(start=0, steps=0),
     log=dict(
-      every_seconds=10.0, tensorboard=False, wandb="", sample_every=0, sample_prompts=("a red ring",), sample_steps=2,
+      every_seconds=10.0,
+      tensorboard=False,
+      wandb="",
+      sample_every=0,
+      sample_prompts=("a red ring",),
+      sample_steps=2,
       sample_guidance=2.0,
     ),
-  )  # fmt: skip
+  )
   return {name: fields | sections.get(name, {}) for name, fields in config.items()}

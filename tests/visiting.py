@@ -186,10 +186,14 @@ def hostile(path: str, url: str) -> Iterator[Any]:
   for inner in (file, {"path": path}, path, fetched, {"file": file}, [file]):
     yield {"text": "Why?", "files": [inner]}
   yield {"text": "Why?", "files": file}
-  for content in (file, {"path": path}, [{"type": "file", "file": file}], [path], {"component": "image", "value": file},
-                  {"type": "component", "component": "file", "value": file, "constructor_args": {}, "props": {}}):  # fmt: skip
+  for content in (
+    file,
+    {"path": path},
+    [{"type": "file", "file": file}],
+    [path],
+    {"component": "image", "value": file},
+    {"type": "component", "component": "file", "value": file, "constructor_args": {}, "props": {}},
+  ):
     yield [{"role": "user", "content": content, "metadata": None, "options": None}]
-  yield [
-    {"role": "user", "content": "x", "metadata": {"title": file}, "options": [{"value": "x", "icon": file}]}
-  ]
+  yield [{"role": "user", "content": "x", "metadata": {"title": file}, "options": [{"value": "x", "icon": file}]}]
   yield {"__type__": "update", "value": file}

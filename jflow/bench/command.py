@@ -33,9 +33,7 @@ def main(argv: list[str]) -> int:
   )
   chosen = parser.add_subparsers(dest="workload", required=True, metavar="|".join(WORKLOADS))
   for name, (module, what) in WORKLOADS.items():
-    sub = chosen.add_parser(
-      name, help=what, description=what, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    sub = chosen.add_parser(name, help=what, description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the report as JSON")
     importlib.import_module(module).add_flags(sub)
   args = parser.parse_args(argv)

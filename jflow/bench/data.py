@@ -39,7 +39,9 @@ CONFIGS = pathlib.Path(jflow.__file__).parent.parent / "configs"
 # What one H200 would take at 42,000 tokens a second (31,800 were measured, jflow/bench/README.md): rows of 4,096 tokens, and
 # pictures in them.
 TOKENS_PER_SECOND, PICTURES_PER_SECOND = 42_000, 65
-_WORDS = "a photograph of the old red sailing boat on calm sea near small white houses at sunset with many birds".split()
+_WORDS = (
+  "a photograph of the old red sailing boat on calm sea near small white houses at sunset with many birds".split()
+)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -70,12 +72,14 @@ JPEGs at a fraction. cores_per_h200 is what one GPU takes at 42,000 tokens or 65
   add("--repeats", type=whole(most=100_000), default=5, help="rounds, loop and pipeline in turn (default 5)")
   add("--threads", type=whole(most=1024), default=1, help="reader threads (default 1, as the loop)")
   add(
-    "--workers", type=whole(0, 1024), default=0,
-    help="loader processes, measured in addition (default 0: threads only)"
+    "--workers", type=whole(0, 1024), default=0, help="loader processes, measured in addition (default 0: threads only)"
   )
   add(
-    "--plan", metavar="RECORDS", type=whole(0, 10**8), default=0,
-    help="plan so many records of realistic lengths instead"
+    "--plan",
+    metavar="RECORDS",
+    type=whole(0, 10**8),
+    default=0,
+    help="plan so many records of realistic lengths instead",
   )
 
 
@@ -118,16 +122,18 @@ def _compare(
   weights = tuple(float(name == task) for name in ("understanding", "generation", "text"))
   sources = {name: ((directory, 1.0),) if name == task else () for name in config["sources"]}
   config = config | {
-    "sources": sources, "mixture": ((0, weights),), "threads": args.threads, "workers": 0, "plan_cache": "",
+    "sources": sources,
+    "mixture": ((0, weights),),
+    "threads": args.threads,
+    "workers": 0,
+    "plan_cache": "",
     "latents": False,
-  }  # fmt: skip
+  }
   pipeline = Pipeline(config, tokenizer, shape, 1, 0)
   source = PreparedSource(directory, task)
   files: list[bytes] = []
   rows = 0
-  while (
-    len(files) < args.pictures and rows < pipeline.sources()[0].plan.rows
-  ):  # the rows of one epoch at most
+  while len(files) < args.pictures and rows < pipeline.sources()[0].plan.rows:  # the rows of one epoch at most
     for _, _, pieces in pipeline.pieces(rows):
       files += [image for piece in pieces for image in source[piece.record].images]
     rows += 1
@@ -219,16 +225,12 @@ def _made(folder: str, task: str, pictures: int) -> str:
 
 def _picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
   """A picture with soft colours, edges and grain, about as large in bytes as a photograph."""
-  soft = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize(
-    (width, height), Image.Resampling.BICUBIC
-  )
+  soft = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
   draw = ImageDraw.Draw(soft)
   for _ in range(20):
     x, y = (int(rng.integers(side)) for side in (width, height))
     radius = int(rng.integers(8, 120))
-    draw.ellipse(
-      (x - radius, y - radius, x + radius, y + radius), fill=tuple(rng.integers(0, 256, 3).tolist())
-    )
+    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=tuple(rng.integers(0, 256, 3).tolist()))
   grain = rng.normal(0, 6, (height, width, 1))
   return Image.fromarray(np.clip(np.asarray(soft) + grain, 0, 255).astype(np.uint8))
 

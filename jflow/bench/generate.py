@@ -52,19 +52,27 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
   lengths = np.asarray([args.prompt_tokens - i % min(8, args.prompt_tokens) for i in range(n)], np.int32)
   tokens = rng.integers(10, 500, (n, -(-args.prompt_tokens // 32) * 32)).astype(np.int32)
   tokens[:, 0] = pipeline.tokenizer.bos
-  noise = rng.standard_normal((n, c.latent_size, c.latent_size, c.autoencoder.latent_channels)).astype(
-    np.float32
-  )
+  noise = rng.standard_normal((n, c.latent_size, c.latent_size, c.autoencoder.latent_channels)).astype(np.float32)
   guided = args.guidance != 1.0
 
   def solve() -> jax.Array:
     prefix = painting.read_prompts(pipeline.model, pipeline.params, tokens, lengths, guided=guided)
     grid = np.pad(np.asarray(flow.time_grid(args.steps)), (0, -args.steps % 256), mode="edge")
     return painting.solve(
-      pipeline.model, pipeline.params, prefix, lengths, noise, grid, np.int32(0), np.int32(args.steps),
-      np.int32(args.steps), np.float32(args.guidance), np.asarray([0.0, 1.0], np.float32),
-      solver="euler", release=False,
-    ).block_until_ready()  # fmt: skip
+      pipeline.model,
+      pipeline.params,
+      prefix,
+      lengths,
+      noise,
+      grid,
+      np.int32(0),
+      np.int32(args.steps),
+      np.int32(args.steps),
+      np.float32(args.guidance),
+      np.asarray([0.0, 1.0], np.float32),
+      solver="euler",
+      release=False,
+    ).block_until_ready()
 
   def decode() -> jax.Array:
     at_once = painting.decoded_at_once(c.image_size)
@@ -107,8 +115,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     theirs = median(measured["torch solve"]) + median(measured["torch decode"])
     ratio = lambda part, clock: median(measured[f"torch {part}"], clock) / median(measured[part], clock)
     report["torch"] = {"images_per_second": n / theirs, **torch.about}
-    report["speedup"] = {"all": theirs / seconds} | {
-      part: ratio(part, "seconds") for part in ("solve", "decode")
-    }
+    report["speedup"] = {"all": theirs / seconds} | {part: ratio(part, "seconds") for part in ("solve", "decode")}
     report["speedup_cpu_seconds"] = {part: ratio(part, "cpu_seconds") for part in ("solve", "decode")}
   return {name: value for name, value in report.items() if value is not None or name == "mfu"}

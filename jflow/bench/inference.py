@@ -58,9 +58,7 @@ def open_pipeline(args: argparse.Namespace) -> Pipeline:
     return flags.open_model(args)
   config = load_config([f"--config={args.config}"])
   dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-  model = JanusFlow(
-    JanusFlowConfig.from_dict(config["model"]), dtype, remat="none", unroll=1, attention="xla"
-  )
+  model = JanusFlow(JanusFlowConfig.from_dict(config["model"]), dtype, remat="none", unroll=1, attention="xla")
   tokenizer = Tokenizer.load(str(ROOT / "configs" / "tokenizer"))
   return Pipeline(model, random_params(model), tokenizer, "chat")
 
@@ -90,9 +88,7 @@ class Torch:
     if not _WORKER.is_file():
       raise UserError("--versus=torch needs the source tree, with tests/parity/torch_worker.py")
     if pipeline.model.config.autoencoder.kind != "autoencoder_kl":
-      raise UserError(
-        "--versus=torch needs a model with SDXL's kind of VAE: --config=configs/stage3.py:mid or :384"
-      )
+      raise UserError("--versus=torch needs a model with SDXL's kind of VAE: --config=configs/stage3.py:mid or :384")
     self._folder = tempfile.TemporaryDirectory(prefix="jflow-bench-")
     self.folder = pathlib.Path(self._folder.name)
     _export(pipeline, self.folder)
@@ -169,9 +165,7 @@ def agree(what: str, ours: np.ndarray, theirs: np.ndarray, dtype: str) -> float:
   """The relative L2 error; ends the run where the two sides do not compute the same."""
   error = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
   if not error <= TOLERANCE[dtype]:
-    raise Stopped(
-      f"{what}: jflow and PyTorch differ by {error:.1e} (relative L2), so their times say nothing"
-    )
+    raise Stopped(f"{what}: jflow and PyTorch differ by {error:.1e} (relative L2), so their times say nothing")
   return error
 
 

@@ -34,9 +34,7 @@ def _timed(function: Callable[..., Any], args: tuple[Any, ...]) -> float:
   return time.perf_counter() - started
 
 
-def _parts(
-  config, model: JanusFlow, state: TrainState, batch: Batch
-) -> Iterator[tuple[str, Callable, tuple]]:
+def _parts(config, model: JanusFlow, state: TrainState, batch: Batch) -> Iterator[tuple[str, Callable, tuple]]:
   params = optim.merge(state.trained, state.frozen)
   c, lm = model.config, model.config.language_model
   (rows, seq), slots = batch.tokens.shape, batch.images.shape[0] * batch.images.shape[1]

@@ -8,9 +8,7 @@ from jflow.data.mixture import rows_per_task, spread
 from jflow.data.packing import pack
 
 
-def synthetic(
-  rows: int, shape: RowShape, mixture: tuple[float, ...], vocabulary: int, seed: int = 0
-) -> Batch:
+def synthetic(rows: int, shape: RowShape, mixture: tuple[float, ...], vocabulary: int, seed: int = 0) -> Batch:
   """A batch of full rows, types shared by the mixture and spread as in training.
 
   A read image stands among 200 tokens of question and answer (the answer learned), a written one behind a prompt
@@ -34,9 +32,7 @@ def _sample(task, text, length, shape: RowShape, vocabulary, rng) -> Sample:
   tokens = rng.integers(0, vocabulary, length).astype(np.int32)
   slots, size = np.arange(length), shape.image_size
   start = {"understanding": 1, "generation": text}.get(task)
-  learned = {"text": slots >= 0, "generation": slots < 0}.get(
-    task, slots >= min(1 + shape.image_slots, length - 1)
-  )
+  learned = {"text": slots >= 0, "generation": slots < 0}.get(task, slots >= min(1 + shape.image_slots, length - 1))
   images, kinds, starts = (), (), ()
   if start is not None:
     starts, kinds = (start,), (READ if task == "understanding" else WRITE,)

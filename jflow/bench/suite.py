@@ -75,9 +75,7 @@ def attention(config: dict[str, Any], lm: Any, dtype: Any, steps: int) -> dict[s
 
   def gradients(name: str, only: int | None = None) -> Callable[..., Any]:
     counted = segments > 0 if only is None else segments == only
-    plain = lambda *x: jnp.sum(
-      jnp.where(counted[..., None, None], packed_attention(*x, segments, name) * weight, 0)
-    )
+    plain = lambda *x: jnp.sum(jnp.where(counted[..., None, None], packed_attention(*x, segments, name) * weight, 0))
     return jax.jit(jax.grad(lambda *x: plain(*x).astype(jnp.float32), argnums=(0, 1, 2)))
 
   want = [np.asarray(x, np.float32) for x in gradients("xla")(q, k, v)]
@@ -113,9 +111,7 @@ def head_losses(config: dict[str, Any], lm: Any, dtype: Any, steps: int) -> dict
   masks = {"all": jnp.ones((b, s), bool), "one in 8": jnp.broadcast_to(jnp.arange(s) % 8 == 0, (b, s))}
   out, calls = {}, {}
   for chunk in _CHUNKS:
-    step = jax.value_and_grad(
-      lambda x, w, m, c=chunk: head_loss.next_token(x, w, targets, m, c), argnums=(0, 1)
-    )
+    step = jax.value_and_grad(lambda x, w, m, c=chunk: head_loss.next_token(x, w, targets, m, c), argnums=(0, 1))
     program = jax.jit(step).lower(hidden, kernel, masks["all"]).compile()
     temporaries = program.memory_analysis().temp_size_in_bytes
     for share, mask in masks.items():

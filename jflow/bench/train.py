@@ -22,14 +22,10 @@ are timed alone, so they need not add up to the step."""
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.epilog = _EPILOG
-  parser.add_argument(
-    "--config", metavar="FILE[:SIZE]", required=True, help="for example configs/stage2.py:tiny"
-  )
+  parser.add_argument("--config", metavar="FILE[:SIZE]", required=True, help="for example configs/stage2.py:tiny")
   parser.add_argument("--rows", type=whole(most=2**20), help="rows per step (default: train.batch_size)")
   parser.add_argument("--steps", type=whole(most=10**6), default=20, help="timed steps (default 20)")
-  parser.add_argument(
-    "--parts", action=argparse.BooleanOptionalAction, default=True, help="time the parts too"
-  )
+  parser.add_argument("--parts", action=argparse.BooleanOptionalAction, default=True, help="time the parts too")
   parser.add_argument(
     "--suite",
     nargs="*",
@@ -37,9 +33,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     metavar="SECTION",
     help=f"in place of the one step: {', '.join(SECTIONS)} (remat x rows); all where none is named",
   )
-  parser.add_argument(
-    "--fields", nargs="*", default=[], metavar="config.FIELD=VALUE", help="set fields of the config"
-  )
+  parser.add_argument("--fields", nargs="*", default=[], metavar="config.FIELD=VALUE", help="set fields of the config")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -117,14 +111,25 @@ def measure(config: dict[str, Any], steps: int, parts: bool) -> dict[str, Any]:
     predicted = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
     predicted += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     report = {
-      "workload": "train", "device": device.device_kind, "devices": mesh.size, "dtype": model.dtype.name,
-      "attention": model.attention, "remat": model.remat, "rows": rows, "seconds_per_step": step,
-      "tokens_per_second": tokens / step["median"], "tokens_per_step": tokens,
+      "workload": "train",
+      "device": device.device_kind,
+      "devices": mesh.size,
+      "dtype": model.dtype.name,
+      "attention": model.attention,
+      "remat": model.remat,
+      "rows": rows,
+      "seconds_per_step": step,
+      "tokens_per_second": tokens / step["median"],
+      "tokens_per_step": tokens,
       "images_per_second": int((host.image_kind > 0).sum()) / step["median"],
-      "model_flops": total, "model_flops_per_token": total / tokens, "mfu": rate(total, step["median"]),
+      "model_flops": total,
+      "model_flops_per_token": total / tokens,
+      "mfu": rate(total, step["median"]),
       "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use", predicted),
-      "predicted_bytes": predicted, "compile_seconds": compile_seconds, "loss": float(metrics["loss"]),
-    }  # fmt: skip
+      "predicted_bytes": predicted,
+      "compile_seconds": compile_seconds,
+      "loss": float(metrics["loss"]),
+    }
     if parts:
       report["parts"] = {}
       for name, seconds in part_timing.time_parts(config, model, state, batch, max(3, steps // 4)).items():

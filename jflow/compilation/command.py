@@ -40,19 +40,26 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--config", metavar="FILE[:SIZE]", help="for example configs/stage2.py")
   parser.add_argument("--topology", metavar="KIND:DIMS", help="for example v5e:4x4")
   parser.add_argument(
-    "--rows_per_device", type=whole(), metavar="N",
+    "--rows_per_device",
+    type=whole(),
+    metavar="N",
     help="default: train.batch_size / devices",
-  )  # fmt: skip
+  )
   parser.add_argument(
-    "--effort", type=number(), default=0.0, metavar="E",
+    "--effort",
+    type=number(),
+    default=0.0,
+    metavar="E",
     help="of the compiler, from -1 (soonest) to 0, as in training",
-  )  # fmt: skip
+  )
   parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the report as JSON")
   parser.add_argument("--hlo", metavar="FILE", help="write the compiled program as text")
   parser.add_argument(
-    "--table", type=pathlib.Path, metavar="NAME",
+    "--table",
+    type=pathlib.Path,
+    metavar="NAME",
     help="write the table of jflow/bench/README.md to NAME.json and NAME.md, 2 minutes a row; an interrupted one goes on",
-  )  # fmt: skip
+  )
   known, fields = parser.parse_known_args(argv)
   if known.table:
     from jflow.compilation.table import write_table
@@ -104,24 +111,28 @@ def fitted(config: dict[str, Any], topology: targets.Topology, rows: int | None)
 def show(report: dict[str, Any]) -> None:
   """Prints a report for people."""
   mesh = " x ".join(str(n) for n in report["mesh"].values())
-  print(f"{report['topology']}: {report['chips']} chips, mesh data x fsdp x model = {mesh}, "
-        f"{report['rows_per_device']} rows per device, attention {report['attention']}, remat {report['remat']}")  # fmt: skip
-  memory = report["memory_gib"]
   print(
-    "memory    " + "  ".join(f"{name} {value:.2f}" for name, value in memory.items()) + "  GiB per device"
+    f"{report['topology']}: {report['chips']} chips, mesh data x fsdp x model = {mesh}, "
+    f"{report['rows_per_device']} rows per device, attention {report['attention']}, remat {report['remat']}"
   )
+  memory = report["memory_gib"]
+  print("memory    " + "  ".join(f"{name} {value:.2f}" for name, value in memory.items()) + "  GiB per device")
   if not report["fits"]:
     over = memory["total"] - memory["limit"]
     print(f"does not fit: {over:.1f} GiB too much; fewer rows, another remat policy or a larger mesh.fsdp")
   if "seconds" not in report:
     return
   flops = report["flops"]
-  print(f"work      {flops['program'] / 1e12:.1f} + {flops['kernels'] / 1e12:.1f} (kernels) TFLOP, of which the model "
-        f"needs {flops['model'] / 1e12:.1f}; {report['memory_bytes'] / 1e9:.0f} GB of memory traffic")  # fmt: skip
+  print(
+    f"work      {flops['program'] / 1e12:.1f} + {flops['kernels'] / 1e12:.1f} (kernels) TFLOP, of which the model "
+    f"needs {flops['model'] / 1e12:.1f}; {report['memory_bytes'] / 1e9:.0f} GB of memory traffic"
+  )
   for name, size in report["collective_bytes"].items():
     print(f"network   {name:32} {size / 1e9:8.3f} GB")
   times = "  ".join(f"{name} {1e3 * value:.0f}" for name, value in report["seconds"].items())
-  print(f"estimate  {times} ms: bound by {report['bound']}; {1e3 * report['seconds_if_overlapped']:.0f} ms if all "
-        f"overlaps, {1e3 * report['seconds_if_serial']:.0f} ms if nothing does; MFU at most "
-        f"{100 * report['mfu_at_most']:.0f} %")  # fmt: skip
+  print(
+    f"estimate  {times} ms: bound by {report['bound']}; {1e3 * report['seconds_if_overlapped']:.0f} ms if all "
+    f"overlaps, {1e3 * report['seconds_if_serial']:.0f} ms if nothing does; MFU at most "
+    f"{100 * report['mfu_at_most']:.0f} %"
+  )
   print(f"compiled in {report['compile_seconds']:.0f} s")

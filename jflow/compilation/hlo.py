@@ -13,14 +13,39 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 _BYTES = {
-  "pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2,
-  "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
-}  # fmt: skip
+  "pred": 1,
+  "s4": 1,
+  "u4": 1,
+  "s8": 1,
+  "u8": 1,
+  "f8e4m3fn": 1,
+  "f8e5m2": 1,
+  "s16": 2,
+  "u16": 2,
+  "bf16": 2,
+  "f16": 2,
+  "s32": 4,
+  "u32": 4,
+  "f32": 4,
+  "s64": 8,
+  "u64": 8,
+  "f64": 8,
+}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _FREE = {
-  "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all",
-  "partition-id", "replica-id", "iota",
-}  # fmt: skip
+  "parameter",
+  "constant",
+  "tuple",
+  "get-tuple-element",
+  "bitcast",
+  "while",
+  "call",
+  "conditional",
+  "after-all",
+  "partition-id",
+  "replica-id",
+  "iota",
+}
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"^(\(.*?\)|[a-z0-9]+\[[^ ]*)\s+([a-z][\w\-]*)\((.*)$")
@@ -47,9 +72,7 @@ class Counts:
   collective_bytes: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
   # (kind, mesh axes) -> bytes of the full buffer
   largest_gather: float = 0.0  # bytes of the largest result of one all-gather
-  kernels: dict[str, float] = dataclasses.field(
-    default_factory=dict
-  )  # custom calls that may multiply -> calls
+  kernels: dict[str, float] = dataclasses.field(default_factory=dict)  # custom calls that may multiply -> calls
 
 
 def dims(text: str) -> list[int]:
@@ -130,7 +153,7 @@ def count(text: str, mesh: dict[str, int], open_loops: Callable[[str], float]) -
       if not fused and op.code not in _FREE and not op.code.endswith("-done"):
         out.memory_bytes += times * _traffic(op, ops, computations)
   totals: dict[tuple[str, str], float] = collections.defaultdict(float)
-  for op, times, ops in seen.values():
+  for op, times, _ in seen.values():
     axes, group = _axes(op.text, mesh)
     if group == 1:  # TPU keeps a sum over an axis of one device; nothing travels
       continue
@@ -175,9 +198,11 @@ def _trips(op: Op, condition: str, computations, open_loops) -> float:
   if length:
     return length
   constants = [
-    int(x) for o in computations.get(condition, ()) if o.code == "constant" and o.shape.startswith(("s32", "u32"))
+    int(x)
+    for o in computations.get(condition, ())
+    if o.code == "constant" and o.shape.startswith(("s32", "u32"))
     for x in re.findall(r"^(\d+)\)", o.text)
-  ]  # fmt: skip
+  ]
   return float(max(constants, default=1))
 
 
@@ -199,9 +224,7 @@ def _products(op: Op, ops: dict[str, Op]) -> float:
   return 2.0 * math.prod(dims(op.shape)) * math.prod(left[i] for i in over)
 
 
-def _convolution(
-  op: Op, left: list[int], right: list[int], of_left: str, of_right: str, of_out: str
-) -> float:
+def _convolution(op: Op, left: list[int], right: list[int], of_left: str, of_right: str, of_out: str) -> float:
   """2 x outputs x inputs of each that lie inside: TPU writes batched dots as convolutions that are mostly padding."""
   out = dims(op.shape)
   window = re.search(r"window=\{([^}]*)\}", op.text)
@@ -241,9 +264,7 @@ def _traffic(op: Op, ops: dict[str, Op], computations: dict[str, list[Op]]) -> f
     users = [o for o in inner if i in parameters and parameters[i].name in o.operands]
     if users and all(o.code in ("dynamic-slice", "gather") for o in users):
       total += sum(main_memory(o.shape) for o in users)
-    elif users and all(
-      o.code == "dynamic-update-slice" and o.operands[0] == parameters[i].name for o in users
-    ):
+    elif users and all(o.code == "dynamic-update-slice" and o.operands[0] == parameters[i].name for o in users):
       inside = {o.name: o for o in inner}
       update = sum(main_memory(inside[o.operands[1]].shape) for o in users if o.operands[1] in inside)
       total, written = total + update, written - read(name) + update

@@ -64,10 +64,16 @@ def compile_report(
   _, share = expected(config, model)
   per_device = config["train"]["batch_size"] // (sizes[0] * sizes[1])
   report: dict[str, Any] = {
-    "topology": topology.name, "chips": topology.chips, "mesh": dict(config["mesh"]),
-    "rows_per_device": per_device, "accumulation": config["train"]["accumulation"],
-    "attention": model.attention, "remat": model.remat, "effort": effort, "jax": jax.__version__,
-  }  # fmt: skip
+    "topology": topology.name,
+    "chips": topology.chips,
+    "mesh": dict(config["mesh"]),
+    "rows_per_device": per_device,
+    "accumulation": config["train"]["accumulation"],
+    "attention": model.attention,
+    "remat": model.remat,
+    "effort": effort,
+    "jax": jax.__version__,
+  }
   with jax.set_mesh(mesh), targets.absent_gpu(topology):
     program = make_program(config, model, mesh)
     batch = abstract_batch(config, model, mesh)
@@ -80,9 +86,7 @@ def compile_report(
     except Exception as error:  # jax raises several kinds
       overflow = re.search(r"Used ([0-9.]+)([GMK]) of ([0-9.]+)([GMK]) hbm", str(error))
       if not overflow:
-        raise UserError(
-          f"{topology.name}: the compiler refuses: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise UserError(f"{topology.name}: the compiler refuses: {str(error).strip().splitlines()[0]}") from error
       scale = {"G": 1.0, "M": 2.0**-10, "K": 2.0**-20}
       used, limit = (float(overflow.group(i)) * scale[overflow.group(i + 1)] for i in (1, 3))
       return report | {"fits": False, "memory_gib": {"total": used, "limit": limit}}
@@ -119,18 +123,19 @@ def _memory(program: Program, batch: Any, analysis: Any, topology: targets.Topol
   state = program.state
   temporaries = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
   out = {
-    "parameters": held((state.trained, state.frozen)), "ema": held(state.ema), "optimizer": held(state.optimizer),
-    "batch": held(batch), "temporaries": temporaries / 2**30,
-  }  # fmt: skip
+    "parameters": held((state.trained, state.frozen)),
+    "ema": held(state.ema),
+    "optimizer": held(state.optimizer),
+    "batch": held(batch),
+    "temporaries": temporaries / 2**30,
+  }
   out["total"] = (analysis.argument_size_in_bytes + temporaries) / 2**30
   share = _PEAK_SHARE if topology.chip.platform == "gpu" else 1.0
   out["limit"] = share * topology.chip.memory_bytes / 2**30
   return out
 
 
-def _roofline(
-  config, model: JanusFlow, trained, topology, counts: hlo.Counts, mesh: dict[str, int]
-) -> dict[str, Any]:
+def _roofline(config, model: JanusFlow, trained, topology, counts: hlo.Counts, mesh: dict[str, int]) -> dict[str, Any]:
   """The least time of a step by what each part of the machine has to do."""
   chip, work = topology.chip, expected(config, model)[0]
   parts = model_flops_of(config, model.config, trained, work)
@@ -158,7 +163,7 @@ def _roofline(
     "seconds_if_serial": sum(seconds.values()),
     "mfu_at_most": needed / chip.peak_flops / seconds[slowest],
     "tokens_per_second_per_chip_at_most": tokens / seconds[slowest],
-  }  # fmt: skip
+  }
 
 
 def _kernel_flops(model: JanusFlow, work: model_flops.Work, config: dict[str, Any]) -> float:

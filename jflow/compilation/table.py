@@ -15,10 +15,23 @@ from jflow.inference import files
 # Topology and rows per device; fsdp stays at 8 or 16 (TPU) or 8 (GPU), data grows. The first two of a kind, the ends
 # of the claim that the cost per chip does not grow, come before all others.
 ROWS = (
-  ("v5e:4x4", 1), ("v5e:16x16", 1), ("h100:2x8", 4), ("h100:32x8", 4), ("v5p:2x2x4", 4), ("v5p:4x8x8", 4),
-  ("v6e:4x4", 2), ("v6e:16x16", 2), ("v5e:2x4", 1), ("h100:1x8", 4), ("v5p:2x2x2", 4), ("v6e:2x4", 2),
-  ("v5e:8x8", 1), ("h100:8x8", 4), ("v5p:4x4x4", 4), ("v6e:8x8", 2),
-)  # fmt: skip
+  ("v5e:4x4", 1),
+  ("v5e:16x16", 1),
+  ("h100:2x8", 4),
+  ("h100:32x8", 4),
+  ("v5p:2x2x4", 4),
+  ("v5p:4x8x8", 4),
+  ("v6e:4x4", 2),
+  ("v6e:16x16", 2),
+  ("v5e:2x4", 1),
+  ("h100:1x8", 4),
+  ("v5p:2x2x2", 4),
+  ("v6e:2x4", 2),
+  ("v5e:8x8", 1),
+  ("h100:8x8", 4),
+  ("v5p:4x4x4", 4),
+  ("v6e:8x8", 2),
+)
 
 # For TPU the compiler works 13 times as long on a ConvNeXt block with its full effort, and the memory, not the
 # products or the collectives, of what it makes differs; see jflow/bench/README.md.
@@ -57,9 +70,17 @@ def _compiled(topology: str, rows: int) -> dict:
   with tempfile.TemporaryDirectory() as folder:
     file = pathlib.Path(folder) / "report.json"
     command = [
-      sys.executable, "-m", "jflow", "compile", "--config=configs/stage2.py", f"--topology={topology}",
-      f"--rows_per_device={rows}", f"--effort={effort}", f"--json={file}", f"--config.compute.attention={attention}",
-    ]  # fmt: skip
+      sys.executable,
+      "-m",
+      "jflow",
+      "compile",
+      "--config=configs/stage2.py",
+      f"--topology={topology}",
+      f"--rows_per_device={rows}",
+      f"--effort={effort}",
+      f"--json={file}",
+      f"--config.compute.attention={attention}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if file.exists():
       return json.loads(file.read_text(encoding="utf-8"))

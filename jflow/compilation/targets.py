@@ -93,9 +93,11 @@ def devices(topology: Topology) -> list[Any]:
   try:
     if gpu:
       found = topologies.get_topology_desc(
-        platform="cuda", topology_name=topology.kind, target_config=_gpu(topology.kind),
+        platform="cuda",
+        topology_name=topology.kind,
+        target_config=_gpu(topology.kind),
         topology="x".join(map(str, (1, *topology.shape))),
-      )  # fmt: skip
+      )
     else:
       found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
   except Exception as error:  # jax raises several kinds

@@ -51,9 +51,7 @@ class Sample(NamedTuple):
   image_starts: tuple[int, ...]  # first slot of each image
   image_kinds: tuple[int, ...]  # batch.READ or batch.WRITE
   images: tuple[Any, ...]  # as in Record
-  moments: tuple[
-    np.ndarray, ...
-  ] = ()  # of the VAE, bfloat16[h, w, 2 C] per image, where they were made ahead
+  moments: tuple[np.ndarray, ...] = ()  # of the VAE, bfloat16[h, w, 2 C] per image, where they were made ahead
 
 
 class Prompt(NamedTuple):
@@ -201,9 +199,7 @@ def chat_prompt(
   return Prompt(np.asarray(sequence.tokens, np.int32), tuple(sequence.image_starts))
 
 
-def generation_prompt(
-  text: str, template: str, tokenizer: Tokenizer, context: int | None = None
-) -> np.ndarray:
+def generation_prompt(text: str, template: str, tokenizer: Tokenizer, context: int | None = None) -> np.ndarray:
   """Returns the prompt of a picture, int32[n]: BOS and the text.
 
   The begin-of-generation tag that closes the release's prompt is left out: the time token takes its slot.
@@ -324,9 +320,7 @@ def _check_turns(turns: Sequence[Turn], image_count: int, mark: str) -> None:
 
 def _check_marks(marks: int, image_count: int, mark: str) -> None:
   if marks != image_count:
-    raise RecordError(
-      "image_marks", f"it has {marks} {mark} marks and {image_count} images; use one mark per image"
-    )
+    raise RecordError("image_marks", f"it has {marks} {mark} marks and {image_count} images; use one mark per image")
 
 
 def _document(sequence: _Sequence, text: str, mark: str) -> None:

@@ -76,9 +76,7 @@ def decode(image: Any, max_pixels: int = MAX_PIXELS) -> np.ndarray:
   """
   if isinstance(image, np.ndarray):
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-      raise ImageError(
-        "format", f"an image array should be uint8[H, W, 3], not {image.dtype}{list(image.shape)}"
-      )
+      raise ImageError("format", f"an image array should be uint8[H, W, 3], not {image.dtype}{list(image.shape)}")
     return image
   return np.asarray(_open(image, max_pixels))
 
@@ -236,9 +234,7 @@ def _upright_size(picture: _Picture) -> tuple[int, int]:
   return picture.image.size[::-1] if picture.orientation >= 5 else picture.image.size
 
 
-def _resize(
-  picture: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]
-) -> Image.Image:
+def _resize(picture: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]) -> Image.Image:
   """Returns a box of a picture at a size: Pillow's bicubic, in the same order of its two passes in every version.
 
   Pillow 13 begins with the height where that shrinks by more than twice what the width does; older ones always
@@ -247,9 +243,7 @@ def _resize(
   shrinks = picture.width - size[0], picture.height - size[1]
   if shrinks[1] > max(0, 2 * shrinks[0]):
     left, top, right, bottom = box
-    picture = picture.resize(
-      (picture.width, size[1]), Image.Resampling.BICUBIC, box=(0, top, picture.width, bottom)
-    )
+    picture = picture.resize((picture.width, size[1]), Image.Resampling.BICUBIC, box=(0, top, picture.width, bottom))
     box = (left, 0, right, size[1])
   return picture.resize(size, Image.Resampling.BICUBIC, box=box)
 
@@ -275,9 +269,7 @@ def _header(image: Any, max_pixels: int) -> _Picture:
   if isinstance(image, (bytes, bytearray, memoryview)):
     return _from_bytes(bytes(image), max_pixels)
   if not isinstance(image, Image.Image):
-    raise ImageError(
-      "format", f"an image should be bytes, a PIL image or an array, not {type(image).__name__}"
-    )
+    raise ImageError("format", f"an image should be bytes, a PIL image or an array, not {type(image).__name__}")
   _check_pixels(image, max_pixels)
   try:
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -303,9 +295,7 @@ def _from_bytes(data: bytes, max_pixels: int) -> _Picture:
     raise ImageError("format", "not a readable PNG, JPEG, WEBP or GIF image") from None
   _check_pixels(image, max_pixels)
   if bare.scans > MAX_SCANS or bare.scans * image.width * image.height > MAX_LARGE_SCANS * max_pixels:
-    raise ImageError(
-      "too_large", f"{bare.scans:,} scans of {image.width} x {image.height} are more than a JPEG has"
-    )
+    raise ImageError("too_large", f"{bare.scans:,} scans of {image.width} x {image.height} are more than a JPEG has")
   return _Picture(image, bare.orientation)
 
 
@@ -314,9 +304,7 @@ def _but(data: bytes) -> str:
   if git_lfs.is_pointer(data):
     return ", but a git-lfs pointer: run `git lfs pull` where it came from"
   start = data[:512]
-  return next(
-    (f", but {name}" for pattern, name in _OTHERS if re.match(pattern, start, re.DOTALL | re.I)), ""
-  )
+  return next((f", but {name}" for pattern, name in _OTHERS if re.match(pattern, start, re.DOTALL | re.I)), "")
 
 
 def _check_pixels(image: Image.Image, max_pixels: int) -> None:

@@ -94,7 +94,9 @@ class _Sheet:
     self._room(120)
     self._pen.text((_MARGIN, self._y), title, _INK, self._title)
     self._y += 42
-    says = f"rows of {shape.tokens:,} tokens and {shape.images} images of {shape.image_size} x {shape.image_size} pixels"
+    says = (
+      f"rows of {shape.tokens:,} tokens and {shape.images} images of {shape.image_size} x {shape.image_size} pixels"
+    )
     self._pen.text((_MARGIN, self._y), says, _GREY, self._text)
     x = WIDTH - _MARGIN
     for colour, name in reversed(
@@ -112,12 +114,8 @@ class _Sheet:
   def row(self, number: int, row: Row, shape: RowShape, tokenizer: Tokenizer) -> None:
     arrays = row.arrays
     used, samples = int((arrays.segment_ids > 0).sum()), int(arrays.segment_ids.max())
-    pictures, written = (
-      int(found.sum()) for found in (arrays.image_kind != NONE, arrays.image_kind == WRITE)
-    )
-    learned = (
-      f"{written} pictures to write" if written else f"{int(arrays.loss_mask.sum()):,} tokens to learn"
-    )
+    pictures, written = (int(found.sum()) for found in (arrays.image_kind != NONE, arrays.image_kind == WRITE))
+    learned = f"{written} pictures to write" if written else f"{int(arrays.loss_mask.sum()):,} tokens to learn"
     self._room(110)
     self._pen.text((_MARGIN, self._y), f"{number}  {row.task}", _INK, self._bold)
     says = (
@@ -157,9 +155,7 @@ class _Sheet:
       if edge > 6:
         small = Image.fromarray(arrays.images[slot]).resize((edge, edge))
         self._paper.paste(small, (int(left + (right - left - edge) / 2), top + 14 - edge // 2))
-      loss[start + 1 : start + shape.image_slots] |= (
-        arrays.image_kind[slot] == WRITE
-      )  # the flow's, at the patches
+      loss[start + 1 : start + shape.image_slots] |= arrays.image_kind[slot] == WRITE  # the flow's, at the patches
     begins = np.flatnonzero(np.diff(np.concatenate([[0], loss.astype(np.int8), [0]])))
     for begin, end in zip(begins[::2], begins[1::2]):
       self._pen.rectangle((at(begin), top + 31, max(at(end) - 1, at(begin) + 1), top + 36), _LOSS)
@@ -174,9 +170,7 @@ class _Sheet:
       left, top, segment = _MARGIN + column * (width + _GAP), self._y, first + column + 1
       colour = _SAMPLES[(segment - 1) % len(_SAMPLES)]
       self._pen.rounded_rectangle((left, top, left + width, top + height), 8, _CARD, _RULE)
-      self._pen.rounded_rectangle(
-        (left, top, left + width, top + 26), 8, colour, corners=(True, True, False, False)
-      )
+      self._pen.rounded_rectangle((left, top, left + width, top + 26), 8, colour, corners=(True, True, False, False))
       where = np.flatnonzero(arrays.segment_ids == segment)
       dropped = "   prompt dropped" if np.any(np.diff(arrays.positions[where]) != 1) else ""
       says = f"sample {segment}   {len(where):,} tokens from {where[0]:,}{dropped}"
@@ -244,9 +238,7 @@ class _Sheet:
         edges = np.linspace(min(0.8, float(np.floor(found.fill.min() * 20) / 20)), 1, 25)
         percent = [f"{edge:.0%}" for edge in edges[[0, 12, 24]]]
         mean = f"{found.fill.mean():.1%} full on average"
-        self._bars(
-          left + 14, self._y + 48, width - 28, found.fill, edges, percent, f"{len(found.fill):,} rows, {mean}"
-        )
+        self._bars(left + 14, self._y + 48, width - 28, found.fill, edges, percent, f"{len(found.fill):,} rows, {mean}")
         edges = np.linspace(0, float(found.lengths.max()) + 1, 33)
         labels = [f"{edge:,.0f}" for edge in edges[[0, 16, 32]]]
         says = f"{len(found.lengths):,} samples, {np.median(found.lengths):,.0f} tokens in the middle"
@@ -307,9 +299,7 @@ def _runs(arrays: Batch, segment: int, tokenizer: Tokenizer, image_slots: int) -
       if not runs or runs[-1].slot != number:
         runs.append(_Run("", False, number))
       continue
-    learned = bool(
-      position and arrays.segment_ids[position - 1] == segment and arrays.loss_mask[position - 1]
-    )
+    learned = bool(position and arrays.segment_ids[position - 1] == segment and arrays.loss_mask[position - 1])
     if learned != state:
       flush()
       state = learned

@@ -66,9 +66,7 @@ class Latents:
     again = f"make them again: python -m jflow prepare --latents --input={source.directory} --checkpoint=..."
     header = _read_header(self.directory, source.directory, image_size, again)
     if header["records"] != source.fingerprint:
-      raise UserError(
-        f"{self.directory} was made from other records than {source.directory} holds now; {again}"
-      )
+      raise UserError(f"{self.directory} was made from other records than {source.directory} holds now; {again}")
     for what, theirs, ours in (
       ("pictures", header["image_size"], image_size),
       ("moments", tuple(header["moments"]), moments),
@@ -138,9 +136,7 @@ def write(
   """
   task = prepared.read_summary(directory)["task"]
   if task != "generation":
-    raise UserError(
-      f"--input={directory} holds {task} records: latents are of pictures to paint, --task=generation"
-    )
+    raise UserError(f"--input={directory} holds {task} records: latents are of pictures to paint, --task=generation")
   source = prepared.PreparedSource(directory, "generation")
   output = folder(directory, image_size)
   if os.path.exists(output):
@@ -160,9 +156,7 @@ def write(
     try:
       reports = _write_shards(source, partial, header, encode, batch_size, threads)
       header["shard_bytes"] = [report["bytes"] for report in reports]
-      header["rejected"] = dict(
-        sum((collections.Counter(r["rejected"]) for r in reports), collections.Counter())
-      )
+      header["rejected"] = dict(sum((collections.Counter(r["rejected"]) for r in reports), collections.Counter()))
       files.write_json(os.path.join(partial, _HEADER), header)
       files.publish(partial, output)
     except KeyboardInterrupt:

@@ -55,9 +55,7 @@ def measure(
   return lengths, rejected
 
 
-def _measure(
-  source: Source, task: str, tokenizer: Tokenizer, template: str
-) -> tuple[np.ndarray, collections.Counter]:
+def _measure(source: Source, task: str, tokenizer: Tokenizer, template: str) -> tuple[np.ndarray, collections.Counter]:
   """Measures all records; a large prepared data set by its shards, with a process per core."""
   build = functools.partial(
     examples.build, task=task, tokenizer=tokenizer, template=template, image_patches=0

@@ -45,12 +45,7 @@ def rows_of_steps(weights: Sequence[float], batch_size: int, steps: int) -> np.n
     UserError: the weights are not three numbers of that kind.
   """
   weights = np.asarray(weights, np.float64)
-  if (
-    weights.shape != (len(TASKS),)
-    or not np.isfinite(weights).all()
-    or (weights < 0).any()
-    or not weights.sum()
-  ):
+  if weights.shape != (len(TASKS),) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum():
     raise UserError(
       f"a mixture needs one weight >= 0 for each of {', '.join(TASKS)}, and not all 0: {weights.tolist()}"
     )

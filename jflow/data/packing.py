@@ -63,9 +63,7 @@ def plan(lengths: np.ndarray, shape: RowShape, seed: int) -> Plan:
     sizes.append(np.full(times, len(pattern)))
   record_ids = np.concatenate(record_ids)
   row_offsets = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
-  return Plan(
-    row_offsets, record_ids, np.zeros(len(record_ids), np.int32), lengths[record_ids, 0].astype(np.int32)
-  )
+  return Plan(row_offsets, record_ids, np.zeros(len(record_ids), np.int32), lengths[record_ids, 0].astype(np.int32))
 
 
 def plan_documents(lengths: np.ndarray, row_tokens: int, seed: int) -> Plan:
@@ -79,9 +77,7 @@ def plan_documents(lengths: np.ndarray, row_tokens: int, seed: int) -> Plan:
     seed: chooses the order.
   """
   lengths = np.asarray(lengths, np.int64)
-  order = np.random.default_rng(seed).permutation(
-    np.flatnonzero(lengths > 0).astype(_index_type(len(lengths)))
-  )
+  order = np.random.default_rng(seed).permutation(np.flatnonzero(lengths > 0).astype(_index_type(len(lengths))))
   ends = np.cumsum(lengths[order])  # in the stream of all documents, one behind the other
   begins = ends - lengths[order]
   total = int(ends[-1]) if len(ends) else 0
@@ -183,9 +179,7 @@ def _patterns(counts: np.ndarray, even: bool) -> Iterator[tuple[list[tuple[int, 
   tokens = np.arange(token_limit + 1)
   need = np.maximum(tokens / token_limit, np.arange(image_limit + 1)[:, None] / max(image_limit, 1))
   by_need = [
-    divmod(int(key), token_limit + 1)
-    for key in np.argsort(-need, axis=None, kind="stable")
-    if counts.flat[key]
+    divmod(int(key), token_limit + 1) for key in np.argsort(-need, axis=None, kind="stable") if counts.flat[key]
   ]
   # floor[m, t]: most tokens, up to t, of the samples left that have up to m images; 0 is none.
   floor = np.zeros_like(counts)
@@ -215,9 +209,7 @@ def _patterns(counts: np.ndarray, even: bool) -> Iterator[tuple[list[tuple[int, 
       yield pattern, times
 
 
-def _next(
-  counts: np.ndarray, floor: np.ndarray, room: int, image_room: int, even: bool
-) -> tuple[int, int] | None:
+def _next(counts: np.ndarray, floor: np.ndarray, room: int, image_room: int, even: bool) -> tuple[int, int] | None:
   """Returns the size to place next in a row, None where nothing fits."""
   largest = int(floor[image_room, room])
   if not largest:

@@ -166,19 +166,13 @@ class Pipeline:
     Raises:
       UserError: a field does not fit.
     """
-    self._config = {
-      name: data_config[name] for name in ("workers", "threads", "prefetch", "max_rejected_share")
-    }
+    self._config = {name: data_config[name] for name in ("workers", "threads", "prefetch", "max_rejected_share")}
     self._shape = row_shape
     self._batch_size, self._share = batch_size, share
     if data_config["template"] not in examples.TEMPLATES:
-      raise UserError(
-        f"data.template is {data_config['template']!r}: use one of {', '.join(examples.TEMPLATES)}"
-      )
+      raise UserError(f"data.template is {data_config['template']!r}: use one of {', '.join(examples.TEMPLATES)}")
     if row_shape.tokens <= row_shape.image_slots:
-      raise UserError(
-        f"data.row_tokens is {row_shape.tokens}, too few for an image of {row_shape.image_slots} slots"
-      )
+      raise UserError(f"data.row_tokens is {row_shape.tokens}, too few for an image of {row_shape.image_slots} slots")
     rows = batch_size if share is None else len(share)
     ahead = max(1, data_config["workers"]) * (data_config["prefetch"] + 2)  # one is made, and one in use
     batch_lib.need_memory(rows, row_shape, ahead)
@@ -224,13 +218,17 @@ class Pipeline:
     return {
       task: [
         {
-          "source": rows.name, "weight": float(weight), "records": rows.planned.records, "fingerprint": rows.fingerprint,
+          "source": rows.name,
+          "weight": float(weight),
+          "records": rows.planned.records,
+          "fingerprint": rows.fingerprint,
           "latents": rows.latents.fingerprint if rows.latents else "",
         }
         for rows, weight in zip(listed, weights, strict=True)
       ]
-      for task, listed, weights in zip(TASKS, self._rows, self._weights, strict=True) if listed
-    }  # fmt: skip
+      for task, listed, weights in zip(TASKS, self._rows, self._weights, strict=True)
+      if listed
+    }
 
   def latents(self) -> dict[str, str]:
     """Returns the folders of the latents that are in use, each with the fingerprint of its encoder."""

@@ -49,9 +49,7 @@ class Planned(NamedTuple):
     return self.tokens / max(self.plan.rows * row_tokens, 1)
 
 
-def planned(
-  source: Source, task: str, tokenizer: Tokenizer, template: str, shape: RowShape, cache: str
-) -> Planned:
+def planned(source: Source, task: str, tokenizer: Tokenizer, template: str, shape: RowShape, cache: str) -> Planned:
   """Returns the plan of a source, made now unless it is there.
 
   Documents (task "text") are cut where a row ends. Any other sample longer than a row, or with more images, is
@@ -81,9 +79,7 @@ def planned(
   return found
 
 
-def _plan(
-  source: Source, task: str, tokenizer: Tokenizer, template: str, shape: RowShape, cache: str
-) -> Planned:
+def _plan(source: Source, task: str, tokenizer: Tokenizer, template: str, shape: RowShape, cache: str) -> Planned:
   sizes, rejected = lengths.measure(source, task, tokenizer, template, shape.image_patches, cache)
   if task == "text":
     plan = packing.plan_documents(sizes[:, 0], shape.tokens, _SEED)

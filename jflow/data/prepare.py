@@ -96,9 +96,7 @@ def prepare(
     except KeyboardInterrupt as error:
       raise type(error)(f"stopped; {again}") from None
     except concurrent.futures.process.BrokenProcessPool:
-      raise UserError(
-        f"a process of the import was killed (out of memory?): {again}, with fewer --processes"
-      ) from None
+      raise UserError(f"a process of the import was killed (out of memory?): {again}, with fewer --processes") from None
     except OSError as error:
       raise UserError(f"{error.filename or output}: {error.strerror or error}; {again}") from None
   if not problem or not summary["accepted"]:
@@ -133,9 +131,7 @@ def _run(
       # The workers inherit that Ctrl-C is not for them.
       signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
       try:
-        futures = {
-          pool.submit(_import_in_process, importer, parts[i], i, partial, task, filters): i for i in todo
-        }
+        futures = {pool.submit(_import_in_process, importer, parts[i], i, partial, task, filters): i for i in todo}
       finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
       waiting = set(futures)
@@ -266,15 +262,11 @@ def _check(record: Record, meta: Mapping[str, Any], task: str, filters: Filters)
     except UnicodeEncodeError:  # JSON lets it through
       raise RecordError("invalid_utf8", "the text holds a lone surrogate") from None
   if record.images and sum(map(len, texts)) > MAX_TEXT:
-    raise RecordError(
-      "text_too_long", f"the text has more than {MAX_TEXT:,} characters, which no row can hold"
-    )
+    raise RecordError("text_too_long", f"the text has more than {MAX_TEXT:,} characters, which no row can hold")
   return filters.drops([images.size(image) for image in record.images], meta)
 
 
-def _summary(
-  job: dict[str, Any], reports: Sequence[dict[str, Any]], left_out: Mapping[str, int]
-) -> dict[str, Any]:
+def _summary(job: dict[str, Any], reports: Sequence[dict[str, Any]], left_out: Mapping[str, int]) -> dict[str, Any]:
   rejected, filtered, notes, first = *(collections.Counter() for _ in range(3)), {}
   for report in reports:
     rejected.update(report["rejected"])
@@ -321,9 +313,7 @@ def _problem(summary: dict[str, Any], max_rejected_share: float) -> str | None:
   return None if accepted else f"{summary['input']}: no records found"
 
 
-def _finish(
-  partial: str, output: str, task: str, reports: Sequence[dict[str, Any]], summary: dict[str, Any]
-) -> None:
+def _finish(partial: str, output: str, task: str, reports: Sequence[dict[str, Any]], summary: dict[str, Any]) -> None:
   """Names the shards as TFDS does, writes the metadata, and renames the directory into place.
 
   The work is done in a directory of its own, linked from the parts, so that a kill leaves them as they are.

@@ -102,7 +102,9 @@ def _import(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
   finally:
     signal.signal(signal.SIGTERM, before)
   records, pictures = summary["accepted"], summary["images"]
-  line = f"{records:,} record{'s' * (records != 1)} with {pictures:,} image{'s' * (pictures != 1)} in {arguments.output}"
+  line = (
+    f"{records:,} record{'s' * (records != 1)} with {pictures:,} image{'s' * (pictures != 1)} in {arguments.output}"
+  )
   for what, counts in (
     ("cannot be used", summary["rejected"]),
     ("dropped by filters or of another task", summary["filtered"]),

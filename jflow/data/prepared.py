@@ -256,13 +256,9 @@ def read_summary(directory: str) -> dict[str, Any]:
   except (OSError, Malformed, KeyError):
     whole = False
   if not whole:
-    raise UserError(
-      f"{directory} is not a data set that `jflow prepare` wrote (no readable {SUMMARY})"
-    ) from None
+    raise UserError(f"{directory} is not a data set that `jflow prepare` wrote (no readable {SUMMARY})") from None
   if schema != SCHEMA:
-    raise UserError(
-      f"{directory} has schema {schema}, and this version reads schema {SCHEMA}: prepare it again"
-    )
+    raise UserError(f"{directory} has schema {schema}, and this version reads schema {SCHEMA}: prepare it again")
   return summary
 
 

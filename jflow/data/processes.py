@@ -168,9 +168,7 @@ def _kill(processes: Sequence[Any]) -> None:
       process.join(5)
 
 
-def _serve(
-  writer: Any, work: Callable[[int, int], Iterator[tuple[Any, ...]]], index: int, count: int
-) -> None:
+def _serve(writer: Any, work: Callable[[int, int], Iterator[tuple[Any, ...]]], index: int, count: int) -> None:
   """What a loader does: makes its batches and sends them, as far as the pipe takes them."""
   end_with_parent()
   try:
@@ -186,9 +184,7 @@ def _serve(
     except (UserError, Stopped) as error:
       writer.send(error)
     except MemoryError:
-      writer.send(
-        Stopped("a loader process has no memory left: use fewer data.workers or a smaller data.prefetch")
-      )
+      writer.send(Stopped("a loader process has no memory left: use fewer data.workers or a smaller data.prefetch"))
     except BrokenPipeError:
       raise
     except Exception:

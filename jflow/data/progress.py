@@ -24,9 +24,7 @@ class Progress:
     """
     self._name, self._unit = name, unit
     self._terminal = sys.stderr.isatty()
-    self._bar = tqdm(
-      total=total, initial=done, desc=name, bar_format=_FORMAT, delay=delay, disable=not self._terminal
-    )
+    self._bar = tqdm(total=total, initial=done, desc=name, bar_format=_FORMAT, delay=delay, disable=not self._terminal)
     self._total, self._begun = total, done
     self._work = self._records = 0
     self._start = self._shown = time.monotonic()

@@ -21,9 +21,7 @@ class Record(NamedTuple):
   """
 
   id: str
-  images: tuple[
-    Any, ...
-  ]  # encoded bytes, uint8[H, W, 3], or an object with render(size) -> uint8[size, size, 3]
+  images: tuple[Any, ...]  # encoded bytes, uint8[H, W, 3], or an object with render(size) -> uint8[size, size, 3]
   text: str
   turns: tuple[Turn, ...]
 

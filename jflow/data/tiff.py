@@ -14,10 +14,33 @@ _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_SIZES = 322, 323, 324, 325
 # The others: photometric interpretation, fill order, orientation, planes, CCITT options, predictor, color map, extra
 # samples, sample format, subsampling and reference of YCbCr.
 _KEPT = (
-  _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES, _STRIPS, _ROWS, _STRIP_SIZES,
-  _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_SIZES,
-  262, 266, 274, 284, 292, 293, 317, 320, 338, 339, 529, 530, 531, 532,
-)  # fmt: skip
+  _WIDTH,
+  _HEIGHT,
+  _BITS,
+  _COMPRESSION,
+  _SAMPLES,
+  _STRIPS,
+  _ROWS,
+  _STRIP_SIZES,
+  _TILE_WIDTH,
+  _TILE_HEIGHT,
+  _TILES,
+  _TILE_SIZES,
+  262,
+  266,
+  274,
+  284,
+  292,
+  293,
+  317,
+  320,
+  338,
+  339,
+  529,
+  530,
+  531,
+  532,
+)
 _TYPES = {1: "B", 3: "H", 4: "L", 5: "2L"}
 _COMPRESSIONS = (1, 2, 3, 4, 5, 8, 32773, 32946)  # none, CCITT, LZW, deflate, PackBits
 
@@ -67,9 +90,16 @@ def first_picture(data: bytes) -> bytes:
   directory = struct.pack(order + "H", len(tags))
   for tag, (kind, count, value) in sorted(tags.items()):
     directory += struct.pack(order + "HHL", tag, kind, count) + value
-  return b"".join((
-    data[:4], struct.pack(order + "L", place), data[8:], bytes(place - len(data)), directory, bytes(4),
-  ))  # fmt: skip
+  return b"".join(
+    (
+      data[:4],
+      struct.pack(order + "L", place),
+      data[8:],
+      bytes(place - len(data)),
+      directory,
+      bytes(4),
+    )
+  )
 
 
 def _tags(data: bytes, order: str) -> dict[int, tuple[int, int, bytes]]:

@@ -66,9 +66,7 @@ class Tokenizer:
     self._files = files
     self._origin = origin
     added = [] if checked else tokenizer_file.check(files["tokenizer.json"], origin).get("added_tokens") or []
-    config, other = (
-      _settings(files, name, origin) for name in ("tokenizer_config.json", "special_tokens_map.json")
-    )
+    config, other = (_settings(files, name, origin) for name in ("tokenizer_config.json", "special_tokens_map.json"))
     self._tokenizer = build(files["tokenizer.json"], origin)
     vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
     if len(set(vocabulary.values())) != len(vocabulary):
@@ -86,9 +84,7 @@ class Tokenizer:
         with _native(f"{origin}: {shown(token)} cannot be made a special token"):
           self._tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
         if vocabulary[token] in self.encode(token) or self._tokenizer.token_to_id(token) != vocabulary[token]:
-          raise UserError(
-            f"{origin}: any text can spell {token}: tokenizer.json must hold it as a special token"
-          )
+          raise UserError(f"{origin}: any text can spell {token}: tokenizer.json must hold it as a special token")
 
   @classmethod
   def load(cls, directory: str) -> "Tokenizer":
@@ -202,9 +198,7 @@ def _settings(files: dict[str, bytes], name: str, origin: str) -> dict[str, Any]
   if not isinstance(value, dict):
     raise UserError(f"{origin}: {name} should hold an object")
   if value.get("auto_map") is not None or value.get("trust_remote_code"):
-    raise UserError(
-      f"{origin}: {name} asks to run Python code that came with it (auto_map), which jflow never does"
-    )
+    raise UserError(f"{origin}: {name} asks to run Python code that came with it (auto_map), which jflow never does")
   return value
 
 
@@ -220,9 +214,7 @@ def _check_added(vocabulary: dict[str, int], added: list[Any], config: dict[str,
   for where, content, i in told:
     if type(content) is not str or vocabulary.get(content) != i:
       has = vocabulary.get(content) if type(content) is str else None
-      raise UserError(
-        f"{origin}: {where} gives {shown(content)} the id {shown(i)}, and the tokenizer has {has}"
-      )
+      raise UserError(f"{origin}: {where} gives {shown(content)} the id {shown(i)}, and the tokenizer has {has}")
 
 
 def train(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
@@ -236,9 +228,7 @@ def train(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
     vocabulary_size: ids in all, at least 256 bytes + 7 special tokens.
   """
   if vocabulary_size < 256 + len(SPECIAL_TOKENS):
-    raise UserError(
-      f"a byte-level vocabulary needs at least {256 + len(SPECIAL_TOKENS)} ids: {vocabulary_size}"
-    )
+    raise UserError(f"a byte-level vocabulary needs at least {256 + len(SPECIAL_TOKENS)} ids: {vocabulary_size}")
   tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
     [
@@ -293,9 +283,7 @@ def _special_token(
   first, since its tokenizer_config.json names EOS; a tokenizer without any pads with EOS (no padding is ever read).
   """
   settings = {"tokenizer_config.json": config, "special_tokens_map.json": other}
-  named, also = (
-    _named(values, f"{attribute}_token", f"{origin}: {file}") for file, values in settings.items()
-  )
+  named, also = (_named(values, f"{attribute}_token", f"{origin}: {file}") for file, values in settings.items())
   if attribute in ("bos", "eos") and named and also and named != also:
     raise UserError(
       f"{origin}: {attribute}_token is {shown(named)} in tokenizer_config.json, {shown(also)} in special_tokens_map.json"

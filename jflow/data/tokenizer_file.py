@@ -34,8 +34,11 @@ _PARTS = {
   "decoder": "BPEDecoder ByteFallback ByteLevel CTC Fuse Metaspace Replace Sequence Strip WordPiece",
 }
 _CHILDREN = {
-  "normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors", "decoder": "decoders",
-}  # fmt: skip
+  "normalizer": "normalizers",
+  "pre_tokenizer": "pretokenizers",
+  "post_processor": "processors",
+  "decoder": "decoders",
+}
 _MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
 _MOST_PARTS = 64  # of a section
 _MOST_IDS = 2**31
@@ -78,9 +81,7 @@ def check(content: bytes, origin: str) -> dict[str, Any]:
           raise ValueError(f"{section} has {len(parts)} parts, at most {_MOST_PARTS} are read")
         growth = math.prod(_growth(section, part) for part in parts)
         if growth > _LONGEST:
-          raise ValueError(
-            f"{section} makes up to {growth} characters of one, at most {_LONGEST} are allowed"
-          )
+          raise ValueError(f"{section} makes up to {growth} characters of one, at most {_LONGEST} are allowed")
   except ValueError as error:
     raise UserError(f"{where}{error})") from None
   return value
@@ -92,9 +93,7 @@ def _model_ids(model: Mapping[str, Any]) -> Mapping[str, int]:
   if kind not in _MODELS:
     raise ValueError(f"model.type={shown(kind)} must be one of {', '.join(_MODELS)}")
   if model.get("dropout"):
-    raise ValueError(
-      f"model.dropout={shown(model['dropout'])} would read the same text differently each time"
-    )
+    raise ValueError(f"model.dropout={shown(model['dropout'])} would read the same text differently each time")
   vocabulary = model.get("vocab")
   if isinstance(vocabulary, list):
     pairs = all(isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is str for pair in vocabulary)
@@ -106,9 +105,7 @@ def _model_ids(model: Mapping[str, Any]) -> Mapping[str, int]:
     return ids
   if not isinstance(vocabulary, dict):
     raise ValueError("model.vocab must be an object of ids")
-  wrong = next(
-    (token for token, i in vocabulary.items() if type(i) is not int or not 0 <= i < _MOST_IDS), None
-  )
+  wrong = next((token for token, i in vocabulary.items() if type(i) is not int or not 0 <= i < _MOST_IDS), None)
   if wrong is not None:
     raise ValueError(
       f"model.vocab: the id of {shown(wrong)} must be in 0..{_MOST_IDS - 1}, got {shown(vocabulary[wrong])}"
@@ -151,9 +148,7 @@ def _growth(section: str, part: Mapping[str, Any]) -> int:
   """How many characters a part makes of one at most; its settings are checked."""
   kind, pattern, content = part["type"], part.get("pattern"), part.get("content")
   if kind in ("Replace", "Split"):
-    if (
-      not isinstance(pattern, dict) or len(pattern) != 1 or not all(type(x) is str for x in pattern.values())
-    ):
+    if not isinstance(pattern, dict) or len(pattern) != 1 or not all(type(x) is str for x in pattern.values()):
       raise ValueError(f"{section}: {kind}.pattern={shown(pattern)} must be a String or a Regex")
     if "Regex" in pattern and (why := _costly(pattern["Regex"])):
       raise ValueError(f"{section}: {kind}.pattern={shown(pattern['Regex'])} {why}")
@@ -251,9 +246,7 @@ def _end_of_class(pattern: str, start: int) -> int:
       i += 1
     elif pattern[i] == "[":
       depth += 1
-      if (
-        pattern[i + 1 : i + 2] == "]" or pattern[i + 1 : i + 3] == "^]"
-      ):  # a bracket at the beginning is itself
+      if pattern[i + 1 : i + 2] == "]" or pattern[i + 1 : i + 3] == "^]":  # a bracket at the beginning is itself
         i += 2 if pattern[i + 1] == "^" else 1
     elif pattern[i] == "]":
       depth -= 1

@@ -15,8 +15,7 @@ _COMMA = re.compile(r"\d,\d")
 _POINT = re.compile(r"\.(?!\d)")
 _MOST_POINTS = int(re.UNICODE)  # the official call passes this flag as the number of replacements: 32
 _NUMBERS = {
-  word: str(number)
-  for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
+  word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
 } | {"none": "0"}
 _ARTICLES = ("a", "an", "the")
 # Read without any one of their apostrophes, these get it back.

@@ -46,39 +46,35 @@ def parser() -> argparse.ArgumentParser:
   )
   p.add_argument("--benchmark", required=True, choices=RECIPES, metavar="NAME", help="one of those below")
   p.add_argument(
-    "--checkpoint", required=True, metavar="DIR",
+    "--checkpoint",
+    required=True,
+    metavar="DIR",
     help="official directory, or a jflow workdir or step; also gs://...",
   )
   p.add_argument("--vae", metavar="DIR", help="SDXL-VAE, for a checkpoint that holds none")
   p.add_argument("--data", type=pathlib.Path, metavar="DIR", help="the benchmark's data, see below (shapes needs none)")
   p.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="where everything goes")
   p.add_argument(
-    "--limit", type=whole(1), metavar="N",
-    help="only the first N prompts and the first N questions, of each split"
+    "--limit", type=whole(1), metavar="N", help="only the first N prompts and the first N questions, of each split"
   )
   p.add_argument("--only", choices=("pictures", "questions"), help="shapes: leaves out the other half")
   p.add_argument("--split", default="", help="vqav2: val (default) or test-dev")
   p.add_argument(
-    "--batch_size", type=whole(1, 100_000), default=16,
+    "--batch_size",
+    type=whole(1, 100_000),
+    default=16,
     help="samples at once (default %(default)s)",
-  )  # fmt: skip
+  )
   p.add_argument(
-    "--seed", type=whole(most=SEED), default=0,
-    help="added to the seeds of the pictures (default %(default)s)"
+    "--seed", type=whole(most=SEED), default=0, help="added to the seeds of the pictures (default %(default)s)"
   )
   p.add_argument("--steps", type=whole(1, 10_000), help="solver steps (default: the recipe's 30)")
   p.add_argument("--guidance", type=number(most=1e6), help="w of eq. 5 (default: the recipe's 2)")
-  p.add_argument(
-    "--pictures", type=whole(1, 1000), metavar="N", help="pictures per prompt (default: the recipe's)"
-  )
+  p.add_argument("--pictures", type=whole(1, 1000), metavar="N", help="pictures per prompt (default: the recipe's)")
   p.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: float32 on a CPU)")
   p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a jflow training run")
-  p.add_argument(
-    "--part", type=_part, default=(0, 1), metavar="K/N", help="make every N-th sample, from the K-th"
-  )
-  p.add_argument(
-    "--results", type=pathlib.Path, metavar="FILE", help="what an outside scorer wrote: into the report"
-  )
+  p.add_argument("--part", type=_part, default=(0, 1), metavar="K/N", help="make every N-th sample, from the K-th")
+  p.add_argument("--results", type=pathlib.Path, metavar="FILE", help="what an outside scorer wrote: into the report")
   p.add_argument(
     "--features",
     type=pathlib.Path,
@@ -92,12 +88,10 @@ def parser() -> argparse.ArgumentParser:
     help="keeps compiled programs, and features of true pictures (default %(default)s; empty: nothing)",
   )
   p.add_argument(
-    "--sweep_guidance", type=listed(number(most=1e6)), metavar="W,W,...",
-    help="one evaluation for each, and a plot"
+    "--sweep_guidance", type=listed(number(most=1e6)), metavar="W,W,...", help="one evaluation for each, and a plot"
   )
   p.add_argument(
-    "--sweep_steps", type=listed(whole(most=10_000)), metavar="S,S,...",
-    help="one evaluation for each, and a plot"
+    "--sweep_steps", type=listed(whole(most=10_000)), metavar="S,S,...", help="one evaluation for each, and a plot"
   )
   return p
 
@@ -141,9 +135,7 @@ def evaluate(args: argparse.Namespace, opened: dict[str, Any]) -> int:
   records = samples.read()
   missing = sum(task.key not in records for task in tasks)
   if missing:
-    print(
-      f"this part is done; {missing} of {len(tasks)} samples are left to the other parts", file=sys.stderr
-    )
+    print(f"this part is done; {missing} of {len(tasks)} samples are left to the other parts", file=sys.stderr)
     return 0
   result = benchmark.score(records)
   before = report.scored_before(args.output, settings)
@@ -157,9 +149,13 @@ def evaluate(args: argparse.Namespace, opened: dict[str, Any]) -> int:
 
 
 def _write(
-  args: argparse.Namespace, read: str, recipe: Recipe, settings: dict[str, Any], result: Any,
+  args: argparse.Namespace,
+  read: str,
+  recipe: Recipe,
+  settings: dict[str, Any],
+  result: Any,
   before: dict[str, Any] | None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
   """Writes the report, with notes on what differs from the recipe and on what an outside scorer has found.
 
   `read`: the directory that the checkpoint was read from. `before`: an earlier report on the same predictions; a FID
@@ -172,8 +168,11 @@ def _write(
   for name, score in (before or {}).get("scores", {}).items():
     if name.startswith("FID") and name not in scores:
       scores[name] = Score(**{field: score.get(field) for field in Score._fields})
-  changed = [f"--{name}={getattr(args, name)}" for name in ("guidance", "steps", "pictures", "limit")
-             if getattr(args, name) is not None and getattr(args, name) != getattr(usual, name, None)]  # fmt: skip
+  changed = [
+    f"--{name}={getattr(args, name)}"
+    for name in ("guidance", "steps", "pictures", "limit")
+    if getattr(args, name) is not None and getattr(args, name) != getattr(usual, name, None)
+  ]
   if changed:
     paper = " The paper's scores stand for the recipe." if usual.paper else ""
     notes.append(f"Not the recipe: {', '.join(changed)}.{paper}")
@@ -207,14 +206,14 @@ def check_flags(recipe: Recipe, args: argparse.Namespace) -> None:
   for name in ("results", "features"):
     path = getattr(args, name)
     if path is not None and not path.is_file():
-      raise UserError(f"--{name}={path} does not exist" + (": launch/experiments/features.py writes it" * (name == "features")))
+      raise UserError(
+        f"--{name}={path} does not exist" + (": launch/experiments/features.py writes it" * (name == "features"))
+      )
 
 
 def with_flags(recipe: Recipe, args: argparse.Namespace) -> Recipe:
   """The recipe with what the flags change."""
-  changed = {
-    name: getattr(args, name) for name in ("steps", "guidance", "pictures") if getattr(args, name) is not None
-  }
+  changed = {name: getattr(args, name) for name in ("steps", "guidance", "pictures") if getattr(args, name) is not None}
   return recipe._replace(**changed)
 
 

@@ -56,9 +56,7 @@ def inception_input(image: Image.Image, side: int = 256, lanczos: bool = True) -
   if short != side:
     square = square.resize((side, side), Image.Resampling.LANCZOS if lanczos else Image.Resampling.BICUBIC)
   channels = [
-    Image.fromarray(np.asarray(square)[..., c].astype(np.float32)).resize(
-      (299, 299), Image.Resampling.BICUBIC
-    )
+    Image.fromarray(np.asarray(square)[..., c].astype(np.float32)).resize((299, 299), Image.Resampling.BICUBIC)
     for c in range(3)
   ]
   return np.stack([np.asarray(channel).clip(0, 255) for channel in channels], axis=-1)

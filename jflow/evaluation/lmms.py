@@ -43,9 +43,14 @@ class Answers:
   """Asks a checkpoint in this process, or a server."""
 
   def __init__(
-    self, checkpoint: str | pathlib.Path = "", server: str = "", batch_size: int = 16, vae: str | None = None,
-    dtype: str | None = None, weights: str = "ema",
-  ):  # fmt: skip
+    self,
+    checkpoint: str | pathlib.Path = "",
+    server: str = "",
+    batch_size: int = 16,
+    vae: str | None = None,
+    dtype: str | None = None,
+    weights: str = "ema",
+  ):
     """`checkpoint` as for all commands, or `server`, the address of `python -m jflow serve`."""
     if bool(checkpoint) == bool(server):
       raise UserError("model_args: give checkpoint=DIR or server=URL, one of them")
@@ -65,8 +70,7 @@ class Answers:
         texts = list(pool.map(lambda one: self._ask_server(*one), asked))
     else:
       requests = [
-        self._model.request(_unmarked(text), list(images), **sampling(arguments))
-        for text, images, arguments in asked
+        self._model.request(_unmarked(text), list(images), **sampling(arguments)) for text, images, arguments in asked
       ]
       texts = self._model.understand_batch(requests, self.batch_size)
     return [cut(text, arguments.get("until")) for text, (_, _, arguments) in zip(texts, asked, strict=True)]
@@ -78,9 +82,7 @@ class Answers:
     return [self._model.loglikelihood(_unmarked(text), list(images), [one])[0] for text, images, one in asked]
 
   def _ask_server(self, text: str, images: Sequence[Image.Image], arguments: dict[str, Any]) -> str:
-    parts: list[dict[str, Any]] = [
-      {"type": "image_url", "image_url": {"url": _data_uri(image)}} for image in images
-    ]
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": _data_uri(image)}} for image in images]
     content = [*parts, {"type": "text", "text": _unmarked(text)}]
     body = {"messages": [{"role": "user", "content": content}], **sampling(arguments)}
     request = urllib.request.Request(
@@ -90,9 +92,7 @@ class Answers:
       with urllib.request.urlopen(request, timeout=_SECONDS) as response:
         return json.load(response)["choices"][0]["message"]["content"]
     except urllib.error.HTTPError as error:
-      raise UserError(
-        f"{self._server} answers {error.code}: {error.read()[:300].decode(errors='replace')}"
-      ) from error
+      raise UserError(f"{self._server} answers {error.code}: {error.read()[:300].decode(errors='replace')}") from error
     except OSError as error:
       raise UserError(f"{self._server} cannot be reached: {error}") from error
 
@@ -249,8 +249,10 @@ class Model(_base()):
       ask: [(question, arguments or answer, images)] -> answers.
     """
     asked = [read(*request.args) for request in requests]
-    keys = [key_of(kind, task, split, doc_id, *one)
-            for one, (*_, doc_id, task, split) in zip(asked, (request.args for request in requests))]  # fmt: skip
+    keys = [
+      key_of(kind, task, split, doc_id, *one)
+      for one, (*_, doc_id, task, split) in zip(asked, (request.args for request in requests))
+    ]
     answers = [self._kept.get(key) for key in keys]
     missing = [i for i, answer in enumerate(answers) if answer is None]
     size = _ROUNDS * self._answers.batch_size

@@ -69,8 +69,10 @@ def number_of(text: str, most: float, where: str) -> float:
   except ValueError:
     value = math.nan
   if not 0 <= value <= most + 1e-9:
-    raise UserError(f"{where} has {text!r:.60} where a number from 0 to {most} should stand: give what --res-path "
-                    "named (not its _detail.txt)")  # fmt: skip
+    raise UserError(
+      f"{where} has {text!r:.60} where a number from 0 to {most} should stand: give what --res-path "
+      "named (not its _detail.txt)"
+    )
   return value
 
 

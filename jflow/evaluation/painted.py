@@ -93,8 +93,10 @@ class Geneval:
       ours = self._prompts[number] if number < len(self._prompts) else {}
       for field in ("tag", "prompt"):
         if field in row and field in ours and row[field] != ours[field]:
-          raise UserError(f"{where} has {field}={row[field]!r:.200} where this evaluation has {ours[field]!r}: give "
-                          "the results of its own pictures")  # fmt: skip
+          raise UserError(
+            f"{where} has {field}={row[field]!r:.200} where this evaluation has {ours[field]!r}: give "
+            "the results of its own pictures"
+          )
       found[key] = row["correct"]
     wanted = [task.key for task in self.tasks()]
     outside.no_others(wanted, found, str(path), "give the results of its own pictures")
@@ -152,8 +154,10 @@ class Dpg:
       words = ["python", "dpg_bench/compute_dpg_bench.py", "--image-root-path", output / "grids", "--resolution", side]
       words += ["--pic-num", self._recipe.pictures, "--res-path", results]
       return Result({}, [outside.next_command("in ELLA's checkout", words, self._args, results=results), *notes])
-    said = ("Category scores are the scorer's own: those of the last picture of each prompt, without the rule that a "
-            "child falls with its parent.")  # fmt: skip
+    said = (
+      "Category scores are the scorer's own: those of the last picture of each prompt, without the rule that a "
+      "child falls with its parent."
+    )
     return Result(self._read(self._args.results), [said, *notes])
 
   def _read(self, path: pathlib.Path) -> dict[str, Score]:
@@ -193,8 +197,10 @@ class Dpg:
       values = [outside.number_of(one, 1, where) for one in numbers]
       if abs(math.fsum(values[:-1]) / pictures - values[-1]) < 1e-6:
         return pathlib.PurePosixPath(path).stem, values[-1]
-    raise UserError(f"{where} is no path with {pictures} scores and their mean: give what --res-path named (not its "
-                    f"_detail.txt), made with --pic-num {pictures}")  # fmt: skip
+    raise UserError(
+      f"{where} is no path with {pictures} scores and their mean: give what --res-path named (not its "
+      f"_detail.txt), made with --pic-num {pictures}"
+    )
 
 
 class Mjhq:
@@ -237,19 +243,31 @@ class Mjhq:
     notes = outside.another_number(len(self._all), self.published, self._args)
     if self._recipe.prompts:
       total = f"{len(self._all):,}"
-      notes.append(f"The prompts are {self._recipe.prompts:,} of {total}, drawn with a seed, as many of each category; "
-                   f"the reference is all {total} true pictures. The paper does not say which it took.")  # fmt: skip
+      notes.append(
+        f"The prompts are {self._recipe.prompts:,} of {total}, drawn with a seed, as many of each category; "
+        f"the reference is all {total} true pictures. The paper does not say which it took."
+      )
     if self._args.features is None:
       features = self._args.output.resolve() / "features.npz"
-      words = ["python", outside.script("launch/experiments/features.py"), f"--pictures={features.with_name('pictures')}",
-               f"--reference={self._file.resolve().parent}", "--inception=inception-2015-12-05.pt",
-               "--clip=clip-vit-large-patch14", f"--output={features}"]  # fmt: skip
-      where = ("where PyTorch is installed (--inception: the TorchScript file that clean-fid takes; --clip: the folder "
-               "of Hugging Face's openai/clip-vit-large-patch14, may be left out)")  # fmt: skip
+      words = [
+        "python",
+        outside.script("launch/experiments/features.py"),
+        f"--pictures={features.with_name('pictures')}",
+        f"--reference={self._file.resolve().parent}",
+        "--inception=inception-2015-12-05.pt",
+        "--clip=clip-vit-large-patch14",
+        f"--output={features}",
+      ]
+      where = (
+        "where PyTorch is installed (--inception: the TorchScript file that clean-fid takes; --clip: the folder "
+        "of Hugging Face's openai/clip-vit-large-patch14, may be left out)"
+      )
       return Result({}, [outside.next_command(where, words, self._args, features=features), *notes])
     found, resize = self._measure(_arrays(self._args.features))
-    both = [("Lanczos to 256, as GigaGAN's script has it", "--resize=lanczos"),
-            ("bicubic to 256, as an author of the paper says", "--resize=bicubic")]  # fmt: skip
+    both = [
+      ("Lanczos to 256, as GigaGAN's script has it", "--resize=lanczos"),
+      ("bicubic to 256, as an author of the paper says", "--resize=bicubic"),
+    ]
     (done, _), (other, flag) = both if resize == "lanczos" else both[::-1]
     said = [
       f"Pictures were resized {done}, then bicubic to 299 in float32. Report the other way too, {other}: "
@@ -315,8 +333,10 @@ def evenly(rows: Mapping[str, Mapping[str, Any]], count: int, what: str) -> list
   each, rest = divmod(count, max(len(groups), 1))
   if rest or any(len(names) < each for names in groups.values()):
     least = min(map(len, groups.values()), default=0)
-    raise UserError(f"{what}: {count:,} prompts cannot be drawn evenly from {len(groups)} categories, the least of "
-                    f"{least:,}: take the whole file")  # fmt: skip
+    raise UserError(
+      f"{what}: {count:,} prompts cannot be drawn evenly from {len(groups)} categories, the least of "
+      f"{least:,}: take the whole file"
+    )
   draw = random.Random(0)
   chosen = {name for _, names in sorted(groups.items()) for name in draw.sample(sorted(names), each)}
   return [name for name in rows if name in chosen]
@@ -333,7 +353,9 @@ def _arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as file:
       return {name: np.asanyarray(file[name]) for name in file.files}
   except Exception as error:  # zip, zlib and NumPy raise many types on a file that is damaged or another's
-    raise UserError(f"{path} is no file of launch/experiments/features.py ({type(error).__name__}): {_FEATURES}") from None
+    raise UserError(
+      f"{path} is no file of launch/experiments/features.py ({type(error).__name__}): {_FEATURES}"
+    ) from None
 
 
 def _names(arrays: Mapping[str, np.ndarray], name: str, path: pathlib.Path) -> list[str]:
@@ -349,8 +371,10 @@ def _features(arrays: Mapping[str, np.ndarray], name: str, count: int, path: pat
   """float[count, D], finite."""
   array = arrays.get(name, np.zeros(0))
   if array.ndim != 2 or array.dtype.kind != "f" or len(array) != count or count < 2 or not array.shape[1]:
-    raise UserError(f"{path}: {name} {array.dtype}{list(array.shape)} should be float[{count}, D], of two pictures at "
-                    f"least: {_FEATURES}")  # fmt: skip
+    raise UserError(
+      f"{path}: {name} {array.dtype}{list(array.shape)} should be float[{count}, D], of two pictures at "
+      f"least: {_FEATURES}"
+    )
   if not np.isfinite(array).all():
     raise UserError(f"{path}: {name} holds values that are not finite: {_FEATURES}")
   return array

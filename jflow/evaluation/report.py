@@ -75,7 +75,7 @@ def write(
     "settings": dict(settings),
     "commit": commit(),
     "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES},
-    "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
   }
   for name, value in result.files.items():
     files.replace(directory / name, json.dumps(value, ensure_ascii=False) + "\n")
@@ -128,9 +128,7 @@ def table(body: Mapping[str, Any]) -> str:
       cells.append(f"chance {_digits(score['chance'])}")
     cells += [f"{label} {_digits(value)}" for label, value in score.get("beside", {}).items()]
     if "paper" in score:
-      cells.append(
-        "paper " + ", ".join(f"{size}: {_digits(value)}" for size, value in score["paper"].items())
-      )
+      cells.append("paper " + ", ".join(f"{size}: {_digits(value)}" for size, value in score["paper"].items()))
     lines.append("  ".join(cells))
   return "\n".join(lines)
 
@@ -140,9 +138,7 @@ def commit() -> str | None:
   root = pathlib.Path(__file__).parent
 
   def git(*arguments: str) -> str:
-    return subprocess.run(
-      ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
   try:
     return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
@@ -208,8 +204,10 @@ def _page(body: Mapping[str, Any], what: str, pictures: Sequence[tuple[str, Imag
       "date": body["date"],
     }.items()
   )
-  sheets = "".join(f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="{_data_uri(sheet)}">'
-                   for title, sheet in pictures)  # fmt: skip
+  sheets = "".join(
+    f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="{_data_uri(sheet)}">'
+    for title, sheet in pictures
+  )
   notes = "".join(f"<li>{html.escape(note)}</li>" for note in body["notes"])
   return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">

@@ -13,8 +13,17 @@ CONFIDENCE_Z = 1.959963984540054  # of 95 %, two-sided
 DRAWS = 1000  # of a bootstrap
 ROTATION = 1_000_000  # between the indices of a question of MMBench and the same with its options turned
 MME_PERCEPTION = (
-  "OCR", "artwork", "celebrity", "color", "count", "existence", "landmark", "position", "posters", "scene",
-)  # fmt: skip
+  "OCR",
+  "artwork",
+  "celebrity",
+  "color",
+  "count",
+  "existence",
+  "landmark",
+  "position",
+  "posters",
+  "scene",
+)
 MME_REASONING = ("code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation")
 
 
@@ -211,9 +220,7 @@ def mme(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
     if all(part in out for part in parts):
       sums[name] = _times(average([out[part] for part in parts]), len(parts))
   if not sums:
-    raise UserError(
-      f"MME: neither the ten perception categories nor the four of reasoning are there: {sorted(out)}"
-    )
+    raise UserError(f"MME: neither the ten perception categories nor the four of reasoning are there: {sorted(out)}")
   return sums | out
 
 

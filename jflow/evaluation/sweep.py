@@ -41,9 +41,7 @@ def main(args: argparse.Namespace) -> int:
   usual = with_flags(recipe, args)
   pairs = list(itertools.product(args.sweep_guidance or [usual.guidance], args.sweep_steps or [usual.steps]))
   settings = [
-    argparse.Namespace(
-      **{**vars(args), "guidance": w, "steps": n, "output": args.output / f"guidance{w:g}_steps{n}"}
-    )
+    argparse.Namespace(**{**vars(args), "guidance": w, "steps": n, "output": args.output / f"guidance{w:g}_steps{n}"})
     for w, n in pairs
   ]
   for one in settings:
@@ -63,10 +61,14 @@ def main(args: argparse.Namespace) -> int:
   with files.new_file(args.output / "sweep.png") as new:
     figure(found, names).savefig(new, dpi=120, format="png")
   rows = [
-    {"guidance": guidance, "steps": steps, **{name: scores[name]["value"] for name in names},
-     "intervals": {name: [scores[name]["low"], scores[name]["high"]] for name in names if "low" in scores[name]}}
+    {
+      "guidance": guidance,
+      "steps": steps,
+      **{name: scores[name]["value"] for name in names},
+      "intervals": {name: [scores[name]["low"], scores[name]["high"]] for name in names if "low" in scores[name]},
+    }
     for (guidance, steps), scores in found.items()
-  ]  # fmt: skip
+  ]
   body = {"benchmark": recipe.name, "settings": shared, "rows": rows}
   files.replace(args.output / "sweep.json", json.dumps(body, indent=1) + "\n")
   print(f"plot: {args.output / 'sweep.png'}, numbers: {args.output / 'sweep.json'}")
@@ -117,9 +119,7 @@ def figure(found: Mapping[tuple[float, int], Mapping[str, Any]], names: Sequence
       said = f"{other} steps" if along == 0 else f"w = {other:g}"
       panel.plot(x, y, marker="o", markersize=4, label=said)
       if all("low" in score for _, score in line):
-        panel.fill_between(
-          x, [score["low"] for _, score in line], [score["high"] for _, score in line], alpha=0.15
-        )
+        panel.fill_between(x, [score["low"] for _, score in line], [score["high"] for _, score in line], alpha=0.15)
     panel.set(xlabel=label, title=name)
     panel.grid(alpha=0.3)
   fig.axes[0].legend(frameon=False)

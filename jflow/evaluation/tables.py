@@ -221,12 +221,8 @@ def _pope(rows: Sequence[Mapping[str, str]], recipe: Recipe) -> Result:
 
 
 def _mme(rows: Sequence[Mapping[str, str]], recipe: Recipe) -> Result:
-  judged = [
-    row | {"said": answers.yes_or_no(row["prediction"]), "picture": row["image_path"]} for row in rows
-  ]
-  return Result(
-    scores.mme([row | {"right": row["said"] == row["answer"]} for row in judged]), [_unknown(judged)]
-  )
+  judged = [row | {"said": answers.yes_or_no(row["prediction"]), "picture": row["image_path"]} for row in rows]
+  return Result(scores.mme([row | {"right": row["said"] == row["answer"]} for row in judged]), [_unknown(judged)])
 
 
 def _unknown(judged: Sequence[Mapping[str, str]]) -> str:
@@ -254,9 +250,7 @@ def _choice(rows: Sequence[Mapping[str, str]], recipe: Recipe) -> Result:
 
 def _circular(rows: Sequence[Mapping[str, str]], recipe: Recipe) -> Result:
   judged, note = _letters(rows)
-  return Result(
-    scores.circular(judged), [note, "A question counts if all orders of its options are answered right."]
-  )
+  return Result(scores.circular(judged), [note, "A question counts if all orders of its options are answered right."])
 
 
 def _by_rule(rows, judge) -> Result:
@@ -273,7 +267,9 @@ def _exact(rows: Sequence[Mapping[str, str]], recipe: Recipe) -> Result:
 
 
 def _relaxed(rows: Sequence[Mapping[str, str]], recipe: Recipe) -> Result:
-  return _by_rule(rows, lambda row: any(answers.relaxed(row["prediction"], one) for one in truths.people_of(row["answer"])))
+  return _by_rule(
+    rows, lambda row: any(answers.relaxed(row["prediction"], one) for one in truths.people_of(row["answer"]))
+  )
 
 
 def _hand_in(rows: Sequence[Mapping[str, str]], recipe: Recipe) -> Result:
@@ -286,12 +282,22 @@ def _hand_in(rows: Sequence[Mapping[str, str]], recipe: Recipe) -> Result:
 
 
 PROMPTS = {
-  "yes or no": yes_no_prompt, "pope": pope_prompt, "short": short_prompt, "choice": choice_prompt, "plain": plain_prompt,
-}  # fmt: skip
+  "yes or no": yes_no_prompt,
+  "pope": pope_prompt,
+  "short": short_prompt,
+  "choice": choice_prompt,
+  "plain": plain_prompt,
+}
 RULES = {
-  "pope": _pope, "mme": _mme, "choice": _choice, "circular": _circular, "vqa": _vqa, "exact": _exact, "relaxed": _relaxed,
+  "pope": _pope,
+  "mme": _mme,
+  "choice": _choice,
+  "circular": _circular,
+  "vqa": _vqa,
+  "exact": _exact,
+  "relaxed": _relaxed,
   "hand in": _hand_in,
-}  # fmt: skip
+}
 
 
 def _lines(file: io.BufferedReader) -> Iterator[str]:

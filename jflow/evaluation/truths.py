@@ -82,6 +82,11 @@ def _texts(source: str) -> int:
 
 
 RULES = {
-  "pope": yes_or_no, "mme": yes_or_no, "choice": letter, "circular": letter, "vqa": people,
-  "relaxed": one_or_more, "exact": text,
-}  # fmt: skip
+  "pope": yes_or_no,
+  "mme": yes_or_no,
+  "choice": letter,
+  "circular": letter,
+  "vqa": people,
+  "relaxed": one_or_more,
+  "exact": text,
+}

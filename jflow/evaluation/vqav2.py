@@ -63,9 +63,7 @@ class Vqav2Benchmark:
   def tasks(self) -> list[Question]:
     """The questions, in the order of the file."""
     most, images_of = self._recipe.max_tokens, lambda row: lambda: [self._image(row)]
-    return [
-      Question(str(row["question_id"]), short_prompt(row), images_of(row), max_tokens=most) for row in self._rows
-    ]
+    return [Question(str(row["question_id"]), short_prompt(row), images_of(row), max_tokens=most) for row in self._rows]
 
   def score(self, records: Mapping[str, Mapping[str, Any]]) -> Result:
     """The VQA score, or the answers to hand in."""
@@ -131,7 +129,9 @@ def _check_people(row: Mapping[str, Any], where: str) -> None:
   if not isinstance(people, list) or not people or not all(isinstance(one, dict) for one in people):
     raise UserError(f"{where} has answers={people!r:.60}, which is no list of objects")
   if len(people) < truths.LEAST_PEOPLE:
-    raise UserError(f"{where} has {len(people)} answers, and no answer is wholly right by fewer than {truths.LEAST_PEOPLE}")
+    raise UserError(
+      f"{where} has {len(people)} answers, and no answer is wholly right by fewer than {truths.LEAST_PEOPLE}"
+    )
   for one in people:
     need(one, ("answer",), f"{where} one of its answers,")
     outside.need_texts(one, ("answer",), f"{where} one of its answers,")

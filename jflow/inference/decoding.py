@@ -145,10 +145,24 @@ class Decoder:
     if count:
       seen = results(reading.look, array(jnp.uint8, power_of_two(count), *request.images.shape[1:]))
     tokens, whole = array(jnp.int32, min(bucket(n), most)), array(jnp.int32)
-    done = seen is not None and results(
-      reading.admit, self._shapes, whole, tokens, seen, tokens, whole, whole, array(jnp.float32), array(jnp.float32),
-      array(jnp.uint32), eos=self._eos,
-    ) is not None  # fmt: skip
+    done = (
+      seen is not None
+      and results(
+        reading.admit,
+        self._shapes,
+        whole,
+        tokens,
+        seen,
+        tokens,
+        whole,
+        whole,
+        array(jnp.float32),
+        array(jnp.float32),
+        array(jnp.uint32),
+        eos=self._eos,
+      )
+      is not None
+    )
     near, longest = power_of_two(n, _NEAR), min(n + request.max_tokens, self.context)
     while done:
       done = results(reading.run, self._shapes, whole, eos=self._eos, slots=min(near, most)) is not None
@@ -174,9 +188,17 @@ class Decoder:
     prompt = prompt_arrays(self._pipeline, request, self._rows.cache.filled.shape[1])
     slot = self._free.pop()
     self._rows, self._first[slot] = reading.admit(
-      self._model, self._params, self._rows, np.int32(slot), *prompt, np.int32(min(request.max_tokens, self.context - n)),
-      np.float32(request.temperature), np.float32(request.top_p), np.uint32(request.seed), eos=self._eos,
-    )  # fmt: skip
+      self._model,
+      self._params,
+      self._rows,
+      np.int32(slot),
+      *prompt,
+      np.int32(min(request.max_tokens, self.context - n)),
+      np.float32(request.temperature),
+      np.float32(request.top_p),
+      np.uint32(request.seed),
+      eos=self._eos,
+    )
     self._lengths[slot], self._going[slot] = n, False
     return slot
 
@@ -199,9 +221,7 @@ class Decoder:
     if n:
       longest = int(max(self._lengths[slot] for slot in waiting)) + n
       near = min(power_of_two(longest, _NEAR), self._rows.cache.filled.shape[1])
-      self._rows, new = reading.run(
-        self._model, self._params, self._rows, np.int32(n), eos=self._eos, slots=near
-      )
+      self._rows, new = reading.run(self._model, self._params, self._rows, np.int32(n), eos=self._eos, slots=near)
     new, active, first = jax.device_get((new, self._rows.active, first))
     out = []
     for slot in waiting:

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 def add_model(p: argparse.ArgumentParser, required: bool = True) -> None:
   """Adds --checkpoint, --vae, --dtype and --weights."""
   p.add_argument(
-    "--checkpoint", required=required, metavar="DIR",
+    "--checkpoint",
+    required=required,
+    metavar="DIR",
     help="official directory, or a jflow workdir or step; also gs://...",
   )
   p.add_argument("--vae", metavar="DIR", help="SDXL-VAE, for a checkpoint that holds none")

@@ -35,16 +35,16 @@ def parser() -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   flags.add_model(p)
-  p.add_argument(
-    "--prompt", action="append", default=[], metavar="TEXT", help="what to paint; repeat for several"
-  )
+  p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to paint; repeat for several")
   p.add_argument("--prompts", type=pathlib.Path, metavar="FILE", help="a text file with one prompt per line")
   p.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="where the PNG files go")
   p.add_argument("--overwrite", action="store_true", help="replace pictures of an earlier run in --output")
   p.add_argument(
-    "--steps", type=whole(most=10_000), default=30,
+    "--steps",
+    type=whole(most=10_000),
+    default=30,
     help="solver steps (default %(default)s, as in the paper)",
-  )  # fmt: skip
+  )
   p.add_argument(
     "--guidance",
     type=number(most=1e6),
@@ -58,14 +58,18 @@ def parser() -> argparse.ArgumentParser:
     help="picture j of a prompt starts from noise seed + j (default %(default)s)",
   )
   p.add_argument(
-    "--num_images", type=whole(most=100_000), default=1,
+    "--num_images",
+    type=whole(most=100_000),
+    default=1,
     help="pictures per prompt (default %(default)s)",
-  )  # fmt: skip
+  )
   p.add_argument("--solver", choices=SOLVERS, default="euler", help="(default %(default)s)")
   p.add_argument(
-    "--shift", type=number(most=1e6), default=1.0,
+    "--shift",
+    type=number(most=1e6),
+    default=1.0,
     help="of the time grid; 1 is even (default %(default)s)",
-  )  # fmt: skip
+  )
   p.add_argument(
     "--interval",
     type=number(),
@@ -81,9 +85,11 @@ def parser() -> argparse.ArgumentParser:
     help="exact (f32 state and time), or release (bf16, as published)",
   )
   p.add_argument(
-    "--batch_size", type=whole(most=100_000), default=16,
+    "--batch_size",
+    type=whole(most=100_000),
+    default=16,
     help="pictures painted at once (default %(default)s)",
-  )  # fmt: skip
+  )
   flags.add_json(p, "what was painted")
   return p
 
@@ -116,9 +122,16 @@ def main(argv: list[str]) -> int:
   from jflow.inference.sheet import contact_sheet
 
   settings = dict(
-    steps=args.steps, guidance=args.guidance, seed=args.seed, num_images=args.num_images, solver=args.solver,
-    shift=args.shift, interval=tuple(args.interval), precision=args.precision, batch_size=args.batch_size,
-  )  # fmt: skip
+    steps=args.steps,
+    guidance=args.guidance,
+    seed=args.seed,
+    num_images=args.num_images,
+    solver=args.solver,
+    shift=args.shift,
+    interval=tuple(args.interval),
+    precision=args.precision,
+    batch_size=args.batch_size,
+  )
   painting.check(prompts, **settings)
   names = [f"{i:04d}_{j:02d}.png" for i in range(len(prompts)) for j in range(args.num_images)]
   make_directory(args.output, "--output")

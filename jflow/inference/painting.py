@@ -115,9 +115,20 @@ def paint(
   stops = [steps * (i + 1) // pieces for i in range(pieces)]
   for first, stop in zip([0, *stops], stops):
     z = solve(
-      model, params, prefix, lengths_N, z, padded, np.int32(first), np.int32(stop), np.int32(steps),
-      np.float32(guidance), np.asarray(interval, np.float32), solver=solver, release=release,
-    )  # fmt: skip
+      model,
+      params,
+      prefix,
+      lengths_N,
+      z,
+      padded,
+      np.int32(first),
+      np.int32(stop),
+      np.int32(steps),
+      np.float32(guidance),
+      np.asarray(interval, np.float32),
+      solver=solver,
+      release=release,
+    )
     if on_step:
       z.block_until_ready()
       on_step(stop, steps)
@@ -143,9 +154,7 @@ def prepare(
   c = model.config
 
   def results(program: Programs, *args: Any, **static: Any) -> Any:
-    return (
-      program.compile(model, params, *args, **static) if compile else program.kept(model, *args, **static)
-    )
+    return program.compile(model, params, *args, **static) if compile else program.kept(model, *args, **static)
 
   array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
   number, lengths = array(jnp.int32), array(jnp.int32, rows)
@@ -154,9 +163,19 @@ def prepare(
     return False
   z = array(jnp.float32, rows, c.latent_size, c.latent_size, c.autoencoder.latent_channels)
   z = results(
-    solve, prefix, lengths, z, array(jnp.float32, _padded(steps)), number, number, number, array(jnp.float32),
-    array(jnp.float32, 2), solver=solver, release=False,
-  )  # fmt: skip
+    solve,
+    prefix,
+    lengths,
+    z,
+    array(jnp.float32, _padded(steps)),
+    number,
+    number,
+    number,
+    array(jnp.float32),
+    array(jnp.float32, 2),
+    solver=solver,
+    release=False,
+  )
   return z is not None and results(decode, z, at_once=decoded_at_once(c.image_size)) is not None
 
 
@@ -166,9 +185,7 @@ def _padded(steps: int) -> int:
 
 
 @bounded(most=16)
-def read_prompts(
-  model: JanusFlow, params: Any, tokens_NS: jax.Array, lengths_N: jax.Array, *, guided: bool
-) -> Prefix:
+def read_prompts(model: JanusFlow, params: Any, tokens_NS: jax.Array, lengths_N: jax.Array, *, guided: bool) -> Prefix:
   """Keys and values of the prompts, and of BOS for the unconditional half where there is one."""
   apply = functools.partial(model.apply, {"params": params})
 

@@ -22,9 +22,7 @@ from jflow.models.janusflow import JanusFlow, for_inference
 class Pipeline:
   """A model ready to paint and to answer. Made by `jflow.load`."""
 
-  def __init__(
-    self, model: JanusFlow, params: Any, tokenizer: Tokenizer, template: str, can_paint: bool = True
-  ):
+  def __init__(self, model: JanusFlow, params: Any, tokenizer: Tokenizer, template: str, can_paint: bool = True):
     """`template`: "plain" (stages 1, 2) or "chat" (stage 3, the release); `can_paint`: the VAE is there."""
     self.model, params = for_inference(model, params)
     self.params, self.can_paint = jax.device_put(params), can_paint
@@ -72,18 +70,24 @@ class Pipeline:
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     painting.check(
-      prompts, steps=steps, guidance=guidance, seed=seed, num_images=num_images, solver=solver, shift=shift,
-      interval=interval, precision=precision, batch_size=batch_size,
-    )  # fmt: skip
+      prompts,
+      steps=steps,
+      guidance=guidance,
+      seed=seed,
+      num_images=num_images,
+      solver=solver,
+      shift=shift,
+      interval=interval,
+      precision=precision,
+      batch_size=batch_size,
+    )
     ids = [x for x in map(self.painting_prompt, prompts) for _ in range(num_images)]
     if noise is None:
       noise = self.noise([seed + j for j in range(num_images)] * len(prompts))
     c = self.model.config
     want = (len(ids), c.autoencoder.latent_channels, c.latent_size, c.latent_size)
     if np.shape(noise) != want:
-      raise UserError(
-        f"noise has shape {np.shape(noise)}, it must be {want} (pictures, channels, height, width)"
-      )
+      raise UserError(f"noise has shape {np.shape(noise)}, it must be {want} (pictures, channels, height, width)")
     start = np.asarray(noise, np.float32).transpose(0, 2, 3, 1)
     grid = flow.time_grid(steps, shift)
     out: list[Image.Image] = []
@@ -91,9 +95,19 @@ class Pipeline:
       group, z = ids[at : at + batch_size], start[at : at + batch_size]
       tokens, lengths = _pad(group, self.tokenizer.pad)
       pixels = painting.paint(
-        self.model, self.params, tokens, lengths, z, grid, guidance, interval,
-        solver=solver, guided=guidance != 1.0, release=precision == "release", on_step=on_step,
-      )  # fmt: skip
+        self.model,
+        self.params,
+        tokens,
+        lengths,
+        z,
+        grid,
+        guidance,
+        interval,
+        solver=solver,
+        guided=guidance != 1.0,
+        release=precision == "release",
+        on_step=on_step,
+      )
       out.extend(to_image(x) for x in np.asarray(pixels))
       if progress:
         progress(len(out), len(ids))
@@ -166,9 +180,15 @@ class Pipeline:
     c = self.model.config
     context = min(context or c.language_model.context, c.language_model.context)
     prompt = examples.chat_prompt(
-      messages if mark else _with_marks(messages, len(images)), len(images), self.tokenizer, c.patches, self.template,
-      system, mark or examples.IMAGE_MARK, context - 1,
-    )  # fmt: skip
+      messages if mark else _with_marks(messages, len(images)),
+      len(images),
+      self.tokenizer,
+      c.patches,
+      self.template,
+      system,
+      mark or examples.IMAGE_MARK,
+      context - 1,
+    )
     pixels = np.zeros((len(images), c.image_size, c.image_size, 3), np.uint8)
     for i, image in enumerate(images):
       pixels[i] = (read or prepare_image)(image, c.image_size)
@@ -204,9 +224,7 @@ class Pipeline:
     Raises:
       UserError: an unreadable image, a value out of its range, a prompt longer than the context.
     """
-    request = self.request(
-      messages, images, max_tokens, temperature=temperature, top_p=top_p, seed=seed, system=system
-    )
+    request = self.request(messages, images, max_tokens, temperature=temperature, top_p=top_p, seed=seed, system=system)
     say = None if stream is None else lambda _, piece: stream(piece)
     return self.understand_batch([request], stream=say)[0]
 

@@ -39,9 +39,14 @@ class Rows(struct.PyTreeNode):
     zero = lambda dtype: jnp.zeros((rows,), dtype)
     return cls(
       cache=Cache.empty(model.config.language_model, rows, slots, model.dtype, rows=True),
-      tokens=zero(jnp.int32), active=zero(bool), made=zero(jnp.int32), limit=zero(jnp.int32),
-      temperature=zero(jnp.float32), top_p=zero(jnp.float32), seed=zero(jnp.uint32),
-    )  # fmt: skip
+      tokens=zero(jnp.int32),
+      active=zero(bool),
+      made=zero(jnp.int32),
+      limit=zero(jnp.int32),
+      temperature=zero(jnp.float32),
+      top_p=zero(jnp.float32),
+      seed=zero(jnp.uint32),
+    )
 
 
 @bounded(most=6)
@@ -52,9 +57,13 @@ def look(model: JanusFlow, params: Any, images_MHWC: jax.Array) -> jax.Array:
 
 
 def prefill(
-  model: JanusFlow, params: Any, tokens_BS: jax.Array, slots_ZD: jax.Array, image_index_BS: jax.Array,
+  model: JanusFlow,
+  params: Any,
+  tokens_BS: jax.Array,
+  slots_ZD: jax.Array,
+  image_index_BS: jax.Array,
   lengths_B: jax.Array,
-) -> tuple[jax.Array, Cache]:  # fmt: skip
+) -> tuple[jax.Array, Cache]:
   """Reads prompts once; to be traced.
 
   Args:
@@ -133,9 +142,7 @@ def admit(
 
 
 @bounded(most=16, donate=("rows",))
-def run(
-  model: JanusFlow, params: Any, rows: Rows, steps: jax.Array, *, eos: int, slots: int
-) -> tuple[Rows, jax.Array]:
+def run(model: JanusFlow, params: Any, rows: Rows, steps: jax.Array, *, eos: int, slots: int) -> tuple[Rows, jax.Array]:
   """Makes up to `steps` tokens for every active row.
 
   Args:
@@ -211,9 +218,7 @@ def pick(
       return jnp.where((log_p >= least) | (top_p_B[:, None] >= 1), log_p, -jnp.inf)
 
     kept = jax.lax.cond(jnp.any((top_p_B < 1) & (temperature_B > 0)), nucleus, lambda: log_p)
-    draw = lambda seed, made, kept: jax.random.categorical(
-      jax.random.fold_in(jax.random.key(seed), made), kept
-    )
+    draw = lambda seed, made, kept: jax.random.categorical(jax.random.fold_in(jax.random.key(seed), made), kept)
     drawn = jax.vmap(draw)(seed_B, made_B, kept).astype(jnp.int32)
     return jnp.where(temperature_B > 0, drawn, greedy)
 

@@ -27,20 +27,16 @@ def parser() -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   flags.add_model(p)
-  p.add_argument(
-    "--image", action="append", default=[], metavar="FILE", help="PNG, JPEG or WebP; repeat for several"
-  )
-  p.add_argument(
-    "--question", required=True, metavar="TEXT", help='"<image>" marks say where the pictures stand'
-  )
+  p.add_argument("--image", action="append", default=[], metavar="FILE", help="PNG, JPEG or WebP; repeat for several")
+  p.add_argument("--question", required=True, metavar="TEXT", help='"<image>" marks say where the pictures stand')
   p.add_argument("--system", default="", metavar="TEXT", help="system prompt (default: none)")
   p.add_argument(
-    "--temperature", type=number(most=1e6), default=0.0,
+    "--temperature",
+    type=number(most=1e6),
+    default=0.0,
     help="0 takes the most likely token (default)",
-  )  # fmt: skip
-  p.add_argument(
-    "--top_p", type=number(), default=1.0, help="mass of the nucleus to sample from (default %(default)s)"
   )
+  p.add_argument("--top_p", type=number(), default=1.0, help="mass of the nucleus to sample from (default %(default)s)")
   p.add_argument("--max_tokens", type=whole(), default=512, help="longest answer (default %(default)s)")
   p.add_argument("--seed", type=whole(most=SEED), default=0, help="of the sampling (default %(default)s)")
   flags.add_json(p, "question and answer")
@@ -67,9 +63,7 @@ def main(argv: list[str]) -> int:
     prepare_image(image, 16)
   flags.check_json(args)
   if not args.image and _PICTURE.search(args.question):
-    print(
-      "jflow: the question speaks of a picture and none is given; show one with --image=FILE", file=sys.stderr
-    )
+    print("jflow: the question speaks of a picture and none is given; show one with --image=FILE", file=sys.stderr)
   model = flags.open_model(args)
 
   def say(piece: str) -> None:
@@ -77,9 +71,15 @@ def main(argv: list[str]) -> int:
     sys.stdout.flush()
 
   answer = model.understand(
-    args.question, args.image, args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed,
-    system=args.system, stream=say,
-  )  # fmt: skip
+    args.question,
+    args.image,
+    args.max_tokens,
+    temperature=args.temperature,
+    top_p=args.top_p,
+    seed=args.seed,
+    system=args.system,
+    stream=say,
+  )
   say("\n")
   if args.json:
     body = {

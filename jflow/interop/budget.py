@@ -18,6 +18,4 @@ def check(needed: int, where: Any) -> None:
   """
   most = memory.limit()
   if needed > most:
-    raise UserError(
-      f"{where}: its weights take {needed:,} bytes of memory, and there are {max(most, 0):,} here"
-    )
+    raise UserError(f"{where}: its weights take {needed:,} bytes of memory, and there are {max(most, 0):,} here")

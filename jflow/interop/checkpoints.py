@@ -94,9 +94,7 @@ def describe(
   if tokenizer and not (path / "tokenizer.json").is_file():
     Tokenizer.load(str(path))  # says what is missing
   found = official.describe(path, vae)
-  return Described(
-    found.config, path, found.tokenizer, "chat", found.has_vae, lambda: transfer.nest(found.read())
-  )
+  return Described(found.config, path, found.tokenizer, "chat", found.has_vae, lambda: transfer.nest(found.read()))
 
 
 def _describe_own(
@@ -124,6 +122,4 @@ def _describe_own(
     own_layout.check_names(settings, found, step)
   own_layout.check_bytes(found, step)
   read = lambda: checkpoint.load_params(step, weights) | (transfer.nest(given.read(None)) if given else {})
-  return Described(
-    config, workdir / "tokenizer", words, settings.template, given is not None or settings.has_vae, read
-  )
+  return Described(config, workdir / "tokenizer", words, settings.template, given is not None or settings.has_vae, read)

@@ -36,13 +36,9 @@ _IN_FLIGHT = 2**29  # bytes that a writing checkpoint may hold beside the parame
 
 
 def _parser() -> argparse.ArgumentParser:
-  p = Parser(
-    prog="python -m jflow convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  p = Parser(prog="python -m jflow convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   kinds = ("official", "huggingface-parts", "jflow")
-  p.add_argument(
-    "--from", dest="source", choices=kinds, help="layout of --input (default: what it looks like)"
-  )
+  p.add_argument("--from", dest="source", choices=kinds, help="layout of --input (default: what it looks like)")
   p.add_argument("--to", choices=("official", "jflow"), help="layout of --output (default: the other one)")
   p.add_argument("--input", type=pathlib.Path, help="checkpoint directory; not for --from=huggingface-parts")
   p.add_argument("--output", type=pathlib.Path, required=True, help="directory to create")
@@ -51,14 +47,14 @@ def _parser() -> argparse.ArgumentParser:
   p.add_argument("--vae", type=pathlib.Path, help="directory of a diffusers AutoencoderKL (sdxl-vae)")
   p.add_argument("--tokenizer", type=pathlib.Path, help="huggingface-parts: default the LLM's directory")
   p.add_argument("--dtype", choices=tuple(_DTYPES), help="type of the weights (default: as they are)")
-  p.add_argument(
-    "--weights", choices=("ema", "raw"), default="ema", help="of a jflow checkpoint (default: ema)"
-  )
+  p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a jflow checkpoint (default: ema)")
   p.add_argument("--seed", type=whole(most=SEED), default=0, help="of the fresh parts of huggingface-parts")
   p.add_argument(
-    "--shard_bytes", type=whole(most=2**62), default=4 * 2**30,
+    "--shard_bytes",
+    type=whole(most=2**62),
+    default=4 * 2**30,
     help="largest official file (default: 4 GiB)",
-  )  # fmt: skip
+  )
   return p
 
 
@@ -116,9 +112,7 @@ def _say_what_is_left_out(loaded: Loaded, to: str) -> None:
     if loaded.config.autoencoder.kind != "autoencoder_kl":
       say("left out: the VAE, a linear codec that the PyTorch code does not know")
     if loaded.config.understanding_encoder.gelu != "erf":
-      say(
-        "the PyTorch code computes SigLIP with the exact GELU, this model with its tanh form: results differ"
-      )
+      say("the PyTorch code computes SigLIP with the exact GELU, this model with its tanh form: results differ")
 
 
 def _check_flags(args: argparse.Namespace) -> None:
@@ -140,9 +134,7 @@ def _check_flags(args: argparse.Namespace) -> None:
   try:
     tempfile.TemporaryFile(dir=folder).close()
   except OSError as error:
-    raise UserError(
-      f"--output={args.output}: directory {folder} cannot be written: {error.strerror}"
-    ) from None
+    raise UserError(f"--output={args.output}: directory {folder} cannot be written: {error.strerror}") from None
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -164,9 +156,7 @@ def convert(args: argparse.Namespace) -> None:
       raise UserError("give --input=DIR" if args.input is None else f"input {args.input} is not a directory")
     looks = "official" if official.is_official(args.input) else "jflow"
     if args.source == "official" and looks == "jflow":
-      raise UserError(
-        f"{args.input / 'config.json'} is missing or not of the published layout (language_config)"
-      )
+      raise UserError(f"{args.input / 'config.json'} is missing or not of the published layout (language_config)")
     if args.source == "jflow" and looks == "official":
       raise UserError(f"{args.input} is an official checkpoint: use --from=official")
     args.source = looks

@@ -19,14 +19,19 @@ VARIANT = re.compile(r"_(?:(first|last)(\d{1,9})|(mean))$")
 _IDS, _MASK, _REAL = "iu", "iub", "fiu"
 INPUTS: dict[str, dict[str, tuple[str, tuple[str, ...] | None]]] = {
   "und": {
-    "pixels": (_REAL, ("..", "3", "H", "W")), "input_ids": (_IDS, ("B", "S")), "attention_mask": (_MASK, ("B", "S")),
+    "pixels": (_REAL, ("..", "3", "H", "W")),
+    "input_ids": (_IDS, ("B", "S")),
+    "attention_mask": (_MASK, ("B", "S")),
   },
   "text": {"input_ids": (_IDS, ("B", "S"))},
   "gen": {
-    "prompt_ids": (_IDS, ("S",)), "z0": (_REAL, ("N", "C", "h", "w")), "t": (_REAL, None), "steps": (_IDS, None),
+    "prompt_ids": (_IDS, ("S",)),
+    "z0": (_REAL, ("N", "C", "h", "w")),
+    "t": (_REAL, None),
+    "steps": (_IDS, None),
     "cfg_weight": (_REAL, None),
   },
-}  # fmt: skip
+}
 _SOLVER = ("steps", "cfg_weight")  # inputs of the outputs of _SOLVED alone
 _SOLVED = {"gen/trajectory", "gen/z1"}
 _MOST_STEPS = 10_000
@@ -70,9 +75,7 @@ def _check_members(path: pathlib.Path, members: list[zipfile.ZipInfo]) -> None:
     raise UserError(f"{path} holds {shown(next(n for n in names if names.count(n) > 1))} twice")
 
 
-def check(
-  path: pathlib.Path, arrays: Mapping[str, np.ndarray], components: Mapping[str, str]
-) -> dict[str, list[str]]:
+def check(path: pathlib.Path, arrays: Mapping[str, np.ndarray], components: Mapping[str, str]) -> dict[str, list[str]]:
   """Checks that a golden file has something to compare and every input that it is made from.
 
   Args:
@@ -107,9 +110,7 @@ def check(
     if VARIANT.sub("", name) in components and x.size == 0:
       raise UserError(f"{path}: {name} is empty")
   known = {f"{group}/{name}" for group, inputs in INPUTS.items() for name in inputs} | {"und/special_ids"}
-  if others := sorted(
-    name for name in arrays if VARIANT.sub("", name) not in components and name not in known
-  ):
+  if others := sorted(name for name in arrays if VARIANT.sub("", name) not in components and name not in known):
     print(
       f"jflow: {path}: not compared, since this model has no such output: {shown(others)[1:-1]}",
       file=sys.stderr,
@@ -117,9 +118,7 @@ def check(
   return groups
 
 
-def _check_input(
-  path: pathlib.Path, key: str, x: np.ndarray, kinds: str, axes: tuple[str, ...] | None
-) -> None:
+def _check_input(path: pathlib.Path, key: str, x: np.ndarray, kinds: str, axes: tuple[str, ...] | None) -> None:
   if x.dtype.kind not in kinds:
     what = "whole numbers" if kinds in (_IDS, _MASK) else "numbers"
     raise UserError(f"{path}: {key} must hold {what}, got {x.dtype}")
@@ -139,9 +138,7 @@ def _check_group(path: pathlib.Path, group: str, g: Mapping[str, np.ndarray]) ->
     if tokens.shape != mask.shape:
       raise UserError(f"{path}: und/attention_mask is {list(mask.shape)}, und/input_ids {list(tokens.shape)}")
     if not mask.astype(bool).any(axis=1).all():
-      raise UserError(
-        f"{path}: und/attention_mask hides all of row {int(np.argmin(mask.astype(bool).any(axis=1)))}"
-      )
+      raise UserError(f"{path}: und/attention_mask hides all of row {int(np.argmin(mask.astype(bool).any(axis=1)))}")
     greedy_count(g)
   if group == "gen":
     count = len(g["gen/z0"])
@@ -189,9 +186,7 @@ def image_starts(tokens: np.ndarray, images: int, patches: int, boi: int, image:
     raise UserError(f"und/input_ids has {sum(map(len, starts))} images, und/pixels {images}")
   for b, row in enumerate(starts):
     for start in row:
-      if (
-        start + patches >= tokens.shape[1] or not (tokens[b, start + 1 : start + 1 + patches] == image).all()
-      ):
+      if start + patches >= tokens.shape[1] or not (tokens[b, start + 1 : start + 1 + patches] == image).all():
         raise UserError(f"und/input_ids row {b}: {patches} image ids should follow position {start}")
   return starts
 
@@ -208,23 +203,17 @@ def check_fits(arrays: Mapping[str, np.ndarray], groups: Mapping[str, Any], c: J
     x = arrays[ids[group]]
     shown_ids = x[arrays["und/attention_mask"].astype(bool)] if group == "und" else x
     if shown_ids.min() < 0 or shown_ids.max() >= vocabulary:
-      raise UserError(
-        f"{ids[group]} has ids in {shown_ids.min()}..{shown_ids.max()}, this model {vocabulary} of them"
-      )
+      raise UserError(f"{ids[group]} has ids in {shown_ids.min()}..{shown_ids.max()}, this model {vocabulary} of them")
   if "und" in groups:
     pixels = arrays["und/pixels"]
     check_shape("und/pixels", pixels.shape[-3:], (3, c.image_size, c.image_size))
     boi, image = special_ids(arrays, vocabulary)
     image_starts(arrays["und/input_ids"], math.prod(pixels.shape[:-3]), c.patches, boi, image)
   if "gen" in groups:
-    check_shape(
-      "gen/z0", arrays["gen/z0"].shape[-3:], (c.autoencoder.latent_channels, c.latent_size, c.latent_size)
-    )
+    check_shape("gen/z0", arrays["gen/z0"].shape[-3:], (c.autoencoder.latent_channels, c.latent_size, c.latent_size))
 
 
 def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
   """Raises a UserError where an input of the golden file does not fit the model; `found` may be the last axes."""
   if found != wanted:
-    raise UserError(
-      f"{name} is {list(found)} where this model takes {list(wanted)}: another model's golden file?"
-    )
+    raise UserError(f"{name} is {list(found)} where this model takes {list(wanted)}: another model's golden file?")

@@ -209,9 +209,7 @@ def official(c: JanusFlowConfig, tied: bool = False) -> list[Entry]:
   entries += _linear(f"{encoder}.time_embed.linear_1", f"{path}/time_embed/expand", d, g)
   entries += _linear(f"{encoder}.time_embed.linear_2", f"{path}/time_embed/output", d, d)
   latents = c.autoencoder.latent_channels
-  entries.append(
-    Entry(f"{encoder}.in_conv.weight", (g, latents, patch, patch), f"{path}/patch_embed/kernel", PATCH)
-  )
+  entries.append(Entry(f"{encoder}.in_conv.weight", (g, latents, patch, patch), f"{path}/patch_embed/kernel", PATCH))
   entries.append(Entry(f"{encoder}.in_conv.bias", (g,), f"{path}/patch_embed/bias", SAME))
   entries += _convnext(encoder, path, gen.encoder_blocks, g, d)
   entries += _linear("vision_gen_enc_aligner", "generation_projector", d, g)

@@ -70,9 +70,7 @@ def describe_vae(directory: pathlib.Path) -> tuple[AutoencoderConfig, transfer.W
   return config, transfer.Weights.describe(names.autoencoder_kl(config, old), checkpoint, "VAE")
 
 
-def load_vae(
-  directory: pathlib.Path, dtype: np.dtype | None
-) -> tuple[AutoencoderConfig, dict[str, np.ndarray]]:
+def load_vae(directory: pathlib.Path, dtype: np.dtype | None) -> tuple[AutoencoderConfig, dict[str, np.ndarray]]:
   """Reads a diffusers AutoencoderKL: `describe_vae`, and its weights."""
   config, weights = describe_vae(directory)
   return config, weights.read(dtype)
@@ -134,21 +132,15 @@ def describe(directory: pathlib.Path, vae: pathlib.Path | None = None) -> Descri
   _check_sizes(root, config, checkpoint)
   prefix = "language_model."
   from_embedding = tied.check(root.sub("language_config"), is_tied(root), checkpoint, prefix)
-  weights = transfer.Weights.describe(
-    names.official(config, from_embedding), checkpoint, "JanusFlow", _buffer
-  )
-  return Described(
-    config, vae is not None, tokenizer, (weights,) if vae is None else (weights, describe_vae(vae)[1])
-  )
+  weights = transfer.Weights.describe(names.official(config, from_embedding), checkpoint, "JanusFlow", _buffer)
+  return Described(config, vae is not None, tokenizer, (weights,) if vae is None else (weights, describe_vae(vae)[1]))
 
 
 def _check_sizes(root: Fields, config: JanusFlowConfig, checkpoint: Checkpoint) -> None:
   """Compares the sizes of config.json with the weights', by the names of its fields."""
   tensors, where = checkpoint.tensors, checkpoint.directory
   sizes.check_llama(root.sub("language_config"), config.language_model, tensors, "language_model.", where)
-  und, enc, dec = (
-    root.sub(f"vision_{part}_config").sub("params") for part in ("und_enc", "gen_enc", "gen_dec")
-  )
+  und, enc, dec = (root.sub(f"vision_{part}_config").sub("params") for part in ("und_enc", "gen_enc", "gen_dec"))
   tower = "vision_und_enc_model.vision_tower"
   where_of = (f"{tower}.blocks.", f"{tower}.patch_embed.proj.weight", f"{tower}.pos_embed")
   sizes.check_siglip(und, config.understanding_encoder, tensors, ("layers", "width"), where_of, where)

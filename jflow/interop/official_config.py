@@ -40,9 +40,7 @@ def _siglip_config(f: Fields) -> SiglipConfig:
     f.only(name)
   name = f.get("model_name", str, "")
   if name not in _SIGLIP and f.values.get("width") is None:
-    raise UserError(
-      f"{f.where}: model_name={shown(name)} is unknown and width is missing; known: {', '.join(_SIGLIP)}"
-    )
+    raise UserError(f"{f.where}: model_name={shown(name)} is unknown and width is missing; known: {', '.join(_SIGLIP)}")
   preset = _SIGLIP.get(name, (None,) * 5)
   if name in _SIGLIP:
     for field, value in zip(("width", "layers", "heads", "patch_size", "mlp_ratio"), preset, strict=True):
@@ -50,9 +48,7 @@ def _siglip_config(f: Fields) -> SiglipConfig:
   width = f.get("width", int, preset[0])
   layers = f.get("layers", int, preset[1], "layers")
   f.ignore(("select_layer",))
-  select = (
-    -2 if f.values.get("select_layer") is None else f.values["select_layer"]
-  )  # the release's own default
+  select = -2 if f.values.get("select_layer") is None else f.values["select_layer"]  # the release's own default
   if type(select) is not int or not -layers <= select <= layers:
     raise UserError(f"{f.where}: select_layer={shown(select)} should be an integer in {-layers}..{layers}")
   ratio = f.get("mlp_ratio", float, preset[4])
@@ -74,9 +70,7 @@ def _siglip_config(f: Fields) -> SiglipConfig:
   return config
 
 
-def _generation_config(
-  encoder: Fields, decoder: Fields, lm: LanguageModelConfig
-) -> tuple[GenerationConfig, int]:
+def _generation_config(encoder: Fields, decoder: Fields, lm: LanguageModelConfig) -> tuple[GenerationConfig, int]:
   """Returns the ConvNeXt heads' configuration and the number of latent channels."""
   for f in (encoder, decoder):
     f.only("use_bias", True)
@@ -132,9 +126,7 @@ def autoencoder_config(f: Fields) -> AutoencoderConfig:
   f.only("shift_factor", 0)
   f.only("in_channels", 3)
   f.only("out_channels", 3)
-  f.ignore(
-    ("sample_size", "force_upcast")
-  )  # of diffusers' pipelines: a size to suggest, a type to compute in
+  f.ignore(("sample_size", "force_upcast"))  # of diffusers' pipelines: a size to suggest, a type to compute in
   channels = f.get("block_out_channels", list)
   groups = f.get("norm_num_groups", int, 32)
   if not 0 < len(channels) <= MOST_LEVELS or not all(
@@ -184,9 +176,7 @@ def is_tied(root: Fields) -> bool:
   """
   inner = root.sub("language_config")
   told = [
-    (f, f.get("tie_word_embeddings", bool))
-    for f in (root, inner)
-    if f.values.get("tie_word_embeddings") is not None
+    (f, f.get("tie_word_embeddings", bool)) for f in (root, inner) if f.values.get("tie_word_embeddings") is not None
   ]
   root.ignore(("tie_word_embeddings",))
   if len({value for _, value in told}) > 1:
@@ -229,9 +219,7 @@ def config_from_official(
   if autoencoder is None:
     autoencoder = _absent_autoencoder(siglip, generation.patch_size, latents)
   if autoencoder.latent_channels != latents:
-    raise UserError(
-      f"{where}: the model writes {latents} latent channels, the VAE has {autoencoder.latent_channels}"
-    )
+    raise UserError(f"{where}: the model writes {latents} latent channels, the VAE has {autoencoder.latent_channels}")
   return JanusFlowConfig(
     language_model=lm,
     understanding_encoder=siglip,
@@ -245,9 +233,7 @@ def config_from_official(
 def config_to_official(c: JanusFlowConfig, dtype: str) -> dict[str, Any]:
   """The config.json of a model; SigLIP's sizes are written out where they are no preset of the release."""
   if c.reader != "siglip":
-    raise UserError(
-      f"model.reader={c.reader!r}: the published layout has no place for a reader other than SigLIP"
-    )
+    raise UserError(f"model.reader={c.reader!r}: the published layout has no place for a reader other than SigLIP")
   lm, vision, gen = c.language_model, c.understanding_encoder, c.generation
   siglip: dict[str, Any] = {
     "image_size": vision.image_size,

@@ -76,9 +76,7 @@ def shapes(c: JanusFlowConfig) -> dict[str, tuple[int, ...]]:
       out |= {ours + path.removeprefix(theirs): x for path, x in out.items() if path.startswith(theirs)}
   if c.alignment_width:
     width, hidden = c.language_model.width, c.alignment_width
-    out |= linear("alignment_head/linear_1", width, hidden) | linear(
-      "alignment_head/linear_2", hidden, hidden
-    )
+    out |= linear("alignment_head/linear_1", width, hidden) | linear("alignment_head/linear_2", hidden, hidden)
     out |= linear("alignment_head/linear_3", hidden, c.understanding_encoder.width)
   return out
 

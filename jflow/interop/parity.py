@@ -125,9 +125,7 @@ class Runner:
     size = self.model.config.image_size
     pixels = g["und/pixels"].astype(np.float32).reshape(-1, 3, size, size)
     features = self.apply("features", pixels.transpose(0, 2, 3, 1))
-    slots, index = self._place(
-      tokens, self.apply("read_slots", features), *golden.special_ids(g, self.vocabulary)
-    )
+    slots, index = self._place(tokens, self.apply("read_slots", features), *golden.special_ids(g, self.vocabulary))
     embeds = self.apply("assemble", tokens, slots, index)
     out = {
       "und/features": Output(np.asarray(features)),
@@ -141,9 +139,7 @@ class Runner:
       out["und/greedy_tokens"] = Output(self._greedy(np.asarray(embeds), mask, golden.greedy_count(g)))
     return out
 
-  def _place(
-    self, tokens: np.ndarray, slots_IKD: jax.Array, boi: int, image: int
-  ) -> tuple[jax.Array, np.ndarray]:
+  def _place(self, tokens: np.ndarray, slots_IKD: jax.Array, boi: int, image: int) -> tuple[jax.Array, np.ndarray]:
     """Distributes images over rows: [B, M * K, D] slots and int32[B, S] indices into them."""
     k = slots_IKD.shape[1]
     starts = golden.image_starts(tokens, len(slots_IKD), k - 1, boi, image)
@@ -165,9 +161,7 @@ class Runner:
     b, s = mask.shape
     segments = (np.arange(s) < lengths[:, None]).astype(np.int32)
     cache = Cache.empty(self.model.config.language_model, b, s + count, jnp.float32)
-    out = self.apply(
-      "backbone", embeds, np.broadcast_to(np.arange(s, dtype=np.int32), (b, s)), segments, cache
-    )
+    out = self.apply("backbone", embeds, np.broadcast_to(np.arange(s, dtype=np.int32), (b, s)), segments, cache)
     cache, last = out.cache.replace(length=lengths), out.hidden[np.arange(b), lengths - 1]
     logits, answer = self.apply("logits", last), []
     for i in range(count):
@@ -270,18 +264,15 @@ def compare_model(checkpoint: str, path: pathlib.Path, tolerance: float) -> list
 
 def main(argv: Sequence[str]) -> int:
   """The command `parity`."""
-  p = Parser(
-    prog="python -m jflow parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  p = Parser(prog="python -m jflow parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   p.add_argument("--checkpoint", help="official or jflow checkpoint directory")
   p.add_argument("--golden", type=pathlib.Path, help="golden outputs of the PyTorch code, npz")
+  p.add_argument("--processor", type=pathlib.Path, help="directory with a tokenizer, images, cases.json, golden.npz")
   p.add_argument(
-    "--processor", type=pathlib.Path, help="directory with a tokenizer, images, cases.json, golden.npz"
-  )
-  p.add_argument(
-    "--tolerance", type=number(),
+    "--tolerance",
+    type=number(),
     help="largest relative L2 error (default: 1e-5; processor: 1e-6)",
-  )  # fmt: skip
+  )
   p.add_argument("--json", type=pathlib.Path, help="write the result here")
   args = p.parse_args(argv)
   if args.processor is not None and (args.checkpoint or args.golden):

@@ -86,9 +86,7 @@ def _check_normalisation(f: Fields) -> None:
   f.only("do_rescale", True)
   f.only("do_resize", True)
   if f.values.get("rescale_factor") is not None and abs(f.get("rescale_factor", float) * 255 - 1) > 1e-6:
-    raise UserError(
-      f"{f.where}: rescale_factor={shown(f.values['rescale_factor'])} is not supported, only {1 / 255}"
-    )
+    raise UserError(f"{f.where}: rescale_factor={shown(f.values['rescale_factor'])} is not supported, only {1 / 255}")
   f.ignore(("rescale_factor",))
   f.only("do_normalize", True, False)
   if f.values.get("do_normalize") is False:  # a mistake that was published, and repaired later

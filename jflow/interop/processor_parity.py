@@ -58,9 +58,7 @@ def _read_cases(directory: pathlib.Path) -> tuple[int, int, list[dict[str, Any]]
 
   for name in ("image_size", "patch_size"):
     found = values.get(name)
-    need(
-      type(found) is int and 1 <= found <= _LARGEST, f"{name} must be in 1..{_LARGEST}, got {shown(found)}"
-    )
+    need(type(found) is int and 1 <= found <= _LARGEST, f"{name} must be in 1..{_LARGEST}, got {shown(found)}")
   cases = values.get("cases")
   need(isinstance(cases, list) and bool(cases), "cases must be a list")
   for i, case in enumerate(cases):

@@ -89,15 +89,11 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
       raise ValueError(f"{len(header):,} tensors")
     tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
   except (ValueError, TypeError, AttributeError) as error:
-    raise UserError(
-      f"{path} has a damaged safetensors header ({_one_line(error)}): get the file again"
-    ) from None
+    raise UserError(f"{path} has a damaged safetensors header ({_one_line(error)}): get the file again") from None
   end = 8 + length
   for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].bytes)):
     if tensor.start != end:
-      raise UserError(
-        f"{path}: tensor {name} starts at byte {tensor.start:,} instead of {end:,}: damaged header"
-      )
+      raise UserError(f"{path}: tensor {name} starts at byte {tensor.start:,} instead of {end:,}: damaged header")
     end += tensor.bytes
   if end != size:
     what = "cut" if end > size else "too long"
@@ -113,11 +109,7 @@ def _entry(path: pathlib.Path, name: str, entry: Mapping[str, Any], offset: int)
   dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
   if type(shape) is not list or not all(type(n) is int and 0 <= n < 2**48 for n in shape) or len(shape) > 16:
     raise ValueError(f"{name!r} has the shape {shown(shape)}")
-  if (
-    type(offsets) is not list
-    or len(offsets) != 2
-    or not all(type(n) is int and 0 <= n < 2**63 for n in offsets)
-  ):
+  if type(offsets) is not list or len(offsets) != 2 or not all(type(n) is int and 0 <= n < 2**63 for n in offsets):
     raise ValueError(f"{name!r} has the offsets {shown(offsets)}")
   if type(dtype) is not str or (dtype not in DTYPES and dtype not in _OTHER_BYTES):
     raise ValueError(f"{name!r} has the unknown type {shown(dtype)}")
@@ -177,9 +169,7 @@ class Checkpoint:
     """
     tensor = self.tensors[name]
     if tensor.dtype not in DTYPES:
-      raise UserError(
-        f"{tensor.file}: tensor {name} has the type {tensor.dtype}, weights are F32, BF16 or F16"
-      )
+      raise UserError(f"{tensor.file}: tensor {name} has the type {tensor.dtype}, weights are F32, BF16 or F16")
     try:
       out = np.empty(tensor.shape, DTYPES[tensor.dtype])
       with open(tensor.file, "rb", buffering=0) as file:
@@ -188,16 +178,12 @@ class Checkpoint:
         while done < tensor.bytes:
           count = file.readinto(view[done : done + 2**26])
           if not count:
-            raise UserError(
-              f"{tensor.file} is cut: tensor {name} ends after {done:,} of {tensor.bytes:,} bytes"
-            )
+            raise UserError(f"{tensor.file} is cut: tensor {name} ends after {done:,} of {tensor.bytes:,} bytes")
           done += count
     except OSError as error:
       raise UserError(f"{tensor.file} cannot be read: {error.strerror}") from None
     except MemoryError:
-      raise UserError(
-        f"{tensor.file}: tensor {name} has {tensor.bytes:,} bytes, more memory than there is"
-      ) from None
+      raise UserError(f"{tensor.file}: tensor {name} has {tensor.bytes:,} bytes, more memory than there is") from None
     if not _finite(out, tensor.dtype):
       raise UserError(f"{tensor.file}: tensor {name} holds values that are not finite: the file is damaged")
     return out
@@ -298,9 +284,7 @@ def write(
   weight_map = {}
   for number, names in enumerate(shards):
     file_name = (
-      f"{stem}-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-      if len(shards) > 1
-      else f"{stem}.safetensors"
+      f"{stem}-{number + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
     )
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name in names:

@@ -58,15 +58,15 @@ def _axis(tensors: Mapping[str, Tensor], name: str, axis: int) -> Found | None:
   return Found(shape[axis], f"tensor {name} has the shape {list(shape)}") if axis < len(shape) else None
 
 
-def check_llama(
-  f: Fields, c: LanguageModelConfig, tensors: Mapping[str, Tensor], prefix: str, where: Any
-) -> None:
+def check_llama(f: Fields, c: LanguageModelConfig, tensors: Mapping[str, Tensor], prefix: str, where: Any) -> None:
   """Checks a Llama of transformers; `prefix` stands before the names of its tensors."""
   embed, layer = f"{prefix}model.embed_tokens.weight", f"{prefix}model.layers.0"
   claimed = {
-    "num_hidden_layers": c.layers, "vocab_size": c.vocabulary_size, "hidden_size": c.width,
+    "num_hidden_layers": c.layers,
+    "vocab_size": c.vocabulary_size,
+    "hidden_size": c.width,
     "intermediate_size": c.mlp_width,
-  }  # fmt: skip
+  }
   found = {
     "num_hidden_layers": _count(tensors, f"{prefix}model.layers."),
     "vocab_size": _axis(tensors, embed, 0),

@@ -15,9 +15,7 @@ from jflow.interop.names import Entry
 _BITS = {2: np.uint16, 4: np.uint32}
 
 
-def check(
-  entries: Sequence[Entry], checkpoint: safetensors_io.Checkpoint, ignored: Callable[[str], bool]
-) -> None:
+def check(entries: Sequence[Entry], checkpoint: safetensors_io.Checkpoint, ignored: Callable[[str], bool]) -> None:
   """Compares names, shapes and types with what the model needs, before anything is read.
 
   Raises:
@@ -32,13 +30,10 @@ def check(
   for name, tensor in present.items():
     if name in wanted and tensor.shape != wanted[name]:
       raise UserError(
-        f"{tensor.file}: tensor {name} has the shape {list(tensor.shape)}, config.json asks for "
-        f"{list(wanted[name])}"
+        f"{tensor.file}: tensor {name} has the shape {list(tensor.shape)}, config.json asks for {list(wanted[name])}"
       )
     if name in wanted and tensor.dtype not in safetensors_io.DTYPES:
-      raise UserError(
-        f"{tensor.file}: tensor {name} has the type {tensor.dtype}, weights are F32, BF16 or F16"
-      )
+      raise UserError(f"{tensor.file}: tensor {name} has the type {tensor.dtype}, weights are F32, BF16 or F16")
   unexpected = sorted(name for name in present if name not in wanted and not ignored(name))
   if unexpected:
     others = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
@@ -136,9 +131,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   try:
     raw = np.empty(count + 64, np.uint8)
   except MemoryError:
-    raise UserError(
-      f"a parameter of shape {list(shape)} takes {count:,} bytes, more memory than there is"
-    ) from None
+    raise UserError(f"a parameter of shape {list(shape)} takes {count:,} bytes, more memory than there is") from None
   start = -raw.ctypes.data % 64
   return raw[start : start + count].view(dtype).reshape(shape)
 
@@ -194,9 +187,7 @@ def save(
         f"{list(names.jflow_shape(entry.kind, entry.part_shape))} per layer"
       )
     by_name.setdefault(entry.name, []).append(entry)
-  shapes = {
-    name: (parts[0].shape, np.dtype(dtype or params[parts[0].path].dtype)) for name, parts in by_name.items()
-  }
+  shapes = {name: (parts[0].shape, np.dtype(dtype or params[parts[0].path].dtype)) for name, parts in by_name.items()}
   total = sum(int(np.prod(shape)) * kind.itemsize for shape, kind in shapes.values())
   progress = safetensors_io.Progress(f"writing {what}", total)
   get = lambda name: tensor(by_name[name], params, shapes[name][1])

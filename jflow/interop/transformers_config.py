@@ -41,9 +41,7 @@ def language_model_config(f: Fields) -> LanguageModelConfig:
   layers, context = f.get("num_hidden_layers", int, 32, "layers"), f.get("max_position_embeddings", int, 2048)
   kinds = f.get("layer_types", list, [])
   if kinds and (len(kinds) != layers or any(kind != "full_attention" for kind in kinds)):
-    raise UserError(
-      f"{f.where}: layer_types={shown(kinds)} is not supported, only {layers} x 'full_attention'"
-    )
+    raise UserError(f"{f.where}: layer_types={shown(kinds)} is not supported, only {layers} x 'full_attention'")
   f.only("max_sequence_length", context)
   is_tied(f)
   config = LanguageModelConfig(
@@ -76,9 +74,7 @@ def is_tied(f: Fields) -> bool:
 def _theta(f: Fields) -> float:
   """The base of the rotary frequencies: of the field itself or of the rotation's own object, one value in all."""
   f.only("partial_rotary_factor", 1)
-  said = (
-    {f"{f.where}: rope_theta": f.get("rope_theta", float)} if f.values.get("rope_theta") is not None else {}
-  )
+  said = {f"{f.where}: rope_theta": f.get("rope_theta", float)} if f.values.get("rope_theta") is not None else {}
   f.ignore(("rope_theta", "rope_scaling", "rope_parameters"))
   for name in ("rope_parameters", "rope_scaling"):
     if f.values.get(name) in (None, {}):
@@ -86,11 +82,7 @@ def _theta(f: Fields) -> float:
     rope = f.sub(name)
     for key in ("rope_type", "type"):
       rope.only(key, "default")
-    if (
-      rope.values.get("rope_type") is None
-      and rope.values.get("type") is None
-      and set(rope.values) - {"rope_theta"}
-    ):
+    if rope.values.get("rope_type") is None and rope.values.get("type") is None and set(rope.values) - {"rope_theta"}:
       raise UserError(f"{rope.where}={shown(rope.values)} has no rope_type: only 'default' is supported")
     rope.only("partial_rotary_factor", 1)
     rope.only("factor", 1)
@@ -98,9 +90,7 @@ def _theta(f: Fields) -> float:
       said[f"{rope.where}: rope_theta"] = rope.get("rope_theta", float)
     rope.close()
   if len(set(said.values())) > 1:
-    raise UserError(
-      " and ".join(f"{field}={value:g}" for field, value in said.items()) + " contradict each other"
-    )
+    raise UserError(" and ".join(f"{field}={value:g}" for field, value in said.items()) + " contradict each other")
   return next(iter(said.values()), 10_000.0)
 
 

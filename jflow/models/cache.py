@@ -31,14 +31,14 @@ class Cache(struct.PyTreeNode):
   length: jax.Array  # int32[] or int32[B]; slots in use (of each row); the next positions go there
 
   @classmethod
-  def empty(
-    cls, config: LanguageModelConfig, batch: int, slots: int, dtype: Any, rows: bool = False
-  ) -> "Cache":
+  def empty(cls, config: LanguageModelConfig, batch: int, slots: int, dtype: Any, rows: bool = False) -> "Cache":
     """A cache without positions; `rows`: each row counts its own length."""
     heads, width = batch * config.kv_heads, config.head_width
     blank = lambda *shape: tuple(jnp.zeros((heads, *shape), dtype) for _ in range(config.layers))
     length = jnp.zeros((batch,) if rows else (), jnp.int32)
-    return cls(keys=blank(width, slots), values=blank(slots, width), filled=jnp.zeros((batch, slots), bool), length=length)
+    return cls(
+      keys=blank(width, slots), values=blank(slots, width), filled=jnp.zeros((batch, slots), bool), length=length
+    )
 
   def layer(self, index: int, segments_BS: jax.Array) -> Layer:
     """What layer `index` does with new positions: write them, attend to all slots up to each."""

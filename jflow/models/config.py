@@ -18,9 +18,17 @@ from jflow.strict_json import shown
 # program build blocks or compute with numbers for hours.
 _MOST = 2**24
 _MOST_OF = {
-  "layers": 1024, "encoder_blocks": 128, "decoder_blocks": 128, "layers_per_block": 32, "heads": 2**14,
-  "kv_heads": 2**14, "image_size": 2**14, "patch_size": 2**12, "window": 2**12, "latent_channels": 2**14,
-}  # fmt: skip
+  "layers": 1024,
+  "encoder_blocks": 128,
+  "decoder_blocks": 128,
+  "layers_per_block": 32,
+  "heads": 2**14,
+  "kv_heads": 2**14,
+  "image_size": 2**14,
+  "patch_size": 2**12,
+  "window": 2**12,
+  "latent_channels": 2**14,
+}
 MOST_LEVELS = 12  # of an autoencoder: a factor of 2048 between pixels and latents
 
 
@@ -140,9 +148,7 @@ class JanusFlowConfig:
         f"patch_size={vision.patch_size}"
       )
     if vision.width % vision.heads:
-      raise UserError(
-        f"model.understanding_encoder.width={vision.width} must be a multiple of heads={vision.heads}"
-      )
+      raise UserError(f"model.understanding_encoder.width={vision.width} must be a multiple of heads={vision.heads}")
     if vision.gelu not in ("erf", "tanh"):
       raise UserError(f"model.understanding_encoder.gelu={shown(vision.gelu)} must be 'erf' or 'tanh'")
     if gen.width % 2:

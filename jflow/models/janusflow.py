@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from jflow import flow, losses
 from jflow.batch import READ, WRITE, Batch
+from jflow.models.cache import Cache, Prefix
 from jflow.models.config import JanusFlowConfig
 from jflow.models.generation import GenerationDecoder, GenerationEncoder
 from jflow.models.layers import Linear, RMSNorm, parameter
-from jflow.models.cache import Cache, Prefix
 from jflow.models.llm import LanguageModel, Output, separate_layers
 from jflow.models.siglip import Siglip
 from jflow.models.vae import make_autoencoder
@@ -87,9 +87,7 @@ class JanusFlow(nn.Module):
     if c.reader == "separate":
       self.latent_encoder = GenerationEncoder(gen, lm.width, latents, dtype)
       self.latent_projector = Linear(lm.width, (None, "embed"), dtype, use_bias=True)
-    self.understanding_start = parameter(
-      self, "understanding_start", nn.initializers.zeros, (lm.width,), (None,)
-    )
+    self.understanding_start = parameter(self, "understanding_start", nn.initializers.zeros, (lm.width,), (None,))
     self.generation_encoder = GenerationEncoder(gen, lm.width, latents, dtype)
     self.generation_projector = Linear(lm.width, (None, "embed"), dtype, use_bias=True)
     self.generation_output_norm = RMSNorm(lm.rms_norm_epsilon, dtype)
@@ -142,12 +140,12 @@ class JanusFlow(nn.Module):
   def read_slots(self, features_IPE: jax.Array) -> jax.Array:
     """The K slots of images to read: the learned start vector, then the projected features. [I, K, D]."""
     projectors = {
-      "siglip": "understanding_projector", "shared": "generation_projector", "separate": "latent_projector",
-    }  # fmt: skip
+      "siglip": "understanding_projector",
+      "shared": "generation_projector",
+      "separate": "latent_projector",
+    }
     x_IPD = getattr(self, projectors[self.config.reader])(features_IPE)
-    start = jnp.broadcast_to(
-      self.understanding_start.astype(x_IPD.dtype), (x_IPD.shape[0], 1, x_IPD.shape[2])
-    )
+    start = jnp.broadcast_to(self.understanding_start.astype(x_IPD.dtype), (x_IPD.shape[0], 1, x_IPD.shape[2]))
     return jnp.concatenate([start, x_IPD], axis=1)
 
   def write_slots(self, z_IhwC: jax.Array, time_I: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -33,9 +33,7 @@ def obstacle(name: str, device: jax.Device, dtype: Any, head_width: int) -> str:
     if head_width > 128 or head_width % 8:
       return f"needs heads of at most 128 and a multiple of 8, not {head_width}"
     if _capability(device) < 9:
-      return (
-        f"needs a GPU of compute capability 9.0 or later for packed rows, not {device.compute_capability}"
-      )
+      return f"needs a GPU of compute capability 9.0 or later for packed rows, not {device.compute_capability}"
   if name == "triton" and (head_width & (head_width - 1) or not 16 <= head_width <= 128):
     return f"needs heads of 16, 32, 64 or 128, not {head_width}"
   if name == "tokamax" and importlib.util.find_spec("tokamax") is None:
@@ -70,14 +68,24 @@ def splash(q_BSNH, k_BSNH, v_BSNH, segments_BS, interpret: bool = False) -> jax.
   block = next(b for b in _SPLASH_BLOCKS if seq % b == 0)
   compute = min(block, 512)
   sizes = kernel.BlockSizes(
-    block_q=block, block_kv=block, block_kv_compute=compute, block_q_dkv=block, block_kv_dkv=block,
-    block_kv_dkv_compute=compute, block_q_dq=block, block_kv_dq=block,
-  )  # fmt: skip
+    block_q=block,
+    block_kv=block,
+    block_kv_compute=compute,
+    block_q_dkv=block,
+    block_kv_dkv=block,
+    block_kv_dkv_compute=compute,
+    block_q_dq=block,
+    block_kv_dq=block,
+  )
   mask = masks.MultiHeadMask([masks.CausalMask((seq, seq))] * heads)
   run = kernel.make_splash_mha(
-    mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, residual_checkpoint_name="attended",
+    mask,
+    head_shards=1,
+    q_seq_shards=1,
+    block_sizes=sizes,
+    residual_checkpoint_name="attended",
     interpret=interpret,
-  )  # fmt: skip
+  )
   heads_first = lambda x: jnp.swapaxes(x, 1, 2)
   one_row = lambda q, k, v, s: run(q, k, v, segment_ids=kernel.SegmentIds(q=s, kv=s))
   scaled = q_BSNH * jnp.asarray(width**-0.5, q_BSNH.dtype)
@@ -98,9 +106,15 @@ def triton(q_BSNH, k_BSNH, v_BSNH, segments_BS, interpret: bool = False) -> jax.
     block_q=128, block_k=64, block_q_dkv=back, block_kv_dkv=back, block_q_dq=back, block_kv_dq=back
   )
   return pallas.mha(
-    q_BSNH, k_BSNH, v_BSNH, segments_BS, sm_scale=width**-0.5, causal=True, block_sizes=sizes,
+    q_BSNH,
+    k_BSNH,
+    v_BSNH,
+    segments_BS,
+    sm_scale=width**-0.5,
+    causal=True,
+    block_sizes=sizes,
     interpret=interpret,
-  )  # fmt: skip
+  )
 
 
 def segment_table(segments_BS: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
@@ -185,9 +199,17 @@ def _cudnn_fused(q_BSNH, k_BSNH, v_BSNH, lengths_BM, starts_BM):
   from jax._src.cudnn import fused_attention_stablehlo as fused
 
   return fused.dot_product_attention(
-    q_BSNH, k_BSNH, v_BSNH, q_seqlen=lengths_BM, kv_seqlen=lengths_BM, q_offsets=starts_BM,
-    kv_offsets=starts_BM, scale=_scale(q_BSNH), mask_type=fused.MaskType.PADDING_CAUSAL, return_residual=True,
-  )  # fmt: skip
+    q_BSNH,
+    k_BSNH,
+    v_BSNH,
+    q_seqlen=lengths_BM,
+    kv_seqlen=lengths_BM,
+    q_offsets=starts_BM,
+    kv_offsets=starts_BM,
+    scale=_scale(q_BSNH),
+    mask_type=fused.MaskType.PADDING_CAUSAL,
+    return_residual=True,
+  )
 
 
 @_padded
@@ -200,9 +222,7 @@ def tokamax(q_BSNH, k_BSNH, v_BSNH, segments_BS, implementation: str = "triton")
   from tokamax._src.ops.attention import api, base
 
   slots = jnp.arange(segments_BS.shape[1], dtype=jnp.int32)[None]
-  first = jnp.concatenate(
-    [jnp.ones_like(segments_BS[:, :1], bool), segments_BS[:, 1:] != segments_BS[:, :-1]], 1
-  )
+  first = jnp.concatenate([jnp.ones_like(segments_BS[:, :1], bool), segments_BS[:, 1:] != segments_BS[:, :-1]], 1)
   starts_BS = jax.lax.cummax(jnp.where(first, slots, 0), axis=1)
   mask = base.Mask(k_start=starts_BS[:, None, :], is_causal=True)
   return api.IMPLEMENTATIONS[implementation](q_BSNH, k_BSNH, v_BSNH, mask=mask)

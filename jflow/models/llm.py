@@ -125,9 +125,7 @@ class Block(nn.Module):
       norm("attention_norm")(x_BSD), tables, segments_BS, past
     )
     x_BSD = constrain(x_BSD + attended, "batch", None, None)
-    x_BSD = constrain(
-      x_BSD + Mlp(self.config, self.dtype, name="mlp")(norm("mlp_norm")(x_BSD)), "batch", None, None
-    )
+    x_BSD = constrain(x_BSD + Mlp(self.config, self.dtype, name="mlp")(norm("mlp_norm")(x_BSD)), "batch", None, None)
     layer = layer + 1
     if tap_BSD is not None:
       tap_BSD = jnp.where(layer == self.tap_layer, x_BSD, tap_BSD)
@@ -239,4 +237,8 @@ class LanguageModel(nn.Module):
 def separate_layers(params: Any, layers: int) -> dict[str, Any]:
   """Parameters of a scanned stack -> those of the same LanguageModel with `unroll` 0; the rest is shared."""
   rest = {name: x for name, x in params.items() if name != "layers"}
-  return rest | {f"layers_{i}": jax.tree.map(lambda x: x[i], params["layers"]) for i in range(layers)}
+
+  def layer(i: int) -> Any:
+    return jax.tree.map(lambda x: x[i], params["layers"])
+
+  return rest | {f"layers_{i}": layer(i) for i in range(layers)}

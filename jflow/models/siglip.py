@@ -66,9 +66,7 @@ class Block(nn.Module):
   def __call__(self, x_BPD: jax.Array, _: None) -> tuple[jax.Array, None]:
     norm = lambda name: LayerNorm(self.config.layer_norm_epsilon, self.dtype, name=name)
     y_BPD = norm("attention_norm")(x_BPD)
-    x_BPD = constrain(
-      x_BPD + Attend(self.config, self.dtype, name="attention")(y_BPD, y_BPD), "batch", None, None
-    )
+    x_BPD = constrain(x_BPD + Attend(self.config, self.dtype, name="attention")(y_BPD, y_BPD), "batch", None, None)
     y_BPD = norm("mlp_norm")(x_BPD)
     return constrain(x_BPD + Mlp(self.config, self.dtype, name="mlp")(y_BPD), "batch", None, None), None
 

@@ -266,9 +266,7 @@ def fit_patch_pca(images: np.ndarray, config: AutoencoderConfig) -> dict[str, di
   """
   p, k = config.patch_size, config.latent_channels
   if not p <= config.window <= _REACH * p:
-    raise UserError(
-      f"model.autoencoder.window={config.window} must lie between patch_size={p} and {_REACH} times that"
-    )
+    raise UserError(f"model.autoencoder.window={config.window} must lie between patch_size={p} and {_REACH} times that")
   pixels = images.astype(np.float32) / 127.5 - 1.0
   x = _windows(_pad(pixels, *_margins(config), np), config.window, p).astype(np.float64)
   mean = x.mean(axis=0)
@@ -281,13 +279,7 @@ def fit_patch_pca(images: np.ndarray, config: AutoencoderConfig) -> dict[str, di
   n, h, w, _ = images.shape
   latents = ((x - mean) @ kernel).reshape(n, h // p, w // p, k)
   design = _windows(_pad(latents, _REACH // 2, _REACH // 2, np), _REACH, 1)
-  target = (
-    _windows(pixels, p, p)
-    .reshape(-1, p, p, 3)
-    .transpose(0, 3, 1, 2)
-    .reshape(-1, 3 * p * p)
-    .astype(np.float64)
-  )
+  target = _windows(pixels, p, p).reshape(-1, p, p, 3).transpose(0, 3, 1, 2).reshape(-1, 3 * p * p).astype(np.float64)
   centre, target_mean = design.mean(axis=0), target.mean(axis=0)
   design = design - centre
   gram = design.T @ design + 1e-6 * len(design) * np.mean(latents**2) * np.eye(design.shape[1])

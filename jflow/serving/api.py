@@ -90,8 +90,7 @@ class Api:
     with self._engine.submit(work) as job:
       painted = await _while_connected(request, _all(job, work.count))
     data = [
-      {"b64_json": await self._preparing.run(functools.partial(_png, x)), "seed": work.seed + x.index}
-      for x in painted
+      {"b64_json": await self._preparing.run(functools.partial(_png, x)), "seed": work.seed + x.index} for x in painted
     ]
     return Json({"created": int(time.time()), "model": self._name, **work.settings._asdict(), "data": data})
 
@@ -110,10 +109,14 @@ class Api:
   def _model(self) -> dict[str, Any]:
     size = self._engine.pipeline.model.config.image_size
     return {
-      "id": self._name, "object": "model", "created": self._began, "owned_by": "jflow",
+      "id": self._name,
+      "object": "model",
+      "created": self._began,
+      "owned_by": "jflow",
       "image_size": f"{size}x{size}",
-      "context": self._engine.context, "can_paint": self._engine.pipeline.can_paint,
-    }  # fmt: skip
+      "context": self._engine.context,
+      "can_paint": self._engine.pipeline.can_paint,
+    }
 
   async def health(self, request: Request) -> Response:
     """GET /health: 200 when requests are answered at once, else 503 and why."""
@@ -255,7 +258,5 @@ def _of_user(request: Request, error: UserError) -> ApiError:
 def _of_route(request: Request, error: HTTPException) -> ApiError:
   allowed = dict(error.headers or {})
   if error.status_code == 405:
-    return ApiError(
-      405, f"{request.scope['path']} wants {allowed.get('Allow', 'another method')}", None, allowed
-    )
+    return ApiError(405, f"{request.scope['path']} wants {allowed.get('Allow', 'another method')}", None, allowed)
   return ApiError(error.status_code, f"there is no {request.scope['path'][:80]!r} here", None, allowed)

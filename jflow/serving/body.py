@@ -138,9 +138,12 @@ def parse_json(body: bytes, constant: Callable[[str], Any] = _constant) -> dict[
     raise ApiError(400, f"the body must have at most {_MOST_MARKS:,} values")
   try:
     value = json.loads(
-      body.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=constant, parse_int=_integer,
-      parse_float=_number
-    )  # fmt: skip
+      body.decode("utf-8-sig"),
+      object_pairs_hook=_object,
+      parse_constant=constant,
+      parse_int=_integer,
+      parse_float=_number,
+    )
     _check(value)
   except (ValueError, RecursionError) as error:
     reason = _TOO_DEEP if isinstance(error, RecursionError) else str(error)

@@ -100,9 +100,7 @@ class Connection(H11Protocol):
     self._received += len(data)
     super().data_received(data)
     # While a request is answered, uvicorn stops to read what follows it, and does not see its client leave.
-    if (
-      self.flow.read_paused and self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < _AHEAD
-    ):
+    if self.flow.read_paused and self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < _AHEAD:
       self.flow.resume_reading()
 
   def on_response_complete(self) -> None:
@@ -147,8 +145,12 @@ class Connection(H11Protocol):
     """Answers with an error where no answer has begun, and closes once the client has or seconds later."""
     if not self.transport.is_closing() and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
       body = json.dumps(ApiError(status, message).body()).encode()
-      headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
-                 (b"connection", b"close"), *HEADERS]  # fmt: skip
+      headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+        *HEADERS,
+      ]
       head = h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status])
       bodiless = self.conn.our_state is h11.SEND_RESPONSE and self.conn.method == b"HEAD"
       for event in (head, h11.Data(data=b"" if bodiless else body), h11.EndOfMessage()):

@@ -68,28 +68,37 @@ def app(engine: Engine, name: str, max_upload: int, files: pathlib.Path) -> ASGI
   )  # events that run: a session has one of each kind, which may wait for its client
   blocks.queue(max_size=engine.queue, default_concurrency_limit=None, api_open=False)
   gr.mount_gradio_app(
-    outer, blocks, path="/", max_file_size=f"{max_upload}mb", footer_links=[], run_history=False, ssr_mode=False,
-    theme=_theme(), css=_STYLE, pwa=False, mcp_server=False,
-  )  # fmt: skip
-  events = {
-    x["id"]: (len(x["inputs"]), x["queue"] is not False)
-    for x in blocks.config["dependencies"]
-    if x["backend_fn"]
-  }
-  return Front(
-    outer, visitors, events, engine.timeout, closing=lambda: engine.state in ("draining", "failed")
+    outer,
+    blocks,
+    path="/",
+    max_file_size=f"{max_upload}mb",
+    footer_links=[],
+    run_history=False,
+    ssr_mode=False,
+    theme=_theme(),
+    css=_STYLE,
+    pwa=False,
+    mcp_server=False,
   )
+  events = {
+    x["id"]: (len(x["inputs"]), x["queue"] is not False) for x in blocks.config["dependencies"] if x["backend_fn"]
+  }
+  return Front(outer, visitors, events, engine.timeout, closing=lambda: engine.state in ("draining", "failed"))
 
 
 def _theme() -> gr.themes.Base:
-  return gr.themes.Base(
-    primary_hue="indigo", neutral_hue="slate", radius_size="lg", font=_FONT, font_mono=_MONO
-  ).set(
-    body_background_fill="#f7f7fb", block_border_width="1px", block_shadow="none", block_label_text_size="12px",
-    button_primary_background_fill="#4f46e5", button_primary_background_fill_hover="#4338ca",
-    button_primary_text_color="white", button_secondary_background_fill="white",
-    button_secondary_border_color="#cbd5e1", button_border_width="1px",
-  )  # fmt: skip
+  return gr.themes.Base(primary_hue="indigo", neutral_hue="slate", radius_size="lg", font=_FONT, font_mono=_MONO).set(
+    body_background_fill="#f7f7fb",
+    block_border_width="1px",
+    block_shadow="none",
+    block_label_text_size="12px",
+    button_primary_background_fill="#4f46e5",
+    button_primary_background_fill_hover="#4338ca",
+    button_primary_text_color="white",
+    button_secondary_background_fill="white",
+    button_secondary_border_color="#cbd5e1",
+    button_border_width="1px",
+  )
 
 
 class Work(NamedTuple):
@@ -107,8 +116,9 @@ def page(work: Work) -> gr.Blocks:
   with gr.Blocks(title=f"jflow: {work.name}", analytics_enabled=False, fill_width=True) as blocks:
     gr.HTML(
       f"<header><h1>jflow</h1><p>One model that reads pictures and paints them. <b>{html.escape(work.name)}</b>, "
-      f"{size} × {size} pixels</p></header>", elem_id="head",
-    )  # fmt: skip
+      f"{size} × {size} pixels</p></header>",
+      elem_id="head",
+    )
     with gr.Tabs(elem_id="tabs"):
       with gr.Tab("Ask", id="ask"):
         _ask_tab(work)
@@ -121,13 +131,22 @@ def page(work: Work) -> gr.Blocks:
 def _ask_tab(work: Work) -> None:
   engine, visitors = work.engine, work.visitors
   shown = gr.Chatbot(
-    elem_id="chat", show_label=False, height="max(300px, calc(100vh - 330px))", buttons=["copy"], layout="bubble",
+    elem_id="chat",
+    show_label=False,
+    height="max(300px, calc(100vh - 330px))",
+    buttons=["copy"],
+    layout="bubble",
     placeholder="<center><h3>Show it a picture</h3>Drop one into the field below, and ask.</center>",
-  )  # fmt: skip
+  )
   field = gr.MultimodalTextbox(
-    elem_id="question", show_label=False, file_types=["image"], file_count="multiple", sources=["upload"],
-    placeholder="A question; add pictures with the clip, or drop them here", autofocus=True,
-  )  # fmt: skip
+    elem_id="question",
+    show_label=False,
+    file_types=["image"],
+    file_count="multiple",
+    sources=["upload"],
+    placeholder="A question; add pictures with the clip, or drop them here",
+    autofocus=True,
+  )
   with gr.Row(elem_id="below"):
     with gr.Accordion("Settings", open=False), gr.Row():
       temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0 takes the most likely word")
@@ -186,9 +205,7 @@ def _ask_tab(work: Work) -> None:
     session.talk = Talk()
     return [], idle(value=None)
 
-  asked = field.submit(
-    answer, [field, temperature, top_p, longest], [field, shown], show_progress="hidden", **_RAW
-  )  # fmt: skip
+  asked = field.submit(answer, [field, temperature, top_p, longest], [field, shown], show_progress="hidden", **_RAW)
   field.stop(idle, None, field, cancels=[asked], queue=False, **_RAW)
   for again in (fresh.click, shown.clear):
     again(forget, None, [shown, field], cancels=[asked], queue=False, **_RAW)
@@ -216,15 +233,19 @@ def _paint_tab(work: Work) -> None:
         guidance = gr.Slider(1, 10, 2, step=0.5, label="Guidance", elem_id="guidance")
         solver = gr.Dropdown(list(SOLVERS), value="euler", label="Solver", elem_id="solver")
       with gr.Row(elem_id="seeds"):
-        seed = gr.Number(
-          0, label="Seed", precision=0, minimum=0, maximum=SEEDS - MAX_PICTURES, elem_id="seed"
-        )
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=SEEDS - MAX_PICTURES, elem_id="seed")
         dice = gr.Checkbox(True, label="New for each painting", elem_id="dice")
     with gr.Column(scale=3, min_width=320):
       gallery = gr.Gallery(
-        label="Pictures", show_label=False, columns=3, height="auto", object_fit="contain",
-        interactive=False, buttons=["download", "fullscreen"], elem_id="gallery",
-      )  # fmt: skip
+        label="Pictures",
+        show_label=False,
+        columns=3,
+        height="auto",
+        object_fit="contain",
+        interactive=False,
+        buttons=["download", "fullscreen"],
+        elem_id="gallery",
+      )
       with gr.Row(elem_id="below_gallery"):
         note = gr.Markdown("", elem_id="note")
         bundle = gr.DownloadButton("Download all", interactive=False, size="sm", elem_id="bundle", scale=0)
@@ -267,9 +288,14 @@ def _paint_tab(work: Work) -> None:
 
   settings = [prompt, count, steps, guidance, solver, seed, dice]
   painted = gr.on(
-    [go.click, prompt.submit], paint, settings, [gallery, note, seed, bundle], show_progress="minimal",
-    show_progress_on=[gallery], **_RAW,
-  )  # fmt: skip
+    [go.click, prompt.submit],
+    paint,
+    settings,
+    [gallery, note, seed, bundle],
+    show_progress="minimal",
+    show_progress_on=[gallery],
+    **_RAW,
+  )
   stop.click(lambda *_: "Stopped.", None, note, cancels=[painted], queue=False, **_RAW)
 
 

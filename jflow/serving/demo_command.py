@@ -28,8 +28,7 @@ def parser() -> argparse.ArgumentParser:
   )
   flags.add(p, port=7860)
   p.add_argument(
-    "--max_upload", type=whole(), default=20, metavar="MB",
-    help="largest picture to upload (default %(default)s)"
+    "--max_upload", type=whole(), default=20, metavar="MB", help="largest picture to upload (default %(default)s)"
   )
   return p
 
@@ -54,9 +53,7 @@ def main(argv: list[str]) -> int:
 
     listener = server.bind(args.host, args.port)
     engine = flags.engine(args)
-    app = demo.app(
-      engine, pathlib.Path(args.checkpoint).resolve().name, args.max_upload, pathlib.Path(uploads)
-    )
+    app = demo.app(engine, pathlib.Path(args.checkpoint).resolve().name, args.max_upload, pathlib.Path(uploads))
     print(f"the page is at {server.address(listener)}; Ctrl-C ends it", flush=True)
     if not server.is_local(listener):
       print(f"warning: --host={args.host} lets others use the page, which asks for no password", flush=True)

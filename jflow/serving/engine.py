@@ -113,9 +113,7 @@ class Engine:
   def check_room(self) -> None:
     """Raises ApiError: 429 when as many requests as may are open, 503 when none is accepted any more."""
     if self.state in ("draining", "failed"):
-      raise ApiError(
-        503, "the server is shutting down" if self.state == "draining" else "the model has failed"
-      )
+      raise ApiError(503, "the server is shutting down" if self.state == "draining" else "the model has failed")
     if (count := len(self._open) + self._coming) >= self.queue:
       seconds = str(max(1, math.ceil(self._pace)))
       message = f"{count} requests are open, as many as may be: try again in {seconds} s"
@@ -360,9 +358,7 @@ class Engine:
     with self._changed:
       self._pictures = collections.deque(x for x in self._pictures if x[0] not in jobs)
       self._aside = [
-        batch._replace(units=units)
-        for batch in self._aside
-        if (units := [x for x in batch.units if x[0] not in jobs])
+        batch._replace(units=units) for batch in self._aside if (units := [x for x in batch.units if x[0] not in jobs])
       ]
 
   def _notify(self) -> None:
@@ -373,9 +369,14 @@ class Engine:
     """Paints (prompt, seed)s; the batch is filled up to `rows`, a power of two: few sizes are compiled."""
     prompts, seeds = zip(*(pictures + pictures[:1] * (rows - len(pictures))))
     images = self.pipeline.generate(
-      prompts, settings.steps, settings.guidance, noise=self.pipeline.noise(seeds), solver=settings.solver,
-      shift=settings.shift, batch_size=rows,
-    )  # fmt: skip
+      prompts,
+      settings.steps,
+      settings.guidance,
+      noise=self.pipeline.noise(seeds),
+      solver=settings.solver,
+      shift=settings.shift,
+      batch_size=rows,
+    )
     self.metrics.batch.observe(len(pictures))
     self.metrics.pictures.inc(len(pictures))
     return images[: len(pictures)]

@@ -6,14 +6,24 @@ from typing import Any
 
 # What an error's "code" says where its raiser names none; another status gets its HTTP phrase.
 _CODES = {
-  400: "invalid_value", 401: "invalid_api_key", 404: "unknown_url", 408: "request_timeout",
+  400: "invalid_value",
+  401: "invalid_api_key",
+  404: "unknown_url",
+  408: "request_timeout",
   413: "request_too_large",
-  415: "unsupported_content_type", 429: "rate_limit_exceeded", 500: "server_error", 504: "timeout",
-}  # fmt: skip
+  415: "unsupported_content_type",
+  429: "rate_limit_exceeded",
+  500: "server_error",
+  504: "timeout",
+}
 _KINDS = {
-  list: "a list", dict: "an object", str: "a text", bool: "true or false", int: "a whole number",
+  list: "a list",
+  dict: "an object",
+  str: "a text",
+  bool: "true or false",
+  int: "a whole number",
   float: "a number",
-}  # fmt: skip
+}
 
 
 class ApiError(Exception):

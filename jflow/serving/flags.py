@@ -16,21 +16,23 @@ _CONTEXT = 4096  # each slot of the full model keeps 0.8 GB of keys and values f
 def add(p: argparse.ArgumentParser, port: int) -> None:
   """Adds the flags of the checkpoint, the address and the engine."""
   model_flags.add_model(p)
+  p.add_argument("--host", default="127.0.0.1", help="address to listen at (default %(default)s: this machine only)")
   p.add_argument(
-    "--host", default="127.0.0.1", help="address to listen at (default %(default)s: this machine only)"
-  )
-  p.add_argument(
-    "--allowed_host", action="append", default=[], metavar="NAME",
+    "--allowed_host",
+    action="append",
+    default=[],
+    metavar="NAME",
     help="a name or address that clients may call this server by, besides those that --host stands for (needed behind a "
     "reverse proxy); repeatable, * allows any, and then any web page can use the server",
-  )  # fmt: skip
+  )
   p.add_argument(
-    "--port", type=whole(most=65535), default=port,
+    "--port",
+    type=whole(most=65535),
+    default=port,
     help="0 takes a free one (default %(default)s)",
-  )  # fmt: skip
+  )
   p.add_argument(
-    "--slots", type=whole(most=100_000), default=8,
-    help="conversations answered side by side (default %(default)s)"
+    "--slots", type=whole(most=100_000), default=8, help="conversations answered side by side (default %(default)s)"
   )
   p.add_argument(
     "--context",
@@ -38,16 +40,15 @@ def add(p: argparse.ArgumentParser, port: int) -> None:
     help=f"tokens of one conversation, its answer included (default: {_CONTEXT}, or the model's where that is less)",
   )
   p.add_argument(
-    "--batch", type=whole(most=100_000), default=8,
+    "--batch",
+    type=whole(most=100_000),
+    default=8,
     help="pictures painted at once, a power of two (default %(default)s)",
-  )  # fmt: skip
-  p.add_argument(
-    "--queue", type=whole(), default=64,
-    help="requests open at once, the next one gets 429 (default %(default)s)"
   )
   p.add_argument(
-    "--timeout", type=number(), default=300, help="seconds that a request may take (default %(default)s)"
+    "--queue", type=whole(), default=64, help="requests open at once, the next one gets 429 (default %(default)s)"
   )
+  p.add_argument("--timeout", type=number(), default=300, help="seconds that a request may take (default %(default)s)")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -81,6 +82,11 @@ def engine(args: argparse.Namespace) -> "Engine":
   if args.context is not None and args.context > most:
     raise UserError(f"--context={args.context} is more than the model's {most}")
   return Engine(
-    pipeline, Metrics(), slots=args.slots, context=args.context or min(most, _CONTEXT), batch=args.batch, queue=args.queue,
+    pipeline,
+    Metrics(),
+    slots=args.slots,
+    context=args.context or min(most, _CONTEXT),
+    batch=args.batch,
+    queue=args.queue,
     timeout=args.timeout,
-  )  # fmt: skip
+  )

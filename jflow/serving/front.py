@@ -36,8 +36,14 @@ _UPLOADING = 4  # uploads of the largest size that are read at the same time
 _PIECE = 2**18  # bytes
 _BEAT = 15  # seconds between two signs of life to a page that is open
 _HEADERS = {  # what Gradio sees of a request
-  b"host", b"accept", b"if-none-match", b"if-modified-since", b"range", b"x-forwarded-host", b"x-forwarded-proto",
-}  # fmt: skip
+  b"host",
+  b"accept",
+  b"if-none-match",
+  b"if-modified-since",
+  b"range",
+  b"x-forwarded-host",
+  b"x-forwarded-proto",
+}
 _COOKIE = re.compile(r"[A-Za-z0-9_-]{20,64}")
 _ASSET = re.compile(r"(?!.*\.\.)[A-Za-z0-9_-][A-Za-z0-9_./-]*")
 _PICTURES = ((b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", "image/gif"))
@@ -54,9 +60,13 @@ class Front:
   """The page's application in front of Gradio's."""
 
   def __init__(
-    self, inner: Starlette, visitors: Visitors, events: Mapping[int, tuple[int, bool]], seconds: float,
+    self,
+    inner: Starlette,
+    visitors: Visitors,
+    events: Mapping[int, tuple[int, bool]],
+    seconds: float,
     closing: Callable[[], bool],
-  ):  # fmt: skip
+  ):
     """Makes the application.
 
     Args:
@@ -75,8 +85,7 @@ class Front:
       routes=[
         Route("/", self.whole, methods=read),
         *(
-          Route(path, self.whole, methods=read)
-          for path in ("/config", "/theme.css", "/manifest.json", "/favicon.ico")
+          Route(path, self.whole, methods=read) for path in ("/config", "/theme.css", "/manifest.json", "/favicon.ico")
         ),
         Route(f"{api}/app_id", self.whole, methods=read),
         Route("/assets/{path:path}", self.asset, methods=read),
@@ -106,9 +115,10 @@ class Front:
     async def confined(message: Message) -> None:
       if message["type"] == "http.response.start":
         headers = [
-          (b"content-security-policy", POLICY.encode()), (b"x-content-type-options", b"nosniff"),
+          (b"content-security-policy", POLICY.encode()),
+          (b"x-content-type-options", b"nosniff"),
           (b"referrer-policy", b"same-origin"),
-        ]  # fmt: skip
+        ]
         if scope["path"] in ("/", "/config") and self._owner(Request(scope)) is None:
           cookie = f"{self._cookie}={secrets.token_urlsafe(18)}; Path=/; HttpOnly; SameSite=Lax"
           headers.append((b"set-cookie", cookie.encode()))
@@ -143,17 +153,13 @@ class Front:
           request.headers, _pieces(body), max_files=_UPLOADS, max_fields=_UPLOADS, max_part_size=2**16
         ).parse()
       except (MultiPartException, KeyError) as error:
-        raise ApiError(
-          400, f"an upload must be multipart/form-data: {getattr(error, 'message', 'no type')}"
-        ) from None
+        raise ApiError(400, f"an upload must be multipart/form-data: {getattr(error, 'message', 'no type')}") from None
     try:
       files = [x for x in form.getlist("files") if not isinstance(x, str)]
       if not files:
         raise ApiError(400, "the upload holds no files")
       if any(x.size > self._visitors.max_upload for x in files):
-        raise ApiError(
-          413, f"a file has more than {self._visitors.max_upload:,} bytes, the most that is taken"
-        )
+        raise ApiError(413, f"a file has more than {self._visitors.max_upload:,} bytes, the most that is taken")
       kept = []
       for file in files:
         data = await file.read()
@@ -170,8 +176,11 @@ class Front:
       raise HTTPException(404)
     picture = file.kind.startswith("image/")
     return FileResponse(
-      file.path, media_type=file.kind, headers={"Cache-Control": "private"}, filename=None if picture else file.name,
-    )  # fmt: skip
+      file.path,
+      media_type=file.kind,
+      headers={"Cache-Control": "private"},
+      filename=None if picture else file.name,
+    )
 
   # --- sessions -------------------------------------------------------------------------------------------
 
@@ -242,9 +251,11 @@ class Front:
     session = self._visitors.session(body.get("session_hash"), self._owner(request), new=True)
     request.scope["state"] = {**request.scope.get("state", {}), "asked": Asked(session, values)}
     rest = {
-      "data": [None] * count, "fn_index": index, "session_hash": body["session_hash"],
+      "data": [None] * count,
+      "fn_index": index,
+      "session_hash": body["session_hash"],
       "trigger_id": trigger if type(trigger) is int and 0 <= trigger < 2**31 else None,
-    }  # fmt: skip
+    }
     return self._passed(request, rest, answered=lambda answer: _note(session, answer))
 
   async def _body(self, request: Request) -> dict[str, Any]:
@@ -263,9 +274,12 @@ class Front:
     return cookie if _COOKIE.fullmatch(cookie) else None
 
   def _passed(
-    self, request: Request, body: Mapping[str, Any] | None = None, query: str = "",
+    self,
+    request: Request,
+    body: Mapping[str, Any] | None = None,
+    query: str = "",
     answered: Callable[[bytes], None] | None = None,
-  ) -> ASGIApp:  # fmt: skip
+  ) -> ASGIApp:
     """Gradio's answer to a request of which it sees the path, a few headers, and this body and query."""
     content = b"" if body is None else json.dumps(body).encode()
     headers = [(k, v) for k, v in request.scope["headers"] if k in _HEADERS]

@@ -61,9 +61,7 @@ class Hosts:
     Raises:
       ApiError: 421 for the Host, 403 for the Origin.
     """
-    given, origins = (
-      [v.decode("latin-1") for k, v in scope["headers"] if k == x] for x in (b"host", b"origin")
-    )
+    given, origins = ([v.decode("latin-1") for k, v in scope["headers"] if k == x] for x in (b"host", b"origin"))
     host = parse(given[0]) if len(given) == 1 else None
     probe = not given and scope["http_version"] == "1.0" and scope["path"] == _PROBED
     if not probe and (host is None or not self.serves(host)):
@@ -75,9 +73,7 @@ class Hosts:
       # At a wildcard every address may be this machine's: the one that the request went to is.
       known = origin in self._names or origin == host or not self._bound.is_unspecified
       if origin is None or not (known and self.serves(origin)):
-        raise ApiError(
-          403, f"a page of another origin ({origins[0][:80]!r}) may not use this server: {_MORE}"
-        )
+        raise ApiError(403, f"a page of another origin ({origins[0][:80]!r}) may not use this server: {_MORE}")
 
 
 class Guarded:
@@ -101,9 +97,10 @@ class Guarded:
     except ApiError as error:
       body = json.dumps(error.body()).encode()
       headers = [
-        (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
         (b"connection", b"close"),  # a body that follows is not read
-      ]  # fmt: skip
+      ]
       await kept_apart({"type": "http.response.start", "status": error.status, "headers": headers})
       await send({"type": "http.response.body", "body": body})
     else:

@@ -19,9 +19,7 @@ class OncePerSecond(logging.StreamHandler):
   def __init__(self, stream: object = None):
     super().__init__(stream or sys.stderr)
     self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    self._seen: collections.OrderedDict[Hashable, list] = (
-      collections.OrderedDict()
-    )  # [when, left out, record]
+    self._seen: collections.OrderedDict[Hashable, list] = collections.OrderedDict()  # [when, left out, record]
 
   def emit(self, record: logging.LogRecord) -> None:
     kind = _kind(record)

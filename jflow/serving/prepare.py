@@ -56,9 +56,7 @@ class Preparing:
     with Patience(self._seconds) as patience:
       wanted = await self._on(self._texts, patience, parse)
       threads = self._pictures if any(isinstance(x, bytes) for x in wanted.images) else self._texts
-      return await self._on(
-        threads, patience, lambda: chat(self._pipeline, wanted, self._context, patience.check)
-      )
+      return await self._on(threads, patience, lambda: chat(self._pipeline, wanted, self._context, patience.check))
 
   async def pictures(self, parse: Callable[[], Painting]) -> Pictures:
     """Pictures to paint, ready for the engine; see `chat`."""
@@ -117,9 +115,7 @@ class Patience:
 
   def over(self) -> ApiError:
     """That the time is over."""
-    return ApiError(
-      504, f"the request took longer than {self._seconds:g} s to prepare: send less, or smaller pictures"
-    )
+    return ApiError(504, f"the request took longer than {self._seconds:g} s to prepare: send less, or smaller pictures")
 
 
 def chat(
@@ -142,9 +138,7 @@ def chat(
   """
   for mark in examples.MARKS:
     if any(mark in turn["content"] for turn in wanted.turns if turn["role"] == "user"):
-      raise UserError(
-        f"the text holds {mark}, which shows no picture here: leave it out, and send the picture itself"
-      )
+      raise UserError(f"the text holds {mark}, which shows no picture here: leave it out, and send the picture itself")
   fitting = (context - 1) // (2 + pipeline.model.config.patches)
   if len(wanted.images) > fitting:
     raise PromptTooLong(
@@ -168,9 +162,16 @@ def chat(
 
   wanted = wanted._replace(seed=secrets.randbelow(SEEDS) if wanted.seed is None else wanted.seed)
   request = pipeline.request(
-    wanted.turns, wanted.images, wanted.max_tokens, temperature=wanted.temperature, top_p=wanted.top_p,
-    seed=fold_seed(wanted.seed), mark=IMAGE_MARK, context=context, read=read,
-  )  # fmt: skip
+    wanted.turns,
+    wanted.images,
+    wanted.max_tokens,
+    temperature=wanted.temperature,
+    top_p=wanted.top_p,
+    seed=fold_seed(wanted.seed),
+    mark=IMAGE_MARK,
+    context=context,
+    read=read,
+  )
   return wanted, request
 
 
@@ -197,15 +198,18 @@ def check(work: Request | Pictures, context: int) -> None:
   if isinstance(work, Pictures):
     checks.whole("seed", work.seed, -SEEDS * SEEDS)  # the engine folds it
     painting.check(
-      [work.prompt], **work.settings._asdict(), seed=0, num_images=work.count, interval=(0.0, 1.0),
-      precision="exact", batch_size=1,
-    )  # fmt: skip
+      [work.prompt],
+      **work.settings._asdict(),
+      seed=0,
+      num_images=work.count,
+      interval=(0.0, 1.0),
+      precision="exact",
+      batch_size=1,
+    )
   else:
     checks.answer(work.max_tokens, work.temperature, work.top_p, work.seed)
     if len(work.tokens) >= context:
-      raise UserError(
-        f"the prompt has {len(work.tokens):,} tokens, and the context holds {context - 1:,}: shorten it"
-      )
+      raise UserError(f"the prompt has {len(work.tokens):,} tokens, and the context holds {context - 1:,}: shorten it")
 
 
 def _check_length(pipeline: Pipeline, texts: list[str], context: int) -> None:

@@ -23,30 +23,60 @@ SEEDS = 2**32  # of the model: a key keeps 32 bits
 _ZERO = (0, 0.0)
 # Who asks, and how to bill, keep and cache it.
 _HINTS = {
-  "user": str, "metadata": dict, "safety_identifier": str, "store": (False,), "service_tier": ("auto",
-  "default"),
-  "prompt_cache_key": str, "prompt_cache_retention": str, "prompt_cache_options": dict,
-}  # fmt: skip
+  "user": str,
+  "metadata": dict,
+  "safety_identifier": str,
+  "store": (False,),
+  "service_tier": ("auto", "default"),
+  "prompt_cache_key": str,
+  "prompt_cache_retention": str,
+  "prompt_cache_options": dict,
+}
 _CHAT_IGNORED = _HINTS | {
-  "n": (1,), "frequency_penalty": _ZERO, "presence_penalty": _ZERO, "logit_bias": ({},), "logprobs": (False,),
-  "top_logprobs": (0,), "modalities": (["text"],), "response_format": ({"type": "text"},),
-  "reasoning_effort": ("none",), "verbosity": ("medium",),
+  "n": (1,),
+  "frequency_penalty": _ZERO,
+  "presence_penalty": _ZERO,
+  "logit_bias": ({},),
+  "logprobs": (False,),
+  "top_logprobs": (0,),
+  "modalities": (["text"],),
+  "response_format": ({"type": "text"},),
+  "reasoning_effort": ("none",),
+  "verbosity": ("medium",),
   # Nothing can be called where no tools are given.
-  "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": bool, "functions": ([],),
+  "tools": ([],),
+  "tool_choice": ("none", "auto"),
+  "parallel_tool_calls": bool,
+  "functions": ([],),
   "function_call": ("none", "auto"),
   # Of the public API, and not computed here whatever they say.
-  "audio": (), "prediction": (), "web_search_options": (), "moderation": (),
-}  # fmt: skip
+  "audio": (),
+  "prediction": (),
+  "web_search_options": (),
+  "moderation": (),
+}
 _PAINTING_IGNORED = _HINTS | {
-  "quality": ("auto", "standard"), "background": ("auto", "opaque"), "moderation": ("auto", "low"),
+  "quality": ("auto", "standard"),
+  "background": ("auto", "opaque"),
+  "moderation": ("auto", "low"),
   "stream": (False,),
-  "partial_images": (0,), "output_format": ("png",), "output_compression": (100,),
-  "style": (), "complexity": (), "frame_count": (), "frame_duration_ms": (), "svg": (),
-}  # fmt: skip
+  "partial_images": (0,),
+  "output_format": ("png",),
+  "output_compression": (100,),
+  "style": (),
+  "complexity": (),
+  "frame_count": (),
+  "frame_duration_ms": (),
+  "svg": (),
+}
 _MESSAGE_IGNORED = {
   "name": str,  # the templates have no place for it
-  "tool_calls": ([],), "function_call": (), "audio": (), "refusal": ("",), "annotations": ([],),
-}  # fmt: skip
+  "tool_calls": ([],),
+  "function_call": (),
+  "audio": (),
+  "refusal": ("",),
+  "annotations": ([],),
+}
 _PART_IGNORED = {"prompt_cache_breakpoint": dict}
 _DETAILS = ("auto", "low", "high", "original")  # a model reads every picture at one size, the largest it has
 

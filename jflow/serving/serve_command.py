@@ -32,16 +32,10 @@ def parser() -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   flags.add(p, port=8000)
-  p.add_argument(
-    "--name", metavar="TEXT", help="of the model, as clients see it (default: the checkpoint's folder)"
-  )
-  p.add_argument(
-    "--max_body", type=whole(), default=20, metavar="MB", help="largest request (default %(default)s)"
-  )
+  p.add_argument("--name", metavar="TEXT", help="of the model, as clients see it (default: the checkpoint's folder)")
+  p.add_argument("--max_body", type=whole(), default=20, metavar="MB", help="largest request (default %(default)s)")
   secret = p.add_mutually_exclusive_group()
-  secret.add_argument(
-    "--token", metavar="TEXT", help="what clients must bear (others here can read it in `ps`)"
-  )
+  secret.add_argument("--token", metavar="TEXT", help="what clients must bear (others here can read it in `ps`)")
   secret.add_argument("--token_file", type=pathlib.Path, metavar="FILE", help="a file that holds the token")
   return p
 

@@ -56,11 +56,17 @@ class Server(uvicorn.Server):
   def __init__(self, app: object, engine: Engine, grace: float, limits: Limits | None = None):
     limits = limits or Limits.here()
     config = uvicorn.Config(
-      app, http=functools.partial(Connection, limits=limits), ws="none", loop="asyncio", log_config=None,
+      app,
+      http=functools.partial(Connection, limits=limits),
+      ws="none",
+      loop="asyncio",
+      log_config=None,
       access_log=False,
-      server_header=False, timeout_graceful_shutdown=math.ceil(grace), timeout_keep_alive=limits.idle,
+      server_header=False,
+      timeout_graceful_shutdown=math.ceil(grace),
+      timeout_keep_alive=limits.idle,
       backlog=limits.backlog,
-    )  # fmt: skip
+    )
     super().__init__(config)
     self._engine, self._ticks = engine, max(1, round(10 * limits.look))
 

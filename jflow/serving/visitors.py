@@ -287,9 +287,7 @@ class Visitors:
         if not full(mine()):
           break
       else:
-        raise ApiError(
-          413, f"{len(mine())} files of yours are here, as many as may be: begin a new conversation"
-        )
+        raise ApiError(413, f"{len(mine())} files of yours are here, as many as may be: begin a new conversation")
     total = lambda: sum(x.size for x in self._files.values()) + size
     if total() > MAX_TOTAL:
       here, limit = self._here(), time.monotonic() - IDLE

@@ -135,9 +135,7 @@ class Checkpointer:
       self._directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise UserError(f"{directory} cannot be used as a folder of checkpoints: {error.strerror}") from error
-    absl.logging.set_verbosity(
-      absl.logging.FATAL
-    )  # Orbax's errors come as exceptions; it would print them as well
+    absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax's errors come as exceptions; it would print them as well
     self._thread: threading.Thread | None = None
     self._error: BaseException | None = None
     self._told: dict[int, str] = {}
@@ -177,11 +175,7 @@ class Checkpointer:
   def newest(self) -> str:
     """Where the newest complete checkpoint is, as the end of a message."""
     whole = sealed_steps(self._directory)
-    return (
-      f"the last complete checkpoint is {self._directory / str(whole[0])}"
-      if whole
-      else "none was saved before"
-    )
+    return f"the last complete checkpoint is {self._directory / str(whole[0])}" if whole else "none was saved before"
 
   def wait(self) -> None:
     """Waits for the save in progress and raises its error."""
@@ -261,7 +255,9 @@ def resolve(path: str | pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     return workdir, folder
   odd = sorted(each.name for each in folder.iterdir() if each.name.isdigit() and steps.number(each.name) is None)
   if odd:  # which checkpoint is the newest cannot be told
-    raise UserError(f"{folder / odd[0]} must be named as a step, as in 0 or 1000: rename it, move it away, or name a step")
+    raise UserError(
+      f"{folder / odd[0]} must be named as a step, as in 0 or 1000: rename it, move it away, or name a step"
+    )
   step = newest_valid(folder)
   if step is None:
     raise UserError(f"{folder} holds no complete checkpoint yet")
@@ -327,9 +323,7 @@ def load_params(step_dir: pathlib.Path, weights: str = "ema") -> dict[str, Any]:
   return merge(loaded.get("frozen", {}), loaded.get("ema", loaded.get("trained", {})))
 
 
-def save_params(
-  workdir: str | pathlib.Path, params: dict[str, Any], config: dict[str, Any], tokenizer: Any
-) -> None:
+def save_params(workdir: str | pathlib.Path, params: dict[str, Any], config: dict[str, Any], tokenizer: Any) -> None:
   """Writes a converted model as a jflow checkpoint at step 0: what `load_params` and `train.init_from` read.
 
   Args:

@@ -81,16 +81,14 @@ def main(argv: list[str]) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )
+  parser.add_argument("--config", metavar="FILE[:SIZE]", required=True, help="for example configs/stage2.py:tiny")
+  parser.add_argument("--workdir", metavar="DIR", required=True, type=_workdir, help="directory of this run")
   parser.add_argument(
-    "--config", metavar="FILE[:SIZE]", required=True, help="for example configs/stage2.py:tiny"
-  )
-  parser.add_argument(
-    "--workdir", metavar="DIR", required=True, type=_workdir, help="directory of this run"
-  )
-  parser.add_argument(
-    "--accept_data", metavar="HASH", default="",
+    "--accept_data",
+    metavar="HASH",
+    default="",
     help="go on with other data than the run has begun with; the refusal of such a start names HASH",
-  )  # fmt: skip
+  )
   known, settings = parser.parse_known_args(argv)
   need_text_name("--workdir", known.workdir)
   config = load_config([f"--config={known.config}", *settings])

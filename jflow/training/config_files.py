@@ -60,9 +60,7 @@ def load(named: str) -> tuple[pathlib.Path, ConfigDict]:
         config = config.as_configdict()
       config = ConfigDict(config) if isinstance(config, dict) else config
     if not isinstance(config, ConfigDict):
-      raise UserError(
-        f"{file}:{_line(function)}: get_config must return a ConfigDict, got a {type(config).__name__}"
-      )
+      raise UserError(f"{file}:{_line(function)}: get_config must return a ConfigDict, got a {type(config).__name__}")
   return file, config
 
 
@@ -74,9 +72,7 @@ def _split(named: str) -> tuple[pathlib.Path, list[str]]:
     with contextlib.suppress(OSError, ValueError):  # a name that is too long, or that no file can have
       if path and pathlib.Path(path).is_file():
         return pathlib.Path(path), [":".join(parts[count:])] if count < len(parts) else []
-  named = (
-    (named.rpartition(":")[0] or named)[:300].encode("unicode_escape").decode()
-  )  # one line, whatever is in it
+  named = (named.rpartition(":")[0] or named)[:300].encode("unicode_escape").decode()  # one line, whatever is in it
   raise UserError(f"config file {named or repr('')} does not exist: give its path, as in configs/stage2.py:tiny")
 
 
@@ -181,9 +177,7 @@ def _package(name: str, places: list[str], folder: str) -> ModuleSpec:
   file = os.path.join(folder, "__init__.py")
   if folder and os.path.isfile(file):
     loader = _Source(name, file)
-    return importlib.util.spec_from_file_location(
-      name, file, loader=loader, submodule_search_locations=places
-    )
+    return importlib.util.spec_from_file_location(name, file, loader=loader, submodule_search_locations=places)
   spec = ModuleSpec(name, None, is_package=True)
   spec.submodule_search_locations = places
   return spec

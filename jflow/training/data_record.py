@@ -113,9 +113,7 @@ def _check(workdir: pathlib.Path, now: Data, accepted: str) -> None:
 
 def digest(data: Data) -> str:
   """A hash of the content, whatever the sources are called."""
-  content = {
-    task: [[source[name] for name in _CONTENT] for source in sources] for task, sources in data.items()
-  }
+  content = {task: [[source[name] for name in _CONTENT] for source in sources] for task, sources in data.items()}
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -156,6 +154,4 @@ def _content(source: dict[str, Any], other: dict[str, Any] | None = None) -> str
 
 
 def _told(data: Data) -> str:
-  return "; ".join(
-    f"{source['source']}: {_content(source)}" for sources in data.values() for source in sources
-  )
+  return "; ".join(f"{source['source']}: {_content(source)}" for sources in data.values() for source in sources)

@@ -28,8 +28,9 @@ def whole(least: int, most: int = _MOST, note: str = "") -> Check:
   return check
 
 
-def number(least: float = -math.inf, most: float = math.inf, above: float = -math.inf, below: float = math.inf,
-           note: str = "") -> Check:  # fmt: skip
+def number(
+  least: float = -math.inf, most: float = math.inf, above: float = -math.inf, below: float = math.inf, note: str = ""
+) -> Check:
   """A finite number, at least and at most, above and below something."""
 
   def check(value: Any) -> str:
@@ -52,9 +53,7 @@ def number(least: float = -math.inf, most: float = math.inf, above: float = -mat
 
 def text(value: Any) -> str:
   """Text of one line."""
-  return (
-    "" if isinstance(value, str) and not re.search(r"[\x00-\x1f\x7f]", value) else "must be text of one line"
-  )
+  return "" if isinstance(value, str) and not re.search(r"[\x00-\x1f\x7f]", value) else "must be text of one line"
 
 
 def truth(value: Any) -> str:
@@ -63,9 +62,7 @@ def truth(value: Any) -> str:
 
 def words(value: Any) -> str:
   """Names, none of them empty."""
-  fine = isinstance(value, (tuple, list)) and all(
-    isinstance(one, str) and one and not text(one) for one in value
-  )
+  fine = isinstance(value, (tuple, list)) and all(isinstance(one, str) and one and not text(one) for one in value)
   return "" if fine else "must be a tuple of texts, as ('a', 'b')"
 
 
@@ -99,11 +96,7 @@ def weighted(example: str) -> Check:
 
   def check(value: Any) -> str:
     fine = isinstance(value, (tuple, list)) and all(
-      isinstance(one, (tuple, list))
-      and len(one) == 2
-      and not text(one[0])
-      and one[0]
-      and not number(0)(one[1])
+      isinstance(one, (tuple, list)) and len(one) == 2 and not text(one[0]) and one[0] and not number(0)(one[1])
       for one in value
     )
     return "" if fine else f"must be a tuple of {example}"

@@ -43,9 +43,7 @@ def model_flops_of(
   return model_flops.step(model, set(trained), work, bool(weights["alignment"]), given, bool(weights["text"]))
 
 
-def mfu(
-  config: Mapping[str, Any], trained: Collection[str], row: dict[str, Any], seconds: float
-) -> float | None:
+def mfu(config: Mapping[str, Any], trained: Collection[str], row: dict[str, Any], seconds: float) -> float | None:
   """The share of the devices' dense bf16 peak that a step used; None where no table has it (a CPU).
 
   Takes the step's work_... metrics out of `row`.

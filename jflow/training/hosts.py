@@ -39,10 +39,16 @@ def start(config: Mapping[str, Any]) -> None:
         "train one model together"
       )
     return
-  explicit = {} if detect else dict(
-    coordinator_address=config["coordinator"], num_processes=processes, process_id=config["process_id"],
-    cluster_detection_method="deactivate",
-  )  # fmt: skip
+  explicit = (
+    {}
+    if detect
+    else dict(
+      coordinator_address=config["coordinator"],
+      num_processes=processes,
+      process_id=config["process_id"],
+      cluster_detection_method="deactivate",
+    )
+  )
   jax.config.update("jax_enable_preemption_service", False)  # its handler would take SIGTERM from the loop's
   try:
     jax.distributed.initialize(
@@ -55,9 +61,7 @@ def start(config: Mapping[str, Any]) -> None:
     reason = str(error).splitlines()[0]
     if detect and isinstance(error, ValueError):
       reason = "jax knows no cluster by this environment (Slurm, TPU, Open MPI); set distributed.coordinator"
-    raise UserError(
-      f"config.distributed: the processes of the run did not come together: {reason}"
-    ) from error
+    raise UserError(f"config.distributed: the processes of the run did not come together: {reason}") from error
 
 
 def is_first() -> bool:
@@ -96,9 +100,7 @@ def tree_of_first(tree: Any) -> Any:
 
 def on_host(tree: Any) -> Any:
   """Whole arrays of a sharded tree as numpy arrays. All processes call it."""
-  return (
-    jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
-  )
+  return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
 
 def first_alone(action: Callable[[], Any]) -> Any:

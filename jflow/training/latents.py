@@ -39,9 +39,7 @@ stopped. All devices of this machine share the work, in float32."""
 
 def fingerprint(vae: Mapping[str, Any], config: AutoencoderConfig) -> str:
   """Returns a hash of what makes moments of pixels: the encoder's parameters, as float32, and the kind of VAE."""
-  digest = hashlib.sha256(
-    repr((config.kind, config.latent_channels, config.patch_size, config.window)).encode()
-  )
+  digest = hashlib.sha256(repr((config.kind, config.latent_channels, config.patch_size, config.window)).encode())
   for path, leaf in sorted(flatten_dict(vae, sep="/").items()):
     if path.split("/")[0] in ("encoder", "quant"):
       leaf = np.ascontiguousarray(leaf, np.float32)
@@ -135,9 +133,11 @@ def main(argv: list[str]) -> int:
   add("--batch_size", type=whole(most=100_000), default=16, help="pictures at a time (default 16)")
   add("--seed", type=whole(most=SEED), default=0, help="of the squares (default 0)")
   add(
-    "--threads", type=whole(most=100_000), default=os.cpu_count() or 1,
+    "--threads",
+    type=whole(most=100_000),
+    default=os.cpu_count() or 1,
     help="that read and decode (default: one per core)",
-  )  # fmt: skip
+  )
   args = parser.parse_args(argv)
   for name in ("batch_size", "threads"):
     if getattr(args, name) < 1:

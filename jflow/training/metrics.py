@@ -154,9 +154,7 @@ class Lines:
     try:
       written = os.write(self._file, line)
     except OSError as error:
-      raise Stopped(
-        f"{self._path} cannot be written: {error.strerror}; the checkpoints are as they were"
-      ) from error
+      raise Stopped(f"{self._path} cannot be written: {error.strerror}; the checkpoints are as they were") from error
     if written != len(line):
       raise Stopped(f"{self._path} cannot be written: the disk is full; the checkpoints are as they were")
 
@@ -182,9 +180,7 @@ class Progress:
   def __init__(self, total: int, first: int, every_seconds: float, shown: bool = True):
     """`first`: steps done before; `shown`: False on all processes of a run but one."""
     terminal = sys.stderr.isatty()
-    self._bar = tqdm(
-      total=total, initial=first, unit="step", dynamic_ncols=True, disable=not (shown and terminal)
-    )
+    self._bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True, disable=not (shown and terminal))
     self._total, self._every, self._plain = total, every_seconds, shown and not terminal
     self._started, self._next = time.monotonic(), 0.0
     self._first: int | None = None

@@ -101,9 +101,7 @@ def make_optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
       consistent_rms=0.2,
     )
   else:
-    optimizer = optax.adamw(
-      rate, b1=config["beta1"], b2=config["beta2"], eps=config["epsilon"], weight_decay=decay
-    )
+    optimizer = optax.adamw(rate, b1=config["beta1"], b2=config["beta2"], eps=config["epsilon"], weight_decay=decay)
   return optax.chain(optax.clip_by_global_norm(config["clip_norm"]), optimizer)
 
 

@@ -101,9 +101,7 @@ def _value(where: ConfigDict, name: str, argument: str, text: str | None) -> Any
     raise UserError(f"{argument} needs a value, as {argument}=VALUE")
   if isinstance(where[name], ConfigDict):
     return _section(where[name], argument, text)
-  reader = {bool: _boolean, int: _integer, float: _number, str: _text, tuple: _tuple, list: _tuple}.get(
-    kind, _any
-  )
+  reader = {bool: _boolean, int: _integer, float: _number, str: _text, tuple: _tuple, list: _tuple}.get(kind, _any)
   read = reader(argument, text)
   return list(read) if kind is list else read
 
@@ -111,9 +109,7 @@ def _value(where: ConfigDict, name: str, argument: str, text: str | None) -> Any
 def _section(section: ConfigDict, argument: str, text: str) -> ConfigDict:
   read = _literal(argument, text, f"names a section, whose fields are {', '.join(section)}")
   if not isinstance(read, dict) or set(read) != set(section):
-    raise UserError(
-      f"{argument} names a section: set one of its fields, or all of {', '.join(section)} as a dict"
-    )
+    raise UserError(f"{argument} names a section: set one of its fields, or all of {', '.join(section)} as a dict")
   changed = ConfigDict(section)
   for field, value in read.items():
     if isinstance(section[field], ConfigDict):
@@ -182,9 +178,7 @@ def _is_pattern(text: str) -> bool:
 def _tuple(argument: str, text: str) -> tuple[Any, ...]:
   """A literal, or one word without quotes as the only element."""
   if not re.search(r"[\s,'\"]|^[(\[{]", text) and not re.match(r"[+-]?[0-9.]", text):
-    return (
-      (_text(argument, text),) if text not in ("", "None", "True", "False") else _refuse_tuple(argument, text)
-    )
+    return (_text(argument, text),) if text not in ("", "None", "True", "False") else _refuse_tuple(argument, text)
   if not re.search(r"[\s,'\"]", text) and _is_pattern(text):
     return (_text(argument, text),)
   read = _plain(argument, _literal(argument, text, "must be a tuple, as ('a', 'b') or ((0, 1.5),)"))

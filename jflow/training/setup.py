@@ -136,9 +136,12 @@ def row_shape(config: Config, model: JanusFlowConfig) -> RowShape:
   data = config["data"]
   moments = (model.latent_size, model.latent_size, 2 * model.autoencoder.latent_channels)
   return RowShape(
-    data["row_tokens"], data["row_images"], model.patches, model.image_size,
+    data["row_tokens"],
+    data["row_images"],
+    model.patches,
+    model.image_size,
     moments if data["latents"] else (0,),
-  )  # fmt: skip
+  )
 
 
 def initial_params(model: JanusFlow, seed: int) -> Any:

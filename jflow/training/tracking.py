@@ -52,9 +52,13 @@ class WeightsAndBiases:
 
     self._wandb = wandb
     self._run = wandb.init(
-      project=project, name=workdir.resolve().name, id=_run_id(workdir / "wandb_id"), resume="allow",
-      dir=str(workdir), config=dict(config),
-    )  # fmt: skip
+      project=project,
+      name=workdir.resolve().name,
+      id=_run_id(workdir / "wandb_id"),
+      resume="allow",
+      dir=str(workdir),
+      config=dict(config),
+    )
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
     self._run.log(dict(values), step=step)

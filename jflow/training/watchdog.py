@@ -7,9 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-_FIRST = (
-  10  # a first step compiles, and a last one waits for the checkpoint: they may take so many times as long
-)
+_FIRST = 10  # a first step compiles, and a last one waits for the checkpoint: they may take so many times as long
 
 
 class Watchdog:
@@ -52,8 +50,9 @@ class Watchdog:
           f"jflow: no step for {self._allowed:g} s (train.watchdog_seconds={self._seconds:g}) after {self._what}"
           f"{f', since {other} sends nothing' if other else ''}; this process ends here, and the same command goes on "
           f"from the last checkpoint{'' if other else '. What each thread was doing:'}",
-          file=sys.stderr, flush=True,
-        )  # fmt: skip
+          file=sys.stderr,
+          flush=True,
+        )
         if not other:
           faulthandler.dump_traceback(all_threads=True)
         os._exit(1)

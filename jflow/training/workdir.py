@@ -22,11 +22,26 @@ from jflow.training.checkpoint import read_config
 # What may differ between a run and its continuation: all else would make it another run. How a step is laid out over
 # devices and memory changes losses by rounding alone, another attention kernel by what that kernel rounds.
 _MAY_CHANGE = (
-  "train.steps", "train.watchdog_seconds", "train.init_fresh", "train.init_dropped", "checkpoint.", "distributed.", "log.", "profile.",
-  "mesh.", "train.accumulation", "compute.remat", "compute.attention", "compute.unroll",
-  "compute.compilation_cache", "data.workers", "data.threads", "data.prefetch", "data.plan_cache",
+  "train.steps",
+  "train.watchdog_seconds",
+  "train.init_fresh",
+  "train.init_dropped",
+  "checkpoint.",
+  "distributed.",
+  "log.",
+  "profile.",
+  "mesh.",
+  "train.accumulation",
+  "compute.remat",
+  "compute.attention",
+  "compute.unroll",
+  "compute.compilation_cache",
+  "data.workers",
+  "data.threads",
+  "data.prefetch",
+  "data.plan_cache",
   "data.tokenizer",  # a path; its files are compared instead
-)  # fmt: skip
+)
 
 _LEASE = 120  # seconds after which a network disk has freed the lock of a host that died
 
@@ -121,8 +136,9 @@ def _wait_for_lock(handle: Any, workdir: pathlib.Path) -> None:
     except OSError as error:  # a file system without locks
       print(
         f"jflow: {workdir} cannot be locked ({error.strerror}): take care that no second trainer uses it",
-        file=sys.stderr, flush=True,
-      )  # fmt: skip
+        file=sys.stderr,
+        flush=True,
+      )
       return
     holder = _holder(handle) or "unknown"
     if _machine() in holder or time.monotonic() > until:
@@ -233,9 +249,7 @@ def versions() -> dict[str, str]:
 
 def source_version() -> str:
   """The git commit that jflow runs from, with "+changes" when files differ; "" outside a checkout."""
-  git = lambda *a: subprocess.run(
-    ("git", "-C", str(pathlib.Path(__file__).parent), *a), capture_output=True, text=True
-  )
+  git = lambda *a: subprocess.run(("git", "-C", str(pathlib.Path(__file__).parent), *a), capture_output=True, text=True)
   try:
     commit = git("rev-parse", "HEAD").stdout.strip()
     return commit + ("+changes" if commit and git("status", "--porcelain", "-uno").stdout.strip() else "")

@@ -176,9 +176,7 @@ def _others(rows: Sequence[Painted]) -> list[tuple[Painted, dict[str, Any]]]:
   return pairs
 
 
-def _distances(
-  painted: Sequence[Painted], split: str, name: str, cache: pathlib.Path | None
-) -> dict[str, Score]:
+def _distances(painted: Sequence[Painted], split: str, name: str, cache: pathlib.Path | None) -> dict[str, Score]:
   """Frechet and kernel distances to true pictures on two kinds of features, each with what true pictures get."""
   if len(painted) < 2:
     return {}
@@ -197,9 +195,11 @@ def _distances(
   groups = list(prompts.values())
   out = {}
   for what, least in (("tex", 1e-6), ("state", features.LEAST_STATE)):
-    normal = lambda x: distances.normalised(x[what], target[what], least)
-    a, b, others = normal(own), normal(target), [normal(x) for x in floors]
-    of_prompts = lambda chosen: distances.frechet(b, a[np.concatenate([groups[i] for i in chosen])])
+    a, b, *others = (distances.normalised(x[what], target[what], least) for x in (own, target, *floors))
+
+    def of_prompts(chosen: Sequence[int], a: np.ndarray = a, b: np.ndarray = b) -> float:
+      return distances.frechet(b, a[np.concatenate([groups[i] for i in chosen])])
+
     out[f"{name} pictures: FD-{what}"] = scores.jackknife(of_prompts, groups)._replace(count=count)
     out[f"{name} pictures: FD-{what}, floor"] = _spread([distances.frechet(b, x) for x in others], count)
     out[f"{name} pictures: MMD-{what}"] = Score(distances.kernel_distance(a, b), count=count)
@@ -245,9 +245,7 @@ def _sheets(painted: Sequence[Painted]) -> Iterator[tuple[str, Image.Image]]:
     yield f"{tag}, right above, wrong below", contact_sheet(images, captions, columns, side=112, lines=4)
 
 
-def _question_scores(
-  asked: Sequence[tuple[Any, Asked]], said: Sequence[str], name: str
-) -> dict[str, Score]:
+def _question_scores(asked: Sequence[tuple[Any, Asked]], said: Sequence[str], name: str) -> dict[str, Score]:
   """Accuracy per kind and their mean; F1 of the yes as POPE's; groups as MME's accuracy+ and MMBench's circles.
 
   The questions of a group (a yes and a no, the orders of a choice) count as alike as their answers are.
@@ -288,7 +286,10 @@ def _gap(out: Mapping[str, Score], kind: str) -> dict[str, Score]:
   """Mean difference over the categories that both splits have."""
   names = [name.removeprefix(f"held-out {kind}: ") for name in out if name.startswith(f"held-out {kind}: ")]
   names = [name for name in names if name in (TAGS if kind == "pictures" else questions.KINDS)]
-  differences = [out[f"seen {kind}: {name}"].value - out[f"held-out {kind}: {name}"].value for name in names
-                 if f"seen {kind}: {name}" in out]  # fmt: skip
+  differences = [
+    out[f"seen {kind}: {name}"].value - out[f"held-out {kind}: {name}"].value
+    for name in names
+    if f"seen {kind}: {name}" in out
+  ]
   name = f"{kind}: seen less held-out, same categories"
   return {name: Score(float(np.mean(differences)), count=len(differences))} if differences else {}

@@ -135,9 +135,7 @@ def lab(rgb: np.ndarray) -> np.ndarray:
   )
 
 
-def _placed(
-  group: Sequence[Detection], wanted: Mapping[str, Any], groups: Sequence[Sequence[Detection]]
-) -> bool:
+def _placed(group: Sequence[Detection], wanted: Mapping[str, Any], groups: Sequence[Sequence[Detection]]) -> bool:
   if "position" not in wanted:
     return True
   name, target = wanted["position"]

@@ -112,8 +112,7 @@ def about(scene: Scene, rng: Rng) -> list[Question]:
     if name and shapes.count(a.shape) == shapes.count(b.shape) == 1:
       inverse = scenes.INVERSE[name]
       if unseen or not (
-        scenes.relation_held_out(a.shape, name, b.shape)
-        or scenes.relation_held_out(a.shape, inverse, b.shape)
+        scenes.relation_held_out(a.shape, name, b.shape) or scenes.relation_held_out(a.shape, inverse, b.shape)
       ):
         for seen_from in (f"the {b.shape}",) + ("the other one",) * (len(objects) == 2):
           ask(PLACE, f"Where is the {a.shape}, seen from {seen_from}?", name.removesuffix(" of"))

@@ -188,9 +188,7 @@ def combinations(tag: str, unseen: bool) -> tuple[Combination, ...]:
     return () if unseen else tuple(Combination(tag, ((shape, None),)) for shape in SHAPES)
   if tag == "two_object":
     return (
-      ()
-      if unseen
-      else tuple(Combination(tag, ((a, None), (b, None))) for a, b in itertools.permutations(SHAPES, 2))
+      () if unseen else tuple(Combination(tag, ((a, None), (b, None))) for a, b in itertools.permutations(SHAPES, 2))
     )
   if tag == "counting":
     return tuple(

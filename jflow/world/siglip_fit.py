@@ -95,9 +95,7 @@ def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed
   return jax.device_get(params["tower"])
 
 
-def recolored(
-  scene: Scene, side: int, rng: np.random.Generator, all_shapes: bool
-) -> tuple[Scene, np.ndarray]:
+def recolored(scene: Scene, side: int, rng: np.random.Generator, all_shapes: bool) -> tuple[Scene, np.ndarray]:
   """Gives some objects a color that has no name in the world, and tells what each patch shows.
 
   Args:

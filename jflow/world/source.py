@@ -220,9 +220,7 @@ def _details(scene: Scene) -> list[str]:
   for (shape, color, size, *_), place in zip(objects, places):
     told_apart = shapes.count(shape) == 1
     sentences.append(
-      f"The {shape} is {color}, {size} and {place}."
-      if told_apart
-      else f"The {color} {shape} is {size} and {place}."
+      f"The {shape} is {color}, {size} and {place}." if told_apart else f"The {color} {shape} is {size} and {place}."
     )
   return sentences
 

@@ -61,9 +61,7 @@ LOSSES = ("flow", "text", "alignment")
 SHEET = 12  # prompts, two per category
 
 
-def write(
-  folder: pathlib.Path, reports: Mapping[str, pathlib.Path], ends: Mapping[str, int], command: str
-) -> None:
+def write(folder: pathlib.Path, reports: Mapping[str, pathlib.Path], ends: Mapping[str, int], command: str) -> None:
   """Writes the four files.
 
   Args:

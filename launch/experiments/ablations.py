@@ -27,13 +27,13 @@ from collections.abc import Iterator, Mapping
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "launch" / "experiments")]
 
-import ablation_report  # noqa: E402
+import ablation_report
 
-from configs import ablation, stage0, stage1  # noqa: E402
-from jflow.errors import UserError  # noqa: E402
-from jflow.evaluation import report  # noqa: E402
-from jflow.interop import checkpoints, remote  # noqa: E402
-from jflow.training.checkpoint import sealed_steps  # noqa: E402
+from configs import ablation, stage0, stage1
+from jflow.errors import UserError
+from jflow.evaluation import report
+from jflow.interop import checkpoints, remote
+from jflow.training.checkpoint import sealed_steps
 
 NOT_ASKED = {"D": "questions", "E": "pictures"}  # what each of the two has learned; the rest is not scored
 
@@ -217,9 +217,7 @@ def main() -> int:
   args.folder = args.folder.resolve()
   args.folder.mkdir(parents=True, exist_ok=True)
   args.steps = args.steps or ablation.BUDGETS[args.size]
-  ends = {
-    letter: ablation.get_config(f"{letter}-{args.size}-{args.steps}").train.steps for letter in ablation.LETTERS
-  }
+  ends = {letter: ablation.get_config(f"{letter}-{args.size}-{args.steps}").train.steps for letter in ablation.LETTERS}
   if not args.report:
     if not args.start:
       run({"stages": stages(args)}, args.folder)
@@ -229,7 +227,9 @@ def main() -> int:
   scored = [letter for letter in ends if done[letter] >= (1 if args.report else ends[letter])]
   run({letter: scoring(args, letter) for letter in scored}, args.folder, args.jobs)
   reports = {letter: scores(args, letter) for letter in scored}
-  ablation_report.write(args.folder, reports, ends, "python " + shlex.join(["launch/experiments/ablations.py", *sys.argv[1:]]))
+  ablation_report.write(
+    args.folder, reports, ends, "python " + shlex.join(["launch/experiments/ablations.py", *sys.argv[1:]])
+  )
   return 0
 
 

@@ -28,13 +28,15 @@ from tqdm import tqdm
 try:
   import torch
 except ModuleNotFoundError:
-  print("launch/experiments/features.py needs PyTorch, which jflow does not install: pip install torch", file=sys.stderr)
+  print(
+    "launch/experiments/features.py needs PyTorch, which jflow does not install: pip install torch", file=sys.stderr
+  )
   sys.exit(2)
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
-from jflow.data.importers.inputs import is_hidden  # noqa: E402
-from jflow.errors import UserError  # noqa: E402
-from jflow.evaluation.distances import inception_input  # noqa: E402
+from jflow.data.importers.inputs import is_hidden
+from jflow.errors import UserError
+from jflow.evaluation.distances import inception_input
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PART = 1024  # pictures in a file of OUTPUT.parts
@@ -111,9 +113,13 @@ class Parts:
       raise UserError(f"{folder} cannot be made: {error.strerror}") from None
 
   def all(
-    self, name: str, items: Sequence[Any], states: Sequence[Any], key: Any,
+    self,
+    name: str,
+    items: Sequence[Any],
+    states: Sequence[Any],
+    key: Any,
     make: Callable[[Sequence[Any]], dict[str, np.ndarray]],
-  ) -> dict[str, np.ndarray]:  # fmt: skip
+  ) -> dict[str, np.ndarray]:
     """The features of all items, made by `make` where no part has them.
 
     Args:
@@ -229,8 +235,10 @@ def painted(folder: pathlib.Path, prompts: dict[str, str]) -> list[pathlib.Path]
     raise UserError(f"{folder} holds no pictures: --pictures names the folder pictures/ of an evaluation's --output")
   others = [path.name for path in paths if path.stem not in prompts]
   if others:
-    raise UserError(f"{folder}: {len(others)} of {len(paths)} pictures have no prompt in meta_data.json "
-                    f"({_some(others)}): name the pictures of this benchmark")  # fmt: skip
+    raise UserError(
+      f"{folder}: {len(others)} of {len(paths)} pictures have no prompt in meta_data.json "
+      f"({_some(others)}): name the pictures of this benchmark"
+    )
   _refuse_doubles(folder, paths)
   return paths
 
@@ -242,8 +250,10 @@ def true_pictures(folder: pathlib.Path, prompts: dict[str, str]) -> list[pathlib
   _refuse_doubles(folder, paths)
   missing = sorted(prompts.keys() - {path.stem for path in paths})
   if missing:
-    raise UserError(f"{folder}: {len(missing)} of {len(prompts)} pictures of meta_data.json are missing "
-                    f"({_some(missing)}): unpack mjhq30k_imgs.zip there, whole")  # fmt: skip
+    raise UserError(
+      f"{folder}: {len(missing)} of {len(prompts)} pictures of meta_data.json are missing "
+      f"({_some(missing)}): unpack mjhq30k_imgs.zip there, whole"
+    )
   return paths
 
 
@@ -253,8 +263,10 @@ def _refuse_doubles(folder: pathlib.Path, paths: Sequence[pathlib.Path]) -> None
     by_name.setdefault(path.stem, []).append(path)
   doubles = [same for same in by_name.values() if len(same) > 1]
   if doubles:
-    raise UserError(f"{folder}: {len(doubles)} pictures lie there twice, for example {doubles[0][0]} and "
-                    f"{doubles[0][1]}: move what an evaluation has painted elsewhere")  # fmt: skip
+    raise UserError(
+      f"{folder}: {len(doubles)} pictures lie there twice, for example {doubles[0][0]} and "
+      f"{doubles[0][1]}: move what an evaluation has painted elsewhere"
+    )
 
 
 def _joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

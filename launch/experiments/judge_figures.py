@@ -41,15 +41,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-from jflow.errors import UserError  # noqa: E402
-from jflow.evaluation import report, scores  # noqa: E402
-from jflow.inference import files  # noqa: E402
-from jflow.world import (  # noqa: E402
-  judge,  # noqa: E402
+from jflow.errors import UserError
+from jflow.evaluation import report, scores
+from jflow.inference import files
+from jflow.world import (
+  judge,
   scenes,
 )
 from jflow.world import source as world
-from jflow.world.scenes import COLORS, SHAPES, TAGS, Scene  # noqa: E402
+from jflow.world.scenes import COLORS, SHAPES, TAGS, Scene
 
 SIDES = (48, 64, 96)  # pixels
 PICTURES = 900  # per row
@@ -173,9 +173,7 @@ class PatchCodec:
 @functools.cache
 def codec(side: int) -> PatchCodec:
   """Returns the codec for pictures of a side, fitted to pictures of training."""
-  return PatchCodec(
-    drawn(TAGS[i % len(TAGS)], "train", i // len(TAGS), "codec")[0].render(side) for i in range(FITTED)
-  )
+  return PatchCodec(drawn(TAGS[i % len(TAGS)], "train", i // len(TAGS), "codec")[0].render(side) for i in range(FITTED))
 
 
 def _pixels(image: np.ndarray) -> np.ndarray:

@@ -30,21 +30,33 @@ from jflow.inference.sheet import contact_sheet
 
 # Name -> (caption, ((question, answer), ...)), all of our own writing.
 PHOTOS = {
-  "astronaut": ("an astronaut in an orange suit smiles at the camera", (("Who is in the picture?", "an astronaut"), ("What color is the suit?", "orange"))),
-  "camera": ("a man in a dark coat looks through a camera on a tripod", (("What is the man doing?", "taking a picture"),)),
+  "astronaut": (
+    "an astronaut in an orange suit smiles at the camera",
+    (("Who is in the picture?", "an astronaut"), ("What color is the suit?", "orange")),
+  ),
+  "camera": (
+    "a man in a dark coat looks through a camera on a tripod",
+    (("What is the man doing?", "taking a picture"),),
+  ),
   "coffee": ("a cup of coffee on a saucer with a spoon", (("What is in the cup?", "coffee"),)),
   "chelsea": ("the face of a ginger cat, seen from close by", (("What animal is this?", "a cat"),)),
   "rocket": ("a white rocket stands on its launch pad at dusk", (("What stands on the pad?", "a rocket"),)),
   "coins": ("rows of ancient coins on a dark table", (("What lies on the table?", "coins"),)),
   "hubble_deep_field": ("hundreds of galaxies in deep space", (("What are the bright spots?", "galaxies"),)),
   "retina": ("the inside of an eye with its blood vessels", (("What organ is this?", "an eye"),)),
-  "immunohistochemistry": ("stained tissue under a microscope, brown and blue", (("How was the picture taken?", "with a microscope"),)),
+  "immunohistochemistry": (
+    "stained tissue under a microscope, brown and blue",
+    (("How was the picture taken?", "with a microscope"),),
+  ),
   "brick": ("a wall of bricks", (("What is the wall made of?", "bricks"),)),
   "grass": ("a meadow of grass from above", (("What grows here?", "grass"),)),
   "moon": ("craters on the moon", (("Where is this?", "on the moon"),)),
-  "china": ("a Chinese palace under a blue sky", (("In which country is this?", "China"), ("What kind of building is it?", "a palace"))),
+  "china": (
+    "a Chinese palace under a blue sky",
+    (("In which country is this?", "China"), ("What kind of building is it?", "a palace")),
+  ),
   "flower": ("a red flower with green leaves behind it", (("What plant part is shown?", "a flower"),)),
-}  # fmt: skip
+}
 
 
 def original(name: str) -> np.ndarray:
@@ -77,9 +89,7 @@ def command(*arguments: str) -> None:
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(
-    description="Learns 14 photographs by heart, paints them, answers about them."
-  )
+  parser = argparse.ArgumentParser(description="Learns 14 photographs by heart, paints them, answers about them.")
   parser.add_argument("folder", type=pathlib.Path, help="where all of it goes; the same folder goes on")
   out = parser.parse_args().folder.resolve()
   write_photos(out / "photos")
@@ -93,9 +103,11 @@ def main() -> int:
         f"--task={task}",
       )
   command(
-    "train", "--config=configs/photos.py", f"--workdir={out / 'run'}",
+    "train",
+    "--config=configs/photos.py",
+    f"--workdir={out / 'run'}",
     *(f"--config.data.sources.{task}=(('{out / task}',1.0),)" for task in ("understanding", "generation")),
-  )  # fmt: skip
+  )
 
   model = jflow.load(out / "run")
   size = model.model.config.image_size
@@ -104,9 +116,7 @@ def main() -> int:
   nearest = []
   for image in painted:  # training paints random square crops, so the distance is that to the nearest crop
     pixels = np.asarray(image, np.float32)
-    distance = {
-      name: float(((crop - pixels) ** 2).mean(axis=(1, 2, 3)).min()) for name, crop in crops.items()
-    }
+    distance = {name: float(((crop - pixels) ** 2).mean(axis=(1, 2, 3)).min()) for name, crop in crops.items()}
     nearest.append(min(distance, key=distance.get))
   right = sum(a == b for a, b in zip(nearest, PHOTOS))
 
@@ -121,11 +131,7 @@ def main() -> int:
       answers.append({"photo": name, "question": question, "answer": answer, "said": said})
   correct = sum(a["said"] == a["answer"] for a in answers)
 
-  pairs = [
-    x
-    for name, image in zip(PHOTOS, painted)
-    for x in (Image.fromarray(crops[name][4].astype(np.uint8)), image)
-  ]
+  pairs = [x for name, image in zip(PHOTOS, painted) for x in (Image.fromarray(crops[name][4].astype(np.uint8)), image)]
   captions = [x for caption, _ in PHOTOS.values() for x in ("photograph", caption)]
   contact_sheet(pairs, captions, columns=8, side=128).save(out / "painted.png")
   result = {

@@ -13,12 +13,12 @@ REASON = "PyTorch is not installed: JFLOW_PARITY=1 bash launch/test.sh installs 
 torch = pytest.importorskip("torch", reason=REASON)
 pytest.importorskip("diffusers", reason=REASON)
 
-import test_torch  # noqa: E402
+import test_torch
 
-from jflow.__main__ import main  # noqa: E402
-from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer  # noqa: E402
-from jflow.interop.checkpoints import read_checkpoint  # noqa: E402
-from jflow.interop.transfer import flatten  # noqa: E402
+from jflow.__main__ import main
+from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from jflow.interop.checkpoints import read_checkpoint
+from jflow.interop.transfer import flatten
 
 BOS, EOS = SPECIAL_TOKENS["bos"], SPECIAL_TOKENS["eos"]
 
@@ -65,9 +65,7 @@ def test_parts_become_a_whole_model(directories, tmp_path):
   np.testing.assert_allclose(params["language_model/embed"][97:], mean, rtol=1e-5, atol=1e-6)
   np.testing.assert_array_equal(params["language_model/head/kernel"][:, :97], llm.read("lm_head.weight").T)
   siglip = test_torch.Checkpoint(directories["siglip"], ("model",))
-  np.testing.assert_array_equal(
-    params["understanding_encoder/head/latent"], siglip.read("head.probe").reshape(-1)
-  )
+  np.testing.assert_array_equal(params["understanding_encoder/head/latent"], siglip.read("head.probe").reshape(-1))
   tokenizer = Tokenizer.load(str(out / "tokenizer"))
   assert len({getattr(tokenizer, name) for name in SPECIAL_TOKENS}) == 7
   assert tokenizer.vocabulary_size == 100

@@ -15,12 +15,12 @@ torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 diffusers = pytest.importorskip("diffusers", reason=REASON)
 
-from jflow.interop import names, official, parts, transfer  # noqa: E402
-from jflow.interop.official_config import Fields, language_model_config  # noqa: E402
-from jflow.interop.safetensors_io import Checkpoint, read_json  # noqa: E402
-from jflow.models.llm import LanguageModel  # noqa: E402
-from jflow.models.siglip import Siglip  # noqa: E402
-from jflow.models.vae import make_autoencoder  # noqa: E402
+from jflow.interop import names, official, parts, transfer
+from jflow.interop.official_config import Fields, language_model_config
+from jflow.interop.safetensors_io import Checkpoint, read_json
+from jflow.models.llm import LanguageModel
+from jflow.models.siglip import Siglip
+from jflow.models.vae import make_autoencoder
 
 SEEDS = (0, 1, 2)
 torch.set_num_threads(1)
@@ -167,9 +167,7 @@ def siglip(directory: pathlib.Path, seed: int, whole: bool = False, **changes):
     attn_implementation="eager",
   )
   if whole:
-    text = dict(
-      vocab_size=50, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2
-    )
+    text = dict(vocab_size=50, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2)
     config = transformers.SiglipConfig(text_config=text, vision_config=values | changes)
     model = shake(transformers.SiglipModel(config), seed)
     model.save_pretrained(directory)

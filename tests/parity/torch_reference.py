@@ -66,12 +66,8 @@ class Encoder(nn.Module):
     super().__init__()
     g, width = c["generation"], c["language_model"]["width"]
     self.channels = g["width"]
-    self.time_embed = nn.ModuleDict(
-      dict(linear_1=nn.Linear(g["width"], width), linear_2=nn.Linear(width, width))
-    )
-    self.in_conv = nn.Conv2d(
-      c["autoencoder"]["latent_channels"], g["width"], g["patch_size"], g["patch_size"]
-    )
+    self.time_embed = nn.ModuleDict(dict(linear_1=nn.Linear(g["width"], width), linear_2=nn.Linear(width, width)))
+    self.in_conv = nn.Conv2d(c["autoencoder"]["latent_channels"], g["width"], g["patch_size"], g["patch_size"])
     blocks = [Block(g["width"], width, g["norm_epsilon"]) for _ in range(g["encoder_blocks"])]
     self.mid_block = nn.ModuleDict({"res_blocks": nn.ModuleList(blocks)})
 
@@ -139,28 +135,46 @@ class Reference:
     self.device, self.dtype = device, dtype
     lm, vision, vae = c["language_model"], c["understanding_encoder"], c["autoencoder"]
     llama = transformers.LlamaConfig(
-      vocab_size=lm["vocabulary_size"], hidden_size=lm["width"], intermediate_size=lm["mlp_width"],
-      num_hidden_layers=lm["layers"], num_attention_heads=lm["heads"], num_key_value_heads=lm["kv_heads"],
-      head_dim=lm["head_width"], rms_norm_eps=lm["rms_norm_epsilon"], max_position_embeddings=lm["context"],
-      rope_parameters={"rope_type": "default", "rope_theta": lm["rope_theta"]}, tie_word_embeddings=False,
-      bos_token_id=None, eos_token_id=None, pad_token_id=None, attn_implementation="sdpa",
-    )  # fmt: skip
+      vocab_size=lm["vocabulary_size"],
+      hidden_size=lm["width"],
+      intermediate_size=lm["mlp_width"],
+      num_hidden_layers=lm["layers"],
+      num_attention_heads=lm["heads"],
+      num_key_value_heads=lm["kv_heads"],
+      head_dim=lm["head_width"],
+      rms_norm_eps=lm["rms_norm_epsilon"],
+      max_position_embeddings=lm["context"],
+      rope_parameters={"rope_type": "default", "rope_theta": lm["rope_theta"]},
+      tie_word_embeddings=False,
+      bos_token_id=None,
+      eos_token_id=None,
+      pad_token_id=None,
+      attn_implementation="sdpa",
+    )
     siglip = transformers.SiglipVisionConfig(
-      hidden_size=vision["width"], intermediate_size=vision["mlp_width"], num_hidden_layers=vision["layers"],
-      num_attention_heads=vision["heads"], image_size=vision["image_size"], patch_size=vision["patch_size"],
-      layer_norm_eps=vision["layer_norm_epsilon"], attn_implementation="sdpa",
+      hidden_size=vision["width"],
+      intermediate_size=vision["mlp_width"],
+      num_hidden_layers=vision["layers"],
+      num_attention_heads=vision["heads"],
+      image_size=vision["image_size"],
+      patch_size=vision["patch_size"],
+      layer_norm_eps=vision["layer_norm_epsilon"],
+      attn_implementation="sdpa",
       hidden_act="gelu" if vision["gelu"] == "erf" else "gelu_pytorch_tanh",
-    )  # fmt: skip
+    )
     self.llm = self._load(transformers.LlamaForCausalLM(llama), directory / "llm")
     self.siglip = self._load(transformers.SiglipVisionModel(siglip), directory / "siglip")
     self.generation = self._load(Generation(c), directory / "generation")
     blocks = len(vae["block_channels"])
     vae = AutoencoderKL(
-      block_out_channels=vae["block_channels"], latent_channels=vae["latent_channels"],
-      layers_per_block=vae["layers_per_block"], norm_num_groups=vae["norm_groups"],
-      down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
+      block_out_channels=vae["block_channels"],
+      latent_channels=vae["latent_channels"],
+      layers_per_block=vae["layers_per_block"],
+      norm_num_groups=vae["norm_groups"],
+      down_block_types=("DownEncoderBlock2D",) * blocks,
+      up_block_types=("UpDecoderBlock2D",) * blocks,
       sample_size=vision["image_size"],
-    )  # fmt: skip
+    )
     self.vae = self._load(vae, directory / "vae").to(memory_format=torch.channels_last)
 
   def _load(self, module: nn.Module, directory: pathlib.Path) -> nn.Module:

@@ -32,9 +32,7 @@ def main() -> None:
     if request["do"] == "decode":
       return reference.decode(put("latents"))
     starts = [[int(at) for at in row if at >= 0] for row in given["starts"]]
-    return reference.answer(
-      put("tokens").long(), given["lengths"].tolist(), starts, put("pixels"), request["count"]
-    )
+    return reference.answer(put("tokens").long(), given["lengths"].tolist(), starts, put("pixels"), request["count"])
 
   say = lambda body: print(json.dumps(body), flush=True)
   say({"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__})
@@ -50,9 +48,7 @@ def main() -> None:
       torch.cuda.synchronize()
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     if request.get("save"):
-      np.savez(
-        request["save"], out=out.float().cpu().numpy() if out.is_floating_point() else out.cpu().numpy()
-      )
+      np.savez(request["save"], out=out.float().cpu().numpy() if out.is_floating_point() else out.cpu().numpy())
     say({"seconds": seconds, "cpu_seconds": cpu})
 
 

@@ -26,39 +26,72 @@ from typing import Any
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
-import numpy as np  # noqa: E402
-import official_checkpoint  # noqa: E402
-import tiny  # noqa: E402
-from safetensors.numpy import save_file  # noqa: E402
-from tools.fuzz_importers import ODD, Hung, Raw, places, spoil_bytes, to_json  # noqa: E402
+import numpy as np
+import official_checkpoint
+import tiny
+from safetensors.numpy import save_file
+from tools.fuzz_importers import ODD, Hung, Raw, places, spoil_bytes, to_json
 
-import jflow  # noqa: E402
-from jflow.data.tokenizer import Tokenizer  # noqa: E402
-from jflow.errors import UserError  # noqa: E402
-from jflow.interop import names, official_config  # noqa: E402
-from jflow.models.config import AutoencoderConfig  # noqa: E402
-from jflow.training import checkpoint  # noqa: E402
+import jflow
+from jflow.data.tokenizer import Tokenizer
+from jflow.errors import UserError
+from jflow.interop import names, official_config
+from jflow.models.config import AutoencoderConfig
+from jflow.training import checkpoint
 
 SECONDS = 30  # of a try, far beyond what one takes
 MEMORY = 2**30  # bytes by which a try may let the process grow
 EVERY = 50  # tries from one sound checkpoint to the next
 NUMBERS = (
-  0, -1, 1, 2, 3, 7, 16, 255, 10**4, 10**6, 10**9, 10**12, 2**31, 2**63, 0.5, 1e-320, 1e300, 1.0, Raw("1e999"), Raw("NaN"),
-  Raw("-Infinity"), Raw("9" * 400), Raw("9" * 5000), "4", True, None, [4], {"a": 4},
-)  # fmt: skip
+  0,
+  -1,
+  1,
+  2,
+  3,
+  7,
+  16,
+  255,
+  10**4,
+  10**6,
+  10**9,
+  10**12,
+  2**31,
+  2**63,
+  0.5,
+  1e-320,
+  1e300,
+  1.0,
+  Raw("1e999"),
+  Raw("NaN"),
+  Raw("-Infinity"),
+  Raw("9" * 400),
+  Raw("9" * 5000),
+  "4",
+  True,
+  None,
+  [4],
+  {"a": 4},
+)
 TEXTS = ("a red ring", "  \n\t 12345 <image_placeholder> 颜色", "a" * 200)
 PATTERNS = (
-  "(a+)+$", "(a|a)*b", "a{100000}", "(?:a{1000}){1000}", "[", "(?<x>a)\\g<x>", "(", "\\p{L}+", " ?[^\\s]+|\\s+(?!\\S)", "",
-)  # fmt: skip
+  "(a+)+$",
+  "(a|a)*b",
+  "a{100000}",
+  "(?:a{1000}){1000}",
+  "[",
+  "(?<x>a)\\g<x>",
+  "(",
+  "\\p{L}+",
+  " ?[^\\s]+|\\s+(?!\\S)",
+  "",
+)
 
 
 def _write_vae(directory: pathlib.Path) -> None:
   directory.mkdir()
   config = AutoencoderConfig("autoencoder_kl", 4, 0.13025, (4, 4, 8, 8), 1, 4, 0, 0)
   rng = np.random.default_rng(7)
-  values = {
-    e.name: (0.2 * rng.standard_normal(e.shape)).astype(np.float32) for e in names.autoencoder_kl(config)
-  }
+  values = {e.name: (0.2 * rng.standard_normal(e.shape)).astype(np.float32) for e in names.autoencoder_kl(config)}
   save_file(values, directory / "diffusion_pytorch_model.safetensors")
   (directory / "config.json").write_text(json.dumps(official_config.vae_to_diffusers(config, 64)))
 
@@ -76,9 +109,7 @@ def write_published(directory: pathlib.Path) -> None:
     "do_normalize": True,
   }
   (directory / "preprocessor_config.json").write_text(json.dumps(images | {"min_size": 14}))
-  (directory / "processor_config.json").write_text(
-    json.dumps({"num_image_tokens": 16, "sft_format": "deepseek"})
-  )
+  (directory / "processor_config.json").write_text(json.dumps({"num_image_tokens": 16, "sft_format": "deepseek"}))
 
 
 def write_own(directory: pathlib.Path) -> None:
@@ -102,9 +133,7 @@ def spoil_json(rng: random.Random, value: Any) -> Any:
     elif change == 4:
       del inside[key]
     elif change == 5 and isinstance(inside, dict):
-      inside[rng.choice(("rope_scaling", "extra", "latents_mean", "auto_map", "", "a\nb"))] = rng.choice(
-        ODD + NUMBERS
-      )
+      inside[rng.choice(("rope_scaling", "extra", "latents_mean", "auto_map", "", "a\nb"))] = rng.choice(ODD + NUMBERS)
     elif change == 6:
       other, place = rng.choice(found)
       inside[key] = (
@@ -145,8 +174,13 @@ def spoil_tokenizer(rng: random.Random, value: Any) -> Any:
       "stop": rng.choice((0, 3, 2**40)),
     }
   elif change == 4:
-    value["model"] = rng.choice(({"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 7}, value["model"] | {"dropout": 0.5},
-                                 {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}))  # fmt: skip
+    value["model"] = rng.choice(
+      (
+        {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 7},
+        value["model"] | {"dropout": 0.5},
+        {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"},
+      )
+    )
   elif change == 5:
     rng.choice(value["added_tokens"])["id"] = rng.choice((0, 1, 10**6, 2**32, -1, 1003))
   elif change == 6:
@@ -176,9 +210,7 @@ def _spoil_file(rng: random.Random, path: pathlib.Path) -> None:
       path.mkdir()
   elif change < 0.1:
     path.write_bytes(
-      rng.choice(
-        (b"", b"[" * 10**5, b"\xef\xbb\xbf" + data, data.decode("latin-1").encode("utf-16"), b"{}", b"null")
-      )
+      rng.choice((b"", b"[" * 10**5, b"\xef\xbb\xbf" + data, data.decode("latin-1").encode("utf-16"), b"{}", b"null"))
     )
   elif change < 0.25:
     path.write_bytes(spoil_bytes(rng, data))
@@ -237,11 +269,7 @@ def open_checkpoint(directory: pathlib.Path) -> str:
       model.tokenizer.decode(model.tokenizer.encode(text))
     said = ""
   except UserError as error:
-    said = (
-      "refused"
-      if "\n" not in str(error) and len(str(error)) < 2000
-      else f"escaped: no line: {str(error)[:500]!r}"
-    )
+    said = "refused" if "\n" not in str(error) and len(str(error)) < 2000 else f"escaped: no line: {str(error)[:500]!r}"
   except Hung:
     said = f"hung: {traceback.format_exc(limit=-3)}"
   except BaseException as error:

@@ -25,11 +25,12 @@ from typing import Any
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
-from jflow.data import prepare, prepared  # noqa: E402
-from jflow.errors import UserError  # noqa: E402
-from preparing import image  # noqa: E402
-from tools import fuzz_layouts  # noqa: E402
-from tools.fuzzing import Layout, mark, spoil_bytes  # noqa: E402
+from preparing import image
+from tools import fuzz_layouts
+from tools.fuzzing import Layout, mark, spoil_bytes
+
+from jflow.data import prepare, prepared
+from jflow.errors import UserError
 
 SECONDS = 30  # of a round, far beyond what one takes
 SPOILED = 12  # records of a round
@@ -46,16 +47,76 @@ class Raw(str):
 
 # Values that stand where others are expected.
 ODD: tuple[Any, ...] = (
-  None, True, False, 0, -1, 2**63, 1.5, float("nan"), float("inf"), "", " ", "x", "\ud800", "a\0b", "\u2028", "\ufeff",
-  "<image>", "<image_placeholder>", "../x.png", "/etc/hostname", "0.png", "x" * 70_000, [], {}, [None], [""], [[]], [{}],
-  {"a": {}}, [["a"]], {"bytes": None, "path": None}, [0] * 500, "system", "[", "[]", '[{"from": []}]',
-  Raw("1e400"), Raw("9" * 5000), Raw("[" * 60 + "]" * 60), Raw("[" * 3000 + "]" * 3000), Raw('{"a": 1, "a": 2}'),
-  Raw('"\\ud83d"'), Raw("-0"), Raw("1E+2"),
-)  # fmt: skip
+  None,
+  True,
+  False,
+  0,
+  -1,
+  2**63,
+  1.5,
+  float("nan"),
+  float("inf"),
+  "",
+  " ",
+  "x",
+  "\ud800",
+  "a\0b",
+  "\u2028",
+  "\ufeff",
+  "<image>",
+  "<image_placeholder>",
+  "../x.png",
+  "/etc/hostname",
+  "0.png",
+  "x" * 70_000,
+  [],
+  {},
+  [None],
+  [""],
+  [[]],
+  [{}],
+  {"a": {}},
+  [["a"]],
+  {"bytes": None, "path": None},
+  [0] * 500,
+  "system",
+  "[",
+  "[]",
+  '[{"from": []}]',
+  Raw("1e400"),
+  Raw("9" * 5000),
+  Raw("[" * 60 + "]" * 60),
+  Raw("[" * 3000 + "]" * 3000),
+  Raw('{"a": 1, "a": 2}'),
+  Raw('"\\ud83d"'),
+  Raw("-0"),
+  Raw("1E+2"),
+)
 KEYS = (
-  "id", "image", "images", "conversations", "messages", "texts", "caption", "text", "content", "question", "answer",
-  "video", "audio", "sound", "from", "role", "value", "user", "assistant", "type", "img_path", "prompt", "",
-)  # fmt: skip
+  "id",
+  "image",
+  "images",
+  "conversations",
+  "messages",
+  "texts",
+  "caption",
+  "text",
+  "content",
+  "question",
+  "answer",
+  "video",
+  "audio",
+  "sound",
+  "from",
+  "role",
+  "value",
+  "user",
+  "assistant",
+  "type",
+  "img_path",
+  "prompt",
+  "",
+)
 
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-
 from preparing import image
 from tools.fuzzing import Layout, mark, spoil_bytes
 
@@ -77,12 +76,8 @@ def _spoil_sample(rng: random.Random, sample: bytes) -> bytes:
       block[rng.randrange(512)] = rng.randrange(256)
     blocks[at] = bytes(block)
   else:
-    info = tarfile.TarInfo(
-      rng.choice(("a/../b.jpg", "/a.jpg", "._a.jpg", "x" * 99, "caf\udce9.jpg", "d/", "a.mp4"))
-    )
-    info.type = rng.choice(
-      (b"0", b"\0", b"1", b"2", b"3", b"5", b"6", b"7", b"S", b"V", b"X", b"g", b"L", b"K", b"x")
-    )
+    info = tarfile.TarInfo(rng.choice(("a/../b.jpg", "/a.jpg", "._a.jpg", "x" * 99, "caf\udce9.jpg", "d/", "a.mp4")))
+    info.type = rng.choice((b"0", b"\0", b"1", b"2", b"3", b"5", b"6", b"7", b"S", b"V", b"X", b"g", b"L", b"K", b"x"))
     blocks.insert(0, info.tobuf(tarfile.GNU_FORMAT)[:512])
   return b"".join(blocks)
 
@@ -99,9 +94,14 @@ def _write_tar_gz(folder: pathlib.Path, records: list[bytes]) -> pathlib.Path:
 
 def _row(number: int) -> dict[str, Any]:
   return {
-    "image": PICTURES[number % 8], "path": b"0.png", "caption": mark(number).encode(), "url": b"http://a.b",
-    "id": b"%d" % number, "day": 10, "score": 5.5,
-  }  # fmt: skip
+    "image": PICTURES[number % 8],
+    "path": b"0.png",
+    "caption": mark(number).encode(),
+    "url": b"http://a.b",
+    "id": b"%d" % number,
+    "day": 10,
+    "score": 5.5,
+  }
 
 
 def _spoil_row(rng: random.Random, row: dict[str, Any]) -> dict[str, Any]:
@@ -135,9 +135,11 @@ def _write_parquet(folder: pathlib.Path, rows: list[dict[str, Any]], struct: boo
   pictures = _texts(columns["image"], pyarrow.binary())
   path = texts.pop("path")
   table = {
-    "image": pyarrow.StructArray.from_arrays([pictures, path], ["bytes", "path"]) if struct else pictures, **texts,
-    "day": pyarrow.array(columns["day"], pyarrow.date32()), "score": columns["score"],
-  }  # fmt: skip
+    "image": pyarrow.StructArray.from_arrays([pictures, path], ["bytes", "path"]) if struct else pictures,
+    **texts,
+    "day": pyarrow.array(columns["day"], pyarrow.date32()),
+    "score": columns["score"],
+  }
   options = {"row_group_size": 10, "compression": "zstd" if struct else "none", "write_page_checksum": struct}
   pyarrow.parquet.write_table(pyarrow.table(table), folder / "data.parquet", **options)
   return folder / "data.parquet"

@@ -30,11 +30,47 @@ SOUND = 50  # tries between two looks at another visitor
 REFUSALS = (503, 507)  # of a server that works, but is full
 
 ODD: tuple[Any, ...] = (
-  None, True, False, 0, -1, 2.5, 2**63, 10**40, float("nan"), float("inf"), -float("inf"), "", " ", "x", "\ud800", "a\0b",
-  "\u202e", "x" * 70_000, "<script>alert(1)</script>", "![x](/etc/passwd)", "a ring", "euler", "heun", "<image_placeholder>",
-  "../../etc/passwd", "file:///etc/passwd", "data:image/png;base64,AAAA", "null", "[]", "{}", [], {}, [[]], [{}], [None],
-  [0] * 500, {"__type__": "update"}, {"text": None, "files": None}, {"text": "Why?", "files": []}, {"text": "Why?"},
-)  # fmt: skip
+  None,
+  True,
+  False,
+  0,
+  -1,
+  2.5,
+  2**63,
+  10**40,
+  float("nan"),
+  float("inf"),
+  -float("inf"),
+  "",
+  " ",
+  "x",
+  "\ud800",
+  "a\0b",
+  "\u202e",
+  "x" * 70_000,
+  "<script>alert(1)</script>",
+  "![x](/etc/passwd)",
+  "a ring",
+  "euler",
+  "heun",
+  "<image_placeholder>",
+  "../../etc/passwd",
+  "file:///etc/passwd",
+  "data:image/png;base64,AAAA",
+  "null",
+  "[]",
+  "{}",
+  [],
+  {},
+  [[]],
+  [{}],
+  [None],
+  [0] * 500,
+  {"__type__": "update"},
+  {"text": None, "files": None},
+  {"text": "Why?", "files": []},
+  {"text": "Why?"},
+)
 KEYS = (
   "path",
   "url",
@@ -52,14 +88,48 @@ KEYS = (
   "",
 )
 ADDRESSES = (
-  "/", "/config", "/info", "/login", "/logout", "/theme.css", "/manifest.json", "/favicon.ico", "/monitoring", "/robots.txt",
-  "/static/", "/assets/", "/svelte/", "/pwa_icon", "/gradio_api", "/gradio_api/info", "/gradio_api/api/", "/gradio_api/run/",
-  "/gradio_api/call/", "/gradio_api/call/v2/", "/gradio_api/file=", "/gradio_api/file/", "/gradio_api/proxy=", "/file=",
-  "/gradio_api/upload", "/gradio_api/upload_progress", "/gradio_api/component_server", "/gradio_api/stream/",
-  "/gradio_api/deep_link", "/gradio_api/queue/join", "/gradio_api/queue/data", "/gradio_api/queue/status", "/gradio_api/reset",
-  "/gradio_api/cancel", "/gradio_api/process_recording", "/gradio_api/run-history/", "/gradio_api/startup-events",
-  "/gradio_api/custom_component/", "/gradio_api/vibe-code/", "/gradio_api/mcp/", "/gradio_api/openapi.json",
-)  # fmt: skip
+  "/",
+  "/config",
+  "/info",
+  "/login",
+  "/logout",
+  "/theme.css",
+  "/manifest.json",
+  "/favicon.ico",
+  "/monitoring",
+  "/robots.txt",
+  "/static/",
+  "/assets/",
+  "/svelte/",
+  "/pwa_icon",
+  "/gradio_api",
+  "/gradio_api/info",
+  "/gradio_api/api/",
+  "/gradio_api/run/",
+  "/gradio_api/call/",
+  "/gradio_api/call/v2/",
+  "/gradio_api/file=",
+  "/gradio_api/file/",
+  "/gradio_api/proxy=",
+  "/file=",
+  "/gradio_api/upload",
+  "/gradio_api/upload_progress",
+  "/gradio_api/component_server",
+  "/gradio_api/stream/",
+  "/gradio_api/deep_link",
+  "/gradio_api/queue/join",
+  "/gradio_api/queue/data",
+  "/gradio_api/queue/status",
+  "/gradio_api/reset",
+  "/gradio_api/cancel",
+  "/gradio_api/process_recording",
+  "/gradio_api/run-history/",
+  "/gradio_api/startup-events",
+  "/gradio_api/custom_component/",
+  "/gradio_api/vibe-code/",
+  "/gradio_api/mcp/",
+  "/gradio_api/openapi.json",
+)
 
 
 class Fuzzer:
@@ -117,9 +187,7 @@ class Fuzzer:
         )
       )
       body[key] = self._tree() if rng.random() < 0.7 else rng.randrange(-2, 20)
-    address = rng.choice(
-      ("/gradio_api/queue/join",) * 4 + ("/gradio_api/run/predict", "/gradio_api/call/answer")
-    )
+    address = rng.choice(("/gradio_api/queue/join",) * 4 + ("/gradio_api/run/predict", "/gradio_api/call/answer"))
     tried, got = self._send("POST", address, json.dumps(body).encode())
     if '"event_id"' in got and body["session_hash"] == visitor.session and rng.random() < 0.9:
       got += self._events()
@@ -137,15 +205,16 @@ class Fuzzer:
     rng = self._rng
     body = b"".join(
       b'--B\r\nContent-Disposition: form-data; name="%s"; filename="%s"\r\n\r\n%s\r\n'
-      % (rng.choice((b"files", b"files", b"x")), rng.choice((b"a.png", b"../../a.png", b"/etc/x", b"\xff\x00", b"", b"a" * 300)),
-         rng.randbytes(rng.choice((0, 10, 1000))))
+      % (
+        rng.choice((b"files", b"files", b"x")),
+        rng.choice((b"a.png", b"../../a.png", b"/etc/x", b"\xff\x00", b"", b"a" * 300)),
+        rng.randbytes(rng.choice((0, 10, 1000))),
+      )
       for _ in range(rng.choice((0, 1, 1, 2, 20)))
-    ) + rng.choice((b"--B--\r\n", b"--B--\r\n", b"", b"--B"))  # fmt: skip
+    ) + rng.choice((b"--B--\r\n", b"--B--\r\n", b"", b"--B"))
     if rng.random() < 0.2:
       body = body[: rng.randrange(len(body) + 1)]
-    form = rng.choice(
-      ("multipart/form-data; boundary=B",) * 4 + ("multipart/form-data", "application/json", "")
-    )
+    form = rng.choice(("multipart/form-data; boundary=B",) * 4 + ("multipart/form-data", "application/json", ""))
     tried, got = self._send("POST", "/gradio_api/upload", body, form)
     if got.startswith("200\n["):
       self._uploads = (self._uploads + json.loads(got[4:]))[-5:]
@@ -194,20 +263,14 @@ class Fuzzer:
     if kind < 0.4 or depth > 3:
       return rng.choice(ODD)
     if kind < 0.8:
-      return rng.choice(
-        list(visiting.hostile(rng.choice((*self._files, *self._uploads, "/etc/passwd")), self._url))
-      )
+      return rng.choice(list(visiting.hostile(rng.choice((*self._files, *self._uploads, "/etc/passwd")), self._url)))
     inner = [self._tree(depth + 1) for _ in range(rng.choice((0, 1, 2, 3)))]
     return inner if rng.random() < 0.5 else {rng.choice(KEYS): x for x in inner}
 
-  def _send(
-    self, method: str, address: str, body: bytes = b"", form: str = "application/json"
-  ) -> tuple[str, str]:
+  def _send(self, method: str, address: str, body: bytes = b"", form: str = "application/json") -> tuple[str, str]:
     tried = f"{method} {address} {body[:2000]!r}"
     try:
-      with self._visitor.http.stream(
-        method, address, content=body, headers={"Content-Type": form}
-      ) as response:
+      with self._visitor.http.stream(method, address, content=body, headers={"Content-Type": form}) as response:
         status, text = response.status_code, ""
         if "event-stream" not in response.headers.get("content-type", ""):
           text = response.read().decode("utf-8", "replace")

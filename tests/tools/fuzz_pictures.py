@@ -23,8 +23,9 @@ from PIL import Image
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
-from jflow.data import images  # noqa: E402
-from tools.fuzzing import spoil_bytes  # noqa: E402
+from tools.fuzzing import spoil_bytes
+
+from jflow.data import images
 
 SECONDS = 5  # of a try, far beyond what one takes
 MAX_PIXELS = 2**18
@@ -44,14 +45,24 @@ EXIF = Image.Exif()
 EXIF[0x0112], EXIF[0x010F], EXIF[0x0131] = 6, "Maker", "Software" * 9
 _FRAMES = {"save_all": True, "append_images": [RGB.rotate(180), RGB.rotate(90)]}
 PICTURES = (
-  _encode(RGB, "PNG", exif=EXIF, icc_profile=bytes(300)), _encode(RGBA, "PNG"), _encode(DEEP, "PNG"),
-  _encode(RGB.convert("P"), "PNG", transparency=3), _encode(RGB.convert("1"), "PNG"), _encode(RGB, "PNG", **_FRAMES),
-  _encode(RGB, "JPEG", exif=EXIF, icc_profile=bytes(70_000), comment=b"a"), _encode(RGB, "JPEG", progressive=True),
-  _encode(RGB.convert("L"), "JPEG"), _encode(RGB.convert("CMYK"), "JPEG", exif=EXIF), _encode(RGB, "MPO", **_FRAMES),
-  _encode(RGB, "JPEG", keep_rgb=True), _encode(RGB, "WEBP", exif=EXIF), _encode(RGBA, "WEBP", lossless=True),
-  _encode(RGB, "WEBP", lossless=True, **_FRAMES), _encode(RGB, "GIF", comment=b"b" * 600, **_FRAMES),
+  _encode(RGB, "PNG", exif=EXIF, icc_profile=bytes(300)),
+  _encode(RGBA, "PNG"),
+  _encode(DEEP, "PNG"),
+  _encode(RGB.convert("P"), "PNG", transparency=3),
+  _encode(RGB.convert("1"), "PNG"),
+  _encode(RGB, "PNG", **_FRAMES),
+  _encode(RGB, "JPEG", exif=EXIF, icc_profile=bytes(70_000), comment=b"a"),
+  _encode(RGB, "JPEG", progressive=True),
+  _encode(RGB.convert("L"), "JPEG"),
+  _encode(RGB.convert("CMYK"), "JPEG", exif=EXIF),
+  _encode(RGB, "MPO", **_FRAMES),
+  _encode(RGB, "JPEG", keep_rgb=True),
+  _encode(RGB, "WEBP", exif=EXIF),
+  _encode(RGBA, "WEBP", lossless=True),
+  _encode(RGB, "WEBP", lossless=True, **_FRAMES),
+  _encode(RGB, "GIF", comment=b"b" * 600, **_FRAMES),
   _encode(RGB.convert("L"), "GIF", transparency=9),
-)  # fmt: skip
+)
 TIFFS = tuple(
   _encode(picture, "TIFF", **options)
   for picture in (RGB, RGBA, DEEP, RGB.convert("P"), RGB.convert("CMYK"), RGB.convert("1"))
@@ -62,9 +73,7 @@ TIFFS = tuple(
 def _body(rng: random.Random) -> bytes:
   """Something that metadata may hold."""
   exif, text = EXIF.tobytes(), b'<x:xmpmeta tiff:Orientation="3"/>' * rng.choice((1, 40))
-  body = rng.choice(
-    (b"", exif, exif[6:], text, bytes(rng.choice((1, 5000))), rng.randbytes(rng.choice((1, 3, 90))))
-  )
+  body = rng.choice((b"", exif, exif[6:], text, bytes(rng.choice((1, 5000))), rng.randbytes(rng.choice((1, 3, 90)))))
   return spoil_bytes(rng, body) if rng.random() < 0.6 else body
 
 
@@ -135,9 +144,7 @@ def _with_metadata(rng: random.Random) -> tuple[bytes, bytes]:
   format = rng.choice(list(SOUND))
   data, make = SOUND[format]
   added = b"".join(make(rng) for _ in range(rng.choice((1, 1, 2, 5))))
-  at = {"PNG": rng.choice((33, len(data) - 12)), "JPEG": 2, "WEBP": rng.choice((30, len(data))), "GIF": 781}[
-    format
-  ]
+  at = {"PNG": rng.choice((33, len(data) - 12)), "JPEG": 2, "WEBP": rng.choice((30, len(data))), "GIF": 781}[format]
   spoiled = data[:at] + added + data[at:]
   if format == "WEBP":
     spoiled = b"RIFF" + struct.pack("<I", len(spoiled) - 8) + spoiled[8:]

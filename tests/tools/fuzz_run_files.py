@@ -28,25 +28,25 @@ from typing import Any, NamedTuple
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-import tiny  # noqa: E402
-from ml_dtypes import bfloat16  # noqa: E402
-from preparing import make_folder  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tiny
+from ml_dtypes import bfloat16
+from preparing import make_folder
 
-from jflow.batch import RowShape  # noqa: E402
-from jflow.data import latents, plans, prepare, prepared  # noqa: E402
-from jflow.data.records import RecordError  # noqa: E402
-from jflow.data.tokenizer import Tokenizer  # noqa: E402
-from jflow.errors import UserError  # noqa: E402
-from jflow.training import workdir as workdirs  # noqa: E402
-from jflow.training.checkpoint import Checkpointer  # noqa: E402
-from jflow.training.goodput import Goodput, summary  # noqa: E402
-from jflow.training.metrics import Lines, read_metrics  # noqa: E402
-from jflow.training.steps import damage  # noqa: E402
-from jflow.training.state import TrainState  # noqa: E402
+from jflow.batch import RowShape
+from jflow.data import latents, plans, prepare, prepared
+from jflow.data.records import RecordError
+from jflow.data.tokenizer import Tokenizer
+from jflow.errors import UserError
+from jflow.training import workdir as workdirs
+from jflow.training.checkpoint import Checkpointer
+from jflow.training.goodput import Goodput, summary
+from jflow.training.metrics import Lines, read_metrics
+from jflow.training.state import TrainState
+from jflow.training.steps import damage
 
 SECONDS = 60  # of a try, far beyond what one takes
 SAVED, LAST = (2, 4, 6), 7  # steps of the run with a checkpoint, and with a line of metrics
@@ -344,10 +344,30 @@ def check_kept(before: dict[str, bytes], after: dict[str, bytes], free: Callable
 # --- harm ------------------------------------------------------------------------------------------------------
 
 ODD = (
-  b"", b"null", b"42", b"[]", b"{}", b'""', b"true", b"[" * 100_000, b'{"a":' * 3000 + b"1" + b"}" * 3000, b"\xff\xfe{",
-  b"NaN", b"9" * 5000, b'{"step": -1}', b'{"step": "4"}', b'{"step": 1e999}', b'{"files": {}}', b'{"files": {"a": 1}}',
-  b'{"schema": 1}', b"\0" * 300, b"\x1f\x8b\x08\0", b"PK\x03\x04", b"\x93NUMPY", b"version https://git-lfs\n",
-)  # fmt: skip
+  b"",
+  b"null",
+  b"42",
+  b"[]",
+  b"{}",
+  b'""',
+  b"true",
+  b"[" * 100_000,
+  b'{"a":' * 3000 + b"1" + b"}" * 3000,
+  b"\xff\xfe{",
+  b"NaN",
+  b"9" * 5000,
+  b'{"step": -1}',
+  b'{"step": "4"}',
+  b'{"step": 1e999}',
+  b'{"files": {}}',
+  b'{"files": {"a": 1}}',
+  b'{"schema": 1}',
+  b"\0" * 300,
+  b"\x1f\x8b\x08\0",
+  b"PK\x03\x04",
+  b"\x93NUMPY",
+  b"version https://git-lfs\n",
+)
 VALUES = (None, True, -1, 0, 2**31, 2**70, 1.5, float("nan"), "", "x", "\ud800", [], {}, [None], {"a": 1}, "../../etc")
 NAMES = ("007", "٣", "²", "5", "-1", "99999999999", "4.old", "5.tmp", ".x", "a b")
 
@@ -363,9 +383,13 @@ def harm(folder: pathlib.Path, elsewhere: pathlib.Path, rng: random.Random) -> s
       continue
     touched.add(str(path.relative_to(folder)))
     if path.is_dir() and not path.is_symlink():
-      rng.choice((remove, link_away, dangle, to_file, rename, foreign, foreign, foreign, strip_json))(path, elsewhere, rng)
+      rng.choice((remove, link_away, dangle, to_file, rename, foreign, foreign, foreign, strip_json))(
+        path, elsewhere, rng
+      )
     else:
-      rng.choice((remove, link_away, dangle, to_folder, to_pipe, *[odd] * 2, *[spoil] * 4, *[values] * 4))(path, elsewhere, rng)
+      rng.choice((remove, link_away, dangle, to_folder, to_pipe, *[odd] * 2, *[spoil] * 4, *[values] * 4))(
+        path, elsewhere, rng
+      )
   return touched
 
 

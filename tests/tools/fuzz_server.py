@@ -32,12 +32,11 @@ from typing import Any, NamedTuple
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
-import h11  # noqa: E402
-import httpx  # noqa: E402
-from PIL import Image  # noqa: E402
-
-from tools import fuzz_pictures  # noqa: E402
-from tools.fuzzing import spoil_bytes  # noqa: E402
+import h11
+import httpx
+from PIL import Image
+from tools import fuzz_pictures
+from tools.fuzzing import spoil_bytes
 
 SECONDS = 60  # of one answer, far beyond what one takes
 CLIENTS = 6  # at a time
@@ -54,29 +53,140 @@ COMMAND = (
 )
 
 ODD: tuple[Any, ...] = (
-  None, True, False, 0, 1, -1, 2, 3, 2**31, 2**32, 2**63, -(2**63), 10**30, 10**300, 0.0, -0.0, 0.5, 2.5,
-  1e-300, 1e308, float("nan"), float("inf"), "", " ", "x", "1", "\0", "\ud800", "\u202e", "a" * 3000,
-  "\n" * 900, "tiny", "gpt-5", "euler", "heun", "midpoint", "auto", "url", "16x16", "b64_json", "text",
-  "<image_placeholder>", "</s>", "../../etc/passwd", "http://127.0.0.1:9/x", "file:///etc/passwd",
-  "data:image/png;base64,AAAA", [], {}, [[]], [{}], [None], [0] * 500,
-)  # fmt: skip
+  None,
+  True,
+  False,
+  0,
+  1,
+  -1,
+  2,
+  3,
+  2**31,
+  2**32,
+  2**63,
+  -(2**63),
+  10**30,
+  10**300,
+  0.0,
+  -0.0,
+  0.5,
+  2.5,
+  1e-300,
+  1e308,
+  float("nan"),
+  float("inf"),
+  "",
+  " ",
+  "x",
+  "1",
+  "\0",
+  "\ud800",
+  "\u202e",
+  "a" * 3000,
+  "\n" * 900,
+  "tiny",
+  "gpt-5",
+  "euler",
+  "heun",
+  "midpoint",
+  "auto",
+  "url",
+  "16x16",
+  "b64_json",
+  "text",
+  "<image_placeholder>",
+  "</s>",
+  "../../etc/passwd",
+  "http://127.0.0.1:9/x",
+  "file:///etc/passwd",
+  "data:image/png;base64,AAAA",
+  [],
+  {},
+  [[]],
+  [{}],
+  [None],
+  [0] * 500,
+)
 NAMES = (
-  "messages", "role", "content", "type", "image_url", "url", "text", "detail", "name", "tool_calls",
-  "refusal", "model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "stream",
-  "stream_options", "include_usage", "n", "tools", "response_format", "logit_bias", "metadata", "user",
-  "prompt", "size", "steps", "guidance", "solver", "shift", "quality", "background", "other", "",
-)  # fmt: skip
+  "messages",
+  "role",
+  "content",
+  "type",
+  "image_url",
+  "url",
+  "text",
+  "detail",
+  "name",
+  "tool_calls",
+  "refusal",
+  "model",
+  "max_tokens",
+  "max_completion_tokens",
+  "temperature",
+  "top_p",
+  "seed",
+  "stop",
+  "stream",
+  "stream_options",
+  "include_usage",
+  "n",
+  "tools",
+  "response_format",
+  "logit_bias",
+  "metadata",
+  "user",
+  "prompt",
+  "size",
+  "steps",
+  "guidance",
+  "solver",
+  "shift",
+  "quality",
+  "background",
+  "other",
+  "",
+)
 PATHS = (
-  "/v1/models", "/v1/models/", "/v1/models/tiny", "/v1/models/%00", "/metrics", "/health", "/", "/x",
-  "/v1/../etc/passwd", "//x", "/%2e%2e/", CHAT + "/", CHAT + "?x=%ff", "http://evil.example/health", "*",
-)  # fmt: skip
+  "/v1/models",
+  "/v1/models/",
+  "/v1/models/tiny",
+  "/v1/models/%00",
+  "/metrics",
+  "/health",
+  "/",
+  "/x",
+  "/v1/../etc/passwd",
+  "//x",
+  "/%2e%2e/",
+  CHAT + "/",
+  CHAT + "?x=%ff",
+  "http://evil.example/health",
+  "*",
+)
 HEADS = (
-  b"Origin: null", b"Origin: http://localhost", b"Origin: http://evil.example", b"Origin: \xff",
-  b"X: " + b"a" * 40_000, b"Expect: 100-continue", b"Expect: x", b"Upgrade: websocket\r\nConnection: upgrade",
-  b"Content-Length: 3", b"TE: trailers", b"Transfer-Encoding: gzip", b"Host: localhost",
-  b"Authorization: Bearer \xff", b"Content-Encoding: gzip", b"X : y", b"\0: x", b" folded", b"Cookie: a=b",
-  b"Range: bytes=0-1", b"Content-Type: text/plain", b"Connection: keep-alive, x", b"X" * 300,
-)  # fmt: skip
+  b"Origin: null",
+  b"Origin: http://localhost",
+  b"Origin: http://evil.example",
+  b"Origin: \xff",
+  b"X: " + b"a" * 40_000,
+  b"Expect: 100-continue",
+  b"Expect: x",
+  b"Upgrade: websocket\r\nConnection: upgrade",
+  b"Content-Length: 3",
+  b"TE: trailers",
+  b"Transfer-Encoding: gzip",
+  b"Host: localhost",
+  b"Authorization: Bearer \xff",
+  b"Content-Encoding: gzip",
+  b"X : y",
+  b"\0: x",
+  b" folded",
+  b"Cookie: a=b",
+  b"Range: bytes=0-1",
+  b"Content-Type: text/plain",
+  b"Connection: keep-alive, x",
+  b"X" * 300,
+)
 
 
 class Try(NamedTuple):
@@ -160,13 +270,9 @@ def _picture(rng: random.Random) -> dict[str, Any]:
   """A part of a question that shows a picture of any sort."""
   data = rng.choice(fuzz_pictures.PICTURES + fuzz_pictures.TIFFS)
   data = spoil_bytes(rng, data) if rng.random() < 0.4 else data
-  kind = rng.choice(
-    ("image/png", "image/jpeg", "image/webp", "IMAGE/GIF", "", "text/html", "image/png;charset=x")
-  )
+  kind = rng.choice(("image/png", "image/jpeg", "image/webp", "IMAGE/GIF", "", "text/html", "image/png;charset=x"))
   text = base64.b64encode(data).decode()
-  text = rng.choice(
-    (text, text.rstrip("="), text.replace("A", "%41"), text[:60] + "\n" + text[60:], text[:-7])
-  )
+  text = rng.choice((text, text.rstrip("="), text.replace("A", "%41"), text[:60] + "\n" + text[60:], text[:-7]))
   uri = f"data:{kind};base64,{text}"
   return {"type": "image_url", "image_url": rng.choice(({"url": uri}, {"url": uri, "detail": "low"}, uri))}
 
@@ -403,9 +509,7 @@ def command() -> Iterator[tuple[str, Callable[[], str], Callable[[], None]]]:
     args = [f"--checkpoint={folder / 'tiny'}", "--port=0", "--slots=4", "--batch=4", f"--timeout={SECONDS}"]
     said, log = folder / "said", folder / "log"
     with said.open("w") as out, log.open("w") as err:
-      server = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, "serve", *args], stdout=out, stderr=err, cwd=ROOT
-      )  # fmt: skip
+      server = subprocess.Popen([sys.executable, "-c", COMMAND, "serve", *args], stdout=out, stderr=err, cwd=ROOT)
     try:
       while not (found := re.search(r"http://\S+:\d+", said.read_text())) or "ready" not in log.read_text():
         if server.poll() is not None:

@@ -90,7 +90,5 @@ def make_item(where: str, read: Callable[[], tuple[Record, dict[str, Any]]], wor
     raise
   except Exception as error:
     place = traceback.extract_tb(error.__traceback__)[-1]
-    message = (
-      f"cannot be read ({type(error).__name__} in {place.name}, line {place.lineno}: {str(error)[:80]})"
-    )
+    message = f"cannot be read ({type(error).__name__} in {place.name}, line {place.lineno}: {str(error)[:80]})"
     return Item(where, RecordError("malformed", message), {}, work)

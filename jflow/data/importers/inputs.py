@@ -75,9 +75,7 @@ def input_files(pattern: str, endings: tuple[str, ...], format: str) -> Inputs:
     counts = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
     without = f" (left out: {counts})" if counts else ""
     what = "holds nothing to read" if os.path.isdir(pattern) else "not found"
-    raise UserError(
-      f"input {pattern} {what}: {wanted}{without}; --format={format} reads a file, a folder or a pattern"
-    )
+    raise UserError(f"input {pattern} {what}: {wanted}{without}; --format={format} reads a file, a folder or a pattern")
   git_lfs.check(found)
   compressed.check(found, any(ending.endswith(("gz", ".tar")) for ending in endings))
   return Inputs(found, dict(left_out))
@@ -92,9 +90,7 @@ def _range(pattern: str, before: str, first: str, last: str, after: str) -> list
     if len(missing) > 100_000:
       break
   if missing:
-    raise UserError(
-      f"{missing[0]} is missing ({len(missing):,} of the {len(numbers):,} files of {pattern} are)"
-    )
+    raise UserError(f"{missing[0]} is missing ({len(missing):,} of the {len(numbers):,} files of {pattern} are)")
   return found
 
 
@@ -142,9 +138,7 @@ def _fits(parts: list[str], pattern: list[str]) -> bool:
   return len(pattern) in at or (len(pattern) - 1 in at and pattern[-1] == "**")
 
 
-def _walk(
-  root: str, endings: tuple[str, ...], named: tuple[str, ...], left_out: collections.Counter
-) -> list[str]:
+def _walk(root: str, endings: tuple[str, ...], named: tuple[str, ...], left_out: collections.Counter) -> list[str]:
   """Returns the files below a folder that have one of the endings, each once.
 
   Args:
@@ -247,9 +241,7 @@ def read_under(root: str, name: str, limit: int = MAX_IMAGE_FILE) -> bytes:
       raise
     raise RecordError("missing_image", f"image {name:.200} not found in {root}: see --image_root") from None
   if git_lfs.is_pointer(data):
-    raise RecordError(
-      "git_lfs_pointer", f"image {name:.200} is a git-lfs pointer: run `git lfs pull` in {root}"
-    )
+    raise RecordError("git_lfs_pointer", f"image {name:.200} is a git-lfs pointer: run `git lfs pull` in {root}")
   return data
 
 

@@ -26,9 +26,7 @@ class Llava:
 
   def __init__(self, options: Options):
     self._options = options
-    self._paths, self.left_out = inputs.input_files(
-      options.input, (".jsonl", ".ndjson", ".json"), "llava-jsonl"
-    )
+    self._paths, self.left_out = inputs.input_files(options.input, (".jsonl", ".ndjson", ".json"), "llava-jsonl")
     self._root = options.image_root or (options.input if os.path.isdir(options.input) else None)
     if self._root and not os.path.isdir(self._root):
       raise UserError(f"--image_root {self._root} is not a directory")
@@ -105,9 +103,7 @@ def _read(root: str, paths: list[str]) -> tuple[bytes, ...]:
       images[path] = inputs.read_under(root, path, left)
     left -= len(images[path])
     if left < 0:
-      raise RecordError(
-        "too_large", f"the images of the record have more than {inputs.MAX_IMAGE_FILE:,} bytes"
-      )
+      raise RecordError("too_large", f"the images of the record have more than {inputs.MAX_IMAGE_FILE:,} bytes")
   return tuple(images[path] for path in paths)
 
 

@@ -39,13 +39,39 @@ _ROLES = {
 }
 # Media that no task reads: keys and columns that hold one, and endings of files that are one.
 _MEDIA = {
-  "with_video": ("video", "videos", "video_path", "video_paths", "video_file", "video_files", "mp4", "m4v", "mov", "mkv",
-                 "webm", "avi"),
-  "with_audio": ("audio", "audios", "audio_path", "audio_paths", "audio_file", "audio_files", "input_audio", "wav",
-                 "flac", "mp3", "ogg", "opus", "m4a", "aac"),
+  "with_video": (
+    "video",
+    "videos",
+    "video_path",
+    "video_paths",
+    "video_file",
+    "video_files",
+    "mp4",
+    "m4v",
+    "mov",
+    "mkv",
+    "webm",
+    "avi",
+  ),
+  "with_audio": (
+    "audio",
+    "audios",
+    "audio_path",
+    "audio_paths",
+    "audio_file",
+    "audio_files",
+    "input_audio",
+    "wav",
+    "flac",
+    "mp3",
+    "ogg",
+    "opus",
+    "m4a",
+    "aac",
+  ),
   "with_point_cloud": ("point_cloud", "point_clouds", "pointcloud", "pointclouds", "pcd", "ply"),
   "with_pdf": ("pdf", "pdfs"),
-}  # fmt: skip
+}
 _MEDIUM_OF = {name: reason for reason, names in _MEDIA.items() for name in names}
 # Keys that hold a medium where their value is the name of such a file: they may as well hold a word about it.
 _PERHAPS = {
@@ -55,8 +81,19 @@ _PERHAPS = {
 }
 # Keys of images, where their value is the name of such a file, that are not read unless --image_column
 # names them.
-_OTHER_IMAGES = ("img", "imgs", "img_path", "image_path", "image_paths", "image_file", "image_files", "picture",
-                 "pictures", "photo", "photos")  # fmt: skip
+_OTHER_IMAGES = (
+  "img",
+  "imgs",
+  "img_path",
+  "image_path",
+  "image_paths",
+  "image_file",
+  "image_files",
+  "picture",
+  "pictures",
+  "photo",
+  "photos",
+)
 # Keys of a conversation that say where its medium lies, or which it is.
 _REFERENCE = re.compile(r"(video|audio|image|img)s?[_-]?(?:url|uri|link|id|name)s?")
 _IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic")
@@ -67,9 +104,7 @@ _MAX_NAME = 4096  # characters of the name of a file
 _MAX_DEPTH = 16  # of lists and objects in which a value is looked for
 
 
-def make_record(
-  name: str, fields: Mapping[str, Any], images: tuple[Any, ...], task: str, column: str = ""
-) -> Record:
+def make_record(name: str, fields: Mapping[str, Any], images: tuple[Any, ...], task: str, column: str = "") -> Record:
   """Returns the record of an object whose images are known.
 
   Args:
@@ -98,9 +133,7 @@ def make_record(
     if isinstance(value, (list, tuple)) and (value or column or _first(fields, keys) is None):
       return _from_list(name, value, images, task)
     if value is not None and not column and not isinstance(value, (list, tuple)):
-      raise RecordError(
-        "bad_field", f"the conversation should be a list of turns, not {type(value).__name__}"
-      )
+      raise RecordError("bad_field", f"the conversation should be a list of turns, not {type(value).__name__}")
     if not column and isinstance(fields.get("question"), str) and isinstance(fields.get("answer"), str):
       marks = "" if IMAGE_MARK in fields["question"] else IMAGE_MARK * len(images) + "\n" * bool(images)
       turns = Turn("user", marks + fields["question"]), Turn("assistant", fields["answer"])
@@ -150,11 +183,7 @@ def images_of(fields: Mapping[str, Any], task: str, column: str = "") -> list[An
     lower, value = key.lower(), fields[key]
     named = conversation and lower not in _TEXTS and _ending(value) in _IMAGE_ENDINGS
     named |= conversation and (_reference(lower) in ("image", "img") or _is_contents(value)) and _holds(value)
-    if (
-      named
-      or (lower in IMAGES and _holds(value))
-      or (lower in _OTHER_IMAGES and _is_file(value, _IMAGE_ENDINGS))
-    ):
+    if named or (lower in IMAGES and _holds(value)) or (lower in _OTHER_IMAGES and _is_file(value, _IMAGE_ENDINGS)):
       if task == "text":
         raise Unwanted("with_images", "a record with an image is no text")
       raise RecordError("missing_image", f"the image stands under {key[:40]!r}: name it by --image_column")
@@ -336,9 +365,7 @@ def _from_list(name: str, values: Sequence[Any], images: tuple[Any, ...], task: 
   """Returns the record of a list: turns, pairs of question and answer, or an interleaved document."""
   if not values:
     raise RecordError("no_answer", "the conversation is empty")
-  if any(value is None for value in values) and all(
-    value is None or isinstance(value, str) for value in values
-  ):
+  if any(value is None for value in values) and all(value is None or isinstance(value, str) for value in values):
     _check_parts(images, task)
     return Record(name, images, "\n\n".join(IMAGE_MARK if v is None else v for v in values), ())
   turns, shown = [], False
@@ -360,13 +387,9 @@ def _from_list(name: str, values: Sequence[Any], images: tuple[Any, ...], task: 
     if role == "system" and not text.strip():
       continue
     if role == "system":
-      raise RecordError(
-        "bad_turns", "a system turn is not learned from: leave it out, or put it into the question"
-      )
+      raise RecordError("bad_turns", "a system turn is not learned from: leave it out, or put it into the question")
     if role not in _ROLES:
-      raise RecordError(
-        "bad_turns", f'a turn is of "human" or "gpt" (or user, assistant, ...), not {role[:40]!r}'
-      )
+      raise RecordError("bad_turns", f'a turn is of "human" or "gpt" (or user, assistant, ...), not {role[:40]!r}')
     turns.append(Turn(_ROLES[role], text))
   if shown:
     _check_parts(images, task)

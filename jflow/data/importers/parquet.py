@@ -81,9 +81,7 @@ class Parquet:
       columns = self._columns(path, table.schema_arrow)
       size = table.metadata.row_group(group).total_byte_size
       if size > MAX_RATIO * os.path.getsize(path) + 2**20:
-        bomb = RecordError(
-          "bomb", f"the row group unfolds to more than {MAX_RATIO} times the size of its file"
-        )
+        bomb = RecordError("bomb", f"the row group unfolds to more than {MAX_RATIO} times the size of its file")
         yield from (Item(f"{path} row {number}", bomb, {}) for number in range(first, first + rows))
         return
       batch = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, size)))
@@ -91,7 +89,7 @@ class Parquet:
       for number in range(first, first + rows):
         fields = {name: next(values) for name, values in cells.items()}
         where = f"{path} row {number}"
-        yield make_item(where, lambda: self._read(path, number, fields, columns))
+        yield make_item(where, functools.partial(self._read, path, number, fields, columns))
 
   def _columns(self, path: str, schema: Any) -> "_Columns":
     """Returns the columns of a table that are read.
@@ -102,9 +100,7 @@ class Parquet:
     options, names = self._options, schema.names
     for flag in ("image_column", "text_column"):
       if getattr(options, flag) and getattr(options, flag) not in names:
-        raise UserError(
-          f"{path} has no column {getattr(options, flag)!r}: --{flag} is one of {', '.join(names)}"
-        )
+        raise UserError(f"{path} has no column {getattr(options, flag)!r}: --{flag} is one of {', '.join(names)}")
     if not options.text_column:
       objects.require_text(path, names, options.task, "column")
     image = options.image_column or objects.spelled(names, IMAGES)
@@ -138,9 +134,7 @@ class Parquet:
   def _notes(self, fields: dict[str, Any], image: str) -> dict[str, Any]:
     return objects.notes(fields, (image, self._options.text_column, "key"))
 
-  def _read(
-    self, path: str, number: int, fields: dict[str, Any], columns: "_Columns"
-  ) -> tuple[Record, dict[str, Any]]:
+  def _read(self, path: str, number: int, fields: dict[str, Any], columns: "_Columns") -> tuple[Record, dict[str, Any]]:
     task, image = self._options.task, columns.image
     for name in columns.media:
       if isinstance(fields[name], RecordError):
@@ -202,9 +196,7 @@ def _cells(table: Any, group: int, name: str, rows: int) -> Iterator[Any]:
   except Exception as error:  # pyarrow raises many types on damaged pages
     if getattr(error, "errno", None):  # the disk, not the data
       raise
-    broken = RecordError(
-      "corrupt", f'the rest of "{name}" in the row group cannot be read ({type(error).__name__})'
-    )
+    broken = RecordError("corrupt", f'the rest of "{name}" in the row group cannot be read ({type(error).__name__})')
   while True:
     yield broken
 
@@ -247,7 +239,11 @@ def _open(path: str) -> Any:
 
   try:
     return pyarrow.parquet.ParquetFile(
-      path, metadata=_plain_metadata(path, os.stat(path).st_mtime_ns), memory_map=True, pre_buffer=False, page_checksum_verification=True
+      path,
+      metadata=_plain_metadata(path, os.stat(path).st_mtime_ns),
+      memory_map=True,
+      pre_buffer=False,
+      page_checksum_verification=True,
     )
   except Exception as error:  # pyarrow raises many types on a damaged footer
     raise UserError(f"{path} is not a readable parquet file ({str(error)[:80]}){_advice(path)}") from None

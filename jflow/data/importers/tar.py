@@ -19,9 +19,13 @@ _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 _PAX_FIELD = re.compile(rb"([0-9]{1,9}) ([^=]*+)=")
 _KINDS = {
-  b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe",
+  b"1": "a hard link",
+  b"2": "a symbolic link",
+  b"3": "a device",
+  b"4": "a device",
+  b"6": "a pipe",
   b"S": "a sparse file",
-}  # fmt: skip
+}
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"6")  # whatever size they claim
 
 

@@ -39,9 +39,7 @@ class Text:
     self._paths, self.left_out = inputs.input_files(options.input, endings, "text")
     other = next((path for path in self._paths if not path.lower().endswith(endings)), None)
     if other:
-      raise UserError(
-        f"{other} is no text to learn from by its name: --format=text reads {', '.join(endings)}"
-      )
+      raise UserError(f"{other} is no text to learn from by its name: --format=text reads {', '.join(endings)}")
 
   def files(self) -> list[str]:
     return self._paths
@@ -109,14 +107,10 @@ class Text:
     if len(document) > MAX_DOCUMENT:
       raise RecordError("too_large", f"the document has more than {MAX_DOCUMENT:,} bytes; see --documents")
     if inputs.is_utf16(document):
-      raise RecordError(
-        "invalid_utf8", "UTF-16 or UTF-32 text: convert it to UTF-8, as in iconv -f UTF-16 -t UTF-8"
-      )
+      raise RecordError("invalid_utf8", "UTF-16 or UTF-32 text: convert it to UTF-8, as in iconv -f UTF-16 -t UTF-8")
     if path.lower().endswith(_JSON + _GZIP):
       fields = objects.parse_object(document)
-      record = objects.make_record(
-        objects.name_of(fields, name), fields, (), "text", self._options.text_column
-      )
+      record = objects.make_record(objects.name_of(fields, name), fields, (), "text", self._options.text_column)
       return record, objects.notes(fields)
     try:
       return Record(name, (), document.decode("utf-8-sig"), ()), {}

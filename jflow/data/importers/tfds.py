@@ -19,7 +19,6 @@ from jflow.data.importers.importer import Item, Options, make_item
 from jflow.data.records import Record, RecordError, Unwanted
 from jflow.errors import UserError
 
-
 _FEATURES = "tensorflow_datasets.core.features."
 
 
@@ -45,9 +44,7 @@ class Tfds:
       objects.require_text(options.input, names, options.task, "feature")
     self._image = options.image_column or objects.spelled(names, objects.IMAGES)
     if not self._image and options.task != "text":
-      raise UserError(
-        f"{options.input} has no feature of images: name it by --image_column, one of {', '.join(names)}"
-      )
+      raise UserError(f"{options.input} has no feature of images: name it by --image_column, one of {', '.join(names)}")
 
   def files(self) -> list[str]:
     # Not the plans and lengths that runs keep beside the records.
@@ -84,11 +81,9 @@ class Tfds:
       except Exception as error:  # the readers raise what the damage makes of them
         yield Item(where, RecordError("corrupt", f"cannot be read ({type(error).__name__})"), {})
         continue
-      yield make_item(where, lambda: self._read(index, fields, features))
+      yield make_item(where, functools.partial(self._read, index, fields, features))
 
-  def _read(
-    self, index: int, fields: dict[str, Any], features: Mapping[str, Any]
-  ) -> tuple[Record, dict[str, Any]]:
+  def _read(self, index: int, fields: dict[str, Any], features: Mapping[str, Any]) -> tuple[Record, dict[str, Any]]:
     options = self._options
     images = tuple(_listed(fields.pop(self._image, ())))
     if options.task == "text" and not objects.is_conversation(fields):
@@ -139,9 +134,7 @@ def _check_shards(split: Any) -> None:
     except Exception as error:  # as in `items`
       raise UserError(f"{path} cannot be read ({str(error)[:80]}): fetch it again") from None
     if records != length:
-      raise UserError(
-        f"{path} holds {records:,} records, and dataset_info.json says {length:,}: fetch both again"
-      )
+      raise UserError(f"{path} holds {records:,} records, and dataset_info.json says {length:,}: fetch both again")
 
 
 def _records_in(path: str, otherwise: int) -> int:
@@ -204,9 +197,7 @@ def _open(directory: str, split: str) -> Any:
       "let TFDS write it with file_format='array_record'"
     ) from None
   except Exception as error:  # as in `items`
-    raise UserError(
-      f"{directory}, split {split!r}, cannot be read ({str(error)[:80]}): fetch it again"
-    ) from None
+    raise UserError(f"{directory}, split {split!r}, cannot be read ({str(error)[:80]}): fetch it again") from None
 
 
 def _listed(value: Any) -> list[Any]:
@@ -235,9 +226,7 @@ def _plain(name: str, value: Any, features: Mapping[str, Any]) -> Any:
 
 
 def _plain_array(value: Any) -> Any:
-  value = (
-    value.tolist() if isinstance(value, (np.ndarray, np.generic)) and not isinstance(value, bytes) else value
-  )
+  value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) and not isinstance(value, bytes) else value
   if isinstance(value, (list, tuple)):
     return [_plain_array(each) for each in value]
   try:

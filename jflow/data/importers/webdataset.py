@@ -80,9 +80,7 @@ class WebDataset:
         sample[ending] = member.data
     yield from finish()
 
-  def _item(
-    self, part: str, key: str, sample: dict[str, bytes | RecordError], seen: set[str], work: int
-  ) -> Item:
+  def _item(self, part: str, key: str, sample: dict[str, bytes | RecordError], seen: set[str], work: int) -> Item:
     def read() -> tuple[Record, dict[str, Any]]:
       if key in seen:
         raise RecordError(
@@ -106,23 +104,17 @@ class WebDataset:
     task, column = self._options.task, self._options.text_column
     named = bool(column) and self._text_ending in sample
     ending = self._text_ending if named else "txt"
-    fields = self._fields(
-      sample, not named and (bool(column) or ending not in sample or task != "generation")
-    )
+    fields = self._fields(sample, not named and (bool(column) or ending not in sample or task != "generation"))
     texts = dict(fields)
     if ending in sample:
-      texts[column if named else "text" if task == "text" else "caption"] = _text(
-        ending, _sound(sample[ending])
-      )
+      texts[column if named else "text" if task == "text" else "caption"] = _text(ending, _sound(sample[ending]))
     wanted = self._image_ending
     images = tuple(
       _sound(data) for name, data in sample.items() if (name == wanted if wanted else _IMAGE.fullmatch(name))
     )
     if not images and task != "text" and not (task == "understanding" and _is_talk(sample, texts)):
       what = f"no {wanted}" if wanted else "no image"
-      raise RecordError(
-        "missing_image", f"the sample has {what}, only {_listed(sample, {})}: see --image_column"
-      )
+      raise RecordError("missing_image", f"the sample has {what}, only {_listed(sample, {})}: see --image_column")
     try:
       return objects.make_record(key, texts, images, task, column), objects.notes(fields, ("key",))
     except RecordError as error:
