@@ -10,17 +10,17 @@ from jflow.errors import Stopped, Terminated, UserError
 
 # Command -> (module with main(argv) -> exit code or None, what it does).
 COMMANDS = {
-  "prepare": ("jflow.data.prepare_command", "import pictures and texts into a training set"),
-  "train": ("jflow.training.command", "train a stage"),
-  "generate": ("jflow.inference.generate_command", "paint pictures from prompts"),
-  "understand": ("jflow.inference.understand_command", "answer a question about pictures"),
-  "evaluate": ("jflow.evaluation.command", "score a checkpoint on a benchmark, with a report"),
+  "prepare": ("jflow.cli.prepare", "import pictures and texts into a training set"),
+  "train": ("jflow.cli.train", "train a stage"),
+  "generate": ("jflow.cli.generate", "paint pictures from prompts"),
+  "understand": ("jflow.cli.understand", "answer a question about pictures"),
+  "evaluate": ("jflow.cli.evaluate", "score a checkpoint on a benchmark, with a report"),
   "convert": ("jflow.interop.convert", "take weights from and to the published PyTorch layout"),
   "parity": ("jflow.interop.parity", "compare with golden outputs of the PyTorch implementation"),
-  "serve": ("jflow.serving.serve_command", "answer and paint over HTTP, in the OpenAI shape"),
-  "demo": ("jflow.serving.demo_command", "a page to chat about pictures and to paint"),
-  "compile": ("jflow.compilation.command", "compile the train step for a TPU or GPU mesh that is not there"),
-  "bench": ("jflow.bench.command", "measure how fast training, painting, answering or loading runs here"),
+  "serve": ("jflow.cli.serve", "answer and paint over HTTP, in the OpenAI shape"),
+  "demo": ("jflow.cli.demo", "a page to chat about pictures and to paint"),
+  "compile": ("jflow.cli.compile", "compile the train step for a TPU or GPU mesh that is not there"),
+  "bench": ("jflow.cli.bench", "measure how fast training, painting, answering or loading runs here"),
 }
 
 _START = """

@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from jax.sharding import NamedSharding, PartitionSpec
+from tools.faults import struck
 
 from jflow import __main__, model_flops, sharding
 from jflow.training import hosts, loop, optim
@@ -27,7 +28,6 @@ from jflow.training import workdir as workdirs
 from jflow.training.checkpoint import Checkpointer
 from jflow.training.goodput import Goodput
 from jflow.training.state import TrainState
-from launch.faults import struck
 
 
 class Data:

@@ -12,9 +12,9 @@ import numpy as np
 import tiny
 
 from jflow import head_loss, losses, sharding
-from jflow.compilation import hlo
 from jflow.errors import UserError
 from jflow.models import generation
+from jflow.perf import hlo
 from jflow.training import optim, setup
 from jflow.training.checkpoint import Checkpointer
 from jflow.training.program import abstract_batch, make_program

@@ -7,8 +7,8 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from jflow.data import prepare
-from jflow.data.prepared import PreparedSource
+from jflow.data.store import prepare
+from jflow.data.store.prepared import PreparedSource
 
 
 def image(index: int, format: str = "PNG") -> bytes:

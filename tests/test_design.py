@@ -28,7 +28,7 @@ NEVER = {
     "jflow.losses",
     "jflow.sharding",
   ),
-  "jflow/world/": ("jflow.serving", "jflow.bench", "jflow.compilation"),
+  "jflow/world/": ("jflow.serving", "jflow.perf"),
   **{  # loader processes draw the world, and the judge counts as data does: without jax
     f"jflow/world/{name}.py": ("jax", "flax", "jflow.models", "jflow.training", "jflow.inference")
     for name in ("scenes", "words", "questions", "source", "importer", "judge", "features")
@@ -37,12 +37,12 @@ NEVER = {
   "jflow/training/": ("jflow.inference", "jflow.evaluation"),  # but for EXCEPT
 }
 # The command stands above both: it hands the loop a function that paints sample pictures.
-EXCEPT = {("jflow/training/", "jflow/training/command.py")}
+EXCEPT = {("jflow/training/", "jflow/cli/train.py")}
 # The world is a leaf: by these doors alone does the rest of jflow reach it.
 WORLD = {
   "jflow/data/sources.py",
   "jflow/data/importers/__init__.py",
-  "jflow/evaluation/command.py",
+  "jflow/cli/evaluate.py",
   "jflow/training/setup.py",
 }
 PURE = (  # of jflow they import only each other
@@ -83,7 +83,7 @@ def of(module: str, name: str) -> bool:
 def test_the_walk_sees_what_is_there():
   assert len(FILES) > 40
   assert "jflow.models.cache.Cache" in imports("jflow/inference/painting.py")
-  assert "jflow.training.loop.train" in imports("jflow/training/command.py")  # inside a function
+  assert "jflow.training.loop.train" in imports("jflow/cli/train.py")  # inside a function
 
 
 @pytest.mark.parametrize("folder", NEVER)

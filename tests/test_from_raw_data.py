@@ -8,12 +8,13 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import test_importers_tfds
-import test_train
+from data.importers import test_importers_tfds
 from PIL import Image
 from preparing import write_lines, write_tar
+from training import test_train
 
-from jflow.data import importers, prepare_command
+from jflow.cli import prepare as prepare_command
+from jflow.data import importers
 from jflow.training.metrics import read_lines
 
 

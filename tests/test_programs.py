@@ -11,7 +11,7 @@ import serving
 
 from jflow import flow
 from jflow.inference import painting
-from jflow.inference.programs import Programs
+from jflow.programs import Programs
 
 PROMPTS = ["a ring", "a red circle"]
 

@@ -14,9 +14,10 @@ import numpy as np
 
 from jflow import batch as batch_lib
 from jflow.batch import TASKS, Batch, RowShape
-from jflow.data import examples, images, latents, mixture, packing, plans, processes, sources
+from jflow.data import examples, images, mixture, packing, processes, sources
 from jflow.data.examples import Sample
 from jflow.data.records import RecordError, Source
+from jflow.data.store import latents, plans
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 

@@ -27,7 +27,7 @@ def open_source(spec: str, task: str, shapes: Mapping[str, Any]) -> Source:
 
     return WorldSource(task, **shapes)
   if os.path.isdir(spec):
-    from jflow.data.prepared import PreparedSource
+    from jflow.data.store.prepared import PreparedSource
 
     return PreparedSource(spec, task)
   raise UserError(f"data source {spec!r} not found: use {SHAPES!r} or a directory that `jflow prepare` wrote")

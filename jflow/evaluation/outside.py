@@ -21,7 +21,7 @@ def next_command(where: str, words: Sequence[Any], args: argparse.Namespace, **m
     args: flags of this evaluation; the second one has them all, with whole paths, so that it runs in any folder.
     more: flags of the second one that read what the first one writes.
   """
-  from jflow.evaluation.command import parser
+  from jflow.cli.evaluate import parser
 
   usual, again = parser(), ["python", "-m", "jflow", "evaluate"]
   for name, value in (vars(args) | more).items():

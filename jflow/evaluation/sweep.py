@@ -21,7 +21,7 @@ _MOST_PANELS = 6
 
 def main(args: argparse.Namespace) -> int:
   """Runs every pair in a folder of its own, so that a stopped sweep goes on; plots all that have scores."""
-  from jflow.evaluation.command import check_flags, evaluate, with_flags
+  from jflow.cli.evaluate import check_flags, evaluate, with_flags
 
   recipe = RECIPES[args.benchmark]
   if recipe.prompt:

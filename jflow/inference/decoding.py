@@ -19,7 +19,7 @@ import numpy as np
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.inference import reading
-from jflow.inference.programs import Programs, shapes
+from jflow.programs import Programs, shapes
 
 if TYPE_CHECKING:
   from jflow.inference.pipeline import Pipeline

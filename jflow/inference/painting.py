@@ -14,9 +14,9 @@ import numpy as np
 from jflow import flow
 from jflow.errors import UserError
 from jflow.inference import checks
-from jflow.inference.programs import Programs, bounded
 from jflow.models.cache import Cache, Prefix
 from jflow.models.janusflow import JanusFlow, normalise
+from jflow.programs import Programs, bounded
 
 _GRID = 256  # time grids are padded to a multiple of this: no usual number of steps compiles anew
 _DECODED_AT_ONCE = 8 * 384 * 384  # pixels; the VAE's widest activations take 3 GB for them in f32

@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from jflow import files
-from jflow.arguments import SEED, Parser, whole
+from jflow.cli.arguments import SEED, Parser, whole
 from jflow.errors import Stopped, UserError, need_text_name
 from jflow.inference import checks
 from jflow.interop import official, remote, transfer

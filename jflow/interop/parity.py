@@ -37,9 +37,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflow import flow
-from jflow.arguments import Parser, number
+from jflow.cli.arguments import Parser, number
+from jflow.cli.flags import check_json
 from jflow.errors import UserError
-from jflow.inference.flags import check_json
 from jflow.interop import golden
 from jflow.interop.checkpoints import describe
 from jflow.interop.comparison import Line, line, report

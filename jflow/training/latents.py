@@ -17,8 +17,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jflow import sharding
-from jflow.arguments import SEED, Parser, whole
-from jflow.data import latents
+from jflow.cli.arguments import SEED, Parser, whole
+from jflow.data.store import latents
 from jflow.errors import UserError
 from jflow.interop.checkpoints import read_checkpoint
 from jflow.models.config import AutoencoderConfig, JanusFlowConfig

@@ -11,8 +11,8 @@ for package in ("torch", "transformers", "diffusers"):
   pytest.importorskip(package, reason=REASON)
 
 from jflow import flow
-from jflow.bench import inference
 from jflow.inference import painting
+from jflow.perf import inference
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 

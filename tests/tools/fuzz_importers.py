@@ -29,7 +29,7 @@ from preparing import image
 from tools import fuzz_layouts
 from tools.fuzzing import Layout, mark, spoil_bytes
 
-from jflow.data import prepare, prepared
+from jflow.data.store import prepare, prepared
 from jflow.errors import UserError
 
 SECONDS = 30  # of a round, far beyond what one takes

@@ -37,8 +37,8 @@ from ml_dtypes import bfloat16
 from preparing import make_folder
 
 from jflow.batch import RowShape
-from jflow.data import latents, plans, prepare, prepared
 from jflow.data.records import RecordError
+from jflow.data.store import latents, plans, prepare, prepared
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.training import workdir as workdirs

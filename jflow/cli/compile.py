@@ -1,0 +1,138 @@
+"""The command `compile`: the train step, compiled ahead of time for machines that are not there."""
+
+import argparse
+import pathlib
+import sys
+from typing import Any
+
+from jflow.cli.arguments import Parser, number, whole
+from jflow.cli.flags import check_json
+from jflow.cli.train import load_config
+from jflow.errors import UserError
+from jflow.inference.files import write_json
+from jflow.perf import targets
+
+_EPILOG = """\
+examples
+  python -m jflow compile --config=configs/stage2.py --topology=v5e:4x4 --rows_per_device=1
+  python -m jflow compile --config=configs/stage2.py --topology=h100:4x8 --rows_per_device=4 --json=h100.json
+  python -m jflow compile --config=configs/stage2.py --topology=v5p:2x2x4 --config.mesh.data=2 --config.mesh.fsdp=8
+  python -m jflow compile --table=launch/experiments/results/compile_table
+
+A topology is KIND:DIMS: v5e:4x4, v6e:16x16, v4:2x2x4, v5p:4x4x4 (chips), a100:1x8, h100:4x8, h200:1x1 (hosts x
+GPUs). TPU needs libtpu (pip install '.[compile]'), GPU jax's CUDA plugin (pip install --no-deps
+jax-cuda13-plugin jax-cuda13-pjrt); neither needs the hardware. Where the config leaves the mesh at 1 x 1 x 1,
+fsdp covers a host of GPUs or up to 16 TPU chips, and data the rest.
+
+Bytes and FLOPs are those of one device. The estimate of the step is a bound, not a promise: each of compute,
+memory and network at the vendor's peak, as if the other two cost nothing."""
+
+
+def main(argv: list[str]) -> int:
+  """Compiles one step and prints the report, or all of the table; 1 where the step does not fit."""
+  parser = Parser(
+    prog="python -m jflow compile",
+    description="Compiles the train step of a config for a machine that is not there, and says what it takes.",
+    epilog=_EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.add_argument("--config", metavar="FILE[:SIZE]", help="for example configs/stage2.py")
+  parser.add_argument("--topology", metavar="KIND:DIMS", help="for example v5e:4x4")
+  parser.add_argument(
+    "--rows_per_device",
+    type=whole(),
+    metavar="N",
+    help="default: train.batch_size / devices",
+  )
+  parser.add_argument(
+    "--effort",
+    type=number(),
+    default=0.0,
+    metavar="E",
+    help="of the compiler, from -1 (soonest) to 0, as in training",
+  )
+  parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the report as JSON")
+  parser.add_argument("--hlo", metavar="FILE", help="write the compiled program as text")
+  parser.add_argument(
+    "--table",
+    type=pathlib.Path,
+    metavar="NAME",
+    help="write the table of jflow/perf/README.md to NAME.json and NAME.md, 2 minutes a row; an interrupted one goes on",
+  )
+  known, fields = parser.parse_known_args(argv)
+  if known.table:
+    from jflow.perf.aot_table import write_table
+
+    return write_table(known.table)
+  if not known.config or not known.topology:
+    raise UserError("name --config and --topology, for example --config=configs/stage2.py --topology=v5e:4x4")
+  topology = targets.Topology.parse(known.topology)
+  if not -1.0 <= known.effort <= 0.0:
+    raise UserError(f"--effort={known.effort} must be in [-1, 0]")
+  config = load_config([f"--config={known.config}", *fields])
+  config = fitted(config, topology, known.rows_per_device)
+  check_json(known)
+  targets.quiet_environment()
+  from jflow.perf.aot_report import compile_report
+
+  report = {"config": known.config} | compile_report(config, topology, known.effort, known.hlo)
+  show(report)
+  if known.json:
+    write_json(known.json, report)
+    print(f"report: {known.json}", file=sys.stderr)
+  return 0 if report["fits"] else 1
+
+
+def fitted(config: dict[str, Any], topology: targets.Topology, rows: int | None) -> dict[str, Any]:
+  """The config with a mesh for the topology and `rows` rows per device.
+
+  Raises:
+    UserError: rows below 1, or a mesh that is not as large as the topology.
+  """
+  mesh = tuple(config["mesh"][axis] for axis in ("data", "fsdp", "model"))
+  if mesh == (1, 1, 1):
+    mesh = topology.mesh
+  if mesh[0] * mesh[1] * mesh[2] != topology.chips:
+    raise UserError(
+      f"mesh.data x mesh.fsdp x mesh.model = {' x '.join(map(str, mesh))} is not the {topology.chips} chips of "
+      f"{topology.name}"
+    )
+  if rows is not None and rows < 1:
+    raise UserError(f"--rows_per_device={rows} must be at least 1")
+  train = dict(config["train"])
+  if rows is not None:
+    train["batch_size"] = rows * mesh[0] * mesh[1] * train["accumulation"]
+  data = dict(config["data"])
+  data["tokenizer"] = data["tokenizer"] or "unused"  # no data is read
+  return {**config, "mesh": dict(zip(("data", "fsdp", "model"), mesh)), "train": train, "data": data}
+
+
+def show(report: dict[str, Any]) -> None:
+  """Prints a report for people."""
+  mesh = " x ".join(str(n) for n in report["mesh"].values())
+  print(
+    f"{report['topology']}: {report['chips']} chips, mesh data x fsdp x model = {mesh}, "
+    f"{report['rows_per_device']} rows per device, attention {report['attention']}, remat {report['remat']}"
+  )
+  memory = report["memory_gib"]
+  print("memory    " + "  ".join(f"{name} {value:.2f}" for name, value in memory.items()) + "  GiB per device")
+  if not report["fits"]:
+    over = memory["total"] - memory["limit"]
+    print(f"does not fit: {over:.1f} GiB too much; fewer rows, another remat policy or a larger mesh.fsdp")
+  if "seconds" not in report:
+    return
+  flops = report["flops"]
+  print(
+    f"work      {flops['program'] / 1e12:.1f} + {flops['kernels'] / 1e12:.1f} (kernels) TFLOP, of which the model "
+    f"needs {flops['model'] / 1e12:.1f}; {report['memory_bytes'] / 1e9:.0f} GB of memory traffic"
+  )
+  for name, size in report["collective_bytes"].items():
+    print(f"network   {name:32} {size / 1e9:8.3f} GB")
+  times = "  ".join(f"{name} {1e3 * value:.0f}" for name, value in report["seconds"].items())
+  print(
+    f"estimate  {times} ms: bound by {report['bound']}; {1e3 * report['seconds_if_overlapped']:.0f} ms if all "
+    f"overlaps, {1e3 * report['seconds_if_serial']:.0f} ms if nothing does; MFU at most "
+    f"{100 * report['mfu_at_most']:.0f} %"
+  )
+  print(f"compiled in {report['compile_seconds']:.0f} s")

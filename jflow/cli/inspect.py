@@ -1,0 +1,130 @@
+"""`python -m jflow prepare --inspect`: a picture of packed rows as the model will see them."""
+
+import argparse
+import pathlib
+import sys
+
+import numpy as np
+
+import jflow
+from jflow.batch import TASKS, Batch
+from jflow.cli.arguments import Parser, whole
+from jflow.cli.train import load_config
+from jflow.data import inspection
+from jflow.data.mixture import StepPlan
+from jflow.data.pipeline import Pipeline
+from jflow.data.store.prepared import read_summary
+from jflow.data.tokenizer import Tokenizer
+from jflow.errors import UserError
+from jflow.models.config import JanusFlowConfig
+
+CONFIGS = pathlib.Path(jflow.__file__).parent.parent / "configs"
+
+_EPILOG = """\
+examples
+  python -m jflow prepare --inspect data/chat --rows=4 --output=rows.png
+  python -m jflow prepare --inspect --config=configs/stage2.py:tiny --rows=6 --step=10000     # a run's own mixture
+  python -m jflow prepare --inspect data/paint --config=configs/stage3.py --config.data.tokenizer=JanusFlow-1.3B
+
+Fields of the config are set as for training, --config.FIELD=VALUE. Without a tokenizer in the config the one of the
+built-in world cuts the text, and lengths are not those of a real run."""
+
+
+def main(argv: list[str]) -> int:
+  """Runs the command line."""
+  parser = Parser(
+    prog="python -m jflow prepare",
+    description="Draws packed rows: images in place, decoded text, samples by colour, what is learned, fill and lengths.",
+    epilog=_EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  add(
+    "--inspect",
+    metavar="DIR",
+    nargs="?",
+    default="",
+    const="",
+    help="a prepared data set; without it the config's sources",
+  )
+  add("--rows", type=whole(), default=4, help="rows to draw (default 4)")
+  add(
+    "--output",
+    metavar="FILE",
+    type=pathlib.Path,
+    default=pathlib.Path("rows.png"),
+    help="PNG (default rows.png)",
+  )
+  add(
+    "--config",
+    metavar="FILE[:SIZE]",
+    help="row, template, mixture (default with DIR: stage2 at 384)",
+  )
+  add("--step", type=whole(), default=0, help="of the run (default 0)")
+  args, fields = parser.parse_known_args(argv)
+  if args.rows < 1:
+    raise UserError(f"--rows={args.rows} should be at least 1")
+  if args.step < 0:
+    raise UserError(f"--step={args.step} should not be negative")
+  if args.output.suffix.lower() != ".png":
+    raise UserError(f"--output={args.output}: the picture is a PNG, so its name should end in .png")
+  if not args.inspect and args.config is None:
+    raise UserError("--inspect needs a data set (--inspect DIR), or a run's --config=FILE[:SIZE]")
+  unknown = next((field for field in fields if not field.startswith("--config.")), None)
+  if unknown:
+    raise UserError(
+      f"unknown argument {unknown!r} beside --inspect: there are --rows, --step, --output, --config, --config.FIELD"
+    )
+  args.config = args.config or str(CONFIGS / "stage2.py")
+  config = load_config([f"--config={args.config}", *fields])
+  picture, count = render(config, args.inspect, args.rows, args.step, f"{args.inspect or args.config}")
+  try:
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(args.output, "PNG")
+  except OSError as error:
+    raise UserError(f"--output={args.output} cannot be written: {error.strerror}") from error
+  fewer = ", all that there are," if count < args.rows else ""
+  print(f"{count} row{'s' * (count != 1)}{fewer} in {args.output}, {picture.width} x {picture.height} pixels")
+  return 0
+
+
+def render(config, directory: str, rows: int, step: int, title: str):
+  """Returns the picture of rows of a data set, or of the mixture of a run where `directory` is empty, and their number.
+
+  A row that comes again, where the data set has fewer than are asked for, is drawn once.
+
+  Args:
+    config: a whole config, as `load_config` returns it.
+    directory: a prepared data set; empty for the sources of the config.
+    rows: how many rows; of a run, spread over the batch and so over its types.
+    step: of the run.
+    title: of the picture.
+  """
+  from jflow.training import fields, setup  # the second imports jax, which --help does not need
+
+  fields.check({"data": config["data"]})
+  data, batch_size = dict(config["data"]), config["train"]["batch_size"]
+  if directory:
+    task = read_summary(directory)["task"]
+    data["sources"] = {name: ((directory, 1.0),) if name == task else () for name in TASKS}
+    data["mixture"] = ((0, tuple(float(name == task) for name in TASKS)),)
+    batch_size = rows
+  if not data["tokenizer"]:
+    data["tokenizer"] = load_config([f"--config={CONFIGS / 'stage2.py'}:tiny"])["data"]["tokenizer"]
+    print(f"jflow: no config.data.tokenizer, so {data['tokenizer']} cuts the text", file=sys.stderr)
+  tokenizer = Tokenizer.load(data["tokenizer"])
+  shape = setup.row_shape(config | {"data": data}, JanusFlowConfig.from_dict(config["model"]))
+  tasks = [task for task, _ in StepPlan(data["mixture"], batch_size, step + 1)[step]]
+  by_task = np.argsort(tasks, kind="stable")
+  share = by_task[np.linspace(0, batch_size - 1, min(rows, batch_size)).round().astype(int)].tolist()
+  pipeline = Pipeline(data, tokenizer, shape, batch_size, config["train"]["seed"], share)
+  for line in pipeline.report():
+    print(f"jflow: {line}", file=sys.stderr)
+  batch = pipeline.batch(step)
+  shown = {}
+  for place, (task, source, pieces) in enumerate(pipeline.pieces(step)):
+    row = inspection.Row(task, source, Batch(*(array[place] for array in batch)))
+    shown.setdefault((task, source, *(piece[1:] for piece in pieces)), row)  # in any epoch
+  counted = [inspection.histograms(s.task, s.name, s.plan, shape.tokens) for s in pipeline.sources()]
+  return inspection.draw(list(shown.values()), counted, shape, tokenizer, title), len(shown)

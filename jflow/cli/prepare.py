@@ -1,0 +1,191 @@
+"""`python -m jflow prepare`: its command line."""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from jflow.batch import TASKS
+from jflow.cli.arguments import SEED, Parser, number, whole
+from jflow.data import importers
+from jflow.data.filters import AESTHETIC, Filters
+from jflow.data.importers.text import DOCUMENTS
+from jflow.data.store.prepare import prepare
+from jflow.errors import Terminated, UserError
+
+_EPILOG = """\
+formats: --input is a file, a folder, a pattern ("tars/*.tar") or a range ("tars/{00000..00041}.tar"); of a folder,
+         hidden files and folders are left out, links are followed, and each file is read once
+  llava-jsonl  JSON objects, one per line or in an array; images are files in the same folder (--image_root)
+                 {"id": "7", "image": "7.jpg", "conversations": [
+                   {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
+                 {"image": "7.jpg", "caption": "A cat on a sofa."}
+                 {"images": ["a.jpg", "b.jpg"], "text": "First <image> then <image> and the end."}
+               a system turn is refused: leave it out, or put it into the first question; a first turn of the
+               assistant and a last one of the user are left out, as in LLaVA, and counted
+  webdataset   tar files as img2dataset writes them: 7.jpg + 7.txt, or 7.json with "caption" or "conversations";
+               --image_column and --text_column may name other endings, as in input.jpg and outputs.txt
+  parquet      a column of images (bytes or {bytes, path}, or lists of them), one of captions or conversations
+  text         .txt files, each a document (--documents), or .jsonl and .jsonl.gz of {"text": "..."}
+  tfds         the directory of a TFDS data set in ArrayRecord or Parquet; no TensorFlow
+  shapes       no input: the built-in world, drawn once
+
+tasks
+  understanding  one <image> in a user's turn per picture; the answers are learned. A caption answers the paper's
+                 request; with <image> in it, it is an interleaved document, all of whose text is learned
+  generation     one picture and its caption
+  text           documents, or conversations without pictures, in which <image> is text
+records of a video, a sound or a point cloud are left out and counted
+
+examples
+  python -m jflow prepare --format=llava-jsonl --input=photos/chat.jsonl --output=data/chat --task=understanding
+  python -m jflow prepare --format=webdataset --input=tars --output=data/paint --task=generation \\
+    --min_size=256 --max_aspect=2 --min_aesthetic=5
+  python -m jflow prepare --format=parquet --input="tables/*.parquet" --output=data/tables --task=understanding \\
+    --image_column=image --text_column=caption
+  python -m jflow prepare --format=text --input=books --output=data/books --task=text
+  python -m jflow prepare --format=tfds --input=tfds/pets/1.0.0 --output=data/pets --task=generation \\
+    --text_column=label
+  python -m jflow prepare --format=shapes --output=data/shapes --task=generation --records=10000
+
+Every record is checked: the images (PNG, JPEG, WebP or GIF) are decoded, each conversation needs an answer. What cannot
+be used is left out, counted by reason in OUTPUT/summary.json and listed in OUTPUT/rejected.jsonl; what a filter drops, or
+belongs to another task, is counted apart and not listed.
+A run that was killed goes on where it stopped, as does one with a larger --max_rejected_share. Images beside a file
+of lines are not watched between the two: remove OUTPUT.partial when sound ones were replaced. The images stay as they are, encoded; what training sees of odd ones:
+EXIF rotation applied, alpha over white, the first frame of an animation, the upper 8 of 16 bits, CMYK, grey and
+palette as RGB. Documents longer than a row of training are cut; a conversation or caption that no row can hold is
+left out when the rows are planned, and counted as "too_long".
+
+afterwards
+  python -m jflow prepare --inspect OUTPUT    draw packed rows as the model will see them
+  python -m jflow prepare --latents --help    run the VAE over a data set ahead of time"""
+
+
+# Flag -> (module with main(argv) -> exit code, what it does) of what is no import; each has a --help of its own.
+MODES = {
+  "--inspect": ("jflow.cli.inspect", "draw packed rows as the model will see them"),
+  "--latents": ("jflow.training.latents", "run the VAE over a data set ahead of time"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+  """Runs the command line."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  for flag, (module, _) in MODES.items():
+    if any(argument.split("=")[0] == flag for argument in argv):
+      return importlib.import_module(module).main(argv)
+  parser = _parser()
+  _import(parser.parse_args(argv), parser)
+  return None
+
+
+def _import(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+  """Imports records into a prepared data set."""
+  missing = [f"--{name}" for name in ("format", "output", "task") if not getattr(arguments, name)]
+  if missing:
+    parser.error(f"an import needs {', '.join(missing)}")
+  if len(arguments.input) > 1:
+    raise UserError(
+      f"--input names {len(arguments.input):,} files, {arguments.input[0]} first: the shell has opened the pattern or "
+      "range; put it in quotes, as in --input='tars/{00000..00041}.tar'"
+    )
+  options = {name: value for name, value in vars(arguments).items() if value is not None}
+  options["input"] = "".join(arguments.input)
+  filters = Filters(**{name: options.pop(name) for name in Filters._fields if name in options})
+  before = signal.signal(signal.SIGTERM, _terminate)
+  try:
+    summary = prepare(**options, filters=filters)
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  records, pictures = summary["accepted"], summary["images"]
+  line = (
+    f"{records:,} record{'s' * (records != 1)} with {pictures:,} image{'s' * (pictures != 1)} in {arguments.output}"
+  )
+  for what, counts in (
+    ("cannot be used", summary["rejected"]),
+    ("dropped by filters or of another task", summary["filtered"]),
+    ("notes", summary["notes"]),
+    ("files or folders left out", summary["left_out"]),
+  ):
+    line += f"; {sum(counts.values()):,} {what}: {counts}" if counts else ""
+  print(line)
+  print(
+    "next: python -m jflow train --config=configs/stage2.py --workdir=runs/stage2 --config.data.tokenizer=DIR "
+    f"--config.data.sources.{arguments.task}=\"(('{arguments.output}', 1.0),)\" "
+    "(DIR and the rest of the command: configs/README.md)"
+  )
+
+
+def _terminate(*_: Any) -> None:
+  raise Terminated
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = Parser(
+    prog="python -m jflow prepare",
+    usage="python -m jflow prepare --format=FORMAT --input=PATH --output=DIR --task=TASK [options]",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    description="Checks pictures and texts and writes them as a data set to train on.",
+    epilog=_EPILOG,
+  )
+  add = parser.add_argument
+  add("--format", choices=importers.FORMATS, help="what the input looks like, see below")
+  add(
+    "--input",
+    nargs="+",
+    action="extend",
+    default=[],
+    metavar="PATH",
+    help="file, folder, pattern or range to read, in quotes (not with --format=shapes)",
+  )
+  add("--output", help="the directory to write; must not exist yet")
+  add("--task", choices=TASKS, help="what the records are to teach")
+  add(
+    "--processes",
+    type=whole(1, 10_000),
+    default=os.cpu_count() or 1,
+    help="that read and check (default: one per core)",
+  )
+  add(
+    "--max_rejected_share",
+    type=number(0, 1),
+    default=0.01,
+    metavar="SHARE",
+    help="share of unusable ones among all records above which nothing is written (default 0.01)",
+  )
+  add = parser.add_argument_group("filters, of which each drops what it does not want").add_argument
+  add("--min_size", type=whole(1), metavar="PIXELS", help="of the shorter side of each image, at least")
+  add("--max_aspect", type=number(1), metavar="RATIO", help="longer side over shorter, at most")
+  add(
+    "--min_aesthetic",
+    type=number(),
+    metavar="SCORE",
+    help=f"score in the metadata ({', '.join(AESTHETIC)}), at least",
+  )
+  add = parser.add_argument_group("how to read").add_argument
+  add("--image_root", help="folder that image paths start from (default: that of the input)")
+  add("--image_column", metavar="NAME", help="of the images (default: the first usual name); in tars an ending")
+  add(
+    "--text_column",
+    metavar="NAME",
+    help="of the captions, conversations or documents (the same); in tars an ending or, without one, a key of KEY.json",
+  )
+  add(
+    "--documents",
+    choices=DOCUMENTS,
+    help="text: what is a document in a .txt file, the paragraphs being those between blank lines (default file)",
+  )
+  add("--split", help="tfds: which split (default train)")
+  add("--records", type=whole(1), help="shapes: number of records (default 1000)")
+  add("--seed", type=whole(most=SEED), help="shapes: which records (default 0)")
+  add("--image_size", type=whole(1, 16_384), help="shapes: side in pixels (default 384)")
+  add(
+    "--part_records",
+    type=whole(1),
+    help="records per shard at most (default 4096); tars and row groups are shards of their own",
+  )
+  return parser

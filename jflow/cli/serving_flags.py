@@ -1,0 +1,92 @@
+"""What the commands `serve` and `demo` share: their flags, and the engine that these describe."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from jflow.cli import flags as model_flags
+from jflow.cli.arguments import number, whole
+from jflow.errors import UserError
+
+if TYPE_CHECKING:
+  from jflow.serving.engine import Engine
+
+_CONTEXT = 4096  # each slot of the full model keeps 0.8 GB of keys and values for it, in bfloat16
+
+
+def add(p: argparse.ArgumentParser, port: int) -> None:
+  """Adds the flags of the checkpoint, the address and the engine."""
+  model_flags.add_model(p)
+  p.add_argument("--host", default="127.0.0.1", help="address to listen at (default %(default)s: this machine only)")
+  p.add_argument(
+    "--allowed_host",
+    action="append",
+    default=[],
+    metavar="NAME",
+    help="a name or address that clients may call this server by, besides those that --host stands for (needed behind a "
+    "reverse proxy); repeatable, * allows any, and then any web page can use the server",
+  )
+  p.add_argument(
+    "--port",
+    type=whole(most=65535),
+    default=port,
+    help="0 takes a free one (default %(default)s)",
+  )
+  p.add_argument(
+    "--slots", type=whole(most=100_000), default=8, help="conversations answered side by side (default %(default)s)"
+  )
+  p.add_argument(
+    "--context",
+    type=whole(),
+    help=f"tokens of one conversation, its answer included (default: {_CONTEXT}, or the model's where that is less)",
+  )
+  p.add_argument(
+    "--batch",
+    type=whole(most=100_000),
+    default=8,
+    help="pictures painted at once, a power of two (default %(default)s)",
+  )
+  p.add_argument(
+    "--queue", type=whole(), default=64, help="requests open at once, the next one gets 429 (default %(default)s)"
+  )
+  p.add_argument("--timeout", type=number(), default=300, help="seconds that a request may take (default %(default)s)")
+
+
+def check(args: argparse.Namespace) -> None:
+  """Checks what needs no model; raises UserError."""
+  from jflow.serving import hosts
+
+  for name, least in (("slots", 1), ("batch", 1), ("queue", 1), ("context", 2)):
+    if (value := getattr(args, name)) is not None and value < least:
+      raise UserError(f"--{name}={value} must be at least {least}")
+  for name in args.allowed_host:
+    hosts.check_name(name)
+  if args.batch.bit_count() != 1:  # the engine fills a batch up to a power of two, see `Engine._generate`
+    raise UserError(f"--batch={args.batch} must be a power of two, for example 4 or 8")
+  if not 0 < args.timeout < 1e6:
+    raise UserError(f"--timeout={args.timeout:g} must be a number of seconds above 0")
+
+
+def engine(args: argparse.Namespace) -> "Engine":
+  """Loads the model and returns its engine, not yet started.
+
+  Raises:
+    UserError: the checkpoint cannot be used, or --context is more than the model's.
+  """
+  from jflow.serving import logs
+  from jflow.serving.engine import Engine
+  from jflow.serving.metrics import Metrics
+
+  logs.to_stderr()
+  pipeline = model_flags.open_model(args)
+  most = pipeline.model.config.language_model.context
+  if args.context is not None and args.context > most:
+    raise UserError(f"--context={args.context} is more than the model's {most}")
+  return Engine(
+    pipeline,
+    Metrics(),
+    slots=args.slots,
+    context=args.context or min(most, _CONTEXT),
+    batch=args.batch,
+    queue=args.queue,
+    timeout=args.timeout,
+  )

@@ -1,0 +1,118 @@
+"""The command `train`."""
+
+import argparse
+import functools
+import pathlib
+import sys
+from typing import Any
+
+from jflow.cli.arguments import Parser
+from jflow.errors import UserError, need_text_name
+from jflow.training import config_files, fields, overrides
+
+_EPILOG = """
+A config is a Python file with get_config(size); the part behind the colon is the size:
+  384 (none named), 256  the paper's models    tiny  for trying things out, in seconds, on the built-in world
+  shapes                 learns the built-in world in minutes on two cores    mid  for `bench`
+Stages start from the one before (stage 1 from `convert --from=huggingface-parts`, or stage 0 of the built-in world):
+  python -m jflow train --config=configs/stage2.py:tiny --workdir=runs/try
+  python -m jflow train --config=configs/stage2.py --workdir=runs/stage2 --config.train.init_from=runs/stage1 \\
+    --config.mesh.fsdp=8 --config.train.accumulation=16      # 512 rows on 8 GPUs, 4 at a time on each; and its
+  data and tokenizer, as under "Pretrain" in configs/README.md
+Set any field of configs/base.py with --config.FIELD=VALUE, for example
+  --config.train.steps=100 --config.optimizer.learning_rate=3e-4 --config.mesh.data=8
+Stop it at any moment; the same command goes on from the last checkpoint in the workdir. It refuses data sets that hold
+something else than before, wherever they lie now; --accept_data goes on with them, and with them from then on.
+"""
+
+
+def load_config(arguments: list[str]) -> dict[str, Any]:
+  """Reads --config=FILE[:SIZE] and --config.FIELD=VALUE arguments into nested plain values.
+
+  Raises:
+    UserError: a missing file, an unknown field, a value of the wrong type.
+  """
+  paths = [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]
+  if len(paths) != 1:
+    raise UserError("name one config, for example --config=configs/stage2.py:tiny")
+  file, config = config_files.load(paths[0])
+  try:
+    overrides.apply(config, [a for a in arguments if not a.startswith("--config=")])
+    read = _plain(config.to_dict())
+    fields.check_complete(read)
+    return read
+  except UserError as error:
+    raise UserError(f"{file}: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {k: _plain(v) for k, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return tuple(_plain(v) for v in value)
+  return value
+
+
+def _paint_samples(config: dict[str, Any], model: Any, tokenizer: Any, params: Any) -> list[Any]:
+  """The pictures of `log.sample_prompts`, as `generate` paints them, on one device."""
+  import jax
+
+  from jflow import sharding
+  from jflow.inference.pipeline import Pipeline
+
+  log = config["log"]
+  with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])):
+    pipeline = Pipeline(model, params, tokenizer, config["data"]["template"])
+    return pipeline.generate(log["sample_prompts"], log["sample_steps"], log["sample_guidance"], seed=0)
+
+
+def _workdir(text: str) -> pathlib.Path:
+  if what := fields.text(text) or ("" if text else "must name a directory"):
+    raise UserError(f"--workdir={text[:100]!r} {what}")
+  return pathlib.Path(text)
+
+
+def main(argv: list[str]) -> int:
+  """Parses the flags and trains; 143 or 130 after SIGTERM or SIGINT, once the state is saved."""
+  parser = Parser(
+    prog="python -m jflow train",
+    description="Trains one stage.",
+    epilog=_EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.add_argument("--config", metavar="FILE[:SIZE]", required=True, help="for example configs/stage2.py:tiny")
+  parser.add_argument("--workdir", metavar="DIR", required=True, type=_workdir, help="directory of this run")
+  parser.add_argument(
+    "--accept_data",
+    metavar="HASH",
+    default="",
+    help="go on with other data than the run has begun with; the refusal of such a start names HASH",
+  )
+  known, settings = parser.parse_known_args(argv)
+  need_text_name("--workdir", known.workdir)
+  config = load_config([f"--config={known.config}", *settings])
+
+  from jflow.training import hosts  # after the flags: a typo needs no import of jax
+  from jflow.training.loop import Terminated, train
+  from jflow.training.metrics import read_metrics
+
+  try:
+    train(config, known.workdir, functools.partial(_paint_samples, config), known.accept_data)
+  except Terminated as error:
+    hosts.say(str(error))
+    return 128 + error.signum
+  except BaseException as error:
+    hosts.leave(error)
+    raise
+  if not hosts.is_first():
+    return 0
+  rows = read_metrics(known.workdir)
+  if rows:
+    loss = "not finite" if rows[-1].get("loss") is None else f"{rows[-1]['loss']:.4f}"
+    print(
+      f"done: step {rows[-1]['step']}, loss {loss}; checkpoints in {known.workdir / 'checkpoints'}",
+      file=sys.stderr,
+    )
+  print(f"next: python -m jflow generate --checkpoint={known.workdir} --prompt=...", file=sys.stderr)
+  return 0

@@ -1,0 +1,145 @@
+"""How long each record's sequence is at most: what the packing plan is made of.
+
+The first pass over a source. For a prepared data set it reads the outlines, not the images. The result is kept
+(derived.py), and does not depend on the size of the row or of the images.
+"""
+
+import array
+import collections
+import concurrent.futures
+import concurrent.futures.process
+import contextlib
+import functools
+import io
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from jflow import files
+from jflow.data import examples
+from jflow.data.examples import Sample
+from jflow.data.processes import end_with_parent
+from jflow.data.records import Record, RecordError, Source
+from jflow.data.store import derived, prepared
+from jflow.data.tokenizer import Tokenizer
+from jflow.errors import Stopped
+from jflow.progress import Progress
+
+# Goes up when the layouts in examples.py change length.
+_VERSION = 2
+# From so many records on, about ten seconds of one core, processes are worth their start.
+_WORTH_PROCESSES = 100_000
+
+
+def measure(
+  source: Source, task: str, tokenizer: Tokenizer, template: str, image_patches: int, cache: str = ""
+) -> tuple[np.ndarray, collections.Counter]:
+  """Returns the tokens and images of every record, int32[N, 2], and what was rejected, by reason.
+
+  A rejected record has length 0. Where chance decides (first sentence, dropped prompt), the longest counts.
+  `cache` is the folder for what cannot be kept beside the records.
+  """
+  folders = derived.places(source, cache)
+  fingerprint = getattr(source, "fingerprint", "")
+  file = derived.name("lengths", _VERSION, fingerprint, task, tokenizer.fingerprint, template) + ".npz"
+  found = _read(folders, file, len(source))
+  if found is None:
+    with derived.alone(folders, file) as path:
+      found = _read(folders, file, len(source)) or _measure(source, task, tokenizer, template)
+      if path and not os.path.exists(path):
+        _write(path, *found)
+  lengths, rejected = found
+  lengths[:, 0] += image_patches * lengths[:, 1]
+  return lengths, rejected
+
+
+def _measure(source: Source, task: str, tokenizer: Tokenizer, template: str) -> tuple[np.ndarray, collections.Counter]:
+  """Measures all records; a large prepared data set by its shards, with a process per core."""
+  build = functools.partial(
+    examples.build, task=task, tokenizer=tokenizer, template=template, image_patches=0
+  )  # each patch adds one token
+  paths = getattr(source, "outline_paths", [])
+  processes = min(os.cpu_count() or 1, len(paths))
+  with Progress(len(source), 0, f"measure {task}", delay=2) as bar:
+    if processes < 2 or len(source) < _WORTH_PROCESSES:
+      records = source.outlines() if hasattr(source, "outlines") else _records(source)
+      return _sizes(records, build, lambda: bar.count(1))
+    parts = []
+    # Threads of the parent would not survive a fork.
+    with concurrent.futures.ProcessPoolExecutor(
+      processes, multiprocessing.get_context("spawn"), end_with_parent
+    ) as pool:
+      try:
+        for part in pool.map(functools.partial(_measure_shard, build), paths, source.shard_lengths):
+          parts.append(part)
+          bar.count(len(part[0]))
+      except concurrent.futures.process.BrokenProcessPool:
+        raise Stopped(f"a process that measured {task} was killed (out of memory?): start again") from None
+  return np.concatenate([sizes for sizes, _ in parts]), sum((r for _, r in parts), collections.Counter())
+
+
+def _measure_shard(
+  build: Callable[[Record], Sample], path: str, records: int
+) -> tuple[np.ndarray, collections.Counter]:
+  return _sizes(prepared.read_outlines(path, records), build, lambda: None)
+
+
+def _sizes(
+  records: Iterable[Record | RecordError],
+  build: Callable[[Record], Sample],
+  progress: Callable[[], Any],
+) -> tuple[np.ndarray, collections.Counter]:
+  """Returns tokens and images of records, and what was rejected, by reason."""
+  sizes, rejected = array.array("i"), collections.Counter()
+  for record in records:
+    size = 0, 0
+    try:
+      if isinstance(record, RecordError):
+        raise record
+      sample = build(record)
+      size = len(sample.tokens), len(sample.images)
+    except RecordError as error:
+      rejected[error.reason] += 1
+    sizes.extend(size)
+    progress()
+  return np.array(sizes, np.int32).reshape(-1, 2), rejected
+
+
+def _records(source: Source) -> Iterator[Record | RecordError]:
+  for index in range(len(source)):
+    try:
+      yield source[index]
+    except RecordError as error:
+      yield error
+
+
+def _read(folders: list[str], file: str, records: int) -> tuple[np.ndarray, collections.Counter] | None:
+  """Returns what was kept; None where nothing is or it is damaged."""
+  path = derived.find(folders, file)
+  if path is None:
+    return None
+  try:
+    with np.load(io.BytesIO(files.read_bytes(path))) as arrays:
+      lengths = arrays["lengths"]
+      rejected = derived.counts(dict(zip(arrays["reasons"].tolist(), arrays["counts"].tolist(), strict=True)))
+    if lengths.shape == (records, 2) and lengths.dtype == np.int32 and not (lengths < 0).any():
+      return lengths, rejected
+  except Exception:  # zip files break in many ways; a damaged one is made again
+    pass
+  with contextlib.suppress(OSError):
+    files.remove(path)
+  return None
+
+
+def _write(path: str, lengths: np.ndarray, rejected: collections.Counter) -> None:
+  """Writes a file that is whole or not there. A full disk costs only the time to measure again."""
+  arrays = dict(
+    lengths=lengths,
+    reasons=np.array(list(rejected), np.str_),
+    counts=np.array(list(rejected.values()), np.int64),
+  )
+  with contextlib.suppress(OSError), files.replacing(path) as new, open(new, "wb") as file:
+    np.savez(file, **arrays)

@@ -1,0 +1,177 @@
+"""Compiles the train step of a config for a topology that is not there, and says what it would take."""
+
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from jflow import head_loss, model_flops
+from jflow.batch import TASKS
+from jflow.errors import UserError
+from jflow.models.janusflow import JanusFlow
+from jflow.perf import hlo, targets
+from jflow.training import setup
+from jflow.training.flops import model_flops_of
+from jflow.training.program import Program, abstract_batch, make_program
+
+# Share of a row's tokens that carry the next-token loss, by task: an answer of 200 tokens in 776, none, all.
+_LOSS_SHARE = dict(zip(TASKS, (200 / 776, 0.0, 1.0), strict=True))
+_PEAK_SHARE = 0.97  # of a GPU's memory that a program may use; XLA's own limit says it for a TPU
+
+
+def expected(config: dict[str, Any], model: JanusFlow) -> tuple[model_flops.Work, float]:
+  """What a full batch of the run's last mixture holds, and the share of its tokens that carries loss.
+
+  Samples are those of the paper's data: 776 tokens around a read image, 650 around a written one at 384 (as
+  many around the images of another size), whole rows of one text.
+  """
+  train, data = config["train"], config["data"]
+  weights = np.asarray(data["mixture"][-1][1], float)
+  und, gen, text = weights / weights.sum()
+  tokens = train["batch_size"] * data["row_tokens"]
+  share = sum(w * _LOSS_SHARE[task] for w, task in zip((und, gen, text), TASKS))
+  read_length, write_length = model.config.patches + 200, model.config.patches + 74
+  lengths = ((und, read_length), (gen, write_length), (text, data["row_tokens"]))
+  pairs = sum(w * tokens * (n + 1) / 2 for w, n in lengths)
+  read, written = und * tokens / read_length, gen * tokens / write_length
+  return model_flops.Work(tokens, pairs, share * tokens, read, written), share
+
+
+def compile_report(
+  config: dict[str, Any], topology: targets.Topology, effort: float = 0.0, keep_text: str | None = None
+) -> dict[str, Any]:
+  """Compiles and measures.
+
+  Args:
+    config: with the mesh and the batch size to compile for; checked here.
+    topology: where to.
+    effort: of the compiler for the speed of the program, 0 as in training; below it, down to -1, it compiles sooner.
+    keep_text: file that gets the compiled program as text; None: none.
+
+  Returns:
+    The report as plain values; `fits` False where the compiler says that memory does not suffice.
+
+  Raises:
+    UserError: a mistake in the config, or no such topology.
+  """
+  setup.check(config)
+  sizes = tuple(config["mesh"][axis] for axis in ("data", "fsdp", "model"))
+  mesh = targets.make_mesh(topology, sizes)
+  model = setup.build(config, mesh.devices.flat[0])
+  _, share = expected(config, model)
+  per_device = config["train"]["batch_size"] // (sizes[0] * sizes[1])
+  report: dict[str, Any] = {
+    "topology": topology.name,
+    "chips": topology.chips,
+    "mesh": dict(config["mesh"]),
+    "rows_per_device": per_device,
+    "accumulation": config["train"]["accumulation"],
+    "attention": model.attention,
+    "remat": model.remat,
+    "effort": effort,
+    "jax": jax.__version__,
+  }
+  with jax.set_mesh(mesh), targets.absent_gpu(topology):
+    program = make_program(config, model, mesh)
+    batch = abstract_batch(config, model, mesh)
+    started = time.monotonic()
+    lowered = program.step.lower(program.state, batch)
+    report["lower_seconds"] = round(time.monotonic() - started, 1)
+    started = time.monotonic()
+    try:
+      compiled = lowered.compile(_options(topology, effort))
+    except Exception as error:  # jax raises several kinds
+      overflow = re.search(r"Used ([0-9.]+)([GMK]) of ([0-9.]+)([GMK]) hbm", str(error))
+      if not overflow:
+        raise UserError(f"{topology.name}: the compiler refuses: {str(error).strip().splitlines()[0]}") from error
+      scale = {"G": 1.0, "M": 2.0**-10, "K": 2.0**-20}
+      used, limit = (float(overflow.group(i)) * scale[overflow.group(i + 1)] for i in (1, 3))
+      return report | {"fits": False, "memory_gib": {"total": used, "limit": limit}}
+    report["compile_seconds"] = round(time.monotonic() - started, 1)
+  text = compiled.as_text()
+  if keep_text:
+    with open(keep_text, "w", encoding="utf-8") as file:
+      file.write(text)
+  report["memory_gib"] = _memory(program, batch, compiled.memory_analysis(), topology)
+  report["fits"] = report["memory_gib"]["total"] <= report["memory_gib"]["limit"]
+  micro = per_device * config["data"]["row_tokens"] / config["train"]["accumulation"]
+  chunks = head_loss.chunks(math.ceil(share * micro))
+  counts = hlo.count(text, dict(mesh.shape), lambda loop: chunks if head_loss.SCOPE in loop else 0)
+  return report | _roofline(config, model, program.state.trained, topology, counts, dict(mesh.shape))
+
+
+def _options(topology: targets.Topology, effort: float) -> dict[str, Any]:
+  """Options of the compiler beside those of the step itself."""
+  options: dict[str, Any] = {"exec_time_optimization_effort": effort} if effort else {}
+  if topology.chip.platform == "gpu":
+    # Triton's tiles are chosen by trying them on the device; where there is none, those it guesses need not fit.
+    # cuBLAS, the other way to a product, has the same FLOPs and operands.
+    options["xla_gpu_enable_triton_gemm"] = False
+  return options
+
+
+def _memory(program: Program, batch: Any, analysis: Any, topology: targets.Topology) -> dict[str, float]:
+  """GiB on one device by kind."""
+
+  def held(tree: Any) -> float:
+    leaf = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
+    return sum(map(leaf, jax.tree.leaves(tree))) / 2**30
+
+  state = program.state
+  temporaries = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+  out = {
+    "parameters": held((state.trained, state.frozen)),
+    "ema": held(state.ema),
+    "optimizer": held(state.optimizer),
+    "batch": held(batch),
+    "temporaries": temporaries / 2**30,
+  }
+  out["total"] = (analysis.argument_size_in_bytes + temporaries) / 2**30
+  share = _PEAK_SHARE if topology.chip.platform == "gpu" else 1.0
+  out["limit"] = share * topology.chip.memory_bytes / 2**30
+  return out
+
+
+def _roofline(config, model: JanusFlow, trained, topology, counts: hlo.Counts, mesh: dict[str, int]) -> dict[str, Any]:
+  """The least time of a step by what each part of the machine has to do."""
+  chip, work = topology.chip, expected(config, model)[0]
+  parts = model_flops_of(config, model.config, trained, work)
+  needed = sum(parts.values()) / topology.chips
+  kernels = _kernel_flops(model, work, config) / topology.chips if counts.kernels else 0.0
+  seconds = {
+    "compute": (counts.flops + kernels) / chip.peak_flops,
+    "memory": counts.memory_bytes / chip.memory_bandwidth,
+  }
+  network = 0.0
+  for (kind, axes), size in counts.collective_bytes.items():
+    network += (2 if kind == "all-reduce" else 1) * size / topology.link(axes, mesh)
+  seconds["network"] = network
+  slowest = max(seconds, key=seconds.get)
+  tokens = work.tokens / topology.chips
+  return {
+    "flops": {"program": counts.flops, "kernels": kernels, "model": needed},
+    "memory_bytes": counts.memory_bytes,
+    "collective_bytes": {f"{kind} {axes}": size for (kind, axes), size in sorted(counts.collective_bytes.items())},
+    "collective_bytes_total": sum(counts.collective_bytes.values()),
+    "largest_gather_bytes": counts.largest_gather,
+    "seconds": seconds,
+    "bound": slowest,
+    "seconds_if_overlapped": seconds[slowest],
+    "seconds_if_serial": sum(seconds.values()),
+    "mfu_at_most": needed / chip.peak_flops / seconds[slowest],
+    "tokens_per_second_per_chip_at_most": tokens / seconds[slowest],
+  }
+
+
+def _kernel_flops(model: JanusFlow, work: model_flops.Work, config: dict[str, Any]) -> float:
+  """FLOPs of fused attention over a step: 2 products forward, 5 backward, forward again where it is not kept.
+
+  cuDNN skips what lies across segments; the others work on all pairs under the diagonal.
+  """
+  lm, rows = model.config.language_model, config["train"]["batch_size"]
+  pairs = work.pairs if model.attention == "cudnn" else rows * config["data"]["row_tokens"] ** 2 / 2
+  again = 0 if model.remat == "none" or ("attended" in model.remat and model.attention != "triton") else 2
+  return 2.0 * lm.layers * lm.heads * lm.head_width * pairs * (2 + again + 5)

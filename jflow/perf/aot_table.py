@@ -1,0 +1,119 @@
+"""The table of jflow/perf/README.md: stage 2 at 384 over TPU and GPU meshes of 8 to 256 chips."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from tqdm import tqdm
+
+from jflow.chips import CHIPS
+from jflow.inference import files
+from jflow.perf.targets import Topology
+
+# Topology and rows per device; fsdp stays at 8 or 16 (TPU) or 8 (GPU), data grows. The first two of a kind, the ends
+# of the claim that the cost per chip does not grow, come before all others.
+ROWS = (
+  ("v5e:4x4", 1),
+  ("v5e:16x16", 1),
+  ("h100:2x8", 4),
+  ("h100:32x8", 4),
+  ("v5p:2x2x4", 4),
+  ("v5p:4x8x8", 4),
+  ("v6e:4x4", 2),
+  ("v6e:16x16", 2),
+  ("v5e:2x4", 1),
+  ("h100:1x8", 4),
+  ("v5p:2x2x2", 4),
+  ("v6e:2x4", 2),
+  ("v5e:8x8", 1),
+  ("h100:8x8", 4),
+  ("v5p:4x4x4", 4),
+  ("v6e:8x8", 2),
+)
+
+# For TPU the compiler works 13 times as long on a ConvNeXt block with its full effort, and the memory, not the
+# products or the collectives, of what it makes differs; see jflow/perf/README.md.
+_EFFORT = {"tpu": -1.0, "gpu": 0.0}
+# As the table was made. "auto" takes Triton on a GPU, see `attention.choose`.
+_ATTENTION = {"tpu": "splash", "gpu": "cudnn"}
+
+
+def write_table(name: pathlib.Path) -> int:
+  """Compiles every row in a process of its own; writes NAME.json and NAME.md after each.
+
+  A row that stands in NAME.json is taken from there: an interrupted table goes on, and a row is made anew once it is
+  struck from the file.
+  """
+  file = name.with_suffix(".json")
+  known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+  reports = {report["topology"]: report for report in known if "error" not in report}
+  failed = {}
+  for topology, rows in tqdm(ROWS, unit="mesh"):
+    if topology in reports:
+      continue
+    report = _compiled(topology, rows)
+    (failed if "error" in report else reports)[topology] = report
+    order = sorted((reports | failed).values(), key=_place)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    files.replace(file, json.dumps(order, indent=1) + "\n")
+    files.replace(name.with_suffix(".md"), markdown(order))
+  print(f"table: {name.with_suffix('.md')}", file=sys.stderr)
+  return 1 if failed else 0
+
+
+def _compiled(topology: str, rows: int) -> dict:
+  """The report of a row, or its error, from a process of its own: what a compiler holds is given back."""
+  platform = Topology.parse(topology).chip.platform
+  effort, attention = _EFFORT[platform], _ATTENTION[platform]
+  with tempfile.TemporaryDirectory() as folder:
+    file = pathlib.Path(folder) / "report.json"
+    command = [
+      sys.executable,
+      "-m",
+      "jflow",
+      "compile",
+      "--config=configs/stage2.py",
+      f"--topology={topology}",
+      f"--rows_per_device={rows}",
+      f"--effort={effort}",
+      f"--json={file}",
+      f"--config.compute.attention={attention}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if file.exists():
+      return json.loads(file.read_text(encoding="utf-8"))
+  error = (done.stderr.strip().splitlines() or ["?"])[-1]
+  print(f"{topology}: {error}", file=sys.stderr)
+  return {"topology": topology, "error": error}
+
+
+def _place(report: dict) -> tuple[int, int]:
+  """Kinds in the order of CHIPS, small meshes first."""
+  topology = Topology.parse(report["topology"])
+  return list(CHIPS).index(topology.kind), topology.chips
+
+
+def markdown(reports: list[dict]) -> str:
+  """The table for people."""
+  lines = [
+    "| topology | data x fsdp | rows per chip | state + temporaries, GiB | fits | TFLOP | collectives, GB "
+    "| compute / memory / network, ms | bound by | MFU at most | compile, s |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+  ]
+  for r in reports:
+    if "seconds" not in r:
+      why = r.get("error") or f"{r['memory_gib']['total']:.1f} GiB of {r['memory_gib']['limit']:.1f}"
+      lines.append(f"| {r['topology']} | | | | no | {why} | | | | | |")
+      continue
+    m, s = r["memory_gib"], r["seconds"]
+    state = m["total"] - m["temporaries"]
+    lines.append(
+      f"| {r['topology']} | {r['mesh']['data']} x {r['mesh']['fsdp']} | {r['rows_per_device']} "
+      f"| {state:.1f} + {m['temporaries']:.1f} | {'yes' if r['fits'] else 'no'} "
+      f"| {(r['flops']['program'] + r['flops']['kernels']) / 1e12:.0f} | {r['collective_bytes_total'] / 1e9:.1f} "
+      f"| {1e3 * s['compute']:.0f} / {1e3 * s['memory']:.0f} / {1e3 * s['network']:.0f} | {r['bound']} "
+      f"| {100 * r['mfu_at_most']:.0f} % | {r['compile_seconds']:.0f} |"
+    )
+  return "\n".join(lines) + "\n"

@@ -1,0 +1,275 @@
+"""bench data: what the input pipeline costs, beside the plain loop "decode and resize" on the same files.
+
+Costs are CPU seconds, so that a busy machine and the number of cores do not change them. The pipeline does what
+the loop does, and reads, verifies, tokenizes, packs and copies as well.
+"""
+
+import argparse
+import functools
+import io
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+import jflow
+from jflow.batch import NONE, RowShape
+from jflow.cli.arguments import whole
+from jflow.cli.train import load_config
+from jflow.data import packing
+from jflow.data.pipeline import Pipeline
+from jflow.data.store import prepare
+from jflow.data.store.prepared import PreparedSource, read_summary
+from jflow.data.tokenizer import Tokenizer
+from jflow.errors import UserError
+from jflow.models.config import JanusFlowConfig
+from jflow.perf.timing import interleaved
+
+CONFIGS = pathlib.Path(jflow.__file__).parent.parent / "configs"
+# What one H200 would take at 42,000 tokens a second (31,800 were measured, jflow/perf/README.md): rows of 4,096 tokens, and
+# pictures in them.
+TOKENS_PER_SECOND, PICTURES_PER_SECOND = 42_000, 65
+_WORDS = (
+  "a photograph of the old red sailing boat on calm sea near small white houses at sunset with many birds".split()
+)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """Declares the flags."""
+  parser.epilog = """\
+examples
+  python -m jflow bench data                                    # 256 JPEGs that it makes: 1024 x 768 and 512 x 512
+  python -m jflow bench data --input=data/paint --threads=8     # 256 pictures of a data set of yours
+  python -m jflow bench data --workers=4 --json=data.json       # loader processes as well
+  python -m jflow bench data --plan=10000000                    # how long ten million records take to plan
+
+ratio is the pipeline's CPU seconds per picture over those of the loop; below 1 where the pipeline decodes large
+JPEGs at a fraction. cores_per_h200 is what one GPU takes at 42,000 tokens or 65 pictures a second."""
+  add = parser.add_argument
+  add(
+    "--config",
+    metavar="FILE[:SIZE]",
+    default=str(CONFIGS / "stage2.py"),
+    help="row and picture sizes (default stage2, 384)",
+  )
+  add(
+    "--input",
+    metavar="DIR",
+    action="append",
+    help="a prepared data set with pictures, repeatable (default: made here)",
+  )
+  add("--pictures", type=whole(most=10**6), default=256, help="per round (default 256)")
+  add("--repeats", type=whole(most=100_000), default=5, help="rounds, loop and pipeline in turn (default 5)")
+  add("--threads", type=whole(most=1024), default=1, help="reader threads (default 1, as the loop)")
+  add(
+    "--workers", type=whole(0, 1024), default=0, help="loader processes, measured in addition (default 0: threads only)"
+  )
+  add(
+    "--plan",
+    metavar="RECORDS",
+    type=whole(0, 10**8),
+    default=0,
+    help="plan so many records of realistic lengths instead",
+  )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+  """Measures and returns the report."""
+  for name in ("pictures", "repeats", "threads"):
+    if getattr(args, name) < 1:
+      raise UserError(f"--{name}={getattr(args, name)} should be at least 1")
+  config = load_config([f"--config={args.config}"])
+  if not config["data"]["tokenizer"]:  # of a size that has none of its own
+    config["data"]["tokenizer"] = load_config([f"--config={CONFIGS / 'stage2.py'}:tiny"])["data"]["tokenizer"]
+  model = JanusFlowConfig.from_dict(config["model"])
+  data = config["data"]
+  shape = RowShape(data["row_tokens"], data["row_images"], model.patches, model.image_size)
+  if args.plan:
+    return {"workload": "data", "planned_records": args.plan, **_planning(args.plan, shape)}
+  with tempfile.TemporaryDirectory() as folder:
+    inputs = args.input or [_made(folder, task, args.pictures) for task in ("understanding", "generation")]
+    report: dict[str, Any] = {"workload": "data", "image_size": shape.image_size, "row_tokens": shape.tokens}
+    report |= {"threads": args.threads, "workers": args.workers}
+    for directory in inputs:
+      task = read_summary(directory)["task"]
+      if task == "text":
+        raise UserError(f"--input={directory} holds text, and this benchmark is about pictures")
+      tokenizer = Tokenizer.load(data["tokenizer"])
+      name = task if task not in report else directory
+      report[name] = _compare(directory, task, data, tokenizer, shape, args)
+  return report
+
+
+def _compare(
+  directory: str,
+  task: str,
+  config: dict[str, Any],
+  tokenizer: Tokenizer,
+  shape: RowShape,
+  args: argparse.Namespace,
+) -> dict[str, Any]:
+  """Compares loop and pipeline on one data set."""
+  weights = tuple(float(name == task) for name in ("understanding", "generation", "text"))
+  sources = {name: ((directory, 1.0),) if name == task else () for name in config["sources"]}
+  config = config | {
+    "sources": sources,
+    "mixture": ((0, weights),),
+    "threads": args.threads,
+    "workers": 0,
+    "plan_cache": "",
+    "latents": False,
+  }
+  pipeline = Pipeline(config, tokenizer, shape, 1, 0)
+  source = PreparedSource(directory, task)
+  files: list[bytes] = []
+  rows = 0
+  while len(files) < args.pictures and rows < pipeline.sources()[0].plan.rows:  # the rows of one epoch at most
+    for _, _, pieces in pipeline.pieces(rows):
+      files += [image for piece in pieces for image in source[piece.record].images]
+    rows += 1
+  counted: list[int] = []
+
+  def pictures(pipeline: Pipeline) -> int:
+    return sum(int((batch.image_kind != NONE).sum()) for batch, _ in pipeline.batches(0, rows))
+
+  candidates: dict[str, Callable[[], object]] = {
+    "loop": functools.partial(_loop, files, shape.image_size),
+    "pipeline": lambda: counted.append(pictures(pipeline)),
+  }
+  seconds = interleaved(candidates, args.repeats, clock=time.process_time)
+  if counted[-1] != len(files):
+    raise UserError(f"{directory}: {len(files) - counted[-1]} of {len(files)} pictures cannot be read")
+  loop = len(files) / seconds["loop"]["median"]
+  ours = len(files) / seconds["pipeline"]["median"]
+  report: dict[str, Any] = {
+    "loop_images_per_cpu_second": loop,
+    "images_per_cpu_second": ours,
+    "rows_per_cpu_second": rows / seconds["pipeline"]["median"],
+    "ratio": loop / ours,
+    "cores_per_h200": _cores(ours, rows / seconds["pipeline"]["median"], shape),
+    "seconds": seconds,
+  }
+  if args.workers:
+    processes = Pipeline(config | {"workers": args.workers, "threads": 1}, tokenizer, shape, 1, 0)
+    ours, rate = _with_workers(processes, rows, args.repeats)
+    report["with_processes"] = {
+      "images_per_cpu_second": ours,
+      "ratio": loop / ours,
+      "images_per_second": rate,
+    }
+  return report
+
+
+def _cores(images: float, rows: float, shape: RowShape) -> int:
+  """Cores that feed one H200: whichever it asks more of, pictures or rows."""
+  return math.ceil(max(PICTURES_PER_SECOND / images, TOKENS_PER_SECOND / shape.tokens / rows))
+
+
+def _loop(files: list[bytes], size: int) -> None:
+  """The plain loop: decode and resize."""
+  for file in files:
+    np.asarray(Image.open(io.BytesIO(file)).convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _with_workers(pipeline: Pipeline, rows: int, repeats: int) -> tuple[float, float]:
+  """Returns pictures per CPU second of all processes, and per second, once the workers have started."""
+  images, cpu, wall = 0, [], []
+  batches = pipeline.batches(0, rows * (repeats + 1))
+  for number, (batch, _) in enumerate(batches):
+    if number >= rows - 1 and (number + 1) % rows == 0:
+      cpu.append(time.process_time() + sum(map(_cpu_seconds, multiprocessing.active_children())))
+      wall.append(time.perf_counter())
+    if number >= rows:
+      images += int((batch.image_kind != NONE).sum())
+  return images / (cpu[-1] - cpu[0]), images / (wall[-1] - wall[0])
+
+
+def _cpu_seconds(process: Any) -> float:
+  """CPU seconds of a process so far, from /proc (Linux)."""
+  fields = pathlib.Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
+  return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _made(folder: str, task: str, pictures: int) -> str:
+  """Makes a data set: JPEGs of 1024 x 768 and 512 x 512 in turn, captions and conversations of 10 to 150 words."""
+  rng = np.random.default_rng(0)
+  files, lines = pathlib.Path(folder, task + "-files"), []
+  files.mkdir()
+  for number in tqdm(range(pictures), desc=f"make {task}", disable=not sys.stderr.isatty()):
+    width, height = ((1024, 768), (512, 512))[number % 2]
+    _picture(rng, width, height).save(files / f"{number}.jpg", quality=90)
+    text = lambda: " ".join(rng.choice(_WORDS, int(rng.integers(10, 150)))) + "."
+    record: dict[str, Any] = {"image": f"{number}.jpg", "caption": text()}
+    if task == "understanding":
+      turns = int(rng.integers(1, 4))
+      record = {"image": f"{number}.jpg", "conversations": []}
+      for turn in range(turns):
+        question = ("" if turn else "<image>\n") + " ".join(rng.choice(_WORDS, 8)) + "?"
+        record["conversations"] += [{"from": "human", "value": question}, {"from": "gpt", "value": text()}]
+    lines.append(json.dumps(record))
+  (files / "records.jsonl").write_text("\n".join(lines), encoding="utf-8")
+  output = str(pathlib.Path(folder, task))
+  prepare.prepare("llava-jsonl", input=str(files / "records.jsonl"), output=output, task=task)
+  return output
+
+
+def _picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
+  """A picture with soft colours, edges and grain, about as large in bytes as a photograph."""
+  soft = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+  draw = ImageDraw.Draw(soft)
+  for _ in range(20):
+    x, y = (int(rng.integers(side)) for side in (width, height))
+    radius = int(rng.integers(8, 120))
+    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=tuple(rng.integers(0, 256, 3).tolist()))
+  grain = rng.normal(0, 6, (height, width, 1))
+  return Image.fromarray(np.clip(np.asarray(soft) + grain, 0, 255).astype(np.uint8))
+
+
+def _planning(records: int, shape: RowShape) -> dict[str, Any]:
+  """Plans realistic lengths of each type; CPU seconds, fill, and the process's peak memory after each."""
+  report = {}
+  for task in ("understanding", "generation", "text"):
+    sizes = realistic_lengths(task, records, shape)
+    tokens = int(sizes[:, 0].sum(dtype=np.int64))
+    start = time.process_time()
+    if task == "text":
+      plan = packing.plan_documents(sizes[:, 0], shape.tokens, seed=0)
+    else:
+      plan = packing.plan(sizes, shape, seed=0)
+    report[task] = {
+      "cpu_seconds": time.process_time() - start,
+      "rows": plan.rows,
+      "fill": tokens / (plan.rows * shape.tokens),
+      "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+  return report
+
+
+def realistic_lengths(task: str, records: int, shape: RowShape) -> np.ndarray:
+  """Lengths of a realistic mixture, int32[N, 2]: tokens and images.
+
+  Captions of 8 to 300 tokens with one picture; conversations of 1 to 6 turns about one picture; documents of 50
+  to 20,000 tokens; each log-uniform.
+  """
+  rng = np.random.default_rng(0)
+  between = lambda least, most: np.exp(rng.uniform(np.log(least), np.log(most), records)).astype(np.int32)
+  if task == "text":
+    return np.stack([between(50, 20_000), np.zeros(records, np.int32)], 1)
+  if task == "generation":
+    return np.stack([1 + between(8, 300) + shape.image_slots, np.ones(records, np.int32)], 1)
+  tokens = np.full(records, 1 + shape.image_slots + 1, np.int32)
+  turns = rng.integers(1, 7, records)
+  for turn in range(6):
+    tokens += np.where(turns > turn, rng.integers(8, 40, records, np.int32) + between(8, 300), 0)
+  return np.stack([tokens, np.ones(records, np.int32)], 1)

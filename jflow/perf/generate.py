@@ -1,0 +1,120 @@
+"""bench generate: pictures per second, the solver and the VAE apart, beside PyTorch where asked."""
+
+import argparse
+from typing import Any
+
+import numpy as np
+
+from jflow.cli.arguments import number, whole
+from jflow.errors import UserError
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """Declares the flags."""
+  from jflow.perf import inference
+
+  parser.epilog = """\
+examples
+  python -m jflow bench generate --versus=torch                              # a mid-size model, random weights
+  python -m jflow bench generate --checkpoint=quickstart/stage3 --batch_size=4
+  python -m jflow bench generate --config=configs/stage3.py:384 --batch_size=16 --versus=torch   # on a GPU
+
+The PyTorch side is the published loop: it runs the prompt again at every step. On a GPU or TPU the report says
+which share of the chip's peak the pictures' FLOPs take (mfu)."""
+  inference.add_flags(parser)
+  add = parser.add_argument
+  add("--batch_size", type=whole(most=4096), default=2, help="pictures painted at once (default %(default)s)")
+  add("--steps", type=whole(most=10_000), default=30, help="Euler steps (default %(default)s)")
+  add("--guidance", type=number(most=1e6), default=2.0, help="w of eq. 5 (default %(default)s)")
+  add("--prompt_tokens", type=whole(), default=32, help="of the longest prompt (default %(default)s)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+  """Measures and returns the report."""
+  import jax
+
+  from jflow import flow
+  from jflow.inference import painting
+  from jflow.perf import costs, inference
+
+  for name in ("batch_size", "steps", "prompt_tokens"):
+    if getattr(args, name) < 1:
+      raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
+  pipeline = inference.open_pipeline(args)
+  c, n, dtype = pipeline.model.config, args.batch_size, str(pipeline.model.dtype)
+  context = c.language_model.context
+  if args.prompt_tokens + 1 + c.patches > context:
+    raise UserError(
+      f"--prompt_tokens={args.prompt_tokens} and the {1 + c.patches} slots of a picture must not exceed the "
+      f"context of {context}"
+    )
+  rng = np.random.default_rng(0)
+  lengths = np.asarray([args.prompt_tokens - i % min(8, args.prompt_tokens) for i in range(n)], np.int32)
+  tokens = rng.integers(10, 500, (n, -(-args.prompt_tokens // 32) * 32)).astype(np.int32)
+  tokens[:, 0] = pipeline.tokenizer.bos
+  noise = rng.standard_normal((n, c.latent_size, c.latent_size, c.autoencoder.latent_channels)).astype(np.float32)
+  guided = args.guidance != 1.0
+
+  def solve() -> jax.Array:
+    prefix = painting.read_prompts(pipeline.model, pipeline.params, tokens, lengths, guided=guided)
+    grid = np.pad(np.asarray(flow.time_grid(args.steps)), (0, -args.steps % 256), mode="edge")
+    return painting.solve(
+      pipeline.model,
+      pipeline.params,
+      prefix,
+      lengths,
+      noise,
+      grid,
+      np.int32(0),
+      np.int32(args.steps),
+      np.int32(args.steps),
+      np.float32(args.guidance),
+      np.asarray([0.0, 1.0], np.float32),
+      solver="euler",
+      release=False,
+    ).block_until_ready()
+
+  def decode() -> jax.Array:
+    at_once = painting.decoded_at_once(c.image_size)
+    return painting.decode(pipeline.model, pipeline.params, z, at_once=at_once).block_until_ready()
+
+  first_moves = lambda x: np.ascontiguousarray(np.asarray(x, np.float32).transpose(0, 3, 1, 2))
+  z, first_solve = inference.first(solve)
+  _, first_decode = inference.first(decode)
+  calls = {"solve": solve, "decode": decode}
+  report = inference.about("generate", pipeline)
+  with inference.torch_side(args, pipeline) as torch:
+    if torch:
+      torch.load(tokens=tokens, lengths=lengths, noise=first_moves(noise), latents=first_moves(z))
+      painted = torch.result(do="solve", steps=args.steps, guidance=args.guidance)
+      pixels = torch.result(do="decode")
+      report["difference"] = {
+        "solve": inference.agree("latents", first_moves(z), painted, dtype),
+        "decode": inference.agree("pixels", first_moves(decode()), pixels, dtype),
+      }
+      calls["torch solve"] = lambda: torch.call(do="solve", steps=args.steps, guidance=args.guidance)
+      calls["torch decode"] = lambda: torch.call(do="decode")
+    measured = inference.in_turn(calls, args.repeats)
+  median = inference.median
+  seconds = median(measured["solve"]) + median(measured["decode"])
+  flops = sum(costs.painting_flops(c, args.steps, int(length), guided) for length in lengths)
+  chip = inference.chip()
+  report |= {
+    "pictures": n,
+    "steps": args.steps,
+    "guidance": args.guidance,
+    "seconds_per_step": {k: v / args.steps for k, v in measured["solve"]["seconds"].items()},
+    "seconds_decode": measured["decode"]["seconds"],
+    "images_per_second": n / seconds,
+    "model_flops": flops,
+    "mfu": chip and flops / seconds / chip.peak_flops,
+    "peak_bytes": inference.peak_bytes(),
+    "compile_seconds": max(0.0, first_solve + first_decode - seconds),
+  }
+  if torch:
+    theirs = median(measured["torch solve"]) + median(measured["torch decode"])
+    ratio = lambda part, clock: median(measured[f"torch {part}"], clock) / median(measured[part], clock)
+    report["torch"] = {"images_per_second": n / theirs, **torch.about}
+    report["speedup"] = {"all": theirs / seconds} | {part: ratio(part, "seconds") for part in ("solve", "decode")}
+    report["speedup_cpu_seconds"] = {part: ratio(part, "cpu_seconds") for part in ("solve", "decode")}
+  return {name: value for name, value in report.items() if value is not None or name == "mfu"}

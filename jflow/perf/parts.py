@@ -1,0 +1,91 @@
+"""The parts of a train step, each compiled and timed alone on the same batch."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jflow import head_loss
+from jflow.batch import Batch
+from jflow.models.janusflow import JanusFlow, normalise
+from jflow.perf.timing import spread
+from jflow.training import optim
+from jflow.training.state import TrainState
+from jflow.training.step import draw
+
+
+def time_parts(
+  config: dict[str, Any], model: JanusFlow, state: TrainState, batch: Batch, repeats: int
+) -> dict[str, dict[str, float]]:
+  """Seconds of each part, {"min", "median", "max"}; forward and backward where the step goes backward."""
+  out = {}
+  for name, function, args in _parts(config, model, state, batch):
+    compiled = jax.jit(function).lower(*args).compile()
+    out[name] = spread([_timed(compiled, args) for _ in range(repeats + 1)][1:])
+  return out
+
+
+def _timed(function: Callable[..., Any], args: tuple[Any, ...]) -> float:
+  started = time.perf_counter()
+  jax.block_until_ready(function(*args))
+  return time.perf_counter() - started
+
+
+def _parts(config, model: JanusFlow, state: TrainState, batch: Batch) -> Iterator[tuple[str, Callable, tuple]]:
+  params = optim.merge(state.trained, state.frozen)
+  c, lm = model.config, model.config.language_model
+  (rows, seq), slots = batch.tokens.shape, batch.images.shape[0] * batch.images.shape[1]
+  key = jax.random.key(0)
+  draws = draw(model, key, batch, 0.0, 1.0)
+  flat = lambda x: x.reshape(slots, *x.shape[2:])
+  apply = lambda p, method, *args: model.apply({"params": p}, *args, method=method)
+  total = lambda x: jnp.sum(x.astype(jnp.float32))
+  hidden = 0.1 * jax.random.normal(key, (rows, seq, lm.width), model.dtype)
+  written = 0.1 * jax.random.normal(key, (slots, c.patches, lm.width), model.dtype)
+
+  def gradient(function, names, *args):
+    """Of a sum, by the parameters of some parts and by the last argument."""
+
+    def run(p, *args):
+      inner = lambda part, x: function({**p, **part}, *args[:-1], x)
+      return jax.grad(inner, argnums=(0, 1))({name: p[name] for name in names}, args[-1])
+
+    return run, (params, *args)
+
+  def language_model(p, x):
+    out = apply(p, "backbone", x, batch.positions, batch.segment_ids)
+    return total(out.hidden) + (total(out.tap) if out.tap is not None else 0.0)
+
+  trained = [name for name in params if name in state.trained]
+  yield "llm", *gradient(language_model, [n for n in trained if n == "language_model"], hidden)
+  kernel = params["language_model"]["head"]["kernel"]
+  head = lambda x, k: head_loss.next_token(x, k, batch.targets, batch.loss_mask)
+  by = (0, 1) if "language_model" in trained else 0
+  yield "head", jax.value_and_grad(head, argnums=by), (hidden, kernel)
+  pixels = lambda images: normalise(flat(images))
+  yield "siglip", lambda p, images: apply(p, "features", pixels(images)), (params, batch.images)
+  if not config["data"]["latents"]:
+    yield "vae", lambda p, images: apply(p, "posterior", pixels(images)), (params, batch.images)
+
+  def heads(p, z, x):
+    slots_IKD, skip, time_ID = apply(p, "write_slots", z, flat(draws.time))
+    out = total(slots_IKD) + total(apply(p, "velocity", x, skip, time_ID))
+    if config["objective"]["weights"]["alignment"]:
+      out += total(apply(p, lambda module, y: module.alignment_head(y), x))
+    return out
+
+  names = [name for name in trained if name.startswith(("generation_", "alignment_head"))]
+  yield "heads", *gradient(heads, names, flat(draws.noise), written)
+
+  optimizer = optim.make_optimizer(config["optimizer"])
+
+  def update(state: TrainState):
+    gradients = jax.tree.map(lambda x: 1e-3 * x, state.trained)
+    updates, inner = optimizer.update(gradients, state.optimizer, state.trained)
+    new = optax.apply_updates(state.trained, updates)
+    return state.replace(trained=new, optimizer=inner, ema=optim.update_ema(state.ema, new, 0.99))
+
+  yield "optimizer", update, (state,)

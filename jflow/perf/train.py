@@ -1,0 +1,142 @@
+"""bench train: the train step of a config on made-up full rows: tokens/s, MFU, memory, and its parts alone."""
+
+import argparse
+import time
+from typing import Any
+
+from jflow.cli.arguments import whole
+from jflow.errors import UserError
+
+SECTIONS = ("ceiling", "attention", "head_loss", "steps")
+_EPILOG = """\
+examples
+  python -m jflow bench train --config=configs/stage2.py:tiny                      # anywhere
+  python -m jflow bench train --config=configs/stage2.py --rows=8 --json=h200.json # one GPU
+  python -m jflow bench train --config=configs/stage2.py --rows=4 --json=suite.json --suite # one GPU, 30 minutes
+  python -m jflow bench train --config=configs/stage2.py --rows=4 --json=kernels.json --suite attention # a part of it
+
+Rows are full and random, in the mixture of the config's last phase; everything runs on the device, SigLIP and VAE
+included. MFU takes the model FLOPs of jflow/model_flops.py over the vendor's dense bf16 peak; none on a CPU. Parts
+are timed alone, so they need not add up to the step."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  parser.epilog = _EPILOG
+  parser.add_argument("--config", metavar="FILE[:SIZE]", required=True, help="for example configs/stage2.py:tiny")
+  parser.add_argument("--rows", type=whole(most=2**20), help="rows per step (default: train.batch_size)")
+  parser.add_argument("--steps", type=whole(most=10**6), default=20, help="timed steps (default 20)")
+  parser.add_argument("--parts", action=argparse.BooleanOptionalAction, default=True, help="time the parts too")
+  parser.add_argument(
+    "--suite",
+    nargs="*",
+    choices=SECTIONS,
+    metavar="SECTION",
+    help=f"in place of the one step: {', '.join(SECTIONS)} (remat x rows); all where none is named",
+  )
+  parser.add_argument("--fields", nargs="*", default=[], metavar="config.FIELD=VALUE", help="set fields of the config")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+  """Measures the step of a config; see `measure`."""
+  from jflow.cli.train import load_config
+
+  if args.steps < 1 or (args.rows is not None and args.rows < 1):
+    raise UserError("--steps and --rows must be at least 1")
+  fields = [f"--{field.lstrip('-')}" for field in args.fields]
+  config = load_config([f"--config={args.config}", *fields])
+  config = with_rows(config, args.rows)
+  if args.suite is not None:
+    from jflow.perf.suite import run_suite
+
+    return run_suite(config, args.steps, args.suite or SECTIONS)
+  return measure(config, args.steps, args.parts)
+
+
+def with_rows(config: dict[str, Any], rows: int | None) -> dict[str, Any]:
+  """The config with another batch, and without need of data."""
+  train, data = dict(config["train"]), dict(config["data"])
+  train["batch_size"] = rows or train["batch_size"]
+  data["tokenizer"] = data["tokenizer"] or "unused"
+  return {**config, "train": train, "data": data}
+
+
+def measure(config: dict[str, Any], steps: int, parts: bool) -> dict[str, Any]:
+  """Compiles and times the step, then each part alone.
+
+  Args:
+    config: nested plain values.
+    steps: timed steps, after two that are not.
+    parts: time LLM, head, SigLIP, heads, VAE and optimizer too.
+  """
+  import jax
+
+  from jflow import chips, sharding
+  from jflow.batch import need_memory
+  from jflow.perf import parts as part_timing
+  from jflow.perf.rows import synthetic
+  from jflow.perf.timing import spread
+  from jflow.training import setup
+  from jflow.training.flops import counted, model_flops_of
+  from jflow.training.program import make_program
+
+  setup.check(config)
+  mesh = sharding.make_mesh(**config["mesh"])
+  device = mesh.devices.flat[0]
+  model = setup.build(config, device)
+  shape, rows = setup.row_shape(config, model.config), config["train"]["batch_size"]
+  vocabulary = model.config.language_model.vocabulary_size
+  need_memory(rows, shape, 2)  # here and on the devices
+  host = synthetic(rows, shape, config["data"]["mixture"][-1][1], vocabulary)
+  with jax.set_mesh(mesh):
+    program = make_program(config, model, mesh)
+    batch = jax.device_put(host, sharding.batch_sharding(mesh))
+    fresh = sharding.create(lambda: setup.initial_params(model, 0), mesh)
+    state = jax.jit(program.state_of, out_shardings=program.shardings, donate_argnums=0)(fresh)
+    started = time.perf_counter()
+    compiled = program.step.lower(state, batch).compile()
+    compile_seconds = time.perf_counter() - started
+    seconds = []
+    for i in range(-2, steps):
+      started = time.perf_counter()
+      state, metrics = compiled(state, batch)
+      jax.block_until_ready(metrics["loss"])
+      if i >= 0:
+        seconds.append(time.perf_counter() - started)
+    flops = model_flops_of(config, model.config, state.trained, counted(host))
+    tokens, total = int((host.segment_ids > 0).sum()), sum(flops.values())
+    peak = chips.peak_flops(device.device_kind)
+    step = spread(seconds)
+    rate = lambda f, s: f / s / (peak * mesh.size) if peak else None
+    analysis = compiled.memory_analysis()
+    predicted = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    predicted += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    report = {
+      "workload": "train",
+      "device": device.device_kind,
+      "devices": mesh.size,
+      "dtype": model.dtype.name,
+      "attention": model.attention,
+      "remat": model.remat,
+      "rows": rows,
+      "seconds_per_step": step,
+      "tokens_per_second": tokens / step["median"],
+      "tokens_per_step": tokens,
+      "images_per_second": int((host.image_kind > 0).sum()) / step["median"],
+      "model_flops": total,
+      "model_flops_per_token": total / tokens,
+      "mfu": rate(total, step["median"]),
+      "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use", predicted),
+      "predicted_bytes": predicted,
+      "compile_seconds": compile_seconds,
+      "loss": float(metrics["loss"]),
+    }
+    if parts:
+      report["parts"] = {}
+      for name, seconds in part_timing.time_parts(config, model, state, batch, max(3, steps // 4)).items():
+        work = flops.get(name)
+        report["parts"][name] = {
+          "seconds": seconds["median"],
+          "model_flops": work,
+          "mfu": work and rate(work, seconds["median"]),
+        }
+  return report

@@ -1,0 +1,422 @@
+"""Painting benchmarks write what their scorers read, and read what these write; VQAv2 from its own files."""
+
+import json
+import shlex
+
+import pytest
+from PIL import Image
+
+from jflow.cli.evaluate import parser, with_flags
+from jflow.errors import UserError
+from jflow.evaluation import painted, scores, tasks
+from jflow.evaluation.recipes import RECIPES
+from jflow.evaluation.vqav2 import Vqav2Benchmark
+
+
+def flags(name: str, tmp_path, *more: str):
+  return parser().parse_args(
+    [
+      f"--benchmark={name}",
+      "--checkpoint=x",
+      f"--data={tmp_path / 'data'}",
+      f"--output={tmp_path / 'out'}",
+      *more,
+    ]
+  )
+
+
+def benchmark(name: str, tmp_path, *more: str, **changes):
+  args = flags(name, tmp_path, *more)
+  return painted.BENCHMARKS[name](with_flags(RECIPES[name], args)._replace(**changes), args)
+
+
+def commands(note: str) -> tuple[list[str], list[str]]:
+  """The words of the two command lines of a note that says what to run next."""
+  first, then = (shlex.split(line) for line in note.split("\n") if line.startswith("  "))
+  return first, then
+
+
+def write_lines(path, rows) -> None:
+  path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+
+
+def paint(bench, tmp_path) -> dict:
+  """A picture of its own color for each task."""
+  records = {}
+  for i, task in enumerate(bench.tasks()):
+    tasks.save(Image.new("RGB", (8, 8), (i, 0, 0)), tmp_path / "out" / task.file)
+    records[task.key] = {"file": task.file}
+  return records
+
+
+# --- GenEval
+
+METADATA = [
+  {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
+  {"tag": "single_object", "include": [{"class": "cow", "count": 1}], "prompt": "a photo of a cow"},
+  {
+    "tag": "colors",
+    "include": [{"class": "cow", "count": 1, "color": "red"}],
+    "prompt": "a photo of a red cow",
+  },
+]
+
+
+@pytest.fixture
+def geneval(tmp_path):
+  (tmp_path / "data").mkdir()
+  write_lines(tmp_path / "data" / "evaluation_metadata.jsonl", METADATA)
+  return tmp_path
+
+
+def as_geneval_reads(folder) -> list[tuple[str, dict]]:
+  """The walk of its evaluator: folders of digits, one JSON object, samples of digits."""
+  found = []
+  for sub in sorted(folder.iterdir()):
+    assert sub.is_dir() and sub.name.isdigit()
+    with open(sub / "metadata.jsonl") as file:
+      metadata = json.load(file)
+    for image in sorted((sub / "samples").iterdir()):
+      assert image.stem.isdigit() and image.suffix == ".png"
+      found.append((str(image), metadata))
+  return found
+
+
+def geneval_results(folder) -> list[dict]:
+  """What the evaluator writes if it finds three of four benches, no cow, every red cow."""
+  return [
+    {
+      "filename": name,
+      "tag": m["tag"],
+      "prompt": m["prompt"],
+      "correct": "bench" in m["prompt"] and "00000.png" not in name or "red" in m["prompt"],
+      "reason": "",
+      "metadata": "{}",
+    }
+    for name, m in as_geneval_reads(folder)
+  ]
+
+
+def test_geneval_layout_and_results(geneval):
+  bench = benchmark("geneval", geneval)
+  assert bench.data_files() == [geneval / "data" / "evaluation_metadata.jsonl"]
+  records = paint(bench, geneval)
+  notes = bench.score(records).notes
+  assert "3 prompts, the published benchmark 553" in notes[-1] and "--sweep_guidance=2,3,5,7.5" in notes[-2]
+  out = (geneval / "out").resolve()
+  assert commands(notes[0])[0] == [
+    "python",
+    "evaluation/evaluate_images.py",
+    f"{out}/pictures",
+    "--outfile",
+    f"{out}/results.jsonl",
+    "--model-path",
+    "OBJECT_DETECTOR_FOLDER",
+  ]
+  found = as_geneval_reads(geneval / "out" / "pictures")
+  assert len(found) == 12
+  assert {metadata["prompt"] for _, metadata in found} == {row["prompt"] for row in METADATA}
+  path = geneval / "results.jsonl"
+  write_lines(path, geneval_results(geneval / "out" / "pictures"))
+  out = benchmark("geneval", geneval, f"--results={path}").score(records).scores
+  assert out["single_object"].value == pytest.approx(3 / 8) and out["colors"].value == 1
+  assert out["overall"].value == pytest.approx((3 / 8 + 1) / 2)  # the mean of categories, not of pictures
+
+
+def test_the_printed_command_reads_the_results_with_all_flags_of_the_first(geneval, monkeypatch):
+  """From another folder too: a relative --output of the first command is a whole path in the second."""
+  monkeypatch.chdir(geneval)
+  (geneval / "geneval").mkdir()  # a folder of the benchmark's name is not taken for it
+  given = [
+    "--benchmark=geneval",
+    "--checkpoint=gs://a/b",
+    "--data=data",
+    "--output=with space",
+    "--pictures=1",
+    "--guidance=5",
+    "--limit=2",
+    "--seed=7",
+    "--sweep_guidance=5,6",
+    "--part=0/2",
+    "--weights=raw",
+  ]
+  args = parser().parse_args(given)
+  bench = painted.BENCHMARKS["geneval"](with_flags(RECIPES["geneval"], args), args)
+  records = {}
+  for task in bench.tasks():
+    tasks.save(Image.new("RGB", (8, 8)), geneval / "with space" / task.file)
+    records[task.key] = {"file": task.file}
+  notes = bench.score(records).notes
+  assert not any("published benchmark" in note for note in notes)  # --limit says why there are fewer
+  first, then = commands(notes[0])
+  assert first[2] == str(geneval / "with space/pictures") and then[:4] == ["python", "-m", "jflow", "evaluate"]
+  again = parser().parse_args(then[4:])
+  assert again.output == geneval / "with space" and again.data == geneval / "data" and str(again.results) == first[4]
+  kept = ("benchmark", "checkpoint", "pictures", "guidance", "limit", "seed", "weights", "steps", "vae", "dtype")
+  assert all(getattr(again, name) == getattr(args, name) for name in kept)
+  assert again.sweep_guidance is None and again.part == (0, 1)
+
+
+def test_geneval_seeds_are_pinned_and_prompts_share_them(geneval):
+  seeds = [task.seed for task in benchmark("geneval", geneval).tasks()]
+  assert seeds == [0, 1, 2, 3] * 3
+
+
+# --- DPG-Bench
+
+
+@pytest.fixture
+def dpg(tmp_path):
+  folder = tmp_path / "data" / "prompts"
+  folder.mkdir(parents=True)
+  for i in range(3):
+    (folder / f"diffusiondb{i}.txt").write_text(f"a long\nprompt, {i}\n")
+  (folder / "._diffusiondb0.txt").write_bytes(b"what a Mac leaves")
+  return tmp_path
+
+
+def test_dpg_grids_are_cut_as_the_scorer_cuts_them(dpg):
+  bench = benchmark("dpg", dpg)
+  assert bench.tasks()[0].prompt == "a long prompt, 0"
+  assert bench.data_files() == [dpg / "data" / "prompts" / f"diffusiondb{i}.txt" for i in range(3)]
+  records = paint(bench, dpg)
+  notes = bench.score(records).notes
+  out = (dpg / "out").resolve()
+  assert commands(notes[0])[0] == [
+    "python",
+    "dpg_bench/compute_dpg_bench.py",
+    "--image-root-path",
+    f"{out}/grids",
+    "--resolution",
+    "8",
+    "--pic-num",
+    "4",
+    "--res-path",
+    f"{out}/results.txt",
+  ]
+  assert "ELLA" in notes[0] and "3 prompts, the published benchmark 1,065" in notes[-1]
+  names = sorted(path.name for path in (dpg / "out" / "grids").iterdir())
+  assert names == [f"diffusiondb{i}.png" for i in range(3)]  # nothing else: the scorer lists the folder
+  image = Image.open(dpg / "out" / "grids" / "diffusiondb1.png")
+  r = 8
+  crops = [(0, 0, r, r), (r, 0, 2 * r, r), (0, r, r, 2 * r), (r, r, 2 * r, 2 * r)]
+  assert [image.crop(crop).getpixel((3, 3))[0] for crop in crops] == [4, 5, 6, 7]
+
+
+DPG_SUMMARY = [
+  "Model: x",
+  "L1 category scores:",
+  "\tentity: 87.5",
+  "\tglobal: 50.0",
+  "L2 category scores:",
+  "\tentity - whole: 1",
+  "Image path: /a, 1, 2, 3, 4, 5",
+  "DPG-Bench score: 50.0",
+]
+
+
+def dpg_row(i: int, mean: float | None = None) -> str:
+  numbers = [1.0, 0.5, 0.5 - i / 4, 1.0 - i / 4]
+  return ", ".join(map(str, [f"/some, where/diffusiondb{i}.png", *numbers, sum(numbers) / 4 if mean is None else mean]))
+
+
+DPG_ROWS = [dpg_row(i) for i in range(3)]
+
+
+def test_dpg_results_are_read(dpg):
+  bench = benchmark("dpg", dpg)
+  records = paint(bench, dpg)
+  path = dpg / "results.txt"
+  write_lines(path, DPG_ROWS + DPG_SUMMARY)
+  out = benchmark("dpg", dpg, f"--results={path}").score(records).scores
+  assert out["overall"].value == pytest.approx(100 * (0.75 + 0.625 + 0.5) / 3) and out["overall"].count == 3
+  assert out["entity"].value == 87.5 and out["global"].value == 50 and len(out) == 3
+
+
+# --- wrong files
+
+
+GENEVAL_LINE = {"filename": "/x/00000/samples/00000.png", "tag": "single_object", "correct": True}
+
+
+def changed(number: int, **fields):
+  """The results of all pictures, with other fields in one line."""
+  return lambda rows: [row | (fields if i == number else {}) for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize(
+  "name, change, message",
+  [
+    ("geneval", lambda rows: rows[:-2], "2 of 12 samples are missing"),
+    ("geneval", lambda rows: rows + rows[:1], "line 13, .* comes twice"),
+    (
+      "geneval",
+      lambda rows: rows + [GENEVAL_LINE | {"filename": "/x/00003/samples/00000.png"}],
+      "1 of 13 samples are not of this evaluation .00003/0",
+    ),
+    ("geneval", changed(4, tag="colors"), "line 5, has tag='colors' where this evaluation has 'single_object'"),
+    ("geneval", changed(4, prompt="a photo of a dog"), "line 5, has prompt='a photo of a dog' where this"),
+    ("geneval", changed(1, correct="true"), "line 2, has correct='true', neither true nor false"),
+    ("geneval", changed(1, filename=7), "line 2, names 7, no picture of GenEval's layout"),
+    ("geneval", lambda rows: [[1], *rows], "line 1, is no JSON object"),
+    ("geneval", lambda rows: [*rows, "{"], "line 13, is no JSON"),
+    ("geneval", lambda rows: ["[" * 100_000], "line 1, is no JSON"),
+    ("geneval", lambda rows: [rows[0], b"\xff"], "line 2, is not UTF-8"),
+    ("dpg", lambda rows: DPG_ROWS[:2] + DPG_SUMMARY, "1 of 3 samples are missing .diffusiondb2"),
+    ("dpg", lambda rows: DPG_ROWS + DPG_ROWS[:1], "line 4, names diffusiondb0, which comes twice"),
+    ("dpg", lambda rows: DPG_ROWS + DPG_SUMMARY + DPG_ROWS[:1], "line 12, names diffusiondb0, which comes twice"),
+    ("dpg", lambda rows: [*DPG_ROWS, dpg_row(1).replace("db1", "db9")], "1 of 4 samples are not of this evaluation"),
+    ("dpg", lambda rows: ["/x/diffusiondb0.png, (0, 0, 8, 8), is there a cow?, yes"], "line 1, .*not its _detail.txt"),
+    ("dpg", lambda rows: ["/x/diffusiondb0.png, 1.0, 1.0"], "line 1, .* made with --pic-num 4"),
+    ("dpg", lambda rows: [DPG_ROWS[0], dpg_row(1, mean=0.9)], "line 2, is no path with 4 scores and their mean"),
+    ("dpg", lambda rows: [DPG_ROWS[0].replace("1.0", "nan")], "line 1, has 'nan' where a number from 0 to 1"),
+    ("dpg", lambda rows: [*DPG_ROWS, "Model: x", "L1 category scores:", "\tentity: much"], "line 6, has 'much' where"),
+    ("dpg", lambda rows: [DPG_ROWS[0], b"\xff"], "line 2, is not UTF-8"),
+  ],
+)
+def test_wrong_results_are_one_line_with_file_and_number(name, change, message, request, tmp_path):
+  request.getfixturevalue(name)
+  bench = benchmark(name, tmp_path)
+  records = paint(bench, tmp_path)
+  bench.score(records)
+  path = tmp_path / "results.txt"
+  rows = change(geneval_results(tmp_path / "out" / "pictures") if name == "geneval" else [])
+  write_lines(path, [row for row in rows if not isinstance(row, bytes)])
+  with open(path, "ab") as file:
+    file.write(b"".join(row for row in rows if isinstance(row, bytes)))
+  with pytest.raises(UserError, match=message) as error:
+    benchmark(name, tmp_path, f"--results={path}").score(records)
+  assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "name, file, text, message",
+  [
+    ("geneval", "evaluation_metadata.jsonl", b'{"tag": "colors", "include": [1]}', "line 1, has no field 'prompt'"),
+    ("geneval", "evaluation_metadata.jsonl", b'{"tag": "a", "include": [1], "prompt": 3}', "has prompt=3, which is no"),
+    ("geneval", "evaluation_metadata.jsonl", b"\n7", "line 2, is no JSON object, but 7"),
+    ("geneval", "evaluation_metadata.jsonl", b"{}x", "line 1, is no JSON"),
+    ("geneval", "evaluation_metadata.jsonl", b"\n\n\xff", "line 3, is not UTF-8"),
+    ("geneval", "evaluation_metadata.jsonl", b"\n", "holds no prompts"),
+    ("dpg", "prompts/a.txt", b"\xff", "a.txt, line 1, is not UTF-8"),
+    ("dpg", "prompts/a.txt", b" \n", "a.txt holds no prompt"),
+    ("mjhq", "meta_data.json", b"[]", "meta_data.json is no JSON object"),
+    ("mjhq", "meta_data.json", b'{"a": 1}', "picture 'a', is no JSON object, but 1"),
+    ("mjhq", "meta_data.json", b'{"a": {"prompt": [1]}}', "picture 'a', has prompt="),
+    ("mjhq", "meta_data.json", b'{"../a": {"prompt": "x"}}', "picture '../a', has no name that a file could bear"),
+    ("mjhq10k", "meta_data.json", b'{"a": {"prompt": "x"}}', "picture 'a', has no field 'category'"),
+    ("mjhq10k", "meta_data.json", b'{"a": {"prompt": "x", "category": "y"}}', "10,000 prompts cannot be drawn evenly"),
+  ],
+)
+def test_wrong_prompts_are_one_line_with_file_and_place(name, file, text, message, tmp_path):
+  path = tmp_path / "data" / file
+  path.parent.mkdir(parents=True)
+  path.write_bytes(text)
+  with pytest.raises(UserError, match=message) as error:
+    benchmark(name, tmp_path)
+  assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+# --- VQAv2
+
+
+def vqa_files(tmp_path, count: int = 2):
+  pictures = tmp_path / "val2014"
+  pictures.mkdir()
+  Image.new("RGB", (5, 5)).save(pictures / "COCO_val2014_000000000042.jpg")
+  questions = [{"question_id": 10 + i, "image_id": 42, "question": f"Why {i}?"} for i in range(3)]
+  annotations = [
+    {
+      "question_id": 10 + i,
+      "image_id": 42,
+      "answer_type": "other",
+      "answers": [{"answer": a} for a in ["cat"] * 9 + ["dog"]],
+    }
+    for i in range(count)
+  ]
+  (tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps({"questions": questions[:count]}))
+  (tmp_path / "v2_mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": annotations}))
+  return questions
+
+
+def test_vqav2_val_is_scored_and_names_what_is_missing(tmp_path):
+  vqa_files(tmp_path)
+  bench = Vqav2Benchmark(RECIPES["vqav2"], tmp_path, "val", None)
+  task = bench.tasks()[1]
+  assert task.key == "11" and task.images()[0].size == (5, 5) and task.text.startswith("<image>Why 1?\nAnswer")
+  out = bench.score({"10": {"answer": "Cat."}, "11": {"answer": "dog"}}).scores
+  assert out["overall"].value == pytest.approx(100 * (1 + 0.3) / 2)
+  with pytest.raises(UserError, match="1 of 2 samples are missing"):
+    bench.score({"10": {"answer": "cat"}})
+  (tmp_path / "v2_mscoco_val2014_annotations.json").write_text('{"annotations": []}')
+  with pytest.raises(UserError, match="2 of 2 samples are missing"):
+    Vqav2Benchmark(RECIPES["vqav2"], tmp_path, "val", None)
+
+
+def test_vqav2_test_dev_gives_the_file_to_hand_in(tmp_path):
+  questions = vqa_files(tmp_path)
+  (tmp_path / "v2_OpenEnded_mscoco_test-dev2015_questions.json").write_text(json.dumps({"questions": questions}))
+  (tmp_path / "test2015").mkdir()
+  Image.new("RGB", (5, 5)).save(tmp_path / "test2015" / "COCO_test2015_000000000042.jpg")
+  bench = Vqav2Benchmark(RECIPES["vqav2"], tmp_path, "test-dev", None)
+  result = bench.score({str(10 + i): {"answer": f"a{i}"} for i in range(3)})
+  assert result.files["submission.json"] == [{"question_id": 10 + i, "answer": f"a{i}"} for i in range(3)]
+  with pytest.raises(UserError, match="'train' must be one of val, test-dev"):
+    Vqav2Benchmark(RECIPES["vqav2"], tmp_path, "train", None)
+
+
+def test_every_recipe_is_complete():
+  for name, recipe in RECIPES.items():
+    assert recipe.name == name and recipe.what and recipe.data
+    for sizes in recipe.paper.values():
+      assert set(sizes) <= {"384", "256"}
+  geneval = RECIPES["geneval"].paper
+  for size in ("384", "256"):  # the paper's overall is the mean of its six
+    mean = scores.average([scores.Score(geneval[tag][size], 0, 1, 1) for tag in painted.GENEVAL_TAGS]).value
+    assert geneval["overall"][size] == pytest.approx(mean, abs=0.008)
+
+
+@pytest.mark.parametrize(
+  "answers, message",
+  [
+    (["yes"], r"question 10, has answers=\['yes'\], which is no list of objects"),
+    (3, "question 10, has answers=3, which"),
+    ([], "question 10, has answers=[], which"),
+    ([{"answer_id": 1}] * 10, "question 10, one of its answers, has no field 'answer'; it has answer_id"),
+    ([{"answer": "yes"}] * 3, "question 10, has 3 answers"),
+    ([{"answer": ["yes"]}] * 10, r"question 10, one of its answers, has answer=\['yes'\], which is no text"),
+  ],
+)
+def test_vqav2_annotations_that_are_none_are_named(tmp_path, answers, message):
+  vqa_files(tmp_path)
+  path = tmp_path / "v2_mscoco_val2014_annotations.json"
+  body = json.loads(path.read_text())
+  body["annotations"][0]["answers"] = answers
+  path.write_text(json.dumps(body))
+  with pytest.raises(UserError, match=message.replace("=[]", r"=\[\]")):
+    Vqav2Benchmark(RECIPES["vqav2"], tmp_path, "val", None)
+  (tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json").write_text('{"questions": [1]}')
+  with pytest.raises(UserError, match="'questions' should be a list of objects"):
+    Vqav2Benchmark(RECIPES["vqav2"], tmp_path, "val", None)
+
+
+@pytest.mark.parametrize(
+  "field, value, message",
+  [
+    ("question_id", [10], "questions 1, has question_id"),
+    ("question_id", 11, "questions 2: question 11 comes twice"),
+    ("question_id", True, "questions 1, has question_id=True"),
+    ("image_id", "42", "question 10, has image_id='42'"),
+    ("image_id", -1, "question 10, has image_id=-1"),
+    ("question", 7, "question 10, has question=7, which is no text"),
+  ],
+)
+def test_vqav2_questions_that_are_none_are_named(tmp_path, field, value, message):
+  vqa_files(tmp_path)
+  path = tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json"
+  body = json.loads(path.read_text())
+  body["questions"][0][field] = value
+  path.write_text(json.dumps(body), encoding="utf-8-sig")
+  with pytest.raises(UserError, match=message) as error:
+    Vqav2Benchmark(RECIPES["vqav2"], tmp_path, "val", None)
+  assert str(path) in str(error.value)

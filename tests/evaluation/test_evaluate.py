@@ -1,0 +1,538 @@
+"""The frame of `evaluate`: resumable samples, refused mistakes, reports; and the built-in world's benchmark."""
+
+import errno
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+from tsv import pope_folder, pope_rows, write_table
+
+import jflow
+from jflow.__main__ import main
+from jflow.cli.evaluate import parser, settings_of, with_flags
+from jflow.errors import Stopped, UserError
+from jflow.evaluation import report, sweep, tables, tasks
+from jflow.evaluation.recipes import RECIPES
+from jflow.evaluation.report import Result
+from jflow.evaluation.samples import Samples
+from jflow.evaluation.scores import Score
+from jflow.inference import files, loading
+from jflow.interop import checkpoints
+from jflow.world import benchmark, questions, references, scenes
+from jflow.world import source as world
+
+
+@pytest.fixture
+def data(tmp_path):
+  return pope_folder(tmp_path / "data")
+
+
+# --- Samples on disk
+
+
+def test_a_torn_line_is_made_again_and_whole_ones_stay(tmp_path):
+  samples = Samples(tmp_path, {"a": 1})
+  samples.add({"key": "x", "answer": "größer"})
+  with open(tmp_path / "records.jsonl", "ab") as file:
+    file.write(b'{"key": "y", "ans')
+  samples._file.close()
+  again = Samples(tmp_path, {"a": 1})
+  assert list(again.read()) == ["x"]
+  again.add({"key": "y", "answer": ""})
+  assert list(again.read()) == ["x", "y"] and again.read()["x"]["answer"] == "größer"
+
+
+def test_other_settings_and_a_second_writer_are_refused(tmp_path):
+  first = Samples(tmp_path, {"guidance": 2.0, "limit": None})
+  with pytest.raises(UserError, match="another process writes records.jsonl"):
+    Samples(tmp_path, {"guidance": 2.0, "limit": None})
+  first._file.close()
+  with pytest.raises(UserError, match=r"guidance=2.0, not 3.0"):
+    Samples(tmp_path, {"guidance": 3.0, "limit": None})
+
+
+@pytest.mark.parametrize(
+  "name, text",
+  [
+    *(("settings.json", text) for text in (b"", b"{", b"[]", b"\0\0\0", b"\xff", b"[" * 100_000, b"7")),
+    *(
+      ("records.jsonl", text + b"\n")
+      for text in (
+        b"{",
+        b"[]",
+        b"\0\0",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"key": [1]}',
+        b'{"answer": "x"}',
+        b'{"key": "1", "answer": 7}',
+      )
+    ),
+  ],
+)
+def test_damaged_files_of_an_evaluation_are_named_and_stay(tmp_path, name, text):
+  samples = Samples(tmp_path, {"a": 1})
+  samples.add({"key": "0", "answer": "x"})
+  samples._file.close()
+  whole = b'{"key": "2", "answer": "y"}\n' if name == "records.jsonl" else b""
+  with open(tmp_path / name, "ab" if whole else "wb") as file:
+    file.write(text + whole)
+  before = (tmp_path / "records.jsonl").read_bytes()
+  with pytest.raises(UserError, match=f"{name}.* (is damaged|line 2, is no record)") as error:
+    Samples(tmp_path, {"a": 1}).read()
+  assert "\n" not in str(error.value) and "delete" in str(error.value)
+  assert (tmp_path / "records.jsonl").read_bytes() == before and (tmp_path / name).read_bytes().endswith(text + whole)
+
+
+def test_records_without_their_settings_are_no_other_evaluations(tmp_path):
+  samples = Samples(tmp_path, {"guidance": 2.0})
+  samples.add({"key": "0", "answer": "x"})
+  samples._file.close()
+  (tmp_path / "settings.json").unlink()
+  for _ in range(2):
+    with pytest.raises(UserError, match="without settings.json"):
+      Samples(tmp_path, {"guidance": 3.0})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"scores": {"a": 1}, "settings": {}, "notes": []}', "[" * 9999])
+def test_a_damaged_report_is_named(tmp_path, text):
+  (tmp_path / "report.json").write_text(text)
+  with pytest.raises(UserError, match="report.json is damaged.* delete it"):
+    report.scored_before(tmp_path, {})
+
+
+def test_parts_cover_every_sample_once_and_read_each_other(tmp_path):
+  keys = [str(i) for i in range(11)]
+  parts = [Samples(tmp_path, {}, (k, 3)) for k in range(3)]
+  assert sorted(key for part in parts for key in part.mine(keys)) == sorted(keys)
+  for part in parts:
+    for key in part.mine(keys):
+      part.add({"key": key})
+  assert set(parts[0].read()) == set(keys)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+  samples = Samples(tmp_path, {})
+  whole, samples._file = samples._file, open("/dev/full", "wb", buffering=0)
+  with pytest.raises(Stopped, match="records.jsonl cannot be written: No space left on device"):
+    samples.add({"key": "x"})
+  monkeypatch.setattr(samples, "_file", types.SimpleNamespace(write=lambda line: len(line) - 1))
+  with pytest.raises(Stopped, match="records.jsonl cannot be written: No space left on device"):
+    samples.add({"key": "x"})
+  whole.close()
+
+  def full(_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(os, "fsync", full)
+  with pytest.raises(Stopped, match="a.png cannot be written: No space left on device"):
+    tasks.save(Image.new("RGB", (4, 4)), tmp_path / "a.png")
+  with pytest.raises(Stopped, match="report.json cannot be written: No space left on device"):
+    report.write(tmp_path, "n", "what", Result({}), {}, {})
+  assert not list(tmp_path.glob("*.part")) and not (tmp_path / "a.png").exists()
+
+
+def test_two_processes_that_write_a_file_at_the_same_time_do_not_take_it_from_each_other(tmp_path, monkeypatch):
+  """The second one begins and ends while the first one writes."""
+  picture, real = Image.new("RGB", (4, 4)), pathlib.Path.replace
+
+  def replace(new, path):
+    monkeypatch.setattr(pathlib.Path, "replace", real)
+    with monkeypatch.context() as other:
+      other.setattr(os, "getpid", lambda: 1)
+      write()
+    return real(new, path)
+
+  for write in (lambda: tasks.save(picture, tmp_path / "a.png"), lambda: files.replace(tmp_path / "b.json", "{}")):
+    monkeypatch.setattr(pathlib.Path, "replace", replace)
+    write()
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.json"]
+
+
+# --- The whole command
+
+
+def test_a_reading_benchmark_from_file_to_report(tiny_checkpoint, data, tmp_path, capsys):
+  output = tmp_path / "out"
+  flags = [f"--checkpoint={tiny_checkpoint}", f"--data={data}", f"--output={output}", "--batch_size=3"]
+  assert main(["evaluate", "--benchmark=pope", *flags]) == 0
+  body = json.loads((output / "report.json").read_text())
+  records = [json.loads(line) for line in (output / "records.jsonl").read_text().splitlines()]
+  assert sorted(record["key"] for record in records) == list("012345")
+  model = jflow.load(tiny_checkpoint)
+  image = tables.Table(data / "POPE.tsv").images("4")
+  alone = model.understand(tables.pope_prompt(pope_rows()[4]), image)
+  assert next(record["answer"] for record in records if record["key"] == "4") == alone
+  assert body["scores"]["F1"]["paper"] == {"384": 88.0, "256": 85.3}
+  settings = body["settings"]
+  assert len(settings["fingerprint"]) == 64 and settings["system"] == "" and settings["dtype"] == "float32"
+  assert settings["prompt"].startswith("<image>\nQUESTION\nAnswer") and settings["max_tokens"] == 512
+  page = (output / "report.html").read_text()
+  assert "88.00" in page and body["settings"]["fingerprint"] in page and "http" not in page
+  assert "paper 384: 88.00" in capsys.readouterr().out
+  before = (output / "records.jsonl").read_bytes()
+  assert main(["evaluate", "--benchmark=pope", *flags]) == 0  # nothing is left to do
+  assert (output / "records.jsonl").read_bytes() == before
+  assert main(["evaluate", "--benchmark=pope", "--weights=raw", *flags]) == 2
+  assert "holds predictions of another checkpoint" in capsys.readouterr().err
+  write_table(data / "POPE.tsv", pope_rows()[:-1] + [pope_rows()[-1] | {"answer": "No"}])  # another file of that name
+  assert main(["evaluate", "--benchmark=pope", *flags]) == 2
+  assert "holds predictions made with data=" in capsys.readouterr().err
+
+
+def test_the_dtype_of_the_first_predictions_stays(tiny_checkpoint, data, tmp_path, monkeypatch):
+  """Begun on an accelerator, where bfloat16 is usual, and ended on a CPU."""
+  flags = ["--benchmark=pope", f"--checkpoint={tiny_checkpoint}", f"--data={data}", f"--output={tmp_path / 'out'}"]
+  monkeypatch.setattr(loading, "usual_dtype", lambda: "bfloat16")
+  assert main(["evaluate", *flags, "--part=0/2"]) == 0
+  monkeypatch.undo()
+  opened = []
+  load = lambda *_, dtype, **more: opened.append(dtype) or loading.load(tiny_checkpoint, dtype=dtype)
+  monkeypatch.setattr(jflow, "load", load)
+  assert main(["evaluate", *flags, "--part=1/2"]) == 0
+  assert opened == ["bfloat16"]
+  assert json.loads((tmp_path / "out" / "report.json").read_text())["settings"]["dtype"] == "bfloat16"
+  assert main(["evaluate", *flags, "--dtype=float32"]) == 2
+
+
+def test_a_step_that_is_saved_meanwhile_is_not_taken_for_the_one_that_was_hashed(
+  tiny_checkpoint, data, tmp_path, monkeypatch
+):
+  workdir = tmp_path / "run"
+  shutil.copytree(tiny_checkpoint, workdir)
+  made, opened = report.fingerprint, []
+
+  def fingerprint(*arguments):
+    found = made(*arguments)
+    shutil.copytree(workdir / "checkpoints" / "0", workdir / "checkpoints" / "5")
+    return found
+
+  monkeypatch.setattr(report, "fingerprint", fingerprint)
+  monkeypatch.setattr(jflow, "load", lambda path, **more: opened.append(path) or loading.load(path, **more))
+  flags = ["--benchmark=pope", f"--checkpoint={workdir}", f"--data={data}", f"--output={tmp_path / 'out'}"]
+  assert main(["evaluate", *flags]) == 0
+  settings = json.loads((tmp_path / "out" / "report.json").read_text())["settings"]
+  assert opened == [workdir / "checkpoints" / "0"] and settings["read_from"] == str(workdir / "checkpoints" / "0")
+  assert "read_from" not in json.loads((tmp_path / "out" / "settings.json").read_text())
+
+
+def test_parts_share_the_work_and_the_last_one_writes_the_report(tiny_checkpoint, data, tmp_path, capsys):
+  flags = ["--benchmark=pope", f"--checkpoint={tiny_checkpoint}", f"--data={data}", f"--output={tmp_path / 'out'}"]
+  assert main(["evaluate", *flags, "--part=1/2"]) == 0
+  assert "3 of 6 samples are left to the other parts" in capsys.readouterr().err
+  assert not (tmp_path / "out" / "report.json").exists()
+  assert main(["evaluate", *flags, "--part=0/2"]) == 0
+  body = json.loads((tmp_path / "out" / "report.json").read_text())
+  assert main(["evaluate", *flags[:3], f"--output={tmp_path / 'whole'}"]) == 0
+  assert body["scores"] == json.loads((tmp_path / "whole" / "report.json").read_text())["scores"]
+
+
+def test_mistakes_are_one_line_and_exit_code_2(tiny_checkpoint, tmp_path, capsys):
+  flags = [f"--checkpoint={tiny_checkpoint}", f"--output={tmp_path / 'out'}"]
+  for more, message in (
+    (["--benchmark=pope"], "needs --data=DIR: download https"),
+    (["--benchmark=pope", f"--data={tmp_path / 'no'}"], "does not exist: download https"),
+    (["--benchmark=mme", f"--data={tmp_path}"], "MME.tsv does not exist: download https"),
+    (["--benchmark=mme", "--guidance=3"], "--guidance=3.0 does not belong to --benchmark=mme, but to dpg, geneval, mj"),
+    (["--benchmark=shapes", "--features=x.npz"], "--features=x.npz does not belong"),
+    (["--benchmark=geneval", "--only=pictures"], "--only=pictures does not belong"),
+    (["--benchmark=geneval", "--results=no.jsonl"], "--results=no.jsonl does not exist"),
+    (["--benchmark=shapes", "--guidance=0.5"], "--guidance=0.5 must be at least 1"),
+    (["--benchmark=shapes", "--sweep_guidance=2,0.5"], "--guidance=0.5 must be at least 1"),
+    (["--benchmark=shapes", "--limit=1", "--seed=-1"], "seed=-1 must be at least 0"),
+    (["--benchmark=shapes", f"--seed={2**32}", "--limit=1"], "seed=4294967296 must be less than 2**32"),
+    (["--benchmark=shapes", f"--seed={2**32 - 1}", "--limit=1"], "seed=4294967295 must be less than 2**32 - "),
+    (["--benchmark=shapes", "--limit=1", f"--output={tiny_checkpoint}/config.json"], "cannot be made: File exists"),
+    (["--benchmark=shapes", "--limit=1", "--output=/proc"], "--output: directory /proc cannot be written"),
+  ):
+    assert main(["evaluate", *flags, *more]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("jflow: ") and error.count("\n") == 1 and message in error
+  assert not (tmp_path / "out").exists()
+
+
+_KILLED = """
+import os, signal, sys
+from jflow.__main__ import main
+from jflow.evaluation.samples import Samples
+add, added = Samples.add, []
+def struck(self, record):
+  add(self, record)
+  added.append(record)
+  if len(added) == 3:
+    os.kill(os.getpid(), signal.SIGKILL)
+Samples.add = struck
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_evaluation_goes_on_and_ends_as_if_it_had_not_been(tiny_checkpoint, tmp_path):
+  """kill -9 in the middle of painting; the pictures and the scores are those of a run without it."""
+  flags = [
+    "--benchmark=shapes",
+    f"--checkpoint={tiny_checkpoint}",
+    "--limit=6",
+    "--pictures=1",
+    "--steps=2",
+    "--batch_size=2",
+  ]
+  killed, whole = tmp_path / "killed", tmp_path / "whole"
+  command = [sys.executable, "-c", _KILLED, "evaluate", *flags, f"--output={killed}"]
+  assert subprocess.run(command, cwd=tiny.ROOT).returncode == -signal.SIGKILL
+  assert (killed / "records.jsonl").read_bytes().count(b"\n") == 3 and not (killed / "report.json").exists()
+  assert main(["evaluate", *flags, f"--output={killed}"]) == 0
+  assert main(["evaluate", *flags, f"--output={whole}"]) == 0
+  scores = [json.loads((path / "report.json").read_text())["scores"] for path in (killed, whole)]
+  assert scores[0] == scores[1]
+  pictures = sorted(whole.rglob("pictures/**/*.png"))
+  assert pictures
+  for picture in pictures:
+    other = killed / picture.relative_to(whole)
+    assert np.abs(np.asarray(Image.open(picture), int) - np.asarray(Image.open(other), int)).max() <= 1
+
+
+def test_noise_of_a_seed_is_that_of_generate(tiny_checkpoint):
+  model = jflow.load(tiny_checkpoint)
+  noise = model.noise([5, 6])
+  by_seed = model.generate("a picture of a star", steps=2, seed=5, num_images=2)
+  by_noise = model.generate(["a picture of a star"] * 2, steps=2, noise=noise)
+  for a, b in zip(by_seed, by_noise):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+# --- The built-in world
+
+
+def shapes_benchmark(output, *flags: str):
+  args = parser().parse_args(["--benchmark=shapes", "--checkpoint=x", f"--output={output}", "--cache=", *flags])
+  recipe = with_flags(RECIPES["shapes"], args)
+  return benchmark.WorldBenchmark(recipe, args), settings_of(recipe, args, "f")
+
+
+def test_predictions_about_another_world_are_refused(tmp_path, monkeypatch):
+  benchmark, _ = shapes_benchmark(tmp_path, "--limit=1")
+  assert {path.name for path in benchmark.data_files()} == {"scenes.py", "words.py", "questions.py", "source.py"}
+  args = parser().parse_args(["--benchmark=shapes", "--checkpoint=x", f"--output={tmp_path / 'out'}"])
+  settings = lambda: settings_of(RECIPES["shapes"], args, "f", benchmark.data_files())
+  Samples(tmp_path / "out", settings())._file.close()
+  Samples(tmp_path / "out", settings())._file.close()
+  edited = tmp_path / "scenes.py"
+  edited.write_text(pathlib.Path(scenes.__file__).read_text() + "# edited\n")
+  monkeypatch.setattr(world, "CODE", (edited, *world.CODE[1:]))
+  with pytest.raises(UserError, match="holds predictions made with data="):
+    Samples(tmp_path / "out", settings())
+
+
+def test_the_settings_name_the_split_that_is_read(tmp_path):
+  args = lambda *more: parser().parse_args(["--benchmark=vqav2", "--checkpoint=x", f"--output={tmp_path}", *more])
+  for flags, split in (((), "val"), (("--split=test-dev",), "test-dev")):
+    assert settings_of(RECIPES["vqav2"], args(*flags), "f")["split"] == split
+
+
+def test_every_picture_of_the_world_starts_from_noise_of_its_own(tmp_path):
+  benchmark, _ = shapes_benchmark(tmp_path, "--limit=12", "--pictures=2")
+  painted = [task for task in benchmark.tasks() if isinstance(task, tasks.Painting)]
+  assert len({task.seed for task in painted}) == len(painted) == 2 * 2 * 12  # two splits
+
+
+def test_true_pictures_and_true_answers_score_one(tmp_path):
+  """Renders of what each prompt asks for, and the world's own answers, in the place of a model's."""
+  benchmark, _ = shapes_benchmark(tmp_path, "--limit=24", "--pictures=1")
+  records = {}
+  rng = np.random.default_rng(0)
+  for task in benchmark.tasks():
+    if isinstance(task, tasks.Painting):
+      split, number = task.key.split("/")[1:3]
+      metadata = benchmark._prompts[split][int(number)][1]
+      tasks.save(Image.fromarray(_drawn(metadata, split, rng).render(64)), tmp_path / task.file)
+      records[task.key] = {"file": task.file}
+    elif isinstance(task, tasks.RoundTrip):
+      tasks.save(Image.fromarray(task.picture(64)), tmp_path / task.file)
+      records[task.key] = {"file": task.file}
+    else:
+      split, number = task.key.split("/")[1:]
+      records[task.key] = {"answer": benchmark._questions[split][int(number)][1].answer}
+  result = benchmark.score(records)
+  for name, score in result.scores.items():
+    if "FD-" not in name and "MMD" not in name and "less" not in name:
+      assert score.value == 1, name
+  for split in ("seen", "held-out"):
+    overall = result.scores[f"{split} pictures: overall"]
+    assert overall.chance < 0.25 and overall.low < 1 and overall.beside == {"ceiling of the VAE": 1}
+    assert all(value < 0.8 for value in result.scores[f"{split} questions: overall"].beside.values())
+    fd, floor = (result.scores[f"{split} pictures: FD-state{end}"] for end in ("", ", floor"))
+    assert fd.value < 2 * floor.value and floor.low <= floor.value <= floor.high and fd.low < fd.value < fd.high
+  assert len(result.pictures) == 6 + 4
+
+
+def _drawn(metadata, split, rng):
+  """A scene that shows what the metadata ask for."""
+  wanted = {(one["class"], one.get("color"), one.get("count")) for one in metadata["include"]}
+  while True:
+    scene, combination = scenes.sample(metadata["tag"], split, rng)
+    have = {(shape, color, combination.count) for shape, color in combination.pairs}
+    relation = [one["position"][0] for one in metadata["include"] if "position" in one]
+    if have == wanted and (not relation or relation[0] == combination.relation):
+      if not relation or combination.pairs[0][0] == metadata["include"][1]["class"]:
+        return scene
+
+
+def test_the_nearest_picture_answers_for_a_picture_that_is_almost_one_of_training():
+  known = questions.for_evaluation("train", references.LEARNED, 1)[:200]
+  asked = [(scene._replace(background=scene.background + 1), question) for scene, question in known]
+  for kind, found in references.baselines(asked).items():
+    assert found[references.NEAREST] >= 0.95, kind
+    answers = [q.answer for _, q in asked if q.kind == kind]
+    assert found[references.FREQUENT] == max(map(answers.count, answers)) / len(answers)
+
+
+def test_features_of_true_pictures_are_kept(tmp_path, monkeypatch):
+  make = lambda name: references.features_of_renders("val", ["colors", "counting"], 4, 48, name, tmp_path)
+  first, other = make("a"), make("b")
+  (kept,) = [path for path in tmp_path.iterdir() if np.array_equal(np.load(path)["tex"], first["tex"])]
+  monkeypatch.setattr(references, "renders", lambda *_: pytest.fail("drawn again"))
+  np.testing.assert_array_equal(make("a")["state"], first["state"])
+  assert first["tex"].shape == (4, 228) and not np.array_equal(first["tex"], other["tex"])
+
+
+def test_answers_to_the_world_are_judged_by_kind():
+  asked = lambda answer, kind, text="?": questions.Question(text, answer, kind)
+  assert benchmark.right(asked("yes", "existence"), "Yes.") and not benchmark.right(asked("no", "existence"), "Yes.")
+  assert not benchmark.right(asked("no", "relation"), "maybe")
+  assert benchmark.right(asked("two", "count"), "2") and benchmark.right(asked("zero", "count"), "none")
+  assert benchmark.right(asked("red", "color"), "Red.") and not benchmark.right(asked("red", "color"), "dark red")
+  options = "What color is it?\nA. red\nB. blue\nC. pink\nD. brown\nAnswer with"
+  assert benchmark.right(asked("B", "choice", options), "B.") and benchmark.right(asked("B", "choice", options), "blue")
+  assert not benchmark.right(asked("B", "choice", options), "A")
+
+
+# --- Reports
+
+
+def test_a_report_escapes_what_it_shows_and_holds_its_pictures(tmp_path):
+  result = Result({"a<b": Score(0.5, 0.4, 0.6, 10, 0.1)}, ["x & y"], [("Sheet", Image.new("RGB", (4, 4), "red"))])
+  body = report.write(tmp_path, "n", "what", result, {"a<b": {"384": 0.7}}, {"prompt": "<script>"})
+  page = (tmp_path / "report.html").read_text()
+  assert "a&lt;b" in page and "x &amp; y" in page and "&lt;script&gt;" in page and "<script>" not in page
+  assert "data:image/png;base64," in page and (tmp_path / "sheet.png").is_file()
+  assert body["scores"]["a<b"] == {
+    "value": 0.5,
+    "low": 0.4,
+    "high": 0.6,
+    "count": 10,
+    "chance": 0.1,
+    "paper": {"384": 0.7},
+  }
+  assert "0.500  [0.400, 0.600]  chance 0.100  paper 384: 0.700" in report.table(body)
+
+
+def test_a_fingerprint_changes_with_weights_and_configuration(tiny_checkpoint, tmp_path):
+  copy = tmp_path / "copy"
+  shutil.copytree(tiny_checkpoint, copy)
+  fingerprint = lambda path, *more: report.fingerprint(checkpoints.locate(path), *more)
+  assert fingerprint(tiny_checkpoint, "ema") == fingerprint(copy, "ema") != fingerprint(copy, "raw")
+  vae = tmp_path / "vae"
+  vae.mkdir()
+  with pytest.raises(UserError, match="--vae=.* holds no config.json and"):
+    fingerprint(tiny_checkpoint, "ema", vae)
+  (vae / "config.json").write_text("{}")
+  found = []
+  for content in (b"a", b"b"):
+    (vae / "model.safetensors").write_bytes(content)
+    found.append(fingerprint(tiny_checkpoint, "ema", vae))
+  assert len({*found, fingerprint(tiny_checkpoint, "ema")}) == 3
+  config = json.loads((copy / "config.json").read_text())
+  (copy / "config.json").write_text(json.dumps(config | {"more": 1}))
+  assert fingerprint(tiny_checkpoint, "ema") != fingerprint(copy, "ema")
+
+
+def test_an_outside_scorers_findings_stay_and_are_plotted(tiny_checkpoint, tmp_path, capsys):
+  """GenEval: a sweep paints, its evaluator's results go into each setting, the same sweep then has its plot."""
+  (tmp_path / "evaluation_metadata.jsonl").write_text(
+    '{"tag": "colors", "include": [{"class": "cow", "count": 1}], "prompt": "a photo of a cow"}\n'
+  )
+  base = ["evaluate", "--benchmark=geneval", f"--checkpoint={tiny_checkpoint}", f"--data={tmp_path}", "--pictures=2"]
+  swept = [*base, f"--output={tmp_path / 'out'}", "--sweep_guidance=1,3", "--sweep_steps=1"]
+  assert main(swept) == 0
+  assert "no scores to plot yet" in capsys.readouterr().out
+  for w in (1, 3):
+    output = tmp_path / "out" / f"guidance{w}_steps1"
+    rows = [
+      {
+        "filename": f"{output}/pictures/00000/samples/0000{j}.png",
+        "tag": "colors",
+        "prompt": "a photo of a cow",
+        "correct": j < w // 2,
+      }
+      for j in range(2)
+    ]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one = [*base, f"--output={output}", f"--guidance={w}", "--steps=1", f"--results={tmp_path / 'results.jsonl'}"]
+    assert main(one) == 0
+    body = json.loads((output / "report.json").read_text())
+    assert any("Not the recipe: --guidance" in note for note in body["notes"])
+    assert "sha256" in body["settings"]["results"]
+  assert main(swept) == 0
+  rows = json.loads((tmp_path / "out" / "sweep.json").read_text())["rows"]
+  assert [(row["guidance"], row["overall"]) for row in rows] == [(1, 0), (3, 0.5)]
+
+
+# --- Sweeps
+
+
+def test_a_sweep_makes_a_plot_of_all_pairs_and_goes_on(tiny_checkpoint, tmp_path, capsys):
+  flags = [
+    "--benchmark=shapes",
+    f"--checkpoint={tiny_checkpoint}",
+    "--limit=2",
+    "--pictures=1",
+    f"--output={tmp_path / 'out'}",
+  ]
+  assert main(["evaluate", *flags, "--sweep_guidance=1.5,3", "--sweep_steps=2"]) == 0
+  body = json.loads((tmp_path / "out" / "sweep.json").read_text())
+  assert [(row["guidance"], row["steps"]) for row in body["rows"]] == [(1.5, 2), (3.0, 2)]
+  one = json.loads((tmp_path / "out" / "guidance3_steps2" / "report.json").read_text())
+  assert one["settings"]["guidance"] == 3.0
+  assert body["rows"][1]["seen pictures: overall"] == one["scores"]["seen pictures: overall"]["value"]
+  assert Image.open(tmp_path / "out" / "sweep.png").width > 400
+  assert any("Not the recipe: --guidance=3.0, --steps=2, --pictures=1, --limit=2." in note for note in one["notes"])
+  assert body["settings"]["fingerprint"] == one["settings"]["fingerprint"] and body["settings"]["limit"] == 2
+  low, high = body["rows"][1]["intervals"]["seen pictures: overall"]
+  assert low <= body["rows"][1]["seen pictures: overall"] <= high
+  assert main(["evaluate", *flags, "--sweep_steps=1", "--guidance=3"]) == 0  # adds a point
+  body = json.loads((tmp_path / "out" / "sweep.json").read_text())
+  assert [(row["guidance"], row["steps"]) for row in body["rows"]] == [(1.5, 2), (3.0, 1), (3.0, 2)]
+  capsys.readouterr()
+  assert main(["evaluate", *flags, "--sweep_guidance=2", "--guidance=3"]) == 2
+  assert "--guidance and --sweep_guidance exclude each other" in capsys.readouterr().err
+  assert main(["evaluate", *flags, "--sweep_steps=5,0"]) == 2
+  assert "--sweep_steps: 0 must be at least 1" in capsys.readouterr().err
+  assert main(["evaluate", "--benchmark=pope", "--sweep_steps=2", "--checkpoint=x", "--output=y"]) == 2
+  assert "paints nothing" in capsys.readouterr().err
+
+
+def test_a_plot_has_a_line_per_number_of_steps_and_none_for_floors():
+  score = lambda value: {"value": value, "low": value - 0.1, "high": value + 0.1}
+  found = {
+    (w, s): {
+      "seen pictures: overall": score(w * s / 100),
+      "seen pictures: FD-tex, floor": score(1),
+      "FID": {"value": w},
+    }
+    for w in (1.0, 2.0, 4.0)
+    for s in (5, 30)
+  }
+  names = sweep.plotted(found)
+  assert names == ["seen pictures: overall", "FID"]
+  panel = sweep.figure(found, names).axes[0]
+  assert [line.get_label() for line in panel.lines] == ["5 steps", "30 steps"]
+  np.testing.assert_allclose(panel.lines[1].get_xydata(), [(1, 0.3), (2, 0.6), (4, 1.2)])

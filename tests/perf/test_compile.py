@@ -1,0 +1,160 @@
+"""The step compiled for a TPU that is not there. Needs libtpu (JFLOW_COMPILE=1 launch/test.sh), and no hardware."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+import tiny
+
+from jflow.errors import UserError
+from jflow.perf import aot_table as table
+from jflow.perf import hlo, targets
+
+_TABLE = tiny.ROOT / "launch" / "experiments" / "results" / "compile_table"
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> dict:
+  file = tmp_path_factory.mktemp("compile") / "report.json"
+  command = [
+    sys.executable,
+    "-m",
+    "jflow",
+    "compile",
+    "--config=configs/stage2.py:tiny",
+    "--topology=v5e:2x4",
+    "--effort=-1",  # a third of the time; the full effort gathers less, and moves as much
+  ]
+  done = subprocess.run([*command, f"--json={file}"], cwd=tiny.ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  return json.loads(file.read_text())
+
+
+@needs_libtpu
+def test_parameters_are_gathered_one_by_one(report):
+  """The largest gather is that of one weight (the head's, 64 x 1024), far below the tree of all parameters."""
+  everything = 8 * 2**30 * report["memory_gib"]["ema"]
+  assert report["largest_gather_bytes"] <= 64 * 1024 * 4 < everything / 2
+  gathered = sum(size for name, size in report["collective_bytes"].items() if name.startswith("all-gather"))
+  assert 0 < gathered < 3 * everything
+
+
+@needs_libtpu
+def test_activations_are_not_moved_to_other_devices(report):
+  """But for the rows of the embedding table: each device looks up its columns for all, then swaps."""
+  moved = ("all-to-all", "collective-permute")
+  assert sum(size for name, size in report["collective_bytes"].items() if name.startswith(moved)) < 300_000
+  assert all(name.endswith(" fsdp") for name in report["collective_bytes"])
+
+
+@needs_libtpu
+def test_the_report_says_what_a_device_holds_and_what_bounds_it(report):
+  memory = report["memory_gib"]
+  parts = sum(memory[name] for name in ("parameters", "ema", "optimizer", "batch", "temporaries"))
+  assert report["fits"] and memory["total"] == pytest.approx(parts, rel=0.15)  # small arrays are padded
+  assert memory["optimizer"] == pytest.approx(2 * memory["ema"], rel=0.01)  # two moments
+  assert report["bound"] == max(report["seconds"], key=report["seconds"].get)
+  assert report["flops"]["program"] > report["flops"]["model"] > 0
+
+
+@pytest.mark.parametrize("name, package", [("v5e:2x4", "libtpu"), ("h100:1x8", "CUDA plugin")])
+def test_a_compiler_that_is_missing_is_asked_for_in_one_line(monkeypatch, name, package):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(UserError, match=f"needs .*{package}.*pip install"):
+    targets.devices(targets.Topology.parse(name))
+
+
+def test_a_mistake_is_one_line_before_anything_is_compiled():
+  command = [
+    sys.executable,
+    "-m",
+    "jflow",
+    "compile",
+    "--config=configs/stage2.py:tiny",
+    "--topology=v5e:4x4",
+  ]
+  environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+  done = subprocess.run(
+    [*command, "--config.mesh.fsdp=3"], cwd=tiny.ROOT, capture_output=True, text=True, env=environment
+  )
+  assert done.returncode == 2 and "Traceback" not in done.stderr
+  assert done.stderr == "jflow: mesh.data x mesh.fsdp x mesh.model = 1 x 3 x 1 is not the 16 chips of v5e:4x4\n"
+
+
+_COLLECTIVES = """\
+HloModule step
+
+ENTRY %main (p: f32[4,8]) -> f32[4,8] {
+  %p = f32[4,8]{1,0} parameter(0)
+  %gather = f32[16,8]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %sum = f32[4,8]{1,0} all-reduce(%p), channel_id=1, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
+  %alone = f32[4,8]{1,0} all-reduce(%p), channel_id=2, replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add
+  %one = f32[2,8]{1,0} all-to-all(%p), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %two = f32[2,8]{1,0} all-to-all(%p), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  ROOT %out = f32[4,8]{1,0} copy(%sum)
+}
+"""
+
+
+def test_collectives_are_counted_once_each():
+  """Those that jax wrote share channel 1; one that TPU has cut stands twice; a sum over one device sends nothing."""
+  counts = hlo.count(_COLLECTIVES, {"data": 2, "fsdp": 4}, lambda loop: 1.0)
+  assert counts.collective_bytes == {
+    ("all-gather", "fsdp"): 16 * 8 * 4,
+    ("all-reduce", "data"): 4 * 8 * 4,
+    ("all-to-all", "fsdp"): 2 * 8 * 4,
+  }
+  assert counts.largest_gather == 16 * 8 * 4
+
+
+def test_a_table_goes_on_where_it_was(monkeypatch, tmp_path):
+  """What is there is kept, what failed is tried again, and the file is whole after every row."""
+  asked, wrong = [], {"h100:1x8"}
+
+  def compiled(topology: str, rows: int) -> dict:
+    asked.append(topology)
+    memory = {"total": 2.0, "limit": 1.0}
+    return {"topology": topology} | ({"error": "?"} if topology in wrong else {"fits": False, "memory_gib": memory})
+
+  monkeypatch.setattr(table, "ROWS", (("h100:2x8", 4), ("v5e:2x4", 1), ("h100:1x8", 4)))
+  monkeypatch.setattr(table, "_compiled", compiled)
+  assert table.write_table(tmp_path / "all") == 1
+  assert asked == ["h100:2x8", "v5e:2x4", "h100:1x8"]
+  wrong.clear()
+  assert table.write_table(tmp_path / "all") == 0 and asked[3:] == ["h100:1x8"]
+  written = json.loads((tmp_path / "all.json").read_text())
+  assert [report["topology"] for report in written] == ["v5e:2x4", "h100:1x8", "h100:2x8"]  # by kind and size
+  assert (tmp_path / "all.md").read_text().count("\n") == 2 + 3
+
+
+def test_a_row_of_the_table_names_the_attention_that_it_was_made_with(monkeypatch):
+  commands = []
+  failed = types.SimpleNamespace(stderr="")
+  monkeypatch.setattr(table.subprocess, "run", lambda command, **_: commands.append(command) or failed)
+  for topology in ("h100:1x8", "v5e:2x4"):
+    assert "error" in table._compiled(topology, 1)
+  assert ["--config.compute.attention=cudnn" in command for command in commands] == [True, False]
+  assert "--config.compute.attention=splash" in commands[1]
+
+
+def test_the_table_of_the_readme_shows_that_the_cost_per_chip_does_not_grow():
+  """For every kind of chip: bytes of collectives within 10 % from 16 to 256 chips, and everything fits."""
+  reports = {report["topology"]: report for report in json.loads((_TABLE.with_suffix(".json")).read_text())}
+  assert all(report["fits"] for report in reports.values())
+  for small, large in (
+    ("v5e:4x4", "v5e:16x16"),
+    ("v5p:2x2x4", "v5p:4x8x8"),
+    ("v6e:4x4", "v6e:16x16"),
+    ("h100:2x8", "h100:32x8"),
+  ):
+    assert (reports[small]["chips"], reports[large]["chips"]) == (16, 256)
+    sent = [sum(reports[name]["collective_bytes"].values()) for name in (small, large)]
+    assert sent[1] == pytest.approx(sent[0], rel=0.1)
+  written = (_TABLE.with_suffix(".md")).read_text()
+  assert written == table.markdown(list(reports.values()))
+  assert written in (tiny.ROOT / "jflow" / "bench" / "README.md").read_text(encoding="utf-8")

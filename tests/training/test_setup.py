@@ -1,0 +1,115 @@
+"""Laws of the checks before a run: every mistake in a config is one line that names its field."""
+
+import pytest
+import tiny
+
+from configs import stage0, stage1, stage2, stage3
+from jflow.cli.train import load_config
+from jflow.errors import UserError
+from jflow.training import setup
+
+
+@pytest.mark.parametrize("size", ["tiny", "shapes", "384", "256"])
+@pytest.mark.parametrize("stage", [stage0, stage1, stage2, stage3], ids=lambda stage: stage.__name__[-6:])
+def test_the_stages_pass(stage, size):
+  config = stage.get_config(size)
+  config.train.steps = config.train.steps or 1  # stage 0 has no length beyond the built-in world
+  config.data.tokenizer = str(tiny.TOKENIZER)
+  assert setup.check(config.to_dict()).image_size in (32, 48, 384, 256)
+
+
+@pytest.mark.parametrize(
+  "field, value",
+  [
+    ("train.steps", 0),
+    ("train.batch_size", -4),
+    ("train.accumulation", 0),
+    ("train.accumulation", 3),
+    ("train.seed", -1),
+    ("train.ema", 1.0),
+    ("train.max_skipped", 0),
+    ("train.init_weights", "best"),
+    ("optimizer.learning_rate", 0.0),
+    ("optimizer.learning_rate", float("nan")),
+    ("optimizer.clip_norm", 0.0),
+    ("optimizer.epsilon", 0.0),
+    ("optimizer.warmup_steps", -1),
+    ("optimizer.weight_decay", -0.1),
+    ("optimizer.beta2", 1.0),
+    ("objective.time_std", 0.0),
+    ("objective.weights", dict(text=0.0, flow=0.0, alignment=0.0)),
+    ("objective.weights", dict(text=1.0, flow=1.0, alignment=0.0, repa=1.0)),
+    ("objective.weights.flow", -1.0),
+    ("data.template", "poem"),
+    ("data.row_tokens", 129),
+    ("data.row_images", 0),
+    ("data.tokenizer", ""),
+    ("compute.dtype", "float16"),
+    ("compute.remat", "some"),
+    ("compute.unroll", 0),
+    ("mesh.data", 0),
+    ("checkpoint.interval", 0),
+    ("checkpoint.keep", 0),
+    ("checkpoint.keep_every", -1),
+    ("train.spike_sigmas", -1.0),
+    ("train.spike_window", 1),
+    ("train.watchdog_seconds", -5.0),
+    ("distributed.cluster", "kubernetes"),
+    ("distributed.processes", 0),
+    ("distributed.process_id", 1),
+    ("distributed.heartbeat_seconds", 0),
+    ("log.sample_every", -1),
+    ("log.sample_steps", 0),
+    ("log.sample_guidance", 0.5),
+    ("log.sample_prompts", ("", "a ring")),
+  ],
+)
+def test_a_bad_value_is_one_line_that_names_its_field(field, value):
+  config = tiny.configuration()
+  setup.check(config)
+  *sections, name = field.split(".")
+  section = config
+  for part in sections:
+    section = section[part]
+  section[name] = value
+  with pytest.raises(UserError) as error:
+    setup.check(config)
+  assert f"config.{field}={value!r}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_processes_need_the_address_of_the_first():
+  several = dict(processes=4, process_id=2)
+  with pytest.raises(UserError, match="distributed.coordinator='' must be HOST:PORT of process 0"):
+    setup.check(tiny.configuration(distributed=several))
+  with pytest.raises(UserError, match="distributed.coordinator='head' must be HOST:PORT"):
+    setup.check(tiny.configuration(distributed=several | dict(coordinator="head")))
+  setup.check(tiny.configuration(distributed=several | dict(coordinator="head:1234")))
+  setup.check(tiny.configuration(distributed=dict(cluster="auto")))
+
+
+@pytest.mark.parametrize(
+  "argument, named",
+  [
+    ("--config.train.stepps=3", "(--config.train.stepps=3)"),
+    ("--config.optimizer.learning_rate=fast", "learning_rate"),
+    ("--config.train.batch_size=2.5", "batch_size"),
+    ("--config.mesh.date=2", "(--config.mesh.date=2)"),
+    ("--config.checkpoint=5", "checkpoint"),
+    ("--confg.train.steps=3", "confg.train.steps"),
+    ("--config.log.tensorboard=perhaps", "tensorboard"),
+  ],
+)
+def test_a_mistyped_argument_is_one_line_that_names_it(argument, named):
+  with pytest.raises(UserError) as error:
+    load_config(["--config=configs/stage1.py:tiny", argument])
+  assert named in str(error.value) and "\n" not in str(error.value) and "Traceback" not in str(error.value)
+
+
+def test_rows_must_fill_the_mesh():
+  with pytest.raises(UserError, match="train.batch_size=4 / accumulation = 2 rows must be a multiple .* = 4"):
+    setup.check(tiny.configuration(train=dict(accumulation=2), mesh=dict(data=2, fsdp=2)))
+
+
+def test_losses_need_their_heads():
+  with pytest.raises(UserError, match="objective.weights.alignment=1.0 needs model.alignment_width"):
+    setup.check(tiny.configuration(model=dict(alignment_width=0)))
