@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import tiny
 
-from jflow import head_loss, losses, sharding
+from jflow import sharding
 from jflow.errors import UserError
-from jflow.models import generation
+from jflow.generation.flow import convnext as generation
+from jflow.objectives import head_loss, losses
 from jflow.perf import hlo
 from jflow.training import optim, setup
 from jflow.training.checkpoint import Checkpointer

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import serving
 
-from jflow import flow
-from jflow.inference import painting
+from jflow.generation.flow import equations as flow
+from jflow.generation.flow import sampler as painting
 from jflow.programs import Programs
 
 PROMPTS = ["a ring", "a red circle"]

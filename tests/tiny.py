@@ -18,7 +18,7 @@ from jflow.batch import READ, WRITE, Batch, RowShape
 from jflow.data.examples import Sample
 from jflow.data.packing import pack
 from jflow.models.config import JanusFlowConfig
-from jflow.models.janusflow import Draws, JanusFlow
+from jflow.models.unified import Draws, JanusFlow
 from jflow.training import setup
 
 ROOT = pathlib.Path(__file__).parent.parent

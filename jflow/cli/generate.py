@@ -117,8 +117,8 @@ def main(argv: list[str]) -> int:
   args = parser().parse_args(argv)
   prompts = read_prompts(args.prompt, args.prompts)
 
-  from jflow import flow
-  from jflow.inference import painting
+  from jflow.generation.flow import equations as flow
+  from jflow.generation.flow import sampler as painting
   from jflow.inference.sheet import contact_sheet
 
   settings = dict(

@@ -9,7 +9,8 @@ from PIL import Image
 
 from jflow.data.examples import IMAGE_MARK
 from jflow.evaluation.samples import Samples
-from jflow.inference import files, painting
+from jflow.generation.flow import sampler as painting
+from jflow.inference import files
 from jflow.inference.pipeline import to_image
 
 _ROUNDS = 4  # batches of questions between two writes: the batch stays full while long answers end

@@ -15,7 +15,7 @@ from jflow.errors import UserError
 from jflow.inference import reading
 from jflow.inference.decoding import Request, bucket, power_of_two, prompt_arrays
 from jflow.models.cache import Prefix
-from jflow.models.janusflow import JanusFlow
+from jflow.models.unified import JanusFlow
 
 if TYPE_CHECKING:
   from jflow.inference.pipeline import Pipeline

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jflow.errors import UserError
 from jflow.inference.pipeline import Pipeline
 from jflow.interop.checkpoints import describe
-from jflow.models.janusflow import JanusFlow
+from jflow.models.unified import JanusFlow
 
 
 def load(

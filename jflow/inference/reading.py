@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jflow.models.cache import Cache
-from jflow.models.janusflow import JanusFlow, normalise
+from jflow.models.unified import JanusFlow, normalise
 from jflow.programs import bounded
 
 CHUNK = 64  # most tokens per row that one call of `run` makes

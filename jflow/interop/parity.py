@@ -36,16 +36,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jflow import flow
 from jflow.cli.arguments import Parser, number
 from jflow.cli.flags import check_json
 from jflow.errors import UserError
+from jflow.generation.flow import equations as flow
 from jflow.interop import golden
 from jflow.interop.checkpoints import describe
 from jflow.interop.comparison import Line, line, report
 from jflow.interop.processor_parity import compare_processor
 from jflow.models.cache import Cache
-from jflow.models.janusflow import JanusFlow, for_inference
+from jflow.models.unified import JanusFlow, for_inference
 
 _TOLERANCE = 1e-5
 # Output -> the component that makes it from the ones before.

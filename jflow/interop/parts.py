@@ -13,13 +13,13 @@ import tokenizers
 from jflow.data import tokenizer_file
 from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer, build, read_files
 from jflow.errors import UserError
+from jflow.generation.flow.convnext import GenerationDecoder, GenerationEncoder
 from jflow.interop import budget, names, official, processor_config, sizes, tied, transfer
 from jflow.interop.fields import Fields
 from jflow.interop.official import Loaded
 from jflow.interop.safetensors_io import Checkpoint
 from jflow.interop.transformers_config import is_tied, language_model_config, siglip_config
 from jflow.models.config import GenerationConfig, JanusFlowConfig, LanguageModelConfig, SiglipConfig
-from jflow.models.generation import GenerationDecoder, GenerationEncoder
 from jflow.models.layers import Linear, RMSNorm
 from jflow.models.siglip import Pool
 from jflow.sharding import unbox

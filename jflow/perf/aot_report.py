@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jflow import head_loss, model_flops
+from jflow import model_flops
 from jflow.batch import TASKS
 from jflow.errors import UserError
-from jflow.models.janusflow import JanusFlow
+from jflow.models.unified import JanusFlow
+from jflow.objectives import head_loss
 from jflow.perf import hlo, targets
 from jflow.training import setup
 from jflow.training.flops import model_flops_of

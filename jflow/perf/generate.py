@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
   """Measures and returns the report."""
   import jax
 
-  from jflow import flow
-  from jflow.inference import painting
+  from jflow.generation.flow import equations as flow
+  from jflow.generation.flow import sampler as painting
   from jflow.perf import costs, inference
 
   for name in ("batch_size", "steps", "prompt_tokens"):

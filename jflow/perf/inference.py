@@ -26,7 +26,7 @@ from jflow.errors import Stopped, UserError
 from jflow.inference.pipeline import Pipeline
 from jflow.interop import names, transfer
 from jflow.models.config import JanusFlowConfig
-from jflow.models.janusflow import JanusFlow
+from jflow.models.unified import JanusFlow
 from jflow.perf.timing import spread
 from jflow.training import setup
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jflow import head_loss
 from jflow.batch import Batch
-from jflow.models.janusflow import JanusFlow, normalise
+from jflow.models.unified import JanusFlow, normalise
+from jflow.objectives import head_loss
 from jflow.perf.timing import spread
 from jflow.training import optim
 from jflow.training.state import TrainState

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jflow import chips, head_loss
+from jflow import chips
 from jflow.models import kernels
 from jflow.models.attention import packed_attention
+from jflow.objectives import head_loss
 from jflow.perf.timing import interleaved
 from jflow.perf.train import measure, with_rows
 from jflow.training import setup

@@ -16,7 +16,7 @@ import gradio as gr
 from starlette.types import ASGIApp
 
 from jflow.errors import UserError
-from jflow.flow import SOLVERS
+from jflow.generation.flow.equations import SOLVERS
 from jflow.inference.decoding import Request, Text
 from jflow.serving import prepare, schemas
 from jflow.serving.engine import Engine

@@ -7,7 +7,7 @@ answer, or a value that stands for what is done anyway. What jflow does not comp
 import hashlib
 from typing import Any, NamedTuple
 
-from jflow.flow import SOLVERS
+from jflow.generation.flow.equations import SOLVERS
 from jflow.serving import data_uri
 from jflow.serving.fields import ApiError, Fields, shown
 

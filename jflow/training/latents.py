@@ -21,9 +21,9 @@ from jflow.cli.arguments import SEED, Parser, whole
 from jflow.data.store import latents
 from jflow.errors import UserError
 from jflow.interop.checkpoints import read_checkpoint
+from jflow.models.autoencoders.kl import make_autoencoder
 from jflow.models.config import AutoencoderConfig, JanusFlowConfig
-from jflow.models.janusflow import normalise
-from jflow.models.vae import make_autoencoder
+from jflow.models.unified import normalise
 
 _EPILOG = """\
 examples

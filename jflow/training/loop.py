@@ -20,7 +20,7 @@ from jflow.batch import Batch
 from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped
-from jflow.models.janusflow import JanusFlow
+from jflow.models.unified import JanusFlow
 from jflow.training import data_record, hosts, latents, optim, setup, steps, tracking
 from jflow.training import workdir as workdirs
 from jflow.training.checkpoint import Checkpointer

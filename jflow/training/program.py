@@ -12,7 +12,7 @@ import jax
 from jflow import memory, sharding
 from jflow.batch import Batch, empty
 from jflow.errors import UserError
-from jflow.models.janusflow import JanusFlow
+from jflow.models.unified import JanusFlow
 from jflow.training import optim, setup
 from jflow.training.state import TrainState
 from jflow.training.step import make_step

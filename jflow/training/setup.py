@@ -17,10 +17,10 @@ from jflow.data.sources import SHAPES, open_source
 from jflow.errors import UserError
 from jflow.interop.checkpoints import Checkpoint, read_checkpoint
 from jflow.models import attention
+from jflow.models.autoencoders.kl import fit_patch_pca
 from jflow.models.config import JanusFlowConfig
-from jflow.models.janusflow import Draws, JanusFlow, Sums
-from jflow.models.llm import remat_policy
-from jflow.models.vae import fit_patch_pca
+from jflow.models.llm.llama import remat_policy
+from jflow.models.unified import Draws, JanusFlow, Sums
 from jflow.training import fields, hosts
 from jflow.world.siglip_fit import fit_siglip
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jflow import flow
 from jflow.batch import WRITE, Batch
-from jflow.models.janusflow import Draws, JanusFlow, Sums
+from jflow.generation.flow import equations as flow
+from jflow.models.unified import Draws, JanusFlow, Sums
 from jflow.training.flops import counted
 from jflow.training.optim import merge, schedule, update_ema
 from jflow.training.spikes import is_spike, remember

@@ -22,8 +22,8 @@ import optax
 from tqdm import tqdm
 
 from jflow.models.config import SiglipConfig
-from jflow.models.janusflow import normalise
 from jflow.models.siglip import Siglip
+from jflow.models.unified import normalise
 from jflow.sharding import unbox
 from jflow.training import hosts
 from jflow.world import scenes

@@ -15,13 +15,13 @@ import pytest
 import tiny
 from PIL import Image
 
-from jflow import flow
 from jflow.__main__ import COMMANDS, main
 from jflow.cli import generate as generate_command
 from jflow.cli import prepare as prepare_command
 from jflow.cli.train import load_config
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Terminated
+from jflow.generation.flow import equations as flow
 from jflow.inference.files import write_json
 from jflow.training.checkpoint import save_params
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jflow import flow
+from jflow.generation.flow import equations as flow
 
 RNG = np.random.default_rng(0)
 

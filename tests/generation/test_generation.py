@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow.models import generation
+from jflow.generation.flow import convnext as generation
+from jflow.generation.flow.convnext import ConvNeXtBlock, GenerationDecoder, GenerationEncoder
 from jflow.models.config import GenerationConfig
-from jflow.models.generation import ConvNeXtBlock, GenerationDecoder, GenerationEncoder
 from jflow.models.siglip import patchify
 from jflow.sharding import unbox
 

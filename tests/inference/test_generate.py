@@ -9,12 +9,12 @@ import pytest
 import tiny
 
 import jflow
-from jflow import flow
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
-from jflow.inference import painting
+from jflow.generation.flow import equations as flow
+from jflow.generation.flow import sampler as painting
 from jflow.inference.pipeline import Pipeline, to_image
-from jflow.models.janusflow import for_inference
+from jflow.models.unified import for_inference
 from jflow.training.checkpoint import save_params
 
 MODEL, STEPS = tiny.model(), 3

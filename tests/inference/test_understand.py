@@ -15,7 +15,7 @@ from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.inference import reading
 from jflow.inference.pipeline import Pipeline, prepare_image
-from jflow.models.janusflow import for_inference
+from jflow.models.unified import for_inference
 
 MODEL = tiny.model()
 SLOTS = 1 + tiny.CONFIG.patches

@@ -23,7 +23,7 @@ from jflow.interop import names, official, official_config, transfer
 from jflow.interop.checkpoints import read_checkpoint
 from jflow.interop.safetensors_io import Checkpoint, read_header
 from jflow.models.config import AutoencoderConfig, JanusFlowConfig
-from jflow.models.janusflow import JanusFlow
+from jflow.models.unified import JanusFlow
 from jflow.sharding import unbox
 
 ROOT = pathlib.Path(__file__).parents[2]

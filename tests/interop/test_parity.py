@@ -12,13 +12,13 @@ import official_checkpoint
 import pytest
 from safetensors.numpy import save_file
 
-from jflow import flow
 from jflow.__main__ import main
-from jflow.inference import painting
+from jflow.generation.flow import equations as flow
+from jflow.generation.flow import sampler as painting
 from jflow.interop.checkpoints import read_checkpoint
 from jflow.interop.comparison import line
 from jflow.models.config import AutoencoderConfig
-from jflow.models.janusflow import JanusFlow, for_inference
+from jflow.models.unified import JanusFlow, for_inference
 
 GOLDEN = official_checkpoint.TINY / "golden.npz"
 PROCESSOR = official_checkpoint.PROCESSOR

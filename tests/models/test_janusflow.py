@@ -18,10 +18,10 @@ from jflow.data.packing import pack
 from jflow.data.records import Record
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
+from jflow.models.autoencoders.kl import PatchPCA
 from jflow.models.cache import Cache
 from jflow.models.config import JanusFlowConfig
-from jflow.models.janusflow import Draws, for_inference
-from jflow.models.vae import PatchPCA
+from jflow.models.unified import Draws, for_inference
 
 CONFIG = tiny.CONFIG
 RNG = np.random.default_rng(0)

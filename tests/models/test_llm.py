@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import tiny
 
-from jflow import losses
 from jflow.errors import UserError
-from jflow.models import llm as llm_module
 from jflow.models.cache import Cache
-from jflow.models.llm import Block, LanguageModel, rope_tables, rotate, separate_layers
+from jflow.models.llm import llama as llm_module
+from jflow.models.llm.llama import Block, LanguageModel, rope_tables, rotate, separate_layers
+from jflow.objectives import losses
 
 LM = tiny.CONFIG.language_model
 TAP = 1

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jflow.models.autoencoders.kl import AutoencoderKL, PatchPCA, fit_patch_pca, make_autoencoder
 from jflow.models.config import AutoencoderConfig
-from jflow.models.vae import AutoencoderKL, PatchPCA, fit_patch_pca, make_autoencoder
 from jflow.sharding import unbox
 from jflow.world.source import WorldSource
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow import head_loss, losses
+from jflow.objectives import head_loss, losses
 from jflow.perf import suite
 
 B, S, D, V = 2, 24, 16, 50

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow import losses
+from jflow.objectives import losses
 
 RNG = np.random.default_rng(0)
 

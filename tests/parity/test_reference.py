@@ -10,8 +10,8 @@ REASON = "PyTorch is not installed: JFLOW_PARITY=1 bash launch/test.sh installs 
 for package in ("torch", "transformers", "diffusers"):
   pytest.importorskip(package, reason=REASON)
 
-from jflow import flow
-from jflow.inference import painting
+from jflow.generation.flow import equations as flow
+from jflow.generation.flow import sampler as painting
 from jflow.perf import inference
 
 ROOT = pathlib.Path(__file__).parent.parent.parent

@@ -18,9 +18,9 @@ diffusers = pytest.importorskip("diffusers", reason=REASON)
 from jflow.interop import names, official, parts, transfer
 from jflow.interop.official_config import Fields, language_model_config
 from jflow.interop.safetensors_io import Checkpoint, read_json
-from jflow.models.llm import LanguageModel
+from jflow.models.autoencoders.kl import make_autoencoder
+from jflow.models.llm.llama import LanguageModel
 from jflow.models.siglip import Siglip
-from jflow.models.vae import make_autoencoder
 
 SEEDS = (0, 1, 2)
 torch.set_num_threads(1)
@@ -129,7 +129,7 @@ def test_llama_gradients_of_every_parameter(tmp_path, seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_llama_greedy_decoding_with_left_padding(tmp_path, seed):
   from jflow.models.cache import Cache
-  from jflow.models.llm import separate_layers
+  from jflow.models.llm.llama import separate_layers
 
   theirs = llama(tmp_path, seed, **LLAMAS[seed])
   model, params, _ = read_llama(tmp_path)

@@ -14,7 +14,7 @@ from configs import models
 from jflow.__main__ import main
 from jflow.errors import Stopped
 from jflow.models.config import JanusFlowConfig
-from jflow.models.janusflow import JanusFlow
+from jflow.models.unified import JanusFlow
 from jflow.perf import costs, inference, inference_suite
 
 FULL = JanusFlowConfig.from_dict(models.janusflow_384())

@@ -20,7 +20,8 @@ from PIL import Image
 from tools import fuzz_server
 
 from jflow.errors import UserError
-from jflow.inference import painting, reading
+from jflow.generation.flow import sampler as painting
+from jflow.inference import reading
 from jflow.inference.pipeline import prepare_image
 from jflow.serving.connections import Limits
 from jflow.serving.jobs import Pictures

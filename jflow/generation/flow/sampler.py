@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jflow import flow
 from jflow.errors import UserError
+from jflow.generation.flow import equations as flow
 from jflow.inference import checks
 from jflow.models.cache import Cache, Prefix
-from jflow.models.janusflow import JanusFlow, normalise
+from jflow.models.unified import JanusFlow, normalise
 from jflow.programs import Programs, bounded
 
 _GRID = 256  # time grids are padded to a multiple of this: no usual number of steps compiles anew

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jflow import head_loss
 from jflow.errors import UserError
 from jflow.models.attention import packed_attention
 from jflow.models.cache import Cache, Prefix
 from jflow.models.config import LanguageModelConfig
 from jflow.models.layers import Linear, RMSNorm, parameter
+from jflow.objectives import head_loss
 from jflow.sharding import constrain, unbox
 
 # Names of remat policies a config may choose; "none" keeps every activation.

@@ -10,15 +10,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jflow import flow, losses
 from jflow.batch import READ, WRITE, Batch
+from jflow.generation.flow import equations as flow
+from jflow.generation.flow.convnext import GenerationDecoder, GenerationEncoder
+from jflow.models.autoencoders.kl import make_autoencoder
 from jflow.models.cache import Cache, Prefix
 from jflow.models.config import JanusFlowConfig
-from jflow.models.generation import GenerationDecoder, GenerationEncoder
 from jflow.models.layers import Linear, RMSNorm, parameter
-from jflow.models.llm import LanguageModel, Output, separate_layers
+from jflow.models.llm.llama import LanguageModel, Output, separate_layers
 from jflow.models.siglip import Siglip
-from jflow.models.vae import make_autoencoder
+from jflow.objectives import losses
 from jflow.sharding import constrain
 
 

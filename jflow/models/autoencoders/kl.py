@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflow.errors import UserError
+from jflow.generation.flow.convnext import unpatchify
 from jflow.models.config import AutoencoderConfig
-from jflow.models.generation import unpatchify
 from jflow.models.layers import Linear, parameter
 
 _EPSILON = 1e-6  # group norms
