@@ -5,9 +5,8 @@ import os
 
 import pytest
 
-from jflow import files
+from jflow import files, outputs
 from jflow.errors import Stopped
-from jflow.inference import files as outputs
 from jflow.strict_json import Malformed
 
 

@@ -10,7 +10,7 @@ import sys
 
 from jflow.cli.arguments import Parser
 from jflow.cli.flags import check_json
-from jflow.inference.files import write_json
+from jflow.outputs import write_json
 
 # Workload -> (module, what it measures).
 WORKLOADS: dict[str, tuple[str, str]] = {

@@ -9,7 +9,7 @@ from jflow.cli.arguments import Parser, number, whole
 from jflow.cli.flags import check_json
 from jflow.cli.train import load_config
 from jflow.errors import UserError
-from jflow.inference.files import write_json
+from jflow.outputs import write_json
 from jflow.perf import targets
 
 _EPILOG = """\

@@ -118,10 +118,10 @@ def evaluate(args: argparse.Namespace, opened: dict[str, Any]) -> int:
   recipe = with_flags(RECIPES[args.benchmark], args)
   benchmark = make(recipe, args)
   tasks = benchmark.tasks()
+  from jflow import checks
   from jflow.evaluation import report
   from jflow.evaluation.samples import Samples
   from jflow.evaluation.tasks import Painting
-  from jflow.inference import checks
   from jflow.interop import checkpoints
 
   seeds = [task.seed for task in tasks if isinstance(task, Painting)]

@@ -5,7 +5,7 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from jflow.errors import UserError
-from jflow.inference.files import make_directory
+from jflow.outputs import make_directory
 
 if TYPE_CHECKING:
   from jflow.inference.pipeline import Pipeline

@@ -9,7 +9,7 @@ from jflow import files
 from jflow.cli import flags
 from jflow.cli.arguments import SEED, Parser, number, whole
 from jflow.errors import UserError
-from jflow.inference.files import make_directory, write_json, writing
+from jflow.outputs import make_directory, write_json, writing
 
 if TYPE_CHECKING:
   from PIL import Image

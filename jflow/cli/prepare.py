@@ -68,7 +68,7 @@ afterwards
 # Flag -> (module with main(argv) -> exit code, what it does) of what is no import; each has a --help of its own.
 MODES = {
   "--inspect": ("jflow.cli.inspect", "draw packed rows as the model will see them"),
-  "--latents": ("jflow.training.latents", "run the VAE over a data set ahead of time"),
+  "--latents": ("jflow.cli.latents", "run the VAE over a data set ahead of time"),
 }
 
 

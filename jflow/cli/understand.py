@@ -7,7 +7,7 @@ import sys
 from jflow.cli import flags
 from jflow.cli.arguments import SEED, Parser, number, whole
 from jflow.errors import UserError
-from jflow.inference.files import write_json
+from jflow.outputs import write_json
 
 _EPILOG = """
 examples:
@@ -47,8 +47,8 @@ def main(argv: list[str]) -> int:
   """Answers on stdout."""
   args = parser().parse_args(argv)
 
+  from jflow import checks
   from jflow.data.examples import MARKS
-  from jflow.inference import checks
   from jflow.inference.pipeline import prepare_image
 
   if not args.question.strip():

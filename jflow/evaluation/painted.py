@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from jflow import outputs
 from jflow.data.importers.inputs import is_hidden
 from jflow.errors import UserError
 from jflow.evaluation import distances, outside, scores
@@ -21,7 +22,6 @@ from jflow.evaluation.report import Result
 from jflow.evaluation.samples import need, need_all
 from jflow.evaluation.scores import Score
 from jflow.evaluation.tasks import Painting, save
-from jflow.inference import files
 
 GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 _GUIDANCE = (
@@ -66,7 +66,7 @@ class Geneval:
     need_all([task.key for task in self.tasks()], records, "geneval", "run the same command again")
     folder = self._args.output.resolve() / "pictures"
     for i, row in enumerate(self._prompts):  # one object per file: the evaluator reads it whole
-      files.replace(folder / f"{i:05d}" / "metadata.jsonl", json.dumps(row) + "\n")
+      outputs.replace(folder / f"{i:05d}" / "metadata.jsonl", json.dumps(row) + "\n")
     notes = [_GUIDANCE, *outside.another_number(self._found, self.published, self._args)]
     if self._args.results is None:
       results = folder.parent / "results.jsonl"

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from jflow import outputs
 from jflow.errors import UserError
 from jflow.evaluation.samples import object_in
 from jflow.evaluation.scores import Score
-from jflow.inference import files
 
 _PACKAGES = ("jax", "flax", "numpy", "pillow", "scipy")
 _STYLE = """
@@ -78,12 +78,12 @@ def write(
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
   }
   for name, value in result.files.items():
-    files.replace(directory / name, json.dumps(value, ensure_ascii=False) + "\n")
+    outputs.replace(directory / name, json.dumps(value, ensure_ascii=False) + "\n")
   for title, sheet in result.pictures:
-    with files.new_file(directory / f"{_file_name(title)}.png") as new:
+    with outputs.new_file(directory / f"{_file_name(title)}.png") as new:
       sheet.save(new, "PNG")
-  files.replace(directory / "report.json", json.dumps(body, indent=1, ensure_ascii=False) + "\n")
-  files.replace(directory / "report.html", _page(body, what, result.pictures))
+  outputs.replace(directory / "report.json", json.dumps(body, indent=1, ensure_ascii=False) + "\n")
+  outputs.replace(directory / "report.html", _page(body, what, result.pictures))
   return body
 
 

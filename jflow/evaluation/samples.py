@@ -9,7 +9,7 @@ from typing import Any
 
 from jflow.errors import UserError
 from jflow.files import lock
-from jflow.inference.files import make_directory, writing
+from jflow.outputs import make_directory, writing
 
 
 class Samples:

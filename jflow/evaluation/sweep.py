@@ -11,10 +11,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jflow import outputs
 from jflow.errors import UserError
 from jflow.evaluation import report
 from jflow.evaluation.recipes import RECIPES
-from jflow.inference import files
 
 _MOST_PANELS = 6
 
@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
   if not names:
     print("no scores to plot yet: do what the notes above say in each folder, then give this command again")
     return 0
-  with files.new_file(args.output / "sweep.png") as new:
+  with outputs.new_file(args.output / "sweep.png") as new:
     figure(found, names).savefig(new, dpi=120, format="png")
   rows = [
     {
@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
     for (guidance, steps), scores in found.items()
   ]
   body = {"benchmark": recipe.name, "settings": shared, "rows": rows}
-  files.replace(args.output / "sweep.json", json.dumps(body, indent=1) + "\n")
+  outputs.replace(args.output / "sweep.json", json.dumps(body, indent=1) + "\n")
   print(f"plot: {args.output / 'sweep.png'}, numbers: {args.output / 'sweep.json'}")
   return 0
 

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from jflow import outputs
 from jflow.data.examples import IMAGE_MARK
 from jflow.evaluation.samples import Samples
 from jflow.generation.flow import sampler as painting
-from jflow.inference import files
 from jflow.inference.pipeline import to_image
 
 _ROUNDS = 4  # batches of questions between two writes: the batch stays full while long answers end
@@ -137,6 +137,6 @@ def save(image: Image.Image, path: pathlib.Path) -> None:
   Raises:
     Stopped: it cannot be written.
   """
-  with files.new_file(path) as new:
+  with outputs.new_file(path) as new:
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(new, "PNG")

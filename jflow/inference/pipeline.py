@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from jflow import checks
 from jflow.data import examples, images
 from jflow.data.images import ImageError
 from jflow.data.records import Turn
@@ -15,7 +16,7 @@ from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from jflow.errors import CannotPaint, UserError
 from jflow.generation.flow import equations as flow
 from jflow.generation.flow import sampler as painting
-from jflow.inference import checks, decoding, likelihood
+from jflow.inference import decoding, likelihood
 from jflow.inference.decoding import Request, bucket
 from jflow.models.unified import JanusFlow, for_inference
 

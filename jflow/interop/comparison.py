@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jflow.inference.files import write_json
+from jflow.outputs import write_json
 
 
 class Line(NamedTuple):

@@ -1,31 +1,16 @@
-"""python -m jflow convert: weights from and to the published PyTorch layout.
+"""Conversion of checkpoints from and to the published PyTorch layout."""
 
---from=official           JanusFlow-1.3B as published, to a jflow checkpoint (or, with --to=official, to other
-                          shards or another type)
---from=jflow              a jflow checkpoint, to a directory that the PyTorch code loads unchanged
---from=huggingface-parts  an LLM, a SigLIP and a VAE, to the starting point of stage 1
-
-examples:
-  python -m jflow convert --from=official --input=JanusFlow-1.3B --vae=sdxl-vae --output=runs/janusflow
-  python -m jflow convert --from=jflow --to=official --input=runs/stage3 --output=for-pytorch
-  python -m jflow convert --from=huggingface-parts --llm=deepseek-llm --siglip=siglip-large-patch16-384 \\
-    --vae=sdxl-vae --output=runs/parts
-"""
-
-import argparse
+import dataclasses
 import pathlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
 
-from jflow import files
-from jflow.cli.arguments import SEED, Parser, whole
+from jflow import checks, files
 from jflow.errors import Stopped, UserError, need_text_name
-from jflow.inference import checks
 from jflow.interop import official, remote, transfer
 from jflow.interop.official import Loaded
 from jflow.interop.official_config import config_to_official
@@ -35,30 +20,25 @@ _KEPT = "official"  # folder of a jflow checkpoint with the processor's files of
 _IN_FLIGHT = 2**29  # bytes that a writing checkpoint may hold beside the parameters
 
 
-def _parser() -> argparse.ArgumentParser:
-  p = Parser(prog="python -m jflow convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  kinds = ("official", "huggingface-parts", "jflow")
-  p.add_argument("--from", dest="source", choices=kinds, help="layout of --input (default: what it looks like)")
-  p.add_argument("--to", choices=("official", "jflow"), help="layout of --output (default: the other one)")
-  p.add_argument("--input", type=pathlib.Path, help="checkpoint directory; not for --from=huggingface-parts")
-  p.add_argument("--output", type=pathlib.Path, required=True, help="directory to create")
-  p.add_argument("--llm", type=pathlib.Path, help="huggingface-parts: directory of a LlamaForCausalLM")
-  p.add_argument("--siglip", type=pathlib.Path, help="huggingface-parts: directory of a Siglip(Vision)Model")
-  p.add_argument("--vae", type=pathlib.Path, help="directory of a diffusers AutoencoderKL (sdxl-vae)")
-  p.add_argument("--tokenizer", type=pathlib.Path, help="huggingface-parts: default the LLM's directory")
-  p.add_argument("--dtype", choices=tuple(_DTYPES), help="type of the weights (default: as they are)")
-  p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a jflow checkpoint (default: ema)")
-  p.add_argument("--seed", type=whole(most=SEED), default=0, help="of the fresh parts of huggingface-parts")
-  p.add_argument(
-    "--shard_bytes",
-    type=whole(most=2**62),
-    default=4 * 2**30,
-    help="largest official file (default: 4 GiB)",
-  )
-  return p
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+  """What to convert: the flags of `convert`, of which None takes the default that `convert --help` names."""
+
+  output: pathlib.Path  # directory to create
+  input: pathlib.Path | None = None
+  source: str | None = None  # "official", "jflow" or "huggingface-parts"
+  to: str | None = None  # "official" or "jflow"
+  llm: pathlib.Path | None = None  # these four: of huggingface-parts
+  siglip: pathlib.Path | None = None
+  vae: pathlib.Path | None = None
+  tokenizer: pathlib.Path | None = None
+  dtype: str | None = None  # "float32" or "bfloat16"
+  weights: str = "ema"  # or "raw", of a jflow checkpoint
+  seed: int = 0  # of the fresh parts of huggingface-parts
+  shard_bytes: int = 4 * 2**30  # largest official file
 
 
-def _read(args: argparse.Namespace) -> tuple[Loaded, str, pathlib.Path | None]:
+def _read(args: Conversion) -> tuple[Loaded, str, pathlib.Path | None]:
   """Returns the model, its template, and the directory of the official processor's files, if any."""
   dtype = _DTYPES.get(args.dtype)
   if args.source == "huggingface-parts":
@@ -115,7 +95,7 @@ def _say_what_is_left_out(loaded: Loaded, to: str) -> None:
       say("the PyTorch code computes SigLIP with the exact GELU, this model with its tanh form: results differ")
 
 
-def _check_flags(args: argparse.Namespace) -> None:
+def _check_flags(args: Conversion) -> None:
   """Refuses flags that would do nothing, numbers out of range, and an output that cannot be made.
 
   Raises:
@@ -137,7 +117,29 @@ def _check_flags(args: argparse.Namespace) -> None:
     raise UserError(f"--output={args.output}: directory {folder} cannot be written: {error.strerror}") from None
 
 
-def convert(args: argparse.Namespace) -> None:
+def _with_layouts(args: Conversion) -> Conversion:
+  """The conversion with `source` and `to` set, and an input on another machine fetched.
+
+  Raises:
+    UserError: no input, or one that is not of the layout that was named.
+  """
+  source, found = args.source or ("huggingface-parts" if args.llm else None), args.input
+  if source != "huggingface-parts":
+    if found is not None and remote.is_remote(found):
+      found = remote.fetch(found)
+    if found is None or not found.is_dir():
+      raise UserError("give --input=DIR" if found is None else f"input {found} is not a directory")
+    looks = "official" if official.is_official(found) else "jflow"
+    if source == "official" and looks == "jflow":
+      raise UserError(f"{found / 'config.json'} is missing or not of the published layout (language_config)")
+    if source == "jflow" and looks == "official":
+      raise UserError(f"{found} is an official checkpoint: use --from=official")
+    source = looks
+  to = args.to or ("official" if source == "jflow" else "jflow")
+  return dataclasses.replace(args, source=source, to=to, input=found)
+
+
+def convert(args: Conversion) -> None:
   """Reads, converts and writes; nothing is left behind when it fails.
 
   Raises:
@@ -147,30 +149,17 @@ def convert(args: argparse.Namespace) -> None:
   need_text_name("--output", args.output)
   if args.output.exists():
     raise UserError(f"output {args.output} exists: name a directory that does not")
-  if args.source is None:
-    args.source = "huggingface-parts" if args.llm else None
-  if args.source != "huggingface-parts":
-    if args.input is not None and remote.is_remote(args.input):
-      args.input = remote.fetch(args.input)
-    if args.input is None or not args.input.is_dir():
-      raise UserError("give --input=DIR" if args.input is None else f"input {args.input} is not a directory")
-    looks = "official" if official.is_official(args.input) else "jflow"
-    if args.source == "official" and looks == "jflow":
-      raise UserError(f"{args.input / 'config.json'} is missing or not of the published layout (language_config)")
-    if args.source == "jflow" and looks == "official":
-      raise UserError(f"{args.input} is an official checkpoint: use --from=official")
-    args.source = looks
-  to = args.to = args.to or ("official" if args.source == "jflow" else "jflow")
+  args = _with_layouts(args)
   _check_flags(args)
   loaded, template, kept = _read(args)
   dtype = _DTYPES.get(args.dtype)
-  if args.source == "jflow" and to == "jflow" and dtype is not None:
+  if args.source == args.to == "jflow" and dtype is not None:
     loaded = loaded._replace(params={path: x.astype(dtype) for path, x in loaded.params.items()})
-  _say_what_is_left_out(loaded, to)
+  _say_what_is_left_out(loaded, args.to)
   part = args.output.with_name(args.output.name + ".converting")
   shutil.rmtree(part, ignore_errors=True)
   try:
-    if to == "official":
+    if args.to == "official":
       official.save(part, loaded.config, loaded.params, loaded.tokenizer, kept, dtype, args.shard_bytes)
     else:
       _write_jflow(part, loaded, template, kept)
@@ -179,10 +168,3 @@ def convert(args: argparse.Namespace) -> None:
     raise Stopped(f"{args.output} cannot be written: {error.strerror or error}") from None
   finally:
     shutil.rmtree(part, ignore_errors=True)
-  print(args.output)
-
-
-def main(argv: Sequence[str]) -> int:
-  """The command `convert`."""
-  convert(_parser().parse_args(argv))
-  return 0

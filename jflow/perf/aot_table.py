@@ -8,8 +8,8 @@ import tempfile
 
 from tqdm import tqdm
 
+from jflow import outputs
 from jflow.chips import CHIPS
-from jflow.inference import files
 from jflow.perf.targets import Topology
 
 # Topology and rows per device; fsdp stays at 8 or 16 (TPU) or 8 (GPU), data grows. The first two of a kind, the ends
@@ -57,8 +57,8 @@ def write_table(name: pathlib.Path) -> int:
     (failed if "error" in report else reports)[topology] = report
     order = sorted((reports | failed).values(), key=_place)
     file.parent.mkdir(parents=True, exist_ok=True)
-    files.replace(file, json.dumps(order, indent=1) + "\n")
-    files.replace(name.with_suffix(".md"), markdown(order))
+    outputs.replace(file, json.dumps(order, indent=1) + "\n")
+    outputs.replace(name.with_suffix(".md"), markdown(order))
   print(f"table: {name.with_suffix('.md')}", file=sys.stderr)
   return 1 if failed else 0
 

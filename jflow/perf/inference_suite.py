@@ -12,9 +12,9 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from jflow import outputs
 from jflow.cli.arguments import whole
 from jflow.errors import Stopped, UserError
-from jflow.inference import files
 
 _FULL = "configs/stage3.py:384"
 _PAINT, _ANSWER = ("generate", "--steps=30", "--guidance=2"), ("understand", "--new_tokens=256")
@@ -91,9 +91,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       failed.append(name)
       continue
     report["measurements"][name] = measured
-    files.replace(args.json, json.dumps(report, indent=1) + "\n")
+    outputs.replace(args.json, json.dumps(report, indent=1) + "\n")
   report["targets"] = judged(report)
-  files.replace(args.json, json.dumps(report, indent=1) + "\n")
+  outputs.replace(args.json, json.dumps(report, indent=1) + "\n")
   print(table(report["targets"]))
   if failed:
     raise Stopped(f"not measured: {', '.join(failed)} (the messages stand above); the same command tries again")

@@ -16,10 +16,10 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
+from jflow import checks
 from jflow.data import examples
 from jflow.errors import PromptTooLong, UserError
 from jflow.generation.flow import sampler as painting
-from jflow.inference import checks
 from jflow.inference.decoding import Request
 from jflow.inference.pipeline import Pipeline, prepare_image
 from jflow.serving.jobs import Pictures

@@ -11,10 +11,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from jflow import outputs
 from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
 from jflow.evaluation import report
-from jflow.inference import files
 from jflow.inference.sheet import contact_sheet
 from jflow.models.config import JanusFlowConfig
 from jflow.training import setup
@@ -74,8 +74,8 @@ def write(folder: pathlib.Path, reports: Mapping[str, pathlib.Path], ends: Mappi
   for letter in ends:
     letters[letter] = _entry(folder / letter, reports[letter], ends[letter]) if letter in reports else None
   body = {"command": command, "commit": report.commit(), "letters": letters, "comparisons": compare(letters)}
-  files.replace(folder / "results.json", _compact(body))
-  files.replace(folder / "table.md", table(body))
+  outputs.replace(folder / "results.json", _compact(body))
+  outputs.replace(folder / "table.md", table(body))
   runs = {letter: read_metrics(folder / letter) for letter in ends}
   until = {letter: entry["steps"] if entry else ends[letter] for letter, entry in letters.items()}
   runs = {letter: [row for row in rows if row["step"] <= until[letter]] for letter, rows in runs.items()}

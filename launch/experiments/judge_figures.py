@@ -41,9 +41,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+from jflow import outputs
 from jflow.errors import UserError
 from jflow.evaluation import report, scores
-from jflow.inference import files
 from jflow.world import (
   judge,
   scenes,
@@ -359,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   args = p.parse_args(arguments)
   try:
     if args.output:
-      files.make_directory(args.output.parent, "OUTPUT.json")
+      outputs.make_directory(args.output.parent, "OUTPUT.json")
       if args.output.is_dir():
         raise UserError(f"OUTPUT.json: {args.output} is a directory; name a file")
     rows, passed = measure(args.pictures, args.jobs)
@@ -374,7 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     "garbage": passed,
   }
   if args.output:
-    files.replace(args.output, _text(body))
+    outputs.replace(args.output, _text(body))
   print(table(body))
   return 0
 

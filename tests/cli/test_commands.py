@@ -22,7 +22,7 @@ from jflow.cli.train import load_config
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Terminated
 from jflow.generation.flow import equations as flow
-from jflow.inference.files import write_json
+from jflow.outputs import write_json
 from jflow.training.checkpoint import save_params
 
 CONFIG = f"{tiny.ROOT}/configs/stage2.py:tiny"

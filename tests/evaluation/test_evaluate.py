@@ -17,6 +17,7 @@ from PIL import Image
 from tsv import pope_folder, pope_rows, write_table
 
 import jflow
+from jflow import outputs
 from jflow.__main__ import main
 from jflow.cli.evaluate import parser, settings_of, with_flags
 from jflow.errors import Stopped, UserError
@@ -25,7 +26,7 @@ from jflow.evaluation.recipes import RECIPES
 from jflow.evaluation.report import Result
 from jflow.evaluation.samples import Samples
 from jflow.evaluation.scores import Score
-from jflow.inference import files, loading
+from jflow.inference import loading
 from jflow.interop import checkpoints
 from jflow.world import benchmark, questions, references, scenes
 from jflow.world import source as world
@@ -152,7 +153,7 @@ def test_two_processes_that_write_a_file_at_the_same_time_do_not_take_it_from_ea
       write()
     return real(new, path)
 
-  for write in (lambda: tasks.save(picture, tmp_path / "a.png"), lambda: files.replace(tmp_path / "b.json", "{}")):
+  for write in (lambda: tasks.save(picture, tmp_path / "a.png"), lambda: outputs.replace(tmp_path / "b.json", "{}")):
     monkeypatch.setattr(pathlib.Path, "replace", replace)
     write()
   assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.json"]

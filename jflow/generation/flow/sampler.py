@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jflow import checks
 from jflow.errors import UserError
 from jflow.generation.flow import equations as flow
-from jflow.inference import checks
 from jflow.models.cache import Cache, Prefix
 from jflow.models.unified import JanusFlow, normalise
 from jflow.programs import Programs, bounded

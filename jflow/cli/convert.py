@@ -1,0 +1,55 @@
+"""The command `convert`."""
+
+import argparse
+import pathlib
+
+from jflow.cli.arguments import SEED, Parser, whole
+
+_ABOUT = """\
+Takes weights from and to the published PyTorch layout.
+
+--from=official           JanusFlow-1.3B as published, to a jflow checkpoint (or, with --to=official, to other
+                          shards or another type)
+--from=jflow              a jflow checkpoint, to a directory that the PyTorch code loads unchanged
+--from=huggingface-parts  an LLM, a SigLIP and a VAE, to the starting point of stage 1
+
+examples:
+  python -m jflow convert --from=official --input=JanusFlow-1.3B --vae=sdxl-vae --output=runs/janusflow
+  python -m jflow convert --from=jflow --to=official --input=runs/stage3 --output=for-pytorch
+  python -m jflow convert --from=huggingface-parts --llm=deepseek-llm --siglip=siglip-large-patch16-384 \\
+    --vae=sdxl-vae --output=runs/parts
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+  """The flags of `convert`."""
+  p = Parser(prog="python -m jflow convert", description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+  kinds = ("official", "huggingface-parts", "jflow")
+  p.add_argument("--from", dest="source", choices=kinds, help="layout of --input (default: what it looks like)")
+  p.add_argument("--to", choices=("official", "jflow"), help="layout of --output (default: the other one)")
+  p.add_argument("--input", type=pathlib.Path, help="checkpoint directory; not for --from=huggingface-parts")
+  p.add_argument("--output", type=pathlib.Path, required=True, help="directory to create")
+  p.add_argument("--llm", type=pathlib.Path, help="huggingface-parts: directory of a LlamaForCausalLM")
+  p.add_argument("--siglip", type=pathlib.Path, help="huggingface-parts: directory of a Siglip(Vision)Model")
+  p.add_argument("--vae", type=pathlib.Path, help="directory of a diffusers AutoencoderKL (sdxl-vae)")
+  p.add_argument("--tokenizer", type=pathlib.Path, help="huggingface-parts: default the LLM's directory")
+  p.add_argument("--dtype", choices=("float32", "bfloat16"), help="type of the weights (default: as they are)")
+  p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a jflow checkpoint (default: ema)")
+  p.add_argument("--seed", type=whole(most=SEED), default=0, help="of the fresh parts of huggingface-parts")
+  p.add_argument(
+    "--shard_bytes",
+    type=whole(most=2**62),
+    default=4 * 2**30,
+    help="largest official file (default: 4 GiB)",
+  )
+  return p
+
+
+def main(argv: list[str]) -> int:
+  """Converts, and prints the directory that it made."""
+  args = parser().parse_args(argv)
+  from jflow.interop.convert import Conversion, convert
+
+  convert(Conversion(**vars(args)))
+  print(args.output)
+  return 0

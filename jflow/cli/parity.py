@@ -1,0 +1,77 @@
+"""The command `parity`."""
+
+import argparse
+import math
+import pathlib
+
+from jflow.cli.arguments import Parser, number
+from jflow.cli.flags import check_json
+from jflow.errors import UserError
+
+_ABOUT = """\
+Compares a checkpoint, or the processor, with golden outputs of the PyTorch code.
+
+  --checkpoint=DIR --golden=FILE.npz   the model: SigLIP, LLM, ConvNeXt heads, greedy decoding, sampler
+  --processor=DIR                      tokens and pixels: the tokenizer, chat template and image processor
+
+Computed in float32. Each array gets a line with its relative L2 error; the first component that diverges is
+named, in the order in which the components feed one another.
+
+A golden file is an .npz of what the reference computes in float32, PyTorch layouts (B rows, S tokens, N pictures):
+  und/pixels [.., 3, H, W], und/input_ids, und/attention_mask [B, S]; und/special_ids, the ids of <begin_of_image> and
+    <image_placeholder> (without it: the fourth and third from the end of the vocabulary)
+    -> und/features (SigLIP), und/inputs_embeds, und/logits, und/greedy_tokens (generate(do_sample=False))
+  text/input_ids [B, S]
+    -> text/logits
+  gen/prompt_ids [S] with BOS and without the closing tag, gen/z0 [N, C, h, w], gen/t [N] in [0, 1], gen/steps,
+  gen/cfg_weight
+    -> gen/t_emb, gen/z_emb, gen/hidden, gen/velocity_cond, gen/velocity_uncond (at gen/t); gen/trajectory, gen/z1 (Euler
+    steps whose t and dt are not rounded to bfloat16)
+Any outputs may be left out. NAME_last4, NAME_first8 and NAME_mean stand for the last tokens of an array, the first, and
+the mean over them, which keeps the file of a large model small.
+
+examples, with what ships in tests/ (the first command writes the small checkpoint that the golden file belongs to):
+  python tests/official_checkpoint.py tiny-official
+  python -m jflow parity --checkpoint=tiny-official --golden=tests/golden/tiny/golden.npz
+  python -m jflow parity --processor=tests/golden/processor
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+  """The flags of `parity`."""
+  p = Parser(prog="python -m jflow parity", description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+  p.add_argument("--checkpoint", help="official or jflow checkpoint directory")
+  p.add_argument("--golden", type=pathlib.Path, help="golden outputs of the PyTorch code, npz")
+  p.add_argument("--processor", type=pathlib.Path, help="directory with a tokenizer, images, cases.json, golden.npz")
+  p.add_argument(
+    "--tolerance",
+    type=number(),
+    help="largest relative L2 error (default: 1e-5; processor: 1e-6)",
+  )
+  p.add_argument("--json", type=pathlib.Path, help="write the result here")
+  return p
+
+
+def main(argv: list[str]) -> int:
+  """Compares, and prints a line per array; 1 where one differs by more than the tolerance."""
+  args = parser().parse_args(argv)
+  if args.processor is not None and (args.checkpoint or args.golden):
+    raise UserError("give --processor, or --checkpoint and --golden")
+  if args.tolerance is not None and not 0 <= args.tolerance < math.inf:
+    raise UserError(f"--tolerance={args.tolerance} must be a finite number that is not negative")
+  check_json(args)
+  from jflow.interop.comparison import report
+
+  if args.processor is not None:
+    from jflow.interop.processor_parity import compare_processor
+
+    tolerance = 1e-6 if args.tolerance is None else args.tolerance
+    lines = list(compare_processor(args.processor, tolerance))
+  elif args.checkpoint and args.golden:
+    from jflow.interop.parity import TOLERANCE, compare_model
+
+    tolerance = TOLERANCE if args.tolerance is None else args.tolerance
+    lines = compare_model(args.checkpoint, args.golden, tolerance)
+  else:
+    raise UserError("give --checkpoint=DIR and --golden=FILE.npz, or --processor=DIR")
+  return report(lines, tolerance, args.json)
