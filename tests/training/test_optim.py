@@ -1,4 +1,4 @@
-"""Laws of the optimizer: AdamW after clipping, Muon, warm-up, EMA, and the partition by pattern."""
+"""Laws of the optimizer: how clipping, AdamW and Muon are put together, warm-up, EMA, the partition by pattern."""
 
 import jax
 import jax.numpy as jnp
@@ -61,39 +61,20 @@ def tree_of_matrices(seed: int) -> dict:
   return jax.tree.map(draw, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def test_muon_orthogonalises_the_momentum_of_its_matrices_layer_by_layer():
-  """Its updates are 0.2 sqrt(max(rows, columns)) rate U V', where U S V' is the gradient plus 0.95 of the momentum.
-
-  Five steps of Newton-Schulz leave the singular values within 0.32 of 1. Weight decay comes on top.
-  """
+def test_muon_moves_every_matrix_as_if_it_were_alone_and_nadamw_the_rest():
+  """The layers of a scan are matrices of their own; both share the rate, its warm-up and the decay."""
   config = CONFIG | dict(warmup_steps=2, muon=("a/.*", "c"), weight_decay=0.1, clip_norm=1e9)
   params, gradients = tree_of_matrices(0), [tree_of_matrices(1), tree_of_matrices(2)]
-  optimizer = optim.make_optimizer(config)
-  state, update = optimizer.init(params), jax.jit(optimizer.update)
-  momentum = jax.tree.map(np.zeros_like, params)
-  for step, gradient in enumerate(gradients):
-    updates, state = update(gradient, state, params)
-    momentum = jax.tree.map(lambda m, g: 0.95 * m + 0.05 * g, momentum, gradient)
-    pushed = jax.tree.map(
-      lambda m, g: 0.95 * m / (1 - 0.95 ** (step + 2)) + 0.05 * g / (1 - 0.95 ** (step + 1)), momentum, gradient
-    )
-    rate = config["learning_rate"] * (step + 1) / 2
-    three = [[t["a"]["x"]["kernel"][i] for t in (pushed, updates, params)] for i in range(3)]
-    for direction, moved, weight in [*three, [t["c"]["kernel"] for t in (pushed, updates, params)]]:
-      left, _, right = np.linalg.svd(direction, full_matrices=False)
-      turned = -(moved + rate * 0.1 * weight) / (0.2 * max(moved.shape) ** 0.5 * rate)
-      np.testing.assert_allclose(left.T @ turned @ right.T, np.eye(len(right)), atol=0.32)
-
-
-def test_what_muon_does_not_take_goes_by_nadamw():
-  """Dozat's first step: the sign times 1 + beta1 (1 - beta1) / (1 - beta1^2), over 1 of the second moment."""
-  config = CONFIG | dict(warmup_steps=0, muon=("a/.*", "c"))
-  params, gradients = tree_of_matrices(0), tree_of_matrices(1)
-  optimizer = optim.make_optimizer(config)
-  updates, _ = optimizer.update(gradients, optimizer.init(params), params)
-  for part in (lambda t: t["a"]["x"]["bias"], lambda t: t["b"]["kernel"]):
-    want = -config["learning_rate"] * np.sign(part(gradients)) * (1 + 0.9 * 0.1 / (1 - 0.9**2))
-    np.testing.assert_allclose(part(updates), want, rtol=1e-3)
+  rate = lambda step: config["learning_rate"] * jnp.minimum(1.0, (step + 1) / 2)
+  muon = optax.contrib.muon(rate, eps=1e-8, weight_decay=0.1, consistent_rms=0.2)
+  nadamw = optax.nadamw(rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
+  got = run(optim.make_optimizer(config), params, gradients)
+  layers = [(muon, lambda tree, i=i: tree["a"]["x"]["kernel"][i]) for i in range(3)]
+  matrix = (muon, lambda tree: tree["c"]["kernel"])
+  rest = [(nadamw, lambda tree: tree["a"]["x"]["bias"]), (nadamw, lambda tree: tree["b"]["kernel"])]
+  for alone, part in [*layers, matrix, *rest]:
+    np.testing.assert_allclose(part(got), run(alone, part(params), [part(g) for g in gradients]), rtol=1e-4, atol=1e-6)
+    assert not np.allclose(part(got), part(params), atol=1e-4)
 
 
 def test_muon_leaves_what_is_frozen_out():
@@ -104,18 +85,12 @@ def test_muon_leaves_what_is_frozen_out():
   assert list(updates) == ["b"]
 
 
-@pytest.mark.parametrize(
-  "pattern, words",
-  [
-    ("language_model/norm", "optimizer.muon pattern 'language_model/norm' matches no parameter named kernel"),
-    ("language_model/embed", "parts are alignment_head, "),
-    ("(", r"optimizer.muon pattern '\(' is not a regular expression"),
-  ],
-)
-def test_a_pattern_of_muon_that_matches_no_matrix_is_refused(pattern, words):
+@pytest.mark.parametrize("pattern", ["language_model/norm", "language_model/embed", "("])
+def test_a_pattern_of_muon_that_matches_no_matrix_is_refused(pattern):
   optim.check_muon(tiny.params(), tiny.MUON)
-  with pytest.raises(UserError, match=words):
+  with pytest.raises(UserError) as error:
     optim.check_muon(tiny.params(), (pattern,))
+  assert f"optimizer.muon pattern {pattern!r}" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_warm_up_is_linear_then_constant_and_the_first_step_moves():
@@ -157,11 +132,11 @@ def test_partition_cuts_and_merge_mends():
 @pytest.mark.parametrize(
   "trained, frozen, words",
   [
-    (("a", "ab"), (), "parameter b matches neither"),
-    (("a", "ab", "b"), ("a/x",), "parameter a/x matches both"),
-    (("a", "ab", "b"), ("c",), "optimizer.frozen pattern 'c' matches no parameter; parts are a, ab, b"),
-    ((".*", "x"), (), "optimizer.trained pattern 'x' matches no parameter"),
-    ((".*", "(a"), (), "optimizer.trained pattern '(a' is not a regular expression"),
+    (("a", "ab"), (), "parameter b "),
+    (("a", "ab", "b"), ("a/x",), "parameter a/x "),
+    (("a", "ab", "b"), ("c",), "optimizer.frozen pattern 'c' "),
+    ((".*", "x"), (), "optimizer.trained pattern 'x' "),
+    ((".*", "(a"), (), "optimizer.trained pattern '(a' "),
   ],
 )
 def test_a_bad_partition_is_one_clear_line(trained, frozen, words):

@@ -29,6 +29,9 @@ def test_the_stages_pass(stage, size):
     ("train.ema", 1.0),
     ("train.max_skipped", 0),
     ("train.init_weights", "best"),
+    ("train.init_parts", ("vae",)),
+    ("train.init_parts", (("vae", "DIR"),)),  # without train.init_from
+    ("train.fit_labels", -1),
     ("optimizer.learning_rate", 0.0),
     ("optimizer.learning_rate", float("nan")),
     ("optimizer.clip_norm", 0.0),
@@ -36,6 +39,8 @@ def test_the_stages_pass(stage, size):
     ("optimizer.warmup_steps", -1),
     ("optimizer.weight_decay", -0.1),
     ("optimizer.beta2", 1.0),
+    ("optimizer.cooldown_start", -1),
+    ("optimizer.cooldown_steps", 2),  # the rate of the last steps would be 0
     ("objective.time_std", 0.0),
     ("objective.weights", dict(text=0.0, flow=0.0, alignment=0.0)),
     ("objective.weights", dict(text=1.0, flow=1.0, alignment=0.0, repa=1.0)),
@@ -77,20 +82,42 @@ def test_a_bad_value_is_one_line_that_names_its_field(field, value):
   assert f"config.{field}={value!r}" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_processes_need_the_address_of_the_first():
-  several = dict(processes=4, process_id=2)
-  with pytest.raises(UserError, match="distributed.coordinator='' must be HOST:PORT of process 0"):
-    setup.check(tiny.configuration(distributed=several))
-  with pytest.raises(UserError, match="distributed.coordinator='head' must be HOST:PORT"):
-    setup.check(tiny.configuration(distributed=several | dict(coordinator="head")))
-  setup.check(tiny.configuration(distributed=several | dict(coordinator="head:1234")))
-  setup.check(tiny.configuration(distributed=dict(cluster="auto")))
+@pytest.mark.parametrize(
+  "sections, named",
+  [
+    (dict(distributed=dict(processes=4, process_id=2)), ("distributed.coordinator=''", "HOST:PORT")),
+    (
+      dict(distributed=dict(processes=4, process_id=2, coordinator="head")),
+      ("distributed.coordinator='head'", "HOST:PORT"),
+    ),
+    (dict(train=dict(accumulation=2), mesh=dict(data=2, fsdp=2)), ("train.batch_size=4", "mesh.data x mesh.fsdp = 4")),
+    (dict(mesh=dict(data=3)), ("train.batch_size=4", "mesh.data x mesh.fsdp = 3")),
+    (dict(model=dict(alignment_width=0)), ("objective.weights.alignment=1.0", "model.alignment_width")),
+    (dict(model=dict(hight=3)), ("model.hight",)),
+    (dict(train=dict(fit_labels=16, init_from="DIR")), ("train.fit_labels=16", "train.init_from")),
+  ],
+)
+def test_fields_that_do_not_go_together_are_one_line_that_names_them(sections, named):
+  with pytest.raises(UserError) as error:
+    setup.check(tiny.configuration(**sections))
+  assert all(one in str(error.value) for one in named) and "\n" not in str(error.value), error.value
+
+
+@pytest.mark.parametrize("more", [dict(processes=4, process_id=2, coordinator="head:1234"), dict(cluster="auto")])
+def test_processes_with_an_address_or_a_cluster_pass(more):
+  setup.check(tiny.configuration(distributed=more))
+
+
+@pytest.mark.smoke
+def test_the_config_of_the_tests_is_fine():
+  assert setup.check(tiny.configuration()) == tiny.CONFIG
 
 
 @pytest.mark.parametrize(
   "argument, named",
   [
     ("--config.train.stepps=3", "(--config.train.stepps=3)"),
+    ("--config.nothing=3", "nothing"),
     ("--config.optimizer.learning_rate=fast", "learning_rate"),
     ("--config.train.batch_size=2.5", "batch_size"),
     ("--config.mesh.date=2", "(--config.mesh.date=2)"),
@@ -103,13 +130,3 @@ def test_a_mistyped_argument_is_one_line_that_names_it(argument, named):
   with pytest.raises(UserError) as error:
     load_config(["--config=configs/stage1.py:tiny", argument])
   assert named in str(error.value) and "\n" not in str(error.value) and "Traceback" not in str(error.value)
-
-
-def test_rows_must_fill_the_mesh():
-  with pytest.raises(UserError, match="train.batch_size=4 / accumulation = 2 rows must be a multiple .* = 4"):
-    setup.check(tiny.configuration(train=dict(accumulation=2), mesh=dict(data=2, fsdp=2)))
-
-
-def test_losses_need_their_heads():
-  with pytest.raises(UserError, match="objective.weights.alignment=1.0 needs model.alignment_width"):
-    setup.check(tiny.configuration(model=dict(alignment_width=0)))
