@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from data.importers import test_importers_tfds
+import runs
+import tfds_sets
 from PIL import Image
 from preparing import write_lines, write_tar
-from training import test_train
 
 from jflow.cli import prepare as prepare_command
 from jflow.data import importers
@@ -62,7 +62,7 @@ def _write_inputs(folder) -> None:
   for i in range(10):
     (folder / "books" / f"{i}.txt").write_text(f"Chapter {i}.\n\n" + "Once there was a cat. " * 20)
   pets = [{"image": _photo(i), "label": i % 2, "caption": f"pet {i}", "score": 0.0} for i in range(10)]
-  test_importers_tfds._write(folder / "tfds", test_importers_tfds._captioned, pets)
+  tfds_sets.write(folder / "tfds", tfds_sets.captioned, pets)
 
 
 def test_every_format_comes_in_as_the_help_says_and_trains(tmp_path, monkeypatch, capsys, compilation_cache):
@@ -83,6 +83,6 @@ def test_every_format_comes_in_as_the_help_says_and_trains(tmp_path, monkeypatch
     sources[flag["task"]].append((str(tmp_path / flag["output"]), 1.0))
   assert all(sources.values())
   fields = [f"--config.data.sources.{task}={tuple(listed)!r}" for task, listed in sources.items()]
-  test_train._train(2, tmp_path / "run", compilation_cache, "", "--config.train.steps=2", *fields)
+  runs.train(2, tmp_path / "run", compilation_cache, "", "--config.train.steps=2", *fields)
   for row in read_lines(tmp_path / "run" / "metrics.jsonl"):
     assert np.isfinite(row["loss"]) and row["rejected"] == {} and min(row["packs"].values()) > 0

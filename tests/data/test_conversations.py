@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from data.test_examples import TOKENIZER, show
 from preparing import image, make_folder, read_back, run, write_lines, write_tar
+from tokens import TOKENIZER, show
 
 from jflow.data import examples
 

@@ -1,48 +1,25 @@
 """Records to sequences: the release's golden prompts, the layouts, what is learned, what is refused."""
 
 import json
-import pathlib
 import re
 
 import numpy as np
 import pytest
+from tokens import GOLDEN, TOKENIZER, show
 
 from jflow import batch as batch_lib
 from jflow.data import examples
 from jflow.data.records import Record, RecordError, Turn
-from jflow.data.tokenizer import Tokenizer
 from jflow.errors import PromptTooLong, UserError
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "processor"
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "cases.json").read_text())["cases"]}
 ARRAYS = np.load(GOLDEN / "golden.npz")
-TOKENIZER = Tokenizer.load(GOLDEN)
 P = 3
 PIXELS = np.zeros((4, 4, 3), np.uint8)
 
 
 def build(record, task, template="plain", **options):
   return examples.build(record, task, TOKENIZER, template, P, **options)
-
-
-def show(ids) -> str:
-  """Returns the text of ids, the special ones as short marks."""
-  names = {
-    TOKENIZER.bos: "[BOS]",
-    TOKENIZER.eos: "[EOS]",
-    TOKENIZER.image: "#",
-    TOKENIZER.image_start: "[",
-    TOKENIZER.image_end: "]",
-    TOKENIZER.generation_start: "[T]",
-  }
-  text, plain = "", []
-  for i in [*map(int, ids), TOKENIZER.pad]:
-    if i in names or i == TOKENIZER.pad:
-      text += TOKENIZER.decode(plain) + names.get(i, "")
-      plain = []
-    else:
-      plain.append(i)
-  return text
 
 
 def learned(sample) -> str:

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import tiny
-from evaluation.test_benchmarks import benchmark, commands, paint
+from painting import benchmark, commands, paint
 from PIL import Image
 
 from jflow.errors import UserError

@@ -13,11 +13,12 @@ REASON = "PyTorch is not installed: JFLOW_PARITY=1 bash launch/test.sh installs 
 torch = pytest.importorskip("torch", reason=REASON)
 pytest.importorskip("diffusers", reason=REASON)
 
-import test_torch
+import torch_models
 
 from jflow.__main__ import main
 from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from jflow.interop.checkpoints import read_checkpoint
+from jflow.interop.safetensors_io import Checkpoint
 from jflow.interop.transfer import flatten
 
 BOS, EOS = SPECIAL_TOKENS["bos"], SPECIAL_TOKENS["eos"]
@@ -37,9 +38,9 @@ def write_tokenizer(directory: pathlib.Path, names: tuple[str, ...] = (BOS, EOS)
 def directories(tmp_path_factory) -> dict[str, pathlib.Path]:
   root = tmp_path_factory.mktemp("parts")
   found = {name: root / name for name in ("llm", "siglip", "vae")}
-  test_torch.llama(found["llm"], 0)
-  test_torch.siglip(found["siglip"], 0)
-  test_torch.vae(found["vae"], 0, channels=(4, 4, 8, 8))
+  torch_models.llama(found["llm"], 0)
+  torch_models.siglip(found["siglip"], 0)
+  torch_models.vae(found["vae"], 0, channels=(4, 4, 8, 8))
   write_tokenizer(found["llm"])
   return found
 
@@ -56,7 +57,7 @@ def test_parts_become_a_whole_model(directories, tmp_path):
   params = flatten(found.params)
   assert found.template == "plain" and found.has_vae
   assert found.config.understanding_encoder.gelu == "tanh"
-  llm = test_torch.Checkpoint(directories["llm"], ("model",))
+  llm = Checkpoint(directories["llm"], ("model",))
   # 95 ids + 5 special ones are more than the 97 rows: the table grows to 128, by the mean of the old rows.
   table = llm.read("model.embed_tokens.weight")
   assert params["language_model/embed"].shape == (128, 48)
@@ -64,7 +65,7 @@ def test_parts_become_a_whole_model(directories, tmp_path):
   mean = np.broadcast_to(table.mean(0), (31, 48))
   np.testing.assert_allclose(params["language_model/embed"][97:], mean, rtol=1e-5, atol=1e-6)
   np.testing.assert_array_equal(params["language_model/head/kernel"][:, :97], llm.read("lm_head.weight").T)
-  siglip = test_torch.Checkpoint(directories["siglip"], ("model",))
+  siglip = Checkpoint(directories["siglip"], ("model",))
   np.testing.assert_array_equal(params["understanding_encoder/head/latent"], siglip.read("head.probe").reshape(-1))
   tokenizer = Tokenizer.load(str(out / "tokenizer"))
   assert len({getattr(tokenizer, name) for name in SPECIAL_TOKENS}) == 7

@@ -12,8 +12,9 @@ import pytest
 
 REASON = "PyTorch is not installed: JFLOW_PARITY=1 bash launch/test.sh installs it"
 torch = pytest.importorskip("torch", reason=REASON)
-transformers = pytest.importorskip("transformers", reason=REASON)
-diffusers = pytest.importorskip("diffusers", reason=REASON)
+pytest.importorskip("diffusers", reason=REASON)
+
+from torch_models import llama, siglip, vae
 
 from jflow.interop import names, official, parts, transfer
 from jflow.interop.official_config import Fields, language_model_config
@@ -32,19 +33,6 @@ def relative(ours, theirs) -> float:
   return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def shake(model, seed: int):
-  """Random values everywhere, so that no zero bias and no unit scale hides an error."""
-  generator = torch.Generator().manual_seed(seed)
-  with torch.no_grad():
-    for name, x in model.named_parameters():
-      noise = torch.randn(x.shape, generator=generator)
-      if x.ndim == 1:
-        x.copy_(0.1 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
-      else:
-        x.copy_(noise / np.sqrt(np.prod(x.shape[1:])))
-  return model.eval()
-
-
 # --- LLM -------------------------------------------------------------------------------------------------
 
 LLAMAS = (  # multi-head, grouped queries with another rotation and norm, tied head
@@ -52,24 +40,6 @@ LLAMAS = (  # multi-head, grouped queries with another rotation and norm, tied h
   dict(num_key_value_heads=2, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
   dict(num_key_value_heads=1, tie_word_embeddings=True, num_hidden_layers=4),
 )
-
-
-def llama(directory: pathlib.Path, seed: int, **changes):
-  values = dict(
-    vocab_size=97,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    max_position_embeddings=64,
-    attn_implementation="eager",
-    bos_token_id=0,
-    eos_token_id=None,
-    pad_token_id=1,
-  )
-  model = shake(transformers.LlamaForCausalLM(transformers.LlamaConfig(**(values | changes))), seed)
-  model.save_pretrained(directory)
-  return model
 
 
 def read_llama(directory: pathlib.Path):
@@ -156,27 +126,6 @@ def test_llama_greedy_decoding_with_left_padding(tmp_path, seed):
 # --- SigLIP ----------------------------------------------------------------------------------------------
 
 
-def siglip(directory: pathlib.Path, seed: int, whole: bool = False, **changes):
-  values = dict(
-    hidden_size=32,
-    intermediate_size=72,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    image_size=64,
-    patch_size=16,
-    attn_implementation="eager",
-  )
-  if whole:
-    text = dict(vocab_size=50, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2)
-    config = transformers.SiglipConfig(text_config=text, vision_config=values | changes)
-    model = shake(transformers.SiglipModel(config), seed)
-    model.save_pretrained(directory)
-    return model.vision_model
-  model = shake(transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**(values | changes))), seed)
-  model.save_pretrained(directory)
-  return model
-
-
 @pytest.mark.parametrize("seed", SEEDS)
 def test_siglip_features_and_pooling(tmp_path, seed):
   change = ({}, {"hidden_act": "gelu", "image_size": 48}, {"layer_norm_eps": 1e-5, "patch_size": 8})[seed]
@@ -195,20 +144,6 @@ def test_siglip_features_and_pooling(tmp_path, seed):
 
 
 # --- VAE -------------------------------------------------------------------------------------------------
-
-
-def vae(directory: pathlib.Path, seed: int, channels=(8, 16), layers=1):
-  model = diffusers.AutoencoderKL(
-    down_block_types=("DownEncoderBlock2D",) * len(channels),
-    up_block_types=("UpDecoderBlock2D",) * len(channels),
-    block_out_channels=channels,
-    layers_per_block=layers,
-    norm_num_groups=4,
-    latent_channels=4,
-    scaling_factor=0.13025,
-  )
-  shake(model, seed).save_pretrained(directory)
-  return model
 
 
 @pytest.mark.parametrize("seed", SEEDS)

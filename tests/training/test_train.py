@@ -3,12 +3,10 @@
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 
@@ -17,64 +15,19 @@ import numpy as np
 import pytest
 import tiny
 from flax.traverse_util import flatten_dict
+from runs import INTERVAL, STEPS, command_of, environment, train
 
 from jflow import sharding
 from jflow.errors import UserError
 from jflow.training import checkpoint, setup
 from jflow.training.metrics import read_lines
 
-INTERVAL, STEPS = 4, 24  # of a save, of a stage
-QUICK = "--xla_backend_optimization_level=0"  # less time to compile; the same program in every run
-SMALL = (
-  "--config.train.batch_size=4",
-  "--config.train.fit_images=20",
-  "--config.data.shapes.size=60",
-  "--config.model.autoencoder.kind=patch_pca",
-  "--config.model.autoencoder.block_channels=()",
-  "--config.model.autoencoder.patch_size=4",
-  "--config.model.autoencoder.window=4",
-  "--config.model.generation.encoder_blocks=1",
-  "--config.model.generation.decoder_blocks=1",
-  f"--config.checkpoint.interval={INTERVAL}",
-)
-
-
-def _environment() -> dict[str, str]:
-  return os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "XLA_FLAGS": QUICK,
-  }
-
-
-def _command(stage: int, workdir: pathlib.Path, cache: str, before: pathlib.Path | str, *fields: str) -> list[str]:
-  return [
-    sys.executable,
-    "-m",
-    "jflow",
-    "train",
-    f"--config=configs/stage{stage}.py:tiny",
-    f"--workdir={workdir}",
-    f"--config.compute.compilation_cache={cache}",
-    f"--config.train.steps={STEPS}",
-    *SMALL,
-    f"--config.train.init_from={before}",
-    *[f"--config.optimizer.muon={tiny.MUON}"] * (stage == 3),
-    *fields,
-  ]
-
-
-def _train(*args) -> subprocess.CompletedProcess:
-  done = subprocess.run(_command(*args), cwd=tiny.ROOT, env=_environment(), capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
-  return done
-
 
 def _interrupt(command: list[str], workdir: pathlib.Path, signum: int, when: Callable[[], bool]) -> tuple[int, str]:
   """Starts a run, sends a signal as soon as `when` holds; returns (exit code, stderr)."""
   errors = workdir.with_suffix(".stderr")
   with open(errors, "w") as file:
-    process = subprocess.Popen(command, cwd=tiny.ROOT, env=_environment(), stderr=file, stdout=file)
+    process = subprocess.Popen(command, cwd=tiny.ROOT, env=environment(), stderr=file, stdout=file)
     while process.poll() is None and not when():
       time.sleep(0.002)
     process.send_signal(signum)
@@ -104,20 +57,20 @@ def runs(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def stage1(runs, compilation_cache) -> pathlib.Path:
-  _train(1, runs / "stage1", compilation_cache, "")
+  train(1, runs / "stage1", compilation_cache, "")
   return runs / "stage1"
 
 
 @pytest.fixture(scope="module")
 def stage2(runs, stage1, compilation_cache) -> pathlib.Path:
-  _train(2, runs / "stage2", compilation_cache, stage1)
+  train(2, runs / "stage2", compilation_cache, stage1)
   return runs / "stage2"
 
 
 @pytest.fixture(scope="module")
 def stage3(runs, stage2, compilation_cache) -> pathlib.Path:
   window = ("--config.profile.start=1", "--config.profile.steps=1")
-  _train(3, runs / "stage3", compilation_cache, stage2, *window)
+  train(3, runs / "stage3", compilation_cache, stage2, *window)
   return runs / "stage3"
 
 
@@ -142,13 +95,13 @@ def test_stages_that_are_killed_again_and_again_equal_those_that_are_not(kills, 
   for stage, kinds in enumerate(kills, 1):
     whole = request.getfixturevalue(f"stage{stage}")
     workdir = runs / f"interrupted{stage}_of_{len(kills)}"
-    command = _command(stage, workdir, compilation_cache, before)
+    command = command_of(stage, workdir, compilation_cache, before)
     for kind in kinds:
       _kill(command, workdir, kind, int(rng.integers(1, INTERVAL + 2)))
       killed += 1
     if stage == 3:
       _stop(command, workdir)
-    done = subprocess.run(command, cwd=tiny.ROOT, env=_environment(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tiny.ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     losses, wanted = _losses(workdir), _losses(whole)
     assert list(losses) == list(range(1, STEPS + 1))  # every step once
@@ -237,7 +190,7 @@ def test_what_is_frozen_has_no_optimizer_state_on_disk(stage1):
 
 def test_a_complete_run_stays_as_it_is(runs, stage3, stage2, compilation_cache):
   before = (stage3 / "metrics.jsonl").read_bytes()
-  done = _train(3, stage3, compilation_cache, stage2)
+  done = train(3, stage3, compilation_cache, stage2)
   assert f"is complete at step {STEPS}" in done.stderr
   assert (stage3 / "metrics.jsonl").read_bytes() == before
 
@@ -254,7 +207,7 @@ def test_a_damaged_run_goes_on_without_loss_or_is_refused(runs, stage3, stage2, 
   text[3] = text[3].replace(b":", b";", 1)
   (harmed / "metrics.jsonl").write_bytes(b"\n".join(text) + b'{"step": 25, "x": "\xff\xfe')
   one_more = f"--config.train.steps={STEPS + INTERVAL}"  # so that the linked step is an old one
-  done = _train(3, harmed, compilation_cache, stage2, one_more)
+  done = train(3, harmed, compilation_cache, stage2, one_more)
   assert "metrics.jsonl: line 4 is damaged" in done.stderr and "Traceback" not in done.stderr
   losses, whole = _losses(harmed), _losses(stage3)
   assert list(losses) == [step for step in range(1, STEPS + INTERVAL + 1) if step != 4]
@@ -264,8 +217,8 @@ def test_a_damaged_run_goes_on_without_loss_or_is_refused(runs, stage3, stage2, 
   for manifest in harmed.glob("checkpoints/*/manifest.json"):
     manifest.unlink()
   before = {path: path.read_bytes() for path in harmed.rglob("*") if path.is_file()}
-  command = _command(3, harmed, compilation_cache, stage2, one_more)
-  done = subprocess.run(command, cwd=tiny.ROOT, env=_environment(), capture_output=True, text=True)
+  command = command_of(3, harmed, compilation_cache, stage2, one_more)
+  done = subprocess.run(command, cwd=tiny.ROOT, env=environment(), capture_output=True, text=True)
   assert done.returncode == 2 and "no complete checkpoint of it" in done.stderr and "Traceback" not in done.stderr
   assert {path: path.read_bytes() for path in harmed.rglob("*") if path.is_file()} == before
 
@@ -276,7 +229,7 @@ def test_a_run_goes_on_with_smaller_microbatches_and_less_memory(runs, stage2, s
   shutil.copytree(stage2, smaller)
   shutil.rmtree(smaller / "checkpoints" / str(STEPS))
   fields = ("train.accumulation=2", "compute.remat=full", "compute.unroll=2")
-  _train(2, smaller, compilation_cache, stage1, *(f"--config.{field}" for field in fields))
+  train(2, smaller, compilation_cache, stage1, *(f"--config.{field}" for field in fields))
   losses = lambda workdir: [row["loss"] for row in read_lines(workdir / "metrics.jsonl")]
   assert len(losses(smaller)) == STEPS
   assert losses(smaller)[:-INTERVAL] == losses(stage2)[:-INTERVAL]

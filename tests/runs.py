@@ -1,0 +1,56 @@
+"""Tiny runs of `train` as a user starts them."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import tiny
+
+INTERVAL, STEPS = 4, 24  # of a save, of a stage
+QUICK = "--xla_backend_optimization_level=0"  # less time to compile; the same program in every run
+SMALL = (
+  "--config.train.batch_size=4",
+  "--config.train.fit_images=20",
+  "--config.data.shapes.size=60",
+  "--config.model.autoencoder.kind=patch_pca",
+  "--config.model.autoencoder.block_channels=()",
+  "--config.model.autoencoder.patch_size=4",
+  "--config.model.autoencoder.window=4",
+  "--config.model.generation.encoder_blocks=1",
+  "--config.model.generation.decoder_blocks=1",
+  f"--config.checkpoint.interval={INTERVAL}",
+)
+
+
+def environment() -> dict[str, str]:
+  return os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "XLA_FLAGS": QUICK,
+  }
+
+
+def command_of(stage: int, workdir: pathlib.Path, cache: str, before: pathlib.Path | str, *fields: str) -> list[str]:
+  """The command line of a stage; `before` is the run or checkpoint it starts from."""
+  return [
+    sys.executable,
+    "-m",
+    "jflow",
+    "train",
+    f"--config=configs/stage{stage}.py:tiny",
+    f"--workdir={workdir}",
+    f"--config.compute.compilation_cache={cache}",
+    f"--config.train.steps={STEPS}",
+    *SMALL,
+    f"--config.train.init_from={before}",
+    *[f"--config.optimizer.muon={tiny.MUON}"] * (stage == 3),
+    *fields,
+  ]
+
+
+def train(*args) -> subprocess.CompletedProcess:
+  """A run to its end; arguments as `command_of` takes them."""
+  done = subprocess.run(command_of(*args), cwd=tiny.ROOT, env=environment(), capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  return done
