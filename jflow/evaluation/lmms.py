@@ -147,6 +147,11 @@ class Kept:
       self._found[key] = {"key": key, "answer": answer}
       self._samples.add(self._found[key])
 
+  def close(self) -> None:
+    """Frees the directory for another process."""
+    if self._samples:
+      self._samples.close()
+
 
 def key_of(kind: str, task: str, split: str, doc_id: Any, question: str, arguments: Any) -> str:
   """What tells a request from all others; empty where an answer is drawn, so that it is drawn anew."""
@@ -216,6 +221,10 @@ class Model(_base()):
       arguments["checkpoint"] = checkpoints.locate(arguments["checkpoint"])
     self._answers = Answers(**arguments)
     self._kept = Kept(cache, _settings(arguments) if cache else {})
+
+  def close(self) -> None:
+    """Frees the cache for another process."""
+    self._kept.close()
 
   def generate_until(self, requests: Sequence[Any]) -> list[str]:
     """Answers requests (context, generation arguments, images, document, task, split)."""

@@ -121,6 +121,10 @@ class Samples:
         out[record["key"]] = record
     return out
 
+  def close(self) -> None:
+    """Ends the part: another process may go on with it."""
+    self._file.close()
+
   def mine(self, keys: Collection[str]) -> list[str]:
     """The keys that this process makes, in their order."""
     return [key for i, key in enumerate(keys) if i % self._parts == self._number]

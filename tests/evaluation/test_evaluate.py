@@ -45,7 +45,7 @@ def test_a_torn_line_is_made_again_and_whole_ones_stay(tmp_path):
   samples.add({"key": "x", "answer": "größer"})
   with open(tmp_path / "records.jsonl", "ab") as file:
     file.write(b'{"key": "y", "ans')
-  samples._file.close()
+  samples.close()
   again = Samples(tmp_path, {"a": 1})
   assert list(again.read()) == ["x"]
   again.add({"key": "y", "answer": ""})
@@ -56,7 +56,7 @@ def test_other_settings_and_a_second_writer_are_refused(tmp_path):
   first = Samples(tmp_path, {"guidance": 2.0, "limit": None})
   with pytest.raises(UserError, match="another process writes records.jsonl"):
     Samples(tmp_path, {"guidance": 2.0, "limit": None})
-  first._file.close()
+  first.close()
   with pytest.raises(UserError, match=r"guidance=2.0, not 3.0"):
     Samples(tmp_path, {"guidance": 3.0, "limit": None})
 
@@ -83,7 +83,7 @@ def test_other_settings_and_a_second_writer_are_refused(tmp_path):
 def test_damaged_files_of_an_evaluation_are_named_and_stay(tmp_path, name, text):
   samples = Samples(tmp_path, {"a": 1})
   samples.add({"key": "0", "answer": "x"})
-  samples._file.close()
+  samples.close()
   whole = b'{"key": "2", "answer": "y"}\n' if name == "records.jsonl" else b""
   with open(tmp_path / name, "ab" if whole else "wb") as file:
     file.write(text + whole)
@@ -97,7 +97,7 @@ def test_damaged_files_of_an_evaluation_are_named_and_stay(tmp_path, name, text)
 def test_records_without_their_settings_are_no_other_evaluations(tmp_path):
   samples = Samples(tmp_path, {"guidance": 2.0})
   samples.add({"key": "0", "answer": "x"})
-  samples._file.close()
+  samples.close()
   (tmp_path / "settings.json").unlink()
   for _ in range(2):
     with pytest.raises(UserError, match="without settings.json"):
@@ -324,8 +324,8 @@ def test_predictions_about_another_world_are_refused(tmp_path, monkeypatch):
   assert {path.name for path in benchmark.data_files()} == {"scenes.py", "words.py", "questions.py", "source.py"}
   args = parser().parse_args(["--benchmark=shapes", "--checkpoint=x", f"--output={tmp_path / 'out'}"])
   settings = lambda: settings_of(RECIPES["shapes"], args, "f", benchmark.data_files())
-  Samples(tmp_path / "out", settings())._file.close()
-  Samples(tmp_path / "out", settings())._file.close()
+  Samples(tmp_path / "out", settings()).close()
+  Samples(tmp_path / "out", settings()).close()
   edited = tmp_path / "scenes.py"
   edited.write_text(pathlib.Path(scenes.__file__).read_text() + "# edited\n")
   monkeypatch.setattr(world, "CODE", (edited, *world.CODE[1:]))

@@ -92,18 +92,18 @@ def test_a_stopped_run_goes_on_with_its_cache(tiny_checkpoint, tmp_path):
   first._answers.answer = stops
   with pytest.raises(KeyboardInterrupt):
     first.generate_until(requests)
-  first._kept._samples._file.close()  # as the end of its process does
+  first.close()  # as the end of its process does
   second = model(cache)
   assert second.generate_until(requests) == expected and len(second.asked) == 2
   assert second.loglikelihood(scored) == likely
-  second._kept._samples._file.close()
+  second.close()
   third = model(cache)
   assert third.generate_until(requests) == expected and third.loglikelihood(scored) == likely and not third.asked
   other = [Request(("Which?", greedy, visual, 0, "t", "s")), Request(("What?", drawn, visual, 0, "t", "s"))]
   third.generate_until(other)
   third.generate_until(other)
   assert len(third.asked) == 3  # a drawn answer is never kept
-  third._kept._samples._file.close()
+  third.close()
   with pytest.raises(UserError, match="dtype='float32', not 'bfloat16'"):
     model(cache, dtype="bfloat16")
 
