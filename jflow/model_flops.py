@@ -10,7 +10,7 @@ per token.
 import dataclasses
 from collections.abc import Collection
 
-from jflow.models.config import AutoencoderConfig, JanusFlowConfig
+from jflow.models.config import JanusFlowConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ def step(
     hidden = config.alignment_width
     mlp = lm.width * hidden + hidden * hidden + hidden * vision_width
     heads += factor("alignment_head") * patches * mlp * work.written
-  encoder = 0.0 if latents_given else vae_encoder(config.autoencoder, config.image_size) * work.written
+  encoder = 0.0 if latents_given else config.autoencoder.encoder_flops(config.image_size) * work.written
   return {"llm": llm, "head": head, "siglip": vision, "heads": heads, "vae": encoder}
 
 
@@ -80,25 +80,3 @@ def convnext(config: JanusFlowConfig) -> float:
   per_patch += d * g.width + g.decoder_blocks * block(2 * g.width) + 2 * g.width * latent
   modulation = 2 * d * (g.encoder_blocks * g.width + g.decoder_blocks * 2 * g.width)
   return float(per_patch * config.patches + modulation + g.width * d + d * d)
-
-
-def vae_encoder(config: AutoencoderConfig, image_size: int) -> float:
-  """Forward pass of the VAE's encoder over one image."""
-  if config.kind == "patch_pca":
-    return 2.0 * (image_size // config.patch_size) ** 2 * 3 * config.window**2 * config.latent_channels
-  side, channels = image_size, config.block_channels[0]
-  total = side**2 * 9 * 3 * channels
-
-  def resnet(inputs: int, outputs: int) -> int:
-    return side**2 * (9 * outputs * (inputs + outputs) + (inputs * outputs if inputs != outputs else 0))
-
-  for level, width in enumerate(config.block_channels):
-    for _ in range(config.layers_per_block):
-      total, channels = total + resnet(channels, width), width
-    if level + 1 < len(config.block_channels):
-      side //= 2
-      total += side**2 * 9 * width * width
-  positions = side**2
-  total += 2 * resnet(channels, channels) + positions * (4 * channels**2 + 2 * positions * channels)
-  out = 2 * config.latent_channels
-  return 2.0 * (total + positions * (9 * channels * out + out * out))

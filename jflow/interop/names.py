@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jflow.models.config import AutoencoderConfig, JanusFlowConfig, LanguageModelConfig, SiglipConfig
+from jflow.models.autoencoders.kl import AutoencoderKLConfig
+from jflow.models.config import JanusFlowConfig, LanguageModelConfig, SiglipConfig
 
 # How a tensor becomes a parameter; each can be undone given the tensor's shape.
 SAME = "same"
@@ -251,7 +252,7 @@ def _middle(name: str, path: str, width: int, old: bool) -> Iterator[Entry]:
   yield from _resnet(f"{name}.resnets.1", f"{path}/resnet_2", width, width)
 
 
-def autoencoder_kl(c: AutoencoderConfig, old: bool = False) -> list[Entry]:
+def autoencoder_kl(c: AutoencoderKLConfig, old: bool = False) -> list[Entry]:
   """diffusers' AutoencoderKL; `old`: the attention is named as before 2023 (query, key, value, proj_attn)."""
   channels, latents, entries = c.block_channels, c.latent_channels, []
   entries += _conv("encoder.conv_in", "vae/encoder/conv_in", channels[0], 3, 3)

@@ -23,7 +23,8 @@ from jflow.interop.official_config import (
   vae_to_diffusers,
 )
 from jflow.interop.safetensors_io import Checkpoint
-from jflow.models.config import AutoencoderConfig, JanusFlowConfig
+from jflow.models.autoencoders.kl import AutoencoderKLConfig
+from jflow.models.config import JanusFlowConfig
 from jflow.strict_json import read_object
 
 # Files of the processor that travel with an official checkpoint, unread, so that an export can hold them.
@@ -56,7 +57,7 @@ def _buffer(name: str) -> bool:
   return name.endswith((".rotary_emb.inv_freq", ".position_ids"))
 
 
-def describe_vae(directory: pathlib.Path) -> tuple[AutoencoderConfig, transfer.Weights]:
+def describe_vae(directory: pathlib.Path) -> tuple[AutoencoderKLConfig, transfer.Weights]:
   """Reads the configuration and the headers of a diffusers AutoencoderKL.
 
   Raises:
@@ -70,7 +71,7 @@ def describe_vae(directory: pathlib.Path) -> tuple[AutoencoderConfig, transfer.W
   return config, transfer.Weights.describe(names.autoencoder_kl(config, old), checkpoint, "VAE")
 
 
-def load_vae(directory: pathlib.Path, dtype: np.dtype | None) -> tuple[AutoencoderConfig, dict[str, np.ndarray]]:
+def load_vae(directory: pathlib.Path, dtype: np.dtype | None) -> tuple[AutoencoderKLConfig, dict[str, np.ndarray]]:
   """Reads a diffusers AutoencoderKL: `describe_vae`, and its weights."""
   config, weights = describe_vae(directory)
   return config, weights.read(dtype)
@@ -198,7 +199,7 @@ def save(
     tokenizer.save(str(directory))
   transfer.save(names.official(config), params, directory, "model", "JanusFlow", dtype, shard_bytes)
   vae = {path: x for path, x in params.items() if path.startswith("vae/")}
-  if vae and config.autoencoder.kind == "autoencoder_kl":
+  if vae and isinstance(config.autoencoder, AutoencoderKLConfig):
     (directory / "vae").mkdir()
     text = json.dumps(vae_to_diffusers(config.autoencoder, config.image_size), indent=2) + "\n"
     (directory / "vae" / "config.json").write_text(text, encoding="utf-8")

@@ -1,5 +1,6 @@
 """config.json of the published layout, both ways; diffusers' of the VAE beside it."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -7,9 +8,9 @@ from typing import Any
 from jflow.errors import UserError
 from jflow.interop.fields import Fields
 from jflow.interop.transformers_config import language_model_config
+from jflow.models.autoencoders.base import AutoencoderConfig, config_class
+from jflow.models.autoencoders.kl import MOST_LEVELS, AutoencoderKLConfig
 from jflow.models.config import (
-  MOST_LEVELS,
-  AutoencoderConfig,
   GenerationConfig,
   JanusFlowConfig,
   LanguageModelConfig,
@@ -26,7 +27,7 @@ _SIGLIP = {
   "siglip_so400m_patch14_224": (1152, 27, 16, 14, 3.7362),
 }
 # The VAE of the release, assumed where none lies beside a checkpoint.
-SDXL_VAE = AutoencoderConfig("autoencoder_kl", 4, 0.13025, (128, 256, 512, 512), 2, 32, 0, 0)
+SDXL_VAE = AutoencoderKLConfig("autoencoder_kl", 4, 0.13025, (128, 256, 512, 512), 2, 32)
 _ALIGNMENT_LAYER = 6  # paper section 4.1; the release has no head for it
 _BLOCKS = 2  # ConvNeXt blocks of the release in g_enc and in g_dec
 
@@ -107,13 +108,14 @@ def _absent_autoencoder(siglip: SiglipConfig, patch_size: int, latents: int) -> 
   """Stands for a VAE that is not there: the factor makes a written image have the patches of a read one."""
   factor = max(1, siglip.patch_size // patch_size)
   if factor & (factor - 1):  # no power of two: no AutoencoderKL could do it
-    return AutoencoderConfig("patch_pca", latents, 1.0, (), 0, 0, patch_size=factor, window=factor)
+    linear = dict(kind="patch_pca", latent_channels=latents, scaling=1.0, patch_size=factor, window=factor)
+    return config_class(linear)[0](**linear)
   levels = factor.bit_length()
   channels = (SDXL_VAE.block_channels + SDXL_VAE.block_channels[-1:] * levels)[:levels]
-  return AutoencoderConfig(**SDXL_VAE.__dict__ | {"latent_channels": latents, "block_channels": channels})
+  return dataclasses.replace(SDXL_VAE, latent_channels=latents, block_channels=channels)
 
 
-def autoencoder_config(f: Fields) -> AutoencoderConfig:
+def autoencoder_config(f: Fields) -> AutoencoderKLConfig:
   """Reads the configuration of a diffusers AutoencoderKL.
 
   Raises:
@@ -144,15 +146,13 @@ def autoencoder_config(f: Fields) -> AutoencoderConfig:
   latents = f.get("latent_channels", int, None, "latent_channels")
   f.only("latents_mean", [0] * latents)
   f.only("latents_std", [1] * latents)
-  config = AutoencoderConfig(
+  config = AutoencoderKLConfig(
     kind="autoencoder_kl",
     latent_channels=latents,
     scaling=f.get("scaling_factor", float),
     block_channels=tuple(channels),
     layers_per_block=f.get("layers_per_block", int, None, "layers_per_block"),
     norm_groups=groups,
-    patch_size=0,
-    window=0,
   )
   f.close()
   return config
@@ -309,7 +309,7 @@ def config_to_official(c: JanusFlowConfig, dtype: str) -> dict[str, Any]:
   }
 
 
-def vae_to_diffusers(c: AutoencoderConfig, image_size: int) -> dict[str, Any]:
+def vae_to_diffusers(c: AutoencoderKLConfig, image_size: int) -> dict[str, Any]:
   """The config.json of diffusers' AutoencoderKL."""
   levels = len(c.block_channels)
   return {

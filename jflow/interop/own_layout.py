@@ -4,16 +4,21 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
+from jflow import sharding
 from jflow.errors import UserError
 from jflow.interop import budget, names
+from jflow.models.autoencoders.base import AutoencoderConfig
+from jflow.models.autoencoders.kl import AutoencoderKLConfig
 from jflow.models.config import JanusFlowConfig
 from jflow.strict_json import read_object, shown
 
 # May be there without a use: heads of training, of this version and of older ones.
 _UNUSED = ("alignment_head/", "contrastive_head/")
-_REACH = 3  # latents that the closed-form codec's decoder sees, along one side
 # A step that is smaller on disk than its arrays by more than this holds none of what it claims.
 _DENSEST, _SMALL = 1000, 2**28
 
@@ -54,18 +59,16 @@ def shapes(c: JanusFlowConfig) -> dict[str, tuple[int, ...]]:
   """Every parameter of a model, keys joined by "/", and its shape; from the tables, without building the model."""
   out: dict[str, tuple[int, ...]] = {}
   entries = names.official(c)
-  if c.autoencoder.kind == "autoencoder_kl":
+  if isinstance(c.autoencoder, AutoencoderKLConfig):
     entries += names.autoencoder_kl(c.autoencoder)
+  else:
+    out |= _autoencoder_shapes(c.autoencoder)
   for entry in entries:
     shape = names.jflow_shape(entry.kind, entry.part_shape)
     if entry.layer is not None:
       shape = (max(out[entry.path][0] if entry.path in out else 0, entry.layer + 1), *shape)
     out[entry.path] = shape
   linear = lambda path, into, to: {f"{path}/kernel": (into, to), f"{path}/bias": (to,)}
-  if c.autoencoder.kind == "patch_pca":
-    latents, patch, window = c.autoencoder.latent_channels, c.autoencoder.patch_size, c.autoencoder.window
-    for part, side, into, to in (("encoder", window, 3, latents), ("decoder", _REACH, latents, 3 * patch**2)):
-      out |= {f"vae/{part}/kernel": (side, side, into, to), f"vae/{part}/bias": (to,)}
   if c.reader != "siglip":
     out = {path: shape for path, shape in out.items() if not path.startswith("understanding_projector/")}
   if c.reader == "separate":
@@ -79,6 +82,13 @@ def shapes(c: JanusFlowConfig) -> dict[str, tuple[int, ...]]:
     out |= linear("alignment_head/linear_1", width, hidden) | linear("alignment_head/linear_2", hidden, hidden)
     out |= linear("alignment_head/linear_3", hidden, c.understanding_encoder.width)
   return out
+
+
+def _autoencoder_shapes(c: AutoencoderConfig) -> dict[str, tuple[int, ...]]:
+  """The parameters of an autoencoder that has no table of names, by tracing its smallest picture."""
+  pixels = jax.ShapeDtypeStruct((1, c.factor, c.factor, 3), jnp.float32)
+  boxed = jax.eval_shape(c.make(jnp.float32).init, jax.random.key(0), pixels)["params"]
+  return {f"vae/{path}": x.shape for path, x in flatten_dict(sharding.unbox(boxed), sep="/").items()}
 
 
 def check_names(settings: Settings, found: Mapping[str, Any], step: pathlib.Path) -> None:

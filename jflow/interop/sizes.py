@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from jflow.errors import UserError
 from jflow.interop.fields import Fields
 from jflow.interop.safetensors_io import Tensor
-from jflow.models.config import AutoencoderConfig, GenerationConfig, LanguageModelConfig, SiglipConfig
+from jflow.models.autoencoders.kl import AutoencoderKLConfig
+from jflow.models.config import GenerationConfig, LanguageModelConfig, SiglipConfig
 
 
 class Found(NamedTuple):
@@ -124,7 +125,7 @@ def check_generation(
     check(f, {"layers_in_middle": blocks}, {"layers_in_middle": found}, where)
 
 
-def check_autoencoder(f: Fields, c: AutoencoderConfig, tensors: Mapping[str, Tensor], where: Any) -> None:
+def check_autoencoder(f: Fields, c: AutoencoderKLConfig, tensors: Mapping[str, Tensor], where: Any) -> None:
   """Checks a diffusers AutoencoderKL."""
   levels = count(tensors, "encoder.down_blocks.")
   if levels != len(c.block_channels):

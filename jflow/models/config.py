@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jflow.errors import UserError
+from jflow.models.autoencoders import base as autoencoders
+from jflow.models.autoencoders.base import AutoencoderConfig
 from jflow.strict_json import shown
 
 # The most that a size may be. No model comes near; without an end, one number in a file from elsewhere would have a
@@ -29,7 +31,6 @@ _MOST_OF = {
   "window": 2**12,
   "latent_channels": 2**14,
 }
-MOST_LEVELS = 12  # of an autoencoder: a factor of 2048 between pixels and latents
 
 
 def most(field: str) -> int:
@@ -83,25 +84,6 @@ class GenerationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderConfig:
-  """The autoencoder between pixels and latents."""
-
-  kind: str  # "autoencoder_kl" (SDXL-VAE) or "patch_pca" (closed-form stand-in of the built-in world)
-  latent_channels: int
-  scaling: float  # latents are multiplied by it after encoding
-  block_channels: tuple[int, ...]  # autoencoder_kl: channels per resolution; the factor is 2 ** (len - 1)
-  layers_per_block: int  # autoencoder_kl
-  norm_groups: int  # autoencoder_kl
-  patch_size: int  # patch_pca: pixels per latent
-  window: int  # patch_pca: side of the pixel window that a latent sees
-
-  @property
-  def factor(self) -> int:
-    """Pixels per latent, along one side."""
-    return self.patch_size if self.kind == "patch_pca" else 2 ** (len(self.block_channels) - 1)
-
-
-@dataclasses.dataclass(frozen=True)
 class JanusFlowConfig:
   """JanusFlow: one LLM that reads images through SigLIP and writes images by rectified flow."""
 
@@ -120,21 +102,13 @@ class JanusFlowConfig:
     lm, vision, gen, vae = self.language_model, self.understanding_encoder, self.generation, self.autoencoder
     if self.reader not in ("siglip", "shared", "separate"):
       raise UserError(f"model.reader={shown(self.reader)} must be 'siglip', 'shared' or 'separate'")
-    if vae.kind not in ("autoencoder_kl", "patch_pca"):
-      raise UserError(f"model.autoencoder.kind={shown(vae.kind)} must be 'autoencoder_kl' or 'patch_pca'")
-    other = ("patch_size", "window") if vae.kind == "autoencoder_kl" else ("layers_per_block", "norm_groups")
     for section in ("language_model", "understanding_encoder", "generation", "autoencoder"):
       for name, value in vars(getattr(self, section)).items():
-        unused = section == "autoencoder" and name in other
-        if isinstance(value, (int, float)) and not unused and not 0 < value < math.inf:
+        if isinstance(value, (int, float)) and not 0 < value < math.inf:
           raise UserError(f"model.{section}.{name}={shown(value)} must be positive")
-        if isinstance(value, int) and value > most(name):
+        if any(isinstance(x, int) and x > most(name) for x in (value if isinstance(value, tuple) else (value,))):
           raise UserError(f"model.{section}.{name}={shown(value)} must be at most {most(name)}")
-    if len(vae.block_channels) > MOST_LEVELS or any(c > _MOST for c in vae.block_channels):
-      raise UserError(
-        f"model.autoencoder.block_channels={shown(vae.block_channels)} must hold at most {MOST_LEVELS} numbers of at "
-        f"most {_MOST}"
-      )
+    vae.check()
     for name, value in (("alignment_layer", self.alignment_layer), ("alignment_width", self.alignment_width)):
       if not 0 <= value <= _MOST:
         raise UserError(f"model.{name}={shown(value)} must be in 0..{_MOST}")
@@ -153,13 +127,6 @@ class JanusFlowConfig:
       raise UserError(f"model.understanding_encoder.gelu={shown(vision.gelu)} must be 'erf' or 'tanh'")
     if gen.width % 2:
       raise UserError(f"model.generation.width={gen.width} must be even (cosines and sines of the time)")
-    if vae.kind == "patch_pca" and vae.window < vae.patch_size:
-      raise UserError(f"model.autoencoder.window={vae.window} must be at least patch_size={vae.patch_size}")
-    channels = vae.block_channels
-    if vae.kind == "autoencoder_kl" and (not channels or any(c < 1 or c % vae.norm_groups for c in channels)):
-      raise UserError(
-        f"model.autoencoder.block_channels={channels} must hold multiples of norm_groups={vae.norm_groups}"
-      )
     if vision.image_size % (vae.factor * gen.patch_size):
       raise UserError(
         f"image_size={vision.image_size} must be a multiple of autoencoder factor {vae.factor} x "
@@ -213,6 +180,8 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
 
 
 def _field(hint: Any, value: Any, path: str) -> Any:
+  if hint is AutoencoderConfig and isinstance(value, Mapping):
+    hint, value = autoencoders.config_class(value)
   if dataclasses.is_dataclass(hint):
     return _build(hint, value, path)
   if isinstance(hint, types.GenericAlias):  # tuple[int, ...]

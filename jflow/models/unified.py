@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jflow.batch import READ, WRITE, Batch
 from jflow.generation.flow import equations as flow
 from jflow.generation.flow.convnext import GenerationDecoder, GenerationEncoder
-from jflow.models.autoencoders.kl import make_autoencoder
 from jflow.models.cache import Cache, Prefix
 from jflow.models.config import JanusFlowConfig
 from jflow.models.layers import Linear, RMSNorm, parameter
@@ -94,7 +93,7 @@ class JanusFlow(nn.Module):
     self.generation_output_norm = RMSNorm(lm.rms_norm_epsilon, dtype)
     self.generation_output_projector = Linear(gen.width, ("embed", None), dtype, use_bias=True)
     self.generation_decoder = GenerationDecoder(gen, lm.width, latents, dtype)
-    self.vae = make_autoencoder(c.autoencoder, dtype)
+    self.vae = c.autoencoder.make(dtype)
     if c.alignment_width:
       self.alignment_head = AlignmentHead(c.alignment_width, vision.width, dtype)
 

@@ -1,6 +1,6 @@
 """What painting and answering cost by formula: FLOPs of a picture, bytes of a token. A multiply-add is 2 FLOPs."""
 
-from jflow.models.config import AutoencoderConfig, JanusFlowConfig, LanguageModelConfig
+from jflow.models.config import JanusFlowConfig, LanguageModelConfig
 
 
 def body_weights(c: LanguageModelConfig) -> int:
@@ -29,29 +29,8 @@ def painting_flops(c: JanusFlowConfig, evaluations: int, prompt: int, guided: bo
   return (
     evaluations * (encoder + sum(llm(before) + decoder for before in halves))
     + once
-    + vae_decoder_flops(c.autoencoder, c.latent_size)
+    + c.autoencoder.decoder_flops(c.latent_size)
   )
-
-
-def vae_decoder_flops(c: AutoencoderConfig, side: int) -> float:
-  """FLOPs of decoding one picture of side x side latents."""
-  if c.kind == "patch_pca":
-    return 2.0 * side**2 * 9 * c.latent_channels * 3 * c.patch_size**2
-  conv = lambda side, into, out, size=3: 2.0 * side**2 * size**2 * into * out
-  resnet = lambda side, into, out: (
-    conv(side, into, out) + conv(side, out, out) + (conv(side, into, out, 1) if into != out else 0)
-  )
-  top = c.block_channels[-1]
-  total = conv(side, c.latent_channels, c.latent_channels, 1) + conv(side, c.latent_channels, top)
-  total += 2 * resnet(side, top, top) + 4 * conv(side, top, top, 1) + 4.0 * side**4 * top
-  into = top
-  for i, out in enumerate(reversed(c.block_channels)):
-    for _ in range(c.layers_per_block + 1):
-      total, into = total + resnet(side, into, out), out
-    if i + 1 < len(c.block_channels):
-      side *= 2
-      total += conv(side, out, out)
-  return total + conv(side, into, 3)
 
 
 def token_bytes(c: LanguageModelConfig, context: int, rows: int, itemsize: int) -> int:

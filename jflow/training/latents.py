@@ -17,14 +17,14 @@ from jflow import sharding
 from jflow.data.store import latents
 from jflow.errors import UserError
 from jflow.interop.checkpoints import read_checkpoint
-from jflow.models.autoencoders.kl import make_autoencoder
-from jflow.models.config import AutoencoderConfig, JanusFlowConfig
+from jflow.models.autoencoders.base import AutoencoderConfig
+from jflow.models.config import JanusFlowConfig
 from jflow.models.unified import normalise
 
 
 def fingerprint(vae: Mapping[str, Any], config: AutoencoderConfig) -> str:
   """Returns a hash of what makes moments of pixels: the encoder's parameters, as float32, and the kind of VAE."""
-  digest = hashlib.sha256(repr((config.kind, config.latent_channels, config.patch_size, config.window)).encode())
+  digest = hashlib.sha256(repr(config.encoder_identity()).encode())
   for path, leaf in sorted(flatten_dict(vae, sep="/").items()):
     if path.split("/")[0] in ("encoder", "quant"):
       leaf = np.ascontiguousarray(leaf, np.float32)
@@ -59,7 +59,7 @@ def check(found: Mapping[str, str], params: Mapping[str, Any], config: Autoencod
 
 def encoder(vae: Any, config: JanusFlowConfig) -> Callable[[np.ndarray], np.ndarray]:
   """Returns uint8[N, H, W, 3] -> moments bfloat16[N, h, w, 2 C]; N is a multiple of this machine's devices."""
-  model = make_autoencoder(config.autoencoder, jnp.float32)
+  model = config.autoencoder.make(jnp.float32)
   mesh = sharding.make_mesh(jax.local_device_count(), 1, 1, jax.local_devices())
   params = jax.device_put(vae, sharding.replicated(mesh))
 

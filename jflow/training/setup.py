@@ -17,11 +17,11 @@ from jflow.data.sources import SHAPES, open_source
 from jflow.errors import UserError
 from jflow.interop.checkpoints import Checkpoint, read_checkpoint
 from jflow.models import attention
-from jflow.models.autoencoders.kl import fit_patch_pca
 from jflow.models.config import JanusFlowConfig
 from jflow.models.llm.llama import remat_policy
 from jflow.models.unified import Draws, JanusFlow, Sums
 from jflow.training import fields, hosts
+from jflow.world.codec import fit_patch_pca
 from jflow.world.siglip_fit import fit_siglip
 
 Config = Mapping[str, Any]
@@ -269,13 +269,17 @@ def _differences(
     origin: parameter path -> the checkpoint that it comes from.
   """
   flat = {path: flatten_dict(config.to_dict(), sep=".") for path, config in theirs.items()}
+  here = flatten_dict(ours.to_dict(), sep=".")
   harmless = ("alignment_layer", "language_model.context")
   found = []
-  for field, value in sorted(flatten_dict(ours.to_dict(), sep=".").items()):
+  for field in sorted(set(here).union(*flat.values())):
     source = origin(_PART_OF.get(field.split(".")[0], "language_model"))
-    fresh = field == "alignment_width" and not flat[source][field]  # there is no such head yet
-    if value != flat[source][field] and field not in harmless and not fresh:
-      found.append((source, field, flat[source][field], value))
+    if field not in flat[source]:  # of another kind of autoencoder
+      continue
+    value, before = here.get(field), flat[source][field]
+    fresh = field == "alignment_width" and not before  # there is no such head yet
+    if value != before and field not in harmless and not fresh:
+      found.append((source, field, before, value))
   return found
 
 

@@ -22,12 +22,13 @@ from jflow.errors import UserError
 from jflow.interop import names, official, official_config, transfer
 from jflow.interop.checkpoints import read_checkpoint
 from jflow.interop.safetensors_io import Checkpoint, read_header
-from jflow.models.config import AutoencoderConfig, JanusFlowConfig
+from jflow.models.autoencoders.kl import AutoencoderKLConfig
+from jflow.models.config import JanusFlowConfig
 from jflow.models.unified import JanusFlow
 from jflow.sharding import unbox
 
 ROOT = pathlib.Path(__file__).parents[2]
-VAE = AutoencoderConfig("autoencoder_kl", 4, 0.13025, (4, 4, 8, 8), 1, 4, 0, 0)
+VAE = AutoencoderKLConfig("autoencoder_kl", 4, 0.13025, (4, 4, 8, 8), 1, 4)
 
 
 def _all_tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:

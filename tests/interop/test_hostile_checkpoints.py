@@ -20,7 +20,8 @@ from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.interop import checkpoints, official_config, own_layout
 from jflow.interop.names import autoencoder_kl
-from jflow.models.config import AutoencoderConfig, JanusFlowConfig
+from jflow.models.autoencoders.kl import AutoencoderKLConfig
+from jflow.models.config import JanusFlowConfig
 from jflow.training import checkpoint as own
 
 HEAD, EMBED = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
@@ -125,13 +126,17 @@ def test_sizes_of_a_published_config_are_those_of_the_headers(published, tmp_pat
     ("model/generation/encoder_blocks", 10**5),
     ("model/generation/decoder_blocks", 100),
     ("model/autoencoder/window", 4000),
-    ("model/autoencoder/block_channels", [32] * 10**5),
     ("model/alignment_width", 2**40),
     ("model/alignment_width", 17),
     (
       "model/autoencoder",
       tiny.DICT["autoencoder"]
       | dict(kind="autoencoder_kl", block_channels=[32, 32], layers_per_block=10**6, norm_groups=32),
+    ),
+    (
+      "model/autoencoder",
+      tiny.DICT["autoencoder"]
+      | dict(kind="autoencoder_kl", block_channels=[32] * 10**5, layers_per_block=1, norm_groups=32),
     ),
     ("model", None),
     ("model", []),
@@ -393,7 +398,7 @@ def parts(tmp_path_factory) -> dict[str, pathlib.Path]:
   from jflow.interop.fields import Fields
 
   siglip = transformers_config.siglip_config(Fields(vision, ""))
-  vae = AutoencoderConfig("autoencoder_kl", 4, 0.13025, (4, 4, 8, 8), 1, 4, 0, 0)
+  vae = AutoencoderKLConfig("autoencoder_kl", 4, 0.13025, (4, 4, 8, 8), 1, 4)
   draw = lambda entries: {e.name: rng.standard_normal(e.shape).astype(np.float32) for e in entries}
   for name, tensors, settings, stem in (
     ("llm", llm, config["language_config"] | {"vocab_size": 1024}, "model"),

@@ -17,8 +17,8 @@ from jflow.generation.flow import equations as flow
 from jflow.generation.flow import sampler as painting
 from jflow.interop.checkpoints import read_checkpoint
 from jflow.interop.comparison import line
-from jflow.models.config import AutoencoderConfig
 from jflow.models.unified import JanusFlow, for_inference
+from jflow.world.codec import PatchPCAConfig
 
 GOLDEN = official_checkpoint.TINY / "golden.npz"
 PROCESSOR = official_checkpoint.PROCESSOR
@@ -128,7 +128,7 @@ def test_padded_positions_are_not_compared(checkpoint, golden, tmp_path):
 def test_the_sampler_of_generate_gives_the_trajectory_of_the_reference(checkpoint, golden):
   """The cached prompt and the compact empty prompt end where PyTorch's repeated full passes end."""
   found = read_checkpoint(checkpoint)
-  codec = AutoencoderConfig("patch_pca", 4, 1.0, (), 0, 0, patch_size=8, window=8)
+  codec = PatchPCAConfig("patch_pca", 4, 1.0, patch_size=8, window=8)
   config = dataclasses.replace(found.config, autoencoder=codec)
   model = JanusFlow(config, jnp.float32, remat="none", unroll=1, attention="xla")
   kernel = np.zeros((3, 3, 4, 192), np.float32)

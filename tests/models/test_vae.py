@@ -5,31 +5,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow.models.autoencoders.kl import AutoencoderKL, PatchPCA, fit_patch_pca, make_autoencoder
-from jflow.models.config import AutoencoderConfig
+from jflow.models.autoencoders.kl import AutoencoderKL, AutoencoderKLConfig
 from jflow.sharding import unbox
+from jflow.world.codec import PatchPCA, PatchPCAConfig, fit_patch_pca
 from jflow.world.source import WorldSource
 
-KL = AutoencoderConfig(
+KL = AutoencoderKLConfig(
   kind="autoencoder_kl",
   latent_channels=4,
   scaling=0.13025,
   block_channels=(8, 16),
   layers_per_block=1,
   norm_groups=4,
-  patch_size=0,
-  window=0,
 )
 
 
-def _pca(channels: int, patch: int = 4, window: int = 4, scaling: float = 1.0) -> AutoencoderConfig:
-  return AutoencoderConfig(
+def _pca(channels: int, patch: int = 4, window: int = 4, scaling: float = 1.0) -> PatchPCAConfig:
+  return PatchPCAConfig(
     kind="patch_pca",
     latent_channels=channels,
     scaling=scaling,
-    block_channels=(),
-    layers_per_block=0,
-    norm_groups=0,
     patch_size=patch,
     window=window,
   )
@@ -57,7 +52,7 @@ def _psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.smoke
 def test_kl_shapes_batches_and_clamp():
-  model = make_autoencoder(KL, jnp.float32)
+  model = KL.make(jnp.float32)
   assert isinstance(model, AutoencoderKL)
   pixels = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
   params = unbox(jax.jit(model.init)(jax.random.key(0), pixels))
@@ -75,8 +70,8 @@ def test_kl_shapes_batches_and_clamp():
 
 
 def test_the_full_autoencoder_has_the_published_number_of_parameters():
-  config = AutoencoderConfig("autoencoder_kl", 4, 0.13025, (128, 256, 512, 512), 2, 32, 0, 0)
-  model = make_autoencoder(config, jnp.bfloat16)
+  config = AutoencoderKLConfig("autoencoder_kl", 4, 0.13025, (128, 256, 512, 512), 2, 32)
+  model = config.make(jnp.bfloat16)
   shapes = unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3))))
   assert sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes)) == 83_653_863
   latents = jax.eval_shape(lambda p, x: model.apply(p, x, method="encode"), shapes, jnp.zeros((1, 384, 384, 3)))
@@ -84,7 +79,7 @@ def test_the_full_autoencoder_has_the_published_number_of_parameters():
 
 
 def _round_trip(config, train, test):
-  model = make_autoencoder(config, jnp.float32)
+  model = config.make(jnp.float32)
   params = {"params": fit_patch_pca(train, config)}
   pixels = test.astype(np.float32) / 127.5 - 1
   expected = jax.tree.map(lambda x: x.shape, unbox(jax.eval_shape(model.init, jax.random.key(0), pixels)))

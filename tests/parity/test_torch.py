@@ -19,7 +19,6 @@ from torch_models import llama, siglip, vae
 from jflow.interop import names, official, parts, transfer
 from jflow.interop.official_config import Fields, language_model_config
 from jflow.interop.safetensors_io import Checkpoint, read_json
-from jflow.models.autoencoders.kl import make_autoencoder
 from jflow.models.llm.llama import LanguageModel
 from jflow.models.siglip import Siglip
 
@@ -151,7 +150,7 @@ def test_autoencoder_moments_and_decoding(tmp_path, seed):
   channels, layers = (((8, 16), 1), ((8, 8, 16), 2), ((16, 8), 1))[seed]
   theirs = vae(tmp_path, seed, channels, layers)
   config, params = official.load_vae(tmp_path, None)
-  model, nested = make_autoencoder(config, jnp.float32), {"params": transfer.nest(params)["vae"]}
+  model, nested = config.make(jnp.float32), {"params": transfer.nest(params)["vae"]}
   pixels = np.random.default_rng(seed).uniform(-1, 1, (2, 24, 24, 3)).astype(np.float32)
   mean, log_variance = jax.jit(lambda p, x: model.apply(p, x, method="encode"))(nested, pixels)
   with torch.no_grad():

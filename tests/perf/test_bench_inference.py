@@ -29,7 +29,7 @@ def _counted(function, *shapes) -> float:
 def test_a_picture_of_the_paper_s_model_costs_92_teraflop():
   """30 steps with guidance and the VAE: 92.6 where the prompt is seen by both halves, a little less here."""
   assert costs.painting_flops(FULL, 30, 32, True) == pytest.approx(92.6e12, rel=0.01)
-  assert costs.vae_decoder_flops(FULL.autoencoder, 48) == pytest.approx(1.406e12, rel=0.001)  # torch's counter
+  assert FULL.autoencoder.decoder_flops(48) == pytest.approx(1.406e12, rel=0.001)  # torch's counter
   assert costs.painting_flops(FULL, 30, 32, False) < 0.52 * costs.painting_flops(FULL, 30, 32, True)
 
 
@@ -63,8 +63,8 @@ def test_the_formulas_are_what_xla_counts():
     return apply(hidden, skip, time, method="velocity")
 
   vae = _counted(lambda p, z: model.apply({"params": p}, z, method="decode"), params, z)
-  assert costs.vae_decoder_flops(config.autoencoder, side) == pytest.approx(vae, rel=0.05)
-  whole = costs.painting_flops(config, 1, 0, False) - costs.vae_decoder_flops(config.autoencoder, side)
+  assert config.autoencoder.decoder_flops(side) == pytest.approx(vae, rel=0.05)
+  whole = costs.painting_flops(config, 1, 0, False) - config.autoencoder.decoder_flops(side)
   assert whole == pytest.approx(_counted(velocity, params, z), rel=0.05)
 
 

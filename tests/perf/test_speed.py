@@ -35,7 +35,7 @@ def test_stage_2_at_384_needs_9_34_gigaflops_per_token():
 def test_the_formula_of_the_encoders_is_that_of_published_counters():
   """SigLIP-L/16 and the encoder of SDXL's VAE at 384, counted by PyTorch's FlopCounterMode."""
   np.testing.assert_allclose(model_flops.siglip(PAPER) / 1e9, 383.9, rtol=0.01)
-  np.testing.assert_allclose(model_flops.vae_encoder(PAPER.autoencoder, 384) / 1e9, 619.7, rtol=0.001)
+  np.testing.assert_allclose(PAPER.autoencoder.encoder_flops(384) / 1e9, 619.7, rtol=0.001)
 
 
 def test_the_formula_agrees_with_what_xla_counts():

@@ -36,7 +36,7 @@ import jflow
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.interop import names, official_config
-from jflow.models.config import AutoencoderConfig
+from jflow.models.autoencoders.kl import AutoencoderKLConfig
 from jflow.training import checkpoint
 
 SECONDS = 30  # of a try, far beyond what one takes
@@ -89,7 +89,7 @@ PATTERNS = (
 
 def _write_vae(directory: pathlib.Path) -> None:
   directory.mkdir()
-  config = AutoencoderConfig("autoencoder_kl", 4, 0.13025, (4, 4, 8, 8), 1, 4, 0, 0)
+  config = AutoencoderKLConfig("autoencoder_kl", 4, 0.13025, (4, 4, 8, 8), 1, 4)
   rng = np.random.default_rng(7)
   values = {e.name: (0.2 * rng.standard_normal(e.shape)).astype(np.float32) for e in names.autoencoder_kl(config)}
   save_file(values, directory / "diffusion_pytorch_model.safetensors")

@@ -1,27 +1,91 @@
-"""The frozen autoencoder between pixels and latents: SDXL's AutoencoderKL, and a closed-form stand-in.
-
-Both have the same interface. `encode` returns latents before scaling: the caller multiplies by
-`config.scaling` after it and divides before `decode`.
+"""The autoencoder of SDXL (kind "autoencoder_kl"): convolutions with one attention in the middle.
 
 Legend: B images, H x W pixels or latents, C channels, P positions of an image.
 """
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jflow.errors import UserError
-from jflow.generation.flow.convnext import unpatchify
-from jflow.models.config import AutoencoderConfig
+from jflow.models.autoencoders.base import AutoencoderConfig
 from jflow.models.layers import Linear, parameter
+from jflow.strict_json import shown
 
 _EPSILON = 1e-6  # group norms
 _LOG_VARIANCE = (-30.0, 20.0)  # range to which the posterior's log variance is clamped
-_REACH = 3  # patch_pca: the decoder predicts a patch from the 3 x 3 latents around it
+MOST_LEVELS = 12  # a factor of 2048 between pixels and latents
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderKLConfig(AutoencoderConfig):
+  """The sizes of an AutoencoderKL of diffusers."""
+
+  block_channels: tuple[int, ...]  # channels per resolution; the factor is 2 ** (len - 1)
+  layers_per_block: int
+  norm_groups: int
+
+  @property
+  def factor(self) -> int:
+    return 2 ** (len(self.block_channels) - 1)
+
+  def check(self) -> None:
+    channels = self.block_channels
+    if len(channels) > MOST_LEVELS:
+      raise UserError(f"model.autoencoder.block_channels={shown(channels)} must hold at most {MOST_LEVELS} numbers")
+    if not channels or any(c < 1 or c % self.norm_groups for c in channels):
+      raise UserError(
+        f"model.autoencoder.block_channels={channels} must hold multiples of norm_groups={self.norm_groups}"
+      )
+
+  def make(self, dtype: Any) -> "AutoencoderKL":
+    return AutoencoderKL(self, dtype)
+
+  def encoder_identity(self) -> tuple[Any, ...]:
+    return self.kind, self.latent_channels, 0, 0  # the zeros keep the fingerprints of older stores
+
+  def encoder_flops(self, image_size: int) -> float:
+    side, channels = image_size, self.block_channels[0]
+    total = side**2 * 9 * 3 * channels
+
+    def resnet(inputs: int, outputs: int) -> int:
+      return side**2 * (9 * outputs * (inputs + outputs) + (inputs * outputs if inputs != outputs else 0))
+
+    for level, width in enumerate(self.block_channels):
+      for _ in range(self.layers_per_block):
+        total, channels = total + resnet(channels, width), width
+      if level + 1 < len(self.block_channels):
+        side //= 2
+        total += side**2 * 9 * width * width
+    positions = side**2
+    total += 2 * resnet(channels, channels) + positions * (4 * channels**2 + 2 * positions * channels)
+    out = 2 * self.latent_channels
+    return 2.0 * (total + positions * (9 * channels * out + out * out))
+
+  def decoder_flops(self, latent_size: int) -> float:
+    side = latent_size
+
+    def conv(inputs: int, outputs: int, size: int = 3) -> float:
+      return 2.0 * side**2 * size**2 * inputs * outputs
+
+    def resnet(inputs: int, outputs: int) -> float:
+      shortcut = conv(inputs, outputs, 1) if inputs != outputs else 0
+      return conv(inputs, outputs) + conv(outputs, outputs) + shortcut
+
+    top = self.block_channels[-1]
+    total = conv(self.latent_channels, self.latent_channels, 1) + conv(self.latent_channels, top)
+    total += 2 * resnet(top, top) + 4 * conv(top, top, 1) + 4.0 * side**4 * top
+    channels = top
+    for level, width in enumerate(reversed(self.block_channels)):
+      for _ in range(self.layers_per_block + 1):
+        total, channels = total + resnet(channels, width), width
+      if level + 1 < len(self.block_channels):
+        side *= 2
+        total += conv(width, width)
+    return total + conv(channels, 3)
 
 
 class Conv(nn.Module):
@@ -122,7 +186,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-  config: AutoencoderConfig
+  config: AutoencoderKLConfig
   dtype: Any
 
   @nn.compact
@@ -142,7 +206,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  config: AutoencoderConfig
+  config: AutoencoderKLConfig
   dtype: Any
 
   @nn.compact
@@ -164,7 +228,7 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
   """The autoencoder of SDXL. Run it in bf16 or f32: fp16 overflows."""
 
-  config: AutoencoderConfig
+  config: AutoencoderKLConfig
   dtype: Any
 
   def setup(self) -> None:
@@ -187,111 +251,3 @@ class AutoencoderKL(nn.Module):
   def decode(self, latents_BHWC: jax.Array) -> jax.Array:
     """f32[B, h, w, latent_channels], not scaled -> f32[B, H, W, 3], about [-1, 1], not clipped."""
     return self.decoder(self.post_quant(latents_BHWC)).astype(jnp.float32)
-
-
-class PatchPCA(nn.Module):
-  """Linear codec with the interface of AutoencoderKL: principal components of pixel windows.
-
-  A latent sees a window of `window` pixels around its patch; the decoder predicts a patch from the 3 x 3
-  latents around it, which is worth 1 dB over the patch's own latent (8 channels of 4 x 4 pixels).
-  Deterministic: the log variance is that of a point. Fit with `fit_patch_pca`.
-  """
-
-  config: AutoencoderConfig
-  dtype: Any
-
-  def setup(self) -> None:
-    c = self.config
-    self.encoder = Conv(c.latent_channels, c.window, self.dtype, stride=c.patch_size, padding=(0, 0))
-    self.decoder = Conv(3 * c.patch_size**2, _REACH, self.dtype, padding=(0, 0))
-
-  def __call__(self, pixels_BHWC: jax.Array) -> jax.Array:
-    """Reconstructs."""
-    return self.decode(self.encode(pixels_BHWC)[0])
-
-  def encode(self, pixels_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """f32[B, H, W, 3] in [-1, 1] -> latents f32[B, h, w, latent_channels] and their log variance, -30."""
-    latents = self.encoder(_pad(pixels_BHWC, *_margins(self.config), jnp)).astype(jnp.float32)
-    return latents, jnp.full_like(latents, _LOG_VARIANCE[0])
-
-  def decode(self, latents_BHWC: jax.Array) -> jax.Array:
-    """f32[B, h, w, latent_channels], not scaled -> f32[B, H, W, 3], about [-1, 1], not clipped."""
-    y_BHWC = self.decoder(_pad(latents_BHWC, _REACH // 2, _REACH // 2, jnp))
-    return unpatchify(y_BHWC, self.config.patch_size).astype(jnp.float32)
-
-
-def make_autoencoder(config: AutoencoderConfig, dtype: Any) -> AutoencoderKL | PatchPCA:
-  """Returns the autoencoder of `config.kind`."""
-  kinds: dict[str, Callable[..., AutoencoderKL | PatchPCA]] = {
-    "autoencoder_kl": AutoencoderKL,
-    "patch_pca": PatchPCA,
-  }
-  return kinds[config.kind](config, dtype)
-
-
-def _margins(config: AutoencoderConfig) -> tuple[int, int]:
-  """Pixels that a window reaches beyond its patch, before and after."""
-  extra = config.window - config.patch_size
-  return extra // 2, extra - extra // 2
-
-
-def _pad(x_BHWC: Any, before: int, after: int, xp: Any) -> Any:
-  """Repeats the edge."""
-  return xp.pad(x_BHWC, ((0, 0), (before, after), (before, after), (0, 0)), mode="edge")
-
-
-def _windows(x_BHWC: np.ndarray, size: int, stride: int) -> np.ndarray:
-  """All windows as rows: [B * h * w, size * size * C], inside: row, column, channel."""
-  view = np.lib.stride_tricks.sliding_window_view(x_BHWC, (size, size), axis=(1, 2))[:, ::stride, ::stride]
-  return view.transpose(0, 1, 2, 4, 5, 3).reshape(-1, size * size * x_BHWC.shape[-1])
-
-
-def fit_patch_pca(images: np.ndarray, config: AutoencoderConfig) -> dict[str, dict[str, np.ndarray]]:
-  """Fits `PatchPCA` in closed form: principal components of the windows, least squares back to the patches.
-
-  Channel k with standard deviation s_k is divided by sqrt(s_k): halfway between plain PCA, where the flow
-  would see little but brightness, and whitened channels, where noise in the finest detail would weigh as
-  much as the colour of an object. Then all channels get the one factor that makes the variance of
-  `config.scaling` times the latents, averaged over channels, equal to 1. Latents have mean 0.
-
-  Args:
-    images: uint8[N, H, W, 3]; N windows in all should be well above window * window * 3.
-    config: kind "patch_pca".
-
-  Returns:
-    The parameters of `PatchPCA`, f32. The same images give the same bits: signs are fixed.
-
-  Raises:
-    UserError: a window smaller than the patch or wider than the decoder's reach.
-  """
-  p, k = config.patch_size, config.latent_channels
-  if not p <= config.window <= _REACH * p:
-    raise UserError(f"model.autoencoder.window={config.window} must lie between patch_size={p} and {_REACH} times that")
-  pixels = images.astype(np.float32) / 127.5 - 1.0
-  x = _windows(_pad(pixels, *_margins(config), np), config.window, p).astype(np.float64)
-  mean = x.mean(axis=0)
-  values, vectors = np.linalg.eigh((x - mean).T @ (x - mean) / len(x))
-  values, vectors = values[::-1][:k], vectors[:, ::-1][:, :k]
-  vectors = vectors * np.where(vectors[np.abs(vectors).argmax(axis=0), np.arange(k)] < 0, -1.0, 1.0)
-  deviation = np.sqrt(np.maximum(values, 1e-8))
-  kernel = vectors / np.sqrt(deviation) / (config.scaling * np.sqrt(np.mean(deviation)))
-
-  n, h, w, _ = images.shape
-  latents = ((x - mean) @ kernel).reshape(n, h // p, w // p, k)
-  design = _windows(_pad(latents, _REACH // 2, _REACH // 2, np), _REACH, 1)
-  target = _windows(pixels, p, p).reshape(-1, p, p, 3).transpose(0, 3, 1, 2).reshape(-1, 3 * p * p).astype(np.float64)
-  centre, target_mean = design.mean(axis=0), target.mean(axis=0)
-  design = design - centre
-  gram = design.T @ design + 1e-6 * len(design) * np.mean(latents**2) * np.eye(design.shape[1])
-  back = np.linalg.solve(gram, design.T @ (target - target_mean))
-  f32 = lambda a: np.asarray(a, np.float32)
-  return {
-    "encoder": {
-      "kernel": f32(kernel.reshape(config.window, config.window, 3, k)),
-      "bias": f32(-mean @ kernel),
-    },
-    "decoder": {
-      "kernel": f32(back.reshape(_REACH, _REACH, k, 3 * p * p)),
-      "bias": f32(target_mean - centre @ back),
-    },
-  }

@@ -1,0 +1,76 @@
+"""The frozen autoencoder between pixels and latents: what every kind offers, and the kinds by name.
+
+A kind is one file: a config that is a subclass of `AutoencoderConfig`, and the Linen module that it makes. The module has
+
+  encode: f32[B, H, W, 3] in [-1, 1] -> mean, log variance of the posterior, f32[B, h, w, latent_channels], not scaled
+  decode: f32[B, h, w, latent_channels], not scaled -> f32[B, H, W, 3], about [-1, 1], not clipped
+  __call__: decodes the encoded mean, which makes every parameter
+
+The caller multiplies latents by `config.scaling` after `encode` and divides before `decode`.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from jflow.errors import UserError
+from jflow.strict_json import shown
+
+# kind -> "module:config class", imported where a model names the kind.
+KINDS = {
+  "autoencoder_kl": "jflow.models.autoencoders.kl:AutoencoderKLConfig",
+  "patch_pca": "jflow.world.codec:PatchPCAConfig",
+}
+# Sections of before kinds had fields of their own hold those of both: the other kind's are left out.
+_SHARED_SECTION = ("block_channels", "layers_per_block", "norm_groups", "patch_size", "window")
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+  """The fields that every kind has; a kind adds its own."""
+
+  kind: str  # a key of KINDS
+  latent_channels: int
+  scaling: float  # latents are multiplied by it after encoding
+
+  @property
+  def factor(self) -> int:
+    """Pixels per latent, along one side."""
+    raise NotImplementedError
+
+  def check(self) -> None:
+    """Raises UserError naming a field and its value. Positive numbers of a sane size are checked before."""
+
+  def make(self, dtype: Any) -> Any:
+    """Returns the module, which computes in `dtype`."""
+    raise NotImplementedError
+
+  def encoder_identity(self) -> tuple[Any, ...]:
+    """The values that decide, beside the encoder's parameters, which moments a picture has."""
+    raise NotImplementedError
+
+  def encoder_flops(self, image_size: int) -> float:
+    """FLOPs of encoding one picture of image_size x image_size pixels."""
+    raise NotImplementedError
+
+  def decoder_flops(self, latent_size: int) -> float:
+    """FLOPs of decoding one picture of latent_size x latent_size latents."""
+    raise NotImplementedError
+
+
+def config_class(section: Mapping[str, Any]) -> tuple[type[AutoencoderConfig], dict[str, Any]]:
+  """Returns the config class of a section's kind, and the section without fields of another kind.
+
+  Raises:
+    UserError: an unknown kind.
+  """
+  if "kind" not in section:
+    raise UserError("missing field model.autoencoder.kind")
+  kind = section["kind"]
+  if not isinstance(kind, str) or kind not in KINDS:
+    raise UserError(f"model.autoencoder.kind={shown(kind)} must be one of {', '.join(map(repr, KINDS))}")
+  module, _, name = KINDS[kind].partition(":")
+  cls = getattr(importlib.import_module(module), name)
+  own = {field.name for field in dataclasses.fields(cls)}
+  return cls, {field: value for field, value in section.items() if field in own or field not in _SHARED_SECTION}
