@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import struct
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jflow.errors import UserError
 
@@ -58,7 +58,7 @@ class Boxed(struct.PyTreeNode, nn.meta.AxisMetadata):
     return self.replace(names=tuple(names))
 
 
-def boxed(init: Callable[..., jax.Array], names: tuple[str | None, ...]) -> Callable[..., Boxed]:
+def boxed(init: Callable[..., jax.Array], names: tuple[str | None, ...]) -> Callable[..., Any]:
   """Returns `init` with its result boxed with one logical axis name (or None) per dimension."""
   for name in names:
     if name is not None and name not in RULES:
@@ -92,7 +92,7 @@ def make_mesh(data: int, fsdp: int, model: int, devices: list[jax.Device] | None
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def named(mesh: Mesh, names: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+def named(mesh: Mesh | AbstractMesh, names: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
   """Translates logical names into a sharding; a dimension that the mesh axis does not divide stays whole."""
   spec, used = [], set()
   for name, size in zip(names, shape, strict=True):
@@ -116,7 +116,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def local_rows(mesh: Mesh, rows: int) -> list[int]:
   """The places of a batch of `rows` that this process's devices hold, in the order in which it hands them over."""
   slices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
-  return sorted({place for (part,) in slices for place in range(*part.indices(rows))})
+  return sorted({place for (part,) in filter(None, slices) for place in range(*part.indices(rows))})
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

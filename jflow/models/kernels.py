@@ -9,7 +9,7 @@ Legend: B batch, S sequence, N heads, H head dim, M segments of a row.
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,8 @@ def splash(q_BSNH, k_BSNH, v_BSNH, segments_BS, interpret: bool = False) -> jax.
   heads_first = lambda x: jnp.swapaxes(x, 1, 2)
   one_row = lambda q, k, v, s: run(q, k, v, segment_ids=kernel.SegmentIds(q=s, kv=s))
   scaled = q_BSNH * jnp.asarray(width**-0.5, q_BSNH.dtype)
-  return heads_first(jax.vmap(one_row)(*map(heads_first, (scaled, k_BSNH, v_BSNH)), segments_BS))
+  q, k, v = map(heads_first, (scaled, k_BSNH, v_BSNH))
+  return heads_first(jax.vmap(one_row)(q, k, v, segments_BS))
 
 
 @_padded
@@ -146,13 +147,13 @@ def _cudnn_forward(q_BSNH, k_BSNH, v_BSNH, segments_BS):
   real = (segments_BS > 0)[..., None, None]
   q_BSNH, k_BSNH, v_BSNH = (jnp.where(real, x, jnp.zeros((), x.dtype)) for x in (q_BSNH, k_BSNH, v_BSNH))
 
-  def packed(*qkv):
-    out, statistics = _cudnn_fused(*qkv, *segment_table(segments_BS, _CUDNN_SEGMENTS))
+  def packed(q, k, v):
+    out, statistics = _cudnn_fused(q, k, v, *segment_table(segments_BS, _CUDNN_SEGMENTS))
     return jnp.where(real, out, jnp.zeros((), out.dtype)), statistics  # padding comes back uninitialised
 
-  def plain(*qkv):
-    statistics = jax.eval_shape(packed, *qkv)[1]
-    return _reference(*qkv, segments_BS), jnp.zeros(statistics.shape, statistics.dtype)
+  def plain(q, k, v):
+    statistics = jax.eval_shape(packed, q, k, v)[1]
+    return _reference(q, k, v, segments_BS), jnp.zeros(statistics.shape, statistics.dtype)
 
   fits = jnp.max(segments_BS) <= _CUDNN_SEGMENTS
   out, statistics = jax.lax.cond(fits, packed, plain, q_BSNH, k_BSNH, v_BSNH)
@@ -167,16 +168,18 @@ def _cudnn_backward(residuals, d_out):
   real = (segments_BS > 0)[..., None, None]
   d_out = jnp.where(real, d_out, jnp.zeros((), d_out.dtype))
 
-  def packed(*qkv):
+  def packed(q, k, v):
     lengths, starts = segment_table(segments_BS, _CUDNN_SEGMENTS)
-    unused = jnp.zeros(0, qkv[0].dtype)
-    held = (*qkv, unused, lengths, lengths, starts, starts, unused, unused, statistics, out)
-    scale, layout = _scale(qkv[0]), fused.AttentionLayout.BTNH.value
+    unused = jnp.zeros(0, q.dtype)
+    held = (q, k, v, unused, lengths, lengths, starts, starts, unused, unused, statistics, out)
+    scale, layout = _scale(q), fused.AttentionLayout.BTNH.value
     options = (scale, 42, 0.0, (False, False), fused.MaskType.PADDING_CAUSAL, layout, None)
-    gradients = fused._dot_product_attention_bwd_rule(*options, True, False, held, d_out)[:3]
+    gradients = cast("Any", fused._dot_product_attention_bwd_rule(*options, True, False, held, d_out)[:3])
     return tuple(jnp.where(real, x, jnp.zeros((), x.dtype)) for x in gradients)
 
-  plain = lambda *qkv: jax.vjp(lambda *x: _reference(*x, segments_BS), *qkv)[1](d_out)
+  def plain(q, k, v):
+    return jax.vjp(lambda q, k, v: _reference(q, k, v, segments_BS), q, k, v)[1](d_out)
+
   fits = jnp.max(segments_BS) <= _CUDNN_SEGMENTS
   return (*jax.lax.cond(fits, packed, plain, q_BSNH, k_BSNH, v_BSNH), None)
 
@@ -194,7 +197,7 @@ def _scale(q_BSNH: jax.Array) -> float:
   return float(q_BSNH.shape[-1] ** -0.5)
 
 
-def _cudnn_fused(q_BSNH, k_BSNH, v_BSNH, lengths_BM, starts_BM):
+def _cudnn_fused(q_BSNH, k_BSNH, v_BSNH, lengths_BM, starts_BM) -> Any:
   """The output and the statistics (log of the softmax's sum) of cuDNN's forward pass."""
   from jax._src.cudnn import fused_attention_stablehlo as fused
 

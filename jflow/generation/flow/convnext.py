@@ -53,7 +53,7 @@ def _shifted_sum(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
   k, (h, w) = kernel.shape[0], x_BHWC.shape[1:3]
   padded = jnp.pad(x_BHWC.astype(jnp.float32), ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
   terms = (padded[:, i : i + h, j : j + w] * kernel[i, j] for i in range(k) for j in range(k))
-  return sum(terms).astype(x_BHWC.dtype)
+  return sum(terms, jnp.zeros((), jnp.float32)).astype(x_BHWC.dtype)
 
 
 def _kernel_gradient(x_BHWC: jax.Array, kernel: jax.Array, dy_BHWC: jax.Array) -> jax.Array:
