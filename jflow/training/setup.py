@@ -11,18 +11,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jflow import sharding
-from jflow.batch import NONE, RowShape, empty
+from jflow.batch import RowShape, empty
 from jflow.data.pipeline import Pipeline
-from jflow.data.sources import SHAPES, open_source
 from jflow.errors import UserError
 from jflow.interop.checkpoints import Checkpoint, read_checkpoint
 from jflow.models import attention
 from jflow.models.config import JanusFlowConfig
 from jflow.models.llm.llama import remat_policy
 from jflow.models.unified import Draws, JanusFlow, Sums
-from jflow.training import fields, hosts
-from jflow.world.codec import fit_patch_pca
-from jflow.world.siglip_fit import fit_siglip
+from jflow.training import fields, fresh, hosts
 
 Config = Mapping[str, Any]
 
@@ -57,16 +54,7 @@ def check(config: Config) -> JanusFlowConfig:
   need(bool(log["sample_prompts"] or not log["sample_every"]), "log.sample_prompts", "must hold one to paint")
   parts = not train["init_parts"] or bool(train["init_from"])
   need(parts, "train.init_parts", "needs train.init_from, whose parts it replaces")
-  need(
-    not train["fit_labels"] or model.reader == "siglip",
-    "train.fit_labels",
-    "must be 0 with another model.reader than 'siglip'",
-  )
-  need(
-    not train["fit_labels"] or not train["init_from"],
-    "train.fit_labels",
-    "must be 0 with train.init_from: that SigLIP is not fresh",
-  )
+  fresh.check(config, model)
   end = config["optimizer"]["cooldown_start"] + config["optimizer"]["cooldown_steps"]
   need(
     not config["optimizer"]["cooldown_steps"] or train["steps"] <= end,
@@ -162,24 +150,19 @@ def start_params(
 ) -> Any:
   """Parameters of step 0: fresh, or those of `train.init_from`, each on its shards.
 
-  `open_pipeline` opens the data of all processes: each fits the closed-form codec to the same pictures.
+  `open_pipeline` opens the data of all processes, for fresh parts that are fitted to it.
   """
   train = config["train"]
-  fresh = lambda: initial_params(model, train["seed"])
+  initial = lambda: initial_params(model, train["seed"])
   if not train["init_from"]:
-    params = sharding.create(fresh, mesh)
-    put = lambda fitted, part: jax.tree.map(
-      lambda x, old: jax.device_put(np.asarray(x, old.dtype), old.sharding), fitted, params[part]
-    )
-    if model.config.autoencoder.kind == "patch_pca":
-      fitted = fit_patch_pca(some_images(open_pipeline(), train["fit_images"]), model.config.autoencoder)
-      params["vae"] = put(fitted, "vae")
-    if train["fit_labels"]:
-      params["understanding_encoder"] = put(_fitted_siglip(config, model), "understanding_encoder")
+    params = sharding.create(initial, mesh)
+    put = lambda x, old: jax.device_put(np.asarray(x, old.dtype), old.sharding)
+    for part, fitted in fresh.fit(config, model.config, open_pipeline).items():
+      params[part] = jax.tree.map(put, fitted, params[part])
     return params
   read = {path: read_checkpoint(path, weights=train["init_weights"], whole=False) for path in _paths(train)}
   source, origin = _chosen(train, read)
-  boxed = jax.eval_shape(fresh)
+  boxed = jax.eval_shape(initial)
   where = flatten_dict(sharding.shardings(mesh, boxed), sep="/")
   wanted = flatten_dict(sharding.unbox(boxed), sep="/")
   differing = _differences(model.config, {path: loaded.config for path, loaded in read.items()}, origin)
@@ -192,23 +175,13 @@ def start_params(
       f"else (--config.model.{field}={before} keeps it as it was)"
     )
   missing = set(wanted) - set(source)
-  only_missing = lambda: {p: x for p, x in flatten_dict(fresh(), sep="/").items() if p in missing}
+  only_missing = lambda: {p: x for p, x in flatten_dict(initial(), sep="/").items() if p in missing}
   new = sharding.create(only_missing, mesh) if missing else {}
   flat = {
     path: new[path] if path in missing else jax.device_put(np.asarray(source[path], like.dtype), where[path])
     for path, like in wanted.items()
   }
   return unflatten_dict(flat, sep="/")
-
-
-def _fitted_siglip(config: Config, model: JanusFlow) -> Any:
-  """The tower for `train.fit_labels`: fitted on one device of each process, the same on every mesh."""
-  train = config["train"]
-  source = open_source(SHAPES, "generation", config["data"]["shapes"])
-  world = [source[i].images[0] for i in range(min(len(source), train["fit_labels"]))]
-  with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])):
-    fitted = fit_siglip(model.config.understanding_encoder, world, train["fit_labels"], train["seed"])
-  return hosts.tree_of_first(fitted)
 
 
 def _paths(train: Config) -> list[str]:
@@ -248,11 +221,11 @@ def _check_fits(
     flags = " ".join(shlex.quote(f"--config.model.{field}={before}") for field, before in made.items())
     raise UserError(f"{origin(path)}: {path} {what}" + (f"; it was made with {flags}" if explained else ""))
 
-  dropped, fresh = (tuple(part + "/" for part in train[name]) for name in ("init_dropped", "init_fresh"))
+  dropped, new = (tuple(part + "/" for part in train[name]) for name in ("init_dropped", "init_fresh"))
   for path in sorted(set(source) | set(wanted)):
     if path not in wanted and not path.startswith(dropped):
       refuse(path, "is there, and this model has it not (train.init_dropped lists what may be left behind)")
-    if path not in source and not path.startswith(fresh):
+    if path not in source and not path.startswith(new):
       refuse(path, "is missing (train.init_fresh lists what may start fresh)")
     if path in wanted and path in source and wanted[path].shape != source[path].shape:
       refuse(path, f"has shape {tuple(source[path].shape)}, this model needs {wanted[path].shape}")
@@ -277,25 +250,7 @@ def _differences(
     if field not in flat[source]:  # of another kind of autoencoder
       continue
     value, before = here.get(field), flat[source][field]
-    fresh = field == "alignment_width" and not before  # there is no such head yet
-    if value != before and field not in harmless and not fresh:
+    new = field == "alignment_width" and not before  # there is no such head yet
+    if value != before and field not in harmless and not new:
       found.append((source, field, before, value))
   return found
-
-
-def some_images(pipeline: Pipeline, count: int) -> np.ndarray:
-  """The first `count` pictures of a run's data, to read or to paint: uint8[count, H, W, 3]."""
-  images: list[np.ndarray] = []
-  step = last = 0
-  while len(images) < count:
-    batch = pipeline.batch(step)
-    found = batch.images[batch.image_kind != NONE]
-    last = step if len(found) else last
-    if step - last > 100:
-      raise UserError(
-        f"the data gave {len(images)} of train.fit_images={count} pictures: the codec of "
-        "model.autoencoder.kind='patch_pca' is fitted to some"
-      )
-    images.extend(found)
-    step += 1
-  return np.stack(images[:count])

@@ -1,10 +1,10 @@
-"""The stand-in for a pretrained SigLIP on the built-in world: a tower fitted to labels of its patches.
+"""The stand-in for a pretrained SigLIP on the built-in world: a small one, fitted to labels of its patches.
 
 SigLIP has seen billions of pairs of pictures and texts before JanusFlow reads with it (paper section 3.2). A small
-tower on two cores sees some ten thousand pictures, in which the sigmoid loss teaches it colors and no shapes. So each
-patch learns what stands on it, and in which row and column it lies: without that, the tower forgets where things are.
+one on two cores sees some ten thousand pictures, in which the sigmoid loss teaches it colors and no shapes. So each
+patch learns what stands on it, and in which row and column it lies: without that, it forgets where things are.
 
-Billions of pictures show every shape in every color. The world of training never shows some pairs, and a tower that
+Billions of pictures show every shape in every color. The world of training never shows some pairs, and a SigLIP that
 learns shapes from it learns that as well. So some objects get a color that has no name in the world. Colors are told of
 the others alone, and in the second half of the pictures shapes of these alone.
 """
@@ -41,26 +41,26 @@ _APART = np.array([50] * _COLORS + [85])  # least distance of a recolored object
 
 
 def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed: int) -> Any:
-  """Fits a tower to scenes of the built-in world.
+  """Fits a SigLIP to scenes of the built-in world.
 
   The loss is the cross-entropy of shape and color over patches whose center lies in an object's box (`recolored` says
   of which objects which), the binary one of whether a patch is such, and those of every patch's row and column.
 
   Args:
-    config: of the tower.
-    world: scenes, drawn at the tower's `image_size`; taken in order, again from the first where there are too few.
+    config: of the SigLIP.
+    world: scenes, drawn at `config.image_size`; taken in order, again from the first where there are too few.
     pictures: how many to learn from; rounded up to whole batches of 16.
     seed: of the fresh parameters, and of which objects get another color.
 
   Returns:
     The parameters of `Siglip`, f32 numpy arrays. Its pooling head is as fresh.
   """
-  tower = Siglip(config, jnp.float32, False)
+  siglip = Siglip(config, jnp.float32, False)
   size, side = config.image_size, config.image_size // config.patch_size
   steps = -(-pictures // _BATCH)
   key, other = jax.random.split(jax.random.key(seed))
   params = {
-    "tower": unbox(tower.init(key, jnp.zeros((1, size, size, 3)))["params"]),
+    "siglip": unbox(siglip.init(key, jnp.zeros((1, size, size, 3)))["params"]),
     "labels": jax.random.normal(other, (config.width, _SHAPES + _COLORS + 1 + 2 * side)) / np.sqrt(config.width),
   }
   rate = optax.schedules.join_schedules(
@@ -71,7 +71,7 @@ def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed
 
   @jax.jit
   def step(params, state, images, labels):
-    features = lambda params: tower.apply({"params": params["tower"]}, normalise(images))
+    features = lambda params: siglip.apply({"params": params["siglip"]}, normalise(images))
     loss = lambda params: label_loss(features(params) @ params["labels"], labels)
     gradients, right = jax.grad(loss, has_aux=True)(params)
     updates, state = optimizer.update(gradients, state)
@@ -92,7 +92,7 @@ def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed
   bar.close()
   last = float(np.mean(jax.device_get(right[-max(1, steps // 10) :])))
   hosts.say(f"SigLIP names the shape on {last:.0%} of the patches of objects in colors without a name")
-  return jax.device_get(params["tower"])
+  return jax.device_get(params["siglip"])
 
 
 def recolored(scene: Scene, side: int, rng: np.random.Generator, all_shapes: bool) -> tuple[Scene, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The tower of the built-in world: what its patches are told, and that it learns it."""
+"""The SigLIP of the world: the labels of its patches, and that it learns it."""
 
 import math
 
@@ -14,6 +14,7 @@ from jflow.models.config import SiglipConfig
 from jflow.models.siglip import Siglip
 from jflow.training import setup
 from jflow.world import scenes
+from jflow.world import start as world_start
 from jflow.world.scenes import Object, Scene
 from jflow.world.siglip_fit import fit_siglip, label_loss, recolored
 from jflow.world.source import WorldSource
@@ -97,13 +98,13 @@ def test_shapes_of_named_colors_are_told_in_the_first_half_alone(monkeypatch):
   assert told == [True] * 32 + [False] * 32
 
 
-def test_fitting_teaches_a_tower_to_tell_colors():
+def test_fitting_teaches_it_to_tell_colors():
   source = WorldSource("generation", 320, 0)
   world = [source[i].images[0] for i in range(len(source))]
-  tower = fit_siglip(CONFIG, world, 1600, 0)
+  siglip = fit_siglip(CONFIG, world, 1600, 0)
   fresh = Siglip(CONFIG, jnp.float32, False).init(jax.random.key(0), jnp.zeros((1, 24, 24, 3)))["params"]
-  assert jax.tree.map(np.shape, tower) == jax.tree.map(np.shape, sharding.unbox(fresh))
-  assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(tower))
+  assert jax.tree.map(np.shape, siglip) == jax.tree.map(np.shape, sharding.unbox(fresh))
+  assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(siglip))
   val = WorldSource("generation", 80, 0, split="val")
   val = [val[i].images[0] for i in range(len(val))]
   labels = np.stack([scenes.patch_labels(scene, 4) for scene in val])
@@ -111,9 +112,9 @@ def test_fitting_teaches_a_tower_to_tell_colors():
 
   features = jax.jit(Siglip(CONFIG, jnp.float32, False).apply)
 
-  def score(tower):
+  def score(siglip):
     """The share of unseen objects' patches whose color a linear fit on half of them finds."""
-    x = np.asarray(features({"params": tower}, pixels))[labels[..., 0] >= 0]
+    x = np.asarray(features({"params": siglip}, pixels))[labels[..., 0] >= 0]
     y = np.eye(10)[labels[labels[..., 0] >= 0][:, 1]]
     x = np.concatenate([x, np.ones((len(x), 1))], 1)
     half = len(x) // 2
@@ -121,12 +122,12 @@ def test_fitting_teaches_a_tower_to_tell_colors():
     return np.mean((x[half:] @ weights).argmax(1) == y[half:].argmax(1))
 
   again = fit_siglip(CONFIG, world, 16, 0)
-  assert score(tower) > score(again) + 0.1
+  assert score(siglip) > score(again) + 0.1
 
 
-def test_a_fresh_run_starts_from_the_fitted_tower_and_nothing_else_changes(capsys, monkeypatch):
+def test_a_fresh_run_starts_from_the_fitted_siglip_and_nothing_else_changes(capsys, monkeypatch):
   noise = np.random.default_rng(0).integers(0, 255, (20, 16, 16, 3), np.uint8)
-  monkeypatch.setattr(setup, "some_images", lambda *_: noise)
+  monkeypatch.setattr(world_start, "first_images", lambda *_: noise)
   model, mesh = tiny.model(), sharding.make_mesh(1, 1, 1)
 
   def start(fit_labels):

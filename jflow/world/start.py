@@ -1,0 +1,75 @@
+"""The start of stage 0: parts of a fresh model that are fitted to pictures, where the paper takes them pretrained."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jflow import sharding
+from jflow.batch import NONE
+from jflow.data.pipeline import Pipeline
+from jflow.errors import UserError
+from jflow.models.config import JanusFlowConfig
+from jflow.training import hosts
+from jflow.world.codec import PatchPCAConfig, fit_patch_pca
+from jflow.world.siglip_fit import fit_siglip
+from jflow.world.source import WorldSource
+
+
+def check(config: Mapping[str, Any], model: JanusFlowConfig) -> None:
+  """Checks `train.fit_labels`. Raises UserError where there is no fresh SigLIP to fit."""
+  labels = config["train"]["fit_labels"]
+  if labels and model.reader != "siglip":
+    raise UserError(f"config.train.fit_labels={labels} must be 0 with another model.reader than 'siglip'")
+  if labels and config["train"]["init_from"]:
+    raise UserError(f"config.train.fit_labels={labels} must be 0 with train.init_from: that SigLIP is not fresh")
+
+
+def fit(
+  config: Mapping[str, Any], model: JanusFlowConfig, open_pipeline: Callable[[], Pipeline]
+) -> dict[str, dict[str, Any]]:
+  """Fits the closed-form codec to pictures of the run's data, and SigLIP to labels of the world's patches.
+
+  Args:
+    config: of the run.
+    model: its model. The codec is fitted where it has one.
+    open_pipeline: opens the data of all processes: each fits the codec to the same pictures.
+
+  Returns:
+    {part: parameters}, of the fitted parts.
+  """
+  fitted: dict[str, dict[str, Any]] = {}
+  train = config["train"]
+  if isinstance(model.autoencoder, PatchPCAConfig):
+    fitted["vae"] = fit_patch_pca(first_images(open_pipeline(), train["fit_images"]), model.autoencoder)
+  if train["fit_labels"]:
+    source = WorldSource("generation", **config["data"]["shapes"])
+    scenes = [source[i].images[0] for i in range(min(len(source), train["fit_labels"]))]
+    # On one device of each process, so that every mesh has the same; process 0 has the word.
+    with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])):
+      siglip = fit_siglip(model.understanding_encoder, scenes, train["fit_labels"], train["seed"])
+    fitted["understanding_encoder"] = hosts.tree_of_first(siglip)
+  return fitted
+
+
+def first_images(pipeline: Pipeline, count: int) -> np.ndarray:
+  """The first `count` pictures of a run's data, read or written: uint8[count, H, W, 3].
+
+  Raises:
+    UserError: the data gave fewer.
+  """
+  images: list[np.ndarray] = []
+  step = last = 0
+  while len(images) < count:
+    batch = pipeline.batch(step)
+    found = batch.images[batch.image_kind != NONE]
+    last = step if len(found) else last
+    if step - last > 100:
+      raise UserError(
+        f"the data gave {len(images)} of train.fit_images={count} pictures: the codec of "
+        "model.autoencoder.kind='patch_pca' is fitted to some"
+      )
+    images.extend(found)
+    step += 1
+  return np.stack(images[:count])
