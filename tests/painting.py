@@ -4,26 +4,16 @@ import shlex
 
 from PIL import Image
 
-from jflow.cli.evaluate import parser, with_flags
-from jflow.evaluation import painted, tasks
-from jflow.evaluation.recipes import RECIPES
+from jflow.evaluation import benchmarks, tasks
+from jflow.evaluation.settings import Settings
 
 
-def flags(name: str, tmp_path, *more: str):
-  return parser().parse_args(
-    [
-      f"--benchmark={name}",
-      "--checkpoint=x",
-      f"--data={tmp_path / 'data'}",
-      f"--output={tmp_path / 'out'}",
-      *more,
-    ]
-  )
+def settings(name: str, tmp_path, **more) -> Settings:
+  return Settings(name, "x", tmp_path / "out", data=tmp_path / "data", **more)
 
 
-def benchmark(name: str, tmp_path, *more: str, **changes):
-  args = flags(name, tmp_path, *more)
-  return painted.BENCHMARKS[name](with_flags(RECIPES[name], args)._replace(**changes), args)
+def benchmark(name: str, tmp_path, **more):
+  return benchmarks.get(name)(settings(name, tmp_path, **more))
 
 
 def commands(note: str) -> tuple[list[str], list[str]]:

@@ -1,19 +1,15 @@
 """The command `evaluate`: predictions sample by sample, then scores, then a report."""
 
 import argparse
-import math
-import os
+import dataclasses
 import pathlib
-import sys
 import textwrap
-from collections.abc import Sequence
-from typing import Any
 
 from jflow.cli.arguments import SEED, Parser, listed, number, whole
-from jflow.errors import UserError
-from jflow.evaluation.recipes import RECIPES, Recipe
+from jflow.evaluation.settings import Settings
 
-_EPILOG = """benchmarks:
+_EPILOG = """
+benchmarks:
 {benchmarks}
 
 examples:
@@ -30,21 +26,36 @@ same --output, each on a device of its own; the last one to end writes the repor
 """
 
 
+class _Parser(Parser):
+  """A parser whose help lists the benchmarks: they are imported for nothing else."""
+
+  def format_help(self) -> str:
+    self.epilog = _EPILOG.format(benchmarks=_listed())
+    return super().format_help()
+
+
+def _listed() -> str:
+  """Every benchmark, with what it measures and where its data comes from."""
+  from jflow.evaluation import benchmarks
+
+  width = max(map(len, benchmarks.names()))
+  indent = " " * (width + 6)
+  lines = []
+  for kind in map(benchmarks.get, benchmarks.names()):
+    paper = f" [the paper's {kind.section}]" if kind.section else ""
+    lines.append(f"  {kind.name:{width}}  {kind.what}{paper}")
+    lines.append(textwrap.indent(textwrap.fill(kind.where, 110 - len(indent)), indent))
+  return "\n".join(lines)
+
+
 def parser() -> argparse.ArgumentParser:
   """The flags of `evaluate`."""
-  width = max(map(len, RECIPES))
-  indent = " " * (width + 6)
-  names = "\n".join(
-    f"  {name:{width}}  {recipe.what}\n{textwrap.indent(textwrap.fill(recipe.data, 110 - len(indent)), indent)}"
-    for name, recipe in RECIPES.items()
-  )
-  p = Parser(
+  p = _Parser(
     prog="python -m jflow evaluate",
     description="Scores a checkpoint: records.jsonl, report.json and report.html in --output.",
-    epilog=_EPILOG.format(benchmarks=names),
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  p.add_argument("--benchmark", required=True, choices=RECIPES, metavar="NAME", help="one of those below")
+  p.add_argument("--benchmark", required=True, metavar="NAME", help="one of those below, or a Python file with one")
   p.add_argument(
     "--checkpoint",
     required=True,
@@ -62,18 +73,23 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument(
     "--batch_size",
     type=whole(1, 100_000),
-    default=16,
+    default=Settings.batch_size,
     help="samples at once (default %(default)s)",
   )
   p.add_argument(
-    "--seed", type=whole(most=SEED), default=0, help="added to the seeds of the pictures (default %(default)s)"
+    "--seed",
+    type=whole(most=SEED),
+    default=Settings.seed,
+    help="added to the seeds of the pictures (default %(default)s)",
   )
-  p.add_argument("--steps", type=whole(1, 10_000), help="solver steps (default: the recipe's 30)")
-  p.add_argument("--guidance", type=number(most=1e6), help="w of eq. 5 (default: the recipe's 2)")
-  p.add_argument("--pictures", type=whole(1, 1000), metavar="N", help="pictures per prompt (default: the recipe's)")
+  p.add_argument("--steps", type=whole(1, 10_000), help="solver steps (default: the benchmark's, 30)")
+  p.add_argument("--guidance", type=number(most=1e6), help="w of eq. 5 (default: the benchmark's, mostly 2)")
+  p.add_argument("--pictures", type=whole(1, 1000), metavar="N", help="pictures per prompt (default: the benchmark's)")
   p.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: float32 on a CPU)")
-  p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a jflow training run")
-  p.add_argument("--part", type=_part, default=(0, 1), metavar="K/N", help="make every N-th sample, from the K-th")
+  p.add_argument("--weights", choices=("ema", "raw"), default=Settings.weights, help="of a jflow training run")
+  p.add_argument(
+    "--part", type=_part, default=Settings.part, metavar="K/N", help="make every N-th sample, from the K-th"
+  )
   p.add_argument("--results", type=pathlib.Path, metavar="FILE", help="what an outside scorer wrote: into the report")
   p.add_argument(
     "--features",
@@ -83,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
   )
   p.add_argument(
     "--cache",
-    default="~/.cache/jflow",
+    default=Settings.cache,
     metavar="DIR",
     help="keeps compiled programs, and features of true pictures (default %(default)s; empty: nothing)",
   )
@@ -96,234 +112,24 @@ def parser() -> argparse.ArgumentParser:
   return p
 
 
+def settings_of(args: argparse.Namespace) -> Settings:
+  """The settings that the flags name, those of a sweep aside."""
+  return Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
+
+
 def main(argv: list[str]) -> int:
   """Predicts, scores, writes the report."""
   args = parser().parse_args(argv)
+  settings = settings_of(args)
   if args.sweep_guidance or args.sweep_steps:
-    from jflow.evaluation import sweep
+    from jflow.evaluation.sweep import sweep
 
-    return sweep.main(args)
-  return evaluate(args, {})
+    sweep(settings, args.sweep_guidance or (), args.sweep_steps or ())
+  else:
+    from jflow.evaluation.runner import evaluate
 
-
-def evaluate(args: argparse.Namespace, opened: dict[str, Any]) -> int:
-  """Runs one evaluation.
-
-  Args:
-    args: flags of the command.
-    opened: keeps what the next evaluation of a sweep reads too: where the checkpoint lies, its fingerprint, and the
-      model by its dtype.
-  """
-  check_flags(RECIPES[args.benchmark], args)
-  recipe = with_flags(RECIPES[args.benchmark], args)
-  benchmark = make(recipe, args)
-  tasks = benchmark.tasks()
-  from jflow import checks
-  from jflow.evaluation import report
-  from jflow.evaluation.samples import Samples
-  from jflow.evaluation.tasks import Painting
-  from jflow.interop import checkpoints
-
-  seeds = [task.seed for task in tasks if isinstance(task, Painting)]
-  checks.seed(args.seed, max(seeds, default=args.seed) - args.seed)
-  if "fingerprint" not in opened:
-    opened["checkpoint"] = checkpoints.locate(args.checkpoint)
-    opened["fingerprint"] = report.fingerprint(opened["checkpoint"], args.weights, args.vae)
-  settings = settings_of(recipe, args, opened["fingerprint"], benchmark.data_files())
-  samples = Samples(args.output, settings, args.part)
-  predict(args, recipe, settings["dtype"], tasks, samples, opened)
-  records = samples.read()
-  missing = sum(task.key not in records for task in tasks)
-  if missing:
-    print(f"this part is done; {missing} of {len(tasks)} samples are left to the other parts", file=sys.stderr)
-    return 0
-  result = benchmark.score(records)
-  before = report.scored_before(args.output, settings)
-  read = str(opened["checkpoint"])
-  body = before if before and not result.scores else _write(args, read, recipe, settings, result, before)
-  print(report.table(body))
-  for note in body["notes"]:
-    print(note)
-  print(f"report: {args.output / 'report.html'} (and report.json)", file=sys.stderr)
+    evaluate(settings)
   return 0
-
-
-def _write(
-  args: argparse.Namespace,
-  read: str,
-  recipe: Recipe,
-  settings: dict[str, Any],
-  result: Any,
-  before: dict[str, Any] | None,
-) -> dict[str, Any]:
-  """Writes the report, with notes on what differs from the recipe and on what an outside scorer has found.
-
-  `read`: the directory that the checkpoint was read from. `before`: an earlier report on the same predictions; a FID
-  on pictures that were resized the other way stays.
-  """
-  from jflow.evaluation import report
-  from jflow.evaluation.scores import Score
-
-  usual, notes, scores = RECIPES[recipe.name], list(result.notes), dict(result.scores)
-  for name, score in (before or {}).get("scores", {}).items():
-    if name.startswith("FID") and name not in scores:
-      scores[name] = Score(**{field: score.get(field) for field in Score._fields})
-  changed = [
-    f"--{name}={getattr(args, name)}"
-    for name in ("guidance", "steps", "pictures", "limit")
-    if getattr(args, name) is not None and getattr(args, name) != getattr(usual, name, None)
-  ]
-  if changed:
-    paper = " The paper's scores stand for the recipe." if usual.paper else ""
-    notes.append(f"Not the recipe: {', '.join(changed)}.{paper}")
-  more = {"checkpoint": args.checkpoint, "read_from": read, "vae": args.vae}
-  for name in ("results", "features"):
-    path = getattr(args, name)
-    if path is not None:
-      more[name] = f"{path} (sha256 {report.hash_of([path])[:16]})"
-  result = result._replace(notes=notes, scores=scores)
-  return report.write(args.output, recipe.name, recipe.what, result, recipe.paper, {**settings, **more})
-
-
-def check_flags(recipe: Recipe, args: argparse.Namespace) -> None:
-  """Raises a UserError for a flag that the benchmark does not know, and for a value that no sampler takes."""
-  known = {  # flag -> benchmarks that it belongs to
-    "data": set(RECIPES) - {"shapes"},
-    "only": {"shapes"},
-    "split": {"vqav2"},
-    "results": {"geneval", "dpg"},
-    "features": {"mjhq", "mjhq10k"},
-    **dict.fromkeys(("steps", "guidance"), {name for name, one in RECIPES.items() if not one.prompt}),
-    "pictures": {"shapes", "geneval", "dpg"},
-  }
-  for flag, names in known.items():
-    value = getattr(args, flag)
-    if value not in (None, "") and recipe.name not in names:
-      some = ", ".join(sorted(names)) if len(names) < 6 else "other benchmarks"
-      raise UserError(f"--{flag}={value} does not belong to --benchmark={recipe.name}, but to {some}")
-  if args.guidance is not None and not (args.guidance == 0 or 1 <= args.guidance < math.inf):
-    raise UserError(f"--guidance={args.guidance} must be at least 1 (1: none), or 0 (ignore the prompt)")
-  for name in ("results", "features"):
-    path = getattr(args, name)
-    if path is not None and not path.is_file():
-      raise UserError(
-        f"--{name}={path} does not exist" + (": launch/experiments/features.py writes it" * (name == "features"))
-      )
-
-
-def with_flags(recipe: Recipe, args: argparse.Namespace) -> Recipe:
-  """The recipe with what the flags change."""
-  changed = {name: getattr(args, name) for name in ("steps", "guidance", "pictures") if getattr(args, name) is not None}
-  return recipe._replace(**changed)
-
-
-def make(recipe: Recipe, args: argparse.Namespace) -> Any:
-  """The benchmark: an object with `tasks()` and `score(records)`; data is checked before the model is read."""
-  if recipe.name == "shapes":
-    from jflow.world.benchmark import WorldBenchmark
-
-    return WorldBenchmark(recipe, args)
-  if args.data is None:
-    raise UserError(f"--benchmark={recipe.name} needs --data=DIR: {recipe.data}")
-  if not args.data.exists():
-    raise UserError(f"--data={args.data} does not exist: {recipe.data}")
-  if recipe.name == "vqav2":
-    from jflow.evaluation.vqav2 import Vqav2Benchmark
-
-    return Vqav2Benchmark(recipe, args.data, args.split or recipe.split, args.limit)
-  if recipe.file:
-    from jflow.evaluation.tables import TableBenchmark
-
-    return TableBenchmark(recipe, args.data, args.limit)
-  from jflow.evaluation import painted
-
-  return painted.BENCHMARKS[recipe.name](recipe, args)
-
-
-def settings_of(
-  recipe: Recipe, args: argparse.Namespace, fingerprint: str, data: Sequence[pathlib.Path] = ()
-) -> dict[str, Any]:
-  """All that the predictions depend on; `fingerprint` of the checkpoint and its VAE, `data` the benchmark's files."""
-  from jflow.evaluation import report
-
-  settings = {
-    "benchmark": recipe.name,
-    "fingerprint": fingerprint,
-    "weights": args.weights,
-    "limit": args.limit,
-    "data": report.hash_of(data) if data else None,
-  }
-  settings |= {"seed": args.seed, "dtype": _dtype(args), "split": args.split or recipe.split}
-  settings |= {"only": args.only}
-  if recipe.prompt:
-    from jflow.evaluation.tables import PROMPTS
-
-    row = {"question": "QUESTION", "hint": "HINT", "A": "OPTION A", "B": "OPTION B"}
-    settings |= {"prompt": PROMPTS[recipe.prompt](row), "system": recipe.system, "decoding": "greedy"}
-    settings["max_tokens"] = recipe.max_tokens
-  if not recipe.prompt:
-    settings |= {
-      "steps": recipe.steps,
-      "guidance": recipe.guidance,
-      "pictures": recipe.pictures,
-      "solver": "euler",
-    }
-  if recipe.name == "shapes":
-    settings["noise"] = "of its own for every picture"
-  return settings
-
-
-def _dtype(args: argparse.Namespace) -> str:
-  """The compute dtype: --dtype, or that of the predictions so far, or the usual one of this machine."""
-  if args.dtype:
-    return args.dtype
-  from jflow.evaluation.samples import settings_in
-
-  before = (settings_in(args.output) or {}).get("dtype")
-  if before:
-    return before
-  from jflow.inference.loading import usual_dtype
-
-  return usual_dtype()
-
-
-def predict(
-  args: argparse.Namespace, recipe: Recipe, dtype: str, tasks: list, samples: Any, opened: dict[str, Any]
-) -> None:
-  """Makes the predictions of this part that have no record yet; loads the model only if there are any."""
-  from jflow.evaluation.tasks import Painting, Question, RoundTrip
-
-  records, mine = samples.read(), set(samples.mine([task.key for task in tasks]))
-  open_tasks = [task for task in tasks if task.key in mine and not _is_done(task, records, args.output)]
-  if not open_tasks:
-    return
-  import jax
-
-  import jflow
-  from jflow.evaluation.tasks import answer, paint, round_trips
-  from jflow.progress import Progress
-
-  if dtype not in opened:
-    if args.cache:
-      jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.cache))
-    opened[dtype] = jflow.load(opened["checkpoint"], vae=args.vae, dtype=dtype, weights=args.weights)
-  model = opened[dtype]
-  with Progress(len(mine), len(mine) - len(open_tasks), args.benchmark, "samples") as bar:
-    paintings = [task for task in open_tasks if isinstance(task, Painting)]
-    questions = [task for task in open_tasks if isinstance(task, Question)]
-    painting = {"steps": recipe.steps, "guidance": recipe.guidance}
-    paint(model, paintings, samples, args.output, args.batch_size, painting, bar.count)
-    trips = [task for task in open_tasks if isinstance(task, RoundTrip)]
-    round_trips(model, trips, samples, args.output, args.batch_size, bar.count)
-    answer(model, questions, samples, args.batch_size, bar.count)
-
-
-def _is_done(task: Any, records: dict[str, Any], output: pathlib.Path) -> bool:
-  """Whether a task has its record, and the file that this names is there."""
-  record = records.get(task.key, {})
-  if hasattr(task, "file"):
-    return record.get("file") == task.file and (output / task.file).is_file()
-  return isinstance(record.get("answer"), str)
 
 
 def _part(text: str) -> tuple[int, int]:

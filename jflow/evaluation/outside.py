@@ -1,6 +1,5 @@
 """What painting benchmarks have to do with scorers outside: read their files strictly, print their commands whole."""
 
-import argparse
 import json
 import math
 import pathlib
@@ -9,39 +8,29 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from jflow.errors import UserError
-from jflow.evaluation.recipes import Recipe
+from jflow.evaluation.settings import Settings
+
+GUIDANCE = (
+  "The guidance with which the paper painted for this benchmark is not published (for its FID: w = 2): report several, "
+  "--sweep_guidance=2,3,5,7.5 makes them."
+)
 
 
-def next_command(where: str, words: Sequence[Any], args: argparse.Namespace, **more: pathlib.Path) -> str:
+def next_command(where: str, words: Sequence[Any], settings: Settings, **more: pathlib.Path) -> str:
   """What to run now, and then: two command lines to paste.
 
   Args:
     where: the first one runs.
     words: of the first one.
-    args: flags of this evaluation; the second one has them all, with whole paths, so that it runs in any folder.
-    more: flags of the second one that read what the first one writes.
+    settings: of this evaluation; the second command has them all.
+    more: settings of the second one that read what the first one writes.
   """
-  from jflow.cli.evaluate import parser
-
-  usual, again = parser(), ["python", "-m", "jflow", "evaluate"]
-  for name, value in (vars(args) | more).items():
-    if value == usual.get_default(name) or name == "part" or name.startswith("sweep_"):
-      continue
-    on_disk = value and name in ("checkpoint", "vae", "cache") and pathlib.Path(value).exists()
-    if isinstance(value, pathlib.Path) or on_disk:
-      value = pathlib.Path(value).resolve()
-    again.append(f"--{name}={value}")
-  return f"Next, {where}:\n  {shlex.join(map(str, words))}\nthen:\n  {shlex.join(again)}"
+  return f"Next, {where}:\n  {shlex.join(map(str, words))}\nthen:\n  {shlex.join(settings.command(**more))}"
 
 
-def script(name: str) -> pathlib.Path:
-  """The whole path of a file of jflow's checkout."""
-  return pathlib.Path(__file__).resolve().parents[2] / name
-
-
-def another_number(found: int, published: int, args: argparse.Namespace) -> list[str]:
+def another_number(found: int, published: int, settings: Settings) -> list[str]:
   """A note where the data holds another number of prompts than the published benchmark, and no --limit says why."""
-  if found == published or args.limit is not None:
+  if found == published or settings.limit is not None:
     return []
   return [f"The data holds {found:,} prompts, the published benchmark {published:,}: not comparable with the paper."]
 
@@ -76,12 +65,12 @@ def number_of(text: str, most: float, where: str) -> float:
   return value
 
 
-def find(data: pathlib.Path, names: Sequence[str], recipe: Recipe) -> pathlib.Path:
+def find(data: pathlib.Path, names: Sequence[str], where: str) -> pathlib.Path:
   """`data` if it is a file, else the first of `names` in it; a UserError says what to download."""
   for path in (data, *(data / name for name in names)):
     if path.is_file():
       return path
-  raise UserError(f"{data / names[0]} does not exist: {recipe.data}")
+  raise UserError(f"{data / names[0]} does not exist: {where}")
 
 
 def rows_of(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:

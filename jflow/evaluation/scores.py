@@ -7,24 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jflow.errors import UserError
-
 CONFIDENCE_Z = 1.959963984540054  # of 95 %, two-sided
 DRAWS = 1000  # of a bootstrap
-ROTATION = 1_000_000  # between the indices of a question of MMBench and the same with its options turned
-MME_PERCEPTION = (
-  "OCR",
-  "artwork",
-  "celebrity",
-  "color",
-  "count",
-  "existence",
-  "landmark",
-  "position",
-  "posters",
-  "scene",
-)
-MME_REASONING = ("code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation")
 
 
 class Score(NamedTuple):
@@ -169,76 +153,6 @@ def grouped(rows: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
   for number, row in enumerate(rows):
     groups[row.get("picture", number)].append(row)
   return list(groups.values())
-
-
-def pope(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
-  """POPE as VLMEvalKit scores it: F1 of the yes in percent, over all rows, once per category that they stand in.
-
-  Args:
-    rows: {"answer": "Yes" | "No", "said": "Yes" | "No" | "Unknown", "category": "random,popular", "picture"}; an
-      Unknown is a wrong answer that says no yes.
-  """
-  apart = [row | {"category": name} for row in rows for name in str(row["category"]).split(",")]
-  out = {}
-  for name in ["", *sorted({row["category"] for row in apart})]:
-    part = [row for row in apart if name in ("", row["category"])]
-    prefix, groups = f"{name} " if name else "", grouped(part)
-    yes = [[(row["answer"] == "Yes", row["said"] == "Yes") for row in group] for group in groups]
-    out[f"{prefix}F1"] = f1_of_yes(yes, 100)
-    out[f"{prefix}accuracy"] = clustered([[r["answer"] == r["said"] for r in group] for group in groups], scale=100)
-    if not name:
-      scored = f1(*np.array([pair for group in yes for pair in group]).T)
-      out |= {key: Score(100 * scored[key], count=len(part)) for key in ("precision", "recall")}
-  return out
-
-
-def mme(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
-  """MME: per category accuracy and accuracy+ (both questions of a picture right), in percent, added up.
-
-  Args:
-    rows: {"category", "picture", "right": bool}, two per picture and category.
-
-  Raises:
-    UserError: a picture has not two questions, or neither perception nor reasoning is complete.
-  """
-  pictures: dict[str, dict[str, list[bool]]] = collections.defaultdict(lambda: collections.defaultdict(list))
-  for row in rows:
-    pictures[row["category"]][row["picture"]].append(bool(row["right"]))
-  out = {}
-  for category, groups in sorted(pictures.items()):
-    odd = [name for name, answers in groups.items() if len(answers) != 2]
-    if odd:
-      raise UserError(
-        f"MME: {len(odd)} pictures of {category} have not two questions, for example {odd[0]!r} "
-        f"({len(groups[odd[0]])}): score the whole file, without --limit"
-      )
-    # A picture is worth a quarter for each right answer and a half more for both.
-    shares = [[sum(pair) / 4 + all(pair) / 2] for pair in groups.values()]
-    out[category] = clustered(shares, scale=200)._replace(count=2 * len(groups))
-  sums = {}
-  for name, parts in (("perception", MME_PERCEPTION), ("reasoning", MME_REASONING)):
-    if all(part in out for part in parts):
-      sums[name] = _times(average([out[part] for part in parts]), len(parts))
-  if not sums:
-    raise UserError(f"MME: neither the ten perception categories nor the four of reasoning are there: {sorted(out)}")
-  return sums | out
-
-
-def _times(score: Score, factor: float) -> Score:
-  return score._replace(value=factor * score.value, low=factor * score.low, high=factor * score.high)
-
-
-def circular(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
-  """MMBench's circular score in percent: a question counts if it is right in every order of its options.
-
-  Args:
-    rows: {"index": int, "right": bool, "category", "picture"}; rows whose index is equal modulo ROTATION are one
-      question, and its category and picture are those of the row with the least index.
-  """
-  questions: dict[int, list[Mapping[str, Any]]] = collections.defaultdict(list)
-  for row in sorted(rows, key=lambda row: int(row["index"])):
-    questions[int(row["index"]) % ROTATION].append(row)
-  return by_category([q[0] | {"right": all(row["right"] for row in q)} for q in questions.values()])
 
 
 def by_category(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:

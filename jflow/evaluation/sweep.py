@@ -3,7 +3,7 @@
 A later sweep into the same folder adds to the plot what it finds, as long as nothing but the two differs.
 """
 
-import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -13,52 +13,54 @@ from typing import Any
 
 from jflow import outputs
 from jflow.errors import UserError
-from jflow.evaluation import report
-from jflow.evaluation.recipes import RECIPES
+from jflow.evaluation import benchmarks, report, runner
+from jflow.evaluation.benchmark import PaintingBenchmark
+from jflow.evaluation.settings import Settings
 
 _MOST_PANELS = 6
 
 
-def main(args: argparse.Namespace) -> int:
-  """Runs every pair in a folder of its own, so that a stopped sweep goes on; plots all that have scores."""
-  from jflow.cli.evaluate import check_flags, evaluate, with_flags
+def sweep(settings: Settings, guidances: Sequence[float] = (), steps: Sequence[int] = ()) -> None:
+  """Runs every pair in a folder of its own, so that a stopped sweep goes on; plots all that have scores.
 
-  recipe = RECIPES[args.benchmark]
-  if recipe.prompt:
-    raise UserError(f"--benchmark={recipe.name} paints nothing: it has no guidance and no steps to sweep")
-  if args.results or args.features:
+  Args:
+    settings: of each evaluation, but for guidance and steps.
+    guidances, steps: to vary; where one is empty, the value of `settings` or of the benchmark stands.
+
+  Raises:
+    UserError: see `runner.evaluate`; or a benchmark or flags that cannot be swept.
+  """
+  kind, output = benchmarks.get(settings.benchmark), settings.output
+  if not issubclass(kind, PaintingBenchmark):
+    raise UserError(f"--benchmark={kind.name} paints nothing: it has no guidance and no steps to sweep")
+  if settings.results or settings.features:
     raise UserError(
       "--results and --features belong to one setting: give them with its own --output, --guidance and --steps; the "
       "same sweep then plots them"
     )
-  if args.only == "questions":
-    raise UserError("--only=questions: answers depend on neither guidance nor steps, so there is nothing to sweep")
-  for name in ("guidance", "steps"):
-    if getattr(args, f"sweep_{name}") and getattr(args, name) is not None:
+  for name, swept in (("guidance", guidances), ("steps", steps)):
+    if swept and getattr(settings, name) is not None:
       raise UserError(f"--{name} and --sweep_{name} exclude each other: give one of them")
-  if args.sweep_steps and min(args.sweep_steps) < 1:
-    raise UserError(f"--sweep_steps: {min(args.sweep_steps)} must be at least 1")
-  usual = with_flags(recipe, args)
-  pairs = list(itertools.product(args.sweep_guidance or [usual.guidance], args.sweep_steps or [usual.steps]))
-  settings = [
-    argparse.Namespace(**{**vars(args), "guidance": w, "steps": n, "output": args.output / f"guidance{w:g}_steps{n}"})
-    for w, n in pairs
+  if steps and min(steps) < 1:
+    raise UserError(f"--sweep_steps: {min(steps)} must be at least 1")
+  usual = lambda name: getattr(kind, name) if getattr(settings, name) is None else getattr(settings, name)
+  pairs = list(itertools.product(guidances or [usual("guidance")], steps or [usual("steps")]))
+  settings = kind.swept(settings)
+  points = [
+    dataclasses.replace(settings, guidance=w, steps=n, output=output / f"guidance{w:g}_steps{n}") for w, n in pairs
   ]
-  for one in settings:
-    check_flags(recipe, one)
-  if recipe.name == "shapes":
-    for one in settings:
-      one.only = "pictures"  # answers depend on neither
-  opened: dict[str, Any] = {}
-  for number, one in enumerate(settings, 1):
+  for one in points:
+    runner.check(kind, one)
+  checkpoint = runner.Checkpoint(settings)
+  for number, one in enumerate(points, 1):
     print(f"{number}/{len(pairs)}: guidance {one.guidance:g}, {one.steps} steps, in {one.output}", flush=True)
-    evaluate(one, opened)
-  found, shared = reports(args.output, pairs)
+    runner.evaluate(one, checkpoint)
+  found, shared = reports(output, pairs)
   names = plotted(found)
   if not names:
     print("no scores to plot yet: do what the notes above say in each folder, then give this command again")
-    return 0
-  with outputs.new_file(args.output / "sweep.png") as new:
+    return
+  with outputs.new_file(output / "sweep.png") as new:
     figure(found, names).savefig(new, dpi=120, format="png")
   rows = [
     {
@@ -69,10 +71,9 @@ def main(args: argparse.Namespace) -> int:
     }
     for (guidance, steps), scores in found.items()
   ]
-  body = {"benchmark": recipe.name, "settings": shared, "rows": rows}
-  outputs.replace(args.output / "sweep.json", json.dumps(body, indent=1) + "\n")
-  print(f"plot: {args.output / 'sweep.png'}, numbers: {args.output / 'sweep.json'}")
-  return 0
+  body = {"benchmark": kind.name, "settings": shared, "rows": rows}
+  outputs.replace(output / "sweep.json", json.dumps(body, indent=1) + "\n")
+  print(f"plot: {output / 'sweep.png'}, numbers: {output / 'sweep.json'}")
 
 
 def reports(

@@ -8,12 +8,6 @@ import numpy as np
 from PIL import Image
 
 from jflow import outputs
-from jflow.data.examples import IMAGE_MARK
-from jflow.evaluation.samples import Samples
-from jflow.generation.flow import sampler as painting
-from jflow.inference.pipeline import to_image
-
-_ROUNDS = 4  # batches of questions between two writes: the batch stays full while long answers end
 
 
 class Question(NamedTuple):
@@ -43,92 +37,7 @@ class RoundTrip(NamedTuple):
   file: str
 
 
-def answer(
-  model: Any, questions: Sequence[Question], samples: Samples, batch_size: int, done: Callable[[int], None]
-) -> None:
-  """Answers the questions greedily and records {"key", "answer"} of each, a few batches at a time.
-
-  Args:
-    model: a `Pipeline`.
-    questions: those without a record.
-    samples: where the records go.
-    batch_size: questions answered at once.
-    done: called with the number of answers that were just recorded.
-  """
-  group_size = _ROUNDS * batch_size
-  for at in range(0, len(questions), group_size):
-    group = questions[at : at + group_size]
-    requests = [_request(model, one) for one in group]
-    for question, text in zip(group, model.understand_batch(requests, batch_size), strict=True):
-      samples.add({"key": question.key, "answer": text})
-    done(len(group))
-
-
-def _request(model: Any, question: Question) -> Any:
-  images = list(question.images())
-  text = question.text.replace(IMAGE_MARK, IMAGE_MARK * len(images), 1)
-  return model.request(text, images, question.max_tokens, system=question.system)
-
-
-def paint(
-  model: Any,
-  paintings: Sequence[Painting],
-  samples: Samples,
-  directory: pathlib.Path,
-  batch_size: int,
-  settings: dict[str, Any],
-  done: Callable[[int], None],
-) -> None:
-  """Paints the pictures and records {"key", "file"} of each, once its file is whole.
-
-  Args:
-    model: a `Pipeline`.
-    paintings: those without a record.
-    samples: where the records go.
-    directory: the pictures' files are relative to it.
-    batch_size: pictures painted at once.
-    settings: keywords of `Pipeline.generate`: steps, guidance.
-    done: called with the number of pictures that were just recorded.
-  """
-  for at in range(0, len(paintings), batch_size):
-    group = paintings[at : at + batch_size]
-    full = _filled(group, batch_size)
-    noise = model.noise([one.seed for one in full])
-    images = model.generate([one.prompt for one in full], noise=noise, batch_size=batch_size, **settings)
-    _keep(group, images, samples, directory)
-    done(len(group))
-
-
-def round_trips(
-  model: Any,
-  trips: Sequence[RoundTrip],
-  samples: Samples,
-  directory: pathlib.Path,
-  batch_size: int,
-  done: Callable[[int], None],
-) -> None:
-  """Sends pictures through the VAE and records {"key", "file"} of each; arguments as in `paint`."""
-  side = model.model.config.image_size
-  for at in range(0, len(trips), batch_size):
-    group = trips[at : at + batch_size]
-    pixels = np.stack([trip.picture(side) for trip in _filled(group, batch_size)])
-    latents = painting.encode(model.model, model.params, pixels)
-    decoded = painting.decode(model.model, model.params, latents, at_once=painting.decoded_at_once(side))
-    _keep(group, [to_image(x) for x in np.asarray(decoded)], samples, directory)
-    done(len(group))
-
-
-def _filled(group: Sequence[Any], size: int) -> list[Any]:
-  """The group with its last one repeated, so that the last batch runs the program of all others."""
-  return [*group, *[group[-1]] * (size - len(group))]
-
-
-def _keep(
-  group: Sequence[Painting | RoundTrip], images: Sequence[Image.Image], samples: Samples, directory: pathlib.Path
-) -> None:
-  for task, image in zip(group, images):
-    save(image, directory / task.file)
-    samples.add({"key": task.key, "file": task.file})
+Task = Question | Painting | RoundTrip
 
 
 def save(image: Image.Image, path: pathlib.Path) -> None:

@@ -7,15 +7,14 @@ import token
 import tokenize
 from collections.abc import Mapping
 
+from jflow.evaluation.prompts import choices
+
 LEAST_PEOPLE = 4  # whose agreement gives a VQA score of 1
 _LIST = re.compile(r"\[\s*[bru]?['\"]", re.IGNORECASE)  # a list of texts begins so, whole or damaged
 
 
-def yes_or_no(row: Mapping[str, str], options: Mapping[str, str]) -> str:
+def yes_or_no(row: Mapping[str, str]) -> str:
   """POPE's and MME's truth: "Yes" or "No", however it is spelled (POPE's own files have "yes").
-
-  Args:
-    row: of the table; `options` are its choices by letter.
 
   Raises:
     ValueError: it is neither; so for all rules.
@@ -26,8 +25,9 @@ def yes_or_no(row: Mapping[str, str], options: Mapping[str, str]) -> str:
   return answer
 
 
-def letter(row: Mapping[str, str], options: Mapping[str, str]) -> str:
+def letter(row: Mapping[str, str]) -> str:
   """The letter of one of the options, in upper case; the text itself where the question is open."""
+  options = choices(row)
   if not options:
     return row["answer"]
   answer = row["answer"].strip().upper()
@@ -36,21 +36,16 @@ def letter(row: Mapping[str, str], options: Mapping[str, str]) -> str:
   return answer
 
 
-def people(row: Mapping[str, str], options: Mapping[str, str]) -> str:
+def people(row: Mapping[str, str]) -> str:
   """The answers of enough people, as Python writes a list."""
   if len(people_of(row["answer"])) < LEAST_PEOPLE:
     raise ValueError(f"must be a list of at least {LEAST_PEOPLE} answers: the score leaves one out and asks for three")
   return row["answer"]
 
 
-def one_or_more(row: Mapping[str, str], options: Mapping[str, str]) -> str:
+def one_or_more(row: Mapping[str, str]) -> str:
   """One answer, or a list of at least one as Python writes it."""
   people_of(row["answer"])
-  return row["answer"]
-
-
-def text(row: Mapping[str, str], options: Mapping[str, str]) -> str:
-  """Any text."""
   return row["answer"]
 
 
@@ -79,14 +74,3 @@ def _texts(source: str) -> int:
   """The number of string literals in a text that is one expression."""
   tokens = tokenize.generate_tokens(io.StringIO(source.strip()).readline)
   return sum(one.type == token.STRING for one in tokens)
-
-
-RULES = {
-  "pope": yes_or_no,
-  "mme": yes_or_no,
-  "choice": letter,
-  "circular": letter,
-  "vqa": people,
-  "relaxed": one_or_more,
-  "exact": text,
-}

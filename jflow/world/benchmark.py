@@ -1,7 +1,7 @@
 """The benchmark `shapes`: pictures of the built-in world judged by program, and questions about its pictures."""
 
-import argparse
 import collections
+import dataclasses
 import itertools
 import pathlib
 import random
@@ -12,11 +12,13 @@ import numpy as np
 from PIL import Image
 
 from jflow.data.examples import IMAGE_MARK
+from jflow.errors import UserError
 from jflow.evaluation import answers, distances, scores
-from jflow.evaluation.recipes import Recipe
+from jflow.evaluation.benchmark import PaintingBenchmark
 from jflow.evaluation.report import Result
 from jflow.evaluation.samples import need_all
 from jflow.evaluation.scores import Score
+from jflow.evaluation.settings import Settings
 from jflow.evaluation.tasks import Painting, Question, RoundTrip
 from jflow.inference.sheet import contact_sheet
 from jflow.world import features, judge, questions, references, scenes, source
@@ -45,14 +47,21 @@ class Painted(NamedTuple):
   metadata: dict[str, Any]
 
 
-class WorldBenchmark:
+class WorldBenchmark(PaintingBenchmark):
   """Six categories after GenEval, questions, distances; combinations that training showed apart from held-out ones."""
 
-  def __init__(self, recipe: Recipe, args: argparse.Namespace):
-    """Chooses prompts and questions; `args`: flags of the command."""
-    self._recipe, self._output, self._seed = recipe, args.output, args.seed
-    self._cache = pathlib.Path(args.cache).expanduser() if args.cache else None
-    limit, only = args.limit, args.only
+  name = "shapes"
+  what = "the built-in world: pictures judged by program after GenEval's rules, questions, distances; needs no data"
+  where = "made by jflow itself"
+  flags = frozenset({"only", "steps", "guidance", "pictures"})
+  pictures = 4
+
+  def __init__(self, settings: Settings):
+    """Chooses prompts and questions."""
+    super().__init__(settings)
+    self._output, self._seed = settings.output, settings.seed
+    self._cache = pathlib.Path(settings.cache).expanduser() if settings.cache else None
+    limit, only = settings.limit, settings.only
     self._prompts, self._questions = {}, {}
     for split, each in PROMPTS_PER_TAG.items():
       tags = sum(bool(scenes.combinations(tag, split == "held_out")) for tag in TAGS)
@@ -65,6 +74,15 @@ class WorldBenchmark:
       scene, combination = scenes.sample(TAGS[i % len(TAGS)], "val", random.Random(f"evaluation/codec/{i}"))
       self._true.append((scene, source.prompt(combination)[1]))
 
+  def identity(self) -> dict[str, Any]:
+    return super().identity() | {"noise": "of its own for every picture"}
+
+  @classmethod
+  def swept(cls, settings: Settings) -> Settings:
+    if settings.only == "questions":
+      raise UserError("--only=questions: answers depend on neither guidance nor steps, so there is nothing to sweep")
+    return dataclasses.replace(settings, only="pictures")
+
   def data_files(self) -> list[pathlib.Path]:
     """The world is code: what is asked and what is right changes with it."""
     return list(source.CODE)
@@ -75,7 +93,7 @@ class WorldBenchmark:
     seeds = itertools.count(self._seed)  # noise in common would make pictures one sample
     for split, prompts in self._prompts.items():
       for number, (text, _) in enumerate(prompts):
-        for j in range(self._recipe.pictures):
+        for j in range(self.pictures):
           file = f"pictures/{split}/{number:04d}_{j}.png"
           out.append(Painting(f"paint/{split}/{number:04d}/{j}", text, next(seeds), file))
     for number, (scene, _) in enumerate(self._true):
@@ -124,7 +142,7 @@ class WorldBenchmark:
 
   def _painted(self, split: str) -> Iterator[Painted]:
     for number, (text, metadata) in enumerate(self._prompts[split]):
-      for j in range(self._recipe.pictures):
+      for j in range(self.pictures):
         file = self._output / f"pictures/{split}/{number:04d}_{j}.png"
         yield Painted(metadata["tag"], number, file, text, judge.detect(_read(file)), metadata)
 

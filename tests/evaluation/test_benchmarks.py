@@ -1,16 +1,17 @@
 """Painting benchmarks write what their scorers read, and read what these write; VQAv2 from its own files."""
 
+import dataclasses
 import json
 
 import pytest
-from painting import benchmark, commands, paint
+from painting import benchmark, commands, paint, settings
 from PIL import Image
 
-from jflow.cli.evaluate import parser, with_flags
+from jflow.cli.evaluate import parser, settings_of
 from jflow.errors import UserError
-from jflow.evaluation import painted, scores, tasks
-from jflow.evaluation.recipes import RECIPES
-from jflow.evaluation.vqav2 import Vqav2Benchmark
+from jflow.evaluation import benchmarks, runner, scores, tasks
+from jflow.evaluation.benchmark import FLAGS
+from jflow.evaluation.benchmarks import geneval as geneval_file
 
 
 def write_lines(path, rows) -> None:
@@ -86,7 +87,7 @@ def test_geneval_layout_and_results(geneval):
   assert {metadata["prompt"] for _, metadata in found} == {row["prompt"] for row in METADATA}
   path = geneval / "results.jsonl"
   write_lines(path, geneval_results(geneval / "out" / "pictures"))
-  out = benchmark("geneval", geneval, f"--results={path}").score(records).scores
+  out = benchmark("geneval", geneval, results=path).score(records).scores
   assert out["single_object"].value == pytest.approx(3 / 8) and out["colors"].value == 1
   assert out["overall"].value == pytest.approx((3 / 8 + 1) / 2)  # the mean of categories, not of pictures
 
@@ -109,7 +110,7 @@ def test_the_printed_command_reads_the_results_with_all_flags_of_the_first(genev
     "--weights=raw",
   ]
   args = parser().parse_args(given)
-  bench = painted.BENCHMARKS["geneval"](with_flags(RECIPES["geneval"], args), args)
+  bench = benchmarks.get("geneval")(settings_of(args))
   records = {}
   for task in bench.tasks():
     tasks.save(Image.new("RGB", (8, 8)), geneval / "with space" / task.file)
@@ -196,7 +197,7 @@ def test_dpg_results_are_read(dpg):
   records = paint(bench, dpg)
   path = dpg / "results.txt"
   write_lines(path, DPG_ROWS + DPG_SUMMARY)
-  out = benchmark("dpg", dpg, f"--results={path}").score(records).scores
+  out = benchmark("dpg", dpg, results=path).score(records).scores
   assert out["overall"].value == pytest.approx(100 * (0.75 + 0.625 + 0.5) / 3) and out["overall"].count == 3
   assert out["entity"].value == 87.5 and out["global"].value == 50 and len(out) == 3
 
@@ -253,7 +254,7 @@ def test_wrong_results_are_one_line_with_file_and_number(name, change, message, 
   with open(path, "ab") as file:
     file.write(b"".join(row for row in rows if isinstance(row, bytes)))
   with pytest.raises(UserError, match=message) as error:
-    benchmark(name, tmp_path, f"--results={path}").score(records)
+    benchmark(name, tmp_path, results=path).score(records)
   assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
@@ -288,6 +289,10 @@ def test_wrong_prompts_are_one_line_with_file_and_place(name, file, text, messag
 # --- VQAv2
 
 
+def vqav2(data, **more):
+  return benchmarks.get("vqav2")(dataclasses.replace(settings("vqav2", data, **more), data=data))
+
+
 def vqa_files(tmp_path, count: int = 2):
   pictures = tmp_path / "val2014"
   pictures.mkdir()
@@ -309,7 +314,8 @@ def vqa_files(tmp_path, count: int = 2):
 
 def test_vqav2_val_is_scored_and_names_what_is_missing(tmp_path):
   vqa_files(tmp_path)
-  bench = Vqav2Benchmark(RECIPES["vqav2"], tmp_path, "val", None)
+  bench = vqav2(tmp_path)
+  assert runner.identity_of(bench, "f")["split"] == "val"
   task = bench.tasks()[1]
   assert task.key == "11" and task.images()[0].size == (5, 5) and task.text.startswith("<image>Why 1?\nAnswer")
   out = bench.score({"10": {"answer": "Cat."}, "11": {"answer": "dog"}}).scores
@@ -318,7 +324,7 @@ def test_vqav2_val_is_scored_and_names_what_is_missing(tmp_path):
     bench.score({"10": {"answer": "cat"}})
   (tmp_path / "v2_mscoco_val2014_annotations.json").write_text('{"annotations": []}')
   with pytest.raises(UserError, match="2 of 2 samples are missing"):
-    Vqav2Benchmark(RECIPES["vqav2"], tmp_path, "val", None)
+    vqav2(tmp_path)
 
 
 def test_vqav2_test_dev_gives_the_file_to_hand_in(tmp_path):
@@ -326,21 +332,24 @@ def test_vqav2_test_dev_gives_the_file_to_hand_in(tmp_path):
   (tmp_path / "v2_OpenEnded_mscoco_test-dev2015_questions.json").write_text(json.dumps({"questions": questions}))
   (tmp_path / "test2015").mkdir()
   Image.new("RGB", (5, 5)).save(tmp_path / "test2015" / "COCO_test2015_000000000042.jpg")
-  bench = Vqav2Benchmark(RECIPES["vqav2"], tmp_path, "test-dev", None)
+  bench = vqav2(tmp_path, split="test-dev")
+  assert runner.identity_of(bench, "f")["split"] == "test-dev"
   result = bench.score({str(10 + i): {"answer": f"a{i}"} for i in range(3)})
   assert result.files["submission.json"] == [{"question_id": 10 + i, "answer": f"a{i}"} for i in range(3)]
   with pytest.raises(UserError, match="'train' must be one of val, test-dev"):
-    Vqav2Benchmark(RECIPES["vqav2"], tmp_path, "train", None)
+    vqav2(tmp_path, split="train")
 
 
-def test_every_recipe_is_complete():
-  for name, recipe in RECIPES.items():
-    assert recipe.name == name and recipe.what and recipe.data
-    for sizes in recipe.paper.values():
+def test_every_benchmark_is_complete():
+  for name in benchmarks.names():
+    kind = benchmarks.get(name)
+    assert kind.name == name and kind.what and kind.where and kind.flags <= set(FLAGS)
+    assert bool(kind.section) >= bool(kind.paper)
+    for sizes in kind.paper.values():
       assert set(sizes) <= {"384", "256"}
-  geneval = RECIPES["geneval"].paper
+  geneval = benchmarks.get("geneval").paper
   for size in ("384", "256"):  # the paper's overall is the mean of its six
-    mean = scores.average([scores.Score(geneval[tag][size], 0, 1, 1) for tag in painted.GENEVAL_TAGS]).value
+    mean = scores.average([scores.Score(geneval[tag][size], 0, 1, 1) for tag in geneval_file.TAGS]).value
     assert geneval["overall"][size] == pytest.approx(mean, abs=0.008)
 
 
@@ -362,10 +371,10 @@ def test_vqav2_annotations_that_are_none_are_named(tmp_path, answers, message):
   body["annotations"][0]["answers"] = answers
   path.write_text(json.dumps(body))
   with pytest.raises(UserError, match=message.replace("=[]", r"=\[\]")):
-    Vqav2Benchmark(RECIPES["vqav2"], tmp_path, "val", None)
+    vqav2(tmp_path)
   (tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json").write_text('{"questions": [1]}')
   with pytest.raises(UserError, match="'questions' should be a list of objects"):
-    Vqav2Benchmark(RECIPES["vqav2"], tmp_path, "val", None)
+    vqav2(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -386,5 +395,5 @@ def test_vqav2_questions_that_are_none_are_named(tmp_path, field, value, message
   body["questions"][0][field] = value
   path.write_text(json.dumps(body), encoding="utf-8-sig")
   with pytest.raises(UserError, match=message) as error:
-    Vqav2Benchmark(RECIPES["vqav2"], tmp_path, "val", None)
+    vqav2(tmp_path)
   assert str(path) in str(error.value)

@@ -19,13 +19,12 @@ from tsv import pope_folder, pope_rows, write_table
 import jflow
 from jflow import outputs
 from jflow.__main__ import main
-from jflow.cli.evaluate import parser, settings_of, with_flags
 from jflow.errors import Stopped, UserError
-from jflow.evaluation import report, sweep, tables, tasks
-from jflow.evaluation.recipes import RECIPES
+from jflow.evaluation import benchmarks, prompts, report, runner, sweep, tables, tasks
 from jflow.evaluation.report import Result
 from jflow.evaluation.samples import Samples
 from jflow.evaluation.scores import Score
+from jflow.evaluation.settings import Settings
 from jflow.inference import loading
 from jflow.interop import checkpoints
 from jflow.world import benchmark, questions, references, scenes
@@ -171,7 +170,7 @@ def test_a_reading_benchmark_from_file_to_report(tiny_checkpoint, data, tmp_path
   assert sorted(record["key"] for record in records) == list("012345")
   model = jflow.load(tiny_checkpoint)
   image = tables.Table(data / "POPE.tsv").images("4")
-  alone = model.understand(tables.pope_prompt(pope_rows()[4]), image)
+  alone = model.understand(prompts.pope(pope_rows()[4]), image)
   assert next(record["answer"] for record in records if record["key"] == "4") == alone
   assert body["scores"]["F1"]["paper"] == {"384": 88.0, "256": 85.3}
   settings = body["settings"]
@@ -197,8 +196,10 @@ def test_the_dtype_of_the_first_predictions_stays(tiny_checkpoint, data, tmp_pat
   assert main(["evaluate", *flags, "--part=0/2"]) == 0
   monkeypatch.undo()
   opened = []
-  load = lambda *_, dtype, **more: opened.append(dtype) or loading.load(tiny_checkpoint, dtype=dtype)
-  monkeypatch.setattr(jflow, "load", load)
+  load = loading.load
+  monkeypatch.setattr(
+    loading, "load", lambda *_, dtype, **more: opened.append(dtype) or load(tiny_checkpoint, dtype=dtype)
+  )
   assert main(["evaluate", *flags, "--part=1/2"]) == 0
   assert opened == ["bfloat16"]
   assert json.loads((tmp_path / "out" / "report.json").read_text())["settings"]["dtype"] == "bfloat16"
@@ -210,7 +211,7 @@ def test_a_step_that_is_saved_meanwhile_is_not_taken_for_the_one_that_was_hashed
 ):
   workdir = tmp_path / "run"
   shutil.copytree(tiny_checkpoint, workdir)
-  made, opened = report.fingerprint, []
+  made, load, opened = report.fingerprint, loading.load, []
 
   def fingerprint(*arguments):
     found = made(*arguments)
@@ -218,7 +219,7 @@ def test_a_step_that_is_saved_meanwhile_is_not_taken_for_the_one_that_was_hashed
     return found
 
   monkeypatch.setattr(report, "fingerprint", fingerprint)
-  monkeypatch.setattr(jflow, "load", lambda path, **more: opened.append(path) or loading.load(path, **more))
+  monkeypatch.setattr(loading, "load", lambda path, **more: opened.append(path) or load(path, **more))
   flags = ["--benchmark=pope", f"--checkpoint={workdir}", f"--data={data}", f"--output={tmp_path / 'out'}"]
   assert main(["evaluate", *flags]) == 0
   settings = json.loads((tmp_path / "out" / "report.json").read_text())["settings"]
@@ -313,17 +314,14 @@ def test_noise_of_a_seed_is_that_of_generate(tiny_checkpoint):
 # --- The built-in world
 
 
-def shapes_benchmark(output, *flags: str):
-  args = parser().parse_args(["--benchmark=shapes", "--checkpoint=x", f"--output={output}", "--cache=", *flags])
-  recipe = with_flags(RECIPES["shapes"], args)
-  return benchmark.WorldBenchmark(recipe, args), settings_of(recipe, args, "f")
+def shapes_benchmark(output, **more):
+  return benchmarks.get("shapes")(Settings("shapes", "x", output, cache="", **more))
 
 
 def test_predictions_about_another_world_are_refused(tmp_path, monkeypatch):
-  benchmark, _ = shapes_benchmark(tmp_path, "--limit=1")
+  benchmark = shapes_benchmark(tmp_path / "out")
   assert {path.name for path in benchmark.data_files()} == {"scenes.py", "words.py", "questions.py", "source.py"}
-  args = parser().parse_args(["--benchmark=shapes", "--checkpoint=x", f"--output={tmp_path / 'out'}"])
-  settings = lambda: settings_of(RECIPES["shapes"], args, "f", benchmark.data_files())
+  settings = lambda: runner.identity_of(benchmark, "f", benchmark.data_files())
   Samples(tmp_path / "out", settings()).close()
   Samples(tmp_path / "out", settings()).close()
   edited = tmp_path / "scenes.py"
@@ -333,21 +331,15 @@ def test_predictions_about_another_world_are_refused(tmp_path, monkeypatch):
     Samples(tmp_path / "out", settings())
 
 
-def test_the_settings_name_the_split_that_is_read(tmp_path):
-  args = lambda *more: parser().parse_args(["--benchmark=vqav2", "--checkpoint=x", f"--output={tmp_path}", *more])
-  for flags, split in (((), "val"), (("--split=test-dev",), "test-dev")):
-    assert settings_of(RECIPES["vqav2"], args(*flags), "f")["split"] == split
-
-
 def test_every_picture_of_the_world_starts_from_noise_of_its_own(tmp_path):
-  benchmark, _ = shapes_benchmark(tmp_path, "--limit=12", "--pictures=2")
+  benchmark = shapes_benchmark(tmp_path, limit=12, pictures=2)
   painted = [task for task in benchmark.tasks() if isinstance(task, tasks.Painting)]
   assert len({task.seed for task in painted}) == len(painted) == 2 * 2 * 12  # two splits
 
 
 def test_true_pictures_and_true_answers_score_one(tmp_path):
   """Renders of what each prompt asks for, and the world's own answers, in the place of a model's."""
-  benchmark, _ = shapes_benchmark(tmp_path, "--limit=24", "--pictures=1")
+  benchmark = shapes_benchmark(tmp_path, limit=24, pictures=1)
   records = {}
   rng = np.random.default_rng(0)
   for task in benchmark.tasks():

@@ -13,8 +13,8 @@ from painting import benchmark, commands, paint
 from PIL import Image
 
 from jflow.errors import UserError
-from jflow.evaluation import distances, painted
-from jflow.evaluation.recipes import RECIPES
+from jflow.evaluation import distances
+from jflow.evaluation.benchmarks.mjhq import Mjhq10k, evenly
 
 NAMES = [f"id{i}" for i in range(6)]
 
@@ -55,14 +55,14 @@ def test_mjhq_measures_features_of_all_its_pictures_by_name(mjhq):
   order = np.random.default_rng(1).permutation(6)
   arrays = features_of([NAMES[i] for i in order], NAMES[::-1])
   np.savez(path, **arrays)
-  result = benchmark("mjhq", mjhq, f"--features={path}").score(records)
+  result = benchmark("mjhq", mjhq, features=path).score(records)
   expected = distances.frechet(arrays["generated"], arrays["reference"])
   assert result.scores["FID"].value == pytest.approx(expected) and "Lanczos to 256, as" in result.notes[0]
   pairs = zip(arrays["clip_pictures"], arrays["clip_prompts"])
   cosine = [p @ q / np.linalg.norm(p) / np.linalg.norm(q) for p, q in pairs]
   assert result.scores["CLIP similarity"].value == pytest.approx(100 * np.mean(cosine), rel=1e-5)
   np.savez(path, **arrays | {"resize": np.array("bicubic")})
-  result = benchmark("mjhq", mjhq, f"--features={path}").score(records)
+  result = benchmark("mjhq", mjhq, features=path).score(records)
   assert result.scores["FID, bicubic to 256"].value == pytest.approx(expected) and "FID" not in result.scores
   assert result.notes[0].startswith("Pictures were resized bicubic to 256") and "--resize=lanczos" in result.notes[0]
 
@@ -112,31 +112,32 @@ def test_wrong_features_are_one_line_with_the_file(change, message, mjhq):
   else:
     path.write_bytes(arrays)
   with pytest.raises(UserError, match=message) as error:
-    benchmark("mjhq", mjhq, f"--features={path}").score(records)
+    benchmark("mjhq", mjhq, features=path).score(records)
   assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
-def test_mjhq10k_takes_as_many_prompts_of_each_category_and_the_whole_reference(mjhq):
-  recipe = RECIPES["mjhq10k"]
-  assert (recipe.prompts, recipe.guidance, recipe.steps) == (10_000, 7.5, 30)
-  bench = benchmark("mjhq10k", mjhq, prompts=4)
+def test_mjhq10k_takes_as_many_prompts_of_each_category_and_the_whole_reference(mjhq, monkeypatch):
+  kind = Mjhq10k
+  assert (kind.prompts, kind.guidance, kind.steps) == (10_000, 7.5, 30)
+  monkeypatch.setattr(kind, "prompts", 4)
+  bench = benchmark("mjhq10k", mjhq)
   keys = [task.key for task in bench.tasks()]
   assert sorted(keys) == keys and [int(key[2:]) % 2 for key in keys].count(0) == 2
   records, path = paint(bench, mjhq), mjhq / "features.npz"
   np.savez(path, **features_of(keys))
-  result = benchmark("mjhq10k", mjhq, f"--features={path}", prompts=4).score(records)
+  result = benchmark("mjhq10k", mjhq, features=path).score(records)
   assert result.scores["FID"].count == 4 and "the reference is all 6 true pictures" in " ".join(result.notes)
   np.savez(path, **features_of(NAMES))  # of an evaluation of all prompts
   with pytest.raises(UserError, match="2 of 6 samples are not of this evaluation"):
-    benchmark("mjhq10k", mjhq, f"--features={path}", prompts=4).score(records)
+    benchmark("mjhq10k", mjhq, features=path).score(records)
 
 
 def test_prompts_are_drawn_evenly_and_the_same_in_any_order():
   rows = {f"{i:05d}": {"category": f"c{i % 10}"} for i in range(30_000)}
-  names = painted.evenly(rows, 10_000, "x")
+  names = evenly(rows, 10_000, "x")
   assert names == sorted(set(names)) and len(names) == 10_000
   assert set(collections.Counter(rows[name]["category"] for name in names).values()) == {1000}
-  backward = painted.evenly(dict(reversed(rows.items())), 10_000, "x")
+  backward = evenly(dict(reversed(rows.items())), 10_000, "x")
   assert backward == names[::-1] and names[:3] == ["00000", "00003", "00007"]
 
 
@@ -216,7 +217,7 @@ def test_the_extractor_normalises_as_clean_fid_and_feeds_the_benchmark(pictures,
   assert len(arrays["reference"]) == 6 and not (pictures / "features.npz.parts").exists()
   np.testing.assert_allclose(arrays["generated"][5][:3], [(5 - 128) / 128, -1, -1], atol=1e-6)  # of color (5, 0, 0)
   records = {name: {"file": f"pictures/{name}.png"} for name in NAMES}
-  lanczos = benchmark("mjhq", pictures, f"--features={pictures / 'features.npz'}").score(records).scores
+  lanczos = benchmark("mjhq", pictures, features=pictures / "features.npz").score(records).scores
   assert np.isfinite(lanczos["FID"].value) and lanczos["FID"].count == 6
   assert extract(extractor, pictures, monkeypatch, "--resize=bicubic", output="bicubic.npz") == 0
   other = arrays_of(pictures / "bicubic.npz")
@@ -224,7 +225,7 @@ def test_the_extractor_normalises_as_clean_fid_and_feeds_the_benchmark(pictures,
   means = [(distances.inception_input(image, lanczos=False).mean((0, 1)) - 128) / 128 for image in true]
   np.testing.assert_allclose(other["reference"][:, :3], means, atol=1e-5)
   assert np.abs(other["reference"] - arrays["reference"]).max() > 1e-3
-  scores = benchmark("mjhq", pictures, f"--features={pictures / 'bicubic.npz'}").score(records).scores
+  scores = benchmark("mjhq", pictures, features=pictures / "bicubic.npz").score(records).scores
   assert set(scores) == {"FID, bicubic to 256"}
 
 
@@ -355,7 +356,7 @@ def test_clip_features_are_those_of_one_picture_and_prompt_at_a_time(pictures, e
       np.testing.assert_allclose(unit(arrays["clip_pictures"][i]), out.image_embeds[0].numpy(), atol=1e-5)
   assert np.ptp(unit(arrays["clip_prompts"]), 0).max() > 1e-3 and arrays["clip_prompts"].shape == (6, 8)
   records = {name: {"file": f"pictures/{name}.png"} for name in NAMES}
-  scores = benchmark("mjhq", pictures, f"--features={pictures / 'features.npz'}").score(records).scores
+  scores = benchmark("mjhq", pictures, features=pictures / "features.npz").score(records).scores
   assert {"FID", "CLIP similarity", 'CLIP similarity, "A photo depicts"'} == set(scores)
   assert extract(extractor, pictures, monkeypatch, f"--clip={pictures / 'data'}") == 2  # no model
 

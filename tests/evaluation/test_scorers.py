@@ -6,6 +6,8 @@ from scipy import stats
 
 from jflow.errors import UserError
 from jflow.evaluation import answers, scores
+from jflow.evaluation.benchmarks import mmbench, mme
+from jflow.evaluation.benchmarks.pope import f1_and_accuracy
 from jflow.evaluation.scores import Score
 
 # --- A yes or a no
@@ -181,7 +183,7 @@ def test_pope_counts_a_row_once_per_category():
     {"answer": "No", "said": "No", "category": "adversarial"},
     {"answer": "No", "said": "Unknown", "category": "adversarial"},
   ]
-  out = scores.pope(rows)
+  out = f1_and_accuracy(rows)
   # Of six: two yes found, one found wrongly, one missed.
   assert out["precision"].value == pytest.approx(200 / 3) and out["recall"].value == pytest.approx(200 / 3)
   assert out["F1"].value == pytest.approx(200 / 3)
@@ -199,8 +201,8 @@ def test_pope_draws_whole_pictures():
     {"answer": "Yes", "said": "Yes" if rng.random() < 0.7 else "No", "category": "random", "picture": str(i)}
     for i in range(50)
   ] + [{"answer": "No", "said": "No", "category": "random", "picture": str(i)} for i in range(50)]
-  few, many = scores.pope(once), scores.pope([row for row in once for _ in range(10)])
-  apart = scores.pope([row | {"picture": f"{row['picture']}/{i}"} for row in once for i in range(10)])
+  few, many = f1_and_accuracy(once), f1_and_accuracy([row for row in once for _ in range(10)])
+  apart = f1_and_accuracy([row | {"picture": f"{row['picture']}/{i}"} for row in once for i in range(10)])
   for name in ("F1", "accuracy"):
     width = lambda out, name=name: out[name].high - out[name].low
     assert few[name].value == many[name].value == apart[name].value
@@ -233,7 +235,7 @@ def mme_rows(categories, judged):
 
 
 def test_mme_adds_accuracy_and_accuracy_plus():
-  out = scores.mme(mme_rows(scores.MME_PERCEPTION, [(True, True), (True, False)]))
+  out = mme.accuracies(mme_rows(mme.PERCEPTION, [(True, True), (True, False)]))
   assert out["OCR"].value == pytest.approx(75 + 50)
   assert out["perception"].value == pytest.approx(10 * 125)
   assert 0 < out["OCR"].low < 125 < out["OCR"].high < 200
@@ -242,16 +244,16 @@ def test_mme_adds_accuracy_and_accuracy_plus():
   width = lambda score: score.high - score.low
   assert width(out["perception"]) == pytest.approx(10**0.5 * width(out["OCR"]))
   assert "reasoning" not in out
-  whole = mme_rows(scores.MME_PERCEPTION + scores.MME_REASONING, [(True, True)])
-  assert scores.mme(whole)["perception"].value == 2000 and scores.mme(whole)["reasoning"].value == 800
-  assert scores.mme(whole)["OCR"].low < 200 == scores.mme(whole)["OCR"].high  # one picture proves little
+  whole = mme_rows(mme.PERCEPTION + mme.REASONING, [(True, True)])
+  assert mme.accuracies(whole)["perception"].value == 2000 and mme.accuracies(whole)["reasoning"].value == 800
+  assert mme.accuracies(whole)["OCR"].low < 200 == mme.accuracies(whole)["OCR"].high  # one picture proves little
 
 
 def test_mme_refuses_single_questions_and_missing_categories():
   with pytest.raises(UserError, match="1 pictures of OCR have not two questions, for example '0'"):
-    scores.mme(mme_rows(scores.MME_PERCEPTION, [(True, True)])[1:])
+    mme.accuracies(mme_rows(mme.PERCEPTION, [(True, True)])[1:])
   with pytest.raises(UserError, match="neither"):
-    scores.mme(mme_rows(scores.MME_PERCEPTION[1:], [(True, True)]))
+    mme.accuracies(mme_rows(mme.PERCEPTION[1:], [(True, True)]))
 
 
 def test_a_circular_question_needs_every_order_right():
@@ -263,7 +265,7 @@ def test_a_circular_question_needs_every_order_right():
     {"index": 9, "right": False, "category": "y"},
     {"index": 10, "right": True, "category": "x"},
   ]
-  out = scores.circular(rows)
+  out = mmbench.circular(rows)
   assert out["overall"].value == 50 and out["overall"].count == 4
   assert out["x"].value == 100 and out["y"].value == 0
 

@@ -11,9 +11,13 @@ from tsv import png, pope_folder, pope_rows, write_table
 import jflow
 from jflow.data import images
 from jflow.errors import UserError
-from jflow.evaluation import tables, tasks
-from jflow.evaluation.recipes import RECIPES
+from jflow.evaluation import benchmarks, predictions, prompts, tables
 from jflow.evaluation.samples import Samples
+from jflow.evaluation.settings import Settings
+
+
+def opened(name: str, data, **more):
+  return benchmarks.get(name)(Settings(name, "x", data / "out", data=data, **more))
 
 
 @pytest.fixture
@@ -63,7 +67,7 @@ def test_a_bad_row_is_named(tmp_path, change, message):
   rows[2] |= change
   write_table(tmp_path / "POPE.tsv", rows)
   with pytest.raises(UserError, match=message):
-    benchmark = tables.TableBenchmark(RECIPES["pope"], tmp_path, None)
+    benchmark = opened("pope", tmp_path)
     for task in benchmark.tasks():
       task.images()
 
@@ -94,8 +98,8 @@ TEN = str(["two"] * 9 + ["2"])
 )
 def test_every_truth_that_is_accepted_can_be_said(tmp_path, name, row, truth, said):
   rows = [{"index": i, "image": png("red"), "question": "q", "category": "x", **row, "answer": truth} for i in "12"]
-  write_table(tmp_path / RECIPES[name].file, rows)
-  scored = tables.TableBenchmark(RECIPES[name], tmp_path, None).score({i: {"answer": said} for i in "12"}).scores
+  write_table(tmp_path / benchmarks.get(name).file, rows)
+  scored = opened(name, tmp_path).score({i: {"answer": said} for i in "12"}).scores
   overall = scored["accuracy" if name == "pope" else "overall"]
   assert (overall.value, overall.count) == (100, 2)
 
@@ -124,10 +128,10 @@ def test_every_truth_that_is_accepted_can_be_said(tmp_path, name, row, truth, sa
 def test_a_truth_that_no_answer_equals_is_refused_with_its_row(tmp_path, name, row, truth):
   right = TEN if name == "textvqa" else "A" if row else "no"
   fine = {"index": 1, "image": png("red"), "question": "q", "category": "x", "image_path": "x", **row, "answer": right}
-  path = tmp_path / RECIPES[name].file
+  path = tmp_path / benchmarks.get(name).file
   write_table(path, [fine, fine | {"index": 7, "answer": truth}])
   with pytest.raises(UserError) as error:
-    tables.TableBenchmark(RECIPES[name], tmp_path, None)
+    opened(name, tmp_path)
   message = str(error.value)
   assert str(path) in message and "index 7" in message and repr(truth)[:60] in message and "\n" not in message
 
@@ -144,13 +148,13 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(data):
 def test_the_prompts_are_those_of_the_kit():
   mark, short = "<image>", "\nAnswer the question using a single word or phrase."
   asked = {"question": "Is it? Please answer yes or no."}
-  assert tables.yes_no_prompt(asked) == f"{mark}\n{asked['question']}{short}"
-  assert tables.pope_prompt(asked) == f"{mark}\nIs it?{short}"
-  assert tables.short_prompt({"question": "Who?"}) == f"{mark}Who?{short}"
+  assert prompts.yes_no(asked) == f"{mark}\n{asked['question']}{short}"
+  assert prompts.pope(asked) == f"{mark}\nIs it?{short}"
+  assert prompts.short({"question": "Who?"}) == f"{mark}Who?{short}"
   row = {"question": "Which?", "A": "x", "B": "y", "C": "", "hint": "Look."}
   letter = "Answer with the option's letter from the given choices directly."  # a blank line stands before it
-  assert tables.choice_prompt(row) == f"{mark}\nHint: Look.\nWhich?\nA. x\nB. y\n\n{letter}"
-  assert tables.choice_prompt({"question": "Why?", "A": ""}) == f"{mark}\nWhy?\nAnswer the question directly. "
+  assert prompts.choice(row) == f"{mark}\nHint: Look.\nWhich?\nA. x\nB. y\n\n{letter}"
+  assert prompts.choice({"question": "Why?", "A": ""}) == f"{mark}\nWhy?\nAnswer the question directly. "
 
 
 def test_open_questions_of_mmmu_have_their_answer_as_first_option(tmp_path):
@@ -164,7 +168,7 @@ def test_open_questions_of_mmmu_have_their_answer_as_first_option(tmp_path):
     "split": "validation",
   }
   write_table(tmp_path / "MMMU_DEV_VAL.tsv", [row, row | {"index": 2}, row | {"index": 3, "split": "dev"}])
-  benchmark = tables.TableBenchmark(RECIPES["mmmu"], tmp_path, None)
+  benchmark = opened("mmmu", tmp_path)
   out = benchmark.score({"1": {"answer": "about 42 m"}, "2": {"answer": "41 m"}})
   assert out.scores["overall"].value == 50 and out.scores["overall"].count == 2
 
@@ -182,11 +186,12 @@ def test_a_question_with_several_pictures_is_asked_with_all_of_them_first(tiny_c
     "split": "validation",
   }
   write_table(tmp_path / "MMMU_DEV_VAL.tsv", [row, row | {"index": 2, "image": png("red")}])
-  benchmark = tables.TableBenchmark(RECIPES["mmmu"]._replace(max_tokens=3), tmp_path, None)
+  benchmark = opened("mmmu", tmp_path)
+  benchmark.max_tokens = 3
   model, samples, done = jflow.load(tiny_checkpoint), Samples(tmp_path / "out", {}), []
-  tasks.answer(model, benchmark.tasks(), samples, 2, done.append)
+  predictions.answer(model, benchmark.tasks(), samples, 2, done.append)
   images = tables.Table(tmp_path / "MMMU_DEV_VAL.tsv").images("1")
-  text = tables.choice_prompt(row).removeprefix("<image>")
+  text = prompts.choice(row).removeprefix("<image>")
   alone = model.understand(f"<image><image>{text}", images, 3)
   assert samples.read()["1"]["answer"] == alone and sum(done) == 2
 
@@ -198,18 +203,18 @@ def test_a_limit_keeps_whole_questions(tmp_path):
     for i in (5, 6, 7)
   ]
   write_table(tmp_path / "MMBench_DEV_EN.tsv", rows)
-  benchmark = tables.TableBenchmark(RECIPES["mmbench"], tmp_path, 2)
+  benchmark = opened("mmbench", tmp_path, limit=2)
   assert [task.key for task in benchmark.tasks()] == ["5", "6", "1000005", "1000006", "2000005", "2000006"]
   write_table(tmp_path / "MMBench_DEV_EN.tsv", [rows[0] | {"index": "a7"}])
   with pytest.raises(UserError, match="row 1: the index 'a7' is no number"):
-    tables.TableBenchmark(RECIPES["mmbench"], tmp_path, None)
+    opened("mmbench", tmp_path)
   (tmp_path / "MME.tsv").write_text("index\tquestion\n")
   for index in ("²", "9" * 5000):
     write_table(tmp_path / "MMBench_DEV_EN.tsv", [rows[0] | {"index": index}])
     with pytest.raises(UserError, match="row 1: the index .* is no number"):
-      tables.TableBenchmark(RECIPES["mmbench"], tmp_path, None)
+      opened("mmbench", tmp_path)
   with pytest.raises(UserError, match="--limit=5: MME adds up whole categories"):
-    tables.TableBenchmark(RECIPES["mme"], tmp_path, 5)
+    opened("mme", tmp_path, limit=5)
 
 
 def test_a_file_that_is_no_table_is_refused_in_one_line(tmp_path):
@@ -265,6 +270,6 @@ def test_repeated_pictures_are_one_picture(tmp_path):
 
 
 def test_missing_samples_are_counted(data):
-  benchmark = tables.TableBenchmark(RECIPES["pope"], data, None)
+  benchmark = opened("pope", data)
   with pytest.raises(UserError, match=r"pope: 4 of 6 samples are missing \(2, 3, 4"):
     benchmark.score({"0": {"answer": "yes"}, "1": {"answer": "no"}})

@@ -1,5 +1,6 @@
 """VQAv2 from its own files: scores on val, and the file to hand in on test-dev."""
 
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -8,11 +9,11 @@ from PIL import Image
 
 from jflow.data import images
 from jflow.errors import UserError
-from jflow.evaluation import answers, outside, scores, truths
-from jflow.evaluation.recipes import Recipe
+from jflow.evaluation import answers, outside, prompts, scores, truths
+from jflow.evaluation.benchmark import ReadingBenchmark
 from jflow.evaluation.report import Result
 from jflow.evaluation.samples import need, need_all
-from jflow.evaluation.tables import short_prompt
+from jflow.evaluation.settings import Settings
 from jflow.evaluation.tasks import Question
 
 # Split -> (questions, annotations or none, pictures).
@@ -30,17 +31,30 @@ SPLITS = {
 }
 
 
-class Vqav2Benchmark:
+class Vqav2(ReadingBenchmark):
   """Open questions with the answers of ten people."""
 
-  def __init__(self, recipe: Recipe, data: pathlib.Path, split: str, limit: int | None):
+  name = "vqav2"
+  what = "VQAv2: VQA score on val; on test-dev the file to hand in"
+  where = (
+    "from visualqa.org, put v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json and the "
+    "COCO images val2014/ (for test-dev: v2_OpenEnded_mscoco_test-dev2015_questions.json and test2015/) into one "
+    "folder and name it with --data"
+  )
+  section = "table 5"
+  flags = frozenset({"data", "split"})
+  split = "val"
+
+  def __init__(self, settings: Settings):
     """Reads questions and annotations, and looks for the first picture."""
+    super().__init__(settings)
+    split, data = settings.split or self.split, settings.data
     if split not in SPLITS:
       raise UserError(f"--split={split!r} must be one of {', '.join(SPLITS)}")
-    self._recipe, self._data = recipe, data
+    self._data = data
     questions, annotations, self._picture = SPLITS[split]
     self._files = [data / name for name in (questions, annotations) if name]
-    self._rows = _read(data / questions, "questions", recipe)[:limit]
+    self._rows = _read(data / questions, "questions", self.where)[: settings.limit]
     for row in self._rows:
       where = f"{data / questions}, question {row['question_id']},"
       need(row, ("image_id", "question"), where)
@@ -48,13 +62,16 @@ class Vqav2Benchmark:
       _need_number(row, "image_id", where)
     self._people: dict[int, Mapping[str, Any]] = {}
     if annotations:
-      self._people = {row["question_id"]: row for row in _read(data / annotations, "annotations", recipe)}
+      self._people = {row["question_id"]: row for row in _read(data / annotations, "annotations", self.where)}
       wanted = [row["question_id"] for row in self._rows]
       need_all(wanted, self._people, str(data / annotations), "take questions and annotations of one release")
       for number in wanted:
         _check_people(self._people[number], f"{data / annotations}, question {number},")
     if self._rows and not self._path(self._rows[0]).is_file():
-      raise UserError(f"{self._path(self._rows[0])} does not exist: {recipe.data}")
+      raise UserError(f"{self._path(self._rows[0])} does not exist: {self.where}")
+
+  def prompt(self, row: Mapping[str, str]) -> str:
+    return prompts.short(row)
 
   def data_files(self) -> list[pathlib.Path]:
     """What the predictions and scores depend on, but for the pictures."""
@@ -62,8 +79,12 @@ class Vqav2Benchmark:
 
   def tasks(self) -> list[Question]:
     """The questions, in the order of the file."""
-    most, images_of = self._recipe.max_tokens, lambda row: lambda: [self._image(row)]
-    return [Question(str(row["question_id"]), short_prompt(row), images_of(row), max_tokens=most) for row in self._rows]
+    return [
+      Question(
+        str(row["question_id"]), self.prompt(row), functools.partial(self._images, row), max_tokens=self.max_tokens
+      )
+      for row in self._rows
+    ]
 
   def score(self, records: Mapping[str, Mapping[str, Any]]) -> Result:
     """The VQA score, or the answers to hand in."""
@@ -89,10 +110,10 @@ class Vqav2Benchmark:
     ]
     return Result(scores.by_category(judged), notes)
 
-  def _image(self, row: Mapping[str, Any]) -> Image.Image:
+  def _images(self, row: Mapping[str, Any]) -> list[Image.Image]:
     path = self._path(row)
     try:
-      return images.as_published(path.read_bytes())
+      return [images.as_published(path.read_bytes())]
     except (OSError, images.ImageError) as error:
       raise UserError(f"{path} cannot be read: {error}") from error
 
@@ -100,10 +121,10 @@ class Vqav2Benchmark:
     return self._data / self._picture.format(row["image_id"])
 
 
-def _read(path: pathlib.Path, field: str, recipe: Recipe) -> list[dict[str, Any]]:
+def _read(path: pathlib.Path, field: str, where: str) -> list[dict[str, Any]]:
   """The objects of a list, each with a question_id of its own."""
   if not path.is_file():
-    raise UserError(f"{path} does not exist: {recipe.data}")
+    raise UserError(f"{path} does not exist: {where}")
   rows = outside.object_of(outside.text_of(path), f"{path}").get(field)
   if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
     raise UserError(f"{path} is no file of VQAv2: {field!r} should be a list of objects")

@@ -1,0 +1,75 @@
+"""Benchmarks by name. Each is one file with a `Benchmark`; nothing is imported before it is asked for.
+
+Papers leave open what is pinned here and printed in every report: 30 Euler steps, 4 images per prompt with seeds 0 to 3
+(of the built-in world and of MJHQ each image has noise of its own), greedy answers without a system prompt (but for
+MM-Vet). Answers that a closed rule reads end after 512 tokens; where they are free, after VLMEvalKit's 2,048.
+"""
+
+import importlib
+import importlib.util
+import pathlib
+
+from jflow.errors import UserError
+from jflow.evaluation.benchmark import Benchmark
+
+_HERE = "jflow.evaluation.benchmarks"
+# Name -> "module:class".
+_KNOWN: dict[str, str | type[Benchmark]] = {
+  "shapes": "jflow.world.benchmark:WorldBenchmark",
+  "pope": f"{_HERE}.pope:Pope",
+  "mme": f"{_HERE}.mme:Mme",
+  "mmbench": f"{_HERE}.mmbench:MmBench",
+  "seed": f"{_HERE}.seed:Seed",
+  "mmmu": f"{_HERE}.mmmu:Mmmu",
+  "gqa": f"{_HERE}.gqa:Gqa",
+  "chartqa": f"{_HERE}.chartqa:ChartQa",
+  "textvqa": f"{_HERE}.textvqa:TextVqa",
+  "mmvet": f"{_HERE}.mmvet:MmVet",
+  "vqav2": f"{_HERE}.vqav2:Vqav2",
+  "geneval": f"{_HERE}.geneval:Geneval",
+  "dpg": f"{_HERE}.dpg:Dpg",
+  "mjhq": f"{_HERE}.mjhq:Mjhq",
+  "mjhq10k": f"{_HERE}.mjhq:Mjhq10k",
+}
+
+
+def register(benchmark: type[Benchmark]) -> type[Benchmark]:
+  """Adds a benchmark for this process, under its name; usable as a decorator."""
+  _KNOWN[benchmark.name] = benchmark
+  return benchmark
+
+
+def names() -> tuple[str, ...]:
+  """The name of every benchmark."""
+  return tuple(_KNOWN)
+
+
+def get(name: str) -> type[Benchmark]:
+  """The benchmark of a name, or the one that a Python file at this path registers.
+
+  Raises:
+    UserError: no such name, or the file registers none or fails.
+  """
+  if name.endswith(".py"):
+    return _of_file(pathlib.Path(name))
+  if name not in _KNOWN:
+    raise UserError(f"--benchmark={name} must be one of {', '.join(_KNOWN)}, or the path of a Python file with one")
+  place = _KNOWN[name]
+  if not isinstance(place, str):
+    return place
+  module, _, attribute = place.partition(":")
+  return getattr(importlib.import_module(module), attribute)
+
+
+def _of_file(path: pathlib.Path) -> type[Benchmark]:
+  before = dict(_KNOWN)
+  spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:
+    raise UserError(f"--benchmark={path} fails: {type(error).__name__}: {error}") from error
+  found = [one for name, one in _KNOWN.items() if one is not before.get(name)]
+  if len(found) != 1:
+    raise UserError(f"--benchmark={path} must register one benchmark (@benchmarks.register), got {len(found)}")
+  return found[0]

@@ -1,0 +1,24 @@
+"""GQA: questions about scenes, one word."""
+
+from collections.abc import Mapping, Sequence
+
+from jflow.evaluation import answers, prompts, rules
+from jflow.evaluation.report import Result
+from jflow.evaluation.tables import TableBenchmark, kit
+
+
+class Gqa(TableBenchmark):
+  """The answer, word for word."""
+
+  name = "gqa"
+  what = "GQA testdev, balanced: one word, equal"
+  where = kit("GQA_TestDev_Balanced.tsv")
+  section = "table 5"
+  paper = {"overall": {"384": 60.3, "256": 58.4}}
+  file = "GQA_TestDev_Balanced.tsv"
+
+  def prompt(self, row: Mapping[str, str]) -> str:
+    return prompts.short(row)
+
+  def judge(self, rows: Sequence[Mapping[str, str]]) -> Result:
+    return rules.each(rows, lambda row: answers.exact(row["prediction"], row["answer"]))

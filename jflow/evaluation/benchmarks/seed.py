@@ -1,0 +1,28 @@
+"""SEED-Bench, the part about images: multiple choice."""
+
+from collections.abc import Mapping, Sequence
+
+from jflow.evaluation import prompts, rules, truths
+from jflow.evaluation.report import Result
+from jflow.evaluation.tables import TableBenchmark, kit
+
+
+class Seed(TableBenchmark):
+  """Accuracy per dimension."""
+
+  name = "seed"
+  what = "SEED-Bench, images: multiple choice"
+  where = kit("SEEDBench_IMG.tsv", "benchmarks/SEEDBench")
+  section = "table 5"
+  paper = {"overall": {"384": 70.5, "256": 67.6}}
+  file = "SEEDBench_IMG.tsv"
+  fields = ("index", "question", "answer", "A")
+
+  def prompt(self, row: Mapping[str, str]) -> str:
+    return prompts.choice(row)
+
+  def truth(self, row: Mapping[str, str]) -> str:
+    return truths.letter(row)
+
+  def judge(self, rows: Sequence[Mapping[str, str]]) -> Result:
+    return rules.choice(rows)

@@ -1,0 +1,198 @@
+"""One evaluation from settings to report: predictions sample by sample, then scores, then the files of a report."""
+
+import functools
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from jflow import checks
+from jflow.errors import UserError
+from jflow.evaluation import benchmarks, report
+from jflow.evaluation.benchmark import FLAGS, Benchmark
+from jflow.evaluation.report import Result
+from jflow.evaluation.samples import Samples, settings_in
+from jflow.evaluation.scores import Score
+from jflow.evaluation.settings import Settings
+from jflow.evaluation.tasks import Painting, Question, RoundTrip, Task
+from jflow.inference import loading
+from jflow.interop import checkpoints
+from jflow.progress import Progress
+
+
+class Checkpoint:
+  """The checkpoint of an evaluation; located, hashed and loaded once for all evaluations of a sweep."""
+
+  def __init__(self, settings: Settings):
+    self._settings, self._models = settings, {}
+
+  @functools.cached_property
+  def directory(self) -> pathlib.Path:
+    """Where it lies: one step of a run, whatever is saved meanwhile."""
+    return checkpoints.locate(self._settings.checkpoint)
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """See `report.fingerprint`."""
+    return report.fingerprint(self.directory, self._settings.weights, self._settings.vae)
+
+  def model(self, dtype: str) -> Any:
+    """The pipeline in a compute dtype."""
+    if dtype not in self._models:
+      import jax
+
+      if self._settings.cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(self._settings.cache))
+      vae, weights = self._settings.vae, self._settings.weights
+      self._models[dtype] = loading.load(self.directory, vae=vae, dtype=dtype, weights=weights)
+    return self._models[dtype]
+
+
+def evaluate(settings: Settings, checkpoint: Checkpoint | None = None) -> None:
+  """Predicts what has no record yet, scores, writes the report and prints it.
+
+  Args:
+    settings: of the evaluation.
+    checkpoint: that of `settings`, where another evaluation has opened it.
+
+  Raises:
+    UserError: a setting, the data, or a directory that holds another evaluation.
+    Stopped: the directory cannot be written.
+  """
+  benchmark, checkpoint = opened(settings), checkpoint or Checkpoint(settings)
+  tasks = benchmark.tasks()
+  seeds = [task.seed for task in tasks if isinstance(task, Painting)]
+  checks.seed(settings.seed, max(seeds, default=settings.seed) - settings.seed)
+  identity = identity_of(benchmark, checkpoint.fingerprint, benchmark.data_files())
+  samples = Samples(settings.output, identity, settings.part)
+  predict(benchmark, identity["dtype"], tasks, samples, checkpoint)
+  records = samples.read()
+  missing = sum(task.key not in records for task in tasks)
+  if missing:
+    print(f"this part is done; {missing} of {len(tasks)} samples are left to the other parts", file=sys.stderr)
+    return
+  result = benchmark.score(records)
+  before = report.scored_before(settings.output, identity)
+  keep = before and not result.scores
+  body = before if keep else _write(benchmark, str(checkpoint.directory), identity, result, before)
+  print(report.table(body))
+  for note in body["notes"]:
+    print(note)
+  print(f"report: {settings.output / 'report.html'} (and report.json)", file=sys.stderr)
+
+
+def opened(settings: Settings) -> Benchmark:
+  """The benchmark of an evaluation, its data checked.
+
+  Raises:
+    UserError: see `check`; or the data is missing or damaged.
+  """
+  kind = benchmarks.get(settings.benchmark)
+  check(kind, settings)
+  if "data" in kind.flags:
+    if settings.data is None:
+      raise UserError(f"--benchmark={kind.name} needs --data=DIR: {kind.where}")
+    if not settings.data.exists():
+      raise UserError(f"--data={settings.data} does not exist: {kind.where}")
+  return kind(settings)
+
+
+def check(kind: type[Benchmark], settings: Settings) -> None:
+  """Raises a UserError for a flag that the benchmark does not take, and for a value that no sampler takes."""
+  for flag in FLAGS:
+    value = getattr(settings, flag)
+    if value not in (None, "") and flag not in kind.flags:
+      names = sorted(name for name in benchmarks.names() if flag in benchmarks.get(name).flags)
+      some = ", ".join(names) if len(names) < 6 else "other benchmarks"
+      raise UserError(f"--{flag}={value} does not belong to --benchmark={kind.name}, but to {some}")
+  guidance = settings.guidance
+  if guidance is not None and not (guidance == 0 or 1 <= guidance < math.inf):
+    raise UserError(f"--guidance={guidance} must be at least 1 (1: none), or 0 (ignore the prompt)")
+  for name, writer in (("results", ""), ("features", ": launch/experiments/features.py writes it")):
+    path = getattr(settings, name)
+    if path is not None and not path.is_file():
+      raise UserError(f"--{name}={path} does not exist{writer}")
+
+
+def identity_of(benchmark: Benchmark, fingerprint: str, data: Sequence[pathlib.Path] = ()) -> dict[str, Any]:
+  """All that the predictions depend on, as JSON values.
+
+  Args:
+    benchmark: of the evaluation.
+    fingerprint: of the checkpoint and its VAE.
+    data: the benchmark's files.
+  """
+  settings = benchmark.settings
+  common = {
+    "benchmark": benchmark.name,
+    "fingerprint": fingerprint,
+    "weights": settings.weights,
+    "limit": settings.limit,
+    "data": report.hash_of(data) if data else None,
+    "seed": settings.seed,
+    "dtype": _dtype(settings),
+    "split": settings.split or benchmark.split,
+    "only": settings.only,
+  }
+  return common | benchmark.identity()
+
+
+def _dtype(settings: Settings) -> str:
+  """The compute dtype: --dtype, or that of the predictions so far, or the usual one of this machine."""
+  return settings.dtype or (settings_in(settings.output) or {}).get("dtype") or loading.usual_dtype()
+
+
+def predict(benchmark: Benchmark, dtype: str, tasks: Sequence[Task], samples: Samples, checkpoint: Checkpoint) -> None:
+  """Makes the predictions of this part that have no record yet; loads the model only if there are any."""
+  settings = benchmark.settings
+  records, mine = samples.read(), set(samples.mine([task.key for task in tasks]))
+  left = [task for task in tasks if task.key in mine and not _is_done(task, records, settings.output)]
+  if not left:
+    return
+  from jflow.evaluation.predictions import answer, paint, round_trips
+
+  of = lambda kind: [task for task in left if isinstance(task, kind)]
+  model, output, size = checkpoint.model(dtype), settings.output, settings.batch_size
+  with Progress(len(mine), len(mine) - len(left), benchmark.name, "samples") as bar:
+    paint(model, of(Painting), samples, output, size, benchmark.sampling(), bar.count)
+    round_trips(model, of(RoundTrip), samples, output, size, bar.count)
+    answer(model, of(Question), samples, size, bar.count)
+
+
+def _is_done(task: Task, records: dict[str, Any], output: pathlib.Path) -> bool:
+  """Whether a task has its record, and the file that this names is there."""
+  record = records.get(task.key, {})
+  if isinstance(task, Question):
+    return isinstance(record.get("answer"), str)
+  return record.get("file") == task.file and (output / task.file).is_file()
+
+
+def _write(
+  benchmark: Benchmark, directory: str, identity: dict[str, Any], result: Result, before: dict[str, Any] | None
+) -> dict[str, Any]:
+  """Writes the report, with notes on what differs from the benchmark's usual settings.
+
+  Args:
+    benchmark: of the evaluation.
+    directory: that the checkpoint was read from.
+    identity: of the predictions.
+    result: of their scoring.
+    before: an earlier report on the same predictions; a FID on images that were resized the other way stays.
+  """
+  settings, notes, scores = benchmark.settings, list(result.notes), dict(result.scores)
+  for name, score in (before or {}).get("scores", {}).items():
+    if name.startswith("FID") and name not in scores:
+      scores[name] = Score(**{field: score.get(field) for field in Score._fields})
+  changed = [f"--{name}={value}" for name, value in benchmark.changed().items()]
+  if changed:
+    paper = " The paper's scores stand for the recipe." if benchmark.paper else ""
+    notes.append(f"Not the recipe: {', '.join(changed)}.{paper}")
+  more = {"checkpoint": settings.checkpoint, "read_from": directory, "vae": settings.vae}
+  for name in ("results", "features"):
+    path = getattr(settings, name)
+    if path is not None:
+      more[name] = f"{path} (sha256 {report.hash_of([path])[:16]})"
+  result = result._replace(notes=notes, scores=scores)
+  return report.write(settings.output, benchmark.name, benchmark.what, result, benchmark.paper, {**identity, **more})

@@ -1,0 +1,47 @@
+"""What one evaluation is to do: a field for each flag of `evaluate`."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """The settings of one evaluation; where None stands, the benchmark or the machine decides."""
+
+  benchmark: str  # a name of `benchmarks`, or the path of a Python file with one
+  checkpoint: str
+  output: pathlib.Path  # directory of records and report
+  vae: str | None = None  # SDXL-VAE, for a checkpoint that holds none
+  data: pathlib.Path | None = None
+  limit: int | None = None  # the first prompts and the first questions, of each split
+  only: str | None = None  # "pictures" or "questions"
+  split: str = ""
+  batch_size: int = 16
+  seed: int = 0  # added to the seeds of the pictures
+  steps: int | None = None
+  guidance: float | None = None
+  pictures: int | None = None  # per prompt
+  dtype: str | None = None  # "float32" or "bfloat16"
+  weights: str = "ema"  # or "raw"
+  part: tuple[int, int] = (0, 1)  # (number, parts): this process makes every `parts`-th sample
+  results: pathlib.Path | None = None  # what an outside scorer wrote
+  features: pathlib.Path | None = None  # what launch/experiments/features.py wrote
+  cache: str = "~/.cache/jflow"  # of compiled programs and of features of true pictures; empty: none
+
+  def command(self, **more: Any) -> list[str]:
+    """The words of the command with these settings, and `more` in place of some, that runs in any folder.
+
+    --part is left out: the command that follows is one for all parts.
+    """
+    words = ["python", "-m", "jflow", "evaluate"]
+    for field in dataclasses.fields(self):
+      value = more.get(field.name, getattr(self, field.name))
+      if field.name == "part" or value == field.default:
+        continue
+      on_disk = value and field.name in ("checkpoint", "vae", "cache") and pathlib.Path(value).exists()
+      a_file = field.name == "benchmark" and value.endswith(".py")
+      if isinstance(value, pathlib.Path) or on_disk or a_file:
+        value = pathlib.Path(value).resolve()
+      words.append(f"--{field.name}={value}")
+    return words
