@@ -2,19 +2,25 @@
 
 `--config=configs/stage2.py:tiny` picks a size, `--config.train.steps=100` sets a field. Sizes:
   384 (default), 256   the paper's models; name your data in --config.data.sources.*
-  tiny                 trains in seconds on the built-in world: for trying things out
-  shapes               learns the built-in world in minutes on two cores
-  mid                  for `bench` on a CPU
+  tiny, shapes, mid    small ones on the built-in world: configs/world.py
 """
-
-import pathlib
 
 from ml_collections import ConfigDict
 
-from configs import models
+from configs import models, world
 
-TOKENIZER = str(pathlib.Path(__file__).parent / "tokenizer")
-SIZES = ("384", "256", "tiny", "shapes", "mid")
+
+def _paper_384(c: ConfigDict) -> None:
+  c.model = models.janusflow_384()
+
+
+def _paper_256(c: ConfigDict) -> None:
+  c.model = models.janusflow_256()
+  c.data.row_images = 14
+
+
+PAPER = {"384": _paper_384, "256": _paper_256}
+SIZES = PAPER | world.SIZES
 
 
 def base(size: str) -> ConfigDict:
@@ -22,18 +28,8 @@ def base(size: str) -> ConfigDict:
   size = size or "384"
   if size not in SIZES:
     raise ValueError(f"unknown size {size!r}; choose one of {', '.join(SIZES)}")
-  small = size in ("tiny", "shapes", "mid")
-  builtin = (("shapes", 1.0),)
   c = ConfigDict()
   c.size = size
-  c.model = {
-    "384": models.janusflow_384,
-    "256": models.janusflow_256,
-    "tiny": models.tiny,
-    "shapes": models.shapes,
-    "mid": models.mid,
-  }[size]()
-
   c.train = dict(
     steps=0,  # optimizer steps of the stage (table 1); every stage sets it
     batch_size=512,  # packed rows per step (table 1)
@@ -74,14 +70,14 @@ def base(size: str) -> ConfigDict:
     time_std=1.0,
   )
   c.data = dict(
-    tokenizer=TOKENIZER if small else "",  # directory with tokenizer.json
+    tokenizer="",  # directory with tokenizer.json
     template="plain",  # "plain": prompt and image, image and text; "chat": User / Assistant (stage 3)
     row_tokens=4096,  # tokens of a packed row (paper section 4.1)
-    row_images=7 if size == "384" else 14,  # image slots of a packed row
+    row_images=7,  # image slots of a packed row
     sources=dict(  # per type: ((directory or "shapes", weight), ...)
-      understanding=builtin if small else (),
-      generation=builtin if small else (),
-      text=builtin if small else (),
+      understanding=(),
+      generation=(),
+      text=(),
     ),
     mixture=((0, (50, 50, 0)),),  # (from step, rows understanding : generation : text)
     first_sentence=0.25,  # share of captions cut to their first sentence for generation (paper section 4.2)
@@ -103,8 +99,8 @@ def base(size: str) -> ConfigDict:
     ),
   )
   c.compute = dict(
-    dtype="float32" if small else "bfloat16",  # of activations and matmuls; masters are float32
-    remat="none" if small else "full",  # "none", "full", "dots", "save:attended,gate,up,...": what is kept
+    dtype="bfloat16",  # of activations and matmuls; masters are float32
+    remat="full",  # "none", "full", "dots", "save:attended,gate,up,...": what is kept
     attention="auto",  # of packed rows: "xla", "cudnn", "triton", "splash", "tokamax"; auto: by device
     unroll=1,  # LLM layers per iteration of the scan
     compilation_cache="~/.cache/jflow",  # compiled programs, reused by a restart; empty: none
@@ -130,39 +126,14 @@ def base(size: str) -> ConfigDict:
     wandb="",  # project of Weights & Biases that gets the same; needs the package wandb; empty: none
     sample_every=0,  # steps between sample pictures (workdir/samples); one device holds the weights twice; 0: none
     sample_prompts=(
-      "a picture of a red circle",
-      "a picture of a blue star",
-      "a green square left of a heart",
+      "a corgi on a beach",
+      "a red apple on a wooden table",
+      "a street of an old town at night",
     ),
     sample_steps=30,  # solver steps of a sample picture
     sample_guidance=2.0,
   )
-  if small:
-    c.checkpoint.interval = 100
-    c.optimizer.warmup_steps = 10
-  if size == "tiny":
-    c.train.batch_size, c.data.row_tokens, c.data.row_images = 8, 128, 4
-    c.data.shapes.size = 2000
-    c.train.steps = 20
-  if size == "mid":
-    c.train.batch_size, c.data.row_tokens, c.data.row_images = 8, 1024, 6
-    c.train.steps = 20
-  if size == "shapes":  # the stages set steps and rates: small models take a higher rate than table 1's
-    c.train.batch_size, c.data.row_tokens, c.data.row_images = 8, 256, 3
-    c.optimizer.warmup_steps = 30
-    c.optimizer.beta2 = 0.99  # gradients of 8 rows are noisier than those of 512
-    # From one stage 0, 500 steps of painting: flow loss 0.70, with AdamW 0.76, which gets there after some 720.
-    c.optimizer.muon = ("language_model/layers", "generation_(encoder|decoder)/blocks_.*")
-    # Which of the eight shapes a noisy picture shows is settled early: by Bayes' rule over 40,000 pictures of one red
-    # shape the right one has probability 0.28 at time 0.11, 0.75 at 0.20 and 0.97 at 0.28. The standard distribution
-    # has a sixth of its times below 0.28, this one nearly three quarters.
-    c.objective.time_mean, c.objective.time_std = -1.5, 0.9
-    c.data.shapes.size = 20_000
-    c.data.shapes.tags = dict(
-      single_object=0.15, colors=0.4, two_object=0.1, counting=0.1, position=0.1, color_attr=0.1, several=0.05
-    )
-    c.data.shapes.named_colors = 0.5  # "a red ring left of a blue star": colors show early which word is which object
-    c.data.shapes.long_captions = 0.75  # a caption that says where things are teaches in fewer steps
+  SIZES[size](c)
   return c
 
 

@@ -7,7 +7,7 @@ describe pictures and to answer.
   python -m jflow train --config=configs/stage0.py:shapes --workdir=runs/stage0
 """
 
-from configs import base
+from configs import base, world
 
 
 def get_config(size: str = "shapes"):
@@ -21,7 +21,4 @@ def get_config(size: str = "shapes"):
     tuple(p for p in base.NEW_PARTS if p not in reader + ("alignment_head",)) + base.SIGLIP + base.NEVER
   )
   c.train.fit_labels = 320
-  if c.size == "shapes":
-    c.train.fit_labels = 40_000
-    c.train.steps, c.optimizer.learning_rate = 300, 2e-3
-  return c
+  return world.at_stage(c, 0)

@@ -5,7 +5,7 @@
   python -m jflow train --config=configs/stage1.py:tiny --workdir=runs/tiny1     # seconds, built-in data
 """
 
-from configs import base
+from configs import base, world
 
 
 def get_config(size: str = ""):
@@ -14,8 +14,6 @@ def get_config(size: str = ""):
   c.train.init_fresh = ("alignment_head",)
   c.optimizer.trained = base.NEW_PARTS
   c.optimizer.frozen = ("language_model",) + base.SIGLIP + base.NEVER
-  if c.size in ("384", "256"):
+  if c.size in base.PAPER:
     c.train.steps = 10_000
-  if c.size == "shapes":
-    c.train.steps, c.optimizer.learning_rate = 150, 3e-3
-  return c
+  return world.at_stage(c, 1)

@@ -6,7 +6,7 @@ slides 380,000.
   python -m jflow train --config=configs/stage2.py --workdir=runs/stage2 --config.train.init_from=runs/stage1
 """
 
-from configs import base
+from configs import base, world
 
 
 def get_config(size: str = ""):
@@ -15,9 +15,6 @@ def get_config(size: str = ""):
   c.train.init_fresh = ("alignment_head",)  # the published checkpoint has none
   c.optimizer.trained = base.NEW_PARTS + ("language_model",)
   c.optimizer.frozen = base.SIGLIP + base.NEVER
-  if c.size in ("384", "256"):
+  if c.size in base.PAPER:
     c.train.steps = 390_000
-  if c.size == "shapes":
-    c.train.steps, c.optimizer.learning_rate = 1050, 3e-3
-    c.data.mixture = ((0, (30, 50, 20)), (200, (14, 80, 6)))
-  return c
+  return world.at_stage(c, 2)

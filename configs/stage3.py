@@ -3,7 +3,7 @@
 python -m jflow train --config=configs/stage3.py --workdir=runs/stage3 --config.train.init_from=runs/stage2
 """
 
-from configs import base
+from configs import base, world
 
 
 def get_config(size: str = ""):
@@ -14,8 +14,6 @@ def get_config(size: str = ""):
   c.train.init_fresh = ("alignment_head",)  # the published checkpoint has none
   c.optimizer.trained = base.NEW_PARTS + ("language_model",) + base.SIGLIP
   c.optimizer.frozen = base.NEVER
-  if c.size in ("384", "256"):
+  if c.size in base.PAPER:
     c.train.steps, c.train.batch_size, c.optimizer.warmup_steps = 26_000, 256, 1000
-  if c.size == "shapes":
-    c.train.steps, c.optimizer.learning_rate, c.optimizer.cooldown_steps = 300, 2e-3, 300
-  return c
+  return world.at_stage(c, 3)
