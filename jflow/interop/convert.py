@@ -17,7 +17,6 @@ from jflow.interop.official_config import config_to_official
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _KEPT = "official"  # folder of a jflow checkpoint with the processor's files of the official one it came from
-_IN_FLIGHT = 2**29  # bytes that a writing checkpoint may hold beside the parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +68,10 @@ def _write_jflow(output: pathlib.Path, loaded: Loaded, template: str, kept: path
   from jflow.training.checkpoint import save_params
 
   config = {"model": loaded.config.to_dict(), "data": {"template": template}, "has_vae": loaded.has_vae}
-  # Orbax copies every host array before it writes, unless told that nobody changes them meanwhile.
+  # Orbax copies every host array before it writes, unless told that nobody changes them meanwhile, and it compresses
+  # all of them at once: each way memory would hold the weights twice.
   context = ocp.Context()
-  context.memory.deepcopy_host_arrays, context.memory.write_concurrent_bytes = False, _IN_FLIGHT
+  context.memory.deepcopy_host_arrays = context.array.saving.use_compression = False
   with context:
     save_params(output, transfer.nest(loaded.params), config, loaded.tokenizer)
   found = [name for name in official.SIDECARS if kept is not None and (kept / name).is_file()]
@@ -154,7 +154,8 @@ def convert(args: Conversion) -> None:
   loaded, template, kept = _read(args)
   dtype = _DTYPES.get(args.dtype)
   if args.source == args.to == "jflow" and dtype is not None:
-    loaded = loaded._replace(params={path: x.astype(dtype) for path, x in loaded.params.items()})
+    for path, x in loaded.params.items():  # in place, so that each one's memory is free before the next
+      loaded.params[path] = x.astype(dtype, copy=False)
   _say_what_is_left_out(loaded, args.to)
   part = args.output.with_name(args.output.name + ".converting")
   shutil.rmtree(part, ignore_errors=True)

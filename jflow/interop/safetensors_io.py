@@ -1,7 +1,7 @@
-"""Reading and writing safetensors tensor by tensor, with every byte of the header checked.
+"""Weights in safetensors, read and written tensor by tensor.
 
-The format: 8 bytes (length of the header), a JSON header `{name: {dtype, shape, data_offsets}}`,
-the payload. A damaged header can still parse, with other names, shapes or types than were written: so the
+The library reads: it checks that the header of a file covers its payload without gap or overlap, and takes memory for
+one tensor at a time. A damaged header can still parse, with other names, shapes or types than were written: so the
 callers compare all three with what the model needs (`jflow.interop.names`).
 """
 
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from jflow import git_lfs, strict_json
 from jflow.errors import UserError
@@ -24,24 +25,11 @@ from jflow.strict_json import read_object as read_json
 from jflow.strict_json import shown
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
-# Types that may stand in a file beside the weights (buffers); they are never read.
-_OTHER_BYTES = {
-  "F64": 8,
-  "I64": 8,
-  "I32": 4,
-  "I16": 2,
-  "I8": 1,
-  "U8": 1,
-  "BOOL": 1,
-  "U16": 2,
-  "U32": 4,
-  "U64": 8,
-}
-_OTHER_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1}
-_MAX_HEADER = 16 * 2**20  # bytes; a thousand tensors take 100 KB
+_MAX_HEADER = 16 * 2**20  # bytes; a thousand tensors take 100 KB, and the library allows 100 MB
 _MAX_INDEX = 64 * 2**20
 _MOST_TENSORS = 100_000
 _LONGEST_NAME = 512
+_FIELDS = {"dtype", "shape", "data_offsets"}
 _WORTH_SAYING = 2**24  # bytes; less is read or written in a moment
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _EXPONENTS = {"F32": (np.uint32, 0x7F800000), "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00)}
@@ -53,7 +41,7 @@ class Tensor(NamedTuple):
   file: pathlib.Path
   dtype: str  # as the header says: "F32", "BF16", ...
   shape: tuple[int, ...]
-  start: int  # first byte in the file
+  start: int  # first byte after the header
   bytes: int
 
 
@@ -63,65 +51,81 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
   Raises:
     UserError: a file that is cut, has a header that is too large, or does not follow the format.
   """
+  header: Any = None
   try:
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
       raise UserError(f"{path} must be a file")
-    size = found.st_size
     git_lfs.check([str(path)])
-    with open(path, "rb") as file:
-      prefix = file.read(8)
-      if len(prefix) < 8:
-        raise UserError(f"{path} is no safetensors file: it has {size} bytes")
-      (length,) = struct.unpack("<Q", prefix)
-      if length > _MAX_HEADER or length > size - 8:
-        raise UserError(
-          f"{path} claims a header of {length:,} bytes and has {size:,} bytes in all: cut or damaged, "
-          "get the file again"
-        )
-      text = file.read(length)
+    header, payload = _header(path, found.st_size)
+    _open(path)
   except OSError as error:
-    raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+  except (ValueError, SafetensorError) as error:
+    if (end := _end(header)) is not None and end != payload:
+      what = "cut" if end > payload else "too long"
+      raise UserError(f"{path} is {what}: its header describes {end:,} bytes, the file has {payload:,}") from None
+    reason = " ".join(str(error).split())[:160] + _suspect(header)
+    raise UserError(f"{path} has a damaged safetensors header ({reason}): get the file again") from None
+  return {
+    name: Tensor(path, entry["dtype"], tuple(entry["shape"]), start, end - start)
+    for name, entry in header.items()
+    for start, end in [entry["data_offsets"]]
+  }
+
+
+def _header(path: pathlib.Path, size: int) -> tuple[dict[str, Any], int]:
+  """Returns the entries of the header and the bytes of the payload.
+
+  The library takes the last of two entries of one name, and fields that it does not know: refused here.
+  """
+  with open(path, "rb") as file:
+    prefix = file.read(8)
+    if len(prefix) < 8:
+      raise UserError(f"{path} is no safetensors file: it has {size} bytes")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > _MAX_HEADER or length > size - 8:
+      raise UserError(
+        f"{path} claims a header of {length:,} bytes and has {size:,} bytes in all: cut or damaged, get the file again"
+      )
+    header = strict_json.parse(file.read(length))
+  if not isinstance(header, dict):
+    raise ValueError("no JSON object")
+  header.pop("__metadata__", None)
+  if len(header) > _MOST_TENSORS:
+    raise ValueError(f"{len(header):,} tensors")
+  for name, entry in header.items():
+    if not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
+      raise ValueError(f"a tensor is named {shown(name)}")
+    if not isinstance(entry, dict) or set(entry) != _FIELDS:
+      raise ValueError(f"the entry of {name!r} is {shown(entry)}")
+  return header, size - 8 - length
+
+
+def _end(header: Any) -> int | None:
+  """The bytes of payload that a header describes, as far as it can be read."""
   try:
-    header = strict_json.parse(text)
-    header.pop("__metadata__", None)
-    if len(header) > _MOST_TENSORS:
-      raise ValueError(f"{len(header):,} tensors")
-    tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
-  except (ValueError, TypeError, AttributeError) as error:
-    raise UserError(f"{path} has a damaged safetensors header ({_one_line(error)}): get the file again") from None
-  end = 8 + length
-  for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].bytes)):
-    if tensor.start != end:
-      raise UserError(f"{path}: tensor {name} starts at byte {tensor.start:,} instead of {end:,}: damaged header")
-    end += tensor.bytes
-  if end != size:
-    what = "cut" if end > size else "too long"
-    raise UserError(f"{path} is {what}: its header describes {end:,} bytes, the file has {size:,}")
-  return tensors
+    return max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+  except (ValueError, TypeError, AttributeError, KeyError, IndexError):
+    return None
 
 
-def _entry(path: pathlib.Path, name: str, entry: Mapping[str, Any], offset: int) -> Tensor:
-  if not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
-    raise ValueError(f"a tensor is named {shown(name)}")
-  if set(entry) != {"dtype", "shape", "data_offsets"}:
-    raise ValueError(f"the entry of {name!r} has the fields {shown(sorted(entry))}")
-  dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-  if type(shape) is not list or not all(type(n) is int and 0 <= n < 2**48 for n in shape) or len(shape) > 16:
-    raise ValueError(f"{name!r} has the shape {shown(shape)}")
-  if type(offsets) is not list or len(offsets) != 2 or not all(type(n) is int and 0 <= n < 2**63 for n in offsets):
-    raise ValueError(f"{name!r} has the offsets {shown(offsets)}")
-  if type(dtype) is not str or (dtype not in DTYPES and dtype not in _OTHER_BYTES):
-    raise ValueError(f"{name!r} has the unknown type {shown(dtype)}")
-  width = DTYPES[dtype].itemsize if dtype in DTYPES else _OTHER_BYTES[dtype]
-  count = math.prod(shape) * width
-  if offsets[1] - offsets[0] != count:
-    raise ValueError(f"{name!r} of {count:,} bytes lies in {offsets[1] - offsets[0]:,}")
-  return Tensor(path, dtype, tuple(shape), offset + offsets[0], count)
+def _suspect(header: Any) -> str:
+  """The end of a message: the first entry whose bytes do not follow from its shape, which the library does not name."""
+  for name, entry in (header or {}).items():
+    try:
+      start, end = entry["data_offsets"]
+      fits = end - start == math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
+    except (ValueError, TypeError, KeyError):
+      fits = False
+    if not fits:
+      return f", see {name!r}: {shown(entry)}"
+  return ""
 
 
-def _one_line(error: Exception) -> str:
-  return " ".join(str(error).split())[:160]
+def _open(path: pathlib.Path) -> Any:
+  """Opens a file with the library. It is read by calls: a mapped file that is cut later would kill the process."""
+  return safe_open(path, framework="numpy", backend="pread")
 
 
 class Checkpoint:
@@ -141,6 +145,7 @@ class Checkpoint:
       beside it.
     """
     self.directory = directory
+    self._opened: tuple[pathlib.Path, Any] | None = None  # the file that was read last
     if not directory.is_dir():
       raise UserError(f"{directory} is not a directory")
     for stem in stems:
@@ -171,19 +176,17 @@ class Checkpoint:
     if tensor.dtype not in DTYPES:
       raise UserError(f"{tensor.file}: tensor {name} has the type {tensor.dtype}, weights are F32, BF16 or F16")
     try:
-      out = np.empty(tensor.shape, DTYPES[tensor.dtype])
-      with open(tensor.file, "rb", buffering=0) as file:
-        file.seek(tensor.start)
-        view, done = memoryview(out.reshape(-1).view(np.uint8)), 0
-        while done < tensor.bytes:
-          count = file.readinto(view[done : done + 2**26])
-          if not count:
-            raise UserError(f"{tensor.file} is cut: tensor {name} ends after {done:,} of {tensor.bytes:,} bytes")
-          done += count
+      if self._opened is None or self._opened[0] != tensor.file:
+        self._opened = (tensor.file, _open(tensor.file))
+      out = self._opened[1].get_tensor(name)
     except OSError as error:
-      raise UserError(f"{tensor.file} cannot be read: {error.strerror}") from None
+      raise UserError(f"{tensor.file} cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
+      raise UserError(f"{tensor.file} is cut or damaged: {' '.join(str(error).split())[:160]}") from None
     except MemoryError:
       raise UserError(f"{tensor.file}: tensor {name} has {tensor.bytes:,} bytes, more memory than there is") from None
+    if (out.shape, out.dtype) != (tensor.shape, DTYPES[tensor.dtype]):
+      raise UserError(f"{tensor.file} has changed since its header was read: tensor {name} is {out.dtype}{out.shape}")
     if not _finite(out, tensor.dtype):
       raise UserError(f"{tensor.file}: tensor {name} holds values that are not finite: the file is damaged")
     return out
@@ -265,6 +268,9 @@ def write(
   progress: "Progress",
 ) -> None:
   """Writes tensors one by one, so that only one exists at a time beside its source.
+
+  The library's `save_file` would take all tensors of a file in memory at once, beside the parameters that they are
+  made of.
 
   Args:
     directory: must exist.

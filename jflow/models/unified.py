@@ -244,7 +244,7 @@ def for_inference(model: JanusFlow, params: Any) -> tuple[JanusFlow, Any]:
 
   def cast(path: tuple[Any, ...], x: Any) -> Any:
     name = path[-1].key
-    return x.astype(model.dtype) if name.endswith("kernel") or name == "embed" else x
+    return x.astype(model.dtype, copy=False) if name.endswith("kernel") or name == "embed" else x
 
   if model.unroll:
     lm = separate_layers(params["language_model"], model.config.language_model.layers)

@@ -305,6 +305,19 @@ def param_shapes(step_dir: pathlib.Path, weights: str = "ema") -> dict[str, Any]
   return shapes
 
 
+def _parts(sizes: list[int]) -> list[list[int]]:
+  """Splits arrays of so many bytes into parts to be read one after the other, each about a quarter of all.
+
+  Orbax holds a second copy of what it reads at once, with many cores of everything.
+  """
+  parts, most = [[]], max(sum(sizes) // 4, 2**24)
+  for i, size in enumerate(sizes):
+    if parts[-1] and sum(sizes[j] for j in parts[-1]) + size > most:
+      parts.append([])
+    parts[-1].append(i)
+  return parts
+
+
 def load_params(step_dir: pathlib.Path, weights: str = "ema") -> dict[str, Any]:
   """Loads the nested parameters of a jflow checkpoint as numpy arrays.
 
@@ -317,9 +330,18 @@ def load_params(step_dir: pathlib.Path, weights: str = "ema") -> dict[str, Any]:
   """
   from jflow.training.optim import merge
 
-  # Orbax reads into numpy what is asked for by numpy arrays; these take no memory.
-  like = lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape)
-  loaded = _load(step_dir, jax.tree.map(like, param_shapes(step_dir, weights)))
+  shapes = param_shapes(step_dir, weights)
+  leaves, structure = jax.tree.flatten(shapes)
+  read: list[Any] = [None] * len(leaves)
+  for part in _parts([leaf.size * leaf.dtype.itemsize for leaf in leaves]):
+    # Orbax reads into numpy what is asked for by numpy arrays (these take no memory), and leaves placeholders out.
+    wanted = [ocp.PLACEHOLDER] * len(leaves)
+    for i in part:
+      wanted[i] = np.broadcast_to(np.zeros((), leaves[i].dtype), leaves[i].shape)
+    found = structure.flatten_up_to(_load(step_dir, structure.unflatten(wanted)))
+    for i in part:
+      read[i] = found[i]
+  loaded = structure.unflatten(read)
   return merge(loaded.get("frozen", {}), loaded.get("ema", loaded.get("trained", {})))
 
 

@@ -6,8 +6,6 @@ import pathlib
 import pickle
 import random
 import struct
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -236,29 +234,6 @@ def test_a_converted_checkpoint_without_a_vae_takes_one_to_paint_with(tmp_path, 
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
-def test_loading_holds_one_copy_in_memory(tmp_path):
-  """A process that loads 260 MB of bf16, no tensor above a tenth of it, grows by less than 1.5 times that."""
-  directory = tmp_path / "big"
-  directory.mkdir()
-  values = json.loads((official_checkpoint.TINY / "config.json").read_text())
-  values["language_config"] |= {"vocab_size": 2**17, "intermediate_size": 20_000, "num_hidden_layers": 30}
-  (directory / "config.json").write_text(json.dumps(values))
-  config = official_config.config_from_official(values, "config.json", None)
-  shapes = {e.name: e.shape for e in names.official(config)}
-  size = 2 * sum(int(np.prod(s)) for s in shapes.values())
-  save_file({n: np.zeros(s, ml_dtypes.bfloat16) for n, s in shapes.items()}, directory / "model.safetensors")
-  code = (
-    "import pathlib, sys; from jflow.interop import official\n"
-    "def peak():\n"
-    "  lines = pathlib.Path('/proc/self/status').read_text().splitlines()\n"
-    "  return next(1024 * int(line.split()[1]) for line in lines if line.startswith('VmHWM'))\n"
-    "before = peak(); loaded = official.load(pathlib.Path(sys.argv[1])); print(peak() - before)"
-  )
-  out = subprocess.run([sys.executable, "-c", code, directory], capture_output=True, text=True, check=True, cwd=ROOT)
-  assert "reading JanusFlow: 100 %" in out.stderr
-  assert size > 250e6 and int(out.stdout) < 1.5 * size
-
-
 # --- config.json -----------------------------------------------------------------------------------------
 
 
@@ -489,14 +464,14 @@ def test_every_hostile_header_is_a_user_error(tmp_path, header):
 
 
 def test_mutated_files_never_raise_anything_else(tmp_path):
-  """20,000 mutations of a small file: read as it was described, or refused with one line."""
+  """3,000 mutations of a small file: read as it was described, or refused with one line."""
   path = tmp_path / "model.safetensors"
   good = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.ones(4, np.float16)}
   save_file(good, path, metadata={"format": "pt"})
   whole = path.read_bytes()
   rng = random.Random(0)
   refused = 0
-  for _ in range(20_000):
+  for _ in range(3_000):
     data = bytearray(whole)
     for _ in range(rng.randint(1, 4)):
       choice, at = rng.random(), rng.randrange(len(data))
@@ -515,7 +490,7 @@ def test_mutated_files_never_raise_anything_else(tmp_path):
     except UserError as error:
       refused += 1
       assert "\n" not in str(error)
-  assert refused > 12_000
+  assert refused > 1_800
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt"])

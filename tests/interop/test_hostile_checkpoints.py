@@ -266,7 +266,8 @@ def _rewrite_header(path: pathlib.Path, change) -> None:
   "change, part",
   [
     (lambda h: h[EMBED].update(shape=[10**18, 64]), "shape"),
-    (lambda h: h[EMBED].update(shape=[1024, 10**9]), "bytes"),
+    (lambda h: h[EMBED].update(shape=[1024, 10**9]), EMBED),
+    (lambda h: h[EMBED].update(data_offsets=[4, 8]), EMBED),
     (lambda h: h[EMBED].update(dtype="F8_E8M0"), "F8_E8M0"),
     (lambda h: h[EMBED].update(dtype=["F32"]), "type"),
     (lambda h: h[EMBED].update(dtype="I32"), "I32"),
