@@ -1,4 +1,4 @@
-"""Model FLOPs of a training step, by formula: what the mathematics needs, whatever the program computes.
+"""Model FLOPs of training and of inference, by formula: what the mathematics needs, whatever the program computes.
 
 The rule: a multiply-add is 2 FLOPs. A trained matrix costs 6 per weight and token (2 forward, 4 backward), a
 frozen one that gradients pass through 4, a frozen one that they do not reach 2. Attention costs the pairs that a
@@ -10,7 +10,7 @@ per token.
 import dataclasses
 from collections.abc import Collection
 
-from jflow.models.config import JanusFlowConfig
+from jflow.models.config import JanusFlowConfig, LanguageModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +44,7 @@ def step(
   """
   lm, patches = config.language_model, config.patches
   factor = lambda part, reached=True: 6 if part in trained else 4 if reached else 2
-  body = lm.layers * lm.width * lm.head_width * (2 * lm.heads + 2 * lm.kv_heads)
-  body += 3 * lm.layers * lm.width * lm.mlp_width
+  body = body_weights(lm)
   # Scores and their sum: 4 per pair and width forward; twice that backward, also through frozen layers.
   attention = 12 * lm.layers * lm.heads * lm.head_width * work.pairs
   llm = factor("language_model") * body * work.tokens + attention
@@ -54,7 +53,7 @@ def step(
   vision = siglip(config) * (reads_back * work.read + (work.written if alignment else 0))
   vision_width = config.understanding_encoder.width
   heads = factor("understanding_projector", False) * patches * vision_width * lm.width * work.read
-  heads += factor("generation_encoder") * convnext(config) * work.written
+  heads += factor("generation_encoder") * (flow_encoder(config) + flow_decoder(config)) * work.written
   if alignment:
     hidden = config.alignment_width
     mlp = lm.width * hidden + hidden * hidden + hidden * vision_width
@@ -71,12 +70,56 @@ def siglip(config: JanusFlowConfig) -> float:
   return float(per_patch * c.patches)
 
 
-def convnext(config: JanusFlowConfig) -> float:
-  """Multiply-adds of one pass of g_enc, g_dec and their projectors over one image."""
+def body_weights(config: LanguageModelConfig) -> int:
+  """Weights of the LLM's matrices without embedding and head."""
+  attention = config.width * config.head_width * (2 * config.heads + 2 * config.kv_heads)
+  return config.layers * (attention + 3 * config.width * config.mlp_width)
+
+
+def flow_encoder(config: JanusFlowConfig) -> float:
+  """Multiply-adds of one pass of g_enc, its projector and the time embedding over one image."""
   g, d = config.generation, config.language_model.width
-  block = lambda c: 49 * c + 8 * c * c
   latent = g.patch_size**2 * config.autoencoder.latent_channels
-  per_patch = latent * g.width + g.encoder_blocks * block(g.width) + g.width * d
-  per_patch += d * g.width + g.decoder_blocks * block(2 * g.width) + 2 * g.width * latent
-  modulation = 2 * d * (g.encoder_blocks * g.width + g.decoder_blocks * 2 * g.width)
+  per_patch = latent * g.width + g.encoder_blocks * _block(g.width) + g.width * d
+  modulation = 2 * d * g.encoder_blocks * g.width
   return float(per_patch * config.patches + modulation + g.width * d + d * d)
+
+
+def flow_decoder(config: JanusFlowConfig) -> float:
+  """Multiply-adds of one pass of g_dec and its projector over one image."""
+  g, d = config.generation, config.language_model.width
+  latent = g.patch_size**2 * config.autoencoder.latent_channels
+  per_patch = d * g.width + g.decoder_blocks * _block(2 * g.width) + 2 * g.width * latent
+  return float(per_patch * config.patches + 2 * d * g.decoder_blocks * 2 * g.width)
+
+
+def _block(channels: int) -> int:
+  """Multiply-adds of a ConvNeXt block on one patch."""
+  return 49 * channels + 8 * channels * channels
+
+
+def image(config: JanusFlowConfig, evaluations: int, prompt: int, guided: bool) -> float:
+  """FLOPs of one painted image with its prompt's keys kept: the velocity `evaluations` times, then the VAE.
+
+  Args:
+    config: the model.
+    evaluations: of the velocity.
+    prompt: its tokens, BOS included; the unconditional half sees BOS alone.
+    guided: both halves are computed; the encoder's output serves both.
+  """
+  lm, slots, weights = config.language_model, config.patches + 1, body_weights(config.language_model)
+
+  def llm(before: int) -> float:
+    pairs = slots * before + slots * (slots + 1) / 2
+    return 2 * weights * slots + 4 * lm.layers * lm.heads * lm.head_width * pairs
+
+  halves = (prompt, 1) if guided else (prompt,)
+  velocity = 2 * flow_encoder(config) + sum(llm(before) + 2 * flow_decoder(config) for before in halves)
+  return evaluations * velocity + 2 * weights * prompt + config.autoencoder.decoder_flops(config.latent_size)
+
+
+def token_bytes(config: LanguageModelConfig, context: int, rows: int, itemsize: int) -> int:
+  """Bytes that one decoding step reads: every weight once, and the keys and values of each row."""
+  weights = body_weights(config) + config.width * config.vocabulary_size
+  cache = 2 * config.layers * config.kv_heads * config.head_width * context * rows
+  return itemsize * (weights + cache)

@@ -20,7 +20,6 @@ WORKLOADS: dict[str, tuple[str, str]] = {
     "jflow.perf.understand",
     "answering: first token and the ones after it, alone or beside PyTorch",
   ),
-  "inference": ("jflow.perf.inference_suite", "the four measurements of inference beside their targets on one H200"),
   "data": ("jflow.perf.data", "the input pipeline beside the plain loop: decode and resize"),
 }
 
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> int:
   report = importlib.import_module(WORKLOADS[args.workload][0]).run(args)
   for name, value in report.items():
     print(f"{name:24} {_readable(value)}")
-  if args.json and args.workload != "inference":  # which keeps its own
+  if args.json:
     write_json(args.json, report)
     print(f"report: {args.json}", file=sys.stderr)
   return 0

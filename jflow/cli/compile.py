@@ -17,7 +17,6 @@ examples
   python -m jflow compile --config=configs/stage2.py --topology=v5e:4x4 --rows_per_device=1
   python -m jflow compile --config=configs/stage2.py --topology=h100:4x8 --rows_per_device=4 --json=h100.json
   python -m jflow compile --config=configs/stage2.py --topology=v5p:2x2x4 --config.mesh.data=2 --config.mesh.fsdp=8
-  python -m jflow compile --table=launch/experiments/results/compile_table
 
 A topology is KIND:DIMS: v5e:4x4, v6e:16x16, v4:2x2x4, v5p:4x4x4 (chips), a100:1x8, h100:4x8, h200:1x1 (hosts x
 GPUs). TPU needs libtpu (pip install '.[compile]'), GPU jax's CUDA plugin (pip install --no-deps
@@ -29,7 +28,7 @@ memory and network at the vendor's peak, as if the other two cost nothing."""
 
 
 def main(argv: list[str]) -> int:
-  """Compiles one step and prints the report, or all of the table; 1 where the step does not fit."""
+  """Compiles one step and prints the report; 1 where the step does not fit."""
   parser = Parser(
     prog="python -m jflow compile",
     description="Compiles the train step of a config for a machine that is not there, and says what it takes.",
@@ -54,17 +53,7 @@ def main(argv: list[str]) -> int:
   )
   parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the report as JSON")
   parser.add_argument("--hlo", metavar="FILE", help="write the compiled program as text")
-  parser.add_argument(
-    "--table",
-    type=pathlib.Path,
-    metavar="NAME",
-    help="write the table of jflow/perf/README.md to NAME.json and NAME.md, 2 minutes a row; an interrupted one goes on",
-  )
   known, fields = parser.parse_known_args(argv)
-  if known.table:
-    from jflow.perf.aot_table import write_table
-
-    return write_table(known.table)
   if not known.config or not known.topology:
     raise UserError("name --config and --topology, for example --config=configs/stage2.py --topology=v5e:4x4")
   topology = targets.Topology.parse(known.topology)

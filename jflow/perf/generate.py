@@ -15,9 +15,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
   parser.epilog = """\
 examples
-  python -m jflow bench generate --versus=torch                              # a mid-size model, random weights
+  python -m jflow bench generate --versus=tests/parity/torch_worker.py   # a mid-size model, random weights
   python -m jflow bench generate --checkpoint=quickstart/stage3 --batch_size=4
-  python -m jflow bench generate --config=configs/stage3.py:384 --batch_size=16 --versus=torch   # on a GPU
+  python -m jflow bench generate --config=configs/stage3.py:384 --batch_size=16 # on a GPU
 
 The PyTorch side is the published loop: it runs the prompt again at every step. On a GPU or TPU the report says
 which share of the chip's peak the pictures' FLOPs take (mfu)."""
@@ -33,9 +33,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
   """Measures and returns the report."""
   import jax
 
+  from jflow import model_flops
   from jflow.generation.flow import equations as flow
   from jflow.generation.flow import sampler as painting
-  from jflow.perf import costs, inference
+  from jflow.perf import inference
 
   for name in ("batch_size", "steps", "prompt_tokens"):
     if getattr(args, name) < 1:
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     measured = inference.in_turn(calls, args.repeats)
   median = inference.median
   seconds = median(measured["solve"]) + median(measured["decode"])
-  flops = sum(costs.painting_flops(c, args.steps, int(length), guided) for length in lengths)
+  flops = sum(model_flops.image(c, args.steps, int(length), guided) for length in lengths)
   chip = inference.chip()
   report |= {
     "pictures": n,

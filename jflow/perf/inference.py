@@ -31,7 +31,6 @@ from jflow.perf.timing import spread
 from jflow.training import setup
 
 ROOT = pathlib.Path(jflow.__file__).parent.parent
-_WORKER = ROOT / "tests" / "parity" / "torch_worker.py"
 _SHARD = 2**31
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1}  # relative L2 error between the frameworks, after all steps
 
@@ -46,7 +45,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     default=str(ROOT / "configs" / "stage3.py") + ":mid",
     help="random weights of this size (default stage3.py:mid; :384 is the paper's model)",
   )
-  add("--versus", choices=("torch",), help="PyTorch doing the same work with the same weights, in turn")
+  add(
+    "--versus",
+    type=pathlib.Path,
+    metavar="FILE",
+    help="a program that does the same work with the same weights, in turn: tests/parity/torch_worker.py, PyTorch's",
+  )
   add("--repeats", type=whole(most=100_000), default=5, help="timed rounds (default %(default)s)")
 
 
@@ -84,15 +88,15 @@ def random_params(model: JanusFlow) -> Any:
 class Torch:
   """The PyTorch side, a process of its own: `call` returns once its work is done."""
 
-  def __init__(self, pipeline: Pipeline):
-    if not _WORKER.is_file():
-      raise UserError("--versus=torch needs the source tree, with tests/parity/torch_worker.py")
+  def __init__(self, program: pathlib.Path, pipeline: Pipeline):
+    if not program.is_file():
+      raise UserError(f"--versus={program} does not exist: in a checkout of jflow it is tests/parity/torch_worker.py")
     if pipeline.model.config.autoencoder.kind != "autoencoder_kl":
-      raise UserError("--versus=torch needs a model with SDXL's kind of VAE: --config=configs/stage3.py:mid or :384")
+      raise UserError("--versus needs a model with SDXL's kind of VAE: --config=configs/stage3.py:mid or :384")
     self._folder = tempfile.TemporaryDirectory(prefix="jflow-bench-")
     self.folder = pathlib.Path(self._folder.name)
     _export(pipeline, self.folder)
-    command = [sys.executable, str(_WORKER), str(self.folder), str(pipeline.model.dtype)]
+    command = [sys.executable, str(program), str(self.folder), str(pipeline.model.dtype)]
     self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     self.about = self._reply()
 
@@ -130,7 +134,7 @@ class Torch:
 @contextmanager
 def torch_side(args: argparse.Namespace, pipeline: Pipeline) -> Iterator[Torch | None]:
   """The PyTorch side where --versus asks for it."""
-  side = Torch(pipeline) if args.versus else None
+  side = Torch(args.versus, pipeline) if args.versus else None
   try:
     yield side
   finally:

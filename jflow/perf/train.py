@@ -7,13 +7,11 @@ from typing import Any
 from jflow.cli.arguments import whole
 from jflow.errors import UserError
 
-SECTIONS = ("ceiling", "attention", "head_loss", "steps")
 _EPILOG = """\
 examples
   python -m jflow bench train --config=configs/stage2.py:tiny                      # anywhere
   python -m jflow bench train --config=configs/stage2.py --rows=8 --json=h200.json # one GPU
-  python -m jflow bench train --config=configs/stage2.py --rows=4 --json=suite.json --suite # one GPU, 30 minutes
-  python -m jflow bench train --config=configs/stage2.py --rows=4 --json=kernels.json --suite attention # a part of it
+  python -m jflow bench train --config=configs/stage2.py --rows=4 --fields config.compute.remat=none
 
 Rows are full and random, in the mixture of the config's last phase; everything runs on the device, SigLIP and VAE
 included. MFU takes the model FLOPs of jflow/model_flops.py over the vendor's dense bf16 peak; none on a CPU. Parts
@@ -26,13 +24,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--rows", type=whole(most=2**20), help="rows per step (default: train.batch_size)")
   parser.add_argument("--steps", type=whole(most=10**6), default=20, help="timed steps (default 20)")
   parser.add_argument("--parts", action=argparse.BooleanOptionalAction, default=True, help="time the parts too")
-  parser.add_argument(
-    "--suite",
-    nargs="*",
-    choices=SECTIONS,
-    metavar="SECTION",
-    help=f"in place of the one step: {', '.join(SECTIONS)} (remat x rows); all where none is named",
-  )
   parser.add_argument("--fields", nargs="*", default=[], metavar="config.FIELD=VALUE", help="set fields of the config")
 
 
@@ -45,10 +36,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
   fields = [f"--{field.lstrip('-')}" for field in args.fields]
   config = load_config([f"--config={args.config}", *fields])
   config = with_rows(config, args.rows)
-  if args.suite is not None:
-    from jflow.perf.suite import run_suite
-
-    return run_suite(config, args.steps, args.suite or SECTIONS)
   return measure(config, args.steps, args.parts)
 
 

@@ -15,9 +15,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
   parser.epilog = """\
 examples
-  python -m jflow bench understand --versus=torch                             # a mid-size model, random weights
+  python -m jflow bench understand --versus=tests/parity/torch_worker.py   # a mid-size model, random weights
   python -m jflow bench understand --checkpoint=quickstart/stage3 --batch_size=8
-  python -m jflow bench understand --config=configs/stage3.py:384 --batch_size=16 --versus=torch  # on a GPU
+  python -m jflow bench understand --config=configs/stage3.py:384 --batch_size=16 # on a GPU
 
 Each row reads one picture and a question and answers greedily; the PyTorch side is transformers' generate. On a GPU
 or TPU the report says which share of the memory bandwidth decoding reaches (bandwidth_share)."""
@@ -30,9 +30,10 @@ or TPU the report says which share of the memory bandwidth decoding reaches (ban
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
   """Measures and returns the report."""
+  from jflow import model_flops
   from jflow.inference import reading
   from jflow.inference.decoding import Decoder, Request
-  from jflow.perf import costs, inference
+  from jflow.perf import inference
 
   for name, least in (("batch_size", 1), ("new_tokens", 2), ("question_tokens", 3)):
     if getattr(args, name) < least:
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
   rate = lambda side: n * (count - 1) / after(side)
   chip, itemsize = inference.chip(), pipeline.model.dtype.itemsize
   seconds_per_token = n / rate("")
-  read = costs.token_bytes(lm, length + count // 2, n, itemsize)
+  read = model_flops.token_bytes(lm, length + count // 2, n, itemsize)
   report |= {
     "answers": n,
     "prompt_tokens": length,

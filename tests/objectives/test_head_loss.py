@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from jflow.objectives import head_loss, losses
-from jflow.perf import suite
 
 B, S, D, V = 2, 24, 16, 50
 RNG = np.random.default_rng(0)
@@ -34,13 +33,6 @@ def test_loss_and_gradients_are_those_of_the_plain_loss(share, chunk):
   for mine, theirs in zip(got[1], want[1], strict=True):
     np.testing.assert_allclose(mine, theirs, atol=1e-6 * max(1.0, float(np.abs(theirs).max())))
   np.testing.assert_allclose(ours(HIDDEN, KERNEL, mask, chunk), want[0] / 3.0, rtol=1e-6)
-
-
-def test_the_scan_that_the_suite_measures_beside_it_is_the_same_loss():
-  mask = RNG.random((B, S)) < 0.5
-  got = jax.value_and_grad(suite._by_scan, argnums=(0, 1))(HIDDEN, KERNEL, TARGETS, mask)
-  want = jax.value_and_grad(plain, argnums=(0, 1))(HIDDEN, KERNEL, mask)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
 
 
 def test_large_logits_survive():

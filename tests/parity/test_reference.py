@@ -1,4 +1,4 @@
-"""The PyTorch side of `bench --versus=torch` against jflow: both do the same work."""
+"""The PyTorch side of `bench --versus` against jflow: both do the same work."""
 
 import argparse
 import pathlib
@@ -21,7 +21,11 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 def sides():
   """The tiny model of configs/, random, in both frameworks."""
   args = argparse.Namespace(
-    repeats=1, checkpoint=None, config=f"{ROOT}/configs/stage3.py:tiny", dtype="float32", versus="torch"
+    repeats=1,
+    checkpoint=None,
+    config=f"{ROOT}/configs/stage3.py:tiny",
+    dtype="float32",
+    versus=ROOT / "tests" / "parity" / "torch_worker.py",
   )
   pipeline = inference.open_pipeline(args)
   with inference.torch_side(args, pipeline) as torch:

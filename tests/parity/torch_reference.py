@@ -1,4 +1,4 @@
-"""JanusFlow's inference in PyTorch, as the published loop does it: what `bench --versus=torch` and tests compare with.
+"""JanusFlow's inference in PyTorch, as the published loop does it: what `bench --versus` and tests compare with.
 
 The LLM and SigLIP are those of transformers, the VAE that of diffusers; the ConvNeXt encoder and decoder around the
 LLM stand here, written from the paper and the tensors' names and shapes.

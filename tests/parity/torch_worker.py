@@ -1,4 +1,4 @@
-"""Serves `bench --versus=torch`: runs torch_reference.py in a process of its own, one JSON line per request.
+"""Serves `bench --versus`: runs torch_reference.py in a process of its own, one JSON line per request.
 
 python tests/parity/torch_worker.py DIR DTYPE
 

@@ -1,4 +1,9 @@
-"""The table of jflow/perf/README.md: stage 2 at 384 over TPU and GPU meshes of 8 to 256 chips."""
+"""The table of jflow/perf/README.md: stage 2 at 384 over TPU and GPU meshes of 8 to 256 chips.
+
+  python launch/experiments/compile_table.py launch/experiments/results/compile_table
+
+Writes NAME.json and NAME.md, some 3 minutes a row; an interrupted one goes on.
+"""
 
 import json
 import pathlib
@@ -117,3 +122,9 @@ def markdown(reports: list[dict]) -> str:
       f"| {100 * r['mfu_at_most']:.0f} % | {r['compile_seconds']:.0f} |"
     )
   return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+  if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+    sys.exit(__doc__)
+  sys.exit(write_table(pathlib.Path(sys.argv[1])))

@@ -1,0 +1,61 @@
+"""The table of steps compiled ahead of time: it goes on where it was, and what is published is what it writes."""
+
+import json
+import sys
+import types
+
+import pytest
+import tiny
+
+sys.path.insert(0, str(tiny.ROOT / "launch" / "experiments"))
+import compile_table as table
+
+_TABLE = tiny.ROOT / "launch" / "experiments" / "results" / "compile_table"
+
+
+def test_a_table_goes_on_where_it_was(monkeypatch, tmp_path):
+  """What is there is kept, what failed is tried again, and the file is whole after every row."""
+  asked, wrong = [], {"h100:1x8"}
+
+  def compiled(topology: str, rows: int) -> dict:
+    asked.append(topology)
+    memory = {"total": 2.0, "limit": 1.0}
+    return {"topology": topology} | ({"error": "?"} if topology in wrong else {"fits": False, "memory_gib": memory})
+
+  monkeypatch.setattr(table, "ROWS", (("h100:2x8", 4), ("v5e:2x4", 1), ("h100:1x8", 4)))
+  monkeypatch.setattr(table, "_compiled", compiled)
+  assert table.write_table(tmp_path / "all") == 1
+  assert asked == ["h100:2x8", "v5e:2x4", "h100:1x8"]
+  wrong.clear()
+  assert table.write_table(tmp_path / "all") == 0 and asked[3:] == ["h100:1x8"]
+  written = json.loads((tmp_path / "all.json").read_text())
+  assert [report["topology"] for report in written] == ["v5e:2x4", "h100:1x8", "h100:2x8"]  # by kind and size
+  assert (tmp_path / "all.md").read_text().count("\n") == 2 + 3
+
+
+def test_a_row_of_the_table_names_the_attention_that_it_was_made_with(monkeypatch):
+  commands = []
+  failed = types.SimpleNamespace(stderr="")
+  monkeypatch.setattr(table.subprocess, "run", lambda command, **_: commands.append(command) or failed)
+  for topology in ("h100:1x8", "v5e:2x4"):
+    assert "error" in table._compiled(topology, 1)
+  assert ["--config.compute.attention=cudnn" in command for command in commands] == [True, False]
+  assert "--config.compute.attention=splash" in commands[1]
+
+
+def test_the_table_of_the_readme_shows_that_the_cost_per_chip_does_not_grow():
+  """For every kind of chip: bytes of collectives within 10 % from 16 to 256 chips, and everything fits."""
+  reports = {report["topology"]: report for report in json.loads((_TABLE.with_suffix(".json")).read_text())}
+  assert all(report["fits"] for report in reports.values())
+  for small, large in (
+    ("v5e:4x4", "v5e:16x16"),
+    ("v5p:2x2x4", "v5p:4x8x8"),
+    ("v6e:4x4", "v6e:16x16"),
+    ("h100:2x8", "h100:32x8"),
+  ):
+    assert (reports[small]["chips"], reports[large]["chips"]) == (16, 256)
+    sent = [sum(reports[name]["collective_bytes"].values()) for name in (small, large)]
+    assert sent[1] == pytest.approx(sent[0], rel=0.1)
+  written = (_TABLE.with_suffix(".md")).read_text()
+  assert written == table.markdown(list(reports.values()))
+  assert written in (tiny.ROOT / "jflow" / "perf" / "README.md").read_text(encoding="utf-8")
