@@ -16,6 +16,8 @@ QUICK = "--xla_backend_optimization_level=0"
 # Files of laws, whole: one process, no server, seconds each. Their tests are `fast`.
 FAST = {
   "attention",
+  "autoencoders",
+  "codec",
   "conversations",
   "decoding",
   "examples",
@@ -27,6 +29,7 @@ FAST = {
   "importers_llava",
   "importers_text",
   "janusflow",
+  "kl",
   "llm",
   "losses",
   "mixture",
@@ -40,7 +43,6 @@ FAST = {
   "step",
   "tables",
   "tokenizer",
-  "vae",
   "world",
 }
 

@@ -1,4 +1,4 @@
-"""Laws of the shapes world: what is said of a picture is true, and training never meets what is held out."""
+"""Laws of the world: what is said of a picture is true, and training never meets what is held out."""
 
 import collections
 import hashlib

@@ -1,0 +1,46 @@
+"""The autoencoder of SDXL: shapes, independence of the batch, the clamp, and the size of the full one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jflow.models.autoencoders.kl import AutoencoderKL, AutoencoderKLConfig
+from jflow.sharding import unbox
+
+KL = AutoencoderKLConfig(
+  kind="autoencoder_kl",
+  latent_channels=4,
+  scaling=0.13025,
+  block_channels=(8, 16),
+  layers_per_block=1,
+  norm_groups=4,
+)
+
+
+@pytest.mark.smoke
+def test_kl_shapes_batches_and_clamp():
+  model = KL.make(jnp.float32)
+  assert isinstance(model, AutoencoderKL)
+  pixels = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
+  params = unbox(jax.jit(model.init)(jax.random.key(0), pixels))
+  encode = jax.jit(lambda params, x: model.apply(params, x, method="encode"))
+  decode = jax.jit(lambda params, x: model.apply(params, x, method="decode"))
+  mean, log_variance = encode(params, pixels)
+  assert mean.shape == log_variance.shape == (2, 8, 8, 4)
+  out = decode(params, mean)
+  assert out.shape == pixels.shape
+  alone = encode(params, pixels[1:])[0]
+  np.testing.assert_allclose(mean[1:], alone, rtol=1e-4, atol=1e-4)
+  params["params"]["quant"]["bias"] = jnp.array([0.0] * 4 + [1e3, -1e3, 0.0, 0.0])
+  _, log_variance = encode(params, pixels)
+  assert (log_variance[..., 0] == 20).all() and (log_variance[..., 1] == -30).all()
+
+
+def test_the_full_autoencoder_has_the_published_number_of_parameters():
+  config = AutoencoderKLConfig("autoencoder_kl", 4, 0.13025, (128, 256, 512, 512), 2, 32)
+  model = config.make(jnp.bfloat16)
+  shapes = unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3))))
+  assert sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes)) == 83_653_863
+  latents = jax.eval_shape(lambda p, x: model.apply(p, x, method="encode"), shapes, jnp.zeros((1, 384, 384, 3)))
+  assert latents[0].shape == (1, 48, 48, 4)

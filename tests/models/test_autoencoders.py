@@ -1,0 +1,103 @@
+"""The kinds of autoencoders: found by name, each with fields of its own, and a new one is one file."""
+
+import copy
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jflow.errors import UserError
+from jflow.interop import own_layout
+from jflow.models.autoencoders import base
+from jflow.models.autoencoders.base import AutoencoderConfig, config_class
+from jflow.models.config import JanusFlowConfig
+from jflow.models.layers import Linear
+
+# As config.json held it before each kind had fields of its own.
+OLD = {
+  "autoencoder_kl": dict(block_channels=[8, 16], layers_per_block=1, norm_groups=4, patch_size=0, window=0),
+  "patch_pca": dict(block_channels=[], layers_per_block=0, norm_groups=0, patch_size=2, window=4),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeansConfig(AutoencoderConfig):
+  """A toy kind: the means of blocks of pixels, and one matrix back."""
+
+  block: int
+
+  @property
+  def factor(self) -> int:
+    return self.block
+
+  def make(self, dtype: Any) -> "Means":
+    return Means(self, dtype)
+
+
+class Means(nn.Module):
+  config: MeansConfig
+  dtype: Any
+
+  def setup(self) -> None:
+    self.back = Linear(3, (None, None), self.dtype, use_bias=True)
+
+  def __call__(self, pixels_BHWC):
+    return self.decode(self.encode(pixels_BHWC)[0])
+
+  def encode(self, pixels_BHWC):
+    b, h, w, c = pixels_BHWC.shape
+    k = self.config.block
+    mean = pixels_BHWC.reshape(b, h // k, k, w // k, k, c).mean((2, 4))[..., : self.config.latent_channels]
+    return mean, jnp.full_like(mean, -30.0)
+
+  def decode(self, latents_BHWC):
+    k = self.config.block
+    return jnp.repeat(jnp.repeat(self.back(latents_BHWC), k, axis=1), k, axis=2)
+
+
+@pytest.mark.parametrize("kind", OLD)
+def test_sections_that_hold_the_fields_of_both_kinds_load(kind):
+  values = copy.deepcopy(tiny.DICT)
+  values["autoencoder"] = dict(kind=kind, latent_channels=4, scaling=0.5) | OLD[kind]
+  config = JanusFlowConfig.from_dict(values)
+  assert config.autoencoder.factor == 2
+  own = {"autoencoder_kl": {"block_channels", "layers_per_block", "norm_groups"}, "patch_pca": {"patch_size", "window"}}
+  assert set(config.to_dict()["autoencoder"]) == {"kind", "latent_channels", "scaling"} | own[kind]
+  assert JanusFlowConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+  "section, named",
+  [
+    ({}, "model.autoencoder.kind"),
+    ({"kind": "vq"}, "model.autoencoder.kind='vq'"),
+    ({"kind": 3}, "model.autoencoder.kind=3"),
+    ({"kind": ["patch_pca"]}, "model.autoencoder.kind="),
+  ],
+)
+def test_an_unknown_kind_is_named(section, named):
+  with pytest.raises(UserError, match=named.replace("[", r"\[")):
+    config_class(section)
+
+
+def test_a_new_kind_is_one_file_and_its_name(monkeypatch):
+  """Built, loaded and compared by names like the others."""
+  monkeypatch.setitem(base.KINDS, "means", f"{__name__}:MeansConfig")
+  values = copy.deepcopy(tiny.DICT)
+  values["autoencoder"] = dict(kind="means", latent_channels=3, scaling=2.0, block=2)
+  config = JanusFlowConfig.from_dict(values)
+  assert isinstance(config.autoencoder, MeansConfig) and JanusFlowConfig.from_dict(config.to_dict()) == config
+  assert own_layout.shapes(config)["vae/back/kernel"] == (3, 3)
+  shapes = tiny.shapes(config)
+  assert shapes["vae"]["back"]["kernel"].shape == (3, 3)
+  pixels = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
+  eye = {"back": {"kernel": np.eye(3, dtype=np.float32), "bias": np.zeros(3, np.float32)}}
+  shown = config.autoencoder.make(jnp.float32).apply({"params": eye}, pixels)
+  np.testing.assert_allclose(shown[:, ::2, 1::2], pixels.reshape(2, 8, 2, 8, 2, 3).mean((2, 4)), atol=1e-6)
+  values["autoencoder"]["blocks"] = 2
+  with pytest.raises(UserError, match="autoencoder.blocks"):
+    JanusFlowConfig.from_dict(values)
