@@ -95,6 +95,7 @@ def base(size: str) -> ConfigDict:
       long_captions=0.25,  # share of captions that describe every object
       named_colors=0.0,  # share of captions and texts whose first sentence names colors that its kind leaves open
       in_order=0.0,  # share of captions and texts that name objects from the top left, unless they say a relation
+      tags=None,  # share of each kind of scene; None: those of jflow/world
       asked=(),  # (kind of question, weight) pairs, as (("relation", 4.0),): jflow/world/questions.py
     ),
   )

@@ -17,7 +17,7 @@ import numpy as np
 import tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jflow.models.config import JanusFlowConfig
+from jflow.config import RunConfig
 from jflow.training import checkpoint, optim
 from jflow.training.state import TrainState
 
@@ -25,20 +25,19 @@ GOLDEN = tiny.ROOT / "tests" / "golden"
 STEP = 7
 
 
-def config() -> dict:
+def config() -> RunConfig:
   """The smallest model that has every part."""
   model = copy.deepcopy(tiny.DICT)
   model["language_model"] |= dict(vocabulary_size=48, width=8, mlp_width=12, heads=2, kv_heads=1, head_width=4)
   model["understanding_encoder"] |= dict(width=8, mlp_width=8, heads=2)
   model["generation"] |= dict(width=8)
   model["alignment_width"] = 8
-  whole = tiny.configuration(train=dict(spike_sigmas=6.0, spike_window=4))
-  return whole | {"model": JanusFlowConfig.from_dict(model).to_dict()}
+  return tiny.configuration(model=model, train=dict(spike_sigmas=6.0, spike_window=4))
 
 
 def params(salt: str) -> dict:
   """Nested f32 parameters, each leaf a function of its path and `salt`."""
-  shapes = flatten_dict(tiny.shapes(JanusFlowConfig.from_dict(config()["model"])), sep="/")
+  shapes = flatten_dict(tiny.shapes(config().model), sep="/")
   leaf = lambda path, shape: np.random.default_rng(zlib.crc32(f"{salt}/{path}".encode())).standard_normal(shape) / 4
   flat = {path: jnp.asarray(leaf(path, x.shape), jnp.float32) for path, x in shapes.items()}
   return unflatten_dict(flat, sep="/")
@@ -47,11 +46,10 @@ def params(salt: str) -> dict:
 def state() -> TrainState:
   """The state that the checkpoint holds."""
   fields = config()
-  patterns = fields["optimizer"]["trained"], fields["optimizer"]["frozen"]
+  patterns = fields.optimizer.trained, fields.optimizer.frozen
   trained, frozen = optim.partition(params("raw"), *patterns)
   averaged, _ = optim.partition(params("ema"), *patterns)
-  constant = {"cooldown_start": 0, "cooldown_steps": 0, "muon": ()}  # fields younger than the checkpoint
-  optimizer = optim.make_optimizer(fields["optimizer"] | constant)
+  optimizer = optim.make_optimizer(fields.optimizer)
   made = TrainState.create(trained, frozen, optimizer, spike_window=4)
   count = lambda x: jnp.full_like(x, STEP) if x.dtype == jnp.int32 else x + 0.25
   return jax.tree.map(count, made).replace(trained=trained, frozen=frozen, ema=averaged)
@@ -65,9 +63,8 @@ def main() -> None:
   checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", 1, {"versions": {"jax": jax.__version__}})
   checkpointer.save(state())
   checkpointer.wait()
-  fields = config()
-  fields["data"]["tokenizer"] = "configs/tokenizer"
-  (workdir / "config.json").write_text(json.dumps(fields, indent=1) + "\n")
+  fields = config().replace(data=dict(tokenizer="configs/tokenizer"))
+  (workdir / "config.json").write_text(json.dumps(fields.to_dict(), indent=1) + "\n")
   size = sum(p.stat().st_size for p in pathlib.Path(workdir).rglob("*") if p.is_file())
   print(f"{workdir}: {size:,} bytes")
 

@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tools.faults import struck
 
 from jflow import __main__, model_flops, sharding
+from jflow.config import RunConfig
 from jflow.training import hosts, loop, optim
 from jflow.training import workdir as workdirs
 from jflow.training.checkpoint import Checkpointer
@@ -73,20 +74,20 @@ def step(optimizer, state: TrainState, x: jax.Array):
   return new, {"loss": loss, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row} | work
 
 
-def train(config: dict[str, Any], workdir: pathlib.Path, fault: list[str]) -> None:
+def train(config: RunConfig, workdir: pathlib.Path, fault: list[str]) -> None:
   """`loop.train` for the toy."""
   started = time.time()
-  hosts.start(config["distributed"])
-  mesh = sharding.make_mesh(**config["mesh"])
+  hosts.start(config.distributed)
+  mesh = sharding.make_mesh(**vars(config.mesh))
   held = hosts.first_alone(lambda: workdirs.lock(workdir))
   try:
     workdirs.check_shared(workdir)
-    optimizer = optim.make_optimizer(config["optimizer"])
+    optimizer = optim.make_optimizer(config.optimizer)
     initial = lambda: TrainState.create({"kernel": jnp.eye(16) * 0.5}, {}, optimizer)
     cut = lambda x: NamedSharding(mesh, PartitionSpec("fsdp") if x.ndim == 2 else PartitionSpec())
     where = jax.tree.map(cut, jax.eval_shape(initial))
     with jax.set_mesh(mesh):
-      checkpointer = Checkpointer(workdir / "checkpoints", config["checkpoint"]["keep"], {})
+      checkpointer = Checkpointer(workdir / "checkpoints", config.checkpoint.keep, {})
       shaped = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
       state = checkpointer.restore(jax.tree.map(shaped, jax.eval_shape(initial), where))
       if state is None:
@@ -96,7 +97,7 @@ def train(config: dict[str, Any], workdir: pathlib.Path, fault: list[str]) -> No
       record = Goodput(workdir, started) if hosts.is_first() else None
       if record:
         record.mark("restore", int(state.step))
-      rows = sharding.local_rows(mesh, config["train"]["batch_size"])
+      rows = sharding.local_rows(mesh, config.train.batch_size)
       out = (where, sharding.replicated(mesh))
       step_fn = jax.jit(lambda state, x: step(optimizer, state, x), donate_argnums=0, out_shardings=out)
       run = loop._Run(config, workdir, Data(rows, fault), checkpointer, record, sharding.batch_sharding(mesh))

@@ -35,8 +35,8 @@ class Run:
     config = tiny.configuration(train=dict(batch_size=8), optimizer=dict(muon=tiny.MUON))
     devices = jax.devices()[: int(np.prod(sizes))]
     self.mesh = sharding.make_mesh(*sizes, devices=devices)
-    optimizer = optim.make_optimizer(config["optimizer"])
-    patterns = config["optimizer"]["trained"], config["optimizer"]["frozen"]
+    optimizer = optim.make_optimizer(config.optimizer)
+    patterns = config.optimizer.trained, config.optimizer.frozen
     state_of = lambda params: TrainState.create(*optim.partition(params, *patterns), optimizer)
     boxed = jax.eval_shape(lambda: state_of(setup.initial_params(tiny.model(), 0)))
     self.where = sharding.shardings(self.mesh, boxed)

@@ -47,12 +47,15 @@ WORLD = {
 }
 PURE = (  # of jflow they import only each other
   "batch",
+  "config",
   "errors",
   "files",
   "git_lfs",
   "memory",
+  "sections",
   "sharding",
   "strict_json",
+  "values",
 )
 
 

@@ -12,9 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
 
+from configs import base
 from jflow import sharding
-from jflow.batch import READ, WRITE, Batch, RowShape
+from jflow.batch import READ, TASKS, WRITE, Batch, RowShape
+from jflow.config import RunConfig
 from jflow.data.examples import Sample
 from jflow.data.packing import pack
 from jflow.models.config import JanusFlowConfig
@@ -176,64 +179,28 @@ def loss_and_gradient(model, params, batch, draws):
 MUON = ("language_model/layers", "generation_(encoder|decoder)/blocks_.*")  # as configs/base.py has it for :shapes
 
 
-def configuration(**sections) -> dict:
-  """A whole config like those of configs/, for this model; keywords replace fields of a section."""
-  config = dict(
-    model=CONFIG.to_dict(),
-    train=dict(
-      steps=4,
-      batch_size=4,
-      accumulation=1,
-      seed=3,
-      ema=0.9,
-      init_from="",
-      init_weights="ema",
-      init_fresh=(),
-      init_dropped=(),
-      init_parts=(),
-      max_skipped=3,
-      fit_images=20,
-      fit_labels=0,
-      spike_sigmas=0.0,
-      spike_window=8,
-      watchdog_seconds=0.0,
-    ),
-    optimizer=dict(
-      learning_rate=1e-2,
-      warmup_steps=2,
-      cooldown_start=0,
-      cooldown_steps=0,
-      beta1=0.9,
-      beta2=0.95,
-      epsilon=1e-8,
-      weight_decay=0.0,
-      clip_norm=1.0,
-      muon=(),
-      trained=("language_model", "generation_.*", "alignment_head", "understanding_(projector|start)"),
-      frozen=("understanding_encoder", "vae"),
-    ),
-    objective=dict(weights=dict(text=1.0, flow=1.0, alignment=1.0), time_mean=0.0, time_std=1.0),
-    data=dict(
-      tokenizer=str(TOKENIZER),
-      template="plain",
-      row_tokens=SHAPE.tokens,
-      row_images=SHAPE.images,
-      latents=False,
-      sources={},
-    ),
-    compute=dict(dtype="float32", remat="none", unroll=1, attention="auto", compilation_cache=""),
-    mesh=dict(data=1, fsdp=1, model=1),
-    distributed=dict(cluster="", coordinator="", processes=1, process_id=0, start_seconds=60, heartbeat_seconds=10),
-    checkpoint=dict(interval=2, keep=2, keep_every=0),
-    profile=dict(start=0, steps=0),
-    log=dict(
-      every_seconds=10.0,
-      tensorboard=False,
-      wandb="",
-      sample_every=0,
-      sample_prompts=("a red ring",),
-      sample_steps=2,
-      sample_guidance=2.0,
-    ),
-  )
-  return {name: fields | sections.get(name, {}) for name, fields in config.items()}
+def values() -> dict:
+  """The plain values of a whole config: those of configs/base.py where a test has no reason for others."""
+  c = base.base("tiny")
+  c.size, c.model = "", ConfigDict(CONFIG.to_dict())
+  c.train.update(steps=4, batch_size=4, seed=3, ema=0.9, max_skipped=3, fit_images=20, spike_window=8)
+  c.train.watchdog_seconds = 0.0
+  c.optimizer.update(learning_rate=1e-2, warmup_steps=2)
+  c.optimizer.trained = ("language_model", "generation_.*", "alignment_head", "understanding_(projector|start)")
+  c.optimizer.frozen = ("understanding_encoder", "vae")
+  c.data.update(row_tokens=SHAPE.tokens, row_images=SHAPE.images, sources=dict.fromkeys(TASKS, ()))
+  c.compute.compilation_cache = ""
+  c.distributed.update(start_seconds=60, heartbeat_seconds=10)
+  c.checkpoint.update(interval=2, keep=2)
+  c.log.update(sample_prompts=("a red ring",), sample_steps=2)
+  return c.to_dict()
+
+
+@functools.cache
+def _default() -> RunConfig:
+  return RunConfig.from_dict(values(), JanusFlowConfig.from_dict)
+
+
+def configuration(**sections) -> RunConfig:
+  """A whole config for this model; keywords replace fields of a section."""
+  return _default().replace(**sections)

@@ -7,10 +7,11 @@ from typing import Any
 
 from jflow.cli.arguments import Parser, number, whole
 from jflow.cli.flags import check_json
-from jflow.cli.train import load_config
+from jflow.config import RunConfig
 from jflow.errors import UserError
 from jflow.outputs import write_json
 from jflow.perf import targets
+from jflow.training import config_files
 
 _EPILOG = """\
 examples
@@ -59,10 +60,10 @@ def main(argv: list[str]) -> int:
   topology = targets.Topology.parse(known.topology)
   if not -1.0 <= known.effort <= 0.0:
     raise UserError(f"--effort={known.effort} must be in [-1, 0]")
-  config = load_config([f"--config={known.config}", *fields])
+  targets.quiet_environment()
+  config = config_files.load(known.config, fields)
   config = fitted(config, topology, known.rows_per_device)
   check_json(known)
-  targets.quiet_environment()
   from jflow.perf.aot_report import compile_report
 
   report = {"config": known.config} | compile_report(config, topology, known.effort, known.hlo)
@@ -73,13 +74,13 @@ def main(argv: list[str]) -> int:
   return 0 if report["fits"] else 1
 
 
-def fitted(config: dict[str, Any], topology: targets.Topology, rows: int | None) -> dict[str, Any]:
+def fitted(config: RunConfig, topology: targets.Topology, rows: int | None) -> RunConfig:
   """The config with a mesh for the topology and `rows` rows per device.
 
   Raises:
     UserError: rows below 1, or a mesh that is not as large as the topology.
   """
-  mesh = tuple(config["mesh"][axis] for axis in ("data", "fsdp", "model"))
+  mesh = (config.mesh.data, config.mesh.fsdp, config.mesh.model)
   if mesh == (1, 1, 1):
     mesh = topology.mesh
   if mesh[0] * mesh[1] * mesh[2] != topology.chips:
@@ -89,12 +90,9 @@ def fitted(config: dict[str, Any], topology: targets.Topology, rows: int | None)
     )
   if rows is not None and rows < 1:
     raise UserError(f"--rows_per_device={rows} must be at least 1")
-  train = dict(config["train"])
-  if rows is not None:
-    train["batch_size"] = rows * mesh[0] * mesh[1] * train["accumulation"]
-  data = dict(config["data"])
-  data["tokenizer"] = data["tokenizer"] or "unused"  # no data is read
-  return {**config, "mesh": dict(zip(("data", "fsdp", "model"), mesh)), "train": train, "data": data}
+  train = {} if rows is None else dict(batch_size=rows * mesh[0] * mesh[1] * config.train.accumulation)
+  data = dict(tokenizer=config.data.tokenizer or "unused")  # no data is read
+  return config.replace(mesh=dict(zip(("data", "fsdp", "model"), mesh)), train=train, data=data)
 
 
 def show(report: dict[str, Any]) -> None:

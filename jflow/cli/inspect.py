@@ -9,14 +9,14 @@ import numpy as np
 import jflow
 from jflow.batch import TASKS, Batch
 from jflow.cli.arguments import Parser, whole
-from jflow.cli.train import load_config
+from jflow.config import RunConfig
 from jflow.data import inspection
 from jflow.data.mixture import StepPlan
 from jflow.data.pipeline import Pipeline
 from jflow.data.store.prepared import read_summary
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
-from jflow.models.config import JanusFlowConfig
+from jflow.training import config_files
 
 CONFIGS = pathlib.Path(jflow.__file__).parent.parent / "configs"
 
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
       f"unknown argument {unknown!r} beside --inspect: there are --rows, --step, --output, --config, --config.FIELD"
     )
   args.config = args.config or str(CONFIGS / "stage2.py")
-  config = load_config([f"--config={args.config}", *fields])
+  config = config_files.load(args.config, fields)
   picture, count = render(config, args.inspect, args.rows, args.step, f"{args.inspect or args.config}")
   try:
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -89,36 +89,36 @@ def main(argv: list[str]) -> int:
   return 0
 
 
-def render(config, directory: str, rows: int, step: int, title: str):
+def render(config: RunConfig, directory: str, rows: int, step: int, title: str):
   """Returns the picture of rows of a data set, or of the mixture of a run where `directory` is empty, and their number.
 
   A row that comes again, where the data set has fewer than are asked for, is drawn once.
 
   Args:
-    config: a whole config, as `load_config` returns it.
+    config: of a run.
     directory: a prepared data set; empty for the sources of the config.
     rows: how many rows; of a run, spread over the batch and so over its types.
     step: of the run.
     title: of the picture.
   """
-  from jflow.training import fields, setup  # the second imports jax, which --help does not need
+  from jflow.training import setup  # imports jax, which --help does not need
 
-  fields.check({"data": config["data"]})
-  data, batch_size = dict(config["data"]), config["train"]["batch_size"]
+  batch_size = config.train.batch_size
   if directory:
     task = read_summary(directory)["task"]
-    data["sources"] = {name: ((directory, 1.0),) if name == task else () for name in TASKS}
-    data["mixture"] = ((0, tuple(float(name == task) for name in TASKS)),)
+    sources = {name: ((directory, 1.0),) if name == task else () for name in TASKS}
+    config = config.replace(data=dict(sources=sources, mixture=((0, tuple(float(name == task) for name in TASKS)),)))
     batch_size = rows
-  if not data["tokenizer"]:
-    data["tokenizer"] = load_config([f"--config={CONFIGS / 'stage2.py'}:tiny"])["data"]["tokenizer"]
-    print(f"jflow: no config.data.tokenizer, so {data['tokenizer']} cuts the text", file=sys.stderr)
-  tokenizer = Tokenizer.load(data["tokenizer"])
-  shape = setup.row_shape(config | {"data": data}, JanusFlowConfig.from_dict(config["model"]))
-  tasks = [task for task, _ in StepPlan(data["mixture"], batch_size, step + 1)[step]]
+  if not config.data.tokenizer:
+    small = config_files.load(f"{CONFIGS / 'stage2.py'}:tiny").data.tokenizer
+    print(f"jflow: no config.data.tokenizer, so {small} cuts the text", file=sys.stderr)
+    config = config.replace(data=dict(tokenizer=small))
+  tokenizer = Tokenizer.load(config.data.tokenizer)
+  shape = setup.row_shape(config, config.model)
+  tasks = [task for task, _ in StepPlan(config.data.mixture, batch_size, step + 1)[step]]
   by_task = np.argsort(tasks, kind="stable")
   share = by_task[np.linspace(0, batch_size - 1, min(rows, batch_size)).round().astype(int)].tolist()
-  pipeline = Pipeline(data, tokenizer, shape, batch_size, config["train"]["seed"], share)
+  pipeline = Pipeline(config.data, tokenizer, shape, batch_size, config.train.seed, share)
   for line in pipeline.report():
     print(f"jflow: {line}", file=sys.stderr)
   batch = pipeline.batch(step)

@@ -6,9 +6,11 @@ import pathlib
 import sys
 from typing import Any
 
+from jflow import values
 from jflow.cli.arguments import Parser
+from jflow.config import RunConfig
 from jflow.errors import UserError, need_text_name
-from jflow.training import config_files, fields, overrides
+from jflow.training import config_files
 
 _EPILOG = """
 A config is a Python file with get_config(size); the part behind the colon is the size:
@@ -26,48 +28,21 @@ something else than before, wherever they lie now; --accept_data goes on with th
 """
 
 
-def load_config(arguments: list[str]) -> dict[str, Any]:
-  """Reads --config=FILE[:SIZE] and --config.FIELD=VALUE arguments into nested plain values.
-
-  Raises:
-    UserError: a missing file, an unknown field, a value of the wrong type.
-  """
-  paths = [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]
-  if len(paths) != 1:
-    raise UserError("name one config, for example --config=configs/stage2.py:tiny")
-  file, config = config_files.load(paths[0])
-  try:
-    overrides.apply(config, [a for a in arguments if not a.startswith("--config=")])
-    read = _plain(config.to_dict())
-    fields.check_complete(read)
-    return read
-  except UserError as error:
-    raise UserError(f"{file}: {error}") from None
-
-
-def _plain(value: Any) -> Any:
-  if isinstance(value, dict):
-    return {k: _plain(v) for k, v in value.items()}
-  if isinstance(value, (list, tuple)):
-    return tuple(_plain(v) for v in value)
-  return value
-
-
-def _paint_samples(config: dict[str, Any], model: Any, tokenizer: Any, params: Any) -> list[Any]:
+def _paint_samples(config: RunConfig, model: Any, tokenizer: Any, params: Any) -> list[Any]:
   """The pictures of `log.sample_prompts`, as `generate` paints them, on one device."""
   import jax
 
   from jflow import sharding
   from jflow.inference.pipeline import Pipeline
 
-  log = config["log"]
+  log = config.log
   with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])):
-    pipeline = Pipeline(model, params, tokenizer, config["data"]["template"])
-    return pipeline.generate(log["sample_prompts"], log["sample_steps"], log["sample_guidance"], seed=0)
+    pipeline = Pipeline(model, params, tokenizer, config.data.template)
+    return pipeline.generate(log.sample_prompts, log.sample_steps, log.sample_guidance, seed=0)
 
 
 def _workdir(text: str) -> pathlib.Path:
-  if what := fields.text(text) or ("" if text else "must name a directory"):
+  if what := values.text(text) or ("" if text else "must name a directory"):
     raise UserError(f"--workdir={text[:100]!r} {what}")
   return pathlib.Path(text)
 
@@ -91,7 +66,7 @@ def main(argv: list[str]) -> int:
   )
   known, settings = parser.parse_known_args(argv)
   need_text_name("--workdir", known.workdir)
-  config = load_config([f"--config={known.config}", *settings])
+  config = config_files.load(known.config, settings)
 
   from jflow.training import hosts  # after the flags: a typo needs no import of jax
   from jflow.training.loop import Terminated, train

@@ -7,13 +7,14 @@ step. Hosts, workers and threads change who does the work, not its result.
 
 import collections
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jflow import batch as batch_lib
 from jflow.batch import TASKS, Batch, RowShape
+from jflow.config import DataConfig
 from jflow.data import examples, images, mixture, packing, processes, sources
 from jflow.data.examples import Sample
 from jflow.data.records import RecordError, Source
@@ -41,7 +42,7 @@ class Rows:
     self,
     source: Source,
     task: str,
-    config: Mapping[str, Any],
+    config: DataConfig,
     tokenizer: Tokenizer,
     shape: RowShape,
     seed: int,
@@ -55,13 +56,13 @@ class Rows:
     self.name, self.task = name, task
     self.fingerprint = getattr(source, "fingerprint", "")
     self._source, self._tokenizer, self._shape = source, tokenizer, shape
-    self._template = config["template"]
-    self._first_sentence, self._prompt_drop = config["first_sentence"], config["prompt_drop"]
+    self._template = config.template
+    self._first_sentence, self._prompt_drop = config.first_sentence, config.prompt_drop
     self._seed = seed
     self._orders: dict[int, np.ndarray] = {}
-    self.planned = plans.planned(source, task, tokenizer, self._template, shape, config["plan_cache"])
+    self.planned = plans.planned(source, task, tokenizer, self._template, shape, config.plan_cache)
     self.plan, self.rejected = self.planned.plan, self.planned.rejected
-    ahead = task == "generation" and config["latents"]
+    ahead = task == "generation" and config.latents
     self.latents = latents.Latents(source, shape.image_size, shape.moments) if ahead else None
     if not self.plan.rows:
       raise UserError(
@@ -147,7 +148,7 @@ class Pipeline:
 
   def __init__(
     self,
-    data_config: Mapping[str, Any],
+    config: DataConfig,
     tokenizer: Tokenizer,
     row_shape: RowShape,
     batch_size: int,
@@ -157,7 +158,7 @@ class Pipeline:
     """Opens the sources and plans their rows.
 
     Args:
-      data_config: the fields of `data` in configs/base.py.
+      config: the section `data`.
       tokenizer: see `Tokenizer`.
       row_shape: sizes of a row.
       batch_size: rows of a batch over all hosts.
@@ -167,17 +168,15 @@ class Pipeline:
     Raises:
       UserError: a field does not fit.
     """
-    self._config = {name: data_config[name] for name in ("workers", "threads", "prefetch", "max_rejected_share")}
+    self._config = config
     self._shape = row_shape
     self._batch_size, self._share = batch_size, share
-    if data_config["template"] not in examples.TEMPLATES:
-      raise UserError(f"data.template is {data_config['template']!r}: use one of {', '.join(examples.TEMPLATES)}")
     if row_shape.tokens <= row_shape.image_slots:
       raise UserError(f"data.row_tokens is {row_shape.tokens}, too few for an image of {row_shape.image_slots} slots")
     rows = batch_size if share is None else len(share)
-    ahead = max(1, data_config["workers"]) * (data_config["prefetch"] + 2)  # one is made, and one in use
+    ahead = max(1, config.workers) * (config.prefetch + 2)  # one is made, and one in use
     batch_lib.need_memory(rows, row_shape, ahead)
-    self._mixture = tuple((int(step), tuple(weights)) for step, weights in data_config["mixture"])
+    self._mixture = tuple((int(step), tuple(weights)) for step, weights in config.mixture)
     self._step_plan(1)
     used = [any(weights[i] > 0 for _, weights in self._mixture) for i in range(len(TASKS))]
     self._loaders: processes.Loaders | None = None
@@ -185,7 +184,7 @@ class Pipeline:
     self._rows: list[list[Rows]] = []
     self._weights: list[list[float]] = []
     for number, task in enumerate(TASKS):
-      listed = tuple(data_config["sources"][task]) if used[number] else ()
+      listed = getattr(config.sources, task) if used[number] else ()
       if used[number] and not listed:
         raise UserError(f"data.mixture gives {task} a share, and data.sources.{task} is empty")
       task_seed = _mix(seed, number)
@@ -194,9 +193,9 @@ class Pipeline:
       self._rows.append(
         [
           Rows(
-            sources.open_source(spec, task, data_config["shapes"]),
+            sources.open_source(spec, task, vars(config.shapes)),
             task,
-            data_config,
+            config,
             tokenizer,
             row_shape,
             _mix(task_seed, i),
@@ -269,10 +268,10 @@ class Pipeline:
       counter = collections.Counter(reason for reason, _ in lost)
       seen += samples
       rejected.update(counter)
-      if rejected.total() > self._config["max_rejected_share"] * max(seen, MIN_JUDGED):
+      if rejected.total() > self._config.max_rejected_share * max(seen, MIN_JUDGED):
         raise UserError(
           f"{rejected.total():,} of {seen:,} samples had to be rejected ({dict(rejected)}), more than "
-          f"data.max_rejected_share = {self._config['max_rejected_share']}; the last was {lost[-1][1]}; run "
+          f"data.max_rejected_share = {self._config.max_rejected_share}; the last was {lost[-1][1]}; run "
           "`jflow prepare` on the source again"
         )
       fill = float((batch.segment_ids > 0).mean())
@@ -293,7 +292,7 @@ class Pipeline:
   def _loaded(self, step_plan: mixture.StepPlan, start_step: int) -> Iterator[Any]:
     """Yields what `_load` makes of the steps from `start_step` on, loaded ahead."""
     read = functools.partial(_read, self._load, step_plan, start_step, self._config)
-    count = min(self._config["workers"], len(step_plan) - start_step)
+    count = min(self._config.workers, len(step_plan) - start_step)
     if count < 1:
       yield from read()
       return
@@ -321,7 +320,7 @@ class Pipeline:
 
 
 def _read(
-  load: Any, step_plan: mixture.StepPlan, start_step: int, config: Mapping[str, Any], index: int = 0, count: int = 1
+  load: Any, step_plan: mixture.StepPlan, start_step: int, config: DataConfig, index: int = 0, count: int = 1
 ) -> Iterator[Any]:
   """Yields load(step_plan[step]) of every `count`-th step from `start_step + index` on, by threads through Grain."""
   import grain
@@ -329,7 +328,7 @@ def _read(
   if start_step + index >= len(step_plan):
     return
   dataset = grain.MapDataset.source(step_plan)[start_step + index :: count].map(load)
-  threads, prefetch = max(1, config["threads"]), max(1, config["prefetch"])
+  threads, prefetch = max(1, config.threads), max(1, config.prefetch)
   iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)))
   try:
     yield from iterator

@@ -10,6 +10,7 @@ import numpy as np
 
 from jflow import model_flops
 from jflow.batch import TASKS
+from jflow.config import RunConfig
 from jflow.errors import UserError
 from jflow.models.unified import JanusFlow
 from jflow.objectives import head_loss
@@ -23,26 +24,26 @@ _LOSS_SHARE = dict(zip(TASKS, (200 / 776, 0.0, 1.0), strict=True))
 _PEAK_SHARE = 0.97  # of a GPU's memory that a program may use; XLA's own limit says it for a TPU
 
 
-def expected(config: dict[str, Any], model: JanusFlow) -> tuple[model_flops.Work, float]:
+def expected(config: RunConfig, model: JanusFlow) -> tuple[model_flops.Work, float]:
   """What a full batch of the run's last mixture holds, and the share of its tokens that carries loss.
 
   Samples are those of the paper's data: 776 tokens around a read image, 650 around a written one at 384 (as
   many around the images of another size), whole rows of one text.
   """
-  train, data = config["train"], config["data"]
-  weights = np.asarray(data["mixture"][-1][1], float)
+  train, data = config.train, config.data
+  weights = np.asarray(data.mixture[-1][1], float)
   und, gen, text = weights / weights.sum()
-  tokens = train["batch_size"] * data["row_tokens"]
+  tokens = train.batch_size * data.row_tokens
   share = sum(w * _LOSS_SHARE[task] for w, task in zip((und, gen, text), TASKS))
   read_length, write_length = model.config.patches + 200, model.config.patches + 74
-  lengths = ((und, read_length), (gen, write_length), (text, data["row_tokens"]))
+  lengths = ((und, read_length), (gen, write_length), (text, data.row_tokens))
   pairs = sum(w * tokens * (n + 1) / 2 for w, n in lengths)
   read, written = und * tokens / read_length, gen * tokens / write_length
   return model_flops.Work(tokens, pairs, share * tokens, read, written), share
 
 
 def compile_report(
-  config: dict[str, Any], topology: targets.Topology, effort: float = 0.0, keep_text: str | None = None
+  config: RunConfig, topology: targets.Topology, effort: float = 0.0, keep_text: str | None = None
 ) -> dict[str, Any]:
   """Compiles and measures.
 
@@ -59,17 +60,17 @@ def compile_report(
     UserError: a mistake in the config, or no such topology.
   """
   setup.check(config)
-  sizes = tuple(config["mesh"][axis] for axis in ("data", "fsdp", "model"))
+  sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.model)
   mesh = targets.make_mesh(topology, sizes)
   model = setup.build(config, mesh.devices.flat[0])
   _, share = expected(config, model)
-  per_device = config["train"]["batch_size"] // (sizes[0] * sizes[1])
+  per_device = config.train.batch_size // (sizes[0] * sizes[1])
   report: dict[str, Any] = {
     "topology": topology.name,
     "chips": topology.chips,
-    "mesh": dict(config["mesh"]),
+    "mesh": dict(vars(config.mesh)),
     "rows_per_device": per_device,
-    "accumulation": config["train"]["accumulation"],
+    "accumulation": config.train.accumulation,
     "attention": model.attention,
     "remat": model.remat,
     "effort": effort,
@@ -98,7 +99,7 @@ def compile_report(
       file.write(text)
   report["memory_gib"] = _memory(program, batch, compiled.memory_analysis(), topology)
   report["fits"] = report["memory_gib"]["total"] <= report["memory_gib"]["limit"]
-  micro = per_device * config["data"]["row_tokens"] / config["train"]["accumulation"]
+  micro = per_device * config.data.row_tokens / config.train.accumulation
   chunks = head_loss.chunks(math.ceil(share * micro))
   counts = hlo.count(text, dict(mesh.shape), lambda loop: chunks if head_loss.SCOPE in loop else 0)
   return report | _roofline(config, model, program.state.trained, topology, counts, dict(mesh.shape))
@@ -136,7 +137,9 @@ def _memory(program: Program, batch: Any, analysis: Any, topology: targets.Topol
   return out
 
 
-def _roofline(config, model: JanusFlow, trained, topology, counts: hlo.Counts, mesh: dict[str, int]) -> dict[str, Any]:
+def _roofline(
+  config: RunConfig, model: JanusFlow, trained, topology, counts: hlo.Counts, mesh: dict[str, int]
+) -> dict[str, Any]:
   """The least time of a step by what each part of the machine has to do."""
   chip, work = topology.chip, expected(config, model)[0]
   parts = model_flops_of(config, model.config, trained, work)
@@ -167,12 +170,12 @@ def _roofline(config, model: JanusFlow, trained, topology, counts: hlo.Counts, m
   }
 
 
-def _kernel_flops(model: JanusFlow, work: model_flops.Work, config: dict[str, Any]) -> float:
+def _kernel_flops(model: JanusFlow, work: model_flops.Work, config: RunConfig) -> float:
   """FLOPs of fused attention over a step: 2 products forward, 5 backward, forward again where it is not kept.
 
   cuDNN skips what lies across segments; the others work on all pairs under the diagonal.
   """
-  lm, rows = model.config.language_model, config["train"]["batch_size"]
-  pairs = work.pairs if model.attention == "cudnn" else rows * config["data"]["row_tokens"] ** 2 / 2
+  lm, rows = model.config.language_model, config.train.batch_size
+  pairs = work.pairs if model.attention == "cudnn" else rows * config.data.row_tokens**2 / 2
   again = 0 if model.remat == "none" or ("attended" in model.remat and model.attention != "triton") else 2
   return 2.0 * lm.layers * lm.heads * lm.head_width * pairs * (2 + again + 5)

@@ -24,17 +24,17 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import jflow
-from jflow.batch import NONE, RowShape
+from jflow.batch import NONE, TASKS, RowShape
 from jflow.cli.arguments import whole
-from jflow.cli.train import load_config
+from jflow.config import DataConfig
 from jflow.data import packing
 from jflow.data.pipeline import Pipeline
 from jflow.data.store import prepare
 from jflow.data.store.prepared import PreparedSource, read_summary
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
-from jflow.models.config import JanusFlowConfig
 from jflow.perf.timing import interleaved
+from jflow.training import config_files
 
 CONFIGS = pathlib.Path(jflow.__file__).parent.parent / "configs"
 # What one H200 would take at 42,000 tokens a second (31,800 were measured, jflow/perf/README.md): rows of 4,096 tokens, and
@@ -89,12 +89,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
   for name in ("pictures", "repeats", "threads"):
     if getattr(args, name) < 1:
       raise UserError(f"--{name}={getattr(args, name)} should be at least 1")
-  config = load_config([f"--config={args.config}"])
-  if not config["data"]["tokenizer"]:  # of a size that has none of its own
-    config["data"]["tokenizer"] = load_config([f"--config={CONFIGS / 'stage2.py'}:tiny"])["data"]["tokenizer"]
-  model = JanusFlowConfig.from_dict(config["model"])
-  data = config["data"]
-  shape = RowShape(data["row_tokens"], data["row_images"], model.patches, model.image_size)
+  config = config_files.load(args.config)
+  if not config.data.tokenizer:  # of a size that has none of its own
+    small = config_files.load(f"{CONFIGS / 'stage2.py'}:tiny")
+    config = config.replace(data=dict(tokenizer=small.data.tokenizer))
+  model, data = config.model, config.data
+  shape = RowShape(data.row_tokens, data.row_images, model.patches, model.image_size)
   if args.plan:
     return {"workload": "data", "planned_records": args.plan, **_planning(args.plan, shape)}
   with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       task = read_summary(directory)["task"]
       if task == "text":
         raise UserError(f"--input={directory} holds text, and this benchmark is about pictures")
-      tokenizer = Tokenizer.load(data["tokenizer"])
+      tokenizer = Tokenizer.load(data.tokenizer)
       name = task if task not in report else directory
       report[name] = _compare(directory, task, data, tokenizer, shape, args)
   return report
@@ -114,22 +114,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _compare(
   directory: str,
   task: str,
-  config: dict[str, Any],
+  config: DataConfig,
   tokenizer: Tokenizer,
   shape: RowShape,
   args: argparse.Namespace,
 ) -> dict[str, Any]:
   """Compares loop and pipeline on one data set."""
-  weights = tuple(float(name == task) for name in ("understanding", "generation", "text"))
-  sources = {name: ((directory, 1.0),) if name == task else () for name in config["sources"]}
-  config = config | {
-    "sources": sources,
-    "mixture": ((0, weights),),
-    "threads": args.threads,
-    "workers": 0,
-    "plan_cache": "",
-    "latents": False,
-  }
+  weights = tuple(float(name == task) for name in TASKS)
+  sources = {name: ((directory, 1.0),) if name == task else () for name in TASKS}
+  config = config.replace(
+    sources=sources, mixture=((0, weights),), threads=args.threads, workers=0, plan_cache="", latents=False
+  )
   pipeline = Pipeline(config, tokenizer, shape, 1, 0)
   source = PreparedSource(directory, task)
   files: list[bytes] = []
@@ -161,7 +156,7 @@ def _compare(
     "seconds": seconds,
   }
   if args.workers:
-    processes = Pipeline(config | {"workers": args.workers, "threads": 1}, tokenizer, shape, 1, 0)
+    processes = Pipeline(config.replace(workers=args.workers, threads=1), tokenizer, shape, 1, 0)
     ours, rate = _with_workers(processes, rows, args.repeats)
     report["with_processes"] = {
       "images_per_cpu_second": ours,

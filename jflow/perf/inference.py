@@ -20,15 +20,13 @@ import jflow
 from jflow import chips, sharding
 from jflow.cli import flags
 from jflow.cli.arguments import whole
-from jflow.cli.train import load_config
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped, UserError
 from jflow.inference.pipeline import Pipeline
 from jflow.interop import names, transfer
-from jflow.models.config import JanusFlowConfig
 from jflow.models.unified import JanusFlow
 from jflow.perf.timing import spread
-from jflow.training import setup
+from jflow.training import config_files, setup
 
 ROOT = pathlib.Path(jflow.__file__).parent.parent
 _SHARD = 2**31
@@ -60,9 +58,9 @@ def open_pipeline(args: argparse.Namespace) -> Pipeline:
     raise UserError(f"--repeats={args.repeats} must be at least 1")
   if args.checkpoint:
     return flags.open_model(args)
-  config = load_config([f"--config={args.config}"])
+  config = config_files.load(args.config)
   dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-  model = JanusFlow(JanusFlowConfig.from_dict(config["model"]), dtype, remat="none", unroll=1, attention="xla")
+  model = JanusFlow(config.model, dtype, remat="none", unroll=1, attention="xla")
   tokenizer = Tokenizer.load(str(ROOT / "configs" / "tokenizer"))
   return Pipeline(model, random_params(model), tokenizer, "chat")
 

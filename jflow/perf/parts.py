@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jflow.batch import Batch
+from jflow.config import RunConfig
 from jflow.models.unified import JanusFlow, normalise
 from jflow.objectives import head_loss
 from jflow.perf.timing import spread
@@ -18,7 +19,7 @@ from jflow.training.step import draw
 
 
 def time_parts(
-  config: dict[str, Any], model: JanusFlow, state: TrainState, batch: Batch, repeats: int
+  config: RunConfig, model: JanusFlow, state: TrainState, batch: Batch, repeats: int
 ) -> dict[str, dict[str, float]]:
   """Seconds of each part, {"min", "median", "max"}; forward and backward where the step goes backward."""
   out = {}
@@ -34,7 +35,9 @@ def _timed(function: Callable[..., Any], args: tuple[Any, ...]) -> float:
   return time.perf_counter() - started
 
 
-def _parts(config, model: JanusFlow, state: TrainState, batch: Batch) -> Iterator[tuple[str, Callable, tuple]]:
+def _parts(
+  config: RunConfig, model: JanusFlow, state: TrainState, batch: Batch
+) -> Iterator[tuple[str, Callable, tuple]]:
   params = optim.merge(state.trained, state.frozen)
   c, lm = model.config, model.config.language_model
   (rows, seq), slots = batch.tokens.shape, batch.images.shape[0] * batch.images.shape[1]
@@ -67,20 +70,20 @@ def _parts(config, model: JanusFlow, state: TrainState, batch: Batch) -> Iterato
   yield "head", jax.value_and_grad(head, argnums=by), (hidden, kernel)
   pixels = lambda images: normalise(flat(images))
   yield "siglip", lambda p, images: apply(p, "features", pixels(images)), (params, batch.images)
-  if not config["data"]["latents"]:
+  if not config.data.latents:
     yield "vae", lambda p, images: apply(p, "posterior", pixels(images)), (params, batch.images)
 
   def heads(p, z, x):
     slots_IKD, skip, time_ID = apply(p, "write_slots", z, flat(draws.time))
     out = total(slots_IKD) + total(apply(p, "velocity", x, skip, time_ID))
-    if config["objective"]["weights"]["alignment"]:
+    if config.objective.weights.alignment:
       out += total(apply(p, lambda module, y: module.alignment_head(y), x))
     return out
 
   names = [name for name in trained if name.startswith(("generation_", "alignment_head"))]
   yield "heads", *gradient(heads, names, flat(draws.noise), written)
 
-  optimizer = optim.make_optimizer(config["optimizer"])
+  optimizer = optim.make_optimizer(config.optimizer)
 
   def update(state: TrainState):
     gradients = jax.tree.map(lambda x: 1e-3 * x, state.trained)

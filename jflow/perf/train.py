@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from jflow.cli.arguments import whole
+from jflow.config import RunConfig
 from jflow.errors import UserError
 
 _EPILOG = """\
@@ -29,29 +30,28 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
   """Measures the step of a config; see `measure`."""
-  from jflow.cli.train import load_config
+  from jflow.training import config_files
 
   if args.steps < 1 or (args.rows is not None and args.rows < 1):
     raise UserError("--steps and --rows must be at least 1")
   fields = [f"--{field.lstrip('-')}" for field in args.fields]
-  config = load_config([f"--config={args.config}", *fields])
+  config = config_files.load(args.config, fields)
   config = with_rows(config, args.rows)
   return measure(config, args.steps, args.parts)
 
 
-def with_rows(config: dict[str, Any], rows: int | None) -> dict[str, Any]:
+def with_rows(config: RunConfig, rows: int | None) -> RunConfig:
   """The config with another batch, and without need of data."""
-  train, data = dict(config["train"]), dict(config["data"])
-  train["batch_size"] = rows or train["batch_size"]
-  data["tokenizer"] = data["tokenizer"] or "unused"
-  return {**config, "train": train, "data": data}
+  return config.replace(
+    train=dict(batch_size=rows or config.train.batch_size), data=dict(tokenizer=config.data.tokenizer or "unused")
+  )
 
 
-def measure(config: dict[str, Any], steps: int, parts: bool) -> dict[str, Any]:
+def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
   """Compiles and times the step, then each part alone.
 
   Args:
-    config: nested plain values.
+    config: of a run.
     steps: timed steps, after two that are not.
     parts: time LLM, head, SigLIP, heads, VAE and optimizer too.
   """
@@ -67,13 +67,13 @@ def measure(config: dict[str, Any], steps: int, parts: bool) -> dict[str, Any]:
   from jflow.training.program import make_program
 
   setup.check(config)
-  mesh = sharding.make_mesh(**config["mesh"])
+  mesh = sharding.make_mesh(**vars(config.mesh))
   device = mesh.devices.flat[0]
   model = setup.build(config, device)
-  shape, rows = setup.row_shape(config, model.config), config["train"]["batch_size"]
+  shape, rows = setup.row_shape(config, model.config), config.train.batch_size
   vocabulary = model.config.language_model.vocabulary_size
   need_memory(rows, shape, 2)  # here and on the devices
-  host = synthetic(rows, shape, config["data"]["mixture"][-1][1], vocabulary)
+  host = synthetic(rows, shape, config.data.mixture[-1][1], vocabulary)
   with jax.set_mesh(mesh):
     program = make_program(config, model, mesh)
     batch = jax.device_put(host, sharding.batch_sharding(mesh))

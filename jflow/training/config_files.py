@@ -1,4 +1,6 @@
-"""Config files: a Python file with get_config(size), loaded without a change to where Python looks for modules.
+"""Config files: a Python file with get_config(size), and the typed config that it becomes.
+
+A file is loaded without a change to where Python looks for modules.
 
 The folder of a config is not on the import path: what lies beside it never stands in for an installed module. A config
 reaches its siblings by the name of their folder (`from configs import base` in a folder "configs"), as long as nothing
@@ -20,24 +22,36 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from jflow.config import RunConfig
 from jflow.errors import UserError
+from jflow.models.config import JanusFlowConfig
+from jflow.training import overrides
 
 _PACKAGE = "jflow_config"  # the package that a config file is loaded in, for what it imports relatively
 _INSTALLED = {"site-packages", "dist-packages"}
 
 
-def load(named: str) -> tuple[pathlib.Path, ConfigDict]:
-  """Runs the config file that a command line names.
+def load(named: str, arguments: Sequence[str] = ()) -> RunConfig:
+  """Reads the config that a command line names, with the fields that it sets.
 
   Args:
     named: FILE or FILE:SIZE.
-
-  Returns:
-    The file, and what its get_config has returned.
+    arguments: --config.FIELD=VALUE, as `overrides.apply` takes them.
 
   Raises:
-    UserError: the file is missing or fails; it names the file and the line.
+    UserError: the file is missing or fails, or a field is unknown, missing or not what it must be.
   """
+  file, made = _run(named)
+  try:
+    values = made.to_dict()
+    overrides.apply(values, arguments)
+    return RunConfig.from_dict(values, JanusFlowConfig.from_dict)
+  except UserError as error:
+    raise UserError(f"{file}: {error}") from None
+
+
+def _run(named: str) -> tuple[pathlib.Path, ConfigDict]:
+  """Returns the file, and what its get_config has returned."""
   file, size = _split(named)
   siblings = _Siblings(file.resolve().parent)
   with (

@@ -1,7 +1,7 @@
 """Model FLOPs of a batch: what `mfu` divides by time and peak. The optimizer's are none of the model's."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 
 from jflow import chips, model_flops
 from jflow.batch import READ, WRITE, Batch
+from jflow.config import RunConfig
 from jflow.models.config import JanusFlowConfig
 
 
@@ -35,15 +36,15 @@ def _running_maximum(x):
 
 
 def model_flops_of(
-  config: Mapping[str, Any], model: JanusFlowConfig, trained: Collection[str], work: model_flops.Work
+  config: RunConfig, model: JanusFlowConfig, trained: Collection[str], work: model_flops.Work
 ) -> dict[str, float]:
   """FLOPs of one step by part. `trained`: the parts that hold a trained parameter, the keys of `TrainState.trained`."""
-  weights = config["objective"]["weights"]
-  given = config["data"]["latents"]
+  weights = config.objective.weights
+  given = config.data.latents
   return model_flops.step(model, set(trained), work, bool(weights["alignment"]), given, bool(weights["text"]))
 
 
-def mfu(config: Mapping[str, Any], trained: Collection[str], row: dict[str, Any], seconds: float) -> float | None:
+def mfu(config: RunConfig, trained: Collection[str], row: dict[str, Any], seconds: float) -> float | None:
   """The share of the devices' dense bf16 peak that a step used; None where no table has it (a CPU).
 
   Takes the step's work_... metrics out of `row`.
@@ -53,5 +54,5 @@ def mfu(config: Mapping[str, Any], trained: Collection[str], row: dict[str, Any]
   peak = chips.peak_flops(jax.devices()[0].device_kind)
   if peak is None:
     return None
-  flops = sum(model_flops_of(config, JanusFlowConfig.from_dict(config["model"]), trained, work).values())
+  flops = sum(model_flops_of(config, config.model, trained, work).values())
   return flops / seconds / (peak * jax.device_count())

@@ -7,7 +7,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jflow.config import DistributedConfig
 from jflow.errors import Stopped, UserError
 
 # What a collective says when a process at the other end is gone.
@@ -24,13 +25,13 @@ _LOST = re.compile("closed by peer|reset by peer|connection refused|heartbeat|UN
 _FAREWELL = 1800
 
 
-def start(config: Mapping[str, Any]) -> None:
-  """Joins the processes of the run. `config` is the section `distributed` of configs/base.py.
+def start(config: DistributedConfig) -> None:
+  """Joins the processes of the run. `config` is the section `distributed`.
 
   Raises:
     UserError: fields that do not fit, a cluster that was not found, processes that did not come.
   """
-  detect, processes = config["cluster"] == "auto", config["processes"]
+  detect, processes = config.cluster == "auto", config.processes
   if not detect and processes == 1:
     tasks, task = os.environ.get("SLURM_STEP_NUM_TASKS", "1"), os.environ.get("SLURM_PROCID", "0")
     if tasks != "1":
@@ -43,9 +44,9 @@ def start(config: Mapping[str, Any]) -> None:
     {}
     if detect
     else dict(
-      coordinator_address=config["coordinator"],
+      coordinator_address=config.coordinator,
       num_processes=processes,
-      process_id=config["process_id"],
+      process_id=config.process_id,
       cluster_detection_method="deactivate",
     )
   )
@@ -53,8 +54,8 @@ def start(config: Mapping[str, Any]) -> None:
   try:
     jax.distributed.initialize(
       **explicit,
-      initialization_timeout=config["start_seconds"],
-      heartbeat_timeout_seconds=config["heartbeat_seconds"],
+      initialization_timeout=config.start_seconds,
+      heartbeat_timeout_seconds=config.heartbeat_seconds,
       shutdown_timeout_seconds=_FAREWELL,
     )
   except (ValueError, RuntimeError) as error:  # the second is jax's own error too

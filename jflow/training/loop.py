@@ -17,6 +17,7 @@ from PIL import Image
 
 from jflow import sharding
 from jflow.batch import Batch
+from jflow.config import RunConfig
 from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped
@@ -45,15 +46,13 @@ _NAMED = 20  # records that are named when left out; the others are only counted
 Painter = Callable[[JanusFlow, Tokenizer, Any], list[Image.Image]]
 
 
-def train(
-  config: dict[str, Any], workdir: pathlib.Path, painter: Painter | None = None, accepted_data: str = ""
-) -> None:
+def train(config: RunConfig, workdir: pathlib.Path, painter: Painter | None = None, accepted_data: str = "") -> None:
   """Runs a stage to its last step, from where an earlier start left off.
 
   Several processes call it with the same arguments (but distributed.process_id) on a workdir that they share.
 
   Args:
-    config: nested plain values, as configs/base.py has them.
+    config: of the whole run.
     workdir: directory of the run; gets config.json, data.json, tokenizer/, metrics.jsonl, goodput.jsonl, checkpoints/.
     painter: paints the sample pictures that `log.sample_every` asks for.
     accepted_data: other data than before that the run may go on with; see `data_record.check`.
@@ -64,11 +63,11 @@ def train(
     Terminated: it was asked to stop, and saved first.
   """
   started = time.time()
-  model_config = setup.check(config)
-  hosts.start(config["distributed"])
-  mesh = sharding.make_mesh(**config["mesh"])
-  tokenizer = Tokenizer.load(config["data"]["tokenizer"])
-  tokenizer.check_fits(model_config.language_model.vocabulary_size)
+  setup.check(config)
+  hosts.start(config.distributed)
+  mesh = sharding.make_mesh(**vars(config.mesh))
+  tokenizer = Tokenizer.load(config.data.tokenizer)
+  tokenizer.check_fits(config.model.language_model.vocabulary_size)
   held = hosts.first_alone(lambda: workdirs.claim(workdir, config, tokenizer))
   try:
     _train(config, workdir, mesh, tokenizer, started, painter, accepted_data)
@@ -85,7 +84,7 @@ def train(
 
 
 def _train(
-  config: dict[str, Any],
+  config: RunConfig,
   workdir: pathlib.Path,
   mesh: jax.sharding.Mesh,
   tokenizer: Tokenizer,
@@ -95,13 +94,13 @@ def _train(
 ) -> None:
   """`train` once the workdir is held. `started`: `time.time()` when it was called."""
   workdirs.check_shared(workdir)
-  if config["compute"]["compilation_cache"]:
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config["compute"]["compilation_cache"]))
+  if config.compute.compilation_cache:
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compute.compilation_cache))
 
   model = setup.build(config, mesh.devices.flat[0])
   shape = setup.row_shape(config, model.config)
-  batch_size, seed = config["train"]["batch_size"], config["train"]["seed"]
-  open_pipeline = lambda share=None: Pipeline(config["data"], tokenizer, shape, batch_size, seed, share)
+  batch_size, seed = config.train.batch_size, config.train.seed
+  open_pipeline = lambda share=None: Pipeline(config.data, tokenizer, shape, batch_size, seed, share)
   pipeline = open_pipeline(sharding.local_rows(mesh, batch_size))
   data = pipeline.identity()
   data_record.check(workdir, data, accepted_data)
@@ -109,9 +108,14 @@ def _train(
   with jax.set_mesh(mesh):
     program = make_program(config, model, mesh)
     check_memory(program, mesh)
-    about = {"config": config, "data": data, "commit": workdirs.source_version(), "versions": workdirs.versions()}
+    about = {
+      "config": config.to_dict(),
+      "data": data,
+      "commit": workdirs.source_version(),
+      "versions": workdirs.versions(),
+    }
     about |= {"tokenizer": tokenizer.fingerprint}
-    keep, keep_every = config["checkpoint"]["keep"], config["checkpoint"]["keep_every"]
+    keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
     checkpointer = Checkpointer(workdir / "checkpoints", keep, about, keep_every)
     opened = time.time()
     state = checkpointer.restore(program.state)
@@ -141,7 +145,7 @@ class _Run:
 
   def __init__(
     self,
-    config: dict[str, Any],
+    config: RunConfig,
     workdir: pathlib.Path,
     pipeline: Pipeline,
     checkpointer: Checkpointer,
@@ -162,16 +166,16 @@ class _Run:
     step_fn: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]],
   ) -> None:
     """Steps from the state's step to the last one."""
-    first, last = int(state.step), self._config["train"]["steps"]
+    first, last = int(state.step), self._config.train.steps
     if first >= last:
       hosts.say(f"{self._workdir} is complete at step {first}")
       return
-    interval, every = self._config["checkpoint"]["interval"], self._config["log"]["sample_every"]
+    interval, every = self._config.checkpoint.interval, self._config.log.sample_every
     main = hosts.is_first()
     self._trackers = tracking.trackers(self._config, self._workdir) if main else []
     self._metrics = self._open_metrics(first) if main else None
-    self._progress = Progress(last, first, self._config["log"]["every_seconds"], shown=main)
-    self._watchdog = Watchdog(self._config["train"]["watchdog_seconds"], self._pipeline.waiting_for)
+    self._progress = Progress(last, first, self._config.log.every_seconds, shown=main)
+    self._watchdog = Watchdog(self._config.train.watchdog_seconds, self._pipeline.waiting_for)
     self._watchdog.beat("the start", slow=True)
     self._clock, self._compiled, self._trained = time.monotonic(), False, set(state.trained)
     exchange, stop = hosts.Exchange(), _StopFlag()
@@ -236,7 +240,7 @@ class _Run:
     if elsewhere := int(told[:, 2].sum()) - sum(row["rejected"].values()):
       row["rejected"] = row["rejected"] | {"other_processes": elsewhere}
     row |= {name: number(value) for name, value in device.items()}
-    tokens = self._config["train"]["batch_size"] * self._config["data"]["row_tokens"]
+    tokens = self._config.train.batch_size * self._config.data.row_tokens
     seconds, self._clock = max(now - self._clock, 1e-9), now
     row |= {"tokens_per_second": tokens / seconds, "mfu": mfu(self._config, self._trained, row, seconds)}
     in_a_row = row.pop("skipped_in_a_row")
@@ -248,7 +252,7 @@ class _Run:
     self._compiled = True
     self._progress.update(row)
     self._watchdog.beat(f"step {step}")
-    if in_a_row >= self._config["train"]["max_skipped"]:
+    if in_a_row >= self._config.train.max_skipped:
       raise Stopped(
         f"{in_a_row} steps in a row were skipped (gradient not finite, or a spike), the last at step {step}; "
         f"{self._checkpointer.newest()}"
@@ -257,7 +261,7 @@ class _Run:
 
   def _trace(self, step: int) -> None:
     """Starts the profiler's trace before the first step of its window, and ends it before the one behind it."""
-    start, steps = self._config["profile"]["start"], self._config["profile"]["steps"]
+    start, steps = self._config.profile.start, self._config.profile.steps
     inside = start <= step < start + steps
     if inside and not self._tracing:
       jax.profiler.start_trace(self._workdir / "profile")
@@ -290,7 +294,7 @@ class _Run:
     if self._record:
       images = self._paint(params)
       for tracker in self._trackers:
-        tracker.pictures(step, self._config["log"]["sample_prompts"], images)
+        tracker.pictures(step, self._config.log.sample_prompts, images)
       self._record.mark("sample", step)
     self._watchdog.beat(f"step {step}")
     self._clock = time.monotonic()
@@ -304,7 +308,7 @@ class _Run:
 
   def _on_device(self, batches: Iterator[tuple[Batch, Any]]) -> Iterator[tuple[Batch, Any]]:
     """Puts each host's rows on its shards of the global batch."""
-    rows = self._config["train"]["batch_size"]
+    rows = self._config.train.batch_size
     place = lambda x: jax.make_array_from_process_local_data(self._where, np.asarray(x), (rows, *x.shape[1:]))
     for batch, info in batches:
       yield jax.tree.map(place, batch), info

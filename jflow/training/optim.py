@@ -4,7 +4,7 @@ Not in the paper: a cool-down, and Muon for matrices that patterns name.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import optax
 import optax.contrib
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jflow.config import OptimizerConfig
 from jflow.errors import UserError
 
 Params = dict[str, Any]
@@ -63,46 +64,46 @@ def merge(first: Params, second: Params) -> Params:
   return unflatten_dict({**flatten_dict(first), **flatten_dict(second)})
 
 
-def schedule(config: Mapping[str, Any]) -> optax.Schedule:
+def schedule(config: OptimizerConfig) -> optax.Schedule:
   """Rate of step 0, 1, ...: linear to `learning_rate` in the warm-up, constant, linear to 0 in the cool-down.
 
   The first step moves, and so does the last of the cool-down; behind it the rate is 0.
-  `config` is the section `optimizer` of configs/base.py.
+  `config` is the section `optimizer`.
   """
-  warmup, cooldown = max(config["warmup_steps"], 1), config["cooldown_steps"]
-  end = config["cooldown_start"] + cooldown
+  warmup, cooldown = max(config.warmup_steps, 1), config.cooldown_steps
+  end = config.cooldown_start + cooldown
 
   def rate(step):
     share = jnp.minimum(1.0, (step + 1) / warmup)
     if cooldown:
       share = jnp.minimum(share, jnp.maximum(0.0, (end - step) / cooldown))
-    return config["learning_rate"] * share
+    return config.learning_rate * share
 
   return rate
 
 
-def make_optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
   """AdamW after clipping by global norm, or where `muon` names matrices, Muon for them and NAdamW for the rest.
 
-  `config` is the section `optimizer` of configs/base.py; `beta1` and `beta2` are not Muon's. Its momentum is optax's 0.95,
+  `config` is the section `optimizer`; `beta1` and `beta2` are not Muon's. Its momentum is optax's 0.95,
   and its updates are scaled to the root mean square of AdamW's, 0.2 of the rate (https://arxiv.org/abs/2502.16982), so
   that one rate serves both.
   """
-  rate, decay = schedule(config), config["weight_decay"]
-  if config["muon"]:
+  rate, decay = schedule(config), config.weight_decay
+  if config.muon:
     optimizer = optax.contrib.muon(
       rate,
-      eps=config["epsilon"],
+      eps=config.epsilon,
       weight_decay=decay,
-      adam_b1=config["beta1"],
-      adam_b2=config["beta2"],
+      adam_b1=config.beta1,
+      adam_b2=config.beta2,
       adam_weight_decay=decay,
-      muon_weight_dimension_numbers=lambda params: muon_axes(params, config["muon"]),
+      muon_weight_dimension_numbers=lambda params: muon_axes(params, config.muon),
       consistent_rms=0.2,
     )
   else:
-    optimizer = optax.adamw(rate, b1=config["beta1"], b2=config["beta2"], eps=config["epsilon"], weight_decay=decay)
-  return optax.chain(optax.clip_by_global_norm(config["clip_norm"]), optimizer)
+    optimizer = optax.adamw(rate, b1=config.beta1, b2=config.beta2, eps=config.epsilon, weight_decay=decay)
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
 
 def muon_axes(params: Params, patterns: Iterable[str]) -> Params:

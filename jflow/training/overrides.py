@@ -4,42 +4,40 @@ import ast
 import difflib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from jflow.config import RunConfig
 from jflow.errors import UserError
-from jflow.training.fields import shown
+from jflow.sections import flat, kinds, shown
 
-_LARGEST = 2**63 - 1  # of a whole number
-_WHOLE = re.compile(r"[+-]?(0[xo])?[0-9a-f]+(_[0-9a-f]+)*", re.IGNORECASE)
 _TRUE, _FALSE = ("true", "t", "1"), ("false", "f", "0")
 _SHOWN = 60  # characters of a value in a message
+_KINDS = dict(kinds(RunConfig))
 
 
-def apply(config: ConfigDict, arguments: Sequence[str]) -> None:
+def apply(values: dict[str, Any], arguments: Sequence[str]) -> None:
   """Sets the fields that arguments name.
 
   As --config.FIELD=VALUE or --config.FIELD VALUE; --config.FIELD and --noconfig.FIELD set one that is true or false. Of
   a field that is named again the last value counts; the values of a tuple add up.
 
+  Args:
+    values: the config as nested plain values; changed.
+    arguments: of the command line.
+
   Raises:
     UserError: an unknown argument or field, a value that is not of the field's type.
   """
-  given: dict[str, list[str]] = {}
-  for path, argument, value in _pairs(config, list(arguments)):
-    where, name = _place(config, path, argument)
-    read = _value(where, name, argument, value)
-    again = path in given and isinstance(read, (tuple, list))
-    try:
-      where[name] = where[name] + read if again else read
-    except (TypeError, ValueError, KeyError) as error:
-      raise UserError(f"{argument} cannot be set: {' '.join(str(error).split())[:300]}") from None
-    given.setdefault(path, []).append(argument)
+  given = set()
+  for path, argument, value in _pairs(values, list(arguments)):
+    where, name = _place(values, path, argument)
+    read = _value(_kind(where, name, path), where[name], argument, value)
+    where[name] = where[name] + read if path in given and isinstance(read, tuple) else read
+    given.add(path)
 
 
-def _pairs(config: ConfigDict, arguments: list[str]) -> Iterator[tuple[str, str, str | None]]:
+def _pairs(values: dict[str, Any], arguments: list[str]) -> Iterator[tuple[str, str, str | None]]:
   """Yields (path of the field, the argument as a message shows it, the text of the value); None: there is none."""
   while arguments:
     argument = arguments.pop(0)
@@ -49,77 +47,62 @@ def _pairs(config: ConfigDict, arguments: list[str]) -> Iterator[tuple[str, str,
     negated, path, equals, value = named.groups()
     told = f"--{negated or ''}config.{path[:200]}" + (f"={value[:_SHOWN]}" if equals else "")
     told = told.encode("unicode_escape").decode()  # one line, whatever is in it
-    if equals or negated or not arguments or arguments[0].startswith("--") or _is_boolean(config, path):
+    alone = equals or negated or not arguments or arguments[0].startswith("--")
+    if alone or _kind(*_place(values, path, told), path) is bool:
       yield path, told, "false" if negated and not equals else value if equals else None
     else:
       value = arguments.pop(0)
       yield path, f"{told} {shown(value)}", value
 
 
-def _is_boolean(config: ConfigDict, path: str) -> bool:
-  where, name = _place(config, path, path)
-  return where.get_type(name) is bool
-
-
-def _place(config: ConfigDict, path: str, argument: str) -> tuple[ConfigDict, str]:
+def _place(values: dict[str, Any], path: str, argument: str) -> tuple[dict[str, Any], str]:
   """Returns the section that holds the field of a dotted path, and the field's name there."""
-  where: Any = config
-  parts = path.split(".")
-  for depth, name in enumerate(parts):
-    if not isinstance(where, ConfigDict):
-      leaf = ".".join(parts[:depth])
-      raise UserError(f"unknown field {shown(name)} ({argument}): {leaf} is a field and no section")
+  where: Any = values
+  *sections, last = path.split(".")
+  for depth, name in enumerate((*sections, last)):
+    if not isinstance(where, Mapping):
+      raise UserError(
+        f"unknown field {shown(name)} ({argument}): {'.'.join(sections[:depth])} is a field and no section"
+      )
     if name not in where:
-      raise UserError(f"unknown field {shown(name)} ({argument}){_meant(config, path)}")
-    if depth == len(parts) - 1:
-      return where, name
-    where = where[name]
-  raise AssertionError("a path has at least one part")
+      raise UserError(f"unknown field {shown(name)} ({argument}){_meant(values, path)}")
+    section, where = where, where[name]
+  return section, last
 
 
-def _meant(config: ConfigDict, path: str) -> str:
-  known = list(_names(config))
+def _meant(values: dict[str, Any], path: str) -> str:
+  known = [name for name, _ in flat(values)]
+  known += sorted({".".join(parts[:i]) for parts in (name.split(".") for name in known) for i in range(1, len(parts))})
   last = path.rpartition(".")[2]
   near = [name for name in known if name.rpartition(".")[2] == last][:3]
   near = near or difflib.get_close_matches(path[:100], known, n=1, cutoff=0.75)
-  return f"; did you mean {' or '.join(near)}?" if near else f"; sections are {', '.join(config)}"
+  return f"; did you mean {' or '.join(near)}?" if near else f"; sections are {', '.join(values)}"
 
 
-def _names(config: ConfigDict, before: str = "") -> Iterator[str]:
-  for name, value in config.items():
-    yield before + name
-    if isinstance(value, ConfigDict):
-      yield from _names(value, f"{before}{name}.")
+def _kind(where: dict[str, Any], name: str, path: str) -> Any:
+  """The type of a field; of the model and inside a mapping, that of the value that stands there."""
+  return _KINDS.get(path, type(where[name]))
 
 
-def _value(where: ConfigDict, name: str, argument: str, text: str | None) -> Any:
+def _value(kind: Any, now: Any, argument: str, text: str | None) -> Any:
   """Returns the text of a value as the type of its field; raises UserError."""
-  kind = where.get_type(name)
   if text is None:
     if kind is bool:
       return True
     raise UserError(f"{argument} needs a value, as {argument}=VALUE")
-  if isinstance(where[name], ConfigDict):
-    return _section(where[name], argument, text)
-  reader = {bool: _boolean, int: _integer, float: _number, str: _text, tuple: _tuple, list: _tuple}.get(kind, _any)
-  read = reader(argument, text)
-  return list(read) if kind is list else read
+  if isinstance(now, Mapping) or kind == dict | None:
+    return _mapping(now, argument, text)
+  readers = {bool: _boolean, int: _integer, float: _number, str: _text, tuple: _tuple, list: _tuple}
+  return readers[kind](argument, text)
 
 
-def _section(section: ConfigDict, argument: str, text: str) -> ConfigDict:
-  read = _literal(argument, text, f"names a section, whose fields are {', '.join(section)}")
-  if not isinstance(read, dict) or set(read) != set(section):
-    raise UserError(f"{argument} names a section: set one of its fields, or all of {', '.join(section)} as a dict")
-  changed = ConfigDict(section)
-  for field, value in read.items():
-    if isinstance(section[field], ConfigDict):
-      changed[field] = _section(section[field], argument, repr(value))
-      continue
-    try:
-      changed[field] = _plain(argument, value)
-    except (TypeError, ValueError) as error:
-      raise UserError(f"{argument}: {field} cannot be {shown(value)}: {error}") from None
-  return changed
+def _mapping(now: Mapping[str, Any] | None, argument: str, text: str) -> dict[str, Any]:
+  """A mapping of all names of a section; of any where it has none yet."""
+  what = f"names a section: set one of its fields, or all of {', '.join(now)} as a dict" if now else "must be a dict"
+  read = _plain(argument, _literal(argument, text, what))
+  if not isinstance(read, dict) or now and set(read) != set(now):
+    raise UserError(f"{argument} {what}, got {shown(text)}")
+  return read
 
 
 def _boolean(argument: str, text: str) -> bool:
@@ -130,17 +113,10 @@ def _boolean(argument: str, text: str) -> bool:
 
 def _integer(argument: str, text: str) -> int:
   word = text.strip()
-  if _WHOLE.fullmatch(word) and len(word) < 100:
-    base = {"0x": 16, "0o": 8}.get(word.lstrip("+-")[:2].lower(), 10)
-    try:
-      read = int(word, base)
-    except ValueError:
-      raise UserError(f"{argument} must be a whole number, got {shown(text)}") from None
-    if abs(read) <= _LARGEST:
-      return read
-  elif not re.fullmatch(r"[+-]?[0-9_]+", word):
-    raise UserError(f"{argument} must be a whole number, got {shown(text)}")
-  raise UserError(f"{argument} must be a whole number of at most {_LARGEST}, got {shown(text)}")
+  try:
+    return int(word if word.isascii() else "", 0 if word.lstrip("+-")[:2].lower() in ("0x", "0o") else 10)
+  except ValueError:
+    raise UserError(f"{argument} must be a whole number, got {shown(text)}") from None
 
 
 def _number(argument: str, text: str) -> float:
@@ -159,9 +135,18 @@ def _text(argument: str, text: str) -> str:
   return text
 
 
+def _tuple(argument: str, text: str) -> tuple[Any, ...]:
+  """A literal, or one word without quotes, as a pattern is, as the only element."""
+  what = "must be a tuple, as ('a', 'b') or ((0, 1.5),) or ()"
+  read = (text,) if _is_pattern(text) else _plain(argument, _literal(argument, text, what))
+  if isinstance(read, (dict, bool)) or read is None:
+    raise UserError(f"{argument} {what}, got {shown(text)}")
+  return read if isinstance(read, tuple) else (read,)
+
+
 def _is_pattern(text: str) -> bool:
-  """Whether a word is no literal of Python, but a regular expression, as for the names of parameters."""
-  if re.fullmatch(r"[+-]?[0-9_.]+", text):  # a number, of more digits than Python reads
+  """Whether a text is one word and no literal of Python: a name, or a regular expression."""
+  if not text or re.search(r"[\s,'\"\x00-\x1f\x7f]", text) or re.fullmatch(r"[+-]?[0-9_.]+", text):
     return False
   try:
     ast.literal_eval(text)
@@ -173,30 +158,6 @@ def _is_pattern(text: str) -> bool:
     return True
   except (re.error, RecursionError, OverflowError):
     return False
-
-
-def _tuple(argument: str, text: str) -> tuple[Any, ...]:
-  """A literal, or one word without quotes as the only element."""
-  if not re.search(r"[\s,'\"]|^[(\[{]", text) and not re.match(r"[+-]?[0-9.]", text):
-    return (_text(argument, text),) if text not in ("", "None", "True", "False") else _refuse_tuple(argument, text)
-  if not re.search(r"[\s,'\"]", text) and _is_pattern(text):
-    return (_text(argument, text),)
-  read = _plain(argument, _literal(argument, text, "must be a tuple, as ('a', 'b') or ((0, 1.5),)"))
-  if isinstance(read, dict) or read is None:
-    _refuse_tuple(argument, text)
-  return read if isinstance(read, tuple) else (read,)
-
-
-def _refuse_tuple(argument: str, text: str) -> Any:
-  raise UserError(f"{argument} must be a tuple, as ('a', 'b') or (), got {shown(text)}")
-
-
-def _any(argument: str, text: str) -> Any:
-  """Of a field without a type: a literal, or else the text."""
-  try:
-    return _plain(argument, ast.literal_eval(text))
-  except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-    return _text(argument, text)
 
 
 def _literal(argument: str, text: str, what: str) -> Any:
@@ -214,8 +175,6 @@ def _plain(argument: str, value: Any) -> Any:
     return {_plain(argument, key): _plain(argument, one) for key, one in value.items()}
   if isinstance(value, str):
     return _text(argument, value)
-  if isinstance(value, bool):
+  if isinstance(value, (bool, int)) or value is None or isinstance(value, float) and math.isfinite(value):
     return value
-  if isinstance(value, int) and abs(value) <= _LARGEST or isinstance(value, float) and math.isfinite(value):
-    return value
-  raise UserError(f"{argument} holds {shown(value)}, and must hold texts and finite numbers")
+  raise UserError(f"{argument} must hold texts and finite numbers, got {shown(value)}")

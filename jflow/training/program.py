@@ -4,13 +4,14 @@ One place for training, for `bench train` and for `compile`, so that what is mea
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
 from jflow import memory, sharding
 from jflow.batch import Batch, empty
+from jflow.config import RunConfig
 from jflow.errors import UserError
 from jflow.models.unified import JanusFlow
 from jflow.training import optim, setup
@@ -36,18 +37,18 @@ class Program(NamedTuple):
   state_of: Callable[[Any], TrainState]  # parameters -> state of step 0
 
 
-def make_program(config: Mapping[str, Any], model: JanusFlow, mesh: jax.sharding.Mesh) -> Program:
+def make_program(config: RunConfig, model: JanusFlow, mesh: jax.sharding.Mesh) -> Program:
   """Builds the program of a config; nothing is compiled or allocated. Call it, and the step, under `mesh`."""
-  optimizer = optim.make_optimizer(config["optimizer"])
-  train = config["train"]
-  spike_window = train["spike_window"] if train["spike_sigmas"] else 0
+  optimizer = optim.make_optimizer(config.optimizer)
+  train = config.train
+  spike_window = train.spike_window if train.spike_sigmas else 0
 
   def state_of(params: Any) -> TrainState:
-    optim.check_muon(params, config["optimizer"]["muon"])
-    trained, frozen = optim.partition(params, config["optimizer"]["trained"], config["optimizer"]["frozen"])
+    optim.check_muon(params, config.optimizer.muon)
+    trained, frozen = optim.partition(params, config.optimizer.trained, config.optimizer.frozen)
     return TrainState.create(trained, frozen, optimizer, spike_window)
 
-  boxed = jax.eval_shape(lambda: state_of(setup.initial_params(model, train["seed"])))
+  boxed = jax.eval_shape(lambda: state_of(setup.initial_params(model, train.seed)))
   where = sharding.shardings(mesh, boxed)
   shaped = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
   step = jax.jit(
@@ -79,8 +80,8 @@ def check_memory(program: Program, mesh: jax.sharding.Mesh) -> None:
     )
 
 
-def abstract_batch(config: Mapping[str, Any], model: JanusFlow, mesh: jax.sharding.Mesh) -> Batch:
+def abstract_batch(config: RunConfig, model: JanusFlow, mesh: jax.sharding.Mesh) -> Batch:
   """The shapes and shardings of the global batch of a config."""
   where = sharding.batch_sharding(mesh)
-  one, rows = empty(1, setup.row_shape(config, model.config)), config["train"]["batch_size"]
+  one, rows = empty(1, setup.row_shape(config, model.config)), config.train.batch_size
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=where), one)

@@ -1,6 +1,5 @@
 """What comes before the first step: the config's checks, the model, the parameters to start from."""
 
-import importlib.util
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jflow import config as run_config
 from jflow import sharding
 from jflow.batch import RowShape, empty
+from jflow.config import RunConfig, TrainConfig
 from jflow.data.pipeline import Pipeline
 from jflow.errors import UserError
 from jflow.interop.checkpoints import Checkpoint, read_checkpoint
@@ -19,116 +20,51 @@ from jflow.models import attention
 from jflow.models.config import JanusFlowConfig
 from jflow.models.llm.llama import remat_policy
 from jflow.models.unified import Draws, JanusFlow, Sums
-from jflow.training import fields, fresh, hosts
+from jflow.sections import refusal
+from jflow.training import fresh, hosts
 
-Config = Mapping[str, Any]
 
-
-def check(config: Config) -> JanusFlowConfig:
-  """Checks all that can be checked before a device is touched; returns the model's configuration.
+def check(config: RunConfig) -> None:
+  """Checks all that can be checked before a device is touched.
 
   Raises:
     UserError: naming the field, its value, and what is allowed.
   """
-  fields.check(config)
-  model = JanusFlowConfig.from_dict(config["model"])
-  train, data, mesh = config["train"], config["data"], config["mesh"]
-
-  def need(ok: bool, field: str, what: str) -> None:
-    if not ok:
-      value = config
-      for part in field.split("."):
-        value = value[part]
-      raise fields.refusal(field, value, what)
-
-  need(
-    train["batch_size"] % train["accumulation"] == 0,
-    "train.accumulation",
-    f"must divide train.batch_size={train['batch_size']}",
-  )
-  _check_distributed(config["distributed"], need)
-  log = config["log"]
-  for name in ("tensorboard", "wandb"):
-    there = not log[name] or importlib.util.find_spec(name) is not None
-    need(there, f"log.{name}", f"needs the package {name}: pip install {name}")
-  need(bool(log["sample_prompts"] or not log["sample_every"]), "log.sample_prompts", "must hold one to paint")
-  parts = not train["init_parts"] or bool(train["init_from"])
-  need(parts, "train.init_parts", "needs train.init_from, whose parts it replaces")
-  fresh.check(config, model)
-  end = config["optimizer"]["cooldown_start"] + config["optimizer"]["cooldown_steps"]
-  need(
-    not config["optimizer"]["cooldown_steps"] or train["steps"] <= end,
-    "optimizer.cooldown_steps",
-    f"ends the cool-down at step {end}: the rate of train.steps={train['steps']} would be 0; 0 keeps it constant",
-  )
-  remat_policy(config["compute"]["remat"])
-  known = attention.IMPLEMENTATIONS
-  need(config["compute"]["attention"] in known, "compute.attention", f"must be one of {', '.join(known)}")
-  need(
-    data["row_tokens"] <= model.language_model.context,
-    "data.row_tokens",
-    f"must not exceed model.language_model.context={model.language_model.context}",
-  )
-  most = data["row_tokens"]
-  need(data["row_images"] <= most, "data.row_images", f"must not exceed data.row_tokens={most}")
-  need(bool(data["tokenizer"]), "data.tokenizer", "must name a directory with tokenizer.json")
-  rows = (train["batch_size"] // train["accumulation"], mesh["data"] * mesh["fsdp"])
-  need(
-    rows[0] % rows[1] == 0,
-    "train.batch_size",
-    f"/ accumulation = {rows[0]} rows must be a multiple of mesh.data x mesh.fsdp = {rows[1]}",
-  )
-  weights = config["objective"]["weights"]
-  for name, weight in weights.items():
-    need(name in Sums._fields, "objective.weights", f"has {name!r}; losses are {', '.join(Sums._fields)}")
-    what = fields.number(0.0)(weight)
-    need(not what, f"objective.weights.{name}", what)
-  need(any(weights.values()), "objective.weights", "are all 0: nothing would be learned")
-  need(
-    not weights["alignment"] or model.alignment_width > 0,
-    "objective.weights.alignment",
-    "needs model.alignment_width > 0",
-  )
-  need(
-    model.reader == "siglip" or not data["latents"],
-    "data.latents",
-    "must be False with another model.reader than 'siglip': pictures to read have no stored latents",
-  )
-  return model
+  run_config.check(config)
+  remat_policy(config.compute.remat)
+  kernels = attention.IMPLEMENTATIONS
+  if config.compute.attention not in kernels:
+    raise refusal("compute.attention", config.compute.attention, f"must be one of {', '.join(kernels)}")
+  weights = config.objective.weights
+  if not set(weights) <= set(Sums._fields):
+    raise refusal("objective.weights", weights, f"must hold losses of {', '.join(Sums._fields)}")
+  weight = weights.get("alignment", 0.0)
+  if weight and not config.model.alignment_width:
+    raise refusal("objective.weights.alignment", weight, "must be 0 where model.alignment_width=0")
 
 
-def _check_distributed(section: Mapping[str, Any], need: Callable[[bool, str, str], None]) -> None:
-  need(
-    section["process_id"] < section["processes"],
-    "distributed.process_id",
-    f"must be in [0, distributed.processes={section['processes']})",
-  )
-  alone = section["cluster"] == "auto" or section["processes"] == 1
-  need(alone or bool(section["coordinator"]), "distributed.coordinator", "must be HOST:PORT of process 0")
-
-
-def build(config: Config, device: jax.Device) -> JanusFlow:
+def build(config: RunConfig, device: jax.Device) -> JanusFlow:
   """The model of a config, with the attention kernel for `device`.
 
   Raises:
     UserError: a kernel that the config names cannot run there.
   """
-  compute, model = config["compute"], JanusFlowConfig.from_dict(config["model"])
+  compute, model = config.compute, config.model
   width = model.language_model.head_width
-  kernel = attention.choose(compute["attention"], device, compute["dtype"], width)
-  return JanusFlow(model, jnp.dtype(compute["dtype"]), compute["remat"], compute["unroll"], kernel)
+  kernel = attention.choose(compute.attention, device, compute.dtype, width)
+  return JanusFlow(model, jnp.dtype(compute.dtype), compute.remat, compute.unroll, kernel)
 
 
-def row_shape(config: Config, model: JanusFlowConfig) -> RowShape:
+def row_shape(config: RunConfig, model: JanusFlowConfig) -> RowShape:
   """The packed rows that a config asks for."""
-  data = config["data"]
+  data = config.data
   moments = (model.latent_size, model.latent_size, 2 * model.autoencoder.latent_channels)
   return RowShape(
-    data["row_tokens"],
-    data["row_images"],
+    data.row_tokens,
+    data.row_images,
     model.patches,
     model.image_size,
-    moments if data["latents"] else (0,),
+    moments if data.latents else (0,),
   )
 
 
@@ -146,21 +82,21 @@ def initial_params(model: JanusFlow, seed: int) -> Any:
 
 
 def start_params(
-  config: Config, model: JanusFlow, mesh: jax.sharding.Mesh, open_pipeline: Callable[[], Pipeline]
+  config: RunConfig, model: JanusFlow, mesh: jax.sharding.Mesh, open_pipeline: Callable[[], Pipeline]
 ) -> Any:
   """Parameters of step 0: fresh, or those of `train.init_from`, each on its shards.
 
   `open_pipeline` opens the data of all processes, for fresh parts that are fitted to it.
   """
-  train = config["train"]
-  initial = lambda: initial_params(model, train["seed"])
-  if not train["init_from"]:
+  train = config.train
+  initial = lambda: initial_params(model, train.seed)
+  if not train.init_from:
     params = sharding.create(initial, mesh)
     put = lambda x, old: jax.device_put(np.asarray(x, old.dtype), old.sharding)
-    for part, fitted in fresh.fit(config, model.config, open_pipeline).items():
+    for part, fitted in fresh.fit(config, open_pipeline).items():
       params[part] = jax.tree.map(put, fitted, params[part])
     return params
-  read = {path: read_checkpoint(path, weights=train["init_weights"], whole=False) for path in _paths(train)}
+  read = {path: read_checkpoint(path, weights=train.init_weights, whole=False) for path in _paths(train)}
   source, origin = _chosen(train, read)
   boxed = jax.eval_shape(initial)
   where = flatten_dict(sharding.shardings(mesh, boxed), sep="/")
@@ -184,15 +120,15 @@ def start_params(
   return unflatten_dict(flat, sep="/")
 
 
-def _paths(train: Config) -> list[str]:
+def _paths(train: TrainConfig) -> list[str]:
   """The checkpoints that a run starts from, each once."""
-  return list(dict.fromkeys([train["init_from"], *(path for _, path in train["init_parts"])]))
+  return list(dict.fromkeys([train.init_from, *(path for _, path in train.init_parts)]))
 
 
-def _chosen(train: Config, read: Mapping[str, Checkpoint]) -> tuple[dict[str, Any], Callable[[str], str]]:
+def _chosen(train: TrainConfig, read: Mapping[str, Checkpoint]) -> tuple[dict[str, Any], Callable[[str], str]]:
   """Returns the flat parameters of `init_from` with the parts of `init_parts`, and parameter path -> checkpoint."""
-  parts = dict(train["init_parts"])
-  origin = lambda path: parts.get(path.split("/")[0], train["init_from"])
+  parts = dict(train.init_parts)
+  origin = lambda path: parts.get(path.split("/")[0], train.init_from)
   flat = {path: flatten_dict(loaded.params, sep="/") for path, loaded in read.items()}
   for part, path in parts.items():
     if not any(name.split("/")[0] == part for name in flat[path]):
@@ -207,7 +143,7 @@ _SHAPELESS = ("gelu", "epsilon", "rope_theta", "scaling")  # fields that change 
 
 
 def _check_fits(
-  train: Config,
+  train: TrainConfig,
   source: Mapping[str, Any],
   wanted: Mapping[str, Any],
   origin: Callable[[str], str],
@@ -221,7 +157,7 @@ def _check_fits(
     flags = " ".join(shlex.quote(f"--config.model.{field}={before}") for field, before in made.items())
     raise UserError(f"{origin(path)}: {path} {what}" + (f"; it was made with {flags}" if explained else ""))
 
-  dropped, new = (tuple(part + "/" for part in train[name]) for name in ("init_dropped", "init_fresh"))
+  dropped, new = (tuple(part + "/" for part in parts) for parts in (train.init_dropped, train.init_fresh))
   for path in sorted(set(source) | set(wanted)):
     if path not in wanted and not path.startswith(dropped):
       refuse(path, "is there, and this model has it not (train.init_dropped lists what may be left behind)")

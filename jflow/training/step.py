@@ -4,7 +4,7 @@ All randomness comes from fold_in(seed, step) and is drawn for the global batch,
 counts of the global batch: so the same batch gives the same loss on every mesh and with any accumulation.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jflow.batch import WRITE, Batch
+from jflow.config import RunConfig
 from jflow.generation.flow import equations as flow
 from jflow.models.unified import Draws, JanusFlow, Sums
 from jflow.training.flops import counted
@@ -46,22 +47,22 @@ def loss_sums(model: JanusFlow, params: Any, batch: Batch, draws: Draws, wanted:
 
 
 def make_step(
-  model: JanusFlow, optimizer: optax.GradientTransformation, config: Mapping[str, Any]
+  model: JanusFlow, optimizer: optax.GradientTransformation, config: RunConfig
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-  """Builds train_step(state, batch) -> (state, metrics). `config` is the whole config of configs/base.py.
+  """Builds train_step(state, batch) -> (state, metrics). `config` is the whole config.
 
   Metrics named work_... are the fields of `model_flops.Work`, from which the caller makes `mfu`.
   A step whose gradient is not finite, or a spike, changes nothing but the counters and the step number.
   """
-  weights = {name: weight for name, weight in config["objective"]["weights"].items() if weight}
+  weights = {name: weight for name, weight in config.objective.weights.items() if weight}
   wanted = tuple(weights)
-  micro = config["train"]["accumulation"]
-  rate = schedule(config["optimizer"])
-  seed = config["train"]["seed"]
+  micro = config.train.accumulation
+  rate = schedule(config.optimizer)
+  seed = config.train.seed
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    draws = draw(model, key, batch, config["objective"]["time_mean"], config["objective"]["time_std"])
+    draws = draw(model, key, batch, config.objective.time_mean, config.objective.time_std)
     total_counts = counts(batch)
 
     def loss_fn(trained: Any, rows: Batch, row_draws: Draws) -> tuple[jax.Array, Sums]:
@@ -84,10 +85,10 @@ def make_step(
     norm = optax.global_norm(grads)
     updates, opt_state = optimizer.update(grads, state.optimizer, state.trained)
     trained = optax.apply_updates(state.trained, updates)
-    ema = update_ema(state.ema, trained, config["train"]["ema"])
+    ema = update_ema(state.ema, trained, config.train.ema)
     good, recent = jnp.isfinite(norm) & jnp.isfinite(loss), state.recent
     if recent is not None:
-      good &= jnp.logical_not(is_spike(recent, loss, norm, config["train"]["spike_sigmas"]))
+      good &= jnp.logical_not(is_spike(recent, loss, norm, config.train.spike_sigmas))
       recent = remember(recent, loss, norm, good)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
     bad = jnp.logical_not(good).astype(jnp.int32)

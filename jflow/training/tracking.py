@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from jflow import files
+from jflow.config import RunConfig
 
 
 class TensorBoard:
@@ -47,7 +48,7 @@ class TensorBoard:
 class WeightsAndBiases:
   """A run of the project `log.wandb`; a restart goes on in the same run."""
 
-  def __init__(self, workdir: pathlib.Path, project: str, config: Mapping[str, Any]):
+  def __init__(self, workdir: pathlib.Path, project: str, config: RunConfig):
     import wandb
 
     self._wandb = wandb
@@ -57,7 +58,7 @@ class WeightsAndBiases:
       id=_run_id(workdir / "wandb_id"),
       resume="allow",
       dir=str(workdir),
-      config=dict(config),
+      config=config.to_dict(),
     )
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -102,14 +103,14 @@ class Files:
     pass
 
 
-def trackers(config: Mapping[str, Any], workdir: pathlib.Path) -> list[Any]:
+def trackers(config: RunConfig, workdir: pathlib.Path) -> list[Any]:
   """Opens what `config.log` asks for; `setup.check` has seen that the packages are there."""
-  log = config["log"]
+  log = config.log
   opened: list[Any] = [Files(workdir)]
-  if log["tensorboard"]:
+  if log.tensorboard:
     opened.append(TensorBoard(workdir))
-  if log["wandb"]:
-    opened.append(WeightsAndBiases(workdir, log["wandb"], config))
+  if log.wandb:
+    opened.append(WeightsAndBiases(workdir, log.wandb, config))
   return opened
 
 

@@ -10,11 +10,13 @@ import time
 from typing import Any
 
 import jax
-from flax.traverse_util import flatten_dict
 
 from jflow import files
+from jflow.config import RunConfig
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
+from jflow.models.config import JanusFlowConfig
+from jflow.sections import completed, flat
 from jflow.strict_json import Malformed
 from jflow.training import data_record, steps
 from jflow.training.checkpoint import read_config
@@ -22,6 +24,7 @@ from jflow.training.checkpoint import read_config
 # What may differ between a run and its continuation: all else would make it another run. How a step is laid out over
 # devices and memory changes losses by rounding alone, another attention kernel by what that kernel rounds.
 _MAY_CHANGE = (
+  "size",  # a name; what it stands for is compared
   "train.steps",
   "train.watchdog_seconds",
   "train.init_fresh",
@@ -46,7 +49,7 @@ _MAY_CHANGE = (
 _LEASE = 120  # seconds after which a network disk has freed the lock of a host that died
 
 
-def claim(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer) -> Any:
+def claim(workdir: pathlib.Path, config: RunConfig, tokenizer: Tokenizer) -> Any:
   """Locks the workdir and checks that it holds no other run; returns what `unlock` takes. For process 0."""
   if "://" in str(workdir) or str(workdir).startswith("gs:/"):
     raise UserError(
@@ -155,7 +158,7 @@ def unlock(handle: Any) -> None:
   handle.close()
 
 
-def check_same_run(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer) -> None:
+def check_same_run(workdir: pathlib.Path, config: RunConfig, tokenizer: Tokenizer) -> None:
   """Checks that a run that has begun in this workdir has the same config and tokenizer; some fields may differ.
 
   A config.json or tokenizer that is lost is known by the newest manifest, and written again by `write_config`.
@@ -167,16 +170,15 @@ def check_same_run(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Tok
   before = _config_of_run(workdir, manifest)
   if before is None:
     return
-  theirs = flatten_dict(before, sep=".")
-  ours = flatten_dict(json.loads(json.dumps(config)), sep=".")
+  theirs = dict(flat(_as_now(before, workdir)))
+  ours = dict(flat(_read_back(config.to_dict())))
   may_change = _MAY_CHANGE
   if data_record.read(workdir) is not None:
     may_change += ("data.sources.",)  # names: what they hold is compared instead, see data_record
   differ = []
   for field in sorted(set(ours) | set(theirs)):
     before, now = theirs.get(field), ours.get(field)
-    only_one_has_it = field not in theirs or field not in ours  # of two versions of jflow: off (0, empty) is as before
-    same = not before and not now if only_one_has_it else before == now
+    same = before == now if field in ours else not before  # a field that jflow no longer has was off (0, empty)
     if not same and not field.startswith(may_change):
       was = f"no {field} yet" if field not in theirs else f"{field}={before!r}"
       differ.append(f"{was}, now {'gone' if field not in ours else repr(now)}")
@@ -201,9 +203,23 @@ def check_same_run(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Tok
     )
   else:
     raise UserError(
-      f"workdir {workdir} holds a run with another tokenizer than {config['data']['tokenizer']}; use another "
+      f"workdir {workdir} holds a run with another tokenizer than {config.data.tokenizer}; use another "
       f"--workdir or --config.data.tokenizer={kept}"
     )
+
+
+def _as_now(values: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
+  """The plain values of a run's config, which an earlier version may have written, with the fields of this one."""
+  try:
+    model = JanusFlowConfig.from_dict(values["model"]).to_dict()
+  except UserError as error:
+    raise UserError(f"workdir {workdir} holds a run with another model: {error}") from None
+  return _read_back(completed(values, RunConfig) | {"model": model})
+
+
+def _read_back(values: dict[str, Any]) -> dict[str, Any]:
+  """The values as config.json gives them back: lists for tuples."""
+  return json.loads(json.dumps(values))
 
 
 def _newest_manifest(workdir: pathlib.Path) -> dict[str, Any]:
@@ -231,7 +247,7 @@ def _config_of_run(workdir: pathlib.Path, manifest: dict[str, Any]) -> dict[str,
   return None
 
 
-def write_config(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer) -> None:
+def write_config(workdir: pathlib.Path, config: RunConfig, tokenizer: Tokenizer) -> None:
   """Writes tokenizer/, then config.json: from here on the workdir belongs to this run, and both are whole."""
   try:
     same = Tokenizer.load(str(workdir / "tokenizer")).fingerprint == tokenizer.fingerprint
@@ -239,7 +255,7 @@ def write_config(workdir: pathlib.Path, config: dict[str, Any], tokenizer: Token
     same = False
   if not same:
     tokenizer.save(workdir / "tokenizer")
-  files.write_text(workdir / "config.json", json.dumps(config, indent=1) + "\n")
+  files.write_text(workdir / "config.json", json.dumps(config.to_dict(), indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The start of stage 0: parts of a fresh model that are fitted to pictures, where the paper takes them pretrained."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,47 +8,35 @@ import numpy as np
 
 from jflow import sharding
 from jflow.batch import NONE
+from jflow.config import RunConfig
 from jflow.data.pipeline import Pipeline
 from jflow.errors import UserError
-from jflow.models.config import JanusFlowConfig
 from jflow.training import hosts
 from jflow.world.codec import PatchPCAConfig, fit_patch_pca
 from jflow.world.siglip_fit import fit_siglip
 from jflow.world.source import WorldSource
 
 
-def check(config: Mapping[str, Any], model: JanusFlowConfig) -> None:
-  """Checks `train.fit_labels`. Raises UserError where there is no fresh SigLIP to fit."""
-  labels = config["train"]["fit_labels"]
-  if labels and model.reader != "siglip":
-    raise UserError(f"config.train.fit_labels={labels} must be 0 with another model.reader than 'siglip'")
-  if labels and config["train"]["init_from"]:
-    raise UserError(f"config.train.fit_labels={labels} must be 0 with train.init_from: that SigLIP is not fresh")
-
-
-def fit(
-  config: Mapping[str, Any], model: JanusFlowConfig, open_pipeline: Callable[[], Pipeline]
-) -> dict[str, dict[str, Any]]:
+def fit(config: RunConfig, open_pipeline: Callable[[], Pipeline]) -> dict[str, dict[str, Any]]:
   """Fits the closed-form codec to pictures of the run's data, and SigLIP to labels of the world's patches.
 
   Args:
-    config: of the run.
-    model: its model. The codec is fitted where it has one.
+    config: of the run. The codec is fitted where its model has one.
     open_pipeline: opens the data of all processes: each fits the codec to the same pictures.
 
   Returns:
     {part: parameters}, of the fitted parts.
   """
   fitted: dict[str, dict[str, Any]] = {}
-  train = config["train"]
+  train, model = config.train, config.model
   if isinstance(model.autoencoder, PatchPCAConfig):
-    fitted["vae"] = fit_patch_pca(first_images(open_pipeline(), train["fit_images"]), model.autoencoder)
-  if train["fit_labels"]:
-    source = WorldSource("generation", **config["data"]["shapes"])
-    scenes = [source[i].images[0] for i in range(min(len(source), train["fit_labels"]))]
+    fitted["vae"] = fit_patch_pca(first_images(open_pipeline(), train.fit_images), model.autoencoder)
+  if train.fit_labels:
+    source = WorldSource("generation", **vars(config.data.shapes))
+    scenes = [source[i].images[0] for i in range(min(len(source), train.fit_labels))]
     # On one device of each process, so that every mesh has the same; process 0 has the word.
     with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])):
-      siglip = fit_siglip(model.understanding_encoder, scenes, train["fit_labels"], train["seed"])
+      siglip = fit_siglip(model.understanding_encoder, scenes, train.fit_labels, train.seed)
     fitted["understanding_encoder"] = hosts.tree_of_first(siglip)
   return fitted
 

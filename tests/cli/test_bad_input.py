@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+from data_config import data_config
 from PIL import Image
 from preparing import image, run, write_lines, write_tar
 
@@ -77,20 +78,8 @@ def _caption(i: int, name: str = "good.png") -> dict:
 
 def _epoch(output) -> collections.Counter:
   """Reads every row once, as a run does; returns what was rejected, by reason."""
-  config = dict(
-    template="plain",
-    first_sentence=0.0,
-    prompt_drop=0.0,
-    workers=0,
-    threads=1,
-    prefetch=1,
-    plan_cache="",
-    latents=False,
-    max_rejected_share=1.0,
-    shapes={},
-    mixture=((0, (0, 1, 0)),),
-    sources={"understanding": (), "generation": ((output, 1.0),), "text": ()},
-  )
+  sources = {"generation": ((output, 1.0),)}
+  config = data_config(max_rejected_share=1.0, mixture=((0, (0, 1, 0)),), sources=sources)
   pipeline = Pipeline(config, TOKENIZER, RowShape(tokens=96, images=4, image_patches=4, image_size=8), 1, 0)
   rows, counts, read = pipeline._rows[1][0].plan.rows, collections.Counter(), 0
   for batch, info in pipeline.batches(0, rows):

@@ -18,11 +18,11 @@ from PIL import Image
 from jflow.__main__ import COMMANDS, main
 from jflow.cli import generate as generate_command
 from jflow.cli import prepare as prepare_command
-from jflow.cli.train import load_config
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Terminated
 from jflow.generation.flow import equations as flow
 from jflow.outputs import write_json
+from jflow.training import config_files
 from jflow.training.checkpoint import save_params
 
 CONFIG = f"{tiny.ROOT}/configs/stage2.py:tiny"
@@ -420,8 +420,8 @@ def test_train_refuses(capsys, tmp_path, monkeypatch, flags, said):
 
 def test_a_workdir_that_holds_another_config(capsys, tmp_path):
   fields = ["--config.data.shapes.size=20", "--config.compute.compilation_cache="]
-  begun = load_config([f"--config={CONFIG}", *fields])
-  (tmp_path / "config.json").write_text(json.dumps(begun))
+  begun = config_files.load(CONFIG, fields)
+  (tmp_path / "config.json").write_text(json.dumps(begun.to_dict()))
   start = ("train", f"--config={CONFIG}", f"--workdir={tmp_path}", *fields)
   said = _refused(capsys, *start, "--config.train.batch_size=4")
   assert f"workdir {tmp_path} holds a run with train.batch_size=8, now 4" in said

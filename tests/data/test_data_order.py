@@ -10,6 +10,7 @@ import re
 
 import numpy as np
 import pytest
+from data_config import data_config
 
 from jflow import batch as batch_lib
 from jflow.batch import TASKS, RowShape
@@ -50,21 +51,15 @@ def marked(monkeypatch):
 
 
 def pipeline(share=None, seed=5, **changes):
-  config = dict(
-    template="plain",
+  fields = dict(
     first_sentence=0.25,
     prompt_drop=0.1,
-    workers=0,
     threads=2,
     prefetch=2,
-    plan_cache="",
-    latents=False,
-    max_rejected_share=0.01,
-    shapes={},
     mixture=MIXTURE,
     sources=dict.fromkeys(TASKS, (("marked", 1.0),)),
   )
-  return Pipeline(config | changes, TOKENIZER, SHAPE, BATCH, seed, share)
+  return Pipeline(data_config(**fields | changes), TOKENIZER, SHAPE, BATCH, seed, share)
 
 
 def ids(batch):

@@ -3,9 +3,11 @@
 import collections
 import pathlib
 import re
+import types
 
 import numpy as np
 import pytest
+from data_config import data_config
 
 from jflow import batch as batch_lib
 from jflow.batch import TASKS, RowShape
@@ -51,22 +53,23 @@ def opened(monkeypatch):
   return log
 
 
+SOURCES = {task: (({}, 1.0),) for task in TASKS}
+
+
 def _config(**changes):
-  config = dict(
-    template="plain",
+  fields = dict(
     first_sentence=0.25,
     prompt_drop=0.1,
-    workers=0,
     threads=2,
     prefetch=2,
-    plan_cache="",
-    latents=False,
-    max_rejected_share=0.01,
     shapes={"size": 101},
     mixture=((0, (30, 50, 20)), (6, (14, 80, 6))),
-    sources={task: (({}, 1.0),) for task in TASKS},
+    sources=SOURCES,
   )
-  return {**config, **changes}
+  fields |= changes
+  if isinstance(fields["shapes"], dict):
+    fields["shapes"] = types.SimpleNamespace(**fields["shapes"])
+  return data_config(**fields)
 
 
 def _pipeline(batch_size=8, share=None, seed=5, shape=SHAPE, **changes):
@@ -227,7 +230,7 @@ def test_records_that_do_not_fit_are_left_out_and_counted(opened):
 
 
 def test_sources_of_a_task_share_its_rows_by_weight(opened):
-  mixed = {**_config()["sources"], "text": (({"size": 30}, 1.0), ({"size": 200}, 3.0))}
+  mixed = {**SOURCES, "text": (({"size": 30}, 1.0), ({"size": 200}, 3.0))}
   pipeline = _pipeline(mixture=((0, (0, 0, 1)),), sources=mixed)
   counts = collections.Counter(pipeline._interleaves[2][row][0] for row in range(1000))
   assert counts == {0: 250, 1: 750}
@@ -237,9 +240,8 @@ def test_sources_of_a_task_share_its_rows_by_weight(opened):
 @pytest.mark.parametrize(
   "changes, message",
   [
-    (dict(template="talk"), "data.template is 'talk'"),
     (dict(mixture=((0, (1, 1)),)), "mixture"),
-    (dict(sources={**_config()["sources"], "text": ()}), "data.sources.text is empty"),
+    (dict(sources={**SOURCES, "text": ()}), "data.sources.text is empty"),
     (dict(shape=RowShape(10, 3, 9, 6)), "data.row_tokens is 10"),
     (dict(shape=RowShape(12, 3, 9, 6)), "none of the 101 understanding records fits a row of 12 tokens"),
     (dict(shape=RowShape(96, 0, 9, 6)), "and 0 images"),
@@ -261,7 +263,7 @@ def test_unknown_sources_are_named():
 def test_the_built_in_world_fills_batches(template):
   config = _config(
     template=template,
-    shapes={"size": 200, "seed": 0, "split": "train"},
+    shapes=data_config().shapes.replace(size=200),
     sources=dict.fromkeys(TASKS, (("shapes", 1.0),)),
   )
   shape = RowShape(tokens=160, images=3, image_patches=16, image_size=32)

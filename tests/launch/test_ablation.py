@@ -16,7 +16,7 @@ from jflow.errors import UserError
 from jflow.inference.pipeline import Pipeline
 from jflow.interop.official_config import config_to_official
 from jflow.models.config import JanusFlowConfig
-from jflow.training import optim, setup
+from jflow.training import config_files, optim, setup
 
 READERS = {reader: JanusFlowConfig.from_dict(tiny.DICT | {"reader": reader}) for reader in ("shared", "separate")}
 
@@ -47,17 +47,18 @@ def test_other_sizes_are_refused(size):
 @pytest.mark.parametrize("size", ["tiny", "shapes", "256"])
 @pytest.mark.parametrize("letter", ablation.LETTERS)
 def test_every_parameter_of_every_ablation_is_trained_or_frozen(letter, size):
-  config = ablation.get_config(f"{letter}-{size}").to_dict()
-  config["data"]["tokenizer"] = str(tiny.TOKENIZER)
-  model = tiny.model(setup.check(config))
+  file = tiny.ROOT / "configs" / "ablation.py"
+  config = config_files.load(f"{file}:{letter}-{size}", [f"--config.data.tokenizer={tiny.TOKENIZER}"])
+  setup.check(config)
+  model = tiny.model(config.model)
   shapes = jax.eval_shape(lambda: setup.initial_params(model, 0))
   trained, frozen = optim.partition(
     setup.sharding.unbox(shapes),
-    config["optimizer"]["trained"],
-    config["optimizer"]["frozen"],
+    config.optimizer.trained,
+    config.optimizer.frozen,
   )
-  optim.check_muon(setup.sharding.unbox(shapes), config["optimizer"]["muon"])
-  axes = optim.muon_axes(setup.sharding.unbox(shapes), config["optimizer"]["muon"])
+  optim.check_muon(setup.sharding.unbox(shapes), config.optimizer.muon)
+  axes = optim.muon_axes(setup.sharding.unbox(shapes), config.optimizer.muon)
   assert letter != "C" or axes["latent_encoder"] == axes["generation_encoder"]
   assert set(frozen) == {"understanding_encoder", "vae"}
   assert ("alignment_head" in trained) == (letter not in "AD")
@@ -123,8 +124,7 @@ def test_a_checkpoint_older_than_the_field_reads_with_siglip():
 def test_a_reader_without_siglip_has_no_published_layout_and_no_stored_latents():
   with pytest.raises(UserError, match="no place for a reader"):
     config_to_official(READERS["shared"], "float32")
-  config = tiny.configuration(model=READERS["shared"].to_dict())
-  config["data"]["latents"] = True
+  config = tiny.configuration(model=READERS["shared"].to_dict(), data=dict(latents=True))
   with pytest.raises(UserError, match="data.latents"):
     setup.check(config)
 

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import yaml
 
-from jflow.cli.train import load_config
+from jflow.training import config_files
 
 LAUNCH = tiny.ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
@@ -278,9 +278,10 @@ def test_a_manifest_is_a_jobset_that_starts_the_command(file, tmp_path):
   assert mesh == job.get("replicas", 1) * job_spec["parallelism"] * chips
   assert all(fields[f"--config.data.sources.{task}"] for task in ("understanding", "generation", "text"))
   # As many rows at once on each chip as launch/experiments/results/compile_table.md shows to fit.
-  config = load_config([part for part in call.strip("[]").split("][") if part.startswith("--config")])
+  parts = [part for part in call.strip("[]").split("][") if part.startswith("--config")]
+  config = config_files.load(parts[0].removeprefix("--config="), parts[1:])
   fit = {"nvidia.com/gpu": 4, "google.com/tpu": 1}[next(iter(container["resources"]["limits"]))]
-  assert config["train"]["batch_size"] == fit * mesh * int(fields["--config.train.accumulation"])
+  assert config.train.batch_size == fit * mesh * int(fields["--config.train.accumulation"])
   if "nvidia.com/gpu" in container["resources"]["limits"]:
     name = f"{manifest['metadata']['name']}-{job['name']}-0-0.{manifest['metadata']['name']}:"
     assert fields["--config.distributed.coordinator"].startswith(name)

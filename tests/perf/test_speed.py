@@ -12,6 +12,7 @@ from configs import models
 from jflow import chips, model_flops
 from jflow.batch import READ, WRITE
 from jflow.cli import compile as command
+from jflow.config import MeshConfig
 from jflow.errors import UserError
 from jflow.models.config import JanusFlowConfig
 from jflow.perf import hlo, rows, targets
@@ -115,14 +116,11 @@ def test_a_topology_that_cannot_be_is_refused_by_name(name, said):
 def test_a_mesh_follows_the_topology_or_is_refused():
   config = tiny.configuration()
   fitted = command.fitted(config, targets.Topology.parse("v5e:16x16"), 2)
-  assert fitted["mesh"] == {"data": 16, "fsdp": 16, "model": 1} and fitted["train"]["batch_size"] == 512
-  assert command.fitted(config, targets.Topology.parse("h100:4x8"), 1)["mesh"] == {
-    "data": 4,
-    "fsdp": 8,
-    "model": 1,
-  }
+  assert fitted.mesh == MeshConfig(data=16, fsdp=16, model=1) and fitted.train.batch_size == 512
+  hosts = command.fitted(config, targets.Topology.parse("h100:4x8"), 1)
+  assert hosts.mesh == MeshConfig(data=4, fsdp=8, model=1)
   with pytest.raises(UserError, match="2 x 4 x 1 is not the 16 chips of v5e:4x4"):
-    command.fitted({**config, "mesh": {"data": 2, "fsdp": 4, "model": 1}}, targets.Topology.parse("v5e:4x4"), 1)
+    command.fitted(config.replace(mesh=dict(data=2, fsdp=4)), targets.Topology.parse("v5e:4x4"), 1)
 
 
 def test_made_up_rows_hold_what_the_mixture_says():

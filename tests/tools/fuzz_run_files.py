@@ -37,6 +37,7 @@ from ml_dtypes import bfloat16
 from preparing import make_folder
 
 from jflow.batch import RowShape
+from jflow.config import RunConfig
 from jflow.data.records import RecordError
 from jflow.data.store import latents, plans, prepare, prepared
 from jflow.data.tokenizer import Tokenizer
@@ -74,7 +75,7 @@ def tokenizer() -> Tokenizer:
 
 
 @functools.cache
-def configuration() -> dict[str, Any]:
+def configuration() -> RunConfig:
   """The config of the run."""
   return tiny.configuration()
 
@@ -116,7 +117,7 @@ def make_run(workdir: pathlib.Path) -> None:
 
 def open_checkpoints(workdir: pathlib.Path) -> Checkpointer:
   """The checkpoints of the run, of which none is deleted."""
-  about = {"config": configuration(), "tokenizer": tokenizer().fingerprint}
+  about = {"config": configuration().to_dict(), "tokenizer": tokenizer().fingerprint}
   return Checkpointer(workdir / "checkpoints", 10, about)
 
 

@@ -9,15 +9,14 @@ import tiny
 
 from jflow.__main__ import main
 from jflow.batch import TASKS, RowShape
-from jflow.cli.train import load_config
 from jflow.data import pipeline
 from jflow.data.store import prepare
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
-from jflow.training import data_record
+from jflow.training import config_files, data_record
 from jflow.training import workdir as workdirs
 
-CONFIG = f"--config={tiny.ROOT}/configs/stage2.py:tiny"
+CONFIG = f"{tiny.ROOT}/configs/stage2.py:tiny"
 TOKENIZER = Tokenizer.load(str(tiny.TOKENIZER))
 
 
@@ -38,7 +37,7 @@ def fields_of(sets: pathlib.Path, **changed) -> list[str]:
 
 
 def identity(fields: list[str]) -> data_record.Data:
-  data = load_config([CONFIG, *fields])["data"]
+  data = config_files.load(CONFIG, fields).data
   return pipeline.Pipeline(data, TOKENIZER, RowShape(128, 4, 16, 32), 8, 0).identity()
 
 
@@ -48,14 +47,14 @@ def run(tmp_path, sets) -> pathlib.Path:
   workdir, fields = tmp_path / "run", fields_of(sets)
   workdir.mkdir()
   data_record.write(workdir, identity(fields))
-  workdirs.write_config(workdir, load_config([CONFIG, *fields]), TOKENIZER)
+  workdirs.write_config(workdir, config_files.load(CONFIG, fields), TOKENIZER)
   return workdir
 
 
 def start(run: pathlib.Path, capsys, fields: list[str], *flags: str) -> str:
   """Starts `train` as far as a refusal; returns that."""
   before = {path: path.read_bytes() for path in run.rglob("*.json")}
-  assert main(["train", CONFIG, f"--workdir={run}", *fields, *flags]) == 2
+  assert main(["train", f"--config={CONFIG}", f"--workdir={run}", *fields, *flags]) == 2
   captured = capsys.readouterr()
   assert captured.out == "" and {path: path.read_bytes() for path in run.rglob("*.json")} == before
   return captured.err
@@ -92,7 +91,7 @@ def test_data_that_is_made_again_under_its_name_is_refused(run, sets, capsys, tm
   shutil.copytree(sets / "generation", moved)
   fields = fields_of(sets, generation=((str(moved), 1.0),))
   data_record.check(run, identity(fields), "")  # a copy at another place is the same data
-  workdirs.check_same_run(run, load_config([CONFIG, *fields]), TOKENIZER)
+  workdirs.check_same_run(run, config_files.load(CONFIG, fields), TOKENIZER)
   shutil.rmtree(moved)
   shutil.copytree(sets / "generation-other", moved)
   assert f"{PAINT}: {moved} has 6 records, fingerprint " in start(run, capsys, fields)

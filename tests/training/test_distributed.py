@@ -224,7 +224,7 @@ def test_a_task_of_a_slurm_step_that_was_not_told_so_is_refused(monkeypatch):
   monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
   monkeypatch.setenv("SLURM_PROCID", "3")
   with pytest.raises(UserError, match="task 3 of 8 of a Slurm step; add --config.distributed.cluster=auto"):
-    hosts.start(tiny.configuration()["distributed"])
+    hosts.start(tiny.configuration().distributed)
 
 
 # --- one process ------------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ import tiny
 from flax.traverse_util import flatten_dict
 
 from configs import stage0, stage1, stage2, stage3
+from jflow.config import OptimizerConfig
 from jflow.errors import UserError
 from jflow.models.config import JanusFlowConfig
 from jflow.training import optim
 
 RNG = np.random.default_rng(0)
-CONFIG = dict(
+CONFIG = OptimizerConfig(
   learning_rate=3e-2,
   warmup_steps=3,
   beta1=0.9,
@@ -25,22 +26,24 @@ CONFIG = dict(
   cooldown_start=0,
   cooldown_steps=0,
   muon=(),
+  trained=(),
+  frozen=(),
 )
 TREE = {"a": {"x": 1, "xy": 2}, "ab": {"x": 3}, "b": 4}
 
 
 def test_steps_are_those_of_adamw_after_clipping():
   """Eight steps; the gradients' norms lie on both sides of the clip. Two leaves share one global norm."""
-  config = CONFIG | {"weight_decay": 0.1}
+  config = CONFIG.replace(weight_decay=0.1)
   start = RNG.standard_normal(10).astype(np.float32)
   gradients = (RNG.standard_normal((8, 10)) * np.geomspace(0.02, 20, 8)[:, None]).astype(np.float32)
   norms = np.linalg.norm(gradients, axis=1, keepdims=True)
-  assert norms.min() < config["clip_norm"] < norms.max()
-  rate = lambda step: config["learning_rate"] * jnp.minimum(1.0, (step + 1) / config["warmup_steps"])
+  assert norms.min() < config.clip_norm < norms.max()
+  rate = lambda step: config.learning_rate * jnp.minimum(1.0, (step + 1) / config.warmup_steps)
   adamw = optax.adamw(rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
   tree = lambda x: {"a": jnp.asarray(x[:4]), "b": {"c": jnp.asarray(x[4:]).reshape(2, 3)}}
   got = run(optim.make_optimizer(config), tree(start), [tree(g) for g in gradients])
-  want = run(adamw, jnp.asarray(start), list(gradients / np.maximum(norms / config["clip_norm"], 1.0)))
+  want = run(adamw, jnp.asarray(start), list(gradients / np.maximum(norms / config.clip_norm, 1.0)))
   np.testing.assert_allclose(np.concatenate([got["a"], got["b"]["c"].ravel()]), want, rtol=1e-5, atol=1e-6)
 
 
@@ -63,9 +66,9 @@ def tree_of_matrices(seed: int) -> dict:
 
 def test_muon_moves_every_matrix_as_if_it_were_alone_and_nadamw_the_rest():
   """The layers of a scan are matrices of their own; both share the rate, its warm-up and the decay."""
-  config = CONFIG | dict(warmup_steps=2, muon=("a/.*", "c"), weight_decay=0.1, clip_norm=1e9)
+  config = CONFIG.replace(warmup_steps=2, muon=("a/.*", "c"), weight_decay=0.1, clip_norm=1e9)
   params, gradients = tree_of_matrices(0), [tree_of_matrices(1), tree_of_matrices(2)]
-  rate = lambda step: config["learning_rate"] * jnp.minimum(1.0, (step + 1) / 2)
+  rate = lambda step: config.learning_rate * jnp.minimum(1.0, (step + 1) / 2)
   muon = optax.contrib.muon(rate, eps=1e-8, weight_decay=0.1, consistent_rms=0.2)
   nadamw = optax.nadamw(rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
   got = run(optim.make_optimizer(config), params, gradients)
@@ -79,7 +82,7 @@ def test_muon_moves_every_matrix_as_if_it_were_alone_and_nadamw_the_rest():
 
 def test_muon_leaves_what_is_frozen_out():
   """Stage 1 names the LLM's matrices, as all stages do, and trains none of them."""
-  optimizer = optim.make_optimizer(CONFIG | dict(muon=("c",)))
+  optimizer = optim.make_optimizer(CONFIG.replace(muon=("c",)))
   params = {"b": tree_of_matrices(0)["b"]}
   updates, _ = optimizer.update(params, optimizer.init(params), params)
   assert list(updates) == ["b"]
@@ -94,18 +97,18 @@ def test_a_pattern_of_muon_that_matches_no_matrix_is_refused(pattern):
 
 
 def test_warm_up_is_linear_then_constant_and_the_first_step_moves():
-  config = CONFIG | dict(learning_rate=0.2, warmup_steps=4)
+  config = CONFIG.replace(learning_rate=0.2, warmup_steps=4)
   rate = optim.schedule(config)
   np.testing.assert_allclose([rate(i) for i in range(7)], [0.05, 0.1, 0.15, 0.2, 0.2, 0.2, 0.2], rtol=1e-6)
-  assert optim.schedule(config | dict(warmup_steps=0))(0) == pytest.approx(0.2)
+  assert optim.schedule(config.replace(warmup_steps=0))(0) == pytest.approx(0.2)
 
 
 def test_the_cool_down_is_linear_to_zero_behind_its_last_step():
-  config = CONFIG | dict(learning_rate=0.2, warmup_steps=2, cooldown_start=4, cooldown_steps=4)
+  config = CONFIG.replace(learning_rate=0.2, warmup_steps=2, cooldown_start=4, cooldown_steps=4)
   rate = optim.schedule(config)
   want = [0.1, 0.2, 0.2, 0.2, 0.2, 0.15, 0.1, 0.05, 0.0, 0.0]
   np.testing.assert_allclose([rate(i) for i in range(10)], want, rtol=1e-6, atol=1e-9)
-  whole = optim.schedule(config | dict(cooldown_start=0, cooldown_steps=8))
+  whole = optim.schedule(config.replace(cooldown_start=0, cooldown_steps=8))
   np.testing.assert_allclose([whole(i) for i in range(3)], [0.1, 0.175, 0.15], rtol=1e-6)
 
 
@@ -165,9 +168,9 @@ TRAINED_IN = {
 @pytest.mark.parametrize("size", ["tiny", "384"])
 @pytest.mark.parametrize("number", range(4))
 def test_the_stages_train_what_the_paper_says(number, size):
-  config = (stage0, stage1, stage2, stage3)[number].get_config(size).to_dict()
-  shapes = tiny.shapes(JanusFlowConfig.from_dict(config["model"]))
-  trained, frozen = optim.partition(shapes, config["optimizer"]["trained"], config["optimizer"]["frozen"])
+  config = (stage0, stage1, stage2, stage3)[number].get_config(size)
+  shapes = tiny.shapes(JanusFlowConfig.from_dict(config.model.to_dict()))
+  trained, frozen = optim.partition(shapes, config.optimizer.trained, config.optimizer.frozen)
   assert len(flatten_dict(trained)) + len(flatten_dict(frozen)) == len(flatten_dict(shapes))
   for tree, here in ((trained, True), (frozen, False)):
     for path in flatten_dict(tree):

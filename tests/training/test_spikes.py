@@ -82,8 +82,8 @@ def test_a_restart_inside_the_spike_decides_as_a_run_without_one(tmp_path):
 def test_a_spike_changes_no_weight_no_moment_and_no_average():
   """The real step. A window of tiny losses makes any batch a spike; an unfilled one, none."""
   config = tiny.configuration(train=dict(spike_sigmas=6.0, spike_window=WINDOW))
-  optimizer = optim.make_optimizer(config["optimizer"])
-  patterns = config["optimizer"]["trained"], config["optimizer"]["frozen"]
+  optimizer = optim.make_optimizer(config.optimizer)
+  patterns = config.optimizer.trained, config.optimizer.frozen
   state = TrainState.create(*optim.partition(tiny.params(), *patterns), optimizer, spike_window=WINDOW)
   quick = {"xla_backend_optimization_level": 0}  # less time to compile
   step = jax.jit(make_step(tiny.model(), optimizer, config), compiler_options=quick)

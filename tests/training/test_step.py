@@ -24,13 +24,13 @@ def configuration(accumulation: int = 1, **compute):
 @functools.cache
 def program(accumulation: int = 1):
   config = configuration(accumulation)
-  return jax.jit(make_step(tiny.model(), optim.make_optimizer(config["optimizer"]), config))
+  return jax.jit(make_step(tiny.model(), optim.make_optimizer(config.optimizer), config))
 
 
 @functools.cache
 def start() -> TrainState:
-  config = configuration()["optimizer"]
-  trained, frozen = optim.partition(tiny.params(), config["trained"], config["frozen"])
+  config = configuration().optimizer
+  trained, frozen = optim.partition(tiny.params(), config.trained, config.frozen)
   return TrainState.create(trained, frozen, optim.make_optimizer(config))
 
 
@@ -206,7 +206,7 @@ def test_draws_have_the_stated_distributions():
 
 def test_masters_stay_f32_where_the_compute_is_bf16():
   config = configuration(2, dtype="bfloat16", remat="full")
-  step = make_step(setup.build(config, jax.devices()[0]), optim.make_optimizer(config["optimizer"]), config)
+  step = make_step(setup.build(config, jax.devices()[0]), optim.make_optimizer(config.optimizer), config)
   new, metrics = jax.eval_shape(step, start(), tiny.mixed())
   spec = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
   assert spec(new) == spec(start())

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 import tiny
 
+from jflow.config import RunConfig
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped, UserError
+from jflow.sections import completed, flat
 from jflow.training import workdir as workdirs
 from jflow.training.goodput import Goodput, summary
 from jflow.training.metrics import Lines, read_lines
@@ -112,7 +115,7 @@ def test_a_workdir_that_is_not_shared_is_named(tmp_path):
     workdirs.check_shared(tmp_path)
 
 
-def _begin(workdir: pathlib.Path, config: dict) -> None:
+def _begin(workdir: pathlib.Path, config: RunConfig) -> None:
   workdirs.write_config(workdir, config, TOKENIZER)
 
 
@@ -124,9 +127,8 @@ def test_a_workdir_with_another_config_names_the_field(tmp_path):
   other = tiny.configuration(optimizer=dict(learning_rate=0.5))
   with pytest.raises(UserError, match="optimizer.learning_rate=0.01, now 0.5"):
     workdirs.check_same_run(tmp_path, other, TOKENIZER)
-  config["model"] = config["model"] | {"alignment_width": 8}
   with pytest.raises(UserError, match="model.alignment_width=16, now 8"):
-    workdirs.check_same_run(tmp_path, config, TOKENIZER)
+    workdirs.check_same_run(tmp_path, config.replace(model=dict(alignment_width=8)), TOKENIZER)
 
 
 def test_every_field_that_differs_is_named(tmp_path):
@@ -138,14 +140,45 @@ def test_every_field_that_differs_is_named(tmp_path):
     workdirs.check_same_run(tmp_path, other, TOKENIZER)
 
 
+def _rewritten(workdir: pathlib.Path, section: str, change) -> None:
+  """Changes the plain values of a section of config.json, as another version of jflow has written it."""
+  _begin(workdir, tiny.configuration())
+  values = json.loads((workdir / "config.json").read_text())
+  change(values[section])
+  (workdir / "config.json").write_text(json.dumps(values))
+
+
 @pytest.mark.parametrize("value", [0, 0.0, "", [], False, None])
-def test_a_field_of_another_version_that_is_off_changes_nothing(tmp_path, value):
-  """An update of jflow must not end a run: what it brings starts off, and what it dropped was off."""
-  config = tiny.configuration()
-  _begin(tmp_path, config | {"train": config["train"] | {"dropped": value}})
-  workdirs.check_same_run(tmp_path, config | {"train": config["train"] | {"new": value}}, TOKENIZER)
-  with pytest.raises(UserError, match="no train.new yet, now 7"):
-    workdirs.check_same_run(tmp_path, config | {"train": config["train"] | {"new": 7}}, TOKENIZER)
+def test_a_field_that_is_gone_must_have_been_off(tmp_path, value):
+  """An update of jflow must not end a run, nor change what it computes."""
+  _rewritten(tmp_path, "train", lambda section: section.update(dropped=value))
+  workdirs.check_same_run(tmp_path, tiny.configuration(), TOKENIZER)
+  _rewritten(tmp_path, "train", lambda section: section.update(dropped=7))
+  with pytest.raises(UserError, match="train.dropped=7, now gone"):
+    workdirs.check_same_run(tmp_path, tiny.configuration(), TOKENIZER)
+
+
+def test_a_field_that_is_new_is_as_before_it_was_there(tmp_path):
+  _rewritten(tmp_path, "optimizer", lambda section: section.pop("muon"))
+  workdirs.check_same_run(tmp_path, tiny.configuration(), TOKENIZER)
+  with pytest.raises(UserError, match=r"optimizer.muon=\[\], now \['a'\]"):
+    workdirs.check_same_run(tmp_path, tiny.configuration(optimizer=dict(muon=("a",))), TOKENIZER)
+  _rewritten(tmp_path, "optimizer", lambda section: section.pop("beta1"))
+  with pytest.raises(UserError, match="no optimizer.beta1 yet, now 0.9"):
+    workdirs.check_same_run(tmp_path, tiny.configuration(), TOKENIZER)
+
+
+def test_a_run_of_the_first_version_goes_on(tmp_path):
+  """Its config.json has none of the fields that came later, and two that are gone."""
+  config = tiny.configuration(train=dict(spike_window=128))
+  values = config.to_dict()
+  values["model"]["contrastive"], values["objective"]["weights"]["contrastive"] = False, 0.0
+  for name, _ in flat(completed({}, RunConfig)):
+    section, _, field = name.rpartition(".")
+    functools.reduce(dict.__getitem__, section.split(".") if section else (), values).pop(field)
+  (tmp_path / "config.json").write_text(json.dumps(values))
+  shutil.copytree(tiny.TOKENIZER, tmp_path / "tokenizer")
+  workdirs.check_same_run(tmp_path, config, TOKENIZER)
 
 
 def test_what_does_not_change_the_run_may_change(tmp_path):

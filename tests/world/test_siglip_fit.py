@@ -139,7 +139,7 @@ def test_a_fresh_run_starts_from_the_fitted_siglip_and_nothing_else_changes(caps
   assert said.count("fitting SigLIP to 32 labelled pictures") == said.count("SigLIP names the shape") == 1
   world = WorldSource("generation", 60, 0)
   world = [world[i].images[0] for i in range(20)]
-  fitted_alone = fit_siglip(tiny.CONFIG.understanding_encoder, world, 20, tiny.configuration()["train"]["seed"])
+  fitted_alone = fit_siglip(tiny.CONFIG.understanding_encoder, world, 20, tiny.configuration().train.seed)
   want = flatten_dict(fitted_alone, sep="/")
   for path, x in fitted.items():
     part, _, rest = path.partition("/")

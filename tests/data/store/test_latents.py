@@ -78,7 +78,6 @@ def configuration(data, **changes):
     plan_cache="",
     max_rejected_share=0.01,
     latents=True,
-    shapes={},
     mixture=((0, (0, 1, 0)),),
     sources=dict(understanding=(), generation=((data, 1.0),), text=()),
   )
@@ -86,7 +85,7 @@ def configuration(data, **changes):
 
 
 def pipeline(config) -> Pipeline:
-  return Pipeline(config["data"], tokenizer(), setup.row_shape(config, tiny.CONFIG), 4, 0)
+  return Pipeline(config.data, tokenizer(), setup.row_shape(config, tiny.CONFIG), 4, 0)
 
 
 def test_losses_are_those_of_the_encoder_in_the_step(data):

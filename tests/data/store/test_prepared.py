@@ -5,6 +5,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from data_config import data_config
 from preparing import image, make_folder, run
 
 from jflow.batch import RowShape
@@ -108,20 +109,7 @@ def test_an_image_that_is_not_what_was_stored_costs_its_record(folder, monkeypat
 
 
 def _pipeline(output):
-  config = dict(
-    template="plain",
-    first_sentence=0.0,
-    prompt_drop=0.0,
-    workers=0,
-    threads=1,
-    prefetch=1,
-    plan_cache="",
-    latents=False,
-    max_rejected_share=0.01,
-    shapes={},
-    mixture=((0, (1, 0, 0)),),
-    sources={"understanding": ((output, 1.0),), "generation": (), "text": ()},
-  )
+  config = data_config(mixture=((0, (1, 0, 0)),), sources={"understanding": ((output, 1.0),)})
   return Pipeline(config, TOKENIZER, RowShape(tokens=64, images=2, image_patches=4, image_size=8), 4, 0)
 
 

@@ -1,0 +1,315 @@
+"""The run config as frozen dataclasses: the type and the constraint of each field, once.
+
+configs/base.py holds the values, with unit and source beside each; no field has a default here. A config file becomes a
+`RunConfig` once, at the door (`jflow.training.config_files.load`); from there on the code reads attributes. To add a
+field: its line here, and its line in configs/base.py. A field that config.json of an earlier version lacks also says what
+that version did (`before`).
+
+The section `model` is opaque here: the model's own dataclasses (`jflow.models.config`) build and check it.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jflow.sections import Section, built, field, refusal
+from jflow.values import (
+  MOST,
+  address,
+  guidance,
+  number,
+  one_of,
+  pairs,
+  patterns,
+  phases,
+  prompts,
+  text,
+  truth,
+  weighted,
+  whole,
+  words,
+)
+
+_SECONDS = 10**7  # four months; timers take no more of some kinds
+_OFF = "; 0 turns it off"
+_SOURCES = weighted("(directory, weight) pairs, as (('DIR', 1.0),)")
+
+
+class TrainConfig(Section):
+  steps: int = field(whole(1))
+  batch_size: int = field(whole(1, 2**20))
+  accumulation: int = field(whole(1, 2**20))
+  seed: int = field(lambda value: whole(0, 2**32 - 1)(value) and "must be in [0, 2**32)")
+  ema: float = field(number(least=0.0, below=1.0))
+  init_from: str = field(text)
+  init_weights: str = field(one_of("ema", "raw"))
+  init_fresh: tuple = field(words)
+  init_parts: tuple = field(pairs, before=())
+  init_dropped: tuple = field(words)
+  max_skipped: int = field(whole(1))
+  spike_sigmas: float = field(number(0.0, note=_OFF), before=0.0)
+  spike_window: int = field(whole(2, 2**20), before=128)
+  watchdog_seconds: float = field(number(0.0, _SECONDS), before=0.0)
+  fit_labels: int = field(whole(0, 10**7, "; 0 leaves SigLIP fresh"), before=0)
+  fit_images: int = field(whole(1, 10**6))
+
+
+class OptimizerConfig(Section):
+  learning_rate: float = field(number(above=0.0))
+  warmup_steps: int = field(whole(0))
+  cooldown_start: int = field(whole(0), before=0)
+  cooldown_steps: int = field(whole(0), before=0)
+  beta1: float = field(number(least=0.0, below=1.0))
+  beta2: float = field(number(least=0.0, below=1.0))
+  epsilon: float = field(number(above=0.0))
+  weight_decay: float = field(number(0.0))
+  clip_norm: float = field(number(above=0.0))
+  muon: tuple = field(patterns, before=())
+  trained: tuple = field(patterns)
+  frozen: tuple = field(patterns)
+
+
+class ObjectiveConfig(Section):
+  weights: dict = field(number(0.0))
+  time_mean: float = field(number())
+  time_std: float = field(number(above=0.0))
+
+
+class SourcesConfig(Section):
+  understanding: tuple = field(_SOURCES)
+  generation: tuple = field(_SOURCES)
+  text: tuple = field(_SOURCES)
+
+
+TASKS = tuple(one.name for one in dataclasses.fields(SourcesConfig))  # in the order of the mixture's weights
+
+
+class ShapesConfig(Section):
+  """The built-in world."""
+
+  size: int = field(whole(1, 10**8))
+  seed: int = field(whole(-MOST, 2**63 - 1))
+  split: str = field(text)
+  tags: dict | None = field(number(0.0), before=None)
+  long_captions: float = field(number(0.0, 1.0), before=0.25)
+  named_colors: float = field(number(0.0, 1.0), before=0.0)
+  in_order: float = field(number(0.0, 1.0), before=0.0)
+  asked: tuple = field(weighted("(kind of question, weight) pairs, as (('relation', 4.0),)"), before=())
+
+
+class DataConfig(Section):
+  tokenizer: str = field(text)
+  template: str = field(one_of("plain", "chat"))
+  row_tokens: int = field(whole(1))
+  row_images: int = field(whole(1, 2**16))
+  sources: SourcesConfig
+  mixture: tuple = field(phases(*TASKS))
+  first_sentence: float = field(number(0.0, 1.0))
+  prompt_drop: float = field(number(0.0, 1.0))
+  latents: bool = field(truth, before=False)
+  workers: int = field(whole(0, 1024))
+  threads: int = field(whole(0, 1024))
+  prefetch: int = field(whole(0, 1024))
+  plan_cache: str = field(text, before="")
+  max_rejected_share: float = field(number(0.0, 1.0))
+  shapes: ShapesConfig
+
+
+class ComputeConfig(Section):
+  dtype: str = field(one_of("float32", "bfloat16"))
+  remat: str = field(text)
+  attention: str = field(text, before="xla")
+  unroll: int = field(whole(1, 1024))
+  compilation_cache: str = field(text)
+
+
+class MeshConfig(Section):
+  data: int = field(whole(1, 2**20))
+  fsdp: int = field(whole(1, 2**20))
+  model: int = field(whole(1, 2**20))
+
+
+class DistributedConfig(Section):
+  cluster: str = field(one_of("", "auto"), before="")
+  coordinator: str = field(address, before="")
+  processes: int = field(whole(1, 2**20), before=1)
+  process_id: int = field(whole(0, 2**20), before=0)
+  start_seconds: int = field(whole(1, _SECONDS), before=300)
+  heartbeat_seconds: int = field(whole(1, _SECONDS), before=30)
+
+
+class CheckpointConfig(Section):
+  interval: int = field(whole(1))
+  keep: int = field(whole(1))
+  keep_every: int = field(whole(0, note=_OFF), before=0)
+
+
+class ProfileConfig(Section):
+  start: int = field(whole(0), before=0)
+  steps: int = field(whole(0, note=_OFF), before=0)
+
+
+class LogConfig(Section):
+  every_seconds: float = field(number(0.0, _SECONDS))
+  tensorboard: bool = field(truth, before=False)
+  wandb: str = field(text, before="")
+  sample_every: int = field(whole(0, note=_OFF), before=0)
+  sample_prompts: tuple = field(prompts, before=())
+  sample_steps: int = field(whole(1, 10_000), before=30)
+  sample_guidance: float = field(guidance, before=2.0)
+
+
+class RunConfig(Section):
+  size: str = field(text, before="")
+  model: Any
+  train: TrainConfig
+  optimizer: OptimizerConfig
+  objective: ObjectiveConfig
+  data: DataConfig
+  compute: ComputeConfig
+  mesh: MeshConfig
+  distributed: DistributedConfig
+  checkpoint: CheckpointConfig
+  profile: ProfileConfig
+  log: LogConfig
+
+  @classmethod
+  def from_dict(cls, values: Mapping[str, Any], model: Callable[[Mapping[str, Any]], Any]) -> "RunConfig":
+    """Builds the config and checks each field by itself; `check` compares fields with each other.
+
+    Args:
+      values: nested plain values, as configs/base.py returns them.
+      model: builds the model's own configuration from the section `model`.
+
+    Raises:
+      UserError: naming the first field that is missing, unknown or not what it must be.
+    """
+    return built(cls, values, model)
+
+
+# --- between fields -------------------------------------------------------------------------------------------
+
+# (dotted field, config -> what the field must be, "" where it is that).
+CONSTRAINTS: list[tuple[str, Callable[[RunConfig], str]]] = []
+
+
+def constraint(name: str) -> Callable[[Callable[[RunConfig], str]], Callable[[RunConfig], str]]:
+  """Adds a function to CONSTRAINTS; what it returns is said of the field `name`."""
+
+  def add(function: Callable[[RunConfig], str]) -> Callable[[RunConfig], str]:
+    CONSTRAINTS.append((name, function))
+    return function
+
+  return add
+
+
+def check(config: RunConfig) -> None:
+  """Checks the fields against each other.
+
+  Raises:
+    UserError: naming the first one that does not fit, its value, and what is allowed.
+  """
+  for name, needed in CONSTRAINTS:
+    if what := needed(config):
+      raise refusal(name, functools.reduce(getattr, name.split("."), config), what)
+
+
+@constraint("train.accumulation")
+def _accumulation_divides(c: RunConfig) -> str:
+  fits = c.train.batch_size % c.train.accumulation == 0
+  return "" if fits else f"must divide train.batch_size={c.train.batch_size}"
+
+
+@constraint("train.batch_size")
+def _rows_fill_the_mesh(c: RunConfig) -> str:
+  parts, shards = c.train.accumulation, c.mesh.data * c.mesh.fsdp
+  fits = c.train.batch_size // parts % shards == 0
+  return "" if fits else f"must be a multiple of train.accumulation={parts} x mesh.data x mesh.fsdp={shards}"
+
+
+@constraint("train.init_parts")
+def _parts_replace_others(c: RunConfig) -> str:
+  fits = not c.train.init_parts or c.train.init_from
+  return "" if fits else "must be empty without train.init_from, whose parts it replaces"
+
+
+@constraint("train.fit_labels")
+def _only_a_fresh_siglip_is_fitted(c: RunConfig) -> str:
+  if not c.train.fit_labels:
+    return ""
+  if c.model.reader != "siglip":
+    return "must be 0 with another model.reader than 'siglip'"
+  return "must be 0 with train.init_from, whose SigLIP is not fresh" if c.train.init_from else ""
+
+
+@constraint("optimizer.cooldown_steps")
+def _some_rate_is_left(c: RunConfig) -> str:
+  start, steps = c.optimizer.cooldown_start, c.optimizer.cooldown_steps
+  fits = not steps or c.train.steps <= start + steps
+  return (
+    "" if fits else f"must be 0, or end the cool-down at train.steps={c.train.steps} or later, not at {start + steps}"
+  )
+
+
+@constraint("data.row_tokens")
+def _rows_fit_the_language_model(c: RunConfig) -> str:
+  most = c.model.language_model.context
+  return "" if c.data.row_tokens <= most else f"must be at most model.language_model.context={most}"
+
+
+@constraint("data.row_images")
+def _images_have_tokens(c: RunConfig) -> str:
+  most = c.data.row_tokens
+  return "" if c.data.row_images <= most else f"must be at most data.row_tokens={most}"
+
+
+@constraint("data.tokenizer")
+def _there_is_a_tokenizer(c: RunConfig) -> str:
+  return "" if c.data.tokenizer else "must name a directory with tokenizer.json"
+
+
+@constraint("data.latents")
+def _what_is_read_has_no_latents(c: RunConfig) -> str:
+  fits = not c.data.latents or c.model.reader == "siglip"
+  return (
+    "" if fits else "must be False with another model.reader than 'siglip': pictures to read have no stored latents"
+  )
+
+
+@constraint("objective.weights")
+def _something_is_learned(c: RunConfig) -> str:
+  return "" if any(c.objective.weights.values()) else "must hold a weight above 0"
+
+
+@constraint("distributed.process_id")
+def _a_process_of_the_run(c: RunConfig) -> str:
+  count = c.distributed.processes
+  return "" if c.distributed.process_id < count else f"must be in [0, distributed.processes={count})"
+
+
+@constraint("distributed.coordinator")
+def _processes_find_each_other(c: RunConfig) -> str:
+  d = c.distributed
+  return "" if d.cluster == "auto" or d.processes == 1 or d.coordinator else "must be HOST:PORT of process 0"
+
+
+@constraint("log.tensorboard")
+def _tensorboard_is_installed(c: RunConfig) -> str:
+  return _installed("tensorboard") if c.log.tensorboard else ""
+
+
+@constraint("log.wandb")
+def _wandb_is_installed(c: RunConfig) -> str:
+  return _installed("wandb") if c.log.wandb else ""
+
+
+def _installed(package: str) -> str:
+  there = importlib.util.find_spec(package) is not None
+  return "" if there else f"needs the package {package} (pip install {package})"
+
+
+@constraint("log.sample_prompts")
+def _there_is_a_prompt(c: RunConfig) -> str:
+  return "" if c.log.sample_prompts or not c.log.sample_every else "must hold one to paint"

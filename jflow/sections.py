@@ -1,0 +1,155 @@
+"""Sections of a config: frozen dataclasses whose fields carry their constraint, from and to plain values."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self, dataclass_transform
+
+from jflow.errors import UserError
+from jflow.values import Check
+
+_REQUIRED = object()
+
+
+def field(check: Check, before: Any = _REQUIRED) -> Any:
+  """A field of a section, without a default; of a mapping, `check` is each value's.
+
+  Args:
+    check: value -> what it must be, "" where it is that.
+    before: what versions did whose config.json lacks the field.
+  """
+  return dataclasses.field(metadata={"check": check, "before": before})
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
+class Section:
+  """A frozen dataclass of fields and other sections; a field of type Any is opaque."""
+
+  def __init_subclass__(cls) -> None:
+    dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+  def to_dict(self) -> dict[str, Any]:
+    """Nested plain values, as config.json holds them; `built` takes them again."""
+    return _plain(self)
+
+  def replace(self, **changes: Any) -> Self:
+    """The section with other fields, each checked by itself: `config.replace(train=dict(steps=3))`."""
+    return _replaced(self, changes, "")
+
+
+def refusal(field: str, value: Any, what: str) -> UserError:
+  """The error of a field whose value is not what it must be."""
+  return UserError(f"config.{field} {what}, got {shown(value)}")
+
+
+def shown(value: Any, most: int = 200) -> str:
+  """A value as a message shows it: on one line, and not all of a long one."""
+  try:
+    told = repr(value)
+  except ValueError:  # Python writes no number of more than 4,300 digits
+    return "a number of thousands of digits"
+  return told if len(told) <= most else f"{told[:most]}... ({len(told):,} characters)"
+
+
+def flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+  """Yields (dotted name, value) of each field of nested sections."""
+  for name, value in values.items():
+    if isinstance(value, Mapping):
+      yield from flat(value, f"{before}{name}.")
+    else:
+      yield before + str(name), value
+
+
+def kinds(section: type, before: str = "") -> Iterator[tuple[str, Any]]:
+  """Yields (dotted name, type) of each field of the config but the model's."""
+  for declared in dataclasses.fields(section):
+    if dataclasses.is_dataclass(declared.type):
+      yield from kinds(declared.type, f"{before}{declared.name}.")
+    elif declared.type is not Any:
+      yield before + declared.name, declared.type
+
+
+def completed(values: Mapping[str, Any], section: type) -> dict[str, Any]:
+  """The plain values of an earlier version's config.json, with what that version did in fields that it lacks."""
+  done = dict(values)
+  for declared in dataclasses.fields(section):
+    before = declared.metadata.get("before", _REQUIRED)
+    if dataclasses.is_dataclass(declared.type):
+      inner = done.get(declared.name, {})
+      done[declared.name] = completed(inner, declared.type) if isinstance(inner, Mapping) else inner
+    elif before is not _REQUIRED:
+      done.setdefault(declared.name, before)
+  return done
+
+
+def built(section: type, values: Any, opaque: Callable[[Any], Any], path: str = "") -> Any:
+  """The section of nested plain values, each field checked by itself.
+
+  Args:
+    section: the class.
+    values: a value for each field.
+    opaque: builds the value of a field of type Any.
+    path: of the section in the config, "" or with a dot at its end.
+
+  Raises:
+    UserError: naming the first field that is missing, unknown or not what it must be.
+  """
+  fields = {f.name: f for f in dataclasses.fields(section)}
+  if not isinstance(values, Mapping):
+    raise refusal(path[:-1], values, f"must be a section with {', '.join(fields)}")
+  for name in fields:
+    if name not in values:
+      what = "section" if dataclasses.is_dataclass(fields[name].type) else "field"
+      raise UserError(f"the config has no {what} {path}{name}: start from what configs/base.py returns")
+  for name in values:
+    if name not in fields:
+      raise UserError(f"unknown field {path}{shown(name)[1:-1]}; {path[:-1] or 'the config'} has {', '.join(fields)}")
+  made = {}
+  for name, declared in fields.items():
+    if dataclasses.is_dataclass(declared.type):
+      made[name] = built(declared.type, values[name], opaque, f"{path}{name}.")
+    else:
+      made[name] = opaque(values[name]) if declared.type is Any else _checked(declared, values[name], path)
+  return section(**made)
+
+
+def _checked(declared: dataclasses.Field, value: Any, path: str) -> Any:
+  """The value as its field holds it: tuples for lists, a float for a whole number; raises UserError."""
+  name, needed = path + declared.name, declared.metadata["check"]
+  value = _tuples(value)
+  if declared.type in (dict, dict | None):
+    if value is None and declared.type is not dict:
+      return None
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+      raise refusal(name, value, "must be a mapping of names")
+    for key, one in value.items():
+      if what := needed(one):
+        raise refusal(f"{name}.{key}", one, what)
+    return {key: float(one) for key, one in value.items()}
+  if what := needed(value):
+    raise refusal(name, value, what)
+  return float(value) if declared.type is float else value
+
+
+def _tuples(value: Any) -> Any:
+  return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _replaced(section: Any, changes: Mapping[str, Any], path: str) -> Any:
+  new, fields = {}, {f.name: f for f in dataclasses.fields(section)}
+  for name, value in changes.items():
+    if name not in fields:
+      raise UserError(f"unknown field {path}{name}; {path[:-1] or 'the section'} has {', '.join(fields)}")
+    now = getattr(section, name)
+    if dataclasses.is_dataclass(now) and isinstance(value, Mapping):
+      value = _replaced(now, value, f"{path}{name}.")
+    elif "check" in fields[name].metadata:
+      value = _checked(fields[name], value, path)
+    new[name] = value
+  return dataclasses.replace(section, **new)
+
+
+def _plain(value: Any) -> Any:
+  if dataclasses.is_dataclass(value):
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return {name: one.to_dict() if hasattr(one, "to_dict") else _plain(one) for name, one in fields.items()}
+  return dict(value) if isinstance(value, Mapping) else value
