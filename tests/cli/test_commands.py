@@ -401,7 +401,7 @@ def test_understand_prints_the_answer(capsys, model, picture, tmp_path):
       "unknown size 'huge'; choose one of 384, 256, tiny, shapes",
     ),
     (["--config.mesh.data=2"], "mesh.data x mesh.fsdp x mesh.model = 2 x 1 x 1 does not equal the "),
-    (["--config.train.accumulation=3"], "config.train.accumulation=3 must divide"),
+    (["--config.train.accumulation=3"], "config.train.accumulation must divide"),
     (["--config.model.generation.patch_size=3"], "model.generation.patch_size=3"),
     (["--config.data.tokenizer=nowhere"], "tokenizer.json not found"),
     (["--config.optimizer.trained=('language_model',)"], "matches neither"),
