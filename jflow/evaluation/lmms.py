@@ -20,7 +20,6 @@ import io
 import json
 import os
 import pathlib
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -28,11 +27,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from jflow.data import images as pictures
 from jflow.errors import UserError
 from jflow.evaluation.samples import Samples
+from jflow.progress import Progress
 
 _TOKENS = 512  # where a task sets no max_new_tokens
 _SECONDS = 600  # for one answer of a server
@@ -265,14 +264,14 @@ class Model(_base()):
     answers = [self._kept.get(key) for key in keys]
     missing = [i for i, answer in enumerate(answers) if answer is None]
     size = _ROUNDS * self._answers.batch_size
-    with tqdm(total=len(keys), initial=len(keys) - len(missing), desc=kind, disable=not sys.stderr.isatty()) as bar:
+    with Progress(len(keys), len(keys) - len(missing), kind, "requests") as bar:
       for at in range(0, len(missing), size):
         group = missing[at : at + size]
         made = ask([(*asked[i], self._images(*requests[i].args[2:])) for i in group])
         for i, answer in zip(group, made, strict=True):
           answers[i] = answer
           self._kept.add(keys[i], answer)
-        bar.update(len(group))
+        bar.count(len(group))
     return answers
 
   def _images(self, visual: Any, doc_id: Any, task: str, split: str) -> list[Image.Image]:

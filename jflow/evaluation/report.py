@@ -8,7 +8,6 @@ import io
 import json
 import pathlib
 import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from jflow import outputs
+from jflow.commit import commit
 from jflow.errors import UserError
 from jflow.evaluation.samples import object_in
 from jflow.evaluation.scores import Score
@@ -131,19 +131,6 @@ def table(body: Mapping[str, Any]) -> str:
       cells.append("paper " + ", ".join(f"{size}: {_digits(value)}" for size, value in score["paper"].items()))
     lines.append("  ".join(cells))
   return "\n".join(lines)
-
-
-def commit() -> str | None:
-  """The git commit of the code, "-dirty" behind it if files differ from it; None outside a repository."""
-  root = pathlib.Path(__file__).parent
-
-  def git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-
-  try:
-    return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
-  except (OSError, subprocess.CalledProcessError):
-    return None
 
 
 def fingerprint(directory: pathlib.Path, weights: str, vae: str | pathlib.Path | None = None) -> str:

@@ -17,17 +17,19 @@ from PIL import Image
 
 from jflow import sharding
 from jflow.batch import Batch
+from jflow.commit import commit
 from jflow.config import RunConfig
 from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped
 from jflow.models.unified import JanusFlow
+from jflow.progress import StepProgress
 from jflow.training import data_record, hosts, latents, optim, setup, steps, tracking
 from jflow.training import workdir as workdirs
 from jflow.training.checkpoint import Checkpointer
 from jflow.training.flops import mfu
 from jflow.training.goodput import Goodput
-from jflow.training.metrics import FILE, Lines, Progress, number
+from jflow.training.metrics import FILE, Lines, number
 from jflow.training.program import check_memory, make_program
 from jflow.training.state import TrainState
 from jflow.training.watchdog import Watchdog
@@ -111,7 +113,7 @@ def _train(
     about = {
       "config": config.to_dict(),
       "data": data,
-      "commit": workdirs.source_version(),
+      "commit": commit(),
       "versions": workdirs.versions(),
     }
     about |= {"tokenizer": tokenizer.fingerprint}
@@ -174,7 +176,7 @@ class _Run:
     main = hosts.is_first()
     self._trackers = tracking.trackers(self._config, self._workdir) if main else []
     self._metrics = self._open_metrics(first) if main else None
-    self._progress = Progress(last, first, self._config.log.every_seconds, shown=main)
+    self._progress = StepProgress(last, first, self._config.log.every_seconds, shown=main)
     self._watchdog = Watchdog(self._config.train.watchdog_seconds, self._pipeline.waiting_for)
     self._watchdog.beat("the start", slow=True)
     self._clock, self._compiled, self._trained = time.monotonic(), False, set(state.trained)

@@ -1,15 +1,13 @@
-"""Metrics of a run: one JSON object per step in metrics.jsonl, and a progress bar."""
+"""Metrics of a run: one JSON object per step in metrics.jsonl."""
 
 import json
 import os
 import pathlib
 import sys
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from jflow import files
 from jflow.errors import Stopped, UserError
@@ -172,36 +170,3 @@ def number(x: Any) -> float | int | None:
   if np.issubdtype(x.dtype, np.integer):
     return int(x)
   return float(x) if np.isfinite(x) else None
-
-
-class Progress:
-  """A bar with losses, tokens/s and time left on a terminal; a plain line now and then elsewhere."""
-
-  def __init__(self, total: int, first: int, every_seconds: float, shown: bool = True):
-    """`first`: steps done before; `shown`: False on all processes of a run but one."""
-    terminal = sys.stderr.isatty()
-    self._bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True, disable=not (shown and terminal))
-    self._total, self._every, self._plain = total, every_seconds, shown and not terminal
-    self._started, self._next = time.monotonic(), 0.0
-    self._first: int | None = None
-
-  def update(self, row: dict[str, Any]) -> None:
-    names = {"loss": "loss", "loss_text": "text", "loss_flow": "flow", "loss_alignment": "align"}
-    parts = {short: f"{row[name]:.3f}" for name, short in names.items() if row.get(name) is not None}
-    parts["tok/s"] = f"{row['tokens_per_second']:,.0f}"
-    self._bar.set_postfix(parts, refresh=False)
-    self._bar.update()
-    now, step = time.monotonic(), row["step"]
-    if self._first is None:  # the first step compiles: it says nothing about the time of the others
-      text = f"compiled in {(now - self._started) / 60:.1f} min"
-      self._started, self._first = now, step
-      self._bar.initial, self._bar.start_t = step, time.time()
-    else:
-      text = f"left {(now - self._started) / (step - self._first) * (self._total - step) / 60:.1f} min"
-    if self._plain and (now >= self._next or step == self._total):
-      self._next = now + self._every
-      losses = " ".join(f"{k} {v}" for k, v in parts.items())
-      print(f"step {step}/{self._total} {losses} {text}", file=sys.stderr, flush=True)
-
-  def close(self) -> None:
-    self._bar.close()

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import pathlib
-import subprocess
 import sys
 import time
 from typing import Any
@@ -261,13 +260,3 @@ def write_config(workdir: pathlib.Path, config: RunConfig, tokenizer: Tokenizer)
 def versions() -> dict[str, str]:
   """Versions of what a checkpoint depends on."""
   return {"jax": jax.__version__, "python": sys.version.split()[0]}
-
-
-def source_version() -> str:
-  """The git commit that jflow runs from, with "+changes" when files differ; "" outside a checkout."""
-  git = lambda *a: subprocess.run(("git", "-C", str(pathlib.Path(__file__).parent), *a), capture_output=True, text=True)
-  try:
-    commit = git("rev-parse", "HEAD").stdout.strip()
-    return commit + ("+changes" if commit and git("status", "--porcelain", "-uno").stdout.strip() else "")
-  except OSError:
-    return ""

@@ -11,7 +11,6 @@ the others alone, and in the second half of the pictures shapes of these alone.
 
 import itertools
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from jflow.models.config import SiglipConfig
 from jflow.models.siglip import Siglip
 from jflow.models.unified import normalise
+from jflow.progress import Progress
 from jflow.sharding import unbox
 from jflow.training import hosts
 from jflow.world import scenes
@@ -78,9 +77,8 @@ def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed
     return optax.apply_updates(params, updates), state, right
 
   state = optimizer.init(params)
-  shown = sys.stderr.isatty() and hosts.is_first()
   hosts.say(f"fitting SigLIP to {steps * _BATCH:,} labelled pictures before the first step")
-  bar = tqdm(total=steps * _BATCH, unit="picture", desc="fitting SigLIP to labels", disable=not shown)
+  bar = Progress(steps * _BATCH, 0, "fitting SigLIP to labels", "pictures", shown=hosts.is_first())
   right, rng = [], np.random.default_rng(seed)
   for i in range(steps):
     batch = range(i * _BATCH, (i + 1) * _BATCH)
@@ -88,7 +86,7 @@ def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed
     images = np.stack([scene.render(size) for scene, _ in batch])
     params, state, share = step(params, state, images, np.stack([labels for _, labels in batch]))
     right.append(share)
-    bar.update(_BATCH)
+    bar.count(_BATCH)
   bar.close()
   last = float(np.mean(jax.device_get(right[-max(1, steps // 10) :])))
   hosts.say(f"SigLIP names the shape on {last:.0%} of the patches of objects in colors without a name")

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from jflow import outputs
+from jflow.commit import commit
 from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
-from jflow.evaluation import report
 from jflow.inference.sheet import contact_sheet
 from jflow.models.config import JanusFlowConfig
 from jflow.training import setup
@@ -73,7 +73,7 @@ def write(folder: pathlib.Path, reports: Mapping[str, pathlib.Path], ends: Mappi
   letters = {}
   for letter in ends:
     letters[letter] = _entry(folder / letter, reports[letter], ends[letter]) if letter in reports else None
-  body = {"command": command, "commit": report.commit(), "letters": letters, "comparisons": compare(letters)}
+  body = {"command": command, "commit": commit(), "letters": letters, "comparisons": compare(letters)}
   outputs.replace(folder / "results.json", _compact(body))
   outputs.replace(folder / "table.md", table(body))
   runs = {letter: read_metrics(folder / letter) for letter in ends}

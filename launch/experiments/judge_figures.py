@@ -42,8 +42,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from jflow import outputs
+from jflow.commit import commit
 from jflow.errors import UserError
-from jflow.evaluation import report, scores
+from jflow.evaluation import scores
 from jflow.world import (
   judge,
   scenes,
@@ -368,7 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
   body = {
     "command": shlex.join(["python", "launch/experiments/judge_figures.py", *arguments]),
-    "commit": report.commit(),
+    "commit": commit(),
     "pictures": args.pictures,
     "rows": rows,
     "garbage": passed,

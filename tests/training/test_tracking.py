@@ -11,8 +11,8 @@ import tiny
 from PIL import Image
 
 from jflow.errors import UserError
+from jflow.progress import StepProgress
 from jflow.training import setup, tracking
-from jflow.training.metrics import Progress
 
 ROW = {
   "step": 3,
@@ -84,8 +84,8 @@ def test_two_workdirs_of_one_name_are_two_runs_and_a_restart_is_the_same(monkeyp
 def test_the_time_left_does_not_count_the_compilation(monkeypatch, capsys):
   """A minute to compile, then two seconds a step."""
   now = [100.0]
-  monkeypatch.setattr("jflow.training.metrics.time.monotonic", lambda: now[0])
-  progress = Progress(total=40, first=4, every_seconds=0.0)
+  monkeypatch.setattr("jflow.progress.time.monotonic", lambda: now[0])
+  progress = StepProgress(total=40, first=4, every_seconds=0.0)
   for step, at in ((5, 160.0), (6, 162.0), (10, 170.0)):
     now[0] = at
     progress.update({"step": step, "loss": 1.0, "tokens_per_second": 5.0})
@@ -95,5 +95,7 @@ def test_the_time_left_does_not_count_the_compilation(monkeypatch, capsys):
     "left 1.1 min",
     "left 1.0 min",
   ]
-  Progress(total=40, first=4, every_seconds=0.0, shown=False).update({"step": 5, "loss": 1.0, "tokens_per_second": 1})
+  StepProgress(total=40, first=4, every_seconds=0.0, shown=False).update(
+    {"step": 5, "loss": 1.0, "tokens_per_second": 1}
+  )
   assert capsys.readouterr().err == ""

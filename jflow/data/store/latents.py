@@ -14,13 +14,11 @@ import concurrent.futures
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from ml_dtypes import bfloat16
-from tqdm import tqdm
 
 from jflow import files
 from jflow.data import images
@@ -28,6 +26,7 @@ from jflow.data.records import RecordError
 from jflow.data.store import prepared
 from jflow.data.store.partial import clear, open_partial, read_report, write_report
 from jflow.errors import UserError
+from jflow.progress import Progress
 from jflow.strict_json import Malformed
 
 SCHEMA = 1
@@ -186,7 +185,7 @@ def _write_shards(
   lengths, first, reports = header["shard_lengths"], 0, []
   read = lambda index: _picture(source, index, header["image_size"], header["seed"])
   with (
-    tqdm(total=sum(lengths), unit="img", desc="latents", disable=not sys.stderr.isatty()) as bar,
+    Progress(sum(lengths), 0, "latents", "images") as bar,
     concurrent.futures.ThreadPoolExecutor(threads) as pool,
   ):
     for number, length in enumerate(lengths):
@@ -198,12 +197,12 @@ def _write_shards(
         lost: collections.Counter = collections.Counter()
         for entry in _entries(read, range(first, first + length), encode, batch_size, pool, lost):
           prepared.call_writer(path, writer.write, entry)
-          bar.update()
+          bar.count(1)
         prepared.call_writer(path, writer.close)
         report = {"bytes": os.path.getsize(path), "rejected": lost}
         write_report(path + ".json", report, [path])
       else:
-        bar.update(length)
+        bar.count(length)
       reports.append(report)
       first += length
   return reports
