@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     action="extend",
     default=[],
     metavar="PATH",
-    help="file, folder, pattern or range to read, in quotes (not with --format=shapes)",
+    help="file, folder, pattern or range to read, in quotes (`shapes` reads none)",
   )
   add("--output", help="the directory to write; must not exist yet")
   add("--task", choices=TASKS, help="what the records are to teach")

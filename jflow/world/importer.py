@@ -1,4 +1,4 @@
-"""shapes: the built-in world, drawn once as PNG files of a given size."""
+"""shapes: the world, drawn once as PNG files of a given size."""
 
 import io
 from collections.abc import Iterator
@@ -12,6 +12,8 @@ from jflow.data.importers.importer import Item, Options
 class World:
   """See the top of the module."""
 
+  flags = frozenset({"part_records", "records", "seed", "image_size"})
+  reads_input = False
   images_beside = False
   left_out: dict[str, int] = {}
 

@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from jflow.data.importers import objects
+from jflow.data.importers import json_texts
 from jflow.data.records import RecordError
 
 _BLANKS = re.compile(r"[ \t\r\n]*+")
@@ -14,7 +14,7 @@ _NUMBER = re.compile(r"[-+.0-9eE]++")
 
 
 def parse_array(data: bytes) -> list[Any]:
-  """Returns the entries of a JSON array; for one that `objects.parse_json` would refuse, its `RecordError`.
+  """Returns the entries of a JSON array; for one that `json_texts.parse_json` would refuse, its `RecordError`.
 
   Raises:
     RecordError: the whole is not a JSON array, so that it is not known where its entries end.
@@ -28,13 +28,13 @@ def parse_array(data: bytes) -> list[Any]:
     return entries
   while True:
     try:
-      entry, end = objects.DECODER.raw_decode(text, at)
+      entry, end = json_texts.DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
-      raise objects.broken_json(error) from None
+      raise json_texts.broken_json(error) from None
     except RecordError as error:
       entry, end = error.with_traceback(None), _end_of_value(text, at)
     except (ValueError, RecursionError) as error:
-      entry, end = objects.broken_json(error), _end_of_value(text, at)
+      entry, end = json_texts.broken_json(error), _end_of_value(text, at)
     if damaged and _NOT_UTF8.search(text, at, end):
       entry = RecordError("invalid_utf8", "not valid UTF-8")
     entries.append(entry)

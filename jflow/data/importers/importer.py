@@ -1,26 +1,26 @@
-"""What every importer is: one input, cut into parts, each part a stream of items."""
+"""The protocol of an importer: one input, cut into parts, each part a stream of items."""
 
 import dataclasses
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from jflow.data.records import Record, RecordError
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What the importers are told; each reads what concerns it.
+  """The flags of `prepare`; each importer reads some of them.
 
   Attributes:
-    input: file, folder, or pattern; unused by "shapes".
+    input: file, folder, or pattern; empty where the format reads no files.
     task: "understanding", "generation" or "text".
     part_records: records of a part at most, where a part is cut by records.
     image_root: folder that relative image paths start from; None is the folder of the input.
     image_column, text_column: the column or key of images and texts; empty: the first usual name.
     documents: of plain text files, what a document is: "file", "paragraph" or "line".
     split: of a TFDS data set.
-    records, seed, image_size: of "shapes": how many records, which, and how large the pictures are.
+    records, seed, image_size: of a format that draws its pictures: how many records, which, and how large.
   """
 
   input: str
@@ -36,6 +36,10 @@ class Options:
   image_size: int = 384
 
 
+# The fields of `Options` that not every format reads.
+FLAGS = frozenset(field.name for field in dataclasses.fields(Options)) - {"input", "task"}
+
+
 class Item(NamedTuple):
   """One line, sample or row of the input."""
 
@@ -49,12 +53,18 @@ class Importer(Protocol):
   """One input. Picklable, so that a process can read a part of it.
 
   Attributes:
+    flags: the fields of `FLAGS` that it reads.
+    reads_input: whether it reads files, which `Options.input` names.
     images_beside: whether images may be files of their own, which `files` does not list.
     left_out: what lies in the input and is not read, by reason; see `inputs.input_files`.
   """
 
+  flags: ClassVar[frozenset[str]]
+  reads_input: ClassVar[bool]
   images_beside: bool
   left_out: Mapping[str, int]
+
+  def __init__(self, options: Options): ...
 
   def parts(self) -> list[Any]:
     """Returns the parts, each small and picklable. Each becomes a shard."""

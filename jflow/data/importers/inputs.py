@@ -1,27 +1,18 @@
-"""The files of an input: which there are, what is left out of a folder, and reading them line by line."""
+"""The files of an input: which there are, and what is left out of a folder."""
 
-import codecs
 import collections
-import errno
 import fnmatch
 import glob
 import os
 import re
-import stat
-from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from jflow import git_lfs
 from jflow.data.importers import compressed
-from jflow.data.records import RecordError
 from jflow.errors import UserError
 
-MAX_IMAGE_FILE = 256 * 2**20  # bytes; no picture within `images.MAX_PIXELS` needs more
-MAX_LINE = 64 * 2**20  # bytes of a line, or of a document
 # What systems leave beside the hidden files: a Mac's archives, a Synology's thumbnails, what was deleted.
 _OF_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
-# Of the machine, not of the data: the import ends, and goes on when the same command is run again.
-_TRANSIENT = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Inputs(NamedTuple):
@@ -210,72 +201,3 @@ def _once(paths: list[str], known: dict[str, str], left_out: collections.Counter
     else:
       left_out["linked_twice"] += 1
   return sorted(once)
-
-
-def read_under(root: str, name: str, limit: int = MAX_IMAGE_FILE) -> bytes:
-  """Returns the contents of an image file below a folder.
-
-  Args:
-    root: the folder.
-    name: relative to it, or absolute.
-    limit: bytes that the file may have.
-
-  Raises:
-    RecordError: it lies elsewhere ("outside_root"), is not there ("missing_image"), is a folder, a pipe or a
-      device ("not_a_file"), too large ("too_large"), or a git-lfs pointer ("git_lfs_pointer").
-  """
-  root = os.path.normpath(os.path.abspath(root))
-  path = os.path.normpath(os.path.join(root, name))
-  if os.path.commonpath([path, root]) != os.path.commonpath([root]):  # which writes "//folder" as "/folder"
-    raise RecordError("outside_root", f"image {name:.200} lies outside {root}: set --image_root")
-  try:
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its writer
-      raise RecordError("not_a_file", f"image {name:.200} is a folder, a pipe or a device")
-    if status.st_size > limit:
-      raise RecordError("too_large", f"the images of the record have more than {MAX_IMAGE_FILE:,} bytes")
-    with open(path, "rb") as file:
-      data = file.read()
-  except (OSError, ValueError) as error:
-    if getattr(error, "errno", None) in _TRANSIENT:
-      raise
-    raise RecordError("missing_image", f"image {name:.200} not found in {root}: see --image_root") from None
-  if git_lfs.is_pointer(data):
-    raise RecordError("git_lfs_pointer", f"image {name:.200} is a git-lfs pointer: run `git lfs pull` in {root}")
-  return data
-
-
-def lines(file: BinaryIO, limit: int = MAX_LINE) -> Iterator[tuple[bytes, int]]:
-  """Yields each line, of which no more than `limit` + 1 bytes are kept, and its length.
-
-  Only a line feed ends one.
-  """
-  while line := file.readline(limit + 1):
-    length, last = len(line), line
-    while not last.endswith(b"\n") and (last := file.readline(2**20)):
-      length += len(last)
-    yield line, length
-
-
-def is_blank(line: bytes) -> bool:
-  """Whether a line holds nothing: white space, or the byte order mark that some editors begin a file with."""
-  return not line.strip(b" \t\r\n\v\f\xef\xbb\xbf")
-
-
-def is_utf16(data: bytes) -> bool:
-  """Whether a text begins as UTF-16 or UTF-32 does: with its byte order mark, or every other byte 0."""
-  head = data[: 2 * (min(len(data), 16) // 2)]
-  return data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)) or (
-    any(head) and len(head) >= 8 and not (any(head[::2]) and any(head[1::2]))
-  )
-
-
-def check_encoding(path: str) -> None:
-  """Checks that a file of many records may be UTF-8.
-
-  Raises:
-    UserError: it is UTF-16 or UTF-32.
-  """
-  with open(path, "rb") as file:
-    if is_utf16(file.read(16)):
-      raise UserError(f"{path} is UTF-16 or UTF-32 text: convert it to UTF-8, as in iconv -f UTF-16 -t UTF-8")

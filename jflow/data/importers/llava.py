@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from jflow.data.importers import arrays, inputs, objects
+from jflow.data.importers import arrays, inputs, json_texts, keys, media, objects, reading
 from jflow.data.importers.importer import Item, Options, make_item
 from jflow.data.records import Record, RecordError, Unwanted
 from jflow.errors import UserError
@@ -22,6 +22,8 @@ _ARRAY = -1
 class Llava:
   """See the top of the module."""
 
+  flags = frozenset({"image_column", "image_root", "part_records", "text_column"})
+  reads_input = True
   images_beside = True
 
   def __init__(self, options: Options):
@@ -48,19 +50,19 @@ class Llava:
       return
     with open(path, "rb") as file:
       file.seek(start)
-      for number, (line, _) in zip(range(first + 1, first + count + 1), inputs.lines(file)):
-        if not inputs.is_blank(line):
+      for number, (line, _) in zip(range(first + 1, first + count + 1), reading.lines(file)):
+        if not reading.is_blank(line):
           yield self._item(path, f"{path} line {number}", number, line)
 
   def _parts_of(self, path: str) -> list[Part]:
-    inputs.check_encoding(path)
+    reading.check_encoding(path)
     size = self._options.part_records
     if _is_array(path):
       count = len(_load_array(path))
       return [(path, _ARRAY, i, min(size, count - i)) for i in range(0, count, size)]
     parts, offset, start, first, number = [], 0, 0, 0, 0
     with open(path, "rb") as file:
-      for number, (_, length) in enumerate(inputs.lines(file), start=1):
+      for number, (_, length) in enumerate(reading.lines(file), start=1):
         offset += length
         if number - first == size:
           parts.append((path, start, first, size))
@@ -75,16 +77,16 @@ class Llava:
   def _record(self, path: str, number: int, value: Any) -> tuple[Record, dict[str, Any]]:
     if isinstance(value, RecordError):
       raise value
-    if isinstance(value, bytes) and len(value) > inputs.MAX_LINE:
-      raise RecordError("too_large", f"the line has more than {inputs.MAX_LINE:,} bytes")
-    value = objects.parse_object(value) if isinstance(value, bytes) else value
+    if isinstance(value, bytes) and len(value) > reading.MAX_LINE:
+      raise RecordError("too_large", f"the line has more than {reading.MAX_LINE:,} bytes")
+    value = json_texts.parse_object(value) if isinstance(value, bytes) else value
     if not isinstance(value, dict):
       raise RecordError("broken_json", "not a JSON object")
     task, name = self._options.task, objects.name_of(value, number)
-    objects.check_media(value, self._options.text_column)
-    paths = objects.images_of(value, task, self._options.image_column)
+    media.check_media(value, self._options.text_column)
+    paths = media.images_of(value, task, self._options.image_column)
     if not all(isinstance(path, str) and path for path in paths):
-      key = self._options.image_column or objects.IMAGES[0]
+      key = self._options.image_column or keys.IMAGES[0]
       raise RecordError("bad_field", f'"{key}" should be a path or a list of paths')
     caption = value.get("caption", value.get("conversations"))
     if task == "understanding" and not paths and caption is None and isinstance(value.get("text"), str):
@@ -97,26 +99,26 @@ class Llava:
 def _read(root: str, paths: list[str]) -> tuple[bytes, ...]:
   """Returns the contents of the images of a record, of which all have a limit together."""
   images: dict[str, bytes] = {}
-  left = inputs.MAX_IMAGE_FILE
+  left = reading.MAX_IMAGE_FILE
   for path in paths:
     if path not in images:
-      images[path] = inputs.read_under(root, path, left)
+      images[path] = reading.read_under(root, path, left)
     left -= len(images[path])
     if left < 0:
-      raise RecordError("too_large", f"the images of the record have more than {inputs.MAX_IMAGE_FILE:,} bytes")
+      raise RecordError("too_large", f"the images of the record have more than {reading.MAX_IMAGE_FILE:,} bytes")
   return tuple(images[path] for path in paths)
 
 
 def _is_array(path: str) -> bool:
   """Whether a file is one JSON array, and not lines, of which the first is one."""
   with open(path, "rb") as file:
-    line = next((line for line, _ in inputs.lines(file) if not inputs.is_blank(line)), b"")
+    line = next((line for line, _ in reading.lines(file) if not reading.is_blank(line)), b"")
     if not line.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
       return False
-    if all(inputs.is_blank(line) for line, _ in inputs.lines(file)):
+    if all(reading.is_blank(line) for line, _ in reading.lines(file)):
       return True
   try:
-    objects.parse_json(line)
+    json_texts.parse_json(line)
   except RecordError:
     return True
   return False

@@ -1,20 +1,14 @@
-"""JSON objects and table rows as records: which keys hold the text, and in what forms."""
+"""JSON objects and table rows as records: captions, documents, questions and conversations in their usual forms."""
 
-import json
 import math
-import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jflow.data.examples import IMAGE_MARK
+from jflow.data.importers.json_texts import parse_json
+from jflow.data.importers.keys import CAPTIONS, CONVERSATIONS, DOCUMENTS, IMAGES, TEXTS
+from jflow.data.importers.media import check_media, images_of
 from jflow.data.records import Record, RecordError, Turn, Unwanted
-from jflow.errors import UserError
-
-IMAGES = ("image", "images")
-CONVERSATIONS = ("conversations", "messages", "texts")
-CAPTIONS = ("caption", "text", "prompt", "description")
-DOCUMENTS = ("text", "content", "document")
-_TEXTS = {*CONVERSATIONS, *CAPTIONS, *DOCUMENTS, "question", "answer", "id"}
 
 # Names that data sets give to the two who speak, in lower case.
 _ROLES = {
@@ -37,71 +31,8 @@ _ROLES = {
     "assistant",
   ),
 }
-# Media that no task reads: keys and columns that hold one, and endings of files that are one.
-_MEDIA = {
-  "with_video": (
-    "video",
-    "videos",
-    "video_path",
-    "video_paths",
-    "video_file",
-    "video_files",
-    "mp4",
-    "m4v",
-    "mov",
-    "mkv",
-    "webm",
-    "avi",
-  ),
-  "with_audio": (
-    "audio",
-    "audios",
-    "audio_path",
-    "audio_paths",
-    "audio_file",
-    "audio_files",
-    "input_audio",
-    "wav",
-    "flac",
-    "mp3",
-    "ogg",
-    "opus",
-    "m4a",
-    "aac",
-  ),
-  "with_point_cloud": ("point_cloud", "point_clouds", "pointcloud", "pointclouds", "pcd", "ply"),
-  "with_pdf": ("pdf", "pdfs"),
-}
-_MEDIUM_OF = {name: reason for reason, names in _MEDIA.items() for name in names}
-# Keys that hold a medium where their value is the name of such a file: they may as well hold a word about it.
-_PERHAPS = {
-  **dict.fromkeys(("clip", "clips", "movie"), "with_video"),
-  **dict.fromkeys(("sound", "sounds", "speech", "voice", "music"), "with_audio"),
-  **dict.fromkeys(("points", "point", "lidar"), "with_point_cloud"),
-}
-# Keys of images, where their value is the name of such a file, that are not read unless --image_column
-# names them.
-_OTHER_IMAGES = (
-  "img",
-  "imgs",
-  "img_path",
-  "image_path",
-  "image_paths",
-  "image_file",
-  "image_files",
-  "picture",
-  "pictures",
-  "photo",
-  "photos",
-)
-# Keys of a conversation that say where its medium lies, or which it is.
-_REFERENCE = re.compile(r"(video|audio|image|img)s?[_-]?(?:url|uri|link|id|name)s?")
-_IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic")
 _TURN = ("from", "role"), ("value", "content")
-_PLACE = ("path", "url", "uri", "file", "file_name", "filename", "name")  # of a file that an object describes
 _MAX_NOTE = 1000  # characters of a value that is kept as metadata
-_MAX_NAME = 4096  # characters of the name of a file
-_MAX_DEPTH = 16  # of lists and objects in which a value is looked for
 
 
 def make_record(name: str, fields: Mapping[str, Any], images: tuple[Any, ...], task: str, column: str = "") -> Record:
@@ -159,115 +90,9 @@ def name_of(fields: Mapping[str, Any], otherwise: Any) -> str:
   return str(otherwise if name is None else name)
 
 
-def images_of(fields: Mapping[str, Any], task: str, column: str = "") -> list[Any]:
-  """Returns the images that an object names, as it names them: the first of the usual keys that holds one.
-
-  Of a list, what is None is left out: an interleaved document has a text there. An object that names no image
-  may hold `<image>`, which is text.
-
-  Args:
-    fields: the object.
-    task: "understanding", "generation" or "text".
-    column: the key to take instead of the usual ones.
-
-  Raises:
-    Unwanted: an image stands under a key that is not among the usual ones, and the task is text.
-    RecordError: the same for another task.
-  """
-  keys = (column,) if column else IMAGES
-  value = next((fields[key] for key in keys if not is_empty(fields.get(key))), None)
-  if value is not None:
-    return [each for each in value if each is not None] if isinstance(value, (list, tuple)) else [value]
-  conversation = is_conversation(fields)
-  for key in () if column else fields:
-    lower, value = key.lower(), fields[key]
-    named = conversation and lower not in _TEXTS and _ending(value) in _IMAGE_ENDINGS
-    named |= conversation and (_reference(lower) in ("image", "img") or _is_contents(value)) and _holds(value)
-    if named or (lower in IMAGES and _holds(value)) or (lower in _OTHER_IMAGES and _is_file(value, _IMAGE_ENDINGS)):
-      if task == "text":
-        raise Unwanted("with_images", "a record with an image is no text")
-      raise RecordError("missing_image", f"the image stands under {key[:40]!r}: name it by --image_column")
-  return []
-
-
-def check_media(names: Mapping[str, Any], column: str = "", pictured: bool = False) -> None:
-  """Checks that an object, or a sample of files, holds no medium that is not read.
-
-  Args:
-    names: keys and their values, or endings of files and their contents; one that is empty does not count.
-    column: the key of the texts, which holds no medium whatever its name.
-    pictured: whether the record has an image that `names` does not hold.
-
-  Raises:
-    Unwanted: it does: "with_video", "with_audio", "with_point_cloud" or "with_pdf".
-  """
-  # Beside an image the name of a video or of a document says where the image is from.
-  pictured |= any(
-    name.lower() in (*IMAGES, *_OTHER_IMAGES, *_IMAGE_ENDINGS) and not is_empty(value) for name, value in names.items()
-  )
-  guess = not pictured and is_conversation(names)
-  for name, value in names.items():
-    key = name.lower().rpartition(".")[2]
-    reason = _MEDIUM_OF.get(key)
-    if reason is None and _is_file(value, _MEDIUM_OF):
-      reason = _PERHAPS.get(key)
-    if reason is None and guess and key not in _TEXTS:
-      reason = _MEDIUM_OF.get(_ending(value)) or _MEDIUM_OF.get(_reference(key))
-    if reason and name != column and _holds(value):
-      raise Unwanted(reason, f"{name[:40]!r} holds what no task reads")
-
-
-def _is_file(value: Any, endings: Container[str]) -> bool:
-  """Whether a value is the contents of a file, or the name of one with one of the endings.
-
-  Of a list, the first is.
-  """
-  first = value[0] if isinstance(value, (list, tuple)) and value else value
-  return isinstance(first, (bytes, Mapping)) or _ending(first) in endings
-
-
-def _is_contents(value: Any) -> bool:
-  """Whether a value, or the first of a list, is {"bytes", "path"} as `datasets` stores pictures."""
-  first = value[0] if isinstance(value, (list, tuple)) and value else value
-  return isinstance(first, Mapping) and bool(first.get("bytes"))
-
-
-def _reference(key: str) -> str:
-  """Returns the medium that a key such as "video_url" or "image_id" refers to, or ""."""
-  match = _REFERENCE.fullmatch(key)
-  return match[1] if match else ""
-
-
-def _ending(value: Any) -> str:
-  """Returns the ending of the file that a value, or the first of a list, is the name or address of, or ""."""
-  first = value[0] if isinstance(value, (list, tuple)) and value else value
-  if isinstance(first, Mapping):
-    first = next((first[key] for key in _PLACE if first.get(key)), None)
-  if isinstance(first, str) and "://" in first[:32]:
-    first = re.split("[?#]", first, maxsplit=1)[0]
-  if not isinstance(first, str) or len(first) > _MAX_NAME or any(map(str.isspace, first)):
-    return ""
-  stem, _, ending = first.rpartition(".")
-  return ending.lower() if stem else ""
-
-
-def is_empty(value: Any, depth: int = 0) -> bool:
-  """Whether a value says that there is nothing: None, "", [], or a list or an object of nothing but such."""
-  if isinstance(value, Mapping) and value:
-    value = list(value.values())
-  if isinstance(value, (list, tuple)):
-    return depth < _MAX_DEPTH and all(is_empty(each, depth + 1) for each in value)
-  return value is None or (isinstance(value, (str, bytes)) and not value)
-
-
-def _holds(value: Any) -> bool:
-  """Whether a value may be a medium, or name it: no number, and not empty."""
-  return isinstance(value, (str, bytes, list, tuple, Mapping)) and bool(value) and not is_empty(value)
-
-
 def notes(fields: Mapping[str, Any], leave_out: Iterable[str] = ()) -> dict[str, Any]:
   """Returns what is kept of an object as metadata: numbers and short strings, without its text."""
-  without = {*IMAGES, *_TEXTS, *leave_out}
+  without = {*IMAGES, *TEXTS, *leave_out}
   kept = {}
   for key, value in fields.items():
     short = isinstance(value, str) and len(value) <= _MAX_NOTE
@@ -275,78 +100,6 @@ def notes(fields: Mapping[str, Any], leave_out: Iterable[str] = ()) -> dict[str,
     if key not in without and key.lower() not in without and (short or number):
       kept[key] = value
   return kept
-
-
-def parse_json(text: bytes | str) -> Any:
-  """Returns the value of a JSON text.
-
-  Raises:
-    RecordError: it is not UTF-8 ("invalid_utf8"), not JSON ("broken_json"), or an object in it names a key
-      twice ("duplicate_key"), where readers differ in what they take.
-  """
-  try:
-    text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-    return json.loads(text, object_pairs_hook=_object)
-  except UnicodeDecodeError:
-    raise RecordError("invalid_utf8", "not valid UTF-8") from None
-  except (ValueError, RecursionError) as error:
-    raise broken_json(error) from None
-
-
-def broken_json(error: Exception) -> RecordError:
-  """Returns what is told of a text that is not JSON."""
-  return RecordError("broken_json", f"not valid JSON ({str(error)[:80]})")
-
-
-def parse_object(text: bytes | str) -> dict[str, Any]:
-  """Returns a JSON object; see `parse_json`."""
-  value = parse_json(text)
-  if not isinstance(value, dict):
-    raise RecordError("broken_json", "not a JSON object")
-  return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  value = dict(pairs)
-  if len(value) < len(pairs):
-    seen: set[str] = set()
-    twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-    raise RecordError("duplicate_key", f"the key {twice[:40]!r} stands twice in an object")
-  return value
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_object)
-
-
-def is_conversation(names: Iterable[str]) -> bool:
-  """Whether an object or a table may hold conversations, which a picture can belong to, by its keys."""
-  return bool(spelled(names, (*CONVERSATIONS, "question")))
-
-
-def text_keys(task: str) -> tuple[str, ...]:
-  """Returns the keys that may hold the text of a record, see `make_record`."""
-  return {
-    "understanding": (*CONVERSATIONS, *CAPTIONS, "question"),
-    "generation": CAPTIONS,
-    "text": (*CONVERSATIONS, *DOCUMENTS, "question"),
-  }[task]
-
-
-def spelled(names: Iterable[str], keys: Sequence[str]) -> str:
-  """Returns the first of the usual keys that is among names, as it is spelled there, or ""."""
-  there = {name.lower(): name for name in names}
-  there |= {name: name for name in names if name == name.lower()}
-  return next((there[key] for key in keys if key in there), "")
-
-
-def require_text(path: str, names: Sequence[str], task: str, what: str) -> None:
-  """Checks that a table has a column of texts under a usual name.
-
-  Raises:
-    UserError: it has none.
-  """
-  if not spelled(names, text_keys(task)):
-    raise UserError(f"{path} has no {what} of texts: name it by --text_column, one of {', '.join(names)}")
 
 
 def _first(fields: Mapping[str, Any], keys: Sequence[str]) -> Any:

@@ -17,14 +17,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jflow.data import images as images_lib
-from jflow.data.importers import objects
+from jflow.data.importers import keys, media, objects
 from jflow.data.importers.cells import broken_in
 from jflow.data.importers.importer import Item, Options, make_item
-from jflow.data.importers.inputs import input_files, read_under
+from jflow.data.importers.inputs import input_files
+from jflow.data.importers.reading import read_under
 from jflow.data.records import Record, RecordError, Unwanted
 from jflow.errors import UserError
 
-IMAGES = (*objects.IMAGES, "jpg", "png", "webp", "jpeg", "img", "image_bytes", "bytes")
+IMAGES = (*keys.IMAGES, "jpg", "png", "webp", "jpeg", "img", "image_bytes", "bytes")
 MAX_RATIO = 100  # bytes of a row group to those of its file: images and text do not shrink so far
 MAX_ROWS = 100  # to a byte of the file
 _BATCH_ROWS, _BATCH_BYTES = 32, 2**27  # of a column in memory, unless a single cell is larger
@@ -35,6 +36,8 @@ Part = tuple[str, int, int, int]  # file, row group, its first row, its rows
 class Parquet:
   """See the top of the module."""
 
+  flags = frozenset({"image_column", "image_root", "text_column"})
+  reads_input = True
   images_beside = True
 
   def __init__(self, options: Options):
@@ -102,32 +105,32 @@ class Parquet:
       if getattr(options, flag) and getattr(options, flag) not in names:
         raise UserError(f"{path} has no column {getattr(options, flag)!r}: --{flag} is one of {', '.join(names)}")
     if not options.text_column:
-      objects.require_text(path, names, options.task, "column")
-    image = options.image_column or objects.spelled(names, IMAGES)
+      keys.require_text(path, names, options.task, "column")
+    image = options.image_column or keys.spelled(names, IMAGES)
     if not image and options.task != "text":
       raise UserError(f"{path} has no column of images: name it by --image_column, one of {', '.join(names)}")
-    texts = (options.text_column,) if options.text_column else (*objects.text_keys(options.task), "answer")
+    texts = (options.text_column,) if options.text_column else (*keys.text_keys(options.task), "answer")
     read = {name for name in names if name in texts or (not options.text_column and name.lower() in texts)}
     # A document goes without its picture; a conversation that has one is no text.
-    if image and (options.task != "text" or objects.is_conversation(names)):
+    if image and (options.task != "text" or keys.is_conversation(names)):
       read.add(image)
     twice = [name for name, count in collections.Counter(names).items() if count > 1]
     if several := sorted(read.intersection(twice)):
       raise UserError(f"{path} has several columns {several[0]!r}: leave one of them")
     rest = [field for field in schema if field.name not in (*read, image, *twice)]
-    media = tuple(field.name for field in rest if self._is_medium(field.name, names))
-    read.update(media, {"id", "key"}.intersection(names).difference(twice))
-    if options.task == "text" and objects.is_conversation(names):
+    others = tuple(field.name for field in rest if self._is_medium(field.name, names))
+    read.update(others, {"id", "key"}.intersection(names).difference(twice))
+    if options.task == "text" and keys.is_conversation(names):
       read.update(field.name for field in rest if _names_files(field.type))
     kept = self._notes({field.name: 0 for field in rest if _is_short(field.type)}, image)
-    return _Columns(image, media, tuple(name for name in names if name in read or name in kept))
+    return _Columns(image, others, tuple(name for name in names if name in read or name in kept))
 
   def _is_medium(self, name: str, names: Sequence[str]) -> bool:
     """Returns whether a column of a table may hold what makes its row one for another task, or for none."""
     row = {**dict.fromkeys(names), name: b"contents"}
     try:
-      objects.check_media(row, self._options.text_column)
-      return self._options.task == "text" and bool(objects.images_of(row, "text"))
+      media.check_media(row, self._options.text_column)
+      return self._options.task == "text" and bool(media.images_of(row, "text"))
     except Unwanted:
       return True
 
@@ -143,10 +146,10 @@ class Parquet:
     if isinstance(value, RecordError):
       raise value
     if task == "text":
-      images = () if objects.is_empty(value) else (value,)  # which makes it no text
+      images = () if media.is_empty(value) else (value,)  # which makes it no text
     else:
       values = value if isinstance(value, list) else [value]
-      values = [None if isinstance(each, dict) and objects.is_empty(each) else each for each in values]
+      values = [None if isinstance(each, dict) and media.is_empty(each) else each for each in values]
       images = tuple(self._image(each, path) for each in values if each is not None)
     named = (fields.get(key) for key in ("id", "key"))
     name = next((str(each) for each in named if each is not None and not broken_in(each)), str(number))

@@ -10,13 +10,13 @@ import os
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from jflow.data.importers import compressed, inputs, objects
+from jflow.data.importers import compressed, inputs, json_texts, objects, reading
 from jflow.data.importers.importer import Item, Options, make_item
 from jflow.data.records import Record, RecordError
 from jflow.errors import UserError
 
 DOCUMENTS = ("file", "paragraph", "line")
-MAX_DOCUMENT = inputs.MAX_LINE
+MAX_DOCUMENT = reading.MAX_LINE
 PART_BYTES = 64 * 2**20
 _JSON = (".jsonl", ".ndjson", ".json")
 _GZIP = (".jsonl.gz", ".json.gz")
@@ -27,6 +27,8 @@ Piece = tuple[str, int, int]  # file, first byte, one past the last
 class Text:
   """See the top of the module."""
 
+  flags = frozenset({"documents", "part_records", "text_column"})
+  reads_input = True
   images_beside = False
 
   def __init__(self, options: Options):
@@ -69,7 +71,7 @@ class Text:
           gzipped, kind = compressed.is_gzip(path), self._kind(path)
           file = compressed.unfold(raw) if gzipped else raw
           for document, length in _documents(file, None if gzipped else stop - start, kind):
-            if kind == "file" or not inputs.is_blank(document):
+            if kind == "file" or not reading.is_blank(document):
               yield self._item(path, start, document, 0 if gzipped else length)
             start += length
       except RecordError as error:
@@ -83,12 +85,12 @@ class Text:
     size, kind = os.path.getsize(path), self._kind(path)
     if kind == "file" or not size or compressed.is_gzip(path):
       return [(path, 0, size)]
-    inputs.check_encoding(path)
+    reading.check_encoding(path)
     pieces, start = [], 0
     with open(path, "rb") as file:
       while start < size:
         file.seek(start + PART_BYTES)
-        for number, (line, _) in enumerate(inputs.lines(file)):
+        for number, (line, _) in enumerate(reading.lines(file)):
           if kind == "line" or (number and not line.strip()):  # the first may be the end of a line
             break
         stop = min(file.tell(), size)
@@ -106,10 +108,10 @@ class Text:
     name += "" if self._kind(path) == "file" else f":{start}"
     if len(document) > MAX_DOCUMENT:
       raise RecordError("too_large", f"the document has more than {MAX_DOCUMENT:,} bytes; see --documents")
-    if inputs.is_utf16(document):
+    if reading.is_utf16(document):
       raise RecordError("invalid_utf8", "UTF-16 or UTF-32 text: convert it to UTF-8, as in iconv -f UTF-16 -t UTF-8")
     if path.lower().endswith(_JSON + _GZIP):
-      fields = objects.parse_object(document)
+      fields = json_texts.parse_object(document)
       record = objects.make_record(objects.name_of(fields, name), fields, (), "text", self._options.text_column)
       return record, objects.notes(fields)
     try:
@@ -128,7 +130,7 @@ def _documents(file: BinaryIO, length: int | None, kind: str) -> Iterator[tuple[
     return
   document, taken, done = bytearray(), 0, 0
   begun = False  # whether the document holds more than blank lines
-  for line, size in inputs.lines(file, MAX_DOCUMENT):
+  for line, size in reading.lines(file, MAX_DOCUMENT):
     if len(document) <= MAX_DOCUMENT:
       document += line
     taken += size

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jflow import git_lfs
-from jflow.data.importers import objects
+from jflow.data.importers import json_texts, keys, objects
 from jflow.data.importers.cells import broken_in
 from jflow.data.importers.importer import Item, Options, make_item
 from jflow.data.records import Record, RecordError, Unwanted
@@ -25,6 +25,8 @@ _FEATURES = "tensorflow_datasets.core.features."
 class Tfds:
   """See the top of the module."""
 
+  flags = frozenset({"image_column", "part_records", "split", "text_column"})
+  reads_input = True
   images_beside = False
   left_out: dict[str, int] = {}
 
@@ -41,8 +43,8 @@ class Tfds:
           f"{options.input} has no feature {getattr(options, flag)!r}: --{flag} is one of {', '.join(names)}"
         )
     if not options.text_column:
-      objects.require_text(options.input, names, options.task, "feature")
-    self._image = options.image_column or objects.spelled(names, objects.IMAGES)
+      keys.require_text(options.input, names, options.task, "feature")
+    self._image = options.image_column or keys.spelled(names, keys.IMAGES)
     if not self._image and options.task != "text":
       raise UserError(f"{options.input} has no feature of images: name it by --image_column, one of {', '.join(names)}")
 
@@ -86,7 +88,7 @@ class Tfds:
   def _read(self, index: int, fields: dict[str, Any], features: Mapping[str, Any]) -> tuple[Record, dict[str, Any]]:
     options = self._options
     images = tuple(_listed(fields.pop(self._image, ())))
-    if options.task == "text" and not objects.is_conversation(fields):
+    if options.task == "text" and not keys.is_conversation(fields):
       images = ()
     if not all(isinstance(image, bytes) for image in images):
       raise RecordError("bad_field", f'"{self._image}" should hold encoded images')
@@ -107,7 +109,7 @@ class Tfds:
 def _notes_in(meta: str) -> dict[str, Any]:
   """Returns what `prepare` noted of a record; nothing where it cannot be read."""
   try:
-    return objects.notes(objects.parse_object(meta))
+    return objects.notes(json_texts.parse_object(meta))
   except RecordError:
     return {}
 

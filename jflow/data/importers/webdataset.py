@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jflow.data.examples import IMAGE_MARK
-from jflow.data.importers import objects, tar
+from jflow.data.importers import json_texts, keys, media, objects, tar
 from jflow.data.importers.importer import Item, Options, make_item
 from jflow.data.importers.inputs import input_files, is_hidden
 from jflow.data.records import Record, RecordError, Unwanted
@@ -27,6 +27,8 @@ _IMAGE = re.compile(r"(?:.*\.)?(?:jpe?g|png|webp|gif|bmp|tiff?|avif|heic)")
 class WebDataset:
   """See the top of the module."""
 
+  flags = frozenset({"image_column", "text_column"})
+  reads_input = True
   images_beside = False
 
   def __init__(self, options: Options):
@@ -88,7 +90,7 @@ class WebDataset:
         )
       seen.add(key)
       contents = {n: b"broken" if isinstance(data, RecordError) else data for n, data in sample.items()}
-      objects.check_media(contents, self._text_ending)
+      media.check_media(contents, self._text_ending)
       if self._options.task == "text" and any(map(_IMAGE.fullmatch, sample)):
         raise Unwanted("with_images", "a sample with an image is no text")
       return self._record(key, sample)
@@ -126,7 +128,7 @@ class WebDataset:
   def _fields(self, sample: dict[str, bytes | RecordError], needed: bool) -> dict[str, Any]:
     """Returns the object in KEY.json; an empty one where there is none, or a broken one that is not needed."""
     try:
-      return objects.parse_object(_sound(sample["json"])) if "json" in sample else {}
+      return json_texts.parse_object(_sound(sample["json"])) if "json" in sample else {}
     except RecordError:
       if needed:
         raise
@@ -135,7 +137,7 @@ class WebDataset:
 
 def _is_talk(sample: dict[str, Any], fields: dict[str, Any]) -> bool:
   """Whether a sample without an image is a conversation that needs none, of which its members hold no more."""
-  return set(sample) == {"json"} and objects.is_conversation(fields) and IMAGE_MARK not in json.dumps(fields)
+  return set(sample) == {"json"} and keys.is_conversation(fields) and IMAGE_MARK not in json.dumps(fields)
 
 
 def _sound(data: bytes | RecordError) -> bytes:
@@ -152,7 +154,7 @@ def _sound(data: bytes | RecordError) -> bytes:
 def _text(ending: str, data: bytes) -> Any:
   """Returns the text of a member, or what its JSON holds."""
   if ending.rpartition(".")[2] == "json":
-    return objects.parse_json(data)
+    return json_texts.parse_json(data)
   try:
     return data.decode("utf-8-sig")
   except UnicodeDecodeError:
@@ -161,8 +163,8 @@ def _text(ending: str, data: bytes) -> Any:
 
 def _listed(sample: dict[str, Any], fields: dict[str, Any]) -> str:
   """Returns the endings of a sample, and the keys of its JSON, for a message."""
-  endings, keys = (", ".join(f"{name or repr(name):.40}" for name in list(names)[:12]) for names in (sample, fields))
-  return endings + (f" ({keys})" if "json" in sample and keys else "")
+  endings, named = (", ".join(f"{name or repr(name):.40}" for name in list(names)[:12]) for names in (sample, fields))
+  return endings + (f" ({named})" if "json" in sample and named else "")
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -59,8 +59,8 @@ class Latents:
 
     if not hasattr(source, "directory"):
       raise UserError(
-        "data.latents=True needs prepared data sets, and the built-in world is drawn on the fly: write it with "
-        "`prepare --format=shapes` first"
+        "data.latents=True needs prepared data sets, and a source of the run is drawn on the fly: write it with "
+        "`prepare` first, as in --format=shapes"
       )
     self.directory = folder(source.directory, image_size)
     again = f"make them again: python -m jflow prepare --latents --input={source.directory} --checkpoint=..."

@@ -52,7 +52,7 @@ def prepare(
     format: one of `importers.FORMATS`.
     output: the directory to write, which must not exist yet.
     task: "understanding", "generation" or "text".
-    input: file, folder or pattern to read; unused by "shapes".
+    input: file, folder or pattern to read; empty for a format that reads no files.
     max_rejected_share: share of unusable ones among all records above which the output is not made. The parts are kept, so that
       another run with a larger share goes on.
     filters: which records are wanted.
