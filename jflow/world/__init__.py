@@ -1,1 +1,1 @@
-"""The built-in world: pictures, captions and questions drawn by program, and what judges them."""
+"""The built-in world: pictures, captions and questions drawn by program, and their judge."""

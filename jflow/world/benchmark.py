@@ -1,4 +1,4 @@
-"""The benchmark `shapes`: pictures of the built-in world judged by program, and questions about its pictures."""
+"""The benchmark `shapes`: pictures of the world judged by program, and questions about its pictures."""
 
 import collections
 import dataclasses

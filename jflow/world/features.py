@@ -20,7 +20,7 @@ _OPPONENT = np.array([[1, 1, 1], [1, -1, 0], [0.5, 0.5, -1]]) / np.array([[3.0],
 
 
 def texture(image: np.ndarray) -> np.ndarray:
-  """What Gabor filters see: texture, noise, edges and layout, but not which shape is missing.
+  """Responses of Gabor filters: texture, noise, edges and layout, but not which shape is missing.
 
   Args:
     image: uint8[S, S, 3], RGB.
@@ -40,7 +40,7 @@ def texture(image: np.ndarray) -> np.ndarray:
 
 
 def state(detections: Sequence[judge.Detection]) -> np.ndarray:
-  """What the judge finds: content, but not noise or blur.
+  """Detections of the judge as numbers: content, but not noise or blur.
 
   Returns:
     float[24]: sum of scores per shape, number per color, number of objects and of unknown ones, mean and deviation of

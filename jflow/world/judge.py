@@ -1,4 +1,4 @@
-"""The judge of the shapes world: finds the objects of a picture, and scores it by GenEval's rules.
+"""The judge of the world: finds the objects of a picture, and scores it by GenEval's rules.
 
 No learned weights: a surface for the background, connected regions, the nearest color of the palette, and the
 best of a set of drawn templates. Works at 48 to 96 pixels; larger pictures are reduced to 96 first.

@@ -1,4 +1,4 @@
-"""Questions about pictures of the shapes world, and their only right answers."""
+"""Questions about pictures of the world, and their only right answers."""
 
 import itertools
 import math

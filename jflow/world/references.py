@@ -1,4 +1,4 @@
-"""What the scores of the built-in world are read against: answers without a look, true pictures and their features."""
+"""References for the world's scores: answers without a look, true pictures and their features."""
 
 import collections
 import functools
@@ -70,7 +70,7 @@ class _Pixels:
 
 
 def _words(question: Question) -> str:
-  """What is asked, without the options of a choice."""
+  """The question without the options of a choice."""
   return question.question.splitlines()[0]
 
 

@@ -1,4 +1,4 @@
-"""The pictures of the shapes world: what may stand in one, how it is drawn, what training never shows.
+"""The scenes of the world: objects and their places, drawing, and the combinations that training never shows.
 
 Places and radii are fractions of the side of the picture, x to the right and y down, so that one scene can be
 drawn at any size. Everything random comes from `rng.random()`, a stream that no version of Python or NumPy
@@ -115,7 +115,7 @@ class Scene(NamedTuple):
 
 
 class Combination(NamedTuple):
-  """What a prompt says of its picture. See `combinations`."""
+  """The part of a picture that a prompt says. See `combinations`."""
 
   tag: str
   pairs: tuple[tuple[str, str | None], ...]  # (shape, color); None: the prompt does not name the color

@@ -1,4 +1,4 @@
-"""The stand-in for a pretrained SigLIP on the built-in world: a small one, fitted to labels of its patches.
+"""The stand-in for a pretrained SigLIP of the world: a small one, fitted to labels of its patches.
 
 SigLIP has seen billions of pairs of pictures and texts before JanusFlow reads with it (paper section 3.2). A small
 one on two cores sees some ten thousand pictures, in which the sigmoid loss teaches it colors and no shapes. So each
@@ -40,7 +40,7 @@ _APART = np.array([50] * _COLORS + [85])  # least distance of a recolored object
 
 
 def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed: int) -> Any:
-  """Fits a SigLIP to scenes of the built-in world.
+  """Fits a SigLIP to scenes of the world.
 
   The loss is the cross-entropy of shape and color over patches whose center lies in an object's box (`recolored` says
   of which objects which), the binary one of whether a patch is such, and those of every patch's row and column.
@@ -97,7 +97,7 @@ def recolored(scene: Scene, side: int, rng: np.random.Generator, all_shapes: boo
   """Gives some objects a color that has no name in the world, and tells what each patch shows.
 
   Args:
-    scene: of the built-in world.
+    scene: of the world.
     side: patches of a row of patches.
     rng: decides which objects, and their colors.
     all_shapes: whether the shape of an object in its own color is told, too.

@@ -1,4 +1,4 @@
-"""The shapes world: endless pictures with exact captions and questions, so that all of jflow runs offline.
+"""The source of the world: endless pictures with exact captions and questions, so that all of jflow runs offline.
 
 Gray pictures of one to four colored shapes, in GenEval's terms: a class is a shape. `scenes` draws them, `questions`
 asks about them, this file describes them and makes them a source of records. Some pairs of shape and color, some
@@ -30,7 +30,7 @@ TEMPLATES = ("a picture of {}", "an image with {}", "{} on a gray background", "
 
 
 class WorldSource:
-  """Records of the shapes world; each is a pure function of (seed, split, task, index). Picklable.
+  """Records of the world; each is a pure function of (seed, split, task, index). Picklable.
 
   Attributes:
     fingerprint: hash of the arguments and of VERSION.
@@ -72,29 +72,29 @@ class WorldSource:
     shares_of_captions = dict(long_captions=long_captions, named_colors=named_colors, in_order=in_order)
     for name, share in shares_of_captions.items():
       if not 0 <= share <= 1:
-        raise UserError(f"the shapes world's {name} should be a share from 0 to 1: {share}")
+        raise UserError(f"data.shapes.{name} must be a share from 0 to 1, got {share}")
     self._long_captions, self._named_colors, self._in_order = long_captions, named_colors, in_order
     self._asked = dict.fromkeys(questions.KINDS, 1.0) | {questions.PLACE: 0.0}
     if any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in asked):
-      raise UserError(f"the shapes world's asked should hold pairs, as (('relation', 4.0),): {asked!r}")
+      raise UserError(f"data.shapes.asked must hold pairs, as (('relation', 4.0),), got {asked!r}")
     for kind, weight in asked:
       words.check("kind of question", kind, tuple(self._asked))
       if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-        raise UserError(f"the shapes world's questions of kind {kind!r} should have a weight >= 0: {weight}")
+        raise UserError(f"data.shapes.asked must give {kind!r} a weight >= 0, got {weight}")
       self._asked[kind] = weight
     if not any(self._asked[kind] for kind in ("existence", "existence_shape", "count")):
-      raise UserError("the shapes world's asked should leave existence or count, which every scene allows")
+      raise UserError(f"data.shapes.asked must leave existence or count, which every scene allows, got {asked!r}")
     shares = dict(DEFAULT_TAGS if tags is None else tags)
     words.check("task", task, TASKS)
     words.check("split", split, scenes.SPLITS)
     for tag, share in shares.items():
       words.check("tag", tag, TAGS + (SEVERAL,))
       if not 0 <= share < float("inf"):
-        raise UserError(f"the share of the shapes world's tag {tag!r} should be a number >= 0: {share}")
+        raise UserError(f"data.shapes.tags must give {tag!r} a share >= 0, got {share}")
     if not sum(shares.values()):
-      raise UserError("the shapes world's tags have no share above 0")
+      raise UserError(f"data.shapes.tags must hold a share above 0, got {shares}")
     if size < 1:
-      raise UserError(f"the size of the shapes world should be at least 1 record: {size}")
+      raise UserError(f"data.shapes.size must be at least 1 record, got {size}")
     self._task, self._size, self._seed, self._split = task, int(size), int(seed), split
     self._tags = tuple(shares)
     key = repr((VERSION, task, size, seed, split, shares, long_captions, named_colors, self._asked, in_order)).encode()
@@ -121,7 +121,7 @@ class WorldSource:
     return Record(name, (scene,), "", questions.conversation(scene, rng, self._asked))
 
   def _told(self, scene: Scene, combination: Combination, rng: Rng) -> Combination:
-    """What the first sentence says of the scene: the combination, at times with every color, or in order."""
+    """The part of the scene that the first sentence says: the combination, at times with every color, or in order."""
     things = scene.objects[: len(combination.pairs)]
     pairs = combination.pairs
     if self._named_colors and rng.random() < self._named_colors:

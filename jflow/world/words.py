@@ -1,4 +1,4 @@
-"""The words of the shapes world: how objects, counts and places are named."""
+"""The words of the world: how objects, counts and places are named."""
 
 from jflow.errors import UserError
 from jflow.world.scenes import Object
@@ -39,4 +39,4 @@ def join(parts: list[str]) -> str:
 def check(what: str, name: str, known: tuple[str, ...]) -> None:
   """Raises UserError where the world does not know a name."""
   if name not in known:
-    raise UserError(f"the shapes world has no {what} {name!r}: use one of {', '.join(known)}")
+    raise UserError(f"the world's {what} must be one of {', '.join(known)}, got {name!r}")

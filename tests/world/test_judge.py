@@ -159,7 +159,9 @@ def test_touching_objects_are_told_apart():
 MOST_LENIENT = {"uniform noise": 0.01, "random blobs": 0.05}  # share that GenEval's rules may accept; of others none
 
 
-@pytest.mark.parametrize("side, count", [(48, 30), (64, 90), (96, 30)])
+@pytest.mark.parametrize(
+  "side, count", [(64, 90), *(pytest.param(side, 30, marks=pytest.mark.soak) for side in (48, 96))]
+)
 @pytest.mark.parametrize("name", judge_figures.GARBAGE)
 def test_garbage_never_passes_the_strict_rules(name, side, count):
   prompts = world.evaluation_prompts("val", count, 0)
