@@ -85,7 +85,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
   import tiny
 
   from jflow.data.tokenizer import Tokenizer
-  from jflow.training.checkpoint import save_params
+  from jflow.interop.native import save_params
 
   path = tmp_path_factory.mktemp("tiny") / "model"
   config = {"model": tiny.CONFIG.to_dict(), "data": {"template": "plain"}}

@@ -18,6 +18,7 @@ import tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jflow.config import RunConfig
+from jflow.interop import native
 from jflow.training import checkpoint, optim
 from jflow.training.state import TrainState
 
@@ -57,7 +58,7 @@ def state() -> TrainState:
 
 def main() -> None:
   """Writes the golden checkpoint of the current format."""
-  workdir = GOLDEN / f"checkpoint_{checkpoint.FORMAT}"
+  workdir = GOLDEN / f"checkpoint_{native.FORMAT}"
   if workdir.exists():
     sys.exit(f"{workdir} exists: it is what an older jflow wrote, and stays as it is")
   checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", 1, {"versions": {"jax": jax.__version__}})

@@ -147,7 +147,7 @@ def fingerprint(directory: pathlib.Path, weights: str, vae: str | pathlib.Path |
   """
   from jflow.interop.checkpoints import workdir_of
   from jflow.interop.official import is_official
-  from jflow.training.checkpoint import MANIFEST
+  from jflow.interop.steps import MANIFEST
 
   if is_official(directory):
     files = [*directory.glob("*.json"), *directory.glob("vae/*.json"), *directory.rglob("*.safetensors")]

@@ -8,9 +8,8 @@ from flax.traverse_util import flatten_dict
 
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError, need_text_name
-from jflow.interop import official, own_layout, remote, transfer
+from jflow.interop import native, official, own_layout, remote, transfer
 from jflow.models.config import JanusFlowConfig
-from jflow.training import checkpoint
 
 
 class Checkpoint(NamedTuple):
@@ -52,7 +51,7 @@ def locate(path: str | pathlib.Path) -> pathlib.Path:
   path = remote.fetch(path) if remote.is_remote(path) else pathlib.Path(path)
   if not path.is_dir():
     raise UserError(f"checkpoint {path} is not a directory")
-  return path if official.is_official(path) else checkpoint.resolve(path)[1]
+  return path if official.is_official(path) else native.resolve(path)[1]
 
 
 def workdir_of(step_dir: pathlib.Path) -> pathlib.Path:
@@ -116,10 +115,10 @@ def _describe_own(
     settings = settings._replace(has_vae=False)
   step = locate(path)
   need_text_name("--checkpoint", step)
-  parts = checkpoint.param_shapes(step, weights)
+  parts = native.param_shapes(step, weights)
   found = {name: x for part in parts.values() for name, x in flatten_dict(part, sep="/").items()}
   if whole:
     own_layout.check_names(settings, found, step)
   own_layout.check_bytes(found, step)
-  read = lambda: checkpoint.load_params(step, weights) | (transfer.nest(given.read(None)) if given else {})
+  read = lambda: native.load_params(step, weights) | (transfer.nest(given.read(None)) if given else {})
   return Described(config, workdir / "tokenizer", words, settings.template, given is not None or settings.has_vae, read)

@@ -65,7 +65,7 @@ def _read(args: Conversion) -> tuple[Loaded, str, pathlib.Path | None]:
 def _write_jflow(output: pathlib.Path, loaded: Loaded, template: str, kept: pathlib.Path | None) -> None:
   from orbax.checkpoint import v1 as ocp
 
-  from jflow.training.checkpoint import save_params
+  from jflow.interop.native import save_params
 
   config = {"model": loaded.config.to_dict(), "data": {"template": template}, "has_vae": loaded.has_vae}
   # Orbax copies every host array before it writes, unless told that nobody changes them meanwhile, and it compresses

@@ -11,8 +11,8 @@ from typing import Any
 
 from jflow import files
 from jflow.errors import UserError
+from jflow.interop.steps import MANIFEST, sealed_steps
 from jflow.training import hosts
-from jflow.training.steps import MANIFEST, sealed_steps
 
 NAME = "data.json"
 _KINDS = {

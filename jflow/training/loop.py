@@ -22,9 +22,10 @@ from jflow.config import RunConfig
 from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped
+from jflow.interop import steps
 from jflow.models.unified import JanusFlow
 from jflow.progress import StepProgress
-from jflow.training import data_record, hosts, latents, optim, setup, steps, tracking
+from jflow.training import data_record, hosts, latents, optim, setup, tracking
 from jflow.training import workdir as workdirs
 from jflow.training.checkpoint import Checkpointer
 from jflow.training.flops import mfu

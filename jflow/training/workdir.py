@@ -14,11 +14,12 @@ from jflow import files
 from jflow.config import RunConfig
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
+from jflow.interop import steps
+from jflow.interop.native import read_config
 from jflow.models.config import JanusFlowConfig
 from jflow.sections import completed, flat
 from jflow.strict_json import Malformed
-from jflow.training import data_record, steps
-from jflow.training.checkpoint import read_config
+from jflow.training import data_record
 
 # What may differ between a run and its continuation: all else would make it another run. How a step is laid out over
 # devices and memory changes losses by rounding alone, another attention kernel by what that kernel rounds.

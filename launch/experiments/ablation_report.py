@@ -16,9 +16,9 @@ from jflow.commit import commit
 from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
 from jflow.inference.sheet import contact_sheet
+from jflow.interop.native import read_config
 from jflow.models.config import JanusFlowConfig
 from jflow.training import setup
-from jflow.training.checkpoint import read_config
 from jflow.training.metrics import read_metrics
 from jflow.world import questions, scenes
 from jflow.world import source as world

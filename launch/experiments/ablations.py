@@ -33,7 +33,7 @@ from configs import ablation, stage0, stage1
 from jflow.errors import UserError
 from jflow.evaluation import report
 from jflow.interop import checkpoints, remote
-from jflow.training.checkpoint import sealed_steps
+from jflow.interop.steps import sealed_steps
 
 NOT_ASKED = {"D": "questions", "E": "pictures"}  # what each of the two has learned; the rest is not scored
 

@@ -21,9 +21,9 @@ from jflow.cli import prepare as prepare_command
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Terminated
 from jflow.generation.flow import equations as flow
+from jflow.interop.native import save_params
 from jflow.outputs import write_json
 from jflow.training import config_files
-from jflow.training.checkpoint import save_params
 
 CONFIG = f"{tiny.ROOT}/configs/stage2.py:tiny"
 

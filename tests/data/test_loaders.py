@@ -16,7 +16,7 @@ from loading import Numbers, Work
 
 from jflow.data import processes
 from jflow.errors import Stopped, UserError
-from jflow.training import checkpoint
+from jflow.interop import native, steps
 from jflow.training.metrics import read_lines
 
 ENVIRONMENT = os.environ | {
@@ -175,7 +175,7 @@ def test_a_run_whose_loader_or_trainer_is_killed(tmp_path, compilation_cache):
       run = subprocess.Popen(command, cwd=tiny.ROOT, env=ENVIRONMENT, stdout=file, stderr=file)
     metrics = workdir / "metrics.jsonl"
     lines = lambda: metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-    ready = lambda: lines() >= until_step and checkpoint.sealed_steps(workdir / "checkpoints")
+    ready = lambda: lines() >= until_step and steps.sealed_steps(workdir / "checkpoints")
     while run.poll() is None and not ready():
       time.sleep(0.02)
     children = _children(run.pid)
@@ -187,7 +187,7 @@ def test_a_run_whose_loader_or_trainer_is_killed(tmp_path, compilation_cache):
     last = errors.read_text().splitlines()[-1]
     assert "Traceback" not in errors.read_text() and "leaked" not in errors.read_text()
     assert not said or (said in last and last.startswith("jflow: "))
-    assert checkpoint.newest_valid(workdir / "checkpoints")
+    assert native.newest_valid(workdir / "checkpoints")
     steps = [row["step"] for row in read_lines(workdir / "metrics.jsonl")]
     assert steps == list(range(1, len(steps) + 1))
     return len(steps)
@@ -200,6 +200,6 @@ def test_a_run_whose_loader_or_trainer_is_killed(tmp_path, compilation_cache):
   loader = _loaders(run.pid)[0]
   os.kill(loader, signal.SIGKILL)
   record = json.loads((workdir / "data.json").read_text())  # what the next start compares its data with
-  manifest = json.loads((checkpoint.resolve(workdir)[1] / "manifest.json").read_text())
+  manifest = json.loads((native.resolve(workdir)[1] / "manifest.json").read_text())
   assert manifest["data"] == record and [source["records"] for source in record["understanding"]] == [40]
   check(run, children, 1, f"loader process 1 of 2 (pid {loader}) was ended by SIGKILL")

@@ -14,8 +14,8 @@ from jflow.errors import UserError
 from jflow.generation.flow import equations as flow
 from jflow.generation.flow import sampler as painting
 from jflow.inference.pipeline import Pipeline, to_image
+from jflow.interop.native import save_params
 from jflow.models.unified import for_inference
-from jflow.training.checkpoint import save_params
 
 MODEL, STEPS = tiny.model(), 3
 PAINTER = for_inference(MODEL, tiny.params())

@@ -19,10 +19,10 @@ from jflow.__main__ import main
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.interop import checkpoints, official_config, own_layout
+from jflow.interop import native as own
 from jflow.interop.names import autoencoder_kl
 from jflow.models.autoencoders.kl import AutoencoderKLConfig
 from jflow.models.config import JanusFlowConfig
-from jflow.training import checkpoint as own
 
 HEAD, EMBED = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}  # a tensor of a header
@@ -50,7 +50,7 @@ def unread(monkeypatch):
     raise AssertionError("weights were read")
 
   monkeypatch.setattr("jflow.interop.safetensors_io.Checkpoint.read", read)
-  monkeypatch.setattr("jflow.training.checkpoint.load_params", read)
+  monkeypatch.setattr("jflow.interop.native.load_params", read)
 
 
 def _copy(source: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:

@@ -12,9 +12,9 @@ import tiny
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.evaluation.report import fingerprint
-from jflow.interop import remote
+from jflow.interop import native, remote
 from jflow.interop.checkpoints import locate, read_checkpoint
-from jflow.training import checkpoint
+from jflow.interop.steps import sealed_steps
 
 
 @pytest.fixture
@@ -22,11 +22,11 @@ def store(tmp_path, monkeypatch):
   """A workdir with two steps, the second without its manifest, as memory://bucket/run."""
   monkeypatch.setattr(remote.fetch, "__defaults__", (tmp_path / "cache",))
   config = {"model": tiny.DICT | {"reader": "siglip"}, "data": {"template": "plain"}}
-  checkpoint.save_params(tmp_path / "run", tiny.params(), config, Tokenizer.load(tiny.TOKENIZER))
-  (step,) = checkpoint.sealed_steps(tmp_path / "run" / "checkpoints")
+  native.save_params(tmp_path / "run", tiny.params(), config, Tokenizer.load(tiny.TOKENIZER))
   steps = tmp_path / "run" / "checkpoints"
+  (step,) = sealed_steps(steps)
   shutil.copytree(steps / str(step), steps / str(step + 7))
-  (steps / str(step + 7) / checkpoint.MANIFEST).unlink()
+  (steps / str(step + 7) / steps.MANIFEST).unlink()
   memory = fsspec.filesystem("memory")
   memory.put(str(tmp_path / "run"), "/bucket/run", recursive=True)
   yield memory, step

@@ -10,6 +10,7 @@ import tiny
 from flax.traverse_util import flatten_dict
 from golden_checkpoint import GOLDEN, STEP, params, state
 
+from jflow.interop import native
 from jflow.models.config import JanusFlowConfig
 from jflow.training import checkpoint
 
@@ -17,14 +18,14 @@ WORKDIRS = sorted(GOLDEN.glob("checkpoint_*"))
 
 
 def test_there_is_one_of_the_current_format():
-  assert [int(re.search(r"\d+$", path.name)[0]) for path in WORKDIRS] == list(range(1, checkpoint.FORMAT + 1))
+  assert [int(re.search(r"\d+$", path.name)[0]) for path in WORKDIRS] == list(range(1, native.FORMAT + 1))
 
 
 @pytest.mark.parametrize("workdir", WORKDIRS, ids=lambda path: path.name)
 def test_its_weights_and_logits_are_what_they_were(workdir):
-  found, step_dir = checkpoint.resolve(workdir)
+  found, step_dir = native.resolve(workdir)
   assert step_dir.name == str(STEP)
-  model = tiny.model(JanusFlowConfig.from_dict(checkpoint.read_config(found)["model"]))
+  model = tiny.model(JanusFlowConfig.from_dict(native.read_config(found)["model"]))
   tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12) % 48
   positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
 
@@ -35,7 +36,7 @@ def test_its_weights_and_logits_are_what_they_were(workdir):
     return apply(out.hidden, method="logits")
 
   for weights in ("ema", "raw"):
-    loaded, wanted = checkpoint.load_params(step_dir, weights), params(weights)
+    loaded, wanted = native.load_params(step_dir, weights), params(weights)
     frozen = {path for path in flatten_dict(wanted, sep="/") if path.startswith(("understanding_encoder", "vae"))}
     flat = flatten_dict(wanted, sep="/") | {p: flatten_dict(params("raw"), sep="/")[p] for p in frozen}
     got = flatten_dict(loaded, sep="/")

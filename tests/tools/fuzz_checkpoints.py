@@ -35,9 +35,8 @@ from tools.fuzz_importers import ODD, Hung, Raw, places, spoil_bytes, to_json
 import jflow
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
-from jflow.interop import names, official_config
+from jflow.interop import names, native, official_config, steps
 from jflow.models.autoencoders.kl import AutoencoderKLConfig
-from jflow.training import checkpoint
 
 SECONDS = 30  # of a try, far beyond what one takes
 MEMORY = 2**30  # bytes by which a try may let the process grow
@@ -115,7 +114,7 @@ def write_published(directory: pathlib.Path) -> None:
 def write_own(directory: pathlib.Path) -> None:
   """jflow's own layout."""
   config = {"model": tiny.CONFIG.to_dict(), "data": {"template": "plain"}, "has_vae": True}
-  checkpoint.save_params(directory, tiny.params(), config, Tokenizer.load(str(tiny.TOKENIZER)))
+  native.save_params(directory, tiny.params(), config, Tokenizer.load(str(tiny.TOKENIZER)))
 
 
 def spoil_json(rng: random.Random, value: Any) -> Any:
@@ -239,9 +238,9 @@ def spoil(rng: random.Random, directory: pathlib.Path) -> str:
   path = rng.choice(wanted[kind])
   _spoil_file(rng, path)
   step = next((parent for parent in path.parents if parent.parent.name == "checkpoints"), None)
-  if step is not None and path.name != checkpoint.MANIFEST:
-    (step / checkpoint.MANIFEST).unlink()
-    checkpoint.seal(step, {"step": int(step.name)})
+  if step is not None and path.name != steps.MANIFEST:
+    (step / steps.MANIFEST).unlink()
+    native.seal(step, {"step": int(step.name)})
   elif rng.random() < 0.05:
     shutil.copyfile(
       next(p for p in files if p.is_file()),

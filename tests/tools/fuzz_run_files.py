@@ -42,12 +42,12 @@ from jflow.data.records import RecordError
 from jflow.data.store import latents, plans, prepare, prepared
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
+from jflow.interop.steps import damage
 from jflow.training import workdir as workdirs
 from jflow.training.checkpoint import Checkpointer
 from jflow.training.goodput import Goodput, summary
 from jflow.training.metrics import Lines, read_metrics
 from jflow.training.state import TrainState
-from jflow.training.steps import damage
 
 SECONDS = 60  # of a try, far beyond what one takes
 SAVED, LAST = (2, 4, 6), 7  # steps of the run with a checkpoint, and with a line of metrics

@@ -500,7 +500,7 @@ def command() -> Iterator[tuple[str, Callable[[], str], Callable[[], None]]]:
   import tiny
 
   from jflow.data.tokenizer import Tokenizer
-  from jflow.training.checkpoint import save_params
+  from jflow.interop.native import save_params
 
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)

@@ -234,7 +234,7 @@ def random_checkpoint(directory: pathlib.Path) -> pathlib.Path:
   import tiny
 
   from jflow.data.tokenizer import Tokenizer
-  from jflow.training.checkpoint import save_params
+  from jflow.interop.native import save_params
 
   config = {"model": tiny.CONFIG.to_dict(), "data": {"template": "plain"}}
   save_params(directory, jax.tree.map(np.asarray, tiny.params()), config, Tokenizer.load(str(tiny.TOKENIZER)))

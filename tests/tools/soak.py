@@ -25,7 +25,8 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from jflow.training.checkpoint import newest_valid, sealed_steps
+from jflow.interop.native import newest_valid
+from jflow.interop.steps import sealed_steps
 from jflow.training.metrics import read_metrics
 
 STEPS, INTERVAL, WATCHDOG = 60, 4, 15

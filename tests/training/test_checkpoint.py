@@ -18,7 +18,8 @@ from orbax.checkpoint import v1 as ocp
 
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped, UserError
-from jflow.training import checkpoint, steps
+from jflow.interop import native, steps
+from jflow.training import checkpoint
 from jflow.training.checkpoint import Checkpointer
 from jflow.training.state import TrainState
 
@@ -83,7 +84,7 @@ def _files(step_dir: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _largest(step_dir: pathlib.Path) -> pathlib.Path:
-  return max((f for f in _files(step_dir) if f.name != checkpoint.MANIFEST), key=lambda f: f.stat().st_size)
+  return max((f for f in _files(step_dir) if f.name != steps.MANIFEST), key=lambda f: f.stat().st_size)
 
 
 @pytest.mark.smoke
@@ -112,21 +113,21 @@ def test_nothing_saved_is_a_fresh_start(tmp_path):
 def test_a_flipped_bit_is_found_wherever_it_is(copy):
   rng = np.random.default_rng(0)
   for number in range(64):
-    files = [f for f in _files(copy / "4") if f.name != checkpoint.MANIFEST and f.stat().st_size]
+    files = [f for f in _files(copy / "4") if f.name != steps.MANIFEST and f.stat().st_size]
     file = files[number % len(files)]
     good = file.read_bytes()
     bad = bytearray(good)
     bad[rng.integers(len(bad))] ^= 1 << rng.integers(8)
     file.write_bytes(bad)
-    why = checkpoint.damage(copy / "4")
+    why = steps.damage(copy / "4")
     assert why and str(file.relative_to(copy / "4")) in why
     file.write_bytes(good)
-  assert checkpoint.damage(copy / "4") is None
+  assert steps.damage(copy / "4") is None
 
 
 def test_a_flipped_bit_of_the_manifest_is_found_or_harmless(copy):
   """Flips in the manifest's own metadata change nothing that is restored; no flip may raise."""
-  file = copy / "4" / checkpoint.MANIFEST
+  file = copy / "4" / steps.MANIFEST
   good = file.read_bytes()
   harmless = json.loads(good)["files"]
   rng = np.random.default_rng(1)
@@ -135,7 +136,7 @@ def test_a_flipped_bit_of_the_manifest_is_found_or_harmless(copy):
     bad = bytearray(good)
     bad[place] ^= 1 << rng.integers(8)
     file.write_bytes(bad)
-    if checkpoint.damage(copy / "4"):
+    if steps.damage(copy / "4"):
       found += 1
     else:
       assert json.loads(bytes(bad))["files"] == harmless
@@ -147,19 +148,19 @@ def test_a_cut_or_missing_file_is_found(copy):
     good, name = file.read_bytes(), str(file.relative_to(copy / "4"))
     if good:
       file.write_bytes(good[: len(good) // 2])
-      assert name in checkpoint.damage(copy / "4")
+      assert name in steps.damage(copy / "4")
     file.unlink()
-    assert name in checkpoint.damage(copy / "4")
+    assert name in steps.damage(copy / "4")
     file.write_bytes(good)
-  assert checkpoint.damage(copy / "4") is None
+  assert steps.damage(copy / "4") is None
 
 
 @pytest.mark.parametrize(
   "text", ["[]", "{}", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": {"bytes": 1}}}', "null"]
 )
 def test_a_manifest_that_says_something_else_is_unreadable(copy, text):
-  (copy / "4" / checkpoint.MANIFEST).write_text(text)
-  assert checkpoint.damage(copy / "4") == "manifest.json is unreadable"
+  (copy / "4" / steps.MANIFEST).write_text(text)
+  assert steps.damage(copy / "4") == "manifest.json is unreadable"
 
 
 def test_a_damaged_step_is_passed_over_and_named(copy, capsys):
@@ -170,7 +171,7 @@ def test_a_damaged_step_is_passed_over_and_named(copy, capsys):
 
 
 def test_a_save_that_did_not_finish_is_passed_over(copy):
-  (copy / "4" / checkpoint.MANIFEST).unlink()
+  (copy / "4" / steps.MANIFEST).unlink()
   (copy / "6.orbax-checkpoint-tmp").mkdir()
   _assert_same(_restore(copy), _state(2))
   assert not list(copy.glob("*tmp*"))
@@ -210,7 +211,7 @@ def test_a_damaged_step_is_written_again(copy):
 
 def test_only_the_newest_steps_are_kept(tmp_path):
   _save(tmp_path, 1, 2, 3, 4, keep=2)
-  assert checkpoint.steps_of(tmp_path) == [4, 3]
+  assert steps.steps_of(tmp_path) == [4, 3]
 
 
 def test_what_a_kill_left_of_a_save_goes_with_the_old_steps(tmp_path):
@@ -222,7 +223,7 @@ def test_what_a_kill_left_of_a_save_goes_with_the_old_steps(tmp_path):
       steps.make_room(directory, step)
     shutil.copytree(_half(tmp_path / str(step)), directory / str(step))
   _save(directory, 6)
-  assert checkpoint.steps_of(directory) == [7, 6, 4, 1]  # 7 may be another process's, and is passed over
+  assert steps.steps_of(directory) == [7, 6, 4, 1]  # 7 may be another process's, and is passed over
   assert (directory / "1" / "trained" / "data").read_text() == "half"
 
 
@@ -245,12 +246,12 @@ def test_a_checkpoint_of_another_model_is_refused(saved):
 def test_a_slow_disk_does_not_hold_the_loop(tmp_path, monkeypatch):
   """`save` comes back while the disk is still at work; the save counts as done only with its manifest."""
   disk = threading.Event()
-  seal = checkpoint.seal
+  seal = native.seal
   monkeypatch.setattr(checkpoint, "seal", lambda *args: disk.wait(60) and seal(*args))
   checkpointer = Checkpointer(tmp_path, 10, {})
   checkpointer.save(_state(2))
   checkpointer.check()  # nothing to raise, nothing to wait for
-  assert checkpoint.newest_valid(tmp_path) is None
+  assert native.newest_valid(tmp_path) is None
   disk.set()
   checkpointer.wait()
   _assert_same(_restore(tmp_path), _state(2))
@@ -282,14 +283,14 @@ def test_the_processes_hashes_together_are_the_manifest(tmp_path):
   ):
     (step_dir / name).parent.mkdir(parents=True, exist_ok=True)
     (step_dir / name).write_text(name)
-  first = threading.Thread(target=checkpoint.seal, args=(step_dir, {"step": 8}, 0, 2))
+  first = threading.Thread(target=native.seal, args=(step_dir, {"step": 8}, 0, 2))
   first.start()
-  assert checkpoint.damage(step_dir)
-  checkpoint.seal(step_dir, {"step": 8}, 1, 2)
+  assert steps.damage(step_dir)
+  native.seal(step_dir, {"step": 8}, 1, 2)
   first.join()
-  assert checkpoint.damage(step_dir) is None and len(_files(step_dir)) == 5
+  assert steps.damage(step_dir) is None and len(_files(step_dir)) == 5
   (step_dir / "ema/ocdbt.process_1/d/b").write_text("c" * len("ema/ocdbt.process_1/d/b"))
-  assert sum(checkpoint.damage(step_dir, part, 3) is not None for part in range(3)) == 1  # one process notices
+  assert sum(steps.damage(step_dir, part, 3) is not None for part in range(3)) == 1  # one process notices
 
 
 def test_steps_that_are_kept_for_good_stay(tmp_path):
@@ -297,7 +298,7 @@ def test_steps_that_are_kept_for_good_stay(tmp_path):
   for step in (2, 4, 6, 8, 10, 12):
     checkpointer.save(_state(step))
   checkpointer.wait()
-  assert checkpoint.steps_of(tmp_path) == [12, 8, 4]
+  assert steps.steps_of(tmp_path) == [12, 8, 4]
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +332,7 @@ def test_of_an_old_step_that_is_a_link_only_the_link_goes(four, tmp_path, capsys
   before = _contents(kept), _contents(four / "best")
   _save(four, 5, 6, keep=2)
   assert sorted(p.name for p in four.iterdir()) == ["5", "6", "best"]
-  assert (_contents(kept), _contents(four / "best")) == before and checkpoint.damage(kept / "1") is None
+  assert (_contents(kept), _contents(four / "best")) == before and steps.damage(kept / "1") is None
   assert f"the link {four / '1'} is removed" in capsys.readouterr().err
 
 
@@ -339,7 +340,7 @@ def test_a_folder_of_checkpoints_may_lie_elsewhere(four, tmp_path):
   four.rename(tmp_path / "disk")
   four.symlink_to(tmp_path / "disk")
   _save(four, 5, keep=2)
-  assert checkpoint.steps_of(tmp_path / "disk") == [5, 4]
+  assert steps.steps_of(tmp_path / "disk") == [5, 4]
 
 
 @pytest.mark.parametrize("fault", ["a step that cannot be deleted", "a mount point"])
@@ -414,19 +415,19 @@ def test_a_full_disk_stops_the_run_and_names_what_is_left(copy, monkeypatch):
 
 def test_resolve_takes_a_workdir_its_folder_or_one_step(saved):
   workdir = saved.parent
-  assert checkpoint.resolve(workdir) == checkpoint.resolve(saved) == (workdir, saved / "4")
-  assert checkpoint.resolve(saved / "2") == (workdir, saved / "2")
+  assert native.resolve(workdir) == native.resolve(saved) == (workdir, saved / "4")
+  assert native.resolve(saved / "2") == (workdir, saved / "2")
 
 
 def test_resolve_says_what_is_wrong(copy):
   def refused(path: pathlib.Path, text: str) -> None:
     with pytest.raises(UserError, match=text):
-      checkpoint.resolve(path)
+      native.resolve(path)
 
   refused(copy.parent / "nowhere", "nowhere does not exist")
   refused(copy.parent.parent, "holds no checkpoints/ folder")
   refused(copy / "7", "does not exist")
-  (copy / "4" / checkpoint.MANIFEST).unlink()
+  (copy / "4" / steps.MANIFEST).unlink()
   refused(copy / "4", "the save did not finish")
   shutil.rmtree(copy / "2")
   refused(copy.parent, "holds no complete checkpoint yet")
@@ -437,7 +438,7 @@ def test_resolve_says_what_is_wrong(copy):
 def test_load_params_gives_the_averaged_or_the_raw_weights(saved):
   state = _state(4)
   for weights, trained in (("ema", state.ema), ("raw", state.trained)):
-    params = checkpoint.load_params(checkpoint.resolve(saved.parent)[1], weights)
+    params = native.load_params(native.resolve(saved.parent)[1], weights)
     assert jax.tree.all(jax.tree.map(np.array_equal, params, {**trained, **state.frozen}))
 
 
@@ -445,12 +446,12 @@ def test_a_converted_checkpoint_comes_back_and_has_no_raw_weights(tmp_path):
   params = {"a": {"b": np.arange(6, dtype=np.float32).reshape(2, 3)}}
   config = {"model": {"width": 1}, "data": {"template": "chat"}}
   workdir = tmp_path / "converted"
-  checkpoint.save_params(workdir, params, config, Tokenizer.load(tiny.TOKENIZER))
-  assert np.array_equal(checkpoint.load_params(checkpoint.resolve(workdir)[1])["a"]["b"], params["a"]["b"])
-  assert checkpoint.read_config(workdir) == config
+  native.save_params(workdir, params, config, Tokenizer.load(tiny.TOKENIZER))
+  assert np.array_equal(native.load_params(native.resolve(workdir)[1])["a"]["b"], params["a"]["b"])
+  assert native.read_config(workdir) == config
   assert Tokenizer.load(workdir / "tokenizer").vocabulary_size > 0
   with pytest.raises(UserError, match="no raw weights"):
-    checkpoint.load_params(checkpoint.resolve(workdir)[1], "raw")
+    native.load_params(native.resolve(workdir)[1], "raw")
 
 
 @pytest.mark.parametrize(
@@ -468,4 +469,4 @@ def test_a_converted_checkpoint_comes_back_and_has_no_raw_weights(tmp_path):
 def test_a_wrong_config_file_is_named(tmp_path, text, field):
   (tmp_path / "config.json").write_text(text)
   with pytest.raises(UserError, match=f"config.json.*{field}"):
-    checkpoint.read_config(tmp_path)
+    native.read_config(tmp_path)

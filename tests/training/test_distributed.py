@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jobs import TRAIN, WORKER, Job
 
-from jflow.training import checkpoint
+from jflow.interop import native
+from jflow.interop.steps import damage
 from jflow.training.metrics import read_lines
 
 REAL = (
@@ -52,9 +53,9 @@ def test_two_processes_of_two_devices_train_as_one_of_four(tmp_path, compilation
     np.testing.assert_allclose([row[name] for row in ours], [row[name] for row in theirs], rtol=1e-5)
   manifest = json.loads((two / "checkpoints" / "4" / "manifest.json").read_text())
   assert any("process_1" in name for name in manifest["files"])
-  assert checkpoint.damage(two / "checkpoints" / "4") is None
+  assert damage(two / "checkpoints" / "4") is None
   assert manifest["config"]["mesh"] == {"data": 2, "fsdp": 2, "model": 1} and manifest["commit"]
-  kernels = [checkpoint.load_params(run / "checkpoints" / "4")["generation_projector"]["kernel"] for run in (two, one)]
+  kernels = [native.load_params(run / "checkpoints" / "4")["generation_projector"]["kernel"] for run in (two, one)]
   np.testing.assert_allclose(*kernels, rtol=1e-4, atol=1e-6)
 
 
@@ -140,7 +141,7 @@ def test_a_signal_to_any_process_stops_all_after_the_same_step(tmp_path, whole, 
     assert job.codes() == [143, 143], job.said(0) + job.said(1)
     assert "the same command goes on from there" in job.said(0)
   steps = losses(run)[:, 0]
-  assert checkpoint.newest_valid(run / "checkpoints") == steps[-1] == len(steps)
+  assert native.newest_valid(run / "checkpoints") == steps[-1] == len(steps)
   with toy(tmp_path, "run", steps=int(steps[-1]) + 3, processes=1) as job:
     assert job.codes() == [0]
   np.testing.assert_array_equal(losses(run)[:, 0], np.arange(1, steps[-1] + 4))  # no step lost, none repeated
@@ -237,7 +238,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path, whole):
     last = job.said(0).splitlines()[-1]
     assert last.startswith("jflow: ") and ("cannot be written" in last or "could not be written" in last)
   # The save of step 10 may have been under way.
-  assert checkpoint.newest_valid(tmp_path / "run" / "checkpoints") in (5, 10)
+  assert native.newest_valid(tmp_path / "run" / "checkpoints") in (5, 10)
   with toy(tmp_path, "run", processes=1) as job:
     assert job.codes() == [0], job.said(0)
   np.testing.assert_array_equal(losses(tmp_path / "run"), whole)

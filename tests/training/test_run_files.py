@@ -11,7 +11,8 @@ import pytest
 from tools import fuzz_run_files as sample
 
 from jflow.errors import UserError
-from jflow.training import checkpoint, tracking
+from jflow.interop import native
+from jflow.training import tracking
 from jflow.training import workdir as workdirs
 from jflow.training.metrics import Lines, read_lines, read_metrics, wrong_metrics
 
@@ -290,14 +291,14 @@ def test_a_damaged_name_of_a_tracked_run_is_made_anew(tmp_path, content, monkeyp
 
 def test_inference_reads_what_is_whole(run):
   put(run, None, MANIFESTS[2])
-  assert checkpoint.resolve(run)[1].name == "4"
+  assert native.resolve(run)[1].name == "4"
   (run / "checkpoints" / "notes").mkdir()
   for name in ("²", "007"):
     (run / "checkpoints" / name).mkdir()
     with pytest.raises(UserError, match=f"checkpoints/{name} must be named as a step"):
-      checkpoint.resolve(run)
+      native.resolve(run)
     with pytest.raises(UserError, match="no jflow checkpoint"):
-      checkpoint.resolve(run / "checkpoints" / name)
-    assert checkpoint.resolve(run / "checkpoints" / "4")[1].name == "4"
+      native.resolve(run / "checkpoints" / name)
+    assert native.resolve(run / "checkpoints" / "4")[1].name == "4"
     (run / "checkpoints" / name).rmdir()
-  assert checkpoint.resolve(run)[1].name == "4"
+  assert native.resolve(run)[1].name == "4"

@@ -19,7 +19,8 @@ from runs import INTERVAL, STEPS, command_of, environment, train
 
 from jflow import sharding
 from jflow.errors import UserError
-from jflow.training import checkpoint, setup
+from jflow.interop import native, steps
+from jflow.training import setup
 from jflow.training.metrics import read_lines
 
 
@@ -47,7 +48,7 @@ def _losses(workdir: pathlib.Path) -> dict[int, str]:
 
 
 def _parameters(workdir: pathlib.Path, weights: str) -> dict[str, np.ndarray]:
-  return flatten_dict(checkpoint.load_params(checkpoint.resolve(workdir)[1], weights), sep="/")
+  return flatten_dict(native.load_params(native.resolve(workdir)[1], weights), sep="/")
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_stages_that_are_killed_again_and_again_equal_those_that_are_not(kills, 
       assert ours.keys() == theirs.keys()
       assert all(ours[path].tobytes() == theirs[path].tobytes() for path in ours)
     if stage < 3:
-      oldest = min(checkpoint.sealed_steps(workdir / "checkpoints"))
+      oldest = min(steps.sealed_steps(workdir / "checkpoints"))
       assert oldest < STEPS and _frozen(workdir, oldest) == _frozen(workdir, STEPS)
       assert stage == 1 or _frozen(workdir, STEPS) == _frozen(before, STEPS)
     before = workdir
@@ -125,14 +126,14 @@ def _kill(command: list[str], workdir: pathlib.Path, kind: str, steps: int) -> N
   moments = {
     "step": lambda: _stepping(workdir, at) and _lines(workdir) >= at + steps,
     "save": lambda: _stepping(workdir, at) and any("tmp" in p.name for p in (workdir / "checkpoints").glob("*")),
-    "saved": lambda: max(checkpoint.sealed_steps(workdir / "checkpoints"), default=0) > at,  # so that it gets on
+    "saved": lambda: max(steps.sealed_steps(workdir / "checkpoints"), default=0) > at,  # so that it gets on
     "hand-over": (workdir / "config.json").exists,
   }
   code, text = _interrupt(command, workdir, signal.SIGKILL, moments[kind])
   assert code == -signal.SIGKILL, text
   assert at == 0 or f"going on from step {at} " in text
   if kind == "hand-over":
-    assert not checkpoint.sealed_steps(workdir / "checkpoints") and not _lines(workdir)
+    assert not steps.sealed_steps(workdir / "checkpoints") and not _lines(workdir)
   assert _newest(workdir) >= _lines(workdir) - 2 * INTERVAL  # no more is lost than since the save before
 
 
@@ -147,7 +148,7 @@ def _stop(command: list[str], workdir: pathlib.Path) -> None:
 
 
 def _newest(workdir: pathlib.Path) -> int:
-  return (checkpoint.newest_valid(workdir / "checkpoints") if workdir.exists() else 0) or 0
+  return (native.newest_valid(workdir / "checkpoints") if workdir.exists() else 0) or 0
 
 
 def _stepping(workdir: pathlib.Path, restored: int) -> bool:
@@ -157,7 +158,7 @@ def _stepping(workdir: pathlib.Path, restored: int) -> bool:
 
 def _frozen(workdir: pathlib.Path, step: int) -> str:
   """sha256 over what stages 1 and 2 both leave as it is: SigLIP and the VAE."""
-  params = flatten_dict(checkpoint.load_params(workdir / "checkpoints" / str(step), "raw"), sep="/")
+  params = flatten_dict(native.load_params(workdir / "checkpoints" / str(step), "raw"), sep="/")
   frozen = sorted(path for path in params if path.startswith(("understanding_encoder/", "vae/")))
   return hashlib.sha256(b"".join(params[path].tobytes() for path in frozen)).hexdigest()
 
@@ -180,7 +181,7 @@ def test_what_is_frozen_has_no_optimizer_state_on_disk(stage1):
   sizes = {p: x.nbytes for p, x in _parameters(stage1, "raw").items() if p.startswith(tuple(trained))}
   from orbax.checkpoint import v1 as ocp
 
-  _, step_dir = checkpoint.resolve(stage1)
+  _, step_dir = native.resolve(stage1)
   progress = ocp.checkpointables_metadata(step_dir.absolute()).metadata["progress"]
   leaves = jax.tree.leaves(progress["optimizer"], is_leaf=lambda m: hasattr(m, "dtype"))
   moments = sum(int(np.prod(m.shape)) * 4 for m in leaves if m.shape)
@@ -200,7 +201,7 @@ def test_a_damaged_run_goes_on_without_loss_or_is_refused(runs, stage3, stage2, 
   harmed = runs / "harmed"
   shutil.copytree(stage3, harmed)
   shutil.rmtree(harmed / "checkpoints" / str(STEPS))
-  oldest = min(checkpoint.sealed_steps(harmed / "checkpoints"))
+  oldest = min(steps.sealed_steps(harmed / "checkpoints"))
   kept = shutil.move(harmed / "checkpoints" / str(oldest), runs / "kept")
   (harmed / "checkpoints" / str(oldest)).symlink_to(kept)
   text = (harmed / "metrics.jsonl").read_bytes().split(b"\n")
@@ -213,7 +214,7 @@ def test_a_damaged_run_goes_on_without_loss_or_is_refused(runs, stage3, stage2, 
   assert list(losses) == [step for step in range(1, STEPS + INTERVAL + 1) if step != 4]
   assert all(losses[step] == whole[step] for step in whole if step != 4)
   assert (harmed / "metrics.jsonl.damaged").read_bytes().startswith(b"\n".join(text))
-  assert checkpoint.damage(pathlib.Path(kept)) is None
+  assert steps.damage(pathlib.Path(kept)) is None
   for manifest in harmed.glob("checkpoints/*/manifest.json"):
     manifest.unlink()
   before = {path: path.read_bytes() for path in harmed.rglob("*") if path.is_file()}
@@ -246,7 +247,7 @@ def test_a_window_of_steps_is_traced(stage3, stage2):
 
 
 def _start(source: dict, tmp_path: pathlib.Path, model=tiny.CONFIG, **train) -> dict[str, np.ndarray]:
-  checkpoint.save_params(tmp_path / "source", source, {"model": model.to_dict(), "data": {"template": "plain"}}, None)
+  native.save_params(tmp_path / "source", source, {"model": model.to_dict(), "data": {"template": "plain"}}, None)
   config = tiny.configuration(train=dict(init_from=str(tmp_path / "source")) | train)
   params = setup.start_params(config, tiny.model(), sharding.make_mesh(1, 1, 1), None)
   return flatten_dict(jax.tree.map(np.asarray, params), sep="/")
@@ -266,7 +267,7 @@ def test_a_stage_starts_from_the_parameters_it_is_given(tmp_path):
 def test_a_part_can_come_from_another_checkpoint(tmp_path):
   other = jax.tree.map(lambda x: np.asarray(x) + 1, tiny.params())
   about = {"model": tiny.CONFIG.to_dict(), "data": {"template": "plain"}}
-  checkpoint.save_params(tmp_path / "other", other, about, None)
+  native.save_params(tmp_path / "other", other, about, None)
   parts = tuple((part, str(tmp_path / "other")) for part in ("understanding_encoder", "understanding_start"))
   got = _start(tiny.params(), tmp_path, init_parts=parts)
   for path, want in flatten_dict(tiny.params(), sep="/").items():
@@ -296,7 +297,7 @@ def test_what_no_shape_shows_is_asked_of_the_checkpoint_that_a_part_comes_from(t
   source = dict(tiny.params())
   source["understanding_encoder"] = source["understanding_encoder"] | {"patch_embed": {"kernel": np.zeros((3, 4))}}
   for name, model, params in (("other", other, tiny.params()), ("odd", tiny.CONFIG, source)):
-    checkpoint.save_params(tmp_path / name, params, {"model": model.to_dict(), "data": {"template": "plain"}}, None)
+    native.save_params(tmp_path / name, params, {"model": model.to_dict(), "data": {"template": "plain"}}, None)
   part = lambda name: (("understanding_encoder", str(tmp_path / name)),)
   _start(tiny.params(), tmp_path / "a", init_parts=part("other"))
   assert f"{tmp_path / 'other'} was made with model.understanding_encoder.gelu='{gelu}'" in capsys.readouterr().err
