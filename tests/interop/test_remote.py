@@ -14,7 +14,7 @@ from jflow.errors import UserError
 from jflow.evaluation.report import fingerprint
 from jflow.interop import native, remote
 from jflow.interop.checkpoints import locate, read_checkpoint
-from jflow.interop.steps import sealed_steps
+from jflow.interop.steps import MANIFEST, sealed_steps
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def store(tmp_path, monkeypatch):
   steps = tmp_path / "run" / "checkpoints"
   (step,) = sealed_steps(steps)
   shutil.copytree(steps / str(step), steps / str(step + 7))
-  (steps / str(step + 7) / steps.MANIFEST).unlink()
+  (steps / str(step + 7) / MANIFEST).unlink()
   memory = fsspec.filesystem("memory")
   memory.put(str(tmp_path / "run"), "/bucket/run", recursive=True)
   yield memory, step
