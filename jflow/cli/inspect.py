@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 
-import jflow
 from jflow.batch import TASKS, Batch
 from jflow.cli.arguments import Parser, whole
 from jflow.config import RunConfig
@@ -17,8 +16,6 @@ from jflow.data.store.prepared import read_summary
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.training import config_files
-
-CONFIGS = pathlib.Path(jflow.__file__).parent.parent / "configs"
 
 _EPILOG = """\
 examples
@@ -76,7 +73,7 @@ def main(argv: list[str]) -> int:
     raise UserError(
       f"unknown argument {unknown!r} beside --inspect: there are --rows, --step, --output, --config, --config.FIELD"
     )
-  args.config = args.config or str(CONFIGS / "stage2.py")
+  args.config = args.config or "stage2"
   config = config_files.load(args.config, fields)
   picture, count = render(config, args.inspect, args.rows, args.step, f"{args.inspect or args.config}")
   try:
@@ -110,7 +107,7 @@ def render(config: RunConfig, directory: str, rows: int, step: int, title: str):
     config = config.replace(data=dict(sources=sources, mixture=((0, tuple(float(name == task) for name in TASKS)),)))
     batch_size = rows
   if not config.data.tokenizer:
-    small = config_files.load(f"{CONFIGS / 'stage2.py'}:tiny").data.tokenizer
+    small = config_files.load("stage2:tiny").data.tokenizer
     print(f"jflow: no config.data.tokenizer, so {small} cuts the text", file=sys.stderr)
     config = config.replace(data=dict(tokenizer=small))
   tokenizer = Tokenizer.load(config.data.tokenizer)

@@ -23,7 +23,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-import jflow
 from jflow.batch import NONE, TASKS, RowShape
 from jflow.cli.arguments import whole
 from jflow.config import DataConfig
@@ -36,7 +35,6 @@ from jflow.errors import UserError
 from jflow.perf.timing import interleaved
 from jflow.training import config_files
 
-CONFIGS = pathlib.Path(jflow.__file__).parent.parent / "configs"
 # What one H200 would take at 42,000 tokens a second (31,800 were measured, jflow/perf/README.md): rows of 4,096 tokens, and
 # pictures in them.
 TOKENS_PER_SECOND, PICTURES_PER_SECOND = 42_000, 65
@@ -60,8 +58,8 @@ JPEGs at a fraction. cores_per_h200 is what one GPU takes at 42,000 tokens or 65
   add(
     "--config",
     metavar="FILE[:SIZE]",
-    default=str(CONFIGS / "stage2.py"),
-    help="row and picture sizes (default stage2, 384)",
+    default="stage2",
+    help="row and picture sizes (default %(default)s, 384)",
   )
   add(
     "--input",
@@ -91,7 +89,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       raise UserError(f"--{name}={getattr(args, name)} should be at least 1")
   config = config_files.load(args.config)
   if not config.data.tokenizer:  # of a size that has none of its own
-    small = config_files.load(f"{CONFIGS / 'stage2.py'}:tiny")
+    small = config_files.load("stage2:tiny")
     config = config.replace(data=dict(tokenizer=small.data.tokenizer))
   model, data = config.model, config.data
   shape = RowShape(data.row_tokens, data.row_images, model.patches, model.image_size)

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-import jflow
 from jflow import chips, sharding
 from jflow.cli import flags
 from jflow.cli.arguments import whole
@@ -28,7 +27,6 @@ from jflow.models.unified import JanusFlow
 from jflow.perf.timing import spread
 from jflow.training import config_files, setup
 
-ROOT = pathlib.Path(jflow.__file__).parent.parent
 _SHARD = 2**31
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1}  # relative L2 error between the frameworks, after all steps
 
@@ -40,8 +38,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   add(
     "--config",
     metavar="FILE[:SIZE]",
-    default=str(ROOT / "configs" / "stage3.py") + ":mid",
-    help="random weights of this size (default stage3.py:mid; :384 is the paper's model)",
+    default="stage3:mid",
+    help="random weights of this size (default %(default)s; :384 is the paper's model)",
   )
   add(
     "--versus",
@@ -61,7 +59,7 @@ def open_pipeline(args: argparse.Namespace) -> Pipeline:
   config = config_files.load(args.config)
   dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
   model = JanusFlow(config.model, dtype, remat="none", unroll=1, attention="xla")
-  tokenizer = Tokenizer.load(str(ROOT / "configs" / "tokenizer"))
+  tokenizer = Tokenizer.load(config_files.load("stage3:tiny").data.tokenizer)
   return Pipeline(model, random_params(model), tokenizer, "chat")
 
 

@@ -3,8 +3,8 @@
 A file is loaded without a change to where Python looks for modules.
 
 The folder of a config is not on the import path: what lies beside it never stands in for an installed module. A config
-reaches its siblings by the name of their folder (`from configs import base` in a folder "configs"), as long as nothing
-that is installed has that name, or relatively (`from . import base`).
+reaches its siblings by the name of their folder (`from mine import base` in a folder "mine"), as long as nothing that is
+installed has that name, or relatively (`from . import base`); and those that come with jflow (`from configs import base`).
 """
 
 import contextlib
@@ -22,11 +22,13 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+import jflow
 from jflow.config import RunConfig
 from jflow.errors import UserError
 from jflow.models.config import JanusFlowConfig
 from jflow.training import overrides
 
+SHIPPED = (pathlib.Path(jflow.__file__).parent / "configs").resolve()  # a link in the tree, a folder in a wheel
 _PACKAGE = "jflow_config"  # the package that a config file is loaded in, for what it imports relatively
 _INSTALLED = {"site-packages", "dist-packages"}
 
@@ -35,7 +37,7 @@ def load(named: str, arguments: Sequence[str] = ()) -> RunConfig:
   """Reads the config that a command line names, with the fields that it sets.
 
   Args:
-    named: FILE or FILE:SIZE.
+    named: FILE or FILE:SIZE, or the name of a config that comes with jflow in place of its file: stage2:tiny.
     arguments: --config.FIELD=VALUE, as `overrides.apply` takes them.
 
   Raises:
@@ -86,8 +88,20 @@ def _split(named: str) -> tuple[pathlib.Path, list[str]]:
     with contextlib.suppress(OSError, ValueError):  # a name that is too long, or that no file can have
       if path and pathlib.Path(path).is_file():
         return pathlib.Path(path), [":".join(parts[count:])] if count < len(parts) else []
+  name, colon, size = named.partition(":")
+  if file := _shipped().get(name.removeprefix("configs/").removesuffix(".py")):
+    return file, [size] if colon else []
   named = (named.rpartition(":")[0] or named)[:300].encode("unicode_escape").decode()  # one line, whatever is in it
-  raise UserError(f"config file {named or repr('')} does not exist: give its path, as in configs/stage2.py:tiny")
+  raise UserError(
+    f"config file {named or repr('')} does not exist: give its path, or the name of one that comes with jflow "
+    f"({', '.join(sorted(_shipped()))}), as in stage2:tiny"
+  )
+
+
+def _shipped() -> dict[str, pathlib.Path]:
+  """The configs that come with jflow, by name: stage2, ..."""
+  files = {path.relative_to(SHIPPED).with_suffix("").as_posix(): path for path in SHIPPED.rglob("*.py")}
+  return {name: path for name, path in files.items() if "\ndef get_config(" in path.read_text(encoding="utf-8")}
 
 
 def _check_size(file: pathlib.Path, function: Callable[..., Any], size: Sequence[str]) -> None:
@@ -148,10 +162,13 @@ class _Siblings(importlib.abc.MetaPathFinder):
   def __init__(self, folder: pathlib.Path):
     self.folder = folder
     self._places = {_PACKAGE: [str(folder)]}
-    if folder.name and not _is_taken(folder.name):
-      found = PathFinder.find_spec(folder.name)  # say "configs" in the working directory
-      others = list(found.submodule_search_locations or ()) if found else []
-      self._places[folder.name] = list(dict.fromkeys([str(folder), *others]))
+    inside = folder == SHIPPED or SHIPPED in folder.parents  # those mean their own "configs", whoever else has one
+    for name in filter(None, dict.fromkeys((folder.name, SHIPPED.name))):
+      if inside or not _is_taken(name):
+        found = PathFinder.find_spec(name)  # say "configs" in the working directory
+        others = list(found.submodule_search_locations or ()) if found else []
+        places = [str(folder)] * (name == folder.name) + others + [str(SHIPPED)] * (name == SHIPPED.name)
+        self._places[name] = list(dict.fromkeys(places))
 
   @contextlib.contextmanager
   def in_reach(self) -> Iterator[None]:

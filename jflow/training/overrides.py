@@ -57,17 +57,16 @@ def _pairs(values: dict[str, Any], arguments: list[str]) -> Iterator[tuple[str, 
 
 def _place(values: dict[str, Any], path: str, argument: str) -> tuple[dict[str, Any], str]:
   """Returns the section that holds the field of a dotted path, and the field's name there."""
-  where: Any = values
-  *sections, last = path.split(".")
-  for depth, name in enumerate((*sections, last)):
-    if not isinstance(where, Mapping):
-      raise UserError(
-        f"unknown field {shown(name)} ({argument}): {'.'.join(sections[:depth])} is a field and no section"
-      )
+  section, where = values, values
+  parts = path.split(".")
+  for depth, name in enumerate(parts):
+    if not isinstance(where, dict):
+      above = ".".join(parts[:depth])
+      raise UserError(f"unknown field {shown(name)} ({argument}): {above} is a field and no section")
     if name not in where:
       raise UserError(f"unknown field {shown(name)} ({argument}){_meant(values, path)}")
     section, where = where, where[name]
-  return section, last
+  return section, parts[-1]
 
 
 def _meant(values: dict[str, Any], path: str) -> str:

@@ -11,7 +11,7 @@ from jflow.errors import UserError
 from jflow.perf import data
 
 SHAPE = RowShape(tokens=4096, images=7, image_patches=576, image_size=384)
-TINY = f"--config={data.CONFIGS / 'stage2.py'}:tiny"
+TINY = "--config=stage2:tiny"
 
 
 def test_the_report_compares_loop_and_pipeline_on_the_same_pictures(tmp_path, capsys):
