@@ -48,7 +48,7 @@ class TensorBoard:
 class WeightsAndBiases:
   """A run of the project `log.wandb`; a restart goes on in the same run."""
 
-  def __init__(self, workdir: pathlib.Path, project: str, config: RunConfig):
+  def __init__(self, workdir: pathlib.Path, project: str, config: Mapping[str, Any]):
     import wandb
 
     self._wandb = wandb
@@ -58,7 +58,7 @@ class WeightsAndBiases:
       id=_run_id(workdir / "wandb_id"),
       resume="allow",
       dir=str(workdir),
-      config=config.to_dict(),
+      config=dict(config),
     )
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -110,7 +110,7 @@ def trackers(config: RunConfig, workdir: pathlib.Path) -> list[Any]:
   if log.tensorboard:
     opened.append(TensorBoard(workdir))
   if log.wandb:
-    opened.append(WeightsAndBiases(workdir, log.wandb, config))
+    opened.append(WeightsAndBiases(workdir, log.wandb, config.to_dict()))
   return opened
 
 
