@@ -1,8 +1,12 @@
-"""The fields of a request's JSON, taken one by one, and the error that a wrong one gets."""
+"""The fields of a request's JSON, checked by pydantic, and the error that a wrong one gets."""
 
 import http
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Self
+
+import pydantic
+from pydantic import AfterValidator
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 # What an error's "code" says where its raiser names none; another status gets its HTTP phrase.
 _CODES = {
@@ -16,14 +20,19 @@ _CODES = {
   500: "server_error",
   504: "timeout",
 }
+# What a value of another type should be, by the type of pydantic's error.
 _KINDS = {
-  list: "a list",
-  dict: "an object",
-  str: "a text",
-  bool: "true or false",
-  int: "a whole number",
-  float: "a number",
+  "list_type": "a list",
+  "dict_type": "an object",
+  "model_type": "an object",
+  "string_type": "a text",
+  "bool_type": "true or false",
+  "int_type": "a whole number",
+  "float_type": "a number",
+  "finite_number": "a finite number",
 }
+# How a bound reads, by the name that it has in the context of an error.
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 class ApiError(Exception):
@@ -49,111 +58,91 @@ class ApiError(Exception):
     return {"error": {"message": self.message, "type": kind, "param": self.field, "code": self.code}}
 
 
-class Fields:
-  """Takes the fields of an object one by one; what nobody took is refused at the end.
+class Strict(pydantic.BaseModel):
+  """An object whose fields are all known and of their JSON type: true is no number, 1.0 no whole one, "1" none at all.
 
   Null counts as left out, in every object.
   """
 
-  def __init__(self, value: Any, where: str = ""):
-    """Args: `value` as JSON gave it, and `where` it stands in the request ("" is the top).
+  model_config = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    Raises:
-      ApiError: it is no object.
-    """
+  @pydantic.model_validator(mode="before")
+  @classmethod
+  def _without_null(cls, value: Any) -> Any:
     if not isinstance(value, dict):
-      message = f"{where or 'the body'} must be an object, got {shown(value)}"
-      raise ApiError(400, message, where or None, code="invalid_type")
-    self._where = where
-    self._rest = {name: x for name, x in value.items() if x is not None}
+      return value
+    given = {name: x for name, x in value.items() if x is not None}
+    for name in [name for name in given if name not in cls.model_fields][1:]:
+      del given[name]  # one error of an unknown field is enough, where a client sends a hundred thousand
+    return given
 
-  def path(self, name: str) -> str:
-    """A field as the request's author would name it."""
-    return f"{self._where}.{name}" if self._where else name
-
-  def refuse(self, name: str, message: str, code: str | None = None) -> ApiError:
-    """The error of a field; `message` goes on after its name."""
-    return ApiError(400, f"{self.path(name)} {message}", self.path(name), code=code)
-
-  def take(self, name: str, kind: type, default: Any = ...) -> Any:
-    """A field of one JSON type. true is no number, 1.0 is no whole one, and "1" is none at all."""
-    value = self._rest.pop(name, None)
-    if value is None:
-      if default is ...:
-        raise self.refuse(name, "is missing", "missing_required_parameter")
-      return default
-    if not is_kind(value, kind):
-      raise self.refuse(name, f"must be {_KINDS[kind]}, got {shown(value)}", "invalid_type")
-    return value
-
-  def any(self, name: str) -> Any:
-    """A field of any type; None where it is left out."""
-    return self._rest.pop(name, None)
-
-  def integer(self, name: str, default: int | None, low: int, high: int) -> int | None:
-    """A whole number in [low, high]."""
-    value = self.take(name, int, default)
-    if value is not default and not low <= value <= high:
-      raise self.refuse(name, f"must be a whole number from {low} to {high}, got {shown(value)}")
-    return value
-
-  def number(self, name: str, default: float, low: float, high: float) -> float:
-    """A number in [low, high]."""
-    value = self.take(name, float, default)
-    if not low <= value <= high:
-      raise self.refuse(name, f"must be a number from {low:g} to {high:g}, got {shown(value)}")
-    return float(value)
-
-  def choice(self, name: str, values: Sequence[str], default: Any = ...) -> str:
-    """One of some texts."""
-    value = self.take(name, str, default)
-    if value is not default and value not in values:
-      raise self.refuse(name, f"must be one of {', '.join(values)}, got {shown(value)}")
-    return value
-
-  def ignore(self, harmless: Mapping[str, type | Sequence[Any]]) -> None:
-    """Drops fields that ask for nothing which is missing here.
-
-    Args:
-      harmless: name -> the type that every value may have, or the only values that ask for nothing.
+  @classmethod
+  def parse(cls, body: Any) -> Self:
+    """The body of a request.
 
     Raises:
-      ApiError: another value: what it asks for would not be in the answer.
+      ApiError: 400, of the first field that is wrong.
     """
-    for name, allowed in harmless.items():
-      if isinstance(allowed, type):
-        self.take(name, allowed, None)
-        continue
-      value = self.any(name)
-      given = {k: x for k, x in value.items() if x is not None} if isinstance(value, dict) else value
-      if given is not None and not any(_equal(given, x) for x in allowed):
-        raise self.refuse(name, f"is not supported: leave it out ({shown(value)})", "unsupported_value")
-
-  def end(self) -> None:
-    """Raises ApiError for a field that is not known: a typo should not be taken for a wish."""
-    if self._rest:
-      name = next(iter(self._rest))
-      at = f" of {self._where}" if self._where else ""
-      message = f"the field {shown(name)}{at} is not known: leave it out"
-      raise ApiError(400, message, self.path(name[:80]), code="unknown_parameter")
+    try:
+      return cls.model_validate(body)
+    except pydantic.ValidationError as error:
+      raise _refused(error.errors(include_url=False)[0]) from None
 
 
-def is_kind(value: Any, kind: type) -> bool:
-  """Whether a value has a JSON type; `float` stands for any number."""
-  if isinstance(value, bool):
-    return kind is bool
-  return isinstance(value, (int, float) if kind is float else kind)
+def only(*values: Any) -> Any:
+  """The type of a field whose listed values ask for nothing that is missing here; any other is refused.
+
+  Without values, whatever it says asks for something.
+  """
+
+  def check(value: Any) -> Any:
+    given = {k: x for k, x in value.items() if x is not None} if isinstance(value, dict) else value
+    if any(type(given) is type(x) and given == x for x in values):  # true is not 1, nor 1 a 1.0
+      return value
+    raise refuse(f"is not supported: leave it out ({shown(value)})", "unsupported_value")
+
+  return Annotated[Any, AfterValidator(check)]
+
+
+def refuse(message: str, code: str = "invalid_value") -> PydanticCustomError:
+  """The error of a field, to be raised by its validator; `message` goes on after its name."""
+  return PydanticCustomError(code, "{message}", {"message": message})
+
+
+def place(where: Sequence[str | int]) -> str:
+  """A field as the request's author would name it: messages[0].content."""
+  text = "".join(f"[{x}]" if isinstance(x, int) else f".{x[:80]}" for x in where)
+  return text.removeprefix(".")
+
+
+def _refused(error: ErrorDetails) -> ApiError:
+  """The first thing that pydantic found wrong, in our words."""
+  kind, context = error["type"], error.get("ctx", {})
+  where, value, code = error["loc"], error["input"], "invalid_value"
+  if kind == "extra_forbidden":  # a typo should not be taken for a wish
+    *parents, name = where
+    at = f" of {place(parents)}" if parents else ""
+    message = f"the field {shown(name)}{at} is not known: leave it out"
+    return ApiError(400, message, place(where), code="unknown_parameter")
+  if kind == "missing":
+    message, code = "is missing", "missing_required_parameter"
+  elif kind in _KINDS:
+    message, code = f"must be {_KINDS[kind]}, got {shown(value)}", "invalid_type"
+  elif "message" in context:
+    message, code = context["message"], kind
+  elif bounds := [f"{words} {context[name]}" for name, words in _BOUNDS.items() if name in context]:
+    message = f"must be {bounds[0]}, got {shown(value)}"
+  else:
+    expected = context.get("expected") or " ".join(error["msg"].split())
+    message = f"must be {expected}, got {shown(value)}"
+  field = place(where)
+  return ApiError(400, f"{field or 'the body'} {message}", field or None, code=code)
 
 
 def shown(value: Any) -> str:
   """A value in a message: short, whatever a client sent."""
   if isinstance(value, (list, dict)):
-    return _KINDS[type(value)]
+    return "a list" if isinstance(value, list) else "an object"
   if value is None or isinstance(value, bool):
     return {None: "null", True: "true", False: "false"}[value]
   return repr(value[:40] if isinstance(value, str) else value)[:60]
-
-
-def _equal(value: Any, wanted: Any) -> bool:
-  """Equality in which true is not 1, nor 1 a 1.0."""
-  return type(value) is type(wanted) and value == wanted

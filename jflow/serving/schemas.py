@@ -5,11 +5,14 @@ answer, or a value that stands for what is done anyway. What jflow does not comp
 """
 
 import hashlib
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, WrapValidator
 
 from jflow.generation.flow.equations import SOLVERS
 from jflow.serving import data_uri
-from jflow.serving.fields import ApiError, Fields, shown
+from jflow.serving.fields import ApiError, Strict, only, place, refuse, shown
 
 # Stands for an image inside the text of a turn. No text may hold it.
 IMAGE_MARK = "\x00"
@@ -19,66 +22,6 @@ MAX_STEPS = 200
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 1000  # characters
 SEEDS = 2**32  # of the model: a key keeps 32 bits
-
-_ZERO = (0, 0.0)
-# Who asks, and how to bill, keep and cache it.
-_HINTS = {
-  "user": str,
-  "metadata": dict,
-  "safety_identifier": str,
-  "store": (False,),
-  "service_tier": ("auto", "default"),
-  "prompt_cache_key": str,
-  "prompt_cache_retention": str,
-  "prompt_cache_options": dict,
-}
-_CHAT_IGNORED = _HINTS | {
-  "n": (1,),
-  "frequency_penalty": _ZERO,
-  "presence_penalty": _ZERO,
-  "logit_bias": ({},),
-  "logprobs": (False,),
-  "top_logprobs": (0,),
-  "modalities": (["text"],),
-  "response_format": ({"type": "text"},),
-  "reasoning_effort": ("none",),
-  "verbosity": ("medium",),
-  # Nothing can be called where no tools are given.
-  "tools": ([],),
-  "tool_choice": ("none", "auto"),
-  "parallel_tool_calls": bool,
-  "functions": ([],),
-  "function_call": ("none", "auto"),
-  # Of the public API, and not computed here whatever they say.
-  "audio": (),
-  "prediction": (),
-  "web_search_options": (),
-  "moderation": (),
-}
-_PAINTING_IGNORED = _HINTS | {
-  "quality": ("auto", "standard"),
-  "background": ("auto", "opaque"),
-  "moderation": ("auto", "low"),
-  "stream": (False,),
-  "partial_images": (0,),
-  "output_format": ("png",),
-  "output_compression": (100,),
-  "style": (),
-  "complexity": (),
-  "frame_count": (),
-  "frame_duration_ms": (),
-  "svg": (),
-}
-_MESSAGE_IGNORED = {
-  "name": str,  # the templates have no place for it
-  "tool_calls": ([],),
-  "function_call": (),
-  "audio": (),
-  "refusal": ("",),
-  "annotations": ([],),
-}
-_PART_IGNORED = {"prompt_cache_breakpoint": dict}
-_DETAILS = ("auto", "low", "high", "original")  # a model reads every picture at one size, the largest it has
 
 
 class Chat(NamedTuple):
@@ -114,6 +57,153 @@ class Painting(NamedTuple):
   settings: Settings
 
 
+def _stops(value: Any) -> tuple[str, ...]:
+  """The sequences that end an answer."""
+  stops = [value] if isinstance(value, str) else value
+  if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+    raise refuse(f"must be a text or a list of texts, got {shown(value)}", "invalid_type")
+  if len(stops) > MAX_STOPS:
+    raise refuse(f"must be at most {MAX_STOPS} texts, got {len(stops)}")
+  if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
+    raise refuse(f"must be texts of 1 to {MAX_STOP_LENGTH} characters")
+  return tuple(stops)
+
+
+def _guidance(value: float) -> float:
+  if 0 < value < 1:
+    raise refuse(f"must be at least 1 (1: none), or 0 (ignore the prompt), got {value:g}")
+  return value
+
+
+def _prompt(value: str) -> str:
+  if not value.strip():
+    raise refuse("is empty: say what to paint")
+  return value
+
+
+_Limit = Annotated[int, Field(ge=1, le=2**31 - 1)]
+_Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+
+
+class _Hints(Strict):
+  """Who asks, and how to bill, keep and cache it."""
+
+  user: str = ""
+  metadata: dict[str, Any] = {}
+  safety_identifier: str = ""
+  store: only(False) = None
+  service_tier: only("auto", "default") = None
+  prompt_cache_key: str = ""
+  prompt_cache_retention: str = ""
+  prompt_cache_options: dict[str, Any] = {}
+
+
+class _Image(Strict):
+  """Where a picture is."""
+
+  url: str
+  # A model reads every picture at one size, the largest it has.
+  detail: Literal["auto", "low", "high", "original"] = "auto"
+
+
+class _Part(Strict):
+  """A piece of a message: what its type names."""
+
+  type: Literal["text", "image_url"]
+  text: str = None
+  image_url: Annotated[_Image, BeforeValidator(lambda x: {"url": x} if isinstance(x, str) else x)] = None
+  prompt_cache_breakpoint: dict[str, Any] = {}
+
+
+def _text_or_parts(value: Any, parts: Callable[[Any], list[_Part]]) -> str | list[_Part]:
+  if isinstance(value, str):
+    return value
+  if not isinstance(value, list):
+    raise refuse(f"must be a text or a list of parts, got {shown(value)}", "invalid_type")
+  return parts([{"type": "text", "text": x} if isinstance(x, str) else x for x in value])
+
+
+class _Message(Strict):
+  """A turn of a conversation."""
+
+  role: Literal["system", "developer", "user", "assistant"]
+  content: Annotated[list[_Part], Field(fail_fast=True), WrapValidator(_text_or_parts)] = None
+  name: str = ""  # the templates have no place for it
+  tool_calls: only([]) = None
+  function_call: only() = None
+  audio: only() = None
+  refusal: only("") = None
+  annotations: only([]) = None
+
+
+class _StreamOptions(Strict):
+  include_usage: bool = False
+  include_obfuscation: only(False) = None
+
+
+class _ChatBody(_Hints):
+  """The body of /v1/chat/completions."""
+
+  model: str = ""
+  messages: Annotated[list[_Message], Field(fail_fast=True)]
+  max_tokens: _Limit = None
+  max_completion_tokens: _Limit = None
+  temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+  top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+  seed: _Seed = None
+  stop: Annotated[Any, PlainValidator(_stops)] = ()
+  stream: bool = False
+  stream_options: _StreamOptions = _StreamOptions()
+  n: only(1) = None
+  frequency_penalty: only(0, 0.0) = None
+  presence_penalty: only(0, 0.0) = None
+  logit_bias: only({}) = None
+  logprobs: only(False) = None
+  top_logprobs: only(0) = None
+  modalities: only(["text"]) = None
+  response_format: only({"type": "text"}) = None
+  reasoning_effort: only("none") = None
+  verbosity: only("medium") = None
+  # Nothing can be called where no tools are given.
+  tools: only([]) = None
+  tool_choice: only("none", "auto") = None
+  parallel_tool_calls: bool = False
+  functions: only([]) = None
+  function_call: only("none", "auto") = None
+  # Of the public API, and not computed here whatever they say.
+  audio: only() = None
+  prediction: only() = None
+  web_search_options: only() = None
+  moderation: only() = None
+
+
+class _PaintingBody(_Hints):
+  """The body of /v1/images/generations."""
+
+  model: str = ""
+  prompt: Annotated[str, AfterValidator(_prompt)]
+  n: Annotated[int, Field(ge=1, le=MAX_PICTURES)] = 1
+  size: str = "auto"
+  response_format: str = "b64_json"
+  steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 30
+  guidance: Annotated[float, Field(ge=0, le=1000), AfterValidator(_guidance)] = 2.0
+  solver: Literal[tuple(SOLVERS)] = "euler"
+  shift: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+  seed: _Seed = None
+  quality: only("auto", "standard") = None
+  background: only("auto", "opaque") = None
+  moderation: only("auto", "low") = None
+  stream: only(False) = None
+  partial_images: only(0) = None
+  output_format: only("png") = None
+  output_compression: only(100) = None
+  style: only() = None
+  complexity: only() = None
+  frame_count: only() = None
+  frame_duration_ms: only() = None
+  svg: only() = None
+
+
 def parse_chat(body: dict[str, Any], model: str) -> Chat:
   """A request for /v1/chat/completions.
 
@@ -124,23 +214,22 @@ def parse_chat(body: dict[str, Any], model: str) -> Chat:
   Raises:
     ApiError: what is wrong, with the field's name.
   """
-  fields = _of_model(body, model)
-  fields.ignore(_CHAT_IGNORED)
-  turns, images, image_fields = _conversation(fields.take("messages", list))
-  limits = [fields.integer(name, None, 1, 2**31 - 1) for name in ("max_tokens", "max_completion_tokens")]
-  temperature = fields.number("temperature", 0.0, 0.0, 2.0)
-  top_p = fields.number("top_p", 1.0, 0.0, 1.0)
-  if top_p == 0:
-    raise fields.refuse("top_p", "must be above 0, and at most 1, got 0")
-  seed, stop = _seed(fields), _stop(fields)
-  stream = fields.take("stream", bool, False)
-  options = Fields(fields.take("stream_options", dict, {}), "stream_options")
-  include_usage = options.take("include_usage", bool, False)
-  options.ignore({"include_obfuscation": (False,)})
-  options.end()
-  fields.end()
-  most = min((x for x in limits if x is not None), default=512)
-  return Chat(turns, images, image_fields, most, temperature, top_p, seed, stream, include_usage, stop)
+  given = _ChatBody.parse(body)
+  _check_model(given, model)
+  turns, images = _conversation(given.messages)
+  most = min((x for x in (given.max_tokens, given.max_completion_tokens) if x is not None), default=512)
+  return Chat(
+    turns,
+    list(images.values()),
+    list(images),
+    most,
+    float(given.temperature),
+    float(given.top_p),
+    given.seed,
+    given.stream,
+    given.stream_options.include_usage,
+    given.stop,
+  )
 
 
 def parse_painting(body: dict[str, Any], model: str, image_size: int) -> Painting:
@@ -149,25 +238,16 @@ def parse_painting(body: dict[str, Any], model: str, image_size: int) -> Paintin
   Raises:
     ApiError: what is wrong, with the field's name.
   """
-  fields = _of_model(body, model)
-  fields.ignore(_PAINTING_IGNORED)
-  prompt = fields.take("prompt", str)
-  if not prompt.strip():
-    raise fields.refuse("prompt", "is empty: say what to paint")
-  count = fields.integer("n", 1, 1, MAX_PICTURES)
-  fields.choice("size", (f"{image_size}x{image_size}", "auto"), None)
-  if fields.take("response_format", str, "b64_json") != "b64_json":
-    raise fields.refuse("response_format", "must be b64_json: no picture is kept to link to")
-  guidance = fields.number("guidance", 2.0, 0.0, 1000.0)
-  if 0 < guidance < 1:
-    message = f"must be at least 1 (1: none), or 0 (ignore the prompt), got {guidance:g}"
-    raise fields.refuse("guidance", message)
-  solver = fields.choice("solver", tuple(SOLVERS), "euler")
-  shift = fields.number("shift", 1.0, 0.01, 100.0)
-  settings = Settings(fields.integer("steps", 30, 1, MAX_STEPS), guidance, solver, shift)
-  seed = _seed(fields, count)
-  fields.end()
-  return Painting(prompt, count, seed, settings)
+  given = _PaintingBody.parse(body)
+  _check_model(given, model)
+  if given.size not in (f"{image_size}x{image_size}", "auto"):
+    raise ApiError(400, f"size must be one of {image_size}x{image_size}, auto, got {shown(given.size)}", "size")
+  if given.response_format != "b64_json":
+    raise ApiError(400, "response_format must be b64_json: no picture is kept to link to", "response_format")
+  if given.seed is not None and given.seed + given.n > 2**64:  # the pictures take the seeds that follow
+    raise ApiError(400, f"seed must be at most {2**64 - given.n}, got {given.seed}", "seed")
+  settings = Settings(given.steps, float(given.guidance), given.solver, float(given.shift))
+  return Painting(given.prompt, given.n, given.seed, settings)
 
 
 def fold_seed(seed: int) -> int:
@@ -180,12 +260,9 @@ def fold_seed(seed: int) -> int:
   return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest())
 
 
-def _of_model(body: dict[str, Any], model: str) -> Fields:
-  """The fields of a request for this model."""
-  fields = Fields(body)
-  if (named := fields.take("model", str, model)) != model:
-    raise no_model(named, model)
-  return fields
+def _check_model(given: _ChatBody | _PaintingBody, model: str) -> None:
+  if "model" in given.model_fields_set and given.model != model:
+    raise no_model(given.model, model)
 
 
 def no_model(named: str, model: str) -> ApiError:
@@ -194,80 +271,54 @@ def no_model(named: str, model: str) -> ApiError:
   return ApiError(404, message, "model", code="model_not_found")
 
 
-def _seed(fields: Fields, count: int = 1) -> int | None:
-  """The seed of the first of `count` results; each has to be one that can be asked for."""
-  return fields.integer("seed", None, -(2**63), 2**64 - count)
-
-
-def _stop(fields: Fields) -> tuple[str, ...]:
-  """The sequences that end an answer."""
-  value = fields.any("stop")
-  stops = [value] if isinstance(value, str) else [] if value is None else value
-  if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-    raise fields.refuse("stop", f"must be a text or a list of texts, got {shown(value)}", "invalid_type")
-  if len(stops) > MAX_STOPS:
-    raise fields.refuse("stop", f"must be at most {MAX_STOPS} texts, got {len(stops)}")
-  if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
-    raise fields.refuse("stop", f"must be texts of 1 to {MAX_STOP_LENGTH} characters")
-  return tuple(stops)
-
-
-def _conversation(messages: list[Any]) -> tuple[list[dict[str, str]], list[bytes], list[str]]:
-  """Turns with marks for their images, the images, and where these stand."""
+def _conversation(messages: list[_Message]) -> tuple[list[dict[str, str]], dict[str, bytes]]:
+  """Turns with marks for their images, and the images by where they stand."""
   turns: list[dict[str, str]] = []
   images: dict[str, bytes] = {}
-  for i, value in enumerate(messages):
-    message = Fields(value, f"messages[{i}]")
-    role = message.choice("role", ("system", "developer", "user", "assistant"))
-    message.ignore(_MESSAGE_IGNORED)
-    text = _content(message, role, images)
-    message.end()
-    turns.append({"role": role, "content": text})
-  return turns, list(images.values()), list(images)
+  for i, message in enumerate(messages):
+    turns.append({"role": message.role, "content": _content(message, ("messages", i, "content"), images)})
+  return turns, images
 
 
-def _content(message: Fields, role: str, images: dict[str, bytes]) -> str:
+def _content(message: _Message, where: tuple[str | int, ...], images: dict[str, bytes]) -> str:
   """The text of a message, each part on its own line; an image leaves its mark, and its bytes in `images`."""
-  content = message.any("content")
-  if content is None and role == "assistant":
-    return ""
-  if content is None:
-    raise message.refuse("content", "is missing", "missing_required_parameter")
-  if not isinstance(content, (str, list)):
-    wrong = f"must be a text or a list of parts, got {shown(content)}"
-    raise message.refuse("content", wrong, "invalid_type")
+  content = message.content
+  if content is None and message.role != "assistant":
+    raise _missing(place(where))
+  if content is None or isinstance(content, str):
+    return _text(content or "", message.role, place(where))
   out = ""
-  for i, value in enumerate([content] if isinstance(content, str) else content):
-    where = message.path("content" if isinstance(content, str) else f"content[{i}]")
-    part = Fields({"type": "text", "text": value} if isinstance(value, str) else value, where)
-    kind = part.choice("type", ("text", "image_url"))
-    if kind == "text":
-      text = part.take("text", str)
-      if role == "assistant":
-        text = text.replace(IMAGE_MARK, "\ufffd")  # a model may say it, and its answer comes back
-      if IMAGE_MARK in text:
-        raise ApiError(400, f"{where} must be a text without NUL characters", where)
-      out += ("\n" if out else "") + text
-    elif role != "user":
-      raise ApiError(400, f"{where} must be a text: only a user's message can show an image", where)
+  for i, part in enumerate(content):
+    field = place((*where, i))
+    if getattr(part, part.type) is None:
+      raise _missing(f"{field}.{part.type}")
+    if part.text is not None and part.image_url is not None:
+      raise ApiError(400, f"{field} must be a text or a picture, and not both", field)
+    if part.type == "text":
+      out += ("\n" if out else "") + _text(part.text, message.role, field)
+    elif message.role != "user":
+      raise ApiError(400, f"{field} must be a text: only a user's message can show an image", field)
     else:
-      images[part.path("image_url")] = _image(part)
+      images[f"{field}.image_url"] = _image(part.image_url.url, f"{field}.image_url.url")
       out += ("\n" if out and not out.endswith(IMAGE_MARK) else "") + IMAGE_MARK
-    part.ignore(_PART_IGNORED)
-    part.end()
   return out
 
 
-def _image(part: Fields) -> bytes:
-  """The bytes of a part's picture. Nothing is fetched and no file is opened for a client."""
-  value = part.any("image_url")
-  if value is None:
-    raise part.refuse("image_url", "is missing", "missing_required_parameter")
-  image = Fields({"url": value} if isinstance(value, str) else value, part.path("image_url"))
-  url = image.take("url", str)
-  image.choice("detail", _DETAILS, None)
-  image.end()
+def _missing(field: str) -> ApiError:
+  return ApiError(400, f"{field} is missing", field, code="missing_required_parameter")
+
+
+def _text(text: str, role: str, field: str) -> str:
+  if role == "assistant":
+    return text.replace(IMAGE_MARK, "\ufffd")  # a model may say it, and its answer comes back
+  if IMAGE_MARK in text:
+    raise ApiError(400, f"{field} must be a text without NUL characters", field)
+  return text
+
+
+def _image(url: str, field: str) -> bytes:
+  """The bytes of a picture. Nothing is fetched and no file is opened for a client."""
   try:
     return data_uri.decode(url)
   except ValueError as error:
-    raise image.refuse("url", str(error), "invalid_image_url") from None
+    raise ApiError(400, f"{field} {error}", field, code="invalid_image_url") from None
