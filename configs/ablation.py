@@ -18,7 +18,7 @@ Differs from the paper: its table leaves open whether C trains the VAE that it r
 everywhere. What C reads with starts fresh where `train.init_from` names a stage 1, which has trained no such part.
 """
 
-from configs import base
+from configs import base, world
 
 LETTERS = "ABCDEF"
 BUDGETS = {"384": 50_000, "256": 50_000, "shapes": 4000, "tiny": 20}  # steps of F
@@ -60,14 +60,4 @@ def get_config(size: str = ""):
     if c.optimizer.muon:
       c.optimizer.muon += ("latent_encoder/blocks_.*",)
   c.optimizer.trained, c.optimizer.frozen = trained, base.SIGLIP + base.NEVER
-  if name == "shapes":
-    c.optimizer.learning_rate, c.train.ema = 3e-3, 0.998
-    c.optimizer.cooldown_start = c.train.steps * 7 // 10
-    c.optimizer.cooldown_steps = c.train.steps - c.optimizer.cooldown_start
-    c.checkpoint.interval, c.data.shapes.size = 500, 50_000
-    # More of the harder prompts than in configs/base.py, and as many short captions, which prompts are, as long ones.
-    c.data.shapes.long_captions = 0.5
-    c.data.shapes.tags = dict(
-      single_object=0.12, colors=0.25, two_object=0.13, counting=0.13, position=0.17, color_attr=0.15, several=0.05
-    )
-  return c
+  return world.at_ablation(c)

@@ -8,7 +8,8 @@ from typing import Any
 from jflow.errors import UserError
 from jflow.interop.fields import Fields
 from jflow.interop.transformers_config import language_model_config
-from jflow.models.autoencoders.base import AutoencoderConfig, config_class
+from jflow.models.autoencoders.absent import AbsentConfig
+from jflow.models.autoencoders.base import AutoencoderConfig
 from jflow.models.autoencoders.kl import MOST_LEVELS, AutoencoderKLConfig
 from jflow.models.config import (
   GenerationConfig,
@@ -108,8 +109,7 @@ def _absent_autoencoder(siglip: SiglipConfig, patch_size: int, latents: int) -> 
   """Stands for a VAE that is not there: the factor makes a written image have the patches of a read one."""
   factor = max(1, siglip.patch_size // patch_size)
   if factor & (factor - 1):  # no power of two: no AutoencoderKL could do it
-    linear = dict(kind="patch_pca", latent_channels=latents, scaling=1.0, patch_size=factor, window=factor)
-    return config_class(linear)[0](**linear)
+    return AbsentConfig("absent", latents, 1.0, factor)
   levels = factor.bit_length()
   channels = (SDXL_VAE.block_channels + SDXL_VAE.block_channels[-1:] * levels)[:levels]
   return dataclasses.replace(SDXL_VAE, latent_channels=latents, block_channels=channels)

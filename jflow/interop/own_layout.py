@@ -87,7 +87,7 @@ def shapes(c: JanusFlowConfig) -> dict[str, tuple[int, ...]]:
 def _autoencoder_shapes(c: AutoencoderConfig) -> dict[str, tuple[int, ...]]:
   """The parameters of an autoencoder that has no table of names, by tracing its smallest picture."""
   pixels = jax.ShapeDtypeStruct((1, c.factor, c.factor, 3), jnp.float32)
-  boxed = jax.eval_shape(c.make(jnp.float32).init, jax.random.key(0), pixels)["params"]
+  boxed = jax.eval_shape(c.make(jnp.float32).init, jax.random.key(0), pixels).get("params", {})
   return {f"vae/{path}": x.shape for path, x in flatten_dict(sharding.unbox(boxed), sep="/").items()}
 
 

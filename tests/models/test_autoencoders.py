@@ -70,6 +70,17 @@ def test_sections_that_hold_the_fields_of_both_kinds_load(kind):
   assert JanusFlowConfig.from_dict(config.to_dict()) == config
 
 
+def test_a_model_whose_autoencoder_is_absent_reads_and_writes_nothing():
+  values = copy.deepcopy(tiny.DICT)
+  values["autoencoder"] = dict(kind="absent", latent_channels=4, scaling=1.0, pixels_per_latent=2)
+  config = JanusFlowConfig.from_dict(values)
+  assert config.patches == tiny.CONFIG.patches and JanusFlowConfig.from_dict(config.to_dict()) == config
+  assert not [path for path in own_layout.shapes(config) if path.startswith("vae/")]
+  for method in ("encode", "decode"):
+    with pytest.raises(UserError, match="model.autoencoder.kind='absent'"):
+      config.autoencoder.make(jnp.float32).apply({}, jnp.zeros((1, 4, 4, 3)), method=method)
+
+
 @pytest.mark.parametrize(
   "section, named",
   [

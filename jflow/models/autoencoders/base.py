@@ -20,6 +20,7 @@ from jflow.strict_json import shown
 # kind -> "module:config class", imported where a model names the kind.
 KINDS = {
   "autoencoder_kl": "jflow.models.autoencoders.kl:AutoencoderKLConfig",
+  "absent": "jflow.models.autoencoders.absent:AbsentConfig",
   "patch_pca": "jflow.world.codec:PatchPCAConfig",
 }
 # Sections of before kinds had fields of their own hold those of both: the other kind's are left out.
