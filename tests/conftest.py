@@ -35,15 +35,17 @@ FAST = {
   "mixture",
   "optim",
   "packing",
+  "questions",
+  "scenes",
   "scorers",
   "setup",
   "siglip",
+  "source",
   "speed",
   "spikes",
   "step",
   "tables",
   "tokenizer",
-  "world",
 }
 
 # Files that start other processes. Their tests are `process`.
