@@ -14,7 +14,7 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "jflow").rg
 
 # Files (by the beginning of their path) -> modules that they import nowhere, not even inside a function.
 NEVER = {
-  "jflow/": ("torch", "diffusers", "transformers", "configs", "pickle", "marshal", "shelve", "flax.nnx"),
+  "jflow/": ("torch", "diffusers", "configs", "pickle", "marshal", "shelve", "flax.nnx"),
   "jflow/data/": (
     "jax",
     "flax",

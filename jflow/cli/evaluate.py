@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     "--checkpoint",
     required=True,
     metavar="DIR",
-    help="official directory, or a jflow workdir or step; also gs://...",
+    help="official directory, or a jflow workdir or step; also gs://... and ORG/NAME@REVISION of the Hugging Face hub",
   )
   p.add_argument("--vae", metavar="DIR", help="SDXL-VAE, for a checkpoint that holds none")
   p.add_argument("--data", type=pathlib.Path, metavar="DIR", help="the benchmark's data, see below (shapes needs none)")

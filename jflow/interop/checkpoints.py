@@ -43,12 +43,12 @@ def locate(path: str | pathlib.Path) -> pathlib.Path:
   What was located once stays the same while a training run saves newer steps.
 
   Args:
-    path: directory, here or in a store (gs://BUCKET/FOLDER; see `remote.fetch`).
+    path: directory, here, in a store (gs://BUCKET/FOLDER) or on the hub (ORG/NAME@REVISION); see `remote.fetch`.
 
   Raises:
     UserError: it is neither, or no step is intact.
   """
-  path = remote.fetch(path) if remote.is_remote(path) else pathlib.Path(path)
+  path = remote.local(path)
   if not path.is_dir():
     raise UserError(f"checkpoint {path} is not a directory")
   return path if official.is_official(path) else native.resolve(path)[1]
@@ -86,8 +86,8 @@ def describe(
   Raises:
     UserError: it is neither, or something is missing, contradictory, or wrong.
   """
-  path = remote.fetch(path) if remote.is_remote(path) else pathlib.Path(path)
-  vae = pathlib.Path(vae) if vae else None
+  path = remote.local(path)
+  vae = remote.local(vae) if vae else None
   if not (path.is_dir() and official.is_official(path)):
     return _describe_own(path, vae, weights, tokenizer, whole)
   if tokenizer and not (path / "tokenizer.json").is_file():

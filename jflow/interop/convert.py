@@ -125,8 +125,7 @@ def _with_layouts(args: Conversion) -> Conversion:
   """
   source, found = args.source or ("huggingface-parts" if args.llm else None), args.input
   if source != "huggingface-parts":
-    if found is not None and remote.is_remote(found):
-      found = remote.fetch(found)
+    found = None if found is None else remote.local(found)
     if found is None or not found.is_dir():
       raise UserError("give --input=DIR" if found is None else f"input {found} is not a directory")
     looks = "official" if official.is_official(found) else "jflow"

@@ -1,5 +1,10 @@
-"""Checkpoints in object storage (gs://BUCKET/FOLDER): what is read of them is copied into a cache, once."""
+"""Checkpoints elsewhere: what is read of them is copied into a cache, once.
 
+In object storage (gs://BUCKET/FOLDER), by fsspec; on the Hugging Face hub (ORG/NAME or ORG/NAME@REVISION), by its
+library, in the cache that it shares with others.
+"""
+
+import glob
 import hashlib
 import os
 import pathlib
@@ -13,9 +18,26 @@ CACHE = pathlib.Path("~/.cache/jflow/checkpoints")
 _SUFFIXES = (".json", ".safetensors", ".model", ".txt")  # of a published checkpoint; never a pickle
 
 
+_HUB = re.compile(r"([A-Za-z0-9][\w.-]*)/[A-Za-z0-9][\w.-]*(@[A-Za-z0-9][\w./-]*)?")
+
+
 def is_remote(path: str | pathlib.Path) -> bool:
-  """Whether a path names a store: gs://BUCKET/FOLDER, also as `pathlib` writes it (gs:/BUCKET/FOLDER)."""
-  return re.match(r"[a-z][a-z0-9]+:/", str(path)) is not None
+  """Whether a path names a store or a model of the hub.
+
+  A store is gs://BUCKET/FOLDER, also as `pathlib` writes it (gs:/BUCKET/FOLDER). ORG/NAME is of the hub where neither
+  it nor a folder ORG is here.
+  """
+  return re.match(r"[a-z][a-z0-9]+:/", str(path)) is not None or _is_hub(path)
+
+
+def _is_hub(path: str | pathlib.Path) -> bool:
+  found = _HUB.fullmatch(str(path))
+  return found is not None and not pathlib.Path(found[1]).exists()
+
+
+def local(path: str | pathlib.Path) -> pathlib.Path:
+  """The folder itself, or the copy of one that is elsewhere; see `fetch`."""
+  return fetch(path) if is_remote(path) else pathlib.Path(path)
 
 
 def fetch(path: str | pathlib.Path, cache: pathlib.Path = CACHE) -> pathlib.Path:
@@ -26,8 +48,8 @@ def fetch(path: str | pathlib.Path, cache: pathlib.Path = CACHE) -> pathlib.Path
   checkpoint that has changed is copied anew, and one that has not is not.
 
   Args:
-    path: any address that fsspec reads; gs:// needs gcsfs.
-    cache: folder of the copies.
+    path: any address that fsspec reads (gs:// needs gcsfs), or a name of the hub.
+    cache: folder of the copies from stores.
 
   Returns:
     The local folder, to be opened in place of `path`.
@@ -35,6 +57,8 @@ def fetch(path: str | pathlib.Path, cache: pathlib.Path = CACHE) -> pathlib.Path
   Raises:
     UserError: the store's library is missing, nothing is there, or it cannot be read.
   """
+  if _is_hub(path):
+    return _from_hub(str(path))
   import fsspec
 
   protocol, rest = str(path).split(":", 1)
@@ -59,6 +83,41 @@ def fetch(path: str | pathlib.Path, cache: pathlib.Path = CACHE) -> pathlib.Path
   for name in wanted:
     _copy(store, os.path.join(folder, name), files[name].get("size"), local / name, url)
   return local if step is None else local / "checkpoints" / step
+
+
+def _from_hub(name: str) -> pathlib.Path:
+  """Downloads a model of the hub; without a connection, what was downloaded before.
+
+  Raises:
+    UserError: no such model or revision, no connection, or no checkpoint.
+  """
+  try:
+    from huggingface_hub import HfApi, errors, snapshot_download
+  except ImportError:
+    raise UserError(f"checkpoint {name} is not here, and to download it: pip install huggingface_hub") from None
+  repository, _, revision = name.partition("@")
+  of = {"repo_id": repository, "revision": revision or None}
+  try:
+    names = {file.rfilename for file in HfApi().model_info(**of).siblings or ()}
+    return pathlib.Path(snapshot_download(**of, allow_patterns=[glob.escape(x) for x in _wanted(name, names, None)]))
+  except UserError:
+    raise
+  except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.GatedRepoError) as error:
+    why = {
+      errors.RevisionNotFoundError: f"has no revision {revision}",
+      errors.GatedRepoError: "asks for an agreement: accept it there, and `hf auth login`",
+    }.get(type(error), "does not exist, or is not open to you")
+    raise UserError(
+      f"checkpoint {name} is neither a folder here nor on the Hugging Face hub: {repository} {why}"
+    ) from None
+  except Exception as error:  # of the connection: many libraries' own
+    try:
+      return pathlib.Path(snapshot_download(**of, local_files_only=True, allow_patterns=[f"*{x}" for x in _SUFFIXES]))
+    except Exception:
+      reason = " ".join(str(error).split())[:160] or type(error).__name__
+      raise UserError(
+        f"checkpoint {name} is not a folder here, and the Hugging Face hub cannot be reached ({reason})"
+      ) from error
 
 
 def _wanted(url: str, files: set[str], step: str | None) -> list[str]:
