@@ -4,6 +4,7 @@ import argparse
 import functools
 import pathlib
 import sys
+from collections.abc import Collection
 from typing import Any
 
 from jflow import values
@@ -41,6 +42,12 @@ def _paint_samples(config: RunConfig, model: Any, tokenizer: Any, params: Any) -
     return pipeline.generate(log.sample_prompts, log.sample_steps, log.sample_guidance, seed=0)
 
 
+def _start_model(workdir: pathlib.Path, config: RunConfig, given: Collection[str]) -> dict[str, Any]:
+  from jflow.training import start_model  # after the flags, too
+
+  return start_model.model_of(config, given, workdir)
+
+
 def _workdir(text: str) -> pathlib.Path:
   if what := values.text(text) or ("" if text else "must name a directory"):
     raise UserError(f"--workdir={text[:100]!r} {what}")
@@ -66,7 +73,7 @@ def main(argv: list[str]) -> int:
   )
   known, settings = parser.parse_known_args(argv)
   need_text_name("--workdir", known.workdir)
-  config = config_files.load(known.config, settings)
+  config = config_files.load(known.config, settings, functools.partial(_start_model, known.workdir))
 
   from jflow.training import hosts  # after the flags: a typo needs no import of jax
   from jflow.training.loop import Terminated, train

@@ -96,12 +96,29 @@ def describe(
   return Described(found.config, path, found.tokenizer, "chat", found.has_vae, lambda: transfer.nest(found.read()))
 
 
+def read_config(path: str | pathlib.Path) -> JanusFlowConfig:
+  """Reads the model of a checkpoint from its config.json alone; no device is touched.
+
+  Raises:
+    UserError: see `describe`.
+  """
+  path = remote.fetch(path) if remote.is_remote(path) else pathlib.Path(path)
+  if path.is_dir() and official.is_official(path):
+    return official.read_config(path)
+  return own_layout.read_settings(_workdir_around(path)).config
+
+
+def _workdir_around(path: pathlib.Path) -> pathlib.Path:
+  """The workdir of a path: itself, or that of a step or of its folder of steps."""
+  around = (path, path.parent, path.parent.parent)
+  workdir = next((d for d in around if (d / "checkpoints").is_dir() and (d / "config.json").exists()), None)
+  return workdir or workdir_of(locate(path))  # which says why there is none
+
+
 def _describe_own(
   path: pathlib.Path, vae: pathlib.Path | None, weights: str, tokenizer: bool, whole: bool
 ) -> Described:
-  around = (path, path.parent, path.parent.parent)
-  workdir = next((d for d in around if (d / "checkpoints").is_dir() and (d / "config.json").exists()), None)
-  workdir = workdir or workdir_of(locate(path))  # which says why there is none
+  workdir = _workdir_around(path)
   settings = own_layout.read_settings(workdir)
   config, words = settings.config, None
   if tokenizer:

@@ -104,6 +104,19 @@ class Described(NamedTuple):
     return {path: x for part in self.parts for path, x in part.read(dtype).items()}
 
 
+def _vae_inside(directory: pathlib.Path) -> pathlib.Path | None:
+  return directory / "vae" if (directory / "vae" / "config.json").exists() else None
+
+
+def read_config(directory: pathlib.Path, vae: pathlib.Path | None = None) -> JanusFlowConfig:
+  """Reads the model from config.json, and from that of the VAE; see `describe`."""
+  path, vae = directory / "config.json", vae or _vae_inside(directory)
+  autoencoder = None
+  if vae is not None:
+    autoencoder = autoencoder_config(Fields(read_object(vae / "config.json"), str(vae / "config.json")))
+  return config_from_official(read_object(path), str(path), autoencoder)
+
+
 def describe(directory: pathlib.Path, vae: pathlib.Path | None = None) -> Described:
   """Reads a directory of the published layout but for its weights, of which it reads the headers.
 
@@ -116,11 +129,8 @@ def describe(directory: pathlib.Path, vae: pathlib.Path | None = None) -> Descri
   """
   path = directory / "config.json"
   root = Fields(read_object(path), str(path))
-  vae = vae or (directory / "vae" if (directory / "vae" / "config.json").exists() else None)
-  autoencoder = None
-  if vae is not None:
-    autoencoder = autoencoder_config(Fields(read_object(vae / "config.json"), str(vae / "config.json")))
-  config = config_from_official(root.values, root.where, autoencoder)
+  vae = vae or _vae_inside(directory)
+  config = read_config(directory, vae)
   checks = {
     "preprocessor_config.json": processor_config.check_images,
     "processor_config.json": processor_config.check_chat,

@@ -15,7 +15,7 @@ import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType
 from typing import Any
@@ -29,16 +29,19 @@ from jflow.models.config import JanusFlowConfig
 from jflow.training import overrides
 
 SHIPPED = (pathlib.Path(jflow.__file__).parent / "configs").resolve()  # a link in the tree, a folder in a wheel
+Start = Callable[[RunConfig, Collection[str]], dict[str, Any]]
 _PACKAGE = "jflow_config"  # the package that a config file is loaded in, for what it imports relatively
 _INSTALLED = {"site-packages", "dist-packages"}
 
 
-def load(named: str, arguments: Sequence[str] = ()) -> RunConfig:
+def load(named: str, arguments: Sequence[str] = (), start: Start | None = None) -> RunConfig:
   """Reads the config that a command line names, with the fields that it sets.
 
   Args:
     named: FILE or FILE:SIZE, or the name of a config that comes with jflow in place of its file: stage2:tiny.
     arguments: --config.FIELD=VALUE, as `overrides.apply` takes them.
+    start: returns the section `model` of a run with `train.init_from`, from its config, whose model is still plain
+      values, and the names of the fields that `arguments` set.
 
   Raises:
     UserError: the file is missing or fails, or a field is unknown, missing or not what it must be.
@@ -46,7 +49,13 @@ def load(named: str, arguments: Sequence[str] = ()) -> RunConfig:
   file, made = _run(named)
   try:
     values = made.to_dict()
-    overrides.apply(values, arguments)
+    given = overrides.apply(values, arguments)
+    config = RunConfig.from_dict(values, dict)
+  except UserError as error:
+    raise UserError(f"{file}: {error}") from None
+  if start and config.train.init_from:
+    values["model"] = start(config, given)
+  try:
     return RunConfig.from_dict(values, JanusFlowConfig.from_dict)
   except UserError as error:
     raise UserError(f"{file}: {error}") from None

@@ -16,7 +16,7 @@ _SHOWN = 60  # characters of a value in a message
 _KINDS = dict(kinds(RunConfig))
 
 
-def apply(values: dict[str, Any], arguments: Sequence[str]) -> None:
+def apply(values: dict[str, Any], arguments: Sequence[str]) -> set[str]:
   """Sets the fields that arguments name.
 
   As --config.FIELD=VALUE or --config.FIELD VALUE; --config.FIELD and --noconfig.FIELD set one that is true or false. Of
@@ -26,15 +26,19 @@ def apply(values: dict[str, Any], arguments: Sequence[str]) -> None:
     values: the config as nested plain values; changed.
     arguments: of the command line.
 
+  Returns:
+    The dotted names of the fields.
+
   Raises:
     UserError: an unknown argument or field, a value that is not of the field's type.
   """
-  given = set()
+  given: set[str] = set()
   for path, argument, value in _pairs(values, list(arguments)):
     where, name = _place(values, path, argument)
     read = _value(_kind(where, name, path), where[name], argument, value)
     where[name] = where[name] + read if path in given and isinstance(read, tuple) else read
     given.add(path)
+  return given
 
 
 def _pairs(values: dict[str, Any], arguments: list[str]) -> Iterator[tuple[str, str, str | None]]:

@@ -22,6 +22,7 @@ from jflow.models.llm.llama import remat_policy
 from jflow.models.unified import Draws, JanusFlow, Sums
 from jflow.sections import refusal
 from jflow.training import fresh, hosts
+from jflow.training.start_model import PART_OF
 
 
 def check(config: RunConfig) -> None:
@@ -136,9 +137,6 @@ def _chosen(train: TrainConfig, read: Mapping[str, Checkpoint]) -> tuple[dict[st
   return {name: x for path in flat for name, x in flat[path].items() if origin(name) == path}, origin
 
 
-_PART_OF = {"understanding_encoder": "understanding_encoder", "autoencoder": "vae", "generation": "generation_encoder"}
-
-
 _SHAPELESS = ("gelu", "epsilon", "rope_theta", "scaling")  # fields that change what is computed and no shape
 
 
@@ -182,7 +180,7 @@ def _differences(
   harmless = ("alignment_layer", "language_model.context")
   found = []
   for field in sorted(set(here).union(*flat.values())):
-    source = origin(_PART_OF.get(field.split(".")[0], "language_model"))
+    source = origin(PART_OF.get(field.split(".")[0], "language_model"))
     if field not in flat[source]:  # of another kind of autoencoder
       continue
     value, before = here.get(field), flat[source][field]

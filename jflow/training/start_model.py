@@ -1,0 +1,84 @@
+"""The model of a run that starts from a checkpoint: what the weights fix is the checkpoint's, not the config file's."""
+
+import pathlib
+import sys
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from jflow.config import RunConfig, TrainConfig
+from jflow.errors import UserError
+from jflow.interop import checkpoints, own_layout
+
+# Section of the model -> the part of the parameters that it sizes.
+PART_OF = {
+  "language_model": "language_model",
+  "understanding_encoder": "understanding_encoder",
+  "autoencoder": "vae",
+  "generation": "generation_encoder",
+}
+# No weight depends on it: how long a row may be is the run's.
+_FREE = "language_model.context"
+
+
+def model_of(config: RunConfig, given: Collection[str], workdir: pathlib.Path) -> dict[str, Any]:
+  """The section `model` with the sections of `train.init_from`, or of the checkpoints of `train.init_parts`.
+
+  A run that has begun keeps its own, whatever has become of the checkpoint. What stays the config's: fields that the
+  command line sets, the context, the reader and the objectives, and generation and autoencoder where the checkpoint
+  writes images in another way. A line on stderr says what was taken.
+
+  Args:
+    config: of the run; its model may still be plain values.
+    given: dotted names of the fields that the command line sets.
+    workdir: of the run.
+
+  Raises:
+    UserError: a checkpoint, or its config.json, cannot be read.
+  """
+  model, changed = dict(config.model), []
+  theirs = {section: _plain(path) for section, path in _origins(config.train, workdir).items()}
+  other_way = theirs["generation"]["generation"].get("kind") != model["generation"].get("kind")
+  for section in PART_OF:
+    taken = dict(theirs[section][section])
+    explicit = {
+      name: value
+      for name, value in model[section].items()
+      if {f"model.{section}.{name}", f"model.{section}"} & set(given) or f"{section}.{name}" == _FREE
+    }
+    another_kind = explicit.get("kind", taken.get("kind")) != taken.get("kind")
+    if another_kind or other_way and section in ("generation", "autoencoder"):
+      continue
+    made = taken | explicit
+    changed += _changes(section, model[section], made)
+    model[section] = made
+  width = theirs["language_model"].get("alignment_width")
+  if width and model.get("alignment_width") and "model.alignment_width" not in given:
+    changed += _changes("", model, model | {"alignment_width": width})
+    model["alignment_width"] = width
+  if changed and config.distributed.process_id == 0:
+    print(f"jflow: the model is that of {config.train.init_from}: {', '.join(changed)}", file=sys.stderr)
+  return model
+
+
+def _origins(train: TrainConfig, workdir: pathlib.Path) -> dict[str, str]:
+  """Returns section of the model -> the checkpoint that it comes from."""
+  try:
+    own_layout.read_settings(workdir)
+    return dict.fromkeys(PART_OF, str(workdir))
+  except UserError:  # it has not begun, or its config.json is lost: a manifest's is compared with this start's later
+    parts = dict(train.init_parts)
+    return {section: parts.get(part, train.init_from) for section, part in PART_OF.items()}
+
+
+def _plain(path: str) -> dict[str, Any]:
+  return checkpoints.read_config(path).to_dict()
+
+
+def _changes(section: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  prefix = f"{section}." if section else ""
+  same = lambda name: _listed(before.get(name)) == _listed(now[name])
+  return [f"{prefix}{name}={now[name]} (not {before.get(name)})" for name in now if not same(name)]
+
+
+def _listed(value: Any) -> Any:
+  return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,89 @@
+"""The model of a run with `train.init_from`: sizes of the checkpoint, choices of the config."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from jflow.errors import UserError
+from jflow.models.config import JanusFlowConfig
+from jflow.training import config_files, start_model
+
+STAGE2 = f"{tiny.ROOT}/configs/stage2.py:tiny"
+
+
+def written(workdir: pathlib.Path, model: JanusFlowConfig = tiny.CONFIG) -> pathlib.Path:
+  """A workdir with the config.json of a model, and no weights."""
+  (workdir / "checkpoints").mkdir(parents=True)
+  (workdir / "config.json").write_text(json.dumps({"model": model.to_dict(), "data": {"template": "plain"}}))
+  return workdir
+
+
+def loaded(init_from: pathlib.Path, workdir: pathlib.Path, *fields: str, named: str = STAGE2) -> JanusFlowConfig:
+  start = lambda config, given: start_model.model_of(config, given, workdir)
+  return config_files.load(named, [f"--config.train.init_from={init_from}", *fields], start).model
+
+
+def test_sizes_are_those_of_the_checkpoint(tmp_path, capsys):
+  source = written(tmp_path / "source")
+  model, own = loaded(source, tmp_path / "run"), config_files.load(STAGE2).model
+  for section in ("understanding_encoder", "generation", "autoencoder"):
+    assert getattr(model, section) == getattr(tiny.CONFIG, section) != getattr(own, section)
+  language = dataclasses.replace(tiny.CONFIG.language_model, context=own.language_model.context)  # the run's
+  assert model.language_model == language
+  assert (model.alignment_width, model.alignment_layer) == (tiny.CONFIG.alignment_width, own.alignment_layer)
+  said = capsys.readouterr().err
+  assert said.count("\n") == 1 and f"{source}: " in said and "language_model.width=32 (not 64)" in said
+  assert loaded(source, tmp_path / "run") == model
+
+
+def test_a_checkpoint_of_the_same_sizes_is_not_told(tmp_path, capsys):
+  own = config_files.load(STAGE2).model
+  assert loaded(written(tmp_path / "source", own), tmp_path / "run") == own
+  assert capsys.readouterr().err == ""
+
+
+def test_fields_of_the_command_line_and_choices_of_the_config_stay(tmp_path):
+  source = written(tmp_path / "source", dataclasses.replace(tiny.CONFIG, alignment_width=0))
+  model = loaded(source, tmp_path / "run", "--config.model.language_model.mlp_width=40")
+  assert (model.language_model.mlp_width, model.language_model.width) == (40, tiny.CONFIG.language_model.width)
+  assert model.alignment_width == config_files.load(STAGE2).model.alignment_width  # a head that starts fresh
+  without = f"{tiny.ROOT}/configs/ablation.py:B-tiny"
+  assert loaded(source, tmp_path / "run", named=without).reader == "shared"
+  trained = written(tmp_path / "trained")
+  assert loaded(trained, tmp_path / "run", named=f"{tiny.ROOT}/configs/ablation.py:A-tiny").alignment_width == 0
+
+
+def test_each_part_has_the_sizes_of_its_own_checkpoint(tmp_path):
+  vision = dataclasses.replace(tiny.CONFIG.understanding_encoder, width=48, gelu="tanh")
+  other = written(tmp_path / "other", dataclasses.replace(tiny.CONFIG, understanding_encoder=vision))
+  parts = f"--config.train.init_parts=(('understanding_encoder', '{other}'),)"
+  model = loaded(written(tmp_path / "source"), tmp_path / "run", parts)
+  assert model.understanding_encoder == vision and model.generation == tiny.CONFIG.generation
+
+
+def test_a_run_that_has_begun_keeps_its_model(tmp_path):
+  """Also where the checkpoint it began from is gone, or is another one by now."""
+  run = written(tmp_path / "run")
+  assert loaded(tmp_path / "gone", run).generation == tiny.CONFIG.generation
+  with pytest.raises(UserError, match="gone is not a directory"):
+    loaded(tmp_path / "gone", tmp_path / "another")
+
+
+def test_no_device_is_touched_before_processes_have_met(tmp_path):
+  source = written(tmp_path / "source")
+  code = f"""
+import functools, pathlib
+from jflow.training import config_files, start_model
+start = lambda config, given: start_model.model_of(config, given, pathlib.Path("run"))
+config_files.load({STAGE2!r}, ["--config.train.init_from={source}"], start)
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+"""
+  environment = os.environ | {"PYTHONPATH": str(tiny.ROOT), "JAX_PLATFORMS": "cpu"}
+  subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
