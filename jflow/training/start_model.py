@@ -46,7 +46,8 @@ def model_of(config: RunConfig, given: Collection[str], workdir: pathlib.Path) -
       if {f"model.{section}.{name}", f"model.{section}"} & set(given) or f"{section}.{name}" == _FREE
     }
     another_kind = explicit.get("kind", taken.get("kind")) != taken.get("kind")
-    if another_kind or other_way and section in ("generation", "autoencoder"):
+    absent = taken.get("kind") == "absent"  # what is missing there is refused later, by the names of its parameters
+    if another_kind or absent or other_way and section in ("generation", "autoencoder"):
       continue
     made = taken | explicit
     changed += _changes(section, model[section], made)
