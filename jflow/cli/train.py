@@ -14,7 +14,8 @@ from jflow.errors import UserError, need_text_name
 from jflow.training import config_files
 
 _EPILOG = """
-A config is a Python file with get_config(size); the part behind the colon is the size:
+A config is a Python file with get_config(size), or the name of one that comes with jflow (stage2, also written
+configs/stage2.py); the part behind the colon is the size:
   384 (none named), 256  the paper's models    tiny  for trying things out, in seconds, on the built-in world
   shapes                 learns the built-in world in minutes on two cores    mid  for `bench`
 Stages start from the one before (stage 1 from `convert --from=huggingface-parts`, or stage 0 of the built-in world):
@@ -24,6 +25,7 @@ Stages start from the one before (stage 1 from `convert --from=huggingface-parts
   data and tokenizer, as under "Pretrain" in configs/README.md
 Set any field of configs/base.py with --config.FIELD=VALUE, for example
   --config.train.steps=100 --config.optimizer.learning_rate=3e-4 --config.mesh.data=8
+The model's sizes are those of the checkpoint in train.init_from, where --config.model.FIELD=VALUE sets no other.
 Stop it at any moment; the same command goes on from the last checkpoint in the workdir. It refuses data sets that hold
 something else than before, wherever they lie now; --accept_data goes on with them, and with them from then on.
 """

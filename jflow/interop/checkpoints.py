@@ -102,7 +102,7 @@ def read_config(path: str | pathlib.Path) -> JanusFlowConfig:
   Raises:
     UserError: see `describe`.
   """
-  path = remote.fetch(path) if remote.is_remote(path) else pathlib.Path(path)
+  path = remote.local(path)
   if path.is_dir() and official.is_official(path):
     return official.read_config(path)
   return own_layout.read_settings(_workdir_around(path)).config
