@@ -1,48 +1,156 @@
-"""The command `bench`: how fast a workload runs here, as one JSON object.
-
-Each workload is a module with `add_flags(parser)`, which needs no jax, and `run(args) -> report`.
-"""
+"""The command `bench`: how fast a workload runs here, as one JSON object."""
 
 import argparse
 import importlib
 import pathlib
 import sys
+from collections.abc import Callable
 
-from jflow.cli.arguments import Parser
-from jflow.cli.flags import check_json
+from jflow.cli.arguments import Parser, number, whole
+from jflow.cli.flags import add_model, check_json
 from jflow.outputs import write_json
 
-# Workload -> (module, what it measures).
-WORKLOADS: dict[str, tuple[str, str]] = {
-  "train": ("jflow.perf.train", "the train step of a config: tokens/s, MFU, memory, and its parts alone"),
-  "generate": ("jflow.perf.generate", "painting: solver and VAE, alone or beside PyTorch"),
-  "understand": (
-    "jflow.perf.understand",
-    "answering: first token and the ones after it, alone or beside PyTorch",
-  ),
-  "data": ("jflow.perf.data", "the input pipeline beside the plain loop: decode and resize"),
+
+def _train(p: argparse.ArgumentParser) -> None:
+  p.epilog = """\
+examples
+  python -m jflow bench train --config=stage2:tiny                      # anywhere
+  python -m jflow bench train --config=stage2 --rows=8 --json=step.json # one GPU
+  python -m jflow bench train --config=stage2 --rows=4 --fields config.compute.remat=none
+
+Rows are full and random, in the mixture of the config's last phase; everything runs on the device, SigLIP and VAE
+included. MFU takes the model FLOPs of jflow/model_flops.py over the vendor's dense bf16 peak; none on a CPU. Parts
+are timed alone, so they need not add up to the step."""
+  add = p.add_argument
+  add("--config", metavar="FILE[:SIZE]", required=True, help="for example stage2:tiny")
+  add("--rows", type=whole(most=2**20), help="rows per step (default: train.batch_size)")
+  add("--steps", type=whole(most=10**6), default=20, help="timed steps (default %(default)s)")
+  add("--parts", action=argparse.BooleanOptionalAction, default=True, help="time the parts too")
+  add("--fields", nargs="*", default=(), metavar="config.FIELD=VALUE", help="set fields of the config")
+
+
+def _inference(p: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
+  """Adds the flags that `generate` and `understand` share."""
+  add_model(p, required=False)
+  add = p.add_argument
+  add(
+    "--config",
+    metavar="FILE[:SIZE]",
+    default="stage3:mid",
+    help="random weights of this size (default %(default)s; :384 is the paper's model)",
+  )
+  add(
+    "--versus",
+    type=pathlib.Path,
+    metavar="FILE",
+    help="a program that does the same work with the same weights, in turn: tests/parity/torch_worker.py, PyTorch's",
+  )
+  add("--repeats", type=whole(most=100_000), default=5, help="timed rounds (default %(default)s)")
+  return add
+
+
+def _generate(p: argparse.ArgumentParser) -> None:
+  p.epilog = """\
+examples
+  python -m jflow bench generate --versus=tests/parity/torch_worker.py   # a mid-size model, random weights
+  python -m jflow bench generate --checkpoint=quickstart/stage3 --batch_size=4
+  python -m jflow bench generate --config=stage3:384 --batch_size=16     # on a GPU
+
+The PyTorch side is the published loop: it runs the prompt again at every step. On a GPU or TPU the report says
+which share of the chip's peak the pictures' FLOPs take (mfu)."""
+  add = _inference(p)
+  add("--batch_size", type=whole(most=4096), default=2, help="pictures painted at once (default %(default)s)")
+  add("--steps", type=whole(most=10_000), default=30, help="Euler steps (default %(default)s)")
+  add("--guidance", type=number(most=1e6), default=2.0, help="w of eq. 5 (default %(default)s)")
+  add("--prompt_tokens", type=whole(), default=32, help="of the longest prompt (default %(default)s)")
+
+
+def _understand(p: argparse.ArgumentParser) -> None:
+  p.epilog = """\
+examples
+  python -m jflow bench understand --versus=tests/parity/torch_worker.py # a mid-size model, random weights
+  python -m jflow bench understand --checkpoint=quickstart/stage3 --batch_size=8
+  python -m jflow bench understand --config=stage3:384 --batch_size=16   # on a GPU
+
+Each row reads one picture and a question and answers greedily; the PyTorch side is transformers' generate. On a GPU
+or TPU the report says which share of the memory bandwidth decoding reaches (bandwidth_share)."""
+  add = _inference(p)
+  add("--batch_size", type=whole(most=4096), default=1, help="answers made at once (default %(default)s)")
+  add("--new_tokens", type=whole(), default=64, help="of each answer (default %(default)s)")
+  add("--question_tokens", type=whole(), default=64, help="beside the picture (default %(default)s)")
+
+
+def _data(p: argparse.ArgumentParser) -> None:
+  p.epilog = """\
+examples
+  python -m jflow bench data                                    # 256 JPEGs that it makes: 1024 x 768 and 512 x 512
+  python -m jflow bench data --input=data/paint --threads=8     # 256 pictures of a data set of yours
+  python -m jflow bench data --workers=4 --json=data.json       # loader processes as well
+  python -m jflow bench data --plan=10000000                    # how long ten million records take to plan
+
+ratio is the pipeline's CPU seconds per picture over those of the loop; below 1 where the pipeline decodes large
+JPEGs at a fraction. Tokens a second of a training run over rows_per_cpu_second x row_tokens are the cores that feed it."""
+  add = p.add_argument
+  add("--config", metavar="FILE[:SIZE]", default="stage2", help="row and picture sizes (default %(default)s, 384)")
+  add(
+    "--input",
+    metavar="DIR",
+    action="append",
+    default=[],
+    help="a prepared data set with pictures, repeatable (default: made here)",
+  )
+  add("--pictures", type=whole(most=10**6), default=256, help="per round (default %(default)s)")
+  add("--repeats", type=whole(most=100_000), default=5, help="rounds, loop and pipeline in turn (default %(default)s)")
+  add("--threads", type=whole(most=1024), default=1, help="reader threads (default %(default)s, as the loop)")
+  add(
+    "--workers", type=whole(0, 1024), default=0, help="loader processes, measured in addition (default: threads only)"
+  )
+  add(
+    "--plan",
+    metavar="RECORDS",
+    type=whole(0, 10**8),
+    default=0,
+    help="plan so many records of realistic lengths instead",
+  )
+
+
+# Workload -> (its flags, what it measures); it runs in jflow/perf/WORKLOAD.py, which names its settings as the flags.
+WORKLOADS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
+  "train": (_train, "the train step of a config: tokens/s, MFU, memory, and its parts alone"),
+  "generate": (_generate, "painting: solver and VAE, alone or beside PyTorch"),
+  "understand": (_understand, "answering: first token and the ones after it, alone or beside PyTorch"),
+  "data": (_data, "the input pipeline beside the plain loop: decode and resize"),
 }
+
+
+def parser() -> argparse.ArgumentParser:
+  """The flags of `bench`."""
+  p = Parser(
+    prog="python -m jflow bench",
+    description="Measures a workload. Ratios come from one run, side by side; nothing is compared with old runs.",
+    epilog="`python -m jflow bench WORKLOAD --help` explains one.",
+  )
+  chosen = p.add_subparsers(dest="workload", required=True, metavar="|".join(WORKLOADS))
+  for name, (add_flags, what) in WORKLOADS.items():
+    sub = chosen.add_parser(name, help=what, description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sub.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the report as JSON")
+    add_flags(sub)
+  return p
 
 
 def main(argv: list[str]) -> int:
   """Runs one workload, prints its report as a table, and writes it where --json says."""
-  parser = Parser(
-    prog="python -m jflow bench",
-    description="Measures a workload. Ratios come from one run, side by side; nothing is compared with old runs.",
-  )
-  chosen = parser.add_subparsers(dest="workload", required=True, metavar="|".join(WORKLOADS))
-  for name, (module, what) in WORKLOADS.items():
-    sub = chosen.add_parser(name, help=what, description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sub.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the report as JSON")
-    importlib.import_module(module).add_flags(sub)
-  args = parser.parse_args(argv)
+  args = parser().parse_args(argv)
   check_json(args)
-  report = importlib.import_module(WORKLOADS[args.workload][0]).run(args)
+  flags = {name: tuple(x) if isinstance(x, list) else x for name, x in vars(args).items()}
+  workload, file = flags.pop("workload"), flags.pop("json")
+  module = importlib.import_module(f"jflow.perf.{workload}")
+  report = module.run(module.Settings(**flags))
   for name, value in report.items():
     print(f"{name:24} {_readable(value)}")
-  if args.json:
-    write_json(args.json, report)
-    print(f"report: {args.json}", file=sys.stderr)
+  if file:
+    write_json(file, report)
+    print(f"report: {file}", file=sys.stderr)
   return 0
 
 

@@ -31,6 +31,7 @@ from PIL import Image
 from jflow.data import images as pictures
 from jflow.errors import UserError
 from jflow.evaluation.samples import Samples
+from jflow.inference import loading
 from jflow.progress import Progress
 
 _TOKENS = 512  # where a task sets no max_new_tokens
@@ -58,9 +59,7 @@ class Answers:
       raise UserError(f"--batch_size={batch_size} must be a number of at least 1: jflow finds none by itself")
     self.batch_size = int(batch_size)
     if checkpoint:
-      import jflow
-
-      self._model = jflow.load(checkpoint, vae=vae, dtype=dtype, weights=weights)
+      self._model = loading.load(checkpoint, vae=vae, dtype=dtype, weights=weights)
 
   def answer(self, asked: Sequence[tuple[str, Sequence[Image.Image], dict[str, Any]]]) -> list[str]:
     """Answers (question, images, lmms-eval's generation arguments) in order, each cut at its stop strings."""
@@ -285,8 +284,7 @@ def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
   if arguments.get("server"):
     return {"server": arguments["server"].rstrip("/")}
   from jflow.evaluation.report import fingerprint
-  from jflow.inference.loading import usual_dtype
 
   weights = arguments.get("weights") or "ema"
   checkpoint = fingerprint(arguments["checkpoint"], weights, arguments.get("vae"))
-  return {"fingerprint": checkpoint, "weights": weights, "dtype": arguments.get("dtype") or usual_dtype()}
+  return {"fingerprint": checkpoint, "weights": weights, "dtype": arguments.get("dtype") or loading.usual_dtype()}

@@ -4,16 +4,14 @@ Costs are CPU seconds, so that a busy machine and the number of cores do not cha
 the loop does, and reads, verifies, tokenizes, packs and copies as well.
 """
 
-import argparse
+import dataclasses
 import functools
 import io
 import json
-import math
 import multiprocessing
 import os
 import pathlib
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,10 +19,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from jflow.batch import NONE, TASKS, RowShape
-from jflow.cli.arguments import whole
 from jflow.config import DataConfig
 from jflow.data import packing
 from jflow.data.pipeline import Pipeline
@@ -33,56 +29,28 @@ from jflow.data.store.prepared import PreparedSource, read_summary
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.perf.timing import interleaved
+from jflow.progress import Progress
 from jflow.training import config_files
 
-# What one H200 would take at 42,000 tokens a second (31,800 were measured, jflow/perf/README.md): rows of 4,096 tokens, and
-# pictures in them.
-TOKENS_PER_SECOND, PICTURES_PER_SECOND = 42_000, 65
 _WORDS = (
   "a photograph of the old red sailing boat on calm sea near small white houses at sunset with many birds".split()
 )
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-  """Declares the flags."""
-  parser.epilog = """\
-examples
-  python -m jflow bench data                                    # 256 JPEGs that it makes: 1024 x 768 and 512 x 512
-  python -m jflow bench data --input=data/paint --threads=8     # 256 pictures of a data set of yours
-  python -m jflow bench data --workers=4 --json=data.json       # loader processes as well
-  python -m jflow bench data --plan=10000000                    # how long ten million records take to plan
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What `bench data` measures."""
 
-ratio is the pipeline's CPU seconds per picture over those of the loop; below 1 where the pipeline decodes large
-JPEGs at a fraction. cores_per_h200 is what one GPU takes at 42,000 tokens or 65 pictures a second."""
-  add = parser.add_argument
-  add(
-    "--config",
-    metavar="FILE[:SIZE]",
-    default="stage2",
-    help="row and picture sizes (default %(default)s, 384)",
-  )
-  add(
-    "--input",
-    metavar="DIR",
-    action="append",
-    help="a prepared data set with pictures, repeatable (default: made here)",
-  )
-  add("--pictures", type=whole(most=10**6), default=256, help="per round (default 256)")
-  add("--repeats", type=whole(most=100_000), default=5, help="rounds, loop and pipeline in turn (default 5)")
-  add("--threads", type=whole(most=1024), default=1, help="reader threads (default 1, as the loop)")
-  add(
-    "--workers", type=whole(0, 1024), default=0, help="loader processes, measured in addition (default 0: threads only)"
-  )
-  add(
-    "--plan",
-    metavar="RECORDS",
-    type=whole(0, 10**8),
-    default=0,
-    help="plan so many records of realistic lengths instead",
-  )
+  config: str = "stage2"  # row and picture sizes
+  input: tuple[str, ...] = ()  # prepared data sets with pictures; none: made here
+  pictures: int = 256  # per round
+  repeats: int = 5  # rounds, loop and pipeline in turn
+  threads: int = 1  # that read
+  workers: int = 0  # loader processes, measured in addition
+  plan: int = 0  # plan so many records of realistic lengths instead
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: Settings) -> dict[str, Any]:
   """Measures and returns the report."""
   for name in ("pictures", "repeats", "threads"):
     if getattr(args, name) < 1:
@@ -115,7 +83,7 @@ def _compare(
   config: DataConfig,
   tokenizer: Tokenizer,
   shape: RowShape,
-  args: argparse.Namespace,
+  args: Settings,
 ) -> dict[str, Any]:
   """Compares loop and pipeline on one data set."""
   weights = tuple(float(name == task) for name in TASKS)
@@ -150,7 +118,6 @@ def _compare(
     "images_per_cpu_second": ours,
     "rows_per_cpu_second": rows / seconds["pipeline"]["median"],
     "ratio": loop / ours,
-    "cores_per_h200": _cores(ours, rows / seconds["pipeline"]["median"], shape),
     "seconds": seconds,
   }
   if args.workers:
@@ -162,11 +129,6 @@ def _compare(
       "images_per_second": rate,
     }
   return report
-
-
-def _cores(images: float, rows: float, shape: RowShape) -> int:
-  """Cores that feed one H200: whichever it asks more of, pictures or rows."""
-  return math.ceil(max(PICTURES_PER_SECOND / images, TOKENS_PER_SECOND / shape.tokens / rows))
 
 
 def _loop(files: list[bytes], size: int) -> None:
@@ -199,7 +161,9 @@ def _made(folder: str, task: str, pictures: int) -> str:
   rng = np.random.default_rng(0)
   files, lines = pathlib.Path(folder, task + "-files"), []
   files.mkdir()
-  for number in tqdm(range(pictures), desc=f"make {task}", disable=not sys.stderr.isatty()):
+  bar = Progress(pictures, 0, f"make {task}", "pictures")
+  for number in range(pictures):
+    bar.count(1)
     width, height = ((1024, 768), (512, 512))[number % 2]
     _picture(rng, width, height).save(files / f"{number}.jpg", quality=90)
     text = lambda: " ".join(rng.choice(_WORDS, int(rng.integers(10, 150)))) + "."
@@ -211,6 +175,7 @@ def _made(folder: str, task: str, pictures: int) -> str:
         question = ("" if turn else "<image>\n") + " ".join(rng.choice(_WORDS, 8)) + "?"
         record["conversations"] += [{"from": "human", "value": question}, {"from": "gpt", "value": text()}]
     lines.append(json.dumps(record))
+  bar.close()
   (files / "records.jsonl").write_text("\n".join(lines), encoding="utf-8")
   output = str(pathlib.Path(folder, task))
   prepare.prepare("llava-jsonl", input=str(files / "records.jsonl"), output=output, task=task)

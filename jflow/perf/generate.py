@@ -1,43 +1,30 @@
 """bench generate: pictures per second, the solver and the VAE apart, beside PyTorch where asked."""
 
-import argparse
+import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 
-from jflow.cli.arguments import number, whole
+from jflow import model_flops
 from jflow.errors import UserError
+from jflow.generation.flow import equations as flow
+from jflow.generation.flow import sampler as painting
+from jflow.perf import inference
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-  """Declares the flags."""
-  from jflow.perf import inference
+@dataclasses.dataclass(frozen=True)
+class Settings(inference.Settings):
+  """What `bench generate` measures."""
 
-  parser.epilog = """\
-examples
-  python -m jflow bench generate --versus=tests/parity/torch_worker.py   # a mid-size model, random weights
-  python -m jflow bench generate --checkpoint=quickstart/stage3 --batch_size=4
-  python -m jflow bench generate --config=configs/stage3.py:384 --batch_size=16 # on a GPU
-
-The PyTorch side is the published loop: it runs the prompt again at every step. On a GPU or TPU the report says
-which share of the chip's peak the pictures' FLOPs take (mfu)."""
-  inference.add_flags(parser)
-  add = parser.add_argument
-  add("--batch_size", type=whole(most=4096), default=2, help="pictures painted at once (default %(default)s)")
-  add("--steps", type=whole(most=10_000), default=30, help="Euler steps (default %(default)s)")
-  add("--guidance", type=number(most=1e6), default=2.0, help="w of eq. 5 (default %(default)s)")
-  add("--prompt_tokens", type=whole(), default=32, help="of the longest prompt (default %(default)s)")
+  batch_size: int = 2  # pictures painted at once
+  steps: int = 30  # of Euler's
+  guidance: float = 2.0  # w of eq. 5
+  prompt_tokens: int = 32  # of the longest prompt
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: Settings) -> dict[str, Any]:
   """Measures and returns the report."""
-  import jax
-
-  from jflow import model_flops
-  from jflow.generation.flow import equations as flow
-  from jflow.generation.flow import sampler as painting
-  from jflow.perf import inference
-
   for name in ("batch_size", "steps", "prompt_tokens"):
     if getattr(args, name) < 1:
       raise UserError(f"--{name}={getattr(args, name)} must be at least 1")

@@ -1,6 +1,6 @@
 """What `bench generate` and `bench understand` share: the model, the PyTorch side, the chip, the report."""
 
-import argparse
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -14,50 +14,43 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from jflow import chips, sharding
-from jflow.cli import flags
-from jflow.cli.arguments import whole
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped, UserError
+from jflow.inference.loading import load, usual_dtype
 from jflow.inference.pipeline import Pipeline
 from jflow.interop import names, transfer
 from jflow.models.unified import JanusFlow
 from jflow.perf.timing import spread
+from jflow.progress import Progress
 from jflow.training import config_files, setup
 
 _SHARD = 2**31
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1}  # relative L2 error between the frameworks, after all steps
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-  """Declares the flags that both workloads have."""
-  flags.add_model(parser, required=False)
-  add = parser.add_argument
-  add(
-    "--config",
-    metavar="FILE[:SIZE]",
-    default="stage3:mid",
-    help="random weights of this size (default %(default)s; :384 is the paper's model)",
-  )
-  add(
-    "--versus",
-    type=pathlib.Path,
-    metavar="FILE",
-    help="a program that does the same work with the same weights, in turn: tests/parity/torch_worker.py, PyTorch's",
-  )
-  add("--repeats", type=whole(most=100_000), default=5, help="timed rounds (default %(default)s)")
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What both workloads measure."""
+
+  checkpoint: str | None = None  # None: random weights of the size of `config`
+  vae: str | None = None
+  dtype: str | None = None
+  weights: str = "ema"
+  config: str = "stage3:mid"
+  versus: pathlib.Path | None = None  # a program that does the same work with the same weights, in turn
+  repeats: int = 5  # timed rounds
 
 
-def open_pipeline(args: argparse.Namespace) -> Pipeline:
-  """The checkpoint of the flags, or random weights of the size of --config."""
+def open_pipeline(args: Settings) -> Pipeline:
+  """The checkpoint of the settings, or random weights of the size of their config."""
   if args.repeats < 1:
     raise UserError(f"--repeats={args.repeats} must be at least 1")
   if args.checkpoint:
-    return flags.open_model(args)
+    return load(args.checkpoint, vae=args.vae, dtype=args.dtype, weights=args.weights)
   config = config_files.load(args.config)
-  dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+  dtype = jnp.dtype(args.dtype or usual_dtype())
   model = JanusFlow(config.model, dtype, remat="none", unroll=1, attention="xla")
   tokenizer = Tokenizer.load(config_files.load("stage3:tiny").data.tokenizer)
   return Pipeline(model, random_params(model), tokenizer, "chat")
@@ -128,7 +121,7 @@ class Torch:
 
 
 @contextmanager
-def torch_side(args: argparse.Namespace, pipeline: Pipeline) -> Iterator[Torch | None]:
+def torch_side(args: Settings, pipeline: Pipeline) -> Iterator[Torch | None]:
   """The PyTorch side where --versus asks for it."""
   side = Torch(args.versus, pipeline) if args.versus else None
   try:
@@ -184,14 +177,14 @@ def in_turn(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, d
     name -> {"seconds": spread, "cpu_seconds": spread}.
   """
   rounds: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
-  with tqdm(total=(repeats + 1) * len(calls), unit="call", disable=not sys.stderr.isatty()) as bar:
+  with Progress((repeats + 1) * len(calls), 0, "measure", "calls") as bar:
     for _ in range(repeats + 1):
       for name, call in calls.items():
         start, cpu = time.perf_counter(), time.process_time()
         told = call()
         took = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
         rounds[name].append(told if isinstance(told, dict) else took)
-        bar.update()
+        bar.count(1)
   return {
     name: {
       "seconds": spread([x["seconds"] for x in values[1:]]),

@@ -76,7 +76,7 @@ def _parts(
   def heads(p, z, x):
     slots_IKD, skip, time_ID = apply(p, "write_slots", z, flat(draws.time))
     out = total(slots_IKD) + total(apply(p, "velocity", x, skip, time_ID))
-    if config.objective.weights.alignment:
+    if config.objective.weights["alignment"]:
       out += total(apply(p, lambda module, y: module.alignment_head(y), x))
     return out
 

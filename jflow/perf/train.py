@@ -1,34 +1,25 @@
 """bench train: the train step of a config on made-up full rows: tokens/s, MFU, memory, and its parts alone."""
 
-import argparse
+import dataclasses
 import time
 from typing import Any
 
-from jflow.cli.arguments import whole
 from jflow.config import RunConfig
 from jflow.errors import UserError
 
-_EPILOG = """\
-examples
-  python -m jflow bench train --config=configs/stage2.py:tiny                      # anywhere
-  python -m jflow bench train --config=configs/stage2.py --rows=8 --json=h200.json # one GPU
-  python -m jflow bench train --config=configs/stage2.py --rows=4 --fields config.compute.remat=none
 
-Rows are full and random, in the mixture of the config's last phase; everything runs on the device, SigLIP and VAE
-included. MFU takes the model FLOPs of jflow/model_flops.py over the vendor's dense bf16 peak; none on a CPU. Parts
-are timed alone, so they need not add up to the step."""
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What `bench train` measures."""
 
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-  parser.epilog = _EPILOG
-  parser.add_argument("--config", metavar="FILE[:SIZE]", required=True, help="for example configs/stage2.py:tiny")
-  parser.add_argument("--rows", type=whole(most=2**20), help="rows per step (default: train.batch_size)")
-  parser.add_argument("--steps", type=whole(most=10**6), default=20, help="timed steps (default 20)")
-  parser.add_argument("--parts", action=argparse.BooleanOptionalAction, default=True, help="time the parts too")
-  parser.add_argument("--fields", nargs="*", default=[], metavar="config.FIELD=VALUE", help="set fields of the config")
+  config: str
+  rows: int | None = None  # of a step; None: train.batch_size
+  steps: int = 20  # timed
+  parts: bool = True  # time the parts too
+  fields: tuple[str, ...] = ()  # "config.FIELD=VALUE"
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: Settings) -> dict[str, Any]:
   """Measures the step of a config; see `measure`."""
   from jflow.training import config_files
 

@@ -1,40 +1,28 @@
 """bench understand: time to the first token and tokens per second after it, beside PyTorch where asked."""
 
-import argparse
+import dataclasses
 from typing import Any
 
 import numpy as np
 
-from jflow.cli.arguments import whole
+from jflow import model_flops
 from jflow.errors import UserError
+from jflow.inference import reading
+from jflow.inference.decoding import Decoder, Request
+from jflow.perf import inference
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-  """Declares the flags."""
-  from jflow.perf import inference
+@dataclasses.dataclass(frozen=True)
+class Settings(inference.Settings):
+  """What `bench understand` measures."""
 
-  parser.epilog = """\
-examples
-  python -m jflow bench understand --versus=tests/parity/torch_worker.py   # a mid-size model, random weights
-  python -m jflow bench understand --checkpoint=quickstart/stage3 --batch_size=8
-  python -m jflow bench understand --config=configs/stage3.py:384 --batch_size=16 # on a GPU
-
-Each row reads one picture and a question and answers greedily; the PyTorch side is transformers' generate. On a GPU
-or TPU the report says which share of the memory bandwidth decoding reaches (bandwidth_share)."""
-  inference.add_flags(parser)
-  add = parser.add_argument
-  add("--batch_size", type=whole(most=4096), default=1, help="answers made at once (default %(default)s)")
-  add("--new_tokens", type=whole(), default=64, help="of each answer (default %(default)s)")
-  add("--question_tokens", type=whole(), default=64, help="beside the picture (default %(default)s)")
+  batch_size: int = 1  # answers made at once
+  new_tokens: int = 64  # of each answer
+  question_tokens: int = 64  # beside the picture
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: Settings) -> dict[str, Any]:
   """Measures and returns the report."""
-  from jflow import model_flops
-  from jflow.inference import reading
-  from jflow.inference.decoding import Decoder, Request
-  from jflow.perf import inference
-
   for name, least in (("batch_size", 1), ("new_tokens", 2), ("question_tokens", 3)):
     if getattr(args, name) < least:
       raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")

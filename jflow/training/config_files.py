@@ -22,13 +22,12 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-import jflow
 from jflow.config import RunConfig
 from jflow.errors import UserError
 from jflow.models.config import JanusFlowConfig
 from jflow.training import overrides
 
-SHIPPED = (pathlib.Path(jflow.__file__).parent / "configs").resolve()  # a link in the tree, a folder in a wheel
+SHIPPED = (pathlib.Path(__file__).parents[1] / "configs").resolve()  # a link in the tree, a folder in a wheel
 Start = Callable[[RunConfig, Collection[str]], dict[str, Any]]
 _PACKAGE = "jflow_config"  # the package that a config file is loaded in, for what it imports relatively
 _INSTALLED = {"site-packages", "dist-packages"}

@@ -21,6 +21,7 @@ import jflow
 from jflow.data import images as pictures
 from jflow.errors import UserError
 from jflow.evaluation import lmms, report
+from jflow.inference import loading
 
 
 class Request(NamedTuple):
@@ -118,7 +119,7 @@ def test_a_step_that_is_saved_meanwhile_is_not_taken_for_the_one_that_the_cache_
     opened.append(path)
     shutil.copytree(workdir / "checkpoints" / "0", workdir / "checkpoints" / "5")
 
-  monkeypatch.setattr(jflow, "load", load)
+  monkeypatch.setattr(loading, "load", load)
   named, made = [], report.fingerprint
   monkeypatch.setattr(report, "fingerprint", lambda path, *more: named.append(path) or made(path, *more))
   lmms.Model(checkpoint=str(workdir), cache=str(tmp_path / "cache"))

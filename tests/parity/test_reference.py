@@ -1,6 +1,5 @@
 """The PyTorch side of `bench --versus` against jflow: both do the same work."""
 
-import argparse
 import pathlib
 
 import numpy as np
@@ -20,12 +19,8 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 @pytest.fixture(scope="module")
 def sides():
   """The tiny model of configs/, random, in both frameworks."""
-  args = argparse.Namespace(
-    repeats=1,
-    checkpoint=None,
-    config=f"{ROOT}/configs/stage3.py:tiny",
-    dtype="float32",
-    versus=ROOT / "tests" / "parity" / "torch_worker.py",
+  args = inference.Settings(
+    config="stage3:tiny", dtype="float32", versus=ROOT / "tests" / "parity" / "torch_worker.py", repeats=1
   )
   pipeline = inference.open_pipeline(args)
   with inference.torch_side(args, pipeline) as torch:
