@@ -71,6 +71,33 @@ def write_text(path: str | pathlib.Path, text: str) -> None:
     new.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
+def write_first(path: str | pathlib.Path, text: str) -> bool:
+  """Writes a text file whole, unless one is there; of several processes that call it together, one writes.
+
+  Returns:
+    Whether this call has written it.
+
+  Raises:
+    OSError: see `replacing`.
+  """
+  path = pathlib.Path(path)
+  new = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{PART}")
+  try:
+    new.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+    sync(new)
+    os.link(new, path)
+    return True
+  except FileExistsError:
+    return False
+  except OSError:  # a file system without links; or one that is full, as the next call finds, too
+    if path.exists():
+      return False
+    write_text(path, text)
+    return True
+  finally:
+    new.unlink(missing_ok=True)
+
+
 def write_bytes(path: str | pathlib.Path, content: bytes) -> None:
   """Writes a file whole or not at all.
 

@@ -132,3 +132,16 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
   with files.open_lock(tmp_path / "file") as first, files.open_lock(tmp_path / "file") as second:
     assert files.lock(first) and not files.lock(second)
   assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_of_several_writers_the_first_one_stays(tmp_path, monkeypatch):
+  path = tmp_path / "a.json"
+  assert files.write_first(path, "one") and not files.write_first(path, "two")
+  assert path.read_text() == "one" and [each.name for each in tmp_path.iterdir()] == ["a.json"]
+
+  def no_links(*_):
+    raise OSError(errno.EPERM, "no links here")
+
+  monkeypatch.setattr(os, "link", no_links)
+  assert not files.write_first(path, "three") and files.write_first(tmp_path / "b.json", "four")
+  assert path.read_text() == "one" and (tmp_path / "b.json").read_text() == "four"

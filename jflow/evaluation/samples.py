@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from jflow.errors import UserError
-from jflow.files import lock
+from jflow.files import lock, write_first
 from jflow.outputs import make_directory, writing
 
 
@@ -57,19 +57,8 @@ class Samples:
         f"{self._flag}={self._directory} holds predictions without settings.json, so nobody knows of what: "
         f"name another {self._flag}, or delete it to start over"
       )
-    new = path.with_name(f"settings.json.{os.getpid()}")
-    new.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    try:
-      os.link(new, path)  # the first of several processes that start together
-      return
-    except FileExistsError:
-      pass
-    except OSError:  # a file system without links
-      if not path.exists():
-        new.replace(path)
-        return
-    finally:
-      new.unlink(missing_ok=True)
+    if write_first(path, json.dumps(settings, indent=1, ensure_ascii=False) + "\n"):
+      return  # the first of several processes that start together
     before = settings_in(self._directory, self._flag) or {}
     for name in sorted(before.keys() | settings.keys()):
       if before.get(name) != settings.get(name):

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from jflow import git_lfs, strict_json
 from jflow.errors import UserError
+from jflow.progress import Progress
 from jflow.strict_json import read_object as read_json
 from jflow.strict_json import shown
 
@@ -30,7 +31,6 @@ _MAX_INDEX = 64 * 2**20
 _MOST_TENSORS = 100_000
 _LONGEST_NAME = 512
 _FIELDS = {"dtype", "shape", "data_offsets"}
-_WORTH_SAYING = 2**24  # bytes; less is read or written in a moment
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _EXPONENTS = {"F32": (np.uint32, 0x7F800000), "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00)}
 
@@ -265,7 +265,7 @@ def write(
   shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]],
   get: Callable[[str], np.ndarray],
   shard_bytes: int,
-  progress: "Progress",
+  progress: Progress,
 ) -> None:
   """Writes tensors one by one, so that only one exists at a time beside its source.
 
@@ -278,7 +278,7 @@ def write(
     shapes: name -> shape and type, in the order in which they are written.
     get: name -> tensor.
     shard_bytes: largest payload of a file; more files get an index, as Hugging Face lays it out.
-    progress: told of every tensor.
+    progress: in MiB, told of every tensor.
   """
   codes = {dtype: code for code, dtype in DTYPES.items()}
   size = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
@@ -311,25 +311,9 @@ def write(
           raise ValueError(f"{name} is {tensor.dtype}{tensor.shape}, announced as {shapes[name]}")
         file.write(memoryview(tensor.reshape(-1).view(np.uint8)))
         weight_map[name] = file_name
-        progress.add(size[name])
+        progress.count(size[name] / 2**20)
       file.flush()
       os.fsync(file.fileno())
   if len(shards) > 1:
     index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
     (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
-
-
-class Progress:
-  """Prints how far a reading or writing is, on stderr, every tenth of the way; of small files, nothing."""
-
-  def __init__(self, what: str, total: int):
-    self._what, self._total, self._done, self._printed = what, max(total, 1), 0, -1
-
-  def add(self, count: int) -> None:
-    """`count` more bytes are done."""
-    self._done += count
-    tenth = 10 * self._done // self._total
-    if tenth > self._printed and self._total >= _WORTH_SAYING:
-      self._printed = tenth
-      total = self._total / 2**20
-      print(f"{self._what}: {min(10 * tenth, 100)} % of {total:,.1f} MiB", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ import numpy as np
 from jflow.errors import UserError
 from jflow.interop import budget, names, safetensors_io
 from jflow.interop.names import Entry
+from jflow.progress import Progress
 
 _BITS = {2: np.uint16, 4: np.uint32}
 
@@ -110,18 +111,19 @@ class Weights:
       layers[entry.path] = 0 if entry.layer is None else max(layers.get(entry.path, 0), entry.layer + 1)
       by_name.setdefault(entry.name, []).append(entry)
     order = sorted(by_name, key=lambda name: (tensors[name].file.name, tensors[name].start))
-    progress = safetensors_io.Progress(f"reading {self.what}", sum(tensors[n].bytes for n in by_name))
     params: dict[str, np.ndarray] = {}
-    for name in order:
-      tensor = self.checkpoint.read(name)
-      for entry in by_name[name]:
-        if entry.path not in params:
-          lead = (layers[entry.path],) if layers[entry.path] else ()
-          shape = lead + names.jflow_shape(entry.kind, entry.part_shape)
-          params[entry.path] = _aligned(shape, types[entry.path])
-        target = params[entry.path] if entry.layer is None else params[entry.path][entry.layer]
-        _copy(target, names.to_jflow(entry.kind, entry.slice(tensor)))
-      progress.add(tensors[name].bytes)
+    total = sum(tensors[n].bytes for n in by_name) / 2**20
+    with Progress(total, 0, f"reading {self.what}", "MiB", delay=2) as progress:
+      for name in order:
+        tensor = self.checkpoint.read(name)
+        for entry in by_name[name]:
+          if entry.path not in params:
+            lead = (layers[entry.path],) if layers[entry.path] else ()
+            shape = lead + names.jflow_shape(entry.kind, entry.part_shape)
+            params[entry.path] = _aligned(shape, types[entry.path])
+          target = params[entry.path] if entry.layer is None else params[entry.path][entry.layer]
+          _copy(target, names.to_jflow(entry.kind, entry.slice(tensor)))
+        progress.count(tensors[name].bytes / 2**20)
     return params
 
 
@@ -189,9 +191,9 @@ def save(
     by_name.setdefault(entry.name, []).append(entry)
   shapes = {name: (parts[0].shape, np.dtype(dtype or params[parts[0].path].dtype)) for name, parts in by_name.items()}
   total = sum(int(np.prod(shape)) * kind.itemsize for shape, kind in shapes.values())
-  progress = safetensors_io.Progress(f"writing {what}", total)
   get = lambda name: tensor(by_name[name], params, shapes[name][1])
-  safetensors_io.write(directory, stem, shapes, get, shard_bytes, progress)
+  with Progress(total / 2**20, 0, f"writing {what}", "MiB", delay=2) as progress:
+    safetensors_io.write(directory, stem, shapes, get, shard_bytes, progress)
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:

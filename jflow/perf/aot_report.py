@@ -157,6 +157,8 @@ def _roofline(
   tokens = work.tokens / topology.chips
   return {
     "flops": {"program": counts.flops, "kernels": kernels, "model": needed},
+    "executed_flops": counts.flops + kernels,
+    "model_flops": needed,
     "memory_bytes": counts.memory_bytes,
     "collective_bytes": {f"{kind} {axes}": size for (kind, axes), size in sorted(counts.collective_bytes.items())},
     "collective_bytes_total": sum(counts.collective_bytes.values()),

@@ -57,6 +57,7 @@ def test_the_report_says_what_a_device_holds_and_what_bounds_it(report):
   assert memory["optimizer"] == pytest.approx(2 * memory["ema"], rel=0.01)  # two moments
   assert report["bound"] == max(report["seconds"], key=report["seconds"].get)
   assert report["flops"]["program"] > report["flops"]["model"] > 0
+  assert report["executed_flops"] > report["model_flops"] == report["flops"]["model"]
 
 
 @pytest.mark.parametrize("name, package", [("v5e:2x4", "libtpu"), ("h100:1x8", "CUDA plugin")])
