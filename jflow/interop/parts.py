@@ -11,10 +11,10 @@ import numpy as np
 import tokenizers
 
 from jflow.data import tokenizer_file
-from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer, build, read_files
+from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer, build
 from jflow.errors import UserError
 from jflow.generation.flow.convnext import GenerationDecoder, GenerationEncoder
-from jflow.interop import budget, names, official, processor_config, sizes, tied, transfer
+from jflow.interop import budget, foreign_tokenizer, names, official, processor_config, sizes, tied, transfer
 from jflow.interop.fields import Fields
 from jflow.interop.official import Loaded
 from jflow.interop.safetensors_io import Checkpoint
@@ -41,9 +41,9 @@ def _tokenizer(directory: pathlib.Path) -> Tokenizer:
   """Reads a tokenizer and adds the special tokens that it lacks, with the next free ids.
 
   Raises:
-    UserError: no readable tokenizer.json, or one without BOS and EOS.
+    UserError: no readable tokenizer, or one without BOS and EOS.
   """
-  files = read_files(str(directory))
+  files = foreign_tokenizer.read(directory)
   tokenizer_file.check(files["tokenizer.json"], str(directory))
   tokenizer = build(files["tokenizer.json"], str(directory))
   tokenizer.no_truncation()
