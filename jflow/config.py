@@ -14,6 +14,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jflow.errors import install_line
 from jflow.sections import Section, built, field, refusal
 from jflow.values import (
   MOST,
@@ -307,7 +308,7 @@ def _wandb_is_installed(c: RunConfig) -> str:
 
 def _installed(package: str) -> str:
   there = importlib.util.find_spec(package) is not None
-  return "" if there else f"needs the package {package} (pip install {package})"
+  return "" if there else f"needs the package {package}: {install_line('log')}"
 
 
 @constraint("log.sample_prompts")

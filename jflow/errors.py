@@ -1,5 +1,8 @@
 """The exceptions that end a command with one clear line instead of a traceback."""
 
+import importlib.metadata
+import importlib.util
+import pathlib
 import sys
 
 
@@ -47,3 +50,23 @@ def need_text_name(flag: str, path: object) -> None:
     name.encode("utf-8")
   except UnicodeEncodeError:
     raise UserError(f"{flag}={path} must be a name in UTF-8: what writes and reads there knows no other") from None
+
+
+def need_extra(extra: str, *modules: str) -> None:
+  """Checks that what an optional extra of pyproject.toml brings is installed; imports nothing.
+
+  Raises:
+    UserError: naming the first module that is missing, and how to install the extra.
+  """
+  for module in modules:
+    if importlib.util.find_spec(module) is None:
+      raise UserError(f"this needs the package {module}, of an extra: {install_line(extra)}")
+
+
+def install_line(extra: str) -> str:
+  """The command that installs an extra: of jflow where it is installed, else of the folder that this code is in."""
+  try:
+    importlib.metadata.distribution("jflow")
+    return f"pip install 'jflow[{extra}]'"
+  except importlib.metadata.PackageNotFoundError:
+    return f"pip install '{pathlib.Path(__file__).parents[1]}[{extra}]'"

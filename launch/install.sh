@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Makes .venv and installs jflow's requirements into it; further arguments are handed to pip.
+# Makes .venv and installs jflow's requirements and extras into it; further arguments are handed to pip.
 #   JFLOW_PYTHON       the Python to use (3.11 or newer; default python3)
 #   JFLOW_VENV         where the environment goes (default .venv)
 #   JFLOW_ACCELERATOR  cuda13 or tpu, for the matching jax; default CPU
+#   JFLOW_EXTRAS       extras of pyproject.toml, with commas between (default serve,plots)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${JFLOW_PYTHON:-python3}
@@ -15,4 +16,16 @@ case "${JFLOW_ACCELERATOR:-}" in
   *) echo "JFLOW_ACCELERATOR=$JFLOW_ACCELERATOR is unknown: use cuda13 or tpu" >&2; exit 2 ;;
 esac
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+# Not as jflow[...], which would install jflow itself.
+extras=$("$venv/bin/python" - "${JFLOW_EXTRAS-serve,plots}" <<'EOF'
+import sys, tomllib
+with open("pyproject.toml", "rb") as file:
+  extras = tomllib.load(file)["project"]["optional-dependencies"]
+names = [name for name in sys.argv[1].split(",") if name]
+if unknown := sorted(set(names) - set(extras)):
+  sys.exit(f"JFLOW_EXTRAS: {unknown[0]} is unknown: use {', '.join(extras)}")
+print(*(package for name in names for package in extras[name]), sep="\n")
+EOF
+) || exit 2
+[ -z "$extras" ] || mapfile -t -O "${#extra[@]}" extra <<<"$extras"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt "${extra[@]}" "$@"

@@ -7,10 +7,11 @@
 #   JFLOW_PARITY=1  also installs PyTorch, diffusers and clean-fid: live comparisons (skipped without them)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-packages=("pytest>=8" "httpx>=0.27" "openai>=3" "scikit-image>=0.25" "scikit-learn>=1.6" "tensorboard>=2.18")
-[ "${JFLOW_COMPILE:-0}" = 1 ] && packages+=("jax[tpu]>=0.10,<0.13")
-[ "${JFLOW_PARITY:-0}" = 1 ] && packages+=("torch==2.13.0" "diffusers>=0.35")
-[ "${JFLOW_DEMO:-0}" = 1 ] && packages+=("gradio>=6,<7" "selenium>=4.30")
+packages=()
+export JFLOW_EXTRAS=serve,plots,test
+[ "${JFLOW_COMPILE:-0}" = 1 ] && JFLOW_EXTRAS+=,compile
+[ "${JFLOW_PARITY:-0}" = 1 ] && JFLOW_EXTRAS+=,parity packages+=("torch==2.13.0")
+[ "${JFLOW_DEMO:-0}" = 1 ] && JFLOW_EXTRAS+=,demo packages+=("selenium>=4.30")
 bash launch/install.sh "${packages[@]}"
 python=${JFLOW_VENV:-.venv}/bin/python
 # Its resize alone is used, which needs PyTorch; with its requirements it would bring torchvision too.

@@ -4,8 +4,11 @@ import ast
 import functools
 import importlib.util
 import pathlib
+import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterable
 
 import pytest
 
@@ -121,6 +124,56 @@ def test_pure_modules_stand_below_all_others():
       assert not of("jflow", name) or name.split(".")[1] in PURE, f"{module} imports {name}"
 
 
+# Package in requirements.txt or an extra -> the module that it brings, where the names differ.
+MODULES = {
+  "pillow": "PIL",
+  "absl-py": "absl",
+  "orbax-checkpoint": "orbax",
+  "jax[tpu]": "libtpu",
+  "scikit-image": "skimage",
+}
+# Folder or file -> the extra whose modules it may import as it is loaded, after `errors.need_extra`.
+OF_EXTRA = {"jflow/serving/": "serve", "jflow/serving/demo.py": "demo"}
+LAZY = ("transformers", "huggingface_hub")  # seconds to import
+PLUGIN = "jflow/evaluation/lmms"  # loaded by lmms-eval alone
+
+
+def packages(lines: Iterable[str]) -> set[str]:
+  """The modules of requirements."""
+  names = (re.split(r"[<>=~ ]", line)[0] for line in lines if line and not line.startswith("#"))
+  return {MODULES.get(name, name.replace("-", "_")) for name in names}
+
+
+def requirements() -> tuple[set[str], dict[str, list[str]]]:
+  """The modules that the core may import, and the requirements of each extra."""
+  extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+  return packages((ROOT / "requirements.txt").read_text().splitlines()), extras
+
+
+def of_others(file: str, at_load: bool) -> set[str]:
+  """The third-party modules that a file imports, only as it is loaded or at all."""
+  body = tree(file).body
+  nodes = body if at_load else [node for part in body for node in ast.walk(part)]
+  names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+  names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+  return {name.split(".")[0] for name in names} - {"jflow", "configs"} - set(sys.stdlib_module_names)
+
+
+def test_what_the_core_imports_is_what_it_requires():
+  """Modules of an extra are imported where that extra was asked for; what is slow to import, inside functions."""
+  required, extras = requirements()
+  assert packages(extras["serve"]) < packages(extras["demo"])
+  seen = set()
+  for file in FILES:
+    at_load = of_others(file, at_load=True)
+    seen |= at_load | of_others(file, at_load=False)
+    allowed = set().union(*(packages(extras[extra]) for place, extra in OF_EXTRA.items() if file.startswith(place)))
+    unknown = at_load - required - allowed - {"pydantic_core"}  # comes with pydantic
+    assert not unknown or file.startswith(PLUGIN), f"{file} imports {sorted(unknown)}"
+    assert not at_load & set(LAZY), file
+  assert required <= seen | {"jaxlib"}, f"nothing imports {sorted(required - seen)}"
+
+
 def test_models_keep_no_state_but_their_parameters():
   """No other collection and no randomness inside: every method is a pure function of its arguments."""
   for file in FILES:
@@ -149,14 +202,20 @@ def test_files_are_short_and_say_what_they_are():
 
 @pytest.mark.smoke
 def test_what_an_import_really_brings_along():
-  """Loader processes and `--help` start without jax, and no module needs PyTorch."""
+  """Loader processes and `--help` start without jax, no module needs PyTorch, and the core none of the extras."""
   without = set() if importlib.util.find_spec("gradio") else {"jflow/serving/demo.py"}  # an extra's page
   modules = [file[:-3].replace("/", ".").removesuffix(".__init__") for file in FILES if file not in without]
   data = [m for m in modules if of("jflow.data", m)] + ["jflow", "jflow.__main__", "jflow.batch"]
+  core = [m for m in modules if not m.startswith(("jflow.serving", PLUGIN.replace("/", ".")))]
+  required, extras = requirements()
+  optional = sorted(set().union(*(packages(x) for name, x in extras.items() if name != "test")) - required)
   code = f"""
 import importlib, sys
+for name in {optional!r}: sys.modules[name] = None  # as if it were not installed
 for name in {data!r}: importlib.import_module(name)
 assert "jax" not in sys.modules and "flax" not in sys.modules
+for name in {core!r}: importlib.import_module(name)
+for name in {optional!r}: del sys.modules[name]
 for name in {modules!r}: importlib.import_module(name)
 assert "jax" in sys.modules
 print([name for name in ("torch", "diffusers", "transformers", "configs") if name in sys.modules])

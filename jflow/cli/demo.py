@@ -7,7 +7,7 @@ import tempfile
 
 from jflow.cli import serving_flags as flags
 from jflow.cli.arguments import Parser, whole
-from jflow.errors import UserError
+from jflow.errors import UserError, need_extra
 
 _EPILOG = """
 examples:
@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
   """Serves the page until a signal."""
   args = parser().parse_args(argv)
+  need_extra("demo", "gradio", "fastapi")
   flags.check(args)
   if args.max_upload < 1:
     raise UserError(f"--max_upload={args.max_upload} must be at least 1")
@@ -43,11 +44,6 @@ def main(argv: list[str]) -> int:
     os.environ["GRADIO_TEMP_DIR"] = uploads  # private, and gone at the end
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"  # it reckons over all of them at the end of each
-    try:
-      import gradio  # noqa: F401
-    except ImportError:
-      raise UserError("the page needs Gradio: python -m pip install 'gradio>=6,<7'") from None
-
     from jflow.serving import demo, server
     from jflow.serving.hosts import Guarded, Hosts
 

@@ -14,7 +14,7 @@ from jflow.data.mixture import StepPlan
 from jflow.data.pipeline import Pipeline
 from jflow.data.store.prepared import read_summary
 from jflow.data.tokenizer import Tokenizer
-from jflow.errors import UserError
+from jflow.errors import UserError, need_extra
 from jflow.training import config_files
 
 _EPILOG = """\
@@ -73,6 +73,7 @@ def main(argv: list[str]) -> int:
     raise UserError(
       f"unknown argument {unknown!r} beside --inspect: there are --rows, --step, --output, --config, --config.FIELD"
     )
+  need_extra("plots", "matplotlib")  # its fonts
   args.config = args.config or "stage2"
   config = config_files.load(args.config, fields)
   picture, count = render(config, args.inspect, args.rows, args.step, f"{args.inspect or args.config}")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from jflow.cli import flags as model_flags
 from jflow.cli.arguments import number, whole
-from jflow.errors import UserError
+from jflow.errors import UserError, need_extra
 
 if TYPE_CHECKING:
   from jflow.serving.engine import Engine
@@ -53,6 +53,7 @@ def add(p: argparse.ArgumentParser, port: int) -> None:
 
 def check(args: argparse.Namespace) -> None:
   """Checks what needs no model; raises UserError."""
+  need_extra("serve", "starlette", "uvicorn", "h11", "pydantic", "prometheus_client")
   from jflow.serving import hosts
 
   for name, least in (("slots", 1), ("batch", 1), ("queue", 1), ("context", 2)):

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jflow import outputs
-from jflow.errors import UserError
+from jflow.errors import UserError, need_extra
 from jflow.evaluation import benchmarks, report, runner
 from jflow.evaluation.benchmark import PaintingBenchmark
 from jflow.evaluation.settings import Settings
@@ -106,6 +106,7 @@ def plotted(found: Mapping[Any, Mapping[str, Any]]) -> list[str]:
 
 def figure(found: Mapping[tuple[float, int], Mapping[str, Any]], names: Sequence[str]) -> Any:
   """One panel per score: over guidance, a line for each number of steps; over steps if guidance does not vary."""
+  need_extra("plots", "matplotlib")
   from matplotlib.figure import Figure
 
   guidances, steps = (sorted({pair[i] for pair in found}) for i in (0, 1))

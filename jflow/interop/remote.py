@@ -11,7 +11,7 @@ import pathlib
 import re
 from typing import Any
 
-from jflow.errors import UserError
+from jflow.errors import UserError, install_line
 from jflow.files import replacing
 
 CACHE = pathlib.Path("~/.cache/jflow/checkpoints")
@@ -73,8 +73,7 @@ def fetch(path: str | pathlib.Path, cache: pathlib.Path = CACHE) -> pathlib.Path
   except UserError:
     raise
   except (ImportError, ValueError) as error:
-    package = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}.get(protocol)
-    advice = f": pip install {package}" if package else ""
+    advice = {"gs": f": {install_line('gcs')}", "s3": ": pip install s3fs"}.get(protocol.replace("gcs", "gs"), "")
     raise UserError(f"checkpoint {url} cannot be opened ({error}){advice}") from error
   except Exception as error:  # a store raises what it likes; a file may be gone by now
     raise UserError(f"checkpoint {url} cannot be read: {str(error).strip() or type(error).__name__}") from error
@@ -91,10 +90,8 @@ def _from_hub(name: str) -> pathlib.Path:
   Raises:
     UserError: no such model or revision, no connection, or no checkpoint.
   """
-  try:
-    from huggingface_hub import HfApi, errors, snapshot_download
-  except ImportError:
-    raise UserError(f"checkpoint {name} is not here, and to download it: pip install huggingface_hub") from None
+  from huggingface_hub import HfApi, errors, snapshot_download
+
   repository, _, revision = name.partition("@")
   of = {"repo_id": repository, "revision": revision or None}
   try:

@@ -17,7 +17,7 @@ import numpy as np
 
 from jflow import chips, sharding
 from jflow.data.tokenizer import Tokenizer
-from jflow.errors import Stopped, UserError
+from jflow.errors import Stopped, UserError, install_line
 from jflow.inference.loading import load, usual_dtype
 from jflow.inference.pipeline import Pipeline
 from jflow.interop import names, transfer
@@ -114,9 +114,7 @@ class Torch:
   def _reply(self) -> dict[str, Any]:
     line = self._process.stdout.readline()
     if not line:
-      raise UserError(
-        "the PyTorch side ended (its message stands above); it needs: pip install torch transformers diffusers"
-      )
+      raise UserError(f"the PyTorch side ended (its message stands above); it needs: {install_line('parity')}")
     return json.loads(line)
 
 

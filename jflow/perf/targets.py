@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jflow.chips import BETWEEN_HOSTS, CHIPS, Chip
-from jflow.errors import UserError
+from jflow.errors import UserError, install_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def devices(topology: Topology) -> list[Any]:
 
   gpu = topology.chip.platform == "gpu"
   if not gpu and importlib.util.find_spec("libtpu") is None:
-    raise UserError("compiling for TPU needs libtpu, which runs anywhere: pip install '.[compile]'")
+    raise UserError(f"compiling for TPU needs libtpu, which runs anywhere: {install_line('compile')}")
   if gpu and not any(map(importlib.util.find_spec, ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"))):
     raise UserError(
       "compiling for GPU needs jax's CUDA plugin, without a GPU: pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt"

@@ -82,7 +82,7 @@ def test_a_library_that_is_missing_is_named(monkeypatch):
     raise ImportError("Please install gcsfs to access Google Storage")
 
   monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
-  with pytest.raises(UserError, match="gs://bucket/run cannot be opened.*pip install gcsfs"):
+  with pytest.raises(UserError, match="gs://bucket/run cannot be opened.*pip install .*gcs"):
     read_checkpoint("gs://bucket/run")
 
 

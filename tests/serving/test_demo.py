@@ -264,10 +264,9 @@ def test_nothing_comes_from_elsewhere(browser, served):
   assert policy.startswith("default-src 'self'") and "http" not in policy
 
 
-def test_without_gradio_one_line_says_how_to_install_it(capsys, monkeypatch):
-  monkeypatch.setitem(__import__("sys").modules, "gradio", None)
-  for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
-    monkeypatch.setenv(name, "")
-  assert main(["demo", "--checkpoint=nowhere", "--port=0"]) == 2
+@pytest.mark.parametrize("command, module, extra", [("demo", "gradio", "demo"), ("serve", "uvicorn", "serve")])
+def test_without_an_extra_one_line_says_how_to_install_it(capsys, monkeypatch, command, module, extra):
+  monkeypatch.setitem(__import__("sys").modules, module, None)
+  assert main([command, "--checkpoint=nowhere", "--port=0"]) == 2
   error = capsys.readouterr().err
-  assert error.startswith("jflow: the page needs Gradio: python -m pip install") and error.count("\n") == 1
+  assert module in error and f"[{extra}]'" in error and error.count("\n") == 1
