@@ -7,64 +7,65 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
-sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
+TESTS = pathlib.Path(__file__).parent
+ROOT = TESTS.parent
+sys.path[:0] = [path for path in (str(ROOT), str(TESTS)) if path not in sys.path]
 
 # Less time to compile, the same program in every process.
 QUICK = "--xla_backend_optimization_level=0"
 
 # Files of laws, whole: one process, no server, seconds each. Their tests are `fast`.
 FAST = {
-  "attention",
-  "autoencoders",
-  "codec",
-  "conversations",
-  "decoding",
-  "examples",
-  "flow",
-  "generate",
-  "generation",
-  "golden",
-  "head_loss",
-  "importers_llava",
-  "importers_text",
-  "janusflow",
-  "kl",
-  "llm",
-  "losses",
-  "mixture",
-  "optim",
-  "packing",
-  "questions",
-  "scenes",
-  "scorers",
-  "setup",
-  "siglip",
-  "source",
-  "speed",
-  "spikes",
-  "step",
-  "tables",
-  "tokenizer",
+  "data/conversations",
+  "data/examples",
+  "data/importers/importers_llava",
+  "data/importers/importers_text",
+  "data/mixture",
+  "data/packing",
+  "data/tokenizer",
+  "evaluation/scorers",
+  "evaluation/tables",
+  "generation/flow",
+  "generation/generation",
+  "inference/decoding",
+  "inference/generate",
+  "models/attention",
+  "models/janusflow",
+  "models/llm",
+  "models/siglip",
+  "models/autoencoders",
+  "models/autoencoders/kl",
+  "objectives/head_loss",
+  "objectives/losses",
+  "perf/speed",
+  "training/old_checkpoints",
+  "training/optim",
+  "training/setup",
+  "training/spikes",
+  "training/step",
+  "world/codec",
+  "world/questions",
+  "world/scenes",
+  "world/source",
 }
 
 # Files that start other processes. Their tests are `process`.
 PROCESS = {
-  "bench_inference",
-  "bench_train",
-  "commands",
-  "compile",
+  "cli/commands",
+  "data/store/plans",
+  "data/store/prepare",
   "design",
-  "distributed",
-  "evaluate",
+  "evaluation/evaluate",
+  "evaluation/lmms",
   "from_raw_data",
-  "launch",
-  "lmms",
-  "mesh",
-  "plans",
-  "prepare",
-  "train",
-  "workdir",
+  "launch/launch",
+  "perf/bench_inference",
+  "perf/bench_train",
+  "perf/compile",
+  "training/distributed",
+  "training/mesh",
+  "training/train",
+  "training/workdir",
 }
 
 
@@ -104,10 +105,24 @@ def _fast_tests_start_no_process(request: pytest.FixtureRequest, monkeypatch: py
     monkeypatch.setattr(subprocess, "Popen", refused)
 
 
+def _file(name: str) -> pathlib.Path:
+  """The file of a name in FAST or PROCESS."""
+  folder, _, stem = name.rpartition("/")
+  return TESTS / folder / f"test_{stem}.py"
+
+
+def _name(file: pathlib.Path) -> str:
+  """The inverse of `_file`."""
+  return (file.parent / file.stem.removeprefix("test_")).relative_to(TESTS).as_posix()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   """Puts tests into their lanes; skips those marked `gpu` where jax has none."""
+  gone = sorted(name for name in FAST | PROCESS if not _file(name).exists())
+  if gone:
+    raise pytest.UsageError(f"tests/conftest.py names files that are not there: {', '.join(gone)}")
   for item in items:
-    module = item.path.stem.removeprefix("test_")
+    module = _name(item.path)
     slow = any(item.get_closest_marker(name) for name in ("process", "soak", "kill"))
     if module in FAST and not slow:
       item.add_marker("fast")

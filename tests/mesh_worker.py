@@ -22,29 +22,33 @@ from jflow.training.program import abstract_batch, make_program
 from jflow.training.state import TrainState
 from jflow.training.step import make_step
 
-MESHES = ((1, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2))
+MESHES = ((1, 1, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2))
 HEAD_MESHES = ((4, 1, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2), (1, 1, 2))
 COMPILED = ((2, 4, 1), (4, 4, 1))
 ROWS = 2  # per device of those
 
 
-class Run:
-  """The tiny model's training on one mesh."""
+CONFIG = tiny.configuration(train=dict(batch_size=8), optimizer=dict(muon=tiny.MUON))
+OPTIMIZER = optim.make_optimizer(CONFIG.optimizer)
 
-  def __init__(self, sizes: tuple[int, int, int]):
-    config = tiny.configuration(train=dict(batch_size=8), optimizer=dict(muon=tiny.MUON))
+
+def state_of(params) -> TrainState:
+  """The state of step 0."""
+  return TrainState.create(*optim.partition(params, CONFIG.optimizer.trained, CONFIG.optimizer.frozen), OPTIMIZER)
+
+
+class Run:
+  """The tiny model's training on one mesh; `boxed`: the abstract state with its logical axes."""
+
+  def __init__(self, sizes: tuple[int, int, int], boxed: TrainState):
     devices = jax.devices()[: int(np.prod(sizes))]
     self.mesh = sharding.make_mesh(*sizes, devices=devices)
-    optimizer = optim.make_optimizer(config.optimizer)
-    patterns = config.optimizer.trained, config.optimizer.frozen
-    state_of = lambda params: TrainState.create(*optim.partition(params, *patterns), optimizer)
-    boxed = jax.eval_shape(lambda: state_of(setup.initial_params(tiny.model(), 0)))
     self.where = sharding.shardings(self.mesh, boxed)
     shaped = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     self.abstract = jax.tree.map(shaped, sharding.unbox(boxed), self.where)
     self.state = jax.device_put(state_of(tiny.params()), self.where)
     out = (self.where, sharding.replicated(self.mesh))
-    self._step = jax.jit(make_step(tiny.model(), optimizer, config), out_shardings=out)
+    self._step = jax.jit(make_step(tiny.model(), OPTIMIZER, CONFIG), out_shardings=out)
 
   def step(self, batch) -> list[float]:
     """One step; returns the losses and the gradient's norm."""
@@ -91,7 +95,8 @@ def main(directory: pathlib.Path) -> dict:
   """Returns losses per mesh, the share of a weight on one device, losses after a change of mesh, and collectives."""
   rows = [tiny.mixed(), tiny.mixed()._replace(tokens=tiny.mixed().tokens[:, ::-1].copy())]
   batch = jax.tree.map(lambda *x: np.concatenate(x), *rows)
-  runs = {sizes: Run(sizes) for sizes in MESHES}
+  boxed = jax.eval_shape(lambda: state_of(setup.initial_params(tiny.model(), 0)))
+  runs = {sizes: Run(sizes, boxed) for sizes in MESHES}
   out = {"losses": {}, "restored": {}, "same_bits": {}}
   for sizes, run in runs.items():
     losses = [run.step(batch) for _ in range(2)]

@@ -223,3 +223,10 @@ print([name for name in ("torch", "diffusers", "transformers", "configs") if nam
   done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
   assert done.returncode == 0, done.stderr
   assert done.stdout == "[]\n"
+
+
+def test_test_files_share_by_helpers_alone():
+  tests = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+  for path in (ROOT / "tests").rglob("*.py"):
+    for name in imports(path.relative_to(ROOT).as_posix()):
+      assert not tests & set(name.split(".")), f"{path} imports {name}"

@@ -10,22 +10,18 @@ import signal
 import numpy as np
 import pytest
 from jobs import TRAIN, WORKER, Job
+from runs import SMALL
 
 from jflow.interop import native
 from jflow.interop.steps import damage
 from jflow.training.metrics import read_lines
 
+# Four steps of stage 1 from the fits on; one block of each kind compiles sooner.
 REAL = (
   "--config=configs/stage1.py:tiny",
-  "--config.train.batch_size=4",
-  "--config.train.fit_images=20",
+  *SMALL,
   "--config.train.fit_labels=32",
-  "--config.data.shapes.size=60",
-  "--config.model.autoencoder.kind=patch_pca",
   "--config.train.steps=4",
-  "--config.model.autoencoder.block_channels=()",
-  "--config.model.autoencoder.patch_size=4",
-  "--config.model.autoencoder.window=4",
   "--config.checkpoint.interval=2",
   "--config.mesh.data=2",
   "--config.mesh.fsdp=2",
