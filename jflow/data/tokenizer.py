@@ -127,7 +127,7 @@ class Tokenizer:
         "(model.language_model.vocabulary_size): they belong to different models"
       )
 
-  def save(self, directory: str) -> None:
+  def save(self, directory: str | os.PathLike[str]) -> None:
     """Writes the files of the tokenizer, byte for byte as they were read."""
     os.makedirs(directory, exist_ok=True)
     for name, content in self._files.items():

@@ -27,7 +27,7 @@ def _abstract(tree: Any) -> Any:
 
 def _items(state: TrainState) -> dict[str, Any]:
   """The checkpointables of a state, those without a leaf left out: Orbax does not take an empty tree."""
-  progress = {"step": state.step, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+  progress: dict[str, Any] = {"step": state.step, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
   if state.recent is not None:
     progress["recent"] = state.recent
   items = {
@@ -85,7 +85,7 @@ class Checkpointer:
       if hosts.is_first() and (said := steps.make_room(self._directory, step)):
         hosts.say(said)
       # What still stands there is half a save of a run that was killed.
-      response = ocp.save_checkpointables_async(self._directory / str(step), _items(state), overwrite=True)
+      response = ocp.save_checkpointables_async(str(self._directory / str(step)), _items(state), overwrite=True)
     except OSError as error:
       raise self._stopped(step, error) from error
     self._thread = threading.Thread(target=self._finish, args=(step, response), name="checkpoint")

@@ -15,10 +15,10 @@ import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType
-from typing import Any
+from typing import Any, cast
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
@@ -69,11 +69,12 @@ def _run(named: str) -> tuple[pathlib.Path, ConfigDict]:
     contextlib.redirect_stdout(sys.stderr),
   ):  # standard output is for a command's result
     name = f"{_PACKAGE}.{file.stem}"
-    module = importlib.util.module_from_spec(ModuleSpec(name, _Source(name, str(file)), origin=str(file)))
+    loader = _Source(name, str(file))
+    module = importlib.util.module_from_spec(ModuleSpec(name, loader, origin=str(file)))
     module.__file__, module.__package__ = str(file), _PACKAGE
     with _blamed_on(file, siblings.folder):
       sys.modules[name] = module
-      module.__spec__.loader.exec_module(module)
+      loader.exec_module(module)
     function = getattr(module, "get_config", None)
     if not callable(function):
       raise UserError(f"{file}: a config must have a function get_config(size), and this file has none")
@@ -129,7 +130,7 @@ def _line(function: Any) -> int:
 
 
 @contextlib.contextmanager
-def _blamed_on(file: pathlib.Path, folder: pathlib.Path) -> Iterator[None]:
+def _blamed_on(file: pathlib.Path, folder: pathlib.Path) -> Generator[None, None, None]:
   """Turns whatever a config raises into one line that names the last line of a config that led to it."""
   try:
     yield
@@ -179,7 +180,7 @@ class _Siblings(importlib.abc.MetaPathFinder):
         self._places[name] = list(dict.fromkeys(places))
 
   @contextlib.contextmanager
-  def in_reach(self) -> Iterator[None]:
+  def in_reach(self) -> Generator[None, None, None]:
     """Lets imports find them; what they have brought along, and what they did to the path, is gone behind it."""
     own = lambda: {name: module for name, module in sys.modules.items() if name.split(".")[0] in self._places}
     before, path = own(), list(sys.path)
@@ -215,8 +216,10 @@ def _package(name: str, places: list[str], folder: str) -> ModuleSpec:
   """Returns the spec of a package; `folder` may hold its __init__.py."""
   file = os.path.join(folder, "__init__.py")
   if folder and os.path.isfile(file):
-    loader = _Source(name, file)
-    return importlib.util.spec_from_file_location(name, file, loader=loader, submodule_search_locations=places)
+    made = importlib.util.spec_from_file_location(
+      name, file, loader=_Source(name, file), submodule_search_locations=places
+    )
+    return cast(ModuleSpec, made)  # None for a file of an unknown kind alone
   spec = ModuleSpec(name, None, is_package=True)
   spec.submodule_search_locations = places
   return spec

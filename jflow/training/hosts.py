@@ -40,7 +40,7 @@ def start(config: DistributedConfig) -> None:
         "train one model together"
       )
     return
-  explicit = (
+  explicit: dict[str, Any] = (
     {}
     if detect
     else dict(

@@ -247,7 +247,7 @@ class _Run:
     seconds, self._clock = max(now - self._clock, 1e-9), now
     row |= {"tokens_per_second": tokens / seconds, "mfu": mfu(self._config, self._trained, row, seconds)}
     in_a_row = row.pop("skipped_in_a_row")
-    if self._metrics:
+    if self._metrics and self._record:
       self._metrics.write(row)
       self._record.steps(step) if self._compiled else self._record.mark("compile", step)
       for tracker in self._trackers:
@@ -274,7 +274,7 @@ class _Run:
     self._tracing = inside
 
   def _save(self, state: TrainState, step: int) -> None:
-    if self._record:
+    if self._record and self._metrics:
       self._record.steps(step, now=True)
       self._metrics.sync()
     self._checkpointer.save(state)
@@ -294,7 +294,7 @@ class _Run:
       self._record.steps(step, now=True)
     self._watchdog.beat(f"step {step}", slow=True)
     params = hosts.on_host(optim.merge(state.frozen, state.ema))
-    if self._record:
+    if self._record and self._paint:
       images = self._paint(params)
       for tracker in self._trackers:
         tracker.pictures(step, self._config.log.sample_prompts, images)

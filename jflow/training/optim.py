@@ -5,7 +5,7 @@ Not in the paper: a cool-down, and Muon for matrices that patterns name.
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
       adam_b1=config.beta1,
       adam_b2=config.beta2,
       adam_weight_decay=decay,
-      muon_weight_dimension_numbers=lambda params: muon_axes(params, config.muon),
+      muon_weight_dimension_numbers=lambda params: muon_axes(cast("Params", params), config.muon),
       consistent_rms=0.2,
     )
   else:
