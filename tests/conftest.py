@@ -11,8 +11,7 @@ TESTS = pathlib.Path(__file__).parent
 ROOT = TESTS.parent
 sys.path[:0] = [path for path in (str(ROOT), str(TESTS)) if path not in sys.path]
 
-# Less time to compile, the same program in every process.
-QUICK = "--xla_backend_optimization_level=0"
+import quick
 
 # Files of laws, whole: one process, no server, seconds each. Their tests are `fast`.
 FAST = {
@@ -71,7 +70,7 @@ PROCESS = {
 
 # What jax and the processes that tests start read from the environment, unless it is set. `pytest --cache-clear`
 # empties the cache.
-os.environ.setdefault("XLA_FLAGS", QUICK)
+os.environ.setdefault("XLA_FLAGS", quick.FLAGS)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "d" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 

@@ -27,7 +27,6 @@ class Job:
       "JAX_PLATFORMS": "cpu",
       "JAX_NUM_CPU_DEVICES": str(devices),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-      "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
     together = (f"--config.distributed.coordinator={address}", f"--config.distributed.processes={processes}")
     together += (f"--config.distributed.heartbeat_seconds={heartbeat}",)

@@ -8,7 +8,6 @@ import sys
 import tiny
 
 INTERVAL, STEPS = 4, 24  # of a save, of a stage
-QUICK = "--xla_backend_optimization_level=0"  # less time to compile; the same program in every run
 SMALL = (
   "--config.train.batch_size=4",
   "--config.train.fit_images=20",
@@ -24,11 +23,7 @@ SMALL = (
 
 
 def environment() -> dict[str, str]:
-  return os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "XLA_FLAGS": QUICK,
-  }
+  return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 def command_of(stage: int, workdir: pathlib.Path, cache: str, before: pathlib.Path | str, *fields: str) -> list[str]:

@@ -19,11 +19,7 @@ from jflow.errors import Stopped, UserError
 from jflow.interop import native, steps
 from jflow.training.metrics import read_lines
 
-ENVIRONMENT = os.environ | {
-  "JAX_PLATFORMS": "cpu",
-  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  "XLA_FLAGS": "--xla_backend_optimization_level=0",  # less time to compile
-}
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 QUICK = (  # as little to compile and to plan as can be
   "--config.train.batch_size=4",
   "--config.train.fit_images=8",

@@ -12,6 +12,7 @@ import types
 import jax
 import numpy as np
 import pytest
+import quick
 import tiny
 
 from jflow import sharding
@@ -22,7 +23,7 @@ from jflow.errors import UserError
 def worker(tmp_path_factory) -> subprocess.CompletedProcess:
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=16 --xla_backend_optimization_level=0",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count=16 {quick.FLAGS}",
     "PYTHONPATH": f"{tiny.ROOT}:{tiny.ROOT / 'tests'}",
   }
   command = [sys.executable, tiny.ROOT / "tests" / "mesh_worker.py", tmp_path_factory.mktemp("mesh")]

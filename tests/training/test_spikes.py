@@ -85,8 +85,7 @@ def test_a_spike_changes_no_weight_no_moment_and_no_average():
   optimizer = optim.make_optimizer(config.optimizer)
   patterns = config.optimizer.trained, config.optimizer.frozen
   state = TrainState.create(*optim.partition(tiny.params(), *patterns), optimizer, spike_window=WINDOW)
-  quick = {"xla_backend_optimization_level": 0}  # less time to compile
-  step = jax.jit(make_step(tiny.model(), optimizer, config), compiler_options=quick)
+  step = jax.jit(make_step(tiny.model(), optimizer, config))
   after, metrics = step(state, tiny.mixed())
   assert metrics["skipped"] == 0 and after.recent.count == 1
   np.testing.assert_array_equal(after.recent.values[:, 0], [metrics["loss"], metrics["grad_norm"]])
