@@ -1,5 +1,7 @@
 """Laws of the optimizer: how clipping, AdamW and Muon are put together, warm-up, EMA, the partition by pattern."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,11 +49,12 @@ def test_steps_are_those_of_adamw_after_clipping():
   np.testing.assert_allclose(np.concatenate([got["a"], got["b"]["c"].ravel()]), want, rtol=1e-5, atol=1e-6)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def run(optimizer: optax.GradientTransformation, params, gradients: list):
   """The parameters after a step for each of the gradients."""
-  state, update = optimizer.init(params), jax.jit(optimizer.update)
+  state = optimizer.init(params)
   for gradient in gradients:
-    updates, state = update(gradient, state, params)
+    updates, state = optimizer.update(gradient, state, params)
     params = optax.apply_updates(params, updates)
   return params
 
