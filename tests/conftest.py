@@ -24,8 +24,10 @@ FAST = {
   "data/tokenizer",
   "evaluation/scorers",
   "evaluation/tables",
+  "files",
   "generation/flow",
   "generation/generation",
+  "imports",
   "inference/decoding",
   "inference/generate",
   "models/attention",
@@ -51,6 +53,7 @@ FAST = {
 # Files that start other processes. Their tests are `process`.
 PROCESS = {
   "cli/commands",
+  "cli/help",
   "data/store/plans",
   "data/store/prepare",
   "design",

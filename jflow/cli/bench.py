@@ -128,7 +128,12 @@ def parser() -> argparse.ArgumentParser:
   p = Parser(
     prog="python -m jflow bench",
     description="Measures a workload. Ratios come from one run, side by side; nothing is compared with old runs.",
-    epilog="`python -m jflow bench WORKLOAD --help` explains one.",
+    epilog="""\
+examples
+  python -m jflow bench train --config=stage2:tiny --json=train.json
+  python -m jflow bench understand --checkpoint=quickstart/stage3 --batch_size=8
+  python -m jflow bench data --help        explains one""",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   chosen = p.add_subparsers(dest="workload", required=True, metavar="|".join(WORKLOADS))
   for name, (add_flags, what) in WORKLOADS.items():
