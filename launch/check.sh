@@ -14,6 +14,6 @@ if [ "${1:-}" = --fix ]; then
   "$bin/ruff" check --quiet --fix . || true
   "$bin/ruff" format --quiet .
 fi
-"$bin/ruff" check --quiet .
+"$bin/ruff" check --quiet --output-format concise .
 "$bin/ruff" format --quiet --check .
 "$bin/pyrefly" check --python-interpreter-path "$bin/python" --output-format min-text
