@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, dataclass_transform
 
 from jflow.errors import UserError
+from jflow.strict_json import shown
 from jflow.values import Check
 
 _REQUIRED = object()
@@ -39,15 +40,6 @@ class Section:
 def refusal(field: str, value: Any, what: str) -> UserError:
   """The error of a field whose value is not what it must be."""
   return UserError(f"config.{field} {what}, got {shown(value)}")
-
-
-def shown(value: Any, most: int = 200) -> str:
-  """A value as a message shows it: on one line, and not all of a long one."""
-  try:
-    told = repr(value)
-  except ValueError:  # Python writes no number of more than 4,300 digits
-    return "a number of thousands of digits"
-  return told if len(told) <= most else f"{told[:most]}... ({len(told):,} characters)"
 
 
 def flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

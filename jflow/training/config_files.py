@@ -212,7 +212,7 @@ class _Siblings(importlib.abc.MetaPathFinder):
     return None
 
 
-def _package(name: str, places: list[str], folder: str) -> ModuleSpec:
+def _package(name: str, places: list[str], folder: str) -> ModuleSpec | None:
   """Returns the spec of a package; `folder` may hold its __init__.py."""
   file = os.path.join(folder, "__init__.py")
   if folder and os.path.isfile(file):

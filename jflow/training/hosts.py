@@ -40,20 +40,13 @@ def start(config: DistributedConfig) -> None:
         "train one model together"
       )
     return
-  explicit: dict[str, Any] = (
-    {}
-    if detect
-    else dict(
-      coordinator_address=config.coordinator,
-      num_processes=processes,
-      process_id=config.process_id,
-      cluster_detection_method="deactivate",
-    )
-  )
   jax.config.update("jax_enable_preemption_service", False)  # its handler would take SIGTERM from the loop's
   try:
     jax.distributed.initialize(
-      **explicit,
+      coordinator_address=None if detect else config.coordinator,
+      num_processes=None if detect else processes,
+      process_id=None if detect else config.process_id,
+      cluster_detection_method=None if detect else "deactivate",
       initialization_timeout=config.start_seconds,
       heartbeat_timeout_seconds=config.heartbeat_seconds,
       shutdown_timeout_seconds=_FAREWELL,

@@ -9,7 +9,8 @@ from typing import Any
 
 from jflow.config import RunConfig
 from jflow.errors import UserError
-from jflow.sections import flat, kinds, shown
+from jflow.sections import flat, kinds
+from jflow.strict_json import shown
 
 _TRUE, _FALSE = ("true", "t", "1"), ("false", "f", "0")
 _SHOWN = 60  # characters of a value in a message

@@ -254,7 +254,7 @@ def write_config(workdir: pathlib.Path, config: RunConfig, tokenizer: Tokenizer)
   except UserError:
     same = False
   if not same:
-    tokenizer.save(workdir / "tokenizer")
+    tokenizer.save(str(workdir / "tokenizer"))
   files.write_text(workdir / "config.json", json.dumps(config.to_dict(), indent=1) + "\n")
 
 

@@ -45,8 +45,8 @@ def test_the_stages_pass(stage, size):
     ("optimizer.cooldown_start", -1),
     ("optimizer.cooldown_steps", 2),  # the rate of the last steps would be 0
     ("objective.time_std", 0.0),
-    ("objective.weights", dict(text=0.0, flow=0.0, alignment=0.0)),
-    ("objective.weights", dict(text=1.0, flow=1.0, alignment=0.0, repa=1.0)),
+    ("objective.weights", dict(alignment=0.0, flow=0.0, text=0.0)),
+    ("objective.weights", dict(alignment=0.0, flow=1.0, repa=1.0, text=1.0)),
     ("data.template", "poem"),
     ("data.row_tokens", 129),
     ("data.row_images", 0),
