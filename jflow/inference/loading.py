@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jflow.errors import UserError
 from jflow.inference.pipeline import Pipeline
 from jflow.interop.checkpoints import describe
-from jflow.models.unified import JanusFlow
+from jflow.models.unified import JanusFlow, cast_for_inference
 
 
 def load(
@@ -37,7 +37,9 @@ def load(
   found = describe(path, vae=vae, weights=weights, tokenizer=True)
   compute = jnp.dtype(dtype or usual_dtype())
   model = JanusFlow(found.config, compute, remat="none", unroll=1, attention="xla")
-  return Pipeline(model, found.read_params(), found.tokenizer, found.template, found.has_vae)
+  params = found.read_params()
+  cast_for_inference(params, compute)
+  return Pipeline(model, params, found.tokenizer, found.template, found.has_vae)
 
 
 def usual_dtype() -> str:

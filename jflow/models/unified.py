@@ -231,6 +231,19 @@ class JanusFlow(nn.Module):
     self.decode(draws.noise[:, 0])
 
 
+def _cast_at_use(name: str) -> bool:
+  return name.endswith("kernel") or name == "embed"
+
+
+def cast_for_inference(params: dict[str, Any], dtype: Any) -> None:
+  """Casts nested parameters as `for_inference` does, in place: each one's memory is free before the next is cast."""
+  for name, x in params.items():
+    if isinstance(x, dict):
+      cast_for_inference(x, dtype)
+    elif _cast_at_use(name):
+      params[name] = x.astype(dtype, copy=False)
+
+
 def for_inference(model: JanusFlow, params: Any) -> tuple[JanusFlow, Any]:
   """The model with separate LLM layers, which decoding needs, and its parameters in the compute dtype.
 
@@ -241,11 +254,7 @@ def for_inference(model: JanusFlow, params: Any) -> tuple[JanusFlow, Any]:
     model: as trained, or already made for inference.
     params: its nested parameters, NumPy or JAX arrays.
   """
-
-  def cast(path: tuple[Any, ...], x: Any) -> Any:
-    name = path[-1].key
-    return x.astype(model.dtype, copy=False) if name.endswith("kernel") or name == "embed" else x
-
+  cast = lambda path, x: x.astype(model.dtype, copy=False) if _cast_at_use(path[-1].key) else x
   if model.unroll:
     lm = separate_layers(params["language_model"], model.config.language_model.layers)
     params = {**params, "language_model": lm}

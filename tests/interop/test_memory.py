@@ -30,7 +30,7 @@ import sys
 from jflow.__main__ import main
 if sys.argv[1] == "load":
   import jflow
-  jflow.load(sys.argv[2])
+  jflow.load(sys.argv[2], dtype=sys.argv[3])
   code = 0
 else:
   code = main(sys.argv[1:])
@@ -91,8 +91,8 @@ def _argv(command: str, directory: pathlib.Path, rows: int, tmp_path: pathlib.Pa
   if source == "jflow":
     _peak("convert", f"--input={directory}", f"--output={tmp_path / 'ours'}")
     directory = tmp_path / "ours"
-  if target == ["load"]:
-    return ["load", str(directory)]
+  if target[0] == "load":
+    return ["load", str(directory), target[1]]
   return ["convert", f"--input={directory}", f"--output={tmp_path / 'out'}", *target]
 
 
@@ -101,10 +101,11 @@ def _argv(command: str, directory: pathlib.Path, rows: int, tmp_path: pathlib.Pa
   "command, name",
   [
     ("parity", "large"),
-    ("official load", "sharded"),
+    ("official load float32", "sharded"),
     ("official --to=jflow", "large"),
     ("official --to=official --dtype=bfloat16", "sharded"),
-    ("jflow load", "large"),
+    ("jflow load float32", "large"),
+    ("jflow load bfloat16", "large"),
     ("jflow --to=official", "large"),
     ("jflow --to=jflow --dtype=bfloat16", "large"),
   ],
