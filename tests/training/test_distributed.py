@@ -81,9 +81,9 @@ def toy(
 def test_a_process_that_ends_late_is_waited_for(tmp_path):
   """Process 0 may seal a checkpoint or paint long after the others are done, longer than a heartbeat."""
   code = (
-    "import sys, time\nfrom jflow.training import hosts\n"
+    "import sys, time\nfrom jflow.config import DistributedConfig\nfrom jflow.training import hosts\n"
     "values = dict(part.removeprefix('--config.distributed.').split('=') for part in sys.argv[1:])\n"
-    "hosts.start(dict(cluster='', coordinator=values['coordinator'], processes=2, start_seconds=60,"
+    "hosts.start(DistributedConfig(cluster='', coordinator=values['coordinator'], processes=2, start_seconds=60,"
     " process_id=int(values['process_id']), heartbeat_seconds=2))\n"
     "hosts.any_of(False)\ntime.sleep(8 * hosts.is_first())"
   )
@@ -157,6 +157,7 @@ def test_a_signal_to_any_process_stops_all_after_the_same_step(tmp_path, whole, 
 def test_a_process_that_fails_ends_the_whole_job(tmp_path, whole, fault, process):
   """Whatever happens to either process, the other ends too, with a code that is not 0, within a minute."""
   with toy(tmp_path, "run", fault, 8, process, heartbeat=2) as job:
+    job.wait_for(lambda: any(p.poll() is not None for p in job.processes))  # to start takes as long as it takes
     assert job.processes[1 - process].wait(60) != 0
     if fault != "freeze":  # only the kernel or the cluster's engine ends a process that stands still
       assert job.processes[process].wait(60) == {"raise": 1, "kill": -signal.SIGKILL}[fault]
