@@ -47,7 +47,7 @@ def get_config(size: str = ""):
   c.train.init_fresh = ("alignment_head",)
   trained = base.NEW_PARTS + ("language_model",)
   if letter in "AD":  # nothing is painted in D, so nothing is aligned
-    c.model.alignment_width, c.objective.weights.alignment = 0, 0.0
+    c.model.objectives, c.objective.weights.alignment = {}, 0.0
     c.train.init_fresh, c.train.init_dropped = (), ("alignment_head",)
     trained = tuple(part for part in trained if part != "alignment_head")
   if letter in _READER:

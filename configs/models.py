@@ -10,6 +10,7 @@ def janusflow_384() -> dict:
   """JanusFlow-1.3B at 384 x 384: 24 x 24 = 576 patches."""
   return dict(
     language_model=dict(  # DeepSeek-LLM "1.3B"
+      kind="llama",
       vocabulary_size=102_400,
       width=2048,
       mlp_width=5632,
@@ -31,7 +32,7 @@ def janusflow_384() -> dict:
       layer_norm_epsilon=1e-6,
       gelu="erf",
     ),
-    generation=dict(width=768, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6),
+    generation=dict(kind="flow", width=768, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6),
     autoencoder=dict(  # SDXL-VAE
       kind="autoencoder_kl",
       latent_channels=4,
@@ -42,8 +43,7 @@ def janusflow_384() -> dict:
       patch_size=0,
       window=0,
     ),
-    alignment_layer=6,
-    alignment_width=2048,
+    objectives=dict(alignment=dict(layer=6, width=2048)),
     reader="siglip",
   )
 
@@ -59,6 +59,7 @@ def tiny() -> dict:
   """A JanusFlow with every part of the real one, 32 x 32 pixels, 16 patches."""
   return dict(
     language_model=dict(
+      kind="llama",
       vocabulary_size=1024,
       width=64,
       mlp_width=176,
@@ -80,7 +81,7 @@ def tiny() -> dict:
       layer_norm_epsilon=1e-6,
       gelu="erf",
     ),
-    generation=dict(width=32, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6),
+    generation=dict(kind="flow", width=32, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6),
     autoencoder=dict(
       kind="autoencoder_kl",
       latent_channels=4,
@@ -91,8 +92,7 @@ def tiny() -> dict:
       patch_size=0,
       window=0,
     ),
-    alignment_layer=2,
-    alignment_width=64,
+    objectives=dict(alignment=dict(layer=2, width=64)),
     reader="siglip",
   )
 
@@ -105,6 +105,7 @@ def shapes() -> dict:
   """
   return dict(
     language_model=dict(
+      kind="llama",
       vocabulary_size=1024,
       width=96,
       mlp_width=256,
@@ -126,7 +127,7 @@ def shapes() -> dict:
       layer_norm_epsilon=1e-6,
       gelu="erf",
     ),
-    generation=dict(width=96, encoder_blocks=2, decoder_blocks=2, patch_size=1, norm_epsilon=1e-6),
+    generation=dict(kind="flow", width=96, encoder_blocks=2, decoder_blocks=2, patch_size=1, norm_epsilon=1e-6),
     autoencoder=dict(
       kind="patch_pca",
       latent_channels=12,
@@ -137,8 +138,7 @@ def shapes() -> dict:
       patch_size=6,
       window=6,
     ),
-    alignment_layer=2,
-    alignment_width=96,
+    objectives=dict(alignment=dict(layer=2, width=96)),
     reader="siglip",
   )
 
@@ -147,6 +147,7 @@ def mid() -> dict:
   """Between tiny and the paper's: 192 x 192 pixels, 144 patches, an LLM of 57M parameters beside its tables."""
   return dict(
     language_model=dict(
+      kind="llama",
       vocabulary_size=16_384,
       width=768,
       mlp_width=2048,
@@ -168,7 +169,7 @@ def mid() -> dict:
       layer_norm_epsilon=1e-6,
       gelu="erf",
     ),
-    generation=dict(width=256, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6),
+    generation=dict(kind="flow", width=256, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6),
     autoencoder=dict(
       kind="autoencoder_kl",
       latent_channels=4,
@@ -179,6 +180,5 @@ def mid() -> dict:
       patch_size=0,
       window=0,
     ),
-    alignment_layer=2,
-    alignment_width=768,
+    objectives=dict(alignment=dict(layer=2, width=768)),
   )

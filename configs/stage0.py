@@ -15,7 +15,7 @@ from configs import base, world
 
 def get_config(size: str = "shapes"):
   c = base.base(size)
-  c.model.alignment_width = 0
+  c.model.objectives = {}
   c.objective.weights = dict(text=1.0, flow=0.0, alignment=0.0)
   c.data.mixture = ((0, (80, 0, 20)),)
   reader = ("understanding_projector", "understanding_start")

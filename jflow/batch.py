@@ -1,21 +1,22 @@
 """Every array that crosses from data to model: name, shape, dtype, meaning. Numpy only.
 
-Legend: B rows, S tokens of a row, M image slots of a row, K = 1 + P slots that an image takes in the
-row, P patches of an image, H x W pixels, h x w latents of C channels.
+Legend: B rows, S tokens of a row, M images of a row, K slots that an image has in the row, P patches of an image, H x W
+pixels.
 
 A row packs whole samples; each sample is a segment of its own: attention never leaves it and positions
-restart at 0. An image takes K = 1 + P consecutive slots, whether read or written:
+restart at 0. An image takes consecutive slots, at most K:
 
   reading:  the learned start vector (in the slot of the begin-of-image token), then P SigLIP features
-  writing:  the time token (in the slot of the prompt's closing begin-of-generation tag), then P latent patches
+  writing:  as its family lays it out (generation/); by flow the time token (in the slot of the prompt's closing
+            begin-of-generation tag), then P latent patches
 """
 
 import dataclasses
 import math
 from typing import NamedTuple
 
+import ml_dtypes  # noqa: F401  (numpy knows bfloat16 by name)
 import numpy as np
-from ml_dtypes import bfloat16
 
 from jflow import memory
 from jflow.errors import UserError
@@ -35,12 +36,19 @@ class RowShape:
   images: int  # M
   image_patches: int  # P
   image_size: int  # H = W in pixels
-  moments: tuple[int, ...] = (0,)  # (h, w, 2 C) where latents were made ahead of time; nothing where they were not
+  writer: str = "flow"  # how images are written: a name of generation/base.py
+  written_slots: int = 0  # slots that an image to write takes; 0: as many as one that is read
+  stored: tuple[int, ...] = (0,)  # of what a writer's encoder made ahead of time, per image; nothing where it did not
+  stored_dtype: str = "bfloat16"
 
   @property
   def image_slots(self) -> int:
-    """K: slots of the row that one image takes."""
-    return 1 + self.image_patches
+    """K: slots that every image has, whether it fills them or not."""
+    return max(self.slots_of(READ), self.slots_of(WRITE))
+
+  def slots_of(self, kind: int) -> int:
+    """Slots that an image of this kind (READ or WRITE) takes."""
+    return self.written_slots if kind == WRITE and self.written_slots else 1 + self.image_patches
 
 
 class Batch(NamedTuple):
@@ -55,9 +63,9 @@ class Batch(NamedTuple):
   images: np.ndarray  # uint8[B, M, H, W, 3]; RGB; zeros where image_kind is NONE
   image_start: np.ndarray  # int32[B, M]; position in the row of the image's first slot; 0 where NONE
   image_kind: np.ndarray  # int32[B, M]; NONE, READ or WRITE
-  # bfloat16[B, M, h, w, 2 C]; mean and log variance of the VAE's posterior, not scaled, of images to write;
-  # bfloat16[B, M, 0] where the step runs the VAE itself
-  moments: np.ndarray
+  # [B, M, ...]; what the writer's encoder gives for images to write, made ahead of time (by flow the mean and log
+  # variance of the VAE's posterior, bfloat16[B, M, h, w, 2 C], not scaled); [B, M, 0] where the step runs the encoder
+  stored: np.ndarray
 
 
 def need_memory(rows: int, shape: RowShape, count: int) -> None:
@@ -66,8 +74,8 @@ def need_memory(rows: int, shape: RowShape, count: int) -> None:
   Raises:
     UserError: it cannot.
   """
-  moments = 2 * math.prod(shape.moments)
-  row = shape.tokens * (5 * 4 + 1) + shape.images * (3 * shape.image_size**2 + 2 * 4 + moments)
+  stored = np.dtype(shape.stored_dtype).itemsize * math.prod(shape.stored)
+  row = shape.tokens * (5 * 4 + 1) + shape.images * (3 * shape.image_size**2 + 2 * 4 + stored)
   needed, there = count * rows * row, memory.limit()
   if needed > there:
     raise UserError(
@@ -90,5 +98,5 @@ def empty(rows: int, shape: RowShape) -> Batch:
     images=np.zeros((b, m, h, h, 3), np.uint8),
     image_start=np.zeros((b, m), np.int32),
     image_kind=np.zeros((b, m), np.int32),
-    moments=np.zeros((b, m, *shape.moments), bfloat16),
+    stored=np.zeros((b, m, *shape.stored), shape.stored_dtype),
   )

@@ -36,7 +36,7 @@ FAST = {
   "models/siglip",
   "models/autoencoders",
   "models/autoencoders/kl",
-  "objectives/head_loss",
+  "objectives/next_token",
   "objectives/losses",
   "perf/speed",
   "training/old_checkpoints",

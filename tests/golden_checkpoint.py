@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jflow.config import RunConfig
 from jflow.interop import native
-from jflow.models.config import JanusFlowConfig
+from jflow.models.config import ModelConfig
 from jflow.training import checkpoint, optim
 from jflow.training.state import TrainState
 
@@ -34,7 +34,7 @@ def config() -> RunConfig:
   model["understanding_encoder"] |= dict(width=8, mlp_width=8, heads=2)
   model["generation"] |= dict(width=8)
   model["alignment_width"] = 8
-  return tiny.configuration(model=JanusFlowConfig.from_dict(model), train=dict(spike_sigmas=6.0, spike_window=4))
+  return tiny.configuration(model=ModelConfig.from_dict(model), train=dict(spike_sigmas=6.0, spike_window=4))
 
 
 def params(salt: str) -> dict:

@@ -22,8 +22,9 @@ sys.path.insert(0, str(ROOT))
 from jax.sharding import NamedSharding, PartitionSpec
 from tools.faults import struck
 
-from jflow import __main__, model_flops, sharding
+from jflow import __main__, sharding
 from jflow.config import RunConfig
+from jflow.models import flops as model_flops
 from jflow.training import hosts, loop, optim
 from jflow.training import workdir as workdirs
 from jflow.training.checkpoint import Checkpointer

@@ -14,9 +14,10 @@ import tiny
 from jflow import sharding
 from jflow.errors import UserError
 from jflow.generation.flow import convnext as generation
-from jflow.objectives import head_loss, losses
+from jflow.models import build
+from jflow.objectives import next_token
 from jflow.perf import hlo
-from jflow.training import optim, setup
+from jflow.training import optim
 from jflow.training.checkpoint import Checkpointer
 from jflow.training.program import abstract_batch, make_program
 from jflow.training.state import TrainState
@@ -77,8 +78,8 @@ def check_head_loss() -> None:
   hidden, kernel = rng.standard_normal((4, 24, 16), np.float32), rng.standard_normal((16, 50), np.float32)
   targets = rng.integers(0, 50, (4, 24)).astype(np.int32)
   mask = rng.random((4, 24)) < [[0.9], [0.1], [0.0], [0.5]]
-  ours = lambda h, k: head_loss.next_token(h, k, targets, mask, 8)
-  plain = lambda h, k: losses.next_token(h @ k, targets, mask)
+  ours = lambda h, k: next_token.loss(h, k, targets, mask, 8)
+  plain = lambda h, k: plain.next_token(h @ k, targets, mask)
   want = jax.value_and_grad(plain, argnums=(0, 1))(hidden, kernel)
   for sizes in HEAD_MESHES:
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
@@ -95,7 +96,7 @@ def main(directory: pathlib.Path) -> dict:
   """Returns losses per mesh, the share of a weight on one device, losses after a change of mesh, and collectives."""
   rows = [tiny.mixed(), tiny.mixed()._replace(tokens=tiny.mixed().tokens[:, ::-1].copy())]
   batch = jax.tree.map(lambda *x: np.concatenate(x), *rows)
-  boxed = jax.eval_shape(lambda: state_of(setup.initial_params(tiny.model(), 0)))
+  boxed = jax.eval_shape(lambda: state_of(build.initial_params(tiny.model(), 0)))
   runs = {sizes: Run(sizes, boxed) for sizes in MESHES}
   out = {"losses": {}, "restored": {}, "same_bits": {}}
   for sizes, run in runs.items():

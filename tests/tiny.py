@@ -20,9 +20,10 @@ from jflow.batch import READ, TASKS, WRITE, Batch, RowShape
 from jflow.config import RunConfig
 from jflow.data.examples import Sample
 from jflow.data.packing import pack
-from jflow.models.config import JanusFlowConfig
-from jflow.models.unified import Draws, JanusFlow
-from jflow.training import setup
+from jflow.generation.flow.writer import Draws
+from jflow.models import build
+from jflow.models.config import ModelConfig
+from jflow.models.unified import UnifiedModel
 
 ROOT = pathlib.Path(__file__).parent.parent
 TOKENIZER = ROOT / "configs" / "tokenizer"
@@ -31,6 +32,7 @@ BOS, EOS, IMAGE = 1, 2, 3  # any ids do: the model knows none of them
 
 DICT = dict(
   language_model=dict(
+    kind="llama",
     vocabulary_size=VOCABULARY,
     width=32,
     mlp_width=48,
@@ -52,7 +54,7 @@ DICT = dict(
     layer_norm_epsilon=1e-6,
     gelu="erf",
   ),
-  generation=dict(width=16, encoder_blocks=1, decoder_blocks=1, patch_size=2, norm_epsilon=1e-6),
+  generation=dict(kind="flow", width=16, encoder_blocks=1, decoder_blocks=1, patch_size=2, norm_epsilon=1e-6),
   autoencoder=dict(
     kind="patch_pca",
     latent_channels=4,
@@ -63,27 +65,27 @@ DICT = dict(
     patch_size=2,
     window=4,
   ),
-  alignment_layer=1,
-  alignment_width=16,
+  objectives=dict(alignment=dict(layer=1, width=16)),
+  reader="siglip",
 )
-CONFIG = JanusFlowConfig.from_dict(DICT)
+CONFIG = ModelConfig.from_dict(DICT)
 SHAPE = RowShape(tokens=96, images=3, image_patches=CONFIG.patches, image_size=CONFIG.image_size)
 LOSSES = ("text", "flow", "alignment")
 
 
-def model(config: JanusFlowConfig = CONFIG, remat: str = "none", unroll: int = 1, attention: str = "xla") -> JanusFlow:
+def model(config: ModelConfig = CONFIG, remat: str = "none", unroll: int = 1, attention: str = "xla") -> UnifiedModel:
   """The model in f32."""
-  return JanusFlow(config, jnp.dtype("float32"), remat, unroll, attention)
+  return UnifiedModel(config, jnp.dtype("float32"), remat, unroll, attention)
 
 
 @functools.cache
-def shapes(config: JanusFlowConfig = CONFIG):
+def shapes(config: ModelConfig = CONFIG):
   """The nested shapes of the parameters."""
-  return sharding.unbox(jax.eval_shape(lambda: setup.initial_params(model(config), 0)))
+  return sharding.unbox(jax.eval_shape(lambda: build.initial_params(model(config), 0)))
 
 
 @functools.cache
-def params(config: JanusFlowConfig = CONFIG):
+def params(config: ModelConfig = CONFIG):
   """Nested f32 parameters: each leaf is random, a function of its path."""
   return unflatten_dict({path: jnp.asarray(_leaf(path, x.shape)) for path, x in flatten_dict(shapes(config)).items()})
 
@@ -172,7 +174,7 @@ def loss_sums(model, params, batch, draws, wanted=LOSSES):
 @functools.partial(jax.jit, static_argnames=("model",))
 def loss_and_gradient(model, params, batch, draws):
   """The sum of all three loss sums and its gradient."""
-  total = lambda p: sum(model.apply({"params": p}, batch, draws, LOSSES, method="losses"))
+  total = lambda p: sum(model.apply({"params": p}, batch, draws, LOSSES, method="losses").values())
   return jax.value_and_grad(total)(params)
 
 
@@ -198,7 +200,7 @@ def values() -> dict:
 
 @functools.cache
 def _default() -> RunConfig:
-  return RunConfig.from_dict(values(), JanusFlowConfig.from_dict)
+  return RunConfig.from_dict(values(), ModelConfig.from_dict)
 
 
 def configuration(**sections) -> RunConfig:

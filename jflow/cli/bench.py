@@ -19,7 +19,7 @@ examples
   python -m jflow bench train --config=stage2 --rows=4 --fields config.compute.remat=none
 
 Rows are full and random, in the mixture of the config's last phase; everything runs on the device, SigLIP and VAE
-included. MFU takes the model FLOPs of jflow/model_flops.py over the vendor's dense bf16 peak; none on a CPU. Parts
+included. MFU takes the model FLOPs of jflow/models/flops.py over the vendor's dense bf16 peak; none on a CPU. Parts
 are timed alone, so they need not add up to the step."""
   add = p.add_argument
   add("--config", metavar="FILE[:SIZE]", required=True, help="for example stage2:tiny")

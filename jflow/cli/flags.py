@@ -1,9 +1,12 @@
 """The flags that commands with a model share, and opening the model that they name."""
 
 import argparse
+import dataclasses
 import pathlib
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from jflow.cli.arguments import number, whole
 from jflow.errors import UserError
 from jflow.outputs import make_directory
 
@@ -29,6 +32,62 @@ def open_model(args: argparse.Namespace) -> "Pipeline":
   import jflow
 
   return jflow.load(args.checkpoint, vae=args.vae, dtype=args.dtype, weights=args.weights)
+
+
+def add_settings(p: argparse.ArgumentParser) -> None:
+  """Adds the sampling settings of every family; their defaults are the family's own, see `settings_of`."""
+  from jflow.generation.base import FAMILIES
+
+  fields: dict[str, dict[str, dataclasses.Field]] = {}
+  for name in FAMILIES.names():
+    for field in dataclasses.fields(FAMILIES.get(name).settings):
+      fields.setdefault(field.name, {})[name] = field
+  for flag, families in fields.items():
+    field = next(iter(families.values()))
+    told = ", ".join(f"{_words(field.default)} for {name}" for name, field in families.items())
+    p.add_argument(f"--{flag}", help=f"{field.metadata['help']} (default {told})", **_reading(field))
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+  """The sampling settings that were given, by name."""
+  from jflow.generation.base import FAMILIES
+
+  names = {field.name for name in FAMILIES.names() for field in dataclasses.fields(FAMILIES.get(name).settings)}
+  return {name: value for name in sorted(names) if (value := getattr(args, name)) is not None}
+
+
+def check_settings(given: Mapping[str, Any]) -> None:
+  """Checks given settings before a checkpoint is read: some family must take them all.
+
+  Raises:
+    UserError: none does, or a value is out of its range.
+  """
+  from jflow.generation.base import FAMILIES
+
+  error = UserError(f"no way to write images takes all of {', '.join(given)}")
+  for name in FAMILIES.names():
+    family = FAMILIES.get(name)
+    if set(given) <= {field.name for field in dataclasses.fields(family.settings)}:
+      try:
+        family.settings(**given)
+        return
+      except UserError as wrong:
+        error = wrong
+  raise error
+
+
+def _words(default: Any) -> str:
+  return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _reading(field: dataclasses.Field) -> dict[str, Any]:
+  """How argparse reads a setting: by the type of its default."""
+  if "choices" in field.metadata:
+    return {"choices": field.metadata["choices"]}
+  if isinstance(field.default, tuple):
+    return {"type": number(), "nargs": len(field.default), "metavar": field.metadata["metavar"]}
+  kind = whole if isinstance(field.default, int) else number
+  return {"type": kind(most=field.metadata["most"])}
 
 
 def add_json(p: argparse.ArgumentParser, what: str) -> None:

@@ -1,13 +1,14 @@
 """The command `generate`."""
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
 
 from jflow import files
 from jflow.cli import flags
-from jflow.cli.arguments import SEED, Parser, number, whole
+from jflow.cli.arguments import SEED, Parser, whole
 from jflow.errors import UserError
 from jflow.outputs import make_directory, write_json, writing
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
   from jflow.inference.pipeline import Pipeline
 
-SOLVERS = ("euler", "heun", "midpoint")  # the keys of flow.SOLVERS, which would bring jax along
 _SHEET = "sheet.png"
 
 _EPILOG = """
@@ -39,18 +39,7 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument("--prompts", type=pathlib.Path, metavar="FILE", help="a text file with one prompt per line")
   p.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="where the PNG files go")
   p.add_argument("--overwrite", action="store_true", help="replace pictures of an earlier run in --output")
-  p.add_argument(
-    "--steps",
-    type=whole(most=10_000),
-    default=30,
-    help="solver steps (default %(default)s, as in the paper)",
-  )
-  p.add_argument(
-    "--guidance",
-    type=number(most=1e6),
-    default=2.0,
-    help="w of eq. 5: 1 is none, 2 the paper's for FID (default %(default)s)",
-  )
+  flags.add_settings(p)
   p.add_argument(
     "--seed",
     type=whole(most=SEED),
@@ -62,27 +51,6 @@ def parser() -> argparse.ArgumentParser:
     type=whole(most=100_000),
     default=1,
     help="pictures per prompt (default %(default)s)",
-  )
-  p.add_argument("--solver", choices=SOLVERS, default="euler", help="(default %(default)s)")
-  p.add_argument(
-    "--shift",
-    type=number(most=1e6),
-    default=1.0,
-    help="of the time grid; 1 is even (default %(default)s)",
-  )
-  p.add_argument(
-    "--interval",
-    type=number(),
-    nargs=2,
-    default=(0.0, 1.0),
-    metavar=("FROM", "TO"),
-    help="guidance acts at these times only",
-  )
-  p.add_argument(
-    "--precision",
-    choices=("exact", "release"),
-    default="exact",
-    help="exact (f32 state and time), or release (bf16, as published)",
   )
   p.add_argument(
     "--batch_size",
@@ -113,26 +81,17 @@ def read_prompts(prompts: list[str], file: pathlib.Path | None) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-  """Paints and writes."""
+  """Generates and writes."""
   args = parser().parse_args(argv)
   prompts = read_prompts(args.prompt, args.prompts)
 
-  from jflow.generation.flow import equations as flow
-  from jflow.generation.flow import sampler as painting
+  from jflow.inference.pipeline import check_prompts
   from jflow.inference.sheet import contact_sheet
 
-  settings = dict(
-    steps=args.steps,
-    guidance=args.guidance,
-    seed=args.seed,
-    num_images=args.num_images,
-    solver=args.solver,
-    shift=args.shift,
-    interval=tuple(args.interval),
-    precision=args.precision,
-    batch_size=args.batch_size,
-  )
-  painting.check(prompts, **settings)
+  given = flags.settings_of(args)
+  call = dict(seed=args.seed, num_images=args.num_images, batch_size=args.batch_size)
+  check_prompts(prompts, **call)
+  flags.check_settings(given)
   names = [f"{i:04d}_{j:02d}.png" for i in range(len(prompts)) for j in range(args.num_images)]
   make_directory(args.output, "--output")
   earlier = [name for name in (*names, _SHEET) if (args.output / name).exists()]
@@ -142,7 +101,8 @@ def main(argv: list[str]) -> int:
     )
   flags.check_json(args)
   model = flags.open_model(args)
-  images = _paint(model, prompts, settings)
+  chosen = model.settings(**given)
+  images = _generate(model, prompts, chosen, call)
   records = []
   sheet = args.output / _SHEET
   columns = args.num_images if args.num_images > 1 else min(6, len(images))
@@ -154,37 +114,34 @@ def main(argv: list[str]) -> int:
       records.append({"file": name, "prompt": prompt, "seed": args.seed + j})
     with files.output(sheet) as new:
       contact_sheet(images, [r["prompt"] for r in records], columns).save(new, "PNG")
-  evaluations = flow.SOLVERS[args.solver][1] * args.steps
   if args.json:
     made = {"dtype": str(model.model.dtype), "weights": args.weights}
     body = {
       "checkpoint": str(args.checkpoint),
-      "settings": settings | made,
-      "function_evaluations": evaluations,
+      "settings": dataclasses.asdict(chosen) | call | made,
+      "function_evaluations": chosen.evaluations,
       "pictures": records,
     }
     write_json(args.json, body)
-  print(
-    f"{len(images)} pictures in {args.output} ({evaluations} evaluations of the velocity each); all on one page: {sheet}"
-  )
+  print(f"{len(images)} pictures in {args.output}; all on one page: {sheet}")
   return 0
 
 
-def _paint(model: "Pipeline", prompts: list[str], settings: dict[str, Any]) -> list["Image.Image"]:
-  """Paints under a bar that counts solver steps, since a picture may take a minute."""
+def _generate(model: "Pipeline", prompts: list[str], chosen: Any, call: dict[str, int]) -> list["Image.Image"]:
+  """Generates under a bar that counts sampling steps, since an image may take a minute."""
   from tqdm import tqdm
 
-  pictures, steps = len(prompts) * settings["num_images"], settings["steps"]
-  batch = settings["batch_size"]
+  pictures, steps, batch = len(prompts) * call["num_images"], chosen.work, call["batch_size"]
   sizes = iter([min(batch, pictures - at) for at in range(0, pictures, batch)])
   with tqdm(total=pictures * steps, unit="step", disable=not sys.stderr.isatty()) as bar:
     state = {"size": next(sizes), "before": 0}
 
-    def on_step(done: int, _: int) -> None:
-      bar.update(state["before"] + done * state["size"] - bar.n)
+    def on_step(done: int, total: int) -> None:
+      bar.update(state["before"] + done * steps // total * state["size"] - bar.n)
 
     def on_batch(done: int, total: int) -> None:
       state.update(size=next(sizes, 0), before=done * steps)
       bar.set_postfix_str(f"{done} of {total} pictures")
 
-    return model.generate(prompts, **settings, progress=on_batch, on_step=None if bar.disable else on_step)
+    told = None if bar.disable else on_step
+    return model.generate(prompts, **call, **dataclasses.asdict(chosen), progress=on_batch, on_step=told)

@@ -7,8 +7,8 @@ Legend: n tokens of a sample, P patches of an image.
     plain caption     BOS <image>Generate the caption of this picture. CAPTION EOS
     chat              BOS User: <image>...\\n\\nAssistant: ANSWER EOS User: ...
     interleaved       BOS TEXT <image> TEXT <image> ... EOS
-  generation          BOS PROMPT T z*P           T, the time token, stands where the closing tag stood
-    chat              BOS User: PROMPT\\n\\nAssistant: T z*P
+  generation          BOS PROMPT IMAGE           the image's tokens are its family's (generation/): by flow T z*P
+    chat              BOS User: PROMPT\\n\\nAssistant: IMAGE
   text                BOS DOCUMENT EOS
 
 Learned are the answers, captions and documents with their EOS: not what the user says, and no image. Of an
@@ -25,6 +25,7 @@ from jflow import batch as batch_lib
 from jflow.data.records import Record, RecordError, Turn
 from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from jflow.errors import PromptTooLong, UserError
+from jflow.generation.base import FAMILIES, Written
 
 IMAGE_MARK = "<image>"
 MARKS = (IMAGE_MARK, SPECIAL_TOKENS["image"])  # the second is the published code's
@@ -51,7 +52,7 @@ class Sample(NamedTuple):
   image_starts: tuple[int, ...]  # first slot of each image
   image_kinds: tuple[int, ...]  # batch.READ or batch.WRITE
   images: tuple[Any, ...]  # as in Record
-  moments: tuple[np.ndarray, ...] = ()  # of the VAE, bfloat16[h, w, 2 C] per image, where they were made ahead
+  stored: tuple[np.ndarray, ...] = ()  # see Batch.stored, per image, where it was made ahead
 
 
 class Prompt(NamedTuple):
@@ -77,6 +78,7 @@ def build(
   rng: np.random.Generator | None = None,
   first_sentence: float = 0.0,
   prompt_drop: float = 0.0,
+  writer: str = "flow",
 ) -> Sample:
   """Returns the training sequence of a record.
 
@@ -90,7 +92,8 @@ def build(
     image_patches: P.
     rng: chooses what the two probabilities below decide.
     first_sentence: probability that generation keeps only the caption's first sentence.
-    prompt_drop: probability that generation drops the prompt; see `_generation`.
+    prompt_drop: probability that generation drops the prompt; see `generation.base.Layout`.
+    writer: how images are written; a name of generation/base.py.
 
   Raises:
     RecordError: the record does not fit its task.
@@ -99,13 +102,15 @@ def build(
   mark = IMAGE_MARK if record.images else ""
   try:
     if task == "generation":
-      return _generation(record, tokenizer, template, image_patches, rng, first_sentence, prompt_drop)
+      caption, drop = _caption(record.text.strip(), rng, first_sentence, prompt_drop)
+      prompt = generation_prompt(caption, template, tokenizer)
+      return _written(FAMILIES.get(writer).layout.sequence(prompt, drop, tokenizer, image_patches), record, tokenizer)
     sequence = _Sequence(tokenizer, image_patches)
     if not record.turns and (task == "text" or IMAGE_MARK in record.text):
       _document(sequence, record.text, mark)
     else:
       _conversation(sequence, record.turns or _caption_turns(record, template), template, mark)
-    return sequence.sample(batch_lib.READ, record.images)
+    return sequence.sample(record.images)
   except UserError as error:
     raise RecordError("invalid_utf8", str(error)) from None
 
@@ -258,44 +263,31 @@ class _Sequence:
     self.add([self.tokenizer.image_start] + [self.tokenizer.image] * self.image_patches)
     self.add([self.tokenizer.image_end])
 
-  def sample(self, kind: int, images: tuple[Any, ...], positions: np.ndarray | None = None) -> Sample:
+  def sample(self, images: tuple[Any, ...]) -> Sample:
+    """The sequence of what is read."""
     tokens = np.asarray(self.tokens, np.int32)
-    if positions is None:
-      positions = np.arange(len(tokens), dtype=np.int32)
+    positions = np.arange(len(tokens), dtype=np.int32)
     targets = np.append(tokens[1:], np.int32(self.tokenizer.pad))
     loss_mask = np.append(np.asarray(self.learned[1:], bool), False)
-    kinds = (kind,) * len(self.image_starts)
+    kinds = (batch_lib.READ,) * len(self.image_starts)
     return Sample(tokens, targets, loss_mask, positions, tuple(self.image_starts), kinds, images)
 
 
-def _generation(
-  record: Record,
-  tokenizer: Tokenizer,
-  template: str,
-  image_patches: int,
-  rng: np.random.Generator | None,
-  first_sentence: float,
-  prompt_drop: float,
-) -> Sample:
-  """Builds BOS PROMPT T z*P.
-
-  A dropped prompt keeps BOS at position 0 and T at the position that it would have had: with the hidden
-  tokens left out this is the release's unconditional row, whose prompt is masked.
-  """
-  caption = record.text.strip()
+def _caption(
+  caption: str, rng: np.random.Generator | None, first_sentence: float, prompt_drop: float
+) -> tuple[str, bool]:
+  """Returns the caption to learn, perhaps shortened, and whether the prompt is dropped."""
   shorten, drop = (False, False) if rng is None else rng.random(2) < (first_sentence, prompt_drop)
-  if shorten:
-    caption = first_sentence_of(caption)
-  prompt = generation_prompt(caption, template, tokenizer)
-  sequence = _Sequence(tokenizer, image_patches)
-  if not drop:
-    sequence.add(prompt[1:].tolist())
-  sequence.image_starts.append(len(sequence.tokens))
-  sequence.add([tokenizer.generation_start] + [tokenizer.image] * image_patches)
-  positions = np.append(np.arange(len(prompt)), len(prompt) + np.arange(1 + image_patches))
-  if drop:
-    positions = np.delete(positions, np.arange(1, len(prompt)))
-  return sequence.sample(batch_lib.WRITE, record.images, positions.astype(np.int32))
+  return first_sentence_of(caption) if shorten else caption, bool(drop)
+
+
+def _written(written: Written, record: Record, tokenizer: Tokenizer) -> Sample:
+  """Returns the sample of a prompt and the image that is written for it; none of its tokens is learned as text."""
+  tokens = written.tokens
+  targets = np.append(tokens[1:], np.int32(tokenizer.pad))
+  nothing = np.zeros(len(tokens), bool)
+  start = (written.image_start,)
+  return Sample(tokens, targets, nothing, written.positions, start, (batch_lib.WRITE,), record.images)
 
 
 def _caption_turns(record: Record, template: str) -> tuple[Turn, ...]:

@@ -139,7 +139,7 @@ def pack(samples: Sequence[Sample], shape: RowShape) -> Batch:
 
 def pack_into(row: Batch, samples: Sequence[Sample], shape: RowShape) -> None:
   """Lays samples out in a row that holds only padding, in place; see `pack`."""
-  offset, slot, k = 0, 0, shape.image_slots
+  offset, slot = 0, 0
   for segment, sample in enumerate(samples, start=1):
     span = slice(offset, offset + len(sample.tokens))
     row.tokens[span] = sample.tokens
@@ -148,13 +148,14 @@ def pack_into(row: Batch, samples: Sequence[Sample], shape: RowShape) -> None:
     row.positions[span] = sample.positions
     row.segment_ids[span] = segment
     for start, kind, pixels in zip(sample.image_starts, sample.image_kinds, sample.images):
-      row.image_index[offset + start : offset + start + k] = slot * k + np.arange(k)
+      taken = shape.slots_of(kind)
+      row.image_index[offset + start : offset + start + taken] = slot * shape.image_slots + np.arange(taken)
       row.images[slot] = pixels
       row.image_start[slot] = offset + start
       row.image_kind[slot] = kind
       slot += 1
-    if sample.moments:
-      row.moments[slot - len(sample.moments) : slot] = sample.moments
+    if sample.stored:
+      row.stored[slot - len(sample.stored) : slot] = sample.stored
     offset = span.stop
 
 

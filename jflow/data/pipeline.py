@@ -63,7 +63,7 @@ class Rows:
     self.planned = plans.planned(source, task, tokenizer, self._template, shape, config.plan_cache)
     self.plan, self.rejected = self.planned.plan, self.planned.rejected
     ahead = task == "generation" and config.latents
-    self.latents = latents.Latents(source, shape.image_size, shape.moments) if ahead else None
+    self.latents = latents.Latents(source, shape.image_size, shape.stored) if ahead else None
     if not self.plan.rows:
       raise UserError(
         f"{name}: none of the {len(source):,} {task} records fits a row of {shape.tokens:,} tokens "
@@ -119,14 +119,15 @@ class Rows:
       rng,
       self._first_sentence,
       self._prompt_drop,
+      self._shape.writer,
     )
     if self.task == "text":
       return packing.cut(sample, start, stop)
     size = self._shape.image_size
     if self.latents is not None:
-      box, moments = self.latents[index]
+      box, stored = self.latents[index]
       pixels = images.square(sample.images[0], size, box)
-      return sample._replace(images=(pixels,), moments=(moments,))
+      return sample._replace(images=(pixels,), stored=(stored,))
     if self.task == "generation":
       pixels = tuple(images.for_generation(image, size, rng) for image in sample.images)
     else:

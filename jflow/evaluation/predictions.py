@@ -66,8 +66,8 @@ def paint(
   for at in range(0, len(paintings), batch_size):
     group = paintings[at : at + batch_size]
     full = _filled(group, batch_size)
-    noise = model.noise([one.seed for one in full])
-    images = model.generate([one.prompt for one in full], noise=noise, batch_size=batch_size, **settings)
+    seeds = [one.seed for one in full]
+    images = model.generate([one.prompt for one in full], seeds=seeds, batch_size=batch_size, **settings)
     _keep(group, images, samples, directory)
     done(len(group))
 

@@ -15,7 +15,7 @@ from jflow.errors import UserError
 from jflow.inference import reading
 from jflow.inference.decoding import Request, bucket, power_of_two, prompt_arrays
 from jflow.models.cache import Prefix
-from jflow.models.unified import JanusFlow
+from jflow.models.unified import UnifiedModel
 
 if TYPE_CHECKING:
   from jflow.inference.pipeline import Pipeline
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @functools.partial(jax.jit, static_argnames=("model",))
 def score(
-  model: JanusFlow,
+  model: UnifiedModel,
   params: Any,
   tokens_S: jax.Array,
   slots_ZD: jax.Array,

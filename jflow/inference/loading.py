@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jflow.errors import UserError
 from jflow.inference.pipeline import Pipeline
 from jflow.interop.checkpoints import describe
-from jflow.models.unified import JanusFlow, cast_for_inference
+from jflow.models.unified import UnifiedModel, cast_for_inference
 
 
 def load(
@@ -36,7 +36,7 @@ def load(
     raise UserError(f"weights={weights!r} must be 'ema' or 'raw'")
   found = describe(path, vae=vae, weights=weights, tokenizer=True)
   compute = jnp.dtype(dtype or usual_dtype())
-  model = JanusFlow(found.config, compute, remat="none", unroll=1, attention="xla")
+  model = UnifiedModel(found.config, compute, remat="none", unroll=1, attention="xla")
   params = found.read_params()
   cast_for_inference(params, compute)
   return Pipeline(model, params, found.tokenizer, found.template, found.has_vae)

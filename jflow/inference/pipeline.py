@@ -8,117 +8,101 @@ import jax
 import numpy as np
 from PIL import Image
 
-from jflow import checks
+from jflow import checks, registry
 from jflow.data import examples, images
 from jflow.data.images import ImageError
 from jflow.data.records import Turn
 from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from jflow.errors import CannotPaint, UserError
-from jflow.generation.flow import equations as flow
-from jflow.generation.flow import sampler as painting
+from jflow.generation.base import family, settings
 from jflow.inference import decoding, likelihood
 from jflow.inference.decoding import Request, bucket
-from jflow.models.unified import JanusFlow, for_inference
+from jflow.models.unified import UnifiedModel, for_inference
 
 
 class Pipeline:
   """A model ready to paint and to answer. Made by `jflow.load`."""
 
-  def __init__(self, model: JanusFlow, params: Any, tokenizer: Tokenizer, template: str, can_paint: bool = True):
+  def __init__(self, model: UnifiedModel, params: Any, tokenizer: Tokenizer, template: str, can_paint: bool = True):
     """`template`: "plain" (stages 1, 2) or "chat" (stage 3, the release); `can_paint`: the VAE is there."""
     self.model, params = for_inference(model, params)
     self.params, self.can_paint = jax.device_put(params), can_paint
+    self.family = family(self.model.config.generation)
+    self.sampler = registry.load(self.family.sampler)(self.model, self.params)
     self.tokenizer, self.template = tokenizer, template
+
+  def settings(self, **given: Any) -> Any:
+    """The typed sampling settings of this model's family; None stands for its default.
+
+    Raises:
+      UserError: a setting of another family, or a value out of its range.
+    """
+    return settings(self.family, given)
 
   def generate(
     self,
     prompts: str | Sequence[str],
-    steps: int = 30,
-    guidance: float = 2.0,
+    steps: int | None = None,
+    guidance: float | None = None,
     seed: int = 0,
     noise: np.ndarray | None = None,
     *,
     num_images: int = 1,
-    solver: str = "euler",
-    shift: float = 1.0,
-    interval: tuple[float, float] = (0.0, 1.0),
-    precision: str = "exact",
+    seeds: Sequence[int] | None = None,
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    **rest: Any,
   ) -> list[Image.Image]:
-    """Paints `num_images` pictures per prompt; a picture depends on its prompt and seed, never on its batch.
+    """Generates `num_images` images per prompt; an image depends on its prompt and seed, never on its batch.
 
     Args:
       prompts: one or several texts.
-      steps: solver steps (30 in the paper).
-      guidance: w of eq. 5: 1 follows the prompt without guidance, 0 ignores it, 2 is the paper's for FID.
-      seed: picture j of a prompt starts from the noise of seed + j.
-      noise: f32[N, C, h, w] latents at time 0 (PyTorch's layout) in place of the seed, N = prompts x num_images.
-      num_images: pictures per prompt.
-      solver: "euler", "heun" or "midpoint".
-      shift: of the time grid, 1 is even (see `flow.time_grid`).
-      interval: guidance acts at these times only.
-      precision: "exact" (f32 state and time) or "release" (bf16 state, time and step as the published loop).
-      batch_size: pictures painted at once.
-      progress: called with (pictures done, pictures in all).
-      on_step: called within a batch with (solver steps done, steps), about ten times.
+      steps, guidance: settings of the family; by flow solver steps (30) and w of eq. 5 (2).
+      seed: image j of a prompt starts from seed + j.
+      noise: by flow f32[N, C, h, w] latents at time 0 (PyTorch's layout) in place of the seed, N = prompts x num_images.
+      num_images: images per prompt.
+      seeds: N of them in place of seed + j.
+      batch_size: images generated at once.
+      progress: called with (images done, images in all).
+      on_step: called within a batch with (steps done, steps), about ten times.
+      rest: further settings of the family: see its `Settings`, as `generation.flow.settings.Settings`.
 
     Returns:
-      PIL images, the pictures of the first prompt first.
+      PIL images, those of the first prompt first.
 
     Raises:
-      UserError: a value out of its range, an empty prompt or one longer than the context.
+      UserError: a value out of its range, a setting that this model's family does not have, an empty prompt or one
+        longer than the context.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    painting.check(
-      prompts,
-      steps=steps,
-      guidance=guidance,
-      seed=seed,
-      num_images=num_images,
-      solver=solver,
-      shift=shift,
-      interval=interval,
-      precision=precision,
-      batch_size=batch_size,
-    )
+    check_prompts(prompts, seed=seed, num_images=num_images, batch_size=batch_size)
+    chosen = self.settings(steps=steps, guidance=guidance, **rest)
     ids = [x for x in map(self.painting_prompt, prompts) for _ in range(num_images)]
-    if noise is None:
-      noise = self.noise([seed + j for j in range(num_images)] * len(prompts))
-    c = self.model.config
-    want = (len(ids), c.autoencoder.latent_channels, c.latent_size, c.latent_size)
-    if np.shape(noise) != want:
-      raise UserError(f"noise has shape {np.shape(noise)}, it must be {want} (pictures, channels, height, width)")
-    start = np.asarray(noise, np.float32).transpose(0, 2, 3, 1)
-    grid = flow.time_grid(steps, shift)
+    if noise is not None:
+      start = self.sampler.given(noise, len(ids))
+    else:
+      seeds = [seed + j for j in range(num_images)] * len(prompts) if seeds is None else list(seeds)
+      if len(seeds) != len(ids):
+        raise UserError(f"seeds has {len(seeds)} numbers, it must have one for each of {len(ids)} images")
+      start = self.sampler.start(seeds)
     out: list[Image.Image] = []
     for at in range(0, len(ids), batch_size):
-      group, z = ids[at : at + batch_size], start[at : at + batch_size]
-      tokens, lengths = _pad(group, self.tokenizer.pad)
-      pixels = painting.paint(
-        self.model,
-        self.params,
-        tokens,
-        lengths,
-        z,
-        grid,
-        guidance,
-        interval,
-        solver=solver,
-        guided=guidance != 1.0,
-        release=precision == "release",
-        on_step=on_step,
-      )
-      out.extend(to_image(x) for x in np.asarray(pixels))
+      tokens, lengths = _pad(ids[at : at + batch_size], self.tokenizer.pad)
+      pixels = self.sampler.sample(tokens, lengths, start[at : at + batch_size], chosen, on_step)
+      out.extend(to_image(x) for x in pixels)
       if progress:
         progress(len(out), len(ids))
     return out
 
-  def prepare_painting(
-    self, prompts: Sequence[str], steps: int, guidance: float, solver: str, *, rows: int, compile: bool = True
-  ) -> bool:
+  def prepare_painting(self, prompts: Sequence[str], chosen: Any, *, rows: int, compile: bool = True) -> bool:
     """Compiles what `generate` runs for a batch of `rows` of these prompts, or looks whether that is done.
+
+    Args:
+      prompts: texts.
+      chosen: typed settings, see `settings`.
+      rows: images of the batch.
+      compile: False only looks.
 
     Returns:
       Whether nothing is left to compile.
@@ -127,16 +111,7 @@ class Pipeline:
       UserError: see `painting_prompt`.
     """
     slots = bucket(max(len(self.painting_prompt(prompt)) for prompt in set(prompts)))
-    return painting.prepare(
-      self.model, self.params, rows, slots, steps, solver=solver, guided=guidance != 1.0, compile=compile
-    )
-
-  def noise(self, seeds: Sequence[int]) -> np.ndarray:
-    """The noise that pictures of these seeds start from, f32[N, C, h, w] (PyTorch's layout)."""
-    c = self.model.config
-    shape = (c.latent_size, c.latent_size, c.autoencoder.latent_channels)
-    made = {seed: np.asarray(jax.random.normal(jax.random.key(seed), shape)) for seed in set(seeds)}
-    return np.stack([made[seed] for seed in seeds]).transpose(0, 3, 1, 2)
+    return self.sampler.prepare(rows, slots, chosen, compile)
 
   def painting_prompt(self, text: str) -> np.ndarray:
     """The tokens of a prompt to paint, int32[n].
@@ -149,7 +124,8 @@ class Pipeline:
       raise CannotPaint(
         "this checkpoint has no VAE, so it can answer but not paint: give the VAE's directory (--vae=DIR)"
       )
-    room = self.model.config.language_model.context - 1 - self.model.config.patches
+    c = self.model.config
+    room = c.language_model.context - self.family.layout.slots(c.patches)
     return examples.generation_prompt(text, self.template, self.tokenizer, room)
 
   def request(
@@ -273,6 +249,19 @@ class Pipeline:
     if not answers:
       return []
     return likelihood.loglikelihood(self, self.request(messages, images, 1, system=system), answers)
+
+
+def check_prompts(prompts: Sequence[str], *, seed: int, num_images: int, batch_size: int) -> None:
+  """Checks what needs no model, see `Pipeline.generate`; raises UserError."""
+  if not prompts:
+    raise UserError("give at least one prompt")
+  if not all(isinstance(prompt, str) for prompt in prompts):
+    raise UserError("a prompt must be text")
+  if not all(prompt.strip() for prompt in prompts):
+    raise UserError("the prompt is empty: say what to paint")
+  for name, value in dict(num_images=num_images, batch_size=batch_size).items():
+    checks.whole(name, value)
+  checks.seed(seed, num_images - 1)
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jflow.models.cache import Cache
-from jflow.models.unified import JanusFlow, normalise
+from jflow.models.unified import UnifiedModel, normalise
 from jflow.programs import bounded
 
 CHUNK = 64  # most tokens per row that one call of `run` makes
@@ -34,7 +34,7 @@ class Rows(struct.PyTreeNode):
   seed: jax.Array  # uint32[B]
 
   @classmethod
-  def empty(cls, model: JanusFlow, rows: int, slots: int) -> "Rows":
+  def empty(cls, model: UnifiedModel, rows: int, slots: int) -> "Rows":
     """Rows that wait for prompts, `slots` positions each."""
     zero = lambda dtype: jnp.zeros((rows,), dtype)
     return cls(
@@ -50,14 +50,14 @@ class Rows(struct.PyTreeNode):
 
 
 @bounded(most=6)
-def look(model: JanusFlow, params: Any, images_MHWC: jax.Array) -> jax.Array:
+def look(model: UnifiedModel, params: Any, images_MHWC: jax.Array) -> jax.Array:
   """uint8[M, H, W, 3] -> what the LLM reads of them, [M * K, D]."""
   slots = model.apply({"params": params}, normalise(images_MHWC), method="read")
   return slots.reshape(-1, slots.shape[-1])
 
 
 def prefill(
-  model: JanusFlow,
+  model: UnifiedModel,
   params: Any,
   tokens_BS: jax.Array,
   slots_ZD: jax.Array,
@@ -90,7 +90,7 @@ def prefill(
 
 @bounded(most=24, donate=("rows",))
 def admit(
-  model: JanusFlow,
+  model: UnifiedModel,
   params: Any,
   rows: Rows,
   row: jax.Array,
@@ -142,7 +142,9 @@ def admit(
 
 
 @bounded(most=16, donate=("rows",))
-def run(model: JanusFlow, params: Any, rows: Rows, steps: jax.Array, *, eos: int, slots: int) -> tuple[Rows, jax.Array]:
+def run(
+  model: UnifiedModel, params: Any, rows: Rows, steps: jax.Array, *, eos: int, slots: int
+) -> tuple[Rows, jax.Array]:
   """Makes up to `steps` tokens for every active row.
 
   Args:

@@ -9,13 +9,13 @@ from flax.traverse_util import flatten_dict
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError, need_text_name
 from jflow.interop import native, official, own_layout, remote, transfer
-from jflow.models.config import JanusFlowConfig
+from jflow.models.config import ModelConfig
 
 
 class Checkpoint(NamedTuple):
   """A checkpoint in memory."""
 
-  config: JanusFlowConfig
+  config: ModelConfig
   params: Any  # nested numpy arrays; without "vae" where has_vae is False
   tokenizer: pathlib.Path  # directory with tokenizer.json, if the checkpoint has one
   template: str  # "plain" or "chat"
@@ -25,7 +25,7 @@ class Checkpoint(NamedTuple):
 class Described(NamedTuple):
   """A checkpoint whose files fit one another, as far as that shows before its weights are read."""
 
-  config: JanusFlowConfig
+  config: ModelConfig
   directory: pathlib.Path  # with tokenizer.json, if the checkpoint has one
   tokenizer: Tokenizer | None  # read where it was asked for
   template: str
@@ -96,7 +96,7 @@ def describe(
   return Described(found.config, path, found.tokenizer, "chat", found.has_vae, lambda: transfer.nest(found.read()))
 
 
-def read_config(path: str | pathlib.Path) -> JanusFlowConfig:
+def read_config(path: str | pathlib.Path) -> ModelConfig:
   """Reads the model of a checkpoint from its config.json alone; no device is touched.
 
   Raises:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jflow.errors import UserError
-from jflow.models.config import most
+from jflow.models.sizes import most
 from jflow.strict_json import shown
 
 # Fields of transformers' PretrainedConfig and of the tools around it that change nothing a forward pass computes:

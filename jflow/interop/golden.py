@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jflow.errors import UserError
-from jflow.models.config import JanusFlowConfig
+from jflow.models.config import ModelConfig
 from jflow.strict_json import shown
 
 VARIANT = re.compile(r"_(?:(first|last)(\d{1,9})|(mean))$")
@@ -191,7 +191,7 @@ def image_starts(tokens: np.ndarray, images: int, patches: int, boi: int, image:
   return starts
 
 
-def check_fits(arrays: Mapping[str, np.ndarray], groups: Mapping[str, Any], c: JanusFlowConfig) -> None:
+def check_fits(arrays: Mapping[str, np.ndarray], groups: Mapping[str, Any], c: ModelConfig) -> None:
   """Checks the inputs against the model that they are for, before its weights are read.
 
   Raises:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jflow.models.autoencoders.kl import AutoencoderKLConfig
-from jflow.models.config import JanusFlowConfig, LanguageModelConfig, SiglipConfig
+from jflow.models.config import ModelConfig, SiglipConfig
+from jflow.models.llm.config import LanguageModelConfig
 
 # How a tensor becomes a parameter; each can be undone given the tensor's shape.
 SAME = "same"
@@ -199,7 +200,7 @@ def _convnext(name: str, path: str, blocks: int, channels: int, condition: int) 
     yield from _linear(f"{block}.cond_embeds_mapper", f"{ours}/modulation", 2 * channels, condition)
 
 
-def official(c: JanusFlowConfig, tied: bool = False) -> list[Entry]:
+def official(c: ModelConfig, tied: bool = False) -> list[Entry]:
   """Every tensor of the published checkpoint, in its order. REPA's head and the VAE are not in it."""
   lm, vision, gen = c.language_model, c.understanding_encoder, c.generation
   d, g, patch = lm.width, gen.width, gen.patch_size

@@ -24,7 +24,7 @@ from jflow.interop.official_config import (
 )
 from jflow.interop.safetensors_io import Checkpoint
 from jflow.models.autoencoders.kl import AutoencoderKLConfig
-from jflow.models.config import JanusFlowConfig
+from jflow.models.config import ModelConfig
 from jflow.strict_json import read_object
 
 # Files of the processor that travel with an official checkpoint, unread, so that an export can hold them.
@@ -40,7 +40,7 @@ SIDECARS = (
 class Loaded(NamedTuple):
   """A model read from disk."""
 
-  config: JanusFlowConfig
+  config: ModelConfig
   params: dict[str, np.ndarray]  # path, keys joined by "/", -> array; without "vae/..." where there is no VAE
   has_vae: bool
   tokenizer: Tokenizer | None
@@ -93,7 +93,7 @@ def load_tokenizer(directory: pathlib.Path, vocabulary_size: int) -> Tokenizer |
 class Described(NamedTuple):
   """A model whose files fit one another, as far as that shows before its weights are read."""
 
-  config: JanusFlowConfig
+  config: ModelConfig
   has_vae: bool
   tokenizer: Tokenizer | None
   parts: tuple[transfer.Weights, ...]
@@ -108,7 +108,7 @@ def _vae_inside(directory: pathlib.Path) -> pathlib.Path | None:
   return directory / "vae" if (directory / "vae" / "config.json").exists() else None
 
 
-def read_config(directory: pathlib.Path, vae: pathlib.Path | None = None) -> JanusFlowConfig:
+def read_config(directory: pathlib.Path, vae: pathlib.Path | None = None) -> ModelConfig:
   """Reads the model from config.json, and from that of the VAE; see `describe`."""
   path, vae = directory / "config.json", vae or _vae_inside(directory)
   autoencoder = None
@@ -147,7 +147,7 @@ def describe(directory: pathlib.Path, vae: pathlib.Path | None = None) -> Descri
   return Described(config, vae is not None, tokenizer, (weights,) if vae is None else (weights, describe_vae(vae)[1]))
 
 
-def _check_sizes(root: Fields, config: JanusFlowConfig, checkpoint: Checkpoint) -> None:
+def _check_sizes(root: Fields, config: ModelConfig, checkpoint: Checkpoint) -> None:
   """Compares the sizes of config.json with the weights', by the names of its fields."""
   tensors, where = checkpoint.tensors, checkpoint.directory
   sizes.check_llama(root.sub("language_config"), config.language_model, tensors, "language_model.", where)
@@ -175,7 +175,7 @@ def load(directory: pathlib.Path, vae: pathlib.Path | None = None, dtype: np.dty
 
 def save(
   directory: pathlib.Path,
-  config: JanusFlowConfig,
+  config: ModelConfig,
   params: Mapping[str, np.ndarray],
   tokenizer: Tokenizer | None,
   sidecars: pathlib.Path | None,
@@ -217,7 +217,7 @@ def save(
     transfer.save(entries, vae, directory / "vae", "diffusion_pytorch_model", "VAE", dtype, shard_bytes)
 
 
-def _same_model(path: pathlib.Path, config: JanusFlowConfig, torch_dtype: str) -> bool:
+def _same_model(path: pathlib.Path, config: ModelConfig, torch_dtype: str) -> bool:
   """Whether the config.json that came with the weights still describes them."""
   values = read_object(path)
   root = Fields(values, str(path))
@@ -228,7 +228,7 @@ def _same_model(path: pathlib.Path, config: JanusFlowConfig, torch_dtype: str) -
   return all(getattr(theirs, part) == getattr(config, part) for part in parts)
 
 
-def _preprocessor(c: JanusFlowConfig) -> dict[str, Any]:
+def _preprocessor(c: ModelConfig) -> dict[str, Any]:
   return {
     "background_color": [127, 127, 127],
     "do_normalize": True,
@@ -242,7 +242,7 @@ def _preprocessor(c: JanusFlowConfig) -> dict[str, Any]:
   }
 
 
-def _processor(c: JanusFlowConfig) -> dict[str, Any]:
+def _processor(c: ModelConfig) -> dict[str, Any]:
   return {
     "add_special_token": False,
     "ignore_id": -100,

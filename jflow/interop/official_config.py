@@ -6,18 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from jflow.errors import UserError
+from jflow.generation.flow.config import FlowConfig
 from jflow.interop.fields import Fields
 from jflow.interop.transformers_config import language_model_config
 from jflow.models.autoencoders.absent import AbsentConfig
 from jflow.models.autoencoders.base import AutoencoderConfig
 from jflow.models.autoencoders.kl import MOST_LEVELS, AutoencoderKLConfig
-from jflow.models.config import (
-  GenerationConfig,
-  JanusFlowConfig,
-  LanguageModelConfig,
-  SiglipConfig,
-  most,
-)
+from jflow.models.config import ModelConfig, SiglipConfig
+from jflow.models.llm.config import LanguageModelConfig
+from jflow.models.sizes import most
 from jflow.strict_json import shown
 
 # Named presets of the release's SigLIP: width, layers, heads, patch size, mlp width over width.
@@ -29,7 +26,6 @@ _SIGLIP = {
 }
 # The VAE of the release, assumed where none lies beside a checkpoint.
 SDXL_VAE = AutoencoderKLConfig("autoencoder_kl", 4, 0.13025, (128, 256, 512, 512), 2, 32)
-_ALIGNMENT_LAYER = 6  # paper section 4.1; the release has no head for it
 _BLOCKS = 2  # ConvNeXt blocks of the release in g_enc and in g_dec
 
 
@@ -72,7 +68,7 @@ def _siglip_config(f: Fields) -> SiglipConfig:
   return config
 
 
-def _generation_config(encoder: Fields, decoder: Fields, lm: LanguageModelConfig) -> tuple[GenerationConfig, int]:
+def _generation_config(encoder: Fields, decoder: Fields, lm: LanguageModelConfig) -> tuple[FlowConfig, int]:
   """Returns the ConvNeXt heads' configuration and the number of latent channels."""
   for f in (encoder, decoder):
     f.only("use_bias", True)
@@ -93,7 +89,8 @@ def _generation_config(encoder: Fields, decoder: Fields, lm: LanguageModelConfig
   decoder.only("block_out_channels", width)
   decoder.only("out_channels", latents)
   decoder.only("upsamples", patch.bit_length() - 1)
-  config = GenerationConfig(
+  config = FlowConfig(
+    kind="flow",
     width=width[0],
     encoder_blocks=encoder.get("layers_in_middle", int, _BLOCKS, "encoder_blocks"),
     decoder_blocks=decoder.get("layers_in_middle", int, _BLOCKS, "decoder_blocks"),
@@ -186,9 +183,7 @@ def is_tied(root: Fields) -> bool:
   return bool(told) and told[0][1]
 
 
-def config_from_official(
-  values: Mapping[str, Any], where: str, autoencoder: AutoencoderConfig | None
-) -> JanusFlowConfig:
+def config_from_official(values: Mapping[str, Any], where: str, autoencoder: AutoencoderConfig | None) -> ModelConfig:
   """Reads a config.json of the published layout.
 
   Args:
@@ -220,17 +215,17 @@ def config_from_official(
     autoencoder = _absent_autoencoder(siglip, generation.patch_size, latents)
   if autoencoder.latent_channels != latents:
     raise UserError(f"{where}: the model writes {latents} latent channels, the VAE has {autoencoder.latent_channels}")
-  return JanusFlowConfig(
+  return ModelConfig(
     language_model=lm,
     understanding_encoder=siglip,
     generation=generation,
     autoencoder=autoencoder,
-    alignment_layer=min(_ALIGNMENT_LAYER, lm.layers),
-    alignment_width=0,
+    objectives=(),
+    reader="siglip",
   )
 
 
-def config_to_official(c: JanusFlowConfig, dtype: str) -> dict[str, Any]:
+def config_to_official(c: ModelConfig, dtype: str) -> dict[str, Any]:
   """The config.json of a model; SigLIP's sizes are written out where they are no preset of the release."""
   if c.reader != "siglip":
     raise UserError(f"model.reader={c.reader!r}: the published layout has no place for a reader other than SigLIP")

@@ -4,17 +4,12 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 
-from jflow import sharding
 from jflow.errors import UserError
-from jflow.interop import budget, names
-from jflow.models.autoencoders.base import AutoencoderConfig
-from jflow.models.autoencoders.kl import AutoencoderKLConfig
-from jflow.models.config import JanusFlowConfig
+from jflow.interop import budget
+from jflow.models.build import parameter_shapes
+from jflow.models.config import ModelConfig
 from jflow.strict_json import read_object, shown
 
 # May be there without a use: heads of training, of this version and of older ones.
@@ -26,7 +21,7 @@ _DENSEST, _SMALL = 1000, 2**28
 class Settings(NamedTuple):
   """What config.json of a workdir says of the model."""
 
-  config: JanusFlowConfig
+  config: ModelConfig
   template: str  # "plain" or "chat"
   has_vae: bool
 
@@ -50,45 +45,9 @@ def read_settings(workdir: pathlib.Path) -> Settings:
   if type(has_vae) is not bool:
     raise UserError(f"{path}: has_vae={shown(has_vae)} must be true or false")
   try:
-    return Settings(JanusFlowConfig.from_dict(model), data["template"], has_vae)
+    return Settings(ModelConfig.from_dict(model), data["template"], has_vae)
   except UserError as error:
     raise UserError(f"{path}: {error}") from None
-
-
-def shapes(c: JanusFlowConfig) -> dict[str, tuple[int, ...]]:
-  """Every parameter of a model, keys joined by "/", and its shape; from the tables, without building the model."""
-  out: dict[str, tuple[int, ...]] = {}
-  entries = names.official(c)
-  if isinstance(c.autoencoder, AutoencoderKLConfig):
-    entries += names.autoencoder_kl(c.autoencoder)
-  else:
-    out |= _autoencoder_shapes(c.autoencoder)
-  for entry in entries:
-    shape = names.jflow_shape(entry.kind, entry.part_shape)
-    if entry.layer is not None:
-      shape = (max(out[entry.path][0] if entry.path in out else 0, entry.layer + 1), *shape)
-    out[entry.path] = shape
-  linear = lambda path, into, to: {f"{path}/kernel": (into, to), f"{path}/bias": (to,)}
-  if c.reader != "siglip":
-    out = {path: shape for path, shape in out.items() if not path.startswith("understanding_projector/")}
-  if c.reader == "separate":
-    for theirs, ours in (
-      ("generation_encoder/", "latent_encoder/"),
-      ("generation_projector/", "latent_projector/"),
-    ):
-      out |= {ours + path.removeprefix(theirs): x for path, x in out.items() if path.startswith(theirs)}
-  if c.alignment_width:
-    width, hidden = c.language_model.width, c.alignment_width
-    out |= linear("alignment_head/linear_1", width, hidden) | linear("alignment_head/linear_2", hidden, hidden)
-    out |= linear("alignment_head/linear_3", hidden, c.understanding_encoder.width)
-  return out
-
-
-def _autoencoder_shapes(c: AutoencoderConfig) -> dict[str, tuple[int, ...]]:
-  """The parameters of an autoencoder that has no table of names, by tracing its smallest picture."""
-  pixels = jax.ShapeDtypeStruct((1, c.factor, c.factor, 3), jnp.float32)
-  boxed = jax.eval_shape(c.make(jnp.float32).init, jax.random.key(0), pixels).get("params", {})
-  return {f"vae/{path}": x.shape for path, x in flatten_dict(sharding.unbox(boxed), sep="/").items()}
 
 
 def check_names(settings: Settings, found: Mapping[str, Any], step: pathlib.Path) -> None:
@@ -102,7 +61,7 @@ def check_names(settings: Settings, found: Mapping[str, Any], step: pathlib.Path
   Raises:
     UserError: another model.
   """
-  wanted = shapes(settings.config)
+  wanted = parameter_shapes(settings.config)
   not_needed = ("alignment_head/",) if settings.has_vae else ("alignment_head/", "vae/")
   for name, shape in sorted(wanted.items()):
     if name not in found and not name.startswith(not_needed):

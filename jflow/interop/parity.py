@@ -17,7 +17,7 @@ from jflow.interop import golden
 from jflow.interop.checkpoints import describe
 from jflow.interop.comparison import Line, line
 from jflow.models.cache import Cache
-from jflow.models.unified import JanusFlow, for_inference
+from jflow.models.unified import UnifiedModel, for_inference
 
 TOLERANCE = 1e-5  # relative L2 error, where none is named
 # Output -> the component that makes it from the ones before.
@@ -83,11 +83,11 @@ def _variant(output: Output, name: str, shape: tuple[int, ...]) -> Output:
 class Runner:
   """Runs the parts of a model in float32 on the inputs of a golden file."""
 
-  def __init__(self, model: JanusFlow, params: Any):
+  def __init__(self, model: UnifiedModel, params: Any):
     self.model, self.params = model, params
     self.vocabulary = model.config.language_model.vocabulary_size
 
-  def apply(self, method: str, *args: Any) -> Any:
+  def apply(self, method: str | Callable[..., Any], *args: Any) -> Any:
     """One method of the model, compiled."""
     return _apply(self.model, method, self.params, *args)
 
@@ -97,7 +97,7 @@ class Runner:
     size = self.model.config.image_size
     pixels = g["und/pixels"].astype(np.float32).reshape(-1, 3, size, size)
     features = self.apply("features", pixels.transpose(0, 2, 3, 1))
-    slots, index = self._place(tokens, self.apply("read_slots", features), *golden.special_ids(g, self.vocabulary))
+    slots, index = self._place(tokens, self.apply(_read_slots, features), *golden.special_ids(g, self.vocabulary))
     embeds = self.apply("assemble", tokens, slots, index)
     out = {
       "und/features": Output(np.asarray(features)),
@@ -184,17 +184,21 @@ class Runner:
     return out
 
 
+def _read_slots(model: UnifiedModel, features: jax.Array) -> jax.Array:
+  return model.reader.slots(features)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply(model: JanusFlow, method: str, params: Any, *args: Any) -> Any:
+def _apply(model: UnifiedModel, method: str | Callable[..., Any], params: Any, *args: Any) -> Any:
   return model.apply({"params": params}, *args, method=method)
 
 
 @functools.partial(jax.jit, static_argnums=(0,))
-def _velocity(model: JanusFlow, params: Any, prompt: jax.Array, z: jax.Array, time: jax.Array) -> Any:
+def _velocity(model: UnifiedModel, params: Any, prompt: jax.Array, z: jax.Array, time: jax.Array) -> Any:
   """Velocities of N pictures with the prompt and N without (hidden but for BOS), and their parts."""
   apply = functools.partial(model.apply, {"params": params})
   n, s = len(z), len(prompt)
-  slots, skip, time_ND = apply(z, time, method="write_slots")
+  slots, skip, time_ND = apply(z, time, method=lambda m, *x: m.writer.slots(*x))
   x = apply(prompt, method="embed")
   x = jnp.concatenate([jnp.broadcast_to(x, (n, *x.shape)), slots], axis=1)
   total = x.shape[1]
@@ -202,7 +206,7 @@ def _velocity(model: JanusFlow, params: Any, prompt: jax.Array, z: jax.Array, ti
   positions = jnp.broadcast_to(jnp.arange(total), (2 * n, total))
   twice = lambda a: jnp.concatenate([a, a])
   hidden = apply(twice(x), positions, shown, method="backbone").hidden
-  v = apply(hidden[:, s + 1 :], twice(skip), twice(time_ND), method="velocity")
+  v = apply(hidden[:, s + 1 :], twice(skip), twice(time_ND), method=lambda m, *x: m.writer.velocity(*x))
   return v, {"skip": skip, "time": time_ND, "hidden": hidden}
 
 
@@ -217,7 +221,7 @@ def compare_model(checkpoint: str, path: pathlib.Path, tolerance: float) -> list
   found = describe(checkpoint)
   golden.check_fits(arrays, groups, found.config)
   model, params = for_inference(
-    JanusFlow(found.config, jnp.dtype("float32"), remat="none", unroll=1, attention="xla"),
+    UnifiedModel(found.config, jnp.dtype("float32"), remat="none", unroll=1, attention="xla"),
     found.read_params(),
   )
   bases = {golden.VARIANT.sub("", name) for name in arrays}

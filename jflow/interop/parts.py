@@ -13,21 +13,22 @@ import tokenizers
 from jflow.data import tokenizer_file
 from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer, build
 from jflow.errors import UserError
+from jflow.generation.flow.config import FlowConfig
 from jflow.generation.flow.convnext import GenerationDecoder, GenerationEncoder
 from jflow.interop import budget, foreign_tokenizer, names, official, processor_config, sizes, tied, transfer
 from jflow.interop.fields import Fields
 from jflow.interop.official import Loaded
 from jflow.interop.safetensors_io import Checkpoint
 from jflow.interop.transformers_config import is_tied, language_model_config, siglip_config
-from jflow.models.config import GenerationConfig, JanusFlowConfig, LanguageModelConfig, SiglipConfig
+from jflow.models.config import ModelConfig, SiglipConfig
 from jflow.models.layers import Linear, RMSNorm
+from jflow.models.llm.config import LanguageModelConfig
 from jflow.models.siglip import Pool
 from jflow.sharding import unbox
 from jflow.strict_json import read_object
 
 # The fresh parts have the release's sizes (g_enc and g_dec; REPA reads block 6 of the LLM, paper section 4.1).
-_GENERATION = GenerationConfig(width=768, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6)
-_ALIGNMENT_LAYER = 6
+_GENERATION = FlowConfig(kind="flow", width=768, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6)
 # Special tokens that an LLM's tokenizer lacks; BOS and EOS it must have.
 _ADDED = ("pad", "image", "image_start", "image_end", "generation_start")
 _ROWS = 64  # a grown vocabulary is rounded up to a multiple of this
@@ -116,7 +117,7 @@ def _grow(params: dict[str, np.ndarray], rows: int) -> None:
   )
 
 
-def _fresh(config: JanusFlowConfig, seed: int, with_head: bool) -> dict[str, np.ndarray]:
+def _fresh(config: ModelConfig, seed: int, with_head: bool) -> dict[str, np.ndarray]:
   """Fresh parameters of the parts that no checkpoint brings, f32."""
   c, f32 = config, jnp.float32
   d, e, g = c.language_model.width, c.understanding_encoder.width, c.generation.width
@@ -174,13 +175,13 @@ def load(
   rows = language.vocabulary_size
   if words.vocabulary_size > rows:
     rows = -(-words.vocabulary_size // _ROWS) * _ROWS
-  config = JanusFlowConfig(
+  config = ModelConfig(
     language_model=type(language)(**{**language.__dict__, "vocabulary_size": rows}),
     understanding_encoder=vision,
     generation=_GENERATION,
     autoencoder=autoencoder,
-    alignment_layer=min(_ALIGNMENT_LAYER, language.layers),
-    alignment_width=0,
+    objectives=(),
+    reader="siglip",
   )
   weights = (siglip_weights, vae_weights, llm_weights)
   budget.check(sum(part.bytes(dtype) for part in weights), llm)

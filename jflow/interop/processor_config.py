@@ -9,13 +9,13 @@ import sys
 from jflow.data.tokenizer import SPECIAL_TOKENS
 from jflow.errors import UserError
 from jflow.interop.fields import Fields
-from jflow.models.config import JanusFlowConfig
+from jflow.models.config import ModelConfig
 from jflow.strict_json import shown
 
 _HALF = [0.5, 0.5, 0.5]
 
 
-def check_images(f: Fields, config: JanusFlowConfig) -> None:
+def check_images(f: Fields, config: ModelConfig) -> None:
   """Checks the release's VLMImageProcessor.
 
   Raises:
@@ -49,7 +49,7 @@ def check_siglip(f: Fields, image_size: int) -> None:
   _say_rest(f)
 
 
-def check_chat(f: Fields, config: JanusFlowConfig) -> None:
+def check_chat(f: Fields, config: ModelConfig) -> None:
   """Checks the release's VLChatProcessor.
 
   Raises:

@@ -10,10 +10,12 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from jflow.errors import UserError
+from jflow.generation.flow.config import FlowConfig
 from jflow.interop.fields import Fields
 from jflow.interop.safetensors_io import Tensor
 from jflow.models.autoencoders.kl import AutoencoderKLConfig
-from jflow.models.config import GenerationConfig, LanguageModelConfig, SiglipConfig
+from jflow.models.config import SiglipConfig
+from jflow.models.llm.config import LanguageModelConfig
 
 
 class Found(NamedTuple):
@@ -117,7 +119,7 @@ def check_siglip(
 
 
 def check_generation(
-  encoder: Fields, decoder: Fields, c: GenerationConfig, tensors: Mapping[str, Tensor], where: Any
+  encoder: Fields, decoder: Fields, c: FlowConfig, tensors: Mapping[str, Tensor], where: Any
 ) -> None:
   """Checks the ConvNeXt blocks of g_enc and g_dec."""
   for f, blocks, part in ((encoder, c.encoder_blocks, "enc"), (decoder, c.decoder_blocks, "dec")):

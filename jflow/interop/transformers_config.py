@@ -5,7 +5,8 @@ Each is read with a closed list of fields. What a file leaves out has the defaul
 
 from jflow.errors import UserError
 from jflow.interop.fields import Fields
-from jflow.models.config import LanguageModelConfig, SiglipConfig
+from jflow.models.config import SiglipConfig
+from jflow.models.llm.config import LanguageModelConfig
 from jflow.strict_json import shown
 
 
@@ -45,6 +46,7 @@ def language_model_config(f: Fields) -> LanguageModelConfig:
   f.only("max_sequence_length", context)
   is_tied(f)
   config = LanguageModelConfig(
+    kind="llama",
     vocabulary_size=f.get("vocab_size", int, 32_000),
     width=width,
     mlp_width=f.get("intermediate_size", int, 11_008),

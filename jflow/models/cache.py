@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jflow.models.config import LanguageModelConfig
+from jflow.models.llm.config import LanguageModelConfig
 
 _QUERY_BLOCK = 1024  # longer query sequences are cut, so that no S x T matrix of a long prompt ever exists
 

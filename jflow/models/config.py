@@ -1,57 +1,26 @@
 """The configuration of the whole model: one frozen dataclass, its parts as fields.
 
 It is hashable (a static argument of jit), travels as JSON, and holds no default: the presets stand in
-`configs/models.py`, the sizes of a published checkpoint come from its config.json.
+`configs/models.py`, the sizes of a published checkpoint come from its config.json. What a section's `kind` or name
+stands for is found in the tables of generation/base.py, objectives/base.py and models/llm/base.py.
 """
 
 import dataclasses
-import math
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 from jflow.errors import UserError
+from jflow.generation.base import FAMILIES
 from jflow.models.autoencoders import base as autoencoders
 from jflow.models.autoencoders.base import AutoencoderConfig
+from jflow.models.llm.base import ARCHITECTURES
+from jflow.models.sizes import check_sizes
+from jflow.objectives.base import OBJECTIVES
 from jflow.strict_json import shown
 
-# The most that a size may be. No model comes near; without an end, one number in a file from elsewhere would have a
-# program build blocks or compute with numbers for hours.
-_MOST = 2**24
-_MOST_OF = {
-  "layers": 1024,
-  "encoder_blocks": 128,
-  "decoder_blocks": 128,
-  "layers_per_block": 32,
-  "heads": 2**14,
-  "kv_heads": 2**14,
-  "image_size": 2**14,
-  "patch_size": 2**12,
-  "window": 2**12,
-  "latent_channels": 2**14,
-}
-
-
-def most(field: str) -> int:
-  """The largest value of a whole-numbered field, by its name."""
-  return _MOST_OF.get(field, _MOST)
-
-
-@dataclasses.dataclass(frozen=True)
-class LanguageModelConfig:
-  """A decoder of Llama layout."""
-
-  vocabulary_size: int
-  width: int
-  mlp_width: int
-  layers: int
-  heads: int
-  kv_heads: int  # fewer than heads: grouped-query attention
-  head_width: int
-  rms_norm_epsilon: float
-  rope_theta: float
-  context: int  # longest sequence, in tokens
+READERS = ("siglip", "shared", "separate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,77 +40,52 @@ class SiglipConfig:
   def patches(self) -> int:
     return (self.image_size // self.patch_size) ** 2
 
+  def check(self, model: "ModelConfig") -> None:
+    """Raises UserError naming field and value."""
+    if self.image_size % self.patch_size:
+      raise UserError(
+        f"model.understanding_encoder.image_size={self.image_size} must be a multiple of patch_size={self.patch_size}"
+      )
+    if self.width % self.heads:
+      raise UserError(f"model.understanding_encoder.width={self.width} must be a multiple of heads={self.heads}")
+    if self.gelu not in ("erf", "tanh"):
+      raise UserError(f"model.understanding_encoder.gelu={shown(self.gelu)} must be 'erf' or 'tanh'")
+
 
 @dataclasses.dataclass(frozen=True)
-class GenerationConfig:
-  """The ConvNeXt encoder and decoder around the LLM (g_enc, g_dec)."""
+class ModelConfig:
+  """One LLM that reads images through SigLIP and writes images in the way that `generation.kind` names."""
 
-  width: int  # channels of g_enc and of the sinusoidal time embedding; g_dec works at twice that
-  encoder_blocks: int
-  decoder_blocks: int
-  patch_size: int  # latents per side of a patch
-  norm_epsilon: float
-
-
-@dataclasses.dataclass(frozen=True)
-class JanusFlowConfig:
-  """JanusFlow: one LLM that reads images through SigLIP and writes images by rectified flow."""
-
-  language_model: LanguageModelConfig
+  language_model: Any  # of `ARCHITECTURES[kind].config`
   understanding_encoder: SiglipConfig
-  generation: GenerationConfig
-  autoencoder: AutoencoderConfig
-  alignment_layer: int  # REPA reads the LLM's features after this block, counted from 1 (paper section 4.1)
-  alignment_width: int  # hidden width of the REPA head; 0: the model has none
-  # What images are read with: "siglip", or for ablations the VAE and ConvNeXt blocks, "shared" with painting or
-  # "separate". Checkpoints older than the field have no choice, hence its default.
-  reader: str = "siglip"
+  generation: Any  # of `FAMILIES[kind].config`
+  autoencoder: Any  # an `AutoencoderConfig`; None: the writer needs none
+  objectives: tuple[tuple[str, Any], ...]  # (name, of `OBJECTIVES[name].config`): losses with heads of their own
+  # The encoder that images are read with: "siglip", or for ablations the VAE and ConvNeXt blocks, "shared" with
+  # writing or "separate".
+  reader: str
 
   def __post_init__(self) -> None:
     """Checks what can be checked without a device; raises UserError naming field and value."""
-    lm, vision, gen, vae = self.language_model, self.understanding_encoder, self.generation, self.autoencoder
-    if self.reader not in ("siglip", "shared", "separate"):
-      raise UserError(f"model.reader={shown(self.reader)} must be 'siglip', 'shared' or 'separate'")
-    for section in ("language_model", "understanding_encoder", "generation", "autoencoder"):
-      for name, value in vars(getattr(self, section)).items():
-        if isinstance(value, (int, float)) and not 0 < value < math.inf:
-          raise UserError(f"model.{section}.{name}={shown(value)} must be positive")
-        if any(isinstance(x, int) and x > most(name) for x in (value if isinstance(value, tuple) else (value,))):
-          raise UserError(f"model.{section}.{name}={shown(value)} must be at most {most(name)}")
-    vae.check()
-    for name, value in (("alignment_layer", self.alignment_layer), ("alignment_width", self.alignment_width)):
-      if not 0 <= value <= _MOST:
-        raise UserError(f"model.{name}={shown(value)} must be in 0..{_MOST}")
-    if lm.heads % lm.kv_heads:
-      raise UserError(f"model.language_model.heads={lm.heads} must be a multiple of kv_heads={lm.kv_heads}")
-    if lm.head_width % 2:
-      raise UserError(f"model.language_model.head_width={lm.head_width} must be even (rotary halves)")
-    if vision.image_size % vision.patch_size:
+    if self.reader not in READERS:
       raise UserError(
-        f"model.understanding_encoder.image_size={vision.image_size} must be a multiple of "
-        f"patch_size={vision.patch_size}"
+        f"model.reader={shown(self.reader)} must be {', '.join(map(repr, READERS[:-1]))} or {READERS[-1]!r}"
       )
-    if vision.width % vision.heads:
-      raise UserError(f"model.understanding_encoder.width={vision.width} must be a multiple of heads={vision.heads}")
-    if vision.gelu not in ("erf", "tanh"):
-      raise UserError(f"model.understanding_encoder.gelu={shown(vision.gelu)} must be 'erf' or 'tanh'")
-    if gen.width % 2:
-      raise UserError(f"model.generation.width={gen.width} must be even (cosines and sines of the time)")
-    if vision.image_size % (vae.factor * gen.patch_size):
+    sections = ("language_model", "understanding_encoder", "autoencoder", "generation")
+    parts = [(name, getattr(self, name)) for name in sections if getattr(self, name) is not None]
+    parts += [(f"objectives.{name}", config) for name, config in self.objectives]
+    for name, config in parts:
+      check_sizes(f"model.{name}", config)
+    for _, config in parts:
+      config.check(self)
+    if self.reader != "siglip" and self.generation.kind != "flow":
       raise UserError(
-        f"image_size={vision.image_size} must be a multiple of autoencoder factor {vae.factor} x "
-        f"model.generation.patch_size={gen.patch_size}"
+        f"model.reader={shown(self.reader)} needs model.generation.kind='flow', whose encoder it reads with"
       )
-    if self.patches != vision.patches:
-      raise UserError(
-        f"a written image has {self.patches} patches, a read one {vision.patches}: they must be equal, since "
-        "the alignment loss (eq. 8) compares them position by position"
-      )
-    if not 1 <= self.alignment_layer <= lm.layers:
-      raise UserError(f"model.alignment_layer={self.alignment_layer} must be in 1..{lm.layers}")
 
   @property
   def image_size(self) -> int:
+    """Side of every image in pixels."""
     return self.understanding_encoder.image_size
 
   @property
@@ -151,39 +95,84 @@ class JanusFlowConfig:
 
   @property
   def patches(self) -> int:
-    """P: patches of a written image, equal to those of a read one."""
-    return (self.latent_size // self.generation.patch_size) ** 2
+    """P: patches of an image that is read."""
+    return self.understanding_encoder.patches
+
+  @property
+  def hidden_layer(self) -> int:
+    """The LLM's block after which an objective reads it, counted from 1; 0: none does."""
+    return next((config.layer for _, config in self.objectives if hasattr(config, "layer")), 0)
+
+  def objective(self, name: str) -> Any:
+    """The config of an objective; None where the model has none of this name."""
+    return dict(self.objectives).get(name)
 
   def to_dict(self) -> dict[str, Any]:
-    return dataclasses.asdict(self)
+    """Nested mappings, for JSON and `from_dict`."""
+    return dataclasses.asdict(self) | {"objectives": {n: dataclasses.asdict(c) for n, c in self.objectives}}
 
   @classmethod
-  def from_dict(cls, values: Mapping[str, Any]) -> "JanusFlowConfig":
+  def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
     """Builds the configuration from nested mappings; names a missing, unknown or mistyped field."""
-    if isinstance(values, Mapping):  # checkpoints of older versions say whether stage 0's sigmoid loss had its heads
-      values = {name: value for name, value in values.items() if name != "contrastive"}
-    return _build(cls, values, "model")
+    values = dict(_upgraded(values)) if isinstance(values, Mapping) else values
+    _check_names(cls, values, "model")
+    language, generation = (_mapping(values[name], f"model.{name}") for name in ("language_model", "generation"))
+    autoencoder, objectives = values["autoencoder"], _mapping(values["objectives"], "model.objectives")
+    return cls(
+      language_model=_build(ARCHITECTURES.get(language.get("kind")).config, language, "model.language_model"),
+      understanding_encoder=_build(SiglipConfig, values["understanding_encoder"], "model.understanding_encoder"),
+      generation=_build(FAMILIES.get(generation.get("kind")).config, generation, "model.generation"),
+      autoencoder=None if autoencoder is None else _autoencoder(_mapping(autoencoder, "model.autoencoder")),
+      objectives=tuple(
+        (name, _build(OBJECTIVES.get(name).config, section, f"model.objectives.{name}"))
+        for name, section in objectives.items()
+      ),
+      reader=_field(str, values["reader"], "model.reader"),
+    )
 
 
-def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
+def _autoencoder(values: Mapping[str, Any]) -> AutoencoderConfig:
+  kind, own = autoencoders.config_class(values)
+  return _build(kind, own, "model.autoencoder")
+
+
+def _upgraded(values: Mapping[str, Any]) -> Mapping[str, Any]:
+  """The sections of a config.json as they are called today."""
+  new = {name: value for name, value in values.items() if name != "contrastive"}  # said how stage 0 was trained
+  new.setdefault("reader", "siglip")  # older than the choice
+  for name, kind in (("language_model", "llama"), ("generation", "flow")):
+    if isinstance(new.get(name), Mapping) and "kind" not in new[name]:
+      new[name] = {"kind": kind, **new[name]}
+  if "alignment_width" in new and "objectives" not in new:
+    width, layer = new.pop("alignment_width"), new.pop("alignment_layer", None)
+    new["objectives"] = {"alignment": {"layer": layer, "width": width}} if width != 0 else {}
+  return new
+
+
+def _mapping(values: Any, path: str) -> Mapping[str, Any]:
   if not isinstance(values, Mapping):
     raise UserError(f"{path} must be a mapping of fields, not {shown(values)}")
-  hints = typing.get_type_hints(cls)
-  newer = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
-  values = {**newer, **values}
-  unknown, missing = sorted(map(str, set(values) - set(hints))), sorted(set(hints) - set(values))
+  return values
+
+
+def _check_names(cls: type, values: Any, path: str) -> None:
+  known = [field.name for field in dataclasses.fields(cls)]
+  unknown = sorted(map(str, set(_mapping(values, path)) - set(known)))
+  missing = sorted(set(known) - set(values))
   if unknown:
-    raise UserError(f"unknown field {path}.{shown(unknown[0])[1:-1]}; known: {', '.join(hints)}")
+    raise UserError(f"unknown field {path}.{shown(unknown[0])[1:-1]}; known: {', '.join(known)}")
   if missing:
     raise UserError(f"missing field {path}.{missing[0]}")
-  return cls(**{name: _field(hint, values[name], f"{path}.{name}") for name, hint in hints.items()})
+
+
+def _build(cls: type, values: Any, path: str) -> Any:
+  _check_names(cls, values, path)
+  return cls(
+    **{name: _field(hint, values[name], f"{path}.{name}") for name, hint in typing.get_type_hints(cls).items()}
+  )
 
 
 def _field(hint: Any, value: Any, path: str) -> Any:
-  if hint is AutoencoderConfig and isinstance(value, Mapping):
-    hint, value = autoencoders.config_class(value)
-  if dataclasses.is_dataclass(hint):
-    return _build(hint, value, path)
   if isinstance(hint, types.GenericAlias):  # tuple[int, ...]
     if not isinstance(value, (tuple, list)) or not all(type(v) is int for v in value):
       raise UserError(f"{path} must be a list of integers, not {shown(value)}")

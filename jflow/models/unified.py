@@ -1,75 +1,47 @@
-"""JanusFlow: one LLM that reads images (SigLIP features) and writes images (rectified flow of VAE latents).
+"""The unified model: one LLM, a reader of images and a writer of images.
 
-Legend: B rows, S sequence, M image slots of a row, I images (B * M where batched), K = 1 + P slots per image,
-P patches, D embed, C channels, H W pixels, h w latents.
+Legend: B rows, S sequence, M image slots of a row, I images (B * M where batched), K slots per image, P patches,
+D embed, E SigLIP's width, H W pixels.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jflow import registry
 from jflow.batch import READ, WRITE, Batch
-from jflow.generation.flow import equations as flow
-from jflow.generation.flow.convnext import GenerationDecoder, GenerationEncoder
+from jflow.generation.base import family
 from jflow.models.cache import Cache, Prefix
-from jflow.models.config import JanusFlowConfig
-from jflow.models.layers import Linear, RMSNorm, parameter
-from jflow.models.llm.llama import LanguageModel, Output, separate_layers
+from jflow.models.config import ModelConfig
+from jflow.models.llm.base import ARCHITECTURES, Output
+from jflow.models.readers import Reader
 from jflow.models.siglip import Siglip
-from jflow.objectives import losses
+from jflow.objectives.base import OBJECTIVES, Forward
 from jflow.sharding import constrain
 
 
 def normalise(pixels_u8: jax.Array) -> jax.Array:
-  """uint8 [0, 255] -> f32 [-1, 1]; both image paths use this range."""
+  """uint8 [0, 255] -> f32 [-1, 1]; reading and writing use this range."""
   return pixels_u8.astype(jnp.float32) / 127.5 - 1.0
 
 
-class Draws(NamedTuple):
-  """The randomness of one batch, drawn before it is cut into microbatches or shards."""
-
-  time: jax.Array  # f32[B, M] in (0, 1)
-  noise: jax.Array  # f32[B, M, h, w, C], z_0 of eq. 3
-  posterior: jax.Array  # f32[B, M, h, w, C], for the sample of the VAE's posterior
-
-
-class Sums(NamedTuple):
-  """Loss sums of a batch; divided by the counts of the global batch they are the losses."""
-
-  text: jax.Array
-  flow: jax.Array
-  alignment: jax.Array
-
-
-class AlignmentHead(nn.Module):
-  """Three-layer MLP h_phi of REPA (eq. 8): LLM features -> SigLIP width. Training only."""
-
-  hidden: int
-  features: int
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    x = jax.nn.silu(Linear(self.hidden, ("embed", "mlp"), self.dtype, use_bias=True, name="linear_1")(x))
-    x = jax.nn.silu(Linear(self.hidden, ("mlp", None), self.dtype, use_bias=True, name="linear_2")(x))
-    return Linear(self.features, ("mlp", None), self.dtype, use_bias=True, name="linear_3")(x)
-
-
-class JanusFlow(nn.Module):
+class UnifiedModel(nn.Module):
   """The wiring. Only the `params` collection; every method is pure.
+
+  The reader, the writer and the objectives share this module's scope: their parameters stand beside the LLM's.
 
   Attributes:
     config: sizes.
     dtype: compute dtype; parameters stay f32 where they are trained.
-    remat: what the LLM's blocks keep for the backward pass, see `llm.remat_policy`; SigLIP's keep their inputs
+    remat: what the LLM's blocks keep for the backward pass, see `llama.remat_policy`; SigLIP's keep their inputs
       alone, or everything for "none".
     unroll: LLM layers per scan iteration; 0: separate layers, see `for_inference`.
     attention: implementation for packed rows, as `attention.choose` returns it.
   """
 
-  config: JanusFlowConfig
+  config: ModelConfig
   dtype: Any
   remat: str
   unroll: int
@@ -77,25 +49,18 @@ class JanusFlow(nn.Module):
 
   def setup(self) -> None:
     c, dtype = self.config, self.dtype
-    lm, vision, gen = c.language_model, c.understanding_encoder, c.generation
-    tap = c.alignment_layer if c.alignment_width else 0
-    latents = c.autoencoder.latent_channels
-    self.language_model = LanguageModel(lm, tap, dtype, self.remat, self.unroll, self.attention)
-    self.understanding_encoder = Siglip(vision, dtype, remat=self.remat != "none")
-    if c.reader == "siglip":
-      self.understanding_projector = Linear(lm.width, (None, "embed"), dtype, use_bias=True)
-    if c.reader == "separate":
-      self.latent_encoder = GenerationEncoder(gen, lm.width, latents, dtype)
-      self.latent_projector = Linear(lm.width, (None, "embed"), dtype, use_bias=True)
-    self.understanding_start = parameter(self, "understanding_start", nn.initializers.zeros, (lm.width,), (None,))
-    self.generation_encoder = GenerationEncoder(gen, lm.width, latents, dtype)
-    self.generation_projector = Linear(lm.width, (None, "embed"), dtype, use_bias=True)
-    self.generation_output_norm = RMSNorm(lm.rms_norm_epsilon, dtype)
-    self.generation_output_projector = Linear(gen.width, ("embed", None), dtype, use_bias=True)
-    self.generation_decoder = GenerationDecoder(gen, lm.width, latents, dtype)
-    self.vae = c.autoencoder.make(dtype)
-    if c.alignment_width:
-      self.alignment_head = AlignmentHead(c.alignment_width, vision.width, dtype)
+    language_model = registry.load(ARCHITECTURES.get(c.language_model.kind).module)
+    self.language_model = language_model(
+      c.language_model, c.hidden_layer, dtype, self.remat, self.unroll, self.attention
+    )
+    self.understanding_encoder = Siglip(c.understanding_encoder, dtype, remat=self.remat != "none")
+    self.writer = make_writer(c, dtype)
+    nn.share_scope(self, self.writer)
+    self.reader = Reader(c, self.writer, dtype)
+    nn.share_scope(self, self.reader)
+    self.objectives = {name: registry.load(OBJECTIVES.get(name).module)(c, own, dtype) for name, own in c.objectives}
+    for objective in self.objectives.values():
+      nn.share_scope(self, objective)
 
   # --- parts -------------------------------------------------------------------------------------------
 
@@ -119,116 +84,63 @@ class JanusFlow(nn.Module):
     segments_BS: jax.Array,
     past: Cache | Prefix | None = None,
   ) -> Output:
-    """The LLM over embeddings; see `LanguageModel.__call__`."""
+    """The LLM over embeddings; see `llama.LanguageModel.__call__`."""
     return self.language_model(x_BSD, positions_BS, segments_BS, past)
 
   def features(self, pixels_IHWC: jax.Array) -> jax.Array:
-    """f_enc: pixels in [-1, 1] -> [I, P, width of SigLIP]."""
+    """f_enc: pixels in [-1, 1] -> [I, P, E]."""
     return self.understanding_encoder(pixels_IHWC)
 
-  def latent_features(self, latents_IhwC: jax.Array) -> jax.Array:
-    """Ablations: latents of images to read -> [I, P, width of g_enc], by ConvNeXt blocks at time 1, which is data."""
-    encoder = self.generation_encoder if self.config.reader == "shared" else self.latent_encoder
-    return encoder(latents_IhwC, jnp.ones(latents_IhwC.shape[0]))[0]
-
   def read(self, pixels_IHWC: jax.Array) -> jax.Array:
-    """Pixels in [-1, 1] of images to read -> their K slots [I, K, D], by whatever reads them."""
+    """Pixels in [-1, 1] of images to read -> their K slots [I, K, D]."""
     if self.config.reader == "siglip":
-      return self.read_slots(self.features(pixels_IHWC))
-    return self.read_slots(self.latent_features(self.posterior(pixels_IHWC)[0]))
-
-  def read_slots(self, features_IPE: jax.Array) -> jax.Array:
-    """The K slots of images to read: the learned start vector, then the projected features. [I, K, D]."""
-    projectors = {
-      "siglip": "understanding_projector",
-      "shared": "generation_projector",
-      "separate": "latent_projector",
-    }
-    x_IPD = getattr(self, projectors[self.config.reader])(features_IPE)
-    start = jnp.broadcast_to(self.understanding_start.astype(x_IPD.dtype), (x_IPD.shape[0], 1, x_IPD.shape[2]))
-    return jnp.concatenate([start, x_IPD], axis=1)
-
-  def write_slots(self, z_IhwC: jax.Array, time_I: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The K slots of images to write: the time token, then g_enc's patches.
-
-    Returns:
-      (slots [I, K, D], skip [I, h/2, w/2, C'] for g_dec, time embedding [I, D]).
-    """
-    x_IPC, skip, time_ID = self.generation_encoder(z_IhwC, time_I)
-    return jnp.concatenate([time_ID[:, None], self.generation_projector(x_IPC)], axis=1), skip, time_ID
-
-  def velocity(self, hidden_IPD: jax.Array, skip: jax.Array, time_ID: jax.Array) -> jax.Array:
-    """g_dec: the LLM's hidden states at the patch slots (no shift) -> velocity f32[I, h, w, C]."""
-    x_IPC = self.generation_output_projector(self.generation_output_norm(hidden_IPD))
-    return self.generation_decoder(x_IPC, skip, time_ID).astype(jnp.float32)
-
-  def posterior(self, pixels_IHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation of the scaled latents of pixels in [-1, 1]; f32[I, h, w, C] each."""
-    return self.scaled(*self.vae.encode(pixels_IHWC))
-
-  def scaled(self, mean: jax.Array, log_variance: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Moments of the posterior as the VAE gives them -> mean and standard deviation of the scaled latents, f32."""
-    scale = self.config.autoencoder.scaling
-    return scale * mean.astype(jnp.float32), scale * jnp.exp(0.5 * log_variance.astype(jnp.float32))
-
-  def decode(self, latents_IhwC: jax.Array) -> jax.Array:
-    """Scaled latents -> pixels f32[I, H, W, 3], about [-1, 1], not clipped."""
-    return self.vae.decode(latents_IhwC / self.config.autoencoder.scaling).astype(jnp.float32)
+      return self.reader.slots(self.features(pixels_IHWC))
+    return self.reader.slots(self.reader.latent_features(self.writer.posterior(pixels_IHWC)[0]))
 
   # --- training ----------------------------------------------------------------------------------------
 
-  def losses(self, batch: Batch, draws: Draws, wanted: tuple[str, ...]) -> Sums:
-    """The loss sums of packed rows: eq. 6 (text), 7 (flow) and 8 (alignment).
+  def losses(self, batch: Any, draws: Any, wanted: tuple[str, ...]) -> dict[str, jax.Array]:
+    """Loss sums of packed rows by name: eq. 6 ("text"), the writer's, and those of `config.objectives`.
 
     Args:
-      batch: rows; a microbatch or a shard is fine, since only sums are returned.
-      draws: randomness of the same rows.
-      wanted: names of `Sums` to compute; the others are 0 and cost nothing.
+      batch: a `Batch` of rows; a microbatch or a shard is fine, since only sums are returned.
+      draws: randomness of the same rows, see `Writer.draw`.
+      wanted: names to compute; nothing else is.
+
+    Returns:
+      name -> f32[].
     """
     b, m = batch.image_kind.shape
     flat = lambda x: x.reshape(b * m, *x.shape[2:])
-    rows = lambda x: x.reshape(b, m, *x.shape[1:])
     writes_BM = batch.image_kind == WRITE
     pixels = constrain(normalise(flat(batch.images)), "batch", None, None, None)
 
     features = self.features(pixels)
-    if batch.moments.shape[2:] == (0,):
-      mean, std = self.posterior(pixels)
-    else:  # made ahead of time
-      mean, std = self.scaled(*jnp.split(flat(batch.moments), 2, axis=-1))
-    data = mean + std * flat(draws.posterior)
-    z = flow.interpolate(flat(draws.noise), data, flat(draws.time))
-    written, skip, time_ID = self.write_slots(z, flat(draws.time))
-    seen = features if self.config.reader == "siglip" else self.latent_features(mean)
-    slots = jnp.where(flat(batch.image_kind == READ)[:, None, None], self.read_slots(seen), written)
-    slots = slots.reshape(b, m * slots.shape[1], -1)
-
-    x_BSD = self.assemble(batch.tokens, slots, batch.image_index)
+    written, context = self.writer.write(pixels, flat(batch.stored), jax.tree.map(flat, draws))
+    seen = features if self.config.reader == "siglip" else self.reader.latent_features(context.mean)
+    slots = _choose(flat(batch.image_kind == READ), self.reader.slots(seen), written)
+    x_BSD = self.assemble(batch.tokens, slots.reshape(b, m * slots.shape[1], -1), batch.image_index)
     out = self.backbone(x_BSD, batch.positions, batch.segment_ids)
 
-    zero = jnp.zeros((), jnp.float32)
-    sums = Sums(zero, zero, zero)
-    if "text" in wanted:
-      nll = self.language_model.next_token(out.hidden, batch.targets, batch.loss_mask)
-      sums = sums._replace(text=nll)
-    patches = batch.image_start[..., None] + 1 + jnp.arange(self.config.patches)  # [B, M, P]
-    patches = patches.reshape(b, -1)[..., None]
-    gather = lambda x: jnp.take_along_axis(x, patches, axis=1).reshape(b * m, self.config.patches, -1)
-    if "flow" in wanted:
-      velocity = rows(self.velocity(gather(out.hidden), skip, time_ID))
-      target = rows(flow.velocity_target(flat(draws.noise), data))
-      sums = sums._replace(flow=losses.flow(velocity, target, writes_BM))
-    if "alignment" in wanted:
-      projected = rows(self.alignment_head(gather(out.tap)))
-      sums = sums._replace(alignment=losses.alignment(projected, rows(features), writes_BM))
-    return sums
+    def at(x_BSD: jax.Array, first: int, count: int) -> jax.Array:
+      """[I, count, D] at the positions that begin `first` behind the first slot of every image."""
+      where = (batch.image_start[..., None] + first + jnp.arange(count)).reshape(b, -1)[..., None]
+      return jnp.take_along_axis(x_BSD, where, axis=1).reshape(b * m, count, -1)
 
-  def initialise(self, batch: Batch, draws: Draws) -> None:
+    sums = {}
+    if "text" in wanted:
+      sums["text"] = self.language_model.next_token(out.hidden, batch.targets, batch.loss_mask)
+    if set(wanted) & set(self.writer.losses_made):
+      made = self.writer.losses(lambda first, count: at(out.hidden, first, count), context, flat(writes_BM))
+      sums |= {name: value for name, value in made.items() if name in wanted}
+    patches = lambda x_BSD: at(x_BSD, self.writer.patches_from, self.config.patches)
+    forward = Forward(batch, out.hidden, out.layer, features, writes_BM, patches)
+    return sums | {name: objective(forward) for name, objective in self.objectives.items() if name in wanted}
+
+  def initialise(self, batch: Any, draws: Any) -> None:
     """Touches every parameter once, so that `init` with this method creates them all."""
-    c = self.config
-    wanted = ("text", "flow") + (("alignment",) if c.alignment_width else ())
-    self.losses(batch, draws, wanted)
-    self.decode(draws.noise[:, 0])
+    self.losses(batch, draws, loss_names(self.config))
+    self.writer.initialise()
 
 
 def _cast_at_use(name: str) -> bool:
@@ -244,7 +156,47 @@ def cast_for_inference(params: dict[str, Any], dtype: Any) -> None:
       params[name] = x.astype(dtype, copy=False)
 
 
-def for_inference(model: JanusFlow, params: Any) -> tuple[JanusFlow, Any]:
+def make_writer(config: ModelConfig, dtype: Any) -> Any:
+  """The writer of a model, not bound to parameters: what `Writer.draw` needs."""
+  return registry.load(family(config.generation).writer)(config, dtype)
+
+
+def loss_names(config: ModelConfig) -> tuple[str, ...]:
+  """Names of all losses that a model can compute."""
+  made = registry.load(family(config.generation).writer).losses_made
+  return ("text", *made, *(name for name, _ in config.objectives))
+
+
+def loss_counts(config: ModelConfig, batch: Batch) -> dict[str, jax.Array]:
+  """The number of terms of each loss sum of a batch, at least 1: tokens that carry loss, images written.
+
+  Taken over the global batch, before it is cut: divided by them, the sums of shards and microbatches add up.
+  """
+  tokens = jnp.maximum(jnp.sum(batch.loss_mask), 1).astype(jnp.float32)
+  images = jnp.maximum(jnp.sum(batch.image_kind == WRITE), 1).astype(jnp.float32)
+  made = registry.load(family(config.generation).writer).losses_made
+  own = {name: registry.load(OBJECTIVES.get(name).module).count(batch) for name, _ in config.objectives}
+  return {"text": tokens} | dict.fromkeys(made, images) | own
+
+
+def _choose(reads_I: jax.Array, read_IKD: jax.Array, written_IKD: jax.Array) -> jax.Array:
+  """The slots of each image by whether it is read; the shorter of the two is padded."""
+  k = max(read_IKD.shape[1], written_IKD.shape[1])
+  padded = lambda x: x if x.shape[1] == k else jnp.pad(x, ((0, 0), (0, k - x.shape[1]), (0, 0)))
+  return jnp.where(reads_I[:, None, None], padded(read_IKD), padded(written_IKD))
+
+
+def separate_layers(params: Any, layers: int) -> dict[str, Any]:
+  """Parameters of an LLM with scanned layers -> those of the same with `unroll` 0; the rest is shared."""
+  rest = {name: x for name, x in params.items() if name != "layers"}
+
+  def layer(i: int) -> Any:
+    return jax.tree.map(lambda x: x[i], params["layers"])
+
+  return rest | {f"layers_{i}": layer(i) for i in range(layers)}
+
+
+def for_inference(model: UnifiedModel, params: Any) -> tuple[UnifiedModel, Any]:
   """The model with separate LLM layers, which decoding needs, and its parameters in the compute dtype.
 
   Only what a layer casts at its use is cast (kernels, the embedding table): the outputs are bit for bit those

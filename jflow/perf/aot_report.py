@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jflow import model_flops
 from jflow.batch import TASKS
 from jflow.config import RunConfig
 from jflow.errors import UserError
-from jflow.models.unified import JanusFlow
-from jflow.objectives import head_loss
+from jflow.models import flops as model_flops
+from jflow.models.unified import UnifiedModel
+from jflow.objectives import next_token
 from jflow.perf import hlo, targets
 from jflow.training import setup
 from jflow.training.flops import model_flops_of
@@ -24,7 +24,7 @@ _LOSS_SHARE = dict(zip(TASKS, (200 / 776, 0.0, 1.0), strict=True))
 _PEAK_SHARE = 0.97  # of a GPU's memory that a program may use; XLA's own limit says it for a TPU
 
 
-def expected(config: RunConfig, model: JanusFlow) -> tuple[model_flops.Work, float]:
+def expected(config: RunConfig, model: UnifiedModel) -> tuple[model_flops.Work, float]:
   """What a full batch of the run's last mixture holds, and the share of its tokens that carries loss.
 
   Samples are those of the paper's data: 776 tokens around a read image, 650 around a written one at 384 (as
@@ -100,8 +100,8 @@ def compile_report(
   report["memory_gib"] = _memory(program, batch, compiled.memory_analysis(), topology)
   report["fits"] = report["memory_gib"]["total"] <= report["memory_gib"]["limit"]
   micro = per_device * config.data.row_tokens / config.train.accumulation
-  chunks = head_loss.chunks(math.ceil(share * micro))
-  counts = hlo.count(text, dict(mesh.shape), lambda loop: chunks if head_loss.SCOPE in loop else 0)
+  chunks = next_token.chunks(math.ceil(share * micro))
+  counts = hlo.count(text, dict(mesh.shape), lambda loop: chunks if next_token.SCOPE in loop else 0)
   return report | _roofline(config, model, program.state.trained, topology, counts, dict(mesh.shape))
 
 
@@ -138,7 +138,7 @@ def _memory(program: Program, batch: Any, analysis: Any, topology: targets.Topol
 
 
 def _roofline(
-  config: RunConfig, model: JanusFlow, trained, topology, counts: hlo.Counts, mesh: dict[str, int]
+  config: RunConfig, model: UnifiedModel, trained, topology, counts: hlo.Counts, mesh: dict[str, int]
 ) -> dict[str, Any]:
   """The least time of a step by what each part of the machine has to do."""
   chip, work = topology.chip, expected(config, model)[0]
@@ -172,7 +172,7 @@ def _roofline(
   }
 
 
-def _kernel_flops(model: JanusFlow, work: model_flops.Work, config: RunConfig) -> float:
+def _kernel_flops(model: UnifiedModel, work: model_flops.Work, config: RunConfig) -> float:
   """FLOPs of fused attention over a step: 2 products forward, 5 backward, forward again where it is not kept.
 
   cuDNN skips what lies across segments; the others work on all pairs under the diagonal.

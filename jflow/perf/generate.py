@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jflow import model_flops
 from jflow.errors import UserError
 from jflow.generation.flow import equations as flow
+from jflow.generation.flow import flops
 from jflow.generation.flow import sampler as painting
+from jflow.generation.flow import settings as sampling
 from jflow.perf import inference
 
 
@@ -85,7 +86,9 @@ def run(args: Settings) -> dict[str, Any]:
     measured = inference.in_turn(calls, args.repeats)
   median = inference.median
   seconds = median(measured["solve"]) + median(measured["decode"])
-  flops = sum(model_flops.image(c, args.steps, int(length), guided) for length in lengths)
+  total = sum(
+    flops.image(c, sampling.Settings(steps=args.steps, guidance=args.guidance), int(length)) for length in lengths
+  )
   chip = inference.chip()
   report |= {
     "pictures": n,
@@ -94,8 +97,8 @@ def run(args: Settings) -> dict[str, Any]:
     "seconds_per_step": {k: v / args.steps for k, v in measured["solve"]["seconds"].items()},
     "seconds_decode": measured["decode"]["seconds"],
     "images_per_second": n / seconds,
-    "model_flops": flops,
-    "mfu": chip and flops / seconds / chip.peak_flops,
+    "model_flops": total,
+    "mfu": chip and total / seconds / chip.peak_flops,
     "peak_bytes": inference.peak_bytes(),
     "compile_seconds": max(0.0, first_solve + first_decode - seconds),
   }

@@ -21,10 +21,11 @@ from jflow.errors import Stopped, UserError, install_line
 from jflow.inference.loading import load, usual_dtype
 from jflow.inference.pipeline import Pipeline
 from jflow.interop import names, transfer
-from jflow.models.unified import JanusFlow
+from jflow.models import build
+from jflow.models.unified import UnifiedModel
 from jflow.perf.timing import spread
 from jflow.progress import Progress
-from jflow.training import config_files, setup
+from jflow.training import config_files
 
 _SHARD = 2**31
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1}  # relative L2 error between the frameworks, after all steps
@@ -51,12 +52,12 @@ def open_pipeline(args: Settings) -> Pipeline:
     return load(args.checkpoint, vae=args.vae, dtype=args.dtype, weights=args.weights)
   config = config_files.load(args.config)
   dtype = jnp.dtype(args.dtype or usual_dtype())
-  model = JanusFlow(config.model, dtype, remat="none", unroll=1, attention="xla")
+  model = UnifiedModel(config.model, dtype, remat="none", unroll=1, attention="xla")
   tokenizer = Tokenizer.load(config_files.load("stage3:tiny").data.tokenizer)
   return Pipeline(model, random_params(model), tokenizer, "chat")
 
 
-def random_params(model: JanusFlow) -> Any:
+def random_params(model: UnifiedModel) -> Any:
   """Random f32 parameters, no leaf all zeros or ones: nothing that is compared hides behind them."""
   rng = np.random.default_rng(0)
 
@@ -70,7 +71,7 @@ def random_params(model: JanusFlow) -> Any:
       return noise / np.sqrt(np.float32(inputs))
     return 0.1 * noise
 
-  shapes = sharding.unbox(jax.eval_shape(lambda: setup.initial_params(model, 0)))
+  shapes = sharding.unbox(jax.eval_shape(lambda: build.initial_params(model, 0)))
   return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 

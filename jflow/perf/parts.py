@@ -10,8 +10,8 @@ import optax
 
 from jflow.batch import Batch
 from jflow.config import RunConfig
-from jflow.models.unified import JanusFlow, normalise
-from jflow.objectives import head_loss
+from jflow.models.unified import UnifiedModel, normalise
+from jflow.objectives import next_token
 from jflow.perf.timing import spread
 from jflow.training import optim
 from jflow.training.state import TrainState
@@ -19,7 +19,7 @@ from jflow.training.step import draw
 
 
 def time_parts(
-  config: RunConfig, model: JanusFlow, state: TrainState, batch: Batch, repeats: int
+  config: RunConfig, model: UnifiedModel, state: TrainState, batch: Batch, repeats: int
 ) -> dict[str, dict[str, float]]:
   """Seconds of each part, {"min", "median", "max"}; forward and backward where the step goes backward."""
   out = {}
@@ -36,13 +36,13 @@ def _timed(function: Callable[..., Any], args: tuple[Any, ...]) -> float:
 
 
 def _parts(
-  config: RunConfig, model: JanusFlow, state: TrainState, batch: Batch
+  config: RunConfig, model: UnifiedModel, state: TrainState, batch: Batch
 ) -> Iterator[tuple[str, Callable, tuple]]:
   params = optim.merge(state.trained, state.frozen)
   c, lm = model.config, model.config.language_model
   (rows, seq), slots = batch.tokens.shape, batch.images.shape[0] * batch.images.shape[1]
   key = jax.random.key(0)
-  draws = draw(model, key, batch, 0.0, 1.0)
+  draws = draw(model, key, batch, config.objective)
   flat = lambda x: x.reshape(slots, *x.shape[2:])
   apply = lambda p, method, *args: model.apply({"params": p}, *args, method=method)
   total = lambda x: jnp.sum(x.astype(jnp.float32))
@@ -60,24 +60,24 @@ def _parts(
 
   def language_model(p, x):
     out = apply(p, "backbone", x, batch.positions, batch.segment_ids)
-    return total(out.hidden) + (total(out.tap) if out.tap is not None else 0.0)
+    return total(out.hidden) + (total(out.layer) if out.layer is not None else 0.0)
 
   trained = [name for name in params if name in state.trained]
   yield "llm", *gradient(language_model, [n for n in trained if n == "language_model"], hidden)
   kernel = params["language_model"]["head"]["kernel"]
-  head = lambda x, k: head_loss.next_token(x, k, batch.targets, batch.loss_mask)
+  head = lambda x, k: next_token.loss(x, k, batch.targets, batch.loss_mask)
   by = (0, 1) if "language_model" in trained else 0
   yield "head", jax.value_and_grad(head, argnums=by), (hidden, kernel)
   pixels = lambda images: normalise(flat(images))
   yield "siglip", lambda p, images: apply(p, "features", pixels(images)), (params, batch.images)
   if not config.data.latents:
-    yield "vae", lambda p, images: apply(p, "posterior", pixels(images)), (params, batch.images)
+    yield "vae", lambda p, images: apply(p, lambda m, x: m.writer.posterior(x), pixels(images)), (params, batch.images)
 
   def heads(p, z, x):
-    slots_IKD, skip, time_ID = apply(p, "write_slots", z, flat(draws.time))
-    out = total(slots_IKD) + total(apply(p, "velocity", x, skip, time_ID))
-    if config.objective.weights["alignment"]:
-      out += total(apply(p, lambda module, y: module.alignment_head(y), x))
+    slots_IKD, skip, time_ID = apply(p, lambda m, *x: m.writer.slots(*x), z, flat(draws.time))
+    out = total(slots_IKD) + total(apply(p, lambda m, *x: m.writer.velocity(*x), x, skip, time_ID))
+    if config.objective.weights.get("alignment"):
+      out += total(apply(p, lambda m, y: m.objectives["alignment"].alignment_head(y), x))
     return out
 
   names = [name for name in trained if name.startswith(("generation_", "alignment_head"))]

@@ -6,6 +6,7 @@ from typing import Any
 
 from jflow.config import RunConfig
 from jflow.errors import UserError
+from jflow.models import build
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
   with jax.set_mesh(mesh):
     program = make_program(config, model, mesh)
     batch = jax.device_put(host, sharding.batch_sharding(mesh))
-    fresh = sharding.create(lambda: setup.initial_params(model, 0), mesh)
+    fresh = sharding.create(lambda: build.initial_params(model, 0), mesh)
     state = jax.jit(program.state_of, out_shardings=program.shardings, donate_argnums=0)(fresh)
     started = time.perf_counter()
     compiled = program.step.lower(state, batch).compile()

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from jflow import model_flops
 from jflow.errors import UserError
 from jflow.inference import reading
 from jflow.inference.decoding import Decoder, Request
+from jflow.models import flops as model_flops
 from jflow.perf import inference
 
 

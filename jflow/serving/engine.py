@@ -330,9 +330,8 @@ class Engine:
   def _ready(self, batch: Batch, rows: int) -> bool:
     """Whether a batch can be painted; else it is set aside until its programs are compiled."""
     prompts, settings = [job.work.prompt for job, _ in batch.units], batch.settings
-    prepare_painting = functools.partial(
-      self.pipeline.prepare_painting, prompts, settings.steps, settings.guidance, settings.solver, rows=rows
-    )
+    chosen = self.pipeline.settings(**settings._asdict())
+    prepare_painting = functools.partial(self.pipeline.prepare_painting, prompts, chosen, rows=rows)
     if prepare_painting(compile=False):
       return True
     compiled = self._compile(prepare_painting)
@@ -368,15 +367,7 @@ class Engine:
   def _generate(self, pictures: list[tuple[str, int]], settings: Settings, rows: int) -> list[Image.Image]:
     """Paints (prompt, seed)s; the batch is filled up to `rows`, a power of two: few sizes are compiled."""
     prompts, seeds = zip(*(pictures + pictures[:1] * (rows - len(pictures))))
-    images = self.pipeline.generate(
-      prompts,
-      settings.steps,
-      settings.guidance,
-      noise=self.pipeline.noise(seeds),
-      solver=settings.solver,
-      shift=settings.shift,
-      batch_size=rows,
-    )
+    images = self.pipeline.generate(prompts, seeds=seeds, batch_size=rows, **settings._asdict())
     self.metrics.batch.observe(len(pictures))
     self.metrics.pictures.inc(len(pictures))
     return images[: len(pictures)]

@@ -19,9 +19,9 @@ import numpy as np
 from jflow import checks
 from jflow.data import examples
 from jflow.errors import PromptTooLong, UserError
-from jflow.generation.flow import sampler as painting
+from jflow.generation.flow.settings import Settings
 from jflow.inference.decoding import Request
-from jflow.inference.pipeline import Pipeline, prepare_image
+from jflow.inference.pipeline import Pipeline, check_prompts, prepare_image
 from jflow.serving.jobs import Pictures
 from jflow.serving.schemas import IMAGE_MARK, SEEDS, ApiError, Chat, Painting, fold_seed
 
@@ -198,15 +198,8 @@ def check(work: Request | Pictures, context: int) -> None:
   """
   if isinstance(work, Pictures):
     checks.whole("seed", work.seed, -SEEDS * SEEDS)  # the engine folds it
-    painting.check(
-      [work.prompt],
-      **work.settings._asdict(),
-      seed=0,
-      num_images=work.count,
-      interval=(0.0, 1.0),
-      precision="exact",
-      batch_size=1,
-    )
+    check_prompts([work.prompt], seed=0, num_images=work.count, batch_size=1)
+    Settings(**work.settings._asdict())
   else:
     checks.answer(work.max_tokens, work.temperature, work.top_p, work.seed)
     if len(work.tokens) >= context:

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from jflow.config import RunConfig
 from jflow.errors import UserError
-from jflow.models.config import JanusFlowConfig
+from jflow.models.config import ModelConfig
 from jflow.training import overrides
 
 SHIPPED = (pathlib.Path(__file__).parents[1] / "configs").resolve()  # a link in the tree, a folder in a wheel
@@ -55,7 +55,7 @@ def load(named: str, arguments: Sequence[str] = (), start: Start | None = None) 
   if start and config.train.init_from:
     values["model"] = start(config, given)
   try:
-    return RunConfig.from_dict(values, JanusFlowConfig.from_dict)
+    return RunConfig.from_dict(values, ModelConfig.from_dict)
   except UserError as error:
     raise UserError(f"{file}: {error}") from None
 

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jflow import chips, model_flops
+from jflow import chips
 from jflow.batch import READ, WRITE, Batch
 from jflow.config import RunConfig
-from jflow.models.config import JanusFlowConfig
+from jflow.models import flops as model_flops
+from jflow.models.config import ModelConfig
 
 
 def counted(batch: Batch, xp: Any = np) -> model_flops.Work:
@@ -36,12 +37,11 @@ def _running_maximum(x):
 
 
 def model_flops_of(
-  config: RunConfig, model: JanusFlowConfig, trained: Collection[str], work: model_flops.Work
+  config: RunConfig, model: ModelConfig, trained: Collection[str], work: model_flops.Work
 ) -> dict[str, float]:
   """FLOPs of one step by part. `trained`: the parts that hold a trained parameter, the keys of `TrainState.trained`."""
-  weights = config.objective.weights
-  given = config.data.latents
-  return model_flops.step(model, set(trained), work, bool(weights["alignment"]), given, bool(weights["text"]))
+  losses = {name for name, weight in config.objective.weights.items() if weight}
+  return model_flops.step(model, set(trained), work, losses, config.data.latents)
 
 
 def mfu(config: RunConfig, trained: Collection[str], row: dict[str, Any], seconds: float) -> float | None:

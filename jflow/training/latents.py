@@ -18,7 +18,7 @@ from jflow.data.store import latents
 from jflow.errors import UserError
 from jflow.interop.checkpoints import read_checkpoint
 from jflow.models.autoencoders.base import AutoencoderConfig
-from jflow.models.config import JanusFlowConfig
+from jflow.models.config import ModelConfig
 from jflow.models.unified import normalise
 
 
@@ -57,7 +57,7 @@ def check(found: Mapping[str, str], params: Mapping[str, Any], config: Autoencod
       )
 
 
-def encoder(vae: Any, config: JanusFlowConfig) -> Callable[[np.ndarray], np.ndarray]:
+def encoder(vae: Any, config: ModelConfig) -> Callable[[np.ndarray], np.ndarray]:
   """Returns uint8[N, H, W, 3] -> moments bfloat16[N, h, w, 2 C]; N is a multiple of this machine's devices."""
   model = config.autoencoder.make(jnp.float32)
   mesh = sharding.make_mesh(jax.local_device_count(), 1, 1, jax.local_devices())

@@ -23,7 +23,7 @@ from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped
 from jflow.interop import steps
-from jflow.models.unified import JanusFlow
+from jflow.models.unified import UnifiedModel
 from jflow.progress import StepProgress
 from jflow.training import data_record, hosts, latents, optim, setup, tracking
 from jflow.training import workdir as workdirs
@@ -46,7 +46,7 @@ class Terminated(Exception):
 
 _NAMED = 20  # records that are named when left out; the others are only counted
 # (model, tokenizer, nested parameters as numpy arrays) -> a picture for each of log.sample_prompts.
-Painter = Callable[[JanusFlow, Tokenizer, Any], list[Image.Image]]
+Painter = Callable[[UnifiedModel, Tokenizer, Any], list[Image.Image]]
 
 
 def train(config: RunConfig, workdir: pathlib.Path, painter: Painter | None = None, accepted_data: str = "") -> None:

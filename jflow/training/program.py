@@ -13,7 +13,8 @@ from jflow import memory, sharding
 from jflow.batch import Batch, empty
 from jflow.config import RunConfig
 from jflow.errors import UserError
-from jflow.models.unified import JanusFlow
+from jflow.models import build
+from jflow.models.unified import UnifiedModel
 from jflow.training import optim, setup
 from jflow.training.state import TrainState
 from jflow.training.step import make_step
@@ -37,7 +38,7 @@ class Program(NamedTuple):
   state_of: Callable[[Any], TrainState]  # parameters -> state of step 0
 
 
-def make_program(config: RunConfig, model: JanusFlow, mesh: jax.sharding.Mesh) -> Program:
+def make_program(config: RunConfig, model: UnifiedModel, mesh: jax.sharding.Mesh) -> Program:
   """Builds the program of a config; nothing is compiled or allocated. Call it, and the step, under `mesh`."""
   optimizer = optim.make_optimizer(config.optimizer)
   train = config.train
@@ -48,7 +49,7 @@ def make_program(config: RunConfig, model: JanusFlow, mesh: jax.sharding.Mesh) -
     trained, frozen = optim.partition(params, config.optimizer.trained, config.optimizer.frozen)
     return TrainState.create(trained, frozen, optimizer, spike_window)
 
-  boxed = jax.eval_shape(lambda: state_of(setup.initial_params(model, train.seed)))
+  boxed = jax.eval_shape(lambda: state_of(build.initial_params(model, train.seed)))
   where = sharding.shardings(mesh, boxed)
   shaped = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
   step = jax.jit(
@@ -80,7 +81,7 @@ def check_memory(program: Program, mesh: jax.sharding.Mesh) -> None:
     )
 
 
-def abstract_batch(config: RunConfig, model: JanusFlow, mesh: jax.sharding.Mesh) -> Batch:
+def abstract_batch(config: RunConfig, model: UnifiedModel, mesh: jax.sharding.Mesh) -> Batch:
   """The shapes and shardings of the global batch of a config."""
   where = sharding.batch_sharding(mesh)
   one, rows = empty(1, setup.row_shape(config, model.config)), config.train.batch_size

@@ -11,15 +11,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jflow import config as run_config
 from jflow import sharding
-from jflow.batch import RowShape, empty
+from jflow.batch import RowShape
 from jflow.config import RunConfig, TrainConfig
 from jflow.data.pipeline import Pipeline
 from jflow.errors import UserError
+from jflow.generation.base import family
 from jflow.interop.checkpoints import Checkpoint, read_checkpoint
 from jflow.models import attention
-from jflow.models.config import JanusFlowConfig
+from jflow.models.build import initial_params
+from jflow.models.config import ModelConfig
 from jflow.models.llm.llama import remat_policy
-from jflow.models.unified import Draws, JanusFlow, Sums
+from jflow.models.unified import UnifiedModel, loss_names
 from jflow.sections import refusal
 from jflow.training import fresh, hosts
 from jflow.training.start_model import PART_OF
@@ -36,15 +38,16 @@ def check(config: RunConfig) -> None:
   kernels = attention.IMPLEMENTATIONS
   if config.compute.attention not in kernels:
     raise refusal("compute.attention", config.compute.attention, f"must be one of {', '.join(kernels)}")
-  weights = config.objective.weights
-  if not set(weights) <= set(Sums._fields):
-    raise refusal("objective.weights", weights, f"must hold losses of {', '.join(Sums._fields)}")
-  weight = weights.get("alignment", 0.0)
-  if weight and not config.model.alignment_width:
-    raise refusal("objective.weights.alignment", weight, "must be 0 where model.alignment_width=0")
+  names = loss_names(config.model)
+  for name, weight in config.objective.weights.items():
+    if weight and name not in names:
+      raise refusal(f"objective.weights.{name}", weight, f"must be 0: this model's losses are {', '.join(names)}")
+  if config.data.latents and not config.model.generation.stored_shape(config.model):
+    kind = config.model.generation.kind
+    raise refusal("data.latents", True, f"must be False with model.generation.kind={kind!r}, which has none")
 
 
-def build(config: RunConfig, device: jax.Device) -> JanusFlow:
+def build(config: RunConfig, device: jax.Device) -> UnifiedModel:
   """The model of a config, with the attention kernel for `device`.
 
   Raises:
@@ -53,37 +56,25 @@ def build(config: RunConfig, device: jax.Device) -> JanusFlow:
   compute, model = config.compute, config.model
   width = model.language_model.head_width
   kernel = attention.choose(compute.attention, device, compute.dtype, width)
-  return JanusFlow(model, jnp.dtype(compute.dtype), compute.remat, compute.unroll, kernel)
+  return UnifiedModel(model, jnp.dtype(compute.dtype), compute.remat, compute.unroll, kernel)
 
 
-def row_shape(config: RunConfig, model: JanusFlowConfig) -> RowShape:
+def row_shape(config: RunConfig, model: ModelConfig) -> RowShape:
   """The packed rows that a config asks for."""
   data = config.data
-  moments = (model.latent_size, model.latent_size, 2 * model.autoencoder.latent_channels)
   return RowShape(
     data.row_tokens,
     data.row_images,
     model.patches,
     model.image_size,
-    moments if data.latents else (0,),
+    model.generation.kind,
+    family(model.generation).layout.slots(model.patches),
+    model.generation.stored_shape(model) if data.latents else (0,),
   )
 
 
-def initial_params(model: JanusFlow, seed: int) -> Any:
-  """Fresh parameters, boxed with their logical axes; to be traced by `sharding.create` or `eval_shape`."""
-  c = model.config
-  shape = RowShape(2 * (1 + c.patches), 1, c.patches, c.image_size)
-  batch = jax.tree.map(jnp.asarray, empty(1, shape))
-  latents = jnp.zeros((1, 1, c.latent_size, c.latent_size, c.autoencoder.latent_channels))
-  draws = Draws(jnp.full((1, 1), 0.5), latents, latents)
-  params = model.init(jax.random.key(seed), batch, draws, method="initialise")["params"]
-  if c.reader == "separate":  # equal at the start, trained apart (paper section 4.5)
-    params["latent_encoder"] = params["generation_encoder"]
-  return params
-
-
 def start_params(
-  config: RunConfig, model: JanusFlow, mesh: jax.sharding.Mesh, open_pipeline: Callable[[], Pipeline]
+  config: RunConfig, model: UnifiedModel, mesh: jax.sharding.Mesh, open_pipeline: Callable[[], Pipeline]
 ) -> Any:
   """Parameters of step 0: fresh, or those of `train.init_from`, each on its shards.
 
@@ -101,11 +92,11 @@ def start_params(
   source, origin = _chosen(train, read)
   boxed = jax.eval_shape(initial)
   where = flatten_dict(sharding.shardings(mesh, boxed), sep="/")
-  wanted = flatten_dict(sharding.unbox(boxed), sep="/")
+  wanted: dict[str, Any] = flatten_dict(sharding.unbox(boxed), sep="/")
   differing = _differences(model.config, {path: loaded.config for path, loaded in read.items()}, origin)
   _check_fits(train, source, wanted, origin, differing)
   for made, field, before, value in differing:
-    if field == "alignment_width":  # a head of training alone: dropped, or fresh
+    if field.startswith("objectives."):  # a head of training alone: dropped, or fresh
       continue
     hosts.say(
       f"{made} was made with model.{field}={before!r}, this run has {value!r}: the same weights compute something "
@@ -166,7 +157,7 @@ def _check_fits(
 
 
 def _differences(
-  ours: JanusFlowConfig, theirs: Mapping[str, JanusFlowConfig], origin: Callable[[str], str]
+  ours: ModelConfig, theirs: Mapping[str, ModelConfig], origin: Callable[[str], str]
 ) -> list[tuple[str, str, Any, Any]]:
   """Returns (checkpoint, field of the model, value there, value here) where the two differ.
 
@@ -177,14 +168,13 @@ def _differences(
   """
   flat = {path: flatten_dict(config.to_dict(), sep=".") for path, config in theirs.items()}
   here = flatten_dict(ours.to_dict(), sep=".")
-  harmless = ("alignment_layer", "language_model.context")
+  harmless = ("objectives.alignment.layer", "language_model.context")
   found = []
   for field in sorted(set(here).union(*flat.values())):
     source = origin(PART_OF.get(field.split(".")[0], "language_model"))
-    if field not in flat[source]:  # of another kind of autoencoder
-      continue
+    if field not in flat[source] or field.startswith("objectives.") and field not in here:
+      continue  # of another kind of autoencoder, or a head of training that this run does not have
     value, before = here.get(field), flat[source][field]
-    new = field == "alignment_width" and not before  # there is no such head yet
-    if value != before and field not in harmless and not new:
+    if value != before and field not in harmless:
       found.append((source, field, before, value))
   return found

@@ -11,43 +11,30 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jflow.batch import WRITE, Batch
+from jflow.batch import Batch
 from jflow.config import RunConfig
-from jflow.generation.flow import equations as flow
-from jflow.models.unified import Draws, JanusFlow, Sums
+from jflow.models.unified import UnifiedModel, loss_counts, make_writer
 from jflow.training.flops import counted
 from jflow.training.optim import merge, schedule, update_ema
 from jflow.training.spikes import is_spike, remember
 from jflow.training.state import TrainState
 
 
-def draw(model: JanusFlow, key: jax.Array, batch: Batch, time_mean: float, time_std: float) -> Draws:
-  """Time, noise and posterior noise for every image slot of a batch."""
-  c = model.config
-  b, m = batch.image_kind.shape
-  shape = (b, m, c.latent_size, c.latent_size, c.autoencoder.latent_channels)
-  time, noise, posterior = jax.random.split(key, 3)
-  return Draws(
-    time=flow.logit_normal(time, (b, m), time_mean, time_std),
-    noise=jax.random.normal(noise, shape),
-    posterior=jax.random.normal(posterior, shape),
-  )
+def draw(model: UnifiedModel, key: jax.Array, batch: Batch, objective: Any) -> Any:
+  """The writer's randomness for every image slot of a batch; see `generation.base.Writer.draw`."""
+  return make_writer(model.config, model.dtype).draw(key, batch, objective)
 
 
-def counts(batch: Batch) -> Sums:
-  """What each loss sum is divided by: tokens that carry loss, and images written; at least 1."""
-  tokens = jnp.maximum(jnp.sum(batch.loss_mask), 1).astype(jnp.float32)
-  images = jnp.maximum(jnp.sum(batch.image_kind == WRITE), 1).astype(jnp.float32)
-  return Sums(text=tokens, flow=images, alignment=images)
-
-
-def loss_sums(model: JanusFlow, params: Any, batch: Batch, draws: Draws, wanted: tuple[str, ...]) -> Sums:
-  """The loss sums of a batch under `params`."""
-  return model.apply({"params": params}, batch, draws, wanted, method="losses")
+def loss_sums(
+  model: UnifiedModel, params: Any, batch: Batch, draws: Any, wanted: tuple[str, ...]
+) -> dict[str, jax.Array]:
+  """The loss sums of a batch under `params`, by name."""
+  sums: Any = model.apply({"params": params}, batch, draws, wanted, method="losses")
+  return sums
 
 
 def make_step(
-  model: JanusFlow, optimizer: optax.GradientTransformation, config: RunConfig
+  model: UnifiedModel, optimizer: optax.GradientTransformation, config: RunConfig
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """Builds train_step(state, batch) -> (state, metrics). `config` is the whole config.
 
@@ -62,13 +49,14 @@ def make_step(
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    draws = draw(model, key, batch, config.objective.time_mean, config.objective.time_std)
-    total_counts = counts(batch)
+    draws = draw(model, key, batch, config.objective)
+    counts = loss_counts(model.config, batch)
 
-    def loss_fn(trained: Any, rows: Batch, row_draws: Draws) -> tuple[jax.Array, Sums]:
+    def loss_fn(trained: Any, rows: Batch, row_draws: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
       sums = loss_sums(model, merge(trained, state.frozen), rows, row_draws, wanted)
-      parts = jax.tree.map(jnp.divide, sums, total_counts)
-      return sum(weight * getattr(parts, name) for name, weight in weights.items()), parts
+      parts = {name: value / counts[name] for name, value in sums.items()}
+      total: Any = sum(weight * parts[name] for name, weight in weights.items())
+      return total, parts
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if micro == 1:
@@ -84,7 +72,7 @@ def make_step(
 
     norm = optax.global_norm(grads)
     updates, opt_state = optimizer.update(grads, state.optimizer, state.trained)
-    trained = optax.apply_updates(state.trained, updates)
+    trained: Any = optax.apply_updates(state.trained, updates)
     ema = update_ema(state.ema, trained, config.train.ema)
     good, recent = jnp.isfinite(norm) & jnp.isfinite(loss), state.recent
     if recent is not None:
@@ -101,8 +89,8 @@ def make_step(
       skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
       recent=recent,
     )
-    metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate(state.step - state.skipped)}
-    metrics |= {f"loss_{name}": value for name, value in parts._asdict().items()}
+    metrics: dict[str, Any] = {"loss": loss, "grad_norm": norm, "learning_rate": rate(state.step - state.skipped)}
+    metrics |= {f"loss_{name}": value for name, value in parts.items()}
     metrics |= {f"work_{name}": value for name, value in vars(counted(batch, jnp)).items()}
     metrics |= {"skipped": new.skipped, "skipped_in_a_row": new.skipped_in_a_row}
     return new, metrics

@@ -16,7 +16,7 @@ from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.interop import steps
 from jflow.interop.native import read_config
-from jflow.models.config import JanusFlowConfig
+from jflow.models.config import ModelConfig
 from jflow.sections import completed, flat
 from jflow.strict_json import Malformed
 from jflow.training import data_record
@@ -211,7 +211,7 @@ def check_same_run(workdir: pathlib.Path, config: RunConfig, tokenizer: Tokenize
 def _as_now(values: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
   """The plain values of a run's config, which an earlier version may have written, with the fields of this one."""
   try:
-    model = JanusFlowConfig.from_dict(values["model"]).to_dict()
+    model = ModelConfig.from_dict(values["model"]).to_dict()
   except UserError as error:
     raise UserError(f"workdir {workdir} holds a run with another model: {error}") from None
   return _read_back(completed(values, RunConfig) | {"model": model})

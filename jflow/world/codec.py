@@ -31,7 +31,7 @@ class PatchPCAConfig(AutoencoderConfig):
   def factor(self) -> int:
     return self.patch_size
 
-  def check(self) -> None:
+  def check(self, model: Any) -> None:
     if self.window < self.patch_size:
       raise UserError(f"model.autoencoder.window={self.window} must be at least patch_size={self.patch_size}")
 

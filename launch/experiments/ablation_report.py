@@ -17,7 +17,7 @@ from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
 from jflow.inference.sheet import contact_sheet
 from jflow.interop.native import read_config
-from jflow.models.config import JanusFlowConfig
+from jflow.models.config import ModelConfig
 from jflow.training import setup
 from jflow.training.metrics import read_metrics
 from jflow.world import questions, scenes
@@ -118,7 +118,7 @@ def _entry(workdir: pathlib.Path, output: pathlib.Path, budget: int) -> dict[str
 def pictures_seen(workdir: pathlib.Path, steps: int) -> dict[str, int]:
   """Pictures that a run has read and painted in its first steps, each time counted."""
   config, tokenizer = read_config(workdir), Tokenizer.load(str(workdir / "tokenizer"))
-  shape = setup.row_shape(config, JanusFlowConfig.from_dict(config.model))
+  shape = setup.row_shape(config, ModelConfig.from_dict(config.model))
   pipeline = Pipeline(config.data, tokenizer, shape, config.train.batch_size, config.train.seed)
   seen = {"read": 0, "painted": 0}
   names = {"understanding": "read", "generation": "painted"}  # of the built-in world's records each has one picture

@@ -304,7 +304,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_if_it_had_not_been(tiny_checkpo
 
 def test_noise_of_a_seed_is_that_of_generate(tiny_checkpoint):
   model = jflow.load(tiny_checkpoint)
-  noise = model.noise([5, 6])
+  noise = model.sampler.start([5, 6]).transpose(0, 3, 1, 2)
   by_seed = model.generate("a picture of a star", steps=2, seed=5, num_images=2)
   by_noise = model.generate(["a picture of a star"] * 2, steps=2, noise=noise)
   for a, b in zip(by_seed, by_noise):

@@ -133,7 +133,7 @@ def test_sizes_hold_what_they_should():
 def _log_p(slots: int, params, tokens_S, pixels_MHWC, start):
   """f32[S, V] of one pass over prompt and answer."""
   apply = functools.partial(MODEL.apply, {"params": params})
-  read = apply(apply(pixels_MHWC / 127.5 - 1.0, method="features"), method="read_slots")
+  read = apply(apply(pixels_MHWC / 127.5 - 1.0, method="features"), method=lambda m, x: m.reader.slots(x))
   at = jnp.arange(len(tokens_S)) - start
   index = jnp.where((at >= 0) & (at < slots), at, -1)
   x = apply(tokens_S[None], read.reshape(1, -1, read.shape[-1]), index[None], method="assemble")

@@ -11,14 +11,16 @@ import tiny
 import jflow
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
-from jflow.generation.flow import equations as flow
 from jflow.generation.flow import sampler as painting
+from jflow.generation.flow.sampler import FlowSampler
+from jflow.generation.flow.settings import Settings
 from jflow.inference.pipeline import Pipeline, to_image
 from jflow.interop.native import save_params
 from jflow.models.unified import for_inference
 
 MODEL, STEPS = tiny.model(), 3
 PAINTER = for_inference(MODEL, tiny.params())
+SAMPLER = FlowSampler(*PAINTER)
 LATENTS = (tiny.CONFIG.latent_size, tiny.CONFIG.latent_size, tiny.CONFIG.autoencoder.latent_channels)
 
 
@@ -43,26 +45,13 @@ def _noise(*seeds: int) -> np.ndarray:
   return np.stack([np.random.default_rng(seed).standard_normal(LATENTS).astype(np.float32) for seed in seeds])
 
 
-def _paint(
-  prompts, noise, slots: int, guidance=2.0, guided=True, release=False, interval=(0.0, 1.0), pad=0
-) -> np.ndarray:
+def _paint(prompts, noise, slots: int, guidance=2.0, release=False, interval=(0.0, 1.0), pad=0) -> np.ndarray:
   tokens = np.full((len(prompts), slots), pad, np.int32)
   for row, prompt in zip(tokens, prompts):
     row[: len(prompt)] = prompt
   lengths = np.asarray([len(p) for p in prompts], np.int32)
-  out = painting.paint(
-    *PAINTER,
-    tokens,
-    lengths,
-    noise,
-    flow.time_grid(STEPS),
-    guidance,
-    interval,
-    solver="euler",
-    guided=guided,
-    release=release,
-  )
-  return np.asarray(out)
+  settings = Settings(steps=STEPS, guidance=guidance, interval=interval, precision="release" if release else "exact")
+  return SAMPLER.sample(tokens, lengths, noise, settings)
 
 
 def _close(a: np.ndarray, b: np.ndarray, tolerance: float = 1e-5) -> None:
@@ -74,11 +63,11 @@ def _close(a: np.ndarray, b: np.ndarray, tolerance: float = 1e-5) -> None:
 def _velocity(params, prompt, z, time, visible: int):
   """The velocity by one pass over the whole sequence, with the first `visible` tokens of the prompt."""
   apply = functools.partial(MODEL.apply, {"params": params})
-  slots, skip, time_D = apply(z[None], time[None], method="write_slots")
+  slots, skip, time_D = apply(z[None], time[None], method=lambda m, *x: m.writer.slots(*x))
   x = jnp.concatenate([apply(prompt[None, :visible], method="embed"), slots], axis=1)
   positions = jnp.concatenate([jnp.arange(visible), len(prompt) + jnp.arange(slots.shape[1])])[None]
   hidden = apply(x, positions, jnp.ones_like(positions), method="backbone").hidden
-  return apply(hidden[:, visible + 1 :], skip, time_D, method="velocity")[0]
+  return apply(hidden[:, visible + 1 :], skip, time_D, method=lambda m, *x: m.writer.velocity(*x))[0]
 
 
 @pytest.mark.parametrize("guidance", [2.0, 0.0])
@@ -90,7 +79,7 @@ def test_the_cache_equals_whole_passes(guidance):
     time = jnp.float32(k / STEPS)
     v, empty = (_velocity(tiny.params(), prompt, z, time, visible) for visible in (len(prompt), 1))
     z = z + (guidance * v + (1 - guidance) * empty) / STEPS
-  want = MODEL.apply({"params": tiny.params()}, z[None], method="decode")
+  want = MODEL.apply({"params": tiny.params()}, z[None], method=lambda m, x: m.writer.decode(x))
   _close(_paint([prompt], noise, 32, guidance), np.asarray(want))
 
 
@@ -104,8 +93,7 @@ def test_a_picture_depends_on_nothing_beside_it():
 
 def test_guidance_1_equals_no_guidance():
   prompts, noise = _prompts(6), _noise(1)
-  plain = _paint(prompts, noise, 32, guided=False)
-  _close(_paint(prompts, noise, 32, guidance=1.0), plain)
+  plain = _paint(prompts, noise, 32, guidance=1.0)
   _close(_paint(prompts, noise, 32, guidance=5.0, interval=(0.99, 1.0)), plain)  # no step starts there
   assert np.abs(_paint(prompts, noise, 32, guidance=5.0) - plain).max() > 0.01
 
@@ -134,9 +122,8 @@ def test_the_vae_in_slices_gives_the_same_pictures():
 
 def test_a_picture_in_pieces_of_the_solver_is_the_same():
   prompts, noise, seen = _prompts(6), _noise(1), []
-  grid, options = flow.time_grid(STEPS), dict(solver="euler", guided=True, release=False)
   at = np.pad(prompts[0], (0, 26))[None], np.asarray([6]), noise
-  pieces = painting.paint(*PAINTER, *at, grid, 2.0, (0.0, 1.0), on_step=lambda *x: seen.append(x), **options)
+  pieces = SAMPLER.sample(*at, Settings(steps=STEPS), on_step=lambda *x: seen.append(x))
   assert seen == [(1, 3), (2, 3), (3, 3)]
   np.testing.assert_array_equal(pieces, _paint(prompts, noise, 32))
 

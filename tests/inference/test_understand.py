@@ -39,7 +39,7 @@ def _picture(seed: int = 0, size: int = 16) -> np.ndarray:
 def _whole_pass(params, tokens_S, index_S, pixels_MHWC, length):
   """Logits after `length` tokens, by one pass without a cache."""
   apply = functools.partial(MODEL.apply, {"params": params})
-  slots = apply(apply(pixels_MHWC / 127.5 - 1.0, method="features"), method="read_slots")
+  slots = apply(apply(pixels_MHWC / 127.5 - 1.0, method="features"), method=lambda m, x: m.reader.slots(x))
   x = apply(tokens_S[None], slots.reshape(1, -1, slots.shape[-1]), index_S[None], method="assemble")
   positions = jnp.arange(len(tokens_S))[None]
   hidden = apply(x, positions, (positions < length).astype(jnp.int32), method="backbone").hidden

@@ -21,8 +21,8 @@ from jflow.interop import names, official, official_config, transfer
 from jflow.interop.checkpoints import read_checkpoint
 from jflow.interop.safetensors_io import Checkpoint, read_header
 from jflow.models.autoencoders.kl import AutoencoderKLConfig
-from jflow.models.config import JanusFlowConfig
-from jflow.models.unified import JanusFlow
+from jflow.models.config import ModelConfig
+from jflow.models.unified import UnifiedModel
 from jflow.sharding import unbox
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -57,10 +57,10 @@ def _write_vae(directory: pathlib.Path, dtype: type = np.float32, old: bool = Fa
 # --- the table -------------------------------------------------------------------------------------------
 
 
-def _model_shapes(config: JanusFlowConfig) -> dict[str, tuple[int, ...]]:
-  from jflow.training.setup import initial_params
+def _model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  from jflow.models.build import initial_params
 
-  model = JanusFlow(config, jnp.float32, "none", 1, "xla")
+  model = UnifiedModel(config, jnp.float32, "none", 1, "xla")
   tree = unbox(jax.eval_shape(lambda: initial_params(model, 0)))
   return {path: x.shape for path, x in transfer.flatten(tree).items()}
 
@@ -75,10 +75,10 @@ def _table_shapes(entries: list[names.Entry]) -> dict[str, tuple[int, ...]]:
   return out
 
 
-def _full_config() -> JanusFlowConfig:
+def _full_config() -> ModelConfig:
   from configs import models
 
-  return JanusFlowConfig.from_dict(models.janusflow_384() | {"alignment_width": 0})
+  return ModelConfig.from_dict(models.janusflow_384() | {"objectives": {}})
 
 
 @pytest.mark.parametrize("size", ["tiny", "384"])

@@ -18,11 +18,10 @@ import jflow
 from jflow.__main__ import main
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
-from jflow.interop import checkpoints, official_config, own_layout
+from jflow.interop import checkpoints, official_config
 from jflow.interop import native as own
 from jflow.interop.names import autoencoder_kl
 from jflow.models.autoencoders.kl import AutoencoderKLConfig
-from jflow.models.config import JanusFlowConfig
 
 HEAD, EMBED = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}  # a tensor of a header
@@ -126,8 +125,8 @@ def test_sizes_of_a_published_config_are_those_of_the_headers(published, tmp_pat
     ("model/generation/encoder_blocks", 10**5),
     ("model/generation/decoder_blocks", 100),
     ("model/autoencoder/window", 4000),
-    ("model/alignment_width", 2**40),
-    ("model/alignment_width", 17),
+    ("model/objectives/alignment/width", 2**40),
+    ("model/objectives/alignment/width", 17),
     (
       "model/autoencoder",
       tiny.DICT["autoencoder"]
@@ -337,21 +336,6 @@ def test_a_step_of_another_model_or_with_more_is_refused(tmp_path, unread):
     own.save_params(tmp_path / "m", {**params, **change}, config, Tokenizer.load(str(tiny.TOKENIZER)))
     _refused(tmp_path / "m", part)
     shutil.rmtree(tmp_path / "m")
-
-
-@pytest.mark.parametrize("change", [{}, {"reader": "shared"}, {"reader": "separate"}, {"alignment_width": 0}])
-@pytest.mark.parametrize("kind", ["patch_pca", "autoencoder_kl"])
-def test_the_table_of_jflows_own_layout_is_the_model(change, kind):
-  values = tiny.DICT | change
-  if kind == "autoencoder_kl":
-    values |= {
-      "autoencoder": values["autoencoder"] | dict(kind=kind, block_channels=[8, 16], layers_per_block=2, norm_groups=4)
-    }
-  config = JanusFlowConfig.from_dict(values)
-  found = {
-    "/".join(k.key for k in path): x.shape for path, x in tiny.jax.tree_util.tree_leaves_with_path(tiny.shapes(config))
-  }
-  assert own_layout.shapes(config) == found
 
 
 def test_a_wrong_tokenizer_is_told_before_the_bytes_of_a_step(jflows, tmp_path, monkeypatch):

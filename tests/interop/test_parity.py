@@ -13,11 +13,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from jflow.__main__ import main
-from jflow.generation.flow import equations as flow
-from jflow.generation.flow import sampler as painting
+from jflow.generation.flow.sampler import FlowSampler
+from jflow.generation.flow.settings import Settings
 from jflow.interop.checkpoints import read_checkpoint
 from jflow.interop.comparison import line
-from jflow.models.unified import JanusFlow, for_inference
+from jflow.models.unified import UnifiedModel, for_inference
 from jflow.world.codec import PatchPCAConfig
 
 GOLDEN = official_checkpoint.TINY / "golden.npz"
@@ -130,26 +130,17 @@ def test_the_sampler_of_generate_gives_the_trajectory_of_the_reference(checkpoin
   found = read_checkpoint(checkpoint)
   codec = PatchPCAConfig("patch_pca", 4, 1.0, patch_size=8, window=8)
   config = dataclasses.replace(found.config, autoencoder=codec)
-  model = JanusFlow(config, jnp.float32, remat="none", unroll=1, attention="xla")
+  model = UnifiedModel(config, jnp.float32, remat="none", unroll=1, attention="xla")
   kernel = np.zeros((3, 3, 4, 192), np.float32)
   kernel[1, 1, np.arange(4), np.arange(4)] = 1.0  # a decoder that shows latent c at column c of its patch
   params = found.params | {"vae": {"decoder": {"kernel": kernel, "bias": np.zeros(192, np.float32)}}}
   prompt = golden["gen/prompt_ids"].astype(np.int32)
   tokens = np.full((2, 16), 255, np.int32)
   tokens[:, : len(prompt)] = prompt
-  pixels = painting.paint(
-    *for_inference(model, params),
-    tokens,
-    np.full(2, len(prompt), np.int32),
-    golden["gen/z0"].transpose(0, 2, 3, 1),
-    flow.time_grid(int(golden["gen/steps"])),
-    float(golden["gen/cfg_weight"]),
-    (0.0, 1.0),
-    solver="euler",
-    guided=True,
-    release=False,
-  )
-  z1 = np.stack([np.asarray(pixels)[:, ::8, c::8, 0] for c in range(4)], axis=1)
+  settings = Settings(steps=int(golden["gen/steps"]), guidance=float(golden["gen/cfg_weight"]))
+  sampler, start = FlowSampler(*for_inference(model, params)), golden["gen/z0"].transpose(0, 2, 3, 1)
+  pixels = sampler.sample(tokens, np.full(2, len(prompt), np.int32), start, settings)
+  z1 = np.stack([pixels[:, ::8, c::8, 0] for c in range(4)], axis=1)
   assert line("gen/z1", "", z1, golden["gen/z1"], 1e-5).passed
 
 

@@ -15,10 +15,11 @@ from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.inference.pipeline import Pipeline
 from jflow.interop.official_config import config_to_official
-from jflow.models.config import JanusFlowConfig
+from jflow.models import build
+from jflow.models.config import ModelConfig
 from jflow.training import config_files, optim, setup
 
-READERS = {reader: JanusFlowConfig.from_dict(tiny.DICT | {"reader": reader}) for reader in ("shared", "separate")}
+READERS = {reader: ModelConfig.from_dict(tiny.DICT | {"reader": reader}) for reader in ("shared", "separate")}
 
 
 def rows(config) -> np.ndarray:
@@ -51,7 +52,7 @@ def test_every_parameter_of_every_ablation_is_trained_or_frozen(letter, size):
   config = config_files.load(f"{file}:{letter}-{size}", [f"--config.data.tokenizer={tiny.TOKENIZER}"])
   setup.check(config)
   model = tiny.model(config.model)
-  shapes = jax.eval_shape(lambda: setup.initial_params(model, 0))
+  shapes = jax.eval_shape(lambda: build.initial_params(model, 0))
   trained, frozen = optim.partition(
     setup.sharding.unbox(shapes),
     config.optimizer.trained,
@@ -87,7 +88,7 @@ def test_a_reader_of_latents_sees_the_picture_by_its_own_encoder_alone(reader):
 
 def test_separate_encoders_are_equal_at_the_start_alone():
   model = tiny.model(READERS["separate"])
-  program, shapes = jax.make_jaxpr(lambda: setup.initial_params(model, 0), return_shape=True)()
+  program, shapes = jax.make_jaxpr(lambda: build.initial_params(model, 0), return_shape=True)()
   made = jax.tree.unflatten(jax.tree.structure(shapes), program.jaxpr.outvars)
   first, second, other = (
     jax.tree.leaves(made[part]) for part in ("latent_encoder", "generation_encoder", "generation_decoder")
@@ -118,7 +119,7 @@ def test_training_and_answering_read_alike(reader):
 
 def test_a_checkpoint_older_than_the_field_reads_with_siglip():
   assert "reader" not in tiny.DICT and tiny.CONFIG.reader == "siglip"
-  assert JanusFlowConfig.from_dict(tiny.CONFIG.to_dict()) == tiny.CONFIG
+  assert ModelConfig.from_dict(tiny.CONFIG.to_dict()) == tiny.CONFIG
 
 
 def test_a_reader_without_siglip_has_no_published_layout_and_no_stored_latents():
@@ -131,7 +132,7 @@ def test_a_reader_without_siglip_has_no_published_layout_and_no_stored_latents()
 
 def test_an_unknown_reader_is_named():
   with pytest.raises(UserError, match="model.reader='clip'"):
-    JanusFlowConfig.from_dict(tiny.DICT | {"reader": "clip"})
+    ModelConfig.from_dict(tiny.DICT | {"reader": "clip"})
 
 
 def test_reading_alone_trains_with_the_command(tmp_path):

@@ -14,7 +14,7 @@ from jflow.errors import UserError
 from jflow.interop import own_layout
 from jflow.models.autoencoders import base
 from jflow.models.autoencoders.base import AutoencoderConfig, config_class
-from jflow.models.config import JanusFlowConfig
+from jflow.models.config import ModelConfig
 from jflow.models.layers import Linear
 
 # As config.json held it before each kind had fields of its own.
@@ -63,18 +63,18 @@ class Means(nn.Module):
 def test_sections_that_hold_the_fields_of_both_kinds_load(kind):
   values = copy.deepcopy(tiny.DICT)
   values["autoencoder"] = dict(kind=kind, latent_channels=4, scaling=0.5) | OLD[kind]
-  config = JanusFlowConfig.from_dict(values)
+  config = ModelConfig.from_dict(values)
   assert config.autoencoder.factor == 2
   own = {"autoencoder_kl": {"block_channels", "layers_per_block", "norm_groups"}, "patch_pca": {"patch_size", "window"}}
   assert set(config.to_dict()["autoencoder"]) == {"kind", "latent_channels", "scaling"} | own[kind]
-  assert JanusFlowConfig.from_dict(config.to_dict()) == config
+  assert ModelConfig.from_dict(config.to_dict()) == config
 
 
 def test_a_model_whose_autoencoder_is_absent_reads_and_writes_nothing():
   values = copy.deepcopy(tiny.DICT)
   values["autoencoder"] = dict(kind="absent", latent_channels=4, scaling=1.0, pixels_per_latent=2)
-  config = JanusFlowConfig.from_dict(values)
-  assert config.patches == tiny.CONFIG.patches and JanusFlowConfig.from_dict(config.to_dict()) == config
+  config = ModelConfig.from_dict(values)
+  assert config.patches == tiny.CONFIG.patches and ModelConfig.from_dict(config.to_dict()) == config
   assert not [path for path in own_layout.shapes(config) if path.startswith("vae/")]
   for method in ("encode", "decode"):
     with pytest.raises(UserError, match="model.autoencoder.kind='absent'"):
@@ -100,8 +100,8 @@ def test_a_new_kind_is_one_file_and_its_name(monkeypatch):
   monkeypatch.setitem(base.KINDS, "means", f"{__name__}:MeansConfig")
   values = copy.deepcopy(tiny.DICT)
   values["autoencoder"] = dict(kind="means", latent_channels=3, scaling=2.0, block=2)
-  config = JanusFlowConfig.from_dict(values)
-  assert isinstance(config.autoencoder, MeansConfig) and JanusFlowConfig.from_dict(config.to_dict()) == config
+  config = ModelConfig.from_dict(values)
+  assert isinstance(config.autoencoder, MeansConfig) and ModelConfig.from_dict(config.to_dict()) == config
   assert own_layout.shapes(config)["vae/back/kernel"] == (3, 3)
   shapes = tiny.shapes(config)
   assert shapes["vae"]["back"]["kernel"].shape == (3, 3)
@@ -111,4 +111,4 @@ def test_a_new_kind_is_one_file_and_its_name(monkeypatch):
   np.testing.assert_allclose(shown[:, ::2, 1::2], pixels.reshape(2, 8, 2, 8, 2, 3).mean((2, 4)), atol=1e-6)
   values["autoencoder"]["blocks"] = 2
   with pytest.raises(UserError, match="autoencoder.blocks"):
-    JanusFlowConfig.from_dict(values)
+    ModelConfig.from_dict(values)

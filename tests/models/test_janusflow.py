@@ -18,9 +18,10 @@ from jflow.data.packing import pack
 from jflow.data.records import Record
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
+from jflow.generation.flow.writer import Draws
 from jflow.models.cache import Cache
-from jflow.models.config import JanusFlowConfig
-from jflow.models.unified import Draws, for_inference
+from jflow.models.config import ModelConfig
+from jflow.models.unified import for_inference
 from jflow.world.codec import PatchPCA
 
 CONFIG = tiny.CONFIG
@@ -42,7 +43,7 @@ def close(got, want, tolerance=2e-5):
 
 @pytest.mark.parametrize("preset, patches", [(models.janusflow_384, 576), (models.janusflow_256, 256)])
 def test_the_full_models_have_the_published_number_of_parameters(preset, patches):
-  config = JanusFlowConfig.from_dict(preset())
+  config = ModelConfig.from_dict(preset())
   sizes = {path: int(np.prod(x.shape)) for path, x in flatten_dict(tiny.shapes(config)).items()}
   count = lambda *parts: sum(n for path, n in sizes.items() if path[0] in parts)
   fewer_positions = (576 - patches) * 1024  # SigLIP's table: all that depends on the size of the picture
@@ -53,7 +54,7 @@ def test_the_full_models_have_the_published_number_of_parameters(preset, patches
 
 
 def test_the_full_loss_and_its_gradient_have_the_right_shapes():
-  config = JanusFlowConfig.from_dict(models.janusflow_384())
+  config = ModelConfig.from_dict(models.janusflow_384())
   batch = empty(2, RowShape(tokens=1024, images=1, image_patches=576, image_size=384))
   latents = jax.ShapeDtypeStruct((2, 1, 48, 48, 4), jnp.float32)
   draws = Draws(jax.ShapeDtypeStruct((2, 1), jnp.float32), latents, latents)
@@ -121,10 +122,10 @@ def painted_velocity(params, tokens, z, time):
   ones = jnp.ones((1, prompt), jnp.int32)
   cache = Cache.empty(CONFIG.language_model, 1, prompt + slots, jnp.float32)
   cache = apply(apply(tokens, method="embed"), jnp.arange(prompt)[None], ones, cache, method="backbone").cache
-  x, skip, time_embed = apply(z, time, method="write_slots")
+  x, skip, time_embed = apply(z, time, method=lambda m, *x: m.writer.slots(*x))
   out = apply(x, prompt + jnp.arange(slots)[None], jnp.ones((1, slots), jnp.int32), cache, method="backbone")
-  features = apply(out.tap[:, 1:], method=lambda module, x: module.alignment_head(x))
-  return apply(out.hidden[:, 1:], skip, time_embed, method="velocity"), features
+  features = apply(out.layer[:, 1:], method=lambda m, x: m.objectives["alignment"].alignment_head(x))
+  return apply(out.hidden[:, 1:], skip, time_embed, method=lambda m, *x: m.writer.velocity(*x)), features
 
 
 def test_the_losses_of_a_picture_are_those_of_the_sampler():
@@ -132,7 +133,7 @@ def test_the_losses_of_a_picture_are_those_of_the_sampler():
   sample, draws = tiny.writing(2), tiny.draws(1)
   apply = functools.partial(tiny.model().apply, {"params": tiny.params()})
   pixels = np.asarray(sample.images[0], np.float32)[None] / 127.5 - 1
-  mean, std = apply(pixels, method="posterior")
+  mean, std = apply(pixels, method=lambda m, x: m.writer.posterior(x))
   data = np.asarray(mean + std * draws.posterior[:, 0])
   noise, t = draws.noise[:, 0], float(draws.time[0, 0])
   prompt = sample.tokens[None, : sample.image_starts[0]]
@@ -212,7 +213,7 @@ def test_the_flow_loss_teaches_the_writing_path_only():
 
 
 def test_alignment_reads_after_its_block_and_leaves_the_encoder_alone():
-  """alignment_layer = 1: nothing behind block 1, and no gradient into SigLIP, which eq. 8 holds constant."""
+  """An alignment layer of 1: nothing behind block 1, and no gradient into SigLIP, which eq. 8 holds constant."""
   assert reached()["alignment"] == {"alignment_head", "generation_encoder", "generation_projector", "embed", "layer 0"}
 
 
@@ -229,10 +230,10 @@ def test_latents_are_scaled_after_encoding_and_before_decoding(monkeypatch):
   monkeypatch.setattr(PatchPCA, "encode", lambda self, pixels: (jnp.asarray(mean), jnp.asarray(log_variance)))
   monkeypatch.setattr(PatchPCA, "decode", lambda self, latents: latents)
   apply = functools.partial(tiny.model().apply, {"params": tiny.params()})
-  scaled, deviation = apply(np.zeros((1, 16, 16, 3), np.float32), method="posterior")
+  scaled, deviation = apply(np.zeros((1, 16, 16, 3), np.float32), method=lambda m, x: m.writer.posterior(x))
   np.testing.assert_allclose(scaled, 0.5 * mean, rtol=1e-6)
   np.testing.assert_allclose(deviation, 0.5 * np.sqrt(np.exp(log_variance)), rtol=1e-5)
-  np.testing.assert_allclose(apply(scaled, method="decode"), mean, rtol=1e-6)
+  np.testing.assert_allclose(apply(scaled, method=lambda m, x: m.writer.decode(x)), mean, rtol=1e-6)
 
 
 # --- the dropped prompt ------------------------------------------------------------------------------
@@ -284,8 +285,11 @@ BAD = [
   ("autoencoder.window", 1, "autoencoder.window=1"),
   ("autoencoder.latent_channels", 0, "autoencoder.latent_channels"),
   ("autoencoder.scaling", 0.0, "autoencoder.scaling"),
-  ("alignment_layer", 3, "alignment_layer=3"),
-  ("alignment_layer", 0, "alignment_layer=0"),
+  ("objectives.alignment.layer", 3, "alignment.layer=3"),
+  ("objectives.alignment.layer", 0, "alignment.layer=0"),
+  ("objectives.alignment.width", 0, "alignment.width=0"),
+  ("generation.kind", "paint", "generation.kind='paint'"),
+  ("language_model.kind", "rnn", "language_model.kind='rnn'"),
 ]
 
 
@@ -296,7 +300,7 @@ def test_a_bad_model_config_names_its_field(field, value, words):
   section = functools.reduce(dict.__getitem__, sections, values)
   section[name] = value
   with pytest.raises(UserError) as error:
-    JanusFlowConfig.from_dict(values)
+    ModelConfig.from_dict(values)
   assert words in str(error.value) and "\n" not in str(error.value)
 
 
@@ -313,18 +317,18 @@ def test_a_bad_model_config_names_its_field(field, value, words):
 def test_a_bad_autoencoder_names_its_field(changes, words):
   good = dict(kind="autoencoder_kl", block_channels=(8, 16), layers_per_block=1, norm_groups=4)
   values = tiny.DICT | {"autoencoder": tiny.DICT["autoencoder"] | good | dict(patch_size=0, window=0)}
-  JanusFlowConfig.from_dict(values)
+  ModelConfig.from_dict(values)
   with pytest.raises(UserError, match=words):
-    JanusFlowConfig.from_dict(values | {"autoencoder": values["autoencoder"] | changes})
+    ModelConfig.from_dict(values | {"autoencoder": values["autoencoder"] | changes})
 
 
 def test_a_missing_field_is_named():
   values = copy.deepcopy(tiny.DICT)
   del values["generation"]["width"]
   with pytest.raises(UserError, match="missing field model.generation.width"):
-    JanusFlowConfig.from_dict(values)
+    ModelConfig.from_dict(values)
 
 
 def test_a_config_travels_as_json():
-  back = JanusFlowConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict())))
+  back = ModelConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict())))
   assert back == CONFIG and hash(back) == hash(CONFIG)

@@ -12,8 +12,8 @@ import tiny
 from jflow.errors import UserError
 from jflow.models.cache import Cache
 from jflow.models.llm import llama as llm_module
-from jflow.models.llm.llama import Block, LanguageModel, rope_tables, rotate, separate_layers
-from jflow.objectives import losses
+from jflow.models.llm.llama import Block, LanguageModel, rope_tables, rotate
+from jflow.models.unified import separate_layers
 
 LM = tiny.CONFIG.language_model
 TAP = 1
@@ -47,7 +47,7 @@ def sensitivity(model, variables, x, positions, segments, at):
 
   def functional(x):
     out = model.apply(variables, x, positions, segments)
-    hidden = jax.lax.dynamic_index_in_dim(out.hidden + out.tap, at, axis=1, keepdims=False)
+    hidden = jax.lax.dynamic_index_in_dim(out.hidden + out.layer, at, axis=1, keepdims=False)
     return jnp.sum(hidden * jnp.sin(jnp.arange(LM.width)))
 
   return jax.grad(functional)(x)
@@ -141,7 +141,7 @@ def test_the_scan_equals_a_loop_over_its_layers():
     carry, _ = Block(LM, 0, jnp.dtype("float32"), "xla").apply({"params": mine}, carry, tables, SEGMENTS)
     outputs.append(carry[0])
   out = run(llm(), params(), X, RESTARTED, SEGMENTS)
-  np.testing.assert_allclose(out.tap, outputs[TAP - 1], atol=2e-6)
+  np.testing.assert_allclose(out.layer, outputs[TAP - 1], atol=2e-6)
   x = np.asarray(outputs[-1], np.float64)
   root_mean_square = np.sqrt((x**2).mean(-1, keepdims=True) + LM.rms_norm_epsilon)
   want = x / root_mean_square * np.asarray(variables["norm"]["scale"])
@@ -166,7 +166,7 @@ def test_grouped_heads_equal_repeated_ones():
 def loss_and_gradient(model, variables):
   def loss(variables):
     out = model.apply(variables, X, RESTARTED, SEGMENTS)
-    return jnp.sum(jnp.sin(out.hidden) + jnp.square(out.tap))
+    return jnp.sum(jnp.sin(out.hidden) + jnp.square(out.layer))
 
   return jax.value_and_grad(loss)(variables)
 
@@ -203,7 +203,7 @@ def test_the_loss_is_that_of_the_logits():
     return llm().apply(variables, x, targets, mask, method="next_token")
 
   def plain(variables, x):
-    return losses.next_token(llm().apply(variables, x, method="logits"), targets, mask)
+    return plain.next_token(llm().apply(variables, x, method="logits"), targets, mask)
 
   got, want = (jax.value_and_grad(f, argnums=(0, 1))(params(), X) for f in (ours, plain))
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * max(float(np.abs(b).max()), 1e-6))

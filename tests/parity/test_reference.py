@@ -9,8 +9,6 @@ REASON = "PyTorch is not installed: JFLOW_PARITY=1 bash launch/test.sh installs 
 for package in ("torch", "transformers", "diffusers"):
   pytest.importorskip(package, reason=REASON)
 
-from jflow.generation.flow import equations as flow
-from jflow.generation.flow import sampler as painting
 from jflow.perf import inference
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -35,19 +33,7 @@ def test_painting_prompts_of_two_lengths(sides):
   tokens[:, 0], lengths = pipeline.tokenizer.bos, np.asarray([7, 12], np.int32)
   c = pipeline.model.config
   noise = rng.standard_normal((2, c.latent_size, c.latent_size, c.autoencoder.latent_channels)).astype(np.float32)
-  ours = painting.paint(
-    pipeline.model,
-    pipeline.params,
-    tokens,
-    lengths,
-    noise,
-    flow.time_grid(4),
-    2.0,
-    (0.0, 1.0),
-    solver="euler",
-    guided=True,
-    release=False,
-  )
+  ours = pipeline.sampler.sample(tokens, lengths, noise, pipeline.settings(steps=4, guidance=2.0))
   torch.load(tokens=tokens[:, :12], lengths=lengths, noise=noise.transpose(0, 3, 1, 2))
   z = torch.result(do="solve", steps=4, guidance=2.0)
   torch.load(latents=z)

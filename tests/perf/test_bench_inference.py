@@ -11,14 +11,17 @@ import pytest
 import tiny
 
 from configs import models
-from jflow import model_flops
 from jflow.__main__ import main
 from jflow.errors import Stopped
-from jflow.models.config import JanusFlowConfig
-from jflow.models.unified import JanusFlow
+from jflow.generation.flow import flops
+from jflow.generation.flow.settings import Settings
+from jflow.models import build
+from jflow.models import flops as model_flops
+from jflow.models.config import ModelConfig
+from jflow.models.unified import UnifiedModel
 from jflow.perf import inference
 
-FULL = JanusFlowConfig.from_dict(models.janusflow_384())
+FULL = ModelConfig.from_dict(models.janusflow_384())
 CONFIG = f"--config={tiny.ROOT}/configs/stage3.py:tiny"
 
 
@@ -29,15 +32,13 @@ def _counted(function, *shapes) -> float:
 
 def test_a_picture_of_the_paper_s_model_costs_92_teraflop():
   """30 steps with guidance and the VAE: 92.6 where the prompt is seen by both halves, a little less here."""
-  assert model_flops.image(FULL, 30, 32, True) == pytest.approx(92.6e12, rel=0.01)
+  assert flops.image(FULL, Settings(), 32) == pytest.approx(92.6e12, rel=0.01)
   assert FULL.autoencoder.decoder_flops(48) == pytest.approx(1.406e12, rel=0.001)  # torch's counter
-  assert model_flops.image(FULL, 30, 32, False) < 0.52 * model_flops.image(FULL, 30, 32, True)
+  assert flops.image(FULL, Settings(guidance=1.0), 32) < 0.52 * flops.image(FULL, Settings(), 32)
 
 
 def test_a_token_reads_every_weight_once():
-  weights = jax.eval_shape(
-    lambda: inference.setup.initial_params(JanusFlow(FULL, jnp.dtype("float32"), "none", 1, "xla"), 0)
-  )
+  weights = jax.eval_shape(lambda: build.initial_params(UnifiedModel(FULL, jnp.dtype("float32"), "none", 1, "xla"), 0))
   lm = weights["language_model"]
   matrices = [x.size for x in jax.tree.leaves((lm["layers"], lm["head"])) if x.ndim > 1]
   norms = 2 * FULL.language_model.layers * FULL.language_model.width
@@ -49,23 +50,23 @@ def test_a_token_reads_every_weight_once():
 
 def test_the_formulas_are_what_xla_counts():
   """The VAE and one evaluation of the velocity; norms and activations are what the formulas leave out."""
-  config = JanusFlowConfig.from_dict(models.mid())
+  config = ModelConfig.from_dict(models.mid())
   config = dataclasses.replace(config, language_model=dataclasses.replace(config.language_model, layers=2))
-  model = JanusFlow(config, jnp.dtype("float32"), "none", 0, "xla")
-  params = jax.eval_shape(lambda: inference.sharding.unbox(inference.setup.initial_params(model, 0)))
+  model = UnifiedModel(config, jnp.dtype("float32"), "none", 0, "xla")
+  params = jax.eval_shape(lambda: inference.sharding.unbox(build.initial_params(model, 0)))
   side, slots = config.latent_size, 1 + config.patches
   z = jax.ShapeDtypeStruct((1, side, side, config.autoencoder.latent_channels), jnp.float32)
 
   def velocity(params, z):
     apply = functools.partial(model.apply, {"params": params})
-    x, skip, time = apply(z, jnp.ones(1), method="write_slots")
+    x, skip, time = apply(z, jnp.ones(1), method=lambda m, *x: m.writer.slots(*x))
     ones = jnp.ones((1, slots), jnp.int32)
     hidden = apply(x, jnp.arange(slots)[None], ones, method="backbone").hidden[:, 1:]
-    return apply(hidden, skip, time, method="velocity")
+    return apply(hidden, skip, time, method=lambda m, *x: m.writer.velocity(*x))
 
-  vae = _counted(lambda p, z: model.apply({"params": p}, z, method="decode"), params, z)
+  vae = _counted(lambda p, z: model.apply({"params": p}, z, method=lambda m, x: m.writer.decode(x)), params, z)
   assert config.autoencoder.decoder_flops(side) == pytest.approx(vae, rel=0.05)
-  whole = model_flops.image(config, 1, 0, False) - config.autoencoder.decoder_flops(side)
+  whole = flops.image(config, Settings(steps=1, guidance=1.0), 0) - config.autoencoder.decoder_flops(side)
   assert whole == pytest.approx(_counted(velocity, params, z), rel=0.05)
 
 

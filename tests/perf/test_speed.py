@@ -9,22 +9,23 @@ import pytest
 import tiny
 
 from configs import models
-from jflow import chips, model_flops
+from jflow import chips
 from jflow.batch import READ, WRITE
 from jflow.cli import compile as command
 from jflow.config import MeshConfig
 from jflow.errors import UserError
-from jflow.models.config import JanusFlowConfig
+from jflow.models import flops as model_flops
+from jflow.models.config import ModelConfig
 from jflow.perf import hlo, rows, targets
 from jflow.training import flops
 
-PAPER = JanusFlowConfig.from_dict(models.janusflow_384())
+PAPER = ModelConfig.from_dict(models.janusflow_384())
 STAGE_2 = ("language_model", "generation_encoder", "understanding_projector", "alignment_head")
 
 
 def per_token(tokens, loss, read, written):
   work = model_flops.Work(tokens, tokens * (tokens + 1) / 2, loss, read, written)
-  return sum(model_flops.step(PAPER, STAGE_2, work, True, False, True).values()) / tokens / 1e9
+  return sum(model_flops.step(PAPER, STAGE_2, work, ("text", "flow", "alignment"), False).values()) / tokens / 1e9
 
 
 def test_stage_2_at_384_needs_9_34_gigaflops_per_token():
@@ -42,7 +43,7 @@ def test_the_formula_of_the_encoders_is_that_of_published_counters():
 def test_the_formula_agrees_with_what_xla_counts():
   """Forward and backward of an unrolled language model, whose full square of attention XLA counts."""
   wide = dict(width=256, mlp_width=704, layers=2, heads=4, kv_heads=2, head_width=64)
-  config = JanusFlowConfig.from_dict({**tiny.DICT, "language_model": tiny.DICT["language_model"] | wide})
+  config = ModelConfig.from_dict({**tiny.DICT, "language_model": tiny.DICT["language_model"] | wide})
   model, s = tiny.model(config, unroll=2), tiny.SHAPE.tokens
 
   def loss(p, x):
@@ -53,7 +54,7 @@ def test_the_formula_agrees_with_what_xla_counts():
   x = jax.ShapeDtypeStruct((2, s, config.language_model.width), jnp.float32)
   lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(tiny.shapes(config), x)
   work = model_flops.Work(2 * s, 2 * s * s, 2 * s, 0, 0)
-  parts = model_flops.step(config, ("language_model",), work, False, False, True)
+  parts = model_flops.step(config, ("language_model",), work, ("text",), False)
   np.testing.assert_allclose(lowered.cost_analysis()["flops"], parts["llm"] + parts["head"], rtol=0.05)
   counts = hlo.count(lowered.compile().as_text(), {"data": 1}, lambda loop: 0)
   np.testing.assert_allclose(counts.flops, parts["llm"] + parts["head"], rtol=0.001)

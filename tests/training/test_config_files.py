@@ -12,7 +12,7 @@ import tiny
 
 from jflow.config import RunConfig
 from jflow.errors import UserError
-from jflow.models.config import JanusFlowConfig
+from jflow.models.config import ModelConfig
 from jflow.sections import flat, kinds
 from jflow.training import config_files
 
@@ -264,7 +264,7 @@ def test_each_field_has_a_value_in_the_file_and_comes_back():
   others = ("model.", "objective.weights.")
   named = {name for name, _ in flat(read.to_dict()) if not name.startswith(others)}
   assert named | {"objective.weights"} == {name for name, _ in kinds(RunConfig)}
-  again = RunConfig.from_dict(json.loads(json.dumps(read.to_dict())), JanusFlowConfig.from_dict)
+  again = RunConfig.from_dict(json.loads(json.dumps(read.to_dict())), ModelConfig.from_dict)
   assert again == read and list(flat(again.to_dict())) == list(flat(read.to_dict()))
 
 
@@ -323,5 +323,5 @@ def test_values_of_a_config_file_are_checked_as_well(field):
       section = section[part]
     section[name] = value
     with pytest.raises(UserError) as error:
-      RunConfig.from_dict(values, JanusFlowConfig.from_dict)
+      RunConfig.from_dict(values, ModelConfig.from_dict)
     assert field in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 600

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from golden_checkpoint import GOLDEN, STEP, params, state
 
 from jflow.interop import native
-from jflow.models.config import JanusFlowConfig
+from jflow.models.config import ModelConfig
 from jflow.training import checkpoint
 
 WORKDIRS = sorted(GOLDEN.glob("checkpoint_*"))
@@ -25,7 +25,7 @@ def test_there_is_one_of_the_current_format():
 def test_its_weights_and_logits_are_what_they_were(workdir):
   found, step_dir = native.resolve(workdir)
   assert step_dir.name == str(STEP)
-  model = tiny.model(JanusFlowConfig.from_dict(native.read_config(found)["model"]))
+  model = tiny.model(ModelConfig.from_dict(native.read_config(found)["model"]))
   tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12) % 48
   positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
 

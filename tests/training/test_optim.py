@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from configs import stage0, stage1, stage2, stage3
 from jflow.config import OptimizerConfig
 from jflow.errors import UserError
-from jflow.models.config import JanusFlowConfig
+from jflow.models.config import ModelConfig
 from jflow.training import optim
 
 RNG = np.random.default_rng(0)
@@ -172,7 +172,7 @@ TRAINED_IN = {
 @pytest.mark.parametrize("number", range(4))
 def test_the_stages_train_what_the_paper_says(number, size):
   config = (stage0, stage1, stage2, stage3)[number].get_config(size)
-  shapes = tiny.shapes(JanusFlowConfig.from_dict(config.model.to_dict()))
+  shapes = tiny.shapes(ModelConfig.from_dict(config.model.to_dict()))
   trained, frozen = optim.partition(shapes, config.optimizer.trained, config.optimizer.frozen)
   assert len(flatten_dict(trained)) + len(flatten_dict(frozen)) == len(flatten_dict(shapes))
   for tree, here in ((trained, True), (frozen, False)):

@@ -6,7 +6,7 @@ import tiny
 from configs import stage0, stage1, stage2, stage3
 from jflow.config import RunConfig
 from jflow.errors import UserError
-from jflow.models.config import JanusFlowConfig
+from jflow.models.config import ModelConfig
 from jflow.training import config_files, setup
 
 
@@ -16,7 +16,7 @@ def test_the_stages_pass(stage, size):
   config = stage.get_config(size)
   config.train.steps = config.train.steps or 1  # stage 0 has no length beyond the built-in world
   config.data.tokenizer = str(tiny.TOKENIZER)
-  typed = RunConfig.from_dict(config.to_dict(), JanusFlowConfig.from_dict)
+  typed = RunConfig.from_dict(config.to_dict(), ModelConfig.from_dict)
   setup.check(typed)
   assert typed.model.image_size in (32, 48, 384, 256)
 
@@ -46,7 +46,6 @@ def test_the_stages_pass(stage, size):
     ("optimizer.cooldown_steps", 2),  # the rate of the last steps would be 0
     ("objective.time_std", 0.0),
     ("objective.weights", dict(alignment=0.0, flow=0.0, text=0.0)),
-    ("objective.weights", dict(alignment=0.0, flow=1.0, repa=1.0, text=1.0)),
     ("data.template", "poem"),
     ("data.row_tokens", 129),
     ("data.row_images", 0),
@@ -91,7 +90,8 @@ def test_a_bad_value_is_one_line_that_names_its_field(field, value):
       ("train.batch_size", "mesh.data x mesh.fsdp=4", "got 4"),
     ),
     (dict(mesh=dict(data=3)), ("train.batch_size", "mesh.data x mesh.fsdp=3", "got 4")),
-    (dict(model=dict(alignment_width=0)), ("objective.weights.alignment", "model.alignment_width", "1.0")),
+    (dict(objective=dict(weights=dict(text=1.0, repa=1.0))), ("objective.weights.repa", "text, flow", "1.0")),
+    (dict(model=dict(objectives=())), ("objective.weights.alignment", "text, flow", "1.0")),
     (dict(model=dict(hight=3)), ("model.hight",)),
     (dict(train=dict(fit_labels=16, init_from="DIR")), ("train.fit_labels", "train.init_from", "16")),
     (dict(objective=dict(weights=dict(text=1.0, flow=-1.0))), ("objective.weights.flow", "-1.0")),

@@ -11,20 +11,20 @@ import pytest
 import tiny
 
 from jflow.errors import UserError
-from jflow.models.config import JanusFlowConfig
+from jflow.models.config import ModelConfig
 from jflow.training import config_files, start_model
 
 STAGE2 = f"{tiny.ROOT}/configs/stage2.py:tiny"
 
 
-def written(workdir: pathlib.Path, model: JanusFlowConfig = tiny.CONFIG) -> pathlib.Path:
+def written(workdir: pathlib.Path, model: ModelConfig = tiny.CONFIG) -> pathlib.Path:
   """A workdir with the config.json of a model, and no weights."""
   (workdir / "checkpoints").mkdir(parents=True)
   (workdir / "config.json").write_text(json.dumps({"model": model.to_dict(), "data": {"template": "plain"}}))
   return workdir
 
 
-def loaded(init_from: pathlib.Path, workdir: pathlib.Path, *fields: str, named: str = STAGE2) -> JanusFlowConfig:
+def loaded(init_from: pathlib.Path, workdir: pathlib.Path, *fields: str, named: str = STAGE2) -> ModelConfig:
   start = lambda config, given: start_model.model_of(config, given, workdir)
   return config_files.load(named, [f"--config.train.init_from={init_from}", *fields], start).model
 

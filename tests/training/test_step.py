@@ -10,9 +10,10 @@ import tiny
 from flax.traverse_util import flatten_dict
 
 from jflow.batch import WRITE, empty
+from jflow.models.unified import loss_counts
 from jflow.training import optim, setup
 from jflow.training.state import TrainState
-from jflow.training.step import counts, draw, make_step
+from jflow.training.step import draw, make_step
 
 WEIGHTS = dict(text=0.5, flow=2.0, alignment=0.25)
 
@@ -55,11 +56,11 @@ def adam(state):
 def test_losses_are_sums_over_counts_of_the_whole_batch():
   """Under the draws of (seed, step); `loss` weighs them by the objective's weights."""
   batch, (_, metrics) = tiny.mixed(), first_step()
-  draws = draw(tiny.model(), jax.random.fold_in(jax.random.key(3), 0), batch, 0.0, 1.0)
+  draws = draw(tiny.model(), jax.random.fold_in(jax.random.key(3), 0), batch, tiny.configuration().objective)
   sums = tiny.loss_sums(tiny.model(), tiny.params(), batch, draws)
   tokens, images = np.sum(batch.loss_mask), np.sum(batch.image_kind == WRITE)
   assert (tokens, images) == (4 + 13 + 3 + 4 + 41 + 13, 3)
-  want = {"text": sums.text / tokens, "flow": sums.flow / images, "alignment": sums.alignment / images}
+  want = {"text": sums["text"] / tokens, "flow": sums["flow"] / images, "alignment": sums["alignment"] / images}
   for name, value in want.items():
     assert float(metrics[f"loss_{name}"]) == pytest.approx(float(value), rel=2e-5)
   total = sum(WEIGHTS[name] * float(value) for name, value in want.items())
@@ -176,7 +177,7 @@ def test_the_rate_that_is_logged_is_the_one_applied_after_a_skipped_step():
 def test_a_batch_of_padding_teaches_nothing():
   """Counts are at least 1, and slots without a picture give no NaN."""
   batch = jax.tree.map(jnp.asarray, empty(4, tiny.SHAPE))
-  assert [float(x) for x in counts(batch)] == [1.0] * 3
+  assert [float(x) for x in loss_counts(tiny.CONFIG, batch).values()] == [1.0] * 3
   new, metrics = program()(start(), batch)
   assert float(metrics["loss"]) == 0 and float(metrics["grad_norm"]) == 0 and int(metrics["skipped"]) == 0
   identical(new.trained, start().trained)
@@ -195,7 +196,9 @@ def test_steps_on_one_batch_lower_its_losses():
 
 def test_draws_have_the_stated_distributions():
   batch = jax.tree.map(jnp.asarray, empty(400, tiny.SHAPE))
-  draws = draw(tiny.model(), jax.random.key(0), batch, -0.5, 2.0)
+  draws = draw(
+    tiny.model(), jax.random.key(0), batch, tiny.configuration(objective=dict(time_mean=-0.5, time_std=2.0)).objective
+  )
   logit = np.log(draws.time) - np.log1p(-draws.time)
   assert logit.shape == (400, 3) and draws.noise.shape == draws.posterior.shape == (400, 3, 8, 8, 4)
   assert np.mean(logit) == pytest.approx(-0.5, abs=0.2) and np.std(logit) == pytest.approx(2.0, abs=0.15)

@@ -18,6 +18,7 @@ import tiny
 from jflow.config import RunConfig
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped, UserError
+from jflow.objectives.alignment import AlignmentConfig
 from jflow.sections import completed, flat
 from jflow.training import workdir as workdirs
 from jflow.training.goodput import Goodput, summary
@@ -127,8 +128,10 @@ def test_a_workdir_with_another_config_names_the_field(tmp_path):
   other = tiny.configuration(optimizer=dict(learning_rate=0.5))
   with pytest.raises(UserError, match="optimizer.learning_rate=0.01, now 0.5"):
     workdirs.check_same_run(tmp_path, other, TOKENIZER)
-  with pytest.raises(UserError, match="model.alignment_width=16, now 8"):
-    workdirs.check_same_run(tmp_path, config.replace(model=dict(alignment_width=8)), TOKENIZER)
+  with pytest.raises(UserError, match="model.objectives.alignment.width=16, now 8"):
+    workdirs.check_same_run(
+      tmp_path, config.replace(model=dict(objectives=(("alignment", AlignmentConfig(1, 8)),))), TOKENIZER
+    )
 
 
 def test_every_field_that_differs_is_named(tmp_path):

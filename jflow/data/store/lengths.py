@@ -35,20 +35,30 @@ _WORTH_PROCESSES = 100_000
 
 
 def measure(
-  source: Source, task: str, tokenizer: Tokenizer, template: str, image_patches: int, cache: str = ""
+  source: Source,
+  task: str,
+  tokenizer: Tokenizer,
+  template: str,
+  image_patches: int,
+  cache: str = "",
+  writer: str = "flow",
 ) -> tuple[np.ndarray, collections.Counter]:
   """Returns the tokens and images of every record, int32[N, 2], and what was rejected, by reason.
 
   A rejected record has length 0. Where chance decides (first sentence, dropped prompt), the longest counts.
-  `cache` is the folder for what cannot be kept beside the records.
+  `cache` is the folder for what cannot be kept beside the records; `writer` a name of generation/base.py, by any of
+  which an image grows by one token for each patch.
   """
   folders = derived.places(source, cache)
   fingerprint = getattr(source, "fingerprint", "")
-  file = derived.name("lengths", _VERSION, fingerprint, task, tokenizer.fingerprint, template) + ".npz"
+  made_for = [task, tokenizer.fingerprint, template]
+  if task == "generation" and writer != "flow":  # whose lengths were kept before there was a choice
+    made_for.append(writer)
+  file = derived.name("lengths", _VERSION, fingerprint, *made_for) + ".npz"
   found = _read(folders, file, len(source))
   if found is None:
     with derived.alone(folders, file) as path:
-      found = _read(folders, file, len(source)) or _measure(source, task, tokenizer, template)
+      found = _read(folders, file, len(source)) or _measure(source, task, tokenizer, template, writer)
       if path and not os.path.exists(path):
         _write(path, *found)
   lengths, rejected = found
@@ -56,10 +66,12 @@ def measure(
   return lengths, rejected
 
 
-def _measure(source: Source, task: str, tokenizer: Tokenizer, template: str) -> tuple[np.ndarray, collections.Counter]:
+def _measure(
+  source: Source, task: str, tokenizer: Tokenizer, template: str, writer: str
+) -> tuple[np.ndarray, collections.Counter]:
   """Measures all records; a large prepared data set by its shards, with a process per core."""
   build = functools.partial(
-    examples.build, task=task, tokenizer=tokenizer, template=template, image_patches=0
+    examples.build, task=task, tokenizer=tokenizer, template=template, image_patches=0, writer=writer
   )  # each patch adds one token
   paths = getattr(source, "outline_paths", [])
   processes = min(os.cpu_count() or 1, len(paths))

@@ -66,6 +66,8 @@ def planned(source: Source, task: str, tokenizer: Tokenizer, template: str, shap
   """
   folders = derived.places(source, cache)
   budgets = (shape.tokens, shape.images, shape.image_patches)
+  if task == "generation" and shape.writer != "flow":  # whose plans were kept before there was a choice
+    budgets += (shape.writer,)
   file = derived.name(
     "plan", _VERSION, getattr(source, "fingerprint", ""), task, tokenizer.fingerprint, template, budgets
   )
@@ -81,7 +83,7 @@ def planned(source: Source, task: str, tokenizer: Tokenizer, template: str, shap
 
 
 def _plan(source: Source, task: str, tokenizer: Tokenizer, template: str, shape: RowShape, cache: str) -> Planned:
-  sizes, rejected = lengths.measure(source, task, tokenizer, template, shape.image_patches, cache)
+  sizes, rejected = lengths.measure(source, task, tokenizer, template, shape.image_patches, cache, shape.writer)
   if task == "text":
     plan = packing.plan_documents(sizes[:, 0], shape.tokens, _SEED)
   else:

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jflow.models.config import GenerationConfig
+from jflow.generation.flow.config import FlowConfig
 from jflow.models.layers import Linear, RMSNorm, parameter
 from jflow.models.siglip import patchify
 from jflow.sharding import constrain, whole
@@ -125,7 +125,7 @@ class ConvNeXtBlock(nn.Module):
   modulation comes after the residual sum.
   """
 
-  config: GenerationConfig
+  config: FlowConfig
   dtype: Any
 
   @nn.compact
@@ -158,7 +158,7 @@ class ConvNeXtBlock(nn.Module):
 class TimeEmbed(nn.Module):
   """Sinusoids, linear, SiLU, linear: f32[B] in [0, 1] -> [B, D]."""
 
-  config: GenerationConfig
+  config: FlowConfig
   model_width: int
   dtype: Any
 
@@ -176,7 +176,7 @@ class GenerationEncoder(nn.Module):
     model_width: D, the width of the LLM.
   """
 
-  config: GenerationConfig
+  config: FlowConfig
   model_width: int
   latent_channels: int
   dtype: Any
@@ -212,7 +212,7 @@ class GenerationEncoder(nn.Module):
 class GenerationDecoder(nn.Module):
   """g_dec: what the LLM wrote at the latent positions, and the encoder's skip, to the velocity."""
 
-  config: GenerationConfig
+  config: FlowConfig
   model_width: int
   latent_channels: int
   dtype: Any

@@ -10,19 +10,22 @@ The caller multiplies latents by `config.scaling` after `encode` and divides bef
 """
 
 import dataclasses
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from jflow import registry
 from jflow.errors import UserError
-from jflow.strict_json import shown
 
-# kind -> "module:config class", imported where a model names the kind.
-KINDS = {
-  "autoencoder_kl": "jflow.models.autoencoders.kl:AutoencoderKLConfig",
-  "absent": "jflow.models.autoencoders.absent:AbsentConfig",
-  "patch_pca": "jflow.world.codec:PatchPCAConfig",
-}
+# kind -> its config class.
+KINDS = registry.Registry(
+  "model.autoencoder.kind",
+  "jflow.autoencoders",
+  {
+    "autoencoder_kl": "jflow.models.autoencoders.kl:AutoencoderKLConfig",
+    "absent": "jflow.models.autoencoders.absent:AbsentConfig",
+    "patch_pca": "jflow.world.codec:PatchPCAConfig",
+  },
+)
 # Sections of before kinds had fields of their own hold those of both: the other kind's are left out.
 _SHARED_SECTION = ("block_channels", "layers_per_block", "norm_groups", "patch_size", "window")
 
@@ -40,7 +43,7 @@ class AutoencoderConfig:
     """Pixels per latent, along one side."""
     raise NotImplementedError
 
-  def check(self) -> None:
+  def check(self, model: Any) -> None:
     """Raises UserError naming a field and its value. Positive numbers of a sane size are checked before."""
 
   def make(self, dtype: Any) -> Any:
@@ -68,10 +71,6 @@ def config_class(section: Mapping[str, Any]) -> tuple[type[AutoencoderConfig], d
   """
   if "kind" not in section:
     raise UserError("missing field model.autoencoder.kind")
-  kind = section["kind"]
-  if not isinstance(kind, str) or kind not in KINDS:
-    raise UserError(f"model.autoencoder.kind={shown(kind)} must be one of {', '.join(map(repr, KINDS))}")
-  module, _, name = KINDS[kind].partition(":")
-  cls = getattr(importlib.import_module(module), name)
+  cls = KINDS.get(section["kind"])
   own = {field.name for field in dataclasses.fields(cls)}
   return cls, {field: value for field, value in section.items() if field in own or field not in _SHARED_SECTION}

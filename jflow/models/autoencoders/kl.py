@@ -32,7 +32,7 @@ class AutoencoderKLConfig(AutoencoderConfig):
   def factor(self) -> int:
     return 2 ** (len(self.block_channels) - 1)
 
-  def check(self) -> None:
+  def check(self, model: Any) -> None:
     channels = self.block_channels
     if len(channels) > MOST_LEVELS:
       raise UserError(f"model.autoencoder.block_channels={shown(channels)} must hold at most {MOST_LEVELS} numbers")

@@ -3,7 +3,7 @@
 Legend: B batch, S sequence, D embed, N heads, K key heads, H head dim, V vocabulary, L layers.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,9 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jflow.errors import UserError
 from jflow.models.attention import packed_attention
 from jflow.models.cache import Cache, Prefix
-from jflow.models.config import LanguageModelConfig
 from jflow.models.layers import Linear, RMSNorm, parameter
-from jflow.objectives import head_loss
+from jflow.models.llm.base import Output
+from jflow.models.llm.config import LanguageModelConfig
+from jflow.objectives import next_token
 from jflow.sharding import constrain, unbox
 
 # Names of remat policies a config may choose; "none" keeps every activation.
@@ -44,14 +45,6 @@ def remat_policy(name: str) -> Any:
       f"config.compute.remat={name!r} must be one of {', '.join(REMAT)}, or save: and some of {','.join(SAVABLE)}"
     )
   return jax.checkpoint_policies.save_only_these_names(*names)
-
-
-class Output(NamedTuple):
-  """What the LLM returns."""
-
-  hidden: jax.Array  # [B, S, D], after the final norm
-  tap: jax.Array  # [B, S, D], the residual stream after block `tap_layer` (for REPA, eq. 8)
-  cache: Cache | None
 
 
 def rope_tables(positions_BS: jax.Array, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -111,10 +104,14 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
+  """Attention and MLP, each behind a norm and added to the residual stream; a subclass may bring another `mlp`."""
+
   config: LanguageModelConfig
-  tap_layer: int
+  hidden_layer: int
   dtype: Any
   kernel: str
+
+  mlp = Mlp
 
   @nn.compact
   def __call__(self, carry, tables, segments_BS, past=None):
@@ -125,10 +122,12 @@ class Block(nn.Module):
       norm("attention_norm")(x_BSD), tables, segments_BS, past
     )
     x_BSD = constrain(x_BSD + attended, "batch", None, None)
-    x_BSD = constrain(x_BSD + Mlp(self.config, self.dtype, name="mlp")(norm("mlp_norm")(x_BSD)), "batch", None, None)
+    x_BSD = constrain(
+      x_BSD + self.mlp(self.config, self.dtype, name="mlp")(norm("mlp_norm")(x_BSD)), "batch", None, None
+    )
     layer = layer + 1
     if tap_BSD is not None:
-      tap_BSD = jnp.where(layer == self.tap_layer, x_BSD, tap_BSD)
+      tap_BSD = jnp.where(layer == self.hidden_layer, x_BSD, tap_BSD)
     return (x_BSD, tap_BSD, layer), grown
 
 
@@ -136,7 +135,7 @@ class LanguageModel(nn.Module):
   """Decoder over embeddings; ids go in through `embed`, logits come out through `logits`.
 
   Attributes:
-    tap_layer: the block (counted from 1) whose output is returned as `tap`; 0: none.
+    hidden_layer: the block (counted from 1) whose output is returned as `layer`; 0: none.
     remat: a key of REMAT or "save:NAME,...", see `remat_policy`.
     unroll: layers per iteration of the scan; the parameters do not depend on it. 0: no scan, and each layer
       has parameters of its own (`layers_0`, ...) in place of stacked ones: see `separate_layers`. A scan copies
@@ -145,11 +144,13 @@ class LanguageModel(nn.Module):
   """
 
   config: LanguageModelConfig
-  tap_layer: int
+  hidden_layer: int
   dtype: Any
   remat: str
   unroll: int
   attention: str
+
+  block = Block
 
   def setup(self) -> None:
     c = self.config
@@ -159,11 +160,11 @@ class LanguageModel(nn.Module):
     self.norm = RMSNorm(c.rms_norm_epsilon, self.dtype)
     small = nn.initializers.normal(0.02)
     self.head = Linear(c.vocabulary_size, ("embed", "vocab"), self.dtype, use_bias=False, kernel_init=small)
-    block = Block
+    block: Any = self.block
     if self.remat != "none":
-      block = nn.remat(Block, policy=remat_policy(self.remat), prevent_cse=False)
+      block = nn.remat(block, policy=remat_policy(self.remat), prevent_cse=False)
     if not self.unroll:
-      self.layers = [block(c, self.tap_layer, self.dtype, self.attention) for _ in range(c.layers)]
+      self.layers = [block(c, self.hidden_layer, self.dtype, self.attention) for _ in range(c.layers)]
       return
     stack = nn.scan(
       block,
@@ -174,7 +175,7 @@ class LanguageModel(nn.Module):
       unroll=self.unroll,
       metadata_params={},
     )
-    self.layers = stack(c, self.tap_layer, self.dtype, self.attention)
+    self.layers = stack(c, self.hidden_layer, self.dtype, self.attention)
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """int32[...] -> [..., D]."""
@@ -208,13 +209,14 @@ class LanguageModel(nn.Module):
     """
     tables = rope_tables(positions_BS, self.config.head_width, self.config.rope_theta)
     x_BSD = constrain(x_BSD.astype(self.dtype), "batch", None, None)
-    tap = jnp.zeros_like(x_BSD) if self.tap_layer else None
+    tap = jnp.zeros_like(x_BSD) if self.hidden_layer else None
     carry, cache = (x_BSD, tap, jnp.zeros((), jnp.int32)), None
     if self.unroll:
       assert past is None, "a cache needs separate layers: unroll=0"
-      carry, _ = self.layers(carry, tables, segments_BS)
+      stack: Any = self.layers
+      carry, _ = stack(carry, tables, segments_BS)
     else:
-      grown = []
+      grown: list[Any] = []
       for i, block in enumerate(self.layers):
         carry, layer = block(carry, tables, segments_BS, past and past.layer(i, segments_BS))
         grown.append(layer)
@@ -227,18 +229,8 @@ class LanguageModel(nn.Module):
     return self.head(hidden).astype(jnp.float32)
 
   def next_token(self, hidden_BSD: jax.Array, targets_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
-    """Sum over masked positions of -log p(target) (eq. 6); see `head_loss.next_token`."""
+    """Sum over masked positions of -log p(target) (eq. 6); see `next_token.loss`."""
     if self.is_initializing():
       self.logits(hidden_BSD[:, :1])
     kernel_DV = self.head.variables["params"]["kernel"]
-    return head_loss.next_token(hidden_BSD, unbox(kernel_DV), targets_BS, mask_BS)
-
-
-def separate_layers(params: Any, layers: int) -> dict[str, Any]:
-  """Parameters of a scanned stack -> those of the same LanguageModel with `unroll` 0; the rest is shared."""
-  rest = {name: x for name, x in params.items() if name != "layers"}
-
-  def layer(i: int) -> Any:
-    return jax.tree.map(lambda x: x[i], params["layers"])
-
-  return rest | {f"layers_{i}": layer(i) for i in range(layers)}
+    return next_token.loss(hidden_BSD, unbox(kernel_DV), targets_BS, mask_BS)

@@ -97,25 +97,28 @@ def test_losses_are_those_of_the_encoder_in_the_step(data):
   )
   batch = pipeline(configuration(data)).batch(0)
   written = batch.image_kind == WRITE
-  assert written.sum() > 8 and batch.moments.shape == (4, 3, *MOMENTS) and batch.moments.dtype == bfloat16
-  vae = lambda p, x: tiny.model().apply({"params": p}, x, method=lambda m, x: m.vae.encode(x))
+  assert written.sum() > 8 and batch.stored.shape == (4, 3, *MOMENTS) and batch.stored.dtype == bfloat16
+  vae = lambda p, x: tiny.model().apply({"params": p}, x, method=lambda m, x: m.writer.vae.encode(x))
   moments = np.concatenate(vae(tiny.params(), batch.images[written] / np.float32(127.5) - 1), axis=-1)
-  np.testing.assert_allclose(batch.moments[written].astype(np.float32), moments, rtol=2**-8, atol=1e-5)
+  np.testing.assert_allclose(batch.stored[written].astype(np.float32), moments, rtol=2**-8, atol=1e-5)
 
   draws = tiny.draws(4)
   ahead = tiny.loss_sums(tiny.model(), tiny.params(), batch, draws)
-  live = batch._replace(moments=np.zeros((4, 3, 0), bfloat16))
+  live = batch._replace(stored=np.zeros((4, 3, 0), bfloat16))
   live = tiny.loss_sums(tiny.model(), tiny.params(), live, draws)
   for name in ("text", "flow", "alignment"):
-    assert float(getattr(ahead, name)) == pytest.approx(float(getattr(live, name)), rel=2e-3), name
-  wrong = tiny.loss_sums(tiny.model(), tiny.params(), batch._replace(moments=-batch.moments), draws)
-  assert abs(float(wrong.flow) - float(live.flow)) > 0.05 * float(live.flow)  # it is the moments that count
+    assert float(ahead[name]) == pytest.approx(float(live[name]), rel=2e-3), name
+  wrong = tiny.loss_sums(tiny.model(), tiny.params(), batch._replace(stored=-batch.stored), draws)
+  assert abs(float(wrong["flow"]) - float(live["flow"])) > 0.05 * float(live["flow"])  # it is the moments that count
 
 
 def test_the_standard_deviation_comes_from_the_stored_log_variance():
   log_variance = np.float32([-30, -8, 0, 1.5])
   mean, std = tiny.model().apply(
-    {"params": tiny.params()}, np.ones(4, bfloat16), log_variance.astype(bfloat16), method="scaled"
+    {"params": tiny.params()},
+    np.ones(4, bfloat16),
+    log_variance.astype(bfloat16),
+    method=lambda m, *x: m.writer.scaled(*x),
   )
   np.testing.assert_allclose(std, 0.5 * np.exp(log_variance / 2), rtol=1e-6)
   np.testing.assert_array_equal(mean, np.full(4, 0.5, np.float32))
@@ -138,7 +141,7 @@ def test_every_epoch_shows_the_square_that_was_encoded(data):
   shown = []
   for step in range(8):
     batch = rows.batch(step)
-    for pixels, moments in zip(batch.images[batch.image_kind == WRITE], batch.moments[batch.image_kind == WRITE]):
+    for pixels, moments in zip(batch.images[batch.image_kind == WRITE], batch.stored[batch.image_kind == WRITE]):
       assert wanted[pixels.tobytes()] == moments.tobytes()
       shown.append(pixels.tobytes())
   assert len(shown) > 3 * RECORDS and set(shown) == set(wanted)
@@ -150,7 +153,7 @@ def test_loaders_carry_the_moments(data, workers):
   expected = pipeline(configuration(data))
   for step, (batch, info) in enumerate(pipeline(configuration(data, workers=workers)).batches(0, 3)):
     jax.tree.map(np.testing.assert_array_equal, batch, expected.batch(step))
-    assert not info["rejected"] and np.abs(batch.moments.astype(np.float32)).max() > 0.1
+    assert not info["rejected"] and np.abs(batch.stored.astype(np.float32)).max() > 0.1
 
 
 def test_a_killed_run_goes_on_and_nothing_is_there_before_all_is(data):

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain
 import pytest
 
-from jflow.objectives import head_loss, losses
+from jflow.objectives import next_token
 
 B, S, D, V = 2, 24, 16, 50
 RNG = np.random.default_rng(0)
@@ -14,12 +15,12 @@ KERNEL = RNG.standard_normal((D, V)).astype(np.float32)
 TARGETS = RNG.integers(0, V, (B, S)).astype(np.int32)
 
 
-def plain(hidden, kernel, mask):
-  return losses.next_token(hidden @ kernel, TARGETS, mask)
+def reference(hidden, kernel, mask):
+  return plain.next_token(hidden @ kernel, TARGETS, mask)
 
 
 def ours(hidden, kernel, mask, chunk=8):
-  return head_loss.next_token(hidden, kernel, TARGETS, mask, chunk)
+  return next_token.loss(hidden, kernel, TARGETS, mask, chunk)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -28,7 +29,7 @@ def test_loss_and_gradients_are_those_of_the_plain_loss(share, chunk):
   """For no position, some and all of them; for chunks that do not divide and that exceed them."""
   mask = RNG.random((B, S)) < share
   run = lambda f, *rest: jax.value_and_grad(lambda h, k: 3.0 * f(h, k, mask, *rest), argnums=(0, 1))
-  got, want = run(ours, chunk)(HIDDEN, KERNEL), run(plain)(HIDDEN, KERNEL)
+  got, want = run(ours, chunk)(HIDDEN, KERNEL), run(reference)(HIDDEN, KERNEL)
   np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
   for mine, theirs in zip(got[1], want[1], strict=True):
     np.testing.assert_allclose(mine, theirs, atol=1e-6 * max(1.0, float(np.abs(theirs).max())))
@@ -38,7 +39,7 @@ def test_loss_and_gradients_are_those_of_the_plain_loss(share, chunk):
 def test_large_logits_survive():
   mask = np.ones((B, S), bool)
   value, gradient = jax.value_and_grad(ours)(1e4 * HIDDEN, KERNEL, mask)
-  np.testing.assert_allclose(value, plain(1e4 * HIDDEN, KERNEL, mask), rtol=1e-6)
+  np.testing.assert_allclose(value, reference(1e4 * HIDDEN, KERNEL, mask), rtol=1e-6)
   assert np.isfinite(gradient).all()
 
 
@@ -57,6 +58,6 @@ def test_the_gradient_of_the_kernel_is_summed_in_f32():
   n = 4096
   hidden = jnp.ones((1, n, 8), jnp.bfloat16)
   kernel, targets = np.zeros((8, 2), np.float32), np.zeros((1, n), np.int32)
-  gradient = jax.grad(head_loss.next_token, argnums=1)(hidden, kernel, targets, np.ones((1, n), bool), 16)
+  gradient = jax.grad(next_token.loss, argnums=1)(hidden, kernel, targets, np.ones((1, n), bool), 16)
   assert gradient.dtype == jnp.float32
   np.testing.assert_array_equal(gradient[:, 0], -n / 2)

@@ -4,6 +4,7 @@ Legend: N positions on a device, C positions of a chunk, D embed, V vocabulary (
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ def chunks(positions: int, size: int = CHUNK) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def next_token(
+def loss(
   hidden_BSD: jax.Array, kernel_DV: jax.Array, targets_BS: jax.Array, mask_BS: jax.Array, chunk: int = CHUNK
 ) -> jax.Array:
   """Sum over masked positions of -log softmax(hidden @ kernel)[target] (eq. 6).
@@ -41,7 +42,8 @@ def next_token(
   Returns:
     f32[].
   """
-  return _sharded(hidden_BSD, kernel_DV, targets_BS, mask_BS, chunk, gradients=False)
+  total: Any = _sharded(hidden_BSD, kernel_DV, targets_BS, mask_BS, chunk, gradients=False)
+  return total
 
 
 def _forward(hidden_BSD, kernel_DV, targets_BS, mask_BS, chunk):
@@ -54,7 +56,7 @@ def _backward(chunk, gradients, scale):
   return (scale * d_hidden).astype(d_hidden.dtype), scale * d_kernel, None, None
 
 
-next_token.defvjp(_forward, _backward)
+loss.defvjp(_forward, _backward)
 
 
 def _sharded(hidden_BSD, kernel_DV, targets_BS, mask_BS, chunk, gradients):

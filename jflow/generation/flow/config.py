@@ -1,0 +1,39 @@
+"""Sizes of the ConvNeXt encoder and decoder around the LLM."""
+
+import dataclasses
+from typing import Any
+
+from jflow.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig:
+  """The section `model.generation` of a model that writes by rectified flow (g_enc, g_dec)."""
+
+  kind: str  # "flow"
+  width: int  # channels of g_enc and of the sinusoidal time embedding; g_dec works at twice that
+  encoder_blocks: int
+  decoder_blocks: int
+  patch_size: int  # latents per side of a patch
+  norm_epsilon: float
+
+  def check(self, model: Any) -> None:
+    """Raises UserError where the section does not fit the rest of the model."""
+    if self.width % 2:
+      raise UserError(f"model.generation.width={self.width} must be even (cosines and sines of the time)")
+    factor, size = model.autoencoder.factor, model.image_size
+    if size % (factor * self.patch_size):
+      raise UserError(
+        f"image_size={size} must be a multiple of autoencoder factor {factor} x "
+        f"model.generation.patch_size={self.patch_size}"
+      )
+    patches = (model.latent_size // self.patch_size) ** 2
+    if patches != model.patches:
+      raise UserError(
+        f"a written image has {patches} patches, a read one {model.patches}: they must be equal, since "
+        "the alignment loss (eq. 8) compares them position by position"
+      )
+
+  def stored_shape(self, model: Any) -> tuple[int, ...]:
+    """(h, w, 2 C): mean and log variance of the VAE's posterior."""
+    return (model.latent_size, model.latent_size, 2 * model.autoencoder.latent_channels)

@@ -1,0 +1,26 @@
+"""The sequence of an image that is written by flow: BOS PROMPT T z*P."""
+
+from typing import Any
+
+import numpy as np
+
+from jflow.generation.base import Written
+
+
+class FlowLayout:
+  """T, the time token, stands in the slot of the prompt's closing tag; the P latent patches follow it.
+
+  A dropped prompt keeps BOS at position 0 and T at the position that it would have had: with the hidden tokens left
+  out this is the release's unconditional row, whose prompt is masked.
+  """
+
+  def slots(self, patches: int) -> int:
+    """T and the patches."""
+    return 1 + patches
+
+  def sequence(self, prompt: np.ndarray, drop: bool, tokenizer: Any, patches: int) -> Written:
+    """See `Layout.sequence`."""
+    image = np.asarray([tokenizer.generation_start] + [tokenizer.image] * patches, np.int32)
+    kept = prompt[:1] if drop else prompt
+    positions = np.append(np.arange(len(kept)), len(prompt) + np.arange(len(image)))
+    return Written(np.append(kept, image), positions.astype(np.int32), len(kept))

@@ -1,0 +1,75 @@
+"""What the sampler of rectified flow can be told."""
+
+import dataclasses
+from typing import Any
+
+from jflow import checks
+from jflow.errors import UserError
+from jflow.generation.base import setting
+
+SOLVERS = ("euler", "heun", "midpoint")  # the keys of equations.SOLVERS, which would bring jax along
+PRECISIONS = ("exact", "release")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """Settings of one call; every value is checked when they are made.
+
+  Attributes:
+    steps: solver steps.
+    guidance: w of eq. 5: 1 follows the prompt without guidance, 0 ignores it.
+    solver: a key of `equations.SOLVERS`.
+    shift: of the time grid, see `equations.time_grid`.
+    interval: guidance acts at these times only, in [0, 1].
+    precision: "exact" (f32 state and time) or "release" (bf16 state, time and step, as the published loop).
+
+  Raises:
+    UserError: a value out of its range.
+  """
+
+  steps: int = setting(30, "solver steps, as in the paper", most=10_000)
+  guidance: float = setting(2.0, "w of eq. 5: 1 is none, 2 the paper's for FID", most=1e6)
+  solver: str = setting("euler", "how the ODE is solved", choices=SOLVERS)
+  shift: float = setting(1.0, "of the time grid; 1 is even", most=1e6)
+  interval: tuple[float, float] = setting((0.0, 1.0), "guidance acts at these times only", metavar=("FROM", "TO"))
+  precision: str = setting("exact", "f32 state and time, or release: bf16, as published", choices=PRECISIONS)
+
+  def __post_init__(self) -> None:
+    checks.whole("steps", self.steps)
+    checks.number("guidance", self.guidance)
+    _need(
+      self.guidance >= 1 or self.guidance == 0,
+      f"guidance={self.guidance} must be at least 1 (1: none), or 0 (ignore the prompt)",
+    )
+    _need(self.solver in SOLVERS, f"solver={self.solver!r} must be one of {', '.join(SOLVERS)}")
+    checks.number("shift", self.shift)
+    _need(self.shift > 0, f"shift={self.shift} must be positive")
+    _check_interval(self.interval)
+    object.__setattr__(self, "interval", tuple(self.interval))
+    _need(self.precision in PRECISIONS, f"precision={self.precision!r} must be 'exact' or 'release'")
+    plain = self.solver == "euler" and self.shift == 1.0
+    _need(self.precision == "exact" or plain, "precision='release' goes with solver='euler' and shift=1")
+
+  @property
+  def work(self) -> int:
+    """Steps that a progress bar counts for one image."""
+    return self.steps
+
+  @property
+  def evaluations(self) -> int:
+    """Evaluations of the velocity for one image, guidance aside."""
+    return self.steps * (1 if self.solver == "euler" else 2)
+
+
+def _check_interval(interval: Any) -> None:
+  two = isinstance(interval, (tuple, list)) and len(interval) == 2
+  _need(two, f"interval={interval!r:.60} must hold two times in [0, 1], in order")
+  for time in interval:
+    checks.number("a time of interval", time)
+  ordered = 0 <= interval[0] <= interval[1] <= 1
+  _need(ordered, f"interval={tuple(interval)} must hold two times in [0, 1], in order")
+
+
+def _need(ok: bool, message: str) -> None:
+  if not ok:
+    raise UserError(message)

@@ -1,0 +1,42 @@
+"""The protocol of a language model; an architecture is one file beside this one.
+
+`ARCHITECTURES` holds what `model.language_model.kind` may name.
+
+A Linen module with the attributes of `llama.LanguageModel` (config, hidden_layer, dtype, remat, unroll, attention) and
+  embed(tokens) -> [..., D]
+  __call__(x_BSD, positions_BS, segments_BS, past) -> Output
+  logits(hidden) -> f32[..., V]
+  next_token(hidden_BSD, targets_BS, mask_BS) -> f32[], the sum of eq. 6
+With `unroll` 0 its blocks are separate (`layers_0`, ...), as decoding with a cache needs them; otherwise they are one
+scanned stack, `layers`, with axis 0 the layer.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from jflow import registry
+
+
+class Output(NamedTuple):
+  """The result of an LLM over a row."""
+
+  hidden: Any  # [B, S, D], after the final norm
+  layer: Any  # [B, S, D], the residual stream after block `hidden_layer`; None where no block is asked for
+  cache: Any  # Cache | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """The description of a language model.
+
+  Attributes:
+    config: the frozen dataclass of the section `model.language_model`. It has kind, vocabulary_size, width, layers,
+      heads, kv_heads, head_width, rms_norm_epsilon and context, which caches, heads and writers read.
+    module: the Linen module, or "package.module:Class".
+  """
+
+  config: type
+  module: Any
+
+
+ARCHITECTURES = registry.Registry("model.language_model.kind", "jflow.llm", {"llama": "jflow.models.llm.config:LLAMA"})

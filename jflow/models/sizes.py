@@ -1,0 +1,44 @@
+"""The most that a size may be.
+
+No model comes near; without an end, one number in a file from elsewhere would have a program build blocks or compute
+with numbers for hours.
+"""
+
+import math
+from typing import Any
+
+from jflow.errors import UserError
+from jflow.strict_json import shown
+
+_MOST = 2**24
+_MOST_OF = {
+  "layers": 1024,
+  "layer": 1024,
+  "encoder_blocks": 128,
+  "decoder_blocks": 128,
+  "layers_per_block": 32,
+  "heads": 2**14,
+  "kv_heads": 2**14,
+  "image_size": 2**14,
+  "patch_size": 2**12,
+  "window": 2**12,
+  "latent_channels": 2**14,
+}
+
+
+def most(field: str) -> int:
+  """The largest value of a whole-numbered field, by its name."""
+  return _MOST_OF.get(field, _MOST)
+
+
+def check_sizes(path: str, config: Any) -> None:
+  """Checks that every number of a section is positive and not too large.
+
+  Raises:
+    UserError: naming field and value.
+  """
+  for name, value in vars(config).items():
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 < value < math.inf:
+      raise UserError(f"{path}.{name}={shown(value)} must be positive")
+    if any(isinstance(x, int) and x > most(name) for x in (value if isinstance(value, tuple) else (value,))):
+      raise UserError(f"{path}.{name}={shown(value)} must be at most {most(name)}")

@@ -1,0 +1,64 @@
+"""Tables of what a config names: ways to write images, objectives, LLM architectures.
+
+An entry is built in, added by `register`, or declared by an installed package as an entry point. Nothing is imported
+before it is asked for, and no name that a checkpoint's config holds is ever taken for a module to import.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any
+
+from jflow.errors import UserError
+from jflow.strict_json import shown
+
+
+def load(place: Any) -> Any:
+  """The object at "package.module:attribute", or the module; anything that is not text is returned as it is."""
+  if not isinstance(place, str):
+    return place
+  module, _, attribute = place.partition(":")
+  found = importlib.import_module(module)
+  return getattr(found, attribute) if attribute else found
+
+
+class Registry:
+  """Names of one kind of thing."""
+
+  def __init__(self, field: str, group: str, builtin: Mapping[str, Any]):
+    """
+    Args:
+      field: the config field that holds a name, for messages.
+      group: entry points of installed packages that add names, as "jflow.generation".
+      builtin: name -> the thing, or "package.module:attribute".
+    """
+    self._field, self._group, self._known = field, group, dict(builtin)
+
+  def register(self, name: str, thing: Any) -> None:
+    """Adds a name for this process, or replaces one."""
+    self._known[name] = thing
+
+  def unregister(self, name: str) -> None:
+    """Takes a name away again."""
+    del self._known[name]
+
+  def names(self) -> tuple[str, ...]:
+    """Every name, those of installed packages last."""
+    return (*self._known, *(name for name in self._installed if name not in self._known))
+
+  def get(self, name: Any) -> Any:
+    """The thing of a name.
+
+    Raises:
+      UserError: the name is unknown; the message lists those that are not.
+    """
+    if isinstance(name, str) and name in self._known:
+      return load(self._known[name])
+    if isinstance(name, str) and name in self._installed:
+      return self._installed[name].load()
+    raise UserError(f"{self._field}={shown(name)} must be one of {', '.join(self.names())}")
+
+  @functools.cached_property
+  def _installed(self) -> dict[str, Any]:
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group=self._group)}

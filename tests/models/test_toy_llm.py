@@ -1,0 +1,74 @@
+"""An LLM that jflow does not know, in this file alone: Llama with GeGLU in place of SwiGLU."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jflow.models.config import ModelConfig
+from jflow.models.llm import llama
+from jflow.models.llm.base import ARCHITECTURES, Architecture
+from jflow.models.llm.config import LanguageModelConfig
+from jflow.training import optim, setup
+from jflow.training.state import TrainState
+from jflow.training.step import make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class GegluConfig(LanguageModelConfig):
+  tanh: bool
+
+
+class GegluMlp(nn.Module):
+  config: GegluConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x_BSD):
+    c = self.config
+    linear = lambda features, axes, name: llama.Linear(features, axes, self.dtype, use_bias=False, name=name)
+    gate, up = (linear(c.mlp_width, ("embed", "mlp"), name)(x_BSD) for name in ("gate", "up"))
+    return linear(c.width, ("mlp", "embed"), "down")(jax.nn.gelu(gate, approximate=c.tanh) * up)
+
+
+class GegluBlock(llama.Block):
+  mlp = GegluMlp
+
+
+class GegluLanguageModel(llama.LanguageModel):
+  block = GegluBlock
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+  ARCHITECTURES.register("geglu", Architecture(config=GegluConfig, module=GegluLanguageModel))
+  yield
+  ARCHITECTURES.unregister("geglu")
+
+
+def test_it_trains_and_is_no_llama():
+  language_model = tiny.DICT["language_model"] | dict(kind="geglu", tanh=True)
+  sizes = ModelConfig.from_dict(tiny.DICT | dict(language_model=language_model))
+  config = tiny.configuration(optimizer=dict(learning_rate=1e-2)).replace(model=sizes)
+  model = setup.build(config, jax.devices()[0])
+  params = tiny.params(model.config)
+  ids = np.arange(12, dtype=np.int32)[None]
+
+  def logits(built):
+    bound = built.bind({"params": params})
+    return bound.logits(bound.backbone(bound.embed(ids), ids, jnp.ones_like(ids)).hidden)
+
+  assert np.abs(logits(model) - logits(tiny.model())).max() > 1e-3
+  optimizer = optim.make_optimizer(config.optimizer)
+  parts = optim.partition(params, config.optimizer.trained, config.optimizer.frozen)
+  state, step = TrainState.create(*parts, optimizer), jax.jit(make_step(model, optimizer, config))
+  losses = []
+  for _ in range(6):
+    state, metrics = step(state, tiny.mixed())
+    losses.append(float(metrics["loss_text"]))
+  assert losses[-1] < 0.9 * losses[0]
