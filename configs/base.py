@@ -102,7 +102,7 @@ def base(size: str) -> ConfigDict:
   c.compute = dict(
     dtype="bfloat16",  # of activations and matmuls; masters are float32
     remat="full",  # "none", "full", "dots", "save:attended,gate,up,...": what is kept
-    attention="auto",  # of packed rows: "xla", "cudnn", "triton", "splash", "tokamax"; auto: by device
+    attention="auto",  # of packed rows: "xla", "cudnn", "triton", "splash"; auto: by device
     unroll=1,  # LLM layers per iteration of the scan
     compilation_cache="~/.cache/jflow",  # compiled programs, reused by a restart; empty: none
   )

@@ -10,7 +10,7 @@ while decoder.busy:
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,6 @@ from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.inference import reading
 from jflow.programs import Programs, shapes
-
-if TYPE_CHECKING:
-  from jflow.inference.pipeline import Pipeline
 
 _SMALLEST = 32  # slots; shorter prompts are padded to it
 _NEAR = 256  # fewest slots of the cache that attention looks at
@@ -59,9 +56,7 @@ def power_of_two(count: int, least: int = 1) -> int:
   return max(least, 1 << (count - 1).bit_length()) if count else 0
 
 
-def prompt_arrays(
-  pipeline: "Pipeline", request: Request, most: int
-) -> tuple[np.ndarray, jax.Array, np.ndarray, np.ndarray]:
+def prompt_arrays(pipeline: Any, request: Request, most: int) -> tuple[np.ndarray, jax.Array, np.ndarray, np.ndarray]:
   """What `reading.prefill` takes of a request, padded to buckets of at most `most` slots; the images are read.
 
   Returns:
@@ -89,7 +84,7 @@ class Decoder:
   Prefill is compiled once per bucket of prompt lengths, decoding once per power of two of the longest row.
   """
 
-  def __init__(self, pipeline: "Pipeline", slots: int, context: int, ignore_end: bool = False):
+  def __init__(self, pipeline: Any, slots: int, context: int, ignore_end: bool = False):
     """
     Args:
       pipeline: the model.
@@ -301,7 +296,7 @@ def _begun_stop(text: str, stops: Sequence[str]) -> int:
 
 
 def answer_all(
-  pipeline: "Pipeline",
+  pipeline: Any,
   requests: Sequence[Request],
   slots: int,
   stream: Callable[[int, str], None] | None = None,

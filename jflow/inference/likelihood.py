@@ -5,7 +5,7 @@ Legend: A answers, S answer slots (bucketed), D embed, V vocabulary.
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,6 @@ from jflow.inference import reading
 from jflow.inference.decoding import Request, bucket, power_of_two, prompt_arrays
 from jflow.models.cache import Prefix
 from jflow.models.unified import UnifiedModel
-
-if TYPE_CHECKING:
-  from jflow.inference.pipeline import Pipeline
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
@@ -56,7 +53,7 @@ def score(
   return jax.lax.map(answer, (before, answers_AS, lengths_A))
 
 
-def loglikelihood(pipeline: "Pipeline", request: Request, answers: Sequence[str]) -> list[tuple[float, bool]]:
+def loglikelihood(pipeline: Any, request: Request, answers: Sequence[str]) -> list[tuple[float, bool]]:
   """See `Pipeline.loglikelihood`."""
   context = pipeline.model.config.language_model.context
   ids = [pipeline.tokenizer.encode(" " + answer.strip()) for answer in answers]

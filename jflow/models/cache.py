@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jflow.models.llm.config import LanguageModelConfig
-
-_QUERY_BLOCK = 1024  # longer query sequences are cut, so that no S x T matrix of a long prompt ever exists
+from jflow.models.plain_attention import QUERY_BLOCK
 
 # (q_BSNH, k_BSKH, v_BSKH) of new positions -> (attended [B, S, N, H], the layer's grown keys and values).
 Layer = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, tuple[jax.Array, jax.Array] | None]]
@@ -131,11 +130,11 @@ def _blocks(q_BSNH, k_RHT, v_RTH, seen_BT, slots) -> jax.Array:
     out_RGSH = jnp.einsum("RGST,RTH->RGSH", weights, v_RTH)
     return jnp.moveaxis(out_RGSH.reshape(q_BKGSH.shape), 3, 1).reshape(q_BSNH.shape)
 
-  if s <= _QUERY_BLOCK:
+  if s <= QUERY_BLOCK:
     return block(q_BSNH, slots)
-  pad = -s % _QUERY_BLOCK
+  pad = -s % QUERY_BLOCK
   cut = lambda x: jnp.moveaxis(
-    jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)).reshape(b, -1, _QUERY_BLOCK, *x.shape[2:]), 1, 0
+    jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)).reshape(b, -1, QUERY_BLOCK, *x.shape[2:]), 1, 0
   )
   out = jax.lax.map(lambda part: block(*part), (cut(q_BSNH), cut(slots)))
   return jnp.moveaxis(out, 0, 1).reshape(b, s + pad, n, h)[:, :s]

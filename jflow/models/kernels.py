@@ -7,13 +7,14 @@ Legend: B batch, S sequence, N heads, H head dim, M segments of a row.
 """
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+from jflow.models.plain_attention import attention
 
 _TILE = 128  # rows are padded to a multiple of it for the Pallas kernels
 _SPLASH_BLOCKS = (1024, 512, 256, 128)  # the largest that divides the row is taken
@@ -36,8 +37,6 @@ def obstacle(name: str, device: jax.Device, dtype: Any, head_width: int) -> str:
       return f"needs a GPU of compute capability 9.0 or later for packed rows, not {device.compute_capability}"
   if name == "triton" and (head_width & (head_width - 1) or not 16 <= head_width <= 128):
     return f"needs heads of 16, 32, 64 or 128, not {head_width}"
-  if name == "tokamax" and importlib.util.find_spec("tokamax") is None:
-    return "needs tokamax: pip install tokamax (Python 3.12, jax 0.11 or later)"
   return ""
 
 
@@ -188,8 +187,6 @@ cudnn.defvjp(_cudnn_forward, _cudnn_backward)
 
 
 def _reference(q_BSNH, k_BSNH, v_BSNH, segments_BS) -> jax.Array:
-  from jflow.models.attention import attention
-
   return attention(q_BSNH, k_BSNH, v_BSNH, segments_BS, segments_BS, 0)
 
 
@@ -215,25 +212,8 @@ def _cudnn_fused(q_BSNH, k_BSNH, v_BSNH, lengths_BM, starts_BM) -> Any:
   )
 
 
-@_padded
-def tokamax(q_BSNH, k_BSNH, v_BSNH, segments_BS, implementation: str = "triton") -> jax.Array:
-  """GPU, optional: tokamax's Triton kernel, told where each query's segment starts; skips what lies before.
-
-  It goes through private functions of tokamax 0.0.17: the public one takes no segments. Its "xla_chunked" takes the
-  same mask, and runs anywhere.
-  """
-  from tokamax._src.ops.attention import api, base
-
-  slots = jnp.arange(segments_BS.shape[1], dtype=jnp.int32)[None]
-  first = jnp.concatenate([jnp.ones_like(segments_BS[:, :1], bool), segments_BS[:, 1:] != segments_BS[:, :-1]], 1)
-  starts_BS = jax.lax.cummax(jnp.where(first, slots, 0), axis=1)
-  mask = base.Mask(k_start=starts_BS[:, None, :], is_causal=True)
-  return api.IMPLEMENTATIONS[implementation](q_BSNH, k_BSNH, v_BSNH, mask=mask)
-
-
 KERNELS: dict[str, Callable[..., jax.Array]] = {
   "cudnn": cudnn,
   "triton": triton,
   "splash": splash,
-  "tokamax": tokamax,
 }

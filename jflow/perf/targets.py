@@ -132,7 +132,7 @@ def make_mesh(topology: Topology, sizes: tuple[int, int, int]) -> Any:
 
 @contextlib.contextmanager
 def absent_gpu(topology: Topology) -> Iterator[None]:
-  """jax's kernels and tokamax ask the GPU that is there what it can do; here the topology answers."""
+  """jax's kernels ask the GPU that is there what it can do; here the topology answers."""
   if topology.chip.platform != "gpu":
     yield
     return
@@ -153,20 +153,10 @@ def absent_gpu(topology: Topology) -> Iterator[None]:
   try:
     for key, function in replaced.items():
       setattr(*key, function)
-    with _tokamax_elsewhere():
-      yield
+    yield
   finally:
     for key, function in kept.items():
       setattr(*key, function)
-
-
-def _tokamax_elsewhere() -> contextlib.AbstractContextManager[None]:
-  """Tells tokamax, where it is installed, that its kernels are for another machine."""
-  if importlib.util.find_spec("tokamax") is None:
-    return contextlib.nullcontext()
-  from tokamax import config
-
-  return config.cross_compile(True)
 
 
 def _gpu(kind: str) -> str:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from jflow.errors import UserError
-from jflow.models import attention as module
-from jflow.models import kernels
-from jflow.models.attention import attention, choose, packed_attention
+from jflow.models import kernels, plain_attention
+from jflow.models.attention import choose, packed_attention
+from jflow.models.plain_attention import attention
 
 RNG = np.random.default_rng(0)
 
@@ -72,7 +72,7 @@ def test_blocks_of_queries_equal_the_whole_with_gradients(monkeypatch):
     return jnp.sum(jnp.where(real, attention(q, k, v, *rest), 0.0) * weight)
 
   whole = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
-  monkeypatch.setattr(module, "_QUERY_BLOCK", 15)  # five blocks of 13: one position of padding
+  monkeypatch.setattr(plain_attention, "QUERY_BLOCK", 15)  # five blocks of 13: one position of padding
   blocks = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
   assert "dynamic_slice" in str(jax.make_jaxpr(loss)(q, k, v))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, blocks)
@@ -149,15 +149,8 @@ def test_a_kernel_equals_plain_attention(name, seq, width):
   compare(functools.partial(kernels.KERNELS[name], interpret=True), seq, width, jnp.float32, 2e-5)
 
 
-@pytest.mark.parametrize("seq", [200, 256])
-def test_tokamax_is_told_the_segments_as_it_wants(seq):
-  """Its plain implementation takes the same mask as its Triton kernel, and runs anywhere (Python 3.12, jax 0.11)."""
-  pytest.importorskip("tokamax")
-  compare(functools.partial(kernels.tokamax, implementation="xla_chunked"), seq, 64, jnp.float32, 2e-5)
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["cudnn", "triton", "tokamax"])
+@pytest.mark.parametrize("name", ["cudnn", "triton"])
 def test_a_kernel_of_this_gpu_equals_plain_attention(name):
   device = jax.devices()[0]
   why = kernels.obstacle(name, device, jnp.bfloat16, 128)
