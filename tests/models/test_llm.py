@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain
 import pytest
 import tiny
 
@@ -73,7 +74,7 @@ def test_a_segment_gives_the_same_alone_and_packed():
     x = np.zeros_like(X)
     x[:, : stop - start] = X[:, start:stop]
     alone = run(llm(), params(), x, POSITIONS, (POSITIONS < stop - start).astype(np.int32))
-    for name in ("hidden", "tap"):
+    for name in ("hidden", "layer"):
       np.testing.assert_allclose(
         getattr(packed, name)[:, start:stop], getattr(alone, name)[:, : stop - start], atol=2e-6
       )
