@@ -119,8 +119,11 @@ class UnifiedModel(nn.Module):
     written, context = self.writer.write(pixels, flat(batch.stored), jax.tree.map(flat, draws))
     seen = features if self.config.reader == "siglip" else self.reader.latent_features(context.mean)
     slots = _choose(flat(batch.image_kind == READ), self.reader.slots(seen), written)
-    x_BSD = self.assemble(batch.tokens, slots.reshape(b, m * slots.shape[1], -1), batch.image_index)
-    out = self.backbone(x_BSD, batch.positions, batch.segment_ids)
+    tokens, index, positions, segments = map(
+      jnp.asarray, (batch.tokens, batch.image_index, batch.positions, batch.segment_ids)
+    )
+    x_BSD = self.assemble(tokens, slots.reshape(b, m * slots.shape[1], -1), index)
+    out = self.backbone(x_BSD, positions, segments)
 
     def at(x_BSD: jax.Array, first: int, count: int) -> jax.Array:
       """[I, count, D] at the positions that begin `first` behind the first slot of every image."""

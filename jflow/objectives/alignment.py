@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -72,7 +72,7 @@ class Alignment(nn.Module):
   def __call__(self, forward: Forward) -> jax.Array:
     """The sum over images written."""
     rows = lambda x: x.reshape(*forward.written.shape, *x.shape[1:])
-    projected = rows(self.alignment_head(forward.patches(forward.layer)))
+    projected = rows(self.alignment_head(forward.patches(cast("jax.Array", forward.layer))))
     return loss(projected, rows(forward.features), forward.written)
 
   @staticmethod

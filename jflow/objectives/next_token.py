@@ -59,7 +59,7 @@ def _backward(chunk, gradients, scale):
 loss.defvjp(_forward, _backward)
 
 
-def _sharded(hidden_BSD, kernel_DV, targets_BS, mask_BS, chunk, gradients):
+def _sharded(hidden_BSD, kernel_DV, targets_BS, mask_BS, chunk, gradients) -> Any:
   """Runs `_pass` on each device's rows; the sums over devices are taken once, at the end."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:

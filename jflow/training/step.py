@@ -52,7 +52,7 @@ def make_step(
     draws = draw(model, key, batch, config.objective)
     counts = loss_counts(model.config, batch)
 
-    def loss_fn(trained: Any, rows: Batch, row_draws: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss_fn(trained: Any, rows: Batch, row_draws: Any) -> tuple[Any, dict[str, jax.Array]]:
       sums = loss_sums(model, merge(trained, state.frozen), rows, row_draws, wanted)
       parts = {name: value / counts[name] for name, value in sums.items()}
       total: Any = sum(weight * parts[name] for name, weight in weights.items())
