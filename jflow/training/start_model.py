@@ -37,7 +37,7 @@ def model_of(config: RunConfig, given: Collection[str], workdir: pathlib.Path) -
   """
   model, changed = dict(config.model), []
   theirs = {section: _plain(path) for section, path in _origins(config.train, workdir).items()}
-  other_way = theirs["generation"]["generation"].get("kind") != model["generation"].get("kind")
+  other_way = model["generation"].get("kind") not in (None, theirs["generation"]["generation"].get("kind"))
   for section in PART_OF:
     taken = dict(theirs[section][section])
     explicit = {
@@ -52,10 +52,13 @@ def model_of(config: RunConfig, given: Collection[str], workdir: pathlib.Path) -
     made = taken | explicit
     changed += _changes(section, model[section], made)
     model[section] = made
-  width = theirs["language_model"].get("alignment_width")
-  if width and model.get("alignment_width") and "model.alignment_width" not in given:
-    changed += _changes("", model, model | {"alignment_width": width})
-    model["alignment_width"] = width
+  model["objectives"] = dict(model.get("objectives", {}))
+  for name, head in theirs["language_model"]["objectives"].items():
+    if own := model["objectives"].get(name):  # where the LLM is read is the run's choice, the sizes are its head's
+      section = f"objectives.{name}"
+      explicit = {field: x for field, x in own.items() if f"model.{section}.{field}" in given or field == "layer"}
+      changed += _changes(section, own, head | explicit)
+      model["objectives"][name] = head | explicit
   if changed and config.distributed.process_id == 0:
     print(f"jflow: the model is that of {config.train.init_from}: {', '.join(changed)}", file=sys.stderr)
   return model

@@ -36,7 +36,8 @@ def test_sizes_are_those_of_the_checkpoint(tmp_path, capsys):
     assert getattr(model, section) == getattr(tiny.CONFIG, section) != getattr(own, section)
   language = dataclasses.replace(tiny.CONFIG.language_model, context=own.language_model.context)  # the run's
   assert model.language_model == language
-  assert (model.alignment_width, model.alignment_layer) == (tiny.CONFIG.alignment_width, own.alignment_layer)
+  head, theirs, mine = (dict(c.objectives)["alignment"] for c in (model, tiny.CONFIG, own))
+  assert (head.width, head.layer) == (theirs.width, mine.layer)
   said = capsys.readouterr().err
   assert said.count("\n") == 1 and f"{source}: " in said and "language_model.width=32 (not 64)" in said
   assert loaded(source, tmp_path / "run") == model
@@ -49,14 +50,14 @@ def test_a_checkpoint_of_the_same_sizes_is_not_told(tmp_path, capsys):
 
 
 def test_fields_of_the_command_line_and_choices_of_the_config_stay(tmp_path):
-  source = written(tmp_path / "source", dataclasses.replace(tiny.CONFIG, alignment_width=0))
+  source = written(tmp_path / "source", dataclasses.replace(tiny.CONFIG, objectives=()))
   model = loaded(source, tmp_path / "run", "--config.model.language_model.mlp_width=40")
   assert (model.language_model.mlp_width, model.language_model.width) == (40, tiny.CONFIG.language_model.width)
-  assert model.alignment_width == config_files.load(STAGE2).model.alignment_width  # a head that starts fresh
+  assert model.objectives == config_files.load(STAGE2).model.objectives  # a head that starts fresh
   without = f"{tiny.ROOT}/configs/ablation.py:B-tiny"
   assert loaded(source, tmp_path / "run", named=without).reader == "shared"
   trained = written(tmp_path / "trained")
-  assert loaded(trained, tmp_path / "run", named=f"{tiny.ROOT}/configs/ablation.py:A-tiny").alignment_width == 0
+  assert loaded(trained, tmp_path / "run", named=f"{tiny.ROOT}/configs/ablation.py:A-tiny").objectives == ()
 
 
 def test_each_part_has_the_sizes_of_its_own_checkpoint(tmp_path):
