@@ -66,6 +66,7 @@ def base(size: str) -> ConfigDict:
   )
   c.objective = dict(
     weights=dict(text=1.0, flow=1.0, alignment=1.0),  # the paper gives no weights
+    logged=(),  # further losses of the model that are computed and logged, without a weight
     time_mean=0.0,  # of the logit of the time (not in the paper)
     time_std=1.0,
   )

@@ -74,6 +74,7 @@ class OptimizerConfig(Section):
 
 class ObjectiveConfig(Section):
   weights: dict = field(number(0.0))
+  logged: tuple = field(words, before=())
   time_mean: float = field(number())
   time_std: float = field(number(above=0.0))
 

@@ -42,6 +42,9 @@ def check(config: RunConfig) -> None:
   for name, weight in config.objective.weights.items():
     if weight and name not in names:
       raise refusal(f"objective.weights.{name}", weight, f"must be 0: this model's losses are {', '.join(names)}")
+  for name in config.objective.logged:
+    if name not in names:
+      raise refusal("objective.logged", config.objective.logged, f"must name losses of this model: {', '.join(names)}")
   if config.data.latents and not config.model.generation.stored_shape(config.model):
     kind = config.model.generation.kind
     raise refusal("data.latents", True, f"must be False with model.generation.kind={kind!r}, which has none")

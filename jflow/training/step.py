@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jflow.batch import Batch
-from jflow.config import RunConfig
+from jflow.config import ObjectiveConfig, RunConfig
 from jflow.models.unified import UnifiedModel, loss_counts, make_writer
 from jflow.training.flops import counted
 from jflow.training.optim import merge, schedule, update_ema
@@ -33,6 +33,33 @@ def loss_sums(
   return sums
 
 
+def make_loss(model: UnifiedModel, objective: ObjectiveConfig) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+  """Builds loss(params, batch, key) -> (loss, {name: its part}), pure; to be differentiated by its first argument.
+
+  `params` are whole: see `optim.partition` and `optim.merge` for frozen ones. `key` gives the writer's draws.
+  """
+  weighed = _weighed(model, objective)
+
+  def loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    return weighed(params, batch, draw(model, key, batch, objective), loss_counts(model.config, batch))
+
+  return loss
+
+
+def _weighed(model: UnifiedModel, objective: ObjectiveConfig) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+  """Builds loss(params, rows, draws, counts) -> (loss, parts); `counts` are those of the batch that the rows are of."""
+  weights = {name: weight for name, weight in objective.weights.items() if weight}
+  wanted = tuple(dict.fromkeys((*weights, *objective.logged)))
+
+  def loss(params: Any, rows: Batch, draws: Any, counts: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    sums = loss_sums(model, params, rows, draws, wanted)
+    parts = {name: value / counts[name] for name, value in sums.items()}
+    total: Any = sum(weight * parts[name] for name, weight in weights.items())
+    return total, parts
+
+  return loss
+
+
 def make_step(
   model: UnifiedModel, optimizer: optax.GradientTransformation, config: RunConfig
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
@@ -41,8 +68,7 @@ def make_step(
   Metrics named work_... are the fields of `model_flops.Work`, from which the caller makes `mfu`.
   A step whose gradient is not finite, or a spike, changes nothing but the counters and the step number.
   """
-  weights = {name: weight for name, weight in config.objective.weights.items() if weight}
-  wanted = tuple(weights)
+  weighed = _weighed(model, config.objective)
   micro = config.train.accumulation
   rate = schedule(config.optimizer)
   seed = config.train.seed
@@ -53,10 +79,7 @@ def make_step(
     counts = loss_counts(model.config, batch)
 
     def loss_fn(trained: Any, rows: Batch, row_draws: Any) -> tuple[Any, dict[str, jax.Array]]:
-      sums = loss_sums(model, merge(trained, state.frozen), rows, row_draws, wanted)
-      parts = {name: value / counts[name] for name, value in sums.items()}
-      total: Any = sum(weight * parts[name] for name, weight in weights.items())
-      return total, parts
+      return weighed(merge(trained, state.frozen), rows, row_draws, counts)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if micro == 1:

@@ -32,6 +32,7 @@ _MAY_CHANGE = (
   "checkpoint.",
   "distributed.",
   "log.",
+  "objective.logged",
   "profile.",
   "mesh.",
   "train.accumulation",

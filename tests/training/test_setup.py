@@ -92,6 +92,7 @@ def test_a_bad_value_is_one_line_that_names_its_field(field, value):
     (dict(mesh=dict(data=3)), ("train.batch_size", "mesh.data x mesh.fsdp=3", "got 4")),
     (dict(objective=dict(weights=dict(text=1.0, repa=1.0))), ("objective.weights.repa", "text, flow", "1.0")),
     (dict(model=dict(objectives=())), ("objective.weights.alignment", "text, flow", "1.0")),
+    (dict(objective=dict(logged=("flow", "repa"))), ("objective.logged", "text, flow", "'repa'")),
     (dict(model=dict(hight=3)), ("model.hight",)),
     (dict(train=dict(fit_labels=16, init_from="DIR")), ("train.fit_labels", "train.init_from", "16")),
     (dict(objective=dict(weights=dict(text=1.0, flow=-1.0))), ("objective.weights.flow", "-1.0")),

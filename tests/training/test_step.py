@@ -68,6 +68,20 @@ def test_losses_are_sums_over_counts_of_the_whole_batch():
   assert float(metrics["learning_rate"]) == pytest.approx(1e-2 / 2)
 
 
+def test_a_loss_without_a_weight_is_logged_where_asked_for_and_teaches_nothing():
+  config = tiny.configuration(objective=dict(weights=WEIGHTS | dict(alignment=0.0)))
+  logs = config.replace(objective=dict(logged=("alignment", "flow")))
+  run = lambda c: jax.jit(make_step(tiny.model(), optim.make_optimizer(c.optimizer), c))(start(), tiny.mixed())
+  (silent, want), (new, metrics) = run(config), run(logs)
+  assert set(metrics) - set(want) == {"loss_alignment"}
+  assert float(metrics["loss_alignment"]) == pytest.approx(float(first_step()[1]["loss_alignment"]), rel=2e-5)
+  for name in ("loss", "loss_text", "loss_flow", "grad_norm"):
+    assert float(metrics[name]) == pytest.approx(float(want[name]), rel=2e-5), name
+  identical(new.trained["alignment_head"], start().trained["alignment_head"])
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+  jax.tree.map(close, adam(new).mu, adam(silent).mu)
+
+
 def test_frozen_parameters_keep_their_bits_and_have_no_optimizer_state():
   state, (new, _) = start(), first_step()
   identical(new.frozen, state.frozen)

@@ -83,6 +83,12 @@ def test_two_workdirs_of_one_name_are_two_runs_and_a_restart_is_the_same(monkeyp
   assert first == again != second and {name for name, _ in started} == {"stage2"}
 
 
+def test_the_line_of_a_step_shows_every_loss_of_the_run(capsys):
+  losses = {"loss": 3.0, "loss_text": 2.0, "loss_brightness": 1.0, "loss_codes": None}
+  StepProgress(total=40, first=4, every_seconds=0.0).update({"step": 5, "tokens_per_second": 5.0} | losses)
+  assert "loss 3.000 text 2.000 brightness 1.000 tok/s 5" in capsys.readouterr().err
+
+
 def test_the_time_left_does_not_count_the_compilation(monkeypatch, capsys):
   """A minute to compile, then two seconds a step."""
   now = [100.0]
