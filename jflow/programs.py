@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jflow import compilation
+
 
 class Programs:
   """A function of a model, compiled for each of its shapes; called like the function.
@@ -29,17 +31,20 @@ class Programs:
   def __call__(self, model: Any, params: Any, *args: Any, **static: Hashable) -> Any:
     """Runs the program of these shapes; compiles it where it is not kept."""
     program = self._program(model, args, static)
-    out = program.run(params, *args)
-    if program.results is None:
-      program.results = shapes(out)
+    if program.results is not None:
+      return program.run(params, *args)
+    with compilation.said(self.__name__):
+      out = program.run(params, *args)
+    program.results = shapes(out)
     return out
 
   def compile(self, model: Any, params: Any, *args: Any, **static: Hashable) -> Any:
     """Compiles the program without running it; of the arguments the shapes count. Returns its results as shapes."""
     program = self._program(model, args, static)
     if program.results is None:
-      lowered = program.run.lower(shapes(params), *shapes(args))
-      lowered.compile()
+      with compilation.said(self.__name__):
+        lowered = program.run.lower(shapes(params), *shapes(args))
+        lowered.compile()
       program.results = shapes(lowered.out_info)
     return program.results
 

@@ -11,6 +11,12 @@ _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}, {remaining} l
 _LINE_SECONDS = 30.0  # between lines where there is no terminal
 
 
+def say(message: str) -> None:
+  """Prints one line on stderr, above the bar where there is one."""
+  tqdm.write(f"jflow: {message}", file=sys.stderr)
+  sys.stderr.flush()
+
+
 class Progress:
   """A bar on a terminal, a line now and then elsewhere."""
 

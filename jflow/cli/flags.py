@@ -28,9 +28,11 @@ def add_model(p: argparse.ArgumentParser, required: bool = True) -> None:
 
 
 def open_model(args: argparse.Namespace) -> "Pipeline":
-  """Loads what the flags of `add_model` name; raises UserError."""
+  """Loads what the flags of `add_model` name, whose compiled programs are kept; raises UserError."""
   import jflow
+  from jflow import compilation
 
+  compilation.use_cache()
   return jflow.load(args.checkpoint, vae=args.vae, dtype=args.dtype, weights=args.weights)
 
 

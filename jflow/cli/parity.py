@@ -68,8 +68,10 @@ def main(argv: list[str]) -> int:
     tolerance = 1e-6 if args.tolerance is None else args.tolerance
     lines = list(compare_processor(args.processor, tolerance))
   elif args.checkpoint and args.golden:
+    from jflow import compilation
     from jflow.interop.parity import TOLERANCE, compare_model
 
+    compilation.use_cache()
     tolerance = TOLERANCE if args.tolerance is None else args.tolerance
     lines = compare_model(args.checkpoint, args.golden, tolerance)
   else:

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -41,10 +40,9 @@ class Checkpoint:
   def model(self, dtype: str) -> Any:
     """The pipeline in a compute dtype."""
     if dtype not in self._models:
-      import jax
+      from jflow import compilation
 
-      if self._settings.cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(self._settings.cache))
+      compilation.use_cache(self._settings.cache)
       vae, weights = self._settings.vae, self._settings.weights
       self._models[dtype] = loading.load(self.directory, vae=vae, dtype=dtype, weights=weights)
     return self._models[dtype]

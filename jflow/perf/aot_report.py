@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jflow import compilation
 from jflow.batch import TASKS
 from jflow.config import RunConfig
 from jflow.errors import UserError
@@ -84,7 +85,8 @@ def compile_report(
     report["lower_seconds"] = round(time.monotonic() - started, 1)
     started = time.monotonic()
     try:
-      compiled = lowered.compile(_options(topology, effort))
+      with compilation.said(f"the step for {topology.name}"):
+        compiled = lowered.compile(_options(topology, effort))
     except Exception as error:  # jax raises several kinds
       overflow = re.search(r"Used ([0-9.]+)([GMK]) of ([0-9.]+)([GMK]) hbm", str(error))
       if not overflow:

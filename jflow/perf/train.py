@@ -49,7 +49,7 @@ def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
   """
   import jax
 
-  from jflow import chips, sharding
+  from jflow import chips, compilation, sharding
   from jflow.batch import need_memory
   from jflow.perf import parts as part_timing
   from jflow.perf.rows import synthetic
@@ -72,7 +72,8 @@ def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
     fresh = sharding.create(lambda: build.initial_params(model, 0), mesh)
     state = jax.jit(program.state_of, out_shardings=program.shardings, donate_argnums=0)(fresh)
     started = time.perf_counter()
-    compiled = program.step.lower(state, batch).compile()
+    with compilation.said("the training step"):
+      compiled = program.step.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - started
     seconds = []
     for i in range(-2, steps):

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from jflow import sharding
+from jflow import compilation, sharding
 from jflow.batch import Batch
 from jflow.commit import commit
 from jflow.config import RunConfig
@@ -97,8 +97,7 @@ def _train(
 ) -> None:
   """`train` once the workdir is held. `started`: `time.time()` when it was called."""
   workdirs.check_shared(workdir)
-  if config.compute.compilation_cache:
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compute.compilation_cache))
+  compilation.use_cache(config.compute.compilation_cache)
 
   model = setup.build(config, mesh.devices.flat[0])
   shape = setup.row_shape(config, model.config)
@@ -187,7 +186,8 @@ class _Run:
       batches = self._on_device(self._pipeline.batches(first, last))
       for step, (batch, info) in enumerate(batches, start=first + 1):
         self._trace(step)
-        state, device = step_fn(state, batch)
+        with contextlib.nullcontext() if step > first + 1 else compilation.said("the training step"):
+          state, device = step_fn(state, batch)
         signum = self._flush()
         self._checkpointer.check()
         row = {"step": step, "packs": info["packs"], "rejected": info["rejected"]}

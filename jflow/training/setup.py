@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jflow import compilation, sharding
 from jflow import config as run_config
-from jflow import sharding
 from jflow.batch import RowShape
 from jflow.config import RunConfig, TrainConfig
 from jflow.data.pipeline import Pipeline
@@ -86,7 +86,8 @@ def start_params(
   train = config.train
   initial = lambda: initial_params(model, train.seed)
   if not train.init_from:
-    params = sharding.create(initial, mesh)
+    with compilation.said("the initialisation"):
+      params = sharding.create(initial, mesh)
     put = lambda x, old: jax.device_put(np.asarray(x, old.dtype), old.sharding)
     for part, fitted in fresh.fit(config, open_pipeline).items():
       params[part] = jax.tree.map(put, fitted, params[part])
