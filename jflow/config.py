@@ -257,8 +257,8 @@ def _some_rate_is_left(c: RunConfig) -> str:
 
 @constraint("data.row_tokens")
 def _rows_fit_the_language_model(c: RunConfig) -> str:
-  most = c.model.language_model.context
-  return "" if c.data.row_tokens <= most else f"must be at most model.language_model.context={most}"
+  most = c.model.language_model.max_length
+  return "" if c.data.row_tokens <= most else f"must be at most model.language_model.max_length={most}"
 
 
 @constraint("data.row_images")

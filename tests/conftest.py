@@ -31,7 +31,7 @@ FAST = {
   "inference/decoding",
   "inference/generate",
   "models/attention",
-  "models/janusflow",
+  "models/unified",
   "models/llm",
   "models/siglip",
   "models/autoencoders",

@@ -30,10 +30,10 @@ STEP = 7
 def config() -> RunConfig:
   """The smallest model that has every part."""
   model = copy.deepcopy(tiny.DICT)
-  model["language_model"] |= dict(vocabulary_size=48, width=8, mlp_width=12, heads=2, kv_heads=1, head_width=4)
-  model["understanding_encoder"] |= dict(width=8, mlp_width=8, heads=2)
-  model["generation"] |= dict(width=8)
-  model["alignment_width"] = 8
+  model["language_model"] |= dict(vocab_size=48, embed_dim=8, mlp_dim=12, num_heads=2, num_kv_heads=1, head_dim=4)
+  model["understanding_encoder"] |= dict(embed_dim=8, mlp_dim=8, num_heads=2)
+  model["generation"] |= dict(channels=8)
+  model["objectives"]["alignment"]["hidden_dim"] = 8
   return tiny.configuration(model=ModelConfig.from_dict(model), train=dict(spike_sigmas=6.0, spike_window=4))
 
 

@@ -79,7 +79,7 @@ def engine(args: argparse.Namespace) -> "Engine":
 
   logs.to_stderr()
   pipeline = model_flags.open_model(args)
-  most = pipeline.model.config.language_model.context
+  most = pipeline.model.config.language_model.max_length
   if args.context is not None and args.context > most:
     raise UserError(f"--context={args.context} is more than the model's {most}")
   return Engine(

@@ -124,7 +124,7 @@ class Tokenizer:
     if self.vocabulary_size > vocabulary_size:
       raise UserError(
         f"{self._origin} has ids up to {self.vocabulary_size - 1}, the model's vocabulary {vocabulary_size} "
-        "(model.language_model.vocabulary_size): they belong to different models"
+        "(model.language_model.vocab_size): they belong to different models"
       )
 
   def save(self, directory: str | os.PathLike[str]) -> None:

@@ -74,7 +74,7 @@ def prompt_arrays(pipeline: Any, request: Request, most: int) -> tuple[np.ndarra
     images[:count] = request.images
     seen = reading.look(pipeline.model, pipeline.params, images)
   else:
-    seen = jnp.zeros((0, config.language_model.width), pipeline.model.dtype)
+    seen = jnp.zeros((0, config.language_model.embed_dim), pipeline.model.dtype)
   return tokens, seen, index, np.int32(n)
 
 
@@ -95,7 +95,7 @@ class Decoder:
     Raises:
       UserError: no rows, or a context that the model does not have.
     """
-    most = pipeline.model.config.language_model.context
+    most = pipeline.model.config.language_model.max_length
     if slots < 1:
       raise UserError(f"slots={slots} must be at least 1")
     if not 1 < context <= most:
@@ -136,7 +136,7 @@ class Decoder:
       return program.compile(*args, **static) if compile else program.kept(*args, **static)
 
     array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
-    seen = array(self._model.dtype, 0, config.language_model.width)
+    seen = array(self._model.dtype, 0, config.language_model.embed_dim)
     if count:
       seen = results(reading.look, array(jnp.uint8, power_of_two(count), *request.images.shape[1:]))
     tokens, whole = array(jnp.int32, min(bucket(n), most)), array(jnp.int32)
@@ -303,7 +303,7 @@ def answer_all(
   progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
   """Answers requests through `slots` rows, the longest prompts first; see `Pipeline.understand_batch`."""
-  context = pipeline.model.config.language_model.context
+  context = pipeline.model.config.language_model.max_length
   need = max(len(r.tokens) + r.max_tokens for r in requests)
   decoder = Decoder(pipeline, min(slots, len(requests)), min(context, power_of_two(need, _NEAR)))
   texts = [Text(pipeline.tokenizer) for _ in requests]

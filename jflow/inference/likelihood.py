@@ -55,7 +55,7 @@ def score(
 
 def loglikelihood(pipeline: Any, request: Request, answers: Sequence[str]) -> list[tuple[float, bool]]:
   """See `Pipeline.loglikelihood`."""
-  context = pipeline.model.config.language_model.context
+  context = pipeline.model.config.language_model.max_length
   ids = [pipeline.tokenizer.encode(" " + answer.strip()) for answer in answers]
   for answer, row in zip(answers, ids):
     if not answer.strip():

@@ -125,7 +125,7 @@ class Pipeline:
         "this checkpoint has no VAE, so it can answer but not paint: give the VAE's directory (--vae=DIR)"
       )
     c = self.model.config
-    room = c.language_model.context - self.family.layout.slots(c.patches)
+    room = c.language_model.max_length - self.family.layout.slots(c.patches)
     return examples.generation_prompt(text, self.template, self.tokenizer, room)
 
   def request(
@@ -156,7 +156,7 @@ class Pipeline:
       images = [images]
     checks.answer(max_tokens, temperature, top_p, seed)
     c = self.model.config
-    context = min(context or c.language_model.context, c.language_model.context)
+    context = min(context or c.language_model.max_length, c.language_model.max_length)
     prompt = examples.chat_prompt(
       messages if mark else _with_marks(messages, len(images)),
       len(images),

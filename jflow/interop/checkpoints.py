@@ -123,7 +123,7 @@ def _describe_own(
   config, words = settings.config, None
   if tokenizer:
     words = Tokenizer.load(str(workdir / "tokenizer"))
-    words.check_fits(config.language_model.vocabulary_size)
+    words.check_fits(config.language_model.vocab_size)
   given = None
   if vae is not None:
     autoencoder, given = official.describe_vae(vae)

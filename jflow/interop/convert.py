@@ -55,7 +55,7 @@ def _read(args: Conversion) -> tuple[Loaded, str, pathlib.Path | None]:
   found = describe(args.input, vae=args.vae, weights=args.weights)
   if args.to == "official":
     config_to_official(found.config, "float32")  # refuses what that layout has no place for
-  tokenizer = official.load_tokenizer(found.directory, found.config.language_model.vocabulary_size)
+  tokenizer = official.load_tokenizer(found.directory, found.config.language_model.vocab_size)
   params = transfer.flatten(found.read_params())
   has_vae = any(path.startswith("vae/") for path in params)
   kept = found.directory.parent / _KEPT

@@ -197,7 +197,7 @@ def check_fits(arrays: Mapping[str, np.ndarray], groups: Mapping[str, Any], c: M
   Raises:
     UserError: another model's golden file.
   """
-  vocabulary = c.language_model.vocabulary_size
+  vocabulary = c.language_model.vocab_size
   ids = {"und": "und/input_ids", "text": "text/input_ids", "gen": "gen/prompt_ids"}
   for group in groups:
     x = arrays[ids[group]]

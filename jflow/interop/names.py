@@ -110,43 +110,43 @@ def language_model(c: LanguageModelConfig, prefix: str, tied: bool) -> Iterator[
   """A Llama of transformers; `prefix` stands before its names. `tied`: the head is the embedding."""
   ours = "language_model"
   embed = f"{prefix}model.embed_tokens.weight"
-  yield Entry(embed, (c.vocabulary_size, c.width), f"{ours}/embed", SAME)
-  queries, keys = c.heads * c.head_width, c.kv_heads * c.head_width
-  for i in range(c.layers):
+  yield Entry(embed, (c.vocab_size, c.embed_dim), f"{ours}/embed", SAME)
+  queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+  for i in range(c.num_layers):
     theirs, layer = f"{prefix}model.layers.{i}", f"{ours}/layers"
     for name, path, out, into in (
-      ("self_attn.q_proj", "attention/query", queries, c.width),
-      ("self_attn.k_proj", "attention/key", keys, c.width),
-      ("self_attn.v_proj", "attention/value", keys, c.width),
-      ("self_attn.o_proj", "attention/output", c.width, queries),
-      ("mlp.gate_proj", "mlp/gate", c.mlp_width, c.width),
-      ("mlp.up_proj", "mlp/up", c.mlp_width, c.width),
-      ("mlp.down_proj", "mlp/down", c.width, c.mlp_width),
+      ("self_attn.q_proj", "attention/query", queries, c.embed_dim),
+      ("self_attn.k_proj", "attention/key", keys, c.embed_dim),
+      ("self_attn.v_proj", "attention/value", keys, c.embed_dim),
+      ("self_attn.o_proj", "attention/output", c.embed_dim, queries),
+      ("mlp.gate_proj", "mlp/gate", c.mlp_dim, c.embed_dim),
+      ("mlp.up_proj", "mlp/up", c.mlp_dim, c.embed_dim),
+      ("mlp.down_proj", "mlp/down", c.embed_dim, c.mlp_dim),
     ):
       yield from _linear(f"{theirs}.{name}", f"{layer}/{path}", out, into, bias=False, layer=i)
-    yield from _norm(f"{theirs}.input_layernorm", f"{layer}/attention_norm", c.width, bias=False, layer=i)
-    yield from _norm(f"{theirs}.post_attention_layernorm", f"{layer}/mlp_norm", c.width, bias=False, layer=i)
-  yield from _norm(f"{prefix}model.norm", f"{ours}/norm", c.width, bias=False)
+    yield from _norm(f"{theirs}.input_layernorm", f"{layer}/attention_norm", c.embed_dim, bias=False, layer=i)
+    yield from _norm(f"{theirs}.post_attention_layernorm", f"{layer}/mlp_norm", c.embed_dim, bias=False, layer=i)
+  yield from _norm(f"{prefix}model.norm", f"{ours}/norm", c.embed_dim, bias=False)
   head = embed if tied else f"{prefix}lm_head.weight"
-  yield Entry(head, (c.vocabulary_size, c.width), f"{ours}/head/kernel", LINEAR)
+  yield Entry(head, (c.vocab_size, c.embed_dim), f"{ours}/head/kernel", LINEAR)
 
 
 def siglip(c: SiglipConfig) -> Iterator[Entry]:
   """The vision tower of the release."""
-  tower, ours, d = "vision_und_enc_model.vision_tower", "understanding_encoder", c.width
+  tower, ours, d = "vision_und_enc_model.vision_tower", "understanding_encoder", c.embed_dim
   qkv = lambda path: [f"{path}/attention/{name}" for name in ("query", "key", "value")]
   yield Entry(f"{tower}.pos_embed", (1, c.patches, d), f"{ours}/position_embed", TABLE)
   patch = (d, 3, c.patch_size, c.patch_size)
   yield Entry(f"{tower}.patch_embed.proj.weight", patch, f"{ours}/patch_embed/kernel", PATCH)
   yield Entry(f"{tower}.patch_embed.proj.bias", (d,), f"{ours}/patch_embed/bias", SAME)
-  for i in range(c.layers):
+  for i in range(c.num_layers):
     block, layer = f"{tower}.blocks.{i}", f"{ours}/layers"
     yield from _norm(f"{block}.norm1", f"{layer}/attention_norm", d, layer=i)
     yield from _fused(f"{block}.attn.qkv.weight", f"{block}.attn.qkv.bias", qkv(layer), d, layer=i)
     yield from _linear(f"{block}.attn.proj", f"{layer}/attention/output", d, d, layer=i)
     yield from _norm(f"{block}.norm2", f"{layer}/mlp_norm", d, layer=i)
-    yield from _linear(f"{block}.mlp.fc1", f"{layer}/mlp/expand", c.mlp_width, d, layer=i)
-    yield from _linear(f"{block}.mlp.fc2", f"{layer}/mlp/contract", d, c.mlp_width, layer=i)
+    yield from _linear(f"{block}.mlp.fc1", f"{layer}/mlp/expand", c.mlp_dim, d, layer=i)
+    yield from _linear(f"{block}.mlp.fc2", f"{layer}/mlp/contract", d, c.mlp_dim, layer=i)
   yield from _norm(f"{tower}.norm", f"{ours}/norm", d)
   pool, head = f"{tower}.attn_pool", f"{ours}/head"
   yield Entry(f"{pool}.latent", (1, 1, d), f"{head}/latent", VECTOR)
@@ -154,26 +154,26 @@ def siglip(c: SiglipConfig) -> Iterator[Entry]:
   yield from _fused(f"{pool}.kv.weight", f"{pool}.kv.bias", qkv(head)[1:], d)
   yield from _linear(f"{pool}.proj", f"{head}/attention/output", d, d)
   yield from _norm(f"{pool}.norm", f"{head}/norm", d)
-  yield from _linear(f"{pool}.mlp.fc1", f"{head}/mlp/expand", c.mlp_width, d)
-  yield from _linear(f"{pool}.mlp.fc2", f"{head}/mlp/contract", d, c.mlp_width)
+  yield from _linear(f"{pool}.mlp.fc1", f"{head}/mlp/expand", c.mlp_dim, d)
+  yield from _linear(f"{pool}.mlp.fc2", f"{head}/mlp/contract", d, c.mlp_dim)
 
 
 def siglip_transformers(c: SiglipConfig, prefix: str, head: bool) -> Iterator[Entry]:
   """The vision tower of transformers' SiglipVisionModel; `head`: the file has the pooling head."""
-  ours, d = "understanding_encoder", c.width
+  ours, d = "understanding_encoder", c.embed_dim
   embeddings = f"{prefix}embeddings"
   patch = (d, 3, c.patch_size, c.patch_size)
   yield Entry(f"{embeddings}.patch_embedding.weight", patch, f"{ours}/patch_embed/kernel", PATCH)
   yield Entry(f"{embeddings}.patch_embedding.bias", (d,), f"{ours}/patch_embed/bias", SAME)
   yield Entry(f"{embeddings}.position_embedding.weight", (c.patches, d), f"{ours}/position_embed", SAME)
-  for i in range(c.layers):
+  for i in range(c.num_layers):
     block, layer = f"{prefix}encoder.layers.{i}", f"{ours}/layers"
     yield from _norm(f"{block}.layer_norm1", f"{layer}/attention_norm", d, layer=i)
     for name, path in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("out_proj", "output")):
       yield from _linear(f"{block}.self_attn.{name}", f"{layer}/attention/{path}", d, d, layer=i)
     yield from _norm(f"{block}.layer_norm2", f"{layer}/mlp_norm", d, layer=i)
-    yield from _linear(f"{block}.mlp.fc1", f"{layer}/mlp/expand", c.mlp_width, d, layer=i)
-    yield from _linear(f"{block}.mlp.fc2", f"{layer}/mlp/contract", d, c.mlp_width, layer=i)
+    yield from _linear(f"{block}.mlp.fc1", f"{layer}/mlp/expand", c.mlp_dim, d, layer=i)
+    yield from _linear(f"{block}.mlp.fc2", f"{layer}/mlp/contract", d, c.mlp_dim, layer=i)
   yield from _norm(f"{prefix}post_layernorm", f"{ours}/norm", d)
   if head:
     pool = f"{prefix}head"
@@ -182,8 +182,8 @@ def siglip_transformers(c: SiglipConfig, prefix: str, head: bool) -> Iterator[En
     yield from _fused(f"{pool}.attention.in_proj_weight", f"{pool}.attention.in_proj_bias", paths, d)
     yield from _linear(f"{pool}.attention.out_proj", f"{ours}/head/attention/output", d, d)
     yield from _norm(f"{pool}.layernorm", f"{ours}/head/norm", d)
-    yield from _linear(f"{pool}.mlp.fc1", f"{ours}/head/mlp/expand", c.mlp_width, d)
-    yield from _linear(f"{pool}.mlp.fc2", f"{ours}/head/mlp/contract", d, c.mlp_width)
+    yield from _linear(f"{pool}.mlp.fc1", f"{ours}/head/mlp/expand", c.mlp_dim, d)
+    yield from _linear(f"{pool}.mlp.fc2", f"{ours}/head/mlp/contract", d, c.mlp_dim)
 
 
 def _convnext(name: str, path: str, blocks: int, channels: int, condition: int) -> Iterator[Entry]:
@@ -203,10 +203,10 @@ def _convnext(name: str, path: str, blocks: int, channels: int, condition: int) 
 def official(c: ModelConfig, tied: bool = False) -> list[Entry]:
   """Every tensor of the published checkpoint, in its order. REPA's head and the VAE are not in it."""
   lm, vision, gen = c.language_model, c.understanding_encoder, c.generation
-  d, g, patch = lm.width, gen.width, gen.patch_size
+  d, g, patch = lm.embed_dim, gen.channels, gen.patch_size
   entries = [Entry("beg_of_und_embed", (1, d), "understanding_start", VECTOR)]
   entries += siglip(vision)
-  entries += _linear("vision_und_enc_aligner", "understanding_projector", d, vision.width)
+  entries += _linear("vision_und_enc_aligner", "understanding_projector", d, vision.embed_dim)
   encoder, path = "vision_gen_enc_model", "generation_encoder"
   entries += _linear(f"{encoder}.time_embed.linear_1", f"{path}/time_embed/expand", d, g)
   entries += _linear(f"{encoder}.time_embed.linear_2", f"{path}/time_embed/output", d, d)

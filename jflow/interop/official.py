@@ -138,7 +138,7 @@ def describe(directory: pathlib.Path, vae: pathlib.Path | None = None) -> Descri
   for name, check in checks.items():
     if (directory / name).exists():
       check(Fields(read_object(directory / name), str(directory / name)), config)
-  tokenizer = load_tokenizer(directory, config.language_model.vocabulary_size)
+  tokenizer = load_tokenizer(directory, config.language_model.vocab_size)
   checkpoint = Checkpoint(directory, ("model",))
   _check_sizes(root, config, checkpoint)
   prefix = "language_model."

@@ -44,7 +44,7 @@ def _siglip_config(f: Fields) -> SiglipConfig:
     for field, value in zip(("width", "layers", "heads", "patch_size", "mlp_ratio"), preset, strict=True):
       f.only(field, value)
   width = f.get("width", int, preset[0])
-  layers = f.get("layers", int, preset[1], "layers")
+  layers = f.get("layers", int, preset[1], "num_layers")
   f.ignore(("select_layer",))
   select = -2 if f.values.get("select_layer") is None else f.values["select_layer"]  # the release's own default
   if type(select) is not int or not -layers <= select <= layers:
@@ -57,10 +57,10 @@ def _siglip_config(f: Fields) -> SiglipConfig:
   config = SiglipConfig(
     image_size=f.get("image_size", int, None, "image_size"),
     patch_size=f.get("patch_size", int, preset[3], "patch_size"),
-    width=width,
-    mlp_width=int(width * ratio),
-    layers=select if select > 0 else layers + select + 1 if select else layers,
-    heads=f.get("heads", int, preset[2], "heads"),
+    embed_dim=width,
+    mlp_dim=int(width * ratio),
+    num_layers=select if select > 0 else layers + select + 1 if select else layers,
+    num_heads=f.get("heads", int, preset[2], "num_heads"),
     layer_norm_epsilon=f.get("norm_eps", float, 1e-6),
     gelu=f.get("gelu", str, "erf"),
   )
@@ -74,7 +74,7 @@ def _generation_config(encoder: Fields, decoder: Fields, lm: LanguageModelConfig
     f.only("use_bias", True)
     f.only("elementwise_affine", True)
     f.only("use_mid_block", True)
-    f.only("hidden_size", lm.width)
+    f.only("hidden_size", lm.embed_dim)
     f.only("dropout", 0)  # jflow trains without
   patch = encoder.get("stride", int, None, "patch_size")
   encoder.only("kernel_size", patch)
@@ -91,7 +91,7 @@ def _generation_config(encoder: Fields, decoder: Fields, lm: LanguageModelConfig
   decoder.only("upsamples", patch.bit_length() - 1)
   config = FlowConfig(
     kind="flow",
-    width=width[0],
+    channels=width[0],
     encoder_blocks=encoder.get("layers_in_middle", int, _BLOCKS, "encoder_blocks"),
     decoder_blocks=decoder.get("layers_in_middle", int, _BLOCKS, "decoder_blocks"),
     patch_size=patch,
@@ -203,9 +203,9 @@ def config_from_official(values: Mapping[str, Any], where: str, autoencoder: Aut
   encoder = _params(root, "vision_gen_enc", "ShallowUViTEncoder")
   decoder = _params(root, "vision_gen_dec", "ShallowUViTDecoder")
   for f in (encoder, decoder):
-    if language.values.get("hidden_size") is None and f.values.get("hidden_size") not in (None, lm.width):
+    if language.values.get("hidden_size") is None and f.values.get("hidden_size") not in (None, lm.embed_dim):
       raise UserError(
-        f"{language.where} has no field hidden_size, which then is {lm.width}; {f.where} has "
+        f"{language.where} has no field hidden_size, which then is {lm.embed_dim}; {f.where} has "
         f"{shown(f.values['hidden_size'])}"
       )
   generation, latents = _generation_config(encoder, decoder, lm)
@@ -236,10 +236,10 @@ def config_to_official(c: ModelConfig, dtype: str) -> dict[str, Any]:
     "select_feature": "same",
     "select_layer": -1,
   }
-  ratio = vision.mlp_width / vision.width
-  if int(vision.width * ratio) < vision.mlp_width:  # both sides truncate the product
+  ratio = vision.mlp_dim / vision.embed_dim
+  if int(vision.embed_dim * ratio) < vision.mlp_dim:  # both sides truncate the product
     ratio = math.nextafter(ratio, math.inf)
-  sizes = (vision.width, vision.layers, vision.heads, vision.patch_size, ratio)
+  sizes = (vision.embed_dim, vision.num_layers, vision.num_heads, vision.patch_size, ratio)
   if _SIGLIP.get(siglip["model_name"]) != sizes:
     siglip |= {"model_name": "siglip_custom"} | dict(
       zip(("width", "layers", "heads", "patch_size", "mlp_ratio"), sizes, strict=True)
@@ -249,8 +249,8 @@ def config_to_official(c: ModelConfig, dtype: str) -> dict[str, Any]:
   if vision.layer_norm_epsilon != 1e-6:
     siglip["norm_eps"] = vision.layer_norm_epsilon
   shared = {
-    "block_out_channels": [gen.width],
-    "hidden_size": lm.width,
+    "block_out_channels": [gen.channels],
+    "hidden_size": lm.embed_dim,
     "norm_eps": gen.norm_epsilon,
     "elementwise_affine": True,
     "use_bias": True,
@@ -266,7 +266,7 @@ def config_to_official(c: ModelConfig, dtype: str) -> dict[str, Any]:
     "layers_in_middle": gen.encoder_blocks,
   }
   decoder = {
-    "in_channels": gen.width,
+    "in_channels": gen.channels,
     "out_channels": latents,
     "upsamples": gen.patch_size.bit_length() - 1,
     "layers_in_middle": gen.decoder_blocks,
@@ -278,14 +278,14 @@ def config_to_official(c: ModelConfig, dtype: str) -> dict[str, Any]:
     "language_config": {
       "model_type": "llama",
       "torch_dtype": dtype,
-      "hidden_size": lm.width,
-      "intermediate_size": lm.mlp_width,
-      "num_hidden_layers": lm.layers,
-      "num_attention_heads": lm.heads,
-      "num_key_value_heads": lm.kv_heads,
-      "head_dim": lm.head_width,
-      "vocab_size": lm.vocabulary_size,
-      "max_position_embeddings": lm.context,
+      "hidden_size": lm.embed_dim,
+      "intermediate_size": lm.mlp_dim,
+      "num_hidden_layers": lm.num_layers,
+      "num_attention_heads": lm.num_heads,
+      "num_key_value_heads": lm.num_kv_heads,
+      "head_dim": lm.head_dim,
+      "vocab_size": lm.vocab_size,
+      "max_position_embeddings": lm.max_length,
       "rms_norm_eps": lm.rms_norm_epsilon,
       "rope_theta": lm.rope_theta,
       "tie_word_embeddings": False,

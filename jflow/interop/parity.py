@@ -85,7 +85,7 @@ class Runner:
 
   def __init__(self, model: UnifiedModel, params: Any):
     self.model, self.params = model, params
-    self.vocabulary = model.config.language_model.vocabulary_size
+    self.vocabulary = model.config.language_model.vocab_size
 
   def apply(self, method: str | Callable[..., Any], *args: Any) -> Any:
     """One method of the model, compiled."""

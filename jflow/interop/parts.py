@@ -28,7 +28,7 @@ from jflow.sharding import unbox
 from jflow.strict_json import read_object
 
 # The fresh parts have the release's sizes (g_enc and g_dec; REPA reads block 6 of the LLM, paper section 4.1).
-_GENERATION = FlowConfig(kind="flow", width=768, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6)
+_GENERATION = FlowConfig(kind="flow", channels=768, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6)
 # Special tokens that an LLM's tokenizer lacks; BOS and EOS it must have.
 _ADDED = ("pad", "image", "image_start", "image_end", "generation_start")
 _ROWS = 64  # a grown vocabulary is rounded up to a multiple of this
@@ -120,7 +120,7 @@ def _grow(params: dict[str, np.ndarray], rows: int) -> None:
 def _fresh(config: ModelConfig, seed: int, with_head: bool) -> dict[str, np.ndarray]:
   """Fresh parameters of the parts that no checkpoint brings, f32."""
   c, f32 = config, jnp.float32
-  d, e, g = c.language_model.width, c.understanding_encoder.width, c.generation.width
+  d, e, g = c.language_model.embed_dim, c.understanding_encoder.embed_dim, c.generation.channels
   latents, side = c.autoencoder.latent_channels, c.latent_size // c.generation.patch_size
   zeros = lambda *shape: jnp.zeros(shape, f32)
   modules: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -172,11 +172,11 @@ def load(
   words = _tokenizer(tokenizer or llm)
   vision, siglip_weights = _describe_siglip(siglip)
   autoencoder, vae_weights = official.describe_vae(vae)
-  rows = language.vocabulary_size
+  rows = language.vocab_size
   if words.vocabulary_size > rows:
     rows = -(-words.vocabulary_size // _ROWS) * _ROWS
   config = ModelConfig(
-    language_model=type(language)(**{**language.__dict__, "vocabulary_size": rows}),
+    language_model=type(language)(**{**language.__dict__, "vocab_size": rows}),
     understanding_encoder=vision,
     generation=_GENERATION,
     autoencoder=autoencoder,
@@ -186,8 +186,8 @@ def load(
   weights = (siglip_weights, vae_weights, llm_weights)
   budget.check(sum(part.bytes(dtype) for part in weights), llm)
   params = {path: x for part in weights for path, x in part.read(dtype).items()}
-  if rows > language.vocabulary_size:
-    print(f"jflow: the vocabulary grows from {language.vocabulary_size} to {rows} rows", file=sys.stderr)
+  if rows > language.vocab_size:
+    print(f"jflow: the vocabulary grows from {language.vocab_size} to {rows} rows", file=sys.stderr)
     _grow(params, rows)
   with_head = "understanding_encoder/head/latent" not in params
   return Loaded(config, params | _fresh(config, seed, with_head), True, words)

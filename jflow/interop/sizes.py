@@ -65,10 +65,10 @@ def check_llama(f: Fields, c: LanguageModelConfig, tensors: Mapping[str, Tensor]
   """Checks a Llama of transformers; `prefix` stands before the names of its tensors."""
   embed, layer = f"{prefix}model.embed_tokens.weight", f"{prefix}model.layers.0"
   claimed = {
-    "num_hidden_layers": c.layers,
-    "vocab_size": c.vocabulary_size,
-    "hidden_size": c.width,
-    "intermediate_size": c.mlp_width,
+    "num_hidden_layers": c.num_layers,
+    "vocab_size": c.vocab_size,
+    "hidden_size": c.embed_dim,
+    "intermediate_size": c.mlp_dim,
   }
   found = {
     "num_hidden_layers": _count(tensors, f"{prefix}model.layers."),
@@ -77,11 +77,11 @@ def check_llama(f: Fields, c: LanguageModelConfig, tensors: Mapping[str, Tensor]
     "intermediate_size": _axis(tensors, f"{layer}.mlp.gate_proj.weight", 0),
   }
   check(f, claimed, found, where)
-  for field, rows, heads in (("num_attention_heads", "q", c.heads), ("num_key_value_heads", "k", c.kv_heads)):
+  for field, rows, heads in (("num_attention_heads", "q", c.num_heads), ("num_key_value_heads", "k", c.num_kv_heads)):
     has = _axis(tensors, f"{layer}.self_attn.{rows}_proj.weight", 0)
-    if has is not None and has.size != heads * c.head_width:
+    if has is not None and has.size != heads * c.head_dim:
       raise UserError(
-        f"{f.where}: {field}={heads} of head_dim={c.head_width} do not fit the weights: in {where} {has.how}"
+        f"{f.where}: {field}={heads} of head_dim={c.head_dim} do not fit the weights: in {where} {has.how}"
       )
 
 
@@ -108,7 +108,7 @@ def check_siglip(
   image = None
   if side is not None and len(shape) > 1:
     image = Found(side.size * math.isqrt(shape[-2]), f"tensor {positions} has the shape {list(shape)}")
-  claimed = {fields[0]: c.layers, fields[1]: c.width, "patch_size": c.patch_size, "image_size": c.image_size}
+  claimed = {fields[0]: c.num_layers, fields[1]: c.embed_dim, "patch_size": c.patch_size, "image_size": c.image_size}
   found = {
     fields[0]: _count(tensors, layers),
     fields[1]: _axis(tensors, patch, 0),

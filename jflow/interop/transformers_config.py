@@ -34,12 +34,12 @@ def language_model_config(f: Fields) -> LanguageModelConfig:
     f.only(name, 1)
   if f.values.get("use_sliding_window") is False:
     f.ignore(("sliding_window", "max_window_layers"))
-  width, heads = f.get("hidden_size", int, 4096), f.get("num_attention_heads", int, 32, "heads")
+  width, heads = f.get("hidden_size", int, 4096), f.get("num_attention_heads", int, 32, "num_heads")
   if f.values.get("head_dim") is None and width % heads:
     raise UserError(
       f"{f.where}: hidden_size={width} must be a multiple of num_attention_heads={heads}, or head_dim given"
     )
-  layers, context = f.get("num_hidden_layers", int, 32, "layers"), f.get("max_position_embeddings", int, 2048)
+  layers, context = f.get("num_hidden_layers", int, 32, "num_layers"), f.get("max_position_embeddings", int, 2048)
   kinds = f.get("layer_types", list, [])
   if kinds and (len(kinds) != layers or any(kind != "full_attention" for kind in kinds)):
     raise UserError(f"{f.where}: layer_types={shown(kinds)} is not supported, only {layers} x 'full_attention'")
@@ -47,16 +47,16 @@ def language_model_config(f: Fields) -> LanguageModelConfig:
   is_tied(f)
   config = LanguageModelConfig(
     kind="llama",
-    vocabulary_size=f.get("vocab_size", int, 32_000),
-    width=width,
-    mlp_width=f.get("intermediate_size", int, 11_008),
-    layers=layers,
-    heads=heads,
-    kv_heads=f.get("num_key_value_heads", int, heads, "kv_heads"),
-    head_width=f.get("head_dim", int, width // heads),
+    vocab_size=f.get("vocab_size", int, 32_000),
+    embed_dim=width,
+    mlp_dim=f.get("intermediate_size", int, 11_008),
+    num_layers=layers,
+    num_heads=heads,
+    num_kv_heads=f.get("num_key_value_heads", int, heads, "num_kv_heads"),
+    head_dim=f.get("head_dim", int, width // heads),
     rms_norm_epsilon=f.get("rms_norm_eps", float, 1e-6),
     rope_theta=_theta(f),
-    context=context,
+    max_length=context,
   )
   f.close()
   return config
@@ -118,10 +118,10 @@ def siglip_config(f: Fields) -> SiglipConfig:
   config = SiglipConfig(
     image_size=f.get("image_size", int, 224, "image_size"),
     patch_size=f.get("patch_size", int, 16, "patch_size"),
-    width=f.get("hidden_size", int, 768),
-    mlp_width=f.get("intermediate_size", int, 3072),
-    layers=f.get("num_hidden_layers", int, 12, "layers"),
-    heads=f.get("num_attention_heads", int, 12, "heads"),
+    embed_dim=f.get("hidden_size", int, 768),
+    mlp_dim=f.get("intermediate_size", int, 3072),
+    num_layers=f.get("num_hidden_layers", int, 12, "num_layers"),
+    num_heads=f.get("num_attention_heads", int, 12, "num_heads"),
     layer_norm_epsilon=f.get("layer_norm_eps", float, 1e-6),
     gelu="erf" if f.values.get("hidden_act") == "gelu" else "tanh",
   )

@@ -18,7 +18,7 @@ from jflow.models.plain_attention import attention
 IMPLEMENTATIONS = ("auto", "xla", *kernels.KERNELS)
 
 
-def choose(name: str, device: jax.Device, dtype: Any, head_width: int) -> str:
+def choose(name: str, device: jax.Device, dtype: Any, head_dim: int) -> str:
   """Resolves "auto" for a device, and checks that a kernel named outright can run there.
 
   TPU: splash. GPU: Pallas-Triton. Everything else, and whatever those kernels do not take (odd head widths): xla.
@@ -31,8 +31,8 @@ def choose(name: str, device: jax.Device, dtype: Any, head_width: int) -> str:
     raise UserError(f"config.compute.attention={name!r} must be one of {', '.join(IMPLEMENTATIONS)}")
   if name == "auto":
     kernel = {"tpu": "splash", "gpu": "triton"}.get(device.platform)
-    return kernel if kernel and not kernels.obstacle(kernel, device, dtype, head_width) else "xla"
-  why = "" if name == "xla" else kernels.obstacle(name, device, dtype, head_width)
+    return kernel if kernel and not kernels.obstacle(kernel, device, dtype, head_dim) else "xla"
+  why = "" if name == "xla" else kernels.obstacle(name, device, dtype, head_dim)
   if why:
     raise UserError(f"config.compute.attention={name!r} {why}; use 'auto' or 'xla'")
   return name

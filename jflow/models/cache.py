@@ -32,8 +32,8 @@ class Cache(struct.PyTreeNode):
   @classmethod
   def empty(cls, config: LanguageModelConfig, batch: int, slots: int, dtype: Any, rows: bool = False) -> "Cache":
     """A cache without positions; `rows`: each row counts its own length."""
-    heads, width = batch * config.kv_heads, config.head_width
-    blank = lambda *shape: tuple(jnp.zeros((heads, *shape), dtype) for _ in range(config.layers))
+    heads, width = batch * config.num_kv_heads, config.head_dim
+    blank = lambda *shape: tuple(jnp.zeros((heads, *shape), dtype) for _ in range(config.num_layers))
     length = jnp.zeros((batch,) if rows else (), jnp.int32)
     return cls(
       keys=blank(width, slots), values=blank(slots, width), filled=jnp.zeros((batch, slots), bool), length=length

@@ -29,10 +29,10 @@ class SiglipConfig:
 
   image_size: int  # pixels, square
   patch_size: int
-  width: int
-  mlp_width: int
-  layers: int
-  heads: int
+  embed_dim: int
+  mlp_dim: int
+  num_layers: int
+  num_heads: int
   layer_norm_epsilon: float
   gelu: str  # "erf" (the release) or "tanh" (Hugging Face checkpoints)
 
@@ -46,8 +46,10 @@ class SiglipConfig:
       raise UserError(
         f"model.understanding_encoder.image_size={self.image_size} must be a multiple of patch_size={self.patch_size}"
       )
-    if self.width % self.heads:
-      raise UserError(f"model.understanding_encoder.width={self.width} must be a multiple of heads={self.heads}")
+    if self.embed_dim % self.num_heads:
+      raise UserError(
+        f"model.understanding_encoder.embed_dim={self.embed_dim} must be a multiple of num_heads={self.num_heads}"
+      )
     if self.gelu not in ("erf", "tanh"):
       raise UserError(f"model.understanding_encoder.gelu={shown(self.gelu)} must be 'erf' or 'tanh'")
 
@@ -136,16 +138,29 @@ def _autoencoder(values: Mapping[str, Any]) -> AutoencoderConfig:
   return _build(kind, own, "model.autoencoder")
 
 
+# Names of fields as config.json of version 0.1.0 has them, by section.
+_SIZES = {"width": "embed_dim", "mlp_width": "mlp_dim", "layers": "num_layers", "heads": "num_heads"}
+_RENAMED: dict[str, dict[str, str]] = {
+  "language_model": _SIZES
+  | {"vocabulary_size": "vocab_size", "kv_heads": "num_kv_heads", "head_width": "head_dim", "context": "max_length"},
+  "understanding_encoder": _SIZES,
+  "generation": {"width": "channels"},
+}
+
+
 def _upgraded(values: Mapping[str, Any]) -> Mapping[str, Any]:
-  """The sections of a config.json as they are called today."""
+  """The sections of a config.json with the names that they have today."""
   new = {name: value for name, value in values.items() if name != "contrastive"}  # said how stage 0 was trained
   new.setdefault("reader", "siglip")  # older than the choice
   for name, kind in (("language_model", "llama"), ("generation", "flow")):
-    if isinstance(new.get(name), Mapping) and "kind" not in new[name]:
+    if isinstance(new.get(name), Mapping):
       new[name] = {"kind": kind, **new[name]}
+  for section, renamed in _RENAMED.items():
+    if isinstance(new.get(section), Mapping) and new[section].get("kind") in ("llama", "flow", None):
+      new[section] = {renamed.get(field, field): value for field, value in new[section].items()}
   if "alignment_width" in new and "objectives" not in new:
     width, layer = new.pop("alignment_width"), new.pop("alignment_layer", None)
-    new["objectives"] = {"alignment": {"layer": layer, "width": width}} if width != 0 else {}
+    new["objectives"] = {"alignment": {"layer": layer, "hidden_dim": width}} if width != 0 else {}
   return new
 
 

@@ -43,10 +43,10 @@ def step(
   lm = config.language_model
   factor = 6 if "language_model" in trained else 4
   # Scores and their sum: 4 per pair and width forward; twice that backward, also through frozen layers.
-  attention = 12 * lm.layers * lm.heads * lm.head_width * work.pairs
+  attention = 12 * lm.num_layers * lm.num_heads * lm.head_dim * work.pairs
   parts = {
     "llm": factor * body_weights(lm) * work.tokens + attention,
-    "head": factor * lm.width * lm.vocabulary_size * work.loss_tokens if "text" in losses else 0.0,
+    "head": factor * lm.embed_dim * lm.vocab_size * work.loss_tokens if "text" in losses else 0.0,
     "siglip": 0.0,
     "heads": (6 if "understanding_projector" in trained else 2) * projector(config) * work.read,
   }
@@ -64,25 +64,25 @@ def step(
 
 def projector(config: ModelConfig) -> int:
   """Multiply-adds of the reader's projector over one image."""
-  return config.patches * config.understanding_encoder.width * config.language_model.width
+  return config.patches * config.understanding_encoder.embed_dim * config.language_model.embed_dim
 
 
 def siglip(config: ModelConfig) -> float:
   """Forward pass of SigLIP over one image."""
   c = config.understanding_encoder
-  linear = 4 * c.width**2 + 2 * c.width * c.mlp_width
-  per_patch = c.layers * (2 * linear + 4 * c.patches * c.width) + 2 * 3 * c.patch_size**2 * c.width
+  linear = 4 * c.embed_dim**2 + 2 * c.embed_dim * c.mlp_dim
+  per_patch = c.num_layers * (2 * linear + 4 * c.patches * c.embed_dim) + 2 * 3 * c.patch_size**2 * c.embed_dim
   return float(per_patch * c.patches)
 
 
 def body_weights(config: LanguageModelConfig) -> int:
   """Weights of the LLM's matrices without embedding and head."""
-  attention = config.width * config.head_width * (2 * config.heads + 2 * config.kv_heads)
-  return config.layers * (attention + 3 * config.width * config.mlp_width)
+  attention = config.embed_dim * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+  return config.num_layers * (attention + 3 * config.embed_dim * config.mlp_dim)
 
 
 def token_bytes(config: LanguageModelConfig, context: int, rows: int, itemsize: int) -> int:
   """Bytes that one decoding step reads: every weight once, and the keys and values of each row."""
-  weights = body_weights(config) + config.width * config.vocabulary_size
-  cache = 2 * config.layers * config.kv_heads * config.head_width * context * rows
+  weights = body_weights(config) + config.embed_dim * config.vocab_size
+  cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * context * rows
   return itemsize * (weights + cache)

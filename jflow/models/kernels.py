@@ -21,22 +21,22 @@ _SPLASH_BLOCKS = (1024, 512, 256, 128)  # the largest that divides the row is ta
 _CUDNN_SEGMENTS = 128  # segments of a row that cuDNN is told about; a row with more takes the plain path
 
 
-def obstacle(name: str, device: jax.Device, dtype: Any, head_width: int) -> str:
+def obstacle(name: str, device: jax.Device, dtype: Any, head_dim: int) -> str:
   """Why a kernel cannot run there, as the end of a sentence; empty if it can."""
   platform, half = device.platform, jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
   if platform != {"splash": "tpu"}.get(name, "gpu"):
     return f"does not run on {platform}"
-  if name == "splash" and head_width % 128:
-    return f"needs heads of a multiple of 128, not {head_width}"
+  if name == "splash" and head_dim % 128:
+    return f"needs heads of a multiple of 128, not {head_dim}"
   if name == "cudnn":
     if not half:
       return f"needs compute.dtype='bfloat16', not {jnp.dtype(dtype).name!r}"
-    if head_width > 128 or head_width % 8:
-      return f"needs heads of at most 128 and a multiple of 8, not {head_width}"
+    if head_dim > 128 or head_dim % 8:
+      return f"needs heads of at most 128 and a multiple of 8, not {head_dim}"
     if _capability(device) < 9:
       return f"needs a GPU of compute capability 9.0 or later for packed rows, not {device.compute_capability}"
-  if name == "triton" and (head_width & (head_width - 1) or not 16 <= head_width <= 128):
-    return f"needs heads of 16, 32, 64 or 128, not {head_width}"
+  if name == "triton" and (head_dim & (head_dim - 1) or not 16 <= head_dim <= 128):
+    return f"needs heads of 16, 32, 64 or 128, not {head_dim}"
   return ""
 
 

@@ -31,7 +31,7 @@ class Reader(nn.Module):
   dtype: Any
 
   def setup(self) -> None:
-    c, width = self.config, self.config.language_model.width
+    c, width = self.config, self.config.language_model.embed_dim
     if c.reader == "siglip":
       self.understanding_projector = Linear(width, (None, "embed"), self.dtype, use_bias=True)
     if c.reader == "separate":

@@ -31,12 +31,12 @@ class Attend(nn.Module):
   @nn.compact
   def __call__(self, q_BSD: jax.Array, kv_BPD: jax.Array) -> jax.Array:
     c = self.config
-    linear = lambda axes, name: Linear(c.width, axes, self.dtype, use_bias=True, name=name)
-    heads = lambda y: y.reshape(*y.shape[:2], c.heads, c.width // c.heads)
+    linear = lambda axes, name: Linear(c.embed_dim, axes, self.dtype, use_bias=True, name=name)
+    heads = lambda y: y.reshape(*y.shape[:2], c.num_heads, c.embed_dim // c.num_heads)
     q_BSNK = heads(linear(("embed", "heads"), "query")(q_BSD))
     k_BPNK = heads(linear(("embed", "heads"), "key")(kv_BPD))
     v_BPNK = heads(linear(("embed", "heads"), "value")(kv_BPD))
-    scale = (c.width // c.heads) ** -0.5
+    scale = (c.embed_dim // c.num_heads) ** -0.5
     logits = jnp.einsum("BSNK,BPNK->BNSP", q_BSNK, k_BPNK, preferred_element_type=jnp.float32) * scale
     weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
     out = jnp.einsum("BNSP,BPNK->BSNK", weights, v_BPNK)
@@ -52,8 +52,8 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x_BPD: jax.Array) -> jax.Array:
     c = self.config
-    h_BPF = Linear(c.mlp_width, ("embed", "mlp"), self.dtype, use_bias=True, name="expand")(x_BPD)
-    return Linear(c.width, ("mlp", "embed"), self.dtype, use_bias=True, name="contract")(gelu(h_BPF, c.gelu))
+    h_BPF = Linear(c.mlp_dim, ("embed", "mlp"), self.dtype, use_bias=True, name="expand")(x_BPD)
+    return Linear(c.embed_dim, ("mlp", "embed"), self.dtype, use_bias=True, name="contract")(gelu(h_BPF, c.gelu))
 
 
 class Block(nn.Module):
@@ -80,8 +80,8 @@ class Pool(nn.Module):
   @nn.compact
   def __call__(self, features_BPD: jax.Array) -> jax.Array:
     c = self.config
-    latent_D = parameter(self, "latent", nn.initializers.normal(c.width**-0.5), (c.width,), (None,))
-    q_BSD = jnp.broadcast_to(latent_D.astype(self.dtype), (features_BPD.shape[0], 1, c.width))
+    latent_D = parameter(self, "latent", nn.initializers.normal(c.embed_dim**-0.5), (c.embed_dim,), (None,))
+    q_BSD = jnp.broadcast_to(latent_D.astype(self.dtype), (features_BPD.shape[0], 1, c.embed_dim))
     x_BSD = Attend(c, self.dtype, name="attention")(q_BSD, features_BPD.astype(self.dtype))
     y_BSD = LayerNorm(c.layer_norm_epsilon, self.dtype, name="norm")(x_BSD)
     return (x_BSD + Mlp(c, self.dtype, name="mlp")(y_BSD))[:, 0]
@@ -100,9 +100,9 @@ class Siglip(nn.Module):
 
   def setup(self) -> None:
     c = self.config
-    self.patch_embed = Linear(c.width, (None, "embed"), self.dtype, use_bias=True)
+    self.patch_embed = Linear(c.embed_dim, (None, "embed"), self.dtype, use_bias=True)
     self.position = parameter(
-      self, "position_embed", nn.initializers.normal(c.width**-0.5), (c.patches, c.width), (None, "embed")
+      self, "position_embed", nn.initializers.normal(c.embed_dim**-0.5), (c.patches, c.embed_dim), (None, "embed")
     )
     block = nn.remat(Block, prevent_cse=False) if self.remat else Block
     self.layers = nn.scan(
@@ -110,7 +110,7 @@ class Siglip(nn.Module):
       variable_axes={"params": 0},
       split_rngs={"params": True},
       in_axes=nn.broadcast,
-      length=c.layers,
+      length=c.num_layers,
       metadata_params={},
     )(c, self.dtype)
     self.norm = LayerNorm(c.layer_norm_epsilon, self.dtype)

@@ -12,13 +12,13 @@ from jflow.strict_json import shown
 
 _MOST = 2**24
 _MOST_OF = {
-  "layers": 1024,
+  "num_layers": 1024,
   "layer": 1024,
   "encoder_blocks": 128,
   "decoder_blocks": 128,
   "layers_per_block": 32,
-  "heads": 2**14,
-  "kv_heads": 2**14,
+  "num_heads": 2**14,
+  "num_kv_heads": 2**14,
   "image_size": 2**14,
   "patch_size": 2**12,
   "window": 2**12,

@@ -211,6 +211,6 @@ def for_inference(model: UnifiedModel, params: Any) -> tuple[UnifiedModel, Any]:
   """
   cast = lambda path, x: x.astype(model.dtype, copy=False) if _cast_at_use(path[-1].key) else x
   if model.unroll:
-    lm = separate_layers(params["language_model"], model.config.language_model.layers)
+    lm = separate_layers(params["language_model"], model.config.language_model.num_layers)
     params = {**params, "language_model": lm}
   return model.clone(unroll=0), jax.tree_util.tree_map_with_path(cast, params)

@@ -19,11 +19,11 @@ class AlignmentConfig:
   """The section `model.objectives.alignment`."""
 
   layer: int  # the LLM's features after this block, counted from 1 (paper section 4.1)
-  width: int  # hidden width of the head
+  hidden_dim: int  # hidden width of the head
 
   def check(self, model: Any) -> None:
     """Raises UserError where the LLM has no such block."""
-    layers = model.language_model.layers
+    layers = model.language_model.num_layers
     if not 1 <= self.layer <= layers:
       raise UserError(f"model.objectives.alignment.layer={self.layer} must be in 1..{layers}")
 
@@ -67,7 +67,7 @@ class Alignment(nn.Module):
   dtype: Any
 
   def setup(self) -> None:
-    self.alignment_head = AlignmentHead(self.config.width, self.model.understanding_encoder.width, self.dtype)
+    self.alignment_head = AlignmentHead(self.config.hidden_dim, self.model.understanding_encoder.embed_dim, self.dtype)
 
   def __call__(self, forward: Forward) -> jax.Array:
     """The sum over images written."""
@@ -83,8 +83,8 @@ class Alignment(nn.Module):
 
 def flops(model: Any, config: AlignmentConfig, trained: Collection[str], work: Any) -> float:
   """FLOPs of the head in one training step; see jflow/models/flops.py."""
-  width, features = model.language_model.width, model.understanding_encoder.width
-  weights = width * config.width + config.width**2 + config.width * features
+  width, features = model.language_model.embed_dim, model.understanding_encoder.embed_dim
+  weights = width * config.hidden_dim + config.hidden_dim**2 + config.hidden_dim * features
   return (6 if "alignment_head" in trained else 4) * model.patches * weights * work.written
 
 

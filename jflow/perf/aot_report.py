@@ -182,4 +182,4 @@ def _kernel_flops(model: UnifiedModel, work: model_flops.Work, config: RunConfig
   lm, rows = model.config.language_model, config.train.batch_size
   pairs = work.pairs if model.attention == "cudnn" else rows * config.data.row_tokens**2 / 2
   again = 0 if model.remat == "none" or ("attended" in model.remat and model.attention != "triton") else 2
-  return 2.0 * lm.layers * lm.heads * lm.head_width * pairs * (2 + again + 5)
+  return 2.0 * lm.num_layers * lm.num_heads * lm.head_dim * pairs * (2 + again + 5)

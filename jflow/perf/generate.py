@@ -31,7 +31,7 @@ def run(args: Settings) -> dict[str, Any]:
       raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
   pipeline = inference.open_pipeline(args)
   c, n, dtype = pipeline.model.config, args.batch_size, str(pipeline.model.dtype)
-  context = c.language_model.context
+  context = c.language_model.max_length
   if args.prompt_tokens + 1 + c.patches > context:
     raise UserError(
       f"--prompt_tokens={args.prompt_tokens} and the {1 + c.patches} slots of a picture must not exceed the "

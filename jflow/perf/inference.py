@@ -134,7 +134,7 @@ def _export(pipeline: Pipeline, folder: pathlib.Path) -> None:
   """Writes the weights with the names of transformers, diffusers and the release; f32."""
   c = pipeline.model.config
   params = {path: np.asarray(x, np.float32) for path, x in transfer.flatten(pipeline.params).items()}
-  for i in range(c.language_model.layers):
+  for i in range(c.language_model.num_layers):
     prefix = f"language_model/layers_{i}/"
     for path in [path for path in params if path.startswith(prefix)]:
       stack = params.setdefault("language_model/layers/" + path.removeprefix(prefix), [])

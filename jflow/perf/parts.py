@@ -46,8 +46,8 @@ def _parts(
   flat = lambda x: x.reshape(slots, *x.shape[2:])
   apply = lambda p, method, *args: model.apply({"params": p}, *args, method=method)
   total = lambda x: jnp.sum(x.astype(jnp.float32))
-  hidden = 0.1 * jax.random.normal(key, (rows, seq, lm.width), model.dtype)
-  written = 0.1 * jax.random.normal(key, (slots, c.patches, lm.width), model.dtype)
+  hidden = 0.1 * jax.random.normal(key, (rows, seq, lm.embed_dim), model.dtype)
+  written = 0.1 * jax.random.normal(key, (slots, c.patches, lm.embed_dim), model.dtype)
 
   def gradient(function, names, *args):
     """Of a sum, by the parameters of some parts and by the last argument."""

@@ -63,7 +63,7 @@ def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
   device = mesh.devices.flat[0]
   model = setup.build(config, device)
   shape, rows = setup.row_shape(config, model.config), config.train.batch_size
-  vocabulary = model.config.language_model.vocabulary_size
+  vocabulary = model.config.language_model.vocab_size
   need_memory(rows, shape, 2)  # here and on the devices
   host = synthetic(rows, shape, config.data.mixture[-1][1], vocabulary)
   with jax.set_mesh(mesh):

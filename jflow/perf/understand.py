@@ -30,8 +30,8 @@ def run(args: Settings) -> dict[str, Any]:
   c, n, count = pipeline.model.config, args.batch_size, args.new_tokens
   slots, lm = 1 + c.patches, c.language_model
   length = 1 + slots + args.question_tokens
-  if length + count > lm.context:
-    raise UserError(f"{length} tokens of a prompt and {count} of its answer exceed the context of {lm.context}")
+  if length + count > lm.max_length:
+    raise UserError(f"{length} tokens of a prompt and {count} of its answer exceed the context of {lm.max_length}")
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (n, c.image_size, c.image_size, 3), np.uint8)
   tokens = rng.integers(10, 500, (n, length)).astype(np.int32)

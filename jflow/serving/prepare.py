@@ -182,7 +182,7 @@ def pictures(pipeline: Pipeline, wanted: Painting) -> Pictures:
   Raises:
     UserError: the prompt is too long, a setting is out of its range, or the checkpoint cannot paint.
   """
-  _check_length(pipeline, [wanted.prompt], pipeline.model.config.language_model.context)
+  _check_length(pipeline, [wanted.prompt], pipeline.model.config.language_model.max_length)
   seed = secrets.randbelow(SEEDS - wanted.count) if wanted.seed is None else wanted.seed
   work = Pictures(wanted.prompt, wanted.count, seed, wanted.settings)
   check(work, 0)

@@ -70,7 +70,7 @@ def train(config: RunConfig, workdir: pathlib.Path, painter: Painter | None = No
   hosts.start(config.distributed)
   mesh = sharding.make_mesh(**vars(config.mesh))
   tokenizer = Tokenizer.load(config.data.tokenizer)
-  tokenizer.check_fits(config.model.language_model.vocabulary_size)
+  tokenizer.check_fits(config.model.language_model.vocab_size)
   held = hosts.first_alone(lambda: workdirs.claim(workdir, config, tokenizer))
   try:
     _train(config, workdir, mesh, tokenizer, started, painter, accepted_data)

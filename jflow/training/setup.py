@@ -57,7 +57,7 @@ def build(config: RunConfig, device: jax.Device) -> UnifiedModel:
     UserError: a kernel that the config names cannot run there.
   """
   compute, model = config.compute, config.model
-  width = model.language_model.head_width
+  width = model.language_model.head_dim
   kernel = attention.choose(compute.attention, device, compute.dtype, width)
   return UnifiedModel(model, jnp.dtype(compute.dtype), compute.remat, compute.unroll, kernel)
 
@@ -172,7 +172,7 @@ def _differences(
   """
   flat = {path: flatten_dict(config.to_dict(), sep=".") for path, config in theirs.items()}
   here = flatten_dict(ours.to_dict(), sep=".")
-  harmless = ("objectives.alignment.layer", "language_model.context")
+  harmless = ("objectives.alignment.layer", "language_model.max_length")
   found = []
   for field in sorted(set(here).union(*flat.values())):
     source = origin(PART_OF.get(field.split(".")[0], "language_model"))

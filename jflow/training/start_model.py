@@ -17,7 +17,7 @@ PART_OF = {
   "generation": "generation_encoder",
 }
 # No weight depends on it: how long a row may be is the run's.
-_FREE = "language_model.context"
+_FREE = "language_model.max_length"
 
 
 def model_of(config: RunConfig, given: Collection[str], workdir: pathlib.Path) -> dict[str, Any]:

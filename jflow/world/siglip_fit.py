@@ -60,7 +60,8 @@ def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed
   key, other = jax.random.split(jax.random.key(seed))
   params = {
     "siglip": unbox(siglip.init(key, jnp.zeros((1, size, size, 3)))["params"]),
-    "labels": jax.random.normal(other, (config.width, _SHAPES + _COLORS + 1 + 2 * side)) / np.sqrt(config.width),
+    "labels": jax.random.normal(other, (config.embed_dim, _SHAPES + _COLORS + 1 + 2 * side))
+    / np.sqrt(config.embed_dim),
   }
   rate = optax.schedules.join_schedules(
     [optax.linear_schedule(0.0, _RATE, _WARMUP), optax.linear_schedule(_RATE, _RATE / 10, max(1, steps - _WARMUP))],

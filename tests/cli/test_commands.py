@@ -21,6 +21,7 @@ from jflow.cli import prepare as prepare_command
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Terminated
 from jflow.generation.flow import equations as flow
+from jflow.generation.flow.settings import SOLVERS
 from jflow.interop.native import save_params
 from jflow.outputs import write_json
 from jflow.training import config_files
@@ -234,7 +235,7 @@ def test_a_checkpoint_of_another_model(capsys, model, tmp_path):
   """config.json of one model beside the weights of another: in jflow's layout and in the published one."""
   mixed = pathlib.Path(shutil.copytree(model, tmp_path / "mixed"))
   config = json.loads((mixed / "config.json").read_text())
-  config["model"]["language_model"]["mlp_width"] = 40
+  config["model"]["language_model"]["mlp_dim"] = 40
   (mixed / "config.json").write_text(json.dumps(config))
   said = _refused(capsys, "understand", f"--checkpoint={mixed}", "--question=q")
   assert "mlp/down/kernel has shape (2, 48, 32), its config.json asks for (2, 40, 32)" in said
@@ -368,7 +369,7 @@ def test_generate_replaces_no_earlier_picture_unasked(capsys, model, tmp_path):
 
 
 def test_the_flags_offer_the_solvers_there_are():
-  assert set(generate_command.SOLVERS) == set(flow.SOLVERS)
+  assert set(SOLVERS) == set(flow.SOLVERS)
 
 
 def test_a_question_about_a_picture_that_is_not_there_gets_a_hint(capsys, model):

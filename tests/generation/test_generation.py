@@ -13,7 +13,7 @@ from jflow.generation.flow.convnext import ConvNeXtBlock, GenerationDecoder, Gen
 from jflow.models.siglip import patchify
 from jflow.sharding import unbox
 
-TINY = FlowConfig(kind="flow", width=8, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6)
+TINY = FlowConfig(kind="flow", channels=8, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6)
 
 
 def _random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -150,7 +150,7 @@ def test_wrong_latent_channels_are_refused(stack):
 
 
 def test_the_full_heads_have_the_published_number_of_parameters():
-  config = FlowConfig(kind="flow", width=768, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6)
+  config = FlowConfig(kind="flow", channels=768, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6)
   f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   encoder = GenerationEncoder(config, 2048, 4, jnp.bfloat16)
   decoder = GenerationDecoder(config, 2048, 4, jnp.bfloat16)

@@ -66,7 +66,7 @@ class AveragesWriter(nn.Module):
   patches_from = 0
 
   def setup(self) -> None:
-    shape = (self.config.patches, self.config.language_model.width)
+    shape = (self.config.patches, self.config.language_model.embed_dim)
     self.query = parameter(self, "averages_query", nn.initializers.normal(1.0), shape, (None, None))
     self.averages_head = Linear(COLORS, ("embed", None), self.dtype, use_bias=True)
 

@@ -14,7 +14,7 @@ from jflow.inference.decoding import Decoder, bucket, power_of_two
 from jflow.inference.pipeline import Pipeline
 
 MODEL = tiny.model()
-CONTEXT = tiny.CONFIG.language_model.context
+CONTEXT = tiny.CONFIG.language_model.max_length
 
 
 @pytest.fixture(scope="module")

@@ -165,7 +165,7 @@ def test_pictures_come_prompt_by_prompt(pipeline):
 
 
 def test_the_longest_prompt_that_fits_and_one_more(pipeline, tokenizer):
-  room = tiny.CONFIG.language_model.context - 1 - tiny.CONFIG.patches
+  room = tiny.CONFIG.language_model.max_length - 1 - tiny.CONFIG.patches
   word = " red"
   while len(tokenizer.encode("a" + word)) + 1 < room:
     word += " red"

@@ -79,7 +79,7 @@ def test_logits_with_a_cache_equal_whole_passes():
   apply = jax.jit(functools.partial(model.apply, {"params": params}), static_argnames="method")
   padded = np.full((1, 32), 5, np.int32)
   padded[0, :6] = tokens[:6]
-  index, nothing = np.full((1, 32), -1, np.int32), np.zeros((0, tiny.CONFIG.language_model.width), np.float32)
+  index, nothing = np.full((1, 32), -1, np.int32), np.zeros((0, tiny.CONFIG.language_model.embed_dim), np.float32)
   hidden, cache = jax.jit(reading.prefill, static_argnums=0)(model, params, padded, nothing, index, np.asarray([6]))
   cache = cache.replace(length=jnp.asarray([6]))  # a row of its own length: new tokens take the padding's place
   for length in range(6, 10):
@@ -199,7 +199,7 @@ def test_the_answer_ends_at_eos_at_max_tokens_and_at_the_context(pipeline, token
   assert says.understand("Why?", max_tokens=9) == says.understand("Why?", max_tokens=4) == "red blue green"
   assert says.understand("Why?", max_tokens=3) == "red blue green"
   assert says.understand("Why?", max_tokens=2) == "red blue"
-  context = tiny.CONFIG.language_model.context
+  context = tiny.CONFIG.language_model.max_length
   turns = lambda n: [{"role": "user", "content": "red" + " red" * n}]
   length = lambda n: len(examples.chat_prompt(turns(n), 0, tokenizer, tiny.CONFIG.patches, "plain").tokens)
   n = context - 2 - length(0)

@@ -249,10 +249,10 @@ def test_config_fields_that_the_layout_allows():
   language["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
   config = official_config.config_from_official(values, "config.json", None)
   lm = config.language_model
-  assert (lm.kv_heads, lm.rms_norm_epsilon, lm.rope_theta, lm.head_width) == (2, 1e-5, 5e5, 16)
+  assert (lm.num_kv_heads, lm.rms_norm_epsilon, lm.rope_theta, lm.head_dim) == (2, 1e-5, 5e5, 16)
   del language["rope_parameters"], language["num_key_value_heads"], language["rms_norm_eps"]
   lm = official_config.config_from_official(values, "config.json", None).language_model
-  assert (lm.kv_heads, lm.rms_norm_epsilon, lm.rope_theta) == (4, 1e-6, 10_000.0)
+  assert (lm.num_kv_heads, lm.rms_norm_epsilon, lm.rope_theta) == (4, 1e-6, 10_000.0)
 
 
 @pytest.mark.parametrize("image, patch, factor", [(96, 16, 8), (64, 8, 4), (56, 14, 7), (32, 2, 1)])
@@ -266,7 +266,7 @@ def test_any_patch_count_is_read_without_a_vae(image, patch, factor):
 @pytest.mark.parametrize("width, mlp_width", [(112, 976), (1152, 4304), (48, 96)])
 def test_the_mlp_width_survives_the_ratio_that_the_layout_keeps(width, mlp_width):
   config = _full_config()
-  vision = dataclasses.replace(config.understanding_encoder, width=width, mlp_width=mlp_width)
+  vision = dataclasses.replace(config.understanding_encoder, embed_dim=width, mlp_dim=mlp_width)
   values = official_config.config_to_official(dataclasses.replace(config, understanding_encoder=vision), "float32")
   assert official_config.config_from_official(values, "config.json", None).understanding_encoder == vision
 

@@ -292,7 +292,7 @@ def test_what_is_published_loads(reader, values):
 
 def test_what_a_file_leaves_out_has_the_default_of_its_library():
   lm = READERS["llama"][0](_JANUS_PRO_7B)
-  assert (lm.width, lm.mlp_width, lm.layers, lm.heads, lm.kv_heads, lm.head_width) == (
+  assert (lm.embed_dim, lm.mlp_dim, lm.num_layers, lm.num_heads, lm.num_kv_heads, lm.head_dim) == (
     4096,
     11008,
     30,
@@ -300,8 +300,8 @@ def test_what_a_file_leaves_out_has_the_default_of_its_library():
     32,
     128,
   )
-  assert (lm.rms_norm_epsilon, lm.rope_theta, lm.context) == (1e-6, 10_000.0, 16384)
-  assert READERS["siglip"][0]({"model_type": "siglip_vision_model"}).width == 768
+  assert (lm.rms_norm_epsilon, lm.rope_theta, lm.max_length) == (1e-6, 10_000.0, 16384)
+  assert READERS["siglip"][0]({"model_type": "siglip_vision_model"}).embed_dim == 768
 
 
 # --- what jflow does not compute ---------------------------------------------------------------------------

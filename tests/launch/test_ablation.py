@@ -75,7 +75,7 @@ def test_a_reader_of_latents_sees_the_picture_by_its_own_encoder_alone(reader):
   read = jax.jit(lambda p, x: model.apply({"params": p}, x, method="read"))
   pixels = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)), jnp.float32)
   slots = read(params, pixels)
-  assert slots.shape == (2, 1 + config.patches, config.language_model.width)
+  assert slots.shape == (2, 1 + config.patches, config.language_model.embed_dim)
   assert np.abs(slots[0, 1:] - slots[1, 1:]).max() > 0.1 and np.all(slots[:, 0] == slots[0, 0])
   used = jax.grad(lambda p: jnp.sum(jnp.square(read(p, pixels))))(params)
   used = {path[0] for path, g in flatten_dict(used).items() if np.abs(g).max() > 0}

@@ -11,9 +11,9 @@ import pytest
 import tiny
 
 from jflow.errors import UserError
-from jflow.interop import own_layout
 from jflow.models.autoencoders import base
 from jflow.models.autoencoders.base import AutoencoderConfig, config_class
+from jflow.models.build import parameter_shapes
 from jflow.models.config import ModelConfig
 from jflow.models.layers import Linear
 
@@ -75,7 +75,7 @@ def test_a_model_whose_autoencoder_is_absent_reads_and_writes_nothing():
   values["autoencoder"] = dict(kind="absent", latent_channels=4, scaling=1.0, pixels_per_latent=2)
   config = ModelConfig.from_dict(values)
   assert config.patches == tiny.CONFIG.patches and ModelConfig.from_dict(config.to_dict()) == config
-  assert not [path for path in own_layout.shapes(config) if path.startswith("vae/")]
+  assert not [path for path in parameter_shapes(config) if path.startswith("vae/")]
   for method in ("encode", "decode"):
     with pytest.raises(UserError, match="model.autoencoder.kind='absent'"):
       config.autoencoder.make(jnp.float32).apply({}, jnp.zeros((1, 4, 4, 3)), method=method)
@@ -97,12 +97,12 @@ def test_an_unknown_kind_is_named(section, named):
 
 def test_a_new_kind_is_one_file_and_its_name(monkeypatch):
   """Built, loaded and compared by names like the others."""
-  monkeypatch.setitem(base.KINDS, "means", f"{__name__}:MeansConfig")
+  base.KINDS.register("means", MeansConfig)
   values = copy.deepcopy(tiny.DICT)
   values["autoencoder"] = dict(kind="means", latent_channels=3, scaling=2.0, block=2)
   config = ModelConfig.from_dict(values)
   assert isinstance(config.autoencoder, MeansConfig) and ModelConfig.from_dict(config.to_dict()) == config
-  assert own_layout.shapes(config)["vae/back/kernel"] == (3, 3)
+  assert parameter_shapes(config)["vae/back/kernel"] == (3, 3)
   shapes = tiny.shapes(config)
   assert shapes["vae"]["back"]["kernel"].shape == (3, 3)
   pixels = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)

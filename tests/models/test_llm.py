@@ -20,7 +20,7 @@ LM = tiny.CONFIG.language_model
 TAP = 1
 B, S = 2, 24
 RNG = np.random.default_rng(0)
-X = RNG.standard_normal((B, S, LM.width)).astype(np.float32)
+X = RNG.standard_normal((B, S, LM.embed_dim)).astype(np.float32)
 POSITIONS = np.broadcast_to(np.arange(S, dtype=np.int32), (B, S))
 ONE = np.ones((B, S), np.int32)
 # Segments of 7, 9 and 5 positions and 3 of padding, positions restarting at 0.
@@ -49,7 +49,7 @@ def sensitivity(model, variables, x, positions, segments, at):
   def functional(x):
     out = model.apply(variables, x, positions, segments)
     hidden = jax.lax.dynamic_index_in_dim(out.hidden + out.layer, at, axis=1, keepdims=False)
-    return jnp.sum(hidden * jnp.sin(jnp.arange(LM.width)))
+    return jnp.sum(hidden * jnp.sin(jnp.arange(LM.embed_dim)))
 
   return jax.grad(functional)(x)
 
@@ -107,7 +107,7 @@ def test_the_cache_in_pieces_equals_one_pass(pieces):
   segments[1, :4] = 0
   positions = np.maximum(np.cumsum(segments, axis=1) - 1, 0).astype(np.int32)
   whole = run(llm(), params(), X, positions, segments)
-  separate = {"params": separate_layers(params()["params"], LM.layers)}
+  separate = {"params": separate_layers(params()["params"], LM.num_layers)}
   step = jax.jit(lambda *a: llm(unroll=0).apply(separate, *a))
   cache, hidden, at = Cache.empty(LM, B, S + 9, jnp.float32), [], 0
   for n in pieces:
@@ -134,10 +134,10 @@ def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
 
 def test_the_scan_equals_a_loop_over_its_layers():
   """Block by block, each with its slice of the stacked parameters; the tap is block 1's output."""
-  tables, variables = rope_tables(RESTARTED, LM.head_width, LM.rope_theta), params()["params"]
+  tables, variables = rope_tables(RESTARTED, LM.head_dim, LM.rope_theta), params()["params"]
   carry = (jnp.asarray(X), None, jnp.zeros((), jnp.int32))
   outputs = []
-  for layer in range(LM.layers):
+  for layer in range(LM.num_layers):
     mine = jax.tree.map(lambda x: x[layer], variables["layers"])
     carry, _ = Block(LM, 0, jnp.dtype("float32"), "xla").apply({"params": mine}, carry, tables, SEGMENTS)
     outputs.append(carry[0])
@@ -150,13 +150,13 @@ def test_the_scan_equals_a_loop_over_its_layers():
 
 
 def test_grouped_heads_equal_repeated_ones():
-  full = dataclasses.replace(LM, kv_heads=LM.heads)
+  full = dataclasses.replace(LM, num_kv_heads=LM.num_heads)
   variables = jax.tree.map(lambda x: x, params())
   attention = dict(variables["params"]["layers"]["attention"])
   for name in ("key", "value"):
-    kernel = attention[name]["kernel"].reshape(LM.layers, LM.width, LM.kv_heads, LM.head_width)
-    kernel = jnp.repeat(kernel, LM.heads // LM.kv_heads, axis=2)
-    attention[name] = {"kernel": kernel.reshape(LM.layers, LM.width, -1)}
+    kernel = attention[name]["kernel"].reshape(LM.num_layers, LM.embed_dim, LM.num_kv_heads, LM.head_dim)
+    kernel = jnp.repeat(kernel, LM.num_heads // LM.num_kv_heads, axis=2)
+    attention[name] = {"kernel": kernel.reshape(LM.num_layers, LM.embed_dim, -1)}
   layers = variables["params"]["layers"] | {"attention": attention}
   repeated = {"params": variables["params"] | {"layers": layers}}
   got = run(llm(config=full), repeated, X, RESTARTED, SEGMENTS).hidden
@@ -191,13 +191,13 @@ def test_remat_keeps_less():
 
 def test_logits_are_the_head_on_the_hidden_state():
   out = llm().apply(params(), X, method="logits")
-  assert out.shape == (B, S, LM.vocabulary_size) and out.dtype == jnp.float32
+  assert out.shape == (B, S, LM.vocab_size) and out.dtype == jnp.float32
   np.testing.assert_allclose(out, X @ np.asarray(params()["params"]["head"]["kernel"]), atol=1e-5)
 
 
 def test_the_loss_is_that_of_the_logits():
   """With its gradients, also for the head's kernel; what carries no loss never becomes logits."""
-  targets = RNG.integers(0, LM.vocabulary_size, (B, S)).astype(np.int32)
+  targets = RNG.integers(0, LM.vocab_size, (B, S)).astype(np.int32)
   mask = RNG.random((B, S)) < 0.7
 
   def ours(variables, x):

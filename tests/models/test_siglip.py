@@ -10,15 +10,15 @@ from jflow.models.siglip import Siglip, patchify
 from jflow.sharding import unbox
 
 TINY = SiglipConfig(
-  image_size=16, patch_size=4, width=16, mlp_width=32, layers=2, heads=2, layer_norm_epsilon=1e-6, gelu="erf"
+  image_size=16, patch_size=4, embed_dim=16, mlp_dim=32, num_layers=2, num_heads=2, layer_norm_epsilon=1e-6, gelu="erf"
 )
 LARGE = SiglipConfig(
   image_size=384,
   patch_size=16,
-  width=1024,
-  mlp_width=4096,
-  layers=24,
-  heads=16,
+  embed_dim=1024,
+  mlp_dim=4096,
+  num_layers=24,
+  num_heads=16,
   layer_norm_epsilon=1e-6,
   gelu="erf",
 )

@@ -32,8 +32,8 @@ class GegluMlp(nn.Module):
   def __call__(self, x_BSD):
     c = self.config
     linear = lambda features, axes, name: llama.Linear(features, axes, self.dtype, use_bias=False, name=name)
-    gate, up = (linear(c.mlp_width, ("embed", "mlp"), name)(x_BSD) for name in ("gate", "up"))
-    return linear(c.width, ("mlp", "embed"), "down")(jax.nn.gelu(gate, approximate=c.tanh) * up)
+    gate, up = (linear(c.mlp_dim, ("embed", "mlp"), name)(x_BSD) for name in ("gate", "up"))
+    return linear(c.embed_dim, ("mlp", "embed"), "down")(jax.nn.gelu(gate, approximate=c.tanh) * up)
 
 
 class GegluBlock(llama.Block):

@@ -108,7 +108,7 @@ def test_llama_greedy_decoding_with_left_padding(tmp_path, seed):
   expected = theirs.generate(
     torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask), max_new_tokens=10, do_sample=False
   )[:, 9:]
-  model, params = model.clone(unroll=0), {"params": separate_layers(params["params"], model.config.layers)}
+  model, params = model.clone(unroll=0), {"params": separate_layers(params["params"], model.config.num_layers)}
   step = jax.jit(lambda p, x, at, segments, cache: model.apply(p, x, at, segments, cache))
   positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
   cache, block, segments = Cache.empty(model.config, 2, 19, jnp.float32), tokens, mask

@@ -64,7 +64,7 @@ class Encoder(nn.Module):
 
   def __init__(self, c: dict):
     super().__init__()
-    g, width = c["generation"], c["language_model"]["width"]
+    g, width = c["generation"], c["language_model"]["embed_dim"]
     self.channels = g["width"]
     self.time_embed = nn.ModuleDict(dict(linear_1=nn.Linear(g["width"], width), linear_2=nn.Linear(width, width)))
     self.in_conv = nn.Conv2d(c["autoencoder"]["latent_channels"], g["width"], g["patch_size"], g["patch_size"])
@@ -88,7 +88,7 @@ class Decoder(nn.Module):
 
   def __init__(self, c: dict):
     super().__init__()
-    g, width = c["generation"], c["language_model"]["width"]
+    g, width = c["generation"], c["language_model"]["embed_dim"]
     self.patch = g["patch_size"]
     self.input_norm = RMSNorm(g["width"], g["norm_epsilon"])
     blocks = [Block(2 * g["width"], width, g["norm_epsilon"]) for _ in range(g["decoder_blocks"])]
@@ -115,12 +115,12 @@ class Generation(nn.Module):
 
   def __init__(self, c: dict):
     super().__init__()
-    width, g, lm = c["language_model"]["width"], c["generation"]["width"], c["language_model"]
+    width, g, lm = c["language_model"]["embed_dim"], c["generation"]["channels"], c["language_model"]
     self.vision_gen_enc_model, self.vision_gen_dec_model = Encoder(c), Decoder(c)
     self.vision_gen_enc_aligner = nn.Linear(g, width)
     self.vision_gen_dec_aligner_norm = RMSNorm(width, lm["rms_norm_epsilon"])
     self.vision_gen_dec_aligner = nn.Linear(width, g)
-    self.vision_und_enc_aligner = nn.Linear(c["understanding_encoder"]["width"], width)
+    self.vision_und_enc_aligner = nn.Linear(c["understanding_encoder"]["embed_dim"], width)
     self.beg_of_und_embed = nn.Parameter(torch.zeros(1, width))
 
 

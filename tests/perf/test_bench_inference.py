@@ -41,7 +41,7 @@ def test_a_token_reads_every_weight_once():
   weights = jax.eval_shape(lambda: build.initial_params(UnifiedModel(FULL, jnp.dtype("float32"), "none", 1, "xla"), 0))
   lm = weights["language_model"]
   matrices = [x.size for x in jax.tree.leaves((lm["layers"], lm["head"])) if x.ndim > 1]
-  norms = 2 * FULL.language_model.layers * FULL.language_model.width
+  norms = 2 * FULL.language_model.num_layers * FULL.language_model.embed_dim
   read = model_flops.token_bytes(FULL.language_model, 0, 1, 2)
   assert read == 2 * (sum(matrices) - norms)
   cache = model_flops.token_bytes(FULL.language_model, 100, 3, 2) - read
@@ -51,7 +51,7 @@ def test_a_token_reads_every_weight_once():
 def test_the_formulas_are_what_xla_counts():
   """The VAE and one evaluation of the velocity; norms and activations are what the formulas leave out."""
   config = ModelConfig.from_dict(models.mid())
-  config = dataclasses.replace(config, language_model=dataclasses.replace(config.language_model, layers=2))
+  config = dataclasses.replace(config, language_model=dataclasses.replace(config.language_model, num_layers=2))
   model = UnifiedModel(config, jnp.dtype("float32"), "none", 0, "xla")
   params = jax.eval_shape(lambda: inference.sharding.unbox(build.initial_params(model, 0)))
   side, slots = config.latent_size, 1 + config.patches

@@ -42,7 +42,7 @@ def test_the_formula_of_the_encoders_is_that_of_published_counters():
 
 def test_the_formula_agrees_with_what_xla_counts():
   """Forward and backward of an unrolled language model, whose full square of attention XLA counts."""
-  wide = dict(width=256, mlp_width=704, layers=2, heads=4, kv_heads=2, head_width=64)
+  wide = dict(embed_dim=256, mlp_dim=704, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64)
   config = ModelConfig.from_dict({**tiny.DICT, "language_model": tiny.DICT["language_model"] | wide})
   model, s = tiny.model(config, unroll=2), tiny.SHAPE.tokens
 
@@ -51,7 +51,7 @@ def test_the_formula_agrees_with_what_xla_counts():
     out = model.apply({"params": p}, x, positions, jnp.ones_like(positions), method="backbone")
     return jnp.sum(jnp.square(model.apply({"params": p}, out.hidden, method="logits")))
 
-  x = jax.ShapeDtypeStruct((2, s, config.language_model.width), jnp.float32)
+  x = jax.ShapeDtypeStruct((2, s, config.language_model.embed_dim), jnp.float32)
   lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(tiny.shapes(config), x)
   work = model_flops.Work(2 * s, 2 * s * s, 2 * s, 0, 0)
   parts = model_flops.step(config, ("language_model",), work, ("text",), False)

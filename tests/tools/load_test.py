@@ -324,7 +324,7 @@ def main() -> int:
     try:
       rounds = [run(base, server.pid, wanted, args.clients) for _ in range(args.rounds)]
       c = model.model.config
-      bad = bad_requests(c.image_size, c.language_model.context, max_body * 2**20)
+      bad = bad_requests(c.image_size, c.language_model.max_length, max_body * 2**20)
       answers = {name: refused(base, *request) for name, request in bad.items()}
     finally:
       server.send_signal(signal.SIGTERM)

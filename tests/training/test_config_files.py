@@ -286,7 +286,7 @@ NEVER = {  # field -> values that are refused before anything is built
     ("mesh.fsdp", "mesh.model", "train.batch_size", "data.workers", "data.threads", "data.prefetch"), (HUGE,)
   ),
   **dict.fromkeys(("train.spike_window", "train.fit_images", "data.row_images", "log.sample_steps"), (HUGE, 10**5000)),
-  **dict.fromkeys(("model.language_model.layers", "model.generation.encoder_blocks"), (10**6, 10**5000)),
+  **dict.fromkeys(("model.language_model.num_layers", "model.generation.encoder_blocks"), (10**6, 10**5000)),
   **dict.fromkeys(
     ("optimizer.learning_rate", "objective.time_mean", "train.watchdog_seconds", "data.prompt_drop"),
     (float("nan"), float("inf"), "1", None, True, 1e300j),

@@ -34,12 +34,12 @@ def test_sizes_are_those_of_the_checkpoint(tmp_path, capsys):
   model, own = loaded(source, tmp_path / "run"), config_files.load(STAGE2).model
   for section in ("understanding_encoder", "generation", "autoencoder"):
     assert getattr(model, section) == getattr(tiny.CONFIG, section) != getattr(own, section)
-  language = dataclasses.replace(tiny.CONFIG.language_model, context=own.language_model.context)  # the run's
+  language = dataclasses.replace(tiny.CONFIG.language_model, max_length=own.language_model.max_length)  # the run's
   assert model.language_model == language
   head, theirs, mine = (dict(c.objectives)["alignment"] for c in (model, tiny.CONFIG, own))
-  assert (head.width, head.layer) == (theirs.width, mine.layer)
+  assert (head.hidden_dim, head.layer) == (theirs.hidden_dim, mine.layer)
   said = capsys.readouterr().err
-  assert said.count("\n") == 1 and f"{source}: " in said and "language_model.width=32 (not 64)" in said
+  assert said.count("\n") == 1 and f"{source}: " in said and "language_model.embed_dim=32 (not 64)" in said
   assert loaded(source, tmp_path / "run") == model
 
 
@@ -51,8 +51,8 @@ def test_a_checkpoint_of_the_same_sizes_is_not_told(tmp_path, capsys):
 
 def test_fields_of_the_command_line_and_choices_of_the_config_stay(tmp_path):
   source = written(tmp_path / "source", dataclasses.replace(tiny.CONFIG, objectives=()))
-  model = loaded(source, tmp_path / "run", "--config.model.language_model.mlp_width=40")
-  assert (model.language_model.mlp_width, model.language_model.width) == (40, tiny.CONFIG.language_model.width)
+  model = loaded(source, tmp_path / "run", "--config.model.language_model.mlp_dim=40")
+  assert (model.language_model.mlp_dim, model.language_model.embed_dim) == (40, tiny.CONFIG.language_model.embed_dim)
   assert model.objectives == config_files.load(STAGE2).model.objectives  # a head that starts fresh
   without = f"{tiny.ROOT}/configs/ablation.py:B-tiny"
   assert loaded(source, tmp_path / "run", named=without).reader == "shared"
@@ -61,7 +61,7 @@ def test_fields_of_the_command_line_and_choices_of_the_config_stay(tmp_path):
 
 
 def test_each_part_has_the_sizes_of_its_own_checkpoint(tmp_path):
-  vision = dataclasses.replace(tiny.CONFIG.understanding_encoder, width=48, gelu="tanh")
+  vision = dataclasses.replace(tiny.CONFIG.understanding_encoder, embed_dim=48, gelu="tanh")
   other = written(tmp_path / "other", dataclasses.replace(tiny.CONFIG, understanding_encoder=vision))
   parts = f"--config.train.init_parts=(('understanding_encoder', '{other}'),)"
   model = loaded(written(tmp_path / "source"), tmp_path / "run", parts)

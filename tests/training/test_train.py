@@ -322,9 +322,9 @@ def test_parameters_of_another_model_are_refused_by_name(tmp_path):
 
 
 def test_a_checkpoint_of_other_sizes_names_every_field_to_set(tmp_path):
-  language = dataclasses.replace(tiny.CONFIG.language_model, mlp_width=24, rope_theta=130_000.0)
+  language = dataclasses.replace(tiny.CONFIG.language_model, mlp_dim=24, rope_theta=130_000.0)
   other = dataclasses.replace(tiny.CONFIG, language_model=language)
   with pytest.raises(UserError) as refused:
     _start(tiny.params(other), tmp_path, model=other)
   fields = str(refused.value).split("it was made with ")[1].split()
-  assert fields == ["--config.model.language_model.mlp_width=24", "--config.model.language_model.rope_theta=130000.0"]
+  assert fields == ["--config.model.language_model.mlp_dim=24", "--config.model.language_model.rope_theta=130000.0"]

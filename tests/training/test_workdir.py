@@ -128,7 +128,7 @@ def test_a_workdir_with_another_config_names_the_field(tmp_path):
   other = tiny.configuration(optimizer=dict(learning_rate=0.5))
   with pytest.raises(UserError, match="optimizer.learning_rate=0.01, now 0.5"):
     workdirs.check_same_run(tmp_path, other, TOKENIZER)
-  with pytest.raises(UserError, match="model.objectives.alignment.width=16, now 8"):
+  with pytest.raises(UserError, match="model.objectives.alignment.hidden_dim=16, now 8"):
     workdirs.check_same_run(
       tmp_path, config.replace(model=dict(objectives=(("alignment", AlignmentConfig(1, 8)),))), TOKENIZER
     )

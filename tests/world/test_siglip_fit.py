@@ -20,7 +20,7 @@ from jflow.world.siglip_fit import fit_siglip, label_loss, recolored
 from jflow.world.source import WorldSource
 
 CONFIG = SiglipConfig(
-  image_size=24, patch_size=6, width=32, mlp_width=64, layers=1, heads=2, layer_norm_epsilon=1e-6, gelu="erf"
+  image_size=24, patch_size=6, embed_dim=32, mlp_dim=64, num_layers=1, num_heads=2, layer_norm_epsilon=1e-6, gelu="erf"
 )
 
 

@@ -11,7 +11,7 @@ class FlowConfig:
   """The section `model.generation` of a model that writes by rectified flow (g_enc, g_dec)."""
 
   kind: str  # "flow"
-  width: int  # channels of g_enc and of the sinusoidal time embedding; g_dec works at twice that
+  channels: int  # channels of g_enc and of the sinusoidal time embedding; g_dec works at twice that
   encoder_blocks: int
   decoder_blocks: int
   patch_size: int  # latents per side of a patch
@@ -19,8 +19,8 @@ class FlowConfig:
 
   def check(self, model: Any) -> None:
     """Raises UserError where the section does not fit the rest of the model."""
-    if self.width % 2:
-      raise UserError(f"model.generation.width={self.width} must be even (cosines and sines of the time)")
+    if self.channels % 2:
+      raise UserError(f"model.generation.channels={self.channels} must be even (cosines and sines of the time)")
     factor, size = model.autoencoder.factor, model.image_size
     if size % (factor * self.patch_size):
       raise UserError(

@@ -165,7 +165,7 @@ class TimeEmbed(nn.Module):
   @nn.compact
   def __call__(self, time_B: jax.Array) -> jax.Array:
     linear = lambda axes, name: Linear(self.model_width, axes, self.dtype, use_bias=True, name=name)
-    h_BD = linear(("channels", "embed"), "expand")(time_features(time_B, self.config.width))
+    h_BD = linear(("channels", "embed"), "expand")(time_features(time_B, self.config.channels))
     return linear((None, "embed"), "output")(jax.nn.silu(h_BD))
 
 
@@ -201,12 +201,12 @@ class GenerationEncoder(nn.Module):
     if channels != self.latent_channels:
       raise ValueError(f"latents have {channels} channels, the model takes {self.latent_channels}")
     time_BD = TimeEmbed(c, self.model_width, self.dtype, name="time_embed")(time_B)
-    patches = Linear(c.width, (None, "channels"), self.dtype, use_bias=True, name="patch_embed")
+    patches = Linear(c.channels, (None, "channels"), self.dtype, use_bias=True, name="patch_embed")
     x_BPC = patches(patchify(latents_BHWC, c.patch_size))
-    x_BHWC = x_BPC.reshape(b, h // c.patch_size, w // c.patch_size, c.width)
+    x_BHWC = x_BPC.reshape(b, h // c.patch_size, w // c.patch_size, c.channels)
     for i in range(c.encoder_blocks):
       x_BHWC = ConvNeXtBlock(c, self.dtype, name=f"blocks_{i}")(x_BHWC, time_BD)
-    return x_BHWC.reshape(b, -1, c.width), x_BHWC, time_BD
+    return x_BHWC.reshape(b, -1, c.channels), x_BHWC, time_BD
 
 
 class GenerationDecoder(nn.Module):

@@ -34,7 +34,7 @@ def image(config: ModelConfig, settings: Settings, prompt: int) -> float:
 
   def llm(before: int) -> float:
     pairs = slots * before + slots * (slots + 1) / 2
-    return 2 * weights * slots + 4 * lm.layers * lm.heads * lm.head_width * pairs
+    return 2 * weights * slots + 4 * lm.num_layers * lm.num_heads * lm.head_dim * pairs
 
   halves = (prompt, 1) if settings.guidance != 1.0 else (prompt,)
   velocity = 2 * encoder(config) + sum(llm(before) + 2 * decoder(config) for before in halves)
@@ -44,19 +44,19 @@ def image(config: ModelConfig, settings: Settings, prompt: int) -> float:
 
 def encoder(config: ModelConfig) -> float:
   """Multiply-adds of one pass of g_enc, its projector and the time embedding over one image."""
-  g, d = config.generation, config.language_model.width
+  g, d = config.generation, config.language_model.embed_dim
   latent = g.patch_size**2 * config.autoencoder.latent_channels
-  per_patch = latent * g.width + g.encoder_blocks * _block(g.width) + g.width * d
-  modulation = 2 * d * g.encoder_blocks * g.width
-  return float(per_patch * config.patches + modulation + g.width * d + d * d)
+  per_patch = latent * g.channels + g.encoder_blocks * _block(g.channels) + g.channels * d
+  modulation = 2 * d * g.encoder_blocks * g.channels
+  return float(per_patch * config.patches + modulation + g.channels * d + d * d)
 
 
 def decoder(config: ModelConfig) -> float:
   """Multiply-adds of one pass of g_dec and its projector over one image."""
-  g, d = config.generation, config.language_model.width
+  g, d = config.generation, config.language_model.embed_dim
   latent = g.patch_size**2 * config.autoencoder.latent_channels
-  per_patch = d * g.width + g.decoder_blocks * _block(2 * g.width) + 2 * g.width * latent
-  return float(per_patch * config.patches + 2 * d * g.decoder_blocks * 2 * g.width)
+  per_patch = d * g.channels + g.decoder_blocks * _block(2 * g.channels) + 2 * g.channels * latent
+  return float(per_patch * config.patches + 2 * d * g.decoder_blocks * 2 * g.channels)
 
 
 def _block(channels: int) -> int:

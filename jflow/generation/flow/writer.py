@@ -53,11 +53,11 @@ class FlowWriter(nn.Module):
   def setup(self) -> None:
     c, dtype = self.config, self.dtype
     lm, gen, latents = c.language_model, c.generation, c.autoencoder.latent_channels
-    self.generation_encoder = GenerationEncoder(gen, lm.width, latents, dtype)
-    self.generation_projector = Linear(lm.width, (None, "embed"), dtype, use_bias=True)
+    self.generation_encoder = GenerationEncoder(gen, lm.embed_dim, latents, dtype)
+    self.generation_projector = Linear(lm.embed_dim, (None, "embed"), dtype, use_bias=True)
     self.generation_output_norm = RMSNorm(lm.rms_norm_epsilon, dtype)
-    self.generation_output_projector = Linear(gen.width, ("embed", None), dtype, use_bias=True)
-    self.generation_decoder = GenerationDecoder(gen, lm.width, latents, dtype)
+    self.generation_output_projector = Linear(gen.channels, ("embed", None), dtype, use_bias=True)
+    self.generation_decoder = GenerationDecoder(gen, lm.embed_dim, latents, dtype)
     self.vae = c.autoencoder.make(dtype)
 
   # --- parts -------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
 """The place of an autoencoder that a checkpoint came without (kind "absent"): its sizes alone, for a model that reads."""
 
 import dataclasses
-from typing import Any, NoReturn
+from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from jflow.errors import UserError
 from jflow.models.autoencoders.base import AutoencoderConfig
@@ -21,7 +22,7 @@ class AbsentConfig(AutoencoderConfig):
     return self.pixels_per_latent
 
   def make(self, dtype: Any) -> "Absent":
-    return Absent()
+    return Absent(self)
 
   def encoder_identity(self) -> tuple[Any, ...]:
     return (self.kind,)
@@ -34,13 +35,24 @@ class AbsentConfig(AutoencoderConfig):
 
 
 class Absent(nn.Module):
-  """No parameters; raises UserError where it is asked to work."""
+  """No parameters; raises UserError where it is asked to work, but for `init`, which asks every part."""
+
+  config: AbsentConfig
 
   def __call__(self, pixels_BHWC: jax.Array) -> jax.Array:
     return pixels_BHWC
 
-  def encode(self, pixels_BHWC: jax.Array) -> NoReturn:
-    raise UserError("the model has no autoencoder (model.autoencoder.kind='absent'): it reads images and writes none")
+  def encode(self, pixels_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    self._need_init()
+    b, h, w, _ = pixels_BHWC.shape
+    k = self.config.factor
+    return (jnp.zeros((b, h // k, w // k, self.config.latent_channels)),) * 2
 
-  def decode(self, latents_BHWC: jax.Array) -> NoReturn:
-    self.encode(latents_BHWC)
+  def decode(self, latents_BHWC: jax.Array) -> jax.Array:
+    self._need_init()
+    b, h, w, _ = latents_BHWC.shape
+    return jnp.zeros((b, h * self.config.factor, w * self.config.factor, 3))
+
+  def _need_init(self) -> None:
+    if not self.is_initializing():
+      raise UserError("the model has no autoencoder (model.autoencoder.kind='absent'): it reads images and writes none")

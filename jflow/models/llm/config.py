@@ -12,23 +12,25 @@ class LanguageModelConfig:
   """The section `model.language_model` of a Llama."""
 
   kind: str  # "llama"
-  vocabulary_size: int
-  width: int
-  mlp_width: int
-  layers: int
-  heads: int
-  kv_heads: int  # fewer than heads: grouped-query attention
-  head_width: int
+  vocab_size: int
+  embed_dim: int
+  mlp_dim: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int  # fewer than heads: grouped-query attention
+  head_dim: int
   rms_norm_epsilon: float
   rope_theta: float
-  context: int  # longest sequence, in tokens
+  max_length: int  # longest sequence, in tokens
 
   def check(self, model: Any) -> None:
     """Raises UserError naming field and value."""
-    if self.heads % self.kv_heads:
-      raise UserError(f"model.language_model.heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
-    if self.head_width % 2:
-      raise UserError(f"model.language_model.head_width={self.head_width} must be even (rotary halves)")
+    if self.num_heads % self.num_kv_heads:
+      raise UserError(
+        f"model.language_model.num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+      )
+    if self.head_dim % 2:
+      raise UserError(f"model.language_model.head_dim={self.head_dim} must be even (rotary halves)")
 
 
 LLAMA = Architecture(config=LanguageModelConfig, module="jflow.models.llm.llama:LanguageModel")

@@ -47,9 +47,9 @@ def remat_policy(name: str) -> Any:
   return jax.checkpoint_policies.save_only_these_names(*names)
 
 
-def rope_tables(positions_BS: jax.Array, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rope_tables(positions_BS: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
   """cos and sin, f32[B, S, 1, H/2], of position x theta^(-2i/H)."""
-  frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+  frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
   angle = positions_BS[..., None, None].astype(jnp.float32) * frequency
   return jnp.cos(angle), jnp.sin(angle)
 
@@ -71,10 +71,10 @@ class Attention(nn.Module):
     """Returns (y_BSD, keys and values grown by these positions); `past` None: over the row itself."""
     c = self.config
     linear = lambda features, axes, name: Linear(features, axes, self.dtype, use_bias=False, name=name)
-    heads = lambda y, n: y.reshape(*y.shape[:2], n, c.head_width)
-    q_BSNH = heads(linear(c.heads * c.head_width, ("embed", "heads"), "query")(x_BSD), c.heads)
-    k_BSKH = heads(linear(c.kv_heads * c.head_width, ("embed", "kv_heads"), "key")(x_BSD), c.kv_heads)
-    v_BSKH = heads(linear(c.kv_heads * c.head_width, ("embed", "kv_heads"), "value")(x_BSD), c.kv_heads)
+    heads = lambda y, n: y.reshape(*y.shape[:2], n, c.head_dim)
+    q_BSNH = heads(linear(c.num_heads * c.head_dim, ("embed", "heads"), "query")(x_BSD), c.num_heads)
+    k_BSKH = heads(linear(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"), "key")(x_BSD), c.num_kv_heads)
+    v_BSKH = heads(linear(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"), "value")(x_BSD), c.num_kv_heads)
     q_BSNH, k_BSKH = rotate(q_BSNH, tables), rotate(k_BSKH, tables)
     q_BSNH = constrain(q_BSNH, "batch", None, "heads", None)
     if past is None:
@@ -84,8 +84,8 @@ class Attention(nn.Module):
       out, grown = checkpoint_name(out, "attended"), None
     else:
       out, grown = past(q_BSNH, k_BSKH, v_BSKH)
-    out = out.reshape(*out.shape[:2], c.heads * c.head_width)
-    return linear(c.width, ("heads", "embed"), "output")(out), grown
+    out = out.reshape(*out.shape[:2], c.num_heads * c.head_dim)
+    return linear(c.embed_dim, ("heads", "embed"), "output")(out), grown
 
 
 class Mlp(nn.Module):
@@ -98,9 +98,9 @@ class Mlp(nn.Module):
   def __call__(self, x_BSD):
     c = self.config
     linear = lambda features, axes, name: Linear(features, axes, self.dtype, use_bias=False, name=name)
-    gate = checkpoint_name(linear(c.mlp_width, ("embed", "mlp"), "gate")(x_BSD), "gate")
-    up = checkpoint_name(linear(c.mlp_width, ("embed", "mlp"), "up")(x_BSD), "up")
-    return linear(c.width, ("mlp", "embed"), "down")(jax.nn.silu(gate) * up)
+    gate = checkpoint_name(linear(c.mlp_dim, ("embed", "mlp"), "gate")(x_BSD), "gate")
+    up = checkpoint_name(linear(c.mlp_dim, ("embed", "mlp"), "up")(x_BSD), "up")
+    return linear(c.embed_dim, ("mlp", "embed"), "down")(jax.nn.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -155,23 +155,23 @@ class LanguageModel(nn.Module):
   def setup(self) -> None:
     c = self.config
     # As large as what blocks and aligners add, or a fresh model drowns its tokens for its first hundreds of steps.
-    shape, axes = (c.vocabulary_size, c.width), ("vocab", "embed")
+    shape, axes = (c.vocab_size, c.embed_dim), ("vocab", "embed")
     self.table = parameter(self, "embed", nn.initializers.normal(1.0), shape, axes)
     self.norm = RMSNorm(c.rms_norm_epsilon, self.dtype)
     small = nn.initializers.normal(0.02)
-    self.head = Linear(c.vocabulary_size, ("embed", "vocab"), self.dtype, use_bias=False, kernel_init=small)
+    self.head = Linear(c.vocab_size, ("embed", "vocab"), self.dtype, use_bias=False, kernel_init=small)
     block: Any = self.block
     if self.remat != "none":
       block = nn.remat(block, policy=remat_policy(self.remat), prevent_cse=False)
     if not self.unroll:
-      self.layers = [block(c, self.hidden_layer, self.dtype, self.attention) for _ in range(c.layers)]
+      self.layers = [block(c, self.hidden_layer, self.dtype, self.attention) for _ in range(c.num_layers)]
       return
     stack = nn.scan(
       block,
       variable_axes={"params": 0},
       split_rngs={"params": True},
       in_axes=(nn.broadcast, nn.broadcast),
-      length=c.layers,
+      length=c.num_layers,
       unroll=self.unroll,
       metadata_params={},
     )
@@ -207,7 +207,7 @@ class LanguageModel(nn.Module):
     Returns:
       Output with the grown cache (None if none was given).
     """
-    tables = rope_tables(positions_BS, self.config.head_width, self.config.rope_theta)
+    tables = rope_tables(positions_BS, self.config.head_dim, self.config.rope_theta)
     x_BSD = constrain(x_BSD.astype(self.dtype), "batch", None, None)
     tap = jnp.zeros_like(x_BSD) if self.hidden_layer else None
     carry, cache = (x_BSD, tap, jnp.zeros((), jnp.int32)), None
