@@ -12,6 +12,7 @@ from jflow.errors import Stopped, Terminated, UserError
 COMMANDS = {
   "prepare": ("jflow.cli.prepare", "import pictures and texts into a training set"),
   "train": ("jflow.cli.train", "train a stage"),
+  "plot": ("jflow.cli.plot", "compare the losses of runs in a picture"),
   "generate": ("jflow.cli.generate", "paint pictures from prompts"),
   "understand": ("jflow.cli.understand", "answer a question about pictures"),
   "evaluate": ("jflow.cli.evaluate", "score a checkpoint on a benchmark, with a report"),

@@ -18,6 +18,7 @@ TINY = "--config=configs/stage2.py:tiny"
 
 # Command with what it needs -> flags with whole numbers, and with others.
 COMMANDS = {
+  "plot /nowhere --output=/dev/null/x.png": (("smooth",), ()),
   f"generate {CHECKPOINT} --prompt=a --output=/dev/null/x": (
     ("steps", "seed", "num_images", "batch_size"),
     ("guidance", "shift"),
@@ -64,7 +65,7 @@ def test_what_is_no_number_or_no_sound_one(capsys, command):
 
 
 def test_pictures_and_tokens_in_numbers_that_no_machine_holds(capsys):
-  generate, *_ = COMMANDS
+  _, generate, *_ = COMMANDS
   assert "--num_images" in refused(capsys, generate, f"--num_images={10**9}")
   assert "--interval" in refused(capsys, generate, "--interval", "nan", "1")
   assert "--rows" in refused(capsys, f"bench train {TINY}", f"--rows={10**9}")
