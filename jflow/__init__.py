@@ -1,4 +1,4 @@
-"""jflow: JanusFlow in JAX and Flax. One LLM that reads images and writes images by rectified flow.
+"""jflow: JanusFlow in JAX and Flax. One LLM that reads images and generates images by rectified flow.
 
 import jflow
 model = jflow.load("quickstart/stage3")

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
   except OSError as error:
     if error.filename is not None or error.errno not in _UNWRITTEN or not _drop_lost_output():
       raise
-    if error.errno != errno.EPIPE:  # `| head` has read enough: no news
+    if error.errno != errno.EPIPE:  # `| head` has read enough, which needs no message
       print(f"jflow: cannot write to standard output: {error.strerror}", file=sys.stderr)
     return code or 1
   return code
@@ -83,7 +83,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _drop_lost_output() -> bool:
-  """Returns whether standard output takes no more; it then leads nowhere, so that leaving fails no second time."""
+  """Returns whether standard output is closed; it is then replaced by a null device, so that the exit succeeds."""
   try:
     print(flush=True)  # a line, since unbuffered output keeps nothing that a flush alone could write again
     return False

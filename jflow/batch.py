@@ -7,7 +7,7 @@ A row packs whole samples; each sample is a segment of its own: attention never 
 restart at 0. An image takes consecutive slots, at most K:
 
   reading:  the learned start vector (in the slot of the begin-of-image token), then P SigLIP features
-  writing:  as its family lays it out (generation/); by flow the time token (in the slot of the prompt's closing
+  writing:  the layout of its family (generation/); for flow the time token (in the slot of the prompt's closing
             begin-of-generation tag), then P latent patches
 """
 
@@ -38,7 +38,7 @@ class RowShape:
   image_size: int  # H = W in pixels
   writer: str = "flow"  # how images are written: a name of generation/base.py
   written_slots: int = 0  # slots that an image to write takes; 0: as many as one that is read
-  stored: tuple[int, ...] = (0,)  # of what a writer's encoder made ahead of time, per image; nothing where it did not
+  stored: tuple[int, ...] = (0,)  # shape of an image's precomputed encoder output; empty where the step encodes
   stored_dtype: str = "bfloat16"
 
   @property
@@ -55,7 +55,7 @@ class Batch(NamedTuple):
   """A batch of packed rows. A pytree, so that it can be jitted over, sharded along axis 0 and scanned."""
 
   tokens: np.ndarray  # int32[B, S]; ids; at image slots the value is not read by the model
-  targets: np.ndarray  # int32[B, S]; the id that the position should predict; read where loss_mask holds
+  targets: np.ndarray  # int32[B, S]; the id that the position predicts; read only where loss_mask holds
   loss_mask: np.ndarray  # bool[B, S]; positions that carry the next-token loss (eq. 6)
   positions: np.ndarray  # int32[B, S]; position inside the sample, for RoPE
   segment_ids: np.ndarray  # int32[B, S]; 1, 2, ... per sample of the row; 0 is padding
@@ -63,7 +63,7 @@ class Batch(NamedTuple):
   images: np.ndarray  # uint8[B, M, H, W, 3]; RGB; zeros where image_kind is NONE
   image_start: np.ndarray  # int32[B, M]; position in the row of the image's first slot; 0 where NONE
   image_kind: np.ndarray  # int32[B, M]; NONE, READ or WRITE
-  # [B, M, ...]; what the writer's encoder gives for images to write, made ahead of time (by flow the mean and log
+  # [B, M, ...]; precomputed output of the writer's encoder for images to write (for flow the mean and log
   # variance of the VAE's posterior, bfloat16[B, M, h, w, 2 C], not scaled); [B, M, 0] where the step runs the encoder
   stored: np.ndarray
 

@@ -10,7 +10,7 @@ SEEDS = 2**32  # a key keeps 32 bits of its seed
 
 
 def whole(name: str, value: Any, least: int = 1) -> None:
-  """Raises UserError unless `value` is a whole number (Python's or NumPy's, no bool) of at least `least`."""
+  """Raises UserError unless `value` is a whole number (Python's or NumPy's, not a bool) of at least `least`."""
   if not isinstance(value, numbers.Integral) or isinstance(value, bool):
     raise UserError(f"{name}={_shown(value)} must be a whole number")
   if value < least:
@@ -25,13 +25,13 @@ def seed(value: Any, last: int = 0) -> None:
 
 
 def number(name: str, value: Any) -> None:
-  """Raises UserError unless it is a finite number (no bool)."""
+  """Raises UserError unless `value` is a finite number and not a bool."""
   if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
     raise UserError(f"{name}={_shown(value)} must be a finite number")
 
 
 def answer(max_tokens: Any, temperature: Any, top_p: Any, seed_: Any) -> None:
-  """Checks how an answer is to be made; raises UserError."""
+  """Checks the sampling settings of an answer; raises UserError."""
   whole("max_tokens", max_tokens)
   seed(seed_)
   number("temperature", temperature)

@@ -1,11 +1,11 @@
-"""What the vendors say their chips can do; pure numbers."""
+"""Peak numbers of accelerators, as their vendors publish them."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Per chip, as published by the vendor."""
+  """The published peaks of one chip."""
 
   platform: str  # "tpu" or "gpu"
   peak_flops: float  # dense bf16, per second
@@ -27,7 +27,7 @@ CHIPS = {
 }
 BETWEEN_HOSTS = 50 * _GB  # bytes per second, GPU and direction, between hosts: one 400 Gb/s adapter per GPU
 
-# What `device.device_kind` says of a chip that is there -> its name here.
+# `device.device_kind` of a chip -> its name here.
 _KINDS = {
   "TPU v4": "v4",
   "TPU v5 lite": "v5e",

@@ -5,7 +5,7 @@ import subprocess
 
 
 def commit() -> str | None:
-  """The git commit that jflow runs from, "+changes" behind it where files differ; None outside a checkout of it."""
+  """Returns the git commit that jflow runs from, with "+changes" where files differ; None outside a checkout of it."""
   file = pathlib.Path(__file__)
 
   def git(*arguments: str) -> str:

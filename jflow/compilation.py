@@ -16,13 +16,13 @@ _PATIENCE = 5.0  # seconds before there is a line
 
 
 def cache_directory(wanted: str) -> str | None:
-  """The directory to keep compiled programs in; None where jax is left as it is.
+  """Returns the directory for compiled programs, or None to leave jax's own setting.
 
-  That is where none is wanted, where JAX_COMPILATION_CACHE_DIR names another one, which jax reads by itself, and where
-  the directory cannot be written.
+  None means that no cache is wanted, that JAX_COMPILATION_CACHE_DIR names one (jax reads it by itself), or that the
+  directory cannot be written.
 
   Args:
-    wanted: a path, whose "~" is the home directory, or an address as gs://...; empty: none.
+    wanted: a path, in which "~" is the home directory, or an address such as gs://...; empty: no cache.
   """
   if not wanted or "JAX_COMPILATION_CACHE_DIR" in os.environ:
     return None
@@ -40,19 +40,19 @@ def cache_directory(wanted: str) -> str | None:
 
 
 def use_cache(wanted: str = CACHE) -> None:
-  """Takes compiled programs from a directory and keeps new ones there, see `cache_directory`. Before the first one."""
+  """Turns on the cache of compiled programs, see `cache_directory`; call it before the first compilation."""
   if path := cache_directory(wanted):
     jax.config.update("jax_compilation_cache_dir", path)
 
 
 @contextlib.contextmanager
 def said(what: str, patience: float = _PATIENCE) -> Iterator[None]:
-  """Around the first call of a jitted function: says on stderr that it compiles, and in the end how long that took.
+  """Context manager around the first call of a jitted function: reports a compilation, and its time, on stderr.
 
-  Nothing is said of what takes less than `patience` seconds, nor on other processes than the first.
+  A compilation shorter than `patience` seconds is not reported, and only process 0 reports.
 
   Args:
-    what: is compiled, as in "compiling the training step".
+    what: the object of "compiling ...", such as "the training step".
     patience: seconds.
   """
   started, begun, lock = time.monotonic(), False, threading.Lock()

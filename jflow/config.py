@@ -1,8 +1,8 @@
 """The run config as frozen dataclasses: the type and the constraint of each field, once.
 
 configs/base.py holds the values, with unit and source beside each; no field has a default here. A config file becomes a
-`RunConfig` once, at the door (`jflow.training.config_files.load`); from there on the code reads attributes. To add a
-field: its line here, and its line in configs/base.py. A field that config.json of an earlier version lacks also says what
+`RunConfig` once, in `jflow.training.config_files.load`; after that the code reads attributes. To add a field, add a
+line here and a line in configs/base.py. A field that the config.json of an earlier version lacks also declares what
 that version did (`before`).
 
 The section `model` is opaque here: the model's own dataclasses (`jflow.models.config`) build and check it.
@@ -33,7 +33,7 @@ from jflow.values import (
   words,
 )
 
-_SECONDS = 10**7  # four months; timers take no more of some kinds
+_SECONDS = 10**7  # four months, the limit of some timers
 _OFF = "; 0 turns it off"
 _SOURCES = weighted("(directory, weight) pairs, as (('DIR', 1.0),)")
 
@@ -186,19 +186,19 @@ class RunConfig(Section):
       model: builds the model's own configuration from the section `model`.
 
     Raises:
-      UserError: naming the first field that is missing, unknown or not what it must be.
+      UserError: a field is missing, unknown or out of its constraint; the message names the first.
     """
     return built(cls, values, model)
 
 
 # --- between fields -------------------------------------------------------------------------------------------
 
-# (dotted field, config -> what the field must be, "" where it is that).
+# (dotted field, config -> what the field must be, or "" where it fits).
 CONSTRAINTS: list[tuple[str, Callable[[RunConfig], str]]] = []
 
 
 def constraint(name: str) -> Callable[[Callable[[RunConfig], str]], Callable[[RunConfig], str]]:
-  """Adds a function to CONSTRAINTS; what it returns is said of the field `name`."""
+  """Decorator: adds a constraint, whose message is about the field `name`."""
 
   def add(function: Callable[[RunConfig], str]) -> Callable[[RunConfig], str]:
     CONSTRAINTS.append((name, function))
@@ -211,7 +211,7 @@ def check(config: RunConfig) -> None:
   """Checks the fields against each other.
 
   Raises:
-    UserError: naming the first one that does not fit, its value, and what is allowed.
+    UserError: a field does not fit; the message names the first, its value, and what is allowed.
   """
   for name, needed in CONSTRAINTS:
     if what := needed(config):

@@ -15,11 +15,11 @@ class UserError(Exception):
 
 
 class PromptTooLong(UserError):
-  """A prompt that has more tokens than its context holds."""
+  """A prompt longer than its context."""
 
 
 class CannotPaint(UserError):
-  """A picture is asked of a checkpoint without a VAE."""
+  """A request for an image from a checkpoint without a VAE."""
 
 
 class Stopped(Exception):
@@ -30,15 +30,15 @@ class Stopped(Exception):
 
 
 class Terminated(KeyboardInterrupt):
-  """SIGTERM came, where a command turns it into an exception (`prepare`). Exit code 143."""
+  """SIGTERM, in a command that turns it into an exception (`prepare`). Exit code 143."""
 
 
 def need_text_name(flag: str, path: object) -> None:
-  """Refuses the name of a directory that ArrayRecord and TensorStore can neither write into nor read from.
+  """Checks that a directory has a name that ArrayRecord and TensorStore can open: UTF-8.
 
   Args:
     flag: that named it, for the message.
-    path: its name; bytes that are no UTF-8 stand in it as Python's lone surrogates.
+    path: its name, in which bytes that are not UTF-8 are lone surrogates, as Python decodes them.
 
   Raises:
     UserError: the name holds such bytes, or Python reads names in another encoding.
@@ -49,14 +49,14 @@ def need_text_name(flag: str, path: object) -> None:
   try:
     name.encode("utf-8")
   except UnicodeEncodeError:
-    raise UserError(f"{flag}={path} must be a name in UTF-8: what writes and reads there knows no other") from None
+    raise UserError(f"{flag}={path} must be a name in UTF-8: ArrayRecord and TensorStore take no other") from None
 
 
 def need_extra(extra: str, *modules: str) -> None:
-  """Checks that what an optional extra of pyproject.toml brings is installed; imports nothing.
+  """Checks that the packages of an optional extra of pyproject.toml are installed; imports nothing.
 
   Raises:
-    UserError: naming the first module that is missing, and how to install the extra.
+    UserError: a module is missing; the message names it and the command that installs the extra.
   """
   for module in modules:
     if importlib.util.find_spec(module) is None:
@@ -64,7 +64,7 @@ def need_extra(extra: str, *modules: str) -> None:
 
 
 def install_line(extra: str) -> str:
-  """The command that installs an extra: of jflow where it is installed, else of the folder that this code is in."""
+  """Returns the command that installs an extra: by the package's name where jflow is installed, else by its folder."""
   try:
     importlib.metadata.distribution("jflow")
     return f"pip install 'jflow[{extra}]'"

@@ -1,8 +1,8 @@
-"""Files that jflow writes, each there whole or not at all, and reads without trust; locks between processes.
+"""Atomic writes, untrusting reads, and locks between processes.
 
-What is written takes its place by a rename, once its bytes are on the disk: neither a kill, a full disk nor a power
-cut leaves half of it. A link is replaced and never followed, so nothing elsewhere changes. What is read may be cut,
-empty, of another type or no text at all: `Malformed` says in one line what is wrong, without the file's name.
+A new file replaces the old one by a rename, once its bytes are on the disk: neither a kill, a full disk nor a power cut
+leaves half of it. A link is replaced and never followed, so nothing elsewhere changes. A file that is read may be cut,
+empty, of another type or binary: `Malformed` says in one line what is wrong, without the file's name.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ PART = ".part"  # ends the name of a file that is being written
 
 @contextlib.contextmanager
 def replacing(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields the name of a new file to write, which takes the place of `path` once it is whole and on the disk.
+  """Yields the name of a temporary file to write, which replaces `path` once it is complete and on the disk.
 
   Raises:
-    OSError: it cannot be written; `filename` is `path`. What was there is as it was, and nothing is left behind.
+    OSError: it cannot be written; `filename` is `path`. The old file is unchanged, and nothing is left behind.
   """
   path = pathlib.Path(path)
   new = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{PART}")
@@ -48,7 +48,7 @@ def replacing(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def output(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-  """`replacing` for a place that a user named: what is a link (as /dev/stdout), a device or a pipe is written straight.
+  """`replacing` for a path that a user named: a link (/dev/stdout), a device or a pipe is written directly.
 
   Raises:
     OSError: it cannot be written.
@@ -62,7 +62,7 @@ def output(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_text(path: str | pathlib.Path, text: str) -> None:
-  """Writes a text file whole or not at all; a lone surrogate, as of a file's name, becomes its escape.
+  """Writes a text file atomically; a lone surrogate, as in a file's name, becomes its escape.
 
   Raises:
     OSError: see `replacing`.
@@ -72,7 +72,7 @@ def write_text(path: str | pathlib.Path, text: str) -> None:
 
 
 def write_first(path: str | pathlib.Path, text: str) -> bool:
-  """Writes a text file whole, unless one is there; of several processes that call it together, one writes.
+  """Writes a text file atomically unless it exists; of several processes that call it together, one writes.
 
   Returns:
     Whether this call has written it.
@@ -89,7 +89,7 @@ def write_first(path: str | pathlib.Path, text: str) -> bool:
     return True
   except FileExistsError:
     return False
-  except OSError:  # a file system without links; or one that is full, as the next call finds, too
+  except OSError:  # a file system without links, or a full one, where the next call fails too
     if path.exists():
       return False
     write_text(path, text)
@@ -99,7 +99,7 @@ def write_first(path: str | pathlib.Path, text: str) -> bool:
 
 
 def write_bytes(path: str | pathlib.Path, content: bytes) -> None:
-  """Writes a file whole or not at all.
+  """Writes a file atomically.
 
   Raises:
     OSError: see `replacing`.
@@ -109,7 +109,7 @@ def write_bytes(path: str | pathlib.Path, content: bytes) -> None:
 
 
 def write_json(path: str | pathlib.Path, value: Any) -> None:
-  """Writes a value as JSON, whole or not at all.
+  """Writes a value as JSON, atomically.
 
   Raises:
     OSError: see `replacing`.
@@ -121,7 +121,7 @@ def publish(folder: str | pathlib.Path, target: str | pathlib.Path) -> None:
   """Renames a finished folder into place, once all that it holds is on the disk.
 
   Raises:
-    OSError: it cannot be written, or `target` is there and is no empty folder.
+    OSError: it cannot be written, or `target` exists and is not an empty folder.
   """
   for directory, _, names in os.walk(folder):
     for name in names:
@@ -151,13 +151,13 @@ def sha256(path: str | pathlib.Path) -> str:
 
 
 def entry(path: str | pathlib.Path) -> dict[str, Any]:
-  """Size and hash of a file, once it is on the disk: what a manifest says of it."""
+  """The entry of a file in a manifest, size and hash, once its bytes are on the disk."""
   sync(path)
   return {"bytes": os.path.getsize(path), "sha256": sha256(path)}
 
 
 def remove(path: str | pathlib.Path) -> None:
-  """Removes a file, a folder with all that it holds, or a link and not what it leads to; none there is no error."""
+  """Removes a file, a folder with its contents, or a link but not its target; a missing path is accepted."""
   if os.path.isdir(path) and not os.path.islink(path):
     shutil.rmtree(path)
   else:
@@ -165,7 +165,7 @@ def remove(path: str | pathlib.Path) -> None:
 
 
 def set_aside(path: str | pathlib.Path, word: str) -> pathlib.Path:
-  """Gives what stands at `path` another name, NAME.WORD or NAME.WORD-2 and so on, and returns it."""
+  """Renames a file or folder to NAME.WORD, or NAME.WORD-2 and so on, and returns the new name."""
   aside = _free(pathlib.Path(path), word)
   os.rename(path, aside)
   return aside
@@ -185,12 +185,12 @@ def _free(path: pathlib.Path, word: str) -> pathlib.Path:
 
 
 def are_counts(values: Any) -> bool:
-  """Whether a value that was read is a list of whole numbers that are not negative."""
+  """Whether a value is a list of whole numbers that are not negative."""
   return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**60 for n in values)
 
 
 def read_bytes(path: str | pathlib.Path) -> bytes:
-  """The content of a file, and not of a pipe or a device, which may have no end.
+  """Returns the content of a regular file; a pipe or a device, which may be endless, is refused.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -220,10 +220,10 @@ def read_object(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def open_lock(path: str | pathlib.Path) -> TextIO:
-  """Opens a file to lock, or makes it; its text may be anything.
+  """Opens a file to lock, or creates it; it may hold any text.
 
   Raises:
-    OSError: it cannot be made, or stands in place of one and is a link, a folder or a pipe.
+    OSError: it cannot be created, or the path is a link, a folder or a pipe.
   """
   handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
   if not stat.S_ISREG(os.fstat(handle).st_mode):

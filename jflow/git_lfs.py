@@ -1,11 +1,11 @@
-"""git-lfs pointers: the few lines that stand in a checkout for a large file that was not fetched."""
+"""git-lfs pointers: the few lines that a checkout has in place of a large file that was not fetched."""
 
 import os
 
 from jflow.errors import UserError
 
 _FIRST = b"version https://git-lfs.github.com/spec/"
-_MAX_BYTES = 1024  # of a pointer, as git-lfs has it
+_MAX_BYTES = 1024  # first bytes of a pointer
 
 
 def is_pointer(data: bytes) -> bool:
@@ -22,7 +22,7 @@ def is_pointer_file(path: str) -> bool:
 
 
 def check(paths: list[str]) -> None:
-  """Checks that files are what their names say.
+  """Checks that none of the files is a pointer.
 
   Raises:
     UserError: one is a pointer; the message says how many are.

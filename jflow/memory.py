@@ -1,4 +1,4 @@
-"""The memory that this process may come to hold."""
+"""The memory that is available to this process."""
 
 import contextlib
 import os
@@ -9,7 +9,10 @@ _CONTAINERS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_
 
 
 def limit() -> int:
-  """Bytes: the least of this machine's, its container's and the process's own limit, if nothing else ran here."""
+  """Returns the least of the machine's memory, its container's limit and the process's own, in bytes.
+
+  Other processes on the machine are not subtracted.
+  """
   limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
   for path in _CONTAINERS:
     with contextlib.suppress(OSError, ValueError):  # none, or "max"

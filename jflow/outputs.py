@@ -1,4 +1,4 @@
-"""What the commands write beside their pictures and answers."""
+"""Output directories and files of the commands, with one-line errors."""
 
 import contextlib
 import json
@@ -14,10 +14,10 @@ from jflow.errors import Stopped, UserError
 
 
 def make_directory(directory: pathlib.Path, flag: str) -> None:
-  """Creates a directory, and tries to write there, before the work starts: a wrong place should not cost it.
+  """Creates a directory and tries to write in it, so that a wrong place is refused before the work starts.
 
   Raises:
-    UserError: naming the flag and the directory.
+    UserError: it cannot be made or written; the message names the flag and the directory.
   """
   try:
     directory.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def make_directory(directory: pathlib.Path, flag: str) -> None:
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-  """Around what writes a file or into a directory: a full disk ends the command with one line.
+  """Context manager around writes to `path`: an OSError, such as a full disk, ends the command with one line.
 
   Raises:
     Stopped: it cannot be written.
@@ -43,7 +43,7 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 
 
 def replace(path: pathlib.Path, text: str) -> None:
-  """Writes a file so that a reader sees the old one or the new one, also where several processes write it.
+  """Writes a file atomically: a reader sees the old one or the new one, even if several processes write it.
 
   Raises:
     Stopped: it cannot be written.
@@ -54,9 +54,9 @@ def replace(path: pathlib.Path, text: str) -> None:
 
 @contextlib.contextmanager
 def new_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields the name of a file of this process, to write; it takes the place of `path` once it is whole.
+  """Yields the name of a temporary file to write, which replaces `path` once it is complete.
 
-  A link, as /dev/stdout is one, a device or a pipe is written straight.
+  A link (/dev/stdout is one), a device or a pipe is written directly.
 
   Raises:
     Stopped: it cannot be written.
@@ -66,7 +66,7 @@ def new_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_json(path: pathlib.Path, body: dict[str, Any]) -> None:
-  """Writes what a command did, for programs to read. What is standard output goes behind what stands there.
+  """Writes a command's results as JSON. Standard output is appended to, even where `path` names its file.
 
   Raises:
     Stopped: it cannot be written.
@@ -75,7 +75,7 @@ def write_json(path: pathlib.Path, body: dict[str, Any]) -> None:
   if not _is_stdout(path):
     replace(path, text)
     return
-  with writing(path):  # to open it again would write over the lines so far
+  with writing(path):  # opening it again would overwrite the lines so far
     sys.stdout.flush()
     sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))
     sys.stdout.buffer.flush()
@@ -84,5 +84,5 @@ def write_json(path: pathlib.Path, body: dict[str, Any]) -> None:
 def _is_stdout(path: pathlib.Path) -> bool:
   try:
     return os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno()))
-  except (OSError, ValueError, AttributeError):  # no such file, no stream, or one that is no file
+  except (OSError, ValueError, AttributeError):  # no such file, or a stream without one
     return False

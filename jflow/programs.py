@@ -1,4 +1,4 @@
-"""Compiled programs, of which the least recently used go: who asks for ever new shapes takes no memory without end."""
+"""A bounded cache of compiled programs: the least recently used go, so that ever new shapes do not fill the memory."""
 
 import collections
 import functools
@@ -29,7 +29,7 @@ class Programs:
     functools.update_wrapper(self, function)
 
   def __call__(self, model: Any, params: Any, *args: Any, **static: Hashable) -> Any:
-    """Runs the program of these shapes; compiles it where it is not kept."""
+    """Runs the program for these shapes; compiles it first where it is not in the cache."""
     program = self._program(model, args, static)
     if program.results is not None:
       return program.run(params, *args)
@@ -39,7 +39,7 @@ class Programs:
     return out
 
   def compile(self, model: Any, params: Any, *args: Any, **static: Hashable) -> Any:
-    """Compiles the program without running it; of the arguments the shapes count. Returns its results as shapes."""
+    """Compiles the program without running it and returns its results as shapes; only the arguments' shapes matter."""
     program = self._program(model, args, static)
     if program.results is None:
       with compilation.said(self.__name__):
@@ -49,7 +49,7 @@ class Programs:
     return program.results
 
   def kept(self, model: Any, *args: Any, **static: Hashable) -> Any:
-    """The results of the program of these shapes, as shapes; None where it is still to be compiled."""
+    """Returns the results of the program for these shapes, as shapes; None where it is not compiled yet."""
     with self._lock:
       program = self._kept.get(_key(model, args, static))
     return program and program.results
@@ -71,7 +71,7 @@ class Programs:
 
 
 class _Program:
-  """One program. Its jitted function is its own, so that everything that was compiled goes with it."""
+  """One program, with a jitted function of its own, so that dropping it frees all that was compiled."""
 
   def __init__(self, run: Any):
     self.run, self.results = run, None

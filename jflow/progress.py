@@ -1,4 +1,4 @@
-"""The progress of long work, the only bar of jflow: share, items per second, time left; losses of a training run."""
+"""Progress bars: share, items per second and time left of long work; losses of a training run."""
 
 import sys
 import time
@@ -18,7 +18,7 @@ def say(message: str) -> None:
 
 
 class Progress:
-  """A bar on a terminal, a line now and then elsewhere."""
+  """A bar on a terminal, and an occasional line elsewhere."""
 
   def __init__(
     self,
@@ -33,7 +33,7 @@ class Progress:
 
     Args:
       total, done: of the work.
-      name: what is done, before every line.
+      name: of the work, at the start of every line.
       unit: of the items whose rate is shown.
       delay: seconds before there is a bar, for work that is mostly short.
       shown: False on all processes of a run but one.
@@ -86,7 +86,7 @@ class Progress:
 
 
 class StepProgress:
-  """Steps of a training run: a bar with losses, tokens/s and time left on a terminal; a plain line now and then elsewhere."""
+  """Steps of a training run: a bar with losses, tokens/s and time left on a terminal; an occasional line elsewhere."""
 
   def __init__(self, total: int, first: int, every_seconds: float, shown: bool = True):
     """`first`: steps done before; `shown`: False on all processes of a run but one."""
@@ -109,7 +109,7 @@ class StepProgress:
     self._bar.set_postfix(parts, refresh=False)
     self._bar.update()
     now, step = time.monotonic(), row["step"]
-    if self._first is None:  # the first step compiles: it says nothing about the time of the others
+    if self._first is None:  # the first step compiles, so its time is not that of the others
       text = f"compiled in {(now - self._started) / 60:.1f} min"
       self._started, self._first = now, step
       self._bar.initial, self._bar.start_t = step, time.time()

@@ -1,7 +1,7 @@
-"""Tables of what a config names: ways to write images, objectives, LLM architectures.
+"""Registries of the kinds that a config names: ways to write images, objectives, LLM architectures.
 
-An entry is built in, added by `register`, or declared by an installed package as an entry point. Nothing is imported
-before it is asked for, and no name that a checkpoint's config holds is ever taken for a module to import.
+An entry is built in, added by `register`, or declared by an installed package as an entry point. An entry is imported
+at its first use, and a name in a checkpoint's config is only looked up, never imported as a module.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jflow.strict_json import shown
 
 
 def load(place: Any) -> Any:
-  """The object at "package.module:attribute", or the module; anything that is not text is returned as it is."""
+  """Returns the object at "package.module:attribute", or the module; anything but text is returned unchanged."""
   if not isinstance(place, str):
     return place
   module, _, attribute = place.partition(":")
@@ -24,14 +24,14 @@ def load(place: Any) -> Any:
 
 
 class Registry:
-  """Names of one kind of thing."""
+  """The entries of one config field, by name."""
 
   def __init__(self, field: str, group: str, builtin: Mapping[str, Any]):
     """
     Args:
       field: the config field that holds a name, for messages.
       group: entry points of installed packages that add names, as "jflow.generation".
-      builtin: name -> the thing, or "package.module:attribute".
+      builtin: name -> the entry, or "package.module:attribute".
     """
     self._field, self._group, self._known = field, group, dict(builtin)
 
@@ -40,7 +40,7 @@ class Registry:
     self._known[name] = thing
 
   def unregister(self, name: str) -> None:
-    """Takes a name away again."""
+    """Removes a name that `register` added."""
     del self._known[name]
 
   def names(self) -> tuple[str, ...]:
@@ -48,10 +48,10 @@ class Registry:
     return (*self._known, *(name for name in self._installed if name not in self._known))
 
   def get(self, name: Any) -> Any:
-    """The thing of a name.
+    """Returns the entry of a name.
 
     Raises:
-      UserError: the name is unknown; the message lists those that are not.
+      UserError: the name is unknown; the message lists the known ones.
     """
     if isinstance(name, str) and name in self._known:
       return load(self._known[name])

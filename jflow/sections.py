@@ -1,4 +1,4 @@
-"""Sections of a config: frozen dataclasses whose fields carry their constraint, from and to plain values."""
+"""Sections of a config: frozen dataclasses whose fields carry their constraints, from and to plain values."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -12,11 +12,11 @@ _REQUIRED = object()
 
 
 def field(check: Check, before: Any = _REQUIRED) -> Any:
-  """A field of a section, without a default; of a mapping, `check` is each value's.
+  """Declares a field of a section, without a default; on a mapping, `check` applies to each value.
 
   Args:
-    check: value -> what it must be, "" where it is that.
-    before: what versions did whose config.json lacks the field.
+    check: value -> what it must be, or "" where it fits.
+    before: the value for a config.json of a version without the field.
   """
   return dataclasses.field(metadata={"check": check, "before": before})
 
@@ -29,16 +29,16 @@ class Section:
     dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
   def to_dict(self) -> dict[str, Any]:
-    """Nested plain values, as config.json holds them; `built` takes them again."""
+    """Returns nested plain values, as config.json holds them; the inverse of `built`."""
     return _plain(self)
 
   def replace(self, **changes: Any) -> Self:
-    """The section with other fields, each checked by itself: `config.replace(train=dict(steps=3))`."""
+    """Returns a copy with other values, each checked by itself: `config.replace(train=dict(steps=3))`."""
     return _replaced(self, changes, "")
 
 
 def refusal(field: str, value: Any, what: str) -> UserError:
-  """The error of a field whose value is not what it must be."""
+  """Returns the error for a field whose value violates its constraint."""
   return UserError(f"config.{field} {what}, got {shown(value)}")
 
 
@@ -61,7 +61,7 @@ def kinds(section: type, before: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def completed(values: Mapping[str, Any], section: type) -> dict[str, Any]:
-  """The plain values of an earlier version's config.json, with what that version did in fields that it lacks."""
+  """Returns the plain values of an earlier version's config.json, its missing fields filled with `before`."""
   done = dict(values)
   for declared in dataclasses.fields(section):
     before = declared.metadata.get("before", _REQUIRED)
@@ -74,7 +74,7 @@ def completed(values: Mapping[str, Any], section: type) -> dict[str, Any]:
 
 
 def built(section: type, values: Any, opaque: Callable[[Any], Any], path: str = "") -> Any:
-  """The section of nested plain values, each field checked by itself.
+  """Builds a section from nested plain values, each field checked by itself.
 
   Args:
     section: the class.
@@ -83,7 +83,7 @@ def built(section: type, values: Any, opaque: Callable[[Any], Any], path: str = 
     path: of the section in the config, "" or with a dot at its end.
 
   Raises:
-    UserError: naming the first field that is missing, unknown or not what it must be.
+    UserError: a field is missing, unknown or out of its constraint; the message names the first.
   """
   fields = {f.name: f for f in dataclasses.fields(section)}
   if not isinstance(values, Mapping):
@@ -105,7 +105,7 @@ def built(section: type, values: Any, opaque: Callable[[Any], Any], path: str = 
 
 
 def _checked(declared: dataclasses.Field, value: Any, path: str) -> Any:
-  """The value as its field holds it: tuples for lists, a float for a whole number; raises UserError."""
+  """Converts a value to its field's type: lists to tuples, a whole number to a float; raises UserError."""
   name, needed = path + declared.name, declared.metadata["check"]
   value = _tuples(value)
   if declared.type in (dict, dict | None):

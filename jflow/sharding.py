@@ -1,4 +1,4 @@
-"""The mesh, the one table from logical axes to mesh axes, and sharded creation.
+"""The mesh, the table from logical axes to mesh axes, and sharded creation.
 
 The mesh axes are always ("data", "fsdp", "model"); a size of 1 means off. Logical axis names stand beside
 each weight's shape in `jflow/models/`. A batch is cut over data x fsdp, a weight over fsdp x model.
@@ -114,13 +114,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def local_rows(mesh: Mesh, rows: int) -> list[int]:
-  """The places of a batch of `rows` that this process's devices hold, in the order in which it hands them over."""
+  """Returns the indices of the rows, of a batch of `rows`, that this process's devices hold, in their order there."""
   slices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
   return sorted({place for (part,) in filter(None, slices) for place in range(*part.indices(rows))})
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The sharding of scalars and of what every device holds whole."""
+  """The sharding of scalars and of arrays that every device holds in full."""
   return NamedSharding(mesh, PartitionSpec())
 
 
@@ -133,10 +133,10 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def whole(weight: jax.Array, *names: str | None) -> jax.Array:
-  """A weight as a product reads it: gathered over `fsdp`, still cut over `model`; its gradient is cut like itself.
+  """All-gathers a weight over `fsdp`, still cut over `model`, for a matmul; its gradient is cut like the weight.
 
-  Left to choose, the compiler cuts activations by channels, as the weight is: it then moves all of them between
-  all devices, and the more devices there are, the more each of them receives.
+  Otherwise the compiler cuts activations by channels, as the weight is: it then moves all of them between all devices,
+  and each device receives more, the more devices there are.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
@@ -176,8 +176,8 @@ def unbox(tree: Any) -> Any:
 
 
 def create(make: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
-  """Runs `make(*args)`, whose result may hold `Boxed` leaves, with every leaf born on its shards."""
+  """Runs `make(*args)`, whose result may hold `Boxed` leaves, and creates every leaf on its shards."""
   out = shardings(mesh, jax.eval_shape(make, *args))
-  # An initialiser runs once: on a CPU, compiling it with full optimisation takes three times as long.
+  # An initialiser runs once: on a CPU, compiling it with full optimisation costs more than it saves.
   quick = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
   return jax.jit(lambda *a: unbox(make(*a)), out_shardings=out, compiler_options=quick)(*args)

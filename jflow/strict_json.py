@@ -1,4 +1,4 @@
-"""JSON from others: bounded in bytes, depth and numbers, and without what two readers would take differently."""
+"""Strict JSON for untrusted files: bounded in bytes, depth and numbers, and nothing that parsers read differently."""
 
 import json
 import math
@@ -20,18 +20,18 @@ _short.maxdict = _short.maxlist = _short.maxtuple = 8
 
 
 class Malformed(ValueError):
-  """Text that is no JSON that jflow reads; the message says why, and names the key where there is one."""
+  """Text that is not JSON, or not within the bounds; the message says why, and names the key where there is one."""
 
 
 class _Refused:
-  """Stands for a number that is none, until the object that holds it can say its key."""
+  """Placeholder of a refused number, until the object that holds it is parsed and its key is known."""
 
   def __init__(self, what: str):
     self.what = what
 
 
 def shown(value: Any) -> str:
-  """A value of any size for a message: one short line."""
+  """Formats a value of any size for a message, as one short line."""
   try:
     text = _short.repr(value)
   except (ValueError, RecursionError):  # a whole number of more digits than Python writes
@@ -75,10 +75,10 @@ def _check_depth(value: Any) -> None:
 
 
 def parse(content: bytes) -> Any:
-  """The value of JSON text in UTF-8.
+  """Parses JSON text in UTF-8.
 
   Raises:
-    Malformed: no JSON, a key that stands twice, a number that is not finite or endless, too many levels.
+    Malformed: not JSON, a duplicate key, a number that is not finite or too long, too many levels.
   """
   if git_lfs.is_pointer(content):
     raise Malformed("it is a git-lfs pointer, not the file: run `git lfs pull` in its folder")
@@ -105,10 +105,10 @@ def parse(content: bytes) -> Any:
 
 
 def read_bytes(path: str | pathlib.Path, most: int = MOST_BYTES) -> bytes:
-  """The content of a file of at most `most` bytes.
+  """Returns the content of a file of at most `most` bytes.
 
   Raises:
-    UserError: it is missing, no regular file, too large, or cannot be read.
+    UserError: it is missing, not a regular file, too large, or cannot be read.
   """
   try:
     found = pathlib.Path(path).stat()
@@ -128,10 +128,10 @@ def read_bytes(path: str | pathlib.Path, most: int = MOST_BYTES) -> bytes:
 
 
 def read(path: str | pathlib.Path, most: int = MOST_BYTES) -> Any:
-  """The value in a JSON file.
+  """Returns the value in a JSON file.
 
   Raises:
-    UserError: see `read_bytes` and `parse`; it names the file.
+    UserError: see `read_bytes` and `parse`; the message names the file.
   """
   content = read_bytes(path, most)
   try:
@@ -141,10 +141,10 @@ def read(path: str | pathlib.Path, most: int = MOST_BYTES) -> Any:
 
 
 def read_object(path: str | pathlib.Path, most: int = MOST_BYTES) -> dict[str, Any]:
-  """The object in a JSON file.
+  """Returns the object in a JSON file.
 
   Raises:
-    UserError: see `read`; or it holds something else.
+    UserError: see `read`; also if it holds something else.
   """
   value = read(path, most)
   if not isinstance(value, dict):

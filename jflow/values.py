@@ -1,4 +1,4 @@
-"""Checks of single values: value -> what it must be, "" where it is that. For the fields of a config."""
+"""Constraints of config fields: functions value -> what it must be, or "" where it fits."""
 
 import math
 import re
@@ -7,7 +7,7 @@ from typing import Any
 
 Check = Callable[[Any], str]
 
-MOST = 2**31 - 1  # of what counts steps or records: jax counts in int32
+MOST = 2**31 - 1  # of steps and records: jax counts in int32
 
 
 def whole(least: int, most: int = MOST, note: str = "") -> Check:

@@ -1,13 +1,13 @@
 """The protocol of a way to write images; a family is one folder beside this file.
 
-`FAMILIES` holds what `model.generation.kind` may name. Data workers lay rows out with a family, so this file and a
-family's own description import neither jax nor flax: the Linen module and the sampler are named by place.
+`FAMILIES` holds the values of `model.generation.kind`. Data workers use a family's layout, so this file and a family's
+description import neither jax nor flax: the Linen module and the sampler are given as "package.module:attribute".
 
-A family brings
+A family has
   config      the frozen dataclass of the section `model.generation`
-  layout      where an image stands in a row: tokens, positions, slots (numpy)
-  settings    the frozen dataclass of what its sampler can be told
-  writer      the Linen module: targets, what stands in the slots, losses (`Writer`)
+  layout      the place of an image in a row: tokens, positions, slots (numpy)
+  settings    the frozen dataclass of its sampling settings
+  writer      the Linen module: targets, embeddings of the image slots, losses (`Writer`)
   sampler     prompts to pixels (`Sampler`)
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Written(NamedTuple):
-  """The sequence of a prompt and the image that is written for it, its last tokens those of the image.
+  """The sequence of a prompt and its image; the image's tokens are the last.
 
   Attributes:
     tokens: int32[n].
@@ -42,17 +42,17 @@ class Written(NamedTuple):
 
 
 class Layout(Protocol):
-  """Where an image to write stands in a row. Numpy alone: the loader's processes run it."""
+  """The layout of an image to write in a row. Numpy only, since the loader's processes run it."""
 
   def slots(self, patches: int) -> int:
-    """Positions that the writer fills for an image of so many patches."""
+    """Number of positions that the writer fills for an image of so many patches."""
 
   def sequence(self, prompt: np.ndarray, drop: bool, tokenizer: Any, patches: int) -> Written:
     """The tokens of a training sample.
 
     Args:
       prompt: int32[n], BOS and the text.
-      drop: the prompt is left out, so that the model learns to write without one (guidance).
+      drop: whether the prompt is left out, which trains the unconditional half of guidance.
       tokenizer: see `data.tokenizer.Tokenizer`.
       patches: P.
     """
@@ -67,29 +67,29 @@ class Config(Protocol):
     """Raises UserError, naming the field, where the section does not fit the rest of the model."""
 
   def stored_shape(self, model: Any) -> tuple[int, ...]:
-    """Shape of what the encoder gives for one image, where it was made ahead of time; () if nothing can be."""
+    """Shape of an image's encoder output, which may be precomputed; () for a family without an encoder."""
 
 
 class Writer(Protocol):
-  """The Linen module of a family. Its parameters stand beside those of the LLM, under the names it gives them.
+  """The Linen module of a family. Its parameters are siblings of the LLM's, under the names that it gives them.
 
-  Legend: I images of a batch, K slots of an image, D width of the LLM.
+  Legend: I images of a batch, K slots of an image, D embed.
   """
 
   losses_made: tuple[str, ...]  # names of the losses that `losses` returns
-  patches_from: int  # where the first of P patches stands, counted from the image's first slot; for alignment
+  patches_from: int  # offset of the first of P patches from the image's first slot; for alignment
 
   def draw(self, key: "jax.Array", batch: "Batch", objective: Any) -> Any:
-    """The randomness of a batch, a pytree of arrays [B, M, ...]; drawn before it is cut into microbatches.
+    """Draws the randomness of a batch, a pytree of arrays [B, M, ...], before it is cut into microbatches.
 
-    `objective` is the section of the run's config with that name.
+    `objective` is the section `objective` of the run's config.
     """
 
   def example_draws(self, batch: "Batch") -> Any:
-    """Any draws of the right shapes, for `init`."""
+    """Returns draws of the right shapes, with any values, for `init`."""
 
   def write(self, pixels_IHWC: "jax.Array", stored: "jax.Array", draws: Any) -> tuple["jax.Array", Any]:
-    """What stands in the slots of images to write.
+    """Embeddings of the slots of images to write.
 
     Args:
       pixels_IHWC: f32 in [-1, 1].
@@ -97,60 +97,64 @@ class Writer(Protocol):
       draws: of the same images, [I, ...].
 
     Returns:
-      (slots [I, K, D], whatever `losses` needs).
+      (slots [I, K, D], context for `losses`).
     """
 
   def losses(self, hidden_at: Callable[[int, int], "jax.Array"], context: Any, written: "jax.Array") -> dict[str, Any]:
-    """Sums over the images written of each loss in `losses_made`, f32[] each.
+    """The sum over written images of each loss in `losses_made`, f32[] each.
 
     Args:
       hidden_at: (first, count) -> [I, count, D], the LLM's output at the positions first, first + 1, ... counted from
         the image's first slot; -1 is the position before it.
-      context: of `write`.
-      written: bool[I], the images that count.
+      context: from `write`.
+      written: bool[I], mask of the images to write.
     """
 
   def initialise(self) -> None:
-    """Touches the parameters that training does not, so that `init` creates them."""
+    """Uses the parameters that training does not, so that `init` creates them."""
 
 
 class Sampler(Protocol):
-  """Prompts to pixels. Made with a model for inference and its parameters: `Sampler(model, params)`."""
+  """A sampler from prompts to pixels, made as `Sampler(model, params)` with a model for inference.
+
+  Legend: I images, S prompt slots.
+  """
 
   def start(self, seeds: Sequence[int]) -> np.ndarray:
-    """[N, ...], whatever the images of these seeds start from; an image depends on its own seed alone."""
+    """The initial state [I, ...] of the images of these seeds; an image depends only on its own seed."""
 
   def given(self, noise: Any, count: int) -> np.ndarray:
-    """The start of `count` images from a caller's noise in PyTorch's layout; raises UserError where it does not fit."""
+    """The initial state of `count` images from noise in PyTorch's layout; raises UserError for another shape."""
 
   def sample(
     self,
-    tokens_NS: np.ndarray,
-    lengths_N: np.ndarray,
+    tokens_IS: np.ndarray,
+    lengths_I: np.ndarray,
     start: np.ndarray,
     settings: Any,
     on_step: Callable[[int, int], None] | None = None,
   ) -> np.ndarray:
-    """f32[N, H, W, 3], about [-1, 1], not clipped.
+    """Generates pixels, f32[I, H, W, 3], about [-1, 1], not clipped.
 
     Args:
-      tokens_NS: int32 prompts, BOS first, padded on the right.
-      lengths_N: int32 true lengths.
-      start: of the same images.
+      tokens_IS: int32 prompts, BOS first, padded on the right.
+      lengths_I: int32 true lengths.
+      start: the initial state, from `start` or `given`.
       settings: the family's own.
       on_step: called with (steps done, steps) about ten times.
     """
 
   def prepare(self, rows: int, slots: int, settings: Any, compile: bool = True) -> bool:
-    """Compiles what `sample` runs for `rows` prompts of `slots` tokens, or looks whether that is done.
+    """Compiles the programs of `sample` for `rows` prompts of `slots` tokens, or only checks that they are compiled.
 
-    Returns whether nothing is left to compile.
+    Returns:
+      Whether all of them are compiled.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """The description of a way to write images; places are "package.module:attribute", or the thing itself."""
+  """The description of a way to write images; `writer`, `sampler` and `flops` may be "package.module:attribute"."""
 
   name: str
   config: type
@@ -165,23 +169,23 @@ FAMILIES = registry.Registry("model.generation.kind", "jflow.generation", {"flow
 
 
 def setting(default: Any, help: str, **rest: Any) -> Any:
-  """A field of sampling settings: its default, its words in `--help`, and what a flag needs to read it.
+  """Declares a field of sampling settings: its default, its text in `--help`, and how a flag parses it.
 
-  `rest`: choices, most (of a number), metavar (names of the parts, where the value is a tuple of numbers).
+  `rest`: choices, most (largest number), metavar (names of the parts, for a tuple of numbers).
   """
   return dataclasses.field(default=default, metadata={"help": help, **rest})
 
 
 def family(config: Any) -> Family:
-  """The family of a section `model.generation`."""
+  """Returns the family of a section `model.generation`."""
   return FAMILIES.get(config.kind)
 
 
 def settings(family: Family, given: Mapping[str, Any]) -> Any:
-  """Typed sampling settings from what a user gave; None stands for a value that was not given.
+  """Builds a family's sampling settings from a user's values; None stands for the default.
 
   Raises:
-    UserError: a setting that this family does not have, or a value out of its range.
+    UserError: a setting that the family does not have, or a value out of its range.
   """
   known = {field.name for field in dataclasses.fields(family.settings)}
   chosen = {name: value for name, value in given.items() if value is not None}

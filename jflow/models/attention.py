@@ -1,6 +1,6 @@
-"""Attention for packed rows, causal within segments, by the kernel that a device has.
+"""Attention over packed rows, causal within segments, by the fused kernel of the device or plain XLA.
 
-Legend: B batch, S queries, T keys, N query heads, K key heads, G = N / K, H head dim.
+Legend: B batch, S queries, T keys, N query heads, K kv heads, G = N / K, H head dim.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,11 @@ IMPLEMENTATIONS = ("auto", "xla", *kernels.KERNELS)
 def choose(name: str, device: jax.Device, dtype: Any, head_dim: int) -> str:
   """Resolves "auto" for a device, and checks that a kernel named outright can run there.
 
-  TPU: splash. GPU: Pallas-Triton. Everything else, and whatever those kernels do not take (odd head widths): xla.
-  cuDNN's packed kernel has to be asked for.
+  TPU: splash. GPU: Pallas-Triton. Other devices, and inputs that those kernels do not take (odd head dims): xla.
+  cuDNN's packed kernel is used only where the config names it.
 
   Raises:
-    UserError: the named kernel cannot run on this device, in this dtype or at this width.
+    UserError: the named kernel cannot run on this device, in this dtype or with this head dim.
   """
   if name not in IMPLEMENTATIONS:
     raise UserError(f"config.compute.attention={name!r} must be one of {', '.join(IMPLEMENTATIONS)}")
@@ -41,9 +41,9 @@ def choose(name: str, device: jax.Device, dtype: Any, head_dim: int) -> str:
 def packed_attention(
   q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BS: jax.Array, implementation: str
 ) -> jax.Array:
-  """Attention over a packed row: query i sees key j iff j <= i and both lie in the same segment.
+  """Packed causal attention within segments: query i sees key j iff j <= i and both lie in the same segment.
 
-  Segments are consecutive runs; 0 is padding, whose outputs are finite and read by nobody.
+  Segments are consecutive runs; 0 is padding, whose outputs are finite and unused.
 
   Args:
     q_BSNH, k_BSKH, v_BSKH: queries, keys, values of the row.
@@ -56,7 +56,7 @@ def packed_attention(
 
 
 def over_shards(kernel: Callable[..., jax.Array], q_BSNH, k_BSKH, v_BSKH, segments_BS) -> jax.Array:
-  """Runs a kernel on each device's rows and heads: the compiler cannot cut a kernel by itself."""
+  """Runs a kernel on each device's rows and heads by shard_map: the compiler cannot partition a kernel."""
   groups = q_BSNH.shape[2] // k_BSKH.shape[2]
   repeat = lambda x: jnp.repeat(x, groups, axis=2) if groups > 1 else x
   args = (q_BSNH, repeat(k_BSKH), repeat(v_BSKH), segments_BS)

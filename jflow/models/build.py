@@ -1,4 +1,4 @@
-"""Fresh parameters of a model, and the shapes of all of them."""
+"""Initial parameters of a model, and their shapes."""
 
 import functools
 from typing import Any
@@ -15,7 +15,7 @@ from jflow.models.unified import UnifiedModel, make_writer
 
 
 def initial_params(model: UnifiedModel, seed: int) -> Any:
-  """Fresh parameters, boxed with their logical axes; to be traced by `sharding.create` or `jax.eval_shape`."""
+  """Initial parameters, boxed with their logical axes; to be traced by `sharding.create` or `jax.eval_shape`."""
   c = model.config
   slots = family(c.generation).layout.slots(c.patches)
   shape = RowShape(2 * (1 + c.patches), 1, c.patches, c.image_size, c.generation.kind, slots)
@@ -29,7 +29,7 @@ def initial_params(model: UnifiedModel, seed: int) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Every parameter of a model, keys joined by "/", and its shape; nothing is allocated."""
+  """Returns {path joined by "/": shape} of every parameter of a model; nothing is allocated."""
   model = UnifiedModel(config, jnp.dtype("float32"), "none", 1, "xla")
   boxed = jax.eval_shape(lambda: initial_params(model, 0))
   flat: dict[str, Any] = flatten_dict(sharding.unbox(boxed), sep="/")

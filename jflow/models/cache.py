@@ -1,10 +1,10 @@
-"""Keys and values of past positions, and attention over them: growing (a Cache) or fixed (a Prefix).
+"""KV caches and attention over them: growing (`Cache`) or fixed (`Prefix`).
 
-Both are arguments and results, never hidden state. Both products of attention are plain batched matmuls over memory
-as it lies: the slots of keys come last, and the heads of all rows are one axis. (With two, XLA:CPU reshapes what it has
-just written, and copies each layer's cache four times per token.)
+Both are arguments and results, never hidden state. Both matmuls of attention read the cache in its own layout: the
+slots of keys are the last axis, and the heads of all rows share one axis. (With two axes, XLA:CPU copies each layer's
+cache several times per token.)
 
-Legend: B batch, S queries, T slots, N query heads, K key heads, R = B K, G = N / K, H head dim.
+Legend: B batch, S queries, T slots, N query heads, K kv heads, R = B K, G = N / K, H head dim.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ Layer = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, tuple[jax.A
 
 
 class Cache(struct.PyTreeNode):
-  """Static slots, filled from the left; updated in place where the program donates it."""
+  """A KV cache of static size, filled from the left; updated in place where the program donates it."""
 
   keys: tuple[jax.Array, ...]  # per layer [R, H, T]
   values: tuple[jax.Array, ...]  # per layer [R, T, H]
@@ -31,7 +31,7 @@ class Cache(struct.PyTreeNode):
 
   @classmethod
   def empty(cls, config: LanguageModelConfig, batch: int, slots: int, dtype: Any, rows: bool = False) -> "Cache":
-    """A cache without positions; `rows`: each row counts its own length."""
+    """An empty cache; `rows`: each row counts its own length."""
     heads, width = batch * config.num_kv_heads, config.head_dim
     blank = lambda *shape: tuple(jnp.zeros((heads, *shape), dtype) for _ in range(config.num_layers))
     length = jnp.zeros((batch,) if rows else (), jnp.int32)
@@ -40,7 +40,7 @@ class Cache(struct.PyTreeNode):
     )
 
   def layer(self, index: int, segments_BS: jax.Array) -> Layer:
-    """What layer `index` does with new positions: write them, attend to all slots up to each."""
+    """The attention of layer `index` for new positions: writes them, and attends to all slots up to each."""
     slots = self._slots(segments_BS.shape[1])
     seen_BT = _write(self.filled, segments_BS > 0, slots, 1)
 
@@ -52,7 +52,7 @@ class Cache(struct.PyTreeNode):
     return attend
 
   def grown(self, layers: Sequence[tuple[jax.Array, jax.Array]], segments_BS: jax.Array) -> "Cache":
-    """The cache after all layers have written."""
+    """The cache with the new positions, from the keys and values of all layers."""
     seq = segments_BS.shape[1]
     keys, values = zip(*layers)
     filled = _write(self.filled, segments_BS > 0, self._slots(seq), 1)
@@ -74,8 +74,8 @@ class Prefix(struct.PyTreeNode):
   caches: tuple[Cache, ...]
 
   def layer(self, index: int, segments_BS: jax.Array) -> Layer:
-    """What layer `index` does with new positions: attend to the prefix and causally to each other."""
-    del segments_BS  # a written picture has no padding
+    """The attention of layer `index` for new positions: to the prefix, and causally to each other."""
+    del segments_BS  # a generated image has no padding
 
     def attend(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array):
       cut = lambda x: jnp.split(x, len(self.caches))
@@ -87,12 +87,12 @@ class Prefix(struct.PyTreeNode):
 
 
 def _write(old: jax.Array, new: jax.Array, slots: jax.Array, axis: int) -> jax.Array:
-  """Puts new [rows, S, ...] at int32[S] or int32[B, S] slots of old, where they lie along `axis`.
+  """Writes `new` [rows, S, ...] into `old` at slots int32[S] or int32[B, S] along `axis`.
 
-  Slots beyond the end are dropped. Rows may be a multiple of B: the heads of each.
+  Slots beyond the end are dropped. `rows` may be a multiple of B, with the heads of each row.
   """
   if slots.ndim == 2 and len(slots) == 1:
-    slots = slots[0]  # a row alone never runs past its end; a CPU writes a slice faster than it scatters
+    slots = slots[0]  # a single row never runs past its end, and a slice is faster than a scatter on a CPU
   if slots.ndim == 1:
     return jax.lax.dynamic_update_slice_in_dim(old, jnp.moveaxis(new, 1, axis), slots[0], axis)
   at = jnp.repeat(slots, len(old) // len(slots), axis=0)

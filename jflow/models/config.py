@@ -1,8 +1,8 @@
 """The configuration of the whole model: one frozen dataclass, its parts as fields.
 
-It is hashable (a static argument of jit), travels as JSON, and holds no default: the presets stand in
-`configs/models.py`, the sizes of a published checkpoint come from its config.json. What a section's `kind` or name
-stands for is found in the tables of generation/base.py, objectives/base.py and models/llm/base.py.
+It is hashable (a static argument of jit), is stored as JSON, and has no defaults: the presets are in
+`configs/models.py`, the sizes of a published checkpoint in its config.json. A section's `kind` or name is looked up in
+the registries of generation/base.py, objectives/base.py and models/llm/base.py.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ READERS = ("siglip", "shared", "separate")
 
 @dataclasses.dataclass(frozen=True)
 class SiglipConfig:
-  """A SigLIP vision tower."""
+  """The sizes of a SigLIP vision tower."""
 
   image_size: int  # pixels, square
   patch_size: int
@@ -102,7 +102,7 @@ class ModelConfig:
 
   @property
   def hidden_layer(self) -> int:
-    """The LLM's block after which an objective reads it, counted from 1; 0: none does."""
+    """The LLM block whose output an objective reads, counted from 1; 0: none."""
     return next((config.layer for _, config in self.objectives if hasattr(config, "layer")), 0)
 
   def objective(self, name: str) -> Any:
@@ -110,7 +110,7 @@ class ModelConfig:
     return dict(self.objectives).get(name)
 
   def to_dict(self) -> dict[str, Any]:
-    """Nested mappings, for JSON and `from_dict`."""
+    """Returns nested mappings, for JSON and `from_dict`."""
     return dataclasses.asdict(self) | {"objectives": {n: dataclasses.asdict(c) for n, c in self.objectives}}
 
   @classmethod
@@ -149,7 +149,7 @@ _RENAMED: dict[str, dict[str, str]] = {
 
 
 def _upgraded(values: Mapping[str, Any]) -> Mapping[str, Any]:
-  """The sections of a config.json with the names that they have today."""
+  """Renames the fields of an older config.json."""
   new = {name: value for name, value in values.items() if name != "contrastive"}  # said how stage 0 was trained
   new.setdefault("reader", "siglip")  # older than the choice
   for name, kind in (("language_model", "llama"), ("generation", "flow")):

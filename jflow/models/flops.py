@@ -1,10 +1,9 @@
-"""Model FLOPs of training and of inference, by formula: what the mathematics needs, whatever the program computes.
+"""Model FLOPs of training and of inference, by formula: those of the mathematics, not of the program.
 
-The rule: a multiply-add is 2 FLOPs. A trained matrix costs 6 per weight and token (2 forward, 4 backward), a
-frozen one that gradients pass through 4, a frozen one that they do not reach 2. Attention costs the pairs that a
-token may see. Only positions that carry loss cost a head; only images that are there cost an encoder. Padding,
-recomputation, norms and activations cost nothing. For stage 2 at 384 and the paper's mixture this gives 9.34 GFLOP
-per token.
+A multiply-add is 2 FLOPs. A trained matrix costs 6 per weight and token (2 forward, 4 backward), a frozen one that
+gradients pass through 4, a frozen one that they do not reach 2. Attention costs the pairs of query and key that the
+mask allows. A head costs only at positions that carry loss, an encoder only for images that are there. Padding,
+recomputation, norms and activations cost nothing. Stage 2 at 384 with the paper's mixture: 9.34 GFLOP per token.
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ from jflow.objectives.base import OBJECTIVES
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """What a batch holds."""
+  """The counts of a batch that its FLOPs depend on."""
 
   tokens: float  # that are not padding
   pairs: float  # (query, key) that attention sees: n (n + 1) / 2 for a segment of n tokens
@@ -38,7 +37,7 @@ def step(
     trained: first parts of the paths of trained parameters ("language_model", "understanding_encoder", ...).
     work: of the global batch.
     losses: names of the losses that are computed.
-    stored: what the writer's encoder gives comes with the batch, so it does not run.
+    stored: the batch holds the outputs of the writer's encoder, so that it does not run.
   """
   lm = config.language_model
   factor = 6 if "language_model" in trained else 4
@@ -76,7 +75,7 @@ def siglip(config: ModelConfig) -> float:
 
 
 def body_weights(config: LanguageModelConfig) -> int:
-  """Weights of the LLM's matrices without embedding and head."""
+  """Number of weights in the LLM's matrices, without embedding and head."""
   attention = config.embed_dim * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
   return config.num_layers * (attention + 3 * config.embed_dim * config.mlp_dim)
 

@@ -1,9 +1,9 @@
-"""Fused attention kernels for packed rows, one function each, all with one signature.
+"""Fused attention kernels for packed rows, one function each, with one signature.
 
-kernel(q_BSNH, k_BSNH, v_BSNH, segments_BS) -> out_BSNH: causal within segments, scaled by H^-1/2. Heads of keys
-and values are as many as those of queries. Each runs on one device's share; see `attention.over_shards`.
+kernel(q_BSNH, k_BSNH, v_BSNH, segments_BS) -> out_BSNH: causal within segments, scaled by H^-1/2, with as many kv heads
+as query heads. Each runs on one device's share; see `attention.over_shards`.
 
-Legend: B batch, S sequence, N heads, H head dim, M segments of a row.
+Legend: B batch, S sequence, N heads, H head dim, Z segments of a row.
 """
 
 import functools
@@ -18,11 +18,11 @@ from jflow.models.plain_attention import attention
 
 _TILE = 128  # rows are padded to a multiple of it for the Pallas kernels
 _SPLASH_BLOCKS = (1024, 512, 256, 128)  # the largest that divides the row is taken
-_CUDNN_SEGMENTS = 128  # segments of a row that cuDNN is told about; a row with more takes the plain path
+_CUDNN_SEGMENTS = 128  # most segments of a row for cuDNN; a row with more takes the plain path
 
 
 def obstacle(name: str, device: jax.Device, dtype: Any, head_dim: int) -> str:
-  """Why a kernel cannot run there, as the end of a sentence; empty if it can."""
+  """Returns why a kernel cannot run on a device, as the end of a sentence; empty if it can."""
   platform, half = device.platform, jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
   if platform != {"splash": "tpu"}.get(name, "gpu"):
     return f"does not run on {platform}"
@@ -96,7 +96,8 @@ def splash(q_BSNH, k_BSNH, v_BSNH, segments_BS, interpret: bool = False) -> jax.
 def triton(q_BSNH, k_BSNH, v_BSNH, segments_BS, interpret: bool = False) -> jax.Array:
   """Any GPU: jax's Pallas-Triton flash attention. Skips tiles above the diagonal.
 
-  Its statistics carry no name, so that the forward pass runs again for the gradient also where remat keeps "attended".
+  Its softmax statistics carry no checkpoint name, so that the backward pass repeats the forward one even where remat
+  keeps "attended".
   """
   from jax.experimental.pallas.ops.gpu import attention as pallas
 
@@ -118,26 +119,26 @@ def triton(q_BSNH, k_BSNH, v_BSNH, segments_BS, interpret: bool = False) -> jax.
 
 
 def segment_table(segments_BS: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
-  """Lengths int32[B, M] and starts int32[B, M + 1] of the segments 1..M of each row, -1 where there is none.
+  """Lengths int32[B, Z] and starts int32[B, Z + 1] of the segments 1..Z of each row, -1 where there is none.
 
-  Segments are consecutive runs in rising order, padding (0) behind them, as the packer makes them. The last column of
-  the starts is always -1: jax lists the starts of all rows one after another and adds where the last row ends, so that
-  an end among them would shift every segment of the rows below.
+  Segments are consecutive runs in rising order, with padding (0) behind them, as the packer makes them. The last column
+  of the starts is always -1: jax concatenates the starts of all rows and appends the end of the last one, so that an
+  end among them would shift every segment of the rows below.
   """
   ids = jnp.arange(1, limit + 1)
-  lengths_BM = jnp.sum(segments_BS[:, None, :] == ids[None, :, None], axis=-1, dtype=jnp.int32)
-  starts_BM = jnp.cumsum(lengths_BM, axis=1, dtype=jnp.int32) - lengths_BM
-  there_BM = ids[None] <= jnp.max(segments_BS, axis=1, keepdims=True)
-  none = lambda x_BM: jnp.where(there_BM, x_BM, -1)
-  return none(lengths_BM), jnp.pad(none(starts_BM), ((0, 0), (0, 1)), constant_values=-1)
+  lengths_BZ = jnp.sum(segments_BS[:, None, :] == ids[None, :, None], axis=-1, dtype=jnp.int32)
+  starts_BZ = jnp.cumsum(lengths_BZ, axis=1, dtype=jnp.int32) - lengths_BZ
+  there_BZ = ids[None] <= jnp.max(segments_BS, axis=1, keepdims=True)
+  none = lambda x_BZ: jnp.where(there_BZ, x_BZ, -1)
+  return none(lengths_BZ), jnp.pad(none(starts_BZ), ((0, 0), (0, 1)), constant_values=-1)
 
 
 @jax.custom_vjp
 def cudnn(q_BSNH, k_BSNH, v_BSNH, segments_BS) -> jax.Array:
   """GPU from compute capability 9.0: cuDNN's packed flash attention, which skips everything across segments.
 
-  It goes through private functions of jax: the public one takes no segments. A batch with a row of more
-  segments than cuDNN's table holds takes the plain path. Has to be asked for: see `attention.choose`.
+  It calls private functions of jax, since the public one takes no segments. A batch with a row of more segments than
+  cuDNN's table holds takes the plain path. `attention.choose` never picks it for "auto".
   """
   return _cudnn_forward(q_BSNH, k_BSNH, v_BSNH, segments_BS)[0]
 
@@ -194,7 +195,7 @@ def _scale(q_BSNH: jax.Array) -> float:
   return float(q_BSNH.shape[-1] ** -0.5)
 
 
-def _cudnn_fused(q_BSNH, k_BSNH, v_BSNH, lengths_BM, starts_BM) -> Any:
+def _cudnn_fused(q_BSNH, k_BSNH, v_BSNH, lengths_BZ, starts_BZ) -> Any:
   """The output and the statistics (log of the softmax's sum) of cuDNN's forward pass."""
   from jax._src.cudnn import fused_attention_stablehlo as fused
 
@@ -202,10 +203,10 @@ def _cudnn_fused(q_BSNH, k_BSNH, v_BSNH, lengths_BM, starts_BM) -> Any:
     q_BSNH,
     k_BSNH,
     v_BSNH,
-    q_seqlen=lengths_BM,
-    kv_seqlen=lengths_BM,
-    q_offsets=starts_BM,
-    kv_offsets=starts_BM,
+    q_seqlen=lengths_BZ,
+    kv_seqlen=lengths_BZ,
+    q_offsets=starts_BZ,
+    kv_offsets=starts_BZ,
     scale=_scale(q_BSNH),
     mask_type=fused.MaskType.PADDING_CAUSAL,
     return_residual=True,

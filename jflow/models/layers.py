@@ -1,6 +1,6 @@
-"""Linear maps and norms that the towers share. Parameters are f32 masters; compute is in `dtype`.
+"""Linear maps and norms of the LLM and the encoders. Parameters are f32 masters; compute is in `dtype`.
 
-Legend: B batch, S sequence, D width, C channels.
+Legend: B batch, S sequence, D embed, C channels.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
-    # One leading axis: XLA:CPU takes twice as long for the kernel's gradient when it contracts over two.
+    # One leading axis: XLA:CPU is slower on the kernel's gradient when it contracts over two.
     y = jnp.dot(x.astype(self.dtype).reshape(-1, x.shape[-1]), whole(kernel.astype(self.dtype), *self.axes))
     y = y.reshape(*x.shape[:-1], self.features)
     if self.use_bias:

@@ -1,12 +1,12 @@
 """Softmax attention in plain XLA, causal within segments.
 
-Legend: B batch, S queries, T keys, N query heads, K key heads, G = N / K, H head dim.
+Legend: B batch, S queries, T keys, N query heads, K kv heads, G = N / K, H head dim.
 """
 
 import jax
 import jax.numpy as jnp
 
-QUERY_BLOCK = 1024  # longer query sequences are cut, so that no S x T matrix of a long row ever exists
+QUERY_BLOCK = 1024  # longer query sequences are cut into blocks, so that the S x T matrix of a long row is never formed
 
 
 def attention(
@@ -17,9 +17,9 @@ def attention(
   kv_segments_BT: jax.Array,
   q_start: jax.Array | int,
 ) -> jax.Array:
-  """Softmax attention in plain XLA; query i sees key j iff j <= q_start + i and both lie in one segment.
+  """Softmax attention: query i sees key j iff j <= q_start + i and both lie in one segment.
 
-  Segment 0 is padding: a padded query gets the mean of all values (finite, and read by nobody).
+  Segment 0 is padding: a padded query gets the mean of all values, finite and unused.
 
   Args:
     q_BSNH, k_BTKH, v_BTKH: queries, keys, values; N is a multiple of K (grouped-query attention).

@@ -1,6 +1,6 @@
-"""Readers: images to what stands in their K slots of a row.
+"""Readers: images to the embeddings of their K slots in a row.
 
-Legend: I images, K = 1 + P slots of an image, P patches, D width of the LLM, E width of the features.
+Legend: I images, K = 1 + P slots of an image, P patches, D embed, E width of the features.
 """
 
 from typing import Any
@@ -17,12 +17,12 @@ from jflow.models.layers import Linear, parameter
 class Reader(nn.Module):
   """The learned start vector, then projected features (paper section 3.1).
 
-  The features are SigLIP's, or for ablations those of VAE latents at time 1, which is data, by ConvNeXt blocks: the
-  writer's own ("shared"), or others that are equal at the start ("separate"; paper section 4.5).
+  The features are SigLIP's, or for ablations those of ConvNeXt blocks over VAE latents at time 1 (data): the writer's
+  own blocks ("shared"), or a copy with the same initial parameters ("separate"; paper section 4.5).
 
   Attributes:
     config: the whole model's.
-    writer: the model's writer, whose encoder and projector "shared" reads with.
+    writer: the model's writer; "shared" uses its encoder and projector.
     dtype: compute dtype.
   """
 
@@ -40,12 +40,12 @@ class Reader(nn.Module):
     self.understanding_start = parameter(self, "understanding_start", nn.initializers.zeros, (width,), (None,))
 
   def latent_features(self, latents_IhwC: jax.Array) -> jax.Array:
-    """Ablations: latents of images to read -> [I, P, E]."""
+    """Features [I, P, E] of the latents of images to read, for ablations."""
     encoder = self.writer.generation_encoder if self.config.reader == "shared" else self.latent_encoder
     return encoder(latents_IhwC, jnp.ones(latents_IhwC.shape[0]))[0]
 
   def slots(self, features_IPE: jax.Array) -> jax.Array:
-    """The K slots of images to read, [I, K, D]."""
+    """Embeddings [I, K, D] of the K slots of images to read."""
     if self.config.reader == "siglip":
       project = self.understanding_projector
     else:

@@ -1,6 +1,6 @@
 """The understanding encoder: a SigLIP vision tower, scanned over layers, and its attention pooling head.
 
-Legend: B images, H x W pixels, P patches, D width, N heads, K head dim, F mlp, C pixel channels.
+Legend: B images, P patches, S queries, D embed, N heads, H head dim, F mlp.
 """
 
 from typing import Any
@@ -14,16 +14,16 @@ from jflow.models.layers import LayerNorm, Linear, gelu, parameter
 from jflow.sharding import constrain, whole
 
 
-def patchify(x_BHWC: jax.Array, patch_size: int) -> jax.Array:
-  """[B, H, W, C] -> [B, P, patch_size * patch_size * C]; raster order; inside: row, column, channel."""
-  b, h, w, c = x_BHWC.shape
+def patchify(x: jax.Array, patch_size: int) -> jax.Array:
+  """[B, height, width, C] -> [B, P, patch_size * patch_size * C]; raster order; inside: row, column, channel."""
+  b, h, w, c = x.shape
   s = patch_size
-  x = x_BHWC.reshape(b, h // s, s, w // s, s, c).transpose(0, 1, 3, 2, 4, 5)
+  x = x.reshape(b, h // s, s, w // s, s, c).transpose(0, 1, 3, 2, 4, 5)
   return x.reshape(b, (h // s) * (w // s), s * s * c)
 
 
 class Attend(nn.Module):
-  """Full attention of queries over keys, with biases: SigLIP has no mask."""
+  """Multi-head attention with biases and without a mask."""
 
   config: SiglipConfig
   dtype: Any
@@ -33,18 +33,18 @@ class Attend(nn.Module):
     c = self.config
     linear = lambda axes, name: Linear(c.embed_dim, axes, self.dtype, use_bias=True, name=name)
     heads = lambda y: y.reshape(*y.shape[:2], c.num_heads, c.embed_dim // c.num_heads)
-    q_BSNK = heads(linear(("embed", "heads"), "query")(q_BSD))
-    k_BPNK = heads(linear(("embed", "heads"), "key")(kv_BPD))
-    v_BPNK = heads(linear(("embed", "heads"), "value")(kv_BPD))
+    q_BSNH = heads(linear(("embed", "heads"), "query")(q_BSD))
+    k_BPNH = heads(linear(("embed", "heads"), "key")(kv_BPD))
+    v_BPNH = heads(linear(("embed", "heads"), "value")(kv_BPD))
     scale = (c.embed_dim // c.num_heads) ** -0.5
-    logits = jnp.einsum("BSNK,BPNK->BNSP", q_BSNK, k_BPNK, preferred_element_type=jnp.float32) * scale
+    logits = jnp.einsum("BSNH,BPNH->BNSP", q_BSNH, k_BPNH, preferred_element_type=jnp.float32) * scale
     weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-    out = jnp.einsum("BNSP,BPNK->BSNK", weights, v_BPNK)
+    out = jnp.einsum("BNSP,BPNH->BSNH", weights, v_BPNH)
     return linear(("heads", "embed"), "output")(out.reshape(q_BSD.shape))
 
 
 class Mlp(nn.Module):
-  """out(gelu(in(x)))."""
+  """Two-layer MLP: contract(gelu(expand(x)))."""
 
   config: SiglipConfig
   dtype: Any
@@ -91,7 +91,7 @@ class Siglip(nn.Module):
   """SigLIP vision tower. The pooling head always has parameters: the release carries them unused.
 
   Attributes:
-    remat: keep only the input of each block for the backward pass.
+    remat: whether only the input of each block is kept for the backward pass.
   """
 
   config: SiglipConfig
@@ -116,16 +116,16 @@ class Siglip(nn.Module):
     self.norm = LayerNorm(c.layer_norm_epsilon, self.dtype)
     self.head = Pool(c, self.dtype)
 
-  def __call__(self, pixels_BHWC: jax.Array) -> jax.Array:
+  def __call__(self, pixels: jax.Array) -> jax.Array:
     """Returns the features of all patches after the final norm, not pooled.
 
     Args:
-      pixels_BHWC: f32[B, H, W, 3] in [-1, 1].
+      pixels: f32[B, height, width, 3] in [-1, 1].
 
     Returns:
       [B, P, D] in `dtype`, patches in raster order.
     """
-    x_BPD = self.patch_embed(patchify(pixels_BHWC, self.config.patch_size))
+    x_BPD = self.patch_embed(patchify(pixels, self.config.patch_size))
     position_PD = whole(self.position.astype(self.dtype), None, "embed")
     x_BPD = constrain(x_BPD + position_PD, "batch", None, None)
     x_BPD, _ = self.layers(x_BPD, None)

@@ -1,7 +1,6 @@
-"""The most that a size may be.
+"""Upper bounds of the sizes in a model's config.
 
-No model comes near; without an end, one number in a file from elsewhere would have a program build blocks or compute
-with numbers for hours.
+They lie far above any model: without them, one number in an untrusted config.json could keep a program busy for hours.
 """
 
 import math
@@ -27,7 +26,7 @@ _MOST_OF = {
 
 
 def most(field: str) -> int:
-  """The largest value of a whole-numbered field, by its name."""
+  """Returns the largest value of an integer field, by its name."""
   return _MOST_OF.get(field, _MOST)
 
 
@@ -35,7 +34,7 @@ def check_sizes(path: str, config: Any) -> None:
   """Checks that every number of a section is positive and not too large.
 
   Raises:
-    UserError: naming field and value.
+    UserError: a number is out of bounds; the message names field and value.
   """
   for name, value in vars(config).items():
     if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 < value < math.inf:

@@ -1,7 +1,7 @@
 """The unified model: one LLM, a reader of images and a writer of images.
 
-Legend: B rows, S sequence, M image slots of a row, I images (B * M where batched), K slots per image, P patches,
-D embed, E SigLIP's width, H W pixels.
+Legend: B rows, S sequence, M images of a row, I images (B * M where batched), K slots per image, P patches, C channels,
+D embed, E SigLIP's width, V vocab, H W pixels.
 """
 
 from typing import Any
@@ -23,14 +23,14 @@ from jflow.sharding import constrain
 
 
 def normalise(pixels_u8: jax.Array) -> jax.Array:
-  """uint8 [0, 255] -> f32 [-1, 1]; reading and writing use this range."""
+  """uint8 [0, 255] -> f32 [-1, 1], the range of reading and writing."""
   return pixels_u8.astype(jnp.float32) / 127.5 - 1.0
 
 
 class UnifiedModel(nn.Module):
-  """The wiring. Only the `params` collection; every method is pure.
+  """An LLM with a reader, a writer and objectives. It has only the `params` collection, and every method is pure.
 
-  The reader, the writer and the objectives share this module's scope: their parameters stand beside the LLM's.
+  The reader, the writer and the objectives share this module's scope: their parameters are siblings of the LLM's.
 
   Attributes:
     config: sizes.
@@ -65,15 +65,15 @@ class UnifiedModel(nn.Module):
   # --- parts -------------------------------------------------------------------------------------------
 
   def embed(self, tokens: jax.Array) -> jax.Array:
-    """int32[...] -> [..., D]."""
+    """Token embeddings: int32[...] -> [..., D]."""
     return self.language_model.embed(tokens)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
-    """[..., D] -> f32[..., V]."""
+    """Logits of hidden states: [..., D] -> f32[..., V]."""
     return self.language_model.logits(hidden)
 
   def assemble(self, tokens_BS: jax.Array, slots_BZD: jax.Array, image_index_BS: jax.Array) -> jax.Array:
-    """The LLM's input: token embeddings, and image slots where `image_index` is not -1. [B, S, D]."""
+    """The LLM's input [B, S, D]: token embeddings, and image slots where `image_index` is not -1."""
     images_BSD = jnp.take_along_axis(slots_BZD, jnp.maximum(image_index_BS, 0)[..., None], axis=1)
     return jnp.where(image_index_BS[..., None] >= 0, images_BSD, self.embed(tokens_BS))
 
@@ -88,11 +88,11 @@ class UnifiedModel(nn.Module):
     return self.language_model(x_BSD, positions_BS, segments_BS, past)
 
   def features(self, pixels_IHWC: jax.Array) -> jax.Array:
-    """f_enc: pixels in [-1, 1] -> [I, P, E]."""
+    """SigLIP's features (f_enc) of pixels in [-1, 1], [I, P, E]."""
     return self.understanding_encoder(pixels_IHWC)
 
   def read(self, pixels_IHWC: jax.Array) -> jax.Array:
-    """Pixels in [-1, 1] of images to read -> their K slots [I, K, D]."""
+    """Embeddings [I, K, D] of the slots of images to read, from pixels in [-1, 1]."""
     if self.config.reader == "siglip":
       return self.reader.slots(self.features(pixels_IHWC))
     return self.reader.slots(self.reader.latent_features(self.writer.posterior(pixels_IHWC)[0]))
@@ -103,9 +103,9 @@ class UnifiedModel(nn.Module):
     """Loss sums of packed rows by name: eq. 6 ("text"), the writer's, and those of `config.objectives`.
 
     Args:
-      batch: a `Batch` of rows; a microbatch or a shard is fine, since only sums are returned.
+      batch: a `Batch`; also a microbatch or a shard, since only sums are returned.
       draws: randomness of the same rows, see `Writer.draw`.
-      wanted: names to compute; nothing else is.
+      wanted: names of the losses to compute.
 
     Returns:
       name -> f32[].
@@ -126,7 +126,7 @@ class UnifiedModel(nn.Module):
     out = self.backbone(x_BSD, positions, segments)
 
     def at(x_BSD: jax.Array, first: int, count: int) -> jax.Array:
-      """[I, count, D] at the positions that begin `first` behind the first slot of every image."""
+      """[I, count, D] at `count` positions of every image, from `first` after its first slot."""
       where = (batch.image_start[..., None] + first + jnp.arange(count)).reshape(b, -1)[..., None]
       return jnp.take_along_axis(x_BSD, where, axis=1).reshape(b * m, count, -1)
 
@@ -141,7 +141,7 @@ class UnifiedModel(nn.Module):
     return sums | {name: objective(forward) for name, objective in self.objectives.items() if name in wanted}
 
   def initialise(self, batch: Any, draws: Any) -> None:
-    """Touches every parameter once, so that `init` with this method creates them all."""
+    """Uses every parameter once, so that `init` with this method creates them all."""
     self.losses(batch, draws, loss_names(self.config))
     self.writer.initialise()
 
@@ -151,7 +151,7 @@ def _cast_at_use(name: str) -> bool:
 
 
 def cast_for_inference(params: dict[str, Any], dtype: Any) -> None:
-  """Casts nested parameters as `for_inference` does, in place: each one's memory is free before the next is cast."""
+  """Casts nested parameters as `for_inference` does, in place and one by one, which keeps the peak of memory low."""
   for name, x in params.items():
     if isinstance(x, dict):
       cast_for_inference(x, dtype)
@@ -160,12 +160,12 @@ def cast_for_inference(params: dict[str, Any], dtype: Any) -> None:
 
 
 def make_writer(config: ModelConfig, dtype: Any) -> Any:
-  """The writer of a model, not bound to parameters: what `Writer.draw` needs."""
+  """The writer of a model without parameters, for `Writer.draw`."""
   return registry.load(family(config.generation).writer)(config, dtype)
 
 
 def loss_names(config: ModelConfig) -> tuple[str, ...]:
-  """Names of all losses that a model can compute."""
+  """The names of all losses of a model."""
   made = registry.load(family(config.generation).writer).losses_made
   return ("text", *made, *(name for name, _ in config.objectives))
 
@@ -173,7 +173,7 @@ def loss_names(config: ModelConfig) -> tuple[str, ...]:
 def loss_counts(config: ModelConfig, batch: Batch) -> dict[str, jax.Array]:
   """The number of terms of each loss sum of a batch, at least 1: tokens that carry loss, images written.
 
-  Taken over the global batch, before it is cut: divided by them, the sums of shards and microbatches add up.
+  Counted over the global batch, before it is cut: sums of shards and microbatches, divided by them, add up to the loss.
   """
   tokens = jnp.maximum(jnp.sum(batch.loss_mask), 1).astype(jnp.float32)
   images = jnp.maximum(jnp.sum(batch.image_kind == WRITE), 1).astype(jnp.float32)
@@ -183,14 +183,14 @@ def loss_counts(config: ModelConfig, batch: Batch) -> dict[str, jax.Array]:
 
 
 def _choose(reads_I: jax.Array, read_IKD: jax.Array, written_IKD: jax.Array) -> jax.Array:
-  """The slots of each image by whether it is read; the shorter of the two is padded."""
+  """Selects each image's slots, read or written; the shorter of the two is padded."""
   k = max(read_IKD.shape[1], written_IKD.shape[1])
   padded = lambda x: x if x.shape[1] == k else jnp.pad(x, ((0, 0), (0, k - x.shape[1]), (0, 0)))
   return jnp.where(reads_I[:, None, None], padded(read_IKD), padded(written_IKD))
 
 
 def separate_layers(params: Any, layers: int) -> dict[str, Any]:
-  """Parameters of an LLM with scanned layers -> those of the same with `unroll` 0; the rest is shared."""
+  """Unstacks the scanned layers of an LLM's parameters for `unroll` 0; all other parameters are shared."""
   rest = {name: x for name, x in params.items() if name != "layers"}
 
   def layer(i: int) -> Any:
@@ -202,11 +202,11 @@ def separate_layers(params: Any, layers: int) -> dict[str, Any]:
 def for_inference(model: UnifiedModel, params: Any) -> tuple[UnifiedModel, Any]:
   """The model with separate LLM layers, which decoding needs, and its parameters in the compute dtype.
 
-  Only what a layer casts at its use is cast (kernels, the embedding table): the outputs are bit for bit those
-  of the f32 parameters.
+  Only parameters that a layer casts where it uses them are cast (kernels, the embedding table): the outputs are
+  bit-identical to those of the f32 parameters.
 
   Args:
-    model: as trained, or already made for inference.
+    model: as trained, or already a result of this function.
     params: its nested parameters, NumPy or JAX arrays.
   """
   cast = lambda path, x: x.astype(model.dtype, copy=False) if _cast_at_use(path[-1].key) else x

@@ -1,4 +1,4 @@
-"""Representation alignment (REPA, eq. 8): the LLM's features of latents resemble SigLIP's of the clean image."""
+"""Representation alignment (REPA, eq. 8): the LLM's features of latents against SigLIP's of the clean image."""
 
 import dataclasses
 from collections.abc import Collection
@@ -29,9 +29,9 @@ class AlignmentConfig:
 
 
 def loss(projected: jax.Array, features: jax.Array, mask: jax.Array) -> jax.Array:
-  """Minus the sum over masked images of the mean cosine over patches (eq. 8).
+  """Minus the sum over masked images of the mean cosine similarity over patches (eq. 8).
 
-  `features` (the understanding encoder's) are held constant here, by stop_gradient.
+  `features`, the understanding encoder's, get no gradient (stop_gradient).
 
   Args:
     projected: [..., P, E], the head on the LLM's features of the latent tokens.
@@ -70,14 +70,14 @@ class Alignment(nn.Module):
     self.alignment_head = AlignmentHead(self.config.hidden_dim, self.model.understanding_encoder.embed_dim, self.dtype)
 
   def __call__(self, forward: Forward) -> jax.Array:
-    """The sum over images written."""
+    """The sum of the loss over written images, f32[]."""
     rows = lambda x: x.reshape(*forward.written.shape, *x.shape[1:])
     projected = rows(self.alignment_head(forward.patches(cast("jax.Array", forward.layer))))
     return loss(projected, rows(forward.features), forward.written)
 
   @staticmethod
   def count(batch: Batch) -> jax.Array:
-    """Images written, at least 1."""
+    """The number of written images, at least 1."""
     return jnp.maximum(jnp.sum(batch.image_kind == WRITE), 1).astype(jnp.float32)
 
 

@@ -1,7 +1,7 @@
-"""The protocol of an objective beside next-token prediction and the writer's own; one file each.
+"""The protocol of an objective besides next-token prediction and the writer's own; one file each.
 
-`OBJECTIVES` holds what `model.objectives` may name. An objective may have a head of its own, and reads the LLM after
-any block. Its weight stands in the run's config under the same name (`objective.weights`).
+`OBJECTIVES` holds the names that `model.objectives` may have. An objective may have a head of its own, and reads the
+LLM after any block. Its weight has the same name in the run's config (`objective.weights`).
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class Forward(NamedTuple):
-  """What one pass of the model over packed rows gives an objective.
+  """The results of one forward pass over packed rows, the input of an objective.
 
-  Legend: B rows, S tokens, M image slots of a row, I = B * M images, P patches, D width, E SigLIP's width.
+  Legend: B rows, S tokens, M images of a row, I = B * M images, P patches, D embed, E SigLIP's width.
   """
 
   batch: "Batch"
@@ -33,8 +33,8 @@ class Forward(NamedTuple):
 class Objective(Protocol):
   """A Linen module, made as `Module(model config, its own config, dtype)`.
 
-  Its parameters stand beside the LLM's: name them after the objective. The sum it returns is divided by `count`, which
-  is taken over the whole batch, so that microbatches and shards add up.
+  Its parameters are siblings of the LLM's: name them after the objective. The sum that it returns is divided by
+  `count` of the global batch, so that microbatches and shards add up.
   """
 
   def __call__(self, forward: Forward) -> "jax.Array":
@@ -42,14 +42,14 @@ class Objective(Protocol):
 
   @staticmethod
   def count(batch: "Batch") -> "jax.Array":
-    """How many terms the sum has, f32[], at least 1."""
+    """The number of terms of the sum, f32[], at least 1."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """The description of an objective: the frozen dataclass of its config, and its Linen module or where that is.
+  """The description of an objective: its config, a frozen dataclass, and its Linen module or "package.module:Class".
 
-  A config with a field `layer` reads the LLM after that block, counted from 1.
+  An objective whose config has a field `layer` reads the LLM after that block, counted from 1.
   """
 
   config: type

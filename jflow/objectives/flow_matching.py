@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def loss(velocity: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-  """Sum over masked images of the mean squared error of the velocity.
+  """The sum over masked images of the mean squared error of the velocity.
 
   Args:
     velocity, target: [..., h, w, C].

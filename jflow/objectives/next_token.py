@@ -1,6 +1,6 @@
-"""The head and its cross entropy in one pass: no [tokens, vocabulary] array, no work where no loss stands.
+"""The LLM's head and its cross entropy in one pass, without a [tokens, vocabulary] array and only where the mask holds.
 
-Legend: N positions on a device, C positions of a chunk, D embed, V vocabulary (a device's share of it).
+Legend: B batch, S sequence, T positions of a device, Q positions of a chunk, D embed, V vocab (a device's share of it).
 """
 
 import functools
@@ -18,7 +18,7 @@ SCOPE = "head_loss_chunks"  # marks the loop in a compiled program: its length d
 
 
 def chunks(positions: int, size: int = CHUNK) -> int:
-  """Chunks that so many positions with loss take."""
+  """The number of chunks for so many positions with loss."""
   return -(-positions // size)
 
 
@@ -26,11 +26,11 @@ def chunks(positions: int, size: int = CHUNK) -> int:
 def loss(
   hidden_BSD: jax.Array, kernel_DV: jax.Array, targets_BS: jax.Array, mask_BS: jax.Array, chunk: int = CHUNK
 ) -> jax.Array:
-  """Sum over masked positions of -log softmax(hidden @ kernel)[target] (eq. 6).
+  """The sum over masked positions of -log softmax(hidden @ kernel)[target] (eq. 6).
 
-  Each device gathers its positions that carry loss and walks over as many chunks as they fill, so the work
-  follows the mask, whatever its share, and no position is ever left out. The gradients are made in the same
-  pass, while the logits of a chunk exist; the kernel's is summed in f32.
+  Each device gathers its positions that carry loss and loops over as many chunks as they fill, so that the work follows
+  the mask and no position is left out. The same pass computes the gradients, while the logits of a chunk exist; the
+  kernel's is summed in f32.
 
   Args:
     hidden_BSD: after the final norm; its dtype is that of the matmuls.
@@ -82,11 +82,11 @@ def _pass(hidden_BSD, kernel_DV, targets_BS, mask_BS, chunk, gradients, rows, wi
   kernel = jax.lax.optimization_barrier(kernel_DV.astype(dtype))
   for axis in width:
     kernel = jax.lax.all_gather(kernel, axis, axis=0, tiled=True)
-  hidden_ND, targets_N = hidden_BSD.reshape(-1, hidden_BSD.shape[-1]), targets_BS.reshape(-1)
-  mask_N = mask_BS.reshape(-1)
-  n, count, v = mask_N.size, jnp.sum(mask_N, dtype=jnp.int32), kernel.shape[1]
+  hidden_TD, targets_T = hidden_BSD.reshape(-1, hidden_BSD.shape[-1]), targets_BS.reshape(-1)
+  mask_T = mask_BS.reshape(-1)
+  n, count, v = mask_T.size, jnp.sum(mask_T, dtype=jnp.int32), kernel.shape[1]
   chunk = min(chunk, n)
-  order = jnp.nonzero(mask_N, size=chunks(n, chunk) * chunk, fill_value=n)[0]  # positions with loss first
+  order = jnp.nonzero(mask_T, size=chunks(n, chunk) * chunk, fill_value=n)[0]  # positions with loss first
   first_id = 0
   for axis in vocabulary:
     first_id = first_id * jax.lax.axis_size(axis) + jax.lax.axis_index(axis)
@@ -95,26 +95,26 @@ def _pass(hidden_BSD, kernel_DV, targets_BS, mask_BS, chunk, gradients, rows, wi
 
   def step(carry):
     i, loss, d_hidden, d_kernel = carry
-    where_C = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
-    real_C = where_C < n
-    x_CD = jnp.take(hidden_ND, where_C, axis=0, mode="fill", fill_value=0)
-    ids_C = jnp.take(targets_N, where_C, mode="fill", fill_value=0) - first_id
-    logits_CV = jnp.dot(x_CD, kernel, preferred_element_type=jnp.float32)
-    top_C = across(jnp.max(logits_CV, axis=-1), jax.lax.pmax)
-    exp_CV = jnp.exp(logits_CV - top_C[:, None])
-    total_C = across(jnp.sum(exp_CV, axis=-1), jax.lax.psum)
-    hit_CV = jnp.arange(v)[None] == ids_C[:, None]
-    picked_C = across(jnp.sum(jnp.where(hit_CV, logits_CV, 0.0), axis=-1), jax.lax.psum)
-    loss = loss + jnp.sum(jnp.where(real_C, jnp.log(total_C) + top_C - picked_C, 0.0))
+    where_Q = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
+    real_Q = where_Q < n
+    x_QD = jnp.take(hidden_TD, where_Q, axis=0, mode="fill", fill_value=0)
+    ids_Q = jnp.take(targets_T, where_Q, mode="fill", fill_value=0) - first_id
+    logits_QV = jnp.dot(x_QD, kernel, preferred_element_type=jnp.float32)
+    top_Q = across(jnp.max(logits_QV, axis=-1), jax.lax.pmax)
+    exp_QV = jnp.exp(logits_QV - top_Q[:, None])
+    total_Q = across(jnp.sum(exp_QV, axis=-1), jax.lax.psum)
+    hit_QV = jnp.arange(v)[None] == ids_Q[:, None]
+    picked_Q = across(jnp.sum(jnp.where(hit_QV, logits_QV, 0.0), axis=-1), jax.lax.psum)
+    loss = loss + jnp.sum(jnp.where(real_Q, jnp.log(total_Q) + top_Q - picked_Q, 0.0))
     if gradients:
-      d_CV = exp_CV / total_C[:, None] - hit_CV
-      d_CV = jnp.where(real_C[:, None], d_CV, 0.0).astype(dtype)
-      d_x = across(jnp.dot(d_CV, kernel.T, preferred_element_type=jnp.float32), jax.lax.psum)
-      d_hidden = d_hidden.at[where_C].set(d_x.astype(dtype), mode="drop", unique_indices=False)
-      d_kernel = d_kernel + jnp.dot(x_CD.T, d_CV, preferred_element_type=jnp.float32)
+      d_QV = exp_QV / total_Q[:, None] - hit_QV
+      d_QV = jnp.where(real_Q[:, None], d_QV, 0.0).astype(dtype)
+      d_x = across(jnp.dot(d_QV, kernel.T, preferred_element_type=jnp.float32), jax.lax.psum)
+      d_hidden = d_hidden.at[where_Q].set(d_x.astype(dtype), mode="drop", unique_indices=False)
+      d_kernel = d_kernel + jnp.dot(x_QD.T, d_QV, preferred_element_type=jnp.float32)
     return i + 1, loss, d_hidden, d_kernel
 
-  d_hidden = jnp.zeros_like(hidden_ND) if gradients else None
+  d_hidden = jnp.zeros_like(hidden_TD) if gradients else None
   d_kernel = jnp.zeros(kernel.shape, jnp.float32) if gradients else None
   start = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), d_hidden, d_kernel)
   with jax.named_scope(SCOPE):

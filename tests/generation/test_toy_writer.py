@@ -106,10 +106,10 @@ class AveragesSampler:
   def given(self, noise, count):
     raise UserError("noise must be left out: patch averages start from none")
 
-  def sample(self, tokens_NS, lengths_N, start, settings, on_step=None):
+  def sample(self, tokens_IS, lengths_I, start, settings, on_step=None):
     side, size = int(self.model.config.patches**0.5), self.model.config.image_size
     pixels = []
-    for tokens, length in zip(tokens_NS, lengths_N):
+    for tokens, length in zip(tokens_IS, lengths_I):
       bound = self.model.bind({"params": self.params})
       prompt = np.append(tokens[:length], TAG)[None]
       x = jnp.concatenate([bound.embed(prompt), bound.writer.slots(1)], axis=1)

@@ -35,5 +35,5 @@ class FlowConfig:
       )
 
   def stored_shape(self, model: Any) -> tuple[int, ...]:
-    """(h, w, 2 C): mean and log variance of the VAE's posterior."""
+    """(h, w, 2 C), mean and log variance of the VAE's posterior."""
     return (model.latent_size, model.latent_size, 2 * model.autoencoder.latent_channels)

@@ -1,6 +1,6 @@
 """The ConvNeXt encoder and decoder around the LLM (paper section 3.2), as the release computes them.
 
-Legend: B images, H x W latents or patches, P patches, C channels, D width of the LLM.
+Legend: B images, H x W latents or patches, P patches, C channels, D embed (the LLM's).
 """
 
 import math
@@ -49,7 +49,7 @@ def _convolution(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _shifted_sum(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
-  """The same convolution as a sum of k * k shifted images."""
+  """The depthwise convolution as a sum of k * k shifted images."""
   k, (h, w) = kernel.shape[0], x_BHWC.shape[1:3]
   padded = jnp.pad(x_BHWC.astype(jnp.float32), ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
   terms = (padded[:, i : i + h, j : j + w] * kernel[i, j] for i in range(k) for j in range(k))
@@ -57,7 +57,7 @@ def _shifted_sum(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _kernel_gradient(x_BHWC: jax.Array, kernel: jax.Array, dy_BHWC: jax.Array) -> jax.Array:
-  """One tap of the kernel at a time: what it multiplied, times the gradient, summed over images and positions."""
+  """Gradient of the kernel, one tap at a time: its shifted input times `dy`, summed over images and positions."""
   k = kernel.shape[0]
   padded = jnp.pad(x_BHWC, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
 
@@ -70,11 +70,10 @@ def _kernel_gradient(x_BHWC: jax.Array, kernel: jax.Array, dy_BHWC: jax.Array) -
 
 @jax.custom_vjp
 def depthwise(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Each channel convolved with its own kernel [k, k, C], k odd, zeros outside, same size.
+  """Depthwise convolution: each channel with its own kernel [k, k, C], k odd, zero padding, same size.
 
-  On the CPU backend the convolution of XLA takes 10 to 30 times as long as a sum of shifted images (8 images
-  of 24 x 24 x 768, 2 cores, with gradients: 1.2 s against 0.08 s), so each platform gets its own. For TPU the
-  compiler spends 9 CPU seconds on the kernel's gradient of one such convolution and 0.5 on a sum by taps.
+  One implementation per platform: on a CPU a sum of shifted images is much faster than XLA's convolution, and for TPU
+  the kernel's gradient compiles much faster as a sum by taps.
   """
   return jax.lax.platform_dependent(x_BHWC, kernel, cpu=_shifted_sum, default=_convolution)
 
@@ -121,8 +120,8 @@ class GlobalResponseNorm(nn.Module):
 class ConvNeXtBlock(nn.Module):
   """Depthwise 7x7, RMSNorm, mlp with global response norm, residual; then scale and shift from the time.
 
-  Differs from the paper's citation of ConvNeXt as the release does: RMSNorm for LayerNorm, and the
-  modulation comes after the residual sum.
+  Differs from the paper, which cites ConvNeXt, and follows the release: RMSNorm in place of LayerNorm, and the
+  modulation after the residual sum.
   """
 
   config: FlowConfig
@@ -170,10 +169,10 @@ class TimeEmbed(nn.Module):
 
 
 class GenerationEncoder(nn.Module):
-  """g_enc: latents and time to what the LLM reads; runs again at every step of a sampler.
+  """g_enc: noised latents and time to features for the LLM; it runs at every step of a sampler.
 
   Attributes:
-    model_width: D, the width of the LLM.
+    model_width: D, the LLM's embed dim.
   """
 
   config: FlowConfig
@@ -210,7 +209,7 @@ class GenerationEncoder(nn.Module):
 
 
 class GenerationDecoder(nn.Module):
-  """g_dec: what the LLM wrote at the latent positions, and the encoder's skip, to the velocity."""
+  """g_dec: the LLM's output at the latent positions, and the encoder's skip, to the velocity."""
 
   config: FlowConfig
   model_width: int

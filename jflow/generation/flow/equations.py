@@ -56,7 +56,7 @@ def time_grid(steps: int, shift: float = 1.0) -> np.ndarray:
 
   Not in the paper: the shift. 1 is the paper's even grid.
   """
-  # By NumPy, for which a new number of steps is no new program; the bits are those of `jnp.linspace`.
+  # By NumPy, so that a new number of steps does not compile a new program; bit-identical to `jnp.linspace`.
   one = np.float32(1.0)
   t = np.append(np.arange(steps, dtype=np.float32) * (one / np.float32(steps)), one)
   return t / (t + np.float32(shift) * (one - t))
@@ -72,7 +72,7 @@ def integrate(
 ) -> jax.Array:
   """Solves dz/dt = velocity(z, t) from `z` at grid[0] to grid[-1] (eq. 4), in the dtype of `z`.
 
-  `first` and `stop` solve from grid[first] to grid[stop]; they may be traced: one program for any part.
+  `first` and `stop` solve from grid[first] to grid[stop]; they may be traced, so that one program serves any part.
   """
   step, _ = SOLVERS[solver]
   grid = jnp.asarray(grid)

@@ -1,4 +1,4 @@
-"""Model FLOPs of rectified flow; the rule stands in jflow/models/flops.py."""
+"""Model FLOPs of rectified flow, counted by the rule of jflow/models/flops.py."""
 
 from collections.abc import Collection
 
@@ -14,7 +14,7 @@ def step(config: ModelConfig, trained: Collection[str], work: model_flops.Work, 
     config: the model.
     trained: first parts of the paths of trained parameters.
     work: of the batch.
-    stored: latents come with the batch, so the VAE does not run.
+    stored: the batch holds latents, so that the VAE does not run.
   """
   factor = 6 if "generation_encoder" in trained else 4
   heads = factor * (encoder(config) + decoder(config)) * work.written

@@ -1,4 +1,4 @@
-"""The sequence of an image that is written by flow: BOS PROMPT T z*P."""
+"""The sequence of an image written by flow: BOS PROMPT T z*P."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from jflow.generation.base import Written
 
 
 class FlowLayout:
-  """T, the time token, stands in the slot of the prompt's closing tag; the P latent patches follow it.
+  """The time token T in the slot of the prompt's closing tag, then the P latent patches.
 
-  A dropped prompt keeps BOS at position 0 and T at the position that it would have had: with the hidden tokens left
-  out this is the release's unconditional row, whose prompt is masked.
+  A dropped prompt keeps BOS at position 0 and T at its position after the full prompt: the same as the release's
+  unconditional row, whose prompt is masked.
   """
 
   def slots(self, patches: int) -> int:

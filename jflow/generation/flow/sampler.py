@@ -1,6 +1,6 @@
-"""Painting: prompts -> latents by rectified flow with guidance -> pixels. One program runs all solver steps.
+"""Sampling: prompts -> latents by rectified flow with guidance -> pixels. One program runs all solver steps.
 
-Legend: N pictures, S prompt slots (bucketed), K = 1 + P slots of a picture, D embed, h w C latents.
+Legend: I images, S prompt slots (bucketed), K = 1 + P slots of an image, D embed, h w C latents.
 """
 
 import functools
@@ -18,15 +18,15 @@ from jflow.models.cache import Cache, Prefix
 from jflow.models.unified import UnifiedModel, normalise
 from jflow.programs import Programs, bounded
 
-_GRID = 256  # time grids are padded to a multiple of this: no usual number of steps compiles anew
+_GRID = 256  # time grids are padded to a multiple of this, so that a new number of steps rarely compiles
 _DECODED_AT_ONCE = 8 * 384 * 384  # pixels; the VAE's widest activations take 3 GB for them in f32
 
 
 class FlowSampler:
-  """Images from noise, see `generation.base.Sampler`. The prompts' keys and values are computed once.
+  """The sampler of rectified flow, see `generation.base.Sampler`. The prompts' keys and values are computed once.
 
-  The unconditional branch sees BOS alone, one copy for all images, while positions of the time token and the
-  patches stay as they were: the release hides the other prompt tokens, which gives the same numbers.
+  The unconditional branch sees only BOS, one copy for all images, with the positions of the time token and the patches
+  unchanged: the release masks the other prompt tokens, which gives the same numbers.
   """
 
   def __init__(self, model: UnifiedModel, params: Any):
@@ -36,31 +36,31 @@ class FlowSampler:
     self._shape = (c.latent_size, c.latent_size, c.autoencoder.latent_channels)
 
   def start(self, seeds: Sequence[int]) -> np.ndarray:
-    """z at time 0, f32[N, h, w, C]."""
+    """z at time 0, f32[I, h, w, C]."""
     made = {seed: np.asarray(jax.random.normal(jax.random.key(seed), self._shape)) for seed in set(seeds)}
     return np.stack([made[seed] for seed in seeds])
 
   def given(self, noise: Any, count: int) -> np.ndarray:
-    """z at time 0 from f32[N, C, h, w] latents."""
+    """z at time 0 from f32[I, C, h, w] latents."""
     h, w, c = self._shape
     want = (count, c, h, w)
     if np.shape(noise) != want:
-      raise UserError(f"noise has shape {np.shape(noise)}, it must be {want} (pictures, channels, height, width)")
+      raise UserError(f"noise has shape {np.shape(noise)}, it must be {want} (images, channels, height, width)")
     return np.asarray(noise, np.float32).transpose(0, 2, 3, 1)
 
   def sample(
     self,
-    tokens_NS: np.ndarray,
-    lengths_N: np.ndarray,
+    tokens_IS: np.ndarray,
+    lengths_I: np.ndarray,
     start: np.ndarray,
     settings: Settings,
     on_step: Callable[[int, int], None] | None = None,
   ) -> np.ndarray:
-    """Solves the ODE (eq. 4, 5); the host then waits ten times for the device, without `on_step` not at all."""
+    """Solves the ODE (eq. 4, 5). With `on_step` the host waits for the device about ten times."""
     steps, release = settings.steps, settings.precision == "release"
     grid = equations.time_grid(steps, settings.shift)
     grid = np.pad(np.asarray(grid, np.float32), (0, _padded(steps) - len(grid)), mode="edge")
-    prefix = read_prompts(self._model, self._params, tokens_NS, lengths_N, guided=settings.guidance != 1.0)
+    prefix = read_prompts(self._model, self._params, tokens_IS, lengths_I, guided=settings.guidance != 1.0)
     z = jnp.asarray(start, jnp.bfloat16 if release else jnp.float32)
     pieces = min(10, steps) if on_step else 1
     stops = [steps * (i + 1) // pieces for i in range(pieces)]
@@ -69,7 +69,7 @@ class FlowSampler:
         self._model,
         self._params,
         prefix,
-        lengths_N,
+        lengths_I,
         z,
         grid,
         np.int32(first),
@@ -115,13 +115,13 @@ class FlowSampler:
 
 
 def _padded(steps: int) -> int:
-  """Entries of a time grid, padded."""
+  """Number of entries of a padded time grid."""
   return 1 + -(-steps // _GRID) * _GRID
 
 
 @bounded(most=16)
 def read_prompts(
-  model: UnifiedModel, params: Any, tokens_NS: jax.Array, lengths_N: jax.Array, *, guided: bool
+  model: UnifiedModel, params: Any, tokens_IS: jax.Array, lengths_I: jax.Array, *, guided: bool
 ) -> Prefix:
   """Keys and values of the prompts, and of BOS for the unconditional half where there is one."""
 
@@ -133,8 +133,8 @@ def read_prompts(
     cache = Cache.empty(model.config.language_model, n, s, x.dtype)
     return bound.backbone(x, positions, segments, cache).cache
 
-  prompts = read(tokens_NS, lengths_N)
-  return Prefix((prompts, read(tokens_NS[:1, :1], jnp.ones(1, jnp.int32))) if guided else (prompts,))
+  prompts = read(tokens_IS, lengths_I)
+  return Prefix((prompts, read(tokens_IS[:1, :1], jnp.ones(1, jnp.int32))) if guided else (prompts,))
 
 
 @bounded(most=16)
@@ -142,7 +142,7 @@ def solve(
   model: UnifiedModel,
   params: Any,
   prefix: Prefix,
-  lengths_N: jax.Array,
+  lengths_I: jax.Array,
   z: jax.Array,
   grid: jax.Array,
   first: jax.Array,
@@ -154,17 +154,17 @@ def solve(
   solver: str,
   release: bool,
 ) -> jax.Array:
-  """Solver steps `first` to `stop` of `steps`. `prefix`: with two caches the pictures are guided."""
+  """Runs solver steps `first` to `stop` of `steps`; a prefix of two caches turns guidance on."""
   n, k = len(z), 1 + model.config.patches
   guided = len(prefix.caches) == 2
   twice = lambda x: jnp.concatenate([x, x]) if guided else x
-  positions = twice(lengths_N)[:, None] + jnp.arange(k)
+  positions = twice(lengths_I)[:, None] + jnp.arange(k)
 
   def velocity(z: jax.Array, time: jax.Array) -> jax.Array:
     bound = model.bind({"params": params})
-    slots, skip, time_ND = bound.writer.slots(z, jnp.broadcast_to(time, (n,)))
+    slots, skip, time_ID = bound.writer.slots(z, jnp.broadcast_to(time, (n,)))
     hidden = bound.backbone(twice(slots), positions, jnp.ones_like(positions), prefix).hidden[:, 1:]
-    v = bound.writer.velocity(hidden, twice(skip), twice(time_ND))
+    v = bound.writer.velocity(hidden, twice(skip), twice(time_ID))
     if not guided:
       return v
     weight = jnp.where((time >= interval[0]) & (time <= interval[1]), guidance, 1.0)
@@ -189,19 +189,19 @@ def _release_loop(
 
 
 def decoded_at_once(image_size: int) -> int:
-  """Pictures that the VAE takes at a time."""
+  """Number of images that the VAE decodes at a time."""
   return max(1, _DECODED_AT_ONCE // image_size**2)
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
 def encode(model: UnifiedModel, params: Any, pixels_NHW3: jax.Array) -> jax.Array:
-  """uint8[N, H, W, 3] -> scaled latents f32[N, h, w, C], the posterior's mean."""
+  """uint8[I, H, W, 3] -> scaled latents f32[I, h, w, C], the posterior's mean."""
   return model.bind({"params": params}).writer.posterior(normalise(pixels_NHW3))[0]
 
 
 @bounded(most=6)
 def decode(model: UnifiedModel, params: Any, z_NhwC: jax.Array, *, at_once: int) -> jax.Array:
-  """Scaled latents -> f32[N, H, W, 3], the VAE on at most `at_once` pictures at a time."""
+  """Scaled latents -> f32[I, H, W, 3], by the VAE on at most `at_once` images at a time."""
   whole = lambda z: model.bind({"params": params}).writer.decode(z.astype(jnp.float32))
   n = len(z_NhwC)
   if n <= at_once:

@@ -1,4 +1,4 @@
-"""What the sampler of rectified flow can be told."""
+"""The sampling settings of rectified flow."""
 
 import dataclasses
 from typing import Any
@@ -7,13 +7,13 @@ from jflow import checks
 from jflow.errors import UserError
 from jflow.generation.base import setting
 
-SOLVERS = ("euler", "heun", "midpoint")  # the keys of equations.SOLVERS, which would bring jax along
+SOLVERS = ("euler", "heun", "midpoint")  # the keys of equations.SOLVERS, which imports jax
 PRECISIONS = ("exact", "release")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Settings of one call; every value is checked when they are made.
+  """The sampling settings of one call; the constructor checks every value.
 
   Attributes:
     steps: solver steps.

@@ -1,6 +1,6 @@
 """The Linen module of rectified flow: VAE latents in, velocities out (paper sections 3.1 and 3.2).
 
-Legend: I images, K = 1 + P slots of an image, P patches, D width of the LLM, H W pixels, h w latents of C channels.
+Legend: I images, K = 1 + P slots of an image, P patches, D embed, H W pixels, h w latents of C channels.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class Draws(NamedTuple):
 
 
 class Context(NamedTuple):
-  """Intermediate values of `FlowWriter.write` that its loss needs."""
+  """The intermediate values of `FlowWriter.write` that its loss needs."""
 
   data: jax.Array  # f32[I, h, w, C], the latents that the noise leads to
   noise: jax.Array  # f32[I, h, w, C]
@@ -37,7 +37,7 @@ class Context(NamedTuple):
 
 
 class FlowWriter(nn.Module):
-  """Images by rectified flow; see `generation.base.Writer`.
+  """The writer of rectified flow; see `generation.base.Writer`.
 
   Attributes:
     config: the whole model's.
@@ -63,7 +63,7 @@ class FlowWriter(nn.Module):
   # --- parts -------------------------------------------------------------------------------------------
 
   def slots(self, z_IhwC: jax.Array, time_I: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The K slots of images at some time: the time token, then g_enc's patches.
+    """Embeddings of the K slots of images at some time: the time token, then g_enc's patches.
 
     Returns:
       (slots [I, K, D], skip [I, h / patch, w / patch, C'] for g_dec, time embedding [I, D]).
@@ -91,7 +91,7 @@ class FlowWriter(nn.Module):
   # --- training ----------------------------------------------------------------------------------------
 
   def draw(self, key: jax.Array, batch: Batch, objective: Any) -> Draws:
-    """Time, noise and posterior noise for every image slot of a batch (paper section 3.4)."""
+    """Draws time, noise and posterior noise for every image of a batch (paper section 3.4)."""
     c = self.config
     b, m = batch.image_kind.shape
     shape = (b, m, c.latent_size, c.latent_size, c.autoencoder.latent_channels)
@@ -103,13 +103,13 @@ class FlowWriter(nn.Module):
     )
 
   def example_draws(self, batch: Batch) -> Draws:
-    """Time 0.5 and zeros."""
+    """Returns draws with time 0.5 and zero noise."""
     c = self.config
     latents = jnp.zeros((*batch.image_kind.shape, c.latent_size, c.latent_size, c.autoencoder.latent_channels))
     return Draws(jnp.full(batch.image_kind.shape, 0.5), latents, latents)
 
   def write(self, pixels_IHWC: jax.Array, stored: jax.Array, draws: Draws) -> tuple[jax.Array, Context]:
-    """Noises the latents of images to the time of their draw (eq. 2, 3); see `Writer.write`."""
+    """Adds noise to the latents according to their drawn times (eq. 2, 3); see `Writer.write`."""
     if stored.shape[1:] == (0,):
       mean, std = self.posterior(pixels_IHWC)
     else:

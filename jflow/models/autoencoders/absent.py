@@ -1,4 +1,4 @@
-"""The place of an autoencoder that a checkpoint came without (kind "absent"): its sizes alone, for a model that reads."""
+"""A placeholder for the autoencoder that a checkpoint lacks (kind "absent"): its sizes only, for a model that reads."""
 
 import dataclasses
 from typing import Any
@@ -35,7 +35,7 @@ class AbsentConfig(AutoencoderConfig):
 
 
 class Absent(nn.Module):
-  """No parameters; raises UserError where it is asked to work, but for `init`, which asks every part."""
+  """A module without parameters; its methods raise UserError, except during `init`, which calls every part."""
 
   config: AbsentConfig
 

@@ -1,6 +1,6 @@
-"""The frozen autoencoder between pixels and latents: what every kind offers, and the kinds by name.
+"""The protocol of the frozen autoencoder between pixels and latents, and its kinds by name.
 
-A kind is one file: a config that is a subclass of `AutoencoderConfig`, and the Linen module that it makes. The module has
+A kind is one file: a subclass of `AutoencoderConfig`, and the Linen module that it makes. The module has
 
   encode: f32[B, H, W, 3] in [-1, 1] -> mean, log variance of the posterior, f32[B, h, w, latent_channels], not scaled
   decode: f32[B, h, w, latent_channels], not scaled -> f32[B, H, W, 3], about [-1, 1], not clipped
@@ -26,7 +26,7 @@ KINDS = registry.Registry(
     "patch_pca": "jflow.world.codec:PatchPCAConfig",
   },
 )
-# Sections of before kinds had fields of their own hold those of both: the other kind's are left out.
+# In older versions a section held the fields of both kinds: those of the other one are left out.
 _SHARED_SECTION = ("block_channels", "layers_per_block", "norm_groups", "patch_size", "window")
 
 
@@ -44,27 +44,27 @@ class AutoencoderConfig:
     raise NotImplementedError
 
   def check(self, model: Any) -> None:
-    """Raises UserError naming a field and its value. Positive numbers of a sane size are checked before."""
+    """Raises UserError naming a field and its value, once all numbers are known to be positive and in bounds."""
 
   def make(self, dtype: Any) -> Any:
     """Returns the module, which computes in `dtype`."""
     raise NotImplementedError
 
   def encoder_identity(self) -> tuple[Any, ...]:
-    """The values that decide, beside the encoder's parameters, which moments a picture has."""
+    """The values that determine an image's posterior, besides the encoder's parameters."""
     raise NotImplementedError
 
   def encoder_flops(self, image_size: int) -> float:
-    """FLOPs of encoding one picture of image_size x image_size pixels."""
+    """FLOPs of encoding one image of image_size x image_size pixels."""
     raise NotImplementedError
 
   def decoder_flops(self, latent_size: int) -> float:
-    """FLOPs of decoding one picture of latent_size x latent_size latents."""
+    """FLOPs of decoding one image of latent_size x latent_size latents."""
     raise NotImplementedError
 
 
 def config_class(section: Mapping[str, Any]) -> tuple[type[AutoencoderConfig], dict[str, Any]]:
-  """Returns the config class of a section's kind, and the section without fields of another kind.
+  """Returns the config class of a section's kind, and the section without the fields of other kinds.
 
   Raises:
     UserError: an unknown kind.

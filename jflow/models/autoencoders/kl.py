@@ -22,7 +22,7 @@ MOST_LEVELS = 12  # a factor of 2048 between pixels and latents
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderKLConfig(AutoencoderConfig):
-  """The sizes of an AutoencoderKL of diffusers."""
+  """The sizes of diffusers' AutoencoderKL."""
 
   block_channels: tuple[int, ...]  # channels per resolution; the factor is 2 ** (len - 1)
   layers_per_block: int
@@ -45,7 +45,7 @@ class AutoencoderKLConfig(AutoencoderConfig):
     return AutoencoderKL(self, dtype)
 
   def encoder_identity(self) -> tuple[Any, ...]:
-    return self.kind, self.latent_channels, 0, 0  # the zeros keep the fingerprints of older stores
+    return self.kind, self.latent_channels, 0, 0  # the zeros keep the fingerprints of existing latents
 
   def encoder_flops(self, image_size: int) -> float:
     side, channels = image_size, self.block_channels[0]
@@ -125,8 +125,8 @@ class GroupNorm(nn.Module):
     scale = parameter(self, "scale", nn.initializers.ones, (c,), (None,))
     bias = parameter(self, "bias", nn.initializers.zeros, (c,), (None,))
     x = x_BHWC.astype(jnp.float32)
-    # A channel over its image first, then channels of a group: on a CPU 3 times as fast as over both at once, and
-    # closer to the exact mean, since fewer numbers go into one sum.
+    # Over the image first, then over the channels of a group: faster on a CPU than both at once, and closer to the
+    # exact mean, since each sum has fewer terms.
     of_group = lambda mean_BC: jnp.repeat(
       jnp.mean(mean_BC.reshape(b, self.groups, -1), axis=-1), c // self.groups, axis=-1
     )

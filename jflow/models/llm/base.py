@@ -1,6 +1,6 @@
 """The protocol of a language model; an architecture is one file beside this one.
 
-`ARCHITECTURES` holds what `model.language_model.kind` may name.
+`ARCHITECTURES` holds the values of `model.language_model.kind`.
 
 A Linen module with the attributes of `llama.LanguageModel` (config, hidden_layer, dtype, remat, unroll, attention) and
   embed(tokens) -> [..., D]

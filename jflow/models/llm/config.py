@@ -1,4 +1,4 @@
-"""Sizes of a decoder of Llama layout."""
+"""The sizes of a Llama decoder."""
 
 import dataclasses
 from typing import Any

@@ -1,6 +1,6 @@
-"""The language model: a decoder of Llama layout (RMSNorm, RoPE, SwiGLU, untied head), scanned over layers.
+"""The language model: a Llama decoder (RMSNorm, RoPE, SwiGLU, untied head), scanned over layers.
 
-Legend: B batch, S sequence, D embed, N heads, K key heads, H head dim, V vocabulary, L layers.
+Legend: B batch, S sequence, D embed, N heads, K kv heads, H head dim, V vocab, L layers.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ REMAT = {
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
-# Activations of a block that remat="save:NAME,NAME" keeps for the backward pass; the rest is computed again.
+# Activations of a block that remat="save:NAME,NAME" keeps for the backward pass; the others are recomputed.
 SAVABLE = ("query", "key", "value", "attended", "gate", "up")
 
 
@@ -68,7 +68,7 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x_BSD, tables, segments_BS, past):
-    """Returns (y_BSD, keys and values grown by these positions); `past` None: over the row itself."""
+    """Returns (y_BSD, the past with these positions added); without a `past` a row attends to itself."""
     c = self.config
     linear = lambda features, axes, name: Linear(features, axes, self.dtype, use_bias=False, name=name)
     heads = lambda y, n: y.reshape(*y.shape[:2], n, c.head_dim)
@@ -104,7 +104,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """Attention and MLP, each behind a norm and added to the residual stream; a subclass may bring another `mlp`."""
+  """Pre-norm attention and MLP, each added to the residual stream; a subclass may define another `mlp`."""
 
   config: LanguageModelConfig
   hidden_layer: int
@@ -115,7 +115,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, carry, tables, segments_BS, past=None):
-    """Returns the carry (residual stream, tap, blocks done) and what `past` has grown to."""
+    """Returns the carry (residual stream, kept hidden layer, blocks done) and the grown `past`."""
     x_BSD, tap_BSD, layer = carry
     norm = lambda name: RMSNorm(self.config.rms_norm_epsilon, self.dtype, name=name)
     attended, grown = Attention(self.config, self.dtype, self.kernel, name="attention")(
@@ -138,8 +138,8 @@ class LanguageModel(nn.Module):
     hidden_layer: the block (counted from 1) whose output is returned as `layer`; 0: none.
     remat: a key of REMAT or "save:NAME,...", see `remat_policy`.
     unroll: layers per iteration of the scan; the parameters do not depend on it. 0: no scan, and each layer
-      has parameters of its own (`layers_0`, ...) in place of stacked ones: see `separate_layers`. A scan copies
-      each layer's weights out of the stack, which costs more than a decoding step itself.
+      has parameters of its own (`layers_0`, ...) in place of stacked ones: see `separate_layers`. Decoding needs it:
+      a scan copies each layer's weights out of the stack, which costs more than a decoding step itself.
     attention: implementation for packed rows, as `attention.choose` returns it.
   """
 
@@ -154,7 +154,7 @@ class LanguageModel(nn.Module):
 
   def setup(self) -> None:
     c = self.config
-    # As large as what blocks and aligners add, or a fresh model drowns its tokens for its first hundreds of steps.
+    # The scale of what blocks and aligners add, which would otherwise drown the tokens of a fresh model.
     shape, axes = (c.vocab_size, c.embed_dim), ("vocab", "embed")
     self.table = parameter(self, "embed", nn.initializers.normal(1.0), shape, axes)
     self.norm = RMSNorm(c.rms_norm_epsilon, self.dtype)
@@ -178,11 +178,11 @@ class LanguageModel(nn.Module):
     self.layers = stack(c, self.hidden_layer, self.dtype, self.attention)
 
   def embed(self, tokens: jax.Array) -> jax.Array:
-    """int32[...] -> [..., D]."""
-    # Rounded after the lookup, so that the gradients of a token that stands in many places are summed in float32.
+    """Token embeddings: int32[...] -> [..., D]."""
+    # Rounded after the lookup, so that the gradients of a repeated token are summed in float32.
     if tokens.ndim != 2:
       return self.table[tokens].astype(self.dtype)
-    # A device looks up its columns for all who share the table; then all swap, which is less than the table.
+    # A device looks up its columns for all devices that share the table; exchanging results moves less than the table.
     x_BSD = self.table[constrain(tokens, "group", None)].astype(self.dtype)
     x_BSD = constrain(x_BSD, "group", None, "embed")
     return constrain(x_BSD, "batch", None, None)
@@ -198,14 +198,14 @@ class LanguageModel(nn.Module):
 
     Args:
       x_BSD: input embeddings.
-      positions_BS: int32, for RoPE only; what sees what follows from slots and segments.
+      positions_BS: int32, for RoPE only; the attention mask follows from slots and segments.
       segments_BS: int32; 0 is padding.
       past: None for packed rows; a Cache, which the S positions are written into and which is returned grown;
-        or a Prefix that they see and leave as it is. With a past, all that is not padding is one segment, and
+        or a Prefix, which they attend to and do not change. With a past, all that is not padding is one segment, and
         the layers are separate (`unroll` 0).
 
     Returns:
-      Output with the grown cache (None if none was given).
+      Output with the grown cache, None without one.
     """
     tables = rope_tables(positions_BS, self.config.head_dim, self.config.rope_theta)
     x_BSD = constrain(x_BSD.astype(self.dtype), "batch", None, None)
@@ -225,11 +225,11 @@ class LanguageModel(nn.Module):
     return Output(self.norm(carry[0]), carry[1], cache)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
-    """[..., D] -> f32[..., V]."""
+    """Logits of hidden states: [..., D] -> f32[..., V]."""
     return self.head(hidden).astype(jnp.float32)
 
   def next_token(self, hidden_BSD: jax.Array, targets_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
-    """Sum over masked positions of -log p(target) (eq. 6); see `next_token.loss`."""
+    """The sum over masked positions of -log p(target) (eq. 6); see `next_token.loss`."""
     if self.is_initializing():
       self.logits(hidden_BSD[:, :1])
     kernel_DV = self.head.variables["params"]["kernel"]
