@@ -157,7 +157,8 @@ def _upgraded(values: Mapping[str, Any]) -> Mapping[str, Any]:
       new[name] = {"kind": kind, **new[name]}
   for section, renamed in _RENAMED.items():
     if isinstance(new.get(section), Mapping) and new[section].get("kind") in ("llama", "flow", None):
-      new[section] = {renamed.get(field, field): value for field, value in new[section].items()}
+      given = new[section]  # an old name beside the new one stays, and is refused as unknown
+      new[section] = {now if (now := renamed.get(old, old)) not in given else old: x for old, x in given.items()}
   if "alignment_width" in new and "objectives" not in new:
     width, layer = new.pop("alignment_width"), new.pop("alignment_layer", None)
     new["objectives"] = {"alignment": {"layer": layer, "hidden_dim": width}} if width != 0 else {}

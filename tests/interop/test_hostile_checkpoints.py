@@ -127,6 +127,10 @@ def test_sizes_of_a_published_config_are_those_of_the_headers(published, tmp_pat
     ("model/autoencoder/window", 4000),
     ("model/objectives/alignment/hidden_dim", 2**40),
     ("model/objectives/alignment/hidden_dim", 17),
+    ("model/language_model/layers", 2),  # an old name beside the new one
+    ("model/generation/width", 8),
+    ("model/alignment_width", 8),
+    ("model/autoencoder", None),
     (
       "model/autoencoder",
       tiny.DICT["autoencoder"]
@@ -148,8 +152,9 @@ def test_sizes_of_a_published_config_are_those_of_the_headers(published, tmp_pat
 def test_sizes_of_jflows_own_config_are_those_of_the_step(jflows, tmp_path, unread, field, value):
   copy = _copy(jflows, tmp_path)
   _set(copy / "config.json", field, value)
-  named = {"layers": ("layers",), "vocabulary_size": ("vocabulary_size",), "heads": ("heads",)}
-  _refused(copy, "config.json", *named.get(field.split("/")[-1], ()))
+  last = field.split("/")[-1]
+  named = ("layers", "width", "autoencoder", "vocab_size", "num_heads")
+  _refused(copy, "config.json", *[last] * (last in named))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ class FlowConfig:
     """Raises UserError where the section does not fit the rest of the model."""
     if self.channels % 2:
       raise UserError(f"model.generation.channels={self.channels} must be even (cosines and sines of the time)")
+    if model.autoencoder is None:
+      raise UserError("model.autoencoder=None must be a section: rectified flow writes its latents")
     factor, size = model.autoencoder.factor, model.image_size
     if size % (factor * self.patch_size):
       raise UserError(
