@@ -15,7 +15,7 @@ import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType
 from typing import Any, cast
@@ -25,6 +25,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from jflow.config import RunConfig
 from jflow.errors import UserError
 from jflow.models.config import ModelConfig
+from jflow.sections import refusal
 from jflow.training import overrides
 
 SHIPPED = (pathlib.Path(__file__).parents[1] / "configs").resolve()  # a link in the tree, a folder in a wheel
@@ -45,11 +46,10 @@ def load(named: str, arguments: Sequence[str] = (), start: Start | None = None) 
   Raises:
     UserError: the file is missing or fails, or a field is unknown, missing or not what it must be.
   """
-  file, made = _run(named)
+  file, values = _run(named)
   try:
-    values = made.to_dict()
     given = overrides.apply(values, arguments)
-    config = RunConfig.from_dict(values, dict)
+    config = RunConfig.from_dict(values, _plain_model)
   except UserError as error:
     raise UserError(f"{file}: {error}") from None
   if start and config.train.init_from:
@@ -60,8 +60,14 @@ def load(named: str, arguments: Sequence[str] = (), start: Start | None = None) 
     raise UserError(f"{file}: {error}") from None
 
 
-def _run(named: str) -> tuple[pathlib.Path, ConfigDict]:
-  """Returns the file, and what its get_config has returned."""
+def _plain_model(values: Any) -> Mapping[str, Any]:
+  if not isinstance(values, Mapping):
+    raise refusal("model", values, "must be a section")
+  return values
+
+
+def _run(named: str) -> tuple[pathlib.Path, dict[str, Any]]:
+  """Returns the file, and the plain values that its get_config has returned."""
   file, size = _split(named)
   siblings = _Siblings(file.resolve().parent)
   with (
@@ -86,7 +92,10 @@ def _run(named: str) -> tuple[pathlib.Path, ConfigDict]:
       config = ConfigDict(config) if isinstance(config, dict) else config
     if not isinstance(config, ConfigDict):
       raise UserError(f"{file}:{_line(function)}: get_config must return a ConfigDict, got a {type(config).__name__}")
-  return file, config
+  try:
+    return file, config.to_dict()
+  except Exception as error:  # a name that is no text; a value that is still to be given
+    raise UserError(f"{file}:{_line(function)}: get_config returns no config of names and values: {error}") from None
 
 
 def _split(named: str) -> tuple[pathlib.Path, list[str]]:

@@ -94,7 +94,9 @@ def _value(kind: Any, now: Any, argument: str, text: str | None) -> Any:
     if kind is bool:
       return True
     raise UserError(f"{argument} needs a value, as {argument}=VALUE")
-  if isinstance(now, Mapping) or kind == dict | None:
+  if kind == dict | None:  # of any names
+    return None if text.strip() == "None" else _mapping(None, argument, text)
+  if isinstance(now, Mapping):
     return _mapping(now, argument, text)
   readers = {bool: _boolean, int: _integer, float: _number, str: _text, tuple: _tuple, list: _tuple}
   return readers[kind](argument, text)
@@ -102,7 +104,11 @@ def _value(kind: Any, now: Any, argument: str, text: str | None) -> Any:
 
 def _mapping(now: Mapping[str, Any] | None, argument: str, text: str) -> dict[str, Any]:
   """A mapping of all names of a section; of any where it has none yet."""
-  what = f"names a section: set one of its fields, or all of {', '.join(now)} as a dict" if now else "must be a dict"
+  what = (
+    f"names a section: set one of its fields, or all of {', '.join(now)} as a dict"
+    if now
+    else "must be a dict, or None"
+  )
   read = _plain(argument, _literal(argument, text, what))
   if not isinstance(read, dict) or now and set(read) != set(now):
     raise UserError(f"{argument} {what}, got {shown(text)}")

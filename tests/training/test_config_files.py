@@ -18,6 +18,7 @@ from jflow.training import config_files
 
 STAGE2 = f"{tiny.ROOT}/configs/stage2.py:tiny"
 FOLLOW = "from configs import stage2\nget_config = stage2.get_config\n"
+CHANGED = FOLLOW + "def get_config(size, c=get_config):\n  c = c(size).to_dict()\n  {}\n  return c\n"
 PLANTED = "raise SystemExit('what lies beside a config was imported')\n"
 
 
@@ -121,6 +122,12 @@ def test_no_bytecode_beside_a_config_is_taken_for_it(tmp_path):
     ("x = 1\0\n", 1, "null bytes"),
     (FOLLOW + "def get_config(size, c=get_config):\n  c = c(size)\n  del c.train['ema']\n  return c\n", 0, "train.ema"),
     (FOLLOW + "def get_config(size, c=get_config):\n  c = c(size)\n  c.train.steps = '3'\n  return c\n", 5, "steps"),
+    (CHANGED.format("c[3] = 1"), 3, "no config"),
+    (CHANGED.format("c['train'][1, 2] = 1"), 3, "no config"),
+    (CHANGED.format("import ml_collections as m; c['size'] = m.config_dict.required_placeholder(str)"), 3, "no config"),
+    (CHANGED.format("c['model'] = 'x'"), 0, "config.model must be a section"),
+    (CHANGED.format("c['model'] = object()"), 0, "config.model must be a section"),
+    (CHANGED.format("c['model']['language_model']['layers'] = 8"), 0, "model.language_model.layers"),
   ],
 )
 def test_a_config_that_fails_is_one_line_with_its_place(tmp_path, capfd, source, line, said):
@@ -256,6 +263,9 @@ def test_a_field_that_is_named_again():
   read = config_files.load(STAGE2, [*again, "--config.log.tensorboard", "--config.checkpoint.keep", "5"])
   assert read.train.steps == 2 and read.optimizer.muon == ("a", "b(c|d)")
   assert read.log.tensorboard is True and read.checkpoint.keep == 5
+  tags = "--config.data.shapes.tags"
+  assert config_files.load(STAGE2, [f"{tags}={{'a': 1}}", f"{tags}={{'b': 2}}"]).data.shapes.tags == {"b": 2.0}
+  assert config_files.load(STAGE2, [f"{tags}={{'a': 1}}", f"{tags}=None"]).data.shapes.tags is None
 
 
 def test_each_field_has_a_value_in_the_file_and_comes_back():
