@@ -51,14 +51,30 @@ class Registry:
     """Returns the entry of a name.
 
     Raises:
-      UserError: the name is unknown; the message lists the known ones.
+      UserError: the name is unknown, and the message lists the known ones; or the package that declares it fails.
     """
     if isinstance(name, str) and name in self._known:
       return load(self._known[name])
     if isinstance(name, str) and name in self._installed:
-      return self._installed[name].load()
+      return self._load_installed(name)
     raise UserError(f"{self._field}={shown(name)} must be one of {', '.join(self.names())}")
 
+  def _load_installed(self, name: str) -> Any:
+    entries = self._installed[name]
+    if len(entries) > 1:
+      places = " and ".join(sorted(entry.value for entry in entries))
+      raise UserError(f"{self._field}={name!r} is declared by several installed packages: {places}")
+    try:
+      return entries[0].load()
+    except Exception as error:  # of the package: whatever it raises
+      said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+      raise UserError(
+        f"{self._field}={name!r} is {entries[0].value} of an installed package, which fails: {said}"
+      ) from error
+
   @functools.cached_property
-  def _installed(self) -> dict[str, Any]:
-    return {entry.name: entry for entry in importlib.metadata.entry_points(group=self._group)}
+  def _installed(self) -> dict[str, list[importlib.metadata.EntryPoint]]:
+    found: dict[str, list[importlib.metadata.EntryPoint]] = {}
+    for entry in importlib.metadata.entry_points(group=self._group):
+      found.setdefault(entry.name, []).append(entry)
+    return found
