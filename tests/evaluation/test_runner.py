@@ -33,13 +33,35 @@ def test_a_benchmark_of_one_file_is_asked_scored_and_reported(tiny_checkpoint, t
   assert main(["evaluate", *flags, "--sweep_steps=2"]) == 2  # it paints nothing
 
 
-@pytest.mark.parametrize("text", ["", "1 / 0", "import no_such_module", "from jflow.nowhere import x", "("])
+REGISTERED = "from jflow.evaluation import benchmarks\nbenchmarks.register({})\n"
+TEXTS = [
+  "",
+  "1 / 0",
+  "import no_such_module",
+  "from jflow.nowhere import x",
+  "(",
+  "raise SystemExit(0)",
+  "raise ValueError('two\\nlines')",
+  REGISTERED.format("3"),
+  REGISTERED.format("type('X', (), {'name': 'x'})"),
+  REGISTERED.format("benchmarks.Benchmark"),
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
 def test_a_file_without_a_benchmark_is_refused_by_its_name(text, tmp_path):
   path = tmp_path / "mine.py"
   path.write_text(text)
   with pytest.raises(UserError) as error:
     benchmarks.get(str(path))
   assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_may_define_dataclasses(tmp_path):
+  lines = ["from __future__ import annotations", "import dataclasses", "@dataclasses.dataclass", "class A:", "  x: int"]
+  path = tmp_path / "mine.py"
+  path.write_text("\n".join([*lines, TOY.read_text()]))
+  assert benchmarks.get(str(path)).name == "colors"
 
 
 def test_a_name_that_is_unknown_is_told_the_known_ones():

@@ -8,6 +8,7 @@ MM-Vet). Answers that a closed rule reads end after 512 tokens; where they are f
 import importlib
 import importlib.util
 import pathlib
+import sys
 
 from jflow.errors import UserError
 from jflow.evaluation.benchmark import Benchmark
@@ -34,7 +35,16 @@ _KNOWN: dict[str, str | type[Benchmark]] = {
 
 
 def register(benchmark: type[Benchmark]) -> type[Benchmark]:
-  """Adds a benchmark for this process, under its name; usable as a decorator."""
+  """Adds a benchmark for this process, under its name; usable as a decorator.
+
+  Raises:
+    TypeError: it is no subclass of `Benchmark`, has no name, or lacks a method.
+  """
+  if not (isinstance(benchmark, type) and issubclass(benchmark, Benchmark)):
+    raise TypeError(f"{benchmark!r} must be a subclass of jflow.evaluation.benchmark.Benchmark")
+  lacks = sorted(benchmark.__abstractmethods__) + [x for x in ("name", "what") if not hasattr(benchmark, x)]
+  if lacks:
+    raise TypeError(f"{benchmark.__name__} lacks {', '.join(lacks)}")
   _KNOWN[benchmark.name] = benchmark
   return benchmark
 
@@ -65,10 +75,12 @@ def _of_file(path: pathlib.Path) -> type[Benchmark]:
   before = dict(_KNOWN)
   spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
   module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module  # dataclasses look their module up
   try:
     spec.loader.exec_module(module)
-  except Exception as error:
-    raise UserError(f"--benchmark={path} fails: {type(error).__name__}: {error}") from error
+  except (Exception, SystemExit) as error:
+    said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    raise UserError(f"--benchmark={path} fails: {said}") from error
   found = [one for name, one in _KNOWN.items() if one is not before.get(name)]
   if len(found) != 1:
     raise UserError(f"--benchmark={path} must register one benchmark (@benchmarks.register), got {len(found)}")
