@@ -20,13 +20,13 @@ def whole(name: str, value: Any, least: int = 1) -> None:
 def seed(value: Any, last: int = 0) -> None:
   """Raises UserError unless `value` and `value + last` are whole numbers in [0, 2**32)."""
   whole("seed", value, 0)
-  if value + last >= SEEDS:
+  if int(value) + int(last) >= SEEDS:
     raise UserError(f"seed={value} must be less than 2**32{f' - {last}' if last else ''}")
 
 
 def number(name: str, value: Any) -> None:
   """Raises UserError unless `value` is a finite number and not a bool."""
-  if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+  if not isinstance(value, numbers.Real) or isinstance(value, bool) or not _is_finite(value):
     raise UserError(f"{name}={_shown(value)} must be a finite number")
 
 
@@ -40,6 +40,13 @@ def answer(max_tokens: Any, temperature: Any, top_p: Any, seed_: Any) -> None:
     raise UserError(f"temperature={temperature} must be at least 0")
   if not 0 < top_p <= 1:
     raise UserError(f"top_p={top_p} must be in (0, 1]")
+
+
+def _is_finite(value: Any) -> bool:
+  try:
+    return math.isfinite(value)
+  except OverflowError:  # a whole number beyond any float
+    return False
 
 
 def _shown(value: Any) -> str:

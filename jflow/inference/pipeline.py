@@ -1,7 +1,7 @@
 """A loaded model with its tokenizer: `generate` paints, `understand` answers."""
 
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -75,8 +75,11 @@ class Pipeline:
       UserError: a value out of its range, a setting that this model's family does not have, an empty prompt or one
         longer than the context.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+      prompts = [prompts]
+    prompts = list(prompts)
     check_prompts(prompts, seed=seed, num_images=num_images, batch_size=batch_size)
+    seed, num_images, batch_size = int(seed), int(num_images), int(batch_size)  # NumPy's wrap around
     chosen = self.settings(steps=steps, guidance=guidance, **rest)
     ids = [x for x in map(self.painting_prompt, prompts) for _ in range(num_images)]
     if noise is not None:
@@ -85,6 +88,8 @@ class Pipeline:
       seeds = [seed + j for j in range(num_images)] * len(prompts) if seeds is None else list(seeds)
       if len(seeds) != len(ids):
         raise UserError(f"seeds has {len(seeds)} numbers, it must have one for each of {len(ids)} images")
+      for one in seeds:
+        checks.seed(one)
       start = self.sampler.start(seeds)
     out: list[Image.Image] = []
     for at in range(0, len(ids), batch_size):

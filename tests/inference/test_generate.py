@@ -154,6 +154,14 @@ def test_picture_j_starts_from_seed_plus_j(pipeline):
   assert _bytes(pipeline.generate("a red circle", seed=9, num_images=3, noise=noise, **options)) == _bytes(many)
 
 
+def test_small_numbers_of_numpy_do_not_wrap_around(pipeline):
+  plain = pipeline.generate("a red circle", steps=200, seed=255, num_images=2, batch_size=1, on_step=lambda *_: None)
+  small = dict(steps=np.uint8(200), seed=np.uint8(255), num_images=np.int8(2), batch_size=np.uint8(1))
+  assert _bytes(pipeline.generate("a red circle", **small, on_step=lambda *_: None)) == _bytes(plain)
+  with pytest.raises(UserError, match="seed=4294967295 "):
+    pipeline.generate("a red circle", seed=np.uint32(2**32 - 1), num_images=2)
+
+
 def test_pictures_come_prompt_by_prompt(pipeline):
   options = dict(steps=STEPS, seed=2, batch_size=1)
   both = pipeline.generate(["a red circle", "two blue stars"], num_images=2, **options)
@@ -204,6 +212,15 @@ def test_the_longest_prompt_that_fits_and_one_more(pipeline, tokenizer):
     (dict(precision="half"), "precision='half' must be 'exact' or 'release'"),
     (dict(precision="release", solver="heun"), "precision='release' goes with solver='euler'"),
     (dict(noise=np.zeros((1, 8, 8, 4))), r"noise has shape \(1, 8, 8, 4\), it must be \(1, 4, 8, 8\)"),
+    (dict(noise=np.full((1, 4, 8, 8), np.nan)), "noise must hold finite"),
+    (dict(noise=np.zeros((1, 4, 8, 8), complex)), "noise must hold finite real"),
+    (dict(noise=np.full((1, 4, 8, 8), "a")), "noise must be an array of numbers"),
+    (dict(noise=[[1], [2, 3]]), "noise must be an array of numbers"),
+    (dict(seeds=[-1]), "seed=-1 "),
+    (dict(seeds=[1.5]), "seed=1.5 must be a whole number"),
+    (dict(guidance=10**400), "guidance=1"),
+    (dict(solver=np.array(["euler"])), "solver="),
+    (dict(prompts=None), "a prompt must be text"),
   ],
 )
 def test_bad_input_is_named(pipeline, arguments, named):

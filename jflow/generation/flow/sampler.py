@@ -44,9 +44,17 @@ class FlowSampler:
     """z at time 0 from f32[I, C, h, w] latents."""
     h, w, c = self._shape
     want = (count, c, h, w)
-    if np.shape(noise) != want:
-      raise UserError(f"noise has shape {np.shape(noise)}, it must be {want} (images, channels, height, width)")
-    return np.asarray(noise, np.float32).transpose(0, 2, 3, 1)
+    try:
+      noise = np.asarray(noise)
+      shape, real = noise.shape, noise.dtype.kind != "c"
+      noise = noise.astype(np.float32) if real else noise
+    except (TypeError, ValueError, RuntimeError) as error:  # texts, lists of many lengths, tensors of a graph
+      raise UserError(f"noise must be an array of numbers: {str(error).splitlines()[0]}") from None
+    if shape != want:
+      raise UserError(f"noise has shape {shape}, it must be {want} (images, channels, height, width)")
+    if not (real and np.isfinite(noise).all()):
+      raise UserError("noise must hold finite real numbers")
+    return noise.transpose(0, 2, 3, 1)
 
   def sample(
     self,

@@ -1,6 +1,7 @@
 """The sampling settings of rectified flow."""
 
 import dataclasses
+import operator
 from typing import Any
 
 from jflow import checks
@@ -41,12 +42,25 @@ class Settings:
       self.guidance >= 1 or self.guidance == 0,
       f"guidance={self.guidance} must be at least 1 (1: none), or 0 (ignore the prompt)",
     )
-    _need(self.solver in SOLVERS, f"solver={self.solver!r} must be one of {', '.join(SOLVERS)}")
+    _need(
+      isinstance(self.solver, str) and self.solver in SOLVERS,
+      f"solver={self.solver!r} must be one of {', '.join(SOLVERS)}",
+    )
     checks.number("shift", self.shift)
     _need(self.shift > 0, f"shift={self.shift} must be positive")
     _check_interval(self.interval)
-    object.__setattr__(self, "interval", tuple(self.interval))
-    _need(self.precision in PRECISIONS, f"precision={self.precision!r} must be 'exact' or 'release'")
+    plain_types = dict(  # NumPy's whole numbers wrap around, and its arrays are no keys of a program
+      steps=operator.index(self.steps),
+      guidance=float(self.guidance),
+      shift=float(self.shift),
+      interval=tuple(map(float, self.interval)),
+    )
+    for name, value in plain_types.items():
+      object.__setattr__(self, name, value)
+    _need(
+      isinstance(self.precision, str) and self.precision in PRECISIONS,
+      f"precision={self.precision!r} must be 'exact' or 'release'",
+    )
     plain = self.solver == "euler" and self.shift == 1.0
     _need(self.precision == "exact" or plain, "precision='release' goes with solver='euler' and shift=1")
 
