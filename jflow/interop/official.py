@@ -12,8 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jflow import registry
 from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from jflow.interop import budget, names, processor_config, sizes, tied, transfer
+from jflow.generation.base import family
+from jflow.generation.flow import weights as flow_weights
+from jflow.interop import budget, processor_config, sizes, tied, transfer
 from jflow.interop.fields import Fields
 from jflow.interop.official_config import (
   autoencoder_config,
@@ -23,6 +26,7 @@ from jflow.interop.official_config import (
   vae_to_diffusers,
 )
 from jflow.interop.safetensors_io import Checkpoint
+from jflow.models import weights as names
 from jflow.models.autoencoders.kl import AutoencoderKLConfig
 from jflow.models.config import ModelConfig
 from jflow.strict_json import read_object
@@ -143,7 +147,7 @@ def describe(directory: pathlib.Path, vae: pathlib.Path | None = None) -> Descri
   _check_sizes(root, config, checkpoint)
   prefix = "language_model."
   from_embedding = tied.check(root.sub("language_config"), is_tied(root), checkpoint, prefix)
-  weights = transfer.Weights.describe(names.official(config, from_embedding), checkpoint, "JanusFlow", _buffer)
+  weights = transfer.Weights.describe(flow_weights.official(config, from_embedding), checkpoint, "JanusFlow", _buffer)
   return Described(config, vae is not None, tokenizer, (weights,) if vae is None else (weights, describe_vae(vae)[1]))
 
 
@@ -207,7 +211,8 @@ def save(
       (directory / name).write_text(json.dumps(files[name], indent=2) + "\n", encoding="utf-8")
   if tokenizer is not None:
     tokenizer.save(str(directory))
-  transfer.save(names.official(config), params, directory, "model", "JanusFlow", dtype, shard_bytes)
+  entries = registry.load(family(config.generation).weights)(config)
+  transfer.save(entries, params, directory, "model", "JanusFlow", dtype, shard_bytes)
   vae = {path: x for path, x in params.items() if path.startswith("vae/")}
   if vae and isinstance(config.autoencoder, AutoencoderKLConfig):
     (directory / "vae").mkdir()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jflow.errors import UserError
+from jflow.generation.base import family
 from jflow.generation.flow.config import FlowConfig
 from jflow.interop.fields import Fields
 from jflow.interop.transformers_config import language_model_config
@@ -229,6 +230,9 @@ def config_to_official(c: ModelConfig, dtype: str) -> dict[str, Any]:
   """The config.json of a model; SigLIP's sizes are written out where they are no preset of the release."""
   if c.reader != "siglip":
     raise UserError(f"model.reader={c.reader!r}: the published layout has no place for a reader other than SigLIP")
+  if not (family(c.generation).weights and c.language_model.kind == "llama"):
+    kinds = f"{c.generation.kind!r} and {c.language_model.kind!r}"
+    raise UserError(f"model.generation.kind and model.language_model.kind are {kinds}: they have no published layout")
   lm, vision, gen = c.language_model, c.understanding_encoder, c.generation
   siglip: dict[str, Any] = {
     "image_size": vision.image_size,

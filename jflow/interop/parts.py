@@ -3,27 +3,29 @@
 import json
 import pathlib
 import sys
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
+from flax.traverse_util import flatten_dict
 
 from jflow.data import tokenizer_file
 from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer, build
 from jflow.errors import UserError
 from jflow.generation.flow.config import FlowConfig
-from jflow.generation.flow.convnext import GenerationDecoder, GenerationEncoder
-from jflow.interop import budget, foreign_tokenizer, names, official, processor_config, sizes, tied, transfer
+from jflow.interop import budget, foreign_tokenizer, official, processor_config, sizes, tied, transfer
 from jflow.interop.fields import Fields
 from jflow.interop.official import Loaded
 from jflow.interop.safetensors_io import Checkpoint
 from jflow.interop.transformers_config import is_tied, language_model_config, siglip_config
+from jflow.models import weights as names
+from jflow.models.build import initial_params
 from jflow.models.config import ModelConfig, SiglipConfig
-from jflow.models.layers import Linear, RMSNorm
 from jflow.models.llm.config import LanguageModelConfig
-from jflow.models.siglip import Pool
+from jflow.models.unified import UnifiedModel
 from jflow.sharding import unbox
 from jflow.strict_json import read_object
 
@@ -117,34 +119,16 @@ def _grow(params: dict[str, np.ndarray], rows: int) -> None:
   )
 
 
-def _fresh(config: ModelConfig, seed: int, with_head: bool) -> dict[str, np.ndarray]:
-  """Fresh parameters of the parts that no checkpoint brings, f32."""
-  c, f32 = config, jnp.float32
-  d, e, g = c.language_model.embed_dim, c.understanding_encoder.embed_dim, c.generation.channels
-  latents, side = c.autoencoder.latent_channels, c.latent_size // c.generation.patch_size
-  zeros = lambda *shape: jnp.zeros(shape, f32)
-  modules: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "understanding_projector": (Linear(d, (None, "embed"), f32, use_bias=True), (zeros(1, e),)),
-    "generation_encoder": (
-      GenerationEncoder(c.generation, d, latents, f32),
-      (zeros(1, c.latent_size, c.latent_size, latents), zeros(1)),
-    ),
-    "generation_projector": (Linear(d, (None, "embed"), f32, use_bias=True), (zeros(1, g),)),
-    "generation_output_norm": (RMSNorm(c.language_model.rms_norm_epsilon, f32), (zeros(1, d),)),
-    "generation_output_projector": (Linear(g, ("embed", None), f32, use_bias=True), (zeros(1, d),)),
-    "generation_decoder": (
-      GenerationDecoder(c.generation, d, latents, f32),
-      (zeros(1, c.patches, g), zeros(1, side, side, g), zeros(1, d)),
-    ),
-  }
-  if with_head:
-    modules["understanding_encoder/head"] = (Pool(c.understanding_encoder, f32), (zeros(1, c.patches, e),))
-  out: dict[str, np.ndarray] = {"understanding_start": np.zeros(d, np.float32)}
-  for i, (name, (module, args)) in enumerate(modules.items()):
-    make = jax.jit(lambda key, module=module, args=args: unbox(module.init(key, *args))["params"])
-    params = make(jax.random.fold_in(jax.random.key(seed), i))
-    out |= {f"{name}/{path}": np.asarray(x) for path, x in transfer.flatten(params).items()}
-  return out
+def _fresh(config: ModelConfig, seed: int, there: Collection[str]) -> dict[str, np.ndarray]:
+  """Fresh parameters of the parts that no checkpoint brings, f32, as a run that starts fresh has them."""
+  model = UnifiedModel(config, jnp.dtype("float32"), "none", 1, "xla")
+
+  @jax.jit
+  def make() -> dict[str, jax.Array]:  # what is not returned is not computed
+    flat: dict[str, Any] = flatten_dict(unbox(initial_params(model, seed)), sep="/")
+    return {path: x for path, x in flat.items() if path not in there}
+
+  return {path: np.asarray(x) for path, x in make().items()}
 
 
 def load(
@@ -189,5 +173,4 @@ def load(
   if rows > language.vocab_size:
     print(f"jflow: the vocabulary grows from {language.vocab_size} to {rows} rows", file=sys.stderr)
     _grow(params, rows)
-  with_head = "understanding_encoder/head/latent" not in params
-  return Loaded(config, params | _fresh(config, seed, with_head), True, words)
+  return Loaded(config, params | _fresh(config, seed, params), True, words)

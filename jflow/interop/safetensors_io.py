@@ -2,7 +2,7 @@
 
 The library reads: it checks that the header of a file covers its payload without gap or overlap, and takes memory for
 one tensor at a time. A damaged header can still parse, with other names, shapes or types than were written: so the
-callers compare all three with what the model needs (`jflow.interop.names`).
+callers compare all three with what the model needs (`jflow.models.weights`).
 """
 
 import json

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from jflow.errors import UserError
-from jflow.interop import budget, names, safetensors_io
-from jflow.interop.names import Entry
+from jflow.interop import budget, safetensors_io
+from jflow.models import weights as names
+from jflow.models.weights import Entry
 from jflow.progress import Progress
 
 _BITS = {2: np.uint16, 4: np.uint32}

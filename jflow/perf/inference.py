@@ -18,10 +18,12 @@ import numpy as np
 from jflow import chips, sharding
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped, UserError, install_line
+from jflow.generation.flow import weights as flow_weights
 from jflow.inference.loading import load, usual_dtype
 from jflow.inference.pipeline import Pipeline
-from jflow.interop import names, transfer
+from jflow.interop import transfer
 from jflow.models import build
+from jflow.models import weights as names
 from jflow.models.unified import UnifiedModel
 from jflow.perf.timing import spread
 from jflow.progress import Progress
@@ -143,7 +145,7 @@ def _export(pipeline: Pipeline, folder: pathlib.Path) -> None:
   parts = {
     "llm": names.language_model(c.language_model, "", tied=False),
     "siglip": names.siglip_transformers(c.understanding_encoder, "", head=True),
-    "generation": [entry for entry in names.official(c) if entry.name.startswith(around)],
+    "generation": [entry for entry in flow_weights.official(c) if entry.name.startswith(around)],
     "vae": names.autoencoder_kl(c.autoencoder),
   }
   (folder / "config.json").write_text(json.dumps(c.to_dict()))

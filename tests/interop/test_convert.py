@@ -17,9 +17,11 @@ from safetensors.numpy import load_file, save_file
 
 from jflow.__main__ import main
 from jflow.errors import UserError
-from jflow.interop import names, official, official_config, transfer
+from jflow.generation.flow import weights as flow_weights
+from jflow.interop import official, official_config, transfer
 from jflow.interop.checkpoints import read_checkpoint
 from jflow.interop.safetensors_io import Checkpoint, read_header
+from jflow.models import weights as names
 from jflow.models.autoencoders.kl import AutoencoderKLConfig
 from jflow.models.config import ModelConfig
 from jflow.models.unified import UnifiedModel
@@ -88,7 +90,7 @@ def test_the_table_names_every_parameter_of_the_model_with_its_shape(size):
     config = official_config.config_from_official(values, "config.json", None)
   else:
     config = _full_config()
-  table = _table_shapes(names.official(config) + names.autoencoder_kl(config.autoencoder))
+  table = _table_shapes(flow_weights.official(config) + names.autoencoder_kl(config.autoencoder))
   assert table == _model_shapes(config)
 
 
@@ -96,11 +98,11 @@ def test_the_table_is_the_published_manifest():
   values = json.loads((official_checkpoint.TINY / "config.json").read_text())
   config = official_config.config_from_official(values, "config.json", None)
   manifest = json.loads((official_checkpoint.TINY / "manifest.json").read_text())
-  assert {entry.name: list(entry.shape) for entry in names.official(config)} == manifest
+  assert {entry.name: list(entry.shape) for entry in flow_weights.official(config)} == manifest
 
 
 def test_the_full_table_has_the_published_number_of_parameters():
-  shapes = {entry.name: entry.shape for entry in names.official(_full_config())}
+  shapes = {entry.name: entry.shape for entry in flow_weights.official(_full_config())}
   assert sum(int(np.prod(shape)) for shape in shapes.values()) == 2_046_367_504
 
 

@@ -20,8 +20,8 @@ from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.interop import checkpoints, official_config
 from jflow.interop import native as own
-from jflow.interop.names import autoencoder_kl
 from jflow.models.autoencoders.kl import AutoencoderKLConfig
+from jflow.models.weights import autoencoder_kl
 
 HEAD, EMBED = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}  # a tensor of a header
@@ -384,8 +384,9 @@ def parts(tmp_path_factory) -> dict[str, pathlib.Path]:
     num_hidden_layers=1,
     num_attention_heads=4,
   )
-  from jflow.interop import names, transformers_config
+  from jflow.interop import transformers_config
   from jflow.interop.fields import Fields
+  from jflow.models import weights as names
 
   siglip = transformers_config.siglip_config(Fields(vision, ""))
   vae = AutoencoderKLConfig("autoencoder_kl", 4, 0.13025, (4, 4, 8, 8), 1, 4)

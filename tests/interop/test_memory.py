@@ -12,7 +12,7 @@ import official_checkpoint
 import pytest
 from safetensors.numpy import save_file
 
-from jflow.interop import names
+from jflow.generation.flow import weights as flow_weights
 from jflow.interop.official_config import config_from_official
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def _write(directory: pathlib.Path, shards: int, **sizes: int) -> int:
   path.write_text(json.dumps(values))
   (directory / "model.safetensors").unlink()
   rng = np.random.default_rng(0)
-  shapes = {entry.name: entry.shape for entry in names.official(config_from_official(values, "", None))}
+  shapes = {entry.name: entry.shape for entry in flow_weights.official(config_from_official(values, "", None))}
   weight_map = {}
   for i in range(shards):
     file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors" if shards > 1 else "model.safetensors"

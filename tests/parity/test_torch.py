@@ -16,9 +16,10 @@ pytest.importorskip("diffusers", reason=REASON)
 
 from torch_models import llama, siglip, vae
 
-from jflow.interop import names, official, parts, transfer
+from jflow.interop import official, parts, transfer
 from jflow.interop.official_config import Fields, language_model_config
 from jflow.interop.safetensors_io import Checkpoint, read_json
+from jflow.models import weights as names
 from jflow.models.llm.llama import LanguageModel
 from jflow.models.siglip import Siglip
 

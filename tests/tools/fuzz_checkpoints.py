@@ -35,7 +35,8 @@ from tools.fuzz_importers import ODD, Hung, Raw, places, spoil_bytes, to_json
 import jflow
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
-from jflow.interop import names, native, official_config, steps
+from jflow.interop import native, official_config, steps
+from jflow.models import weights as names
 from jflow.models.autoencoders.kl import AutoencoderKLConfig
 
 SECONDS = 30  # of a try, far beyond what one takes

@@ -12,5 +12,6 @@ FAMILY = Family(
   settings=Settings,
   writer="jflow.generation.flow.writer:FlowWriter",
   sampler="jflow.generation.flow.sampler:FlowSampler",
+  weights="jflow.generation.flow.weights:official",
   flops="jflow.generation.flow.flops",
 )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jflow.models.autoencoders.kl import AutoencoderKLConfig
-from jflow.models.config import ModelConfig, SiglipConfig
+from jflow.models.config import SiglipConfig
 from jflow.models.llm.config import LanguageModelConfig
 
 # How a tensor becomes a parameter; each can be undone given the tensor's shape.
@@ -87,13 +87,13 @@ def jflow_shape(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
   }[kind]()
 
 
-def _linear(name: str, path: str, out: int, into: int, bias: bool = True, **place: Any) -> Iterator[Entry]:
+def linear(name: str, path: str, out: int, into: int, bias: bool = True, **place: Any) -> Iterator[Entry]:
   yield Entry(f"{name}.weight", (out, into), f"{path}/kernel", LINEAR, **place)
   if bias:
     yield Entry(f"{name}.bias", (out,), f"{path}/bias", SAME, **place)
 
 
-def _norm(name: str, path: str, width: int, bias: bool = True, **place: Any) -> Iterator[Entry]:
+def norm(name: str, path: str, width: int, bias: bool = True, **place: Any) -> Iterator[Entry]:
   yield Entry(f"{name}.weight", (width,), f"{path}/scale", SAME, **place)
   if bias:
     yield Entry(f"{name}.bias", (width,), f"{path}/bias", SAME, **place)
@@ -123,10 +123,10 @@ def language_model(c: LanguageModelConfig, prefix: str, tied: bool) -> Iterator[
       ("mlp.up_proj", "mlp/up", c.mlp_dim, c.embed_dim),
       ("mlp.down_proj", "mlp/down", c.embed_dim, c.mlp_dim),
     ):
-      yield from _linear(f"{theirs}.{name}", f"{layer}/{path}", out, into, bias=False, layer=i)
-    yield from _norm(f"{theirs}.input_layernorm", f"{layer}/attention_norm", c.embed_dim, bias=False, layer=i)
-    yield from _norm(f"{theirs}.post_attention_layernorm", f"{layer}/mlp_norm", c.embed_dim, bias=False, layer=i)
-  yield from _norm(f"{prefix}model.norm", f"{ours}/norm", c.embed_dim, bias=False)
+      yield from linear(f"{theirs}.{name}", f"{layer}/{path}", out, into, bias=False, layer=i)
+    yield from norm(f"{theirs}.input_layernorm", f"{layer}/attention_norm", c.embed_dim, bias=False, layer=i)
+    yield from norm(f"{theirs}.post_attention_layernorm", f"{layer}/mlp_norm", c.embed_dim, bias=False, layer=i)
+  yield from norm(f"{prefix}model.norm", f"{ours}/norm", c.embed_dim, bias=False)
   head = embed if tied else f"{prefix}lm_head.weight"
   yield Entry(head, (c.vocab_size, c.embed_dim), f"{ours}/head/kernel", LINEAR)
 
@@ -141,21 +141,21 @@ def siglip(c: SiglipConfig) -> Iterator[Entry]:
   yield Entry(f"{tower}.patch_embed.proj.bias", (d,), f"{ours}/patch_embed/bias", SAME)
   for i in range(c.num_layers):
     block, layer = f"{tower}.blocks.{i}", f"{ours}/layers"
-    yield from _norm(f"{block}.norm1", f"{layer}/attention_norm", d, layer=i)
+    yield from norm(f"{block}.norm1", f"{layer}/attention_norm", d, layer=i)
     yield from _fused(f"{block}.attn.qkv.weight", f"{block}.attn.qkv.bias", qkv(layer), d, layer=i)
-    yield from _linear(f"{block}.attn.proj", f"{layer}/attention/output", d, d, layer=i)
-    yield from _norm(f"{block}.norm2", f"{layer}/mlp_norm", d, layer=i)
-    yield from _linear(f"{block}.mlp.fc1", f"{layer}/mlp/expand", c.mlp_dim, d, layer=i)
-    yield from _linear(f"{block}.mlp.fc2", f"{layer}/mlp/contract", d, c.mlp_dim, layer=i)
-  yield from _norm(f"{tower}.norm", f"{ours}/norm", d)
+    yield from linear(f"{block}.attn.proj", f"{layer}/attention/output", d, d, layer=i)
+    yield from norm(f"{block}.norm2", f"{layer}/mlp_norm", d, layer=i)
+    yield from linear(f"{block}.mlp.fc1", f"{layer}/mlp/expand", c.mlp_dim, d, layer=i)
+    yield from linear(f"{block}.mlp.fc2", f"{layer}/mlp/contract", d, c.mlp_dim, layer=i)
+  yield from norm(f"{tower}.norm", f"{ours}/norm", d)
   pool, head = f"{tower}.attn_pool", f"{ours}/head"
   yield Entry(f"{pool}.latent", (1, 1, d), f"{head}/latent", VECTOR)
-  yield from _linear(f"{pool}.q", f"{head}/attention/query", d, d)
+  yield from linear(f"{pool}.q", f"{head}/attention/query", d, d)
   yield from _fused(f"{pool}.kv.weight", f"{pool}.kv.bias", qkv(head)[1:], d)
-  yield from _linear(f"{pool}.proj", f"{head}/attention/output", d, d)
-  yield from _norm(f"{pool}.norm", f"{head}/norm", d)
-  yield from _linear(f"{pool}.mlp.fc1", f"{head}/mlp/expand", c.mlp_dim, d)
-  yield from _linear(f"{pool}.mlp.fc2", f"{head}/mlp/contract", d, c.mlp_dim)
+  yield from linear(f"{pool}.proj", f"{head}/attention/output", d, d)
+  yield from norm(f"{pool}.norm", f"{head}/norm", d)
+  yield from linear(f"{pool}.mlp.fc1", f"{head}/mlp/expand", c.mlp_dim, d)
+  yield from linear(f"{pool}.mlp.fc2", f"{head}/mlp/contract", d, c.mlp_dim)
 
 
 def siglip_transformers(c: SiglipConfig, prefix: str, head: bool) -> Iterator[Entry]:
@@ -168,65 +168,22 @@ def siglip_transformers(c: SiglipConfig, prefix: str, head: bool) -> Iterator[En
   yield Entry(f"{embeddings}.position_embedding.weight", (c.patches, d), f"{ours}/position_embed", SAME)
   for i in range(c.num_layers):
     block, layer = f"{prefix}encoder.layers.{i}", f"{ours}/layers"
-    yield from _norm(f"{block}.layer_norm1", f"{layer}/attention_norm", d, layer=i)
+    yield from norm(f"{block}.layer_norm1", f"{layer}/attention_norm", d, layer=i)
     for name, path in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("out_proj", "output")):
-      yield from _linear(f"{block}.self_attn.{name}", f"{layer}/attention/{path}", d, d, layer=i)
-    yield from _norm(f"{block}.layer_norm2", f"{layer}/mlp_norm", d, layer=i)
-    yield from _linear(f"{block}.mlp.fc1", f"{layer}/mlp/expand", c.mlp_dim, d, layer=i)
-    yield from _linear(f"{block}.mlp.fc2", f"{layer}/mlp/contract", d, c.mlp_dim, layer=i)
-  yield from _norm(f"{prefix}post_layernorm", f"{ours}/norm", d)
+      yield from linear(f"{block}.self_attn.{name}", f"{layer}/attention/{path}", d, d, layer=i)
+    yield from norm(f"{block}.layer_norm2", f"{layer}/mlp_norm", d, layer=i)
+    yield from linear(f"{block}.mlp.fc1", f"{layer}/mlp/expand", c.mlp_dim, d, layer=i)
+    yield from linear(f"{block}.mlp.fc2", f"{layer}/mlp/contract", d, c.mlp_dim, layer=i)
+  yield from norm(f"{prefix}post_layernorm", f"{ours}/norm", d)
   if head:
     pool = f"{prefix}head"
     yield Entry(f"{pool}.probe", (1, 1, d), f"{ours}/head/latent", VECTOR)
     paths = [f"{ours}/head/attention/{name}" for name in ("query", "key", "value")]
     yield from _fused(f"{pool}.attention.in_proj_weight", f"{pool}.attention.in_proj_bias", paths, d)
-    yield from _linear(f"{pool}.attention.out_proj", f"{ours}/head/attention/output", d, d)
-    yield from _norm(f"{pool}.layernorm", f"{ours}/head/norm", d)
-    yield from _linear(f"{pool}.mlp.fc1", f"{ours}/head/mlp/expand", c.mlp_dim, d)
-    yield from _linear(f"{pool}.mlp.fc2", f"{ours}/head/mlp/contract", d, c.mlp_dim)
-
-
-def _convnext(name: str, path: str, blocks: int, channels: int, condition: int) -> Iterator[Entry]:
-  for i in range(blocks):
-    block, ours, wide = f"{name}.mid_block.res_blocks.{i}", f"{path}/blocks_{i}", 4 * channels
-    yield Entry(f"{block}.depthwise.weight", (channels, 1, 7, 7), f"{ours}/depthwise_kernel", DEPTHWISE)
-    yield Entry(f"{block}.depthwise.bias", (channels,), f"{ours}/depthwise_bias", SAME)
-    yield from _norm(f"{block}.norm", f"{ours}/norm", channels, bias=False)
-    yield from _linear(f"{block}.channelwise_linear_1", f"{ours}/expand", wide, channels)
-    for leaf, ours_leaf in (("weight", "scale"), ("bias", "bias")):
-      shape = (1, 1, 1, wide)
-      yield Entry(f"{block}.channelwise_norm.{leaf}", shape, f"{ours}/response_norm/{ours_leaf}", VECTOR)
-    yield from _linear(f"{block}.channelwise_linear_2", f"{ours}/contract", channels, wide)
-    yield from _linear(f"{block}.cond_embeds_mapper", f"{ours}/modulation", 2 * channels, condition)
-
-
-def official(c: ModelConfig, tied: bool = False) -> list[Entry]:
-  """Every tensor of the published checkpoint, in its order. REPA's head and the VAE are not in it."""
-  lm, vision, gen = c.language_model, c.understanding_encoder, c.generation
-  d, g, patch = lm.embed_dim, gen.channels, gen.patch_size
-  entries = [Entry("beg_of_und_embed", (1, d), "understanding_start", VECTOR)]
-  entries += siglip(vision)
-  entries += _linear("vision_und_enc_aligner", "understanding_projector", d, vision.embed_dim)
-  encoder, path = "vision_gen_enc_model", "generation_encoder"
-  entries += _linear(f"{encoder}.time_embed.linear_1", f"{path}/time_embed/expand", d, g)
-  entries += _linear(f"{encoder}.time_embed.linear_2", f"{path}/time_embed/output", d, d)
-  latents = c.autoencoder.latent_channels
-  entries.append(Entry(f"{encoder}.in_conv.weight", (g, latents, patch, patch), f"{path}/patch_embed/kernel", PATCH))
-  entries.append(Entry(f"{encoder}.in_conv.bias", (g,), f"{path}/patch_embed/bias", SAME))
-  entries += _convnext(encoder, path, gen.encoder_blocks, g, d)
-  entries += _linear("vision_gen_enc_aligner", "generation_projector", d, g)
-  decoder, path = "vision_gen_dec_model", "generation_decoder"
-  entries += _convnext(decoder, path, gen.decoder_blocks, 2 * g, d)
-  entries += _norm(f"{decoder}.out_convs.0.norm", f"{path}/output_norm", 2 * g, bias=False)
-  out = latents * patch**2
-  unpatch = f"{decoder}.out_convs.0.unpatch_conv"
-  entries.append(Entry(f"{unpatch}.weight", (out, 2 * g, 1, 1), f"{path}/output/kernel", PATCH))
-  entries.append(Entry(f"{unpatch}.bias", (out,), f"{path}/output/bias", SAME))
-  entries += _norm(f"{decoder}.input_norm", f"{path}/input_norm", g, bias=False)
-  entries += language_model(lm, "language_model.", tied)
-  entries += _norm("vision_gen_dec_aligner_norm", "generation_output_norm", d, bias=False)
-  entries += _linear("vision_gen_dec_aligner", "generation_output_projector", g, d)
-  return entries
+    yield from linear(f"{pool}.attention.out_proj", f"{ours}/head/attention/output", d, d)
+    yield from norm(f"{pool}.layernorm", f"{ours}/head/norm", d)
+    yield from linear(f"{pool}.mlp.fc1", f"{ours}/head/mlp/expand", c.mlp_dim, d)
+    yield from linear(f"{pool}.mlp.fc2", f"{ours}/head/mlp/contract", d, c.mlp_dim)
 
 
 def _conv(name: str, path: str, out: int, into: int, size: int) -> Iterator[Entry]:
@@ -235,9 +192,9 @@ def _conv(name: str, path: str, out: int, into: int, size: int) -> Iterator[Entr
 
 
 def _resnet(name: str, path: str, out: int, into: int) -> Iterator[Entry]:
-  yield from _norm(f"{name}.norm1", f"{path}/norm_1", into)
+  yield from norm(f"{name}.norm1", f"{path}/norm_1", into)
   yield from _conv(f"{name}.conv1", f"{path}/conv_1", out, into, 3)
-  yield from _norm(f"{name}.norm2", f"{path}/norm_2", out)
+  yield from norm(f"{name}.norm2", f"{path}/norm_2", out)
   yield from _conv(f"{name}.conv2", f"{path}/conv_2", out, out, 3)
   if out != into:
     yield from _conv(f"{name}.conv_shortcut", f"{path}/shortcut", out, into, 1)
@@ -246,10 +203,10 @@ def _resnet(name: str, path: str, out: int, into: int) -> Iterator[Entry]:
 def _middle(name: str, path: str, width: int, old: bool) -> Iterator[Entry]:
   yield from _resnet(f"{name}.resnets.0", f"{path}/resnet_1", width, width)
   attention, ours = f"{name}.attentions.0", f"{path}/attention"
-  yield from _norm(f"{attention}.group_norm", f"{ours}/norm", width)
+  yield from norm(f"{attention}.group_norm", f"{ours}/norm", width)
   theirs = ("query", "key", "value", "proj_attn") if old else ("to_q", "to_k", "to_v", "to_out.0")
   for leaf, ours_leaf in zip(theirs, ("query", "key", "value", "output"), strict=True):
-    yield from _linear(f"{attention}.{leaf}", f"{ours}/{ours_leaf}", width, width)
+    yield from linear(f"{attention}.{leaf}", f"{ours}/{ours_leaf}", width, width)
   yield from _resnet(f"{name}.resnets.1", f"{path}/resnet_2", width, width)
 
 
@@ -267,7 +224,7 @@ def autoencoder_kl(c: AutoencoderKLConfig, old: bool = False) -> list[Entry]:
       name = f"encoder.down_blocks.{i}.downsamplers.0.conv"
       entries += _conv(name, f"vae/encoder/down_{i}_sample", out, out, 3)
   entries += _middle("encoder.mid_block", "vae/encoder/middle", channels[-1], old)
-  entries += _norm("encoder.conv_norm_out", "vae/encoder/norm_out", channels[-1])
+  entries += norm("encoder.conv_norm_out", "vae/encoder/norm_out", channels[-1])
   entries += _conv("encoder.conv_out", "vae/encoder/conv_out", 2 * latents, channels[-1], 3)
   entries += _conv("quant_conv", "vae/quant", 2 * latents, 2 * latents, 1)
   entries += _conv("post_quant_conv", "vae/post_quant", latents, latents, 1)
@@ -281,6 +238,6 @@ def autoencoder_kl(c: AutoencoderKLConfig, old: bool = False) -> list[Entry]:
       into = out
     if i + 1 < len(channels):
       entries += _conv(f"decoder.up_blocks.{i}.upsamplers.0.conv", f"vae/decoder/up_{i}_sample", out, out, 3)
-  entries += _norm("decoder.conv_norm_out", "vae/decoder/norm_out", channels[0])
+  entries += norm("decoder.conv_norm_out", "vae/decoder/norm_out", channels[0])
   entries += _conv("decoder.conv_out", "vae/decoder/conv_out", 3, channels[0], 3)
   return entries
