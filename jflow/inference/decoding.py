@@ -21,7 +21,7 @@ from jflow.errors import UserError
 from jflow.inference import reading
 from jflow.programs import Programs, shapes
 
-_SMALLEST = 32  # slots; shorter prompts are padded to it
+_SMALLEST = 32  # slots of the shortest bucket of prompts
 _NEAR = 256  # fewest slots of the cache that attention looks at
 
 
@@ -38,11 +38,11 @@ class Request(NamedTuple):
 
 
 class Progress(NamedTuple):
-  """What a step has done for one row."""
+  """The result of a step for one row."""
 
   slot: int
   tokens: list[int]  # new tokens of the answer; the end of the text is not among them
-  finished: str | None  # "stop": the answer has ended; "length": it was cut; None: it goes on
+  finished: str | None  # "stop": the answer ended; "length": it reached its limit; None: not finished
 
 
 def bucket(length: int) -> int:
@@ -57,7 +57,7 @@ def power_of_two(count: int, least: int = 1) -> int:
 
 
 def prompt_arrays(pipeline: Any, request: Request, most: int) -> tuple[np.ndarray, jax.Array, np.ndarray, np.ndarray]:
-  """What `reading.prefill` takes of a request, padded to buckets of at most `most` slots; the images are read.
+  """The arguments of `reading.prefill` for a request, its images encoded, padded to buckets of at most `most` slots.
 
   Returns:
     (int32[S] tokens, [Z, D] image slots, int32[S] indices into them, int32[] length).
@@ -79,7 +79,7 @@ def prompt_arrays(pipeline: Any, request: Request, most: int) -> tuple[np.ndarra
 
 
 class Decoder:
-  """Rows of one batch on the device; a row's answer does not depend on what shares the batch.
+  """A running batch of rows on the device; a row's answer does not depend on the other rows.
 
   Prefill is compiled once per bucket of prompt lengths, decoding once per power of two of the longest row.
   """
@@ -90,10 +90,10 @@ class Decoder:
       pipeline: the model.
       slots: rows, i.e. answers made at the same time.
       context: prompt and answer of a row have room for this many tokens; at most the model's own context.
-      ignore_end: answers go on to their `max_tokens`, for measuring.
+      ignore_end: every answer has `max_tokens` tokens, for benchmarks.
 
     Raises:
-      UserError: no rows, or a context that the model does not have.
+      UserError: less than one row, or a context out of the model's range.
     """
     most = pipeline.model.config.language_model.max_length
     if slots < 1:
@@ -112,21 +112,21 @@ class Decoder:
 
   @property
   def free(self) -> int:
-    """Rows that a request can take."""
+    """The number of free rows."""
     return len(self._free)
 
   @property
   def busy(self) -> bool:
-    """Whether a row still waits for tokens."""
+    """Whether a row is still being answered."""
     return bool(self._first) or bool(self._going.any())
 
   def prepare(self, request: Request, compile: bool = True) -> bool:
-    """Compiles what the answer to a request runs, from its pictures to its last token, or looks whether that is done.
+    """Compiles the programs that answer a request, or only checks that they are compiled.
 
     May be called from another thread than the other methods.
 
     Returns:
-      Whether nothing is left to compile.
+      Whether all of them are compiled.
     """
     config, n, count = self._model.config, len(request.tokens), len(request.images)
     most = self._shapes.cache.filled.shape[1]
@@ -167,7 +167,7 @@ class Decoder:
     return done
 
   def admit(self, request: Request) -> int:
-    """Reads a prompt into a free row; its answer comes with the next steps.
+    """Prefills a free row with a prompt; the next steps decode its answer.
 
     Returns:
       The slot.
@@ -198,13 +198,13 @@ class Decoder:
     return slot
 
   def step(self, n: int) -> list[Progress]:
-    """Makes up to `n` tokens for every row in one program; a newly admitted row's first token comes on top.
+    """Decodes up to `n` tokens for every row in one program; a newly admitted row also returns its first token.
 
     Args:
-      n: tokens per row, 0 to `reading.CHUNK`. Few for a stream that should look alive, many for throughput.
+      n: tokens per row, 0 to `reading.CHUNK`: few for the latency of a stream, many for throughput.
 
     Returns:
-      One entry per row that was waiting, with a reason where it has finished.
+      One entry per row that was not finished, with a reason where it now is.
     """
     if not 0 <= n <= reading.CHUNK:
       raise ValueError(f"n={n} must be in 0..{reading.CHUNK}")
@@ -229,7 +229,7 @@ class Decoder:
     return out
 
   def release(self, slot: int) -> None:
-    """Frees a row, finished or not (a client may have left)."""
+    """Frees a row, finished or not (a client may have disconnected)."""
     if slot in self._free or not 0 <= slot < len(self._going):
       raise ValueError(f"slot {slot} is not in use")
     self._first.pop(slot, None)
@@ -240,23 +240,23 @@ class Decoder:
 
 
 class Text:
-  """Tokens to text as they come; a character is shown once all its bytes are there.
+  """An incremental detokenizer: a character is returned once all its bytes are there.
 
   Attributes:
-    text: the answer as far as it was shown, stripped.
+    text: the answer so far, stripped.
     tokens: its tokens, up to the one that completes a stop sequence.
-    stopped: a stop sequence has ended the answer, of which it is no part.
+    stopped: whether a stop sequence, which the text does not contain, has ended the answer.
   """
 
   def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
-    """`stops`: texts that end the answer where the first of them is complete; no part of one is ever shown."""
+    """`stops`: stop sequences; the first one to be complete ends the answer, and no part of it is returned."""
     self._tokenizer, self._stops = tokenizer, tuple(stops)
     self.text, self.tokens, self.stopped = "", [], False
 
   def add(self, tokens: Sequence[int], last: bool = False) -> str:
-    """Returns the piece of text that these tokens add.
+    """Returns the text that these tokens add.
 
-    It is "" while half a character waits for its other bytes, or the beginning of a stop sequence for its end.
+    It is "" while a character or a possible stop sequence is incomplete.
     """
     if self.stopped:
       return ""
@@ -276,21 +276,18 @@ class Text:
     return piece
 
   def _decoded(self, count: int) -> str:
-    """The text of the first tokens; the space that the templates put before an answer is no part of it."""
+    """The text of the first tokens, without the space that the templates put before an answer."""
     return self._tokenizer.decode(self.tokens[:count]).lstrip()
 
 
 def _first_stop(text: str, stops: Sequence[str]) -> int | None:
-  """Where the stop sequence that is the first to be complete begins; None where none is.
-
-  So it does not matter how the text came in pieces.
-  """
+  """Where the stop sequence that is complete first begins, however the text was cut into pieces; None without one."""
   found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
   return min(found)[1] if found else None
 
 
 def _begun_stop(text: str, stops: Sequence[str]) -> int:
-  """The length of the longest end of a text that is the beginning of a stop sequence."""
+  """The length of the longest suffix of a text that is a proper prefix of a stop sequence."""
   ends = (n for stop in stops for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
   return max(ends, default=0)
 

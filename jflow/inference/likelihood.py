@@ -1,6 +1,6 @@
-"""How likely given answers are: the prompt is read once, and all answers follow it in one batch.
+"""Log-likelihood of given answers: one prefill of the prompt, then all answers in one batch.
 
-Legend: A answers, S answer slots (bucketed), D embed, V vocabulary.
+Legend: A answers, S answer slots (bucketed), D embed, V vocab.
 """
 
 import functools
@@ -29,10 +29,10 @@ def score(
   answers_AS: jax.Array,
   lengths_A: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """The prompt as in `reading.prefill`, answers padded on the right.
+  """Scores answers, padded on the right, after a prompt as in `reading.prefill`.
 
   Returns:
-    (f32[A] sums of log-probabilities, bool[A] each token is the most likely one).
+    (f32[A] sums of log-probabilities, bool[A] whether each token is the most likely one).
   """
   apply = functools.partial(model.apply, {"params": params})
   a, s = answers_AS.shape

@@ -23,12 +23,12 @@ def load(
   Args:
     path: an official directory (config.json and safetensors, no conversion needed) or a jflow one: a workdir,
       its checkpoints/ folder or one step; or the name of either on the Hugging Face hub, ORG/NAME or ORG/NAME@REVISION.
-    vae: directory of the SDXL-VAE, for a checkpoint that holds none; without one it can only answer.
+    vae: directory of the SDXL-VAE, for a checkpoint without one; without a VAE the model can answer but not generate.
     dtype: compute dtype, "float32" or "bfloat16"; default: float32 on a CPU, bfloat16 elsewhere.
     weights: "ema" or "raw", for a checkpoint of jflow's own training.
 
   Raises:
-    UserError: what is missing or wrong, in one line.
+    UserError: a file is missing or wrong, in one line.
   """
   if dtype not in (None, "float32", "bfloat16"):
     raise UserError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
@@ -43,5 +43,5 @@ def load(
 
 
 def usual_dtype() -> str:
-  """What is computed in where nothing else is asked for: "float32" on a CPU, "bfloat16" elsewhere."""
+  """The default compute dtype: "float32" on a CPU, "bfloat16" elsewhere."""
   return "float32" if jax.default_backend() == "cpu" else "bfloat16"

@@ -1,4 +1,4 @@
-"""A loaded model with its tokenizer: `generate` paints, `understand` answers."""
+"""A loaded model with its tokenizer: `generate` makes images, `understand` answers questions."""
 
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,10 +21,10 @@ from jflow.models.unified import UnifiedModel, for_inference
 
 
 class Pipeline:
-  """A model ready to paint and to answer. Made by `jflow.load`."""
+  """A model for inference with its tokenizer. Made by `jflow.load`."""
 
   def __init__(self, model: UnifiedModel, params: Any, tokenizer: Tokenizer, template: str, can_paint: bool = True):
-    """`template`: "plain" (stages 1, 2) or "chat" (stage 3, the release); `can_paint`: the VAE is there."""
+    """`template`: "plain" (stages 1, 2) or "chat" (stage 3, the release); `can_paint`: whether there is a VAE."""
     self.model, params = for_inference(model, params)
     self.params, self.can_paint = jax.device_put(params), can_paint
     self.family = family(self.model.config.generation)
@@ -58,15 +58,15 @@ class Pipeline:
 
     Args:
       prompts: one or several texts.
-      steps, guidance: settings of the family; by flow solver steps (30) and w of eq. 5 (2).
+      steps, guidance: settings of the family; for flow solver steps (30) and w of eq. 5 (2).
       seed: image j of a prompt starts from seed + j.
-      noise: by flow f32[N, C, h, w] latents at time 0 (PyTorch's layout) in place of the seed, N = prompts x num_images.
+      noise: for flow f32[I, C, h, w] latents at time 0 (PyTorch's layout) in place of seeds, I = prompts x num_images.
       num_images: images per prompt.
-      seeds: N of them in place of seed + j.
+      seeds: I seeds in place of seed + j.
       batch_size: images generated at once.
       progress: called with (images done, images in all).
-      on_step: called within a batch with (steps done, steps), about ten times.
-      rest: further settings of the family: see its `Settings`, as `generation.flow.settings.Settings`.
+      on_step: called with (steps done, steps) about ten times per batch.
+      rest: other settings of the family, such as those of `generation.flow.settings.Settings`.
 
     Returns:
       PIL images, those of the first prompt first.
@@ -87,7 +87,7 @@ class Pipeline:
     else:
       seeds = [seed + j for j in range(num_images)] * len(prompts) if seeds is None else list(seeds)
       if len(seeds) != len(ids):
-        raise UserError(f"seeds has {len(seeds)} numbers, it must have one for each of {len(ids)} images")
+        raise UserError(f"seeds must have one number for each of {len(ids)} images, got {len(seeds)}")
       for one in seeds:
         checks.seed(one)
       start = self.sampler.start(seeds)
@@ -101,16 +101,16 @@ class Pipeline:
     return out
 
   def prepare_painting(self, prompts: Sequence[str], chosen: Any, *, rows: int, compile: bool = True) -> bool:
-    """Compiles what `generate` runs for a batch of `rows` of these prompts, or looks whether that is done.
+    """Compiles the programs of `generate` for a batch of these prompts, or only checks that they are compiled.
 
     Args:
       prompts: texts.
       chosen: typed settings, see `settings`.
       rows: images of the batch.
-      compile: False only looks.
+      compile: False only checks.
 
     Returns:
-      Whether nothing is left to compile.
+      Whether all of them are compiled.
 
     Raises:
       UserError: see `painting_prompt`.
@@ -119,7 +119,7 @@ class Pipeline:
     return self.sampler.prepare(rows, slots, chosen, compile)
 
   def painting_prompt(self, text: str) -> np.ndarray:
-    """The tokens of a prompt to paint, int32[n].
+    """The tokens of a prompt for an image, int32[n].
 
     Raises:
       CannotPaint: there is no VAE.
@@ -147,12 +147,12 @@ class Pipeline:
     context: int | None = None,
     read: Callable[[Any, int], np.ndarray] | None = None,
   ) -> Request:
-    """Checks a conversation and makes it a request of a `decoding.Decoder`; other arguments as in `understand`.
+    """Checks a conversation and returns a request for a `decoding.Decoder`; other arguments as in `understand`.
 
     Args:
-      mark: the only text that stands for an image, in place of those that `understand` knows.
+      mark: the only image mark, in place of the two that `understand` knows.
       context: of the decoder, where it is less than the model's.
-      read: takes the place of `prepare_image`.
+      read: used in place of `prepare_image`.
 
     Raises:
       UserError: an unreadable image, a value out of its range, a prompt longer than the context.
@@ -202,7 +202,7 @@ class Pipeline:
       top_p: mass of the nucleus to sample from.
       seed: of the sampling.
       system: system prompt; the release's own is `jflow.data.examples.SYSTEM_PROMPT`.
-      stream: called with each new piece of the answer; together they are what is returned.
+      stream: called with each new piece of the answer; their concatenation is the returned text.
 
     Raises:
       UserError: an unreadable image, a value out of its range, a prompt longer than the context.
@@ -219,11 +219,11 @@ class Pipeline:
     stream: Callable[[int, str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
   ) -> list[str]:
-    """Answers many conversations at once; an answer does not depend on what shares its batch.
+    """Answers many conversations at once; an answer does not depend on the others.
 
     Args:
       requests: made by `request`, of any lengths.
-      batch_size: answers made at the same time; when one ends, the next request takes its row.
+      batch_size: rows decoded at the same time; when one ends, the next request takes its row.
       stream: called with (number of the request, new piece of its answer).
       progress: called with (answers done, answers in all).
 
@@ -238,15 +238,14 @@ class Pipeline:
   def loglikelihood(
     self, messages: str | Sequence[Any], images: Any, answers: Sequence[str], *, system: str = ""
   ) -> list[tuple[float, bool]]:
-    """How likely the model finds given answers to a question, for benchmarks with choices.
+    """Log-likelihood of given answers to a question, for multiple-choice benchmarks.
 
     Args:
       messages, images, system: as in `understand`.
-      answers: texts; the space that training puts before an answer is put there, and the end of the text is not
-        scored.
+      answers: texts; the space that training puts before an answer is added, and the end of the text is not scored.
 
     Returns:
-      Per answer the sum of its tokens' log-probabilities (nats), and whether greedy decoding would say it.
+      Per answer the sum of its tokens' log-probabilities (nats), and whether greedy decoding would give it.
 
     Raises:
       UserError: as `understand`; an empty answer, or one that does not fit the context.
@@ -257,7 +256,7 @@ class Pipeline:
 
 
 def check_prompts(prompts: Sequence[str], *, seed: int, num_images: int, batch_size: int) -> None:
-  """Checks what needs no model, see `Pipeline.generate`; raises UserError."""
+  """Checks the arguments of `Pipeline.generate` that need no model; raises UserError."""
   if not prompts:
     raise UserError("give at least one prompt")
   if not all(isinstance(prompt, str) for prompt in prompts):

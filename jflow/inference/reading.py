@@ -1,10 +1,10 @@
-"""The compiled programs of reading: prompts with images into rows of a cache, then tokens for all rows at once.
+"""The compiled programs of answering: prefill of prompts with images, then decoding of all rows at once.
 
-Nothing returns to the host between two tokens: `run` loops on the device until its tokens are made or all rows
-have ended.
+`run` loops on the device until its tokens are decoded or all rows have ended: nothing returns to the host between two
+tokens.
 
-Legend: B rows, S prompt slots (bucketed), M images of a prompt (bucketed), K = 1 + P slots of an image, V
-vocabulary.
+Legend: B rows, S prompt slots (bucketed), M images of a prompt (bucketed), K = 1 + P slots of an image, Z = M K,
+D embed, V vocab.
 """
 
 import functools
@@ -18,24 +18,24 @@ from jflow.models.cache import Cache
 from jflow.models.unified import UnifiedModel, normalise
 from jflow.programs import bounded
 
-CHUNK = 64  # most tokens per row that one call of `run` makes
+CHUNK = 64  # most tokens per row of one call of `run`
 
 
 class Rows(struct.PyTreeNode):
-  """What the rows of a batch carry from token to token."""
+  """The decoding state of the rows of a batch."""
 
   cache: Cache
-  tokens: jax.Array  # int32[B], the newest token, not yet read by the model
-  active: jax.Array  # bool[B]; the row goes on
-  made: jax.Array  # int32[B], tokens made so far, the end of the text counted
-  limit: jax.Array  # int32[B], tokens to make at most
+  tokens: jax.Array  # int32[B], the newest token, not in the cache yet
+  active: jax.Array  # bool[B]; the row has not ended
+  made: jax.Array  # int32[B], tokens decoded so far, the end of the text included
+  limit: jax.Array  # int32[B], most tokens to decode
   temperature: jax.Array  # f32[B], 0: the most likely token
   top_p: jax.Array  # f32[B] in (0, 1]
   seed: jax.Array  # uint32[B]
 
   @classmethod
   def empty(cls, model: UnifiedModel, rows: int, slots: int) -> "Rows":
-    """Rows that wait for prompts, `slots` positions each."""
+    """Returns rows without prompts, with `slots` positions each."""
     zero = lambda dtype: jnp.zeros((rows,), dtype)
     return cls(
       cache=Cache.empty(model.config.language_model, rows, slots, model.dtype, rows=True),
@@ -51,7 +51,7 @@ class Rows(struct.PyTreeNode):
 
 @bounded(most=6)
 def look(model: UnifiedModel, params: Any, images_MHWC: jax.Array) -> jax.Array:
-  """uint8[M, H, W, 3] -> what the LLM reads of them, [M * K, D]."""
+  """Encodes images uint8[M, H, W, 3] to embeddings of their slots, [M * K, D]."""
   slots = model.apply({"params": params}, normalise(images_MHWC), method="read")
   return slots.reshape(-1, slots.shape[-1])
 
@@ -64,11 +64,11 @@ def prefill(
   image_index_BS: jax.Array,
   lengths_B: jax.Array,
 ) -> tuple[jax.Array, Cache]:
-  """Reads prompts once; to be traced.
+  """Prefills a new cache with prompts; to be traced.
 
   Args:
     tokens_BS: int32, padded on the right.
-    slots_ZD: what `look` gave; Z may be 0.
+    slots_ZD: from `look`; Z may be 0.
     image_index_BS: int32 into Z; -1 where a token stands.
     lengths_B: int32, tokens of each row.
 
@@ -105,7 +105,7 @@ def admit(
   *,
   eos: int,
 ) -> tuple[Rows, jax.Array]:
-  """Reads one prompt into row `row` and chooses the first token of its answer.
+  """Prefills row `row` with one prompt and picks the first token of its answer.
 
   Args:
     tokens_S, image_index_S, length: see `prefill`; S is at most the slots of the cache.
@@ -119,7 +119,7 @@ def admit(
   sampling = [x[None] for x in (seed, jnp.zeros((), jnp.int32), temperature, top_p)]
   first = pick(logits, *sampling)[0]
   cache = rows.cache
-  # Into the row, or into its heads of keys and values.
+  # Into the row, or into its kv heads.
   put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, row * len(new), 0)
   filled = jnp.arange(cache.filled.shape[1]) < length
   cache = Cache(
@@ -145,14 +145,14 @@ def admit(
 def run(
   model: UnifiedModel, params: Any, rows: Rows, steps: jax.Array, *, eos: int, slots: int
 ) -> tuple[Rows, jax.Array]:
-  """Makes up to `steps` tokens for every active row.
+  """Decodes up to `steps` tokens for every active row.
 
   Args:
     steps: int32[], at most CHUNK.
-    slots: positions of the cache that attention looks at; at least the longest active row plus `steps`.
+    slots: positions of the cache that attention covers; at least the longest active row plus `steps`.
 
   Returns:
-    (rows, int32[CHUNK, B] the new tokens, -1 where a row had ended).
+    (rows, int32[CHUNK, B] new tokens, -1 where a row had ended).
   """
   apply = functools.partial(model.apply, {"params": params})
   whole = rows.cache
@@ -170,7 +170,7 @@ def run(
     logits = apply(result.hidden[:, 0], method="logits")
     tokens = pick(logits, rows.seed, rows.made, rows.temperature, rows.top_p)
     made = rows.made + rows.active
-    # A row that has ended stays where it is: its slot beyond the end is written and never seen.
+    # A row that has ended does not advance: its next slot is written again and never attended to.
     cache = result.cache.replace(length=jnp.where(rows.active, result.cache.length, rows.cache.length))
     out = out.at[i].set(jnp.where(rows.active, tokens, -1))
     active = rows.active & (tokens != eos) & (made < rows.limit)
@@ -193,16 +193,15 @@ def run(
 def pick(
   logits_BV: jax.Array, seed_B: jax.Array, made_B: jax.Array, temperature_B: jax.Array, top_p_B: jax.Array
 ) -> jax.Array:
-  """The next tokens: the most likely at temperature 0, else sampled from the nucleus of mass `top_p`.
+  """Picks the next tokens: the most likely at temperature 0, else sampled from the nucleus of mass `top_p`.
 
-  A row's draw depends on its own seed and count alone. Rows that need no sorting do not pay for it, unless
-  another row of the batch does.
+  A row's draw depends only on its own seed and count. The logits are sorted only where a row of the batch needs it.
 
   Args:
-    made_B: int32, tokens made before this one.
+    made_B: int32, tokens decoded before this one.
     temperature_B: f32, at least 0.
-    top_p_B: f32 in (0, 1]; the smallest set of most likely tokens whose mass reaches it is kept (equally likely
-      ones together).
+    top_p_B: f32 in (0, 1]; the smallest set of most likely tokens with at least this mass is kept, together with
+      tokens as likely as its last.
 
   Returns:
     int32[B].

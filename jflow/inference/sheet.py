@@ -1,4 +1,4 @@
-"""A contact sheet: pictures in a grid, each with its text below."""
+"""A contact sheet: images in a grid, each with its text below."""
 
 import textwrap
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ def contact_sheet(
   """Returns the sheet.
 
   Args:
-    images: pictures, shown at `side` x `side` pixels.
-    captions: one text per picture, wrapped to `lines` lines at most; a longer one ends in …
-    columns: pictures per row of the grid.
+    images: shown at `side` x `side` pixels.
+    captions: one text per image, wrapped to `lines` lines at most; a longer one ends in …
+    columns: images per row of the grid.
   """
   font = ImageFont.load_default(size=13)
   margin, line = 10, 17

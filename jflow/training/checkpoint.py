@@ -1,7 +1,7 @@
 """Checkpoints: one Orbax directory per saved step, a sha256 manifest written last, the newest valid one restored.
 
-`jflow/interop/native.py` says what a run's directory holds. Several processes share it: each writes its shards, hashes what
-it wrote, and verifies its share of a step to be restored; process 0 writes the manifest when all hashes are there.
+All processes of a run share the directory: each writes and hashes its shards, and verifies its share of a step to be
+restored; process 0 writes the manifest once all hashes are there.
 """
 
 import pathlib
@@ -26,7 +26,7 @@ def _abstract(tree: Any) -> Any:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-  """The checkpointables of a state, those without a leaf left out: Orbax does not take an empty tree."""
+  """The items of a state to save, without empty trees, which Orbax refuses."""
   progress: dict[str, Any] = {"step": state.step, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
   if state.recent is not None:
     progress["recent"] = state.recent
@@ -40,9 +40,9 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def newest_valid(directory: pathlib.Path) -> int | None:
-  """The newest step whose manifest verifies; says on stderr why a newer one was passed over.
+  """Returns the newest step whose manifest verifies, and reports on stderr why a newer one was skipped.
 
-  All processes of the run call it; each verifies its part, and they agree.
+  All processes of the run call it; each verifies its part, and all get the same step.
   """
   part = (jax.process_index(), jax.process_count())
   for step in hosts.from_first(steps_of(directory)):
@@ -55,16 +55,16 @@ def newest_valid(directory: pathlib.Path) -> int | None:
 
 
 class Checkpointer:
-  """Saves and restores the `TrainState` of one run. Saving is asynchronous: the loop goes on meanwhile."""
+  """Saves and restores the `TrainState` of one run. Saving is asynchronous."""
 
   def __init__(self, directory: pathlib.Path, keep: int, metadata: dict[str, Any], keep_every: int = 0):
-    """Opens the directory, or makes it.
+    """Opens the directory, or creates it.
 
     Args:
       directory: the `checkpoints` folder of a workdir; the same for all processes.
       keep: newest steps to retain.
-      metadata: goes into every manifest (config, commit, versions).
-      keep_every: steps that are a multiple of it are retained for good; 0: none.
+      metadata: is added to every manifest (config, commit, versions).
+      keep_every: steps that are a multiple of it are never deleted; 0: none.
     """
     self._directory, self._metadata = directory.absolute(), metadata
     self._keep, self._keep_every = keep, keep_every
@@ -72,19 +72,19 @@ class Checkpointer:
       self._directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise UserError(f"{directory} cannot be used as a folder of checkpoints: {error.strerror}") from error
-    absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax's errors come as exceptions; it would print them as well
+    absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax raises its errors and would also print them
     self._thread: threading.Thread | None = None
     self._error: BaseException | None = None
     self._told: dict[int, str] = {}
 
   def save(self, state: TrainState) -> None:
-    """Starts saving `state` under its step; raises the error of the save before, if it had one."""
+    """Starts saving `state` under its step; raises the error of the previous save, if it failed."""
     self.wait()
     step = int(state.step)
     try:
       if hosts.is_first() and (said := steps.make_room(self._directory, step)):
         hosts.say(said)
-      # What still stands there is half a save of a run that was killed.
+      # An existing folder is the incomplete save of a run that was killed.
       response = ocp.save_checkpointables_async(str(self._directory / str(step)), _items(state), overwrite=True)
     except OSError as error:
       raise self._stopped(step, error) from error
@@ -102,7 +102,7 @@ class Checkpointer:
         for note in told.keys() - self._told.keys():
           hosts.say(told[note])
         self._told |= told
-    except BaseException as error:  # handed to the training thread by wait()
+    except BaseException as error:  # raised in the training thread by wait()
       self._error = self._stopped(step, error)
 
   def _stopped(self, step: int, error: BaseException) -> Stopped:
@@ -110,28 +110,28 @@ class Checkpointer:
     return Stopped(f"the checkpoint of step {step} could not be written ({reason}); {self.newest()}")
 
   def newest(self) -> str:
-    """Where the newest complete checkpoint is, as the end of a message."""
+    """Returns the end of a message that names the newest complete checkpoint."""
     whole = sealed_steps(self._directory)
     return f"the last complete checkpoint is {self._directory / str(whole[0])}" if whole else "none was saved before"
 
   def wait(self) -> None:
-    """Waits for the save in progress and raises its error."""
+    """Waits for the save in progress; raises its error, if it failed."""
     if self._thread is not None:
       self._thread.join()
       self._thread = None
     self.check()
 
   def check(self) -> None:
-    """Raises the error of the last save, if it has ended with one; waits for nothing."""
+    """Raises the error of the last save, if it has failed; does not wait."""
     if self._error is not None:
       error, self._error = self._error, None
       raise error
 
   def restore(self, state: TrainState) -> TrainState | None:
-    """Returns the newest valid state with the shardings of `state`, or None where a run may begin.
+    """Returns the newest valid state with the shardings of `state`, or None where there is no checkpoint.
 
     Raises:
-      UserError: a run has been here, and none of its steps is valid.
+      UserError: there are checkpoints, and none of them is valid.
     """
     step = newest_valid(self._directory)
     if step is None:

@@ -1,10 +1,8 @@
 """Config files: a Python file with get_config(size), and the typed config that it becomes.
 
-A file is loaded without a change to where Python looks for modules.
-
-The folder of a config is not on the import path: what lies beside it never stands in for an installed module. A config
-reaches its siblings by the name of their folder (`from mine import base` in a folder "mine"), as long as nothing that is
-installed has that name, or relatively (`from . import base`); and those that come with jflow (`from configs import base`).
+The folder of a config is not added to the import path: a file beside it never replaces an installed module. A config
+imports its siblings by the name of their folder (`from mine import base` in a folder "mine"), as long as no installed
+module has that name, or relatively (`from . import base`), and the configs of jflow as `from configs import base`.
 """
 
 import contextlib
@@ -28,7 +26,7 @@ from jflow.models.config import ModelConfig
 from jflow.sections import refusal
 from jflow.training import overrides
 
-SHIPPED = (pathlib.Path(__file__).parents[1] / "configs").resolve()  # a link in the tree, a folder in a wheel
+SHIPPED = (pathlib.Path(__file__).parents[1] / "configs").resolve()  # a link in the source tree, a folder in a wheel
 Start = Callable[[RunConfig, Collection[str]], dict[str, Any]]
 _PACKAGE = "jflow_config"  # the package that a config file is loaded in, for what it imports relatively
 _INSTALLED = {"site-packages", "dist-packages"}
@@ -39,12 +37,12 @@ def load(named: str, arguments: Sequence[str] = (), start: Start | None = None) 
 
   Args:
     named: FILE or FILE:SIZE, or the name of a config that comes with jflow in place of its file: stage2:tiny.
-    arguments: --config.FIELD=VALUE, as `overrides.apply` takes them.
-    start: returns the section `model` of a run with `train.init_from`, from its config, whose model is still plain
-      values, and the names of the fields that `arguments` set.
+    arguments: --config.FIELD=VALUE, see `overrides.apply`.
+    start: (config, names of the fields that `arguments` set) -> the section `model`, for a run with `train.init_from`;
+      the config's model is still plain values.
 
   Raises:
-    UserError: the file is missing or fails, or a field is unknown, missing or not what it must be.
+    UserError: the file is missing or fails, or a field is unknown, missing or out of its constraint.
   """
   file, values = _run(named)
   try:
@@ -67,13 +65,13 @@ def _plain_model(values: Any) -> Mapping[str, Any]:
 
 
 def _run(named: str) -> tuple[pathlib.Path, dict[str, Any]]:
-  """Returns the file, and the plain values that its get_config has returned."""
+  """Returns the file, and the result of its get_config as plain values."""
   file, size = _split(named)
   siblings = _Siblings(file.resolve().parent)
   with (
     siblings.in_reach(),
     contextlib.redirect_stdout(sys.stderr),
-  ):  # standard output is for a command's result
+  ):  # standard output is for the command's result
     name = f"{_PACKAGE}.{file.stem}"
     loader = _Source(name, str(file))
     module = importlib.util.module_from_spec(ModuleSpec(name, loader, origin=str(file)))
@@ -103,7 +101,7 @@ def _split(named: str) -> tuple[pathlib.Path, list[str]]:
   parts = named.split(":")
   for count in range(len(parts), 0, -1):  # a folder's name may hold a colon
     path = ":".join(parts[:count])
-    with contextlib.suppress(OSError, ValueError):  # a name that is too long, or that no file can have
+    with contextlib.suppress(OSError, ValueError):  # a name that is too long, or that is invalid for a file
       if path and pathlib.Path(path).is_file():
         return pathlib.Path(path), [":".join(parts[count:])] if count < len(parts) else []
   name, colon, size = named.partition(":")
@@ -140,7 +138,7 @@ def _line(function: Any) -> int:
 
 @contextlib.contextmanager
 def _blamed_on(file: pathlib.Path, folder: pathlib.Path) -> Generator[None, None, None]:
-  """Turns whatever a config raises into one line that names the last line of a config that led to it."""
+  """Turns any exception of a config into one line that names the config's last line in the traceback."""
   try:
     yield
   except UserError:
@@ -167,7 +165,7 @@ def _blamed_on(file: pathlib.Path, folder: pathlib.Path) -> Generator[None, None
 
 
 class _Source(SourceFileLoader):
-  """Runs what the file says: no bytecode is written beside it, and none that lies there is taken for it."""
+  """A loader that compiles the source: it neither writes nor reads bytecode beside the file."""
 
   def get_code(self, fullname: str) -> CodeType:
     path = self.get_filename(fullname)
@@ -175,7 +173,7 @@ class _Source(SourceFileLoader):
 
 
 class _Siblings(importlib.abc.MetaPathFinder):
-  """Finds the modules in a config's own folder, by the name of the folder and in `_PACKAGE`, and no others."""
+  """A finder of the modules in a config's own folder, by the name of the folder and in `_PACKAGE`, and of no others."""
 
   def __init__(self, folder: pathlib.Path):
     self.folder = folder
@@ -190,7 +188,7 @@ class _Siblings(importlib.abc.MetaPathFinder):
 
   @contextlib.contextmanager
   def in_reach(self) -> Generator[None, None, None]:
-    """Lets imports find them; what they have brought along, and what they did to the path, is gone behind it."""
+    """Makes the modules importable; on exit, it removes what they have imported and restores the path."""
     own = lambda: {name: module for name, module in sys.modules.items() if name.split(".")[0] in self._places}
     before, path = own(), list(sys.path)
     for name in before:
@@ -235,7 +233,7 @@ def _package(name: str, places: list[str], folder: str) -> ModuleSpec | None:
 
 
 def _is_taken(name: str) -> bool:
-  """Whether something that is installed, or at work already, has the name of a folder."""
+  """Whether an installed or already imported module has the name of a folder."""
   if name in sys.stdlib_module_names or getattr(sys.modules.get(name), "__file__", None):
     return True
   installed = [path for path in sys.path if _INSTALLED & set(pathlib.Path(path).parts)]

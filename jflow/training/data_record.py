@@ -1,7 +1,7 @@
-"""What data a run has begun with, by content: WORKDIR/data.json, and in each checkpoint's manifest.
+"""The record of a run's data, by content: WORKDIR/data.json, with a copy in each checkpoint's manifest.
 
-Per task a list of sources in their order: records, fingerprint, weight, and the latents made ahead. The same order of
-batches needs all of it, and no path: a data set may be moved or copied.
+Per task a list of sources in their order: records, fingerprint, weight, and the precomputed latents. Together they
+determine the batches. Paths are not part of it: a data set may be moved or copied.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ Data = dict[str, list[dict[str, Any]]]
 
 
 def read(workdir: pathlib.Path) -> Data | None:
-  """The data of the run in a workdir; None of one that has not begun, or of a version that kept no record.
+  """Returns the data of the run in a workdir; None where no run has begun, or one of a version without records.
 
   Raises:
     UserError: the record is damaged, and no checkpoint has a copy of it.
@@ -57,7 +57,7 @@ def _of_checkpoints(workdir: pathlib.Path) -> Data | None:
 
 
 def _checked(data: Any) -> Data:
-  """Raises ValueError for what is no record."""
+  """Returns a record that was read; raises ValueError where it has another form."""
   fine = isinstance(data, dict) and all(
     isinstance(sources, list)
     and all(isinstance(source, dict) for source in sources)
@@ -65,25 +65,25 @@ def _checked(data: Any) -> Data:
     for sources in data.values()
   )
   if not fine:
-    raise ValueError("it is no record of data")
+    raise ValueError("it is not a record of data")
   return data
 
 
 def write(workdir: pathlib.Path, data: Data) -> None:
-  """Keeps the data of a run that begins, or goes on with what was accepted."""
+  """Writes the record of a run that begins, or that continues with accepted data."""
   files.write_text(workdir / NAME, json.dumps(data, indent=1) + "\n")
 
 
 def check(workdir: pathlib.Path, now: Data, accepted: str) -> None:
-  """Checks that a run goes on with its own data. All processes call it.
+  """Checks that a run continues with its own data. All processes call it.
 
   Args:
     workdir: of the run.
     now: the data of this start.
-    accepted: what --accept_data names: `digest` of data that the run may go on with.
+    accepted: the value of --accept_data: the `digest` of data that the run may continue with.
 
   Raises:
-    UserError: it is other data, named by source; or processes see different data.
+    UserError: the data differ, source by source; or processes see different data.
   """
   hosts.first_alone(lambda: _check(workdir, now, accepted))
   own = list(bytes.fromhex(digest(now)))
@@ -112,13 +112,13 @@ def _check(workdir: pathlib.Path, now: Data, accepted: str) -> None:
 
 
 def digest(data: Data) -> str:
-  """A hash of the content, whatever the sources are called."""
+  """Returns a hash of the data's content; the names of sources do not count."""
   content = {task: [[source[name] for name in _CONTENT] for source in sources] for task, sources in data.items()}
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def differences(before: Data, now: Data) -> list[str]:
-  """What has changed, source by source, in words; nothing where only names have."""
+  """Describes the changes source by source; empty where only names have changed."""
   out = []
   for task in sorted(set(before) | set(now)):
     old, new = before.get(task, []), now.get(task, [])
@@ -142,7 +142,7 @@ def differences(before: Data, now: Data) -> list[str]:
 
 
 def _content(source: dict[str, Any], other: dict[str, Any] | None = None) -> str:
-  """A source in words: its records and fingerprint, and of weight and latents what is not as in another one."""
+  """Describes a source: its records and fingerprint, and its weight and latents where they differ from another's."""
   told = [f"{source['records']:,} records, fingerprint {str(source['fingerprint'])[:8]}"]
   if other is not None and all(source[name] == other[name] for name in ("records", "fingerprint")):
     told = []

@@ -1,4 +1,4 @@
-"""Model FLOPs of a batch: what `mfu` divides by time and peak. The optimizer's are none of the model's."""
+"""Model FLOPs of a batch, and the model FLOPs utilisation (`mfu`) of a step. The optimizer's FLOPs do not count."""
 
 import dataclasses
 from collections.abc import Collection
@@ -15,7 +15,7 @@ from jflow.models.config import ModelConfig
 
 
 def counted(batch: Batch, xp: Any = np) -> model_flops.Work:
-  """What a batch holds; `xp` is numpy, or jax.numpy inside a step."""
+  """The counts of a batch that its FLOPs depend on; `xp` is numpy, or jax.numpy inside a step."""
   segments = batch.segment_ids
   real = segments > 0
   slots = xp.arange(segments.shape[1])[None]
@@ -45,9 +45,9 @@ def model_flops_of(
 
 
 def mfu(config: RunConfig, trained: Collection[str], row: dict[str, Any], seconds: float) -> float | None:
-  """The share of the devices' dense bf16 peak that a step used; None where no table has it (a CPU).
+  """The share of the devices' dense bf16 peak that a step used; None for a device without a known peak (a CPU).
 
-  Takes the step's work_... metrics out of `row`.
+  Removes the step's work_... metrics from `row`.
   """
   fields = (field.name for field in dataclasses.fields(model_flops.Work))
   work = model_flops.Work(**{name: row.pop(f"work_{name}") for name in fields})

@@ -2,10 +2,10 @@
 
 A fitter is a module with one function:
 
-  fit(config, open_pipeline): returns {part: its parameters as numpy arrays}, empty where nothing is to be fitted
+  fit(config, open_pipeline): returns {part: its parameters as numpy arrays}, empty for a config without such parts
 
 `config` is the run's; `open_pipeline` opens the data of all processes, for parts that every process fits to the same
-pictures. The arrays must be the same on every process.
+images. The arrays must be the same on every process.
 """
 
 import importlib

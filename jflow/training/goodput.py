@@ -1,10 +1,10 @@
-"""Where the time of a run went, over all its starts: goodput.jsonl, a line whenever the run turns to something else.
+"""The time of a run by phase, over all its starts: goodput.jsonl, with a line at each change of phase.
 
-A line {"t", "phase", "step"} says what the time since the line before was spent on. So the parts always add up to
-the whole, and a kill costs no more than the part that was being done.
+A line {"t", "phase", "step"} books the time since the line before. So the phases always add up to the whole, and a kill
+loses only the phase in progress.
 
-  setup, restore, compile, save   as they say; compile includes the first step, save what the loop waits for
-  sample                          painting sample pictures
+  setup, restore, compile, save   compile includes the first step; save is the time that the loop waits
+  sample                          generating sample images
   steps                           training, up to `step`
   down                            from the last line of a start that was killed to the next start
 """
@@ -22,10 +22,10 @@ _PHASES = ("setup", "restore", "compile", "save", "sample", "steps", "down")
 
 
 class Goodput:
-  """Writes the record of one start. Lines of steps come once a second at most."""
+  """The writer of one start's record. Steps are booked at most once a second."""
 
   def __init__(self, workdir: pathlib.Path, started: float):
-    """`started`: `time.time()` when the process began; what comes before its first line is setup."""
+    """`started`: `time.time()` when the process began; the time up to its first line is setup."""
     self._workdir, self._lines = workdir, Lines(workdir / FILE, wrong=_wrong)
     self._write("down", None, started)
     self._written = started
@@ -65,11 +65,11 @@ def _wrong(row: dict[str, Any]) -> str | None:
 
 
 def summary(workdir: pathlib.Path) -> dict[str, float]:
-  """Seconds by what they were spent on, over all starts.
+  """Returns the seconds of each phase over all starts.
 
   Returns:
-    productive, save, restore, compile, setup, sample, lost (steps that were computed again, and the time between a kill and
-    the next start), wall (their sum), starts, and goodput = productive / wall.
+    productive, save, restore, compile, setup, sample, lost (steps that were computed again, and the time between a kill
+    and the next start), wall (their sum), starts, and goodput = productive / wall.
   """
   out = dict.fromkeys(("productive", "save", "restore", "compile", "setup", "sample", "lost"), 0.0)
   rows = read_lines(workdir / FILE, _wrong)

@@ -1,6 +1,7 @@
 """The processes of a run: how they find each other, agree on what to do, and end together.
 
-One process needs none of this. Several start the same command; process 0 alone writes what is not a checkpoint.
+The processes start with the same command; only process 0 writes, except for checkpoints. A single process needs none
+of this.
 """
 
 import contextlib
@@ -18,10 +19,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jflow.config import DistributedConfig
 from jflow.errors import Stopped, UserError
 
-# What a collective says when a process at the other end is gone.
+# Error messages of a collective whose peer is gone.
 _LOST = re.compile("closed by peer|reset by peer|connection refused|heartbeat|UNAVAILABLE", re.IGNORECASE)
 
-# Seconds that processes wait for each other at the end: process 0 may still seal a checkpoint or paint samples.
+# Seconds that processes wait for each other at the end: process 0 may still finish a checkpoint or sample images.
 _FAREWELL = 1800
 
 
@@ -29,7 +30,7 @@ def start(config: DistributedConfig) -> None:
   """Joins the processes of the run. `config` is the section `distributed`.
 
   Raises:
-    UserError: fields that do not fit, a cluster that was not found, processes that did not come.
+    UserError: fields that do not fit, a cluster that was not found, processes that did not connect.
   """
   detect, processes = config.cluster == "auto", config.processes
   if not detect and processes == 1:
@@ -40,7 +41,7 @@ def start(config: DistributedConfig) -> None:
         "train one model together"
       )
     return
-  jax.config.update("jax_enable_preemption_service", False)  # its handler would take SIGTERM from the loop's
+  jax.config.update("jax_enable_preemption_service", False)  # its handler would replace the loop's for SIGTERM
   try:
     jax.distributed.initialize(
       coordinator_address=None if detect else config.coordinator,
@@ -59,7 +60,7 @@ def start(config: DistributedConfig) -> None:
 
 
 def is_first() -> bool:
-  """Whether this is process 0, which writes what is not a checkpoint and prints what is no error."""
+  """Whether this is process 0, which alone writes files besides checkpoints and prints messages besides errors."""
   return jax.process_index() == 0
 
 
@@ -77,7 +78,7 @@ def any_of(flag: bool) -> bool:
 
 
 def from_first(numbers: list[int]) -> list[int]:
-  """The list that process 0 has. Waits for all processes."""
+  """Returns process 0's list. Waits for all processes."""
   if jax.process_count() == 1:
     return numbers
   length = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
@@ -88,19 +89,19 @@ def from_first(numbers: list[int]) -> list[int]:
 
 
 def tree_of_first(tree: Any) -> Any:
-  """The tree of numpy arrays that process 0 has; those of the others have its shapes. Waits for all processes."""
+  """Returns process 0's tree of numpy arrays; the others pass one of the same shapes. Waits for all processes."""
   return tree if jax.process_count() == 1 else jax.device_get(multihost_utils.broadcast_one_to_all(tree))
 
 
 def on_host(tree: Any) -> Any:
-  """Whole arrays of a sharded tree as numpy arrays. All processes call it."""
+  """Gathers a sharded tree into numpy arrays. All processes call it."""
   return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
 
 def first_alone(action: Callable[[], Any]) -> Any:
   """Runs `action` on process 0 while the others wait; returns its result there and None elsewhere.
 
-  If it raises, the run ends everywhere: with the error on process 0, without a word on the others.
+  If it raises, the run ends everywhere: process 0 raises the error, the others end without a message.
   """
   if jax.process_count() == 1:
     return action()
@@ -111,15 +112,15 @@ def first_alone(action: Callable[[], Any]) -> Any:
     except Exception as caught:
       error = caught
   if any_of(error is not None):
-    jax.distributed.shutdown()  # all are here, so it is quick, and none is left waiting for another
+    jax.distributed.shutdown()  # all processes are here, so none waits for another
     raise error or SystemExit(2)
   return result
 
 
 def leave(error: BaseException) -> None:
-  """Ends this process at once, if it is one of several: the others wait for it, and only its end tells them.
+  """Ends this process at once, if it is one of several: the others only notice its end.
 
-  Python's own exit would first wait for them in turn.
+  Python's own exit would first wait for the others.
   """
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
     return
@@ -134,13 +135,13 @@ def leave(error: BaseException) -> None:
     print(f"{own} ends by this error:", file=sys.stderr)
     sys.excepthook(type(error), error, error.__traceback__)
   for stream in filter(None, (sys.stdout, sys.stderr)):
-    with contextlib.suppress(OSError):  # the others wait, whether or not this can be read
+    with contextlib.suppress(OSError):  # the others wait, even if this cannot be printed
       stream.flush()
   os._exit(code)
 
 
 class Exchange:
-  """A few numbers of every process, once a step, without waiting: one tiny collective beside the step."""
+  """An all-gather of a few numbers per process, once a step, as a small asynchronous collective beside the step."""
 
   def __init__(self) -> None:
     devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))

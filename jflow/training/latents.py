@@ -1,7 +1,7 @@
-"""The VAE's encoder run over a prepared data set, once and for all.
+"""Precomputed latents: the VAE's encoder over a prepared data set.
 
-A run with data.latents=True then takes the moments from disk. Its step still draws the posterior's sample, and
-SigLIP still reads the pixels; what it saves is the encoder's forward pass.
+A run with data.latents=True reads the moments of the posterior from disk, which saves the encoder's forward pass. The
+step still samples the posterior, and SigLIP still reads the pixels.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from jflow.models.unified import normalise
 
 
 def fingerprint(vae: Mapping[str, Any], config: AutoencoderConfig) -> str:
-  """Returns a hash of what makes moments of pixels: the encoder's parameters, as float32, and the kind of VAE."""
+  """Returns a hash of an encoder: its parameters, as float32, and the kind of VAE."""
   digest = hashlib.sha256(repr(config.encoder_identity()).encode())
   for path, leaf in sorted(flatten_dict(vae, sep="/").items()):
     if path.split("/")[0] in ("encoder", "quant"):
@@ -77,7 +77,7 @@ def make(
   """Writes the latents of a prepared data set; see `latents.write`.
 
   Raises:
-    UserError: the checkpoint has no VAE, or see `latents.write`.
+    UserError: the checkpoint has no VAE; see also `latents.write`.
   """
   found = read_checkpoint(checkpoint, vae=vae, weights=weights)
   if "vae" not in found.params:

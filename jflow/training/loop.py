@@ -37,33 +37,33 @@ from jflow.training.watchdog import Watchdog
 
 
 class Terminated(Exception):
-  """SIGTERM or SIGINT came, and the state of the current step has been saved."""
+  """The end of a run by SIGTERM or SIGINT, after the state of the current step was saved."""
 
   def __init__(self, signum: int, message: str):
     super().__init__(message)
     self.signum = signum
 
 
-_NAMED = 20  # records that are named when left out; the others are only counted
-# (model, tokenizer, nested parameters as numpy arrays) -> a picture for each of log.sample_prompts.
+_NAMED = 20  # rejected records that are named on stderr; the others are only counted
+# (model, tokenizer, nested parameters as numpy arrays) -> an image for each of log.sample_prompts.
 Painter = Callable[[UnifiedModel, Tokenizer, Any], list[Image.Image]]
 
 
 def train(config: RunConfig, workdir: pathlib.Path, painter: Painter | None = None, accepted_data: str = "") -> None:
-  """Runs a stage to its last step, from where an earlier start left off.
+  """Runs a stage to its last step, from its newest checkpoint if there is one.
 
   Several processes call it with the same arguments (but distributed.process_id) on a workdir that they share.
 
   Args:
     config: of the whole run.
     workdir: directory of the run; gets config.json, data.json, tokenizer/, metrics.jsonl, goodput.jsonl, checkpoints/.
-    painter: paints the sample pictures that `log.sample_every` asks for.
-    accepted_data: other data than before that the run may go on with; see `data_record.check`.
+    painter: generates the sample images of `log.sample_every`.
+    accepted_data: digest of changed data that the run may continue with; see `data_record.check`.
 
   Raises:
     UserError: a mistake in config, data or workdir, found before compilation where possible.
-    Stopped: the run cannot go on.
-    Terminated: it was asked to stop, and saved first.
+    Stopped: the run cannot continue.
+    Terminated: a signal ended the run, after its state was saved.
   """
   started = time.time()
   setup.check(config)
@@ -95,7 +95,7 @@ def _train(
   painter: Painter | None,
   accepted_data: str,
 ) -> None:
-  """`train` once the workdir is held. `started`: `time.time()` when it was called."""
+  """Runs `train` once the workdir is locked. `started`: `time.time()` when it was called."""
   workdirs.check_shared(workdir)
   compilation.use_cache(config.compute.compilation_cache)
 
@@ -128,14 +128,14 @@ def _train(
         setup.start_params(config, model, mesh, open_pipeline)
       )
     latents.check(pipeline.latents(), state.frozen, model.config.autoencoder)
-    if hosts.is_first():  # late, so that a first mistake leaves the workdir free
+    if hosts.is_first():  # after the checks above, so that a mistake leaves no config in the workdir
       data_record.write(workdir, data)
       workdirs.write_config(workdir, config, tokenizer)
     record = Goodput(workdir, started) if hosts.is_first() else None
     if record:
       record.mark("setup", at=opened)
       record.mark("restore", int(state.step))
-    for line in pipeline.report():  # late too: a mistake is one line
+    for line in pipeline.report():  # after the checks, so that a mistake prints only its own line
       hosts.say(line)
     paint = functools.partial(painter, model, tokenizer) if painter else None
     run = _Run(config, workdir, pipeline, checkpointer, record, sharding.batch_sharding(mesh), paint)
@@ -155,7 +155,7 @@ class _Run:
     where: jax.sharding.NamedSharding,
     paint: Callable[[Any], list[Image.Image]] | None = None,
   ):
-    """`record` is None on all processes but the first; `where`: the sharding of a batch; `paint`: of parameters."""
+    """`record` is None except on process 0; `where`: sharding of a batch; `paint`: parameters to sample images."""
     self._paint = paint
     self._config, self._workdir, self._where = config, workdir, where
     self._pipeline, self._checkpointer, self._record = pipeline, checkpointer, record
@@ -167,7 +167,7 @@ class _Run:
     state: TrainState,
     step_fn: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]],
   ) -> None:
-    """Steps from the state's step to the last one."""
+    """Runs the steps from the state's to the last one."""
     first, last = int(state.step), self._config.train.steps
     if first >= last:
       hosts.say(f"{self._workdir} is complete at step {first}")
@@ -194,7 +194,7 @@ class _Run:
         self._name_rejected(step, info["messages"])
         lost = sum(info["rejected"].values())
         self._pending = {"row": row, "device": device, "told": exchange(stop.signum, info["fill"], lost)}
-        # Alone, it is known at once. Read once: a signal after this line stops after the next step.
+        # A single process knows at once. Read once: a signal after this line stops the run after the next step.
         signum = stop.signum if jax.process_count() == 1 else signum
         save, paint = (bool(n) and (step % n == 0 or step == last) for n in (interval, every if self._paint else 0))
         if save or paint or signum:
@@ -221,7 +221,7 @@ class _Run:
           file.close()
 
   def _open_metrics(self, first: int) -> Lines:
-    """Opens metrics.jsonl after step `first`; where a later checkpoint is passed over, a copy is kept."""
+    """Opens metrics.jsonl after step `first`; where a later checkpoint was skipped, a copy is kept."""
     later = any(step > first for step in steps.steps_of(self._workdir / "checkpoints"))
     lines = Lines(self._workdir / FILE, first + 1, keep_dropped=later)
     if first and not lines.rows:
@@ -232,7 +232,7 @@ class _Run:
     """Waits for the pending step, writes its metrics, and stops the run when too many steps were skipped.
 
     Returns:
-      The signal that any process had got when that step started, or 0.
+      The signal that any process had received when that step started, or 0.
     """
     if self._pending is None:
       return 0
@@ -263,7 +263,7 @@ class _Run:
     return int(told[:, 0].max())
 
   def _trace(self, step: int) -> None:
-    """Starts the profiler's trace before the first step of its window, and ends it before the one behind it."""
+    """Starts the profiler's trace before the first step of its window, and ends it after the last one."""
     start, steps = self._config.profile.start, self._config.profile.steps
     inside = start <= step < start + steps
     if inside and not self._tracing:
@@ -282,14 +282,14 @@ class _Run:
       self._record.mark("save", step)
 
   def _name_rejected(self, step: int, messages: Sequence[str]) -> None:
-    """Names on stderr the first records that this process had to leave out, each once."""
+    """Names on stderr the first records that this process rejected, each once."""
     for message in messages:
       if message not in self._rejected and len(self._rejected) < _NAMED:
         self._rejected.add(message)
         print(f"jflow: step {step}: left out {message}", file=sys.stderr, flush=True)
 
   def _sample(self, state: TrainState, step: int) -> None:
-    """Paints with the averaged weights on process 0."""
+    """Generates the sample images with the averaged weights, on process 0."""
     if self._record:
       self._record.steps(step, now=True)
     self._watchdog.beat(f"step {step}", slow=True)
@@ -318,7 +318,7 @@ class _Run:
 
 
 class _StopFlag:
-  """Remembers SIGTERM and SIGINT until the step in progress is done; a second one changes nothing."""
+  """A handler that remembers SIGTERM and SIGINT until the step in progress is done; a second signal has no effect."""
 
   def __init__(self) -> None:
     self.signum = 0

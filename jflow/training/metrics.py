@@ -18,14 +18,14 @@ Row = dict[str, Any]
 
 
 class _Read(NamedTuple):
-  """What a file of JSON lines holds."""
+  """The contents of a file of JSON lines."""
 
-  rows: list[tuple[bytes, Row]]  # text and content of each line that is whole
+  rows: list[tuple[bytes, Row]]  # text and content of each sound line
   damaged: list[tuple[int, str]]  # number of each other line, from 1, and what is wrong
 
 
 def wrong_metrics(row: Row) -> str | None:
-  """Returns what is wrong with a line of metrics.jsonl, if so."""
+  """Returns what is wrong with a line of metrics.jsonl; empty for a sound one."""
   step = row.get("step")
   if isinstance(step, bool) or not isinstance(step, int) or not 0 < step < 2**31:
     return f"step must be a positive integer, got {str(step)[:20]!r}"
@@ -36,22 +36,21 @@ def wrong_metrics(row: Row) -> str | None:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[Row]:
-  """The lines of a run's metrics.jsonl, each step once (its last line); see `read_lines`."""
+  """Returns the lines of a run's metrics.jsonl, each step once (its last line); see `read_lines`."""
   return _unique(read_lines(workdir / FILE, wrong_metrics))
 
 
 def read_lines(path: pathlib.Path, wrong: Callable[[Row], str | None] | None = None) -> list[Row]:
-  """Reads a file of JSON lines, of which each is an object; none where there is no file.
+  """Reads a file of JSON lines, each an object; a missing file has none.
 
-  A damaged line costs that line, and is said on stderr; a last one without its end is what a kill leaves of one,
-  and is left out without a word.
+  Damaged lines are left out and reported on stderr; an incomplete last line, which a kill leaves, is left out silently.
 
   Args:
     path: the file.
-    wrong: returns what is wrong with the content of a line, if so.
+    wrong: returns what is wrong with the content of a line; empty for a sound one.
 
   Raises:
-    UserError: it cannot be read at all.
+    UserError: the file cannot be read.
   """
   read = _read(path, wrong)
   if read.damaged:
@@ -104,7 +103,7 @@ def _said(damaged: list[tuple[int, str]]) -> str:
 
 
 class Lines:
-  """A file of JSON lines that is appended to, each line whole or not at all. Floats parse back to the same float32."""
+  """A file of JSON lines to append to, each line atomically. Floats parse back to the same float32."""
 
   def __init__(
     self,
@@ -113,17 +112,17 @@ class Lines:
     wrong: Callable[[Row], str | None] | None = None,
     keep_dropped: bool = False,
   ):
-    """Opens the file, or makes it. A copy of one with damaged lines is kept beside it.
+    """Opens the file, or creates it. A copy of one with damaged lines is kept beside it.
 
     Args:
       path: the file.
-      before: of a file with metrics: drops the lines of this step and later ones, which are about to be computed
-        again. Each step stays once.
-      wrong: of another file: see `read_lines`.
+      before: for metrics: drops the lines of this step and later ones, which will be computed again, and duplicate
+        steps.
+      wrong: for another file: see `read_lines`.
       keep_dropped: keeps a copy of the file if `before` drops any line.
 
     Raises:
-      UserError: what stands there cannot be read.
+      UserError: an existing file cannot be read.
       OSError: it cannot be written.
     """
     wrong = wrong_metrics if before is not None else wrong
@@ -146,7 +145,7 @@ class Lines:
     """Appends a line.
 
     Raises:
-      Stopped: the disk does not take it.
+      Stopped: it cannot be written, as on a full disk.
     """
     line = (json.dumps(row) + "\n").encode()
     try:
@@ -157,7 +156,7 @@ class Lines:
       raise Stopped(f"{self._path} cannot be written: the disk is full; the checkpoints are as they were")
 
   def sync(self) -> None:
-    """Waits until the lines are on the disk, so that no checkpoint is ahead of them."""
+    """Waits until the lines are on the disk, so that no checkpoint is newer than they are."""
     os.fsync(self._file)
 
   def close(self) -> None:
@@ -165,7 +164,7 @@ class Lines:
 
 
 def number(x: Any) -> float | int | None:
-  """A device scalar as a JSON number; what is not finite becomes null, since JSON has no name for it."""
+  """Converts a device scalar to a JSON number; one that is not finite becomes null, since JSON cannot hold it."""
   x = np.asarray(x)
   if np.issubdtype(x.dtype, np.integer):
     return int(x)

@@ -27,7 +27,7 @@ def partition(params: Params, trained: Iterable[str], frozen: Iterable[str]) -> 
   the two lists, and every pattern at least one parameter.
 
   Raises:
-    UserError: a parameter that matches neither or both, a pattern that matches nothing or is none.
+    UserError: a parameter that matches neither or both, a pattern that matches nothing or is invalid.
   """
   flat = flatten_dict(params, sep="/")
   lists = {"trained": tuple(trained), "frozen": tuple(frozen)}
@@ -52,7 +52,7 @@ def partition(params: Params, trained: Iterable[str], frozen: Iterable[str]) -> 
 
 
 def _compiled(field: str, pattern: str) -> re.Pattern[str]:
-  """A pattern of parameter paths, see `partition`; UserError if it is no regular expression."""
+  """Compiles a pattern of parameter paths, see `partition`; raises UserError for an invalid regular expression."""
   try:
     return re.compile(f"(?:{pattern})(?:/|$)")
   except re.error as error:
@@ -65,9 +65,9 @@ def merge(first: Params, second: Params) -> Params:
 
 
 def schedule(config: OptimizerConfig) -> optax.Schedule:
-  """Rate of step 0, 1, ...: linear to `learning_rate` in the warm-up, constant, linear to 0 in the cool-down.
+  """Learning rate by step: linear to `learning_rate` in the warm-up, constant, linear to 0 in the cool-down.
 
-  The first step moves, and so does the last of the cool-down; behind it the rate is 0.
+  The first step has a rate above 0, and so has the last of the cool-down; after it the rate is 0.
   `config` is the section `optimizer`.
   """
   warmup, cooldown = max(config.warmup_steps, 1), config.cooldown_steps
@@ -85,8 +85,8 @@ def schedule(config: OptimizerConfig) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
   """AdamW after clipping by global norm, or where `muon` names matrices, Muon for them and NAdamW for the rest.
 
-  `config` is the section `optimizer`; `beta1` and `beta2` are not Muon's. Its momentum is optax's 0.95,
-  and its updates are scaled to the root mean square of AdamW's, 0.2 of the rate (https://arxiv.org/abs/2502.16982), so
+  `config` is the section `optimizer`; its `beta1` and `beta2` do not apply to Muon, whose momentum is optax's 0.95.
+  Muon's updates are scaled to the root mean square of AdamW's, 0.2 of the rate (https://arxiv.org/abs/2502.16982), so
   that one rate serves both.
   """
   rate, decay = schedule(config), config.weight_decay
@@ -107,7 +107,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def muon_axes(params: Params, patterns: Iterable[str]) -> Params:
-  """The tree of `params` with (rows, columns) of every matrix that Muon updates, and None for all else.
+  """The tree of `params` with (rows, columns) of every matrix that Muon updates, and None for the others.
 
   A matrix is a parameter named "kernel" of two axes, or of three where the first counts layers, each a matrix of its own.
   Its path matches a pattern, see `partition`.
@@ -115,7 +115,7 @@ def muon_axes(params: Params, patterns: Iterable[str]) -> Params:
   compiled = [_compiled("muon", pattern) for pattern in patterns]
 
   def axes(path: tuple[str, ...], value: Any) -> optax.contrib.MuonDimensionNumbers | None:
-    ranks = [len(leaf.shape) for leaf in jax.tree.leaves(value)]  # none where optax has masked a parameter
+    ranks = [len(leaf.shape) for leaf in jax.tree.leaves(value)]  # missing where optax has masked a parameter
     if path[-1] == "kernel" and ranks in ([2], [3]) and any(p.match("/".join(path)) for p in compiled):
       return optax.contrib.MuonDimensionNumbers(ranks[0] - 2, ranks[0] - 1)
     return None
@@ -124,7 +124,7 @@ def muon_axes(params: Params, patterns: Iterable[str]) -> Params:
 
 
 def check_muon(params: Params, patterns: Iterable[str]) -> None:
-  """Raises UserError for a pattern that matches no matrix of `params`, or is none.
+  """Raises UserError for a pattern that matches no matrix of `params`, or is invalid.
 
   A matrix may be frozen: one list serves all stages.
   """

@@ -1,4 +1,4 @@
-"""Fields of a config on the command line: --config.FIELD=VALUE, each value read as the type that the field has."""
+"""Fields of a config on the command line: --config.FIELD=VALUE, each value parsed by the type of its field."""
 
 import ast
 import difflib
@@ -20,8 +20,8 @@ _KINDS = dict(kinds(RunConfig))
 def apply(values: dict[str, Any], arguments: Sequence[str]) -> set[str]:
   """Sets the fields that arguments name.
 
-  As --config.FIELD=VALUE or --config.FIELD VALUE; --config.FIELD and --noconfig.FIELD set one that is true or false. Of
-  a field that is named again the last value counts; the values of a tuple add up.
+  Forms: --config.FIELD=VALUE or --config.FIELD VALUE; --config.FIELD and --noconfig.FIELD for true and false. Of a
+  repeated field the last value counts; the values of a tuple are concatenated.
 
   Args:
     values: the config as nested plain values; changed.
@@ -43,7 +43,7 @@ def apply(values: dict[str, Any], arguments: Sequence[str]) -> set[str]:
 
 
 def _pairs(values: dict[str, Any], arguments: list[str]) -> Iterator[tuple[str, str, str | None]]:
-  """Yields (path of the field, the argument as a message shows it, the text of the value); None: there is none."""
+  """Yields (path of the field, the argument as a message shows it, the text of the value or None)."""
   while arguments:
     argument = arguments.pop(0)
     named = re.fullmatch(r"--?(no)?config\.([^=]*)(=(.*))?", argument, re.DOTALL)
@@ -67,7 +67,7 @@ def _place(values: dict[str, Any], path: str, argument: str) -> tuple[dict[str, 
   for depth, name in enumerate(parts):
     if not isinstance(where, dict):
       above = ".".join(parts[:depth])
-      raise UserError(f"unknown field {shown(name)} ({argument}): {above} is a field and no section")
+      raise UserError(f"unknown field {shown(name)} ({argument}): {above} is a field, not a section")
     if name not in where:
       raise UserError(f"unknown field {shown(name)} ({argument}){_meant(values, path)}")
     section, where = where, where[name]
@@ -84,12 +84,12 @@ def _meant(values: dict[str, Any], path: str) -> str:
 
 
 def _kind(where: dict[str, Any], name: str, path: str) -> Any:
-  """The type of a field; of the model and inside a mapping, that of the value that stands there."""
+  """The type of a field; in the model or a mapping, that of its current value."""
   return _KINDS.get(path, type(where[name]))
 
 
 def _value(kind: Any, now: Any, argument: str, text: str | None) -> Any:
-  """Returns the text of a value as the type of its field; raises UserError."""
+  """Parses the text of a value by the type of its field; raises UserError."""
   if text is None:
     if kind is bool:
       return True
@@ -103,7 +103,7 @@ def _value(kind: Any, now: Any, argument: str, text: str | None) -> Any:
 
 
 def _mapping(now: Mapping[str, Any] | None, argument: str, text: str) -> dict[str, Any]:
-  """A mapping of all names of a section; of any where it has none yet."""
+  """Parses a mapping with all names of a section, or with any names for an empty one."""
   what = (
     f"names a section: set one of its fields, or all of {', '.join(now)} as a dict"
     if now
@@ -146,7 +146,7 @@ def _text(argument: str, text: str) -> str:
 
 
 def _tuple(argument: str, text: str) -> tuple[Any, ...]:
-  """A literal, or one word without quotes, as a pattern is, as the only element."""
+  """Parses a tuple: a literal, or one word without quotes, such as a pattern, as its only element."""
   what = "must be a tuple, as ('a', 'b') or ((0, 1.5),) or ()"
   read = (text,) if _is_pattern(text) else _plain(argument, _literal(argument, text, what))
   if isinstance(read, (dict, bool)) or read is None:
@@ -155,7 +155,7 @@ def _tuple(argument: str, text: str) -> tuple[Any, ...]:
 
 
 def _is_pattern(text: str) -> bool:
-  """Whether a text is one word and no literal of Python: a name, or a regular expression."""
+  """Whether a text is one word and not a Python literal: a name, or a regular expression."""
   if not text or re.search(r"[\s,'\"\x00-\x1f\x7f]", text) or re.fullmatch(r"[+-]?[0-9_.]+", text):
     return False
   try:
@@ -178,7 +178,7 @@ def _literal(argument: str, text: str, what: str) -> Any:
 
 
 def _plain(argument: str, value: Any) -> Any:
-  """The value with tuples for lists; raises UserError where it holds what no field of a config does."""
+  """Returns the value with tuples for lists; raises UserError where it holds a type that no field has."""
   if isinstance(value, (tuple, list)):
     return tuple(_plain(argument, one) for one in value)
   if isinstance(value, dict):

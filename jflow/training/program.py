@@ -1,6 +1,6 @@
-"""The program of a run: the step, compiled for a mesh, and the shapes and shardings of what it takes.
+"""The program of a run: the step, compiled for a mesh, and the shapes and shardings of its arguments.
 
-One place for training, for `bench train` and for `compile`, so that what is measured is what trains.
+Training, `bench train` and `compile` share it, so that benchmarks measure the step that trains.
 """
 
 import math
@@ -21,16 +21,16 @@ from jflow.training.step import make_step
 
 # Platform -> options of the compiler for the step.
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
-  # Weights are gathered whole, layer by layer. Cut into pieces that overlap with their own product ("windowed
-  # einsum"), they travel through many small permutes: the compiler's own estimate of a step is 2.6 times longer.
+  # Weights are gathered whole, layer by layer: in pieces that overlap with their own product ("windowed einsum") they
+  # take many small permutes, which the compiler itself estimates to be slower.
   "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
-  # Collectives start early and end late. The default on newer GPUs; without it A100 waits for each of them.
+  # Collectives start early and end late: the default on newer GPUs, and needed on A100.
   "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
 }
 
 
 class Program(NamedTuple):
-  """What runs a step on a mesh."""
+  """The compiled step of a mesh, with its shapes and initial state."""
 
   step: Any  # jitted (state, batch) -> (state, metrics); the state's buffers are given away
   state: TrainState  # of ShapeDtypeStruct with shardings
@@ -62,10 +62,10 @@ def make_program(config: RunConfig, model: UnifiedModel, mesh: jax.sharding.Mesh
 
 
 def check_memory(program: Program, mesh: jax.sharding.Mesh) -> None:
-  """Checks that the state of a run can lie on its devices at all; what a step takes besides is not counted.
+  """Checks that the state of a run fits its devices; the memory of the step itself is not counted.
 
   Raises:
-    UserError: it cannot.
+    UserError: it does not fit.
   """
   device = mesh.local_devices[0]
   there = (device.memory_stats() or {}).get("bytes_limit")

@@ -1,4 +1,4 @@
-"""What comes before the first step: the config's checks, the model, the parameters to start from."""
+"""The setup of a run: checks of the config, the model, the initial parameters."""
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -28,10 +28,10 @@ from jflow.training.start_model import PART_OF
 
 
 def check(config: RunConfig) -> None:
-  """Checks all that can be checked before a device is touched.
+  """Checks all of a config that can be checked without a device.
 
   Raises:
-    UserError: naming the field, its value, and what is allowed.
+    UserError: a field does not fit; the message names it, its value, and what is allowed.
   """
   run_config.check(config)
   remat_policy(config.compute.remat)
@@ -51,7 +51,7 @@ def check(config: RunConfig) -> None:
 
 
 def build(config: RunConfig, device: jax.Device) -> UnifiedModel:
-  """The model of a config, with the attention kernel for `device`.
+  """Builds the model of a config, with the attention kernel for `device`.
 
   Raises:
     UserError: a kernel that the config names cannot run there.
@@ -63,7 +63,7 @@ def build(config: RunConfig, device: jax.Device) -> UnifiedModel:
 
 
 def row_shape(config: RunConfig, model: ModelConfig) -> RowShape:
-  """The packed rows that a config asks for."""
+  """Returns the sizes of a config's packed rows."""
   data = config.data
   return RowShape(
     data.row_tokens,
@@ -79,7 +79,7 @@ def row_shape(config: RunConfig, model: ModelConfig) -> RowShape:
 def start_params(
   config: RunConfig, model: UnifiedModel, mesh: jax.sharding.Mesh, open_pipeline: Callable[[], Pipeline]
 ) -> Any:
-  """Parameters of step 0: fresh, or those of `train.init_from`, each on its shards.
+  """Returns the parameters of step 0, fresh or from `train.init_from`, each on its shards.
 
   `open_pipeline` opens the data of all processes, for fresh parts that are fitted to it.
   """
@@ -100,7 +100,7 @@ def start_params(
   differing = _differences(model.config, {path: loaded.config for path, loaded in read.items()}, origin)
   _check_fits(train, source, wanted, origin, differing)
   for made, field, before, value in differing:
-    if field.startswith("objectives."):  # a head of training alone: dropped, or fresh
+    if field.startswith("objectives."):  # a head that only training uses: dropped, or fresh
       continue
     hosts.say(
       f"{made} was made with model.{field}={before!r}, this run has {value!r}: the same weights compute something "
@@ -117,7 +117,7 @@ def start_params(
 
 
 def _paths(train: TrainConfig) -> list[str]:
-  """The checkpoints that a run starts from, each once."""
+  """The checkpoints that a run starts from, without duplicates."""
   return list(dict.fromkeys([train.init_from, *(path for _, path in train.init_parts)]))
 
 
@@ -132,7 +132,7 @@ def _chosen(train: TrainConfig, read: Mapping[str, Checkpoint]) -> tuple[dict[st
   return {name: x for path in flat for name, x in flat[path].items() if origin(name) == path}, origin
 
 
-_SHAPELESS = ("gelu", "epsilon", "rope_theta", "scaling")  # fields that change what is computed and no shape
+_SHAPELESS = ("gelu", "epsilon", "rope_theta", "scaling")  # fields that change the computation and no shape
 
 
 def _check_fits(

@@ -1,7 +1,6 @@
-"""The guard against loss spikes: a step far above the steps before it changes nothing.
+"""The guard against loss spikes: a step whose loss or gradient norm is far above recent ones is skipped.
 
-What it compares with is part of the state, so that a run that was killed inside a spike decides as one that
-was not.
+The recent values are part of the state, so that a resumed run makes the same decisions.
 """
 
 import jax
@@ -21,19 +20,19 @@ class Recent(struct.PyTreeNode):
 
 
 def is_spike(recent: Recent, loss: jax.Array, norm: jax.Array, sigmas: float) -> jax.Array:
-  """Whether loss or norm lie more than `sigmas` standard deviations above their mean over a full window.
+  """Whether loss or norm is more than `sigmas` standard deviations above its mean over a full window.
 
-  Before the window is full nothing is a spike: the first steps of a run fall too steeply to judge.
+  Before the window is full nothing is a spike, since the loss falls too steeply in the first steps.
 
   Returns:
-    bool[]
+    bool[].
   """
   limit = jnp.mean(recent.values, axis=1) + sigmas * jnp.std(recent.values, axis=1)
   return (recent.count >= recent.values.shape[1]) & jnp.any(jnp.stack([loss, norm]) > limit)
 
 
 def remember(recent: Recent, loss: jax.Array, norm: jax.Array, accepted: jax.Array) -> Recent:
-  """Adds an accepted step in place of the oldest one. A rejected one leaves no trace: it must not widen the limit."""
+  """Adds an accepted step in place of the oldest one. A rejected one is not added: it would raise the limit."""
   place = recent.count % recent.values.shape[1]
   values = recent.values.at[:, place].set(jnp.stack([loss, norm]).astype(jnp.float32))
   return Recent(jnp.where(accepted, values, recent.values), recent.count + accepted.astype(jnp.int32))

@@ -1,4 +1,4 @@
-"""The model of a run that starts from a checkpoint: what the weights fix is the checkpoint's, not the config file's."""
+"""The model section of a run that starts from a checkpoint: the sizes of its weights override the config file."""
 
 import pathlib
 import sys
@@ -9,23 +9,23 @@ from jflow.config import RunConfig, TrainConfig
 from jflow.errors import UserError
 from jflow.interop import checkpoints, own_layout
 
-# Section of the model -> the part of the parameters that it sizes.
+# Section of the model -> the part of the parameters whose sizes it holds.
 PART_OF = {
   "language_model": "language_model",
   "understanding_encoder": "understanding_encoder",
   "autoencoder": "vae",
   "generation": "generation_encoder",
 }
-# No weight depends on it: how long a row may be is the run's.
+# No weight depends on it, so the run's own value stays.
 _FREE = "language_model.max_length"
 
 
 def model_of(config: RunConfig, given: Collection[str], workdir: pathlib.Path) -> dict[str, Any]:
-  """The section `model` with the sections of `train.init_from`, or of the checkpoints of `train.init_parts`.
+  """Returns the section `model` with the sections of `train.init_from`, or of the checkpoints of `train.init_parts`.
 
-  A run that has begun keeps its own, whatever has become of the checkpoint. What stays the config's: fields that the
+  A run that has begun keeps its own, even if the checkpoint has changed or gone. Kept from the config: fields that the
   command line sets, the context, the reader and the objectives, and generation and autoencoder where the checkpoint
-  writes images in another way. A line on stderr says what was taken.
+  writes images in another way. A line on stderr names the fields that changed.
 
   Args:
     config: of the run; its model may still be plain values.
@@ -46,7 +46,7 @@ def model_of(config: RunConfig, given: Collection[str], workdir: pathlib.Path) -
       if {f"model.{section}.{name}", f"model.{section}"} & set(given) or f"{section}.{name}" == _FREE
     }
     another_kind = explicit.get("kind", taken.get("kind")) != taken.get("kind")
-    absent = taken.get("kind") == "absent"  # what is missing there is refused later, by the names of its parameters
+    absent = taken.get("kind") == "absent"  # missing parameters are refused later, by their names
     if another_kind or absent or other_way and section in ("generation", "autoencoder"):
       continue
     made = taken | explicit
@@ -54,7 +54,7 @@ def model_of(config: RunConfig, given: Collection[str], workdir: pathlib.Path) -
     model[section] = made
   model["objectives"] = dict(model.get("objectives", {}))
   for name, head in theirs["language_model"]["objectives"].items():
-    if own := model["objectives"].get(name):  # where the LLM is read is the run's choice, the sizes are its head's
+    if own := model["objectives"].get(name):  # the layer is the run's choice, the sizes are the checkpoint's
       section = f"objectives.{name}"
       explicit = {field: x for field, x in own.items() if f"model.{section}.{field}" in given or field == "layer"}
       changed += _changes(section, own, head | explicit)
@@ -69,7 +69,7 @@ def _origins(train: TrainConfig, workdir: pathlib.Path) -> dict[str, str]:
   try:
     own_layout.read_settings(workdir)
     return dict.fromkeys(PART_OF, str(workdir))
-  except UserError:  # it has not begun, or its config.json is lost: a manifest's is compared with this start's later
+  except UserError:  # no run yet, or its config.json is lost: this start is compared with a manifest's later
     parts = dict(train.init_parts)
     return {section: parts.get(part, train.init_from) for section, part in PART_OF.items()}
 

@@ -1,4 +1,4 @@
-"""The state of a training run: what a step takes and gives, and what a checkpoint holds."""
+"""The state of a training run, which a step updates and a checkpoint holds."""
 
 from typing import Any
 
@@ -17,13 +17,13 @@ class TrainState(struct.PyTreeNode):
   frozen: Any  # no optimizer state, no gradient, no EMA
   ema: Any  # f32, the shape of `trained`
   optimizer: Any
-  skipped: jax.Array  # int32[]; steps that changed nothing since the start: not finite, or a spike
+  skipped: jax.Array  # int32[]; steps skipped since the start: not finite, or a spike
   skipped_in_a_row: jax.Array  # int32[]
-  recent: Recent | None  # what the guard against spikes compares with; None: no guard
+  recent: Recent | None  # recent values for the guard against spikes; None: no guard
 
   @classmethod
   def create(cls, trained: Any, frozen: Any, optimizer: Any, spike_window: int = 0) -> "TrainState":
-    """The state of step 0. `spike_window`: steps that the guard against spikes looks back on; 0: no guard."""
+    """Returns the state of step 0. `spike_window`: number of steps that the guard against spikes keeps; 0: no guard."""
     zero = lambda: jnp.zeros((), jnp.int32)
     copy = jax.tree.map(lambda x: x + 0.0, trained)
     recent = Recent.empty(spike_window) if spike_window else None

@@ -1,7 +1,7 @@
 """One training step: a pure function of (state, batch).
 
-All randomness comes from fold_in(seed, step) and is drawn for the global batch, and losses are sums over
-counts of the global batch: so the same batch gives the same loss on every mesh and with any accumulation.
+All randomness comes from fold_in(seed, step) and is drawn for the global batch, and losses are sums divided by counts
+of the global batch: so a batch has the same loss on every mesh and with any accumulation.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from jflow.training.state import TrainState
 
 
 def draw(model: UnifiedModel, key: jax.Array, batch: Batch, objective: Any) -> Any:
-  """The writer's randomness for every image slot of a batch; see `generation.base.Writer.draw`."""
+  """Draws the writer's randomness for every image of a batch; see `generation.base.Writer.draw`."""
   return make_writer(model.config, model.dtype).draw(key, batch, objective)
 
 
@@ -34,9 +34,9 @@ def loss_sums(
 
 
 def make_loss(model: UnifiedModel, objective: ObjectiveConfig) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-  """Builds loss(params, batch, key) -> (loss, {name: its part}), pure; to be differentiated by its first argument.
+  """Builds loss(params, batch, key) -> (loss, {name: its part}), pure, to be differentiated by its first argument.
 
-  `params` are whole: see `optim.partition` and `optim.merge` for frozen ones. `key` gives the writer's draws.
+  `params` holds all parameters (for frozen ones see `optim.partition` and `optim.merge`); `key` seeds the draws.
   """
   weighed = _weighed(model, objective)
 
@@ -47,7 +47,7 @@ def make_loss(model: UnifiedModel, objective: ObjectiveConfig) -> Callable[..., 
 
 
 def _weighed(model: UnifiedModel, objective: ObjectiveConfig) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-  """Builds loss(params, rows, draws, counts) -> (loss, parts); `counts` are those of the batch that the rows are of."""
+  """Builds loss(params, rows, draws, counts) -> (loss, parts); `counts` are those of the global batch."""
   weights = {name: weight for name, weight in objective.weights.items() if weight}
   wanted = tuple(dict.fromkeys((*weights, *objective.logged)))
 
@@ -65,8 +65,8 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """Builds train_step(state, batch) -> (state, metrics). `config` is the whole config.
 
-  Metrics named work_... are the fields of `model_flops.Work`, from which the caller makes `mfu`.
-  A step whose gradient is not finite, or a spike, changes nothing but the counters and the step number.
+  Metrics named work_... are the fields of `models.flops.Work`, from which the caller computes `mfu`.
+  A step whose gradient is not finite, or a spike, changes only the counters and the step number.
   """
   weighed = _weighed(model, config.objective)
   micro = config.train.accumulation

@@ -1,4 +1,4 @@
-"""Scalars and sample pictures for TensorBoard and Weights & Biases, beside metrics.jsonl; each an optional extra."""
+"""Scalars and sample images for TensorBoard and Weights & Biases, beside metrics.jsonl; each an optional extra."""
 
 import contextlib
 import io
@@ -46,7 +46,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-  """A run of the project `log.wandb`; a restart goes on in the same run."""
+  """A run of the Weights & Biases project `log.wandb`; a restart continues the same run."""
 
   def __init__(self, workdir: pathlib.Path, project: str, config: Mapping[str, Any]):
     import wandb
@@ -73,7 +73,7 @@ class WeightsAndBiases:
 
 
 def _run_id(path: pathlib.Path) -> str:
-  """The name of the run in Weights & Biases, kept in a file: that of a folder is not one of a kind."""
+  """The id of the run in Weights & Biases, kept in a file, since the name of a folder is not unique."""
   with contextlib.suppress(FileNotFoundError):
     text = files.read_bytes(path).strip()
     if re.fullmatch(rb"[A-Za-z0-9_.-]{1,64}", text):
@@ -85,7 +85,7 @@ def _run_id(path: pathlib.Path) -> str:
 
 
 class Files:
-  """Sample pictures as workdir/samples/STEP_NUMBER.png, in the order of the prompts."""
+  """Sample images as workdir/samples/STEP_NUMBER.png, in the order of the prompts."""
 
   def __init__(self, workdir: pathlib.Path):
     self._directory = workdir / "samples"
@@ -104,7 +104,7 @@ class Files:
 
 
 def trackers(config: RunConfig, workdir: pathlib.Path) -> list[Any]:
-  """Opens what `config.log` asks for; `setup.check` has seen that the packages are there."""
+  """Opens the trackers of `config.log`; `setup.check` has checked that their packages are installed."""
   log = config.log
   opened: list[Any] = [Files(workdir)]
   if log.tensorboard:
@@ -115,7 +115,7 @@ def trackers(config: RunConfig, workdir: pathlib.Path) -> list[Any]:
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
-  """The numbers of a line of metrics.jsonl by tag: losses together, counts by what is counted."""
+  """The numbers of a line of metrics.jsonl by tag, grouped as losses and counts."""
   out = {}
   for name, value in row.items():
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Ends a process whose training stands still: a hung collective, disk or loader raises nothing by itself."""
+"""A watchdog that ends a process whose training hangs: a hung collective, disk or loader raises no error."""
 
 import faulthandler
 import os
@@ -7,22 +7,22 @@ import threading
 import time
 from collections.abc import Callable
 
-_FIRST = 10  # a first step compiles, and a last one waits for the checkpoint: they may take so many times as long
+_FIRST = 10  # factor for slow steps: the first compiles, the last waits for the checkpoint
 
 
 class Watchdog:
-  """Wants to hear of a step every `seconds`; otherwise says why, with the stacks of all threads, and exits with code 1.
+  """Expects a step every `seconds`; otherwise prints the reason and the stacks of all threads, and exits with code 1.
 
-  A run starts it before its first step, when the data is planned and the state is there.
+  A run starts it before its first step, once the data is planned and the state is there.
 
-  A thread of Python does it and can say why; should it not get to run, because C code holds the interpreter,
-  `faulthandler` does the same from C a little later.
+  A Python thread does it and prints the reason; where C code holds the interpreter, so that the thread cannot run,
+  `faulthandler` prints the stacks and exits from C a little later.
   """
 
   def __init__(self, seconds: float, waiting_for: Callable[[], str] = lambda: ""):
-    """`seconds`: 0 turns it off. `waiting_for` says which other process the run stands still for, "" for none.
+    """`seconds`: 0 turns it off. `waiting_for` returns the other process that the run is waiting for, "" for none.
 
-    It is then named, and stacks of this process would say nothing.
+    The message then names that process, in place of the stacks of this one.
     """
     self._waiting_for = waiting_for
     self._seconds, self._allowed, self._what, self._deadline = seconds, seconds, "the start", float("inf")
@@ -31,7 +31,7 @@ class Watchdog:
       threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
   def beat(self, what: str, slow: bool = False) -> None:
-    """Starts waiting for the next beat. `what`: what has been done now; `slow`: what comes next may take long."""
+    """Restarts the timer. `what`: the work that has just ended; `slow`: whether the next may take long."""
     if self._seconds:
       self._allowed = self._seconds * (_FIRST if slow else 1)
       faulthandler.dump_traceback_later(1.25 * self._allowed + 1, exit=True)

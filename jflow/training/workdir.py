@@ -21,10 +21,10 @@ from jflow.sections import completed, flat
 from jflow.strict_json import Malformed
 from jflow.training import data_record
 
-# What may differ between a run and its continuation: all else would make it another run. How a step is laid out over
-# devices and memory changes losses by rounding alone, another attention kernel by what that kernel rounds.
+# Fields that may differ between a run and its continuation. The layout of a step over devices and memory changes losses
+# only by rounding, another attention kernel by that kernel's rounding.
 _MAY_CHANGE = (
-  "size",  # a name; what it stands for is compared
+  "size",  # a name; its content is compared instead
   "train.steps",
   "train.watchdog_seconds",
   "train.init_fresh",
@@ -47,11 +47,11 @@ _MAY_CHANGE = (
   "data.tokenizer",  # a path; its files are compared instead
 )
 
-_LEASE = 120  # seconds after which a network disk has freed the lock of a host that died
+_LEASE = 120  # seconds until a network disk frees the lock of a dead host
 
 
 def claim(workdir: pathlib.Path, config: RunConfig, tokenizer: Tokenizer) -> Any:
-  """Locks the workdir and checks that it holds no other run; returns what `unlock` takes. For process 0."""
+  """Locks the workdir and checks that it holds no other run; returns the lock, for `unlock`. For process 0."""
   if "://" in str(workdir) or str(workdir).startswith("gs:/"):
     raise UserError(
       f"workdir {workdir} must be a folder: mount the bucket (launch/gke/ does it with Cloud Storage FUSE)"
@@ -62,7 +62,7 @@ def claim(workdir: pathlib.Path, config: RunConfig, tokenizer: Tokenizer) -> Any
     check_same_run(workdir, config, tokenizer)
     steps.check_not_lost(workdir / "checkpoints")
   except UserError:
-    unlock(handle)  # this start ends in order
+    unlock(handle)  # this start ends cleanly
     raise
   return handle
 
@@ -80,7 +80,7 @@ def check_shared(workdir: pathlib.Path) -> None:
 
 
 def _check_kinds(workdir: pathlib.Path) -> None:
-  """Raises UserError where a folder stands in place of a file of the run, or no folder in place of one."""
+  """Raises UserError where a file of the run is a folder, or a folder of the run is not one."""
   for name in ("config.json", "data.json", "metrics.jsonl", "goodput.jsonl", "goodput.json", "wandb_id", "unsaved"):
     if (workdir / name).exists() and not (workdir / name).is_file():
       raise UserError(f"{workdir / name} must be a file: move away what stands there")
@@ -90,17 +90,17 @@ def _check_kinds(workdir: pathlib.Path) -> None:
 
 
 def lock(workdir: pathlib.Path) -> Any:
-  """Holds the workdir against a second trainer until the process ends, however it ends."""
+  """Locks the workdir against a second trainer until the process ends, however it ends."""
   path = workdir / "lock"
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     handle = files.open_lock(path)
   except OSError as error:
     if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
-      raise UserError(f"{path} must be a file, and no link: remove it") from error
+      raise UserError(f"{path} must be a file and not a link: remove it") from error
     raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
   _wait_for_lock(handle, workdir)
-  if before := _holder(handle):  # a trainer that ends in order leaves the file empty
+  if before := _holder(handle):  # a trainer that ends cleanly leaves the file empty
     print(f"jflow: {before} did not end in order; this one goes on in {workdir}", file=sys.stderr)
   now = time.strftime("%Y-%m-%d %H:%M:%S")
   try:
@@ -118,20 +118,20 @@ def _empty(handle: Any) -> None:
 
 
 def _holder(handle: Any) -> str:
-  """Who wrote the lock last, as one line; "" for none. The file may hold anything."""
+  """Returns the last holder of the lock, as one line; "" for none. The file may hold any text."""
   handle.seek(0)
   text = " ".join(handle.read(400).split())
   return "".join(c for c in text if c.isprintable())[:200]
 
 
 def _machine() -> str:
-  """This machine since it was started; a name alone passes to another one, as that of a pod does."""
+  """An identity of this machine since its boot; a host name alone may move to another machine, as a pod's does."""
   boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
   return f"{os.uname().nodename} ({boot.read_text()[:8] if boot.exists() else 'no boot id'})"
 
 
 def _wait_for_lock(handle: Any, workdir: pathlib.Path) -> None:
-  """Locks an open file; waits for one that another host holds, since a network disk frees a dead host's late."""
+  """Locks an open file; waits while another host holds it, since a network disk frees a dead host's lock late."""
   until, said = time.monotonic() + _LEASE, False
   while True:
     try:
@@ -154,18 +154,18 @@ def _wait_for_lock(handle: Any, workdir: pathlib.Path) -> None:
 
 
 def unlock(handle: Any) -> None:
-  """Frees the workdir: this trainer ends by itself."""
+  """Unlocks the workdir of a trainer that ends cleanly."""
   _empty(handle)
   handle.close()
 
 
 def check_same_run(workdir: pathlib.Path, config: RunConfig, tokenizer: Tokenizer) -> None:
-  """Checks that a run that has begun in this workdir has the same config and tokenizer; some fields may differ.
+  """Checks that the run in this workdir, if any, has the same config and tokenizer; some fields may differ.
 
-  A config.json or tokenizer that is lost is known by the newest manifest, and written again by `write_config`.
+  A lost config.json or tokenizer is taken from the newest manifest, and written again by `write_config`.
 
   Raises:
-    UserError: naming every field that differs, or what is damaged.
+    UserError: fields differ, all of which the message names, or a file is damaged.
   """
   manifest = _newest_manifest(workdir)
   before = _config_of_run(workdir, manifest)
@@ -175,11 +175,11 @@ def check_same_run(workdir: pathlib.Path, config: RunConfig, tokenizer: Tokenize
   ours = dict(flat(_read_back(config.to_dict())))
   may_change = _MAY_CHANGE
   if data_record.read(workdir) is not None:
-    may_change += ("data.sources.",)  # names: what they hold is compared instead, see data_record
+    may_change += ("data.sources.",)  # names: their content is compared instead, see data_record
   differ = []
   for field in sorted(set(ours) | set(theirs)):
     before, now = theirs.get(field), ours.get(field)
-    same = before == now if field in ours else not before  # a field that jflow no longer has was off (0, empty)
+    same = before == now if field in ours else not before  # a removed field that was off (0, empty) makes no difference
     if not same and not field.startswith(may_change):
       was = f"no {field} yet" if field not in theirs else f"{field}={before!r}"
       differ.append(f"{was}, now {'gone' if field not in ours else repr(now)}")
@@ -210,7 +210,7 @@ def check_same_run(workdir: pathlib.Path, config: RunConfig, tokenizer: Tokenize
 
 
 def _as_now(values: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
-  """The plain values of a run's config, which an earlier version may have written, with the fields of this one."""
+  """Converts the plain values of a run's config, perhaps of an earlier version, to this version's fields."""
   try:
     model = ModelConfig.from_dict(values["model"]).to_dict()
   except UserError as error:
@@ -219,12 +219,12 @@ def _as_now(values: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_back(values: dict[str, Any]) -> dict[str, Any]:
-  """The values as config.json gives them back: lists for tuples."""
+  """Returns the values as they are after JSON: lists for tuples."""
   return json.loads(json.dumps(values))
 
 
 def _newest_manifest(workdir: pathlib.Path) -> dict[str, Any]:
-  """The newest manifest that can be read; empty where there is none."""
+  """Returns the newest readable manifest; empty where there is none."""
   for step in steps.sealed_steps(workdir / "checkpoints"):
     with contextlib.suppress(OSError, Malformed):
       return files.read_object(workdir / "checkpoints" / str(step) / steps.MANIFEST)
@@ -232,7 +232,7 @@ def _newest_manifest(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _config_of_run(workdir: pathlib.Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
-  """The config of the run that has begun here, by config.json or else by a manifest; None if none has."""
+  """Returns the config of the run in this workdir, from config.json or else a manifest; None without a run."""
   path, problem = workdir / "config.json", "is missing"
   try:
     if path.exists():
@@ -244,12 +244,12 @@ def _config_of_run(workdir: pathlib.Path, manifest: dict[str, Any]) -> dict[str,
     return manifest["config"]
   if steps.sealed_steps(workdir / "checkpoints"):
     raise UserError(f"{path} {problem}, and no checkpoint holds the run's config: bring back a copy of the file")
-  steps.check_not_lost(workdir / "checkpoints")  # nothing is saved yet: there is nothing to be true to
+  steps.check_not_lost(workdir / "checkpoints")  # nothing is saved yet, so any config may start
   return None
 
 
 def write_config(workdir: pathlib.Path, config: RunConfig, tokenizer: Tokenizer) -> None:
-  """Writes tokenizer/, then config.json: from here on the workdir belongs to this run, and both are whole."""
+  """Writes tokenizer/, then config.json, which marks the workdir as this run's: by then both are complete."""
   try:
     same = Tokenizer.load(str(workdir / "tokenizer")).fingerprint == tokenizer.fingerprint
   except UserError:
@@ -260,5 +260,5 @@ def write_config(workdir: pathlib.Path, config: RunConfig, tokenizer: Tokenizer)
 
 
 def versions() -> dict[str, str]:
-  """Versions of what a checkpoint depends on."""
+  """Versions of the packages that a checkpoint depends on."""
   return {"jax": jax.__version__, "python": sys.version.split()[0]}

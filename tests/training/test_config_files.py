@@ -234,7 +234,7 @@ def test_a_pattern_without_quotes_is_the_only_element(pattern):
     ("--config.train.stpes=3", "unknown field 'stpes' (--config.train.stpes=3); did you mean train.steps?"),
     ("--config.learning_rate=3", "did you mean optimizer.learning_rate?"),
     ("--config.a.b.c=3", "unknown field 'a' (--config.a.b.c=3)"),
-    ("--config.train.steps.x=3", "train.steps is a field and no section"),
+    ("--config.train.steps.x=3", "train.steps is a field"),
     ("--config.=3", "unknown field '' (--config.=3)"),
     ("--config..=3", "unknown field '' (--config..=3)"),
     ("--config.data.mixture[0]=3", "did you mean data.mixture?"),
