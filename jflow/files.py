@@ -198,7 +198,7 @@ def read_bytes(path: str | pathlib.Path) -> bytes:
   """
   try:
     if not stat.S_ISREG(os.stat(path).st_mode):
-      raise Malformed("it is no file")
+      raise Malformed("it is not a file")
     return pathlib.Path(path).read_bytes()
   except FileNotFoundError:
     raise

@@ -90,7 +90,7 @@ def parse(content: bytes) -> Any:
       object_pairs_hook=_object,
       parse_int=_whole,
       parse_float=_fraction,
-      parse_constant=lambda name: _Refused(f"{name}, which is no number of JSON"),
+      parse_constant=lambda name: _Refused(f"{name}, which is not a JSON number"),
     )
   except Malformed:
     raise

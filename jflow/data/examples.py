@@ -1,4 +1,4 @@
-"""Records to token sequences: the layouts of training and, from the same code, the prompts of inference.
+"""Token sequences of records, for training, and of prompts, for inference, by the same layouts.
 
 Legend: n tokens of a sample, P patches of an image.
 
@@ -11,8 +11,8 @@ Legend: n tokens of a sample, P patches of an image.
     chat              BOS User: PROMPT\\n\\nAssistant: IMAGE
   text                BOS DOCUMENT EOS
 
-Learned are the answers, captions and documents with their EOS: not what the user says, and no image. Of an
-interleaved document, which nobody asks for, all the text is learned (not in the paper).
+The loss covers the answers, captions and documents with their EOS, not the user's turns and no image. Not in the paper:
+of an interleaved document it covers all the text.
 """
 
 import re
@@ -31,19 +31,19 @@ IMAGE_MARK = "<image>"
 MARKS = (IMAGE_MARK, SPECIAL_TOKENS["image"])  # the second is the published code's
 TEMPLATES = ("plain", "chat")
 CAPTION_PROMPT = "Generate the caption of this picture."
-# What the release puts before a conversation unless told otherwise.
+# The release's default system prompt.
 SYSTEM_PROMPT = (
   "You are a helpful language and vision assistant. You are able to understand the visual content that the "
   "user provides, and assist the user with a variety of tasks using natural language."
 )
 
-# Possessive, and never from the middle of a run: the time is that of one pass.
+# Possessive, and never from the middle of a run, so that matching takes linear time.
 _SENTENCE_END = re.compile(r"(?<![.!?])[.!?]++[\"')\]]*+(?=\s|$)|[。！？]++|\n")
 _THREE_WORDS = re.compile(r"\s*+\S++\s++\S++\s++\S")
 
 
 class Sample(NamedTuple):
-  """One training sequence, its images not yet decoded."""
+  """A training sequence, its images not yet decoded."""
 
   tokens: np.ndarray  # int32[n]
   targets: np.ndarray  # int32[n]; tokens moved by one
@@ -52,17 +52,17 @@ class Sample(NamedTuple):
   image_starts: tuple[int, ...]  # first slot of each image
   image_kinds: tuple[int, ...]  # batch.READ or batch.WRITE
   images: tuple[Any, ...]  # as in Record
-  stored: tuple[np.ndarray, ...] = ()  # see Batch.stored, per image, where it was made ahead
+  stored: tuple[np.ndarray, ...] = ()  # see Batch.stored, per image, where it is precomputed
 
 
 class Prompt(NamedTuple):
-  """What the model reads before it answers."""
+  """The prompt of an answer: tokens and the slots of its images."""
 
   tokens: np.ndarray  # int32[n]
   image_starts: tuple[int, ...]  # first slot of each image, that of BOI; the P features follow
 
   def image_mask(self, image_patches: int) -> np.ndarray:
-    """Returns bool[n]: the slots that images take, 1 + P each."""
+    """Returns bool[n], the mask of the image slots, 1 + P each."""
     mask = np.zeros(len(self.tokens), bool)
     for start in self.image_starts:
       mask[start : start + 1 + image_patches] = True
@@ -82,7 +82,7 @@ def build(
 ) -> Sample:
   """Returns the training sequence of a record.
 
-  Without `rng` the sequence is the longest that the record can give: the one to plan rows with.
+  Without `rng` it is the longest sequence that the record can give, for planning rows.
 
   Args:
     record: the record.
@@ -90,7 +90,7 @@ def build(
     tokenizer: see `Tokenizer`.
     template: "plain" (stages 1 and 2) or "chat" (stage 3).
     image_patches: P.
-    rng: chooses what the two probabilities below decide.
+    rng: for the two probabilities below.
     first_sentence: probability that generation keeps only the caption's first sentence.
     prompt_drop: probability that generation drops the prompt; see `generation.base.Layout`.
     writer: how images are written; a name of generation/base.py.
@@ -116,12 +116,12 @@ def build(
 
 
 def check(record: Record, task: str) -> None:
-  """Checks that a record has what its task needs; the images are not looked into.
+  """Checks that a record has the images and text of its task; the images are not opened.
 
   Where the record has no image, `<image>` is text.
 
   Raises:
-    RecordError: it has not.
+    RecordError: something is missing or left over.
   """
   if task == "generation":
     if len(record.images) != 1:
@@ -142,10 +142,10 @@ def check(record: Record, task: str) -> None:
 
 
 def learnable(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], list[str]]:
-  """Returns the turns that can be learned from, as LLaVA takes them, and what was left out.
+  """Returns the turns to train on, as LLaVA selects them, and the names of those that were left out.
 
   A conversation that begins with the assistant loses that turn ("first_answer"), one that ends with the user its last
-  question ("last_question"). What an only turn says cannot be learned.
+  question ("last_question"). A single turn is kept, although there is nothing in it to train on.
   """
   left_out = []
   if len(turns) > 1 and turns[0].role == "assistant":
@@ -165,9 +165,9 @@ def chat_prompt(
   mark: str = IMAGE_MARK,
   context: int | None = None,
 ) -> Prompt:
-  """Returns the prompt that asks for the next answer of a conversation.
+  """Returns the prompt for the next answer of a conversation.
 
-  A history is what was said, not what should be learned: see `_history` for turns that do not alternate.
+  Its turns need not alternate, unlike those of a training record: see `_history`.
 
   Args:
     messages: turns, or mappings with "role" ("user", "assistant", "system" or "developer", in any case) and
@@ -205,12 +205,12 @@ def chat_prompt(
 
 
 def generation_prompt(text: str, template: str, tokenizer: Tokenizer, context: int | None = None) -> np.ndarray:
-  """Returns the prompt of a picture, int32[n]: BOS and the text.
+  """Returns the prompt of an image to generate, int32[n]: BOS and the text.
 
   The begin-of-generation tag that closes the release's prompt is left out: the time token takes its slot.
 
   Args:
-    text: what to paint.
+    text: the user's prompt.
     template: "plain" (stages 1 and 2) or "chat" (stage 3 and the release).
     context: most tokens that the prompt may have; None is no limit.
 
@@ -241,7 +241,7 @@ def first_sentence_of(caption: str) -> str:
 
 
 class _Sequence:
-  """Collects tokens, which of them are learned, and where the images stand."""
+  """A builder of a sequence: its tokens, their loss mask, and the slots of images."""
 
   def __init__(self, tokenizer: Tokenizer, image_patches: int):
     self.tokenizer = tokenizer
@@ -264,7 +264,7 @@ class _Sequence:
     self.add([self.tokenizer.image_end])
 
   def sample(self, images: tuple[Any, ...]) -> Sample:
-    """The sequence of what is read."""
+    """The finished sequence of a record without an image to write."""
     tokens = np.asarray(self.tokens, np.int32)
     positions = np.arange(len(tokens), dtype=np.int32)
     targets = np.append(tokens[1:], np.int32(self.tokenizer.pad))
@@ -276,13 +276,13 @@ class _Sequence:
 def _caption(
   caption: str, rng: np.random.Generator | None, first_sentence: float, prompt_drop: float
 ) -> tuple[str, bool]:
-  """Returns the caption to learn, perhaps shortened, and whether the prompt is dropped."""
+  """Returns the caption, perhaps shortened, and whether the prompt is dropped."""
   shorten, drop = (False, False) if rng is None else rng.random(2) < (first_sentence, prompt_drop)
   return first_sentence_of(caption) if shorten else caption, bool(drop)
 
 
 def _written(written: Written, record: Record, tokenizer: Tokenizer) -> Sample:
-  """Returns the sample of a prompt and the image that is written for it; none of its tokens is learned as text."""
+  """Returns the sample of a prompt and its image; none of its tokens carries the text loss."""
   tokens = written.tokens
   targets = np.append(tokens[1:], np.int32(tokenizer.pad))
   nothing = np.zeros(len(tokens), bool)
@@ -291,7 +291,7 @@ def _written(written: Written, record: Record, tokenizer: Tokenizer) -> Sample:
 
 
 def _caption_turns(record: Record, template: str) -> tuple[Turn, ...]:
-  """Returns the turns of a caption record: the caption answers the papers' request."""
+  """Returns the turns of a caption record: the papers' request, and the caption as its answer."""
   between = "\n" if template == "chat" else ""
   request = IMAGE_MARK * len(record.images) + between + CAPTION_PROMPT
   return Turn("user", request), Turn("assistant", record.text)
@@ -316,7 +316,7 @@ def _check_marks(marks: int, image_count: int, mark: str) -> None:
 
 
 def _document(sequence: _Sequence, text: str, mark: str) -> None:
-  """Writes a document, learned whole; its marks, where there are any, become images."""
+  """Adds a document, all of it with loss; its image marks, if any, become images."""
   pieces = text.strip().split(mark) if mark else [text.strip()]
   for number, piece in enumerate(pieces):
     if number:
@@ -326,11 +326,10 @@ def _document(sequence: _Sequence, text: str, mark: str) -> None:
 
 
 def _history(turns: Sequence[Turn]) -> list[Turn]:
-  """Brings what was said into the order that the templates can write.
+  """Normalises a history of turns to the alternating order of the templates.
 
-  Turns of one speaker in a row are one turn, each on lines of its own. A system turn stands before the
-  question that is open at its place, else before the next turn; several of them are paragraphs. An answer
-  may be empty.
+  Consecutive turns of one speaker are joined by line breaks. A system turn is put before the open question, else before
+  the next turn; several of them are joined as paragraphs. An answer may be empty.
   """
   out: list[Turn] = []
   for turn in turns:
@@ -351,11 +350,11 @@ def _history(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def _conversation(sequence: _Sequence, turns: Sequence[Turn], template: str, mark: str) -> None:
-  """Writes turns; each answer, EOS included, is learned. A last question is left open for its answer.
+  """Adds turns, with loss on each answer and its EOS. A last question is left open for its answer.
 
-  Where no mark stands for an image, `mark` is empty.
+  `mark` is empty where no mark stands for an image.
 
-  Text and answer are encoded apart, so that training and inference cut the ids at the same place.
+  A question and its answer are tokenized separately, so that training and inference split the ids at the same place.
   """
   chat, asked = template == "chat", False
   for turn in turns:

@@ -1,4 +1,4 @@
-"""Filters of `prepare`: which sound records are wanted. What they drop is counted, and is no error."""
+"""Filters of `prepare`, which drop sound records. Drops are counted separately from rejected records."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ AESTHETIC = ("aesthetic", "aesthetic_score", "aesthetics_score", "aesthetic_scor
 
 
 class Filters(NamedTuple):
-  """What every image of a record must fulfil. None: no matter."""
+  """Limits for every image of a record; None: no limit."""
 
   min_size: int | None = None  # pixels of the shorter side
   max_aspect: float | None = None  # longer side over shorter

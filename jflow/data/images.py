@@ -1,4 +1,4 @@
-"""Images as the model sees them: decoding with limits, and the two preprocessings of the papers."""
+"""Decoding of untrusted images with limits, and the papers' two ways to preprocess them."""
 
 import io
 import os
@@ -16,10 +16,9 @@ from jflow.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MAX_PIXELS = 64 * 2**20
-# Passes over a picture. Encoders make 10 to 18 of a progressive JPEG; a hundred bytes are enough for one
-# more.
+# Most scans of a progressive JPEG: encoders write 10 to 18, and a hundred bytes can add one.
 MAX_SCANS = 100
-MAX_LARGE_SCANS = 20  # of a picture with as many pixels as may be
+MAX_LARGE_SCANS = 20  # of an image with MAX_PIXELS
 _WHITE = (255, 255, 255)
 _UPRIGHT = {  # EXIF rotation -> what undoes it
   2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -30,7 +29,7 @@ _UPRIGHT = {  # EXIF rotation -> what undoes it
   7: Image.Transpose.TRANSVERSE,
   8: Image.Transpose.ROTATE_90,
 }
-_OTHERS = (  # what files begin with that people take for one of FORMATS
+_OTHERS = (  # first bytes of files that are often mistaken for one of FORMATS
   (rb"\s*<(?:!doctype html|html)", "a web page"),
   (rb"\s*<(?:\?xml|svg)", "SVG or other XML"),
   (rb"II\*\0|MM\0\*|II\+\0|MM\0\+", "TIFF"),
@@ -54,7 +53,7 @@ class ImageError(RecordError):
 
 
 class _Picture(NamedTuple):
-  """A picture whose pixels are not decoded yet."""
+  """An image whose pixels are not decoded yet."""
 
   image: Image.Image
   orientation: int  # as in EXIF: 1 is upright, 5 to 8 lie on a side
@@ -63,10 +62,10 @@ class _Picture(NamedTuple):
 def decode(image: Any, max_pixels: int = MAX_PIXELS) -> np.ndarray:
   """Returns the pixels of an image as uint8[H, W, 3], RGB, upright.
 
-  Rules: EXIF rotation is applied; an animated image gives its first frame; alpha is laid over white
+  Rules: EXIF rotation is applied; an animated image gives its first frame; alpha is blended with white
   (Differs from the release, which drops it); palette, grey and CMYK are converted by Pillow; of 16 bits the
-  upper 8 stay. The size is checked before any pixel is decoded. Metadata, however large or broken, costs
-  nothing but the rotation where that cannot be read.
+  upper 8 are kept. The size is checked before any pixel is decoded. Large or broken metadata are ignored; at most
+  the rotation is lost.
 
   Args:
     image: encoded bytes (PNG, JPEG, WEBP or GIF), a PIL image, or uint8[H, W, 3].
@@ -84,7 +83,7 @@ def decode(image: Any, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 def as_published(image: Any) -> Image.Image:
   """Returns an image as the published code opens it: Pillow's RGB, alpha dropped, EXIF ignored. Limits as in `decode`.
 
-  Nothing but pixels is kept, so that no later step turns it or lays it over white.
+  Only pixels are kept, so that no later step rotates it or blends it with white.
 
   Args:
     image: encoded bytes or a PIL image.
@@ -100,8 +99,7 @@ def as_published(image: Any) -> Image.Image:
 
 
 def tiff_as_png(data: bytes) -> bytes:
-  """Returns a TIFF image as PNG: the pixels that `decode` would give, if it read TIFF. Other bytes come back
-  as they are.
+  """Returns a TIFF image as PNG, upright and RGB as by `decode`; other bytes are returned unchanged.
 
   Raises:
     ImageError: the TIFF is damaged, too large, or in a form that is not read.
@@ -116,7 +114,7 @@ def tiff_as_png(data: bytes) -> bytes:
     raise _damage(error) from None
   _check_pixels(image, MAX_PIXELS)
   file = io.BytesIO()
-  _load(_Picture(image, 1)).save(file, "PNG")  # Pillow turns a TIFF upright itself
+  _load(_Picture(image, 1)).save(file, "PNG")  # Pillow itself applies the rotation of a TIFF
   return file.getvalue()
 
 
@@ -166,7 +164,7 @@ def for_understanding(
 
 
 def for_generation(image: Any, size: int, rng: np.random.Generator) -> np.ndarray:
-  """Returns an image to paint, uint8[size, size, 3]: a random square of it, as large as it goes; see `square`.
+  """Returns an image to generate, uint8[size, size, 3]: its largest square at a random place; see `square`.
 
   Args:
     image: see `decode`; an object with `render(size)` draws itself at that size.
@@ -194,8 +192,8 @@ def random_square(image: Any, rng: np.random.Generator) -> tuple[int, int, int]:
 def square(image: Any, size: int, box: tuple[int, int, int]) -> np.ndarray:
   """Returns a square of an image, uint8[size, size, 3], resized with Pillow's bicubic after the cut.
 
-  An upright JPEG at least twice as large as needed is decoded at a half, a quarter or an eighth, which costs a
-  fraction and moves pixels by less than 1 of 255 on average.
+  An upright JPEG at least twice as large as needed is decoded at a half, a quarter or an eighth of its size, which is
+  faster and changes pixels by less than 1 of 255 on average.
 
   Args:
     image: see `decode`.
@@ -235,10 +233,10 @@ def _upright_size(picture: _Picture) -> tuple[int, int]:
 
 
 def _resize(picture: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]) -> Image.Image:
-  """Returns a box of a picture at a size: Pillow's bicubic, in the same order of its two passes in every version.
+  """Resizes a box of an image by Pillow's bicubic, with the same order of its two passes in every version.
 
-  Pillow 13 begins with the height where that shrinks by more than twice what the width does; older ones always
-  begin with the width. Between the passes it rounds, so that the order changes pixels by a level or two.
+  Pillow 13 begins with the height where that shrinks by more than twice what the width does; older versions always
+  begin with the width. The order changes pixels by a level or two, since Pillow rounds between the passes.
   """
   shrinks = picture.width - size[0], picture.height - size[1]
   if shrinks[1] > max(0, 2 * shrinks[0]):
@@ -252,18 +250,18 @@ def size(image: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
   """Returns the width and height that the header of an encoded image gives, before any rotation.
 
   Raises:
-    ImageError: as `decode`, but for "unreadable": the body is not looked at.
+    ImageError: see `decode`, but not for "unreadable": the body is not read.
   """
   return _header(image, max_pixels).image.size
 
 
 def _open(image: Any, max_pixels: int) -> Image.Image:
-  """Returns the image as an upright RGB picture of Pillow's; see `decode`."""
+  """Returns the image as an upright RGB image of Pillow's; see `decode`."""
   return _load(_header(image, max_pixels))
 
 
 def _header(image: Any, max_pixels: int) -> _Picture:
-  """Returns the image as a picture whose size is known and whose pixels are not decoded yet."""
+  """Opens an image: its size is known, its pixels are not decoded yet."""
   if isinstance(image, np.ndarray):
     return _Picture(Image.fromarray(decode(image)), 1)
   if isinstance(image, (bytes, bytearray, memoryview)):
@@ -300,7 +298,7 @@ def _from_bytes(data: bytes, max_pixels: int) -> _Picture:
 
 
 def _but(data: bytes) -> str:
-  """Returns what a file is that is no image, for a message; "" where that is not known."""
+  """Names the type of a file that is not an image, for a message; "" for an unknown one."""
   if git_lfs.is_pointer(data):
     return ", but a git-lfs pointer: run `git lfs pull` where it came from"
   start = data[:512]
@@ -313,7 +311,7 @@ def _check_pixels(image: Image.Image, max_pixels: int) -> None:
 
 
 def _load(picture: _Picture) -> Image.Image:
-  """Decodes a picture, upright and RGB."""
+  """Decodes an image, upright and RGB."""
   image, turn = picture.image, _UPRIGHT.get(picture.orientation)
   try:
     image.load()
@@ -323,9 +321,9 @@ def _load(picture: _Picture) -> Image.Image:
 
 
 def _damage(error: Exception) -> ImageError:
-  """Returns what a decoder's error means; a damaged body may raise anything from OSError to struct.error."""
+  """Returns the ImageError for a decoder's error; a damaged body may raise anything from OSError to struct.error."""
   if isinstance(error, Image.DecompressionBombError):
-    return ImageError("too_large", "the image has more pixels than may be")
+    return ImageError("too_large", "the image has too many pixels")
   if "truncated" in str(error):
     return ImageError("unreadable", "the image is cut short")
   return ImageError("unreadable", f"the image is damaged ({type(error).__name__})")

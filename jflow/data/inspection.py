@@ -1,7 +1,7 @@
-"""A picture of packed rows as the model will see them, and of how full the rows of each type are.
+"""A picture of packed rows, and of the fill of each type's rows.
 
 Each row is a band of its slots, one colour per sample, and a card per sample: its text with the images in place, and
-what is learned on a yellow ground. Below, a histogram of fill and of lengths for each source.
+text that carries loss on yellow. Below, a histogram of fill and of lengths for each source.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ _SAMPLES = ("#8fb8de", "#9dcca3", "#e3a7a1", "#c3b1e1", "#e6c48b", "#8fd0cb", "#
 
 
 class Row(NamedTuple):
-  """A row and where it comes from."""
+  """A packed row and its source."""
 
   task: str
   source: str
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 class Histograms(NamedTuple):
-  """What a plan is made of."""
+  """The fill and lengths of a source's plan."""
 
   task: str
   source: str
@@ -45,7 +45,7 @@ class Histograms(NamedTuple):
 
 
 class _Run(NamedTuple):
-  """Part of a sample: text, or an image where `slot` is not None."""
+  """A part of a sample: text, or an image where `slot` is not None."""
 
   text: str
   learned: bool
@@ -53,7 +53,7 @@ class _Run(NamedTuple):
 
 
 def histograms(task: str, source: str, plan: Plan, row_tokens: int) -> Histograms:
-  """Counts what the rows of a plan hold."""
+  """Counts the fill and the lengths of a plan's rows."""
   lengths = np.asarray(plan.stops, np.int64) - plan.starts + (np.asarray(plan.starts) > 0)
   totals = np.add.reduceat(lengths, plan.row_offsets[:-1])
   return Histograms(task, source, totals / row_tokens, lengths)
@@ -62,10 +62,10 @@ def histograms(task: str, source: str, plan: Plan, row_tokens: int) -> Histogram
 def draw(
   rows: Sequence[Row], counted: Sequence[Histograms], shape: RowShape, tokenizer: Tokenizer, title: str
 ) -> Image.Image:
-  """Returns the picture.
+  """Draws the picture.
 
   Args:
-    rows: what to show.
+    rows: to show.
     counted: one per source.
     shape: the row's budgets.
     tokenizer: turns the ids back into text.
@@ -80,7 +80,7 @@ def draw(
 
 
 class _Sheet:
-  """Draws from top to bottom on paper that is cut to length at the end."""
+  """A canvas that grows from top to bottom and is cut to length at the end."""
 
   def __init__(self) -> None:
     self._paper = Image.new("RGB", (WIDTH, 2000), _PAPER)
@@ -176,7 +176,7 @@ class _Sheet:
       says = f"sample {segment}   {len(where):,} tokens from {where[0]:,}{dropped}"
       self._pen.text((left + 14, top + 5), says, _INK, self._small)
       for x, y, item in items:
-        if item.learned:  # before any text, which reaches over its edges
+        if item.learned:  # before any text, which may extend beyond its edges
           x, y = left + 14 + x, top + 38 + y
           self._pen.rectangle((x - 1, y - 1, x + self._text.getlength(item.text), y + 18), _LEARNED)
       for x, y, item in items:
@@ -204,7 +204,7 @@ class _Sheet:
         items.append((0, y, run))
         x, y = 0.0, y + _PICTURE + 10
         continue
-      if lines > _LINES:  # cut, as was said where it happened
+      if lines > _LINES:  # cut; the card says so
         continue
       for word in _words(run.text):
         length = self._text.getlength(word.rstrip("\n"))
@@ -272,7 +272,7 @@ class _Sheet:
     return self._paper.crop((0, 0, WIDTH, self._y + _MARGIN - _GAP))
 
   def _room(self, height: int) -> None:
-    """Makes the paper long enough for `height` pixels more."""
+    """Extends the canvas by at least `height` pixels."""
     if self._y + height + _MARGIN > self._paper.height:
       longer = Image.new("RGB", (WIDTH, self._y + height + 2000), _PAPER)
       longer.paste(self._paper, (0, 0))
@@ -280,7 +280,7 @@ class _Sheet:
 
 
 def _runs(arrays: Batch, segment: int, tokenizer: Tokenizer, image_slots: int) -> list[_Run]:
-  """Cuts a sample into images, text that is learned, and text that is not."""
+  """Cuts a sample into images, text with loss, and text without."""
   names = {tokenizer.bos: "‹bos›", tokenizer.eos: "‹eos›", tokenizer.image_end: ""}
   runs: list[_Run] = []
   ids: list[int] = []
@@ -328,6 +328,6 @@ def _short(path: str, letters: int = 60) -> str:
 
 
 def _font_file(name: str) -> str:
-  """Returns a font of those that come with matplotlib, without importing it."""
+  """Returns the path of a font that matplotlib ships, without importing it."""
   spec = importlib.util.find_spec("matplotlib")
   return os.path.join(os.path.dirname(spec.origin), "mpl-data", "fonts", "ttf", name)

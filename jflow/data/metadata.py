@@ -1,8 +1,8 @@
-"""Metadata of encoded images: taken off before a decoder sees the file, but for the rotation.
+"""Removal of metadata from encoded images, except for the rotation, before they are decoded.
 
-Color profiles, texts, thumbnails, EXIF and XMP are not needed for the pixels, and a decoder that stumbles
-over them loses the picture. What stays is what the pixels are made of, byte for byte. Of an animation or of
-several pictures in one file (MPO, as telephones write it) the first stays. Nothing is decoded here.
+Color profiles, texts, thumbnails, EXIF and XMP are not needed for the pixels, and damage in them makes decoders fail.
+The parts that determine the pixels are kept byte for byte. Of an animation or of several images in one file (MPO, as
+telephones write it) the first is kept. Nothing is decoded here.
 """
 
 import re
@@ -11,8 +11,8 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-MAX_PARTS = 100_000  # chunks, segments or blocks of a file; 15 MB in the 8 KB chunks of libpng are 2,000
-_MAX_PROFILE = 2**20  # bytes that a compressed profile may unfold to, as Pillow has it
+MAX_PARTS = 100_000  # chunks, segments or blocks of a file; libpng writes 15 MB as 2,000 chunks
+_MAX_PROFILE = 2**20  # bytes of an uncompressed profile at most, Pillow's limit
 _EXIF = re.compile(rb"(?:Exif\0\0)*+")
 _ORIENTATION = 0x0112
 _XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=\"|>)([1-8])")
@@ -27,28 +27,27 @@ class Bare(NamedTuple):
   format: str  # as Pillow names it: "PNG", "JPEG", "WEBP" or "GIF"
   data: bytes
   orientation: int  # as in EXIF: 1 is upright, 5 to 8 lie on a side
-  scans: int  # passes over the picture that a decoder makes
+  scans: int  # scans of a progressive JPEG
 
 
 class TooManyParts(Exception):
-  """A file in more than MAX_PARTS parts, which no encoder writes."""
+  """A file of more than MAX_PARTS parts, which no encoder writes."""
 
 
 def strip(data: bytes) -> Bare | None:
-  """Returns an encoded image without its metadata; None where it is no PNG, JPEG, WEBP or GIF.
+  """Returns an encoded image without its metadata; None where it is not PNG, JPEG, WEBP or GIF.
 
-  Damage to what the pixels are made of is left for the decoder to find. A rotation that cannot be read is
-  none.
+  Damage in the parts that are kept is left for the decoder to find. An unreadable rotation counts as upright.
 
   Raises:
-    TooManyParts: see there.
+    TooManyParts: the file has more than MAX_PARTS parts.
   """
   found = next((entry for entry in _FORMATS if re.match(entry[1], data, re.DOTALL)), None)
   return found and Bare(found[0], *found[2](data))
 
 
 def exif_orientation(data: bytes) -> int | None:
-  """Returns the rotation that EXIF data give, 1 to 8; None where they give none that can be read."""
+  """Returns the rotation in EXIF data, 1 to 8; None where there is none or it is unreadable."""
   data = data[_EXIF.match(data).end() :]
   if data[2:4] not in (b"*\0", b"\0*") or data[:2] not in (b"II", b"MM"):
     return None
@@ -69,8 +68,8 @@ def exif_orientation(data: bytes) -> int | None:
 
 
 def _rotation(exif: Sequence[bytes], xmp: Sequence[bytes]) -> int:
-  """Returns the first rotation that can be read; EXIF goes before XMP."""
-  # EXIF larger than a segment of a JPEG is cut into several; what two programs added is no whole.
+  """Returns the first readable rotation; EXIF goes before XMP."""
+  # EXIF larger than a segment of a JPEG is cut into several; pieces by two programs do not fit together.
   whole = b"".join(each.removeprefix(b"Exif\0\0") for each in exif)
   for data in (whole, *exif[:4]):
     if orientation := exif_orientation(data):
@@ -125,7 +124,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _png_text(name: bytes, contents: bytes) -> bytes:
-  """Returns what a chunk holds after its keyword; nothing where it cannot be unfolded."""
+  """Returns the text of a chunk after its keyword; empty where it cannot be uncompressed."""
   compressed = name == b"zTXt"
   if name == b"zTXt":
     contents = contents[1:]
@@ -143,7 +142,7 @@ def _png_text(name: bytes, contents: bytes) -> bytes:
 
 
 def _hexadecimal(text: bytes) -> bytes:
-  """Returns EXIF that ImageMagick wrote as a text: a blank line, a name, a length, then lines of digits."""
+  """Parses EXIF that ImageMagick wrote as text: a blank line, a name, a length, then lines of hexadecimal digits."""
   try:
     return bytes.fromhex(b"".join(text.split(b"\n")[3:]).decode("ascii"))
   except ValueError:
@@ -154,7 +153,7 @@ def _hexadecimal(text: bytes) -> bytes:
 
 _JPEG_CODE = re.compile(rb"\xff([\x01-\xfe])")
 _JPEG_CODE_IN_SCAN = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
-# By these, where they are whole, libjpeg tells what the colors are.
+# libjpeg determines the color space by these, where they are intact.
 _JPEG_COLORS = re.compile(rb"\xff\xe0(?!\0[\0-\x0f])..JFIF\0|\xff\xee(?!\0[\0-\x0d])..Adobe", re.DOTALL)
 _JPEG_SCAN, _JPEG_END, _JPEG_COMMENT = 0xDA, 0xD9, 0xFE
 

@@ -1,7 +1,7 @@
-"""The mixture: which rows make up the batch of a step, as a pure function of the step.
+"""The mixture: the rows of a step's batch, as a pure function of the step.
 
-The papers' ratios count packed rows. A batch of few rows cannot hold every ratio (6 in 100 of 8 rows is half a row),
-so a batch holds what its task is owed by then: over the steps each task gets its share.
+The papers' ratios count packed rows. A batch of few rows cannot hold every ratio (6 in 100 of 8 rows is half a row), so
+rows are assigned by the remainder that each task is owed: over the steps each task gets its share.
 """
 
 import bisect
@@ -13,7 +13,7 @@ import numpy as np
 from jflow.batch import TASKS
 from jflow.errors import UserError
 
-# Rows after which the interleaving of the sources of one task repeats; steps after which that of the tasks does.
+# Period of the interleaving: in rows for the sources of one task, in steps for the tasks.
 CYCLE = 1000
 
 
@@ -54,7 +54,7 @@ def rows_of_steps(weights: Sequence[float], batch_size: int, steps: int) -> np.n
 
 @functools.lru_cache(maxsize=64)
 def _rows_of_steps(weights: tuple[float, ...], batch_size: int, steps: int) -> np.ndarray:
-  """See `rows_of_steps`; kept, since every look at a single batch makes a plan."""
+  """See `rows_of_steps`; cached, since every look at a single batch makes a plan."""
   exact = np.array(weights) / sum(weights) * batch_size
   whole = np.floor(exact + 1e-9).astype(np.int64)
   counts, owed = np.tile(whole, (steps, 1)), np.zeros(len(weights))
@@ -79,9 +79,8 @@ def largest_remainder(weights: np.ndarray, total: int) -> np.ndarray:
 def spread(counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
   """Spreads the rows of each task evenly over the places of a batch, the rarest task first.
 
-  A device has consecutive places, as many as every other, and waits for the one with the most work: the head's loss
-  is computed where text stands. Here two devices, however many there are, differ by at most one row of the rarest
-  task and two of another. (In the order of the tasks, the last devices had all the text.)
+  All devices have the same number of consecutive places and wait for the one with the most work, which depends on the
+  rows with text loss. With this order, any two devices differ by at most one row of the rarest task and two of another.
 
   Args:
     counts: rows per task.
@@ -99,11 +98,11 @@ def spread(counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class StepPlan:
-  """Step -> the rows of this host's share of the batch, each a (task number, row number of that task).
+  """A map from a step to the rows of this host's share of the batch, each a (task number, row number of that task).
 
   Row numbers count up from 0 over the whole run; `Interleave` and the epochs turn them into rows of a source.
-  The tasks are spread over the batch by `spread`, the same on every mesh, and each host has the places that lie on
-  its devices, so that the hosts together have the batch that one host would have made.
+  The tasks are spread over the batch by `spread`, the same on every mesh, and each host has the places of its devices,
+  so that the hosts together have the batch of a single host.
   """
 
   def __init__(
@@ -162,10 +161,10 @@ class StepPlan:
 
 
 class Interleave:
-  """Row number of a task -> (source, row number of that source), the sources' shares by weight.
+  """A map from the row number of a task to (source, row number of that source), with shares by weight.
 
-  In every `CYCLE` rows each source has its exact share, in an order that the seed shuffles. A weight is thus
-  a share of the task's rows, whatever the sizes of the sources: a small source starts its next epoch earlier.
+  In every `CYCLE` rows each source has its exact share, in an order shuffled by the seed. A weight is thus a share of
+  the task's rows, whatever the sizes of the sources: a small source starts its next epoch earlier.
   """
 
   def __init__(self, weights: Sequence[float], seed: int):

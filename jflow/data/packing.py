@@ -1,7 +1,7 @@
-"""Packing: a static plan says which samples share a row, and `pack` lays them out.
+"""Packing: a static plan of the samples in each row, and their layout (`pack`).
 
-Whole samples are placed against the row's token and image budgets. Documents are cut where a row ends, so
-that text rows are full.
+Whole samples are placed within the row's token and image budgets. Documents are cut where a row ends, so that text rows
+are full.
 """
 
 import array
@@ -14,12 +14,12 @@ from jflow import batch as batch_lib
 from jflow.batch import Batch, RowShape
 from jflow.data.examples import Sample
 
-# A document is not begun at the end of a row that would cut it after fewer tokens. What a cut leaves may be shorter.
+# Fewest tokens in the first piece of a document that is cut; a later piece may be shorter.
 MIN_PIECE = 16
 
 
 class Plan(NamedTuple):
-  """Rows of records. Row r holds the pieces row_offsets[r] to row_offsets[r + 1]."""
+  """A plan of packed rows. Row r holds the pieces row_offsets[r] to row_offsets[r + 1]."""
 
   row_offsets: np.ndarray  # int64[rows + 1]
   record_ids: np.ndarray  # int32[pieces], int64 beyond 2**31 records
@@ -32,11 +32,11 @@ class Plan(NamedTuple):
 
 
 def plan(lengths: np.ndarray, shape: RowShape, seed: int) -> Plan:
-  """Places whole samples in rows. A sample that no row can hold is left out, as is one of length 0.
+  """Plans rows of whole samples. A sample that no row can hold is left out, as is one of length 0.
 
-  Only the sizes matter, and there are few: a pattern of sizes that fills a row is found once and used until
-  one of its sizes runs out. Patterns are chosen in two ways (see `_patterns`), and those that need fewer rows
-  are taken. Which records of a size share a row is random.
+  There are few distinct sizes: a pattern of sizes that fills a row is found once and repeated until one of its sizes
+  runs out. Of two ways to choose patterns (see `_patterns`), the one with fewer rows wins. Records of the same size are
+  assigned at random.
 
   Args:
     lengths: int[N, 2]; tokens and images of each sample.
@@ -67,9 +67,9 @@ def plan(lengths: np.ndarray, shape: RowShape, seed: int) -> Plan:
 
 
 def plan_documents(lengths: np.ndarray, row_tokens: int, seed: int) -> Plan:
-  """Fills rows with documents in a random order, cut where a row ends.
+  """Plans rows of documents in a random order, cut where a row ends.
 
-  The part of a document that goes on in the next row takes one slot more there, for its BOS.
+  The part of a document that continues in the next row takes one more slot there, for its BOS.
 
   Args:
     lengths: int[N]; tokens of each document, BOS and EOS included; 0 leaves the document out.
@@ -91,7 +91,7 @@ def plan_documents(lengths: np.ndarray, row_tokens: int, seed: int) -> Plan:
       begin = int(begins[document])
       if position < begin and stop - begin < MIN_PIECE:
         stop = following = begin
-      elif stop > begin and ends[document] - stop == 1:  # EOS alone, which the cut has already learned
+      elif stop > begin and ends[document] - stop == 1:  # EOS alone, which is the target of the cut's last position
         following, document = int(ends[document]), document + 1
     starts.append(position)
     stops.append(stop)
@@ -110,8 +110,8 @@ def plan_documents(lengths: np.ndarray, row_tokens: int, seed: int) -> Plan:
 def cut(sample: Sample, start: int, stop: int) -> Sample:
   """Returns the piece [start, stop) of a text sample; a later piece begins with BOS again.
 
-  The last position of a piece still learns the token that follows in the document, so that each token of a
-  document is learned once however it is cut.
+  The target of a piece's last position is the next token of the document, so that each token of a document is a target
+  exactly once, however it is cut.
   """
   if start == 0 and stop == len(sample.tokens):
     return sample
@@ -123,11 +123,11 @@ def cut(sample: Sample, start: int, stop: int) -> Sample:
 
 
 def pack(samples: Sequence[Sample], shape: RowShape) -> Batch:
-  """Lays samples out in one row, one behind the other.
+  """Packs samples into one row, one after the other.
 
   Args:
-    samples: the samples; their images are pixels, uint8[H, W, 3], by now.
-    shape: the row's budgets, which the samples keep.
+    samples: within the row's budgets, their images decoded to uint8[H, W, 3].
+    shape: the row's budgets.
 
   Returns:
     The arrays of `Batch` without the leading axis.
@@ -138,7 +138,7 @@ def pack(samples: Sequence[Sample], shape: RowShape) -> Batch:
 
 
 def pack_into(row: Batch, samples: Sequence[Sample], shape: RowShape) -> None:
-  """Lays samples out in a row that holds only padding, in place; see `pack`."""
+  """Packs samples into a row that holds only padding, in place; see `pack`."""
   offset, slot = 0, 0
   for segment, sample in enumerate(samples, start=1):
     span = slice(offset, offset + len(sample.tokens))
@@ -160,17 +160,17 @@ def pack_into(row: Batch, samples: Sequence[Sample], shape: RowShape) -> None:
 
 
 def _index_type(count: int) -> type[np.integer]:
-  """The smaller of the two types that number `count` records: a plan of 10 million takes half the memory."""
+  """The integer type for the indices of `count` records: int32 where it suffices, which halves the plan."""
   return np.int32 if count < 2**31 else np.int64
 
 
 def _patterns(counts: np.ndarray, even: bool) -> Iterator[tuple[list[tuple[int, int]], int]]:
-  """Yields (sizes of one row, how many rows are made so) until nothing is left.
+  """Yields (sizes of one row, number of such rows) until nothing is left.
 
-  A row begins with the size that needs most of it, goes on with the largest that fits, and ends with the pair
-  that leaves the least room. `even` keeps large and small together: a row goes on with the largest that takes
-  no place from the smallest. Pictures of 590 to 880 tokens so stand six to a row, where first fit puts five
-  large ones in a row and is left with small ones, of which a seventh never fits.
+  A row begins with the size that needs most of it, continues with the largest that fits, and ends with the pair that
+  leaves the least room. With `even`, which mixes large and small, it continues with the largest size that leaves room
+  for as many of the smallest: six images of 590 to 880 tokens then share a row, where first fit would put five large
+  ones in a row and be left with small ones, of which a seventh does not fit.
 
   Args:
     counts: int[images + 1, tokens + 1]; samples of each size; changed.
@@ -182,7 +182,7 @@ def _patterns(counts: np.ndarray, even: bool) -> Iterator[tuple[list[tuple[int, 
   by_need = [
     divmod(int(key), token_limit + 1) for key in np.argsort(-need, axis=None, kind="stable") if counts.flat[key]
   ]
-  # floor[m, t]: most tokens, up to t, of the samples left that have up to m images; 0 is none.
+  # floor[m, t]: most tokens, up to t, among the samples left with up to m images; 0: none.
   floor = np.zeros_like(counts)
 
   def refresh() -> None:

@@ -1,8 +1,8 @@
-"""The pipeline: the batch of a step, a pure function of the step.
+"""The data pipeline: the batch of a step, a pure function of the step.
 
-A step names rows (mixture.py), a row names records (packing.py), a record and its rng make a sample
-(examples.py), and the images of a row are decoded last. There is no iterator state: to resume, start at the
-step. Hosts, workers and threads change who does the work, not its result.
+A step determines rows (mixture.py), a row its records (packing.py), and a record with its rng a sample (examples.py);
+the images of a row are decoded last. There is no iterator state: a resumed run starts at its step. The result does not
+depend on the number of hosts, workers and threads.
 """
 
 import collections
@@ -22,12 +22,12 @@ from jflow.data.store import latents, plans
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 
-# The share of rejected records is judged against at least this many samples.
+# The share of rejected records is computed over at least this many samples.
 MIN_JUDGED = 1000
 
 
 class Piece(NamedTuple):
-  """What stands in a row: the slots [start, stop) of a record's sequence, all of it but where a document is cut."""
+  """The slots [start, stop) of a record's sequence in a row: all of it, unless it is a document that was cut."""
 
   epoch: int
   record: int
@@ -36,7 +36,7 @@ class Piece(NamedTuple):
 
 
 class Rows:
-  """The packed rows of one source: row number -> row. The order changes every epoch. Picklable."""
+  """The packed rows of one source, by row number. The order changes every epoch. Picklable."""
 
   def __init__(
     self,
@@ -71,7 +71,7 @@ class Rows:
       )
 
   def report(self) -> str:
-    """Returns one line: records, planned rows, fill, what was left out."""
+    """Returns one line: records, planned rows, fill, records left out."""
     rejected = collections.Counter(self.rejected)
     too_long = rejected.pop("too_long", 0)
     reasons = f" ({', '.join(f'{r} {n:,}' for r, n in sorted(rejected.items()))})" if rejected else ""
@@ -82,12 +82,12 @@ class Rows:
     )
 
   def fill(self, row: Batch, number: int) -> tuple[int, list[tuple[str, str]]]:
-    """Lays a row out in `row`, which holds only padding.
+    """Packs a row into `row`, which holds only padding.
 
-    A sample that cannot be used leaves its slots empty: another in its place would stand twice in the epoch.
+    A rejected sample leaves its slots empty: a replacement would occur twice in the epoch.
 
     Returns:
-      The number of samples of the row, and (reason, message) of each that was rejected.
+      The number of samples of the row, and (reason, message) of each rejected one.
     """
     pieces = self.pieces(number)
     samples, rejected = [], []
@@ -100,7 +100,7 @@ class Rows:
     return len(pieces), rejected
 
   def pieces(self, number: int) -> list[Piece]:
-    """Returns what stands in a row, in order."""
+    """Returns the pieces of a row, in order."""
     epoch, index = divmod(number, self.plan.rows)
     index = self._shuffled(epoch)[index]
     span = slice(*self.plan.row_offsets[index : index + 2])
@@ -139,7 +139,7 @@ class Rows:
     if order is None:
       rng = np.random.default_rng([self._seed, epoch, TASKS.index(self.task)])
       order = rng.permutation(self.plan.rows)
-      # Threads may be in two epochs at once. A new dict, so that none changes under another's hands.
+      # Threads may be in two epochs at once: a new dict, so that none is changed while another thread reads it.
       self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1} | {epoch: order}
     return order
 
@@ -163,7 +163,7 @@ class Pipeline:
       tokenizer: see `Tokenizer`.
       row_shape: sizes of a row.
       batch_size: rows of a batch over all hosts.
-      seed: of everything random.
+      seed: of all random choices.
       share: places of the batch that this host loads (`sharding.local_rows`); None: all of them.
 
     Raises:
@@ -175,7 +175,7 @@ class Pipeline:
     if row_shape.tokens <= row_shape.image_slots:
       raise UserError(f"data.row_tokens is {row_shape.tokens}, too few for an image of {row_shape.image_slots} slots")
     rows = batch_size if share is None else len(share)
-    ahead = max(1, config.workers) * (config.prefetch + 2)  # one is made, and one in use
+    ahead = max(1, config.workers) * (config.prefetch + 2)  # one is being made, and one in use
     batch_lib.need_memory(rows, row_shape, ahead)
     self._mixture = tuple((int(step), tuple(weights)) for step, weights in config.mixture)
     self._step_plan(1)
@@ -207,7 +207,7 @@ class Pipeline:
       )
 
   def report(self) -> list[str]:
-    """Returns one line per source: records, planned rows, fill, what was left out."""
+    """Returns one line per source: records, planned rows, fill, records left out."""
     return [rows.report() for rows in self.sources()]
 
   def sources(self) -> list[Rows]:
@@ -215,7 +215,7 @@ class Pipeline:
     return [rows for sources_of_task in self._rows for rows in sources_of_task]
 
   def identity(self) -> dict[str, list[dict[str, Any]]]:
-    """Returns, by task, what identifies the content of each source in use, and so the batches of a run."""
+    """Returns the identity of each source's content by task; together they determine the batches of a run."""
     return {
       task: [
         {
@@ -245,7 +245,7 @@ class Pipeline:
     return self._load(self._step_plan(step + 1)[step])[0]
 
   def pieces(self, step: int) -> list[tuple[str, str, list[Piece]]]:
-    """Returns (task, source, what stands in it) of each row of this host's share of a step; decodes nothing."""
+    """Returns (task, source, pieces) of each row of this host's share of a step; decodes nothing."""
     out = []
     for task, number in self._step_plan(step + 1)[step]:
       source, row = self._interleaves[task][number]
@@ -287,11 +287,11 @@ class Pipeline:
       )
 
   def waiting_for(self) -> str:
-    """Returns the loader process that a run stands still for, if it does so now; else ""."""
+    """Returns the loader process that the run is waiting for, or ""."""
     return self._loaders.waiting_for() if self._loaders else ""
 
   def _loaded(self, step_plan: mixture.StepPlan, start_step: int) -> Iterator[Any]:
-    """Yields what `_load` makes of the steps from `start_step` on, loaded ahead."""
+    """Yields the results of `_load` for the steps from `start_step` on, loaded ahead."""
     read = functools.partial(_read, self._load, step_plan, start_step, self._config)
     count = min(self._config.workers, len(step_plan) - start_step)
     if count < 1:
@@ -309,7 +309,7 @@ class Pipeline:
     return mixture.StepPlan(self._mixture, self._batch_size, steps, self._share)
 
   def _load(self, rows: Sequence[tuple[int, int]]) -> tuple[Batch, int, list[tuple[str, str]]]:
-    """Returns the batch of rows, its samples, and (reason, message) of each that was rejected."""
+    """Returns the batch of rows, its number of samples, and (reason, message) of each rejected one."""
     batch, samples, rejected = batch_lib.empty(len(rows), self._shape), 0, []
     for place, (task, number) in enumerate(rows):
       source, row_number = self._interleaves[task][number]
@@ -343,5 +343,5 @@ def _counted(number: int, what: str) -> str:
 
 
 def _mix(seed: int, number: int) -> int:
-  """Returns a seed of its own for part `number` of what `seed` decides."""
+  """Derives the seed of part `number` from `seed`."""
   return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])

@@ -1,7 +1,7 @@
-"""Processes that load batches, and how every process that jflow starts ends with the one that started it.
+"""Loader processes, and a way for every process that jflow starts to end with its parent.
 
-Each loader makes every n-th batch and sends it through a pipe of its own. There is no shared memory, no semaphore and
-no lock, so nothing has a name that could outlive a run, and a small /dev/shm is no limit.
+Each of n loaders makes every n-th batch and sends it through a pipe of its own. There is no shared memory, semaphore or
+lock: nothing with a name can outlive a run, and /dev/shm may be small.
 """
 
 import concurrent.futures
@@ -23,14 +23,14 @@ import numpy as np
 
 from jflow.errors import Stopped, UserError
 
-_PIPE_BYTES = 2**20  # of a pipe's buffer, the most that Linux gives to all; by default it has 64 KiB
-_ENDED = None  # what a loader sends behind its last batch
+_PIPE_BYTES = 2**20  # bytes of a pipe's buffer, Linux's limit for every user; the default is 64 KiB
+_ENDED = None  # sent by a loader after its last batch
 
 
 def end_with_parent() -> None:
-  """Ends this process when the one that started it with `multiprocessing` ends, however that ends.
+  """Ends this process when its `multiprocessing` parent ends, however that ends.
 
-  On Linux the kernel does it, also to a process that is stopped or busy in C; elsewhere a thread does, which is late
+  On Linux the kernel does it, also for a process that is stopped or busy in C; elsewhere a thread does, which is late
   where C code holds the interpreter.
   """
   parent = multiprocessing.parent_process()
@@ -52,13 +52,13 @@ def _end_after(parent: Any) -> None:
 
 
 class Loaders:
-  """Processes that make batches. Iterating yields what one would have made, in its order; `close` ends them.
+  """Processes that make batches. Iterating yields the batches in order, as one process would; `close` ends them.
 
-  What is yielded are tuples that begin with a named tuple of arrays.
+  The yielded values are tuples that begin with a named tuple of arrays.
   """
 
   def __init__(self, work: Callable[[int, int], Iterator[tuple[Any, ...]]], count: int):
-    """Starts them.
+    """Starts the processes.
 
     Args:
       work: (index, count) -> every `count`-th batch from number `index` on; picklable.
@@ -73,7 +73,7 @@ class Loaders:
     ]
     self._turn, self._closed = 0, threading.Event()
     self._ready: queue.Queue = queue.Queue(maxsize=count)
-    # Before multiprocessing asks them by SIGTERM, at exit: it is not for them, as Ctrl-C is not. The parent decides.
+    # Before multiprocessing sends them SIGTERM at exit: they ignore it, as they do Ctrl-C, and follow their parent.
     self._kill = util.Finalize(self, _kill, (self._processes,), exitpriority=10)
     resource_tracker.ensure_running()  # it would unblock the signals again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # processes inherit it
@@ -95,7 +95,7 @@ class Loaders:
       yield item
 
   def waiting_for(self) -> str:
-    """Returns which process has to deliver next, where the run has used up all that is there; else ""."""
+    """Returns the process that has to deliver next, if no batch is ready, or ""."""
     return self._name(self._turn) if self._ready.empty() and not self._closed.is_set() else ""
 
   def close(self) -> None:
@@ -107,7 +107,7 @@ class Loaders:
       reader.close()
 
   def _receive(self) -> None:
-    """Takes the batches in order, one of each process ahead of the run."""
+    """Receives the batches in order, one of each process ahead of the run."""
     for number in itertools.count():
       self._turn = number % len(self._processes)
       item = self._take(self._turn)
@@ -119,7 +119,7 @@ class Loaders:
         return
 
   def _take(self, index: int) -> tuple[Any, ...] | Exception | None:
-    """Returns the next batch of a process, what it raised, or `_ENDED`."""
+    """Returns the next batch of a process, its exception, or `_ENDED`."""
     reader = self._readers[index]
     try:
       sent = reader.recv()
@@ -135,7 +135,7 @@ class Loaders:
         f"{self._name(index)} {self._end_of(index)}; the same command goes on from the last checkpoint, where memory "
         "was short with fewer data.workers or a smaller data.prefetch"
       )
-    except Exception as error:  # no memory for the batch, or what was sent is no batch
+    except Exception as error:  # no memory for the batch, or damaged bytes
       return Stopped(f"{self._name(index)}: its batch cannot be read ({type(error).__name__}: {error})")
 
   def _name(self, index: int) -> str:
@@ -154,7 +154,7 @@ class Loaders:
 
 
 def _start(process: Any, writer: Any) -> None:
-  with contextlib.suppress(BrokenPipeError):  # it ended while it was starting: its own pipe says so as well
+  with contextlib.suppress(BrokenPipeError):  # it ended while it was starting, which its own pipe reports as well
     process.start()
   writer.close()
 
@@ -169,7 +169,7 @@ def _kill(processes: Sequence[Any]) -> None:
 
 
 def _serve(writer: Any, work: Callable[[int, int], Iterator[tuple[Any, ...]]], index: int, count: int) -> None:
-  """What a loader does: makes its batches and sends them, as far as the pipe takes them."""
+  """The main function of a loader: makes its batches and sends them through the pipe."""
   end_with_parent()
   try:
     with contextlib.suppress(OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""What a data source yields: one record, its images still encoded."""
+"""The records of a data source, with their images still encoded."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -27,7 +27,7 @@ class Record(NamedTuple):
 
 
 class Source(Protocol):
-  """Random access to records. Picklable, since loader workers get a copy."""
+  """A source with random access to records. Picklable, since loader workers get a copy."""
 
   def __len__(self) -> int: ...
 
@@ -35,7 +35,7 @@ class Source(Protocol):
 
 
 class RecordError(Exception):
-  """A record that cannot be used: it costs itself, and is counted under `reason`, one short word."""
+  """A record that cannot be used: only it is left out, and counted under `reason`, one short word."""
 
   def __init__(self, reason: str, message: str):
     super().__init__(reason, message)
@@ -47,7 +47,7 @@ class RecordError(Exception):
 
 
 class Unwanted(RecordError):
-  """A sound record that this import has no use for: no error, and counted with what the filters drop.
+  """A sound record of another kind than the import takes, counted with those that filters drop.
 
-  `reason` says whose it is: "text_only", "with_images", "with_video", ...
+  `reason` names the kind: "text_only", "with_images", "with_video", ...
   """

@@ -20,7 +20,7 @@ def open_source(spec: str, task: str, shapes: Mapping[str, Any]) -> Source:
       in_order.
 
   Raises:
-    UserError: there is no such source, or it holds records of another task.
+    UserError: the source does not exist, or holds records of another task.
   """
   if spec == SHAPES:
     from jflow.world.source import WorldSource

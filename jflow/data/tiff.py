@@ -1,8 +1,8 @@
-"""TIFF images cut down to one picture and the tags that its pixels need, so that a decoder finds nothing else.
+"""Reduction of TIFF files to one image and the tags that its pixels need, before they are decoded.
 
-A TIFF is a graph of directories, each of up to 65,535 tags that may all point at the same bytes; what follows it
-blindly takes any time and memory. Here each tag is checked against the file, and a directory of the sound ones is
-written behind it. `datasets` stores pictures so that PNG cannot hold: palettes, CMYK, 16 and 32 bits.
+A TIFF is a graph of directories, each of up to 65,535 tags that may all point at the same bytes; a decoder that follows
+it blindly may take unlimited time and memory. Here each tag is checked against the file, and a directory of the sound
+ones is appended. `datasets` stores images as TIFF that PNG cannot hold: palettes, CMYK, 16 and 32 bits.
 """
 
 import struct
@@ -46,15 +46,15 @@ _COMPRESSIONS = (1, 2, 3, 4, 5, 8, 32773, 32946)  # none, CCITT, LZW, deflate, P
 
 
 def is_tiff(data: bytes) -> bool:
-  """Returns whether a file begins as TIFF does, the large form included."""
+  """Returns whether a file begins as a TIFF or a BigTIFF."""
   return data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def first_picture(data: bytes) -> bytes:
-  """Returns a TIFF with its first picture alone, and of that no more than the pixels need.
+  """Returns a TIFF with only its first image, and of its tags only those that the pixels need.
 
   Raises:
-    ValueError: it is damaged, or in a form that is not read; the message says which.
+    ValueError: it is damaged, or of an unsupported form; the message says which.
   """
   order = "<" if data[:2] == b"II" else ">"
   if data[2:4] not in (b"*\0", b"\0*"):

@@ -1,4 +1,4 @@
-"""The tokenizer: a `tokenizer.json` whose special tokens are looked up by name, never by number."""
+"""The tokenizer: a `tokenizer.json`, whose special tokens are looked up by name, never by id."""
 
 import contextlib
 import hashlib
@@ -34,10 +34,10 @@ _MAX_FILE_BYTES = 48 * 2**20
 
 
 class Tokenizer:
-  """Text to ids and back. Picklable.
+  """A tokenizer from text to ids and back. Picklable.
 
-  Text never turns into special ids: a user who writes "<image_placeholder>" gets the ids of those letters.
-  The callers put the special ids in.
+  Text is never encoded to special ids: "<image_placeholder>" in a user's text becomes the ids of its letters. Callers
+  insert the special ids.
 
   Attributes:
     bos, eos, pad, image, image_start, image_end, generation_start: ids of the special tokens.
@@ -61,7 +61,7 @@ class Tokenizer:
     Args:
       files: name -> contents.
       origin: names them in messages.
-      checked: whether they have been built from before.
+      checked: whether a tokenizer was already built from them.
     """
     self._files = files
     self._origin = origin
@@ -91,12 +91,12 @@ class Tokenizer:
     """Reads `tokenizer.json` (and `tokenizer_config.json` where it exists) from a directory.
 
     Raises:
-      UserError: a file is missing, broken or too large, a special token is missing, or it asks for what could take
-        time or memory without end.
+      UserError: a file is missing, broken or too large, a special token is missing, or encoding could take unlimited
+        time or memory.
     """
     directory = os.fspath(directory)
     tokenizer = cls(read_files(directory), directory)
-    path = os.path.join(directory, "added_tokens.json")  # of the tokenizers before tokenizer.json
+    path = os.path.join(directory, "added_tokens.json")  # formats older than tokenizer.json
     for content, i in (strict_json.read_object(path) if os.path.exists(path) else {}).items():
       if (has := tokenizer._tokenizer.token_to_id(content)) != i:
         raise UserError(f"{path} gives {shown(content)} the id {shown(i)}, and tokenizer.json has {has}")
@@ -128,7 +128,7 @@ class Tokenizer:
       )
 
   def save(self, directory: str | os.PathLike[str]) -> None:
-    """Writes the files of the tokenizer, byte for byte as they were read."""
+    """Writes the files of the tokenizer byte for byte."""
     os.makedirs(directory, exist_ok=True)
     for name, content in self._files.items():
       write_bytes(os.path.join(directory, name), content)
@@ -140,10 +140,10 @@ class Tokenizer:
 
 @contextlib.contextmanager
 def _native(what: str) -> Iterator[None]:
-  """Around a call of the library, which raises bare Exception, and whose panics are not even that.
+  """Context manager around a call of the library, which raises bare Exception, or BaseException for a panic.
 
   Raises:
-    UserError: `what`, and the library's reason.
+    UserError: any such error, with `what` and the library's reason.
     UnicodeEncodeError, TypeError: of the arguments.
   """
   try:
@@ -155,7 +155,7 @@ def _native(what: str) -> Iterator[None]:
 
 
 def read_files(directory: str) -> dict[str, bytes]:
-  """The contents of a tokenizer's files, by their names.
+  """Reads the files of a tokenizer into {name: contents}.
 
   Raises:
     UserError: there is no tokenizer.json, a file is too large or cannot be read, or another file contradicts it.
@@ -180,17 +180,17 @@ def read_files(directory: str) -> dict[str, bytes]:
 
 
 def build(content: bytes, origin: str) -> tokenizers.Tokenizer:
-  """The library's tokenizer of a tokenizer.json that `tokenizer_file.check` has passed.
+  """Builds the library's tokenizer from a tokenizer.json that `tokenizer_file.check` has accepted.
 
   Raises:
-    UserError: it takes none of it.
+    UserError: the library refuses it.
   """
   with _native(f"{origin}: not a readable tokenizer"):
     return tokenizers.Tokenizer.from_str(content.decode("utf-8"))
 
 
 def _settings(files: dict[str, bytes], name: str, origin: str) -> dict[str, Any]:
-  """The object in a file beside tokenizer.json; empty where there is none."""
+  """Returns the object in a file beside tokenizer.json; empty where the file is missing."""
   try:
     value = strict_json.parse(files.get(name, b"{}"))
   except strict_json.Malformed as error:
@@ -203,7 +203,7 @@ def _settings(files: dict[str, bytes], name: str, origin: str) -> dict[str, Any]
 
 
 def _check_added(vocabulary: dict[str, int], added: list[Any], config: dict[str, Any], origin: str) -> None:
-  """Checks that each added token has the id that the files give it: the library numbers anew what it does not like."""
+  """Checks that each added token has the id that the files give it, since the library may renumber some."""
   told = [("tokenizer.json: added_tokens", token["content"], token["id"]) for token in added]
   decoder = config.get("added_tokens_decoder")
   for i, token in decoder.items() if isinstance(decoder, dict) else ():
@@ -277,7 +277,7 @@ def _special_token(
   name: str,
   origin: str,
 ) -> str:
-  """Returns one special token.
+  """Returns the name of a special token.
 
   bos and eos: tokenizer_config.json or special_tokens_map.json may name other tokens. pad: the release's name comes
   first, since its tokenizer_config.json names EOS; a tokenizer without any pads with EOS (no padding is ever read).
@@ -301,7 +301,7 @@ def _special_token(
 
 
 def _named(values: dict[str, Any], field: str, where: str) -> str | None:
-  """The token that a file names, as a text or as an object with its content."""
+  """Returns a token of a settings file, given as a text or as an object with its content."""
   token = values.get(field)
   content = token.get("content") if isinstance(token, dict) else token
   if content is not None and type(content) is not str:

@@ -1,7 +1,7 @@
-"""tokenizer.json from elsewhere, checked before the native library sees it.
+"""Checks of an untrusted tokenizer.json before the native library reads it.
 
-The library believes what it reads: an expression that takes hours to match, a replacement that makes a gigabyte of a
-line, merges that are dropped at random, ids that it numbers anew. What stands here is refused, with its place.
+The library accepts an expression that takes hours to match, a replacement that turns a line into a gigabyte, merges
+that are dropped at random, and ids that it renumbers. All of these are refused here, with their place in the file.
 """
 
 import base64
@@ -42,7 +42,7 @@ _CHILDREN = {
 _MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
 _MOST_PARTS = 64  # of a section
 _MOST_IDS = 2**31
-_LONGEST = 64  # characters that stand for one
+_LONGEST = 64  # characters that one character may become
 _PATTERN = 4096  # characters of an expression
 _REPEATS = 1000  # of an atom, where they are counted
 _LOOPS = 4  # in one alternative of an expression
@@ -59,7 +59,7 @@ def check(content: bytes, origin: str) -> dict[str, Any]:
     Its value.
 
   Raises:
-    UserError: naming the section and what it may not hold.
+    UserError: a section holds something that is refused; the message names both.
   """
   where = f"{origin}: not a readable tokenizer (tokenizer.json: "
   try:
@@ -129,7 +129,7 @@ def _check_added(tokens: Any, ids: Mapping[str, int]) -> None:
 
 
 def _walk(section: str, value: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
-  """The parts of a section, those of its sequences one after the other, each of a known type."""
+  """Returns the parts of a section, with its sequences flattened, each of a known type."""
   if not isinstance(value, dict) or value.get("type") not in _PARTS[section].split():
     kind = value.get("type") if isinstance(value, dict) else value
     raise ValueError(f"{section}: the type {shown(kind)} is unknown")
@@ -145,7 +145,7 @@ def _walk(section: str, value: Any, depth: int = 0) -> Iterator[Mapping[str, Any
 
 
 def _growth(section: str, part: Mapping[str, Any]) -> int:
-  """How many characters a part makes of one at most; its settings are checked."""
+  """Checks the settings of a part and returns the most characters that it makes of one."""
   kind, pattern, content = part["type"], part.get("pattern"), part.get("content")
   if kind in ("Replace", "Split"):
     if not isinstance(pattern, dict) or len(pattern) != 1 or not all(type(x) is str for x in pattern.values()):
@@ -172,7 +172,7 @@ def _growth(section: str, part: Mapping[str, Any]) -> int:
 
 
 def _longest_of_charsmap(charsmap: Any) -> int:
-  """Bytes of the longest text in sentencepiece's compiled table: the size of a trie, the trie, texts that end in 0."""
+  """Bytes of the longest text in sentencepiece's compiled table: the size of a trie, the trie, 0-terminated texts."""
   try:
     table = base64.b64decode(charsmap or "", validate=True)
     texts = table[4 + struct.unpack("<I", table[:4])[0] :] if table else b""
@@ -182,10 +182,10 @@ def _longest_of_charsmap(charsmap: Any) -> int:
 
 
 def _costly(pattern: str) -> str | None:
-  """Says why matching an expression could take time out of proportion to the text, or None.
+  """Returns why matching an expression could take more than linear time, or None.
 
-  Expressions of published tokenizers repeat single characters and classes. Repeating a group, or what repeats itself,
-  is where matching takes time that doubles with each character, and compiling memory that multiplies.
+  Expressions of published tokenizers repeat only single characters and classes. Repetition of a group, or of a
+  repetition, can make matching time double with each character, and multiply the memory of compilation.
   """
   if len(pattern) > _PATTERN:
     return f"has {len(pattern)} characters, at most {_PATTERN} are read"
@@ -239,7 +239,7 @@ def _costly(pattern: str) -> str | None:
 
 
 def _end_of_class(pattern: str, start: int) -> int:
-  """Where a class of characters that begins at `start` ends; classes nest."""
+  """Returns the end of the character class that begins at `start`; classes nest."""
   depth, i = 0, start
   while i < len(pattern):
     if pattern[i] == "\\":

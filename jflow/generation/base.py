@@ -193,7 +193,7 @@ def settings(family: Family, given: Mapping[str, Any]) -> Any:
   for name, value in chosen.items():
     if name not in known:
       raise UserError(
-        f"{name}={shown(value)} is no setting of a model that writes images by {family.name}; it has "
+        f"{name}={shown(value)} is not a setting of a model that writes images by {family.name}; it has "
         f"{', '.join(sorted(known))}"
       )
   return family.settings(**chosen)

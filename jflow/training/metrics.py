@@ -25,7 +25,7 @@ class _Read(NamedTuple):
 
 
 def wrong_metrics(row: Row) -> str | None:
-  """Returns what is wrong with a line of metrics.jsonl; empty for a sound one."""
+  """Returns what is wrong with a line of metrics.jsonl; None for a sound one."""
   step = row.get("step")
   if isinstance(step, bool) or not isinstance(step, int) or not 0 < step < 2**31:
     return f"step must be a positive integer, got {str(step)[:20]!r}"
@@ -47,7 +47,7 @@ def read_lines(path: pathlib.Path, wrong: Callable[[Row], str | None] | None = N
 
   Args:
     path: the file.
-    wrong: returns what is wrong with the content of a line; empty for a sound one.
+    wrong: returns what is wrong with the content of a line; None for a sound one.
 
   Raises:
     UserError: the file cannot be read.

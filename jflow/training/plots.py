@@ -36,7 +36,7 @@ def read_run(workdir: pathlib.Path) -> list[Row]:
   """
   path = workdir / FILE
   if not path.exists():
-    raise UserError(f"{workdir} is no run: it has no {FILE}")
+    raise UserError(f"{workdir} is not a run: it has no {FILE}")
   rows = read_metrics(workdir)
   if not rows:
     raise UserError(f"{path} holds no step yet")

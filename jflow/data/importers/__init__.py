@@ -1,6 +1,6 @@
-"""Importers: the layouts that people have their data in, one file each. The first line of each says what it reads.
+"""Importers of common data formats, one file each; its first line names the format.
 
-A new format is a file with a class as in `importer.Importer`, and its line in `FORMATS`.
+A new format is a file with a class like `importer.Importer`, and a line in `FORMATS`.
 """
 
 import importlib
@@ -9,7 +9,7 @@ from collections.abc import Collection
 from jflow.data.importers.importer import FLAGS, Importer, Item, Options
 from jflow.errors import UserError
 
-# --format -> "module:class", imported where it is asked for.
+# --format -> "module:class", imported at its first use.
 FORMATS = {
   "llava-jsonl": "jflow.data.importers.llava:Llava",
   "webdataset": "jflow.data.importers.webdataset:WebDataset",
@@ -30,11 +30,11 @@ def check_flags(format: str, given: Collection[str]) -> None:
   """Checks that a format reads the flags that were given.
 
   Args:
-    format: a key of FORMATS, or unknown.
+    format: a key of FORMATS, or an unknown name.
     given: names of the fields of `Options` that the user has set.
 
   Raises:
-    UserError: it does not read one of them.
+    UserError: the format does not read one of them.
   """
   if format not in FORMATS:
     return
@@ -48,7 +48,7 @@ def open_importer(format: str, options: Options) -> Importer:
   """Returns the importer of a format.
 
   Raises:
-    UserError: the format is unknown, or the input is not there.
+    UserError: the format is unknown, or the input is missing.
   """
   if format not in FORMATS:
     raise UserError(f"--format={format} is unknown: use one of {', '.join(FORMATS)}")

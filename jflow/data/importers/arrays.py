@@ -1,4 +1,4 @@
-"""A JSON array entry by entry, so that one that cannot be used costs itself."""
+"""A parser of JSON arrays entry by entry, so that a broken entry costs only itself."""
 
 import json
 import re
@@ -9,15 +9,15 @@ from jflow.data.records import RecordError
 
 _BLANKS = re.compile(r"[ \t\r\n]*+")
 _TOKENS = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
-_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of it
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # an undecodable byte, as "surrogateescape" keeps it
 _NUMBER = re.compile(r"[-+.0-9eE]++")
 
 
 def parse_array(data: bytes) -> list[Any]:
-  """Returns the entries of a JSON array; for one that `json_texts.parse_json` would refuse, its `RecordError`.
+  """Returns the entries of a JSON array; one that `json_texts.parse_json` would refuse is a `RecordError` in its place.
 
   Raises:
-    RecordError: the whole is not a JSON array, so that it is not known where its entries end.
+    RecordError: the text is not a JSON array, so that the ends of its entries are unknown.
   """
   text = data.decode("utf-8-sig", "surrogateescape")
   damaged = _NOT_UTF8.search(text) is not None
@@ -57,7 +57,7 @@ def _end(text: str, at: int) -> None:
 
 
 def _end_of_value(text: str, at: int) -> int:
-  """Returns where a list or an object ends, or a number, however deep or long it is."""
+  """Returns the end of a list, an object or a number of any depth and length."""
   if number := _NUMBER.match(text, at):
     return number.end()
   depth = 0

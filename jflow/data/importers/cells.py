@@ -1,4 +1,4 @@
-"""Values of a table in which what cannot be read stands as a `RecordError`, so that it costs the rows that need it."""
+"""Values of a table, with a `RecordError` in place of each unreadable part, which costs only the rows that need it."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from jflow.data.records import RecordError
 
 
 def broken_in(value: Any) -> RecordError | None:
-  """Returns the first part of a value that could not be read."""
+  """Returns the first `RecordError` in a value, if any."""
   if isinstance(value, (dict, list)):
     found = map(broken_in, value.values() if isinstance(value, dict) else value)
     return next((error for error in found if error), None)

@@ -1,4 +1,4 @@
-"""Reads gzip files with a limit to how far they unfold, and names what is compressed otherwise."""
+"""A gzip reader with a limit on the uncompressed size, and a check that names other kinds of compression."""
 
 import gzip
 import io
@@ -11,9 +11,9 @@ from typing import BinaryIO
 from jflow.data.records import RecordError
 from jflow.errors import UserError
 
-MAX_RATIO = 100  # images and text do not shrink so far
+MAX_RATIO = 100  # images and text do not compress so well
 _GZIP = b"\x1f\x8b\x08"
-_OTHERS = (  # what files begin with, what they are, and what unpacks them
+_OTHERS = (  # first bytes of files, their format, and the program that unpacks them
   (rb"BZh[1-9]1AY&SY", "compressed by bzip2", "bunzip2"),
   (rb"\xfd7zXZ\0", "compressed by xz", "unxz"),
   (rb"\x28\xb5\x2f\xfd", "compressed by zstd", "unzstd"),
@@ -29,16 +29,16 @@ _ENDINGS_OF_TARS = (".tbz2", ".tbz", ".txz", ".tzst")
 
 
 def with_compressed(endings: tuple[str, ...]) -> tuple[str, ...]:
-  """Returns endings of file names, and what they become where the files are compressed."""
+  """Returns endings of file names, and those of the same files compressed."""
   tars = _ENDINGS_OF_TARS if ".tgz" in endings else ()
   return (*endings, *(each + more for each in endings for more in _ENDINGS), *tars)
 
 
 def check(paths: Sequence[str], gzip_is_read: bool) -> None:
-  """Checks that no file is compressed in a way that is not read, by its contents.
+  """Checks by its first bytes that no file is compressed in an unsupported format.
 
   Raises:
-    UserError: one is; the message says how to unpack it.
+    UserError: a file is; the message says how to unpack it.
   """
   others = _OTHERS if gzip_is_read else (*_OTHERS, (re.escape(_GZIP), "compressed by gzip", "gunzip"))
   for path in paths:
@@ -57,8 +57,8 @@ def is_gzip(path: str) -> bool:
 def unfold(raw: BinaryIO) -> io.BufferedReader:
   """Returns the uncompressed contents of an open gzip file, as a file.
 
-  Its reads raise `RecordError`: "broken_gzip" where the file is cut or damaged, "bomb" where it unfolds to more than
-  `MAX_RATIO` times its size (and a MiB).
+  Its reads raise `RecordError`: "broken_gzip" where the file is cut or damaged, "bomb" where its contents are larger
+  than `MAX_RATIO` times its size (and a MiB).
   """
   return io.BufferedReader(_Unfolded(raw), 2**18)
 
@@ -73,7 +73,7 @@ class _Unfolded(io.RawIOBase):
 
   def readinto(self, buffer: memoryview) -> int:
     try:
-      data = self._file.read1(len(buffer))  # no more than there is before the damage
+      data = self._file.read1(len(buffer))  # the contents end where the damage begins
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
       raise RecordError("broken_gzip", f"the file is cut or damaged ({type(error).__name__})") from None
     buffer[: len(data)] = data

@@ -1,4 +1,4 @@
-"""The protocol of an importer: one input, cut into parts, each part a stream of items."""
+"""The protocol of an importer: one input, cut into parts, each a stream of items."""
 
 import dataclasses
 import traceback
@@ -18,9 +18,9 @@ class Options:
     part_records: records of a part at most, where a part is cut by records.
     image_root: folder that relative image paths start from; None is the folder of the input.
     image_column, text_column: the column or key of images and texts; empty: the first usual name.
-    documents: of plain text files, what a document is: "file", "paragraph" or "line".
+    documents: the unit of a document in plain text files: "file", "paragraph" or "line".
     split: of a TFDS data set.
-    records, seed, image_size: of a format that draws its pictures: how many records, which, and how large.
+    records, seed, image_size: of a format that draws its images: their number, choice and size.
   """
 
   input: str
@@ -45,18 +45,18 @@ class Item(NamedTuple):
 
   where: str  # for messages: file and line
   record: Record | RecordError  # images encoded
-  meta: dict[str, Any]  # what the input says of it, kept with the record
+  meta: dict[str, Any]  # metadata of the input, kept with the record
   work: int = 1  # its share of the part's work
 
 
 class Importer(Protocol):
-  """One input. Picklable, so that a process can read a part of it.
+  """A reader of one input. Picklable, so that processes can read its parts.
 
   Attributes:
     flags: the fields of `FLAGS` that it reads.
     reads_input: whether it reads files, which `Options.input` names.
     images_beside: whether images may be files of their own, which `files` does not list.
-    left_out: what lies in the input and is not read, by reason; see `inputs.input_files`.
+    left_out: numbers of files that are not read, by reason; see `inputs.input_files`.
   """
 
   flags: ClassVar[frozenset[str]]
@@ -75,7 +75,7 @@ class Importer(Protocol):
     ...
 
   def items(self, part: Any) -> Iterator[Item]:
-    """Yields the items of a part. What cannot be used is a `RecordError` in its place."""
+    """Yields the items of a part, with a `RecordError` in place of an unusable one."""
     ...
 
   def files(self) -> list[str]:
@@ -84,12 +84,12 @@ class Importer(Protocol):
 
 
 def make_item(where: str, read: Callable[[], tuple[Record, dict[str, Any]]], work: int = 1) -> Item:
-  """Returns the item of one record, whatever it holds: a fault costs the record alone.
+  """Returns the item of one record; any fault costs only this record.
 
   Args:
     where: for messages.
-    read: returns the record and its metadata, or raises `RecordError`. What else it raises, but for the
-      machine's own failures, becomes the reason "malformed", with the class and the place.
+    read: returns the record and its metadata, or raises `RecordError`. Other exceptions, except for the machine's own
+      failures, become the reason "malformed", with the class and the place.
     work: see `Item`.
   """
   try:

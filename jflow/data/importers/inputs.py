@@ -1,4 +1,4 @@
-"""The files of an input: which there are, and what is left out of a folder."""
+"""The files of an input, and those of a folder that are left out."""
 
 import collections
 import fnmatch
@@ -11,19 +11,19 @@ from jflow import git_lfs
 from jflow.data.importers import compressed
 from jflow.errors import UserError
 
-# What systems leave beside the hidden files: a Mac's archives, a Synology's thumbnails, what was deleted.
+# System files besides hidden ones: a Mac's archives, a Synology's thumbnails, trash.
 _OF_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 
 class Inputs(NamedTuple):
-  """What an input names."""
+  """The files that an input names."""
 
   paths: list[str]  # in order of their names
-  left_out: dict[str, int]  # what lies there and is not read, by reason
+  left_out: dict[str, int]  # numbers of files that are not read, by reason
 
 
 def is_hidden(name: str) -> bool:
-  """Whether a file or folder is hidden, or is a system's own; a path is where any part of it is."""
+  """Whether a file or folder, or any folder above it in the path, is hidden or a system's own."""
   return any(
     part in _OF_SYSTEMS or (part.startswith(".") and part not in (".", ".."))
     for part in name.replace("\\", "/").split("/")
@@ -33,11 +33,10 @@ def is_hidden(name: str) -> bool:
 def input_files(pattern: str, endings: tuple[str, ...], format: str) -> Inputs:
   """Returns the files that an input names, each once.
 
-  A folder is read with the folders inside it, also with those that it links to. Left out, and counted, are
-  hidden files and folders and a system's own ("hidden"), a second link to the same file ("linked_twice"), a
-  link to a folder around the input ("linked_back") or to nothing ("broken_link"), pipes and devices
-  ("not_a_file"), and folders that a pattern names ("folder"). What the pattern itself names is taken, hidden
-  or not.
+  A folder is read recursively, links to folders included. Left out and counted are hidden files and folders and a
+  system's own ("hidden"), a second link to the same file ("linked_twice"), a link to a folder that contains the input
+  ("linked_back") or to nothing ("broken_link"), pipes and devices ("not_a_file"), and folders that match a pattern
+  ("folder"). Files that the pattern itself names are read, hidden or not.
 
   Args:
     pattern: a file; a folder, whose files with one of the endings count; a pattern with `*`; or a numbered
@@ -46,8 +45,8 @@ def input_files(pattern: str, endings: tuple[str, ...], format: str) -> Inputs:
     format: for messages.
 
   Raises:
-    UserError: nothing is found, a file of a range or the target of a link is missing, a folder cannot be
-      read, or a file is a git-lfs pointer, or compressed in a way that is not read.
+    UserError: nothing is found, a file of a range or the target of a link is missing, a folder cannot be read, or a
+      file is a git-lfs pointer, or compressed in an unsupported format.
   """
   if "://" in pattern:
     raise UserError(f"--input={pattern} is an address: only local files are read, so fetch it first")
@@ -88,7 +87,7 @@ def _range(pattern: str, before: str, first: str, last: str, after: str) -> list
 def _matching(pattern: str, left_out: collections.Counter) -> list[str]:
   """Returns the files that a pattern matches.
 
-  `**` is any number of folders, which are walked as an input is.
+  `**` is any number of folders, which are walked like an input.
   """
   parts = pattern.split("/")
   named = tuple(part for part in parts if is_hidden(part))
@@ -116,7 +115,7 @@ def _matching(pattern: str, left_out: collections.Counter) -> list[str]:
 
 def _fits(parts: list[str], pattern: list[str]) -> bool:
   """Whether the parts of a path match those of a pattern, in which `**` is any number of parts."""
-  at = {0}  # how much of the pattern may be used up
+  at = {0}  # numbers of pattern parts that may be matched so far
   for part in parts:
     for i in range(len(pattern)):
       if i in at and pattern[i] == "**":
@@ -135,16 +134,16 @@ def _walk(root: str, endings: tuple[str, ...], named: tuple[str, ...], left_out:
   Args:
     root: the folder.
     endings: in lower case.
-    named: names and patterns of hidden files and folders that are taken.
-    left_out: counts what is not.
+    named: names and patterns of hidden files and folders that are read.
+    left_out: counts of those that are not.
 
   Raises:
     UserError: a folder cannot be read, or a link that has one of the endings leads to nothing.
   """
   top = os.path.realpath(root)
-  folders, linked_folders = [(root, top)], []  # as it is shown, and where it lies
+  folders, linked_folders = [(root, top)], []  # as shown in messages, and its real path
   entered: set[str] = set()
-  files: dict[str, str] = {}  # where it lies -> as it is shown
+  files: dict[str, str] = {}  # real path -> as shown in messages
   linked_files: list[str] = []
   while folders or linked_folders:
     shown, real = folders.pop() if folders else linked_folders.pop()

@@ -1,4 +1,4 @@
-"""JSON as people write it: parsed strictly, with a reason where it is not."""
+"""A strict parser of the JSON in data sets, with a reason for each refusal."""
 
 import json
 from typing import Any
@@ -23,7 +23,7 @@ def parse_json(text: bytes | str) -> Any:
 
 
 def broken_json(error: Exception) -> RecordError:
-  """Returns what is told of a text that is not JSON."""
+  """Returns the error for a text that is not JSON."""
   return RecordError("broken_json", f"not valid JSON ({str(error)[:80]})")
 
 

@@ -1,4 +1,4 @@
-"""The usual keys of JSON objects and columns of tables: which may hold images, and which text."""
+"""The usual keys of JSON objects, and columns of tables, for images and text."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,7 +12,7 @@ TEXTS = {*CONVERSATIONS, *CAPTIONS, *DOCUMENTS, "question", "answer", "id"}
 
 
 def is_conversation(names: Iterable[str]) -> bool:
-  """Whether an object or a table may hold conversations, which a picture can belong to, by its keys."""
+  """Whether the keys of an object or a table may be those of conversations, which may have images."""
   return bool(spelled(names, (*CONVERSATIONS, "question")))
 
 
@@ -26,7 +26,7 @@ def text_keys(task: str) -> tuple[str, ...]:
 
 
 def spelled(names: Iterable[str], keys: Sequence[str]) -> str:
-  """Returns the first of the usual keys that is among names, as it is spelled there, or ""."""
+  """Returns the first of the usual keys among the names, in their spelling, or ""."""
   there = {name.lower(): name for name in names}
   there |= {name: name for name in names if name == name.lower()}
   return next((there[key] for key in keys if key in there), "")
@@ -36,7 +36,7 @@ def require_text(path: str, names: Sequence[str], task: str, what: str) -> None:
   """Checks that a table has a column of texts under a usual name.
 
   Raises:
-    UserError: it has none.
+    UserError: there is none.
   """
   if not spelled(names, text_keys(task)):
     raise UserError(f"{path} has no {what} of texts: name it by --text_column, one of {', '.join(names)}")

@@ -20,7 +20,7 @@ _ARRAY = -1
 
 
 class Llava:
-  """See the top of the module."""
+  """The importer of llava-jsonl; see the top of the module."""
 
   flags = frozenset({"image_column", "image_root", "part_records", "text_column"})
   reads_input = True
@@ -97,7 +97,7 @@ class Llava:
 
 
 def _read(root: str, paths: list[str]) -> tuple[bytes, ...]:
-  """Returns the contents of the images of a record, of which all have a limit together."""
+  """Returns the contents of a record's images, which share one size limit."""
   images: dict[str, bytes] = {}
   left = reading.MAX_IMAGE_FILE
   for path in paths:
@@ -110,7 +110,7 @@ def _read(root: str, paths: list[str]) -> tuple[bytes, ...]:
 
 
 def _is_array(path: str) -> bool:
-  """Whether a file is one JSON array, and not lines, of which the first is one."""
+  """Whether a file is one JSON array, and not lines that begin with one."""
   with open(path, "rb") as file:
     line = next((line for line, _ in reading.lines(file) if not reading.is_blank(line)), b"")
     if not line.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
@@ -130,7 +130,7 @@ def _load_array(path: str) -> list[Any]:
 
 @functools.lru_cache(maxsize=1)
 def _parse_array(path: str, changed: int) -> list[Any]:
-  """Returns the entries of an array; `changed` tells one state of the file from another."""
+  """Returns the entries of an array; `changed` is a key of the cache, another one after the file has changed."""
   with open(path, "rb") as file:
     try:
       return arrays.parse_array(file.read())

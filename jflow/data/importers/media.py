@@ -1,4 +1,4 @@
-"""The images that an object names, and media in it that no task reads."""
+"""The images that a record names, and media in it that no task reads."""
 
 import re
 from collections.abc import Container, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 from jflow.data.importers.keys import IMAGES, TEXTS, is_conversation
 from jflow.data.records import RecordError, Unwanted
 
-# Media that no task reads: keys and columns that hold one, and endings of files that are one.
+# Media that no task reads: their keys and columns, and endings of their files.
 _MEDIA = {
   "with_video": (
     "video",
@@ -43,7 +43,7 @@ _MEDIA = {
   "with_pdf": ("pdf", "pdfs"),
 }
 _MEDIUM_OF = {name: reason for reason, names in _MEDIA.items() for name in names}
-# Keys that hold a medium where their value is the name of such a file: they may as well hold a word about it.
+# Keys that hold a medium if their value is the name of such a file; it may also be a description.
 _PERHAPS = {
   **dict.fromkeys(("clip", "clips", "movie"), "with_video"),
   **dict.fromkeys(("sound", "sounds", "speech", "voice", "music"), "with_audio"),
@@ -73,10 +73,10 @@ _MAX_DEPTH = 16  # of lists and objects in which a value is looked for
 
 
 def images_of(fields: Mapping[str, Any], task: str, column: str = "") -> list[Any]:
-  """Returns the images that an object names, as it names them: the first of the usual keys that holds one.
+  """Returns the values of the first usual key that holds images.
 
-  Of a list, what is None is left out: an interleaved document has a text there. An object that names no image
-  may hold `<image>`, which is text.
+  None is left out of a list: an interleaved document has a text there. In an object that names no image, `<image>` is
+  text.
 
   Args:
     fields: the object.
@@ -84,8 +84,8 @@ def images_of(fields: Mapping[str, Any], task: str, column: str = "") -> list[An
     column: the key to take instead of the usual ones.
 
   Raises:
-    Unwanted: an image stands under a key that is not among the usual ones, and the task is text.
-    RecordError: the same for another task.
+    Unwanted: an image under an unusual key, and the task is text.
+    RecordError: the same, for another task.
   """
   keys = (column,) if column else IMAGES
   value = next((fields[key] for key in keys if not is_empty(fields.get(key))), None)
@@ -98,7 +98,7 @@ def images_of(fields: Mapping[str, Any], task: str, column: str = "") -> list[An
     named |= conversation and (_reference(lower) in ("image", "img") or _is_contents(value)) and _holds(value)
     if named or (lower in IMAGES and _holds(value)) or (lower in _OTHER_IMAGES and _is_file(value, _IMAGE_ENDINGS)):
       if task == "text":
-        raise Unwanted("with_images", "a record with an image is no text")
+        raise Unwanted("with_images", "a record with an image is not text")
       raise RecordError("missing_image", f"the image stands under {key[:40]!r}: name it by --image_column")
   return []
 
@@ -107,14 +107,14 @@ def check_media(names: Mapping[str, Any], column: str = "", pictured: bool = Fal
   """Checks that an object, or a sample of files, holds no medium that is not read.
 
   Args:
-    names: keys and their values, or endings of files and their contents; one that is empty does not count.
-    column: the key of the texts, which holds no medium whatever its name.
+    names: keys and their values, or endings of files and their contents; empty ones do not count.
+    column: the key of the texts, which is not a medium, whatever its name.
     pictured: whether the record has an image that `names` does not hold.
 
   Raises:
-    Unwanted: it does: "with_video", "with_audio", "with_point_cloud" or "with_pdf".
+    Unwanted: there is one: "with_video", "with_audio", "with_point_cloud" or "with_pdf".
   """
-  # Beside an image the name of a video or of a document says where the image is from.
+  # Beside an image, the name of a video or a document is the image's source.
   pictured |= any(
     name.lower() in (*IMAGES, *_OTHER_IMAGES, *_IMAGE_ENDINGS) and not is_empty(value) for name, value in names.items()
   )
@@ -131,9 +131,9 @@ def check_media(names: Mapping[str, Any], column: str = "", pictured: bool = Fal
 
 
 def _is_file(value: Any, endings: Container[str]) -> bool:
-  """Whether a value is the contents of a file, or the name of one with one of the endings.
+  """Whether a value, or the first of a list, is the contents of a file, or a file name with one of the endings.
 
-  Of a list, the first is.
+  The other values of a list are not checked.
   """
   first = value[0] if isinstance(value, (list, tuple)) and value else value
   return isinstance(first, (bytes, Mapping)) or _ending(first) in endings
@@ -165,7 +165,7 @@ def _ending(value: Any) -> str:
 
 
 def is_empty(value: Any, depth: int = 0) -> bool:
-  """Whether a value says that there is nothing: None, "", [], or a list or an object of nothing but such."""
+  """Whether a value is empty: None, "", [], or a list or an object of only such values."""
   if isinstance(value, Mapping) and value:
     value = list(value.values())
   if isinstance(value, (list, tuple)):
@@ -174,5 +174,5 @@ def is_empty(value: Any, depth: int = 0) -> bool:
 
 
 def _holds(value: Any) -> bool:
-  """Whether a value may be a medium, or name it: no number, and not empty."""
+  """Whether a value may be a medium or its name: neither a number nor empty."""
   return isinstance(value, (str, bytes, list, tuple, Mapping)) and bool(value) and not is_empty(value)

@@ -10,7 +10,7 @@ from jflow.data.importers.keys import CAPTIONS, CONVERSATIONS, DOCUMENTS, IMAGES
 from jflow.data.importers.media import check_media, images_of
 from jflow.data.records import Record, RecordError, Turn, Unwanted
 
-# Names that data sets give to the two who speak, in lower case.
+# Names of the two speakers in data sets, in lower case.
 _ROLES = {
   **dict.fromkeys(("human", "user", "prompter"), "user"),
   **dict.fromkeys(
@@ -36,16 +36,16 @@ _MAX_NOTE = 1000  # characters of a value that is kept as metadata
 
 
 def make_record(name: str, fields: Mapping[str, Any], images: tuple[Any, ...], task: str, column: str = "") -> Record:
-  """Returns the record of an object whose images are known.
+  """Builds the record of an object whose images are known.
 
   Args:
     name: the record's id.
-    fields: the object. What holds its text, by task; the first that is there counts:
+    fields: the object. Keys of its text, by task; the first one present counts:
       understanding  a conversation (`CONVERSATIONS`); "question" and "answer"; a caption (`CAPTIONS`), which
                      with image marks in it is an interleaved document
       generation     a caption
       text           a conversation; a document (`DOCUMENTS`)
-    images: as the record is to hold them.
+    images: for the record.
     task: "understanding", "generation" or "text".
     column: the key to take instead of the usual ones.
 
@@ -55,7 +55,7 @@ def make_record(name: str, fields: Mapping[str, Any], images: tuple[Any, ...], t
   """
   check_media(fields, column, bool(images))
   if task == "text" and (images or images_of(fields, task)):
-    raise Unwanted("with_images", "a record with an image is no text")
+    raise Unwanted("with_images", "a record with an image is not text")
   keys = (column,) if column else (DOCUMENTS if task == "text" else CAPTIONS)
   if task != "generation":
     value = _first(fields, (column,) if column else CONVERSATIONS)
@@ -91,7 +91,7 @@ def name_of(fields: Mapping[str, Any], otherwise: Any) -> str:
 
 
 def notes(fields: Mapping[str, Any], leave_out: Iterable[str] = ()) -> dict[str, Any]:
-  """Returns what is kept of an object as metadata: numbers and short strings, without its text."""
+  """Returns the metadata to keep of an object: numbers and short strings, without its text."""
   without = {*IMAGES, *TEXTS, *leave_out}
   kept = {}
   for key, value in fields.items():
@@ -150,9 +150,9 @@ def _from_list(name: str, values: Sequence[Any], images: tuple[Any, ...], task: 
 
 
 def _check_parts(images: tuple[Any, ...], task: str) -> None:
-  """Checks that a record has images where its text is made of parts of which one is an image."""
+  """Checks that a record has images where one of the parts of its text is an image."""
   if not images and task == "text":
-    raise Unwanted("with_images", "a record with an image is no text")
+    raise Unwanted("with_images", "a record with an image is not text")
   if not images:
     raise RecordError("image_count", "a part of the text is an image, and the record names none")
 
@@ -160,7 +160,7 @@ def _check_parts(images: tuple[Any, ...], task: str) -> None:
 def _content(value: Any) -> tuple[str | None, bool]:
   """Returns the text of a turn, None where it has another form, and whether an image is a part of it.
 
-  The text is as it is, or put together from a list of {"type": "text" or "image"}.
+  The content is a text, or a list of {"type": "text" or "image"}, whose parts are joined.
   """
   if isinstance(value, str):
     return value, False

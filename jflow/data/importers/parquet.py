@@ -1,12 +1,11 @@
 """parquet: tables of images and texts, as the Hugging Face hub and img2dataset hold them.
 
-An image is bytes, {"bytes", "path"}, a path, or a list of these; a text is a caption, a conversation (a list
-of turns or its JSON), or an interleaved document. `datasets` writes pictures of palettes, CMYK and 16 bits as
-TIFF, which becomes PNG. A row group is a part, and becomes a shard.
+An image is bytes, {"bytes", "path"}, a path, or a list of these; a text is a caption, a conversation (a list of turns
+or its JSON), or an interleaved document. `datasets` writes images with palettes, CMYK and 16 bits as TIFF, which
+becomes PNG. A row group is a part, and becomes a shard.
 
-Each column is read for itself, a few rows at a time, so that what cannot be read costs the rows that need it:
-the image and the text of a row are needed, and numbers and short texts are kept as metadata where they can be
-read.
+Each column is read separately, a few rows at a time, so that damage costs only the rows that need the value: a row
+needs its image and text, and keeps numbers and short texts as metadata where they are readable.
 """
 
 import collections
@@ -26,7 +25,7 @@ from jflow.data.records import Record, RecordError, Unwanted
 from jflow.errors import UserError
 
 IMAGES = (*keys.IMAGES, "jpg", "png", "webp", "jpeg", "img", "image_bytes", "bytes")
-MAX_RATIO = 100  # bytes of a row group to those of its file: images and text do not shrink so far
+MAX_RATIO = 100  # bytes of a row group to those of its file: images and text do not compress so well
 MAX_ROWS = 100  # to a byte of the file
 _BATCH_ROWS, _BATCH_BYTES = 32, 2**27  # of a column in memory, unless a single cell is larger
 
@@ -34,7 +33,7 @@ Part = tuple[str, int, int, int]  # file, row group, its first row, its rows
 
 
 class Parquet:
-  """See the top of the module."""
+  """The importer of parquet; see the top of the module."""
 
   flags = frozenset({"image_column", "image_root", "text_column"})
   reads_input = True
@@ -51,9 +50,7 @@ class Parquet:
     """Returns the row groups.
 
     Raises:
-      UserError: a file is no parquet file, claims more than it can hold, or has no column of the name that
-      was asked
-        for.
+      UserError: a file is not a parquet file, claims more than it can hold, or lacks a column that a flag names.
     """
     parts = []
     for path in self._paths:
@@ -111,7 +108,7 @@ class Parquet:
       raise UserError(f"{path} has no column of images: name it by --image_column, one of {', '.join(names)}")
     texts = (options.text_column,) if options.text_column else (*keys.text_keys(options.task), "answer")
     read = {name for name in names if name in texts or (not options.text_column and name.lower() in texts)}
-    # A document goes without its picture; a conversation that has one is no text.
+    # A document is imported without its image; a conversation with one is not text.
     if image and (options.task != "text" or keys.is_conversation(names)):
       read.add(image)
     twice = [name for name, count in collections.Counter(names).items() if count > 1]
@@ -126,7 +123,7 @@ class Parquet:
     return _Columns(image, others, tuple(name for name in names if name in read or name in kept))
 
   def _is_medium(self, name: str, names: Sequence[str]) -> bool:
-    """Returns whether a column of a table may hold what makes its row one for another task, or for none."""
+    """Returns whether a column may hold a medium, which makes its row one for another task or for none."""
     row = {**dict.fromkeys(names), name: b"contents"}
     try:
       media.check_media(row, self._options.text_column)
@@ -146,7 +143,7 @@ class Parquet:
     if isinstance(value, RecordError):
       raise value
     if task == "text":
-      images = () if media.is_empty(value) else (value,)  # which makes it no text
+      images = () if media.is_empty(value) else (value,)  # a row with it is not text
     else:
       values = value if isinstance(value, list) else [value]
       values = [None if isinstance(each, dict) and media.is_empty(each) else each for each in values]
@@ -183,14 +180,14 @@ class _Columns(NamedTuple):
   """The columns of a table that are read."""
 
   image: str  # "" where there is none
-  media: tuple[str, ...]  # those that decide whether a row is of use
-  read: tuple[str, ...]  # with those of metadata
+  media: tuple[str, ...]  # columns that decide whether a row is used
+  read: tuple[str, ...]  # and those of metadata
 
 
 def _cells(table: Any, group: int, name: str, rows: int) -> Iterator[Any]:
-  """Yields the values of a column in a row group without end; those that cannot be read are a `RecordError`.
+  """Yields the values of a column in a row group, without end: a `RecordError` where there is none or it is unreadable.
 
-  Nothing is asked of the column's own metadata: pyarrow ends the process where they are damaged.
+  The column's own metadata are not read: pyarrow ends the process where they are damaged.
   """
   try:
     for batch in table.iter_batches(rows, [group], [name], use_threads=False):
@@ -205,12 +202,12 @@ def _cells(table: Any, group: int, name: str, rows: int) -> Iterator[Any]:
 
 
 def _value(cell: Any) -> Any:
-  """Returns a cell as Python has it, in which what cannot be converted is a `RecordError`."""
+  """Returns a cell as a Python value, with a `RecordError` in place of a part that cannot be converted."""
   try:
     return cell.as_py()
   except UnicodeDecodeError:
     broken = RecordError("invalid_utf8", "the text is not valid UTF-8")
-  except Exception as error:  # a date or a number that Python does not have
+  except Exception as error:  # a date or a number out of Python's range
     broken = RecordError("bad_field", f"a value cannot be read ({type(error).__name__})")
   if hasattr(cell, "keys"):
     return {field.name: _value(cell[i]) for i, field in enumerate(cell.type)}
@@ -218,7 +215,7 @@ def _value(cell: Any) -> Any:
 
 
 def _is_short(kind: Any) -> bool:
-  """Returns whether a column may hold what is kept as metadata: numbers and texts."""
+  """Returns whether a column may be kept as metadata: numbers and texts."""
   from pyarrow import types
 
   kind = getattr(kind, "storage_type", kind)
@@ -252,12 +249,12 @@ def _open(path: str) -> Any:
     raise UserError(f"{path} is not a readable parquet file ({str(error)[:80]}){_advice(path)}") from None
 
 
-@functools.lru_cache(maxsize=1)  # read for each row group again, they would take time with the square of these
+@functools.lru_cache(maxsize=1)  # reading them again for each row group would take quadratic time
 def _plain_metadata(path: str, changed: int) -> Any:
-  """Returns the metadata of a file without the Arrow schema that its writer may have left.
+  """Returns the metadata of a file without the Arrow schema that its writer may have added.
 
-  It would bring back types, such as dictionaries, of which a single text that is no UTF-8 costs the whole
-  column. `changed` tells one state of the file from another.
+  The schema would restore types, such as dictionaries, in which a single text that is not UTF-8 costs the whole column.
+  `changed` is a key of the cache, another one after the file has changed.
   """
   import pyarrow.parquet
 

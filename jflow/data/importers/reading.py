@@ -1,4 +1,4 @@
-"""Reading the files of an input: images below a folder, lines, and the encoding of a text."""
+"""Readers of an input's files: images below a folder, lines, and the encoding of a text."""
 
 import codecs
 import errno
@@ -11,9 +11,9 @@ from jflow import git_lfs
 from jflow.data.records import RecordError
 from jflow.errors import UserError
 
-MAX_IMAGE_FILE = 256 * 2**20  # bytes; no picture within `images.MAX_PIXELS` needs more
+MAX_IMAGE_FILE = 256 * 2**20  # bytes; no image within `images.MAX_PIXELS` needs more
 MAX_LINE = 64 * 2**20  # bytes of a line, or of a document
-# Of the machine, not of the data: the import ends, and goes on when the same command is run again.
+# Errors of the machine, not of the data: the import ends, and running the same command continues it.
 _TRANSIENT = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
@@ -26,8 +26,8 @@ def read_under(root: str, name: str, limit: int = MAX_IMAGE_FILE) -> bytes:
     limit: bytes that the file may have.
 
   Raises:
-    RecordError: it lies elsewhere ("outside_root"), is not there ("missing_image"), is a folder, a pipe or a
-      device ("not_a_file"), too large ("too_large"), or a git-lfs pointer ("git_lfs_pointer").
+    RecordError: it is outside the folder ("outside_root"), missing ("missing_image"), a folder, a pipe or a device
+      ("not_a_file"), too large ("too_large"), or a git-lfs pointer ("git_lfs_pointer").
   """
   root = os.path.normpath(os.path.abspath(root))
   path = os.path.normpath(os.path.join(root, name))
@@ -35,7 +35,7 @@ def read_under(root: str, name: str, limit: int = MAX_IMAGE_FILE) -> bytes:
     raise RecordError("outside_root", f"image {name:.200} lies outside {root}: set --image_root")
   try:
     status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its writer
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
       raise RecordError("not_a_file", f"image {name:.200} is a folder, a pipe or a device")
     if status.st_size > limit:
       raise RecordError("too_large", f"the images of the record have more than {MAX_IMAGE_FILE:,} bytes")
@@ -51,9 +51,9 @@ def read_under(root: str, name: str, limit: int = MAX_IMAGE_FILE) -> bytes:
 
 
 def lines(file: BinaryIO, limit: int = MAX_LINE) -> Iterator[tuple[bytes, int]]:
-  """Yields each line, of which no more than `limit` + 1 bytes are kept, and its length.
+  """Yields each line, cut to at most `limit` + 1 bytes, and its full length.
 
-  Only a line feed ends one.
+  Only a line feed ends a line.
   """
   while line := file.readline(limit + 1):
     length, last = len(line), line
@@ -63,7 +63,7 @@ def lines(file: BinaryIO, limit: int = MAX_LINE) -> Iterator[tuple[bytes, int]]:
 
 
 def is_blank(line: bytes) -> bool:
-  """Whether a line holds nothing: white space, or the byte order mark that some editors begin a file with."""
+  """Whether a line is blank: white space, or the byte order mark with which some editors begin a file."""
   return not line.strip(b" \t\r\n\v\f\xef\xbb\xbf")
 
 

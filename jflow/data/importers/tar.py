@@ -1,7 +1,7 @@
-"""Reads tar files as a stream, within limits. Nothing is ever written: a member is a name and bytes in memory.
+"""A streaming reader of tar files within limits. It never extracts to disk: a member is a name and bytes in memory.
 
-Python's tarfile reads the long names and extended headers of a file whole, whatever size they claim, and follows
-links and sparse maps. This reader takes plain files alone and says what is wrong with the others.
+Python's tarfile reads long names and extended headers of any claimed size into memory, and follows links and sparse
+maps. This reader accepts only plain files and reports what is wrong with the others.
 """
 
 import os
@@ -30,7 +30,7 @@ _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"6")  # whatever size they claim
 
 
 class Member(NamedTuple):
-  """A file in a tar, or what is wrong with it. A name that is empty stands for damage to the tar itself."""
+  """A file in a tar, or the error in its place. An empty name stands for damage to the tar itself."""
 
   name: str
   data: bytes | RecordError
@@ -40,10 +40,10 @@ class Member(NamedTuple):
 def members(path: str) -> Iterator[Member]:
   """Yields the files of a tar or tar.gz in order. Folders are left out.
 
-  What is no plain file, has a name that leads outside, or is too large comes with a `RecordError` "tar_member".
-  Damage comes under an empty name: an empty file ("empty_shard"), one that unfolds too far ("bomb"), one that is
-  cut or damaged ("broken_tar", "broken_gzip"). After a damaged header the next whole one is looked for. Behind an end
-  mark another tar may follow, as `cat` joins them; what follows and is none is damage.
+  A member that is not a plain file, has a name outside the folder, or is too large has a `RecordError` "tar_member".
+  Damage is reported under an empty name: an empty file ("empty_shard"), too large once uncompressed ("bomb"), cut or
+  damaged ("broken_tar", "broken_gzip"). After a damaged header, reading continues at the next sound one. After an end
+  mark another tar may follow, as `cat` joins them; anything else there is damage.
   """
   with open(path, "rb") as raw:
     stream = _Stream(raw, compressed.is_gzip(path))
@@ -120,33 +120,33 @@ class _Stream:
     return found or self.read(_BLOCK)
 
   def pass_zeros(self) -> bool:
-    """Passes over blocks of zeros; returns whether a header follows.
+    """Skips blocks of zeros; returns whether a header follows.
 
     Raises:
-      RecordError: something else does.
+      RecordError: something else follows.
     """
     while (block := self.read(_BLOCK)) == _ZEROS:
       pass
     if not any(block):
       return False
     if len(block) < _BLOCK or not _is_header(block):
-      raise RecordError("broken_tar", "what follows the end mark of the tar is no tar")
+      raise RecordError("broken_tar", "what follows the end mark of the tar is not a tar")
     self._found = block
     return True
 
   def find_header(self) -> bool:
-    """Passes over blocks until one is a header whose checksum holds; returns whether there is one."""
+    """Skips blocks up to a header with a valid checksum; returns whether there is one."""
     try:
       while len(block := self.read(_BLOCK)) == _BLOCK:
         if block[257:262] == b"ustar" and _is_header(block):
           self._found = block
           return True
-    except RecordError:  # the gzip around it
+    except RecordError:  # of the gzip stream
       pass
     return False
 
   def read_whole(self, size: int) -> bytes:
-    """Returns the contents of a member and passes over what fills its last block."""
+    """Returns the contents of a member and skips the padding of its last block."""
     data = self.read(size)
     padding = -size % _BLOCK
     if len(data) < size or len(self.read(padding)) < padding:
@@ -181,12 +181,12 @@ def _parse(header: bytes) -> tuple[str, int, bytes]:
 
 
 def _is_header(block: bytes) -> bool:
-  """Returns whether the checksum of a block holds; the field that it stands in counts as spaces."""
+  """Returns whether the checksum of a block is valid; its own field counts as spaces."""
   return sum(block[:148]) + 8 * 32 + sum(block[156:]) == _octal_or_none(block[148:156])
 
 
 def _text(name: bytes) -> str:
-  """Returns a name; in one that is no UTF-8 each byte is a character, so that no two become the same."""
+  """Decodes a name; in one that is not UTF-8 each byte becomes a character, so that different names stay different."""
   try:
     return name.decode("utf-8")
   except UnicodeDecodeError:

@@ -1,9 +1,9 @@
-"""text: documents, from plain text files and from JSON lines with "text" in them.
+"""text: documents in plain text files, and in JSON lines with a key "text".
 
 .txt .md             the file is a document, or each of its paragraphs or lines is: --documents
 .jsonl .ndjson .json .jsonl.gz .json.gz   each line is an object
 
-Large files are cut into parts where a document ends; small ones share a part.
+Large files are cut into parts between documents; small ones share a part.
 """
 
 import os
@@ -25,7 +25,7 @@ Piece = tuple[str, int, int]  # file, first byte, one past the last
 
 
 class Text:
-  """See the top of the module."""
+  """The importer of text; see the top of the module."""
 
   flags = frozenset({"documents", "part_records", "text_column"})
   reads_input = True
@@ -41,7 +41,7 @@ class Text:
     self._paths, self.left_out = inputs.input_files(options.input, endings, "text")
     other = next((path for path in self._paths if not path.lower().endswith(endings)), None)
     if other:
-      raise UserError(f"{other} is no text to learn from by its name: --format=text reads {', '.join(endings)}")
+      raise UserError(f"{other} is not text to learn from, by its name: --format=text reads {', '.join(endings)}")
 
   def files(self) -> list[str]:
     return self._paths
@@ -104,7 +104,7 @@ class Text:
     return make_item(where, lambda: self._record(path, start, document), work)
 
   def _record(self, path: str, start: int, document: bytes) -> tuple[Record, dict[str, Any]]:
-    name = os.fsencode(os.path.basename(path)).decode("utf-8", "backslashreplace")  # which need not be Unicode
+    name = os.fsencode(os.path.basename(path)).decode("utf-8", "backslashreplace")  # a name need not be Unicode
     name += "" if self._kind(path) == "file" else f":{start}"
     if len(document) > MAX_DOCUMENT:
       raise RecordError("too_large", f"the document has more than {MAX_DOCUMENT:,} bytes; see --documents")
@@ -121,9 +121,9 @@ class Text:
 
 
 def _documents(file: BinaryIO, length: int | None, kind: str) -> Iterator[tuple[bytes, int]]:
-  """Yields the documents of the next `length` bytes, cut like lines, and the bytes that each takes.
+  """Yields the documents of the next `length` bytes (None: of all), cut like lines, and the bytes of each.
 
-  A length of None is that of all.
+  A long document is cut as by `reading.lines`.
   """
   if kind == "file":
     yield file.read(min(length, MAX_DOCUMENT + 1)), length
@@ -135,7 +135,7 @@ def _documents(file: BinaryIO, length: int | None, kind: str) -> Iterator[tuple[
       document += line
     taken += size
     done += size
-    # A blank line ends a paragraph; before its first line it is a part of it.
+    # A blank line ends a paragraph; one before its first line is a part of it.
     blank = not line.strip()
     if kind == "line" or (blank and begun):
       yield bytes(document), taken

@@ -1,7 +1,7 @@
 """tfds: a data set that TFDS wrote in ArrayRecord or Parquet files, read without TensorFlow.
 
-The input is the directory of one version, which holds dataset_info.json. Images are taken as they are stored, not
-decoded and encoded again. What `prepare` wrote is such a directory too, so that it can be filtered again.
+The input is the directory of one version, which holds dataset_info.json. Images are copied as stored, not decoded and
+encoded again. A prepared data set is such a directory too, so that it can be filtered again.
 """
 
 import functools
@@ -23,7 +23,7 @@ _FEATURES = "tensorflow_datasets.core.features."
 
 
 class Tfds:
-  """See the top of the module."""
+  """The importer of tfds; see the top of the module."""
 
   flags = frozenset({"image_column", "part_records", "split", "text_column"})
   reads_input = True
@@ -33,7 +33,7 @@ class Tfds:
   def __init__(self, options: Options):
     self._options = options
     if not os.path.isfile(os.path.join(options.input, "dataset_info.json")):
-      raise UserError(f"{options.input} is no TFDS data set: name the directory that holds dataset_info.json")
+      raise UserError(f"{options.input} is not a TFDS data set: name the directory that holds dataset_info.json")
     git_lfs.check(self.files())
     features = _builder(options.input).info.features
     names = sorted(features)
@@ -49,7 +49,7 @@ class Tfds:
       raise UserError(f"{options.input} has no feature of images: name it by --image_column, one of {', '.join(names)}")
 
   def files(self) -> list[str]:
-    # Not the plans and lengths that runs keep beside the records.
+    # Without the plans and lengths that runs keep beside the records.
     return sorted(
       entry.path
       for entry in os.scandir(self._options.input)
@@ -74,13 +74,13 @@ class Tfds:
 
     features = _builder(self._options.input).info.features
     source = _open(self._options.input, self._options.split)
-    # The example as it is stored: the features' own decoding would unpack every image.
+    # The example as stored: the features' own decoding would decode every image.
     parser = example_parser.ExampleParserNp(features.get_serialized_info())
     for index in range(*part):
       where = f"{self._options.input} {self._options.split}[{index}]"
       try:
         fields = dict(parser.parse_example(bytes(source[index])))
-      except Exception as error:  # the readers raise what the damage makes of them
+      except Exception as error:  # damage may raise any exception in the readers
         yield Item(where, RecordError("corrupt", f"cannot be read ({type(error).__name__})"), {})
         continue
       yield make_item(where, functools.partial(self._read, index, fields, features))
@@ -107,7 +107,7 @@ class Tfds:
 
 
 def _notes_in(meta: str) -> dict[str, Any]:
-  """Returns what `prepare` noted of a record; nothing where it cannot be read."""
+  """Returns the metadata that `prepare` kept of a record; empty where they are unreadable."""
   try:
     return objects.notes(json_texts.parse_object(meta))
   except RecordError:
@@ -115,10 +115,10 @@ def _notes_in(meta: str) -> dict[str, Any]:
 
 
 def _check_shards(split: Any) -> None:
-  """Checks that the files of a split hold the records that dataset_info.json says.
+  """Checks that the files of a split have the numbers of records in dataset_info.json.
 
   Raises:
-    UserError: one is missing, cannot be opened, or holds another number of records.
+    UserError: a file is missing, cannot be opened, or has another number of records.
   """
   try:
     paths, lengths = list(map(str, split.filepaths)), list(map(int, split.shard_lengths))
@@ -140,7 +140,7 @@ def _check_shards(split: Any) -> None:
 
 
 def _records_in(path: str, otherwise: int) -> int:
-  """Returns the records of a file; the other number where its format does not tell."""
+  """Returns the number of records in a file; `otherwise` where its format does not store it."""
   name = os.path.basename(path)
   if ".parquet" in name:
     import pyarrow.parquet
@@ -168,10 +168,10 @@ def _builder(directory: str) -> Any:
 
 
 def _check_features(path: str) -> None:
-  """Checks that a description of features names TFDS's own classes alone: TFDS imports what it names.
+  """Checks that a description of features names only TFDS's own classes, since TFDS imports any class named there.
 
   Raises:
-    UserError: it does not, or cannot be read.
+    UserError: it names another class, or cannot be read.
   """
   try:
     with open(path, encoding="utf-8") as file:
@@ -189,7 +189,7 @@ def _check_features(path: str) -> None:
 
 @functools.lru_cache(maxsize=1)  # TFDS reads Parquet files whole
 def _open(directory: str, split: str) -> Any:
-  """Returns the examples of a split as they are stored: index -> bytes."""
+  """Returns the examples of a split as stored: index -> bytes."""
   builder = _builder(directory)
   try:
     return builder.as_data_source(split).data_source
@@ -207,10 +207,9 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _plain(name: str, value: Any, features: Mapping[str, Any]) -> Any:
-  """Returns a stored value as JSON has it; a class label becomes its name, a sequence of objects their list.
+  """Converts a stored value to JSON types; a class label becomes its name, a sequence of objects their list.
 
-  A label below 0 is TFDS's way to say that an example has none: it becomes None. What cannot be read is a
-  `RecordError` in its place.
+  A label below 0, TFDS's mark of an example without one, becomes None. An unreadable part becomes a `RecordError`.
   """
   try:
     if hasattr(features[name], "int2str") and np.ndim(value) == 0:

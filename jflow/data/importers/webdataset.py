@@ -20,12 +20,12 @@ from jflow.data.records import Record, RecordError, Unwanted
 
 MAX_SAMPLE = 128 * 2**20  # bytes
 _ENDINGS = (".tar", ".tar.gz", ".tgz")
-# What is no PNG, JPEG or WEBP is refused later, by its contents.
+# Contents that are not PNG, JPEG or WEBP are refused later.
 _IMAGE = re.compile(r"(?:.*\.)?(?:jpe?g|png|webp|gif|bmp|tiff?|avif|heic)")
 
 
 class WebDataset:
-  """See the top of the module."""
+  """The importer of webdataset; see the top of the module."""
 
   flags = frozenset({"image_column", "text_column"})
   reads_input = True
@@ -55,7 +55,7 @@ class WebDataset:
     def finish() -> Iterator[Item]:
       if sample:
         item = self._item(part, key, sample, seen, position - read)
-        if not damaged or isinstance(item.record, (Record, Unwanted)):  # what it lacks, the damage took
+        if not damaged or isinstance(item.record, (Record, Unwanted)):  # a missing member may be lost to the damage
           yield item
 
     for member in tar.members(part):
@@ -92,7 +92,7 @@ class WebDataset:
       contents = {n: b"broken" if isinstance(data, RecordError) else data for n, data in sample.items()}
       media.check_media(contents, self._text_ending)
       if self._options.task == "text" and any(map(_IMAGE.fullmatch, sample)):
-        raise Unwanted("with_images", "a sample with an image is no text")
+        raise Unwanted("with_images", "a sample with an image is not text")
       return self._record(key, sample)
 
     item = make_item(f"{part} sample {key:.80}", read, work)
@@ -102,7 +102,7 @@ class WebDataset:
     return item
 
   def _record(self, key: str, sample: dict[str, bytes | RecordError]) -> tuple[Record, dict[str, Any]]:
-    """Returns the record of a sample and its metadata; a member that it does not need may be broken."""
+    """Returns the record of a sample and its metadata; members that it does not need may be broken."""
     task, column = self._options.task, self._options.text_column
     named = bool(column) and self._text_ending in sample
     ending = self._text_ending if named else "txt"
@@ -126,7 +126,7 @@ class WebDataset:
       raise
 
   def _fields(self, sample: dict[str, bytes | RecordError], needed: bool) -> dict[str, Any]:
-    """Returns the object in KEY.json; an empty one where there is none, or a broken one that is not needed."""
+    """Returns the object in KEY.json; empty where the member is missing, or broken and not needed."""
     try:
       return json_texts.parse_object(_sound(sample["json"])) if "json" in sample else {}
     except RecordError:
@@ -136,7 +136,7 @@ class WebDataset:
 
 
 def _is_talk(sample: dict[str, Any], fields: dict[str, Any]) -> bool:
-  """Whether a sample without an image is a conversation that needs none, of which its members hold no more."""
+  """Whether a sample without an image is a conversation that needs none and has no other members."""
   return set(sample) == {"json"} and keys.is_conversation(fields) and IMAGE_MARK not in json.dumps(fields)
 
 
@@ -144,7 +144,7 @@ def _sound(data: bytes | RecordError) -> bytes:
   """Returns the contents of a member that is needed.
 
   Raises:
-    RecordError: it is broken.
+    RecordError: the member is broken.
   """
   if isinstance(data, RecordError):
     raise data
@@ -152,7 +152,7 @@ def _sound(data: bytes | RecordError) -> bytes:
 
 
 def _text(ending: str, data: bytes) -> Any:
-  """Returns the text of a member, or what its JSON holds."""
+  """Returns the text of a member, or its value if it is JSON."""
   if ending.rpartition(".")[2] == "json":
     return json_texts.parse_json(data)
   try:

@@ -1,8 +1,8 @@
-"""What is derived from a source once and kept: its lengths and packing plans.
+"""The cache of data derived from a source: its lengths and packing plans.
 
-Kept beside the records where that folder can be written, else under `data.plan_cache`; a file's name is a hash
-of all that it depends on, so nothing is ever out of date. Files appear whole, by a rename. Of several processes
-that need the same one, the first makes it and the others wait.
+Files are kept beside the records where that folder can be written, else under `data.plan_cache`. A file's name is a
+hash of all that it depends on, so that it is never out of date. Files are written atomically; of several processes that
+need the same one, the first makes it and the others wait.
 """
 
 import collections
@@ -30,15 +30,15 @@ def name(kind: str, *key: Any) -> str:
 
 
 def find(folders: list[str], file: str) -> str | None:
-  """Returns the path of a file that is there, in the first folder that has it."""
+  """Returns the path of a cached file, in the first folder that has it."""
   return next((path for folder in folders if os.path.exists(path := os.path.join(folder, file))), None)
 
 
 @contextlib.contextmanager
 def alone(folders: list[str], file: str) -> Iterator[str | None]:
-  """Holds the right to write a file; yields its path, or None where no folder can be written.
+  """Locks a file to write; yields its path, or None where no folder can be written.
 
-  Waits while another process holds it: look again for the file inside. A process that dies lets go.
+  Waits while another process holds the lock, so look for the file again inside. The lock ends with its process.
   """
   for folder in folders:
     path = os.path.join(folder, file)
@@ -60,10 +60,10 @@ def alone(folders: list[str], file: str) -> Iterator[str | None]:
 
 
 def counts(value: Any) -> collections.Counter:
-  """The counts, by reason, that a file holds.
+  """Checks the counts by reason of a file and returns them.
 
   Raises:
-    ValueError: it holds something else.
+    ValueError: the value has another form.
   """
   pairs = value.items() if isinstance(value, dict) else [(None, None)]
   if not all(isinstance(name, str) and type(number) is int and number >= 0 for name, number in pairs):

@@ -1,12 +1,12 @@
-"""VAE latents made ahead of time: the moments of each picture to paint, beside the records of a prepared data set.
+"""Precomputed VAE latents: the posterior of each image to write, beside the records of a prepared data set.
 
   latents-384/latents-00000-of-00002.array_record    one entry per record of the shard with the same number
   latents-384/latents.json                           schema, records, encoder, image_size, moments, seed, ...
 
 An entry holds the square that was cut out (left, top, side: int32) and then the posterior's mean and log
-variance, bfloat16[h, w, 2 C], before scaling. The square is drawn once per record, from (seed, record), and is
-the same in every epoch: what the VAE saw is what SigLIP has to see. An entry of a record that cannot be decoded
-is empty. This file reads and writes; training/latents.py runs the VAE.
+variance, bfloat16[h, w, 2 C], before scaling. The square is drawn once per record, from (seed, record), and is the
+same in every epoch, since SigLIP has to see the square that the VAE has encoded. The entry of a record that cannot be
+decoded is empty. This file reads and writes; training/latents.py runs the VAE.
 """
 
 import collections
@@ -36,12 +36,12 @@ _AHEAD = 2  # batches that the readers are ahead of the VAE
 
 
 class Latents:
-  """The moments of a prepared data set: record number -> (square, moments). Picklable.
+  """The latents of a prepared data set: record number -> (square, moments of the posterior). Picklable.
 
   Attributes:
-    directory: where they lie.
+    directory: their folder.
     encoder: fingerprint of the VAE's encoder that made them.
-    fingerprint: hash of all that they were made from: records, encoder, sizes, seed.
+    fingerprint: hash of all that they depend on: records, encoder, sizes, seed.
   """
 
   def __init__(self, source: Any, image_size: int, moments: tuple[int, ...]):
@@ -49,7 +49,7 @@ class Latents:
 
     Args:
       source: the records, a `PreparedSource`.
-      image_size: side in pixels of the pictures that the run trains on.
+      image_size: side in pixels of the run's images.
       moments: (h, w, 2 C) of its VAE.
 
     Raises:
@@ -86,24 +86,24 @@ class Latents:
     )
 
   def __getitem__(self, index: int) -> tuple[tuple[int, int, int], np.ndarray]:
-    """Returns the square (left, top, side) in the upright picture, and its moments, bfloat16[h, w, 2 C].
+    """Returns the square (left, top, side) in the upright image, and its moments, bfloat16[h, w, 2 C].
 
     Raises:
-      RecordError: the entry is damaged, or the picture could not be decoded.
+      RecordError: the entry is damaged, or the image could not be decoded.
     """
     try:
       entry = self._entries[index]
       box, moments = entry[: 3 * _BOX.itemsize], entry[3 * _BOX.itemsize :]
       box = tuple(np.frombuffer(box, _BOX).tolist())
       return box, np.frombuffer(moments, bfloat16).reshape(self._moments)
-    except Exception as error:  # the reader raises what the damage makes of it
+    except Exception as error:  # damage may raise any exception in the reader
       raise RecordError(
         "latents", f"entry {index} of {self.directory} cannot be used ({type(error).__name__})"
       ) from None
 
 
 def folder(directory: str, image_size: int) -> str:
-  """Returns where the latents of a prepared data set lie."""
+  """Returns the folder for the latents of a prepared data set."""
   return os.path.join(directory, f"latents-{image_size}")
 
 
@@ -119,7 +119,7 @@ def write(
 ) -> dict[str, Any]:
   """Writes the latents of a prepared data set, and returns the contents of latents.json.
 
-  Shards that a killed run has finished are kept; the folder appears when all are there.
+  Shards that a killed run has finished are kept; the folder appears once all are complete.
 
   Args:
     directory: the data set, task "generation".
@@ -127,12 +127,12 @@ def write(
     moments: (h, w, 2 C).
     encoder: fingerprint of the encoder.
     encode: uint8[batch_size, H, W, 3] -> bfloat16[batch_size, h, w, 2 C].
-    batch_size: pictures per call of `encode`.
+    batch_size: images per call of `encode`.
     seed: of the squares.
     threads: that read and decode.
 
   Raises:
-    UserError: the directory is no such data set, has latents already, or cannot be written.
+    UserError: the directory is not such a data set, has latents already, or cannot be written.
   """
   task = prepared.read_summary(directory)["task"]
   if task != "generation":
@@ -179,7 +179,7 @@ def _write_shards(
   batch_size: int,
   threads: int,
 ) -> list[dict[str, Any]]:
-  """Writes the shards that are not there yet, each with its report; returns the reports of all."""
+  """Writes the missing shards, each with its report; returns the reports of all shards."""
   from array_record.python import array_record_module
 
   lengths, first, reports = header["shard_lengths"], 0, []
@@ -216,7 +216,7 @@ def _entries(
   pool: concurrent.futures.Executor,
   lost: collections.Counter,
 ) -> Iterator[bytes]:
-  """Yields the entries of records in order; the pool reads ahead while the VAE works."""
+  """Yields the entries of records in order; the pool reads ahead while the VAE runs."""
   batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
   waiting: collections.deque = collections.deque()
   for number, batch in enumerate(batches + [None] * _AHEAD):
@@ -255,7 +255,7 @@ def _shard(number: int, header: dict[str, Any]) -> str:
 
 
 def _read_header(path: str, directory: str, image_size: int, again: str) -> dict[str, Any]:
-  """The contents of latents.json. `again`: how to make the latents again, for messages."""
+  """Returns the contents of latents.json. `again`: how to make the latents again, for messages."""
   try:
     header = files.read_object(os.path.join(path, _HEADER))
     schema = header["schema"]
@@ -276,7 +276,7 @@ def _read_header(path: str, directory: str, image_size: int, again: str) -> dict
 
 
 def _check_header(header: dict[str, Any]) -> None:
-  """Raises Malformed, or KeyError, where what is read of a header is not there or not of its type."""
+  """Raises Malformed, or KeyError, where a field of a header is missing or of another type."""
   numbers = ("moments", "shard_lengths", "shard_bytes")
   if not all(files.are_counts(header[name]) for name in numbers):
     raise Malformed(f"{', '.join(numbers)} must be lists of integers")

@@ -1,7 +1,7 @@
-"""How long each record's sequence is at most: what the packing plan is made of.
+"""The greatest length of each record's sequence, from which rows are planned.
 
-The first pass over a source. For a prepared data set it reads the outlines, not the images. The result is kept
-(derived.py), and does not depend on the size of the row or of the images.
+This is the first pass over a source. For a prepared data set it reads the outlines, not the images. The result is
+cached (derived.py), and does not depend on the size of the rows or of the images.
 """
 
 import array
@@ -28,9 +28,9 @@ from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped
 from jflow.progress import Progress
 
-# Goes up when the layouts in examples.py change length.
+# To be raised when the layouts in examples.py change length.
 _VERSION = 2
-# From so many records on, about ten seconds of one core, processes are worth their start.
+# From so many records on, processes are worth their start.
 _WORTH_PROCESSES = 100_000
 
 
@@ -45,14 +45,14 @@ def measure(
 ) -> tuple[np.ndarray, collections.Counter]:
   """Returns the tokens and images of every record, int32[N, 2], and what was rejected, by reason.
 
-  A rejected record has length 0. Where chance decides (first sentence, dropped prompt), the longest counts.
-  `cache` is the folder for what cannot be kept beside the records; `writer` a name of generation/base.py, by any of
-  which an image grows by one token for each patch.
+  A rejected record has length 0. Where the length is random (first sentence, dropped prompt), the longest counts.
+  `cache` is the folder for results that cannot be kept beside the records; `writer` a name of generation/base.py, whose
+  images must grow by one token per patch.
   """
   folders = derived.places(source, cache)
   fingerprint = getattr(source, "fingerprint", "")
   made_for = [task, tokenizer.fingerprint, template]
-  if task == "generation" and writer != "flow":  # whose lengths were kept before there was a choice
+  if task == "generation" and writer != "flow":  # lengths cached by versions without a choice stay valid
     made_for.append(writer)
   file = derived.name("lengths", _VERSION, fingerprint, *made_for) + ".npz"
   found = _read(folders, file, len(source))
@@ -129,7 +129,7 @@ def _records(source: Source) -> Iterator[Record | RecordError]:
 
 
 def _read(folders: list[str], file: str, records: int) -> tuple[np.ndarray, collections.Counter] | None:
-  """Returns what was kept; None where nothing is or it is damaged."""
+  """Returns the cached result; None where it is missing or damaged."""
   path = derived.find(folders, file)
   if path is None:
     return None
@@ -139,7 +139,7 @@ def _read(folders: list[str], file: str, records: int) -> tuple[np.ndarray, coll
       rejected = derived.counts(dict(zip(arrays["reasons"].tolist(), arrays["counts"].tolist(), strict=True)))
     if lengths.shape == (records, 2) and lengths.dtype == np.int32 and not (lengths < 0).any():
       return lengths, rejected
-  except Exception:  # zip files break in many ways; a damaged one is made again
+  except Exception:  # damage to a zip file raises many types; the file is made again
     pass
   with contextlib.suppress(OSError):
     files.remove(path)
@@ -147,7 +147,7 @@ def _read(folders: list[str], file: str, records: int) -> tuple[np.ndarray, coll
 
 
 def _write(path: str, lengths: np.ndarray, rejected: collections.Counter) -> None:
-  """Writes a file that is whole or not there. A full disk costs only the time to measure again."""
+  """Writes a file atomically. On a full disk nothing is kept, and the lengths are measured again next time."""
   arrays = dict(
     lengths=lengths,
     reasons=np.array(list(rejected), np.str_),

@@ -1,4 +1,4 @@
-"""A directory of work that is not whole yet: one process writes in it, and a killed one's work is taken up again."""
+"""A directory of unfinished work: one process writes in it, and the work of a killed one is continued."""
 
 import contextlib
 import hashlib
@@ -16,17 +16,18 @@ _DIGEST = "digest_of_report"
 
 
 def open_partial(partial: str, job: dict[str, Any], flag: str) -> TextIO:
-  """Makes the directory and locks it; returns the lock, which ends with the process.
+  """Creates the directory and locks it; returns the lock, which ends with the process.
 
-  What another job left there, or this one on files that changed since, is removed; what nobody knows is not.
+  The files of another job, or of this one on inputs that have changed since, are removed; files of an unknown origin
+  are not.
 
   Args:
     partial: the directory.
-    job: what the work depends on, as JSON has it.
-    flag: the option that named the place, for messages.
+    job: all that the work depends on, as a JSON value.
+    flag: the option that named the directory, for messages.
 
   Raises:
-    UserError: it cannot be written, another process writes in it, or it holds what no job is known of.
+    UserError: it cannot be written, another process writes in it, or it holds files of an unknown origin.
   """
   try:
     os.makedirs(partial, exist_ok=True)
@@ -48,7 +49,7 @@ def open_partial(partial: str, job: dict[str, Any], flag: str) -> TextIO:
     if files.read_object(path) == job:
       return lock
   except (FileNotFoundError, Malformed) as error:
-    if others or os.path.isdir(path):  # of which nobody knows whose they are
+    if others or os.path.isdir(path):  # of an unknown origin
       problem = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged: {error}"
       lock.close()
       raise UserError(
@@ -56,15 +57,15 @@ def open_partial(partial: str, job: dict[str, Any], flag: str) -> TextIO:
       ) from None
   for name in others:
     files.remove(os.path.join(partial, name))
-  files.write_json(path, job)  # last, so that a kill leaves what the next start removes
+  files.write_json(path, job)  # last, so that after a kill the next start still removes the rest
   return lock
 
 
 def clear(paths: Sequence[str]) -> None:
-  """Removes what a killed process left in the places of a part's files: a link is never written through.
+  """Removes the files that a killed process left of a part; a link is removed, never followed.
 
   Raises:
-    OSError: a folder stands there.
+    OSError: one of the paths is a folder.
   """
   for path in paths:
     with contextlib.suppress(FileNotFoundError):
@@ -72,13 +73,13 @@ def clear(paths: Sequence[str]) -> None:
 
 
 def write_report(path: str, report: dict[str, Any], paths: Sequence[str]) -> None:
-  """Writes the report of a part whose files are finished; its presence says that they are whole."""
+  """Writes the report of a part whose files are finished; its presence means that they are complete."""
   report = {**report, "files": {os.path.basename(file): files.entry(file) for file in paths}}
   files.write_json(path, {**report, _DIGEST: _digest(report)})
 
 
 def read_report(path: str) -> dict[str, Any] | None:
-  """Returns the report of a part; None where there is none, or it or a file of the part is not as it was written."""
+  """Returns the report of a part; None where it is missing, or it or a file of the part has changed."""
   try:
     report = files.read_object(path)
     if report.pop(_DIGEST, None) != _digest(report):

@@ -1,7 +1,7 @@
-"""The packing plan of a source, made once and kept (derived.py), and mapped into memory by all who read it.
+"""The packing plan of a source, made once, cached (derived.py), and memory-mapped by all processes.
 
-A plan is a folder `plan-HASH`: the arrays of `packing.Plan` as .npy files, and plan.json with their checksums and
-what the plan left out. HASH covers the records, the tokenizer, the template and the row's budgets.
+A plan is a folder `plan-HASH`: the arrays of `packing.Plan` as .npy files, and plan.json with their checksums and the
+counts of records left out. HASH covers the records, the tokenizer, the template and the row's budgets.
 """
 
 import collections
@@ -22,14 +22,14 @@ from jflow.data.records import Source
 from jflow.data.store import derived, lengths
 from jflow.data.tokenizer import Tokenizer
 
-# Goes up when packing.py plans other rows.
+# To be raised when packing.py plans other rows.
 _VERSION = 1
 # The order among records of one size. A run's own seed shuffles the rows, not the plan, which all runs share.
 _SEED = 0
 
 
 class MappedPlan(Plan):
-  """A plan whose arrays lie in files. Pickling sends the path: loader processes share the pages."""
+  """A plan whose arrays are memory-mapped files. Pickling sends the path, so that loader processes share the pages."""
 
   path: str
 
@@ -38,7 +38,7 @@ class MappedPlan(Plan):
 
 
 class Planned(NamedTuple):
-  """A plan and what became of the records."""
+  """A plan, with the counts of records left out."""
 
   plan: Plan
   records: int
@@ -51,7 +51,7 @@ class Planned(NamedTuple):
 
 
 def planned(source: Source, task: str, tokenizer: Tokenizer, template: str, shape: RowShape, cache: str) -> Planned:
-  """Returns the plan of a source, made now unless it is there.
+  """Returns the plan of a source, from the cache or newly made.
 
   Documents (task "text") are cut where a row ends. Any other sample longer than a row, or with more images, is
   left out and counted as "too_long".
@@ -62,11 +62,11 @@ def planned(source: Source, task: str, tokenizer: Tokenizer, template: str, shap
     tokenizer: see `Tokenizer`.
     template: see `examples.build`.
     shape: the row's budgets.
-    cache: folder for what cannot be kept beside the records; empty: none.
+    cache: folder for plans that cannot be kept beside the records; empty: none.
   """
   folders = derived.places(source, cache)
   budgets = (shape.tokens, shape.images, shape.image_patches)
-  if task == "generation" and shape.writer != "flow":  # whose plans were kept before there was a choice
+  if task == "generation" and shape.writer != "flow":  # plans cached by versions without a choice stay valid
     budgets += (shape.writer,)
   file = derived.name(
     "plan", _VERSION, getattr(source, "fingerprint", ""), task, tokenizer.fingerprint, template, budgets
@@ -94,7 +94,7 @@ def _plan(source: Source, task: str, tokenizer: Tokenizer, template: str, shape:
 
 
 def _read(folders: list[str], file: str, records: int) -> Planned | None:
-  """Returns the plan that is there; None where none is, or it is damaged and now removed."""
+  """Returns the cached plan; None where there is none, or it was damaged and has been removed."""
   path = derived.find(folders, file)
   if path is None:
     return None
@@ -103,7 +103,7 @@ def _read(folders: list[str], file: str, records: int) -> Planned | None:
     plan = _map(path)
     if header["checksums"] == _checksums(plan) and header["records"] == records and _fits(plan, records):
       return Planned(plan, records, _tokens(plan), derived.counts(header["rejected"]))
-  except Exception:  # headers of arrays break in many ways; a damaged plan is made again
+  except Exception:  # damage to an array's header raises many types; the plan is made again
     pass
   with contextlib.suppress(OSError):
     files.remove(path)
@@ -111,7 +111,7 @@ def _read(folders: list[str], file: str, records: int) -> Planned | None:
 
 
 def _fits(plan: Plan, records: int) -> bool:
-  """Whether the arrays are a plan of so many records: checksums do not cover types and shapes."""
+  """Whether the arrays are a valid plan of so many records, since checksums do not cover types and shapes."""
   offsets, *columns = plan
   return (
     all(array.ndim == 1 and array.dtype.kind == "i" for array in plan)
@@ -125,12 +125,12 @@ def _fits(plan: Plan, records: int) -> bool:
 
 
 def _tokens(plan: Plan) -> int:
-  """Tokens in all rows; a piece that is cut off in front has a BOS of its own."""
+  """The number of tokens in all rows; a piece that continues a document has a BOS of its own."""
   return int((plan.stops - plan.starts).sum(dtype=np.int64) + (plan.starts > 0).sum())
 
 
 def _write(path: str, found: Planned) -> bool:
-  """Writes a folder that is whole or not there; False where the disk does not take it."""
+  """Writes a folder atomically; returns False where it cannot be written."""
   temporary = f"{path}.{uuid.uuid4().hex}"
   try:
     os.mkdir(temporary)
@@ -149,7 +149,7 @@ def _write(path: str, found: Planned) -> bool:
 
 def _map(path: str) -> MappedPlan:
   paths = [os.path.join(path, field + ".npy") for field in Plan._fields]
-  if not all(map(os.path.isfile, paths)):  # a pipe would be waited for
+  if not all(map(os.path.isfile, paths)):  # opening a pipe would wait for its writer
     raise FileNotFoundError(path)
   arrays = (np.load(file, mmap_mode="r") for file in paths)
   plan = MappedPlan(*(array.view(np.ndarray) for array in arrays))

@@ -1,7 +1,7 @@
 """`python -m jflow prepare`: checks records and writes them as a prepared data set (prepared.py).
 
-The input is cut into parts; each part becomes a shard, written under OUTPUT.partial. A run that was killed
-goes on with the parts that are missing. OUTPUT appears, by a rename, only when all of it is there.
+The input is cut into parts; each part becomes a shard, written under OUTPUT.partial. After a kill, the same command
+continues with the missing parts. OUTPUT appears, by a rename, only once it is complete.
 """
 
 import collections
@@ -50,14 +50,14 @@ def prepare(
 
   Args:
     format: one of `importers.FORMATS`.
-    output: the directory to write, which must not exist yet.
+    output: the directory to write, which must not exist.
     task: "understanding", "generation" or "text".
     input: file, folder or pattern to read; empty for a format that reads no files.
-    max_rejected_share: share of unusable ones among all records above which the output is not made. The parts are kept, so that
-      another run with a larger share goes on.
+    max_rejected_share: share of unusable records above which the output is not made. The parts are kept, so that
+      another run with a larger share continues.
     filters: which records are wanted.
     processes: processes that read and check.
-    options: the other fields of `importers.Options`, those alone that the format reads.
+    options: the other fields of `importers.Options` that the format reads.
 
   Returns:
     The contents of summary.json.
@@ -110,9 +110,9 @@ def prepare(
 def _run(
   importer: Importer, parts: Sequence[Any], partial: str, task: str, filters: Filters, processes: int
 ) -> list[dict[str, Any]]:
-  """Imports the parts that are not there yet; returns the report of every part, in order."""
+  """Imports the missing parts; returns the reports of all parts, in order."""
   paths = [os.path.join(partial, f"part-{index:05d}.json") for index in range(len(parts))]
-  if there := sum(map(os.path.exists, paths)):  # each is hashed, which takes its time
+  if there := sum(map(os.path.exists, paths)):  # hashing each takes a while
     print(f"jflow: checking {there:,} of {len(parts):,} parts, which are there already", file=sys.stderr, flush=True)
   with concurrent.futures.ThreadPoolExecutor(max(1, processes)) as pool:
     reports = list(pool.map(read_report, paths))
@@ -129,7 +129,7 @@ def _run(
     with concurrent.futures.ProcessPoolExecutor(
       min(processes, len(todo)), context, initializer=_begin_process, initargs=(done,)
     ) as pool:
-      # The workers inherit that Ctrl-C is not for them.
+      # Workers inherit that they ignore Ctrl-C.
       signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
       try:
         futures = {pool.submit(_import_in_process, importer, parts[i], i, partial, task, filters): i for i in todo}
@@ -152,7 +152,7 @@ def _run(
 def _begin_process(done: Any) -> None:
   global _done
   _done = done
-  end_with_parent()  # so that none writes a part that the next run writes too
+  end_with_parent()  # so that no worker writes a part that the next run also writes
 
 
 def _import_in_process(*arguments: Any) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def _import_part(
   filters: Filters,
   count: Callable[[int], None],
 ) -> dict[str, Any]:
-  """Writes one part's shard, then its report, whose presence says that the shard is whole."""
+  """Writes one part's shard, then its report, whose presence means that the shard is complete."""
   stem = os.path.join(partial, f"part-{index:05d}")
   paths = [stem + suffix for suffix in _SUFFIXES]
   clear(paths)
@@ -218,12 +218,12 @@ def _import_part(
 
 
 def _learnable(item: Item, task: str) -> tuple[Record, list[str]]:
-  """Returns the record of an item as it is learned, and what is noted of it, each note once.
+  """Returns the record of an item as used in training, and the notes about it.
 
   "first_answer" and "last_question" are turns that were left out; "mark_as_text" is an `<image>` without an image.
 
   Raises:
-    RecordError: the item is none.
+    RecordError: the item is not a record.
   """
   if isinstance(item.record, RecordError):
     raise item.record
@@ -241,10 +241,10 @@ def _texts(record: Record) -> list[str]:
 
 
 def _check(record: Record, meta: Mapping[str, Any], task: str, filters: Filters) -> str | None:
-  """Returns the filter that drops a record, or None; the images' bodies are not decoded yet.
+  """Returns the filter that drops a record, or None; the images' bodies are not decoded.
 
-  Sets hold some records with pictures and some without: those of the other task are dropped as "text_only" or
-  "with_images", and come in when the same input is imported for that task.
+  In data sets with images in some records only, those of the other task are dropped as "text_only" or "with_images";
+  importing the same input for that task takes them.
 
   Raises:
     RecordError: the record cannot be used.
@@ -260,7 +260,7 @@ def _check(record: Record, meta: Mapping[str, Any], task: str, filters: Filters)
       raise RecordError("nul_character", "the text holds a NUL character")
     try:
       text.encode("utf-8")
-    except UnicodeEncodeError:  # JSON lets it through
+    except UnicodeEncodeError:  # JSON allows it
       raise RecordError("invalid_utf8", "the text holds a lone surrogate") from None
   if record.images and sum(map(len, texts)) > MAX_TEXT:
     raise RecordError("text_too_long", f"the text has more than {MAX_TEXT:,} characters, which no row can hold")
@@ -295,7 +295,7 @@ def _summary(job: dict[str, Any], reports: Sequence[dict[str, Any]], left_out: M
 
 
 def _problem(summary: dict[str, Any], max_rejected_share: float) -> str | None:
-  """Returns why nothing should be written, if so."""
+  """Returns why the output must not be written; None if it may."""
   rejected, accepted = sum(summary["rejected"].values()), summary["accepted"]
   read = accepted + rejected + sum(summary["filtered"].values())
   if rejected > max_rejected_share * read or (rejected and not accepted):
@@ -317,7 +317,7 @@ def _problem(summary: dict[str, Any], max_rejected_share: float) -> str | None:
 def _finish(partial: str, output: str, task: str, reports: Sequence[dict[str, Any]], summary: dict[str, Any]) -> None:
   """Names the shards as TFDS does, writes the metadata, and renames the directory into place.
 
-  The work is done in a directory of its own, linked from the parts, so that a kill leaves them as they are.
+  It works in a separate directory of links to the parts, so that a kill leaves the parts unchanged.
   """
   whole = os.path.join(partial, "whole")
   files.remove(whole)
@@ -336,7 +336,7 @@ def _finish(partial: str, output: str, task: str, reports: Sequence[dict[str, An
 
 
 def _link(source: str, target: str) -> None:
-  """Gives a file a second name, or a copy where the file system has no links."""
+  """Links a file to a second name, or copies it where the file system has no links."""
   try:
     os.link(source, target)
   except OSError:
@@ -344,7 +344,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _join(paths: Sequence[str], directory: str) -> None:
-  """Writes what was rejected, part by part, into one file, if anything was."""
+  """Joins the parts' files of rejected records into one file, if there are any."""
   paths = [path for path in paths if os.path.getsize(path)]
   if paths:
     with open(os.path.join(directory, REJECTED), "wb") as joined:
@@ -354,7 +354,7 @@ def _join(paths: Sequence[str], directory: str) -> None:
 
 
 def _read_again(importer: Importer, partial: str, reports: Sequence[dict[str, Any]]) -> None:
-  """Lets the next run read the parts again in which an image beside the input, which may be mended, was rejected."""
+  """Removes the reports of parts with a rejected image file, which may be repaired, so that the next run reads them."""
   for index, report in enumerate(reports):
     if importer.images_beside and report["rejected"]:
       os.remove(os.path.join(partial, f"part-{index:05d}.json"))

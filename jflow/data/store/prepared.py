@@ -1,4 +1,4 @@
-"""The prepared data set: a TFDS-layout directory of ArrayRecord shards, images encoded as they came.
+"""The prepared data set: a directory of ArrayRecord shards in TFDS's layout, with images in their original encoding.
 
   features.json, dataset_info.json                      read by tfds.builder_from_directory(DIR)
   jflow_TASK-train.array_record-00000-of-00002          id, images, text, conversations (JSON), meta (JSON)
@@ -6,8 +6,8 @@
   summary.json                                          schema, task, accepted, rejected by reason, filtered, ...
   rejected.jsonl                                        every record that was left out: where, message, reason
 
-`meta` holds the SHA-256 of every image, which is verified on load: Pillow decodes many a damaged image
-without complaint.
+`meta` holds the SHA-256 of every image, which is verified on load, since Pillow decodes many damaged images without an
+error.
 """
 
 import errno
@@ -61,7 +61,7 @@ def features() -> Any:
 
 
 class ShardWriter:
-  """Writes one shard and its outlines. Nothing is complete before `close`."""
+  """A writer of one shard and its outlines. Nothing is complete before `close`."""
 
   def __init__(self, path: str, outline_path: str):
     from array_record.python import array_record_module
@@ -70,7 +70,7 @@ class ShardWriter:
     self._path = path
     self._features = features()
     self._serializer = example_serializer.ExampleSerializer(self._features.get_serialized_info())
-    # One record per group: what random access needs.
+    # One record per group, for random access.
     self._writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
     self._outlines = gzip.GzipFile(outline_path, "wb", compresslevel=1, mtime=0)
     self.records = self.images = self.bytes = 0
@@ -106,7 +106,7 @@ class ShardWriter:
 
 
 def call_writer(path: str, function: Callable[..., Any], *arguments: Any) -> None:
-  """Calls a writer of ArrayRecord, whose failures (a full disk) become an `OSError` that names the file."""
+  """Calls a writer of ArrayRecord; its failures, such as a full disk, become an `OSError` that names the file."""
   try:
     function(*arguments)
   except RuntimeError as error:
@@ -142,7 +142,7 @@ class PreparedSource:
   """The records of a prepared data set; a `Source`.
 
   Attributes:
-    directory: where it lies.
+    directory: its path.
     fingerprint: hash of its records.
     outline_paths: files of the outlines, one per shard.
     shard_lengths: records of each shard.
@@ -152,7 +152,7 @@ class PreparedSource:
     """Opens a directory.
 
     Raises:
-      UserError: it is not a whole prepared data set of this task.
+      UserError: it is not a complete prepared data set of this task.
     """
     from array_record.python import array_record_data_source
 
@@ -176,7 +176,7 @@ class PreparedSource:
           f"{path} has {os.path.getsize(path):,} bytes and should have {size:,}: prepare the source again"
         )
     self._length = sum(lengths)
-    # The number of records is given, so that no shard is opened before it is read.
+    # With the number of records, no shard is opened before it is read.
     self._records = array_record_data_source.ArrayRecordDataSource(
       [f"{path}[0:{length}]" for path, length in zip(paths, lengths)]
     )
@@ -189,7 +189,7 @@ class PreparedSource:
     """Returns a record.
 
     Raises:
-      RecordError: the record is damaged ("corrupt"), or an image differs from what was stored ("checksum").
+      RecordError: the record is damaged ("corrupt"), or an image does not match its hash ("checksum").
     """
     where = f"record {index} of {self.directory}"
     try:
@@ -200,7 +200,7 @@ class PreparedSource:
         example["id"].decode(), tuple(bytes(i) for i in example["images"]), example["text"].decode(), turns
       )
       hashes = meta["sha256"]
-    except Exception as error:  # the readers raise what the damage makes of them
+    except Exception as error:  # damage may raise any exception in the readers
       raise RecordError("corrupt", f"{where} cannot be read ({type(error).__name__})") from None
     if [hashlib.sha256(image).hexdigest() for image in record.images] != hashes:
       raise RecordError("checksum", f"an image of {where} is not what was stored")
@@ -213,11 +213,11 @@ class PreparedSource:
 
 
 def read_outlines(path: str, records: int | None = None) -> Iterator[Record]:
-  """Yields the records of a shard without their images, each of which is None.
+  """Yields the records of a shard with None in place of each image.
 
   Args:
     path: the file.
-    records: how many it should hold.
+    records: the number that it must hold.
 
   Raises:
     UserError: the file is damaged.
@@ -226,7 +226,7 @@ def read_outlines(path: str, records: int | None = None) -> Iterator[Record]:
   try:
     with gzip.open(path, "rb") as lines:
       for number, line in enumerate(lines, 1):
-        if number == records:  # all that there should be, or more
+        if number == records:  # as many as expected, or more
           number += len(lines.read(1))
         yield _outline(parse(line))
     if records is not None and number != records:
@@ -263,7 +263,7 @@ def read_summary(directory: str) -> dict[str, Any]:
 
 
 def _is_whole(summary: dict[str, Any]) -> bool:
-  """Whether what is read of a summary is there and of its type."""
+  """Whether a summary has all fields, each of its type."""
   lengths, sizes = summary["shard_lengths"], summary["shard_bytes"]
   return (
     files.are_counts(lengths)

@@ -127,7 +127,7 @@ def test_gzip_is_told_by_its_contents(folder, name, data):
     ("text", "a.jsonl.zst", b"\x28\xb5\x2f\xfd" + LINE, "unzstd"),
     ("text", "a.jsonl", bz2.compress(LINE), "bunzip2"),
     ("text", "a.jsonl.xz", lzma.compress(LINE), "unxz"),
-    ("text", "a.txt.gz", gzip.compress(LINE), "no text to learn from"),
+    ("text", "a.txt.gz", gzip.compress(LINE), "text to learn from"),
     ("llava-jsonl", "a.jsonl.gz", gzip.compress(LINE), "gunzip"),
     ("parquet", "a.parquet.gz", gzip.compress(LINE), "gunzip"),
   ],

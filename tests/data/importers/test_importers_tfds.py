@@ -58,7 +58,7 @@ def test_lists_of_images_and_conversations(tmp_path):
 def test_mistakes_get_one_clear_line(tmp_path):
   folder = tfds_sets.write(tmp_path / "in", tfds_sets.captioned, EXAMPLES)
   for options, message in [
-    ({"name": ""}, "no TFDS data set: name the directory that holds dataset_info.json"),
+    ({"name": ""}, "name the directory that holds dataset_info.json"),
     ({"split": "dev"}, "no split 'dev': --split is one of train, test"),
     ({"text_column": "title"}, "no feature 'title': --text_column is one of caption, image, label, score"),
   ]:

@@ -260,7 +260,7 @@ def test_mistakes_get_one_clear_line(folder, tmp_path):
     (("shapes", str(folder), str(tmp_path / "out"), "text"), "leave out --input"),
     (
       ("text", str(folder / "pictures" / "1.png"), str(tmp_path / "out"), "text"),
-      "1.png is no text .*: .*reads .txt",
+      "1.png is not text .*: .*reads .txt",
     ),
     (("shapes", "", str(folder / "chat.jsonl" / "out"), "text"), "cannot write"),
   ]:
