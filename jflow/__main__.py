@@ -13,15 +13,15 @@ COMMANDS = {
   "prepare": ("jflow.cli.prepare", "import pictures and texts into a training set"),
   "train": ("jflow.cli.train", "train a stage"),
   "plot": ("jflow.cli.plot", "compare the losses of runs in a picture"),
-  "generate": ("jflow.cli.generate", "paint pictures from prompts"),
-  "understand": ("jflow.cli.understand", "answer a question about pictures"),
+  "generate": ("jflow.cli.generate", "generate images from prompts"),
+  "understand": ("jflow.cli.understand", "answer a question about images"),
   "evaluate": ("jflow.cli.evaluate", "score a checkpoint on a benchmark, with a report"),
-  "convert": ("jflow.cli.convert", "take weights from and to the published PyTorch layout"),
+  "convert": ("jflow.cli.convert", "convert weights from and to the published PyTorch layout"),
   "parity": ("jflow.cli.parity", "compare with golden outputs of the PyTorch implementation"),
-  "serve": ("jflow.cli.serve", "answer and paint over HTTP, in the OpenAI shape"),
-  "demo": ("jflow.cli.demo", "a page to chat about pictures and to paint"),
-  "compile": ("jflow.cli.compile", "compile the train step for a TPU or GPU mesh that is not there"),
-  "bench": ("jflow.cli.bench", "measure how fast training, painting, answering or loading runs here"),
+  "serve": ("jflow.cli.serve", "answer and generate images over HTTP, in the shape of OpenAI's API"),
+  "demo": ("jflow.cli.demo", "a web page to chat about images and to generate them"),
+  "compile": ("jflow.cli.compile", "compile the train step for a TPU or GPU mesh without having one"),
+  "bench": ("jflow.cli.bench", "measure how fast training, generating, answering or loading runs here"),
 }
 
 _START = """
@@ -33,7 +33,7 @@ start with a small model that has learned a built-in world (bash launch/quicksta
   python -m jflow train --config=configs/stage2.py:tiny --workdir=runs/try --config.train.steps=20"""
 
 
-# A full disk, a used-up quota, a file as large as the limit, a broken disk, a pipe that nobody reads any more.
+# A full disk, a used-up quota, a file as large as the limit, a broken disk, a pipe without a reader.
 _UNWRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}
 
 

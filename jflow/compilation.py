@@ -30,7 +30,7 @@ def cache_directory(wanted: str) -> str | None:
   if "://" in path:
     return path
   try:
-    if path.startswith("~"):  # nobody's home
+    if path.startswith("~"):  # of an unknown user
       return None
     os.makedirs(path, exist_ok=True)
     tempfile.TemporaryFile(dir=path).close()

@@ -275,9 +275,7 @@ def _there_is_a_tokenizer(c: RunConfig) -> str:
 @constraint("data.latents")
 def _what_is_read_has_no_latents(c: RunConfig) -> str:
   fits = not c.data.latents or c.model.reader == "siglip"
-  return (
-    "" if fits else "must be False with another model.reader than 'siglip': pictures to read have no stored latents"
-  )
+  return "" if fits else "must be False with another model.reader than 'siglip': images to read have no stored latents"
 
 
 @constraint("objective.weights")
@@ -314,4 +312,4 @@ def _installed(package: str) -> str:
 
 @constraint("log.sample_prompts")
 def _there_is_a_prompt(c: RunConfig) -> str:
-  return "" if c.log.sample_prompts or not c.log.sample_every else "must hold one to paint"
+  return "" if c.log.sample_prompts or not c.log.sample_every else "must hold a prompt for the sample images"

@@ -23,9 +23,9 @@ class CannotPaint(UserError):
 
 
 class Stopped(Exception):
-  """A run that cannot go on: the disk is full, too many steps were not finite. Exit code 1.
+  """A run that cannot continue: the disk is full, too many steps were not finite. Exit code 1.
 
-  The message is one line that says why and names the checkpoint from which the run can go on.
+  The message is one line that says why and names the checkpoint from which the run can continue.
   """
 
 

@@ -1,6 +1,6 @@
 """The mesh, the table from logical axes to mesh axes, and sharded creation.
 
-The mesh axes are always ("data", "fsdp", "model"); a size of 1 means off. Logical axis names stand beside
+The mesh axes are always ("data", "fsdp", "model"); a size of 1 means off. Logical axis names are beside
 each weight's shape in `jflow/models/`. A batch is cut over data x fsdp, a weight over fsdp x model.
 """
 

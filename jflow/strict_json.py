@@ -55,7 +55,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   if len(values) != len(pairs):
     seen: set[str] = set()
     twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-    raise Malformed(f"the key {shown(twice)} stands twice")
+    raise Malformed(f"the key {shown(twice)} occurs twice")
   for key, value in pairs:
     if isinstance(value, _Refused):
       raise Malformed(f"{' '.join(key.split())[:60]} is {value.what}")
@@ -148,5 +148,5 @@ def read_object(path: str | pathlib.Path, most: int = MOST_BYTES) -> dict[str, A
   """
   value = read(path, most)
   if not isinstance(value, dict):
-    raise UserError(f"{path} should hold a JSON object")
+    raise UserError(f"{path} must hold a JSON object")
   return value

@@ -191,7 +191,7 @@ def chat_prompt(
   if turns and turns[-1].role == "assistant" and not turns[-1].text:
     turns.pop()
   if not turns or turns[-1].role != "user" or not turns[-1].text:
-    raise UserError("a conversation should end with a question of the user")
+    raise UserError("a conversation must end with a question of the user")
   if any(mark in turn.text for turn in turns if turn.role != "user"):
     raise UserError(f"the conversation cannot be read: {mark} shows an image, only a question can hold one")
   try:
@@ -300,12 +300,12 @@ def _caption_turns(record: Record, template: str) -> tuple[Turn, ...]:
 def _check_turns(turns: Sequence[Turn], image_count: int, mark: str) -> None:
   for index, turn in enumerate(turns):
     if turn.role != ("user", "assistant")[index % 2]:
-      raise RecordError("bad_turns", "the turns should alternate between user and assistant, the user first")
+      raise RecordError("bad_turns", "the turns must alternate between user and assistant, the user first")
     if turn.role == "assistant":
       if not turn.text.strip():
         raise RecordError("no_answer", "an answer is empty")
       if mark and mark in turn.text:
-        raise RecordError("image_marks", f"{mark} stands in an answer, and only a question can show an image")
+        raise RecordError("image_marks", f"{mark} is in an answer, and only a question can have an image")
   if mark:
     _check_marks(sum(turn.text.count(mark) for turn in turns), image_count, mark)
 
@@ -388,13 +388,13 @@ def _as_turn(message: Turn | Mapping[str, Any]) -> Turn:
     said = isinstance(message, Turn)
     role, text = message if said else (message["role"], message["content"])
   except (KeyError, TypeError):
-    raise UserError(f'a message should hold "role" and "content": {message!r:.80}') from None
+    raise UserError(f'a message must hold "role" and "content", got {message!r:.80}') from None
   role = str(role).lower()
   role = "system" if role == "developer" else role
   if role not in ("system", "user", "assistant"):
     raise UserError(f"the role of a turn must be system, developer, user or assistant, got {role[:40]!r}")
   if not isinstance(text, str):
-    raise UserError(f'the "content" of a message should be text: {message!r:.80}')
+    raise UserError(f'the "content" of a message must be text, got {message!r:.80}')
   return Turn(role, text)
 
 

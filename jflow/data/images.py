@@ -75,7 +75,7 @@ def decode(image: Any, max_pixels: int = MAX_PIXELS) -> np.ndarray:
   """
   if isinstance(image, np.ndarray):
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-      raise ImageError("format", f"an image array should be uint8[H, W, 3], not {image.dtype}{list(image.shape)}")
+      raise ImageError("format", f"an image array must be uint8[H, W, 3], got {image.dtype}{list(image.shape)}")
     return image
   return np.asarray(_open(image, max_pixels))
 
@@ -267,7 +267,7 @@ def _header(image: Any, max_pixels: int) -> _Picture:
   if isinstance(image, (bytes, bytearray, memoryview)):
     return _from_bytes(bytes(image), max_pixels)
   if not isinstance(image, Image.Image):
-    raise ImageError("format", f"an image should be bytes, a PIL image or an array, not {type(image).__name__}")
+    raise ImageError("format", f"an image must be bytes, a PIL image or an array, got {type(image).__name__}")
   _check_pixels(image, max_pixels)
   try:
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)

@@ -178,7 +178,7 @@ def _jpeg(data: bytes) -> tuple[bytes, int, int]:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-  """Yields code, start and end of each segment of the first picture, as libjpeg finds them."""
+  """Yields code, start and end of each segment of the first image, as libjpeg finds them."""
   pattern, place = _JPEG_CODE, 2
   while match := pattern.search(data, place):
     code, start, place = match[1][0], *match.span()
@@ -218,7 +218,7 @@ def _webp_chunks(data: bytes) -> Iterator[tuple[int, int]]:
     start = end + end % 2
 
 
-# GIF: a header and a palette, then extensions and pictures in blocks. One extension bears on the pixels.
+# GIF: a header and a palette, then extensions and images in blocks. One extension affects the pixels.
 
 _GIF_BLOCK = re.compile(rb"[!,;]")
 _GIF_CONTROL = 0xF9

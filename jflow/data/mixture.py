@@ -86,7 +86,7 @@ def spread(counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     counts: rows per task.
 
   Returns:
-    int64[B] task of each place, and int64[B] how many rows of that task stand before it.
+    int64[B] task of each place, and int64[B] number of earlier rows of that task.
   """
   tasks = np.full(sum(counts), -1)
   ranks = np.zeros_like(tasks)
@@ -125,7 +125,7 @@ class StepPlan:
     """
     self._starts = [int(start) for start, _ in mixture]
     if not self._starts or self._starts[0] != 0 or self._starts != sorted(set(self._starts)):
-      raise UserError(f"data.mixture should start at step 0 and rise: {self._starts}")
+      raise UserError(f"data.mixture must start at step 0 and rise, got {self._starts}")
     self._counts = [rows_of_steps(weights, batch_size, CYCLE) for _, weights in mixture]
     # Rows of each task before each step of a cycle, and before the end of it.
     self._before = [np.cumsum(np.pad(counts, ((1, 0), (0, 0))), axis=0) for counts in self._counts]
@@ -170,7 +170,7 @@ class Interleave:
   def __init__(self, weights: Sequence[float], seed: int):
     weights = np.asarray(weights, np.float64)
     if not len(weights) or not np.isfinite(weights).all() or (weights <= 0).any():
-      raise UserError(f"weights of sources should be above 0: {weights.tolist()}")
+      raise UserError(f"weights of sources must be above 0, got {weights.tolist()}")
     counts = largest_remainder(weights, CYCLE)
     if not counts.all():
       raise UserError(

@@ -196,7 +196,7 @@ def _settings(files: dict[str, bytes], name: str, origin: str) -> dict[str, Any]
   except strict_json.Malformed as error:
     raise UserError(f"{origin}: {name} cannot be read: {error}") from None
   if not isinstance(value, dict):
-    raise UserError(f"{origin}: {name} should hold an object")
+    raise UserError(f"{origin}: {name} must hold an object")
   if value.get("auto_map") is not None or value.get("trust_remote_code"):
     raise UserError(f"{origin}: {name} asks to run Python code that came with it (auto_map), which jflow never does")
   return value
@@ -220,8 +220,8 @@ def _check_added(vocabulary: dict[str, int], added: list[Any], config: dict[str,
 def train(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
   """Trains a byte-level BPE with the release's special tokens, which take the last ids.
 
-  Every byte is in the alphabet, so that any text survives encode and decode. Digits stand alone. The result
-  depends on the texts alone, and holds fewer ids where the texts run out of pairs.
+  Every byte is in the alphabet, so that any text survives encode and decode. Every digit is a token.
+  The result depends only on the texts, and has fewer ids where the texts run out of pairs.
 
   Args:
     texts: the corpus.

@@ -226,7 +226,7 @@ def _package(name: str, places: list[str], folder: str) -> ModuleSpec | None:
     made = importlib.util.spec_from_file_location(
       name, file, loader=_Source(name, file), submodule_search_locations=places
     )
-    return cast(ModuleSpec, made)  # None for a file of an unknown kind alone
+    return cast(ModuleSpec, made)  # None only for a file of an unknown kind
   spec = ModuleSpec(name, None, is_package=True)
   spec.submodule_search_locations = places
   return spec

@@ -29,7 +29,7 @@ class Curve(NamedTuple):
 
 
 def read_run(workdir: pathlib.Path) -> list[Row]:
-  """The steps that a run has written so far, also while it goes on; see `metrics.read_metrics`.
+  """Returns the steps that a run has logged so far, also while it is running; see `metrics.read_metrics`.
 
   Raises:
     UserError: there is no such run, or it has no step yet.
@@ -44,7 +44,7 @@ def read_run(workdir: pathlib.Path) -> list[Row]:
 
 
 def curve(rows: Sequence[Row], metric: str) -> Curve:
-  """The steps of a run at which a metric is a finite number."""
+  """Returns a metric of a run, at the steps where it is a finite number."""
   found = sorted((row["step"], row[metric]) for row in rows if _is_number(row.get(metric)))
   return Curve(np.array([at for at, _ in found], np.int64), np.array([value for _, value in found], np.float64))
 
@@ -56,7 +56,7 @@ def _is_number(value: Any) -> bool:
 
 
 def losses_of(runs: Sequence[Sequence[Row]]) -> list[str]:
-  """The total loss and its parts, as far as any run has them."""
+  """Returns the names of the total loss and its parts that any run has."""
   names = {name for rows in runs for row in rows for name, value in row.items() if _is_number(value)}
   return sorted(name for name in names if name == "loss" or name.startswith("loss_"))
 
@@ -92,7 +92,7 @@ def _sums(values: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def difference(first: Curve, second: Curve) -> Curve:
-  """The second minus the first, at the steps that both have."""
+  """Returns the second curve minus the first, at the steps that both have."""
   steps, at_first, at_second = np.intersect1d(first.steps, second.steps, return_indices=True)
   return Curve(steps, second.values[at_second] - first.values[at_first])
 
@@ -116,10 +116,10 @@ def last_difference(first: Curve, second: Curve, window: int) -> Difference | No
 
 
 def check_metrics(runs: Mapping[str, Sequence[Row]], metrics: Sequence[str]) -> None:
-  """Checks that there is something to draw.
+  """Checks that the metrics can be drawn.
 
   Raises:
-    UserError: naming a metric that no run has, and what there is; or too many of them.
+    UserError: no run has a metric (the message lists those that there are), or there are too many.
   """
   if not 1 <= len(metrics) <= _MOST:
     raise UserError(f"--metric must name 1 to {_MOST} metrics, got {len(metrics)}")

@@ -153,9 +153,9 @@ def _check_fits(
   dropped, new = (tuple(part + "/" for part in parts) for parts in (train.init_dropped, train.init_fresh))
   for path in sorted(set(source) | set(wanted)):
     if path not in wanted and not path.startswith(dropped):
-      refuse(path, "is there, and this model has it not (train.init_dropped lists what may be left behind)")
+      refuse(path, "does not belong to this model (train.init_dropped lists the parts to leave out)")
     if path not in source and not path.startswith(new):
-      refuse(path, "is missing (train.init_fresh lists what may start fresh)")
+      refuse(path, "is missing (train.init_fresh lists the parts to initialise)")
     if path in wanted and path in source and wanted[path].shape != source[path].shape:
       refuse(path, f"has shape {tuple(source[path].shape)}, this model needs {wanted[path].shape}")
 

@@ -294,7 +294,7 @@ def test_a_history_is_read_as_it_was_said(history, chat, plain):
     ([Turn("user", "<image>")], 0, "1 <image> marks and 0 images"),
     ([USER], 1, "0 <image> marks and 1 images"),
     ([{"role": "user"}], 0, '"content"'),
-    ([{"role": "user", "content": ["list"]}], 0, "should be text"),
+    ([{"role": "user", "content": ["list"]}], 0, "must be text"),
   ],
 )
 def test_unreadable_conversations_get_one_clear_line(messages, images, message):

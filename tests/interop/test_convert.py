@@ -539,7 +539,7 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(tmp_path, capsys):
   path.write_text(json.dumps({"weight_map": removed}))
   _refused(source, tmp_path, capsys, "does not list tensor beg_of_und_embed")
   path.write_text("[]")
-  _refused(source, tmp_path, capsys, "should hold a JSON object")
+  _refused(source, tmp_path, capsys, "must hold a JSON object")
 
 
 def test_a_wrong_tokenizer_is_refused_before_the_weights_are_read(tmp_path, capsys):

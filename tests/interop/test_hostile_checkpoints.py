@@ -163,7 +163,7 @@ def test_sizes_of_jflows_own_config_are_those_of_the_step(jflows, tmp_path, unre
     (b"", "config.json"),
     (DEEP, "deep"),
     (b'{"language_config": ' + DEEP + b"}", "deep"),
-    (b'{"a": 1, "a": 2}', "'a' stands twice"),
+    (b'{"a": 1, "a": 2}', "'a' occurs twice"),
     (b'{"a": NaN}', "a is NaN"),
     (b'{"a": 1e999}', "a is 1e999"),
     (b'{"a": ' + b"9" * 4300 + b"}", "a is a whole number of 4300 digits"),

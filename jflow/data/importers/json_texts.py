@@ -40,7 +40,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   if len(value) < len(pairs):
     seen: set[str] = set()
     twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-    raise RecordError("duplicate_key", f"the key {twice[:40]!r} stands twice in an object")
+    raise RecordError("duplicate_key", f"the key {twice[:40]!r} occurs twice in an object")
   return value
 
 

@@ -87,7 +87,7 @@ class Llava:
     paths = media.images_of(value, task, self._options.image_column)
     if not all(isinstance(path, str) and path for path in paths):
       key = self._options.image_column or keys.IMAGES[0]
-      raise RecordError("bad_field", f'"{key}" should be a path or a list of paths')
+      raise RecordError("bad_field", f'"{key}" must be a path or a list of paths')
     caption = value.get("caption", value.get("conversations"))
     if task == "understanding" and not paths and caption is None and isinstance(value.get("text"), str):
       raise Unwanted("text_only", "a document without an image is learned by --task=text")

@@ -64,7 +64,7 @@ _OTHER_IMAGES = (
   "photo",
   "photos",
 )
-# Keys of a conversation that say where its medium lies, or which it is.
+# Keys of a conversation for the place or the name of its medium.
 _REFERENCE = re.compile(r"(video|audio|image|img)s?[_-]?(?:url|uri|link|id|name)s?")
 _IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic")
 _PLACE = ("path", "url", "uri", "file", "file_name", "filename", "name")  # of a file that an object describes
@@ -99,7 +99,7 @@ def images_of(fields: Mapping[str, Any], task: str, column: str = "") -> list[An
     if named or (lower in IMAGES and _holds(value)) or (lower in _OTHER_IMAGES and _is_file(value, _IMAGE_ENDINGS)):
       if task == "text":
         raise Unwanted("with_images", "a record with an image is not text")
-      raise RecordError("missing_image", f"the image stands under {key[:40]!r}: name it by --image_column")
+      raise RecordError("missing_image", f"the image is under {key[:40]!r}: name it by --image_column")
   return []
 
 

@@ -64,7 +64,7 @@ def make_record(name: str, fields: Mapping[str, Any], images: tuple[Any, ...], t
     if isinstance(value, (list, tuple)) and (value or column or _first(fields, keys) is None):
       return _from_list(name, value, images, task)
     if value is not None and not column and not isinstance(value, (list, tuple)):
-      raise RecordError("bad_field", f"the conversation should be a list of turns, not {type(value).__name__}")
+      raise RecordError("bad_field", f"the conversation must be a list of turns, got {type(value).__name__}")
     if not column and isinstance(fields.get("question"), str) and isinstance(fields.get("answer"), str):
       marks = "" if IMAGE_MARK in fields["question"] else IMAGE_MARK * len(images) + "\n" * bool(images)
       turns = Turn("user", marks + fields["question"]), Turn("assistant", fields["answer"])
@@ -74,7 +74,7 @@ def make_record(name: str, fields: Mapping[str, Any], images: tuple[Any, ...], t
     reason = "missing_text" if task == "text" else "missing_caption"
     raise RecordError(reason, f"no text: {_listed(keys)} is missing")
   if not isinstance(text, str):
-    raise RecordError("bad_field", f"{_listed(keys)} should be text, not {type(text).__name__}")
+    raise RecordError("bad_field", f"{_listed(keys)} must be text, got {type(text).__name__}")
   return Record(name, images, text, ())
 
 
@@ -86,7 +86,7 @@ def name_of(fields: Mapping[str, Any], otherwise: Any) -> str:
   """
   name = fields.get("id")
   if name is not None and not isinstance(name, (str, int, float)):
-    raise RecordError("bad_field", f'"id" should be text or a number, not {type(name).__name__}')
+    raise RecordError("bad_field", f'"id" must be text or a number, got {type(name).__name__}')
   return str(otherwise if name is None else name)
 
 
@@ -126,7 +126,7 @@ def _from_list(name: str, values: Sequence[Any], images: tuple[Any, ...], task: 
     if isinstance(value, (list, tuple)) and len(value) == 2:  # as `prepare` writes them
       value = {"from": value[0], "value": value[1]}
     if not isinstance(value, Mapping):
-      raise RecordError("bad_turns", "a turn should be an object")
+      raise RecordError("bad_turns", "a turn must be an object")
     if isinstance(value.get("user"), str) and isinstance(value.get("assistant"), str):
       marks = "" if turns or IMAGE_MARK in value["user"] else IMAGE_MARK * len(images)
       turns += [Turn("user", marks + value["user"]), Turn("assistant", value["assistant"])]
@@ -135,14 +135,14 @@ def _from_list(name: str, values: Sequence[Any], images: tuple[Any, ...], task: 
     text, image = _content(said)
     shown = shown or image
     if not isinstance(role, str) or text is None:
-      raise RecordError("bad_turns", 'a turn should hold "from" ("human" or "gpt") and "value", both text')
+      raise RecordError("bad_turns", 'a turn must hold "from" ("human" or "gpt") and "value", both text')
     role = role.strip().lower()
     if role == "system" and not text.strip():
       continue
     if role == "system":
       raise RecordError("bad_turns", "a system turn is not learned from: leave it out, or put it into the question")
     if role not in _ROLES:
-      raise RecordError("bad_turns", f'a turn is of "human" or "gpt" (or user, assistant, ...), not {role[:40]!r}')
+      raise RecordError("bad_turns", f'a turn must be of "human" or "gpt" (or user, assistant, ...), got {role[:40]!r}')
     turns.append(Turn(_ROLES[role], text))
   if shown:
     _check_parts(images, task)

@@ -172,7 +172,7 @@ class Parquet:
     if value is None or value == "":
       raise RecordError("missing_image", "the image has no bytes and no path")
     if not isinstance(value, bytes):
-      raise RecordError("bad_field", f"an image should be bytes, not {type(value).__name__}")
+      raise RecordError("bad_field", f"an image must be bytes, got {type(value).__name__}")
     return images_lib.tiff_as_png(value)
 
 

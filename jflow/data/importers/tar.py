@@ -26,7 +26,7 @@ _KINDS = {
   b"6": "a pipe",
   b"S": "a sparse file",
 }
-_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"6")  # whatever size they claim
+_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"6")  # of any claimed size
 
 
 class Member(NamedTuple):

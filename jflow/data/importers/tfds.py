@@ -91,7 +91,7 @@ class Tfds:
     if options.task == "text" and not keys.is_conversation(fields):
       images = ()
     if not all(isinstance(image, bytes) for image in images):
-      raise RecordError("bad_field", f'"{self._image}" should hold encoded images')
+      raise RecordError("bad_field", f'"{self._image}" must hold encoded images')
     fields = {name: _plain(name, value, features) for name, value in fields.items()}
     meta = fields.pop("meta", None)
     if isinstance(meta, str) and meta.startswith("{"):
@@ -122,7 +122,7 @@ def _check_shards(split: Any) -> None:
   """
   try:
     paths, lengths = list(map(str, split.filepaths)), list(map(int, split.shard_lengths))
-  except Exception as error:  # whatever a damaged dataset_info.json makes of it
+  except Exception as error:  # a damaged dataset_info.json may raise any exception
     raise UserError(
       f"the files of the split {split.name!r} are not said in dataset_info.json ({str(error)[:80]}): fetch it again"
     ) from None
@@ -163,7 +163,7 @@ def _builder(directory: str) -> Any:
   _check_features(os.path.join(directory, "features.json"))
   try:
     return tfds.builder_from_directory(directory)
-  except Exception as error:  # whatever a damaged dataset_info.json makes of it
+  except Exception as error:  # a damaged dataset_info.json may raise any exception
     raise UserError(f"{directory} cannot be read as a TFDS data set ({str(error)[:80]})") from None
 
 

@@ -86,7 +86,7 @@ class WebDataset:
     def read() -> tuple[Record, dict[str, Any]]:
       if key in seen:
         raise RecordError(
-          "duplicate_key", "the key stands twice in the tar: the members of a sample should stand together"
+          "duplicate_key", "the key occurs twice in the tar: the members of a sample must follow one another"
         )
       seen.add(key)
       contents = {n: b"broken" if isinstance(data, RecordError) else data for n, data in sample.items()}

@@ -136,7 +136,7 @@ def write(
   """
   task = prepared.read_summary(directory)["task"]
   if task != "generation":
-    raise UserError(f"--input={directory} holds {task} records: latents are of pictures to paint, --task=generation")
+    raise UserError(f"--input={directory} holds {task} records: latents are for images to write, --task=generation")
   source = prepared.PreparedSource(directory, "generation")
   output = folder(directory, image_size)
   if os.path.exists(output):

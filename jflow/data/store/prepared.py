@@ -161,7 +161,7 @@ class PreparedSource:
     self.fingerprint = summary["fingerprint"]
     if summary["task"] != task:
       raise UserError(
-        f"{directory} holds {summary['task']} records and stands in data.sources.{task}: "
+        f"{directory} holds {summary['task']} records and is listed in data.sources.{task}: "
         f"prepare the source again with --task={task}"
       )
     lengths = self.shard_lengths = summary["shard_lengths"]
@@ -172,9 +172,7 @@ class PreparedSource:
         raise UserError(f"{path} is missing: prepare the source again")
     for path, size in zip(paths, summary["shard_bytes"]):
       if os.path.getsize(path) != size:
-        raise UserError(
-          f"{path} has {os.path.getsize(path):,} bytes and should have {size:,}: prepare the source again"
-        )
+        raise UserError(f"{path} has {os.path.getsize(path):,} bytes, and must have {size:,}: prepare the source again")
     self._length = sum(lengths)
     # With the number of records, no shard is opened before it is read.
     self._records = array_record_data_source.ArrayRecordDataSource(

@@ -132,7 +132,7 @@ def test_each_broken_line_is_counted_under_its_reason(folder):
   listed = [json.loads(line) for line in pathlib.Path(output, "rejected.jsonl").read_text().splitlines()]
   assert [entry["reason"] for entry in listed] == reasons
   said = " ".join(entry["message"] for entry in listed)
-  assert "should be a list of turns, not str" in said and "a system turn" in said
+  assert "must be a list of turns, got str" in said and "a system turn" in said
 
 
 def test_images_may_lie_in_a_root_of_their_own(folder, tmp_path):

@@ -158,7 +158,7 @@ def test_other_counts_of_records_than_there_are_lose_nothing_silently(texts, tmp
 
 
 def test_numbers_are_no_images(texts):
-  with pytest.raises(UserError, match='"label" should hold encoded images'):
+  with pytest.raises(UserError, match='"label" must hold encoded images'):
     run(texts.parent, "generation", "1.0.0", "tfds", image_column="label", output=str(texts.parent / "out"))
 
 

@@ -411,7 +411,7 @@ def test_flags_name_the_members_that_are_there(tars, members, options, text):
     ({"img": JPEG, "txt": b"x"}, {}, ("img, txt", "--image_column")),
     ({"": b"x"}, {}, ("no image, only ''",)),
     ({"jpg": JPEG, "txt": b"x"}, {"image_column": "png"}, ("no png", "jpg, txt")),
-    ({"jpg": JPEG, "json": b'{"caption": "x"}'}, {"text_column": "json"}, ("should be text, not dict",)),
+    ({"jpg": JPEG, "json": b'{"caption": "x"}'}, {"text_column": "json"}, ("must be text, got dict",)),
   ],
 )
 def test_what_is_missing_is_said_with_what_is_there(tars, members, options, words):

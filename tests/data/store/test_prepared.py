@@ -26,7 +26,7 @@ def folder(tmp_path):
 
 def test_a_directory_that_is_not_whole_is_refused(folder):
   _, output = run(folder, part_records=6)
-  with pytest.raises(UserError, match="holds understanding records and stands in data.sources.text"):
+  with pytest.raises(UserError, match="holds understanding records and is listed in data.sources.text"):
     PreparedSource(output, "text")
   shard = pathlib.Path(output, prepared.shard_name("understanding", 1, 2))
   data = shard.read_bytes()
@@ -34,7 +34,7 @@ def test_a_directory_that_is_not_whole_is_refused(folder):
   with pytest.raises(UserError, match="is missing"):
     PreparedSource(output, "understanding")
   shard.write_bytes(data[:-1])
-  with pytest.raises(UserError, match=f"has {len(data) - 1:,} bytes and should have {len(data):,}"):
+  with pytest.raises(UserError, match=f"has {len(data) - 1:,} bytes, and must have {len(data):,}"):
     PreparedSource(output, "understanding")
   shard.write_bytes(data)
   summary = pathlib.Path(output, "summary.json")
