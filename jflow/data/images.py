@@ -102,7 +102,7 @@ def tiff_as_png(data: bytes) -> bytes:
   """Returns a TIFF image as PNG, upright and RGB as by `decode`; other bytes are returned unchanged.
 
   Raises:
-    ImageError: the TIFF is damaged, too large, or in a form that is not read.
+    ImageError: the TIFF is damaged, too large, or of an unsupported form.
   """
   if not tiff.is_tiff(data):
     return data

@@ -78,7 +78,7 @@ def plan_documents(lengths: np.ndarray, row_tokens: int, seed: int) -> Plan:
   """
   lengths = np.asarray(lengths, np.int64)
   order = np.random.default_rng(seed).permutation(np.flatnonzero(lengths > 0).astype(_index_type(len(lengths))))
-  ends = np.cumsum(lengths[order])  # in the stream of all documents, one behind the other
+  ends = np.cumsum(lengths[order])  # in the concatenation of all documents
   begins = ends - lengths[order]
   total = int(ends[-1]) if len(ends) else 0
   starts, stops, position, document = array.array("q"), array.array("q"), 0, 0

@@ -189,7 +189,7 @@ def _serve(writer: Any, work: Callable[[int, int], Iterator[tuple[Any, ...]]], i
       raise
     except Exception:
       writer.send(RuntimeError(f"in loader process {index + 1}: {traceback.format_exc()}"))
-  except BrokenPipeError:  # the parent has ended, or wants no more
+  except BrokenPipeError:  # the parent has ended, or has closed the pipe
     os._exit(1)
 
 

@@ -22,7 +22,7 @@ from jflow.inference import reading
 from jflow.programs import Programs, shapes
 
 _SMALLEST = 32  # slots of the shortest bucket of prompts
-_NEAR = 256  # fewest slots of the cache that attention looks at
+_NEAR = 256  # fewest slots of the cache that attention covers
 
 
 class Request(NamedTuple):

@@ -55,7 +55,7 @@ class Part:
   config: type
   module: Any
   features: bool = False  # it compares with SigLIP's features of images to write, which are computed for it alone
-  flops: Any = None  # (model config, its own, trained parts, `model_flops.Work`) -> FLOPs of a step; None: not counted
+  flops: Any = None  # (model config, its own, trained parts, `models.flops.Work`) -> FLOPs of a step; None: not counted
 
 
 OBJECTIVES = registry.Registry("model.objectives", "jflow.objectives", {"alignment": "jflow.objectives.alignment:PART"})

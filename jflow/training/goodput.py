@@ -53,7 +53,7 @@ class Goodput:
 
 
 def _wrong(row: dict[str, Any]) -> str | None:
-  """Returns what is wrong with a line, if so."""
+  """Returns what is wrong with a line; None for a sound one."""
   when, phase, step = row.get("t"), row.get("phase"), row.get("step")
   if isinstance(when, bool) or not isinstance(when, (int, float)) or not 0 <= when < 1e12:
     return "t must be a time"

@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, agree on what to do, and end together.
+"""The processes of a run: their start, their agreement, and their common end.
 
 The processes start with the same command; only process 0 writes, except for checkpoints. A single process needs none
 of this.

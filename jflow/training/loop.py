@@ -211,7 +211,7 @@ class _Run:
       if self._tracing:
         jax.profiler.stop_trace()
       self._watchdog.stop()
-      if jax.process_count() == 1:  # what is being saved when an error comes may still be completed
+      if jax.process_count() == 1:  # a save in progress may still complete after an error
         with contextlib.suppress(Stopped):
           self._checkpointer.wait()
       stop.restore()

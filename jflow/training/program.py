@@ -32,7 +32,7 @@ COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
 class Program(NamedTuple):
   """The compiled step of a mesh, with its shapes and initial state."""
 
-  step: Any  # jitted (state, batch) -> (state, metrics); the state's buffers are given away
+  step: Any  # jitted (state, batch) -> (state, metrics); the state's buffers are donated
   state: TrainState  # of ShapeDtypeStruct with shardings
   shardings: TrainState
   state_of: Callable[[Any], TrainState]  # parameters -> state of step 0

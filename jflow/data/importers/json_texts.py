@@ -11,7 +11,7 @@ def parse_json(text: bytes | str) -> Any:
 
   Raises:
     RecordError: it is not UTF-8 ("invalid_utf8"), not JSON ("broken_json"), or an object in it names a key
-      twice ("duplicate_key"), where readers differ in what they take.
+      twice ("duplicate_key"), where parsers differ in the value they take.
   """
   try:
     text = text.decode("utf-8-sig") if isinstance(text, bytes) else text

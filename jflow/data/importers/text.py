@@ -81,7 +81,7 @@ class Text:
     return "line" if path.lower().endswith(_JSON + _GZIP) else self._options.documents
 
   def _cut(self, path: str) -> list[Piece]:
-    """Returns a file in pieces of about PART_BYTES, each of which ends where a document does."""
+    """Cuts a file into pieces of about PART_BYTES between documents."""
     size, kind = os.path.getsize(path), self._kind(path)
     if kind == "file" or not size or compressed.is_gzip(path):
       return [(path, 0, size)]

@@ -25,7 +25,7 @@ def places(source: Source, cache: str) -> list[str]:
 
 
 def name(kind: str, *key: Any) -> str:
-  """Returns "kind-HASH" of what the file depends on."""
+  """Returns "kind-HASH", with a hash of all that the file depends on."""
   return f"{kind}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
 
 

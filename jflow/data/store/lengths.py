@@ -43,7 +43,7 @@ def measure(
   cache: str = "",
   writer: str = "flow",
 ) -> tuple[np.ndarray, collections.Counter]:
-  """Returns the tokens and images of every record, int32[N, 2], and what was rejected, by reason.
+  """Returns the tokens and images of every record, int32[N, 2], and the counts of rejected ones by reason.
 
   A rejected record has length 0. Where the length is random (first sentence, dropped prompt), the longest counts.
   `cache` is the folder for results that cannot be kept beside the records; `writer` a name of generation/base.py, whose
@@ -104,7 +104,7 @@ def _sizes(
   build: Callable[[Record], Sample],
   progress: Callable[[], Any],
 ) -> tuple[np.ndarray, collections.Counter]:
-  """Returns tokens and images of records, and what was rejected, by reason."""
+  """Returns tokens and images of records, and the counts of rejected ones by reason."""
   sizes, rejected = array.array("i"), collections.Counter()
   for record in records:
     size = 0, 0

@@ -48,7 +48,7 @@ class FlowWriter(nn.Module):
   dtype: Any
 
   losses_made = ("flow",)
-  patches_from = 1  # the P patches stand behind the time token
+  patches_from = 1  # the P patches follow the time token
 
   def setup(self) -> None:
     c, dtype = self.config, self.dtype
