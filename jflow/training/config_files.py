@@ -6,6 +6,7 @@ module has that name, or relatively (`from . import base`), and the configs of j
 """
 
 import contextlib
+import copy
 import importlib.abc
 import importlib.util
 import inspect
@@ -45,9 +46,12 @@ def load(named: str, arguments: Sequence[str] = (), start: Start | None = None) 
     UserError: the file is missing or fails, or a field is unknown, missing or out of its constraint.
   """
   file, values = _run(named)
+  own: Any = copy.deepcopy(values.get("model"))
   try:
     given = overrides.apply(values, arguments)
     config = RunConfig.from_dict(values, _plain_model)
+    if start and config.train.init_from:
+      ModelConfig.from_dict(own)  # what is wrong in the file must not vanish behind the checkpoint's
   except UserError as error:
     raise UserError(f"{file}: {error}") from None
   if start and config.train.init_from:

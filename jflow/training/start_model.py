@@ -8,6 +8,7 @@ from typing import Any
 from jflow.config import RunConfig, TrainConfig
 from jflow.errors import UserError
 from jflow.interop import checkpoints, own_layout
+from jflow.sections import refusal
 
 # Section of the model -> the part of the parameters whose sizes it holds.
 PART_OF = {
@@ -33,17 +34,23 @@ def model_of(config: RunConfig, given: Collection[str], workdir: pathlib.Path) -
     workdir: of the run.
 
   Raises:
-    UserError: a checkpoint, or its config.json, cannot be read.
+    UserError: a checkpoint, or its config.json, cannot be read; the model is no sections of fields.
   """
   model, changed = dict(config.model), []
+  for section in PART_OF:
+    without = section == "autoencoder" and section in model and model[section] is None
+    if not (without or isinstance(model.get(section), Mapping)):
+      raise refusal(f"model.{section}", model.get(section), "must be a section")
   theirs = {section: _plain(path) for section, path in _origins(config.train, workdir).items()}
   other_way = model["generation"].get("kind") not in (None, theirs["generation"]["generation"].get("kind"))
   for section in PART_OF:
+    if theirs[section][section] is None or model[section] is None:  # an autoencoder that a way to write does without
+      continue
     taken = dict(theirs[section][section])
     explicit = {
       name: value
       for name, value in model[section].items()
-      if {f"model.{section}.{name}", f"model.{section}"} & set(given) or f"{section}.{name}" == _FREE
+      if _is_given(f"model.{section}.{name}", given) or f"{section}.{name}" == _FREE
     }
     another_kind = explicit.get("kind", taken.get("kind")) != taken.get("kind")
     absent = taken.get("kind") == "absent"  # missing parameters are refused later, by their names
@@ -52,16 +59,27 @@ def model_of(config: RunConfig, given: Collection[str], workdir: pathlib.Path) -
     made = taken | explicit
     changed += _changes(section, model[section], made)
     model[section] = made
-  model["objectives"] = dict(model.get("objectives", {}))
+  if not isinstance(model.get("objectives"), Mapping) or not all(
+    isinstance(own, Mapping) for own in model["objectives"].values()
+  ):
+    raise refusal("model.objectives", model.get("objectives"), "must be a section of sections")
+  model["objectives"] = dict(model["objectives"])
   for name, head in theirs["language_model"]["objectives"].items():
     if own := model["objectives"].get(name):  # the layer is the run's choice, the sizes are the checkpoint's
       section = f"objectives.{name}"
-      explicit = {field: x for field, x in own.items() if f"model.{section}.{field}" in given or field == "layer"}
+      explicit = {
+        field: x for field, x in own.items() if field == "layer" or _is_given(f"model.{section}.{field}", given)
+      }
       changed += _changes(section, own, head | explicit)
       model["objectives"][name] = head | explicit
   if changed and config.distributed.process_id == 0:
     print(f"jflow: the model is that of {config.train.init_from}: {', '.join(changed)}", file=sys.stderr)
   return model
+
+
+def _is_given(field: str, given: Collection[str]) -> bool:
+  """Whether the command line sets a field, or a section that holds it."""
+  return any(field == name or field.startswith(f"{name}.") for name in given)
 
 
 def _origins(train: TrainConfig, workdir: pathlib.Path) -> dict[str, str]:

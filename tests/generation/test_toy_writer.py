@@ -177,3 +177,9 @@ def test_generate_samples_from_its_checkpoint(workdir, tmp_path):
   assert picture.reshape(4, 8, 4, 8, 3).std((1, 3)).max() == 0  # one color in each of 4 x 4 patches
   with pytest.raises(UserError, match=r"steps=3 .* averages.* brightness"):
     generate.main([*flags, f"--output={tmp_path / 'c'}", "--steps=3"])
+
+
+def test_the_next_stage_starts_from_its_checkpoint(workdir, tmp_path):
+  flags = [f"--config={workdir.parent / 'config.py'}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=1"]
+  assert not train.main([*flags, f"--config.train.init_from={workdir}"])
+  assert read_metrics(tmp_path / "run")[0]["loss_averages"] < read_metrics(workdir)[0]["loss_averages"]

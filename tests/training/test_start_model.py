@@ -60,6 +60,40 @@ def test_fields_of_the_command_line_and_choices_of_the_config_stay(tmp_path):
   assert loaded(trained, tmp_path / "run", named=f"{tiny.ROOT}/configs/ablation.py:A-tiny").objectives == ()
 
 
+@pytest.mark.parametrize(
+  "section", ["alignment={'layer': 1, 'hidden_dim': 5}", "={'alignment': {'layer': 1, 'hidden_dim': 5}}"]
+)
+def test_a_section_of_the_command_line_stays_whole(tmp_path, section):
+  dot = "" if section.startswith("=") else "."
+  model = loaded(written(tmp_path / "source"), tmp_path / "run", f"--config.model.objectives{dot}{section}")
+  assert dataclasses.asdict(model.objective("alignment")) == {"layer": 1, "hidden_dim": 5}
+
+
+@pytest.mark.parametrize(
+  "change, field",
+  [
+    ("c['language_model']['layers'] = 8", "model.language_model.layers"),
+    ("c['generation']['chanels'] = 8", "model.generation.chanels"),
+    ("c['generation'] = None", "model.generation"),
+    ("del c['autoencoder']", "model.autoencoder"),
+    ("c['objectives'] = None", "model.objectives"),
+    ("c['objectives'] = {'alignment': 3}", "model.objectives.alignment"),
+    ("c.clear()", "model."),
+  ],
+)
+def test_a_fault_of_the_config_does_not_vanish_behind_the_checkpoint(tmp_path, change, field):
+  text = f"def get_config():\n  c = stage2.get_config('tiny').to_dict()\n  whole, c = c, c['model']\n  {change}\n"
+  (tmp_path / "x.py").write_text(f"from configs import stage2\n\n{text}  return whole\n")
+  with pytest.raises(UserError, match=field):
+    loaded(written(tmp_path / "source"), tmp_path / "run", named=str(tmp_path / "x.py"))
+
+
+@pytest.mark.parametrize("given", ["generation='x'", "objectives={'alignment': 3}", "objectives.alignment=3"])
+def test_a_section_of_the_command_line_is_one(tmp_path, given):
+  with pytest.raises(UserError, match=r"model\." + given.partition("=")[0]):
+    loaded(written(tmp_path / "source"), tmp_path / "run", f"--config.model.{given}")
+
+
 def test_each_part_has_the_sizes_of_its_own_checkpoint(tmp_path):
   vision = dataclasses.replace(tiny.CONFIG.understanding_encoder, embed_dim=48, gelu="tanh")
   other = written(tmp_path / "other", dataclasses.replace(tiny.CONFIG, understanding_encoder=vision))
