@@ -1,28 +1,28 @@
 """The ablations of the paper's table 6, one letter each, on the built-in world or at 256 x 256 (paper section 4.5).
 
   A  without representation alignment (REPA)
-  B  one VAE + ConvNeXt encoder for reading and painting
-  C  a VAE + ConvNeXt encoder for reading of its own, equal at the start
-  D  reading only: the steps of F that a unified run spends on reading and text (13,000 of 50,000)
-  E  painting only: the steps of F that it spends on painting (37,000 of 50,000)
+  B  one VAE + ConvNeXt encoder for understanding and generation
+  C  a separate VAE + ConvNeXt encoder for understanding, with equal parameters at the start
+  D  understanding only: the steps of F that a unified run spends on understanding and text (13,000 of 50,000)
+  E  generation only: the steps of F that it spends on generation (37,000 of 50,000)
   F  the final model
 
-The part behind the colon is LETTER-SIZE, or LETTER-SIZE-STEPS where STEPS is the budget of F that D and E take their
-share of. A fifth of it is read : painted : text = 30 : 50 : 20, the rest 14 : 80 : 6.
+The part behind the colon is LETTER-SIZE, or LETTER-SIZE-STEPS where STEPS is the budget of F, of which D and E take
+their share. In its first fifth understanding : generation : text = 30 : 50 : 20, then 14 : 80 : 6.
 
   python -m jflow train --config=configs/ablation.py:F-shapes-5000 --workdir=runs/ablation-F \\
     --config.train.init_from=runs/stage1
   python -m jflow evaluate --benchmark=shapes --checkpoint=runs/ablation-F --guidance=7.5 --output=scores/ablation-F
 
-Differs from the paper: its table leaves open whether C trains the VAE that it reads with; here the VAE is frozen
-everywhere. What C reads with starts fresh where `train.init_from` names a stage 1, which has trained no such part.
+Differs from the paper: its table leaves open whether C trains the VAE of its understanding encoder; here the VAE is
+always frozen. C's understanding encoder starts fresh where `train.init_from` names a stage 1, which has no such part.
 """
 
 from configs import base, world
 
 LETTERS = "ABCDEF"
 BUDGETS = {"384": 50_000, "256": 50_000, "shapes": 4000, "tiny": 20}  # steps of F
-FIRST, THEN = (30, 50, 20), (14, 80, 6)  # read : painted : text
+FIRST, THEN = (30, 50, 20), (14, 80, 6)  # understanding : generation : text
 _READER = {"B": "shared", "C": "separate"}
 
 
@@ -46,7 +46,7 @@ def get_config(size: str = ""):
 
   c.train.init_fresh = ("alignment_head",)
   trained = base.NEW_PARTS + ("language_model",)
-  if letter in "AD":  # nothing is painted in D, so nothing is aligned
+  if letter in "AD":  # D generates nothing, so nothing is aligned
     c.model.objectives, c.objective.weights.alignment = {}, 0.0
     c.train.init_fresh, c.train.init_dropped = (), ("alignment_head",)
     trained = tuple(part for part in trained if part != "alignment_head")

@@ -1,4 +1,4 @@
-"""Every field of a run, once: value, unit, source. The stage files set what differs.
+"""Defaults of every field of a run: value, unit, source. The stage files set what differs.
 
 `--config=configs/stage2.py:tiny` picks a size, `--config.train.steps=100` sets a field. Sizes:
   384 (default), 256   the paper's models; name your data in --config.data.sources.*
@@ -39,14 +39,14 @@ def base(size: str) -> ConfigDict:
     init_from="",  # checkpoint to start from: a jflow or an official directory; empty: fresh parameters
     init_weights="ema",  # of that checkpoint: "ema" or "raw"
     init_fresh=(),  # parts that may be missing there and then start fresh
-    init_parts=(),  # ((part, checkpoint), ...): parts that come from another checkpoint, say another SigLIP
+    init_parts=(),  # ((part, checkpoint), ...): parts from another checkpoint, for example another SigLIP
     init_dropped=(),  # parts of that checkpoint that this run does not have
     max_skipped=20,  # skipped steps in a row (gradient not finite, or a spike) before the run stops
     spike_sigmas=0.0,  # skip a step whose loss or gradient norm is so many standard deviations up; 0: never
     spike_window=128,  # accepted steps that a spike is judged by
-    watchdog_seconds=1800.0,  # without a step for so long, print all stacks and end the process; 0: never
-    fit_labels=0,  # pictures of the built-in world whose labels a fresh SigLIP is fitted to; 0: it stays fresh
-    fit_images=300,  # pictures that the closed-form codec of the built-in world is fitted to, if fresh
+    watchdog_seconds=1800.0,  # after so long without a step, print all stacks and end the process; 0: never
+    fit_labels=0,  # labelled pictures of the built-in world to fit a fresh SigLIP to; 0: it stays fresh
+    fit_images=300,  # pictures to fit a fresh closed-form codec of the built-in world to
   )
   c.optimizer = dict(
     learning_rate=1e-4,  # between warm-up and cool-down (table 1)
@@ -58,8 +58,8 @@ def base(size: str) -> ConfigDict:
     epsilon=1e-8,  # not in the paper
     weight_decay=0.0,  # table 1
     clip_norm=1.0,  # global norm (table 1)
-    # Patterns of matrices that Muon updates in place of AdamW, as ("language_model/layers",); the rest goes by NAdamW
-    # then. Not in the paper; measured at :shapes only, where it takes a tenth of a step's time.
+    # Patterns of matrices that Muon updates in place of AdamW, as ("language_model/layers",); all others then get
+    # NAdamW. Not in the paper; tested at :shapes only.
     muon=(),
     trained=(),  # patterns of parameter paths; every parameter must match one of the two lists
     frozen=(),
@@ -83,7 +83,7 @@ def base(size: str) -> ConfigDict:
     mixture=((0, (50, 50, 0)),),  # (from step, rows understanding : generation : text)
     first_sentence=0.25,  # share of captions cut to their first sentence for generation (paper section 4.2)
     prompt_drop=0.1,  # share of prompts dropped, so that guidance works (paper section 3.4)
-    latents=False,  # True: the VAE's moments and squares that `prepare --latents` wrote, in place of its encoder
+    latents=False,  # True: use the VAE's posteriors and crops from `prepare --latents` in place of its encoder
     workers=0,  # loader processes; 0: threads only
     threads=2,  # per process
     prefetch=2,  # batches ahead per process
@@ -108,13 +108,13 @@ def base(size: str) -> ConfigDict:
     compilation_cache="~/.cache/jflow",  # compiled programs, reused by a restart; empty: none
   )
   c.mesh = dict(data=1, fsdp=1, model=1)  # the product is the number of devices of all processes
-  c.distributed = dict(  # how several processes train one model; one process needs none of it
+  c.distributed = dict(  # for training with several processes
     cluster="",  # "auto": jax reads Slurm, TPU pod (also GKE) or Open MPI; "": the three fields below
     coordinator="",  # HOST:PORT of process 0
     processes=1,
     process_id=0,
-    start_seconds=300,  # until all processes have come
-    heartbeat_seconds=30,  # a process that is silent for so long is dead, and the others end too
+    start_seconds=300,  # for all processes to connect
+    heartbeat_seconds=30,  # without a heartbeat after which a process counts as dead, and the others end too
   )
   c.checkpoint = dict(
     interval=1000,  # steps between saves
@@ -139,7 +139,7 @@ def base(size: str) -> ConfigDict:
   return c
 
 
-# What the stages train and freeze, by the first part of a parameter's path.
+# Parameters that the stages train and freeze, by the first part of their paths.
 NEW_PARTS = (  # linear aligners, g_enc, g_dec, REPA head (paper section 3.3)
   "understanding_projector",
   "understanding_start",

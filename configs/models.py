@@ -1,8 +1,8 @@
 """The sizes of the models, as plain dicts for the section `model` of a config.
 
 janusflow_384, janusflow_256: the paper's (paper section 4.1, appendix A; sizes of the release where it is silent).
-tiny: for tests, a second per step on one core. shapes: learns the built-in world in minutes on two cores.
-mid: the paper's parts at a width where a CPU's time goes where an accelerator's goes; for measuring.
+tiny: for tests. shapes: learns the built-in world in minutes on two cores.
+mid: the paper's parts at a width where the parts' shares of the time on a CPU are those on an accelerator; for `bench`.
 """
 
 
@@ -56,7 +56,7 @@ def janusflow_256() -> dict:
 
 
 def tiny() -> dict:
-  """A JanusFlow with every part of the real one, 32 x 32 pixels, 16 patches."""
+  """A tiny JanusFlow with every part of the full one, 32 x 32 pixels, 16 patches."""
   return dict(
     language_model=dict(
       kind="llama",
@@ -98,10 +98,10 @@ def tiny() -> dict:
 
 
 def shapes() -> dict:
-  """The model of the built-in world: 48 x 48 pixels, 64 patches, latents by a closed-form codec.
+  """The model of the built-in world: 48 x 48 pixels, 64 patches, latents of a closed-form codec.
 
-  48 pixels are the least that the judge reads; of true pictures after this codec it accepts 99.7 %. A patch is one
-  latent of 12 numbers, which a small model learns to denoise in far fewer pictures than 2 x 2 latents of 8 numbers.
+  48 pixels are the least that the judge accepts. A patch is one latent of 12 channels, which a small model learns to
+  denoise from far fewer pictures than 2 x 2 latents of 8 channels.
   """
   return dict(
     language_model=dict(
@@ -144,7 +144,7 @@ def shapes() -> dict:
 
 
 def mid() -> dict:
-  """Between tiny and the paper's: 192 x 192 pixels, 144 patches, an LLM of 57M parameters beside its tables."""
+  """A mid-size model: 192 x 192 pixels, 144 patches, an LLM of 57M parameters without its embedding and head."""
   return dict(
     language_model=dict(
       kind="llama",

@@ -1,8 +1,8 @@
-"""Proof on real photographs: a small model learns a dozen of them by heart, from files in the LLaVA layout.
+"""Overfitting of real photographs: a small model memorizes a dozen of them, from files in the LLaVA layout.
 
-`python launch/experiments/photos.py FOLDER` writes photographs that ship inside scikit-image and scikit-learn, imports
-them with `prepare`, trains with this config (a few minutes on 2 cores), paints each from its caption and asks its
-questions. All that the paper takes pretrained starts fresh, so everything but the codec learns at once.
+`python launch/experiments/photos.py FOLDER` writes photographs that ship with scikit-image and scikit-learn, imports
+them with `prepare`, trains with this config (a few minutes on 2 cores), generates each from its caption and asks its
+questions. The parts that are pretrained in the paper start fresh, so everything except the codec is trained.
 """
 
 from configs import base

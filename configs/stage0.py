@@ -1,13 +1,13 @@
-"""Stage 0, only for the built-in world: makes the stand-ins for what the paper takes pretrained.
+"""Stage 0, only for the built-in world: replaces the pretrained parts of the paper.
 
-Before the first step the codec in the VAE's place is fitted in closed form, and the small SigLIP to labels of what its
-patches show and where they lie (jflow/world/siglip_fit.py). Then the small LLM learns text, and with the linear aligner to
-describe pictures and to answer.
+Before the first step a codec in place of the VAE is fitted in closed form, and a small SigLIP to labels of its patches'
+contents and positions (jflow/world/siglip_fit.py). Then the small LLM is trained on text and, with the linear aligner, on
+captions and questions.
 
   jflow train --config=stage0:shapes --workdir=runs/stage0
 
 Time: two cores take some 14 minutes for the stages 0 to 3 at :shapes.
-Result: a checkpoint for stage 1; it reads and paints nothing yet.
+Result: a checkpoint for stage 1; it cannot generate images yet.
 """
 
 from configs import base, world

@@ -1,4 +1,4 @@
-"""Stage 1, adaptation: the new parts learn to sit between frozen LLM, SigLIP and VAE (paper section 3.3, table 1).
+"""Stage 1, adaptation: trains the new parts between frozen LLM, SigLIP and VAE (paper section 3.3, table 1).
 
   jflow train --config=stage1 --workdir=runs/stage1 --config.train.init_from=runs/parts \\
     --config.data.tokenizer=runs/parts/tokenizer --config.mesh.fsdp=8 --config.train.accumulation=16 \\
@@ -6,7 +6,7 @@
   jflow train --config=stage1:tiny --workdir=runs/tiny1                     # seconds, built-in data
 
 Time: 10,000 steps of 2.1 million tokens, 1.3e20 FLOPs: 16 hours of 8 H200 at 30 % of their peak.
-Result: the losses of flow and alignment fall; the paper names no numbers, and no run of ours was of this size.
+Result: the losses of flow and alignment fall; the paper gives no numbers, and we have not run this size.
 """
 
 from configs import base, world

@@ -1,4 +1,4 @@
-"""Stage 2, unified pre-training: everything but SigLIP and the VAE learns (paper section 3.3, table 1).
+"""Stage 2, unified pre-training: trains everything except SigLIP and the VAE (paper section 3.3, table 1).
 
 The mixture is 30 : 50 : 20 for the first 10,000 steps, then 14 : 80 : 6. The paper says 390,000 steps, its
 slides 380,000.
@@ -7,7 +7,7 @@ slides 380,000.
   jflow train --config=stage2:tiny --workdir=runs/tiny2                     # seconds, built-in data
 
 Time: 8.2e11 tokens, 7.6e21 FLOPs: 37 days of 8 H200 at 30 % of their peak (a step of 4 rows on one: 29.6 %).
-Result: the paper's FID of 9.51 on MJHQ-30k and 0.63 on GenEval are after stage 3; no run of ours was of this size.
+Result: the paper reports FID 9.51 on MJHQ-30k and 0.63 on GenEval after stage 3; we have not run this size.
 """
 
 from configs import base, world

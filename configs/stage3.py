@@ -1,4 +1,4 @@
-"""Stage 3, supervised fine-tuning: everything but the VAE learns, on dialogues (paper section 3.3, table 1).
+"""Stage 3, supervised fine-tuning: trains everything except the VAE, on dialogues (paper section 3.3, table 1).
 
   jflow train --config=stage3 --workdir=runs/stage3 --config.train.init_from=runs/stage2 ...    # data as for stage 2
   jflow train --config=stage3:tiny --workdir=runs/tiny3                     # seconds, built-in data

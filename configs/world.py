@@ -1,10 +1,10 @@
-"""The sizes that learn the built-in world offline: their changes to the paper's fields in configs/base.py.
+"""The sizes for the built-in world: their changes to the paper's fields in configs/base.py.
 
   tiny    trains in seconds: for trying things out
   shapes  learns the world in minutes on two cores
   mid     for `bench` on a CPU
 
-`jflow/world/README.md` says what the world is.
+`jflow/world/README.md` describes the world.
 """
 
 import pathlib
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from configs import models
 
 TOKENIZER = str(pathlib.Path(__file__).parent / "tokenizer")
-SOURCE = (("shapes", 1.0),)  # records that are drawn as they are asked for
+SOURCE = (("shapes", 1.0),)  # records that are rendered on demand
 
 
 def tiny(c: ConfigDict) -> None:
@@ -33,30 +33,29 @@ def mid(c: ConfigDict) -> None:
 
 
 def shapes(c: ConfigDict) -> None:
-  """The stages set steps and rates (`at_stage`): small models take a higher rate than table 1's."""
+  """Sets the fields of size `shapes`, except steps and rates, which depend on the stage (`at_stage`)."""
   _small(c)
   c.model = models.shapes()
   c.train.batch_size, c.data.row_tokens, c.data.row_images = 8, 256, 3
   c.optimizer.warmup_steps = 30
   c.optimizer.beta2 = 0.99  # gradients of 8 rows are noisier than those of 512
-  # From one stage 0, 500 steps of painting: flow loss 0.70, with AdamW 0.76, which gets there after some 720.
   c.optimizer.muon = ("language_model/layers", "generation_(encoder|decoder)/blocks_.*")
-  # Which of the eight shapes a noisy picture shows is settled early: by Bayes' rule over 40,000 pictures of one red
-  # shape the right one has probability 0.28 at time 0.11, 0.75 at 0.20 and 0.97 at 0.28. The standard distribution
-  # has a sixth of its times below 0.28, this one nearly three quarters.
+  # The shape in a noisy picture is determined early: by Bayes' rule over 40,000 pictures of one red shape, the right
+  # one of eight has probability 0.28 at time 0.11, 0.75 at 0.20 and 0.97 at 0.28. The standard distribution has a sixth
+  # of its times below 0.28, this one nearly three quarters.
   c.objective.time_mean, c.objective.time_std = -1.5, 0.9
   c.data.shapes.tags = dict(
     single_object=0.15, colors=0.4, two_object=0.1, counting=0.1, position=0.1, color_attr=0.1, several=0.05
   )
-  c.data.shapes.named_colors = 0.5  # "a red ring left of a blue star": colors show early which word is which object
-  c.data.shapes.long_captions = 0.75  # a caption that says where things are teaches in fewer steps
+  c.data.shapes.named_colors = 0.5  # colors, learned early, identify the objects of a sentence
+  c.data.shapes.long_captions = 0.75  # captions with places need fewer steps
 
 
 SIZES = {"tiny": tiny, "shapes": shapes, "mid": mid}
 
 
 def _small(c: ConfigDict) -> None:
-  """A model for CPUs that has a tokenizer and data at hand."""
+  """Sets the fields of sizes for CPUs, with the tokenizer and data that ship with jflow."""
   c.optimizer.warmup_steps = 10
   c.data.tokenizer = TOKENIZER
   c.data.sources = dict(understanding=SOURCE, generation=SOURCE, text=SOURCE)
@@ -89,7 +88,7 @@ def at_ablation(c: ConfigDict) -> ConfigDict:
     c.optimizer.cooldown_start = c.train.steps * 7 // 10
     c.optimizer.cooldown_steps = c.train.steps - c.optimizer.cooldown_start
     c.checkpoint.interval, c.data.shapes.size = 500, 50_000
-    # More of the harder prompts than above, and as many short captions, which prompts are, as long ones.
+    # More of the harder kinds of scenes than above, and as many short captions, like the prompts, as long ones.
     c.data.shapes.long_captions = 0.5
     c.data.shapes.tags = dict(
       single_object=0.12, colors=0.25, two_object=0.13, counting=0.13, position=0.17, color_attr=0.15, several=0.05

@@ -1,6 +1,6 @@
-"""The command line: a parser whose errors are one line, and numbers that are bounded.
+"""The command-line parser: errors of one line, and bounded numbers.
 
-A number that no machine could serve (10**30 pictures) or that is none (nan) ends a command before anything is read.
+A number beyond any machine (10**30 pictures) or one that is not finite ends a command before anything is read.
 """
 
 import argparse
@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-SEED = 2**63 - 1  # what a seed can be at most; each use has its own, closer bound
-_DIGITS = 25  # of a whole number that is looked at
+SEED = 2**63 - 1  # largest seed; each use has its own, closer bound
+_DIGITS = 25  # of the longest integer that is parsed
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
     return super().parse_known_args(args, namespace)
 
   def error(self, message: str) -> NoReturn:
-    """Ends with code 2; a value that a type below refuses stands behind its flag, as elsewhere."""
+    """Ends with code 2; a value refused by a type below is shown as --FLAG=VALUE, like in all other errors."""
     if (found := re.match(r"argument (\S+): (\S+) must be ", message)) and "=".join(found.groups()) in self._given:
       message = message.removeprefix("argument ").replace(": ", "=", 1)
     told = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in message)
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole(least: int | None = None, most: int = 10**9) -> Callable[[str], int]:
-  """A type for argparse: a whole number of at most `most`; of at least `least`, unless the command says so itself."""
+  """An argparse type: an integer of at most `most` and at least `least`; None leaves that check to the command."""
 
   def read(text: str) -> int:
     if not re.fullmatch(r"\s*[+-]?[0-9](_?[0-9])*\s*", text):
@@ -49,7 +49,7 @@ def whole(least: int | None = None, most: int = 10**9) -> Callable[[str], int]:
 
 
 def number(least: float | None = None, most: float = 1e9) -> Callable[[str], float]:
-  """A type for argparse: a finite number of at most `most`; of at least `least`, unless the command says so itself."""
+  """An argparse type: a finite number of at most `most` and at least `least`; None leaves that check to the command."""
 
   def read(text: str) -> float:
     found = float(text) if text.isascii() else float("")  # as for any text that is no number
@@ -62,7 +62,7 @@ def number(least: float | None = None, most: float = 1e9) -> Callable[[str], flo
 
 
 def listed(kind: Callable[[str], Any]) -> Callable[[str], list]:
-  """A type for argparse: numbers with commas between them."""
+  """An argparse type: a comma-separated list of values of type `kind`."""
 
   def read(text: str) -> list:
     return [kind(one) for one in text.split(",")]

@@ -1,4 +1,4 @@
-"""The command `bench`: how fast a workload runs here, as one JSON object."""
+"""The command `bench`: measures the speed of a workload on this machine."""
 
 import argparse
 import importlib
@@ -114,7 +114,7 @@ JPEGs at a fraction. Tokens a second of a training run over rows_per_cpu_second 
   )
 
 
-# Workload -> (its flags, what it measures); it runs in jflow/perf/WORKLOAD.py, which names its settings as the flags.
+# Workload -> (its flags, its help); it is in jflow/perf/WORKLOAD.py, whose settings have the names of the flags.
 WORKLOADS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
   "train": (_train, "the train step of a config: tokens/s, MFU, memory, and its parts alone"),
   "generate": (_generate, "painting: solver and VAE, alone or beside PyTorch"),
@@ -144,7 +144,7 @@ examples
 
 
 def main(argv: list[str]) -> int:
-  """Runs one workload, prints its report as a table, and writes it where --json says."""
+  """Runs a workload, prints its report as a table, and writes it to --json."""
   args = parser().parse_args(argv)
   check_json(args)
   flags = {name: tuple(x) if isinstance(x, list) else x for name, x in vars(args).items()}

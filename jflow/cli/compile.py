@@ -1,4 +1,4 @@
-"""The command `compile`: the train step, compiled ahead of time for machines that are not there."""
+"""The command `compile`: compiles the train step ahead of time for absent hardware."""
 
 import argparse
 import pathlib
@@ -29,10 +29,10 @@ memory and network at the vendor's peak, as if the other two cost nothing."""
 
 
 def main(argv: list[str]) -> int:
-  """Compiles one step and prints the report; 1 where the step does not fit."""
+  """Compiles a step and prints the report; returns 1 if the step does not fit."""
   parser = Parser(
     prog="python -m jflow compile",
-    description="Compiles the train step of a config for a machine that is not there, and says what it takes.",
+    description="Compiles the train step of a config for absent hardware, and reports its memory and a bound of its time.",
     epilog=_EPILOG,
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
@@ -78,7 +78,7 @@ def fitted(config: RunConfig, topology: targets.Topology, rows: int | None) -> R
   """The config with a mesh for the topology and `rows` rows per device.
 
   Raises:
-    UserError: rows below 1, or a mesh that is not as large as the topology.
+    UserError: rows are below 1, or the mesh has another size than the topology.
   """
   mesh = (config.mesh.data, config.mesh.fsdp, config.mesh.model)
   if mesh == (1, 1, 1):
@@ -96,7 +96,7 @@ def fitted(config: RunConfig, topology: targets.Topology, rows: int | None) -> R
 
 
 def show(report: dict[str, Any]) -> None:
-  """Prints a report for people."""
+  """Prints a report as text."""
   mesh = " x ".join(str(n) for n in report["mesh"].values())
   print(
     f"{report['topology']}: {report['chips']} chips, mesh data x fsdp x model = {mesh}, "

@@ -1,4 +1,4 @@
-"""The command `convert`."""
+"""The command `convert`: converts checkpoints from and to the published layout."""
 
 import argparse
 import pathlib
@@ -6,7 +6,7 @@ import pathlib
 from jflow.cli.arguments import SEED, Parser, whole
 
 _ABOUT = """\
-Takes weights from and to the published PyTorch layout.
+Converts weights from and to the published PyTorch layout.
 
 --from=official           JanusFlow-1.3B as published, to a jflow checkpoint (or, with --to=official, to other
                           shards or another type)
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-  """Converts, and prints the directory that it made."""
+  """Converts a checkpoint and prints the new directory."""
   args = parser().parse_args(argv)
   from jflow.interop.convert import Conversion, convert
 

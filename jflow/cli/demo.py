@@ -1,4 +1,4 @@
-"""The command `demo`."""
+"""The command `demo`: serves a page to chat about pictures and to generate them."""
 
 import argparse
 import os
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
   with tempfile.TemporaryDirectory(prefix="jflow-demo-") as uploads:
     os.environ["GRADIO_TEMP_DIR"] = uploads  # private, and gone at the end
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"  # it reckons over all of them at the end of each
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"  # it computes over all of them after each
     from jflow.serving import demo, server
     from jflow.serving.hosts import Guarded, Hosts
 

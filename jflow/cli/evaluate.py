@@ -27,7 +27,7 @@ same --output, each on a device of its own; the last one to end writes the repor
 
 
 class _Parser(Parser):
-  """A parser whose help lists the benchmarks: they are imported for nothing else."""
+  """A parser that lists the benchmarks in its help, and imports them only for that."""
 
   def format_help(self) -> str:
     self.epilog = _EPILOG.format(benchmarks=_listed())
@@ -35,7 +35,7 @@ class _Parser(Parser):
 
 
 def _listed() -> str:
-  """Every benchmark, with what it measures and where its data comes from."""
+  """The list of benchmarks for the help, each with its measure and the source of its data."""
   from jflow.evaluation import benchmarks
 
   width = max(map(len, benchmarks.names()))
@@ -113,12 +113,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-  """The settings that the flags name, those of a sweep aside."""
+  """The settings from the flags, without those of a sweep."""
   return Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
 
 
 def main(argv: list[str]) -> int:
-  """Predicts, scores, writes the report."""
+  """Predicts, scores and writes the report."""
   args = parser().parse_args(argv)
   settings = settings_of(args)
   if args.sweep_guidance or args.sweep_steps:

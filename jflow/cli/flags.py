@@ -1,4 +1,4 @@
-"""The flags that commands with a model share, and opening the model that they name."""
+"""The flags shared by commands with a model, and loading of the model that they name."""
 
 import argparse
 import dataclasses
@@ -28,7 +28,7 @@ def add_model(p: argparse.ArgumentParser, required: bool = True) -> None:
 
 
 def open_model(args: argparse.Namespace) -> "Pipeline":
-  """Loads what the flags of `add_model` name, whose compiled programs are kept; raises UserError."""
+  """The pipeline named by the flags of `add_model`, with a cache of compiled programs; raises UserError."""
   import jflow
   from jflow import compilation
 
@@ -37,7 +37,7 @@ def open_model(args: argparse.Namespace) -> "Pipeline":
 
 
 def add_settings(p: argparse.ArgumentParser) -> None:
-  """Adds the sampling settings of every family; their defaults are the family's own, see `settings_of`."""
+  """Adds the sampling settings of every family; defaults are left to the family, see `settings_of`."""
   from jflow.generation.base import FAMILIES
 
   fields: dict[str, dict[str, dataclasses.Field]] = {}
@@ -51,7 +51,7 @@ def add_settings(p: argparse.ArgumentParser) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-  """The sampling settings that were given, by name."""
+  """The sampling settings given on the command line, by name."""
   from jflow.generation.base import FAMILIES
 
   names = {field.name for name in FAMILIES.names() for field in dataclasses.fields(FAMILIES.get(name).settings)}
@@ -59,14 +59,14 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_settings(given: Mapping[str, Any]) -> None:
-  """Checks given settings before a checkpoint is read: some family must take them all.
+  """Checks given settings before a checkpoint is read: some family must have them all.
 
   Raises:
-    UserError: none does, or a value is out of its range.
+    UserError: no family does, or a value is out of range.
   """
   from jflow.generation.base import FAMILIES
 
-  error = UserError(f"no way to write images takes all of {', '.join(given)}")
+  error = UserError(f"no kind of image generation takes all of {', '.join(given)}")
   for name in FAMILIES.names():
     family = FAMILIES.get(name)
     if set(given) <= {field.name for field in dataclasses.fields(family.settings)}:
@@ -83,7 +83,7 @@ def _words(default: Any) -> str:
 
 
 def _reading(field: dataclasses.Field) -> dict[str, Any]:
-  """How argparse reads a setting: by the type of its default."""
+  """The argparse options of a setting, from the type of its default."""
   if "choices" in field.metadata:
     return {"choices": field.metadata["choices"]}
   if isinstance(field.default, tuple):
@@ -98,8 +98,8 @@ def add_json(p: argparse.ArgumentParser, what: str) -> None:
 
 
 def check_json(args: argparse.Namespace) -> None:
-  """Makes the folder of --json before the work starts; raises UserError where it cannot be, or is named itself."""
+  """Creates the folder of --json before the work starts; raises UserError if it cannot, or if --json is a folder."""
   if args.json and args.json.is_dir():
     raise UserError(f"--json={args.json} is a directory: name a file")
-  if args.json and not args.json.exists():  # /dev/stdout is there, in a folder that takes no files
+  if args.json and not args.json.exists():  # /dev/stdout exists, in a folder that is not writable
     make_directory(args.json.parent, "--json")

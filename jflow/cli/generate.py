@@ -1,4 +1,4 @@
-"""The command `generate`."""
+"""The command `generate`: generates images from prompts."""
 
 import argparse
 import dataclasses
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def read_prompts(prompts: list[str], file: pathlib.Path | None) -> list[str]:
-  """The prompts of the flags; raises UserError when there is none or the file cannot be read."""
+  """The prompts of the flags; raises UserError if there is none or the file cannot be read."""
   prompts = list(prompts)
   if file is not None:
     try:
@@ -81,7 +81,7 @@ def read_prompts(prompts: list[str], file: pathlib.Path | None) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-  """Generates and writes."""
+  """Generates images, and writes them and a contact sheet."""
   args = parser().parse_args(argv)
   prompts = read_prompts(args.prompt, args.prompts)
 
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> int:
 
 
 def _generate(model: "Pipeline", prompts: list[str], chosen: Any, call: dict[str, int]) -> list["Image.Image"]:
-  """Generates under a bar that counts sampling steps, since an image may take a minute."""
+  """Generates images with a progress bar that counts sampling steps, since an image may take a minute."""
   from tqdm import tqdm
 
   pictures, steps, batch = len(prompts) * call["num_images"], chosen.work, call["batch_size"]

@@ -1,4 +1,4 @@
-"""`python -m jflow prepare --inspect`: a picture of packed rows as the model will see them."""
+"""`python -m jflow prepare --inspect`: an image of packed rows as the model receives them."""
 
 import argparse
 import pathlib
@@ -88,16 +88,16 @@ def main(argv: list[str]) -> int:
 
 
 def render(config: RunConfig, directory: str, rows: int, step: int, title: str):
-  """Returns the picture of rows of a data set, or of the mixture of a run where `directory` is empty, and their number.
+  """Returns an image of rows of a data set, or of a run's mixture where `directory` is empty, and their number.
 
-  A row that comes again, where the data set has fewer than are asked for, is drawn once.
+  Repeated rows, of a data set with fewer rows than requested, are drawn once.
 
   Args:
     config: of a run.
     directory: a prepared data set; empty for the sources of the config.
-    rows: how many rows; of a run, spread over the batch and so over its types.
+    rows: number of rows; of a run, spread over the batch and thus over its tasks.
     step: of the run.
-    title: of the picture.
+    title: of the image.
   """
   from jflow.training import setup  # imports jax, which --help does not need
 

@@ -1,4 +1,4 @@
-"""`python -m jflow prepare --latents`: moments of the VAE ahead of time."""
+"""`python -m jflow prepare --latents`: posteriors of the VAE, computed ahead of training."""
 
 import argparse
 import os

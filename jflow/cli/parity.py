@@ -1,4 +1,4 @@
-"""The command `parity`."""
+"""The command `parity`: compares jflow with golden outputs of the PyTorch code."""
 
 import argparse
 import math
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-  """Compares, and prints a line per array; 1 where one differs by more than the tolerance."""
+  """Compares and prints a line per array; returns 1 if one differs by more than the tolerance."""
   args = parser().parse_args(argv)
   if args.processor is not None and (args.checkpoint or args.golden):
     raise UserError("give --processor, or --checkpoint and --golden")

@@ -1,4 +1,4 @@
-"""`python -m jflow prepare`: its command line."""
+"""The command `prepare`: imports records, and runs --inspect and --latents."""
 
 import argparse
 import importlib
@@ -65,7 +65,7 @@ afterwards
   python -m jflow prepare --latents --help    run the VAE over a data set ahead of time"""
 
 
-# Flag -> (module with main(argv) -> exit code, what it does) of what is no import; each has a --help of its own.
+# Flag -> (module with main(argv) -> exit code, help) of the actions besides the import; each has its own --help.
 MODES = {
   "--inspect": ("jflow.cli.inspect", "draw packed rows as the model will see them"),
   "--latents": ("jflow.cli.latents", "run the VAE over a data set ahead of time"),
@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     metavar="SHARE",
     help="share of unusable ones among all records above which nothing is written (default 0.01)",
   )
-  add = parser.add_argument_group("filters, of which each drops what it does not want").add_argument
+  add = parser.add_argument_group("filters: records that do not pass are dropped").add_argument
   add("--min_size", type=whole(1), metavar="PIXELS", help="of the shorter side of each image, at least")
   add("--max_aspect", type=number(1), metavar="RATIO", help="longer side over shorter, at most")
   add(

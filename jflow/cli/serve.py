@@ -1,4 +1,4 @@
-"""The command `serve`."""
+"""The command `serve`: serves a model over HTTP."""
 
 import argparse
 import pathlib
@@ -69,10 +69,10 @@ def main(argv: list[str]) -> int:
 
 
 def read_token(token: str | None, file: pathlib.Path | None) -> str | None:
-  """The token of the flags, None for none.
+  """The token of the flags; None if there is none.
 
   Raises:
-    UserError: the file cannot be read, or the token is empty or not plain.
+    UserError: the file cannot be read, or the token is not one word of printable ASCII.
   """
   if file is not None:
     try:

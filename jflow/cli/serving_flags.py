@@ -1,4 +1,4 @@
-"""What the commands `serve` and `demo` share: their flags, and the engine that these describe."""
+"""The flags shared by `serve` and `demo`, and the engine that they describe."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ from jflow.errors import UserError, need_extra
 if TYPE_CHECKING:
   from jflow.serving.engine import Engine
 
-_CONTEXT = 4096  # each slot of the full model keeps 0.8 GB of keys and values for it, in bfloat16
+_CONTEXT = 4096  # tokens; each slot of the full model holds 0.8 GB of keys and values for it, in bfloat16
 
 
 def add(p: argparse.ArgumentParser, port: int) -> None:
@@ -52,7 +52,7 @@ def add(p: argparse.ArgumentParser, port: int) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-  """Checks what needs no model; raises UserError."""
+  """Checks the flags as far as possible without the model; raises UserError."""
   need_extra("serve", "starlette", "uvicorn", "h11", "pydantic", "prometheus_client")
   from jflow.serving import hosts
 
@@ -71,7 +71,7 @@ def engine(args: argparse.Namespace) -> "Engine":
   """Loads the model and returns its engine, not yet started.
 
   Raises:
-    UserError: the checkpoint cannot be used, or --context is more than the model's.
+    UserError: the checkpoint cannot be used, or --context exceeds the model's.
   """
   from jflow.serving import logs
   from jflow.serving.engine import Engine
@@ -81,7 +81,7 @@ def engine(args: argparse.Namespace) -> "Engine":
   pipeline = model_flags.open_model(args)
   most = pipeline.model.config.language_model.max_length
   if args.context is not None and args.context > most:
-    raise UserError(f"--context={args.context} is more than the model's {most}")
+    raise UserError(f"--context={args.context} must be at most the model's {most}")
   return Engine(
     pipeline,
     Metrics(),

@@ -1,4 +1,4 @@
-"""The command `train`."""
+"""The command `train`: trains one stage."""
 
 import argparse
 import functools
@@ -32,7 +32,7 @@ something else than before, wherever they lie now; --accept_data goes on with th
 
 
 def _paint_samples(config: RunConfig, model: Any, tokenizer: Any, params: Any) -> list[Any]:
-  """The pictures of `log.sample_prompts`, as `generate` paints them, on one device."""
+  """Images of `log.sample_prompts`, sampled as by `generate`, on one device."""
   import jax
 
   from jflow import sharding
@@ -57,7 +57,7 @@ def _workdir(text: str) -> pathlib.Path:
 
 
 def main(argv: list[str]) -> int:
-  """Parses the flags and trains; 143 or 130 after SIGTERM or SIGINT, once the state is saved."""
+  """Parses the flags and trains; returns 143 or 130 after SIGTERM or SIGINT, when the state is saved."""
   parser = Parser(
     prog="python -m jflow train",
     description="Trains one stage.",

@@ -1,4 +1,4 @@
-"""The command `understand`."""
+"""The command `understand`: answers a question about images."""
 
 import argparse
 import re
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-  """Answers on stdout."""
+  """Writes the answer to stdout."""
   args = parser().parse_args(argv)
 
   from jflow import checks
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
         f"--question has {count} {mark} marks and there are {len(args.image)} pictures: give one --image=FILE per mark"
       )
   checks.answer(args.max_tokens, args.temperature, args.top_p, args.seed)
-  for image in args.image:  # before the weights are read: a wrong file should not cost a minute
+  for image in args.image:  # before the weights are read, which takes long
     prepare_image(image, 16)
   flags.check_json(args)
   if not args.image and _PICTURE.search(args.question):

@@ -1,14 +1,14 @@
 """The closed rules that turn one answer of a model into right or wrong, as the official scorers have them.
 
-Pure text in, numbers out. Where an official rule is odd, the oddity is kept and said: a score is compared with the
-paper's, and a better rule would be another benchmark.
+Pure text in, numbers out. Where an official rule is odd, the oddity is kept and documented: scores are compared with
+the paper's, and a better rule would be another benchmark.
 """
 
 import math
 import re
 from collections.abc import Mapping, Sequence
 
-# The VQA challenge's: characters that become nothing beside a space (or where the text holds "1,000"), else a space.
+# The VQA challenge's punctuation: deleted beside a space (or where the text holds "1,000"), else replaced by a space.
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA = re.compile(r"\d,\d")
 # A point before a digit stays. The official pattern also looks for "<=\d" behind the point, which never matches.
@@ -18,7 +18,7 @@ _NUMBERS = {
   word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
 } | {"none": "0"}
 _ARTICLES = ("a", "an", "the")
-# Read without any one of their apostrophes, these get it back.
+# Contractions: written without one of their apostrophes, they get it back.
 _CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
 haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't
 must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've
@@ -30,7 +30,7 @@ _WITH_APOSTROPHES = {
   word[:i] + word[i + 1 :]: word for word in _CONTRACTIONS for i, letter in enumerate(word) if letter == "'"
 } | {"somebody'd": "somebodyd"}  # the one entry of the official table that goes the other way
 
-# VLMEvalKit's: refusals, and what is cut from an answer before its letter is looked for.
+# VLMEvalKit's lists: refusals, and the characters removed from an answer before its letter is searched.
 _REFUSALS = (
   "Sorry, I can't help with images of people yet.",
   "I can't process this file.",
@@ -43,7 +43,7 @@ UNDECIDED = "Z"  # no option can be read from the answer
 
 
 def without_punctuation(text: str) -> str:
-  """The VQA challenge's removal of punctuation; apostrophes and decimal points stay."""
+  """The text without punctuation, by the VQA challenge's rule; apostrophes and decimal points stay."""
   out = text
   for mark in _PUNCTUATION:
     joined = f"{mark} " in text or f" {mark}" in text or _COMMA.search(text)
@@ -52,7 +52,7 @@ def without_punctuation(text: str) -> str:
 
 
 def normal_words(text: str) -> str:
-  """Lower case, numbers up to ten as digits, no articles, contractions with their apostrophe."""
+  """The text in lower case, with digits for numbers up to ten, without articles, contractions with apostrophes."""
   words = [_NUMBERS.get(word, word) for word in text.lower().split()]
   return " ".join(_WITH_APOSTROPHES.get(word, word) for word in words if word not in _ARTICLES)
 
@@ -68,10 +68,11 @@ def vqa_score(answer: str, people: Sequence[str], unanimous_as_written: bool = F
   Args:
     answer: of the model.
     people: the annotators' answers, ten as a rule.
-    unanimous_as_written: the VQA challenge's, which leaves the people's answers as they are (upper case included) when
-      they agree word for word. The model's answer then counts normalised, as in the first version of its code and as is
-      usual, or as it stands, as in later ones: no spelling of the people is out of reach. False is VLMEvalKit's rule
-      for TextVQA; TextVQA's own evaluator also splits "'s" from words and drops every comma and question mark first.
+    unanimous_as_written: True is the VQA challenge's rule: where the people agree word for word, their answers are not
+      normalised (upper case included). The model's answer then counts if it agrees either normalised, as in the first
+      version of the official code, or as written, as in later ones, so every spelling can be matched. False is
+      VLMEvalKit's rule for TextVQA; TextVQA's own evaluator also splits "'s" from words and drops every comma and
+      question mark first.
 
   Returns:
     In [0, 1]: 0, 0.3, 0.6, 0.9 or 1 for ten people.
@@ -86,15 +87,15 @@ def vqa_score(answer: str, people: Sequence[str], unanimous_as_written: bool = F
 
 
 def exact(answer: str, truth: str) -> bool:
-  """GQA's rule in VLMEvalKit: equal but for case and outer spaces. "Yes." is not "yes"."""
+  """GQA's rule in VLMEvalKit: equality up to case and outer spaces. "Yes." does not equal "yes"."""
   return answer.strip().lower() == truth.strip().lower()
 
 
 def relaxed(answer: str, truth: str, tolerance: float = 0.05) -> bool:
-  """ChartQA's relaxed accuracy: numbers within 5 %, both ends included, anything else equal but for case.
+  """ChartQA's relaxed accuracy: numbers within 5 %, both ends included; other answers equal up to case.
 
-  "5%" is read as 0.05, so that "5" for "5%" is wrong. A true value of 0, or one that is not finite, is compared as
-  text; spaces around the truth do not count, as those around the answer.
+  "5%" is read as 0.05, so "5" for "5%" is wrong. A true value of 0, or one that is not finite, is compared as text.
+  Spaces around either side do not count.
   """
   number, wanted = _number(answer.strip()), _number(truth.strip())
   if number is not None and wanted and math.isfinite(wanted):
@@ -103,16 +104,17 @@ def relaxed(answer: str, truth: str, tolerance: float = 0.05) -> bool:
 
 
 def yes_or_no(answer: str) -> str:
-  """VLMEvalKit's reading of a yes or a no: "Yes" or "No" if exactly one is among the words, else "Unknown"."""
+  """VLMEvalKit's yes/no parser: "Yes" or "No" if exactly one of them is among the words, else "Unknown"."""
   words = without_punctuation(answer.lower()).split()
   yes, no = "yes" in words, "no" in words
   return "Unknown" if yes == no else "Yes" if yes else "No"
 
 
 def option(answer: str, choices: Mapping[str, str]) -> str:
-  """VLMEvalKit's reading of a letter, without its language model.
+  """VLMEvalKit's parser of multiple choice, without its language model.
 
-  The only letter among the words, if it is one of the last four; else the only option whose text is in the answer.
+  Returns the only letter among the words, if it is one of the last four; else the only option whose text is in the
+  answer.
 
   Args:
     answer: of the model.

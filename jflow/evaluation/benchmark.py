@@ -1,6 +1,6 @@
-"""The protocol of a benchmark: what it asks of a model, and how it scores what the model has made.
+"""The interface of a benchmark: the tasks it gives a model, and the scores of the predictions.
 
-A benchmark is a class with a few attributes that `--help` and the report print, made from the settings of one
+A benchmark is a class with a few attributes that `--help` and the report print, constructed from the settings of one
 evaluation. Most are a `ReadingBenchmark` or a `PaintingBenchmark`; a file of questions is a `tables.TableBenchmark`.
 """
 
@@ -13,14 +13,14 @@ from jflow.evaluation.report import Result
 from jflow.evaluation.settings import Settings
 from jflow.evaluation.tasks import Task
 
-# Flags that not every benchmark takes.
+# Flags that only some benchmarks take.
 FLAGS = ("data", "only", "split", "steps", "guidance", "pictures", "results", "features")
 
 
 class Benchmark(abc.ABC):
-  """One benchmark, opened for one evaluation.
+  """A benchmark, opened for one evaluation.
 
-  `__init__` reads and checks the data: a mistake costs no model.
+  `__init__` reads and checks the data, before any model is loaded.
 
   Attributes:
     name: what --benchmark calls it.
@@ -64,15 +64,15 @@ class Benchmark(abc.ABC):
     """
 
   def identity(self) -> dict[str, Any]:
-    """Settings of its own that predictions depend on, as JSON values; others are refused in the same directory."""
+    """Benchmark-specific settings that predictions depend on, as JSON values; one output directory holds one set."""
     return {}
 
   def sampling(self) -> dict[str, Any]:
-    """Keywords of `Pipeline.generate`; empty where nothing is painted."""
+    """Keywords of `Pipeline.generate`; empty where no image is generated."""
     return {}
 
   def changed(self) -> dict[str, Any]:
-    """Flags whose value is not the benchmark's usual one: a report says so."""
+    """Flags whose value differs from the benchmark's default; the report lists them."""
     return {} if self.settings.limit is None else {"limit": self.settings.limit}
 
   @classmethod
@@ -80,7 +80,7 @@ class Benchmark(abc.ABC):
     """The settings of one point of a sweep over guidance and steps.
 
     Raises:
-      UserError: nothing depends on the two.
+      UserError: the scores do not depend on guidance and steps.
     """
     return settings
 
@@ -102,7 +102,7 @@ class ReadingBenchmark(Benchmark):
 
 
 class PaintingBenchmark(Benchmark):
-  """A benchmark of painted images."""
+  """A benchmark of generated images."""
 
   flags = frozenset({"data", "steps", "guidance"})
   steps: int = 30  # of the solver

@@ -1,17 +1,17 @@
-"""Distances between sets of pictures: the Frechet distance, a kernel distance, and the input of the paper's network."""
+"""Distances between sets of images: the Frechet distance, a kernel distance, and the preprocessing for Inception."""
 
 import numpy as np
 from PIL import Image
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-  """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2), the Frechet distance of two normal distributions.
+  """The Frechet distance of two normal distributions, |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2).
 
   The trace of the root comes from the eigenvalues of C_a^1/2 C_b C_a^1/2, which is symmetric: always real, and exact
-  where a covariance is singular. It is biased upwards for few pictures: compare at equal numbers only.
+  where a covariance is singular. The estimate is biased upwards for few samples: compare at equal numbers only.
 
   Args:
-    a, b: float[n, D] and float[m, D], features; two at least of each.
+    a, b: float[n, D] and float[m, D], features; n and m at least 2.
   """
   a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
   cov_a, cov_b = np.atleast_2d(np.cov(a, rowvar=False)), np.atleast_2d(np.cov(b, rowvar=False))
@@ -30,20 +30,20 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def normalised(features: np.ndarray, reference: np.ndarray, least: float = 1e-6) -> np.ndarray:
-  """Features about the reference's mean in its deviations, so that each counts alike."""
+  """Features standardised by the reference's mean and deviation, so that each dimension has equal weight."""
   return (features - reference.mean(0)) / np.maximum(reference.std(0), least)
 
 
 def inception_input(image: Image.Image, side: int = 256, lanczos: bool = True) -> np.ndarray:
-  """A picture as GigaGAN's evaluation hands it to Inception, on which the paper's FID rests.
+  """An image preprocessed for Inception as in GigaGAN's evaluation, which the paper's FID uses.
 
-  RGB, the middle square, Lanczos to `side` with 8 bits per channel (an author of the paper says bicubic where the
-  script has Lanczos: report both), then as clean-fid does: each channel bicubic to 299 in float32, cut to [0, 255], not
-  rounded. An odd pixel too many falls to either side, as torchvision's crop rounds halves to even.
+  RGB, center crop to a square, Lanczos to `side` with 8 bits per channel (an author of the paper says bicubic where the
+  script has Lanczos: report both), then as in clean-fid: each channel bicubic to 299 in float32, clipped to [0, 255],
+  not rounded. The crop's offset rounds halves to even, as torchvision's does.
 
   Args:
     image: any size and mode.
-    side: of the comparison, in pixels.
+    side: of the intermediate image, in pixels.
     lanczos: False takes bicubic.
 
   Returns:

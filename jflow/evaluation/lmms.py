@@ -1,17 +1,17 @@
-"""lmms-eval reads and scores with jflow: a model `jflow` that lmms-eval finds by an entry point.
+"""The model `jflow` for lmms-eval, which finds it by an entry point.
 
-Install jflow into lmms-eval's own environment (it needs PyTorch and some fifty packages that jflow does without):
+Install jflow into lmms-eval's own environment (it needs PyTorch and about fifty packages that jflow does not):
 
   pip install lmms-eval==0.7.3 && pip install -e .
   python -m lmms_eval --model jflow --model_args checkpoint=JanusFlow-1.3B,cache=scores/lmms --batch_size 16 \\
     --tasks pope,mme
   python -m lmms_eval --model jflow --model_args server=http://127.0.0.1:8000 --tasks pope     # a running `jflow serve`
 
-With cache=DIR each greedy answer is on disk as it is made: the same command goes on where it was stopped, and refuses
-the answers of another checkpoint (of a server it sees only the address: take another DIR for another model).
-lmms-eval's own --use_cache writes only once all answers of all tasks are there.
+With cache=DIR each greedy answer is written to disk at once: the same command resumes after a stop, and refuses the
+answers of another checkpoint (a server is known by its address only: use another DIR for another model).
+lmms-eval's own --use_cache writes only when all answers of all tasks are complete.
 
-The prompts are lmms-eval's own, so its scores differ from those of `evaluate`, which has the prompts of VLMEvalKit.
+The prompts are lmms-eval's own, so its scores differ from those of `evaluate`, which uses VLMEvalKit's prompts.
 """
 
 import base64
@@ -40,7 +40,7 @@ _ROUNDS = 4  # batches whose images are in memory at a time
 
 
 class Answers:
-  """Asks a checkpoint in this process, or a server."""
+  """Answers from a checkpoint in this process, or from a server."""
 
   def __init__(
     self,
@@ -74,7 +74,7 @@ class Answers:
     return [cut(text, arguments.get("until")) for text, (_, _, arguments) in zip(texts, asked, strict=True)]
 
   def likelihoods(self, asked: Sequence[tuple[str, Sequence[Image.Image], str]]) -> list[tuple[float, bool]]:
-    """(log-probability, whether it is the greedy answer) of (question, images, answer), in order."""
+    """Returns (log-probability, whether it is the greedy answer) for each (question, images, answer), in order."""
     if self._server:
       raise UserError("model_args: this task needs likelihoods; give checkpoint=DIR, a server tells none")
     return [self._model.loglikelihood(_unmarked(text), list(images), [one])[0] for text, images, one in asked]
@@ -96,7 +96,7 @@ class Answers:
 
 
 def sampling(arguments: dict[str, Any]) -> dict[str, Any]:
-  """lmms-eval's generation arguments as jflow's: greedy unless a task asks for sampling."""
+  """lmms-eval's generation arguments as jflow's; greedy unless a task sets do_sample or a temperature."""
   out = {"max_tokens": int(arguments.get("max_new_tokens") or _TOKENS), "temperature": 0.0}
   if arguments.get("do_sample") or arguments.get("temperature"):
     out["temperature"] = float(arguments.get("temperature") or 1.0)
@@ -105,7 +105,7 @@ def sampling(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def cut(text: str, until: Any) -> str:
-  """The answer up to the first of the stop strings."""
+  """The answer cut before the first stop string."""
   for stop in [until] if isinstance(until, str) else until or ():
     if stop:
       text = text.split(stop)[0]
@@ -113,7 +113,7 @@ def cut(text: str, until: Any) -> str:
 
 
 def _unmarked(text: str) -> str:
-  """Without marks, all images stand before the question."""
+  """The question without image marks; the images then come before it."""
   return text.replace("<image>", "").strip()
 
 
@@ -124,13 +124,13 @@ def _data_uri(image: Image.Image) -> str:
 
 
 class Kept:
-  """Answers on disk, so that a stopped run goes on; none are kept without a directory."""
+  """Cache of answers on disk, so that a stopped run resumes; without a directory it keeps nothing."""
 
   def __init__(self, directory: str, settings: dict[str, Any]):
-    """Opens or creates the directory; `settings`: all that the answers depend on but the requests.
+    """Opens or creates the directory; `settings`: all that the answers depend on except the requests.
 
     Raises:
-      UserError: the directory holds the answers of another model, or another process writes them.
+      UserError: the directory holds the answers of another model, or another process writes to it.
     """
     self._samples = Samples(pathlib.Path(str(directory)), settings, flag="cache") if directory else None
     self._found = self._samples.read() if self._samples else {}
@@ -140,19 +140,19 @@ class Kept:
     return self._found[key]["answer"] if key in self._found else None
 
   def add(self, key: str, answer: Any) -> None:
-    """Keeps an answer, unless its key is empty."""
+    """Stores an answer, unless its key is empty."""
     if self._samples and key:
       self._found[key] = {"key": key, "answer": answer}
       self._samples.add(self._found[key])
 
   def close(self) -> None:
-    """Frees the directory for another process."""
+    """Releases the directory for other processes."""
     if self._samples:
       self._samples.close()
 
 
 def key_of(kind: str, task: str, split: str, doc_id: Any, question: str, arguments: Any) -> str:
-  """What tells a request from all others; empty where an answer is drawn, so that it is drawn anew."""
+  """The cache key of a request; empty where the answer is sampled, so that it is sampled anew."""
   if isinstance(arguments, dict) and sampling(arguments)["temperature"] > 0:
     return ""
   asked = hashlib.sha256(json.dumps([question, arguments], sort_keys=True, default=str).encode()).hexdigest()
@@ -160,15 +160,15 @@ def key_of(kind: str, task: str, split: str, doc_id: Any, question: str, argumen
 
 
 def images_of(found: Any, where: str) -> list[Image.Image]:
-  """The images of a document, opened: a question is never asked without its picture.
+  """The images of a document, opened; an unreadable image is an error, never a question without its image.
 
   Args:
-    found: what a task gives: PIL images, paths, bytes, dictionaries with "bytes" or "path"; a list of them, one, or
-      None where there are no images.
-    where: names the document.
+    found: from the task: PIL images, paths, bytes, dictionaries with "bytes" or "path"; a list of them, one, or None
+      where there are no images.
+    where: names the document in messages.
 
   Raises:
-    UserError: something else, or an unreadable image.
+    UserError: `found` is of another type, or an image cannot be read.
   """
   if found is None:
     return []
@@ -176,7 +176,7 @@ def images_of(found: Any, where: str) -> list[Image.Image]:
 
 
 def _image(one: Any, where: str) -> Image.Image:
-  """An image with the pixels that the published code reads, whatever form it comes in."""
+  """An image of any of these types, decoded to the same pixels as in the published code."""
   if isinstance(one, dict):
     one = one.get("bytes") or one.get("path")
   if not isinstance(one, (Image.Image, bytes, bytearray, str, os.PathLike)):
@@ -200,16 +200,16 @@ def _base() -> type:
 
 
 class Model(_base()):
-  """What lmms-eval calls. Its `task_dict` is filled by lmms-eval."""
+  """The model class that lmms-eval calls; lmms-eval fills its `task_dict`."""
 
   is_simple = True
 
   def __init__(self, cache: str = "", **arguments: Any):
-    """Loads the checkpoint, or takes a server.
+    """Loads the checkpoint, or connects to a server.
 
     Args:
-      cache: a directory that keeps the answers; see the top of this file.
-      arguments: those of `Answers`; lmms-eval's own device and max_batch_size are jflow's own business.
+      cache: directory for the answers; see the top of this file.
+      arguments: those of `Answers`; lmms-eval's device and max_batch_size are ignored.
     """
     super().__init__()
     arguments = {k: v for k, v in arguments.items() if k not in ("device", "max_batch_size")}
@@ -221,7 +221,7 @@ class Model(_base()):
     self._kept = Kept(cache, _settings(arguments) if cache else {})
 
   def close(self) -> None:
-    """Frees the cache for another process."""
+    """Releases the cache for other processes."""
     self._kept.close()
 
   def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -243,11 +243,11 @@ class Model(_base()):
     return [tuple(scored) for scored in self._all("loglikelihood", requests, read, ask)]
 
   def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-    """Not offered: no benchmark of the paper has several rounds."""
+    """Unsupported: no benchmark of the paper has several rounds."""
     raise NotImplementedError("jflow answers single questions in lmms-eval")
 
   def _all(self, kind: str, requests: Sequence[Any], read: Callable, ask: Callable[[list], Sequence[Any]]) -> list[Any]:
-    """Answers in the order of the requests, made a few batches at a time: their images alone are in memory.
+    """Answers in the order of the requests, computed a few batches at a time to bound the images in memory.
 
     Args:
       kind: of the requests.
@@ -280,7 +280,7 @@ class Model(_base()):
 
 
 def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
-  """All that answers depend on but the requests."""
+  """All that answers depend on except the requests."""
   if arguments.get("server"):
     return {"server": arguments["server"].rstrip("/")}
   from jflow.evaluation.report import fingerprint

@@ -1,13 +1,14 @@
-"""What lmms-eval's registry loads by the entry point in pyproject.toml: a name, nothing of jflow's models.
+"""The entry point of lmms-eval's registry (pyproject.toml): the model's name and class path.
 
-It stands alone because the registry loads it while lmms-eval itself is half imported, for every command of lmms-eval.
+Must not import the model: the registry loads this file for every command of lmms-eval, while lmms-eval is only partly
+imported.
 """
 
 from typing import Any
 
 
 def manifest() -> Any:
-  """The model `jflow`; lmms-eval imports its class once it is asked for."""
+  """The manifest of the model `jflow`; lmms-eval imports its class on first use."""
   from lmms_eval.models.registry_v2 import ModelManifest
 
   return ModelManifest(model_id="jflow", simple_class_path="jflow.evaluation.lmms.Model")

@@ -1,4 +1,4 @@
-"""What painting benchmarks have to do with scorers outside: read their files strictly, print their commands whole."""
+"""External scorers of image benchmarks: strict reading of their files, and complete commands to run them."""
 
 import json
 import math
@@ -17,26 +17,26 @@ GUIDANCE = (
 
 
 def next_command(where: str, words: Sequence[Any], settings: Settings, **more: pathlib.Path) -> str:
-  """What to run now, and then: two command lines to paste.
+  """A note with two command lines to paste: the scorer's, and the evaluation that reads its output.
 
   Args:
-    where: the first one runs.
-    words: of the first one.
-    settings: of this evaluation; the second command has them all.
-    more: settings of the second one that read what the first one writes.
+    where: the scorer runs, in words.
+    words: of the scorer's command.
+    settings: of this evaluation; the second command repeats them.
+    more: settings of the second command that name the scorer's output.
   """
   return f"Next, {where}:\n  {shlex.join(map(str, words))}\nthen:\n  {shlex.join(settings.command(**more))}"
 
 
 def another_number(found: int, published: int, settings: Settings) -> list[str]:
-  """A note where the data holds another number of prompts than the published benchmark, and no --limit says why."""
+  """A note where the data has another number of prompts than the published benchmark, unless --limit is given."""
   if found == published or settings.limit is not None:
     return []
   return [f"The data holds {found:,} prompts, the published benchmark {published:,}: not comparable with the paper."]
 
 
 def no_others(wanted: Collection[str], present: Collection[str], what: str, hint: str) -> None:
-  """Raises a UserError with the number of samples that are not wanted, and the first of them."""
+  """Raises a UserError with the number of unexpected samples and the first of them."""
   known = set(wanted)
   others = [key for key in present if key not in known]
   if others:
@@ -45,14 +45,14 @@ def no_others(wanted: Collection[str], present: Collection[str], what: str, hint
 
 
 def need_texts(row: Mapping[str, Any], fields: Collection[str], where: str) -> None:
-  """Raises a UserError that names the first field which is no text, and where it stands."""
+  """Raises a UserError that names the first field that is not a string, and its place."""
   for field in fields:
     if not isinstance(row[field], str):
-      raise UserError(f"{where} has {field}={row[field]!r:.60}, which is no text")
+      raise UserError(f"{where} has {field}={row[field]!r:.60}, which must be a text")
 
 
 def number_of(text: str, most: float, where: str) -> float:
-  """A number from 0 to `most`, or a UserError that says `where` none stands."""
+  """Parses a number from 0 to `most`; a UserError names its place, `where`."""
   try:
     value = float(text)
   except ValueError:
@@ -66,7 +66,7 @@ def number_of(text: str, most: float, where: str) -> float:
 
 
 def find(data: pathlib.Path, names: Sequence[str], where: str) -> pathlib.Path:
-  """`data` if it is a file, else the first of `names` in it; a UserError says what to download."""
+  """`data` if it is a file, else the first of `names` that exists in it; a UserError says what to download."""
   for path in (data, *(data / name for name in names)):
     if path.is_file():
       return path
@@ -74,25 +74,25 @@ def find(data: pathlib.Path, names: Sequence[str], where: str) -> pathlib.Path:
 
 
 def rows_of(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-  """("FILE, line N,", object) of a file with a JSON object on each line."""
+  """Yields ("FILE, line N,", object) for each line of a JSON lines file."""
   for number, line in enumerate(text_of(path).split("\n"), 1):
     if line.strip():
       yield f"{path}, line {number},", object_of(line, f"{path}, line {number},")
 
 
 def object_of(text: str, where: str) -> dict[str, Any]:
-  """A JSON object, or a UserError that says `where` none stands."""
+  """Parses a JSON object; a UserError names its place, `where`."""
   try:
     value = json.loads(text)
   except (ValueError, RecursionError) as error:
-    raise UserError(f"{where} is no JSON: {error}") from None
+    raise UserError(f"{where} must be JSON: {error}") from None
   if not isinstance(value, dict):
-    raise UserError(f"{where} is no JSON object, but {value!r:.60}")
+    raise UserError(f"{where} must be a JSON object, got {value!r:.60}")
   return value
 
 
 def text_of(path: pathlib.Path) -> str:
-  """A file of UTF-8, without a byte order mark, or a UserError that names the file and the line that is none."""
+  """The text of a UTF-8 file, without a byte order mark; a UserError names the file and the line that is not UTF-8."""
   try:
     data = path.read_bytes()
   except OSError as error:

@@ -1,4 +1,4 @@
-"""Predictions of a model: the tasks of a benchmark answered and painted, each recorded as it is made."""
+"""Predictions of a model: answers and images for the tasks of a benchmark, each recorded when it is complete."""
 
 import pathlib
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from jflow.evaluation.tasks import Painting, Question, RoundTrip, save
 from jflow.generation.flow import sampler as painting
 from jflow.inference.pipeline import to_image
 
-_ROUNDS = 4  # batches of questions between two writes: the batch stays full while long answers end
+_ROUNDS = 4  # batches of questions between two writes; more keep the batch full while long answers end
 
 
 def answer(
@@ -24,9 +24,9 @@ def answer(
   Args:
     model: a `Pipeline`.
     questions: those without a record.
-    samples: where the records go.
+    samples: receives the records.
     batch_size: questions answered at once.
-    done: called with the number of answers that were just recorded.
+    done: called with the number of answers just recorded.
   """
   group_size = _ROUNDS * batch_size
   for at in range(0, len(questions), group_size):
@@ -52,16 +52,16 @@ def paint(
   settings: dict[str, Any],
   done: Callable[[int], None],
 ) -> None:
-  """Paints the pictures and records {"key", "file"} of each, once its file is whole.
+  """Generates the images and records {"key", "file"} of each once its file is complete.
 
   Args:
     model: a `Pipeline`.
     paintings: those without a record.
-    samples: where the records go.
-    directory: the pictures' files are relative to it.
-    batch_size: pictures painted at once.
+    samples: receives the records.
+    directory: to which the images' file names are relative.
+    batch_size: images generated at once.
     settings: keywords of `Pipeline.generate`: steps, guidance.
-    done: called with the number of pictures that were just recorded.
+    done: called with the number of images just recorded.
   """
   for at in range(0, len(paintings), batch_size):
     group = paintings[at : at + batch_size]
@@ -80,7 +80,7 @@ def round_trips(
   batch_size: int,
   done: Callable[[int], None],
 ) -> None:
-  """Sends pictures through the VAE and records {"key", "file"} of each; arguments as in `paint`."""
+  """Encodes and decodes images with the VAE and records {"key", "file"} of each; arguments as in `paint`."""
   side = model.model.config.image_size
   for at in range(0, len(trips), batch_size):
     group = trips[at : at + batch_size]
@@ -92,7 +92,7 @@ def round_trips(
 
 
 def _filled(group: Sequence[Any], size: int) -> list[Any]:
-  """The group with its last one repeated, so that the last batch runs the program of all others."""
+  """The group padded to `size` with copies of its last element, so that the last batch needs no other program."""
   return [*group, *[group[-1]] * (size - len(group))]
 
 

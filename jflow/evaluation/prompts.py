@@ -1,4 +1,4 @@
-"""The prompts of VLMEvalKit for Janus, with which JanusFlow's published scores were made.
+"""VLMEvalKit's prompts for Janus, which JanusFlow's published scores use.
 
 Each takes a row of a table: "question", "hint", and the options "A" to "Z".
 """
@@ -20,27 +20,27 @@ def choices(row: Mapping[str, str]) -> dict[str, str]:
 
 
 def yes_no(row: Mapping[str, str]) -> str:
-  """POPE and MME."""
+  """The prompt of MME."""
   return f"{IMAGE_MARK}\n{row['question']}{_SHORT}"
 
 
 def pope(row: Mapping[str, str]) -> str:
-  """POPE: the hint at yes and no is left out."""
+  """The prompt of POPE, without the yes/no hint."""
   return yes_no({"question": row["question"].replace(_YES_OR_NO, "")})
 
 
 def short(row: Mapping[str, str]) -> str:
-  """GQA, ChartQA, TextVQA: the kit's default, in which no line break follows the image."""
+  """The prompt of GQA, ChartQA and TextVQA: VLMEvalKit's default, without a line break after the image."""
   return f"{IMAGE_MARK}{row['question']}{_SHORT}"
 
 
 def choice(row: Mapping[str, str]) -> str:
-  """MMBench, SEED, MMMU."""
+  """The prompt of MMBench, SEED and MMMU."""
   hint = f"Hint: {row['hint']}\n" if row.get("hint") else ""
   options = "".join(f"\n{letter}. {text}" for letter, text in choices(row).items())
   return f"{IMAGE_MARK}\n{hint}{row['question']}{options}{_LETTER if options else _OPEN}"
 
 
 def plain(row: Mapping[str, str]) -> str:
-  """MM-Vet: the question alone."""
+  """The prompt of MM-Vet: the question alone."""
   return f"{IMAGE_MARK}\n{row['question']}"

@@ -1,4 +1,4 @@
-"""report.json and report.html: scores beside the paper's, with all that is needed to make them again."""
+"""report.json and report.html: scores beside the paper's, with all settings needed to reproduce them."""
 
 import base64
 import datetime
@@ -34,7 +34,7 @@ li { white-space: pre-wrap; overflow-wrap: anywhere; } td:first-child { white-sp
 
 
 class Result(NamedTuple):
-  """What the scoring of a benchmark gives."""
+  """The result of scoring a benchmark."""
 
   scores: Mapping[str, Score]
   notes: Sequence[str] = ()  # sentences that a reader of the scores needs
@@ -50,12 +50,12 @@ def write(
   paper: Mapping[str, Mapping[str, float]],
   settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """Writes report.json, report.html and the sheets, and returns what report.json holds.
+  """Writes report.json, report.html and the sheets, and returns the content of report.json.
 
   Args:
     directory: of the evaluation.
     benchmark: its name.
-    what: one line that says what is measured.
+    what: one-line description of the benchmark.
     result: scores and pictures.
     paper: score -> {"384": value, "256": value}, where the paper has it.
     settings: of the predictions, the checkpoint's fingerprint among them.
@@ -88,7 +88,7 @@ def write(
 
 
 def scored_before(directory: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-  """What report.json holds if an outside scorer's findings for the same predictions are in it, else None."""
+  """The content of report.json if it has an external scorer's results for the same predictions, else None."""
   body = read(directory)
   if body is None:
     return None
@@ -97,10 +97,10 @@ def scored_before(directory: pathlib.Path, settings: Mapping[str, Any]) -> dict[
 
 
 def read(directory: pathlib.Path) -> dict[str, Any] | None:
-  """What report.json of a directory holds; None where there is none.
+  """The content of a directory's report.json; None where there is none.
 
   Raises:
-    UserError: it is damaged.
+    UserError: the file is damaged.
   """
   path = directory / "report.json"
   hint = "delete it, and give the command again, with --results or --features where it had them"
@@ -134,16 +134,16 @@ def table(body: Mapping[str, Any]) -> str:
 
 
 def fingerprint(directory: pathlib.Path, weights: str, vae: str | pathlib.Path | None = None) -> str:
-  """A sha256 over what a checkpoint computes with: configuration, tokenizer, weights, which of them, and the VAE.
+  """The sha256 over a checkpoint's configuration, tokenizer, weights, choice of weights, and VAE.
 
   Args:
-    directory: as `checkpoints.locate` gives it: its bytes have been verified there, and the weights of a jflow
-      checkpoint are not hashed again.
+    directory: from `checkpoints.locate`, which has verified its bytes, so that the weights of a jflow checkpoint are
+      not hashed again.
     weights: "ema" or "raw".
     vae: directory of the SDXL-VAE, if one is given beside the checkpoint.
 
   Raises:
-    UserError: `vae` is no directory of an AutoencoderKL.
+    UserError: `vae` is not the directory of an AutoencoderKL.
   """
   from jflow.interop.checkpoints import workdir_of
   from jflow.interop.official import is_official
@@ -164,7 +164,7 @@ def fingerprint(directory: pathlib.Path, weights: str, vae: str | pathlib.Path |
 
 
 def hash_of(paths: Sequence[pathlib.Path]) -> str:
-  """A sha256 over the names and contents of files, in the order of their names."""
+  """The sha256 over the names and contents of files, in the order of their names."""
   return _add(hashlib.sha256(), paths).hexdigest()
 
 
@@ -208,7 +208,7 @@ def _page(body: Mapping[str, Any], what: str, pictures: Sequence[tuple[str, Imag
 
 
 def _table(group: str, scores: Mapping[str, Mapping[str, Any]]) -> str:
-  """The scores of one group, with the columns that any of them fills."""
+  """The HTML table of one group of scores, with the columns that any of them fills."""
   sizes = sorted({size for score in scores.values() for size in score.get("paper", {})}, reverse=True)
   beside = list(dict.fromkeys(label for score in scores.values() for label in score.get("beside", {})))
   chance = any("chance" in score for score in scores.values())
@@ -230,7 +230,7 @@ def _table(group: str, scores: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _digits(value: float | None) -> str:
-  """Three decimals below 2, where shares are, else two."""
+  """A number as text: three decimals below 2 (shares), else two."""
   if value is None:
     return ""
   return f"{round(value, 3) + 0.0:.3f}" if abs(value) < 2 else f"{value:.2f}"  # + 0.0: no minus before a zero

@@ -1,4 +1,4 @@
-"""Closed rules that several benchmarks share: what an answer says, and whether that is right."""
+"""Closed rules that several benchmarks share: parsing an answer and judging it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,14 +12,14 @@ Row = Mapping[str, Any]
 
 
 def yes_or_no(rows: Sequence[Row]) -> tuple[list[dict[str, Any]], str]:
-  """Rows with "said", one of Yes, No and Unknown, and a note on the last."""
+  """Rows with "said" (Yes, No or Unknown), and a note that counts the unknown."""
   judged = [row | {"said": answers.yes_or_no(row["prediction"])} for row in rows]
   count = sum(row["said"] == "Unknown" for row in judged)
   return judged, f"{count} of {len(judged)} answers hold no clear yes or no; they count as wrong."
 
 
 def letters(rows: Sequence[Row]) -> tuple[list[dict[str, Any]], str]:
-  """Rows of multiple choice with "said" and "right", and a note on answers in which no option can be read."""
+  """Rows of multiple choice with "said" and "right", and a note that counts answers without a readable option."""
   judged = []
   for row in rows:
     options, answer = choices(row), row["answer"]

@@ -1,4 +1,4 @@
-"""One evaluation from settings to report: predictions sample by sample, then scores, then the files of a report."""
+"""One evaluation from settings to report: predictions sample by sample, then scores, then the report's files."""
 
 import functools
 import math
@@ -22,19 +22,19 @@ from jflow.progress import Progress
 
 
 class Checkpoint:
-  """The checkpoint of an evaluation; located, hashed and loaded once for all evaluations of a sweep."""
+  """The checkpoint of an evaluation, located, hashed and loaded once for all evaluations of a sweep."""
 
   def __init__(self, settings: Settings):
     self._settings, self._models = settings, {}
 
   @functools.cached_property
   def directory(self) -> pathlib.Path:
-    """Where it lies: one step of a run, whatever is saved meanwhile."""
+    """The located directory; it stays the same step of a run while newer ones are saved."""
     return checkpoints.locate(self._settings.checkpoint)
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """See `report.fingerprint`."""
+    """The hash of `report.fingerprint`."""
     return report.fingerprint(self.directory, self._settings.weights, self._settings.vae)
 
   def model(self, dtype: str) -> Any:
@@ -49,14 +49,14 @@ class Checkpoint:
 
 
 def evaluate(settings: Settings, checkpoint: Checkpoint | None = None) -> None:
-  """Predicts what has no record yet, scores, writes the report and prints it.
+  """Predicts the samples without a record, scores all, and writes and prints the report.
 
   Args:
     settings: of the evaluation.
-    checkpoint: that of `settings`, where another evaluation has opened it.
+    checkpoint: that of `settings`, if another evaluation has opened it already.
 
   Raises:
-    UserError: a setting, the data, or a directory that holds another evaluation.
+    UserError: a setting or the data is wrong, or the directory holds another evaluation.
     Stopped: the directory cannot be written.
   """
   benchmark, checkpoint = opened(settings), checkpoint or Checkpoint(settings)
@@ -85,7 +85,7 @@ def opened(settings: Settings) -> Benchmark:
   """The benchmark of an evaluation, its data checked.
 
   Raises:
-    UserError: see `check`; or the data is missing or damaged.
+    UserError: see `check`; or the data are missing or damaged.
   """
   kind = benchmarks.get(settings.benchmark)
   check(kind, settings)
@@ -98,7 +98,7 @@ def opened(settings: Settings) -> Benchmark:
 
 
 def check(kind: type[Benchmark], settings: Settings) -> None:
-  """Raises a UserError for a flag that the benchmark does not take, and for a value that no sampler takes."""
+  """Raises a UserError for a flag that the benchmark does not take, and for a value out of the sampler's range."""
   for flag in FLAGS:
     value = getattr(settings, flag)
     if value not in (None, "") and flag not in kind.flags:
@@ -138,12 +138,12 @@ def identity_of(benchmark: Benchmark, fingerprint: str, data: Sequence[pathlib.P
 
 
 def _dtype(settings: Settings) -> str:
-  """The compute dtype: --dtype, or that of the predictions so far, or the usual one of this machine."""
+  """The compute dtype: --dtype, else that of the existing predictions, else the default of this machine."""
   return settings.dtype or (settings_in(settings.output) or {}).get("dtype") or loading.usual_dtype()
 
 
 def predict(benchmark: Benchmark, dtype: str, tasks: Sequence[Task], samples: Samples, checkpoint: Checkpoint) -> None:
-  """Makes the predictions of this part that have no record yet; loads the model only if there are any."""
+  """Predicts the samples of this part that have no record yet; loads the model only if there are any."""
   settings = benchmark.settings
   records, mine = samples.read(), set(samples.mine([task.key for task in tasks]))
   left = [task for task in tasks if task.key in mine and not _is_done(task, records, settings.output)]
@@ -160,7 +160,7 @@ def predict(benchmark: Benchmark, dtype: str, tasks: Sequence[Task], samples: Sa
 
 
 def _is_done(task: Task, records: dict[str, Any], output: pathlib.Path) -> bool:
-  """Whether a task has its record, and the file that this names is there."""
+  """Whether a task has its record, and the file named by it exists."""
   record = records.get(task.key, {})
   if isinstance(task, Question):
     return isinstance(record.get("answer"), str)
@@ -177,7 +177,7 @@ def _write(
     directory: that the checkpoint was read from.
     identity: of the predictions.
     result: of their scoring.
-    before: an earlier report on the same predictions; a FID on images that were resized the other way stays.
+    before: an earlier report on the same predictions; its FID for the other way of resizing is kept.
   """
   settings, notes, scores = benchmark.settings, list(result.notes), dict(result.scores)
   for name, score in (before or {}).get("scores", {}).items():

@@ -1,4 +1,4 @@
-"""The predictions of an evaluation on disk: one line per sample, written as it is made, read again after any stop."""
+"""The predictions of an evaluation on disk: one line per sample, appended when complete, read again after a stop."""
 
 import errno
 import json
@@ -26,12 +26,12 @@ class Samples:
 
     Args:
       directory: of the evaluation.
-      settings: all that the predictions depend on; JSON values. A directory holds predictions of one setting.
-      part: (number, parts): this process makes every `parts`-th sample.
+      settings: all that the predictions depend on, as JSON values. A directory holds the predictions of one setting.
+      part: (number, parts): this process predicts every `parts`-th sample.
       flag: that named the directory, for messages.
 
     Raises:
-      UserError: the directory holds another evaluation's predictions, cannot be written, or another process writes
+      UserError: the directory holds another evaluation's predictions, is not writable, or another process writes
         this part.
       Stopped: the disk is full.
     """
@@ -71,14 +71,14 @@ class Samples:
         )
 
   def _cut_torn_line(self) -> None:
-    """A process that was killed while it wrote leaves half a line: its sample is made again."""
+    """Removes an incomplete last line, left by a process killed during a write; its sample is predicted again."""
     self._file.seek(0)
     whole = self._file.read().rfind(b"\n") + 1
     self._file.truncate(whole)
     self._file.seek(0, os.SEEK_END)
 
   def add(self, record: Mapping[str, Any]) -> None:
-    """Appends one prediction; it survives the death of the process.
+    """Appends one prediction, unbuffered, so that it survives a kill of the process.
 
     Args:
       record: JSON values, among them "key".
@@ -92,10 +92,10 @@ class Samples:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
   def read(self) -> dict[str, dict[str, Any]]:
-    """All predictions so far by key, those of other processes too.
+    """All predictions so far by key, including those of other processes.
 
     Raises:
-      UserError: a whole line that is no record.
+      UserError: a complete line is not a record.
     """
     out = {}
     for path in sorted(self._directory.glob("records*.jsonl")):
@@ -111,19 +111,19 @@ class Samples:
     return out
 
   def close(self) -> None:
-    """Ends the part: another process may go on with it."""
+    """Releases the part for other processes."""
     self._file.close()
 
   def mine(self, keys: Collection[str]) -> list[str]:
-    """The keys that this process makes, in their order."""
+    """The keys that this process predicts, in their order."""
     return [key for i, key in enumerate(keys) if i % self._parts == self._number]
 
 
 def settings_in(directory: pathlib.Path, flag: str = "--output") -> dict[str, Any] | None:
-  """What settings.json of an evaluation's directory holds; None where there is no such file.
+  """The content of settings.json in an evaluation's directory; None where there is no such file.
 
   Raises:
-    UserError: it is damaged.
+    UserError: the file is damaged.
   """
   return object_in(directory / "settings.json", f"name another {flag}, or delete {directory} to start over")
 
@@ -132,7 +132,7 @@ def object_in(path: pathlib.Path, hint: str) -> dict[str, Any] | None:
   """The JSON object of a file that an evaluation wrote; None where there is no such file.
 
   Raises:
-    UserError: it is damaged; `hint` says what to do.
+    UserError: the file is damaged; `hint` says what to do.
   """
   try:
     value = json.loads(path.read_bytes())
@@ -148,7 +148,7 @@ def object_in(path: pathlib.Path, hint: str) -> dict[str, Any] | None:
 
 
 def _is_record(value: Any) -> bool:
-  """Whether it is a prediction: a key, with an answer (a text, or what likelihoods keep) or the name of a file."""
+  """Whether a value is a prediction: a key, with an answer (a string or a likelihood's pair) or a file name."""
   if not isinstance(value, dict) or not isinstance(value.get("key"), str):
     return False
   return isinstance(value.get("answer", ""), str | list) and isinstance(value.get("file", ""), str)
@@ -160,14 +160,14 @@ def _short(value: Any) -> str:
 
 
 def need(row: Mapping[str, Any], fields: Collection[str], where: str) -> None:
-  """Raises a UserError that names the first field of `fields` which a record lacks, and where the record stands."""
+  """Raises a UserError that names the first of `fields` missing from a record, and the record's place."""
   for field in fields:
     if row.get(field) in (None, ""):
       raise UserError(f"{where} has no field {field!r}; it has {', '.join(map(str, row)) or 'none'}")
 
 
 def need_all(wanted: Collection[str], present: Collection[str], what: str, hint: str) -> None:
-  """Raises a UserError with the number of samples that `present` lacks, and the first of them."""
+  """Raises a UserError with the number of samples missing from `present`, and the first of them."""
   missing = [key for key in wanted if key not in present]
   if missing:
     some = ", ".join(map(str, missing[:3]))

@@ -18,8 +18,8 @@ class Score(NamedTuple):
   low: float | None = None  # ends of the 95 % interval
   high: float | None = None
   count: int | None = None  # samples behind it
-  chance: float | None = None  # what pictures for other prompts get
-  beside: Mapping[str, float] | None = None  # what else to read it against: name -> value
+  chance: float | None = None  # score of images for other prompts
+  beside: Mapping[str, float] | None = None  # further values to compare with: name -> value
 
 
 def wilson(right: float, count: float) -> tuple[float, float]:
@@ -33,7 +33,7 @@ def wilson(right: float, count: float) -> tuple[float, float]:
 
 
 def accuracy(judged: Iterable[bool], scale: float = 1.0) -> Score:
-  """The share of right ones, times `scale`, with its Wilson interval."""
+  """The share of correct samples, times `scale`, with its Wilson interval."""
   judged = [bool(one) for one in judged]
   low, high = wilson(sum(judged), len(judged))
   value = sum(judged) / len(judged) if judged else 0.0
@@ -41,7 +41,7 @@ def accuracy(judged: Iterable[bool], scale: float = 1.0) -> Score:
 
 
 def mean(values: Sequence[float], scale: float = 1.0) -> Score:
-  """The mean of independent values, times `scale`, with a normal interval; for values without bounds."""
+  """The mean of independent unbounded values, times `scale`, with a normal interval."""
   values = np.asarray(values, np.float64)
   half = CONFIDENCE_Z * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
   value = float(values.mean())
@@ -49,14 +49,14 @@ def mean(values: Sequence[float], scale: float = 1.0) -> Score:
 
 
 def clustered(groups: Sequence[Sequence[float]], chance: float | None = None, scale: float = 1.0) -> Score:
-  """The mean of values in [0, 1], times `scale`, where those of one group are alike, such as pictures of one prompt.
+  """The mean of values in [0, 1], times `scale`, where values of one group correlate, such as images of one prompt.
 
-  The Wilson interval of as many independent samples, right or wrong, as the spread between groups speaks for: at least
-  what is left if all of a group are the same (the number of groups, if they are equally large), at most all of them.
-  Unlike a bootstrap it does not shrink to nothing at 0 or 1, and it stays within them.
+  The Wilson interval for the effective number of independent samples, estimated from the spread between groups: at
+  least the number if each group were one sample (the number of groups, if they are equally large), at most the number
+  of values. Unlike a bootstrap it does not shrink to nothing at 0 or 1, and it stays within them.
 
   Args:
-    groups: right or wrong, or shares of it.
+    groups: values in [0, 1], 1 for right.
     chance: see `Score`.
     scale: of all that is returned.
   """
@@ -73,7 +73,7 @@ def clustered(groups: Sequence[Sequence[float]], chance: float | None = None, sc
 
 
 def average(parts: Sequence[Score]) -> Score:
-  """The plain mean of independent scores; its interval from theirs (Zou and Donner's MOVER)."""
+  """The unweighted mean of independent scores; its interval from theirs (Zou and Donner's MOVER)."""
   value = float(np.mean([part.value for part in parts]))
   below = math.sqrt(sum((part.value - part.low) ** 2 for part in parts)) / len(parts)
   above = math.sqrt(sum((part.high - part.value) ** 2 for part in parts)) / len(parts)
@@ -90,7 +90,7 @@ def bootstrap(statistic: Callable[[np.ndarray], float], groups: Sequence[Any], s
 
   Args:
     statistic: takes the indices of groups, int[n], with repetitions, and returns a number.
-    groups: whatever `statistic` refers to; pictures of one prompt, questions about one picture.
+    groups: that `statistic` indexes, such as the images of one prompt or the questions about one image.
     seed: of the draws.
   """
   rng, count = np.random.default_rng(seed), len(groups)
@@ -100,13 +100,13 @@ def bootstrap(statistic: Callable[[np.ndarray], float], groups: Sequence[Any], s
 
 
 def jackknife(statistic: Callable[[np.ndarray], float], groups: Sequence[Any], blocks: int = 10) -> Score:
-  """A statistic of independent groups that repetitions would bias, with a normal interval from leaving out blocks.
+  """A statistic of independent groups with a delete-block jackknife interval, for statistics biased by repetitions.
 
   Args:
     statistic: takes indices of groups, int[n], without repetitions, and returns a number.
     groups: as in `bootstrap`.
-    blocks: the groups are cut into so many runs of neighbours, each left out once: where the categories take turns,
-      every run holds them in about the same shares.
+    blocks: number of contiguous blocks of groups, each left out once; where categories alternate, every block holds
+      them in about the same shares.
   """
   count = len(groups)
   value, blocks = float(statistic(np.arange(count))), min(blocks, count)
@@ -118,7 +118,7 @@ def jackknife(statistic: Callable[[np.ndarray], float], groups: Sequence[Any], b
 
 
 def f1(truth: np.ndarray, said: np.ndarray) -> dict[str, float]:
-  """F1, precision and recall of the yes; 0 where a denominator is 0.
+  """F1, precision and recall of "yes"; 0 where a denominator is 0.
 
   Args:
     truth, said: bool[n], True is a yes.
@@ -131,7 +131,7 @@ def f1(truth: np.ndarray, said: np.ndarray) -> dict[str, float]:
 
 
 def f1_of_yes(groups: Sequence[Sequence[tuple[bool, bool]]], scale: float = 1.0) -> Score:
-  """F1 of the yes, times `scale`; its interval draws whole groups, such as the questions about one picture.
+  """F1 of "yes", times `scale`; its bootstrap draws whole groups, such as the questions about one image.
 
   Args:
     groups: (truth, said) of each question of a group, True is a yes.
@@ -148,7 +148,7 @@ def f1_of_yes(groups: Sequence[Sequence[tuple[bool, bool]]], scale: float = 1.0)
 
 
 def grouped(rows: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-  """The rows by "picture", where they name one: questions about one picture are not independent."""
+  """The rows grouped by "picture", where given: questions about one image are not independent."""
   groups: dict[Any, list[Mapping[str, Any]]] = collections.defaultdict(list)
   for number, row in enumerate(rows):
     groups[row.get("picture", number)].append(row)
@@ -159,8 +159,8 @@ def by_category(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
   """Accuracy in percent, over all rows and per category.
 
   Args:
-    rows: {"right": bool or a share, "category", "picture"}; the interval counts questions about one picture as alike as
-      they are.
+    rows: {"right": bool or a share, "category", "picture"}; the interval accounts for the correlation of questions
+      about one image.
   """
   categories: dict[str, list[Mapping[str, Any]]] = collections.defaultdict(list)
   for row in rows:

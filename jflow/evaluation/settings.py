@@ -1,4 +1,4 @@
-"""What one evaluation is to do: a field for each flag of `evaluate`."""
+"""The settings of one evaluation: a field for each flag of `evaluate`."""
 
 import dataclasses
 import pathlib
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """The settings of one evaluation; where None stands, the benchmark or the machine decides."""
+  """The settings of one evaluation; None leaves a value to the benchmark or the machine."""
 
   benchmark: str  # a name of `benchmarks`, or the path of a Python file with one
   checkpoint: str
@@ -24,15 +24,15 @@ class Settings:
   pictures: int | None = None  # per prompt
   dtype: str | None = None  # "float32" or "bfloat16"
   weights: str = "ema"  # or "raw"
-  part: tuple[int, int] = (0, 1)  # (number, parts): this process makes every `parts`-th sample
+  part: tuple[int, int] = (0, 1)  # (number, parts): this process predicts every `parts`-th sample
   results: pathlib.Path | None = None  # what an outside scorer wrote
   features: pathlib.Path | None = None  # what launch/experiments/features.py wrote
   cache: str = "~/.cache/jflow"  # of compiled programs and of features of true pictures; empty: none
 
   def command(self, **more: Any) -> list[str]:
-    """The words of the command with these settings, and `more` in place of some, that runs in any folder.
+    """The words of the command with these settings, `more` replacing some; it runs in any folder.
 
-    --part is left out: the command that follows is one for all parts.
+    Leaves out --part: the command that scores is one for all parts.
     """
     words = ["python", "-m", "jflow", "evaluate"]
     for field in dataclasses.fields(self):

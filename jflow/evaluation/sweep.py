@@ -1,6 +1,6 @@
 """Sweeps over guidance and steps: one evaluation for each pair, a table and a plot (the appendix's figure 1).
 
-A later sweep into the same folder adds to the plot what it finds, as long as nothing but the two differs.
+A later sweep into the same folder adds to the plot, as long as only guidance and steps differ.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ _MOST_PANELS = 6
 
 
 def sweep(settings: Settings, guidances: Sequence[float] = (), steps: Sequence[int] = ()) -> None:
-  """Runs every pair in a folder of its own, so that a stopped sweep goes on; plots all that have scores.
+  """Runs every pair in its own folder, so that a stopped sweep resumes; plots all that have scores.
 
   Args:
-    settings: of each evaluation, but for guidance and steps.
-    guidances, steps: to vary; where one is empty, the value of `settings` or of the benchmark stands.
+    settings: of each evaluation, except guidance and steps.
+    guidances, steps: values to vary; where empty, the value of `settings` or of the benchmark is used.
 
   Raises:
     UserError: see `runner.evaluate`; or a benchmark or flags that cannot be swept.
@@ -79,7 +79,7 @@ def sweep(settings: Settings, guidances: Sequence[float] = (), steps: Sequence[i
 def reports(
   folder: pathlib.Path, pairs: Sequence[tuple[float, int]]
 ) -> tuple[dict[tuple[float, int], dict[str, Any]], dict[str, Any]]:
-  """Reads the reports below a folder that were made as those of `pairs`, guidance and steps aside.
+  """Reads the reports below a folder whose settings equal those of `pairs`, except guidance and steps.
 
   Returns:
     (guidance, steps) -> scores, in order; and the settings that all share.
@@ -96,7 +96,7 @@ def reports(
 
 
 def plotted(found: Mapping[Any, Mapping[str, Any]]) -> list[str]:
-  """The scores worth a panel: overall ones and distances, without what does not depend on the pictures."""
+  """The scores to plot: overall ones and distances, without those that do not depend on the images."""
   names = list(next(iter(found.values()), {}))
   common = [name for name in names if all(name in scores for scores in found.values())]
   distance = lambda name: name.startswith("FID") or "FD-" in name and "floor" not in name
@@ -105,7 +105,7 @@ def plotted(found: Mapping[Any, Mapping[str, Any]]) -> list[str]:
 
 
 def figure(found: Mapping[tuple[float, int], Mapping[str, Any]], names: Sequence[str]) -> Any:
-  """One panel per score: over guidance, a line for each number of steps; over steps if guidance does not vary."""
+  """A figure with one panel per score: over guidance, a line per number of steps; over steps if guidance is fixed."""
   need_extra("plots", "matplotlib")
   from matplotlib.figure import Figure
 

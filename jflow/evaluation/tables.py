@@ -1,7 +1,7 @@
 """Benchmarks that are TSV files of VLMEvalKit.
 
 Columns: index, image (base64; several as a list; or the index of the row that holds it), question, A to Z, hint,
-answer, category, split. The images stay in the file until their question is asked.
+answer, category, split. Images are read only when their question is asked.
 """
 
 import abc
@@ -30,13 +30,13 @@ _LONGEST_REFERENCE = 64  # characters of an image field that names another row
 
 
 class Table:
-  """Rows of a TSV file without their images, and a way to get at these."""
+  """The rows of a TSV file without their images, which are read on demand."""
 
   def __init__(self, path: pathlib.Path):
     """Reads all rows once.
 
     Raises:
-      UserError: no file, no header, or a row with another number of columns.
+      UserError: the file or its header is missing, or a row has another number of columns.
     """
     csv.field_size_limit(sys.maxsize)
     self._path, self._offsets, self._images, self._first = path, {}, {}, {}
@@ -80,15 +80,15 @@ class Table:
         offset = file.tell()
 
   def picture(self, index: str) -> str:
-    """The index of the first row with the images of this one: rows with the same ask about the same pictures."""
+    """The index of the first row with the same images: equal for all questions about the same images."""
     index = self._images.get(index) or index
     return self._first.get(index, index)
 
   def holder(self, index: str) -> str:
-    """The index of the row that holds the image of this one: itself, or the one that it refers to.
+    """The index of the row that holds this row's image: itself, or the one that it refers to.
 
     Raises:
-      UserError: the row has no image, or refers to a row that holds none.
+      UserError: the row has no image, or refers to a row without one.
     """
     reference = self._images.get(index)
     if reference is None:
@@ -98,7 +98,7 @@ class Table:
     return reference
 
   def images(self, index: str) -> list[Image.Image]:
-    """Decodes the images of a row, following a reference to another one.
+    """The decoded images of a row, following a reference to another row.
 
     Raises:
       UserError: see `holder`, or the image cannot be decoded.
@@ -117,11 +117,11 @@ class Table:
 
 
 class TableBenchmark(ReadingBenchmark):
-  """A benchmark that is a TSV file of VLMEvalKit and a closed rule, or a file of answers to hand in.
+  """A benchmark of a VLMEvalKit TSV file with a closed rule, or with a file of answers to submit.
 
   Attributes:
     file: its name inside the data folder.
-    fields: that every row must fill.
+    fields: required in every row.
   """
 
   file: ClassVar[str]
@@ -146,20 +146,20 @@ class TableBenchmark(ReadingBenchmark):
       self._rows = [row | {"answer": self._truth(row)} for row in self._rows]
 
   def chosen(self, rows: list[dict[str, str]], path: pathlib.Path) -> list[dict[str, str]]:
-    """The rows to ask: all, or those of the first --limit questions."""
+    """The rows to use: all, or those of the first --limit questions."""
     return rows[: self.settings.limit]
 
   def truth(self, row: Mapping[str, str]) -> str:
-    """The answer of a row as the rule reads it.
+    """The true answer of a row as the rule expects it.
 
     Raises:
-      ValueError: no answer could be right.
+      ValueError: no prediction could be right.
     """
     return row["answer"]
 
   @abc.abstractmethod
   def judge(self, rows: Sequence[Mapping[str, str]]) -> Result:
-    """Scores of rows with the model's "prediction", and in "picture" the first row with the same images."""
+    """Scores of rows with the model's "prediction"; "picture" is the first row with the same images."""
 
   def _truth(self, row: Mapping[str, str]) -> str:
     try:
@@ -195,14 +195,14 @@ class TableBenchmark(ReadingBenchmark):
 
 
 def kit(name: str, folder: str = "VLMEval") -> str:
-  """Where to download a file of VLMEvalKit."""
+  """Instructions to download a file of VLMEvalKit."""
   return (
     f"download https://opencompass.openxlab.space/utils/{folder}/{name} and name its folder (or the file) with --data"
   )
 
 
 def _lines(file: io.BufferedReader) -> Iterator[str]:
-  """Lines of text, without a byte order mark; the file stands exactly behind those that were taken."""
+  """Yields lines of text, without a byte order mark; the file position is right after the lines yielded."""
   first = file.tell() == 0
   while line := file.readline():
     yield line.decode("utf-8-sig" if first else "utf-8")

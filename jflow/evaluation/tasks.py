@@ -1,4 +1,4 @@
-"""What an evaluation asks of a model, one sample at a time: a question to answer or a picture to paint."""
+"""The tasks of an evaluation, one per sample: a question to answer or an image to generate."""
 
 import pathlib
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ class Question(NamedTuple):
 
 
 class Painting(NamedTuple):
-  """A picture to paint."""
+  """An image to generate."""
 
   key: str
   prompt: str
@@ -30,7 +30,7 @@ class Painting(NamedTuple):
 
 
 class RoundTrip(NamedTuple):
-  """A picture to send through the VAE and back: no picture that the model paints can be better."""
+  """An image to encode and decode with the VAE: an upper bound for generated images."""
 
   key: str
   picture: Callable[[int], np.ndarray]  # side in pixels -> uint8[side, side, 3]
@@ -41,10 +41,10 @@ Task = Question | Painting | RoundTrip
 
 
 def save(image: Image.Image, path: pathlib.Path) -> None:
-  """Writes a PNG so that the path never holds half of one.
+  """Writes a PNG atomically.
 
   Raises:
-    Stopped: it cannot be written.
+    Stopped: the file cannot be written.
   """
   with outputs.new_file(path) as new:
     path.parent.mkdir(parents=True, exist_ok=True)

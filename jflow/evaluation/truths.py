@@ -1,4 +1,4 @@
-"""True answers of benchmarks, checked when their file is read: one that no answer can equal would score 0 unsaid."""
+"""True answers of benchmarks, checked when their file is read: one that no prediction can match would score 0."""
 
 import ast
 import io
@@ -9,15 +9,15 @@ from collections.abc import Mapping
 
 from jflow.evaluation.prompts import choices
 
-LEAST_PEOPLE = 4  # whose agreement gives a VQA score of 1
+LEAST_PEOPLE = 4  # fewer cannot give a VQA score of 1
 _LIST = re.compile(r"\[\s*[bru]?['\"]", re.IGNORECASE)  # a list of texts begins so, whole or damaged
 
 
 def yes_or_no(row: Mapping[str, str]) -> str:
-  """POPE's and MME's truth: "Yes" or "No", however it is spelled (POPE's own files have "yes").
+  """The truth of POPE and MME: "Yes" or "No", in any case (POPE's own files have "yes").
 
   Raises:
-    ValueError: it is neither; so for all rules.
+    ValueError: it is neither; likewise for all rules.
   """
   answer = row["answer"].strip().capitalize()
   if answer not in ("Yes", "No"):
@@ -26,7 +26,7 @@ def yes_or_no(row: Mapping[str, str]) -> str:
 
 
 def letter(row: Mapping[str, str]) -> str:
-  """The letter of one of the options, in upper case; the text itself where the question is open."""
+  """The letter of the right option, in upper case; the text itself where the question is open."""
   options = choices(row)
   if not options:
     return row["answer"]
@@ -37,23 +37,23 @@ def letter(row: Mapping[str, str]) -> str:
 
 
 def people(row: Mapping[str, str]) -> str:
-  """The answers of enough people, as Python writes a list."""
+  """The answers of at least LEAST_PEOPLE people, written as a Python list."""
   if len(people_of(row["answer"])) < LEAST_PEOPLE:
     raise ValueError(f"must be a list of at least {LEAST_PEOPLE} answers: the score leaves one out and asks for three")
   return row["answer"]
 
 
 def one_or_more(row: Mapping[str, str]) -> str:
-  """One answer, or a list of at least one as Python writes it."""
+  """One answer, or at least one written as a Python list."""
   people_of(row["answer"])
   return row["answer"]
 
 
 def people_of(answer: str) -> list[str]:
-  """The answers of a field: those of a list as Python writes it, or the one text that it is.
+  """The answers of a field: the elements of a Python list, or the field itself if it is plain text.
 
   Raises:
-    ValueError: a list without answers, a damaged one, or one whose texts no comma parts.
+    ValueError: the list is empty, damaged, or lacks a comma between two strings.
   """
   if not answer.lstrip().startswith("["):
     return [answer]
@@ -71,6 +71,6 @@ def people_of(answer: str) -> list[str]:
 
 
 def _texts(source: str) -> int:
-  """The number of string literals in a text that is one expression."""
+  """The number of string literals in a Python expression."""
   tokens = tokenize.generate_tokens(io.StringIO(source.strip()).readline)
   return sum(one.type == token.STRING for one in tokens)

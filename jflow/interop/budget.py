@@ -1,4 +1,4 @@
-"""How much memory a model may ask for: what this machine, its container and the process's own limit have at most."""
+"""The memory limit of a model: the least of this machine's, its container's and the process's own."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ from jflow.errors import UserError
 
 
 def check(needed: int, where: Any) -> None:
-  """Refuses weights that cannot fit, before any of them is read.
+  """Refuses weights that cannot fit into memory, before any is read.
 
   Args:
     needed: bytes.
-    where: they lie.
+    where: file or directory of the weights, for the message.
 
   Raises:
-    UserError: naming the bytes on both sides.
+    UserError: `needed` exceeds the limit; both are named.
   """
   most = memory.limit()
   if needed > most:

@@ -23,11 +23,11 @@ class Checkpoint(NamedTuple):
 
 
 class Described(NamedTuple):
-  """A checkpoint whose files fit one another, as far as that shows before its weights are read."""
+  """A checkpoint whose files are consistent, as far as can be checked before its weights are read."""
 
   config: ModelConfig
   directory: pathlib.Path  # with tokenizer.json, if the checkpoint has one
-  tokenizer: Tokenizer | None  # read where it was asked for
+  tokenizer: Tokenizer | None  # read on request
   template: str
   has_vae: bool
   read_params: Callable[[], Any]  # nested numpy arrays
@@ -38,15 +38,15 @@ class Described(NamedTuple):
 
 
 def locate(path: str | pathlib.Path) -> pathlib.Path:
-  """Finds what is read of a checkpoint: an official directory itself, of a jflow one the newest intact step.
+  """The directory to read of a checkpoint: an official directory itself, or the newest intact step of a jflow one.
 
-  What was located once stays the same while a training run saves newer steps.
+  The result stays valid while a training run saves newer steps.
 
   Args:
-    path: directory, here, in a store (gs://BUCKET/FOLDER) or on the hub (ORG/NAME@REVISION); see `remote.fetch`.
+    path: local directory, or one in a store (gs://BUCKET/FOLDER) or on the hub (ORG/NAME@REVISION); see `remote.fetch`.
 
   Raises:
-    UserError: it is neither, or no step is intact.
+    UserError: the path is no checkpoint, or no step is intact.
   """
   path = remote.local(path)
   if not path.is_dir():
@@ -55,14 +55,14 @@ def locate(path: str | pathlib.Path) -> pathlib.Path:
 
 
 def workdir_of(step_dir: pathlib.Path) -> pathlib.Path:
-  """The workdir, with the configuration and the tokenizer, of a step that `locate` found."""
+  """The workdir, with configuration and tokenizer, of a step directory from `locate`."""
   return step_dir.parent.parent
 
 
 def read_checkpoint(
   path: str | pathlib.Path, *, vae: str | pathlib.Path | None = None, weights: str = "ema", whole: bool = True
 ) -> Checkpoint:
-  """Reads a checkpoint, official or jflow: `describe`, and the weights."""
+  """Reads a checkpoint, official or jflow: `describe`, then the weights."""
   return describe(path, vae=vae, weights=weights, whole=whole).read()
 
 
@@ -74,17 +74,17 @@ def describe(
   tokenizer: bool = False,
   whole: bool = True,
 ) -> Described:
-  """Reads all of a checkpoint but its weights: what is wrong with it shows here, what costs least first.
+  """Reads and checks all of a checkpoint except its weights, cheapest checks first.
 
   Args:
     path: see `locate`.
     vae: directory of the SDXL-VAE, for a checkpoint that holds none; None: the VAE inside it, if there is one.
     weights: "ema" or "raw", for a jflow one.
     tokenizer: whether it must have one that fits the model.
-    whole: whether the parameters of a jflow one must be those of its config.json; who takes parts of it compares them.
+    whole: whether the parameters of a jflow one must match its config.json; callers that take parts compare those.
 
   Raises:
-    UserError: it is neither, or something is missing, contradictory, or wrong.
+    UserError: the path is no checkpoint, or something is missing, contradictory, or wrong.
   """
   path = remote.local(path)
   vae = remote.local(vae) if vae else None
@@ -97,7 +97,7 @@ def describe(
 
 
 def read_config(path: str | pathlib.Path) -> ModelConfig:
-  """Reads the model of a checkpoint from its config.json alone; no device is touched.
+  """The model's configuration, from a checkpoint's config.json alone; uses no device.
 
   Raises:
     UserError: see `describe`.
@@ -109,10 +109,10 @@ def read_config(path: str | pathlib.Path) -> ModelConfig:
 
 
 def _workdir_around(path: pathlib.Path) -> pathlib.Path:
-  """The workdir of a path: itself, or that of a step or of its folder of steps."""
+  """The workdir of a path, which is the workdir itself, its checkpoints folder, or a step."""
   around = (path, path.parent, path.parent.parent)
   workdir = next((d for d in around if (d / "checkpoints").is_dir() and (d / "config.json").exists()), None)
-  return workdir or workdir_of(locate(path))  # which says why there is none
+  return workdir or workdir_of(locate(path))  # raises with the reason if there is none
 
 
 def _describe_own(
@@ -128,7 +128,7 @@ def _describe_own(
   if vae is not None:
     autoencoder, given = official.describe_vae(vae)
     if autoencoder != config.autoencoder:
-      raise UserError(f"{vae} holds another VAE than the one that {path} was trained with")
+      raise UserError(f"{vae} must hold the VAE that {path} was trained with: it holds another")
     settings = settings._replace(has_vae=False)
   step = locate(path)
   need_text_name("--checkpoint", step)

@@ -1,4 +1,4 @@
-"""Comparing arrays with golden ones: one line each, and the first that differs."""
+"""Comparison of arrays with golden ones: one line each, and the first that differs."""
 
 import math
 import pathlib
@@ -43,7 +43,7 @@ def line(
 
 
 def report(lines: Sequence[Line], tolerance: float, json_path: pathlib.Path | None) -> int:
-  """Prints a line per array and the first component that diverges; returns the exit code."""
+  """Prints a line per array and the first diverging component; returns the exit code."""
   width = max(len(line.name) for line in lines)
   for line in lines:
     verdict = "ok" if line.passed else "DIFFERS"
@@ -68,7 +68,7 @@ def report(lines: Sequence[Line], tolerance: float, json_path: pathlib.Path | No
 
 
 def _finite(line: Line) -> dict[str, Any]:
-  """A line for JSON, which has no NaN: such an error is null."""
+  """A line as a JSON object; errors that are not finite become null."""
   values = line._asdict()
   values.pop("name")
   return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in values.items()}

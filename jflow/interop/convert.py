@@ -16,12 +16,12 @@ from jflow.interop.official import Loaded
 from jflow.interop.official_config import config_to_official
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_KEPT = "official"  # folder of a jflow checkpoint with the processor's files of the official one it came from
+_KEPT = "official"  # folder of a jflow checkpoint with the processor files of the official one it was converted from
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-  """What to convert: the flags of `convert`, of which None takes the default that `convert --help` names."""
+  """The flags of `convert`; None takes the default that `convert --help` names."""
 
   output: pathlib.Path  # directory to create
   input: pathlib.Path | None = None
@@ -38,7 +38,7 @@ class Conversion:
 
 
 def _read(args: Conversion) -> tuple[Loaded, str, pathlib.Path | None]:
-  """Returns the model, its template, and the directory of the official processor's files, if any."""
+  """The model, its template, and the directory of the official processor's files, if any."""
   dtype = _DTYPES.get(args.dtype)
   if args.source == "huggingface-parts":
     from jflow.interop import parts  # initialises with jax, which the other directions do not need
@@ -68,8 +68,8 @@ def _write_jflow(output: pathlib.Path, loaded: Loaded, template: str, kept: path
   from jflow.interop.native import save_params
 
   config = {"model": loaded.config.to_dict(), "data": {"template": template}, "has_vae": loaded.has_vae}
-  # Orbax copies every host array before it writes, unless told that nobody changes them meanwhile, and it compresses
-  # all of them at once: each way memory would hold the weights twice.
+  # By default Orbax copies every host array before it writes, and compresses all of them at once: either would hold the
+  # weights in memory twice.
   context = ocp.Context()
   context.memory.deepcopy_host_arrays = context.array.saving.use_compression = False
   with context:
@@ -96,10 +96,10 @@ def _say_what_is_left_out(loaded: Loaded, to: str) -> None:
 
 
 def _check_flags(args: Conversion) -> None:
-  """Refuses flags that would do nothing, numbers out of range, and an output that cannot be made.
+  """Refuses flags without effect, numbers out of range, and an output directory that cannot be created.
 
   Raises:
-    UserError: naming the flag.
+    UserError: the flag is named.
   """
   parts = args.source == "huggingface-parts"
   for flag in ("input",) if parts else ("llm", "siglip", "tokenizer"):
@@ -118,10 +118,10 @@ def _check_flags(args: Conversion) -> None:
 
 
 def _with_layouts(args: Conversion) -> Conversion:
-  """The conversion with `source` and `to` set, and an input on another machine fetched.
+  """The conversion with `source` and `to` set, and a remote input fetched.
 
   Raises:
-    UserError: no input, or one that is not of the layout that was named.
+    UserError: the input is missing, or not of the layout named.
   """
   source, found = args.source or ("huggingface-parts" if args.llm else None), args.input
   if source != "huggingface-parts":
@@ -139,10 +139,10 @@ def _with_layouts(args: Conversion) -> Conversion:
 
 
 def convert(args: Conversion) -> None:
-  """Reads, converts and writes; nothing is left behind when it fails.
+  """Reads, converts and writes; leaves nothing behind when it fails.
 
   Raises:
-    UserError: what is missing, damaged or contradictory, in one line.
+    UserError: an input is missing, damaged or contradictory.
     Stopped: the output cannot be written.
   """
   need_text_name("--output", args.output)

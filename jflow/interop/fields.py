@@ -1,4 +1,4 @@
-"""The fields of a foreign config.json, a closed list: each is computed, known to change nothing, or refused."""
+"""Reading of a foreign config.json by a closed list of fields: each is used, known to change nothing, or refused."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -85,7 +85,7 @@ _HARMLESS = frozenset(
 
 
 def refuse_code(values: Mapping[str, Any], where: str) -> None:
-  """Refuses a config.json that names Python code to run."""
+  """Refuses a config.json that names Python code to execute."""
   if values.get("auto_map") is not None or values.get("trust_remote_code"):
     raise UserError(
       f"{where} asks to run Python code that came with the weights (auto_map, trust_remote_code), which "
@@ -94,9 +94,9 @@ def refuse_code(values: Mapping[str, Any], where: str) -> None:
 
 
 class Fields:
-  """Reads fields of a config.json, naming file and field where one is missing, mistyped, or not computed here.
+  """Reader of the fields of a config.json; errors name file and field.
 
-  A field that is null is one that is not there.
+  A field that is null counts as absent.
   """
 
   def __init__(self, values: Any, where: str):
@@ -107,13 +107,13 @@ class Fields:
     self._known: set[str] = set()
 
   def get(self, name: str, kind: type, default: Any = None, ours: str = "") -> Any:
-    """The field, of which numbers are positive and finite.
+    """The value of a field; numbers must be positive and finite.
 
     Args:
       name: of the field.
       kind: its type.
-      default: what an absent one is; without a default that is an error.
-      ours: the name in jflow's own configuration, which says how large it may be.
+      default: for an absent field; without one, absence is an error.
+      ours: the name in jflow's own configuration, which bounds the value.
     """
     self._known.add(name)
     value = self.values.get(name)
@@ -132,7 +132,7 @@ class Fields:
     return value
 
   def only(self, name: str, *allowed: Any) -> None:
-    """Refuses a value that this code does not compute; absent is fine."""
+    """Refuses any value except those allowed; the field may be absent."""
     self._known.add(name)
     value = self.values.get(name)
     if value is not None and not any(_same(value, x) for x in allowed):
@@ -141,21 +141,21 @@ class Fields:
       )
 
   def ignore(self, names: Iterable[str]) -> None:
-    """Fields that change nothing of what is computed."""
+    """Accepts fields that do not change the computation."""
     self._known.update(names)
 
   def sub(self, name: str) -> "Fields":
-    """The object in a field."""
+    """A reader of the object in a field."""
     self._known.add(name)
     if self.values.get(name) is None:
       raise UserError(f"{self.where} has no field {name}")
     return Fields(self.values[name], f"{self.where}: {name}")
 
   def close(self) -> None:
-    """Refuses each field that nobody has asked for; see _HARMLESS for what any config.json may hold.
+    """Refuses fields that were not read; see _HARMLESS for those that any config.json may have.
 
     Raises:
-      UserError: naming the field and its value.
+      UserError: the field and its value are named.
     """
     self.only("is_encoder_decoder", False)
     self.only("add_cross_attention", False)
@@ -169,7 +169,7 @@ class Fields:
       )
 
   def unknown(self) -> list[str]:
-    """The fields that nobody has asked for, and that do not belong into any config.json."""
+    """The fields that were not read and are not in _HARMLESS."""
     known = self._known | _HARMLESS
     return [name for name, value in self.values.items() if name not in known and value is not None]
 

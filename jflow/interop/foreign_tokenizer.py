@@ -1,4 +1,4 @@
-"""The tokenizer of a foreign LLM: its tokenizer.json, or one that transformers makes of the files before it."""
+"""The tokenizer of a foreign LLM: its tokenizer.json, or one converted by transformers from older files."""
 
 import os
 import pathlib
@@ -16,13 +16,13 @@ _MOST = 48 * 2**20  # bytes of a file
 
 
 def read(directory: pathlib.Path) -> dict[str, bytes]:
-  """The contents of a tokenizer's files by their names, as `jflow.data.tokenizer.read_files` gives them.
+  """The contents of a tokenizer's files by name, as from `jflow.data.tokenizer.read_files`.
 
-  Where there is no tokenizer.json, transformers makes one, in a folder that holds the files above and no others: it
+  Where there is no tokenizer.json, transformers makes one in a temporary folder with the files above only, so that it
   finds neither code nor a pickle there.
 
   Raises:
-    UserError: see `read_files`; a class that is not one of those above, or files that it cannot read.
+    UserError: see `read_files`; or the tokenizer's class is not supported, or its files cannot be read.
   """
   if (directory / "tokenizer.json").is_file() or not any((directory / name).is_file() for name in _VOCABULARIES):
     return read_files(str(directory))
@@ -42,7 +42,7 @@ def read(directory: pathlib.Path) -> dict[str, bytes]:
 
 
 def _converted(folder: pathlib.Path, directory: pathlib.Path) -> bytes:
-  """The tokenizer.json of a folder with the files before it; `directory` is named in messages."""
+  """The tokenizer.json converted from the older files in a folder; `directory` is named in messages."""
   from transformers import AutoTokenizer
 
   try:

@@ -1,4 +1,4 @@
-"""A golden file, read and checked whole before the checkpoint that it is compared with is opened."""
+"""Golden files, read and checked completely before the checkpoint to compare is opened."""
 
 import math
 import pathlib
@@ -15,7 +15,7 @@ from jflow.models.config import ModelConfig
 from jflow.strict_json import shown
 
 VARIANT = re.compile(r"_(?:(first|last)(\d{1,9})|(mean))$")
-# Input -> (kinds of its type, its axes; None: a scalar or one number per picture).
+# Input -> (kinds of its type, its axes; None: a scalar or one number per image).
 _IDS, _MASK, _REAL = "iu", "iub", "fiu"
 INPUTS: dict[str, dict[str, tuple[str, tuple[str, ...] | None]]] = {
   "und": {
@@ -35,14 +35,14 @@ INPUTS: dict[str, dict[str, tuple[str, tuple[str, ...] | None]]] = {
 _SOLVER = ("steps", "cfg_weight")  # inputs of the outputs of _SOLVED alone
 _SOLVED = {"gen/trajectory", "gen/z1"}
 _MOST_STEPS = 10_000
-_DENSEST, _SMALL = 200, 2**28  # bytes in memory of one byte of a file, beyond so many
+_DENSEST, _SMALL = 200, 2**28  # largest expansion of a file in memory, and bytes that are allowed in any case
 
 
 def read(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Reads an npz file of plain numbers; never a pickle.
+  """Reads an npz file of plain numeric arrays; never a pickle.
 
   Raises:
-    UserError: it is missing, damaged, holds more than its size allows, or arrays of something else.
+    UserError: the file is missing or damaged, would unpack to too many bytes, or holds arrays of another kind.
   """
   try:
     if path.exists() and not path.is_file():
@@ -76,18 +76,18 @@ def _check_members(path: pathlib.Path, members: list[zipfile.ZipInfo]) -> None:
 
 
 def check(path: pathlib.Path, arrays: Mapping[str, np.ndarray], components: Mapping[str, str]) -> dict[str, list[str]]:
-  """Checks that a golden file has something to compare and every input that it is made from.
+  """Checks that a golden file has outputs to compare, and every input that they depend on.
 
   Args:
     path: of the file, for messages.
     arrays: of the file.
-    components: output -> what makes it.
+    components: output -> component that computes it.
 
   Returns:
-    Group -> the outputs of it that the file holds, whole or a variant.
+    Group -> the outputs of it in the file, whole or as a variant.
 
   Raises:
-    UserError: naming the array.
+    UserError: the array is named.
   """
   bases = {VARIANT.sub("", name) for name in arrays}
   groups = {}
@@ -132,7 +132,7 @@ def _check_input(path: pathlib.Path, key: str, x: np.ndarray, kinds: str, axes: 
 
 
 def _check_group(path: pathlib.Path, group: str, g: Mapping[str, np.ndarray]) -> None:
-  """Checks what the inputs of a group say of one another."""
+  """Checks that the inputs of a group are consistent."""
   if group == "und":
     tokens, mask = g["und/input_ids"], g["und/attention_mask"]
     if tokens.shape != mask.shape:
@@ -151,10 +151,10 @@ def _check_group(path: pathlib.Path, group: str, g: Mapping[str, np.ndarray]) ->
 
 
 def greedy_count(g: Mapping[str, np.ndarray]) -> int:
-  """How many tokens to decode for und/greedy_tokens, or for its first ones where the file does not hold it whole.
+  """The number of tokens to decode for und/greedy_tokens, or for its first ones where the file holds only those.
 
   Raises:
-    UserError: the file holds the last ones alone, or no rows of tokens.
+    UserError: the file holds only the last tokens, or the array has other axes.
   """
   names = [name for name in g if VARIANT.sub("", name) == "und/greedy_tokens"]
   for name in names:
@@ -176,10 +176,10 @@ def special_ids(g: Mapping[str, np.ndarray], vocabulary: int) -> tuple[int, int]
 
 
 def image_starts(tokens: np.ndarray, images: int, patches: int, boi: int, image: int) -> list[np.ndarray]:
-  """Where each row's images begin.
+  """The positions at which each row's images begin.
 
   Raises:
-    UserError: rows and pictures do not agree.
+    UserError: the rows do not match the images.
   """
   starts = [np.flatnonzero(row == boi) for row in tokens]
   if sum(map(len, starts)) != images:
@@ -192,10 +192,10 @@ def image_starts(tokens: np.ndarray, images: int, patches: int, boi: int, image:
 
 
 def check_fits(arrays: Mapping[str, np.ndarray], groups: Mapping[str, Any], c: ModelConfig) -> None:
-  """Checks the inputs against the model that they are for, before its weights are read.
+  """Checks the inputs against the model's configuration, before its weights are read.
 
   Raises:
-    UserError: another model's golden file.
+    UserError: the golden file is of another model.
   """
   vocabulary = c.language_model.vocab_size
   ids = {"und": "und/input_ids", "text": "text/input_ids", "gen": "gen/prompt_ids"}
@@ -214,6 +214,6 @@ def check_fits(arrays: Mapping[str, np.ndarray], groups: Mapping[str, Any], c: M
 
 
 def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-  """Raises a UserError where an input of the golden file does not fit the model; `found` may be the last axes."""
+  """Raises a UserError if an input's shape does not fit the model; `found` may be its last axes only."""
   if found != wanted:
     raise UserError(f"{name} is {list(found)} where this model takes {list(wanted)}: another model's golden file?")

@@ -1,4 +1,4 @@
-"""Parameters in jflow's own checkpoints: found, verified, read and written without a trainer.
+"""Parameters in jflow's own checkpoints: locating, verifying, reading and writing without a trainer.
 
 A run's directory (a "workdir") holds
 
@@ -6,8 +6,8 @@ A run's directory (a "workdir") holds
   tokenizer/             tokenizer.json, tokenizer_config.json
   checkpoints/<step>/    Orbax checkpointables `trained`, `frozen`, `ema`, `progress`, and manifest.json
 
-A step without manifest.json is not complete and is never restored. Orbax itself does not notice a flipped bit:
-the manifest, sha256 hashes written last, does.
+A step without manifest.json is incomplete and is never restored. Orbax does not detect a flipped bit; the manifest,
+sha256 hashes written last, does.
 """
 
 import json
@@ -31,19 +31,19 @@ from jflow.interop import steps
 from jflow.interop.steps import MANIFEST, damage, steps_of
 from jflow.strict_json import Malformed
 
-FORMAT = 1  # of what a step holds, written into its manifest
-_HASHES = "hashes."  # beginning of the files that carry hashes from the other processes to process 0
-_PATIENCE = 600.0  # seconds that a process may be later than process 0
+FORMAT = 1  # version of a step's contents, written into its manifest
+_HASHES = "hashes."  # prefix of the files that carry hashes from the other processes to process 0
+_PATIENCE = 600.0  # seconds to wait for another process
 
 
 def seal(step_dir: pathlib.Path, metadata: dict[str, Any], process: int = 0, processes: int = 1) -> None:
   """Writes the manifest: name, bytes and sha256 of every file of the step, and `metadata`.
 
-  All processes call it. Each hashes the files that it wrote, which may still be in its memory; process 0 waits for
+  All processes call it. Each hashes the files that it wrote, which its page cache may still hold; process 0 waits for
   the hashes of the others.
 
   Raises:
-    OSError: a file cannot be read or written, or another process does not deliver.
+    OSError: a file cannot be read or written, or the hashes of another process do not arrive.
   """
   _wait_until(step_dir.is_dir, f"{step_dir} does not appear: is the workdir shared by all processes?")
   found = sorted(p for p in step_dir.rglob("*") if p.is_file() and not p.name.startswith(_HASHES))
@@ -65,13 +65,13 @@ def seal(step_dir: pathlib.Path, metadata: dict[str, Any], process: int = 0, pro
 
 
 def _writer(name: str) -> int:
-  """The process that wrote a file of a step: Orbax names it in the path; what all share is of process 0."""
+  """The process that wrote a file of a step, from Orbax's path; shared files are process 0's."""
   found = re.search(r"process_(\d+)", name)
   return int(found[1]) if found else 0
 
 
 def _wait_until(ready: Callable[[], bool], otherwise: str) -> None:
-  """Waits for what another process does on the shared disk, which it may show late."""
+  """Waits for another process's change of the shared disk, which may become visible late."""
   until = time.monotonic() + _PATIENCE
   while not ready():
     if time.monotonic() > until:
@@ -80,7 +80,7 @@ def _wait_until(ready: Callable[[], bool], otherwise: str) -> None:
 
 
 def newest_valid(directory: pathlib.Path) -> int | None:
-  """The newest step whose manifest verifies; says on stderr why a newer one was passed over."""
+  """The newest step whose manifest verifies; reports on stderr why newer ones were skipped."""
   for step in steps_of(directory):
     why = damage(directory / str(step))
     if why is None:
@@ -93,21 +93,21 @@ def load(step_dir: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
   """Reads checkpointables of a step.
 
   Raises:
-    UserError: they are not those of `wanted`.
+    UserError: they differ from `wanted`.
   """
   try:
     return ocp.load_checkpointables(step_dir.absolute(), wanted)
-  except Exception as error:  # Orbax wraps every cause in one type; the first line of the root says it
+  except Exception as error:  # Orbax wraps every cause in one type; the first line of the root has the reason
     while error.__cause__ is not None:
       error = error.__cause__
     raise UserError(f"checkpoint {step_dir} does not fit this model: {str(error).splitlines()[0]}") from error
 
 
 def resolve(path: str | pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-  """Finds (workdir, step directory) from a workdir, its `checkpoints` folder, or one step of it.
+  """(workdir, step directory) of a workdir, its `checkpoints` folder, or one step of it.
 
   Raises:
-    UserError: nothing is there, no step is intact, or a number that is no step stands among them.
+    UserError: the path does not exist, no step is intact, or a step's folder has an irregular number such as 007.
   """
   path = pathlib.Path(path)
   if not path.exists():
@@ -119,9 +119,9 @@ def resolve(path: str | pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
   elif steps.number(path.name) is not None and path.parent.name == "checkpoints":
     workdir, folder = path.parent.parent, path
   else:
-    raise UserError(f"{path} is no jflow checkpoint: it holds no checkpoints/ folder")
+    raise UserError(f"{path} must be a jflow checkpoint: it has no checkpoints/ folder")
   if not (workdir / "config.json").is_file():
-    raise UserError(f"{workdir} is no jflow checkpoint: config.json is missing")
+    raise UserError(f"{workdir} must be a jflow checkpoint: its config.json is missing")
   if folder is path and path.name != "checkpoints":
     why = damage(folder)
     if why:
@@ -153,16 +153,16 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def param_shapes(step_dir: pathlib.Path, weights: str = "ema") -> dict[str, Any]:
-  """The checkpointables that hold parameters, each nested shapes and types, from a step's metadata alone.
+  """The checkpointables with parameters, as nested shapes and types, from a step's metadata alone.
 
   Args:
-    step_dir: as `resolve` gives it.
+    step_dir: from `resolve`.
     weights: see `load_params`.
 
   Raises:
-    UserError: no readable metadata, or no raw weights beside the averaged ones.
+    UserError: the metadata cannot be read, or there are no raw weights beside the averaged ones.
   """
-  absl.logging.set_verbosity(absl.logging.FATAL)  # what Orbax says of a file that it cannot read, is said here
+  absl.logging.set_verbosity(absl.logging.FATAL)  # the UserError replaces Orbax's log of an unreadable file
   try:
     present = ocp.checkpointables_metadata(step_dir.absolute()).metadata
     names = [name for name in ("frozen", "ema" if weights == "ema" else "trained") if name in present]
@@ -171,7 +171,7 @@ def param_shapes(step_dir: pathlib.Path, weights: str = "ema") -> dict[str, Any]
     shapes = {name: jax.tree.map(shape, present[name], is_leaf=lambda m: hasattr(m, "dtype")) for name in names}
     if not all(isinstance(tree, dict) and jax.tree.leaves(tree) for tree in shapes.values()):
       raise ValueError("no arrays")
-  except Exception as error:  # Orbax raises what it likes on damaged metadata
+  except Exception as error:  # Orbax raises many types on damaged metadata
     reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
     raise UserError(f"checkpoint {step_dir} has no readable metadata ({reason})") from error
   if raw:
@@ -180,9 +180,9 @@ def param_shapes(step_dir: pathlib.Path, weights: str = "ema") -> dict[str, Any]
 
 
 def _parts(sizes: list[int]) -> list[list[int]]:
-  """Splits arrays of so many bytes into parts to be read one after the other, each about a quarter of all.
+  """Groups arrays of these sizes in bytes into parts to read one after the other, each about a quarter of all.
 
-  Orbax holds a second copy of what it reads at once, with many cores of everything.
+  Orbax holds a second copy of all that it reads in one call.
   """
   parts, most = [[]], max(sum(sizes) // 4, 2**24)
   for i, size in enumerate(sizes):
@@ -196,7 +196,7 @@ def load_params(step_dir: pathlib.Path, weights: str = "ema") -> dict[str, Any]:
   """Loads the nested parameters of a jflow checkpoint as numpy arrays.
 
   Args:
-    step_dir: as `resolve` gives it: its bytes have been verified there, and are not hashed again.
+    step_dir: from `resolve`, which has verified its bytes: they are not hashed again.
     weights: "ema" (what inference and the next stage use) or "raw".
 
   Raises:
@@ -206,7 +206,7 @@ def load_params(step_dir: pathlib.Path, weights: str = "ema") -> dict[str, Any]:
   leaves, structure = jax.tree.flatten(shapes)
   read: list[Any] = [None] * len(leaves)
   for part in _parts([leaf.size * leaf.dtype.itemsize for leaf in leaves]):
-    # Orbax reads into numpy what is asked for by numpy arrays (these take no memory), and leaves placeholders out.
+    # Orbax reads numpy arrays where the target has them (these take no memory), and skips placeholders.
     wanted = [ocp.PLACEHOLDER] * len(leaves)
     for i in part:
       wanted[i] = np.broadcast_to(np.zeros((), leaves[i].dtype), leaves[i].shape)
@@ -219,12 +219,12 @@ def load_params(step_dir: pathlib.Path, weights: str = "ema") -> dict[str, Any]:
 
 
 def save_params(workdir: str | pathlib.Path, params: dict[str, Any], config: dict[str, Any], tokenizer: Any) -> None:
-  """Writes a converted model as a jflow checkpoint at step 0: what `load_params` and `train.init_from` read.
+  """Writes a converted model as a jflow checkpoint at step 0, for `load_params` and `train.init_from`.
 
   Args:
     workdir: directory to create; must not exist yet.
     params: nested parameters.
-    config: what config.json holds; `model` and `data.template` at least.
+    config: content of config.json; at least `model` and `data.template`.
     tokenizer: a `jflow.data.tokenizer.Tokenizer`, copied into tokenizer/.
   """
   workdir = pathlib.Path(workdir)

@@ -1,7 +1,7 @@
-"""The published directory layout of JanusFlow: config.json both ways, reading, writing.
+"""The published directory layout of JanusFlow: reading and writing.
 
-An official directory holds config.json, the weights (`names.official`), and the tokenizer's and processor's
-files. The VAE is published apart (sdxl-vae): it may lie in `vae/` inside the directory or anywhere else.
+An official directory holds config.json, the weights, and the tokenizer's and processor's files. The VAE is published
+separately (sdxl-vae), and may be in `vae/` inside the directory or anywhere else.
 """
 
 import json
@@ -31,7 +31,7 @@ from jflow.models.autoencoders.kl import AutoencoderKLConfig
 from jflow.models.config import ModelConfig
 from jflow.strict_json import read_object
 
-# Files of the processor that travel with an official checkpoint, unread, so that an export can hold them.
+# Files of the processor, copied unread with an official checkpoint so that an export can include them.
 SIDECARS = (
   "config.json",
   "preprocessor_config.json",
@@ -57,7 +57,7 @@ def is_official(directory: pathlib.Path) -> bool:
 
 
 def _buffer(name: str) -> bool:
-  """Tensors that old files hold beside the weights, computed here."""
+  """Whether a tensor of an old file is a buffer, which is computed here."""
   return name.endswith((".rotary_emb.inv_freq", ".position_ids"))
 
 
@@ -76,16 +76,16 @@ def describe_vae(directory: pathlib.Path) -> tuple[AutoencoderKLConfig, transfer
 
 
 def load_vae(directory: pathlib.Path, dtype: np.dtype | None) -> tuple[AutoencoderKLConfig, dict[str, np.ndarray]]:
-  """Reads a diffusers AutoencoderKL: `describe_vae`, and its weights."""
+  """Reads a diffusers AutoencoderKL: `describe_vae`, then its weights."""
   config, weights = describe_vae(directory)
   return config, weights.read(dtype)
 
 
 def load_tokenizer(directory: pathlib.Path, vocabulary_size: int) -> Tokenizer | None:
-  """Reads the tokenizer of a directory; None where there is none.
+  """The tokenizer of a directory; None where there is none.
 
   Raises:
-    UserError: unreadable, without the special tokens, or with more ids than the model has.
+    UserError: it is unreadable, lacks a special token, or has more ids than the model.
   """
   if not (directory / "tokenizer.json").is_file():
     return None
@@ -95,7 +95,7 @@ def load_tokenizer(directory: pathlib.Path, vocabulary_size: int) -> Tokenizer |
 
 
 class Described(NamedTuple):
-  """A model whose files fit one another, as far as that shows before its weights are read."""
+  """A model whose files are consistent, as far as can be checked before its weights are read."""
 
   config: ModelConfig
   has_vae: bool
@@ -113,7 +113,7 @@ def _vae_inside(directory: pathlib.Path) -> pathlib.Path | None:
 
 
 def read_config(directory: pathlib.Path, vae: pathlib.Path | None = None) -> ModelConfig:
-  """Reads the model from config.json, and from that of the VAE; see `describe`."""
+  """The model's configuration, from config.json and that of the VAE; see `describe`."""
   path, vae = directory / "config.json", vae or _vae_inside(directory)
   autoencoder = None
   if vae is not None:
@@ -122,7 +122,7 @@ def read_config(directory: pathlib.Path, vae: pathlib.Path | None = None) -> Mod
 
 
 def describe(directory: pathlib.Path, vae: pathlib.Path | None = None) -> Described:
-  """Reads a directory of the published layout but for its weights, of which it reads the headers.
+  """Reads a directory of the published layout, but only the headers of its weights.
 
   Args:
     directory: see `load`.
@@ -152,7 +152,7 @@ def describe(directory: pathlib.Path, vae: pathlib.Path | None = None) -> Descri
 
 
 def _check_sizes(root: Fields, config: ModelConfig, checkpoint: Checkpoint) -> None:
-  """Compares the sizes of config.json with the weights', by the names of its fields."""
+  """Checks the sizes in config.json against the weights; errors name its fields."""
   tensors, where = checkpoint.tensors, checkpoint.directory
   sizes.check_llama(root.sub("language_config"), config.language_model, tensors, "language_model.", where)
   und, enc, dec = (root.sub(f"vision_{part}_config").sub("params") for part in ("und_enc", "gen_enc", "gen_dec"))
@@ -190,8 +190,8 @@ def save(
 
   Args:
     params: flat, see `Loaded`; REPA's head is left out.
-    sidecars: directory of the processor's files of the checkpoint that this model came from; files that are
-      not there are written from the configuration.
+    sidecars: directory with the processor's files of the original checkpoint; missing ones are written from the
+      configuration.
     dtype: of the tensors; None keeps each parameter's own.
     shard_bytes: largest file.
   """
@@ -223,7 +223,7 @@ def save(
 
 
 def _same_model(path: pathlib.Path, config: ModelConfig, torch_dtype: str) -> bool:
-  """Whether the config.json that came with the weights still describes them."""
+  """Whether the original config.json still describes the weights."""
   values = read_object(path)
   root = Fields(values, str(path))
   if values.get("torch_dtype", torch_dtype) != torch_dtype or is_tied(root):

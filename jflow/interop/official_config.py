@@ -1,4 +1,4 @@
-"""config.json of the published layout, both ways; diffusers' of the VAE beside it."""
+"""config.json of the published layout and diffusers' config.json of the VAE, reading and writing."""
 
 import dataclasses
 import math
@@ -18,20 +18,20 @@ from jflow.models.llm.config import LanguageModelConfig
 from jflow.models.sizes import most
 from jflow.strict_json import shown
 
-# Named presets of the release's SigLIP: width, layers, heads, patch size, mlp width over width.
+# Named presets of the release's SigLIP: embed_dim, num_layers, num_heads, patch size, mlp_dim over embed_dim.
 _SIGLIP = {
   "siglip_large_patch16_384": (1024, 24, 16, 16, 4.0),
   "siglip_large_patch16_256": (1024, 24, 16, 16, 4.0),
   "siglip_so400m_patch14_384": (1152, 27, 16, 14, 3.7362),
   "siglip_so400m_patch14_224": (1152, 27, 16, 14, 3.7362),
 }
-# The VAE of the release, assumed where none lies beside a checkpoint.
+# The VAE of the release, assumed where a checkpoint comes without one.
 SDXL_VAE = AutoencoderKLConfig("autoencoder_kl", 4, 0.13025, (128, 256, 512, 512), 2, 32)
 _BLOCKS = 2  # ConvNeXt blocks of the release in g_enc and in g_dec
 
 
 def _siglip_config(f: Fields) -> SiglipConfig:
-  """Reads the arguments of the release's CLIPVisionTower, and the sizes of a tower that it has no name for."""
+  """Reads the arguments of the release's CLIPVisionTower, with explicit sizes where it has no preset."""
   f.only("select_feature", "same")
   f.only("select_layers")
   f.only("ckpt_path", "")
@@ -70,7 +70,7 @@ def _siglip_config(f: Fields) -> SiglipConfig:
 
 
 def _generation_config(encoder: Fields, decoder: Fields, lm: LanguageModelConfig) -> tuple[FlowConfig, int]:
-  """Returns the ConvNeXt heads' configuration and the number of latent channels."""
+  """The configuration of g_enc and g_dec, and the number of latent channels."""
   for f in (encoder, decoder):
     f.only("use_bias", True)
     f.only("elementwise_affine", True)
@@ -104,7 +104,7 @@ def _generation_config(encoder: Fields, decoder: Fields, lm: LanguageModelConfig
 
 
 def _absent_autoencoder(siglip: SiglipConfig, patch_size: int, latents: int) -> AutoencoderConfig:
-  """Stands for a VAE that is not there: the factor makes a written image have the patches of a read one."""
+  """A placeholder for a missing VAE, whose factor gives generated images the number of patches of read ones."""
   factor = max(1, siglip.patch_size // patch_size)
   if factor & (factor - 1):  # no power of two: no AutoencoderKL could do it
     return AbsentConfig("absent", latents, 1.0, factor)
@@ -117,7 +117,7 @@ def autoencoder_config(f: Fields) -> AutoencoderKLConfig:
   """Reads the configuration of a diffusers AutoencoderKL.
 
   Raises:
-    UserError: a variant that is not SDXL's.
+    UserError: the variant differs from SDXL's.
   """
   f.only("_class_name", "AutoencoderKL")
   f.only("act_fn", "silu")
@@ -167,7 +167,7 @@ def _params(root: Fields, part: str, cls: str) -> Fields:
 
 
 def is_tied(root: Fields) -> bool:
-  """Whether the head is said to be the embedding, by the language model or the whole.
+  """Whether the language model's or the model's config ties the head to the embedding.
 
   Raises:
     UserError: the two contradict each other.
@@ -193,7 +193,7 @@ def config_from_official(values: Mapping[str, Any], where: str, autoencoder: Aut
     autoencoder: of the VAE beside it. None: SDXL's, its levels adapted to the model's patches.
 
   Raises:
-    UserError: a field that is missing, mistyped, or asks for what jflow does not compute.
+    UserError: a field is missing, mistyped, or asks for something that jflow does not compute.
   """
   root = Fields(values, where)
   root.only("model_type", "multi_modality")
@@ -227,9 +227,9 @@ def config_from_official(values: Mapping[str, Any], where: str, autoencoder: Aut
 
 
 def config_to_official(c: ModelConfig, dtype: str) -> dict[str, Any]:
-  """The config.json of a model; SigLIP's sizes are written out where they are no preset of the release."""
+  """The config.json of a model; SigLIP's sizes are written out where the release has no preset for them."""
   if c.reader != "siglip":
-    raise UserError(f"model.reader={c.reader!r}: the published layout has no place for a reader other than SigLIP")
+    raise UserError(f"model.reader={c.reader!r} must be 'siglip': the published layout has no other reader")
   if not (family(c.generation).weights and c.language_model.kind == "llama"):
     kinds = f"{c.generation.kind!r} and {c.language_model.kind!r}"
     raise UserError(f"model.generation.kind and model.language_model.kind are {kinds}: they have no published layout")

@@ -1,4 +1,4 @@
-"""jflow's own checkpoints: config.json against the names and shapes that a step's metadata gives, nothing else read."""
+"""Checks of jflow's own checkpoints: config.json against names and shapes in a step's metadata; reads nothing else."""
 
 import pathlib
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ from jflow.models.build import parameter_shapes
 from jflow.models.config import ModelConfig
 from jflow.strict_json import read_object, shown
 
-# May be there without a use: heads of training, of this version and of older ones.
+# Parameters that may be present without use: heads for training, of this version and of older ones.
 _UNUSED = ("alignment_head/", "contrastive_head/")
-# A step that is smaller on disk than its arrays by more than this holds none of what it claims.
+# A step that is smaller on disk than its arrays by more than this is damaged.
 _DENSEST, _SMALL = 1000, 2**28
 
 
 class Settings(NamedTuple):
-  """What config.json of a workdir says of the model."""
+  """The settings of the model in a workdir's config.json."""
 
   config: ModelConfig
   template: str  # "plain" or "chat"
@@ -30,7 +30,7 @@ def read_settings(workdir: pathlib.Path) -> Settings:
   """Reads config.json of a workdir.
 
   Raises:
-    UserError: it is missing or damaged, or a field is missing, mistyped or out of range.
+    UserError: the file is missing or damaged, or a field is missing, mistyped or out of range.
   """
   path = workdir / "config.json"
   fields = read_object(path)
@@ -51,7 +51,7 @@ def read_settings(workdir: pathlib.Path) -> Settings:
 
 
 def check_names(settings: Settings, found: Mapping[str, Any], step: pathlib.Path) -> None:
-  """Compares names, shapes and types with what config.json describes.
+  """Checks names, shapes and types against config.json.
 
   Args:
     settings: of the checkpoint.
@@ -59,7 +59,7 @@ def check_names(settings: Settings, found: Mapping[str, Any], step: pathlib.Path
     step: the folder of the step.
 
   Raises:
-    UserError: another model.
+    UserError: the checkpoint is of another model.
   """
   wanted = parameter_shapes(settings.config)
   not_needed = ("alignment_head/",) if settings.has_vae else ("alignment_head/", "vae/")
@@ -83,10 +83,10 @@ def check_names(settings: Settings, found: Mapping[str, Any], step: pathlib.Path
 
 
 def check_bytes(found: Mapping[str, Any], step: pathlib.Path) -> None:
-  """Compares the bytes with the memory and the disk. Arguments as in `check_names`.
+  """Checks the size of the parameters against memory and disk. Arguments as in `check_names`.
 
   Raises:
-    UserError: more bytes than there can be.
+    UserError: they need more bytes than there are.
   """
   total = sum(int(np.prod(x.shape, dtype=object)) * np.dtype(x.dtype).itemsize for x in found.values())
   disk = sum(path.stat().st_size for path in step.rglob("*") if path.is_file())

@@ -1,6 +1,6 @@
-"""A checkpoint compared with golden outputs of the PyTorch code: SigLIP, LLM, ConvNeXt heads, decoding, sampler.
+"""Comparison of a checkpoint with golden outputs of the PyTorch code: SigLIP, LLM, g_enc and g_dec, decoding, sampler.
 
-What a golden file holds stands in `python -m jflow parity --help`.
+`python -m jflow parity --help` describes the golden file.
 """
 
 import functools
@@ -19,7 +19,7 @@ from jflow.interop.comparison import Line, line
 from jflow.models.cache import Cache
 from jflow.models.unified import UnifiedModel, for_inference
 
-TOLERANCE = 1e-5  # relative L2 error, where none is named
+TOLERANCE = 1e-5  # default relative L2 error
 # Output -> the component that makes it from the ones before.
 _COMPONENTS = {
   "und/features": "understanding_encoder",
@@ -39,14 +39,14 @@ _COMPONENTS = {
 
 
 class Output(NamedTuple):
-  """An array of ours in PyTorch's layout; `mask` bool[B, T] says at which tokens it means something."""
+  """An output of jflow in PyTorch's layout; `mask`, bool[B, T], marks the tokens to compare."""
 
   value: np.ndarray
   mask: np.ndarray | None = None
 
 
 def compare(arrays: Mapping[str, np.ndarray], ours: Mapping[str, Output], tolerance: float) -> list[Line]:
-  """Compares every output that the golden file holds, whole or a variant (`_last4`, `_first8`, `_mean`)."""
+  """Compares every output in the golden file, whole or as a variant (`_last4`, `_first8`, `_mean`)."""
   lines = []
   for key, component in _COMPONENTS.items():
     for name in arrays:
@@ -57,9 +57,9 @@ def compare(arrays: Mapping[str, np.ndarray], ours: Mapping[str, Output], tolera
 
 
 def _variant(output: Output, name: str, shape: tuple[int, ...]) -> Output:
-  """The first or last tokens of an array, or the mean over them, in the layout of the golden array.
+  """The first or last tokens of an array, or its mean over tokens, in the layout of the golden array.
 
-  A map [B, C, H, W] has H * W tokens, raster order; where that does not give `shape`, axis 1 is cut.
+  A map [B, C, H, W] has H * W tokens in raster order; where that does not give `shape`, axis 1 is sliced instead.
   """
   variant = golden.VARIANT.search(name)
   if variant is None:
@@ -81,14 +81,14 @@ def _variant(output: Output, name: str, shape: tuple[int, ...]) -> Output:
 
 
 class Runner:
-  """Runs the parts of a model in float32 on the inputs of a golden file."""
+  """Runner of a model's parts in float32 on the inputs of a golden file."""
 
   def __init__(self, model: UnifiedModel, params: Any):
     self.model, self.params = model, params
     self.vocabulary = model.config.language_model.vocab_size
 
   def apply(self, method: str | Callable[..., Any], *args: Any) -> Any:
-    """One method of the model, compiled."""
+    """The result of one method of the model, compiled."""
     return _apply(self.model, method, self.params, *args)
 
   def understanding(self, g: Mapping[str, np.ndarray], want: Callable[[str], bool]) -> dict[str, Output]:
@@ -126,7 +126,7 @@ class Runner:
     return slots_IKD[place].reshape(len(tokens), most * k, -1), index
 
   def _greedy(self, embeds: np.ndarray, mask: np.ndarray, count: int) -> np.ndarray:
-    """Decodes `count` tokens per row as `understand` does: prompts padded on the right, rows of their own length."""
+    """Decodes `count` tokens per row as `understand` does: prompts padded on the right, each row at its own length."""
     lengths = mask.sum(axis=1).astype(np.int32)
     order = np.argsort(~mask, axis=1, kind="stable")  # left padding to the right end
     embeds = np.take_along_axis(embeds, order[..., None], axis=1)
@@ -195,10 +195,10 @@ def _apply(model: UnifiedModel, method: str | Callable[..., Any], params: Any, *
 
 @functools.partial(jax.jit, static_argnums=(0,))
 def _velocity(model: UnifiedModel, params: Any, prompt: jax.Array, z: jax.Array, time: jax.Array) -> Any:
-  """Velocities of N pictures with the prompt and N without (hidden but for BOS), and their parts."""
+  """Velocities of I images with the prompt and I without (masked except BOS), and their intermediate values."""
   apply = functools.partial(model.apply, {"params": params})
   n, s = len(z), len(prompt)
-  slots, skip, time_ND = apply(z, time, method=lambda m, *x: m.writer.slots(*x))
+  slots, skip, time_ID = apply(z, time, method=lambda m, *x: m.writer.slots(*x))
   x = apply(prompt, method="embed")
   x = jnp.concatenate([jnp.broadcast_to(x, (n, *x.shape)), slots], axis=1)
   total = x.shape[1]
@@ -206,15 +206,15 @@ def _velocity(model: UnifiedModel, params: Any, prompt: jax.Array, z: jax.Array,
   positions = jnp.broadcast_to(jnp.arange(total), (2 * n, total))
   twice = lambda a: jnp.concatenate([a, a])
   hidden = apply(twice(x), positions, shown, method="backbone").hidden
-  v = apply(hidden[:, s + 1 :], twice(skip), twice(time_ND), method=lambda m, *x: m.writer.velocity(*x))
-  return v, {"skip": skip, "time": time_ND, "hidden": hidden}
+  v = apply(hidden[:, s + 1 :], twice(skip), twice(time_ID), method=lambda m, *x: m.writer.velocity(*x))
+  return v, {"skip": skip, "time": time_ID, "hidden": hidden}
 
 
 def compare_model(checkpoint: str, path: pathlib.Path, tolerance: float) -> list[Line]:
   """Runs a checkpoint on the inputs of a golden file and compares.
 
   Raises:
-    UserError: the file is unreadable, lacks an input, holds nothing to compare, or is another model's.
+    UserError: the file is unreadable, lacks an input or any output, or is of another model.
   """
   arrays = golden.read(path)
   groups = golden.check(path, arrays, _COMPONENTS)

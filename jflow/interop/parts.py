@@ -1,4 +1,4 @@
-"""The starting point of stage 1: a Llama-layout LLM, a SigLIP, a VAE, and fresh parts between them."""
+"""The starting point of stage 1: a pretrained Llama-layout LLM, SigLIP and VAE, with fresh parts between them."""
 
 import json
 import pathlib
@@ -31,9 +31,9 @@ from jflow.strict_json import read_object
 
 # The fresh parts have the release's sizes (g_enc and g_dec; REPA reads block 6 of the LLM, paper section 4.1).
 _GENERATION = FlowConfig(kind="flow", channels=768, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6)
-# Special tokens that an LLM's tokenizer lacks; BOS and EOS it must have.
+# Special tokens to add to an LLM's tokenizer, which must have BOS and EOS.
 _ADDED = ("pad", "image", "image_start", "image_end", "generation_start")
-_ROWS = 64  # a grown vocabulary is rounded up to a multiple of this
+_ROWS = 64  # an extended vocabulary is rounded up to a multiple of this
 
 
 def _config(path: pathlib.Path) -> Fields:
@@ -44,7 +44,7 @@ def _tokenizer(directory: pathlib.Path) -> Tokenizer:
   """Reads a tokenizer and adds the special tokens that it lacks, with the next free ids.
 
   Raises:
-    UserError: no readable tokenizer, or one without BOS and EOS.
+    UserError: the tokenizer cannot be read, or lacks BOS or EOS.
   """
   files = foreign_tokenizer.read(directory)
   tokenizer_file.check(files["tokenizer.json"], str(directory))
@@ -91,7 +91,7 @@ def _describe_siglip(directory: pathlib.Path) -> tuple[SiglipConfig, transfer.We
 
 
 def _siglip(directory: pathlib.Path, dtype: np.dtype | None) -> tuple[SiglipConfig, dict[str, np.ndarray]]:
-  """Reads a vision tower: `_describe_siglip`, and its weights."""
+  """Reads a vision tower: `_describe_siglip`, then its weights."""
   config, weights = _describe_siglip(directory)
   return config, weights.read(dtype)
 
@@ -108,7 +108,7 @@ def _describe_llm(directory: pathlib.Path) -> tuple[LanguageModelConfig, transfe
 
 
 def _grow(params: dict[str, np.ndarray], rows: int) -> None:
-  """Adds rows for new tokens, each the mean of the old ones: likely logits, and nothing to unlearn."""
+  """Adds rows for new tokens, each the mean of the old ones, which gives plausible logits from the start."""
   table, head = params["language_model/embed"], params["language_model/head/kernel"]
   extra = rows - len(table)
   mean = table.astype(np.float32).mean(axis=0).astype(table.dtype)
@@ -120,7 +120,7 @@ def _grow(params: dict[str, np.ndarray], rows: int) -> None:
 
 
 def _fresh(config: ModelConfig, seed: int, there: Collection[str]) -> dict[str, np.ndarray]:
-  """Fresh parameters of the parts that no checkpoint brings, f32, as a run that starts fresh has them."""
+  """Fresh f32 parameters of the parts without a checkpoint, equal to those of a run that starts fresh."""
   model = UnifiedModel(config, jnp.dtype("float32"), "none", 1, "xla")
 
   @jax.jit
@@ -139,7 +139,7 @@ def load(
   dtype: np.dtype | None,
   seed: int,
 ) -> Loaded:
-  """Builds a JanusFlow whose language model, vision tower and VAE are trained the other parts fresh.
+  """Builds a JanusFlow from a trained language model, vision tower and VAE, with the other parts fresh.
 
   Args:
     llm: directory of a LlamaForCausalLM of transformers; the head may be tied to the embedding.
@@ -150,7 +150,7 @@ def load(
     seed: of the fresh parts.
 
   Raises:
-    UserError: a part that is missing, damaged, of another layout, or does not fit the others.
+    UserError: a part is missing, damaged, of another layout, or does not fit the others.
   """
   language, llm_weights = _describe_llm(llm)
   words = _tokenizer(tokenizer or llm)

@@ -1,7 +1,7 @@
-"""preprocessor_config.json, processor_config.json: what they ask for must be what jflow does with pictures and turns.
+"""Checks that preprocessor_config.json and processor_config.json ask for jflow's processing of images and turns.
 
-jflow resizes, pads, normalises and tags as the release does (`jflow.data.images`, `jflow.data.examples`). These files
-travel with a checkpoint and programs write them freely, so a field that is not known is said and not refused.
+jflow resizes, pads, normalises and tags as the release does (`jflow.data.images`, `jflow.data.examples`). Many programs
+write these files, so an unknown field is reported and not refused.
 """
 
 import sys
@@ -30,7 +30,7 @@ def check_images(f: Fields, config: ModelConfig) -> None:
 
 
 def check_siglip(f: Fields, image_size: int) -> None:
-  """Checks an image processor of transformers' SigLIP; how it resizes is not asked, since jflow pads to a square.
+  """Checks an image processor of transformers' SigLIP, except how it resizes, since jflow pads to a square.
 
   Raises:
     UserError: naming the field that asks for something else.
@@ -79,7 +79,7 @@ def _check_size(f: Fields, name: str, wanted: int) -> None:
 
 
 def _check_normalisation(f: Fields) -> None:
-  """Pixels become [-1, 1]: rescaled by 1/255, less the mean 0.5, over the deviation 0.5."""
+  """Checks that pixels are normalised to [-1, 1]: rescaled by 1/255, with mean 0.5 and deviation 0.5."""
   f.only("processor_class", "VLChatProcessor", "SiglipProcessor")
   f.only("image_mean", _HALF)
   f.only("image_std", _HALF)
@@ -89,7 +89,7 @@ def _check_normalisation(f: Fields) -> None:
     raise UserError(f"{f.where}: rescale_factor={shown(f.values['rescale_factor'])} is not supported, only {1 / 255}")
   f.ignore(("rescale_factor",))
   f.only("do_normalize", True, False)
-  if f.values.get("do_normalize") is False:  # a mistake that was published, and repaired later
+  if f.values.get("do_normalize") is False:  # an error of an early published file
     print(
       f"jflow: {f.where} says do_normalize=false; pixels are normalised to [-1, 1] all the same",
       file=sys.stderr,

@@ -1,4 +1,4 @@
-"""Compares the tokenizer, the chat template and the image processor with golden outputs of the PyTorch code.
+"""Comparison of the tokenizer, chat template and image processor with golden outputs of the PyTorch code.
 
 The directory holds tokenizer.json, the images, cases.json (image_size, patch_size, conversations) and
 golden.npz with CASE/input_ids, CASE/images_seq_mask and CASE/pixel_values.
@@ -17,7 +17,7 @@ from jflow.interop import golden
 from jflow.interop.comparison import Line, line
 from jflow.strict_json import read_object, shown
 
-_LARGEST = 4096  # side of a picture, in pixels
+_LARGEST = 4096  # largest side of an image, in pixels
 _COMPONENTS = {
   "input_ids": "tokenizer or chat template",
   "images_seq_mask": "image slots",
@@ -30,8 +30,8 @@ def compare_processor(directory: pathlib.Path, tolerance: float) -> Iterator[Lin
   within `tolerance` each.
 
   Raises:
-    UserError: a file is missing or damaged, cases.json lacks a field, or golden.npz holds no array of its cases, or
-      one of none of them.
+    UserError: a file is missing or damaged, cases.json lacks a field, or golden.npz has no array, or one that belongs
+      to no case.
   """
   files = read_files(str(directory))
   arrays = golden.read(directory / "golden.npz")
@@ -48,7 +48,7 @@ def compare_processor(directory: pathlib.Path, tolerance: float) -> Iterator[Lin
 
 
 def _read_cases(directory: pathlib.Path) -> tuple[int, int, list[dict[str, Any]]]:
-  """Reads cases.json: the side of a picture, its patches, and the cases, each field checked, each picture there."""
+  """Reads cases.json: image size, patch size, and the cases; checks every field and that every image exists."""
   path = directory / "cases.json"
   values = read_object(path)
 
@@ -81,7 +81,7 @@ def _read_cases(directory: pathlib.Path) -> tuple[int, int, list[dict[str, Any]]
 
 
 def _check_names(directory: pathlib.Path, arrays: list[str], cases: list[str]) -> None:
-  """Raises a UserError unless every array belongs to a case: one that none names would pass unseen."""
+  """Raises a UserError unless every array belongs to a case, since others would not be compared."""
   if not arrays:
     raise UserError(f"{directory / 'golden.npz'} holds no arrays")
   known = {f"{case}/{key}" for case in cases for key in _COMPONENTS}

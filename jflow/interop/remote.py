@@ -1,7 +1,7 @@
-"""Checkpoints elsewhere: what is read of them is copied into a cache, once.
+"""Remote checkpoints: the files that are read are copied into a cache, once.
 
-In object storage (gs://BUCKET/FOLDER), by fsspec; on the Hugging Face hub (ORG/NAME or ORG/NAME@REVISION), by its
-library, in the cache that it shares with others.
+From object storage (gs://BUCKET/FOLDER) by fsspec; from the Hugging Face hub (ORG/NAME or ORG/NAME@REVISION) by its
+library, into its shared cache.
 """
 
 import glob
@@ -15,17 +15,17 @@ from jflow.errors import UserError, install_line
 from jflow.files import replacing
 
 CACHE = pathlib.Path("~/.cache/jflow/checkpoints")
-_SUFFIXES = (".json", ".safetensors", ".model", ".txt")  # of a published checkpoint; never a pickle
+_SUFFIXES = (".json", ".safetensors", ".model", ".txt")  # files to copy of a published checkpoint; never a pickle
 
 
 _HUB = re.compile(r"([A-Za-z0-9][\w.-]*)/[A-Za-z0-9][\w.-]*(@[A-Za-z0-9][\w./-]*)?")
 
 
 def is_remote(path: str | pathlib.Path) -> bool:
-  """Whether a path names a store or a model of the hub.
+  """Whether a path names a store or a model on the hub.
 
-  A store is gs://BUCKET/FOLDER, also as `pathlib` writes it (gs:/BUCKET/FOLDER). ORG/NAME is of the hub where neither
-  it nor a folder ORG is here.
+  A store is gs://BUCKET/FOLDER, also as `pathlib` writes it (gs:/BUCKET/FOLDER). ORG/NAME is on the hub unless it or a
+  folder ORG exists locally.
   """
   return re.match(r"[a-z][a-z0-9]+:/", str(path)) is not None or _is_hub(path)
 
@@ -36,16 +36,16 @@ def _is_hub(path: str | pathlib.Path) -> bool:
 
 
 def local(path: str | pathlib.Path) -> pathlib.Path:
-  """The folder itself, or the copy of one that is elsewhere; see `fetch`."""
+  """The folder itself, or the local copy of a remote one; see `fetch`."""
   return fetch(path) if is_remote(path) else pathlib.Path(path)
 
 
 def fetch(path: str | pathlib.Path, cache: pathlib.Path = CACHE) -> pathlib.Path:
   """Copies a remote checkpoint, of either layout, to this machine.
 
-  Of a workdir, that is its config, its tokenizer and the newest complete step (or the one that the path names); the
-  step's manifest is verified when it is read. The copy's name follows from what the store says of every file, so a
-  checkpoint that has changed is copied anew, and one that has not is not.
+  Of a workdir, it copies the config, the tokenizer and the newest complete step (or the one that the path names); the
+  step's manifest is verified when it is read. The copy's name is a hash of the store's metadata of every file, so only
+  a changed checkpoint is copied again.
 
   Args:
     path: any address that fsspec reads (gs:// needs gcsfs), or a name of the hub.
@@ -55,7 +55,7 @@ def fetch(path: str | pathlib.Path, cache: pathlib.Path = CACHE) -> pathlib.Path
     The local folder, to be opened in place of `path`.
 
   Raises:
-    UserError: the store's library is missing, nothing is there, or it cannot be read.
+    UserError: the store's library is missing, or the checkpoint does not exist or cannot be read.
   """
   if _is_hub(path):
     return _from_hub(str(path))
@@ -75,7 +75,7 @@ def fetch(path: str | pathlib.Path, cache: pathlib.Path = CACHE) -> pathlib.Path
   except (ImportError, ValueError) as error:
     advice = {"gs": f": {install_line('gcs')}", "s3": ": pip install s3fs"}.get(protocol.replace("gcs", "gs"), "")
     raise UserError(f"checkpoint {url} cannot be opened ({error}){advice}") from error
-  except Exception as error:  # a store raises what it likes; a file may be gone by now
+  except Exception as error:  # stores raise many types; a file may be gone by now
     raise UserError(f"checkpoint {url} cannot be read: {str(error).strip() or type(error).__name__}") from error
   key = hashlib.sha256(repr((root, told)).encode()).hexdigest()[:16]
   local = cache.expanduser() / key
@@ -85,10 +85,10 @@ def fetch(path: str | pathlib.Path, cache: pathlib.Path = CACHE) -> pathlib.Path
 
 
 def _from_hub(name: str) -> pathlib.Path:
-  """Downloads a model of the hub; without a connection, what was downloaded before.
+  """Downloads a model from the hub; without a connection, returns an earlier download.
 
   Raises:
-    UserError: no such model or revision, no connection, or no checkpoint.
+    UserError: the model or revision does not exist, there is no connection, or it is no checkpoint.
   """
   from huggingface_hub import HfApi, errors, snapshot_download
 
@@ -107,7 +107,7 @@ def _from_hub(name: str) -> pathlib.Path:
     raise UserError(
       f"checkpoint {name} is neither a folder here nor on the Hugging Face hub: {repository} {why}"
     ) from None
-  except Exception as error:  # of the connection: many libraries' own
+  except Exception as error:  # of the connection, of many libraries' types
     try:
       return pathlib.Path(snapshot_download(**of, local_files_only=True, allow_patterns=[f"*{x}" for x in _SUFFIXES]))
     except Exception:
@@ -118,7 +118,7 @@ def _from_hub(name: str) -> pathlib.Path:
 
 
 def _wanted(url: str, files: set[str], step: str | None) -> list[str]:
-  """The files of a checkpoint that are read, by their names below its folder."""
+  """The names, below its folder, of the files of a checkpoint that are read."""
   if outside := sorted(name for name in files if name.startswith("../")):
     raise UserError(f"checkpoint {url} holds a file outside its folder: {outside[0]}")
   sealed = {int(m[1]) for name in files if (m := re.fullmatch(r"checkpoints/(\d+)/manifest\.json", name))}
@@ -134,7 +134,7 @@ def _wanted(url: str, files: set[str], step: str | None) -> list[str]:
 
 
 def _copy(store: Any, source: str, size: int | None, target: pathlib.Path, url: str) -> None:
-  """Copies one file of so many bytes, whole or not at all; one that is there is kept."""
+  """Copies one file of `size` bytes atomically; an existing copy is kept."""
   if target.exists():
     return
   try:
@@ -143,5 +143,5 @@ def _copy(store: Any, source: str, size: int | None, target: pathlib.Path, url: 
       store.get_file(source, str(new))
       if size not in (None, new.stat().st_size):
         raise OSError(f"{new.stat().st_size} bytes came of {size}")
-  except Exception as error:  # a store raises what it likes
+  except Exception as error:  # stores raise many types
     raise UserError(f"checkpoint {url}: {source} cannot be copied to {target.parent}: {error}") from error

@@ -1,8 +1,8 @@
 """Weights in safetensors, read and written tensor by tensor.
 
-The library reads: it checks that the header of a file covers its payload without gap or overlap, and takes memory for
-one tensor at a time. A damaged header can still parse, with other names, shapes or types than were written: so the
-callers compare all three with what the model needs (`jflow.models.weights`).
+The library reads: it checks that the header of a file covers its payload without gap or overlap, and uses memory for
+one tensor at a time. A damaged header can still parse, with wrong names, shapes or types, so callers must compare all
+three with the model's (`jflow.models.weights`).
 """
 
 import json
@@ -36,7 +36,7 @@ _EXPONENTS = {"F32": (np.uint32, 0x7F800000), "BF16": (np.uint16, 0x7F80), "F16"
 
 
 class Tensor(NamedTuple):
-  """Where a tensor lies."""
+  """The place and type of a tensor."""
 
   file: pathlib.Path
   dtype: str  # as the header says: "F32", "BF16", ...
@@ -46,10 +46,10 @@ class Tensor(NamedTuple):
 
 
 def read_header(path: pathlib.Path) -> dict[str, Tensor]:
-  """Returns the tensors of a file, checked to cover its payload exactly, without gap or overlap.
+  """The tensors of a file, checked to cover its payload exactly, without gap or overlap.
 
   Raises:
-    UserError: a file that is cut, has a header that is too large, or does not follow the format.
+    UserError: the file is cut, has a header that is too large, or does not follow the format.
   """
   header: Any = None
   try:
@@ -75,14 +75,14 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _header(path: pathlib.Path, size: int) -> tuple[dict[str, Any], int]:
-  """Returns the entries of the header and the bytes of the payload.
+  """The entries of the header and the bytes of the payload.
 
-  The library takes the last of two entries of one name, and fields that it does not know: refused here.
+  Refuses repeated names and unknown fields, both of which the library accepts.
   """
   with open(path, "rb") as file:
     prefix = file.read(8)
     if len(prefix) < 8:
-      raise UserError(f"{path} is no safetensors file: it has {size} bytes")
+      raise UserError(f"{path} must be a safetensors file, got {size} bytes")
     (length,) = struct.unpack("<Q", prefix)
     if length > _MAX_HEADER or length > size - 8:
       raise UserError(
@@ -103,7 +103,7 @@ def _header(path: pathlib.Path, size: int) -> tuple[dict[str, Any], int]:
 
 
 def _end(header: Any) -> int | None:
-  """The bytes of payload that a header describes, as far as it can be read."""
+  """The bytes of payload that a header describes; None where it cannot be read."""
   try:
     return max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
   except (ValueError, TypeError, AttributeError, KeyError, IndexError):
@@ -111,7 +111,7 @@ def _end(header: Any) -> int | None:
 
 
 def _suspect(header: Any) -> str:
-  """The end of a message: the first entry whose bytes do not follow from its shape, which the library does not name."""
+  """The end of a message: the first entry whose size does not match its shape, which the library does not name."""
   for name, entry in (header or {}).items():
     try:
       start, end = entry["data_offsets"]
@@ -124,28 +124,28 @@ def _suspect(header: Any) -> str:
 
 
 def _open(path: pathlib.Path) -> Any:
-  """Opens a file with the library. It is read by calls: a mapped file that is cut later would kill the process."""
+  """A file opened with the library, without mmap: a mapped file that is cut later would kill the process."""
   return safe_open(path, framework="numpy", backend="pread")
 
 
 class Checkpoint:
   """The tensors of a directory: one safetensors file, or shards with an index.
 
-  Where both are there, the file is read, as by transformers; the index must list the same tensors.
+  Where both exist, the file is read, as in transformers; the index must list the same tensors.
 
   Attributes:
-    tensors: name -> where it lies.
+    tensors: name -> place and type.
   """
 
   def __init__(self, directory: pathlib.Path, stems: tuple[str, ...]):
     """Reads the headers. `stems`: file names without ".safetensors", in order of preference.
 
     Raises:
-      UserError: nothing to read, only pickles, a missing shard, an index that does not fit the shards or the file
-      beside it.
+      UserError: there is nothing to read or only pickles, a shard is missing, or an index does not fit the shards or
+        the file beside it.
     """
     self.directory = directory
-    self._opened: tuple[pathlib.Path, Any] | None = None  # the file that was read last
+    self._opened: tuple[pathlib.Path, Any] | None = None  # the file read last
     if not directory.is_dir():
       raise UserError(f"{directory} is not a directory")
     for stem in stems:
@@ -170,7 +170,7 @@ class Checkpoint:
     """Reads one tensor, in the type of the file.
 
     Raises:
-      UserError: not f32, bf16 or f16, cut, or with a value that is not finite.
+      UserError: it is not f32, bf16 or f16, is cut, or has a value that is not finite.
     """
     tensor = self.tensors[name]
     if tensor.dtype not in DTYPES:
@@ -193,7 +193,7 @@ class Checkpoint:
 
 
 def _finite(x: np.ndarray, dtype: str) -> bool:
-  """Whether no exponent is all ones; in pieces, so that no second copy of a large tensor exists."""
+  """Whether all values are finite; computed in pieces, without a second copy of a large tensor."""
   unsigned, exponent = _EXPONENTS[dtype]
   bits = x.reshape(-1).view(unsigned)
   pieces = (bits[i : i + 2**22] for i in range(0, bits.size, 2**22))
@@ -201,7 +201,7 @@ def _finite(x: np.ndarray, dtype: str) -> bool:
 
 
 def _weight_map(path: pathlib.Path) -> tuple[dict[str, str], int | None]:
-  """Returns what an index says: tensor -> shard, and the bytes of all tensors if it says that."""
+  """The content of an index: tensor -> shard, and the bytes of all tensors or None."""
   index = read_json(path, _MAX_INDEX)
   shard_of, told = index.get("weight_map"), index.get("metadata")
   if not isinstance(shard_of, dict) or not shard_of:
@@ -246,7 +246,7 @@ def _read_index(path: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _check_beside(index: pathlib.Path, single: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
-  """Says that a whole file is read and not the index beside it, as transformers does; they must list the same."""
+  """Reports that a whole file is read and not the index beside it; they must list the same tensors."""
   shard_of, _ = _weight_map(index)
   listed = set(shard_of)
   for where, names in ((single, listed - set(tensors)), (index, set(tensors) - listed)):
@@ -267,10 +267,9 @@ def write(
   shard_bytes: int,
   progress: Progress,
 ) -> None:
-  """Writes tensors one by one, so that only one exists at a time beside its source.
+  """Writes tensors one by one, so that only one is in memory at a time beside the parameters.
 
-  The library's `save_file` would take all tensors of a file in memory at once, beside the parameters that they are
-  made of.
+  The library's `save_file` would need all tensors of a file in memory at once.
 
   Args:
     directory: must exist.
@@ -278,7 +277,7 @@ def write(
     shapes: name -> shape and type, in the order in which they are written.
     get: name -> tensor.
     shard_bytes: largest payload of a file; more files get an index, as Hugging Face lays it out.
-    progress: in MiB, told of every tensor.
+    progress: in MiB, updated after every tensor.
   """
   codes = {dtype: code for code, dtype in DTYPES.items()}
   size = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}

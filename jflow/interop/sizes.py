@@ -1,7 +1,7 @@
-"""What the headers of weights say of a model's sizes: config.json must agree before anything is built from it.
+"""Checks of config.json's sizes against the headers of the weights, before anything is built from it.
 
-The table of names (`names`) compares every shape. It grows with the numbers of layers that a configuration claims, so
-these come first; and a field that is wrong is better named than the first tensor that it makes wrong.
+The table of names (`names`) compares every shape later. It is as large as the claimed numbers of layers, so these are
+checked first, and an error can name the wrong field and not the first tensor affected by it.
 """
 
 import math
@@ -19,23 +19,23 @@ from jflow.models.llm.config import LanguageModelConfig
 
 
 class Found(NamedTuple):
-  """A size that the weights show, and how."""
+  """A size derived from the weights, and its evidence."""
 
   size: int
   how: str
 
 
 def check(f: Fields, claimed: Mapping[str, int], found: Mapping[str, Found | None], where: Any) -> None:
-  """Compares sizes by the names of their fields; those that the weights do not tell (None) pass.
+  """Compares claimed sizes with those of the weights; sizes that the weights do not determine (None) pass.
 
   Args:
-    f: the configuration, for its place and for what it leaves to a default.
+    f: the configuration, for its file name and for fields left to a default.
     claimed: field -> size, as read.
     found: field -> size of the weights.
-    where: the weights are.
+    where: file or directory of the weights, for messages.
 
   Raises:
-    UserError: naming the field and both sizes.
+    UserError: a size differs; the field and both sizes are named.
   """
   for name, value in claimed.items():
     has = found.get(name)
@@ -47,7 +47,7 @@ def check(f: Fields, claimed: Mapping[str, int], found: Mapping[str, Found | Non
 
 
 def count(names: Collection[str], prefix: str) -> int:
-  """How many different whole numbers follow a prefix: the layers of a stack."""
+  """The number of distinct integers after a prefix: the layers of a stack."""
   return len({found[1] for name in names if (found := re.match(re.escape(prefix) + r"(\d{1,9})\.", name))})
 
 
@@ -62,7 +62,7 @@ def _axis(tensors: Mapping[str, Tensor], name: str, axis: int) -> Found | None:
 
 
 def check_llama(f: Fields, c: LanguageModelConfig, tensors: Mapping[str, Tensor], prefix: str, where: Any) -> None:
-  """Checks a Llama of transformers; `prefix` stands before the names of its tensors."""
+  """Checks a Llama of transformers, whose tensor names begin with `prefix`."""
   embed, layer = f"{prefix}model.embed_tokens.weight", f"{prefix}model.layers.0"
   claimed = {
     "num_hidden_layers": c.num_layers,
@@ -99,9 +99,9 @@ def check_siglip(
     f: the configuration.
     c: as read.
     tensors: of the weights.
-    fields: what the configuration calls the number of layers, and the width.
-    names: what begins the names of the layers' tensors; the patch embedding; the position table [.., P, d].
-    where: the weights are.
+    fields: the configuration's names of the number of layers and of the width.
+    names: prefix of the layers' tensors; name of the patch embedding; name of the position table [.., P, D].
+    where: file or directory of the weights, for messages.
   """
   layers, patch, positions = names
   side, shape = _axis(tensors, patch, 3), tensors[positions].shape if positions in tensors else ()

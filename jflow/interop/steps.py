@@ -1,11 +1,11 @@
-"""The step folders of a run: which are there, which are whole, and which may go.
+"""The step folders of a run: which exist, which are complete, and which may be deleted.
 
   checkpoints/STEP/             as checkpoint.py writes it, manifest.json last
-  checkpoints/STEP.unfinished   what stands in STEP is being written or deleted, and may be removed
+  checkpoints/STEP.unfinished   a mark: STEP is being written or deleted, and may be removed
   unsaved                       beside `checkpoints`: no checkpoint of this run is complete yet
 
-A step that has neither a manifest nor a mark was once whole, so it is never deleted; and where a run has been, with
-nothing left to go on from, none starts over.
+A step with neither a manifest nor a mark was complete once, so it is never deleted. A run that has lost all its
+checkpoints is an error and never starts over.
 """
 
 import contextlib
@@ -23,18 +23,18 @@ _STEP = re.compile("0|[1-9][0-9]{0,9}")
 _LARGEST = 2**31 - 1  # a step is an int32
 _UNSAVED = "unsaved"
 _UNFINISHED = ".unfinished"
-_TEMPORARY = ".orbax-checkpoint-tmp"  # in the name that a step has while Orbax writes it
+_TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a step while Orbax writes it
 
 
 def number(name: str) -> int | None:
-  """The step that a folder of this name holds; None for a name that jflow does not give (007, other digits)."""
+  """The step of a folder's name; None for a name that jflow would not write (007, other digits)."""
   return int(name) if _STEP.fullmatch(name) and int(name) <= _LARGEST else None
 
 
 def damage(step_dir: pathlib.Path, part: int = 0, parts: int = 1) -> str | None:
-  """Returns what is wrong with a saved step, naming the file, or None when every byte is as written.
+  """The damage of a saved step in words, naming the file; None when every byte is as written.
 
-  With `parts`, only every `parts`-th file is looked at, from number `part` on, the largest first.
+  With `parts`, checks only every `parts`-th file, from number `part` on, the largest first.
   """
   try:
     manifest = files.read_object(step_dir / MANIFEST)["files"]
@@ -69,20 +69,20 @@ def steps_of(directory: pathlib.Path) -> list[int]:
 
 
 def sealed_steps(directory: pathlib.Path) -> list[int]:
-  """The steps that have a manifest, newest first; whether their bytes are as written is not looked at."""
+  """The steps that have a manifest, newest first; does not verify their bytes."""
   return [step for step in steps_of(directory) if (directory / str(step) / MANIFEST).exists()]
 
 
 def begin(workdir: pathlib.Path) -> None:
-  """Marks that a run begins here, none of whose checkpoints is complete yet."""
+  """Marks the begin of a run without a complete checkpoint."""
   files.write_text(workdir / _UNSAVED, "No checkpoint of this run is complete yet; the first one removes this file.\n")
 
 
 def check_not_lost(directory: pathlib.Path) -> None:
-  """Checks that no run has been here whose checkpoints are gone. `directory`: `checkpoints` of its workdir.
+  """Checks that the workdir has no traces of a run whose checkpoints are gone. `directory`: its `checkpoints`.
 
   Raises:
-    UserError: naming what shows the run, and what can be done.
+    UserError: it has; the message names the traces and what to do.
   """
   workdir, shown = directory.parent, []
   if sealed_steps(directory):
@@ -106,7 +106,7 @@ def check_not_lost(directory: pathlib.Path) -> None:
 
 
 def clean(directory: pathlib.Path) -> None:
-  """Removes what a kill left of saves that had not got their names yet, and marks of what is not there."""
+  """Removes temporary folders of killed saves, and marks without a step."""
   for path in directory.glob(f"*{_TEMPORARY}*"):
     if number(path.name.split(_TEMPORARY)[0]) is not None and not path.is_symlink():
       shutil.rmtree(path, ignore_errors=True)
@@ -116,12 +116,12 @@ def clean(directory: pathlib.Path) -> None:
 
 
 def make_room(directory: pathlib.Path, step: int) -> str | None:
-  """Marks that a step is about to be written; what stands there gets another name.
+  """Marks that a step is about to be written, and renames what is in its place.
 
-  Not so half a save, nor a step that was passed over for its damage, which is written again.
+  An unfinished save and a damaged step that was skipped are overwritten instead.
 
   Returns:
-    What to tell of it, if so.
+    A message about the renaming, or None.
   """
   path, said = directory / str(step), None
   known = _mark(directory, step).exists() or _has_manifest(path)
@@ -132,19 +132,19 @@ def make_room(directory: pathlib.Path, step: int) -> str | None:
 
 
 def complete(directory: pathlib.Path, step: int) -> None:
-  """Marks that a step is whole; its manifest is on the disk."""
+  """Removes the mark of a step, whose manifest is on the disk now."""
   _remove_mark(_mark(directory, step))
   _remove_mark(directory.parent / _UNSAVED)
 
 
 def retain(directory: pathlib.Path, saved: int, keep: int, keep_every: int) -> dict[int, str]:
-  """Deletes all but the newest `keep` complete steps up to `saved`, and those that are a multiple of `keep_every`.
+  """Deletes complete steps except the newest `keep` up to `saved` and multiples of `keep_every`.
 
-  Later ones are damaged: they must not push out good ones. What a kill left of a save or of a deletion goes too.
-  Of a step that is a link only the link goes; what it leads to stays as it is.
+  Later steps are damaged and do not count. Remains of killed saves and deletions are deleted too. Of a step that is a
+  link, only the link is deleted.
 
   Returns:
-    Step -> what to tell of it: a link is gone, or the step could not be deleted.
+    Step -> message: a link was removed, or the step could not be deleted.
   """
   sealed = sealed_steps(directory)
   left = [step for step in _marked(directory) if step < saved and step not in sealed]
@@ -183,7 +183,7 @@ def _write_mark(directory: pathlib.Path, step: int) -> None:
 
 
 def _remove_mark(mark: pathlib.Path) -> None:
-  with contextlib.suppress(IsADirectoryError):  # another's folder
+  with contextlib.suppress(IsADirectoryError):  # a folder of someone else
     mark.unlink(missing_ok=True)
 
 
@@ -194,7 +194,7 @@ def _marked(directory: pathlib.Path) -> list[int]:
 
 
 def _has_manifest(step_dir: pathlib.Path) -> bool:
-  """Whether a manifest is there and can be read."""
+  """Whether a manifest exists and can be read."""
   try:
     return bool(files.read_object(step_dir / MANIFEST))
   except (OSError, Malformed):

@@ -1,4 +1,4 @@
-"""The head of a language model that config.json ties to the embedding, compared with what the file holds."""
+"""The check of tied embeddings: config.json's tie_word_embeddings against the tensors of the file."""
 
 import numpy as np
 
@@ -8,19 +8,19 @@ from jflow.interop.safetensors_io import Checkpoint
 
 
 def check(f: Fields, tied: bool, checkpoint: Checkpoint, prefix: str) -> bool:
-  """Compares what a configuration says of the head with what is there.
+  """Checks a configuration's tie_word_embeddings against the weights.
 
   Args:
-    f: the configuration, for its place.
-    tied: what it says.
+    f: the configuration, for its file name.
+    tied: its value.
     checkpoint: the weights.
-    prefix: before the names of the language model's tensors.
+    prefix: of the names of the language model's tensors.
 
   Returns:
-    Whether the head is to be read from the embedding, since the file holds none.
+    Whether the head must be read from the embedding, since the file has none.
 
   Raises:
-    UserError: a tied model with a head of its own, or an untied one without.
+    UserError: a tied model has another head, or an untied one has none.
   """
   embed, head = f"{prefix}model.embed_tokens.weight", f"{prefix}lm_head.weight"
   if head not in checkpoint.tensors:

@@ -1,4 +1,4 @@
-"""Moves weights between tensors on disk and jflow's nested parameters, one tensor at a time."""
+"""Transfer of weights between tensors on disk and jflow's nested parameters, one tensor at a time."""
 
 import dataclasses
 import math
@@ -18,10 +18,10 @@ _BITS = {2: np.uint16, 4: np.uint32}
 
 
 def check(entries: Sequence[Entry], checkpoint: safetensors_io.Checkpoint, ignored: Callable[[str], bool]) -> None:
-  """Compares names, shapes and types with what the model needs, before anything is read.
+  """Checks names, shapes and types against the model's, before anything is read.
 
   Raises:
-    UserError: naming the first tensor that is missing, unexpected, of another shape or type.
+    UserError: a tensor is missing, unexpected, or of another shape or type; the first one is named.
   """
   wanted = {entry.name: entry.shape for entry in entries}
   present, where = checkpoint.tensors, checkpoint.directory
@@ -39,7 +39,7 @@ def check(entries: Sequence[Entry], checkpoint: safetensors_io.Checkpoint, ignor
   unexpected = sorted(name for name in present if name not in wanted and not ignored(name))
   if unexpected:
     others = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
-    raise UserError(f"{where} holds tensor {unexpected[0]}{others}, which this model has not: another model?")
+    raise UserError(f"{where} holds tensor {unexpected[0]}{others}, which this model does not have: another model?")
 
 
 def load(
@@ -56,7 +56,7 @@ def load(
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """Tensors that the headers show to be those of a model, and where they go; none is read yet."""
+  """Tensors whose headers match a model, and the parameters that they become; not read yet."""
 
   entries: Sequence[Entry]  # the table
   checkpoint: safetensors_io.Checkpoint
@@ -79,7 +79,7 @@ class Weights:
     return cls(entries, checkpoint, what)
 
   def types(self, dtype: np.dtype | None) -> dict[str, np.dtype]:
-    """Parameter -> the type that it is read in; see `read`."""
+    """Parameter -> the type of its array from `read`."""
     types: dict[str, np.dtype] = {}
     for entry in self.entries:
       own = safetensors_io.DTYPES[self.checkpoint.tensors[entry.name].dtype]
@@ -88,7 +88,7 @@ class Weights:
     return types
 
   def bytes(self, dtype: np.dtype | None) -> int:
-    """What `read` takes of memory: the parameters and the largest tensor."""
+    """The memory that `read` needs, in bytes: the parameters and the largest tensor."""
     types, tensors = self.types(dtype), self.checkpoint.tensors
     params = sum(math.prod(entry.part_shape) * types[entry.path].itemsize for entry in self.entries)
     return params + max((tensors[entry.name].bytes for entry in self.entries), default=0)
@@ -103,7 +103,7 @@ class Weights:
       Path, keys joined by "/", -> parameter.
 
     Raises:
-      UserError: a damaged file, or more than this machine's memory.
+      UserError: a file is damaged, or the parameters exceed this machine's memory.
     """
     entries, tensors = self.entries, self.checkpoint.tensors
     budget.check(self.bytes(dtype), self.checkpoint.directory)
@@ -129,7 +129,7 @@ class Weights:
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """An array on a boundary of 64 bytes: the CPU backend of XLA takes such an array over without a copy."""
+  """An array aligned to 64 bytes, which XLA's CPU backend uses without a copy."""
   count = math.prod(shape) * dtype.itemsize
   try:
     raw = np.empty(count + 64, np.uint8)
@@ -140,7 +140,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _copy(target: np.ndarray, source: np.ndarray) -> None:
-  """target[...] = source. Bits move as integers, in blocks where the axes are swapped (for the cache)."""
+  """Assigns target[...] = source, as integers to keep all bits, in blocks where axes are swapped (for the cache)."""
   if target.dtype != source.dtype:
     step = max(1, 2**24 // source[0].size)
     for i in range(0, len(source), step):
@@ -157,7 +157,7 @@ def _copy(target: np.ndarray, source: np.ndarray) -> None:
 
 
 def tensor(parts: Sequence[Entry], params: Mapping[str, np.ndarray], dtype: np.dtype) -> np.ndarray:
-  """Builds one PyTorch tensor from the parameters; `parts` are all entries of its name."""
+  """A PyTorch tensor from the parameters; `parts` are all entries of its name."""
   out = np.empty(parts[0].shape, dtype)
   for entry in parts:
     leaf = params[entry.path] if entry.layer is None else params[entry.path][entry.layer]
@@ -177,7 +177,7 @@ def save(
   """Writes parameters as tensors; `dtype` None keeps each one's own.
 
   Raises:
-    UserError: a parameter is missing or has another shape than the configuration says.
+    UserError: a parameter is missing, or its shape differs from the configuration's.
   """
   by_name: dict[str, list[Entry]] = {}
   for entry in entries:

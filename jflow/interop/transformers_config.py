@@ -1,6 +1,6 @@
 """config.json of a Llama and of a SigLIP as transformers writes them.
 
-Each is read with a closed list of fields. What a file leaves out has the default of the library.
+Each is read with a closed list of fields. Absent fields have the library's defaults.
 """
 
 from jflow.errors import UserError
@@ -14,7 +14,7 @@ def language_model_config(f: Fields) -> LanguageModelConfig:
   """Reads a LlamaConfig of transformers.
 
   Raises:
-    UserError: a field that is mistyped, contradicts another, or asks for what jflow does not compute.
+    UserError: a field is mistyped, contradicts another, or asks for something that jflow does not compute.
   """
   f.only("model_type", "llama")
   f.only("architectures", ["LlamaForCausalLM"], ["LLaMAForCausalLM"], ["LlamaModel"])
@@ -63,18 +63,18 @@ def language_model_config(f: Fields) -> LanguageModelConfig:
 
 
 def _no_dropout(f: Fields) -> None:
-  """Refuses dropout, which acts in training alone: jflow trains without."""
+  """Refuses dropout, which jflow does not use in training."""
   for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "dropout"):
     f.only(name, 0)
 
 
 def is_tied(f: Fields) -> bool:
-  """Whether the head is said to be the embedding."""
+  """Whether the configuration ties the head to the embedding."""
   return f.get("tie_word_embeddings", bool, False)
 
 
 def _theta(f: Fields) -> float:
-  """The base of the rotary frequencies: of the field itself or of the rotation's own object, one value in all."""
+  """The base of the rotary frequencies, from rope_theta or the rotation's own object, which must agree."""
   f.only("partial_rotary_factor", 1)
   said = {f"{f.where}: rope_theta": f.get("rope_theta", float)} if f.values.get("rope_theta") is not None else {}
   f.ignore(("rope_theta", "rope_scaling", "rope_parameters"))
@@ -100,7 +100,7 @@ def siglip_config(f: Fields) -> SiglipConfig:
   """Reads the config.json of a SiglipModel (its vision tower) or a SiglipVisionModel of transformers.
 
   Raises:
-    UserError: a field that is mistyped or asks for what jflow does not compute.
+    UserError: a field is mistyped or asks for something that jflow does not compute.
   """
   f.only("model_type", "siglip", "siglip_vision_model")
   if f.values.get("vision_config") is not None:
@@ -113,7 +113,7 @@ def siglip_config(f: Fields) -> SiglipConfig:
   f.only("hidden_act", "gelu_pytorch_tanh", "gelu")
   f.only("num_channels", 3)
   _no_dropout(f)
-  f.get("vision_use_head", bool, True)  # of the pooling head, which jflow keeps and does not compute
+  f.get("vision_use_head", bool, True)  # the pooling head, which jflow keeps and does not compute
   f.ignore(("tie_word_embeddings",))  # there are none
   config = SiglipConfig(
     image_size=f.get("image_size", int, 224, "image_size"),

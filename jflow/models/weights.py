@@ -1,7 +1,7 @@
-"""The two-way table between PyTorch's tensor names and jflow's parameter paths; PyTorch's stand here alone.
+"""The two-way table between PyTorch's tensor names and jflow's parameter paths, the only place with PyTorch's names.
 
-An `Entry` says which part of which tensor is which part of which parameter. A stack of L layers is one
-parameter [L, ...] here and L tensors there; a fused qkv is one tensor there and three parameters here.
+An `Entry` maps a part of a tensor to a part of a parameter. A stack of L layers is one parameter [L, ...] in jflow and
+L tensors in PyTorch; a fused qkv is one tensor in PyTorch and three parameters in jflow.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from jflow.models.autoencoders.kl import AutoencoderKLConfig
 from jflow.models.config import SiglipConfig
 from jflow.models.llm.config import LanguageModelConfig
 
-# How a tensor becomes a parameter; each can be undone given the tensor's shape.
+# Kinds of conversion from a tensor to a parameter, each invertible given the tensor's shape.
 SAME = "same"
 VECTOR = "vector"  # [1, 1, n] -> [n]
 TABLE = "table"  # [1, m, n] -> [m, n]
@@ -24,7 +24,7 @@ DEPTHWISE = "depthwise"  # [channels, 1, h, w] -> [h, w, channels]
 
 
 class Entry(NamedTuple):
-  """One part of a tensor and its place."""
+  """One part of a tensor and the part of a parameter that it becomes."""
 
   name: str  # of the tensor in PyTorch
   shape: tuple[int, ...]  # of the whole tensor
@@ -75,7 +75,7 @@ def to_pytorch(kind: str, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def jflow_shape(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """The shape that `to_jflow` gives."""
+  """The shape of the result of `to_jflow`."""
   return {
     SAME: lambda: shape,
     VECTOR: lambda: shape[-1:],
@@ -107,7 +107,7 @@ def _fused(weight: str, bias: str, paths: list[str], width: int, **place: Any) -
 
 
 def language_model(c: LanguageModelConfig, prefix: str, tied: bool) -> Iterator[Entry]:
-  """A Llama of transformers; `prefix` stands before its names. `tied`: the head is the embedding."""
+  """The entries of transformers' Llama, whose names begin with `prefix`. `tied`: the head is the embedding."""
   ours = "language_model"
   embed = f"{prefix}model.embed_tokens.weight"
   yield Entry(embed, (c.vocab_size, c.embed_dim), f"{ours}/embed", SAME)
@@ -132,7 +132,7 @@ def language_model(c: LanguageModelConfig, prefix: str, tied: bool) -> Iterator[
 
 
 def siglip(c: SiglipConfig) -> Iterator[Entry]:
-  """The vision tower of the release."""
+  """The entries of the release's vision tower."""
   tower, ours, d = "vision_und_enc_model.vision_tower", "understanding_encoder", c.embed_dim
   qkv = lambda path: [f"{path}/attention/{name}" for name in ("query", "key", "value")]
   yield Entry(f"{tower}.pos_embed", (1, c.patches, d), f"{ours}/position_embed", TABLE)
@@ -159,7 +159,7 @@ def siglip(c: SiglipConfig) -> Iterator[Entry]:
 
 
 def siglip_transformers(c: SiglipConfig, prefix: str, head: bool) -> Iterator[Entry]:
-  """The vision tower of transformers' SiglipVisionModel; `head`: the file has the pooling head."""
+  """The entries of transformers' SiglipVisionModel; `head`: the file has the pooling head."""
   ours, d = "understanding_encoder", c.embed_dim
   embeddings = f"{prefix}embeddings"
   patch = (d, 3, c.patch_size, c.patch_size)
@@ -211,7 +211,7 @@ def _middle(name: str, path: str, width: int, old: bool) -> Iterator[Entry]:
 
 
 def autoencoder_kl(c: AutoencoderKLConfig, old: bool = False) -> list[Entry]:
-  """diffusers' AutoencoderKL; `old`: the attention is named as before 2023 (query, key, value, proj_attn)."""
+  """The entries of diffusers' AutoencoderKL; `old`: attention named as before 2023 (query, key, value, proj_attn)."""
   channels, latents, entries = c.block_channels, c.latent_channels, []
   entries += _conv("encoder.conv_in", "vae/encoder/conv_in", channels[0], 3, 3)
   into = channels[0]

@@ -1,4 +1,4 @@
-"""Compiles the train step of a config for a topology that is not there, and says what it would take."""
+"""Ahead-of-time compilation of a config's train step for absent hardware, and a report of its cost."""
 
 import math
 import re
@@ -20,13 +20,13 @@ from jflow.training import setup
 from jflow.training.flops import model_flops_of
 from jflow.training.program import Program, abstract_batch, make_program
 
-# Share of a row's tokens that carry the next-token loss, by task: an answer of 200 tokens in 776, none, all.
+# Share of a row's tokens with a next-token loss, by task: an answer of 200 tokens in 776, none, all.
 _LOSS_SHARE = dict(zip(TASKS, (200 / 776, 0.0, 1.0), strict=True))
 _PEAK_SHARE = 0.97  # of a GPU's memory that a program may use; XLA's own limit says it for a TPU
 
 
 def expected(config: RunConfig, model: UnifiedModel) -> tuple[model_flops.Work, float]:
-  """What a full batch of the run's last mixture holds, and the share of its tokens that carries loss.
+  """The work of a full batch of the run's last mixture, and the share of its tokens with a loss.
 
   Samples are those of the paper's data: 776 tokens around a read image, 650 around a written one at 384 (as
   many around the images of another size), whole rows of one text.
@@ -46,19 +46,19 @@ def expected(config: RunConfig, model: UnifiedModel) -> tuple[model_flops.Work, 
 def compile_report(
   config: RunConfig, topology: targets.Topology, effort: float = 0.0, keep_text: str | None = None
 ) -> dict[str, Any]:
-  """Compiles and measures.
+  """Compiles the train step and reports memory, FLOPs, traffic and a bound of its time.
 
   Args:
     config: with the mesh and the batch size to compile for; checked here.
-    topology: where to.
-    effort: of the compiler for the speed of the program, 0 as in training; below it, down to -1, it compiles sooner.
-    keep_text: file that gets the compiled program as text; None: none.
+    topology: to compile for.
+    effort: of the compiler's optimization, from 0, as in training, down to -1, the shortest compilation.
+    keep_text: file for the compiled program as text; None: none.
 
   Returns:
-    The report as plain values; `fits` False where the compiler says that memory does not suffice.
+    The report as plain values; `fits` is False where the compiler reports too little memory.
 
   Raises:
-    UserError: a mistake in the config, or no such topology.
+    UserError: the config is wrong, or the topology does not exist.
   """
   setup.check(config)
   sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.model)
@@ -108,7 +108,7 @@ def compile_report(
 
 
 def _options(topology: targets.Topology, effort: float) -> dict[str, Any]:
-  """Options of the compiler beside those of the step itself."""
+  """Compiler options in addition to those of the step itself."""
   options: dict[str, Any] = {"exec_time_optimization_effort": effort} if effort else {}
   if topology.chip.platform == "gpu":
     # Triton's tiles are chosen by trying them on the device; where there is none, those it guesses need not fit.
@@ -118,7 +118,7 @@ def _options(topology: targets.Topology, effort: float) -> dict[str, Any]:
 
 
 def _memory(program: Program, batch: Any, analysis: Any, topology: targets.Topology) -> dict[str, float]:
-  """GiB on one device by kind."""
+  """Memory of one device by kind, in GiB."""
 
   def held(tree: Any) -> float:
     leaf = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
@@ -142,7 +142,7 @@ def _memory(program: Program, batch: Any, analysis: Any, topology: targets.Topol
 def _roofline(
   config: RunConfig, model: UnifiedModel, trained, topology, counts: hlo.Counts, mesh: dict[str, int]
 ) -> dict[str, Any]:
-  """The least time of a step by what each part of the machine has to do."""
+  """Lower bounds of a step's time from compute, memory traffic and network, as if the others cost nothing."""
   chip, work = topology.chip, expected(config, model)[0]
   parts = model_flops_of(config, model.config, trained, work)
   needed = sum(parts.values()) / topology.chips
@@ -175,9 +175,9 @@ def _roofline(
 
 
 def _kernel_flops(model: UnifiedModel, work: model_flops.Work, config: RunConfig) -> float:
-  """FLOPs of fused attention over a step: 2 products forward, 5 backward, forward again where it is not kept.
+  """FLOPs of fused attention over a step: 2 products forward, 5 backward, forward again where rematerialized.
 
-  cuDNN skips what lies across segments; the others work on all pairs under the diagonal.
+  cuDNN skips pairs across segments; the others compute all pairs under the diagonal.
   """
   lm, rows = model.config.language_model, config.train.batch_size
   pairs = work.pairs if model.attention == "cudnn" else rows * config.data.row_tokens**2 / 2

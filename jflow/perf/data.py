@@ -1,7 +1,7 @@
-"""bench data: what the input pipeline costs, beside the plain loop "decode and resize" on the same files.
+"""bench data: the cost of the input pipeline, beside a plain loop "decode and resize" on the same files.
 
-Costs are CPU seconds, so that a busy machine and the number of cores do not change them. The pipeline does what
-the loop does, and reads, verifies, tokenizes, packs and copies as well.
+Costs are CPU seconds, independent of other load and of the number of cores. The pipeline does the work of the loop,
+and also reads, verifies, tokenizes, packs and copies.
 """
 
 import dataclasses
@@ -39,19 +39,19 @@ _WORDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What `bench data` measures."""
+  """The settings of `bench data`."""
 
   config: str = "stage2"  # row and picture sizes
   input: tuple[str, ...] = ()  # prepared data sets with pictures; none: made here
   pictures: int = 256  # per round
   repeats: int = 5  # rounds, loop and pipeline in turn
-  threads: int = 1  # that read
+  threads: int = 1  # reader threads
   workers: int = 0  # loader processes, measured in addition
   plan: int = 0  # plan so many records of realistic lengths instead
 
 
 def run(args: Settings) -> dict[str, Any]:
-  """Measures and returns the report."""
+  """Runs the benchmark and returns its report."""
   for name in ("pictures", "repeats", "threads"):
     if getattr(args, name) < 1:
       raise UserError(f"--{name}={getattr(args, name)} should be at least 1")
@@ -138,7 +138,7 @@ def _loop(files: list[bytes], size: int) -> None:
 
 
 def _with_workers(pipeline: Pipeline, rows: int, repeats: int) -> tuple[float, float]:
-  """Returns pictures per CPU second of all processes, and per second, once the workers have started."""
+  """Returns images per CPU second of all processes, and per second, once the workers have started."""
   images, cpu, wall = 0, [], []
   batches = pipeline.batches(0, rows * (repeats + 1))
   for number, (batch, _) in enumerate(batches):
@@ -157,7 +157,7 @@ def _cpu_seconds(process: Any) -> float:
 
 
 def _made(folder: str, task: str, pictures: int) -> str:
-  """Makes a data set: JPEGs of 1024 x 768 and 512 x 512 in turn, captions and conversations of 10 to 150 words."""
+  """A synthetic data set: JPEGs of 1024 x 768 and 512 x 512 in turn, captions and conversations of 10 to 150 words."""
   rng = np.random.default_rng(0)
   files, lines = pathlib.Path(folder, task + "-files"), []
   files.mkdir()
@@ -183,7 +183,7 @@ def _made(folder: str, task: str, pictures: int) -> str:
 
 
 def _picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-  """A picture with soft colours, edges and grain, about as large in bytes as a photograph."""
+  """An image with soft colours, edges and grain, which compresses about as well as a photograph."""
   soft = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
   draw = ImageDraw.Draw(soft)
   for _ in range(20):
@@ -195,7 +195,7 @@ def _picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
 
 
 def _planning(records: int, shape: RowShape) -> dict[str, Any]:
-  """Plans realistic lengths of each type; CPU seconds, fill, and the process's peak memory after each."""
+  """Plans realistic lengths of each task; reports CPU seconds, fill, and the process's peak memory after each."""
   report = {}
   for task in ("understanding", "generation", "text"):
     sizes = realistic_lengths(task, records, shape)
@@ -215,10 +215,10 @@ def _planning(records: int, shape: RowShape) -> dict[str, Any]:
 
 
 def realistic_lengths(task: str, records: int, shape: RowShape) -> np.ndarray:
-  """Lengths of a realistic mixture, int32[N, 2]: tokens and images.
+  """Realistic record lengths of a task, int32[records, 2]: tokens and images.
 
-  Captions of 8 to 300 tokens with one picture; conversations of 1 to 6 turns about one picture; documents of 50
-  to 20,000 tokens; each log-uniform.
+  Captions of 8 to 300 tokens with one image; conversations of 1 to 6 turns about one image; documents of 50 to
+  20,000 tokens; each log-uniform.
   """
   rng = np.random.default_rng(0)
   between = lambda least, most: np.exp(rng.uniform(np.log(least), np.log(most), records)).astype(np.int32)

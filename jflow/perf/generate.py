@@ -1,4 +1,4 @@
-"""bench generate: pictures per second, the solver and the VAE apart, beside PyTorch where asked."""
+"""bench generate: images per second, solver and VAE timed apart, beside PyTorch on request."""
 
 import dataclasses
 from typing import Any
@@ -16,16 +16,16 @@ from jflow.perf import inference
 
 @dataclasses.dataclass(frozen=True)
 class Settings(inference.Settings):
-  """What `bench generate` measures."""
+  """The settings of `bench generate`."""
 
-  batch_size: int = 2  # pictures painted at once
-  steps: int = 30  # of Euler's
+  batch_size: int = 2  # images generated at once
+  steps: int = 30  # of the Euler solver
   guidance: float = 2.0  # w of eq. 5
   prompt_tokens: int = 32  # of the longest prompt
 
 
 def run(args: Settings) -> dict[str, Any]:
-  """Measures and returns the report."""
+  """Runs the benchmark and returns its report."""
   for name in ("batch_size", "steps", "prompt_tokens"):
     if getattr(args, name) < 1:
       raise UserError(f"--{name}={getattr(args, name)} must be at least 1")

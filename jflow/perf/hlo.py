@@ -1,7 +1,7 @@
-"""What a compiled program does, read from its text: matrix products, bytes of memory, bytes of collectives.
+"""Cost analysis of a compiled program's text: FLOPs of products, bytes of memory traffic, bytes of collectives.
 
-XLA's own cost analysis counts the body of a loop once; with layers under a scan that misses nearly all. Here
-loops count as often as they run. Products inside Pallas and cuDNN calls are invisible: `kernels` counts the calls.
+XLA's own cost analysis counts the body of a loop once, which misses nearly all work of layers under a scan. Here
+loops are counted once per iteration. Products inside Pallas and cuDNN calls are invisible: `kernels` counts the calls.
 """
 
 import collections
@@ -53,7 +53,7 @@ _OPCODE = re.compile(r"^(\(.*?\)|[a-z0-9]+\[[^ ]*)\s+([a-z][\w\-]*)\((.*)$")
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-  """One instruction."""
+  """An HLO instruction."""
 
   name: str
   shape: str
@@ -65,7 +65,7 @@ class Op:
 
 @dataclasses.dataclass
 class Counts:
-  """Totals of one device and one run of the program."""
+  """Totals for one device and one run of the program."""
 
   flops: float = 0.0  # of dots and convolutions; a multiply-add is 2
   memory_bytes: float = 0.0  # operands and results of every instruction that reaches memory
@@ -166,7 +166,7 @@ def count(text: str, mesh: dict[str, int], open_loops: Callable[[str], float]) -
 
 
 def _visits(computations, entry, open_loops) -> Iterator[tuple[str, float, bool]]:
-  """(computation, times it runs, whether it is the inside of a fusion)."""
+  """Yields (computation, number of runs, whether it is the body of a fusion)."""
   stack = [(entry, 1.0, False)]
   while stack:
     name, times, fused = stack.pop()
@@ -225,7 +225,7 @@ def _products(op: Op, ops: dict[str, Op]) -> float:
 
 
 def _convolution(op: Op, left: list[int], right: list[int], of_left: str, of_right: str, of_out: str) -> float:
-  """2 x outputs x inputs of each that lie inside: TPU writes batched dots as convolutions that are mostly padding."""
+  """FLOPs of a convolution without padding: TPU writes batched dots as convolutions that are mostly padding."""
   out = dims(op.shape)
   window = re.search(r"window=\{([^}]*)\}", op.text)
   fields = dict(x.split("=") for x in window.group(1).split()) if window else {}
@@ -248,7 +248,7 @@ def _convolution(op: Op, left: list[int], right: list[int], of_left: str, of_rig
 
 
 def _traffic(op: Op, ops: dict[str, Op], computations: dict[str, list[Op]]) -> float:
-  """Bytes that an instruction reads and writes; of what it only slices or updates, the slice."""
+  """Bytes that an instruction reads and writes; of buffers that it only slices or updates, the slice."""
   read = lambda name: main_memory(ops[name].shape) if name in ops else 0
   if op.code == "dynamic-slice" or op.code == "gather":
     return 2.0 * main_memory(op.shape)

@@ -1,4 +1,4 @@
-"""What `bench generate` and `bench understand` share: the model, the PyTorch side, the chip, the report."""
+"""Common parts of `bench generate` and `bench understand`: the model, the PyTorch side, the chip, the report."""
 
 import dataclasses
 import json
@@ -35,14 +35,14 @@ TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1}  # relative L2 error between the 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What both workloads measure."""
+  """The settings of both workloads."""
 
   checkpoint: str | None = None  # None: random weights of the size of `config`
   vae: str | None = None
   dtype: str | None = None
   weights: str = "ema"
   config: str = "stage3:mid"
-  versus: pathlib.Path | None = None  # a program that does the same work with the same weights, in turn
+  versus: pathlib.Path | None = None  # program that does the same work with the same weights, in alternation
   repeats: int = 5  # timed rounds
 
 
@@ -60,7 +60,7 @@ def open_pipeline(args: Settings) -> Pipeline:
 
 
 def random_params(model: UnifiedModel) -> Any:
-  """Random f32 parameters, no leaf all zeros or ones: nothing that is compared hides behind them."""
+  """Random f32 parameters, no leaf all zeros or ones, so that a comparison covers every leaf."""
   rng = np.random.default_rng(0)
 
   def leaf(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -78,7 +78,7 @@ def random_params(model: UnifiedModel) -> Any:
 
 
 class Torch:
-  """The PyTorch side, a process of its own: `call` returns once its work is done."""
+  """The PyTorch side, in its own process; `call` returns when its work is done."""
 
   def __init__(self, program: pathlib.Path, pipeline: Pipeline):
     if not program.is_file():
@@ -93,18 +93,18 @@ class Torch:
     self.about = self._reply()
 
   def load(self, **arrays: np.ndarray) -> None:
-    """Takes the inputs of the calls that follow."""
+    """Sends the inputs of the following calls."""
     np.savez(self.folder / "inputs.npz", **arrays)
     self.call(do="load", file=str(self.folder / "inputs.npz"))
 
   def call(self, **request: Any) -> dict[str, float]:
-    """One request of torch_worker.py; its {"seconds", "cpu_seconds"}."""
+    """Sends a request to torch_worker.py; returns its {"seconds", "cpu_seconds"}."""
     self._process.stdin.write(json.dumps(request) + "\n")
     self._process.stdin.flush()
     return self._reply()
 
   def result(self, **request: Any) -> np.ndarray:
-    """As `call`, and what it computed."""
+    """As `call`, but returns the computed array."""
     file = self.folder / "output.npz"
     self.call(save=str(file), **request)
     return np.load(file)["out"]
@@ -123,7 +123,7 @@ class Torch:
 
 @contextmanager
 def torch_side(args: Settings, pipeline: Pipeline) -> Iterator[Torch | None]:
-  """The PyTorch side where --versus asks for it."""
+  """The PyTorch side if --versus is given, else None."""
   side = Torch(args.versus, pipeline) if args.versus else None
   try:
     yield side
@@ -133,7 +133,7 @@ def torch_side(args: Settings, pipeline: Pipeline) -> Iterator[Torch | None]:
 
 
 def _export(pipeline: Pipeline, folder: pathlib.Path) -> None:
-  """Writes the weights with the names of transformers, diffusers and the release; f32."""
+  """Writes the weights in f32 with the tensor names of transformers, diffusers and the release."""
   c = pipeline.model.config
   params = {path: np.asarray(x, np.float32) for path, x in transfer.flatten(pipeline.params).items()}
   for i in range(c.language_model.num_layers):
@@ -156,7 +156,7 @@ def _export(pipeline: Pipeline, folder: pathlib.Path) -> None:
 
 
 def agree(what: str, ours: np.ndarray, theirs: np.ndarray, dtype: str) -> float:
-  """The relative L2 error; ends the run where the two sides do not compute the same."""
+  """The relative L2 error; raises Stopped where it exceeds TOLERANCE."""
   error = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
   if not error <= TOLERANCE[dtype]:
     raise Stopped(f"{what}: jflow and PyTorch differ by {error:.1e} (relative L2), so their times say nothing")
@@ -164,15 +164,15 @@ def agree(what: str, ours: np.ndarray, theirs: np.ndarray, dtype: str) -> float:
 
 
 def first(call: Callable[[], Any]) -> tuple[Any, float]:
-  """What a call returns, and its seconds: the first one compiles."""
+  """The result of a first call and its seconds, compilation included."""
   start = time.perf_counter()
   return call(), time.perf_counter() - start
 
 
 def in_turn(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, Any]]:
-  """Times calls in turn, one round of all after the other; a first round warms up and is not counted.
+  """Times calls in alternation, round by round; a first round warms up and is not counted.
 
-  A call that returns {"seconds", "cpu_seconds"} has timed itself.
+  The times of a call that returns {"seconds", "cpu_seconds"} are those.
 
   Returns:
     name -> {"seconds": spread, "cpu_seconds": spread}.
@@ -196,12 +196,12 @@ def in_turn(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, d
 
 
 def median(measured: Mapping[str, Any], clock: str = "seconds") -> float:
-  """The median of what `in_turn` measured for one call."""
+  """The median of one call's times from `in_turn`."""
   return measured[clock]["median"]
 
 
 def chip() -> chips.Chip | None:
-  """What the vendor says of this device; None for a CPU."""
+  """The vendor's figures for this device; None for a CPU."""
   return chips.of(jax.devices()[0].device_kind)
 
 
@@ -212,6 +212,6 @@ def about(workload: str, pipeline: Pipeline) -> dict[str, Any]:
 
 
 def peak_bytes() -> int | None:
-  """Most memory that the device has held; None where it does not tell."""
+  """The peak of the device's memory in bytes; None where the device does not report it."""
   stats = jax.devices()[0].memory_stats()
   return stats and stats.get("peak_bytes_in_use")

@@ -21,7 +21,7 @@ from jflow.training.step import draw
 def time_parts(
   config: RunConfig, model: UnifiedModel, state: TrainState, batch: Batch, repeats: int
 ) -> dict[str, dict[str, float]]:
-  """Seconds of each part, {"min", "median", "max"}; forward and backward where the step goes backward."""
+  """Seconds of each part, {"min", "median", "max"}; forward, and backward where the step has one."""
   out = {}
   for name, function, args in _parts(config, model, state, batch):
     compiled = jax.jit(function).lower(*args).compile()
@@ -50,7 +50,7 @@ def _parts(
   written = 0.1 * jax.random.normal(key, (slots, c.patches, lm.embed_dim), model.dtype)
 
   def gradient(function, names, *args):
-    """Of a sum, by the parameters of some parts and by the last argument."""
+    """Gradient of the sum of a function's output by the parameters of some parts and by its last argument."""
 
     def run(p, *args):
       inner = lambda part, x: function({**p, **part}, *args[:-1], x)

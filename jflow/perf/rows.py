@@ -1,4 +1,4 @@
-"""Packed rows of made-up samples in the lengths of the paper's data: what the speed of a step is measured on."""
+"""Packed rows of synthetic samples in the lengths of the paper's data, to measure the speed of a step."""
 
 import numpy as np
 
@@ -9,10 +9,10 @@ from jflow.data.packing import pack
 
 
 def synthetic(rows: int, shape: RowShape, mixture: tuple[float, ...], vocabulary: int, seed: int = 0) -> Batch:
-  """A batch of full rows, types shared by the mixture and spread as in training.
+  """A batch of full rows, with tasks in the mixture's shares and interleaved as in training.
 
-  A read image stands among 200 tokens of question and answer (the answer learned), a written one behind a prompt
-  of 73, as far as the row has room; a text fills its row.
+  An image to read has 200 tokens of question and answer around it (a loss on the answer), an image to generate a
+  prompt of 73 before it, as many as the row has room for; a text fills its row.
   """
   rng = np.random.default_rng(seed)
   tasks, _ = spread(rows_per_task(mixture, rows))

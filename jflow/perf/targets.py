@@ -1,4 +1,4 @@
-"""Machines that a step can be compiled for without having them, and what the vendors say they can do."""
+"""Hardware that a step can be compiled for without having it, with the vendors' figures."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from jflow.errors import UserError, install_line
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """KIND:DIMS, for example v5e:4x4, v5p:2x2x4, h100:4x8 (4 hosts of 8)."""
+  """A topology KIND:DIMS, for example v5e:4x4, v5p:2x2x4, h100:4x8 (4 hosts of 8)."""
 
   name: str
   kind: str
@@ -33,7 +33,7 @@ class Topology:
 
   @property
   def mesh(self) -> tuple[int, int, int]:
-    """The mesh where the config names none: fsdp inside a host of GPUs or over up to 16 TPU chips, data beyond."""
+    """The default mesh: fsdp inside a host of GPUs or over up to 16 TPU chips, data beyond."""
     inner = self.shape[-1] if self.chip.platform == "gpu" else math.gcd(self.chips, 16)
     return self.chips // inner, inner, 1
 
@@ -42,7 +42,7 @@ class Topology:
     """Reads KIND:DIMS.
 
     Raises:
-      UserError: an unknown kind, or dimensions of another number.
+      UserError: the kind is unknown, or the number of dimensions is wrong.
     """
     kind, _, text = name.partition(":")
     if kind not in CHIPS:
@@ -54,7 +54,7 @@ class Topology:
     return cls(name, kind, tuple(int(x) for x in text.split("x")))
 
   def link(self, axes: str, mesh: dict[str, int]) -> float:
-    """Bytes per second and direction that a collective over these mesh axes ("data+fsdp") gets."""
+    """Bandwidth of a collective over these mesh axes ("data+fsdp"), in bytes per second and direction."""
     if self.chip.platform == "tpu":
       return self.chip.link_bandwidth
     inside, within = self.shape[-1], 1
@@ -66,7 +66,7 @@ class Topology:
 
 
 def quiet_environment() -> None:
-  """Set before jax starts: no device is opened, and libtpu does not look for a machine that it runs on."""
+  """Sets the environment, before jax starts, so that no device is opened and libtpu does not query its host."""
   os.environ["JAX_PLATFORMS"] = "cpu"
   os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -132,7 +132,7 @@ def make_mesh(topology: Topology, sizes: tuple[int, int, int]) -> Any:
 
 @contextlib.contextmanager
 def absent_gpu(topology: Topology) -> Iterator[None]:
-  """jax's kernels ask the GPU that is there what it can do; here the topology answers."""
+  """Patches jax so that its kernels query the topology's GPU and not the one present."""
   if topology.chip.platform != "gpu":
     yield
     return

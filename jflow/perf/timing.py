@@ -11,12 +11,12 @@ def interleaved(
   warmup: int = 1,
   clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
-  """Times each candidate `repeats` times in turn (a, b, a, b, ...), so that a busy spell hits all of them.
+  """Times each candidate `repeats` times in alternation (a, b, a, b, ...), so that other load affects all alike.
 
   Args:
     candidates: name -> call that returns once its work is done (block on device results inside).
     repeats: timed rounds, at least 1.
-    warmup: rounds before, not timed (compilation, caches).
+    warmup: untimed rounds before (compilation, caches).
     clock: seconds; `time.process_time` for CPU seconds of all threads.
 
   Returns:

@@ -1,4 +1,4 @@
-"""bench train: the train step of a config on made-up full rows: tokens/s, MFU, memory, and its parts alone."""
+"""bench train: the train step of a config on synthetic full rows: tokens/s, MFU, memory, and its parts alone."""
 
 import dataclasses
 import time
@@ -11,7 +11,7 @@ from jflow.models import build
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What `bench train` measures."""
+  """The settings of `bench train`."""
 
   config: str
   rows: int | None = None  # of a step; None: train.batch_size
@@ -33,7 +33,7 @@ def run(args: Settings) -> dict[str, Any]:
 
 
 def with_rows(config: RunConfig, rows: int | None) -> RunConfig:
-  """The config with another batch, and without need of data."""
+  """The config with another batch size, which needs no data."""
   return config.replace(
     train=dict(batch_size=rows or config.train.batch_size), data=dict(tokenizer=config.data.tokenizer or "unused")
   )

@@ -1,4 +1,4 @@
-"""bench understand: time to the first token and tokens per second after it, beside PyTorch where asked."""
+"""bench understand: time to the first token and tokens per second after it, beside PyTorch on request."""
 
 import dataclasses
 from typing import Any
@@ -14,15 +14,15 @@ from jflow.perf import inference
 
 @dataclasses.dataclass(frozen=True)
 class Settings(inference.Settings):
-  """What `bench understand` measures."""
+  """The settings of `bench understand`."""
 
-  batch_size: int = 1  # answers made at once
+  batch_size: int = 1  # answers generated at once
   new_tokens: int = 64  # of each answer
   question_tokens: int = 64  # beside the picture
 
 
 def run(args: Settings) -> dict[str, Any]:
-  """Measures and returns the report."""
+  """Runs the benchmark and returns its report."""
   for name, least in (("batch_size", 1), ("new_tokens", 2), ("question_tokens", 3)):
     if getattr(args, name) < least:
       raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")

@@ -1,4 +1,4 @@
-"""Tokens to what a client of /v1/chat/completions reads: whole, or as server-sent events."""
+"""Responses of /v1/chat/completions from generated tokens: one object, or server-sent events."""
 
 import json
 import time
@@ -13,7 +13,7 @@ from jflow.serving.schemas import ApiError, Chat
 
 
 class Answer:
-  """One answer on its way to a client."""
+  """An answer being sent to a client."""
 
   def __init__(self, chat: Chat, model: str, prompt_tokens: int, tokenizer: Tokenizer):
     self._chat, self._prompt_tokens, self._text = chat, prompt_tokens, Text(tokenizer, chat.stop)
@@ -56,7 +56,7 @@ class Answer:
     yield "data: [DONE]\n\n"
 
   def _read(self, event: Tokens, job: Job) -> tuple[str, str | None]:
-    """The text that an event adds, and why the answer ends with it; a stop sequence frees the job's slot."""
+    """(text that an event adds, finish reason or None); a stop sequence ends the answer and frees the job's slot."""
     piece = self._text.add(event.ids, last=event.finished is not None)
     if self._text.stopped:
       job.gone = True

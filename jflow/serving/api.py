@@ -42,7 +42,7 @@ class Api:
   """
 
   def __init__(self, engine: Engine, *, name: str, token: str | None, max_body: int):
-    """Args: `name` of the model, `token` to bear (None: none), `max_body` bytes of a request."""
+    """Args: `name` of the model, `token` required of clients (None: none), `max_body` largest request in bytes."""
     self._engine, self._name, self._token = engine, name, token
     self._bodies = Bodies(max_body, engine.timeout)
     self._preparing = prepare.Preparing(engine.pipeline, engine.context, engine.timeout)
@@ -119,7 +119,7 @@ class Api:
     }
 
   async def health(self, request: Request) -> Response:
-    """GET /health: 200 when requests are answered at once, else 503 and why."""
+    """GET /health: 200 when requests are answered at once, else 503 and the reason."""
     return Json({"status": self._engine.state}, 200 if self._engine.state == "ready" else 503)
 
   async def metrics(self, request: Request) -> Response:
@@ -127,7 +127,7 @@ class Api:
     return Response(self._engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
   def _guarded(self, handler: Handler) -> Handler:
-    """The handler behind the token."""
+    """The handler, refusing requests without the token."""
 
     async def guarded(request: Request) -> Response:
       if self._token is not None:
@@ -135,7 +135,7 @@ class Api:
         right = hmac.compare_digest(given.strip().encode(), self._token.encode())
         if scheme.lower() != "bearer" or not right:
           headers = {"WWW-Authenticate": "Bearer"}
-          raise ApiError(401, "this server wants its token: Authorization: Bearer TOKEN", headers=headers)
+          raise ApiError(401, "this server needs a token: send Authorization: Bearer TOKEN", headers=headers)
       return await handler(request)
 
     return guarded
@@ -146,9 +146,9 @@ class Api:
     work: Callable[[Callable[[], T]], Coroutine[Any, Any, Any]],
     parse: Callable[[bytes], T],
   ) -> Any:
-    """Reads and checks a body; ends when its client leaves.
+    """Reads and checks a body, and awaits its work; cancelled when the client disconnects.
 
-    A place of the queue is taken once the body is there.
+    A place in the queue is taken when the body has arrived.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
       raise ApiError(415, "send JSON, with the header Content-Type: application/json")
@@ -159,7 +159,7 @@ class Api:
 
 
 class Json(Response):
-  """JSON in plain ASCII, which holds any text that a client sent, lone surrogates too."""
+  """A JSON response in ASCII, which can hold any text of a client, lone surrogates included."""
 
   media_type = "application/json"
 
@@ -168,7 +168,7 @@ class Json(Response):
 
 
 class AnswerStream(StreamingResponse):
-  """Server-sent events; closes what it holds when they end or their client leaves."""
+  """Server-sent events; releases its resources when they end or the client disconnects."""
 
   def __init__(self, events: AsyncIterator[str], held: contextlib.ExitStack):
     super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -180,7 +180,7 @@ class AnswerStream(StreamingResponse):
 
 
 class Observed:
-  """Counts requests and writes a line about each."""
+  """Middleware that counts and logs requests."""
 
   def __init__(self, app: ASGIApp, metrics: Metrics, paths: set[str]):
     self._app, self._metrics, self._paths = app, metrics, paths
@@ -210,7 +210,7 @@ class Observed:
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
-  """Awaits work; raises ClientDisconnect when the client leaves before its end."""
+  """The result of work; raises ClientDisconnect when the client disconnects first."""
 
   async def left() -> None:
     while (await request.receive())["type"] != "http.disconnect":
@@ -224,7 +224,7 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, Any]) -> 
     return tasks[0].result()
   finally:
     for task in tasks:
-      # Nobody is left to hear of it.
+      # No client is left to receive it.
       task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
       task.cancel()
 
@@ -234,7 +234,7 @@ async def _all(job: Job, count: int) -> list[Picture]:
 
 
 def _png(picture: Picture) -> str:
-  """A picture as base64 of a PNG file."""
+  """An image as base64 of a PNG file."""
   out = io.BytesIO()
   picture.image.save(out, "PNG")
   return base64.b64encode(out.getvalue()).decode()
@@ -245,7 +245,7 @@ def _on_error(request: Request, error: ApiError) -> Response:
 
 
 def _of_user(request: Request, error: UserError) -> ApiError:
-  """A mistake that shows once the conversation or the prompt is read as a whole."""
+  """The response to an error found only when the whole conversation or prompt is read."""
   if isinstance(error, prepare.UnreadableImage):
     return ApiError(400, f"{error.field}: {error}", error.field, code="invalid_image")
   if isinstance(error, CannotPaint):
@@ -258,5 +258,5 @@ def _of_user(request: Request, error: UserError) -> ApiError:
 def _of_route(request: Request, error: HTTPException) -> ApiError:
   allowed = dict(error.headers or {})
   if error.status_code == 405:
-    return ApiError(405, f"{request.scope['path']} wants {allowed.get('Allow', 'another method')}", None, allowed)
+    return ApiError(405, f"{request.scope['path']} needs {allowed.get('Allow', 'another method')}", None, allowed)
   return ApiError(error.status_code, f"there is no {request.scope['path'][:80]!r} here", None, allowed)

@@ -12,30 +12,30 @@ from starlette.requests import Request
 
 from jflow.serving.schemas import ApiError
 
-_DEEPEST = 64  # nested lists and objects; what walks the answer to a request by recursion needs a bound
+_DEEPEST = 64  # nested lists and objects; code that walks them by recursion needs a bound
 _TOO_DEEP = f"it is nested deeper than {_DEEPEST} levels"
-# Characters "[", "{" and ",": each can begin a value, which costs far more memory than itself.
+# Characters "[", "{" and ",": each can begin a value, which takes far more memory than the character.
 _MOST_MARKS = 2**18
 _LONGEST_NUMBER = 64  # characters
-_DRAINED = 16  # times the limit that is read of a body that is too long, so that its client sees the answer
-_KEPT = 16  # bodies of the largest size that are kept at the same time
+_DRAINED = 16  # times the limit that is still read of a body that is too long, so that the client gets the answer
+_KEPT = 16  # bodies of the largest size kept at the same time
 
 
 class Bodies:
-  """The bodies that a server keeps in memory, of which the slowest goes when there are too many bytes."""
+  """The request bodies in memory, bounded in total: beyond the limit the slowest one is dropped."""
 
   def __init__(self, largest: int, seconds: float, kept: int = _KEPT):
-    """Args: `largest` body in bytes, `seconds` for one to arrive, how many of that size may be `kept`."""
+    """Args: `largest` body in bytes, `seconds` for one to arrive, number of that size that may be `kept`."""
     self._largest, self._most, self._seconds = largest, kept * largest, seconds
     self._kept = 0  # bytes
     self._arriving: set[_Arriving] = set()
 
   @contextlib.asynccontextmanager
   async def read(self, request: Request) -> AsyncIterator[bytes]:
-    """The body of a request, which counts as kept until the context ends.
+    """The body of a request, counted as kept until the context ends.
 
     Raises:
-      ApiError: 413 when it is too long, 408 when it takes too long, 503 when it made room for others.
+      ApiError: 413 when it is too long, 408 when it arrives too slowly, 503 when dropped to make room for others.
     """
     self._check_announced(request)
     body = _Arriving()
@@ -65,7 +65,7 @@ class Bodies:
       self._kept -= body.size
 
   def _check_announced(self, request: Request) -> None:
-    """Refuses a body by its length before a client that asks first sends it."""
+    """Refuses a body by its Content-Length, before a client that waits for 100 Continue sends it."""
     length = request.headers.get("content-length", "")
     waits = request.headers.get("expect", "").lower() == "100-continue"
     if waits and length.isdecimal() and int(length) > self._largest:
@@ -75,7 +75,7 @@ class Bodies:
     return ApiError(413, f"the body has more than {self._largest:,} bytes, the most that this server takes")
 
   def _take(self, body: "_Arriving", chunk: bytes) -> None:
-    """Keeps a piece of a body; of one that is too long nothing."""
+    """Keeps a chunk of a body, unless the body is too long."""
     body.seen += len(chunk)
     if body.dropped:
       return
@@ -97,7 +97,7 @@ class Bodies:
 
 
 class _Arriving:
-  """A body on its way."""
+  """A body that is being received."""
 
   def __init__(self) -> None:
     self.chunks: list[bytes] = []
@@ -116,7 +116,7 @@ class _Arriving:
       self.patience.reschedule(0)
 
   def joined(self) -> bytes:
-    """The whole, whose pieces are let go."""
+    """The whole body; frees its chunks."""
     whole = b"".join(self.chunks)
     self.chunks.clear()
     return whole
@@ -127,9 +127,9 @@ def _constant(name: str) -> NoReturn:
 
 
 def parse_json(body: bytes, constant: Callable[[str], Any] = _constant) -> dict[str, Any]:
-  """The object that a body holds: UTF-8, no name twice, finite numbers, whole characters, not too deep.
+  """Parses a body as a JSON object: UTF-8, unique names, finite numbers, whole characters, bounded depth.
 
-  `constant`: what NaN, Infinity and -Infinity become, which are no JSON.
+  `constant` converts NaN, Infinity and -Infinity, which are not JSON; by default it refuses them.
 
   Raises:
     ApiError: 400 for anything else.
@@ -154,7 +154,7 @@ def parse_json(body: bytes, constant: Callable[[str], Any] = _constant) -> dict[
 
 
 def _check(value: Any) -> None:
-  """Raises ValueError for what is nested too deeply and for halves of characters; without recursion."""
+  """Raises ValueError for a value nested too deeply or with half a surrogate pair; does not recurse."""
   level, depth = [value], 0
   while level:
     if depth > _DEEPEST:

@@ -1,7 +1,7 @@
-"""Connections that last no longer and take no more than what comes over them is worth.
+"""Limits of connections, around uvicorn's HTTP/1.1.
 
-uvicorn's HTTP/1.1, and around it: how many connections there are, the time in which the head of a request is
-there, the pace of its body and of its answer's reader, and the sizes of the pieces in which they come.
+They bound the number of connections, the time until the head of a request is complete, the pace of its body and of
+the client's reading, and the number of small chunks.
 """
 
 import asyncio
@@ -16,29 +16,29 @@ from jflow.serving.hosts import HEADERS
 from jflow.serving.schemas import ApiError
 
 _LONGEST_HEAD = 2**15  # bytes
-_OWN_FILES = 64  # that the process has open besides its connections
+_OWN_FILES = 64  # open files of the process besides its connections
 _MOST = 1000  # connections
 _AHEAD = 2**16  # bytes of the next request that are read while one is answered
-_SMALL_PIECES = 1000  # pieces of a body that may be small
-_LEAST_PIECE = 32  # mean bytes of the further ones; each costs some microseconds of the event loop
+_SMALL_PIECES = 1000  # chunks of a body that may be small
+_LEAST_PIECE = 32  # least mean bytes of the further ones, since each costs time of the event loop
 
 
 class Limits(NamedTuple):
-  """What a connection may take."""
+  """The limits of a connection."""
 
   connections: int
-  backlog: int  # connections that are accepted at once, before their number is looked at
+  backlog: int  # connections accepted at once, before their number is checked
   head: float = 10.0  # seconds from a connection or a first byte to the end of a request's head
-  rest: float = 60.0  # seconds for a body that is answered before it has come
+  rest: float = 60.0  # seconds for the rest of a body that was answered before it was complete
   idle: int = 5  # seconds between two requests
   window: float = 10.0  # seconds over which the pace of a body and of a reader is measured
-  pace: float = 1000.0  # bytes per second that a body has to come with, and an answer has to be read with
+  pace: float = 1000.0  # least bytes per second at which a body must arrive and an answer be read
   linger: float = 2.0  # seconds for a client to read why it was refused
-  look: float = 1.0  # seconds between two looks at a connection, in tenths
+  look: float = 1.0  # seconds between two checks of a connection, in tenths
 
   @classmethod
   def here(cls) -> "Limits":
-    """The limits that the open files of this process leave room for."""
+    """The limits for this process, whose open-file limit bounds the connections."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     files = 2**20 if files == resource.RLIM_INFINITY else files
     backlog = max(1, min(128, files // 8))
@@ -46,7 +46,7 @@ class Limits(NamedTuple):
 
 
 class Reader(h11.Connection):
-  """h11's parser, strict about two lengths of one body and about bodies in crumbs."""
+  """h11's parser, which also refuses a body with two lengths or in too many small chunks."""
 
   method = b""  # of the last request
   _chunked, _pieces, _bytes = False, 0, 0
@@ -70,24 +70,24 @@ class Reader(h11.Connection):
 
 
 class Connection(H11Protocol):
-  """One connection; `look` is called every `Limits.look` seconds."""
+  """A connection; `look` is called every `Limits.look` seconds."""
 
   def __init__(self, *args: Any, limits: Limits, **kwargs: Any):
     super().__init__(*args, **kwargs)
     self.conn = Reader(h11.SERVER, _LONGEST_HEAD)
     self._limits = limits
     self._received = 0  # bytes
-    # The begin of a request or of the wait for one, and the bytes received then.
+    # Start of a request or of the wait for one, and the bytes received by then.
     self._since, self._before = self.loop.time(), 0
-    # When; what still comes is not read, but taken, so that the answer gets there.
+    # Time of the refusal; later input is received and discarded, so that the answer reaches the client.
     self._refused: float | None = None
-    self._body_since: tuple[float, int] | None = None  # a window's begin, and the bytes received then
-    self._write_since: tuple[float, int] | None = None  # and the bytes that waited to be sent then
+    self._body_since: tuple[float, int] | None = None  # start of a window, and the bytes received by then
+    self._write_since: tuple[float, int] | None = None  # start of a window, and the bytes still to be sent then
 
   # --- of the protocol --------------------------------------------------------------------------------------
 
   def connection_made(self, transport: asyncio.Transport) -> None:
-    """Makes room where there are too many, see `_make_room`, or refuses this one."""
+    """Accepts a connection, making room where there are too many (`_make_room`), or refuses it."""
     super().connection_made(transport)
     if len(self.connections) > self._limits.connections and not self._make_room():
       self.refuse(503, "too many connections are open: try again")
@@ -99,7 +99,7 @@ class Connection(H11Protocol):
       self._since, self._before = self.loop.time(), self._received
     self._received += len(data)
     super().data_received(data)
-    # While a request is answered, uvicorn stops to read what follows it, and does not see its client leave.
+    # While a request is answered, uvicorn stops reading what follows it and does not notice a disconnect.
     if self.flow.read_paused and self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < _AHEAD:
       self.flow.resume_reading()
 
@@ -110,26 +110,26 @@ class Connection(H11Protocol):
   def shutdown(self) -> None:
     try:
       super().shutdown()
-    except h11.LocalProtocolError:  # it is past all answers
+    except h11.LocalProtocolError:  # no answer can be sent any more
       self.transport.close()
 
   def send_400_response(self, msg: str) -> None:
-    """Says what is wrong with a request that is not HTTP, unless an answer has begun."""
-    self.refuse(400, "this is no request in HTTP/1.1 that can be read")
+    """Answers input that is not HTTP with an error, unless an answer has begun."""
+    self.refuse(400, "the request must be HTTP/1.1")
 
   # --- of this server ---------------------------------------------------------------------------------------
 
   def waits(self) -> bool:
-    """Whether nothing is asked: no request has come in whole, or the last one has its answer."""
+    """Whether no request is pending: none is complete, or the last one has its answer."""
     answered = self.cycle is not None and self.cycle.response_complete
     return answered or self.conn.their_state is h11.IDLE or self._refused is not None
 
   def pace(self) -> float:
-    """Bytes received per second of this request."""
+    """Bytes received per second since this request began."""
     return (self._received - self._before) / (self.loop.time() - self._since + 0.1)
 
   def _make_room(self) -> bool:
-    """Ends the connection that has waited longest, or else the one whose body comes slowest."""
+    """Ends the connection that has been idle longest, or else the one whose body arrives slowest."""
     others = [x for x in self.connections if x is not self and not x.transport.is_closing()]
     if waiting := [x for x in others if x.waits()]:
       min(waiting, key=lambda other: other._since).end()
@@ -138,11 +138,11 @@ class Connection(H11Protocol):
     return bool(waiting or bodies)
 
   def end(self) -> None:
-    """Closes at once; what was not sent yet is lost."""
+    """Closes at once; unsent data is lost."""
     self.transport.abort()
 
   def refuse(self, status: int, message: str) -> None:
-    """Answers with an error where no answer has begun, and closes once the client has or seconds later."""
+    """Answers with an error where no answer has begun; closes when the client does, or after `Limits.linger`."""
     if not self.transport.is_closing() and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
       body = json.dumps(ApiError(status, message).body()).encode()
       headers = [
@@ -157,7 +157,7 @@ class Connection(H11Protocol):
         self.transport.write(self.conn.send(event))
       if self.cycle is not None and not self.cycle.response_complete:
         self.cycle.scope["state"]["refused"] = status
-    if self.cycle is not None and not self.cycle.response_complete:  # who answers it finds its client gone
+    if self.cycle is not None and not self.cycle.response_complete:  # its handler sees a disconnected client
       self.cycle.disconnected, self.cycle.waiting_for_100_continue = True, False
       self.cycle.message_event.set()
     if not self.transport.is_closing():
@@ -166,7 +166,7 @@ class Connection(H11Protocol):
       self.transport.write_eof()
 
   def look(self) -> None:
-    """Ends what is too slow."""
+    """Ends this connection if it is too slow."""
     now, state = self.loop.time(), self.conn.their_state
     if self._unread(now):
       self.end()
@@ -177,7 +177,7 @@ class Connection(H11Protocol):
         self.end()
     elif self.waits():
       self._body_since = None
-      rest = state is not h11.IDLE  # of a body that nobody reads
+      rest = state is not h11.IDLE  # the rest of a body that no handler reads
       if now - self._since > (self._limits.rest if rest else self._limits.head):
         if self.conn.trailing_data[0] and not rest:
           self.refuse(408, f"the head of the request did not arrive within {self._limits.head:g} s")
@@ -187,7 +187,7 @@ class Connection(H11Protocol):
       self.refuse(408, f"the body came with less than {self._limits.pace:g} bytes per second")
 
   def _slow_body(self, now: float) -> bool:
-    """Whether a body came too slowly over a whole window in which it was wanted."""
+    """Whether a body arrived too slowly over a whole window in which it was being read."""
     wanted = not (self.flow.read_paused or self.cycle.waiting_for_100_continue)
     if self._body_since is None or not wanted:
       self._body_since = now, self._received
@@ -199,7 +199,7 @@ class Connection(H11Protocol):
     return self._received - before < self._limits.pace * (now - began)
 
   def _unread(self, now: float) -> bool:
-    """Whether an answer that nothing is added to was read too slowly over a whole window."""
+    """Whether the client read too slowly over a whole window in which the answer did not grow."""
     size = self.transport.get_write_buffer_size()
     if not size:
       self._write_since = None

@@ -1,4 +1,4 @@
-"""Pictures inside a request: data URIs as browsers and clients write them."""
+"""Images inside a request: data URIs as browsers and clients write them."""
 
 import base64
 import re
@@ -12,13 +12,13 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/]*={0,2}")
 
 
 def decode(uri: str) -> bytes:
-  """The bytes of a picture's data URI (RFC 2397); which format they are, they tell themselves.
+  """The bytes of an image's data URI (RFC 2397); their format is detected later, not taken from the media type.
 
-  Read as browsers read it: any case, parameters, percent-encoding, white space in base64, its alphabet for
-  URLs, no padding. Nothing is fetched and no file is opened.
+  Parsed as in browsers: any case, parameters, percent-encoding, white space in base64, its alphabet for URLs,
+  missing padding. Nothing is fetched and no file is opened.
 
   Raises:
-    ValueError: what is wrong, to go on after the field's name.
+    ValueError: with a message that continues after the field's name.
   """
   uri = uri.strip()
   if uri[:5].lower() != "data:":
@@ -29,7 +29,7 @@ def decode(uri: str) -> bytes:
   kind, encoding = head[1].strip().lower(), head[2].rpartition(";")[2].strip().lower()
   if kind not in _UNTYPED and not kind.startswith("image/"):
     raise ValueError(f"must be a PNG, JPEG, WebP or GIF picture, got {kind[:40]!r}")
-  # Not urllib's, which takes twenty times the memory of what is all escapes.
+  # Not urllib's, which takes twenty times the memory of a text of escapes only.
   body = _ESCAPE.sub(lambda match: bytes.fromhex(match[1].decode()), uri[head.end() :].encode())
   return _from_base64(body) if encoding == "base64" else body
 

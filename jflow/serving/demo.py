@@ -1,4 +1,4 @@
-"""The page of `demo`: chat about pictures, and paint. Needs nothing from the network."""
+"""The page of `demo`: chat about pictures, and image generation. Needs nothing from the network."""
 
 import functools
 import html
@@ -47,7 +47,7 @@ _STYLE = """
 #chat button[aria-label="Share"], #chat button[title="Share"] { display: none; }
 #gallery .caption-label { font-size: 12px; }
 """
-_RAW = {"api_visibility": "private", "preprocess": False}  # Gradio gets no values, see `front`
+_RAW = {"api_visibility": "private", "preprocess": False}  # Gradio receives no values, see `front`
 
 
 def app(engine: Engine, name: str, max_upload: int, files: pathlib.Path) -> ASGIApp:
@@ -65,7 +65,7 @@ def app(engine: Engine, name: str, max_upload: int, files: pathlib.Path) -> ASGI
   blocks.state_session_capacity = MAX_SESSIONS
   blocks.max_threads = (
     2 * MAX_SESSIONS
-  )  # events that run: a session has one of each kind, which may wait for its client
+  )  # events that run; a session has one of each kind, and it may wait for its client
   blocks.queue(max_size=engine.queue, default_concurrency_limit=None, api_open=False)
   gr.mount_gradio_app(
     outer,
@@ -102,7 +102,7 @@ def _theme() -> gr.themes.Base:
 
 
 class Work(NamedTuple):
-  """What the page's functions share."""
+  """The state that the page's functions share."""
 
   engine: Engine
   name: str  # of the model
@@ -124,7 +124,7 @@ def page(work: Work) -> gr.Blocks:
         _ask_tab(work)
       with gr.Tab("Paint", id="paint", visible=work.engine.pipeline.can_paint):
         _paint_tab(work)
-    blocks.unload(lambda: None)  # so that the page keeps a connection open, which tells how long it is here
+    blocks.unload(lambda: None)  # makes the page keep a connection open, which shows how long it is open
   return blocks
 
 
@@ -173,7 +173,7 @@ def _ask_tab(work: Work) -> None:
         task = await session.while_here(_prepared(wanted, talk, pictures, work))
         talk.images = list(task.images)
         with engine.submit(task) as job:
-          talk.turns.append({"role": "assistant", "content": "…"})  # what stands here if it is stopped
+          talk.turns.append({"role": "assistant", "content": "…"})  # shown if the answer is stopped
           talk.shown += [{"role": "user", "content": {"path": x.path}} for x in pictures]
           talk.shown += [{"role": "user", "content": text}, {"role": "assistant", "content": "…"}]
           talk.hold(pictures)
@@ -190,7 +190,7 @@ def _ask_tab(work: Work) -> None:
       return
     except (UserError, ApiError) as error:
       gr.Warning(html.escape(str(error)), title="Not answered")
-      if not said and session.talk is talk:  # asked again, the question should not stand there twice
+      if not said and session.talk is talk:  # so that a repeated question is not shown twice
         session.talk = before
         for file in pictures:
           file.held = False
@@ -199,7 +199,7 @@ def _ask_tab(work: Work) -> None:
     yield idle(), talk.shown
 
   def forget(request: gr.Request, *_: None) -> tuple:
-    """Begins a new conversation."""
+    """Starts a new conversation."""
     session = request.state.asked.session
     visitors.drop(session.talk.files)
     session.talk = Talk()
@@ -251,7 +251,7 @@ def _paint_tab(work: Work) -> None:
         bundle = gr.DownloadButton("Download all", interactive=False, size="sm", elem_id="bundle", scale=0)
 
   async def paint(request: gr.Request, *_: None) -> AsyncIterator[tuple]:
-    """Shows the pictures as they are done."""
+    """Generates images and shows each when it is done."""
     session, values = request.state.asked
     done: list[tuple[str, str]] = []
     seed = gr.skip()
@@ -300,10 +300,10 @@ def _paint_tab(work: Work) -> None:
 
 
 def _question(value: Any, visitors: Visitors, owner: str | None) -> tuple[str, list[File]]:
-  """The text of a question and its pictures, each a file that this visitor uploaded.
+  """The text of a question and its images, each a file uploaded by this visitor.
 
   Raises:
-    ApiError: anything else.
+    ApiError: the value has another form, or a file is not this visitor's.
   """
   text, files = (value.get("text"), value.get("files")) if isinstance(value, dict) else (value, [])
   text, files = "" if text is None else text, [] if files is None else files
@@ -311,19 +311,19 @@ def _question(value: Any, visitors: Visitors, owner: str | None) -> tuple[str, l
     raise ApiError(400, f"a question must be a text with at most {MAX_FILES} pictures")
   known = [visitors.file(x.get("path") if isinstance(x, dict) else x, owner) for x in files]
   if None in known:
-    raise ApiError(400, f"picture {known.index(None) + 1} is none that you uploaded here: add it again")
+    raise ApiError(400, f"picture {known.index(None) + 1} must be one that you uploaded here: add it again")
   return text, known
 
 
 def _wanted(text: str, settings: list[Any], name: str) -> schemas.Chat:
-  """A conversation of one question, checked as the server checks it."""
+  """A conversation of one question, with the checks of the HTTP interface."""
   fields = dict(zip(("temperature", "top_p", "max_tokens"), settings))
   _check_given(fields)
   return schemas.parse_chat({"messages": [{"role": "user", "content": text}], "stream": True} | fields, name)
 
 
 def _painting(values: list[Any], work: Work) -> schemas.Painting:
-  """A painting, checked as the server checks it; the seed is drawn where the visitor wants a new one."""
+  """A request for images, with the checks of the HTTP interface; the seed is drawn where a new one is requested."""
   fields = dict(zip(("prompt", "n", "steps", "guidance", "solver", "seed", "dice"), values))
   if fields["dice"] is True:
     fields["seed"] = secrets.randbelow(10**6)
@@ -335,35 +335,35 @@ def _painting(values: list[Any], work: Work) -> schemas.Painting:
 
 
 def _check_given(fields: dict[str, Any]) -> None:
-  """Raises ApiError for a setting that is empty: a default in its place would not be what the page shows."""
+  """Raises ApiError for an empty setting: a default in its place would differ from the page."""
   for name, value in fields.items():
     if value is None:
       raise ApiError(400, f"{name} is empty", name)
 
 
 async def _prepared(wanted: schemas.Chat, talk: Talk, pictures: list[File], work: Work) -> Request:
-  """A conversation ready for the engine: `wanted` with the turns of `talk` and more pictures.
+  """A conversation ready for the engine: `wanted` after the turns of `talk`, with further images.
 
   Raises:
-    UserError: see `prepare.chat`; a picture that cannot be read is named as the visitor knows it.
+    UserError: see `prepare.chat`; an unreadable image is named by its file's name at the visitor.
   """
 
   def whole() -> schemas.Chat:
     try:
       new = [pathlib.Path(x.path).read_bytes() for x in pictures]
     except FileNotFoundError:
-      raise UserError("a picture of this question is not here any more: add it again") from None
+      raise UserError("a picture of this question was deleted: add it again") from None
     return wanted._replace(turns=talk.turns, images=[*talk.images, *new], image_fields=[])
 
   try:
     return (await work.preparing.chat(whole))[1]
   except prepare.UnreadableImage as error:
     name = pictures[error.index - len(talk.images)].name
-    raise UserError(f"{name} is not a readable PNG, JPEG or WebP picture") from None
+    raise UserError(f"{name} must be a readable PNG, JPEG or WebP picture") from None
 
 
 async def _kept(visitors: Visitors, session: Session, name: str, kind: str, data: bytes) -> File:
-  """A file that the gallery shows."""
+  """Stores a file that the gallery shows."""
   file = await visitors.keep(session.owner, name, kind, data)
   file.held = True
   return file
@@ -376,7 +376,7 @@ def _png(picture: Picture) -> bytes:
 
 
 def _zip(files: list[File]) -> bytes:
-  """An archive of pictures, which are as small as they get already."""
+  """A zip archive of images, stored without compression since they are compressed already."""
   out = io.BytesIO()
   with zipfile.ZipFile(out, "w") as archive:
     for file in files:
@@ -385,5 +385,5 @@ def _zip(files: list[File]) -> bytes:
 
 
 def _file_name(prompt: str) -> str:
-  """The beginning of a prompt as the name of a file."""
+  """A file name from the beginning of a prompt."""
   return re.sub(r"[^A-Za-z0-9]+", "_", prompt)[:40].strip("_") or "picture"

@@ -1,6 +1,6 @@
-"""One thread owns the model: it answers conversations side by side and paints what waits, in turns.
+"""The engine: a thread that owns the model and alternates between batched conversations and image generation.
 
-A second one compiles, so that nobody waits for a program but those whose request needs it.
+A second thread compiles, so that only requests that need a new program wait for it.
 """
 
 import collections
@@ -27,28 +27,28 @@ from jflow.serving.schemas import ApiError, Settings, fold_seed
 
 log = logging.getLogger("jflow.serving")
 
-# Seconds that a chunk of tokens may take: so long does a new conversation wait, and a stream stand still.
+# Seconds that a chunk of tokens may take: how long a new conversation waits, and a stream pauses.
 _PAUSE = 0.05
 _MOST = 16  # tokens of a chunk
-_MAX_FAILURES = 3  # in a row, before the engine gives up
+_MAX_FAILURES = 3  # in a row, after which the engine stops
 _USUAL = 512  # tokens of an answer for which the programs are compiled at first
-_LOOK = 0.2  # seconds between two looks for requests that nobody waits for any more
+_LOOK = 0.2  # seconds between two checks for abandoned requests
 
 
 class Batch(NamedTuple):
-  """Pictures that are painted at once."""
+  """Images that are generated at once."""
 
-  units: list[tuple[Job, int]]  # request, index of its picture
+  units: list[tuple[Job, int]]  # request, index of its image
   settings: Settings
   compiled: concurrent.futures.Future | None = None  # of the programs that it needs
 
 
 class Engine:
-  """Continuous batching of conversations, batches of paintings with equal settings, time shared between both.
+  """Continuous batching of conversations and batches of images with equal settings, with fair sharing of time.
 
   A new conversation joins the running ones at the next chunk of tokens. While both kinds have work, the kind
-  that has used less of the model's time goes next; a batch of pictures, once begun, runs to its end, so a
-  stream pauses for one batch at most. What needs a program that is not compiled is set aside until it is.
+  that has used less of the model's time goes next. A batch of images always runs to its end, so a stream pauses
+  for one batch at most. Work that needs a program not yet compiled is set aside until it is.
 
   Attributes:
     state: "warming up" (requests wait for the first compilation), "ready", "draining" or "failed".
@@ -68,26 +68,26 @@ class Engine:
     """Makes the engine; `start` starts it.
 
     Args:
-      slots: conversations answered side by side.
-      context: tokens that one conversation may have, its answer included.
-      batch: pictures painted at once, a power of two.
-      queue: requests that may be open: those that run, that wait, and that are still read.
+      slots: conversations answered concurrently.
+      context: largest number of tokens of a conversation, its answer included.
+      batch: images generated at once, a power of two.
+      queue: largest number of open requests: running, waiting, and still being read.
       timeout: seconds that a request may take.
     """
     self.pipeline, self.slots, self.context, self.batch = pipeline, slots, context, batch
     self.queue, self.timeout, self.metrics, self.state = queue, timeout, metrics, "warming up"
-    self._changed = threading.Condition()  # guards what waits and what is open
+    self._changed = threading.Condition()  # guards the queues and the open requests
     self._open: set[Job] = set()
-    self._coming = 0  # requests that are read and checked
+    self._coming = 0  # requests being read and checked
     self._chats: collections.deque[Job] = collections.deque()
     self._pictures: collections.deque[tuple[Job, int]] = collections.deque()  # request, index of its picture
     self._aside: list[Batch] = []  # until their programs are compiled
     self._unprepared: dict[Job, concurrent.futures.Future] = {}  # conversations, likewise
-    self._painting: list[tuple[Job, int]] = []  # the batch that the model has, or had last
+    self._painting: list[tuple[Job, int]] = []  # the current or last batch of the model
     self._answering: dict[int, Job] = {}  # by slot
-    self._chunk = 4  # tokens that every conversation gets before the next look at what waits
+    self._chunk = 4  # tokens of every conversation between two checks of the queues
     self._spent = {"chat": 0.0, "painting": 0.0}
-    self._pace = 1.0  # seconds between two requests that end, a moving mean
+    self._pace = 1.0  # seconds between the ends of two requests, a moving mean
     self._last_end = time.monotonic()
     metrics.ready.set_function(lambda: self.state == "ready")
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -98,7 +98,7 @@ class Engine:
     self._thread.start()
 
   def drain(self) -> None:
-    """Refuses new requests from now on; those that were accepted are finished."""
+    """Refuses new requests; accepted ones are finished."""
     with self._changed:
       if self.state != "failed":
         self.state = "draining"
@@ -111,7 +111,7 @@ class Engine:
     self._compiler.shutdown(wait=False, cancel_futures=True)
 
   def check_room(self) -> None:
-    """Raises ApiError: 429 when as many requests as may are open, 503 when none is accepted any more."""
+    """Raises ApiError: 429 when the queue is full, 503 when no request is accepted any more."""
     if self.state in ("draining", "failed"):
       raise ApiError(503, "the server is shutting down" if self.state == "draining" else "the model has failed")
     if (count := len(self._open) + self._coming) >= self.queue:
@@ -121,7 +121,7 @@ class Engine:
 
   @contextlib.contextmanager
   def coming(self) -> Iterator[None]:
-    """Holds a place for a request while it is read and checked; its body takes memory from its first byte on.
+    """Reserves a place for a request while it is read and checked, since its body takes memory from its first byte.
 
     Raises:
       ApiError: see `check_room`.
@@ -136,11 +136,11 @@ class Engine:
         self._coming -= 1
 
   def submit(self, work: Request | Pictures) -> Job:
-    """Queues work; called on the event loop that waits for it. Leave the job by `with`.
+    """Queues work and returns its job, to be used as a context manager; call it on the event loop that awaits it.
 
     Raises:
       ApiError: see `check_room`.
-      UserError: the work asks for what cannot be; see `prepare.check`.
+      UserError: the work is out of range; see `prepare.check`.
     """
     prepare.check(work, self.context)
     with self._changed:
@@ -168,7 +168,7 @@ class Engine:
           job.emit(ApiError(503, "the model has failed"))
 
   def _warm_up(self) -> None:
-    """Compiles what most requests need: a text, a picture read, a picture painted with default settings."""
+    """Compiles the programs of most requests: a text, an image read, an image generated with default settings."""
     started, c = time.monotonic(), self.pipeline.model.config
     self._decoder = Decoder(self.pipeline, self.slots, self.context)
     picture = np.zeros((c.image_size, c.image_size, 3), np.uint8)
@@ -187,7 +187,7 @@ class Engine:
     log.info("ready after %.1f s of compilation", time.monotonic() - started)
 
   def _work(self) -> None:
-    """Answers and paints until nothing is left of what was accepted; raises when the model fails thrice."""
+    """Works until all accepted requests are finished; raises when the model fails _MAX_FAILURES times in a row."""
     failures = 0
     while True:
       with self._changed:
@@ -214,16 +214,16 @@ class Engine:
       self.metrics.busy.labels(kind).inc(seconds)
 
   def _has_work(self) -> bool:
-    """Whether anything can go on."""
+    """Whether any work can proceed."""
     waiting = self._chats or self._answering or self._pictures or self._compiled()
     return bool(waiting) or self.state == "draining" and not self._open
 
   def _compiled(self) -> Batch | None:
-    """A batch that was set aside and can be painted."""
+    """A batch that was set aside and whose programs are compiled now."""
     return next((batch for batch in self._aside if batch.compiled.done()), None)
 
   def _whose_turn(self) -> str:
-    """The kind of work that goes on next."""
+    """The kind of work that is due."""
     chat, pictures = bool(self._chats or self._answering), bool(self._pictures or self._compiled())
     if not (chat and pictures):
       self._spent = {"chat": 0.0, "painting": 0.0}  # no credit for a time without work
@@ -231,7 +231,7 @@ class Engine:
     return min(self._spent, key=self._spent.get)
 
   def _drop_gone(self) -> None:
-    """Frees what requests hold that nobody waits for any more."""
+    """Frees the resources of abandoned requests."""
     gone = {job for job in self._open if job.gone}
     if gone:
       self._chats = collections.deque(job for job in self._chats if job not in gone)
@@ -248,7 +248,7 @@ class Engine:
     self._count()
 
   def _answer(self) -> None:
-    """Admits conversations to free slots, then writes a chunk of tokens of every one."""
+    """Admits conversations to free slots, then decodes a chunk of tokens of each."""
     while len(self._answering) < self.slots:
       with self._changed:
         if not self._chats:
@@ -280,7 +280,7 @@ class Engine:
         job.emit(Tokens(ids, None))
 
   def _prepared(self, job: Job) -> bool:
-    """Whether a conversation can go on; else it comes back once its programs are compiled."""
+    """Whether a conversation's programs are compiled; else it is queued again when they are."""
     if job.prepared or self._decoder.prepare(job.work, compile=False):
       return True
 
@@ -301,7 +301,7 @@ class Engine:
     return self._compiler.submit(work)
 
   def _paint(self) -> None:
-    """Paints what waits with the settings of the first, or what was set aside and can go on."""
+    """Generates the next batch: waiting images with the settings of the first, or a batch that was set aside."""
     with self._changed:
       if batch := self._compiled():
         self._aside.remove(batch)
@@ -328,7 +328,7 @@ class Engine:
       self._end(job, Picture(i, image)) if last else job.emit(Picture(i, image))
 
   def _ready(self, batch: Batch, rows: int) -> bool:
-    """Whether a batch can be painted; else it is set aside until its programs are compiled."""
+    """Whether a batch's programs are compiled; else it is set aside until they are."""
     prompts, settings = [job.work.prompt for job, _ in batch.units], batch.settings
     chosen = self.pipeline.settings(**settings._asdict())
     prepare_painting = functools.partial(self.pipeline.prepare_painting, prompts, chosen, rows=rows)
@@ -341,7 +341,7 @@ class Engine:
     return False
 
   def _refuse(self, batch: Batch, error: UserError) -> None:
-    """Ends the request that cannot be painted; those that shared its batch are painted without it."""
+    """Fails the only request of a refused batch, or splits a batch of several into one batch per request."""
     jobs = list(dict.fromkeys(job for job, _ in batch.units))
     if len(jobs) == 1:
       self._drop_pictures(jobs)
@@ -353,7 +353,7 @@ class Engine:
         self._aside.append(Batch([x for x in batch.units if x[0] is job], batch.settings, done))
 
   def _drop_pictures(self, jobs: list[Job]) -> None:
-    """Forgets what waits of requests that have ended."""
+    """Removes the waiting images of requests that have ended."""
     with self._changed:
       self._pictures = collections.deque(x for x in self._pictures if x[0] not in jobs)
       self._aside = [
@@ -365,7 +365,7 @@ class Engine:
       self._changed.notify()
 
   def _generate(self, pictures: list[tuple[str, int]], settings: Settings, rows: int) -> list[Image.Image]:
-    """Paints (prompt, seed)s; the batch is filled up to `rows`, a power of two: few sizes are compiled."""
+    """Generates images from (prompt, seed) pairs, padded to `rows`, a power of two, so that few sizes are compiled."""
     prompts, seeds = zip(*(pictures + pictures[:1] * (rows - len(pictures))))
     images = self.pipeline.generate(prompts, seeds=seeds, batch_size=rows, **settings._asdict())
     self.metrics.batch.observe(len(pictures))
@@ -373,7 +373,7 @@ class Engine:
     return images[: len(pictures)]
 
   def _end(self, job: Job, event: Tokens | Picture | ApiError) -> None:
-    """Hands over the last event of a request, whose place is free before its client can send the next."""
+    """Emits the last event of a request, after freeing its place for the client's next one."""
     with self._changed:
       self._open.discard(job)
     job.emit(event)
@@ -383,7 +383,7 @@ class Engine:
     self._count()
 
   def _fail(self, kind: str) -> None:
-    """Ends what the model worked on when it failed; a batch of conversations needs a new cache."""
+    """Fails the requests that the model worked on; a batch of conversations then needs a new cache."""
     error = ApiError(500, "the model failed at this request or at one that shared its batch")
     if kind == "chat":
       jobs, self._answering = list(self._answering.values()), {}

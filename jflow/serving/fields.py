@@ -1,4 +1,4 @@
-"""The fields of a request's JSON, checked by pydantic, and the error that a wrong one gets."""
+"""The fields of a request's JSON, checked by pydantic, and the errors for wrong ones."""
 
 import http
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ import pydantic
 from pydantic import AfterValidator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-# What an error's "code" says where its raiser names none; another status gets its HTTP phrase.
+# Default of an error's "code" by status; another status gets its HTTP phrase.
 _CODES = {
   400: "invalid_value",
   401: "invalid_api_key",
@@ -20,7 +20,7 @@ _CODES = {
   500: "server_error",
   504: "timeout",
 }
-# What a value of another type should be, by the type of pydantic's error.
+# The type that a value must have, in words, by the type of pydantic's error.
 _KINDS = {
   "list_type": "a list",
   "dict_type": "an object",
@@ -31,12 +31,12 @@ _KINDS = {
   "float_type": "a number",
   "finite_number": "a finite number",
 }
-# How a bound reads, by the name that it has in the context of an error.
+# A bound in words, by its name in the context of pydantic's error.
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 class ApiError(Exception):
-  """A request that gets an error: its HTTP status, one line, the wrong field, and a code for programs."""
+  """An error response: its HTTP status, a message of one line, the wrong field, and a code for programs."""
 
   def __init__(
     self,
@@ -59,9 +59,9 @@ class ApiError(Exception):
 
 
 class Strict(pydantic.BaseModel):
-  """An object whose fields are all known and of their JSON type: true is no number, 1.0 no whole one, "1" none at all.
+  """A JSON object without unknown fields or coerced types: true and "1" are not numbers, 1.0 is not an integer.
 
-  Null counts as left out, in every object.
+  Null counts as absent, in every object.
   """
 
   model_config = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -78,10 +78,10 @@ class Strict(pydantic.BaseModel):
 
   @classmethod
   def parse(cls, body: Any) -> Self:
-    """The body of a request.
+    """Parses the body of a request.
 
     Raises:
-      ApiError: 400, of the first field that is wrong.
+      ApiError: 400, for the first wrong field.
     """
     try:
       return cls.model_validate(body)
@@ -90,9 +90,9 @@ class Strict(pydantic.BaseModel):
 
 
 def only(*values: Any) -> Any:
-  """The type of a field whose listed values ask for nothing that is missing here; any other is refused.
+  """The type of an unsupported field, which accepts the listed values, since they change nothing, and refuses others.
 
-  Without values, whatever it says asks for something.
+  Without values, every value is refused.
   """
 
   def check(value: Any) -> Any:
@@ -105,18 +105,18 @@ def only(*values: Any) -> Any:
 
 
 def refuse(message: str, code: str = "invalid_value") -> PydanticCustomError:
-  """The error of a field, to be raised by its validator; `message` goes on after its name."""
+  """The error of a field, for its validator to raise; `message` continues after the field's name."""
   return PydanticCustomError(code, "{message}", {"message": message})
 
 
 def place(where: Sequence[str | int]) -> str:
-  """A field as the request's author would name it: messages[0].content."""
+  """The path of a field as a client would write it: messages[0].content."""
   text = "".join(f"[{x}]" if isinstance(x, int) else f".{x[:80]}" for x in where)
   return text.removeprefix(".")
 
 
 def _refused(error: ErrorDetails) -> ApiError:
-  """The first thing that pydantic found wrong, in our words."""
+  """The ApiError of pydantic's first error."""
   kind, context = error["type"], error.get("ctx", {})
   where, value, code = error["loc"], error["input"], "invalid_value"
   if kind == "extra_forbidden":  # a typo should not be taken for a wish
@@ -140,7 +140,7 @@ def _refused(error: ErrorDetails) -> ApiError:
 
 
 def shown(value: Any) -> str:
-  """A value in a message: short, whatever a client sent."""
+  """A value in a message, shortened to a bounded length."""
   if isinstance(value, (list, dict)):
     return "a list" if isinstance(value, list) else "an object"
   if value is None or isinstance(value, bool):

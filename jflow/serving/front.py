@@ -1,8 +1,8 @@
-"""The door of the page: the only requests that reach Gradio, and the little that it sees of them.
+"""The front of the page: a filter of the requests that reach Gradio, and of their contents.
 
-Gradio opens, copies and serves what any value of a request calls a file, at many addresses. So it gets no value that a
-client sent: what a visitor asked for is taken out here and handed to the page's own functions, which check it. Uploads
-and files are handled here too, and addresses that the page does not need do not exist.
+Gradio opens, copies and serves any file named by a value of a request, at many addresses. So it receives no value from
+a client: they are extracted here and passed to the page's own functions, which check them. Uploads and files are
+handled here too, and addresses that the page does not need do not exist.
 """
 
 import asyncio
@@ -24,17 +24,17 @@ from jflow.serving.body import Bodies, parse_json
 from jflow.serving.schemas import ApiError
 from jflow.serving.visitors import Session, Visitors
 
-# The browser itself refuses what the page would fetch from elsewhere.
+# The content security policy: the browser refuses to fetch from other origins.
 POLICY = (
   "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
   "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; connect-src 'self' data: blob:; "
   "object-src 'none'; base-uri 'self'; frame-ancestors 'none'"
 )
-MAX_BODY = 2**20  # bytes of a request that is no upload
+MAX_BODY = 2**20  # bytes of a request other than an upload
 _UPLOADS = 16  # files of one upload
-_UPLOADING = 4  # uploads of the largest size that are read at the same time
+_UPLOADING = 4  # uploads of the largest size read at the same time
 _PIECE = 2**18  # bytes
-_BEAT = 15  # seconds between two signs of life to a page that is open
+_BEAT = 15  # seconds between two heartbeats to an open page
 _HEADERS = {  # what Gradio sees of a request
   b"host",
   b"accept",
@@ -50,7 +50,7 @@ _PICTURES = ((b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff\xd8\xff", "image/jpeg"
 
 
 class Asked(NamedTuple):
-  """What a visitor asks for: his session, and the values of the components in the order of the event's inputs."""
+  """A visitor's event: the session, and the values of the components in the order of the event's inputs."""
 
   session: Session
   values: list[Any]
@@ -71,9 +71,9 @@ class Front:
 
     Args:
       inner: Gradio's.
-      events: how many values each of the page's events takes, and whether it is queued, by its number.
-      seconds: that a request may take to arrive.
-      closing: whether the server is about to end.
+      events: number of the event -> (number of its values, whether it is queued).
+      seconds: for a request to arrive.
+      closing: whether the server is shutting down.
     """
     self._inner, self._visitors, self._events, self._closing = inner, visitors, events, closing
     self._cookie = f"jflow_{secrets.token_hex(4)}"  # two servers on one host share a browser's cookies
@@ -130,7 +130,7 @@ class Front:
   # --- what does not depend on the visitor ----------------------------------------------------------------
 
   async def whole(self, request: Request) -> ASGIApp:
-    """The page and what describes it."""
+    """The page and its description."""
     return self._passed(request)
 
   async def asset(self, request: Request) -> ASGIApp:
@@ -140,13 +140,13 @@ class Front:
     return self._passed(request)
 
   async def reset(self, request: Request) -> Response:
-    """Asks for nothing: whoever cancels says so to `cancel`."""
+    """Does nothing: the page cancels through `cancel`."""
     return JSONResponse({"success": True})
 
   # --- files ----------------------------------------------------------------------------------------------
 
   async def upload(self, request: Request) -> Response:
-    """Keeps files for this visitor; answers with the paths by which he may name them."""
+    """Stores files for this visitor; answers with the paths that name them."""
     async with self._uploads.read(request) as body:
       try:
         form = await MultiPartParser(
@@ -170,7 +170,7 @@ class Front:
     return JSONResponse([x.path for x in kept])
 
   async def file(self, request: Request) -> Response:
-    """A file that this page wrote for this visitor, by the exact path that he was told."""
+    """A file written for this visitor, by its exact path."""
     file = self._visitors.file(request.path_params["path"], self._owner(request))
     if file is None:
       raise HTTPException(404)
@@ -185,7 +185,7 @@ class Front:
   # --- sessions -------------------------------------------------------------------------------------------
 
   async def heartbeat(self, request: Request) -> Response:
-    """Stays open as long as the page does."""
+    """A stream that stays open as long as the page does."""
     session = self._visitors.session(request.path_params["name"], self._owner(request), new=True)
     return Stream(self._alive(session), session)
 
@@ -203,11 +203,11 @@ class Front:
     return await self._event(request, queued=True)
 
   async def run(self, request: Request) -> ASGIApp:
-    """Runs an event of the page that is done at once."""
+    """Runs an event of the page without the queue."""
     return await self._event(request, queued=False)
 
   async def data(self, request: Request) -> ASGIApp:
-    """The events of a session, as they come."""
+    """The stream of a session's events."""
     name = request.query_params.get("session_hash")
     session = self._visitors.session(name, self._owner(request))
     inner = self._passed(request, query=f"session_hash={name}")
@@ -240,7 +240,7 @@ class Front:
     return self._passed(request, {"session_hash": body["session_hash"], "fn_index": index, "event_id": event})
 
   async def _event(self, request: Request, queued: bool) -> ASGIApp:
-    """An event, which Gradio gets without any of its values."""
+    """An event, passed to Gradio without its values."""
     body = await self._body(request)
     index, values, trigger = body.get("fn_index"), body.get("data"), body.get("trigger_id")
     if not self._known(index) or self._events[index][1] != queued:
@@ -259,7 +259,7 @@ class Front:
     return self._passed(request, rest, answered=lambda answer: _note(session, answer))
 
   async def _body(self, request: Request) -> dict[str, Any]:
-    """The object that a body holds; a number that is none stays one, for the check of its field."""
+    """The JSON object of a body; NaN and infinities are kept for the check of their field."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
       raise ApiError(415, "send JSON, with the header Content-Type: application/json")  # no form of another page can
     async with self._bodies.read(request) as body:
@@ -269,7 +269,7 @@ class Front:
     return type(index) is int and index in self._events
 
   def _owner(self, request: Request) -> str | None:
-    """Who asks, None for a client without the cookie."""
+    """The visitor of a request; None for a client without the cookie."""
     cookie = request.cookies.get(self._cookie, "")
     return cookie if _COOKIE.fullmatch(cookie) else None
 
@@ -280,7 +280,7 @@ class Front:
     query: str = "",
     answered: Callable[[bytes], None] | None = None,
   ) -> ASGIApp:
-    """Gradio's answer to a request of which it sees the path, a few headers, and this body and query."""
+    """Gradio's answer to a request reduced to its path, a few headers, and this body and query."""
     content = b"" if body is None else json.dumps(body).encode()
     headers = [(k, v) for k, v in request.scope["headers"] if k in _HEADERS]
     headers.append((b"content-length", str(len(content)).encode()))
@@ -326,14 +326,14 @@ class Stream(StreamingResponse):
 
 
 async def _pieces(body: bytes) -> AsyncIterator[bytes]:
-  """A body in pieces, between which others are served."""
+  """Yields a body in pieces, so that other requests are served in between."""
   for at in range(0, len(body), _PIECE):
     yield body[at : at + _PIECE]
     await asyncio.sleep(0)
 
 
 def _note(session: Session, answer: bytes) -> None:
-  """Keeps the name that Gradio gave to an event."""
+  """Stores the identifier that Gradio gave to an event."""
   try:
     session.events.append(json.loads(answer)["event_id"])
   except (ValueError, KeyError, TypeError):
@@ -341,12 +341,12 @@ def _note(session: Session, answer: bytes) -> None:
 
 
 def _kind(data: bytes) -> str:
-  """The media type of a picture by its first bytes; what is none is never shown by a browser."""
+  """The media type of an image by its first bytes; for other files one that browsers do not display."""
   if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
     return "image/webp"
   return next((kind for start, kind in _PICTURES if data.startswith(start)), "application/octet-stream")
 
 
 def _refusal(status: int, message: str) -> Response:
-  """As Gradio's script shows it."""
+  """An error in the form that Gradio's script displays."""
   return JSONResponse({"detail": message, "error": message}, status)

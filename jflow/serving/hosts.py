@@ -1,7 +1,7 @@
-"""Who a server answers for: the names in a request's Host and Origin, and the headers that keep pages apart.
+"""Checks of a request's Host and Origin, and the headers that isolate pages of other origins.
 
-A page at evil.example whose name is led to 127.0.0.1 (DNS rebinding) is of the server's own origin to a
-browser; only its Host tells. So a name has to be one that the listener goes by, or one of `--allowed_host`.
+To a browser, a page at evil.example whose name resolves to 127.0.0.1 (DNS rebinding) has the server's own origin; only
+its Host differs. So the Host must be a name or address of the listener, or one of `--allowed_host`.
 """
 
 import ipaddress
@@ -21,7 +21,7 @@ HEADERS = (
   (b"x-frame-options", b"DENY"),
   (b"x-content-type-options", b"nosniff"),
 )
-_ONCE = {name for name, _ in HEADERS[1:]}  # policies add up, these two do not
+_ONCE = {name for name, _ in HEADERS[1:]}  # must not be repeated, unlike policies, which add up
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{0,5})?")
 _NAME = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]|[0-9A-Fa-f:.]+")
 _ORIGIN = re.compile(r"https?://([^/?#@\\\s]+)", re.IGNORECASE)
@@ -32,10 +32,10 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class Hosts:
-  """The names that a listener goes by."""
+  """The names and addresses of a listener."""
 
   def __init__(self, listener: socket.socket, host: str, allowed: Sequence[str] = ()):
-    """Args: the bound `listener`, its `host` as the flag gave it, more `allowed` names; "*" is any."""
+    """Args: the bound `listener`, its `host` from the flag, further `allowed` names; "*" allows any."""
     self._any = ANY in allowed
     self._bound = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
     named = [name for name in (host, *allowed) if name and name != ANY]
@@ -48,7 +48,7 @@ class Hosts:
       self._names |= {self._bound, *_own_names()}
 
   def serves(self, name: str | Address | None) -> bool:
-    """Whether a name out of `parse` is one of these."""
+    """Whether a name from `parse` is one of these."""
     if self._any or name in self._names:
       return True
     if name is None or isinstance(name, str):
@@ -70,14 +70,14 @@ class Hosts:
     if origins and not self._any:
       match = _ORIGIN.fullmatch(origins[0]) if len(origins) == 1 else None
       origin = parse(match[1]) if match else None
-      # At a wildcard every address may be this machine's: the one that the request went to is.
+      # A wildcard listens at every address of this machine: the request's own destination is one of them.
       known = origin in self._names or origin == host or not self._bound.is_unspecified
       if origin is None or not (known and self.serves(origin)):
         raise ApiError(403, f"a page of another origin ({origins[0][:80]!r}) may not use this server: {_MORE}")
 
 
 class Guarded:
-  """An application behind `Hosts`; no answer may be framed by other pages, or its type guessed."""
+  """An application behind `Hosts`, whose answers forbid framing by other pages and guessing of types."""
 
   def __init__(self, inner: ASGIApp, hosts: Hosts):
     self._inner, self._hosts = inner, hosts
@@ -108,7 +108,7 @@ class Guarded:
 
 
 def parse(authority: str) -> str | Address | None:
-  """The host of HOST or HOST:PORT: an address, a name in small letters without the last dot, or None."""
+  """The host of HOST or HOST:PORT: an address, a name in lower case without its last dot, or None if malformed."""
   match = _AUTHORITY.fullmatch(authority)
   return _host(match[1]) if match else None
 
@@ -129,7 +129,7 @@ def _host(text: str) -> str | Address | None:
 
 
 def _own_names() -> set[str]:
-  """What this machine is called."""
+  """The host names of this machine."""
   name = socket.gethostname().lower().removesuffix(".")
   short = name.partition(".")[0]
   return {name, short, f"{short}.local"} - {"", ".local"}

@@ -1,4 +1,4 @@
-"""Requests on their way through the engine, and what comes back."""
+"""Jobs of the engine and their events."""
 
 import asyncio
 import time
@@ -18,14 +18,14 @@ class Tokens(NamedTuple):
 
 
 class Picture(NamedTuple):
-  """One painted picture of a request."""
+  """One generated image of a request."""
 
   index: int
   image: Image.Image
 
 
 class Pictures(NamedTuple):
-  """Work: `count` pictures of a prompt; picture j starts from the noise of seed + j."""
+  """The work of generating `count` images of a prompt; image j starts from the noise of seed + j."""
 
   prompt: str
   count: int
@@ -34,18 +34,18 @@ class Pictures(NamedTuple):
 
 
 class Job:
-  """A request. A context manager: leaving it frees what the request holds.
+  """A request in the engine; a context manager that releases the request's resources on exit.
 
-  Made on the event loop that waits for it; `emit` alone is called from the engine's thread.
+  Created on the event loop that awaits it; only `emit` is called from the engine's thread.
   """
 
   def __init__(self, work: Request | Pictures, seconds: float):
-    """`seconds`: how long the request may take."""
+    """Args: `work` of the request, `seconds` that it may take."""
     self.work, self.kind = work, "painting" if isinstance(work, Pictures) else "chat"
-    self.gone = False  # nobody waits for it any more
+    self.gone = False  # abandoned by its client
     self.started = False
     self.prepared = False  # its programs were compiled
-    self.painted = 0  # pictures that were handed over
+    self.painted = 0  # images emitted
     self._seconds, self._deadline = seconds, time.monotonic() + seconds
     self._loop = asyncio.get_running_loop()
     self._events: asyncio.Queue[Any] = asyncio.Queue()
@@ -57,7 +57,7 @@ class Job:
     self.gone = True
 
   def emit(self, event: Tokens | Picture | ApiError) -> None:
-    """Hands an event to the one who waits."""
+    """Delivers an event to the waiting coroutine."""
     try:
       self._loop.call_soon_threadsafe(self._events.put_nowait, event)
     except RuntimeError:  # the loop has ended
@@ -67,7 +67,7 @@ class Job:
     """The next event.
 
     Raises:
-      ApiError: 504 when the time of the request is over, 500 when the model failed.
+      ApiError: 504 when the request has timed out, 500 when the model failed.
     """
     try:
       event = await asyncio.wait_for(self._events.get(), max(0.0, self._deadline - time.monotonic()))

@@ -1,4 +1,4 @@
-"""A log that an attack cannot fill: one line of a kind per second, and how many were left out."""
+"""A rate-limited log: one line of a kind per second, and the number of lines left out."""
 
 import collections
 import logging
@@ -11,9 +11,9 @@ _KINDS = 1000  # remembered; the oldest go
 
 
 class OncePerSecond(logging.StreamHandler):
-  """Writes one record of a kind per second, and then how many it did not.
+  """A log handler that writes one record of a kind per second, and then the number of those left out.
 
-  A kind is a place in the code, and what a record says of itself: `extra={"kind": ...}`.
+  The kind of a record is its place in the code together with `extra={"kind": ...}`.
   """
 
   def __init__(self, stream: object = None):
@@ -35,7 +35,7 @@ class OncePerSecond(logging.StreamHandler):
     super().emit(record)
 
   def tell(self) -> None:
-    """Writes how many were left out of the kinds whose second is over."""
+    """Writes how many records were left out, for each kind whose second is over."""
     with self.lock:
       for when, left_out, record in list(self._seen.values()):
         if left_out and time.monotonic() - when >= _SECONDS:
@@ -51,7 +51,7 @@ def to_stderr() -> None:
 
 
 def tell() -> None:
-  """Writes what was left out so far; called about once per second."""
+  """Writes how many records were left out so far; called about once per second."""
   for handler in logging.getLogger().handlers:
     if isinstance(handler, OncePerSecond):
       handler.tell()

@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus."""
+"""The server's metrics for Prometheus."""
 
 from prometheus_client import (
   CollectorRegistry,
@@ -14,7 +14,7 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
 class Metrics:
-  """The counters of one server, in a registry of their own."""
+  """The metrics of one server, in their own registry."""
 
   def __init__(self) -> None:
     disable_created_metrics()
@@ -40,5 +40,5 @@ class Metrics:
     self.ready = make(Gauge, "ready", "1 while requests are answered without delay for compilation")
 
   def text(self) -> bytes:
-    """Everything in Prometheus' text format."""
+    """All metrics in Prometheus' text format."""
     return generate_latest(self.registry)

@@ -1,7 +1,7 @@
-"""From what a client wants to work for the engine: tokens, pixels and a seed.
+"""Preparation of requests for the engine: tokens, pixels and a seed.
 
-Both the HTTP interface and the page go through `Preparing`, on threads that neither the event loop nor the
-model's thread waits for.
+Both the HTTP interface and the page use `Preparing`, whose threads block neither the event loop nor the model's
+thread.
 """
 
 import asyncio
@@ -25,15 +25,15 @@ from jflow.inference.pipeline import Pipeline, check_prompts, prepare_image
 from jflow.serving.jobs import Pictures
 from jflow.serving.schemas import IMAGE_MARK, SEEDS, ApiError, Chat, Painting, fold_seed
 
-_LONGEST_TOKEN = 128  # characters; a text of more per token of the context cannot fit
-_FIRST_LOOK = 4  # characters per token of the context of which the tokens are counted first
-_THREADS = 4  # for texts, and as many for pictures: a text never waits for a picture
+_LONGEST_TOKEN = 128  # characters; a text with more of them per token of the context cannot fit
+_FIRST_LOOK = 4  # characters per token of the context: only so long a prefix is tokenized first
+_THREADS = 4  # for texts, and as many for images: a text never waits for an image
 
 T = TypeVar("T")
 
 
 class Preparing:
-  """Parses, tokenizes and decodes within the time of a request, and no longer than somebody waits for it."""
+  """Parses, tokenizes and decodes within the time of a request, and stops when its client disconnects."""
 
   def __init__(self, pipeline: Pipeline, context: int, seconds: float):
     """Args: `context` tokens of a conversation, `seconds` that a request may take."""
@@ -42,7 +42,7 @@ class Preparing:
     self._texts, self._pictures = pool("text"), pool("picture")
 
   async def chat(self, parse: Callable[[], Chat]) -> tuple[Chat, Request]:
-    """A conversation ready for the engine. Cancelled, it stops before its next picture.
+    """A conversation ready for the engine. When cancelled, it stops before the next image.
 
     Args:
       parse: makes the conversation, on a thread.
@@ -60,12 +60,12 @@ class Preparing:
       return await self._on(threads, patience, lambda: chat(self._pipeline, wanted, self._context, patience.check))
 
   async def pictures(self, parse: Callable[[], Painting]) -> Pictures:
-    """Pictures to paint, ready for the engine; see `chat`."""
+    """Image generation ready for the engine; see `chat`."""
     with Patience(self._seconds) as patience:
       return await self._on(self._texts, patience, lambda: pictures(self._pipeline, parse()))
 
   async def run(self, work: Callable[[], T]) -> T:
-    """Something else that costs time, such as writing a PNG file."""
+    """The result of other slow work, such as encoding a PNG file."""
     with Patience(self._seconds) as patience:
       return await self._on(self._texts, patience, work)
 
@@ -82,9 +82,9 @@ class Preparing:
 
 
 class UnreadableImage(UserError):
-  """A picture of a conversation that cannot be read: the one at `index` of its images.
+  """An unreadable image of a conversation, at `index` of its images.
 
-  `field` of the request holds it, where there is one.
+  `field` is the request's field that holds it, where there is one.
   """
 
   def __init__(self, index: int, message: str, field: str | None):
@@ -93,7 +93,7 @@ class UnreadableImage(UserError):
 
 
 class Patience:
-  """How long work is waited for. A context manager: leaving it tells the threads that nobody does."""
+  """The deadline of some work; a context manager that cancels the work of other threads on exit."""
 
   def __init__(self, seconds: float):
     self._seconds, self._end = seconds, time.monotonic() + seconds
@@ -110,19 +110,19 @@ class Patience:
     return max(0.0, self._end - time.monotonic())
 
   def check(self) -> None:
-    """Raises ApiError when nobody waits any more."""
+    """Raises ApiError when the work is no longer awaited."""
     if self._gone.is_set() or not self.left():
       raise self.over()
 
   def over(self) -> ApiError:
-    """That the time is over."""
+    """The error of a timeout."""
     return ApiError(504, f"the request took longer than {self._seconds:g} s to prepare: send less, or smaller pictures")
 
 
 def chat(
   pipeline: Pipeline, wanted: Chat, context: int, check: Callable[[], None] = lambda: None
 ) -> tuple[Chat, Request]:
-  """Tokenizes a conversation and decodes its pictures, whose number is checked before any is decoded.
+  """Tokenizes a conversation and decodes its images; checks their number before decoding any.
 
   Args:
     wanted: its images are files as bytes, or pixels as `Request.images` holds them.
@@ -133,13 +133,13 @@ def chat(
     (the conversation with its seed drawn where it named none, the work).
 
   Raises:
-    UserError: a conversation without a question, or a mark that stands for a picture elsewhere.
-    UnreadableImage: a picture cannot be read.
-    PromptTooLong: no room for an answer in `context` tokens.
+    UserError: the conversation has no question, or its text holds the image mark.
+    UnreadableImage: an image cannot be read.
+    PromptTooLong: `context` tokens leave no room for an answer.
   """
   for mark in examples.MARKS:
     if any(mark in turn["content"] for turn in wanted.turns if turn["role"] == "user"):
-      raise UserError(f"the text holds {mark}, which shows no picture here: leave it out, and send the picture itself")
+      raise UserError(f"the text must not hold {mark}: leave it out, and send the picture itself")
   fitting = (context - 1) // (2 + pipeline.model.config.patches)
   if len(wanted.images) > fitting:
     raise PromptTooLong(
@@ -177,10 +177,10 @@ def chat(
 
 
 def pictures(pipeline: Pipeline, wanted: Painting) -> Pictures:
-  """Checks a prompt and how it is painted; draws the seed where none is named.
+  """Checks a prompt and its settings; draws the seed where none is given.
 
   Raises:
-    UserError: the prompt is too long, a setting is out of its range, or the checkpoint cannot paint.
+    UserError: the prompt is too long, a setting is out of range, or the checkpoint cannot generate images.
   """
   _check_length(pipeline, [wanted.prompt], pipeline.model.config.language_model.max_length)
   seed = secrets.randbelow(SEEDS - wanted.count) if wanted.seed is None else wanted.seed
@@ -191,10 +191,10 @@ def pictures(pipeline: Pipeline, wanted: Painting) -> Pictures:
 
 
 def check(work: Request | Pictures, context: int) -> None:
-  """Checks what can be checked of work without the model: a mistake is its request's, and never the model's.
+  """Checks work as far as possible without the model, so that a bad request does not count as the model's failure.
 
   Raises:
-    UserError: a setting is out of its range, or a prompt has no room in `context` tokens.
+    UserError: a setting is out of range, or a prompt does not fit into `context` tokens.
   """
   if isinstance(work, Pictures):
     checks.whole("seed", work.seed, -SEEDS * SEEDS)  # the engine folds it
@@ -207,16 +207,16 @@ def check(work: Request | Pictures, context: int) -> None:
 
 
 def _check_length(pipeline: Pipeline, texts: list[str], context: int) -> None:
-  """Raises UserError for texts that cannot fit, after about as many tokens as could.
+  """Raises UserError for texts that cannot fit, after tokenizing about as much as could.
 
-  A tokenizer holds up all other threads of the process while it works.
+  A tokenizer blocks all other threads of the process while it works.
   """
   if len(texts) > context:
     raise PromptTooLong(f"the conversation must have at most {context:,} turns, got {len(texts):,}")
   whole = "\n".join(texts)
   size = _FIRST_LOOK * context
   while size < len(whole):
-    # Twice the context: what is cut off may change the tokens at the cut, and no others.
+    # Twice the context: the cut may change the tokens next to it, but no others.
     if size >= _LONGEST_TOKEN * context or len(pipeline.tokenizer.encode(whole[:size])) > 2 * context:
       raise PromptTooLong(
         f"the prompt has {len(whole):,} characters, more than {context:,} tokens can hold: shorten it"

@@ -1,7 +1,7 @@
-"""What clients send: JSON in the widely used OpenAI shape, checked field by field.
+"""Schemas of requests: JSON in the widely used OpenAI shape, checked field by field.
 
-Null is left out. A field that asks for nothing which is missing here is ignored: a hint that changes no
-answer, or a value that stands for what is done anyway. What jflow does not compute is refused by name.
+Null counts as absent. A field that changes nothing is ignored: a hint that affects no answer, or the value of the
+default behaviour. Fields that ask for something jflow does not compute are refused by name.
 """
 
 import hashlib
@@ -14,14 +14,14 @@ from jflow.generation.flow.equations import SOLVERS
 from jflow.serving import data_uri
 from jflow.serving.fields import ApiError, Strict, only, place, refuse, shown
 
-# Stands for an image inside the text of a turn. No text may hold it.
+# The mark of an image inside the text of a turn. A client's text must not hold it.
 IMAGE_MARK = "\x00"
 
-MAX_PICTURES = 10  # of one painting request, as in the API whose shape this is
+MAX_PICTURES = 10  # per request for images, as in OpenAI's API
 MAX_STEPS = 200
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 1000  # characters
-SEEDS = 2**32  # of the model: a key keeps 32 bits
+SEEDS = 2**32  # number of the model's seeds: a key keeps 32 bits
 
 
 class Chat(NamedTuple):
@@ -29,18 +29,18 @@ class Chat(NamedTuple):
 
   turns: list[dict[str, str]]  # "role" and "content" as of `examples.chat_prompt`; IMAGE_MARK is an image
   images: list[bytes]
-  image_fields: list[str]  # where each stands in the request
+  image_fields: list[str]  # field of the request that holds each
   max_tokens: int
   temperature: float
   top_p: float
   seed: int | None
   stream: bool
   include_usage: bool  # of a stream
-  stop: tuple[str, ...] = ()  # sequences that end the answer, and are not part of it
+  stop: tuple[str, ...] = ()  # sequences that end the answer and are not part of it
 
 
 class Settings(NamedTuple):
-  """How to paint; pictures with the same settings share a batch."""
+  """Sampling settings; images with the same settings share a batch."""
 
   steps: int
   guidance: float
@@ -49,11 +49,11 @@ class Settings(NamedTuple):
 
 
 class Painting(NamedTuple):
-  """Pictures to paint from one prompt."""
+  """Images to generate from one prompt."""
 
   prompt: str
   count: int
-  seed: int | None  # of the first picture; the next ones take the seeds that follow
+  seed: int | None  # of the first image; the next ones take the seeds that follow
   settings: Settings
 
 
@@ -86,7 +86,7 @@ _Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 
 
 class _Hints(Strict):
-  """Who asks, and how to bill, keep and cache it."""
+  """Fields about the client, billing, storage and caching, which change no answer."""
 
   user: str = ""
   metadata: dict[str, Any] = {}
@@ -99,15 +99,15 @@ class _Hints(Strict):
 
 
 class _Image(Strict):
-  """Where a picture is."""
+  """The source of an image."""
 
   url: str
-  # A model reads every picture at one size, the largest it has.
+  # A model reads every image at one size, its largest.
   detail: Literal["auto", "low", "high", "original"] = "auto"
 
 
 class _Part(Strict):
-  """A piece of a message: what its type names."""
+  """A part of a message: text or an image, by its type."""
 
   type: Literal["text", "image_url"]
   text: str = None
@@ -164,13 +164,13 @@ class _ChatBody(_Hints):
   response_format: only({"type": "text"}) = None
   reasoning_effort: only("none") = None
   verbosity: only("medium") = None
-  # Nothing can be called where no tools are given.
+  # Without tools nothing can be called.
   tools: only([]) = None
   tool_choice: only("none", "auto") = None
   parallel_tool_calls: bool = False
   functions: only([]) = None
   function_call: only("none", "auto") = None
-  # Of the public API, and not computed here whatever they say.
+  # Fields of the public API that are not computed here, whatever their value.
   audio: only() = None
   prediction: only() = None
   web_search_options: only() = None
@@ -205,14 +205,14 @@ class _PaintingBody(_Hints):
 
 
 def parse_chat(body: dict[str, Any], model: str) -> Chat:
-  """A request for /v1/chat/completions.
+  """Parses a request for /v1/chat/completions.
 
   Args:
     body: the JSON object.
-    model: name of the model that is served; a request may leave it out.
+    model: name of the served model; a request may leave it out.
 
   Raises:
-    ApiError: what is wrong, with the field's name.
+    ApiError: a field is wrong; it is named.
   """
   given = _ChatBody.parse(body)
   _check_model(given, model)
@@ -233,10 +233,10 @@ def parse_chat(body: dict[str, Any], model: str) -> Chat:
 
 
 def parse_painting(body: dict[str, Any], model: str, image_size: int) -> Painting:
-  """A request for /v1/images/generations; `image_size` is the side of the model's pictures.
+  """Parses a request for /v1/images/generations; `image_size` is the side of the model's images.
 
   Raises:
-    ApiError: what is wrong, with the field's name.
+    ApiError: a field is wrong; it is named.
   """
   given = _PaintingBody.parse(body)
   _check_model(given, model)
@@ -251,9 +251,9 @@ def parse_painting(body: dict[str, Any], model: str, image_size: int) -> Paintin
 
 
 def fold_seed(seed: int) -> int:
-  """The seed in [0, SEEDS) that one of up to 64 bits, or a negative one, stands for.
+  """A seed of up to 64 bits, or a negative one, mapped into [0, SEEDS).
 
-  Those in the range stand for themselves; the others are hashed, so that neighbours and multiples differ.
+  Seeds in the range map to themselves; others are hashed, so that neighbours and multiples differ.
   """
   if 0 <= seed < SEEDS:
     return seed
@@ -266,13 +266,13 @@ def _check_model(given: _ChatBody | _PaintingBody, model: str) -> None:
 
 
 def no_model(named: str, model: str) -> ApiError:
-  """The error of a name that is not the served model's."""
+  """The error for a name other than the served model's."""
   message = f"the model {shown(named)} is not served here, but {model!r} is"
   return ApiError(404, message, "model", code="model_not_found")
 
 
 def _conversation(messages: list[_Message]) -> tuple[list[dict[str, str]], dict[str, bytes]]:
-  """Turns with marks for their images, and the images by where they stand."""
+  """Turns with marks for their images, and the images by their fields."""
   turns: list[dict[str, str]] = []
   images: dict[str, bytes] = {}
   for i, message in enumerate(messages):
@@ -281,7 +281,7 @@ def _conversation(messages: list[_Message]) -> tuple[list[dict[str, str]], dict[
 
 
 def _content(message: _Message, where: tuple[str | int, ...], images: dict[str, bytes]) -> str:
-  """The text of a message, each part on its own line; an image leaves its mark, and its bytes in `images`."""
+  """The text of a message, each part on its own line; adds a mark per image, and its bytes to `images`."""
   content = message.content
   if content is None and message.role != "assistant":
     raise _missing(place(where))
@@ -317,7 +317,7 @@ def _text(text: str, role: str, field: str) -> str:
 
 
 def _image(url: str, field: str) -> bytes:
-  """The bytes of a picture. Nothing is fetched and no file is opened for a client."""
+  """The bytes of an image. Nothing is fetched and no file is opened for a client."""
   try:
     return data_uri.decode(url)
   except ValueError as error:

@@ -1,4 +1,4 @@
-"""Runs an ASGI application until a signal, and refuses or finishes what comes after it."""
+"""The server: runs an ASGI application until a signal, then finishes accepted requests and refuses new ones."""
 
 import functools
 import ipaddress
@@ -21,7 +21,7 @@ log = logging.getLogger("jflow.serving")
 
 
 def bind(host: str, port: int) -> socket.socket:
-  """Takes the address before the model is loaded; nobody can connect yet.
+  """A socket bound to the address, but not yet listening, so that a taken one fails before the model is loaded.
 
   Raises:
     UserError: the address is taken or not this machine's.
@@ -51,7 +51,7 @@ def address(listener: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-  """The first SIGTERM or SIGINT finishes what was accepted, the second ends at once."""
+  """uvicorn's server; the first SIGTERM or SIGINT finishes accepted requests, the second ends at once."""
 
   def __init__(self, app: object, engine: Engine, grace: float, limits: Limits | None = None):
     limits = limits or Limits.here()
@@ -71,12 +71,12 @@ class Server(uvicorn.Server):
     self._engine, self._ticks = engine, max(1, round(10 * limits.look))
 
   async def on_tick(self, counter: int) -> bool:
-    """Ends what is too slow, and the server when the model has failed: who watches it can start it again."""
+    """Ends slow connections, and the server when the model has failed, so that a supervisor can restart it."""
     if counter % self._ticks == 0:
       for connection in list(self.server_state.connections):
         try:
           connection.look()
-        except Exception:  # is this connection's alone
+        except Exception:  # must not affect other connections
           log.exception("a connection failed")
           connection.end()
     if counter % 10 == 0:
@@ -95,13 +95,13 @@ class Server(uvicorn.Server):
 def run(app: object, engine: Engine, listener: socket.socket, grace: float) -> None:
   """Serves until a signal, after which connections have `grace` seconds to end.
 
-  A second signal ends the process with code 1: the model's thread may be inside a program that nothing stops.
+  A second signal ends the process with code 1, since the model's thread may be in a program that cannot be stopped.
 
   Raises:
     Stopped: the model failed.
   """
   server = Server(app, engine, grace)
-  # uvicorn puts these back when it ends: a late signal kills nothing.
+  # uvicorn restores these handlers when it ends, so that a late signal kills nothing.
   for signum in (signal.SIGTERM, signal.SIGINT):
     signal.signal(signum, server.handle_exit)
   engine.start()

@@ -1,4 +1,4 @@
-"""Who uses the page: conversations and files, each bound to the visitor who made it, all within limits."""
+"""Visitors of the page: their conversations and files, private to each, all within limits."""
 
 import asyncio
 import collections
@@ -25,23 +25,23 @@ T = TypeVar("T")
 MAX_SESSIONS = 300
 MAX_LISTENERS = 3  # connections for the events of one session
 MAX_FILES = 200  # of one visitor
-MIN_BYTES = 2**26  # that one visitor may have at least, so that large paintings fit
+MIN_BYTES = 2**26  # least quota of one visitor, so that large images fit
 MAX_TOTAL = 2**31  # bytes of all files
-LINGER = 300.0  # seconds that a visitor's things stay after the last sign of him
-IDLE = 60.0  # seconds without a request after which one who is still here makes room for others
-_LISTENS = 10.0  # seconds within which a client that asks has to listen to the answer
+LINGER = 300.0  # seconds that a visitor's data is kept after the last request or connection
+IDLE = 60.0  # seconds without a request after which a connected visitor makes room for others
+_LISTENS = 10.0  # seconds within which a client must connect to the events of its request
 _SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class Left(Exception):
-  """Nobody listens any more."""
+  """Raised when the client of some work has disconnected."""
 
 
 class File:
-  """A file that the page wrote: what a visitor uploaded, or what was painted for him."""
+  """A file of the page: an upload of a visitor, or an image generated for one."""
 
   def __init__(self, path: str, owner: str | None, name: str, kind: str, size: int):
-    """Args: `path` is the name by which clients ask for it, `name` as the visitor knows it, `kind` its media type."""
+    """Args: `path` by which clients request it, its `name` for the visitor, `kind` its media type."""
     self.path, self.owner, self.name, self.kind, self.size = path, owner, name, kind, size
     self.seen, self.held = time.monotonic(), False  # held: a conversation or a gallery shows it
 
@@ -56,7 +56,7 @@ class Talk:
     self.files: list[File] = []
 
   def hold(self, files: list[File]) -> None:
-    """Keeps files as long as the conversation, which shows them."""
+    """Keeps files as long as the conversation that shows them."""
     self.files += files
     for file in files:
       file.held = True
@@ -74,9 +74,9 @@ class Session:
 
   Attributes:
     owner: of the session, None for a client that keeps no cookies.
-    talk: what was said.
-    painted: what the gallery shows.
-    events: names of the requests that Gradio has queued for it.
+    talk: the conversation.
+    painted: files in the gallery.
+    events: identifiers of the requests that Gradio has queued for it.
   """
 
   def __init__(self, owner: str | None):
@@ -89,7 +89,7 @@ class Session:
 
   @contextlib.contextmanager
   def connected(self, listens: bool) -> Iterator[None]:
-    """While a connection stays open; one that `listens` gets the events. Raises ApiError where too many do."""
+    """Counts a connection while it is open; one that `listens` gets the events. Raises ApiError for too many."""
     if listens and self._listeners >= MAX_LISTENERS:
       raise ApiError(429, f"{MAX_LISTENERS} connections listen to this session, as many as may")
     self.open += 1
@@ -107,7 +107,7 @@ class Session:
           self._listened.clear()
 
   async def beats(self) -> AsyncIterator[None]:
-    """A beat per second, as long as this is the latest of the session's connections that beat."""
+    """Yields once per second, until a later heartbeat connection of the session replaces this one."""
     mine = self._beat = object()
     while self._beat is mine:
       yield
@@ -120,12 +120,12 @@ class Session:
 
   @property
   def empty(self) -> bool:
-    """Whether nothing would be lost with it."""
+    """Whether the session holds no data."""
     return not (self.talk.turns or self.talk.files or self.painted or self._busy)
 
   @property
   def idle(self) -> bool:
-    """Whether it works on nothing, and has asked for nothing lately."""
+    """Whether the session has no running work and no recent request."""
     return not self._busy and self.seen <= time.monotonic() - IDLE
 
   def leave(self) -> None:
@@ -135,7 +135,7 @@ class Session:
 
   @contextlib.contextmanager
   def working(self, kind: str) -> Iterator[None]:
-    """Holds the one place for work of a kind; raises ApiError while other work has it."""
+    """Holds the session's only place for work of a kind; raises ApiError while it is taken."""
     if kind in self._busy:
       raise ApiError(409, f"{kind} is under way here: stop it first, or wait for its end")
     self._busy.add(kind)
@@ -145,14 +145,14 @@ class Session:
       self._busy.discard(kind)
 
   async def listened(self) -> None:
-    """Waits for the client to listen; raises Left when it does not."""
+    """Waits until the client listens; raises Left when it does not in time."""
     try:
       await asyncio.wait_for(self._listened.wait(), _LISTENS)
     except TimeoutError:
       raise Left from None
 
   async def while_here(self, work: Coroutine[Any, Any, T]) -> T:
-    """The result of work; raises Left when the client leaves before."""
+    """The result of work; raises Left when the client disconnects first."""
     task, left = asyncio.ensure_future(work), asyncio.ensure_future(self._left.wait())
     try:
       await asyncio.wait([task, left], return_when=asyncio.FIRST_COMPLETED)
@@ -165,10 +165,10 @@ class Session:
 
 
 class Visitors:
-  """Sessions by the name that their client chose, and files by path; used on the event loop alone."""
+  """Sessions by the name that their client chose, and files by path; for use on the event loop only."""
 
   def __init__(self, folder: pathlib.Path, max_upload: int):
-    """Args: `folder` that holds the files, `max_upload` bytes of one that is uploaded."""
+    """Args: `folder` for the files, `max_upload` largest upload in bytes."""
     self.max_upload, self.max_bytes = (
       max_upload,
       max(8 * max_upload, MIN_BYTES),
@@ -182,12 +182,12 @@ class Visitors:
     """A session of this visitor.
 
     Args:
-      name: as the client gave it.
-      owner: the visitor; a session that was made without a cookie belongs to whoever knows its name.
-      new: makes it where there is none.
+      name: from the client.
+      owner: the visitor; a session created without a cookie belongs to whoever knows its name.
+      new: whether to create it where there is none.
 
     Raises:
-      ApiError: 400 for what is no name, 404 where there is none or another visitor's, 503 when too many are open.
+      ApiError: 400 for an invalid name, 404 where there is none or another visitor's, 503 when too many are open.
     """
     if not isinstance(name, str) or not _SESSION.fullmatch(name):
       raise ApiError(400, "session_hash must be 1 to 64 letters and digits", "session_hash")
@@ -203,7 +203,7 @@ class Visitors:
     return session
 
   def file(self, path: object, owner: str | None) -> File | None:
-    """A file of this visitor by the exact path that he was told; one made without a cookie is anyone's who knows it."""
+    """A file of this visitor by its exact path; one created without a cookie belongs to whoever knows its path."""
     file = self._files.get(path) if isinstance(path, str) else None
     if file is None or file.owner not in (None, owner):
       return None
@@ -211,10 +211,10 @@ class Visitors:
     return file
 
   async def keep(self, owner: str | None, name: str, kind: str, data: bytes) -> File:
-    """Writes a file under a name that nobody can guess.
+    """Writes a file under an unguessable name.
 
     Raises:
-      ApiError: 413 for a visitor who has too much already, 507 when there is no room.
+      ApiError: 413 for a visitor over the quota, 507 when there is no room.
     """
     self._make_room(owner, len(data))
     folder = self._folder / secrets.token_urlsafe(18)
@@ -239,7 +239,7 @@ class Visitors:
         shutil.rmtree(pathlib.Path(file.path).parent, ignore_errors=True)
 
   def sweep(self, linger: float = LINGER) -> None:
-    """Forgets those who left more than `linger` seconds ago, with their files."""
+    """Deletes the sessions and files of visitors who left more than `linger` seconds ago."""
     limit = time.monotonic() - linger
     for name in [name for name, x in self._sessions.items() if not x.open and x.seen <= limit]:
       self._forget(name)
@@ -247,7 +247,7 @@ class Visitors:
     self.drop([x for x in self._files.values() if not x.held and x.owner not in here and x.seen <= limit])
 
   def _sweep_later(self) -> None:
-    """Sweeps now and then while there is anything."""
+    """Schedules sweeps while there is any session or file."""
     if self._swept is None:
       self._swept = asyncio.get_running_loop().call_later(LINGER / 4, self._sweep_again)
 
@@ -267,7 +267,7 @@ class Visitors:
     self.drop(session.talk.files + session.painted)
 
   def _make_place(self) -> None:
-    """Makes place for one session more: the longest unused goes that nobody has open, or holds nothing, or is idle."""
+    """Makes room for a session by removing the longest unused one that is not open, or is empty, or is idle."""
     if len(self._sessions) >= MAX_SESSIONS:
       away = [name for name, x in self._sessions.items() if not x.open]
       away = away or [name for name, x in self._sessions.items() if x.empty]
@@ -277,8 +277,8 @@ class Visitors:
       self._forget(away[0])
 
   def _make_room(self, owner: str | None, size: int) -> None:
-    """Makes room for a file: of this visitor's own what nothing shows, of others what is left of those who are gone,
-    then what nobody has asked for lately."""
+    """Makes room for a file, deleting this visitor's files that are not shown, or files of visitors who are gone, then
+    those not requested lately."""
     mine = lambda: [x for x in self._files.values() if x.owner == owner]
     full = lambda files: len(files) >= MAX_FILES or sum(x.size for x in files) + size > self.max_bytes
     if full(mine()):
@@ -302,7 +302,7 @@ class Visitors:
 
 
 def plain(name: str) -> str:
-  """A file's name out of letters, digits, dots and dashes, safe in any address."""
+  """A file name of letters, digits, dots and dashes only, safe in any address."""
   stem, suffix = os.path.splitext(re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._"))
   return (stem[:60] or "file") + suffix[:8]
 

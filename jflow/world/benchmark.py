@@ -1,4 +1,4 @@
-"""The benchmark `shapes`: pictures of the world judged by program, and questions about its pictures."""
+"""The benchmark `shapes`: generated pictures of the world, scored by the judge, and questions about its pictures."""
 
 import collections
 import dataclasses
@@ -28,16 +28,16 @@ from jflow.world.scenes import TAGS
 SPLITS = {"val": "seen", "held_out": "held-out"}  # split of the world -> name in the report
 PROMPTS_PER_TAG = {"val": 60, "held_out": 40}
 QUESTIONS = 1500  # per split
-SIDE = 96  # pixels of the pictures that questions are about: the model resizes them as it does all others
-REFERENCE = 1500  # renders that pictures are compared with, or ten per picture if that is fewer
+SIDE = 96  # pixels of the pictures that questions are about; the model resizes them like any other
+REFERENCE = 1500  # renders to compare pictures with, or ten per picture if that is fewer
 RULES = {"strict": judge.strict, "lenient": judge.lenient}
-CEILING = 60  # true pictures per category that the VAE encodes and decodes
-FLOORS = 3  # sets of other renders, of as many as the model has painted
+CEILING = 60  # true pictures per category to encode and decode with the VAE
+FLOORS = 3  # sets of other renders, each as large as the set of generated pictures
 _SHOWN = 8  # successes and failures per category on a sheet
 
 
 class Painted(NamedTuple):
-  """A picture of the model, judged."""
+  """A generated picture with its judgement."""
 
   tag: str
   prompt: int  # number of its prompt
@@ -48,7 +48,7 @@ class Painted(NamedTuple):
 
 
 class WorldBenchmark(PaintingBenchmark):
-  """Six categories after GenEval, questions, distances; combinations that training showed apart from held-out ones."""
+  """GenEval's six categories, questions and distances, each for seen and for held-out combinations."""
 
   name = "shapes"
   what = "the built-in world: pictures judged by program after GenEval's rules, questions, distances; needs no data"
@@ -57,7 +57,7 @@ class WorldBenchmark(PaintingBenchmark):
   pictures = 4
 
   def __init__(self, settings: Settings):
-    """Chooses prompts and questions."""
+    """Draws prompts and questions."""
     super().__init__(settings)
     self._output, self._seed = settings.output, settings.seed
     self._cache = pathlib.Path(settings.cache).expanduser() if settings.cache else None
@@ -84,13 +84,13 @@ class WorldBenchmark(PaintingBenchmark):
     return dataclasses.replace(settings, only="pictures")
 
   def data_files(self) -> list[pathlib.Path]:
-    """The world is code: what is asked and what is right changes with it."""
+    """The world's source files, since prompts, questions and true answers depend on them."""
     return list(source.CODE)
 
   def tasks(self) -> list[Painting | RoundTrip | Question]:
-    """All pictures to paint, true ones to send through the VAE, then all questions."""
+    """All images to generate, true ones to encode and decode, then all questions."""
     out: list[Painting | RoundTrip | Question] = []
-    seeds = itertools.count(self._seed)  # noise in common would make pictures one sample
+    seeds = itertools.count(self._seed)  # shared noise would correlate the pictures
     for split, prompts in self._prompts.items():
       for number, (text, _) in enumerate(prompts):
         for j in range(self.pictures):
@@ -105,7 +105,7 @@ class WorldBenchmark(PaintingBenchmark):
     return out
 
   def _ceiling(self) -> dict[str, dict[str, float]]:
-    """Rule -> category -> share of true pictures that are accepted behind the VAE."""
+    """Rule -> category -> share of true pictures accepted after encoding and decoding by the VAE."""
     found: dict[str, dict[str, list[bool]]] = {rule: collections.defaultdict(list) for rule in RULES}
     for number, (_, metadata) in enumerate(self._true):
       detections = judge.detect(_read(self._output / f"pictures/codec/{number:04d}.png"))
@@ -114,7 +114,7 @@ class WorldBenchmark(PaintingBenchmark):
     return {rule: {tag: float(np.mean(judged)) for tag, judged in by_tag.items()} for rule, by_tag in found.items()}
 
   def score(self, records: Mapping[str, Mapping[str, Any]]) -> Result:
-    """Judges pictures and answers."""
+    """Scores of pictures and answers."""
     need_all([task.key for task in self.tasks()], records, "shapes", "run the same command again")
     out, sheets, ceiling = {}, [], self._ceiling()
     for split, name in SPLITS.items():
@@ -148,13 +148,13 @@ class WorldBenchmark(PaintingBenchmark):
 
 
 def prompt_of(question: Asked) -> str:
-  """The user's turn: picture, question, and the instruction for short answers unless it has options."""
+  """The user's turn: picture, question, and the instruction for short answers unless the question has options."""
   suffix = "" if question.kind == "choice" else questions.SHORT_ANSWER
   return f"{IMAGE_MARK}\n{question.question}{suffix}"
 
 
 def right(question: Asked, answer: str) -> bool:
-  """Whether an answer is the right one: as text after normalisation, as a yes or no, as a letter."""
+  """Whether an answer is right, compared as normalised text, as a yes or no, or as a letter."""
   if question.kind in questions.PAIRED:
     return answers.yes_or_no(answer).lower() == question.answer
   if question.kind == "choice":
@@ -166,7 +166,7 @@ def right(question: Asked, answer: str) -> bool:
 def _painting_scores(
   painted: Sequence[Painted], rule: str, name: str, ceiling: Mapping[str, float]
 ) -> dict[str, Score]:
-  """Share of accepted pictures per category and their mean, with the chance of pictures for other prompts."""
+  """Share of accepted pictures per category and the mean; chance is the share for pictures of other prompts."""
   accept = RULES[rule]
   suffix = "" if rule == "strict" else " (lenient)"
   out = {}
@@ -184,7 +184,7 @@ def _painting_scores(
 
 
 def _others(rows: Sequence[Painted]) -> list[tuple[Painted, dict[str, Any]]]:
-  """Each picture with what three other prompts of its category ask for."""
+  """Each picture with the metadata of three other prompts of its category."""
   asked = list({str(p.metadata): p.metadata for p in rows}.values())
   rng = random.Random(0)
   pairs = []
@@ -195,7 +195,7 @@ def _others(rows: Sequence[Painted]) -> list[tuple[Painted, dict[str, Any]]]:
 
 
 def _distances(painted: Sequence[Painted], split: str, name: str, cache: pathlib.Path | None) -> dict[str, Score]:
-  """Frechet and kernel distances to true pictures on two kinds of features, each with what true pictures get."""
+  """Frechet and kernel distances to true pictures on two kinds of features, each with its floor between true ones."""
   if len(painted) < 2:
     return {}
   pictures = [_read(p.file) for p in painted]
@@ -230,7 +230,7 @@ def _spread(values: Sequence[float], count: int) -> Score:
 
 
 def _read(path: pathlib.Path) -> np.ndarray:
-  """uint8[S, S, 3]; a picture too small for the judge is enlarged."""
+  """Reads a picture, uint8[S, S, 3], enlarged if it is too small for the judge."""
   image = Image.open(path).convert("RGB")
   if image.width < judge.LEAST_SIDE:
     image = image.resize((judge.LEAST_SIDE,) * 2, Image.Resampling.BICUBIC)
@@ -238,7 +238,7 @@ def _read(path: pathlib.Path) -> np.ndarray:
 
 
 def _sheets(painted: Sequence[Painted]) -> Iterator[tuple[str, Image.Image]]:
-  """Per category a sheet: the first successes in the first row, the first failures in the second."""
+  """Yields (title, sheet) per category: the first successes in the first row, the first failures in the second."""
   for tag in TAGS:
     rows = [p for p in painted if p.tag == tag]
     if not rows:
@@ -264,9 +264,9 @@ def _sheets(painted: Sequence[Painted]) -> Iterator[tuple[str, Image.Image]]:
 
 
 def _question_scores(asked: Sequence[tuple[Any, Asked]], said: Sequence[str], name: str) -> dict[str, Score]:
-  """Accuracy per kind and their mean; F1 of the yes as POPE's; groups as MME's accuracy+ and MMBench's circles.
+  """Accuracy per kind and the mean; F1 of "yes" as in POPE; groups as in MME's accuracy+ and MMBench's circular score.
 
-  The questions of a group (a yes and a no, the orders of a choice) count as alike as their answers are.
+  Intervals account for the correlation within a group (a yes and a no, the orders of a choice).
   """
   if not asked:
     return {}
@@ -292,7 +292,7 @@ def _question_scores(asked: Sequence[tuple[Any, Asked]], said: Sequence[str], na
 
 
 def _grouped(asked: Sequence[tuple[Any, Asked]]) -> Iterator[tuple[int, tuple[Any, Asked]]]:
-  """Each question with the number of its group: neighbours of one kind about one scene."""
+  """Yields (group number, question); a group is consecutive questions of one kind about one scene."""
   number, last = -1, None
   for scene, question in asked:
     if (scene, question.kind) != last:
@@ -301,7 +301,7 @@ def _grouped(asked: Sequence[tuple[Any, Asked]]) -> Iterator[tuple[int, tuple[An
 
 
 def _gap(out: Mapping[str, Score], kind: str) -> dict[str, Score]:
-  """Mean difference over the categories that both splits have."""
+  """The mean difference of the splits over the categories that both have."""
   names = [name.removeprefix(f"held-out {kind}: ") for name in out if name.startswith(f"held-out {kind}: ")]
   names = [name for name in names if name in (TAGS if kind == "pictures" else questions.KINDS)]
   differences = [

@@ -1,4 +1,4 @@
-"""The closed-form codec in the place of the world's VAE (kind "patch_pca"): principal components of pixel windows.
+"""The closed-form codec that replaces the VAE in the world (kind "patch_pca"): principal components of pixel windows.
 
 Legend: B images, H x W pixels or latents, C channels.
 """
@@ -16,7 +16,7 @@ from jflow.generation.flow.convnext import unpatchify
 from jflow.models.autoencoders.base import AutoencoderConfig
 from jflow.models.autoencoders.kl import Conv
 
-_LOG_VARIANCE = -30.0  # of a point
+_LOG_VARIANCE = -30.0  # effectively 0 variance
 _REACH = 3  # the decoder predicts a patch from the 3 x 3 latents around it
 
 
@@ -51,9 +51,8 @@ class PatchPCAConfig(AutoencoderConfig):
 class PatchPCA(nn.Module):
   """Linear codec: principal components of pixel windows.
 
-  A latent sees a window of `window` pixels around its patch; the decoder predicts a patch from the 3 x 3
-  latents around it, which is worth 1 dB over the patch's own latent (8 channels of 4 x 4 pixels).
-  Deterministic: the log variance is that of a point. Fit with `fit_patch_pca`.
+  A latent encodes a window of `window` pixels around its patch; the decoder predicts a patch from the 3 x 3
+  latents around it. Deterministic: the log variance is a constant near 0 variance. Fit with `fit_patch_pca`.
   """
 
   config: PatchPCAConfig
@@ -65,7 +64,7 @@ class PatchPCA(nn.Module):
     self.decoder = Conv(3 * c.patch_size**2, _REACH, self.dtype, padding=(0, 0))
 
   def __call__(self, pixels_BHWC: jax.Array) -> jax.Array:
-    """Reconstructs."""
+    """The reconstruction of pixels, encoded and decoded."""
     return self.decode(self.encode(pixels_BHWC)[0])
 
   def encode(self, pixels_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -80,18 +79,18 @@ class PatchPCA(nn.Module):
 
 
 def _margins(config: PatchPCAConfig) -> tuple[int, int]:
-  """Pixels that a window reaches beyond its patch, before and after."""
+  """Pixels of a window before and after its patch."""
   extra = config.window - config.patch_size
   return extra // 2, extra - extra // 2
 
 
 def _pad(x_BHWC: Any, before: int, after: int, xp: Any) -> Any:
-  """Repeats the edge."""
+  """The map padded by repeating its edge."""
   return xp.pad(x_BHWC, ((0, 0), (before, after), (before, after), (0, 0)), mode="edge")
 
 
 def _windows(x_BHWC: np.ndarray, size: int, stride: int) -> np.ndarray:
-  """All windows as rows: [B * h * w, size * size * C], inside: row, column, channel."""
+  """All windows as rows [B * h * w, size * size * C], each in the order row, column, channel."""
   view = np.lib.stride_tricks.sliding_window_view(x_BHWC, (size, size), axis=(1, 2))[:, ::stride, ::stride]
   return view.transpose(0, 1, 2, 4, 5, 3).reshape(-1, size * size * x_BHWC.shape[-1])
 
@@ -99,20 +98,20 @@ def _windows(x_BHWC: np.ndarray, size: int, stride: int) -> np.ndarray:
 def fit_patch_pca(images: np.ndarray, config: PatchPCAConfig) -> dict[str, dict[str, np.ndarray]]:
   """Fits `PatchPCA` in closed form: principal components of the windows, least squares back to the patches.
 
-  Channel k with standard deviation s_k is divided by sqrt(s_k): halfway between plain PCA, where the flow
-  would see little but brightness, and whitened channels, where noise in the finest detail would weigh as
-  much as the colour of an object. Then all channels get the one factor that makes the variance of
-  `config.scaling` times the latents, averaged over channels, equal to 1. Latents have mean 0.
+  Channel k with standard deviation s_k is divided by sqrt(s_k): halfway between plain PCA, where brightness would
+  dominate the flow loss, and whitened channels, where noise in the finest detail would weigh as much as the colour of
+  an object. Then one factor for all channels makes the variance of `config.scaling` times the latents, averaged over
+  channels, equal to 1. Latents have mean 0.
 
   Args:
-    images: uint8[N, H, W, 3]; N windows in all should be well above window * window * 3.
+    images: uint8[B, H, W, 3]; the number of windows in all should be well above window * window * 3.
     config: of the codec.
 
   Returns:
     The parameters of `PatchPCA`, f32. The same images give the same bits: signs are fixed.
 
   Raises:
-    UserError: a window smaller than the patch or wider than the decoder's reach.
+    UserError: the window is smaller than the patch or wider than the decoder's reach.
   """
   p, k = config.patch_size, config.latent_channels
   if not p <= config.window <= _REACH * p:

@@ -1,6 +1,6 @@
-"""Features of pictures that need no weights, for distances within the world.
+"""Features of pictures without learned weights, for distances within the world.
 
-Their distances are not comparable with an FID, which is the Frechet distance on features of one Inception network only.
+Their distances are not comparable with an FID, which is defined by the features of one Inception network.
 """
 
 import functools
@@ -13,14 +13,14 @@ from scipy import fft
 from jflow.world import judge
 from jflow.world.scenes import COLORS, SHAPES
 
-TEXTURE_SIDE = 64  # pixels; pictures of another size are brought to it
+TEXTURE_SIDE = 64  # pixels; pictures of another size are resized to it
 _FREQUENCIES, _ANGLES = (0.08, 0.16, 0.28), 4  # cycles per pixel; angles in half a turn
-LEAST_STATE = 0.25  # of a feature's deviation, so that what hardly varies in the state does not count for much
+LEAST_STATE = 0.25  # least deviation of a state feature, so that nearly constant ones get little weight
 _OPPONENT = np.array([[1, 1, 1], [1, -1, 0], [0.5, 0.5, -1]]) / np.array([[3.0], [1.0], [1.0]])
 
 
 def texture(image: np.ndarray) -> np.ndarray:
-  """Responses of Gabor filters: texture, noise, edges and layout, but not which shape is missing.
+  """Responses of Gabor filters, sensitive to texture, noise, edges and layout, but not to which shape is missing.
 
   Args:
     image: uint8[S, S, 3], RGB.
@@ -40,7 +40,7 @@ def texture(image: np.ndarray) -> np.ndarray:
 
 
 def state(detections: Sequence[judge.Detection]) -> np.ndarray:
-  """Detections of the judge as numbers: content, but not noise or blur.
+  """Detections of the judge as features, sensitive to content, but not to noise or blur.
 
   Returns:
     float[24]: sum of scores per shape, number per color, number of objects and of unknown ones, mean and deviation of
@@ -56,7 +56,7 @@ def state(detections: Sequence[judge.Detection]) -> np.ndarray:
 
 @functools.cache
 def _gabor() -> np.ndarray:
-  """float[12, S, S]: Gaussian bumps in the frequency plane, one side only, so that the response has an envelope."""
+  """Gabor filters float[12, S, S] in the frequency plane, one-sided, so that the response has an envelope."""
   fy, fx = np.meshgrid(fft.fftfreq(TEXTURE_SIDE), fft.fftfreq(TEXTURE_SIDE), indexing="ij")
   filters = []
   for frequency in _FREQUENCIES:

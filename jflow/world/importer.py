@@ -1,4 +1,4 @@
-"""shapes: the world, drawn once as PNG files of a given size."""
+"""The importer `shapes`: records of the world, rendered once as PNG files of a given size."""
 
 import io
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from jflow.data.importers.importer import Item, Options
 
 
 class World:
-  """See the top of the module."""
+  """Importer of the built-in world's records."""
 
   flags = frozenset({"part_records", "records", "seed", "image_size"})
   reads_input = False

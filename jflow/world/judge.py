@@ -1,7 +1,7 @@
-"""The judge of the world: finds the objects of a picture, and scores it by GenEval's rules.
+"""The judge of the world: detects the objects of a picture and scores it by GenEval's rules.
 
-No learned weights: a surface for the background, connected regions, the nearest color of the palette, and the
-best of a set of drawn templates. Works at 48 to 96 pixels; larger pictures are reduced to 96 first.
+It has no learned weights: it fits a surface to the background, and finds connected regions, the nearest color of the
+palette, and the best of a set of drawn templates. It works at 48 to 96 pixels; larger pictures are reduced to 96.
 """
 
 import collections
@@ -21,21 +21,21 @@ UNKNOWN = "unknown"
 LEAST_SIDE, MOST_SIDE = 48, 96  # pixels
 LEAST_SCORE = 0.93  # correlation with the best template below which a shape is unknown
 LEAST_AREA = 26 / 64**2  # of a region, as a share of the picture
-# Distance in Lab of a region's upper quartile from the background: above STRONG it is an object, below FAINT
-# it is none, and between them it is one if its lower quartile is no further than OFF_COLOR from the palette.
+# A region is an object if its upper quartile's distance in Lab from the background is above STRONG; below FAINT it is
+# not, and in between only if its lower quartile is at most OFF_COLOR from the palette.
 FAINT, STRONG, OFF_COLOR = 20.0, 30.0, 18.0
 THRESHOLD = 13.0  # least distance of an object's pixel from the background, in Lab
 RESIDUALS = 2.6  # the same in residuals of the background, where that is more
-CORE = 15.0  # largest distance in Lab of a pixel to a color of the palette that it surely has
+CORE = 15.0  # largest distance in Lab of a pixel to a color of the palette that it is assigned to with certainty
 NOISE = 3.0  # standard deviation of the noise, of 255, above which the picture is smoothed
 HALO = 3  # pixels around a region that may belong to its soft edge
 PATCH, REACH = 24, 2.4  # pixels of a patch; half its side in standard deviations of the region
-# GenEval's: share of both widths or heights by which the offset must exceed 0, least cosine of a direction.
+# GenEval's constants: share of both widths or heights that an offset must exceed, least cosine of a direction.
 POSITION_THRESHOLD, LEAST_COSINE = 0.1, 0.5
 
 
 class Detection(NamedTuple):
-  """One object that the judge found. Fractions of the side of the picture, x to the right and y down."""
+  """A detected object. Lengths are fractions of the picture's side, x to the right and y down."""
 
   shape: str  # of SHAPES, or UNKNOWN
   color: str  # of COLORS
@@ -46,18 +46,18 @@ class Detection(NamedTuple):
 
 
 def detect(image: np.ndarray) -> list[Detection]:
-  """Finds the objects of a picture, the surest first.
+  """Detects the objects of a picture, in descending order of score.
 
   Args:
     image: uint8[S, S, 3], RGB, S at least 48.
 
   Raises:
-    ValueError: the picture has another shape or type.
+    ValueError: the picture has another shape or type, or is too small.
   """
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3:
-    raise ValueError(f"the judge reads square uint8[S, S, 3] pictures, not {image.dtype}{list(image.shape)}")
+    raise ValueError(f"a picture must be uint8[S, S, 3], got {image.dtype}{list(image.shape)}")
   if image.shape[0] < LEAST_SIDE:
-    raise ValueError(f"the judge needs pictures of at least {LEAST_SIDE} pixels a side, not {image.shape[0]}")
+    raise ValueError(f"a picture must have at least {LEAST_SIDE} pixels a side, got {image.shape[0]}")
   if image.shape[0] > MOST_SIDE:
     image = np.asarray(Image.fromarray(image).resize((MOST_SIDE, MOST_SIDE), Image.Resampling.BOX))
   pixels = image.astype(np.float64)
@@ -76,22 +76,22 @@ def detect(image: np.ndarray) -> list[Detection]:
 
 
 def score(image: np.ndarray, metadata: Mapping[str, Any]) -> dict[str, bool]:
-  """Scores a picture against what its prompt asked for.
+  """Scores a picture against the metadata of its prompt.
 
   Args:
     image: see `detect`.
     metadata: in GenEval's schema, as from `jflow.world.source.evaluation_prompts`.
 
   Returns:
-    "lenient": GenEval's rules, which mostly allow for more than was asked; "strict": exactly what was asked
-    and nothing else in the picture. Report strict: colored blobs pass the lenient rules now and then.
+    "lenient": by GenEval's rules, which mostly allow more objects than requested; "strict": exactly the requested
+    objects and nothing else. Report strict: colored blobs sometimes pass the lenient rules.
   """
   detections = detect(image)
   return {"lenient": lenient(detections, metadata), "strict": strict(detections, metadata)}
 
 
 def lenient(detections: Sequence[Detection], metadata: Mapping[str, Any]) -> bool:
-  """Returns whether GenEval's rules accept what was found, the surest first."""
+  """Returns whether GenEval's rules accept the detections, which must be in descending order of score."""
   by_class = collections.defaultdict(list)
   for detection in detections:
     by_class[detection.shape].append(detection)
@@ -109,13 +109,13 @@ def lenient(detections: Sequence[Detection], metadata: Mapping[str, Any]) -> boo
 
 
 def strict(detections: Sequence[Detection], metadata: Mapping[str, Any]) -> bool:
-  """Returns whether exactly what was asked for was found: same counts, nothing else, nothing unknown."""
+  """Returns whether the detections are exactly the requested objects: same counts, nothing else, nothing unknown."""
   total = sum(wanted["count"] for wanted in metadata["include"])
   return len(detections) == total and lenient(detections, metadata)
 
 
 def relations(a: Detection, b: Detection) -> set[str]:
-  """Returns what `a` is to `b` by GenEval's rule: none, one or two of left of, right of, above, below."""
+  """Returns the relations of `a` to `b` by GenEval's rule: none, one or two of left of, right of, above, below."""
   offset = np.array([a.x - b.x, a.y - b.y])
   beyond = np.sign(offset) * np.maximum(np.abs(offset) - POSITION_THRESHOLD * 2 * (a.r + b.r), 0)
   if np.all(np.abs(beyond) < 1e-6):
@@ -143,13 +143,13 @@ def _placed(group: Sequence[Detection], wanted: Mapping[str, Any], groups: Seque
 
 
 def _noise(pixels: np.ndarray) -> float:
-  """Returns the standard deviation of the noise, robust against edges: from the second differences."""
+  """Returns the standard deviation of the noise, estimated from second differences to be robust against edges."""
   second = np.concatenate([np.diff(pixels, 2, 0).ravel(), np.diff(pixels, 2, 1).ravel()])
   return float(np.median(np.abs(second)) / 0.6745 / 6**0.5)
 
 
 def _background(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-  """Fits a quadratic surface to the border, then to all that agrees with it.
+  """Fits a quadratic surface to the border, then to all pixels close to it.
 
   Returns:
     The surface float[S, S, 3], the distance of each pixel from it in Lab float[S, S], and the distance above
@@ -196,7 +196,7 @@ def _regions(colors: np.ndarray, distance: np.ndarray, threshold: float) -> np.n
         region = pieces == piece
         if region.sum() < least_area:
           continue
-        # A blotch of the background is faint and has no color of the palette.
+        # Background blotches are faint and have no color of the palette.
         strength, off = np.percentile(distance[region], 75), np.percentile(off_palette[region], 25)
         if strength >= STRONG or strength >= FAINT and off < OFF_COLOR:
           number += 1
@@ -207,8 +207,8 @@ def _regions(colors: np.ndarray, distance: np.ndarray, threshold: float) -> np.n
 def _recognize(
   pixels: np.ndarray, background: np.ndarray, distance: np.ndarray, region: np.ndarray, territory: np.ndarray
 ) -> list[Detection]:
-  """Returns the object of a region, or the objects if it holds several that touch."""
-  # The pixels furthest from the background: neither blur nor a coarse chroma has pulled them towards it.
+  """Returns the object of a region, or the objects if it consists of several that touch."""
+  # The pixels furthest from the background are least affected by blur and coarse chroma.
   far = region & (distance >= np.percentile(distance[region], 67))
   fill = np.median(pixels[far], 0)
   color = tuple(COLORS)[int(np.linalg.norm(_palette() - lab(fill), axis=-1).argmin())]
@@ -245,7 +245,7 @@ def _cuts(region: np.ndarray, alpha: np.ndarray) -> list[list[np.ndarray]]:
 
 
 def _match(alpha: np.ndarray, color: str) -> Detection:
-  """Returns what a soft mask float[S, S] in [0, 1] looks like most."""
+  """Returns the detection of the template most similar to a soft mask, float[S, S] in [0, 1]."""
   patch, y, x, spread = _canonical(alpha)
   patches, names, radii = _templates()
   similarity = patches @ patch
@@ -256,7 +256,7 @@ def _match(alpha: np.ndarray, color: str) -> Detection:
 
 
 def _canonical(alpha: np.ndarray) -> tuple[np.ndarray, float, float, float]:
-  """Brings a soft mask to a common place and size.
+  """Normalises a soft mask to a common place and size.
 
   Returns:
     The patch float[PATCH * PATCH] of mean 0 and norm 1 (0 if the mask is flat), its center y and x in pixels,
@@ -275,9 +275,9 @@ def _canonical(alpha: np.ndarray) -> tuple[np.ndarray, float, float, float]:
 
 @functools.cache
 def _templates() -> tuple[np.ndarray, tuple[str, ...], tuple[float, ...]]:
-  """Returns float[T, PATCH * PATCH], and of each its shape and its radius in spreads.
+  """Returns the templates float[T, PATCH * PATCH], and the shape and the radius in spreads of each.
 
-  Each shape in four sizes, three blurs and three turns of 12 degrees at most.
+  Each shape has four sizes, three blurs and three rotations of at most 12 degrees.
   """
   side = 64
   patches, names, radii = [], [], []
@@ -302,7 +302,7 @@ def _palette() -> np.ndarray:
 
 @functools.cache
 def _surfaces(side: int) -> np.ndarray:
-  """Returns float[side * side, 6]: the monomials of degree 2 and less over the picture."""
+  """Returns float[side * side, 6]: the monomials of degree at most 2 over the picture."""
   y, x = (axis.ravel() for axis in np.indices((side, side)) / side - 0.5)
   return np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], 1)
 

@@ -1,4 +1,4 @@
-"""Questions about pictures of the world, and their only right answers."""
+"""Questions about pictures of the world, each with its only right answer."""
 
 import itertools
 import math
@@ -11,12 +11,12 @@ from jflow.world import scenes, words
 from jflow.world.scenes import COLORS, PAIRS, SEEN_PAIRS, SHAPES, Rng, Scene, pick, shuffled
 from jflow.world.words import NUMBERS
 
-SHORT_ANSWERS = 0.5  # share of first questions that carry the next
+SHORT_ANSWERS = 0.5  # share of first questions that end with SHORT_ANSWER
 # Not in the paper: the release's instruction for short answers. As in LLaVA it ends the first question only.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."
 LETTERS = "ABCD"
-# Kinds of questions. Those of a kind in PAIRED come as a yes and a no about the same picture.
+# Kinds of questions. Those in PAIRED come as a yes and a no about the same picture.
 KINDS = (
   "existence",
   "existence_adversarial",
@@ -28,12 +28,12 @@ KINDS = (
   "relation",
   "choice",
 )
-PLACE = "place"  # where an object is, or which relation holds; asked in training alone, where `asked` says so
+PLACE = "place"  # where an object is, or which relation holds; in training only, if `asked` gives it a weight
 PAIRED = ("existence", "existence_adversarial", "existence_shape", "relation")
 
 
 class Question(NamedTuple):
-  """A question about a picture, and its only right answer."""
+  """A question about a picture and its only right answer."""
 
   question: str
   answer: str  # a word or a few in lower case, or the letter of the right option
@@ -41,15 +41,15 @@ class Question(NamedTuple):
 
 
 def for_evaluation(split: str, count: int, seed: int) -> list[tuple[Scene, Question]]:
-  """Returns questions with their pictures, the kinds and their answers balanced.
+  """Returns questions with their scenes, balanced over kinds and answers.
 
-  Neighbours that share kind and scene belong together, as in MME's acc+ and MMBench's circular score: a yes
+  Consecutive questions with the same kind and scene form a group, as in MME's acc+ and MMBench's circular score: a yes
   and a no, or the four orders of the options of a choice.
 
   Args:
     split: as in `WorldSource`.
     count: number of questions; the last group may be cut short.
-    seed: of the choice.
+    seed: of the draws.
   """
   words.check("split", split, scenes.SPLITS)
   rng = random.Random(f"{seed}/{split}/questions")
@@ -76,8 +76,8 @@ def for_evaluation(split: str, count: int, seed: int) -> list[tuple[Scene, Quest
 def about(scene: Scene, rng: Rng) -> list[Question]:
   """Returns questions of all kinds that the scene allows.
 
-  A scene without anything held out gets no question that names anything held out.
-  POPE's popular negatives are left out: in this world all pairs are about equally frequent.
+  Questions about a scene without held-out combinations name no held-out one either. POPE's popular negatives are left
+  out, since all pairs of this world are about equally frequent.
   """
   objects, unseen = scene.objects, scenes.held_out(scene)
   present = {(thing.shape, thing.color) for thing in objects}
@@ -130,13 +130,13 @@ def about(scene: Scene, rng: Rng) -> list[Question]:
 
 
 def conversation(scene: Scene, rng: Rng, weights: Mapping[str, float]) -> tuple[Turn, ...]:
-  """Returns one to six questions about the same picture; kinds are drawn by `weights`, without putting back."""
+  """Returns one to six questions about the same picture, drawn by the `weights` of their kinds without replacement."""
   kinds: dict[str, list[Question]] = {}
   for question in about(scene, rng):
     if weights[question.kind]:
       kinds.setdefault(question.kind, []).append(question)
   turns: list[Turn] = []
-  # The first of exponential clocks that tick at these rates, then the next; equal rates are a plain shuffle.
+  # Order of the first ticks of exponential clocks with these rates; equal rates give a plain shuffle.
   clocks = sorted((-math.log(1 - rng.random()) / weights[kind], i, kind) for i, kind in enumerate(kinds))
   for _, _, kind in clocks[: 1 + int(rng.random() * 6)]:
     question = pick(rng, kinds[kind])

@@ -1,4 +1,4 @@
-"""References for the world's scores: answers without a look, true pictures and their features."""
+"""References for the world's scores: answers without the picture, true pictures and their features."""
 
 import collections
 import functools
@@ -14,7 +14,7 @@ from jflow.files import replacing
 from jflow.world import features, judge, questions, scenes, source
 from jflow.world.questions import Question
 
-LEARNED = 6000  # training questions that the models without eyes have seen
+LEARNED = 6000  # training questions that the baselines use
 FREQUENT, BLIND, NEAREST = "most frequent answer", "question alone", "nearest picture"
 _SIDE = 24  # pixels at which pictures are compared to find the nearest
 
@@ -24,10 +24,10 @@ Asked = tuple[scenes.Scene, Question]
 def baselines(asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
   """Kind of question -> baseline -> its accuracy.
 
-  FREQUENT says the most frequent right answer of the kind. BLIND has read LEARNED questions of training and says what
-  was the most frequent answer to the same words. NEAREST finds, among the training pictures that this was asked about,
-  the one with the nearest pixels, and says what was right there; of a choice it takes the option with that word. What
-  training never asked, both answer as FREQUENT.
+  FREQUENT gives the most frequent right answer of the kind. BLIND gives the most frequent answer to the same words
+  among LEARNED training questions. NEAREST gives the right answer for the training picture with the nearest pixels
+  among those with the same question; of a choice it takes the option with that word. For questions that training does
+  not have, both answer as FREQUENT.
   """
   learned = _learned()
   kinds: dict[str, list[Asked]] = collections.defaultdict(list)
@@ -50,7 +50,7 @@ def baselines(asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
 
 @functools.cache
 def _learned() -> dict[str, list[Asked]]:
-  """Words of a question -> where training asks them."""
+  """Words of a question -> the training questions with these words, and their scenes."""
   out: dict[str, list[Asked]] = collections.defaultdict(list)
   for scene, question in questions.for_evaluation("train", LEARNED, 1):
     out[_words(question)].append((scene, question))
@@ -58,7 +58,7 @@ def _learned() -> dict[str, list[Asked]]:
 
 
 class _Pixels:
-  """float32[_SIDE * _SIDE * 3] of a scene, rendered once."""
+  """The pixels of a scene, float32[_SIDE * _SIDE * 3], rendered once."""
 
   def __init__(self) -> None:
     self._known: dict[scenes.Scene, np.ndarray] = {}
@@ -94,15 +94,15 @@ def _nearest(scene: scenes.Scene, question: Question, pool: Sequence[Asked], pix
 def features_of_renders(
   split: str, tags: Sequence[str], count: int, side: int, name: str, cache: pathlib.Path | None
 ) -> dict[str, np.ndarray]:
-  """Features of true pictures, categories in the same shares: "tex" f64[count, 228], "state" f64[count, 24].
+  """Features of true pictures with the same shares of categories: "tex" f64[count, 228], "state" f64[count, 24].
 
   Args:
     split: of the world.
     tags: categories of the pictures to compare with, in order.
     count: of renders.
     side: in pixels.
-    name: of the set; each is drawn anew.
-    cache: folder that keeps them, since they depend on nothing but these arguments and the code; None keeps nothing.
+    name: of the set, which seeds its draws.
+    cache: folder for the result, which depends only on these arguments and the code; None: no cache.
   """
   path = None
   if cache:
@@ -122,13 +122,13 @@ def features_of_renders(
       cache.mkdir(parents=True, exist_ok=True)
       with replacing(path) as new, open(new, "wb") as file:
         np.savez(file, **out)
-    except OSError as error:  # the scores do not need it
+    except OSError as error:  # the scores do not need the cache
       print(f"jflow: features of true pictures are not kept: {error}", file=sys.stderr)
   return out
 
 
 def _kept(path: pathlib.Path) -> dict[str, np.ndarray] | None:
-  """The arrays of a file of the cache; None where there is none, or a damaged one, which is made anew."""
+  """The arrays of a cached file; None where it is missing or damaged."""
   try:
     with np.load(path, allow_pickle=False) as file:
       return dict(file)
@@ -140,6 +140,6 @@ def _kept(path: pathlib.Path) -> dict[str, np.ndarray] | None:
 
 
 def renders(split: str, tags: Sequence[str], count: int, side: int, name: str) -> list[np.ndarray]:
-  """uint8[side, side, 3] each: true pictures with the categories in the same shares."""
+  """True pictures, uint8[side, side, 3] each, with the same shares of categories."""
   rng = random.Random(f"evaluation/{split}/{name}")
   return [scenes.sample(tags[i % len(tags)], split, rng)[0].render(side) for i in range(count)]

@@ -1,8 +1,8 @@
-"""The scenes of the world: objects and their places, drawing, and the combinations that training never shows.
+"""The scenes of the world: objects and their places, rendering, and the held-out combinations.
 
-Places and radii are fractions of the side of the picture, x to the right and y down, so that one scene can be
-drawn at any size. Everything random comes from `rng.random()`, a stream that no version of Python or NumPy
-changes; `random.Random` and `numpy.random.Generator` both serve.
+Places and radii are fractions of the side of the picture, x to the right and y down, so that a scene can be rendered
+at any size. All randomness comes from `rng.random()`, whose stream is stable over versions of Python and NumPy;
+`random.Random` and `numpy.random.Generator` both work.
 """
 
 import collections
@@ -31,11 +31,11 @@ COLORS = {  # GenEval's names; sRGB
 }
 # Radius, half the side of the box around the object.
 SIZES = {"small": (0.135, 0.160), "large": (0.200, 0.235)}
-# Relation -> (axis, sign of the first's center minus the second's), and what the second then is to the first.
+# Relation -> (axis, sign of the first's center minus the second's), and the inverse relation.
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 SPLITS = ("train", "val", "held_out")
-# GenEval's six, and scenes of three or four different objects, which are only trained on.
+# GenEval's six, and scenes of three or four different objects, which are for training only.
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SEVERAL = "several"
 DEFAULT_TAGS = {  # shares of training
@@ -48,7 +48,7 @@ DEFAULT_TAGS = {  # shares of training
   SEVERAL: 0.05,
 }
 
-# What training neither shows nor says. Every shape and every color is seen in other combinations.
+# Held out of training pictures and texts. Every shape and every color appears in other combinations.
 HELD_OUT_PAIRS = frozenset((SHAPES[i % 8], tuple(COLORS)[(3 * i + i // 8) % 10]) for i in range(12))
 HELD_OUT_COUNTS = frozenset({("star", 4), ("ring", 3), ("square", 2), ("heart", 4)})
 HELD_OUT_RELATIONS = frozenset(
@@ -75,7 +75,7 @@ Rng = random.Random | np.random.Generator
 
 
 class Object(NamedTuple):
-  """One object of a scene."""
+  """An object of a scene."""
 
   shape: str  # of SHAPES
   color: str  # of COLORS
@@ -86,20 +86,20 @@ class Object(NamedTuple):
 
 
 class Scene(NamedTuple):
-  """A picture before it is drawn. Picklable; objects neither touch each other nor the edge."""
+  """A picture before rendering. Picklable; objects touch neither each other nor the edge."""
 
   objects: tuple[Object, ...]
   background: int  # gray, in [0, 255]
   fills: tuple[tuple[int, int, int], ...]  # RGB of each object, in [0, 255]: its color, jittered
 
   def render(self, size: int) -> np.ndarray:
-    """Draws the scene.
+    """Renders the scene.
 
     Args:
       size: side of the picture in pixels.
 
     Returns:
-      uint8[size, size, 3], RGB, always the same for the same scene.
+      uint8[size, size, 3], RGB, deterministic.
     """
     side = SUPERSAMPLING * size
     background = (self.background,) * 3
@@ -115,7 +115,7 @@ class Scene(NamedTuple):
 
 
 class Combination(NamedTuple):
-  """The part of a picture that a prompt says. See `combinations`."""
+  """The part of a picture that a prompt describes. See `combinations`."""
 
   tag: str
   pairs: tuple[tuple[str, str | None], ...]  # (shape, color); None: the prompt does not name the color
@@ -124,9 +124,9 @@ class Combination(NamedTuple):
 
 
 def held_out(scene: Scene) -> bool:
-  """Returns whether a scene shows anything that is held out.
+  """Returns whether a scene shows a held-out combination.
 
-  For a held-out relation the side alone counts: a star anywhere left of a heart, however far above it.
+  For a held-out relation only the sign along its axis counts: a star anywhere left of a heart, however far above it.
   """
   objects = scene.objects
   counts = collections.Counter(thing.shape for thing in objects)
@@ -145,9 +145,9 @@ def held_out(scene: Scene) -> bool:
 
 
 def patch_labels(scene: Scene, side: int) -> np.ndarray:
-  """Returns what each patch shows: int8[side * side, 2], indices into SHAPES and COLORS, both -1 where no object is.
+  """Returns the labels of patches: int8[side * side, 2], indices into SHAPES and COLORS, both -1 without an object.
 
-  A patch shows the object in whose box its center lies; boxes do not overlap. Raster order.
+  The label is of the object whose box contains the patch's center; boxes do not overlap. Raster order.
   """
   labels = np.full((side, side, 2), -1, np.int8)
   center = (np.arange(side) + 0.5) / side
@@ -158,7 +158,7 @@ def patch_labels(scene: Scene, side: int) -> np.ndarray:
 
 
 def relation_held_out(first: str, relation: str, second: str) -> bool:
-  """Returns whether a relation between two shapes is held out, said from either side."""
+  """Returns whether a relation between two shapes, or its inverse, is held out."""
   return (first, relation, second) in HELD_OUT_RELATIONS or (
     second,
     INVERSE[relation],
@@ -167,7 +167,7 @@ def relation_held_out(first: str, relation: str, second: str) -> bool:
 
 
 def relation(a: Object, b: Object) -> str | None:
-  """Returns what `a` clearly is to `b`: apart along one axis and nearly level along the other; or None."""
+  """Returns the clear relation of `a` to `b`, apart along one axis and nearly level along the other; or None."""
   offset = (a.x - b.x, a.y - b.y)
   axis = int(abs(offset[1]) > abs(offset[0]))
   if abs(offset[axis]) <= a.r + b.r or abs(offset[1 - axis]) > SLANT * abs(offset[axis]):
@@ -177,12 +177,12 @@ def relation(a: Object, b: Object) -> str | None:
 
 @functools.cache
 def combinations(tag: str, unseen: bool) -> tuple[Combination, ...]:
-  """Returns everything that prompts of a tag can say.
+  """Returns all combinations that prompts of a tag can describe.
 
   Args:
     tag: of TAGS.
-    unseen: only what is held out, or else only what is not. "single_object" and "two_object" name no color,
-      so that none of their prompts is unseen.
+    unseen: True for held-out combinations only, False for the others only. "single_object" and "two_object" name no
+      color and have none that are held out.
   """
   if tag == "single_object":
     return () if unseen else tuple(Combination(tag, ((shape, None),)) for shape in SHAPES)
@@ -214,11 +214,11 @@ def combinations(tag: str, unseen: bool) -> tuple[Combination, ...]:
 
 
 def sample(tag: str, split: str, rng: Rng) -> tuple[Scene, Combination]:
-  """Returns a scene and what a prompt of this tag says of it.
+  """Returns a scene and the combination that a prompt of this tag describes.
 
   Args:
     tag: of TAGS, or SEVERAL.
-    split: of SPLITS. In "held_out" every scene shows something that is held out, in the others none does.
+    split: of SPLITS. In "held_out" every scene shows a held-out combination, in the others none does.
     rng: see the top of the module.
   """
   unseen = split == "held_out"
@@ -249,14 +249,14 @@ def _draw(tag: str, unseen: bool, rng: Rng) -> Combination:
 
 
 def _compose(combination: Combination, unseen: bool, rng: Rng) -> Scene:
-  """Chooses what the combination leaves open: colors, sizes, places."""
+  """A scene of the combination, drawing what it leaves open: colors, sizes, places."""
   pairs = [(shape, color or pick(rng, _colors(shape, False))) for shape, color in combination.pairs]
   if unseen and combination.tag in ("single_object", "two_object"):
     number = int(rng.random() * len(pairs))
     pairs[number] = (pairs[number][0], pick(rng, _colors(pairs[number][0], True)))
   pairs *= combination.count
   sizes = ["small"] * len(pairs)
-  # Two large objects do not fit side by side, and a large one would make counting a matter of area.
+  # Two large objects do not fit side by side, and with large ones area would reveal the count.
   if combination.count == 1 and len(pairs) <= 2 and rng.random() < 0.5:
     sizes[int(rng.random() * len(pairs))] = "large"
   radii = [low + (high - low) * rng.random() for low, high in (SIZES[size] for size in sizes)]
@@ -280,7 +280,7 @@ def _jitter(rng: Rng) -> int:
 
 
 def _scattered(radii: Sequence[float], rng: Rng) -> list[tuple[float, float]]:
-  """Returns places anywhere, at least GAP apart."""
+  """Returns unrestricted places, at least GAP apart."""
   while True:
     places: list[tuple[float, float]] = []
     for r in radii:

@@ -1,12 +1,14 @@
-"""The stand-in for a pretrained SigLIP of the world: a small one, fitted to labels of its patches.
+"""A small SigLIP for the world, fitted to labels of patches, in place of a pretrained one.
 
-SigLIP has seen billions of pairs of pictures and texts before JanusFlow reads with it (paper section 3.2). A small
-one on two cores sees some ten thousand pictures, in which the sigmoid loss teaches it colors and no shapes. So each
-patch learns what stands on it, and in which row and column it lies: without that, it forgets where things are.
+SigLIP is pretrained on billions of pairs of pictures and texts (paper section 3.2). From the few pictures of a small run
+the sigmoid loss learns colors but not shapes. So the loss here is supervised: each patch predicts its object's shape
+and color, and its own row and column, without which the features lose positions.
 
-Billions of pictures show every shape in every color. The world of training never shows some pairs, and a SigLIP that
-learns shapes from it learns that as well. So some objects get a color that has no name in the world. Colors are told of
-the others alone, and in the second half of the pictures shapes of these alone.
+The world's training scenes lack some pairs of shape and color, and shapes learned from them do not transfer to these.
+So some objects are recolored with colors that have no name in the world. Labels of color are given for the other
+objects only, and in the second half of the pictures labels of shape for the recolored ones only.
+
+Legend: B pictures, P patches, L logits.
 """
 
 import itertools
@@ -28,9 +30,9 @@ from jflow.training import hosts
 from jflow.world import scenes
 from jflow.world.scenes import Scene
 
-_BATCH = 16  # smaller ones learn more from as many pictures; the rate is for this size
-_RATE = 1.5e-3  # falls linearly to a tenth after the warm-up
-_WARMUP = 50  # steps; fewer than 800 pictures only warm up
+_BATCH = 16  # small, since the number of pictures is fixed; _RATE is for this size
+_RATE = 1.5e-3  # decays linearly to a tenth after the warm-up
+_WARMUP = 50  # steps, 800 pictures
 _SHAPES = len(scenes.SHAPES)
 _COLORS = len(scenes.COLORS)
 _PLACE_WEIGHT = 0.25  # of the losses of row and column
@@ -42,17 +44,17 @@ _APART = np.array([50] * _COLORS + [85])  # least distance of a recolored object
 def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed: int) -> Any:
   """Fits a SigLIP to scenes of the world.
 
-  The loss is the cross-entropy of shape and color over patches whose center lies in an object's box (`recolored` says
-  of which objects which), the binary one of whether a patch is such, and those of every patch's row and column.
+  The loss is the sum of the cross-entropies of shape and color over labelled patches (see `recolored`), of whether a
+  patch shows an object, and of every patch's row and column.
 
   Args:
     config: of the SigLIP.
-    world: scenes, drawn at `config.image_size`; taken in order, again from the first where there are too few.
-    pictures: how many to learn from; rounded up to whole batches of 16.
-    seed: of the fresh parameters, and of which objects get another color.
+    world: scenes, rendered at `config.image_size`; taken in order, repeatedly if there are too few.
+    pictures: number to train on; rounded up to whole batches of 16.
+    seed: of the fresh parameters and of the recoloring.
 
   Returns:
-    The parameters of `Siglip`, f32 numpy arrays. Its pooling head is as fresh.
+    The parameters of `Siglip`, f32 numpy arrays. Its pooling head is not trained.
   """
   siglip = Siglip(config, jnp.float32, False)
   size, side = config.image_size, config.image_size // config.patch_size
@@ -95,16 +97,16 @@ def fit_siglip(config: SiglipConfig, world: Sequence[Scene], pictures: int, seed
 
 
 def recolored(scene: Scene, side: int, rng: np.random.Generator, all_shapes: bool) -> tuple[Scene, np.ndarray]:
-  """Gives some objects a color that has no name in the world, and tells what each patch shows.
+  """Recolors some objects with colors that have no name in the world, and labels the patches.
 
   Args:
     scene: of the world.
     side: patches of a row of patches.
-    rng: decides which objects, and their colors.
-    all_shapes: whether the shape of an object in its own color is told, too.
+    rng: chooses the objects and their colors.
+    all_shapes: whether objects in their own color get labels of shape, too.
 
   Returns:
-    The scene, and int8[side * side, 2]: shape and color on each patch, -1 where nothing is or it is not told.
+    The scene, and the labels int8[side * side, 2]: shape and color of each patch, -1 without an object or label.
   """
   own = [rng.random() >= _RECOLORED for _ in scene.objects]
   fills = tuple(fill if kept else _nameless(rng) for fill, kept in zip(scene.fills, own))
@@ -118,7 +120,7 @@ def recolored(scene: Scene, side: int, rng: np.random.Generator, all_shapes: boo
 
 
 def _nameless(rng: np.random.Generator) -> tuple[int, int, int]:
-  """An RGB color far from all that the world names, and from its background."""
+  """An RGB color far from all named colors of the world and from its background."""
   while True:
     color = rng.integers(0, 256, 3)
     if (np.linalg.norm(_NAMED - color, axis=1) > _APART).all():
@@ -126,11 +128,11 @@ def _nameless(rng: np.random.Generator) -> tuple[int, int, int]:
 
 
 def label_loss(logits_BPL: jax.Array, labels_BP2: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns the loss of `fit_siglip` and the share of the patches with a told shape on which it is right.
+  """Returns the loss of `fit_siglip` and its accuracy of shape on the patches with a label of shape.
 
   Args:
-    logits_BPL: of shapes, of colors, of whether anything is there, of rows, of columns.
-    labels_BP2: of `recolored`: int[B, P, 2], shape and color, -1 where not told; patches in raster order.
+    logits_BPL: of shapes, of colors, of whether there is an object, of rows, of columns.
+    labels_BP2: from `recolored`: int[B, P, 2], shape and color, -1 without a label; patches in raster order.
   """
   side = math.isqrt(logits_BPL.shape[1])
   ends = np.cumsum((_SHAPES, _COLORS, 1, side))

@@ -1,8 +1,8 @@
-"""The source of the world: endless pictures with exact captions and questions, so that all of jflow runs offline.
+"""The data source of the world: unlimited pictures with exact captions and questions, so that all of jflow runs offline.
 
-Gray pictures of one to four colored shapes, in GenEval's terms: a class is a shape. `scenes` draws them, `questions`
-asks about them, this file describes them and makes them a source of records. Some pairs of shape and color, some
-counts and some relations are held out of all training pictures and texts, to measure what a model has understood.
+Pictures show one to four colored shapes on gray, in GenEval's terms: a class is a shape. `scenes` renders them,
+`questions` asks about them; this file describes them and makes them a source of records. Some pairs of shape and color,
+some counts and some relations are held out of all training pictures and texts, to measure generalization.
 """
 
 import bisect
@@ -20,17 +20,17 @@ from jflow.world import questions, scenes, words
 from jflow.world.scenes import DEFAULT_TAGS, SEVERAL, TAGS, Combination, Rng, Scene, pick, shuffled
 from jflow.world.words import NUMBERS
 
-VERSION = 1  # one more where an edit changes any record; the tests hold a digest of some
-# What the scores of an evaluation depend on.
+VERSION = 1  # to increment with any edit that changes a record; the tests hold a digest of some
+# The files that the scores of an evaluation depend on.
 CODE = tuple(pathlib.Path(file) for file in (scenes.__file__, words.__file__, questions.__file__, __file__))
 LONG_CAPTIONS = 0.25  # share of captions that describe every object
 CAPTION_TURNS = 0.4  # share of understanding's records whose answer is a caption
-# The first is the one wording of evaluation.
+# Wordings of captions; evaluation uses the first.
 TEMPLATES = ("a picture of {}", "an image with {}", "{} on a gray background", "there {verb} {}", "{}")
 
 
 class WorldSource:
-  """Records of the world; each is a pure function of (seed, split, task, index). Picklable.
+  """A source of records of the world, each a pure function of (seed, split, task, index). Picklable.
 
   Attributes:
     fingerprint: hash of the arguments and of VERSION.
@@ -54,17 +54,17 @@ class WorldSource:
       task: "understanding", "generation" or "text".
       size: number of records.
       seed: of the whole world.
-      split: "train", "val" (what training could have shown, but did not) or "held_out" (each scene shows at
-        least one combination that training never shows).
-      tags: share of each kind of scene, any sum above 0; those not named have none. Default: DEFAULT_TAGS.
-      long_captions: share of captions, to paint from and to read, that describe every object.
-      named_colors: share of captions to paint from, and of texts, whose first sentence names every color, whatever
-        the kind of scene. What stands where is learned from colors, long before shapes are.
-      asked: (kind of question, how often it is drawn beside the others, which have 1, and questions.PLACE 0).
-      in_order: share of captions to paint from, and of texts, whose first sentence names objects by x + y of their
-        centers: of two, the left one first where they stand more side by side than one above the other, else the upper
-        one. Without it the order is random, as it always is in a sentence that says a relation. Told in random order,
-        two objects without colors can stand either way, and a sampler has to see in the noise which is to be which.
+      split: "train", "val" (same distribution as training, other scenes) or "held_out" (each scene shows at least
+        one held-out combination).
+      tags: share of each kind of scene, any sum above 0; kinds not named have none. Default: DEFAULT_TAGS.
+      long_captions: share of captions, of either task, that describe every object.
+      named_colors: share of generation's captions, and of texts, whose first sentence names every color, whatever the
+        kind of scene. Colors are learned long before shapes and then identify the objects of a sentence.
+      asked: (kind of question, weight) pairs; other kinds have weight 1, and questions.PLACE 0.
+      in_order: share of generation's captions, and of texts, whose first sentence names objects in the order of x + y
+        of their centers: of two, the left one first where they are more side by side than one above the other, else
+        the upper one. Otherwise the order is random, as it always is in a sentence with a relation. With random order
+        a caption of two objects without colors leaves their places open, which makes generation harder to learn.
 
     Raises:
       UserError: an argument is out of range.
@@ -121,7 +121,7 @@ class WorldSource:
     return Record(name, (scene,), "", questions.conversation(scene, rng, self._asked))
 
   def _told(self, scene: Scene, combination: Combination, rng: Rng) -> Combination:
-    """The part of the scene that the first sentence says: the combination, at times with every color, or in order."""
+    """The combination of the first sentence, sometimes with every color named, or with objects in order."""
     things = scene.objects[: len(combination.pairs)]
     pairs = combination.pairs
     if self._named_colors and rng.random() < self._named_colors:
@@ -134,16 +134,16 @@ class WorldSource:
 def caption(scene: Scene, combination: Combination, rng: Rng, long_captions: float = LONG_CAPTIONS) -> str:
   """Returns a caption in one of several wordings; the first sentence of a long one is a short one."""
   long = rng.random() < long_captions
-  # "a star." has too few words to be told from an abbreviation where a caption is cut to its first sentence.
+  # "a star." would be taken for an abbreviation when a caption is cut to its first sentence.
   text = _sentence(combination, TEMPLATES[:-1] if long else TEMPLATES, rng)
   return f"{text}. {' '.join(_details(scene))}" if long else text
 
 
 def describe(scene: Scene, long: bool = False) -> str:
-  """Returns the one caption that names every object with its color; long: size and place, too.
+  """Returns the canonical caption, which names every object with its color; if `long`, also with size and place.
 
-  From left to right, but for two objects of which one clearly lies on a side of the other: then by the alphabet, so that
-  each of the four relations has to be seen.
+  The order is from left to right. Two objects with a clear relation are in alphabetical order instead, so that the
+  order does not reveal which of the four relations holds.
   """
   group = _is_group(scene)
   ordered = sorted(scene.objects, key=lambda thing: thing.shape)
@@ -160,15 +160,15 @@ def describe(scene: Scene, long: bool = False) -> str:
 
 
 def evaluation_prompts(split: str, count: int, seed: int) -> list[tuple[str, dict[str, Any]]]:
-  """Returns prompts for pictures, in the one wording of evaluation, with what the pictures should hold.
+  """Returns prompts for pictures, in evaluation's wording, with the metadata of the requested objects.
 
-  The tags share the prompts equally, and no prompt of a tag comes again before all of them have come.
+  The tags have equally many prompts, and a prompt of a tag repeats only after all others of the tag.
 
   Args:
-    split: "train" or "val" for what training shows; "held_out" for what it does not, which leaves out
+    split: "train" or "val" for combinations of training; "held_out" for held-out ones, which leaves out
       "single_object" and "two_object": they name no color.
     count: number of prompts.
-    seed: of the choice.
+    seed: of the draws.
 
   Returns:
     (prompt, metadata) in GenEval's schema: {"tag", "include": [{"class", "count", "color"?, "position"?}],
@@ -209,7 +209,7 @@ def _document(scene: Scene, combination: Combination, rng: Rng) -> str:
 
 
 def _details(scene: Scene) -> list[str]:
-  """Returns sentences that say the color, size and place of every object."""
+  """Returns sentences with the color, size and place of every object."""
   objects = scene.objects
   places = [words.place(thing) for thing in objects]
   if _is_group(scene):

@@ -1,4 +1,4 @@
-"""The start of stage 0: parts of a fresh model that are fitted to pictures, where the paper takes them pretrained."""
+"""The start of stage 0: fitting of parts that are pretrained in the paper."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,11 +21,11 @@ def fit(config: RunConfig, open_pipeline: Callable[[], Pipeline]) -> dict[str, d
   """Fits the closed-form codec to pictures of the run's data, and SigLIP to labels of the world's patches.
 
   Args:
-    config: of the run. The codec is fitted where its model has one.
-    open_pipeline: opens the data of all processes: each fits the codec to the same pictures.
+    config: of the run. The codec is fitted if the model has one.
+    open_pipeline: opens the data of all processes, so that each fits the codec to the same pictures.
 
   Returns:
-    {part: parameters}, of the fitted parts.
+    {part: parameters} of the fitted parts.
   """
   fitted: dict[str, dict[str, Any]] = {}
   train, model = config.train, config.model
@@ -34,7 +34,7 @@ def fit(config: RunConfig, open_pipeline: Callable[[], Pipeline]) -> dict[str, d
   if train.fit_labels:
     source = WorldSource("generation", **vars(config.data.shapes))
     scenes = [source[i].images[0] for i in range(min(len(source), train.fit_labels))]
-    # On one device of each process, so that every mesh has the same; process 0 has the word.
+    # On one device of each process, so that the result does not depend on the mesh; process 0's is used.
     with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])):
       siglip = fit_siglip(model.understanding_encoder, scenes, train.fit_labels, train.seed)
     fitted["understanding_encoder"] = hosts.tree_of_first(siglip)
@@ -42,10 +42,10 @@ def fit(config: RunConfig, open_pipeline: Callable[[], Pipeline]) -> dict[str, d
 
 
 def first_images(pipeline: Pipeline, count: int) -> np.ndarray:
-  """The first `count` pictures of a run's data, read or written: uint8[count, H, W, 3].
+  """The first `count` images of a run's data, of either task: uint8[count, H, W, 3].
 
   Raises:
-    UserError: the data gave fewer.
+    UserError: the data has fewer.
   """
   images: list[np.ndarray] = []
   step = last = 0
@@ -55,8 +55,8 @@ def first_images(pipeline: Pipeline, count: int) -> np.ndarray:
     last = step if len(found) else last
     if step - last > 100:
       raise UserError(
-        f"the data gave {len(images)} of train.fit_images={count} pictures: the codec of "
-        "model.autoencoder.kind='patch_pca' is fitted to some"
+        f"the data must hold train.fit_images={count} pictures, got {len(images)}: the codec of "
+        "model.autoencoder.kind='patch_pca' is fitted to them"
       )
     images.extend(found)
     step += 1

@@ -1,4 +1,4 @@
-"""What launch/experiments/ablations.py makes of the scores: results.json, table.md, losses.png and pictures.png."""
+"""The report of launch/experiments/ablations.py: results.json, table.md, losses.png and pictures.png."""
 
 import json
 import math
@@ -42,7 +42,7 @@ PAPER = {  # table 6 of the paper: 256 x 256, F 50,000 steps
 
 
 class Row(NamedTuple):
-  """A score of the paper and what stands in its place here."""
+  """A score of the paper and its counterpart here."""
 
   paper: str
   score: str  # of the benchmark `shapes`, behind the split
@@ -68,7 +68,7 @@ def write(folder: pathlib.Path, reports: Mapping[str, pathlib.Path], ends: Mappi
     folder: holds a workdir for each letter.
     reports: letter -> folder of its evaluation, for those that have one.
     ends: letter -> steps of its budget, for all.
-    command: that made all this.
+    command: that made the scores.
   """
   letters = {}
   for letter in ends:
@@ -88,7 +88,7 @@ def write(folder: pathlib.Path, reports: Mapping[str, pathlib.Path], ends: Mappi
 
 
 def fingerprint_of(output: pathlib.Path) -> str | None:
-  """Of the checkpoint that a folder's report was made for; None without a report."""
+  """The fingerprint of the checkpoint of a folder's report; None without a report."""
   path = output / "report.json"
   return json.loads(path.read_text(encoding="utf-8"))["settings"]["fingerprint"] if path.exists() else None
 
@@ -116,7 +116,7 @@ def _entry(workdir: pathlib.Path, output: pathlib.Path, budget: int) -> dict[str
 
 
 def pictures_seen(workdir: pathlib.Path, steps: int) -> dict[str, int]:
-  """Pictures that a run has read and painted in its first steps, each time counted."""
+  """The number of pictures read and generated in a run's first steps, with repetitions."""
   config, tokenizer = read_config(workdir), Tokenizer.load(str(workdir / "tokenizer"))
   shape = setup.row_shape(config, ModelConfig.from_dict(config.model))
   pipeline = Pipeline(config.data, tokenizer, shape, config.train.batch_size, config.train.seed)
@@ -130,11 +130,11 @@ def pictures_seen(workdir: pathlib.Path, steps: int) -> dict[str, int]:
 
 
 def compare(letters: Mapping[str, Mapping[str, Any] | None]) -> list[dict[str, Any]]:
-  """Each letter against F on each score that both have: by how much it is better than F, in the paper and here.
+  """Comparisons of each letter with F on each score of both: the improvement over F, in the paper and here.
 
-  "agrees" is null where our difference is within its 95 % interval of 0, where the paper has no number, and for an F1
-  where neither of the two answers more questions than chance: it then says how often they say yes. The intervals are
-  those of pictures and questions; how much two trainings of one letter would differ is not in them.
+  "agrees" is null where 0 is within the 95 % interval of our difference, where the paper has no number, and for an F1
+  where neither answers more questions than chance, so that it only measures how often they say yes. The intervals are
+  over pictures and questions; they do not include the variation between trainings of one letter.
   """
   out = []
   for split in ("seen", "held-out"):
@@ -176,7 +176,7 @@ def _difference(a: Mapping[str, float], b: Mapping[str, float], sign: int) -> tu
 
 
 def table(body: Mapping[str, Any]) -> str:
-  """Markdown: the scores beside the paper's table 6, then each letter against F."""
+  """Markdown of the scores beside the paper's table 6, and of each letter against F."""
   letters, names = body["letters"], list(body["letters"])
   head = ["", *(f"{x}: {WHAT[x]}" for x in names)]
   lines = [head, ["---"] + ["---:"] * len(names)]
@@ -226,7 +226,7 @@ def table(body: Mapping[str, Any]) -> str:
 
 
 def _rest(letters: Mapping[str, Any]) -> list[str]:
-  """The categories and kinds of questions that the comparison leaves out."""
+  """Lines of the categories and kinds of questions that the comparison leaves out."""
   names = dict.fromkeys(name for entry in letters.values() if entry for name in entry["scores"])
   taken = {f"{split} {row.score}" for split in ("seen", "held-out") for row in ROWS}
   return [
@@ -245,7 +245,7 @@ def _number(value: float | None) -> str:
 
 
 def _with_base(entry: Mapping[str, Any] | None, name: str) -> str:
-  """A score, and in brackets the best of three simple answers, what other pictures get, or the distance's floor."""
+  """A score and, in brackets, its baseline: the best of three simple answers, other pictures, or a distance's floor."""
   scores = entry["scores"] if entry else {}
   if name not in scores:
     return ""
@@ -257,7 +257,7 @@ def _with_base(entry: Mapping[str, Any] | None, name: str) -> str:
 
 
 def losses(runs: Mapping[str, list[dict[str, Any]]]) -> Figure:
-  """A panel per loss over the steps, a line per letter, each point the mean of about a fiftieth of the run."""
+  """A figure with a panel per loss, a line per letter, each point the mean of about a fiftieth of the run."""
   fig = Figure(figsize=(4.4 * len(LOSSES), 3.4), layout="constrained")
   for panel, name in zip(fig.subplots(1, len(LOSSES)), LOSSES):
     for i, (letter, rows) in enumerate(runs.items()):
@@ -278,7 +278,7 @@ def losses(runs: Mapping[str, list[dict[str, Any]]]) -> Figure:
 
 
 def pictures(reports: Mapping[str, pathlib.Path]) -> Image.Image | None:
-  """A row per letter that paints, the same prompts and noise in every column; None if none does."""
+  """A sheet with a row per letter that generates, the same prompt and noise in a column; None if no letter does."""
   prompts = [text for text, _ in world.evaluation_prompts("val", SHEET, 0)]
   files = {
     letter: [output / f"pictures/val/{i:04d}_0.png" for i in range(SHEET)]
@@ -294,7 +294,7 @@ def pictures(reports: Mapping[str, pathlib.Path]) -> Image.Image | None:
 
 
 def _compact(body: Mapping[str, Any]) -> str:
-  """JSON with a line per innermost object: easy to read, easy to compare."""
+  """JSON with a line per innermost object, to be read and compared easily."""
   text = json.dumps(_rounded(body), indent=1, ensure_ascii=False)
   return re.sub(r"\{[^{}\[\]]*\}", lambda inner: " ".join(inner[0].split()), text) + "\n"
 

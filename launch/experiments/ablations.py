@@ -1,16 +1,15 @@
-"""The paper's table 6 on the built-in world: trains A to F at equal budgets, scores them, puts the table together.
+"""The paper's table 6 on the built-in world: trains A to F at equal budgets, scores them, and writes the table.
 
   python launch/experiments/ablations.py runs/ablations --slice=2000 --jobs=2 --guidance=3 --pictures=2   # 2 hours on 2 cores
   python launch/experiments/ablations.py runs/ablations --letters=FA      # some of them; the others stay as they are
   python launch/experiments/ablations.py runs/ablations --report          # from what is there, trained to the end or not
 
-FOLDER gets stage0 and stage1 (made once, unless --start names a stage 1), a workdir for each letter, its scores under
-scores/, and results.json, table.md, losses.png, pictures.png. Stopped at any moment, the same command goes on. D and
-E take their share of F's steps (configs/ablation.py). With --slice the letters train in turn, F at most that many steps
-and the others as large a part of theirs, so that all are equally far at any moment; the losses are those of one run from
-end to end. With --jobs=2 two letters train at once, each on half of the cores, which gets more done than one after the
-other; what they print goes to FOLDER/LETTER.log. Other arguments (--config.FIELD=VALUE) go to the training of every
-letter.
+FOLDER gets stage0 and stage1 (trained once, unless --start names a stage 1), a workdir for each letter, its scores under
+scores/, and results.json, table.md, losses.png, pictures.png. After a stop, the same command resumes. D and E take their
+share of F's steps (configs/ablation.py). With --slice the letters train in turns, F at most that many steps and the
+others the same share of theirs, so that all progress equally; the losses are those of an uninterrupted run. With
+--jobs=2 two letters train at once, each on half of the cores, which is faster than one after the other; their output
+goes to FOLDER/LETTER.log. Other arguments (--config.FIELD=VALUE) go to the training of every letter.
 """
 
 import argparse
@@ -35,14 +34,13 @@ from jflow.evaluation import report
 from jflow.interop import checkpoints, remote
 from jflow.interop.steps import sealed_steps
 
-NOT_ASKED = {"D": "questions", "E": "pictures"}  # what each of the two has learned; the rest is not scored
+NOT_ASKED = {"D": "questions", "E": "pictures"}  # the half that each of the two is trained for; only this is scored
 
 
 class Runner:
-  """Runs jflow commands as a user would, up to `jobs` at a time, each on its share of the cores and with a log.
+  """Runner of jflow commands as subprocesses, up to `jobs` at a time, each on its share of the cores and with a log.
 
-  The commands of a queue come one after the other; of the queues with none running, the one that has had the fewest
-  comes next.
+  The commands of a queue run one after the other; of the idle queues, the one with the fewest commands so far is next.
   """
 
   def __init__(self, queues: Mapping[str, Iterator[list[str]]], logs: pathlib.Path, jobs: int = 1):
@@ -54,9 +52,9 @@ class Runner:
     self._code = 0
 
   def run(self) -> int:
-    """Returns 0 when all queues are empty, or else the exit code of the first command that failed.
+    """Returns 0 when all queues are empty, or the exit code of the first command that failed.
 
-    The others are then told to save and end, as all are by a SIGTERM or Ctrl-C.
+    After a failure, the others receive SIGTERM, so that they save and end, as all do after a SIGTERM or Ctrl-C.
     """
     before = signal.signal(signal.SIGTERM, lambda *_: self._stop(128 + signal.SIGTERM))
     try:
@@ -65,14 +63,14 @@ class Runner:
           self._start()
           time.sleep(0.2)
           self._reap()
-        except KeyboardInterrupt:  # the terminal tells the children, too: they save
+        except KeyboardInterrupt:  # the children receive it from the terminal too, and save
           self._code = self._code or 130
     finally:
       signal.signal(signal.SIGTERM, before)
     return self._code
 
   def _start(self) -> None:
-    """Starts commands on the free places."""
+    """Starts commands in the free places."""
     for place in sorted(set(range(self._jobs)) - set(self._running)):
       command = None
       while command is None and not self._code:
@@ -98,7 +96,7 @@ class Runner:
     return child
 
   def _reap(self) -> None:
-    """Forgets the commands that have ended; after one that failed, ends all."""
+    """Collects commands that have ended; if one has failed, ends all others."""
     for place, (queue, child) in list(self._running.items()):
       if child.poll() is None:
         continue
@@ -116,18 +114,18 @@ class Runner:
 
 
 def run(queues: Mapping[str, Iterator[list[str]]], logs: pathlib.Path, jobs: int = 1) -> None:
-  """Runs the commands of all queues, see `Runner`; ends with the exit code of the first that fails."""
+  """Runs the commands of all queues, see `Runner`; exits with the code of the first that fails."""
   if code := Runner(queues, logs, jobs).run():
     sys.exit(code)
 
 
 def steps_done(workdir: pathlib.Path) -> int:
-  """The newest step with a whole checkpoint; 0 if there is none."""
+  """The newest step with a complete checkpoint; 0 if there is none."""
   return next(iter(sealed_steps(workdir / "checkpoints")), 0)
 
 
 def stages(args: argparse.Namespace) -> Iterator[list[str]]:
-  """The commands that train the stages before the ablations, where they are missing."""
+  """Yields the commands that train the stages before the ablations, where they are missing."""
   before = ""
   for stage, module in enumerate((stage0, stage1)):
     workdir = args.folder / f"stage{stage}"
@@ -139,7 +137,7 @@ def stages(args: argparse.Namespace) -> Iterator[list[str]]:
 
 
 def turns(args: argparse.Namespace, letter: str, end: int, count: int) -> Iterator[list[str]]:
-  """The commands that train a letter to its end in so many turns, from where it is."""
+  """Yields the commands that train a letter to its end in `count` turns, from its current step."""
   workdir, start = args.folder / letter, args.start or args.folder / "stage1"
   for turn in range(1, count + 1):
     until = end * turn // count
@@ -150,7 +148,7 @@ def turns(args: argparse.Namespace, letter: str, end: int, count: int) -> Iterat
 
 
 def options_of(args: argparse.Namespace) -> dict[str, float]:
-  """What the scoring is asked for beyond the recipe."""
+  """The options of the scoring that differ from the recipe."""
   options = {name: getattr(args, name) for name in ("limit", "guidance", "pictures")}
   return {name: value for name, value in options.items() if value is not None}
 
@@ -162,7 +160,7 @@ def scores(args: argparse.Namespace, letter: str) -> pathlib.Path:
 
 
 def scoring(args: argparse.Namespace, letter: str) -> Iterator[list[str]]:
-  """The command that scores the newest checkpoint of a letter, where its report is missing."""
+  """Yields the command that scores the newest checkpoint of a letter, if its report is missing."""
   output, options = scores(args, letter), options_of(args)
   if letter in NOT_ASKED:
     options["only"] = NOT_ASKED[letter]
@@ -173,7 +171,7 @@ def scoring(args: argparse.Namespace, letter: str) -> Iterator[list[str]]:
 
 
 def tunables() -> str:
-  """Returns what xla_flags.sh gives glibc's allocator on a CPU, or what the user has set."""
+  """The GLIBC_TUNABLES of xla_flags.sh for a CPU, or those set by the user."""
   script = 'source "$0" && jflow_xla_flags cpu && printf %s "$GLIBC_TUNABLES"'
   command = ["bash", "-c", script, str(ROOT / "launch" / "xla_flags.sh")]
   return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -2,7 +2,7 @@
 
   python launch/experiments/compile_table.py launch/experiments/results/compile_table
 
-Writes NAME.json and NAME.md, some 3 minutes a row; an interrupted one goes on.
+Writes NAME.json and NAME.md, about 3 minutes a row; an interrupted run resumes.
 """
 
 import json
@@ -17,8 +17,8 @@ from jflow import outputs
 from jflow.chips import CHIPS
 from jflow.perf.targets import Topology
 
-# Topology and rows per device; fsdp stays at 8 or 16 (TPU) or 8 (GPU), data grows. The first two of a kind, the ends
-# of the claim that the cost per chip does not grow, come before all others.
+# Topology and rows per device; fsdp stays at 8 or 16 (TPU) or 8 (GPU), data grows. The smallest and the largest of each
+# kind come first, since they show whether the cost per chip grows.
 ROWS = (
   ("v5e:4x4", 1),
   ("v5e:16x16", 1),
@@ -38,18 +38,16 @@ ROWS = (
   ("v6e:8x8", 2),
 )
 
-# For TPU the compiler works 13 times as long on a ConvNeXt block with its full effort, and the memory, not the
-# products or the collectives, of what it makes differs; see jflow/perf/README.md.
+# Full effort takes the TPU compiler far longer and changes only the memory of the result; see jflow/perf/README.md.
 _EFFORT = {"tpu": -1.0, "gpu": 0.0}
-# As the table was made. "auto" takes Triton on a GPU, see `attention.choose`.
+# Fixed for the table; "auto" takes Triton on a GPU, see `attention.choose`.
 _ATTENTION = {"tpu": "splash", "gpu": "cudnn"}
 
 
 def write_table(name: pathlib.Path) -> int:
-  """Compiles every row in a process of its own; writes NAME.json and NAME.md after each.
+  """Compiles every row in its own process; writes NAME.json and NAME.md after each.
 
-  A row that stands in NAME.json is taken from there: an interrupted table goes on, and a row is made anew once it is
-  struck from the file.
+  Rows in NAME.json are reused, so that an interrupted run resumes; delete a row from the file to compile it again.
   """
   file = name.with_suffix(".json")
   known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
@@ -69,7 +67,7 @@ def write_table(name: pathlib.Path) -> int:
 
 
 def _compiled(topology: str, rows: int) -> dict:
-  """The report of a row, or its error, from a process of its own: what a compiler holds is given back."""
+  """The report of a row, or its error, from its own process, so that the compiler's memory is freed."""
   platform = Topology.parse(topology).chip.platform
   effort, attention = _EFFORT[platform], _ATTENTION[platform]
   with tempfile.TemporaryDirectory() as folder:
@@ -95,13 +93,13 @@ def _compiled(topology: str, rows: int) -> dict:
 
 
 def _place(report: dict) -> tuple[int, int]:
-  """Kinds in the order of CHIPS, small meshes first."""
+  """The sort key of a report: kinds in the order of CHIPS, small meshes first."""
   topology = Topology.parse(report["topology"])
   return list(CHIPS).index(topology.kind), topology.chips
 
 
 def markdown(reports: list[dict]) -> str:
-  """The table for people."""
+  """The table as Markdown."""
   lines = [
     "| topology | data x fsdp | rows per chip | state + temporaries, GiB | fits | TFLOP | collectives, GB "
     "| compute / memory / network, ms | bound by | MFU at most | compile, s |",

@@ -1,4 +1,4 @@
-"""Features of pictures for `evaluate --benchmark=mjhq --features=FILE`, by networks that lie on disk.
+"""Features of pictures for `evaluate --benchmark=mjhq --features=FILE`, by networks on disk.
 
 Inception gives the FID: `inception-2015-12-05.pt`, the TorchScript file of clean-fid and StyleGAN. With --clip, a
 directory of Hugging Face's CLIP (openai/clip-vit-large-patch14), also the similarity of picture and prompt.
@@ -7,8 +7,8 @@ Needs PyTorch; jflow itself does not.
   python launch/experiments/features.py --pictures=scores/mjhq/pictures --reference=MJHQ-30K --inception=inception-2015-12-05.pt \\
     --clip=clip-vit-large-patch14 --output=features.npz
 
-The reference is exactly the pictures that meta_data.json names. What is done is kept in OUTPUT.parts as it is made: the
-same command goes on where it was stopped, and removes the folder at the end.
+The reference is exactly the pictures that meta_data.json names. Finished parts are kept in OUTPUT.parts: the same
+command resumes after a stop, and removes the folder at the end.
 """
 
 import argparse
@@ -43,7 +43,7 @@ PART = 1024  # pictures in a file of OUTPUT.parts
 
 
 def main() -> int:
-  """Writes names, generated, reference_names, reference, resize, and with --clip those of CLIP."""
+  """Writes the arrays names, generated, reference_names, reference, resize, and with --clip those of CLIP."""
   p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   p.add_argument("--pictures", type=pathlib.Path, required=True, help="what the model painted: ID.png")
   p.add_argument(
@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def extract(args: argparse.Namespace) -> None:
-  """Makes what is missing, then puts the parts together.
+  """Computes the missing parts, then joins all parts.
 
   Raises:
     UserError: a file is missing or unreadable, or pictures and meta_data.json do not fit.
@@ -102,10 +102,10 @@ def extract(args: argparse.Namespace) -> None:
 
 
 class Parts:
-  """Features on disk, a file for every run of `PART` pictures, whole or not there."""
+  """Features on disk, a file for every `PART` pictures, written atomically."""
 
   def __init__(self, folder: pathlib.Path, batch_size: int):
-    """Creates the folder; `batch_size`: items at once, which no feature depends on."""
+    """Creates the folder; `batch_size`: items at once, which does not affect the features."""
     self._folder, self._batch_size = folder, batch_size
     try:
       folder.mkdir(parents=True, exist_ok=True)
@@ -120,13 +120,13 @@ class Parts:
     key: Any,
     make: Callable[[Sequence[Any]], dict[str, np.ndarray]],
   ) -> dict[str, np.ndarray]:
-    """The features of all items, made by `make` where no part has them.
+    """The features of all items, computed by `make` where no part has them.
 
     Args:
       name: of the features.
-      items: what `make` takes, a batch at a time.
-      states: JSON values, of each item what its features depend on.
-      key: a JSON value, what the features of all items depend on.
+      items: inputs of `make`, which takes a batch of them.
+      states: a JSON value per item, on which its features depend.
+      key: a JSON value on which the features of all items depend.
       make: items -> arrays, f32[items, ...].
     """
     found: list[dict[str, np.ndarray]] = []
@@ -148,7 +148,7 @@ class Parts:
     return _joined(found)
 
   def remove(self) -> None:
-    """Removes the folder, and the parts of other settings too."""
+    """Removes the folder, with parts of other settings."""
     for path in self._folder.glob("*-??????-*.npz*"):
       path.unlink()
     with contextlib.suppress(OSError):  # something else lies there
@@ -177,7 +177,7 @@ def load_inception(path: pathlib.Path, device: str) -> torch.jit.ScriptModule:
 def inception_features(
   network: torch.jit.ScriptModule, paths: Sequence[pathlib.Path], device: str, lanczos: bool
 ) -> np.ndarray:
-  """f32[n, D] of pictures as `inception_input` prepares them."""
+  """Inception's features f32[n, D] of pictures preprocessed by `inception_input`."""
   with ThreadPoolExecutor() as pool, torch.no_grad():
     pixels = np.stack(list(pool.map(lambda path: inception_input(picture(path), lanczos=lanczos), paths)))
     x = (torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device) - 128) / 128
@@ -185,10 +185,10 @@ def inception_features(
 
 
 class Clip:
-  """Hugging Face's CLIPModel of a directory."""
+  """Hugging Face's CLIPModel, read from a directory."""
 
   def __init__(self, directory: pathlib.Path, device: str):
-    """Reads the model; of its weights only safetensors."""
+    """Reads the model; accepts weights in safetensors only."""
     self._device = device
     if not directory.is_dir():
       raise UserError(f"--clip={directory} is no directory: download openai/clip-vit-large-patch14 of Hugging Face")
@@ -205,7 +205,7 @@ class Clip:
       raise UserError(said.splitlines()[0]) from None
 
   def features(self, pairs: Sequence[tuple[pathlib.Path, str]]) -> dict[str, np.ndarray]:
-    """f32[n, D] of pictures, of their prompts, and of the prompts behind GigaGAN's "A photo depicts "."""
+    """Features f32[n, D] of pictures, of their prompts, and of the prompts after GigaGAN's "A photo depicts "."""
     images = self._process([picture(path) for path, _ in pairs], return_tensors="pt").to(self._device)
     with torch.no_grad():
       vision = self._model.vision_model(**images)
@@ -219,7 +219,7 @@ class Clip:
 
 
 def read_prompts(path: pathlib.Path) -> dict[str, str]:
-  """Name of a picture -> prompt."""
+  """Reads meta_data.json: name of a picture -> prompt."""
   if not path.is_file():
     raise UserError(f"{path} does not exist: --reference names the folder of MJHQ-30K, with its meta_data.json")
   try:
@@ -229,7 +229,7 @@ def read_prompts(path: pathlib.Path) -> dict[str, str]:
 
 
 def painted(folder: pathlib.Path, prompts: dict[str, str]) -> list[pathlib.Path]:
-  """The pictures of a folder, each of a prompt."""
+  """The generated pictures of a folder, each checked to have a prompt."""
   paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES and not is_hidden(p.name))
   if not paths:
     raise UserError(f"{folder} holds no pictures: --pictures names the folder pictures/ of an evaluation's --output")
@@ -244,7 +244,7 @@ def painted(folder: pathlib.Path, prompts: dict[str, str]) -> list[pathlib.Path]
 
 
 def true_pictures(folder: pathlib.Path, prompts: dict[str, str]) -> list[pathlib.Path]:
-  """The pictures that meta_data.json names, wherever they lie below the folder; no others."""
+  """The pictures that meta_data.json names, anywhere below the folder; ignores others."""
   named = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.stem in prompts)
   paths = sorted(path for path in named if not is_hidden(str(path.relative_to(folder))))
   _refuse_doubles(folder, paths)
@@ -278,7 +278,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def picture(path: pathlib.Path) -> Image.Image:
-  """A picture in RGB."""
+  """Reads a picture as RGB."""
   try:
     return Image.open(path).convert("RGB")
   except Exception as error:  # Pillow raises many types on a damaged file
@@ -286,13 +286,13 @@ def picture(path: pathlib.Path) -> Image.Image:
 
 
 def state_of(path: pathlib.Path) -> list[Any]:
-  """What tells a file from another of its name: size in bytes, time of the last change in nanoseconds."""
+  """The state of a file that shows a change: size in bytes, time of the last change in nanoseconds."""
   found = path.stat()
   return [path.name, found.st_size, found.st_mtime_ns]
 
 
 def save(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-  """Writes an .npz so that the path never holds half of one."""
+  """Writes an .npz atomically."""
   new = path.with_name(path.name + ".new")
   with open(new, "wb") as file:
     np.savez(file, **arrays)

@@ -1,4 +1,4 @@
-"""How well the judge of the built-in world sees: it judges true pictures after damage, and what is no picture.
+"""Accuracy of the built-in world's judge on damaged true pictures, and on images that are not of the world.
 
   python launch/experiments/judge_figures.py launch/experiments/results/judge.json --pictures=720     # 7 to 9 minutes on one core
 
@@ -9,7 +9,7 @@ For pictures of 48 (the side of the `:shapes` model), 64 and 96 pixels and for e
          colors or two sides exchanged
   exact  share of pictures in which every object is found with its shape and color, and nothing else
 
-and how often what shows no objects passes for what a prompt asked. Every row judges the same scenes, half of them with
+and how often images without objects are accepted for a prompt. Every row judges the same scenes, half of them with
 held-out combinations. Prints two tables. OUTPUT.json gets every figure with its 95 % interval (Wilson's), the figures
 under the strict rules, and the score of each category.
 """
@@ -30,7 +30,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-if __name__ == "__main__":  # before numpy: its threads would cost more than matrices this small give
+if __name__ == "__main__":  # before numpy, whose threads slow down matrices this small
   for _library in ("OPENBLAS", "OMP", "MKL"):
     os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
 
@@ -54,18 +54,18 @@ from jflow.world.scenes import COLORS, SHAPES, TAGS, Scene
 
 SIDES = (48, 64, 96)  # pixels
 PICTURES = 900  # per row
-FITTED = 300  # pictures of training that the codec is fitted to
+FITTED = 300  # training pictures to fit the codec to
 WINDOW, STRIDE = 16, 8  # pixels, of the codec
 
 Rng = np.random.Generator
-Metadata = Mapping[str, Any]  # what a prompt asked for, in GenEval's schema
+Metadata = Mapping[str, Any]  # the objects that a prompt requests, in GenEval's schema
 
 
-# --- Scenes and what is said of them
+# --- Scenes and their metadata
 
 
 def drawn(tag: str, split: str, number: int, seed: str) -> tuple[Scene, dict[str, Any]]:
-  """Returns a scene and the metadata of a prompt that is true of it, always the same for the same arguments."""
+  """Returns a scene and the metadata of a prompt that is true of it, as a pure function of the arguments."""
   scene, combination = scenes.sample(tag, split, random.Random(f"{tag}/{split}/{seed}/{number}"))
   return scene, world.prompt(combination)[1]
 
@@ -90,11 +90,11 @@ def falsified(metadata: Metadata, rng: random.Random) -> dict[str, Any]:
 
 
 def classes(things: Iterable[scenes.Object | judge.Detection]) -> list[tuple[str, str]]:
-  """Returns shape and color of each, in an order of their own."""
+  """Returns the sorted shapes and colors of things."""
   return sorted((thing.shape, thing.color) for thing in things)
 
 
-# --- Damage: uint8[S, S, 3] and a source of randomness to uint8[S, S, 3]
+# --- Damage: (uint8[S, S, 3], random generator) -> uint8[S, S, 3]
 
 
 def noisy(image: np.ndarray, rng: Rng, deviation: float) -> np.ndarray:
@@ -134,13 +134,13 @@ def coded(image: np.ndarray, rng: Rng, components: int, latent_noise: float = 0.
 
 
 def like_a_vae(image: np.ndarray, rng: Rng) -> np.ndarray:
-  """Does a little of all that an autoencoder and a sampler do to a picture."""
+  """Combines mild forms of the damage by an autoencoder and a sampler."""
   image = blurred(coded(image, rng, 64, 0.05), rng, 0.5)
   return noisy(blotched(image, rng, 6), rng, 4)
 
 
 class PatchCodec:
-  """A stand-in for an autoencoder: the principal components of windows of 16 pixels at a stride of 8."""
+  """A model of an autoencoder: the principal components of windows of 16 pixels at a stride of 8."""
 
   def __init__(self, images: Iterable[np.ndarray]):
     """Fits the components to uint8[S, S, 3] pictures, S a multiple of 8."""
@@ -194,7 +194,7 @@ DAMAGE: Mapping[str, Callable[[np.ndarray, Rng], np.ndarray]] = {
 }
 
 
-# --- What is no picture of the world: side and a source of randomness to uint8[S, S, 3]
+# --- Images that are not of the world: (side, random generator) -> uint8[S, S, 3]
 
 
 def _blobs(side: int, rng: Rng) -> np.ndarray:
@@ -219,18 +219,18 @@ GARBAGE: Mapping[str, Callable[[int, Rng], np.ndarray]] = {
 
 
 class Verdict(NamedTuple):
-  """What the judge says of one damaged picture."""
+  """The judgement of one damaged picture."""
 
   tag: str  # of the prompt, of TAGS
   score: bool  # the true prompt is accepted
-  fp: bool  # so is one that is false in one attribute
+  fp: bool  # a prompt that is false in one attribute is accepted
   exact: bool  # every object found with its shape and color, nothing else
   strict: bool  # as score and fp, under the strict rules
   strict_fp: bool
 
 
 def verdict(image: np.ndarray, scene: Scene, metadata: Metadata, rng: random.Random) -> Verdict:
-  """Judges what is left of a scene by its own prompt and by a false one that `rng` chooses."""
+  """Judges the damaged picture of a scene by its own prompt and by a false one that `rng` chooses."""
   found, wrong = judge.detect(image), falsified(metadata, rng)
   return Verdict(
     metadata["tag"],
@@ -247,7 +247,7 @@ def damaged(side: int, number: int, names: Sequence[str] = tuple(DAMAGE)) -> dic
 
   Args:
     side: of the picture, in pixels.
-    number: of the scene. The categories take turns, and in each category seen and held-out combinations.
+    number: of the scene. Categories alternate, and within a category seen and held-out combinations.
     names: of DAMAGE.
   """
   tag, turn = TAGS[number % len(TAGS)], number // len(TAGS)
@@ -260,7 +260,7 @@ def damaged(side: int, number: int, names: Sequence[str] = tuple(DAMAGE)) -> dic
 
 
 def garbage(side: int, number: int, asked: Metadata, names: Sequence[str] = tuple(GARBAGE)) -> dict[str, dict]:
-  """Judges garbage by a prompt: name of GARBAGE -> {"lenient": accepted, "strict": accepted}."""
+  """Judges garbage by a prompt; returns name of GARBAGE -> {"lenient": accepted, "strict": accepted}."""
   return {name: judge.score(GARBAGE[name](side, np.random.default_rng(number)), asked) for name in names}
 
 
@@ -285,12 +285,12 @@ def measure(pictures: int, jobs: int) -> tuple[list[dict[str, Any]], list[dict[s
     A dictionary per row: "side", "damage" or "garbage", and the figures as {"value", "low", "high"}.
 
   Raises:
-    UserError: the six categories cannot share so many pictures equally, or there are no jobs.
+    UserError: `pictures` is not a multiple of the number of categories, or `jobs` is below 1.
   """
   if pictures < 1 or pictures % len(TAGS):
-    raise UserError(f"--pictures={pictures}: give a multiple of {len(TAGS)}, the number of categories")
+    raise UserError(f"--pictures={pictures} must be a multiple of {len(TAGS)}, the number of categories")
   if jobs < 1:
-    raise UserError(f"--jobs={jobs}: give at least 1")
+    raise UserError(f"--jobs={jobs} must be at least 1")
   asked = [metadata for _, metadata in world.evaluation_prompts("val", pictures, 0)]
   tasks = [(side, number, asked[number]) for side in SIDES for number in range(pictures)]
   with contextlib.ExitStack() as stack:
@@ -340,7 +340,7 @@ def _short(found: Mapping[str, scores.Score]) -> dict[str, dict[str, float]]:
 
 
 def _text(body: Mapping[str, Any]) -> str:
-  """JSON with a line per row."""
+  """The results as JSON with a line per row."""
   parts = []
   for key, value in body.items():
     if isinstance(value, list):

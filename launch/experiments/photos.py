@@ -1,9 +1,9 @@
-"""Proof on real photographs: import, learn by heart, paint from captions, answer questions.
+"""Overfitting of real photographs: imports and memorizes them, generates from captions, answers questions.
 
   python launch/experiments/photos.py FOLDER       # a few minutes on 2 cores; needs scikit-image and scikit-learn
 
-FOLDER gets photos/ (JPEG and PNG of their own sizes and two LLaVA JSONL files), what `prepare` made of them, the
-run, painted.png and result.json. Exits with 1 unless 9 of 10 pictures and answers are right.
+FOLDER gets photos/ (JPEG and PNG of their own sizes and two LLaVA JSONL files), the data sets of `prepare`, the run,
+painted.png and result.json. Exits with 1 unless 9 of 10 pictures and answers are right.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import jflow
 from jflow.data import images
 from jflow.inference.sheet import contact_sheet
 
-# Name -> (caption, ((question, answer), ...)), all of our own writing.
+# Name -> (caption, ((question, answer), ...)), all written for this file.
 PHOTOS = {
   "astronaut": (
     "an astronaut in an orange suit smiles at the camera",
@@ -60,7 +60,7 @@ PHOTOS = {
 
 
 def original(name: str) -> np.ndarray:
-  """A photograph as it ships: uint8[H, W] or uint8[H, W, 3]."""
+  """A photograph as shipped: uint8[H, W] or uint8[H, W, 3]."""
   if name in ("china", "flower"):
     return sklearn.datasets.load_sample_image(f"{name}.jpg")
   return getattr(skimage.data, name)()
@@ -84,12 +84,14 @@ def write_photos(folder: pathlib.Path) -> None:
 
 
 def command(*arguments: str) -> None:
-  """Runs a jflow command as a user would."""
+  """Runs a jflow command as a subprocess."""
   subprocess.run([sys.executable, "-m", "jflow", *arguments], check=True, cwd=root)
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(description="Learns 14 photographs by heart, paints them, answers about them.")
+  parser = argparse.ArgumentParser(
+    description="Memorizes 14 photographs, generates them, and answers questions about them."
+  )
   parser.add_argument("folder", type=pathlib.Path, help="where all of it goes; the same folder goes on")
   out = parser.parse_args().folder.resolve()
   write_photos(out / "photos")
@@ -148,12 +150,12 @@ def main() -> int:
 
 
 def file_of(out: pathlib.Path, name: str) -> pathlib.Path:
-  """The file that `write_photos` wrote for a photograph."""
+  """The file of a photograph from `write_photos`."""
   return next((out / "photos").glob(f"{name}.*"))
 
 
 def square_crops(file: pathlib.Path, size: int, count: int = 9) -> np.ndarray:
-  """Square crops of a written photograph, evenly along its long side; f32[count, size, size, 3], middle included."""
+  """Square crops f32[count, size, size, 3] of a written photograph, evenly along its long side, the middle included."""
   image = Image.fromarray(images.decode(file.read_bytes()))
   side = min(image.size)
   crops = []

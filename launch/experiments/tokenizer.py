@@ -1,9 +1,9 @@
-"""Trains the tokenizer of the small configs: words of the built-in world, and some ordinary English.
+"""Trains the tokenizer of the small configs on the words of the built-in world and some ordinary English.
 
   python launch/experiments/tokenizer.py configs/tokenizer
 
-The result depends on this file and on those of jflow.world.source.CODE; retrain when the world's wording changes,
-and train the small models anew with it.
+The result depends on this file and on those of jflow.world.source.CODE; retrain it when the world's wording changes,
+and then the small models.
 """
 
 import argparse

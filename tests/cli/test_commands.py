@@ -223,7 +223,7 @@ def test_a_prompt_longer_than_the_context(capsys, model, tmp_path):
     (["--prompt=a", "--output=/dev/null/x"], "--output: directory /dev/null/x cannot be made"),
     (["--prompt=a", "--output=/proc"], "--output: directory /proc cannot be written"),
     (["--prompt=a", "--checkpoint=nowhere"], "checkpoint nowhere is not a directory"),
-    (["--prompt=a", "--checkpoint=."], ". is no jflow checkpoint: it holds no checkpoints/ folder"),
+    (["--prompt=a", "--checkpoint=."], ". must be a jflow checkpoint"),
   ],
 )
 def test_generate_refuses(capsys, model, tmp_path, monkeypatch, flags, said):

@@ -222,7 +222,7 @@ def test_a_converted_checkpoint_without_a_vae_takes_one_to_paint_with(tmp_path, 
     ["convert", f"--input={run}", f"--vae={vae}", f"--output={tmp_path / 'b'}"],
   ):
     assert main(command) == 2
-    assert "vae holds another VAE than the one that" in capsys.readouterr().err
+    assert "vae must hold the VAE that" in capsys.readouterr().err
   fields = json.loads((run / "config.json").read_text())
   fields["model"]["autoencoder"] = dataclasses.asdict(VAE)  # as if it had been converted beside SDXL's
   (run / "config.json").write_text(json.dumps(fields))
@@ -407,8 +407,8 @@ def test_a_cut_or_longer_file_is_refused(source, tmp_path, capsys):
   whole = path.read_bytes()
   (header,) = struct.unpack("<Q", whole[:8])
   for length, message in (
-    (0, "is no safetensors file"),
-    (5, "is no safetensors file"),
+    (0, "must be a safetensors file"),
+    (5, "must be a safetensors file"),
     (8 + header // 2, "claims a header of"),
     (8 + header, "is cut"),
     (len(whole) - 1, "is cut"),

@@ -1,8 +1,8 @@
-"""Benchmarks by name. Each is one file with a `Benchmark`; nothing is imported before it is asked for.
+"""Registry of benchmarks by name. Each is one file with a `Benchmark`, imported on first use.
 
-Papers leave open what is pinned here and printed in every report: 30 Euler steps, 4 images per prompt with seeds 0 to 3
-(of the built-in world and of MJHQ each image has noise of its own), greedy answers without a system prompt (but for
-MM-Vet). Answers that a closed rule reads end after 512 tokens; where they are free, after VLMEvalKit's 2,048.
+Choices that papers leave open are fixed here and printed in every report: 30 Euler steps, 4 images per prompt with
+seeds 0 to 3 (each image of the built-in world and of MJHQ has its own noise), greedy answers without a system prompt
+(except MM-Vet). Answers scored by a closed rule end after 512 tokens; free ones after 2,048, as in VLMEvalKit.
 """
 
 import importlib
@@ -35,10 +35,10 @@ _KNOWN: dict[str, str | type[Benchmark]] = {
 
 
 def register(benchmark: type[Benchmark]) -> type[Benchmark]:
-  """Adds a benchmark for this process, under its name; usable as a decorator.
+  """Registers a benchmark under its name in this process; usable as a decorator.
 
   Raises:
-    TypeError: it is no subclass of `Benchmark`, has no name, or lacks a method.
+    TypeError: it is not a subclass of `Benchmark`, or lacks its name or a method.
   """
   if not (isinstance(benchmark, type) and issubclass(benchmark, Benchmark)):
     raise TypeError(f"{benchmark!r} must be a subclass of jflow.evaluation.benchmark.Benchmark")
@@ -55,7 +55,7 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> type[Benchmark]:
-  """The benchmark of a name, or the one that a Python file at this path registers.
+  """The benchmark registered under a name, or by the Python file at this path.
 
   Raises:
     UserError: no such name, or the file registers none or fails.

@@ -1,4 +1,4 @@
-"""DPG-Bench: long prompts, scored by a model that answers questions outside."""
+"""DPG-Bench: long prompts, scored by an external question-answering model."""
 
 import math
 import pathlib
@@ -19,7 +19,7 @@ from jflow.evaluation.tasks import Painting, save
 
 
 class Dpg(PaintingBenchmark):
-  """grids/NAME.png: four pictures of a prompt in a square, as its scorer cuts them."""
+  """DPG-Bench: writes grids/NAME.png, the four images of a prompt in a square, as the official scorer cuts them."""
 
   name = "dpg"
   what = "DPG-Bench: 1,065 long prompts x 4 pictures, questions answered by mPLUG"
@@ -44,7 +44,7 @@ class Dpg(PaintingBenchmark):
     """Reads the prompts."""
     super().__init__(settings)
     if self.pictures not in (1, 4):
-      raise UserError(f"--pictures={self.pictures}: DPG-Bench takes 4 pictures per prompt, or 1")
+      raise UserError(f"--pictures={self.pictures} must be 4 or 1, the pictures per prompt that DPG-Bench takes")
     folder = settings.data / "prompts" if (settings.data / "prompts").is_dir() else settings.data
     self._files = sorted(path for path in folder.glob("*.txt") if not is_hidden(path.name))
     if not self._files:
@@ -55,11 +55,11 @@ class Dpg(PaintingBenchmark):
       raise UserError(f"{folder / empty[0]}.txt holds no prompt: {self.where}")
 
   def data_files(self) -> list[pathlib.Path]:
-    """What the pictures depend on: the files with the prompts."""
+    """The files with the prompts, on which the images depend."""
     return list(self._files)
 
   def tasks(self) -> list[Painting]:
-    """All pictures, prompt by prompt."""
+    """One task per image, prompt by prompt."""
     return [
       Painting(f"{name}/{j}", prompt, self.settings.seed + j, f"pictures/{name}_{j}.png")
       for name, prompt in self._prompts.items()
@@ -67,7 +67,7 @@ class Dpg(PaintingBenchmark):
     ]
 
   def score(self, records: Mapping[str, Any]) -> Result:
-    """Puts the grids together, or reads what the scorer found in them."""
+    """Writes the grids, or reads the results of the official scorer."""
     need_all([task.key for task in self.tasks()], records, "dpg", "run the same command again")
     output, side = self.settings.output.resolve(), 0
     for name in self._prompts:
@@ -88,7 +88,7 @@ class Dpg(PaintingBenchmark):
     return Result(self._read(self.settings.results), [said, *notes])
 
   def _read(self, path: pathlib.Path) -> dict[str, Score]:
-    """A line per grid (path, a score per picture, their mean), then a summary from "Model:" on."""
+    """Scores from the scorer's file: a line per grid (path, score per image, mean), then a summary from "Model:" on."""
     averages: dict[str, float] = {}
     categories: dict[str, Score] = {}
     section = None
@@ -117,7 +117,7 @@ class Dpg(PaintingBenchmark):
     return {"overall": overall} | dict(sorted(categories.items()))
 
   def _row(self, line: str, where: str) -> tuple[str, float]:
-    """(name of the prompt, mean of its pictures' scores); commas may stand in the path."""
+    """(name of the prompt, mean of its images' scores); the path may contain commas."""
     pictures = self.pictures
     path, *numbers = line.rsplit(", ", pictures + 1)
     if len(numbers) == pictures + 1:
@@ -131,7 +131,7 @@ class Dpg(PaintingBenchmark):
 
 
 def grid(tiles: Sequence[Image.Image]) -> Image.Image:
-  """Four square tiles as 2 x 2, in reading order; one tile as it is."""
+  """Four square tiles as a 2 x 2 grid, in reading order; a single tile is returned as it is."""
   side = tiles[0].width
   columns = 2 if len(tiles) == 4 else 1
   out = Image.new("RGB", (columns * side, columns * side))

@@ -1,4 +1,4 @@
-"""GenEval: objects, counts, colors and places, found by a detector outside."""
+"""GenEval: objects, counts, colors and positions, scored by an external detector."""
 
 import json
 import pathlib
@@ -21,7 +21,7 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 
 
 class Geneval(PaintingBenchmark):
-  """pictures/00000/metadata.jsonl and pictures/00000/samples/00000.png, as its evaluator reads them."""
+  """GenEval: writes pictures/00000/metadata.jsonl and pictures/00000/samples/00000.png, as its evaluator reads them."""
 
   name = "geneval"
   what = "GenEval: 553 prompts x 4 pictures, objects, counts, colors and places found by a detector"
@@ -56,11 +56,11 @@ class Geneval(PaintingBenchmark):
     self._found, self._prompts = len(rows), rows[: settings.limit]
 
   def data_files(self) -> list[pathlib.Path]:
-    """What the pictures depend on: the file with the prompts."""
+    """The file with the prompts, on which the images depend."""
     return [self._file]
 
   def tasks(self) -> list[Painting]:
-    """All pictures, prompt by prompt."""
+    """One task per image, prompt by prompt."""
     return [
       Painting(f"{i:05d}/{j}", row["prompt"], self.settings.seed + j, f"pictures/{i:05d}/samples/{j:05d}.png")
       for i, row in enumerate(self._prompts)
@@ -68,7 +68,7 @@ class Geneval(PaintingBenchmark):
     ]
 
   def score(self, records: Mapping[str, Any]) -> Result:
-    """Completes the layout, or reads what the evaluator found in it."""
+    """Completes the layout, or reads the results of the official evaluator."""
     need_all([task.key for task in self.tasks()], records, "geneval", "run the same command again")
     folder = self.settings.output.resolve() / "pictures"
     for i, row in enumerate(self._prompts):  # one object per file: the evaluator reads it whole
@@ -95,7 +95,7 @@ class Geneval(PaintingBenchmark):
       if key in found:
         raise UserError(f"{where} names {row['filename']}, which comes twice: give the results of one run")
       if not isinstance(row["correct"], bool):
-        raise UserError(f"{where} has correct={row['correct']!r:.60}, neither true nor false: give its --outfile")
+        raise UserError(f"{where} has correct={row['correct']!r:.60}, which must be true or false: give its --outfile")
       ours = self._prompts[number] if number < len(self._prompts) else {}
       for field in ("tag", "prompt"):
         if field in row and field in ours and row[field] != ours[field]:

@@ -8,7 +8,7 @@ from jflow.evaluation.tables import TableBenchmark, kit
 
 
 class Gqa(TableBenchmark):
-  """The answer, word for word."""
+  """Exact match of one-word answers."""
 
   name = "gqa"
   what = "GQA testdev, balanced: one word, equal"

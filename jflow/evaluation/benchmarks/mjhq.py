@@ -1,4 +1,4 @@
-"""MJHQ-30K: the Frechet distance (FID) and the similarity of CLIP, on features that an extractor outside wrote."""
+"""MJHQ-30K: the Frechet distance (FID) and the CLIP similarity, on features from an external extractor."""
 
 import pathlib
 import random
@@ -22,7 +22,7 @@ _FEATURES = "run launch/experiments/features.py again"
 
 
 class Mjhq(PaintingBenchmark):
-  """pictures/ID.png; the Frechet distance and the similarity come from features that an extractor wrote."""
+  """MJHQ-30K: writes pictures/ID.png; FID and CLIP similarity are computed from extracted features."""
 
   name = "mjhq"
   what = "MJHQ-30K: Frechet distance to 30,000 pictures, similarity of picture and prompt"
@@ -44,7 +44,7 @@ class Mjhq(PaintingBenchmark):
     for name, row in rows.items():
       where = f"{self._file}, picture {name!r},"
       if not isinstance(row, dict):
-        raise UserError(f"{where} is no JSON object, but {row!r:.60}")
+        raise UserError(f"{where} must be a JSON object, got {row!r:.60}")
       need(row, ("prompt", "category") if self.prompts else ("prompt",), where)
       outside.need_texts(row, ("prompt",), where)
       if re.search(r"[/\\\0]", name) or name in ("", ".", ".."):
@@ -54,11 +54,11 @@ class Mjhq(PaintingBenchmark):
     self._prompts = {name: rows[name]["prompt"] for name in chosen[: settings.limit]}
 
   def data_files(self) -> list[pathlib.Path]:
-    """What the pictures depend on: the file with the prompts."""
+    """The file with the prompts, on which the images depend."""
     return [self._file]
 
   def tasks(self) -> list[Painting]:
-    """One picture per prompt; each starts from noise of its own."""
+    """One image per prompt, each from its own noise."""
     first = self.settings.seed
     return [
       Painting(name, prompt, first + i, f"pictures/{name}.png")
@@ -66,7 +66,7 @@ class Mjhq(PaintingBenchmark):
     ]
 
   def score(self, records: Mapping[str, Any]) -> Result:
-    """Says how to make features, or measures on them."""
+    """Scores from extracted features; without them, the command that extracts them."""
     need_all([task.key for task in self.tasks()], records, self.name, "run the same command again")
     notes = outside.another_number(len(self._all), self.published, self.settings)
     if self.prompts:
@@ -106,7 +106,7 @@ class Mjhq(PaintingBenchmark):
     return Result(found, [*said, *notes])
 
   def _measure(self, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, Score], str]:
-    """Scores, and how pictures were resized to 256: "lanczos" or "bicubic"."""
+    """Scores, and how images were resized to 256: "lanczos" or "bicubic"."""
     path = self.settings.features
     for name in ("names", "generated", "reference", "reference_names", "resize"):
       if name not in arrays:
@@ -140,7 +140,7 @@ class Mjhq(PaintingBenchmark):
 
 
 class Mjhq10k(Mjhq):
-  """The ablations of the paper: fewer prompts, more guidance."""
+  """The setting of the paper's ablations: fewer prompts, stronger guidance."""
 
   name = "mjhq10k"
   what = "MJHQ as in the paper's ablations: 10,000 prompts, guidance 7.5; figures of its final model F"
@@ -151,10 +151,10 @@ class Mjhq10k(Mjhq):
 
 
 def evenly(rows: Mapping[str, Mapping[str, Any]], count: int, what: str) -> list[str]:
-  """The names of `count` rows, as many of each category, drawn with seed 0, in the order of `rows`.
+  """The names of `count` rows, equally many per category, drawn with seed 0, in the order of `rows`.
 
   Raises:
-    UserError: naming `what`, where the categories do not allow it.
+    UserError: `count` cannot be drawn evenly from the categories; the message begins with `what`.
   """
   groups: dict[str, list[str]] = defaultdict(list)
   for name, row in rows.items():
@@ -177,7 +177,7 @@ def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """The arrays of an .npz; no object of Python is ever read."""
+  """The arrays of an .npz file; Python objects (pickles) are never read."""
   try:
     with np.load(path, allow_pickle=False) as file:
       return {name: np.asanyarray(file[name]) for name in file.files}
@@ -197,7 +197,7 @@ def _names(arrays: Mapping[str, np.ndarray], name: str, path: pathlib.Path) -> l
 
 
 def _features(arrays: Mapping[str, np.ndarray], name: str, count: int, path: pathlib.Path) -> np.ndarray:
-  """float[count, D], finite."""
+  """The array `name`, checked to be float[count, D] and finite."""
   array = arrays.get(name, np.zeros(0))
   if array.ndim != 2 or array.dtype.kind != "f" or len(array) != count or count < 2 or not array.shape[1]:
     raise UserError(

@@ -1,4 +1,4 @@
-"""MMBench: multiple choice, asked with the options in every order."""
+"""MMBench: multiple choice, asked once per rotation of the options."""
 
 import collections
 import pathlib
@@ -12,11 +12,11 @@ from jflow.evaluation.report import Result
 from jflow.evaluation.scores import Score, by_category
 from jflow.evaluation.tables import TableBenchmark, kit
 
-ROTATION = 1_000_000  # between the indices of a question and the same with its options turned
+ROTATION = 1_000_000  # difference between the indices of a question and its next rotation of the options
 
 
 class MmBench(TableBenchmark):
-  """A question counts if it is right in every order of its options."""
+  """Circular accuracy: a question counts if it is right in every order of its options."""
 
   name = "mmbench"
   what = "MMBench-dev (English, 1.0): multiple choice, right in every order of the options"
@@ -33,10 +33,12 @@ class MmBench(TableBenchmark):
     return truths.letter(row)
 
   def chosen(self, rows: list[dict[str, str]], path: pathlib.Path) -> list[dict[str, str]]:
-    """The first --limit questions, each with every order of its options."""
+    """The rows of the first --limit questions, each in every order of its options."""
     for number, row in enumerate(rows, 1):
       if not re.fullmatch("[0-9]{1,18}", row["index"]):
-        raise UserError(f"{path}, row {number}: the index {row['index']!r} is no number: is it MMBench's file?")
+        raise UserError(
+          f"{path}, row {number}: the index must be a number, got {row['index']!r}: is it MMBench's file?"
+        )
     questions = [int(row["index"]) % ROTATION for row in rows]
     kept = set(list(dict.fromkeys(questions))[: self.settings.limit])
     return [row for row, question in zip(rows, questions, strict=True) if question in kept]

@@ -1,4 +1,4 @@
-"""MME: perception and reasoning, two questions of yes or no about each image."""
+"""MME: perception and reasoning, two yes/no questions about each image."""
 
 import collections
 import pathlib
@@ -27,7 +27,7 @@ REASONING = ("code_reasoning", "commonsense_reasoning", "numerical_calculation",
 
 
 class Mme(TableBenchmark):
-  """Accuracy and accuracy+ in percent, added up over the categories."""
+  """Accuracy plus accuracy+ in percent, summed over the categories."""
 
   name = "mme"
   what = "MME: yes or no, two questions a picture (accuracy + accuracy+, perception at most 2,000)"
@@ -54,13 +54,13 @@ class Mme(TableBenchmark):
 
 
 def accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
-  """MME: per category accuracy and accuracy+ (both questions of a picture right), in percent, added up.
+  """MME's scores: accuracy plus accuracy+ (both questions about an image right) per category, in percent, and sums.
 
   Args:
     rows: {"category", "picture", "right": bool}, two per picture and category.
 
   Raises:
-    UserError: a picture has not two questions, or neither perception nor reasoning is complete.
+    UserError: an image does not have two questions, or neither perception nor reasoning is complete.
   """
   pictures: dict[str, dict[str, list[bool]]] = collections.defaultdict(lambda: collections.defaultdict(list))
   for row in rows:
@@ -70,10 +70,10 @@ def accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
     odd = [name for name, answers in groups.items() if len(answers) != 2]
     if odd:
       raise UserError(
-        f"MME: {len(odd)} pictures of {category} have not two questions, for example {odd[0]!r} "
+        f"MME: each picture of {category} must have two questions, but {len(odd)} do not, for example {odd[0]!r} "
         f"({len(groups[odd[0]])}): score the whole file, without --limit"
       )
-    # A picture is worth a quarter for each right answer and a half more for both.
+    # An image's share: a quarter for each right answer, and a half more if both are right.
     shares = [[sum(pair) / 4 + all(pair) / 2] for pair in groups.values()]
     out[category] = clustered(shares, scale=200)._replace(count=2 * len(groups))
   sums = {}

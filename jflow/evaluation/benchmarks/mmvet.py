@@ -1,4 +1,4 @@
-"""MM-Vet: free answers, graded by a language model elsewhere."""
+"""MM-Vet: free answers, graded by an external language model."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ from jflow.evaluation.tables import TableBenchmark, kit
 
 
 class MmVet(TableBenchmark):
-  """The file of answers to hand in."""
+  """MM-Vet: writes the file of answers to submit."""
 
   name = "mmvet"
   what = "MM-Vet: free answers for a language model to grade; writes the file to hand in"

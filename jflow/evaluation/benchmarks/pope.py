@@ -12,7 +12,7 @@ from jflow.evaluation.tables import TableBenchmark, kit
 
 
 class Pope(TableBenchmark):
-  """Is an object in the image? F1 of the yes in percent, over all rows and per category."""
+  """F1 of "yes" in percent, over all rows and per category, for questions about whether an object is in the image."""
 
   name = "pope"
   what = "POPE: is an object in the picture (F1 of the yes, percent)"
@@ -34,11 +34,11 @@ class Pope(TableBenchmark):
 
 
 def f1_and_accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
-  """POPE as VLMEvalKit scores it: F1 of the yes in percent, over all rows, once per category that they stand in.
+  """POPE's scores as in VLMEvalKit: F1 of "yes" in percent, over all rows and for each category a row belongs to.
 
   Args:
     rows: {"answer": "Yes" | "No", "said": "Yes" | "No" | "Unknown", "category": "random,popular", "picture"}; an
-      Unknown is a wrong answer that says no yes.
+      Unknown is wrong and does not count as a "yes".
   """
   apart = [row | {"category": name} for row in rows for name in str(row["category"]).split(",")]
   out = {}

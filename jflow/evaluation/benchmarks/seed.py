@@ -1,4 +1,4 @@
-"""SEED-Bench, the part about images: multiple choice."""
+"""SEED-Bench, image part: multiple choice."""
 
 from collections.abc import Mapping, Sequence
 

@@ -8,7 +8,7 @@ from jflow.evaluation.tables import TableBenchmark, kit
 
 
 class TextVqa(TableBenchmark):
-  """The VQA score of ten answers."""
+  """The VQA score against ten answers."""
 
   name = "textvqa"
   what = "TextVQA val: VQA score of ten answers, no recognised text given"

@@ -1,4 +1,4 @@
-"""VQAv2 from its own files: scores on val, and the file to hand in on test-dev."""
+"""VQAv2 from its official files: scores on val, and the file to submit for test-dev."""
 
 import functools
 import pathlib
@@ -46,7 +46,7 @@ class Vqav2(ReadingBenchmark):
   split = "val"
 
   def __init__(self, settings: Settings):
-    """Reads questions and annotations, and looks for the first picture."""
+    """Reads questions and annotations, and checks that the first image exists."""
     super().__init__(settings)
     split, data = settings.split or self.split, settings.data
     if split not in SPLITS:
@@ -74,7 +74,7 @@ class Vqav2(ReadingBenchmark):
     return prompts.short(row)
 
   def data_files(self) -> list[pathlib.Path]:
-    """What the predictions and scores depend on, but for the pictures."""
+    """The files that predictions and scores depend on, except the images."""
     return self._files
 
   def tasks(self) -> list[Question]:
@@ -87,7 +87,7 @@ class Vqav2(ReadingBenchmark):
     ]
 
   def score(self, records: Mapping[str, Mapping[str, Any]]) -> Result:
-    """The VQA score, or the answers to hand in."""
+    """The VQA score on val; for test-dev, the answers to submit."""
     need_all([str(row["question_id"]) for row in self._rows], records, "vqav2", "run the same command again")
     said = {row["question_id"]: records[str(row["question_id"])]["answer"] for row in self._rows}
     if not self._people:
@@ -122,7 +122,7 @@ class Vqav2(ReadingBenchmark):
 
 
 def _read(path: pathlib.Path, field: str, where: str) -> list[dict[str, Any]]:
-  """The objects of a list, each with a question_id of its own."""
+  """The list of objects in `field`, each checked to have a unique question_id."""
   if not path.is_file():
     raise UserError(f"{path} does not exist: {where}")
   rows = outside.object_of(outside.text_of(path), f"{path}").get(field)
@@ -148,7 +148,7 @@ def _check_people(row: Mapping[str, Any], where: str) -> None:
   need(row, ("image_id", "answers", "answer_type"), where)
   people = row["answers"]
   if not isinstance(people, list) or not people or not all(isinstance(one, dict) for one in people):
-    raise UserError(f"{where} has answers={people!r:.60}, which is no list of objects")
+    raise UserError(f"{where} has answers={people!r:.60}, which must be a list of objects")
   if len(people) < truths.LEAST_PEOPLE:
     raise UserError(
       f"{where} has {len(people)} answers, and no answer is wholly right by fewer than {truths.LEAST_PEOPLE}"
