@@ -7,7 +7,8 @@ at its first use, and a name in a checkpoint's config is only looked up, never i
 import functools
 import importlib
 import importlib.metadata
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jflow.errors import UserError
@@ -26,14 +27,16 @@ def load(place: Any) -> Any:
 class Registry:
   """The entries of one config field, by name."""
 
-  def __init__(self, field: str, group: str, builtin: Mapping[str, Any]):
+  def __init__(self, field: str, group: str, builtin: Mapping[str, Any], needs: Sequence[str] = ()):
     """
     Args:
       field: the config field that holds a name, for messages.
       group: entry points of installed packages that add names, as "jflow.generation".
       builtin: name -> the entry, or "package.module:attribute".
+      needs: attributes that an entry of a package must have.
     """
-    self._field, self._group, self._known = field, group, dict(builtin)
+    self._field, self._group, self._known, self._needs = field, group, dict(builtin), needs
+    self._left_out: set[str] = set()
 
   def register(self, name: str, thing: Any) -> None:
     """Adds a name for this process, or replaces one."""
@@ -46,6 +49,18 @@ class Registry:
   def names(self) -> tuple[str, ...]:
     """Every name, those of installed packages last."""
     return (*self._known, *(name for name in self._installed if name not in self._known))
+
+  def all(self) -> dict[str, Any]:
+    """Returns name -> entry of all; a line on stderr says which installed package fails, and that is left out."""
+    found = {name: load(place) for name, place in self._known.items()}
+    for name in self.names()[len(found) :]:
+      try:
+        found[name] = self._load_installed(name)
+      except UserError as error:
+        if name not in self._left_out:
+          print(f"jflow: left out: {error}", file=sys.stderr)
+        self._left_out.add(name)
+    return found
 
   def get(self, name: Any) -> Any:
     """Returns the entry of a name.
@@ -65,7 +80,10 @@ class Registry:
       places = " and ".join(sorted(entry.value for entry in entries))
       raise UserError(f"{self._field}={name!r} is declared by several installed packages: {places}")
     try:
-      return entries[0].load()
+      found = entries[0].load()
+      if lacks := [name for name in self._needs if not hasattr(found, name)]:
+        raise TypeError(f"it has no {lacks[0]}")
+      return found
     except Exception as error:  # of the package: whatever it raises
       said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
       raise UserError(

@@ -13,6 +13,7 @@ taken = math:e
 broken = no_such_module_at_all:thing
 absent = math:no_such_attribute
 twice = math:pi
+odd = math:sqrt
 """
 
 
@@ -24,15 +25,24 @@ def things(tmp_path, monkeypatch) -> Registry:
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     (folder / "entry_points.txt").write_text(text)
   monkeypatch.syspath_prepend(str(tmp_path))
-  return Registry("field", "test.things", {"taken": "math:tau"})
+  return Registry("field", "test.things", {"taken": "math:tau"}, needs=("real",))
 
 
 def test_a_name_of_jflow_comes_before_one_of_a_package(things):
   assert things.get("good") == math.pi and things.get("taken") == math.tau
-  assert things.names()[0] == "taken" and sorted(things.names()[1:]) == ["absent", "broken", "good", "twice"]
+  assert things.names()[0] == "taken" and sorted(things.names()[1:]) == ["absent", "broken", "good", "odd", "twice"]
 
 
-@pytest.mark.parametrize("name", ["broken", "absent", "twice", "math:pi", "os", "", None, 3, ["good"], {"good": 1}])
+def test_all_of_a_table_is_what_can_be_loaded(things, capsys):
+  """A package that fails costs its own names alone, and is told once."""
+  assert things.all() == things.all() == {"taken": math.tau, "good": math.pi}
+  said = capsys.readouterr().err.splitlines()
+  assert sorted(line.split("'")[1] for line in said) == ["absent", "broken", "odd", "twice"]
+
+
+@pytest.mark.parametrize(
+  "name", ["broken", "absent", "twice", "odd", "math:pi", "os", "", None, 3, ["good"], {"good": 1}]
+)
 def test_a_name_that_gives_nothing_is_one_line(things, name):
   with pytest.raises(UserError) as error:
     things.get(name)

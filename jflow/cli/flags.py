@@ -41,8 +41,8 @@ def add_settings(p: argparse.ArgumentParser) -> None:
   from jflow.generation.base import FAMILIES
 
   fields: dict[str, dict[str, dataclasses.Field]] = {}
-  for name in FAMILIES.names():
-    for field in dataclasses.fields(FAMILIES.get(name).settings):
+  for name, family in FAMILIES.all().items():
+    for field in dataclasses.fields(family.settings):
       fields.setdefault(field.name, {})[name] = field
   for flag, families in fields.items():
     field = next(iter(families.values()))
@@ -54,7 +54,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
   """The sampling settings given on the command line, by name."""
   from jflow.generation.base import FAMILIES
 
-  names = {field.name for name in FAMILIES.names() for field in dataclasses.fields(FAMILIES.get(name).settings)}
+  names = {field.name for family in FAMILIES.all().values() for field in dataclasses.fields(family.settings)}
   return {name: value for name in sorted(names) if (value := getattr(args, name)) is not None}
 
 
@@ -67,8 +67,7 @@ def check_settings(given: Mapping[str, Any]) -> None:
   from jflow.generation.base import FAMILIES
 
   error = UserError(f"no kind of image generation takes all of {', '.join(given)}")
-  for name in FAMILIES.names():
-    family = FAMILIES.get(name)
+  for family in FAMILIES.all().values():
     if set(given) <= {field.name for field in dataclasses.fields(family.settings)}:
       try:
         family.settings(**given)

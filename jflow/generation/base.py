@@ -166,7 +166,9 @@ class Family:
   flops: Any = None  # module of `step` and `image`, see flow/flops.py; None: its FLOPs are not counted
 
 
-FAMILIES = registry.Registry("model.generation.kind", "jflow.generation", {"flow": "jflow.generation.flow:FAMILY"})
+FAMILIES = registry.Registry(
+  "model.generation.kind", "jflow.generation", {"flow": "jflow.generation.flow:FAMILY"}, needs=("config", "settings")
+)
 
 
 def setting(default: Any, help: str, **rest: Any) -> Any:

@@ -58,4 +58,6 @@ class Part:
   flops: Any = None  # (model config, its own, trained parts, `models.flops.Work`) -> FLOPs of a step; None: not counted
 
 
-OBJECTIVES = registry.Registry("model.objectives", "jflow.objectives", {"alignment": "jflow.objectives.alignment:PART"})
+OBJECTIVES = registry.Registry(
+  "model.objectives", "jflow.objectives", {"alignment": "jflow.objectives.alignment:PART"}, needs=("config",)
+)

@@ -39,4 +39,6 @@ class Architecture:
   module: Any
 
 
-ARCHITECTURES = registry.Registry("model.language_model.kind", "jflow.llm", {"llama": "jflow.models.llm.config:LLAMA"})
+ARCHITECTURES = registry.Registry(
+  "model.language_model.kind", "jflow.llm", {"llama": "jflow.models.llm.config:LLAMA"}, needs=("config",)
+)
