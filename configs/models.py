@@ -181,4 +181,5 @@ def mid() -> dict:
       window=0,
     ),
     objectives=dict(alignment=dict(layer=2, hidden_dim=768)),
+    reader="siglip",
   )

@@ -123,7 +123,8 @@ def main(argv: list[str]) -> int:
       "pictures": records,
     }
     write_json(args.json, body)
-  print(f"{len(images)} pictures in {args.output}; all on one page: {sheet}")
+  count = f"{len(images)} picture{'s' * (len(images) != 1)}"
+  print(f"{count} in {args.output}; all on one page: {sheet}")
   return 0
 
 

@@ -1,6 +1,7 @@
 """The command `train`: trains one stage."""
 
 import argparse
+import dataclasses
 import functools
 import pathlib
 import sys
@@ -41,7 +42,10 @@ def _paint_samples(config: RunConfig, model: Any, tokenizer: Any, params: Any) -
   log = config.log
   with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])):
     pipeline = Pipeline(model, params, tokenizer, config.data.template)
-    return pipeline.generate(log.sample_prompts, log.sample_steps, log.sample_guidance, seed=0)
+    known = {field.name for field in dataclasses.fields(pipeline.family.settings)}
+    asked = {"steps": log.sample_steps, "guidance": log.sample_guidance}
+    chosen = {name: value for name, value in asked.items() if name in known}
+    return pipeline.generate(log.sample_prompts, seed=0, **chosen)
 
 
 def _start_model(workdir: pathlib.Path, config: RunConfig, given: Collection[str]) -> dict[str, Any]:

@@ -27,7 +27,9 @@ def parser() -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   flags.add_model(p)
-  p.add_argument("--image", action="append", default=[], metavar="FILE", help="PNG, JPEG or WebP; repeat for several")
+  p.add_argument(
+    "--image", action="append", default=[], metavar="FILE", help="PNG, JPEG, WebP or GIF; repeat for several"
+  )
   p.add_argument("--question", required=True, metavar="TEXT", help='"<image>" marks say where the pictures stand')
   p.add_argument("--system", default="", metavar="TEXT", help="system prompt (default: none)")
   p.add_argument(

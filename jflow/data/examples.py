@@ -25,7 +25,7 @@ from jflow import batch as batch_lib
 from jflow.data.records import Record, RecordError, Turn
 from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from jflow.errors import PromptTooLong, UserError
-from jflow.generation.base import FAMILIES, Written
+from jflow.generation.base import FAMILIES, Layout, Written
 
 IMAGE_MARK = "<image>"
 MARKS = (IMAGE_MARK, SPECIAL_TOKENS["image"])  # the second is the published code's
@@ -78,7 +78,7 @@ def build(
   rng: np.random.Generator | None = None,
   first_sentence: float = 0.0,
   prompt_drop: float = 0.0,
-  writer: str = "flow",
+  layout: Layout | None = None,
 ) -> Sample:
   """Returns the training sequence of a record.
 
@@ -93,7 +93,7 @@ def build(
     rng: for the two probabilities below.
     first_sentence: probability that generation keeps only the caption's first sentence.
     prompt_drop: probability that generation drops the prompt; see `generation.base.Layout`.
-    writer: how images are written; a name of generation/base.py.
+    layout: where an image to write stands; of its family (generation/), None: flow's.
 
   Raises:
     RecordError: the record does not fit its task.
@@ -104,7 +104,9 @@ def build(
     if task == "generation":
       caption, drop = _caption(record.text.strip(), rng, first_sentence, prompt_drop)
       prompt = generation_prompt(caption, template, tokenizer)
-      return _written(FAMILIES.get(writer).layout.sequence(prompt, drop, tokenizer, image_patches), record, tokenizer)
+      return _written(
+        (layout or FAMILIES.get("flow").layout).sequence(prompt, drop, tokenizer, image_patches), record, tokenizer
+      )
     sequence = _Sequence(tokenizer, image_patches)
     if not record.turns and (task == "text" or IMAGE_MARK in record.text):
       _document(sequence, record.text, mark)

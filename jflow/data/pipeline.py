@@ -21,6 +21,7 @@ from jflow.data.records import RecordError, Source
 from jflow.data.store import latents, plans
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
+from jflow.generation.base import FAMILIES
 
 # The share of rejected records is computed over at least this many samples.
 MIN_JUDGED = 1000
@@ -56,6 +57,7 @@ class Rows:
     self.name, self.task = name, task
     self.fingerprint = getattr(source, "fingerprint", "")
     self._source, self._tokenizer, self._shape = source, tokenizer, shape
+    self._layout = FAMILIES.get(shape.writer).layout  # loader processes know no names that a script has registered
     self._template = config.template
     self._first_sentence, self._prompt_drop = config.first_sentence, config.prompt_drop
     self._seed = seed
@@ -119,7 +121,7 @@ class Rows:
       rng,
       self._first_sentence,
       self._prompt_drop,
-      self._shape.writer,
+      self._layout,
     )
     if self.task == "text":
       return packing.cut(sample, start, stop)

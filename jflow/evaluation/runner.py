@@ -186,7 +186,7 @@ def _write(
   changed = [f"--{name}={value}" for name, value in benchmark.changed().items()]
   if changed:
     paper = " The paper's scores stand for the recipe." if benchmark.paper else ""
-    notes.append(f"Not the recipe: {', '.join(changed)}.{paper}")
+    notes.append(f"Not the benchmark's settings: {', '.join(changed)}.{paper}")
   more = {"checkpoint": settings.checkpoint, "read_from": directory, "vae": settings.vae}
   for name in ("results", "features"):
     path = getattr(settings, name)

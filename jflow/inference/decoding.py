@@ -303,6 +303,9 @@ def answer_all(
   context = pipeline.model.config.language_model.max_length
   need = max(len(r.tokens) + r.max_tokens for r in requests)
   decoder = Decoder(pipeline, min(slots, len(requests)), min(context, power_of_two(need, _NEAR)))
+  if stream:  # what is said while a program compiles must not stand inside an answer
+    for request in requests:
+      decoder.prepare(request)
   texts = [Text(pipeline.tokenizer) for _ in requests]
   waiting = sorted(range(len(requests)), key=lambda i: len(requests[i].tokens))
   owner: dict[int, int] = {}

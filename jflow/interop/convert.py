@@ -57,7 +57,7 @@ def _read(args: Conversion) -> tuple[Loaded, str, pathlib.Path | None]:
     config_to_official(found.config, "float32")  # refuses what that layout has no place for
   tokenizer = official.load_tokenizer(found.directory, found.config.language_model.vocab_size)
   params = transfer.flatten(found.read_params())
-  has_vae = any(path.startswith("vae/") for path in params)
+  has_vae = found.config.autoencoder is None or any(path.startswith("vae/") for path in params)
   kept = found.directory.parent / _KEPT
   return Loaded(found.config, params, has_vae, tokenizer), found.template, kept if kept.is_dir() else None
 

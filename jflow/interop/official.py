@@ -75,12 +75,6 @@ def describe_vae(directory: pathlib.Path) -> tuple[AutoencoderKLConfig, transfer
   return config, transfer.Weights.describe(names.autoencoder_kl(config, old), checkpoint, "VAE")
 
 
-def load_vae(directory: pathlib.Path, dtype: np.dtype | None) -> tuple[AutoencoderKLConfig, dict[str, np.ndarray]]:
-  """Reads a diffusers AutoencoderKL: `describe_vae`, then its weights."""
-  config, weights = describe_vae(directory)
-  return config, weights.read(dtype)
-
-
 def load_tokenizer(directory: pathlib.Path, vocabulary_size: int) -> Tokenizer | None:
   """The tokenizer of a directory; None where there is none.
 

@@ -90,12 +90,6 @@ def _describe_siglip(directory: pathlib.Path) -> tuple[SiglipConfig, transfer.We
   return config, transfer.Weights.describe(entries, checkpoint, "SigLIP", ignored)
 
 
-def _siglip(directory: pathlib.Path, dtype: np.dtype | None) -> tuple[SiglipConfig, dict[str, np.ndarray]]:
-  """Reads a vision tower: `_describe_siglip`, then its weights."""
-  config, weights = _describe_siglip(directory)
-  return config, weights.read(dtype)
-
-
 def _describe_llm(directory: pathlib.Path) -> tuple[LanguageModelConfig, transfer.Weights]:
   """Reads the configuration and the headers of a LlamaForCausalLM."""
   f = _config(directory / "config.json")

@@ -80,6 +80,13 @@ class ModelConfig:
       check_sizes(f"model.{name}", config)
     for _, config in parts:
       config.check(self)
+    read = {name: config.layer for name, config in self.objectives if hasattr(config, "layer")}
+    for name, layer in read.items():
+      if not 1 <= layer <= self.language_model.num_layers:
+        raise UserError(f"model.objectives.{name}.layer={layer} must be in 1..{self.language_model.num_layers}")
+    if len(set(read.values())) > 1:
+      named = ", ".join(f"model.objectives.{name}.layer={layer}" for name, layer in read.items())
+      raise UserError(f"{named} must be equal: the LLM gives the output of one block")
     if self.reader != "siglip" and self.generation.kind != "flow":
       raise UserError(
         f"model.reader={shown(self.reader)} needs model.generation.kind='flow', whose encoder it reads with"

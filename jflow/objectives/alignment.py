@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from jflow.batch import WRITE, Batch
-from jflow.errors import UserError
 from jflow.models.layers import Linear
 from jflow.objectives.base import Forward, Part
 
@@ -22,10 +21,7 @@ class AlignmentConfig:
   hidden_dim: int  # hidden width of the head
 
   def check(self, model: Any) -> None:
-    """Raises UserError where the LLM has no such block."""
-    layers = model.language_model.num_layers
-    if not 1 <= self.layer <= layers:
-      raise UserError(f"model.objectives.alignment.layer={self.layer} must be in 1..{layers}")
+    """Nothing beyond what `ModelConfig` checks of every objective."""
 
 
 def loss(projected: jax.Array, features: jax.Array, mask: jax.Array) -> jax.Array:

@@ -70,7 +70,8 @@ def _parts(
   yield "head", jax.value_and_grad(head, argnums=by), (hidden, kernel)
   pixels = lambda images: normalise(flat(images))
   yield "siglip", lambda p, images: apply(p, "features", pixels(images)), (params, batch.images)
-  if not config.data.latents:
+  flow = c.generation.kind == "flow"
+  if flow and not config.data.latents:
     yield "vae", lambda p, images: apply(p, lambda m, x: m.writer.posterior(x), pixels(images)), (params, batch.images)
 
   def heads(p, z, x):
@@ -81,7 +82,8 @@ def _parts(
     return out
 
   names = [name for name in trained if name.startswith(("generation_", "alignment_head"))]
-  yield "heads", *gradient(heads, names, flat(draws.noise), written)
+  if flow:
+    yield "heads", *gradient(heads, names, flat(draws.noise), written)
 
   optimizer = optim.make_optimizer(config.optimizer)
 

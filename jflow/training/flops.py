@@ -10,6 +10,7 @@ import numpy as np
 from jflow import chips
 from jflow.batch import READ, WRITE, Batch
 from jflow.config import RunConfig
+from jflow.generation.base import family
 from jflow.models import flops as model_flops
 from jflow.models.config import ModelConfig
 
@@ -47,12 +48,14 @@ def model_flops_of(
 def mfu(config: RunConfig, trained: Collection[str], row: dict[str, Any], seconds: float) -> float | None:
   """The share of the devices' dense bf16 peak that a step used; None for a device without a known peak (a CPU).
 
+  None too for a writer whose FLOPs no formula gives.
+
   Removes the step's work_... metrics from `row`.
   """
   fields = (field.name for field in dataclasses.fields(model_flops.Work))
   work = model_flops.Work(**{name: row.pop(f"work_{name}") for name in fields})
   peak = chips.peak_flops(jax.devices()[0].device_kind)
-  if peak is None:
+  if peak is None or family(config.model.generation).flops is None:
     return None
   flops = sum(model_flops_of(config, config.model, trained, work).values())
   return flops / seconds / (peak * jax.device_count())

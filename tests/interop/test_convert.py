@@ -45,6 +45,11 @@ def _bitwise_equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
     assert x.tobytes() == b[name].tobytes(), name
 
 
+def _read_vae(directory):
+  config, weights = official.describe_vae(directory)
+  return config, weights.read(None)
+
+
 def _write_vae(directory: pathlib.Path, dtype: type = np.float32, old: bool = False) -> pathlib.Path:
   directory.mkdir(parents=True)
   rng = np.random.default_rng(7)
@@ -193,9 +198,9 @@ def test_other_types_and_shards(tmp_path):
 
 
 def test_float16_becomes_float32_exactly_and_old_attention_names_are_known(tmp_path):
-  config, new = official.load_vae(_write_vae(tmp_path / "new", np.float16), None)
+  config, new = _read_vae(_write_vae(tmp_path / "new", np.float16))
   assert config == VAE and {x.dtype for x in new.values()} == {np.dtype(np.float32)}
-  _, old = official.load_vae(_write_vae(tmp_path / "old", np.float16, old=True), None)
+  _, old = _read_vae(_write_vae(tmp_path / "old", np.float16, old=True))
   assert new.keys() == old.keys()
   _bitwise_equal(new, old)
 
@@ -230,7 +235,7 @@ def test_a_converted_checkpoint_without_a_vae_takes_one_to_paint_with(tmp_path, 
   assert main([*paint, f"--vae={vae}"]) == 0 and (tmp_path / "out" / "0000_00.png").is_file()
   found = read_checkpoint(run, vae=vae)
   assert found.has_vae
-  _bitwise_equal(transfer.flatten(found.params["vae"], "vae/"), official.load_vae(vae, None)[1])
+  _bitwise_equal(transfer.flatten(found.params["vae"], "vae/"), _read_vae(vae)[1])
   assert main(["convert", f"--input={run}", f"--vae={vae}", f"--output={tmp_path / 'back'}"]) == 0
   _bitwise_equal(_all_tensors(tmp_path / "back" / "vae"), _all_tensors(vae))
 

@@ -99,7 +99,7 @@ def test_llama_gradients_of_every_parameter(tmp_path, seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_llama_greedy_decoding_with_left_padding(tmp_path, seed):
   from jflow.models.cache import Cache
-  from jflow.models.llm.llama import separate_layers
+  from jflow.models.unified import separate_layers
 
   theirs = llama(tmp_path, seed, **LLAMAS[seed])
   model, params, _ = read_llama(tmp_path)
@@ -123,6 +123,12 @@ def test_llama_greedy_decoding_with_left_padding(tmp_path, seed):
   np.testing.assert_array_equal(np.stack(answer, axis=1), expected.numpy())
 
 
+def _read(described):
+  """(config, parameters) of what was described."""
+  config, weights = described
+  return config, weights.read(None)
+
+
 # --- SigLIP ----------------------------------------------------------------------------------------------
 
 
@@ -130,7 +136,7 @@ def test_llama_greedy_decoding_with_left_padding(tmp_path, seed):
 def test_siglip_features_and_pooling(tmp_path, seed):
   change = ({}, {"hidden_act": "gelu", "image_size": 48}, {"layer_norm_eps": 1e-5, "patch_size": 8})[seed]
   theirs = siglip(tmp_path, seed, whole=seed == 2, **change)
-  config, params = parts._siglip(tmp_path, None)
+  config, params = _read(parts._describe_siglip(tmp_path))
   model = Siglip(config, jnp.float32, remat=False)
   nested = {"params": transfer.nest(params)["understanding_encoder"]}
   size = config.image_size
@@ -150,7 +156,7 @@ def test_siglip_features_and_pooling(tmp_path, seed):
 def test_autoencoder_moments_and_decoding(tmp_path, seed):
   channels, layers = (((8, 16), 1), ((8, 8, 16), 2), ((16, 8), 1))[seed]
   theirs = vae(tmp_path, seed, channels, layers)
-  config, params = official.load_vae(tmp_path, None)
+  config, params = _read(official.describe_vae(tmp_path))
   model, nested = config.make(jnp.float32), {"params": transfer.nest(params)["vae"]}
   pixels = np.random.default_rng(seed).uniform(-1, 1, (2, 24, 24, 3)).astype(np.float32)
   mean, log_variance = jax.jit(lambda p, x: model.apply(p, x, method="encode"))(nested, pixels)

@@ -26,6 +26,7 @@ from jflow.data.records import Record, RecordError, Source
 from jflow.data.store import derived, prepared
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped
+from jflow.generation.base import FAMILIES, Layout
 from jflow.progress import Progress
 
 # To be raised when the layouts in examples.py change length.
@@ -45,34 +46,38 @@ def measure(
 ) -> tuple[np.ndarray, collections.Counter]:
   """Returns the tokens and images of every record, int32[N, 2], and the counts of rejected ones by reason.
 
-  A rejected record has length 0. Where the length is random (first sentence, dropped prompt), the longest counts.
-  `cache` is the folder for results that cannot be kept beside the records; `writer` a name of generation/base.py, whose
-  images must grow by one token per patch.
+  A rejected record has length 0. Where chance decides (first sentence, dropped prompt), the longest counts.
+  `cache` is the folder for what cannot be kept beside the records; `writer` a name of generation/base.py.
   """
   folders = derived.places(source, cache)
   fingerprint = getattr(source, "fingerprint", "")
-  made_for = [task, tokenizer.fingerprint, template]
-  if task == "generation" and writer != "flow":  # lengths cached by versions without a choice stay valid
-    made_for.append(writer)
+  made_for: list[Any] = [task, tokenizer.fingerprint, template]
+  layout = FAMILIES.get(writer).layout
+  # Without its patches, of which each adds one token; a layout for which that is not so is measured with them.
+  measured = 0 if layout.slots(image_patches) - layout.slots(0) == image_patches else image_patches
+  if task == "generation" and writer != "flow":  # whose lengths were kept before there was a choice
+    made_for += [writer, measured]
+  elif task != "generation":
+    measured = 0
   file = derived.name("lengths", _VERSION, fingerprint, *made_for) + ".npz"
   found = _read(folders, file, len(source))
   if found is None:
     with derived.alone(folders, file) as path:
-      found = _read(folders, file, len(source)) or _measure(source, task, tokenizer, template, writer)
+      found = _read(folders, file, len(source)) or _measure(source, task, tokenizer, template, layout, measured)
       if path and not os.path.exists(path):
         _write(path, *found)
   lengths, rejected = found
-  lengths[:, 0] += image_patches * lengths[:, 1]
+  lengths[:, 0] += (image_patches - measured) * lengths[:, 1]
   return lengths, rejected
 
 
 def _measure(
-  source: Source, task: str, tokenizer: Tokenizer, template: str, writer: str
+  source: Source, task: str, tokenizer: Tokenizer, template: str, layout: Layout, image_patches: int
 ) -> tuple[np.ndarray, collections.Counter]:
   """Measures all records; a large prepared data set by its shards, with a process per core."""
   build = functools.partial(
-    examples.build, task=task, tokenizer=tokenizer, template=template, image_patches=0, writer=writer
-  )  # each patch adds one token
+    examples.build, task=task, tokenizer=tokenizer, template=template, image_patches=image_patches, layout=layout
+  )
   paths = getattr(source, "outline_paths", [])
   processes = min(os.cpu_count() or 1, len(paths))
   with Progress(len(source), 0, f"measure {task}", delay=2) as bar:

@@ -23,6 +23,8 @@ class FlowConfig:
       raise UserError(f"model.generation.channels={self.channels} must be even (cosines and sines of the time)")
     if model.autoencoder is None:
       raise UserError("model.autoencoder=None must be a section: rectified flow writes its latents")
+    if model.autoencoder is None:
+      raise UserError("model.autoencoder must be a section where model.generation.kind='flow', got None")
     factor, size = model.autoencoder.factor, model.image_size
     if size % (factor * self.patch_size):
       raise UserError(

@@ -30,7 +30,7 @@ class Architecture:
   """The description of a language model.
 
   Attributes:
-    config: the frozen dataclass of the section `model.language_model`. It has kind, vocab_size, embed_dim, num_layers,
+    config: the frozen dataclass of the section `model.language_model`. It has kind, vocab_size, embed_dim, mlp_dim, num_layers,
       num_heads, num_kv_heads, head_dim, rms_norm_epsilon and max_length, which caches, heads and writers read.
     module: the Linen module, or "package.module:Class".
   """

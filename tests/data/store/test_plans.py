@@ -213,9 +213,10 @@ def test_records_that_cannot_be_used_have_length_0_and_a_reason():
 def test_processes_do_not_change_the_lengths(tmp_path, monkeypatch):
   output = str(tmp_path / "data")
   prepare("shapes", output=output, task="understanding", records=50, image_size=16, part_records=12)
-  alone = lengths._measure(PreparedSource(output, "understanding"), "understanding", TOKENIZER, "chat")
+  monkeypatch.setattr(lengths.derived, "find", lambda *_: None)  # measured anew
+  alone = lengths.measure(PreparedSource(output, "understanding"), "understanding", TOKENIZER, "chat", 0)
   monkeypatch.setattr(lengths, "_WORTH_PROCESSES", 1)
   monkeypatch.setattr(os, "cpu_count", lambda: 2)
-  shared = lengths._measure(PreparedSource(output, "understanding"), "understanding", TOKENIZER, "chat")
+  shared = lengths.measure(PreparedSource(output, "understanding"), "understanding", TOKENIZER, "chat", 0)
   np.testing.assert_array_equal(alone[0], shared[0])
   assert alone[0].shape == (50, 2) and alone[1] == shared[1]
