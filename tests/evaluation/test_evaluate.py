@@ -472,7 +472,7 @@ def test_an_outside_scorers_findings_stay_and_are_plotted(tiny_checkpoint, tmp_p
     one = [*base, f"--output={output}", f"--guidance={w}", "--steps=1", f"--results={tmp_path / 'results.jsonl'}"]
     assert main(one) == 0
     body = json.loads((output / "report.json").read_text())
-    assert any("Not the recipe: --guidance" in note for note in body["notes"])
+    assert any("Not the benchmark's settings: --guidance" in note for note in body["notes"])
     assert "sha256" in body["settings"]["results"]
   assert main(swept) == 0
   rows = json.loads((tmp_path / "out" / "sweep.json").read_text())["rows"]
@@ -497,7 +497,9 @@ def test_a_sweep_makes_a_plot_of_all_pairs_and_goes_on(tiny_checkpoint, tmp_path
   assert one["settings"]["guidance"] == 3.0
   assert body["rows"][1]["seen pictures: overall"] == one["scores"]["seen pictures: overall"]["value"]
   assert Image.open(tmp_path / "out" / "sweep.png").width > 400
-  assert any("Not the recipe: --guidance=3.0, --steps=2, --pictures=1, --limit=2." in note for note in one["notes"])
+  assert any(
+    "Not the benchmark's settings: --guidance=3.0, --steps=2, --pictures=1, --limit=2." in note for note in one["notes"]
+  )
   assert body["settings"]["fingerprint"] == one["settings"]["fingerprint"] and body["settings"]["limit"] == 2
   low, high = body["rows"][1]["intervals"]["seen pictures: overall"]
   assert low <= body["rows"][1]["seen pictures: overall"] <= high
