@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The gates, in seconds: lint, format, and types of the core; rules in pyproject.toml. CI runs them before the tests.
 #   launch/check.sh          checks
-#   launch/check.sh --fix    mends first what ruff can mend
+#   launch/check.sh --fix    first fixes what ruff can
 #   JFLOW_VENV               the environment that holds jflow and the tools, or gets them (default .venv)
 set -euo pipefail
 cd "$(dirname "$0")/.."

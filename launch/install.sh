@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv and installs jflow's requirements and extras into it; further arguments are handed to pip.
+# Creates .venv and installs jflow's requirements and extras into it; further arguments go to pip.
 #   JFLOW_PYTHON       the Python to use (3.11 or newer; default python3)
 #   JFLOW_VENV         where the environment goes (default .venv)
 #   JFLOW_ACCELERATOR  cuda13 or tpu, for the matching jax; default CPU

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains with N processes on this machine that make one model together, as the processes of a cluster do:
+# Trains one model with N processes on this machine, as on a cluster:
 #   bash launch/local.sh 2 -- --config=configs/stage1.py:tiny --workdir=runs/two --config.mesh.data=2
-# When one of them fails, all end, and the same command goes on from the last checkpoint. Ctrl-C saves first.
-#   JFLOW_RESTARTS=3   start again so many times after a failure (default 0)
+# When one of them fails, all end, and the same command resumes from the last checkpoint. Ctrl-C saves first.
+#   JFLOW_RESTARTS=3   number of restarts after a failure (default 0)
 #   JFLOW_PYTHON       the Python to use (default .venv/bin/python, or python)
-# With GPUs, process i sees the i-th GPU alone (of CUDA_VISIBLE_DEVICES, where that is set); with JAX_PLATFORMS=cpu each has JAX_NUM_CPU_DEVICES (default 1).
+# With GPUs, process i sees only the i-th GPU (of CUDA_VISIBLE_DEVICES, if set); with JAX_PLATFORMS=cpu each has JAX_NUM_CPU_DEVICES (default 1).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 [[ "${1:-}" =~ ^[1-9][0-9]*$ && "${2:-}" == -- ]] || { sed -n '2,3p' "$0" | cut -c3- >&2; exit 2; }

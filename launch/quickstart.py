@@ -1,4 +1,4 @@
-"""The end of quickstart.sh: paints from prompts, answers questions about held-out pictures, plots the losses.
+"""The last step of quickstart.sh: generates from prompts, answers questions about held-out pictures, plots the losses.
 
 python launch/quickstart.py FOLDER     # FOLDER holds stage0 ... stage3
 """

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a small JanusFlow that reads and paints, on the built-in world: about 15 minutes on 2 cores.
-# Stopped half-way? The same command goes on where it was. Arguments: [FOLDER], where all goes (default quickstart).
+# Trains a small JanusFlow on the built-in world from scratch: about 15 minutes on 2 cores.
+# After a stop, the same command resumes. Arguments: [FOLDER], the output folder (default quickstart).
 #   JFLOW_ACCELERATOR=cuda13|tpu   train on an accelerator
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,5 +20,5 @@ for stage in 0 1 2 3; do
   before=$out/stage$stage
   number=$((number + 1))
 done
-echo "[6/6] painting from prompts and answering questions about held-out pictures"
+echo "[6/6] generating from prompts and answering questions about held-out pictures"
 "$python" launch/quickstart.py "$out"

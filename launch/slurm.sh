@@ -3,8 +3,8 @@
 #   sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 launch/slurm.sh \
 #     --config=configs/stage2.py --workdir=/shared/runs/stage2 --config.mesh.data=4 --config.mesh.fsdp=8 \
 #     --config.train.accumulation=4 ...   # 512 rows a step: 4 at a time on each of 32 GPUs
-# The workdir lies on a disk that all nodes share. Two minutes before the time limit, and when the job is preempted,
-# the run saves and ends; it is put back into the queue and goes on, as it does after a node has failed.
+# The workdir must be on a disk that all nodes share. Two minutes before the time limit, and when the job is preempted,
+# the run saves and ends; Slurm requeues it and it resumes, as after a failed node.
 #SBATCH --job-name=jflow
 #SBATCH --requeue
 #SBATCH --open-mode=append

@@ -1,6 +1,6 @@
 # XLA flags per platform, each with its reason; the scripts beside this one read it with `source`.
 #   jflow_xla_flags gpu|tpu|cpu    adds to XLA_FLAGS and LIBTPU_INIT_ARGS what is not set there already
-# Figures: compiled ahead of time for the target, without the hardware, unless "measured" stands there.
+# Figures are from ahead-of-time compilation for the target, without the hardware, except those marked "measured".
 
 _add() { # VARIABLE FLAG: a flag that the user has set wins
   local name=${2%%=*}

@@ -44,7 +44,7 @@ def whole(least: int | None = None, most: int = 10**9) -> Callable[[str], int]:
     number = int(text) if len(digits) <= _DIGITS else 10**_DIGITS * (-1 if "-" in text else 1)
     return _within(number, text, least, most)
 
-  read.__name__ = "int"  # argparse calls what is no number an "invalid int value"
+  read.__name__ = "int"  # for argparse's message, "invalid int value"
   return read
 
 
@@ -52,7 +52,7 @@ def number(least: float | None = None, most: float = 1e9) -> Callable[[str], flo
   """An argparse type: a finite number of at most `most` and at least `least`; None leaves that check to the command."""
 
   def read(text: str) -> float:
-    found = float(text) if text.isascii() else float("")  # as for any text that is no number
+    found = float(text) if text.isascii() else float("")  # the error of any other invalid text
     if not math.isfinite(found):
       raise argparse.ArgumentTypeError(f"{_short(text)} must be a finite number")
     return _within(found, text, least, most)

@@ -59,7 +59,7 @@ examples
 The PyTorch side is the published loop: it runs the prompt again at every step. On a GPU or TPU the report says
 which share of the chip's peak the pictures' FLOPs take (mfu)."""
   add = _inference(p)
-  add("--batch_size", type=whole(most=4096), default=2, help="pictures painted at once (default %(default)s)")
+  add("--batch_size", type=whole(most=4096), default=2, help="pictures generated at once (default %(default)s)")
   add("--steps", type=whole(most=10_000), default=30, help="Euler steps (default %(default)s)")
   add("--guidance", type=number(most=1e6), default=2.0, help="w of eq. 5 (default %(default)s)")
   add("--prompt_tokens", type=whole(), default=32, help="of the longest prompt (default %(default)s)")
@@ -84,7 +84,7 @@ def _data(p: argparse.ArgumentParser) -> None:
   p.epilog = """\
 examples
   python -m jflow bench data                                    # 256 JPEGs that it makes: 1024 x 768 and 512 x 512
-  python -m jflow bench data --input=data/paint --threads=8     # 256 pictures of a data set of yours
+  python -m jflow bench data --input=data/paint --threads=8     # 256 pictures of your own data set
   python -m jflow bench data --workers=4 --json=data.json       # loader processes as well
   python -m jflow bench data --plan=10000000                    # how long ten million records take to plan
 

@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
   """The flags of `demo`."""
   p = Parser(
     prog="python -m jflow demo",
-    description="Opens a page to chat about pictures and to paint, over one loaded model. Needs the extra `demo`.",
+    description="Serves a page to chat about pictures and to generate them, with one loaded model. Needs the extra `demo`.",
     epilog=_EPILOG,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )

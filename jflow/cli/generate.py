@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   flags.add_model(p)
-  p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to paint; repeat for several")
+  p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="of the picture; repeat for several")
   p.add_argument("--prompts", type=pathlib.Path, metavar="FILE", help="a text file with one prompt per line")
   p.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="where the PNG files go")
   p.add_argument("--overwrite", action="store_true", help="replace pictures of an earlier run in --output")
@@ -56,9 +56,9 @@ def parser() -> argparse.ArgumentParser:
     "--batch_size",
     type=whole(most=100_000),
     default=16,
-    help="pictures painted at once (default %(default)s)",
+    help="pictures generated at once (default %(default)s)",
   )
-  flags.add_json(p, "what was painted")
+  flags.add_json(p, "prompts, seeds and files")
   return p
 
 

@@ -43,7 +43,7 @@ def add(p: argparse.ArgumentParser, port: int) -> None:
     "--batch",
     type=whole(most=100_000),
     default=8,
-    help="pictures painted at once, a power of two (default %(default)s)",
+    help="pictures generated at once, a power of two (default %(default)s)",
   )
   p.add_argument(
     "--queue", type=whole(), default=64, help="requests open at once, the next one gets 429 (default %(default)s)"

@@ -32,7 +32,7 @@ def sweep(settings: Settings, guidances: Sequence[float] = (), steps: Sequence[i
   """
   kind, output = benchmarks.get(settings.benchmark), settings.output
   if not issubclass(kind, PaintingBenchmark):
-    raise UserError(f"--benchmark={kind.name} paints nothing: it has no guidance and no steps to sweep")
+    raise UserError(f"--benchmark={kind.name} generates no pictures: it has no guidance and no steps to sweep")
   if settings.results or settings.features:
     raise UserError(
       "--results and --features belong to one setting: give them with its own --output, --guidance and --steps; the "

@@ -54,7 +54,7 @@ def _read(args: Conversion) -> tuple[Loaded, str, pathlib.Path | None]:
 
   found = describe(args.input, vae=args.vae, weights=args.weights)
   if args.to == "official":
-    config_to_official(found.config, "float32")  # refuses what that layout has no place for
+    config_to_official(found.config, "float32")  # refuses what that layout cannot hold
   tokenizer = official.load_tokenizer(found.directory, found.config.language_model.vocab_size)
   params = transfer.flatten(found.read_params())
   has_vae = found.config.autoencoder is None or any(path.startswith("vae/") for path in params)
@@ -85,7 +85,7 @@ def _say_what_is_left_out(loaded: Loaded, to: str) -> None:
   if loaded.tokenizer is None:
     say("no tokenizer.json beside the weights: the result has none, add one before use")
   if not loaded.has_vae:
-    say("no VAE (neither vae/ in the directory nor --vae=DIR): the result answers but does not paint")
+    say("no VAE (neither vae/ in the directory nor --vae=DIR): the result can answer but not generate images")
   if to == "official":
     if any(p.startswith("alignment_head/") for p in loaded.params):
       say("left out, since it serves training only: alignment_head")

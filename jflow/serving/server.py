@@ -88,7 +88,7 @@ class Server(uvicorn.Server):
     self.force_exit = self.should_exit
     self.should_exit = True
     if self.force_exit:
-      logging.getLogger("uvicorn.error").disabled = True  # that requests were cut is no error of the server
+      logging.getLogger("uvicorn.error").disabled = True  # cut requests are not errors of the server
     self._engine.drain()
 
 

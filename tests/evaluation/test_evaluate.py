@@ -512,7 +512,7 @@ def test_a_sweep_makes_a_plot_of_all_pairs_and_goes_on(tiny_checkpoint, tmp_path
   assert main(["evaluate", *flags, "--sweep_steps=5,0"]) == 2
   assert "--sweep_steps: 0 must be at least 1" in capsys.readouterr().err
   assert main(["evaluate", "--benchmark=pope", "--sweep_steps=2", "--checkpoint=x", "--output=y"]) == 2
-  assert "paints nothing" in capsys.readouterr().err
+  assert "generates no pictures" in capsys.readouterr().err
 
 
 def test_a_plot_has_a_line_per_number_of_steps_and_none_for_floors():

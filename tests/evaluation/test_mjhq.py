@@ -91,13 +91,13 @@ def with_nan(arrays):
     (lambda a: a | {"generated": a["generated"][:5]}, "generated float32.5, 4. should be float.6, D"),
     (lambda a: a | {"reference": a["reference"][:, :3]}, "differ in width"),
     (lambda a: a | {"reference": a["reference"].astype(np.complex64)}, "reference complex64"),
-    (lambda a: a | {"names": np.arange(6)}, "names int64.6. is no list of names"),
+    (lambda a: a | {"names": np.arange(6)}, "names int64.6. must be a list of names"),
     (with_nan, "generated holds values that are not finite"),
     (lambda a: a | {"clip_prompts": a["clip_prompts"][:, :2]}, "clip_pictures .6, 3. and clip_prompts .6, 2. differ"),
-    (lambda a: a | {"names": np.array(NAMES, object)}, "is no file of launch/experiments/features.py"),  # pickled
-    (lambda a: None, "is no file of launch/experiments/features.py"),
-    (lambda a: b"", "is no file of launch/experiments/features.py"),
-    (lambda a: b"PK\3\4 and no zip", "is no file of launch/experiments/features.py"),
+    (lambda a: a | {"names": np.array(NAMES, object)}, "must be a file of launch/experiments/features.py"),  # pickled
+    (lambda a: None, "must be a file of launch/experiments/features.py"),
+    (lambda a: b"", "must be a file of launch/experiments/features.py"),
+    (lambda a: b"PK\3\4 and no zip", "must be a file of launch/experiments/features.py"),
   ],
 )
 def test_wrong_features_are_one_line_with_the_file(change, message, mjhq):

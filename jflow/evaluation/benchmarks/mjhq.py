@@ -183,13 +183,15 @@ def _arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
       return {name: np.asanyarray(file[name]) for name in file.files}
   except Exception as error:  # zip, zlib and NumPy raise many types on a file that is damaged or another's
     raise UserError(
-      f"{path} is no file of launch/experiments/features.py ({type(error).__name__}): {_FEATURES}"
+      f"{path} must be a file of launch/experiments/features.py ({type(error).__name__}): {_FEATURES}"
     ) from None
 
 
 def _names(arrays: Mapping[str, np.ndarray], name: str, path: pathlib.Path) -> list[str]:
   if arrays[name].ndim != 1 or arrays[name].dtype.kind != "U":
-    raise UserError(f"{path}: {name} {arrays[name].dtype}{list(arrays[name].shape)} is no list of names: {_FEATURES}")
+    raise UserError(
+      f"{path}: {name} {arrays[name].dtype}{list(arrays[name].shape)} must be a list of names: {_FEATURES}"
+    )
   names = arrays[name].tolist()
   if len(set(names)) != len(names):
     raise UserError(f"{path}: {len(names) - len(set(names))} of {len(names)} {name} come twice: {_FEATURES}")

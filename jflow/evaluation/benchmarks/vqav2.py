@@ -127,7 +127,7 @@ def _read(path: pathlib.Path, field: str, where: str) -> list[dict[str, Any]]:
     raise UserError(f"{path} does not exist: {where}")
   rows = outside.object_of(outside.text_of(path), f"{path}").get(field)
   if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-    raise UserError(f"{path} is no file of VQAv2: {field!r} should be a list of objects")
+    raise UserError(f"{path} must be a file of VQAv2: {field!r} should be a list of objects")
   seen = set()
   for number, row in enumerate(rows, 1):
     need(row, ("question_id",), f"{path}, {field} {number},")
