@@ -16,12 +16,13 @@ class Programs:
   """A function of a model, compiled for each of its shapes; called like the function.
 
   Its first two arguments are the model and its params. One program belongs to the model, the keyword arguments, and
-  the shapes of the other arguments. May be called from several threads.
+  the shapes of the other arguments. May be called from several threads. `function` is what it compiles, for who compiles it within
+  something larger.
   """
 
   def __init__(self, function: Callable[..., Any], most: int, donate: Sequence[str] = ()):
     """Args: the pure `function`, how many programs are kept at `most`, names of arguments to `donate`."""
-    self._function, self._most = function, most
+    self.function, self._most = function, most
     code = function.__code__
     self._donate = tuple(code.co_varnames[: code.co_argcount].index(name) - 1 for name in donate)
     self._kept: collections.OrderedDict[Hashable, _Program] = collections.OrderedDict()
@@ -61,8 +62,8 @@ class Programs:
     key = _key(model, args, static)
     with self._lock:
       if key not in self._kept:
-        function = functools.partial(self._function, model, **static)
-        function.__name__ = self._function.__name__  # in profiles
+        function = functools.partial(self.function, model, **static)
+        function.__name__ = self.function.__name__  # in profiles
         self._kept[key] = _Program(jax.jit(function, donate_argnums=self._donate))
       self._kept.move_to_end(key)
       if len(self._kept) > self._most:

@@ -49,7 +49,13 @@ _NAMED = 20  # rejected records that are named on stderr; the others are only co
 Painter = Callable[[UnifiedModel, Tokenizer, Any], list[Image.Image]]
 
 
-def train(config: RunConfig, workdir: pathlib.Path, painter: Painter | None = None, accepted_data: str = "") -> None:
+def train(
+  config: RunConfig,
+  workdir: pathlib.Path,
+  painter: Painter | None = None,
+  accepted_data: str = "",
+  rule: optim.Rule | None = None,
+) -> None:
   """Runs a stage to its last step, from its newest checkpoint if there is one.
 
   Several processes call it with the same arguments (but distributed.process_id) on a workdir that they share.
@@ -59,6 +65,8 @@ def train(config: RunConfig, workdir: pathlib.Path, painter: Painter | None = No
     workdir: directory of the run; gets config.json, data.json, tokenizer/, metrics.jsonl, goodput.jsonl, checkpoints/.
     painter: generates the sample images of `log.sample_every`.
     accepted_data: digest of changed data that the run may continue with; see `data_record.check`.
+    rule: replaces AdamW, as `optax.lion`; it gets the run's rate, clipped gradients, and the parameters that
+      `optimizer.trained` names. Every start of a run must give the same one.
 
   Raises:
     UserError: a mistake in config, data or workdir, found before compilation where possible.
@@ -67,13 +75,14 @@ def train(config: RunConfig, workdir: pathlib.Path, painter: Painter | None = No
   """
   started = time.time()
   setup.check(config)
+  optim.check_rule(config.optimizer, rule)
   hosts.start(config.distributed)
   mesh = sharding.make_mesh(**vars(config.mesh))
   tokenizer = Tokenizer.load(config.data.tokenizer)
   tokenizer.check_fits(config.model.language_model.vocab_size)
   held = hosts.first_alone(lambda: workdirs.claim(workdir, config, tokenizer))
   try:
-    _train(config, workdir, mesh, tokenizer, started, painter, accepted_data)
+    _train(config, workdir, mesh, tokenizer, started, painter, accepted_data, rule)
   except OSError as error:
     inside = os.path.join(os.path.abspath(workdir), "")
     named = isinstance(error.filename, str) and os.path.abspath(error.filename).startswith(inside)
@@ -94,21 +103,20 @@ def _train(
   started: float,
   painter: Painter | None,
   accepted_data: str,
+  rule: optim.Rule | None,
 ) -> None:
   """Runs `train` once the workdir is locked. `started`: `time.time()` when it was called."""
   workdirs.check_shared(workdir)
   compilation.use_cache(config.compute.compilation_cache)
 
   model = setup.build(config, mesh.devices.flat[0])
-  shape = setup.row_shape(config, model.config)
-  batch_size, seed = config.train.batch_size, config.train.seed
-  open_pipeline = lambda share=None: Pipeline(config.data, tokenizer, shape, batch_size, seed, share)
-  pipeline = open_pipeline(sharding.local_rows(mesh, batch_size))
+  open_data = functools.partial(setup.open_data, config, tokenizer)
+  pipeline = open_data(sharding.local_rows(mesh, config.train.batch_size))
   data = pipeline.identity()
   data_record.check(workdir, data, accepted_data)
 
   with jax.set_mesh(mesh):
-    program = make_program(config, model, mesh)
+    program = make_program(config, model, mesh, rule)
     check_memory(program, mesh)
     about = {
       "config": config.to_dict(),
@@ -125,7 +133,7 @@ def _train(
       hosts.say(f"going on from step {int(state.step)} of {workdir / 'checkpoints'}")
     else:
       state = jax.jit(program.state_of, out_shardings=program.shardings)(
-        setup.start_params(config, model, mesh, open_pipeline)
+        setup.start_params(config, model, mesh, open_data)
       )
     latents.check(pipeline.latents(), state.frozen, model.config.autoencoder)
     if hosts.is_first():  # after the checks above, so that a mistake leaves no config in the workdir

@@ -4,7 +4,7 @@ Not in the paper: a cool-down, and Muon for matrices that patterns name.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import jax
@@ -82,15 +82,22 @@ def schedule(config: OptimizerConfig) -> optax.Schedule:
   return rate
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+# The run's rate, a function of the step -> what updates with it, as `optax.lion`.
+Rule = Callable[[optax.Schedule], optax.GradientTransformation]
+
+
+def make_optimizer(config: OptimizerConfig, rule: Rule | None = None) -> optax.GradientTransformation:
   """AdamW after clipping by global norm, or where `muon` names matrices, Muon for them and NAdamW for the rest.
 
   `config` is the section `optimizer`; its `beta1` and `beta2` do not apply to Muon, whose momentum is optax's 0.95.
+  A `rule` replaces AdamW, see `check_rule`.
   Muon's updates are scaled to the root mean square of AdamW's, 0.2 of the rate (https://arxiv.org/abs/2502.16982), so
   that one rate serves both.
   """
   rate, decay = schedule(config), config.weight_decay
-  if config.muon:
+  if rule:
+    optimizer = rule(rate)
+  elif config.muon:
     optimizer = optax.contrib.muon(
       rate,
       eps=config.epsilon,
@@ -104,6 +111,19 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
   else:
     optimizer = optax.adamw(rate, b1=config.beta1, b2=config.beta2, eps=config.epsilon, weight_decay=decay)
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def check_rule(config: OptimizerConfig, rule: Rule | None) -> None:
+  """Checks that the config asks for nothing that a rule of one's own does not read.
+
+  Raises:
+    UserError: it has a weight decay or names matrices for Muon.
+  """
+  for name in ("weight_decay", "muon"):
+    if rule and (value := getattr(config, name)):
+      raise UserError(
+        f"optimizer.{name}={value!r} must be {type(value)()!r} with an update rule of your own, which says it itself"
+      )
 
 
 def muon_axes(params: Params, patterns: Iterable[str]) -> Params:

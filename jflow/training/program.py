@@ -38,9 +38,14 @@ class Program(NamedTuple):
   state_of: Callable[[Any], TrainState]  # parameters -> state of step 0
 
 
-def make_program(config: RunConfig, model: UnifiedModel, mesh: jax.sharding.Mesh) -> Program:
-  """Builds the program of a config; nothing is compiled or allocated. Call it, and the step, under `mesh`."""
-  optimizer = optim.make_optimizer(config.optimizer)
+def make_program(
+  config: RunConfig, model: UnifiedModel, mesh: jax.sharding.Mesh, rule: optim.Rule | None = None
+) -> Program:
+  """Builds the program of a config; nothing is compiled or allocated. Call it, and the step, under `mesh`.
+
+  `rule`: see `optim.make_optimizer`.
+  """
+  optimizer = optim.make_optimizer(config.optimizer, rule)
   train = config.train
   spike_window = train.spike_window if train.spike_sigmas else 0
 

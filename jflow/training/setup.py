@@ -14,6 +14,7 @@ from jflow import config as run_config
 from jflow.batch import RowShape
 from jflow.config import RunConfig, TrainConfig
 from jflow.data.pipeline import Pipeline
+from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.generation.base import family
 from jflow.interop.checkpoints import Checkpoint, read_checkpoint
@@ -74,6 +75,19 @@ def row_shape(config: RunConfig, model: ModelConfig) -> RowShape:
     family(model.generation).layout.slots(model.patches),
     model.generation.stored_shape(model) if data.latents else (0,),
   )
+
+
+def open_data(config: RunConfig, tokenizer: Tokenizer | None = None, share: Sequence[int] | None = None) -> Pipeline:
+  """The packed batches of a run.
+
+  Args:
+    config: of the run.
+    tokenizer: that of `data.tokenizer`, where it is loaded.
+    share: places of the rows of a batch that are wanted; None: all.
+  """
+  tokenizer = tokenizer or Tokenizer.load(config.data.tokenizer)
+  shape = row_shape(config, config.model)
+  return Pipeline(config.data, tokenizer, shape, config.train.batch_size, config.train.seed, share)
 
 
 def start_params(

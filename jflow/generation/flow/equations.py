@@ -73,6 +73,7 @@ def integrate(
   """Solves dz/dt = velocity(z, t) from `z` at grid[0] to grid[-1] (eq. 4), in the dtype of `z`.
 
   `first` and `stop` solve from grid[first] to grid[stop]; they may be traced, so that one program serves any part.
+  Reverse mode differentiates it where they are not traced.
   """
   step, _ = SOLVERS[solver]
   grid = jnp.asarray(grid)

@@ -163,12 +163,28 @@ def solve(
   release: bool,
 ) -> jax.Array:
   """Runs solver steps `first` to `stop` of `steps`; a prefix of two caches turns guidance on."""
-  n, k = len(z), 1 + model.config.patches
+  field = velocity(model, params, prefix, lengths_I, len(z), guidance, interval)
+  if release:
+    return _release_loop(field, z, first, stop, steps)
+  return equations.integrate(field, z, grid, solver, first, stop)
+
+
+def velocity(
+  model: UnifiedModel,
+  params: Any,
+  prefix: Prefix,
+  lengths_I: jax.Array,
+  n: int,
+  guidance: jax.Array | np.float32,
+  interval: jax.Array | np.ndarray,
+) -> equations.Velocity:
+  """The velocity of `n` images behind their prompts; a prefix of two caches turns guidance on."""
+  k = 1 + model.config.patches
   guided = len(prefix.caches) == 2
   twice = lambda x: jnp.concatenate([x, x]) if guided else x
   positions = twice(lengths_I)[:, None] + jnp.arange(k)
 
-  def velocity(z: jax.Array, time: jax.Array) -> jax.Array:
+  def at(z: jax.Array, time: jax.Array) -> jax.Array:
     bound = model.bind({"params": params})
     slots, skip, time_ID = bound.writer.slots(z, jnp.broadcast_to(time, (n,)))
     hidden = bound.backbone(twice(slots), positions, jnp.ones_like(positions), prefix).hidden[:, 1:]
@@ -178,9 +194,7 @@ def solve(
     weight = jnp.where((time >= interval[0]) & (time <= interval[1]), guidance, 1.0)
     return equations.guide(v[:n], v[n:], weight)
 
-  if release:
-    return _release_loop(velocity, z, first, stop, steps)
-  return equations.integrate(velocity, z, grid, solver, first, stop)
+  return at
 
 
 def _release_loop(
