@@ -53,7 +53,8 @@ def test_the_loss_is_the_weighed_sum_of_its_parts_and_the_gradient_its_slope(pag
   weights = config.objective.weights
   assert float(names["value"]) == pytest.approx(sum(weights[name] * float(x) for name, x in names["parts"].items()))
   norm = optax.global_norm(gradient)
-  at = jax.jit(lambda size: jax.tree.map(lambda p, g: p + size * g / norm, params, gradient))
+  where = jax.tree.map(lambda p: p.sharding, params)  # so that the program of the page serves here too
+  at = jax.jit(lambda size: jax.tree.map(lambda p, g: p + size * g / norm, params, gradient), out_shardings=where)
   value = lambda params: float(names["loss"](params, names["data"].batch(0), jax.random.key(0))[0][0])
   assert (value(at(0.01)) - value(at(-0.01))) / 0.02 == pytest.approx(float(norm), rel=0.03)
 
@@ -98,5 +99,5 @@ def test_a_loss_on_pictures_reaches_parameters_and_noise(page):
   names, _ = page
   assert names["by_noise"].shape == names["noise"].shape and float(jnp.abs(names["by_noise"]).max()) > 0
   size, noise = 1e-2 / float(jnp.linalg.norm(names["by_noise"])), names["noise"]
-  redder = float(names["redness"](names["params"], noise + size * names["by_noise"]))
+  redder = float(jax.jit(names["redness"])(names["params"], noise + size * names["by_noise"]))
   assert redder > float(names["red"])
