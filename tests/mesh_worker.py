@@ -9,6 +9,7 @@ import sys
 
 import jax
 import numpy as np
+import plain
 import tiny
 
 from jflow import sharding
@@ -79,8 +80,8 @@ def check_head_loss() -> None:
   targets = rng.integers(0, 50, (4, 24)).astype(np.int32)
   mask = rng.random((4, 24)) < [[0.9], [0.1], [0.0], [0.5]]
   ours = lambda h, k: next_token.loss(h, k, targets, mask, 8)
-  plain = lambda h, k: plain.next_token(h @ k, targets, mask)
-  want = jax.value_and_grad(plain, argnums=(0, 1))(hidden, kernel)
+  reference = lambda h, k: plain.next_token(h @ k, targets, mask)
+  want = jax.value_and_grad(reference, argnums=(0, 1))(hidden, kernel)
   for sizes in HEAD_MESHES:
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     put = lambda x, *names: jax.device_put(x, sharding.named(mesh, names, x.shape))
