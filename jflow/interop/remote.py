@@ -36,7 +36,9 @@ def _is_hub(path: str | pathlib.Path) -> bool:
 
 
 def local(path: str | pathlib.Path) -> pathlib.Path:
-  """The folder itself, or the local copy of a remote one; see `fetch`."""
+  """The folder itself, or the local copy of a remote one; see `fetch`. Raises UserError for an empty name."""
+  if not str(path).strip():
+    raise UserError("a checkpoint must be named by its folder or hub name, got ''")
   return fetch(path) if is_remote(path) else pathlib.Path(path)
 
 

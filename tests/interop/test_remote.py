@@ -108,3 +108,9 @@ def test_a_name_that_leads_out_of_the_folder_is_refused():
 
 def test_a_remote_checkpoint_has_the_fingerprint_of_its_copy(store, tmp_path):
   assert fingerprint(locate("memory://bucket/run"), "ema") == fingerprint(locate(tmp_path / "run"), "ema")
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_not_the_folder_of_the_moment(name):
+  with pytest.raises(UserError, match="must be named"):
+    remote.local(name)
