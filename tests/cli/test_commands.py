@@ -77,7 +77,7 @@ def _refused(capsys, *argv) -> str:
   [
     (
       ["paint"],
-      "jflow: unknown command 'paint'; known: prepare, train, generate, understand, ",
+      "jflow: unknown command 'paint'; known: prepare, train, ",
     ),
     (
       ["understand", "--checkpoint=x", "--question=q", "--image=no.png"],

@@ -262,7 +262,12 @@ def test_wrong_results_are_one_line_with_file_and_number(name, change, message, 
   "name, file, text, message",
   [
     ("geneval", "evaluation_metadata.jsonl", b'{"tag": "colors", "include": [1]}', "line 1, has no field 'prompt'"),
-    ("geneval", "evaluation_metadata.jsonl", b'{"tag": "a", "include": [1], "prompt": 3}', "has prompt=3, which is no"),
+    (
+      "geneval",
+      "evaluation_metadata.jsonl",
+      b'{"tag": "a", "include": [1], "prompt": 3}',
+      "has prompt=3, which must be a text",
+    ),
     ("geneval", "evaluation_metadata.jsonl", b"\n7", "line 2, must be a JSON object, got 7"),
     ("geneval", "evaluation_metadata.jsonl", b"{}x", "line 1, must be JSON"),
     ("geneval", "evaluation_metadata.jsonl", b"\n\n\xff", "line 3, is not UTF-8"),
