@@ -219,7 +219,7 @@ def test_the_answer_ends_at_eos_at_max_tokens_and_at_the_context(pipeline, token
     (dict(messages=""), "end with a question"),
     (dict(messages=[]), "end with a question"),
     (dict(messages=[{"role": "user"}]), '"role" and "content"'),
-    (dict(messages=["What is this?"]), '"role" and "content": \'What is this'),
+    (dict(messages=["What is this?"]), '"role" and "content", got \'What is this'),
     (dict(messages=[("user", "What is this?")], images=[_picture()]), '"role" and "content"'),
     (
       dict(messages=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]),

@@ -65,10 +65,10 @@ class Encoder(nn.Module):
   def __init__(self, c: dict):
     super().__init__()
     g, width = c["generation"], c["language_model"]["embed_dim"]
-    self.channels = g["width"]
-    self.time_embed = nn.ModuleDict(dict(linear_1=nn.Linear(g["width"], width), linear_2=nn.Linear(width, width)))
-    self.in_conv = nn.Conv2d(c["autoencoder"]["latent_channels"], g["width"], g["patch_size"], g["patch_size"])
-    blocks = [Block(g["width"], width, g["norm_epsilon"]) for _ in range(g["encoder_blocks"])]
+    self.channels = g["channels"]
+    self.time_embed = nn.ModuleDict(dict(linear_1=nn.Linear(g["channels"], width), linear_2=nn.Linear(width, width)))
+    self.in_conv = nn.Conv2d(c["autoencoder"]["latent_channels"], g["channels"], g["patch_size"], g["patch_size"])
+    blocks = [Block(g["channels"], width, g["norm_epsilon"]) for _ in range(g["encoder_blocks"])]
     self.mid_block = nn.ModuleDict({"res_blocks": nn.ModuleList(blocks)})
 
   def forward(self, z, time):
@@ -90,12 +90,12 @@ class Decoder(nn.Module):
     super().__init__()
     g, width = c["generation"], c["language_model"]["embed_dim"]
     self.patch = g["patch_size"]
-    self.input_norm = RMSNorm(g["width"], g["norm_epsilon"])
-    blocks = [Block(2 * g["width"], width, g["norm_epsilon"]) for _ in range(g["decoder_blocks"])]
+    self.input_norm = RMSNorm(g["channels"], g["norm_epsilon"])
+    blocks = [Block(2 * g["channels"], width, g["norm_epsilon"]) for _ in range(g["decoder_blocks"])]
     self.mid_block = nn.ModuleDict({"res_blocks": nn.ModuleList(blocks)})
     out = c["autoencoder"]["latent_channels"] * g["patch_size"] ** 2
     unpatch = nn.ModuleDict(
-      dict(norm=RMSNorm(2 * g["width"], g["norm_epsilon"]), unpatch_conv=nn.Conv2d(2 * g["width"], out, 1))
+      dict(norm=RMSNorm(2 * g["channels"], g["norm_epsilon"]), unpatch_conv=nn.Conv2d(2 * g["channels"], out, 1))
     )
     self.out_convs = nn.ModuleList([unpatch])
 
@@ -135,15 +135,15 @@ class Reference:
     self.device, self.dtype = device, dtype
     lm, vision, vae = c["language_model"], c["understanding_encoder"], c["autoencoder"]
     llama = transformers.LlamaConfig(
-      vocab_size=lm["vocabulary_size"],
-      hidden_size=lm["width"],
-      intermediate_size=lm["mlp_width"],
-      num_hidden_layers=lm["layers"],
-      num_attention_heads=lm["heads"],
-      num_key_value_heads=lm["kv_heads"],
-      head_dim=lm["head_width"],
+      vocab_size=lm["vocab_size"],
+      hidden_size=lm["embed_dim"],
+      intermediate_size=lm["mlp_dim"],
+      num_hidden_layers=lm["num_layers"],
+      num_attention_heads=lm["num_heads"],
+      num_key_value_heads=lm["num_kv_heads"],
+      head_dim=lm["head_dim"],
       rms_norm_eps=lm["rms_norm_epsilon"],
-      max_position_embeddings=lm["context"],
+      max_position_embeddings=lm["max_length"],
       rope_parameters={"rope_type": "default", "rope_theta": lm["rope_theta"]},
       tie_word_embeddings=False,
       bos_token_id=None,
@@ -152,10 +152,10 @@ class Reference:
       attn_implementation="sdpa",
     )
     siglip = transformers.SiglipVisionConfig(
-      hidden_size=vision["width"],
-      intermediate_size=vision["mlp_width"],
-      num_hidden_layers=vision["layers"],
-      num_attention_heads=vision["heads"],
+      hidden_size=vision["embed_dim"],
+      intermediate_size=vision["mlp_dim"],
+      num_hidden_layers=vision["num_layers"],
+      num_attention_heads=vision["num_heads"],
       image_size=vision["image_size"],
       patch_size=vision["patch_size"],
       layer_norm_eps=vision["layer_norm_epsilon"],
