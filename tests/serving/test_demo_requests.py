@@ -209,7 +209,7 @@ def test_what_a_visitor_made_is_his_alone(visitor, other, served):
     for address in (*mine, f"/gradio_api/file={upload}"):
       assert [x.get(address).status_code for x in (other.http, nobody)] == [404, 404], address
   asked = other.ask("answer", other.values("answer", _0={"text": "Why?", "files": [{"path": upload}]}))
-  assert "none that you uploaded here" in visiting.warnings(asked)[0]
+  assert "that you uploaded here" in visiting.warnings(asked)[0]
   kept = visitor.ask("answer", visitor.values("answer", _0={"text": "Why?", "files": [{"path": upload}]}, _3=1))
   assert not visiting.warnings(kept) and upload in json.dumps(kept)
 
