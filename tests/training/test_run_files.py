@@ -297,7 +297,7 @@ def test_inference_reads_what_is_whole(run):
     (run / "checkpoints" / name).mkdir()
     with pytest.raises(UserError, match=f"checkpoints/{name} must be named as a step"):
       native.resolve(run)
-    with pytest.raises(UserError, match="no jflow checkpoint"):
+    with pytest.raises(UserError, match="a jflow checkpoint"):
       native.resolve(run / "checkpoints" / name)
     assert native.resolve(run / "checkpoints" / "4")[1].name == "4"
     (run / "checkpoints" / name).rmdir()
