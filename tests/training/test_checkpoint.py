@@ -425,7 +425,7 @@ def test_resolve_says_what_is_wrong(copy):
       native.resolve(path)
 
   refused(copy.parent / "nowhere", "nowhere does not exist")
-  refused(copy.parent.parent, "holds no checkpoints/ folder")
+  refused(copy.parent.parent, "has no checkpoints/ folder")
   refused(copy / "7", "does not exist")
   (copy / "4" / steps.MANIFEST).unlink()
   refused(copy / "4", "the save did not finish")
