@@ -24,6 +24,9 @@ from jflow.generation.flow.writer import Draws
 from jflow.models import build
 from jflow.models.config import ModelConfig
 from jflow.models.unified import UnifiedModel
+from jflow.training import optim, setup
+from jflow.training.state import TrainState
+from jflow.training.step import make_step
 
 ROOT = pathlib.Path(__file__).parent.parent
 TOKENIZER = ROOT / "configs" / "tokenizer"
@@ -206,3 +209,10 @@ def _default() -> RunConfig:
 def configuration(**sections) -> RunConfig:
   """A whole config for this model; keywords replace fields of a section."""
   return _default().replace(**sections)
+
+
+def training(config: RunConfig):
+  """(the state of step 0 of a config's model, with `params`; its compiled step)."""
+  model, optimizer = setup.build(config, jax.devices()[0]), optim.make_optimizer(config.optimizer)
+  parts = optim.partition(params(model.config), config.optimizer.trained, config.optimizer.frozen)
+  return TrainState.create(*parts, optimizer), jax.jit(make_step(model, optimizer, config))

@@ -14,9 +14,7 @@ from jflow.models.config import ModelConfig
 from jflow.models.llm import llama
 from jflow.models.llm.base import ARCHITECTURES, Architecture
 from jflow.models.llm.config import LanguageModelConfig
-from jflow.training import optim, setup
-from jflow.training.state import TrainState
-from jflow.training.step import make_step
+from jflow.training import setup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +62,7 @@ def test_it_trains_and_is_no_llama():
     return bound.logits(bound.backbone(bound.embed(ids), ids, jnp.ones_like(ids)).hidden)
 
   assert np.abs(logits(model) - logits(tiny.model())).max() > 1e-3
-  optimizer = optim.make_optimizer(config.optimizer)
-  parts = optim.partition(params, config.optimizer.trained, config.optimizer.frozen)
-  state, step = TrainState.create(*parts, optimizer), jax.jit(make_step(model, optimizer, config))
+  state, step = tiny.training(config)
   losses = []
   for _ in range(6):
     state, metrics = step(state, tiny.mixed())

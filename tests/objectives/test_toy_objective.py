@@ -14,9 +14,7 @@ from jflow.batch import WRITE
 from jflow.models.config import ModelConfig
 from jflow.models.layers import Linear
 from jflow.objectives.base import OBJECTIVES, Part
-from jflow.training import optim, setup
-from jflow.training.state import TrainState
-from jflow.training.step import make_step
+from jflow.training import setup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,21 +53,14 @@ def registered():
   OBJECTIVES.unregister("brightness")
 
 
-def start(config):
-  """(the state of step 0, the compiled step)."""
-  setup.check(config)
-  model, optimizer = setup.build(config, jax.devices()[0]), optim.make_optimizer(config.optimizer)
-  parts = optim.partition(tiny.params(model.config), config.optimizer.trained, config.optimizer.frozen)
-  return TrainState.create(*parts, optimizer), jax.jit(make_step(model, optimizer, config))
-
-
 def test_it_trains_beside_the_others_and_is_logged_by_its_name():
   weights = dict(text=1.0, flow=1.0, alignment=0.0, brightness=2.0)
   trained = tuple(p for p in tiny.configuration().optimizer.trained if p != "alignment_head") + ("brightness_.*",)
   model = ModelConfig.from_dict(tiny.DICT | dict(objectives=dict(brightness=dict(layer=2, width=8))))
   optimizer = dict(trained=trained, learning_rate=1e-2)
   config = tiny.configuration(objective=dict(weights=weights), optimizer=optimizer).replace(model=model)
-  state, step = start(config)
+  setup.check(config)
+  state, step = tiny.training(config)
   seen = []
   for _ in range(12):
     state, metrics = step(state, tiny.mixed())
