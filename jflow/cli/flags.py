@@ -54,7 +54,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
   """The sampling settings given on the command line, by name."""
   from jflow.generation.base import FAMILIES
 
-  names = {field.name for family in FAMILIES.all().values() for field in dataclasses.fields(family.settings)}
+  names = {name for family in FAMILIES.all().values() for name in family.setting_names}
   return {name: value for name in sorted(names) if (value := getattr(args, name)) is not None}
 
 
@@ -68,7 +68,7 @@ def check_settings(given: Mapping[str, Any]) -> None:
 
   error = UserError(f"no kind of image generation takes all of {', '.join(given)}")
   for family in FAMILIES.all().values():
-    if set(given) <= {field.name for field in dataclasses.fields(family.settings)}:
+    if set(given) <= family.setting_names:
       try:
         family.settings(**given)
         return

@@ -1,7 +1,6 @@
 """The command `train`: trains one stage."""
 
 import argparse
-import dataclasses
 import functools
 import pathlib
 import sys
@@ -42,9 +41,8 @@ def _paint_samples(config: RunConfig, model: Any, tokenizer: Any, params: Any) -
   log = config.log
   with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])):
     pipeline = Pipeline(model, params, tokenizer, config.data.template)
-    known = {field.name for field in dataclasses.fields(pipeline.family.settings)}
     asked = {"steps": log.sample_steps, "guidance": log.sample_guidance}
-    chosen = {name: value for name, value in asked.items() if name in known}
+    chosen = {name: value for name, value in asked.items() if name in pipeline.family.setting_names}
     return pipeline.generate(log.sample_prompts, seed=0, **chosen)
 
 

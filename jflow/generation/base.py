@@ -165,6 +165,11 @@ class Family:
   weights: Any = None  # (model config, tied) -> the `Entry`s of its published layout; None: there is no such layout
   flops: Any = None  # module of `step` and `image`, see flow/flops.py; None: its FLOPs are not counted
 
+  @property
+  def setting_names(self) -> set[str]:
+    """The names of the sampling settings."""
+    return {field.name for field in dataclasses.fields(self.settings)}
+
 
 FAMILIES = registry.Registry(
   "model.generation.kind", "jflow.generation", {"flow": "jflow.generation.flow:FAMILY"}, needs=("config", "settings")
@@ -190,7 +195,7 @@ def settings(family: Family, given: Mapping[str, Any]) -> Any:
   Raises:
     UserError: a setting that the family does not have, or a value out of its range.
   """
-  known = {field.name for field in dataclasses.fields(family.settings)}
+  known = family.setting_names
   chosen = {name: value for name, value in given.items() if value is not None}
   for name, value in chosen.items():
     if name not in known:

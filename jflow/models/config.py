@@ -80,7 +80,7 @@ class ModelConfig:
       check_sizes(f"model.{name}", config)
     for _, config in parts:
       config.check(self)
-    read = {name: config.layer for name, config in self.objectives if hasattr(config, "layer")}
+    read = self._read_layers
     for name, layer in read.items():
       if not 1 <= layer <= self.language_model.num_layers:
         raise UserError(f"model.objectives.{name}.layer={layer} must be in 1..{self.language_model.num_layers}")
@@ -110,7 +110,12 @@ class ModelConfig:
   @property
   def hidden_layer(self) -> int:
     """The LLM block whose output an objective reads, counted from 1; 0: none."""
-    return next((config.layer for _, config in self.objectives if hasattr(config, "layer")), 0)
+    return next(iter(self._read_layers.values()), 0)
+
+  @property
+  def _read_layers(self) -> dict[str, int]:
+    """Objective -> the LLM block that it reads, of those that read one."""
+    return {name: config.layer for name, config in self.objectives if hasattr(config, "layer")}
 
   def objective(self, name: str) -> Any:
     """The config of an objective; None where the model has none of this name."""

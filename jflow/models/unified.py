@@ -58,7 +58,7 @@ class UnifiedModel(nn.Module):
     nn.share_scope(self, self.writer)
     self.reader = Reader(c, self.writer, dtype)
     nn.share_scope(self, self.reader)
-    self.objectives = {name: registry.load(OBJECTIVES.get(name).module)(c, own, dtype) for name, own in c.objectives}
+    self.objectives = {name: _objective(name)(c, own, dtype) for name, own in c.objectives}
     for objective in self.objectives.values():
       nn.share_scope(self, objective)
 
@@ -159,15 +159,24 @@ def cast_for_inference(params: dict[str, Any], dtype: Any) -> None:
       params[name] = x.astype(dtype, copy=False)
 
 
+def _writer(config: ModelConfig) -> Any:
+  """The Linen class of the writer that `generation.kind` names."""
+  return registry.load(family(config.generation).writer)
+
+
+def _objective(name: str) -> Any:
+  """The Linen class of an objective."""
+  return registry.load(OBJECTIVES.get(name).module)
+
+
 def make_writer(config: ModelConfig, dtype: Any) -> Any:
   """The writer of a model without parameters, for `Writer.draw`."""
-  return registry.load(family(config.generation).writer)(config, dtype)
+  return _writer(config)(config, dtype)
 
 
 def loss_names(config: ModelConfig) -> tuple[str, ...]:
   """The names of all losses of a model."""
-  made = registry.load(family(config.generation).writer).losses_made
-  return ("text", *made, *(name for name, _ in config.objectives))
+  return ("text", *_writer(config).losses_made, *(name for name, _ in config.objectives))
 
 
 def loss_counts(config: ModelConfig, batch: Batch) -> dict[str, jax.Array]:
@@ -177,9 +186,8 @@ def loss_counts(config: ModelConfig, batch: Batch) -> dict[str, jax.Array]:
   """
   tokens = jnp.maximum(jnp.sum(batch.loss_mask), 1).astype(jnp.float32)
   images = jnp.maximum(jnp.sum(batch.image_kind == WRITE), 1).astype(jnp.float32)
-  made = registry.load(family(config.generation).writer).losses_made
-  own = {name: registry.load(OBJECTIVES.get(name).module).count(batch) for name, _ in config.objectives}
-  return {"text": tokens} | dict.fromkeys(made, images) | own
+  own = {name: _objective(name).count(batch) for name, _ in config.objectives}
+  return {"text": tokens} | dict.fromkeys(_writer(config).losses_made, images) | own
 
 
 def _choose(reads_I: jax.Array, read_IKD: jax.Array, written_IKD: jax.Array) -> jax.Array:

@@ -8,10 +8,10 @@ A fitter is a module with one function:
 images. The arrays must be the same on every process.
 """
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
+from jflow import registry
 from jflow.config import RunConfig
 from jflow.data.pipeline import Pipeline
 
@@ -22,5 +22,5 @@ def fit(config: RunConfig, open_pipeline: Callable[[], Pipeline]) -> dict[str, d
   """Returns {part: fitted parameters} of all fitters."""
   fitted: dict[str, dict[str, Any]] = {}
   for name in FITTERS:
-    fitted |= importlib.import_module(name).fit(config, open_pipeline)
+    fitted |= registry.load(name).fit(config, open_pipeline)
   return fitted

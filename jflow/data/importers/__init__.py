@@ -3,9 +3,9 @@
 A new format is a file with a class like `importer.Importer`, and a line in `FORMATS`.
 """
 
-import importlib
 from collections.abc import Collection
 
+from jflow import registry
 from jflow.data.importers.importer import FLAGS, Importer, Item, Options
 from jflow.errors import UserError
 
@@ -22,8 +22,7 @@ __all__ = ["FORMATS", "Importer", "Item", "Options", "check_flags", "open_import
 
 
 def _importer_class(format: str) -> type[Importer]:
-  module, _, name = FORMATS[format].partition(":")
-  return getattr(importlib.import_module(module), name)
+  return registry.load(FORMATS[format])
 
 
 def check_flags(format: str, given: Collection[str]) -> None:

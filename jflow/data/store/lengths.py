@@ -52,13 +52,12 @@ def measure(
   folders = derived.places(source, cache)
   fingerprint = getattr(source, "fingerprint", "")
   made_for: list[Any] = [task, tokenizer.fingerprint, template]
-  layout = FAMILIES.get(writer).layout
-  # Without its patches, of which each adds one token; a layout for which that is not so is measured with them.
-  measured = 0 if layout.slots(image_patches) - layout.slots(0) == image_patches else image_patches
+  layout, measured = FAMILIES.get(writer).layout, 0
+  # Images are measured without patches, of which each adds one token, unless a layout counts them in another way.
+  if task == "generation" and layout.slots(image_patches) - layout.slots(0) != image_patches:
+    measured = image_patches
   if task == "generation" and writer != "flow":  # whose lengths were kept before there was a choice
     made_for += [writer, measured]
-  elif task != "generation":
-    measured = 0
   file = derived.name("lengths", _VERSION, fingerprint, *made_for) + ".npz"
   found = _read(folders, file, len(source))
   if found is None:

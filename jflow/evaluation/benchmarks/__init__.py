@@ -5,11 +5,11 @@ seeds 0 to 3 (each image of the built-in world and of MJHQ has its own noise), g
 (except MM-Vet). Answers scored by a closed rule end after 512 tokens; free ones after 2,048, as in VLMEvalKit.
 """
 
-import importlib
 import importlib.util
 import pathlib
 import sys
 
+from jflow import registry
 from jflow.errors import UserError
 from jflow.evaluation.benchmark import Benchmark
 
@@ -64,11 +64,7 @@ def get(name: str) -> type[Benchmark]:
     return _of_file(pathlib.Path(name))
   if name not in _KNOWN:
     raise UserError(f"--benchmark={name} must be one of {', '.join(_KNOWN)}, or the path of a Python file with one")
-  place = _KNOWN[name]
-  if not isinstance(place, str):
-    return place
-  module, _, attribute = place.partition(":")
-  return getattr(importlib.import_module(module), attribute)
+  return registry.load(_KNOWN[name])
 
 
 def _of_file(path: pathlib.Path) -> type[Benchmark]:
