@@ -61,6 +61,9 @@ def base(size: str) -> ConfigDict:
     # Patterns of matrices that Muon updates in place of AdamW, as ("language_model/layers",); all others then get
     # NAdamW. Not in the paper; tested at :shapes only.
     muon=(),
+    # (pattern, factor) pairs, as (("understanding_encoder", 0.1),): the rate of what a pattern names is so many times the
+    # learning rate; of all others it is the learning rate. Not in the paper.
+    rates=(),
     trained=(),  # patterns of parameter paths; every parameter must match one of the two lists
     frozen=(),
   )

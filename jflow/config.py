@@ -19,6 +19,7 @@ from jflow.sections import Section, built, field, refusal
 from jflow.values import (
   MOST,
   address,
+  factors,
   guidance,
   number,
   one_of,
@@ -68,6 +69,7 @@ class OptimizerConfig(Section):
   weight_decay: float = field(number(0.0))
   clip_norm: float = field(number(above=0.0))
   muon: tuple = field(patterns, before=())
+  rates: tuple = field(factors, before=())
   trained: tuple = field(patterns)
   frozen: tuple = field(patterns)
 

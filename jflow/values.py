@@ -74,6 +74,14 @@ def patterns(value: Any) -> str:
   return ""
 
 
+def factors(value: Any) -> str:
+  """((pattern, factor), ...) with factors above 0."""
+  fine = isinstance(value, tuple) and all(isinstance(one, tuple) and len(one) == 2 for one in value)
+  if not fine or patterns(tuple(one[0] for one in value)) or any(number(above=0.0)(one[1]) for one in value):
+    return "must be a tuple of (pattern, factor above 0), as (('understanding_encoder', 0.1),)"
+  return ""
+
+
 def one_of(*choices: str) -> Check:
   """One of some words."""
   told = " or ".join(map(repr, choices))

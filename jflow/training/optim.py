@@ -1,6 +1,6 @@
 """AdamW with linear warm-up and a constant rate; EMA, and freezing by pattern (paper table 1).
 
-Not in the paper: a cool-down, and Muon for matrices that patterns name.
+Not in the paper: a cool-down, Muon for matrices that patterns name, and rates by part.
 """
 
 import re
@@ -90,7 +90,7 @@ def make_optimizer(config: OptimizerConfig, rule: Rule | None = None) -> optax.G
   """AdamW after clipping by global norm, or where `muon` names matrices, Muon for them and NAdamW for the rest.
 
   `config` is the section `optimizer`; its `beta1` and `beta2` do not apply to Muon, whose momentum is optax's 0.95.
-  A `rule` replaces AdamW, see `check_rule`.
+  A `rule` replaces AdamW, see `check_rule`. `rates` multiply the updates, and so the weight decay, as a rate does.
   Muon's updates are scaled to the root mean square of AdamW's, 0.2 of the rate (https://arxiv.org/abs/2502.16982), so
   that one rate serves both.
   """
@@ -110,7 +110,46 @@ def make_optimizer(config: OptimizerConfig, rule: Rule | None = None) -> optax.G
     )
   else:
     optimizer = optax.adamw(rate, b1=config.beta1, b2=config.beta2, eps=config.epsilon, weight_decay=decay)
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+  whole = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+  return _scaled(whole, config.rates) if config.rates else whole
+
+
+def _scaled(
+  optimizer: optax.GradientTransformation, rates: Iterable[tuple[str, float]]
+) -> optax.GradientTransformation:
+  """An optimizer whose updates are multiplied by part; the state is the optimizer's own."""
+  rates = tuple(rates)
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    updates, state = optimizer.update(updates, state, params)
+    flat: dict[str, Any] = flatten_dict(updates, sep="/")
+    factors = rate_factors(flat, rates)
+    return unflatten_dict({path: x * factors.get(path, 1.0) for path, x in flat.items()}, sep="/"), state
+
+  return optax.GradientTransformation(optimizer.init, update)
+
+
+def rate_factors(paths: Iterable[str], rates: Iterable[tuple[str, float]]) -> dict[str, float]:
+  """The factor of each trained parameter that a pattern of `rates` names, see `partition`.
+
+  Args:
+    paths: of the trained parameters.
+    rates: (pattern, factor) pairs.
+
+  Raises:
+    UserError: a pattern that matches no trained parameter, or a parameter that two match.
+  """
+  paths, found = tuple(paths), {}
+  for pattern, factor in rates:
+    compiled = _compiled("rates", pattern)
+    hits = [path for path in paths if compiled.match(path)]
+    if not hits:
+      parts = ", ".join(sorted({path.split("/")[0] for path in paths}))
+      raise UserError(f"optimizer.rates pattern {pattern!r} matches no trained parameter; trained are {parts}")
+    if twice := [path for path in hits if path in found]:
+      raise UserError(f"optimizer.rates pattern {pattern!r} matches {twice[0]}, which another pattern matches too")
+    found |= dict.fromkeys(hits, factor)
+  return found
 
 
 def check_rule(config: OptimizerConfig, rule: Rule | None) -> None:

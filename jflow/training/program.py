@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from jflow import memory, sharding
 from jflow.batch import Batch, empty
@@ -52,6 +53,7 @@ def make_program(
   def state_of(params: Any) -> TrainState:
     optim.check_muon(params, config.optimizer.muon)
     trained, frozen = optim.partition(params, config.optimizer.trained, config.optimizer.frozen)
+    optim.rate_factors(flatten_dict(trained, sep="/"), config.optimizer.rates)
     return TrainState.create(trained, frozen, optimizer, spike_window)
 
   boxed = jax.eval_shape(lambda: state_of(build.initial_params(model, train.seed)))

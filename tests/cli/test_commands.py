@@ -407,6 +407,7 @@ def test_understand_prints_the_answer(capsys, model, picture, tmp_path):
     (["--config.data.tokenizer=nowhere"], "tokenizer.json not found"),
     (["--config.optimizer.trained=('language_model',)"], "matches neither"),
     (["--config.optimizer.muon=('language_model/norm',)"], "matches no parameter named kernel"),
+    (["--config.optimizer.rates=(('understanding_encoder',0.1),)"], "matches no trained parameter"),
     (["--config.data.sources.text=()"], "data.sources.text is empty"),
     (["--config.train.init_from=nowhere"], "checkpoint nowhere is not a directory"),
     (["--workdir=/dev/null/run"], "workdir /dev/null/run cannot be written"),

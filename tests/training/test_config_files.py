@@ -204,6 +204,7 @@ TAKES = {
     "-" * 3000 + "1": ("-" * 3000 + "1",),
     EMPTY: (),
   },
+  "optimizer.rates": {EMPTY: ()},
   "data.mixture": {},
   "train": {},
   "objective.weights": {},
@@ -304,6 +305,7 @@ NEVER = {  # field -> values that are refused before anything is built
   **dict.fromkeys(
     ("optimizer.trained", "optimizer.frozen", "optimizer.muon"), ("a", ("",), (1,), ("(",), ("a{99999999999}",))
   ),
+  "optimizer.rates": ("a", ("a", 0.5), (("a",),), (("a", 0.0),), (("a", True),), (("(", 0.5),), (("", 0.5),)),
   **dict.fromkeys(("train.init_fresh", "train.init_dropped"), ("vae", (3,), None)),
   "data.mixture": (
     (),

@@ -28,6 +28,7 @@ CONFIG = OptimizerConfig(
   cooldown_start=0,
   cooldown_steps=0,
   muon=(),
+  rates=(),
   trained=(),
   frozen=(),
 )
@@ -97,6 +98,31 @@ def test_a_pattern_of_muon_that_matches_no_matrix_is_refused(pattern):
   with pytest.raises(UserError) as error:
     optim.check_muon(tiny.params(), (pattern,))
   assert f"optimizer.muon pattern {pattern!r}" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("muon", [(), ("a/.*", "c")])
+def test_a_factor_of_a_part_multiplies_its_updates_with_the_decay(muon):
+  """The trees that no pattern names, and those with factor 1, move by the same bits; the state is the same, too."""
+  config = CONFIG.replace(weight_decay=0.1, muon=muon)
+  plain, half = optim.make_optimizer(config), optim.make_optimizer(config.replace(rates=(("a", 0.5), ("c", 1.0))))
+  params, gradients = tree_of_matrices(0), tree_of_matrices(1)
+  want, want_state = plain.update(gradients, plain.init(params), params)
+  got, state = half.update(gradients, half.init(params), params)
+  jax.tree.map(np.testing.assert_array_equal, got["a"], jax.tree.map(lambda x: x / 2, want["a"]))
+  jax.tree.map(np.testing.assert_array_equal, (got["b"], got["c"], state), (want["b"], want["c"], want_state))
+
+
+@pytest.mark.parametrize(
+  "rates, words",
+  [
+    ((("b", 0.5), ("d", 0.5)), "pattern 'd' matches no trained parameter"),
+    ((("a", 0.5), ("ab?/x", 0.5)), "pattern 'ab?/x' matches a/x, which"),
+  ],
+)
+def test_rates_that_fit_no_part_are_refused(rates, words):
+  with pytest.raises(UserError) as error:
+    optim.rate_factors(flatten_dict(TREE, sep="/"), rates)
+  assert f"optimizer.rates {words}" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_warm_up_is_linear_then_constant_and_the_first_step_moves():
