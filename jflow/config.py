@@ -105,7 +105,7 @@ class ShapesConfig(Section):
 
 class DataConfig(Section):
   tokenizer: str = field(text)
-  template: str = field(one_of("plain", "chat"))
+  template: str = field(one_of("plain", "chat", "pro"))
   row_tokens: int = field(whole(1))
   row_images: int = field(whole(1, 2**16))
   sources: SourcesConfig

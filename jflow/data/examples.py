@@ -5,10 +5,10 @@ Legend: n tokens of a sample, P patches of an image.
   reading an image    BOI image*P EOI          the model takes BOI's slot for its start vector
   understanding       BOS <image>QUESTION ANSWER EOS
     plain caption     BOS <image>Generate the caption of this picture. CAPTION EOS
-    chat              BOS User: <image>...\\n\\nAssistant: ANSWER EOS User: ...
+    chat, pro         BOS User: <image>...\\n\\nAssistant: ANSWER EOS User: ...
     interleaved       BOS TEXT <image> TEXT <image> ... EOS
-  generation          BOS PROMPT IMAGE           the image's tokens are its family's (generation/): by flow T z*P
-    chat              BOS User: PROMPT\\n\\nAssistant: IMAGE
+  generation          BOS PROMPT IMAGE           the image's tokens are its family's (generation/): flow T z*P, codes BOI c*P
+    chat, pro         BOS User: PROMPT\\n\\nAssistant: IMAGE
   text                BOS DOCUMENT EOS
 
 The loss covers the answers, captions and documents with their EOS, not the user's turns and no image. Not in the paper:
@@ -22,20 +22,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jflow import batch as batch_lib
+from jflow.data import templates
 from jflow.data.records import Record, RecordError, Turn
-from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from jflow.data.templates import ASSISTANT, USER, Speaker
+from jflow.data.tokenizer import SPEAKERS, SPECIAL_TOKENS, Tokenizer
 from jflow.errors import PromptTooLong, UserError
 from jflow.generation.base import FAMILIES, Layout, Written
 
 IMAGE_MARK = "<image>"
 MARKS = (IMAGE_MARK, SPECIAL_TOKENS["image"])  # the second is the published code's
-TEMPLATES = ("plain", "chat")
 CAPTION_PROMPT = "Generate the caption of this picture."
 # The release's default system prompt.
 SYSTEM_PROMPT = (
   "You are a helpful language and vision assistant. You are able to understand the visual content that the "
   "user provides, and assist the user with a variety of tasks using natural language."
 )
+
+# Other names of the speakers: OpenAI's of the system, those that Janus-Pro's examples use.
+_ROLES = {"developer": "system"} | {token.lower(): role for role, token in SPEAKERS.items()}
 
 # Possessive, and never from the middle of a run, so that matching takes linear time.
 _SENTENCE_END = re.compile(r"(?<![.!?])[.!?]++[\"')\]]*+(?=\s|$)|[。！？]++|\n")
@@ -88,7 +92,7 @@ def build(
     record: the record.
     task: "understanding", "generation" or "text".
     tokenizer: see `Tokenizer`.
-    template: "plain" (stages 1 and 2) or "chat" (stage 3).
+    template: of `templates.TEMPLATES`.
     image_patches: P.
     rng: for the two probabilities below.
     first_sentence: probability that generation keeps only the caption's first sentence.
@@ -107,11 +111,11 @@ def build(
       return _written(
         (layout or FAMILIES.get("flow").layout).sequence(prompt, drop, tokenizer, image_patches), record, tokenizer
       )
-    sequence = _Sequence(tokenizer, image_patches)
+    sequence = _Sequence(tokenizer, image_patches, template)
     if not record.turns and (task == "text" or IMAGE_MARK in record.text):
       _document(sequence, record.text, mark)
     else:
-      _conversation(sequence, record.turns or _caption_turns(record, template), template, mark)
+      _conversation(sequence, record.turns or _caption_turns(record, template), mark)
     return sequence.sample(record.images)
   except UserError as error:
     raise RecordError("invalid_utf8", str(error)) from None
@@ -178,7 +182,7 @@ def chat_prompt(
     image_count: number of images that come with the messages.
     tokenizer: see `Tokenizer`.
     image_patches: P.
-    template: "chat", or "plain" for a model that has seen stages 1 and 2 only.
+    template: "chat" or "pro", or "plain" for a model that has seen stages 1 and 2 only.
     system: system prompt, put first; the release's own is `SYSTEM_PROMPT`.
     mark: the text that stands for an image in a user's turn.
     context: most tokens that the prompt may have; None is no limit.
@@ -188,7 +192,7 @@ def chat_prompt(
       the images.
     PromptTooLong: the prompt does not fit the context.
   """
-  _check_template(template)
+  templates.check(template)
   turns = _history([Turn("system", system), *map(_as_turn, messages)])
   if turns and turns[-1].role == "assistant" and not turns[-1].text:
     turns.pop()
@@ -200,8 +204,8 @@ def chat_prompt(
     _check_marks(sum(turn.text.count(mark) for turn in turns), image_count, mark)
   except RecordError as error:
     raise UserError(f"the conversation cannot be read: {error}") from None
-  sequence = _Sequence(tokenizer, image_patches)
-  _conversation(sequence, turns, template, mark)
+  sequence = _Sequence(tokenizer, image_patches, template)
+  _conversation(sequence, turns, mark)
   _check_context(len(sequence.tokens), context)
   return Prompt(np.asarray(sequence.tokens, np.int32), tuple(sequence.image_starts))
 
@@ -209,21 +213,22 @@ def chat_prompt(
 def generation_prompt(text: str, template: str, tokenizer: Tokenizer, context: int | None = None) -> np.ndarray:
   """Returns the prompt of an image to generate, int32[n]: BOS and the text.
 
-  The begin-of-generation tag that closes the release's prompt is left out: the time token takes its slot.
+  The tag that closes the release's prompt is left out: it is the first slot of the image (by flow the time token).
 
   Args:
     text: the user's prompt.
-    template: "plain" (stages 1 and 2) or "chat" (stage 3 and the release).
+    template: of `templates.TEMPLATES`.
     context: most tokens that the prompt may have; None is no limit.
 
   Raises:
     UserError: the text is empty or too long.
   """
-  _check_template(template)
+  templates.check(template)
   text = text.strip()
   if not text:
     raise UserError("the prompt is empty: say what to paint")
-  ids = tokenizer.encode(f"User: {text}\n\nAssistant:" if template == "chat" else text)
+  pieces = (text,) if template == "plain" else (USER, f": {text}\n\n", ASSISTANT, ":")
+  ids = templates.encode(template, tokenizer, *pieces)
   _check_context(1 + len(ids), context)
   return np.asarray([tokenizer.bos] + ids, np.int32)
 
@@ -245,8 +250,8 @@ def first_sentence_of(caption: str) -> str:
 class _Sequence:
   """A builder of a sequence: its tokens, their loss mask, and the slots of images."""
 
-  def __init__(self, tokenizer: Tokenizer, image_patches: int):
-    self.tokenizer = tokenizer
+  def __init__(self, tokenizer: Tokenizer, image_patches: int, template: str):
+    self.tokenizer, self.template = tokenizer, template
     self.image_patches = image_patches
     self.tokens = [tokenizer.bos]
     self.learned = [False]
@@ -256,9 +261,8 @@ class _Sequence:
     self.tokens.extend(ids)
     self.learned.extend([learned] * len(ids))
 
-  def text(self, text: str, learned: bool = False) -> None:
-    if text:
-      self.add(self.tokenizer.encode(text), learned)
+  def text(self, *pieces: str | Speaker, learned: bool = False) -> None:
+    self.add(templates.encode(self.template, self.tokenizer, *pieces), learned)
 
   def image(self) -> None:
     self.image_starts.append(len(self.tokens))
@@ -294,7 +298,7 @@ def _written(written: Written, record: Record, tokenizer: Tokenizer) -> Sample:
 
 def _caption_turns(record: Record, template: str) -> tuple[Turn, ...]:
   """Returns the turns of a caption record: the papers' request, and the caption as its answer."""
-  between = "\n" if template == "chat" else ""
+  between = "" if template == "plain" else "\n"
   request = IMAGE_MARK * len(record.images) + between + CAPTION_PROMPT
   return Turn("user", request), Turn("assistant", record.text)
 
@@ -351,14 +355,14 @@ def _history(turns: Sequence[Turn]) -> list[Turn]:
   return out
 
 
-def _conversation(sequence: _Sequence, turns: Sequence[Turn], template: str, mark: str) -> None:
+def _conversation(sequence: _Sequence, turns: Sequence[Turn], mark: str) -> None:
   """Adds turns, with loss on each answer and its EOS. A last question is left open for its answer.
 
   `mark` is empty where no mark stands for an image.
 
   A question and its answer are tokenized separately, so that training and inference split the ids at the same place.
   """
-  chat, asked = template == "chat", False
+  chat, asked = sequence.template != "plain", False
   for turn in turns:
     text = turn.text.strip()
     if turn.role == "system":
@@ -366,22 +370,22 @@ def _conversation(sequence: _Sequence, turns: Sequence[Turn], template: str, mar
       continue
     if turn.role == "assistant":
       if chat and not asked:
-        sequence.text("Assistant:")
+        sequence.text(ASSISTANT, ":")
       if text:
         sequence.text(" " + text, learned=True)
       sequence.add([sequence.tokenizer.eos], learned=True)
       asked = False
       continue
     pieces = text.split(mark) if mark else [text]
-    if chat:
-      pieces[0] = "User: " + pieces[0]
-      pieces[-1] += "\n\nAssistant:"
-    else:
-      pieces = [piece.strip() for piece in pieces]
     for number, piece in enumerate(pieces):
       if number:
         sequence.image()
-      sequence.text(piece)
+      if not chat:
+        sequence.text(piece.strip())
+        continue
+      opening = () if number else (USER, ": ")
+      closing = ("\n\n", ASSISTANT, ":") if number + 1 == len(pieces) else ()
+      sequence.text(*opening, piece, *closing)
     asked = True
 
 
@@ -392,17 +396,12 @@ def _as_turn(message: Turn | Mapping[str, Any]) -> Turn:
   except (KeyError, TypeError):
     raise UserError(f'a message must hold "role" and "content", got {message!r:.80}') from None
   role = str(role).lower()
-  role = "system" if role == "developer" else role
+  role = _ROLES.get(role, role)
   if role not in ("system", "user", "assistant"):
     raise UserError(f"the role of a turn must be system, developer, user or assistant, got {role[:40]!r}")
   if not isinstance(text, str):
     raise UserError(f'the "content" of a message must be text, got {message!r:.80}')
   return Turn(role, text)
-
-
-def _check_template(template: str) -> None:
-  if template not in TEMPLATES:
-    raise UserError(f"template {template!r} is unknown: use one of {', '.join(TEMPLATES)}")
 
 
 def _check_context(length: int, context: int | None) -> None:

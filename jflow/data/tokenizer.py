@@ -25,8 +25,12 @@ SPECIAL_TOKENS = {
   "image": "<image_placeholder>",
   "image_start": "<begin_of_image>",
   "image_end": "<end_of_image>",
-  "generation_start": "<｜begin▁of▁generation｜>",
+  "generation_start": "<｜begin▁of▁generation｜>",  # JanusFlow's alone
 }
+# Special tokens of Janus-Pro's tokenizer.json besides.
+SPEAKERS = {"user": "<|User|>", "assistant": "<|Assistant|>"}
+# Those that only some models need, see `Tokenizer.need`. No image mark: another id serves, as none is looked up.
+_OPTIONAL = ("image", "generation_start", *SPEAKERS)
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 # The release's file has 4.6 MB; the largest vocabularies in use have 35 MB.
@@ -40,7 +44,9 @@ class Tokenizer:
   insert the special ids.
 
   Attributes:
-    bos, eos, pad, image, image_start, image_end, generation_start: ids of the special tokens.
+    bos, eos, pad, image, image_start, image_end: ids of the special tokens. Without a pad token `pad` is EOS; without
+      an image mark `image` is the first id behind the others.
+    generation_start, user, assistant: ids of special tokens that some models have; None: this one has not.
     vocabulary_size: the largest id + 1; an embedding table needs at least that many rows.
     fingerprint: hash of the files.
   """
@@ -51,7 +57,9 @@ class Tokenizer:
   image: int
   image_start: int
   image_end: int
-  generation_start: int
+  generation_start: int | None
+  user: int | None
+  assistant: int | None
   vocabulary_size: int
   fingerprint: str
 
@@ -77,14 +85,22 @@ class Tokenizer:
     self._tokenizer.no_padding()
     self.fingerprint = hashlib.sha256(b"".join(files[name] for name in sorted(files))).hexdigest()
     self.vocabulary_size = max(vocabulary.values()) + 1
-    for attribute, name in SPECIAL_TOKENS.items():
+    self._lacks: dict[str, str] = {}  # attribute -> the token that is not there
+    for attribute, name in (SPECIAL_TOKENS | SPEAKERS).items():
       token = _special_token(vocabulary, config, other, attribute, name, origin)
-      setattr(self, attribute, vocabulary[token])
+      if attribute == "pad" and token not in (name, _named(config, "pad_token", origin)):
+        self._lacks[attribute] = name
+      setattr(self, attribute, None if token is None else vocabulary[token])
+      if token is None:
+        self._lacks[attribute] = name
+        continue
       if vocabulary[token] in self.encode(token):  # the file does not mark it as special
         with _native(f"{origin}: {shown(token)} cannot be made a special token"):
           self._tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
         if vocabulary[token] in self.encode(token) or self._tokenizer.token_to_id(token) != vocabulary[token]:
           raise UserError(f"{origin}: any text can spell {token}: tokenizer.json must hold it as a special token")
+    if self.image is None:
+      self.image, self.vocabulary_size = self.vocabulary_size, self.vocabulary_size + 1
 
   @classmethod
   def load(cls, directory: str) -> "Tokenizer":
@@ -118,6 +134,12 @@ class Tokenizer:
     """Returns the text of `ids`, special tokens left out; incomplete UTF-8 becomes U+FFFD."""
     with _native(f"{self._origin}: the tokenizer cannot write the ids {shown(list(ids[:20]))}"):
       return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+  def need(self, who: str, *attributes: str) -> None:
+    """Raises UserError where the tokenizer lacks a special token that `who` needs."""
+    for attribute in attributes:
+      if name := self._lacks.get(attribute):
+        raise UserError(f"{self._origin}: the tokenizer has no {name} token ({attribute}), which {who} needs")
 
   def check_fits(self, vocabulary_size: int) -> None:
     """Raises UserError where the tokenizer has ids that a model of this vocabulary lacks."""
@@ -276,8 +298,8 @@ def _special_token(
   attribute: str,
   name: str,
   origin: str,
-) -> str:
-  """Returns the name of a special token.
+) -> str | None:
+  """Returns the name of a special token; None where an optional one is missing.
 
   bos and eos: tokenizer_config.json or special_tokens_map.json may name other tokens. pad: the release's name comes
   first, since its tokenizer_config.json names EOS; a tokenizer without any pads with EOS (no padding is ever read).
@@ -297,7 +319,9 @@ def _special_token(
   for candidate in candidates:
     if isinstance(candidate, str) and candidate in vocabulary:
       return candidate
-  raise UserError(f"{origin}: the tokenizer has no {name} token ({attribute}); JanusFlow needs it")
+  if attribute in _OPTIONAL:
+    return None
+  raise UserError(f"{origin}: the tokenizer has no {name} token ({attribute}), which every model needs")
 
 
 def _named(values: dict[str, Any], field: str, where: str) -> str | None:

@@ -162,6 +162,7 @@ class Family:
   settings: type
   writer: Any
   sampler: Any
+  tokens: tuple[str, ...] = ()  # special tokens that only some tokenizers have and this family needs, by attribute
   weights: Any = None  # (model config, tied) -> the `Entry`s of its published layout; None: there is no such layout
   flops: Any = None  # module of `step` and `image`, see flow/flops.py; None: its FLOPs are not counted
 

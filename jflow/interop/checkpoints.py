@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict
 
+from jflow.data import templates
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError, need_text_name
 from jflow.interop import native, official, own_layout, remote, transfer
@@ -123,7 +124,7 @@ def _describe_own(
   config, words = settings.config, None
   if tokenizer:
     words = Tokenizer.load(str(workdir / "tokenizer"))
-    words.check_fits(config.language_model.vocab_size)
+    templates.check_fits(settings.template, words, config)
   given = None
   if vae is not None:
     autoencoder, given = official.describe_vae(vae)

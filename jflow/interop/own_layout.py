@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jflow.data.templates import TEMPLATES
 from jflow.errors import UserError
 from jflow.interop import budget
 from jflow.models.build import parameter_shapes
@@ -22,7 +23,7 @@ class Settings(NamedTuple):
   """The settings of the model in a workdir's config.json."""
 
   config: ModelConfig
-  template: str  # "plain" or "chat"
+  template: str  # of `data.templates.TEMPLATES`
   has_vae: bool
 
 
@@ -39,8 +40,9 @@ def read_settings(workdir: pathlib.Path) -> Settings:
     raise UserError(f"{path} has no field model")
   if not isinstance(data, dict) or data.get("template") is None:
     raise UserError(f"{path} has no field data.template")
-  if data["template"] not in ("plain", "chat"):
-    raise UserError(f"{path}: data.template={shown(data['template'])} must be 'plain' or 'chat'")
+  if data["template"] not in TEMPLATES:
+    known = ", ".join(map(repr, TEMPLATES))
+    raise UserError(f"{path}: data.template={shown(data['template'])} must be one of {known}")
   has_vae = fields.get("has_vae", True)
   if type(has_vae) is not bool:
     raise UserError(f"{path}: has_vae={shown(has_vae)} must be true or false")

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from jflow.data import examples, images
-from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer, read_files
+from jflow.data import examples, images, templates
+from jflow.data.tokenizer import SPEAKERS, SPECIAL_TOKENS, Tokenizer, read_files
 from jflow.errors import UserError
 from jflow.interop import golden
 from jflow.interop.comparison import Line, line
 from jflow.strict_json import read_object, shown
 
+_SHARED = "../processor/"  # pictures of several golden directories
 _LARGEST = 4096  # largest side of an image, in pixels
 _COMPONENTS = {
   "input_ids": "tokenizer or chat template",
@@ -73,11 +74,15 @@ def _read_cases(directory: pathlib.Path) -> tuple[int, int, list[dict[str, Any]]
       need(isinstance(pictures, list), f"{where}: images must be a list, got {shown(pictures)}")
       for name in pictures:
         need(
-          type(name) is str and pathlib.PurePath(name).name == name,
-          f"{where}: a picture is a file here, got {shown(name)}",
+          type(name) is str and _is_near(name), f"{where}: a picture is a file here or in {_SHARED}, got {shown(name)}"
         )
         need((directory / name).is_file(), f"{where}: {directory / name} not found")
   return values["image_size"], (values["image_size"] // values["patch_size"]) ** 2, cases
+
+
+def _is_near(name: str) -> bool:
+  """Whether a path is a file's name, or one of the folder that golden files share."""
+  return pathlib.PurePath(name).name == name.removeprefix(_SHARED)
 
 
 def _check_names(directory: pathlib.Path, arrays: list[str], cases: list[str]) -> None:
@@ -98,22 +103,27 @@ def _process(
 ) -> dict[str, np.ndarray]:
   turns = case["conversation"]
   paths = [directory / name for turn in turns for name in turn.get("images", ())]
-  if case["name"].startswith("generation"):  # the release closes its prompt with the tag that T replaces
-    ids = examples.generation_prompt(turns[0]["content"], "chat", tokenizer)
-    return {"input_ids": np.append(ids, tokenizer.generation_start)}
+  template = "pro" if turns[0]["role"] == SPEAKERS["user"] else "chat"
+  templates.check(template, tokenizer)
+  flow = tokenizer.generation_start is not None  # JanusFlow's processor: another tag, and BOI's slot is the image's
+  if case.get("generation", case["name"] == "generation"):  # the closing tag is the first slot of the image
+    ids = examples.generation_prompt(turns[0]["content"], template, tokenizer)
+    return {"input_ids": np.append(ids, tokenizer.generation_start if flow else tokenizer.image_start)}
   messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
   prompt = examples.chat_prompt(
     messages,
     len(paths),
     tokenizer,
     patches,
+    template,
     system=examples.SYSTEM_PROMPT,
     mark=SPECIAL_TOKENS["image"],
   )
   pixels = [images.for_understanding(images.read(str(path)), size) for path in paths]
   scaled = np.stack(pixels).astype(np.float32) / 127.5 - 1.0 if pixels else np.zeros((0, size, size, 3))
+  slots = prompt.image_mask(patches)
   return {
     "input_ids": prompt.tokens,
-    "images_seq_mask": prompt.image_mask(patches),
+    "images_seq_mask": slots if flow else slots & (prompt.tokens == tokenizer.image),
     "pixel_values": scaled.transpose(0, 3, 1, 2),
   }

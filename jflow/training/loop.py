@@ -19,6 +19,7 @@ from jflow import compilation, sharding
 from jflow.batch import Batch
 from jflow.commit import commit
 from jflow.config import RunConfig
+from jflow.data import templates
 from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped
@@ -79,7 +80,7 @@ def train(
   hosts.start(config.distributed)
   mesh = sharding.make_mesh(**vars(config.mesh))
   tokenizer = Tokenizer.load(config.data.tokenizer)
-  tokenizer.check_fits(config.model.language_model.vocab_size)
+  templates.check_fits(config.data.template, tokenizer, config.model)
   held = hosts.first_alone(lambda: workdirs.claim(workdir, config, tokenizer))
   try:
     _train(config, workdir, mesh, tokenizer, started, painter, accepted_data, rule)

@@ -10,11 +10,13 @@ from tokens import GOLDEN, TOKENIZER, show
 from jflow import batch as batch_lib
 from jflow.data import examples
 from jflow.data.records import Record, RecordError, Turn
+from jflow.data.tokenizer import Tokenizer
 from jflow.errors import PromptTooLong, UserError
 
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "cases.json").read_text())["cases"]}
 ARRAYS = np.load(GOLDEN / "golden.npz")
 P = 3
+JANUS = Tokenizer.load(str(GOLDEN.parent / "janus_processor"))
 PIXELS = np.zeros((4, 4, 3), np.uint8)
 
 
@@ -46,6 +48,16 @@ def test_chat_prompt_reproduces_the_release(name):
 def test_generation_prompt_reproduces_the_release():
   prompt = examples.generation_prompt(CASES["generation"]["conversation"][0]["content"], "chat", TOKENIZER)
   np.testing.assert_array_equal(np.append(prompt, TOKENIZER.generation_start), ARRAYS["generation/input_ids"])
+
+
+@pytest.mark.parametrize("template, user", [("chat", []), ("pro", [JANUS.user])])
+def test_a_sample_begins_with_the_prompt_of_its_answer(template, user):
+  record = question("<image>\nWhat?", "A cat.")
+  prompt = examples.chat_prompt([{"role": "<|User|>", "content": "<image>\nWhat?"}], 1, JANUS, P, template)
+  sample = examples.build(record, "understanding", JANUS, template, P)
+  np.testing.assert_array_equal(sample.tokens[: len(prompt.tokens)], prompt.tokens)
+  assert [token for token in prompt.tokens if token == JANUS.user] == user
+  assert JANUS.decode(sample.targets[sample.loss_mask]) == " A cat."
 
 
 @pytest.mark.parametrize(
@@ -89,7 +101,7 @@ def test_images_stand_where_their_marks_do():
     ]
 
 
-@pytest.mark.parametrize("template", examples.TEMPLATES)
+@pytest.mark.parametrize("template", ("plain", "chat"))
 def test_interleaved_documents_are_learned_but_for_their_images(template):
   text = " First <image> then <image>\n\nand the end. "
   sample = build(Record("0", (PIXELS, PIXELS), text, ()), "understanding", template)
@@ -117,7 +129,7 @@ def test_generation(template, expected):
   np.testing.assert_array_equal(sample.tokens[: sample.image_starts[0]], prompt)
 
 
-@pytest.mark.parametrize("template", examples.TEMPLATES)
+@pytest.mark.parametrize("template", ("plain", "chat"))
 def test_a_dropped_prompt_leaves_its_gap(template):
   record = Record("0", (PIXELS,), "A cat on a sofa.", ())
   whole = build(record, "generation", template)
@@ -193,7 +205,7 @@ def test_targets_are_the_next_tokens():
     assert not sample.loss_mask[-1] and sample.loss_mask.any()
 
 
-@pytest.mark.parametrize("template", examples.TEMPLATES)
+@pytest.mark.parametrize("template", ("plain", "chat"))
 @pytest.mark.parametrize("task, images", [("understanding", (PIXELS,)), ("text", ())])
 def test_training_begins_as_the_prompt_of_inference(template, task, images):
   record = question("<image>\nWhat is it?" if images else "What is it?", images=images)
@@ -242,7 +254,7 @@ USER, ANSWER = Turn("user", "Why?"), Turn("assistant", "So.")
   ],
 )
 def test_what_does_not_fit_is_refused_with_a_reason(task, record, reason):
-  for template in examples.TEMPLATES:
+  for template in ("plain", "chat"):
     with pytest.raises(RecordError) as caught:
       build(record, task, template)
     assert caught.value.reason == reason

@@ -3,14 +3,16 @@
 import json
 import pathlib
 import pickle
+import re
 
 import pytest
 
 from jflow.data import tokenizer as tokenizer_lib
-from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from jflow.data.tokenizer import SPEAKERS, SPECIAL_TOKENS, Tokenizer
 from jflow.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "processor"
+JANUS = GOLDEN.parent / "janus_processor"
 SHIPPED = pathlib.Path(__file__).parents[2] / "configs" / "tokenizer"
 TEXTS = [
   "",
@@ -116,15 +118,40 @@ def test_repeated_id_is_refused(tmp_path):
     Tokenizer.load(_write(tmp_path, _renumbered()))
 
 
-@pytest.mark.parametrize("attribute", [name for name in SPECIAL_TOKENS if name != "pad"])
-def test_missing_special_token_is_named(tmp_path, attribute):
-  value = _golden()
+def _without(attribute, value):
   for token in value["added_tokens"]:
-    if token["content"] == SPECIAL_TOKENS[attribute]:
+    if token["content"] == (SPECIAL_TOKENS | SPEAKERS)[attribute]:
       token["content"] = "<renamed>"
   value["post_processor"] = None
+  return value
+
+
+@pytest.mark.parametrize("attribute", [name for name in SPECIAL_TOKENS if name not in ("pad", "image")])
+def test_missing_special_token_is_named(tmp_path, attribute):
   with pytest.raises(UserError, match=f"has no {SPECIAL_TOKENS[attribute]} ".replace("|", r"\|")):
-    Tokenizer.load(_write(tmp_path, value))
+    Tokenizer.load(_write(tmp_path, _without(attribute, _golden()))).need("flow", "generation_start")
+
+
+def test_without_an_image_mark_the_next_free_id_serves(tmp_path):
+  tokenizer = Tokenizer.load(_write(tmp_path, _without("image", _golden())))
+  assert tokenizer.image == 1007 and tokenizer.vocabulary_size == 1008
+  assert tokenizer.decode([tokenizer.image]) == ""
+
+
+@pytest.mark.parametrize("attribute", ["user", "assistant", "pad"])
+def test_a_janus_tokenizer_that_lacks_a_token_is_refused_by_what_needs_it(tmp_path, attribute):
+  value = json.loads((JANUS / "tokenizer.json").read_text())
+  tokenizer = Tokenizer.load(_write(tmp_path, _without(attribute, value)))
+  with pytest.raises(UserError, match=re.escape((SPECIAL_TOKENS | SPEAKERS)[attribute])):
+    tokenizer.need("it", "user", "assistant", "pad")
+
+
+def test_the_ids_of_a_janus_tokenizer_come_from_the_names(tmp_path):
+  tokenizer = Tokenizer.load(str(JANUS))  # its tokenizer_config.json has pad_token null
+  assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (1000, 1001, 1002)
+  assert (tokenizer.image, tokenizer.image_start, tokenizer.image_end) == (1003, 1004, 1005)
+  assert (tokenizer.user, tokenizer.assistant, tokenizer.generation_start) == (1006, 1007, None)
+  assert not set(tokenizer.encode("<|User|>: a<|Assistant|>:")) & {1006, 1007}  # a user's text spells no speaker
 
 
 def test_without_a_pad_token_eos_pads(tmp_path):

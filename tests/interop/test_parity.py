@@ -219,10 +219,11 @@ def processor(tmp_path) -> pathlib.Path:
 
 
 @pytest.mark.smoke
-def test_the_golden_processor_passes(tmp_path):
-  assert main(["parity", f"--processor={PROCESSOR}", f"--json={tmp_path / 'r.json'}"]) == 0
+@pytest.mark.parametrize("directory", [PROCESSOR, PROCESSOR.parent / "janus_processor"], ids=lambda path: path.name)
+def test_the_golden_processor_passes(tmp_path, directory):
+  assert main(["parity", f"--processor={directory}", f"--json={tmp_path / 'r.json'}"]) == 0
   result = json.loads((tmp_path / "r.json").read_text())
-  with np.load(PROCESSOR / "golden.npz") as file:
+  with np.load(directory / "golden.npz") as file:
     assert set(result["arrays"]) == set(file.files)
   assert all(x["max_error"] <= 1e-6 for x in result["arrays"].values())
 

@@ -12,6 +12,7 @@ FAMILY = Family(
   settings=Settings,
   writer="jflow.generation.flow.writer:FlowWriter",
   sampler="jflow.generation.flow.sampler:FlowSampler",
+  tokens=("generation_start",),
   weights="jflow.generation.flow.weights:official",
   flops="jflow.generation.flow.flops",
 )
