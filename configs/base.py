@@ -2,7 +2,7 @@
 
 `--config=configs/stage2.py:tiny` picks a size, `--config.train.steps=100` sets a field. Sizes:
   384 (default), 256   the paper's models; name your data in --config.data.sources.*
-  tiny, shapes, mid    small ones on the built-in world: configs/world.py
+  tiny, shapes, world, mid    small ones on the built-in world: configs/world.py
 """
 
 from ml_collections import ConfigDict
