@@ -2,7 +2,7 @@
 
 `--config=configs/stage2.py:tiny` picks a size, `--config.train.steps=100` sets a field. Sizes:
   384 (default), 256   the paper's models; name your data in --config.data.sources.*
-  tiny, shapes, world, mid    small ones on the built-in world: configs/world.py
+  tiny, quick, shapes, world, mid    small ones on the built-in world: configs/world.py
 """
 
 from ml_collections import ConfigDict
@@ -99,6 +99,8 @@ def base(size: str) -> ConfigDict:
       long_captions=0.25,  # share of captions that describe every object
       named_colors=0.0,  # share of captions and texts whose first sentence names colors that its kind leaves open
       in_order=0.0,  # share of captions and texts that name objects from the top left, unless they say a relation
+      large=0.5,  # share of the scenes of one or two different objects that hold a large one
+      spread=0.5,  # most that a lone object lies from the middle, of the side of the picture; 0.5: anywhere
       tags=None,  # share of each kind of scene; None: those of jflow/world
       asked=(),  # (kind of question, weight) pairs, as (("relation", 4.0),): jflow/world/questions.py
     ),

@@ -1,7 +1,8 @@
 """The sizes for the built-in world: their changes to the paper's fields in configs/base.py.
 
   tiny    trains in seconds: for trying things out
-  shapes  learns the world in minutes on two cores
+  quick   learns lone large objects near the middle, and their questions, in minutes on two cores
+  shapes  learns the whole world
   world   the same model, trained for hours: every kind of scene and question (launch/experiments/world.sh)
   mid     for `bench` on a CPU
 
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 from configs import models
 
 TOKENIZER = str(pathlib.Path(__file__).parent / "tokenizer")
+QUICK_SPREAD = 0.12  # data.shapes.spread of size `quick`
 SOURCE = (("shapes", 1.0),)  # records that are rendered on demand
 
 
@@ -67,7 +69,22 @@ def world(c: ConfigDict) -> None:
   c.checkpoint.interval = 250
 
 
-SIZES = {"tiny": tiny, "shapes": shapes, "world": world, "mid": mid}
+def quick(c: ConfigDict) -> None:
+  """Sets the fields of size `quick`, except steps and rates, which depend on the stage (`at_stage`).
+
+  Position limits how fast shapes are learned: near the middle 10,000 pictures show them, anywhere some 100,000.
+  """
+  shapes(c)
+  c.model = models.quick()
+  c.data.row_tokens, c.data.row_images = 152, 6
+  c.data.shapes.tags = dict(colors=1.0)
+  c.data.shapes.named_colors, c.data.shapes.long_captions = 0.0, 0.0
+  c.data.shapes.large, c.data.shapes.spread = 1.0, QUICK_SPREAD
+  c.data.shapes.asked = (("choice", 0.0),)
+  c.checkpoint.interval = 1000
+
+
+SIZES = {"tiny": tiny, "quick": quick, "shapes": shapes, "world": world, "mid": mid}
 
 
 def _small(c: ConfigDict) -> None:
@@ -85,7 +102,19 @@ def _small(c: ConfigDict) -> None:
 
 
 def at_stage(c: ConfigDict, stage: int) -> ConfigDict:
-  """Returns the config of a stage; `shapes` and `world` have their own steps and rates, others keep the stage file's."""
+  """Returns the config of a stage; `quick`, `shapes` and `world` have their own steps and rates."""
+  if c.size == "quick":
+    c.train.steps, c.optimizer.learning_rate = ((900, 2e-3), (150, 3e-3), (2000, 3e-3), (1000, 3e-3))[stage]
+    if stage == 0:
+      c.train.fit_labels = 40_000
+    if stage == 1:
+      c.data.shapes.spread = QUICK_SPREAD / 2
+    if stage == 2:
+      c.data.mixture = ((0, (30, 50, 20)), (100, (14, 80, 6)))
+    if stage == 3:
+      c.optimizer.cooldown_steps = c.train.steps
+      c.optimizer.rates = (("understanding_encoder", 0.02),)  # as below
+      c.data.row_tokens = 200  # as many pictures beside "User:" and "Assistant:"
   if c.size == "shapes":
     c.train.steps, c.optimizer.learning_rate = ((300, 2e-3), (150, 3e-3), (1050, 3e-3), (300, 2e-3))[stage]
     if stage == 0:

@@ -100,6 +100,8 @@ class ShapesConfig(Section):
   long_captions: float = field(number(0.0, 1.0), before=0.25)
   named_colors: float = field(number(0.0, 1.0), before=0.0)
   in_order: float = field(number(0.0, 1.0), before=0.0)
+  large: float = field(number(0.0, 1.0), before=0.5)
+  spread: float = field(number(0.0, 0.5), before=0.5)
   asked: tuple = field(weighted("(kind of question, weight) pairs, as (('relation', 4.0),)"), before=())
 
 

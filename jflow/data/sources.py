@@ -17,7 +17,7 @@ def open_source(spec: str, task: str, shapes: Mapping[str, Any]) -> Source:
     spec: "shapes", or a directory written by `prepare`.
     task: "understanding", "generation" or "text".
     shapes: options of the built-in world, see `WorldSource`: size, seed, tags, long_captions, named_colors, asked,
-      in_order.
+      in_order, large, spread.
 
   Raises:
     UserError: the source does not exist, or holds records of another task.

@@ -3,7 +3,7 @@
 import itertools
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from jflow.data.records import Turn
@@ -16,6 +16,7 @@ SHORT_ANSWERS = 0.5  # share of first questions that end with SHORT_ANSWER
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."
 LETTERS = "ABCD"
+_TRIES = 2000  # scenes to look for an answer in
 # Kinds of questions. Those in PAIRED come as a yes and a no about the same picture.
 KINDS = (
   "existence",
@@ -40,7 +41,15 @@ class Question(NamedTuple):
   kind: str  # of KINDS, or PLACE
 
 
-def for_evaluation(split: str, count: int, seed: int) -> list[tuple[Scene, Question]]:
+def for_evaluation(
+  split: str,
+  count: int,
+  seed: int,
+  kinds: Sequence[str] = KINDS,
+  tags: Sequence[str] = tuple(scenes.DEFAULT_TAGS),
+  large: float = scenes.LARGE,
+  spread: float = scenes.ANYWHERE,
+) -> list[tuple[Scene, Question]]:
   """Returns questions with their scenes, balanced over kinds and answers.
 
   Consecutive questions with the same kind and scene form a group, as in MME's acc+ and MMBench's circular score: a yes
@@ -50,6 +59,10 @@ def for_evaluation(split: str, count: int, seed: int) -> list[tuple[Scene, Quest
     split: as in `WorldSource`.
     count: number of questions; the last group may be cut short.
     seed: of the draws.
+    kinds: of KINDS, asked in turn; at least one of them must be about these scenes.
+    tags: of the scenes.
+    large: see `scenes.sample`.
+    spread: see `scenes.sample`.
   """
   words.check("split", split, scenes.SPLITS)
   rng = random.Random(f"{seed}/{split}/questions")
@@ -60,12 +73,15 @@ def for_evaluation(split: str, count: int, seed: int) -> list[tuple[Scene, Quest
     "shape": itertools.cycle(SHAPES),
   }
   asked: list[tuple[Scene, Question]] = []
-  for kind in itertools.cycle(KINDS):
+  for kind in itertools.cycle(kinds):
     answer = next(wanted[kind]) if kind in wanted else None
     group: list[Question] = []
-    while not group:
-      scene = scenes.sample(pick(rng, tuple(scenes.DEFAULT_TAGS)), split, rng)[0]
-      group = [q for q in about(scene, rng) if q.kind == kind and answer in (None, q.answer)]
+    for _ in range(_TRIES):  # no scene of these tags may have the answer: no held-out pair is brown
+      scene = scenes.sample(pick(rng, tags), split, rng, large, spread)[0]
+      if group := [q for q in about(scene, rng) if q.kind == kind and answer in (None, q.answer)]:
+        break
+    if not group:
+      continue
     size = 2 if kind in PAIRED else len(group) if kind == "choice" else 1
     first = size * int(rng.random() * (len(group) // size))
     asked += [(scene, question) for question in group[first : first + size]]

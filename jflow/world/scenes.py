@@ -66,6 +66,7 @@ BACKGROUND = 168  # gray
 JITTER = 8  # of each channel of each fill, and of the background's gray
 GAP = 0.045  # least distance between the boxes of two objects
 MARGIN = 0.02  # least distance from a box to the edge of the picture
+LARGE, ANYWHERE = 0.5, 0.5  # defaults of `sample`
 SLANT = 0.45  # largest ratio of the offset across a relation to the offset along it
 SUPERSAMPLING = 4
 RING_HOLE = 0.56  # radius of the hole to that of the ring
@@ -213,18 +214,20 @@ def combinations(tag: str, unseen: bool) -> tuple[Combination, ...]:
   )
 
 
-def sample(tag: str, split: str, rng: Rng) -> tuple[Scene, Combination]:
+def sample(tag: str, split: str, rng: Rng, large: float = LARGE, spread: float = ANYWHERE) -> tuple[Scene, Combination]:
   """Returns a scene and the combination that a prompt of this tag describes.
 
   Args:
     tag: of TAGS, or SEVERAL.
     split: of SPLITS. In "held_out" every scene shows a held-out combination, in the others none does.
     rng: see the top of the module.
+    large: share of the scenes of one or two different objects that hold a large one.
+    spread: most that a lone object lies from the middle along each axis; ANYWHERE leaves it the whole picture.
   """
   unseen = split == "held_out"
   while True:
     combination = _draw(tag, unseen, rng)
-    scene = _compose(combination, unseen, rng)
+    scene = _compose(combination, unseen, rng, large, spread)
     if held_out(scene) == unseen:
       return scene, combination
 
@@ -248,7 +251,7 @@ def _draw(tag: str, unseen: bool, rng: Rng) -> Combination:
   return Combination(tag, tuple(shuffled(rng, pairs)))
 
 
-def _compose(combination: Combination, unseen: bool, rng: Rng) -> Scene:
+def _compose(combination: Combination, unseen: bool, rng: Rng, large: float, spread: float) -> Scene:
   """A scene of the combination, drawing what it leaves open: colors, sizes, places."""
   pairs = [(shape, color or pick(rng, _colors(shape, False))) for shape, color in combination.pairs]
   if unseen and combination.tag in ("single_object", "two_object"):
@@ -257,13 +260,13 @@ def _compose(combination: Combination, unseen: bool, rng: Rng) -> Scene:
   pairs *= combination.count
   sizes = ["small"] * len(pairs)
   # Two large objects do not fit side by side, and with large ones area would reveal the count.
-  if combination.count == 1 and len(pairs) <= 2 and rng.random() < 0.5:
+  if combination.count == 1 and len(pairs) <= 2 and rng.random() < large:
     sizes[int(rng.random() * len(pairs))] = "large"
   radii = [low + (high - low) * rng.random() for low, high in (SIZES[size] for size in sizes)]
   if combination.relation:
     places = _related(radii, combination.relation, rng)
   else:
-    places = _scattered(radii, rng)
+    places = _scattered(radii, rng, spread)
   objects = tuple(Object(*pair, size, x, y, r) for pair, size, (x, y), r in zip(pairs, sizes, places, radii))
   background = BACKGROUND + _jitter(rng)
   fills = tuple(tuple(min(255, max(0, c + _jitter(rng))) for c in COLORS[thing.color]) for thing in objects)
@@ -279,12 +282,13 @@ def _jitter(rng: Rng) -> int:
   return int(rng.random() * (2 * JITTER + 1)) - JITTER
 
 
-def _scattered(radii: Sequence[float], rng: Rng) -> list[tuple[float, float]]:
-  """Returns unrestricted places, at least GAP apart."""
+def _scattered(radii: Sequence[float], rng: Rng, spread: float) -> list[tuple[float, float]]:
+  """Returns places at least GAP apart; that of a lone object within `spread` of the middle."""
   while True:
     places: list[tuple[float, float]] = []
     for r in radii:
-      low, span = r + MARGIN, 1 - 2 * (r + MARGIN)
+      low = max(r + MARGIN, 0.5 - spread) if len(radii) == 1 else r + MARGIN
+      span = 1 - 2 * low
       x, y = low + span * rng.random(), low + span * rng.random()
       if any(max(abs(x - u), abs(y - v)) < r + s + GAP for (u, v), s in zip(places, radii)):
         break

@@ -47,6 +47,8 @@ class WorldSource:
     named_colors: float = 0.0,
     asked: Sequence[tuple[str, float]] = (),
     in_order: float = 0.0,
+    large: float = scenes.LARGE,
+    spread: float = scenes.ANYWHERE,
   ):
     """Checks and stores the arguments.
 
@@ -65,14 +67,19 @@ class WorldSource:
         of their centers: of two, the left one first where they are more side by side than one above the other, else
         the upper one. Otherwise the order is random, as it always is in a sentence with a relation. With random order
         a caption of two objects without colors leaves their places open, which makes generation harder to learn.
+      large: share of the scenes of one or two different objects that hold a large one.
+      spread: most that a lone object lies from the middle along each axis, of the side of the picture.
 
     Raises:
       UserError: an argument is out of range.
     """
-    shares_of_captions = dict(long_captions=long_captions, named_colors=named_colors, in_order=in_order)
-    for name, share in shares_of_captions.items():
+    shares_of = dict(long_captions=long_captions, named_colors=named_colors, in_order=in_order, large=large)
+    for name, share in shares_of.items():
       if not 0 <= share <= 1:
         raise UserError(f"data.shapes.{name} must be a share from 0 to 1, got {share}")
+    if not 0 <= spread <= scenes.ANYWHERE:
+      raise UserError(f"data.shapes.spread must be from 0 to {scenes.ANYWHERE}, got {spread}")
+    self._large, self._spread = large, spread
     self._long_captions, self._named_colors, self._in_order = long_captions, named_colors, in_order
     self._asked = dict.fromkeys(questions.KINDS, 1.0) | {questions.PLACE: 0.0}
     if any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in asked):
@@ -97,8 +104,9 @@ class WorldSource:
       raise UserError(f"data.shapes.size must be at least 1 record, got {size}")
     self._task, self._size, self._seed, self._split = task, int(size), int(seed), split
     self._tags = tuple(shares)
-    key = repr((VERSION, task, size, seed, split, shares, long_captions, named_colors, self._asked, in_order)).encode()
-    self.fingerprint = hashlib.sha256(key).hexdigest()
+    key = (VERSION, task, size, seed, split, shares, long_captions, named_colors, self._asked, in_order)
+    placed = (large, spread) if (large, spread) != (scenes.LARGE, scenes.ANYWHERE) else ()  # as before they were fields
+    self.fingerprint = hashlib.sha256(repr(key + placed).encode()).hexdigest()
     self._bounds = [share / sum(shares.values()) for share in itertools.accumulate(shares.values())]
 
   def __len__(self) -> int:
@@ -109,7 +117,7 @@ class WorldSource:
       raise IndexError(f"record {index} of {self._size}")
     rng = random.Random(f"{self._seed}/{self._split}/{self._task}/{index}")
     tag = self._tags[min(bisect.bisect_right(self._bounds, rng.random()), len(self._tags) - 1)]
-    scene, combination = scenes.sample(tag, self._split, rng)
+    scene, combination = scenes.sample(tag, self._split, rng, self._large, self._spread)
     name = f"shapes-{self._split}-{self._task}-{index}"
     if self._task == "generation":
       told = self._told(scene, combination, rng)

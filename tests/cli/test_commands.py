@@ -399,7 +399,7 @@ def test_understand_prints_the_answer(capsys, model, picture, tmp_path):
     (["--config=nowhere.py"], "config file nowhere.py does not exist"),
     (
       [f"--config={tiny.ROOT}/configs/stage2.py:huge"],
-      "unknown size 'huge'; choose one of 384, 256, tiny, shapes, world",
+      "unknown size 'huge'; choose one of 384, 256, tiny, quick, shapes, world",
     ),
     (["--config.mesh.data=2"], "mesh.data x mesh.fsdp x mesh.model = 2 x 1 x 1 does not equal the "),
     (["--config.train.accumulation=3"], "config.train.accumulation must divide"),

@@ -59,6 +59,16 @@ def test_questions_take_either_kind_of_generator():
 
 
 @pytest.mark.parametrize("split", ["val", "held_out"])
+def test_evaluation_questions_of_some_kinds_and_scenes(split):
+  """No held-out pair is brown: the answers that no scene has are left out."""
+  asked = questions.for_evaluation(split, 60, 0, ("color", "shape"), ("colors",), 1.0, 0.1)
+  assert [question.kind for _, question in asked].count("shape") in range(28, 34)
+  assert all(scene.objects[0].size == "large" and len(scene.objects) == 1 for scene, _ in asked)
+  colors = {question.answer for _, question in asked if question.kind == "color"}
+  assert colors == set(scenes.COLORS) - ({"brown"} if split == "held_out" else set())
+
+
+@pytest.mark.parametrize("split", ["val", "held_out"])
 def test_evaluation_questions_are_balanced_and_grouped(split):
   asked = questions.for_evaluation(split, 1600, 0)
   assert asked == questions.for_evaluation(split, 1600, 0) != questions.for_evaluation(split, 1600, 1)

@@ -147,6 +147,8 @@ def test_shares_of_the_tags():
     (("text", 10, 0, "val", None, 1.5), "long_captions", "1.5"),
     (("text", 10, 0, "val", None, 0.5, -0.5), "named_colors", "-0.5"),
     (("text", 10, 0, "val", None, 0.5, 0.5, (), 1.1), "in_order", "1.1"),
+    (("text", 10, 0, "val", None, 0.5, 0.5, (), 0.0, -0.1), "large", "-0.1"),
+    (("text", 10, 0, "val", None, 0.5, 0.5, (), 0.0, 0.5, 0.6), "spread", "0.6"),
     (("text", 10, 0, "val", None, 0.5, 0.5, (("colour", 2.0),)), "kind of question", "'colour'"),
     (("text", 10, 0, "val", None, 0.5, 0.5, ("relation", 4.0)), "asked", "('relation', 4.0)"),
     (("text", 10, 0, "val", None, 0.5, 0.5, (("relation", "4"),)), "'relation'", "4"),
@@ -210,6 +212,17 @@ def test_first_sentences_name_objects_from_the_top_left_as_often_as_asked(task, 
         assert sorted(told) == sorted(at)
         pairs += [at[first] < at[second] for first, second in zip(told, told[1:])]
     assert abs(np.mean(pairs) - (0.5 + share / 2)) <= (0.05 if share < 1 else 0)
+
+
+def test_lone_objects_are_as_large_and_as_near_to_the_middle_as_asked():
+  default = WorldSource("generation", 300, 6, tags=dict(colors=1.0))
+  near = WorldSource("generation", 300, 6, tags=dict(colors=1.0), large=1.0, spread=0.1)
+  assert near.fingerprint != default.fingerprint
+  for source, furthest, sizes in ((default, 0.345, {"small", "large"}), (near, 0.1, {"large"})):
+    things = [thing for record in source for thing in record.images[0].objects]
+    off = [max(abs(thing.x - 0.5), abs(thing.y - 0.5)) for thing in things]
+    assert furthest - 0.02 < max(off) <= furthest
+    assert {thing.size for thing in things} == sizes
 
 
 def test_relations_stay_true_and_in_random_order_where_captions_are_in_order():
