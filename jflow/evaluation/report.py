@@ -145,11 +145,11 @@ def fingerprint(directory: pathlib.Path, weights: str, vae: str | pathlib.Path |
   Raises:
     UserError: `vae` is not the directory of an AutoencoderKL.
   """
+  from jflow.interop import layouts
   from jflow.interop.checkpoints import workdir_of
-  from jflow.interop.official import is_official
   from jflow.interop.steps import MANIFEST
 
-  if is_official(directory):
+  if layouts.found(directory) is not None:
     files = [*directory.glob("*.json"), *directory.glob("vae/*.json"), *directory.rglob("*.safetensors")]
   else:
     workdir = workdir_of(directory)

@@ -163,7 +163,7 @@ class Family:
   writer: Any
   sampler: Any
   tokens: tuple[str, ...] = ()  # special tokens that only some tokenizers have and this family needs, by attribute
-  weights: Any = None  # (model config, tied) -> the `Entry`s of its published layout; None: there is no such layout
+  layouts: tuple[Any, ...] = ()  # its published layouts, see interop/layouts.py
   flops: Any = None  # module of `step` and `image`, see flow/flops.py; None: its FLOPs are not counted
 
   @property

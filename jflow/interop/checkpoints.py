@@ -1,4 +1,4 @@
-"""Opens a checkpoint of either layout: the published one, or jflow's own."""
+"""Opens a checkpoint of any layout: a published one, or jflow's own."""
 
 import pathlib
 from collections.abc import Callable
@@ -9,7 +9,8 @@ from flax.traverse_util import flatten_dict
 from jflow.data import templates
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError, need_text_name
-from jflow.interop import native, official, own_layout, remote, transfer
+from jflow.interop import layouts, native, own_layout, published, remote, transfer
+from jflow.interop import vae as diffusers_vae
 from jflow.models.config import ModelConfig
 
 
@@ -19,7 +20,7 @@ class Checkpoint(NamedTuple):
   config: ModelConfig
   params: Any  # nested numpy arrays; without "vae" where has_vae is False
   tokenizer: pathlib.Path  # directory with tokenizer.json, if the checkpoint has one
-  template: str  # "plain" or "chat"
+  template: str  # of `data.templates`
   has_vae: bool
 
 
@@ -39,7 +40,7 @@ class Described(NamedTuple):
 
 
 def locate(path: str | pathlib.Path) -> pathlib.Path:
-  """The directory to read of a checkpoint: an official directory itself, or the newest intact step of a jflow one.
+  """The directory to read of a checkpoint: a published directory itself, or the newest intact step of a jflow one.
 
   The result stays valid while a training run saves newer steps.
 
@@ -52,7 +53,7 @@ def locate(path: str | pathlib.Path) -> pathlib.Path:
   path = remote.local(path)
   if not path.is_dir():
     raise UserError(f"checkpoint {path} is not a directory")
-  return path if official.is_official(path) else native.resolve(path)[1]
+  return native.resolve(path)[1] if layouts.found(path) is None else path
 
 
 def workdir_of(step_dir: pathlib.Path) -> pathlib.Path:
@@ -63,7 +64,7 @@ def workdir_of(step_dir: pathlib.Path) -> pathlib.Path:
 def read_checkpoint(
   path: str | pathlib.Path, *, vae: str | pathlib.Path | None = None, weights: str = "ema", whole: bool = True
 ) -> Checkpoint:
-  """Reads a checkpoint, official or jflow: `describe`, then the weights."""
+  """Reads a checkpoint of any layout: `describe`, then the weights."""
   return describe(path, vae=vae, weights=weights, whole=whole).read()
 
 
@@ -89,12 +90,14 @@ def describe(
   """
   path = remote.local(path)
   vae = remote.local(vae) if vae else None
-  if not (path.is_dir() and official.is_official(path)):
+  layout = layouts.found(path) if path.is_dir() else None
+  if layout is None:
     return _describe_own(path, vae, weights, tokenizer, whole)
   if tokenizer and not (path / "tokenizer.json").is_file():
     Tokenizer.load(str(path))  # says what is missing
-  found = official.describe(path, vae)
-  return Described(found.config, path, found.tokenizer, "chat", found.has_vae, lambda: transfer.nest(found.read()))
+  found = published.describe(layout, path, vae)
+  read = lambda: transfer.nest(found.read())
+  return Described(found.config, path, found.tokenizer, found.template, found.has_vae, read)
 
 
 def read_config(path: str | pathlib.Path) -> ModelConfig:
@@ -104,8 +107,8 @@ def read_config(path: str | pathlib.Path) -> ModelConfig:
     UserError: see `describe`.
   """
   path = remote.local(path)
-  if path.is_dir() and official.is_official(path):
-    return official.read_config(path)
+  if path.is_dir() and (layout := layouts.found(path)) is not None:
+    return published.read_config(layout, path)
   return own_layout.read_settings(_workdir_around(path)).config
 
 
@@ -127,7 +130,7 @@ def _describe_own(
     templates.check_fits(settings.template, words, config)
   given = None
   if vae is not None:
-    autoencoder, given = official.describe_vae(vae)
+    autoencoder, given = diffusers_vae.describe(vae)
     if autoencoder != config.autoencoder:
       raise UserError(f"{vae} must hold the VAE that {path} was trained with: it holds another")
     settings = settings._replace(has_vae=False)

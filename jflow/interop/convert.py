@@ -1,4 +1,4 @@
-"""Conversion of checkpoints from and to the published PyTorch layout."""
+"""Conversion of checkpoints between the published PyTorch layouts and jflow's own."""
 
 import dataclasses
 import pathlib
@@ -10,13 +10,13 @@ import ml_dtypes
 import numpy as np
 
 from jflow import checks, files
+from jflow.data import templates
+from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped, UserError, need_text_name
-from jflow.interop import official, remote, transfer
-from jflow.interop.official import Loaded
-from jflow.interop.official_config import config_to_official
+from jflow.interop import layouts, published, remote, transfer
+from jflow.interop.published import Loaded
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_KEPT = "official"  # folder of a jflow checkpoint with the processor files of the official one it was converted from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Conversion:
 
   output: pathlib.Path  # directory to create
   input: pathlib.Path | None = None
-  source: str | None = None  # "official", "jflow" or "huggingface-parts"
-  to: str | None = None  # "official" or "jflow"
+  source: str | None = None  # the name of a layout, "jflow" or "huggingface-parts"
+  to: str | None = None  # the name of a layout, or "jflow"
   llm: pathlib.Path | None = None  # these four: of huggingface-parts
   siglip: pathlib.Path | None = None
   vae: pathlib.Path | None = None
@@ -37,8 +37,8 @@ class Conversion:
   shard_bytes: int = 4 * 2**30  # largest official file
 
 
-def _read(args: Conversion) -> tuple[Loaded, str, pathlib.Path | None]:
-  """The model, its template, and the directory of the official processor's files, if any."""
+def _read(args: Conversion) -> tuple[Loaded, pathlib.Path | None]:
+  """The model, and the directory of the processor's files of a checkpoint of the layout to write, if there is one."""
   dtype = _DTYPES.get(args.dtype)
   if args.source == "huggingface-parts":
     from jflow.interop import parts  # initialises with jax, which the other directions do not need
@@ -46,38 +46,45 @@ def _read(args: Conversion) -> tuple[Loaded, str, pathlib.Path | None]:
     missing = [f"--{name}" for name in ("llm", "siglip", "vae") if getattr(args, name) is None]
     if missing:
       raise UserError(f"--from=huggingface-parts needs {', '.join(missing)}")
-    loaded = parts.load(args.llm, args.siglip, args.vae, args.tokenizer, dtype, args.seed)
-    return loaded, "plain", None
-  if args.source == "official":
-    return official.load(args.input, args.vae, dtype), "chat", args.input
+    return parts.load(args.llm, args.siglip, args.vae, args.tokenizer, dtype, args.seed), None
+  layout = layouts.found(args.input)
+  if layout is not None:
+    found = published.describe(layout, args.input, args.vae)
+    if args.to != "jflow":
+      layouts.of(found.config, args.to).write_config(found.config, "float32")  # refuses what that layout cannot hold
+    return Loaded(found.config, found.read(dtype), found.has_vae, found.tokenizer, found.template), args.input
   from jflow.interop.checkpoints import describe
 
   found = describe(args.input, vae=args.vae, weights=args.weights)
-  if args.to == "official":
-    config_to_official(found.config, "float32")  # refuses what that layout cannot hold
-  tokenizer = official.load_tokenizer(found.directory, found.config.language_model.vocab_size)
+  if args.to != "jflow":
+    layouts.of(found.config, args.to).write_config(found.config, "float32")
+  tokenizer = None
+  if (found.directory / "tokenizer.json").is_file():
+    tokenizer = Tokenizer.load(str(found.directory))
+    templates.check_fits(found.template, tokenizer, found.config)
   params = transfer.flatten(found.read_params())
   has_vae = found.config.autoencoder is None or any(path.startswith("vae/") for path in params)
-  kept = found.directory.parent / _KEPT
-  return Loaded(found.config, params, has_vae, tokenizer), found.template, kept if kept.is_dir() else None
+  wanted = layouts.names() if args.to == "jflow" else [args.to]
+  kept = [folder for name in wanted if (folder := found.directory.parent / name).is_dir()]
+  return Loaded(found.config, params, has_vae, tokenizer, found.template), kept[0] if kept else None
 
 
-def _write_jflow(output: pathlib.Path, loaded: Loaded, template: str, kept: pathlib.Path | None) -> None:
+def _write_jflow(output: pathlib.Path, loaded: Loaded, folder: str, kept: pathlib.Path | None) -> None:
   from orbax.checkpoint import v1 as ocp
 
   from jflow.interop.native import save_params
 
-  config = {"model": loaded.config.to_dict(), "data": {"template": template}, "has_vae": loaded.has_vae}
+  config = {"model": loaded.config.to_dict(), "data": {"template": loaded.template}, "has_vae": loaded.has_vae}
   # By default Orbax copies every host array before it writes, and compresses all of them at once: either would hold the
   # weights in memory twice.
   context = ocp.Context()
   context.memory.deepcopy_host_arrays = context.array.saving.use_compression = False
   with context:
     save_params(output, transfer.nest(loaded.params), config, loaded.tokenizer)
-  found = [name for name in official.SIDECARS if kept is not None and (kept / name).is_file()]
+  found = [name for name in published.SIDECARS if kept is not None and (kept / name).is_file()]
   for name in found:
-    (output / _KEPT).mkdir(exist_ok=True)
-    shutil.copyfile(kept / name, output / _KEPT / name)
+    (output / folder).mkdir(exist_ok=True)
+    shutil.copyfile(kept / name, output / folder / name)
 
 
 def _say_what_is_left_out(loaded: Loaded, to: str) -> None:
@@ -86,13 +93,15 @@ def _say_what_is_left_out(loaded: Loaded, to: str) -> None:
     say("no tokenizer.json beside the weights: the result has none, add one before use")
   if not loaded.has_vae:
     say("no VAE (neither vae/ in the directory nor --vae=DIR): the result can answer but not generate images")
-  if to == "official":
-    if any(p.startswith("alignment_head/") for p in loaded.params):
-      say("left out, since it serves training only: alignment_head")
-    if loaded.config.autoencoder.kind != "autoencoder_kl":
-      say("left out: the VAE, a linear codec that the PyTorch code does not know")
-    if loaded.config.understanding_encoder.gelu != "erf":
-      say("the PyTorch code computes SigLIP with the exact GELU, this model with its tanh form: results differ")
+  if to == "jflow":
+    return
+  layout = layouts.of(loaded.config, to)
+  if left_out := published.left_out(layout, loaded):
+    say(f"left out, since {layout.title}'s {to} layout has no place for it: {', '.join(left_out)}")
+  if layout.vae_apart and loaded.config.autoencoder.kind != "autoencoder_kl":
+    say("left out: the VAE, a linear codec that the PyTorch code does not know")
+  if loaded.config.understanding_encoder.gelu != "erf":
+    say("the PyTorch code computes SigLIP with the exact GELU, this model with its tanh form: results differ")
 
 
 def _check_flags(args: Conversion) -> None:
@@ -128,11 +137,12 @@ def _with_layouts(args: Conversion) -> Conversion:
     found = None if found is None else remote.local(found)
     if found is None or not found.is_dir():
       raise UserError("give --input=DIR" if found is None else f"input {found} is not a directory")
-    looks = "official" if official.is_official(found) else "jflow"
-    if source == "official" and looks == "jflow":
-      raise UserError(f"{found / 'config.json'} is missing or not of the published layout (language_config)")
-    if source == "jflow" and looks == "official":
-      raise UserError(f"{found} is an official checkpoint: use --from=official")
+    layout = layouts.found(found)
+    looks = "jflow" if layout is None else layout.name
+    if source not in (None, "jflow", looks) and looks == "jflow":
+      raise UserError(f"{found / 'config.json'} is missing or not of the {source} layout")
+    if source not in (None, looks):
+      raise UserError(f"{found} is of the {looks} layout: use --from={looks}")
     source = looks
   to = args.to or ("official" if source == "jflow" else "jflow")
   return dataclasses.replace(args, source=source, to=to, input=found)
@@ -150,7 +160,7 @@ def convert(args: Conversion) -> None:
     raise UserError(f"output {args.output} exists: name a directory that does not")
   args = _with_layouts(args)
   _check_flags(args)
-  loaded, template, kept = _read(args)
+  loaded, kept = _read(args)
   dtype = _DTYPES.get(args.dtype)
   if args.source == args.to == "jflow" and dtype is not None:
     for path, x in loaded.params.items():  # in place, so that each one's memory is free before the next
@@ -159,10 +169,12 @@ def convert(args: Conversion) -> None:
   part = args.output.with_name(args.output.name + ".converting")
   shutil.rmtree(part, ignore_errors=True)
   try:
-    if args.to == "official":
-      official.save(part, loaded.config, loaded.params, loaded.tokenizer, kept, dtype, args.shard_bytes)
+    if args.to == "jflow":
+      _write_jflow(part, loaded, kept.name if kept and args.source == "jflow" else str(args.source), kept)
     else:
-      _write_jflow(part, loaded, template, kept)
+      if args.source not in ("jflow", args.to):
+        kept = None  # of another layout
+      published.save(layouts.of(loaded.config, args.to), part, loaded, kept, dtype, args.shard_bytes)
     files.publish(part, args.output)
   except OSError as error:
     raise Stopped(f"{args.output} cannot be written: {error.strerror or error}") from None

@@ -16,9 +16,10 @@ from jflow.data import tokenizer_file
 from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer, build
 from jflow.errors import UserError
 from jflow.generation.flow.config import FlowConfig
-from jflow.interop import budget, foreign_tokenizer, official, processor_config, sizes, tied, transfer
+from jflow.interop import budget, foreign_tokenizer, processor_config, sizes, tied, transfer
+from jflow.interop import vae as diffusers_vae
 from jflow.interop.fields import Fields
-from jflow.interop.official import Loaded
+from jflow.interop.published import Loaded
 from jflow.interop.safetensors_io import Checkpoint
 from jflow.interop.transformers_config import is_tied, language_model_config, siglip_config
 from jflow.models import weights as names
@@ -95,8 +96,9 @@ def _describe_llm(directory: pathlib.Path) -> tuple[LanguageModelConfig, transfe
   f = _config(directory / "config.json")
   config = language_model_config(f)
   checkpoint = Checkpoint(directory, ("model",))
-  sizes.check_llama(f, config, checkpoint.tensors, "", directory)
-  entries = list(names.language_model(config, "", tied.check(f, is_tied(f), checkpoint, "")))
+  sizes.check_llama(f, config, checkpoint.tensors, "model.", directory)
+  from_embedding = tied.check(f, is_tied(f), checkpoint, "model.embed_tokens.weight", "lm_head.weight")
+  entries = list(names.language_model(config, "", from_embedding))
   ignored = lambda name: name.endswith(".rotary_emb.inv_freq")
   return config, transfer.Weights.describe(entries, checkpoint, "LLM", ignored)
 
@@ -149,7 +151,7 @@ def load(
   language, llm_weights = _describe_llm(llm)
   words = _tokenizer(tokenizer or llm)
   vision, siglip_weights = _describe_siglip(siglip)
-  autoencoder, vae_weights = official.describe_vae(vae)
+  autoencoder, vae_weights = diffusers_vae.describe(vae)
   rows = language.vocab_size
   if words.vocabulary_size > rows:
     rows = -(-words.vocabulary_size // _ROWS) * _ROWS
@@ -167,4 +169,4 @@ def load(
   if rows > language.vocab_size:
     print(f"jflow: the vocabulary grows from {language.vocab_size} to {rows} rows", file=sys.stderr)
     _grow(params, rows)
-  return Loaded(config, params | _fresh(config, seed, params), True, words)
+  return Loaded(config, params | _fresh(config, seed, params), True, words, "plain")

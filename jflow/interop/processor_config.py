@@ -5,9 +5,11 @@ write these files, so an unknown field is reported and not refused.
 """
 
 import sys
+from typing import Any
 
-from jflow.data.tokenizer import SPECIAL_TOKENS
+from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from jflow.errors import UserError
+from jflow.generation.base import family
 from jflow.interop.fields import Fields
 from jflow.models.config import ModelConfig
 from jflow.strict_json import shown
@@ -70,6 +72,40 @@ def check_chat(f: Fields, config: ModelConfig) -> None:
   for field, token in (tags | {"image_gen_tag": "generation_start"}).items():
     f.only(field, SPECIAL_TOKENS[token])
   _say_rest(f)
+
+
+OFFICIAL_CHECKS = {"preprocessor_config.json": check_images, "processor_config.json": check_chat}
+
+
+def official_files(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+  """The files of the release's processor, by name."""
+  tags = {
+    "image_end_tag": SPECIAL_TOKENS["image_end"],
+    "image_start_tag": SPECIAL_TOKENS["image_start"],
+    "image_tag": SPECIAL_TOKENS["image"],
+  }
+  if "generation_start" in family(config.generation).tokens:
+    tags["image_gen_tag"] = SPECIAL_TOKENS["generation_start"]
+  images = {
+    "background_color": [127, 127, 127],
+    "do_normalize": True,
+    "image_mean": _HALF,
+    "image_processor_type": "VLMImageProcessor",
+    "image_size": config.image_size,
+    "image_std": _HALF,
+    "min_size": 14,
+    "processor_class": "VLChatProcessor",
+    "rescale_factor": 1 / 255,
+  }
+  chat = {
+    "add_special_token": False,
+    "ignore_id": -100,
+    "mask_prompt": True,
+    "num_image_tokens": config.patches,
+    "processor_class": "VLChatProcessor",
+    "sft_format": "deepseek",
+  }
+  return {"preprocessor_config.json": images, "processor_config.json": dict(sorted((chat | tags).items()))}
 
 
 def _check_size(f: Fields, name: str, wanted: int) -> None:

@@ -137,8 +137,13 @@ class Checkpoint:
     tensors: name -> place and type.
   """
 
-  def __init__(self, directory: pathlib.Path, stems: tuple[str, ...]):
-    """Reads the headers. `stems`: file names without ".safetensors", in order of preference.
+  def __init__(self, directory: pathlib.Path, stems: tuple[str, ...], instead: str = ""):
+    """Reads the headers.
+
+    Args:
+      directory: of the files.
+      stems: file names without ".safetensors", in order of preference.
+      instead: where such files are to be had, for the message where there is a pickle or nothing.
 
     Raises:
       UserError: there is nothing to read or only pickles, a shard is missing, or an index does not fit the shards or
@@ -162,9 +167,10 @@ class Checkpoint:
     if pickles:
       raise UserError(
         f"{directory / pickles[0]} is a pickle, which can run code, so jflow does not load it: convert it to "
-        "safetensors with the tools of its origin, or download the safetensors file of the same model"
+        f"safetensors with the tools of its origin, or {instead or 'download the safetensors file of the same model'}"
       )
-    raise UserError(f"{directory} holds neither {stems[0]}.safetensors nor {stems[0]}.safetensors.index.json")
+    advice = f": {instead}" if instead else ""
+    raise UserError(f"{directory} holds neither {stems[0]}.safetensors nor {stems[0]}.safetensors.index.json{advice}")
 
   def read(self, name: str) -> np.ndarray:
     """Reads one tensor, in the type of the file.

@@ -63,7 +63,7 @@ def _axis(tensors: Mapping[str, Tensor], name: str, axis: int) -> Found | None:
 
 def check_llama(f: Fields, c: LanguageModelConfig, tensors: Mapping[str, Tensor], prefix: str, where: Any) -> None:
   """Checks a Llama of transformers, whose tensor names begin with `prefix`."""
-  embed, layer = f"{prefix}model.embed_tokens.weight", f"{prefix}model.layers.0"
+  embed, layer = f"{prefix}embed_tokens.weight", f"{prefix}layers.0"
   claimed = {
     "num_hidden_layers": c.num_layers,
     "vocab_size": c.vocab_size,
@@ -71,7 +71,7 @@ def check_llama(f: Fields, c: LanguageModelConfig, tensors: Mapping[str, Tensor]
     "intermediate_size": c.mlp_dim,
   }
   found = {
-    "num_hidden_layers": _count(tensors, f"{prefix}model.layers."),
+    "num_hidden_layers": _count(tensors, f"{prefix}layers."),
     "vocab_size": _axis(tensors, embed, 0),
     "hidden_size": _axis(tensors, embed, 1),
     "intermediate_size": _axis(tensors, f"{layer}.mlp.gate_proj.weight", 0),

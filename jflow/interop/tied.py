@@ -7,14 +7,14 @@ from jflow.interop.fields import Fields
 from jflow.interop.safetensors_io import Checkpoint
 
 
-def check(f: Fields, tied: bool, checkpoint: Checkpoint, prefix: str) -> bool:
+def check(f: Fields, tied: bool | None, checkpoint: Checkpoint, embed: str, head: str) -> bool:
   """Checks a configuration's tie_word_embeddings against the weights.
 
   Args:
     f: the configuration, for its file name.
-    tied: its value.
+    tied: its value; None: the head is the embedding where the file has no other.
     checkpoint: the weights.
-    prefix: of the names of the language model's tensors.
+    embed, head: names of the tensors.
 
   Returns:
     Whether the head must be read from the embedding, since the file has none.
@@ -22,7 +22,8 @@ def check(f: Fields, tied: bool, checkpoint: Checkpoint, prefix: str) -> bool:
   Raises:
     UserError: a tied model has another head, or an untied one has none.
   """
-  embed, head = f"{prefix}model.embed_tokens.weight", f"{prefix}lm_head.weight"
+  if tied is None:
+    return head not in checkpoint.tensors
   if head not in checkpoint.tensors:
     if not tied and embed in checkpoint.tensors:
       raise UserError(

@@ -1,7 +1,9 @@
 """config.json of a Llama and of a SigLIP as transformers writes them.
 
-Each is read with a closed list of fields. Absent fields have the library's defaults.
+Each is read with a closed list of fields; a Llama's is written too. Absent fields have the library's defaults.
 """
+
+from typing import Any
 
 from jflow.errors import UserError
 from jflow.interop.fields import Fields
@@ -94,6 +96,24 @@ def _theta(f: Fields) -> float:
   if len(set(said.values())) > 1:
     raise UserError(" and ".join(f"{field}={value:g}" for field, value in said.items()) + " contradict each other")
   return next(iter(said.values()), 10_000.0)
+
+
+def language_model_to_transformers(c: LanguageModelConfig) -> dict[str, Any]:
+  """The LlamaConfig of a language model."""
+  return {
+    "model_type": "llama",
+    "hidden_size": c.embed_dim,
+    "intermediate_size": c.mlp_dim,
+    "num_hidden_layers": c.num_layers,
+    "num_attention_heads": c.num_heads,
+    "num_key_value_heads": c.num_kv_heads,
+    "head_dim": c.head_dim,
+    "vocab_size": c.vocab_size,
+    "max_position_embeddings": c.max_length,
+    "rms_norm_eps": c.rms_norm_epsilon,
+    "rope_theta": c.rope_theta,
+    "tie_word_embeddings": False,
+  }
 
 
 def siglip_config(f: Fields) -> SiglipConfig:

@@ -107,7 +107,7 @@ def _fused(weight: str, bias: str, paths: list[str], width: int, **place: Any) -
 
 
 def language_model(c: LanguageModelConfig, prefix: str, tied: bool) -> Iterator[Entry]:
-  """The entries of transformers' Llama, whose names begin with `prefix`. `tied`: the head is the embedding."""
+  """The entries of transformers' LlamaForCausalLM, names after `prefix`. `tied`: the head is the embedding."""
   ours = "language_model"
   embed = f"{prefix}model.embed_tokens.weight"
   yield Entry(embed, (c.vocab_size, c.embed_dim), f"{ours}/embed", SAME)

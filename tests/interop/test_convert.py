@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from jflow.__main__ import main
 from jflow.errors import UserError
 from jflow.generation.flow import weights as flow_weights
-from jflow.interop import official, official_config, transfer
+from jflow.interop import janusflow, published, transfer, vae
 from jflow.interop.checkpoints import read_checkpoint
 from jflow.interop.safetensors_io import Checkpoint, read_header
 from jflow.models import weights as names
@@ -46,7 +46,7 @@ def _bitwise_equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
 
 
 def _read_vae(directory):
-  config, weights = official.describe_vae(directory)
+  config, weights = vae.describe(directory)
   return config, weights.read(None)
 
 
@@ -56,7 +56,7 @@ def _write_vae(directory: pathlib.Path, dtype: type = np.float32, old: bool = Fa
   shapes = {entry.name: entry.shape for entry in names.autoencoder_kl(VAE, old)}
   values = {name: (0.2 * rng.standard_normal(shape)).astype(dtype) for name, shape in shapes.items()}
   save_file(values, directory / "diffusion_pytorch_model.safetensors")
-  config = official_config.vae_to_diffusers(VAE, 64)
+  config = vae.write_config(VAE, 64)
   (directory / "config.json").write_text(json.dumps(config))
   return directory
 
@@ -92,7 +92,7 @@ def _full_config() -> ModelConfig:
 def test_the_table_names_every_parameter_of_the_model_with_its_shape(size):
   if size == "tiny":
     values = json.loads((official_checkpoint.TINY / "config.json").read_text())
-    config = official_config.config_from_official(values, "config.json", None)
+    config = janusflow.config_from_official(values, "config.json", None)
   else:
     config = _full_config()
   table = _table_shapes(flow_weights.official(config) + names.autoencoder_kl(config.autoencoder))
@@ -101,7 +101,7 @@ def test_the_table_names_every_parameter_of_the_model_with_its_shape(size):
 
 def test_the_table_is_the_published_manifest():
   values = json.loads((official_checkpoint.TINY / "config.json").read_text())
-  config = official_config.config_from_official(values, "config.json", None)
+  config = janusflow.config_from_official(values, "config.json", None)
   manifest = json.loads((official_checkpoint.TINY / "manifest.json").read_text())
   assert {entry.name: list(entry.shape) for entry in flow_weights.official(config)} == manifest
 
@@ -148,18 +148,18 @@ def test_official_to_jflow_and_back_is_bitwise(tmp_path, dtype):
   for path in source.iterdir():
     if path.suffix == ".json" and path.name not in ("config.json", "model.safetensors.index.json"):
       assert (back / path.name).read_bytes() == path.read_bytes(), path.name
-  theirs, ours = (official.load(d).config for d in (source, back))
+  theirs, ours = (published.load(d).config for d in (source, back))
   assert theirs == ours and theirs.autoencoder == VAE
 
 
 def test_the_unused_pooling_head_survives_and_a_trained_start_vector_is_exported(tmp_path):
   source = official_checkpoint.write(tmp_path / "official")
-  params = official.load(source).params
+  loaded = published.load(source)
+  params = loaded.params
   assert {p for p in params if p.startswith("understanding_encoder/head/")}
   assert params["understanding_start"].shape == (64,)
   params["understanding_start"] = params["understanding_start"] + 1
-  config = official.load(source).config
-  official.save(tmp_path / "out", config, params, None, None, None, 2**30)
+  published.save(janusflow.LAYOUT, tmp_path / "out", loaded, None, None, 2**30)
   before, after = _all_tensors(source), _all_tensors(tmp_path / "out")
   changed = {name for name in before if before[name].tobytes() != after[name].tobytes()}
   assert changed == {"beg_of_und_embed"}
@@ -168,9 +168,11 @@ def test_the_unused_pooling_head_survives_and_a_trained_start_vector_is_exported
 def test_an_export_without_the_original_files_describes_itself(tmp_path):
   """A trained checkpoint has no processor's files: the export writes them, and reads back the same."""
   source = official_checkpoint.write(tmp_path / "official", tokenizer=True)
-  loaded = official.load(source)
+  loaded = published.load(source)
   heads = {"alignment_head/linear_1/kernel": np.zeros((64, 8), np.float32)}
-  official.save(tmp_path / "out", loaded.config, loaded.params | heads, loaded.tokenizer, None, None, 2**30)
+  trained = loaded._replace(params=loaded.params | heads)
+  assert published.left_out(janusflow.LAYOUT, trained) == ["alignment_head"]
+  published.save(janusflow.LAYOUT, tmp_path / "out", trained, None, None, 2**30)
   files = {path.name for path in (tmp_path / "out").iterdir()}
   assert files == {
     "config.json",
@@ -180,7 +182,7 @@ def test_an_export_without_the_original_files_describes_itself(tmp_path):
     "tokenizer.json",
     "tokenizer_config.json",
   }
-  again = official.load(tmp_path / "out")
+  again = published.load(tmp_path / "out")
   assert again.config == loaded.config
   _bitwise_equal(again.params, loaded.params)
   processor = json.loads((tmp_path / "out" / "processor_config.json").read_text())
@@ -254,11 +256,11 @@ def test_config_fields_that_the_layout_allows():
   language |= {"num_key_value_heads": 2, "rms_norm_eps": 1e-5}
   del language["rope_theta"]
   language["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
-  config = official_config.config_from_official(values, "config.json", None)
+  config = janusflow.config_from_official(values, "config.json", None)
   lm = config.language_model
   assert (lm.num_kv_heads, lm.rms_norm_epsilon, lm.rope_theta, lm.head_dim) == (2, 1e-5, 5e5, 16)
   del language["rope_parameters"], language["num_key_value_heads"], language["rms_norm_eps"]
-  lm = official_config.config_from_official(values, "config.json", None).language_model
+  lm = janusflow.config_from_official(values, "config.json", None).language_model
   assert (lm.num_kv_heads, lm.rms_norm_epsilon, lm.rope_theta) == (4, 1e-6, 10_000.0)
 
 
@@ -266,7 +268,7 @@ def test_config_fields_that_the_layout_allows():
 def test_any_patch_count_is_read_without_a_vae(image, patch, factor):
   values = _tiny_config()
   values["vision_und_enc_config"]["params"] |= {"image_size": image, "patch_size": patch}
-  config = official_config.config_from_official(values, "config.json", None)
+  config = janusflow.config_from_official(values, "config.json", None)
   assert config.autoencoder.factor == factor and config.patches == (image // patch) ** 2
 
 
@@ -274,13 +276,13 @@ def test_any_patch_count_is_read_without_a_vae(image, patch, factor):
 def test_the_mlp_width_survives_the_ratio_that_the_layout_keeps(width, mlp_width):
   config = _full_config()
   vision = dataclasses.replace(config.understanding_encoder, embed_dim=width, mlp_dim=mlp_width)
-  values = official_config.config_to_official(dataclasses.replace(config, understanding_encoder=vision), "float32")
-  assert official_config.config_from_official(values, "config.json", None).understanding_encoder == vision
+  values = janusflow.config_to_official(dataclasses.replace(config, understanding_encoder=vision), "float32")
+  assert janusflow.config_from_official(values, "config.json", None).understanding_encoder == vision
 
 
 def test_config_of_the_release_names_a_preset():
   config = _full_config()
-  values = official_config.config_to_official(config, "bfloat16")
+  values = janusflow.config_to_official(config, "bfloat16")
   params = values["vision_und_enc_config"]["params"]
   assert params == {
     "image_size": 384,
@@ -288,7 +290,7 @@ def test_config_of_the_release_names_a_preset():
     "select_feature": "same",
     "select_layer": -1,
   }
-  assert official_config.config_from_official(values, "config.json", config.autoencoder) == config
+  assert janusflow.config_from_official(values, "config.json", config.autoencoder) == config
 
 
 def _remove(*path):
@@ -591,7 +593,10 @@ def test_flags_that_contradict_each_other(source, tmp_path, capsys):
   (tmp_path / "there").mkdir()
   for argv, message in (
     (["--from=official", f"--input={source}", f"--output={tmp_path / 'there'}"], "exists"),
-    (["--from=jflow", f"--input={source}", f"--output={tmp_path / 'out'}"], "is an official checkpoint"),
+    (
+      ["--from=jflow", f"--input={source}", f"--output={tmp_path / 'out'}"],
+      "is of the official layout: use --from=official",
+    ),
     (
       ["--from=official", f"--input={tmp_path / 'there'}", f"--output={tmp_path / 'out'}"],
       "config.json is missing",

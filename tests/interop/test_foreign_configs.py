@@ -7,7 +7,7 @@ import official_checkpoint
 import pytest
 
 from jflow.errors import UserError
-from jflow.interop import official_config, processor_config, transformers_config
+from jflow.interop import janusflow, processor_config, transformers_config, vae
 from jflow.interop.fields import Fields
 
 JANUSFLOW = json.loads((official_checkpoint.TINY / "config.json").read_text())
@@ -66,7 +66,7 @@ CHAT = dict(
 
 
 def _official(values):
-  return official_config.config_from_official(values, "config.json", None)
+  return janusflow.config_from_official(values, "config.json", None)
 
 
 def _of_model(check):
@@ -77,7 +77,7 @@ READERS = {
   "official": (_official, JANUSFLOW),
   "llama": (lambda values: transformers_config.language_model_config(Fields(values, "config.json")), LLAMA),
   "siglip": (lambda values: transformers_config.siglip_config(Fields(values, "config.json")), SIGLIP),
-  "vae": (lambda values: official_config.autoencoder_config(Fields(values, "config.json")), VAE),
+  "vae": (lambda values: vae.read_config(Fields(values, "config.json")), VAE),
   "images": (_of_model(processor_config.check_images), IMAGES),
   "chat": (_of_model(processor_config.check_chat), CHAT),
   "siglip images": (

@@ -18,7 +18,7 @@ import jflow
 from jflow.__main__ import main
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
-from jflow.interop import checkpoints, official_config
+from jflow.interop import checkpoints, vae
 from jflow.interop import native as own
 from jflow.models.autoencoders.kl import AutoencoderKLConfig
 from jflow.models.weights import autoencoder_kl
@@ -389,12 +389,12 @@ def parts(tmp_path_factory) -> dict[str, pathlib.Path]:
   from jflow.models import weights as names
 
   siglip = transformers_config.siglip_config(Fields(vision, ""))
-  vae = AutoencoderKLConfig("autoencoder_kl", 4, 0.13025, (4, 4, 8, 8), 1, 4)
+  codec = AutoencoderKLConfig("autoencoder_kl", 4, 0.13025, (4, 4, 8, 8), 1, 4)
   draw = lambda entries: {e.name: rng.standard_normal(e.shape).astype(np.float32) for e in entries}
   for name, tensors, settings, stem in (
     ("llm", llm, config["language_config"] | {"vocab_size": 1024}, "model"),
     ("siglip", draw(names.siglip_transformers(siglip, "vision_model.", False)), vision, "model"),
-    ("vae", draw(autoencoder_kl(vae)), official_config.vae_to_diffusers(vae, 64), "diffusion_pytorch_model"),
+    ("vae", draw(autoencoder_kl(codec)), vae.write_config(codec, 64), "diffusion_pytorch_model"),
   ):
     (root / name).mkdir()
     save_file(tensors, root / name / f"{stem}.safetensors")

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jflow.generation.flow import weights as flow_weights
-from jflow.interop.official_config import config_from_official
+from jflow.interop.janusflow import config_from_official
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Sizes of the language model that make about 200 MB of the small checkpoint.

@@ -14,7 +14,7 @@ from jflow.__main__ import main
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.inference.pipeline import Pipeline
-from jflow.interop.official_config import config_to_official
+from jflow.interop.janusflow import config_to_official
 from jflow.models import build
 from jflow.models.config import ModelConfig
 from jflow.training import config_files, optim, setup

@@ -16,9 +16,11 @@ pytest.importorskip("diffusers", reason=REASON)
 
 from torch_models import llama, siglip, vae
 
-from jflow.interop import official, parts, transfer
-from jflow.interop.official_config import Fields, language_model_config
+from jflow.interop import parts, transfer
+from jflow.interop import vae as diffusers_vae
+from jflow.interop.fields import Fields
 from jflow.interop.safetensors_io import Checkpoint, read_json
+from jflow.interop.transformers_config import language_model_config
 from jflow.models import weights as names
 from jflow.models.llm.llama import LanguageModel
 from jflow.models.siglip import Siglip
@@ -156,7 +158,7 @@ def test_siglip_features_and_pooling(tmp_path, seed):
 def test_autoencoder_moments_and_decoding(tmp_path, seed):
   channels, layers = (((8, 16), 1), ((8, 8, 16), 2), ((16, 8), 1))[seed]
   theirs = vae(tmp_path, seed, channels, layers)
-  config, params = _read(official.describe_vae(tmp_path))
+  config, params = _read(diffusers_vae.describe(tmp_path))
   model, nested = config.make(jnp.float32), {"params": transfer.nest(params)["vae"]}
   pixels = np.random.default_rng(seed).uniform(-1, 1, (2, 24, 24, 3)).astype(np.float32)
   mean, log_variance = jax.jit(lambda p, x: model.apply(p, x, method="encode"))(nested, pixels)

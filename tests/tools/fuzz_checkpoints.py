@@ -35,7 +35,7 @@ from tools.fuzz_importers import ODD, Hung, Raw, places, spoil_bytes, to_json
 import jflow
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
-from jflow.interop import native, official_config, steps
+from jflow.interop import native, steps, vae
 from jflow.models import weights as names
 from jflow.models.autoencoders.kl import AutoencoderKLConfig
 
@@ -93,7 +93,7 @@ def _write_vae(directory: pathlib.Path) -> None:
   rng = np.random.default_rng(7)
   values = {e.name: (0.2 * rng.standard_normal(e.shape)).astype(np.float32) for e in names.autoencoder_kl(config)}
   save_file(values, directory / "diffusion_pytorch_model.safetensors")
-  (directory / "config.json").write_text(json.dumps(official_config.vae_to_diffusers(config, 64)))
+  (directory / "config.json").write_text(json.dumps(vae.write_config(config, 64)))
 
 
 def write_published(directory: pathlib.Path) -> None:

@@ -12,7 +12,7 @@ FAMILY = Family(
   settings=Settings,
   writer="jflow.generation.flow.writer:FlowWriter",
   sampler="jflow.generation.flow.sampler:FlowSampler",
-  tokens=("generation_start",),
-  weights="jflow.generation.flow.weights:official",
+  tokens=("image", "generation_start"),
+  layouts=("jflow.interop.janusflow:LAYOUT",),
   flops="jflow.generation.flow.flops",
 )
