@@ -5,7 +5,8 @@ import dataclasses
 import pathlib
 import textwrap
 
-from jflow.cli.arguments import SEED, Parser, listed, number, whole
+from jflow.cli import flags
+from jflow.cli.arguments import SEED, Parser, whole
 from jflow.evaluation.settings import Settings
 
 _EPILOG = """
@@ -82,8 +83,7 @@ def parser() -> argparse.ArgumentParser:
     default=Settings.seed,
     help="added to the seeds of the pictures (default %(default)s)",
   )
-  p.add_argument("--steps", type=whole(1, 10_000), help="solver steps (default: the benchmark's, 30)")
-  p.add_argument("--guidance", type=number(most=1e6), help="w of eq. 5 (default: the benchmark's, mostly 2)")
+  flags.add_settings(p, "default: the benchmark's, mostly")
   p.add_argument("--pictures", type=whole(1, 1000), metavar="N", help="pictures per prompt (default: the benchmark's)")
   p.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: float32 on a CPU)")
   p.add_argument("--weights", choices=("ema", "raw"), default=Settings.weights, help="of a jflow training run")
@@ -103,28 +103,24 @@ def parser() -> argparse.ArgumentParser:
     metavar="DIR",
     help="keeps compiled programs, and features of true pictures (default %(default)s; empty: nothing)",
   )
-  p.add_argument(
-    "--sweep_guidance", type=listed(number(most=1e6)), metavar="W,W,...", help="one evaluation for each, and a plot"
-  )
-  p.add_argument(
-    "--sweep_steps", type=listed(whole(most=10_000)), metavar="S,S,...", help="one evaluation for each, and a plot"
-  )
+  flags.add_sweeps(p)
   return p
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
   """The settings from the flags, without those of a sweep."""
-  return Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
+  names = {field.name for field in dataclasses.fields(Settings)} - {"sampling"}
+  return Settings(**{name: getattr(args, name) for name in names}, sampling=flags.settings_of(args))
 
 
 def main(argv: list[str]) -> int:
   """Predicts, scores and writes the report."""
   args = parser().parse_args(argv)
   settings = settings_of(args)
-  if args.sweep_guidance or args.sweep_steps:
+  if grid := flags.sweeps_of(args):
     from jflow.evaluation.sweep import sweep
 
-    sweep(settings, args.sweep_guidance or (), args.sweep_steps or ())
+    sweep(settings, grid)
   else:
     from jflow.evaluation.runner import evaluate
 

@@ -3,10 +3,9 @@
 import argparse
 import dataclasses
 import pathlib
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from jflow.cli.arguments import number, whole
+from jflow.cli.arguments import listed, number, whole
 from jflow.errors import UserError
 from jflow.outputs import make_directory
 
@@ -36,45 +35,42 @@ def open_model(args: argparse.Namespace) -> "Pipeline":
   return jflow.load(args.checkpoint, vae=args.vae, dtype=args.dtype, weights=args.weights)
 
 
-def add_settings(p: argparse.ArgumentParser) -> None:
+def add_settings(p: argparse.ArgumentParser, default: str = "default") -> None:
   """Adds the sampling settings of every family; defaults are left to the family, see `settings_of`."""
+  for flag, families in _settings().items():
+    field = next(iter(families.values()))
+    told = ", ".join(f"{_words(field.default)} for {name}" for name, field in families.items())
+    p.add_argument(f"--{flag}", help=f"{field.metadata['help']} ({default} {told})", **_reading(field))
+
+
+def add_sweeps(p: argparse.ArgumentParser) -> None:
+  """Adds --sweep_NAME, a list of values, for every sampling setting of one value."""
+  for flag, families in _settings().items():
+    field = next(iter(families.values()))
+    if not isinstance(field.default, tuple):
+      kind = _reading(field).get("type", str)
+      p.add_argument(f"--sweep_{flag}", type=listed(kind), metavar="X,X,...", help=f"values of --{flag} to compare")
+
+
+def sweeps_of(args: argparse.Namespace) -> dict[str, list[Any]]:
+  """The values of the flags of `add_sweeps` that are given, by the name of their setting."""
+  return {name: values for name in _settings() if (values := getattr(args, f"sweep_{name}", None))}
+
+
+def _settings() -> dict[str, dict[str, dataclasses.Field]]:
+  """Name of a sampling setting -> family -> its field."""
   from jflow.generation.base import FAMILIES
 
   fields: dict[str, dict[str, dataclasses.Field]] = {}
   for name, family in FAMILIES.all().items():
     for field in dataclasses.fields(family.settings):
       fields.setdefault(field.name, {})[name] = field
-  for flag, families in fields.items():
-    field = next(iter(families.values()))
-    told = ", ".join(f"{_words(field.default)} for {name}" for name, field in families.items())
-    p.add_argument(f"--{flag}", help=f"{field.metadata['help']} (default {told})", **_reading(field))
+  return fields
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
   """The sampling settings given on the command line, by name."""
-  from jflow.generation.base import FAMILIES
-
-  names = {name for family in FAMILIES.all().values() for name in family.setting_names}
-  return {name: value for name in sorted(names) if (value := getattr(args, name)) is not None}
-
-
-def check_settings(given: Mapping[str, Any]) -> None:
-  """Checks given settings before a checkpoint is read: some family must have them all.
-
-  Raises:
-    UserError: no family does, or a value is out of range.
-  """
-  from jflow.generation.base import FAMILIES
-
-  error = UserError(f"no kind of image generation takes all of {', '.join(given)}")
-  for family in FAMILIES.all().values():
-    if set(given) <= family.setting_names:
-      try:
-        family.settings(**given)
-        return
-      except UserError as wrong:
-        error = wrong
-  raise error
+  return {name: value for name in sorted(_settings()) if (value := getattr(args, name)) is not None}
 
 
 def _words(default: Any) -> str:

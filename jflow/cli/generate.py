@@ -85,13 +85,14 @@ def main(argv: list[str]) -> int:
   args = parser().parse_args(argv)
   prompts = read_prompts(args.prompt, args.prompts)
 
+  from jflow.generation.base import check_settings
   from jflow.inference.pipeline import check_prompts
   from jflow.inference.sheet import contact_sheet
 
   given = flags.settings_of(args)
   call = dict(seed=args.seed, num_images=args.num_images, batch_size=args.batch_size)
   check_prompts(prompts, **call)
-  flags.check_settings(given)
+  check_settings(given)
   names = [f"{i:04d}_{j:02d}.png" for i in range(len(prompts)) for j in range(args.num_images)]
   make_directory(args.output, "--output")
   earlier = [name for name in (*names, _SHEET) if (args.output / name).exists()]

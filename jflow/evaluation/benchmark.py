@@ -7,14 +7,17 @@ evaluation. Most are a `ReadingBenchmark` or a `PaintingBenchmark`; a file of qu
 import abc
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jflow.evaluation.report import Result
 from jflow.evaluation.settings import Settings
 from jflow.evaluation.tasks import Task
 
-# Flags that only some benchmarks take.
-FLAGS = ("data", "only", "split", "steps", "guidance", "pictures", "results", "features")
+if TYPE_CHECKING:
+  from jflow.models.config import ModelConfig
+
+# Flags that only some benchmarks take; "sampling" stands for all settings of a way to write images.
+FLAGS = ("data", "only", "split", "sampling", "pictures", "results", "features")
 
 
 class Benchmark(abc.ABC):
@@ -27,22 +30,35 @@ class Benchmark(abc.ABC):
     what: one line for --help and the report.
     where: what to download and where to put it.
     section: of the paper with its scores.
-    paper: score -> {"384": value, "256": value}.
+    paper: way to write images -> score -> {size or model: value}; of the papers of JanusFlow (flow) and Janus (codes).
     flags: those of FLAGS that it takes.
     split: of the data, unless --split names another.
     settings: of this evaluation.
+    writes: the model's way to write images, a name of `generation.base.FAMILIES`; `meet` sets it.
+    encodes: whether the model encodes images to write them.
   """
 
   name: ClassVar[str]
   what: ClassVar[str]
   where: ClassVar[str] = ""
   section: ClassVar[str] = ""
-  paper: ClassVar[Mapping[str, Mapping[str, float]]] = {}
+  paper: ClassVar[Mapping[str, Mapping[str, Mapping[str, float]]]] = {}
   flags: ClassVar[frozenset[str]] = frozenset({"data"})
   split: ClassVar[str] = ""
+  writes: str = "flow"
+  encodes: bool = True
 
   def __init__(self, settings: Settings):
     self.settings = settings
+
+  def meet(self, config: "ModelConfig") -> None:
+    """Tells the benchmark which model it will score, before it is asked for tasks."""
+    self.writes, self.encodes = config.generation.kind, bool(config.generation.stored_shape(config))
+
+  @property
+  def reported(self) -> Mapping[str, Mapping[str, float]]:
+    """The paper's scores for models that write images as this one does."""
+    return self.paper.get(self.writes, {})
 
   @abc.abstractmethod
   def data_files(self) -> list[pathlib.Path]:
@@ -67,20 +83,16 @@ class Benchmark(abc.ABC):
     """Benchmark-specific settings that predictions depend on, as JSON values; one output directory holds one set."""
     return {}
 
-  def sampling(self) -> dict[str, Any]:
-    """Keywords of `Pipeline.generate`; empty where no image is generated."""
-    return {}
-
   def changed(self) -> dict[str, Any]:
     """Flags whose value differs from the benchmark's default; the report lists them."""
     return {} if self.settings.limit is None else {"limit": self.settings.limit}
 
   @classmethod
   def swept(cls, settings: Settings) -> Settings:
-    """The settings of one point of a sweep over guidance and steps.
+    """The settings of one point of a sweep over sampling settings.
 
     Raises:
-      UserError: the scores do not depend on guidance and steps.
+      UserError: the scores do not depend on them.
     """
     return settings
 
@@ -102,25 +114,25 @@ class ReadingBenchmark(Benchmark):
 
 
 class PaintingBenchmark(Benchmark):
-  """A benchmark of generated images."""
+  """A benchmark of generated images.
 
-  flags = frozenset({"data", "steps", "guidance"})
-  steps: int = 30  # of the solver
-  guidance: float = 2.0
-  pictures: int = 1  # per prompt
+  Attributes:
+    usual: way to write images -> settings in which the benchmark differs from the defaults of that way.
+    pictures: per prompt.
+  """
+
+  flags = frozenset({"data", "sampling"})
+  usual: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+  pictures: int = 1
 
   def __init__(self, settings: Settings):
     super().__init__(settings)
-    for name in ("steps", "guidance", "pictures"):
-      if (value := getattr(settings, name)) is not None:
-        setattr(self, name, value)
+    if settings.pictures is not None:
+      self.pictures = settings.pictures
 
   def identity(self) -> dict[str, Any]:
-    return {**self.sampling(), "pictures": self.pictures, "solver": "euler"}
-
-  def sampling(self) -> dict[str, Any]:
-    return {"steps": self.steps, "guidance": self.guidance}
+    return {"pictures": self.pictures}
 
   def changed(self) -> dict[str, Any]:
-    own = {name: getattr(self, name) for name in ("guidance", "steps", "pictures")}
-    return {name: value for name, value in own.items() if value != getattr(type(self), name)} | super().changed()
+    own = {"pictures": self.pictures} if self.pictures != type(self).pictures else {}
+    return own | super().changed()

@@ -10,10 +10,17 @@ from typing import Any
 from jflow.errors import UserError
 from jflow.evaluation.settings import Settings
 
-GUIDANCE = (
-  "The guidance with which the paper painted for this benchmark is not published (for its FID: w = 2): report several, "
-  "--sweep_guidance=2,3,5,7.5 makes them."
-)
+_GUIDANCE = {
+  "flow": "The guidance with which the paper painted for this benchmark is not published (for its FID: w = 2): report "
+  "several, --sweep_guidance=2,3,5,7.5 makes them.",
+  "codes": "The papers paint with w = 5 and publish no other setting for this benchmark: report several, "
+  "--sweep_guidance=2,3,5,7.5 makes them.",
+}
+
+
+def guidance_of(writes: str) -> list[str]:
+  """A note on the guidance of the paper's own pictures, for a way to write images that has a paper."""
+  return [_GUIDANCE[writes]] if writes in _GUIDANCE else []
 
 
 def next_command(where: str, words: Sequence[Any], settings: Settings, **more: pathlib.Path) -> str:

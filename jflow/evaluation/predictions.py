@@ -10,7 +10,6 @@ from PIL import Image
 from jflow.data.examples import IMAGE_MARK
 from jflow.evaluation.samples import Samples
 from jflow.evaluation.tasks import Painting, Question, RoundTrip, save
-from jflow.generation.flow import sampler as painting
 from jflow.inference.pipeline import to_image
 
 _ROUNDS = 4  # batches of questions between two writes; more keep the batch full while long answers end
@@ -60,7 +59,7 @@ def paint(
     samples: receives the records.
     directory: to which the images' file names are relative.
     batch_size: images generated at once.
-    settings: keywords of `Pipeline.generate`: steps, guidance.
+    settings: of the model's way to write images, by name.
     done: called with the number of images just recorded.
   """
   for at in range(0, len(paintings), batch_size):
@@ -80,14 +79,12 @@ def round_trips(
   batch_size: int,
   done: Callable[[int], None],
 ) -> None:
-  """Encodes and decodes images with the VAE and records {"key", "file"} of each; arguments as in `paint`."""
+  """Encodes and decodes images as the model's way to write them does and records {"key", "file"} of each; arguments as in `paint`."""
   side = model.model.config.image_size
   for at in range(0, len(trips), batch_size):
     group = trips[at : at + batch_size]
     pixels = np.stack([trip.picture(side) for trip in _filled(group, batch_size)])
-    latents = painting.encode(model.model, model.params, pixels)
-    decoded = painting.decode(model.model, model.params, latents, at_once=painting.decoded_at_once(side))
-    _keep(group, [to_image(x) for x in np.asarray(decoded)], samples, directory)
+    _keep(group, [to_image(x) for x in model.sampler.round_trip(pixels)], samples, directory)
     done(len(group))
 
 

@@ -57,7 +57,7 @@ def write(
     benchmark: its name.
     what: one-line description of the benchmark.
     result: scores and pictures.
-    paper: score -> {"384": value, "256": value}, where the paper has it.
+    paper: score -> {size or model: value}, where the paper has it.
     settings: of the predictions, the checkpoint's fingerprint among them.
 
   Raises:
@@ -209,7 +209,7 @@ def _page(body: Mapping[str, Any], what: str, pictures: Sequence[tuple[str, Imag
 
 def _table(group: str, scores: Mapping[str, Mapping[str, Any]]) -> str:
   """The HTML table of one group of scores, with the columns that any of them fills."""
-  sizes = sorted({size for score in scores.values() for size in score.get("paper", {})}, reverse=True)
+  sizes = list(dict.fromkeys(size for score in scores.values() for size in score.get("paper", {})))
   beside = list(dict.fromkeys(label for score in scores.values() for label in score.get("beside", {})))
   chance = any("chance" in score for score in scores.values())
   head = ["Score", "Value", "95 % interval", *(["Chance"] if chance else [])]

@@ -1,21 +1,24 @@
 """One evaluation from settings to report: predictions sample by sample, then scores, then the report's files."""
 
+import contextlib
+import dataclasses
 import functools
-import math
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jflow import checks
 from jflow.errors import UserError
 from jflow.evaluation import benchmarks, report
-from jflow.evaluation.benchmark import FLAGS, Benchmark
+from jflow.evaluation.benchmark import FLAGS, Benchmark, PaintingBenchmark
 from jflow.evaluation.report import Result
 from jflow.evaluation.samples import Samples, settings_in
 from jflow.evaluation.scores import Score
 from jflow.evaluation.settings import Settings
 from jflow.evaluation.tasks import Painting, Question, RoundTrip, Task
+from jflow.generation import base
+from jflow.generation.base import Family
 from jflow.inference import loading
 from jflow.interop import checkpoints
 from jflow.progress import Progress
@@ -31,6 +34,16 @@ class Checkpoint:
   def directory(self) -> pathlib.Path:
     """The located directory; it stays the same step of a run while newer ones are saved."""
     return checkpoints.locate(self._settings.checkpoint)
+
+  @functools.cached_property
+  def config(self) -> Any:
+    """The model's configuration, read without its weights."""
+    return checkpoints.read_config(self.directory)
+
+  @property
+  def family(self) -> Family:
+    """The model's way to write images."""
+    return base.family(self.config.generation)
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -60,12 +73,15 @@ def evaluate(settings: Settings, checkpoint: Checkpoint | None = None) -> None:
     Stopped: the directory cannot be written.
   """
   benchmark, checkpoint = opened(settings), checkpoint or Checkpoint(settings)
+  benchmark.meet(checkpoint.config)
+  chosen = sampling_of(type(benchmark), settings, checkpoint.family)
   tasks = benchmark.tasks()
   seeds = [task.seed for task in tasks if isinstance(task, Painting)]
   checks.seed(settings.seed, max(seeds, default=settings.seed) - settings.seed)
-  identity = identity_of(benchmark, checkpoint.fingerprint, benchmark.data_files())
+  made = checkpoint.family.told(chosen) if chosen else {}
+  identity = identity_of(benchmark, checkpoint.fingerprint, benchmark.data_files(), made)
   samples = Samples(settings.output, identity, settings.part)
-  predict(benchmark, identity["dtype"], tasks, samples, checkpoint)
+  predict(benchmark, identity["dtype"], tasks, samples, checkpoint, chosen)
   records = samples.read()
   missing = sum(task.key not in records for task in tasks)
   if missing:
@@ -74,7 +90,8 @@ def evaluate(settings: Settings, checkpoint: Checkpoint | None = None) -> None:
   result = benchmark.score(records)
   before = report.scored_before(settings.output, identity)
   keep = before and not result.scores
-  body = before if keep else _write(benchmark, str(checkpoint.directory), identity, result, before)
+  changed = _changed(benchmark, checkpoint.family, chosen)
+  body = before if keep else _write(benchmark, str(checkpoint.directory), identity, changed, result, before)
   print(report.table(body))
   for note in body["notes"]:
     print(note)
@@ -98,29 +115,64 @@ def opened(settings: Settings) -> Benchmark:
 
 
 def check(kind: type[Benchmark], settings: Settings) -> None:
-  """Raises a UserError for a flag that the benchmark does not take, and for a value out of the sampler's range."""
-  for flag in FLAGS:
-    value = getattr(settings, flag)
+  """Raises a UserError for a flag that the benchmark does not take, and for settings that no sampler takes."""
+  given = {flag: (getattr(settings, flag), flag) for flag in FLAGS if flag != "sampling"}
+  given |= {name: (value, "sampling") for name, value in settings.sampling.items()}
+  for name, (value, flag) in given.items():
     if value not in (None, "") and flag not in kind.flags:
       names = sorted(name for name in benchmarks.names() if flag in benchmarks.get(name).flags)
       some = ", ".join(names) if len(names) < 6 else "other benchmarks"
-      raise UserError(f"--{flag}={value} does not belong to --benchmark={kind.name}, but to {some}")
-  guidance = settings.guidance
-  if guidance is not None and not (guidance == 0 or 1 <= guidance < math.inf):
-    raise UserError(f"--guidance={guidance} must be at least 1 (1: none), or 0 (ignore the prompt)")
+      raise UserError(f"--{name}={value} does not belong to --benchmark={kind.name}, but to {some}")
+  if settings.sampling:
+    with _as_flags(settings.sampling):
+      base.check_settings(settings.sampling)
   for name, writer in (("results", ""), ("features", ": launch/experiments/features.py writes it")):
     path = getattr(settings, name)
     if path is not None and not path.is_file():
       raise UserError(f"--{name}={path} does not exist{writer}")
 
 
-def identity_of(benchmark: Benchmark, fingerprint: str, data: Sequence[pathlib.Path] = ()) -> dict[str, Any]:
+def sampling_of(kind: type[Benchmark], settings: Settings, family: Family) -> Any:
+  """The typed settings of the pictures: those given, else the benchmark's, else the family's; None: there are none.
+
+  Raises:
+    UserError: a setting of another way to write images, or a value out of its range.
+  """
+  if not issubclass(kind, PaintingBenchmark):
+    return None
+  with _as_flags(settings.sampling):
+    return base.settings(family, {**kind.usual.get(family.name, {}), **settings.sampling})
+
+
+@contextlib.contextmanager
+def _as_flags(given: Mapping[str, Any]) -> Iterator[None]:
+  """Names settings in errors as the flags that they were given by."""
+  try:
+    yield
+  except UserError as error:
+    flag = "--" if str(error).partition("=")[0] in given else ""
+    raise UserError(f"{flag}{error}") from None
+
+
+def _changed(benchmark: Benchmark, family: Family, chosen: Any) -> dict[str, Any]:
+  """The flags whose value differs from the benchmark's default."""
+  out = {}
+  if isinstance(benchmark, PaintingBenchmark):
+    usual = dataclasses.asdict(base.settings(family, benchmark.usual.get(family.name, {})))
+    out = {name: value for name, value in sorted(dataclasses.asdict(chosen).items()) if value != usual[name]}
+  return out | benchmark.changed()
+
+
+def identity_of(
+  benchmark: Benchmark, fingerprint: str, data: Sequence[pathlib.Path] = (), made: Mapping[str, Any] = {}
+) -> dict[str, Any]:
   """All that the predictions depend on, as JSON values.
 
   Args:
     benchmark: of the evaluation.
     fingerprint: of the checkpoint and its VAE.
     data: the benchmark's files.
+    made: the sampling settings of the pictures.
   """
   settings = benchmark.settings
   common = {
@@ -134,7 +186,7 @@ def identity_of(benchmark: Benchmark, fingerprint: str, data: Sequence[pathlib.P
     "split": settings.split or benchmark.split,
     "only": settings.only,
   }
-  return common | benchmark.identity()
+  return {**common, **made, **benchmark.identity()}
 
 
 def _dtype(settings: Settings) -> str:
@@ -142,7 +194,9 @@ def _dtype(settings: Settings) -> str:
   return settings.dtype or (settings_in(settings.output) or {}).get("dtype") or loading.usual_dtype()
 
 
-def predict(benchmark: Benchmark, dtype: str, tasks: Sequence[Task], samples: Samples, checkpoint: Checkpoint) -> None:
+def predict(
+  benchmark: Benchmark, dtype: str, tasks: Sequence[Task], samples: Samples, checkpoint: Checkpoint, chosen: Any
+) -> None:
   """Predicts the samples of this part that have no record yet; loads the model only if there are any."""
   settings = benchmark.settings
   records, mine = samples.read(), set(samples.mine([task.key for task in tasks]))
@@ -154,7 +208,7 @@ def predict(benchmark: Benchmark, dtype: str, tasks: Sequence[Task], samples: Sa
   of = lambda kind: [task for task in left if isinstance(task, kind)]
   model, output, size = checkpoint.model(dtype), settings.output, settings.batch_size
   with Progress(len(mine), len(mine) - len(left), benchmark.name, "samples") as bar:
-    paint(model, of(Painting), samples, output, size, benchmark.sampling(), bar.count)
+    paint(model, of(Painting), samples, output, size, dataclasses.asdict(chosen) if chosen else {}, bar.count)
     round_trips(model, of(RoundTrip), samples, output, size, bar.count)
     answer(model, of(Question), samples, size, bar.count)
 
@@ -168,7 +222,12 @@ def _is_done(task: Task, records: dict[str, Any], output: pathlib.Path) -> bool:
 
 
 def _write(
-  benchmark: Benchmark, directory: str, identity: dict[str, Any], result: Result, before: dict[str, Any] | None
+  benchmark: Benchmark,
+  directory: str,
+  identity: dict[str, Any],
+  changed: Mapping[str, Any],
+  result: Result,
+  before: dict[str, Any] | None,
 ) -> dict[str, Any]:
   """Writes the report, with notes on what differs from the benchmark's usual settings.
 
@@ -176,6 +235,7 @@ def _write(
     benchmark: of the evaluation.
     directory: that the checkpoint was read from.
     identity: of the predictions.
+    changed: flags whose value differs from the benchmark's default.
     result: of their scoring.
     before: an earlier report on the same predictions; its FID for the other way of resizing is kept.
   """
@@ -183,14 +243,14 @@ def _write(
   for name, score in (before or {}).get("scores", {}).items():
     if name.startswith("FID") and name not in scores:
       scores[name] = Score(**{field: score.get(field) for field in Score._fields})
-  changed = [f"--{name}={value}" for name, value in benchmark.changed().items()]
   if changed:
-    paper = " The paper's scores stand for the recipe." if benchmark.paper else ""
-    notes.append(f"Not the benchmark's settings: {', '.join(changed)}.{paper}")
+    said = ", ".join(f"--{name}={value}" for name, value in changed.items())
+    paper = " The paper's scores stand for the recipe." if benchmark.reported else ""
+    notes.append(f"Not the benchmark's settings: {said}.{paper}")
   more = {"checkpoint": settings.checkpoint, "read_from": directory, "vae": settings.vae}
   for name in ("results", "features"):
     path = getattr(settings, name)
     if path is not None:
       more[name] = f"{path} (sha256 {report.hash_of([path])[:16]})"
   result = result._replace(notes=notes, scores=scores)
-  return report.write(settings.output, benchmark.name, benchmark.what, result, benchmark.paper, {**identity, **more})
+  return report.write(settings.output, benchmark.name, benchmark.what, result, benchmark.reported, {**identity, **more})

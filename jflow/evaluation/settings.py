@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -19,8 +20,7 @@ class Settings:
   split: str = ""
   batch_size: int = 16
   seed: int = 0  # added to the seeds of the pictures
-  steps: int | None = None
-  guidance: float | None = None
+  sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # settings of the model's way to write images
   pictures: int | None = None  # per prompt
   dtype: str | None = None  # "float32" or "bfloat16"
   weights: str = "ema"  # or "raw"
@@ -37,6 +37,10 @@ class Settings:
     words = ["python", "-m", "jflow", "evaluate"]
     for field in dataclasses.fields(self):
       value = more.get(field.name, getattr(self, field.name))
+      if field.name == "sampling":
+        for name, one in value.items():
+          words += [f"--{name}", *map(str, one)] if isinstance(one, tuple | list) else [f"--{name}={one}"]
+        continue
       if field.name == "part" or value == field.default:
         continue
       on_disk = value and field.name in ("checkpoint", "vae", "cache") and pathlib.Path(value).exists()

@@ -1,6 +1,6 @@
-"""Sweeps over guidance and steps: one evaluation for each pair, a table and a plot (the appendix's figure 1).
+"""Sweeps over sampling settings: one evaluation for each combination, a table and a plot (the appendix's figure 1).
 
-A later sweep into the same folder adds to the plot, as long as only guidance and steps differ.
+A later sweep into the same folder adds to the plot, as long as only the swept settings differ.
 """
 
 import dataclasses
@@ -16,86 +16,99 @@ from jflow.errors import UserError, need_extra
 from jflow.evaluation import benchmarks, report, runner
 from jflow.evaluation.benchmark import PaintingBenchmark
 from jflow.evaluation.settings import Settings
+from jflow.generation.base import Family
 
 _MOST_PANELS = 6
 
+Point = tuple[Any, ...]  # the values of the axes of a sweep
+Found = Mapping[Point, Mapping[str, Any]]  # the scores of each point
 
-def sweep(settings: Settings, guidances: Sequence[float] = (), steps: Sequence[int] = ()) -> None:
-  """Runs every pair in its own folder, so that a stopped sweep resumes; plots all that have scores.
+
+def sweep(settings: Settings, grid: Mapping[str, Sequence[Any]]) -> None:
+  """Runs every combination in its own folder, so that a stopped sweep resumes; plots all that have scores.
 
   Args:
-    settings: of each evaluation, except guidance and steps.
-    guidances, steps: values to vary; where empty, the value of `settings` or of the benchmark is used.
+    settings: of each evaluation, except those swept.
+    grid: sampling setting -> values to vary.
 
   Raises:
     UserError: see `runner.evaluate`; or a benchmark or flags that cannot be swept.
   """
   kind, output = benchmarks.get(settings.benchmark), settings.output
   if not issubclass(kind, PaintingBenchmark):
-    raise UserError(f"--benchmark={kind.name} generates no pictures: it has no guidance and no steps to sweep")
+    raise UserError(f"--benchmark={kind.name} generates no pictures: it has no settings to sweep")
   if settings.results or settings.features:
     raise UserError(
-      "--results and --features belong to one setting: give them with its own --output, --guidance and --steps; the "
-      "same sweep then plots them"
+      "--results and --features belong to one setting: give them with its own --output and settings; the same sweep "
+      "then plots them"
     )
-  for name, swept in (("guidance", guidances), ("steps", steps)):
-    if swept and getattr(settings, name) is not None:
+  for name in grid:
+    if name in settings.sampling:
       raise UserError(f"--{name} and --sweep_{name} exclude each other: give one of them")
-  if steps and min(steps) < 1:
-    raise UserError(f"--sweep_steps: {min(steps)} must be at least 1")
-  usual = lambda name: getattr(kind, name) if getattr(settings, name) is None else getattr(settings, name)
-  pairs = list(itertools.product(guidances or [usual("guidance")], steps or [usual("steps")]))
   settings = kind.swept(settings)
-  points = [
-    dataclasses.replace(settings, guidance=w, steps=n, output=output / f"guidance{w:g}_steps{n}") for w, n in pairs
-  ]
-  for one in points:
+  combinations = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+  each = [dataclasses.replace(settings, sampling={**settings.sampling, **values}) for values in combinations]
+  for one in each:
     runner.check(kind, one)
+  runner.opened(settings)  # the data's mistakes, before a checkpoint is located
   checkpoint = runner.Checkpoint(settings)
-  for number, one in enumerate(points, 1):
-    print(f"{number}/{len(pairs)}: guidance {one.guidance:g}, {one.steps} steps, in {one.output}", flush=True)
+  axes = axes_of(checkpoint.family, grid)
+  points = {}
+  for one in each:
+    chosen = runner.sampling_of(kind, one, checkpoint.family)
+    values = {name: getattr(chosen, name) for name in axes}
+    folder = output / "_".join(name + _short(value) for name, value in values.items())
+    points[*values.values()] = dataclasses.replace(one, sampling={**one.sampling, **values}, output=folder)
+  for number, (point, one) in enumerate(points.items(), 1):
+    print(f"{number}/{len(points)}: {_told(axes, point)}, in {one.output}", flush=True)
     runner.evaluate(one, checkpoint)
-  found, shared = reports(output, pairs)
+  found, shared = reports(output, axes, list(points))
   names = plotted(found)
   if not names:
     print("no scores to plot yet: do what the notes above say in each folder, then give this command again")
     return
   with outputs.new_file(output / "sweep.png") as new:
-    figure(found, names).savefig(new, dpi=120, format="png")
+    figure(found, names, axes).savefig(new, dpi=120, format="png")
   rows = [
     {
-      "guidance": guidance,
-      "steps": steps,
+      **dict(zip(axes, point)),
       **{name: scores[name]["value"] for name in names},
       "intervals": {name: [scores[name]["low"], scores[name]["high"]] for name in names if "low" in scores[name]},
     }
-    for (guidance, steps), scores in found.items()
+    for point, scores in found.items()
   ]
   body = {"benchmark": kind.name, "settings": shared, "rows": rows}
   outputs.replace(output / "sweep.json", json.dumps(body, indent=1) + "\n")
+  print(table(found, names, axes))
   print(f"plot: {output / 'sweep.png'}, numbers: {output / 'sweep.json'}")
 
 
-def reports(
-  folder: pathlib.Path, pairs: Sequence[tuple[float, int]]
-) -> tuple[dict[tuple[float, int], dict[str, Any]], dict[str, Any]]:
-  """Reads the reports below a folder whose settings equal those of `pairs`, except guidance and steps.
+def axes_of(family: Family, grid: Mapping[str, Any]) -> list[str]:
+  """The settings that name a folder and stand in the table: the common numbers of the family, and those swept."""
+  fields = dataclasses.fields(family.settings)
+  numbers = {field.name for field in fields if isinstance(field.metadata.get("page"), tuple)}
+  return sorted(numbers | set(grid))
+
+
+def reports(folder: pathlib.Path, axes: Sequence[str], points: Sequence[Point]) -> tuple[Found, dict[str, Any]]:
+  """Reads the reports below a folder whose settings equal those of `points`, except on the axes.
 
   Returns:
-    (guidance, steps) -> scores, in order; and the settings that all share.
+    The scores of each point, in order; and the settings that all share.
   """
-  loose = ("guidance", "steps", "results", "features", "checkpoint", "read_from", "vae")  # the fingerprint says which
+  loose = (*axes, "results", "features", "checkpoint", "read_from", "vae")  # the fingerprint says which
   found, alike = {}, {}
-  for path in folder.glob("guidance*_steps*/report.json"):
+  for path in folder.glob(f"{axes[0]}*/report.json"):
     body = report.read(path.parent)
-    pair = body["settings"]["guidance"], body["settings"]["steps"]
-    found[pair] = body["scores"]
-    alike[pair] = {name: value for name, value in body["settings"].items() if name not in loose}
-  asked = next((alike[pair] for pair in pairs if pair in alike), {})
-  return {pair: found[pair] for pair in sorted(found) if alike[pair] == asked}, asked
+    if set(axes) <= body["settings"].keys():
+      point = tuple(body["settings"][name] for name in axes)
+      found[point] = body["scores"]
+      alike[point] = {name: value for name, value in body["settings"].items() if name not in loose}
+  asked = next((alike[point] for point in points if point in alike), {})
+  return {point: found[point] for point in sorted(found) if alike[point] == asked}, asked
 
 
-def plotted(found: Mapping[Any, Mapping[str, Any]]) -> list[str]:
+def plotted(found: Found) -> list[str]:
   """The scores to plot: overall ones and distances, without those that do not depend on the images."""
   names = list(next(iter(found.values()), {}))
   common = [name for name in names if all(name in scores for scores in found.values())]
@@ -104,27 +117,47 @@ def plotted(found: Mapping[Any, Mapping[str, Any]]) -> list[str]:
   return [name for name in wanted if "questions" not in name][:_MOST_PANELS]
 
 
-def figure(found: Mapping[tuple[float, int], Mapping[str, Any]], names: Sequence[str]) -> Any:
-  """A figure with one panel per score: over guidance, a line per number of steps; over steps if guidance is fixed."""
+def table(found: Found, names: Sequence[str], axes: Sequence[str]) -> str:
+  """The scores of all points as text, a line for each point."""
+  rows = [[*axes, *names]]
+  rows += [
+    [*map(_short, point), *(f"{scores[name]['value']:.4g}" for name in names)] for point, scores in found.items()
+  ]
+  widths = [max(map(len, column)) for column in zip(*rows)]
+  return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+
+
+def figure(found: Found, names: Sequence[str], axes: Sequence[str]) -> Any:
+  """A figure with one panel per score: over the first axis of numbers that varies, a line per value of the others."""
   need_extra("plots", "matplotlib")
   from matplotlib.figure import Figure
 
-  guidances, steps = (sorted({pair[i] for pair in found}) for i in (0, 1))
-  along, label = (0, "guidance w") if len(guidances) > 1 else (1, "solver steps")
+  values = [sorted({point[i] for point in found}) for i in range(len(axes))]
+  numbers = [i for i, some in enumerate(values) if not isinstance(some[0], str)]
+  along = next((i for i in numbers if len(values[i]) > 1), numbers[-1] if numbers else 0)
+  others = [i for i in range(len(axes)) if i != along]
   columns = min(3, len(names))
   rows = math.ceil(len(names) / columns)
-  fig = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
+  fig = Figure(figsize=(4.2 * columns, 3.2 * rows + 0.4), layout="constrained")
   for panel, name in zip(fig.subplots(rows, columns, squeeze=False).flat, names):
-    for other in steps if along == 0 else guidances:
-      line = sorted((pair[along], found[pair][name]) for pair in found if pair[1 - along] == other)
+    for other in sorted({tuple(point[i] for i in others) for point in found}):
+      line = sorted((point[along], found[point][name]) for point in found if tuple(point[i] for i in others) == other)
       x, y = [at for at, _ in line], [score["value"] for _, score in line]
-      said = f"{other} steps" if along == 0 else f"w = {other:g}"
-      panel.plot(x, y, marker="o", markersize=4, label=said)
+      panel.plot(x, y, marker="o", markersize=4, label=_told([axes[i] for i in others], other))
       if all("low" in score for _, score in line):
         panel.fill_between(x, [score["low"] for _, score in line], [score["high"] for _, score in line], alpha=0.15)
-    panel.set(xlabel=label, title=name)
+    panel.set(xlabel=axes[along], title=name)
     panel.grid(alpha=0.3)
-  fig.axes[0].legend(frameon=False)
+  if others:  # below all panels, where it covers no line
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
   for panel in list(fig.axes)[len(names) :]:
     panel.set_visible(False)
   return fig
+
+
+def _told(axes: Sequence[str], point: Point) -> str:
+  return ", ".join(f"{name} {_short(value)}" for name, value in zip(axes, point))
+
+
+def _short(value: Any) -> str:
+  return f"{value:g}" if isinstance(value, float) else str(value)

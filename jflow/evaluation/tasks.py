@@ -30,7 +30,7 @@ class Painting(NamedTuple):
 
 
 class RoundTrip(NamedTuple):
-  """An image to encode and decode with the VAE: an upper bound for generated images."""
+  """An image to encode and decode as the model does to write images: an upper bound for generated ones."""
 
   key: str
   picture: Callable[[int], np.ndarray]  # side in pixels -> uint8[side, side, 3]

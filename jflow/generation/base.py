@@ -144,6 +144,12 @@ class Sampler(Protocol):
       on_step: called with (steps done, steps) about ten times.
     """
 
+  def round_trip(self, pixels_IHW3: np.ndarray) -> np.ndarray:
+    """Pixels as `sample` gives them, of uint8 images that the family's encoder and decoder have seen.
+
+    Never called for a family without an encoder, see `Config.stored_shape`.
+    """
+
   def prepare(self, rows: int, slots: int, settings: Any, compile: bool = True) -> bool:
     """Compiles the programs of `sample` for `rows` prompts of `slots` tokens, or only checks that they are compiled.
 
@@ -171,6 +177,12 @@ class Family:
     """The names of the sampling settings."""
     return {field.name for field in dataclasses.fields(self.settings)}
 
+  def told(self, chosen: Any) -> dict[str, Any]:
+    """The settings that records of pictures name: those of the page, and others that differ from their default."""
+    fields = dataclasses.fields(self.settings)
+    values = {field.name: getattr(chosen, field.name) for field in fields}
+    return {f.name: values[f.name] for f in fields if "page" in f.metadata or values[f.name] != f.default}
+
 
 FAMILIES = registry.Registry(
   "model.generation.kind", "jflow.generation", {"flow": "jflow.generation.flow:FAMILY"}, needs=("config", "settings")
@@ -180,7 +192,12 @@ FAMILIES = registry.Registry(
 def setting(default: Any, help: str, **rest: Any) -> Any:
   """Declares a field of sampling settings: its default, its text in `--help`, and how a flag parses it.
 
-  `rest`: choices, most (largest number), metavar (names of the parts, for a tuple of numbers).
+  Args:
+    default: a number, a text or a tuple of numbers.
+    help: of the flag.
+    rest: choices; most, the largest number; metavar, names of the parts of a tuple; served, (least, most) for clients
+      of a server, or False where they may not choose it; page, (least, most, step) of its slider on the page of `demo`,
+      or True for a list of choices, where it is shown there.
   """
   return dataclasses.field(default=default, metadata={"help": help, **rest})
 
@@ -188,6 +205,23 @@ def setting(default: Any, help: str, **rest: Any) -> Any:
 def family(config: Any) -> Family:
   """Returns the family of a section `model.generation`."""
   return FAMILIES.get(config.kind)
+
+
+def check_settings(given: Mapping[str, Any]) -> None:
+  """Checks given settings before a checkpoint is read: some family must take them all.
+
+  Raises:
+    UserError: no family does, or a value is out of range.
+  """
+  error = UserError(f"no kind of image generation takes all of {', '.join(given)}")
+  for family in FAMILIES.all().values():
+    if set(given) <= family.setting_names:
+      try:
+        family.settings(**given)
+        return
+      except UserError as wrong:
+        error = wrong
+  raise error
 
 
 def settings(family: Family, given: Mapping[str, Any]) -> Any:

@@ -53,7 +53,7 @@ class WorldBenchmark(PaintingBenchmark):
   name = "shapes"
   what = "the built-in world: pictures judged by program after GenEval's rules, questions, distances; needs no data"
   where = "made by jflow itself"
-  flags = frozenset({"only", "steps", "guidance", "pictures"})
+  flags = frozenset({"only", "sampling", "pictures"})
   pictures = 4
 
   def __init__(self, settings: Settings):
@@ -80,7 +80,9 @@ class WorldBenchmark(PaintingBenchmark):
   @classmethod
   def swept(cls, settings: Settings) -> Settings:
     if settings.only == "questions":
-      raise UserError("--only=questions: answers depend on neither guidance nor steps, so there is nothing to sweep")
+      raise UserError(
+        "--only=questions: answers do not depend on how pictures are sampled, so there is nothing to sweep"
+      )
     return dataclasses.replace(settings, only="pictures")
 
   def data_files(self) -> list[pathlib.Path]:
@@ -88,7 +90,7 @@ class WorldBenchmark(PaintingBenchmark):
     return list(source.CODE)
 
   def tasks(self) -> list[Painting | RoundTrip | Question]:
-    """All images to generate, true ones to encode and decode, then all questions."""
+    """All images to generate, true ones to encode and decode where the model does so, then all questions."""
     out: list[Painting | RoundTrip | Question] = []
     seeds = itertools.count(self._seed)  # shared noise would correlate the pictures
     for split, prompts in self._prompts.items():
@@ -96,7 +98,7 @@ class WorldBenchmark(PaintingBenchmark):
         for j in range(self.pictures):
           file = f"pictures/{split}/{number:04d}_{j}.png"
           out.append(Painting(f"paint/{split}/{number:04d}/{j}", text, next(seeds), file))
-    for number, (scene, _) in enumerate(self._true):
+    for number, (scene, _) in enumerate(self._true if self.encodes else ()):
       out.append(RoundTrip(f"codec/{number:04d}", scene.render, f"pictures/codec/{number:04d}.png"))
     for split, asked in self._questions.items():
       for number, (scene, question) in enumerate(asked):
@@ -107,7 +109,7 @@ class WorldBenchmark(PaintingBenchmark):
   def _ceiling(self) -> dict[str, dict[str, float]]:
     """Rule -> category -> share of true pictures accepted after encoding and decoding by the VAE."""
     found: dict[str, dict[str, list[bool]]] = {rule: collections.defaultdict(list) for rule in RULES}
-    for number, (_, metadata) in enumerate(self._true):
+    for number, (_, metadata) in enumerate(self._true if self.encodes else ()):
       detections = judge.detect(_read(self._output / f"pictures/codec/{number:04d}.png"))
       for rule, accept in RULES.items():
         found[rule][metadata["tag"]].append(accept(detections, metadata))

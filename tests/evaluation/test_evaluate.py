@@ -249,6 +249,8 @@ def test_mistakes_are_one_line_and_exit_code_2(tiny_checkpoint, tmp_path, capsys
     (["--benchmark=geneval", "--only=pictures"], "--only=pictures does not belong"),
     (["--benchmark=geneval", "--results=no.jsonl"], "--results=no.jsonl does not exist"),
     (["--benchmark=shapes", "--guidance=0.5"], "--guidance=0.5 must be at least 1"),
+    (["--benchmark=shapes", "--steps=0", "--checkpoint=nowhere"], "--steps=0 must be at least 1"),
+    (["--benchmark=mme", "--solver=heun"], "--solver=heun does not belong to --benchmark=mme, but to dpg"),
     (["--benchmark=shapes", "--sweep_guidance=2,0.5"], "--guidance=0.5 must be at least 1"),
     (["--benchmark=shapes", "--limit=1", "--seed=-1"], "seed=-1 must be at least 0"),
     (["--benchmark=shapes", f"--seed={2**32}", "--limit=1"], "seed=4294967296 must be less than 2**32"),
@@ -510,7 +512,7 @@ def test_a_sweep_makes_a_plot_of_all_pairs_and_goes_on(tiny_checkpoint, tmp_path
   assert main(["evaluate", *flags, "--sweep_guidance=2", "--guidance=3"]) == 2
   assert "--guidance and --sweep_guidance exclude each other" in capsys.readouterr().err
   assert main(["evaluate", *flags, "--sweep_steps=5,0"]) == 2
-  assert "--sweep_steps: 0 must be at least 1" in capsys.readouterr().err
+  assert "--steps=0 must be at least 1" in capsys.readouterr().err
   assert main(["evaluate", "--benchmark=pope", "--sweep_steps=2", "--checkpoint=x", "--output=y"]) == 2
   assert "generates no pictures" in capsys.readouterr().err
 
@@ -528,6 +530,6 @@ def test_a_plot_has_a_line_per_number_of_steps_and_none_for_floors():
   }
   names = sweep.plotted(found)
   assert names == ["seen pictures: overall", "FID"]
-  panel = sweep.figure(found, names).axes[0]
-  assert [line.get_label() for line in panel.lines] == ["5 steps", "30 steps"]
+  panel = sweep.figure(found, names, ["guidance", "steps"]).axes[0]
+  assert [line.get_label() for line in panel.lines] == ["steps 5", "steps 30"]
   np.testing.assert_allclose(panel.lines[1].get_xydata(), [(1, 0.3), (2, 0.6), (4, 1.2)])

@@ -118,7 +118,7 @@ def test_wrong_features_are_one_line_with_the_file(change, message, mjhq):
 
 def test_mjhq10k_takes_as_many_prompts_of_each_category_and_the_whole_reference(mjhq, monkeypatch):
   kind = Mjhq10k
-  assert (kind.prompts, kind.guidance, kind.steps) == (10_000, 7.5, 30)
+  assert (kind.prompts, kind.usual) == (10_000, {"flow": {"guidance": 7.5}})
   monkeypatch.setattr(kind, "prompts", 4)
   bench = benchmark("mjhq10k", mjhq)
   keys = [task.key for task in bench.tasks()]

@@ -4,6 +4,7 @@ It trains packed beside reading and text, and `generate` samples from its checkp
 """
 
 import dataclasses
+import json
 from typing import Any
 
 import flax.linen as nn
@@ -14,10 +15,14 @@ import pytest
 import tiny
 from PIL import Image
 
-from jflow.cli import generate, train
+from jflow.cli import evaluate, generate, train
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
+from jflow.evaluation import benchmarks
+from jflow.evaluation.settings import Settings as EvaluationSettings
+from jflow.evaluation.tasks import RoundTrip
 from jflow.generation.base import FAMILIES, Family, Written, setting
+from jflow.interop import checkpoints
 from jflow.models.config import ModelConfig
 from jflow.models.layers import Linear, parameter
 from jflow.training.metrics import read_metrics
@@ -177,6 +182,27 @@ def test_generate_samples_from_its_checkpoint(workdir, tmp_path):
   assert picture.reshape(4, 8, 4, 8, 3).std((1, 3)).max() == 0  # one color in each of 4 x 4 patches
   with pytest.raises(UserError, match=r"steps=3 .* averages.* brightness"):
     generate.main([*flags, f"--output={tmp_path / 'c'}", "--steps=3"])
+
+
+def test_evaluate_generates_and_sweeps_its_settings(workdir, tmp_path):
+  row = {"tag": "colors", "include": [{"class": "cow", "count": 1}], "prompt": "a red cow"}
+  (tmp_path / "evaluation_metadata.jsonl").write_text(json.dumps(row) + "\n")
+  flags = ["--benchmark=geneval", f"--checkpoint={workdir}", f"--data={tmp_path}", "--pictures=1"]
+  assert not evaluate.main([*flags, f"--output={tmp_path / 'a'}", "--sweep_brightness=0,1"])
+  deviation = {}
+  for value, named in ((0, {"brightness": 0.0}), (1, {})):
+    folder = tmp_path / f"a/brightness{value}"
+    made = json.loads((folder / "settings.json").read_text())
+    assert {name: made[name] for name in ("brightness", "steps") if name in made} == named
+    deviation[value] = np.asarray(Image.open(folder / "pictures/00000/samples/00000.png")).std()
+  assert deviation[0] == 0 < deviation[1]
+  with pytest.raises(UserError, match=r"--steps=3 .* averages.* brightness"):
+    evaluate.main([*flags, f"--output={tmp_path / 'b'}", "--steps=3"])
+  assert not (tmp_path / "b").exists()
+  world = benchmarks.get("shapes")(EvaluationSettings("shapes", "x", tmp_path, limit=2))
+  for config, trips in ((tiny.model().config, 2), (checkpoints.read_config(workdir), 0)):
+    world.meet(config)  # there is no ceiling where nothing is encoded
+    assert sum(isinstance(task, RoundTrip) for task in world.tasks()) == trips
 
 
 def test_the_next_stage_starts_from_its_checkpoint(workdir, tmp_path):

@@ -1,8 +1,9 @@
 """Registry of benchmarks by name. Each is one file with a `Benchmark`, imported on first use.
 
-Choices that papers leave open are fixed here and printed in every report: 30 Euler steps, 4 images per prompt with
-seeds 0 to 3 (each image of the built-in world and of MJHQ has its own noise), greedy answers without a system prompt
-(except MM-Vet). Answers scored by a closed rule end after 512 tokens; free ones after 2,048, as in VLMEvalKit.
+Choices that papers leave open are fixed here and printed in every report: the sampling defaults of the model's way to
+write images (flow: 30 Euler steps, w = 2; codes: w = 5), 4 images per prompt with seeds 0 to 3 (each image of the
+built-in world and of MJHQ has its own noise), greedy answers without a system prompt (except MM-Vet). Answers scored by
+a closed rule end after 512 tokens; free ones after 2,048, as in VLMEvalKit.
 """
 
 import importlib.util

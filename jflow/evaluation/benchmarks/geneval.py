@@ -28,13 +28,24 @@ class Geneval(PaintingBenchmark):
   where = "put prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval into a folder and name it with --data"
   section = "table 2"
   paper = {
-    "overall": {"384": 0.63, "256": 0.70},
-    "single_object": {"384": 0.97, "256": 0.98},
-    "two_object": {"384": 0.59, "256": 0.73},
-    "counting": {"384": 0.45, "256": 0.54},
-    "colors": {"384": 0.83, "256": 0.83},
-    "position": {"384": 0.53, "256": 0.63},
-    "color_attr": {"384": 0.42, "256": 0.53},
+    "flow": {
+      "overall": {"384": 0.63, "256": 0.70},
+      "single_object": {"384": 0.97, "256": 0.98},
+      "two_object": {"384": 0.59, "256": 0.73},
+      "counting": {"384": 0.45, "256": 0.54},
+      "colors": {"384": 0.83, "256": 0.83},
+      "position": {"384": 0.53, "256": 0.63},
+      "color_attr": {"384": 0.42, "256": 0.53},
+    },
+    "codes": {
+      "overall": {"Janus": 0.61, "Pro-1B": 0.73, "Pro-7B": 0.8},
+      "single_object": {"Janus": 0.97, "Pro-1B": 0.98, "Pro-7B": 0.99},
+      "two_object": {"Janus": 0.68, "Pro-1B": 0.82, "Pro-7B": 0.89},
+      "counting": {"Janus": 0.3, "Pro-1B": 0.51, "Pro-7B": 0.59},
+      "colors": {"Janus": 0.84, "Pro-1B": 0.89, "Pro-7B": 0.9},
+      "position": {"Janus": 0.46, "Pro-1B": 0.65, "Pro-7B": 0.79},
+      "color_attr": {"Janus": 0.42, "Pro-1B": 0.56, "Pro-7B": 0.66},
+    },
   }
   flags = PaintingBenchmark.flags | {"pictures", "results"}
   pictures = 4
@@ -73,7 +84,7 @@ class Geneval(PaintingBenchmark):
     folder = self.settings.output.resolve() / "pictures"
     for i, row in enumerate(self._prompts):  # one object per file: the evaluator reads it whole
       outputs.replace(folder / f"{i:05d}" / "metadata.jsonl", json.dumps(row) + "\n")
-    notes = [outside.GUIDANCE, *outside.another_number(self._found, self.published, self.settings)]
+    notes = [*outside.guidance_of(self.writes), *outside.another_number(self._found, self.published, self.settings)]
     if self.settings.results is None:
       results = folder.parent / "results.jsonl"
       words = ["python", "evaluation/evaluate_images.py", folder, "--outfile", results]

@@ -31,7 +31,7 @@ class Mjhq(PaintingBenchmark):
     "huggingface.co/datasets/playgroundai/MJHQ-30K into one folder and name it with --data"
   )
   section = "table 4"
-  paper = {"FID": {"384": 9.51, "256": 12.70}}
+  paper = {"flow": {"FID": {"384": 9.51, "256": 12.70}}, "codes": {"FID": {"Janus": 10.10}}}
   flags = PaintingBenchmark.flags | {"features"}
   published = 30_000  # pictures and prompts
   prompts: int = 0  # of those of the data, as many of each category; 0: all
@@ -145,8 +145,8 @@ class Mjhq10k(Mjhq):
   name = "mjhq10k"
   what = "MJHQ as in the paper's ablations: 10,000 prompts, guidance 7.5; figures of its final model F"
   section = "table 6"
-  paper = {"FID": {"256": 17.61}, "CLIP similarity": {"256": 26.40}}
-  guidance = 7.5
+  paper = {"flow": {"FID": {"256": 17.61}, "CLIP similarity": {"256": 26.40}}}
+  usual = {"flow": {"guidance": 7.5}}
   prompts = 10_000
 
 

@@ -14,7 +14,7 @@ class TextVqa(TableBenchmark):
   what = "TextVQA val: VQA score of ten answers, no recognised text given"
   where = kit("TextVQA_VAL.tsv")
   section = "table 5"
-  paper = {"overall": {"384": 55.5}}
+  paper = {"flow": {"overall": {"384": 55.5}}}
   file = "TextVQA_VAL.tsv"
 
   def prompt(self, row: Mapping[str, str]) -> str:

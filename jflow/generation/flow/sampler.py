@@ -93,6 +93,11 @@ class FlowSampler:
         on_step(stop, steps)
     return np.asarray(decode(self._model, self._params, z, at_once=decoded_at_once(self._model.config.image_size)))
 
+  def round_trip(self, pixels_IHW3: np.ndarray) -> np.ndarray:
+    """See `generation.base.Sampler.round_trip`; the latents are the posterior's mean."""
+    latents = encode(self._model, self._params, pixels_IHW3)
+    return np.asarray(decode(self._model, self._params, latents, at_once=decoded_at_once(pixels_IHW3.shape[1])))
+
   def prepare(self, rows: int, slots: int, settings: Settings, compile: bool = True) -> bool:
     """See `generation.base.Sampler.prepare`."""
     model, params = self._model, self._params

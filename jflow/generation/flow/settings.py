@@ -28,12 +28,18 @@ class Settings:
     UserError: a value out of its range.
   """
 
-  steps: int = setting(30, "solver steps, as in the paper", most=10_000)
-  guidance: float = setting(2.0, "w of eq. 5: 1 is none, 2 the paper's for FID", most=1e6)
-  solver: str = setting("euler", "how the ODE is solved", choices=SOLVERS)
-  shift: float = setting(1.0, "of the time grid; 1 is even", most=1e6)
-  interval: tuple[float, float] = setting((0.0, 1.0), "guidance acts at these times only", metavar=("FROM", "TO"))
-  precision: str = setting("exact", "f32 state and time, or release: bf16, as published", choices=PRECISIONS)
+  steps: int = setting(30, "solver steps, as in the paper", most=10_000, served=(1, 200), page=(1, 100, 1))
+  guidance: float = setting(
+    2.0, "w of eq. 5: 1 is none, 2 the paper's for FID", most=1e6, served=(0, 1000), page=(1, 10, 0.5)
+  )
+  solver: str = setting("euler", "how the ODE is solved", choices=SOLVERS, page=True)
+  shift: float = setting(1.0, "of the time grid; 1 is even", most=1e6, served=(0.01, 100))
+  interval: tuple[float, float] = setting(
+    (0.0, 1.0), "guidance acts at these times only", metavar=("FROM", "TO"), served=False
+  )
+  precision: str = setting(
+    "exact", "f32 state and time, or release: bf16, as published", choices=PRECISIONS, served=False
+  )
 
   def __post_init__(self) -> None:
     checks.whole("steps", self.steps)
