@@ -30,6 +30,7 @@ FAST = {
   "imports",
   "inference/decoding",
   "inference/generate",
+  "interop/packed",
   "models/attention",
   "models/autoencoders",
   "models/autoencoders/kl",

@@ -147,9 +147,10 @@ def fingerprint(directory: pathlib.Path, weights: str, vae: str | pathlib.Path |
   """
   from jflow.interop import layouts
   from jflow.interop.checkpoints import workdir_of
+  from jflow.interop.packed import is_packed
   from jflow.interop.steps import MANIFEST
 
-  if layouts.found(directory) is not None:
+  if layouts.found(directory) is not None or is_packed(directory):
     files = [*directory.glob("*.json"), *directory.glob("vae/*.json"), *directory.rglob("*.safetensors")]
   else:
     workdir = workdir_of(directory)

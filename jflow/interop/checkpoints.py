@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 from jflow.data import templates
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError, need_text_name
-from jflow.interop import layouts, native, own_layout, published, remote, transfer
+from jflow.interop import layouts, native, own_layout, packed, published, remote, transfer
 from jflow.interop import vae as diffusers_vae
 from jflow.models.config import ModelConfig
 
@@ -40,12 +40,13 @@ class Described(NamedTuple):
 
 
 def locate(path: str | pathlib.Path) -> pathlib.Path:
-  """The directory to read of a checkpoint: a published directory itself, or the newest intact step of a jflow one.
+  """The directory to read of a checkpoint: a published or packed one itself, or the newest intact step of a workdir.
 
   The result stays valid while a training run saves newer steps.
 
   Args:
-    path: local directory, or one in a store (gs://BUCKET/FOLDER) or on the hub (ORG/NAME@REVISION); see `remote.fetch`.
+    path: local directory, one in a store (gs://BUCKET/FOLDER) or on the hub (ORG/NAME@REVISION), see `remote.fetch`,
+      or "world", the model that comes with jflow.
 
   Raises:
     UserError: the path is no checkpoint, or no step is intact.
@@ -53,7 +54,7 @@ def locate(path: str | pathlib.Path) -> pathlib.Path:
   path = remote.local(path)
   if not path.is_dir():
     raise UserError(f"checkpoint {path} is not a directory")
-  return native.resolve(path)[1] if layouts.found(path) is None else path
+  return native.resolve(path)[1] if layouts.found(path) is None and not packed.is_packed(path) else path
 
 
 def workdir_of(step_dir: pathlib.Path) -> pathlib.Path:
@@ -90,6 +91,8 @@ def describe(
   """
   path = remote.local(path)
   vae = remote.local(vae) if vae else None
+  if path.is_dir() and packed.is_packed(path):
+    return _describe_packed(path, vae, weights, tokenizer)
   layout = layouts.found(path) if path.is_dir() else None
   if layout is None:
     return _describe_own(path, vae, weights, tokenizer, whole)
@@ -107,6 +110,8 @@ def read_config(path: str | pathlib.Path) -> ModelConfig:
     UserError: see `describe`.
   """
   path = remote.local(path)
+  if path.is_dir() and packed.is_packed(path):
+    return own_layout.read_settings(path).config
   if path.is_dir() and (layout := layouts.found(path)) is not None:
     return published.read_config(layout, path)
   return own_layout.read_settings(_workdir_around(path)).config
@@ -117,6 +122,20 @@ def _workdir_around(path: pathlib.Path) -> pathlib.Path:
   around = (path, path.parent, path.parent.parent)
   workdir = next((d for d in around if (d / "checkpoints").is_dir() and (d / "config.json").exists()), None)
   return workdir or workdir_of(locate(path))  # raises with the reason if there is none
+
+
+def _describe_packed(path: pathlib.Path, vae: pathlib.Path | None, weights: str, tokenizer: bool) -> Described:
+  if weights != "ema":
+    raise UserError(f"weights={weights!r} must be 'ema': {path} holds the averaged weights alone")
+  settings, tensors = packed.describe(path)
+  if vae is not None:
+    raise UserError(f"{vae} is not read: {path} holds its own VAE")
+  words = None
+  if tokenizer:
+    words = Tokenizer.load(str(path))
+    templates.check_fits(settings.template, words, settings.config)
+  read = lambda: transfer.nest(packed.read(tensors))
+  return Described(settings.config, path, words, settings.template, settings.has_vae, read)
 
 
 def _describe_own(

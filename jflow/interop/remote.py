@@ -1,4 +1,6 @@
-"""Remote checkpoints: the files that are read are copied into a cache, once.
+"""Checkpoints that are named and not in a folder of one's own: remote ones, and those that come with jflow.
+
+The files of a remote one that are read are copied into a cache, once.
 
 From object storage (gs://BUCKET/FOLDER) by fsspec; from the Hugging Face hub (ORG/NAME or ORG/NAME@REVISION) by its
 library, into its shared cache.
@@ -14,6 +16,7 @@ from typing import Any
 from jflow.errors import UserError, install_line
 from jflow.files import replacing
 
+SHIPPED = {"world": pathlib.Path(__file__).parents[1] / "world" / "model"}  # in the layout of `packed`
 CACHE = pathlib.Path("~/.cache/jflow/checkpoints")
 _SUFFIXES = (".json", ".safetensors", ".model", ".txt")  # files to copy of a published checkpoint; never a pickle
 
@@ -36,9 +39,21 @@ def _is_hub(path: str | pathlib.Path) -> bool:
 
 
 def local(path: str | pathlib.Path) -> pathlib.Path:
-  """The folder itself, or the local copy of a remote one; see `fetch`. Raises UserError for an empty name."""
+  """The folder itself, the local copy of a remote one (see `fetch`), or that of a model which comes with jflow.
+
+  Raises:
+    UserError: an empty name, or a checkpoint that is not there.
+  """
   if not str(path).strip():
     raise UserError("a checkpoint must be named by its folder or hub name, got ''")
+  if str(path) in SHIPPED and not pathlib.Path(path).exists():
+    folder = SHIPPED[str(path)]
+    if not (folder / "config.json").is_file():
+      raise UserError(
+        f"checkpoint {path}: this installation comes without {folder}; name the folder of a checkpoint, such as "
+        "launch/quickstart.sh makes"
+      )
+    return folder
   return fetch(path) if is_remote(path) else pathlib.Path(path)
 
 
