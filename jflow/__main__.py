@@ -4,6 +4,7 @@ import errno
 import importlib
 import io
 import os
+import signal
 import sys
 
 from jflow.errors import Stopped, Terminated, UserError
@@ -79,7 +80,7 @@ def _run(argv: list[str]) -> int:
     return 1
   except KeyboardInterrupt as error:
     print(f"jflow: {str(error) or 'stopped'}", file=sys.stderr)
-    return 143 if isinstance(error, Terminated) else 130
+    return 128 + (error.signum if isinstance(error, Terminated) else signal.SIGINT)
 
 
 def _drop_lost_output() -> bool:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import pathlib
+import signal
 import sys
 
 
@@ -30,7 +31,14 @@ class Stopped(Exception):
 
 
 class Terminated(KeyboardInterrupt):
-  """SIGTERM, in a command that turns it into an exception (`prepare`). Exit code 143."""
+  """A signal, in a command that turns it into an exception: SIGTERM in `prepare`, the end of a run that was saved.
+
+  Exit code 128 + signum.
+  """
+
+  def __init__(self, signum: int = signal.SIGTERM, message: str = ""):
+    super().__init__(message)
+    self.signum = signum
 
 
 def need_text_name(flag: str, path: object) -> None:

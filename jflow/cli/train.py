@@ -10,7 +10,7 @@ from typing import Any
 from jflow import values
 from jflow.cli.arguments import Parser
 from jflow.config import RunConfig
-from jflow.errors import UserError, need_text_name
+from jflow.errors import Terminated, UserError, need_text_name
 from jflow.training import config_files
 
 _EPILOG = """
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
   config = config_files.load(known.config, settings, functools.partial(_start_model, known.workdir))
 
   from jflow.training import hosts  # after the flags: a typo needs no import of jax
-  from jflow.training.loop import Terminated, train
+  from jflow.training.loop import train
   from jflow.training.metrics import read_metrics
 
   try:

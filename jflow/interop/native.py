@@ -139,7 +139,11 @@ def resolve(path: str | pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:
-  """Reads config.json of a workdir."""
+  """Reads config.json of a workdir.
+
+  Raises:
+    UserError: the file is missing or damaged, or has no section `model` or no field `data.template`.
+  """
   path = workdir / "config.json"
   try:
     config = files.read_object(path)
@@ -147,7 +151,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     raise UserError(f"{path} cannot be read: {error}") from error
   if not isinstance(config.get("model"), dict) or not config["model"]:
     raise UserError(f"{path} has no field model")
-  if not isinstance(config.get("data"), dict) or not isinstance(config["data"].get("template"), str):
+  if not isinstance(config.get("data"), dict) or config["data"].get("template") is None:
     raise UserError(f"{path} has no field data.template")
   return config
 

@@ -8,13 +8,13 @@ import numpy as np
 
 from jflow.data.templates import TEMPLATES
 from jflow.errors import UserError
-from jflow.interop import budget
+from jflow.interop import budget, native
 from jflow.models.build import parameter_shapes
 from jflow.models.config import ModelConfig
-from jflow.strict_json import read_object, shown
+from jflow.objectives.base import OBJECTIVES
+from jflow.strict_json import shown
 
-# Parameters that may be present without use: heads for training, of this version and of older ones.
-_UNUSED = ("alignment_head/", "contrastive_head/")
+_OLD = ("contrastive_head/",)  # of a loss of older versions
 # A step that is smaller on disk than its arrays by more than this is damaged.
 _DENSEST, _SMALL = 1000, 2**28
 
@@ -34,20 +34,15 @@ def read_settings(workdir: pathlib.Path) -> Settings:
     UserError: the file is missing or damaged, or a field is missing, mistyped or out of range.
   """
   path = workdir / "config.json"
-  fields = read_object(path)
-  model, data = fields.get("model"), fields.get("data")
-  if not isinstance(model, dict) or not model:
-    raise UserError(f"{path} has no field model")
-  if not isinstance(data, dict) or data.get("template") is None:
-    raise UserError(f"{path} has no field data.template")
-  if data["template"] not in TEMPLATES:
-    known = ", ".join(map(repr, TEMPLATES))
-    raise UserError(f"{path}: data.template={shown(data['template'])} must be one of {known}")
+  fields = native.read_config(workdir)
+  template = fields["data"]["template"]
+  if template not in TEMPLATES:
+    raise UserError(f"{path}: data.template={shown(template)} must be one of {', '.join(map(repr, TEMPLATES))}")
   has_vae = fields.get("has_vae", True)
   if type(has_vae) is not bool:
     raise UserError(f"{path}: has_vae={shown(has_vae)} must be true or false")
   try:
-    return Settings(ModelConfig.from_dict(model), data["template"], has_vae)
+    return Settings(ModelConfig.from_dict(fields["model"]), template, has_vae)
   except UserError as error:
     raise UserError(f"{path}: {error}") from None
 
@@ -64,7 +59,8 @@ def check_names(settings: Settings, found: Mapping[str, Any], step: pathlib.Path
     UserError: the checkpoint is of another model.
   """
   wanted = parameter_shapes(settings.config)
-  not_needed = ("alignment_head/",) if settings.has_vae else ("alignment_head/", "vae/")
+  heads = tuple(f"{head}/" for part in OBJECTIVES.all().values() for head in part.heads)  # they serve training alone
+  not_needed = heads if settings.has_vae else (*heads, "vae/")
   for name, shape in sorted(wanted.items()):
     if name not in found and not name.startswith(not_needed):
       raise UserError(f"checkpoint {step} lacks {name}, which its config.json asks for: another model?")
@@ -74,7 +70,7 @@ def check_names(settings: Settings, found: Mapping[str, Any], step: pathlib.Path
         "model?"
       )
   for name, x in found.items():
-    if name not in wanted and not name.startswith(_UNUSED):
+    if name not in wanted and not name.startswith((*heads, *_OLD)):
       raise UserError(
         f"checkpoint {step} holds {shown(name)[1:-1]}, which its config.json does not ask for: another model?"
       )

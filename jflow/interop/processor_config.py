@@ -74,6 +74,64 @@ def check_chat(f: Fields, config: ModelConfig) -> None:
   _say_rest(f)
 
 
+def check_transformers_images(f: Fields, config: ModelConfig) -> None:
+  """Checks transformers' JanusImageProcessor.
+
+  Raises:
+    UserError: naming the field that asks for something else.
+  """
+  f.only("image_processor_type", "JanusImageProcessor", "JanusImageProcessorFast", "JanusImageProcessorPil")
+  f.only("min_size", 14)
+  f.only("do_pad", True)
+  f.only("background_color", [127, 127, 127])
+  f.only("resample", 3)
+  f.only("do_convert_rgb", True)
+  if isinstance(f.values.get("size"), dict):
+    size = f.sub("size")
+    for side in ("height", "width"):
+      _check_size(size, side, config.image_size)
+    size.close()
+  _check_normalisation(f)
+  _say_rest(f)
+
+
+def check_transformers_chat(f: Fields, config: ModelConfig) -> None:
+  """Checks transformers' JanusProcessor, whose system prompt jflow leaves to the user.
+
+  Raises:
+    UserError: naming the field that asks for something else.
+  """
+  f.only("processor_class", "JanusProcessor")
+  _check_size(f, "num_image_tokens", config.patches)
+  f.ignore(("use_default_system_prompt", "chat_template"))
+  if isinstance(f.values.get("image_processor"), dict):
+    check_transformers_images(f.sub("image_processor"), config)
+  _say_rest(f)
+
+
+def transformers_files(config: ModelConfig) -> dict[str, Any]:
+  """The files of transformers' JanusProcessor, by name."""
+  images = {
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": _HALF,
+    "image_processor_type": "JanusImageProcessor",
+    "image_std": _HALF,
+    "min_size": 14,
+    "processor_class": "JanusProcessor",
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "size": {"height": config.image_size, "width": config.image_size},
+  }
+  chat = {"num_image_tokens": config.patches, "processor_class": "JanusProcessor", "use_default_system_prompt": True}
+  return {"preprocessor_config.json": images, "processor_config.json": chat}
+
+
+TRANSFORMERS_CHECKS = {
+  "preprocessor_config.json": check_transformers_images,
+  "processor_config.json": check_transformers_chat,
+}
 OFFICIAL_CHECKS = {"preprocessor_config.json": check_images, "processor_config.json": check_chat}
 
 
@@ -116,7 +174,7 @@ def _check_size(f: Fields, name: str, wanted: int) -> None:
 
 def _check_normalisation(f: Fields) -> None:
   """Checks that pixels are normalised to [-1, 1]: rescaled by 1/255, with mean 0.5 and deviation 0.5."""
-  f.only("processor_class", "VLChatProcessor", "SiglipProcessor")
+  f.only("processor_class", "VLChatProcessor", "SiglipProcessor", "JanusProcessor")
   f.only("image_mean", _HALF)
   f.only("image_std", _HALF)
   f.only("do_rescale", True)

@@ -51,14 +51,16 @@ def count(names: Collection[str], prefix: str) -> int:
   return len({found[1] for name in names if (found := re.match(re.escape(prefix) + r"(\d{1,9})\.", name))})
 
 
-def _count(names: Collection[str], prefix: str) -> Found:
+def count_of(names: Collection[str], prefix: str) -> Found:
+  """The evidence of `count`."""
   size = count(names, prefix)
   return Found(size, f"there are {size} of {prefix}*")
 
 
-def _axis(tensors: Mapping[str, Tensor], name: str, axis: int) -> Found | None:
+def axis(tensors: Mapping[str, Tensor], name: str, number: int) -> Found | None:
+  """The size of an axis of a tensor; None where the file has no such tensor."""
   shape = tensors[name].shape if name in tensors else ()
-  return Found(shape[axis], f"tensor {name} has the shape {list(shape)}") if axis < len(shape) else None
+  return Found(shape[number], f"tensor {name} has the shape {list(shape)}") if number < len(shape) else None
 
 
 def check_llama(f: Fields, c: LanguageModelConfig, tensors: Mapping[str, Tensor], prefix: str, where: Any) -> None:
@@ -71,14 +73,14 @@ def check_llama(f: Fields, c: LanguageModelConfig, tensors: Mapping[str, Tensor]
     "intermediate_size": c.mlp_dim,
   }
   found = {
-    "num_hidden_layers": _count(tensors, f"{prefix}layers."),
-    "vocab_size": _axis(tensors, embed, 0),
-    "hidden_size": _axis(tensors, embed, 1),
-    "intermediate_size": _axis(tensors, f"{layer}.mlp.gate_proj.weight", 0),
+    "num_hidden_layers": count_of(tensors, f"{prefix}layers."),
+    "vocab_size": axis(tensors, embed, 0),
+    "hidden_size": axis(tensors, embed, 1),
+    "intermediate_size": axis(tensors, f"{layer}.mlp.gate_proj.weight", 0),
   }
   check(f, claimed, found, where)
   for field, rows, heads in (("num_attention_heads", "q", c.num_heads), ("num_key_value_heads", "k", c.num_kv_heads)):
-    has = _axis(tensors, f"{layer}.self_attn.{rows}_proj.weight", 0)
+    has = axis(tensors, f"{layer}.self_attn.{rows}_proj.weight", 0)
     if has is not None and has.size != heads * c.head_dim:
       raise UserError(
         f"{f.where}: {field}={heads} of head_dim={c.head_dim} do not fit the weights: in {where} {has.how}"
@@ -104,14 +106,14 @@ def check_siglip(
     where: file or directory of the weights, for messages.
   """
   layers, patch, positions = names
-  side, shape = _axis(tensors, patch, 3), tensors[positions].shape if positions in tensors else ()
+  side, shape = axis(tensors, patch, 3), tensors[positions].shape if positions in tensors else ()
   image = None
   if side is not None and len(shape) > 1:
     image = Found(side.size * math.isqrt(shape[-2]), f"tensor {positions} has the shape {list(shape)}")
   claimed = {fields[0]: c.num_layers, fields[1]: c.embed_dim, "patch_size": c.patch_size, "image_size": c.image_size}
   found = {
-    fields[0]: _count(tensors, layers),
-    fields[1]: _axis(tensors, patch, 0),
+    fields[0]: count_of(tensors, layers),
+    fields[1]: axis(tensors, patch, 0),
     "patch_size": side,
     "image_size": image,
   }
@@ -123,7 +125,7 @@ def check_generation(
 ) -> None:
   """Checks the ConvNeXt blocks of g_enc and g_dec."""
   for f, blocks, part in ((encoder, c.encoder_blocks, "enc"), (decoder, c.decoder_blocks, "dec")):
-    found = _count(tensors, f"vision_gen_{part}_model.mid_block.res_blocks.")
+    found = count_of(tensors, f"vision_gen_{part}_model.mid_block.res_blocks.")
     check(f, {"layers_in_middle": blocks}, {"layers_in_middle": found}, where)
 
 
@@ -135,7 +137,7 @@ def check_autoencoder(f: Fields, c: AutoencoderKLConfig, tensors: Mapping[str, T
       f"{f.where}: block_out_channels has {len(c.block_channels)} levels, the weights in {where} have {levels}"
     )
   found = {
-    "layers_per_block": _count(tensors, "encoder.down_blocks.0.resnets."),
-    "latent_channels": _axis(tensors, "post_quant_conv.weight", 0),
+    "layers_per_block": count_of(tensors, "encoder.down_blocks.0.resnets."),
+    "latent_channels": axis(tensors, "post_quant_conv.weight", 0),
   }
   check(f, {"layers_per_block": c.layers_per_block, "latent_channels": c.latent_channels}, found, where)

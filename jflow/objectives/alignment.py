@@ -84,4 +84,4 @@ def flops(model: Any, config: AlignmentConfig, trained: Collection[str], work: A
   return (6 if "alignment_head" in trained else 4) * model.patches * weights * work.written
 
 
-PART = Part(config=AlignmentConfig, module=Alignment, features=True, flops=flops)
+PART = Part(config=AlignmentConfig, module=Alignment, heads=("alignment_head",), features=True, flops=flops)

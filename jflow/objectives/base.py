@@ -54,6 +54,7 @@ class Part:
 
   config: type
   module: Any
+  heads: tuple[str, ...] = ()  # first parts of the paths of its parameters, which inference does without
   features: bool = False  # it compares with SigLIP's features of images to write, which are computed for it alone
   flops: Any = None  # (model config, its own, trained parts, `models.flops.Work`) -> FLOPs of a step; None: not counted
 

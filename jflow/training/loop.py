@@ -22,7 +22,7 @@ from jflow.config import RunConfig
 from jflow.data import templates
 from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
-from jflow.errors import Stopped
+from jflow.errors import Stopped, Terminated
 from jflow.interop import steps
 from jflow.models.unified import UnifiedModel
 from jflow.progress import StepProgress
@@ -35,15 +35,6 @@ from jflow.training.metrics import FILE, Lines, number
 from jflow.training.program import check_memory, make_program
 from jflow.training.state import TrainState
 from jflow.training.watchdog import Watchdog
-
-
-class Terminated(Exception):
-  """The end of a run by SIGTERM or SIGINT, after the state of the current step was saved."""
-
-  def __init__(self, signum: int, message: str):
-    super().__init__(message)
-    self.signum = signum
-
 
 _NAMED = 20  # rejected records that are named on stderr; the others are only counted
 # (model, tokenizer, nested parameters as numpy arrays) -> an image for each of log.sample_prompts.
