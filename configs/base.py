@@ -5,6 +5,8 @@
   tiny, quick, shapes, world, mid    small ones on the built-in world: configs/world.py
 """
 
+from collections.abc import Callable, Mapping
+
 from ml_collections import ConfigDict
 
 from configs import models, world
@@ -23,11 +25,11 @@ PAPER = {"384": _paper_384, "256": _paper_256}
 SIZES = PAPER | world.SIZES
 
 
-def base(size: str) -> ConfigDict:
-  """Returns the config of a size before a stage sets its own fields."""
+def base(size: str, sizes: Mapping[str, Callable[[ConfigDict], None]] = SIZES) -> ConfigDict:
+  """Returns the config of a size before a stage sets its own fields; a recipe may have sizes of its own."""
   size = size or "384"
-  if size not in SIZES:
-    raise ValueError(f"unknown size {size!r}; choose one of {', '.join(SIZES)}")
+  if size not in sizes:
+    raise ValueError(f"unknown size {size!r}; choose one of {', '.join(sizes)}")
   c = ConfigDict()
   c.size = size
   c.train = dict(
@@ -51,8 +53,9 @@ def base(size: str) -> ConfigDict:
   c.optimizer = dict(
     learning_rate=1e-4,  # between warm-up and cool-down (table 1)
     warmup_steps=2000,  # linear (table 1)
-    cooldown_start=0,  # from this step on the rate falls linearly to 0 (not in the paper)
+    cooldown_start=0,  # from this step on the rate falls to 0 (not in the paper)
     cooldown_steps=0,  # over so many; 0: it stays
+    cooldown_shape="linear",  # or "cosine", half a period
     beta1=0.9,  # table 1
     beta2=0.95,  # table 1
     epsilon=1e-8,  # not in the paper
@@ -70,8 +73,10 @@ def base(size: str) -> ConfigDict:
   c.objective = dict(
     weights=dict(text=1.0, flow=1.0, alignment=1.0),  # the paper gives no weights
     logged=(),  # further losses of the model that are computed and logged, without a weight
-    time_mean=0.0,  # of the logit of the time (not in the paper)
-    time_std=1.0,
+    draws=dict(  # how the writer draws what training adds: for flow the logit of the time (not in the paper)
+      time_mean=0.0,
+      time_std=1.0,
+    ),
   )
   c.data = dict(
     tokenizer="",  # directory with tokenizer.json
@@ -86,7 +91,7 @@ def base(size: str) -> ConfigDict:
     mixture=((0, (50, 50, 0)),),  # (from step, rows understanding : generation : text)
     first_sentence=0.25,  # share of captions cut to their first sentence for generation (paper section 4.2)
     prompt_drop=0.1,  # share of prompts dropped, so that guidance works (paper section 3.4)
-    latents=False,  # True: use the VAE's posteriors and crops from `prepare --latents` in place of its encoder
+    stored=False,  # True: images to write come as `prepare --latents` (or --codes) has encoded and cropped them
     workers=0,  # loader processes; 0: threads only
     threads=2,  # per process
     prefetch=2,  # batches ahead per process
@@ -140,7 +145,7 @@ def base(size: str) -> ConfigDict:
     sample_steps=30,  # solver steps of a sample picture
     sample_guidance=2.0,
   )
-  SIZES[size](c)
+  sizes[size](c)
   return c
 
 

@@ -11,7 +11,7 @@ from configs import base
 def get_config(size: str = "shapes"):
   c = base.base(size)
   if c.size == "shapes":  # photographs have more detail than the built-in world, and it is settled late
-    c.objective.time_mean, c.objective.time_std = 0.0, 1.0
+    c.objective.draws = dict(time_mean=0.0, time_std=1.0)
     c.optimizer.muon = ()  # what launch/experiments/README.md reports of this run is AdamW's
     c.model.understanding_encoder.update(image_size=64, patch_size=8)
     c.model.autoencoder.update(patch_size=4, window=4, latent_channels=8)

@@ -46,7 +46,7 @@ def shapes(c: ConfigDict) -> None:
   # The shape in a noisy picture is determined early: by Bayes' rule over 40,000 pictures of one red shape, the right
   # one of eight has probability 0.28 at time 0.11, 0.75 at 0.20 and 0.97 at 0.28. The standard distribution has a sixth
   # of its times below 0.28, this one nearly three quarters.
-  c.objective.time_mean, c.objective.time_std = -1.5, 0.9
+  c.objective.draws = dict(time_mean=-1.5, time_std=0.9)
   c.data.shapes.tags = dict(
     single_object=0.15, colors=0.4, two_object=0.1, counting=0.1, position=0.1, color_attr=0.1, several=0.05
   )

@@ -36,10 +36,10 @@ class RowShape:
   images: int  # M
   image_patches: int  # P
   image_size: int  # H = W in pixels
-  writer: str = "flow"  # how images are written: a name of generation/base.py
+  writer: str  # how images are written: a name of generation/base.py
   written_slots: int = 0  # slots that an image to write takes; 0: as many as one that is read
   stored: tuple[int, ...] = (0,)  # shape of an image's precomputed encoder output; empty where the step encodes
-  stored_dtype: str = "bfloat16"
+  stored_dtype: str = "uint8"
 
   @property
   def image_slots(self) -> int:
@@ -63,8 +63,8 @@ class Batch(NamedTuple):
   images: np.ndarray  # uint8[B, M, H, W, 3]; RGB; zeros where image_kind is NONE
   image_start: np.ndarray  # int32[B, M]; position in the row of the image's first slot; 0 where NONE
   image_kind: np.ndarray  # int32[B, M]; NONE, READ or WRITE
-  # [B, M, ...]; precomputed output of the writer's encoder for images to write (for flow the mean and log
-  # variance of the VAE's posterior, bfloat16[B, M, h, w, 2 C], not scaled); [B, M, 0] where the step runs the encoder
+  # [B, M, ...]; precomputed output of the writer's encoder for images to write (`generation.base.Stored`: for flow the
+  # VAE's posterior, for codes uint16[B, M, P]); [B, M, 0] where the step runs the encoder
   stored: np.ndarray
 
 

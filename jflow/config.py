@@ -3,7 +3,7 @@
 configs/base.py holds the values, with unit and source beside each; no field has a default here. A config file becomes a
 `RunConfig` once, in `jflow.training.config_files.load`; after that the code reads attributes. To add a field, add a
 line here and a line in configs/base.py. A field that the config.json of an earlier version lacks also declares what
-that version did (`before`).
+that version did (`before`); one that had another name stands in `RENAMED`.
 
 The section `model` is opaque here: the model's own dataclasses (`jflow.models.config`) build and check it.
 """
@@ -63,6 +63,7 @@ class OptimizerConfig(Section):
   warmup_steps: int = field(whole(0))
   cooldown_start: int = field(whole(0), before=0)
   cooldown_steps: int = field(whole(0), before=0)
+  cooldown_shape: str = field(one_of("linear", "cosine"), before="linear")
   beta1: float = field(number(least=0.0, below=1.0))
   beta2: float = field(number(least=0.0, below=1.0))
   epsilon: float = field(number(above=0.0))
@@ -77,8 +78,7 @@ class OptimizerConfig(Section):
 class ObjectiveConfig(Section):
   weights: dict = field(number(0.0))
   logged: tuple = field(words, before=())
-  time_mean: float = field(number())
-  time_std: float = field(number(above=0.0))
+  draws: dict = field(number())
 
 
 class SourcesConfig(Section):
@@ -114,7 +114,7 @@ class DataConfig(Section):
   mixture: tuple = field(phases(*TASKS))
   first_sentence: float = field(number(0.0, 1.0))
   prompt_drop: float = field(number(0.0, 1.0))
-  latents: bool = field(truth, before=False)
+  stored: bool = field(truth, before=False)
   workers: int = field(whole(0, 1024))
   threads: int = field(whole(0, 1024))
   prefetch: int = field(whole(0, 1024))
@@ -192,7 +192,34 @@ class RunConfig(Section):
     Raises:
       UserError: a field is missing, unknown or out of its constraint; the message names the first.
     """
-    return built(cls, values, model)
+    return built(cls, renamed(values), model)
+
+
+# The dotted name that a field had in an earlier version -> its name now. An old name still loads, everywhere.
+RENAMED = {
+  "data.latents": "data.stored",
+  "objective.time_mean": "objective.draws.time_mean",
+  "objective.time_std": "objective.draws.time_std",
+}
+
+
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns nested plain values with each field of `RENAMED` under its name of now; where both are there, the old one
+  counts, which only a file that sets it can hold."""
+  new = dict(values)
+  for old, now in RENAMED.items():
+    section, _, name = old.partition(".")
+    if not isinstance(new.get(section), Mapping) or name not in new[section]:
+      continue
+    new[section] = dict(new[section])
+    value = new[section].pop(name)
+    *inner, last = now.split(".")[1:]
+    where = new[section]
+    for part in inner:
+      where[part] = dict(where.get(part, {}))
+      where = where[part]
+    where[last] = value
+  return new
 
 
 # --- between fields -------------------------------------------------------------------------------------------
@@ -276,9 +303,9 @@ def _there_is_a_tokenizer(c: RunConfig) -> str:
   return "" if c.data.tokenizer else "must name a directory with tokenizer.json"
 
 
-@constraint("data.latents")
-def _what_is_read_has_no_latents(c: RunConfig) -> str:
-  fits = not c.data.latents or c.model.reader == "siglip"
+@constraint("data.stored")
+def _what_is_read_is_not_stored(c: RunConfig) -> str:
+  fits = not c.data.stored or c.model.reader == "siglip"
   return "" if fits else "must be False with another model.reader than 'siglip': images to read have no stored latents"
 
 

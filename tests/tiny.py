@@ -72,7 +72,7 @@ DICT = dict(
   reader="siglip",
 )
 CONFIG = ModelConfig.from_dict(DICT)
-SHAPE = RowShape(tokens=96, images=3, image_patches=CONFIG.patches, image_size=CONFIG.image_size)
+SHAPE = RowShape(tokens=96, images=3, image_patches=CONFIG.patches, image_size=CONFIG.image_size, writer="flow")
 LOSSES = ("text", "flow", "alignment")
 
 

@@ -1,4 +1,4 @@
-"""The command `prepare`: imports records, and runs --inspect and --latents."""
+"""The command `prepare`: imports records, and runs --inspect, --latents and --codes."""
 
 import argparse
 import importlib
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jflow.batch import TASKS
+from jflow.cli import encode
 from jflow.cli.arguments import SEED, Parser, number, whole
 from jflow.data import importers
 from jflow.data.filters import AESTHETIC, Filters
@@ -62,22 +63,17 @@ left out when the rows are planned, and counted as "too_long".
 
 afterwards
   python -m jflow prepare --inspect OUTPUT    draw packed rows as the model will see them
-  python -m jflow prepare --latents --help    run the VAE over a data set ahead of time"""
-
-
-# Flag -> (module with main(argv) -> exit code, help) of the actions besides the import; each has its own --help.
-MODES = {
-  "--inspect": ("jflow.cli.inspect", "draw packed rows as the model will see them"),
-  "--latents": ("jflow.cli.latents", "run the VAE over a data set ahead of time"),
-}
+  python -m jflow prepare --latents --help    run the VAE over a data set ahead of time; for Janus --codes, its VQ"""
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
   """Runs the command line."""
   argv = list(sys.argv[1:] if argv is None else argv)
-  for flag, (module, _) in MODES.items():
-    if any(argument.split("=")[0] == flag for argument in argv):
-      return importlib.import_module(module).main(argv)
+  flags = {argument.split("=")[0] for argument in argv}
+  if "--inspect" in flags:  # it and those below have a --help of their own
+    return importlib.import_module("jflow.cli.inspect").main(argv)
+  if "--format" not in flags and flags & set(encode.kinds()):
+    return encode.main(argv)
   parser = _parser()
   _import(parser.parse_args(argv), parser)
   return None

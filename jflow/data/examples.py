@@ -27,7 +27,7 @@ from jflow.data.records import Record, RecordError, Turn
 from jflow.data.templates import ASSISTANT, USER, Speaker
 from jflow.data.tokenizer import SPEAKERS, SPECIAL_TOKENS, Tokenizer
 from jflow.errors import PromptTooLong, UserError
-from jflow.generation.base import FAMILIES, Layout, Written
+from jflow.generation.base import Layout, Written
 
 IMAGE_MARK = "<image>"
 MARKS = (IMAGE_MARK, SPECIAL_TOKENS["image"])  # the second is the published code's
@@ -97,7 +97,7 @@ def build(
     rng: for the two probabilities below.
     first_sentence: probability that generation keeps only the caption's first sentence.
     prompt_drop: probability that generation drops the prompt; see `generation.base.Layout`.
-    layout: where an image to write stands; of its family (generation/), None: flow's.
+    layout: where an image to write stands, of its family (generation/); None for a task that writes none.
 
   Raises:
     RecordError: the record does not fit its task.
@@ -107,10 +107,10 @@ def build(
   try:
     if task == "generation":
       caption, drop = _caption(record.text.strip(), rng, first_sentence, prompt_drop)
+      if layout is None:
+        raise TypeError("the layout of an image to write is missing")
       prompt = generation_prompt(caption, template, tokenizer)
-      return _written(
-        (layout or FAMILIES.get("flow").layout).sequence(prompt, drop, tokenizer, image_patches), record, tokenizer
-      )
+      return _written(layout.sequence(prompt, drop, tokenizer, image_patches), record, tokenizer)
     sequence = _Sequence(tokenizer, image_patches, template)
     if not record.turns and (task == "text" or IMAGE_MARK in record.text):
       _document(sequence, record.text, mark)

@@ -18,7 +18,8 @@ from jflow.config import DataConfig
 from jflow.data import examples, images, mixture, packing, processes, sources
 from jflow.data.examples import Sample
 from jflow.data.records import RecordError, Source
-from jflow.data.store import latents, plans
+from jflow.data.store import plans
+from jflow.data.store.stored import StoredImages
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.generation.base import FAMILIES
@@ -57,15 +58,16 @@ class Rows:
     self.name, self.task = name, task
     self.fingerprint = getattr(source, "fingerprint", "")
     self._source, self._tokenizer, self._shape = source, tokenizer, shape
-    self._layout = FAMILIES.get(shape.writer).layout  # loader processes know no names that a script has registered
+    family = FAMILIES.get(shape.writer)
+    self._layout = family.layout  # loader processes know no names that a script has registered
     self._template = config.template
     self._first_sentence, self._prompt_drop = config.first_sentence, config.prompt_drop
     self._seed = seed
     self._orders: dict[int, np.ndarray] = {}
     self.planned = plans.planned(source, task, tokenizer, self._template, shape, config.plan_cache)
     self.plan, self.rejected = self.planned.plan, self.planned.rejected
-    ahead = task == "generation" and config.latents
-    self.latents = latents.Latents(source, shape.image_size, shape.stored) if ahead else None
+    ahead = task == "generation" and config.stored
+    self.stored = StoredImages(family.stored, source, shape.image_size, shape.stored) if ahead else None
     if not self.plan.rows:
       raise UserError(
         f"{name}: none of the {len(source):,} {task} records fits a row of {shape.tokens:,} tokens "
@@ -77,10 +79,11 @@ class Rows:
     rejected = collections.Counter(self.rejected)
     too_long = rejected.pop("too_long", 0)
     reasons = f" ({', '.join(f'{r} {n:,}' for r, n in sorted(rejected.items()))})" if rejected else ""
+    made = f"; {self.stored.kind.name} made ahead" if self.stored else ""
     return (
       f"{self.task:13} {self.name}: {_counted(self.planned.records, 'record')} in {_counted(self.plan.rows, 'row')}, "
       f"{self.planned.fill(self._shape.tokens):.1%} full; {too_long:,} too long, "
-      f"{rejected.total():,} rejected{reasons}{'; latents made ahead' if self.latents else ''}"
+      f"{rejected.total():,} rejected{reasons}{made}"
     )
 
   def fill(self, row: Batch, number: int) -> tuple[int, list[tuple[str, str]]]:
@@ -126,8 +129,8 @@ class Rows:
     if self.task == "text":
       return packing.cut(sample, start, stop)
     size = self._shape.image_size
-    if self.latents is not None:
-      box, stored = self.latents[index]
+    if self.stored is not None:
+      box, stored = self.stored[index]
       pixels = images.square(sample.images[0], size, box)
       return sample._replace(images=(pixels,), stored=(stored,))
     if self.task == "generation":
@@ -225,7 +228,7 @@ class Pipeline:
           "weight": float(weight),
           "records": rows.planned.records,
           "fingerprint": rows.fingerprint,
-          "latents": rows.latents.fingerprint if rows.latents else "",
+          "latents": rows.stored.fingerprint if rows.stored else "",  # of codes too: the name is as old as the files
         }
         for rows, weight in zip(listed, weights, strict=True)
       ]
@@ -233,9 +236,9 @@ class Pipeline:
       if listed
     }
 
-  def latents(self) -> dict[str, str]:
-    """Returns the folders of the latents that are in use, each with the fingerprint of its encoder."""
-    found = [rows.latents for rows in self.sources() if rows.latents]
+  def encoders(self) -> dict[str, str]:
+    """Returns the folders of encoded images that are in use, each with the fingerprint of its encoder."""
+    found = [rows.stored for rows in self.sources() if rows.stored]
     return {made.directory: made.encoder for made in found}
 
   def counts(self, step: int) -> dict[str, int]:

@@ -9,6 +9,7 @@ A family has
   settings    the frozen dataclass of its sampling settings
   writer      the Linen module: targets, embeddings of the image slots, losses (`Writer`)
   sampler     prompts to pixels (`Sampler`)
+  stored      what its frozen encoder makes of an image, which may be computed ahead of training (`Stored`)
 """
 
 import dataclasses
@@ -66,9 +67,6 @@ class Config(Protocol):
   def check(self, model: Any) -> None:
     """Raises UserError, naming the field, where the section does not fit the rest of the model."""
 
-  def stored_shape(self, model: Any) -> tuple[int, ...]:
-    """Shape of an image's encoder output, which may be precomputed; () for a family without an encoder."""
-
 
 class Writer(Protocol):
   """The Linen module of a family. Its parameters are siblings of the LLM's, under the names that it gives them.
@@ -93,7 +91,7 @@ class Writer(Protocol):
 
     Args:
       pixels_IHWC: f32 in [-1, 1].
-      stored: [I, ...] as `Config.stored_shape`, or [I, 0] where the step runs the encoder itself.
+      stored: [I, ...] as `Family.stored` says, or [I, 0] where the step runs the encoder itself.
       draws: of the same images, [I, ...].
 
     Returns:
@@ -159,8 +157,34 @@ class Sampler(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Stored:
+  """The output of a family's frozen encoder, which training reads from disk where it was computed ahead.
+
+  Attributes:
+    name: of the folder ("latents-384") and of the flag of `prepare` ("--latents").
+    array: name of the array in the header of the folder.
+    dtype: of the array, as NumPy names it; also bfloat16.
+    shape: model config -> the array's shape for one image.
+    part: the part of the parameters that holds the encoder; it must be frozen.
+    weights: names below `part` of the parameters that the output depends on.
+    encode: (model config, parameters of `part`, f32 pixels[N, H, W, 3] in [-1, 1]) -> [N, *shape], to be jitted; or
+      "package.module:attribute".
+    about: what the files hold, for `prepare --help`.
+  """
+
+  name: str
+  array: str
+  dtype: str
+  shape: Callable[[Any], tuple[int, ...]]
+  part: str
+  weights: tuple[str, ...]
+  encode: Any
+  about: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
-  """The description of a way to write images; `writer`, `sampler` and `flops` may be "package.module:attribute"."""
+  """The description of a way to write images; modules may be "package.module:attribute"."""
 
   name: str
   config: type
@@ -171,6 +195,8 @@ class Family:
   tokens: tuple[str, ...] = ()  # special tokens that only some tokenizers have and this family needs, by attribute
   layouts: tuple[Any, ...] = ()  # its published layouts, see interop/layouts.py
   flops: Any = None  # module of `step` and `image`, see flow/flops.py; None: its FLOPs are not counted
+  stored: Stored | None = None  # None: it has no encoder that could run ahead
+  draws: type | None = None  # frozen dataclass of the section `objective.draws`, which `Writer.draw` reads; None: {}
 
   @property
   def setting_names(self) -> set[str]:

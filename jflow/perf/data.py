@@ -30,7 +30,7 @@ from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.perf.timing import interleaved
 from jflow.progress import Progress
-from jflow.training import config_files
+from jflow.training import config_files, setup
 
 _WORDS = (
   "a photograph of the old red sailing boat on calm sea near small white houses at sunset with many birds".split()
@@ -60,7 +60,7 @@ def run(args: Settings) -> dict[str, Any]:
     small = config_files.load("stage2:tiny")
     config = config.replace(data=dict(tokenizer=small.data.tokenizer))
   model, data = config.model, config.data
-  shape = RowShape(data.row_tokens, data.row_images, model.patches, model.image_size)
+  shape = setup.row_shape(config, model)
   if args.plan:
     return {"workload": "data", "planned_records": args.plan, **_planning(args.plan, shape)}
   with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +89,7 @@ def _compare(
   weights = tuple(float(name == task) for name in TASKS)
   sources = {name: ((directory, 1.0),) if name == task else () for name in TASKS}
   config = config.replace(
-    sources=sources, mixture=((0, weights),), threads=args.threads, workers=0, plan_cache="", latents=False
+    sources=sources, mixture=((0, weights),), threads=args.threads, workers=0, plan_cache="", stored=False
   )
   pipeline = Pipeline(config, tokenizer, shape, 1, 0)
   source = PreparedSource(directory, task)

@@ -71,7 +71,7 @@ def _parts(
   pixels = lambda images: normalise(flat(images))
   yield "siglip", lambda p, images: apply(p, "features", pixels(images)), (params, batch.images)
   flow = c.generation.kind == "flow"
-  if flow and not config.data.latents:
+  if flow and not config.data.stored:
     yield "vae", lambda p, images: apply(p, lambda m, x: m.writer.posterior(x), pixels(images)), (params, batch.images)
 
   def heads(p, z, x):

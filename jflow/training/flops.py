@@ -42,7 +42,7 @@ def model_flops_of(
 ) -> dict[str, float]:
   """FLOPs of one step by part. `trained`: the parts that hold a trained parameter, the keys of `TrainState.trained`."""
   losses = {name for name, weight in config.objective.weights.items() if weight}
-  return model_flops.step(model, set(trained), work, losses, config.data.latents)
+  return model_flops.step(model, set(trained), work, losses, config.data.stored)
 
 
 def mfu(config: RunConfig, trained: Collection[str], row: dict[str, Any], seconds: float) -> float | None:

@@ -26,7 +26,7 @@ from jflow.errors import Stopped, Terminated
 from jflow.interop import steps
 from jflow.models.unified import UnifiedModel
 from jflow.progress import StepProgress
-from jflow.training import data_record, hosts, latents, optim, setup, tracking
+from jflow.training import data_record, encode, hosts, optim, setup, tracking
 from jflow.training import workdir as workdirs
 from jflow.training.checkpoint import Checkpointer
 from jflow.training.flops import mfu
@@ -127,7 +127,7 @@ def _train(
       state = jax.jit(program.state_of, out_shardings=program.shardings)(
         setup.start_params(config, model, mesh, open_data)
       )
-    latents.check(pipeline.latents(), state.frozen, model.config.autoencoder)
+    encode.check(pipeline.encoders(), state.frozen, model.config)
     if hosts.is_first():  # after the checks above, so that a mistake leaves no config in the workdir
       data_record.write(workdir, data)
       workdirs.write_config(workdir, config, tokenizer)

@@ -65,7 +65,7 @@ def merge(first: Params, second: Params) -> Params:
 
 
 def schedule(config: OptimizerConfig) -> optax.Schedule:
-  """Learning rate by step: linear to `learning_rate` in the warm-up, constant, linear to 0 in the cool-down.
+  """Learning rate by step: linear to `learning_rate` in the warm-up, constant, to 0 in the cool-down by its shape.
 
   The first step has a rate above 0, and so has the last of the cool-down; after it the rate is 0.
   `config` is the section `optimizer`.
@@ -76,7 +76,10 @@ def schedule(config: OptimizerConfig) -> optax.Schedule:
   def rate(step):
     share = jnp.minimum(1.0, (step + 1) / warmup)
     if cooldown:
-      share = jnp.minimum(share, jnp.maximum(0.0, (end - step) / cooldown))
+      left = jnp.maximum(0.0, (end - step) / cooldown)
+      if config.cooldown_shape == "cosine":
+        left = 0.5 - 0.5 * jnp.cos(jnp.pi * jnp.minimum(left, 1.0))
+      share = jnp.minimum(share, left)
     return config.learning_rate * share
 
   return rate

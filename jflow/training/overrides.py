@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jflow.config import RunConfig
+from jflow.config import RENAMED, RunConfig
 from jflow.errors import UserError
 from jflow.sections import flat, kinds
 from jflow.strict_json import shown
@@ -51,6 +51,7 @@ def _pairs(values: dict[str, Any], arguments: list[str]) -> Iterator[tuple[str, 
       raise UserError(f"unknown argument {shown(argument)}; fields are set as --config.FIELD=VALUE")
     negated, path, equals, value = named.groups()
     told = f"--{negated or ''}config.{path[:200]}" + (f"={value[:_SHOWN]}" if equals else "")
+    path = RENAMED.get(path, path)
     told = told.encode("unicode_escape").decode()  # one line, whatever is in it
     alone = equals or negated or not arguments or arguments[0].startswith("--")
     if alone or _kind(*_place(values, path, told), path) is bool:

@@ -1,5 +1,6 @@
 """The setup of a run: checks of the config, the model, the initial parameters."""
 
+import dataclasses
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jflow import compilation, sharding
+from jflow import compilation, registry, sharding
 from jflow import config as run_config
 from jflow.batch import RowShape
 from jflow.config import RunConfig, TrainConfig
@@ -21,7 +22,7 @@ from jflow.interop.checkpoints import Checkpoint, read_checkpoint
 from jflow.models import attention
 from jflow.models.build import initial_params
 from jflow.models.config import ModelConfig
-from jflow.models.llm.llama import remat_policy
+from jflow.models.llm.base import ARCHITECTURES
 from jflow.models.unified import UnifiedModel, loss_names
 from jflow.sections import refusal
 from jflow.training import fresh, hosts
@@ -35,7 +36,7 @@ def check(config: RunConfig) -> None:
     UserError: a field does not fit; the message names it, its value, and what is allowed.
   """
   run_config.check(config)
-  remat_policy(config.compute.remat)
+  _check_remat(config)
   kernels = attention.IMPLEMENTATIONS
   if config.compute.attention not in kernels:
     raise refusal("compute.attention", config.compute.attention, f"must be one of {', '.join(kernels)}")
@@ -46,9 +47,28 @@ def check(config: RunConfig) -> None:
   for name in config.objective.logged:
     if name not in names:
       raise refusal("objective.logged", config.objective.logged, f"must name losses of this model: {', '.join(names)}")
-  if config.data.latents and not config.model.generation.stored_shape(config.model):
-    kind = config.model.generation.kind
-    raise refusal("data.latents", True, f"must be False with model.generation.kind={kind!r}, which has none")
+  writes, draws = family(config.model.generation), config.objective.draws
+  if config.data.stored and not writes.stored:
+    raise refusal(
+      "data.stored", True, f"must be False with model.generation.kind={writes.name!r}, which stores nothing"
+    )
+  known = [field.name for field in dataclasses.fields(writes.draws)] if writes.draws else []
+  if set(draws) != set(known):
+    what = f"must hold {', '.join(known) or 'nothing'} with model.generation.kind={writes.name!r}"
+    raise refusal("objective.draws", draws, what)
+  if writes.draws:
+    writes.draws(**draws)
+
+
+def _check_remat(config: RunConfig) -> None:
+  kind, remat = config.model.language_model.kind, config.compute.remat
+  known = ARCHITECTURES.get(kind).remat
+  if known:
+    registry.load(known)(remat)
+  elif remat != "none":
+    raise refusal(
+      "compute.remat", remat, f"must be 'none' with model.language_model.kind={kind!r}, which knows no other"
+    )
 
 
 def build(config: RunConfig, device: jax.Device) -> UnifiedModel:
@@ -65,15 +85,16 @@ def build(config: RunConfig, device: jax.Device) -> UnifiedModel:
 
 def row_shape(config: RunConfig, model: ModelConfig) -> RowShape:
   """Returns the sizes of a config's packed rows."""
-  data = config.data
+  data, writes = config.data, family(model.generation)
   return RowShape(
     data.row_tokens,
     data.row_images,
     model.patches,
     model.image_size,
-    model.generation.kind,
-    family(model.generation).layout.slots(model.patches),
-    model.generation.stored_shape(model) if data.latents else (0,),
+    writes.name,
+    writes.layout.slots(model.patches),
+    writes.stored.shape(model) if data.stored and writes.stored else (0,),
+    writes.stored.dtype if writes.stored else "bfloat16",
   )
 
 

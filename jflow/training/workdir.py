@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jflow import files
-from jflow.config import RunConfig
+from jflow.config import RunConfig, renamed
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.interop import steps
@@ -215,7 +215,7 @@ def _as_now(values: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
     model = ModelConfig.from_dict(values["model"]).to_dict()
   except UserError as error:
     raise UserError(f"workdir {workdir} holds a run with another model: {error}") from None
-  return _read_back(completed(values, RunConfig) | {"model": model})
+  return _read_back(completed(renamed(values), RunConfig) | {"model": model})
 
 
 def _read_back(values: dict[str, Any]) -> dict[str, Any]:

@@ -80,7 +80,9 @@ def _epoch(output) -> collections.Counter:
   """Reads every row once, as a run does; returns what was rejected, by reason."""
   sources = {"generation": ((output, 1.0),)}
   config = data_config(max_rejected_share=1.0, mixture=((0, (0, 1, 0)),), sources=sources)
-  pipeline = Pipeline(config, TOKENIZER, RowShape(tokens=96, images=4, image_patches=4, image_size=8), 1, 0)
+  pipeline = Pipeline(
+    config, TOKENIZER, RowShape(tokens=96, images=4, image_patches=4, image_size=8, writer="flow"), 1, 0
+  )
   rows, counts, read = pipeline._rows[1][0].plan.rows, collections.Counter(), 0
   for batch, info in pipeline.batches(0, rows):
     counts.update(info["rejected"])

@@ -20,7 +20,7 @@ from jflow.data.records import Record, Turn
 from jflow.data.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load(pathlib.Path(__file__).parents[2] / "configs" / "tokenizer")
-SHAPE = RowShape(tokens=96, images=3, image_patches=9, image_size=6)
+SHAPE = RowShape(tokens=96, images=3, image_patches=9, image_size=6, writer="flow")
 SIZES = dict(understanding=37, generation=61, text=19)
 BATCH, STEPS, CHANGE = 8, 30, 14  # several epochs of each task, and a change of the mixture
 MIXTURE = ((0, (30, 50, 20)), (CHANGE, (14, 60, 26)))

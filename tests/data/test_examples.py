@@ -12,6 +12,7 @@ from jflow.data import examples
 from jflow.data.records import Record, RecordError, Turn
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import PromptTooLong, UserError
+from jflow.generation.flow import FAMILY
 
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "cases.json").read_text())["cases"]}
 ARRAYS = np.load(GOLDEN / "golden.npz")
@@ -21,7 +22,7 @@ PIXELS = np.zeros((4, 4, 3), np.uint8)
 
 
 def build(record, task, template="plain", **options):
-  return examples.build(record, task, TOKENIZER, template, P, **options)
+  return examples.build(record, task, TOKENIZER, template, P, layout=FAMILY.layout, **options)
 
 
 def learned(sample) -> str:

@@ -14,11 +14,12 @@ from jflow.data.store import plans
 from jflow.data.store.prepare import prepare
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
+from jflow.generation.flow import FAMILY
 from jflow.world.source import WorldSource
 
 ROOT = pathlib.Path(__file__).parents[2]
 TOKENIZER = Tokenizer.load(ROOT / "configs" / "tokenizer")
-SHAPE = RowShape(tokens=200, images=4, image_patches=9, image_size=24)
+SHAPE = RowShape(tokens=200, images=4, image_patches=9, image_size=24, writer="flow")
 
 
 def _pixels(number):
@@ -38,7 +39,7 @@ def _reading():
 
 def _writing(drop=0.0):
   record = Record("b", (_pixels(3),), "a house by the sea", ())
-  return examples.build(record, "generation", TOKENIZER, "plain", 9, np.random.default_rng(0), 0.0, drop)
+  return examples.build(record, "generation", TOKENIZER, "plain", 9, np.random.default_rng(0), 0.0, drop, FAMILY.layout)
 
 
 def _text():
@@ -97,7 +98,7 @@ def test_the_band_marks_the_positions_that_carry_a_loss():
 
 @pytest.mark.parametrize("task", ["generation", "text"])
 def test_the_histograms_are_those_of_the_rows(task):
-  shape = RowShape(tokens=160, images=2, image_patches=16, image_size=32)
+  shape = RowShape(tokens=160, images=2, image_patches=16, image_size=32, writer="flow")
   found = plans.planned(WorldSource(task, size=120, seed=0), task, TOKENIZER, "plain", shape, "")
   counted = inspection.histograms(task, "shapes", found.plan, shape.tokens)
   fill = []
@@ -115,7 +116,7 @@ def test_the_histograms_are_those_of_the_rows(task):
 def test_odd_rows_are_drawn():
   """Nothing in it, one word wider than a card, more text than a card holds, a dropped prompt."""
   word = examples.build(Record("w", (), "x" * 190, ()), "text", TOKENIZER, "plain", 9)
-  long = RowShape(tokens=4000, images=4, image_patches=9, image_size=24)
+  long = RowShape(tokens=4000, images=4, image_patches=9, image_size=24, writer="flow")
   document = examples.build(Record("d", (), "word " * 800, ()), "text", TOKENIZER, "plain", 9)
   many = (_text(),) * 40
   rows = [packing.pack(samples, long) for samples in ((), (word,), (document, word, _writing(drop=1.0)), many)]

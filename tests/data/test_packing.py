@@ -8,7 +8,7 @@ from jflow.batch import RowShape
 from jflow.data import packing
 from jflow.data.examples import Sample
 
-SHAPE = RowShape(tokens=64, images=3, image_patches=4, image_size=2)
+SHAPE = RowShape(tokens=64, images=3, image_patches=4, image_size=2, writer="flow")
 
 
 def _pieces(plan):
@@ -67,7 +67,7 @@ def _conversations(rng, size):
 @pytest.mark.parametrize("size", [3_000, 200_000])
 def test_plan_fills_rows_of_realistic_lengths(size):
   rng = np.random.default_rng(0)
-  shape = RowShape(tokens=4096, images=7, image_patches=576, image_size=384)
+  shape = RowShape(tokens=4096, images=7, image_patches=576, image_size=384, writer="flow")
   for lengths, least in ((_captions(rng, size), 0.95), (_conversations(rng, size), 0.97)):
     plan = packing.plan(lengths, shape, seed=0)
     assert lengths[:, 0].sum() / (plan.rows * shape.tokens) > least
@@ -78,7 +78,7 @@ def test_plan_fills_rows_of_realistic_lengths(size):
 def test_six_pictures_share_a_row_wherever_six_fit_on_average():
   """With 578 tokens and more per picture a seventh never fits, so that no plan has fewer rows."""
   lengths = _captions(np.random.default_rng(1), 60_000)
-  shape = RowShape(tokens=4096, images=7, image_patches=576, image_size=384)
+  shape = RowShape(tokens=4096, images=7, image_patches=576, image_size=384, writer="flow")
   assert lengths[:, 0].mean() * 6 < 4096 and lengths[:, 0].min() * 7 > 4096
   assert packing.plan(lengths, shape, seed=0).rows <= 60_000 / 6 * 1.001
 

@@ -16,9 +16,10 @@ from jflow.data.pipeline import Pipeline
 from jflow.data.records import Record, RecordError, Turn
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
+from jflow.generation.flow import FAMILY
 
 TOKENIZER = Tokenizer.load(pathlib.Path(__file__).parents[2] / "configs" / "tokenizer")
-SHAPE = RowShape(tokens=96, images=3, image_patches=9, image_size=6)
+SHAPE = RowShape(tokens=96, images=3, image_patches=9, image_size=6, writer="flow")
 
 
 class Numbers:
@@ -166,7 +167,7 @@ def test_samples_are_those_made_alone(opened):
     for _, text in [s for s in _segments(batch) if s[0] == row]:
       record = Numbers(task, 101)[_index(text)]
       variants = [
-        examples.build(record._replace(text=caption), task, TOKENIZER, "plain", 9)
+        examples.build(record._replace(text=caption), task, TOKENIZER, "plain", 9, layout=FAMILY.layout)
         for caption in (record.text, examples.first_sentence_of(record.text))
       ]
       sample = next(v for v in variants if TOKENIZER.decode(v.tokens) == text)
@@ -242,9 +243,9 @@ def test_sources_of_a_task_share_its_rows_by_weight(opened):
   [
     (dict(mixture=((0, (1, 1)),)), "mixture"),
     (dict(sources={**SOURCES, "text": ()}), "data.sources.text is empty"),
-    (dict(shape=RowShape(10, 3, 9, 6)), "data.row_tokens is 10"),
-    (dict(shape=RowShape(12, 3, 9, 6)), "none of the 101 understanding records fits a row of 12 tokens"),
-    (dict(shape=RowShape(96, 0, 9, 6)), "and 0 images"),
+    (dict(shape=RowShape(10, 3, 9, 6, "flow")), "data.row_tokens is 10"),
+    (dict(shape=RowShape(12, 3, 9, 6, "flow")), "none of the 101 understanding records fits a row of 12 tokens"),
+    (dict(shape=RowShape(96, 0, 9, 6, "flow")), "and 0 images"),
   ],
   ids=lambda value: "" if isinstance(value, dict) else value[:20],
 )
@@ -266,7 +267,7 @@ def test_the_built_in_world_fills_batches(template):
     shapes=data_config().shapes.replace(size=200),
     sources=dict.fromkeys(TASKS, (("shapes", 1.0),)),
   )
-  shape = RowShape(tokens=160, images=3, image_patches=16, image_size=32)
+  shape = RowShape(tokens=160, images=3, image_patches=16, image_size=32, writer="flow")
   pipeline = Pipeline(config, TOKENIZER, shape, 8, 0)
   for batch, info in pipeline.batches(0, 4):
     assert info["fill"] > 0.6 and not info["rejected"]

@@ -41,9 +41,6 @@ class Averages:
     if model.autoencoder is not None:
       raise UserError("model.autoencoder must be None for patch averages")
 
-  def stored_shape(self, model: Any) -> tuple[int, ...]:
-    return ()
-
 
 class Layout:
   """BOS PROMPT TAG slot*P, a query in every slot; a dropped prompt leaves BOS."""
@@ -148,7 +145,7 @@ def get_config():
   c = stage2.get_config("tiny")
   c.model.generation = dict(kind="averages", gain=1.0)
   c.model.autoencoder, c.model.objectives = None, {}
-  c.objective.weights = dict(text=1.0, averages=1.0)
+  c.objective.weights, c.objective.draws = dict(text=1.0, averages=1.0), {}
   c.optimizer.trained = ("language_model", "averages_.*", "understanding_(projector|start)")
   c.optimizer.frozen, c.optimizer.learning_rate = ("understanding_encoder",), 1e-2
   c.train.steps, c.data.mixture = 25, ((0, (1, 2, 1)),)

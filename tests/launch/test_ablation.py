@@ -125,8 +125,8 @@ def test_a_checkpoint_older_than_the_field_reads_with_siglip():
 def test_a_reader_without_siglip_has_no_published_layout_and_no_stored_latents():
   with pytest.raises(UserError, match="model.reader=.shared"):
     config_to_official(READERS["shared"], "float32")
-  config = tiny.configuration(data=dict(latents=True)).replace(model=READERS["shared"])
-  with pytest.raises(UserError, match="data.latents"):
+  config = tiny.configuration(data=dict(stored=True)).replace(model=READERS["shared"])
+  with pytest.raises(UserError, match="data.stored"):
     setup.check(config)
 
 

@@ -18,6 +18,7 @@ from jflow.data.packing import pack
 from jflow.data.records import Record
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
+from jflow.generation.flow import FAMILY
 from jflow.generation.flow.writer import Draws
 from jflow.models.cache import Cache
 from jflow.models.config import ModelConfig
@@ -55,7 +56,7 @@ def test_the_full_models_have_the_published_number_of_parameters(preset, patches
 
 def test_the_full_loss_and_its_gradient_have_the_right_shapes():
   config = ModelConfig.from_dict(models.janusflow_384())
-  batch = empty(2, RowShape(tokens=1024, images=1, image_patches=576, image_size=384))
+  batch = empty(2, RowShape(tokens=1024, images=1, image_patches=576, image_size=384, writer="flow"))
   latents = jax.ShapeDtypeStruct((2, 1, 48, 48, 4), jnp.float32)
   draws = Draws(jax.ShapeDtypeStruct((2, 1), jnp.float32), latents, latents)
   evaluate = functools.partial(tiny.loss_and_gradient, tiny.model(config, "full"))
@@ -246,7 +247,7 @@ def test_a_dropped_prompt_is_the_masked_prompt_without_its_masked_slots():
   pixels = RNG.integers(0, 256, (16, 16, 3), np.uint8)
   record = Record("1", (pixels,), "a red circle and two blue stars", ())
   build = lambda drop: examples.build(
-    record, "generation", tokenizer, "chat", CONFIG.patches, np.random.default_rng(0), prompt_drop=drop
+    record, "generation", tokenizer, "chat", CONFIG.patches, np.random.default_rng(0), 0.0, drop, FAMILY.layout
   )
   whole, dropped = build(0.0), build(1.0)
   prompt = whole.image_starts[0]

@@ -9,7 +9,7 @@ from jflow.cli import bench as command
 from jflow.errors import UserError
 from jflow.perf import data
 
-SHAPE = RowShape(tokens=4096, images=7, image_patches=576, image_size=384)
+SHAPE = RowShape(tokens=4096, images=7, image_patches=576, image_size=384, writer="flow")
 TINY = "--config=stage2:tiny"
 
 

@@ -144,7 +144,7 @@ def test_the_work_of_a_batch_is_counted_alike_on_host_and_device():
 
 
 def test_mfu_is_null_where_no_table_has_the_device(monkeypatch):
-  config = tiny.configuration(data=dict(latents=False))
+  config = tiny.configuration(data=dict(stored=False))
   row = lambda: {f"work_{name}": value for name, value in vars(flops.counted(tiny.mixed())).items()}
   trained = {"language_model", "generation_encoder"}
   assert flops.mfu(config, trained, row(), 1.0) is None

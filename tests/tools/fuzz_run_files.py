@@ -39,9 +39,10 @@ from preparing import make_folder
 from jflow.batch import RowShape
 from jflow.config import RunConfig
 from jflow.data.records import RecordError
-from jflow.data.store import latents, plans, prepare, prepared
+from jflow.data.store import plans, prepare, prepared, stored
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
+from jflow.generation.flow import FAMILY
 from jflow.interop.steps import damage
 from jflow.training import workdir as workdirs
 from jflow.training.checkpoint import Checkpointer
@@ -53,7 +54,8 @@ SECONDS = 60  # of a try, far beyond what one takes
 SAVED, LAST = (2, 4, 6), 7  # steps of the run with a checkpoint, and with a line of metrics
 RECORDS, SHARD = 12, 5
 MOMENTS = (2, 2, 4)
-SHAPE = RowShape(tokens=64, images=2, image_patches=4, image_size=8)
+SHAPE = RowShape(tokens=64, images=2, image_patches=4, image_size=8, writer="flow")
+LATENTS = FAMILY.stored
 
 
 class Hung(BaseException):
@@ -204,7 +206,7 @@ def make_data(folder: pathlib.Path) -> None:
   """Writes a prepared data set with its plan, lengths and latents."""
   prepare.prepare("shapes", str(folder), "generation", records=RECORDS, image_size=8, part_records=SHARD)
   encode = lambda pixels: np.repeat(pixels.mean((1, 2, 3)), 16).reshape(-1, *MOMENTS).astype(bfloat16)
-  latents.write(str(folder), 8, MOMENTS, "encoder", encode, batch_size=4, seed=0, threads=1)
+  stored.write(LATENTS, str(folder), 8, MOMENTS, "encoder", encode, batch_size=4, seed=0, threads=1)
   read_data(folder)
 
 
@@ -212,7 +214,7 @@ def read_data(folder: pathlib.Path) -> tuple[list[Any], plans.Planned, list[Any]
   """Opens a data set as a run does: its records, their plan, their latents; None for what is damaged."""
   source = prepared.PreparedSource(str(folder), "generation")
   planned = plans.planned(source, "generation", tokenizer(), "plain", SHAPE, "")
-  made = latents.Latents(source, 8, MOMENTS)
+  made = stored.StoredImages(LATENTS, source, 8, MOMENTS)
   return [at(source, i) for i in range(len(source))], planned, [at(made, i) for i in range(len(source))]
 
 

@@ -11,10 +11,12 @@ import pytest
 import tiny
 
 from jflow.config import RunConfig
+from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.models.config import ModelConfig
 from jflow.sections import flat, kinds
 from jflow.training import config_files
+from jflow.training import workdir as workdirs
 
 STAGE2 = f"{tiny.ROOT}/configs/stage2.py:tiny"
 FOLLOW = "from configs import stage2\nget_config = stage2.get_config\n"
@@ -272,9 +274,9 @@ def test_a_field_that_is_named_again():
 def test_each_field_has_a_value_in_the_file_and_comes_back():
   """Of configs/base.py each field is one of the typed config; config.json gives the same config again."""
   read = config_files.load(STAGE2)
-  others = ("model.", "objective.weights.")
+  others = ("model.", "objective.weights.", "objective.draws.")
   named = {name for name, _ in flat(read.to_dict()) if not name.startswith(others)}
-  assert named | {"objective.weights"} == {name for name, _ in kinds(RunConfig)}
+  assert named | {"objective.weights", "objective.draws"} == {name for name, _ in kinds(RunConfig)}
   again = RunConfig.from_dict(json.loads(json.dumps(read.to_dict())), ModelConfig.from_dict)
   assert again == read and list(flat(again.to_dict())) == list(flat(read.to_dict()))
 
@@ -299,7 +301,7 @@ NEVER = {  # field -> values that are refused before anything is built
   **dict.fromkeys(("train.spike_window", "train.fit_images", "data.row_images", "log.sample_steps"), (HUGE, 10**5000)),
   **dict.fromkeys(("model.language_model.num_layers", "model.generation.encoder_blocks"), (10**6, 10**5000)),
   **dict.fromkeys(
-    ("optimizer.learning_rate", "objective.time_mean", "train.watchdog_seconds", "data.prompt_drop"),
+    ("optimizer.learning_rate", "objective.draws.time_mean", "train.watchdog_seconds", "data.prompt_drop"),
     (float("nan"), float("inf"), "1", None, True, 1e300j),
   ),
   **dict.fromkeys(
@@ -337,3 +339,34 @@ def test_values_of_a_config_file_are_checked_as_well(field):
     with pytest.raises(UserError) as error:
       RunConfig.from_dict(values, ModelConfig.from_dict)
     assert field in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+  "old, value, now",
+  [
+    ("data.latents", True, "data.stored"),
+    ("objective.time_mean", -0.5, "objective.draws.time_mean"),
+    ("objective.time_std", 0.25, "objective.draws.time_std"),
+  ],
+)
+def test_the_name_that_a_field_had_before_still_sets_it(tmp_path, old, value, now):
+  """In a config file, on the command line, and in the config.json of a run that goes on."""
+  (tmp_path / "x.py").write_text(
+    f"from configs import stage2\n\ndef get_config(size):\n  c = stage2.get_config(size)\n  c.{old} = {value}\n  return c\n"
+  )
+  given = config_files.load("stage2:tiny", [f"--config.{now}={value}"])
+  assert config_files.load(f"{tmp_path / 'x.py'}:tiny") == given
+  assert config_files.load("stage2:tiny", [f"--config.{old}={value}"]) == given
+  values = given.to_dict()
+  before = values | {"data": values["data"] | {"latents": values["data"].pop("stored")}}
+  draws = values["objective"].pop("draws")
+  before = before | {"objective": values["objective"] | draws}
+  workdirs.check_same_run(_run(tmp_path, before), given, Tokenizer.load(given.data.tokenizer))
+
+
+def _run(folder: pathlib.Path, values: dict) -> pathlib.Path:
+  """A workdir that has begun with a config."""
+  Tokenizer.load(values["data"]["tokenizer"]).save(str(folder / "tokenizer"))
+  (folder / "config.json").write_text(json.dumps(values))
+  (folder / "data.json").write_text("{}")
+  return folder

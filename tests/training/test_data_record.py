@@ -38,7 +38,7 @@ def fields_of(sets: pathlib.Path, **changed) -> list[str]:
 
 def identity(fields: list[str]) -> data_record.Data:
   data = config_files.load(CONFIG, fields).data
-  return pipeline.Pipeline(data, TOKENIZER, RowShape(128, 4, 16, 32), 8, 0).identity()
+  return pipeline.Pipeline(data, TOKENIZER, RowShape(128, 4, 16, 32, "flow"), 8, 0).identity()
 
 
 @pytest.fixture

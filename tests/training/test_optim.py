@@ -27,6 +27,7 @@ CONFIG = OptimizerConfig(
   clip_norm=1.0,
   cooldown_start=0,
   cooldown_steps=0,
+  cooldown_shape="linear",
   muon=(),
   rates=(),
   trained=(),
@@ -139,6 +140,15 @@ def test_the_cool_down_is_linear_to_zero_behind_its_last_step():
   np.testing.assert_allclose([rate(i) for i in range(10)], want, rtol=1e-6, atol=1e-9)
   whole = optim.schedule(config.replace(cooldown_start=0, cooldown_steps=8))
   np.testing.assert_allclose([whole(i) for i in range(3)], [0.1, 0.175, 0.15], rtol=1e-6)
+
+
+def test_a_cosine_falls_by_half_a_period_and_reaches_zero_behind_its_last_step():
+  config = CONFIG.replace(
+    learning_rate=0.2, warmup_steps=2, cooldown_start=2, cooldown_steps=6, cooldown_shape="cosine"
+  )
+  rate = optim.schedule(config)
+  want = [0.1, 0.2, *(0.1 * (1 + np.cos(np.pi * np.arange(7) / 6))), 0.0]
+  np.testing.assert_allclose([rate(i) for i in range(10)], want, rtol=1e-5, atol=1e-8)
 
 
 def test_ema_is_the_weighted_sum_of_the_past():

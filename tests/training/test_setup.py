@@ -44,7 +44,8 @@ def test_the_stages_pass(stage, size):
     ("optimizer.beta2", 1.0),
     ("optimizer.cooldown_start", -1),
     ("optimizer.cooldown_steps", 2),  # the rate of the last steps would be 0
-    ("objective.time_std", 0.0),
+    ("objective.draws", dict(time_mean=0.0)),
+    ("objective.draws", dict(shift=1.0)),
     ("objective.weights", dict(alignment=0.0, flow=0.0, text=0.0)),
     ("data.template", "poem"),
     ("data.row_tokens", 129),
@@ -80,6 +81,7 @@ def test_a_bad_value_is_one_line_that_names_its_field(field, value):
 @pytest.mark.parametrize(
   "sections, named",
   [
+    (dict(objective=dict(draws=dict(time_mean=0.0, time_std=0.0))), ("objective.draws.time_std", "above 0", "0.0")),
     (dict(distributed=dict(processes=4, process_id=2)), ("distributed.coordinator", "HOST:PORT", "''")),
     (
       dict(distributed=dict(processes=4, process_id=2, coordinator="head")),

@@ -211,7 +211,10 @@ def test_steps_on_one_batch_lower_its_losses():
 def test_draws_have_the_stated_distributions():
   batch = jax.tree.map(jnp.asarray, empty(400, tiny.SHAPE))
   draws = draw(
-    tiny.model(), jax.random.key(0), batch, tiny.configuration(objective=dict(time_mean=-0.5, time_std=2.0)).objective
+    tiny.model(),
+    jax.random.key(0),
+    batch,
+    tiny.configuration(objective=dict(draws=dict(time_mean=-0.5, time_std=2.0))).objective,
   )
   logit = np.log(draws.time) - np.log1p(-draws.time)
   assert logit.shape == (400, 3) and draws.noise.shape == draws.posterior.shape == (400, 3, 8, 8, 4)

@@ -41,13 +41,13 @@ def measure(
   tokenizer: Tokenizer,
   template: str,
   image_patches: int,
+  writer: str,
   cache: str = "",
-  writer: str = "flow",
 ) -> tuple[np.ndarray, collections.Counter]:
   """Returns the tokens and images of every record, int32[N, 2], and the counts of rejected ones by reason.
 
   A rejected record has length 0. Where chance decides (first sentence, dropped prompt), the longest counts.
-  `cache` is the folder for what cannot be kept beside the records; `writer` a name of generation/base.py.
+  `writer` is a name of generation/base.py; `cache` the folder for what cannot be kept beside the records.
   """
   folders = derived.places(source, cache)
   fingerprint = getattr(source, "fingerprint", "")

@@ -83,7 +83,7 @@ def planned(source: Source, task: str, tokenizer: Tokenizer, template: str, shap
 
 
 def _plan(source: Source, task: str, tokenizer: Tokenizer, template: str, shape: RowShape, cache: str) -> Planned:
-  sizes, rejected = lengths.measure(source, task, tokenizer, template, shape.image_patches, cache, shape.writer)
+  sizes, rejected = lengths.measure(source, task, tokenizer, template, shape.image_patches, shape.writer, cache)
   if task == "text":
     plan = packing.plan_documents(sizes[:, 0], shape.tokens, _SEED)
   else:

@@ -1,9 +1,17 @@
 """Rectified flow of VAE latents (JanusFlow, paper sections 3.1 and 3.2)."""
 
-from jflow.generation.base import Family
-from jflow.generation.flow.config import FlowConfig
+from typing import Any
+
+from jflow.generation.base import Family, Stored
+from jflow.generation.flow.config import FlowConfig, FlowDraws
 from jflow.generation.flow.layout import FlowLayout
 from jflow.generation.flow.settings import Settings
+
+
+def _moments(model: Any) -> tuple[int, ...]:
+  """(h, w, 2 C), mean and log variance."""
+  return (model.latent_size, model.latent_size, 2 * model.autoencoder.latent_channels)
+
 
 FAMILY = Family(
   name="flow",
@@ -15,4 +23,15 @@ FAMILY = Family(
   tokens=("image", "generation_start"),
   layouts=("jflow.interop.janusflow:LAYOUT",),
   flops="jflow.generation.flow.flops",
+  stored=Stored(
+    name="latents",
+    array="moments",
+    dtype="bfloat16",
+    shape=_moments,
+    part="vae",
+    weights=("encoder", "quant"),
+    encode="jflow.generation.flow.stored:encode",
+    about="the mean and log variance of the VAE's posterior (bfloat16, 36 KB at 384)",
+  ),
+  draws=FlowDraws,
 )

@@ -1,9 +1,25 @@
-"""Sizes of the ConvNeXt encoder and decoder around the LLM."""
+"""Sizes of the ConvNeXt encoder and decoder around the LLM, and how training draws times."""
 
 import dataclasses
 from typing import Any
 
 from jflow.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowDraws:
+  """The section `objective.draws`: the logit of a training image's time is normal (not in the paper).
+
+  Raises:
+    UserError: a deviation that is not positive.
+  """
+
+  time_mean: float
+  time_std: float
+
+  def __post_init__(self) -> None:
+    if not self.time_std > 0:
+      raise UserError(f"config.objective.draws.time_std must be above 0, got {self.time_std}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +38,6 @@ class FlowConfig:
     if self.channels % 2:
       raise UserError(f"model.generation.channels={self.channels} must be even (cosines and sines of the time)")
     if model.autoencoder is None:
-      raise UserError("model.autoencoder=None must be a section: rectified flow writes its latents")
-    if model.autoencoder is None:
       raise UserError("model.autoencoder must be a section where model.generation.kind='flow', got None")
     factor, size = model.autoencoder.factor, model.image_size
     if size % (factor * self.patch_size):
@@ -37,7 +51,3 @@ class FlowConfig:
         f"a written image has {patches} patches, a read one {model.patches}: they must be equal, since "
         "the alignment loss (eq. 8) compares them position by position"
       )
-
-  def stored_shape(self, model: Any) -> tuple[int, ...]:
-    """(h, w, 2 C), mean and log variance of the VAE's posterior."""
-    return (model.latent_size, model.latent_size, 2 * model.autoencoder.latent_channels)

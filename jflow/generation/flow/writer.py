@@ -97,7 +97,7 @@ class FlowWriter(nn.Module):
     shape = (b, m, c.latent_size, c.latent_size, c.autoencoder.latent_channels)
     time, noise, posterior = jax.random.split(key, 3)
     return Draws(
-      time=equations.logit_normal(time, (b, m), objective.time_mean, objective.time_std),
+      time=equations.logit_normal(time, (b, m), objective.draws["time_mean"], objective.draws["time_std"]),
       noise=jax.random.normal(noise, shape),
       posterior=jax.random.normal(posterior, shape),
     )

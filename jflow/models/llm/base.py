@@ -33,10 +33,13 @@ class Architecture:
     config: the frozen dataclass of the section `model.language_model`. It has kind, vocab_size, embed_dim, mlp_dim, num_layers,
       num_heads, num_kv_heads, head_dim, rms_norm_epsilon and max_length, which caches, heads and writers read.
     module: the Linen module, or "package.module:Class".
+    remat: checks a value of `compute.remat`, of which it raises UserError for those that the module does not know;
+      or "package.module:function". None: the module knows "none" alone.
   """
 
   config: type
   module: Any
+  remat: Any = None
 
 
 ARCHITECTURES = registry.Registry(

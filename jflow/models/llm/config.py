@@ -33,4 +33,8 @@ class LanguageModelConfig:
       raise UserError(f"model.language_model.head_dim={self.head_dim} must be even (rotary halves)")
 
 
-LLAMA = Architecture(config=LanguageModelConfig, module="jflow.models.llm.llama:LanguageModel")
+LLAMA = Architecture(
+  config=LanguageModelConfig,
+  module="jflow.models.llm.llama:LanguageModel",
+  remat="jflow.models.llm.llama:remat_policy",
+)

@@ -17,10 +17,11 @@ from jflow.data.store import lengths, plans
 from jflow.data.store.prepare import prepare
 from jflow.data.store.prepared import PreparedSource
 from jflow.data.tokenizer import Tokenizer
+from jflow.generation.flow import FAMILY
 from jflow.world.source import WorldSource
 
 TOKENIZER = Tokenizer.load(pathlib.Path(__file__).parents[3] / "configs" / "tokenizer")
-SHAPE = RowShape(tokens=160, images=2, image_patches=16, image_size=32)
+SHAPE = RowShape(tokens=160, images=2, image_patches=16, image_size=32, writer="flow")
 
 
 def _source(task="generation", size=150, **options):
@@ -72,9 +73,9 @@ def test_a_plan_is_made_once_and_is_the_plan_of_its_lengths(tmp_path, made, task
 def test_what_a_plan_depends_on_makes_another(tmp_path, made):
   _planned(tmp_path)
   others = [
-    dict(shape=SHAPE.__class__(120, 2, 16, 32)),
-    dict(shape=SHAPE.__class__(160, 1, 16, 32)),
-    dict(shape=SHAPE.__class__(160, 2, 9, 32)),
+    dict(shape=SHAPE.__class__(120, 2, 16, 32, "flow")),
+    dict(shape=SHAPE.__class__(160, 1, 16, 32, "flow")),
+    dict(shape=SHAPE.__class__(160, 2, 9, 32, "flow")),
   ]
   for number, change in enumerate(others, start=2):  # other budgets need no second look at the records
     _planned(tmp_path, **change)
@@ -83,7 +84,7 @@ def test_what_a_plan_depends_on_makes_another(tmp_path, made):
   for number, change in enumerate(others, start=2):
     _planned(tmp_path, **change)
     assert made == {"measured": number, "planned": 3 + number}
-  _planned(tmp_path, shape=SHAPE.__class__(160, 2, 16, 64))  # pixels do not count
+  _planned(tmp_path, shape=SHAPE.__class__(160, 2, 16, 64, "flow"))  # pixels do not count
   assert made == {"measured": 6, "planned": 9}
 
 
@@ -191,8 +192,8 @@ def test_of_several_processes_one_plans_and_the_others_wait(tmp_path):
 @pytest.mark.parametrize("task", TASKS)
 def test_lengths_are_those_of_the_longest_samples(task, template):
   source = _source(task, size=40)
-  sizes, rejected = lengths.measure(source, task, TOKENIZER, template, 16)
-  built = [examples.build(source[i], task, TOKENIZER, template, 16) for i in range(40)]
+  sizes, rejected = lengths.measure(source, task, TOKENIZER, template, 16, "flow")
+  built = [examples.build(source[i], task, TOKENIZER, template, 16, layout=FAMILY.layout) for i in range(40)]
   assert sizes.tolist() == [[len(sample.tokens), len(sample.images)] for sample in built] and not rejected
 
 
@@ -206,7 +207,7 @@ def test_records_that_cannot_be_used_have_length_0_and_a_reason():
         raise RecordError("corrupt", "broken")
       return _source("text")[index]
 
-  sizes, rejected = lengths.measure(Broken(), "text", TOKENIZER, "plain", 16)
+  sizes, rejected = lengths.measure(Broken(), "text", TOKENIZER, "plain", 16, "flow")
   assert (sizes[1::2] == 0).all() and (sizes[::2, 0] > 0).all() and rejected == {"corrupt": 3}
 
 
@@ -214,9 +215,9 @@ def test_processes_do_not_change_the_lengths(tmp_path, monkeypatch):
   output = str(tmp_path / "data")
   prepare("shapes", output=output, task="understanding", records=50, image_size=16, part_records=12)
   monkeypatch.setattr(lengths.derived, "find", lambda *_: None)  # measured anew
-  alone = lengths.measure(PreparedSource(output, "understanding"), "understanding", TOKENIZER, "chat", 0)
+  alone = lengths.measure(PreparedSource(output, "understanding"), "understanding", TOKENIZER, "chat", 0, "flow")
   monkeypatch.setattr(lengths, "_WORTH_PROCESSES", 1)
   monkeypatch.setattr(os, "cpu_count", lambda: 2)
-  shared = lengths.measure(PreparedSource(output, "understanding"), "understanding", TOKENIZER, "chat", 0)
+  shared = lengths.measure(PreparedSource(output, "understanding"), "understanding", TOKENIZER, "chat", 0, "flow")
   np.testing.assert_array_equal(alone[0], shared[0])
   assert alone[0].shape == (50, 2) and alone[1] == shared[1]

@@ -110,7 +110,7 @@ def test_an_image_that_is_not_what_was_stored_costs_its_record(folder, monkeypat
 
 def _pipeline(output):
   config = data_config(mixture=((0, (1, 0, 0)),), sources={"understanding": ((output, 1.0),)})
-  return Pipeline(config, TOKENIZER, RowShape(tokens=64, images=2, image_patches=4, image_size=8), 4, 0)
+  return Pipeline(config, TOKENIZER, RowShape(tokens=64, images=2, image_patches=4, image_size=8, writer="flow"), 4, 0)
 
 
 @pytest.mark.parametrize("damage", [b"\x07", b""])
@@ -168,7 +168,7 @@ def test_lengths_are_measured_once(folder, monkeypatch):
   _, output = run(folder)
 
   def measure():
-    return lengths.measure(PreparedSource(output, "understanding"), "understanding", TOKENIZER, "plain", 4)
+    return lengths.measure(PreparedSource(output, "understanding"), "understanding", TOKENIZER, "plain", 4, "flow")
 
   first, rejected = measure()
   assert (first[:, 1] == 1).all() and (first[:, 0] > 8).all() and not rejected
@@ -180,7 +180,7 @@ def test_lengths_are_measured_once(folder, monkeypatch):
     patch.setattr(lengths.examples, "build", never)
     np.testing.assert_array_equal(measure()[0], first)
     with pytest.raises(AssertionError):  # another template has other lengths
-      lengths.measure(PreparedSource(output, "understanding"), "understanding", TOKENIZER, "chat", 4)
+      lengths.measure(PreparedSource(output, "understanding"), "understanding", TOKENIZER, "chat", 4, "flow")
   (cache,) = pathlib.Path(output).glob("lengths-*.npz")
   cache.write_bytes(b"damaged")
   np.testing.assert_array_equal(measure()[0], first)

@@ -1,4 +1,4 @@
-"""Latents made ahead of time: the same losses as live, and no run takes those of another VAE, size or data set."""
+"""Images encoded ahead of time: the same losses as live, and no run takes those of another encoder, size or data set."""
 
 import errno
 import functools
@@ -20,15 +20,17 @@ from jflow.cli import prepare as prepare_command
 from jflow.data import images
 from jflow.data.pipeline import Pipeline
 from jflow.data.records import RecordError
-from jflow.data.store import latents, prepare, prepared
+from jflow.data.store import prepare, prepared, stored
 from jflow.data.store.prepared import PreparedSource
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
-from jflow.training import latents as encoding
+from jflow.generation.base import family
+from jflow.training import encode as encoding
 from jflow.training import loop, setup
 
 RECORDS = 22
 MOMENTS = (8, 8, 8)
+LATENTS = family(tiny.CONFIG.generation).stored
 
 
 @functools.cache
@@ -38,16 +40,16 @@ def tokenizer() -> Tokenizer:
 
 @functools.cache
 def encode():
-  return encoding.encoder(tiny.params()["vae"], tiny.CONFIG)
+  return encoding.encoder(LATENTS, tiny.params()["vae"], tiny.CONFIG)
 
 
 def fingerprint() -> str:
-  return encoding.fingerprint(tiny.params()["vae"], tiny.CONFIG.autoencoder)
+  return encoding.fingerprint(LATENTS, tiny.params()["vae"], tiny.CONFIG)
 
 
 def write(directory, encoder=encode, **changes):
   arguments = dict(encoder=fingerprint(), batch_size=4, seed=7, threads=2) | changes
-  return latents.write(str(directory), 16, MOMENTS, encode=lambda x: encoder()(x), **arguments)
+  return stored.write(LATENTS, str(directory), 16, MOMENTS, encode=lambda x: encoder()(x), **arguments)
 
 
 @pytest.fixture
@@ -77,7 +79,7 @@ def configuration(data, **changes):
     prefetch=1,
     plan_cache="",
     max_rejected_share=0.01,
-    latents=True,
+    stored=True,
     mixture=((0, (0, 1, 0)),),
     sources=dict(understanding=(), generation=((data, 1.0),), text=()),
   )
@@ -128,7 +130,7 @@ def test_every_epoch_shows_the_square_that_was_encoded(data):
   write(data)
   source, made = (
     PreparedSource(data, "generation"),
-    latents.Latents(PreparedSource(data, "generation"), 16, MOMENTS),
+    stored.StoredImages(LATENTS, PreparedSource(data, "generation"), 16, MOMENTS),
   )
   wanted = {}
   for index in range(RECORDS):
@@ -167,17 +169,17 @@ def test_a_killed_run_goes_on_and_nothing_is_there_before_all_is(data):
 
   with pytest.raises(KeyboardInterrupt):
     write(data, failing)
-  assert not os.path.exists(latents.folder(data, 16))
+  assert not os.path.exists(stored.folder(LATENTS, data, 16))
   calls.clear()
   write(data, lambda: calls.append(1) or encode())
-  killed = {p.name: p.read_bytes() for p in pathlib.Path(latents.folder(data, 16)).iterdir()}
+  killed = {p.name: p.read_bytes() for p in pathlib.Path(stored.folder(LATENTS, data, 16)).iterdir()}
   assert len(calls) == 5  # of 7: shards of 6, 6, 6 and 4 in batches of 4, the first shard was there
-  os.rename(latents.folder(data, 16), data + "-first")
+  os.rename(stored.folder(LATENTS, data, 16), data + "-first")
   write(data, batch_size=7, threads=1)
-  whole = latents.Latents(PreparedSource(data, "generation"), 16, MOMENTS)
-  os.rename(latents.folder(data, 16), data + "-second")
-  os.rename(data + "-first", latents.folder(data, 16))
-  resumed = latents.Latents(PreparedSource(data, "generation"), 16, MOMENTS)
+  whole = stored.StoredImages(LATENTS, PreparedSource(data, "generation"), 16, MOMENTS)
+  os.rename(stored.folder(LATENTS, data, 16), data + "-second")
+  os.rename(data + "-first", stored.folder(LATENTS, data, 16))
+  resumed = stored.StoredImages(LATENTS, PreparedSource(data, "generation"), 16, MOMENTS)
   for index in range(RECORDS):
     assert resumed[index][0] == whole[index][0]
     np.testing.assert_allclose(*(x[index][1].astype(np.float32) for x in (resumed, whole)), rtol=2**-7, atol=1e-5)
@@ -192,7 +194,7 @@ def test_one_process_writes_and_a_full_disk_gets_one_clear_line(data, monkeypatc
     return encode()
 
   write(data, meanwhile)
-  shutil.rmtree(latents.folder(data, 16))
+  shutil.rmtree(stored.folder(LATENTS, data, 16))
 
   def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device", "latents-00000")
@@ -226,7 +228,7 @@ def test_a_damaged_header_is_named(written, damage):
   text = json.dumps(json.loads(written[1]) | damage) if isinstance(damage, dict) else damage
   header.write_text(text)
   with pytest.raises(UserError, match="latents.json is damaged .*: remove .*make them again"):
-    latents.Latents(written[2], 16, MOMENTS)
+    stored.StoredImages(LATENTS, written[2], 16, MOMENTS)
   assert header.read_text() == text
 
 
@@ -237,7 +239,7 @@ def written(tmp_path_factory):
   prepare.prepare("shapes", data, "generation", records=22, image_size=16, part_records=6)
   constant = lambda: lambda pixels: np.zeros((len(pixels), *MOMENTS), bfloat16)
   write(data, constant)
-  folder = latents.folder(data, 16)
+  folder = stored.folder(LATENTS, data, 16)
   return folder, (pathlib.Path(folder) / "latents.json").read_text(), PreparedSource(data, "generation")
 
 
@@ -256,7 +258,7 @@ def test_a_shard_that_is_not_whole_is_made_again(tmp_path, harm):
 
   with pytest.raises(KeyboardInterrupt):
     write(data, killed)
-  shard = pathlib.Path(latents.folder(data, 16) + ".partial") / "latents-00000-of-00002.array_record"
+  shard = pathlib.Path(stored.folder(LATENTS, data, 16) + ".partial") / "latents-00000-of-00002.array_record"
   (tmp_path / "precious").write_text("mine")
   if harm == "report":
     shard.with_name(shard.name + ".json").write_text('{"bytes": "x"}')
@@ -266,7 +268,7 @@ def test_a_shard_that_is_not_whole_is_made_again(tmp_path, harm):
     shard.unlink()
     shard.symlink_to(tmp_path / "precious")
   write(data, lambda: ones)
-  made = latents.Latents(PreparedSource(data, "generation"), 16, MOMENTS)
+  made = stored.StoredImages(LATENTS, PreparedSource(data, "generation"), 16, MOMENTS)
   assert all((made[i][1] == 1).all() for i in range(12)) and (tmp_path / "precious").read_text() == "mine"
 
 
@@ -276,9 +278,9 @@ def test_a_run_refuses_what_does_not_fit(data, tmp_path):
   write(data)
   source = PreparedSource(data, "generation")
   with pytest.raises(UserError, match="no latents of 32 pixels; there are: latents-16"):
-    latents.Latents(source, 32, MOMENTS)
+    stored.StoredImages(LATENTS, source, 32, MOMENTS)
   with pytest.raises(UserError, match=r"holds moments of \(8, 8, 8\), and this run has \(8, 8, 16\)"):
-    latents.Latents(source, 16, (8, 8, 16))
+    stored.StoredImages(LATENTS, source, 16, (8, 8, 16))
   with pytest.raises(UserError, match="exists: remove it"):
     write(data)
   header = pathlib.Path(data, "latents-16", "latents.json")
@@ -307,27 +309,27 @@ def test_another_vae_is_refused_before_the_step_is_compiled(data, tmp_path, monk
 
 
 def test_the_fingerprint_covers_the_encoder_and_nothing_else():
-  vae, config = tiny.params()["vae"], tiny.CONFIG.autoencoder
+  vae, config = tiny.params()["vae"], tiny.CONFIG
   encoding.check({"somewhere": fingerprint()}, {"vae": vae}, config)
   encoding.check({}, {}, config)
   decoder = vae | {"decoder": jax.tree.map(lambda x: x + 1, vae["decoder"])}
-  assert encoding.fingerprint(decoder, config) == fingerprint()
+  assert encoding.fingerprint(LATENTS, decoder, config) == fingerprint()
   for name in vae["encoder"]:
     nudged = vae["encoder"] | {name: vae["encoder"][name] + np.float32(1e-3)}
-    assert encoding.fingerprint(vae | {"encoder": nudged}, config) != fingerprint()
+    assert encoding.fingerprint(LATENTS, vae | {"encoder": nudged}, config) != fingerprint()
   with pytest.raises(UserError, match="needs a frozen VAE"):
     encoding.check({"somewhere": fingerprint()}, {}, config)
 
 
 def test_a_damaged_entry_costs_its_record(data):
   write(data)
-  made = latents.Latents(PreparedSource(data, "generation"), 16, MOMENTS)
+  made = stored.StoredImages(LATENTS, PreparedSource(data, "generation"), 16, MOMENTS)
   entry = made[8][1].tobytes()
   (shard,) = [path for path in pathlib.Path(data, "latents-16").iterdir() if entry in path.read_bytes()]
   content = bytearray(shard.read_bytes())
   content[content.index(entry) + 100] ^= 1
   shard.write_bytes(content)
-  made = latents.Latents(PreparedSource(data, "generation"), 16, MOMENTS)
+  made = stored.StoredImages(LATENTS, PreparedSource(data, "generation"), 16, MOMENTS)
   reasons = []
   for index in range(RECORDS):
     try:
@@ -348,7 +350,7 @@ def test_a_picture_that_cannot_be_read_has_no_latents_and_is_counted(data, monke
 
   monkeypatch.setattr(images, "square", square)
   assert write(data)["rejected"] == {"unreadable": 1}
-  made = latents.Latents(PreparedSource(data, "generation"), 16, MOMENTS)
+  made = stored.StoredImages(LATENTS, PreparedSource(data, "generation"), 16, MOMENTS)
   made[7], made[9]
   with pytest.raises(RecordError):
     made[8]
@@ -371,8 +373,8 @@ def test_latents_of_pictures_to_read_and_a_run_that_is_interrupted_get_one_clear
     raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt, match="stopped; run the same command again to go on"):
-    latents.write(data, 16, MOMENTS, "x", interrupt, 4, 7, 2)
+    stored.write(LATENTS, data, 16, MOMENTS, "x", interrupt, 4, 7, 2)
   read = str(tmp_path / "read")
   prepare.prepare("shapes", read, "understanding", records=1, image_size=16)
   with pytest.raises(UserError, match="--input=.*read holds understanding records: .*--task=generation"):
-    latents.write(read, 16, MOMENTS, "x", interrupt, 4, 7, 2)
+    stored.write(LATENTS, read, 16, MOMENTS, "x", interrupt, 4, 7, 2)
