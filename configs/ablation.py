@@ -51,7 +51,7 @@ def get_config(size: str = ""):
     c.train.init_fresh, c.train.init_dropped = (), ("alignment_head",)
     trained = tuple(part for part in trained if part != "alignment_head")
   if letter in _READER:
-    c.model.reader = _READER[letter]
+    c.model.reader.kind = _READER[letter]
     c.train.init_dropped += ("understanding_projector",)
     trained = tuple(part for part in trained if part != "understanding_projector")
   if letter == "C":

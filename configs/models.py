@@ -44,7 +44,7 @@ def janusflow_384() -> dict:
       window=0,
     ),
     objectives=dict(alignment=dict(layer=6, hidden_dim=2048)),
-    reader="siglip",
+    reader=dict(kind="siglip", start="learned", layers=1),
   )
 
 
@@ -93,7 +93,7 @@ def tiny() -> dict:
       window=0,
     ),
     objectives=dict(alignment=dict(layer=2, hidden_dim=64)),
-    reader="siglip",
+    reader=dict(kind="siglip", start="learned", layers=1),
   )
 
 
@@ -139,7 +139,7 @@ def shapes() -> dict:
       window=6,
     ),
     objectives=dict(alignment=dict(layer=2, hidden_dim=96)),
-    reader="siglip",
+    reader=dict(kind="siglip", start="learned", layers=1),
   )
 
 
@@ -193,5 +193,5 @@ def mid() -> dict:
       window=0,
     ),
     objectives=dict(alignment=dict(layer=2, hidden_dim=768)),
-    reader="siglip",
+    reader=dict(kind="siglip", start="learned", layers=1),
   )

@@ -272,8 +272,8 @@ def _parts_replace_others(c: RunConfig) -> str:
 def _only_a_fresh_siglip_is_fitted(c: RunConfig) -> str:
   if not c.train.fit_labels:
     return ""
-  if c.model.reader != "siglip":
-    return "must be 0 with another model.reader than 'siglip'"
+  if c.model.reader.kind != "siglip":
+    return "must be 0 with another model.reader.kind than 'siglip'"
   return "must be 0 with train.init_from, whose SigLIP is not fresh" if c.train.init_from else ""
 
 
@@ -305,8 +305,9 @@ def _there_is_a_tokenizer(c: RunConfig) -> str:
 
 @constraint("data.stored")
 def _what_is_read_is_not_stored(c: RunConfig) -> str:
-  fits = not c.data.stored or c.model.reader == "siglip"
-  return "" if fits else "must be False with another model.reader than 'siglip': images to read have no stored latents"
+  if not c.data.stored or c.model.reader.kind == "siglip":
+    return ""
+  return "must be False with another model.reader.kind than 'siglip': images to read have no stored latents"
 
 
 @constraint("objective.weights")

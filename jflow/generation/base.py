@@ -211,7 +211,10 @@ class Family:
 
 
 FAMILIES = registry.Registry(
-  "model.generation.kind", "jflow.generation", {"flow": "jflow.generation.flow:FAMILY"}, needs=("config", "settings")
+  "model.generation.kind",
+  "jflow.generation",
+  {"flow": "jflow.generation.flow:FAMILY", "codes": "jflow.generation.codes:FAMILY"},
+  needs=("config", "settings"),
 )
 
 

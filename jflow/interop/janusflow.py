@@ -12,7 +12,7 @@ from jflow.interop.layouts import Layout
 from jflow.interop.safetensors_io import Tensor
 from jflow.interop.transformers_config import language_model_config
 from jflow.models.autoencoders.base import AutoencoderConfig
-from jflow.models.config import ModelConfig
+from jflow.models.config import JANUSFLOW_READER, ModelConfig
 from jflow.models.llm.config import LanguageModelConfig
 from jflow.models.sizes import most
 from jflow.strict_json import shown
@@ -91,7 +91,7 @@ def config_from_official(values: Mapping[str, Any], where: str, autoencoder: Aut
     generation=generation,
     autoencoder=autoencoder,
     objectives=(),
-    reader="siglip",
+    reader=JANUSFLOW_READER,
   )
 
 
@@ -101,8 +101,11 @@ def config_to_official(c: ModelConfig, dtype: str) -> dict[str, Any]:
   Raises:
     UserError: the layout cannot hold it.
   """
-  if c.reader != "siglip":
-    raise UserError(f"model.reader={c.reader!r} must be 'siglip': the published layout has no other reader")
+  if c.reader != JANUSFLOW_READER:
+    raise UserError(
+      f"model.reader.kind={c.reader.kind!r}, start={c.reader.start!r} and layers={c.reader.layers} must be 'siglip', "
+      "'learned' and 1: the published layout has no other reader"
+    )
   lm, gen = c.language_model, c.generation
   shared = {
     "block_out_channels": [gen.channels],

@@ -24,7 +24,7 @@ from jflow.interop.safetensors_io import Checkpoint
 from jflow.interop.transformers_config import is_tied, language_model_config, siglip_config
 from jflow.models import weights as names
 from jflow.models.build import initial_params
-from jflow.models.config import ModelConfig, SiglipConfig
+from jflow.models.config import JANUSFLOW_READER, ModelConfig, SiglipConfig
 from jflow.models.llm.config import LanguageModelConfig
 from jflow.models.unified import UnifiedModel
 from jflow.sharding import unbox
@@ -161,7 +161,7 @@ def load(
     generation=_GENERATION,
     autoencoder=autoencoder,
     objectives=(),
-    reader="siglip",
+    reader=JANUSFLOW_READER,
   )
   weights = (siglip_weights, vae_weights, llm_weights)
   budget.check(sum(part.bytes(dtype) for part in weights), llm)

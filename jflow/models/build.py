@@ -22,7 +22,7 @@ def initial_params(model: UnifiedModel, seed: int) -> Any:
   batch = jax.tree.map(jnp.asarray, empty(1, shape))
   draws = make_writer(c, model.dtype).example_draws(batch)
   params = model.init(jax.random.key(seed), batch, draws, method="initialise")["params"]
-  if c.reader == "separate":  # equal at the start, trained apart (paper section 4.5)
+  if c.reader.kind == "separate":  # equal at the start, trained apart (paper section 4.5)
     params["latent_encoder"] = params["generation_encoder"]
   return params
 

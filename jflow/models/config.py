@@ -14,13 +14,50 @@ from typing import Any
 from jflow.errors import UserError
 from jflow.generation.base import FAMILIES
 from jflow.models.autoencoders import base as autoencoders
-from jflow.models.autoencoders.base import AutoencoderConfig
+from jflow.models.autoencoders.base import CodecConfig
 from jflow.models.llm.base import ARCHITECTURES
 from jflow.models.sizes import check_sizes
 from jflow.objectives.base import OBJECTIVES
 from jflow.strict_json import shown
 
 READERS = ("siglip", "shared", "separate")
+STARTS = ("learned", "token")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReaderConfig:
+  """The section `model.reader`: how images that are read enter the LLM."""
+
+  # The encoder: "siglip", or for ablations the VAE and ConvNeXt blocks, "shared" with writing or "separate".
+  kind: str
+  # What stands in the slot of the begin-of-image token: "learned", a vector of its own (JanusFlow); "token", the
+  # token's embedding (Janus).
+  start: str
+  layers: int  # linear maps of the projector, GELU between them
+
+  def check(self, model: "ModelConfig") -> None:
+    """Raises UserError naming field and value."""
+    for field, known in (("kind", READERS), ("start", STARTS)):
+      value = getattr(self, field)
+      if value not in known:
+        names = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
+        raise UserError(f"model.reader.{field}={shown(value)} must be {names}")
+    if self.kind == "siglip":
+      return
+    if model.generation.kind != "flow":
+      raise UserError(
+        f"model.reader.kind={shown(self.kind)} needs model.generation.kind='flow', whose encoder it reads with"
+      )
+    if self.layers != 1:
+      raise UserError(f"model.reader.layers={self.layers} must be 1 where model.reader.kind={shown(self.kind)}")
+
+
+JANUSFLOW_READER = ReaderConfig("siglip", "learned", 1)
+
+
+def reader_section(kind: str) -> dict[str, Any]:
+  """Returns the section for the name that older configs have in its place."""
+  return dataclasses.asdict(JANUSFLOW_READER) | {"kind": kind}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,19 +98,13 @@ class ModelConfig:
   language_model: Any  # of `ARCHITECTURES[kind].config`
   understanding_encoder: SiglipConfig
   generation: Any  # of `FAMILIES[kind].config`
-  autoencoder: Any  # an `AutoencoderConfig`; None: the writer needs none
+  autoencoder: Any  # a `CodecConfig`; None: the writer needs none
   objectives: tuple[tuple[str, Any], ...]  # (name, of `OBJECTIVES[name].config`): losses with heads of their own
-  # The encoder that images are read with: "siglip", or for ablations the VAE and ConvNeXt blocks, "shared" with
-  # writing or "separate".
-  reader: str
+  reader: ReaderConfig
 
   def __post_init__(self) -> None:
     """Checks what can be checked without a device; raises UserError naming field and value."""
-    if self.reader not in READERS:
-      raise UserError(
-        f"model.reader={shown(self.reader)} must be {', '.join(map(repr, READERS[:-1]))} or {READERS[-1]!r}"
-      )
-    sections = ("language_model", "understanding_encoder", "autoencoder", "generation")
+    sections = ("reader", "language_model", "understanding_encoder", "autoencoder", "generation")
     parts = [(name, getattr(self, name)) for name in sections if getattr(self, name) is not None]
     parts += [(f"objectives.{name}", config) for name, config in self.objectives]
     for name, config in parts:
@@ -87,10 +118,6 @@ class ModelConfig:
     if len(set(read.values())) > 1:
       named = ", ".join(f"model.objectives.{name}.layer={layer}" for name, layer in read.items())
       raise UserError(f"{named} must be equal: the LLM gives the output of one block")
-    if self.reader != "siglip" and self.generation.kind != "flow":
-      raise UserError(
-        f"model.reader={shown(self.reader)} needs model.generation.kind='flow', whose encoder it reads with"
-      )
 
   @property
   def image_size(self) -> int:
@@ -99,7 +126,7 @@ class ModelConfig:
 
   @property
   def latent_size(self) -> int:
-    """Latents along one side of an image."""
+    """Latents, or codes, along one side of an image."""
     return self.image_size // self.autoencoder.factor
 
   @property
@@ -141,11 +168,11 @@ class ModelConfig:
         (name, _build(OBJECTIVES.get(name).config, section, f"model.objectives.{name}"))
         for name, section in objectives.items()
       ),
-      reader=_field(str, values["reader"], "model.reader"),
+      reader=_build(ReaderConfig, values["reader"], "model.reader"),
     )
 
 
-def _autoencoder(values: Mapping[str, Any]) -> AutoencoderConfig:
+def _autoencoder(values: Mapping[str, Any]) -> CodecConfig:
   kind, own = autoencoders.config_class(values)
   return _build(kind, own, "model.autoencoder")
 
@@ -164,6 +191,8 @@ def _upgraded(values: Mapping[str, Any]) -> Mapping[str, Any]:
   """Renames the fields of an older config.json."""
   new = {name: value for name, value in values.items() if name != "contrastive"}  # said how stage 0 was trained
   new.setdefault("reader", "siglip")  # older than the choice
+  if isinstance(new["reader"], str):
+    new["reader"] = reader_section(new["reader"])
   for name, kind in (("language_model", "llama"), ("generation", "flow")):
     if isinstance(new.get(name), Mapping):
       new[name] = {"kind": kind, **new[name]}
@@ -195,9 +224,9 @@ def _check_names(cls: type, values: Any, path: str) -> None:
 
 def _build(cls: type, values: Any, path: str) -> Any:
   _check_names(cls, values, path)
-  return cls(
-    **{name: _field(hint, values[name], f"{path}.{name}") for name, hint in typing.get_type_hints(cls).items()}
-  )
+  hints = typing.get_type_hints(cls)
+  names = [field.name for field in dataclasses.fields(cls)]
+  return cls(**{name: _field(hints[name], values[name], f"{path}.{name}") for name in names})
 
 
 def _field(hint: Any, value: Any, path: str) -> Any:

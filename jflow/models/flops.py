@@ -63,7 +63,8 @@ def step(
 
 def projector(config: ModelConfig) -> int:
   """Multiply-adds of the reader's projector over one image."""
-  return config.patches * config.understanding_encoder.embed_dim * config.language_model.embed_dim
+  width = config.language_model.embed_dim
+  return config.patches * width * (config.understanding_encoder.embed_dim + (config.reader.layers - 1) * width)
 
 
 def siglip(config: ModelConfig) -> float:

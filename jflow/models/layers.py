@@ -42,6 +42,21 @@ class Linear(nn.Module):
     return y
 
 
+class Projector(nn.Module):
+  """Linear maps to one width with the exact GELU between them, `layers_K`: an aligner of Janus (its "mlp_gelu")."""
+
+  features: int
+  depth: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for k in range(self.depth):
+      axes = ("embed" if k else None, None if k else "embed")
+      x = Linear(self.features, axes, self.dtype, use_bias=True, name=f"layers_{k}")(gelu(x, "erf") if k else x)
+    return x
+
+
 class RMSNorm(nn.Module):
   """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, computed in f32, returned in `dtype`."""
 

@@ -22,6 +22,11 @@ _MOST_OF = {
   "patch_size": 2**12,
   "window": 2**12,
   "latent_channels": 2**14,
+  "layers": 64,
+  "projector_layers": 64,
+  "blocks_per_level": 32,
+  "multipliers": 2**10,
+  "code_dim": 2**14,
 }
 
 

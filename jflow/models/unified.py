@@ -72,10 +72,25 @@ class UnifiedModel(nn.Module):
     """Logits of hidden states: [..., D] -> f32[..., V]."""
     return self.language_model.logits(hidden)
 
-  def assemble(self, tokens_BS: jax.Array, slots_BZD: jax.Array, image_index_BS: jax.Array) -> jax.Array:
-    """The LLM's input [B, S, D]: token embeddings, and image slots where `image_index` is not -1."""
+  def assemble(
+    self, tokens_BS: jax.Array, slots_BZD: jax.Array, image_index_BS: jax.Array, kinds_BM: jax.Array | None = None
+  ) -> jax.Array:
+    """The LLM's input [B, S, D]: token embeddings, and image slots where `image_index` is not -1.
+
+    Args:
+      tokens_BS: int32.
+      slots_BZD: the slots of all images of a row, Z = M K.
+      image_index_BS: int32 into Z.
+      kinds_BM: `Batch.image_kind`; None: all images are read, K = 1 + P.
+    """
+    seen_BS = image_index_BS >= 0
+    if self.config.reader.start == "token":  # the token before the patches of a read image keeps its embedding
+      k = 1 + self.config.patches if kinds_BM is None else slots_BZD.shape[1] // kinds_BM.shape[1]
+      image_BS, slot_BS = jnp.divmod(jnp.maximum(image_index_BS, 0), k)
+      read_BS = True if kinds_BM is None else jnp.take_along_axis(kinds_BM, image_BS, axis=1) == READ
+      seen_BS &= ~(read_BS & (slot_BS == 0))
     images_BSD = jnp.take_along_axis(slots_BZD, jnp.maximum(image_index_BS, 0)[..., None], axis=1)
-    return jnp.where(image_index_BS[..., None] >= 0, images_BSD, self.embed(tokens_BS))
+    return jnp.where(seen_BS[..., None], images_BSD, self.embed(tokens_BS))
 
   def backbone(
     self,
@@ -93,7 +108,7 @@ class UnifiedModel(nn.Module):
 
   def read(self, pixels_IHWC: jax.Array) -> jax.Array:
     """Embeddings [I, K, D] of the slots of images to read, from pixels in [-1, 1]."""
-    if self.config.reader == "siglip":
+    if self.config.reader.kind == "siglip":
       return self.reader.slots(self.features(pixels_IHWC))
     return self.reader.slots(self.reader.latent_features(self.writer.posterior(pixels_IHWC)[0]))
 
@@ -117,12 +132,12 @@ class UnifiedModel(nn.Module):
 
     features = self.features(pixels)
     written, context = self.writer.write(pixels, flat(batch.stored), jax.tree.map(flat, draws))
-    seen = features if self.config.reader == "siglip" else self.reader.latent_features(context.mean)
+    seen = features if self.config.reader.kind == "siglip" else self.reader.latent_features(context.mean)
     slots = _choose(flat(batch.image_kind == READ), self.reader.slots(seen), written)
-    tokens, index, positions, segments = map(
-      jnp.asarray, (batch.tokens, batch.image_index, batch.positions, batch.segment_ids)
+    tokens, index, positions, segments, kinds = map(
+      jnp.asarray, (batch.tokens, batch.image_index, batch.positions, batch.segment_ids, batch.image_kind)
     )
-    x_BSD = self.assemble(tokens, slots.reshape(b, m * slots.shape[1], -1), index)
+    x_BSD = self.assemble(tokens, slots.reshape(b, m * slots.shape[1], -1), index, kinds)
     out = self.backbone(x_BSD, positions, segments)
 
     def at(x_BSD: jax.Array, first: int, count: int) -> jax.Array:

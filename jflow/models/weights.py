@@ -131,9 +131,9 @@ def language_model(c: LanguageModelConfig, prefix: str, tied: bool) -> Iterator[
   yield Entry(head, (c.vocab_size, c.embed_dim), f"{ours}/head/kernel", LINEAR)
 
 
-def siglip(c: SiglipConfig) -> Iterator[Entry]:
-  """The entries of the release's vision tower."""
-  tower, ours, d = "vision_und_enc_model.vision_tower", "understanding_encoder", c.embed_dim
+def siglip(c: SiglipConfig, tower: str = "vision_und_enc_model.vision_tower") -> Iterator[Entry]:
+  """The entries of the vision tower of a published layout, whose names begin with `tower`."""
+  ours, d = "understanding_encoder", c.embed_dim
   qkv = lambda path: [f"{path}/attention/{name}" for name in ("query", "key", "value")]
   yield Entry(f"{tower}.pos_embed", (1, c.patches, d), f"{ours}/position_embed", TABLE)
   patch = (d, 3, c.patch_size, c.patch_size)
@@ -186,18 +186,18 @@ def siglip_transformers(c: SiglipConfig, prefix: str, head: bool) -> Iterator[En
     yield from linear(f"{pool}.mlp.fc2", f"{ours}/head/mlp/contract", d, c.mlp_dim)
 
 
-def _conv(name: str, path: str, out: int, into: int, size: int) -> Iterator[Entry]:
+def conv(name: str, path: str, out: int, into: int, size: int) -> Iterator[Entry]:
   yield Entry(f"{name}.weight", (out, into, size, size), f"{path}/kernel", CONV)
   yield Entry(f"{name}.bias", (out,), f"{path}/bias", SAME)
 
 
 def _resnet(name: str, path: str, out: int, into: int) -> Iterator[Entry]:
   yield from norm(f"{name}.norm1", f"{path}/norm_1", into)
-  yield from _conv(f"{name}.conv1", f"{path}/conv_1", out, into, 3)
+  yield from conv(f"{name}.conv1", f"{path}/conv_1", out, into, 3)
   yield from norm(f"{name}.norm2", f"{path}/norm_2", out)
-  yield from _conv(f"{name}.conv2", f"{path}/conv_2", out, out, 3)
+  yield from conv(f"{name}.conv2", f"{path}/conv_2", out, out, 3)
   if out != into:
-    yield from _conv(f"{name}.conv_shortcut", f"{path}/shortcut", out, into, 1)
+    yield from conv(f"{name}.conv_shortcut", f"{path}/shortcut", out, into, 1)
 
 
 def _middle(name: str, path: str, width: int, old: bool) -> Iterator[Entry]:
@@ -213,7 +213,7 @@ def _middle(name: str, path: str, width: int, old: bool) -> Iterator[Entry]:
 def autoencoder_kl(c: AutoencoderKLConfig, old: bool = False) -> list[Entry]:
   """The entries of diffusers' AutoencoderKL; `old`: attention named as before 2023 (query, key, value, proj_attn)."""
   channels, latents, entries = c.block_channels, c.latent_channels, []
-  entries += _conv("encoder.conv_in", "vae/encoder/conv_in", channels[0], 3, 3)
+  entries += conv("encoder.conv_in", "vae/encoder/conv_in", channels[0], 3, 3)
   into = channels[0]
   for i, out in enumerate(channels):
     for j in range(c.layers_per_block):
@@ -222,13 +222,13 @@ def autoencoder_kl(c: AutoencoderKLConfig, old: bool = False) -> list[Entry]:
       into = out
     if i + 1 < len(channels):
       name = f"encoder.down_blocks.{i}.downsamplers.0.conv"
-      entries += _conv(name, f"vae/encoder/down_{i}_sample", out, out, 3)
+      entries += conv(name, f"vae/encoder/down_{i}_sample", out, out, 3)
   entries += _middle("encoder.mid_block", "vae/encoder/middle", channels[-1], old)
   entries += norm("encoder.conv_norm_out", "vae/encoder/norm_out", channels[-1])
-  entries += _conv("encoder.conv_out", "vae/encoder/conv_out", 2 * latents, channels[-1], 3)
-  entries += _conv("quant_conv", "vae/quant", 2 * latents, 2 * latents, 1)
-  entries += _conv("post_quant_conv", "vae/post_quant", latents, latents, 1)
-  entries += _conv("decoder.conv_in", "vae/decoder/conv_in", channels[-1], latents, 3)
+  entries += conv("encoder.conv_out", "vae/encoder/conv_out", 2 * latents, channels[-1], 3)
+  entries += conv("quant_conv", "vae/quant", 2 * latents, 2 * latents, 1)
+  entries += conv("post_quant_conv", "vae/post_quant", latents, latents, 1)
+  entries += conv("decoder.conv_in", "vae/decoder/conv_in", channels[-1], latents, 3)
   entries += _middle("decoder.mid_block", "vae/decoder/middle", channels[-1], old)
   into = channels[-1]
   for i, out in enumerate(reversed(channels)):
@@ -237,7 +237,7 @@ def autoencoder_kl(c: AutoencoderKLConfig, old: bool = False) -> list[Entry]:
       entries += _resnet(f"decoder.up_blocks.{i}.resnets.{j}", path, out, into)
       into = out
     if i + 1 < len(channels):
-      entries += _conv(f"decoder.up_blocks.{i}.upsamplers.0.conv", f"vae/decoder/up_{i}_sample", out, out, 3)
+      entries += conv(f"decoder.up_blocks.{i}.upsamplers.0.conv", f"vae/decoder/up_{i}_sample", out, out, 3)
   entries += norm("decoder.conv_norm_out", "vae/decoder/norm_out", channels[0])
-  entries += _conv("decoder.conv_out", "vae/decoder/conv_out", 3, channels[0], 3)
+  entries += conv("decoder.conv_out", "vae/decoder/conv_out", 3, channels[0], 3)
   return entries

@@ -9,6 +9,7 @@ from typing import Any
 
 from jflow.config import RENAMED, RunConfig
 from jflow.errors import UserError
+from jflow.models.config import reader_section
 from jflow.sections import flat, kinds
 from jflow.strict_json import shown
 
@@ -36,6 +37,9 @@ def apply(values: dict[str, Any], arguments: Sequence[str]) -> set[str]:
   given: set[str] = set()
   for path, argument, value in _pairs(values, list(arguments)):
     where, name = _place(values, path, argument)
+    if path == "model.reader" and value and value.isidentifier():  # its kind, as before it was a section
+      where[name] = reader_section(value)
+      continue
     read = _value(_kind(where, name, path), where[name], argument, value)
     where[name] = where[name] + read if path in given and isinstance(read, tuple) else read
     given.add(path)

@@ -16,7 +16,7 @@ from jflow.errors import UserError
 from jflow.inference.pipeline import Pipeline
 from jflow.interop.janusflow import config_to_official
 from jflow.models import build
-from jflow.models.config import ModelConfig
+from jflow.models.config import JANUSFLOW_READER, ModelConfig
 from jflow.training import config_files, optim, setup
 
 READERS = {reader: ModelConfig.from_dict(tiny.DICT | {"reader": reader}) for reader in ("shared", "separate")}
@@ -119,11 +119,11 @@ def test_training_and_answering_read_alike(reader):
 
 def test_a_checkpoint_older_than_the_field_reads_with_siglip():
   older = {name: section for name, section in tiny.DICT.items() if name != "reader"}
-  assert ModelConfig.from_dict(older) == tiny.CONFIG and tiny.CONFIG.reader == "siglip"
+  assert ModelConfig.from_dict(older) == tiny.CONFIG and tiny.CONFIG.reader == JANUSFLOW_READER
 
 
 def test_a_reader_without_siglip_has_no_published_layout_and_no_stored_latents():
-  with pytest.raises(UserError, match="model.reader=.shared"):
+  with pytest.raises(UserError, match="model.reader.kind=.shared"):
     config_to_official(READERS["shared"], "float32")
   config = tiny.configuration(data=dict(stored=True)).replace(model=READERS["shared"])
   with pytest.raises(UserError, match="data.stored"):
@@ -131,7 +131,7 @@ def test_a_reader_without_siglip_has_no_published_layout_and_no_stored_latents()
 
 
 def test_an_unknown_reader_is_named():
-  with pytest.raises(UserError, match="model.reader='clip'"):
+  with pytest.raises(UserError, match="model.reader.kind='clip'"):
     ModelConfig.from_dict(tiny.DICT | {"reader": "clip"})
 
 

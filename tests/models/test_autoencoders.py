@@ -85,7 +85,7 @@ def test_a_model_whose_autoencoder_is_absent_reads_and_writes_nothing():
   "section, named",
   [
     ({}, "model.autoencoder.kind"),
-    ({"kind": "vq"}, "model.autoencoder.kind='vq'"),
+    ({"kind": "jpeg"}, "model.autoencoder.kind='jpeg'"),
     ({"kind": 3}, "model.autoencoder.kind=3"),
     ({"kind": ["patch_pca"]}, "model.autoencoder.kind="),
   ],

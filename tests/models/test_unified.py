@@ -282,7 +282,7 @@ BAD = [
   ("generation.patch_size", 0, "generation.patch_size"),
   ("generation.patch_size", 3, "generation.patch_size=3"),
   ("generation.channels", 15, "generation.channels=15"),
-  ("autoencoder.kind", "vq", "autoencoder.kind='vq'"),
+  ("autoencoder.kind", "jpeg", "autoencoder.kind='jpeg'"),
   ("autoencoder.patch_size", 0, "autoencoder.patch_size"),
   ("autoencoder.window", 1, "autoencoder.window=1"),
   ("autoencoder.latent_channels", 0, "autoencoder.latent_channels"),

@@ -55,7 +55,7 @@ def test_fields_of_the_command_line_and_choices_of_the_config_stay(tmp_path):
   assert (model.language_model.mlp_dim, model.language_model.embed_dim) == (40, tiny.CONFIG.language_model.embed_dim)
   assert model.objectives == config_files.load(STAGE2).model.objectives  # a head that starts fresh
   without = f"{tiny.ROOT}/configs/ablation.py:B-tiny"
-  assert loaded(source, tmp_path / "run", named=without).reader == "shared"
+  assert loaded(source, tmp_path / "run", named=without).reader.kind == "shared"
   trained = written(tmp_path / "trained")
   assert loaded(trained, tmp_path / "run", named=f"{tiny.ROOT}/configs/ablation.py:A-tiny").objectives == ()
 

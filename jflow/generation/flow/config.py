@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any
 
 from jflow.errors import UserError
+from jflow.models.autoencoders.base import AutoencoderConfig
+from jflow.strict_json import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +39,11 @@ class FlowConfig:
     """Raises UserError where the section does not fit the rest of the model."""
     if self.channels % 2:
       raise UserError(f"model.generation.channels={self.channels} must be even (cosines and sines of the time)")
-    if model.autoencoder is None:
-      raise UserError("model.autoencoder must be a section where model.generation.kind='flow', got None")
+    if not isinstance(model.autoencoder, AutoencoderConfig):
+      raise UserError(
+        f"model.autoencoder.kind={shown(getattr(model.autoencoder, 'kind', None))} must be a kind with latents where "
+        "model.generation.kind='flow'"
+      )
     factor, size = model.autoencoder.factor, model.image_size
     if size % (factor * self.patch_size):
       raise UserError(

@@ -1,12 +1,16 @@
-"""The protocol of the frozen autoencoder between pixels and latents, and its kinds by name.
+"""The protocol of the frozen autoencoder between pixels and latents or codes, and its kinds by name.
 
-A kind is one file: a subclass of `AutoencoderConfig`, and the Linen module that it makes. The module has
+A kind is one file: a subclass of `AutoencoderConfig` (latents) or of `CodebookConfig` (codes), and the Linen module that
+it makes. The module has
 
-  encode: f32[B, H, W, 3] in [-1, 1] -> mean, log variance of the posterior, f32[B, h, w, latent_channels], not scaled
-  decode: f32[B, h, w, latent_channels], not scaled -> f32[B, H, W, 3], about [-1, 1], not clipped
-  __call__: decodes the encoded mean, which makes every parameter
+  encode: f32[B, H, W, 3] in [-1, 1] -> what an image is written as
+    latents: mean, log variance of the posterior, f32[B, h, w, latent_channels], not scaled
+    codes: int32[B, h, w], rows of the codebook
+  decode: f32[B, h, w, latent_channels], not scaled, or int32[B, h, w] -> f32[B, H, W, 3], about [-1, 1], not clipped
+  __call__: decodes the encoded mean or codes, which makes every parameter
 
-The caller multiplies latents by `config.scaling` after `encode` and divides before `decode`.
+The caller multiplies latents by `config.scaling` after `encode` and divides before `decode`. The module of a
+`CodebookConfig` has a parameter `codebook`, f32[codebook_size, code_dim].
 """
 
 import dataclasses
@@ -22,6 +26,7 @@ KINDS = registry.Registry(
   "jflow.autoencoders",
   {
     "autoencoder_kl": "jflow.models.autoencoders.kl:AutoencoderKLConfig",
+    "vq": "jflow.models.autoencoders.vq:VQConfig",
     "absent": "jflow.models.autoencoders.absent:AbsentConfig",
     "patch_pca": "jflow.world.codec:PatchPCAConfig",
   },
@@ -31,16 +36,14 @@ _SHARED_SECTION = ("block_channels", "layers_per_block", "norm_groups", "patch_s
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderConfig:
-  """The fields that every kind has; a kind adds its own."""
+class CodecConfig:
+  """The field that every kind has, and what each can say."""
 
   kind: str  # a key of KINDS
-  latent_channels: int
-  scaling: float  # latents are multiplied by it after encoding
 
   @property
   def factor(self) -> int:
-    """Pixels per latent, along one side."""
+    """Pixels per latent or code, along one side."""
     raise NotImplementedError
 
   def check(self, model: Any) -> None:
@@ -51,7 +54,7 @@ class AutoencoderConfig:
     raise NotImplementedError
 
   def encoder_identity(self) -> tuple[Any, ...]:
-    """The values that determine an image's posterior, besides the encoder's parameters."""
+    """The values that determine an image's posterior or codes, besides the encoder's parameters."""
     raise NotImplementedError
 
   def encoder_flops(self, image_size: int) -> float:
@@ -59,11 +62,27 @@ class AutoencoderConfig:
     raise NotImplementedError
 
   def decoder_flops(self, latent_size: int) -> float:
-    """FLOPs of decoding one image of latent_size x latent_size latents."""
+    """FLOPs of decoding one image of latent_size x latent_size latents or codes."""
     raise NotImplementedError
 
 
-def config_class(section: Mapping[str, Any]) -> tuple[type[AutoencoderConfig], dict[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig(CodecConfig):
+  """The fields of every kind of latents; a kind adds its own."""
+
+  latent_channels: int
+  scaling: float  # latents are multiplied by it after encoding
+
+
+@dataclasses.dataclass(frozen=True)
+class CodebookConfig(CodecConfig):
+  """The fields of every kind of codes; a kind adds its own."""
+
+  codebook_size: int
+  code_dim: int  # numbers of a row of the codebook
+
+
+def config_class(section: Mapping[str, Any]) -> tuple[type[CodecConfig], dict[str, Any]]:
   """Returns the config class of a section's kind, and the section without the fields of other kinds.
 
   Raises:

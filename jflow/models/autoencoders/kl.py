@@ -4,6 +4,7 @@ Legend: B images, H x W pixels or latents, C channels, P positions of an image.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -48,44 +49,60 @@ class AutoencoderKLConfig(AutoencoderConfig):
     return self.kind, self.latent_channels, 0, 0  # the zeros keep the fingerprints of existing latents
 
   def encoder_flops(self, image_size: int) -> float:
-    side, channels = image_size, self.block_channels[0]
-    total = side**2 * 9 * 3 * channels
-
-    def resnet(inputs: int, outputs: int) -> int:
-      return side**2 * (9 * outputs * (inputs + outputs) + (inputs * outputs if inputs != outputs else 0))
-
-    for level, width in enumerate(self.block_channels):
-      for _ in range(self.layers_per_block):
-        total, channels = total + resnet(channels, width), width
-      if level + 1 < len(self.block_channels):
-        side //= 2
-        total += side**2 * 9 * width * width
-    positions = side**2
-    total += 2 * resnet(channels, channels) + positions * (4 * channels**2 + 2 * positions * channels)
     out = 2 * self.latent_channels
-    return 2.0 * (total + positions * (9 * channels * out + out * out))
+    side = image_size // self.factor
+    stack = encoder_flops(image_size, self.block_channels, self.layers_per_block, out)
+    return stack + 2.0 * side**2 * out * out
 
   def decoder_flops(self, latent_size: int) -> float:
-    side = latent_size
+    latents = self.latent_channels
+    stack = decoder_flops(latent_size, self.block_channels, self.layers_per_block, latents)
+    return stack + 2.0 * latent_size**2 * latents * latents
 
-    def conv(inputs: int, outputs: int, size: int = 3) -> float:
-      return 2.0 * side**2 * size**2 * inputs * outputs
 
-    def resnet(inputs: int, outputs: int) -> float:
-      shortcut = conv(inputs, outputs, 1) if inputs != outputs else 0
-      return conv(inputs, outputs) + conv(outputs, outputs) + shortcut
+def encoder_flops(side: int, widths: Sequence[int], blocks: int, out: int, attention: bool = False) -> float:
+  """FLOPs of an `Encoder` on one image of side x side pixels."""
+  total, channels = _conv_flops(side, 3, widths[0]), widths[0]
+  for level, width in enumerate(widths):
+    lowest = level + 1 == len(widths)
+    for _ in range(blocks):
+      total, channels = total + _resnet_flops(side, channels, width), width
+      total += _attention_flops(side, width) if attention and lowest else 0.0
+    if not lowest:
+      side //= 2
+      total += _conv_flops(side, width, width)
+  return total + _middle_flops(side, channels) + _conv_flops(side, channels, out)
 
-    top = self.block_channels[-1]
-    total = conv(self.latent_channels, self.latent_channels, 1) + conv(self.latent_channels, top)
-    total += 2 * resnet(top, top) + 4 * conv(top, top, 1) + 4.0 * side**4 * top
-    channels = top
-    for level, width in enumerate(reversed(self.block_channels)):
-      for _ in range(self.layers_per_block + 1):
-        total, channels = total + resnet(channels, width), width
-      if level + 1 < len(self.block_channels):
-        side *= 2
-        total += conv(width, width)
-    return total + conv(channels, 3)
+
+def decoder_flops(side: int, widths: Sequence[int], blocks: int, into: int, attention: bool = False) -> float:
+  """FLOPs of a `Decoder` on one map of side x side; `into` channels."""
+  channels = widths[-1]
+  total = _conv_flops(side, into, channels) + _middle_flops(side, channels)
+  for level, width in enumerate(reversed(widths)):
+    for _ in range(blocks + 1):
+      total, channels = total + _resnet_flops(side, channels, width), width
+      total += _attention_flops(side, width) if attention and not level else 0.0
+    if level + 1 < len(widths):
+      side *= 2
+      total += _conv_flops(side, width, width)
+  return total + _conv_flops(side, channels, 3)
+
+
+def _conv_flops(side: int, inputs: int, outputs: int, size: int = 3) -> float:
+  return 2.0 * side**2 * size**2 * inputs * outputs
+
+
+def _resnet_flops(side: int, inputs: int, outputs: int) -> float:
+  shortcut = _conv_flops(side, inputs, outputs, 1) if inputs != outputs else 0.0
+  return _conv_flops(side, inputs, outputs) + _conv_flops(side, outputs, outputs) + shortcut
+
+
+def _attention_flops(side: int, width: int) -> float:
+  return 4 * _conv_flops(side, width, width, 1) + 4.0 * side**4 * width
+
+
+def _middle_flops(side: int, width: int) -> float:
+  return 2 * _resnet_flops(side, width, width) + _attention_flops(side, width)
 
 
 class Conv(nn.Module):
@@ -186,42 +203,66 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-  config: AutoencoderKLConfig
+  """Resnets at each resolution, the middle at the lowest; the factor is 2 ** (len(widths) - 1).
+
+  Attributes:
+    widths: channels per resolution, from the highest.
+    blocks: resnets per resolution.
+    groups: of the norms.
+    out: channels of the result.
+    dtype: compute dtype.
+    attention: whether attention follows each resnet of the lowest resolution.
+  """
+
+  widths: tuple[int, ...]
+  blocks: int
+  groups: int
+  out: int
   dtype: Any
+  attention: bool = False
 
   @nn.compact
   def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-    """[B, H, W, 3] -> [B, H / factor, W / factor, 2 * latent_channels]."""
-    c, dtype = self.config, self.dtype
-    x_BHWC = Conv(c.block_channels[0], 3, dtype, name="conv_in")(x_BHWC)
-    for i, channels in enumerate(c.block_channels):
-      for j in range(c.layers_per_block):
-        x_BHWC = Resnet(channels, c.norm_groups, dtype, name=f"down_{i}_resnet_{j}")(x_BHWC)
-      if i + 1 < len(c.block_channels):
-        down = Conv(channels, 3, dtype, stride=2, padding=(0, 1), name=f"down_{i}_sample")
-        x_BHWC = down(x_BHWC)
-    x_BHWC = Middle(c.norm_groups, dtype, name="middle")(x_BHWC)
-    x_BHWC = jax.nn.silu(GroupNorm(c.norm_groups, dtype, name="norm_out")(x_BHWC))
-    return Conv(2 * c.latent_channels, 3, dtype, name="conv_out")(x_BHWC)
+    """[B, H, W, 3] -> [B, H / factor, W / factor, out]."""
+    groups, dtype = self.groups, self.dtype
+    x_BHWC = Conv(self.widths[0], 3, dtype, name="conv_in")(x_BHWC)
+    for i, channels in enumerate(self.widths):
+      lowest = i + 1 == len(self.widths)
+      for j in range(self.blocks):
+        x_BHWC = Resnet(channels, groups, dtype, name=f"down_{i}_resnet_{j}")(x_BHWC)
+        if self.attention and lowest:
+          x_BHWC = MidAttention(groups, dtype, name=f"down_{i}_attention_{j}")(x_BHWC)
+      if not lowest:
+        x_BHWC = Conv(channels, 3, dtype, stride=2, padding=(0, 1), name=f"down_{i}_sample")(x_BHWC)
+    x_BHWC = Middle(groups, dtype, name="middle")(x_BHWC)
+    x_BHWC = jax.nn.silu(GroupNorm(groups, dtype, name="norm_out")(x_BHWC))
+    return Conv(self.out, 3, dtype, name="conv_out")(x_BHWC)
 
 
 class Decoder(nn.Module):
-  config: AutoencoderKLConfig
+  """The middle at the lowest resolution, then resnets at each; attributes as in `Encoder`, `blocks` + 1 resnets each."""
+
+  widths: tuple[int, ...]
+  blocks: int
+  groups: int
   dtype: Any
+  attention: bool = False
 
   @nn.compact
   def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-    """[B, h, w, latent_channels] -> [B, h * factor, w * factor, 3]."""
-    c, dtype = self.config, self.dtype
-    x_BHWC = Conv(c.block_channels[-1], 3, dtype, name="conv_in")(x_BHWC)
-    x_BHWC = Middle(c.norm_groups, dtype, name="middle")(x_BHWC)
-    for i, channels in enumerate(reversed(c.block_channels)):
-      for j in range(c.layers_per_block + 1):
-        x_BHWC = Resnet(channels, c.norm_groups, dtype, name=f"up_{i}_resnet_{j}")(x_BHWC)
-      if i + 1 < len(c.block_channels):
+    """[B, h, w, C] -> [B, h * factor, w * factor, 3]."""
+    groups, dtype = self.groups, self.dtype
+    x_BHWC = Conv(self.widths[-1], 3, dtype, name="conv_in")(x_BHWC)
+    x_BHWC = Middle(groups, dtype, name="middle")(x_BHWC)
+    for i, channels in enumerate(reversed(self.widths)):
+      for j in range(self.blocks + 1):
+        x_BHWC = Resnet(channels, groups, dtype, name=f"up_{i}_resnet_{j}")(x_BHWC)
+        if self.attention and not i:
+          x_BHWC = MidAttention(groups, dtype, name=f"up_{i}_attention_{j}")(x_BHWC)
+      if i + 1 < len(self.widths):
         x_BHWC = jnp.repeat(jnp.repeat(x_BHWC, 2, axis=1), 2, axis=2)
         x_BHWC = Conv(channels, 3, dtype, name=f"up_{i}_sample")(x_BHWC)
-    x_BHWC = jax.nn.silu(GroupNorm(c.norm_groups, dtype, name="norm_out")(x_BHWC))
+    x_BHWC = jax.nn.silu(GroupNorm(groups, dtype, name="norm_out")(x_BHWC))
     return Conv(3, 3, dtype, name="conv_out")(x_BHWC)
 
 
@@ -233,10 +274,10 @@ class AutoencoderKL(nn.Module):
 
   def setup(self) -> None:
     c = self.config
-    self.encoder = Encoder(c, self.dtype)
+    self.encoder = Encoder(c.block_channels, c.layers_per_block, c.norm_groups, 2 * c.latent_channels, self.dtype)
     self.quant = Conv(2 * c.latent_channels, 1, self.dtype)
     self.post_quant = Conv(c.latent_channels, 1, self.dtype)
-    self.decoder = Decoder(c, self.dtype)
+    self.decoder = Decoder(c.block_channels, c.layers_per_block, c.norm_groups, self.dtype)
 
   def __call__(self, pixels_BHWC: jax.Array) -> jax.Array:
     """Reconstructs: the decoded mean of the posterior."""

@@ -1,0 +1,27 @@
+"""Codes of a frozen tokenizer of images, one after another (Janus, arXiv 2410.13848; Janus-Pro, arXiv 2501.17811)."""
+
+from jflow.generation.base import Family, Stored
+from jflow.generation.codes.config import CodesConfig
+from jflow.generation.codes.layout import CodesLayout
+from jflow.generation.codes.settings import Settings
+
+FAMILY = Family(
+  name="codes",
+  config=CodesConfig,
+  layout=CodesLayout(),
+  settings=Settings,
+  writer="jflow.generation.codes.writer:CodesWriter",
+  sampler="jflow.generation.codes.sampler:CodesSampler",
+  tokens=("pad",),
+  flops="jflow.generation.codes.flops",
+  stored=Stored(
+    name="codes",
+    array="codes",
+    dtype="uint16",
+    shape=lambda model: (model.patches,),
+    part="vq",
+    weights=("encoder", "quant_conv", "codebook"),
+    encode="jflow.generation.codes.stored:encode",
+    about="the codes of the tokenizer and the crop that they belong to",
+  ),
+)

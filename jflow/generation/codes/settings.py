@@ -1,0 +1,39 @@
+"""The sampling settings of codes."""
+
+import dataclasses
+
+from jflow import checks
+from jflow.errors import UserError
+from jflow.generation.base import setting
+
+PRECISIONS = ("exact", "release")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """The sampling settings of one call; the constructor checks every value.
+
+  Attributes:
+    guidance: w in l = l_u + w (l_c - l_u), on logits: 1 follows the prompt without guidance, 0 ignores it.
+    temperature: of the draw from all codes; 0 takes the most likely.
+    precision: "exact" (logits and guidance in f32) or "release" (in bf16, as the published loop).
+
+  Raises:
+    UserError: a value out of its range.
+  """
+
+  guidance: float = setting(5.0, "w of the guidance on logits: 1 is none, 5 the paper's", most=1e6)
+  temperature: float = setting(1.0, "of each code's draw; 0: the most likely", most=1e6)
+  precision: str = setting("exact", "f32 logits, or release: bf16, as published", choices=PRECISIONS)
+
+  def __post_init__(self) -> None:
+    checks.number("guidance", self.guidance)
+    if not (self.guidance >= 1 or self.guidance == 0):
+      raise UserError(f"guidance={self.guidance} must be at least 1 (1: none), or 0 (ignore the prompt)")
+    checks.number("temperature", self.temperature)
+    if self.temperature < 0:
+      raise UserError(f"temperature={self.temperature} must be at least 0")
+    if not isinstance(self.precision, str) or self.precision not in PRECISIONS:
+      raise UserError(f"precision={self.precision!r} must be 'exact' or 'release'")
+    for name in ("guidance", "temperature"):  # NumPy's numbers are no keys of a program
+      object.__setattr__(self, name, float(getattr(self, name)))
