@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jflow.models.lora import NAMES, SCALE, low_rank
 from jflow.sharding import boxed, whole
 
 Axes = tuple[str | None, ...]
@@ -22,7 +23,7 @@ def parameter(
 
 
 class Linear(nn.Module):
-  """y = x W + b on the last axis. `kernel` f32[in, out], `bias` f32[out]."""
+  """y = x W + b on the last axis. `kernel` f32[in, out], `bias` f32[out]; with an adapter beside it, see `lora`."""
 
   features: int
   axes: tuple[str | None, str | None]
@@ -35,6 +36,11 @@ class Linear(nn.Module):
     kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
     # One leading axis: XLA:CPU is slower on the kernel's gradient when it contracts over two.
     y = jnp.dot(x.astype(self.dtype).reshape(-1, x.shape[-1]), whole(kernel.astype(self.dtype), *self.axes))
+    if self.has_variable("params", SCALE):
+      a, b, scale = (self.get_variable("params", name) for name in NAMES)
+      y = y + low_rank(
+        x.reshape(-1, x.shape[-1]), whole(a, self.axes[0], None), whole(b, None, self.axes[1]), scale, self.dtype
+      )
     y = y.reshape(*x.shape[:-1], self.features)
     if self.use_bias:
       bias = parameter(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])

@@ -9,10 +9,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jflow import registry
 from jflow.batch import READ, WRITE, Batch
 from jflow.generation.base import family
+from jflow.models import lora
 from jflow.models.cache import Cache, Prefix
 from jflow.models.config import ModelConfig
 from jflow.models.llm.base import ARCHITECTURES, Output
@@ -165,6 +167,13 @@ def _cast_at_use(name: str) -> bool:
   return name.endswith("kernel") or name == "embed"
 
 
+def cast_matrices(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
+  """Casts the parameters that a layer casts where it uses them (kernels, the embedding table); leaves may be boxed."""
+  flat = flatten_dict(params)
+  cast = lambda leaf: jax.tree.map(lambda x: x.astype(dtype), leaf)
+  return unflatten_dict({path: cast(x) if _cast_at_use(path[-1]) else x for path, x in flat.items()})
+
+
 def cast_for_inference(params: dict[str, Any], dtype: Any) -> None:
   """Casts nested parameters as `for_inference` does, in place and one by one, which keeps the peak of memory low."""
   for name, x in params.items():
@@ -232,6 +241,7 @@ def for_inference(model: UnifiedModel, params: Any) -> tuple[UnifiedModel, Any]:
     model: as trained, or already a result of this function.
     params: its nested parameters, NumPy or JAX arrays.
   """
+  params = lora.merged(params)
   cast = lambda path, x: x.astype(model.dtype, copy=False) if _cast_at_use(path[-1].key) else x
   if model.unroll:
     lm = separate_layers(params["language_model"], model.config.language_model.num_layers)

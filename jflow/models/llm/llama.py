@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jflow.errors import UserError
+from jflow.models import lora
 from jflow.models.attention import packed_attention
 from jflow.models.cache import Cache, Prefix
 from jflow.models.layers import Linear, RMSNorm, parameter
@@ -232,5 +233,5 @@ class LanguageModel(nn.Module):
     """The sum over masked positions of -log p(target) (eq. 6); see `next_token.loss`."""
     if self.is_initializing():
       self.logits(hidden_BSD[:, :1])
-    kernel_DV = self.head.variables["params"]["kernel"]
-    return next_token.loss(hidden_BSD, unbox(kernel_DV), targets_BS, mask_BS)
+    kernel_DV = lora.merged(unbox(self.head.variables["params"]))["kernel"]
+    return next_token.loss(hidden_BSD, kernel_DV, targets_BS, mask_BS)
