@@ -1,7 +1,8 @@
 """The sizes of the models, as plain dicts for the section `model` of a config.
 
 janusflow_384, janusflow_256: the paper's (paper section 4.1, appendix A; sizes of the release where it is silent).
-tiny: for tests. shapes: learns the built-in world in minutes on two cores.
+janus_1b, janus_pro_7b: Janus-1.3B, which Janus-Pro-1B equals in all sizes, and Janus-Pro-7B.
+tiny, janus_tiny: for tests. shapes: learns the built-in world in minutes on two cores.
 mid: the paper's parts at a width where the parts' shares of the time on a CPU are those on an accelerator; for `bench`.
 """
 
@@ -194,4 +195,52 @@ def mid() -> dict:
     ),
     objectives=dict(alignment=dict(layer=2, hidden_dim=768)),
     reader=dict(kind="siglip", start="learned", layers=1),
+  )
+
+
+def janus_1b() -> dict:
+  """Janus-1.3B and Janus-Pro-1B: the LLM and SigLIP of JanusFlow, MLP aligners, 576 codes of VQ-16."""
+  model = janusflow_384()
+  model["language_model"]["max_length"] = 16_384  # of config.json; the trained context is 4,096
+  return model | dict(
+    generation=dict(kind="codes", hidden_dim=2048, projector_layers=2),
+    autoencoder=dict(  # LlamaGen's VQ-16
+      kind="vq",
+      channels=128,
+      multipliers=(1, 1, 2, 2, 4),
+      blocks_per_level=2,
+      latent_channels=256,
+      codebook_size=16_384,
+      code_dim=8,
+      norm_groups=32,
+    ),
+    objectives={},
+    reader=dict(kind="siglip", start="token", layers=2),
+  )
+
+
+def janus_pro_7b() -> dict:
+  """Janus-Pro-7B: DeepSeek-LLM 7B."""
+  model = janus_1b()
+  model["language_model"] |= dict(embed_dim=4096, mlp_dim=11_008, num_layers=30, num_heads=32, num_kv_heads=32)
+  model["generation"]["hidden_dim"] = 4096
+  return model
+
+
+def janus_tiny() -> dict:
+  """A tiny Janus with every part of the full one, 32 x 32 pixels, 16 codes."""
+  return tiny() | dict(
+    generation=dict(kind="codes", hidden_dim=96, projector_layers=2),
+    autoencoder=dict(
+      kind="vq",
+      channels=8,
+      multipliers=(1, 1, 2, 2),
+      blocks_per_level=1,
+      latent_channels=16,
+      codebook_size=128,
+      code_dim=8,
+      norm_groups=4,
+    ),
+    objectives={},
+    reader=dict(kind="siglip", start="token", layers=2),
   )

@@ -1,0 +1,86 @@
+"""The three stages of Janus (arXiv 2410.13848) and Janus-Pro (arXiv 2501.17811): sizes, parts, steps and rates.
+
+  1b       Janus-1.3B
+  pro-1b   Janus-Pro-1B, the same sizes with other steps, ratios and prompt words
+  pro-7b   Janus-Pro-7B
+  tiny     Janus's stages on the built-in world: configs/world.py
+
+Sources: table 1 and section 3 of both papers; section 2.2 of the second for steps and ratios. No EMA is mentioned.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs import base, models, world
+
+# Parts of the parameters: the aligners, gen_embed and gen_head. Whether gen_embed is trained is not published.
+NEW_PARTS = ("understanding_projector", "generation_embed", "generation_projector", "generation_head")
+NEVER = ("understanding_encoder/head", "vq")  # the unused pooling head; the VQ is frozen in all stages
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """What a stage of a recipe sets."""
+
+  steps: int
+  rows: int  # of 4,096 tokens per step
+  learning_rate: float
+  warmup: int
+  understanding: int  # the ratio of rows; the papers' order is understanding : text : generation
+  generation: int
+  text: int
+  weight_decay: float = 0.0
+  cosine: bool = False
+
+
+JANUS = (
+  Stage(10_000, 256, 1e-3, 300, understanding=1, generation=1, text=0, cosine=True),
+  Stage(180_000, 512, 1e-4, 5000, understanding=2, generation=5, text=3),
+  Stage(24_000, 256, 2e-5, 0, understanding=7, generation=10, text=3, weight_decay=0.1),
+)
+PRO_1B = (
+  Stage(20_000, 256, 1e-3, 600, understanding=1, generation=3, text=0),
+  Stage(270_000, 512, 1e-4, 5000, understanding=2, generation=5, text=3),  # the table says 360,000, the text stops here
+  Stage(80_000, 128, 4e-5, 0, understanding=5, generation=4, text=1),
+)
+PRO_7B = (*PRO_1B[:2], dataclasses.replace(PRO_1B[2], steps=40_000))
+
+
+def _1b(c: ConfigDict) -> None:
+  c.model = models.janus_1b()
+
+
+def _7b(c: ConfigDict) -> None:
+  c.model = models.janus_pro_7b()
+
+
+def _tiny(c: ConfigDict) -> None:
+  world.tiny(c)
+  c.model = models.janus_tiny()
+
+
+SIZES = {"1b": _1b, "pro-1b": _1b, "pro-7b": _7b, "tiny": _tiny}
+_PAPER = {"1b": JANUS, "pro-1b": PRO_1B, "pro-7b": PRO_7B}
+
+
+def at_stage(size: str, number: int) -> ConfigDict:
+  """Returns the config of stage `number`, 1 to 3, at a size; the small sizes take Janus's ratios."""
+  c = base.base(size or "1b", SIZES)
+  stage = _PAPER.get(c.size, JANUS)[number - 1]
+  c.objective.weights, c.objective.draws = dict(text=1.0, codes=1.0), {}  # no weights between the losses
+  c.train.ema = 0.0
+  c.data.template = "plain" if number < 3 else "pro" if c.size.startswith("pro-") else "chat"
+  c.optimizer.trained = NEW_PARTS + (("language_model",) if number > 1 else ()) + (base.SIGLIP if number > 2 else ())
+  c.optimizer.frozen = NEVER + (() if number > 1 else ("language_model",)) + (() if number > 2 else base.SIGLIP)
+  c.optimizer.learning_rate, c.optimizer.weight_decay = stage.learning_rate, stage.weight_decay
+  if c.size in _PAPER:
+    c.train.steps, c.train.batch_size, c.optimizer.warmup_steps = stage.steps, stage.rows, stage.warmup
+  else:
+    world.at_stage(c, number)
+  c.data.mixture = ((0, (stage.understanding, stage.generation, stage.text)),)
+  if stage.cosine:  # what it falls to is not published
+    c.optimizer.cooldown_shape = "cosine"
+    c.optimizer.cooldown_start = c.optimizer.warmup_steps
+    c.optimizer.cooldown_steps = c.train.steps - c.optimizer.warmup_steps
+  return c
