@@ -70,6 +70,12 @@ def base(size: str, sizes: Mapping[str, Callable[[ConfigDict], None]] = SIZES) -
     trained=(),  # patterns of parameter paths; every parameter must match one of the two lists
     frozen=(),
   )
+  c.lora = dict(  # low-rank adapters beside frozen matrices (https://arxiv.org/abs/2106.09685); not in the paper
+    rank=0,  # 0: none
+    alpha=16.0,  # an adapter's output is scaled by alpha / rank
+    patterns=("language_model/layers",),  # of the matrices that get one
+    frozen_dtype="float32",  # of frozen matrices; "bfloat16" halves their memory, and rounds those of a float32 file
+  )
   c.objective = dict(
     weights=dict(text=1.0, flow=1.0, alignment=1.0),  # the paper gives no weights
     logged=(),  # further losses of the model that are computed and logged, without a weight

@@ -75,6 +75,13 @@ class OptimizerConfig(Section):
   frozen: tuple = field(patterns)
 
 
+class LoraConfig(Section):
+  rank: int = field(whole(0, 4096, "; 0 turns adapters off"), before=0)
+  alpha: float = field(number(above=0.0), before=16.0)
+  patterns: tuple = field(patterns, before=())
+  frozen_dtype: str = field(one_of("float32", "bfloat16"), before="float32")
+
+
 class ObjectiveConfig(Section):
   weights: dict = field(number(0.0))
   logged: tuple = field(words, before=())
@@ -172,6 +179,7 @@ class RunConfig(Section):
   model: Any
   train: TrainConfig
   optimizer: OptimizerConfig
+  lora: LoraConfig
   objective: ObjectiveConfig
   data: DataConfig
   compute: ComputeConfig
@@ -275,6 +283,15 @@ def _only_a_fresh_siglip_is_fitted(c: RunConfig) -> str:
   if c.model.reader.kind != "siglip":
     return "must be 0 with another model.reader.kind than 'siglip'"
   return "must be 0 with train.init_from, whose SigLIP is not fresh" if c.train.init_from else ""
+
+
+@constraint("lora.rank")
+def _adapters_have_a_place(c: RunConfig) -> str:
+  if not c.lora.rank:
+    return ""
+  if not c.lora.patterns:
+    return "must be 0 without lora.patterns, which name the matrices that get an adapter"
+  return "must be 0 with train.fit_labels, which makes a SigLIP of its own" if c.train.fit_labels else ""
 
 
 @constraint("optimizer.cooldown_steps")

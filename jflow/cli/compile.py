@@ -1,4 +1,4 @@
-"""The command `compile`: compiles the train step ahead of time for absent hardware."""
+"""The command `compile`: compiles the train step, or painting or answering, ahead of time for absent hardware."""
 
 import argparse
 import pathlib
@@ -18,6 +18,7 @@ examples
   python -m jflow compile --config=configs/stage2.py --topology=v5e:4x4 --rows_per_device=1
   python -m jflow compile --config=configs/stage2.py --topology=h100:4x8 --rows_per_device=4 --json=h100.json
   python -m jflow compile --config=configs/stage2.py --topology=v5p:2x2x4 --config.mesh.data=2 --config.mesh.fsdp=8
+  python -m jflow compile --config=configs/stage3.py:384 --topology=h200:1x1 --program=understand --rows_per_device=16
 
 A topology is KIND:DIMS: v5e:4x4, v6e:16x16, v4:2x2x4, v5p:4x4x4 (chips), a100:1x8, h100:4x8, h200:1x1 (hosts x
 GPUs). TPU needs libtpu (pip install '.[compile]'), GPU jax's CUDA plugin (pip install --no-deps
@@ -25,7 +26,8 @@ jax-cuda13-plugin jax-cuda13-pjrt); neither needs the hardware. Where the config
 fsdp covers a host of GPUs or up to 16 TPU chips, and data the rest.
 
 Bytes and FLOPs are those of one device. The estimate of the step is a bound, not a promise: each of compute,
-memory and network at the vendor's peak, as if the other two cost nothing."""
+memory and network at the vendor's peak, as if the other two cost nothing. Of generate and understand the report says
+what one step of the loop reads and writes: a step of the solver, a token of each row."""
 
 
 def main(argv: list[str]) -> int:
@@ -46,6 +48,15 @@ def main(argv: list[str]) -> int:
     help="default: train.batch_size / devices",
   )
   parser.add_argument(
+    "--program",
+    choices=("train", "generate", "understand"),
+    default="train",
+    help="what is compiled: the train step, or the loop that paints or answers --rows_per_device (1) at once",
+  )
+  parser.add_argument(
+    "--slots", type=whole(), default=1024, metavar="N", help="of the cache that --program=understand covers"
+  )
+  parser.add_argument(
     "--effort",
     type=number(),
     default=0.0,
@@ -60,6 +71,8 @@ def main(argv: list[str]) -> int:
   topology = targets.Topology.parse(known.topology)
   if not -1.0 <= known.effort <= 0.0:
     raise UserError(f"--effort={known.effort} must be in [-1, 0]")
+  if known.program != "train":
+    return _inference(known, fields, topology)
   targets.quiet_environment()
   config = config_files.load(known.config, fields)
   config = fitted(config, topology, known.rows_per_device)
@@ -72,6 +85,34 @@ def main(argv: list[str]) -> int:
     write_json(known.json, report)
     print(f"report: {known.json}", file=sys.stderr)
   return 0 if report["fits"] else 1
+
+
+def _inference(known: argparse.Namespace, fields: list[str], topology: targets.Topology) -> int:
+  """Compiles painting or answering and prints the report."""
+  rows = 1 if known.rows_per_device is None else known.rows_per_device
+  for name, value in (("rows_per_device", rows), ("slots", known.slots)):
+    if value < 1:
+      raise UserError(f"--{name}={value} must be at least 1")
+  if topology.chips != 1 or topology.chip.platform != "gpu":
+    raise UserError(f"--topology={topology.name} must be one GPU with --program={known.program}, as h200:1x1")
+  targets.quiet_environment()
+  config = config_files.load(known.config, fields)
+  check_json(known)
+  from jflow.perf.aot_inference import compile_report
+
+  report = {"config": known.config} | compile_report(config, topology, known.program, rows, known.slots, known.hlo)
+  unit = "solver step" if known.program == "generate" else "token of each row"
+  print(
+    f"{report['topology']}: {known.program}, {rows} rows; a {unit}: {report['step_bytes'] / 1e9:.2f} GB of memory "
+    f"traffic ({report['step_bytes_needed'] / 1e9:.2f} needed), {report['step_flops'] / 1e12:.3f} TFLOP, at least "
+    f"{1e3 * report['step_seconds_at_least']:.2f} ms"
+  )
+  print("memory    " + "  ".join(f"{name} {value:.2f}" for name, value in report["memory_gib"].items()) + "  GiB")
+  print(f"compiled in {report['compile_seconds']:.0f} s")
+  if known.json:
+    write_json(known.json, report)
+    print(f"report: {known.json}", file=sys.stderr)
+  return 0
 
 
 def fitted(config: RunConfig, topology: targets.Topology, rows: int | None) -> RunConfig:

@@ -155,6 +155,13 @@ class Sampler(Protocol):
       Whether all of them are compiled.
     """
 
+  def loop(self, rows: int, slots: int, settings: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The program that runs all steps of `rows` pictures behind prompts of `slots` tokens, to compile it elsewhere.
+
+    Returns:
+      (a function of the params and the arguments, the arguments as shapes).
+    """
+
 
 @dataclasses.dataclass(frozen=True)
 class Stored:

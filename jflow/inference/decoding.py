@@ -23,6 +23,7 @@ from jflow.programs import Programs, shapes
 
 _SMALLEST = 32  # slots of the shortest bucket of prompts
 _NEAR = 256  # fewest slots of the cache that attention covers
+_MANY = 8  # rows from which the cache outweighs the matrices, so that the slots that attention covers grow finely
 
 
 class Request(NamedTuple):
@@ -56,6 +57,17 @@ def power_of_two(count: int, least: int = 1) -> int:
   return max(least, 1 << (count - 1).bit_length()) if count else 0
 
 
+def _covered(longest: int, rows: int) -> int:
+  """The slots that attention covers where the longest row has `longest`: one program for each result.
+
+  A power of two, or for many rows a multiple of 128 and at most eight sizes per power of two.
+  """
+  if rows < _MANY:
+    return power_of_two(longest, _NEAR)
+  step = max(128, power_of_two(longest) // 8)
+  return max(_NEAR, -(-longest // step) * step)
+
+
 def prompt_arrays(pipeline: Any, request: Request, most: int) -> tuple[np.ndarray, jax.Array, np.ndarray, np.ndarray]:
   """The arguments of `reading.prefill` for a request, its images encoded, padded to buckets of at most `most` slots.
 
@@ -81,7 +93,8 @@ def prompt_arrays(pipeline: Any, request: Request, most: int) -> tuple[np.ndarra
 class Decoder:
   """A running batch of rows on the device; a row's answer does not depend on the other rows.
 
-  Prefill is compiled once per bucket of prompt lengths, decoding once per power of two of the longest row.
+  Prefill is compiled once per bucket of prompt lengths, decoding once per size of the longest row (see `_covered`);
+  both once more where a row is not greedy.
   """
 
   def __init__(self, pipeline: Any, slots: int, context: int, ignore_end: bool = False):
@@ -108,6 +121,8 @@ class Decoder:
     self._free = list(range(slots))[::-1]
     self._lengths = np.zeros(slots, np.int64)  # slots of the cache in use
     self._going = np.zeros(slots, bool)
+    self._greedy = np.ones(slots, bool)  # the temperature of the row's request is 0
+    self._longest, self._draws = 0, False  # of the prepared requests: most slots needed; whether one is not greedy
     self._first: dict[int, jax.Array] = {}  # rows admitted since the last step
 
   @property
@@ -155,15 +170,20 @@ class Decoder:
         array(jnp.float32),
         array(jnp.uint32),
         eos=self._eos,
+        greedy=request.temperature == 0,
       )
       is not None
     )
-    near, longest = power_of_two(n, _NEAR), min(n + request.max_tokens, self.context)
-    while done:
-      done = results(reading.run, self._shapes, whole, eos=self._eos, slots=min(near, most)) is not None
-      if near >= min(longest + reading.CHUNK, most):
-        break
-      near *= 2
+    longest = min(n + request.max_tokens, self.context) + reading.CHUNK
+    if compile:
+      self._longest, self._draws = max(self._longest, longest), self._draws or request.temperature > 0
+    # The rows beside a row that draws run its program, however long they are.
+    kinds = [True] + [False] * (self._draws or request.temperature > 0)
+    near, rows = 0, len(self._going)
+    while done and near < min(max(longest, self._longest if len(kinds) > 1 else 0), most):
+      near = min(_covered(max(near + 1, n), rows), most)
+      for greedy in kinds:
+        done = done and results(reading.run, self._shapes, whole, eos=self._eos, slots=near, greedy=greedy) is not None
     return done
 
   def admit(self, request: Request) -> int:
@@ -193,8 +213,9 @@ class Decoder:
       np.float32(request.top_p),
       np.uint32(request.seed),
       eos=self._eos,
+      greedy=request.temperature == 0,
     )
-    self._lengths[slot], self._going[slot] = n, False
+    self._lengths[slot], self._going[slot], self._greedy[slot] = n, False, request.temperature == 0
     return slot
 
   def step(self, n: int) -> list[Progress]:
@@ -215,8 +236,11 @@ class Decoder:
     new = np.full((0, len(self._going)), -1, np.int32)
     if n:
       longest = int(max(self._lengths[slot] for slot in waiting)) + n
-      near = min(power_of_two(longest, _NEAR), self._rows.cache.filled.shape[1])
-      self._rows, new = reading.run(self._model, self._params, self._rows, np.int32(n), eos=self._eos, slots=near)
+      near = min(_covered(longest, len(self._going)), self._rows.cache.filled.shape[1])
+      greedy = bool(self._greedy[waiting].all())
+      self._rows, new = reading.run(
+        self._model, self._params, self._rows, np.int32(n), eos=self._eos, slots=near, greedy=greedy
+      )
     new, active, first = jax.device_get((new, self._rows.active, first))
     out = []
     for slot in waiting:

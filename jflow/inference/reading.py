@@ -104,12 +104,14 @@ def admit(
   seed: jax.Array,
   *,
   eos: int,
+  greedy: bool,
 ) -> tuple[Rows, jax.Array]:
   """Prefills row `row` with one prompt and picks the first token of its answer.
 
   Args:
     tokens_S, image_index_S, length: see `prefill`; S is at most the slots of the cache.
     limit, temperature, top_p, seed: see `Rows`.
+    greedy: the temperature is 0.
 
   Returns:
     (rows, int32[] the first token).
@@ -117,7 +119,7 @@ def admit(
   hidden, prompt = prefill(model, params, tokens_S[None], slots_ZD, image_index_S[None], length[None])
   logits = model.apply({"params": params}, hidden, method="logits")
   sampling = [x[None] for x in (seed, jnp.zeros((), jnp.int32), temperature, top_p)]
-  first = pick(logits, *sampling)[0]
+  first = (most_likely(logits) if greedy else pick(logits, *sampling))[0]
   cache = rows.cache
   # Into the row, or into its kv heads.
   put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, row * len(new), 0)
@@ -141,15 +143,16 @@ def admit(
   ), first
 
 
-@bounded(most=16, donate=("rows",))
+@bounded(most=40, donate=("rows",))
 def run(
-  model: UnifiedModel, params: Any, rows: Rows, steps: jax.Array, *, eos: int, slots: int
+  model: UnifiedModel, params: Any, rows: Rows, steps: jax.Array, *, eos: int, slots: int, greedy: bool
 ) -> tuple[Rows, jax.Array]:
   """Decodes up to `steps` tokens for every active row.
 
   Args:
     steps: int32[], at most CHUNK.
     slots: positions of the cache that attention covers; at least the longest active row plus `steps`.
+    greedy: the temperature of every active row is 0: a program without draws and without branches.
 
   Returns:
     (rows, int32[CHUNK, B] new tokens, -1 where a row had ended).
@@ -168,7 +171,7 @@ def run(
     visible = rows.active.astype(jnp.int32)[:, None]
     result = apply(x, rows.cache.length[:, None], visible, rows.cache, method="backbone")
     logits = apply(result.hidden[:, 0], method="logits")
-    tokens = pick(logits, rows.seed, rows.made, rows.temperature, rows.top_p)
+    tokens = most_likely(logits) if greedy else pick(logits, rows.seed, rows.made, rows.temperature, rows.top_p)
     made = rows.made + rows.active
     # A row that has ended does not advance: its next slot is written again and never attended to.
     cache = result.cache.replace(length=jnp.where(rows.active, result.cache.length, rows.cache.length))
@@ -206,21 +209,21 @@ def pick(
   Returns:
     int32[B].
   """
-  greedy = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+  log_p = jax.nn.log_softmax(logits_BV / jnp.maximum(temperature_B, 1e-6)[:, None], axis=-1)
 
-  def sample() -> jax.Array:
-    log_p = jax.nn.log_softmax(logits_BV / jnp.maximum(temperature_B, 1e-6)[:, None], axis=-1)
+  def nucleus() -> jax.Array:
+    falling = -jnp.sort(-log_p, axis=-1)
+    p = jnp.exp(falling)
+    inside = jnp.cumsum(p, axis=-1) - p < top_p_B[:, None]
+    least = jnp.min(jnp.where(inside, falling, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where((log_p >= least) | (top_p_B[:, None] >= 1), log_p, -jnp.inf)
 
-    def nucleus() -> jax.Array:
-      falling = -jnp.sort(-log_p, axis=-1)
-      p = jnp.exp(falling)
-      inside = jnp.cumsum(p, axis=-1) - p < top_p_B[:, None]
-      least = jnp.min(jnp.where(inside, falling, jnp.inf), axis=-1, keepdims=True)
-      return jnp.where((log_p >= least) | (top_p_B[:, None] >= 1), log_p, -jnp.inf)
+  kept = jax.lax.cond(jnp.any((top_p_B < 1) & (temperature_B > 0)), nucleus, lambda: log_p)
+  draw = lambda seed, made, kept: jax.random.categorical(jax.random.fold_in(jax.random.key(seed), made), kept)
+  drawn = jax.vmap(draw)(seed_B, made_B, kept).astype(jnp.int32)
+  return jnp.where(temperature_B > 0, drawn, most_likely(logits_BV))
 
-    kept = jax.lax.cond(jnp.any((top_p_B < 1) & (temperature_B > 0)), nucleus, lambda: log_p)
-    draw = lambda seed, made, kept: jax.random.categorical(jax.random.fold_in(jax.random.key(seed), made), kept)
-    drawn = jax.vmap(draw)(seed_B, made_B, kept).astype(jnp.int32)
-    return jnp.where(temperature_B > 0, drawn, greedy)
 
-  return jax.lax.cond(jnp.any(temperature_B > 0), sample, lambda: greedy)
+def most_likely(logits_BV: jax.Array) -> jax.Array:
+  """The most likely tokens, int32[B]; the first of equals."""
+  return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

@@ -29,6 +29,7 @@ from jflow import files
 from jflow.errors import UserError
 from jflow.interop import steps
 from jflow.interop.steps import MANIFEST, damage, steps_of
+from jflow.models import lora
 from jflow.strict_json import Malformed
 
 FORMAT = 1  # version of a step's contents, written into its manifest
@@ -197,7 +198,7 @@ def _parts(sizes: list[int]) -> list[list[int]]:
 
 
 def load_params(step_dir: pathlib.Path, weights: str = "ema") -> dict[str, Any]:
-  """Loads the nested parameters of a jflow checkpoint as numpy arrays.
+  """Loads the nested parameters of a jflow checkpoint as numpy arrays, adapters merged into their matrices.
 
   Args:
     step_dir: from `resolve`, which has verified its bytes: they are not hashed again.
@@ -219,7 +220,7 @@ def load_params(step_dir: pathlib.Path, weights: str = "ema") -> dict[str, Any]:
       read[i] = found[i]
   loaded = structure.unflatten(read)
   frozen, trained = loaded.get("frozen", {}), loaded.get("ema", loaded.get("trained", {}))
-  return unflatten_dict({**flatten_dict(frozen), **flatten_dict(trained)})
+  return lora.merged(unflatten_dict({**flatten_dict(frozen), **flatten_dict(trained)}))
 
 
 def save_params(workdir: str | pathlib.Path, params: dict[str, Any], config: dict[str, Any], tokenizer: Any) -> None:

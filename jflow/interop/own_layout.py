@@ -9,6 +9,7 @@ import numpy as np
 from jflow.data.templates import TEMPLATES
 from jflow.errors import UserError
 from jflow.interop import budget, native
+from jflow.models import lora
 from jflow.models.build import parameter_shapes
 from jflow.models.config import ModelConfig
 from jflow.objectives.base import OBJECTIVES
@@ -69,8 +70,9 @@ def check_names(settings: Settings, found: Mapping[str, Any], step: pathlib.Path
         f"checkpoint {step}: {name} has shape {tuple(found[name].shape)}, its config.json asks for {shape}: another "
         "model?"
       )
+  lora.check_complete({name: tuple(x.shape) for name, x in found.items()}, step)
   for name, x in found.items():
-    if name not in wanted and not name.startswith((*heads, *_OLD)):
+    if name not in wanted and not name.startswith((*heads, *_OLD)) and not lora.is_adapter(name):
       raise UserError(
         f"checkpoint {step} holds {shown(name)[1:-1]}, which its config.json does not ask for: another model?"
       )

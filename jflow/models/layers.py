@@ -3,12 +3,15 @@
 Legend: B batch, S sequence, D embed, C channels.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jflow.models.lora import NAMES, SCALE, low_rank
 from jflow.sharding import boxed, whole
 
 Axes = tuple[str | None, ...]
@@ -22,7 +25,10 @@ def parameter(
 
 
 class Linear(nn.Module):
-  """y = x W + b on the last axis. `kernel` f32[in, out], `bias` f32[out]."""
+  """y = x W + b on the last axis. `kernel` f32[in, out], `bias` f32[out]; with an adapter beside it, see `lora`.
+
+  For inference on a GPU the parameters may hold W as `transposed_kernel` [out, in] in its place, see `transposed`.
+  """
 
   features: int
   axes: tuple[str | None, str | None]
@@ -32,10 +38,19 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
-    # One leading axis: XLA:CPU is slower on the kernel's gradient when it contracts over two.
-    y = jnp.dot(x.astype(self.dtype).reshape(-1, x.shape[-1]), whole(kernel.astype(self.dtype), *self.axes))
-    y = y.reshape(*x.shape[:-1], self.features)
+    if self.has_variable("params", "transposed_kernel"):
+      kernel_FD = self.get_variable("params", "transposed_kernel").astype(self.dtype)
+      y = jax.lax.dot_general(x.astype(self.dtype), kernel_FD, (((x.ndim - 1,), (1,)), ((), ())))
+    else:
+      kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
+      # One leading axis: XLA:CPU is slower on the kernel's gradient when it contracts over two.
+      y = jnp.dot(x.astype(self.dtype).reshape(-1, x.shape[-1]), whole(kernel.astype(self.dtype), *self.axes))
+      if self.has_variable("params", SCALE):
+        a, b, scale = (self.get_variable("params", name) for name in NAMES)
+        y = y + low_rank(
+          x.reshape(-1, x.shape[-1]), whole(a, self.axes[0], None), whole(b, None, self.axes[1]), scale, self.dtype
+        )
+      y = y.reshape(*x.shape[:-1], self.features)
     if self.use_bias:
       bias = parameter(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])
       y = y + whole(bias.astype(self.dtype), self.axes[1])
@@ -55,6 +70,53 @@ class Projector(nn.Module):
       axes = ("embed" if k else None, None if k else "embed")
       x = Linear(self.features, axes, self.dtype, use_bias=True, name=f"layers_{k}")(gelu(x, "erf") if k else x)
     return x
+
+
+def side_by_side(
+  module: nn.Module, x: jax.Array, features: dict[str, int], make: Callable[..., Linear]
+) -> list[jax.Array]:
+  """The results of several linear maps of one input, by one product where the parameters hold them merged.
+
+  Args:
+    module: whose children the maps are, each under its name.
+    x: [..., in].
+    features: name -> outputs.
+    make: (outputs, name) -> the map.
+  """
+  merged = "_".join(features)
+  if not module.has_variable("params", merged):
+    return [make(count, name)(x) for name, count in features.items()]
+  y = make(sum(features.values()), merged)(x)
+  return jnp.split(y, np.cumsum(list(features.values()))[:-1].tolist(), axis=-1)
+
+
+def transposed(params: dict[str, Any], merge: Sequence[Sequence[str]]) -> dict[str, Any]:
+  """The parameters of a layer with every kernel of a `Linear` as [out, in], and those of `merge` as one.
+
+  A GPU reads the rows of such a matrix where it multiplies one vector by it; of [in, out] XLA makes a copy each time.
+
+  Args:
+    params: nested; NumPy or JAX arrays.
+    merge: groups of names of maps without bias that `side_by_side` computes, wherever all of them stand. A map with an
+      adapter stays as it is.
+  """
+  out: dict[str, Any] = {}
+  alone = lambda name: set(params.get(name, ())) == {"kernel"}
+  taken = [group for group in merge if group and all(map(alone, group))]
+  for group in taken:
+    kernels = [params[name]["kernel"].T for name in group]
+    join = np.concatenate if isinstance(kernels[0], np.ndarray) else jnp.concatenate
+    out["_".join(group)] = {"transposed_kernel": join(kernels)}
+  for name, x in params.items():
+    if any(name in group for group in taken):
+      continue
+    if isinstance(x, dict):
+      out[name] = transposed(x, merge)
+    elif name == "kernel" and x.ndim == 2 and set(params) <= {"kernel", "bias"}:
+      out["transposed_kernel"] = x.T
+    else:
+      out[name] = x
+  return out
 
 
 class RMSNorm(nn.Module):

@@ -9,10 +9,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jflow import registry
 from jflow.batch import READ, WRITE, Batch
 from jflow.generation.base import family
+from jflow.models import lora
 from jflow.models.cache import Cache, Prefix
 from jflow.models.config import ModelConfig
 from jflow.models.llm.base import ARCHITECTURES, Output
@@ -49,8 +51,7 @@ class UnifiedModel(nn.Module):
 
   def setup(self) -> None:
     c, dtype = self.config, self.dtype
-    language_model = registry.load(ARCHITECTURES.get(c.language_model.kind).module)
-    self.language_model = language_model(
+    self.language_model = _language_model(c)(
       c.language_model, c.hidden_layer, dtype, self.remat, self.unroll, self.attention
     )
     self.understanding_encoder = Siglip(c.understanding_encoder, dtype, remat=self.remat != "none")
@@ -165,6 +166,13 @@ def _cast_at_use(name: str) -> bool:
   return name.endswith("kernel") or name == "embed"
 
 
+def cast_matrices(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
+  """Casts the parameters that a layer casts where it uses them (kernels, the embedding table); leaves may be boxed."""
+  flat = flatten_dict(params)
+  cast = lambda leaf: jax.tree.map(lambda x: x.astype(dtype), leaf)
+  return unflatten_dict({path: cast(x) if _cast_at_use(path[-1]) else x for path, x in flat.items()})
+
+
 def cast_for_inference(params: dict[str, Any], dtype: Any) -> None:
   """Casts nested parameters as `for_inference` does, in place and one by one, which keeps the peak of memory low."""
   for name, x in params.items():
@@ -177,6 +185,11 @@ def cast_for_inference(params: dict[str, Any], dtype: Any) -> None:
 def _writer(config: ModelConfig) -> Any:
   """The Linen class of the writer that `generation.kind` names."""
   return registry.load(family(config.generation).writer)
+
+
+def _language_model(config: ModelConfig) -> Any:
+  """The Linen class of the LLM that `language_model.kind` names."""
+  return registry.load(ARCHITECTURES.get(config.language_model.kind).module)
 
 
 def _objective(name: str) -> Any:
@@ -222,7 +235,7 @@ def separate_layers(params: Any, layers: int) -> dict[str, Any]:
   return rest | {f"layers_{i}": layer(i) for i in range(layers)}
 
 
-def for_inference(model: UnifiedModel, params: Any) -> tuple[UnifiedModel, Any]:
+def for_inference(model: UnifiedModel, params: Any, transpose: bool | None = None) -> tuple[UnifiedModel, Any]:
   """The model with separate LLM layers, which decoding needs, and its parameters in the compute dtype.
 
   Only parameters that a layer casts where it uses them are cast (kernels, the embedding table): the outputs are
@@ -231,9 +244,16 @@ def for_inference(model: UnifiedModel, params: Any) -> tuple[UnifiedModel, Any]:
   Args:
     model: as trained, or already a result of this function.
     params: its nested parameters, NumPy or JAX arrays.
+    transpose: whether the LLM's matrices are stored as [out, in], those of one input merged; None: on a GPU. A CPU
+      is slower with them for a few rows.
   """
+  params = lora.merged(params)
   cast = lambda path, x: x.astype(model.dtype, copy=False) if _cast_at_use(path[-1].key) else x
+  lm = params["language_model"]
   if model.unroll:
-    lm = separate_layers(params["language_model"], model.config.language_model.num_layers)
-    params = {**params, "language_model": lm}
+    lm = separate_layers(lm, model.config.language_model.num_layers)
+  if transpose or (transpose is None and jax.default_backend() == "gpu"):
+    own = getattr(_language_model(model.config), "transposed", None)
+    lm = own(lm) if own else lm
+  params = {**params, "language_model": lm}
   return model.clone(unroll=0), jax.tree_util.tree_map_with_path(cast, params)

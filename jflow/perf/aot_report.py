@@ -13,6 +13,7 @@ from jflow.batch import TASKS
 from jflow.config import RunConfig
 from jflow.errors import UserError
 from jflow.models import flops as model_flops
+from jflow.models import lora
 from jflow.models.unified import UnifiedModel
 from jflow.objectives import next_token
 from jflow.perf import hlo, targets
@@ -104,7 +105,7 @@ def compile_report(
   micro = per_device * config.data.row_tokens / config.train.accumulation
   chunks = next_token.chunks(math.ceil(share * micro))
   counts = hlo.count(text, dict(mesh.shape), lambda loop: chunks if next_token.SCOPE in loop else 0)
-  return report | _roofline(config, model, program.state.trained, topology, counts, dict(mesh.shape))
+  return report | _roofline(config, model, lora.parts(program.state.trained), topology, counts, dict(mesh.shape))
 
 
 def _options(topology: targets.Topology, effort: float) -> dict[str, Any]:

@@ -268,6 +268,10 @@ def _traffic(op: Op, ops: dict[str, Op], computations: dict[str, list[Op]]) -> f
       inside = {o.name: o for o in inner}
       update = sum(main_memory(inside[o.operands[1]].shape) for o in users if o.operands[1] in inside)
       total, written = total + update, written - read(name) + update
+    elif users and all(o.code == "scatter" and o.operands[0] == parameters[i].name for o in users):
+      inside = {o.name: o for o in inner}
+      update = sum(main_memory(inside[o.operands[-1]].shape) for o in users if o.operands[-1] in inside)
+      total, written = total + update, written - read(name) + update
     else:
       total += read(name)
   return total + max(written, 0)

@@ -6,7 +6,7 @@ from typing import Any
 
 from jflow.config import RunConfig
 from jflow.errors import UserError
-from jflow.models import build
+from jflow.models import lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
   with jax.set_mesh(mesh):
     program = make_program(config, model, mesh)
     batch = jax.device_put(host, sharding.batch_sharding(mesh))
-    fresh = sharding.create(lambda: build.initial_params(model, 0), mesh)
+    fresh = sharding.create(lambda: setup.initial_params(config, model), mesh)
     state = jax.jit(program.state_of, out_shardings=program.shardings, donate_argnums=0)(fresh)
     started = time.perf_counter()
     with compilation.said("the training step"):
@@ -82,7 +82,7 @@ def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
       jax.block_until_ready(metrics["loss"])
       if i >= 0:
         seconds.append(time.perf_counter() - started)
-    flops = model_flops_of(config, model.config, state.trained, counted(host))
+    flops = model_flops_of(config, model.config, lora.parts(state.trained), counted(host))
     tokens, total = int((host.segment_ids > 0).sum()), sum(flops.values())
     peak = chips.peak_flops(device.device_kind)
     step = spread(seconds)

@@ -40,7 +40,8 @@ def _running_maximum(x):
 def model_flops_of(
   config: RunConfig, model: ModelConfig, trained: Collection[str], work: model_flops.Work
 ) -> dict[str, float]:
-  """FLOPs of one step by part. `trained`: the parts that hold a trained parameter, the keys of `TrainState.trained`."""
+  """FLOPs of one step by part. `trained`: the parts that hold a trained parameter, see `lora.parts`;
+  adapters cost nothing."""
   losses = {name for name, weight in config.objective.weights.items() if weight}
   return model_flops.step(model, set(trained), work, losses, config.data.stored)
 

@@ -24,6 +24,7 @@ from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped, Terminated
 from jflow.interop import steps
+from jflow.models import lora
 from jflow.models.unified import UnifiedModel
 from jflow.progress import StepProgress
 from jflow.training import data_record, encode, hosts, optim, setup, tracking
@@ -179,7 +180,7 @@ class _Run:
     self._progress = StepProgress(last, first, self._config.log.every_seconds, shown=main)
     self._watchdog = Watchdog(self._config.train.watchdog_seconds, self._pipeline.waiting_for)
     self._watchdog.beat("the start", slow=True)
-    self._clock, self._compiled, self._trained = time.monotonic(), False, set(state.trained)
+    self._clock, self._compiled, self._trained = time.monotonic(), False, lora.parts(state.trained)
     exchange, stop = hosts.Exchange(), _StopFlag()
     self._tracing = False
     try:

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jflow.config import OptimizerConfig
 from jflow.errors import UserError
+from jflow.models import lora
 
 Params = dict[str, Any]
 
@@ -24,10 +25,12 @@ def partition(params: Params, trained: Iterable[str], frozen: Iterable[str]) -> 
 
   A pattern is a regular expression that must match the beginning of a parameter's path
   ("language_model/layers/mlp/up/kernel") up to a "/" or its end. Every parameter must match exactly one of
-  the two lists, and every pattern at least one parameter.
+  the two lists, and every pattern at least one parameter. Adapters need no pattern: they are trained, their scales and
+  the matrices beside them frozen.
 
   Raises:
-    UserError: a parameter that matches neither or both, a pattern that matches nothing or is invalid.
+    UserError: a parameter that matches neither or both, a pattern that matches nothing or is invalid, a matrix that is
+      trained beside its adapter.
   """
   flat = flatten_dict(params, sep="/")
   lists = {"trained": tuple(trained), "frozen": tuple(frozen)}
@@ -35,6 +38,9 @@ def partition(params: Params, trained: Iterable[str], frozen: Iterable[str]) -> 
   out: dict[str, dict[str, Any]] = {"trained": {}, "frozen": {}}
   used = set()
   for path, value in flat.items():
+    if lora.is_adapter(path):
+      out["frozen" if path.endswith(lora.SCALE) else "trained"][path] = value
+      continue
     hits = [key for key, pattern in compiled.items() if pattern.match(path)]
     used.update(hits)
     names = {name for name, _ in hits}
@@ -42,7 +48,12 @@ def partition(params: Params, trained: Iterable[str], frozen: Iterable[str]) -> 
       which, word = ("both", "and") if names else ("neither", "nor")
       which = f"{which} optimizer.trained {word} optimizer.frozen"
       raise UserError(f"parameter {path} matches {which}; every parameter must match exactly one")
-    out[names.pop()][path] = value
+    which = names.pop()
+    if which == "trained" and path.endswith("/kernel") and path.removesuffix("kernel") + lora.SCALE in flat:
+      raise UserError(
+        f"config.lora.patterns names {path}, which optimizer.trained trains: it must be in optimizer.frozen"
+      )
+    out[which][path] = value
   for name, patterns in lists.items():
     for p in patterns:
       if (name, p) not in used:

@@ -14,7 +14,6 @@ from jflow import memory, sharding
 from jflow.batch import Batch, empty
 from jflow.config import RunConfig
 from jflow.errors import UserError
-from jflow.models import build
 from jflow.models.unified import UnifiedModel
 from jflow.training import optim, setup
 from jflow.training.state import TrainState
@@ -56,7 +55,7 @@ def make_program(
     optim.rate_factors(flatten_dict(trained, sep="/"), config.optimizer.rates)
     return TrainState.create(trained, frozen, optimizer, spike_window)
 
-  boxed = jax.eval_shape(lambda: state_of(build.initial_params(model, train.seed)))
+  boxed = jax.eval_shape(lambda: state_of(setup.initial_params(config, model)))
   where = sharding.shardings(mesh, boxed)
   shaped = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
   step = jax.jit(

@@ -19,13 +19,13 @@ from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.generation.base import family
 from jflow.interop.checkpoints import Checkpoint, read_checkpoint
-from jflow.models import attention
-from jflow.models.build import initial_params
+from jflow.models import attention, lora
+from jflow.models import build as models
 from jflow.models.config import ModelConfig
 from jflow.models.llm.base import ARCHITECTURES
-from jflow.models.unified import UnifiedModel, loss_names
+from jflow.models.unified import UnifiedModel, cast_matrices, loss_names
 from jflow.sections import refusal
-from jflow.training import fresh, hosts
+from jflow.training import fresh, hosts, optim
 from jflow.training.start_model import PART_OF
 
 
@@ -83,6 +83,17 @@ def build(config: RunConfig, device: jax.Device) -> UnifiedModel:
   return UnifiedModel(model, jnp.dtype(compute.dtype), compute.remat, compute.unroll, kernel)
 
 
+def initial_params(config: RunConfig, model: UnifiedModel) -> Any:
+  """The initial parameters of a run, with its adapters and the types of its frozen matrices; boxed, to be traced."""
+  params, own = models.initial_params(model, config.train.seed), config.lora
+  if own.rank:
+    params = lora.added(params, own.patterns, own.rank, own.alpha, config.train.seed)
+  if own.frozen_dtype == "float32":
+    return params
+  trained, frozen = optim.partition(params, config.optimizer.trained, config.optimizer.frozen)
+  return optim.merge(trained, cast_matrices(frozen, jnp.dtype(own.frozen_dtype)))
+
+
 def row_shape(config: RunConfig, model: ModelConfig) -> RowShape:
   """Returns the sizes of a config's packed rows."""
   data, writes = config.data, family(model.generation)
@@ -119,7 +130,7 @@ def start_params(
   `open_pipeline` opens the data of all processes, for fresh parts that are fitted to it.
   """
   train = config.train
-  initial = lambda: initial_params(model, train.seed)
+  initial = lambda: initial_params(config, model)
   if not train.init_from:
     with compilation.said("the initialisation"):
       params = sharding.create(initial, mesh)
@@ -189,7 +200,7 @@ def _check_fits(
   for path in sorted(set(source) | set(wanted)):
     if path not in wanted and not path.startswith(dropped):
       refuse(path, "does not belong to this model (train.init_dropped lists the parts to leave out)")
-    if path not in source and not path.startswith(new):
+    if path not in source and not path.startswith(new) and not lora.is_adapter(path):
       refuse(path, "is missing (train.init_fresh lists the parts to initialise)")
     if path in wanted and path in source and wanted[path].shape != source[path].shape:
       refuse(path, f"has shape {tuple(source[path].shape)}, this model needs {wanted[path].shape}")

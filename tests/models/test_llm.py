@@ -120,6 +120,26 @@ def test_the_cache_in_pieces_equals_one_pass(pieces):
   assert int(cache.length) == S
 
 
+def test_merged_and_transposed_matrices_compute_the_same():
+  separate = separate_layers(params()["params"], LM.num_layers)
+  stored = LanguageModel.transposed(separate)
+  paths = {"/".join(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(stored)}
+  assert "layers_0/attention/query_key_value/transposed_kernel" in paths
+  assert "layers_0/mlp/gate_up/transposed_kernel" in paths
+  assert not any(path.endswith("/kernel") for path in paths)
+  assert sum(x.size for x in jax.tree.leaves(stored)) == sum(x.size for x in jax.tree.leaves(separate))
+  jax.tree.map(np.testing.assert_array_equal, LanguageModel.transposed(stored), stored)  # stays as it is
+  model = llm(unroll=0)
+  run = jax.jit(
+    lambda p: (
+      out := model.apply({"params": p}, X, POSITIONS, ONE).hidden,
+      model.apply({"params": p}, out, method="logits"),
+    )
+  )
+  for got, want in zip(run(stored), run(separate), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
   """In bfloat16 a sum of ones stays at 256."""
   model, variables = LanguageModel(LM, 0, jnp.bfloat16, "none", 1, "xla"), params()

@@ -14,6 +14,7 @@ from jflow.models.config import ModelConfig
 from jflow.models.llm import llama
 from jflow.models.llm.base import ARCHITECTURES, Architecture
 from jflow.models.llm.config import LanguageModelConfig
+from jflow.models.unified import for_inference
 from jflow.training import setup
 
 
@@ -68,3 +69,18 @@ def test_it_trains_and_is_no_llama():
     state, metrics = step(state, tiny.mixed())
     losses.append(float(metrics["loss_text"]))
   assert losses[-1] < 0.9 * losses[0]
+
+
+def test_its_matrices_are_transposed_and_not_merged_for_a_gpu():
+  """Its own MLP names no maps to merge."""
+  language_model = tiny.DICT["language_model"] | dict(kind="geglu", tanh=True)
+  config = ModelConfig.from_dict(tiny.DICT | dict(language_model=language_model))
+  ids = np.arange(12, dtype=np.int32)[None]
+  hidden = []
+  for transpose in (False, True):
+    model, params = for_inference(tiny.model(config), tiny.params(config), transpose)
+    bound = model.bind({"params": params})
+    hidden.append(bound.backbone(bound.embed(ids), ids, jnp.ones_like(ids)).hidden)
+  layer = params["language_model"]["layers_0"]
+  assert set(layer["mlp"]) == {"gate", "up", "down"} and "query_key_value" in layer["attention"]
+  np.testing.assert_allclose(*hidden, rtol=1e-5, atol=1e-5)

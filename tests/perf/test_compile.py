@@ -9,6 +9,7 @@ import sys
 import pytest
 import tiny
 
+from jflow.cli import compile
 from jflow.errors import UserError
 from jflow.perf import hlo, targets
 
@@ -82,6 +83,15 @@ def test_a_mistake_is_one_line_before_anything_is_compiled():
   )
   assert done.returncode == 2 and "Traceback" not in done.stderr
   assert done.stderr == "jflow: mesh.data x mesh.fsdp x mesh.model = 1 x 3 x 1 is not the 16 chips of v5e:4x4\n"
+
+
+@pytest.mark.parametrize(
+  "topology, field", [("v5e:2x4", "--topology"), ("h200:1x8", "--topology"), ("h200:1x1", "--slots=0")]
+)
+def test_painting_and_answering_are_compiled_for_one_gpu(topology, field):
+  given = ["--config=configs/stage3.py:tiny", f"--topology={topology}", "--program=understand"]
+  with pytest.raises(UserError, match=field):
+    compile.main([*given, *([field] if "=" in field else [])])
 
 
 _COLLECTIVES = """\

@@ -105,15 +105,28 @@ class FlowSampler:
     def results(program: Programs, *args: Any, **static: Any) -> Any:
       return program.compile(model, params, *args, **static) if compile else program.kept(model, *args, **static)
 
-    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
-    number, lengths = array(jnp.int32), array(jnp.int32, rows)
-    prefix = results(read_prompts, array(jnp.int32, rows, slots), lengths, guided=settings.guidance != 1.0)
+    tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, slots), (rows,)))
+    prefix = results(read_prompts, tokens, lengths, guided=settings.guidance != 1.0)
     if prefix is None:
       return False
-    z = results(
-      solve,
+    args, static = self._solving(prefix, rows, settings)
+    z = results(solve, *args, **static)
+    return z is not None and results(decode, z, at_once=decoded_at_once(model.config.image_size)) is not None
+
+  def loop(self, rows: int, slots: int, settings: Settings) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """See `generation.base.Sampler.loop`."""
+    tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, slots), (rows,)))
+    read = functools.partial(read_prompts.function, self._model, guided=settings.guidance != 1.0)
+    args, static = self._solving(jax.eval_shape(read, self._params, tokens, lengths), rows, settings)
+    return functools.partial(solve.function, self._model, **static), args
+
+  def _solving(self, prefix: Prefix, rows: int, settings: Settings) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `solve` after the params, as shapes, and its static ones."""
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+    number = array(jnp.int32)
+    args = (
       prefix,
-      lengths,
+      array(jnp.int32, rows),
       array(jnp.float32, rows, *self._shape),
       array(jnp.float32, _padded(settings.steps)),
       number,
@@ -121,10 +134,8 @@ class FlowSampler:
       number,
       array(jnp.float32),
       array(jnp.float32, 2),
-      solver=settings.solver,
-      release=settings.precision == "release",
     )
-    return z is not None and results(decode, z, at_once=decoded_at_once(model.config.image_size)) is not None
+    return args, dict(solver=settings.solver, release=settings.precision == "release")
 
 
 def _padded(steps: int) -> int:

@@ -8,7 +8,9 @@ A Linen module with the attributes of `llama.LanguageModel` (config, hidden_laye
   logits(hidden) -> f32[..., V]
   next_token(hidden_BSD, targets_BS, mask_BS) -> f32[], the sum of eq. 6
 With `unroll` 0 its blocks are separate (`layers_0`, ...), as decoding with a cache needs them; otherwise they are one
-scanned stack, `layers`, with axis 0 the layer.
+scanned stack, `layers`, with axis 0 the layer. Where the class has
+  transposed(params) -> params of separate layers as decoding on a GPU reads them fastest
+its modules take these too.
 """
 
 import dataclasses

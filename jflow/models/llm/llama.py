@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jflow.errors import UserError
+from jflow.models import lora
 from jflow.models.attention import packed_attention
 from jflow.models.cache import Cache, Prefix
-from jflow.models.layers import Linear, RMSNorm, parameter
+from jflow.models.layers import Linear, RMSNorm, parameter, side_by_side, transposed
 from jflow.models.llm.base import Output
 from jflow.models.llm.config import LanguageModelConfig
 from jflow.objectives import next_token
@@ -66,15 +67,23 @@ class Attention(nn.Module):
   dtype: Any
   kernel: str  # of packed rows, see `packed_attention`
 
+  merged = ("query", "key", "value")  # maps of one input, see `layers.side_by_side`
+
   @nn.compact
   def __call__(self, x_BSD, tables, segments_BS, past):
     """Returns (y_BSD, the past with these positions added); without a `past` a row attends to itself."""
     c = self.config
     linear = lambda features, axes, name: Linear(features, axes, self.dtype, use_bias=False, name=name)
     heads = lambda y, n: y.reshape(*y.shape[:2], n, c.head_dim)
-    q_BSNH = heads(linear(c.num_heads * c.head_dim, ("embed", "heads"), "query")(x_BSD), c.num_heads)
-    k_BSKH = heads(linear(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"), "key")(x_BSD), c.num_kv_heads)
-    v_BSKH = heads(linear(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"), "value")(x_BSD), c.num_kv_heads)
+    counts = dict(query=c.num_heads, key=c.num_kv_heads, value=c.num_kv_heads)
+    axes = lambda name: ("embed", "heads" if name == "query" else "kv_heads")
+    mapped = side_by_side(
+      self,
+      x_BSD,
+      {name: count * c.head_dim for name, count in counts.items()},
+      lambda features, name: linear(features, axes(name), name),
+    )
+    q_BSNH, k_BSKH, v_BSKH = (heads(y, n) for y, n in zip(mapped, counts.values(), strict=True))
     q_BSNH, k_BSKH = rotate(q_BSNH, tables), rotate(k_BSKH, tables)
     q_BSNH = constrain(q_BSNH, "batch", None, "heads", None)
     if past is None:
@@ -94,12 +103,16 @@ class Mlp(nn.Module):
   config: LanguageModelConfig
   dtype: Any
 
+  merged = ("gate", "up")  # maps of one input, see `layers.side_by_side`
+
   @nn.compact
   def __call__(self, x_BSD):
     c = self.config
     linear = lambda features, axes, name: Linear(features, axes, self.dtype, use_bias=False, name=name)
-    gate = checkpoint_name(linear(c.mlp_dim, ("embed", "mlp"), "gate")(x_BSD), "gate")
-    up = checkpoint_name(linear(c.mlp_dim, ("embed", "mlp"), "up")(x_BSD), "up")
+    gate, up = side_by_side(
+      self, x_BSD, dict(gate=c.mlp_dim, up=c.mlp_dim), lambda features, name: linear(features, ("embed", "mlp"), name)
+    )
+    gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
     return linear(c.embed_dim, ("mlp", "embed"), "down")(jax.nn.silu(gate) * up)
 
 
@@ -151,6 +164,11 @@ class LanguageModel(nn.Module):
   attention: str
 
   block = Block
+
+  @classmethod
+  def transposed(cls, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of separate layers as decoding on a GPU reads them, see `layers.transposed`."""
+    return transposed(params, [Attention.merged, getattr(cls.block.mlp, "merged", ())])
 
   def setup(self) -> None:
     c = self.config
@@ -232,5 +250,5 @@ class LanguageModel(nn.Module):
     """The sum over masked positions of -log p(target) (eq. 6); see `next_token.loss`."""
     if self.is_initializing():
       self.logits(hidden_BSD[:, :1])
-    kernel_DV = self.head.variables["params"]["kernel"]
-    return next_token.loss(hidden_BSD, unbox(kernel_DV), targets_BS, mask_BS)
+    kernel_DV = lora.merged(unbox(self.head.variables["params"]))["kernel"]
+    return next_token.loss(hidden_BSD, kernel_DV, targets_BS, mask_BS)

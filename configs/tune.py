@@ -1,0 +1,34 @@
+"""Tuning of a trained model on one's own data, by low-rank adapters (LoRA) beside frozen weights. Not in the paper.
+
+  jflow train --config=tune --workdir=runs/tuned --config.train.init_from=runs/janusflow \\
+    "--config.data.sources.generation=(('data/mine',1.0),)" --config.data.mixture="((0,(0,1,0)),)"
+  jflow train --config=tune:tiny --workdir=runs/tiny_tune                   # seconds, built-in data
+
+Every matrix of the LLM's blocks, g_enc and g_dec gets an adapter; with `--config.lora.rank=0` and one's own
+`optimizer.trained` whole parts are trained instead. Checkpoints hold base and adapters; `generate`, `understand`, `serve`
+and `convert` merge them. `data.mixture` gives the share of rows understanding : generation : text.
+Time and memory: `jflow compile --config=tune --topology=h100:1x1` says what a step needs; nobody has run this size.
+"""
+
+from configs import base
+
+BLOCKS = ("language_model/layers", "generation_(encoder|decoder)/blocks_.*")
+
+
+def get_config(size: str = ""):
+  c = base.base(size)
+  c.lora.rank, c.lora.alpha, c.lora.patterns = 16, 32.0, BLOCKS
+  c.optimizer.trained, c.optimizer.frozen = (), (".*",)
+  c.model.objectives, c.objective.weights = {}, dict(text=1.0, flow=1.0)
+  c.train.init_dropped = ("alignment_head",)  # REPA is for training from scratch
+  c.train.ema = 0.0  # a run of few steps has nothing to average
+  c.data.template = "chat"
+  c.data.mixture = ((0, (30, 70, 0)),)
+  c.train.batch_size = 8
+  c.train.steps = min(c.train.steps, 500) or 500
+  c.optimizer.learning_rate, c.optimizer.warmup_steps = 2e-4, 20
+  if c.size in base.PAPER:
+    c.lora.frozen_dtype = "bfloat16"  # as published
+    c.checkpoint.interval = 100
+    c.log.sample_every = 100
+  return c
