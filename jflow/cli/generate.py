@@ -120,7 +120,7 @@ def main(argv: list[str]) -> int:
     body = {
       "checkpoint": str(args.checkpoint),
       "settings": dataclasses.asdict(chosen) | call | made,
-      "function_evaluations": chosen.evaluations,
+      "function_evaluations": model.sampler.evaluations(chosen),
       "pictures": records,
     }
     write_json(args.json, body)
@@ -133,7 +133,7 @@ def _generate(model: "Pipeline", prompts: list[str], chosen: Any, call: dict[str
   """Generates images with a progress bar that counts sampling steps, since an image may take a minute."""
   from tqdm import tqdm
 
-  pictures, steps, batch = len(prompts) * call["num_images"], chosen.work, call["batch_size"]
+  pictures, steps, batch = len(prompts) * call["num_images"], model.sampler.evaluations(chosen), call["batch_size"]
   sizes = iter([min(batch, pictures - at) for at in range(0, pictures, batch)])
   with tqdm(total=pictures * steps, unit="step", disable=not sys.stderr.isatty()) as bar:
     state = {"size": next(sizes), "before": 0}

@@ -113,7 +113,9 @@ class Writer(Protocol):
 
 
 class Sampler(Protocol):
-  """A sampler from prompts to pixels, made as `Sampler(model, params)` with a model for inference.
+  """A sampler from prompts to pixels, made as `Sampler(model, params, tokenizer)` with a model for inference.
+
+  Of the tokenizer it takes the ids of special tokens.
 
   Legend: I images, S prompt slots.
   """
@@ -122,7 +124,10 @@ class Sampler(Protocol):
     """The initial state [I, ...] of the images of these seeds; an image depends only on its own seed."""
 
   def given(self, noise: Any, count: int) -> np.ndarray:
-    """The initial state of `count` images from noise in PyTorch's layout; raises UserError for another shape."""
+    """The initial state of `count` images from noise in PyTorch's layout; raises UserError where there is none."""
+
+  def evaluations(self, settings: Any) -> int:
+    """Evaluations of the LLM for one image, guidance aside; what a progress bar counts."""
 
   def sample(
     self,
@@ -145,7 +150,7 @@ class Sampler(Protocol):
   def round_trip(self, pixels_IHW3: np.ndarray) -> np.ndarray:
     """Pixels as `sample` gives them, of uint8 images that the family's encoder and decoder have seen.
 
-    Never called for a family without an encoder, see `Config.stored_shape`.
+    Never called for a family without an encoder, see `Family.stored`.
     """
 
   def prepare(self, rows: int, slots: int, settings: Any, compile: bool = True) -> bool:

@@ -28,7 +28,7 @@ class Pipeline:
     self.model, params = for_inference(model, params)
     self.params, self.can_paint = jax.device_put(params), can_paint
     self.family = family(self.model.config.generation)
-    self.sampler = registry.load(self.family.sampler)(self.model, self.params)
+    self.sampler = registry.load(self.family.sampler)(self.model, self.params, tokenizer)
     self.tokenizer, self.template = tokenizer, template
 
   def settings(self, **given: Any) -> Any:

@@ -57,7 +57,6 @@ class Layout:
 @dataclasses.dataclass(frozen=True)
 class Settings:
   brightness: float = setting(1.0, "of the picture", most=10.0)
-  work = evaluations = 1
 
 
 class AveragesWriter(nn.Module):
@@ -99,8 +98,11 @@ class AveragesWriter(nn.Module):
 
 
 class AveragesSampler:
-  def __init__(self, model, params):
+  def __init__(self, model, params, tokenizer):
     self.model, self.params = model, params
+
+  def evaluations(self, settings):
+    return 1
 
   def start(self, seeds):
     return np.zeros(len(seeds))

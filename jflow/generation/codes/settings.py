@@ -22,9 +22,13 @@ class Settings:
     UserError: a value out of its range.
   """
 
-  guidance: float = setting(5.0, "w of the guidance on logits: 1 is none, 5 the paper's", most=1e6)
-  temperature: float = setting(1.0, "of each code's draw; 0: the most likely", most=1e6)
-  precision: str = setting("exact", "f32 logits, or release: bf16, as published", choices=PRECISIONS)
+  guidance: float = setting(
+    5.0, "w of the guidance on logits: 1 is none, 5 the paper's", most=1e6, served=(0, 1000), page=(1, 10, 0.5)
+  )
+  temperature: float = setting(
+    1.0, "of each code's draw; 0: the most likely", most=1e6, served=(0, 100), page=(0, 2, 0.05)
+  )
+  precision: str = setting("exact", "f32 logits, or release: bf16, as published", choices=PRECISIONS, served=False)
 
   def __post_init__(self) -> None:
     checks.number("guidance", self.guidance)

@@ -29,8 +29,8 @@ class FlowSampler:
   unchanged: the release masks the other prompt tokens, which gives the same numbers.
   """
 
-  def __init__(self, model: UnifiedModel, params: Any):
-    """`model`: with separate layers, see `unified.for_inference`."""
+  def __init__(self, model: UnifiedModel, params: Any, tokenizer: Any = None):
+    """`model`: with separate layers, see `unified.for_inference`. The time token is no token of `tokenizer`."""
     self._model, self._params = model, params
     c = model.config
     self._shape = (c.latent_size, c.latent_size, c.autoencoder.latent_channels)
@@ -55,6 +55,10 @@ class FlowSampler:
     if not (real and np.isfinite(noise).all()):
       raise UserError("noise must hold finite real numbers")
     return noise.transpose(0, 2, 3, 1)
+
+  def evaluations(self, settings: Settings) -> int:
+    """See `generation.base.Sampler.evaluations`."""
+    return settings.evaluations
 
   def sample(
     self,

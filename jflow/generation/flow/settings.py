@@ -71,11 +71,6 @@ class Settings:
     _need(self.precision == "exact" or plain, "precision='release' goes with solver='euler' and shift=1")
 
   @property
-  def work(self) -> int:
-    """Steps that a progress bar counts for one image."""
-    return self.steps
-
-  @property
   def evaluations(self) -> int:
     """Evaluations of the velocity for one image, guidance aside."""
     return self.steps * (1 if self.solver == "euler" else 2)

@@ -1,0 +1,225 @@
+"""Sampling: prompts -> codes, one after another with guidance on logits -> pixels. One program draws all codes.
+
+Legend: I images, S prompt slots (bucketed), P codes of an image, R rows: the images, twice where guidance has two halves,
+D embed, V rows of the codebook.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jflow.errors import UserError
+from jflow.generation import slices
+from jflow.generation.codes.settings import Settings
+from jflow.models.cache import Cache
+from jflow.models.unified import UnifiedModel, normalise
+from jflow.programs import Programs, bounded
+
+_PIECES = 10  # calls of `draw` whose progress is told
+
+
+class CodesSampler:
+  """The sampler of codes, see `generation.base.Sampler`.
+
+  Prompts of all lengths share one cache: prompts are padded on the right to S slots that later rows do not see, codes
+  follow from slot S on, and positions count on from each prompt's own end. The unconditional half reads the pads that
+  replace a prompt.
+  """
+
+  def __init__(self, model: UnifiedModel, params: Any, tokenizer: Any):
+    """`model`: with separate layers, see `unified.for_inference`; of `tokenizer`, the ids `image_start` and `pad`."""
+    self._model, self._params = model, params
+    self._begin, self._pad = np.int32(tokenizer.image_start), np.int32(tokenizer.pad)
+
+  def start(self, seeds: Sequence[int]) -> np.ndarray:
+    """The seeds of the draws, uint32[I]."""
+    return np.asarray(seeds, np.uint32)
+
+  def given(self, noise: Any, count: int) -> np.ndarray:
+    """Raises UserError: codes start from no noise."""
+    raise UserError("noise must be left out: a model that writes codes draws them by its seed")
+
+  def evaluations(self, settings: Settings) -> int:
+    """See `generation.base.Sampler.evaluations`: the codes of an image."""
+    return self._model.config.patches
+
+  def sample(
+    self,
+    tokens_IS: np.ndarray,
+    lengths_I: np.ndarray,
+    start: np.ndarray,
+    settings: Settings,
+    on_step: Callable[[int, int], None] | None = None,
+  ) -> np.ndarray:
+    """Draws the codes and decodes them. With `on_step` the host waits for the device about ten times."""
+    codes = self.codes(tokens_IS, lengths_I, start, settings, on_step)
+    return np.asarray(decode(self._model, self._params, codes, most=slices.at_once(self._model.config.image_size)))
+
+  def codes(
+    self,
+    tokens_IS: np.ndarray,
+    lengths_I: np.ndarray,
+    start: np.ndarray,
+    settings: Settings,
+    on_step: Callable[[int, int], None] | None = None,
+  ) -> jax.Array:
+    """The codes of images, int32[I, P]; see `sample`."""
+    p = self._model.config.patches
+    tokens = np.asarray(tokens_IS, np.int32)
+    inside = np.arange(tokens.shape[1]) >= 1
+    twin = np.where(inside, self._pad, tokens)
+    rows = {"prompt": (tokens,), "twin": (twin,), "both": (tokens, twin)}[_halves(settings)]
+    lengths = np.asarray(lengths_I, np.int32)
+    cache = read_prompts(self._model, self._params, np.concatenate(rows), np.tile(lengths, len(rows)))
+    codes: Any = jnp.zeros((len(tokens), p), jnp.int32)
+    pieces = min(_PIECES, p) if on_step else 1
+    stops = [p * (i + 1) // pieces for i in range(pieces)]
+    for first, stop in zip([0, *stops], stops):
+      codes, cache = draw(
+        self._model,
+        self._params,
+        codes,
+        cache,
+        lengths,
+        np.asarray(start, np.uint32),
+        np.int32(first),
+        np.int32(stop),
+        self._begin,
+        np.float32(settings.guidance),
+        np.float32(settings.temperature),
+        release=settings.precision == "release",
+      )
+      if on_step:
+        codes.block_until_ready()
+        on_step(stop, p)
+    return codes
+
+  def round_trip(self, pixels_IHW3: np.ndarray) -> np.ndarray:
+    """See `generation.base.Sampler.round_trip`."""
+    codes = encode(self._model, self._params, pixels_IHW3)
+    return np.asarray(decode(self._model, self._params, codes, most=slices.at_once(pixels_IHW3.shape[1])))
+
+  def prepare(self, rows: int, slots: int, settings: Settings, compile: bool = True) -> bool:
+    """See `generation.base.Sampler.prepare`."""
+    model, params = self._model, self._params
+
+    def results(program: Programs, *args: Any, **static: Any) -> Any:
+      return program.compile(model, params, *args, **static) if compile else program.kept(model, *args, **static)
+
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+    whole, number, lengths = array(jnp.int32), array(jnp.float32), array(jnp.int32, rows)
+    halves = 2 if _halves(settings) == "both" else 1
+    cache = results(read_prompts, array(jnp.int32, halves * rows, slots), array(jnp.int32, halves * rows))
+    if cache is None:
+      return False
+    codes = array(jnp.int32, rows, model.config.patches)
+    drawn = results(
+      draw,
+      codes,
+      cache,
+      lengths,
+      array(jnp.uint32, rows),
+      whole,
+      whole,
+      whole,
+      number,
+      number,
+      release=settings.precision == "release",
+    )
+    most = slices.at_once(model.config.image_size)
+    return drawn is not None and results(decode, codes, most=most) is not None
+
+
+def _halves(settings: Settings) -> str:
+  """Which rows a guidance needs: those of the prompt, of its unconditional twin, or both."""
+  return {1.0: "prompt", 0.0: "twin"}.get(settings.guidance, "both")
+
+
+@bounded(most=16)
+def read_prompts(model: UnifiedModel, params: Any, tokens_RS: jax.Array, lengths_R: jax.Array) -> Cache:
+  """The keys and values of the prompts, with room for the codes of an image: a cache of S + P slots, S in use."""
+  bound, (r, s) = model.bind({"params": params}), tokens_RS.shape
+  x = bound.embed(tokens_RS)
+  positions = jnp.broadcast_to(jnp.arange(s), (r, s))
+  segments = (positions < lengths_R[:, None]).astype(jnp.int32)
+  cache = Cache.empty(model.config.language_model, r, s + model.config.patches, x.dtype)
+  return bound.backbone(x, positions, segments, cache).cache
+
+
+@bounded(most=16, donate=("codes_IP", "cache"))
+def draw(
+  model: UnifiedModel,
+  params: Any,
+  codes_IP: jax.Array,
+  cache: Cache,
+  lengths_I: jax.Array,
+  seeds_I: jax.Array,
+  first: jax.Array,
+  stop: jax.Array,
+  begin: jax.Array,
+  guidance: jax.Array,
+  temperature: jax.Array,
+  *,
+  release: bool,
+) -> tuple[jax.Array, Cache]:
+  """Draws the codes `first` to `stop` of each image; a cache of twice as many rows turns guidance on.
+
+  Args:
+    codes_IP: int32, the codes before `first`.
+    cache: of the prompts and those codes, from `read_prompts`; its slots count for all rows.
+    lengths_I: int32, tokens of the prompts.
+    seeds_I: uint32; a draw depends on its image's seed and its place in the image alone.
+    first, stop: int32[].
+    begin: int32[], the begin-of-image token, which is read before the first code.
+    guidance, temperature: f32[].
+    release: logits and guidance in bf16, as published.
+  """
+  i = len(codes_IP)
+  halves = len(cache.filled) // i
+  both = lambda x: jnp.concatenate([x] * halves)
+
+  def body(k: jax.Array, carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
+    codes, cache = carry
+    bound = model.bind({"params": params})
+    before_I = jax.lax.dynamic_index_in_dim(codes, jnp.maximum(k - 1, 0), axis=1, keepdims=False)
+    x_ID = jnp.where(k == 0, bound.embed(begin), bound.writer.slots(before_I))
+    positions = both(lengths_I + k)[:, None]
+    out = bound.backbone(both(x_ID)[:, None], positions, jnp.ones_like(positions), cache)
+    logits = bound.writer.logits(out.hidden[:, 0])
+    logits = logits.astype(jnp.bfloat16) if release else logits
+    if halves == 2:
+      logits = guide(logits[:i], logits[i:], guidance.astype(logits.dtype))
+    return codes.at[:, k].set(pick(logits.astype(jnp.float32), seeds_I, k, temperature)), out.cache
+
+  return jax.lax.fori_loop(first, stop, body, (codes_IP, cache))
+
+
+def guide(conditional: jax.Array, unconditional: jax.Array, guidance: jax.Array | float) -> jax.Array:
+  """l = l_u + w (l_c - l_u); w = 1 is the conditional one, w = 0 the other."""
+  return unconditional + guidance * (conditional - unconditional)
+
+
+def pick(logits_IV: jax.Array, seeds_I: jax.Array, k: jax.Array, temperature: jax.Array) -> jax.Array:
+  """Draws code k of each image from softmax(logits / temperature): int32[I]. Temperature 0: the most likely."""
+  likeliest = jnp.argmax(logits_IV, axis=-1).astype(jnp.int32)
+
+  def drawn() -> jax.Array:
+    one = lambda seed, logits: jax.random.categorical(jax.random.fold_in(jax.random.key(seed), k), logits)
+    return jax.vmap(one)(seeds_I, logits_IV / jnp.maximum(temperature, 1e-6)).astype(jnp.int32)
+
+  return jax.lax.cond(temperature > 0, drawn, lambda: likeliest)
+
+
+@bounded(most=6)
+def encode(model: UnifiedModel, params: Any, pixels_IHW3: jax.Array) -> jax.Array:
+  """uint8[I, H, W, 3] -> codes int32[I, P]."""
+  return model.bind({"params": params}).writer.encode(normalise(pixels_IHW3))
+
+
+@bounded(most=6)
+def decode(model: UnifiedModel, params: Any, codes_IP: jax.Array, *, most: int) -> jax.Array:
+  """Codes -> f32[I, H, W, 3], by the tokenizer's decoder on at most `most` images at a time."""
+  return slices.decoded(lambda codes: model.bind({"params": params}).writer.decode(codes), codes_IP, most)
