@@ -31,6 +31,7 @@ FAST = {
   "imports",
   "inference/decoding",
   "inference/generate",
+  "interop/janus",
   "interop/packed",
   "models/attention",
   "models/autoencoders",

@@ -20,12 +20,17 @@ _weights = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_weights)
 
 
+def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+  """The tensor of an official name and its shape, f32, deterministic."""
+  return _weights.tensor(name, shape).astype(np.float32)
+
+
 def tensors(vocabulary: int = 256) -> dict[str, np.ndarray]:
   """Every tensor of the published names, f32, deterministic."""
   shapes = json.loads((TINY / "manifest.json").read_text())
   for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
     shapes[name][0] = vocabulary
-  return {name: _weights.tensor(name, tuple(shape)).astype(np.float32) for name, shape in shapes.items()}
+  return {name: tensor(name, tuple(shape)) for name, shape in shapes.items()}
 
 
 def write(directory: pathlib.Path, dtype: type = np.float32, shards: int = 1, tokenizer: bool = False) -> pathlib.Path:

@@ -1,4 +1,4 @@
-"""The command `convert`: converts checkpoints from and to the published layout."""
+"""The command `convert`: converts checkpoints from and to the published layouts."""
 
 import argparse
 import pathlib
@@ -6,16 +6,18 @@ import pathlib
 from jflow.cli.arguments import SEED, Parser, whole
 
 _ABOUT = """\
-Converts weights from and to the published PyTorch layout.
+Converts weights from and to the published PyTorch layouts.
 
---from=official           JanusFlow-1.3B as published, to a jflow checkpoint (or, with --to=official, to other
-                          shards or another type)
+--from=official           JanusFlow, Janus or Janus-Pro as published, to a jflow checkpoint (or, with --to=official,
+                          to other shards or another type)
+--from=transformers       Janus or Janus-Pro in the layout of Hugging Face's transformers (model_type janus)
 --from=jflow              a jflow checkpoint, to a directory that the PyTorch code loads unchanged
 --from=huggingface-parts  an LLM, a SigLIP and a VAE, to the starting point of stage 1
 
 examples:
   python -m jflow convert --from=official --input=JanusFlow-1.3B --vae=sdxl-vae --output=runs/janusflow
   python -m jflow convert --from=jflow --to=official --input=runs/stage3 --output=for-pytorch
+  python -m jflow convert --from=transformers --to=official --input=Janus-Pro-1B --output=for-the-release
   python -m jflow convert --from=huggingface-parts --llm=deepseek-llm --siglip=siglip-large-patch16-384 \\
     --vae=sdxl-vae --output=runs/parts
 """
@@ -24,9 +26,14 @@ examples:
 def parser() -> argparse.ArgumentParser:
   """The flags of `convert`."""
   p = Parser(prog="python -m jflow convert", description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
-  kinds = ("official", "huggingface-parts", "jflow")
-  p.add_argument("--from", dest="source", choices=kinds, help="layout of --input (default: what it looks like)")
-  p.add_argument("--to", choices=("official", "jflow"), help="layout of --output (default: the other one)")
+  layouts = ("official", "transformers", "jflow")
+  p.add_argument(
+    "--from",
+    dest="source",
+    choices=(*layouts, "huggingface-parts"),
+    help="layout of --input (default: what it looks like)",
+  )
+  p.add_argument("--to", choices=layouts, help="layout of --output (default: jflow; of a jflow one: official)")
   p.add_argument("--input", type=pathlib.Path, help="checkpoint directory; not for --from=huggingface-parts")
   p.add_argument("--output", type=pathlib.Path, required=True, help="directory to create")
   p.add_argument("--llm", type=pathlib.Path, help="huggingface-parts: directory of a LlamaForCausalLM")
@@ -40,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     "--shard_bytes",
     type=whole(most=2**62),
     default=4 * 2**30,
-    help="largest official file (default: 4 GiB)",
+    help="largest file of a published layout (default: 4 GiB)",
   )
   return p
 

@@ -149,6 +149,10 @@ class Tokenizer:
         "(model.language_model.vocab_size): they belong to different models"
       )
 
+  def settings(self) -> dict[str, Any]:
+    """The contents of tokenizer_config.json; empty where there is none."""
+    return _settings(self._files, "tokenizer_config.json", self._origin)
+
   def save(self, directory: str | os.PathLike[str]) -> None:
     """Writes the files of the tokenizer byte for byte."""
     os.makedirs(directory, exist_ok=True)

@@ -34,7 +34,7 @@ class Conversion:
   dtype: str | None = None  # "float32" or "bfloat16"
   weights: str = "ema"  # or "raw", of a jflow checkpoint
   seed: int = 0  # of the fresh parts of huggingface-parts
-  shard_bytes: int = 4 * 2**30  # largest official file
+  shard_bytes: int = 4 * 2**30  # largest file of a published layout
 
 
 def _read(args: Conversion) -> tuple[Loaded, pathlib.Path | None]:
@@ -51,19 +51,27 @@ def _read(args: Conversion) -> tuple[Loaded, pathlib.Path | None]:
   if layout is not None:
     found = published.describe(layout, args.input, args.vae)
     if args.to != "jflow":
-      layouts.of(found.config, args.to).write_config(found.config, "float32")  # refuses what that layout cannot hold
+      layouts.of(found.config, args.to).write_config(
+        found.config, "float32", None
+      )  # refuses what that layout cannot hold
+    if found.unread and args.to != layout.name:
+      parts = sorted({"/".join(path.split("/")[:2]) for path in found.unread})
+      print(
+        f"jflow: zeros, since the {layout.name} layout has none and nothing uses it: {', '.join(parts)}",
+        file=sys.stderr,
+      )
     return Loaded(found.config, found.read(dtype), found.has_vae, found.tokenizer, found.template), args.input
   from jflow.interop.checkpoints import describe
 
   found = describe(args.input, vae=args.vae, weights=args.weights)
   if args.to != "jflow":
-    layouts.of(found.config, args.to).write_config(found.config, "float32")
+    layouts.of(found.config, args.to).write_config(found.config, "float32", None)
   tokenizer = None
   if (found.directory / "tokenizer.json").is_file():
     tokenizer = Tokenizer.load(str(found.directory))
     templates.check_fits(found.template, tokenizer, found.config)
   params = transfer.flatten(found.read_params())
-  has_vae = found.config.autoencoder is None or any(path.startswith("vae/") for path in params)
+  has_vae = found.config.autoencoder is None or any(path.startswith(("vae/", "vq/")) for path in params)
   wanted = layouts.names() if args.to == "jflow" else [args.to]
   kept = [folder for name in wanted if (folder := found.directory.parent / name).is_dir()]
   return Loaded(found.config, params, has_vae, tokenizer, found.template), kept[0] if kept else None

@@ -95,7 +95,7 @@ def config_from_official(values: Mapping[str, Any], where: str, autoencoder: Aut
   )
 
 
-def config_to_official(c: ModelConfig, dtype: str) -> dict[str, Any]:
+def config_to_official(c: ModelConfig, dtype: str, tokenizer: Any = None) -> dict[str, Any]:
   """The config.json of a model; `dtype` is the name of the weights' type.
 
   Raises:

@@ -29,9 +29,8 @@ class Layout:
   recognises: Callable[[Mapping[str, Any]], bool]  # whether a config.json is of this layout
   # (its contents, its name for messages, the autoencoder if it is apart and there) -> the model's.
   read_config: Callable[[Mapping[str, Any], str, Any], ModelConfig]
-  write_config: Callable[
-    [ModelConfig, str], dict[str, Any]
-  ]  # (model, type of the weights); refuses what it cannot hold
+  # (model, type of the weights, tokenizer if there is one) -> config.json; refuses what it cannot hold.
+  write_config: Callable[[ModelConfig, str, Any], dict[str, Any]]
   entries: Callable[[ModelConfig, bool], list[Entry]]  # (model, whether the head is the embedding), in the file's order
   check_sizes: Callable[[Fields, ModelConfig, Mapping[str, Tensor], Any], None]  # see `sizes.check`
   language: str  # field of the LLM's section
@@ -41,9 +40,8 @@ class Layout:
   checks: Mapping[str, Callable[[Fields, ModelConfig], None]]  # file of the processor -> its check
   files: Callable[[ModelConfig, Tokenizer | None], dict[str, Any]]  # file -> contents, beside config.json
   ignored: Callable[[str], bool] = lambda name: False  # tensors that files may hold and nothing reads
-  unread: Callable[[ModelConfig], Mapping[str, tuple[int, ...]]] = (
-    lambda config: {}
-  )  # parameters that it has not: zeros
+  # Parameters that it has no tensors for, which become zeros.
+  unread: Callable[[ModelConfig], Mapping[str, tuple[int, ...]]] = lambda config: {}
   unwritten: Callable[[ModelConfig], list[Entry]] = lambda config: []  # tensors that no parameter is in: zeros
   template: Callable[[Tokenizer | None], str] = lambda tokenizer: "chat"  # of `data.templates`
   vae_apart: bool = False  # whether the autoencoder is a directory of its own

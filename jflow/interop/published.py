@@ -168,15 +168,17 @@ def save(
   config, params = model.config, dict(model.params)
   directory.mkdir(parents=True)
   kind = np.dtype(dtype or params["language_model/embed"].dtype)
-  files = {"config.json": layout.write_config(config, kind.name)} | layout.files(config, model.tokenizer)
-  for name in SIDECARS:
+  files = {"config.json": layout.write_config(config, kind.name, model.tokenizer)} | layout.files(
+    config, model.tokenizer
+  )
+  if model.tokenizer is not None:
+    model.tokenizer.save(str(directory))
+  for name in dict.fromkeys((*SIDECARS, *files)):
     kept = sidecars / name if sidecars else None
     if kept and kept.is_file() and (name != "config.json" or _same_model(layout, kept, config, kind.name)):
       shutil.copyfile(kept, directory / name)
     elif name in files:
       (directory / name).write_text(json.dumps(files[name], indent=2) + "\n", encoding="utf-8")
-  if model.tokenizer is not None:
-    model.tokenizer.save(str(directory))
   zeros = layout.unwritten(config)
   params |= {entry.path: np.zeros(entry.shape, kind) for entry in zeros}
   entries = [*layout.entries(config, False), *zeros]

@@ -13,6 +13,7 @@ FAMILY = Family(
   writer="jflow.generation.codes.writer:CodesWriter",
   sampler="jflow.generation.codes.sampler:CodesSampler",
   tokens=("pad",),
+  layouts=("jflow.interop.janus:LAYOUT", "jflow.interop.janus_transformers:LAYOUT"),
   flops="jflow.generation.codes.flops",
   stored=Stored(
     name="codes",
