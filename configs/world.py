@@ -58,7 +58,7 @@ def world(c: ConfigDict) -> None:
   """Sets the fields of size `world`, except steps and rates, which depend on the stage (`at_stage`)."""
   shapes(c)
   c.train.batch_size, c.train.ema = 16, 0.998
-  c.data.shapes.size = 200_000
+  c.data.shapes.size = 120_000
   c.data.shapes.tags = dict(
     single_object=0.1, colors=0.12, two_object=0.28, counting=0.16, position=0.14, color_attr=0.15, several=0.05
   )
@@ -125,6 +125,8 @@ def at_stage(c: ConfigDict, stage: int) -> ConfigDict:
       c.optimizer.cooldown_steps = 300
   if c.size == "world":
     c.train.steps, c.optimizer.learning_rate = ((600, 2e-3), (300, 3e-3), (24_000, 3e-3), (8000, 3e-3))[stage]
+    if stage < 2:
+      c.data.shapes.size = 40_000
     if stage == 0:
       c.train.fit_labels = 160_000
     if stage == 2:
