@@ -19,7 +19,7 @@ class PromptTooLong(UserError):
   """A prompt longer than its context."""
 
 
-class CannotPaint(UserError):
+class CannotGenerate(UserError):
   """A request for an image from a checkpoint without a VAE."""
 
 

@@ -9,8 +9,9 @@ import httpx
 import tiny
 
 from jflow.data.tokenizer import Tokenizer
+from jflow.generation.flow import FAMILY
 from jflow.inference.pipeline import Pipeline
-from jflow.serving import server
+from jflow.serving import schemas, server
 from jflow.serving.api import Api
 from jflow.serving.engine import Engine
 from jflow.serving.hosts import Guarded, Hosts
@@ -21,6 +22,11 @@ NAME = "tiny"
 
 def pipeline() -> Pipeline:
   return Pipeline(tiny.model(), tiny.params(), Tokenizer.load(str(tiny.TOKENIZER)), "plain")
+
+
+def images(body: dict) -> schemas.Images:
+  """A request for images of the tiny model, parsed."""
+  return schemas.ImageRequests(FAMILY, "m", 16).parse(body)
 
 
 @contextlib.contextmanager

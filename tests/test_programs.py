@@ -73,9 +73,9 @@ def test_the_time_grid_is_to_the_bit_that_of_jax(shift):
 def test_what_is_prepared_is_what_is_run():
   model, counted = serving.pipeline(), (painting.read_prompts, painting.solve, painting.decode)
   chosen, other = model.settings(steps=5), model.settings(steps=5, guidance=1.0, solver="heun")
-  assert model.prepare_painting(PROMPTS, chosen, rows=2)
-  assert model.prepare_painting(PROMPTS, chosen, rows=2, compile=False)
-  assert not model.prepare_painting(PROMPTS, other, rows=2, compile=False)
+  assert model.prepare_images(PROMPTS, chosen, rows=2)
+  assert model.prepare_images(PROMPTS, chosen, rows=2, compile=False)
+  assert not model.prepare_images(PROMPTS, other, rows=2, compile=False)
   kept = [len(x) for x in counted]
   model.generate(PROMPTS, 5)
   assert [len(x) for x in counted] == kept

@@ -215,6 +215,12 @@ class Family:
     """The names of the sampling settings."""
     return {field.name for field in dataclasses.fields(self.settings)}
 
+  @property
+  def served(self) -> list[dataclasses.Field]:
+    """The sampling settings that clients of a server may choose: those of one value, unless they say otherwise."""
+    fields = dataclasses.fields(self.settings)
+    return [f for f in fields if f.metadata.get("served", True) and not isinstance(f.default, tuple)]
+
   def told(self, chosen: Any) -> dict[str, Any]:
     """The settings that records of pictures name: those of the page, and others that differ from their default."""
     fields = dataclasses.fields(self.settings)

@@ -13,7 +13,7 @@ from jflow.data import examples, images
 from jflow.data.images import ImageError
 from jflow.data.records import Turn
 from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from jflow.errors import CannotPaint, UserError
+from jflow.errors import CannotGenerate, UserError
 from jflow.generation.base import family, settings
 from jflow.inference import decoding, likelihood
 from jflow.inference.decoding import Request, bucket
@@ -23,10 +23,10 @@ from jflow.models.unified import UnifiedModel, for_inference
 class Pipeline:
   """A model for inference with its tokenizer. Made by `jflow.load`."""
 
-  def __init__(self, model: UnifiedModel, params: Any, tokenizer: Tokenizer, template: str, can_paint: bool = True):
-    """`template`: "plain" (stages 1, 2) or "chat" (stage 3, the release); `can_paint`: whether there is a VAE."""
+  def __init__(self, model: UnifiedModel, params: Any, tokenizer: Tokenizer, template: str, can_generate: bool = True):
+    """`template`: "plain" (stages 1, 2) or "chat" (stage 3, the release); `can_generate`: whether there is a VAE."""
     self.model, params = for_inference(model, params)
-    self.params, self.can_paint = jax.device_put(params), can_paint
+    self.params, self.can_generate = jax.device_put(params), can_generate
     self.family = family(self.model.config.generation)
     self.sampler = registry.load(self.family.sampler)(self.model, self.params, tokenizer)
     self.tokenizer, self.template = tokenizer, template
@@ -81,7 +81,7 @@ class Pipeline:
     check_prompts(prompts, seed=seed, num_images=num_images, batch_size=batch_size)
     seed, num_images, batch_size = int(seed), int(num_images), int(batch_size)  # NumPy's wrap around
     chosen = self.settings(steps=steps, guidance=guidance, **rest)
-    ids = [x for x in map(self.painting_prompt, prompts) for _ in range(num_images)]
+    ids = [x for x in map(self.generation_prompt, prompts) for _ in range(num_images)]
     if noise is not None:
       start = self.sampler.given(noise, len(ids))
     else:
@@ -100,7 +100,7 @@ class Pipeline:
         progress(len(out), len(ids))
     return out
 
-  def prepare_painting(self, prompts: Sequence[str], chosen: Any, *, rows: int, compile: bool = True) -> bool:
+  def prepare_images(self, prompts: Sequence[str], chosen: Any, *, rows: int, compile: bool = True) -> bool:
     """Compiles the programs of `generate` for a batch of these prompts, or only checks that they are compiled.
 
     Args:
@@ -113,20 +113,20 @@ class Pipeline:
       Whether all of them are compiled.
 
     Raises:
-      UserError: see `painting_prompt`.
+      UserError: see `generation_prompt`.
     """
-    slots = bucket(max(len(self.painting_prompt(prompt)) for prompt in set(prompts)))
+    slots = bucket(max(len(self.generation_prompt(prompt)) for prompt in set(prompts)))
     return self.sampler.prepare(rows, slots, chosen, compile)
 
-  def painting_prompt(self, text: str) -> np.ndarray:
+  def generation_prompt(self, text: str) -> np.ndarray:
     """The tokens of a prompt for an image, int32[n].
 
     Raises:
-      CannotPaint: there is no VAE.
+      CannotGenerate: there is no VAE.
       UserError: the prompt is empty or longer than the context.
     """
-    if not self.can_paint:
-      raise CannotPaint(
+    if not self.can_generate:
+      raise CannotGenerate(
         "this checkpoint has no VAE, so it can answer but not paint: give the VAE's directory (--vae=DIR)"
       )
     c = self.model.config

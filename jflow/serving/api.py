@@ -19,7 +19,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jflow.errors import CannotPaint, PromptTooLong, UserError
+from jflow.errors import CannotGenerate, PromptTooLong, UserError
 from jflow.serving import prepare, schemas
 from jflow.serving.answers import Answer
 from jflow.serving.body import Bodies, parse_json
@@ -46,10 +46,12 @@ class Api:
     self._engine, self._name, self._token = engine, name, token
     self._bodies = Bodies(max_body, engine.timeout)
     self._preparing = prepare.Preparing(engine.pipeline, engine.context, engine.timeout)
+    pipeline = engine.pipeline
+    self._images = schemas.ImageRequests(pipeline.family, name, pipeline.model.config.image_size)
     self._began = int(time.time())
     routes = [
       Route("/v1/chat/completions", self._guarded(self.chat), methods=["POST"]),
-      Route("/v1/images/generations", self._guarded(self.paint), methods=["POST"]),
+      Route("/v1/images/generations", self._guarded(self.images), methods=["POST"]),
       Route("/v1/models", self._guarded(self.models)),
       Route("/v1/models/{name:path}", self._guarded(self.model)),
       Route("/metrics", self._guarded(self.metrics)),
@@ -82,17 +84,17 @@ class Api:
         return Json(await _while_connected(request, answer.whole(first, job)))
       return AnswerStream(answer.stream(first, job), held.pop_all())
 
-  async def paint(self, request: Request) -> Response:
+  async def images(self, request: Request) -> Response:
     """POST /v1/images/generations."""
-    size = self._engine.pipeline.model.config.image_size
-    parse = lambda body: schemas.parse_painting(parse_json(body), self._name, size)
+    parse = lambda body: self._images.parse(parse_json(body))
     work = await self._prepared(request, self._preparing.pictures, parse)
     with self._engine.submit(work) as job:
-      painted = await _while_connected(request, _all(job, work.count))
+      made = await _while_connected(request, _all(job, work.count))
     data = [
-      {"b64_json": await self._preparing.run(functools.partial(_png, x)), "seed": work.seed + x.index} for x in painted
+      {"b64_json": await self._preparing.run(functools.partial(_png, x)), "seed": work.seed + x.index} for x in made
     ]
-    return Json({"created": int(time.time()), "model": self._name, **work.settings._asdict(), "data": data})
+    settings = {field.name: getattr(work.settings, field.name) for field in self._engine.pipeline.family.served}
+    return Json({"created": int(time.time()), "model": self._name, **settings, "data": data})
 
   async def models(self, request: Request) -> Response:
     """GET /v1/models."""
@@ -115,7 +117,7 @@ class Api:
       "owned_by": "jflow",
       "image_size": f"{size}x{size}",
       "context": self._engine.context,
-      "can_paint": self._engine.pipeline.can_paint,
+      "can_paint": self._engine.pipeline.can_generate,
     }
 
   async def health(self, request: Request) -> Response:
@@ -248,7 +250,7 @@ def _of_user(request: Request, error: UserError) -> ApiError:
   """The response to an error found only when the whole conversation or prompt is read."""
   if isinstance(error, prepare.UnreadableImage):
     return ApiError(400, f"{error.field}: {error}", error.field, code="invalid_image")
-  if isinstance(error, CannotPaint):
+  if isinstance(error, CannotGenerate):
     return ApiError(400, str(error), "model")
   field = "prompt" if request.scope["path"].endswith("generations") else "messages"
   code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None

@@ -1,5 +1,6 @@
 """The page of `demo`: chat about pictures, and image generation. Needs nothing from the network."""
 
+import dataclasses
 import functools
 import html
 import io
@@ -16,37 +17,14 @@ import gradio as gr
 from starlette.types import ASGIApp
 
 from jflow.errors import UserError
-from jflow.generation.flow.equations import SOLVERS
 from jflow.inference.decoding import Request, Text
-from jflow.serving import prepare, schemas
+from jflow.serving import prepare, schemas, theme
 from jflow.serving.engine import Engine
 from jflow.serving.front import Front
 from jflow.serving.jobs import Picture
 from jflow.serving.schemas import IMAGE_MARK, MAX_PICTURES, SEEDS, ApiError
 from jflow.serving.visitors import MAX_FILES, MAX_SESSIONS, File, Left, Session, Talk, Visitors
 
-_FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "DejaVu Sans", "sans-serif"]
-_MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "DejaVu Sans Mono", "monospace"]
-_STYLE = """
-.gradio-container { max-width: 1080px !important; width: 100% !important; margin: 0 auto !important; }
-.gradio-container > main { padding: 16px 24px !important; }
-#gallery { min-height: 330px; }
-#tabs { width: 100%; }
-#head { border: 0; background: none; padding: 0; }
-#head header { display: flex; align-items: baseline; gap: 16px; }
-#head h1 { font-size: 26px; font-weight: 700; letter-spacing: -0.02em; margin: 0; color: #4f46e5; }
-#head p { margin: 0; color: #64748b; font-size: 14px; }
-#head b { color: #334155; font-weight: 600; }
-#below { align-items: flex-start; }
-#seeds { align-items: center; }
-#below_gallery { align-items: center; }
-#note p { color: #64748b; font-size: 13px; margin: 0; }
-#go, #stop { font-weight: 600; font-size: 15px; }
-#fresh { font-weight: 500; font-size: 14px; white-space: nowrap; }
-#chat img { max-height: 190px; width: auto; border-radius: 8px; }
-#chat button[aria-label="Share"], #chat button[title="Share"] { display: none; }
-#gallery .caption-label { font-size: 12px; }
-"""
 _RAW = {"api_visibility": "private", "preprocess": False}  # Gradio receives no values, see `front`
 
 
@@ -75,8 +53,8 @@ def app(engine: Engine, name: str, max_upload: int, files: pathlib.Path) -> ASGI
     footer_links=[],
     run_history=False,
     ssr_mode=False,
-    theme=_theme(),
-    css=_STYLE,
+    theme=theme.theme(),
+    css=theme.STYLE,
     pwa=False,
     mcp_server=False,
   )
@@ -84,21 +62,6 @@ def app(engine: Engine, name: str, max_upload: int, files: pathlib.Path) -> ASGI
     x["id"]: (len(x["inputs"]), x["queue"] is not False) for x in blocks.config["dependencies"] if x["backend_fn"]
   }
   return Front(outer, visitors, events, engine.timeout, closing=lambda: engine.state in ("draining", "failed"))
-
-
-def _theme() -> gr.themes.Base:
-  return gr.themes.Base(primary_hue="indigo", neutral_hue="slate", radius_size="lg", font=_FONT, font_mono=_MONO).set(
-    body_background_fill="#f7f7fb",
-    block_border_width="1px",
-    block_shadow="none",
-    block_label_text_size="12px",
-    button_primary_background_fill="#4f46e5",
-    button_primary_background_fill_hover="#4338ca",
-    button_primary_text_color="white",
-    button_secondary_background_fill="white",
-    button_secondary_border_color="#cbd5e1",
-    button_border_width="1px",
-  )
 
 
 class Work(NamedTuple):
@@ -122,7 +85,7 @@ def page(work: Work) -> gr.Blocks:
     with gr.Tabs(elem_id="tabs"):
       with gr.Tab("Ask", id="ask"):
         _ask_tab(work)
-      with gr.Tab("Paint", id="paint", visible=work.engine.pipeline.can_paint):
+      with gr.Tab("Paint", id="paint", visible=work.engine.pipeline.can_generate):
         _paint_tab(work)
     blocks.unload(lambda: None)  # makes the page keep a connection open, which shows how long it is open
   return blocks
@@ -226,12 +189,12 @@ def _paint_tab(work: Work) -> None:
       with gr.Row():
         go = gr.Button("Paint", variant="primary", elem_id="go", scale=2)
         stop = gr.Button("Stop", elem_id="stop", scale=1)
-      with gr.Row():
-        count = gr.Slider(1, MAX_PICTURES, 4, step=1, label="Pictures", elem_id="count")
-        steps = gr.Slider(1, 100, 30, step=1, label="Steps", elem_id="steps")
-      with gr.Row():
-        guidance = gr.Slider(1, 10, 2, step=0.5, label="Guidance", elem_id="guidance")
-        solver = gr.Dropdown(list(SOLVERS), value="euler", label="Solver", elem_id="solver")
+      controls = [gr.Slider(1, MAX_PICTURES, 4, step=1, label="Pictures", elem_id="count", render=False)]
+      controls += [_control(field) for field in _shown(work)]
+      for two in (controls[at : at + 2] for at in range(0, len(controls), 2)):
+        with gr.Row():
+          for control in two:
+            control.render()
       with gr.Row(elem_id="seeds"):
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=SEEDS - MAX_PICTURES, elem_id="seed")
         dice = gr.Checkbox(True, label="New for each painting", elem_id="dice")
@@ -257,7 +220,7 @@ def _paint_tab(work: Work) -> None:
     seed = gr.skip()
     still = lambda note: (list(done), note, seed, gr.DownloadButton(interactive=False))
     try:
-      wanted = _painting(values, work)
+      wanted = _images(values, work)
       with session.working("a painting"):
         await session.listened()
         task = await session.while_here(work.preparing.pictures(lambda: wanted))
@@ -281,12 +244,11 @@ def _paint_tab(work: Work) -> None:
       gr.Warning(html.escape(str(error)), title="Not painted")
       yield still("")
       return
-    seconds, settings = time.monotonic() - started, task.settings
-    each = f"{SOLVERS[settings.solver][1] * settings.steps} evaluations of the velocity each"
+    seconds, each = time.monotonic() - started, f"{task.settings.evaluations} evaluations of the model each"
     button = gr.DownloadButton(value=files[-1].path, interactive=True)
     yield done, f"{task.count} in {seconds:.1f} s, {each}", seed, button
 
-  settings = [prompt, count, steps, guidance, solver, seed, dice]
+  settings = [prompt, *controls, seed, dice]
   painted = gr.on(
     [go.click, prompt.submit],
     paint,
@@ -322,16 +284,31 @@ def _wanted(text: str, settings: list[Any], name: str) -> schemas.Chat:
   return schemas.parse_chat({"messages": [{"role": "user", "content": text}], "stream": True} | fields, name)
 
 
-def _painting(values: list[Any], work: Work) -> schemas.Painting:
+def _shown(work: Work) -> list[dataclasses.Field]:
+  """The sampling settings that the page offers."""
+  return [field for field in work.engine.pipeline.family.served if "page" in field.metadata]
+
+
+def _control(field: dataclasses.Field) -> gr.Slider | gr.Dropdown:
+  """The control of a sampling setting, not yet placed."""
+  place = {"value": field.default, "label": field.name.capitalize(), "elem_id": field.name, "render": False}
+  if "choices" in field.metadata:
+    return gr.Dropdown(list(field.metadata["choices"]), **place)
+  least, most, step = field.metadata["page"]
+  return gr.Slider(least, most, step=step, **place)
+
+
+def _images(values: list[Any], work: Work) -> schemas.Images:
   """A request for images, with the checks of the HTTP interface; the seed is drawn where a new one is requested."""
-  fields = dict(zip(("prompt", "n", "steps", "guidance", "solver", "seed", "dice"), values))
+  fields = dict(zip(("prompt", "n", *(field.name for field in _shown(work)), "seed", "dice"), values))
   if fields["dice"] is True:
     fields["seed"] = secrets.randbelow(10**6)
   elif fields["dice"] is not False:
     raise ApiError(400, "dice must be true or false", "dice")
   _check_given(fields)
   del fields["dice"]
-  return schemas.parse_painting(fields, work.name, work.engine.pipeline.model.config.image_size)
+  pipeline = work.engine.pipeline
+  return schemas.ImageRequests(pipeline.family, work.name, pipeline.model.config.image_size).parse(fields)
 
 
 def _check_given(fields: dict[str, Any]) -> None:

@@ -6,13 +6,14 @@ A second thread compiles, so that only requests that need a new program wait for
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -21,9 +22,10 @@ from jflow.errors import UserError
 from jflow.inference.decoding import Decoder, Request
 from jflow.inference.pipeline import Pipeline
 from jflow.serving import prepare
+from jflow.serving.batches import Batch, Batches
 from jflow.serving.jobs import Job, Picture, Pictures, Tokens
 from jflow.serving.metrics import Metrics
-from jflow.serving.schemas import ApiError, Settings, fold_seed
+from jflow.serving.schemas import MAX_PICTURES, ApiError, fold_seed
 
 log = logging.getLogger("jflow.serving")
 
@@ -33,14 +35,6 @@ _MOST = 16  # tokens of a chunk
 _MAX_FAILURES = 3  # in a row, after which the engine stops
 _USUAL = 512  # tokens of an answer for which the programs are compiled at first
 _LOOK = 0.2  # seconds between two checks for abandoned requests
-
-
-class Batch(NamedTuple):
-  """Images that are generated at once."""
-
-  units: list[tuple[Job, int]]  # request, index of its image
-  settings: Settings
-  compiled: concurrent.futures.Future | None = None  # of the programs that it needs
 
 
 class Engine:
@@ -80,10 +74,9 @@ class Engine:
     self._open: set[Job] = set()
     self._coming = 0  # requests being read and checked
     self._chats: collections.deque[Job] = collections.deque()
-    self._pictures: collections.deque[tuple[Job, int]] = collections.deque()  # request, index of its picture
-    self._aside: list[Batch] = []  # until their programs are compiled
-    self._unprepared: dict[Job, concurrent.futures.Future] = {}  # conversations, likewise
-    self._painting: list[tuple[Job, int]] = []  # the current or last batch of the model
+    self._images = Batches()
+    self._unprepared: dict[Job, concurrent.futures.Future] = {}  # conversations, until their programs are compiled
+    self._current: list[tuple[Job, int]] = []  # the current or last batch of images
     self._answering: dict[int, Job] = {}  # by slot
     self._chunk = 4  # tokens of every conversation between two checks of the queues
     self._spent = {"chat": 0.0, "painting": 0.0}
@@ -150,7 +143,7 @@ class Engine:
       if job.kind == "chat":
         self._chats.append(job)
       else:
-        self._pictures.extend((job, i) for i in range(work.count))
+        self._images.add(job)
       self._changed.notify()
     return job
 
@@ -168,7 +161,7 @@ class Engine:
           job.emit(ApiError(503, "the model has failed"))
 
   def _warm_up(self) -> None:
-    """Compiles the programs of most requests: a text, an image read, an image generated with default settings."""
+    """Compiles the programs of most requests: a text, an image read, any number of images with default settings."""
     started, c = time.monotonic(), self.pipeline.model.config
     self._decoder = Decoder(self.pipeline, self.slots, self.context)
     picture = np.zeros((c.image_size, c.image_size, 3), np.uint8)
@@ -179,8 +172,13 @@ class Engine:
         slot = self._decoder.admit(request)
         self._decoder.step(2)
         self._decoder.release(slot)
-    if self.pipeline.can_paint:
-      self._generate([("a circle", 0)], Settings(30, 2.0, "euler", 1.0), 1)
+    if self.pipeline.can_generate:
+      settings = self.pipeline.settings()
+      self._images_of([("a circle", 0)], settings, 1)
+      rows = 2
+      while rows <= self.batch and rows < 2 * MAX_PICTURES:
+        self.pipeline.prepare_images(["a circle"], settings, rows=rows)
+        rows *= 2
     with self._changed:
       if self.state == "warming up":
         self.state = "ready"
@@ -200,7 +198,7 @@ class Engine:
         kind = self._whose_turn()
       started = time.monotonic()
       try:
-        self._answer() if kind == "chat" else self._paint()
+        self._answer() if kind == "chat" else self._generate()
         failures = 0
       except Exception:
         self.metrics.failures.inc()
@@ -215,17 +213,13 @@ class Engine:
 
   def _has_work(self) -> bool:
     """Whether any work can proceed."""
-    waiting = self._chats or self._answering or self._pictures or self._compiled()
+    waiting = self._chats or self._answering or self._images
     return bool(waiting) or self.state == "draining" and not self._open
-
-  def _compiled(self) -> Batch | None:
-    """A batch that was set aside and whose programs are compiled now."""
-    return next((batch for batch in self._aside if batch.compiled.done()), None)
 
   def _whose_turn(self) -> str:
     """The kind of work that is due."""
-    chat, pictures = bool(self._chats or self._answering), bool(self._pictures or self._compiled())
-    if not (chat and pictures):
+    chat, images = bool(self._chats or self._answering), bool(self._images)
+    if not (chat and images):
       self._spent = {"chat": 0.0, "painting": 0.0}  # no credit for a time without work
       return "chat" if chat else "painting"
     return min(self._spent, key=self._spent.get)
@@ -235,10 +229,7 @@ class Engine:
     gone = {job for job in self._open if job.gone}
     if gone:
       self._chats = collections.deque(job for job in self._chats if job not in gone)
-      self._pictures = collections.deque(x for x in self._pictures if x[0] not in gone)
-      for batch in [batch for batch in self._aside if all(job in gone for job, _ in batch.units)]:
-        batch.compiled.cancel()
-        self._aside.remove(batch)
+      self._images.forget(gone)
       for job in gone & self._unprepared.keys():
         self._unprepared.pop(job).cancel()
       for slot in [slot for slot, job in self._answering.items() if job in gone]:
@@ -300,77 +291,58 @@ class Engine:
     log.info("compiling for a request of a new shape")
     return self._compiler.submit(work)
 
-  def _paint(self) -> None:
-    """Generates the next batch: waiting images with the settings of the first, or a batch that was set aside."""
+  def _generate(self) -> None:
+    """Generates the next batch of images, or sets it aside until its programs are compiled."""
     with self._changed:
-      if batch := self._compiled():
-        self._aside.remove(batch)
-      else:
-        settings = self._pictures[0][0].work.settings
-        batch = Batch([x for x in self._pictures if x[0].work.settings == settings][: self.batch], settings)
-        for unit in batch.units:
-          self._pictures.remove(unit)
-    rows = 1 << (len(batch.units) - 1).bit_length()
-    self._painting = batch.units
+      batch = self._images.next(self.batch)
+    self._current = batch.units
     try:
-      if not batch.compiled and not self._ready(batch, rows):
+      if not batch.compiled and not self._ready(batch):
         return
       for job, _ in batch.units:
         job.started = True
       self._count()
-      pictures = [(job.work.prompt, fold_seed(job.work.seed + i)) for job, i in batch.units]
-      images = self._generate(pictures, batch.settings, rows)
+      wanted = [(job.work.prompt, fold_seed(job.work.seed + i)) for job, i in batch.units]
+      images = self._images_of(wanted, batch.settings, batch.rows)
     except UserError as error:
       return self._refuse(batch, error)
     for (job, i), image in zip(batch.units, images):
-      job.painted += 1
-      last = job.painted == job.work.count
+      job.images += 1
+      last = job.images == job.work.count
       self._end(job, Picture(i, image)) if last else job.emit(Picture(i, image))
 
-  def _ready(self, batch: Batch, rows: int) -> bool:
+  def _ready(self, batch: Batch) -> bool:
     """Whether a batch's programs are compiled; else it is set aside until they are."""
-    prompts, settings = [job.work.prompt for job, _ in batch.units], batch.settings
-    chosen = self.pipeline.settings(**settings._asdict())
-    prepare_painting = functools.partial(self.pipeline.prepare_painting, prompts, chosen, rows=rows)
-    if prepare_painting(compile=False):
+    prompts = [job.work.prompt for job, _ in batch.units]
+    compiled = functools.partial(self.pipeline.prepare_images, prompts, batch.settings, rows=batch.rows)
+    if compiled(compile=False):
       return True
-    compiled = self._compile(prepare_painting)
+    future = self._compile(compiled)
     with self._changed:
-      self._aside.append(batch._replace(compiled=compiled))
-    compiled.add_done_callback(lambda _: self._notify())
+      self._images.aside.append(batch._replace(compiled=future))
+    future.add_done_callback(lambda _: self._notify())
     return False
 
   def _refuse(self, batch: Batch, error: UserError) -> None:
     """Fails the only request of a refused batch, or splits a batch of several into one batch per request."""
     jobs = list(dict.fromkeys(job for job, _ in batch.units))
-    if len(jobs) == 1:
-      self._drop_pictures(jobs)
-      return self._end(jobs[0], ApiError(400, str(error)))
     with self._changed:
-      done = concurrent.futures.Future()
-      done.set_result(None)
-      for job in jobs:
-        self._aside.append(Batch([x for x in batch.units if x[0] is job], batch.settings, done))
-
-  def _drop_pictures(self, jobs: list[Job]) -> None:
-    """Removes the waiting images of requests that have ended."""
-    with self._changed:
-      self._pictures = collections.deque(x for x in self._pictures if x[0] not in jobs)
-      self._aside = [
-        batch._replace(units=units) for batch in self._aside if (units := [x for x in batch.units if x[0] not in jobs])
-      ]
+      if len(jobs) > 1:
+        return self._images.split(batch)
+      self._images.remove(jobs)
+    self._end(jobs[0], ApiError(400, str(error)))
 
   def _notify(self) -> None:
     with self._changed:
       self._changed.notify()
 
-  def _generate(self, pictures: list[tuple[str, int]], settings: Settings, rows: int) -> list[Image.Image]:
-    """Generates images from (prompt, seed) pairs, padded to `rows`, a power of two, so that few sizes are compiled."""
-    prompts, seeds = zip(*(pictures + pictures[:1] * (rows - len(pictures))))
-    images = self.pipeline.generate(prompts, seeds=seeds, batch_size=rows, **settings._asdict())
-    self.metrics.batch.observe(len(pictures))
-    self.metrics.pictures.inc(len(pictures))
-    return images[: len(pictures)]
+  def _images_of(self, wanted: list[tuple[str, int]], settings: Any, rows: int) -> list[Image.Image]:
+    """Generates the images of (prompt, seed) pairs, padded to `rows`."""
+    prompts, seeds = zip(*(wanted + wanted[:1] * (rows - len(wanted))))
+    images = self.pipeline.generate(prompts, seeds=seeds, batch_size=rows, **dataclasses.asdict(settings))
+    self.metrics.batch.observe(len(wanted))
+    self.metrics.pictures.inc(len(wanted))
+    return images[: len(wanted)]
 
   def _end(self, job: Job, event: Tokens | Picture | ApiError) -> None:
     """Emits the last event of a request, after freeing its place for the client's next one."""
@@ -390,14 +362,15 @@ class Engine:
       self._decoder = None  # its memory is needed
       self._decoder = Decoder(self.pipeline, self.slots, self.context)
     else:
-      jobs = list({job for job, _ in self._painting})
-      self._drop_pictures(jobs)
+      jobs = list({job for job, _ in self._current})
+      with self._changed:
+        self._images.remove(jobs)
     for job in jobs:
       self._end(job, error)
 
   def _count(self) -> None:
     with self._changed:
-      painting = sum(job.kind == "painting" and job.started for job in self._open)
-      for kind, running in (("chat", len(self._answering)), ("painting", painting)):
+      generating = sum(job.kind == "painting" and job.started for job in self._open)
+      for kind, running in (("chat", len(self._answering)), ("painting", generating)):
         self.metrics.running.labels(kind).set(running)
         self.metrics.waiting.labels(kind).set(sum(job.kind == kind for job in self._open) - running)

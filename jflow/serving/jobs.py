@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from jflow.inference.decoding import Request
-from jflow.serving.schemas import ApiError, Settings
+from jflow.serving.schemas import ApiError
 
 
 class Tokens(NamedTuple):
@@ -30,7 +30,7 @@ class Pictures(NamedTuple):
   prompt: str
   count: int
   seed: int
-  settings: Settings
+  settings: Any  # typed, of the model's way to write images
 
 
 class Job:
@@ -45,7 +45,7 @@ class Job:
     self.gone = False  # abandoned by its client
     self.started = False
     self.prepared = False  # its programs were compiled
-    self.painted = 0  # images emitted
+    self.images = 0  # emitted
     self._seconds, self._deadline = seconds, time.monotonic() + seconds
     self._loop = asyncio.get_running_loop()
     self._events: asyncio.Queue[Any] = asyncio.Queue()

@@ -19,11 +19,10 @@ import numpy as np
 from jflow import checks
 from jflow.data import examples
 from jflow.errors import PromptTooLong, UserError
-from jflow.generation.flow.settings import Settings
 from jflow.inference.decoding import Request
 from jflow.inference.pipeline import Pipeline, check_prompts, prepare_image
 from jflow.serving.jobs import Pictures
-from jflow.serving.schemas import IMAGE_MARK, SEEDS, ApiError, Chat, Painting, fold_seed
+from jflow.serving.schemas import IMAGE_MARK, SEEDS, ApiError, Chat, Images, fold_seed
 
 _LONGEST_TOKEN = 128  # characters; a text with more of them per token of the context cannot fit
 _FIRST_LOOK = 4  # characters per token of the context: only so long a prefix is tokenized first
@@ -59,7 +58,7 @@ class Preparing:
       threads = self._pictures if any(isinstance(x, bytes) for x in wanted.images) else self._texts
       return await self._on(threads, patience, lambda: chat(self._pipeline, wanted, self._context, patience.check))
 
-  async def pictures(self, parse: Callable[[], Painting]) -> Pictures:
+  async def pictures(self, parse: Callable[[], Images]) -> Pictures:
     """Image generation ready for the engine; see `chat`."""
     with Patience(self._seconds) as patience:
       return await self._on(self._texts, patience, lambda: pictures(self._pipeline, parse()))
@@ -176,17 +175,17 @@ def chat(
   return wanted, request
 
 
-def pictures(pipeline: Pipeline, wanted: Painting) -> Pictures:
+def pictures(pipeline: Pipeline, wanted: Images) -> Pictures:
   """Checks a prompt and its settings; draws the seed where none is given.
 
   Raises:
-    UserError: the prompt is too long, a setting is out of range, or the checkpoint cannot generate images.
+    UserError: the prompt is too long, a value is out of range, or the checkpoint cannot generate images.
   """
   _check_length(pipeline, [wanted.prompt], pipeline.model.config.language_model.max_length)
   seed = secrets.randbelow(SEEDS - wanted.count) if wanted.seed is None else wanted.seed
   work = Pictures(wanted.prompt, wanted.count, seed, wanted.settings)
   check(work, 0)
-  pipeline.painting_prompt(wanted.prompt)
+  pipeline.generation_prompt(wanted.prompt)
   return work
 
 
@@ -194,12 +193,11 @@ def check(work: Request | Pictures, context: int) -> None:
   """Checks work as far as possible without the model, so that a bad request does not count as the model's failure.
 
   Raises:
-    UserError: a setting is out of range, or a prompt does not fit into `context` tokens.
+    UserError: a value is out of range, or a prompt does not fit into `context` tokens.
   """
   if isinstance(work, Pictures):
     checks.whole("seed", work.seed, -SEEDS * SEEDS)  # the engine folds it
     check_prompts([work.prompt], seed=0, num_images=work.count, batch_size=1)
-    Settings(**work.settings._asdict())
   else:
     checks.answer(work.max_tokens, work.temperature, work.top_p, work.seed)
     if len(work.tokens) >= context:

@@ -4,13 +4,16 @@ Null counts as absent. A field that changes nothing is ignored: a hint that affe
 default behaviour. Fields that ask for something jflow does not compute are refused by name.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
+import pydantic
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, WrapValidator
 
-from jflow.generation.flow.equations import SOLVERS
+from jflow.errors import UserError
+from jflow.generation.base import FAMILIES, Family
 from jflow.serving import data_uri
 from jflow.serving.fields import ApiError, Strict, only, place, refuse, shown
 
@@ -18,7 +21,6 @@ from jflow.serving.fields import ApiError, Strict, only, place, refuse, shown
 IMAGE_MARK = "\x00"
 
 MAX_PICTURES = 10  # per request for images, as in OpenAI's API
-MAX_STEPS = 200
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 1000  # characters
 SEEDS = 2**32  # number of the model's seeds: a key keeps 32 bits
@@ -39,22 +41,13 @@ class Chat(NamedTuple):
   stop: tuple[str, ...] = ()  # sequences that end the answer and are not part of it
 
 
-class Settings(NamedTuple):
-  """Sampling settings; images with the same settings share a batch."""
-
-  steps: int
-  guidance: float
-  solver: str
-  shift: float
-
-
-class Painting(NamedTuple):
+class Images(NamedTuple):
   """Images to generate from one prompt."""
 
   prompt: str
   count: int
   seed: int | None  # of the first image; the next ones take the seeds that follow
-  settings: Settings
+  settings: Any  # typed, of the model's way to write images; images with the same settings share a batch
 
 
 def _stops(value: Any) -> tuple[str, ...]:
@@ -67,12 +60,6 @@ def _stops(value: Any) -> tuple[str, ...]:
   if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
     raise refuse(f"must be texts of 1 to {MAX_STOP_LENGTH} characters")
   return tuple(stops)
-
-
-def _guidance(value: float) -> float:
-  if 0 < value < 1:
-    raise refuse(f"must be at least 1 (1: none), or 0 (ignore the prompt), got {value:g}")
-  return value
 
 
 def _prompt(value: str) -> str:
@@ -177,18 +164,14 @@ class _ChatBody(_Hints):
   moderation: only() = None
 
 
-class _PaintingBody(_Hints):
-  """The body of /v1/images/generations."""
+class _ImagesBody(_Hints):
+  """The body of /v1/images/generations, without the sampling settings, see `ImageRequests`."""
 
   model: str = ""
   prompt: Annotated[str, AfterValidator(_prompt)]
   n: Annotated[int, Field(ge=1, le=MAX_PICTURES)] = 1
   size: str = "auto"
   response_format: str = "b64_json"
-  steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 30
-  guidance: Annotated[float, Field(ge=0, le=1000), AfterValidator(_guidance)] = 2.0
-  solver: Literal[tuple(SOLVERS)] = "euler"
-  shift: Annotated[float, Field(ge=0.01, le=100)] = 1.0
   seed: _Seed = None
   quality: only("auto", "standard") = None
   background: only("auto", "opaque") = None
@@ -232,22 +215,58 @@ def parse_chat(body: dict[str, Any], model: str) -> Chat:
   )
 
 
-def parse_painting(body: dict[str, Any], model: str, image_size: int) -> Painting:
-  """Parses a request for /v1/images/generations; `image_size` is the side of the model's images.
+class ImageRequests:
+  """Parses requests for /v1/images/generations; the sampling settings are fields of the body."""
 
-  Raises:
-    ApiError: a field is wrong; it is named.
-  """
-  given = _PaintingBody.parse(body)
-  _check_model(given, model)
-  if given.size not in (f"{image_size}x{image_size}", "auto"):
-    raise ApiError(400, f"size must be one of {image_size}x{image_size}, auto, got {shown(given.size)}", "size")
-  if given.response_format != "b64_json":
-    raise ApiError(400, "response_format must be b64_json: no picture is kept to link to", "response_format")
-  if given.seed is not None and given.seed + given.n > 2**64:  # the pictures take the seeds that follow
-    raise ApiError(400, f"seed must be at most {2**64 - given.n}, got {given.seed}", "seed")
-  settings = Settings(given.steps, float(given.guidance), given.solver, float(given.shift))
-  return Painting(given.prompt, given.n, given.seed, settings)
+  def __init__(self, family: Family, model: str, image_size: int):
+    """Args: the model's `family`, its name, the side of its images in pixels."""
+    self._family, self._model, self._size = family, model, image_size
+    others = {name for other in FAMILIES.all().values() for name in other.setting_names} - family.setting_names
+    foreign = f"is not a setting of a model that writes images by {family.name}: leave it out"
+
+    def refused(_: Any) -> Any:
+      raise refuse(foreign, "unknown_parameter")
+
+    fields = {name: (Annotated[Any, AfterValidator(refused)], None) for name in others - {*_ImagesBody.model_fields}}
+    fields |= {field.name: (_of_setting(field), field.default) for field in family.served}
+    self._body = pydantic.create_model("_Body", __base__=_ImagesBody, **fields)
+
+  def parse(self, body: dict[str, Any]) -> Images:
+    """The images that a request asks for.
+
+    Raises:
+      ApiError: a field is wrong; it is named.
+    """
+    given, size = self._body.parse(body), f"{self._size}x{self._size}"
+    _check_model(given, self._model)
+    if given.size not in (size, "auto"):
+      raise ApiError(400, f"size must be one of {size}, auto, got {shown(given.size)}", "size")
+    if given.response_format != "b64_json":
+      raise ApiError(400, "response_format must be b64_json: no picture is kept to link to", "response_format")
+    if given.seed is not None and given.seed + given.n > 2**64:  # the pictures take the seeds that follow
+      raise ApiError(400, f"seed must be at most {2**64 - given.n}, got {given.seed}", "seed")
+    return Images(given.prompt, given.n, given.seed, self._settings(given))
+
+  def _settings(self, given: _ImagesBody) -> Any:
+    """The typed settings; what their constructor refuses is an error of the field that it names."""
+    values = {field.name: getattr(given, field.name) for field in self._family.served}
+    try:
+      return self._family.settings(**values)
+    except UserError as error:
+      message, name = str(error), str(error).partition("=")[0]
+      if name not in values:
+        raise ApiError(400, message) from None
+      value, _, rest = message.removeprefix(f"{name}=").partition(" ")
+      raise ApiError(400, f"{name} {rest}, got {value}", name) from None
+
+
+def _of_setting(field: dataclasses.Field) -> Any:
+  """The type of a sampling setting as a field of a request."""
+  if "choices" in field.metadata:
+    return Literal[tuple(field.metadata["choices"])]
+  bounds = field.metadata.get("served")
+  least, most = bounds if isinstance(bounds, tuple) else (None, field.metadata.get("most"))
+  return Annotated[type(field.default), Field(ge=least, le=most)]
 
 
 def fold_seed(seed: int) -> int:
@@ -260,7 +279,7 @@ def fold_seed(seed: int) -> int:
   return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest())
 
 
-def _check_model(given: _ChatBody | _PaintingBody, model: str) -> None:
+def _check_model(given: _ChatBody | _ImagesBody, model: str) -> None:
   if "model" in given.model_fields_set and given.model != model:
     raise no_model(given.model, model)
 

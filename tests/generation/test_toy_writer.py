@@ -3,7 +3,9 @@
 It trains packed beside reading and text, and `generate` samples from its checkpoint.
 """
 
+import base64
 import dataclasses
+import io
 import json
 from typing import Any
 
@@ -12,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import serving
 import tiny
 from PIL import Image
 
+import jflow
 from jflow.cli import evaluate, generate, train
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
@@ -202,6 +206,19 @@ def test_evaluate_generates_and_sweeps_its_settings(workdir, tmp_path):
   for config, trips in ((tiny.model().config, 2), (checkpoints.read_config(workdir), 0)):
     world.meet(config)  # there is no ceiling where nothing is encoded
     assert sum(isinstance(task, RoundTrip) for task in world.tasks()) == trips
+
+
+def test_serve_takes_its_settings_as_fields(workdir):
+  with serving.serving(jflow.load(workdir)) as (base, _), serving.client(base) as client:
+    ask = lambda **more: client.post("/v1/images/generations", json={"prompt": "a red circle", "n": 2} | more)
+    drawn = ask(brightness=0).json()
+    assert drawn["brightness"] == 0 and "steps" not in drawn
+    for one in drawn["data"]:
+      assert np.asarray(Image.open(io.BytesIO(base64.b64decode(one["b64_json"])))).std() == 0
+    for field, value in (("brightness", 11), ("brightness", "1"), ("steps", 3)):
+      refused = ask(**{field: value})
+      assert refused.status_code == 400 and refused.json()["error"]["param"] == field
+    assert "averages" in refused.json()["error"]["message"]
 
 
 def test_the_next_stage_starts_from_its_checkpoint(workdir, tmp_path):

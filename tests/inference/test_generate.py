@@ -230,7 +230,7 @@ def test_bad_input_is_named(pipeline, arguments, named):
 
 def test_a_checkpoint_without_a_vae_says_how_to_give_one(tokenizer):
   with pytest.raises(UserError, match="--vae=DIR"):
-    Pipeline(MODEL, tiny.params(), tokenizer, "plain", can_paint=False).generate("a star")
+    Pipeline(MODEL, tiny.params(), tokenizer, "plain", can_generate=False).generate("a star")
 
 
 # --- jflow.load -------------------------------------------------------------------------------------------

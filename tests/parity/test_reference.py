@@ -25,7 +25,7 @@ def sides():
     yield pipeline, torch
 
 
-def test_painting_prompts_of_two_lengths(sides):
+def test_generation_prompts_of_two_lengths(sides):
   """The published loop over padded prompts, step by step, ends where one program with kept keys ends."""
   pipeline, torch = sides
   rng = np.random.default_rng(0)

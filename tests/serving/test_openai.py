@@ -297,11 +297,11 @@ def test_fields_that_ask_for_nothing_missing_are_welcome():
   for name, value in ((name, value) for name, values in WELCOME.items() for value in values):
     assert schemas.parse_chat(ask(**{name: value}), "m").turns, (name, value)
   for name, value in ((name, value) for name, values in WELCOME_PAINTING.items() for value in values):
-    assert schemas.parse_painting({"prompt": "a", name: value}, "m", 16).count == (value if name == "n" else 1)
+    assert serving.images({"prompt": "a", name: value}).count == (value if name == "n" else 1)
 
 
 def test_fields_that_ask_for_something_missing_are_refused_by_name():
-  painting = lambda name, value: schemas.parse_painting({"prompt": "a", name: value}, "m", 16)
+  painting = lambda name, value: serving.images({"prompt": "a", name: value})
   for parse, refused in (
     (lambda name, value: schemas.parse_chat(ask(**{name: value}), "m"), REFUSED),
     (painting, REFUSED_PAINTING),

@@ -22,12 +22,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jflow.__main__ import main
 from jflow.data.tokenizer import Tokenizer
+from jflow.generation.flow import sampler
+from jflow.generation.flow.settings import Settings
 from jflow.inference.decoding import Text
 from jflow.serving import schemas
 from jflow.serving.engine import Engine
 from jflow.serving.jobs import Job, Pictures
 from jflow.serving.metrics import Metrics
-from jflow.serving.schemas import ApiError, Settings
+from jflow.serving.schemas import ApiError
 
 CHAT, PAINT = "/v1/chat/completions", "/v1/images/generations"
 
@@ -302,13 +304,20 @@ def test_the_token_opens_all_but_health(model):
     assert client.get("/health").json() == {"status": "ready"}
 
 
+def test_ready_means_that_pictures_of_any_number_are_compiled(model, monkeypatch):
+  monkeypatch.setattr(sampler.solve, "_kept", collections.OrderedDict())  # without those of other tests
+  with serving.serving(model, batch=4):
+    compiled = lambda rows: model.prepare_images(["a ring"], model.settings(), rows=rows, compile=False)
+    assert all(compiled(rows) for rows in (1, 2, 4)) and not compiled(8)
+
+
 def test_both_kinds_of_work_get_half_of_the_time(model):
   """A batch of pictures that costs 20 chunks of text is followed by 20 chunks."""
   engine = Engine(model, Metrics(), slots=1, context=64, batch=1, queue=9, timeout=9.0)
 
   async def fill():
     engine._chats.append(Job("a question", 9.0))
-    engine._pictures.append((Job(Pictures("a ring", 1, 0, Settings(4, 1.0, "euler", 1.0)), 9.0), 0))
+    engine._images.add(Job(Pictures("a ring", 1, 0, Settings(4, 1.0)), 9.0))
 
   asyncio.run(fill())
   spent = collections.Counter()
@@ -342,7 +351,7 @@ def test_models_tell_what_is_served(served):
 
 def test_a_model_that_cannot_paint_is_what_is_wrong(served, monkeypatch):
   client, engine = served
-  monkeypatch.setattr(engine.pipeline, "can_paint", False)
+  monkeypatch.setattr(engine.pipeline, "can_generate", False)
   refused = client.post(PAINT, json={"prompt": "a ring"})
   assert refused.status_code == 400 and refused.json()["error"]["param"] == "model"
 
@@ -353,7 +362,7 @@ def test_a_model_that_cannot_paint_is_what_is_wrong(served, monkeypatch):
 def test_fields_that_ask_for_nothing_special_are_welcome():
   body = ask(n=1, stop=None, presence_penalty=0, frequency_penalty=0.0, logprobs=False, user="me", tools=[])
   assert schemas.parse_chat(body | {"max_completion_tokens": 7, "max_tokens": None}, "m").max_tokens == 7
-  schemas.parse_painting({"prompt": "a", "quality": "auto", "size": "auto", "response_format": "b64_json"}, "m", 16)
+  serving.images({"prompt": "a", "quality": "auto", "size": "auto", "response_format": "b64_json"})
 
 
 @pytest.mark.parametrize("field, value", [("stop", [""]), ("tools", [{}]), ("logprobs", True), ("n", 3)])

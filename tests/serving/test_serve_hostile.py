@@ -1,7 +1,6 @@
 """A server among clients that are slow, greedy, broken or gone: they are cut or refused, others go on."""
 
 import base64
-import collections
 import concurrent.futures
 import contextlib
 import http.client
@@ -20,13 +19,11 @@ from PIL import Image
 from tools import fuzz_server
 
 from jflow.errors import UserError
-from jflow.generation.flow import sampler as painting
-from jflow.inference import reading
+from jflow.generation.flow.settings import Settings
 from jflow.inference.pipeline import prepare_image
 from jflow.serving.connections import Limits
 from jflow.serving.jobs import Pictures
 from jflow.serving.logs import OncePerSecond
-from jflow.serving.schemas import Settings
 
 CHAT, PAINT = "/v1/chat/completions", "/v1/images/generations"
 HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode()
@@ -441,13 +438,16 @@ def test_the_number_of_connections_leaves_files_for_the_process(monkeypatch):
 
 
 class Gate:
-  """Compiles what waits only once it is opened."""
+  """Compiles what `held` accepts only once it is opened; until then it counts as not compiled."""
 
-  def __init__(self, monkeypatch, target, name):
+  def __init__(self, monkeypatch, target, name, held):
     self.opened, real = threading.Event(), getattr(target, name)
 
     def prepare(*args, compile=True, **more):
-      assert not compile or self.opened.wait(30)
+      if held(*args, **more) and not self.opened.is_set():
+        if not compile:
+          return False
+        assert self.opened.wait(30)
       return real(*args, compile=compile, **more)
 
     monkeypatch.setattr(target, name, prepare)
@@ -455,14 +455,14 @@ class Gate:
 
 def test_nobody_waits_for_a_program_that_another_request_needs(served, monkeypatch):
   client, engine = served
-  gate = Gate(monkeypatch, engine.pipeline, "prepare_painting")
+  gate = Gate(monkeypatch, engine.pipeline, "prepare_images", lambda _, settings, rows: settings.solver == "midpoint")
   drawn = []
   draw = lambda body: drawn.append(client.post(PAINT, json=body))
   thread = threading.Thread(
     target=draw, args=({"prompt": "a ring", "steps": 3, "solver": "midpoint", "n": 2, "seed": 1},)
   )
   thread.start()
-  until(lambda: engine._aside)
+  until(lambda: engine._images.aside)
   works(client)
   assert client.post(PAINT, json={"prompt": "a circle", "steps": 3}).status_code == 200
   gate.opened.set()
@@ -477,13 +477,12 @@ def test_nobody_waits_for_a_program_that_another_request_needs(served, monkeypat
 
 def test_who_leaves_while_a_program_is_compiled_frees_the_place(served, monkeypatch):
   client, engine = served
-  for target, name, path, body in (
-    (engine.pipeline, "prepare_painting", PAINT, {"prompt": "a ring", "n": 2, "guidance": 1}),
-    (engine._decoder, "prepare", CHAT, ask("x" * 70)),
+  long = "x" * 70
+  for target, name, held, path, body in (
+    (engine.pipeline, "prepare_images", lambda prompts, _, rows: long in prompts, PAINT, {"prompt": long, "n": 2}),
+    (engine._decoder, "prepare", lambda request: len(request.tokens) > 40, CHAT, ask(long)),
   ):
-    for programs in (painting.solve, painting.read_prompts, reading.admit):
-      monkeypatch.setattr(programs, "_kept", collections.OrderedDict())  # without those of other tests
-    gate = Gate(monkeypatch, target, name)
+    gate = Gate(monkeypatch, target, name, held)
     with pytest.raises(httpx.ReadTimeout):
       client.post(path, json=body, timeout=0.5)
     until(lambda: not engine._open)
@@ -512,9 +511,8 @@ def test_who_leaves_while_a_program_is_compiled_frees_the_place(served, monkeypa
 )
 def test_a_mistake_in_a_painting_is_never_the_models(served, settings, seed, count):
   _, engine = served
-  work = Pictures("a ring", count, seed, Settings(30, 2.0, "euler", 1.0)._replace(**settings))
   with pytest.raises(UserError):
-    engine.submit(work)
+    engine.submit(Pictures("a ring", count, seed, Settings(**settings)))
   assert engine.state == "ready" and not engine._open
 
 
