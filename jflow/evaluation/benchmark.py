@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from jflow.evaluation.report import Result
 from jflow.evaluation.settings import Settings
 from jflow.evaluation.tasks import Task
+from jflow.generation.base import family
 
 if TYPE_CHECKING:
   from jflow.models.config import ModelConfig
@@ -53,7 +54,7 @@ class Benchmark(abc.ABC):
 
   def meet(self, config: "ModelConfig") -> None:
     """Tells the benchmark which model it will score, before it is asked for tasks."""
-    self.writes, self.encodes = config.generation.kind, bool(config.generation.stored_shape(config))
+    self.writes, self.encodes = config.generation.kind, family(config.generation).stored is not None
 
   @property
   def reported(self) -> Mapping[str, Mapping[str, float]]:
