@@ -48,9 +48,10 @@ def packed_attention(
   Args:
     q_BSNH, k_BSKH, v_BSKH: queries, keys, values of the row.
     segments_BS: int32 segment ids.
-    implementation: "xla" or a key of `kernels.KERNELS`, as `choose` returns it.
+    implementation: "xla" or a key of `kernels.KERNELS`, as `choose` returns it; "fused" is plain here, see
+      `cache.Prefix`.
   """
-  if implementation == "xla":
+  if implementation in ("xla", "fused"):
     return attention(q_BSNH, k_BSKH, v_BSKH, segments_BS, segments_BS, 0)
   return over_shards(kernels.KERNELS[implementation], q_BSNH, k_BSKH, v_BSKH, segments_BS)
 

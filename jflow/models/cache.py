@@ -14,10 +14,13 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jflow.models import kernels
 from jflow.models.llm.config import LanguageModelConfig
 from jflow.models.plain_attention import QUERY_BLOCK
 
 # (q_BSNH, k_BSKH, v_BSKH) of new positions -> (attended [B, S, N, H], the layer's grown keys and values).
+_FUSED_FROM = 128  # positions from which the fused kernel is taken
+
 Layer = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, tuple[jax.Array, jax.Array] | None]]
 
 
@@ -39,8 +42,12 @@ class Cache(struct.PyTreeNode):
       keys=blank(width, slots), values=blank(slots, width), filled=jnp.zeros((batch, slots), bool), length=length
     )
 
-  def layer(self, index: int, segments_BS: jax.Array) -> Layer:
-    """The attention of layer `index` for new positions: writes them, and attends to all slots up to each."""
+  def layer(self, index: int, segments_BS: jax.Array, kernel: str) -> Layer:
+    """The attention of layer `index` for new positions: writes them, and attends to all slots up to each.
+
+    Always plain: a `kernel` has nothing to win on one query, or once per prompt.
+    """
+    del kernel
     slots = self._slots(segments_BS.shape[1])
     seen_BT = _write(self.filled, segments_BS > 0, slots, 1)
 
@@ -73,17 +80,41 @@ class Prefix(struct.PyTreeNode):
 
   caches: tuple[Cache, ...]
 
-  def layer(self, index: int, segments_BS: jax.Array) -> Layer:
-    """The attention of layer `index` for new positions: to the prefix, and causally to each other."""
-    del segments_BS  # a generated image has no padding
+  def layer(self, index: int, segments_BS: jax.Array, kernel: str) -> Layer:
+    """The attention of layer `index` for new positions: to the prefix, and causally to each other.
+
+    Args:
+      index: layer.
+      segments_BS: not read: a generated image has no padding.
+      kernel: "fused" for the causal part by `kernels.causal` where there are enough positions, else plain.
+    """
+    del segments_BS
 
     def attend(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array):
+      if kernel == "fused" and q_BSNH.shape[1] >= _FUSED_FROM:
+        held = self._joined(index, len(q_BSNH), k_BSKH.shape[2])
+        return _merged(q_BSNH, *kernels.causal(q_BSNH, k_BSKH, v_BSKH), *held), None
       cut = lambda x: jnp.split(x, len(self.caches))
       groups = zip(self.caches, cut(q_BSNH), cut(k_BSKH), cut(v_BSKH), strict=True)
       out = [_prefixed(q, k, v, c.keys[index], c.values[index], c.filled) for c, q, k, v in groups]
       return jnp.concatenate(out), None
 
     return attend
+
+  def _joined(self, index: int, batch: int, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys [B, K, H, T] and values [B, K, T, H] of layer `index` of all groups, and which are filled, bool[B, T]."""
+    rows, longest = batch // len(self.caches), max(c.filled.shape[1] for c in self.caches)
+
+    def joined(arrays: list[jax.Array], axis: int) -> jax.Array:
+      wide = [jnp.pad(x, [(0, longest - n if i == axis else 0) for i, n in enumerate(x.shape)]) for x in arrays]
+      return jnp.concatenate([jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in wide])
+
+    by_row = lambda x: x.reshape(-1, heads, *x.shape[1:])
+    return (
+      joined([by_row(c.keys[index]) for c in self.caches], 3),
+      joined([by_row(c.values[index]) for c in self.caches], 2),
+      joined([c.filled for c in self.caches], 1),
+    )
 
 
 def _write(old: jax.Array, new: jax.Array, slots: jax.Array, axis: int) -> jax.Array:
@@ -164,3 +195,22 @@ def _prefixed(q_BSNH, k_BSKH, v_BSKH, prefix_k, prefix_v, filled) -> jax.Array:
   out_BKGSH = jnp.einsum(from_prefix, weights[..., :t], prefix_v)
   out_BKGSH = out_BKGSH + jnp.einsum("BKGST,BKTH->BKGSH", weights[..., t:], v_BKSH)
   return jnp.moveaxis(out_BKGSH, 3, 1).reshape(b, s, n, h)
+
+
+def _merged(q_BSNH, own_BSNH, own_BNS, k_BKHT, v_BKTH, filled_BT) -> jax.Array:
+  """Attention to the filled slots of a prefix, merged into that among the S positions by the log of the sums.
+
+  Args:
+    own_BSNH: attention among the S positions.
+    own_BNS: f32, the log of the sum of the exponentials of its logits.
+  """
+  b, s, n, h = q_BSNH.shape
+  k, t = k_BKHT.shape[1], k_BKHT.shape[3]
+  q_BSKGH = q_BSNH.reshape(b, s, k, n // k, h)
+  logits = jnp.einsum("BSKGH,BKHT->BKGST", q_BSKGH, k_BKHT, preferred_element_type=jnp.float32) * h**-0.5
+  logits_BNST = jnp.where(filled_BT[:, None, None], logits.reshape(b, n, s, t), -1e30)
+  total_BNS = jnp.logaddexp(own_BNS, jax.nn.logsumexp(logits_BNST, axis=-1))
+  weights_BNST = jnp.exp(logits_BNST - total_BNS[..., None]).astype(v_BKTH.dtype)
+  out = jnp.einsum("BKGST,BKTH->BSKGH", weights_BNST.reshape(b, k, n // k, s, t), v_BKTH)
+  share_BSN1 = jnp.swapaxes(jnp.exp(own_BNS - total_BNS), 1, 2)[..., None]
+  return (own_BSNH * share_BSN1 + out.reshape(b, s, n, h)).astype(q_BSNH.dtype)

@@ -213,6 +213,28 @@ def _cudnn_fused(q_BSNH, k_BSNH, v_BSNH, lengths_BZ, starts_BZ) -> Any:
   )
 
 
+def causal(q_BSNH, k_BSKH, v_BSKH) -> tuple[jax.Array, jax.Array]:
+  """GPU from compute capability 8.0, half precision: cuDNN's causal attention of whole rows, without a gradient.
+
+  It calls a private function of jax: the public one rounds the statistics to half precision.
+
+  Returns:
+    ([B, S, N, H], f32[B, N, S] the log of the sum of the exponentials of each query's logits).
+  """
+  from jax._src.cudnn import fused_attention_stablehlo as fused
+
+  scale, mask = _scale(q_BSNH), fused.MaskType.CAUSAL
+  out, statistics = fused.dot_product_attention(
+    q_BSNH, k_BSKH, v_BSKH, scale=scale, mask_type=mask, return_residual=True
+  )
+  return out, statistics.astype(jnp.float32)
+
+
+def fuses_causal(dtype: Any, head_dim: int) -> bool:
+  """Whether `causal` takes such heads on a GPU."""
+  return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and head_dim <= 128 and head_dim % 8 == 0
+
+
 KERNELS: dict[str, Callable[..., jax.Array]] = {
   "cudnn": cudnn,
   "triton": triton,

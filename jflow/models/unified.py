@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jflow import registry
 from jflow.batch import READ, WRITE, Batch
 from jflow.generation.base import family
-from jflow.models import lora
+from jflow.models import kernels, lora
 from jflow.models.cache import Cache, Prefix
 from jflow.models.config import ModelConfig
 from jflow.models.llm.base import ARCHITECTURES, Output
@@ -40,7 +40,7 @@ class UnifiedModel(nn.Module):
     remat: what the LLM's blocks keep for the backward pass, see `llama.remat_policy`; SigLIP's keep their inputs
       alone, or everything for "none".
     unroll: LLM layers per scan iteration; 0: separate layers, see `for_inference`.
-    attention: implementation for packed rows, as `attention.choose` returns it.
+    attention: implementation for packed rows, as `attention.choose` returns it; "fused", see `for_inference`.
   """
 
   config: ModelConfig
@@ -235,7 +235,7 @@ def separate_layers(params: Any, layers: int) -> dict[str, Any]:
   return rest | {f"layers_{i}": layer(i) for i in range(layers)}
 
 
-def for_inference(model: UnifiedModel, params: Any, transpose: bool | None = None) -> tuple[UnifiedModel, Any]:
+def for_inference(model: UnifiedModel, params: Any, gpu: bool | None = None) -> tuple[UnifiedModel, Any]:
   """The model with separate LLM layers, which decoding needs, and its parameters in the compute dtype.
 
   Only parameters that a layer casts where it uses them are cast (kernels, the embedding table): the outputs are
@@ -244,16 +244,23 @@ def for_inference(model: UnifiedModel, params: Any, transpose: bool | None = Non
   Args:
     model: as trained, or already a result of this function.
     params: its nested parameters, NumPy or JAX arrays.
-    transpose: whether the LLM's matrices are stored as [out, in], those of one input merged; None: on a GPU. A CPU
-      is slower with them for a few rows.
+    gpu: whether the LLM's matrices are stored as [out, in], those of one input merged (a CPU is slower with them for
+      a few rows), and attention behind a prefix is fused, which has no gradient; None: whether this is a GPU.
   """
+  gpu = jax.default_backend() == "gpu" if gpu is None else gpu
   params = lora.merged(params)
   cast = lambda path, x: x.astype(model.dtype, copy=False) if _cast_at_use(path[-1].key) else x
   lm = params["language_model"]
   if model.unroll:
     lm = separate_layers(lm, model.config.language_model.num_layers)
-  if transpose or (transpose is None and jax.default_backend() == "gpu"):
+  if gpu:
     own = getattr(_language_model(model.config), "transposed", None)
     lm = own(lm) if own else lm
   params = {**params, "language_model": lm}
-  return model.clone(unroll=0), jax.tree_util.tree_map_with_path(cast, params)
+  return inference_model(model, gpu), jax.tree_util.tree_map_with_path(cast, params)
+
+
+def inference_model(model: UnifiedModel, gpu: bool) -> UnifiedModel:
+  """The model of `for_inference` without its parameters."""
+  fused = gpu and kernels.fuses_causal(model.dtype, model.config.language_model.head_dim)
+  return model.clone(unroll=0, attention="fused" if fused else "xla")

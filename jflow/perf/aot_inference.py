@@ -16,7 +16,7 @@ from jflow.config import RunConfig
 from jflow.generation.base import family
 from jflow.inference import reading
 from jflow.models import build, flops
-from jflow.models.unified import UnifiedModel, for_inference
+from jflow.models.unified import UnifiedModel, for_inference, inference_model
 from jflow.perf import hlo, targets
 
 PROGRAMS = ("generate", "understand")
@@ -44,8 +44,8 @@ def compile_report(
   on_chip = jax.sharding.SingleDeviceSharding(device)
   model = UnifiedModel(config.model, jnp.dtype("bfloat16"), remat="none", unroll=1, attention="xla")
   whole = sharding.unbox(jax.eval_shape(lambda: build.initial_params(model, 0)))
-  inferring = model.clone(unroll=0)
-  params = jax.eval_shape(lambda params: for_inference(model, params, transpose=True)[1], whole)
+  inferring = inference_model(model, gpu=True)
+  params = jax.eval_shape(lambda params: for_inference(model, params, gpu=True)[1], whole)
   if program == "understand":
     function, args, needed = _understand(inferring, params, rows, context)
   else:

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -248,7 +248,7 @@ def _convolution(op: Op, left: list[int], right: list[int], of_left: str, of_rig
 
 
 def _traffic(op: Op, ops: dict[str, Op], computations: dict[str, list[Op]]) -> float:
-  """Bytes that an instruction reads and writes; of buffers that it only slices or updates, the slice."""
+  """Bytes that an instruction reads and writes; of buffers that it only slices or updates, the slices."""
   read = lambda name: main_memory(ops[name].shape) if name in ops else 0
   if op.code == "dynamic-slice" or op.code == "gather":
     return 2.0 * main_memory(op.shape)
@@ -261,8 +261,8 @@ def _traffic(op: Op, ops: dict[str, Op], computations: dict[str, list[Op]]) -> f
   total, written = 0.0, main_memory(op.shape)
   parameters = {int(o.text.split(")")[0]): o for o in inner if o.code == "parameter"}
   for i, name in enumerate(op.operands):
-    users = [o for o in inner if i in parameters and parameters[i].name in o.operands]
-    if users and all(o.code in ("dynamic-slice", "gather") for o in users):
+    users = _users(parameters[i], inner) if i in parameters else []
+    if users and all(o.code in ("dynamic-slice", "gather", "slice") for o in users):
       total += sum(main_memory(o.shape) for o in users)
     elif users and all(o.code == "dynamic-update-slice" and o.operands[0] == parameters[i].name for o in users):
       inside = {o.name: o for o in inner}
@@ -275,6 +275,13 @@ def _traffic(op: Op, ops: dict[str, Op], computations: dict[str, list[Op]]) -> f
     else:
       total += read(name)
   return total + max(written, 0)
+
+
+def _users(op: Op, inner: Sequence[Op]) -> list[Op]:
+  """The instructions that read an instruction, also through a bitcast."""
+  direct = [o for o in inner if op.name in o.operands]
+  through = [o.name for o in direct if o.code == "bitcast"]
+  return [o for o in direct if o.code != "bitcast"] + [o for o in inner if set(through) & set(o.operands)]
 
 
 def _full_bytes(op: Op, group: int) -> float:

@@ -14,6 +14,7 @@ import pytest
 from jflow.errors import UserError
 from jflow.models import kernels, plain_attention
 from jflow.models.attention import choose, packed_attention
+from jflow.models.cache import Cache, Prefix
 from jflow.models.plain_attention import attention
 
 RNG = np.random.default_rng(0)
@@ -157,6 +158,43 @@ def test_a_kernel_of_this_gpu_equals_plain_attention(name):
   if why:
     pytest.skip(f"{name} {why}")
   compare(kernels.KERNELS[name], 1024, 128, jnp.bfloat16, 2e-2)
+
+
+def behind_prefixes(dtype, seq=160, width=8):
+  """Queries, keys, values of two groups of two pictures, and caches of a prompt for each and of one for all."""
+  arrays = [jnp.asarray(RNG.standard_normal((4, seq, n, width)), dtype) for n in (4, 2, 2)]
+  made = []
+  for rows, slots, lengths in ((2, 6, [[6], [3]]), (1, 1, [[1]])):
+    normal = lambda *shape: (jnp.asarray(RNG.standard_normal((rows * 2, *shape)), dtype),)
+    filled = jnp.arange(slots) < jnp.asarray(lengths)
+    made.append(Cache(normal(width, slots), normal(slots, width), filled, jnp.asarray(slots)))
+  return Prefix(tuple(made)), arrays
+
+
+def plain_causal(q, k, v):
+  """As `kernels.causal` in float32: the output, and the logarithm of each query's sum of exponentials."""
+  group = q.shape[2] // k.shape[2]
+  q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, jnp.repeat(k, group, 2), jnp.repeat(v, group, 2)))
+  logits = jnp.einsum("bsnh,btnh->bnst", q, k) / np.sqrt(q.shape[-1])
+  logits = jnp.where(jnp.tril(jnp.ones(logits.shape[-2:], bool)), logits, -jnp.inf)
+  return jnp.einsum("bnst,btnh->bsnh", jax.nn.softmax(logits), v), jax.nn.logsumexp(logits, axis=-1)
+
+
+def test_a_prefix_merged_by_its_sums_equals_one_softmax(monkeypatch):
+  prefix, arrays = behind_prefixes(jnp.float32)
+  monkeypatch.setattr(kernels, "causal", plain_causal)  # which a CPU has not
+  whole, merged = (prefix.layer(0, jnp.ones((4, 160)), kernel)(*arrays)[0] for kernel in ("xla", "fused"))
+  np.testing.assert_allclose(merged, whole, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seq", [160, 577])
+def test_the_fused_causal_kernel_of_this_gpu_returns_its_sums(seq):
+  prefix, arrays = behind_prefixes(jnp.bfloat16, seq, 128)
+  for got, want in zip(jax.jit(kernels.causal)(*arrays), plain_causal(*arrays), strict=True):
+    np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=3e-2)
+  run = lambda kernel: np.asarray(jax.jit(prefix.layer(0, jnp.ones((4, seq)), kernel))(*arrays)[0], np.float32)
+  np.testing.assert_allclose(run("fused"), run("xla"), atol=5e-2)
 
 
 def test_the_table_of_segments_is_what_the_packer_made():

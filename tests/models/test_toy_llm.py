@@ -77,8 +77,8 @@ def test_its_matrices_are_transposed_and_not_merged_for_a_gpu():
   config = ModelConfig.from_dict(tiny.DICT | dict(language_model=language_model))
   ids = np.arange(12, dtype=np.int32)[None]
   hidden = []
-  for transpose in (False, True):
-    model, params = for_inference(tiny.model(config), tiny.params(config), transpose)
+  for gpu in (False, True):
+    model, params = for_inference(tiny.model(config), tiny.params(config), gpu)
     bound = model.bind({"params": params})
     hidden.append(bound.backbone(bound.embed(ids), ids, jnp.ones_like(ids)).hidden)
   layer = params["language_model"]["layers_0"]

@@ -40,7 +40,7 @@ def sample(
   """
   if settings.precision != "exact":
     raise UserError(f"precision={settings.precision!r} must be 'exact' where a gradient goes through the sampler")
-  model, params = for_inference(model, params, transpose=False)
+  model, params = for_inference(model, params, gpu=False)
   guided = settings.guidance != 1.0
   tokens, lengths = jnp.asarray(tokens_IS), jnp.asarray(lengths_I)
   prefix = sampler.read_prompts.function(model, params, tokens, lengths, guided=guided)

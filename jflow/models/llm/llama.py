@@ -236,7 +236,7 @@ class LanguageModel(nn.Module):
     else:
       grown: list[Any] = []
       for i, block in enumerate(self.layers):
-        carry, layer = block(carry, tables, segments_BS, past and past.layer(i, segments_BS))
+        carry, layer = block(carry, tables, segments_BS, past and past.layer(i, segments_BS, self.attention))
         grown.append(layer)
       if isinstance(past, Cache):
         cache = past.grown(grown, segments_BS)
