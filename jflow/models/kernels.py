@@ -223,10 +223,8 @@ def causal(q_BSNH, k_BSKH, v_BSKH) -> tuple[jax.Array, jax.Array]:
   """
   from jax._src.cudnn import fused_attention_stablehlo as fused
 
-  scale, mask = _scale(q_BSNH), fused.MaskType.CAUSAL
-  out, statistics = fused.dot_product_attention(
-    q_BSNH, k_BSKH, v_BSKH, scale=scale, mask_type=mask, return_residual=True
-  )
+  options = dict(scale=_scale(q_BSNH), mask_type=fused.MaskType.CAUSAL, return_residual=True)
+  out, statistics = cast("Any", fused.dot_product_attention)(q_BSNH, k_BSKH, v_BSKH, **options)
   return out, statistics.astype(jnp.float32)
 
 
