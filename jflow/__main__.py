@@ -18,6 +18,7 @@ COMMANDS = {
   "understand": ("jflow.cli.understand", "answer a question about images"),
   "evaluate": ("jflow.cli.evaluate", "score a checkpoint on a benchmark, with a report"),
   "convert": ("jflow.cli.convert", "convert weights from and to the published PyTorch layout"),
+  "push": ("jflow.cli.push", "publish a model on the Hugging Face hub, with a card"),
   "parity": ("jflow.cli.parity", "compare with golden outputs of the PyTorch implementation"),
   "serve": ("jflow.cli.serve", "answer and generate images over HTTP, in the shape of OpenAI's API"),
   "demo": ("jflow.cli.demo", "a web page to chat about images and to generate them"),
