@@ -32,6 +32,8 @@ def get_config(size: str = ""):
   if letter not in tuple(LETTERS) or not name or not (budget.isdigit() and int(budget) or not budget):
     raise ValueError(f"{size!r} must be LETTER-SIZE or LETTER-SIZE-STEPS with a letter of {LETTERS}, as in F-shapes")
   c = base.base(name)
+  if not budget and name not in BUDGETS:
+    raise ValueError(f"{size!r} must name the steps, as in {size}-4000: size {name} has no budget of its own")
   steps = int(budget) if budget else BUDGETS[name]
   turn = steps // 5
   reading = lambda first, then: first * turn + then * (steps - turn)  # over rows in 100, in all

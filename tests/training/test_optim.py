@@ -204,12 +204,13 @@ TRAINED_IN = {
 }
 
 
-@pytest.mark.parametrize("size", ["tiny", "384"])
+@pytest.mark.parametrize("size", ["tiny", "384", "quick", "world"])
 @pytest.mark.parametrize("number", range(4))
 def test_the_stages_train_what_the_paper_says(number, size):
   config = (stage0, stage1, stage2, stage3)[number].get_config(size)
   shapes = tiny.shapes(ModelConfig.from_dict(config.model.to_dict()))
   trained, frozen = optim.partition(shapes, config.optimizer.trained, config.optimizer.frozen)
+  optim.rate_factors(flatten_dict(trained, sep="/"), config.optimizer.rates)
   assert len(flatten_dict(trained)) + len(flatten_dict(frozen)) == len(flatten_dict(shapes))
   for tree, here in ((trained, True), (frozen, False)):
     for path in flatten_dict(tree):
