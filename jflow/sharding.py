@@ -36,10 +36,14 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 class Boxed(struct.PyTreeNode, nn.meta.AxisMetadata):
-  """A value with its logical axis names; lives only inside `jax.eval_shape` of an initialiser."""
+  """A value with its logical axis names and its initialiser; lives only while initialisers are traced.
+
+  A value with an `init` is what that made, at most cast to another type.
+  """
 
   value: Any
   names: tuple[str | None, ...] = struct.field(pytree_node=False)
+  init: Any = struct.field(pytree_node=False, default=None)
 
   def unbox(self) -> Any:
     return self.value
@@ -63,7 +67,7 @@ def boxed(init: Callable[..., jax.Array], names: tuple[str | None, ...]) -> Call
   for name in names:
     if name is not None and name not in RULES:
       raise ValueError(f"unknown logical axis {name!r}; known: {sorted(RULES)}")
-  return lambda *args, **kwargs: Boxed(init(*args, **kwargs), names)
+  return lambda *args, **kwargs: Boxed(init(*args, **kwargs), names, init)
 
 
 def make_mesh(data: int, fsdp: int, model: int, devices: list[jax.Device] | None = None) -> Mesh:
@@ -173,11 +177,3 @@ def shardings(mesh: Mesh, abstract: Any) -> Any:
 def unbox(tree: Any) -> Any:
   """Drops the boxes of a tree."""
   return nn.meta.unbox(tree)
-
-
-def create(make: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
-  """Runs `make(*args)`, whose result may hold `Boxed` leaves, and creates every leaf on its shards."""
-  out = shardings(mesh, jax.eval_shape(make, *args))
-  # An initialiser runs once: on a CPU, compiling it with full optimisation costs more than it saves.
-  quick = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
-  return jax.jit(lambda *a: unbox(make(*a)), out_shardings=out, compiler_options=quick)(*args)

@@ -37,6 +37,7 @@ FAST = {
   "models/autoencoders",
   "models/autoencoders/kl",
   "models/autoencoders/vq",
+  "models/initial",
   "models/llm",
   "models/siglip",
   "models/unified",

@@ -15,7 +15,7 @@ from jflow.models.unified import UnifiedModel, make_writer
 
 
 def initial_params(model: UnifiedModel, seed: int) -> Any:
-  """Initial parameters, boxed with their logical axes; to be traced by `sharding.create` or `jax.eval_shape`."""
+  """Initial parameters, boxed with their logical axes; to be traced by `initial.create` or `jax.eval_shape`."""
   c = model.config
   slots = family(c.generation).layout.slots(c.patches)
   shape = RowShape(2 * (1 + c.patches), 1, c.patches, c.image_size, c.generation.kind, slots)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jflow.models.initial import Normal
 from jflow.models.lora import NAMES, SCALE, low_rank
 from jflow.sharding import boxed, whole
 
@@ -34,7 +35,7 @@ class Linear(nn.Module):
   axes: tuple[str | None, str | None]
   dtype: Any
   use_bias: bool
-  kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+  kernel_init: nn.initializers.Initializer = Normal()
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:

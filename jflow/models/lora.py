@@ -21,6 +21,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jflow.errors import UserError
+from jflow.models.initial import Normal
 from jflow.sharding import Boxed
 
 TRAINED = ("lora_a", "lora_b")
@@ -62,11 +63,11 @@ def added(boxed: Mapping[str, Any], patterns: Sequence[str], rank: int, alpha: f
     if rank > min(into, out):
       raise UserError(f"config.lora.rank={rank} must be at most {min(into, out)}, the smaller side of {path}")
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
-    a = jax.random.normal(key, (*stack, into, rank), jnp.float32) * into**-0.5
+    normal, zeros = Normal(into**-0.5), jax.nn.initializers.zeros
     before, (rows, columns) = kernel.names[:-2], kernel.names[-2:]
     place = path.removesuffix("kernel")
-    flat[place + "lora_a"] = Boxed(a, (*before, rows, None))
-    flat[place + "lora_b"] = Boxed(jnp.zeros((*stack, rank, out), jnp.float32), (*before, None, columns))
+    flat[place + "lora_a"] = Boxed(normal(key, (*stack, into, rank), jnp.float32), (*before, rows, None), normal)
+    flat[place + "lora_b"] = Boxed(zeros(key, (*stack, rank, out), jnp.float32), (*before, None, columns), zeros)
     flat[place + SCALE] = Boxed(jnp.full(tuple(stack), alpha / rank, jnp.float32), before)
   return unflatten_dict(flat, sep="/")
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jflow.models.config import SiglipConfig
+from jflow.models.initial import Normal
 from jflow.models.layers import LayerNorm, Linear, gelu, parameter
 from jflow.sharding import constrain, whole
 
@@ -80,7 +81,7 @@ class Pool(nn.Module):
   @nn.compact
   def __call__(self, features_BPD: jax.Array) -> jax.Array:
     c = self.config
-    latent_D = parameter(self, "latent", nn.initializers.normal(c.embed_dim**-0.5), (c.embed_dim,), (None,))
+    latent_D = parameter(self, "latent", Normal(c.embed_dim**-0.5), (c.embed_dim,), (None,))
     q_BSD = jnp.broadcast_to(latent_D.astype(self.dtype), (features_BPD.shape[0], 1, c.embed_dim))
     x_BSD = Attend(c, self.dtype, name="attention")(q_BSD, features_BPD.astype(self.dtype))
     y_BSD = LayerNorm(c.layer_norm_epsilon, self.dtype, name="norm")(x_BSD)
@@ -102,7 +103,7 @@ class Siglip(nn.Module):
     c = self.config
     self.patch_embed = Linear(c.embed_dim, (None, "embed"), self.dtype, use_bias=True)
     self.position = parameter(
-      self, "position_embed", nn.initializers.normal(c.embed_dim**-0.5), (c.patches, c.embed_dim), (None, "embed")
+      self, "position_embed", Normal(c.embed_dim**-0.5), (c.patches, c.embed_dim), (None, "embed")
     )
     block = nn.remat(Block, prevent_cse=False) if self.remat else Block
     self.layers = nn.scan(

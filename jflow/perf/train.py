@@ -6,7 +6,7 @@ from typing import Any
 
 from jflow.config import RunConfig
 from jflow.errors import UserError
-from jflow.models import lora
+from jflow.models import initial, lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
   with jax.set_mesh(mesh):
     program = make_program(config, model, mesh)
     batch = jax.device_put(host, sharding.batch_sharding(mesh))
-    fresh = sharding.create(lambda: setup.initial_params(config, model), mesh)
+    fresh = initial.create(lambda: setup.initial_params(config, model), mesh)
     state = jax.jit(program.state_of, out_shardings=program.shardings, donate_argnums=0)(fresh)
     started = time.perf_counter()
     with compilation.said("the training step"):

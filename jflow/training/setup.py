@@ -19,7 +19,7 @@ from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.generation.base import family
 from jflow.interop.checkpoints import Checkpoint, read_checkpoint
-from jflow.models import attention, lora
+from jflow.models import attention, initial, lora
 from jflow.models import build as models
 from jflow.models.config import ModelConfig
 from jflow.models.llm.base import ARCHITECTURES
@@ -130,17 +130,17 @@ def start_params(
   `open_pipeline` opens the data of all processes, for fresh parts that are fitted to it.
   """
   train = config.train
-  initial = lambda: initial_params(config, model)
+  make = lambda: initial_params(config, model)
   if not train.init_from:
     with compilation.said("the initialisation"):
-      params = sharding.create(initial, mesh)
+      params = initial.create(make, mesh)
     put = lambda x, old: jax.device_put(np.asarray(x, old.dtype), old.sharding)
     for part, fitted in fresh.fit(config, open_pipeline).items():
       params[part] = jax.tree.map(put, fitted, params[part])
     return params
   read = {path: read_checkpoint(path, weights=train.init_weights, whole=False) for path in _paths(train)}
   source, origin = _chosen(train, read)
-  boxed = jax.eval_shape(initial)
+  boxed = jax.eval_shape(make)
   where = flatten_dict(sharding.shardings(mesh, boxed), sep="/")
   wanted: dict[str, Any] = flatten_dict(sharding.unbox(boxed), sep="/")
   differing = _differences(model.config, {path: loaded.config for path, loaded in read.items()}, origin)
@@ -153,8 +153,8 @@ def start_params(
       f"else (--config.model.{field}={before} keeps it as it was)"
     )
   missing = set(wanted) - set(source)
-  only_missing = lambda: {p: x for p, x in flatten_dict(initial(), sep="/").items() if p in missing}
-  new = sharding.create(only_missing, mesh) if missing else {}
+  only_missing = lambda: {p: x for p, x in flatten_dict(make(), sep="/").items() if p in missing}
+  new = initial.create(only_missing, mesh) if missing else {}
   flat = {
     path: new[path] if path in missing else jax.device_put(np.asarray(source[path], like.dtype), where[path])
     for path, like in wanted.items()

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jflow.batch import Batch
 from jflow.models.config import ModelConfig
+from jflow.models.initial import Normal
 from jflow.models.layers import Linear, Projector, gelu, parameter
 from jflow.objectives import codes as objective
 
@@ -33,7 +34,7 @@ class Embedding(nn.Module):
   @nn.compact
   def __call__(self, codes: jax.Array) -> jax.Array:
     """int32[...] -> f32[..., E]."""
-    return parameter(self, "embed", nn.initializers.normal(1.0), (self.rows, self.features), (None, None))[codes]
+    return parameter(self, "embed", Normal(1.0), (self.rows, self.features), (None, None))[codes]
 
 
 class Head(nn.Module):

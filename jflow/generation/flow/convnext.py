@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jflow.generation.flow.config import FlowConfig
+from jflow.models.initial import Normal
 from jflow.models.layers import Linear, RMSNorm, parameter
 from jflow.models.siglip import patchify
 from jflow.sharding import constrain, whole
@@ -130,13 +131,13 @@ class ConvNeXtBlock(nn.Module):
   @nn.compact
   def __call__(self, x_BHWC: jax.Array, time_BD: jax.Array) -> jax.Array:
     channels, epsilon = x_BHWC.shape[-1], self.config.norm_epsilon
-    linear = lambda features, axes, name, init=nn.initializers.lecun_normal(): Linear(
+    linear = lambda features, axes, name, init=Normal(): Linear(
       features, axes, self.dtype, use_bias=True, kernel_init=init, name=name
     )
     kernel = parameter(
       self,
       "depthwise_kernel",
-      nn.initializers.normal(1 / _KERNEL),
+      Normal(1 / _KERNEL),
       (_KERNEL, _KERNEL, channels),
       (None, None, "channels"),
     )
@@ -148,7 +149,7 @@ class ConvNeXtBlock(nn.Module):
     y_BHWC = jax.nn.gelu(y_BHWC, approximate=False)
     y_BHWC = GlobalResponseNorm(epsilon, self.dtype, name="response_norm")(y_BHWC)
     x_BHWC = x_BHWC + linear(channels, ("mlp", "channels"), "contract")(y_BHWC)
-    modulation = linear(2 * channels, ("embed", "channels"), "modulation", nn.initializers.normal(0.02))
+    modulation = linear(2 * channels, ("embed", "channels"), "modulation", Normal(0.02))
     scale_BC, shift_BC = jnp.split(modulation(jax.nn.silu(time_BD.astype(self.dtype))), 2, axis=-1)
     x_BHWC = x_BHWC * (1.0 + scale_BC[:, None, None]) + shift_BC[:, None, None]
     return constrain(x_BHWC, "batch", None, None, None)
@@ -241,7 +242,7 @@ class GenerationDecoder(nn.Module):
       ("channels", None),
       self.dtype,
       use_bias=True,
-      kernel_init=nn.initializers.normal(0.02),
+      kernel_init=Normal(0.02),
       name="output",
     )
     return unpatchify(output(x_BHWC), c.patch_size).astype(jnp.float32)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jflow.errors import UserError
 from jflow.models.autoencoders.base import AutoencoderConfig
+from jflow.models.initial import Normal
 from jflow.models.layers import Linear, parameter
 from jflow.strict_json import shown
 
@@ -117,7 +118,7 @@ class Conv(nn.Module):
   @nn.compact
   def __call__(self, x_BHWC: jax.Array) -> jax.Array:
     shape = (self.size, self.size, x_BHWC.shape[-1], self.features)
-    kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), shape, (None,) * 4)
+    kernel = parameter(self, "kernel", Normal(), shape, (None,) * 4)
     bias = parameter(self, "bias", nn.initializers.zeros, (self.features,), (None,))
     padding = self.padding or (self.size // 2, self.size // 2)
     y_BHWC = jax.lax.conv_general_dilated(

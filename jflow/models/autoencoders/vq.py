@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jflow.errors import UserError
 from jflow.models.autoencoders.base import CodebookConfig
 from jflow.models.autoencoders.kl import MOST_LEVELS, Conv, Decoder, Encoder, decoder_flops, encoder_flops
+from jflow.models.initial import Normal
 from jflow.models.layers import parameter
 from jflow.strict_json import shown
 
@@ -75,7 +76,7 @@ class VQ(nn.Module):
     self.encoder = Encoder(c.widths, c.blocks_per_level, c.norm_groups, c.latent_channels, self.dtype, attention=True)
     self.quant_conv = Conv(c.code_dim, 1, self.dtype)
     shape = (c.codebook_size, c.code_dim)
-    self.codebook = parameter(self, "codebook", nn.initializers.normal(1.0), shape, (None, None))
+    self.codebook = parameter(self, "codebook", Normal(1.0), shape, (None, None))
     self.post_quant_conv = Conv(c.latent_channels, 1, self.dtype)
     self.decoder = Decoder(c.widths, c.blocks_per_level, c.norm_groups, self.dtype, attention=True)
 

@@ -14,6 +14,7 @@ from jflow.errors import UserError
 from jflow.models import lora
 from jflow.models.attention import packed_attention
 from jflow.models.cache import Cache, Prefix
+from jflow.models.initial import Normal
 from jflow.models.layers import Linear, RMSNorm, parameter, side_by_side, transposed
 from jflow.models.llm.base import Output
 from jflow.models.llm.config import LanguageModelConfig
@@ -174,9 +175,9 @@ class LanguageModel(nn.Module):
     c = self.config
     # The scale of what blocks and aligners add, which would otherwise drown the tokens of a fresh model.
     shape, axes = (c.vocab_size, c.embed_dim), ("vocab", "embed")
-    self.table = parameter(self, "embed", nn.initializers.normal(1.0), shape, axes)
+    self.table = parameter(self, "embed", Normal(1.0), shape, axes)
     self.norm = RMSNorm(c.rms_norm_epsilon, self.dtype)
-    small = nn.initializers.normal(0.02)
+    small = Normal(0.02)
     self.head = Linear(c.vocab_size, ("embed", "vocab"), self.dtype, use_bias=False, kernel_init=small)
     block: Any = self.block
     if self.remat != "none":
