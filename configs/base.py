@@ -118,9 +118,9 @@ def base(size: str, sizes: Mapping[str, Callable[[ConfigDict], None]] = SIZES) -
   )
   c.compute = dict(
     dtype="bfloat16",  # of activations and matmuls; masters are float32
-    remat="full",  # "none", "full", "dots", "save:attended,gate,up,...": what is kept
+    remat="auto",  # "none", "full", "dots", "save:attended,gate,up,...": what is kept; auto: as much as fits the memory
     attention="auto",  # of packed rows: "xla", "cudnn", "triton", "splash"; auto: by device
-    unroll=1,  # LLM layers per iteration of the scan
+    unroll=1,  # LLM layers per iteration of the scan; remat="auto" takes all where a GPU keeps everything
     compilation_cache="~/.cache/jflow",  # compiled programs, reused by a restart; empty: none
   )
   c.mesh = dict(data=1, fsdp=1, model=1)  # the product is the number of devices of all processes

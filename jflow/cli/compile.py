@@ -141,7 +141,8 @@ def show(report: dict[str, Any]) -> None:
   mesh = " x ".join(str(n) for n in report["mesh"].values())
   print(
     f"{report['topology']}: {report['chips']} chips, mesh data x fsdp x model = {mesh}, "
-    f"{report['rows_per_device']} rows per device, attention {report['attention']}, remat {report['remat']}"
+    f"{report['rows_per_device']} rows per device, attention {report['attention']}, remat {report['remat']}, "
+    f"unroll {report['unroll']}"
   )
   memory = report["memory_gib"]
   print("memory    " + "  ".join(f"{name} {value:.2f}" for name, value in memory.items()) + "  GiB per device")
@@ -155,6 +156,11 @@ def show(report: dict[str, Any]) -> None:
     f"work      {flops['program'] / 1e12:.1f} + {flops['kernels'] / 1e12:.1f} (kernels) TFLOP, of which the model "
     f"needs {flops['model'] / 1e12:.1f}; {report['memory_bytes'] / 1e9:.0f} GB of memory traffic"
   )
+  for name, part in report["parts"].items():
+    print(
+      f"part      {name:8} {part['flops'] / 1e12:7.2f} TFLOP {part['memory_bytes'] / 1e9:7.1f} GB "
+      f"{part['launches']:6.0f} launches {1e3 * part['seconds']:7.1f} ms"
+    )
   for name, size in report["collective_bytes"].items():
     print(f"network   {name:32} {size / 1e9:8.3f} GB")
   times = "  ".join(f"{name} {1e3 * value:.0f}" for name, value in report["seconds"].items())
@@ -162,5 +168,10 @@ def show(report: dict[str, Any]) -> None:
     f"estimate  {times} ms: bound by {report['bound']}; {1e3 * report['seconds_if_overlapped']:.0f} ms if all "
     f"overlaps, {1e3 * report['seconds_if_serial']:.0f} ms if nothing does; MFU at most "
     f"{100 * report['mfu_at_most']:.0f} %"
+  )
+  more = report["executed_flops"] / report["model_flops"]
+  print(
+    f"predicted {1e3 * report['seconds_by_launch']:.0f} ms, one launch after the other; {more:.2f} times the FLOPs that "
+    "the model needs"
   )
   print(f"compiled in {report['compile_seconds']:.0f} s")

@@ -97,6 +97,30 @@ def spread(counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
   return tasks, ranks
 
 
+def most_at_once(
+  mixture: Sequence[tuple[int, Sequence[float]]], batch_size: int, shards: int, accumulation: int, held: np.ndarray
+) -> np.ndarray:
+  """Returns the most that the rows of one device hold in one microbatch of any step.
+
+  Args:
+    mixture: (first step, weights), as for `StepPlan`.
+    batch_size: rows of a batch over all hosts.
+    shards: parts of consecutive rows that a batch is cut into.
+    accumulation: microbatches; each takes every `accumulation`-th row of a part.
+    held: int[tasks, kinds], the most of each kind that a row of a task holds.
+
+  Returns:
+    int[kinds].
+  """
+  most = np.zeros(held.shape[1], np.int64)
+  for _, weights in mixture:
+    for counts in np.unique(rows_of_steps(weights, batch_size, CYCLE), axis=0):
+      tasks, _ = spread(tuple(counts.tolist()))
+      parts = held[tasks].reshape(shards, -1, accumulation, held.shape[1]).sum(axis=1)
+      most = np.maximum(most, parts.max(axis=(0, 1)))
+  return most
+
+
 class StepPlan:
   """A map from a step to the rows of this host's share of the batch, each a (task number, row number of that task).
 

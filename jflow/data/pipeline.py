@@ -74,6 +74,15 @@ class Rows:
         f"and {shape.images} images; rejected: {dict(self.rejected)}"
       )
 
+  @functools.cached_property
+  def most_images(self) -> int:
+    """The most images that a row holds, by its plan."""
+    if self.task == "text":
+      return 0
+    if self.task == "generation":  # one image for each sample
+      return min(int(np.diff(self.plan.row_offsets).max()), self._shape.images)
+    return min(self._shape.tokens // self._shape.slots_of(batch_lib.READ), self._shape.images)
+
   def report(self) -> str:
     """Returns one line: records, planned rows, fill, records left out."""
     rejected = collections.Counter(self.rejected)
@@ -102,6 +111,11 @@ class Rows:
       except RecordError as error:
         rejected.append((error.reason, f"{self.name}, {self.task} record {piece.record}: {error}"))
     packing.pack_into(row, samples, self._shape)
+    held = sum(len(sample.images) for sample in samples)
+    if held > self.most_images:  # the step has no room for it
+      raise UserError(
+        f"{self.name}: row {number} holds {held} images, a row of its plan at most {self.most_images}: remove the plan"
+      )
     return len(pieces), rejected
 
   def pieces(self, number: int) -> list[Piece]:
@@ -244,6 +258,18 @@ class Pipeline:
   def counts(self, step: int) -> dict[str, int]:
     """Returns the rows per task of the global batch at a step."""
     return self._step_plan(step + 1).counts(step)
+
+  def most(self, shards: int, accumulation: int) -> tuple[int, ...]:
+    """Returns the most images to read, to write, and of both that one device's rows of a microbatch hold in any step.
+
+    And, last, the most samples of a row. `shards`: the parts that the mesh cuts a batch into.
+    """
+    rows = {task: max((one.most_images for one in listed), default=0) for task, listed in zip(TASKS, self._rows)}
+    held = np.array([[rows["understanding"], 0], [0, rows["generation"]], [0, 0]])
+    held = np.concatenate([held, held.sum(axis=1, keepdims=True)], axis=1)
+    images = mixture.most_at_once(self._mixture, self._batch_size, shards, accumulation, held)
+    samples = max(int(np.diff(rows.plan.row_offsets).max()) for rows in self.sources())
+    return (*(max(1, int(n)) for n in images), samples)
 
   def batch(self, step: int) -> Batch:
     """Returns this host's share of the batch of a step; see `Batch`."""

@@ -21,8 +21,7 @@ IMPLEMENTATIONS = ("auto", "xla", *kernels.KERNELS)
 def choose(name: str, device: jax.Device, dtype: Any, head_dim: int) -> str:
   """Resolves "auto" for a device, and checks that a kernel named outright can run there.
 
-  TPU: splash. GPU: Pallas-Triton. Other devices, and inputs that those kernels do not take (odd head dims): xla.
-  cuDNN's packed kernel is used only where the config names it.
+  "auto" is what `kernels.AUTO` names; on other devices, and for inputs that it does not take (odd head dims), xla.
 
   Raises:
     UserError: the named kernel cannot run on this device, in this dtype or with this head dim.
@@ -30,7 +29,7 @@ def choose(name: str, device: jax.Device, dtype: Any, head_dim: int) -> str:
   if name not in IMPLEMENTATIONS:
     raise UserError(f"config.compute.attention={name!r} must be one of {', '.join(IMPLEMENTATIONS)}")
   if name == "auto":
-    kernel = {"tpu": "splash", "gpu": "triton"}.get(device.platform)
+    kernel = kernels.AUTO.get(device.platform)
     return kernel if kernel and not kernels.obstacle(kernel, device, dtype, head_dim) else "xla"
   why = "" if name == "xla" else kernels.obstacle(name, device, dtype, head_dim)
   if why:
@@ -48,12 +47,32 @@ def packed_attention(
   Args:
     q_BSNH, k_BSKH, v_BSKH: queries, keys, values of the row.
     segments_BS: int32 segment ids.
-    implementation: "xla" or a key of `kernels.KERNELS`, as `choose` returns it; "fused" is plain here, see
-      `cache.Prefix`.
+    implementation: "xla" or a key of `kernels.KERNELS`, as `choose` returns it, or "cudnn:Z" as `with_segments` does;
+      "fused" is plain here, see `cache.Prefix`.
   """
   if implementation in ("xla", "fused"):
     return attention(q_BSNH, k_BSKH, v_BSKH, segments_BS, segments_BS, 0)
-  return over_shards(kernels.KERNELS[implementation], q_BSNH, k_BSKH, v_BSKH, segments_BS)
+  name, _, table = implementation.partition(":")
+  kernel = kernels.KERNELS[name]
+  run = (lambda q, k, v, s: kernels.cudnn(q, k, v, s, int(table))) if table else kernel
+  return over_shards(run, q_BSNH, k_BSKH, v_BSKH, segments_BS)
+
+
+def with_segments(implementation: str, most: int) -> str:
+  """The implementation for rows of at most `most` segments: cuDNN gets a table of that size.
+
+  Raises:
+    UserError: the rows have more than its largest table.
+  """
+  if implementation != "cudnn":
+    return implementation
+  table = kernels.table_for(most)
+  if table is None:
+    raise UserError(
+      f"config.compute.attention='cudnn' takes rows of at most {kernels.MOST_SEGMENTS} samples, the data's have {most}; "
+      "use 'auto' or 'xla'"
+    )
+  return f"cudnn:{table}"
 
 
 def over_shards(kernel: Callable[..., jax.Array], q_BSNH, k_BSKH, v_BSKH, segments_BS) -> jax.Array:
@@ -67,3 +86,22 @@ def over_shards(kernel: Callable[..., jax.Array], q_BSNH, k_BSKH, v_BSKH, segmen
   spec = sharding.named(mesh, ("batch", None, "heads", None), q_BSNH.shape).spec
   rows = sharding.named(mesh, ("batch", None), segments_BS.shape).spec
   return jax.shard_map(kernel, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False)(*args)
+
+
+def unmasked(packed: str, dtype: Any, head_dim: int) -> str:
+  """The implementation of attention without a mask beside that of packed rows: "cudnn" or "xla"."""
+  on_gpu = packed.partition(":")[0] in kernels.ON_GPU
+  return "cudnn" if on_gpu and kernels.fuses_causal(dtype, head_dim) else "xla"
+
+
+def unmasked_attention(q_BSNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, implementation: str) -> jax.Array:
+  """Softmax attention of every query to every key, [B, S, N, H] in the dtype of v; logits and softmax in f32.
+
+  `implementation`: as `unmasked` returns it.
+  """
+  if implementation == "cudnn":
+    return jax.nn.dot_product_attention(q_BSNH, k_BTNH, v_BTNH, implementation="cudnn")
+  scale = q_BSNH.shape[-1] ** -0.5
+  logits = jnp.einsum("BSNH,BTNH->BNST", q_BSNH, k_BTNH, preferred_element_type=jnp.float32) * scale
+  weights = jax.nn.softmax(logits, axis=-1).astype(v_BTNH.dtype)
+  return jnp.einsum("BNST,BTNH->BSNH", weights, v_BTNH)

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jflow.models.plain_attention import attention
+from jflow.models import packed_kernel
 
 _TILE = 128  # rows are padded to a multiple of it for the Pallas kernels
 _SPLASH_BLOCKS = (1024, 512, 256, 128)  # the largest that divides the row is taken
-_CUDNN_SEGMENTS = 128  # most segments of a row for cuDNN; a row with more takes the plain path
+_CUDNN_SEGMENTS = 128  # the largest table of a row's segments for cuDNN
 
 
 def obstacle(name: str, device: jax.Device, dtype: Any, head_dim: int) -> str:
@@ -35,7 +35,7 @@ def obstacle(name: str, device: jax.Device, dtype: Any, head_dim: int) -> str:
       return f"needs heads of at most 128 and a multiple of 8, not {head_dim}"
     if _capability(device) < 9:
       return f"needs a GPU of compute capability 9.0 or later for packed rows, not {device.compute_capability}"
-  if name == "triton" and (head_dim & (head_dim - 1) or not 16 <= head_dim <= 128):
+  if name in ("triton", "packed") and (head_dim & (head_dim - 1) or not 16 <= head_dim <= 128):
     return f"needs heads of 16, 32, 64 or 128, not {head_dim}"
   return ""
 
@@ -118,77 +118,60 @@ def triton(q_BSNH, k_BSNH, v_BSNH, segments_BS, interpret: bool = False) -> jax.
   )
 
 
-def segment_table(segments_BS: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
-  """Lengths int32[B, Z] and starts int32[B, Z + 1] of the segments 1..Z of each row, -1 where there is none.
+@_padded
+def packed(q_BSNH, k_BSNH, v_BSNH, segments_BS, interpret: bool = False) -> jax.Array:
+  """Any GPU: our Pallas-Triton kernel, which skips everything across segments, forward and backward."""
+  return packed_kernel.attend(q_BSNH, k_BSNH, v_BSNH, segments_BS, interpret)
 
-  Segments are consecutive runs in rising order, with padding (0) behind them, as the packer makes them. The last column
-  of the starts is always -1: jax concatenates the starts of all rows and appends the end of the last one, so that an
-  end among them would shift every segment of the rows below.
+
+def segment_table(segments_BS: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
+  """Lengths int32[B, Z] and starts int32[B, Z + 1] of the segments of each row, -1 where there is none.
+
+  Segments are consecutive runs 1, 2, ..., as the packer makes them, with padding (0) behind them as one more, so that
+  no position is left out. Z is `limit`. The last column of the starts is always -1: jax concatenates the starts of all
+  rows and appends the end of the last one, so that an end among them would shift every segment of the rows below.
   """
-  ids = jnp.arange(1, limit + 1)
-  lengths_BZ = jnp.sum(segments_BS[:, None, :] == ids[None, :, None], axis=-1, dtype=jnp.int32)
+  last_B1 = jnp.max(segments_BS, axis=1, keepdims=True)
+  ids_BS = jnp.where(segments_BS > 0, segments_BS, last_B1 + 1)
+  lengths_BZ = jnp.sum(ids_BS[:, None, :] == jnp.arange(1, limit + 1)[None, :, None], axis=-1, dtype=jnp.int32)
   starts_BZ = jnp.cumsum(lengths_BZ, axis=1, dtype=jnp.int32) - lengths_BZ
-  there_BZ = ids[None] <= jnp.max(segments_BS, axis=1, keepdims=True)
-  none = lambda x_BZ: jnp.where(there_BZ, x_BZ, -1)
+  none = lambda x_BZ: jnp.where(lengths_BZ > 0, x_BZ, -1)
   return none(lengths_BZ), jnp.pad(none(starts_BZ), ((0, 0), (0, 1)), constant_values=-1)
 
 
-@jax.custom_vjp
-def cudnn(q_BSNH, k_BSNH, v_BSNH, segments_BS) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cudnn(q_BSNH, k_BSNH, v_BSNH, segments_BS, table: int = _CUDNN_SEGMENTS) -> jax.Array:
   """GPU from compute capability 9.0: cuDNN's packed flash attention, which skips everything across segments.
 
-  It calls private functions of jax, since the public one takes no segments. A batch with a row of more segments than
-  cuDNN's table holds takes the plain path. `attention.choose` never picks it for "auto".
+  It calls private functions of jax, since the public one takes no segments. cuDNN works on `table` times the batch, and
+  its memory grows with it. A batch with a row of more segments, padding counted as one, gives NaN.
   """
-  return _cudnn_forward(q_BSNH, k_BSNH, v_BSNH, segments_BS)[0]
+  return _cudnn_forward(q_BSNH, k_BSNH, v_BSNH, segments_BS, table)[0]
 
 
-def _cudnn_forward(q_BSNH, k_BSNH, v_BSNH, segments_BS):
-  real = (segments_BS > 0)[..., None, None]
-  q_BSNH, k_BSNH, v_BSNH = (jnp.where(real, x, jnp.zeros((), x.dtype)) for x in (q_BSNH, k_BSNH, v_BSNH))
-
-  def packed(q, k, v):
-    out, statistics = _cudnn_fused(q, k, v, *segment_table(segments_BS, _CUDNN_SEGMENTS))
-    return jnp.where(real, out, jnp.zeros((), out.dtype)), statistics  # padding comes back uninitialised
-
-  def plain(q, k, v):
-    statistics = jax.eval_shape(packed, q, k, v)[1]
-    return _reference(q, k, v, segments_BS), jnp.zeros(statistics.shape, statistics.dtype)
-
-  fits = jnp.max(segments_BS) <= _CUDNN_SEGMENTS
-  out, statistics = jax.lax.cond(fits, packed, plain, q_BSNH, k_BSNH, v_BSNH)
+def _cudnn_forward(q_BSNH, k_BSNH, v_BSNH, segments_BS, table):
+  out, statistics = _cudnn_fused(q_BSNH, k_BSNH, v_BSNH, *segment_table(segments_BS, table))
+  if table >= _CUDNN_SEGMENTS:  # a smaller one is the caller's, who knows what it holds
+    fits = jnp.max(segments_BS) + jnp.any(segments_BS == 0) <= table
+    out = jnp.where(fits, out, jnp.full((), jnp.nan, out.dtype))
   out, statistics = checkpoint_name(out, "attended"), checkpoint_name(statistics, "attended")
   return out, (q_BSNH, k_BSNH, v_BSNH, segments_BS, out, statistics)
 
 
-def _cudnn_backward(residuals, d_out):
+def _cudnn_backward(table, residuals, d_out):
   from jax._src.cudnn import fused_attention_stablehlo as fused
 
   q_BSNH, k_BSNH, v_BSNH, segments_BS, out, statistics = residuals
-  real = (segments_BS > 0)[..., None, None]
-  d_out = jnp.where(real, d_out, jnp.zeros((), d_out.dtype))
-
-  def packed(q, k, v):
-    lengths, starts = segment_table(segments_BS, _CUDNN_SEGMENTS)
-    unused = jnp.zeros(0, q.dtype)
-    held = (q, k, v, unused, lengths, lengths, starts, starts, unused, unused, statistics, out)
-    scale, layout = _scale(q), fused.AttentionLayout.BTNH.value
-    options = (scale, 42, 0.0, (False, False), fused.MaskType.PADDING_CAUSAL, layout, None)
-    gradients = cast("Any", fused._dot_product_attention_bwd_rule(*options, True, False, held, d_out)[:3])
-    return tuple(jnp.where(real, x, jnp.zeros((), x.dtype)) for x in gradients)
-
-  def plain(q, k, v):
-    return jax.vjp(lambda q, k, v: _reference(q, k, v, segments_BS), q, k, v)[1](d_out)
-
-  fits = jnp.max(segments_BS) <= _CUDNN_SEGMENTS
-  return (*jax.lax.cond(fits, packed, plain, q_BSNH, k_BSNH, v_BSNH), None)
+  lengths, starts = segment_table(segments_BS, table)
+  unused = jnp.zeros(0, q_BSNH.dtype)
+  held = (q_BSNH, k_BSNH, v_BSNH, unused, lengths, lengths, starts, starts, unused, unused, statistics, out)
+  layout = fused.AttentionLayout.BTNH.value
+  options = (_scale(q_BSNH), 42, 0.0, (False, False), fused.MaskType.PADDING_CAUSAL, layout, None)
+  gradients = cast("Any", fused._dot_product_attention_bwd_rule(*options, True, False, held, d_out)[:3])
+  return (*gradients, None)
 
 
 cudnn.defvjp(_cudnn_forward, _cudnn_backward)
-
-
-def _reference(q_BSNH, k_BSNH, v_BSNH, segments_BS) -> jax.Array:
-  return attention(q_BSNH, k_BSNH, v_BSNH, segments_BS, segments_BS, 0)
 
 
 def _scale(q_BSNH: jax.Array) -> float:
@@ -233,8 +216,18 @@ def fuses_causal(dtype: Any, head_dim: int) -> bool:
   return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and head_dim <= 128 and head_dim % 8 == 0
 
 
+def table_for(segments: int) -> int | None:
+  """The size of cuDNN's table for rows of so many segments and padding; None: there is none."""
+  return next((size for size in (8, 16, 32, 64, _CUDNN_SEGMENTS) if size > segments), None)
+
+
 KERNELS: dict[str, Callable[..., jax.Array]] = {
   "cudnn": cudnn,
   "triton": triton,
+  "packed": packed,
   "splash": splash,
 }
+# Platform -> what "auto" takes there: only a kernel whose tests have passed on such a device (`pytest -m gpu`).
+AUTO = {"tpu": "splash", "gpu": "triton"}
+MOST_SEGMENTS = _CUDNN_SEGMENTS - 1
+ON_GPU = ("cudnn", "triton", "packed", "fused")  # implementations that only a GPU gets

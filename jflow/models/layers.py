@@ -3,6 +3,7 @@
 Legend: B batch, S sequence, D embed, C channels.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -151,5 +152,10 @@ class LayerNorm(nn.Module):
 
 
 def gelu(x: jax.Array, kind: str) -> jax.Array:
-  """GELU, exact ("erf") or the tanh approximation ("tanh")."""
-  return jax.nn.gelu(x, approximate=kind == "tanh")
+  """GELU in the dtype of x, computed in f32: exact ("erf") or the tanh approximation ("tanh").
+
+  By erf, as PyTorch: jax's own form, by erfc, takes tens of kernels on a GPU.
+  """
+  x32 = x.astype(jnp.float32)
+  y = jax.nn.gelu(x32) if kind == "tanh" else 0.5 * x32 * (1.0 + jax.lax.erf(x32 * math.sqrt(0.5)))
+  return y.astype(x.dtype)

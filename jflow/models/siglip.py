@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jflow.models.attention import unmasked_attention
 from jflow.models.config import SiglipConfig
 from jflow.models.initial import Normal
 from jflow.models.layers import LayerNorm, Linear, gelu, parameter
@@ -28,6 +29,7 @@ class Attend(nn.Module):
 
   config: SiglipConfig
   dtype: Any
+  kernel: str
 
   @nn.compact
   def __call__(self, q_BSD: jax.Array, kv_BPD: jax.Array) -> jax.Array:
@@ -37,10 +39,7 @@ class Attend(nn.Module):
     q_BSNH = heads(linear(("embed", "heads"), "query")(q_BSD))
     k_BPNH = heads(linear(("embed", "heads"), "key")(kv_BPD))
     v_BPNH = heads(linear(("embed", "heads"), "value")(kv_BPD))
-    scale = (c.embed_dim // c.num_heads) ** -0.5
-    logits = jnp.einsum("BSNH,BPNH->BNSP", q_BSNH, k_BPNH, preferred_element_type=jnp.float32) * scale
-    weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-    out = jnp.einsum("BNSP,BPNH->BSNH", weights, v_BPNH)
+    out = unmasked_attention(q_BSNH, k_BPNH, v_BPNH, self.kernel)
     return linear(("heads", "embed"), "output")(out.reshape(q_BSD.shape))
 
 
@@ -62,12 +61,15 @@ class Block(nn.Module):
 
   config: SiglipConfig
   dtype: Any
+  kernel: str
 
   @nn.compact
   def __call__(self, x_BPD: jax.Array, _: None) -> tuple[jax.Array, None]:
     norm = lambda name: LayerNorm(self.config.layer_norm_epsilon, self.dtype, name=name)
     y_BPD = norm("attention_norm")(x_BPD)
-    x_BPD = constrain(x_BPD + Attend(self.config, self.dtype, name="attention")(y_BPD, y_BPD), "batch", None, None)
+    x_BPD = constrain(
+      x_BPD + Attend(self.config, self.dtype, self.kernel, name="attention")(y_BPD, y_BPD), "batch", None, None
+    )
     y_BPD = norm("mlp_norm")(x_BPD)
     return constrain(x_BPD + Mlp(self.config, self.dtype, name="mlp")(y_BPD), "batch", None, None), None
 
@@ -83,7 +85,7 @@ class Pool(nn.Module):
     c = self.config
     latent_D = parameter(self, "latent", Normal(c.embed_dim**-0.5), (c.embed_dim,), (None,))
     q_BSD = jnp.broadcast_to(latent_D.astype(self.dtype), (features_BPD.shape[0], 1, c.embed_dim))
-    x_BSD = Attend(c, self.dtype, name="attention")(q_BSD, features_BPD.astype(self.dtype))
+    x_BSD = Attend(c, self.dtype, "xla", name="attention")(q_BSD, features_BPD.astype(self.dtype))
     y_BSD = LayerNorm(c.layer_norm_epsilon, self.dtype, name="norm")(x_BSD)
     return (x_BSD + Mlp(c, self.dtype, name="mlp")(y_BSD))[:, 0]
 
@@ -93,11 +95,13 @@ class Siglip(nn.Module):
 
   Attributes:
     remat: whether only the input of each block is kept for the backward pass.
+    kernel: as `attention.unmasked` returns it.
   """
 
   config: SiglipConfig
   dtype: Any
   remat: bool
+  kernel: str = "xla"
 
   def setup(self) -> None:
     c = self.config
@@ -113,7 +117,7 @@ class Siglip(nn.Module):
       in_axes=nn.broadcast,
       length=c.num_layers,
       metadata_params={},
-    )(c, self.dtype)
+    )(c, self.dtype, self.kernel)
     self.norm = LayerNorm(c.layer_norm_epsilon, self.dtype)
     self.head = Pool(c, self.dtype)
 

@@ -1,6 +1,6 @@
 """The unified model: one LLM, a reader of images and a writer of images.
 
-Legend: B rows, S sequence, M images of a row, I images (B * M where batched), K slots per image, P patches, C channels,
+Legend: B rows, S sequence, M images of a row, I images (places for images in training), K slots per image, P patches, C channels,
 D embed, E SigLIP's width, V vocab, H W pixels.
 """
 
@@ -14,8 +14,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jflow import registry
 from jflow.batch import READ, WRITE, Batch
 from jflow.generation.base import family
-from jflow.models import kernels, lora
+from jflow.models import attention, kernels, lora
 from jflow.models.cache import Cache, Prefix
+from jflow.models.compaction import Capacity, Chosen
 from jflow.models.config import ModelConfig
 from jflow.models.llm.base import ARCHITECTURES, Output
 from jflow.models.readers import Reader
@@ -41,6 +42,7 @@ class UnifiedModel(nn.Module):
       alone, or everything for "none".
     unroll: LLM layers per scan iteration; 0: separate layers, see `for_inference`.
     attention: implementation for packed rows, as `attention.choose` returns it; "fused", see `for_inference`.
+    capacity: the most images that `losses` has room for; more give NaN. None: room for all that fit the rows.
   """
 
   config: ModelConfig
@@ -48,13 +50,16 @@ class UnifiedModel(nn.Module):
   remat: str
   unroll: int
   attention: str
+  capacity: Capacity | None = None
 
   def setup(self) -> None:
     c, dtype = self.config, self.dtype
     self.language_model = _language_model(c)(
       c.language_model, c.hidden_layer, dtype, self.remat, self.unroll, self.attention
     )
-    self.understanding_encoder = Siglip(c.understanding_encoder, dtype, remat=self.remat != "none")
+    encoder = c.understanding_encoder
+    kernel = attention.unmasked(self.attention, dtype, encoder.embed_dim // encoder.num_heads)
+    self.understanding_encoder = Siglip(encoder, dtype, self.remat != "none", kernel)
     self.writer = make_writer(c, dtype)
     nn.share_scope(self, self.writer)
     self.reader = Reader(c, self.writer, dtype)
@@ -73,23 +78,17 @@ class UnifiedModel(nn.Module):
     """Logits of hidden states: [..., D] -> f32[..., V]."""
     return self.language_model.logits(hidden)
 
-  def assemble(
-    self, tokens_BS: jax.Array, slots_BZD: jax.Array, image_index_BS: jax.Array, kinds_BM: jax.Array | None = None
-  ) -> jax.Array:
-    """The LLM's input [B, S, D]: token embeddings, and image slots where `image_index` is not -1.
+  def assemble(self, tokens_BS: jax.Array, slots_BZD: jax.Array, image_index_BS: jax.Array) -> jax.Array:
+    """The LLM's input [B, S, D] of rows that only read images.
 
     Args:
       tokens_BS: int32.
       slots_BZD: the slots of all images of a row, Z = M K.
-      image_index_BS: int32 into Z.
-      kinds_BM: `Batch.image_kind`; None: all images are read, K = 1 + P.
+      image_index_BS: int32 into Z; -1 where a token stands.
     """
     seen_BS = image_index_BS >= 0
-    if self.config.reader.start == "token":  # the token before the patches of a read image keeps its embedding
-      k = 1 + self.config.patches if kinds_BM is None else slots_BZD.shape[1] // kinds_BM.shape[1]
-      image_BS, slot_BS = jnp.divmod(jnp.maximum(image_index_BS, 0), k)
-      read_BS = True if kinds_BM is None else jnp.take_along_axis(kinds_BM, image_BS, axis=1) == READ
-      seen_BS &= ~(read_BS & (slot_BS == 0))
+    if self.config.reader.start == "token":  # the token before the patches keeps its embedding
+      seen_BS &= image_index_BS % (1 + self.config.patches) > 0
     images_BSD = jnp.take_along_axis(slots_BZD, jnp.maximum(image_index_BS, 0)[..., None], axis=1)
     return jnp.where(seen_BS[..., None], images_BSD, self.embed(tokens_BS))
 
@@ -126,35 +125,53 @@ class UnifiedModel(nn.Module):
     Returns:
       name -> f32[].
     """
-    b, m = batch.image_kind.shape
-    flat = lambda x: x.reshape(b * m, *x.shape[2:])
-    writes_BM = batch.image_kind == WRITE
-    pixels = constrain(normalise(flat(batch.images)), "batch", None, None, None)
+    kinds_BM, most = jnp.asarray(batch.image_kind), self.capacity or Capacity(None, None, None)
+    reads, writes = kinds_BM == READ, kinds_BM == WRITE
+    by_siglip = self.config.reader.kind == "siglip"
+    compared = any(OBJECTIVES.get(name).features for name in set(wanted) & set(self.objectives))
+    read = Chosen(reads, most.read)
+    written = Chosen(writes, most.written) if by_siglip else Chosen(reads | writes, most.all)
+    seen = Chosen(reads | writes, most.all) if by_siglip and compared else read if by_siglip else written
+    features: Any = None
+    if by_siglip or compared or self.is_initializing():
+      features = self.features(normalise(seen.take(batch.images)))
 
-    features = self.features(pixels)
-    written, context = self.writer.write(pixels, flat(batch.stored), jax.tree.map(flat, draws))
-    seen = features if self.config.reader.kind == "siglip" else self.reader.latent_features(context.mean)
-    slots = _choose(flat(batch.image_kind == READ), self.reader.slots(seen), written)
-    tokens, index, positions, segments, kinds = map(
-      jnp.asarray, (batch.tokens, batch.image_index, batch.positions, batch.segment_ids, batch.image_kind)
+    pixels = constrain(normalise(written.take(batch.images)), "batch", None, None, None)
+    made, context = self.writer.write(pixels, written.take(batch.stored), jax.tree.map(written.take, draws))
+    latents = lambda: self.reader.latent_features(read.of(written, context.mean))
+    slots = self.reader.slots(read.of(seen, features) if by_siglip else latents())
+    tokens, index, positions, segments = map(
+      jnp.asarray, (batch.tokens, batch.image_index, batch.positions, batch.segment_ids)
     )
-    x_BSD = self.assemble(tokens, slots.reshape(b, m * slots.shape[1], -1), index, kinds)
+    k = max(slots.shape[1], made.shape[1])
+    image, inside = index // k, index % k  # -1 stays -1
+    at_kind = lambda mask: (image >= 0) & jnp.take_along_axis(mask, jnp.maximum(image, 0), axis=1)
+    at_read, at_written = at_kind(reads), at_kind(writes)
+    if self.config.reader.start == "token":  # the token before the patches keeps its embedding
+      at_read &= inside > 0
+    images_BSD = read.spread(slots, jnp.where(at_read, image, -1), inside)
+    images_BSD += written.spread(made, jnp.where(at_written, image, -1), inside)
+    x_BSD = jnp.where((at_read | at_written)[..., None], images_BSD, self.embed(tokens))
     out = self.backbone(x_BSD, positions, segments)
-
-    def at(x_BSD: jax.Array, first: int, count: int) -> jax.Array:
-      """[I, count, D] at `count` positions of every image, from `first` after its first slot."""
-      where = (batch.image_start[..., None] + first + jnp.arange(count)).reshape(b, -1)[..., None]
-      return jnp.take_along_axis(x_BSD, where, axis=1).reshape(b * m, count, -1)
 
     sums = {}
     if "text" in wanted:
       sums["text"] = self.language_model.next_token(out.hidden, batch.targets, batch.loss_mask)
+    at = lambda x_BSD, first, count: written.at(x_BSD, batch.image_start, first, count)
+    counted = written.take(writes)
     if set(wanted) & set(self.writer.losses_made):
-      made = self.writer.losses(lambda first, count: at(out.hidden, first, count), context, flat(writes_BM))
-      sums |= {name: value for name, value in made.items() if name in wanted}
+      losses = self.writer.losses(lambda first, count: at(out.hidden, first, count), context, counted)
+      sums |= {name: value for name, value in losses.items() if name in wanted}
     patches = lambda x_BSD: at(x_BSD, self.writer.patches_from, self.config.patches)
-    forward = Forward(batch, out.hidden, out.layer, features, writes_BM, patches)
-    return sums | {name: objective(forward) for name, objective in self.objectives.items() if name in wanted}
+    features = written.of(seen, features) if compared else None
+    forward = Forward(batch, out.hidden, out.layer, features, counted, patches, written.take)
+    sums |= {name: objective(forward) for name, objective in self.objectives.items() if name in wanted}
+    if self.capacity:  # never a wrong number
+      fits = read.fits & written.fits & seen.fits
+      if most.segments is not None:
+        fits &= jnp.max(segments) <= most.segments
+      sums = {name: jnp.where(fits, value, jnp.nan) for name, value in sums.items()}
+    return sums
 
   def initialise(self, batch: Any, draws: Any) -> None:
     """Uses every parameter once, so that `init` with this method creates them all."""
@@ -216,13 +233,6 @@ def loss_counts(config: ModelConfig, batch: Batch) -> dict[str, jax.Array]:
   images = jnp.maximum(jnp.sum(batch.image_kind == WRITE), 1).astype(jnp.float32)
   own = {name: _objective(name).count(batch) for name, _ in config.objectives}
   return {"text": tokens} | dict.fromkeys(_writer(config).losses_made, images) | own
-
-
-def _choose(reads_I: jax.Array, read_IKD: jax.Array, written_IKD: jax.Array) -> jax.Array:
-  """Selects each image's slots, read or written; the shorter of the two is padded."""
-  k = max(read_IKD.shape[1], written_IKD.shape[1])
-  padded = lambda x: x if x.shape[1] == k else jnp.pad(x, ((0, 0), (0, k - x.shape[1]), (0, 0)))
-  return jnp.where(reads_I[:, None, None], padded(read_IKD), padded(written_IKD))
 
 
 def separate_layers(params: Any, layers: int) -> dict[str, Any]:

@@ -67,9 +67,8 @@ class Alignment(nn.Module):
 
   def __call__(self, forward: Forward) -> jax.Array:
     """The sum of the loss over written images, f32[]."""
-    rows = lambda x: x.reshape(*forward.written.shape, *x.shape[1:])
-    projected = rows(self.alignment_head(forward.patches(cast("jax.Array", forward.layer))))
-    return loss(projected, rows(forward.features), forward.written)
+    projected = self.alignment_head(forward.patches(cast("jax.Array", forward.layer)))
+    return loss(projected, forward.features, forward.written)
 
   @staticmethod
   def count(batch: Batch) -> jax.Array:

@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 class Forward(NamedTuple):
   """The results of one forward pass over packed rows, the input of an objective.
 
-  Legend: B rows, S tokens, M images of a row, I = B * M images, P patches, D embed, E SigLIP's width.
+  Legend: B rows, S tokens, M images of a row, I places for images to write, P patches, D embed, E SigLIP's width.
   """
 
   batch: "Batch"
   hidden: "jax.Array"  # [B, S, D], after the LLM's last norm
   layer: Any  # [B, S, D], after the block that the objective's config names; None where none does
-  features: "jax.Array"  # [I, P, E], SigLIP's, of every image
-  written: "jax.Array"  # bool[B, M], the images that are written
+  features: Any  # [I, P, E], SigLIP's; None where no objective in use declares `Part.features`
+  written: "jax.Array"  # bool[I], the places that hold an image to write; only they count
   patches: Callable[["jax.Array"], "jax.Array"]  # [B, S, D] -> [I, P, D], at the patches of images
+  images: Callable[[Any], "jax.Array"]  # [B, M, ...] -> [I, ...], values of the batch's images
 
 
 class Objective(Protocol):

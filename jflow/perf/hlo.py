@@ -46,6 +46,7 @@ _FREE = {
   "replica-id",
   "iota",
 }
+_FUSIONS = ("fusion", "fusion-start")
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"^(\(.*?\)|[a-z0-9]+\[[^ ]*)\s+([a-z][\w\-]*)\((.*)$")
@@ -73,6 +74,29 @@ class Counts:
   # (kind, mesh axes) -> bytes of the full buffer
   largest_gather: float = 0.0  # bytes of the largest result of one all-gather
   kernels: dict[str, float] = dataclasses.field(default_factory=dict)  # custom calls that may multiply -> calls
+  launches: float = 0.0  # instructions that run on the device by themselves
+  seconds: float = 0.0  # of all launches one after the other, at the `Rates` given
+  parts: dict[str, "Part"] = dataclasses.field(default_factory=dict)  # name by `part_of` -> its share of the totals
+
+
+@dataclasses.dataclass
+class Part:
+  """The share of a program that belongs to a part of the model."""
+
+  flops: float = 0.0
+  memory_bytes: float = 0.0
+  launches: float = 0.0
+  seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+  """What a device reaches, for the roofline of each launch: the slowest of its FLOPs, its bytes and the launch itself."""
+
+  products: float  # FLOP/s of matrix products
+  convolutions: float  # FLOP/s
+  bandwidth: float  # bytes per second
+  launch: float  # seconds
 
 
 def dims(text: str) -> list[int]:
@@ -123,13 +147,21 @@ def _closing(text: str) -> int:
   return len(text)
 
 
-def count(text: str, mesh: dict[str, int], open_loops: Callable[[str], float]) -> Counts:
+def count(
+  text: str,
+  mesh: dict[str, int],
+  open_loops: Callable[[str], float],
+  rates: Rates | None = None,
+  part_of: Callable[[str], str] = lambda name: "all",
+) -> Counts:
   """Counts a compiled program.
 
   Args:
     text: `compiled.as_text()`.
     mesh: mesh axis -> size, in the order of the devices.
     open_loops: text of a while loop whose length depends on data -> the times it is taken to run.
+    rates: for `Counts.seconds`; None: they stay 0.
+    part_of: an instruction's name in the traced function ("jit(train_step)/...") -> the part it belongs to.
   """
   computations, entry = parse(text)
   out, seen = Counts(), {}
@@ -137,7 +169,7 @@ def count(text: str, mesh: dict[str, int], open_loops: Callable[[str], float]) -
   for name, times, fused in _visits(computations, entry, open_loops):
     ops = by_name[name]
     for op in computations[name]:
-      if op.code in ("dot", "convolution") or (op.code == "custom-call" and _library(op.text)):
+      if _multiplies(op):
         out.flops += times * _products(op, ops)
       elif op.code == "custom-call" and (target := re.search(r'custom_call_target="([^"]+)"', op.text)):
         if re.search("tpu_custom_call|triton|fmha", target.group(1)):
@@ -150,8 +182,20 @@ def count(text: str, mesh: dict[str, int], open_loops: Callable[[str], float]) -
         key = (channel.group(1), kind, shapes, *_axes(op.text, mesh)) if channel else (name, op.name)
         if key not in seen or seen[key][1] < times:
           seen[key] = (op, times, ops)
-      if not fused and op.code not in _FREE and not op.code.endswith("-done"):
-        out.memory_bytes += times * _traffic(op, ops, computations)
+      if fused or op.code in _FREE or op.code == "async-start" or op.code.endswith(("-done", "-update")):
+        continue  # what an asynchronous instruction starts is a computation of its own
+      traffic = _traffic(op, ops, computations)
+      flops, convolves = _inside(op, ops, computations, by_name)
+      one = 0.0
+      if rates:
+        speed = rates.convolutions if convolves else rates.products
+        one = max(flops / speed, traffic / rates.bandwidth, rates.launch)
+      named = re.search(r'op_name="([^"]*)"', op.text)
+      for total in (out, out.parts.setdefault(part_of(named.group(1) if named else ""), Part())):
+        total.memory_bytes += times * traffic
+        total.launches += times
+        total.seconds += times * one
+      out.parts[part_of(named.group(1) if named else "")].flops += times * flops
   totals: dict[tuple[str, str], float] = collections.defaultdict(float)
   for op, times, _ in seen.values():
     axes, group = _axes(op.text, mesh)
@@ -180,7 +224,7 @@ def _visits(computations, entry, open_loops) -> Iterator[tuple[str, float, bool]
         continue
       called = re.search(r"\bcalls=%?([\w.\-]+)", op.text)
       if called:
-        stack.append((called.group(1), times, fused or op.code in ("fusion", "custom-call")))
+        stack.append((called.group(1), times, fused or op.code in (*_FUSIONS, "custom-call")))
       elif op.code == "call" and (called := re.search(r"\bto_apply=%?([\w.\-]+)", op.text)):
         stack.append((called.group(1), times, fused))
       branches = re.search(r"branch_computations=\{([^}]*)\}", op.text)
@@ -204,6 +248,29 @@ def _trips(op: Op, condition: str, computations, open_loops) -> float:
     for x in re.findall(r"^(\d+)\)", o.text)
   ]
   return float(max(constants, default=1))
+
+
+def _multiplies(op: Op) -> bool:
+  return op.code in ("dot", "convolution") or (op.code == "custom-call" and _library(op.text))
+
+
+def _inside(op: Op, ops: dict[str, Op], computations, by_name) -> tuple[float, bool]:
+  """FLOPs of the products of an instruction, or of what a fusion calls; whether a convolution is among them."""
+  called = re.search(r"\bcalls=%?([\w.\-]+)", op.text) if op.code in _FUSIONS else None
+  names = (
+    [(op, ops)]
+    if not called
+    else [(o, by_name.get(called.group(1), {})) for o in computations.get(called.group(1), ())]
+  )
+  flops, convolves = 0.0, False
+  for inner, around in names:
+    if _multiplies(inner):
+      flops += _products(inner, around)
+      convolves |= inner.code == "convolution" or "__cudnn$conv" in inner.text
+    elif inner.code == "fusion" and inner is not op:
+      more, other = _inside(inner, around, computations, by_name)
+      flops, convolves = flops + more, convolves | other
+  return flops, convolves
 
 
 def _library(text: str) -> bool:
@@ -255,10 +322,12 @@ def _traffic(op: Op, ops: dict[str, Op], computations: dict[str, list[Op]]) -> f
   if op.code == "dynamic-update-slice":
     return 2.0 * read(op.operands[1])
   called = re.search(r"\bcalls=%?([\w.\-]+)", op.text)
-  inner = computations.get(called.group(1), ()) if op.code == "fusion" and called else ()
+  inner = computations.get(called.group(1), ()) if op.code in _FUSIONS and called else ()
   if not inner:
     return main_memory(op.shape) + sum(map(read, op.operands))
-  total, written = 0.0, main_memory(op.shape)
+  # The shape of an asynchronous one holds its operands too.
+  shape = op.shape if op.code == "fusion" else next(o.shape for o in inner if o.root)
+  total, written = 0.0, main_memory(shape)
   parameters = {int(o.text.split(")")[0]): o for o in inner if o.code == "parameter"}
   for i, name in enumerate(op.operands):
     users = _users(parameters[i], inner) if i in parameters else []

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jflow.batch import Batch
+from jflow.batch import WRITE, Batch
 from jflow.config import RunConfig
+from jflow.models.compaction import Capacity, Chosen
 from jflow.models.unified import UnifiedModel, normalise
 from jflow.objectives import next_token
 from jflow.perf.timing import spread
@@ -40,14 +41,17 @@ def _parts(
 ) -> Iterator[tuple[str, Callable, tuple]]:
   params = optim.merge(state.trained, state.frozen)
   c, lm = model.config, model.config.language_model
-  (rows, seq), slots = batch.tokens.shape, batch.images.shape[0] * batch.images.shape[1]
+  (rows, seq), kinds, most = batch.tokens.shape, jnp.asarray(batch.image_kind), model.capacity
+  if most is None:
+    most = Capacity(None, None, None)
+  chosen = Chosen(kinds == WRITE, most.written)
+  seen = Chosen(kinds > 0, most.all)
   key = jax.random.key(0)
   draws = draw(model, key, batch, config.objective)
-  flat = lambda x: x.reshape(slots, *x.shape[2:])
   apply = lambda p, method, *args: model.apply({"params": p}, *args, method=method)
   total = lambda x: jnp.sum(x.astype(jnp.float32))
   hidden = 0.1 * jax.random.normal(key, (rows, seq, lm.embed_dim), model.dtype)
-  written = 0.1 * jax.random.normal(key, (slots, c.patches, lm.embed_dim), model.dtype)
+  written = 0.1 * jax.random.normal(key, (chosen.places, c.patches, lm.embed_dim), model.dtype)
 
   def gradient(function, names, *args):
     """Gradient of the sum of a function's output by the parameters of some parts and by its last argument."""
@@ -68,14 +72,14 @@ def _parts(
   head = lambda x, k: next_token.loss(x, k, batch.targets, batch.loss_mask)
   by = (0, 1) if "language_model" in trained else 0
   yield "head", jax.value_and_grad(head, argnums=by), (hidden, kernel)
-  pixels = lambda images: normalise(flat(images))
-  yield "siglip", lambda p, images: apply(p, "features", pixels(images)), (params, batch.images)
+  yield "siglip", lambda p, images: apply(p, "features", normalise(seen.take(images))), (params, batch.images)
   flow = c.generation.kind == "flow"
   if flow and not config.data.stored:
-    yield "vae", lambda p, images: apply(p, lambda m, x: m.writer.posterior(x), pixels(images)), (params, batch.images)
+    encode = lambda p, images: apply(p, lambda m, x: m.writer.posterior(x), normalise(chosen.take(images)))
+    yield "vae", encode, (params, batch.images)
 
   def heads(p, z, x):
-    slots_IKD, skip, time_ID = apply(p, lambda m, *x: m.writer.slots(*x), z, flat(draws.time))
+    slots_IKD, skip, time_ID = apply(p, lambda m, *x: m.writer.slots(*x), z, chosen.take(draws.time))
     out = total(slots_IKD) + total(apply(p, lambda m, *x: m.writer.velocity(*x), x, skip, time_ID))
     if config.objective.weights.get("alignment"):
       out += total(apply(p, lambda m, y: m.objectives["alignment"].alignment_head(y), x))
@@ -83,7 +87,7 @@ def _parts(
 
   names = [name for name in trained if name.startswith(("generation_", "alignment_head"))]
   if flow:
-    yield "heads", *gradient(heads, names, flat(draws.noise), written)
+    yield "heads", *gradient(heads, names, chosen.take(draws.noise), written)
 
   optimizer = optim.make_optimizer(config.optimizer)
 

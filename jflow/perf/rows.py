@@ -20,6 +20,13 @@ def synthetic(rows: int, shape: RowShape, mixture: tuple[float, ...], vocabulary
   return Batch(*map(np.stack, zip(*packed, strict=True)))
 
 
+def most(batch: Batch, shards: int, accumulation: int) -> tuple[int, ...]:
+  """What `Pipeline.most` returns, of one batch."""
+  masks = (batch.image_kind == READ, batch.image_kind == WRITE, batch.image_kind > 0)
+  parts = (mask.sum(axis=1).reshape(shards, -1, accumulation).sum(axis=1) for mask in masks)
+  return (*(max(1, int(part.max())) for part in parts), int(batch.segment_ids.max()))
+
+
 def _row(task: str, shape: RowShape, vocabulary: int, rng: np.random.Generator) -> list[Sample]:
   text = {"understanding": 199, "generation": 73}.get(task, 0)
   text = min(text, shape.tokens - shape.image_slots)

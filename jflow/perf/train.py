@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from jflow.config import RunConfig
@@ -22,14 +23,18 @@ class Settings:
 
 def run(args: Settings) -> dict[str, Any]:
   """Measures the step of a config; see `measure`."""
+  if args.steps < 1:
+    raise UserError(f"--steps must be at least 1, got {args.steps}")
+  return measure(load(args.config, args.fields, args.rows), args.steps, args.parts)
+
+
+def load(name: str, fields: Sequence[str], rows: int | None) -> RunConfig:
+  """The config of a name with `fields` ("config.FIELD=VALUE") set, and so many rows a step; see `with_rows`."""
   from jflow.training import config_files
 
-  if args.steps < 1 or (args.rows is not None and args.rows < 1):
-    raise UserError("--steps and --rows must be at least 1")
-  fields = [f"--{field.lstrip('-')}" for field in args.fields]
-  config = config_files.load(args.config, fields)
-  config = with_rows(config, args.rows)
-  return measure(config, args.steps, args.parts)
+  if rows is not None and rows < 1:
+    raise UserError(f"--rows must be at least 1, got {rows}")
+  return with_rows(config_files.load(name, [f"--{field.lstrip('-')}" for field in fields]), rows)
 
 
 def with_rows(config: RunConfig, rows: int | None) -> RunConfig:
@@ -52,9 +57,9 @@ def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
   from jflow import chips, compilation, sharding
   from jflow.batch import need_memory
   from jflow.perf import parts as part_timing
-  from jflow.perf.rows import synthetic
+  from jflow.perf.rows import most, synthetic
   from jflow.perf.timing import spread
-  from jflow.training import setup
+  from jflow.training import remat, setup
   from jflow.training.flops import counted, model_flops_of
   from jflow.training.program import make_program
 
@@ -66,15 +71,17 @@ def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
   vocabulary = model.config.language_model.vocab_size
   need_memory(rows, shape, 2)  # here and on the devices
   host = synthetic(rows, shape, config.data.mixture[-1][1], vocabulary)
+  model = setup.with_room(model, most(host, config.mesh.data * config.mesh.fsdp, config.train.accumulation))
   with jax.set_mesh(mesh):
-    program = make_program(config, model, mesh)
     batch = jax.device_put(host, sharding.batch_sharding(mesh))
-    fresh = initial.create(lambda: setup.initial_params(config, model), mesh)
-    state = jax.jit(program.state_of, out_shardings=program.shardings, donate_argnums=0)(fresh)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
     started = time.perf_counter()
     with compilation.said("the training step"):
-      compiled = program.step.lower(state, batch).compile()
+      make = lambda chosen: make_program(config, chosen, mesh)
+      model, program, compiled, predicted = remat.fit_or_refuse(model, mesh, make, shapes, config.train.accumulation)
     compile_seconds = time.perf_counter() - started
+    fresh = initial.create(lambda: setup.initial_params(config, model), mesh)
+    state = jax.jit(program.state_of, out_shardings=program.shardings, donate_argnums=0)(fresh)
     seconds = []
     for i in range(-2, steps):
       started = time.perf_counter()
@@ -87,9 +94,6 @@ def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
     peak = chips.peak_flops(device.device_kind)
     step = spread(seconds)
     rate = lambda f, s: f / s / (peak * mesh.size) if peak else None
-    analysis = compiled.memory_analysis()
-    predicted = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-    predicted += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     report = {
       "workload": "train",
       "device": device.device_kind,
@@ -97,6 +101,7 @@ def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
       "dtype": model.dtype.name,
       "attention": model.attention,
       "remat": model.remat,
+      "unroll": model.unroll,
       "rows": rows,
       "seconds_per_step": step,
       "tokens_per_second": tokens / step["median"],

@@ -27,13 +27,13 @@ from jflow.interop import steps
 from jflow.models import lora
 from jflow.models.unified import UnifiedModel
 from jflow.progress import StepProgress
-from jflow.training import data_record, encode, hosts, optim, setup, tracking
+from jflow.training import data_record, encode, hosts, optim, remat, setup, tracking
 from jflow.training import workdir as workdirs
 from jflow.training.checkpoint import Checkpointer
 from jflow.training.flops import mfu
 from jflow.training.goodput import Goodput
 from jflow.training.metrics import FILE, Lines, number
-from jflow.training.program import check_memory, make_program
+from jflow.training.program import abstract_batch, check_memory, make_program
 from jflow.training.state import TrainState
 from jflow.training.watchdog import Watchdog
 
@@ -102,14 +102,16 @@ def _train(
   workdirs.check_shared(workdir)
   compilation.use_cache(config.compute.compilation_cache)
 
-  model = setup.build(config, mesh.devices.flat[0])
   open_data = functools.partial(setup.open_data, config, tokenizer)
+  model = setup.build(config, mesh.devices.flat[0])
   pipeline = open_data(sharding.local_rows(mesh, config.train.batch_size))
+  model = setup.with_room(model, pipeline.most(config.mesh.data * config.mesh.fsdp, config.train.accumulation))
   data = pipeline.identity()
   data_record.check(workdir, data, accepted_data)
 
   with jax.set_mesh(mesh):
-    program = make_program(config, model, mesh, rule)
+    make = lambda chosen: make_program(config, chosen, mesh, rule)
+    program = make(remat.candidates(model, mesh.devices.flat[0].platform)[-1])
     check_memory(program, mesh)
     about = {
       "config": config.to_dict(),
@@ -126,7 +128,7 @@ def _train(
       hosts.say(f"going on from step {int(state.step)} of {workdir / 'checkpoints'}")
     else:
       state = jax.jit(program.state_of, out_shardings=program.shardings)(
-        setup.start_params(config, model, mesh, open_data)
+        setup.start_params(config, program.model, mesh, open_data)
       )
     encode.check(pipeline.encoders(), state.frozen, model.config)
     if hosts.is_first():  # after the checks above, so that a mistake leaves no config in the workdir
@@ -138,9 +140,13 @@ def _train(
       record.mark("restore", int(state.step))
     for line in pipeline.report():  # after the checks, so that a mistake prints only its own line
       hosts.say(line)
-    paint = functools.partial(painter, model, tokenizer) if painter else None
+    paint = functools.partial(painter, program.model, tokenizer) if painter else None
     run = _Run(config, workdir, pipeline, checkpointer, record, sharding.batch_sharding(mesh), paint)
-    run(state, program.step)
+    step = program.step
+    if model.remat == remat.AUTO and int(state.step) < config.train.steps:
+      batch = abstract_batch(config, model, mesh)
+      step = remat.fit_or_refuse(model, mesh, make, batch, config.train.accumulation).compiled
+    run(state, step)
 
 
 class _Run:

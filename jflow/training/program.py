@@ -28,6 +28,10 @@ COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
   "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
 }
 
+# Further options on a GPU where a loop over layers keeps products: this pass writes a product into the stack by a copy of
+# the product, which then runs twice (openxla/xla PR 45799).
+KEPT_OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": False}
+
 
 class Program(NamedTuple):
   """The compiled step of a mesh, with its shapes and initial state."""
@@ -36,6 +40,7 @@ class Program(NamedTuple):
   state: TrainState  # of ShapeDtypeStruct with shardings
   shardings: TrainState
   state_of: Callable[[Any], TrainState]  # parameters -> state of step 0
+  model: UnifiedModel
 
 
 def make_program(
@@ -58,13 +63,15 @@ def make_program(
   boxed = jax.eval_shape(lambda: state_of(setup.initial_params(config, model)))
   where = sharding.shardings(mesh, boxed)
   shaped = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  platform = mesh.devices.flat[0].platform
+  kept = KEPT_OPTIONS if platform == "gpu" and model.remat not in ("none", "full") else {}
   step = jax.jit(
     make_step(model, optimizer, config),
     donate_argnums=0,
     out_shardings=(where, sharding.replicated(mesh)),
-    compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
+    compiler_options={**COMPILER_OPTIONS.get(platform, {}), **kept} or None,
   )
-  return Program(step, jax.tree.map(shaped, sharding.unbox(boxed), where), where, state_of)
+  return Program(step, jax.tree.map(shaped, sharding.unbox(boxed), where), where, state_of, model)
 
 
 def check_memory(program: Program, mesh: jax.sharding.Mesh) -> None:

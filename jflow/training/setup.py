@@ -21,11 +21,13 @@ from jflow.generation.base import family
 from jflow.interop.checkpoints import Checkpoint, read_checkpoint
 from jflow.models import attention, initial, lora
 from jflow.models import build as models
+from jflow.models.compaction import Capacity
 from jflow.models.config import ModelConfig
 from jflow.models.llm.base import ARCHITECTURES
 from jflow.models.unified import UnifiedModel, cast_matrices, loss_names
 from jflow.sections import refusal
 from jflow.training import fresh, hosts, optim
+from jflow.training.remat import AUTO
 from jflow.training.start_model import PART_OF
 
 
@@ -36,7 +38,8 @@ def check(config: RunConfig) -> None:
     UserError: a field does not fit; the message names it, its value, and what is allowed.
   """
   run_config.check(config)
-  _check_remat(config)
+  if config.compute.remat != AUTO:
+    _check_remat(config)
   kernels = attention.IMPLEMENTATIONS
   if config.compute.attention not in kernels:
     raise refusal("compute.attention", config.compute.attention, f"must be one of {', '.join(kernels)}")
@@ -92,6 +95,14 @@ def initial_params(config: RunConfig, model: UnifiedModel) -> Any:
     return params
   trained, frozen = optim.partition(params, config.optimizer.trained, config.optimizer.frozen)
   return optim.merge(trained, cast_matrices(frozen, jnp.dtype(own.frozen_dtype)))
+
+
+def with_room(model: UnifiedModel, most: Sequence[int]) -> UnifiedModel:
+  """The model with room for what the data holds.
+
+  `most`: images to read, to write, and of both on one device at once; samples of a row.
+  """
+  return model.clone(capacity=Capacity(*most), attention=attention.with_segments(model.attention, most[-1]))
 
 
 def row_shape(config: RunConfig, model: ModelConfig) -> RowShape:

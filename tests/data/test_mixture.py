@@ -157,3 +157,18 @@ def test_interleave_is_exact_in_every_cycle_and_uses_each_row_once():
 def test_sources_without_a_share_are_refused(weights):
   with pytest.raises(UserError):
     Interleave(weights, 0)
+
+
+@pytest.mark.parametrize("shards, accumulation", [(1, 1), (4, 1), (2, 3)])
+def test_no_device_ever_holds_more_than_is_said(shards, accumulation):
+  """Against every step of two thousand, of a schedule of two parts."""
+  schedule, rows = ((0, (30, 50, 20)), (1000, (14, 80, 6))), 12
+  held = np.array([[5, 0, 5], [0, 6, 6], [0, 0, 0]])
+  said = mixture.most_at_once(schedule, rows, shards, accumulation, held)
+  plan, seen = mixture.StepPlan(schedule, rows, 2000), np.zeros(3, int)
+  for step in range(2000):
+    tasks = np.array([task for task, _ in plan[step]])
+    for part in tasks.reshape(shards, -1):
+      for start in range(accumulation):
+        seen = np.maximum(seen, held[part[start::accumulation]].sum(axis=0))
+  np.testing.assert_array_equal(said, seen)

@@ -94,6 +94,28 @@ def _index(text):
   return int(text.split("number ")[1].split(".")[0])
 
 
+@pytest.mark.parametrize("shards, accumulation", [(1, 1), (2, 2)])
+def test_no_batch_holds_more_than_the_pipeline_says(opened, shards, accumulation):
+  """Images to read, to write and of both on a device at once, and samples of a row; and some batch holds as much."""
+  pipeline, seen = _pipeline(), np.zeros(4, int)
+  said = pipeline.most(shards, accumulation)
+  for step in range(12):
+    batch = pipeline.batch(step)
+    kinds = batch.image_kind.reshape(shards, -1, accumulation, batch.image_kind.shape[1])
+    masks = (kinds == batch_lib.READ, kinds == batch_lib.WRITE, kinds > 0)
+    most = [mask.sum(axis=(1, 3)).max() for mask in masks]
+    seen = np.maximum(seen, [*most, batch.segment_ids.max()])
+  assert (seen <= said).all() and seen[1] == said[1] and seen[3] == said[3]
+
+
+def test_a_row_with_more_images_than_its_plan_ends_the_run(opened):
+  pipeline = _pipeline()
+  (rows,) = [rows for rows in pipeline.sources() if rows.task == "generation"]
+  rows.most_images -= 1
+  with pytest.raises(UserError, match="holds 3 images, a row of its plan at most 2"):
+    [pipeline.batch(step) for step in range(4)]
+
+
 def test_batch_has_the_shapes_it_promises(opened):
   batch = _pipeline().batch(0)
   for got, expected in zip(batch, batch_lib.empty(8, SHAPE)):

@@ -220,7 +220,7 @@ def test_codes_that_are_stored_cost_what_those_of_the_pixels_do():
   encode = jax.jit(lambda p, x: janus.model().bind({"params": p}).writer.encode(x))
   codes = np.zeros((1, SHAPE.images, P), np.uint16)
   codes[0, 0] = encode(janus.params(), batch.images[0, :1] / 127.5 - 1.0)[0]
-  assert losses(batch) == losses(batch._replace(stored=codes))
+  assert losses(batch) == pytest.approx(losses(batch._replace(stored=codes)), rel=1e-6)  # two programs
 
 
 def test_the_token_before_a_read_image_keeps_its_embedding_and_learns():

@@ -13,7 +13,7 @@ import pytest
 
 from jflow.errors import UserError
 from jflow.models import kernels, plain_attention
-from jflow.models.attention import choose, packed_attention
+from jflow.models.attention import choose, packed_attention, unmasked_attention, with_segments
 from jflow.models.cache import Cache, Prefix
 from jflow.models.plain_attention import attention
 
@@ -107,6 +107,12 @@ def test_gradients_stay_finite_where_a_query_sees_nothing():
   assert all(np.isfinite(g).all() for g in gradients)
 
 
+def test_attention_without_a_mask_is_softmax_over_all_keys():
+  """Queries and keys of different numbers, as pooling has them; jax's own function."""
+  q, k, v, *_ = inputs(2, 5, 24, 4, 4, 8)
+  np.testing.assert_allclose(unmasked_attention(q, k, v, "xla"), jax.nn.dot_product_attention(q, k, v), atol=1e-6)
+
+
 # --- kernels ----------------------------------------------------------------------------------------------
 
 
@@ -144,20 +150,35 @@ def compare(kernel, seq: int, width: int, dtype, tolerance: float) -> None:
     assert not np.asarray(gradient, np.float32)[segments != 2].any()
 
 
-@pytest.mark.parametrize("name, seq, width", [("splash", 200, 128), ("triton", 256, 64)])
+@pytest.mark.parametrize(
+  "name, seq, width", [("splash", 200, 128), ("triton", 256, 64), ("packed", 256, 64), ("packed", 200, 16)]
+)
 def test_a_kernel_equals_plain_attention(name, seq, width):
   """In the interpreter of Pallas; 200 is padded to two tiles."""
   compare(functools.partial(kernels.KERNELS[name], interpret=True), seq, width, jnp.float32, 2e-5)
 
 
+def test_tiles_of_other_segments_are_not_visited():
+  """Values there that would spoil any product: NaN times zero is NaN."""
+  segments = np.repeat(np.array([[1, 2, 0]], np.int32), 128, axis=1)
+  q, k, v = (jnp.asarray(RNG.standard_normal((1, 384, 1, 16)), jnp.float32) for _ in range(3))
+  poison = lambda x: jnp.where((segments != 2)[..., None, None], jnp.nan, x)
+  loss = lambda q, k, v: jnp.sum(kernels.packed(q, k, v, segments, interpret=True)[:, 128:256] ** 2)
+  run = jax.value_and_grad(loss, argnums=(0, 1, 2))
+  want, got = run(q, k, v), run(poison(q), poison(k), poison(v))
+  assert float(got[0]) == float(want[0])
+  for ours, theirs in zip(got[1], want[1], strict=True):
+    np.testing.assert_array_equal(ours[:, 128:256], theirs[:, 128:256])
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["cudnn", "triton"])
+@pytest.mark.parametrize("name", ["cudnn", "cudnn:8", "triton", "packed"])
 def test_a_kernel_of_this_gpu_equals_plain_attention(name):
   device = jax.devices()[0]
-  why = kernels.obstacle(name, device, jnp.bfloat16, 128)
+  why = kernels.obstacle(name.partition(":")[0], device, jnp.bfloat16, 128)
   if why:
     pytest.skip(f"{name} {why}")
-  compare(kernels.KERNELS[name], 1024, 128, jnp.bfloat16, 2e-2)
+  compare(lambda *args: packed_attention(*args, name), 1024, 128, jnp.bfloat16, 2e-2)
 
 
 def behind_prefixes(dtype, seq=160, width=8):
@@ -200,8 +221,8 @@ def test_the_fused_causal_kernel_of_this_gpu_returns_its_sums(seq):
 def test_the_table_of_segments_is_what_the_packer_made():
   segments = np.array([[1, 1, 1, 2, 3, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1], [0] * 8], np.int32)
   lengths, starts = kernels.segment_table(jnp.asarray(segments), 4)
-  np.testing.assert_array_equal(lengths, [[3, 1, 2, -1], [8, -1, -1, -1], [-1] * 4])
-  np.testing.assert_array_equal(starts, [[0, 3, 4, -1, -1], [0, -1, -1, -1, -1], [-1] * 5])
+  np.testing.assert_array_equal(lengths, [[3, 1, 2, 2], [8, -1, -1, -1], [8, -1, -1, -1]])  # padding is one more
+  np.testing.assert_array_equal(starts, [[0, 3, 4, 6, -1], [0, -1, -1, -1, -1], [0, -1, -1, -1, -1]])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -212,7 +233,7 @@ def test_cudnn_is_told_where_each_segment_of_each_row_lies(seed):
   rng = np.random.default_rng(seed)
   batch, seq, heads, width = 3, 64, 2, 8
   segments = packing(rng, batch, seq)
-  limit = 10 if seed % 2 else int(segments.max())  # the longest list has no room left
+  limit = 10 if seed % 2 else int(segments.max()) + 1  # the longest list has no room left
   if seed == 0:
     segments[1] = 0  # a row of padding alone
   lengths, starts = kernels.segment_table(jnp.asarray(segments), limit)
@@ -221,12 +242,23 @@ def test_cudnn_is_told_where_each_segment_of_each_row_lies(seed):
   want = [
     (row * seq + int(np.argmax(segments[row] == i)), int((segments[row] == i).sum()))
     for row in range(batch)
-    for i in range(1, segments[row].max() + 1)
+    for i in (*range(1, segments[row].max() + 1), *([0] if (segments[row] == 0).any() else []))
   ]
+  assert sum(length for _, length in want) == batch * seq
   stride = heads * width
   got = list(zip((starts.ravel() // stride).tolist(), lengths.ravel().tolist()))
   assert got[: len(want)] == want
   assert starts.ravel()[len(want)] == batch * seq * stride and not any(length for _, length in got[len(want) :])
+
+
+@pytest.mark.parametrize("most, table", [(1, "cudnn:8"), (7, "cudnn:8"), (8, "cudnn:16"), (127, "cudnn:128")])
+def test_the_table_has_room_for_the_samples_of_a_row_and_padding(most, table):
+  assert with_segments("cudnn", most) == table and with_segments("triton", most) == "triton"
+
+
+def test_rows_of_more_samples_than_the_largest_table_are_refused():
+  with pytest.raises(UserError, match="config.compute.attention='cudnn' takes rows of at most 127 samples.* have 128"):
+    with_segments("cudnn", 128)
 
 
 def device(platform: str, capability: str = ""):

@@ -37,8 +37,8 @@ class Brightness(nn.Module):
 
   def __call__(self, forward):
     hidden = jax.nn.silu(self.brightness_hidden(forward.patches(forward.layer).mean(1)))
-    guess = self.brightness_head(hidden).reshape(forward.written.shape)
-    bright = forward.batch.images.astype(jnp.float32).mean((2, 3, 4)) / 255
+    guess = self.brightness_head(hidden)[:, 0]
+    bright = forward.images(forward.batch.images).astype(jnp.float32).mean((1, 2, 3)) / 255
     return jnp.sum(jnp.where(forward.written, jnp.square(guess - bright), 0.0))
 
   @staticmethod

@@ -162,3 +162,33 @@ def test_mfu_is_null_where_no_table_has_the_device(monkeypatch):
 @pytest.mark.parametrize("kind, peak", [("TPU v5 lite", 197e12), ("NVIDIA H100 80GB HBM3", 989e12), ("cpu", None)])
 def test_peaks_are_found_by_the_kind_of_the_device(kind, peak):
   assert chips.peak_flops(kind) == peak
+
+
+_STARTED = """\
+HloModule step
+
+%sliced (p.0: f32[24,64,64]) -> f32[64,64] {
+  %p.0 = f32[24,64,64]{2,1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %slice = f32[1,64,64]{2,1,0} dynamic-slice(%p.0, %zero, %zero, %zero), dynamic_slice_sizes={1,64,64}
+  ROOT %cast = f32[64,64]{1,0} bitcast(%slice)
+}
+
+ENTRY %main (p: f32[24,64,64], q: f32[64,64]) -> f32[64,64] {
+  %p = f32[24,64,64]{2,1,0} parameter(0)
+  %q = f32[64,64]{1,0} parameter(1)
+  %started = ((f32[24,64,64]{2,1,0}), f32[64,64]{1,0}, u32[]) fusion-start(%p), kind=kLoop, calls=%sliced
+  %done = f32[64,64]{1,0} fusion-done(%started)
+  ROOT %out = f32[64,64]{1,0} dot(%done, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(f)/mlp/dot"}
+}
+"""
+
+
+def test_what_is_started_to_run_beside_others_counts_as_what_it_reads():
+  """One layer of 24, read and written, and a product; each by its slowest bound."""
+  rates = hlo.Rates(products=1e6, convolutions=1.0, bandwidth=1e6, launch=0.01)
+  counts = hlo.count(_STARTED, {}, lambda loop: 1.0, rates, lambda name: "mlp" if "mlp" in name else "rest")
+  layer, product = 64 * 64 * 4, 2 * 64**3
+  assert counts.memory_bytes == 2 * layer + 3 * layer and counts.flops == product and counts.launches == 2
+  assert counts.seconds == pytest.approx(2 * layer / 1e6 + product / 1e6)
+  assert counts.parts["mlp"].flops == product and counts.parts["rest"].memory_bytes == 2 * layer

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jflow.generation.flow.config import FlowConfig
 from jflow.models.initial import Normal
-from jflow.models.layers import Linear, RMSNorm, parameter
+from jflow.models.layers import Linear, RMSNorm, gelu, parameter
 from jflow.models.siglip import patchify
 from jflow.sharding import constrain, whole
 
@@ -146,7 +146,7 @@ class ConvNeXtBlock(nn.Module):
     y_BHWC = y_BHWC + whole(bias.astype(self.dtype), "channels")
     y_BHWC = RMSNorm(epsilon, self.dtype, name="norm")(y_BHWC)
     y_BHWC = linear(_EXPANSION * channels, ("channels", "mlp"), "expand")(y_BHWC)
-    y_BHWC = jax.nn.gelu(y_BHWC, approximate=False)
+    y_BHWC = gelu(y_BHWC, "erf")
     y_BHWC = GlobalResponseNorm(epsilon, self.dtype, name="response_norm")(y_BHWC)
     x_BHWC = x_BHWC + linear(channels, ("mlp", "channels"), "contract")(y_BHWC)
     modulation = linear(2 * channels, ("embed", "channels"), "modulation", Normal(0.02))

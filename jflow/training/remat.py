@@ -1,0 +1,128 @@
+"""`compute.remat="auto"`: what the LLM's blocks keep for the backward pass, by the memory of a device."""
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jflow import compilation, memory, registry
+from jflow.errors import UserError
+from jflow.models.llm.base import ARCHITECTURES
+from jflow.models.unified import UnifiedModel
+from jflow.training import hosts
+
+AUTO = "auto"
+_ALL = "save:query,key,value,attended,gate,up"
+_SHARE = 0.95  # of a device's memory that a program may use; the rest is for two batches and the kernels' own
+
+
+class Fitted(NamedTuple):
+  """A choice, compiled."""
+
+  model: UnifiedModel
+  program: Any  # see `program.Program`
+  compiled: Any
+  needed: int  # bytes of a device
+
+
+def candidates(model: UnifiedModel, platform: str) -> list[UnifiedModel]:
+  """The choices for "auto", fastest first; any other choice alone.
+
+  On a GPU a model that keeps everything has no loop over its layers: a loop stacks what it keeps, and copies it.
+  """
+  if model.remat != AUTO:
+    return [model]
+  layers = model.config.language_model.num_layers if platform == "gpu" else model.unroll
+  choices = [model.clone(remat="none", unroll=layers)]
+  if known := ARCHITECTURES.get(model.config.language_model.kind).remat:
+    for name in (_ALL, "full"):
+      with contextlib.suppress(UserError):  # another architecture's names may be others
+        registry.load(known)(name)
+        choices.append(model.clone(remat=name))
+  return choices
+
+
+def bytes_of(compiled: Any) -> int:
+  """Bytes of a device that a compiled step needs, its arguments included."""
+  found = compiled.memory_analysis()
+  temporaries = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+  return found.argument_size_in_bytes + temporaries
+
+
+def kept(model: UnifiedModel, tokens: int) -> int:
+  """Bytes that the blocks keep at least for the backward pass of so many tokens on a device."""
+  c = model.config.language_model
+  heads, names = c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads), {"none": (1, 3, 2), _ALL: (1, 2, 1)}
+  of_heads, of_mlp, of_embed = names.get(model.remat, (0, 0, 1))
+  each = of_heads * heads + of_mlp * c.mlp_dim + of_embed * c.embed_dim
+  return tokens * c.num_layers * each * jnp.dtype(model.dtype).itemsize
+
+
+def fit(
+  model: UnifiedModel,
+  mesh: jax.sharding.Mesh,
+  make: Callable[[UnifiedModel], Any],
+  batch: Any,
+  tokens: int,
+  limit: int | None,
+) -> Fitted | None:
+  """Compiles the first candidate whose step fits into `limit` bytes of a device; None: none does.
+
+  Args:
+    model: with remat "auto"; another choice is taken whether it fits or not.
+    mesh: of the run.
+    make: a model's program, see `program.make_program`.
+    batch: of ShapeDtypeStruct with shardings.
+    tokens: that a device holds at once; what would keep more than `limit` of them is not compiled.
+    limit: None where it is not known: the first.
+  """
+  for candidate in candidates(model, mesh.devices.flat[0].platform):
+    least = kept(candidate, tokens)
+    if model.remat == AUTO and limit is not None and least > limit:
+      _say(candidate, "at least ", least, limit, "too much")
+      continue
+    program = make(candidate)
+    with compilation.said("the training step"):
+      compiled = program.step.lower(program.state, batch).compile()
+    found = Fitted(candidate, program, compiled, bytes_of(compiled))
+    fits = limit is None or found.needed <= limit
+    if model.remat == AUTO:
+      _say(candidate, "", found.needed, limit, "taken" if fits else "too much")
+    if fits or model.remat != AUTO:
+      return found
+  return None
+
+
+def _say(model: UnifiedModel, least: str, needed: int, limit: int | None, verdict: str) -> None:
+  there = "" if limit is None else f" of {limit / 2**30:.1f}"
+  hosts.say(
+    f"compute.remat={model.remat} with compute.unroll={model.unroll} needs {least}{needed / 2**30:.1f}{there} GiB of a "
+    f"device: {verdict}"
+  )
+
+
+def device_limit(mesh: jax.sharding.Mesh) -> int | None:
+  """Bytes of a device that a step may use, the same on all hosts; None where the device does not say it."""
+  device = mesh.local_devices[0]
+  there = (device.memory_stats() or {}).get("bytes_limit")
+  if there is None and device.platform == "cpu":  # the devices of a CPU share the machine's memory
+    there = memory.limit() // len(mesh.local_devices)
+  if there is None:
+    return None
+  (mebibytes,) = hosts.from_first([int(_SHARE * there) >> 20])
+  return mebibytes << 20
+
+
+def fit_or_refuse(model: UnifiedModel, mesh: jax.sharding.Mesh, make: Any, batch: Any, accumulation: int) -> Fitted:
+  """`fit` for the devices of a run; raises UserError where nothing fits."""
+  rows = batch.tokens.sharding.shard_shape(batch.tokens.shape)
+  found = fit(model, mesh, make, batch, math.prod(rows) // accumulation, device_limit(mesh))
+  if found is None:
+    raise UserError(
+      "compute.remat='auto': even remat='full' does not fit the memory of a device: fewer rows (train.batch_size, or "
+      "more train.accumulation), or a larger mesh.fsdp"
+    )
+  return found

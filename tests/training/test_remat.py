@@ -1,0 +1,68 @@
+"""The choice of what is kept for the backward pass: the first that fits, by the bytes of the compiled step."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from jflow.models.llm.base import ARCHITECTURES
+from jflow.training import remat, setup
+
+KIBIBYTES = {"none": 64, "save:query,key,value,attended,gate,up": 16, "full": 4}  # that a step needs
+
+
+def make(model):
+  size = KIBIBYTES[model.remat] * 256
+  step = jax.jit(lambda state, batch: jnp.zeros(size, jnp.float32) + state + batch)
+  return types.SimpleNamespace(step=step, state=jax.ShapeDtypeStruct((), jnp.float32))
+
+
+def chosen(limit, name="auto", tokens=0):
+  mesh = types.SimpleNamespace(devices=types.SimpleNamespace(flat=jax.devices()))
+  batch = jax.ShapeDtypeStruct((), jnp.float32)
+  return remat.fit(tiny.model(remat=name, unroll=2), mesh, make, batch, tokens, limit)
+
+
+@pytest.mark.parametrize("kibibytes, name", [(None, "none"), (80, "none"), (40, "save"), (8, "full")])
+def test_the_fastest_choice_that_fits_is_taken_and_said(kibibytes, name, capsys):
+  found = chosen(kibibytes and kibibytes * 1024)
+  assert found.model.remat.startswith(name) and found.model.unroll == 2
+  assert found.needed == pytest.approx(1024 * KIBIBYTES[found.model.remat], abs=64)
+  last = capsys.readouterr().err.splitlines()[-1]
+  assert last.startswith(f"jflow: compute.remat={found.model.remat} with compute.unroll=2 needs") and "taken" in last
+
+
+def test_nothing_is_taken_where_nothing_fits():
+  assert chosen(1024) is None
+
+
+def test_what_cannot_fit_is_not_compiled(capsys):
+  """50 tokens of two blocks keep 119 KiB where all is kept, and 88 KiB by name."""
+  found = chosen(100 * 1024, tokens=50)
+  assert found.model.remat.startswith("save")
+  first, last = capsys.readouterr().err.splitlines()
+  assert "compute.remat=none" in first and "needs at least" in first and "taken" in last
+
+
+def test_a_choice_of_ones_own_is_not_changed():
+  assert chosen(1024, "none").model.remat == "none"
+
+
+def test_a_gpu_that_keeps_everything_has_no_loop_over_layers():
+  first, *rest = remat.candidates(tiny.model(remat="auto"), "gpu")
+  assert (first.remat, first.unroll) == ("none", tiny.CONFIG.language_model.num_layers)
+  assert [model.unroll for model in rest] == [1, 1]
+
+
+def test_a_language_model_that_recomputes_nothing_keeps_everything(monkeypatch):
+  import dataclasses
+
+  plain = dataclasses.replace(ARCHITECTURES.get("llama"), remat=None)
+  monkeypatch.setattr(ARCHITECTURES, "get", lambda kind: plain)
+  assert [model.remat for model in remat.candidates(tiny.model(remat="auto"), "cpu")] == ["none"]
+
+
+def test_auto_is_a_value_of_the_config():
+  setup.check(tiny.configuration(compute=dict(remat="auto")))
