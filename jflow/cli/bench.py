@@ -29,6 +29,38 @@ are timed alone, so they need not add up to the step."""
   add("--fields", nargs="*", default=(), metavar="config.FIELD=VALUE", help="set fields of the config")
 
 
+def _device(p: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
+  """Adds the flags of the workloads that time pieces of a train step."""
+  add = p.add_argument
+  add("--config", metavar="FILE[:SIZE]", default="stage2", help="sizes (default %(default)s, 384)")
+  add("--rows", type=whole(most=2**20), default=4, help="rows whose tokens are taken (default %(default)s)")
+  add("--repeats", type=whole(most=100_000), default=10, help="timed calls (default %(default)s)")
+  add("--fields", nargs="*", default=(), metavar="config.FIELD=VALUE", help="set fields of the config")
+  return add
+
+
+def _products(p: argparse.ArgumentParser) -> None:
+  p.epilog = """\
+examples
+  python -m jflow bench products                       # one GPU: bf16 and fp8 on the shapes of stage 2
+  python -m jflow bench products --config=stage2:tiny  # anywhere"""
+  _device(p)
+
+
+def _attention(p: argparse.ArgumentParser) -> None:
+  p.epilog = """\
+examples
+  python -m jflow bench attention                      # one GPU: every kernel that runs there
+  python -m jflow bench attention --kernels xla packed # these two
+
+Each is compared with plain attention, the first: relative L2 errors of output and gradients, and whether a segment's
+output feels another's inputs."""
+  add = _device(p)
+  add(
+    "--kernels", nargs="*", default=(), metavar="NAME", help="as compute.attention, cudnn:Z with a table of Z segments"
+  )
+
+
 def _inference(p: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
   """Adds the flags that `generate` and `understand` share."""
   add_model(p, required=False)
@@ -117,6 +149,8 @@ JPEGs at a fraction. Tokens a second of a training run over rows_per_cpu_second 
 # Workload -> (its flags, its help); it is in jflow/perf/WORKLOAD.py, whose settings have the names of the flags.
 WORKLOADS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
   "train": (_train, "the train step of a config: tokens/s, MFU, memory, and its parts alone"),
+  "attention": (_attention, "kernels of packed attention: seconds, memory, error, leaks"),
+  "products": (_products, "matrix products of the step's shapes, and a copy: what the device reaches"),
   "generate": (_generate, "painting: solver and VAE, alone or beside PyTorch"),
   "understand": (_understand, "answering: first token and the ones after it, alone or beside PyTorch"),
   "data": (_data, "the input pipeline beside the plain loop: decode and resize"),

@@ -83,6 +83,7 @@ def _compiled(topology: str, rows: int) -> dict:
       f"--effort={effort}",
       f"--json={file}",
       f"--config.compute.attention={attention}",
+      "--config.compute.remat=full",  # the same for all, and soon compiled
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     if file.exists():
