@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -61,6 +62,11 @@ EXIF rotation applied, alpha over white, the first frame of an animation, the up
 palette as RGB. Documents longer than a row of training are cut; a conversation or caption that no row can hold is
 left out when the rows are planned, and counted as "too_long".
 
+On many machines with a shared disk, a Slurm array or an indexed job runs the command with --part=K/N, once per machine:
+  python -m jflow prepare --format=webdataset --input=tars --output=data/paint --task=generation \\
+    --part=$((SLURM_ARRAY_TASK_ID + 1))/$SLURM_ARRAY_TASK_COUNT
+and at the end once with --merge in its place. The records, their order and the fingerprint are those of one machine.
+
 afterwards
   python -m jflow prepare --inspect OUTPUT    draw packed rows as the model will see them
   python -m jflow prepare --latents --help    run the VAE over a data set ahead of time; for Janus --codes, its VQ"""
@@ -89,6 +95,8 @@ def _import(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
       f"--input names {len(arguments.input):,} files, {arguments.input[0]} first: the shell has opened the pattern or "
       "range; put it in quotes, as in --input='tars/{00000..00041}.tar'"
     )
+  if arguments.part and arguments.merge:
+    raise UserError("--part and --merge are two commands: first every part, then --merge without --part")
   options = {name: value for name, value in vars(arguments).items() if value is not None}
   options["input"] = "".join(arguments.input)
   filters = Filters(**{name: options.pop(name) for name in Filters._fields if name in options})
@@ -109,6 +117,12 @@ def _import(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
   ):
     line += f"; {sum(counts.values()):,} {what}: {counts}" if counts else ""
   print(line)
+  if arguments.part:
+    machine, machines = arguments.part
+    print(
+      f"next: this was share {machine} of {machines}; when all are done, the same command with --merge in place of --part"
+    )
+    return
   print(
     "next: python -m jflow train --config=configs/stage2.py --workdir=runs/stage2 --config.data.tokenizer=DIR "
     f"--config.data.sources.{arguments.task}=\"(('{arguments.output}', 1.0),)\" "
@@ -118,6 +132,14 @@ def _import(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
 
 def _terminate(*_: Any) -> None:
   raise Terminated
+
+
+def _part(text: str) -> tuple[int, int]:
+  """K/N with 1 <= K <= N."""
+  found = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
+  if not found or not 1 <= int(found[1]) <= int(found[2]):
+    raise argparse.ArgumentTypeError(f"must be K/N with 1 <= K <= N, as 3/16, got {text!r}")
+  return int(found[1]), int(found[2])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -152,6 +174,13 @@ def _parser() -> argparse.ArgumentParser:
     default=0.01,
     metavar="SHARE",
     help="share of unusable ones among all records above which nothing is written (default 0.01)",
+  )
+  add = parser.add_argument_group("many machines that share a disk: the command with --part on each, then with --merge")
+  add.add_argument(
+    "--part", type=_part, metavar="K/N", help="do the share of machine K of N, from 1; any may go on again"
+  )
+  add.add_argument(
+    "--merge", action="store_true", help="make the output of all shares, as one machine would have made it"
   )
   add = parser.add_argument_group("filters: records that do not pass are dropped").add_argument
   add("--min_size", type=whole(1), metavar="PIXELS", help="of the shorter side of each image, at least")

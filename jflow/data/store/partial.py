@@ -11,7 +11,7 @@ from jflow import files
 from jflow.errors import UserError
 from jflow.strict_json import Malformed
 
-_JOB, _LOCK = "job.json", "lock"
+JOB, _LOCK = "job.json", "lock"
 _DIGEST = "digest_of_report"
 
 
@@ -40,11 +40,11 @@ def open_partial(partial: str, job: dict[str, Any], flag: str) -> TextIO:
       raise UserError(f"{partial} is being written by another process: wait until it ends")
   except OSError:  # a file system without locks
     pass
-  path = os.path.join(partial, _JOB)
+  path = os.path.join(partial, JOB)
   for name in os.listdir(partial):
-    if name.startswith(_JOB + ".") and name.endswith(files.PART):  # a kill while it was written
+    if name.startswith(JOB + ".") and name.endswith(files.PART):  # a kill while it was written
       files.remove(os.path.join(partial, name))
-  others = sorted(name for name in os.listdir(partial) if name not in (_LOCK, _JOB))
+  others = sorted(name for name in os.listdir(partial) if name not in (_LOCK, JOB))
   try:
     if files.read_object(path) == job:
       return lock
@@ -53,7 +53,7 @@ def open_partial(partial: str, job: dict[str, Any], flag: str) -> TextIO:
       problem = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged: {error}"
       lock.close()
       raise UserError(
-        f"{partial} holds {(others or [_JOB])[0]}, and its {_JOB} {problem}: if it is of no use, remove {partial}"
+        f"{partial} holds {(others or [JOB])[0]}, and its {JOB} {problem}: if it is of no use, remove {partial}"
       ) from None
   for name in others:
     files.remove(os.path.join(partial, name))

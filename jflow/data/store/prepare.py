@@ -2,6 +2,9 @@
 
 The input is cut into parts; each part becomes a shard, written under OUTPUT.partial. After a kill, the same command
 continues with the missing parts. OUTPUT appears, by a rename, only once it is complete.
+
+Many machines share the work by `--part=K/N`: each writes every N-th part under a folder of its own beside OUTPUT, and
+`--merge` makes OUTPUT of them, the same as one machine would.
 """
 
 import collections
@@ -25,9 +28,9 @@ from jflow.data.filters import Filters
 from jflow.data.importers import Importer, Item
 from jflow.data.processes import end_with_parent
 from jflow.data.records import Record, RecordError, Unwanted
-from jflow.data.store import prepared
+from jflow.data.store import machines, prepared
 from jflow.data.store.partial import clear, open_partial, read_report, write_report
-from jflow.errors import Stopped, UserError, need_text_name
+from jflow.errors import Stopped, Terminated, UserError, need_text_name
 from jflow.progress import Progress
 
 _SUFFIXES = (".array_record", ".outlines", ".rejected")  # of the files of a part
@@ -44,6 +47,8 @@ def prepare(
   max_rejected_share: float = 0.01,
   filters: Filters = Filters(),
   processes: int = 1,
+  part: tuple[int, int] | None = None,
+  merge: bool = False,
   **options: Any,
 ) -> dict[str, Any]:
   """Writes a prepared data set and returns its summary.
@@ -57,13 +62,16 @@ def prepare(
       another run with a larger share continues.
     filters: which records are wanted.
     processes: processes that read and check.
+    part: (K, N) of `--part`: does only the K-th of N machines' share, 1 <= K <= N, which `merge` joins with the others.
+    merge: joins the shares of all N machines in place of importing.
     options: the other fields of `importers.Options` that the format reads.
 
   Returns:
-    The contents of summary.json.
+    The contents of summary.json; of a part, those that its share would have.
 
   Raises:
-    UserError: the input is missing, the output exists, or too many records are unusable.
+    UserError: the input is missing, the output exists, too many records are unusable, or a share that `merge` needs is
+      missing, unfinished, or of another import.
   """
   if task not in TASKS:
     raise UserError(f"--task={task} is unknown: use one of {', '.join(TASKS)}")
@@ -83,46 +91,65 @@ def prepare(
     "files": _fingerprint(importer.files()),
   }
   parts = importer.parts()
-  partial = output + ".partial"
+  if part:
+    job["machines"] = part[1]
+  shares = machines.shares(output, job, len(parts)) if merge else []
+  partial = output + (machines.suffix(*part) if part else ".partial")
+  stems = [os.path.join(shares[i % len(shares)] if merge else partial, f"part-{i:05d}") for i in range(len(parts))]
+  own = range(part[0] - 1, len(parts), part[1]) if part else range(len(parts))
   again = "run the same command again to go on"
   with open_partial(partial, job, "--output"):
     try:
-      reports = _run(importer, parts, partial, task, filters, processes)
+      if merge:
+        reports = machines.reports(stems, shares)
+      else:
+        reports = _run(importer, parts, stems, own, task, filters, processes)
       summary = _summary(job, reports, importer.left_out)
+      if part:
+        return summary
       problem = _problem(summary, max_rejected_share)
       if not problem:
-        _finish(partial, output, task, reports, summary)
+        _finish(partial, output, task, stems, reports, summary)
       elif summary["accepted"]:
-        _read_again(importer, partial, reports)
-    except KeyboardInterrupt as error:
-      raise type(error)(f"stopped; {again}") from None
+        _read_again(importer, stems, reports)
+    except Terminated as error:
+      raise Terminated(error.signum, f"stopped; {again}") from None
+    except KeyboardInterrupt:
+      raise KeyboardInterrupt(f"stopped; {again}") from None
     except concurrent.futures.process.BrokenProcessPool:
       raise UserError(f"a process of the import was killed (out of memory?): {again}, with fewer --processes") from None
     except OSError as error:
       raise UserError(f"{error.filename or output}: {error.strerror or error}; {again}") from None
   if not problem or not summary["accepted"]:
-    files.remove(partial)
+    for folder in (partial, *shares):
+      files.remove(folder)
   if problem:
     raise UserError(problem)
   return summary
 
 
 def _run(
-  importer: Importer, parts: Sequence[Any], partial: str, task: str, filters: Filters, processes: int
+  importer: Importer,
+  parts: Sequence[Any],
+  stems: Sequence[str],
+  own: Sequence[int],
+  task: str,
+  filters: Filters,
+  processes: int,
 ) -> list[dict[str, Any]]:
-  """Imports the missing parts; returns the reports of all parts, in order."""
-  paths = [os.path.join(partial, f"part-{index:05d}.json") for index in range(len(parts))]
+  """Imports the missing parts of `own`, to files named by `stems`; returns the reports of those parts, in order."""
+  paths = [stems[index] + ".json" for index in own]
   if there := sum(map(os.path.exists, paths)):  # hashing each takes a while
-    print(f"jflow: checking {there:,} of {len(parts):,} parts, which are there already", file=sys.stderr, flush=True)
+    print(f"jflow: checking {there:,} of {len(own):,} parts, which are there already", file=sys.stderr, flush=True)
   with concurrent.futures.ThreadPoolExecutor(max(1, processes)) as pool:
-    reports = list(pool.map(read_report, paths))
-  todo = [index for index, report in enumerate(reports) if report is None]
-  work = [importer.work(part) for part in parts]
-  with Progress(sum(work), sum(work) - sum(work[i] for i in todo)) as progress:
+    reports: dict[int, Any] = dict(zip(own, pool.map(read_report, paths)))
+  todo = [index for index, report in reports.items() if report is None]
+  work = {index: importer.work(parts[index]) for index in own}
+  with Progress(sum(work.values()), sum(work.values()) - sum(work[i] for i in todo)) as progress:
     if min(processes, len(todo)) <= 1:
       for index in todo:
-        reports[index] = _import_part(importer, parts[index], index, partial, task, filters, progress.add)
-      return reports
+        reports[index] = _import_part(importer, parts[index], stems[index], task, filters, progress.add)
+      return list(reports.values())
     # Threads of the parent would not survive a fork.
     context = multiprocessing.get_context("spawn")
     done = context.Array("q", 3)
@@ -132,7 +159,7 @@ def _run(
       # Workers inherit that they ignore Ctrl-C.
       signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
       try:
-        futures = {pool.submit(_import_in_process, importer, parts[i], i, partial, task, filters): i for i in todo}
+        futures = {pool.submit(_import_in_process, importer, parts[i], stems[i], task, filters): i for i in todo}
       finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
       waiting = set(futures)
@@ -146,7 +173,7 @@ def _run(
         done[2] = True
         pool.shutdown(wait=False, cancel_futures=True)
         raise
-  return reports
+  return list(reports.values())
 
 
 def _begin_process(done: Any) -> None:
@@ -170,14 +197,12 @@ def _count(work: int) -> None:
 def _import_part(
   importer: Importer,
   part: Any,
-  index: int,
-  partial: str,
+  stem: str,
   task: str,
   filters: Filters,
   count: Callable[[int], None],
 ) -> dict[str, Any]:
   """Writes one part's shard, then its report, whose presence means that the shard is complete."""
-  stem = os.path.join(partial, f"part-{index:05d}")
   paths = [stem + suffix for suffix in _SUFFIXES]
   clear(paths)
   writer = prepared.ShardWriter(stem + ".array_record", stem + ".outlines")
@@ -314,7 +339,14 @@ def _problem(summary: dict[str, Any], max_rejected_share: float) -> str | None:
   return None if accepted else f"{summary['input']}: no records found"
 
 
-def _finish(partial: str, output: str, task: str, reports: Sequence[dict[str, Any]], summary: dict[str, Any]) -> None:
+def _finish(
+  partial: str,
+  output: str,
+  task: str,
+  stems: Sequence[str],
+  reports: Sequence[dict[str, Any]],
+  summary: dict[str, Any],
+) -> None:
   """Names the shards as TFDS does, writes the metadata, and renames the directory into place.
 
   It works in a separate directory of links to the parts, so that a kill leaves the parts unchanged.
@@ -324,10 +356,10 @@ def _finish(partial: str, output: str, task: str, reports: Sequence[dict[str, An
   os.mkdir(whole)
   kept = [index for index, report in enumerate(reports) if report["records"]]
   for shard, index in enumerate(kept):
-    stem = os.path.join(partial, f"part-{index:05d}")
+    stem = stems[index]
     _link(stem + ".array_record", os.path.join(whole, prepared.shard_name(task, shard, len(kept))))
     _link(stem + ".outlines", os.path.join(whole, prepared.outline_name(shard, len(kept))))
-  _join([os.path.join(partial, f"part-{i:05d}.rejected") for i in range(len(reports))], whole)
+  _join([stem + ".rejected" for stem in stems], whole)
   prepared.write_metadata(whole, task, summary["shard_lengths"], summary["bytes"])
   files.write_json(os.path.join(whole, prepared.SUMMARY), summary)
   if os.path.isdir(output):
@@ -353,11 +385,11 @@ def _join(paths: Sequence[str], directory: str) -> None:
           shutil.copyfileobj(file, joined)
 
 
-def _read_again(importer: Importer, partial: str, reports: Sequence[dict[str, Any]]) -> None:
+def _read_again(importer: Importer, stems: Sequence[str], reports: Sequence[dict[str, Any]]) -> None:
   """Removes the reports of parts with a rejected image file, which may be repaired, so that the next run reads them."""
-  for index, report in enumerate(reports):
+  for stem, report in zip(stems, reports, strict=True):
     if importer.images_beside and report["rejected"]:
-      os.remove(os.path.join(partial, f"part-{index:05d}.json"))
+      os.remove(stem + ".json")
 
 
 def _fingerprint(files: Sequence[str]) -> str:

@@ -185,12 +185,12 @@ def test_a_killed_run_goes_on_without_losing_or_doubling(folder, monkeypatch, ki
   imported = []
   import_part = prepare._import_part
 
-  def killed(importer, part, index, *rest):
+  def killed(importer, part, stem, *rest):
     if len(imported) == killed_after:
-      pathlib.Path(folder.parent, "out.partial", f"part-{index:05d}.array_record").write_bytes(b"half")
+      pathlib.Path(stem + ".array_record").write_bytes(b"half")
       raise KeyboardInterrupt
-    imported.append(index)
-    return import_part(importer, part, index, *rest)
+    imported.append(os.path.relpath(stem, folder.parent))
+    return import_part(importer, part, stem, *rest)
 
   monkeypatch.setattr(prepare, "_import_part", killed)
   with pytest.raises(KeyboardInterrupt):
@@ -198,7 +198,7 @@ def test_a_killed_run_goes_on_without_losing_or_doubling(folder, monkeypatch, ki
   assert not (folder.parent / "out").exists()
   killed_after = 99
   summary, output = run(folder, part_records=3)
-  assert imported == [0, 1, 2, 3]
+  assert imported == [f"out.partial/part-{index:05d}" for index in range(4)]
   assert [record.id for record in read_back(output)] == [f"r{i}" for i in range(12)] and summary["accepted"] == 12
 
 
@@ -225,10 +225,10 @@ sys.exit(main({["prepare", *files, *options]!r}))
 def test_parts_of_another_input_are_not_used(folder, monkeypatch):
   import_part = prepare._import_part
 
-  def killed(importer, part, index, *rest):
-    if index == 2:
+  def killed(importer, part, stem, *rest):
+    if stem.endswith("part-00002"):
       raise KeyboardInterrupt
-    return import_part(importer, part, index, *rest)
+    return import_part(importer, part, stem, *rest)
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     patch.setattr(prepare, "_import_part", killed)

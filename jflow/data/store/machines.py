@@ -1,0 +1,82 @@
+"""The shares of many machines in one import: folders beside the output, one for each, which `--merge` joins.
+
+A machine's folder holds every N-th part of the input, as OUTPUT.partial of one machine holds all of them.
+"""
+
+import concurrent.futures
+import glob
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jflow import files
+from jflow.data.store.partial import JOB, read_report
+from jflow.errors import UserError
+from jflow.strict_json import Malformed
+
+_DIGITS = 5
+
+
+def suffix(machine: int, machines: int) -> str:
+  """The end of the name of a machine's folder, the `machine`-th from 1."""
+  return f".machine-{machine:0{_DIGITS}d}-of-{machines:0{_DIGITS}d}"
+
+
+def shares(output: str, job: Mapping[str, Any], parts: int) -> list[str]:
+  """The folders of all machines of an import, in order; notes their number in `job`.
+
+  Args:
+    output: of the import.
+    job: all that the work depends on; each folder must be of the same.
+    parts: of the input.
+
+  Raises:
+    UserError: there is none, one is missing, or one is of another import.
+  """
+  found = [path for path in glob.glob(glob.escape(output) + ".machine-*-of-*") if os.path.isdir(path)]
+  counts = {match[1] for path in found if (match := re.search(r"-of-(\d{5})$", path))}
+  if not counts:
+    raise UserError(f"--merge: no share of {output} is there: first run the command on each machine with --part=K/N")
+  if len(counts) > 1:
+    raise UserError(f"--merge: {output} has shares of {' and of '.join(sorted(counts))} machines: remove the old ones")
+  number = int(counts.pop())
+  folders = [output + suffix(machine, number) for machine in range(1, number + 1)]
+  for machine, folder in enumerate(folders, 1):
+    if not os.path.isdir(folder) and machine <= parts:
+      raise UserError(f"--merge: {folder} is missing: run --part={machine}/{number}")
+  for machine, folder in enumerate(folders, 1):
+    if not os.path.isdir(folder):  # more machines than parts
+      continue
+    try:
+      made = files.read_object(os.path.join(folder, JOB))
+    except (OSError, Malformed) as error:
+      raise UserError(f"--merge: {folder} cannot be read ({error}): run --part={machine}/{number} again") from None
+    if made != {**job, "machines": number}:
+      field = next((name for name in {**job, **made} if made.get(name) != job.get(name) and name != "machines"), JOB)
+      raise UserError(
+        f"--merge: {folder} was made with another {field}, or the input has changed since: run --part="
+        f"{machine}/{number} again, with the flags of --merge"
+      )
+  return folders
+
+
+def reports(stems: Sequence[str], folders: Sequence[str]) -> list[dict[str, Any]]:
+  """The reports of all parts, in order.
+
+  Args:
+    stems: of the files of each part.
+    folders: from `shares`.
+
+  Raises:
+    UserError: a part is unfinished, or a file of it has changed.
+  """
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    found = list(pool.map(lambda stem: read_report(stem + ".json"), stems))
+  for index, report in enumerate(found):
+    if report is None:
+      machine = index % len(folders) + 1
+      raise UserError(
+        f"--merge: {stems[index]} is unfinished or damaged: run --part={machine}/{len(folders)} again to go on"
+      )
+  return [report for report in found if report is not None]
