@@ -97,6 +97,8 @@ def base(size: str, sizes: Mapping[str, Callable[[ConfigDict], None]] = SIZES) -
     mixture=((0, (50, 50, 0)),),  # (from step, rows understanding : generation : text)
     first_sentence=0.25,  # share of captions cut to their first sentence for generation (paper section 4.2)
     prompt_drop=0.1,  # share of prompts dropped, so that guidance works (paper section 3.4)
+    # The square of an image to write: "random" or "center" of its longer side; "pad": all of it with gray margins.
+    crop="random",
     stored=False,  # True: images to write come as `prepare --latents` (or --codes) has encoded and cropped them
     workers=0,  # loader processes; 0: threads only
     threads=2,  # per process

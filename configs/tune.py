@@ -23,6 +23,7 @@ def get_config(size: str = ""):
   c.train.init_dropped = ("alignment_head",)  # REPA is for training from scratch
   c.train.ema = 0.0  # a run of few steps has nothing to average
   c.data.template = "chat"
+  c.data.crop = "center"  # of few pictures, a random square often shows half of what the caption says
   c.data.mixture = ((0, (30, 70, 0)),)
   c.train.batch_size = 8
   c.train.steps = min(c.train.steps, 500) or 500

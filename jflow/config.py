@@ -121,6 +121,7 @@ class DataConfig(Section):
   mixture: tuple = field(phases(*TASKS))
   first_sentence: float = field(number(0.0, 1.0))
   prompt_drop: float = field(number(0.0, 1.0))
+  crop: str = field(one_of("random", "center", "pad"), before="random")
   stored: bool = field(truth, before=False)
   workers: int = field(whole(0, 1024))
   threads: int = field(whole(0, 1024))
@@ -325,6 +326,12 @@ def _what_is_read_is_not_stored(c: RunConfig) -> str:
   if not c.data.stored or c.model.reader.kind == "siglip":
     return ""
   return "must be False with another model.reader.kind than 'siglip': images to read have no stored latents"
+
+
+@constraint("data.crop")
+def _stored_images_have_their_crop(c: RunConfig) -> str:
+  fits = not c.data.stored or c.data.crop == "random"
+  return "" if fits else "must be 'random' with data.stored: images that are encoded ahead have random squares"
 
 
 @constraint("objective.weights")

@@ -163,21 +163,27 @@ def for_understanding(
   return square
 
 
-def for_generation(image: Any, size: int, rng: np.random.Generator) -> np.ndarray:
-  """Returns an image to generate, uint8[size, size, 3]: its largest square at a random place; see `square`.
+CROPS = ("random", "center", "pad")
+
+
+def for_generation(image: Any, size: int, rng: np.random.Generator, crop: str = "random") -> np.ndarray:
+  """Returns an image to generate, uint8[size, size, 3]: its largest square; see `square`.
 
   Args:
     image: see `decode`; an object with `render(size)` draws itself at that size.
     size: side in pixels.
-    rng: chooses the square.
+    rng: chooses the place of the square where it is random.
+    crop: "random" (the paper's), "center", or "pad": the whole image with margins, as `for_understanding` has it.
 
   Raises:
     ImageError: the image cannot be used.
   """
   if hasattr(image, "render"):
     return image.render(size)
+  if crop == "pad":
+    return for_understanding(image, size)
   picture = _header(image, MAX_PIXELS)
-  return _cut(picture, size, _draw_square(picture, rng))
+  return _cut(picture, size, _draw_square(picture, rng) if crop == "random" else _central_square(picture))
 
 
 def random_square(image: Any, rng: np.random.Generator) -> tuple[int, int, int]:
@@ -212,6 +218,12 @@ def _draw_square(picture: _Picture, rng: np.random.Generator) -> tuple[int, int,
   left = int(rng.integers(width - side + 1))
   top = int(rng.integers(height - side + 1))
   return left, top, side
+
+
+def _central_square(picture: _Picture) -> tuple[int, int, int]:
+  width, height = _upright_size(picture)
+  side = min(width, height)
+  return (width - side) // 2, (height - side) // 2, side
 
 
 def _cut(picture: _Picture, size: int, box: tuple[int, int, int]) -> np.ndarray:

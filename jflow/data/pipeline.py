@@ -60,7 +60,7 @@ class Rows:
     self._source, self._tokenizer, self._shape = source, tokenizer, shape
     family = FAMILIES.get(shape.writer)
     self._layout = family.layout  # loader processes know no names that a script has registered
-    self._template = config.template
+    self._template, self._crop = config.template, config.crop
     self._first_sentence, self._prompt_drop = config.first_sentence, config.prompt_drop
     self._seed = seed
     self._orders: dict[int, np.ndarray] = {}
@@ -148,7 +148,7 @@ class Rows:
       pixels = images.square(sample.images[0], size, box)
       return sample._replace(images=(pixels,), stored=(stored,))
     if self.task == "generation":
-      pixels = tuple(images.for_generation(image, size, rng) for image in sample.images)
+      pixels = tuple(images.for_generation(image, size, rng, self._crop) for image in sample.images)
     else:
       pixels = tuple(images.for_understanding(image, size) for image in sample.images)
     return sample._replace(images=pixels)

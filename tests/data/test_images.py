@@ -80,6 +80,17 @@ def test_generation_cuts_a_square_inside_the_picture():
   np.testing.assert_array_equal(crop, tall[top : top + 50])
 
 
+def test_generation_may_cut_the_middle_or_keep_all_of_a_picture():
+  wide, rng = _gradient(201, 50), np.random.default_rng(0)
+  np.testing.assert_array_equal(images.for_generation(wide, 50, rng, "center"), wide[:, 75:125])
+  tall = _encode(Image.fromarray(wide.transpose(1, 0, 2)))
+  np.testing.assert_array_equal(images.for_generation(tall, 50, rng, "center"), wide.transpose(1, 0, 2)[75:125])
+  padded = images.for_generation(wide[:, :200], 200, rng, "pad")
+  np.testing.assert_array_equal(padded[75:125], wide[:, :200])
+  assert (padded[:75] == 127).all() and (padded[125:] == 127).all()
+  assert rng.bit_generator.state == np.random.default_rng(0).bit_generator.state  # nothing is drawn
+
+
 def test_generation_resizes_the_whole_of_a_square():
   pixels = _gradient(90, 90)
   expected = np.asarray(Image.fromarray(pixels).resize((24, 24), Image.Resampling.BICUBIC))

@@ -48,6 +48,7 @@ def test_the_stages_pass(stage, size):
     ("objective.draws", dict(shift=1.0)),
     ("objective.weights", dict(alignment=0.0, flow=0.0, text=0.0)),
     ("data.template", "poem"),
+    ("data.crop", "left"),
     ("data.row_tokens", 129),
     ("data.row_images", 0),
     ("data.tokenizer", ""),
