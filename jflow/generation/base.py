@@ -208,6 +208,7 @@ class Family:
   layouts: tuple[Any, ...] = ()  # its published layouts, see interop/layouts.py
   flops: Any = None  # module of `step` and `image`, see flow/flops.py; None: its FLOPs are not counted
   stored: Stored | None = None  # None: it has no encoder that could run ahead
+  derived: Any = None  # (model config, parameters by path) -> {path: first value} of those that follow from others
   draws: type | None = None  # frozen dataclass of the section `objective.draws`, which `Writer.draw` reads; None: {}
 
   @property

@@ -1,4 +1,4 @@
-"""Parts of a fresh model that are fitted to data before the first step.
+"""Parts of a fresh model that are fitted to data, or follow from others, before the first step.
 
 A fitter is a module with one function:
 
@@ -8,12 +8,16 @@ A fitter is a module with one function:
 images. The arrays must be the same on every process.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
+
+import jax
 
 from jflow import registry
 from jflow.config import RunConfig
 from jflow.data.pipeline import Pipeline
+from jflow.generation.base import family
+from jflow.models.config import ModelConfig
 
 FITTERS = ("jflow.world.start",)
 
@@ -24,3 +28,10 @@ def fit(config: RunConfig, open_pipeline: Callable[[], Pipeline]) -> dict[str, d
   for name in FITTERS:
     fitted |= registry.load(name).fit(config, open_pipeline)
   return fitted
+
+
+def derived(model: ModelConfig, params: Mapping[str, Any], new: Collection[str]) -> dict[str, Any]:
+  """Returns {path: value} of those of the `new` parameters that start as a function of others, see `Family.derived`."""
+  rule = registry.load(family(model.generation).derived)
+  made = rule(model, params) if rule else {}
+  return {path: jax.device_put(x, params[path].sharding) for path, x in made.items() if path in new}

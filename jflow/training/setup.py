@@ -26,9 +26,8 @@ from jflow.models.config import ModelConfig
 from jflow.models.llm.base import ARCHITECTURES
 from jflow.models.unified import UnifiedModel, cast_matrices, loss_names
 from jflow.sections import refusal
-from jflow.training import fresh, hosts, optim
+from jflow.training import fresh, hosts, optim, start_model
 from jflow.training.remat import AUTO
-from jflow.training.start_model import PART_OF
 
 
 def check(config: RunConfig) -> None:
@@ -148,13 +147,14 @@ def start_params(
     put = lambda x, old: jax.device_put(np.asarray(x, old.dtype), old.sharding)
     for part, fitted in fresh.fit(config, open_pipeline).items():
       params[part] = jax.tree.map(put, fitted, params[part])
-    return params
+    flat = flatten_dict(params, sep="/")
+    return unflatten_dict(flat | fresh.derived(model.config, flat, flat), sep="/")
   read = {path: read_checkpoint(path, weights=train.init_weights, whole=False) for path in _paths(train)}
   source, origin = _chosen(train, read)
   boxed = jax.eval_shape(make)
   where = flatten_dict(sharding.shardings(mesh, boxed), sep="/")
   wanted: dict[str, Any] = flatten_dict(sharding.unbox(boxed), sep="/")
-  differing = _differences(model.config, {path: loaded.config for path, loaded in read.items()}, origin)
+  differing = _differences(model.config, {path: loaded.config for path, loaded in read.items()}, train)
   _check_fits(train, source, wanted, origin, differing)
   for made, field, before, value in differing:
     if field.startswith("objectives."):  # a head that only training uses: dropped, or fresh
@@ -170,7 +170,7 @@ def start_params(
     path: new[path] if path in missing else jax.device_put(np.asarray(source[path], like.dtype), where[path])
     for path, like in wanted.items()
   }
-  return unflatten_dict(flat, sep="/")
+  return unflatten_dict(flat | fresh.derived(model.config, flat, missing), sep="/")
 
 
 def _paths(train: TrainConfig) -> list[str]:
@@ -218,21 +218,21 @@ def _check_fits(
 
 
 def _differences(
-  ours: ModelConfig, theirs: Mapping[str, ModelConfig], origin: Callable[[str], str]
+  ours: ModelConfig, theirs: Mapping[str, ModelConfig], train: TrainConfig
 ) -> list[tuple[str, str, Any, Any]]:
   """Returns (checkpoint, field of the model, value there, value here) where the two differ.
 
   Args:
     ours: this run's model.
     theirs: checkpoint -> its model.
-    origin: parameter path -> the checkpoint that it comes from.
+    train: names the checkpoint of each part.
   """
   flat = {path: flatten_dict(config.to_dict(), sep=".") for path, config in theirs.items()}
   here = flatten_dict(ours.to_dict(), sep=".")
   harmless = ("objectives.alignment.layer", "language_model.max_length")
   found = []
   for field in sorted(set(here).union(*flat.values())):
-    source = origin(PART_OF.get(field.split(".")[0], "language_model"))
+    source = start_model.origin(train, field.split(".")[0])
     if field not in flat[source] or field.startswith("objectives.") and field not in here:
       continue  # of another kind of autoencoder, or a head of training that this run does not have
     value, before = here.get(field), flat[source][field]

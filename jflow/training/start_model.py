@@ -10,12 +10,12 @@ from jflow.errors import UserError
 from jflow.interop import checkpoints, own_layout
 from jflow.sections import refusal
 
-# Section of the model -> the part of the parameters whose sizes it holds.
-PART_OF = {
-  "language_model": "language_model",
-  "understanding_encoder": "understanding_encoder",
-  "autoencoder": "vae",
-  "generation": "generation_encoder",
+# Section of the model -> the parts of the parameters whose sizes it holds: a model has one of them.
+_PARTS = {
+  "language_model": ("language_model",),
+  "understanding_encoder": ("understanding_encoder",),
+  "autoencoder": ("vae", "vq"),
+  "generation": ("generation_encoder", "generation_head"),
 }
 # No weight depends on it, so the run's own value stays.
 _FREE = "language_model.max_length"
@@ -37,13 +37,13 @@ def model_of(config: RunConfig, given: Collection[str], workdir: pathlib.Path) -
     UserError: a checkpoint, or its config.json, cannot be read; the model is no sections of fields.
   """
   model, changed = dict(config.model), []
-  for section in PART_OF:
+  for section in _PARTS:
     without = section == "autoencoder" and section in model and model[section] is None
     if not (without or isinstance(model.get(section), Mapping)):
       raise refusal(f"model.{section}", model.get(section), "must be a section")
   theirs = {section: _plain(path) for section, path in _origins(config.train, workdir).items()}
   other_way = model["generation"].get("kind") not in (None, theirs["generation"]["generation"].get("kind"))
-  for section in PART_OF:
+  for section in _PARTS:
     if theirs[section][section] is None or model[section] is None:  # an autoencoder that a way to write does without
       continue
     taken = dict(theirs[section][section])
@@ -86,10 +86,16 @@ def _origins(train: TrainConfig, workdir: pathlib.Path) -> dict[str, str]:
   """Returns section of the model -> the checkpoint that it comes from."""
   try:
     own_layout.read_settings(workdir)
-    return dict.fromkeys(PART_OF, str(workdir))
+    return dict.fromkeys(_PARTS, str(workdir))
   except UserError:  # no run yet, or its config.json is lost: this start is compared with a manifest's later
-    parts = dict(train.init_parts)
-    return {section: parts.get(part, train.init_from) for section, part in PART_OF.items()}
+    return {section: origin(train, section) for section in _PARTS}
+
+
+def origin(train: TrainConfig, section: str) -> str:
+  """The checkpoint that the weights of a section of the model come from."""
+  parts = dict(train.init_parts)
+  named = [parts[part] for part in _PARTS.get(section, ("language_model",)) if part in parts]
+  return named[0] if named else train.init_from
 
 
 def _plain(path: str) -> dict[str, Any]:

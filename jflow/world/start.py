@@ -13,6 +13,7 @@ from jflow.data.pipeline import Pipeline
 from jflow.errors import UserError
 from jflow.training import hosts
 from jflow.world.codec import PatchPCAConfig, fit_patch_pca
+from jflow.world.patch_codes import PatchCodesConfig, fit_patch_codes
 from jflow.world.siglip_fit import fit_siglip
 from jflow.world.source import WorldSource
 
@@ -31,6 +32,8 @@ def fit(config: RunConfig, open_pipeline: Callable[[], Pipeline]) -> dict[str, d
   train, model = config.train, config.model
   if isinstance(model.autoencoder, PatchPCAConfig):
     fitted["vae"] = fit_patch_pca(first_images(open_pipeline(), train.fit_images), model.autoencoder)
+  if isinstance(model.autoencoder, PatchCodesConfig):
+    fitted["vq"] = fit_patch_codes(first_images(open_pipeline(), train.fit_images), model.autoencoder)
   if train.fit_labels:
     source = WorldSource("generation", **vars(config.data.shapes))
     scenes = [source[i].images[0] for i in range(min(len(source), train.fit_labels))]
@@ -55,8 +58,8 @@ def first_images(pipeline: Pipeline, count: int) -> np.ndarray:
     last = step if len(found) else last
     if step - last > 100:
       raise UserError(
-        f"the data must hold train.fit_images={count} pictures, got {len(images)}: the codec of "
-        "model.autoencoder.kind='patch_pca' is fitted to them"
+        f"the data must hold train.fit_images={count} pictures, got {len(images)}: the codec of model.autoencoder is "
+        "fitted to them"
       )
     images.extend(found)
     step += 1

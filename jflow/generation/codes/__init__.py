@@ -15,6 +15,7 @@ FAMILY = Family(
   tokens=("pad",),
   layouts=("jflow.interop.janus:LAYOUT", "jflow.interop.janus_transformers:LAYOUT"),
   flops="jflow.generation.codes.flops",
+  derived="jflow.generation.codes.writer:derived",
   stored=Stored(
     name="codes",
     array="codes",

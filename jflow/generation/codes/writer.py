@@ -5,7 +5,7 @@ image in its place.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -23,6 +23,14 @@ class Context(NamedTuple):
   """The intermediate values of `CodesWriter.write` that its loss needs."""
 
   codes: jax.Array  # int32[I, P]
+
+
+def derived(config: ModelConfig, params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """The table of a fresh model: the codebook as the decoder reads it, for VQ-16 its rows at length 1.
+
+  Not in the paper: what the table starts from.
+  """
+  return {"generation_embed/embed": config.autoencoder.rows(params["vq/codebook"])}
 
 
 class Embedding(nn.Module):

@@ -29,6 +29,7 @@ KINDS = registry.Registry(
     "vq": "jflow.models.autoencoders.vq:VQConfig",
     "absent": "jflow.models.autoencoders.absent:AbsentConfig",
     "patch_pca": "jflow.world.codec:PatchPCAConfig",
+    "patch_codes": "jflow.world.patch_codes:PatchCodesConfig",
   },
 )
 # In older versions a section held the fields of both kinds: those of the other one are left out.
@@ -80,6 +81,10 @@ class CodebookConfig(CodecConfig):
 
   codebook_size: int
   code_dim: int  # numbers of a row of the codebook
+
+  def rows(self, codebook: Any) -> Any:
+    """The codebook f32[codebook_size, code_dim] as the decoder reads it."""
+    return codebook
 
 
 def config_class(section: Mapping[str, Any]) -> tuple[type[CodecConfig], dict[str, Any]]:

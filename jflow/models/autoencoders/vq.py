@@ -49,6 +49,10 @@ class VQConfig(CodebookConfig):
         f"norm_groups={self.norm_groups}"
       )
 
+  def rows(self, codebook: Any) -> Any:
+    """The rows at length 1."""
+    return unit(codebook)
+
   def make(self, dtype: Any) -> "VQ":
     return VQ(self, dtype)
 
@@ -94,7 +98,7 @@ class VQ(nn.Module):
 
   def lookup(self, codes_Bhw: jax.Array) -> jax.Array:
     """The rows of codes, of length 1: int32[B, h, w] -> f32[B, h, w, E]."""
-    return unit(self.codebook.astype(jnp.float32)[codes_Bhw])
+    return self.config.rows(self.codebook.astype(jnp.float32)[codes_Bhw])
 
   def decode(self, codes_Bhw: jax.Array) -> jax.Array:
     """int32[B, h, w] -> f32[B, H, W, 3], about [-1, 1], not clipped."""
