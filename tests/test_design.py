@@ -136,7 +136,7 @@ MODULES = {
   "scikit-image": "skimage",
 }
 # Folder or file -> the extra whose modules it may import as it is loaded, after `errors.need_extra`.
-OF_EXTRA = {"jflow/serving/": "serve", "jflow/serving/demo.py": "demo"}
+OF_EXTRA = {"jflow/serving/": "serve", "jflow/serving/demo.py": "demo", "jflow/serving/theme.py": "demo"}
 LAZY = ("transformers", "huggingface_hub")  # seconds to import
 PLUGIN = "jflow/evaluation/lmms"  # loaded by lmms-eval alone
 

@@ -28,6 +28,8 @@ formats: --input is a file, a folder, a pattern ("tars/*.tar") or a range ("tars
                  {"images": ["a.jpg", "b.jpg"], "text": "First <image> then <image> and the end."}
                a system turn is refused: leave it out, or put it into the first question; a first turn of the
                assistant and a last one of the user are left out, as in LLaVA, and counted
+  imagefolder  a folder of pictures with a text beside each (7.jpg, 7.txt; --text_column names another ending), or with
+               metadata.jsonl or metadata.csv: {"file_name": "7.jpg", "text": "A cat on a sofa."}
   webdataset   tar files as img2dataset writes them: 7.jpg + 7.txt, or 7.json with "caption" or "conversations";
                --image_column and --text_column may name other endings, as in input.jpg and outputs.txt
   parquet      a column of images (bytes or {bytes, path}, or lists of them), one of captions or conversations
@@ -44,6 +46,7 @@ records of a video, a sound or a point cloud are left out and counted
 
 examples
   python -m jflow prepare --format=llava-jsonl --input=photos/chat.jsonl --output=data/chat --task=understanding
+  python -m jflow prepare --format=imagefolder --input=my_pictures --output=data/mine --task=generation
   python -m jflow prepare --format=webdataset --input=tars --output=data/paint --task=generation \\
     --min_size=256 --max_aspect=2 --min_aesthetic=5
   python -m jflow prepare --format=parquet --input="tables/*.parquet" --output=data/tables --task=understanding \\

@@ -12,6 +12,7 @@ from jflow.errors import UserError
 # --format -> "module:class", imported at its first use.
 FORMATS = {
   "llava-jsonl": "jflow.data.importers.llava:Llava",
+  "imagefolder": "jflow.data.importers.imagefolder:ImageFolder",
   "webdataset": "jflow.data.importers.webdataset:WebDataset",
   "parquet": "jflow.data.importers.parquet:Parquet",
   "text": "jflow.data.importers.text:Text",
