@@ -1,0 +1,41 @@
+"""The packing of the model that ships: its card tells the scores of its own weights alone."""
+
+import importlib.util
+import json
+
+import pytest
+import tiny
+
+from jflow.evaluation import report
+from jflow.interop import checkpoints
+
+
+@pytest.fixture(scope="module")
+def ship():
+  spec = importlib.util.spec_from_file_location("ship", tiny.ROOT / "launch" / "experiments" / "ship.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_the_card_is_of_the_weights_beside_it(tmp_path, tiny_checkpoint, ship):
+  folder, scores = tmp_path / "model", tmp_path / "report.json"
+  ship.pack(tiny_checkpoint, folder)
+  assert {str(x.dtype) for x in checkpoints.read_checkpoint(folder).params["language_model"]["norm"].values()} == {
+    "bfloat16"
+  }
+  found = {
+    "seen pictures: colors": dict(value=0.5, low=0.25, high=0.75),
+    "held-out questions: overall": dict(value=0.125, low=0.0, high=0.5),
+  }
+  settings = dict(fingerprint=report.fingerprint(folder, "ema"), seed=3, steps=30, guidance=2.0)
+  told = dict(scores=found, settings=settings, commit="abc", date="2026-01-02T03:04")
+  scores.write_text(json.dumps(told))
+  text = ship.card(folder, scores, "bash train.sh")
+  assert "| pictures: colors | 0.500 [0.250, 0.750] |  |" in text
+  assert "| questions: overall |  | 0.125 [0.000, 0.500] |" in text
+  assert "bash train.sh" in text and "abc, 2026-01-02; seed 3" in text
+  told["settings"]["fingerprint"] = "0" * 64
+  scores.write_text(json.dumps(told))
+  with pytest.raises(ship.UserError, match="other weights"):
+    ship.card(folder, scores, "")
