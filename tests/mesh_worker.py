@@ -13,12 +13,13 @@ import plain
 import tiny
 
 from jflow import sharding
+from jflow.batch import TASKS
 from jflow.errors import UserError
 from jflow.generation.flow import convnext as generation
 from jflow.models import build
 from jflow.objectives import next_token
 from jflow.perf import hlo
-from jflow.training import optim
+from jflow.training import optim, setup
 from jflow.training.checkpoint import Checkpointer
 from jflow.training.program import abstract_batch, make_program
 from jflow.training.state import TrainState
@@ -73,6 +74,22 @@ def collectives(sizes: tuple[int, int, int]) -> dict[str, float]:
   return {f"{kind} {axes}": size for (kind, axes), size in counts.collective_bytes.items()}
 
 
+def losses_of_codes(sizes: tuple[int, int, int]) -> list[list[float]]:
+  """Losses and gradient's norm of two steps of a model that writes codes, on reading, writing and text."""
+  data = dict(sources=dict.fromkeys(TASKS, (("shapes", 1.0),)), mixture=((0, (1, 2, 1)),), plan_cache="")
+  config = tiny.janus(train=dict(batch_size=8), data=data | dict(shapes=dict(size=60), prompt_drop=0.5))
+  mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+  with jax.set_mesh(mesh):
+    program = make_program(config, tiny.model(tiny.JANUS), mesh)
+    params = jax.tree.map(np.asarray, tiny.params(tiny.JANUS))
+    state = jax.jit(program.state_of, out_shardings=program.shardings)(params)
+    batch, out = jax.device_put(setup.open_data(config).batch(0), sharding.batch_sharding(mesh)), []
+    for _ in range(2):
+      state, metrics = program.step(state, batch)
+      out.append([float(metrics[name]) for name in ("loss", "loss_text", "loss_codes", "grad_norm")])
+  return out
+
+
 def check_head_loss() -> None:
   """Asserts that the head's loss and gradients are the plain ones on every mesh; devices have more and less to do."""
   rng = np.random.default_rng(0)
@@ -121,6 +138,7 @@ def main(directory: pathlib.Path) -> dict:
   except UserError as error:
     out["refused"] = str(error)
   check_head_loss()
+  out["codes"] = {str(sizes): losses_of_codes(sizes) for sizes in ((1, 1, 1), (2, 2, 2))}
   generation.depthwise = generation._convolution
   out["collectives"] = [collectives(sizes) for sizes in COMPILED]
   return out

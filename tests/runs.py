@@ -26,17 +26,25 @@ def environment() -> dict[str, str]:
   return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
-def command_of(stage: int, workdir: pathlib.Path, cache: str, before: pathlib.Path | str, *fields: str) -> list[str]:
-  """The command line of a stage; `before` is the run or checkpoint it starts from."""
+def command(config: str, workdir: pathlib.Path, cache: str, *fields: str) -> list[str]:
+  """The command line of a run of `STEPS` steps."""
   return [
     sys.executable,
     "-m",
     "jflow",
     "train",
-    f"--config=configs/stage{stage}.py:tiny",
+    f"--config={config}",
     f"--workdir={workdir}",
     f"--config.compute.compilation_cache={cache}",
     f"--config.train.steps={STEPS}",
+    *fields,
+  ]
+
+
+def command_of(stage: int, workdir: pathlib.Path, cache: str, before: pathlib.Path | str, *fields: str) -> list[str]:
+  """The command line of a stage; `before` is the run or checkpoint it starts from."""
+  return [
+    *command(f"configs/stage{stage}.py:tiny", workdir, cache),
     *SMALL,
     f"--config.train.init_from={before}",
     *[f"--config.optimizer.muon={tiny.MUON}"] * (stage == 3),

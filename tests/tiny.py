@@ -72,6 +72,25 @@ DICT = dict(
   reader="siglip",
 )
 CONFIG = ModelConfig.from_dict(DICT)
+# The same LLM and reader, with a writer of codes.
+JANUS = ModelConfig.from_dict(
+  DICT
+  | dict(
+    generation=dict(kind="codes", hidden_dim=40, projector_layers=2),
+    autoencoder=dict(
+      kind="vq",
+      channels=8,
+      multipliers=(1, 1, 2),
+      blocks_per_level=1,
+      latent_channels=8,
+      codebook_size=64,
+      code_dim=4,
+      norm_groups=4,
+    ),
+    objectives={},
+    reader=dict(kind="siglip", start="token", layers=2),
+  )
+)
 SHAPE = RowShape(tokens=96, images=3, image_patches=CONFIG.patches, image_size=CONFIG.image_size, writer="flow")
 LOSSES = ("text", "flow", "alignment")
 
@@ -209,6 +228,18 @@ def _default() -> RunConfig:
 def configuration(**sections) -> RunConfig:
   """A whole config for this model; keywords replace fields of a section."""
   return _default().replace(**sections)
+
+
+def janus(**sections) -> RunConfig:
+  """A whole config for `JANUS`, which trains LLM, aligners and head; keywords replace fields of a section."""
+  trained = ("language_model", "generation_.*", "understanding_projector")
+  fields = dict(
+    optimizer=dict(trained=trained, frozen=("understanding_encoder", "vq")),
+    objective=dict(weights=dict(text=1.0, codes=1.0), draws={}),
+  )
+  for name, section in sections.items():
+    fields[name] = fields.get(name, {}) | section
+  return configuration(**fields).replace(model=JANUS)
 
 
 def training(config: RunConfig):

@@ -98,8 +98,8 @@ def make(
   config, writes = found.config, family(found.config.generation)
   kind = writes.stored
   if kind is None or kind.name != name:
-    there = f"make {kind.name}, with prepare --{kind.name}" if kind else "have nothing to make ahead"
-    raise UserError(f"{checkpoint} writes images by {writes.name}, which have no {name}: its images {there}")
+    instead = f"use prepare --{kind.name} in place of" if kind else "it has nothing that could be made ahead by"
+    raise UserError(f"{checkpoint} writes images by {writes.name}: {instead} --{name}")
   if kind.part not in found.params:
     how = ": name the folder of the SDXL-VAE with --vae=DIR" if kind.part == "vae" else ""
     raise UserError(f"{checkpoint} has no {kind.part.upper()}{how}")

@@ -16,52 +16,26 @@ import torch_training
 
 from jflow.batch import READ, TASKS, WRITE
 from jflow.generation.base import family
-from jflow.models.config import ModelConfig
 from jflow.training import optim, setup
 from jflow.training.step import draw, make_loss
 
 STEPS = 20
-JANUS = ModelConfig.from_dict(
-  tiny.DICT
-  | dict(
-    generation=dict(kind="codes", hidden_dim=40, projector_layers=2),
-    autoencoder=dict(
-      kind="vq",
-      channels=8,
-      multipliers=(1, 1, 2),
-      blocks_per_level=1,
-      latent_channels=8,
-      codebook_size=64,
-      code_dim=4,
-      norm_groups=4,
-    ),
-    objectives={},
-    reader=dict(kind="siglip", start="token", layers=2),
-  )
-)
-NEW = {
-  "flow": ("generation_.*", "understanding_(projector|start)", "alignment_head"),
-  "codes": ("generation_.*", "understanding_projector"),
-}
 
 
 def configuration(kind: str):
   """A run that trains everything except the autoencoder, on reading, writing and text, with dropped prompts."""
-  model = tiny.CONFIG if kind == "flow" else JANUS
-  objective = dict(weights=dict(text=1.0, flow=1.0, alignment=0.5))
-  if kind == "codes":
-    objective = dict(weights=dict(text=1.0, codes=1.0), draws={})
-  part = family(model.generation).stored.part
-  config = tiny.configuration(
+  config = tiny.configuration() if kind == "flow" else tiny.janus()
+  part = family(config.model.generation).stored.part
+  trained = (*config.optimizer.trained, "understanding_encoder/(?!head).*")
+  return config.replace(
     train=dict(batch_size=3, steps=STEPS),
     optimizer=dict(
       learning_rate=2e-3,
       warmup_steps=4,
       weight_decay=0.1,
-      trained=("language_model", "understanding_encoder/(?!head).*", *NEW[kind]),
+      trained=trained,
       frozen=("understanding_encoder/head", part),
     ),
-    objective=objective,
     data=dict(
       sources=dict.fromkeys(TASKS, (("shapes", 1.0),)),
       mixture=((0, (1, 1, 1)),),
@@ -70,7 +44,6 @@ def configuration(kind: str):
       plan_cache="",
     ),
   )
-  return config.replace(model=model)
 
 
 def inputs(config, model, data, number: int):

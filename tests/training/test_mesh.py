@@ -46,6 +46,12 @@ def test_losses_and_gradient_do_not_depend_on_the_mesh(result):
   result["losses"]["(1, 1, 1)"] = alone
 
 
+def test_losses_of_codes_do_not_depend_on_the_mesh(result):
+  alone, cut = result["codes"].values()
+  assert alone[1][0] < alone[0][0]
+  np.testing.assert_allclose(cut, alone, rtol=1e-5)
+
+
 def test_weights_are_cut_over_fsdp_and_model(result):
   assert result["share"] == 1 / 4
 
