@@ -131,6 +131,37 @@ class Conv(nn.Module):
     return y_BHWC + bias.astype(self.dtype)
 
 
+class Upsample(nn.Module):
+  """A 3 x 3 convolution of the image with every pixel doubled on both axes; parameters as those of `Conv`.
+
+  Taps that meet the same pixel are added first: 16 products per pixel of the input in place of 36. Of a row w0 w1 w2,
+  the even pixels of the output see (w0, w1 + w2) at the pixel before and their own, the odd ones (w0 + w1, w2) at their
+  own and the next.
+  """
+
+  features: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+    b, h, w, c = x_BHWC.shape
+    f = self.features
+    kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), (3, 3, c, f), (None,) * 4)
+    bias = parameter(self, "bias", nn.initializers.zeros, (f,), (None,))
+    # A window of two pixels holds the odd pixel of its first and the even one of its second.
+    parts = jnp.asarray([[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]], jnp.float32)  # [odd or even, tap, of 3]
+    merged = jnp.einsum("ysi,xtj,ijcf->stcyxf", parts, parts, kernel.astype(jnp.float32), precision="highest")
+    y = jax.lax.conv_general_dilated(
+      x_BHWC.astype(self.dtype),
+      merged.reshape(2, 2, c, 4 * f).astype(self.dtype),
+      window_strides=(1, 1),
+      padding=((1, 1), (1, 1)),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    y = jnp.swapaxes(y.reshape(b, h + 1, w + 1, 2, 2, f), 2, 3).reshape(b, 2 * (h + 1), 2 * (w + 1), f)
+    return y[:, 1:-1, 1:-1] + bias.astype(self.dtype)
+
+
 class GroupNorm(nn.Module):
   """Normalises each group of consecutive channels over the whole image, computed in f32."""
 
@@ -261,8 +292,7 @@ class Decoder(nn.Module):
         if self.attention and not i:
           x_BHWC = MidAttention(groups, dtype, name=f"up_{i}_attention_{j}")(x_BHWC)
       if i + 1 < len(self.widths):
-        x_BHWC = jnp.repeat(jnp.repeat(x_BHWC, 2, axis=1), 2, axis=2)
-        x_BHWC = Conv(channels, 3, dtype, name=f"up_{i}_sample")(x_BHWC)
+        x_BHWC = Upsample(channels, dtype, name=f"up_{i}_sample")(x_BHWC)
     x_BHWC = jax.nn.silu(GroupNorm(groups, dtype, name="norm_out")(x_BHWC))
     return Conv(3, 3, dtype, name="conv_out")(x_BHWC)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow.models.autoencoders.kl import AutoencoderKL, AutoencoderKLConfig
+from jflow.models.autoencoders.kl import AutoencoderKL, AutoencoderKLConfig, Conv, Upsample
 from jflow.sharding import unbox
 
 KL = AutoencoderKLConfig(
@@ -35,6 +35,17 @@ def test_kl_shapes_batches_and_clamp():
   params["params"]["quant"]["bias"] = jnp.array([0.0] * 4 + [1e3, -1e3, 0.0, 0.0])
   _, log_variance = encode(params, pixels)
   assert (log_variance[..., 0] == 20).all() and (log_variance[..., 1] == -30).all()
+
+
+def test_upsampling_is_a_convolution_of_the_doubled_image():
+  """With the same parameters, the border included; odd and even sizes."""
+  rng, dtype = np.random.default_rng(0), jnp.dtype("float32")
+  for shape in ((2, 5, 4, 3), (1, 1, 1, 2)):
+    x = rng.standard_normal(shape).astype(np.float32)
+    params = unbox(Upsample(6, dtype).init(jax.random.key(0), x))["params"] | {"bias": jnp.arange(6.0)}
+    doubled = x.repeat(2, axis=1).repeat(2, axis=2)
+    want = Conv(6, 3, dtype).apply({"params": params}, doubled)
+    np.testing.assert_allclose(Upsample(6, dtype).apply({"params": params}, x), want, rtol=1e-5, atol=2e-6)
 
 
 def test_the_full_autoencoder_has_the_published_number_of_parameters():
