@@ -206,6 +206,7 @@ class Family:
   sampler: Any
   tokens: tuple[str, ...] = ()  # special tokens that only some tokenizers have and this family needs, by attribute
   layouts: tuple[Any, ...] = ()  # its published layouts, see interop/layouts.py
+  parity: Any = None  # the groups of golden arrays that its models have, see interop/golden.py
   flops: Any = None  # module of `step` and `image`, see flow/flops.py; None: its FLOPs are not counted
   stored: Stored | None = None  # None: it has no encoder that could run ahead
   derived: Any = None  # (model config, parameters by path) -> {path: first value} of those that follow from others

@@ -1,12 +1,13 @@
 """Golden files, read and checked completely before the checkpoint to compare is opened."""
 
+import dataclasses
 import math
 import pathlib
 import re
 import sys
 import zipfile
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,27 +15,52 @@ from jflow.errors import UserError
 from jflow.models.config import ModelConfig
 from jflow.strict_json import shown
 
-VARIANT = re.compile(r"_(?:(first|last)(\d{1,9})|(mean))$")
-# Input -> (kinds of its type, its axes; None: a scalar or one number per image).
-_IDS, _MASK, _REAL = "iu", "iub", "fiu"
-INPUTS: dict[str, dict[str, tuple[str, tuple[str, ...] | None]]] = {
-  "und": {
-    "pixels": (_REAL, ("..", "3", "H", "W")),
-    "input_ids": (_IDS, ("B", "S")),
-    "attention_mask": (_MASK, ("B", "S")),
-  },
-  "text": {"input_ids": (_IDS, ("B", "S"))},
-  "gen": {
-    "prompt_ids": (_IDS, ("S",)),
-    "z0": (_REAL, ("N", "C", "h", "w")),
-    "t": (_REAL, None),
-    "steps": (_IDS, None),
-    "cfg_weight": (_REAL, None),
-  },
-}
-_SOLVER = ("steps", "cfg_weight")  # inputs of the outputs of _SOLVED alone
-_SOLVED = {"gen/trajectory", "gen/z1"}
-_MOST_STEPS = 10_000
+VARIANT = re.compile(r"_(?:(first|last)(\d{1,9})|(mean)|(crop)|(pooled))$")
+# Kinds of numpy's types of an input.
+IDS, MASK, REAL = "iu", "iub", "fiu"
+
+
+class Output(NamedTuple):
+  """An output of jflow in PyTorch's layout.
+
+  Attributes:
+    value: the array; its tokens are axis 1, or the last two of a map [B, C, H, W].
+    mask: bool[B, T], the tokens to compare; None: all.
+    rows: whether axis 0 counts rows; False: it counts tokens.
+    loose: factor of the tolerance.
+    within: largest difference of integers.
+  """
+
+  value: np.ndarray
+  mask: np.ndarray | None = None
+  rows: bool = True
+  loose: float = 1.0
+  within: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Arrays of a golden file that are computed together; names are whole, as "und/logits".
+
+  Attributes:
+    inputs: name -> (kinds of its type, its axes; None: a scalar or one number per image).
+    outputs: name -> (the component that computes it from those before, the inputs that it needs); a tuple of names needs
+      one of them. In the order in which components feed one another.
+    check: (file, arrays) checks that the inputs fit one another.
+    fits: (arrays, config) checks the inputs against the model's configuration, before its weights are read.
+    run: (runner, arrays, whether an output is wanted) -> the outputs.
+    besides: names that are neither inputs nor compared.
+  """
+
+  inputs: Mapping[str, tuple[str, tuple[str, ...] | None]]
+  outputs: Mapping[str, tuple[str, tuple[str | tuple[str, ...], ...]]]
+  fits: Callable[[Mapping[str, np.ndarray], ModelConfig], None]
+  run: Callable[[Any, Mapping[str, np.ndarray], Callable[[str], bool]], dict[str, Output]]
+  check: Callable[[pathlib.Path, Mapping[str, np.ndarray]], None] = lambda path, arrays: None
+  besides: tuple[str, ...] = ()
+
+
+MOST_STEPS = 10_000
 _DENSEST, _SMALL = 200, 2**28  # largest expansion of a file in memory, and bytes that are allowed in any case
 
 
@@ -75,52 +101,68 @@ def _check_members(path: pathlib.Path, members: list[zipfile.ZipInfo]) -> None:
     raise UserError(f"{path} holds {shown(next(n for n in names if names.count(n) > 1))} twice")
 
 
-def check(path: pathlib.Path, arrays: Mapping[str, np.ndarray], components: Mapping[str, str]) -> dict[str, list[str]]:
+def base(name: str) -> str:
+  """The name of an array without the ending of a variant."""
+  return VARIANT.sub("", name)
+
+
+def check(path: pathlib.Path, arrays: Mapping[str, np.ndarray], groups: Iterable[Group]) -> list[Group]:
   """Checks that a golden file has outputs to compare, and every input that they depend on.
 
   Args:
     path: of the file, for messages.
     arrays: of the file.
-    components: output -> component that computes it.
+    groups: those that may be in it.
 
   Returns:
-    Group -> the outputs of it in the file, whole or as a variant.
+    The groups with outputs in the file, whole or as a variant.
 
   Raises:
     UserError: the array is named.
   """
-  bases = {VARIANT.sub("", name) for name in arrays}
-  groups = {}
-  for group, inputs in INPUTS.items():
-    outputs = [key for key in components if key.startswith(f"{group}/") and key in bases]
+  found = []
+  for group in groups:
+    outputs = [name for name in arrays if base(name) in group.outputs and not _only_input(name, arrays, group)]
     if not outputs:
       continue
-    groups[group] = outputs
-    for name, (kinds, axes) in inputs.items():
-      key = f"{group}/{name}"
-      if name in _SOLVER and not _SOLVED & set(outputs):
-        continue
-      if key not in arrays:
-        raise UserError(f"{path} has {outputs[0]} but not its input {key}")
-      _check_input(path, key, arrays[key], kinds, axes)
-    _check_group(path, group, {name: x for name, x in arrays.items() if name.startswith(f"{group}/")})
-  if not groups:
+    found.append(group)
+    for output in outputs:
+      if missing := _missing(base(output), arrays, group):
+        raise UserError(f"{path} has {output} but not its input {missing}")
+    for name in group.inputs:
+      if name in arrays:
+        _check_input(path, name, arrays[name], *group.inputs[name])
+    group.check(path, arrays)
+    for name, x in arrays.items():
+      if base(name) in group.outputs and x.size == 0:
+        raise UserError(f"{path}: {name} is empty")
+  if not found:
     raise UserError(f"{path} holds no output to compare with, such as und/logits")
-  for name, x in arrays.items():
-    if VARIANT.sub("", name) in components and x.size == 0:
-      raise UserError(f"{path}: {name} is empty")
-  known = {f"{group}/{name}" for group, inputs in INPUTS.items() for name in inputs} | {"und/special_ids"}
-  if others := sorted(name for name in arrays if VARIANT.sub("", name) not in components and name not in known):
-    print(
-      f"jflow: {path}: not compared, since this model has no such output: {shown(others)[1:-1]}",
-      file=sys.stderr,
-    )
-  return groups
+  return found
+
+
+def _missing(output: str, arrays: Mapping[str, np.ndarray], group: Group) -> str:
+  """The first input that a file lacks for an output; empty where it has all."""
+  needs = ((need,) if isinstance(need, str) else need for need in group.outputs[output][1])
+  return next((" or ".join(names) for names in needs if not any(name in arrays for name in names)), "")
+
+
+def _only_input(name: str, arrays: Mapping[str, np.ndarray], group: Group) -> bool:
+  """Whether an array is an input of others and cannot be compared itself, as codes without pixels."""
+  return name in group.inputs and bool(_missing(name, arrays, group))
+
+
+def say_others(path: pathlib.Path, arrays: Mapping[str, np.ndarray], groups: Iterable[Group]) -> None:
+  """Names the arrays of a file on stderr that none of the groups compares or reads."""
+  known = {name for group in groups for name in (*group.inputs, *group.besides)}
+  compared = {name for group in groups for name in group.outputs}
+  if others := sorted(name for name in arrays if base(name) not in compared and name not in known):
+    print(f"jflow: {path}: not compared, since this model has no such output: {shown(others)[1:-1]}", file=sys.stderr)
 
 
 def _check_input(path: pathlib.Path, key: str, x: np.ndarray, kinds: str, axes: tuple[str, ...] | None) -> None:
   if x.dtype.kind not in kinds:
-    what = "whole numbers" if kinds in (_IDS, _MASK) else "numbers"
+    what = "whole numbers" if kinds in (IDS, MASK) else "numbers"
     raise UserError(f"{path}: {key} must hold {what}, got {x.dtype}")
   if axes is None:
     if x.ndim > 1 or (x.size != 1 and key != "gen/t") or not x.size:
@@ -131,89 +173,13 @@ def _check_input(path: pathlib.Path, key: str, x: np.ndarray, kinds: str, axes: 
     raise UserError(f"{path}: {key} holds values that are not finite")
 
 
-def _check_group(path: pathlib.Path, group: str, g: Mapping[str, np.ndarray]) -> None:
-  """Checks that the inputs of a group are consistent."""
-  if group == "und":
-    tokens, mask = g["und/input_ids"], g["und/attention_mask"]
-    if tokens.shape != mask.shape:
-      raise UserError(f"{path}: und/attention_mask is {list(mask.shape)}, und/input_ids {list(tokens.shape)}")
-    if not mask.astype(bool).any(axis=1).all():
-      raise UserError(f"{path}: und/attention_mask hides all of row {int(np.argmin(mask.astype(bool).any(axis=1)))}")
-    greedy_count(g)
-  if group == "gen":
-    count = len(g["gen/z0"])
-    if g["gen/t"].ndim and g["gen/t"].shape not in ((1,), (count,)):
-      raise UserError(f"{path}: gen/t is {list(g['gen/t'].shape)}, gen/z0 has {count} pictures")
-    if (g["gen/t"] < 0).any() or (g["gen/t"] > 1).any():
-      raise UserError(f"{path}: gen/t must be in [0, 1]")
-    if "gen/steps" in g and not 1 <= int(g["gen/steps"].item()) <= _MOST_STEPS:
-      raise UserError(f"{path}: gen/steps={g['gen/steps'].item()} must be in 1..{_MOST_STEPS}")
-
-
-def greedy_count(g: Mapping[str, np.ndarray]) -> int:
-  """The number of tokens to decode for und/greedy_tokens, or for its first ones where the file holds only those.
-
-  Raises:
-    UserError: the file holds only the last tokens, or the array has other axes.
-  """
-  names = [name for name in g if VARIANT.sub("", name) == "und/greedy_tokens"]
-  for name in names:
-    if g[name].ndim != 2 or len(g[name]) != len(g["und/input_ids"]) or g[name].shape[1] > _MOST_STEPS:
-      raise UserError(f"{name} must have the axes [B, tokens], got the shape {list(g[name].shape)}")
-  if "und/greedy_tokens" in g:
-    return g["und/greedy_tokens"].shape[1]
-  for name in names:
-    if VARIANT.search(name)[1] != "first":
-      raise UserError(f"{name} needs und/greedy_tokens beside it, which says how many tokens there are")
-  return max((g[name].shape[1] for name in names), default=0)
-
-
-def special_ids(g: Mapping[str, np.ndarray], vocabulary: int) -> tuple[int, int]:
-  """The ids of <begin_of_image> and <image_placeholder> in the rows of `und/`."""
-  special = g.get("und/special_ids", np.array([vocabulary - 4, vocabulary - 3]))
-  check_shape("und/special_ids", special.shape, (2,))
-  return int(special[0]), int(special[1])
-
-
-def image_starts(tokens: np.ndarray, images: int, patches: int, boi: int, image: int) -> list[np.ndarray]:
-  """The positions at which each row's images begin.
-
-  Raises:
-    UserError: the rows do not match the images.
-  """
-  starts = [np.flatnonzero(row == boi) for row in tokens]
-  if sum(map(len, starts)) != images:
-    raise UserError(f"und/input_ids has {sum(map(len, starts))} images, und/pixels {images}")
-  for b, row in enumerate(starts):
-    for start in row:
-      if start + patches >= tokens.shape[1] or not (tokens[b, start + 1 : start + 1 + patches] == image).all():
-        raise UserError(f"und/input_ids row {b}: {patches} image ids should follow position {start}")
-  return starts
-
-
-def check_fits(arrays: Mapping[str, np.ndarray], groups: Mapping[str, Any], c: ModelConfig) -> None:
-  """Checks the inputs against the model's configuration, before its weights are read.
-
-  Raises:
-    UserError: the golden file is of another model.
-  """
-  vocabulary = c.language_model.vocab_size
-  ids = {"und": "und/input_ids", "text": "text/input_ids", "gen": "gen/prompt_ids"}
-  for group in groups:
-    x = arrays[ids[group]]
-    shown_ids = x[arrays["und/attention_mask"].astype(bool)] if group == "und" else x
-    if shown_ids.min() < 0 or shown_ids.max() >= vocabulary:
-      raise UserError(f"{ids[group]} has ids in {shown_ids.min()}..{shown_ids.max()}, this model {vocabulary} of them")
-  if "und" in groups:
-    pixels = arrays["und/pixels"]
-    check_shape("und/pixels", pixels.shape[-3:], (3, c.image_size, c.image_size))
-    boi, image = special_ids(arrays, vocabulary)
-    image_starts(arrays["und/input_ids"], math.prod(pixels.shape[:-3]), c.patches, boi, image)
-  if "gen" in groups:
-    check_shape("gen/z0", arrays["gen/z0"].shape[-3:], (c.autoencoder.latent_channels, c.latent_size, c.latent_size))
-
-
 def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
   """Raises a UserError if an input's shape does not fit the model; `found` may be its last axes only."""
   if found != wanted:
     raise UserError(f"{name} is {list(found)} where this model takes {list(wanted)}: another model's golden file?")
+
+
+def check_ids(name: str, ids: np.ndarray, known: int) -> None:
+  """Raises a UserError if a model with so many ids has not all of these."""
+  if ids.min() < 0 or ids.max() >= known:
+    raise UserError(f"{name} has ids in {ids.min()}..{ids.max()}, this model {known} of them")

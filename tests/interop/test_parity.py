@@ -31,8 +31,9 @@ def checkpoint(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, np.ndarray]:
+  """Its arrays, without those of training, which take a gradient."""
   with np.load(GOLDEN) as file:
-    return {name: file[name] for name in file.files}
+    return {name: file[name] for name in file.files if not name.startswith("train/")}
 
 
 def _run(checkpoint: pathlib.Path, golden: pathlib.Path, tmp_path: pathlib.Path, *flags: str) -> tuple[int, dict]:
@@ -50,14 +51,14 @@ def _save(tmp_path: pathlib.Path, values: dict[str, np.ndarray]) -> pathlib.Path
 def test_the_golden_file_of_the_reference_passes(checkpoint, tmp_path, capsys):
   code, result = _run(checkpoint, GOLDEN, tmp_path)
   assert code == 0 and result["passed"] and result["first_divergence"] is None
-  inputs = {"pixels", "input_ids", "attention_mask", "prompt_ids", "z0", "t", "steps", "cfg_weight"}
+  inputs = {"pixels", "input_ids", "attention_mask", "prompt_ids", "z0", "t", "steps", "cfg_weight", "x"}
   with np.load(GOLDEN) as file:
     outputs = {name for name in file.files if name.split("/")[1] not in inputs}
-  assert set(result["arrays"]) == outputs and len(outputs) == 13
+  assert set(result["arrays"]) == outputs and len(outputs) == 24
   assert all(x["relative_l2"] <= 1e-5 for x in result["arrays"].values())
   assert result["arrays"]["und/greedy_tokens"]["max_error"] == 0
   printed = capsys.readouterr().out.splitlines()
-  assert len(printed) == 14 and printed[-1] == "all 13 arrays agree within 1e-05"
+  assert len(printed) == 25 and printed[-1] == "all 24 arrays agree within 1e-05"
 
 
 def test_the_json_file_may_lie_in_a_new_folder(tmp_path, capsys):
@@ -71,9 +72,9 @@ def test_the_json_file_may_lie_in_a_new_folder(tmp_path, capsys):
   assert f"--json={tmp_path} is a directory: name a file" in capsys.readouterr().err
 
 
-def test_a_converted_checkpoint_passes_too(checkpoint, tmp_path):
+def test_a_converted_checkpoint_passes_too(checkpoint, golden, tmp_path):
   assert main(["convert", f"--input={checkpoint}", f"--output={tmp_path / 'jflow'}"]) == 0
-  assert _run(tmp_path / "jflow", GOLDEN, tmp_path)[0] == 0
+  assert _run(tmp_path / "jflow", _save(tmp_path, golden), tmp_path)[0] == 0
 
 
 def test_subsets_and_variants(checkpoint, golden, tmp_path):
@@ -162,13 +163,13 @@ _BLOCK = "mid_block.res_blocks.1"
     (f"vision_gen_dec_model.{_BLOCK}.cond_embeds_mapper.bias", "gen/velocity_cond", "generation_decoder"),
   ],
 )
-def test_the_first_component_that_diverges_is_named(tmp_path, capsys, name, array, component):
+def test_the_first_component_that_diverges_is_named(golden, tmp_path, capsys, name, array, component):
   """One value of one tensor moves: everything before it still agrees."""
   source = official_checkpoint.write(tmp_path / "official")
   values = official_checkpoint.tensors()
   values[name].reshape(-1)[-1] += 0.5
   save_file(values, source / "model.safetensors")
-  code, result = _run(source, GOLDEN, tmp_path)
+  code, result = _run(source, _save(tmp_path, golden), tmp_path)
   assert code == 1 and not result["passed"]
   assert result["first_divergence"]["array"] == array
   assert component in result["first_divergence"]["component"]
@@ -183,9 +184,10 @@ def test_guidance_and_step_count_are_seen_in_the_trajectory_alone(checkpoint, go
     assert result["first_divergence"]["array"] == first
 
 
-def test_the_tolerance_is_a_flag(checkpoint, tmp_path):
-  assert _run(checkpoint, GOLDEN, tmp_path, "--tolerance=1e-9")[0] == 1
-  code, result = _run(checkpoint, GOLDEN, tmp_path, "--tolerance=1e-3")
+def test_the_tolerance_is_a_flag(checkpoint, golden, tmp_path):
+  path = _save(tmp_path, golden)
+  assert _run(checkpoint, path, tmp_path, "--tolerance=1e-9")[0] == 1
+  code, result = _run(checkpoint, path, tmp_path, "--tolerance=1e-3")
   assert code == 0 and result["tolerance"] == 1e-3
 
 

@@ -14,6 +14,7 @@ FAMILY = Family(
   sampler="jflow.generation.codes.sampler:CodesSampler",
   tokens=("pad",),
   layouts=("jflow.interop.janus:LAYOUT", "jflow.interop.janus_transformers:LAYOUT"),
+  parity="jflow.interop.parity_codes:GROUPS",
   flops="jflow.generation.codes.flops",
   derived="jflow.generation.codes.writer:derived",
   stored=Stored(

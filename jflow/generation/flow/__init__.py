@@ -22,6 +22,7 @@ FAMILY = Family(
   sampler="jflow.generation.flow.sampler:FlowSampler",
   tokens=("image", "generation_start"),
   layouts=("jflow.interop.janusflow:LAYOUT",),
+  parity="jflow.interop.parity_flow:GROUPS",
   flops="jflow.generation.flow.flops",
   stored=Stored(
     name="latents",
