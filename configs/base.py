@@ -95,6 +95,7 @@ def base(size: str, sizes: Mapping[str, Callable[[ConfigDict], None]] = SIZES) -
       text=(),
     ),
     mixture=((0, (50, 50, 0)),),  # (from step, rows understanding : generation : text)
+    caption_prompt="Generate the caption of this picture.",  # asks for a caption to read (paper section 4.2)
     first_sentence=0.25,  # share of captions cut to their first sentence for generation (paper section 4.2)
     prompt_drop=0.1,  # share of prompts dropped, so that guidance works (paper section 3.4)
     # The square of an image to write: "random" or "center" of its longer side; "pad": all of it with gray margins.

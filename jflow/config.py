@@ -119,6 +119,7 @@ class DataConfig(Section):
   row_images: int = field(whole(1, 2**16))
   sources: SourcesConfig
   mixture: tuple = field(phases(*TASKS))
+  caption_prompt: str = field(text, before="Generate the caption of this picture.")
   first_sentence: float = field(number(0.0, 1.0))
   prompt_drop: float = field(number(0.0, 1.0))
   crop: str = field(one_of("random", "center", "pad"), before="random")

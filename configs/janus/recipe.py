@@ -70,6 +70,7 @@ def at_stage(size: str, number: int) -> ConfigDict:
   stage = _PAPER.get(c.size, JANUS)[number - 1]
   c.objective.weights, c.objective.draws = dict(text=1.0, codes=1.0), {}  # no weights between the losses
   c.train.ema = 0.0
+  c.data.caption_prompt = "Describe the image in detail."
   c.data.template = "plain" if number < 3 else "pro" if c.size.startswith("pro-") else "chat"
   c.optimizer.trained = NEW_PARTS + (("language_model",) if number > 1 else ()) + (base.SIGLIP if number > 2 else ())
   c.optimizer.frozen = NEVER + (() if number > 1 else ("language_model",)) + (() if number > 2 else base.SIGLIP)

@@ -83,6 +83,7 @@ def build(
   first_sentence: float = 0.0,
   prompt_drop: float = 0.0,
   layout: Layout | None = None,
+  caption_prompt: str = CAPTION_PROMPT,
 ) -> Sample:
   """Returns the training sequence of a record.
 
@@ -98,6 +99,7 @@ def build(
     first_sentence: probability that generation keeps only the caption's first sentence.
     prompt_drop: probability that generation drops the prompt; see `generation.base.Layout`.
     layout: where an image to write stands, of its family (generation/); None for a task that writes none.
+    caption_prompt: what asks for the caption of a picture that comes without a question.
 
   Raises:
     RecordError: the record does not fit its task.
@@ -115,7 +117,7 @@ def build(
     if not record.turns and (task == "text" or IMAGE_MARK in record.text):
       _document(sequence, record.text, mark)
     else:
-      _conversation(sequence, record.turns or _caption_turns(record, template), mark)
+      _conversation(sequence, record.turns or _caption_turns(record, template, caption_prompt), mark)
     return sequence.sample(record.images)
   except UserError as error:
     raise RecordError("invalid_utf8", str(error)) from None
@@ -296,10 +298,10 @@ def _written(written: Written, record: Record, tokenizer: Tokenizer) -> Sample:
   return Sample(tokens, targets, nothing, written.positions, start, (batch_lib.WRITE,), record.images)
 
 
-def _caption_turns(record: Record, template: str) -> tuple[Turn, ...]:
+def _caption_turns(record: Record, template: str, caption_prompt: str) -> tuple[Turn, ...]:
   """Returns the turns of a caption record: the papers' request, and the caption as its answer."""
   between = "" if template == "plain" else "\n"
-  request = IMAGE_MARK * len(record.images) + between + CAPTION_PROMPT
+  request = IMAGE_MARK * len(record.images) + between + caption_prompt
   return Turn("user", request), Turn("assistant", record.text)
 
 

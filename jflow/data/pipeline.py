@@ -61,10 +61,13 @@ class Rows:
     family = FAMILIES.get(shape.writer)
     self._layout = family.layout  # loader processes know no names that a script has registered
     self._template, self._crop = config.template, config.crop
+    self._caption_prompt = config.caption_prompt
     self._first_sentence, self._prompt_drop = config.first_sentence, config.prompt_drop
     self._seed = seed
     self._orders: dict[int, np.ndarray] = {}
-    self.planned = plans.planned(source, task, tokenizer, self._template, shape, config.plan_cache)
+    self.planned = plans.planned(
+      source, task, tokenizer, self._template, shape, config.plan_cache, config.caption_prompt
+    )
     self.plan, self.rejected = self.planned.plan, self.planned.rejected
     ahead = task == "generation" and config.stored
     self.stored = StoredImages(family.stored, source, shape.image_size, shape.stored) if ahead else None
@@ -139,6 +142,7 @@ class Rows:
       self._first_sentence,
       self._prompt_drop,
       self._layout,
+      self._caption_prompt,
     )
     if self.task == "text":
       return packing.cut(sample, start, stop)

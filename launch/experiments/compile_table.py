@@ -1,8 +1,10 @@
-"""The table of jflow/perf/README.md: stage 2 at 384 over TPU and GPU meshes of 8 to 256 chips.
+"""The tables of jflow/perf/README.md: stage 2 over TPU and GPU meshes of 8 to 256 chips.
 
   python launch/experiments/compile_table.py launch/experiments/results/compile_table
+  python launch/experiments/compile_table.py launch/experiments/results/compile_table_janus_1b janus/stage2:1b
+  python launch/experiments/compile_table.py launch/experiments/results/compile_table_janus_7b janus/stage2:pro-7b
 
-Writes NAME.json and NAME.md, about 3 minutes a row; an interrupted run resumes.
+Writes NAME.json and NAME.md, about 3 minutes a row on a free core; an interrupted run resumes.
 """
 
 import json
@@ -38,13 +40,27 @@ ROWS = (
   ("v6e:8x8", 2),
 )
 
+CONFIG = "configs/stage2.py"
+# Where Janus-Pro-7B fits: 16 bytes of state per trained parameter, cut over 16 TPU chips or 8 GPUs.
+LARGE = (
+  ("v5p:2x2x4", 1),
+  ("v5p:4x8x8", 1),
+  ("h100:2x8", 1),
+  ("h100:32x8", 1),
+  ("v5e:4x4", 1),
+  ("v5e:16x16", 1),
+  ("v5p:4x4x4", 1),
+  ("h100:1x8", 1),
+  ("h100:8x8", 1),
+)
+
 # Full effort takes the TPU compiler far longer and changes only the memory of the result; see jflow/perf/README.md.
 _EFFORT = {"tpu": -1.0, "gpu": 0.0}
 # Fixed for the table; "auto" takes Triton on a GPU, see `attention.choose`.
 _ATTENTION = {"tpu": "splash", "gpu": "cudnn"}
 
 
-def write_table(name: pathlib.Path) -> int:
+def write_table(name: pathlib.Path, config: str = CONFIG) -> int:
   """Compiles every row in its own process; writes NAME.json and NAME.md after each.
 
   Rows in NAME.json are reused, so that an interrupted run resumes; delete a row from the file to compile it again.
@@ -53,10 +69,10 @@ def write_table(name: pathlib.Path) -> int:
   known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
   reports = {report["topology"]: report for report in known if "error" not in report}
   failed = {}
-  for topology, rows in tqdm(ROWS, unit="mesh"):
+  for topology, rows in tqdm(LARGE if config.endswith("7b") else ROWS, unit="mesh"):
     if topology in reports:
       continue
-    report = _compiled(topology, rows)
+    report = _compiled(config, topology, rows)
     (failed if "error" in report else reports)[topology] = report
     order = sorted((reports | failed).values(), key=_place)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +82,7 @@ def write_table(name: pathlib.Path) -> int:
   return 1 if failed else 0
 
 
-def _compiled(topology: str, rows: int) -> dict:
+def _compiled(config: str, topology: str, rows: int) -> dict:
   """The report of a row, or its error, from its own process, so that the compiler's memory is freed."""
   platform = Topology.parse(topology).chip.platform
   effort, attention = _EFFORT[platform], _ATTENTION[platform]
@@ -77,7 +93,7 @@ def _compiled(topology: str, rows: int) -> dict:
       "-m",
       "jflow",
       "compile",
-      "--config=configs/stage2.py",
+      f"--config={config}",
       f"--topology={topology}",
       f"--rows_per_device={rows}",
       f"--effort={effort}",
@@ -124,6 +140,6 @@ def markdown(reports: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-  if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+  if len(sys.argv) not in (2, 3) or sys.argv[1].startswith("-"):
     sys.exit(__doc__)
-  sys.exit(write_table(pathlib.Path(sys.argv[1])))
+  sys.exit(write_table(pathlib.Path(sys.argv[1]), *sys.argv[2:]))

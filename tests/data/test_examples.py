@@ -72,6 +72,8 @@ def test_captions(template, expected):
   sample = build(Record("0", (PIXELS,), " A cat. ", ()), "understanding", template)
   assert show(sample.tokens) == expected
   assert learned(sample) == " A cat.[EOS]"
+  other = build(Record("0", (PIXELS,), "A cat.", ()), "understanding", template, caption_prompt="Describe it.")
+  assert show(other.tokens) == expected.replace("Generate the caption of this picture.", "Describe it.")
 
 
 @pytest.mark.parametrize(

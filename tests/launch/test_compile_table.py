@@ -17,7 +17,7 @@ def test_a_table_goes_on_where_it_was(monkeypatch, tmp_path):
   """What is there is kept, what failed is tried again, and the file is whole after every row."""
   asked, wrong = [], {"h100:1x8"}
 
-  def compiled(topology: str, rows: int) -> dict:
+  def compiled(config: str, topology: str, rows: int) -> dict:
     asked.append(topology)
     memory = {"total": 2.0, "limit": 1.0}
     return {"topology": topology} | ({"error": "?"} if topology in wrong else {"fits": False, "memory_gib": memory})
@@ -38,7 +38,7 @@ def test_a_row_of_the_table_names_the_attention_that_it_was_made_with(monkeypatc
   failed = types.SimpleNamespace(stderr="")
   monkeypatch.setattr(table.subprocess, "run", lambda command, **_: commands.append(command) or failed)
   for topology in ("h100:1x8", "v5e:2x4"):
-    assert "error" in table._compiled(topology, 1)
+    assert "error" in table._compiled("configs/stage2.py", topology, 1)
   assert ["--config.compute.attention=cudnn" in command for command in commands] == [True, False]
   assert "--config.compute.attention=splash" in commands[1]
 

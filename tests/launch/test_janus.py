@@ -34,6 +34,7 @@ def test_a_stage_has_the_numbers_of_its_table(stage, size):
   assert (c.beta1, c.beta2, c.clip_norm) == (0.9, 0.95, 1.0)
   assert (config.train.steps, config.train.batch_size, config.data.row_tokens) == (steps, rows, 4096)
   assert config.data.mixture == ((0, (reading, writing, text)),)  # its order is understanding, generation, text
+  assert config.data.caption_prompt == "Describe the image in detail."
   assert config.data.template == ("plain" if stage < 3 else "chat" if size == "1b" else "pro")
   assert config.objective.weights == {"text": 1.0, "codes": 1.0}
   setup.check(config)

@@ -26,7 +26,7 @@ from jflow.data.records import Record, RecordError, Source
 from jflow.data.store import derived, prepared
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped
-from jflow.generation.base import FAMILIES, Layout
+from jflow.generation.base import FAMILIES
 from jflow.progress import Progress
 
 # To be raised when the layouts in examples.py change length.
@@ -43,11 +43,13 @@ def measure(
   image_patches: int,
   writer: str,
   cache: str = "",
+  caption_prompt: str = examples.CAPTION_PROMPT,
 ) -> tuple[np.ndarray, collections.Counter]:
   """Returns the tokens and images of every record, int32[N, 2], and the counts of rejected ones by reason.
 
   A rejected record has length 0. Where chance decides (first sentence, dropped prompt), the longest counts.
-  `writer` is a name of generation/base.py; `cache` the folder for what cannot be kept beside the records.
+  `writer` is a name of generation/base.py; `cache` the folder for what cannot be kept beside the records;
+  `caption_prompt` as in `examples.build`.
   """
   folders = derived.places(source, cache)
   fingerprint = getattr(source, "fingerprint", "")
@@ -58,11 +60,22 @@ def measure(
     measured = image_patches
   if task == "generation" and writer != "flow":  # whose lengths were kept before there was a choice
     made_for += [writer, measured]
+  if task == "understanding" and caption_prompt != examples.CAPTION_PROMPT:
+    made_for.append(caption_prompt)
   file = derived.name("lengths", _VERSION, fingerprint, *made_for) + ".npz"
+  build = functools.partial(
+    examples.build,
+    task=task,
+    tokenizer=tokenizer,
+    template=template,
+    image_patches=measured,
+    layout=layout,
+    caption_prompt=caption_prompt,
+  )
   found = _read(folders, file, len(source))
   if found is None:
     with derived.alone(folders, file) as path:
-      found = _read(folders, file, len(source)) or _measure(source, task, tokenizer, template, layout, measured)
+      found = _read(folders, file, len(source)) or _measure(source, task, build)
       if path and not os.path.exists(path):
         _write(path, *found)
   lengths, rejected = found
@@ -70,13 +83,8 @@ def measure(
   return lengths, rejected
 
 
-def _measure(
-  source: Source, task: str, tokenizer: Tokenizer, template: str, layout: Layout, image_patches: int
-) -> tuple[np.ndarray, collections.Counter]:
+def _measure(source: Source, task: str, build: Callable[[Record], Sample]) -> tuple[np.ndarray, collections.Counter]:
   """Measures all records; a large prepared data set by its shards, with a process per core."""
-  build = functools.partial(
-    examples.build, task=task, tokenizer=tokenizer, template=template, image_patches=image_patches, layout=layout
-  )
   paths = getattr(source, "outline_paths", [])
   processes = min(os.cpu_count() or 1, len(paths))
   with Progress(len(source), 0, f"measure {task}", delay=2) as bar:

@@ -17,6 +17,7 @@ import numpy as np
 from jflow import files
 from jflow.batch import RowShape
 from jflow.data import packing
+from jflow.data.examples import CAPTION_PROMPT
 from jflow.data.packing import Plan
 from jflow.data.records import Source
 from jflow.data.store import derived, lengths
@@ -50,7 +51,15 @@ class Planned(NamedTuple):
     return self.tokens / max(self.plan.rows * row_tokens, 1)
 
 
-def planned(source: Source, task: str, tokenizer: Tokenizer, template: str, shape: RowShape, cache: str) -> Planned:
+def planned(
+  source: Source,
+  task: str,
+  tokenizer: Tokenizer,
+  template: str,
+  shape: RowShape,
+  cache: str,
+  caption_prompt: str = CAPTION_PROMPT,
+) -> Planned:
   """Returns the plan of a source, from the cache or newly made.
 
   Documents (task "text") are cut where a row ends. Any other sample longer than a row, or with more images, is
@@ -63,11 +72,14 @@ def planned(source: Source, task: str, tokenizer: Tokenizer, template: str, shap
     template: see `examples.build`.
     shape: the row's budgets.
     cache: folder for plans that cannot be kept beside the records; empty: none.
+    caption_prompt: see `examples.build`.
   """
   folders = derived.places(source, cache)
   budgets = (shape.tokens, shape.images, shape.image_patches)
   if task == "generation" and shape.writer != "flow":  # plans cached by versions without a choice stay valid
     budgets += (shape.writer,)
+  if task == "understanding" and caption_prompt != CAPTION_PROMPT:
+    budgets += (caption_prompt,)
   file = derived.name(
     "plan", _VERSION, getattr(source, "fingerprint", ""), task, tokenizer.fingerprint, template, budgets
   )
@@ -76,14 +88,18 @@ def planned(source: Source, task: str, tokenizer: Tokenizer, template: str, shap
     with derived.alone(folders, file) as path:
       found = _read(folders, file, len(source))
       if found is None:
-        found = _plan(source, task, tokenizer, template, shape, cache)
+        found = _plan(source, task, tokenizer, template, shape, cache, caption_prompt)
         if path and _write(path, found):
           found = _read(folders, file, len(source)) or found
   return found
 
 
-def _plan(source: Source, task: str, tokenizer: Tokenizer, template: str, shape: RowShape, cache: str) -> Planned:
-  sizes, rejected = lengths.measure(source, task, tokenizer, template, shape.image_patches, shape.writer, cache)
+def _plan(
+  source: Source, task: str, tokenizer: Tokenizer, template: str, shape: RowShape, cache: str, caption_prompt: str
+) -> Planned:
+  sizes, rejected = lengths.measure(
+    source, task, tokenizer, template, shape.image_patches, shape.writer, cache, caption_prompt
+  )
   if task == "text":
     plan = packing.plan_documents(sizes[:, 0], shape.tokens, _SEED)
   else:

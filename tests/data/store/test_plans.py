@@ -86,6 +86,11 @@ def test_what_a_plan_depends_on_makes_another(tmp_path, made):
     assert made == {"measured": number, "planned": 3 + number}
   _planned(tmp_path, shape=SHAPE.__class__(160, 2, 16, 64, "flow"))  # pixels do not count
   assert made == {"measured": 6, "planned": 9}
+  asked = [
+    plans.planned(_source("understanding"), "understanding", TOKENIZER, "plain", SHAPE, str(tmp_path), prompt)
+    for prompt in ("Generate the caption of this picture.", "What?", "What?")
+  ]
+  assert made == {"measured": 8, "planned": 11} and asked[1].tokens == asked[2].tokens < asked[0].tokens
 
 
 def test_a_damaged_file_is_made_again(tmp_path, made):
