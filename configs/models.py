@@ -2,7 +2,7 @@
 
 janusflow_384, janusflow_256: the paper's (paper section 4.1, appendix A; sizes of the release where it is silent).
 janus_1b, janus_pro_7b: Janus-1.3B, which Janus-Pro-1B equals in all sizes, and Janus-Pro-7B.
-tiny, janus_tiny: for tests. shapes: learns the built-in world in minutes on two cores.
+tiny, janus_tiny: for tests. shapes, janus_shapes: learn the built-in world in minutes on two cores.
 mid: the paper's parts at a width where the parts' shares of the time on a CPU are those on an accelerator; for `bench`.
 """
 
@@ -241,6 +241,20 @@ def janus_tiny() -> dict:
       code_dim=8,
       norm_groups=4,
     ),
+    objectives={},
+    reader=dict(kind="siglip", start="token", layers=2),
+  )
+
+
+def janus_shapes() -> dict:
+  """`shapes` with codes: 64 of 1,024 patches of 6 x 6 pixels.
+
+  The judge accepts 0.947 of all kinds of true pictures after this tokenizer, fitted to 1,500 of them (512 patches: 0.887;
+  without a tokenizer: 0.987).
+  """
+  return shapes() | dict(
+    generation=dict(kind="codes", hidden_dim=192, projector_layers=2),
+    autoencoder=dict(kind="patch_codes", codebook_size=1024, code_dim=16, patch_size=6),
     objectives={},
     reader=dict(kind="siglip", start="token", layers=2),
   )

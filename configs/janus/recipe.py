@@ -4,6 +4,8 @@
   pro-1b   Janus-Pro-1B, the same sizes with other steps, ratios and prompt words
   pro-7b   Janus-Pro-7B
   tiny     Janus's stages on the built-in world: configs/world.py
+  shapes   learns the built-in world, by the steps, rates and ratios of JanusFlow's sizes `shapes` and `world`, so that
+  world    the two ways to write can be compared
 
 Sources: table 1 and section 3 of both papers; section 2.2 of the second for steps and ratios. No EMA is mentioned.
 """
@@ -60,21 +62,47 @@ def _tiny(c: ConfigDict) -> None:
   c.model = models.janus_tiny()
 
 
-SIZES = {"1b": _1b, "pro-1b": _1b, "pro-7b": _7b, "tiny": _tiny}
+def _shapes(c: ConfigDict) -> None:
+  world.shapes(c)
+  _codes(c)
+
+
+def _world(c: ConfigDict) -> None:
+  world.world(c)
+  _codes(c)
+
+
+def _codes(c: ConfigDict) -> None:
+  """Codes of patches for the world's latents."""
+  c.model = models.janus_shapes()
+  c.train.fit_images = 1500  # the codebook is for patches with an edge, a quarter of all
+  c.optimizer.muon = ("language_model/layers",)
+
+
+SIZES = {"1b": _1b, "pro-1b": _1b, "pro-7b": _7b, "tiny": _tiny, "shapes": _shapes, "world": _world}
 _PAPER = {"1b": JANUS, "pro-1b": PRO_1B, "pro-7b": PRO_7B}
 
 
 def at_stage(size: str, number: int) -> ConfigDict:
-  """Returns the config of stage `number`, 1 to 3, at a size; the small sizes take Janus's ratios."""
+  """Returns the config of stage `number` at a size: 1 to 3, or 0, which replaces what is pretrained in the papers."""
   c = base.base(size or "1b", SIZES)
-  stage = _PAPER.get(c.size, JANUS)[number - 1]
+  stage = _PAPER.get(c.size, JANUS)[max(0, number - 1)]
   c.objective.weights, c.objective.draws = dict(text=1.0, codes=1.0), {}  # no weights between the losses
-  c.train.ema = 0.0
-  c.data.caption_prompt = "Describe the image in detail."
   c.data.template = "plain" if number < 3 else "pro" if c.size.startswith("pro-") else "chat"
   c.optimizer.trained = NEW_PARTS + (("language_model",) if number > 1 else ()) + (base.SIGLIP if number > 2 else ())
   c.optimizer.frozen = NEVER + (() if number > 1 else ("language_model",)) + (() if number > 2 else base.SIGLIP)
   c.optimizer.learning_rate, c.optimizer.weight_decay = stage.learning_rate, stage.weight_decay
+  if c.size in ("shapes", "world"):
+    c.optimizer.weight_decay = 0.0
+    if number == 3:
+      c.data.mixture = ((0, (21, 70, 9)),)
+    if number == 0:
+      c.objective.weights.codes, c.data.mixture = 0.0, ((0, (80, 0, 20)),)
+      c.optimizer.trained = ("language_model", "understanding_projector")
+      c.optimizer.frozen = (*NEW_PARTS[1:], *NEVER, *base.SIGLIP)
+    return world.at_stage(c, number)
+  c.train.ema = 0.0
+  c.data.caption_prompt = "Describe the image in detail."
   if c.size in _PAPER:
     c.train.steps, c.train.batch_size, c.optimizer.warmup_steps = stage.steps, stage.rows, stage.warmup
   else:

@@ -209,6 +209,7 @@ class Family:
   parity: Any = None  # the groups of golden arrays that its models have, see interop/golden.py
   flops: Any = None  # module of `step` and `image`, see flow/flops.py; None: its FLOPs are not counted
   stored: Stored | None = None  # None: it has no encoder that could run ahead
+  frozen: tuple[str, ...] = ()  # first parts of the paths of parameters that no loss reaches
   derived: Any = None  # (model config, parameters by path) -> {path: first value} of those that follow from others
   draws: type | None = None  # frozen dataclass of the section `objective.draws`, which `Writer.draw` reads; None: {}
 

@@ -108,7 +108,7 @@ def _origins(jaxpr: Any, consts: list[Any], values: list[Any]) -> list[Any]:
 def _origins_of_scan(params: dict[str, Any], given: list[Any]) -> list[Any]:
   """`_origins` of a scan's results; keys do not travel in its carry."""
   body, fixed = params["jaxpr"], params["num_consts"] + params["num_carry"]
-  at = lambda x, i: x[i] if _is_key(x) else x
+  at = lambda x, i: x[i] if _is_key(x) and x.ndim else x  # a loop over what one key has made
   consts = getattr(body, "consts", [])
   layers = [
     _origins(body.jaxpr, consts, given[:fixed] + [at(x, i) for x in given[fixed:]]) for i in range(params["length"])

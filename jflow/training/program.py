@@ -14,7 +14,9 @@ from jflow import memory, sharding
 from jflow.batch import Batch, empty
 from jflow.config import RunConfig
 from jflow.errors import UserError
+from jflow.generation.base import family
 from jflow.models.unified import UnifiedModel
+from jflow.sections import refusal
 from jflow.training import optim, setup
 from jflow.training.state import TrainState
 from jflow.training.step import make_step
@@ -57,6 +59,10 @@ def make_program(
   def state_of(params: Any) -> TrainState:
     optim.check_muon(params, config.optimizer.muon)
     trained, frozen = optim.partition(params, config.optimizer.trained, config.optimizer.frozen)
+    for part in family(config.model.generation).frozen:
+      if part in trained:
+        what = f"must not match {part}, which no loss reaches: name it in optimizer.frozen"
+        raise refusal("optimizer.trained", config.optimizer.trained, what)
     optim.rate_factors(flatten_dict(trained, sep="/"), config.optimizer.rates)
     return TrainState.create(trained, frozen, optimizer, spike_window)
 

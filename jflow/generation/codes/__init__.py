@@ -16,6 +16,7 @@ FAMILY = Family(
   layouts=("jflow.interop.janus:LAYOUT", "jflow.interop.janus_transformers:LAYOUT"),
   parity="jflow.interop.parity_codes:GROUPS",
   flops="jflow.generation.codes.flops",
+  frozen=("vq",),
   derived="jflow.generation.codes.writer:derived",
   stored=Stored(
     name="codes",
