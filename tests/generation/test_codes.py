@@ -11,16 +11,19 @@ import pytest
 import tiny
 from flax.traverse_util import flatten_dict
 
+from configs import models
 from jflow.batch import READ, WRITE, RowShape
 from jflow.data.examples import Sample
 from jflow.data.packing import pack
 from jflow.errors import UserError
 from jflow.generation.base import settings
-from jflow.generation.codes import FAMILY, sampler
+from jflow.generation.codes import FAMILY, flops, sampler
 from jflow.generation.codes.layout import CodesLayout
 from jflow.generation.codes.sampler import CodesSampler
 from jflow.generation.codes.settings import Settings
+from jflow.generation.codes.writer import derived
 from jflow.generation.flow import FAMILY as FLOW
+from jflow.models import flops as model_flops
 from jflow.models.config import ModelConfig
 from jflow.objectives import codes as objective
 
@@ -299,6 +302,38 @@ def test_a_round_trip_is_that_of_the_tokenizer():
   trip = jax.jit(lambda p, x: janus.model().bind({"params": p}).writer.vq(x))
   want = trip(janus.params(), pixels / 127.5 - 1.0)
   np.testing.assert_allclose(drawer().round_trip(pixels), want, atol=1e-4)
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------
+
+
+def test_flops_of_a_picture_are_those_of_the_sources():
+  """JANUS.md, section 14: 3.2 T in LLM and head for both halves behind 40 tokens, 0.57 T in the decoder."""
+  config = ModelConfig.from_dict(models.janus_1b())
+  decoder = config.autoencoder.decoder_flops(config.latent_size)
+  both, one = (flops.image(config, Settings(guidance=w), 40) - decoder for w in (5.0, 1.0))
+  assert both == pytest.approx(3.2e12, rel=0.02) and one == pytest.approx(both / 2, rel=0.01)
+
+
+def test_flops_of_a_step_follow_what_is_trained():
+  """Of one written image at janus_tiny's sizes; a frozen head passes gradients on, a frozen table ends them."""
+  config = janus.CONFIG
+  work = model_flops.Work(tokens=0, pairs=0, loss_tokens=0, read=0, written=1)
+  aligner, head = 64 * 8 + 64 * 64, 64 * 64 + 64 * 512
+  new = {"generation_embed", "generation_projector", "generation_head"}
+  for trained, into, out in ((new, 6, 6), (new - {"generation_projector"}, 4, 6), (set(), 2, 4)):
+    made = flops.step(config, trained, work, stored=False)
+    assert made["heads"] == (into * aligner + out * head) * P
+    assert made["vq"] == config.autoencoder.encoder_flops(64)
+    assert flops.step(config, trained, work, stored=True) == made | {"vq": 0.0}
+
+
+def test_a_fresh_table_is_the_codebook_at_length_one():
+  rows = derived(janus.CONFIG, {"vq/codebook": janus.params()["vq"]["codebook"]})["generation_embed/embed"]
+  np.testing.assert_allclose(np.linalg.norm(rows, axis=-1), 1.0, rtol=1e-6)
+  np.testing.assert_allclose(
+    rows[7] * np.linalg.norm(janus.params()["vq"]["codebook"][7]), janus.params()["vq"]["codebook"][7], rtol=1e-5
+  )
 
 
 # --- refusals --------------------------------------------------------------------------------------------------

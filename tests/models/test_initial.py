@@ -20,7 +20,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-  """Every initialiser, twice in the same shape, scanned layers, and an initialiser of someone else."""
+  """Every initialiser, twice in the same shape, scanned layers, a loop over rows, an initialiser of someone else."""
 
   @nn.compact
   def __call__(self, x):
@@ -29,6 +29,7 @@ class Model(nn.Module):
     x = x @ parameter(self, "square_2", Normal(), (8, 8), (None, None))
     x = x @ parameter(self, "foreign", nn.initializers.he_normal(), (8, 8), (None, "embed"))
     x = x @ parameter(self, "convolution", Normal(), (3, 3, 8, 8), (None,) * 4).sum((0, 1))
+    x = jax.lax.map(lambda row: 2.0 * row, x)
     scan = nn.scan(
       Block,
       variable_axes={"params": 0},
