@@ -10,26 +10,34 @@ and `convert` merge them. `data.mixture` gives the share of rows understanding :
 Time and memory: `jflow compile --config=tune --topology=h100:1x1` says what a step needs; nobody has run this size.
 """
 
+from ml_collections import ConfigDict
+
 from configs import base
 
 BLOCKS = ("language_model/layers", "generation_(encoder|decoder)/blocks_.*")
 
 
-def get_config(size: str = ""):
-  c = base.base(size)
-  c.lora.rank, c.lora.alpha, c.lora.patterns = 16, 32.0, BLOCKS
+def by_adapters(c: ConfigDict, patterns: tuple[str, ...], published: bool) -> ConfigDict:
+  """Returns the config of a run of adapters on the matrices that patterns name; `published`: of a published model."""
+  c.lora.rank, c.lora.alpha, c.lora.patterns = 16, 32.0, patterns
   c.optimizer.trained, c.optimizer.frozen = (), (".*",)
-  c.model.objectives, c.objective.weights = {}, dict(text=1.0, flow=1.0)
-  c.train.init_dropped = ("alignment_head",)  # REPA is for training from scratch
+  c.optimizer.learning_rate, c.optimizer.warmup_steps, c.optimizer.weight_decay = 2e-4, 20, 0.0
+  c.optimizer.muon = ()
   c.train.ema = 0.0  # a run of few steps has nothing to average
-  c.data.template = "chat"
+  c.train.steps = 500 if published else 20
+  c.train.batch_size = 8
   c.data.crop = "center"  # of few pictures, a random square often shows half of what the caption says
   c.data.mixture = ((0, (30, 70, 0)),)
-  c.train.batch_size = 8
-  c.train.steps = min(c.train.steps, 500) or 500
-  c.optimizer.learning_rate, c.optimizer.warmup_steps = 2e-4, 20
-  if c.size in base.PAPER:
+  if published:
     c.lora.frozen_dtype = "bfloat16"  # as published
     c.checkpoint.interval = 100
     c.log.sample_every = 100
   return c
+
+
+def get_config(size: str = ""):
+  c = base.base(size)
+  c.model.objectives, c.objective.weights = {}, dict(text=1.0, flow=1.0)
+  c.train.init_dropped = ("alignment_head",)  # REPA is for training from scratch
+  c.data.template = "chat"
+  return by_adapters(c, BLOCKS, published=c.size in base.PAPER)

@@ -80,13 +80,13 @@ def _codes(c: ConfigDict) -> None:
 
 
 SIZES = {"1b": _1b, "pro-1b": _1b, "pro-7b": _7b, "tiny": _tiny, "shapes": _shapes, "world": _world}
-_PAPER = {"1b": JANUS, "pro-1b": PRO_1B, "pro-7b": PRO_7B}
+PAPER = {"1b": JANUS, "pro-1b": PRO_1B, "pro-7b": PRO_7B}
 
 
 def at_stage(size: str, number: int) -> ConfigDict:
   """Returns the config of stage `number` at a size: 1 to 3, or 0, which replaces what is pretrained in the papers."""
   c = base.base(size or "1b", SIZES)
-  stage = _PAPER.get(c.size, JANUS)[max(0, number - 1)]
+  stage = PAPER.get(c.size, JANUS)[max(0, number - 1)]
   c.objective.weights, c.objective.draws = dict(text=1.0, codes=1.0), {}  # no weights between the losses
   c.data.template = "plain" if number < 3 else "pro" if c.size.startswith("pro-") else "chat"
   c.optimizer.trained = NEW_PARTS + (("language_model",) if number > 1 else ()) + (base.SIGLIP if number > 2 else ())
@@ -103,7 +103,7 @@ def at_stage(size: str, number: int) -> ConfigDict:
     return world.at_stage(c, number)
   c.train.ema = 0.0
   c.data.caption_prompt = "Describe the image in detail."
-  if c.size in _PAPER:
+  if c.size in PAPER:
     c.train.steps, c.train.batch_size, c.optimizer.warmup_steps = stage.steps, stage.rows, stage.warmup
   else:
     world.at_stage(c, number)

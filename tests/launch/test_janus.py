@@ -53,6 +53,16 @@ def test_a_stage_trains_its_parts(stage):
   assert set(frozen["understanding_encoder"]) == ({"head"} if stage == 3 else {*shapes["understanding_encoder"]})
 
 
+@pytest.mark.parametrize("size", ["1b", "pro-1b", "pro-7b", "tiny"])
+def test_adapters_fit_their_matrices(size):
+  config = config_files.load(f"janus/tune:{size}", ["--config.data.tokenizer=somewhere"])
+  setup.check(config)
+  model = setup.build(config, jax.devices()[0])
+  shapes = jax.eval_shape(lambda: sharding.unbox(setup.initial_params(config, model)))
+  trained, _ = optim.partition(shapes, config.optimizer.trained, config.optimizer.frozen)
+  assert set(trained) == {"language_model", "generation_projector", "generation_head"}
+
+
 @pytest.mark.parametrize("size, count", [("1b", 2_089_232_011), ("pro-1b", 2_089_232_011), ("pro-7b", 7_420_368_523)])
 def test_the_published_models_have_so_many_parameters(size, count):
   model = config_files.load(f"janus/stage1:{size}").model

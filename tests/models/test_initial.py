@@ -37,7 +37,8 @@ class Model(nn.Module):
       length=3,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return scan(name="layers")(x, None)[0]
+    x = scan(name="layers")(x, None)[0]
+    return jax.lax.map(lambda row: row + 1, x)  # over an array that a key has drawn, not over keys
 
 
 def make():
