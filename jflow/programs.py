@@ -55,6 +55,12 @@ class Programs:
       program = self._kept.get(_key(model, args, static))
     return program and program.results
 
+  def jitted(self, model: Any, **static: Hashable) -> Any:
+    """The jitted function of the params and the arguments, which is not kept, to lower it for another device."""
+    function = functools.partial(self.function, model, **static)
+    function.__name__ = self.function.__name__  # in profiles
+    return jax.jit(function, donate_argnums=self._donate)
+
   def __len__(self) -> int:
     return len(self._kept)
 
@@ -62,9 +68,7 @@ class Programs:
     key = _key(model, args, static)
     with self._lock:
       if key not in self._kept:
-        function = functools.partial(self.function, model, **static)
-        function.__name__ = self.function.__name__  # in profiles
-        self._kept[key] = _Program(jax.jit(function, donate_argnums=self._donate))
+        self._kept[key] = _Program(self.jitted(model, **static))
       self._kept.move_to_end(key)
       if len(self._kept) > self._most:
         self._kept.popitem(last=False)

@@ -160,12 +160,16 @@ class Sampler(Protocol):
       Whether all of them are compiled.
     """
 
-  def loop(self, rows: int, slots: int, settings: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The program that runs all steps of `rows` pictures behind prompts of `slots` tokens, to compile it elsewhere.
+  def loop(self, rows: int, slots: int, settings: Any) -> "Loop":
+    """The program that runs the steps of `rows` pictures behind prompts of `slots` tokens, to compile it elsewhere."""
 
-    Returns:
-      (a function of the params and the arguments, the arguments as shapes).
-    """
+
+class Loop(NamedTuple):
+  """A compiled loop of a sampler and how it is called."""
+
+  program: Any  # programs.Programs
+  args: tuple[Any, ...]  # shapes, after the params
+  static: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,11 +19,11 @@ import numpy as np
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.inference import reading
+from jflow.models.cache import MANY_ROWS
 from jflow.programs import Programs, shapes
 
 _SMALLEST = 32  # slots of the shortest bucket of prompts
 _NEAR = 256  # fewest slots of the cache that attention covers
-_MANY = 8  # rows from which the cache outweighs the matrices, so that the slots that attention covers grow finely
 
 
 class Request(NamedTuple):
@@ -62,7 +62,7 @@ def _covered(longest: int, rows: int) -> int:
 
   A power of two, or for many rows a multiple of 128 and at most eight sizes per power of two.
   """
-  if rows < _MANY:
+  if rows < MANY_ROWS:
     return power_of_two(longest, _NEAR)
   step = max(128, power_of_two(longest) // 8)
   return max(_NEAR, -(-longest // step) * step)

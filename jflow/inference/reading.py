@@ -159,11 +159,6 @@ def run(
   """
   apply = functools.partial(model.apply, {"params": params})
   whole = rows.cache
-  near = whole.replace(
-    keys=tuple(x[..., :slots] for x in whole.keys),
-    values=tuple(x[:, :slots] for x in whole.values),
-    filled=whole.filled[:, :slots],
-  )
 
   def body(carry: tuple[jax.Array, Rows, jax.Array]) -> tuple[jax.Array, Rows, jax.Array]:
     i, rows, out = carry
@@ -182,15 +177,8 @@ def run(
 
   going = lambda carry: (carry[0] < steps) & jnp.any(carry[1].active)
   out = jnp.full((CHUNK, len(rows.tokens)), -1, jnp.int32)
-  _, rows, out = jax.lax.while_loop(going, body, (0, rows.replace(cache=near), out))
-  near = rows.cache
-  put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
-  cache = near.replace(
-    keys=tuple(map(put, whole.keys, near.keys)),
-    values=tuple(map(put, whole.values, near.values)),
-    filled=put(whole.filled, near.filled),
-  )
-  return rows.replace(cache=cache), out
+  _, rows, out = jax.lax.while_loop(going, body, (0, rows.replace(cache=whole.first(slots)), out))
+  return rows.replace(cache=whole.with_first(rows.cache)), out
 
 
 def pick(

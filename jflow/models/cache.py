@@ -19,6 +19,7 @@ from jflow.models.llm.config import LanguageModelConfig
 from jflow.models.plain_attention import QUERY_BLOCK
 
 # (q_BSNH, k_BSKH, v_BSKH) of new positions -> (attended [B, S, N, H], the layer's grown keys and values).
+MANY_ROWS = 8  # from which keys and values outweigh the matrices: attention must not cover many slots that are empty
 _FUSED_FROM = 128  # positions from which the fused kernel is taken
 
 Layer = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, tuple[jax.Array, jax.Array] | None]]
@@ -64,6 +65,24 @@ class Cache(struct.PyTreeNode):
     keys, values = zip(*layers)
     filled = _write(self.filled, segments_BS > 0, self._slots(seq), 1)
     return Cache(keys=keys, values=values, filled=filled, length=self.length + seq)
+
+  def first(self, slots: int) -> "Cache":
+    """The cache's first slots alone, all of those in use among them, so that attention covers no more."""
+    return self.replace(
+      keys=tuple(x[..., :slots] for x in self.keys),
+      values=tuple(x[:, :slots] for x in self.values),
+      filled=self.filled[:, :slots],
+    )
+
+  def with_first(self, near: "Cache") -> "Cache":
+    """The cache with its first slots and its length from `near`."""
+    put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
+    return Cache(
+      keys=tuple(map(put, self.keys, near.keys)),
+      values=tuple(map(put, self.values, near.values)),
+      filled=put(self.filled, near.filled),
+      length=near.length,
+    )
 
   def _slots(self, seq: int) -> jax.Array:
     """int32[S] or int32[B, S]: where the next positions go."""

@@ -18,6 +18,7 @@ from jflow.models import attention, kernels, lora
 from jflow.models.cache import Cache, Prefix
 from jflow.models.compaction import Capacity, Chosen
 from jflow.models.config import ModelConfig
+from jflow.models.layers import transposed
 from jflow.models.llm.base import ARCHITECTURES, Output
 from jflow.models.readers import Reader
 from jflow.models.siglip import Siglip
@@ -266,6 +267,8 @@ def for_inference(model: UnifiedModel, params: Any, gpu: bool | None = None) -> 
   if gpu:
     own = getattr(_language_model(model.config), "transposed", None)
     lm = own(lm) if own else lm
+    often = getattr(_writer(model.config), "every_token", ())
+    params = {**params, **{name: transposed(params[name], ()) for name in often if name in params}}
   params = {**params, "language_model": lm}
   return inference_model(model, gpu), jax.tree_util.tree_map_with_path(cast, params)
 

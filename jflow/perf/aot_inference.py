@@ -3,17 +3,16 @@
 Legend: a step is one token of every row, or one step of the solver for every picture.
 """
 
-import functools
 import time
+import types
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jflow import compilation, registry, sharding
 from jflow.config import RunConfig
-from jflow.generation.base import family
+from jflow.generation.base import Loop, family
 from jflow.inference import reading
 from jflow.models import build, flops
 from jflow.models.unified import UnifiedModel, for_inference, inference_model
@@ -38,7 +37,7 @@ def compile_report(
 
   Returns:
     The report as plain values. `step_bytes` is the traffic of one step of the compiled program; `step_bytes_needed`
-    counts each weight of the LLM once and, of answers, the keys and values of each row.
+    counts once each matrix that a step multiplies by, and the keys and values of all rows.
   """
   device = targets.devices(topology)[0]
   on_chip = jax.sharding.SingleDeviceSharding(device)
@@ -46,17 +45,14 @@ def compile_report(
   whole = sharding.unbox(jax.eval_shape(lambda: build.initial_params(model, 0)))
   inferring = inference_model(model, gpu=True)
   params = jax.eval_shape(lambda params: for_inference(model, params, gpu=True)[1], whole)
-  if program == "understand":
-    function, args, needed = _understand(inferring, params, rows, context)
-  else:
-    function, args, needed = _generate(inferring, params, rows)
-  placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_chip), (params, *args))
+  loop = _answering(inferring, params, rows, context) if program == "understand" else _painting(inferring, params, rows)
+  placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_chip), (params, *loop.args))
   started = time.monotonic()
-  donated = (1,) if program == "understand" else ()
-  # Triton's tiles for large products are chosen by trying them on the device; of one row there is no product.
-  options = {"xla_gpu_enable_triton_gemm": program == "understand"}
+  # Triton's tiles for large products are chosen by trying them on the device; steps of a few rows have none.
+  large = program == "generate" and config.model.generation.kind == "flow"
+  options = {"xla_gpu_enable_triton_gemm": not large}
   with targets.absent_gpu(topology), compilation.said(f"{program} for {topology.name}"):
-    compiled = jax.jit(function, donate_argnums=donated).lower(*placed).compile(options)
+    compiled = loop.program.jitted(inferring, **loop.static).lower(*placed).compile(options)
   text = compiled.as_text()
   if keep_text:
     with open(keep_text, "w", encoding="utf-8") as file:
@@ -70,7 +66,7 @@ def compile_report(
     "rows": rows,
     "slots": context if program == "understand" else _PROMPT,
     "step_bytes": size,
-    "step_bytes_needed": needed,
+    "step_bytes_needed": _needed(inferring, params, loop, program),
     "step_flops": work,
     "step_seconds_at_least": max(size / topology.chip.memory_bandwidth, work / topology.chip.peak_flops),
     "memory_gib": {
@@ -82,18 +78,25 @@ def compile_report(
   }
 
 
-def _understand(model: UnifiedModel, params: Any, rows: int, context: int) -> tuple[Any, tuple[Any, ...], float]:
-  """`reading.run`, its arguments after the params, and the bytes that a token of each row must read."""
+def _answering(model: UnifiedModel, params: Any, rows: int, context: int) -> Loop:
+  """The loop of decoding; its cache is whole."""
   state = jax.eval_shape(lambda: reading.Rows.empty(model, rows, context))
-  function = functools.partial(reading.run.function, model, eos=2, slots=context, greedy=True)
-  read = flops.token_bytes(model.config.language_model, context, rows, model.dtype.itemsize)
-  return function, (state, jax.ShapeDtypeStruct((), jnp.int32)), read
+  return Loop(reading.run, (state, jax.ShapeDtypeStruct((), jnp.int32)), dict(eos=2, slots=context, greedy=True))
 
 
-def _generate(model: UnifiedModel, params: Any, rows: int) -> tuple[Any, tuple[Any, ...], float]:
-  """The loop of the family's sampler, its arguments after the params, and the bytes of the weights it reads."""
+def _painting(model: UnifiedModel, params: Any, rows: int) -> Loop:
+  """The loop of the family's sampler."""
   kind = family(model.config.generation)
-  sampler = registry.load(kind.sampler)(model, params)
-  function, args = sampler.loop(rows, _PROMPT, kind.settings())
-  size = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params["language_model"]))
-  return function, args, float(size)
+  ids = types.SimpleNamespace(image_start=0, pad=0)
+  sampler = registry.load(kind.sampler)(model, params, ids)
+  return sampler.loop(rows, _PROMPT, kind.settings())
+
+
+def _needed(model: UnifiedModel, params: Any, loop: Loop, program: str) -> float:
+  """Bytes that a step must read: the matrices that it multiplies by, and the keys and values of all rows."""
+  lm, answering = params["language_model"], program == "understand"
+  heads = lm["head"] if answering else {name: x for name, x in params.items() if name.startswith("generation_")}
+  size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  caches = [x for x in jax.tree.leaves(loop.args) if x.ndim == 3 and x.dtype == model.dtype]
+  body = flops.body_weights(model.config.language_model) * model.dtype.itemsize
+  return float(body + size(heads) + size(caches))

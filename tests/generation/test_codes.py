@@ -25,6 +25,7 @@ from jflow.generation.codes.writer import derived
 from jflow.generation.flow import FAMILY as FLOW
 from jflow.models import flops as model_flops
 from jflow.models.config import ModelConfig
+from jflow.models.unified import for_inference
 from jflow.objectives import codes as objective
 
 P = janus.CONFIG.patches
@@ -250,6 +251,17 @@ def test_a_batch_equals_one_by_one():
   for i, row in enumerate(ROWS):
     np.testing.assert_array_equal(drawn([row], [[5, 6, 5][i]])[0], together[i])
   assert (drawn([ROWS[0]], [6])[0] != together[0]).any()
+
+
+def test_what_attention_covers_and_how_matrices_lie_change_no_code(monkeypatch):
+  """Attention covers a quarter of the codes, then a half ...; matrices lie as a GPU reads them."""
+  want = drawn(ROWS, [5, 6, 5])
+  monkeypatch.setattr(sampler, "_LONG", 1)
+  monkeypatch.setattr(sampler, "MANY_ROWS", 1)
+  model, params = for_inference(janus.model(), janus.params(), gpu=True)
+  assert "transposed_kernel" in params["generation_head"]["output"]
+  for one in (drawer(), CodesSampler(model, params, janus.Ids)):
+    np.testing.assert_array_equal(one.codes(*prompts(*ROWS), one.start([5, 6, 5]), Settings()), want)
 
 
 def test_cached_equals_uncached():

@@ -13,12 +13,15 @@ import numpy as np
 
 from jflow.errors import UserError
 from jflow.generation import slices
+from jflow.generation.base import Loop
 from jflow.generation.codes.settings import Settings
-from jflow.models.cache import Cache
+from jflow.models.cache import MANY_ROWS, Cache
 from jflow.models.unified import UnifiedModel, normalise
 from jflow.programs import Programs, bounded
 
 _PIECES = 10  # calls of `draw` whose progress is told
+_COVERS = 4  # sizes of what attention covers of the cache of many rows, each a program
+_LONG = 128  # codes from which they are worth it
 
 
 class CodesSampler:
@@ -75,8 +78,9 @@ class CodesSampler:
     lengths = np.asarray(lengths_I, np.int32)
     cache = read_prompts(self._model, self._params, np.concatenate(rows), np.tile(lengths, len(rows)))
     codes: Any = jnp.zeros((len(tokens), p), jnp.int32)
-    pieces = min(_PIECES, p) if on_step else 1
-    stops = [p * (i + 1) // pieces for i in range(pieces)]
+    covers = _covers(len(cache.filled), p)
+    told = {p * (i + 1) // min(_PIECES, p) for i in range(min(_PIECES, p))} if on_step else {p}
+    stops = sorted(told | set(covers))
     for first, stop in zip([0, *stops], stops):
       codes, cache = draw(
         self._model,
@@ -90,9 +94,9 @@ class CodesSampler:
         self._begin,
         np.float32(settings.guidance),
         np.float32(settings.temperature),
-        release=settings.precision == "release",
+        **_static(settings, tokens.shape[1] + min(cover for cover in covers if cover >= stop)),
       )
-      if on_step:
+      if on_step and stop in told:
         codes.block_until_ready()
         on_step(stop, p)
     return codes
@@ -109,33 +113,45 @@ class CodesSampler:
     def results(program: Programs, *args: Any, **static: Any) -> Any:
       return program.compile(model, params, *args, **static) if compile else program.kept(model, *args, **static)
 
-    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
-    whole, number, lengths = array(jnp.int32), array(jnp.float32), array(jnp.int32, rows)
     halves = 2 if _halves(settings) == "both" else 1
-    cache = results(read_prompts, array(jnp.int32, halves * rows, slots), array(jnp.int32, halves * rows))
+    prompts = (jax.ShapeDtypeStruct((halves * rows, *more), jnp.int32) for more in ((slots,), ()))
+    cache = results(read_prompts, *prompts)
     if cache is None:
       return False
-    codes = array(jnp.int32, rows, model.config.patches)
-    drawn = results(
-      draw,
-      codes,
-      cache,
-      lengths,
-      array(jnp.uint32, rows),
-      whole,
-      whole,
-      whole,
-      number,
-      number,
-      release=settings.precision == "release",
-    )
-    most = slices.at_once(model.config.image_size)
-    return drawn is not None and results(decode, codes, most=most) is not None
+    args, p, most = self._drawing(cache, rows), model.config.patches, slices.at_once(model.config.image_size)
+    covers = _covers(halves * rows, p)
+    drawn = (results(draw, *args, **_static(settings, slots + cover)) for cover in covers)
+    return all(x is not None for x in drawn) and results(decode, args[0], most=most) is not None
+
+  def loop(self, rows: int, slots: int, settings: Settings) -> Loop:
+    """See `generation.base.Sampler.loop`; of the last codes, where attention covers the whole cache."""
+    halves = 2 if _halves(settings) == "both" else 1
+    prompts = (jax.ShapeDtypeStruct((halves * rows, *more), jnp.int32) for more in ((slots,), ()))
+    cache = jax.eval_shape(read_prompts.jitted(self._model), self._params, *prompts)
+    return Loop(draw, self._drawing(cache, rows), _static(settings, slots + self._model.config.patches))
+
+  def _drawing(self, cache: Cache, rows: int) -> tuple[Any, ...]:
+    """The arguments of `draw` after the params, as shapes."""
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+    whole, number = array(jnp.int32), array(jnp.float32)
+    codes, seeds = array(jnp.int32, rows, self._model.config.patches), array(jnp.uint32, rows)
+    return codes, cache, array(jnp.int32, rows), seeds, whole, whole, whole, number, number
 
 
 def _halves(settings: Settings) -> str:
   """Which rows a guidance needs: those of the prompt, of its unconditional twin, or both."""
   return {1.0: "prompt", 0.0: "twin"}.get(settings.guidance, "both")
+
+
+def _covers(rows: int, codes: int) -> list[int]:
+  """Numbers of codes of an image that attention may cover, in rising order; one program each."""
+  count = _COVERS if rows >= MANY_ROWS and codes >= _LONG else 1
+  return [-(-codes * (i + 1) // count) for i in range(count)]
+
+
+def _static(settings: Settings, slots: int) -> dict[str, Any]:
+  """The static arguments of `draw`."""
+  return dict(release=settings.precision == "release", greedy=settings.temperature == 0, slots=slots)
 
 
 @bounded(most=16)
@@ -149,7 +165,7 @@ def read_prompts(model: UnifiedModel, params: Any, tokens_RS: jax.Array, lengths
   return bound.backbone(x, positions, segments, cache).cache
 
 
-@bounded(most=16, donate=("codes_IP", "cache"))
+@bounded(most=32, donate=("codes_IP", "cache"))
 def draw(
   model: UnifiedModel,
   params: Any,
@@ -164,6 +180,8 @@ def draw(
   temperature: jax.Array,
   *,
   release: bool,
+  greedy: bool,
+  slots: int,
 ) -> tuple[jax.Array, Cache]:
   """Draws the codes `first` to `stop` of each image; a cache of twice as many rows turns guidance on.
 
@@ -176,6 +194,8 @@ def draw(
     begin: int32[], the begin-of-image token, which is read before the first code.
     guidance, temperature: f32[].
     release: logits and guidance in bf16, as published.
+    greedy: the temperature is 0: each code is the most likely.
+    slots: of the cache that attention covers; at least those in use after code `stop`.
   """
   i = len(codes_IP)
   halves = len(cache.filled) // i
@@ -192,9 +212,12 @@ def draw(
     logits = logits.astype(jnp.bfloat16) if release else logits
     if halves == 2:
       logits = guide(logits[:i], logits[i:], guidance.astype(logits.dtype))
-    return codes.at[:, k].set(pick(logits.astype(jnp.float32), seeds_I, k, temperature)), out.cache
+    logits = logits.astype(jnp.float32)
+    drawn = jnp.argmax(logits, axis=-1).astype(jnp.int32) if greedy else pick(logits, seeds_I, k, temperature)
+    return codes.at[:, k].set(drawn), out.cache
 
-  return jax.lax.fori_loop(first, stop, body, (codes_IP, cache))
+  codes_IP, near = jax.lax.fori_loop(first, stop, body, (codes_IP, cache.first(slots)))
+  return codes_IP, cache.with_first(near)
 
 
 def guide(conditional: jax.Array, unconditional: jax.Array, guidance: jax.Array | float) -> jax.Array:
@@ -203,14 +226,9 @@ def guide(conditional: jax.Array, unconditional: jax.Array, guidance: jax.Array 
 
 
 def pick(logits_IV: jax.Array, seeds_I: jax.Array, k: jax.Array, temperature: jax.Array) -> jax.Array:
-  """Draws code k of each image from softmax(logits / temperature): int32[I]. Temperature 0: the most likely."""
-  likeliest = jnp.argmax(logits_IV, axis=-1).astype(jnp.int32)
-
-  def drawn() -> jax.Array:
-    one = lambda seed, logits: jax.random.categorical(jax.random.fold_in(jax.random.key(seed), k), logits)
-    return jax.vmap(one)(seeds_I, logits_IV / jnp.maximum(temperature, 1e-6)).astype(jnp.int32)
-
-  return jax.lax.cond(temperature > 0, drawn, lambda: likeliest)
+  """Draws code k of each image from softmax(logits / temperature), temperature above 0: int32[I]."""
+  one = lambda seed, logits: jax.random.categorical(jax.random.fold_in(jax.random.key(seed), k), logits)
+  return jax.vmap(one)(seeds_I, logits_IV / jnp.maximum(temperature, 1e-6)).astype(jnp.int32)
 
 
 @bounded(most=6)

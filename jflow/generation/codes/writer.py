@@ -73,6 +73,7 @@ class CodesWriter(nn.Module):
 
   losses_made = ("codes",)
   patches_from = 0  # the slot of a code is that of its patch
+  every_token = ("generation_projector", "generation_head")  # what each code runs, see `unified.for_inference`
 
   def setup(self) -> None:
     c, dtype = self.config, self.dtype

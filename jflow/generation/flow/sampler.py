@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflow.errors import UserError
+from jflow.generation.base import Loop
 from jflow.generation.flow import equations
 from jflow.generation.flow.settings import Settings
 from jflow.models.cache import Cache, Prefix
@@ -117,12 +118,11 @@ class FlowSampler:
     z = results(solve, *args, **static)
     return z is not None and results(decode, z, at_once=decoded_at_once(model.config.image_size)) is not None
 
-  def loop(self, rows: int, slots: int, settings: Settings) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+  def loop(self, rows: int, slots: int, settings: Settings) -> Loop:
     """See `generation.base.Sampler.loop`."""
     tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, slots), (rows,)))
-    read = functools.partial(read_prompts.function, self._model, guided=settings.guidance != 1.0)
-    args, static = self._solving(jax.eval_shape(read, self._params, tokens, lengths), rows, settings)
-    return functools.partial(solve.function, self._model, **static), args
+    read = read_prompts.jitted(self._model, guided=settings.guidance != 1.0)
+    return Loop(solve, *self._solving(jax.eval_shape(read, self._params, tokens, lengths), rows, settings))
 
   def _solving(self, prefix: Prefix, rows: int, settings: Settings) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of `solve` after the params, as shapes, and its static ones."""
