@@ -11,7 +11,9 @@ from flax.traverse_util import flatten_dict
 from jflow.batch import WRITE
 from jflow.errors import UserError
 from jflow.generation.base import family
+from jflow.models.flops import Work
 from jflow.training import encode, setup
+from jflow.training.flops import model_flops_of
 
 KIND = family(tiny.JANUS.generation).stored
 
@@ -97,3 +99,20 @@ def test_the_fingerprint_covers_what_makes_codes_and_nothing_else():
         encode.check({"codes-16": ours}, {"vq": nudged}, tiny.JANUS)
   with pytest.raises(UserError, match="needs a frozen VQ"):
     encode.check({"codes-16": ours}, {}, tiny.JANUS)
+
+
+def test_the_flops_of_a_step_follow_the_weights():
+  """Six per weight of a trained matrix and token that it sees; codes made ahead save the encoder."""
+  shapes = flatten_dict(tiny.shapes(tiny.JANUS), sep="/")
+  weights = lambda part: sum(x.size for path, x in shapes.items() if path.startswith(part) and path.endswith("kernel"))
+  work = Work(tokens=100.0, pairs=1000.0, loss_tokens=10.0, read=2.0, written=3.0)
+  count = lambda **data: model_flops_of(configuration(**data), tiny.JANUS, training()[0].trained, work)
+  parts, lm = count(), tiny.JANUS.language_model
+  patches = {"understanding_projector": 2, "generation_projector": 3, "generation_head": 3}
+  heads = sum(6 * weights(part) * tiny.JANUS.patches * images for part, images in patches.items())
+  attention = 12 * lm.num_layers * lm.num_heads * lm.head_dim * work.pairs
+  assert parts["heads"] == heads
+  assert parts["llm"] == 6 * weights("language_model/layers") * work.tokens + attention
+  assert parts["head"] == 6 * weights("language_model/head") * work.loss_tokens
+  assert parts["vq"] == 3 * tiny.JANUS.autoencoder.encoder_flops(16) > 0
+  assert count(stored=True) == parts | {"vq": 0.0}
