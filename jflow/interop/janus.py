@@ -81,13 +81,10 @@ def vq_config(f: Fields, names: tuple[str, ...], default: Any, vision: SiglipCon
   rows, dim, channels, multipliers, blocks, between = names
   levels = f.get(multipliers, list, default(multipliers))
   width = f.get(channels, int, default(channels))
-  if not 0 < len(levels) <= MOST_LEVELS or not all(
-    type(m) is int and 0 < m <= most("multipliers") and width * m % _NORM_GROUPS == 0 for m in levels
-  ):
-    raise UserError(
-      f"{f.where}: {multipliers}={shown(levels)} times {channels}={width} must be 1 to {MOST_LEVELS} multiples of "
-      f"{_NORM_GROUPS}"
-    )
+  if width % _NORM_GROUPS:
+    raise UserError(f"{f.where}: {channels}={width} must be a multiple of {_NORM_GROUPS}")
+  if not 0 < len(levels) <= MOST_LEVELS or not all(type(m) is int and 0 < m <= most("multipliers") for m in levels):
+    raise UserError(f"{f.where}: {multipliers}={shown(levels)} must hold 1 to {MOST_LEVELS} positive integers")
   side = vision.image_size // 2 ** (len(levels) - 1)
   if side**2 != vision.patches:
     raise UserError(

@@ -75,3 +75,23 @@ def vae(directory: pathlib.Path, seed: int, channels=(8, 16), layers=1):
   )
   shake(model, seed).save_pretrained(directory)
   return model
+
+
+def janus(directory: pathlib.Path, seed: int, text: dict, vision: dict, vq: dict):
+  """A JanusForConditionalGeneration of 97 ids: BOS 0, BOI 94, image 95, pad 96."""
+  sizes = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4)
+  sizes |= dict(max_position_embeddings=256, bos_token_id=0, eos_token_id=None, pad_token_id=96) | text
+  width = sizes["hidden_size"]
+  seen = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, projection_dim=width) | vision
+  patches = (seen["image_size"] // seen["patch_size"]) ** 2
+  codes = dict(projection_dim=width, image_token_embed_dim=width, base_channels=32, latent_channels=16) | vq
+  config = transformers.JanusConfig(
+    text_config=sizes | {"model_type": "llama"},
+    vision_config=seen | {"num_image_tokens": patches},
+    vq_config=codes,
+    image_token_id=95,
+    attn_implementation="eager",
+  )
+  model = shake(transformers.JanusForConditionalGeneration(config), seed)
+  model.save_pretrained(directory)
+  return model

@@ -32,8 +32,8 @@ def vq(c: VQConfig, prefix: str) -> Iterator[Entry]:
   """The entries of the tokenizer, whose names begin with `prefix`."""
   widths, top, levels = c.widths, c.widths[-1], len(c.widths)
   encoder, decoder = f"{prefix}encoder", f"{prefix}decoder"
-  yield from conv(f"{encoder}.conv_in", "vq/encoder/conv_in", widths[0], 3, 3)
-  into = widths[0]
+  yield from conv(f"{encoder}.conv_in", "vq/encoder/conv_in", c.channels, 3, 3)
+  into = c.channels
   for i, out in enumerate(widths):
     name, path = f"{encoder}.conv_blocks.{i}", f"vq/encoder/down_{i}"
     for j in range(c.blocks_per_level):

@@ -61,9 +61,12 @@ class AutoencoderKLConfig(AutoencoderConfig):
     return stack + 2.0 * latent_size**2 * latents * latents
 
 
-def encoder_flops(side: int, widths: Sequence[int], blocks: int, out: int, attention: bool = False) -> float:
+def encoder_flops(
+  side: int, widths: Sequence[int], blocks: int, out: int, attention: bool = False, first: int = 0
+) -> float:
   """FLOPs of an `Encoder` on one image of side x side pixels."""
-  total, channels = _conv_flops(side, 3, widths[0]), widths[0]
+  channels = first or widths[0]
+  total = _conv_flops(side, 3, channels)
   for level, width in enumerate(widths):
     lowest = level + 1 == len(widths)
     for _ in range(blocks):
@@ -244,6 +247,7 @@ class Encoder(nn.Module):
     out: channels of the result.
     dtype: compute dtype.
     attention: whether attention follows each resnet of the lowest resolution.
+    first: channels of the first convolution; 0: those of the highest resolution.
   """
 
   widths: tuple[int, ...]
@@ -252,12 +256,13 @@ class Encoder(nn.Module):
   out: int
   dtype: Any
   attention: bool = False
+  first: int = 0
 
   @nn.compact
   def __call__(self, x_BHWC: jax.Array) -> jax.Array:
     """[B, H, W, 3] -> [B, H / factor, W / factor, out]."""
     groups, dtype = self.groups, self.dtype
-    x_BHWC = Conv(self.widths[0], 3, dtype, name="conv_in")(x_BHWC)
+    x_BHWC = Conv(self.first or self.widths[0], 3, dtype, name="conv_in")(x_BHWC)
     for i, channels in enumerate(self.widths):
       lowest = i + 1 == len(self.widths)
       for j in range(self.blocks):

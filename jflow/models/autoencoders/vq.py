@@ -24,7 +24,7 @@ _SHORTEST = 1e-12  # a vector is divided by its L2 norm, at least this
 class VQConfig(CodebookConfig):
   """The sizes of a `VQ`."""
 
-  channels: int  # of the highest resolution
+  channels: int  # of the first convolution
   multipliers: tuple[int, ...]  # of `channels`, per resolution; the factor is 2 ** (len - 1)
   blocks_per_level: int
   latent_channels: int  # between the convolutions and the 1x1 ones around the codebook
@@ -43,10 +43,11 @@ class VQConfig(CodebookConfig):
     multipliers = self.multipliers
     if len(multipliers) > MOST_LEVELS:
       raise UserError(f"model.autoencoder.multipliers={shown(multipliers)} must hold at most {MOST_LEVELS} numbers")
-    if not multipliers or any(m < 1 or self.channels * m % self.norm_groups for m in multipliers):
+    if not multipliers or any(m < 1 for m in multipliers):
+      raise UserError(f"model.autoencoder.multipliers={shown(multipliers)} must hold positive integers")
+    if self.channels % self.norm_groups:
       raise UserError(
-        f"model.autoencoder.multipliers={multipliers} times channels={self.channels} must be multiples of "
-        f"norm_groups={self.norm_groups}"
+        f"model.autoencoder.channels={self.channels} must be a multiple of norm_groups={self.norm_groups}"
       )
 
   def rows(self, codebook: Any) -> Any:
@@ -60,7 +61,8 @@ class VQConfig(CodebookConfig):
     return self.kind, self.codebook_size, self.code_dim
 
   def encoder_flops(self, image_size: int) -> float:
-    stack = encoder_flops(image_size, self.widths, self.blocks_per_level, self.latent_channels, attention=True)
+    sizes = (self.widths, self.blocks_per_level, self.latent_channels)
+    stack = encoder_flops(image_size, *sizes, attention=True, first=self.channels)
     codes = (image_size // self.factor) ** 2
     return stack + 2.0 * codes * self.code_dim * (self.latent_channels + self.codebook_size)
 
@@ -77,7 +79,9 @@ class VQ(nn.Module):
 
   def setup(self) -> None:
     c = self.config
-    self.encoder = Encoder(c.widths, c.blocks_per_level, c.norm_groups, c.latent_channels, self.dtype, attention=True)
+    self.encoder = Encoder(
+      c.widths, c.blocks_per_level, c.norm_groups, c.latent_channels, self.dtype, attention=True, first=c.channels
+    )
     self.quant_conv = Conv(c.code_dim, 1, self.dtype)
     shape = (c.codebook_size, c.code_dim)
     self.codebook = parameter(self, "codebook", Normal(1.0), shape, (None, None))
