@@ -244,7 +244,8 @@ def _paint_tab(work: Work) -> None:
       gr.Warning(html.escape(str(error)), title="Not painted")
       yield still("")
       return
-    seconds, each = time.monotonic() - started, f"{task.settings.evaluations} evaluations of the model each"
+    seconds, count = time.monotonic() - started, engine.pipeline.sampler.evaluations(task.settings)
+    each = f"{count} evaluations of the model each"
     button = gr.DownloadButton(value=files[-1].path, interactive=True)
     yield done, f"{task.count} in {seconds:.1f} s, {each}", seed, button
 
