@@ -198,6 +198,17 @@ def mid() -> dict:
   )
 
 
+def janus_mid() -> dict:
+  """A mid-size Janus: the LLM and SigLIP of `mid`, 144 codes of a VQ of half of VQ-16's channels."""
+  model, whole = mid(), janus_1b()
+  return whole | dict(
+    language_model=model["language_model"],
+    understanding_encoder=model["understanding_encoder"],
+    generation=whole["generation"] | dict(hidden_dim=768),
+    autoencoder=whole["autoencoder"] | dict(channels=64),
+  )
+
+
 def janus_1b() -> dict:
   """Janus-1.3B and Janus-Pro-1B: the LLM and SigLIP of JanusFlow, MLP aligners, 576 codes of VQ-16."""
   model = janusflow_384()

@@ -6,6 +6,7 @@
   tiny     Janus's stages on the built-in world: configs/world.py
   shapes   learns the built-in world, by the steps, rates and ratios of JanusFlow's sizes `shapes` and `world`, so that
   world    the two ways to write can be compared
+  mid      for `bench` on a CPU
 
 Sources: table 1 and section 3 of both papers; section 2.2 of the second for steps and ratios. No EMA is mentioned.
 """
@@ -79,7 +80,12 @@ def _codes(c: ConfigDict) -> None:
   c.optimizer.muon = ("language_model/layers",)
 
 
-SIZES = {"1b": _1b, "pro-1b": _1b, "pro-7b": _7b, "tiny": _tiny, "shapes": _shapes, "world": _world}
+def _mid(c: ConfigDict) -> None:
+  world.mid(c)
+  c.model = models.janus_mid()
+
+
+SIZES = {"1b": _1b, "pro-1b": _1b, "pro-7b": _7b, "tiny": _tiny, "shapes": _shapes, "world": _world, "mid": _mid}
 PAPER = {"1b": JANUS, "pro-1b": PRO_1B, "pro-7b": PRO_7B}
 
 

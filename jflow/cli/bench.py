@@ -1,13 +1,14 @@
 """The command `bench`: measures the speed of a workload on this machine."""
 
 import argparse
+import dataclasses
 import importlib
 import pathlib
 import sys
 from collections.abc import Callable
 
-from jflow.cli.arguments import Parser, number, whole
-from jflow.cli.flags import add_model, check_json
+from jflow.cli.arguments import Parser, whole
+from jflow.cli.flags import add_model, add_settings, check_json, settings_of
 from jflow.outputs import write_json
 
 
@@ -86,14 +87,15 @@ def _generate(p: argparse.ArgumentParser) -> None:
 examples
   python -m jflow bench generate --versus=tests/parity/torch_worker.py   # a mid-size model, random weights
   python -m jflow bench generate --checkpoint=quickstart/stage3 --batch_size=4
+  python -m jflow bench generate --config=janus/stage3:mid --versus=tests/parity/torch_worker.py   # by codes
   python -m jflow bench generate --config=stage3:384 --batch_size=16     # on a GPU
 
-The PyTorch side is the published loop: it runs the prompt again at every step. On a GPU or TPU the report says
-which share of the chip's peak the pictures' FLOPs take (mfu)."""
+The PyTorch side is the published loop: of flow, it runs the prompt again at every step; of codes, it is transformers'
+generate, and both sides take the most likely code. On a GPU or TPU the report says which share of the chip's peak the
+pictures' FLOPs take (mfu), and of codes which share of the memory bandwidth their loop reaches (bandwidth_share)."""
   add = _inference(p)
   add("--batch_size", type=whole(most=4096), default=2, help="pictures generated at once (default %(default)s)")
-  add("--steps", type=whole(most=10_000), default=30, help="Euler steps (default %(default)s)")
-  add("--guidance", type=number(most=1e6), default=2.0, help="w of eq. 5 (default %(default)s)")
+  add_settings(p)
   add("--prompt_tokens", type=whole(), default=32, help="of the longest prompt (default %(default)s)")
 
 
@@ -151,7 +153,7 @@ WORKLOADS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
   "train": (_train, "the train step of a config: tokens/s, MFU, memory, and its parts alone"),
   "attention": (_attention, "kernels of packed attention: seconds, memory, error, leaks"),
   "products": (_products, "matrix products of the step's shapes, and a copy: what the device reaches"),
-  "generate": (_generate, "painting: solver and VAE, alone or beside PyTorch"),
+  "generate": (_generate, "generation of images: loop and decoder, alone or beside PyTorch"),
   "understand": (_understand, "answering: first token and the ones after it, alone or beside PyTorch"),
   "data": (_data, "the input pipeline beside the plain loop: decode and resize"),
 }
@@ -184,7 +186,10 @@ def main(argv: list[str]) -> int:
   flags = {name: tuple(x) if isinstance(x, list) else x for name, x in vars(args).items()}
   workload, file = flags.pop("workload"), flags.pop("json")
   module = importlib.import_module(f"jflow.perf.{workload}")
-  report = module.run(module.Settings(**flags))
+  names = {field.name for field in dataclasses.fields(module.Settings)}
+  if "sampling" in names:
+    flags["sampling"] = settings_of(args)
+  report = module.run(module.Settings(**{name: value for name, value in flags.items() if name in names}))
   for name, value in report.items():
     print(f"{name:24} {_readable(value)}")
   if file:

@@ -115,7 +115,9 @@ class Writer(Protocol):
 class Sampler(Protocol):
   """A sampler from prompts to pixels, made as `Sampler(model, params, tokenizer)` with a model for inference.
 
-  Of the tokenizer it takes the ids of special tokens.
+  Of the tokenizer it takes the ids of special tokens. Where its work has two halves, `halves` may name them, and the
+  methods `write`, with the arguments of `sample`, and `decode`, of what `write` returns, are `sample` in two calls:
+  `bench` then times each.
 
   Legend: I images, S prompt slots.
   """

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from jflow.errors import UserError
+from jflow.errors import Stopped, UserError
 from jflow.inference import reading
 from jflow.inference.decoding import Decoder, Request
 from jflow.models import flops as model_flops
-from jflow.perf import inference
+from jflow.perf import inference, versus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,9 @@ def run(args: Settings) -> dict[str, Any]:
   for name, least in (("batch_size", 1), ("new_tokens", 2), ("question_tokens", 3)):
     if getattr(args, name) < least:
       raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")
-  pipeline = inference.open_pipeline(args)
+  source = inference.open_source(args)
+  work = versus.work_of(args, source.config)
+  pipeline = source.pipeline()
   c, n, count = pipeline.model.config, args.batch_size, args.new_tokens
   slots, lm = 1 + c.patches, c.language_model
   length = 1 + slots + args.question_tokens
@@ -49,14 +51,14 @@ def run(args: Settings) -> dict[str, Any]:
   calls = {"first": lambda: answer(1), "all": lambda: answer(count)}
   _, first_seconds = inference.first(calls["all"])
   report = inference.about("understand", pipeline)
-  with inference.torch_side(args, pipeline) as torch:
+  with versus.torch_side(args, work, source, pipeline.model.dtype) as torch:
     if torch:
       pixels = np.ascontiguousarray(images.astype(np.float32).transpose(0, 3, 1, 2) / 127.5 - 1)
       torch.load(tokens=tokens, lengths=np.full(n, length), starts=np.ones((n, 1), int), pixels=pixels)
       theirs, ours = torch.result(do="answer", count=count), answer(count)
       report["same_tokens"] = float(np.mean(ours == theirs))
       if str(pipeline.model.dtype) == "float32" and (ours != theirs).any():
-        raise inference.Stopped("jflow and PyTorch answer differently, so their times say nothing")
+        raise Stopped("jflow and PyTorch answer differently, so their times say nothing")
       calls["torch first"] = lambda: torch.call(do="answer", count=1)
       calls["torch all"] = lambda: torch.call(do="answer", count=count)
     measured = inference.in_turn(calls, args.repeats)

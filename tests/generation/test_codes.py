@@ -125,7 +125,7 @@ def test_greedy_codes_of_prompts_of_two_lengths_are_the_published_ones_of_each_a
   long, short = golden["paint/greedy_prompt_ids"][:-1], golden["paint/short_greedy_prompt_ids"][:-1]
   assert len(long) != len(short)
   told = []
-  codes = drawer().codes(
+  codes = drawer().write(
     *prompts(long, short), drawer().start([1, 2]), Settings(temperature=0), lambda *x: told.append(x)
   )
   np.testing.assert_array_equal(codes, np.stack([golden["paint/greedy_codes"], golden["paint/short_greedy_codes"]]))
@@ -243,7 +243,7 @@ ROWS = ([251, 3, 5, 8, 2], [251, 7], [251, 4, 4, 4, 4, 4, 4, 9])
 
 
 def drawn(rows, seeds, **given):
-  return np.asarray(drawer().codes(*prompts(*rows), drawer().start(seeds), Settings(**given)))
+  return np.asarray(drawer().write(*prompts(*rows), drawer().start(seeds), Settings(**given)))
 
 
 def test_a_batch_equals_one_by_one():

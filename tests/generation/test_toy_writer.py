@@ -29,6 +29,7 @@ from jflow.generation.base import FAMILIES, Family, Written, setting
 from jflow.interop import checkpoints
 from jflow.models.config import ModelConfig
 from jflow.models.layers import Linear, parameter
+from jflow.perf import generate as generation_speed
 from jflow.training.metrics import read_metrics
 
 COLORS = 3
@@ -219,6 +220,12 @@ def test_serve_takes_its_settings_as_fields(workdir):
       refused = ask(**{field: value})
       assert refused.status_code == 400 and refused.json()["error"]["param"] == field
     assert "averages" in refused.json()["error"]["message"]
+
+
+def test_bench_times_its_pictures(workdir):
+  settings = generation_speed.Settings(checkpoint=str(workdir), repeats=1, batch_size=1, sampling={"brightness": 0.5})
+  report = generation_speed.run(settings)
+  assert report["pictures"] == 1 and report["brightness"] == 0.5 and report["images_per_second"] > 0
 
 
 def test_the_next_stage_starts_from_its_checkpoint(workdir, tmp_path):

@@ -1,8 +1,8 @@
-"""Serves `bench --versus`: runs torch_reference.py in a process of its own, one JSON line per request.
+"""Serves `bench --versus`: runs torch_reference.py or janus_reference.py in a process of its own, a line per request.
 
 python tests/parity/torch_worker.py DIR DTYPE
 
-A request {"do": "load", "file": NPZ} takes the inputs of the following runs; {"do": "solve" | "decode" | "answer",
+A request {"do": "load", "file": NPZ} takes the inputs of the following runs; {"do": "solve" | "draw" | "decode" | "answer",
 "save": NPZ or null, ...} runs them and replies once it is done. The process waits without using a core in between.
 """
 
@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 import torch
+from janus_reference import JanusReference
 from torch_reference import Reference
 
 
@@ -21,7 +22,8 @@ def main() -> None:
   directory, dtype = pathlib.Path(sys.argv[1]), getattr(torch, sys.argv[2])
   torch.set_num_threads(len(os.sched_getaffinity(0)))  # a barrier over more threads than cores waits
   device = "cuda" if torch.cuda.is_available() else "cpu"
-  reference, given = Reference(directory, device, dtype), {}
+  kind = JanusReference if (directory / "janus").is_dir() else Reference
+  reference, given = kind(directory, device, dtype), {}
   put = lambda name: torch.from_numpy(given[name]).to(device)
 
   def run(request: dict) -> torch.Tensor:
@@ -29,8 +31,10 @@ def main() -> None:
       return reference.solve(
         put("tokens").long(), given["lengths"].tolist(), put("noise"), request["steps"], request["guidance"]
       )
+    if request["do"] == "draw":
+      return reference.draw(put("tokens").long(), given["ids"].tolist(), request["guidance"])
     if request["do"] == "decode":
-      return reference.decode(put("latents"))
+      return reference.decode(put("written"))
     starts = [[int(at) for at in row if at >= 0] for row in given["starts"]]
     return reference.answer(put("tokens").long(), given["lengths"].tolist(), starts, put("pixels"), request["count"])
 

@@ -19,7 +19,7 @@ from jflow.models import build
 from jflow.models import flops as model_flops
 from jflow.models.config import ModelConfig
 from jflow.models.unified import UnifiedModel
-from jflow.perf import inference
+from jflow.perf import inference, versus
 
 FULL = ModelConfig.from_dict(models.janusflow_384())
 CONFIG = f"--config={tiny.ROOT}/configs/stage3.py:tiny"
@@ -74,6 +74,11 @@ def test_the_formulas_are_what_xla_counts():
   "workload, flags, wanted",
   [
     ("generate", ("--steps=2",), ("images_per_second", "model_flops", "seconds_per_step")),
+    (
+      "generate",
+      ("--config=janus/stage3:tiny", "--temperature=0"),
+      ("images_per_second", "temperature", "bytes_per_step"),
+    ),
     ("understand", ("--new_tokens=6",), ("tokens_per_second", "seconds_to_first", "bytes_per_step")),
   ],
 )
@@ -88,6 +93,6 @@ def test_a_report_has_what_the_contract_names(tmp_path, workload, flags, wanted)
 
 def test_frameworks_that_differ_are_not_timed():
   with pytest.raises(Stopped, match="differ by"):
-    inference.agree("latents", np.ones(4), np.zeros(4) + 2, "float32")
+    versus.agree("latents", np.ones(4), np.zeros(4) + 2, "float32")
   with pytest.raises(Stopped, match="differ by"):
-    inference.agree("latents", np.full(4, np.nan), np.ones(4), "float32")
+    versus.agree("latents", np.full(4, np.nan), np.ones(4), "float32")

@@ -39,6 +39,21 @@ def image(config: ModelConfig, settings: Settings, prompt: int) -> float:
   return codes + config.autoencoder.decoder_flops(config.latent_size)
 
 
+def step_bytes(config: ModelConfig, settings: Settings, prompt: int, images: int, itemsize: int) -> float:
+  """Bytes that drawing one code of each image reads: every weight once, keys and values of half of an image's codes.
+
+  Args:
+    config: the model.
+    settings: of the sampler.
+    prompt: tokens of each prompt.
+    images: of the batch.
+    itemsize: bytes of a weight.
+  """
+  lm, rows = config.language_model, images * (1 if settings.guidance in (0.0, 1.0) else 2)
+  llm = model_flops.token_bytes(lm, prompt + config.patches // 2, rows, itemsize)
+  return llm + itemsize * (projector(config) + head(config) - lm.embed_dim * lm.vocab_size)  # its own head
+
+
 def projector(config: ModelConfig) -> int:
   """Multiply-adds of gen_aligner for one code."""
   d = config.language_model.embed_dim

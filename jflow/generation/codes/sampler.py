@@ -32,6 +32,8 @@ class CodesSampler:
   replace a prompt.
   """
 
+  halves = ("draw", "decode")
+
   def __init__(self, model: UnifiedModel, params: Any, tokenizer: Any):
     """`model`: with separate layers, see `unified.for_inference`; of `tokenizer`, the ids `image_start` and `pad`."""
     self._model, self._params = model, params
@@ -58,10 +60,13 @@ class CodesSampler:
     on_step: Callable[[int, int], None] | None = None,
   ) -> np.ndarray:
     """Draws the codes and decodes them. With `on_step` the host waits for the device about ten times."""
-    codes = self.codes(tokens_IS, lengths_I, start, settings, on_step)
-    return np.asarray(decode(self._model, self._params, codes, most=slices.at_once(self._model.config.image_size)))
+    return self.decode(self.write(tokens_IS, lengths_I, start, settings, on_step))
 
-  def codes(
+  def decode(self, codes_IP: jax.Array) -> np.ndarray:
+    """Pixels of codes, see `sample`."""
+    return np.asarray(decode(self._model, self._params, codes_IP, most=slices.at_once(self._model.config.image_size)))
+
+  def write(
     self,
     tokens_IS: np.ndarray,
     lengths_I: np.ndarray,

@@ -30,6 +30,8 @@ class FlowSampler:
   unchanged: the release masks the other prompt tokens, which gives the same numbers.
   """
 
+  halves = ("solve", "decode")
+
   def __init__(self, model: UnifiedModel, params: Any, tokenizer: Any = None):
     """`model`: with separate layers, see `unified.for_inference`. The time token is no token of `tokenizer`."""
     self._model, self._params = model, params
@@ -69,7 +71,18 @@ class FlowSampler:
     settings: Settings,
     on_step: Callable[[int, int], None] | None = None,
   ) -> np.ndarray:
-    """Solves the ODE (eq. 4, 5). With `on_step` the host waits for the device about ten times."""
+    """Solves the ODE and decodes the latents, see `write`."""
+    return self.decode(self.write(tokens_IS, lengths_I, start, settings, on_step))
+
+  def write(
+    self,
+    tokens_IS: np.ndarray,
+    lengths_I: np.ndarray,
+    start: np.ndarray,
+    settings: Settings,
+    on_step: Callable[[int, int], None] | None = None,
+  ) -> jax.Array:
+    """Solves the ODE (eq. 4, 5): latents [I, h, w, C]. With `on_step` the host waits for the device ten times."""
     steps, release = settings.steps, settings.precision == "release"
     grid = equations.time_grid(steps, settings.shift)
     grid = np.pad(np.asarray(grid, np.float32), (0, _padded(steps) - len(grid)), mode="edge")
@@ -96,6 +109,11 @@ class FlowSampler:
       if on_step:
         z.block_until_ready()
         on_step(stop, steps)
+    return z
+
+  def decode(self, z_IhwC: jax.Array) -> np.ndarray:
+    """Pixels of latents, see `sample`."""
+    z = z_IhwC
     return np.asarray(decode(self._model, self._params, z, at_once=decoded_at_once(self._model.config.image_size)))
 
   def round_trip(self, pixels_IHW3: np.ndarray) -> np.ndarray:
