@@ -3,6 +3,7 @@
 Legend: B batch, S sequence, D embed, C channels.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,6 +31,9 @@ class Linear(nn.Module):
   """y = x W + b on the last axis. `kernel` f32[in, out], `bias` f32[out]; with an adapter beside it, see `lora`.
 
   For inference on a GPU the parameters may hold W as `transposed_kernel` [out, in] in its place, see `transposed`.
+
+  Attributes:
+    result: type of y, the sums' own; None: `dtype`, to which they are rounded.
   """
 
   features: int
@@ -37,16 +41,18 @@ class Linear(nn.Module):
   dtype: Any
   use_bias: bool
   kernel_init: nn.initializers.Initializer = Normal()
+  result: Any = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     if self.has_variable("params", "transposed_kernel"):
       kernel_FD = self.get_variable("params", "transposed_kernel").astype(self.dtype)
-      y = jax.lax.dot_general(x.astype(self.dtype), kernel_FD, (((x.ndim - 1,), (1,)), ((), ())))
+      y = jax.lax.dot_general(x.astype(self.dtype), kernel_FD, (((x.ndim - 1,), (1,)), ((), ())), None, self.result)
     else:
       kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
       # One leading axis: XLA:CPU is slower on the kernel's gradient when it contracts over two.
-      y = jnp.dot(x.astype(self.dtype).reshape(-1, x.shape[-1]), whole(kernel.astype(self.dtype), *self.axes))
+      rows, weights = x.astype(self.dtype).reshape(-1, x.shape[-1]), whole(kernel.astype(self.dtype), *self.axes)
+      y = jnp.dot(rows, weights) if self.result is None else unrounded(rows, weights, self.result)
       if self.has_variable("params", SCALE):
         a, b, scale = (self.get_variable("params", name) for name in NAMES)
         y = y + low_rank(
@@ -55,8 +61,27 @@ class Linear(nn.Module):
       y = y.reshape(*x.shape[:-1], self.features)
     if self.use_bias:
       bias = parameter(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])
-      y = y + whole(bias.astype(self.dtype), self.axes[1])
+      y = y + whole(bias.astype(self.result or self.dtype), self.axes[1])
     return y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def unrounded(x: jax.Array, kernel: jax.Array, result: Any) -> jax.Array:
+  """x @ kernel in the type of the sums; the gradient's products are in the type of the factors, as everywhere."""
+  return jnp.dot(x, kernel, preferred_element_type=result)
+
+
+def _unrounded_forward(x, kernel, result):
+  return unrounded(x, kernel, result), (x, kernel)
+
+
+def _unrounded_backward(result, factors, dy):
+  x, kernel = factors
+  dy = dy.astype(x.dtype)
+  return jnp.dot(dy, kernel.T), jnp.dot(x.T, dy)
+
+
+unrounded.defvjp(_unrounded_forward, _unrounded_backward)
 
 
 class Projector(nn.Module):

@@ -21,12 +21,14 @@ from jflow.generation.codes import FAMILY, flops, sampler
 from jflow.generation.codes.layout import CodesLayout
 from jflow.generation.codes.sampler import CodesSampler
 from jflow.generation.codes.settings import Settings
-from jflow.generation.codes.writer import derived
+from jflow.generation.codes.writer import Head, derived
 from jflow.generation.flow import FAMILY as FLOW
 from jflow.models import flops as model_flops
 from jflow.models.config import ModelConfig
+from jflow.models.layers import gelu
 from jflow.models.unified import for_inference
 from jflow.objectives import codes as objective
+from jflow.sharding import unbox
 
 P = janus.CONFIG.patches
 TOLERANCE = 1e-5
@@ -314,6 +316,27 @@ def test_a_round_trip_is_that_of_the_tokenizer():
   trip = jax.jit(lambda p, x: janus.model().bind({"params": p}).writer.vq(x))
   want = trip(janus.params(), pixels / 127.5 - 1.0)
   np.testing.assert_allclose(drawer().round_trip(pixels), want, atol=1e-4)
+
+
+def test_a_model_in_bfloat16_does_not_round_its_logits():
+  """Guidance multiplies differences of logits: only their factors are bfloat16, forward and in the gradient."""
+  head = Head(48, 96, jnp.bfloat16)
+  hidden = jax.random.normal(jax.random.key(0), (7, 32))
+  params = unbox(head.init(jax.random.key(1), hidden))["params"]
+
+  def logits(params):
+    return head.apply({"params": params}, hidden)
+
+  made, (_, back) = logits(params), jax.vjp(logits, params)
+  products = jnp.dot(hidden.astype(jnp.bfloat16), params["hidden"]["kernel"].astype(jnp.bfloat16))
+  inside = gelu(products, "erf")
+  factors = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in (inside, params["output"]["kernel"])]
+  want = factors[0] @ factors[1]
+  assert made.dtype == jnp.float32 and (made != made.astype(jnp.bfloat16)).any()
+  np.testing.assert_allclose(made, want, atol=1e-5)
+  ones = jnp.ones_like(made)
+  got = back(ones)[0]["output"]["kernel"]
+  np.testing.assert_allclose(got, factors[0].T @ ones, rtol=2**-7, atol=1e-2)
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------

@@ -56,8 +56,8 @@ class Head(nn.Module):
   def __call__(self, hidden: jax.Array) -> jax.Array:
     """[..., D] -> f32[..., V]."""
     x = Linear(self.hidden_dim, ("embed", "mlp"), self.dtype, use_bias=True, name="hidden")(hidden)
-    x = Linear(self.codes, ("mlp", None), self.dtype, use_bias=True, name="output")(gelu(x, "erf"))
-    return x.astype(jnp.float32)
+    logits = Linear(self.codes, ("mlp", None), self.dtype, use_bias=True, name="output", result=jnp.float32)
+    return logits(gelu(x, "erf"))  # guidance would multiply a rounding
 
 
 class CodesWriter(nn.Module):
