@@ -54,7 +54,7 @@ def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
   """
   import jax
 
-  from jflow import chips, compilation, sharding
+  from jflow import chips, sharding
   from jflow.batch import need_memory
   from jflow.perf import parts as part_timing
   from jflow.perf.rows import most, synthetic
@@ -76,9 +76,8 @@ def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
     batch = jax.device_put(host, sharding.batch_sharding(mesh))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
     started = time.perf_counter()
-    with compilation.said("the training step"):
-      make = lambda chosen: make_program(config, chosen, mesh)
-      model, program, compiled, predicted = remat.fit_or_refuse(model, mesh, make, shapes, config.train.accumulation)
+    make = lambda chosen: make_program(config, chosen, mesh)
+    model, program, compiled, predicted = remat.fit_or_refuse(model, mesh, make, shapes, config.train.accumulation)
     compile_seconds = time.perf_counter() - started
     fresh = initial.create(lambda: setup.initial_params(config, model), mesh)
     state = jax.jit(program.state_of, out_shardings=program.shardings, donate_argnums=0)(fresh)
