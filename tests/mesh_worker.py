@@ -13,12 +13,13 @@ import plain
 import tiny
 
 from jflow import sharding
-from jflow.batch import TASKS
+from jflow.batch import TASKS, Batch
 from jflow.errors import UserError
 from jflow.generation.flow import convnext as generation
 from jflow.models import build
 from jflow.objectives import next_token
 from jflow.perf import hlo
+from jflow.perf.rows import most
 from jflow.training import optim, setup
 from jflow.training.checkpoint import Checkpointer
 from jflow.training.program import abstract_batch, make_program
@@ -41,9 +42,12 @@ def state_of(params) -> TrainState:
 
 
 class Run:
-  """The tiny model's training on one mesh; `boxed`: the abstract state with its logical axes."""
+  """The tiny model's training on one mesh; `boxed`: the abstract state with its logical axes.
 
-  def __init__(self, sizes: tuple[int, int, int], boxed: TrainState):
+  The model has room for the images that the rows of a device hold, and not for more.
+  """
+
+  def __init__(self, sizes: tuple[int, int, int], boxed: TrainState, batch: Batch):
     devices = jax.devices()[: int(np.prod(sizes))]
     self.mesh = sharding.make_mesh(*sizes, devices=devices)
     self.where = sharding.shardings(self.mesh, boxed)
@@ -51,7 +55,8 @@ class Run:
     self.abstract = jax.tree.map(shaped, sharding.unbox(boxed), self.where)
     self.state = jax.device_put(state_of(tiny.params()), self.where)
     out = (self.where, sharding.replicated(self.mesh))
-    self._step = jax.jit(make_step(tiny.model(), OPTIMIZER, CONFIG), out_shardings=out)
+    model = setup.with_room(tiny.model(), most(batch, sizes[0] * sizes[1], 1))
+    self._step = jax.jit(make_step(model, OPTIMIZER, CONFIG), out_shardings=out)
 
   def step(self, batch) -> list[float]:
     """One step; returns the losses and the gradient's norm."""
@@ -67,8 +72,9 @@ def collectives(sizes: tuple[int, int, int]) -> dict[str, float]:
   config = tiny.configuration(train=dict(batch_size=ROWS * devices))
   mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:devices])
   with jax.set_mesh(mesh):
-    program = make_program(config, tiny.model(), mesh)
-    batch = abstract_batch(config, tiny.model(), mesh)
+    model = setup.with_room(tiny.model(), (2, 2, 4, 3))  # of six slots
+    program = make_program(config, model, mesh)
+    batch = abstract_batch(config, model, mesh)
     text = program.step.lower(program.state, batch).compile().as_text()
   counts = hlo.count(text, dict(mesh.shape), lambda loop: 1.0)
   return {f"{kind} {axes}": size for (kind, axes), size in counts.collective_bytes.items()}
@@ -115,7 +121,7 @@ def main(directory: pathlib.Path) -> dict:
   rows = [tiny.mixed(), tiny.mixed()._replace(tokens=tiny.mixed().tokens[:, ::-1].copy())]
   batch = jax.tree.map(lambda *x: np.concatenate(x), *rows)
   boxed = jax.eval_shape(lambda: state_of(build.initial_params(tiny.model(), 0)))
-  runs = {sizes: Run(sizes, boxed) for sizes in MESHES}
+  runs = {sizes: Run(sizes, boxed, batch) for sizes in MESHES}
   out = {"losses": {}, "restored": {}, "same_bits": {}}
   for sizes, run in runs.items():
     losses = [run.step(batch) for _ in range(2)]
