@@ -85,8 +85,14 @@ def fit(
       _say(candidate, "at least ", least, limit, "too much")
       continue
     program = make(candidate)
-    with compilation.said("the training step"):
-      compiled = program.step.lower(program.state, batch).compile()
+    try:
+      with compilation.said("the training step"):
+        compiled = program.step.lower(program.state, batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+      if model.remat != AUTO or "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      hosts.say(f"compute.remat={candidate.remat} needs more memory than a device has, says the compiler")
+      continue
     found = Fitted(candidate, program, compiled, bytes_of(compiled))
     fits = limit is None or found.needed <= limit
     if model.remat == AUTO:

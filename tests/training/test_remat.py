@@ -1,5 +1,6 @@
 """The choice of what is kept for the backward pass: the first that fits, by the bytes of the compiled step."""
 
+import sys
 import types
 
 import jax
@@ -10,10 +11,24 @@ import tiny
 from jflow.models.llm.base import ARCHITECTURES
 from jflow.training import remat, setup
 
+
+class Refusing:
+  def lower(self, *args):
+    return self
+
+  def compile(self):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.")
+
+
 KIBIBYTES = {"none": 64, "save:query,key,value,attended,gate,up": 16, "full": 4}  # that a step needs
 
 
+REFUSED = set()  # names that the compiler refuses for their memory, as TPU's does
+
+
 def make(model):
+  if model.remat in REFUSED:
+    return types.SimpleNamespace(step=Refusing(), state=None)
   size = KIBIBYTES[model.remat] * 256
   step = jax.jit(lambda state, batch: jnp.zeros(size, jnp.float32) + state + batch)
   return types.SimpleNamespace(step=step, state=jax.ShapeDtypeStruct((), jnp.float32))
@@ -44,6 +59,13 @@ def test_what_cannot_fit_is_not_compiled(capsys):
   assert found.model.remat.startswith("save")
   first, last = capsys.readouterr().err.splitlines()
   assert "compute.remat=none" in first and "needs at least" in first and "taken" in last
+
+
+def test_what_the_compiler_refuses_for_its_memory_is_passed_over(monkeypatch):
+  monkeypatch.setattr(sys.modules[__name__], "REFUSED", {"none"})
+  assert chosen(None).model.remat.startswith("save")
+  with pytest.raises(jax.errors.JaxRuntimeError):
+    chosen(None, "none")
 
 
 def test_a_choice_of_ones_own_is_not_changed():
