@@ -16,7 +16,7 @@ from jflow.config import MeshConfig
 from jflow.errors import UserError
 from jflow.models import flops as model_flops
 from jflow.models.config import ModelConfig
-from jflow.perf import hlo, rows, targets
+from jflow.perf import hlo, hlo_text, rows, targets
 from jflow.training import flops
 
 PAPER = ModelConfig.from_dict(models.janusflow_384())
@@ -84,7 +84,7 @@ GROUPS = [
 
 @pytest.mark.parametrize("text, axes, size", GROUPS)
 def test_a_collective_is_told_by_the_axes_that_it_runs_over(text, axes, size):
-  assert hlo._axes(text, {"data": 2, "fsdp": 4, "model": 1}) == (axes, size)
+  assert hlo_text.axes_of(text, {"data": 2, "fsdp": 4, "model": 1}) == (axes, size)
 
 
 def test_a_batched_product_written_as_a_convolution_counts_once():
