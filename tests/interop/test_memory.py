@@ -7,13 +7,13 @@ import pathlib
 import subprocess
 import sys
 
+import janus_checkpoint
 import numpy as np
 import official_checkpoint
 import pytest
 from safetensors.numpy import save_file
 
-from jflow.generation.flow import weights as flow_weights
-from jflow.interop.janusflow import config_from_official
+from jflow.interop import janus_transformers, janusflow
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Sizes of the language model that make about 200 MB of the small checkpoint.
@@ -38,18 +38,29 @@ print("peak", next(line.split()[1] for line in open("/proc/self/status") if line
 """
 
 
-def _write(directory: pathlib.Path, shards: int, **sizes: int) -> int:
-  """Writes a checkpoint of such a language model; returns its bytes."""
-  official_checkpoint.write(directory, tokenizer=True)
+def _write(directory: pathlib.Path, shards: int, janus: bool, **sizes: int) -> int:
+  """Writes a checkpoint of such a language model, of JanusFlow or of Janus as transformers has it; returns its bytes."""
+  if janus:
+    janus_checkpoint.write(directory, janus_checkpoint.TRANSFORMERS, tokenizer=True)
+    layout, language = janus_transformers.LAYOUT, "text_config"
+  else:
+    official_checkpoint.write(directory, tokenizer=True)
+    layout, language = janusflow.LAYOUT, "language_config"
   path = directory / "config.json"
   values = json.loads(path.read_text())
-  values["language_config"] |= sizes
-  for part in ("enc", "dec"):
-    values[f"vision_gen_{part}_config"]["params"]["hidden_size"] = values["language_config"]["hidden_size"]
+  values[language] |= sizes
+  width = values[language]["hidden_size"]
+  if janus:
+    values["text_config"]["head_dim"] = width // values["text_config"]["num_attention_heads"]
+    values["vision_config"]["projection_dim"] = width
+    values["vq_config"] |= {"projection_dim": width, "image_token_embed_dim": width}
+  else:
+    for part in ("enc", "dec"):
+      values[f"vision_gen_{part}_config"]["params"]["hidden_size"] = width
   path.write_text(json.dumps(values))
   (directory / "model.safetensors").unlink()
   rng = np.random.default_rng(0)
-  shapes = {entry.name: entry.shape for entry in flow_weights.official(config_from_official(values, "", None))}
+  shapes = {entry.name: entry.shape for entry in layout.entries(layout.read_config(values, "", None), False)}
   weight_map = {}
   for i in range(shards):
     file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors" if shards > 1 else "model.safetensors"
@@ -76,8 +87,15 @@ def _peak(*argv: str) -> int:
 def checkpoints(tmp_path_factory) -> dict[str, tuple[pathlib.Path, int, int]]:
   """Name -> directory, bytes, rows of the vocabulary."""
   root, out = tmp_path_factory.mktemp("memory"), {}
-  for name, shards, sizes in (("small", 1, {}), ("large", 1, LARGE), ("sharded", 3, LARGE)):
-    out[name] = (root / name, _write(root / name, shards, **sizes), sizes.get("vocab_size", 1024))
+  for name, shards, sizes in (
+    ("small", 1, {}),
+    ("large", 1, LARGE),
+    ("sharded", 3, LARGE),
+    ("small janus", 1, {}),
+    ("sharded janus", 3, LARGE),
+  ):
+    size = _write(root / name, shards, name.endswith("janus"), **sizes)
+    out[name] = (root / name, size, sizes.get("vocab_size", 1024))
   return out
 
 
@@ -108,12 +126,15 @@ def _argv(command: str, directory: pathlib.Path, rows: int, tmp_path: pathlib.Pa
     ("jflow load bfloat16", "large"),
     ("jflow --to=official", "large"),
     ("jflow --to=jflow --dtype=bfloat16", "large"),
+    ("transformers load float32", "sharded janus"),
+    ("transformers --to=official", "sharded janus"),
+    ("transformers --to=jflow", "sharded janus"),
   ],
 )
 def test_the_peak_is_below_one_and_a_half_times_the_weights(checkpoints, tmp_path, command, name):
   """Beyond what the same command takes for a checkpoint of some hundred KB."""
   peaks = []
-  for each in ("small", name):
+  for each in ("small janus" if name.endswith("janus") else "small", name):
     directory, size, rows = checkpoints[each]
     (tmp_path / each).mkdir()
     peaks.append(_peak(*_argv(command, directory, rows, tmp_path / each)))
