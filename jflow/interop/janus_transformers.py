@@ -154,6 +154,7 @@ def read_config(values: Mapping[str, Any], where: str, autoencoder: None = None)
   for name in ("in_channels", "out_channels"):
     vq.only(name, 3)
   vq.ignore(("num_patches",))  # which transformers computes from SigLIP's
+  vq.ignore(("depth",))  # written by transformers' conversion, read by nothing: num_hidden_layers counts
   for name in ("projection_dim", "image_token_embed_dim"):
     janus.need_width(text, vq, name, lm.embed_dim)
   writing = vq.get("num_hidden_layers", int, 2, "projector_layers")

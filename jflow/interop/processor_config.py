@@ -175,19 +175,21 @@ def _check_size(f: Fields, name: str, wanted: int) -> None:
 def _check_normalisation(f: Fields) -> None:
   """Checks that pixels are normalised to [-1, 1]: rescaled by 1/255, with mean 0.5 and deviation 0.5."""
   f.only("processor_class", "VLChatProcessor", "SiglipProcessor", "JanusProcessor")
-  f.only("image_mean", _HALF)
-  f.only("image_std", _HALF)
+  if f.values.get("do_normalize") is False:  # an error of an early published file, whose mean says nothing then
+    f.ignore(("image_mean", "image_std"))
+    print(
+      f"jflow: {f.where} says do_normalize=false; pixels are normalised to [-1, 1] all the same",
+      file=sys.stderr,
+    )
+  else:
+    f.only("image_mean", _HALF)
+    f.only("image_std", _HALF)
   f.only("do_rescale", True)
   f.only("do_resize", True)
   if f.values.get("rescale_factor") is not None and abs(f.get("rescale_factor", float) * 255 - 1) > 1e-6:
     raise UserError(f"{f.where}: rescale_factor={shown(f.values['rescale_factor'])} is not supported, only {1 / 255}")
   f.ignore(("rescale_factor",))
   f.only("do_normalize", True, False)
-  if f.values.get("do_normalize") is False:  # an error of an early published file
-    print(
-      f"jflow: {f.where} says do_normalize=false; pixels are normalised to [-1, 1] all the same",
-      file=sys.stderr,
-    )
 
 
 def _say_rest(f: Fields) -> None:

@@ -171,6 +171,15 @@ def test_the_tokens_around_an_image_are_written_for_transformers(tmp_path):
   assert found["generation_kwargs"] == {"boi_token_id": 1004}
 
 
+def test_what_transformers_conversion_leaves_in_the_config_changes_nothing():
+  values = janus_checkpoint.config(TRANSFORMERS)
+  wanted = janus_transformers.read_config(values, "config.json")
+  values["vq_config"] |= {"depth": 2, "initializer_range": 0.02}
+  del values["vq_config"]["num_hidden_layers"], values["vq_config"]["dropout"], values["vision_config"]["depth"]
+  values["text_config"] |= {"pretraining_tp": 1, "rope_scaling": None, "use_cache": True}
+  assert janus_transformers.read_config(values, "config.json") == wanted
+
+
 # --- refusals --------------------------------------------------------------------------------------------
 
 
