@@ -31,7 +31,9 @@ def installed(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("named", ["stage2:tiny", "configs/stage2.py:tiny", "ablation:F-tiny", "mine.py:tiny"])
+@pytest.mark.parametrize(
+  "named", ["stage2:tiny", "janus/stage2:tiny", "configs/stage2.py:tiny", "ablation:F-tiny", "mine.py:tiny"]
+)
 def test_the_configs_come_along_and_have_names_anywhere(installed, tmp_path, named):
   """Each run ends at a workdir that cannot be, after it has read the config and its tokenizer."""
   (tmp_path / "mine.py").write_text("from configs import stage2\nget_config = stage2.get_config\n")

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -378,3 +379,25 @@ def test_latents_of_pictures_to_read_and_a_run_that_is_interrupted_get_one_clear
   prepare.prepare("shapes", read, "understanding", records=1, image_size=16)
   with pytest.raises(UserError, match="--input=.*read holds understanding records: .*--task=generation"):
     stored.write(LATENTS, read, 16, MOMENTS, "x", interrupt, 4, 7, 2)
+
+
+def test_codes_lie_beside_the_records_as_latents_do(data):
+  kind, source = family(tiny.JANUS.generation).stored, PreparedSource(data, "generation")
+  codes = lambda pixels: 250 * pixels.reshape(len(pixels), -1)[:, :16].astype(np.uint16)
+  stored.write(kind, data, 16, (16,), "x", codes, 4, 7, 2)
+  made = stored.StoredImages(kind, source, 16, (16,))
+  for index in range(RECORDS):
+    box, found = made[index]
+    assert found.dtype == np.uint16
+    np.testing.assert_array_equal(found, codes(images.square(source[index].images[0], 16, box)[None])[0])
+  with pytest.raises(UserError, match="has no codes of 32 pixels; there are: codes-16; make them: .* prepare --codes"):
+    stored.StoredImages(kind, source, 32, (64,))
+  with pytest.raises(UserError, match=r"holds codes of \(16,\), and this run has \(64,\)"):
+    stored.StoredImages(kind, source, 16, (64,))
+
+
+@pytest.mark.parametrize("name, model, other", [("latents", tiny.JANUS, "codes"), ("codes", tiny.CONFIG, "latents")])
+def test_a_model_that_writes_in_another_way_names_its_own_flag(data, monkeypatch, name, model, other):
+  monkeypatch.setattr(encoding, "read_checkpoint", lambda *_, **__: types.SimpleNamespace(config=model, params={}))
+  with pytest.raises(UserError, match=f"use prepare --{other} in place of --{name}"):
+    encoding.make(name, "somewhere", data, None, "ema", 1, 0, 1)
