@@ -13,7 +13,7 @@ import tiny
 from jflow.config import RunConfig
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
-from jflow.models.config import ModelConfig
+from jflow.models.config import ModelConfig, ReaderConfig
 from jflow.sections import flat, kinds
 from jflow.training import config_files
 from jflow.training import workdir as workdirs
@@ -370,3 +370,18 @@ def _run(folder: pathlib.Path, values: dict) -> pathlib.Path:
   (folder / "config.json").write_text(json.dumps(values))
   (folder / "data.json").write_text("{}")
   return folder
+
+
+def test_a_reader_may_be_named_by_its_kind_as_before_it_was_a_section(tmp_path):
+  named = config_files.load("stage2:tiny", ["--config.model.reader=shared"]).model.reader
+  assert named == ReaderConfig("shared", "learned", 1)
+  file = tmp_path / "mine.py"
+  file.write_text(
+    "from configs import stage2\ndef get_config():\n  c = stage2.get_config('tiny').to_dict()\n"
+    "  c['model']['reader'] = 'separate'\n  return c\n"
+  )
+  assert config_files.load(str(file), []).model.reader == ReaderConfig("separate", "learned", 1)
+  set_apart = config_files.load("stage2:tiny", ["--config.model.reader.layers=2", "--config.model.reader.start=token"])
+  assert set_apart.model.reader == ReaderConfig("siglip", "token", 2)
+  with pytest.raises(UserError, match=r"model\.reader\.kind='clip'"):
+    config_files.load("stage2:tiny", ["--config.model.reader=clip"])

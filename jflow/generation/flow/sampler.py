@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflow.errors import UserError
+from jflow.generation import slices
 from jflow.generation.base import Loop
 from jflow.generation.flow import equations
 from jflow.generation.flow.settings import Settings
@@ -20,7 +21,6 @@ from jflow.models.unified import UnifiedModel, normalise
 from jflow.programs import Programs, bounded
 
 _GRID = 256  # time grids are padded to a multiple of this, so that a new number of steps rarely compiles
-_DECODED_AT_ONCE = 8 * 384 * 384  # pixels; the VAE's widest activations take 3 GB for them in f32
 
 
 class FlowSampler:
@@ -114,12 +114,12 @@ class FlowSampler:
   def decode(self, z_IhwC: jax.Array) -> np.ndarray:
     """Pixels of latents, see `sample`."""
     z = z_IhwC
-    return np.asarray(decode(self._model, self._params, z, at_once=decoded_at_once(self._model.config.image_size)))
+    return np.asarray(decode(self._model, self._params, z, at_once=slices.at_once(self._model.config.image_size)))
 
   def round_trip(self, pixels_IHW3: np.ndarray) -> np.ndarray:
     """See `generation.base.Sampler.round_trip`; the latents are the posterior's mean."""
     latents = encode(self._model, self._params, pixels_IHW3)
-    return np.asarray(decode(self._model, self._params, latents, at_once=decoded_at_once(pixels_IHW3.shape[1])))
+    return np.asarray(decode(self._model, self._params, latents, at_once=slices.at_once(pixels_IHW3.shape[1])))
 
   def prepare(self, rows: int, slots: int, settings: Settings, compile: bool = True) -> bool:
     """See `generation.base.Sampler.prepare`."""
@@ -134,7 +134,7 @@ class FlowSampler:
       return False
     args, static = self._solving(prefix, rows, settings)
     z = results(solve, *args, **static)
-    return z is not None and results(decode, z, at_once=decoded_at_once(model.config.image_size)) is not None
+    return z is not None and results(decode, z, at_once=slices.at_once(model.config.image_size)) is not None
 
   def loop(self, rows: int, slots: int, settings: Settings) -> Loop:
     """See `generation.base.Sampler.loop`."""
@@ -248,11 +248,6 @@ def _release_loop(
   return jax.lax.fori_loop(first, stop, body, z)
 
 
-def decoded_at_once(image_size: int) -> int:
-  """Number of images that the VAE decodes at a time."""
-  return max(1, _DECODED_AT_ONCE // image_size**2)
-
-
 @functools.partial(jax.jit, static_argnames=("model",))
 def encode(model: UnifiedModel, params: Any, pixels_NHW3: jax.Array) -> jax.Array:
   """uint8[I, H, W, 3] -> scaled latents f32[I, h, w, C], the posterior's mean."""
@@ -263,11 +258,4 @@ def encode(model: UnifiedModel, params: Any, pixels_NHW3: jax.Array) -> jax.Arra
 def decode(model: UnifiedModel, params: Any, z_NhwC: jax.Array, *, at_once: int) -> jax.Array:
   """Scaled latents -> f32[I, H, W, 3], by the VAE on at most `at_once` images at a time."""
   whole = lambda z: model.bind({"params": params}).writer.decode(z.astype(jnp.float32))
-  n = len(z_NhwC)
-  if n <= at_once:
-    return whole(z_NhwC)
-  cut = n - n % at_once
-  slices = z_NhwC[:cut].reshape(-1, at_once, *z_NhwC.shape[1:])
-  pixels = jax.lax.map(whole, slices)
-  pixels = pixels.reshape(cut, *pixels.shape[2:])
-  return jnp.concatenate([pixels, whole(z_NhwC[cut:])]) if cut < n else pixels
+  return slices.decoded(whole, z_NhwC, at_once)
