@@ -263,7 +263,7 @@ def test_what_attention_covers_and_how_matrices_lie_change_no_code(monkeypatch):
   model, params = for_inference(janus.model(), janus.params(), gpu=True)
   assert "transposed_kernel" in params["generation_head"]["output"]
   for one in (drawer(), CodesSampler(model, params, janus.Ids)):
-    np.testing.assert_array_equal(one.codes(*prompts(*ROWS), one.start([5, 6, 5]), Settings()), want)
+    np.testing.assert_array_equal(one.write(*prompts(*ROWS), one.start([5, 6, 5]), Settings()), want)
 
 
 def test_cached_equals_uncached():
