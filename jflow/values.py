@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ Check = Callable[[Any], str]
 MOST = 2**31 - 1  # of steps and records: jax counts in int32
 
 
-def whole(least: int, most: int = MOST, note: str = "") -> Check:
+def whole(least: int, most: float = MOST, note: str = "") -> Check:
   """A whole number from `least` to `most`."""
 
   def check(value: Any) -> str:
@@ -29,15 +30,15 @@ def number(
   """A finite number, at least and at most, above and below something."""
 
   def check(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
       return "must be a finite number"
-    if above == 0 and value <= 0:
+    if above == 0 and most == math.inf == below and value <= 0:
       return "must be positive" + note
     if least == 0 and below == math.inf == most and value < 0:
       return "must not be negative" + note
     if not (least <= value <= most and above < value < below):
       low, high = (
-        (f"[{least:g}" if math.isfinite(least) else "("),
+        (f"[{least:g}" if math.isfinite(least) else f"({above:g}"),
         (f"{most:g}]" if most < math.inf else f"{below:g})"),
       )
       return f"must be in {low}, {high}"

@@ -57,9 +57,25 @@ def load(named: str, arguments: Sequence[str] = (), start: Start | None = None) 
   if start and config.train.init_from:
     values["model"] = start(config, given)
   try:
-    return RunConfig.from_dict(values, ModelConfig.from_dict)
+    config = RunConfig.from_dict(values, ModelConfig.from_dict)
+    for path in sorted(given):
+      _check_used(path, values, config.model.to_dict())
   except UserError as error:
     raise UserError(f"{file}: {error}") from None
+  return config
+
+
+def _check_used(path: str, values: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+  """Refuses a field that an argument sets and this kind of section has not: a section in a file may hold the fields of
+  several kinds, those of the others empty."""
+  section, *names = path.split(".")
+  value: Any = values[section]
+  used: Any = model
+  for name in names:
+    value = value.get(name) if isinstance(value, Mapping) else None
+    if section == "model" and isinstance(used, Mapping) and name not in used and value:
+      raise refusal(path, value, f"must be left out with kind={used.get('kind')!r}, which has no such field")
+    used = used.get(name) if isinstance(used, Mapping) else None
 
 
 def _plain_model(values: Any) -> Mapping[str, Any]:

@@ -16,6 +16,10 @@ from jflow.strict_json import shown
 _TRUE, _FALSE = ("true", "t", "1"), ("false", "f", "0")
 _SHOWN = 60  # characters of a value in a message
 _KINDS = dict(kinds(RunConfig))
+_RENAMED = RENAMED | {  # of a file, `ModelConfig.from_dict` reads them
+  "model.alignment_layer": "model.objectives.alignment.layer",
+  "model.alignment_width": "model.objectives.alignment.hidden_dim",
+}
 
 
 def apply(values: dict[str, Any], arguments: Sequence[str]) -> set[str]:
@@ -55,7 +59,7 @@ def _pairs(values: dict[str, Any], arguments: list[str]) -> Iterator[tuple[str, 
       raise UserError(f"unknown argument {shown(argument)}; fields are set as --config.FIELD=VALUE")
     negated, path, equals, value = named.groups()
     told = f"--{negated or ''}config.{path[:200]}" + (f"={value[:_SHOWN]}" if equals else "")
-    path = RENAMED.get(path, path)
+    path = _RENAMED.get(path, path)
     told = told.encode("unicode_escape").decode()  # one line, whatever is in it
     alone = equals or negated or not arguments or arguments[0].startswith("--")
     if alone or _kind(*_place(values, path, told), path) is bool:

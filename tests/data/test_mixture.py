@@ -4,6 +4,7 @@ import collections
 
 import numpy as np
 import pytest
+from refusals import refused
 
 from jflow.batch import TASKS
 from jflow.data import mixture
@@ -56,7 +57,7 @@ def test_over_the_steps_each_task_gets_its_share(weights, rows):
 
 @pytest.mark.parametrize("weights", [(1, 2), (0, 0, 0), (1, -1, 1), (1, float("nan"), 1), (float("inf"), 1, 1)])
 def test_impossible_weights_are_refused(weights):
-  with pytest.raises(UserError, match="mixture"):
+  with refused("mixture"):
     mixture.rows_per_task(weights, 8)
 
 
@@ -136,7 +137,7 @@ def test_impossible_schedules_are_refused():
     ((0, (1, 1, 1)), (0, (1, 0, 0))),
     ((0, (1, 1, 1)), (5, (1, 1, 1)), (3, (1, 1, 1))),
   ):
-    with pytest.raises(UserError, match="data.mixture"):
+    with refused("data.mixture"):
       StepPlan(schedule, 8, 1)
 
 

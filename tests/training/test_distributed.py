@@ -10,6 +10,7 @@ import signal
 import numpy as np
 import pytest
 from jobs import TRAIN, WORKER, Job
+from refusals import refused
 from runs import SMALL
 
 from jflow.interop import native
@@ -216,12 +217,11 @@ def test_processes_that_never_come_are_one_line(tmp_path):
 def test_a_task_of_a_slurm_step_that_was_not_told_so_is_refused(monkeypatch):
   import tiny
 
-  from jflow.errors import UserError
   from jflow.training import hosts
 
   monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
   monkeypatch.setenv("SLURM_PROCID", "3")
-  with pytest.raises(UserError, match="task 3 of 8 of a Slurm step; add --config.distributed.cluster=auto"):
+  with refused("3 of 8", "--config.distributed.cluster=auto"):
     hosts.start(tiny.configuration().distributed)
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import quick
 import tiny
+from refusals import refused
 
 from jflow import sharding
-from jflow.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -95,5 +95,5 @@ def test_a_group_may_span_nodes_of_gpus_and_not_slices_of_tpus(monkeypatch):
   ]
   ids = lambda *sizes: [device.id for device in sharding.make_mesh(*sizes, devices=cluster("gpu")).flat]
   assert ids(1, 4, 1) == ids(2, 2, 1) == ids(4, 1, 1) == [0, 1, 2, 3]
-  with pytest.raises(UserError, match="mesh.data=1 must be a multiple of the 2 slices"):
+  with refused("mesh.data=1", "2 slices"):
     sharding.make_mesh(1, 4, 1, devices=cluster("tpu"))

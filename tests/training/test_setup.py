@@ -118,6 +118,11 @@ def test_the_config_of_the_tests_is_fine():
   assert tiny.configuration().model == tiny.CONFIG
 
 
+def test_the_size_of_the_alignment_head_has_its_old_name_too():
+  config = config_files.load("configs/stage1.py:tiny", ["--config.model.alignment_width=48"])
+  assert config.model.objective("alignment").hidden_dim == 48
+
+
 @pytest.mark.parametrize(
   "argument, named",
   [
@@ -129,6 +134,8 @@ def test_the_config_of_the_tests_is_fine():
     ("--config.checkpoint=5", "checkpoint"),
     ("--confg.train.steps=3", "confg.train.steps"),
     ("--config.log.tensorboard=perhaps", "tensorboard"),
+    ("--config.model.autoencoder.patch_size=4", "config.model.autoencoder.patch_size"),  # of another kind
+    ("--config.model.alignment_width=x", "config.model.alignment_width"),
   ],
 )
 def test_a_mistyped_argument_is_one_line_that_names_it(argument, named):

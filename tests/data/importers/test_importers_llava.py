@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from preparing import chat, image, make_folder, read_back, run, write_lines
-
-from jflow.errors import UserError
+from refusals import refused
 
 
 @pytest.fixture
@@ -137,7 +136,7 @@ def test_each_broken_line_is_counted_under_its_reason(folder):
 
 def test_images_may_lie_in_a_root_of_their_own(folder, tmp_path):
   shutil.move(folder / "pictures", tmp_path / "root" / "pictures")
-  with pytest.raises(UserError, match="missing_image"):
+  with refused("missing_image"):
     run(folder)
   summary, _ = run(folder, image_root=str(tmp_path / "root"))
   assert summary["accepted"] == 12

@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 from preparing import chat, image, make_folder, read_back, run
+from refusals import refused
 
 from jflow.data import images
 from jflow.data.records import Record, Turn
@@ -104,9 +105,9 @@ def test_interleaved_documents(folder):
 def test_columns_may_be_named(folder):
   rows = [{"photo": image(i), "alt": f"alt {i}", "caption": "not this", "score": 1.5, "n": i} for i in range(3)]
   _table(folder, rows)
-  with pytest.raises(UserError, match="no column of images: name it by --image_column, one of photo, alt"):
+  with refused("--image_column", "photo, alt"):
     _run(folder, "generation")
-  with pytest.raises(UserError, match="no column 'title': --text_column is one of photo, alt, caption"):
+  with refused("'title'", "--text_column", "photo, alt, caption"):
     _run(folder, "generation", image_column="photo", text_column="title")
   _, output = _run(folder, "generation", image_column="photo", text_column="alt")
   assert [record.text for record in read_back(output, "generation")] == ["alt 0", "alt 1", "alt 2"]
@@ -117,7 +118,7 @@ def test_columns_are_found_in_any_case_and_a_missing_one_is_named(folder):
   _, output = _run(folder, "generation")
   assert read_back(output, "generation") == [Record("0", (image(1),), "A cat.", ())]
   _table(folder, [{"image": image(1), "label": "cat"}])
-  with pytest.raises(UserError, match="has no column of texts: name it by --text_column, one of image, label"):
+  with refused("--text_column", "image, label"):
     _run(folder, "generation", output=output + "2")
 
 
@@ -169,7 +170,7 @@ def test_damage_costs_its_row_group_and_a_file_of_another_kind_is_named(folder):
   shutil.rmtree(output)
   for name, content in (("cut.parquet", data[:-9]), ("text.parquet", b"not a table")):
     (folder / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"{name} is not a readable parquet file"):
+    with refused(name):
       _run(folder, "text", name)
 
 
@@ -304,7 +305,7 @@ def test_damage_to_a_column_of_metadata_costs_nothing_but_it(folder):
 )
 def test_what_unfolds_too_far_is_not_read(folder, columns):
   _table_of(folder, columns, compression="zstd")
-  with pytest.raises(UserError, match="row 0: the row group unfolds .* .bomb.*4 of 4"):
+  with refused("row 0", "bomb", "4 of 4"):
     _run(folder, "generation", "t.parquet")
 
 
@@ -324,7 +325,7 @@ def test_more_rows_than_a_file_can_hold_are_refused(folder, claim):
   start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
   footer = data[start:-8].replace(number(ROWS), number(claim))
   (folder / "t.parquet").write_bytes(data[:start] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
-  with pytest.raises(UserError, match="t.parquet"):
+  with refused("t.parquet"):
     _run(folder, "text", "t.parquet")
 
 
@@ -341,7 +342,7 @@ def test_more_rows_than_a_file_can_hold_are_refused(folder, claim):
 )
 def test_what_is_no_parquet_file_is_named(folder, content, word):
   (folder / "t.parquet").write_bytes(content)
-  with pytest.raises(UserError, match=word):
+  with refused(word):
     _run(folder, "text", "t.parquet")
 
 

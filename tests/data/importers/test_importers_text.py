@@ -7,9 +7,9 @@ import lzma
 
 import pytest
 from preparing import read_back, run, write_lines
+from refusals import refused
 
 from jflow.data.importers import text
-from jflow.errors import UserError
 
 
 @pytest.fixture
@@ -101,11 +101,11 @@ def test_each_broken_document_is_counted_under_its_reason(folder, monkeypatch):
 
 
 def test_mistakes_get_one_clear_line(folder):
-  with pytest.raises(UserError, match="--task=text, not generation"):
+  with refused("--task", "generation"):
     run(folder, "generation", "", "text")
-  with pytest.raises(UserError, match="no file that ends in .txt"):
+  with refused(".txt"):
     _run(folder)
-  with pytest.raises(UserError, match="--documents=page is unknown"):
+  with refused("--documents=page"):
     _run(folder, documents="page")
 
 
@@ -135,5 +135,5 @@ def test_gzip_is_told_by_its_contents(folder, name, data):
 @pytest.mark.parametrize("whole", [False, True])
 def test_what_is_packed_otherwise_is_named_with_what_unpacks_it(folder, format, name, data, word, whole):
   (folder / name).write_bytes(data)
-  with pytest.raises(UserError, match=f"{name}.*{word}"):
+  with refused(name, word):
     run(folder, "text", "" if whole else name, format)

@@ -13,6 +13,7 @@ import tarfile
 import numpy as np
 import pytest
 from preparing import image, read_back, run, write_tar
+from refusals import refused
 
 from jflow.data.importers import tar
 from jflow.data.records import RecordError, Turn
@@ -99,7 +100,7 @@ def test_a_shard_that_is_missing_gets_one_clear_line(tars, name, message):
   with pytest.raises(UserError, match=message):
     _run(tars, name=name)
   (tars / "empty").mkdir()
-  with pytest.raises(UserError, match="no file that ends in .tar"):
+  with refused(".tar"):
     _run(tars, name="empty")
 
 
@@ -505,7 +506,7 @@ def test_odd_members_cost_themselves_and_are_counted(tars, data, counts):
 @pytest.mark.parametrize("folder", [False, True])
 def test_what_is_packed_otherwise_is_named_with_what_unpacks_it(tars, name, data, word, folder):
   (tars / name).write_bytes(data)
-  with pytest.raises(UserError, match=f"{name}.*{word}"):
+  with refused(name, word):
     _run(tars, name="" if folder else name)
 
 

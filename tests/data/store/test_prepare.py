@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from preparing import chat, image, make_folder, read_back, run, write_lines
+from refusals import refused
 
 from jflow.batch import TASKS
 from jflow.cli import prepare as prepare_command
@@ -65,7 +66,7 @@ def test_tfds_reads_the_directory(folder):
 def test_too_many_broken_lines_make_no_output_and_name_the_first(folder):
   lines = [chat("pictures/1.png")] * 97 + [chat("pictures/none.png")] + [chat("pictures/2.png", answer="")] * 2
   write_lines(folder / "chat.jsonl", lines)
-  with pytest.raises(UserError, match=r"line 98: image pictures/none.png not found .*3 of 100 .*share=0.02"):
+  with refused("line 98", "pictures/none.png", "3 of 100", "share=0.02"):
     run(folder, max_rejected_share=0.02)
   assert sorted(os.listdir(folder.parent)) == ["in", "out.partial"]
   (folder / "pictures" / "none.png").write_bytes(image(1))  # found again: its line is read again
@@ -77,7 +78,7 @@ def test_too_many_broken_lines_make_no_output_and_name_the_first(folder):
 def test_a_larger_share_goes_on_with_what_is_done(folder, monkeypatch):
   lines = [{"id": str(i), "text": f"Document {i}." if i % 10 else ""} for i in range(40)]
   write_lines(folder / "books.jsonl", lines)
-  with pytest.raises(UserError, match=r"4 of 40 .*is kept for a run with a larger one"):
+  with refused("4 of 40"):
     run(folder, "text", "books.jsonl", "text")
   monkeypatch.setattr(prepare, "_import_part", None)  # no part is read again
   summary, output = run(folder, "text", "books.jsonl", "text", max_rejected_share=0.1)
@@ -124,7 +125,7 @@ def _link(path, target):
 @pytest.mark.parametrize("harm", HARM)
 def test_a_part_that_is_not_whole_is_read_again(folder, harm):
   write_lines(folder / "books.jsonl", [{"id": str(i), "text": f"Document {i}." if i else ""} for i in range(12)])
-  with pytest.raises(UserError, match="1 of 12"):
+  with refused("1 of 12"):
     run(folder, "text", "books.jsonl", "text", part_records=5)
   HARM[harm](folder.parent / "out.partial", "part-00000")
   _, output = run(folder, "text", "books.jsonl", "text", part_records=5, max_rejected_share=0.1)
@@ -139,14 +140,14 @@ def test_a_part_that_is_not_whole_is_read_again(folder, harm):
 def test_work_of_which_nothing_is_known_is_not_removed(folder, job):
   """Parts whose job.json is lost may be days of work; and a folder of that name may be the user's."""
   write_lines(folder / "books.jsonl", [{"text": f"Document {i}." if i else ""} for i in range(12)])
-  with pytest.raises(UserError, match="1 of 12"):
+  with refused("1 of 12"):
     run(folder, "text", "books.jsonl", "text", part_records=5)
   partial = folder.parent / "out.partial"
   (partial / "job.json").unlink()
   if job is not None:
     (partial / "job.json").write_bytes(job)
   before = sorted(os.listdir(partial))
-  with pytest.raises(UserError, match=r"out.partial holds part-00000.*job.json is (missing|damaged).*remove"):
+  with refused("out.partial", "part-00000", "job.json"):
     run(folder, "text", "books.jsonl", "text", part_records=5, max_rejected_share=0.1)
   assert sorted(os.listdir(partial)) == before
 
@@ -249,7 +250,7 @@ def test_processes_do_not_change_the_records(folder):
 def test_mistakes_get_one_clear_line(folder, tmp_path):
   (tmp_path / "out").mkdir()
   (tmp_path / "out" / "mine").write_text("x")
-  with pytest.raises(UserError, match="out exists"):
+  with refused("out"):
     run(folder)
   shutil.rmtree(tmp_path / "out")
   for (format, input, output, task), message in [
@@ -278,7 +279,7 @@ def test_mistakes_get_one_clear_line(folder, tmp_path):
     ("tfds", "image_root", str(folder)),
     ("shapes", "text_column", "title"),
   ):
-    with pytest.raises(UserError, match=f"^--format={format} does not read --{flag}, .* leave out --{flag}$"):
+    with refused(f"--format={format}", f"--{flag}"):
       prepare_command.main(
         [f"--format={format}", f"--input={folder}", f"--output={tmp_path / 'out'}", "--task=text", f"--{flag}={value}"]
       )
@@ -286,7 +287,7 @@ def test_mistakes_get_one_clear_line(folder, tmp_path):
   with pytest.raises(UserError, match="no records found"):
     run(folder, name="empty.jsonl")
   (folder / "broken.json").write_text("[1, ")
-  with pytest.raises(UserError, match="broken.json: not valid JSON"):
+  with refused("broken.json"):
     run(folder, name="broken.json")
   assert not list(folder.parent.glob("*.partial"))
 
@@ -320,7 +321,7 @@ def test_the_command_refuses_what_it_does_not_know(arguments, capsys):
 def test_a_pattern_that_the_shell_has_opened_is_refused(tmp_path):
   rest = [f"--output={tmp_path / 'out'}", "--format=webdataset", "--task=generation"]
   for inputs in (["--input=a.tar", "--input=b.tar"], ["--input", "a.tar", "b.tar"]):
-    with pytest.raises(UserError, match="names 2 files, a.tar first: .* quotes"):
+    with refused("a.tar"):
       prepare_command.main(inputs + rest)
   with pytest.raises(UserError, match="only local files"):
     prepare_command.main(["--input=https://x.org/{0..1}.tar", *rest])
@@ -394,7 +395,7 @@ def test_filters_keep_what_they_say_and_count_the_others_apart(folder, filters, 
 
 def test_filters_may_leave_nothing_and_say_so(folder):
   _scored(folder)
-  with pytest.raises(UserError, match=r"filters left no record: they dropped {'min_size': 12}"):
+  with refused("min_size", "12"):
     run(folder, "generation", "scored.jsonl", filters=Filters(min_size=10))
   assert os.listdir(folder.parent) == ["in"]
 
@@ -422,7 +423,7 @@ def test_a_mix_with_and_without_pictures_comes_in_once_per_task(folder):
   write_lines(folder / "more.jsonl", [*lines, *others, {"text": "A story."}, b"{"])
   summary, _ = run(folder, "text", "more.jsonl", max_rejected_share=0.125, output=output + "-more")
   assert summary["accepted"] == 3 and summary["filtered"] == {"with_images": 4}
-  with pytest.raises(UserError, match="line 5: .*2 of 8 records"):  # those that were dropped are counted too
+  with refused("line 5", "2 of 8"):  # those that were dropped are counted too
     run(folder, name="more.jsonl", max_rejected_share=0.2, output=output + "-few")
   write_lines(folder / "lost.jsonl", [chat("pictures/1.png"), lost])
   summary, _ = run(folder, name="lost.jsonl", max_rejected_share=1.0, output=output + "-lost")

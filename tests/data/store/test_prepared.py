@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from data_config import data_config
 from preparing import image, make_folder, run
+from refusals import refused
 
 from jflow.batch import RowShape
 from jflow.data.pipeline import Pipeline
@@ -26,7 +27,7 @@ def folder(tmp_path):
 
 def test_a_directory_that_is_not_whole_is_refused(folder):
   _, output = run(folder, part_records=6)
-  with pytest.raises(UserError, match="holds understanding records and is listed in data.sources.text"):
+  with refused("understanding", "data.sources.text"):
     PreparedSource(output, "text")
   shard = pathlib.Path(output, prepared.shard_name("understanding", 1, 2))
   data = shard.read_bytes()
@@ -34,7 +35,7 @@ def test_a_directory_that_is_not_whole_is_refused(folder):
   with pytest.raises(UserError, match="is missing"):
     PreparedSource(output, "understanding")
   shard.write_bytes(data[:-1])
-  with pytest.raises(UserError, match=f"has {len(data) - 1:,} bytes, and must have {len(data):,}"):
+  with refused(f"{len(data) - 1:,}", f"{len(data):,}"):
     PreparedSource(output, "understanding")
   shard.write_bytes(data)
   summary = pathlib.Path(output, "summary.json")
@@ -119,7 +120,7 @@ def test_damaged_outlines_are_named(tmp_path, damage):
   data = gzip.compress(b"[]" * 500)
   path = tmp_path / "outlines-00000-of-00001.jsonl.gz"
   path.write_bytes(data[:10] + damage + (data[11:] if damage else b""))
-  with pytest.raises(UserError, match="outlines-00000.* is damaged .*prepare the source again"):
+  with refused("outlines-00000"):
     list(prepared.read_outlines(str(path)))
 
 
@@ -145,7 +146,7 @@ def test_outlines_that_are_not_those_of_the_shard_are_named(tmp_path, lines):
   path = tmp_path / "outlines-00000-of-00001.jsonl.gz"
   for content in (gzip.compress(lines), *([b""] if not lines else [])):
     path.write_bytes(content)
-    with pytest.raises(UserError, match="outlines-00000.* is damaged .*prepare the source again"):
+    with refused("outlines-00000"):
       list(prepared.read_outlines(str(path), 2))
 
 

@@ -15,6 +15,7 @@ import pytest
 import tiny
 from ml_dtypes import bfloat16
 from PIL import Image
+from refusals import refused
 
 from jflow.batch import WRITE
 from jflow.cli import prepare as prepare_command
@@ -190,7 +191,7 @@ def test_a_killed_run_goes_on_and_nothing_is_there_before_all_is(data):
 
 def test_one_process_writes_and_a_full_disk_gets_one_clear_line(data, monkeypatch):
   def meanwhile():
-    with pytest.raises(UserError, match="latents-16.partial is being written by another process"):
+    with refused("latents-16.partial"):
       write(data)
     return encode()
 
@@ -201,7 +202,7 @@ def test_one_process_writes_and_a_full_disk_gets_one_clear_line(data, monkeypatc
     raise OSError(errno.ENOSPC, "No space left on device", "latents-00000")
 
   monkeypatch.setattr(prepared, "call_writer", full)
-  with pytest.raises(UserError, match="latents-00000: No space left on device; run the same command again"):
+  with refused("latents-00000", "No space left on device"):
     write(data)
 
 
@@ -228,7 +229,7 @@ def test_a_damaged_header_is_named(written, damage):
   header = pathlib.Path(written[0]) / "latents.json"
   text = json.dumps(json.loads(written[1]) | damage) if isinstance(damage, dict) else damage
   header.write_text(text)
-  with pytest.raises(UserError, match="latents.json is damaged .*: remove .*make them again"):
+  with refused("latents.json"):
     stored.StoredImages(LATENTS, written[2], 16, MOMENTS)
   assert header.read_text() == text
 
@@ -274,13 +275,13 @@ def test_a_shard_that_is_not_whole_is_made_again(tmp_path, harm):
 
 
 def test_a_run_refuses_what_does_not_fit(data, tmp_path):
-  with pytest.raises(UserError, match="has no latents of 16 pixels; make them: python -m jflow prepare --latents"):
+  with refused("16", "prepare --latents"):
     pipeline(configuration(data))
   write(data)
   source = PreparedSource(data, "generation")
-  with pytest.raises(UserError, match="no latents of 32 pixels; there are: latents-16"):
+  with refused("32", "latents-16"):
     stored.StoredImages(LATENTS, source, 32, MOMENTS)
-  with pytest.raises(UserError, match=r"holds moments of \(8, 8, 8\), and this run has \(8, 8, 16\)"):
+  with refused("(8, 8, 8)", "(8, 8, 16)"):
     stored.StoredImages(LATENTS, source, 16, (8, 8, 16))
   with pytest.raises(UserError, match="exists: remove it"):
     write(data)
@@ -377,7 +378,7 @@ def test_latents_of_pictures_to_read_and_a_run_that_is_interrupted_get_one_clear
     stored.write(LATENTS, data, 16, MOMENTS, "x", interrupt, 4, 7, 2)
   read = str(tmp_path / "read")
   prepare.prepare("shapes", read, "understanding", records=1, image_size=16)
-  with pytest.raises(UserError, match="--input=.*read holds understanding records: .*--task=generation"):
+  with refused("--input=", "understanding", "--task=generation"):
     stored.write(LATENTS, read, 16, MOMENTS, "x", interrupt, 4, 7, 2)
 
 
