@@ -1,6 +1,7 @@
-"""Puts tests/ on the path, so that these tests can use its helpers when they run alone."""
+"""Puts this folder and tests/ on the path: these tests share their models in PyTorch, and may run alone."""
 
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+HERE = pathlib.Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
