@@ -16,6 +16,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from jflow.batch import NONE, READ, WRITE, Batch, RowShape
 from jflow.data.packing import Plan
 from jflow.data.tokenizer import Tokenizer
+from jflow.generation.base import FAMILIES
 
 WIDTH = 1680
 _MARGIN, _GAP, _LINE, _PICTURE = 44, 14, 21, 120
@@ -102,7 +103,7 @@ class _Sheet:
     for colour, name in reversed(
       (
         (_LEARNED, "text to learn"),
-        (_LOSS, "positions with loss: next token, or flow"),
+        (_LOSS, "positions with loss: next token, or image"),
         (_PADDING, "padding"),
       )
     ):
@@ -129,7 +130,7 @@ class _Sheet:
     shown = min(samples, _CARDS)
     cards = [_runs(arrays, segment, tokenizer, shape.image_slots) for segment in range(1, shown + 1)]
     for first in range(0, shown, _COLUMNS):
-      self._cards(first, cards[first : first + _COLUMNS], arrays)
+      self._cards(first, cards[first : first + _COLUMNS], arrays, tokenizer.pad)
     if samples > shown:
       self._room(60)
       self._pen.text((_MARGIN, self._y), f"... and {samples - shown} samples more", _GREY, self._text)
@@ -145,23 +146,24 @@ class _Sheet:
       where = np.flatnonzero(arrays.segment_ids == segment)
       box = (at(where[0]), top, at(where[-1] + 1) - 1, top + 28)
       self._pen.rectangle(box, _SAMPLES[(segment - 1) % len(_SAMPLES)])
-    loss = arrays.loss_mask.copy()
+    loss, first = arrays.loss_mask.copy(), FAMILIES.get(shape.writer).layout.loss_from
     for slot in np.flatnonzero(arrays.image_kind != NONE):
       start = int(arrays.image_start[slot])
-      left, right = at(start), at(start + shape.image_slots)
+      left, right = at(start), at(start + shape.slots_of(int(arrays.image_kind[slot])))
       edge = min(24, int(right - left) - 2)
       colour = _SAMPLES[(int(arrays.segment_ids[start]) - 1) % len(_SAMPLES)]
       self._pen.rectangle((left, top, right - 1, top + 28), _darker(colour))
       if edge > 6:
         small = Image.fromarray(arrays.images[slot]).resize((edge, edge))
         self._paper.paste(small, (int(left + (right - left - edge) / 2), top + 14 - edge // 2))
-      loss[start + 1 : start + shape.image_slots] |= arrays.image_kind[slot] == WRITE  # the flow's, at the patches
+      carried = slice(start + first, start + first + shape.image_patches)
+      loss[carried] |= arrays.image_kind[slot] == WRITE
     begins = np.flatnonzero(np.diff(np.concatenate([[0], loss.astype(np.int8), [0]])))
     for begin, end in zip(begins[::2], begins[1::2]):
       self._pen.rectangle((at(begin), top + 31, max(at(end) - 1, at(begin) + 1), top + 36), _LOSS)
 
-  def _cards(self, first: int, cards: Sequence[list[_Run]], arrays: Batch) -> None:
-    """Draws a line of cards, all as high as the highest."""
+  def _cards(self, first: int, cards: Sequence[list[_Run]], arrays: Batch, pad: int) -> None:
+    """Draws a line of cards, all as high as the highest. A dropped prompt leaves a gap of positions, or pads."""
     width = (WIDTH - 2 * _MARGIN - (_COLUMNS - 1) * _GAP) // _COLUMNS
     laid = [self._lay(runs, width - 28) for runs in cards]
     height = 46 + max(end for _, end in laid)
@@ -172,7 +174,8 @@ class _Sheet:
       self._pen.rounded_rectangle((left, top, left + width, top + height), 8, _CARD, _RULE)
       self._pen.rounded_rectangle((left, top, left + width, top + 26), 8, colour, corners=(True, True, False, False))
       where = np.flatnonzero(arrays.segment_ids == segment)
-      dropped = "   prompt dropped" if np.any(np.diff(arrays.positions[where]) != 1) else ""
+      absent = np.any(np.diff(arrays.positions[where]) != 1) or np.any(arrays.tokens[where] == pad)
+      dropped = "   prompt dropped" if absent else ""
       says = f"sample {segment}   {len(where):,} tokens from {where[0]:,}{dropped}"
       self._pen.text((left + 14, top + 5), says, _INK, self._small)
       for x, y, item in items:

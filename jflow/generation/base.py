@@ -45,6 +45,10 @@ class Written(NamedTuple):
 class Layout(Protocol):
   """The layout of an image to write in a row. Numpy only, since the loader's processes run it."""
 
+  loss_from: (
+    int  # offset from the image's first slot of the first of P positions that carry a loss; for pictures of rows
+  )
+
   def slots(self, patches: int) -> int:
     """Number of positions that the writer fills for an image of so many patches."""
 

@@ -50,6 +50,8 @@ class Averages:
 class Layout:
   """BOS PROMPT TAG slot*P, a query in every slot; a dropped prompt leaves BOS."""
 
+  loss_from = 0
+
   def slots(self, patches: int) -> int:
     return patches
 

@@ -14,6 +14,8 @@ class CodesLayout:
   prompt becomes pad tokens between BOS and BOI, which are attended to like words: length and positions stay.
   """
 
+  loss_from = -1  # a code is predicted one position before its own
+
   def slots(self, patches: int) -> int:
     """The codes; BOI before them is a token."""
     return patches

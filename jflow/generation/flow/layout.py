@@ -14,6 +14,8 @@ class FlowLayout:
   unconditional row, whose prompt is masked.
   """
 
+  loss_from = 1  # the velocity is read at the patches
+
   def slots(self, patches: int) -> int:
     """T and the patches."""
     return 1 + patches
