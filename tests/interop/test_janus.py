@@ -262,6 +262,17 @@ def test_a_pickle_is_refused_with_the_ways_to_safetensors(tmp_path, capsys, name
   assert "deepseek-community/Janus-Pro-7B" in error and "refs/pr/" in error and (name or "neither") in error
 
 
+@pytest.mark.parametrize("token, name", [("<｜▁pad▁｜>", "pad"), ("<begin_of_image>", "image_start")])
+def test_a_tokenizer_without_pad_or_boi_is_refused_before_weights_are_read(tmp_path, capsys, monkeypatch, token, name):
+  monkeypatch.setattr("jflow.interop.safetensors_io.Checkpoint.read", lambda *args: pytest.fail("weights were read"))
+  source = janus_checkpoint.write(tmp_path / "source", tokenizer=True)
+  path = source / "tokenizer.json"
+  path.write_text(path.read_text().replace(token, "<renamed>"))
+  assert main(["understand", f"--checkpoint={source}", "--question=?"]) == 2
+  error = capsys.readouterr().err
+  assert error.count("\n") == 1 and token in error and name in error
+
+
 def test_a_head_of_another_width_has_no_place_in_transformers_layout(tmp_path, capsys):
   source = tmp_path / "source"
   source.mkdir()

@@ -1,6 +1,6 @@
 """Fuzzes what opens checkpoints: python tests/tools/fuzz_checkpoints.py --seed=0 --tries=2000
 
-Each try spoils one file of a small checkpoint, of the published layout with shards and a VAE or of jflow's own, and
+Each try spoils one file of a small checkpoint, of a published layout with shards or of jflow's own, and
 opens it with `jflow.load`, which what `convert` and `parity` read goes through too. Asked is that nothing but
 `UserError` escapes, in one line, that a try ends in time and takes no more memory than a sound one, and that the
 sound checkpoints between the tries still open. Prints one line of JSON, {"tried", "escaped", "hung", "lost"}, and on
@@ -26,6 +26,7 @@ from typing import Any
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
+import janus_checkpoint
 import numpy as np
 import official_checkpoint
 import tiny
@@ -35,7 +36,7 @@ from tools.fuzz_importers import ODD, Hung, Raw, places, spoil_bytes, to_json
 import jflow
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
-from jflow.interop import native, steps, vae
+from jflow.interop import janus, native, processor_config, steps, vae
 from jflow.models import weights as names
 from jflow.models.autoencoders.kl import AutoencoderKLConfig
 
@@ -110,6 +111,21 @@ def write_published(directory: pathlib.Path) -> None:
   }
   (directory / "preprocessor_config.json").write_text(json.dumps(images | {"min_size": 14}))
   (directory / "processor_config.json").write_text(json.dumps({"num_image_tokens": 16, "sft_format": "deepseek"}))
+
+
+def write_janus(directory: pathlib.Path, layout: pathlib.Path = janus_checkpoint.OFFICIAL) -> None:
+  """Janus: two shards, a tokenizer and the processor's files."""
+  janus_checkpoint.write(directory, layout, shards=2, tokenizer=True)
+  config = janus.config_from_official(janus_checkpoint.config(), "config.json")
+  official = layout == janus_checkpoint.OFFICIAL
+  made = processor_config.official_files(config, None) if official else processor_config.transformers_files(config)
+  for name, values in made.items():
+    (directory / name).write_text(json.dumps(values))
+
+
+def write_transformers(directory: pathlib.Path) -> None:
+  """The same as transformers lays it out."""
+  write_janus(directory, janus_checkpoint.TRANSFORMERS)
 
 
 def write_own(directory: pathlib.Path) -> None:
@@ -284,7 +300,12 @@ def open_checkpoint(directory: pathlib.Path) -> str:
   return said
 
 
-WRITERS: dict[str, Callable[[pathlib.Path], None]] = {"published": write_published, "own": write_own}
+WRITERS: dict[str, Callable[[pathlib.Path], None]] = {
+  "published": write_published,
+  "own": write_own,
+  "janus": write_janus,
+  "transformers": write_transformers,
+}
 
 
 def fuzz(seed: int, tries: int) -> dict[str, int]:
