@@ -114,7 +114,7 @@ def _greedy(runner: Runner, g: Mapping[str, np.ndarray], drawn: list[str], guida
   sampler = CodesSampler(runner.model, runner.params, ids)
   lengths = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
   settings = Settings(guidance=guidance, temperature=0.0)
-  codes = np.asarray(sampler.codes(tokens, lengths, np.zeros(len(prompts), np.uint32), settings))
+  codes = np.asarray(sampler.write(tokens, lengths, np.zeros(len(prompts), np.uint32), settings))
   out = {}
   for start, prompt, ours in zip(drawn, prompts, codes, strict=True):
     theirs = g.get(f"{start}codes")
