@@ -239,9 +239,9 @@ def _roofline(
 def _kernel_flops(model: UnifiedModel, work: model_flops.Work, config: RunConfig) -> float:
   """FLOPs of fused attention over a step: 2 products forward, 5 backward, forward again where rematerialized.
 
-  cuDNN skips pairs across segments; the others compute all pairs under the diagonal.
+  cuDNN and "packed" skip pairs across segments; the others compute all pairs under the diagonal.
   """
   lm, rows = model.config.language_model, config.train.batch_size
-  pairs = work.pairs if model.attention.startswith("cudnn") else rows * config.data.row_tokens**2 / 2
+  pairs = work.pairs if model.attention.startswith(("cudnn", "packed")) else rows * config.data.row_tokens**2 / 2
   again = 0 if model.remat == "none" or ("attended" in model.remat and model.attention != "triton") else 2
   return 2.0 * lm.num_layers * lm.num_heads * lm.head_dim * pairs * (2 + again + 5)
