@@ -130,7 +130,7 @@ def test_greedy_codes_and_their_pixels(pair):
   lengths = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
   greedy = Settings(temperature=0.0, guidance=5.0)
   codes = torch.cat(alone)
-  np.testing.assert_array_equal(sampler.codes(tokens, lengths, np.zeros(2, np.uint32), greedy), codes.numpy())
+  np.testing.assert_array_equal(sampler.write(tokens, lengths, np.zeros(2, np.uint32), greedy), codes.numpy())
   assert len(np.unique(codes.numpy())) > 3  # a picture of one code would show nothing
   pixels = sampler.sample(tokens, lengths, np.zeros(2, np.uint32), greedy)
   assert pixels.shape == (2, c.image_size, c.image_size, 3)
