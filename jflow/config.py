@@ -78,7 +78,7 @@ class OptimizerConfig(Section):
 class LoraConfig(Section):
   rank: int = field(whole(0, 4096, "; 0 turns adapters off"), before=0)
   alpha: float = field(number(above=0.0), before=16.0)
-  patterns: tuple = field(patterns, before=())
+  patterns: tuple = field(patterns, before=("language_model/layers",))
   frozen_dtype: str = field(one_of("float32", "bfloat16"), before="float32")
 
 
