@@ -59,3 +59,13 @@ def test_the_table_of_the_readme_shows_that_the_cost_per_chip_does_not_grow():
   written = (_TABLE.with_suffix(".md")).read_text()
   assert written == table.markdown(list(reports.values()))
   assert written in (tiny.ROOT / "jflow" / "perf" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["compile_table_janus_1b", "compile_table_janus_7b"])
+def test_the_tables_of_janus_are_what_their_files_say(name):
+  file = _TABLE.with_name(name)
+  reports = json.loads(file.with_suffix(".json").read_text())
+  assert all(report["fits"] and report["config"].startswith("janus/stage2:") for report in reports)
+  written = file.with_suffix(".md").read_text()
+  assert written == table.markdown(reports)
+  assert written in (tiny.ROOT / "jflow" / "perf" / "README.md").read_text(encoding="utf-8")
