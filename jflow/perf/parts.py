@@ -10,6 +10,7 @@ import optax
 
 from jflow.batch import WRITE, Batch
 from jflow.config import RunConfig
+from jflow.generation.base import family
 from jflow.models.compaction import Capacity, Chosen
 from jflow.models.unified import UnifiedModel, normalise
 from jflow.objectives import next_token
@@ -73,21 +74,28 @@ def _parts(
   by = (0, 1) if "language_model" in trained else 0
   yield "head", jax.value_and_grad(head, argnums=by), (hidden, kernel)
   yield "siglip", lambda p, images: apply(p, "features", normalise(seen.take(images))), (params, batch.images)
-  flow = c.generation.kind == "flow"
-  if flow and not config.data.stored:
-    encode = lambda p, images: apply(p, lambda m, x: m.writer.posterior(x), normalise(chosen.take(images)))
-    yield "vae", encode, (params, batch.images)
+  pixels = lambda images: normalise(chosen.take(images))
+  stored = family(c.generation).stored
+  if stored and not config.data.stored:
+    encoder = c.autoencoder.make(model.dtype)
+    encode = lambda p, images: encoder.apply({"params": p}, pixels(images), method="encode")
+    yield stored.part, encode, (params[stored.part], batch.images)
+  aligned = config.objective.weights.get("alignment")
+  ahead = jnp.zeros((chosen.places, *(stored.shape(c) if stored else (0,))), stored.dtype if stored else None)
 
-  def heads(p, z, x):
-    slots_IKD, skip, time_ID = apply(p, lambda m, *x: m.writer.slots(*x), z, chosen.take(draws.time))
-    out = total(slots_IKD) + total(apply(p, lambda m, *x: m.writer.velocity(*x), x, skip, time_ID))
-    if config.objective.weights.get("alignment"):
-      out += total(apply(p, lambda m, y: m.objectives["alignment"].alignment_head(y), x))
-    return out
+  def heads(p, draws, x):
+    """Writes images from what an encoder made of them, and takes the losses of the LLM's output `x` at their slots."""
 
-  names = [name for name in trained if name.startswith(("generation_", "alignment_head"))]
-  if flow:
-    yield "heads", *gradient(heads, names, chosen.take(draws.noise), written)
+    def parts(m, images):
+      slots_IKD, context = m.writer.write(pixels(images), ahead, jax.tree.map(chosen.take, draws))
+      losses = m.writer.losses(lambda first, count: x[:, :count], context, jnp.ones(chosen.places, bool))
+      out = total(slots_IKD) + sum(losses.values())
+      return out + total(m.objectives["alignment"].alignment_head(x)) if aligned else out
+
+    return apply(p, parts, batch.images)
+
+  names = [name for name in trained if name not in ("language_model", "understanding_encoder")]
+  yield "heads", *gradient(heads, names, draws, written)
 
   optimizer = optim.make_optimizer(config.optimizer)
 
