@@ -107,8 +107,9 @@ def _vision_config(f: Fields) -> SiglipConfig:
   return config
 
 
-# The fields of tokenizer_config.json by which JanusProcessor finds the tokens around an image.
+# The fields of tokenizer_config.json by which JanusProcessor finds the tokens around an image, and pads.
 _TOKENS = {
+  "pad_token": SPECIAL_TOKENS["pad"],
   "boi_token": SPECIAL_TOKENS["image_start"],
   "eoi_token": SPECIAL_TOKENS["image_end"],
   "image_token": SPECIAL_TOKENS["image"],
@@ -277,7 +278,10 @@ def _files(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
   if tokenizer is not None:
     generation["generation_kwargs"] = {"boi_token_id": tokenizer.image_start}
   files = processor_config.transformers_files(config) | {"generation_config.json": generation}
-  return files if tokenizer is None else files | {"tokenizer_config.json": _TOKENS | tokenizer.settings()}
+  if tokenizer is None:
+    return files
+  settings = {name: value for name, value in tokenizer.settings().items() if value is not None}  # pad_token may be null
+  return files | {"tokenizer_config.json": _TOKENS | settings}
 
 
 LAYOUT = Layout(

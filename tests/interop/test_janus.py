@@ -165,7 +165,8 @@ def test_the_tokens_around_an_image_are_written_for_transformers(tmp_path):
   assert main(["convert", f"--input={source}", "--to=transformers", f"--output={tmp_path / 'out'}"]) == 0
   read = lambda name: json.loads((tmp_path / "out" / name).read_text())
   assert read("config.json")["image_token_id"] == 1003
-  assert read("tokenizer_config.json")["boi_token"] == "<begin_of_image>"
+  words = read("tokenizer_config.json")
+  assert (words["boi_token"], words["pad_token"]) == ("<begin_of_image>", "<｜▁pad▁｜>")
   found = read("generation_config.json")
   assert (found["guidance_scale"], found["pad_token_id"], found["bos_token_id"]) == (5, 1002, 1000)
   assert found["generation_kwargs"] == {"boi_token_id": 1004}
