@@ -1,11 +1,9 @@
 """The small Janus of tests/golden/janus_tiny that the tests share, by its published names, and its golden outputs."""
 
 import functools
-import importlib.util
-import json
-import pathlib
 from typing import Any
 
+import janus_checkpoint
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
@@ -16,11 +14,7 @@ from jflow.models.build import parameter_shapes
 from jflow.models.config import ModelConfig
 from jflow.models.unified import UnifiedModel, for_inference
 
-TESTS = pathlib.Path(__file__).parent
-GOLDEN = TESTS / "golden" / "janus_tiny"
-_spec = importlib.util.spec_from_file_location("parity_weights", TESTS / "parity" / "weights.py")
-_weights = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_weights)
+GOLDEN = janus_checkpoint.OFFICIAL / "golden.npz"
 
 DICT = dict(
   language_model=dict(
@@ -77,21 +71,18 @@ def model(config: ModelConfig = CONFIG) -> UnifiedModel:
 @functools.cache
 def golden() -> dict[str, np.ndarray]:
   """The golden outputs, by their keys."""
-  with np.load(GOLDEN / "golden.npz") as file:
+  with np.load(GOLDEN) as file:
     return dict(file)
 
 
 @functools.cache
 def params() -> dict[str, Any]:
   """The nested parameters of the golden outputs, f32."""
-  manifest = json.loads((GOLDEN / "manifest.json").read_text())
+  tensors, entries = janus_checkpoint.tensors(), names.official(CONFIG)
   flat = {path: np.full(shape, np.nan, np.float32) for path, shape in parameter_shapes(CONFIG).items()}
-  entries = names.official(CONFIG)
-  assert set(manifest) == {entry.name for entry in entries} | {"gen_vision_model.quantize.codebook_used"}
+  assert set(tensors) == {entry.name for entry in entries} | {"gen_vision_model.quantize.codebook_used"}
   for entry in entries:
-    assert tuple(manifest[entry.name]) == entry.shape, entry
-    tensor = np.asarray(_weights.tensor(entry.name, entry.shape), np.float32)
-    piece = weights.to_jflow(entry.kind, entry.slice(tensor))
+    piece = weights.to_jflow(entry.kind, entry.slice(tensors[entry.name]))
     flat[entry.path][... if entry.layer is None else entry.layer] = piece
   assert not any(np.isnan(x).any() for x in flat.values())
   return unflatten_dict({path: jnp.asarray(x) for path, x in flat.items()}, sep="/")
