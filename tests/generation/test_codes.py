@@ -32,8 +32,15 @@ from jflow.sharding import unbox
 
 P = janus.CONFIG.patches
 TOLERANCE = 1e-5
-SHAPE = RowShape(
-  tokens=64, images=3, image_patches=P, image_size=64, writer="codes", written_slots=FAMILY.layout.slots(P)
+SHAPE = RowShape(  # codes made ahead: a tokenizer takes long to compile
+  tokens=64,
+  images=3,
+  image_patches=P,
+  image_size=64,
+  writer="codes",
+  written_slots=FAMILY.layout.slots(P),
+  stored=(P,),
+  stored_dtype="uint16",
 )
 
 
@@ -86,10 +93,7 @@ def test_loss_and_gradients_are_the_published_ones():
   """Of packed rows, through the layout, the packing and the step's own loss."""
   golden = janus.golden()
   prompt, codes = golden["paint/prompt_ids"][:-1], golden["paint/codes"]
-  batch = stacked([written(prompt, seed=0)], [written(prompt, seed=1)])
-  stored = np.zeros((2, SHAPE.images, P), np.uint16)
-  stored[:, 0] = codes
-  batch = batch._replace(stored=stored)
+  batch = stacked([written(prompt, codes=codes[0])], [written(prompt, codes=codes[1])])
 
   def loss(params):
     return janus.model().apply({"params": params}, batch, None, ("codes",), method="losses")["codes"] / 2
@@ -141,13 +145,17 @@ def test_greedy_codes_of_prompts_of_two_lengths_are_the_published_ones_of_each_a
 # --- layout ----------------------------------------------------------------------------------------------------
 
 
-def written(prompt, seed=0, drop=False):
-  """A sample of a prompt without BOI and an image."""
+def written(prompt, seed=0, drop=False, codes=None):
+  """A sample of a prompt without BOI and an image, whose codes have nothing to do with its pixels."""
   made = CodesLayout().sequence(np.asarray(prompt, np.int32), drop, janus.Ids, P)
-  pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8)
+  rng = np.random.default_rng(seed)
+  pixels = rng.integers(0, 256, (64, 64, 3), np.uint8)
+  codes = rng.integers(0, janus.CONFIG.autoencoder.codebook_size, P) if codes is None else codes
   n = len(made.tokens)
   targets, nothing = np.append(made.tokens[1:], 0).astype(np.int32), np.zeros(n, bool)
-  return Sample(made.tokens, targets, nothing, made.positions, (made.image_start,), (WRITE,), (pixels,))
+  return Sample(
+    made.tokens, targets, nothing, made.positions, (made.image_start,), (WRITE,), (pixels,), (codes.astype(np.uint16),)
+  )
 
 
 def read(seed=0):
@@ -224,15 +232,15 @@ def test_packed_samples_cost_what_they_cost_alone():
 def test_codes_that_are_stored_cost_what_those_of_the_pixels_do():
   batch = stacked([written([251, 4, 9], 2), read(1)])
   encode = jax.jit(lambda p, x: janus.model().bind({"params": p}).writer.encode(x))
-  codes = np.zeros((1, SHAPE.images, P), np.uint16)
+  codes = batch.stored.copy()
   codes[0, 0] = encode(janus.params(), batch.images[0, :1] / 127.5 - 1.0)[0]
-  assert losses(batch) == pytest.approx(losses(batch._replace(stored=codes)), rel=1e-6)  # two programs
+  by_pixels = losses(batch._replace(stored=np.zeros((1, SHAPE.images, 0), np.uint16)))
+  assert by_pixels == pytest.approx(losses(batch._replace(stored=codes)), rel=1e-6)  # two programs
 
 
 def test_the_token_before_a_read_image_keeps_its_embedding_and_learns():
   """Janus has no start vector: the gradient of an answer reaches the embedding of BOI."""
   batch = stacked([read(1)])
-  batch = batch._replace(stored=np.zeros((1, SHAPE.images, P), np.uint16))
   text = lambda p: janus.model().apply({"params": p}, batch, None, ("text",), method="losses")["text"]
   gradient = jax.jit(jax.grad(text))(janus.params())["language_model"]["embed"]
   assert np.abs(gradient[janus.Ids.image_start]).max() > 0 and np.abs(gradient[janus.Ids.image]).max() == 0
