@@ -34,4 +34,6 @@ def derived(model: ModelConfig, params: Mapping[str, Any], new: Collection[str])
   """Returns {path: value} of those of the `new` parameters that start as a function of others, see `Family.derived`."""
   rule = registry.load(family(model.generation).derived)
   made = rule(model, params) if rule else {}
-  return {path: jax.device_put(x, params[path].sharding) for path, x in made.items() if path in new}
+  return {
+    path: jax.device_put(x.astype(params[path].dtype), params[path].sharding) for path, x in made.items() if path in new
+  }
