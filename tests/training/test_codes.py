@@ -8,11 +8,12 @@ import pytest
 import tiny
 from flax.traverse_util import flatten_dict
 
+from jflow import sharding
 from jflow.batch import WRITE
 from jflow.errors import UserError
 from jflow.generation.base import family
 from jflow.models.flops import Work
-from jflow.training import encode, setup
+from jflow.training import encode, program, setup
 from jflow.training.flops import model_flops_of
 
 KIND = family(tiny.JANUS.generation).stored
@@ -116,3 +117,10 @@ def test_the_flops_of_a_step_follow_the_weights():
   assert parts["head"] == 6 * weights("language_model/head") * work.loss_tokens
   assert parts["vq"] == 3 * tiny.JANUS.autoencoder.encoder_flops(16) > 0
   assert count(stored=True) == parts | {"vq": 0.0}
+
+
+def test_a_run_that_would_train_the_tokenizer_is_refused():
+  config = tiny.janus(optimizer=dict(trained=("(?!understanding_encoder).*",), frozen=("understanding_encoder",)))
+  device = jax.devices()[0]
+  with pytest.raises(UserError, match=r"optimizer\.trained must not match vq"):
+    program.make_program(config, setup.build(config, device), sharding.make_mesh(1, 1, 1, [device]))

@@ -123,3 +123,11 @@ assert not xla_bridge.backends_are_initialized()
 """
   environment = os.environ | {"PYTHONPATH": str(tiny.ROOT), "JAX_PLATFORMS": "cpu"}
   subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+
+
+def test_a_section_of_the_model_is_that_of_the_checkpoint_of_its_part():
+  """Of either way to write: the codes' tokenizer as the VAE."""
+  named = (("vq", "tokenizer"), ("understanding_encoder", "siglip"))
+  train = tiny.configuration(train=dict(init_from="model", init_parts=named)).train
+  sections = ("autoencoder", "understanding_encoder", "generation", "language_model", "reader")
+  assert [start_model.origin(train, section) for section in sections] == ["tokenizer", "siglip", *["model"] * 3]
