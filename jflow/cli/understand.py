@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
   args = parser().parse_args(argv)
 
   from jflow import checks
-  from jflow.data.examples import MARKS
+  from jflow.data.sequences import MARKS
   from jflow.inference.pipeline import prepare_image
 
   if not args.question.strip():

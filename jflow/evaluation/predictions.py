@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jflow.data.examples import IMAGE_MARK
+from jflow.data.sequences import IMAGE_MARK
 from jflow.evaluation.samples import Samples
 from jflow.evaluation.tasks import Painting, Question, RoundTrip, save
 from jflow.inference.pipeline import to_image

@@ -6,7 +6,7 @@ Each takes a row of a table: "question", "hint", and the options "A" to "Z".
 import string
 from collections.abc import Mapping
 
-from jflow.data.examples import IMAGE_MARK
+from jflow.data.sequences import IMAGE_MARK
 
 _YES_OR_NO = " Please answer yes or no."
 _SHORT = "\nAnswer the question using a single word or phrase."

@@ -9,9 +9,11 @@ import numpy as np
 from PIL import Image
 
 from jflow import checks, registry
-from jflow.data import examples, images
+from jflow.data import images
 from jflow.data.images import ImageError
+from jflow.data.prompts import chat_prompt, generation_prompt
 from jflow.data.records import Turn
+from jflow.data.sequences import IMAGE_MARK
 from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from jflow.errors import CannotGenerate, UserError
 from jflow.generation.base import family, settings
@@ -131,7 +133,7 @@ class Pipeline:
       )
     c = self.model.config
     room = c.language_model.max_length - self.family.layout.slots(c.patches)
-    return examples.generation_prompt(text, self.template, self.tokenizer, room)
+    return generation_prompt(text, self.template, self.tokenizer, room)
 
   def request(
     self,
@@ -162,14 +164,14 @@ class Pipeline:
     checks.answer(max_tokens, temperature, top_p, seed)
     c = self.model.config
     context = min(context or c.language_model.max_length, c.language_model.max_length)
-    prompt = examples.chat_prompt(
+    prompt = chat_prompt(
       messages if mark else _with_marks(messages, len(images)),
       len(images),
       self.tokenizer,
       c.patches,
       self.template,
       system,
-      mark or examples.IMAGE_MARK,
+      mark or IMAGE_MARK,
       context - 1,
     )
     pixels = np.zeros((len(images), c.image_size, c.image_size, 3), np.uint8)
@@ -194,14 +196,14 @@ class Pipeline:
 
     Args:
       messages: a question, or turns {"role": "user" | "assistant" | "system", "content": text}, see
-        `examples.chat_prompt`. "<image>" marks say where the images stand, or "<image_placeholder>" as in the
+        `prompts.chat_prompt`. "<image>" marks say where the images stand, or "<image_placeholder>" as in the
         published code; without any, they stand before the first question.
       images: one or a list of paths, encoded bytes, PIL images or uint8[H, W, 3] arrays.
       max_tokens: longest answer.
       temperature: 0 is greedy.
       top_p: mass of the nucleus to sample from.
       seed: of the sampling.
-      system: system prompt; the release's own is `jflow.data.examples.SYSTEM_PROMPT`.
+      system: system prompt; the release's own is `jflow.data.prompts.SYSTEM_PROMPT`.
       stream: called with each new piece of the answer; their concatenation is the returned text.
 
     Raises:
@@ -291,9 +293,9 @@ def _with_marks(messages: str | Sequence[Any], count: int) -> Sequence[Any]:
   """Puts one image mark per image before the first question, where the messages hold none."""
   messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
   if not all(isinstance(m, (Turn, Mapping)) for m in messages):
-    return messages  # which `examples.chat_prompt` refuses
+    return messages  # which `prompts.chat_prompt` refuses
   turns = [m._asdict() | {"content": m.text} if isinstance(m, Turn) else dict(m) for m in messages]
-  mark = examples.IMAGE_MARK
+  mark = IMAGE_MARK
   marked = lambda mark: any(mark in str(t.get("content", "")) for t in turns)
   if count and not marked(mark) and marked(published := SPECIAL_TOKENS["image"]):
     return [t | {"content": str(t.get("content", "")).replace(published, mark)} for t in turns]

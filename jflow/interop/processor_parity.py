@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from jflow.data import examples, images, templates
+from jflow.data import images, templates
+from jflow.data.prompts import SYSTEM_PROMPT, chat_prompt, generation_prompt
 from jflow.data.tokenizer import SPEAKERS, SPECIAL_TOKENS, Tokenizer, read_files
 from jflow.errors import UserError
 from jflow.interop import golden
@@ -107,16 +108,16 @@ def _process(
   templates.check(template, tokenizer)
   flow = tokenizer.generation_start is not None  # JanusFlow's processor: another tag, and BOI's slot is the image's
   if case.get("generation", case["name"] == "generation"):  # the closing tag is the first slot of the image
-    ids = examples.generation_prompt(turns[0]["content"], template, tokenizer)
+    ids = generation_prompt(turns[0]["content"], template, tokenizer)
     return {"input_ids": np.append(ids, tokenizer.generation_start if flow else tokenizer.image_start)}
   messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-  prompt = examples.chat_prompt(
+  prompt = chat_prompt(
     messages,
     len(paths),
     tokenizer,
     patches,
     template,
-    system=examples.SYSTEM_PROMPT,
+    system=SYSTEM_PROMPT,
     mark=SPECIAL_TOKENS["image"],
   )
   pixels = [images.for_understanding(images.read(str(path)), size) for path in paths]

@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from jflow import checks
-from jflow.data import examples
+from jflow.data.sequences import MARKS
 from jflow.errors import PromptTooLong, UserError
 from jflow.inference.decoding import Request
 from jflow.inference.pipeline import Pipeline, check_prompts, prepare_image
@@ -136,7 +136,7 @@ def chat(
     UnreadableImage: an image cannot be read.
     PromptTooLong: `context` tokens leave no room for an answer.
   """
-  for mark in examples.MARKS:
+  for mark in MARKS:
     if any(mark in turn["content"] for turn in wanted.turns if turn["role"] == "user"):
       raise UserError(f"the text must not hold {mark}: leave it out, and send the picture itself")
   fitting = (context - 1) // (2 + pipeline.model.config.patches)

@@ -29,7 +29,7 @@ SEEDS = 2**32  # number of the model's seeds: a key keeps 32 bits
 class Chat(NamedTuple):
   """A conversation to answer."""
 
-  turns: list[dict[str, str]]  # "role" and "content" as of `examples.chat_prompt`; IMAGE_MARK is an image
+  turns: list[dict[str, str]]  # "role" and "content" as of `prompts.chat_prompt`; IMAGE_MARK is an image
   images: list[bytes]
   image_fields: list[str]  # field of the request that holds each
   max_tokens: int

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from jflow.data.examples import IMAGE_MARK
+from jflow.data.sequences import IMAGE_MARK
 from jflow.errors import UserError
 from jflow.evaluation import answers, distances, scores
 from jflow.evaluation.benchmark import PaintingBenchmark

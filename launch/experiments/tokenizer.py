@@ -14,6 +14,8 @@ from collections.abc import Iterator
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from jflow.data import examples, tokenizer
+from jflow.data.prompts import SYSTEM_PROMPT
+from jflow.data.sequences import IMAGE_MARK
 from jflow.world.source import WorldSource
 
 VOCABULARY_SIZE = 1024
@@ -88,14 +90,14 @@ def corpus() -> Iterator[str]:
   """Yields the texts to train on."""
   yield from 2 * ENGLISH.strip().split("\n")  # twice: a pair that occurs once makes no token
   yield examples.CAPTION_PROMPT
-  yield f"User: {examples.SYSTEM_PROMPT}\n\nAssistant: "
+  yield f"User: {SYSTEM_PROMPT}\n\nAssistant: "
   for task in ("understanding", "generation", "text"):
     source = WorldSource(task, WORLD_RECORDS, seed=0)
     for index in range(len(source)):
       record = source[index]
       yield record.text
       for turn in record.turns:
-        yield f"{turn.role.title()}: {turn.text.replace(examples.IMAGE_MARK, '')}\n\n"
+        yield f"{turn.role.title()}: {turn.text.replace(IMAGE_MARK, '')}\n\n"
 
 
 if __name__ == "__main__":

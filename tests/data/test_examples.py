@@ -10,6 +10,7 @@ from tokens import GOLDEN, TOKENIZER, show
 
 from jflow import batch as batch_lib
 from jflow.data import examples
+from jflow.data.prompts import SYSTEM_PROMPT, chat_prompt, generation_prompt
 from jflow.data.records import Record, RecordError, Turn
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import PromptTooLong, UserError
@@ -38,9 +39,7 @@ def question(text="<image>\nWhat?", answer="A cat.", images=(PIXELS,)):
 def test_chat_prompt_reproduces_the_release(name):
   conversation = CASES[name]["conversation"]
   count = sum(len(turn.get("images", [])) for turn in conversation)
-  prompt = examples.chat_prompt(
-    conversation, count, TOKENIZER, 9, system=examples.SYSTEM_PROMPT, mark="<image_placeholder>"
-  )
+  prompt = chat_prompt(conversation, count, TOKENIZER, 9, system=SYSTEM_PROMPT, mark="<image_placeholder>")
   np.testing.assert_array_equal(prompt.tokens, ARRAYS[f"{name}/input_ids"])
   if count:
     np.testing.assert_array_equal(prompt.image_mask(9), ARRAYS[f"{name}/images_seq_mask"])
@@ -48,14 +47,14 @@ def test_chat_prompt_reproduces_the_release(name):
 
 
 def test_generation_prompt_reproduces_the_release():
-  prompt = examples.generation_prompt(CASES["generation"]["conversation"][0]["content"], "chat", TOKENIZER)
+  prompt = generation_prompt(CASES["generation"]["conversation"][0]["content"], "chat", TOKENIZER)
   np.testing.assert_array_equal(np.append(prompt, TOKENIZER.generation_start), ARRAYS["generation/input_ids"])
 
 
 @pytest.mark.parametrize("template, user", [("chat", []), ("pro", [JANUS.user])])
 def test_a_sample_begins_with_the_prompt_of_its_answer(template, user):
   record = question("<image>\nWhat?", "A cat.")
-  prompt = examples.chat_prompt([{"role": "<|User|>", "content": "<image>\nWhat?"}], 1, JANUS, P, template)
+  prompt = chat_prompt([{"role": "<|User|>", "content": "<image>\nWhat?"}], 1, JANUS, P, template)
   sample = examples.build(record, "understanding", JANUS, template, P)
   np.testing.assert_array_equal(sample.tokens[: len(prompt.tokens)], prompt.tokens)
   assert [token for token in prompt.tokens if token == JANUS.user] == user
@@ -129,7 +128,7 @@ def test_generation(template, expected):
   assert not sample.loss_mask.any()
   assert sample.image_starts == (len(sample.tokens) - P - 1,) and sample.image_kinds == (batch_lib.WRITE,)
   np.testing.assert_array_equal(sample.positions, np.arange(len(sample.tokens)))
-  prompt = examples.generation_prompt("A cat. It sleeps.", template, TOKENIZER)
+  prompt = generation_prompt("A cat. It sleeps.", template, TOKENIZER)
   np.testing.assert_array_equal(sample.tokens[: sample.image_starts[0]], prompt)
 
 
@@ -216,7 +215,7 @@ def test_training_begins_as_the_prompt_of_inference(template, task, images):
   record = record._replace(turns=(*record.turns, Turn("user", "Sure?"), Turn("assistant", "Yes")))
   sample = build(record, task, template)
   for turns in (1, 3):
-    prompt = examples.chat_prompt(record.turns[:turns], len(images), TOKENIZER, P, template)
+    prompt = chat_prompt(record.turns[:turns], len(images), TOKENIZER, P, template)
     n = len(prompt.tokens)
     np.testing.assert_array_equal(sample.tokens[:n], prompt.tokens)
     assert sample.loss_mask[n - 1] and not sample.loss_mask[n - 2]
@@ -292,7 +291,7 @@ def turns(text: str) -> list[Turn]:
 )
 def test_a_history_is_read_as_it_was_said(history, chat, plain):
   for template, expected in (("chat", chat), ("plain", plain)):
-    prompt = examples.chat_prompt(turns(history), history.count("<image>"), TOKENIZER, P, template)
+    prompt = chat_prompt(turns(history), history.count("<image>"), TOKENIZER, P, template)
     assert show(prompt.tokens) == "[BOS]" + expected
 
 
@@ -315,18 +314,18 @@ def test_a_history_is_read_as_it_was_said(history, chat, plain):
 )
 def test_unreadable_conversations_get_one_clear_line(messages, images, message):
   with pytest.raises(UserError, match=re.escape(message)) as caught:
-    examples.chat_prompt(messages, images, TOKENIZER, P)
+    chat_prompt(messages, images, TOKENIZER, P)
   assert "\n" not in str(caught.value)
 
 
 def test_prompts_have_limits():
-  length = len(examples.generation_prompt("A cat", "plain", TOKENIZER))
-  examples.generation_prompt("A cat", "plain", TOKENIZER, context=length)
+  length = len(generation_prompt("A cat", "plain", TOKENIZER))
+  generation_prompt("A cat", "plain", TOKENIZER, context=length)
   with refused(length, length - 1):
-    examples.generation_prompt("A cat", "plain", TOKENIZER, context=length - 1)
+    generation_prompt("A cat", "plain", TOKENIZER, context=length - 1)
   with pytest.raises(PromptTooLong, match="context holds 4"):
-    examples.chat_prompt([Turn("user", "Why is it so?")], 0, TOKENIZER, P, context=4)
+    chat_prompt([Turn("user", "Why is it so?")], 0, TOKENIZER, P, context=4)
   with refused("prompt"):
-    examples.generation_prompt(" ", "plain", TOKENIZER)
+    generation_prompt(" ", "plain", TOKENIZER)
   with refused("plain", "chat"):
-    examples.generation_prompt("A cat", "chatty", TOKENIZER)
+    generation_prompt("A cat", "chatty", TOKENIZER)

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from PIL import ExifTags, Image
 
-from jflow.data import examples
+from jflow.data.prompts import chat_prompt
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.inference import reading
@@ -50,7 +50,7 @@ def test_greedy_with_a_cache_equals_whole_passes(pipeline, tokenizer):
   """One question about one picture: each token is the argmax of a pass over all before it."""
   answer = pipeline.understand("What color is it?", [_picture()], max_tokens=8)
   turns = [{"role": "user", "content": "<image>\nWhat color is it?"}]
-  prompt = examples.chat_prompt(turns, 1, tokenizer, tiny.CONFIG.patches, "plain")
+  prompt = chat_prompt(turns, 1, tokenizer, tiny.CONFIG.patches, "plain")
   ids = prompt.tokens.tolist()
   index = np.full(96, -1, np.int32)
   index[prompt.image_starts[0] : prompt.image_starts[0] + SLOTS] = np.arange(SLOTS)
@@ -173,7 +173,7 @@ def _parrot(ids: tuple[int, ...], last: int) -> Pipeline:
 
 
 def _saying(tokenizer: Tokenizer, text: str, end: bool = True) -> Pipeline:
-  prompt = examples.chat_prompt([{"role": "user", "content": "Why?"}], 0, tokenizer, 16, "plain").tokens
+  prompt = chat_prompt([{"role": "user", "content": "Why?"}], 0, tokenizer, 16, "plain").tokens
   ids = tokenizer.encode(text) + ([tokenizer.eos] if end else [])
   return _parrot(tuple(ids), int(prompt[-1]))
 
@@ -201,7 +201,7 @@ def test_the_answer_ends_at_eos_at_max_tokens_and_at_the_context(pipeline, token
   assert says.understand("Why?", max_tokens=2) == "red blue"
   context = tiny.CONFIG.language_model.max_length
   turns = lambda n: [{"role": "user", "content": "red" + " red" * n}]
-  length = lambda n: len(examples.chat_prompt(turns(n), 0, tokenizer, tiny.CONFIG.patches, "plain").tokens)
+  length = lambda n: len(chat_prompt(turns(n), 0, tokenizer, tiny.CONFIG.patches, "plain").tokens)
   n = context - 2 - length(0)
   assert length(n) == context - 2
   assert pipeline.request(turns(n), max_tokens=9).max_tokens == 2

@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jflow.data.examples import IMAGE_MARK
 from jflow.data.importers.json_texts import parse_json
 from jflow.data.importers.keys import CAPTIONS, CONVERSATIONS, DOCUMENTS, IMAGES, TEXTS
 from jflow.data.importers.media import check_media, images_of
 from jflow.data.records import Record, RecordError, Turn, Unwanted
+from jflow.data.sequences import IMAGE_MARK
 
 # Names of the two speakers in data sets, in lower case.
 _ROLES = {

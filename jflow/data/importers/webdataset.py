@@ -12,11 +12,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from jflow.data.examples import IMAGE_MARK
 from jflow.data.importers import json_texts, keys, media, objects, tar
 from jflow.data.importers.importer import Item, Options, make_item
 from jflow.data.importers.inputs import input_files, is_hidden
 from jflow.data.records import Record, RecordError, Unwanted
+from jflow.data.sequences import IMAGE_MARK
 
 MAX_SAMPLE = 128 * 2**20  # bytes
 _ENDINGS = (".tar", ".tar.gz", ".tgz")

@@ -28,6 +28,7 @@ from jflow.data.filters import Filters
 from jflow.data.importers import Importer, Item
 from jflow.data.processes import end_with_parent
 from jflow.data.records import Record, RecordError, Unwanted
+from jflow.data.sequences import IMAGE_MARK
 from jflow.data.store import machines, prepared
 from jflow.data.store.partial import clear, open_partial, read_report, write_report
 from jflow.errors import Stopped, Terminated, UserError, need_text_name
@@ -256,7 +257,7 @@ def _learnable(item: Item, task: str) -> tuple[Record, list[str]]:
   if task != "generation":
     turns, said = examples.learnable(record.turns)
     record = record._replace(turns=turns)
-  if not record.images and any(examples.IMAGE_MARK in text for text in _texts(record)):
+  if not record.images and any(IMAGE_MARK in text for text in _texts(record)):
     said.append("mark_as_text")
   return record, said
 
