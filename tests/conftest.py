@@ -32,7 +32,6 @@ FAST = {
   "imports",
   "inference/decoding",
   "inference/generate",
-  "interop/janus",
   "interop/packed",
   "models/attention",
   "models/autoencoders",

@@ -138,7 +138,7 @@ def read_config(values: Mapping[str, Any], where: str, autoencoder: None = None)
   root = Fields(values, where)
   root.only("model_type", "janus")
   root.only("architectures", ["JanusForConditionalGeneration"], ["JanusModel"])
-  root.ignore(("image_token_id",))  # by name from the tokenizer
+  root.ignore(("image_token_id", "image_token_index"))  # by name from the tokenizer
   is_tied(root)
   text, vision, vq = root.sub("text_config"), root.sub("vision_config"), root.sub("vq_config")
   root.close()
