@@ -1,4 +1,4 @@
-"""The last step of quickstart.sh: generates from prompts, answers questions about held-out pictures, plots the losses.
+"""The last step of quickstart.sh: generates from prompts, answers questions about new pictures, plots the losses.
 
 python launch/quickstart.py FOLDER     # FOLDER holds stage0 ... stage3
 """
@@ -18,67 +18,65 @@ root = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root))
 
 import jflow
+from configs.world import QUICK_SPREAD
 from jflow.inference.pipeline import Pipeline
 from jflow.inference.sheet import contact_sheet
 from jflow.training.metrics import read_metrics
 from jflow.world import judge, questions
 from jflow.world import source as world
 
-PROMPTS = 32
-QUESTIONS = 24
-OTHERS = (
-  "a picture of two red squares",
-  "a picture of three blue circles",
-  "a picture of a green circle and a yellow star",
-  "a picture of a black ring and a red heart",
-  "a picture of a circle left of a cross",
-  "a picture of a star above a square",
-)
+PROMPTS, NOISES = 64, 2  # of single objects: of the 68 pairs of color and shape that training shows
+SHOWN = 32  # of these on the sheet, from the first noise
+OTHERS = 8  # prompts of pairs that training never shows
+QUESTIONS = 24  # about new pictures of seen pairs, and as many about held-out pairs
+KINDS = ("color", "shape", "color", "shape", "existence_shape")  # the last one twice, as a yes and a no
 
 
-def single_object_prompts() -> list[tuple[str, dict]]:
-  """One prompt per seen pair of color and shape, the first PROMPTS of an even sample."""
-  pool = [x for x in world.evaluation_prompts("train", 600, seed=1) if x[1]["tag"] == "colors"]
-  return pool[:PROMPTS]
+def prompts_of(split: str, count: int) -> list[tuple[str, dict]]:
+  """Prompts of single objects with a color: the first `count` of an even sample."""
+  return [one for one in world.evaluation_prompts(split, 600, seed=1) if one[1]["tag"] == "colors"][:count]
 
 
 def paint(model: Pipeline, out: pathlib.Path) -> str:
   """Writes sheet.png; returns one line that says how many pictures are right by the programmatic judge."""
-  singles = single_object_prompts()
-  prompts = [prompt for prompt, _ in singles] + list(OTHERS)
+  singles, others = prompts_of("train", PROMPTS), prompts_of("held_out", OTHERS)
   c = model.model.config
-  shape = (len(prompts), c.autoencoder.latent_channels, c.latent_size, c.latent_size)
-  noise = np.random.default_rng(0).standard_normal(shape, np.float32)  # a seed gives every prompt the same noise
-  images = model.generate(prompts, steps=30, guidance=3.0, noise=noise)
-  names = [prompt.removeprefix("a picture of ") for prompt in prompts]
-  contact_sheet(images, names, columns=8, side=128, lines=2).save(out / "sheet.png")
-  color = shape_too = 0
-  for image, (_, metadata) in zip(images, singles):
-    wanted = metadata["include"][0]["color"]
-    found = judge.detect(np.asarray(image))
-    color += bool(found) and all(thing.color == wanted for thing in found)
-    shape_too += judge.score(np.asarray(image), metadata)["strict"]
-  total = len(singles)
-  return (
-    f"painted: the right color and no other in {color} of {total} single-object pictures, right in all in {shape_too}"
-  )
+  shape = (c.autoencoder.latent_channels, c.latent_size, c.latent_size)
+  rng = np.random.default_rng(0)  # a seed gives every prompt the same noise
+  color = right = 0
+  shown = []
+  for number in range(NOISES):
+    asked = singles + others * (number == 0)
+    noise = rng.standard_normal((len(asked), *shape), np.float32)
+    images = model.generate([prompt for prompt, _ in asked], steps=30, guidance=2.0, noise=noise)
+    shown = shown or images[:SHOWN] + images[PROMPTS:]
+    for image, (_, metadata) in zip(images, singles):
+      found = judge.detect(np.asarray(image))
+      color += bool(found) and all(thing.color == metadata["include"][0]["color"] for thing in found)
+      right += judge.score(np.asarray(image), metadata)["strict"]
+  names = [prompt.removeprefix("a picture of ") for prompt, _ in singles[:SHOWN] + others]
+  contact_sheet(shown, names, columns=8, side=128, lines=2).save(out / "sheet.png")
+  total = PROMPTS * NOISES
+  return f"painted: right in color and shape in {right} of {total} single objects, in color in {color} of {total}"
 
 
 def answer(model: Pipeline, out: pathlib.Path) -> str:
-  """Writes answers.txt and answers.png about pictures with combinations that training never showed."""
-  asked = questions.for_evaluation("held_out", QUESTIONS, seed=1)
+  """Writes answers.txt and answers.png about new pictures of seen pairs, and of pairs that training never shows."""
   size = model.model.config.image_size
-  pictures, lines, right = [], [], 0
-  for scene, question in asked:
-    picture = scene.render(size)
-    said = model.understand("<image>\n" + question.question, [picture], max_tokens=16)
-    right += said == question.answer
-    pictures.append(Image.fromarray(picture))
-    lines.append((question.question.splitlines()[0], said, question.answer))
-  text = [f"{q}  ->  {said}" + ("" if said == want else f"   (right: {want})") for q, said, want in lines]
-  (out / "answers.txt").write_text("\n".join(text) + "\n", encoding="utf-8")
-  contact_sheet(pictures, text, columns=6, side=160, lines=4).save(out / "answers.png")
-  return f"answered: {right} of {len(asked)} questions about held-out pictures"
+  pictures, lines, said = [], [], []
+  for split, name in (("val", "new pictures"), ("held_out", "pictures of held-out pairs")):
+    right = 0
+    for scene, asked in questions.for_evaluation(split, QUESTIONS, 1, KINDS, ("colors",), 1.0, QUICK_SPREAD):
+      picture = scene.render(size)
+      told = model.understand("<image>\n" + asked.question, [picture], max_tokens=16)
+      right += told == asked.answer
+      pictures.append(Image.fromarray(picture))
+      wanted = "" if told == asked.answer else f"   (right: {asked.answer})"
+      lines.append(f"{asked.question.splitlines()[0]}  ->  {told}{wanted}")
+    said.append(f"{right} of {QUESTIONS} questions about {name}")
+  (out / "answers.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+  contact_sheet(pictures, lines, columns=6, side=160, lines=4).save(out / "answers.png")
+  return "answered: " + ", ".join(said)
 
 
 def plot(out: pathlib.Path) -> None:
