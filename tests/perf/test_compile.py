@@ -118,3 +118,36 @@ def test_collectives_are_counted_once_each():
     ("all-to-all", "fsdp"): 2 * 8 * 4,
   }
   assert counts.largest_gather == 16 * 8 * 4
+
+
+_IN_PLACE = """\
+HloModule step
+
+%sliced (a: f32[64,8]) -> f32[4,8] {
+  %a = f32[64,8]{1,0} parameter(0)
+  %flat = f32[512]{0} bitcast(%a)
+  %cut = f32[32]{0} slice(%flat), slice={[0:32]}
+  ROOT %b = f32[4,8]{1,0} bitcast(%cut)
+}
+
+%scattered (old: f32[64,8], at: s32[2], new: f32[2,8]) -> f32[64,8] {
+  %old = f32[64,8]{1,0} parameter(0)
+  %at = s32[2]{0} parameter(1)
+  %new = f32[2,8]{1,0} parameter(2)
+  ROOT %put = f32[64,8]{1,0} scatter(%old, %at, %new), update_window_dims={1}, to_apply=%second
+}
+
+ENTRY %main (x: f32[64,8], i: s32[2], y: f32[2,8]) -> f32[64,8] {
+  %x = f32[64,8]{1,0} parameter(0)
+  %i = s32[2]{0} parameter(1)
+  %y = f32[2,8]{1,0} parameter(2)
+  %few = f32[4,8]{1,0} fusion(%x), kind=kLoop, calls=%sliced
+  ROOT %out = f32[64,8]{1,0} fusion(%x, %i, %y), kind=kLoop, calls=%scattered
+}
+"""
+
+
+def test_a_buffer_that_is_only_cut_or_written_in_part_counts_in_part():
+  """The slice is read and written; of the cache that is scattered into, the new rows are read twice and written."""
+  cut, put = 2 * 4 * 8 * 4, 3 * 2 * 8 * 4 + 2 * 4
+  assert hlo.count(_IN_PLACE, {}, lambda loop: 1.0).memory_bytes == cut + put
