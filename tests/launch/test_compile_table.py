@@ -66,6 +66,8 @@ def test_the_tables_of_janus_are_what_their_files_say(name):
   file = _TABLE.with_name(name)
   reports = json.loads(file.with_suffix(".json").read_text())
   assert all(report["fits"] and report["config"].startswith("janus/stage2:") for report in reports)
+  sent = {report["topology"]: report["collective_bytes_total"] for report in reports}
+  assert sent["h100:32x8"] == pytest.approx(sent["h100:2x8"], rel=0.1)
   written = file.with_suffix(".md").read_text()
   assert written == table.markdown(reports)
   assert written in (tiny.ROOT / "jflow" / "perf" / "README.md").read_text(encoding="utf-8")
