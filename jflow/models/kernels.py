@@ -229,5 +229,7 @@ KERNELS: dict[str, Callable[..., jax.Array]] = {
 }
 # Platform -> what "auto" takes there: only a kernel whose tests have passed on such a device (`pytest -m gpu`).
 AUTO = {"tpu": "splash", "gpu": "triton"}
+# Likewise for the positions of an image that is generated: "fused" for `causal`, or "xla".
+AUTO_BEHIND_PREFIX = {"gpu": "xla"}
 MOST_SEGMENTS = _CUDNN_SEGMENTS - 1
 ON_GPU = ("cudnn", "triton", "packed", "fused")  # implementations that only a GPU gets

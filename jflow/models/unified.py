@@ -256,7 +256,7 @@ def for_inference(model: UnifiedModel, params: Any, gpu: bool | None = None) -> 
     model: as trained, or already a result of this function.
     params: its nested parameters, NumPy or JAX arrays.
     gpu: whether the LLM's matrices are stored as [out, in], those of one input merged (a CPU is slower with them for
-      a few rows), and attention behind a prefix is fused, which has no gradient; None: whether this is a GPU.
+      a few rows), and attention behind a prefix is what `kernels.AUTO_BEHIND_PREFIX` names; None: whether this is a GPU.
   """
   gpu = jax.default_backend() == "gpu" if gpu is None else gpu
   params = lora.merged(params)
@@ -275,5 +275,6 @@ def for_inference(model: UnifiedModel, params: Any, gpu: bool | None = None) -> 
 
 def inference_model(model: UnifiedModel, gpu: bool) -> UnifiedModel:
   """The model of `for_inference` without its parameters."""
-  fused = gpu and kernels.fuses_causal(model.dtype, model.config.language_model.head_dim)
-  return model.clone(unroll=0, attention="fused" if fused else "xla")
+  kernel = kernels.AUTO_BEHIND_PREFIX["gpu"] if gpu else "xla"
+  fits = kernels.fuses_causal(model.dtype, model.config.language_model.head_dim)
+  return model.clone(unroll=0, attention=kernel if fits else "xla")

@@ -14,7 +14,7 @@ from jflow import compilation, registry, sharding
 from jflow.config import RunConfig
 from jflow.generation.base import Loop, family
 from jflow.inference import reading
-from jflow.models import build, flops
+from jflow.models import build, flops, kernels
 from jflow.models.unified import UnifiedModel, for_inference, inference_model
 from jflow.perf import hlo, targets
 
@@ -44,6 +44,8 @@ def compile_report(
   model = UnifiedModel(config.model, jnp.dtype("bfloat16"), remat="none", unroll=1, attention="xla")
   whole = sharding.unbox(jax.eval_shape(lambda: build.initial_params(model, 0)))
   inferring = inference_model(model, gpu=True)
+  if program == "generate" and kernels.fuses_causal(model.dtype, config.model.language_model.head_dim):
+    inferring = inferring.clone(attention="fused")  # also where no device has shown it right yet
   params = jax.eval_shape(lambda params: for_inference(model, params, gpu=True)[1], whole)
   loop = _answering(inferring, params, rows, context) if program == "understand" else _painting(inferring, params, rows)
   placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_chip), (params, *loop.args))
