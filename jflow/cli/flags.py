@@ -19,7 +19,7 @@ def add_model(p: argparse.ArgumentParser, required: bool = True) -> None:
     "--checkpoint",
     required=required,
     metavar="DIR",
-    help="official directory, jflow workdir or step, gs://..., ORG/NAME@REVISION of the Hugging Face hub, or world, which comes with jflow",
+    help="published directory, jflow workdir or step, gs://..., ORG/NAME@REVISION of the Hugging Face hub",
   )
   p.add_argument("--vae", metavar="DIR", help="SDXL-VAE, for a checkpoint that holds none")
   p.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: float32 on a CPU)")

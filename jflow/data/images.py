@@ -163,9 +163,6 @@ def for_understanding(
   return square
 
 
-CROPS = ("random", "center", "pad")
-
-
 def for_generation(image: Any, size: int, rng: np.random.Generator, crop: str = "random") -> np.ndarray:
   """Returns an image to generate, uint8[size, size, 3]: its largest square; see `square`.
 

@@ -221,6 +221,7 @@ class Family:
   stored: Stored | None = None  # None: it has no encoder that could run ahead
   frozen: tuple[str, ...] = ()  # first parts of the paths of parameters that no loss reaches
   derived: Any = None  # (model config, parameters by path) -> {path: first value} of those that follow from others
+  about: str = ""  # how it writes images, for the card of a model; its name by default
   draws: type | None = None  # frozen dataclass of the section `objective.draws`, which `Writer.draw` reads; None: {}
 
   @property

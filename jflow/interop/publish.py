@@ -7,6 +7,7 @@ from typing import Any
 
 from jflow.errors import Stopped, UserError
 from jflow.files import read_object
+from jflow.generation.base import family
 from jflow.interop import checkpoints, layouts, packed
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
@@ -62,8 +63,7 @@ def card(
   """
   config = checkpoints.read_config(directory)
   front = ["---", f"license: {license}", "library_name: jflow", "pipeline_tag: any-to-any", "tags:", "- jflow"]
-  writes = {"flow": "rectified flow in a VAE's latents", "codes": "codes of a VQ tokenizer"}
-  way = writes.get(config.generation.kind, config.generation.kind)
+  writer = family(config.generation)
   language = config.language_model
   lines = [
     *front,
@@ -72,7 +72,7 @@ def card(
     f"# {name.split('/')[1]}",
     "",
     f"One language model ({language.num_layers} blocks of width {language.embed_dim}) that reads images through SigLIP "
-    f"and writes images of {config.image_size} x {config.image_size} pixels by {way}. Made with jflow.",
+    f"and writes images of {config.image_size} x {config.image_size} pixels by {writer.about or writer.name}. Made with jflow.",
     "",
     "```python",
     "import jflow",

@@ -89,9 +89,9 @@ def over_shards(kernel: Callable[..., jax.Array], q_BSNH, k_BSKH, v_BSKH, segmen
 
 
 def unmasked(packed: str, dtype: Any, head_dim: int) -> str:
-  """The implementation of attention without a mask beside that of packed rows: "cudnn" or "xla"."""
-  on_gpu = packed.partition(":")[0] in kernels.ON_GPU
-  return "cudnn" if on_gpu and kernels.fuses_causal(dtype, head_dim) else "xla"
+  """The implementation of attention without a mask: "cudnn" where packed rows have it and the heads fit, else "xla"."""
+  chosen = packed.partition(":")[0] == "cudnn"
+  return "cudnn" if chosen and kernels.fuses_causal(dtype, head_dim) else "xla"
 
 
 def unmasked_attention(q_BSNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, implementation: str) -> jax.Array:

@@ -232,4 +232,3 @@ AUTO = {"tpu": "splash", "gpu": "triton"}
 # Likewise for the positions of an image that is generated: "fused" for `causal`, or "xla".
 AUTO_BEHIND_PREFIX = {"gpu": "xla"}
 MOST_SEGMENTS = _CUDNN_SEGMENTS - 1
-ON_GPU = ("cudnn", "triton", "packed", "fused")  # implementations that only a GPU gets

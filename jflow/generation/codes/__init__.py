@@ -7,6 +7,7 @@ from jflow.generation.codes.settings import Settings
 
 FAMILY = Family(
   name="codes",
+  about="codes of a VQ tokenizer",
   config=CodesConfig,
   layout=CodesLayout(),
   settings=Settings,

@@ -170,7 +170,7 @@ def read_prompts(model: UnifiedModel, params: Any, tokens_RS: jax.Array, lengths
   return bound.backbone(x, positions, segments, cache).cache
 
 
-@bounded(most=32, donate=("codes_IP", "cache"))
+@bounded(most=64, donate=("codes_IP", "cache"))  # up to four covers for each size of a batch
 def draw(
   model: UnifiedModel,
   params: Any,

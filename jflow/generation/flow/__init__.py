@@ -15,6 +15,7 @@ def _moments(model: Any) -> tuple[int, ...]:
 
 FAMILY = Family(
   name="flow",
+  about="rectified flow in a VAE's latents",
   config=FlowConfig,
   layout=FlowLayout(),
   settings=Settings,

@@ -72,17 +72,18 @@ class VQConfig(CodebookConfig):
 
 
 class VQ(nn.Module):
-  """The tokenizer; the norms of its convolutions, the comparison of codes and the pixels are f32."""
+  """The tokenizer; its encoder, the norms, the comparison of codes and the pixels are f32, the decoder in `dtype`."""
 
   config: VQConfig
   dtype: Any
 
   def setup(self) -> None:
     c = self.config
+    # In f32 whatever the model computes in: rounding would choose other codes than those that were made ahead.
     self.encoder = Encoder(
-      c.widths, c.blocks_per_level, c.norm_groups, c.latent_channels, self.dtype, attention=True, first=c.channels
+      c.widths, c.blocks_per_level, c.norm_groups, c.latent_channels, jnp.float32, attention=True, first=c.channels
     )
-    self.quant_conv = Conv(c.code_dim, 1, self.dtype)
+    self.quant_conv = Conv(c.code_dim, 1, jnp.float32)
     shape = (c.codebook_size, c.code_dim)
     self.codebook = parameter(self, "codebook", Normal(1.0), shape, (None, None))
     self.post_quant_conv = Conv(c.latent_channels, 1, self.dtype)

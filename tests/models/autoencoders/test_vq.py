@@ -44,6 +44,15 @@ def test_an_image_is_encoded_as_published(codec):
   np.testing.assert_array_equal(codec("encode", pixels).reshape(golden["vq/codes"].shape), golden["vq/codes"])
 
 
+def test_codes_do_not_depend_on_the_type_that_a_model_computes_in():
+  golden = janus.golden()
+  module = CODEC.make(jnp.bfloat16)
+  with jax.default_matmul_precision("highest"):
+    encode = jax.jit(lambda p, x: module.apply({"params": p}, x, method="encode"))
+    codes = encode(janus.params()["vq"], golden["vq/pixels"].transpose(0, 2, 3, 1))
+  np.testing.assert_array_equal(codes.reshape(golden["vq/codes"].shape), golden["vq/codes"])
+
+
 def test_codes_are_decoded_as_published(codec):
   golden = janus.golden()
   codes = golden["vq/codes"].reshape(-1, SIDE, SIDE).astype(np.int32)
