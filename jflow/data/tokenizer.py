@@ -30,7 +30,7 @@ SPECIAL_TOKENS = {
 # Special tokens of Janus-Pro's tokenizer.json besides.
 SPEAKERS = {"user": "<|User|>", "assistant": "<|Assistant|>"}
 # Those that only some models need, see `Tokenizer.need`. No image mark: another id serves, as none is looked up.
-_OPTIONAL = ("image", "generation_start", *SPEAKERS)
+_OPTIONAL = ("pad", "image", "generation_start", *SPEAKERS)
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 # The release's file has 4.6 MB; the largest vocabularies in use have 35 MB.
@@ -44,8 +44,9 @@ class Tokenizer:
   insert the special ids.
 
   Attributes:
-    bos, eos, pad, image, image_start, image_end: ids of the special tokens. Without a pad token `pad` is EOS; without
-      an image mark `image` is the first id behind the others.
+    bos, eos, pad, image, image_start, image_end: ids of the special tokens. Without a pad token `pad` is EOS, which
+      serves only where no padding is read (`need` refuses a pad that is another special token); without an image mark
+      `image` is the first id behind the others.
     generation_start, user, assistant: ids of special tokens that some models have; None: this one has not.
     vocabulary_size: the largest id + 1; an embedding table needs at least that many rows.
     fingerprint: hash of the files.
@@ -88,8 +89,6 @@ class Tokenizer:
     self._lacks: dict[str, str] = {}  # attribute -> the token that is not there
     for attribute, name in (SPECIAL_TOKENS | SPEAKERS).items():
       token = _special_token(vocabulary, config, other, attribute, name, origin)
-      if attribute == "pad" and token not in (name, _named(config, "pad_token", origin)):
-        self._lacks[attribute] = name
       setattr(self, attribute, None if token is None else vocabulary[token])
       if token is None:
         self._lacks[attribute] = name
@@ -101,6 +100,10 @@ class Tokenizer:
           raise UserError(f"{origin}: any text can spell {token}: tokenizer.json must hold it as a special token")
     if self.image is None:
       self.image, self.vocabulary_size = self.vocabulary_size, self.vocabulary_size + 1
+    if self.pad is None:
+      self.pad = self.eos
+    if self.pad in (getattr(self, attribute) for attribute in SPECIAL_TOKENS | SPEAKERS if attribute != "pad"):
+      self._lacks["pad"] = SPECIAL_TOKENS["pad"]
 
   @classmethod
   def load(cls, directory: str) -> "Tokenizer":
@@ -305,8 +308,8 @@ def _special_token(
 ) -> str | None:
   """Returns the name of a special token; None where an optional one is missing.
 
-  bos and eos: tokenizer_config.json or special_tokens_map.json may name other tokens. pad: the release's name comes
-  first, since its tokenizer_config.json names EOS; a tokenizer without any pads with EOS (no padding is ever read).
+  bos and eos: tokenizer_config.json or special_tokens_map.json may name other tokens. pad: so, too, but the release's
+  name comes first, since its tokenizer_config.json names EOS.
   """
   settings = {"tokenizer_config.json": config, "special_tokens_map.json": other}
   named, also = (_named(values, f"{attribute}_token", f"{origin}: {file}") for file, values in settings.items())
@@ -317,10 +320,7 @@ def _special_token(
   named = named or also
   if attribute in ("bos", "eos") and named and named not in vocabulary:
     raise UserError(f"{origin}: {attribute}_token={shown(named)} is none of the tokens of tokenizer.json")
-  candidates = {"bos": (named, name), "eos": (named, name)}.get(attribute, (name, named))
-  if attribute == "pad":
-    candidates += (_named(config, "eos_token", origin), SPECIAL_TOKENS["eos"])
-  for candidate in candidates:
+  for candidate in (named, name) if attribute in ("bos", "eos") else (name, named, also):
     if isinstance(candidate, str) and candidate in vocabulary:
       return candidate
   if attribute in _OPTIONAL:

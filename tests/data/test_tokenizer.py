@@ -147,6 +147,30 @@ def test_a_janus_tokenizer_that_lacks_a_token_is_refused_by_what_needs_it(tmp_pa
     tokenizer.need("it", "user", "assistant", "pad")
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+  "named, pad", [(SPECIAL_TOKENS["eos"], None), (SPECIAL_TOKENS["bos"], None), ({"content": "<renamed>"}, 1002)]
+)
+def test_a_pad_that_is_attended_to_is_a_token_of_its_own_in_either_file(tmp_path, file, named, pad):
+  value = json.loads((JANUS / "tokenizer.json").read_text())
+  (tmp_path / file).write_text(json.dumps({"pad_token": named}))
+  tokenizer = Tokenizer.load(_write(tmp_path, _without("pad", value)))
+  if pad is None:
+    with pytest.raises(UserError, match="pad"):
+      tokenizer.need("it", "pad")
+  else:
+    tokenizer.need("it", "pad")
+    assert tokenizer.pad == pad
+
+
+def test_eos_that_special_tokens_map_names_pads_too(tmp_path):
+  value = _without("pad", _golden())
+  value["added_tokens"][1]["content"] = "</s>"
+  (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>"}))
+  tokenizer = Tokenizer.load(_write(tmp_path, value))
+  assert tokenizer.pad == tokenizer.eos == 1001
+
+
 def test_the_ids_of_a_janus_tokenizer_come_from_the_names(tmp_path):
   tokenizer = Tokenizer.load(str(JANUS))  # its tokenizer_config.json has pad_token null
   assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (1000, 1001, 1002)
