@@ -97,7 +97,7 @@ def _vision_config(f: Fields) -> SiglipConfig:
     image_size=f.get("image_size", int, 384, "image_size"),
     patch_size=f.get("patch_size", int, 16, "patch_size"),
     embed_dim=width,
-    mlp_dim=int(width * f.get("mlp_ratio", float, 4.0)),
+    mlp_dim=release.mlp_dim(f, width, 4.0),
     num_layers=f.get("num_hidden_layers", int, 24, "num_layers"),
     num_heads=f.get("num_attention_heads", int, 16, "num_heads"),
     layer_norm_epsilon=f.get("layer_norm_eps", float, 1e-6),

@@ -69,16 +69,11 @@ def siglip_config(f: Fields) -> SiglipConfig:
   select = -2 if f.values.get("select_layer") is None else f.values["select_layer"]  # the release's own default
   if type(select) is not int or not -layers <= select <= layers:
     raise UserError(f"{f.where}: select_layer={shown(select)} should be an integer in {-layers}..{layers}")
-  ratio = f.get("mlp_ratio", float, preset[4])
-  if not 1 <= width * ratio <= most(""):
-    raise UserError(
-      f"{f.where}: mlp_ratio={ratio:g} should give a width of the MLP in 1..{most('')}, got {width * ratio:g}"
-    )
   config = SiglipConfig(
     image_size=f.get("image_size", int, None, "image_size"),
     patch_size=f.get("patch_size", int, preset[3], "patch_size"),
     embed_dim=width,
-    mlp_dim=int(width * ratio),
+    mlp_dim=mlp_dim(f, width, preset[4]),
     num_layers=select if select > 0 else layers + select + 1 if select else layers,
     num_heads=f.get("heads", int, preset[2], "num_heads"),
     layer_norm_epsilon=f.get("norm_eps", float, 1e-6),
@@ -106,6 +101,16 @@ def siglip_to_official(c: SiglipConfig) -> dict[str, Any]:
   if c.layer_norm_epsilon != 1e-6:
     siglip["norm_eps"] = c.layer_norm_epsilon
   return siglip
+
+
+def mlp_dim(f: Fields, width: int, default: float | None) -> int:
+  """The width of SigLIP's MLP, from the field mlp_ratio; the inverse of `mlp_ratio`."""
+  ratio = f.get("mlp_ratio", float, default)
+  if not 1 <= width * ratio <= most(""):
+    raise UserError(
+      f"{f.where}: mlp_ratio={ratio:g} should give a width of the MLP in 1..{most('')}, got {width * ratio:g}"
+    )
+  return int(width * ratio)
 
 
 def mlp_ratio(c: SiglipConfig) -> float:

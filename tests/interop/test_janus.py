@@ -227,6 +227,8 @@ _ALIGNER, _VQ, _HEAD = (f"{part}_config" for part in ("aligner", "gen_vision", "
     (TRANSFORMERS, _set(True, "vision_config", "use_qk_norm"), "vision_config use_qk_norm"),
     (TRANSFORMERS, _set(0.5, "vision_config", "attention_dropout"), "vision_config attention_dropout"),
     (TRANSFORMERS, _set(9, "vision_config", "num_image_tokens"), "vision_config num_image_tokens=9 16"),
+    (TRANSFORMERS, _set(1e308, "vision_config", "mlp_ratio"), "vision_config mlp_ratio=1e+308"),
+    (TRANSFORMERS, _set(1e-9, "vision_config", "mlp_ratio"), "vision_config mlp_ratio=1e-09"),
     (TRANSFORMERS, _set(3, "vision_config", "depth"), "vision_config depth=3 weights"),
     (TRANSFORMERS, _set(32, "vq_config", "projection_dim"), "vq_config projection_dim=32 64"),
     (TRANSFORMERS, _set(True, "vq_config", "double_latent"), "vq_config double_latent"),
