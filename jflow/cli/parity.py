@@ -41,7 +41,9 @@ and of Janus, N codes of a picture:
 Any outputs may be left out. NAME_last4, NAME_first8 and NAME_mean stand for the last tokens of an array, the first, and
 the mean over them, which keeps the file of a large model small; vq/decoded_crop for rows 100 to 163 and columns 200 to
 263, _pooled for means over 8 x 8 pixels. PART is the published name of a part, as gen_head. Codes and answers must be
-equal where their margin is above 0.001, up to one below it that differs; maps of the VQ may differ by twice the tolerance.
+equal where their margin is above 0.001, up to one below it that differs, and some must be left; maps of the VQ may
+differ by twice the tolerance. und/greedy_margin, paint/greedy_margin and paint/short_greedy_margin, the logit of the best
+minus that of the second, stand for ours.
 
 examples, with what ships in tests/ (the first command writes the small checkpoint that the golden file belongs to):
   python tests/official_checkpoint.py tiny-official

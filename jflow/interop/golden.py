@@ -101,6 +101,16 @@ def _check_members(path: pathlib.Path, members: list[zipfile.ZipInfo]) -> None:
     raise UserError(f"{path} holds {shown(next(n for n in names if names.count(n) > 1))} twice")
 
 
+def without_ones(arrays: Mapping[str, np.ndarray], groups: Iterable[Group]) -> dict[str, np.ndarray]:
+  """The arrays of a file, inputs without leading axes of 1 beyond their own: codes of one picture may be [1, N]."""
+  axes = {name: own for group in groups for name, (_, own) in group.inputs.items() if own and own[0] != ".."}
+  out = {}
+  for name, x in arrays.items():
+    whole = x.shape[-len(axes[name]) :] if name in axes else x.shape
+    out[name] = x.reshape(whole) if x.size == math.prod(whole) else x
+  return out
+
+
 def base(name: str) -> str:
   """The name of an array without the ending of a variant."""
   return VARIANT.sub("", name)
@@ -177,6 +187,13 @@ def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> N
   """Raises a UserError if an input's shape does not fit the model; `found` may be its last axes only."""
   if found != wanted:
     raise UserError(f"{name} is {list(found)} where this model takes {list(wanted)}: another model's golden file?")
+
+
+def check_margin(name: str, margin: np.ndarray, wanted: tuple[int, ...]) -> None:
+  """Raises a UserError unless there is a margin, the best minus the second best, for each of the choices."""
+  check_shape(name, margin.shape, wanted)
+  if margin.min() < 0:
+    raise UserError(f"{name} must not be negative, got {margin.min():g}: the best minus the second best")
 
 
 def check_ids(name: str, ids: np.ndarray, known: int) -> None:

@@ -41,7 +41,7 @@ def _vq(runner: Runner, g: Mapping[str, np.ndarray], want: Callable[[str], bool]
     ours, clear = np.asarray(jnp.argmax(cosines, axis=-1)), margin > CLEAR
     out["vq/encoder_output"] = Output(_channels_first(encoded), loose=_MAPS)
     out["vq/latents"] = Output(_channels_first(latents), loose=_MAPS)
-    out["vq/codes"] = Output(ours, clear if clear.shape == ours.shape else best[..., 0] - best[..., 1] > CLEAR)
+    out["vq/codes"] = Output(ours, clear)
     codes, clear = (ours, clear) if codes is None else (codes, None)
   if codes is None:
     return out
@@ -78,7 +78,7 @@ def _paint(runner: Runner, g: Mapping[str, np.ndarray], want: Callable[[str], bo
     rows, aligned = runner.apply(_embedded, codes)
     out |= {"paint/gen_embeds": Output(np.asarray(rows)), "paint/aligned": Output(np.asarray(aligned))}
     if "paint/prompt_ids" in g:
-      prompt = g["paint/prompt_ids"].reshape(-1).astype(np.int32)
+      prompt = g["paint/prompt_ids"].astype(np.int32)
       hidden, logits = runner.apply(_forced, prompt, codes)
       _, without = runner.apply(_forced, _twin(prompt, runner.vocabulary), codes)
       log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), codes[..., None], axis=-1)[..., 0]
@@ -106,7 +106,7 @@ def _paint(runner: Runner, g: Mapping[str, np.ndarray], want: Callable[[str], bo
 
 def _greedy(runner: Runner, g: Mapping[str, np.ndarray], drawn: list[str], guidance: float) -> dict[str, Output]:
   """The most likely codes of prompts of different lengths, in one batch of the sampler; guided logits along them."""
-  prompts = [g[f"{start}prompt_ids"].reshape(-1).astype(np.int32) for start in drawn]
+  prompts = [g[f"{start}prompt_ids"].astype(np.int32) for start in drawn]
   tokens = np.full((len(prompts), max(map(len, prompts))), runner.vocabulary - 1, np.int32)
   for row, prompt in zip(tokens, prompts):
     row[: len(prompt) - 1] = prompt[:-1]
@@ -154,7 +154,7 @@ def _forced(model: Any, prompt: jax.Array, codes: jax.Array) -> tuple[jax.Array,
 
 def _loss(runner: Runner, g: Mapping[str, np.ndarray]) -> Callable[[Any], jax.Array]:
   """The mean cross-entropy of the codes behind the prompt."""
-  prompt, codes = g["paint/prompt_ids"].reshape(-1).astype(np.int32), g["paint/codes"].astype(np.int32)
+  prompt, codes = g["paint/prompt_ids"].astype(np.int32), g["paint/codes"].astype(np.int32)
 
   def loss(params: Any) -> jax.Array:
     _, logits = _forced(runner.model.bind({"params": params}), prompt, codes)
@@ -170,6 +170,10 @@ def _fits_vq(g: Mapping[str, np.ndarray], c: ModelConfig) -> None:
   if "vq/pixels" in g:
     golden.check_shape("vq/pixels", g["vq/pixels"].shape[-3:], (3, c.image_size, c.image_size))
   _fits_codes(g, c, "vq/codes")
+  if "vq/margin" in g:
+    golden.check_margin(
+      "vq/margin", g["vq/margin"], (len(g["vq/pixels" if "vq/pixels" in g else "vq/codes"]), c.patches)
+    )
 
 
 def _fits_codes(g: Mapping[str, np.ndarray], c: ModelConfig, *names: str) -> None:
@@ -186,13 +190,20 @@ def _fits_paint(g: Mapping[str, np.ndarray], c: ModelConfig) -> None:
       if g[name].size < 2:
         raise UserError(f"{name} must hold BOS and BOI at least, got {g[name].size} ids")
   _fits_codes(g, c, "paint/codes", *(f"{start}codes" for start in _GREEDY))
+  for start in _GREEDY:
+    if f"{start}margin" in g:
+      golden.check_margin(f"{start}margin", g[f"{start}margin"], (c.patches,))
 
 
 _PAINT = {
   "paint/prompt_ids": (IDS, ("S",)),
   "paint/codes": (IDS, ("B", "N")),
   "paint/cfg_weight": (REAL, None),
-  **{f"{start}{name}": (IDS, (axis,)) for start in _GREEDY for name, axis in (("prompt_ids", "S"), ("codes", "N"))},
+  **{
+    f"{start}{name}": (kinds, (axis,))
+    for start in _GREEDY
+    for name, kinds, axis in (("prompt_ids", IDS, "S"), ("codes", IDS, "N"), ("margin", REAL, "N"))
+  },
 }
 _CODES = ("paint/codes",)
 _FORCED = ("paint/prompt_ids", "paint/codes")
@@ -241,7 +252,6 @@ GROUPS = (
     },
     fits=_fits_paint,
     run=_paint,
-    besides=tuple(f"{start}margin" for start in _GREEDY),
   ),
   parity_training.group("image", _HEADS, _loss, _PAINT, _FORCED, _fits_paint),
   parity_training.text(_READING),

@@ -74,8 +74,7 @@ def _understanding(runner: Runner, g: Mapping[str, np.ndarray], want: Callable[[
     answer, margin = _greedy(runner, np.asarray(embeds), mask, greedy_count(g))
     compared = None
     if "und/greedy_tokens" in g:
-      margin = g["und/greedy_margin"] if g.get("und/greedy_margin", margin[:0]).shape == margin.shape else margin
-      compared = clear_until_it_splits(answer, g["und/greedy_tokens"], margin)
+      compared = clear_until_it_splits(answer, g["und/greedy_tokens"], g.get("und/greedy_margin", margin))
     out["und/greedy_tokens"] = Output(answer, compared)
   return out
 
@@ -133,13 +132,16 @@ def _greedy(runner: Runner, embeds: np.ndarray, mask: np.ndarray, count: int) ->
   return np.concatenate(answer, axis=1), np.concatenate(margins, axis=1)
 
 
-def _check_understanding(path: pathlib.Path, g: Mapping[str, np.ndarray]) -> None:
+def check_understanding(path: pathlib.Path, g: Mapping[str, np.ndarray]) -> None:
+  """See `golden.Group.check`, of the rows of `und/`."""
   tokens, mask = g["und/input_ids"], g["und/attention_mask"]
   if tokens.shape != mask.shape:
     raise UserError(f"{path}: und/attention_mask is {list(mask.shape)}, und/input_ids {list(tokens.shape)}")
   if not mask.astype(bool).any(axis=1).all():
     raise UserError(f"{path}: und/attention_mask hides all of row {int(np.argmin(mask.astype(bool).any(axis=1)))}")
   greedy_count(g)
+  if "und/greedy_margin" in g and "und/greedy_tokens" in g:
+    golden.check_margin(f"{path}: und/greedy_margin", g["und/greedy_margin"], g["und/greedy_tokens"].shape)
 
 
 def greedy_count(g: Mapping[str, np.ndarray]) -> int:
@@ -210,17 +212,17 @@ UND = {
 _NEEDS = tuple(UND)
 GROUPS = (
   Group(
-    inputs=UND,
+    inputs=UND | {"und/greedy_margin": (REAL, ("B", "T"))},
     outputs={
       "und/features": ("understanding_encoder", _NEEDS),
       "und/inputs_embeds": ("understanding_projector, understanding_start or the embedding", _NEEDS),
       "und/logits": ("language_model", _NEEDS),
       "und/greedy_tokens": ("greedy decoding with the cache", _NEEDS),
     },
-    check=_check_understanding,
+    check=check_understanding,
     fits=fits_understanding,
     run=_understanding,
-    besides=("und/special_ids", "und/greedy_margin"),
+    besides=("und/special_ids",),
   ),
   Group(
     inputs={"text/input_ids": (IDS, ("B", "S"))},

@@ -1,5 +1,6 @@
 """Golden losses and the gradient norms of the parts of a model."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,7 +54,8 @@ def group(
 
 def text(parts: Mapping[str, str]) -> Group:
   """The loss of the answers of the rows of `und/`: the mean over all ids after the end of each row's last image."""
-  return group("text", parts, _text_loss, UND, tuple(UND), _fits_text)
+  found = group("text", parts, _text_loss, UND, tuple(UND), _fits_text)
+  return dataclasses.replace(found, check=parity_reading.check_understanding)
 
 
 def _ends(tokens: np.ndarray, vocabulary: int) -> list[int]:

@@ -99,6 +99,26 @@ def test_codes_are_compared_where_they_are_clear(run, golden):
   assert run(values)[0] == 1
 
 
+def test_inputs_of_one_picture_may_have_an_axis_of_1(run, golden):
+  values = _of(golden, "paint/greedy", "paint/prompt_ids", "paint/codes", "paint/gen_embeds", "paint/cfg_weight")
+  values["paint/greedy_codes_first8"] = values["paint/greedy_codes"][:8]
+  for name in ("paint/greedy_codes", "paint/greedy_prompt_ids", "paint/greedy_margin", "paint/codes"):
+    values[name] = values[name][None]
+  code, result = run(values)
+  assert code == 0 and result["arrays"]["paint/greedy_codes"]["compared"] == 16
+
+
+def test_margins_that_leave_nothing_to_compare_do_not_pass(run, golden, capsys):
+  values = _of(golden, "vq/codes", "vq/margin", "vq/pixels")
+  values["vq/margin"] = values["vq/margin"].copy()
+  values["vq/margin"][0] = 0
+  code, result = run(values)
+  assert code == 0 and result["arrays"]["vq/codes"]["compared"] == 16
+  assert "16 of 32" in capsys.readouterr().out
+  code, result = run(values | {"vq/margin": np.zeros((2, 16))})
+  assert code == 1 and result["arrays"]["vq/codes"]["compared"] == 0
+
+
 @pytest.mark.parametrize("by, code", [(1, 0), (2, 1)])
 def test_pixels_may_differ_by_one(run, golden, by, code):
   values = {name: golden[name] for name in ("paint/greedy_codes", "paint/image_uint8")}
@@ -143,6 +163,11 @@ def test_the_first_component_that_diverges_is_named(run, tmp_path, golden, name,
     (lambda g: _of(g, "vq/") | {"vq/pixels": g["vq/pixels"][..., :32]}, "vq/pixels [3, 64, 32]"),
     (lambda g: _of(g, "paint/") | {"paint/prompt_ids": g["paint/prompt_ids"] + 256}, "paint/prompt_ids 256"),
     (lambda g: _of(g, "paint/") | {"paint/greedy_prompt_ids": g["paint/prompt_ids"][:1]}, "greedy_prompt_ids BOI"),
+    (lambda g: _of(g, "vq/pixels", "vq/latents") | {"vq/margin": np.ones((3, 5))}, "vq/margin [3, 5] [2, 16]"),
+    (lambda g: _of(g, "vq/") | {"vq/margin": g["vq/margin"][:1]}, "vq/margin [1, 16] [2, 16]"),
+    (lambda g: _of(g, "vq/") | {"vq/margin": -g["vq/margin"]}, "vq/margin negative"),
+    (lambda g: _of(g, "paint/") | {"paint/greedy_margin": np.ones(15)}, "paint/greedy_margin [15] [16]"),
+    (lambda g: _of(g, "paint/") | {"paint/greedy_margin": np.ones(16, bool)}, "paint/greedy_margin bool"),
     (lambda g: _of(g, "und/", "train/text_loss") | {"und/input_ids": g["und/input_ids"] % 254}, "und/input_ids 254"),
   ],
 )

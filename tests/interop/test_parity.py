@@ -201,7 +201,9 @@ def test_a_comparison_is_the_relative_l2_error():
   zero = np.zeros(3)
   assert line("x", "y", zero, zero, 1e-5).passed and not line("x", "y", zero + 1e-3, zero, 1e-5).passed
   mask = np.array([True, False])
-  assert line("x", "y", np.array([3.0, 9.0]), golden, 0.0, mask).passed
+  found = line("x", "y", np.array([3.0, 9.0]), golden, 0.0, mask)
+  assert found.passed and found.compared == 1
+  assert not line("x", "y", golden, golden, 0.0, mask & False).passed
 
 
 def test_errors_that_are_not_finite_are_null_in_json(checkpoint, golden, tmp_path):
@@ -282,6 +284,17 @@ def _without(golden, *names):
     (lambda g: g | {"und/pixels": np.full_like(g["und/pixels"], np.nan)}, "und/pixels"),
     (lambda g: g | {"und/pixels": g["und/pixels"][..., 0]}, "und/pixels"),
     (lambda g: g | {"und/greedy_tokens": g["und/greedy_tokens"][0]}, "greedy_tokens"),
+    (lambda g: g | {"und/greedy_margin": np.ones((2, 5))}, "und/greedy_margin"),
+    (lambda g: g | {"und/greedy_margin": np.full((2, 12), np.nan)}, "und/greedy_margin"),
+    (lambda g: g | {"und/greedy_margin": np.ones((2, 12), bool)}, "und/greedy_margin"),
+    (lambda g: g | {"und/greedy_margin": np.full((2, 12), -0.1)}, "und/greedy_margin"),
+    (
+      lambda g: (
+        {k: g[k] for k in ("und/pixels", "und/input_ids", "train/text_loss") if k in g}
+        | {"und/attention_mask": g["und/attention_mask"][:, 1:], "train/text_loss": np.array(5.0)}
+      ),
+      "und/attention_mask",
+    ),
     (lambda g: g | {"gen/steps": np.array(0)}, "gen/steps"),
     (lambda g: g | {"gen/steps": np.array(10**9)}, "gen/steps"),
     (lambda g: g | {"gen/steps": np.array(6.5)}, "gen/steps"),
