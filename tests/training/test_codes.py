@@ -1,5 +1,6 @@
 """Laws of a training step that writes codes: accumulation, what stays frozen, codes in the step or made ahead."""
 
+import dataclasses
 import functools
 
 import jax
@@ -100,6 +101,9 @@ def test_the_fingerprint_covers_what_makes_codes_and_nothing_else():
         encode.check({"codes-16": ours}, {"vq": nudged}, tiny.JANUS)
   with pytest.raises(UserError, match="needs a frozen VQ"):
     encode.check({"codes-16": ours}, {}, tiny.JANUS)
+  groups = tiny.JANUS.autoencoder.norm_groups // 2  # which no weight shows
+  other = dataclasses.replace(tiny.JANUS, autoencoder=dataclasses.replace(tiny.JANUS.autoencoder, norm_groups=groups))
+  assert encode.fingerprint(KIND, vq, other) != ours
 
 
 def test_the_flops_of_a_step_follow_the_weights():

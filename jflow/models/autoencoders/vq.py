@@ -17,6 +17,7 @@ from jflow.models.initial import Normal
 from jflow.models.layers import parameter
 from jflow.strict_json import shown
 
+_PUBLISHED_GROUPS = 32  # of VQ-16's norms
 _SHORTEST = 1e-12  # a vector is divided by its L2 norm, at least this
 
 
@@ -58,7 +59,8 @@ class VQConfig(CodebookConfig):
     return VQ(self, dtype)
 
   def encoder_identity(self) -> tuple[Any, ...]:
-    return self.kind, self.codebook_size, self.code_dim
+    more = () if self.norm_groups == _PUBLISHED_GROUPS else (self.norm_groups,)  # keeps fingerprints of existing codes
+    return self.kind, self.codebook_size, self.code_dim, *more
 
   def encoder_flops(self, image_size: int) -> float:
     sizes = (self.widths, self.blocks_per_level, self.latent_channels)
