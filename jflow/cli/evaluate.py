@@ -43,7 +43,8 @@ def _listed() -> str:
   indent = " " * (width + 6)
   lines = []
   for kind in map(benchmarks.get, benchmarks.names()):
-    paper = f" [the paper's {kind.section}]" if kind.section else ""
+    janus = " and Janus's papers" if "codes" in kind.paper else ""
+    paper = f" [JanusFlow's {kind.section}{janus}]" if kind.section else ""
     lines.append(f"  {kind.name:{width}}  {kind.what}{paper}")
     lines.append(textwrap.indent(textwrap.fill(kind.where, 110 - len(indent)), indent))
   return "\n".join(lines)

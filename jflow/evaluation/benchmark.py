@@ -30,7 +30,7 @@ class Benchmark(abc.ABC):
     name: what --benchmark calls it.
     what: one line for --help and the report.
     where: what to download and where to put it.
-    section: of the paper with its scores.
+    section: of JanusFlow's paper with its scores.
     paper: way to write images -> score -> {size or model: value}; of the papers of JanusFlow (flow) and Janus (codes).
     flags: those of FLAGS that it takes.
     split: of the data, unless --split names another.
@@ -60,6 +60,10 @@ class Benchmark(abc.ABC):
   def reported(self) -> Mapping[str, Mapping[str, float]]:
     """The paper's scores for models that write images as this one does."""
     return self.paper.get(self.writes, {})
+
+  def published(self, score: str) -> str:
+    """The paper's values of a score, as "79.8 (384), 76.3 (256)"; empty where it has none for such models."""
+    return ", ".join(f"{value:g} ({size})" for size, value in self.reported.get(score, {}).items())
 
   @abc.abstractmethod
   def data_files(self) -> list[pathlib.Path]:

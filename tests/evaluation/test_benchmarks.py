@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from painting import benchmark, commands, paint, settings
@@ -344,6 +345,32 @@ def test_vqav2_test_dev_gives_the_file_to_hand_in(tmp_path):
   assert result.files["submission.json"] == [{"question_id": 10 + i, "answer": f"a{i}"} for i in range(3)]
   with refused("'train'", "val, test-dev"):
     vqav2(tmp_path, split="train")
+
+
+@pytest.mark.parametrize("split", ["val", "test-dev"])
+@pytest.mark.parametrize(
+  "writes, vqa, mmvet",
+  [
+    ("flow", {"79.8 (384)", "76.3 (256)"}, {"30.9 (384)", "27.4 (256)"}),
+    ("codes", {"77.3 (Janus)"}, {"34.3 (Janus)", "39.8 (Pro-1B)", "50 (Pro-7B)"}),
+    ("another", set(), set()),
+  ],
+)
+def test_notes_have_the_numbers_of_the_models_own_paper(tmp_path, split, writes, vqa, mmvet):
+  questions = vqa_files(tmp_path, 3)
+  (tmp_path / "v2_OpenEnded_mscoco_test-dev2015_questions.json").write_text(json.dumps({"questions": questions}))
+  (tmp_path / "test2015").mkdir()
+  Image.new("RGB", (5, 5)).save(tmp_path / "test2015" / "COCO_test2015_000000000042.jpg")
+  bench = vqav2(tmp_path, split=split)
+  bench.writes = writes
+  free = object.__new__(benchmarks.get("mmvet"))
+  free.writes = writes
+  for found, wanted in (
+    (bench.score({str(10 + i): {"answer": "cat"} for i in range(3)}), vqa),
+    (free.judge([{"index": "1", "prediction": "a cat"}]), mmvet),
+  ):
+    assert set(re.findall(r"[\d.]+ \([\w-]+\)", " ".join(found.notes))) == wanted
+    assert writes == "flow" or "69.20" not in " ".join(found.notes)
 
 
 def test_every_benchmark_is_complete():

@@ -13,6 +13,11 @@ class MmVet(TableBenchmark):
   name = "mmvet"
   what = "MM-Vet: free answers for a language model to grade; writes the file to hand in"
   where = kit("MMVet.tsv")
+  section = "table 5"
+  paper = {
+    "flow": {"GPT-4": {"384": 30.9, "256": 27.4}},
+    "codes": {"GPT-4": {"Janus": 34.3, "Pro-1B": 39.8, "Pro-7B": 50.0}},
+  }
   file = "MMVet.tsv"
   fields = ("index", "question")
   max_tokens = 2048
@@ -25,8 +30,7 @@ class MmVet(TableBenchmark):
     return prompts.plain(row)
 
   def judge(self, rows: Sequence[Mapping[str, str]]) -> Result:
-    note = (
-      "Graded by a language model: hand answers.json to the benchmark's own evaluator. The paper has 30.9 at 384 and "
-      "27.4 at 256 by GPT-4."
-    )
-    return Result({}, [note], files={"answers.json": {f"v1_{row['index']}": row["prediction"] for row in rows}})
+    notes = ["Graded by a language model: hand answers.json to the benchmark's own evaluator."]
+    if published := self.published("GPT-4"):
+      notes.append(f"Published, graded by GPT-4: {published}.")
+    return Result({}, notes, files={"answers.json": {f"v1_{row['index']}": row["prediction"] for row in rows}})
