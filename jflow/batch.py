@@ -6,7 +6,8 @@ pixels.
 A row packs whole samples; each sample is a segment of its own: attention never leaves it and positions
 restart at 0. An image takes consecutive slots, at most K:
 
-  reading:  the learned start vector (in the slot of the begin-of-image token), then P SigLIP features
+  reading:  in the slot of the begin-of-image token what the reader has there (JanusFlow: a learned vector; Janus: the
+            token's own embedding), then P SigLIP features
   writing:  the layout of its family (generation/); for flow the time token (in the slot of the prompt's closing
             begin-of-generation tag), then P latent patches
 """

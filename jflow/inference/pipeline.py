@@ -26,7 +26,15 @@ class Pipeline:
   """A model for inference with its tokenizer. Made by `jflow.load`."""
 
   def __init__(self, model: UnifiedModel, params: Any, tokenizer: Tokenizer, template: str, can_generate: bool = True):
-    """`template`: "plain" (stages 1, 2) or "chat" (stage 3, the release); `can_generate`: whether there is a VAE."""
+    """Places the parameters on the device, as inference lays them out.
+
+    Args:
+      model: its modules.
+      params: of it, nested.
+      tokenizer: of the checkpoint.
+      template: of turns, "plain" (stages 1, 2), "chat" (stage 3, JanusFlow, Janus) or "pro" (Janus-Pro).
+      can_generate: whether there is an autoencoder.
+    """
     self.model, params = for_inference(model, params)
     self.params, self.can_generate = jax.device_put(params), can_generate
     self.family = family(self.model.config.generation)

@@ -1,7 +1,7 @@
 """Checks that preprocessor_config.json and processor_config.json ask for jflow's processing of images and turns.
 
-jflow resizes, pads, normalises and tags as the release does (`jflow.data.images`, `jflow.data.examples`). Many programs
-write these files, so an unknown field is reported and not refused.
+jflow resizes, pads, normalises and tags as the release does (`jflow.data.images`, `jflow.data.prompts`,
+`jflow.data.templates`). Many programs write these files, so an unknown field is reported and not refused.
 """
 
 import sys
