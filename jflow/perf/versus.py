@@ -22,7 +22,7 @@ from jflow.perf import inference
 
 _SHARD = 2**31
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1}  # relative L2 error between the frameworks, after all steps
-_SAME_CODES = {"float32": 0.5, "bfloat16": 0.0}  # least share; after a near tie all later codes of an image differ
+_SAME_CODES = 0.5  # least share in float32; after a near tie all later codes of an image differ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Work:
     request: settings -> the request of the first half, see tests/parity/torch_worker.py.
     inputs: (tokens [I, S], start) -> its arrays beside the lengths.
     moved: what the first half makes, in PyTorch's order of axes.
-    differ: (ours, theirs, dtype) -> how far apart they are; raises Stopped where they say nothing about each other.
+    differ: (ours, theirs, dtype) -> how far apart they are, None where that is not checked; raises Stopped where their
+      times say nothing about each other.
     same_lengths: whether all prompts must have one length.
   """
 
@@ -44,7 +45,7 @@ class Work:
   request: Callable[[Any], dict[str, Any]]
   inputs: Callable[[np.ndarray, np.ndarray, Any], dict[str, np.ndarray]]
   moved: Callable[[np.ndarray], np.ndarray]
-  differ: Callable[[np.ndarray, np.ndarray, str], float]
+  differ: Callable[[np.ndarray, np.ndarray, str], float | None]
   same_lengths: bool = False
 
 
@@ -180,10 +181,14 @@ def _export_codes(c: ModelConfig, params: Mapping[str, np.ndarray], folder: path
   published.save(layouts.of(c, "transformers"), folder / "janus", model, None, np.dtype(np.float32), _SHARD)
 
 
-def _codes_differ(ours: np.ndarray, theirs: np.ndarray, dtype: str) -> float:
-  """The share of other codes."""
+def _codes_differ(ours: np.ndarray, theirs: np.ndarray, dtype: str) -> float | None:
+  """The share of other codes; None in bfloat16, whose ties are so many that it says nothing."""
+  if ours.shape != theirs.shape:
+    raise Stopped(f"codes: jflow draws {list(ours.shape)} and PyTorch {list(theirs.shape)}")
+  if dtype != "float32":
+    return None
   same = float(np.mean(ours == theirs))
-  if same < _SAME_CODES[dtype]:
+  if same < _SAME_CODES:
     raise Stopped(f"codes: jflow and PyTorch draw {same:.0%} alike, so their times say nothing")
   return 1.0 - same
 

@@ -96,3 +96,15 @@ def test_frameworks_that_differ_are_not_timed():
     versus.agree("latents", np.ones(4), np.zeros(4) + 2, "float32")
   with pytest.raises(Stopped, match="differ by"):
     versus.agree("latents", np.full(4, np.nan), np.ones(4), "float32")
+  codes = versus.WORK["codes"].differ
+  with pytest.raises(Stopped, match="draw 25% alike"):
+    codes(np.arange(4)[None], np.array([[0, 9, 9, 9]]), "float32")
+  with pytest.raises(Stopped, match="codes"):
+    codes(np.arange(4)[None], np.arange(3)[None], "bfloat16")
+
+
+def test_codes_are_compared_in_float32_alone():
+  codes = versus.WORK["codes"].differ
+  ours, theirs = np.arange(4)[None], np.array([[0, 1, 2, 9]])
+  assert codes(ours, theirs, "float32") == 0.25
+  assert codes(ours, theirs, "bfloat16") is None  # null in the report: not checked
