@@ -226,9 +226,10 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     *inner, last = now.split(".")[1:]
     where = new[section]
     for part in inner:
-      where[part] = dict(where.get(part, {}))
+      where[part] = dict(found) if isinstance(found := where.get(part, {}), Mapping) else found
       where = where[part]
-    where[last] = value
+    if isinstance(where, dict):  # else `built` refuses what is no section
+      where[last] = value
   return new
 
 

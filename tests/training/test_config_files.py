@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import refusals
 import tiny
 
 from jflow.config import RunConfig
@@ -362,6 +363,14 @@ def test_the_name_that_a_field_had_before_still_sets_it(tmp_path, old, value, no
   draws = values["objective"].pop("draws")
   before = before | {"objective": values["objective"] | draws}
   workdirs.check_same_run(_run(tmp_path, before), given, Tokenizer.load(given.data.tokenizer))
+
+
+@pytest.mark.parametrize("odd", [3, "x", None])
+def test_an_old_name_beside_what_is_no_section_is_refused(odd):
+  values = config_files.load("stage2:tiny").to_dict()
+  values["objective"] |= dict(time_mean=0.0, draws=odd)
+  with refusals.refused("objective.draws", repr(odd)):
+    RunConfig.from_dict(values, ModelConfig.from_dict)
 
 
 def _run(folder: pathlib.Path, values: dict) -> pathlib.Path:
