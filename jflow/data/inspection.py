@@ -80,6 +80,14 @@ def draw(
   return sheet.finish()
 
 
+def _is_dropped(arrays: Batch, segment: int, pad: int) -> bool:
+  """Whether a sample writes an image without its prompt, which leaves a gap of positions, or pads after BOS."""
+  where = np.flatnonzero(arrays.segment_ids == segment)
+  writes = np.any(arrays.segment_ids[arrays.image_start[arrays.image_kind == WRITE]] == segment)
+  gap = np.any(np.diff(arrays.positions[where]) != 1)
+  return bool(writes and (gap or arrays.tokens[where[1]] == pad))
+
+
 class _Sheet:
   """A canvas that grows from top to bottom and is cut to length at the end."""
 
@@ -163,7 +171,7 @@ class _Sheet:
       self._pen.rectangle((at(begin), top + 31, max(at(end) - 1, at(begin) + 1), top + 36), _LOSS)
 
   def _cards(self, first: int, cards: Sequence[list[_Run]], arrays: Batch, pad: int) -> None:
-    """Draws a line of cards, all as high as the highest. A dropped prompt leaves a gap of positions, or pads."""
+    """Draws a line of cards, all as high as the highest."""
     width = (WIDTH - 2 * _MARGIN - (_COLUMNS - 1) * _GAP) // _COLUMNS
     laid = [self._lay(runs, width - 28) for runs in cards]
     height = 46 + max(end for _, end in laid)
@@ -174,8 +182,7 @@ class _Sheet:
       self._pen.rounded_rectangle((left, top, left + width, top + height), 8, _CARD, _RULE)
       self._pen.rounded_rectangle((left, top, left + width, top + 26), 8, colour, corners=(True, True, False, False))
       where = np.flatnonzero(arrays.segment_ids == segment)
-      absent = np.any(np.diff(arrays.positions[where]) != 1) or np.any(arrays.tokens[where] == pad)
-      dropped = "   prompt dropped" if absent else ""
+      dropped = "   prompt dropped" if _is_dropped(arrays, segment, pad) else ""
       says = f"sample {segment}   {len(where):,} tokens from {where[0]:,}{dropped}"
       self._pen.text((left + 14, top + 5), says, _INK, self._small)
       for x, y, item in items:

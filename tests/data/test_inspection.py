@@ -14,6 +14,7 @@ from jflow.data.store import plans
 from jflow.data.store.prepare import prepare
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
+from jflow.generation.base import FAMILIES
 from jflow.generation.flow import FAMILY
 from jflow.world.source import WorldSource
 
@@ -37,9 +38,9 @@ def _reading():
   return sample
 
 
-def _writing(drop=0.0):
+def _writing(drop=0.0, layout=FAMILY.layout):
   record = Record("b", (_pixels(3),), "a house by the sea", ())
-  return examples.build(record, "generation", TOKENIZER, "plain", 9, np.random.default_rng(0), 0.0, drop, FAMILY.layout)
+  return examples.build(record, "generation", TOKENIZER, "plain", 9, np.random.default_rng(0), 0.0, drop, layout)
 
 
 def _text():
@@ -122,6 +123,17 @@ def test_odd_rows_are_drawn():
   rows = [packing.pack(samples, long) for samples in ((), (word,), (document, word, _writing(drop=1.0)), many)]
   shown = inspection.draw([inspection.Row("text", "d" * 99, row) for row in rows], [], long, TOKENIZER, "t" * 200)
   assert shown.height < 2400
+
+
+@pytest.mark.parametrize("writes", ["flow", "codes"])
+def test_only_a_sample_that_writes_has_no_prompt(writes):
+  """Also where the pad is another token's: of reading and of text, EOS stands in the sample."""
+  layout = FAMILIES.get(writes).layout
+  samples = (_reading(), _writing(layout=layout), _text(), _writing(1.0, layout))
+  row = packing.pack(samples, RowShape(tokens=300, images=4, image_patches=9, image_size=24, writer=writes))
+  of_pad = lambda pad: [inspection._is_dropped(row, segment, pad) for segment in (1, 2, 3, 4)]
+  assert of_pad(TOKENIZER.pad) == [False, False, False, True]
+  assert of_pad(TOKENIZER.eos)[:3] == [False] * 3 and TOKENIZER.eos in row.tokens
 
 
 def test_the_command_draws_a_data_set_and_a_run(tmp_path, capsys):
