@@ -22,7 +22,7 @@ for writer in flow codes; do
   done
   [ -e "$out/$writer/scores/report.json" ] || "$python" -m jflow evaluate --benchmark=shapes --checkpoint="$before" \
     --output="$out/$writer/scores" --guidance="${guidance[$writer]}"
-  "$python" -m jflow generate --checkpoint="$before" --output="$out/$writer/pictures" --guidance="${guidance[$writer]}" \
+  "$python" -m jflow generate --checkpoint="$before" --output="$out/$writer/pictures" --overwrite --guidance="${guidance[$writer]}" \
     --prompt="a picture of a red circle" --prompt="a picture of a blue star" --prompt="a green square left of a heart"
   [ -e "$out/$writer/cost.json" ] || "$python" -m jflow bench generate --config="${config[$writer]}3:$size" \
     --json="$out/$writer/cost.json"
