@@ -80,16 +80,21 @@ def collectives(sizes: tuple[int, int, int]) -> dict[str, float]:
   return {f"{kind} {axes}": size for (kind, axes), size in counts.collective_bytes.items()}
 
 
-def losses_of_codes(sizes: tuple[int, int, int]) -> list[list[float]]:
-  """Losses and gradient's norm of two steps of a model that writes codes, on reading, writing and text."""
+def losses_of_codes(sizes: tuple[int, int, int], less: int = 0) -> list[list[float]]:
+  """Losses and gradient's norm of two steps of a model that writes codes, on reading, writing and text.
+
+  The model has room for the images to write of the fullest device, and for `less` fewer.
+  """
   data = dict(sources=dict.fromkeys(TASKS, (("shapes", 1.0),)), mixture=((0, (1, 2, 1)),), plan_cache="")
   config = tiny.janus(train=dict(batch_size=8), data=data | dict(shapes=dict(size=60), prompt_drop=0.5))
   mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
   with jax.set_mesh(mesh):
-    program = make_program(config, tiny.model(tiny.JANUS), mesh)
+    host = setup.open_data(config).batch(0)
+    read, written, *rest = most(host, sizes[0] * sizes[1], 1)
+    program = make_program(config, setup.with_room(tiny.model(tiny.JANUS), (read, written - less, *rest)), mesh)
     params = jax.tree.map(np.asarray, tiny.params(tiny.JANUS))
     state = jax.jit(program.state_of, out_shardings=program.shardings)(params)
-    batch, out = jax.device_put(setup.open_data(config).batch(0), sharding.batch_sharding(mesh)), []
+    batch, out = jax.device_put(host, sharding.batch_sharding(mesh)), []
     for _ in range(2):
       state, metrics = program.step(state, batch)
       out.append([float(metrics[name]) for name in ("loss", "loss_text", "loss_codes", "grad_norm")])
@@ -145,6 +150,7 @@ def main(directory: pathlib.Path) -> dict:
     out["refused"] = str(error)
   check_head_loss()
   out["codes"] = {str(sizes): losses_of_codes(sizes) for sizes in ((1, 1, 1), (2, 2, 2))}
+  out["overfull"] = losses_of_codes((2, 2, 2), less=1)[0]
   generation.depthwise = generation._convolution
   out["collectives"] = [collectives(sizes) for sizes in COMPILED]
   return out

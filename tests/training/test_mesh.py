@@ -52,6 +52,12 @@ def test_losses_of_codes_do_not_depend_on_the_mesh(result):
   np.testing.assert_allclose(cut, alone, rtol=1e-5)
 
 
+def test_one_device_with_too_many_images_leaves_no_number(result):
+  """Each loss is NaN, although the other devices have room; such a step changes no parameter."""
+  *losses, _ = result["overfull"]
+  assert np.isnan(losses).all()
+
+
 def test_weights_are_cut_over_fsdp_and_model(result):
   assert result["share"] == 1 / 4
 
