@@ -74,7 +74,7 @@ def base(size: str, sizes: Mapping[str, Callable[[ConfigDict], None]] = SIZES) -
     rank=0,  # 0: none
     alpha=16.0,  # an adapter's output is scaled by alpha / rank
     patterns=("language_model/layers",),  # of the matrices that get one
-    frozen_dtype="float32",  # of frozen matrices; "bfloat16" halves their memory, and rounds those of a float32 file
+    frozen_dtype="float32",  # of frozen matrices, not the VAE's; "bfloat16" halves their memory, rounds float32 ones
   )
   c.objective = dict(
     weights=dict(text=1.0, flow=1.0, alignment=1.0),  # the paper gives no weights

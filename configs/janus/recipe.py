@@ -19,6 +19,18 @@ from configs import base, models, world
 
 # Parts of the parameters: the aligners, gen_embed and gen_head. Whether gen_embed is trained is not published.
 NEW_PARTS = ("understanding_projector", "generation_embed", "generation_projector", "generation_head")
+# What JanusFlow has in their place, as in the parts of `convert --from=huggingface-parts`; the VQ comes from elsewhere.
+JANUSFLOW = (
+  "understanding_start",
+  "understanding_projector",
+  "generation_encoder",
+  "generation_decoder",
+  "generation_projector",
+  "generation_output_norm",
+  "generation_output_projector",
+  "alignment_head",
+  "vae",
+)
 NEVER = ("understanding_encoder/head", "vq")  # the unused pooling head; the VQ is frozen in all stages
 
 
@@ -109,6 +121,8 @@ def at_stage(size: str, number: int) -> ConfigDict:
       c.optimizer.frozen = (*NEW_PARTS[1:], *NEVER, *base.SIGLIP)
     return world.at_stage(c, number)
   c.train.ema = 0.0
+  if number == 1:
+    c.train.init_dropped, c.train.init_fresh = JANUSFLOW, NEW_PARTS
   c.data.caption_prompt = "Describe the image in detail."
   if c.size in PAPER:
     c.train.steps, c.train.batch_size, c.optimizer.warmup_steps = stage.steps, stage.rows, stage.warmup

@@ -93,7 +93,7 @@ def compile_report(
   setup.check(config)
   sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.model)
   mesh = targets.make_mesh(topology, sizes)
-  model = setup.with_room(setup.build(config, mesh.devices.flat[0]), room(config, sizes[0] * sizes[1]))
+  model = setup.with_room(setup.undecided(config, mesh.devices.flat[0]), room(config, sizes[0] * sizes[1]))
   _, share = expected(config, model)
   per_device = config.train.batch_size // (sizes[0] * sizes[1])
   report: dict[str, Any] = {

@@ -66,7 +66,7 @@ def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
   setup.check(config)
   mesh = sharding.make_mesh(**vars(config.mesh))
   device = mesh.devices.flat[0]
-  model = setup.build(config, device)
+  model = setup.undecided(config, device)
   shape, rows = setup.row_shape(config, model.config), config.train.batch_size
   vocabulary = model.config.language_model.vocab_size
   need_memory(rows, shape, 2)  # here and on the devices

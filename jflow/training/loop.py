@@ -103,7 +103,7 @@ def _train(
   compilation.use_cache(config.compute.compilation_cache)
 
   open_data = functools.partial(setup.open_data, config, tokenizer)
-  model = setup.build(config, mesh.devices.flat[0])
+  model = setup.undecided(config, mesh.devices.flat[0])
   pipeline = open_data(sharding.local_rows(mesh, config.train.batch_size))
   model = setup.with_room(model, pipeline.most(config.mesh.data * config.mesh.fsdp, config.train.accumulation))
   data = pipeline.identity()

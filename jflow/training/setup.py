@@ -2,7 +2,7 @@
 
 import dataclasses
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,8 +26,7 @@ from jflow.models.config import ModelConfig
 from jflow.models.llm.base import ARCHITECTURES
 from jflow.models.unified import UnifiedModel, cast_matrices, loss_names
 from jflow.sections import refusal
-from jflow.training import fresh, hosts, optim, start_model
-from jflow.training.remat import AUTO
+from jflow.training import fresh, hosts, optim, remat, start_model
 
 
 def check(config: RunConfig) -> None:
@@ -37,7 +36,7 @@ def check(config: RunConfig) -> None:
     UserError: a field does not fit; the message names it, its value, and what is allowed.
   """
   run_config.check(config)
-  if config.compute.remat != AUTO:
+  if config.compute.remat != remat.AUTO:
     _check_remat(config)
   kernels = attention.IMPLEMENTATIONS
   if config.compute.attention not in kernels:
@@ -63,22 +62,29 @@ def check(config: RunConfig) -> None:
 
 
 def _check_remat(config: RunConfig) -> None:
-  kind, remat = config.model.language_model.kind, config.compute.remat
+  kind, name = config.model.language_model.kind, config.compute.remat
   known = ARCHITECTURES.get(kind).remat
   if known:
-    registry.load(known)(remat)
-  elif remat != "none":
+    registry.load(known)(name)
+  elif name != "none":
     raise refusal(
-      "compute.remat", remat, f"must be 'none' with model.language_model.kind={kind!r}, which knows no other"
+      "compute.remat", name, f"must be 'none' with model.language_model.kind={kind!r}, which knows no other"
     )
 
 
 def build(config: RunConfig, device: jax.Device) -> UnifiedModel:
   """Builds the model of a config, with the attention kernel for `device`.
 
+  `compute.remat="auto"` is the choice that keeps least, "full" with a Llama; a run chooses from `undecided`.
+
   Raises:
     UserError: a kernel that the config names cannot run there.
   """
+  return remat.candidates(undecided(config, device), device.platform)[-1]
+
+
+def undecided(config: RunConfig, device: jax.Device) -> UnifiedModel:
+  """As `build`, with "auto" left for `remat.fit`: such a model computes nothing."""
   compute, model = config.compute, config.model
   width = model.language_model.head_dim
   kernel = attention.choose(compute.attention, device, compute.dtype, width)
@@ -86,14 +92,19 @@ def build(config: RunConfig, device: jax.Device) -> UnifiedModel:
 
 
 def initial_params(config: RunConfig, model: UnifiedModel) -> Any:
-  """The initial parameters of a run, with its adapters and the types of its frozen matrices; boxed, to be traced."""
+  """The initial parameters of a run, with its adapters and the types of its frozen matrices; boxed, to be traced.
+
+  The VAE or VQ keeps float32 whatever `lora.frozen_dtype` is: images encoded ahead are known by its very numbers.
+  """
   params, own = models.initial_params(model, config.train.seed), config.lora
   if own.rank:
     params = lora.added(params, own.patterns, own.rank, own.alpha, config.train.seed)
   if own.frozen_dtype == "float32":
     return params
   trained, frozen = optim.partition(params, config.optimizer.trained, config.optimizer.frozen)
-  return optim.merge(trained, cast_matrices(frozen, jnp.dtype(own.frozen_dtype)))
+  stored = family(config.model.generation).stored
+  exact = {part: frozen[part] for part in frozen if stored and part == stored.part}
+  return optim.merge(trained, cast_matrices(frozen, jnp.dtype(own.frozen_dtype)) | exact)
 
 
 def with_room(model: UnifiedModel, most: Sequence[int]) -> UnifiedModel:
@@ -142,22 +153,28 @@ def start_params(
   train = config.train
   make = lambda: initial_params(config, model)
   if not train.init_from:
+    ready = fresh.fit(config, open_pipeline)
+    if model.config.image_size >= _PUBLISHED:
+      _check_autoencoder(config, sharding.unbox(jax.eval_shape(make)), ready)
     with compilation.said("the initialisation"):
       params = initial.create(make, mesh)
     put = lambda x, old: jax.device_put(np.asarray(x, old.dtype), old.sharding)
-    for part, fitted in fresh.fit(config, open_pipeline).items():
+    for part, fitted in ready.items():
       params[part] = jax.tree.map(put, fitted, params[part])
     flat = flatten_dict(params, sep="/")
     return unflatten_dict(flat | fresh.derived(model.config, flat, flat), sep="/")
   read = {path: read_checkpoint(path, weights=train.init_weights, whole=False) for path in _paths(train)}
+  _check_template(config, read)
   source, origin = _chosen(train, read)
   boxed = jax.eval_shape(make)
   where = flatten_dict(sharding.shardings(mesh, boxed), sep="/")
   wanted: dict[str, Any] = flatten_dict(sharding.unbox(boxed), sep="/")
   differing = _differences(model.config, {path: loaded.config for path, loaded in read.items()}, train)
+  _check_autoencoder(config, unflatten_dict(wanted, sep="/"), {path.split("/")[0] for path in source})
   _check_fits(train, source, wanted, origin, differing)
   for made, field, before, value in differing:
-    if field.startswith("objectives."):  # a head that only training uses: dropped, or fresh
+    section = field.split(".")[0]
+    if section == "objectives" or _starts_fresh(section, source, wanted):  # a head that only training uses is either
       continue
     hosts.say(
       f"{made} was made with model.{field}={before!r}, this run has {value!r}: the same weights compute something "
@@ -171,6 +188,13 @@ def start_params(
     for path, like in wanted.items()
   }
   return unflatten_dict(flat | fresh.derived(model.config, flat, missing), sep="/")
+
+
+def _starts_fresh(section: str, source: Collection[str], wanted: Collection[str]) -> bool:
+  """Whether this run has parameters of a section of the model, and `source` none of them."""
+  parts = (start_model.PARTS | {"reader": ("understanding_projector",)}).get(section, ())
+  own = [path for path in wanted if path.split("/")[0] in parts]
+  return bool(own) and not any(path in source for path in own)
 
 
 def _paths(train: TrainConfig) -> list[str]:
@@ -187,6 +211,30 @@ def _chosen(train: TrainConfig, read: Mapping[str, Checkpoint]) -> tuple[dict[st
     if not any(name.split("/")[0] == part for name in flat[path]):
       raise UserError(f"train.init_parts: {path} has no part {part!r}")
   return {name: x for path in flat for name, x in flat[path].items() if origin(name) == path}, origin
+
+
+_PUBLISHED = 256  # pixels: the smallest published model; below, models for tests may have a random VAE or VQ
+
+
+def _check_autoencoder(config: RunConfig, params: dict[str, Any], ready: Collection[str]) -> None:
+  """Raises UserError where the VAE or VQ is frozen at random values; `ready`: parts that are read or fitted."""
+  stored = family(config.model.generation).stored
+  if stored is None or stored.part in ready or stored.part not in params:
+    return
+  part, (_, frozen) = stored.part, optim.partition(params, config.optimizer.trained, config.optimizer.frozen)
+  if part in frozen:
+    raise UserError(
+      f"{part} must come from a checkpoint: optimizer.frozen would keep the random values of a fresh one; name one that "
+      f"holds it as train.init_from, or beside it with --config.train.init_parts=\"(('{part}','CHECKPOINT'),)\""
+    )
+
+
+def _check_template(config: RunConfig, read: Mapping[str, Checkpoint]) -> None:
+  """Raises UserError where the LLM was trained with the role words of another template; "plain" has none."""
+  source = start_model.origin(config.train, "language_model")
+  theirs, ours = read[source].template, config.data.template
+  if ours != theirs and "plain" not in (ours, theirs):
+    raise refusal("data.template", ours, f"must be {theirs!r}, that of {source}, whose role words the model knows")
 
 
 _SHAPELESS = ("gelu", "epsilon", "rope_theta", "scaling")  # fields that change the computation and no shape
@@ -209,9 +257,9 @@ def _check_fits(
 
   dropped, new = (tuple(part + "/" for part in parts) for parts in (train.init_dropped, train.init_fresh))
   for path in sorted(set(source) | set(wanted)):
-    if path not in wanted and not path.startswith(dropped):
+    if path not in wanted and not f"{path}/".startswith(dropped):
       refuse(path, "does not belong to this model (train.init_dropped lists the parts to leave out)")
-    if path not in source and not path.startswith(new) and not lora.is_adapter(path):
+    if path not in source and not f"{path}/".startswith(new) and not lora.is_adapter(path):
       refuse(path, "is missing (train.init_fresh lists the parts to initialise)")
     if path in wanted and path in source and wanted[path].shape != source[path].shape:
       refuse(path, f"has shape {tuple(source[path].shape)}, this model needs {wanted[path].shape}")

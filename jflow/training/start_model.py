@@ -11,7 +11,7 @@ from jflow.interop import checkpoints, own_layout
 from jflow.sections import refusal
 
 # Section of the model -> the parts of the parameters whose sizes it holds: a model has one of them.
-_PARTS = {
+PARTS = {
   "language_model": ("language_model",),
   "understanding_encoder": ("understanding_encoder",),
   "autoencoder": ("vae", "vq"),
@@ -37,13 +37,13 @@ def model_of(config: RunConfig, given: Collection[str], workdir: pathlib.Path) -
     UserError: a checkpoint, or its config.json, cannot be read; the model is no sections of fields.
   """
   model, changed = dict(config.model), []
-  for section in _PARTS:
+  for section in PARTS:
     without = section == "autoencoder" and section in model and model[section] is None
     if not (without or isinstance(model.get(section), Mapping)):
       raise refusal(f"model.{section}", model.get(section), "must be a section")
   theirs = {section: _plain(path) for section, path in _origins(config.train, workdir).items()}
-  other_way = model["generation"].get("kind") not in (None, theirs["generation"]["generation"].get("kind"))
-  for section in _PARTS:
+  written = model["generation"].get("kind")
+  for section in PARTS:
     if theirs[section][section] is None or model[section] is None:  # an autoencoder that a way to write does without
       continue
     taken = dict(theirs[section][section])
@@ -54,6 +54,7 @@ def model_of(config: RunConfig, given: Collection[str], workdir: pathlib.Path) -
     }
     another_kind = explicit.get("kind", taken.get("kind")) != taken.get("kind")
     absent = taken.get("kind") == "absent"  # missing parameters are refused later, by their names
+    other_way = written not in (None, theirs[section]["generation"].get("kind"))
     if another_kind or absent or other_way and section in ("generation", "autoencoder"):
       continue
     made = taken | explicit
@@ -86,15 +87,15 @@ def _origins(train: TrainConfig, workdir: pathlib.Path) -> dict[str, str]:
   """Returns section of the model -> the checkpoint that it comes from."""
   try:
     own_layout.read_settings(workdir)
-    return dict.fromkeys(_PARTS, str(workdir))
+    return dict.fromkeys(PARTS, str(workdir))
   except UserError:  # no run yet, or its config.json is lost: this start is compared with a manifest's later
-    return {section: origin(train, section) for section in _PARTS}
+    return {section: origin(train, section) for section in PARTS}
 
 
 def origin(train: TrainConfig, section: str) -> str:
   """The checkpoint that the weights of a section of the model come from."""
   parts = dict(train.init_parts)
-  named = [parts[part] for part in _PARTS.get(section, ("language_model",)) if part in parts]
+  named = [parts[part] for part in PARTS.get(section, ("language_model",)) if part in parts]
   return named[0] if named else train.init_from
 
 

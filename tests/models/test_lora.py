@@ -11,9 +11,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jflow import sharding
 from jflow.errors import UserError
+from jflow.generation.base import family
 from jflow.models import lora
+from jflow.models.build import initial_params
 from jflow.models.unified import for_inference
-from jflow.training import optim, setup
+from jflow.training import encode, optim, setup
 from jflow.training.state import TrainState
 from jflow.training.step import make_step
 
@@ -130,6 +132,18 @@ def test_frozen_matrices_in_bfloat16_keep_what_a_bfloat16_model_computes():
   batch, draws = tiny.mixed(), tiny.draws(4)
   want, got = (tiny.loss_sums(model, params, batch, draws) for params in (whole, half))
   assert {name: float(x) for name, x in got.items()} == {name: float(x) for name, x in want.items()}
+
+
+@pytest.mark.parametrize("model", [tiny.CONFIG, tiny.JANUS], ids=["vae", "vq"])
+def test_images_encoded_ahead_are_those_of_a_run_with_frozen_matrices_in_half(model):
+  """The autoencoder keeps its float32 numbers, by which such images are known."""
+  kind = family(model.generation).stored
+  run = config(patterns=("language_model/layers",), frozen_dtype="bfloat16").replace(model=model)
+  start = setup.initial_params(run, tiny.model(model))
+  params = sharding.unbox(start)
+  fresh = sharding.unbox(initial_params(tiny.model(model), run.train.seed))
+  assert params["language_model"]["embed"].dtype == "bfloat16" and fresh["language_model"]["embed"].dtype == "float32"
+  encode.check({"DIR": encode.fingerprint(kind, fresh[kind.part], model)}, params, model)
 
 
 def test_a_fresh_adapter_is_random_by_its_path_and_zero_in_its_second_factor():

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
+from jflow import sharding
 from jflow.models.llm.base import ARCHITECTURES
 from jflow.training import remat, setup
+from jflow.training.step import make_loss
 
 
 class Refusing:
@@ -88,3 +90,15 @@ def test_a_language_model_that_recomputes_nothing_keeps_everything(monkeypatch):
 
 def test_auto_is_a_value_of_the_config():
   setup.check(tiny.configuration(compute=dict(remat="auto")))
+
+
+def test_a_model_outside_a_run_keeps_least():
+  """So that every config of the recipes is one to build, initialise and differentiate."""
+  auto, full = (tiny.configuration(compute=dict(remat=name)) for name in ("auto", "full"))
+  model = setup.build(auto, jax.devices()[0])
+  assert model == setup.build(full, jax.devices()[0]) and model.remat == "full"
+  assert setup.undecided(auto, jax.devices()[0]).remat == "auto"
+  loss = make_loss(model, auto.objective)
+  params = jax.eval_shape(lambda: sharding.unbox(setup.initial_params(auto, model)))
+  (value, _), gradient = jax.eval_shape(jax.value_and_grad(loss, has_aux=True), params, tiny.mixed(), jax.random.key(0))
+  assert value.shape == () and jax.tree.structure(gradient) == jax.tree.structure(params)
