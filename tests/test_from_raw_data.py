@@ -42,6 +42,10 @@ def _write_inputs(folder) -> None:
     ]
   document = {"images": ["0.jpg", "1.jpg"], "text": "First <image> then <image> and the end."}
   write_lines(folder / "photos" / "chat.jsonl", [*chats, document])
+  (folder / "my_pictures").mkdir()
+  for i in range(10):
+    (folder / "my_pictures" / f"{i}.jpg").write_bytes(_photo(i))
+    (folder / "my_pictures" / f"{i}.txt").write_text(f"my squares number {i}")
   (folder / "tars").mkdir()
   members = {}
   for i in range(10):

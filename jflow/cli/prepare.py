@@ -65,14 +65,14 @@ EXIF rotation applied, alpha over white, the first frame of an animation, the up
 palette as RGB. Documents longer than a row of training are cut; a conversation or caption that no row can hold is
 left out when the rows are planned, and counted as "too_long".
 
+afterwards
+  python -m jflow prepare --inspect OUTPUT    draw packed rows as the model will see them
+  python -m jflow prepare --latents --help    run the VAE over a data set ahead of time; for Janus --codes, its VQ
+
 On many machines with a shared disk, a Slurm array or an indexed job runs the command with --part=K/N, once per machine:
   python -m jflow prepare --format=webdataset --input=tars --output=data/paint --task=generation \\
     --part=$((SLURM_ARRAY_TASK_ID + 1))/$SLURM_ARRAY_TASK_COUNT
-and at the end once with --merge in its place. The records, their order and the fingerprint are those of one machine.
-
-afterwards
-  python -m jflow prepare --inspect OUTPUT    draw packed rows as the model will see them
-  python -m jflow prepare --latents --help    run the VAE over a data set ahead of time; for Janus --codes, its VQ"""
+and at the end once with --merge in its place. The records, their order and the fingerprint are those of one machine."""
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
