@@ -26,7 +26,6 @@ FAST = {
   "evaluation/scorers",
   "evaluation/tables",
   "files",
-  "generation/codes",
   "generation/flow",
   "generation/generation",
   "imports",
