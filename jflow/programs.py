@@ -55,6 +55,10 @@ class Programs:
       program = self._kept.get(_key(model, args, static))
     return program and program.results
 
+  def prepare(self, compile: bool, model: Any, params: Any, *args: Any, **static: Hashable) -> Any:
+    """The results as shapes, from `compile` or, where that is False, from `kept`."""
+    return self.compile(model, params, *args, **static) if compile else self.kept(model, *args, **static)
+
   def jitted(self, model: Any, **static: Hashable) -> Any:
     """The jitted function of the params and the arguments, which is not kept, to lower it for another device."""
     function = functools.partial(self.function, model, **static)

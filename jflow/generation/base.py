@@ -263,6 +263,12 @@ def setting(default: Any, help: str, **rest: Any) -> Any:
   return dataclasses.field(default=default, metadata={"help": help, **rest})
 
 
+def tenths(count: int) -> list[int]:
+  """The about ten counts after which a sampler tells its progress; the last is `count`."""
+  pieces = min(10, count)
+  return [count * (i + 1) // pieces for i in range(pieces)]
+
+
 def family(config: Any) -> Family:
   """Returns the family of a section `model.generation`."""
   return FAMILIES.get(config.kind)

@@ -20,7 +20,7 @@ from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.inference import reading
 from jflow.models.cache import MANY_ROWS
-from jflow.programs import Programs, shapes
+from jflow.programs import shapes
 
 _SMALLEST = 32  # slots of the shortest bucket of prompts
 _NEAR = 256  # fewest slots of the cache that attention covers
@@ -146,19 +146,16 @@ class Decoder:
     config, n, count = self._model.config, len(request.tokens), len(request.images)
     most = self._shapes.cache.filled.shape[1]
 
-    def results(program: Programs, *args: Any, **static: Any) -> Any:
-      args = (self._model, self._params, *args) if compile else (self._model, *args)
-      return program.compile(*args, **static) if compile else program.kept(*args, **static)
-
+    to = (compile, self._model, self._params)
     array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
     seen = array(self._model.dtype, 0, config.language_model.embed_dim)
     if count:
-      seen = results(reading.look, array(jnp.uint8, power_of_two(count), *request.images.shape[1:]))
+      seen = reading.look.prepare(*to, array(jnp.uint8, power_of_two(count), *request.images.shape[1:]))
     tokens, whole = array(jnp.int32, min(bucket(n), most)), array(jnp.int32)
     done = (
       seen is not None
-      and results(
-        reading.admit,
+      and reading.admit.prepare(
+        *to,
         self._shapes,
         whole,
         tokens,
@@ -183,7 +180,9 @@ class Decoder:
     while done and near < min(max(longest, self._longest if len(kinds) > 1 else 0), most):
       near = min(_covered(max(near + 1, n), rows), most)
       for greedy in kinds:
-        done = done and results(reading.run, self._shapes, whole, eos=self._eos, slots=near, greedy=greedy) is not None
+        done = (
+          done and reading.run.prepare(*to, self._shapes, whole, eos=self._eos, slots=near, greedy=greedy) is not None
+        )
     return done
 
   def admit(self, request: Request) -> int:

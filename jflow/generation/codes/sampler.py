@@ -13,13 +13,12 @@ import numpy as np
 
 from jflow.errors import UserError
 from jflow.generation import slices
-from jflow.generation.base import Loop
+from jflow.generation.base import Loop, tenths
 from jflow.generation.codes.settings import Settings
 from jflow.models.cache import MANY_ROWS, Cache
 from jflow.models.unified import UnifiedModel, normalise
-from jflow.programs import Programs, bounded
+from jflow.programs import bounded
 
-_PIECES = 10  # calls of `draw` whose progress is told
 _COVERS = 4  # sizes of what attention covers of the cache of many rows, each a program
 _LONG = 128  # codes from which they are worth it
 
@@ -37,6 +36,7 @@ class CodesSampler:
   def __init__(self, model: UnifiedModel, params: Any, tokenizer: Any):
     """`model`: with separate layers, see `unified.for_inference`; of `tokenizer`, the ids `image_start` and `pad`."""
     self._model, self._params = model, params
+    self._at_once = slices.at_once(model.config.image_size)
     self._begin, self._pad = np.int32(tokenizer.image_start), np.int32(tokenizer.pad)
 
   def start(self, seeds: Sequence[int]) -> np.ndarray:
@@ -64,7 +64,7 @@ class CodesSampler:
 
   def decode(self, codes_IP: jax.Array) -> np.ndarray:
     """Pixels of codes, see `sample`."""
-    return np.asarray(decode(self._model, self._params, codes_IP, most=slices.at_once(self._model.config.image_size)))
+    return np.asarray(decode(self._model, self._params, codes_IP, most=self._at_once))
 
   def write(
     self,
@@ -84,7 +84,7 @@ class CodesSampler:
     cache = read_prompts(self._model, self._params, np.concatenate(rows), np.tile(lengths, len(rows)))
     codes: Any = jnp.zeros((len(tokens), p), jnp.int32)
     covers = _covers(len(cache.filled), p)
-    told = {p * (i + 1) // min(_PIECES, p) for i in range(min(_PIECES, p))} if on_step else {p}
+    told = set(tenths(p)) if on_step else {p}
     stops = sorted(told | set(covers))
     for first, stop in zip([0, *stops], stops):
       codes, cache = draw(
@@ -108,25 +108,20 @@ class CodesSampler:
 
   def round_trip(self, pixels_IHW3: np.ndarray) -> np.ndarray:
     """See `generation.base.Sampler.round_trip`."""
-    codes = encode(self._model, self._params, pixels_IHW3)
-    return np.asarray(decode(self._model, self._params, codes, most=slices.at_once(pixels_IHW3.shape[1])))
+    return self.decode(encode(self._model, self._params, pixels_IHW3))
 
   def prepare(self, rows: int, slots: int, settings: Settings, compile: bool = True) -> bool:
     """See `generation.base.Sampler.prepare`."""
-    model, params = self._model, self._params
-
-    def results(program: Programs, *args: Any, **static: Any) -> Any:
-      return program.compile(model, params, *args, **static) if compile else program.kept(model, *args, **static)
-
+    to = (compile, self._model, self._params)
     halves = 2 if _halves(settings) == "both" else 1
     prompts = (jax.ShapeDtypeStruct((halves * rows, *more), jnp.int32) for more in ((slots,), ()))
-    cache = results(read_prompts, *prompts)
+    cache = read_prompts.prepare(*to, *prompts)
     if cache is None:
       return False
-    args, p, most = self._drawing(cache, rows), model.config.patches, slices.at_once(model.config.image_size)
-    covers = _covers(halves * rows, p)
-    drawn = (results(draw, *args, **_static(settings, slots + cover)) for cover in covers)
-    return all(x is not None for x in drawn) and results(decode, args[0], most=most) is not None
+    args = self._drawing(cache, rows)
+    covers = _covers(halves * rows, self._model.config.patches)
+    drawn = (draw.prepare(*to, *args, **_static(settings, slots + cover)) for cover in covers)
+    return all(x is not None for x in drawn) and decode.prepare(*to, args[0], most=self._at_once) is not None
 
   def loop(self, rows: int, slots: int, settings: Settings) -> Loop:
     """See `generation.base.Sampler.loop`; of the last codes, where attention covers the whole cache."""

@@ -13,12 +13,12 @@ import numpy as np
 
 from jflow.errors import UserError
 from jflow.generation import slices
-from jflow.generation.base import Loop
+from jflow.generation.base import Loop, tenths
 from jflow.generation.flow import equations
 from jflow.generation.flow.settings import Settings
 from jflow.models.cache import Cache, Prefix
 from jflow.models.unified import UnifiedModel, normalise
-from jflow.programs import Programs, bounded
+from jflow.programs import bounded
 
 _GRID = 256  # time grids are padded to a multiple of this, so that a new number of steps rarely compiles
 
@@ -36,6 +36,7 @@ class FlowSampler:
     """`model`: with separate layers, see `unified.for_inference`. The time token is no token of `tokenizer`."""
     self._model, self._params = model, params
     c = model.config
+    self._at_once = slices.at_once(c.image_size)
     self._shape = (c.latent_size, c.latent_size, c.autoencoder.latent_channels)
 
   def start(self, seeds: Sequence[int]) -> np.ndarray:
@@ -88,8 +89,7 @@ class FlowSampler:
     grid = np.pad(np.asarray(grid, np.float32), (0, _padded(steps) - len(grid)), mode="edge")
     prefix = read_prompts(self._model, self._params, tokens_IS, lengths_I, guided=settings.guidance != 1.0)
     z = jnp.asarray(start, jnp.bfloat16 if release else jnp.float32)
-    pieces = min(10, steps) if on_step else 1
-    stops = [steps * (i + 1) // pieces for i in range(pieces)]
+    stops = tenths(steps) if on_step else [steps]
     for first, stop in zip([0, *stops], stops):
       z = solve(
         self._model,
@@ -113,28 +113,22 @@ class FlowSampler:
 
   def decode(self, z_IhwC: jax.Array) -> np.ndarray:
     """Pixels of latents, see `sample`."""
-    z = z_IhwC
-    return np.asarray(decode(self._model, self._params, z, at_once=slices.at_once(self._model.config.image_size)))
+    return np.asarray(decode(self._model, self._params, z_IhwC, at_once=self._at_once))
 
   def round_trip(self, pixels_IHW3: np.ndarray) -> np.ndarray:
     """See `generation.base.Sampler.round_trip`; the latents are the posterior's mean."""
-    latents = encode(self._model, self._params, pixels_IHW3)
-    return np.asarray(decode(self._model, self._params, latents, at_once=slices.at_once(pixels_IHW3.shape[1])))
+    return self.decode(encode(self._model, self._params, pixels_IHW3))
 
   def prepare(self, rows: int, slots: int, settings: Settings, compile: bool = True) -> bool:
     """See `generation.base.Sampler.prepare`."""
-    model, params = self._model, self._params
-
-    def results(program: Programs, *args: Any, **static: Any) -> Any:
-      return program.compile(model, params, *args, **static) if compile else program.kept(model, *args, **static)
-
+    to = (compile, self._model, self._params)
     tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, slots), (rows,)))
-    prefix = results(read_prompts, tokens, lengths, guided=settings.guidance != 1.0)
+    prefix = read_prompts.prepare(*to, tokens, lengths, guided=settings.guidance != 1.0)
     if prefix is None:
       return False
     args, static = self._solving(prefix, rows, settings)
-    z = results(solve, *args, **static)
-    return z is not None and results(decode, z, at_once=slices.at_once(model.config.image_size)) is not None
+    z = solve.prepare(*to, *args, **static)
+    return z is not None and decode.prepare(*to, z, at_once=self._at_once) is not None
 
   def loop(self, rows: int, slots: int, settings: Settings) -> Loop:
     """See `generation.base.Sampler.loop`."""
