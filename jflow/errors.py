@@ -41,6 +41,11 @@ class Terminated(KeyboardInterrupt):
     self.signum = signum
 
 
+def one_line(error: BaseException, most: int = 160) -> str:
+  """The message of an error without line breaks, cut to `most` characters."""
+  return " ".join(str(error).split())[:most]
+
+
 def need_text_name(flag: str, path: object) -> None:
   """Checks that a directory has a name that ArrayRecord and TensorStore can open: UTF-8.
 

@@ -8,7 +8,7 @@ import stat
 from typing import Any
 
 from jflow import git_lfs
-from jflow.errors import UserError
+from jflow.errors import UserError, one_line
 
 MOST_BYTES = 16 * 2**20  # a config.json has some KB, the index of the largest published models 10 MB
 _DEEPEST = 64  # levels
@@ -99,7 +99,7 @@ def parse(content: bytes) -> Any:
   except RecursionError:
     raise Malformed(f"it is nested more than {_DEEPEST} levels deep") from None
   except ValueError as error:
-    raise Malformed(" ".join(str(error).split())[:160]) from None
+    raise Malformed(one_line(error)) from None
   _check_depth(value)
   return value
 

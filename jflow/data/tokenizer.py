@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from jflow import strict_json
 from jflow.data import tokenizer_file
-from jflow.errors import UserError
+from jflow.errors import UserError, one_line
 from jflow.files import write_bytes
 from jflow.strict_json import shown
 
@@ -180,7 +180,7 @@ def _native(what: str) -> Iterator[None]:
   except (UnicodeEncodeError, TypeError, KeyboardInterrupt, SystemExit, GeneratorExit):
     raise
   except BaseException as error:
-    raise UserError(f"{what} ({_one_line(error)})") from None
+    raise UserError(f"{what} ({one_line(error)})") from None
 
 
 def read_files(directory: str) -> dict[str, bytes]:
@@ -335,7 +335,3 @@ def _named(values: dict[str, Any], field: str, where: str) -> str | None:
   if content is not None and type(content) is not str:
     raise UserError(f"{where}: {field}={shown(token)} must be a token")
   return content
-
-
-def _one_line(error: BaseException) -> str:
-  return " ".join(str(error).split())[:160]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jflow.errors import UserError
+from jflow.errors import UserError, one_line
 from jflow.models.config import ModelConfig
 from jflow.strict_json import shown
 
@@ -83,7 +83,7 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
   except UserError:
     raise
   except Exception as error:  # zip, npy and pickle errors of many types
-    reason = " ".join(str(error).split())[:160]
+    reason = one_line(error)
     raise UserError(f"{path} is not a readable npz file of plain arrays ({reason})") from None
   for name, x in arrays.items():
     if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiub":

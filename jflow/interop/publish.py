@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jflow.errors import Stopped, UserError
+from jflow.errors import Stopped, UserError, one_line
 from jflow.files import read_object
 from jflow.generation.base import family
 from jflow.interop import checkpoints, layouts, packed
@@ -156,4 +156,4 @@ def publish(directory: pathlib.Path, name: str, text: str, *, private: bool, mes
 
 
 def _line(error: BaseException) -> str:
-  return " ".join(str(error).split())[:160] or type(error).__name__
+  return one_line(error) or type(error).__name__

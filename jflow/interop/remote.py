@@ -13,7 +13,7 @@ import pathlib
 import re
 from typing import Any
 
-from jflow.errors import UserError, install_line
+from jflow.errors import UserError, install_line, one_line
 from jflow.files import replacing
 
 SHIPPED = {"world": pathlib.Path(__file__).parents[1] / "world" / "model"}  # in the layout of `packed`
@@ -128,7 +128,7 @@ def _from_hub(name: str) -> pathlib.Path:
     try:
       return pathlib.Path(snapshot_download(**of, local_files_only=True, allow_patterns=[f"*{x}" for x in _SUFFIXES]))
     except Exception:
-      reason = " ".join(str(error).split())[:160] or type(error).__name__
+      reason = one_line(error) or type(error).__name__
       raise UserError(
         f"checkpoint {name} is not a folder here, and the Hugging Face hub cannot be reached ({reason})"
       ) from error

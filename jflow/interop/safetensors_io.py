@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jflow import git_lfs, strict_json
-from jflow.errors import UserError
+from jflow.errors import UserError, one_line
 from jflow.progress import Progress
 from jflow.strict_json import read_object as read_json
 from jflow.strict_json import shown
@@ -65,7 +65,7 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
     if (end := _end(header)) is not None and end != payload:
       what = "cut" if end > payload else "too long"
       raise UserError(f"{path} is {what}: its header describes {end:,} bytes, the file has {payload:,}") from None
-    reason = " ".join(str(error).split())[:160] + _suspect(header)
+    reason = one_line(error) + _suspect(header)
     raise UserError(f"{path} has a damaged safetensors header ({reason}): get the file again") from None
   return {
     name: Tensor(path, entry["dtype"], tuple(entry["shape"]), start, end - start)

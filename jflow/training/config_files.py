@@ -22,7 +22,7 @@ from typing import Any, cast
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from jflow.config import RunConfig
-from jflow.errors import UserError
+from jflow.errors import UserError, one_line
 from jflow.models.config import ModelConfig
 from jflow.sections import refusal
 from jflow.training import overrides
@@ -172,7 +172,7 @@ def _blamed_on(file: pathlib.Path, folder: pathlib.Path) -> Generator[None, None
     own = (str(file), f"{folder}{os.sep}")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(own)]
     at = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else str(file)
-    said = " ".join(str(error).split())[:500]
+    said = one_line(error, 500)
     if isinstance(error, SystemExit):
       raise UserError(f"{at}: the config ends Python ({said or 'exit code 0'})") from None
     if isinstance(error, ModuleNotFoundError):
