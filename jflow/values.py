@@ -83,6 +83,11 @@ def factors(value: Any) -> str:
   return ""
 
 
+def path_pattern(pattern: str) -> re.Pattern[str]:
+  """Matches the beginning of a parameter's path ("language_model/layers/mlp/up/kernel") up to a "/" or its end."""
+  return re.compile(f"(?:{pattern})(?:/|$)")
+
+
 def one_of(*choices: str) -> Check:
   """One of some words."""
   told = " or ".join(map(repr, choices))

@@ -10,7 +10,6 @@ where they are there. So the optimizer, checkpoints and meshes treat adapters as
 Legend: L layers of a stack.
 """
 
-import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jflow.errors import UserError
 from jflow.models.initial import Normal
 from jflow.sharding import Boxed
+from jflow.values import path_pattern
 
 TRAINED = ("lora_a", "lora_b")
 SCALE = "lora_scale"
@@ -52,7 +52,7 @@ def added(boxed: Mapping[str, Any], patterns: Sequence[str], rank: int, alpha: f
   matrices = [path for path, x in flat.items() if _is_matrix(path, x)]
   chosen: dict[str, None] = {}
   for pattern in patterns:
-    compiled = re.compile(f"(?:{pattern})(?:/|$)")
+    compiled = path_pattern(pattern)
     hits = [path for path in matrices if compiled.match(path)]
     if not hits:
       raise UserError(f"config.lora.patterns: {pattern!r} matches no matrix; {_near(pattern, matrices)}")

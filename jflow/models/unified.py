@@ -187,7 +187,7 @@ def _cast_at_use(name: str) -> bool:
 def cast_matrices(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
   """Casts the parameters that a layer casts where it uses them (kernels, the embedding table); leaves may be boxed."""
   flat = flatten_dict(params)
-  cast = lambda leaf: jax.tree.map(lambda x: x.astype(dtype), leaf)
+  cast = lambda leaf: jax.tree.map(lambda x: x.astype(dtype, copy=False), leaf)
   return unflatten_dict({path: cast(x) if _cast_at_use(path[-1]) else x for path, x in flat.items()})
 
 
@@ -260,7 +260,6 @@ def for_inference(model: UnifiedModel, params: Any, gpu: bool | None = None) -> 
   """
   gpu = jax.default_backend() == "gpu" if gpu is None else gpu
   params = lora.merged(params)
-  cast = lambda path, x: x.astype(model.dtype, copy=False) if _cast_at_use(path[-1].key) else x
   lm = params["language_model"]
   if model.unroll:
     lm = separate_layers(lm, model.config.language_model.num_layers)
@@ -270,7 +269,7 @@ def for_inference(model: UnifiedModel, params: Any, gpu: bool | None = None) -> 
     often = getattr(_writer(model.config), "every_token", ())
     params = {**params, **{name: transposed(params[name], ()) for name in often if name in params}}
   params = {**params, "language_model": lm}
-  return inference_model(model, gpu), jax.tree_util.tree_map_with_path(cast, params)
+  return inference_model(model, gpu), cast_matrices(params, model.dtype)
 
 
 def inference_model(model: UnifiedModel, gpu: bool) -> UnifiedModel:

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jflow.config import OptimizerConfig
 from jflow.errors import UserError
 from jflow.models import lora
+from jflow.values import path_pattern
 
 Params = dict[str, Any]
 
@@ -65,7 +66,7 @@ def partition(params: Params, trained: Iterable[str], frozen: Iterable[str]) -> 
 def _compiled(field: str, pattern: str) -> re.Pattern[str]:
   """Compiles a pattern of parameter paths, see `partition`; raises UserError for an invalid regular expression."""
   try:
-    return re.compile(f"(?:{pattern})(?:/|$)")
+    return path_pattern(pattern)
   except re.error as error:
     raise UserError(f"optimizer.{field} pattern {pattern!r} is not a regular expression: {error}") from None
 
