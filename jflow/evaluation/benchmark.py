@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from jflow.evaluation.report import Result
 from jflow.evaluation.settings import Settings
-from jflow.evaluation.tasks import Task
+from jflow.evaluation.tasks import Painting, Task
 from jflow.generation.base import family
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Benchmark(abc.ABC):
     """The paper's scores for models that write images as this one does."""
     return self.paper.get(self.writes, {})
 
-  def published(self, score: str) -> str:
+  def papers(self, score: str) -> str:
     """The paper's values of a score, as "79.8 (384), 76.3 (256)"; empty where it has none for such models."""
     return ", ".join(f"{value:g} ({size})" for size, value in self.reported.get(score, {}).items())
 
@@ -134,6 +134,19 @@ class PaintingBenchmark(Benchmark):
     super().__init__(settings)
     if settings.pictures is not None:
       self.pictures = settings.pictures
+
+  def of_each(self, prompts: Mapping[str, str], file: str) -> list[Painting]:
+    """One task per picture, prompt by prompt, with the seeds that follow the run's.
+
+    Args:
+      prompts: name -> text.
+      file: of a picture, a format of the name and the picture's number.
+    """
+    return [
+      Painting(f"{name}/{j}", prompt, self.settings.seed + j, file.format(name, j))
+      for name, prompt in prompts.items()
+      for j in range(self.pictures)
+    ]
 
   def identity(self) -> dict[str, Any]:
     return {"pictures": self.pictures}

@@ -70,11 +70,7 @@ class Dpg(PaintingBenchmark):
 
   def tasks(self) -> list[Painting]:
     """One task per image, prompt by prompt."""
-    return [
-      Painting(f"{name}/{j}", prompt, self.settings.seed + j, f"pictures/{name}_{j}.png")
-      for name, prompt in self._prompts.items()
-      for j in range(self.pictures)
-    ]
+    return self.of_each(self._prompts, "pictures/{}_{}.png")
 
   def score(self, records: Mapping[str, Any]) -> Result:
     """Writes the grids, or reads the results of the official scorer."""

@@ -72,11 +72,8 @@ class Geneval(PaintingBenchmark):
 
   def tasks(self) -> list[Painting]:
     """One task per image, prompt by prompt."""
-    return [
-      Painting(f"{i:05d}/{j}", row["prompt"], self.settings.seed + j, f"pictures/{i:05d}/samples/{j:05d}.png")
-      for i, row in enumerate(self._prompts)
-      for j in range(self.pictures)
-    ]
+    prompts = {f"{i:05d}": row["prompt"] for i, row in enumerate(self._prompts)}
+    return self.of_each(prompts, "pictures/{}/samples/{:05d}.png")
 
   def score(self, records: Mapping[str, Any]) -> Result:
     """Completes the layout, or reads the results of the official evaluator."""

@@ -31,6 +31,6 @@ class MmVet(TableBenchmark):
 
   def judge(self, rows: Sequence[Mapping[str, str]]) -> Result:
     notes = ["Graded by a language model: hand answers.json to the benchmark's own evaluator."]
-    if published := self.published("GPT-4"):
+    if published := self.papers("GPT-4"):
       notes.append(f"Published, graded by GPT-4: {published}.")
     return Result({}, notes, files={"answers.json": {f"v1_{row['index']}": row["prediction"] for row in rows}})

@@ -91,7 +91,7 @@ class Vqav2(ReadingBenchmark):
   def score(self, records: Mapping[str, Mapping[str, Any]]) -> Result:
     """The VQA score on val; for test-dev, the answers to submit."""
     need_all([str(row["question_id"]) for row in self._rows], records, "vqav2", "run the same command again")
-    published = self.published(_SERVER)
+    published = self.papers(_SERVER)
     said = {row["question_id"]: records[str(row["question_id"])]["answer"] for row in self._rows}
     if not self._people:
       note = (
