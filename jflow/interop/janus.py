@@ -7,7 +7,7 @@ from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.generation.codes import weights
 from jflow.generation.codes.config import CodesConfig
-from jflow.interop import processor_config, release, sizes
+from jflow.interop import release, sizes
 from jflow.interop.fields import Fields
 from jflow.interop.layouts import Layout
 from jflow.interop.safetensors_io import Tensor
@@ -233,7 +233,7 @@ INSTEAD = (
 )
 
 LAYOUT = Layout(
-  name="official",
+  **release.SHARED,
   family="codes",
   title="Janus",
   recognises=lambda values: "gen_vision_config" in values,
@@ -241,12 +241,6 @@ LAYOUT = Layout(
   write_config=config_to_official,
   entries=weights.official,
   check_sizes=_check_sizes,
-  language="language_config",
-  is_tied=release.is_tied,
-  embedding="language_model.model.embed_tokens.weight",
-  head="language_model.lm_head.weight",
-  checks=processor_config.OFFICIAL_CHECKS,
-  files=processor_config.official_files,
   ignored=lambda name: name == _USED,
   unwritten=lambda config: [Entry(_USED, (_USED_LENGTH,), "codebook_used", SAME)],
   template=template,

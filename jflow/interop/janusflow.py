@@ -6,7 +6,7 @@ from typing import Any
 from jflow.errors import UserError
 from jflow.generation.flow import weights
 from jflow.generation.flow.config import FlowConfig
-from jflow.interop import processor_config, release, sizes, vae
+from jflow.interop import release, sizes, vae
 from jflow.interop.fields import Fields
 from jflow.interop.layouts import Layout
 from jflow.interop.safetensors_io import Tensor
@@ -147,7 +147,7 @@ def _check_sizes(root: Fields, config: ModelConfig, tensors: Mapping[str, Tensor
 
 
 LAYOUT = Layout(
-  name="official",
+  **release.SHARED,
   family="flow",
   title="JanusFlow",
   recognises=lambda values: "language_config" in values and "gen_vision_config" not in values,
@@ -155,11 +155,5 @@ LAYOUT = Layout(
   write_config=config_to_official,
   entries=weights.official,
   check_sizes=_check_sizes,
-  language="language_config",
-  is_tied=release.is_tied,
-  embedding="language_model.model.embed_tokens.weight",
-  head="language_model.lm_head.weight",
-  checks=processor_config.OFFICIAL_CHECKS,
-  files=processor_config.official_files,
   vae_apart=True,
 )

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from jflow.errors import UserError
-from jflow.interop import sizes
+from jflow.interop import processor_config, sizes
 from jflow.interop.fields import Fields
 from jflow.interop.transformers_config import language_model_to_transformers
 from jflow.models.config import SiglipConfig
@@ -145,3 +145,15 @@ def check_siglip(root: Fields, part: str, c: SiglipConfig, tower: str, tensors: 
   found = (f"{tower}.blocks.", f"{tower}.patch_embed.proj.weight", f"{tower}.pos_embed")
   f = root.sub(f"{part}_config").sub("params")
   sizes.check_siglip(f, c, tensors, ("layers", "width"), found, where)
+
+
+# The fields of `layouts.Layout` that all models of the release share.
+SHARED: dict[str, Any] = dict(
+  name="official",
+  language="language_config",
+  is_tied=is_tied,
+  embedding="language_model.model.embed_tokens.weight",
+  head="language_model.lm_head.weight",
+  checks=processor_config.OFFICIAL_CHECKS,
+  files=processor_config.official_files,
+)
