@@ -54,5 +54,13 @@ def serving(
     engine.stop()
 
 
+def until(condition, seconds=20.0) -> None:
+  """Waits for a condition; fails after so many seconds without it."""
+  limit = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < limit, "it never came true"
+    time.sleep(0.01)
+
+
 def client(base: str, **options) -> httpx.Client:
   return httpx.Client(base_url=base, timeout=60, **options)

@@ -63,7 +63,7 @@ def run(args: Settings) -> dict[str, Any]:
       request = work.request(chosen)
       ours = work.moved(written)
       inputs = work.inputs(tokens[:, : args.prompt_tokens], start, pipeline.tokenizer)
-      torch.load(lengths=lengths, written=ours, **inputs)
+      torch.give(lengths=lengths, written=ours, **inputs)
       report["difference"] = {
         first: work.differ(ours, torch.result(**request), dtype),
         second: versus.agree("pixels", versus.channels_first(pixels), torch.result(do="decode"), dtype),

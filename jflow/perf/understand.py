@@ -54,7 +54,7 @@ def run(args: Settings) -> dict[str, Any]:
   with versus.torch_side(args, work, source, pipeline.model.dtype) as torch:
     if torch:
       pixels = np.ascontiguousarray(images.astype(np.float32).transpose(0, 3, 1, 2) / 127.5 - 1)
-      torch.load(tokens=tokens, lengths=np.full(n, length), starts=np.ones((n, 1), int), pixels=pixels)
+      torch.give(tokens=tokens, lengths=np.full(n, length), starts=np.ones((n, 1), int), pixels=pixels)
       theirs, ours = torch.result(do="answer", count=count), answer(count)
       report["same_tokens"] = float(np.mean(ours == theirs))
       if str(pipeline.model.dtype) == "float32" and (ours != theirs).any():

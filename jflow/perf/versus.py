@@ -63,7 +63,7 @@ class Torch:
     self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     self.about = self._reply()
 
-  def load(self, **arrays: np.ndarray) -> None:
+  def give(self, **arrays: np.ndarray) -> None:
     """Sends the inputs of the following calls."""
     np.savez(self.folder / "inputs.npz", **arrays)
     self.call(do="load", file=str(self.folder / "inputs.npz"))

@@ -41,9 +41,9 @@ def test_generation_prompts_of_two_lengths(sides):
   c = pipeline.model.config
   noise = rng.standard_normal((2, c.latent_size, c.latent_size, c.autoencoder.latent_channels)).astype(np.float32)
   ours = pipeline.sampler.sample(tokens, lengths, noise, pipeline.settings(steps=4, guidance=2.0))
-  torch.load(tokens=tokens[:, :12], lengths=lengths, noise=noise.transpose(0, 3, 1, 2))
+  torch.give(tokens=tokens[:, :12], lengths=lengths, noise=noise.transpose(0, 3, 1, 2))
   z = torch.result(do="solve", steps=4, guidance=2.0)
-  torch.load(written=z)
+  torch.give(written=z)
   theirs = torch.result(do="decode").transpose(0, 2, 3, 1)
   np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
 
@@ -57,7 +57,7 @@ def test_answers_about_pictures_of_two_lengths(sides):
   tokens = rng.integers(10, 500, (2, 40)).astype(np.int32)
   images = rng.integers(0, 256, (2, c.image_size, c.image_size, 3), np.uint8)
   pixels = images.astype(np.float32).transpose(0, 3, 1, 2) / 127.5 - 1
-  torch.load(tokens=tokens, lengths=np.asarray([40, 29]), starts=np.asarray([[1], [4]]), pixels=pixels)
+  torch.give(tokens=tokens, lengths=np.asarray([40, 29]), starts=np.asarray([[1], [4]]), pixels=pixels)
   theirs = torch.result(do="answer", count=12)
   decoder = Decoder(pipeline, 2, 64, ignore_end=True)
   out = {}
@@ -83,7 +83,7 @@ def test_codes_of_transformers_generate_and_their_pixels():
   codes = sampler.write(tokens, lengths, sampler.start([0, 1]), settings)
   work = versus.work_of(args, source.config, settings)
   with versus.torch_side(args, work, source, "float32") as torch:
-    torch.load(written=np.asarray(codes), **work.inputs(tokens[:, :n], None, janus.Ids))
+    torch.give(written=np.asarray(codes), **work.inputs(tokens[:, :n], None, janus.Ids))
     np.testing.assert_array_equal(codes, torch.result(**work.request(settings)))
     theirs = torch.result(do="decode")
   np.testing.assert_allclose(versus.channels_first(sampler.decode(codes)), theirs, atol=2e-5 * np.abs(theirs).max())

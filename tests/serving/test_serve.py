@@ -214,19 +214,12 @@ def metrics(client) -> dict[str, float]:
   }
 
 
-def until(condition, seconds=20.0):
-  limit = time.monotonic() + seconds
-  while not condition():
-    assert time.monotonic() < limit, "it never came true"
-    time.sleep(0.01)
-
-
 def test_a_full_queue_says_when_to_come_again(model, monkeypatch):
   with serving.serving(model, slots=1, queue=2) as (base, engine), serving.client(base) as client:
     gate = Gate(monkeypatch, engine)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
       first = [pool.submit(client.post, CHAT, json=ask(max_tokens=2)) for _ in range(2)]
-      until(lambda: len(engine._open) == 2)
+      serving.until(lambda: len(engine._open) == 2)
       for body, path in ((ask(), CHAT), ({"prompt": "a ring"}, PAINT)):
         refused = client.post(path, json=body)
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
@@ -246,9 +239,9 @@ def test_who_leaves_frees_the_slot(model, monkeypatch, stream):
     else:
       with pytest.raises(httpx.ReadTimeout):
         client.post(CHAT, json=ask(max_tokens=100), timeout=1.0)
-    until(lambda: all(job.gone for job in engine._open))
+    serving.until(lambda: all(job.gone for job in engine._open))
     gate.open()
-    until(lambda: not engine._open)
+    serving.until(lambda: not engine._open)
     assert not engine._answering and metrics(client)["jflow_tokens_total/written"] < 100
     assert said(client.post(CHAT, json=ask()))
 
@@ -259,7 +252,7 @@ def test_a_request_that_takes_too_long_is_ended(model, monkeypatch):
     late = client.post(CHAT, json=ask())
     assert late.status_code == 504 and "longer than 1 s" in late.json()["error"]["message"]
     gate.open()
-    until(lambda: not engine._open)
+    serving.until(lambda: not engine._open)
 
 
 def test_a_failure_of_the_model_costs_what_it_worked_on_alone(model, monkeypatch):
@@ -280,7 +273,7 @@ def test_a_model_that_keeps_failing_ends_the_server(model, monkeypatch):
     monkeypatch.setattr("jflow.serving.engine.Decoder", lambda *_: 1 // 0)
     assert metrics(client)["jflow_ready"] == 1
     assert client.post(CHAT, json=ask()).status_code == 503
-    until(lambda: engine.state == "failed")
+    serving.until(lambda: engine.state == "failed")
     for get in (lambda: client.post(CHAT, json=ask()), lambda: client.get("/health")):
       with contextlib.suppress(httpx.TransportError):  # the server may be gone already
         assert get().status_code == 503

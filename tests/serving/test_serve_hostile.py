@@ -65,13 +65,6 @@ def connect(client) -> socket.socket:
   return socket.create_connection((client.base_url.host, client.base_url.port), timeout=30)
 
 
-def until(condition, seconds=20.0):
-  limit = time.monotonic() + seconds
-  while not condition():
-    assert time.monotonic() < limit, "it never came true"
-    time.sleep(0.01)
-
-
 def to_the_end(connection) -> bytes:
   out = b""
   with contextlib.suppress(ConnectionError):
@@ -174,7 +167,7 @@ def test_a_body_that_its_connection_refuses_is_counted_as_what_it_got(served, st
     with connect(client) as connection:
       connection.sendall(sent)
       assert int(to_the_end(connection).split()[1]) == status
-    until(lambda client=client, status=status, before=before: counted(client, status) == before + 1)
+    serving.until(lambda client=client, status=status, before=before: counted(client, status) == before + 1)
     assert counted(client, 499) == gone
 
 
@@ -258,9 +251,9 @@ def test_a_client_that_pipelines_and_leaves_is_noticed(served, monkeypatch):
   monkeypatch.setattr(engine._decoder, "step", lambda n: (opened.wait(20), real(n))[1])
   with connect(client) as connection:
     connection.sendall(HEAD + LENGTH + b"\r\n" + BODY + GET + b"\r\n")
-    until(lambda: engine._open)
+    serving.until(lambda: engine._open)
   try:
-    until(lambda: all(job.gone for job in engine._open))
+    serving.until(lambda: all(job.gone for job in engine._open))
   finally:
     opened.set()
 
@@ -380,10 +373,10 @@ def test_who_leaves_while_pictures_are_decoded_holds_nobody_up(served, monkeypat
   assert client.post(CHAT, json=ask()).status_code == 429  # the queue of 4 is full
   for connection in held[:2]:
     connection.close()
-  until(lambda: client.post(CHAT, json=ask()).status_code == 200)  # while four threads decode
+  serving.until(lambda: client.post(CHAT, json=ask()).status_code == 200)  # while four threads decode
   for connection in held[2:]:
     connection.close()
-  until(lambda: not engine._coming)
+  serving.until(lambda: not engine._coming)
   opened.set()
   time.sleep(0.2)
   assert len(decoded) == len(held), "a second picture was decoded for somebody who had left"
@@ -462,7 +455,7 @@ def test_nobody_waits_for_a_program_that_another_request_needs(served, monkeypat
     target=draw, args=({"prompt": "a ring", "steps": 3, "solver": "midpoint", "n": 2, "seed": 1},)
   )
   thread.start()
-  until(lambda: engine._images.aside)
+  serving.until(lambda: engine._images.aside)
   works(client)
   assert client.post(PAINT, json={"prompt": "a circle", "steps": 3}).status_code == 200
   gate.opened.set()
@@ -485,7 +478,7 @@ def test_who_leaves_while_a_program_is_compiled_frees_the_place(served, monkeypa
     gate = Gate(monkeypatch, target, name, held)
     with pytest.raises(httpx.ReadTimeout):
       client.post(path, json=body, timeout=0.5)
-    until(lambda: not engine._open)
+    serving.until(lambda: not engine._open)
     assert not gate.opened.is_set()
     works(client)
     gate.opened.set()
