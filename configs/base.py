@@ -47,8 +47,6 @@ def base(size: str, sizes: Mapping[str, Callable[[ConfigDict], None]] = SIZES) -
     spike_sigmas=0.0,  # skip a step whose loss or gradient norm is so many standard deviations up; 0: never
     spike_window=128,  # accepted steps that a spike is judged by
     watchdog_seconds=1800.0,  # after so long without a step, print all stacks and end the process; 0: never
-    fit_labels=0,  # labelled pictures of the built-in world to fit a fresh SigLIP to; 0: it stays fresh
-    fit_images=300,  # pictures to fit a fresh closed-form codec of the built-in world to
   )
   c.optimizer = dict(
     learning_rate=1e-4,  # between warm-up and cool-down (table 1)
@@ -153,6 +151,10 @@ def base(size: str, sizes: Mapping[str, Callable[[ConfigDict], None]] = SIZES) -
     ),
     sample_steps=30,  # solver steps of a sample picture
     sample_guidance=2.0,
+  )
+  c.world = dict(  # fits of fresh parameters in place of pretraining; data.shapes has the built-in world's records
+    fit_labels=0,  # labelled pictures of it to fit a fresh SigLIP to; 0: it stays fresh
+    fit_images=300,  # pictures of the run's data to fit a fresh closed-form codec to
   )
   sizes[size](c)
   return c

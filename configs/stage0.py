@@ -24,5 +24,5 @@ def get_config(size: str = "shapes"):
   c.optimizer.frozen = (
     tuple(p for p in base.NEW_PARTS if p not in reader + ("alignment_head",)) + base.SIGLIP + base.NEVER
   )
-  c.train.fit_labels = 320
+  c.world.fit_labels = 320
   return world.at_stage(c, 0)

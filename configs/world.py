@@ -106,7 +106,7 @@ def at_stage(c: ConfigDict, stage: int) -> ConfigDict:
   if c.size == "quick":
     c.train.steps, c.optimizer.learning_rate = ((900, 2e-3), (150, 3e-3), (2000, 3e-3), (1000, 3e-3))[stage]
     if stage == 0:
-      c.train.fit_labels = 40_000
+      c.world.fit_labels = 40_000
     if stage == 1:
       c.data.shapes.spread = QUICK_SPREAD / 2
     if stage == 2:
@@ -118,7 +118,7 @@ def at_stage(c: ConfigDict, stage: int) -> ConfigDict:
   if c.size == "shapes":
     c.train.steps, c.optimizer.learning_rate = ((300, 2e-3), (150, 3e-3), (1050, 3e-3), (300, 2e-3))[stage]
     if stage == 0:
-      c.train.fit_labels = 40_000
+      c.world.fit_labels = 40_000
     if stage == 2:
       c.data.mixture = ((0, (30, 50, 20)), (200, (14, 80, 6)))
     if stage == 3:
@@ -128,7 +128,7 @@ def at_stage(c: ConfigDict, stage: int) -> ConfigDict:
     if stage < 2:
       c.data.shapes.size = 40_000
     if stage == 0:
-      c.train.fit_labels = 160_000
+      c.world.fit_labels = 160_000
     if stage == 2:
       c.data.mixture = ((0, (38, 58, 4)),)
     if stage == 3:

@@ -5,7 +5,8 @@ configs/base.py holds the values, with unit and source beside each; no field has
 line here and a line in configs/base.py. A field that the config.json of an earlier version lacks also declares what
 that version did (`before`); one that had another name stands in `RENAMED`.
 
-The section `model` is opaque here: the model's own dataclasses (`jflow.models.config`) build and check it.
+The section `model` is opaque here: the model's own dataclasses (`jflow.models.config`) build and check it. Two sections
+are those of the built-in world, which declares their fields and constraints.
 """
 
 import dataclasses
@@ -15,9 +16,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jflow.errors import install_line
-from jflow.sections import Section, built, field, refusal
+from jflow.sections import Section, built, field, refusal, section
 from jflow.values import (
-  MOST,
   address,
   factors,
   guidance,
@@ -54,8 +54,6 @@ class TrainConfig(Section):
   spike_sigmas: float = field(number(0.0, note=_OFF), before=0.0)
   spike_window: int = field(whole(2, 2**20), before=128)
   watchdog_seconds: float = field(number(0.0, _SECONDS), before=0.0)
-  fit_labels: int = field(whole(0, 10**7, "; 0 leaves SigLIP fresh"), before=0)
-  fit_images: int = field(whole(1, 10**6))
 
 
 class OptimizerConfig(Section):
@@ -97,21 +95,6 @@ class SourcesConfig(Section):
 TASKS = tuple(one.name for one in dataclasses.fields(SourcesConfig))  # in the order of the mixture's weights
 
 
-class ShapesConfig(Section):
-  """The built-in world."""
-
-  size: int = field(whole(1, 10**8))
-  seed: int = field(whole(-MOST, 2**63 - 1))
-  split: str = field(text)
-  tags: dict | None = field(number(0.0), before=None)
-  long_captions: float = field(number(0.0, 1.0), before=0.25)
-  named_colors: float = field(number(0.0, 1.0), before=0.0)
-  in_order: float = field(number(0.0, 1.0), before=0.0)
-  large: float = field(number(0.0, 1.0), before=0.5)
-  spread: float = field(number(0.0, 0.5), before=0.5)
-  asked: tuple = field(weighted("(kind of question, weight) pairs, as (('relation', 4.0),)"), before=())
-
-
 class DataConfig(Section):
   tokenizer: str = field(text)
   template: str = field(one_of("plain", "chat", "pro"))
@@ -129,7 +112,7 @@ class DataConfig(Section):
   prefetch: int = field(whole(0, 1024))
   plan_cache: str = field(text, before="")
   max_rejected_share: float = field(number(0.0, 1.0))
-  shapes: ShapesConfig
+  shapes: Any = section("jflow.world.config:ShapesConfig")
 
 
 class ComputeConfig(Section):
@@ -190,6 +173,7 @@ class RunConfig(Section):
   checkpoint: CheckpointConfig
   profile: ProfileConfig
   log: LogConfig
+  world: Any = section("jflow.world.config:WorldConfig")
 
   @classmethod
   def from_dict(cls, values: Mapping[str, Any], model: Callable[[Mapping[str, Any]], Any]) -> "RunConfig":
@@ -210,6 +194,8 @@ RENAMED = {
   "data.latents": "data.stored",
   "objective.time_mean": "objective.draws.time_mean",
   "objective.time_std": "objective.draws.time_std",
+  "train.fit_images": "world.fit_images",
+  "train.fit_labels": "world.fit_labels",
 }
 
 
@@ -223,12 +209,14 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
       continue
     new[section] = dict(new[section])
     value = new[section].pop(name)
-    *inner, last = now.split(".")[1:]
-    where = new[section]
+    *inner, last = now.split(".")
+    where: Any = new
     for part in inner:
       where[part] = dict(found) if isinstance(found := where.get(part, {}), Mapping) else found
       where = where[part]
-    if isinstance(where, dict):  # else `built` refuses what is no section
+      if not isinstance(where, dict):  # `built` refuses what is no section
+        break
+    else:
       where[last] = value
   return new
 
@@ -279,22 +267,11 @@ def _parts_replace_others(c: RunConfig) -> str:
   return "" if fits else "must be empty without train.init_from, whose parts it replaces"
 
 
-@constraint("train.fit_labels")
-def _only_a_fresh_siglip_is_fitted(c: RunConfig) -> str:
-  if not c.train.fit_labels:
-    return ""
-  if c.model.reader.kind != "siglip":
-    return "must be 0 with another model.reader.kind than 'siglip'"
-  return "must be 0 with train.init_from, whose SigLIP is not fresh" if c.train.init_from else ""
-
-
 @constraint("lora.rank")
 def _adapters_have_a_place(c: RunConfig) -> str:
   if not c.lora.rank:
     return ""
-  if not c.lora.patterns:
-    return "must be 0 without lora.patterns, which name the matrices that get an adapter"
-  return "must be 0 with train.fit_labels, which makes a SigLIP of its own" if c.train.fit_labels else ""
+  return "" if c.lora.patterns else "must be 0 without lora.patterns, which name the matrices that get an adapter"
 
 
 @constraint("optimizer.cooldown_steps")

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, dataclass_transform
 
+from jflow import registry
 from jflow.errors import UserError
 from jflow.strict_json import shown
 from jflow.values import Check
@@ -21,7 +22,12 @@ def field(check: Check, before: Any = _REQUIRED) -> Any:
   return dataclasses.field(metadata={"check": check, "before": before})
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
+def section(place: str) -> Any:
+  """Declares a section that another module knows: `place` is "package.module:Class", imported when a config is read."""
+  return dataclasses.field(metadata={"section": place})
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, section))
 class Section:
   """A frozen dataclass of fields and other sections; a field of type Any is opaque."""
 
@@ -54,8 +60,8 @@ def flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any
 def kinds(section: type, before: str = "") -> Iterator[tuple[str, Any]]:
   """Yields (dotted name, type) of each field of the config but the model's."""
   for declared in dataclasses.fields(section):
-    if dataclasses.is_dataclass(declared.type):
-      yield from kinds(declared.type, f"{before}{declared.name}.")
+    if inner := _section(declared):
+      yield from kinds(inner, f"{before}{declared.name}.")
     elif declared.type is not Any:
       yield before + declared.name, declared.type
 
@@ -65,9 +71,9 @@ def completed(values: Mapping[str, Any], section: type) -> dict[str, Any]:
   done = dict(values)
   for declared in dataclasses.fields(section):
     before = declared.metadata.get("before", _REQUIRED)
-    if dataclasses.is_dataclass(declared.type):
+    if kind := _section(declared):
       inner = done.get(declared.name, {})
-      done[declared.name] = completed(inner, declared.type) if isinstance(inner, Mapping) else inner
+      done[declared.name] = completed(inner, kind) if isinstance(inner, Mapping) else inner
     elif before is not _REQUIRED:
       done.setdefault(declared.name, before)
   return done
@@ -90,18 +96,25 @@ def built(section: type, values: Any, opaque: Callable[[Any], Any], path: str = 
     raise refusal(path[:-1], values, f"must be a section with {', '.join(fields)}")
   for name in fields:
     if name not in values:
-      what = "section" if dataclasses.is_dataclass(fields[name].type) else "field"
+      what = "section" if _section(fields[name]) else "field"
       raise UserError(f"the config has no {what} {path}{name}: start from what configs/base.py returns")
   for name in values:
     if name not in fields:
       raise UserError(f"unknown field {path}{shown(name)[1:-1]}; {path[:-1] or 'the config'} has {', '.join(fields)}")
   made = {}
   for name, declared in fields.items():
-    if dataclasses.is_dataclass(declared.type):
-      made[name] = built(declared.type, values[name], opaque, f"{path}{name}.")
+    if kind := _section(declared):
+      made[name] = built(kind, values[name], opaque, f"{path}{name}.")
     else:
       made[name] = opaque(values[name]) if declared.type is Any else _checked(declared, values[name], path)
   return section(**made)
+
+
+def _section(declared: dataclasses.Field) -> Any:
+  """The class of a field that is a section; None for any other."""
+  if place := declared.metadata.get("section"):
+    return registry.load(place)
+  return declared.type if dataclasses.is_dataclass(declared.type) else None
 
 
 def _checked(declared: dataclasses.Field, value: Any, path: str) -> Any:

@@ -10,7 +10,7 @@ import tiny
 INTERVAL, STEPS = 4, 24  # of a save, of a stage
 SMALL = (
   "--config.train.batch_size=4",
-  "--config.train.fit_images=20",
+  "--config.world.fit_images=20",
   "--config.data.shapes.size=60",
   "--config.model.autoencoder.kind=patch_pca",
   "--config.model.autoencoder.block_channels=()",

@@ -34,7 +34,7 @@ NEVER = {
   "jflow/world/": ("jflow.serving", "jflow.perf"),
   **{  # loader processes draw the world, and the judge counts as data does: without jax
     f"jflow/world/{name}.py": ("jax", "flax", "jflow.models", "jflow.training", "jflow.inference")
-    for name in ("scenes", "words", "questions", "source", "importer", "judge", "features")
+    for name in ("config", "scenes", "words", "questions", "source", "importer", "judge", "features")
   },
   "jflow/models/": ("jflow.data", "jflow.training", "jflow.inference", "jflow.interop", "jflow.evaluation"),
   "jflow/training/": ("jflow.inference", "jflow.evaluation"),  # but for EXCEPT
@@ -43,6 +43,7 @@ NEVER = {
 EXCEPT = {("jflow/training/", "jflow/cli/train.py")}
 # The world is a leaf: by these doors alone does the rest of jflow reach it.
 WORLD = {
+  "jflow/config.py",
   "jflow/models/autoencoders/base.py",
   "jflow/data/sources.py",
   "jflow/data/importers/__init__.py",
@@ -56,6 +57,7 @@ PURE = (  # of jflow they import only each other
   "files",
   "git_lfs",
   "memory",
+  "registry",
   "sections",
   "sharding",
   "strict_json",

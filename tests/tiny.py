@@ -207,8 +207,9 @@ def values() -> dict:
   """The plain values of a whole config: those of configs/base.py where a test has no reason for others."""
   c = base.base("tiny")
   c.size, c.model = "", ConfigDict(CONFIG.to_dict())
-  c.train.update(steps=4, batch_size=4, seed=3, ema=0.9, max_skipped=3, fit_images=20, spike_window=8)
+  c.train.update(steps=4, batch_size=4, seed=3, ema=0.9, max_skipped=3, spike_window=8)
   c.train.watchdog_seconds = 0.0
+  c.world.fit_images = 20
   c.optimizer.update(learning_rate=1e-2, warmup_steps=2)
   c.optimizer.trained = ("language_model", "generation_.*", "alignment_head", "understanding_(projector|start)")
   c.optimizer.frozen = ("understanding_encoder", "vae")

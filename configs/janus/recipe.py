@@ -88,7 +88,7 @@ def _world(c: ConfigDict) -> None:
 def _codes(c: ConfigDict) -> None:
   """Codes of patches for the world's latents."""
   c.model = models.janus_shapes()
-  c.train.fit_images = 1500  # the codebook is for patches with an edge, a quarter of all
+  c.world.fit_images = 1500  # the codebook is for patches with an edge, a quarter of all
   c.optimizer.muon = ("language_model/layers",)
 
 

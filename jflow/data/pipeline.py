@@ -217,7 +217,7 @@ class Pipeline:
       self._rows.append(
         [
           Rows(
-            sources.open_source(spec, task, vars(config.shapes)),
+            sources.open_source(spec, task, config),
             task,
             config,
             tokenizer,

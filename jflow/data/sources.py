@@ -1,33 +1,30 @@
-"""Sources of records: the built-in world, or a directory that `prepare` wrote."""
+"""Sources of records: a directory that `prepare` wrote, or a source that draws its records."""
 
 import os
-from collections.abc import Mapping
-from typing import Any
 
+from jflow import registry
+from jflow.config import DataConfig
 from jflow.data.records import Source
 from jflow.errors import UserError
 
-SHAPES = "shapes"
+DRAWN = {"shapes": "jflow.world.source:open_source"}  # name in `data.sources` -> (task, section `data`) -> Source
 
 
-def open_source(spec: str, task: str, shapes: Mapping[str, Any]) -> Source:
+def open_source(spec: str, task: str, config: DataConfig) -> Source:
   """Opens the source that a config names.
 
   Args:
-    spec: "shapes", or a directory written by `prepare`.
+    spec: a name in DRAWN, or a directory written by `prepare`.
     task: "understanding", "generation" or "text".
-    shapes: options of the built-in world, see `WorldSource`: size, seed, tags, long_captions, named_colors, asked,
-      in_order, large, spread.
+    config: the section `data`, where a source of DRAWN has its options.
 
   Raises:
     UserError: the source does not exist, or holds records of another task.
   """
-  if spec == SHAPES:
-    from jflow.world.source import WorldSource
-
-    return WorldSource(task, **shapes)
+  if spec in DRAWN:
+    return registry.load(DRAWN[spec])(task, config)
   if os.path.isdir(spec):
     from jflow.data.store.prepared import PreparedSource
 
     return PreparedSource(spec, task)
-  raise UserError(f"data source {spec!r} not found: use {SHAPES!r} or a directory that `jflow prepare` wrote")
+  raise UserError(f"data source {spec!r} not found: use {', '.join(DRAWN)} or a directory that `jflow prepare` wrote")

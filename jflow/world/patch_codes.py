@@ -110,7 +110,7 @@ def fit_patch_codes(images: np.ndarray, config: PatchCodesConfig) -> dict[str, A
   if len(fitted) < config.codebook_size:
     raise UserError(
       f"model.autoencoder.codebook_size={config.codebook_size} must be at most the {len(fitted)} patches that it is "
-      "fitted to: more of them with train.fit_images"
+      "fitted to: more of them with world.fit_images"
     )
   codebook = k_means(fitted, config.codebook_size)
   n, h, w, _ = images.shape

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jflow.batch import TASKS
+from jflow.config import DataConfig
 from jflow.data.records import Record
 from jflow.errors import UserError
 from jflow.world import questions, scenes, words
@@ -27,6 +28,11 @@ LONG_CAPTIONS = 0.25  # share of captions that describe every object
 CAPTION_TURNS = 0.4  # share of understanding's records whose answer is a caption
 # Wordings of captions; evaluation uses the first.
 TEMPLATES = ("a picture of {}", "an image with {}", "{} on a gray background", "there {verb} {}", "{}")
+
+
+def open_source(task: str, config: DataConfig) -> "WorldSource":
+  """The source "shapes" of a run's section `data`; see `jflow.data.sources`."""
+  return WorldSource(task, **vars(config.shapes))
 
 
 class WorldSource:

@@ -29,17 +29,17 @@ def fit(config: RunConfig, open_pipeline: Callable[[], Pipeline]) -> dict[str, d
     {part: parameters} of the fitted parts.
   """
   fitted: dict[str, dict[str, Any]] = {}
-  train, model = config.train, config.model
+  world, model = config.world, config.model
   if isinstance(model.autoencoder, PatchPCAConfig):
-    fitted["vae"] = fit_patch_pca(first_images(open_pipeline(), train.fit_images), model.autoencoder)
+    fitted["vae"] = fit_patch_pca(first_images(open_pipeline(), world.fit_images), model.autoencoder)
   if isinstance(model.autoencoder, PatchCodesConfig):
-    fitted["vq"] = fit_patch_codes(first_images(open_pipeline(), train.fit_images), model.autoencoder)
-  if train.fit_labels:
+    fitted["vq"] = fit_patch_codes(first_images(open_pipeline(), world.fit_images), model.autoencoder)
+  if world.fit_labels:
     source = WorldSource("generation", **vars(config.data.shapes))
-    scenes = [source[i].images[0] for i in range(min(len(source), train.fit_labels))]
+    scenes = [source[i].images[0] for i in range(min(len(source), world.fit_labels))]
     # On one device of each process, so that the result does not depend on the mesh; process 0's is used.
     with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])):
-      siglip = fit_siglip(model.understanding_encoder, scenes, train.fit_labels, train.seed)
+      siglip = fit_siglip(model.understanding_encoder, scenes, world.fit_labels, config.train.seed)
     fitted["understanding_encoder"] = hosts.tree_of_first(siglip)
   return fitted
 
@@ -58,7 +58,7 @@ def first_images(pipeline: Pipeline, count: int) -> np.ndarray:
     last = step if len(found) else last
     if step - last > 100:
       raise UserError(
-        f"the data must hold train.fit_images={count} pictures, got {len(images)}: the codec of model.autoencoder is "
+        f"the data must hold world.fit_images={count} pictures, got {len(images)}: the codec of model.autoencoder is "
         "fitted to them"
       )
     images.extend(found)

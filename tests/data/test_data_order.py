@@ -47,7 +47,7 @@ class Marked:
 
 @pytest.fixture(autouse=True)
 def marked(monkeypatch):
-  monkeypatch.setattr(sources, "open_source", lambda spec, task, shapes: Marked(task))
+  monkeypatch.setattr(sources, "open_source", lambda spec, task, config: Marked(task))
 
 
 def pipeline(share=None, seed=5, **changes):
@@ -106,7 +106,7 @@ def compare(count, got, wanted):
 @pytest.fixture(scope="module")
 def order():
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sources, "open_source", lambda spec, task, shapes: Marked(task))
+    patch.setattr(sources, "open_source", lambda spec, task, config: Marked(task))
     return [ids(pipeline().batch(step)) for step in range(STEPS)]
 
 

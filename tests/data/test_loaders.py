@@ -22,7 +22,7 @@ from jflow.training.metrics import read_lines
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 QUICK = (  # as little to compile and to plan as can be
   "--config.train.batch_size=4",
-  "--config.train.fit_images=8",
+  "--config.world.fit_images=8",
   "--config.data.shapes.size=40",
   "--config.model.autoencoder.kind=patch_pca",
   "--config.model.autoencoder.block_channels=()",

@@ -47,8 +47,8 @@ def opened(monkeypatch):
   """Lets a spec be a mapping of Numbers' options; returns the list of what was opened."""
   log = []
 
-  def open_source(spec, task, shapes):
-    log.append(Numbers(task, **{**shapes, **spec}))
+  def open_source(spec, task, config):
+    log.append(Numbers(task, **{**vars(config.shapes), **spec}))
     return log[-1]
 
   monkeypatch.setattr(sources, "open_source", open_source)
@@ -280,7 +280,7 @@ def test_mistakes_get_one_clear_line(opened, changes, message):
 
 def test_unknown_sources_are_named():
   with refused("no/such/place"):
-    sources.open_source("no/such/place", "text", {})
+    sources.open_source("no/such/place", "text", data_config())
 
 
 @pytest.mark.parametrize("template", ("plain", "chat"))

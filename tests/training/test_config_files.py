@@ -299,7 +299,7 @@ NEVER = {  # field -> values that are refused before anything is built
   **dict.fromkeys(
     ("mesh.fsdp", "mesh.model", "train.batch_size", "data.workers", "data.threads", "data.prefetch"), (HUGE,)
   ),
-  **dict.fromkeys(("train.spike_window", "train.fit_images", "data.row_images", "log.sample_steps"), (HUGE, 10**5000)),
+  **dict.fromkeys(("train.spike_window", "world.fit_images", "data.row_images", "log.sample_steps"), (HUGE, 10**5000)),
   **dict.fromkeys(("model.language_model.num_layers", "model.generation.encoder_blocks"), (10**6, 10**5000)),
   **dict.fromkeys(
     ("optimizer.learning_rate", "objective.draws.time_mean", "train.watchdog_seconds", "data.prompt_drop"),
@@ -347,6 +347,7 @@ def test_values_of_a_config_file_are_checked_as_well(field):
   [
     ("data.latents", True, "data.stored"),
     ("objective.time_mean", -0.5, "objective.draws.time_mean"),
+    ("train.fit_images", 7, "world.fit_images"),
     ("objective.time_std", 0.25, "objective.draws.time_std"),
   ],
 )
@@ -361,7 +362,7 @@ def test_the_name_that_a_field_had_before_still_sets_it(tmp_path, old, value, no
   values = given.to_dict()
   before = values | {"data": values["data"] | {"latents": values["data"].pop("stored")}}
   draws = values["objective"].pop("draws")
-  before = before | {"objective": values["objective"] | draws}
+  before = before | {"objective": values["objective"] | draws, "train": values["train"] | before.pop("world")}
   workdirs.check_same_run(_run(tmp_path, before), given, Tokenizer.load(given.data.tokenizer))
 
 

@@ -21,7 +21,7 @@ from jflow.training.metrics import read_lines
 REAL = (
   "--config=configs/stage1.py:tiny",
   *SMALL,
-  "--config.train.fit_labels=32",
+  "--config.world.fit_labels=32",
   "--config.train.steps=4",
   "--config.checkpoint.interval=2",
   "--config.mesh.data=2",

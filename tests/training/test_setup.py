@@ -34,7 +34,7 @@ def test_the_stages_pass(stage, size):
     ("train.init_weights", "best"),
     ("train.init_parts", ("vae",)),
     ("train.init_parts", (("vae", "DIR"),)),  # without train.init_from
-    ("train.fit_labels", -1),
+    ("world.fit_labels", -1),
     ("optimizer.learning_rate", 0.0),
     ("optimizer.learning_rate", float("nan")),
     ("optimizer.clip_norm", 0.0),
@@ -97,7 +97,7 @@ def test_a_bad_value_is_one_line_that_names_its_field(field, value):
     (dict(model=dict(objectives=())), ("objective.weights.alignment", "text, flow", "1.0")),
     (dict(objective=dict(logged=("flow", "repa"))), ("objective.logged", "text, flow", "'repa'")),
     (dict(model=dict(hight=3)), ("model.hight",)),
-    (dict(train=dict(fit_labels=16, init_from="DIR")), ("train.fit_labels", "train.init_from", "16")),
+    (dict(train=dict(init_from="DIR"), world=dict(fit_labels=16)), ("world.fit_labels", "train.init_from", "16")),
     (dict(objective=dict(weights=dict(text=1.0, flow=-1.0))), ("objective.weights.flow", "-1.0")),
   ],
 )

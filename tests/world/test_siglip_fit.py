@@ -131,7 +131,7 @@ def test_a_fresh_run_starts_from_the_fitted_siglip_and_nothing_else_changes(caps
   model, mesh = tiny.model(), sharding.make_mesh(1, 1, 1)
 
   def start(fit_labels):
-    config = tiny.configuration(train=dict(fit_labels=fit_labels), data=dict(shapes=dict(size=60, seed=0)))
+    config = tiny.configuration(world=dict(fit_labels=fit_labels), data=dict(shapes=dict(size=60, seed=0)))
     return flatten_dict(setup.start_params(config, model, mesh, lambda: None), sep="/")
 
   fitted, fresh = start(20), start(0)
