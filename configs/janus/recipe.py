@@ -4,8 +4,9 @@
   pro-1b   Janus-Pro-1B, the same sizes with other steps, ratios and prompt words
   pro-7b   Janus-Pro-7B
   tiny     Janus's stages on the built-in world: configs/world.py
-  shapes   learns the built-in world, by the steps, rates and ratios of JanusFlow's sizes `shapes` and `world`, so that
-  world    the two ways to write can be compared
+  quick    learn the built-in world, by the steps, rates and ratios of JanusFlow's sizes of the same names, so that the two
+  shapes   ways to write can be compared
+  world
   mid      for `bench` on a CPU
 
 Sources: table 1 and section 3 of both papers; section 2.2 of the second for steps and ratios. No EMA is mentioned.
@@ -75,20 +76,25 @@ def _tiny(c: ConfigDict) -> None:
   c.model = models.janus_tiny()
 
 
+def _quick(c: ConfigDict) -> None:
+  world.quick(c)
+  _codes(c, models.janus_quick(), fit_images=6000)
+
+
 def _shapes(c: ConfigDict) -> None:
   world.shapes(c)
-  _codes(c)
+  _codes(c, models.janus_shapes(), fit_images=1500)
 
 
 def _world(c: ConfigDict) -> None:
   world.world(c)
-  _codes(c)
+  _codes(c, models.janus_shapes(), fit_images=1500)
 
 
-def _codes(c: ConfigDict) -> None:
+def _codes(c: ConfigDict, model: dict, fit_images: int) -> None:
   """Codes of patches for the world's latents."""
-  c.model = models.janus_shapes()
-  c.world.fit_images = 1500  # the codebook is for patches with an edge, a quarter of all
+  c.model = model
+  c.world.fit_images = fit_images  # the codebook is for patches with an edge, a quarter of all
   c.optimizer.muon = ("language_model/layers",)
 
 
@@ -97,7 +103,9 @@ def _mid(c: ConfigDict) -> None:
   c.model = models.janus_mid()
 
 
-SIZES = {"1b": _1b, "pro-1b": _1b, "pro-7b": _7b, "tiny": _tiny, "shapes": _shapes, "world": _world, "mid": _mid}
+PAPER_SIZES = {"1b": _1b, "pro-1b": _1b, "pro-7b": _7b}
+WORLD_SIZES = {"quick": _quick, "shapes": _shapes, "world": _world}  # with a stage 0
+SIZES = PAPER_SIZES | WORLD_SIZES | {"tiny": _tiny, "mid": _mid}
 PAPER = {"1b": JANUS, "pro-1b": PRO_1B, "pro-7b": PRO_7B}
 
 
@@ -111,7 +119,7 @@ def at_stage(size: str, number: int) -> ConfigDict:
   c.optimizer.trained = NEW_PARTS + (("language_model",) if number > 1 else ()) + (base.SIGLIP if number > 2 else ())
   c.optimizer.frozen = NEVER + (() if number > 1 else ("language_model",)) + (() if number > 2 else base.SIGLIP)
   c.optimizer.learning_rate, c.optimizer.weight_decay = stage.learning_rate, stage.weight_decay
-  if c.size in ("shapes", "world"):
+  if c.size in WORLD_SIZES:
     c.optimizer.weight_decay = 0.0
     if number == 3:
       c.data.mixture = ((0, (21, 70, 9)),)

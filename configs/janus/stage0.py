@@ -13,6 +13,6 @@ from configs.janus import recipe
 
 
 def get_config(size: str = "shapes"):
-  if size not in ("shapes", "world"):
-    raise ValueError(f"{size!r} must be shapes or world: other sizes have no stage 0")
+  if size not in recipe.WORLD_SIZES:
+    raise ValueError(f"{size!r} must be {' or '.join(recipe.WORLD_SIZES)}: other sizes have no stage 0")
   return recipe.at_stage(size, 0)
