@@ -26,13 +26,24 @@ def add_model(p: argparse.ArgumentParser, required: bool = True) -> None:
   p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a jflow training run")
 
 
+def add_template(p: argparse.ArgumentParser) -> None:
+  """Adds --template."""
+  from jflow.data.templates import TEMPLATES
+
+  p.add_argument(
+    "--template",
+    choices=TEMPLATES,
+    help="speakers of a conversation in place of the checkpoint's: none, words (User:), or Janus-Pro's special tokens",
+  )
+
+
 def open_model(args: argparse.Namespace) -> "Pipeline":
-  """The pipeline named by the flags of `add_model`, with a cache of compiled programs; raises UserError."""
+  """The pipeline named by the flags of `add_model` and `add_template`, with a cache of compiled programs; raises UserError."""
   import jflow
   from jflow import compilation
 
   compilation.use_cache()
-  return jflow.load(args.checkpoint, vae=args.vae, dtype=args.dtype, weights=args.weights)
+  return jflow.load(args.checkpoint, vae=args.vae, dtype=args.dtype, weights=args.weights, template=args.template)
 
 
 def add_settings(p: argparse.ArgumentParser, default: str = "default") -> None:

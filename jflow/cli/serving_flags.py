@@ -16,6 +16,7 @@ _CONTEXT = 4096  # tokens; each slot of the full model holds 0.8 GB of keys and 
 def add(p: argparse.ArgumentParser, port: int) -> None:
   """Adds the flags of the checkpoint, the address and the engine."""
   model_flags.add_model(p)
+  model_flags.add_template(p)
   p.add_argument("--host", default="127.0.0.1", help="address to listen at (default %(default)s: this machine only)")
   p.add_argument(
     "--allowed_host",

@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   flags.add_model(p)
+  flags.add_template(p)
   p.add_argument(
     "--image", action="append", default=[], metavar="FILE", help="PNG, JPEG, WebP or GIF; repeat for several"
   )

@@ -50,6 +50,7 @@ class Answers:
     vae: str | None = None,
     dtype: str | None = None,
     weights: str = "ema",
+    template: str | None = None,
   ):
     """`checkpoint` as for all commands, or `server`, the address of `python -m jflow serve`."""
     if bool(checkpoint) == bool(server):
@@ -59,7 +60,7 @@ class Answers:
       raise UserError(f"--batch_size={batch_size} must be a number of at least 1: jflow finds none by itself")
     self.batch_size = int(batch_size)
     if checkpoint:
-      self._model = loading.load(checkpoint, vae=vae, dtype=dtype, weights=weights)
+      self._model = loading.load(checkpoint, vae=vae, dtype=dtype, weights=weights, template=template)
 
   def answer(self, asked: Sequence[tuple[str, Sequence[Image.Image], dict[str, Any]]]) -> list[str]:
     """Answers (question, images, lmms-eval's generation arguments) in order, each cut at its stop strings."""
@@ -287,4 +288,6 @@ def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
 
   weights = arguments.get("weights") or "ema"
   checkpoint = fingerprint(arguments["checkpoint"], weights, arguments.get("vae"))
-  return {"fingerprint": checkpoint, "weights": weights, "dtype": arguments.get("dtype") or loading.usual_dtype()}
+  template = {"template": arguments["template"]} if arguments.get("template") else {}
+  dtype = arguments.get("dtype") or loading.usual_dtype()
+  return {"fingerprint": checkpoint, "weights": weights, "dtype": dtype, **template}

@@ -56,8 +56,8 @@ class Checkpoint:
       from jflow import compilation
 
       compilation.use_cache(self._settings.cache)
-      vae, weights = self._settings.vae, self._settings.weights
-      self._models[dtype] = loading.load(self.directory, vae=vae, dtype=dtype, weights=weights)
+      same = {name: getattr(self._settings, name) for name in ("vae", "weights", "template")}
+      self._models[dtype] = loading.load(self.directory, dtype=dtype, **same)
     return self._models[dtype]
 
 
@@ -186,7 +186,8 @@ def identity_of(
     "split": settings.split or benchmark.split,
     "only": settings.only,
   }
-  return {**common, **made, **benchmark.identity()}
+  template = {"template": settings.template} if settings.template else {}  # as before there was a choice
+  return {**common, **template, **made, **benchmark.identity()}
 
 
 def _dtype(settings: Settings) -> str:

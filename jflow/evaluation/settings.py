@@ -14,6 +14,7 @@ class Settings:
   checkpoint: str
   output: pathlib.Path  # directory of records and report
   vae: str | None = None  # SDXL-VAE, for a checkpoint that holds none
+  template: str | None = None  # in place of the checkpoint's, see `data.templates`
   data: pathlib.Path | None = None
   limit: int | None = None  # the first prompts and the first questions, of each split
   only: str | None = None  # "pictures" or "questions"

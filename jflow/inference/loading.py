@@ -5,6 +5,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
+from jflow.data import templates
 from jflow.errors import UserError
 from jflow.inference.pipeline import Pipeline
 from jflow.interop.checkpoints import describe
@@ -17,6 +18,7 @@ def load(
   vae: str | pathlib.Path | None = None,
   dtype: str | None = None,
   weights: str = "ema",
+  template: str | None = None,
 ) -> Pipeline:
   """Opens a checkpoint and returns a `Pipeline` with `generate` and `understand`.
 
@@ -27,6 +29,8 @@ def load(
     vae: directory of the SDXL-VAE, for a checkpoint without one; without a VAE the model can answer but not generate.
     dtype: compute dtype, "float32" or "bfloat16"; default: float32 on a CPU, bfloat16 elsewhere.
     weights: "ema" or "raw", for a checkpoint of jflow's own training.
+    template: of turns, in place of the checkpoint's: "plain", "chat" or "pro", see `data.templates`. A published Janus does
+      not name its own: "pro" is assumed where the tokenizer has the speakers of Janus-Pro.
 
   Raises:
     UserError: a file is missing or wrong, in one line.
@@ -35,12 +39,16 @@ def load(
     raise UserError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
   if weights not in ("ema", "raw"):
     raise UserError(f"weights={weights!r} must be 'ema' or 'raw'")
+  if template is not None:
+    templates.check(template)
   found = describe(path, vae=vae, weights=weights, tokenizer=True)
+  if template is not None:
+    templates.check(template, found.tokenizer)
   compute = jnp.dtype(dtype or usual_dtype())
   model = UnifiedModel(found.config, compute, remat="none", unroll=1, attention="xla")
   params = found.read_params()
   cast_for_inference(params, compute)
-  return Pipeline(model, params, found.tokenizer, found.template, found.has_vae)
+  return Pipeline(model, params, found.tokenizer, template or found.template, found.has_vae)
 
 
 def usual_dtype() -> str:

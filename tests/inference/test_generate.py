@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from refusals import refused
 
 import jflow
 from jflow.data.tokenizer import Tokenizer
@@ -257,3 +258,11 @@ def test_load_says_what_is_wrong(workdir, tmp_path):
     jflow.load(workdir, dtype="int8")
   with pytest.raises(UserError, match="weights='best' must be"):
     jflow.load(workdir, weights="best")
+  for template, named in (("jinja", "'jinja'"), ("pro", "<|User|>")):  # the tokenizer has no such token
+    with refused("template", named):
+      jflow.load(workdir, template=template)
+
+
+def test_a_template_is_used_in_place_of_the_checkpoints(workdir, tokenizer):
+  given, own = (jflow.load(workdir, template=template).generation_prompt("a red ring") for template in ("chat", None))
+  assert tokenizer.decode(given).endswith("User: a red ring\n\nAssistant:") and "User" not in tokenizer.decode(own)
