@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from refusals import refused
 
 from jflow.errors import UserError
 from jflow.objectives.base import OBJECTIVES
@@ -81,9 +82,8 @@ def test_a_run_takes_the_objective_the_optimizer_and_the_logged_loss(page):
 def test_a_run_with_a_rule_of_its_own_goes_on_and_is_none_without_it(page):
   names, folder = page
   more = names["mine"].replace(train=dict(steps=3))
-  with pytest.raises(UserError, match="does not fit this model") as error:
+  with refused("model"):
     train(more, folder / "runs/mine")
-  assert "\n" not in str(error.value)
   train(more, folder / "runs/mine", rule=optax.lion)
   assert [row["step"] for row in lines(folder)] == [1, 2, 3]
 

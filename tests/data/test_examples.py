@@ -1,7 +1,6 @@
 """Records to sequences: the release's golden prompts, the layouts, what is learned, what is refused."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from jflow.data import examples
 from jflow.data.prompts import SYSTEM_PROMPT, chat_prompt, generation_prompt
 from jflow.data.records import Record, RecordError, Turn
 from jflow.data.tokenizer import Tokenizer
-from jflow.errors import PromptTooLong, UserError
+from jflow.errors import PromptTooLong
 from jflow.generation.flow import FAMILY
 
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "cases.json").read_text())["cases"]}
@@ -298,14 +297,14 @@ def test_a_history_is_read_as_it_was_said(history, chat, plain):
 @pytest.mark.parametrize(
   "messages, images, message",
   [
-    ([], 0, "end with a question"),
-    ([USER, ANSWER], 0, "end with a question"),
-    ([Turn("user", "  ")], 0, "end with a question"),
+    ([], 0, "question"),
+    ([USER, ANSWER], 0, "question"),
+    ([Turn("user", "  ")], 0, "question"),
     ([USER, Turn("tool", "4")], 0, "'tool'"),
-    ([ANSWER], 0, "end with a question"),
-    ([Turn("system", "Be brief.")], 0, "end with a question"),
-    ([USER, Turn("assistant", "<image>"), USER], 0, "only a question can hold one"),
-    ([Turn("system", "<image>"), USER], 0, "only a question can hold one"),
+    ([ANSWER], 0, "question"),
+    ([Turn("system", "Be brief.")], 0, "question"),
+    ([USER, Turn("assistant", "<image>"), USER], 0, "<image>"),
+    ([Turn("system", "<image>"), USER], 0, "<image>"),
     ([Turn("user", "<image>")], 0, "1 <image> marks and 0 images"),
     ([USER], 1, "0 <image> marks and 1 images"),
     ([{"role": "user"}], 0, '"content"'),
@@ -313,9 +312,8 @@ def test_a_history_is_read_as_it_was_said(history, chat, plain):
   ],
 )
 def test_unreadable_conversations_get_one_clear_line(messages, images, message):
-  with pytest.raises(UserError, match=re.escape(message)) as caught:
+  with refused(message):
     chat_prompt(messages, images, TOKENIZER, P)
-  assert "\n" not in str(caught.value)
 
 
 def test_prompts_have_limits():

@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 from PIL import Image
+from refusals import refused
 
 from jflow.batch import WRITE, Batch, RowShape
 from jflow.cli import prepare as prepare_command
@@ -13,7 +14,6 @@ from jflow.data.records import Record, Turn
 from jflow.data.store import plans
 from jflow.data.store.prepare import prepare
 from jflow.data.tokenizer import Tokenizer
-from jflow.errors import UserError
 from jflow.generation.base import FAMILIES
 from jflow.generation.flow import FAMILY
 from jflow.world.source import WorldSource
@@ -151,16 +151,16 @@ def test_the_command_draws_a_data_set_and_a_run(tmp_path, capsys):
   assert prepare_command.main(["--inspect", few, "--rows=3", f"--output={output}", config]) == 0
   printed = capsys.readouterr()
   assert "1 row, all that there are, in" in printed.out and "1 record in 1 row, " in printed.err
-  with pytest.raises(UserError, match="is not a data set that"):
+  with refused(str(tmp_path)):
     prepare_command.main([f"--inspect={tmp_path}", config])
   for arguments, message in [
-    (["--rows=0", config], "--rows=0 should be at least 1"),
-    (["--step=-1", config], "--step=-1 should not be negative"),
-    (["--output=x.xyz", config], "--output=x.xyz: .* end in .png"),
-    ([], "needs a data set .--inspect DIR., or a run's --config"),
-    ([data, "--processes=2"], "unknown argument '--processes=2' beside --inspect"),
+    (["--rows=0", config], "--rows=0"),
+    (["--step=-1", config], "--step=-1"),
+    (["--output=x.xyz", config], "--output=x.xyz"),
+    ([], "--config"),
+    ([data, "--processes=2"], "'--processes=2'"),
   ]:
-    with pytest.raises(UserError, match=message):
+    with refused(message):
       prepare_command.main(["--inspect", *arguments])
   with pytest.raises(SystemExit) as stopped:
     prepare_command.main(["--inspect", "--help"])

@@ -16,7 +16,6 @@ from jflow.data import examples, images, packing, sources
 from jflow.data.pipeline import Pipeline
 from jflow.data.records import Record, RecordError, Turn
 from jflow.data.tokenizer import Tokenizer
-from jflow.errors import UserError
 from jflow.generation.flow import FAMILY
 
 TOKENIZER = Tokenizer.load(pathlib.Path(__file__).parents[2] / "configs" / "tokenizer")
@@ -113,7 +112,7 @@ def test_a_row_with_more_images_than_its_plan_ends_the_run(opened):
   pipeline = _pipeline()
   (rows,) = [rows for rows in pipeline.sources() if rows.task == "generation"]
   rows.most_images -= 1
-  with pytest.raises(UserError, match="holds 3 images, a row of its plan at most 2"):
+  with refused("3 images", "2"):
     [pipeline.batch(step) for step in range(4)]
 
 
@@ -265,17 +264,16 @@ def test_sources_of_a_task_share_its_rows_by_weight(opened):
   "changes, message",
   [
     (dict(mixture=((0, (1, 1)),)), "mixture"),
-    (dict(sources={**SOURCES, "text": ()}), "data.sources.text is empty"),
+    (dict(sources={**SOURCES, "text": ()}), "data.sources.text"),
     (dict(shape=RowShape(10, 3, 9, 6, "flow")), "data.row_tokens is 10"),
-    (dict(shape=RowShape(12, 3, 9, 6, "flow")), "none of the 101 understanding records fits a row of 12 tokens"),
-    (dict(shape=RowShape(96, 0, 9, 6, "flow")), "and 0 images"),
+    (dict(shape=RowShape(12, 3, 9, 6, "flow")), "101 understanding records"),
+    (dict(shape=RowShape(96, 0, 9, 6, "flow")), "0 images"),
   ],
   ids=lambda value: "" if isinstance(value, dict) else value[:20],
 )
 def test_mistakes_get_one_clear_line(opened, changes, message):
-  with pytest.raises(UserError, match=message) as caught:
+  with refused(message):
     _pipeline(**changes)
-  assert "\n" not in str(caught.value)
 
 
 def test_unknown_sources_are_named():

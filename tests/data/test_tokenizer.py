@@ -3,7 +3,6 @@
 import json
 import pathlib
 import pickle
-import re
 
 import pytest
 from refusals import refused
@@ -110,12 +109,12 @@ def _renumbered() -> dict:
   ids=["empty", "cut", "cut-late", "not-utf8", "array", "nested", "no-model"],
 )
 def test_broken_files_are_refused(tmp_path, content):
-  with pytest.raises(UserError, match=str(tmp_path)):
+  with refused(tmp_path):
     Tokenizer.load(_write(tmp_path, content))
 
 
 def test_repeated_id_is_refused(tmp_path):
-  with pytest.raises(UserError, match=str(tmp_path)):
+  with refused(tmp_path):
     Tokenizer.load(_write(tmp_path, _renumbered()))
 
 
@@ -129,7 +128,7 @@ def _without(attribute, value):
 
 @pytest.mark.parametrize("attribute", [name for name in SPECIAL_TOKENS if name not in ("pad", "image")])
 def test_missing_special_token_is_named(tmp_path, attribute):
-  with pytest.raises(UserError, match=f"has no {SPECIAL_TOKENS[attribute]} ".replace("|", r"\|")):
+  with refused(SPECIAL_TOKENS[attribute]):
     Tokenizer.load(_write(tmp_path, _without(attribute, _golden()))).need("flow", "generation_start")
 
 
@@ -143,7 +142,7 @@ def test_without_an_image_mark_the_next_free_id_serves(tmp_path):
 def test_a_janus_tokenizer_that_lacks_a_token_is_refused_by_what_needs_it(tmp_path, attribute):
   value = json.loads((JANUS / "tokenizer.json").read_text())
   tokenizer = Tokenizer.load(_write(tmp_path, _without(attribute, value)))
-  with pytest.raises(UserError, match=re.escape((SPECIAL_TOKENS | SPEAKERS)[attribute])):
+  with refused((SPECIAL_TOKENS | SPEAKERS)[attribute]):
     tokenizer.need("it", "user", "assistant", "pad")
 
 
@@ -156,7 +155,7 @@ def test_a_pad_that_is_attended_to_is_a_token_of_its_own_in_either_file(tmp_path
   (tmp_path / file).write_text(json.dumps({"pad_token": named}))
   tokenizer = Tokenizer.load(_write(tmp_path, _without("pad", value)))
   if pad is None:
-    with pytest.raises(UserError, match="pad"):
+    with refused("pad"):
       tokenizer.need("it", "pad")
   else:
     tokenizer.need("it", "pad")
@@ -197,16 +196,16 @@ def test_config_may_name_bos_and_eos(tmp_path):
 
 @pytest.mark.parametrize("config", ["{", "[]"])
 def test_broken_config_is_refused(tmp_path, config):
-  with pytest.raises(UserError, match=str(tmp_path)):
+  with refused(tmp_path):
     Tokenizer.load(_write(tmp_path, _golden(), config))
 
 
 def test_missing_and_oversized_files_are_refused(tmp_path):
-  with pytest.raises(UserError, match="not found"):
+  with refused(str(tmp_path)):
     Tokenizer.load(tmp_path)
   with open(tmp_path / "tokenizer.json", "wb") as file:
     file.truncate(50 * 2**20)
-  with pytest.raises(UserError, match="too large"):
+  with refused(str(tmp_path)):
     Tokenizer.load(tmp_path)
 
 
@@ -318,7 +317,7 @@ def _with(change) -> dict:
   ],
 )
 def test_a_vocabulary_that_is_not_what_it_says_is_refused(tmp_path, change, part):
-  with pytest.raises(UserError, match=part):
+  with refused(part):
     Tokenizer.load(_write(tmp_path, _with(change)))
 
 
@@ -382,7 +381,7 @@ def test_truncation_and_padding_of_the_file_cut_nothing(tmp_path):
 def test_files_beside_it_may_not_contradict(tmp_path, name, value, part):
   _write(tmp_path, _golden(), json.dumps({"eos_token": SPECIAL_TOKENS["eos"]}))
   (tmp_path / name).write_text(json.dumps(value))
-  with pytest.raises(UserError, match=part):
+  with refused(part):
     Tokenizer.load(tmp_path)
 
 

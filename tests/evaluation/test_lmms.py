@@ -20,7 +20,6 @@ from refusals import refused
 
 import jflow
 from jflow.data import images as pictures
-from jflow.errors import UserError
 from jflow.evaluation import lmms, report
 from jflow.inference import loading
 
@@ -150,20 +149,19 @@ def test_what_a_task_gives_for_an_image_is_opened_or_refused(tmp_path):
   cut_short = Image.open(io.BytesIO(buffer.getvalue()[:200]))
   model = lmms.Model(server="http://127.0.0.1:1")
   cases = (
-    (cut_short, "no image to read: the image is cut short"),
-    (7, "gives int where"),
-    (None, "gives NoneType"),
-    (b"x", "1 bytes, no image"),
-    ({}, "gives NoneType"),
-    (str(tmp_path / "no.png"), "no.png', no image"),
-    ("https://x/y.png", "no image to read"),
+    (cut_short, "cut short"),
+    (7, "int"),
+    (None, "NoneType"),
+    (b"x", "1 bytes"),
+    ({}, "NoneType"),
+    (str(tmp_path / "no.png"), "no.png"),
+    ("https://x/y.png", "x/y.png"),
   )
   for wrong, message in cases:
     model.task_dict = {"pope": {"test": [[wrong]]}}
     request = Request(("What?", {}, lambda doc: doc, 0, "pope", "test"))
-    with pytest.raises(UserError, match=message) as error:
+    with refused("task pope", "document 0 of test", message):
       model.generate_until([request])
-    assert str(error.value).startswith("task pope, document 0 of test, gives")
 
 
 class Manifest(NamedTuple):
@@ -217,7 +215,7 @@ def test_lmms_evals_arguments_become_ours():
   sampled = lmms.sampling({"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 16})
   assert sampled == {"max_tokens": 16, "temperature": 0.7, "top_p": 0.9}
   assert lmms.cut(" yes\n\nno END", ["\n\n", "END"]) == "yes" and lmms.cut("a b", "b") == "a"
-  with pytest.raises(UserError, match="one of them"):
+  with refused("checkpoint", "server"):
     lmms.Answers()
   with refused("--batch_size=auto"):
     lmms.Answers(server="http://x", batch_size="auto")

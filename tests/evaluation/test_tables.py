@@ -54,20 +54,20 @@ def test_several_images_and_line_breaks_in_a_row(tmp_path):
 @pytest.mark.parametrize(
   "change, message",
   [
-    ({"answer": ""}, "index 2, has no field 'answer'"),
-    ({"image": "77"}, "index 2: its image '77' is no row with an image"),
-    ({"image": "A" * 80}, "index 2: its image cannot be decoded"),
-    ({"image": str([7, 8]) + " " * 80}, "index 2: its image cannot be decoded"),
-    ({"image": "['" + "[" * 50_000}, "index 2: its image cannot be decoded"),
-    ({"image": ""}, "index 2: its image '' is no row with an image"),
-    ({"index": 1}, "index 1 comes twice"),
+    ({"answer": ""}, "'answer'"),
+    ({"image": "77"}, "'77'"),
+    ({"image": "A" * 80}, "image"),
+    ({"image": str([7, 8]) + " " * 80}, "image"),
+    ({"image": "['" + "[" * 50_000}, "image"),
+    ({"image": ""}, "image ''"),
+    ({"index": 1}, "twice"),
   ],
 )
 def test_a_bad_row_is_named(tmp_path, change, message):
   rows = pope_rows()
   rows[2] |= change
   write_table(tmp_path / "POPE.tsv", rows)
-  with pytest.raises(UserError, match=message):
+  with refused("index 1" if "index" in change else "index 2", message):
     benchmark = opened("pope", tmp_path)
     for task in benchmark.tasks():
       task.images()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from flax.traverse_util import flatten_dict
+from refusals import refused
 
 from configs import models
 from jflow.batch import READ, WRITE, RowShape
@@ -405,7 +406,7 @@ def test_a_setting_of_the_other_way_or_out_of_range_is_refused(family, field, va
 
 
 def test_noise_is_refused():
-  with pytest.raises(UserError, match="noise"):
+  with refused("noise"):
     drawer().given(np.zeros((1, 4, 8, 8)), 1)
 
 

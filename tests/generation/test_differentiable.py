@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tiny
 from flax.traverse_util import flatten_dict
+from refusals import refused
 
-from jflow.errors import UserError
 from jflow.generation.flow.differentiable import sample
 from jflow.generation.flow.sampler import FlowSampler
 from jflow.generation.flow.settings import Settings
@@ -73,5 +73,5 @@ def test_what_painting_does_not_use_has_no_gradient():
 
 
 def test_the_steps_of_the_release_are_refused():
-  with pytest.raises(UserError, match="precision='release'"):
+  with refused("precision='release'"):
     sample(tiny.model(), tiny.params(), TOKENS, LENGTHS, noise(), Settings(precision="release"))

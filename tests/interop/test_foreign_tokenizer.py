@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 import tokenizers
+from refusals import refused
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jflow.errors import UserError
@@ -67,5 +68,5 @@ def test_a_damaged_vocabulary_is_one_line(byte_level, file, content):
 
 
 def test_a_folder_with_neither_says_what_is_missing(tmp_path):
-  with pytest.raises(UserError, match="tokenizer.json"):
+  with refused("tokenizer.json"):
     foreign_tokenizer.read(tmp_path)

@@ -8,11 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from janus_checkpoint import OFFICIAL, TRANSFORMERS
+from refusals import refused
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from jflow.__main__ import main
-from jflow.errors import UserError
 from jflow.interop import janus, janus_transformers, layouts, published
 from jflow.interop.checkpoints import read_checkpoint, read_config
 from jflow.models import weights as names
@@ -251,7 +251,7 @@ def test_what_is_not_computed_is_refused_by_field_and_value(sources, tmp_path, c
 
 def test_a_width_that_the_llm_leaves_to_a_default_is_explained():
   values = _published(2048, LLAMA_7B)
-  with pytest.raises(UserError, match="no field hidden_size, which then is 4096.*n_embed=2048"):
+  with refused("hidden_size", "4096", "n_embed=2048"):
     janus.config_from_official(values, "config.json")
 
 
@@ -300,5 +300,5 @@ def test_what_only_janusflow_has_is_refused(tmp_path, capsys):
   from jflow.interop.janusflow import config_from_official
 
   flow = config_from_official(json.loads((janus_checkpoint.GOLDEN / "tiny" / "config.json").read_text()), "", None)
-  with pytest.raises(UserError, match="'flow'.*no transformers layout"):
+  with refused("'flow'", "transformers"):
     layouts.of(flow, "transformers")

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from refusals import refused
 
 from jflow.data.tokenizer import Tokenizer
-from jflow.errors import UserError
 from jflow.evaluation.report import fingerprint
 from jflow.interop import native, remote
 from jflow.interop.checkpoints import locate, read_checkpoint
@@ -59,22 +59,21 @@ def test_what_has_changed_is_copied_anew_and_a_flipped_bit_is_found(store):
   data = bytearray(memory.cat(largest))
   data[len(data) // 2] ^= 1
   memory.pipe(largest, bytes(data))
-  with pytest.raises(UserError, match="sha256|complete"):
+  with refused("checkpoints"):
     read_checkpoint("memory://bucket/run")
 
 
 @pytest.mark.parametrize(
   "path, said",
   [
-    ("memory://bucket/none", "holds neither checkpoints/ nor config.json"),
-    ("memory://bucket/run/checkpoints/99", "holds no complete step of that number"),
-    ("nowhere://bucket/run", "nowhere://bucket/run cannot be opened"),
+    ("memory://bucket/none", "bucket/none"),
+    ("memory://bucket/run/checkpoints/99", "checkpoints/99"),
+    ("nowhere://bucket/run", "nowhere://bucket/run"),
   ],
 )
 def test_a_mistake_is_one_line(store, path, said):
-  with pytest.raises(UserError, match=said) as caught:
+  with refused(said):
     read_checkpoint(path)
-  assert "\n" not in str(caught.value)
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch):
@@ -82,7 +81,7 @@ def test_a_library_that_is_missing_is_named(monkeypatch):
     raise ImportError("Please install gcsfs to access Google Storage")
 
   monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
-  with pytest.raises(UserError, match="gs://bucket/run cannot be opened.*pip install .*gcs"):
+  with refused("gs://bucket/run", "gcs"):
     read_checkpoint("gs://bucket/run")
 
 
@@ -96,13 +95,13 @@ def test_a_copy_that_came_short_is_refused_and_not_kept(store, monkeypatch, tmp_
       file.truncate(1)
 
   monkeypatch.setattr(memory, "get_file", cut)
-  with pytest.raises(UserError, match="cannot be copied.*1 bytes came of"):
+  with refused("memory://bucket/run", "1 bytes"):
     read_checkpoint("memory://bucket/run")
   assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 def test_a_name_that_leads_out_of_the_folder_is_refused():
-  with pytest.raises(UserError, match="outside its folder: ../../evil.json"):
+  with refused("../../evil.json"):
     remote._wanted("gs://bucket/run", {"config.json", "../../evil.json"}, None)
 
 
@@ -112,5 +111,5 @@ def test_a_remote_checkpoint_has_the_fingerprint_of_its_copy(store, tmp_path):
 
 @pytest.mark.parametrize("name", ["", " "])
 def test_an_empty_name_is_not_the_folder_of_the_moment(name):
-  with pytest.raises(UserError, match="must be named"):
+  with refused():
     remote.local(name)

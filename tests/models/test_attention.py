@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from refusals import refused
 
-from jflow.errors import UserError
 from jflow.models import kernels, plain_attention
 from jflow.models.attention import choose, packed_attention, unmasked_attention, with_segments
 from jflow.models.cache import Cache, Prefix
@@ -257,7 +257,7 @@ def test_the_table_has_room_for_the_samples_of_a_row_and_padding(most, table):
 
 
 def test_rows_of_more_samples_than_the_largest_table_are_refused():
-  with pytest.raises(UserError, match="config.compute.attention='cudnn' takes rows of at most 127 samples.* have 128"):
+  with refused("compute.attention='cudnn'", "127", "128"):
     with_segments("cudnn", 128)
 
 
@@ -280,12 +280,12 @@ def test_the_kernel_follows_the_device():
 @pytest.mark.parametrize(
   "name, where, dtype, said",
   [
-    ("splash", device("cpu"), "float32", "does not run on cpu; use 'auto' or 'xla'"),
-    ("cudnn", device("gpu", "8.0"), "bfloat16", "needs a GPU of compute capability 9.0"),
-    ("cudnn", device("gpu", "9.0"), "float32", "needs compute.dtype='bfloat16'"),
-    ("flash", device("gpu", "9.0"), "bfloat16", "must be one of auto, xla, cudnn"),
+    ("splash", device("cpu"), "float32", "cpu"),
+    ("cudnn", device("gpu", "8.0"), "bfloat16", "9.0"),
+    ("cudnn", device("gpu", "9.0"), "float32", "compute.dtype='bfloat16'"),
+    ("flash", device("gpu", "9.0"), "bfloat16", "auto, xla, cudnn"),
   ],
 )
 def test_a_kernel_that_cannot_run_is_refused_by_name(name, where, dtype, said):
-  with pytest.raises(UserError, match=f"config.compute.attention='{name}'.*{said}"):
+  with refused(f"config.compute.attention='{name}'", said):
     choose(name, where, dtype, 128)

@@ -9,8 +9,8 @@ import numpy as np
 import plain
 import pytest
 import tiny
+from refusals import refused
 
-from jflow.errors import UserError
 from jflow.models.cache import Cache
 from jflow.models.llm import llama as llm_module
 from jflow.models.llm.llama import Block, LanguageModel, rope_tables, rotate
@@ -233,5 +233,5 @@ def test_the_loss_is_that_of_the_logits():
 
 def test_a_remat_policy_may_name_what_it_keeps():
   assert llm_module.remat_policy("none") is None
-  with pytest.raises(UserError, match="compute.remat='save:gate,nothing' must be one of none, full, dots, or"):
+  with refused("compute.remat='save:gate,nothing'"):
     llm_module.remat_policy("save:gate,nothing")

@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from refusals import refused
 
 from jflow.batch import RowShape
 from jflow.cli import bench as command
-from jflow.errors import UserError
 from jflow.perf import data
 
 SHAPE = RowShape(tokens=4096, images=7, image_patches=576, image_size=384, writer="flow")
@@ -42,5 +42,5 @@ def test_planning_of_realistic_lengths_fills_the_rows():
 
 @pytest.mark.parametrize("flag", ["--pictures=0", "--repeats=0", "--threads=-1"])
 def test_numbers_below_1_are_refused(flag):
-  with pytest.raises(UserError, match=flag):
+  with refused(flag):
     command.main(["data", TINY, flag])

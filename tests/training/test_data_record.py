@@ -6,13 +6,13 @@ import shutil
 
 import pytest
 import tiny
+from refusals import refused
 
 from jflow.__main__ import main
 from jflow.batch import TASKS, RowShape
 from jflow.data import pipeline
 from jflow.data.store import prepare
 from jflow.data.tokenizer import Tokenizer
-from jflow.errors import UserError
 from jflow.training import config_files, data_record
 from jflow.training import workdir as workdirs
 
@@ -103,7 +103,7 @@ def test_what_is_accepted_is_what_the_next_start_compares_with(run, sets, capsys
   assert "it goes on with this data, as --accept_data=" in capsys.readouterr().err
   data_record.write(run, other)
   data_record.check(run, other, "")
-  with pytest.raises(UserError, match=PAINT):
+  with refused(PAINT):
     data_record.check(run, identity(fields_of(sets)), data_record.digest(other)[:8])
 
 

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from refusals import refused
 
 from jflow.__main__ import main
-from jflow.errors import UserError
 from jflow.training import plots
 
 
@@ -120,5 +120,5 @@ def test_a_mistake_is_one_line_and_draws_nothing(tmp_path, capsys, monkeypatch, 
 
 def test_without_matplotlib_the_line_says_how_to_install_it(tmp_path, monkeypatch):
   monkeypatch.setattr("jflow.errors.importlib.util.find_spec", lambda name: None)
-  with pytest.raises(UserError, match=r"matplotlib.*pip install .*\[plots\]"):
+  with refused("matplotlib", "[plots]"):
     plots.figure({"a": rows(3, 8)}, ["loss"], 1)

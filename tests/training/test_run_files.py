@@ -8,9 +8,9 @@ import shutil
 import sys
 
 import pytest
+from refusals import refused
 from tools import fuzz_run_files as sample
 
-from jflow.errors import UserError
 from jflow.interop import native
 from jflow.training import tracking
 from jflow.training import workdir as workdirs
@@ -66,7 +66,7 @@ def other_config(run: pathlib.Path) -> None:
 
 
 REFUSED = {
-  "no manifest": (lambda run: put(run, None, *MANIFESTS), "checkpoints/2.*metrics.jsonl"),
+  "no manifest": (lambda run: put(run, None, *MANIFESTS), "checkpoints/2 metrics.jsonl"),
   "no manifest, one step": (lambda run: put(run, None, *STEPS[1:], *MANIFESTS[:1]), "checkpoints/2"),
   "no manifest, no metrics": (lambda run: put(run, None, *MANIFESTS, "metrics.jsonl"), "checkpoints/4"),
   "no steps": (lambda run: put(run, None, *STEPS), "metrics.jsonl"),
@@ -80,23 +80,23 @@ REFUSED = {
     lambda run: [(run / name).rename(run / f"checkpoints/old{i}") for i, name in enumerate(STEPS)],
     "old0",
   ),
-  "manifests cut": (lambda run: [os.truncate(run / name, 40) for name in MANIFESTS], "none of the saved steps"),
-  "manifests empty": (lambda run: put(run, b"", *MANIFESTS), "none of the saved steps"),
-  "manifests NUL": (lambda run: put(run, b"\0" * 50, *MANIFESTS), "none of the saved steps"),
-  "manifests nested": (lambda run: put(run, DEEP, *MANIFESTS), "none of the saved steps"),
-  "manifests without files": (lambda run: put(run, b'{"files": {}}', *MANIFESTS), "none of the saved steps"),
-  "checkpoints a file": (lambda run: put(run, b"", "checkpoints"), "checkpoints must be a folder"),
-  "checkpoints a link to nowhere": (lambda run: link(run, "checkpoints"), "checkpoints must be a folder"),
-  "metrics a folder": (lambda run: folder(run, "metrics.jsonl"), "metrics.jsonl must be a file"),
-  "metrics a pipe": (lambda run: (put(run, None, "metrics.jsonl"), os.mkfifo(run / "metrics.jsonl")), "must be a file"),
-  "config a folder": (lambda run: folder(run, "config.json"), "config.json must be a file"),
-  "lock a folder": (lambda run: folder(run, "lock"), "lock must be a file"),
+  "manifests cut": (lambda run: [os.truncate(run / name, 40) for name in MANIFESTS], "checkpoints"),
+  "manifests empty": (lambda run: put(run, b"", *MANIFESTS), "checkpoints"),
+  "manifests NUL": (lambda run: put(run, b"\0" * 50, *MANIFESTS), "checkpoints"),
+  "manifests nested": (lambda run: put(run, DEEP, *MANIFESTS), "checkpoints"),
+  "manifests without files": (lambda run: put(run, b'{"files": {}}', *MANIFESTS), "checkpoints"),
+  "checkpoints a file": (lambda run: put(run, b"", "checkpoints"), "checkpoints folder"),
+  "checkpoints a link to nowhere": (lambda run: link(run, "checkpoints"), "checkpoints folder"),
+  "metrics a folder": (lambda run: folder(run, "metrics.jsonl"), "metrics.jsonl"),
+  "metrics a pipe": (lambda run: (put(run, None, "metrics.jsonl"), os.mkfifo(run / "metrics.jsonl")), "metrics.jsonl"),
+  "config a folder": (lambda run: folder(run, "config.json"), "config.json"),
+  "lock a folder": (lambda run: folder(run, "lock"), "lock"),
   "lock a link": (
     lambda run: (put(run, None, "lock"), (run / "lock").symlink_to("config.json")),
-    "lock must be a file",
+    "lock",
   ),
-  "another config": (other_config, "train.seed=99, now 3"),
-  "another step's folder": (lambda run: (run / STEPS[2]).rename(run / "checkpoints/8"), "holds step 6"),
+  "another config": (other_config, "train.seed 99 3"),
+  "another step's folder": (lambda run: (run / STEPS[2]).rename(run / "checkpoints/8"), "checkpoints/8 6"),
 }
 
 
@@ -106,9 +106,8 @@ def test_a_run_that_cannot_go_on_is_refused_and_left_as_it_is(run, case):
   harm(run)
   before = sample.snapshot(run)
   for _ in range(2):
-    with pytest.raises(UserError, match=said) as refused:
+    with refused(*said.split()):
       go_on(run)
-    assert "\n" not in str(refused.value)
   after = sample.snapshot(run)
   assert {name: content for name, content in after.items() if name != "lock"} == {
     name: content for name, content in before.items() if name != "lock"
@@ -295,9 +294,9 @@ def test_inference_reads_what_is_whole(run):
   (run / "checkpoints" / "notes").mkdir()
   for name in ("²", "007"):
     (run / "checkpoints" / name).mkdir()
-    with pytest.raises(UserError, match=f"checkpoints/{name} must be named as a step"):
+    with refused(f"checkpoints/{name}"):
       native.resolve(run)
-    with pytest.raises(UserError, match="a jflow checkpoint"):
+    with refused(name):
       native.resolve(run / "checkpoints" / name)
     assert native.resolve(run / "checkpoints" / "4")[1].name == "4"
     (run / "checkpoints" / name).rmdir()

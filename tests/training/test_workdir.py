@@ -18,7 +18,7 @@ from refusals import refused
 
 from jflow.config import RunConfig
 from jflow.data.tokenizer import Tokenizer
-from jflow.errors import Stopped, UserError
+from jflow.errors import Stopped
 from jflow.objectives.alignment import AlignmentConfig
 from jflow.sections import completed, flat
 from jflow.training import workdir as workdirs
@@ -30,7 +30,7 @@ TOKENIZER = Tokenizer.load(str(tiny.TOKENIZER))
 
 def test_a_second_trainer_is_refused_until_the_first_ends(tmp_path):
   first = workdirs.lock(tmp_path / "run")
-  with pytest.raises(UserError, match=r"run is in use by another trainer \(pid \d+ on .* since \d{4}-"):
+  with refused(tmp_path / "run", f"pid {os.getpid()} on"):
     workdirs.lock(tmp_path / "run")
   workdirs.unlock(first)
   workdirs.unlock(workdirs.lock(tmp_path / "run"))
@@ -100,7 +100,7 @@ def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
 
 
 def test_a_workdir_in_a_bucket_says_how(tmp_path):
-  with pytest.raises(UserError, match="must be a folder: mount the bucket"):
+  with refused("bucket/run"):
     workdirs.claim(pathlib.Path("gs://bucket/run"), tiny.configuration(), TOKENIZER)
 
 
@@ -113,7 +113,7 @@ def test_a_start_that_is_refused_leaves_no_trace_of_a_trainer_that_died(tmp_path
 
 
 def test_a_workdir_that_is_not_shared_is_named(tmp_path):
-  with pytest.raises(UserError, match="is not shared: process 0 has locked it"):
+  with refused(str(tmp_path)):
     workdirs.check_shared(tmp_path)
 
 
@@ -138,9 +138,7 @@ def test_a_workdir_with_another_config_names_the_field(tmp_path):
 def test_every_field_that_differs_is_named(tmp_path):
   _begin(tmp_path, tiny.configuration())
   other = tiny.configuration(optimizer=dict(learning_rate=0.5), train=dict(seed=4))
-  with pytest.raises(
-    UserError, match="learning_rate=0.01, now 0.5; train.seed=3, now 4: use another --workdir or the same values"
-  ):
+  with refused("learning_rate=0.01", "0.5", "train.seed=3", "4"):
     workdirs.check_same_run(tmp_path, other, TOKENIZER)
 
 
@@ -230,7 +228,7 @@ def test_a_full_disk_under_the_metrics_stops_the_run_in_one_line(tmp_path):
   file = Lines(tmp_path / "metrics.jsonl")
   full = os.open("/dev/full", os.O_WRONLY)
   os.dup2(full, file._file)  # every write from here on finds the disk full
-  with pytest.raises(Stopped, match="metrics.jsonl cannot be written: No space left on device"):
+  with refused("metrics.jsonl", "No space left", error=Stopped):
     file.write({"step": 1})
   os.close(full)
   file.close()

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from refusals import refused
 
-from jflow.errors import UserError
 from jflow.sharding import unbox
 from jflow.world.patch_codes import PatchCodesConfig, fit_patch_codes, k_means
 from jflow.world.source import WorldSource
@@ -58,5 +58,5 @@ def test_k_means_finds_separate_groups():
 
 
 def test_a_codebook_beyond_the_patches_is_refused():
-  with pytest.raises(UserError, match="codebook_size=4096"):
+  with refused("codebook_size=4096"):
     fit_patch_codes(_pictures(5), _config(4096))

@@ -348,13 +348,13 @@ def test_what_is_no_parquet_file_is_named(folder, content, word):
 
 def test_a_needed_column_that_stands_twice_is_refused_and_another_does_not_matter(folder):
   for names, match in (
-    (["image", "caption", "caption"], "several columns 'caption'"),
+    (["image", "caption", "caption"], "'caption'"),
     (["image", "caption", "n", "n"], ""),
   ):
     arrays = [pyarrow.array(PNG), *[pyarrow.array(CAPTIONS)] * (len(names) - 1)]
     pyarrow.parquet.write_table(pyarrow.Table.from_arrays(arrays, names), folder / "t.parquet")
     if match:
-      with pytest.raises(UserError, match=match):
+      with refused(match):
         _run(folder, "generation", "t.parquet")
     else:
       assert _reasons(folder, "generation") == {"accepted": ROWS}

@@ -90,14 +90,14 @@ def test_a_file_a_pattern_a_range_or_a_folder(tars, name, shards):
 @pytest.mark.parametrize(
   "name, message",
   [
-    ("{00000..00004}.tar", "00002.tar is missing .3 of the 5 files"),
-    ("{00003..00001}.tar", "empty range"),
-    ("*.zip", "no such file"),
-    ("none", "not found"),
+    ("{00000..00004}.tar", "00002.tar"),
+    ("{00003..00001}.tar", "{00003..00001}.tar"),
+    ("*.zip", "*.zip"),
+    ("none", "none"),
   ],
 )
 def test_a_shard_that_is_missing_gets_one_clear_line(tars, name, message):
-  with pytest.raises(UserError, match=message):
+  with refused(message):
     _run(tars, name=name)
   (tars / "empty").mkdir()
   with refused(".tar"):

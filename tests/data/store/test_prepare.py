@@ -23,7 +23,6 @@ from jflow.data.records import Turn
 from jflow.data.store import prepare, prepared
 from jflow.data.store.partial import open_partial
 from jflow.data.store.prepared import PreparedSource
-from jflow.errors import UserError
 from jflow.world.source import WorldSource
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -255,17 +254,17 @@ def test_mistakes_get_one_clear_line(folder, tmp_path):
   shutil.rmtree(tmp_path / "out")
   for (format, input, output, task), message in [
     (("llava-jsonl", str(folder / "none.jsonl"), str(tmp_path / "out"), "text"), "none.jsonl not found"),
-    (("llava-jsonl", "", str(tmp_path / "out"), "text"), "needs --input"),
-    (("parchment", "x", str(tmp_path / "out"), "text"), "--format=parchment is unknown"),
-    (("shapes", "", str(tmp_path / "out"), "sculpture"), "--task=sculpture is unknown"),
-    (("shapes", str(folder), str(tmp_path / "out"), "text"), "leave out --input"),
+    (("llava-jsonl", "", str(tmp_path / "out"), "text"), "--input"),
+    (("parchment", "x", str(tmp_path / "out"), "text"), "--format=parchment"),
+    (("shapes", "", str(tmp_path / "out"), "sculpture"), "--task=sculpture"),
+    (("shapes", str(folder), str(tmp_path / "out"), "text"), "--input"),
     (
       ("text", str(folder / "pictures" / "1.png"), str(tmp_path / "out"), "text"),
-      "1.png is not text .*: .*reads .txt",
+      "1.png",
     ),
-    (("shapes", "", str(folder / "chat.jsonl" / "out"), "text"), "cannot write"),
+    (("shapes", "", str(folder / "chat.jsonl" / "out"), "text"), "chat.jsonl"),
   ]:
-    with pytest.raises(UserError, match=message):
+    with refused(message):
       prepare.prepare(format, output, task, input)
   for format, flag, value in (
     ("text", "image_root", str(folder)),
@@ -284,7 +283,7 @@ def test_mistakes_get_one_clear_line(folder, tmp_path):
         [f"--format={format}", f"--input={folder}", f"--output={tmp_path / 'out'}", "--task=text", f"--{flag}={value}"]
       )
   (folder / "empty.jsonl").write_bytes(b"")
-  with pytest.raises(UserError, match="no records found"):
+  with refused("empty.jsonl"):
     run(folder, name="empty.jsonl")
   (folder / "broken.json").write_text("[1, ")
   with refused("broken.json"):
@@ -323,7 +322,7 @@ def test_a_pattern_that_the_shell_has_opened_is_refused(tmp_path):
   for inputs in (["--input=a.tar", "--input=b.tar"], ["--input", "a.tar", "b.tar"]):
     with refused("a.tar"):
       prepare_command.main(inputs + rest)
-  with pytest.raises(UserError, match="only local files"):
+  with refused("https://x.org"):
     prepare_command.main(["--input=https://x.org/{0..1}.tar", *rest])
 
 
@@ -463,7 +462,7 @@ def test_a_run_that_is_killed_for_good_goes_on(folder):
   done = {path.name: path.stat().st_mtime_ns for path in partial.glob("part-*[0-9].json")}
   assert 3 <= len(done) < 60
   with (
-    pytest.raises(UserError, match="being written by another process"),
+    refused("out.partial"),
     open_partial(str(partial), {}, "--output"),
   ):
     run(folder, part_records=50)

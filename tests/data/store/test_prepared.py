@@ -15,7 +15,6 @@ from jflow.data.records import RecordError
 from jflow.data.store import lengths, prepared
 from jflow.data.store.prepared import PreparedSource
 from jflow.data.tokenizer import Tokenizer
-from jflow.errors import UserError
 
 TOKENIZER = Tokenizer.load(pathlib.Path(__file__).parents[3] / "configs" / "tokenizer")
 
@@ -32,7 +31,7 @@ def test_a_directory_that_is_not_whole_is_refused(folder):
   shard = pathlib.Path(output, prepared.shard_name("understanding", 1, 2))
   data = shard.read_bytes()
   shard.unlink()
-  with pytest.raises(UserError, match="is missing"):
+  with refused(shard):
     PreparedSource(output, "understanding")
   shard.write_bytes(data[:-1])
   with refused(f"{len(data) - 1:,}", f"{len(data):,}"):
@@ -41,20 +40,20 @@ def test_a_directory_that_is_not_whole_is_refused(folder):
   summary = pathlib.Path(output, "summary.json")
   whole = summary.read_text()
   for content, message in (
-    ("{", "no readable summary.json"),
-    ('{"schema": 1}', "no readable summary.json"),
-    ("", "no readable summary.json"),
-    ("42", "no readable summary.json"),
-    ("\0" * 90, "no readable summary.json"),
-    ("[" * 100_000, "no readable summary.json"),
-    (whole.replace('"shard_lengths": [', '"shard_lengths": ["6", '), "no readable summary.json"),
-    (whole.replace('"shard_bytes": [', '"shard_bytes": [1, '), "no readable summary.json"),
-    (whole.replace('"accepted": 12', '"accepted": 11'), "no readable summary.json"),
-    (whole.replace('"fingerprint": "', '"fingerprint": ["'), "no readable summary.json"),
+    ("{", "summary.json"),
+    ('{"schema": 1}', "summary.json"),
+    ("", "summary.json"),
+    ("42", "summary.json"),
+    ("\0" * 90, "summary.json"),
+    ("[" * 100_000, "summary.json"),
+    (whole.replace('"shard_lengths": [', '"shard_lengths": ["6", '), "summary.json"),
+    (whole.replace('"shard_bytes": [', '"shard_bytes": [1, '), "summary.json"),
+    (whole.replace('"accepted": 12', '"accepted": 11'), "summary.json"),
+    (whole.replace('"fingerprint": "', '"fingerprint": ["'), "summary.json"),
     (summary.read_text().replace('"schema": 1', '"schema": 99'), "schema 99"),
   ):
     summary.write_text(content)
-    with pytest.raises(UserError, match=message):
+    with refused(message):
       PreparedSource(output, "understanding")
 
 

@@ -25,7 +25,6 @@ from jflow.data.records import RecordError
 from jflow.data.store import prepare, prepared, stored
 from jflow.data.store.prepared import PreparedSource
 from jflow.data.tokenizer import Tokenizer
-from jflow.errors import UserError
 from jflow.generation.base import family
 from jflow.training import encode as encoding
 from jflow.training import loop, setup
@@ -283,22 +282,21 @@ def test_a_run_refuses_what_does_not_fit(data, tmp_path):
     stored.StoredImages(LATENTS, source, 32, MOMENTS)
   with refused("(8, 8, 8)", "(8, 8, 16)"):
     stored.StoredImages(LATENTS, source, 16, (8, 8, 16))
-  with pytest.raises(UserError, match="exists: remove it"):
+  with refused("latents-16"):
     write(data)
   header = pathlib.Path(data, "latents-16", "latents.json")
   kept = header.read_text()
   for field, value, message in (
-    ("records", "0" * 64, "made from other records"),
+    ("records", "0" * 64, "records"),
     ("schema", 2, "schema 2"),
-    ("shard_bytes", [1, 2, 3, 4], "does not have its 1 bytes"),
+    ("shard_bytes", [1, 2, 3, 4], "1 bytes"),
   ):
     header.write_text(json.dumps(json.loads(kept) | {field: value}))
-    with pytest.raises(UserError, match=message) as caught:
+    with refused(message):
       pipeline(configuration(data))
-    assert "\n" not in str(caught.value)
   header.write_text(kept)
   world = configuration("shapes", shapes=dict(size=50, seed=0, split="train"))
-  with pytest.raises(UserError, match="needs prepared data sets"):
+  with refused("shapes"):
     pipeline(world)
 
 
@@ -306,7 +304,7 @@ def test_another_vae_is_refused_before_the_step_is_compiled(data, tmp_path, monk
   write(data)
   monkeypatch.setattr(setup, "start_params", lambda *_: jax.tree.map(lambda x: x + 1, tiny.params()))
   monkeypatch.setattr(loop, "_Run", lambda *_: pytest.fail("too late"))
-  with pytest.raises(UserError, match="was made by another VAE"):
+  with refused("VAE"):
     loop.train(configuration(data), tmp_path / "run")
 
 
@@ -319,7 +317,7 @@ def test_the_fingerprint_covers_the_encoder_and_nothing_else():
   for name in vae["encoder"]:
     nudged = vae["encoder"] | {name: vae["encoder"][name] + np.float32(1e-3)}
     assert encoding.fingerprint(LATENTS, vae | {"encoder": nudged}, config) != fingerprint()
-  with pytest.raises(UserError, match="needs a frozen VAE"):
+  with refused("VAE"):
     encoding.check({"somewhere": fingerprint()}, {}, config)
 
 
@@ -360,10 +358,10 @@ def test_a_picture_that_cannot_be_read_has_no_latents_and_is_counted(data, monke
 
 def test_the_command_names_its_mistakes(data, tmp_path, capsys):
   for arguments, message in (
-    ([f"--input={data}", f"--checkpoint={tmp_path / 'none'}"], "is not a directory"),
+    ([f"--input={data}", f"--checkpoint={tmp_path / 'none'}"], str(tmp_path / "none")),
     ([f"--input={data}", "--checkpoint=x", "--batch_size=0"], "--batch_size=0"),
   ):
-    with pytest.raises(UserError, match=message):
+    with refused(message):
       prepare_command.main(["--latents", *arguments])
   with pytest.raises(SystemExit) as stopped:
     prepare_command.main(["--latents", "--help"])
@@ -391,14 +389,14 @@ def test_codes_lie_beside_the_records_as_latents_do(data):
     box, found = made[index]
     assert found.dtype == np.uint16
     np.testing.assert_array_equal(found, codes(images.square(source[index].images[0], 16, box)[None])[0])
-  with pytest.raises(UserError, match="has no codes of 32 pixels; there are: codes-16; make them: .* prepare --codes"):
+  with refused("32", "codes-16", "prepare --codes"):
     stored.StoredImages(kind, source, 32, (64,))
-  with pytest.raises(UserError, match=r"holds codes of \(16,\), and this run has \(64,\)"):
+  with refused("(16,)", "(64,)"):
     stored.StoredImages(kind, source, 16, (64,))
 
 
 @pytest.mark.parametrize("name, model, other", [("latents", tiny.JANUS, "codes"), ("codes", tiny.CONFIG, "latents")])
 def test_a_model_that_writes_in_another_way_names_its_own_flag(data, monkeypatch, name, model, other):
   monkeypatch.setattr(encoding, "read_checkpoint", lambda *_, **__: types.SimpleNamespace(config=model, params={}))
-  with pytest.raises(UserError, match=f"use prepare --{other} in place of --{name}"):
+  with refused(f"--{other}", f"--{name}"):
     encoding.make(name, "somewhere", data, None, "ema", 1, 0, 1)
