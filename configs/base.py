@@ -121,6 +121,7 @@ def base(size: str, sizes: Mapping[str, Callable[[ConfigDict], None]] = SIZES) -
     dtype="bfloat16",  # of activations and matmuls; masters are float32
     remat="auto",  # "none", "full", "dots", "save:attended,gate,up,...": what is kept; auto: as much as fits the memory
     attention="auto",  # of packed rows: "xla", "cudnn", "triton", "splash"; auto: by device
+    matmul="dtype",  # of the LLM's blocks; "fp8": in 8 bits (GPU from compute capability 8.9); not in the paper
     unroll=1,  # LLM layers per iteration of the scan; remat="auto" takes all where a GPU keeps everything
     compilation_cache="~/.cache/jflow",  # compiled programs, reused by a restart; empty: none
   )

@@ -119,6 +119,7 @@ class ComputeConfig(Section):
   dtype: str = field(one_of("float32", "bfloat16"))
   remat: str = field(text)
   attention: str = field(text, before="xla")
+  matmul: str = field(one_of("dtype", "fp8"), before="dtype")
   unroll: int = field(whole(1, 1024))
   compilation_cache: str = field(text)
 

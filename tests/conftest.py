@@ -38,6 +38,7 @@ FAST = {
   "models/autoencoders/vq",
   "models/compaction",
   "models/flops",
+  "models/fp8",
   "models/initial",
   "models/llm",
   "models/siglip",

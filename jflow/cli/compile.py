@@ -156,6 +156,8 @@ def show(report: dict[str, Any]) -> None:
     f"work      {flops['program'] / 1e12:.1f} + {flops['kernels'] / 1e12:.1f} (kernels) TFLOP, of which the model "
     f"needs {flops['model'] / 1e12:.1f}; {report['memory_bytes'] / 1e9:.0f} GB of memory traffic"
   )
+  if report["fp8_products"]:
+    print(f"8 bits    {report['fp8_products']:.0f} products, {report['fp8_flops'] / 1e12:.1f} TFLOP")
   for name, part in report["parts"].items():
     print(
       f"part      {name:8} {part['flops'] / 1e12:7.2f} TFLOP {part['memory_bytes'] / 1e9:7.1f} GB "

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jflow.models import fp8
 from jflow.models.initial import Normal
 from jflow.models.lora import NAMES, SCALE, low_rank
 from jflow.sharding import boxed, whole
@@ -34,6 +35,7 @@ class Linear(nn.Module):
 
   Attributes:
     result: type of y, the sums' own; None: `dtype`, to which they are rounded.
+    matmul: "dtype", or "fp8" for a product in 8 bits, see `fp8`; an adapter's stay in `dtype`.
   """
 
   features: int
@@ -42,6 +44,7 @@ class Linear(nn.Module):
   use_bias: bool
   kernel_init: nn.initializers.Initializer = Normal()
   result: Any = None
+  matmul: str = fp8.DTYPE
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -51,8 +54,12 @@ class Linear(nn.Module):
     else:
       kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
       # One leading axis: XLA:CPU is slower on the kernel's gradient when it contracts over two.
-      rows, weights = x.astype(self.dtype).reshape(-1, x.shape[-1]), whole(kernel.astype(self.dtype), *self.axes)
-      y = jnp.dot(rows, weights) if self.result is None else unrounded(rows, weights, self.result)
+      rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
+      if self.matmul == fp8.FP8:
+        y = fp8.product(rows, kernel, self.axes)
+      else:
+        weights = whole(kernel.astype(self.dtype), *self.axes)
+        y = jnp.dot(rows, weights) if self.result is None else unrounded(rows, weights, self.result)
       if self.has_variable("params", SCALE):
         a, b, scale = (self.get_variable("params", name) for name in NAMES)
         y = y + low_rank(

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jflow import registry
 from jflow.batch import READ, WRITE, Batch
 from jflow.generation.base import family
-from jflow.models import attention, kernels, lora
+from jflow.models import attention, fp8, kernels, lora
 from jflow.models.cache import Cache, Prefix
 from jflow.models.compaction import Capacity, Chosen
 from jflow.models.config import ModelConfig
@@ -44,6 +44,7 @@ class UnifiedModel(nn.Module):
     unroll: LLM layers per scan iteration; 0: separate layers, see `for_inference`.
     attention: implementation for packed rows, as `attention.choose` returns it; "fused", see `for_inference`.
     capacity: the most images that `losses` has room for; more give NaN. None: room for all that fit the rows.
+    matmul: of the LLM's blocks in training: "dtype", or "fp8", see `fp8`.
   """
 
   config: ModelConfig
@@ -52,11 +53,13 @@ class UnifiedModel(nn.Module):
   unroll: int
   attention: str
   capacity: Capacity | None = None
+  matmul: str = fp8.DTYPE
 
   def setup(self) -> None:
     c, dtype = self.config, self.dtype
+    eight = {} if self.matmul == fp8.DTYPE else {"matmul": self.matmul}  # which an architecture need not know
     self.language_model = _language_model(c)(
-      c.language_model, c.hidden_layer, dtype, self.remat, self.unroll, self.attention
+      c.language_model, c.hidden_layer, dtype, self.remat, self.unroll, self.attention, **eight
     )
     encoder = c.understanding_encoder
     kernel = attention.unmasked(self.attention, dtype, encoder.embed_dim // encoder.num_heads)
@@ -276,4 +279,4 @@ def inference_model(model: UnifiedModel, gpu: bool) -> UnifiedModel:
   """The model of `for_inference` without its parameters."""
   kernel = kernels.AUTO_BEHIND_PREFIX["gpu"] if gpu else "xla"
   fits = kernels.fuses_causal(model.dtype, model.config.language_model.head_dim)
-  return model.clone(unroll=0, attention=kernel if fits else "xla")
+  return model.clone(unroll=0, attention=kernel if fits else "xla", matmul=fp8.DTYPE)

@@ -103,6 +103,7 @@ def compile_report(
     "rows_per_device": per_device,
     "accumulation": config.train.accumulation,
     "attention": model.attention,
+    "matmul": model.matmul,
     "effort": effort,
     "jax": jax.__version__,
   }
@@ -207,7 +208,7 @@ def _roofline(
   needed = sum(parts.values()) / topology.chips
   kernels = _kernel_flops(model, work, config) / topology.chips if counts.kernels else 0.0
   seconds = {
-    "compute": (counts.flops + kernels) / chip.peak_flops,
+    "compute": (counts.flops - counts.fp8_flops / 2 + kernels) / chip.peak_flops,
     "memory": counts.memory_bytes / chip.memory_bandwidth,
   }
   network = 0.0
@@ -219,6 +220,8 @@ def _roofline(
   return {
     "flops": {"program": counts.flops, "kernels": kernels, "model": needed},
     "executed_flops": counts.flops + kernels,
+    "fp8_products": counts.fp8_products,
+    "fp8_flops": counts.fp8_flops,
     "model_flops": needed,
     "memory_bytes": counts.memory_bytes,
     "parts": {name: dataclasses.asdict(part) for name, part in sorted(counts.parts.items())},

@@ -28,6 +28,7 @@ _FREE = {
   "iota",
 }
 _FUSIONS = ("fusion", "fusion-start")
+_FP8 = "__cublas$lt$matmul$f8"
 
 
 @dataclasses.dataclass
@@ -39,6 +40,8 @@ class Counts:
   collective_bytes: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
   # (kind, mesh axes) -> bytes of the full buffer
   largest_gather: float = 0.0  # bytes of the largest result of one all-gather
+  fp8_flops: float = 0.0  # those of `flops` that are in 8 bits
+  fp8_products: float = 0.0  # calls that compute them
   kernels: dict[str, float] = dataclasses.field(default_factory=dict)  # custom calls that may multiply -> calls
   launches: float = 0.0  # instructions that run on the device by themselves
   seconds: float = 0.0  # of all launches one after the other, at the `Rates` given
@@ -59,7 +62,7 @@ class Part:
 class Rates:
   """What a device reaches, for the roofline of each launch: the slowest of its FLOPs, its bytes and the launch itself."""
 
-  products: float  # FLOP/s of matrix products
+  products: float  # FLOP/s of matrix products; twice as many in 8 bits
   convolutions: float  # FLOP/s
   bandwidth: float  # bytes per second
   launch: float  # seconds
@@ -88,7 +91,10 @@ def count(
     ops = by_name[name]
     for op in computations[name]:
       if _multiplies(op):
-        out.flops += times * _products(op, ops)
+        one = times * _products(op, ops)
+        out.flops += one
+        if _FP8 in op.text:
+          out.fp8_flops, out.fp8_products = out.fp8_flops + one, out.fp8_products + times
       elif op.code == "custom-call" and (target := re.search(r'custom_call_target="([^"]+)"', op.text)):
         if re.search("tpu_custom_call|triton|fmha", target.group(1)):
           out.kernels[target.group(1)] = out.kernels.get(target.group(1), 0.0) + times
@@ -106,7 +112,7 @@ def count(
       flops, convolves = _inside(op, ops, computations, by_name)
       one = 0.0
       if rates:
-        speed = rates.convolutions if convolves else rates.products
+        speed = rates.convolutions if convolves else rates.products * (2 if _FP8 in op.text else 1)
         one = max(flops / speed, traffic / rates.bandwidth, rates.launch)
       named = re.search(r'op_name="([^"]*)"', op.text)
       for total in (out, out.parts.setdefault(part_of(named.group(1) if named else ""), Part())):

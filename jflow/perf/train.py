@@ -99,6 +99,7 @@ def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
       "devices": mesh.size,
       "dtype": model.dtype.name,
       "attention": model.attention,
+      "matmul": model.matmul,
       "remat": model.remat,
       "unroll": model.unroll,
       "rows": rows,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jflow import compilation, memory, registry
 from jflow.errors import UserError
+from jflow.models import fp8
 from jflow.models.llm.base import ARCHITECTURES
 from jflow.models.unified import UnifiedModel
 from jflow.training import hosts
@@ -55,7 +56,8 @@ def bytes_of(compiled: Any) -> int:
 def kept(model: UnifiedModel, tokens: int) -> int:
   """Bytes that the blocks keep at least for the backward pass of so many tokens on a device."""
   c = model.config.language_model
-  heads, names = c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads), {"none": (1, 3, 2), _ALL: (1, 2, 1)}
+  everything = (1, 3, 2) if model.matmul == fp8.DTYPE else (1, 2, 1)  # in 8 bits what a product takes is half
+  heads, names = c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads), {"none": everything, _ALL: (1, 2, 1)}
   of_heads, of_mlp, of_embed = names.get(model.remat, (0, 0, 1))
   each = of_heads * heads + of_mlp * c.mlp_dim + of_embed * c.embed_dim
   return tokens * c.num_layers * each * jnp.dtype(model.dtype).itemsize

@@ -19,7 +19,7 @@ from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.generation.base import family
 from jflow.interop.checkpoints import Checkpoint, read_checkpoint
-from jflow.models import attention, initial, lora
+from jflow.models import attention, fp8, initial, lora
 from jflow.models import build as models
 from jflow.models.compaction import Capacity
 from jflow.models.config import ModelConfig
@@ -38,6 +38,10 @@ def check(config: RunConfig) -> None:
   run_config.check(config)
   if config.compute.remat != remat.AUTO:
     _check_remat(config)
+  kind, matmul = config.model.language_model.kind, config.compute.matmul
+  if matmul not in (known := ARCHITECTURES.get(kind).matmul):
+    what = f"must be {' or '.join(map(repr, known))} with model.language_model.kind={kind!r}"
+    raise refusal("compute.matmul", matmul, what)
   kernels = attention.IMPLEMENTATIONS
   if config.compute.attention not in kernels:
     raise refusal("compute.attention", config.compute.attention, f"must be one of {', '.join(kernels)}")
@@ -78,7 +82,7 @@ def build(config: RunConfig, device: jax.Device) -> UnifiedModel:
   `compute.remat="auto"` is the choice that keeps least, "full" with a Llama; a run chooses from `undecided`.
 
   Raises:
-    UserError: a kernel that the config names cannot run there.
+    UserError: a kernel, or products, that the config names cannot run there.
   """
   return remat.candidates(undecided(config, device), device.platform)[-1]
 
@@ -88,7 +92,12 @@ def undecided(config: RunConfig, device: jax.Device) -> UnifiedModel:
   compute, model = config.compute, config.model
   width = model.language_model.head_dim
   kernel = attention.choose(compute.attention, device, compute.dtype, width)
-  return UnifiedModel(model, jnp.dtype(compute.dtype), compute.remat, compute.unroll, kernel)
+  if compute.matmul == fp8.FP8:
+    if why := fp8.obstacle(device):
+      raise UserError(f"config.compute.matmul='fp8' {why}; use 'dtype'")
+    if device.platform == "cpu":
+      hosts.say("compute.matmul=fp8 is emulated on a CPU: the rounding of 8 bits, and no speed")
+  return UnifiedModel(model, jnp.dtype(compute.dtype), compute.remat, compute.unroll, kernel, matmul=compute.matmul)
 
 
 def initial_params(config: RunConfig, model: UnifiedModel) -> Any:

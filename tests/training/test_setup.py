@@ -54,6 +54,7 @@ def test_the_stages_pass(stage, size):
     ("data.tokenizer", ""),
     ("compute.dtype", "float16"),
     ("compute.remat", "some"),
+    ("compute.matmul", "int8"),
     ("compute.unroll", 0),
     ("mesh.data", 0),
     ("checkpoint.interval", 0),

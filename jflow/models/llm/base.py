@@ -37,11 +37,13 @@ class Architecture:
     module: the Linen module, or "package.module:Class".
     remat: checks a value of `compute.remat`, of which it raises UserError for those that the module does not know;
       or "package.module:function". None: the module knows "none" alone.
+    matmul: the values of `compute.matmul` that the module takes as an attribute of that name; without "fp8" it needs none.
   """
 
   config: type
   module: Any
   remat: Any = None
+  matmul: tuple[str, ...] = ("dtype",)
 
 
 ARCHITECTURES = registry.Registry(

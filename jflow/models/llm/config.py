@@ -37,4 +37,5 @@ LLAMA = Architecture(
   config=LanguageModelConfig,
   module="jflow.models.llm.llama:LanguageModel",
   remat="jflow.models.llm.llama:remat_policy",
+  matmul=("dtype", "fp8"),
 )

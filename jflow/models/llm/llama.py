@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jflow.errors import UserError
-from jflow.models import lora
+from jflow.models import fp8, lora
 from jflow.models.attention import packed_attention
 from jflow.models.cache import Cache, Prefix
 from jflow.models.initial import Normal
@@ -67,6 +67,7 @@ class Attention(nn.Module):
   config: LanguageModelConfig
   dtype: Any
   kernel: str  # of packed rows, see `packed_attention`
+  matmul: str = fp8.DTYPE
 
   merged = ("query", "key", "value")  # maps of one input, see `layers.side_by_side`
 
@@ -74,7 +75,9 @@ class Attention(nn.Module):
   def __call__(self, x_BSD, tables, segments_BS, past):
     """Returns (y_BSD, the past with these positions added); without a `past` a row attends to itself."""
     c = self.config
-    linear = lambda features, axes, name: Linear(features, axes, self.dtype, use_bias=False, name=name)
+    linear = lambda features, axes, name: Linear(
+      features, axes, self.dtype, use_bias=False, matmul=self.matmul, name=name
+    )
     heads = lambda y, n: y.reshape(*y.shape[:2], n, c.head_dim)
     counts = dict(query=c.num_heads, key=c.num_kv_heads, value=c.num_kv_heads)
     axes = lambda name: ("embed", "heads" if name == "query" else "kv_heads")
@@ -103,13 +106,16 @@ class Mlp(nn.Module):
 
   config: LanguageModelConfig
   dtype: Any
+  matmul: str = fp8.DTYPE
 
   merged = ("gate", "up")  # maps of one input, see `layers.side_by_side`
 
   @nn.compact
   def __call__(self, x_BSD):
     c = self.config
-    linear = lambda features, axes, name: Linear(features, axes, self.dtype, use_bias=False, name=name)
+    linear = lambda features, axes, name: Linear(
+      features, axes, self.dtype, use_bias=False, matmul=self.matmul, name=name
+    )
     gate, up = side_by_side(
       self, x_BSD, dict(gate=c.mlp_dim, up=c.mlp_dim), lambda features, name: linear(features, ("embed", "mlp"), name)
     )
@@ -124,6 +130,7 @@ class Block(nn.Module):
   hidden_layer: int
   dtype: Any
   kernel: str
+  matmul: str = fp8.DTYPE
 
   mlp = Mlp
 
@@ -132,12 +139,13 @@ class Block(nn.Module):
     """Returns the carry (residual stream, kept hidden layer, blocks done) and the grown `past`."""
     x_BSD, tap_BSD, layer = carry
     norm = lambda name: RMSNorm(self.config.rms_norm_epsilon, self.dtype, name=name)
-    attended, grown = Attention(self.config, self.dtype, self.kernel, name="attention")(
+    eight = {} if self.matmul == fp8.DTYPE else {"matmul": self.matmul}  # which another `mlp` need not know
+    attended, grown = Attention(self.config, self.dtype, self.kernel, name="attention", **eight)(
       norm("attention_norm")(x_BSD), tables, segments_BS, past
     )
     x_BSD = constrain(x_BSD + attended, "batch", None, None)
     x_BSD = constrain(
-      x_BSD + self.mlp(self.config, self.dtype, name="mlp")(norm("mlp_norm")(x_BSD)), "batch", None, None
+      x_BSD + self.mlp(self.config, self.dtype, name="mlp", **eight)(norm("mlp_norm")(x_BSD)), "batch", None, None
     )
     layer = layer + 1
     if tap_BSD is not None:
@@ -155,6 +163,7 @@ class LanguageModel(nn.Module):
       has parameters of its own (`layers_0`, ...) in place of stacked ones: see `separate_layers`. Decoding needs it:
       a scan copies each layer's weights out of the stack, which costs more than a decoding step itself.
     attention: implementation for packed rows, as `attention.choose` returns it.
+    matmul: "dtype", or "fp8" for the seven products of each block, see `fp8`.
   """
 
   config: LanguageModelConfig
@@ -163,6 +172,7 @@ class LanguageModel(nn.Module):
   remat: str
   unroll: int
   attention: str
+  matmul: str = fp8.DTYPE
 
   block = Block
 
@@ -183,7 +193,7 @@ class LanguageModel(nn.Module):
     if self.remat != "none":
       block = nn.remat(block, policy=remat_policy(self.remat), prevent_cse=False)
     if not self.unroll:
-      self.layers = [block(c, self.hidden_layer, self.dtype, self.attention) for _ in range(c.num_layers)]
+      self.layers = [block(c, self.hidden_layer, self.dtype, self.attention, self.matmul) for _ in range(c.num_layers)]
       return
     stack = nn.scan(
       block,
@@ -194,7 +204,7 @@ class LanguageModel(nn.Module):
       unroll=self.unroll,
       metadata_params={},
     )
-    self.layers = stack(c, self.hidden_layer, self.dtype, self.attention)
+    self.layers = stack(c, self.hidden_layer, self.dtype, self.attention, self.matmul)
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """Token embeddings: int32[...] -> [..., D]."""
