@@ -57,7 +57,7 @@ class UnifiedModel(nn.Module):
 
   def setup(self) -> None:
     c, dtype = self.config, self.dtype
-    eight = {} if self.matmul == fp8.DTYPE else {"matmul": self.matmul}  # which an architecture need not know
+    eight: Any = {} if self.matmul == fp8.DTYPE else {"matmul": self.matmul}  # which an architecture need not know
     self.language_model = _language_model(c)(
       c.language_model, c.hidden_layer, dtype, self.remat, self.unroll, self.attention, **eight
     )

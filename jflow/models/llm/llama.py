@@ -139,7 +139,7 @@ class Block(nn.Module):
     """Returns the carry (residual stream, kept hidden layer, blocks done) and the grown `past`."""
     x_BSD, tap_BSD, layer = carry
     norm = lambda name: RMSNorm(self.config.rms_norm_epsilon, self.dtype, name=name)
-    eight = {} if self.matmul == fp8.DTYPE else {"matmul": self.matmul}  # which another `mlp` need not know
+    eight: Any = {} if self.matmul == fp8.DTYPE else {"matmul": self.matmul}  # which another `mlp` need not know
     attended, grown = Attention(self.config, self.dtype, self.kernel, name="attention", **eight)(
       norm("attention_norm")(x_BSD), tables, segments_BS, past
     )
