@@ -53,11 +53,12 @@ class Head(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, hidden: jax.Array) -> jax.Array:
-    """[..., D] -> f32[..., V]."""
+  def __call__(self, hidden: jax.Array, combine: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+    """[..., D] -> f32[..., V]; `combine`: a combination of rows, its weights' sum 1, taken before the last product."""
     x = Linear(self.hidden_dim, ("embed", "mlp"), self.dtype, use_bias=True, name="hidden")(hidden)
+    x = gelu(x, "erf") if combine is None else combine(gelu(x, "erf"))
     logits = Linear(self.codes, ("mlp", None), self.dtype, use_bias=True, name="output", result=jnp.float32)
-    return logits(gelu(x, "erf"))  # guidance would multiply a rounding
+    return logits(x)  # guidance would multiply a rounding
 
 
 class CodesWriter(nn.Module):
@@ -89,9 +90,9 @@ class CodesWriter(nn.Module):
     """Embeddings of the slots of codes: int32[...] -> [..., D]."""
     return self.generation_projector(self.generation_embed(codes))
 
-  def logits(self, hidden: jax.Array) -> jax.Array:
-    """The LLM's output one slot before a code -> its logits, [..., D] -> f32[..., V]."""
-    return self.generation_head(hidden)
+  def logits(self, hidden: jax.Array, combine: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+    """The LLM's output one slot before a code -> its logits, [..., D] -> f32[..., V]; `combine`: see `Head`."""
+    return self.generation_head(hidden, combine)
 
   def encode(self, pixels_IHWC: jax.Array) -> jax.Array:
     """Pixels in [-1, 1] -> codes int32[I, P], row by row from the top left."""
