@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Flow against codes on the built-in world at equal budgets: the same LLM, SigLIP, data, rows and steps, stages 0 to 3.
 #   bash launch/experiments/writers.sh [FOLDER] [SIZE] [--config.FIELD=VALUE ...]
-# FOLDER (default runs/writers) gets flow/stageN and codes/stageN, their scores, curves.png and cost.json of each; SIZE is
-# shapes (default; some half an hour of two cores for the two) or world (hours). The fields are set in every run. After a
-# stop, the same command goes on. Both are scored by the same prompts and questions, each at a guidance of its own.
+# FOLDER (default runs/writers) gets flow/stageN and codes/stageN, their scores, curves.png and the cost of a picture. SIZE is
+# quick (default; lone large objects, some 35 minutes of one core for the two), scored by writers.py; or shapes or world
+# (hours), scored by --benchmark=shapes. The fields are set in every run. After a stop, the same command goes on.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-out=${1:-runs/writers} size=${2:-shapes}
+out=${1:-runs/writers} size=${2:-quick}
 shift $(($# < 2 ? $# : 2))
 python=${JFLOW_VENV:-.venv}/bin/python
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
@@ -20,9 +20,18 @@ for writer in flow codes; do
       --config.train.init_from="$before" "$@"
     before=$out/$writer/stage$stage
   done
-  [ -e "$out/$writer/scores/report.json" ] || "$python" -m jflow evaluate --benchmark=shapes --checkpoint="$before" \
+done
+if [ "$size" = quick ]; then
+  for stage in 2 3; do
+    [ -e "$out/stage$stage.json" ] || "$python" launch/experiments/writers.py "$out" --stage="$stage"
+  done
+  exit
+fi
+for writer in flow codes; do
+  last=$out/$writer/stage3
+  [ -e "$out/$writer/scores/report.json" ] || "$python" -m jflow evaluate --benchmark=shapes --checkpoint="$last" \
     --output="$out/$writer/scores" --guidance="${guidance[$writer]}"
-  "$python" -m jflow generate --checkpoint="$before" --output="$out/$writer/pictures" --overwrite --guidance="${guidance[$writer]}" \
+  "$python" -m jflow generate --checkpoint="$last" --output="$out/$writer/pictures" --overwrite --guidance="${guidance[$writer]}" \
     --prompt="a picture of a red circle" --prompt="a picture of a blue star" --prompt="a green square left of a heart"
   [ -e "$out/$writer/cost.json" ] || "$python" -m jflow bench generate --config="${config[$writer]}3:$size" \
     --json="$out/$writer/cost.json"
