@@ -1,9 +1,11 @@
 """The lanes of the suite, the root on the path, one cache of compiled programs for all tests and their processes."""
 
+import gc
 import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -84,6 +86,8 @@ PROCESS = {
 }
 
 
+MAPS = 20_000  # memory maps of this process after which compiled programs are dropped
+
 # What jax and the processes that tests start read from the environment, unless it is set. `pytest --cache-clear`
 # empties the cache.
 os.environ.setdefault("XLA_FLAGS", quick.FLAGS)
@@ -109,6 +113,21 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
   config = {"model": tiny.CONFIG.to_dict(), "data": {"template": "plain"}}
   save_params(path, tiny.params(), config, Tokenizer.load(str(tiny.TOKENIZER)))
   return str(path)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _room_for_programs() -> Iterator[None]:
+  """Frees compiled programs in time: each takes some seven of the 65,530 memory maps of a Linux process.
+
+  The whole suite compiles thousands; without maps there are no more threads, and compilers wait for theirs.
+  """
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and len(maps.read_bytes().splitlines()) > MAPS:
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -45,12 +45,13 @@ def serving(
   thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
   thread.start()
   try:
-    while engine.state == "warming up" or not running.started:
-      time.sleep(0.02)
+    until(lambda: engine.state != "warming up" and running.started or not thread.is_alive(), seconds=300)
+    assert thread.is_alive() and engine.state == "ready", "the server ended before it was ready"
     yield base, engine
   finally:
     running.should_exit = True
-    thread.join()
+    thread.join(60)
+    assert not thread.is_alive(), "the server does not end"
     engine.stop()
 
 
