@@ -4,7 +4,7 @@
 #   launch/test.sh tests      all of them
 #   JFLOW_COMPILE=1 also installs libtpu (213 MB), for the step compiled for a TPU (skipped without it)
 #   JFLOW_DEMO=1    also installs Gradio and Selenium, for the page's test (skipped without them and chromium-driver)
-#   JFLOW_PARITY=1  also installs PyTorch, diffusers and clean-fid: live comparisons (skipped without them)
+#   JFLOW_PARITY=1  also installs PyTorch, diffusers, PEFT and clean-fid: live comparisons (skipped without them)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 packages=()

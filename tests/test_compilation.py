@@ -39,7 +39,9 @@ def test_what_opens_a_model_shares_the_directory_of_train(tmp_path, monkeypatch)
   try:
     with pytest.raises(UserError):
       flags.open_model(
-        argparse.Namespace(checkpoint=str(tmp_path / "none"), vae=None, dtype=None, weights="ema", template=None)
+        argparse.Namespace(
+          checkpoint=str(tmp_path / "none"), vae=None, dtype=None, weights="ema", template=None, adapter=None
+        )
       )
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / ".cache" / "jflow")
   finally:

@@ -12,12 +12,15 @@ Converts weights from and to the published PyTorch layouts.
                           to other shards or another type)
 --from=transformers       Janus or Janus-Pro in the layout of Hugging Face's transformers (model_type janus)
 --from=jflow              a jflow checkpoint, to a directory that the PyTorch code loads unchanged
+  --adapter               the adapter of a run with lora.rank alone, in place of the merged model: a few MB for
+                          `--checkpoint=BASE --adapter=DIR`, or with --to=transformers in PEFT's format
 --from=huggingface-parts  an LLM, a SigLIP and a VAE, to the starting point of stage 1
 
 examples:
   python -m jflow convert --from=official --input=JanusFlow-1.3B --vae=sdxl-vae --output=runs/janusflow
   python -m jflow convert --from=jflow --to=official --input=runs/stage3 --output=for-pytorch
   python -m jflow convert --from=transformers --to=official --input=Janus-Pro-1B --output=for-the-release
+  python -m jflow convert --adapter --input=runs/tuned --output=my-adapter
   python -m jflow convert --from=huggingface-parts --llm=deepseek-llm --siglip=siglip-large-patch16-384 \\
     --vae=sdxl-vae --output=runs/parts
 """
@@ -35,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
   )
   p.add_argument("--to", choices=layouts, help="layout of --output (default: jflow; of a jflow one: official)")
   p.add_argument("--input", type=pathlib.Path, help="checkpoint directory; not for --from=huggingface-parts")
+  p.add_argument("--adapter", action="store_true", help="write the adapter of a run alone (default: merged weights)")
   p.add_argument("--output", type=pathlib.Path, required=True, help="directory to create")
   p.add_argument("--llm", type=pathlib.Path, help="huggingface-parts: directory of a LlamaForCausalLM")
   p.add_argument("--siglip", type=pathlib.Path, help="huggingface-parts: directory of a Siglip(Vision)Model")

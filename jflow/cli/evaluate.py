@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
   )
   p.add_argument("--vae", metavar="DIR", help="SDXL-VAE, for a checkpoint that holds none")
   flags.add_template(p)
+  flags.add_adapter(p)
   p.add_argument("--data", type=pathlib.Path, metavar="DIR", help="the benchmark's data, see below (shapes needs none)")
   p.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="where everything goes")
   p.add_argument(

@@ -26,6 +26,15 @@ def add_model(p: argparse.ArgumentParser, required: bool = True) -> None:
   p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a jflow training run")
 
 
+def add_adapter(p: argparse.ArgumentParser) -> None:
+  """Adds --adapter, one folder."""
+  p.add_argument(
+    "--adapter",
+    metavar="DIR",
+    help="adapter of this checkpoint to merge into it, from `convert --adapter` or in PEFT's format; also ORG/NAME",
+  )
+
+
 def add_template(p: argparse.ArgumentParser) -> None:
   """Adds --template."""
   from jflow.data.templates import TEMPLATES
@@ -38,12 +47,30 @@ def add_template(p: argparse.ArgumentParser) -> None:
 
 
 def open_model(args: argparse.Namespace) -> "Pipeline":
-  """The pipeline named by the flags of `add_model` and `add_template`, with a cache of compiled programs; raises UserError."""
+  """The pipeline that the flags above name, with a cache of compiled programs; raises UserError."""
   import jflow
   from jflow import compilation
 
   compilation.use_cache()
-  return jflow.load(args.checkpoint, vae=args.vae, dtype=args.dtype, weights=args.weights, template=args.template)
+  return jflow.load(
+    args.checkpoint,
+    vae=args.vae,
+    dtype=args.dtype,
+    weights=args.weights,
+    template=args.template,
+    adapter=args.adapter,
+  )
+
+
+def open_models(args: argparse.Namespace, adapters: dict[str, str]) -> "tuple[Pipeline, dict[str, Pipeline]]":
+  """As `open_model`, without --adapter; also name -> the pipeline with each adapter, from name -> folder."""
+  from jflow import compilation
+  from jflow.inference.loading import load_with_adapters
+
+  compilation.use_cache()
+  return load_with_adapters(
+    args.checkpoint, adapters, vae=args.vae, dtype=args.dtype, weights=args.weights, template=args.template
+  )
 
 
 def add_settings(p: argparse.ArgumentParser, default: str = "default") -> None:

@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
   )
   flags.add_model(p)
   flags.add_template(p)
+  flags.add_adapter(p)
   p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="of the picture; repeat for several")
   p.add_argument("--prompts", type=pathlib.Path, metavar="FILE", help="a text file with one prompt per line")
   p.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="where the PNG files go")

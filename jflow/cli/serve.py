@@ -11,6 +11,7 @@ _EPILOG = """
 examples:
   python -m jflow serve --checkpoint=quickstart/stage3
   python -m jflow serve --checkpoint=JanusFlow-1.3B --vae=sdxl-vae --host=0.0.0.0 --token_file=token.txt --slots=16
+  python -m jflow serve --checkpoint=runs/janusflow --adapter=birds=adapters/birds --adapter=ink=adapters/ink
 
   curl localhost:8000/v1/chat/completions -H "Content-Type: application/json" \\
     -d '{"messages": [{"role": "user", "content": "What is a ring?"}], "stream": true}'
@@ -31,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     epilog=_EPILOG,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  flags.add(p, port=8000)
+  flags.add(p, port=8000, several=True)
   p.add_argument("--name", metavar="TEXT", help="of the model, as clients see it (default: the checkpoint's folder)")
   p.add_argument("--max_body", type=whole(), default=20, metavar="MB", help="largest request (default %(default)s)")
   secret = p.add_mutually_exclusive_group()
@@ -52,11 +53,13 @@ def main(argv: list[str]) -> int:
   from jflow.serving.api import Api
   from jflow.serving.hosts import Guarded, Hosts
 
-  listener = server.bind(args.host, args.port)
-  engine = flags.engine(args)
   name = args.name or pathlib.Path(args.checkpoint).resolve().name
+  adapters = flags.adapters_of(args, name)
+  listener = server.bind(args.host, args.port)
+  engine = flags.engine(args, adapters)
   api = Api(engine, name=name, token=token, max_body=args.max_body * 2**20)
-  print(f"serving {name!r} at {server.address(listener)}; Ctrl-C ends it", flush=True)
+  names = ", ".join(map(repr, (name, *adapters)))
+  print(f"serving {names} at {server.address(listener)}; Ctrl-C ends it", flush=True)
   if token is None and not server.is_local(listener):
     print(
       f"warning: --host={args.host} lets others connect, and without --token_file anyone may use the model",

@@ -13,10 +13,22 @@ if TYPE_CHECKING:
 _CONTEXT = 4096  # tokens; each slot of the full model holds 0.8 GB of keys and values for it, in bfloat16
 
 
-def add(p: argparse.ArgumentParser, port: int) -> None:
-  """Adds the flags of the checkpoint, the address and the engine."""
+def add(p: argparse.ArgumentParser, port: int, several: bool = False) -> None:
+  """Adds the flags of the checkpoint, the address and the engine; `several`: --adapter=NAME=DIR, repeatable."""
   model_flags.add_model(p)
   model_flags.add_template(p)
+  if not several:
+    model_flags.add_adapter(p)
+  else:
+    p.add_argument(
+      "--adapter",
+      action="append",
+      default=[],
+      type=_named,
+      metavar="NAME=DIR",
+      help="an adapter of the checkpoint, served beside it as the model NAME; repeatable. Each takes the memory of the "
+      "matrices that it changes, and from its first conversation that of --slots conversations",
+    )
   p.add_argument("--host", default="127.0.0.1", help="address to listen at (default %(default)s: this machine only)")
   p.add_argument(
     "--allowed_host",
@@ -52,6 +64,27 @@ def add(p: argparse.ArgumentParser, port: int) -> None:
   p.add_argument("--timeout", type=number(), default=300, help="seconds that a request may take (default %(default)s)")
 
 
+def _named(text: str) -> tuple[str, str]:
+  name, _, folder = text.partition("=")
+  if not (name and folder and name.isprintable() and name == name.strip()):
+    raise argparse.ArgumentTypeError(f"{text!r} must be NAME=DIR, for example birds=adapters/birds")
+  return name, folder
+
+
+def adapters_of(args: argparse.Namespace, model: str) -> dict[str, str]:
+  """Name -> folder of the adapters to serve beside a model of this name.
+
+  Raises:
+    UserError: a name is taken.
+  """
+  out: dict[str, str] = {}
+  for name, folder in args.adapter:
+    if name in out or name == model:
+      raise UserError(f"--adapter={name}={folder}: the name {name!r} is taken{' by --name' if name == model else ''}")
+    out[name] = folder
+  return out
+
+
 def check(args: argparse.Namespace) -> None:
   """Checks the flags as far as possible without the model; raises UserError."""
   need_extra("serve", "starlette", "uvicorn", "h11", "pydantic", "prometheus_client")
@@ -68,8 +101,12 @@ def check(args: argparse.Namespace) -> None:
     raise UserError(f"--timeout={args.timeout:g} must be a number of seconds above 0")
 
 
-def engine(args: argparse.Namespace) -> "Engine":
+def engine(args: argparse.Namespace, adapters: dict[str, str] | None = None) -> "Engine":
   """Loads the model and returns its engine, not yet started.
+
+  Args:
+    args: of the command.
+    adapters: name -> folder of those to serve beside it; None: the model alone, with --adapter merged.
 
   Raises:
     UserError: the checkpoint cannot be used, or --context exceeds the model's.
@@ -79,7 +116,10 @@ def engine(args: argparse.Namespace) -> "Engine":
   from jflow.serving.metrics import Metrics
 
   logs.to_stderr()
-  pipeline = model_flags.open_model(args)
+  if adapters is None:
+    pipeline, beside = model_flags.open_model(args), {}
+  else:
+    pipeline, beside = model_flags.open_models(args, adapters)
   most = pipeline.model.config.language_model.max_length
   if args.context is not None and args.context > most:
     raise UserError(f"--context={args.context} must be at most the model's {most}")
@@ -91,4 +131,5 @@ def engine(args: argparse.Namespace) -> "Engine":
     batch=args.batch,
     queue=args.queue,
     timeout=args.timeout,
+    adapters=beside,
   )

@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
   )
   flags.add_model(p)
   flags.add_template(p)
+  flags.add_adapter(p)
   p.add_argument(
     "--image", action="append", default=[], metavar="FILE", help="PNG, JPEG, WebP or GIF; repeat for several"
   )

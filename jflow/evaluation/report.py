@@ -133,19 +133,25 @@ def table(body: Mapping[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def fingerprint(directory: pathlib.Path, weights: str, vae: str | pathlib.Path | None = None) -> str:
-  """The sha256 over a checkpoint's configuration, tokenizer, weights, choice of weights, and VAE.
+def fingerprint(
+  directory: pathlib.Path,
+  weights: str,
+  vae: str | pathlib.Path | None = None,
+  adapter: str | pathlib.Path | None = None,
+) -> str:
+  """The sha256 over a checkpoint's configuration, tokenizer, weights, choice of weights, VAE, and adapter.
 
   Args:
     directory: from `checkpoints.locate`, which has verified its bytes, so that the weights of a jflow checkpoint are
       not hashed again.
     weights: "ema" or "raw".
     vae: directory of the SDXL-VAE, if one is given beside the checkpoint.
+    adapter: folder of an adapter, if one is.
 
   Raises:
     UserError: `vae` is not the directory of an AutoencoderKL.
   """
-  from jflow.interop import layouts
+  from jflow.interop import layouts, remote
   from jflow.interop.checkpoints import workdir_of
   from jflow.interop.packed import is_packed
   from jflow.interop.steps import MANIFEST
@@ -161,6 +167,9 @@ def fingerprint(directory: pathlib.Path, weights: str, vae: str | pathlib.Path |
     if not weights_of_vae or not config.is_file():
       raise UserError(f"--vae={vae} holds no config.json and *.safetensors: name the directory of sdxl-vae")
     total.update(f"vae {hash_of([config, *weights_of_vae])}\n".encode())
+  if adapter:
+    folder = remote.local(adapter)
+    total.update(f"adapter {hash_of([*folder.glob('*.json'), *folder.glob('*.safetensors')])}\n".encode())
   return total.hexdigest()
 
 

@@ -48,7 +48,8 @@ class Checkpoint:
   @functools.cached_property
   def fingerprint(self) -> str:
     """The hash of `report.fingerprint`."""
-    return report.fingerprint(self.directory, self._settings.weights, self._settings.vae)
+    made = self._settings
+    return report.fingerprint(self.directory, made.weights, made.vae, made.adapter)
 
   def model(self, dtype: str) -> Any:
     """The pipeline in a compute dtype."""
@@ -56,7 +57,7 @@ class Checkpoint:
       from jflow import compilation
 
       compilation.use_cache(self._settings.cache)
-      same = {name: getattr(self._settings, name) for name in ("vae", "weights", "template")}
+      same = {name: getattr(self._settings, name) for name in ("vae", "weights", "template", "adapter")}
       self._models[dtype] = loading.load(self.directory, dtype=dtype, **same)
     return self._models[dtype]
 
@@ -249,6 +250,7 @@ def _write(
     paper = " The paper's scores stand for the recipe." if benchmark.reported else ""
     notes.append(f"Not the benchmark's settings: {said}.{paper}")
   more = {"checkpoint": settings.checkpoint, "read_from": directory, "vae": settings.vae}
+  more |= {"adapter": settings.adapter} if settings.adapter else {}
   for name in ("results", "features"):
     path = getattr(settings, name)
     if path is not None:

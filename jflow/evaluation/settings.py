@@ -15,6 +15,7 @@ class Settings:
   output: pathlib.Path  # directory of records and report
   vae: str | None = None  # SDXL-VAE, for a checkpoint that holds none
   template: str | None = None  # in place of the checkpoint's, see `data.templates`
+  adapter: str | None = None  # folder of one of the checkpoint's, to merge
   data: pathlib.Path | None = None
   limit: int | None = None  # the first prompts and the first questions, of each split
   only: str | None = None  # "pictures" or "questions"
@@ -44,7 +45,7 @@ class Settings:
         continue
       if field.name == "part" or value == field.default:
         continue
-      on_disk = value and field.name in ("checkpoint", "vae", "cache") and pathlib.Path(value).exists()
+      on_disk = value and field.name in ("checkpoint", "vae", "adapter", "cache") and pathlib.Path(value).exists()
       a_file = field.name == "benchmark" and value.endswith(".py")
       if isinstance(value, pathlib.Path) or on_disk or a_file:
         value = pathlib.Path(value).resolve()

@@ -1,6 +1,7 @@
 """`jflow.load`: opens an official or a jflow checkpoint directory for inference."""
 
 import pathlib
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 from jflow.data import templates
 from jflow.errors import UserError
 from jflow.inference.pipeline import Pipeline
+from jflow.interop import adapters as adapter_folders
+from jflow.interop import transfer
 from jflow.interop.checkpoints import describe
 from jflow.models.unified import UnifiedModel, cast_for_inference
 
@@ -19,6 +22,7 @@ def load(
   dtype: str | None = None,
   weights: str = "ema",
   template: str | None = None,
+  adapter: str | pathlib.Path | None = None,
 ) -> Pipeline:
   """Opens a checkpoint and returns a `Pipeline` with `generate` and `understand`.
 
@@ -31,10 +35,52 @@ def load(
     weights: "ema" or "raw", for a checkpoint of jflow's own training.
     template: of turns, in place of the checkpoint's: "plain", "chat" or "pro", see `data.templates`. A published Janus does
       not name its own: "pro" is assumed where the tokenizer has the speakers of Janus-Pro.
+    adapter: folder, or name on the hub, of an adapter of this checkpoint, which is merged into it: one that `convert
+      --adapter` wrote, or one in PEFT's format over transformers' names.
 
   Raises:
     UserError: a file is missing or wrong, in one line.
   """
+  given = {} if adapter is None else {"": adapter}
+  base, own = _load(path, vae, dtype, weights, template, given, with_base=adapter is None)
+  return own[""] if base is None else base
+
+
+def load_with_adapters(
+  path: str | pathlib.Path,
+  adapters: Mapping[str, str | pathlib.Path],
+  *,
+  vae: str | pathlib.Path | None = None,
+  dtype: str | None = None,
+  weights: str = "ema",
+  template: str | None = None,
+) -> tuple[Pipeline, dict[str, Pipeline]]:
+  """Opens a checkpoint, and once more with each adapter merged; see `load`.
+
+  Args:
+    adapters: name -> folder.
+
+  Returns:
+    (the base, name -> its model). On the device each has the matrices that its adapter changes for itself, and shares
+    all others with the base.
+
+  Raises:
+    UserError: see `load`.
+  """
+  base, own = _load(path, vae, dtype, weights, template, adapters, with_base=True)
+  assert base is not None
+  return base, own
+
+
+def _load(
+  path: str | pathlib.Path,
+  vae: str | pathlib.Path | None,
+  dtype: str | None,
+  weights: str,
+  template: str | None,
+  adapters: Mapping[str, str | pathlib.Path],
+  with_base: bool,
+) -> tuple[Pipeline | None, dict[str, Pipeline]]:
   if dtype not in (None, "float32", "bfloat16"):
     raise UserError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
   if weights not in ("ema", "raw"):
@@ -44,11 +90,21 @@ def load(
   found = describe(path, vae=vae, weights=weights, tokenizer=True)
   if template is not None:
     templates.check(template, found.tokenizer)
+  described = {name: adapter_folders.describe(folder, found.config) for name, folder in adapters.items()}
   compute = jnp.dtype(dtype or usual_dtype())
   model = UnifiedModel(found.config, compute, remat="none", unroll=1, attention="xla")
-  params = found.read_params()
+  params, changed = found.read_params(), {}
+  for name, adapter in described.items():  # from the numbers of the files, before they are cast
+    nested = transfer.nest(adapter_folders.changed(params, found.config, adapter))
+    cast_for_inference(nested, compute)
+    changed[name] = transfer.flatten(nested)
   cast_for_inference(params, compute)
-  return Pipeline(model, params, found.tokenizer, template or found.template, found.has_vae)
+  opened = lambda params, beside: Pipeline(
+    model, params, found.tokenizer, template or found.template, found.has_vae, beside=beside
+  )
+  base = opened(params, None) if with_base else None
+  flat = transfer.flatten(params)
+  return base, {name: opened(transfer.nest(flat | own), base) for name, own in changed.items()}
 
 
 def usual_dtype() -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -25,7 +26,16 @@ from jflow.models.unified import UnifiedModel, for_inference
 class Pipeline:
   """A model for inference with its tokenizer. Made by `jflow.load`."""
 
-  def __init__(self, model: UnifiedModel, params: Any, tokenizer: Tokenizer, template: str, can_generate: bool = True):
+  def __init__(
+    self,
+    model: UnifiedModel,
+    params: Any,
+    tokenizer: Tokenizer,
+    template: str,
+    can_generate: bool = True,
+    *,
+    beside: "Pipeline | None" = None,
+  ):
     """Places the parameters on the device, as inference lays them out.
 
     Args:
@@ -34,9 +44,10 @@ class Pipeline:
       tokenizer: of the checkpoint.
       template: of turns, "plain" (stages 1, 2), "chat" (stage 3, JanusFlow, Janus) or "pro" (Janus-Pro).
       can_generate: whether there is an autoencoder.
+      beside: another one with the same model, of whose arrays on the device those that are equal are shared.
     """
     self.model, params = for_inference(model, params)
-    self.params, self.can_generate = jax.device_put(params), can_generate
+    self.params, self.can_generate = _placed(params, beside and beside.params), can_generate
     self.family = family(self.model.config.generation)
     self.sampler = registry.load(self.family.sampler)(self.model, self.params, tokenizer)
     self.tokenizer, self.template = tokenizer, template
@@ -263,6 +274,18 @@ class Pipeline:
     if not answers:
       return []
     return likelihood.loglikelihood(self, self.request(messages, images, 1, system=system), answers)
+
+
+def _placed(params: Any, shared: Any | None) -> Any:
+  """The parameters on the device, those of `shared` in place of equal ones."""
+  if shared is None:
+    return jax.device_put(params)
+
+  def place(x: Any, other: jax.Array) -> jax.Array:
+    own = jax.device_put(x)
+    return other if own.dtype == other.dtype and bool(jnp.array_equal(own, other)) else own
+
+  return jax.tree.map(place, params, shared)
 
 
 def check_prompts(prompts: Sequence[str], *, seed: int, num_images: int, batch_size: int) -> None:

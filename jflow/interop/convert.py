@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
@@ -33,6 +34,7 @@ class Conversion:
   tokenizer: pathlib.Path | None = None
   dtype: str | None = None  # "float32" or "bfloat16"
   weights: str = "ema"  # or "raw", of a jflow checkpoint
+  adapter: bool = False  # writes the adapter of a run alone
   seed: int = 0  # of the fresh parts of huggingface-parts
   shard_bytes: int = 4 * 2**30  # largest file of a published layout
 
@@ -122,6 +124,10 @@ def _check_flags(args: Conversion) -> None:
   for flag in ("input",) if parts else ("llm", "siglip", "tokenizer"):
     if getattr(args, flag) is not None:
       raise UserError(f"--{flag}={getattr(args, flag)} is not read with --from={args.source}: leave it out")
+  if args.adapter:
+    for flag in ("vae", "dtype"):
+      if getattr(args, flag) is not None:
+        raise UserError(f"--{flag}={getattr(args, flag)} is not read with --adapter: leave it out")
   if args.shard_bytes < 1:
     raise UserError(f"--shard_bytes={args.shard_bytes} must be positive")
   checks.seed(args.seed)
@@ -152,7 +158,10 @@ def _with_layouts(args: Conversion) -> Conversion:
     if source not in (None, looks):
       raise UserError(f"{found} is of the {looks} layout: use --from={looks}")
     source = looks
-  to = args.to or ("official" if source == "jflow" else "jflow")
+  if args.adapter and (source != "jflow" or args.to == "official"):
+    flag = f"--to={args.to}" if source == "jflow" else f"--from={source}"
+    raise UserError(f"--adapter is not for {flag}: it writes the adapter of a run of jflow, --to=jflow or transformers")
+  to = args.to or ("official" if source == "jflow" and not args.adapter else "jflow")
   return dataclasses.replace(args, source=source, to=to, input=found)
 
 
@@ -168,23 +177,44 @@ def convert(args: Conversion) -> None:
     raise UserError(f"output {args.output} exists: name a directory that does not")
   args = _with_layouts(args)
   _check_flags(args)
+  if args.adapter:
+    return _publish(args.output, lambda part: _write_adapter(args, part))
   loaded, kept = _read(args)
   dtype = _DTYPES.get(args.dtype)
   if args.source == args.to == "jflow" and dtype is not None:
     for path, x in loaded.params.items():  # in place, so that each one's memory is free before the next
       loaded.params[path] = x.astype(dtype, copy=False)
   _say_what_is_left_out(loaded, args.to)
-  part = args.output.with_name(args.output.name + ".converting")
-  shutil.rmtree(part, ignore_errors=True)
-  try:
+
+  def write(part: pathlib.Path) -> None:
     if args.to == "jflow":
       _write_jflow(part, loaded, kept.name if kept and args.source == "jflow" else str(args.source), kept)
-    else:
-      if args.source not in ("jflow", args.to):
-        kept = None  # of another layout
-      published.save(layouts.of(loaded.config, args.to), part, loaded, kept, dtype, args.shard_bytes)
-    files.publish(part, args.output)
+      return
+    beside = kept if args.source in ("jflow", args.to) else None  # else of another layout
+    published.save(layouts.of(loaded.config, args.to), part, loaded, beside, dtype, args.shard_bytes)
+
+  _publish(args.output, write)
+
+
+def _write_adapter(args: Conversion, part: pathlib.Path) -> None:
+  from jflow.interop import adapters  # builds the model, which the directions that copy tensors do not need
+
+  part.mkdir(parents=True)
+  adapters.export(args.input, args.weights, args.to, part)
+
+
+def _publish(output: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
+  """Writes a directory beside its place and moves it there; leaves nothing behind when it fails.
+
+  Raises:
+    Stopped: it cannot be written.
+  """
+  part = output.with_name(output.name + ".converting")
+  shutil.rmtree(part, ignore_errors=True)
+  try:
+    write(part)
+    files.publish(part, output)
   except OSError as error:
-    raise Stopped(f"{args.output} cannot be written: {error.strerror or error}") from None
+    raise Stopped(f"{output} cannot be written: {error.strerror or error}") from None
   finally:
     shutil.rmtree(part, ignore_errors=True)

@@ -200,6 +200,15 @@ def _parts(sizes: list[int]) -> list[list[int]]:
 def load_params(step_dir: pathlib.Path, weights: str = "ema") -> dict[str, Any]:
   """Loads the nested parameters of a jflow checkpoint as numpy arrays, adapters merged into their matrices.
 
+  Arguments and errors as of `load_parts`.
+  """
+  frozen, trained = load_parts(step_dir, weights)
+  return lora.merged(unflatten_dict({**flatten_dict(frozen), **flatten_dict(trained)}))
+
+
+def load_parts(step_dir: pathlib.Path, weights: str = "ema") -> tuple[dict[str, Any], dict[str, Any]]:
+  """Loads the nested parameters (frozen, trained) of a jflow checkpoint as numpy arrays, adapters as they are.
+
   Args:
     step_dir: from `resolve`, which has verified its bytes: they are not hashed again.
     weights: "ema" (what inference and the next stage use) or "raw".
@@ -219,8 +228,7 @@ def load_params(step_dir: pathlib.Path, weights: str = "ema") -> dict[str, Any]:
     for i in part:
       read[i] = found[i]
   loaded = structure.unflatten(read)
-  frozen, trained = loaded.get("frozen", {}), loaded.get("ema", loaded.get("trained", {}))
-  return lora.merged(unflatten_dict({**flatten_dict(frozen), **flatten_dict(trained)}))
+  return loaded.get("frozen", {}), loaded.get("ema", loaded.get("trained", {}))
 
 
 def save_params(workdir: str | pathlib.Path, params: dict[str, Any], config: dict[str, Any], tokenizer: Any) -> None:

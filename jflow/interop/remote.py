@@ -17,6 +17,7 @@ from jflow.errors import UserError, install_line, one_line
 from jflow.files import replacing
 
 SHIPPED = {"world": pathlib.Path(__file__).parents[1] / "world" / "model"}  # in the layout of `packed`
+ADAPTER = "adapter_config.json"  # of a folder that holds an adapter alone
 CACHE = pathlib.Path("~/.cache/jflow/checkpoints")
 _SUFFIXES = (".json", ".safetensors", ".model", ".txt")  # files to copy of a published checkpoint; never a pickle
 
@@ -141,7 +142,7 @@ def _wanted(url: str, files: set[str], step: str | None) -> list[str]:
   sealed = {int(m[1]) for name in files if (m := re.fullmatch(r"checkpoints/(\d+)/manifest\.json", name))}
   if not any(name.startswith("checkpoints/") for name in files):
     found = sorted(name for name in files if name.endswith(_SUFFIXES))
-    if "config.json" not in found:
+    if "config.json" not in found and ADAPTER not in found:
       raise UserError(f"checkpoint {url} holds neither checkpoints/ nor config.json")
     return found
   if not sealed or (step is not None and int(step) not in sealed):

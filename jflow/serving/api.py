@@ -47,7 +47,7 @@ class Api:
     self._bodies = Bodies(max_body, engine.timeout)
     self._preparing = prepare.Preparing(engine.pipeline, engine.context, engine.timeout)
     pipeline = engine.pipeline
-    self._images = schemas.ImageRequests(pipeline.family, name, pipeline.model.config.image_size)
+    self._images = schemas.ImageRequests(pipeline.family, name, pipeline.model.config.image_size, engine.adapters)
     self._began = int(time.time())
     routes = [
       Route("/v1/chat/completions", self._guarded(self.chat), methods=["POST"]),
@@ -72,11 +72,11 @@ class Api:
   async def chat(self, request: Request) -> Response:
     """POST /v1/chat/completions."""
     arrived = time.monotonic()
-    parse = lambda body: schemas.parse_chat(parse_json(body), self._name)
+    parse = lambda body: schemas.parse_chat(parse_json(body), self._name, self._engine.adapters)
     chat, work = await self._prepared(request, self._preparing.chat, parse)
-    answer = Answer(chat, self._name, len(work.tokens), self._engine.pipeline.tokenizer)
+    answer = Answer(chat, chat.model or self._name, len(work.tokens), self._engine.pipeline.tokenizer)
     with contextlib.ExitStack() as held:
-      job = held.enter_context(self._engine.submit(work))
+      job = held.enter_context(self._engine.submit(work, chat.model))
       first = await _while_connected(request, job.next())
       self._engine.metrics.first_token.observe(time.monotonic() - arrived)
       self._engine.metrics.tokens.labels("read").inc(len(work.tokens))
@@ -88,37 +88,38 @@ class Api:
     """POST /v1/images/generations."""
     parse = lambda body: self._images.parse(parse_json(body))
     work = await self._prepared(request, self._preparing.pictures, parse)
-    with self._engine.submit(work) as job:
+    with self._engine.submit(work, work.model) as job:
       made = await _while_connected(request, _all(job, work.count))
     data = [
       {"b64_json": await self._preparing.run(functools.partial(_png, x)), "seed": work.seed + x.index} for x in made
     ]
     settings = {field.name: getattr(work.settings, field.name) for field in self._engine.pipeline.family.served}
-    return Json({"created": int(time.time()), "model": self._name, **settings, "data": data})
+    return Json({"created": int(time.time()), "model": work.model or self._name, **settings, "data": data})
 
   async def models(self, request: Request) -> Response:
     """GET /v1/models."""
-    return Json({"object": "list", "data": [self._model()]})
+    return Json({"object": "list", "data": [self._model(name) for name in ("", *self._engine.adapters)]})
 
   async def model(self, request: Request) -> Response:
     """GET /v1/models/NAME; without a name, all."""
     if not (name := request.path_params["name"]):
       return await self.models(request)
-    if name != self._name:
-      raise schemas.no_model(name, self._name)
-    return Json(self._model())
+    if name != self._name and name not in self._engine.adapters:
+      raise schemas.no_model(name, (self._name, *self._engine.adapters))
+    return Json(self._model("" if name == self._name else name))
 
-  def _model(self) -> dict[str, Any]:
+  def _model(self, adapter: str) -> dict[str, Any]:
+    """The description of the base, or of the model with an adapter."""
     size = self._engine.pipeline.model.config.image_size
     return {
-      "id": self._name,
+      "id": adapter or self._name,
       "object": "model",
       "created": self._began,
       "owned_by": "jflow",
       "image_size": f"{size}x{size}",
       "context": self._engine.context,
       "can_paint": self._engine.pipeline.can_generate,
-    }
+    } | ({"parent": self._name} if adapter else {})
 
   async def health(self, request: Request) -> Response:
     """GET /health: 200 when requests are answered at once, else 503 and the reason."""

@@ -1,4 +1,4 @@
-"""Waiting images in batches with equal settings. The engine's lock guards all of it."""
+"""Waiting images in batches of one model with equal settings. The engine's lock guards all of it."""
 
 import collections
 import concurrent.futures
@@ -14,6 +14,11 @@ class Batch(NamedTuple):
   units: list[tuple[Job, int]]  # request, index of its image
   settings: Any
   compiled: concurrent.futures.Future | None = None  # of the programs that it needs
+
+  @property
+  def model(self) -> str:
+    """The adapter of all of them, see `Job.model`."""
+    return self.units[0][0].model
 
   @property
   def rows(self) -> int:
@@ -37,15 +42,16 @@ class Batches:
     self._waiting.extend((job, i) for i in range(job.work.count))
 
   def next(self, most: int) -> Batch:
-    """Takes a batch whose programs are compiled now, else at most `most` images with the settings of the first."""
+    """Takes a batch whose programs are compiled now, else at most `most` images of the model and settings of the first."""
     if batch := self._compiled():
       self.aside.remove(batch)
       return batch
-    settings = self._waiting[0][0].work.settings
-    units = [unit for unit in self._waiting if unit[0].work.settings == settings][:most]
+    kind = lambda job: (job.model, job.work.settings)
+    first = self._waiting[0][0]
+    units = [unit for unit in self._waiting if kind(unit[0]) == kind(first)][:most]
     for unit in units:
       self._waiting.remove(unit)
-    return Batch(units, settings)
+    return Batch(units, first.work.settings)
 
   def split(self, batch: Batch) -> None:
     """Sets a batch aside as one batch per request, ready to be generated."""

@@ -1,4 +1,4 @@
-"""The engine: a thread that owns the model and alternates between batched conversations and image generation.
+"""The engine: a thread that owns the models and alternates between batched conversations and image generation.
 
 A second thread compiles, so that only requests that need a new program wait for it.
 """
@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,9 @@ class Engine:
   that has used less of the model's time goes next. A batch of images always runs to its end, so a stream pauses
   for one batch at most. Work that needs a program not yet compiled is set aside until it is.
 
+  Adapters of the model are models beside it with the same programs. Conversations of each have a batch and a cache of
+  their own, made at its first one; pictures share a batch with those of the same model.
+
   Attributes:
     state: "warming up" (requests wait for the first compilation), "ready", "draining" or "failed".
   """
@@ -58,10 +61,13 @@ class Engine:
     batch: int,
     queue: int,
     timeout: float,
+    adapters: Mapping[str, Pipeline] | None = None,
   ):
     """Makes the engine; `start` starts it.
 
     Args:
+      pipeline: the model, named "" in what follows.
+      adapters: name -> the model with that adapter.
       slots: conversations answered concurrently.
       context: largest number of tokens of a conversation, its answer included.
       batch: images generated at once, a power of two.
@@ -69,6 +75,8 @@ class Engine:
       timeout: seconds that a request may take.
     """
     self.pipeline, self.slots, self.context, self.batch = pipeline, slots, context, batch
+    self._pipelines = {"": pipeline, **(adapters or {})}
+    self._decoders: dict[str, Decoder] = {}  # of the models that have answered
     self.queue, self.timeout, self.metrics, self.state = queue, timeout, metrics, "warming up"
     self._changed = threading.Condition()  # guards the queues and the open requests
     self._open: set[Job] = set()
@@ -77,7 +85,7 @@ class Engine:
     self._images = Batches()
     self._unprepared: dict[Job, concurrent.futures.Future] = {}  # conversations, until their programs are compiled
     self._current: list[tuple[Job, int]] = []  # the current or last batch of images
-    self._answering: dict[int, Job] = {}  # by slot
+    self._answering: dict[tuple[str, int], Job] = {}  # by model and slot
     self._chunk = 4  # tokens of every conversation between two checks of the queues
     self._spent = {"chat": 0.0, "painting": 0.0}
     self._pace = 1.0  # seconds between the ends of two requests, a moving mean
@@ -85,6 +93,11 @@ class Engine:
     metrics.ready.set_function(lambda: self.state == "ready")
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
     self._compiler = concurrent.futures.ThreadPoolExecutor(1, "compiler")
+
+  @property
+  def adapters(self) -> tuple[str, ...]:
+    """The names of the models beside the base."""
+    return tuple(name for name in self._pipelines if name)
 
   def start(self) -> None:
     """Starts the thread, which compiles first."""
@@ -128,8 +141,8 @@ class Engine:
       with self._changed:
         self._coming -= 1
 
-  def submit(self, work: Request | Pictures) -> Job:
-    """Queues work and returns its job, to be used as a context manager; call it on the event loop that awaits it.
+  def submit(self, work: Request | Pictures, model: str = "") -> Job:
+    """Queues work of a model and returns its job, to be used as a context manager; call it on the event loop that awaits it.
 
     Raises:
       ApiError: see `check_room`.
@@ -138,7 +151,7 @@ class Engine:
     prepare.check(work, self.context)
     with self._changed:
       self.check_room()
-      job = Job(work, self.timeout)
+      job = Job(work, self.timeout, model)
       self._open.add(job)
       if job.kind == "chat":
         self._chats.append(job)
@@ -163,18 +176,18 @@ class Engine:
   def _warm_up(self) -> None:
     """Compiles the programs of most requests: a text, an image read, any number of images with default settings."""
     started, c = time.monotonic(), self.pipeline.model.config
-    self._decoder = Decoder(self.pipeline, self.slots, self.context)
+    decoder = self._decoder_of("")
     picture = np.zeros((c.image_size, c.image_size, 3), np.uint8)
     for images in ([], [picture]):
       if len(self.pipeline.request("Why?", images, 1).tokens) < self.context:
         request = self.pipeline.request("Why?", images, _USUAL, context=self.context)
-        self._decoder.prepare(request)
-        slot = self._decoder.admit(request)
-        self._decoder.step(2)
-        self._decoder.release(slot)
+        decoder.prepare(request)
+        slot = decoder.admit(request)
+        decoder.step(2)
+        decoder.release(slot)
     if self.pipeline.can_generate:
       settings = self.pipeline.settings()
-      self._images_of([("a circle", 0)], settings, 1)
+      self._images_of("", [("a circle", 0)], settings, 1)
       rows = 2
       while rows <= self.batch and rows < 2 * MAX_PICTURES:
         self.pipeline.prepare_images(["a circle"], settings, rows=rows)
@@ -232,9 +245,9 @@ class Engine:
       self._images.forget(gone)
       for job in gone & self._unprepared.keys():
         self._unprepared.pop(job).cancel()
-      for slot in [slot for slot, job in self._answering.items() if job in gone]:
-        self._decoder.release(slot)
-        del self._answering[slot]
+      for model, slot in [row for row, job in self._answering.items() if job in gone]:
+        self._decoders[model].release(slot)
+        del self._answering[model, slot]
       self._open -= gone
     self._count()
 
@@ -245,11 +258,11 @@ class Engine:
         if not self._chats:
           break
         job = self._chats.popleft()
-      if not self._prepared(job):
-        continue
-      job.started = True
       try:
-        self._answering[self._decoder.admit(job.work)] = job
+        if not self._prepared(job):
+          continue
+        job.started = True
+        self._answering[job.model, self._decoder_of(job.model).admit(job.work)] = job
       except UserError as error:
         self._end(job, ApiError(400, str(error)))
       except Exception:
@@ -257,22 +270,31 @@ class Engine:
         raise
     self._count()
     started = time.monotonic()
-    progress = self._decoder.step(self._chunk)
+    progress = {
+      model: self._decoders[model].step(self._chunk) for model in dict.fromkeys(model for model, _ in self._answering)
+    }
     slow = time.monotonic() - started > _PAUSE
     self._chunk = max(1, self._chunk // 2) if slow else min(_MOST, self._chunk + 1)
-    for slot, ids, finished in progress:
-      job = self._answering[slot]
+    for model, slot, ids, finished in [(model, *row) for model, rows in progress.items() for row in rows]:
+      job = self._answering[model, slot]
       self.metrics.tokens.labels("written").inc(len(ids))
       if finished:
-        self._decoder.release(slot)
-        del self._answering[slot]
+        self._decoders[model].release(slot)
+        del self._answering[model, slot]
         self._end(job, Tokens(ids, finished))
       else:
         job.emit(Tokens(ids, None))
 
+  def _decoder_of(self, model: str) -> Decoder:
+    """The batch of a model's conversations, with room for all slots."""
+    if model not in self._decoders:
+      self._decoders[model] = Decoder(self._pipelines[model], self.slots, self.context)
+    return self._decoders[model]
+
   def _prepared(self, job: Job) -> bool:
     """Whether a conversation's programs are compiled; else it is queued again when they are."""
-    if job.prepared or self._decoder.prepare(job.work, compile=False):
+    decoder = self._decoder_of(job.model)
+    if job.prepared or decoder.prepare(job.work, compile=False):
       return True
 
     def back(_: object) -> None:
@@ -283,7 +305,7 @@ class Engine:
         self._changed.notify()
 
     with self._changed:
-      self._unprepared[job] = self._compile(lambda decoder=self._decoder: decoder.prepare(job.work))
+      self._unprepared[job] = self._compile(lambda: decoder.prepare(job.work))
     self._unprepared[job].add_done_callback(back)
     return False
 
@@ -303,7 +325,7 @@ class Engine:
         job.started = True
       self._count()
       wanted = [(job.work.prompt, fold_seed(job.work.seed + i)) for job, i in batch.units]
-      images = self._images_of(wanted, batch.settings, batch.rows)
+      images = self._images_of(batch.model, wanted, batch.settings, batch.rows)
     except UserError as error:
       return self._refuse(batch, error)
     for (job, i), image in zip(batch.units, images):
@@ -336,10 +358,10 @@ class Engine:
     with self._changed:
       self._changed.notify()
 
-  def _images_of(self, wanted: list[tuple[str, int]], settings: Any, rows: int) -> list[Image.Image]:
+  def _images_of(self, model: str, wanted: list[tuple[str, int]], settings: Any, rows: int) -> list[Image.Image]:
     """Generates the images of (prompt, seed) pairs, padded to `rows`."""
     prompts, seeds = zip(*(wanted + wanted[:1] * (rows - len(wanted))))
-    images = self.pipeline.generate(prompts, seeds=seeds, batch_size=rows, **dataclasses.asdict(settings))
+    images = self._pipelines[model].generate(prompts, seeds=seeds, batch_size=rows, **dataclasses.asdict(settings))
     self.metrics.batch.observe(len(wanted))
     self.metrics.pictures.inc(len(wanted))
     return images[: len(wanted)]
@@ -359,8 +381,8 @@ class Engine:
     error = ApiError(500, "the model failed at this request or at one that shared its batch")
     if kind == "chat":
       jobs, self._answering = list(self._answering.values()), {}
-      self._decoder = None  # its memory is needed
-      self._decoder = Decoder(self.pipeline, self.slots, self.context)
+      self._decoders.clear()  # their memory is needed
+      self._decoder_of("")
     else:
       jobs = list({job for job, _ in self._current})
       with self._changed:

@@ -31,6 +31,7 @@ class Pictures(NamedTuple):
   count: int
   seed: int
   settings: Any  # typed, of the model's way to write images
+  model: str = ""  # name of the adapter; "": the base
 
 
 class Job:
@@ -39,8 +40,9 @@ class Job:
   Created on the event loop that awaits it; only `emit` is called from the engine's thread.
   """
 
-  def __init__(self, work: Request | Pictures, seconds: float):
-    """Args: `work` of the request, `seconds` that it may take."""
+  def __init__(self, work: Request | Pictures, seconds: float, model: str = ""):
+    """Args: `work` of the request, `seconds` that it may take, name of its adapter ("": the base alone)."""
+    self.model = model
     self.work, self.kind = work, "painting" if isinstance(work, Pictures) else "chat"
     self.gone = False  # abandoned by its client
     self.started = False

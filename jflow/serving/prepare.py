@@ -183,7 +183,7 @@ def pictures(pipeline: Pipeline, wanted: Images) -> Pictures:
   """
   _check_length(pipeline, [wanted.prompt], pipeline.model.config.language_model.max_length)
   seed = secrets.randbelow(SEEDS - wanted.count) if wanted.seed is None else wanted.seed
-  work = Pictures(wanted.prompt, wanted.count, seed, wanted.settings)
+  work = Pictures(wanted.prompt, wanted.count, seed, wanted.settings, wanted.model)
   check(work, 0)
   pipeline.generation_prompt(wanted.prompt)
   return work

@@ -6,7 +6,7 @@ default behaviour. Fields that ask for something jflow does not compute are refu
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
@@ -39,6 +39,7 @@ class Chat(NamedTuple):
   stream: bool
   include_usage: bool  # of a stream
   stop: tuple[str, ...] = ()  # sequences that end the answer and are not part of it
+  model: str = ""  # name of the adapter; "": the base
 
 
 class Images(NamedTuple):
@@ -48,6 +49,7 @@ class Images(NamedTuple):
   count: int
   seed: int | None  # of the first image; the next ones take the seeds that follow
   settings: Any  # typed, of the model's way to write images; images with the same settings share a batch
+  model: str = ""  # name of the adapter; "": the base
 
 
 def _stops(value: Any) -> tuple[str, ...]:
@@ -187,18 +189,19 @@ class _ImagesBody(_Hints):
   svg: only() = None
 
 
-def parse_chat(body: dict[str, Any], model: str) -> Chat:
+def parse_chat(body: dict[str, Any], model: str, adapters: Collection[str] = ()) -> Chat:
   """Parses a request for /v1/chat/completions.
 
   Args:
     body: the JSON object.
     model: name of the served model; a request may leave it out.
+    adapters: names of the models beside it.
 
   Raises:
     ApiError: a field is wrong; it is named.
   """
   given = _ChatBody.parse(body)
-  _check_model(given, model)
+  chosen = _chosen(given, model, adapters)
   turns, images = _conversation(given.messages)
   most = min((x for x in (given.max_tokens, given.max_completion_tokens) if x is not None), default=512)
   return Chat(
@@ -212,15 +215,16 @@ def parse_chat(body: dict[str, Any], model: str) -> Chat:
     given.stream,
     given.stream_options.include_usage,
     given.stop,
+    chosen,
   )
 
 
 class ImageRequests:
   """Parses requests for /v1/images/generations; the sampling settings are fields of the body."""
 
-  def __init__(self, family: Family, model: str, image_size: int):
-    """Args: the model's `family`, its name, the side of its images in pixels."""
-    self._family, self._model, self._size = family, model, image_size
+  def __init__(self, family: Family, model: str, image_size: int, adapters: Collection[str] = ()):
+    """Args: the model's `family`, its name, the side of its images in pixels, names of the models beside it."""
+    self._family, self._model, self._size, self._adapters = family, model, image_size, adapters
     others = {name for other in FAMILIES.all().values() for name in other.setting_names} - family.setting_names
     foreign = f"is not a setting of a model that writes images by {family.name}: leave it out"
 
@@ -238,14 +242,14 @@ class ImageRequests:
       ApiError: a field is wrong; it is named.
     """
     given, size = self._body.parse(body), f"{self._size}x{self._size}"
-    _check_model(given, self._model)
+    chosen = _chosen(given, self._model, self._adapters)
     if given.size not in (size, "auto"):
       raise ApiError(400, f"size must be one of {size}, auto, got {shown(given.size)}", "size")
     if given.response_format != "b64_json":
       raise ApiError(400, "response_format must be b64_json: no picture is kept to link to", "response_format")
     if given.seed is not None and given.seed + given.n > 2**64:  # the pictures take the seeds that follow
       raise ApiError(400, f"seed must be at most {2**64 - given.n}, got {given.seed}", "seed")
-    return Images(given.prompt, given.n, given.seed, self._settings(given))
+    return Images(given.prompt, given.n, given.seed, self._settings(given), chosen)
 
   def _settings(self, given: _ImagesBody) -> Any:
     """The typed settings; what their constructor refuses is an error of the field that it names."""
@@ -279,14 +283,19 @@ def fold_seed(seed: int) -> int:
   return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest())
 
 
-def _check_model(given: _ChatBody | _ImagesBody, model: str) -> None:
-  if "model" in given.model_fields_set and given.model != model:
-    raise no_model(given.model, model)
+def _chosen(given: _ChatBody | _ImagesBody, model: str, adapters: Collection[str]) -> str:
+  """The adapter that a request names; "" for the base."""
+  if "model" not in given.model_fields_set or given.model == model:
+    return ""
+  if given.model not in adapters:
+    raise no_model(given.model, (model, *adapters))
+  return given.model
 
 
-def no_model(named: str, model: str) -> ApiError:
-  """The error for a name other than the served model's."""
-  message = f"the model {shown(named)} is not served here, but {model!r} is"
+def no_model(named: str, served: Sequence[str]) -> ApiError:
+  """The error for a name other than those of the served models."""
+  told = f"{', '.join(map(repr, served[:8]))}{', ...' if len(served) > 8 else ''}"
+  message = f"the model {shown(named)} is not served here, but {told} {'is' if len(served) == 1 else 'are'}"
   return ApiError(404, message, "model", code="model_not_found")
 
 

@@ -155,13 +155,13 @@ def test_a_conversation_fills_the_context_until_a_new_one_begins(browser, model)
 @browser_only
 def test_stop_frees_the_model_and_keeps_what_was_said(browser, served, monkeypatch):
   _, engine = served
-  gate, real = threading.Semaphore(2), engine._decoder.step
+  gate, real = threading.Semaphore(2), engine._decoders[""].step
 
   def step(n):
     assert gate.acquire(timeout=30)
     return real(n)
 
-  monkeypatch.setattr(engine._decoder, "step", step)
+  monkeypatch.setattr(engine._decoders[""], "step", step)
   browser.ask("Why?")
   browser.wait_for("#chat .bot.message", lambda found: found and len(found[-1].text) > 3)
   browser.wait_for("#question .stop-button", lambda found: found and found[0].is_enabled())[0].click()
@@ -181,7 +181,7 @@ def test_a_question_that_failed_stands_in_its_field_alone_and_is_asked_again_onc
     raise RuntimeError("no memory")
 
   with monkeypatch.context() as patch:
-    patch.setattr(engine._decoder, "step", fail)
+    patch.setattr(engine._decoders[""], "step", fail)
     browser.ask("Why?")
     assert "the model failed at this request" in browser.toast()
   browser.wait_for("#chat", lambda found: not browser.all("#chat .message"))

@@ -191,13 +191,13 @@ class Gate:
 
   def __init__(self, monkeypatch, engine, steps: int = 0):
     self._steps, self._open = threading.Semaphore(steps), False
-    real = engine._decoder.step
+    real = engine._decoders[""].step
 
     def step(n):
       assert self._open or self._steps.acquire(timeout=30)
       return real(n)
 
-    monkeypatch.setattr(engine._decoder, "step", step)
+    monkeypatch.setattr(engine._decoders[""], "step", step)
 
   def open(self):
     self._open = True
@@ -257,7 +257,7 @@ def test_a_request_that_takes_too_long_is_ended(model, monkeypatch):
 
 def test_a_failure_of_the_model_costs_what_it_worked_on_alone(model, monkeypatch):
   with serving.serving(model) as (base, engine), serving.client(base) as client:
-    monkeypatch.setattr(engine._decoder, "step", lambda n: 1 // 0)
+    monkeypatch.setattr(engine._decoders[""], "step", lambda n: 1 // 0)
     failed = client.post(CHAT, json=ask())
     assert failed.status_code == 500 and "\n" not in failed.json()["error"]["message"]
     assert said(client.post(CHAT, json=ask())) and engine.state == "ready"
@@ -269,7 +269,7 @@ def test_a_failure_of_the_model_costs_what_it_worked_on_alone(model, monkeypatch
 
 def test_a_model_that_keeps_failing_ends_the_server(model, monkeypatch):
   with serving.serving(model) as (base, engine), serving.client(base) as client:
-    monkeypatch.setattr(engine._decoder, "step", lambda n: 1 // 0)
+    monkeypatch.setattr(engine._decoders[""], "step", lambda n: 1 // 0)
     monkeypatch.setattr("jflow.serving.engine.Decoder", lambda *_: 1 // 0)
     assert metrics(client)["jflow_ready"] == 1
     assert client.post(CHAT, json=ask()).status_code == 503

@@ -247,8 +247,8 @@ def test_pipelined_requests_are_answered_in_their_order(served):
 def test_a_client_that_pipelines_and_leaves_is_noticed(served, monkeypatch):
   client, engine = served
   opened = threading.Event()
-  real = engine._decoder.step
-  monkeypatch.setattr(engine._decoder, "step", lambda n: (opened.wait(20), real(n))[1])
+  real = engine._decoders[""].step
+  monkeypatch.setattr(engine._decoders[""], "step", lambda n: (opened.wait(20), real(n))[1])
   with connect(client) as connection:
     connection.sendall(HEAD + LENGTH + b"\r\n" + BODY + GET + b"\r\n")
     serving.until(lambda: engine._open)
@@ -473,7 +473,7 @@ def test_who_leaves_while_a_program_is_compiled_frees_the_place(served, monkeypa
   long = "x" * 70
   for target, name, held, path, body in (
     (engine.pipeline, "prepare_images", lambda prompts, _, rows: long in prompts, PAINT, {"prompt": long, "n": 2}),
-    (engine._decoder, "prepare", lambda request: len(request.tokens) > 40, CHAT, ask(long)),
+    (engine._decoders[""], "prepare", lambda request: len(request.tokens) > 40, CHAT, ask(long)),
   ):
     gate = Gate(monkeypatch, target, name, held)
     with pytest.raises(httpx.ReadTimeout):
@@ -551,7 +551,7 @@ def test_a_mistake_that_the_models_thread_finds_costs_its_request_alone(served, 
     paint = lambda prompt: client.post(PAINT, json={"prompt": prompt, "steps": 3, "shift": 2}).status_code
     assert list(pool.map(paint, ["good", "bad"])) == [200, 400]
   with monkeypatch.context() as patch:
-    patch.setattr(engine._decoder, "admit", admit)
+    patch.setattr(engine._decoders[""], "admit", admit)
     for _ in range(4):
       assert client.post(CHAT, json=ask()).status_code == 400
   works(client)

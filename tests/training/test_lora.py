@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from jflow.cli import train
+from jflow.cli import convert, train
+from jflow.interop import adapters
 from jflow.interop.checkpoints import read_checkpoint
 from jflow.models import lora
 from jflow.training.metrics import read_metrics
@@ -50,11 +51,28 @@ def test_its_checkpoint_loads_with_adapters_merged_and_all_else_as_it_was(runs):
     np.testing.assert_array_equal(x, raw[path])
 
 
-def test_the_next_run_starts_from_the_merged_weights(runs, tmp_path):
-  (first,) = run(tmp_path / "next", 1, f"--config.train.init_from={runs / 'whole'}")
+@pytest.fixture(scope="module")
+def second(runs):
+  """A run of one step that starts from the first one, and what it measured."""
+  (first,) = run(runs / "next", 1, f"--config.train.init_from={runs / 'whole'}")
+  return runs / "next", first
+
+
+def test_the_next_run_starts_from_the_merged_weights(runs, second):
+  workdir, first = second
   assert first["loss_flow"] < read_metrics(runs / "whole")[0]["loss_flow"]
   merged = weights(runs / "whole")
-  base = weights(tmp_path / "next")
+  base = weights(workdir)
   for path, x in merged.items():
     if not path.endswith("kernel"):
       np.testing.assert_array_equal(x, base[path])
+
+
+def test_its_adapter_beside_its_base_is_its_checkpoint(runs, second, tmp_path):
+  workdir, _ = second
+  assert not convert.main(["--adapter", f"--input={workdir}", f"--output={tmp_path / 'adapter'}"])
+  base, want = read_checkpoint(runs / "whole"), weights(workdir)
+  changed = adapters.changed(base.params, base.config, adapters.describe(tmp_path / "adapter", base.config))
+  assert changed and any(not np.array_equal(x, flatten_dict(base.params, sep="/")[path]) for path, x in changed.items())
+  for path, x in (flatten_dict(base.params, sep="/") | changed).items():
+    np.testing.assert_array_equal(x, want[path], strict=True)
