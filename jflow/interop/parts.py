@@ -1,5 +1,6 @@
-"""The starting point of stage 1: a pretrained Llama-layout LLM, SigLIP and VAE, with fresh parts between them."""
+"""The starting point of stage 1: a pretrained LLM (Llama, Mistral, Qwen2 or Qwen3), SigLIP and VAE, with fresh parts between them."""
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -21,7 +22,7 @@ from jflow.interop import vae as diffusers_vae
 from jflow.interop.fields import Fields
 from jflow.interop.published import Loaded
 from jflow.interop.safetensors_io import Checkpoint
-from jflow.interop.transformers_config import is_tied, language_model_config, siglip_config
+from jflow.interop.transformers_config import LANGUAGE_MODELS, is_tied, language_model_config, siglip_config
 from jflow.models import weights as names
 from jflow.models.build import initial_params
 from jflow.models.config import JANUSFLOW_READER, ModelConfig, SiglipConfig
@@ -32,7 +33,7 @@ from jflow.strict_json import read_object
 
 # The fresh parts have the release's sizes (g_enc and g_dec; REPA reads block 6 of the LLM, paper section 4.1).
 _GENERATION = FlowConfig(kind="flow", channels=768, encoder_blocks=2, decoder_blocks=2, patch_size=2, norm_epsilon=1e-6)
-# Special tokens to add to an LLM's tokenizer, which must have BOS and EOS.
+# Special tokens to add to an LLM's tokenizer, which must have EOS; BOS too where its files name none (Qwen).
 _ADDED = ("pad", "image", "image_start", "image_end", "generation_start")
 _ROWS = 64  # an extended vocabulary is rounded up to a multiple of this
 
@@ -45,7 +46,7 @@ def _tokenizer(directory: pathlib.Path) -> Tokenizer:
   """Reads a tokenizer and adds the special tokens that it lacks, with the next free ids.
 
   Raises:
-    UserError: the tokenizer cannot be read, or lacks BOS or EOS.
+    UserError: the tokenizer cannot be read, or lacks EOS, or a BOS that its files name.
   """
   files = foreign_tokenizer.read(directory)
   tokenizer_file.check(files["tokenizer.json"], str(directory))
@@ -53,7 +54,10 @@ def _tokenizer(directory: pathlib.Path) -> Tokenizer:
   tokenizer.no_truncation()
   tokenizer.no_padding()
   present = tokenizer.get_vocab(with_added_tokens=True)
-  missing = [SPECIAL_TOKENS[name] for name in _ADDED if SPECIAL_TOKENS[name] not in present]
+  told = [directory / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+  has_bos = any(read_object(path).get("bos_token") for path in told if path.exists())
+  wanted = _ADDED if has_bos else (*_ADDED, "bos")
+  missing = [SPECIAL_TOKENS[name] for name in wanted if SPECIAL_TOKENS[name] not in present]
   tokenizer.add_special_tokens([tokenizers.AddedToken(t, normalized=False, special=True) for t in missing])
   path = directory / "tokenizer_config.json"
   config = read_object(path) if path.exists() else {}
@@ -92,9 +96,9 @@ def _describe_siglip(directory: pathlib.Path) -> tuple[SiglipConfig, transfer.We
 
 
 def _describe_llm(directory: pathlib.Path) -> tuple[LanguageModelConfig, transfer.Weights]:
-  """Reads the configuration and the headers of a LlamaForCausalLM."""
+  """Reads the configuration and the headers of a causal model of transformers, see `LANGUAGE_MODELS`."""
   f = _config(directory / "config.json")
-  config = language_model_config(f)
+  config = language_model_config(f, LANGUAGE_MODELS)
   checkpoint = Checkpoint(directory, ("model",))
   sizes.check_llama(f, config, checkpoint.tensors, "model.", directory)
   from_embedding = tied.check(f, is_tied(f), checkpoint, "model.embed_tokens.weight", "lm_head.weight")
@@ -138,7 +142,8 @@ def load(
   """Builds a JanusFlow from a trained language model, vision tower and VAE, with the other parts fresh.
 
   Args:
-    llm: directory of a LlamaForCausalLM of transformers; the head may be tied to the embedding.
+    llm: directory of a causal model of transformers, see `LANGUAGE_MODELS`; a head that is tied to the embedding becomes
+      a copy of it, which training moves apart.
     siglip: directory of a SiglipModel or SiglipVisionModel of transformers.
     vae: directory of an AutoencoderKL of diffusers.
     tokenizer: directory with tokenizer.json; None: that of the LLM. Missing special tokens are added.
@@ -156,7 +161,7 @@ def load(
   if words.vocabulary_size > rows:
     rows = -(-words.vocabulary_size // _ROWS) * _ROWS
   config = ModelConfig(
-    language_model=type(language)(**{**language.__dict__, "vocab_size": rows}),
+    language_model=dataclasses.replace(language, vocab_size=rows),
     understanding_encoder=vision,
     generation=_GENERATION,
     autoencoder=autoencoder,

@@ -110,7 +110,7 @@ def _fused(weight: str, bias: str, paths: list[str], width: int, **place: Any) -
 
 
 def language_model(c: LanguageModelConfig, prefix: str, tied: bool) -> Iterator[Entry]:
-  """The entries of transformers' LlamaForCausalLM, names after `prefix`. `tied`: the head is the embedding."""
+  """The entries of transformers' causal model of the kind, names after `prefix`. `tied`: the head is the embedding."""
   ours = "language_model"
   embed = f"{prefix}model.embed_tokens.weight"
   yield Entry(embed, (c.vocab_size, c.embed_dim), f"{ours}/embed", SAME)
@@ -126,7 +126,11 @@ def language_model(c: LanguageModelConfig, prefix: str, tied: bool) -> Iterator[
       ("mlp.up_proj", "mlp/up", c.mlp_dim, c.embed_dim),
       ("mlp.down_proj", "mlp/down", c.embed_dim, c.mlp_dim),
     ):
-      yield from linear(f"{theirs}.{name}", f"{layer}/{path}", out, into, bias=False, layer=i)
+      bias = c.qkv_bias and path in ("attention/query", "attention/key", "attention/value")
+      yield from linear(f"{theirs}.{name}", f"{layer}/{path}", out, into, bias=bias, layer=i)
+    if c.qk_norm:
+      for name, path in (("self_attn.q_norm", "query_norm"), ("self_attn.k_norm", "key_norm")):
+        yield from norm(f"{theirs}.{name}", f"{layer}/attention/{path}", c.head_dim, bias=False, layer=i)
     yield from norm(f"{theirs}.input_layernorm", f"{layer}/attention_norm", c.embed_dim, bias=False, layer=i)
     yield from norm(f"{theirs}.post_attention_layernorm", f"{layer}/mlp_norm", c.embed_dim, bias=False, layer=i)
   yield from norm(f"{prefix}model.norm", f"{ours}/norm", c.embed_dim, bias=False)

@@ -246,7 +246,16 @@ def _check_template(config: RunConfig, read: Mapping[str, Checkpoint]) -> None:
     raise refusal("data.template", ours, f"must be {theirs!r}, that of {source}, whose role words the model knows")
 
 
-_SHAPELESS = ("gelu", "epsilon", "rope_theta", "scaling")  # fields that change the computation and no shape
+_SHAPELESS = (
+  "gelu",
+  "epsilon",
+  "scaling",
+  "rope_theta",
+  "rope_factor",
+  "rope_low",
+  "rope_high",
+  "rope_original_length",
+)  # fields that change the computation and no shape
 
 
 def _check_fits(

@@ -20,7 +20,7 @@ from jflow.interop import parts, transfer
 from jflow.interop import vae as diffusers_vae
 from jflow.interop.fields import Fields
 from jflow.interop.safetensors_io import Checkpoint, read_json
-from jflow.interop.transformers_config import language_model_config
+from jflow.interop.transformers_config import LANGUAGE_MODELS, language_model_config
 from jflow.models import weights as names
 from jflow.models.llm.llama import LanguageModel
 from jflow.models.siglip import Siglip
@@ -37,16 +37,29 @@ def relative(ours, theirs) -> float:
 
 # --- LLM -------------------------------------------------------------------------------------------------
 
-LLAMAS = (  # multi-head, grouped queries with another rotation and norm, tied head
+_ROTATION = dict(
+  rope_type="llama3",
+  rope_theta=1e4,
+  factor=8.0,
+  low_freq_factor=0.3,
+  high_freq_factor=2.0,
+  original_max_position_embeddings=16,
+)
+LLAMAS = (  # multi-head, grouped queries with another rotation and norm, tied head; others
   dict(),
   dict(num_key_value_heads=2, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
   dict(num_key_value_heads=1, tie_word_embeddings=True, num_hidden_layers=4),
+  dict(kind="Qwen2", num_key_value_heads=2, tie_word_embeddings=True),
+  dict(kind="Qwen3", num_key_value_heads=2, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+  dict(kind="Mistral", num_key_value_heads=2, sliding_window=40),
+  dict(num_key_value_heads=2, rope_parameters=_ROTATION),
 )
+ALL = range(len(LLAMAS))
 
 
 def read_llama(directory: pathlib.Path):
   values = read_json(directory / "config.json")
-  config = language_model_config(Fields(values, "config.json"))
+  config = language_model_config(Fields(values, "config.json"), LANGUAGE_MODELS)
   entries = list(names.language_model(config, "", bool(values.get("tie_word_embeddings"))))
   params = transfer.load(entries, Checkpoint(directory, ("model",)), "LLM")
   nested = transfer.nest(params)["language_model"]
@@ -69,7 +82,7 @@ def test_llama_logits(tmp_path, seed):
   assert relative(ours, theirs(torch.from_numpy(tokens)).logits) < 1e-5
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", ALL)
 def test_llama_gradients_of_every_parameter(tmp_path, seed):
   theirs = llama(tmp_path, seed, **LLAMAS[seed])
   model, params, entries = read_llama(tmp_path)
@@ -98,7 +111,7 @@ def test_llama_gradients_of_every_parameter(tmp_path, seed):
     assert relative(ours, wanted[name]) < 1e-4, name
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", ALL)
 def test_llama_greedy_decoding_with_left_padding(tmp_path, seed):
   from jflow.models.cache import Cache
   from jflow.models.unified import separate_layers

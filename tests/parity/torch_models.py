@@ -21,8 +21,8 @@ def shake(model, seed: int):
   return model.eval()
 
 
-def llama(directory: pathlib.Path, seed: int, **changes):
-  """A causal Llama of 97 ids."""
+def llama(directory: pathlib.Path, seed: int, kind: str = "Llama", **changes):
+  """A causal Llama of 97 ids, or another decoder of this name in transformers."""
   values = dict(
     vocab_size=97,
     hidden_size=48,
@@ -35,7 +35,8 @@ def llama(directory: pathlib.Path, seed: int, **changes):
     eos_token_id=None,
     pad_token_id=1,
   )
-  model = shake(transformers.LlamaForCausalLM(transformers.LlamaConfig(**(values | changes))), seed)
+  config = getattr(transformers, f"{kind}Config")(**(values | changes))
+  model = shake(getattr(transformers, f"{kind}ForCausalLM")(config), seed)
   model.save_pretrained(directory)
   return model
 

@@ -47,5 +47,8 @@ class Architecture:
 
 
 ARCHITECTURES = registry.Registry(
-  "model.language_model.kind", "jflow.llm", {"llama": "jflow.models.llm.config:LLAMA"}, needs=("config",)
+  "model.language_model.kind",
+  "jflow.llm",
+  {name: f"jflow.models.llm.config:{name.upper()}" for name in ("llama", "llama3", "qwen2", "qwen3")},
+  needs=("config",),
 )

@@ -1,5 +1,7 @@
 """The language model: a Llama decoder (RMSNorm, RoPE, SwiGLU, untied head), scanned over layers.
 
+Its config says where another architecture differs from it: biases of q, k and v, norms of q and k, slower rotations.
+
 Legend: B batch, S sequence, D embed, N heads, K kv heads, H head dim, V vocab, L layers.
 """
 
@@ -49,9 +51,12 @@ def remat_policy(name: str) -> Any:
   return jax.checkpoint_policies.save_only_these_names(*names)
 
 
-def rope_tables(positions_BS: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-  """cos and sin, f32[B, S, 1, H/2], of position x theta^(-2i/H)."""
+def rope_tables(
+  positions_BS: jax.Array, head_dim: int, theta: float, scales: Any = None
+) -> tuple[jax.Array, jax.Array]:
+  """cos and sin, f32[B, S, 1, H/2], of position x theta^(-2i/H), times `scales` [H/2] where they are given."""
   frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+  frequency = frequency if scales is None else frequency * scales
   angle = positions_BS[..., None, None].astype(jnp.float32) * frequency
   return jnp.cos(angle), jnp.sin(angle)
 
@@ -75,8 +80,8 @@ class Attention(nn.Module):
   def __call__(self, x_BSD, tables, segments_BS, past):
     """Returns (y_BSD, the past with these positions added); without a `past` a row attends to itself."""
     c = self.config
-    linear = lambda features, axes, name: Linear(
-      features, axes, self.dtype, use_bias=False, matmul=self.matmul, name=name
+    linear = lambda features, axes, name, bias=False: Linear(
+      features, axes, self.dtype, use_bias=bias, matmul=self.matmul, name=name
     )
     heads = lambda y, n: y.reshape(*y.shape[:2], n, c.head_dim)
     counts = dict(query=c.num_heads, key=c.num_kv_heads, value=c.num_kv_heads)
@@ -85,9 +90,12 @@ class Attention(nn.Module):
       self,
       x_BSD,
       {name: count * c.head_dim for name, count in counts.items()},
-      lambda features, name: linear(features, axes(name), name),
+      lambda features, name: linear(features, axes(name), name, c.qkv_bias),
     )
     q_BSNH, k_BSKH, v_BSKH = (heads(y, n) for y, n in zip(mapped, counts.values(), strict=True))
+    if c.qk_norm:
+      norm = lambda name: RMSNorm(c.rms_norm_epsilon, self.dtype, name=name)
+      q_BSNH, k_BSKH = norm("query_norm")(q_BSNH), norm("key_norm")(k_BSKH)
     q_BSNH, k_BSKH = rotate(q_BSNH, tables), rotate(k_BSKH, tables)
     q_BSNH = constrain(q_BSNH, "batch", None, "heads", None)
     if past is None:
@@ -236,7 +244,8 @@ class LanguageModel(nn.Module):
     Returns:
       Output with the grown cache, None without one.
     """
-    tables = rope_tables(positions_BS, self.config.head_dim, self.config.rope_theta)
+    c = self.config
+    tables = rope_tables(positions_BS, c.head_dim, c.rope_theta, c.rope_scales())
     x_BSD = constrain(x_BSD.astype(self.dtype), "batch", None, None)
     tap = jnp.zeros_like(x_BSD) if self.hidden_layer else None
     carry, cache = (x_BSD, tap, jnp.zeros((), jnp.int32)), None
