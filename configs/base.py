@@ -33,7 +33,8 @@ def base(size: str, sizes: Mapping[str, Callable[[ConfigDict], None]] = SIZES) -
   c = ConfigDict()
   c.size = size
   c.train = dict(
-    steps=0,  # optimizer steps of the stage (table 1); every stage sets it
+    steps=0,  # optimizer steps of the stage (table 1); every stage sets it; 0: as many as `epochs` takes
+    epochs=0.0,  # passes over all rows of the data, where steps is 0
     batch_size=512,  # packed rows per step (table 1)
     accumulation=1,  # microbatches that a step's rows are cut into
     seed=0,  # of parameters, time, noise, data order
@@ -47,6 +48,8 @@ def base(size: str, sizes: Mapping[str, Callable[[ConfigDict], None]] = SIZES) -
     spike_sigmas=0.0,  # skip a step whose loss or gradient norm is so many standard deviations up; 0: never
     spike_window=128,  # accepted steps that a spike is judged by
     watchdog_seconds=1800.0,  # after so long without a step, print all stacks and end the process; 0: never
+    validation_every=0,  # steps between the losses of held-out records (data.validation); 0: none
+    early_stop=0,  # losses of held-out records in a row that are no better, which end the run; its best step is kept; 0: never
   )
   c.optimizer = dict(
     learning_rate=1e-4,  # between warm-up and cool-down (table 1)
@@ -92,12 +95,15 @@ def base(size: str, sizes: Mapping[str, Callable[[ConfigDict], None]] = SIZES) -
       generation=(),
       text=(),
     ),
-    mixture=((0, (50, 50, 0)),),  # (from step, rows understanding : generation : text)
+    # (from step, rows understanding : generation : text); types without a source leave it. (): rows of each as there are.
+    mixture=((0, (50, 50, 0)),),
     caption_prompt="Generate the caption of this picture.",  # asks for a caption to read (paper section 4.2)
     first_sentence=0.25,  # share of captions cut to their first sentence for generation (paper section 4.2)
     prompt_drop=0.1,  # share of prompts dropped, so that guidance works (paper section 3.4)
     # The square of an image to write: "random" or "center" of its longer side; "pad": all of it with gray margins.
     crop="random",
+    validation=0.0,  # share of records that are held out of training, by a hash of each
+    validation_rows=64,  # rows of them that a loss is computed over, at most; few records are drawn several times
     stored=False,  # True: images to write come as `prepare --latents` (or --codes) has encoded and cropped them
     workers=0,  # loader processes; 0: threads only
     threads=2,  # per process
@@ -145,11 +151,7 @@ def base(size: str, sizes: Mapping[str, Callable[[ConfigDict], None]] = SIZES) -
     tensorboard=False,  # scalars and sample pictures into workdir/tensorboard; needs the package tensorboard
     wandb="",  # project of Weights & Biases that gets the same; needs the package wandb; empty: none
     sample_every=0,  # steps between sample pictures (workdir/samples); one device holds the weights twice; 0: none
-    sample_prompts=(
-      "a corgi on a beach",
-      "a red apple on a wooden table",
-      "a street of an old town at night",
-    ),
+    sample_prompts=(),  # empty: captions of the data, held-out ones where there are any
     sample_steps=30,  # solver steps of a sample picture
     sample_guidance=2.0,
   )

@@ -40,7 +40,8 @@ _SOURCES = weighted("(directory, weight) pairs, as (('DIR', 1.0),)")
 
 
 class TrainConfig(Section):
-  steps: int = field(whole(1))
+  steps: int = field(whole(0))
+  epochs: float = field(number(0.0), before=0.0)
   batch_size: int = field(whole(1, 2**20))
   accumulation: int = field(whole(1, 2**20))
   seed: int = field(lambda value: whole(0, 2**32 - 1)(value) and "must be in [0, 2**32)")
@@ -54,6 +55,8 @@ class TrainConfig(Section):
   spike_sigmas: float = field(number(0.0, note=_OFF), before=0.0)
   spike_window: int = field(whole(2, 2**20), before=128)
   watchdog_seconds: float = field(number(0.0, _SECONDS), before=0.0)
+  validation_every: int = field(whole(0, note=_OFF), before=0)
+  early_stop: int = field(whole(0, note=_OFF), before=0)
 
 
 class OptimizerConfig(Section):
@@ -106,6 +109,8 @@ class DataConfig(Section):
   first_sentence: float = field(number(0.0, 1.0))
   prompt_drop: float = field(number(0.0, 1.0))
   crop: str = field(one_of("random", "center", "pad"), before="random")
+  validation: float = field(number(least=0.0, below=1.0), before=0.0)
+  validation_rows: int = field(whole(1, 2**20), before=64)
   stored: bool = field(truth, before=False)
   workers: int = field(whole(0, 1024))
   threads: int = field(whole(0, 1024))
@@ -249,6 +254,11 @@ def check(config: RunConfig) -> None:
       raise refusal(name, functools.reduce(getattr, name.split("."), config), what)
 
 
+@constraint("train.steps")
+def _there_are_steps(c: RunConfig) -> str:
+  return "" if c.train.steps or c.train.epochs else "must be at least 1, or train.epochs above 0"
+
+
 @constraint("train.accumulation")
 def _accumulation_divides(c: RunConfig) -> str:
   fits = c.train.batch_size % c.train.accumulation == 0
@@ -273,6 +283,18 @@ def _adapters_have_a_place(c: RunConfig) -> str:
   if not c.lora.rank:
     return ""
   return "" if c.lora.patterns else "must be 0 without lora.patterns, which name the matrices that get an adapter"
+
+
+@constraint("train.validation_every")
+def _validation_has_records(c: RunConfig) -> str:
+  fits = not c.train.validation_every or c.data.validation
+  return "" if fits else "must be 0 without data.validation, the share of records that are held out"
+
+
+@constraint("train.early_stop")
+def _early_stop_has_a_loss(c: RunConfig) -> str:
+  fits = not c.train.early_stop or c.train.validation_every
+  return "" if fits else "must be 0 without train.validation_every and data.validation, whose loss decides"
 
 
 @constraint("optimizer.cooldown_steps")
@@ -344,8 +366,3 @@ def _wandb_is_installed(c: RunConfig) -> str:
 def _installed(package: str) -> str:
   there = importlib.util.find_spec(package) is not None
   return "" if there else f"needs the package {package}: {install_line('log')}"
-
-
-@constraint("log.sample_prompts")
-def _there_is_a_prompt(c: RunConfig) -> str:
-  return "" if c.log.sample_prompts or not c.log.sample_every else "must hold a prompt for the sample images"

@@ -95,6 +95,7 @@ class StepProgress:
     self._total, self._every, self._plain = total, every_seconds, shown and not terminal
     self._started, self._next = time.monotonic(), 0.0
     self._first: int | None = None
+    self._held_out = ""  # the last loss of held-out records
 
   def update(self, row: Mapping[str, Any]) -> None:
     """Shows a step.
@@ -105,6 +106,10 @@ class StepProgress:
     """
     losses = {name.removeprefix("loss_"): value for name, value in row.items() if name.startswith("loss")}
     parts = {name: f"{value:.3f}" for name, value in losses.items() if value is not None}
+    if row.get("val_loss") is not None:
+      self._held_out = f"{row['val_loss']:.3f} at {row['step']}"
+    if self._held_out:
+      parts["val"] = self._held_out
     parts["tok/s"] = f"{row['tokens_per_second']:,.0f}"
     self._bar.set_postfix(parts, refresh=False)
     self._bar.update()

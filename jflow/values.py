@@ -114,12 +114,14 @@ def weighted(example: str) -> Check:
 
 
 def phases(*tasks: str) -> Check:
-  """((first step, (weight per task)), ...), from step 0 on and rising."""
-  what = f"must be a tuple of (from step, ({', '.join(tasks)})), as ((0, (30, 50, 20)),)"
+  """((first step, (weight per task)), ...), from step 0 on and rising; or ()."""
+  what = f"must be a tuple of (from step, ({', '.join(tasks)})), as ((0, (30, 50, 20)),), or ()"
 
   def check(value: Any) -> str:
-    if not isinstance(value, tuple) or not value:
+    if not isinstance(value, tuple):
       return what
+    if not value:
+      return ""
     for one in value:
       if not isinstance(one, tuple) or len(one) != 2 or whole(0)(one[0]):
         return what

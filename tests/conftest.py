@@ -25,6 +25,7 @@ FAST = {
   "data/mixture",
   "data/packing",
   "data/tokenizer",
+  "data/validation",
   "evaluation/scorers",
   "evaluation/tables",
   "files",

@@ -9,8 +9,7 @@ import numpy as np
 from jflow.batch import TASKS, Batch
 from jflow.cli.arguments import Parser, whole
 from jflow.config import RunConfig
-from jflow.data import inspection
-from jflow.data.mixture import StepPlan
+from jflow.data import inspection, mixture
 from jflow.data.pipeline import Pipeline
 from jflow.data.store.prepared import read_summary
 from jflow.data.tokenizer import Tokenizer
@@ -113,7 +112,8 @@ def render(config: RunConfig, directory: str, rows: int, step: int, title: str):
     config = config.replace(data=dict(tokenizer=small))
   tokenizer = Tokenizer.load(config.data.tokenizer)
   shape = setup.row_shape(config, config.model)
-  tasks = [task for task, _ in StepPlan(config.data.mixture, batch_size, step + 1)[step]]
+  schedule = mixture.without_empty(config.data.mixture, config.data.sources)[1] or mixture.assumed(config.data)
+  tasks = [task for task, _ in mixture.StepPlan(schedule, batch_size, step + 1)[step]]
   by_task = np.argsort(tasks, kind="stable")
   share = by_task[np.linspace(0, batch_size - 1, min(rows, batch_size)).round().astype(int)].tolist()
   pipeline = Pipeline(config.data, tokenizer, shape, batch_size, config.train.seed, share)

@@ -4,7 +4,7 @@ import argparse
 import functools
 import pathlib
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from jflow import values
@@ -33,8 +33,8 @@ something else than before, wherever they lie now; --accept_data goes on with th
 """
 
 
-def _paint_samples(config: RunConfig, model: Any, tokenizer: Any, params: Any) -> list[Any]:
-  """Images of `log.sample_prompts`, sampled as by `generate`, on one device."""
+def _paint_samples(config: RunConfig, model: Any, tokenizer: Any, params: Any, prompts: Sequence[str]) -> list[Any]:
+  """Images of prompts, sampled as by `generate`, on one device."""
   import jax
 
   from jflow import sharding
@@ -45,7 +45,7 @@ def _paint_samples(config: RunConfig, model: Any, tokenizer: Any, params: Any) -
     pipeline = Pipeline(model, params, tokenizer, config.data.template)
     asked = {"steps": log.sample_steps, "guidance": log.sample_guidance}
     chosen = {name: value for name, value in asked.items() if name in pipeline.family.setting_names}
-    return pipeline.generate(log.sample_prompts, seed=0, **chosen)
+    return pipeline.generate(prompts, seed=0, **chosen)
 
 
 def _start_model(workdir: pathlib.Path, config: RunConfig, given: Collection[str]) -> dict[str, Any]:

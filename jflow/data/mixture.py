@@ -11,10 +11,61 @@ from collections.abc import Sequence
 import numpy as np
 
 from jflow.batch import TASKS
+from jflow.config import DataConfig, SourcesConfig
 from jflow.errors import UserError
 
 # Period of the interleaving: in rows for the sources of one task, in steps for the tasks.
 CYCLE = 1000
+
+
+Schedule = tuple[tuple[int, tuple[float, ...]], ...]
+
+
+def without_empty(schedule: Schedule, listed: SourcesConfig) -> tuple[list[str], Schedule]:
+  """Returns a schedule without the types that no source is listed for, and a line for each that it had a share of.
+
+  Args:
+    schedule: `data.mixture`; empty: the rows decide, see `Pipeline`.
+    listed: `data.sources`.
+
+  Raises:
+    UserError: nothing is left from some step on.
+  """
+  there = [bool(getattr(listed, task)) for task in TASKS]
+  if not any(there):
+    raise UserError(f"data.sources.{' or data.sources.'.join(TASKS)} must list a source, as (('DIR', 1.0),)")
+  left = tuple((int(start), tuple(w if t else 0.0 for w, t in zip(row, there, strict=True))) for start, row in schedule)
+  for start, weights in left:
+    if not any(weights):
+      raise UserError(
+        f"data.mixture gives all rows from step {start} on to types without a source: list one in data.sources, or "
+        f'write --config.data.mixture="((0,({",".join(str(int(t)) for t in there)})),)"'
+      )
+  gone = [task for i, task in enumerate(TASKS) if not there[i] and any(row[i] for _, row in schedule)]
+  notes = [f"data.sources.{task} is empty, so no row holds {task}: {told(left)}" for task in gone]
+  return notes, left
+
+
+def told(schedule: Schedule) -> str:
+  """Describes the shares of a schedule, as "understanding 30 : generation 70, from step 100 on generation 1"."""
+  parts = []
+  for start, row in schedule:
+    shares = " : ".join(f"{task} {weight:g}" for task, weight in zip(TASKS, row, strict=True) if weight)
+    parts.append(f"from step {start} on {shares}" if start else shares)
+  return ", ".join(parts)
+
+
+def assumed(data: DataConfig) -> Schedule:
+  """The schedule where the sources are not opened: an empty one takes as many rows of each type that is listed."""
+  if data.mixture:
+    return data.mixture
+  listed = tuple(float(bool(getattr(data.sources, task))) for task in TASKS)
+  return ((0, listed if any(listed) else (1.0, 1.0, 0.0)),)
+
+
+def seed_of_part(seed: int, number: int) -> int:
+  """Derives the seed of part `number` from `seed`."""
+  return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
 def rows_per_task(weights: Sequence[float], batch_size: int) -> tuple[int, ...]:

@@ -7,164 +7,22 @@ depend on the number of hosts, workers and threads.
 
 import collections
 import functools
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from jflow import batch as batch_lib
 from jflow.batch import TASKS, Batch, RowShape
 from jflow.config import DataConfig
-from jflow.data import examples, images, mixture, packing, processes, sources
-from jflow.data.examples import Sample
-from jflow.data.records import RecordError, Source
-from jflow.data.store import plans
-from jflow.data.store.stored import StoredImages
+from jflow.data import mixture, processes
+from jflow.data.rows import Piece, Rows, open_rows
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
-from jflow.generation.base import FAMILIES
 
 # The share of rejected records is computed over at least this many samples.
 MIN_JUDGED = 1000
-
-
-class Piece(NamedTuple):
-  """The slots [start, stop) of a record's sequence in a row: all of it, unless it is a document that was cut."""
-
-  epoch: int
-  record: int
-  start: int
-  stop: int
-
-
-class Rows:
-  """The packed rows of one source, by row number. The order changes every epoch. Picklable."""
-
-  def __init__(
-    self,
-    source: Source,
-    task: str,
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    shape: RowShape,
-    seed: int,
-    name: str,
-  ):
-    """Plans the rows.
-
-    Raises:
-      UserError: no record of the source fits a row.
-    """
-    self.name, self.task = name, task
-    self.fingerprint = getattr(source, "fingerprint", "")
-    self._source, self._tokenizer, self._shape = source, tokenizer, shape
-    family = FAMILIES.get(shape.writer)
-    self._layout = family.layout  # loader processes know no names that a script has registered
-    self._template, self._crop = config.template, config.crop
-    self._caption_prompt = config.caption_prompt
-    self._first_sentence, self._prompt_drop = config.first_sentence, config.prompt_drop
-    self._seed = seed
-    self._orders: dict[int, np.ndarray] = {}
-    self.planned = plans.planned(
-      source, task, tokenizer, self._template, shape, config.plan_cache, config.caption_prompt
-    )
-    self.plan, self.rejected = self.planned.plan, self.planned.rejected
-    ahead = task == "generation" and config.stored
-    self.stored = StoredImages(family.stored, source, shape.image_size, shape.stored) if ahead else None
-    if not self.plan.rows:
-      raise UserError(
-        f"{name}: none of the {len(source):,} {task} records fits a row of {shape.tokens:,} tokens "
-        f"and {shape.images} images; rejected: {dict(self.rejected)}"
-      )
-
-  @functools.cached_property
-  def most_images(self) -> int:
-    """The most images that a row holds, by its plan."""
-    if self.task == "text":
-      return 0
-    if self.task == "generation":  # one image for each sample
-      return min(int(np.diff(self.plan.row_offsets).max()), self._shape.images)
-    return min(self._shape.tokens // self._shape.slots_of(batch_lib.READ), self._shape.images)
-
-  def report(self) -> str:
-    """Returns one line: records, planned rows, fill, records left out."""
-    rejected = collections.Counter(self.rejected)
-    too_long = rejected.pop("too_long", 0)
-    reasons = f" ({', '.join(f'{r} {n:,}' for r, n in sorted(rejected.items()))})" if rejected else ""
-    made = f"; {self.stored.kind.name} made ahead" if self.stored else ""
-    return (
-      f"{self.task:13} {self.name}: {_counted(self.planned.records, 'record')} in {_counted(self.plan.rows, 'row')}, "
-      f"{self.planned.fill(self._shape.tokens):.1%} full; {too_long:,} too long, "
-      f"{rejected.total():,} rejected{reasons}{made}"
-    )
-
-  def fill(self, row: Batch, number: int) -> tuple[int, list[tuple[str, str]]]:
-    """Packs a row into `row`, which holds only padding.
-
-    A rejected sample leaves its slots empty: a replacement would occur twice in the epoch.
-
-    Returns:
-      The number of samples of the row, and (reason, message) of each rejected one.
-    """
-    pieces = self.pieces(number)
-    samples, rejected = [], []
-    for piece in pieces:
-      try:
-        samples.append(self._sample(piece))
-      except RecordError as error:
-        rejected.append((error.reason, f"{self.name}, {self.task} record {piece.record}: {error}"))
-    packing.pack_into(row, samples, self._shape)
-    held = sum(len(sample.images) for sample in samples)
-    if held > self.most_images:  # the step has no room for it
-      raise UserError(
-        f"{self.name}: row {number} holds {held} images, a row of its plan at most {self.most_images}: remove the plan"
-      )
-    return len(pieces), rejected
-
-  def pieces(self, number: int) -> list[Piece]:
-    """Returns the pieces of a row, in order."""
-    epoch, index = divmod(number, self.plan.rows)
-    index = self._shuffled(epoch)[index]
-    span = slice(*self.plan.row_offsets[index : index + 2])
-    columns = (self.plan.record_ids[span], self.plan.starts[span], self.plan.stops[span])
-    return [Piece(epoch, *piece) for piece in zip(*(column.tolist() for column in columns))]
-
-  def _sample(self, piece: Piece) -> Sample:
-    _, index, start, stop = piece
-    rng = np.random.default_rng([self._seed, piece.epoch, TASKS.index(self.task), index])
-    sample = examples.build(
-      self._source[index],
-      self.task,
-      self._tokenizer,
-      self._template,
-      self._shape.image_patches,
-      rng,
-      self._first_sentence,
-      self._prompt_drop,
-      self._layout,
-      self._caption_prompt,
-    )
-    if self.task == "text":
-      return packing.cut(sample, start, stop)
-    size = self._shape.image_size
-    if self.stored is not None:
-      box, stored = self.stored[index]
-      pixels = images.square(sample.images[0], size, box)
-      return sample._replace(images=(pixels,), stored=(stored,))
-    if self.task == "generation":
-      pixels = tuple(images.for_generation(image, size, rng, self._crop) for image in sample.images)
-    else:
-      pixels = tuple(images.for_understanding(image, size) for image in sample.images)
-    return sample._replace(images=pixels)
-
-  def _shuffled(self, epoch: int) -> np.ndarray:
-    order = self._orders.get(epoch)
-    if order is None:
-      rng = np.random.default_rng([self._seed, epoch, TASKS.index(self.task)])
-      order = rng.permutation(self.plan.rows)
-      # Threads may be in two epochs at once: a new dict, so that none is changed while another thread reads it.
-      self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1} | {epoch: order}
-    return order
 
 
 class Pipeline:
@@ -200,38 +58,28 @@ class Pipeline:
     rows = batch_size if share is None else len(share)
     ahead = max(1, config.workers) * (config.prefetch + 2)  # one is being made, and one in use
     batch_lib.need_memory(rows, row_shape, ahead)
-    self._mixture = tuple((int(step), tuple(weights)) for step, weights in config.mixture)
-    self._step_plan(1)
-    used = [any(weights[i] > 0 for _, weights in self._mixture) for i in range(len(TASKS))]
     self._loaders: processes.Loaders | None = None
-    self._interleaves: list[mixture.Interleave | None] = []
-    self._rows: list[list[Rows]] = []
-    self._weights: list[list[float]] = []
-    for number, task in enumerate(TASKS):
-      listed = getattr(config.sources, task) if used[number] else ()
-      if used[number] and not listed:
-        raise UserError(f"data.mixture gives {task} a share, and data.sources.{task} is empty")
-      task_seed = _mix(seed, number)
-      self._weights.append([weight for _, weight in listed])
-      self._interleaves.append(mixture.Interleave([w for _, w in listed], task_seed) if listed else None)
-      self._rows.append(
-        [
-          Rows(
-            sources.open_source(spec, task, config),
-            task,
-            config,
-            tokenizer,
-            row_shape,
-            _mix(task_seed, i),
-            spec,
-          )
-          for i, (spec, _) in enumerate(listed)
-        ]
-      )
+    if config.mixture:
+      mixture.StepPlan(config.mixture, batch_size, 1)  # checks it
+    self.notes, schedule = mixture.without_empty(config.mixture, config.sources)
+    used = [not schedule or any(weights[i] > 0 for _, weights in schedule) for i in range(len(TASKS))]
+    self._weights = [[w for _, w in getattr(config.sources, task)] if used[i] else [] for i, task in enumerate(TASKS)]
+    self._interleaves = [
+      mixture.Interleave(weights, mixture.seed_of_part(seed, i)) if weights else None
+      for i, weights in enumerate(self._weights)
+    ]
+    self._mixture = schedule or ((0, (1.0,) * len(TASKS)),)
+    self._rows = [
+      open_rows(config, task, tokenizer, row_shape, seed) if weights else []
+      for task, weights in zip(TASKS, self._weights, strict=True)
+    ]
+    if not schedule:
+      self._mixture = ((0, tuple(float(sum(one.plan.rows for one in listed)) for listed in self._rows)),)
+      self.notes += [f"data.mixture: as many rows of each type as there are, {mixture.told(self._mixture)}"]
 
   def report(self) -> list[str]:
-    """Returns one line per source: records, planned rows, fill, records left out."""
-    return [rows.report() for rows in self.sources()]
+    """Returns one line per source (records, planned rows, fill, records left out), and the mixture's own lines."""
+    return [rows.report() for rows in self.sources()] + self.notes
 
   def sources(self) -> list[Rows]:
     """Returns the rows of each source, in the order of the tasks."""
@@ -253,6 +101,19 @@ class Pipeline:
       for task, listed, weights in zip(TASKS, self._rows, self._weights, strict=True)
       if listed
     }
+
+  def steps_of(self, epochs: float) -> int:
+    """Returns the steps after which every row has been drawn so many times, or more."""
+    weights, counts = self._mixture[-1][1], [0.0] * len(TASKS)
+    for task, (listed, shares) in enumerate(zip(self._rows, self._weights, strict=True)):
+      for rows, share in zip(listed, shares, strict=True):
+        counts[task] = max(counts[task], rows.plan.rows * sum(shares) / share)
+    passes = [count * sum(weights) / weight for count, weight in zip(counts, weights, strict=True) if weight]
+    return max(1, math.ceil(epochs * max(passes) / self._batch_size))
+
+  def captions(self, count: int) -> list[str]:
+    """Returns up to `count` different captions of images to write, of the first source's first records."""
+    return [caption for rows in self._rows[TASKS.index("generation")][:1] for caption in rows.captions(count)]
 
   def encoders(self) -> dict[str, str]:
     """Returns the folders of encoded images that are in use, each with the fingerprint of its encoder."""
@@ -371,12 +232,3 @@ def _read(
   finally:
     if hasattr(iterator, "close"):
       iterator.close()
-
-
-def _counted(number: int, what: str) -> str:
-  return f"{number:,} {what}{'s' * (number != 1)}"
-
-
-def _mix(seed: int, number: int) -> int:
-  """Derives the seed of part `number` from `seed`."""
-  return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])

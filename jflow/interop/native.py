@@ -28,6 +28,7 @@ from orbax.checkpoint import v1 as ocp
 from jflow import files
 from jflow.errors import UserError
 from jflow.interop import steps
+from jflow.interop.best import best_step
 from jflow.interop.steps import MANIFEST, damage, steps_of
 from jflow.models import lora
 from jflow.strict_json import Malformed
@@ -107,6 +108,8 @@ def load(step_dir: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
 def resolve(path: str | pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
   """(workdir, step directory) of a workdir, its `checkpoints` folder, or one step of it.
 
+  Of a run that stops early it is the best step, as best.json names it, else the newest.
+
   Raises:
     UserError: the path does not exist, no step is intact, or a step's folder has an irregular number such as 007.
   """
@@ -133,7 +136,10 @@ def resolve(path: str | pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     raise UserError(
       f"{folder / odd[0]} must be named as a step, as in 0 or 1000: rename it, move it away, or name a step"
     )
-  step = newest_valid(folder)
+  step = best_step(workdir)
+  if step is not None and steps_of(folder)[0] != step:
+    print(f"jflow: of {workdir}, step {step} is read, the best of its held-out records", file=sys.stderr)
+  step = newest_valid(folder) if step is None else step
   if step is None:
     raise UserError(f"{folder} holds no complete checkpoint yet")
   return workdir, folder / str(step)
@@ -170,7 +176,8 @@ def param_shapes(step_dir: pathlib.Path, weights: str = "ema") -> dict[str, Any]
   absl.logging.set_verbosity(absl.logging.FATAL)  # the UserError replaces Orbax's log of an unreadable file
   try:
     present = ocp.checkpointables_metadata(step_dir.absolute()).metadata
-    names = [name for name in ("frozen", "ema" if weights == "ema" else "trained") if name in present]
+    average = weights == "ema" and "ema" in present  # a run without an average has its weights alone
+    names = [name for name in ("frozen", "ema" if average else "trained") if name in present]
     raw = weights == "raw" and "ema" in present and "trained" not in present
     shape = lambda m: jax.ShapeDtypeStruct(tuple(m.shape), m.dtype)
     shapes = {name: jax.tree.map(shape, present[name], is_leaf=lambda m: hasattr(m, "dtype")) for name in names}

@@ -137,8 +137,8 @@ def complete(directory: pathlib.Path, step: int) -> None:
   _remove_mark(directory.parent / _UNSAVED)
 
 
-def retain(directory: pathlib.Path, saved: int, keep: int, keep_every: int) -> dict[int, str]:
-  """Deletes complete steps except the newest `keep` up to `saved` and multiples of `keep_every`.
+def retain(directory: pathlib.Path, saved: int, keep: int, keep_every: int, best: int | None = None) -> dict[int, str]:
+  """Deletes complete steps except the newest `keep` up to `saved`, multiples of `keep_every`, and `best`.
 
   Later steps are damaged and do not count. Remains of killed saves and deletions are deleted too. Of a step that is a
   link, only the link is deleted.
@@ -148,7 +148,7 @@ def retain(directory: pathlib.Path, saved: int, keep: int, keep_every: int) -> d
   """
   sealed = sealed_steps(directory)
   left = [step for step in _marked(directory) if step < saved and step not in sealed]
-  old = [step for step in sealed if step <= saved][keep:]
+  old = [step for step in sealed if step <= saved and step != best][keep:]
   told = {}
   for step in left + [step for step in old if not (keep_every and step % keep_every == 0)]:
     if note := _delete(directory, step):

@@ -12,7 +12,7 @@ import numpy as np
 from jflow import compilation
 from jflow.batch import TASKS
 from jflow.config import RunConfig
-from jflow.data.mixture import most_at_once
+from jflow.data.mixture import assumed, most_at_once
 from jflow.errors import UserError
 from jflow.models import flops as model_flops
 from jflow.models import lora
@@ -53,7 +53,7 @@ def expected(config: RunConfig, model: UnifiedModel) -> tuple[model_flops.Work, 
   many around the images of another size), whole rows of one text.
   """
   train, data = config.train, config.data
-  weights = np.asarray(data.mixture[-1][1], float)
+  weights = np.asarray(assumed(data)[-1][1], float)
   und, gen, text = weights / weights.sum()
   tokens = train.batch_size * data.row_tokens
   share = sum(w * _LOSS_SHARE[task] for w, task in zip((und, gen, text), TASKS))
@@ -69,7 +69,7 @@ def room(config: RunConfig, shards: int) -> tuple[int, ...]:
   data, patches = config.data, config.model.patches
   read, written = (min(data.row_tokens // (patches + text), data.row_images) for text in (_READ_TEXT, _WRITE_TEXT))
   held = np.array([[read, 0, read], [0, written, written], [0, 0, 0]])
-  most = most_at_once(data.mixture, config.train.batch_size, shards, config.train.accumulation, held)
+  most = most_at_once(assumed(data), config.train.batch_size, shards, config.train.accumulation, held)
   return (*(max(1, int(n)) for n in most), max(1, read, written))
 
 

@@ -25,6 +25,7 @@ def run(args: Settings) -> dict[str, Any]:
   import jax.numpy as jnp
   import numpy as np
 
+  from jflow.data.mixture import assumed
   from jflow.models import kernels
   from jflow.perf.rows import synthetic
   from jflow.perf.train import load
@@ -34,7 +35,7 @@ def run(args: Settings) -> dict[str, Any]:
     raise UserError("--repeats must be at least 1")
   config, device = load(args.config, args.fields, args.rows), jax.devices()[0]
   lm, dtype = config.model.language_model, jnp.dtype(config.compute.dtype)
-  batch = synthetic(args.rows, setup.row_shape(config, config.model), config.data.mixture[-1][1], lm.vocab_size)
+  batch = synthetic(args.rows, setup.row_shape(config, config.model), assumed(config.data)[-1][1], lm.vocab_size)
   segments = jnp.asarray(batch.segment_ids)
   shape = (*segments.shape, lm.num_heads, lm.head_dim)
   inputs = tuple(jax.random.normal(key, shape, dtype) for key in jax.random.split(jax.random.key(0), 3))

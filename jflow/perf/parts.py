@@ -103,6 +103,6 @@ def _parts(
     gradients = jax.tree.map(lambda x: 1e-3 * x, state.trained)
     updates, inner = optimizer.update(gradients, state.optimizer, state.trained)
     new = optax.apply_updates(state.trained, updates)
-    return state.replace(trained=new, optimizer=inner, ema=optim.update_ema(state.ema, new, 0.99))
+    return state.replace(trained=new, optimizer=inner, ema=optim.update_ema(state.ema, new, 0.99) if state.ema else {})
 
   yield "optimizer", update, (state,)

@@ -56,6 +56,7 @@ def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
 
   from jflow import chips, sharding
   from jflow.batch import need_memory
+  from jflow.data.mixture import assumed
   from jflow.perf import parts as part_timing
   from jflow.perf.rows import most, synthetic
   from jflow.perf.timing import spread
@@ -70,7 +71,7 @@ def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
   shape, rows = setup.row_shape(config, model.config), config.train.batch_size
   vocabulary = model.config.language_model.vocab_size
   need_memory(rows, shape, 2)  # here and on the devices
-  host = synthetic(rows, shape, config.data.mixture[-1][1], vocabulary)
+  host = synthetic(rows, shape, assumed(config.data)[-1][1], vocabulary)
   model = setup.with_room(model, most(host, config.mesh.data * config.mesh.fsdp, config.train.accumulation))
   with jax.set_mesh(mesh):
     batch = jax.device_put(host, sharding.batch_sharding(mesh))

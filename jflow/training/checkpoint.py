@@ -17,7 +17,7 @@ from jflow.errors import Stopped, UserError
 from jflow.interop import steps
 from jflow.interop.native import load, seal
 from jflow.interop.steps import damage, sealed_steps, steps_of
-from jflow.training import hosts
+from jflow.training import best, hosts
 from jflow.training.state import TrainState
 
 
@@ -30,6 +30,8 @@ def _items(state: TrainState) -> dict[str, Any]:
   progress: dict[str, Any] = {"step": state.step, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
   if state.recent is not None:
     progress["recent"] = state.recent
+  if state.best is not None:
+    progress["best"] = state.best
   items = {
     "trained": state.trained,
     "frozen": state.frozen,
@@ -57,7 +59,14 @@ def newest_valid(directory: pathlib.Path) -> int | None:
 class Checkpointer:
   """Saves and restores the `TrainState` of one run. Saving is asynchronous."""
 
-  def __init__(self, directory: pathlib.Path, keep: int, metadata: dict[str, Any], keep_every: int = 0):
+  def __init__(
+    self,
+    directory: pathlib.Path,
+    keep: int,
+    metadata: dict[str, Any],
+    keep_every: int = 0,
+    keep_best: bool = False,
+  ):
     """Opens the directory, or creates it.
 
     Args:
@@ -65,9 +74,10 @@ class Checkpointer:
       keep: newest steps to retain.
       metadata: is added to every manifest (config, commit, versions).
       keep_every: steps that are a multiple of it are never deleted; 0: none.
+      keep_best: whether the best step of the held-out records is never deleted, and named in best.json.
     """
     self._directory, self._metadata = directory.absolute(), metadata
-    self._keep, self._keep_every = keep, keep_every
+    self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
     try:
       self._directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -88,17 +98,20 @@ class Checkpointer:
       response = ocp.save_checkpointables_async(str(self._directory / str(step)), _items(state), overwrite=True)
     except OSError as error:
       raise self._stopped(step, error) from error
-    self._thread = threading.Thread(target=self._finish, args=(step, response), name="checkpoint")
+    found = jax.device_get(state.best) if self._keep_best else None
+    self._thread = threading.Thread(target=self._finish, args=(step, response, found), name="checkpoint")
     self._thread.start()
 
-  def _finish(self, step: int, response: Any) -> None:
+  def _finish(self, step: int, response: Any, found: best.Best | None) -> None:
     try:
       response.result()
       process, processes = jax.process_index(), jax.process_count()
       seal(self._directory / str(step), {"step": step, **self._metadata}, process, processes)
       if process == 0:
         steps.complete(self._directory, step)
-        told = steps.retain(self._directory, step, self._keep, self._keep_every)
+        best.write(self._directory.parent, found)
+        kept = int(found.step) if found is not None else None
+        told = steps.retain(self._directory, step, self._keep, self._keep_every, kept)
         for note in told.keys() - self._told.keys():
           hosts.say(told[note])
         self._told |= told

@@ -5,6 +5,7 @@ loses only the phase in progress.
 
   setup, restore, compile, save   compile includes the first step; save is the time that the loop waits
   sample                          generating sample images
+  validate                        the losses of held-out records
   steps                           training, up to `step`
   down                            from the last line of a start that was killed to the next start
 """
@@ -18,7 +19,7 @@ from jflow import files
 from jflow.training.metrics import Lines, read_lines
 
 FILE = "goodput.jsonl"
-_PHASES = ("setup", "restore", "compile", "save", "sample", "steps", "down")
+_PHASES = ("setup", "restore", "compile", "save", "sample", "validate", "steps", "down")
 
 
 class Goodput:
@@ -68,10 +69,10 @@ def summary(workdir: pathlib.Path) -> dict[str, float]:
   """Returns the seconds of each phase over all starts.
 
   Returns:
-    productive, save, restore, compile, setup, sample, lost (steps that were computed again, and the time between a kill
+    productive, save, restore, compile, setup, sample, validate, lost (steps that were computed again, and the time between a kill
     and the next start), wall (their sum), starts, and goodput = productive / wall.
   """
-  out = dict.fromkeys(("productive", "save", "restore", "compile", "setup", "sample", "lost"), 0.0)
+  out = dict.fromkeys(("productive", "save", "restore", "compile", "setup", "sample", "validate", "lost"), 0.0)
   rows = read_lines(workdir / FILE, _wrong)
   done: list[tuple[int, float]] = []  # (last step, seconds) of each booked piece of training
   before = rows[0]["t"] if rows else 0.0

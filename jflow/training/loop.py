@@ -5,7 +5,6 @@ import errno
 import functools
 import os
 import pathlib
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,24 +21,28 @@ from jflow.config import RunConfig
 from jflow.data import templates
 from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
+from jflow.data.validation import HeldOut
 from jflow.errors import Stopped, Terminated
 from jflow.interop import steps
 from jflow.models import lora
 from jflow.models.unified import UnifiedModel
 from jflow.progress import StepProgress
-from jflow.training import data_record, encode, hosts, optim, remat, setup, tracking
+from jflow.training import best, data_record, encode, hosts, optim, remat, setup, tracking
 from jflow.training import workdir as workdirs
 from jflow.training.checkpoint import Checkpointer
 from jflow.training.flops import mfu
 from jflow.training.goodput import Goodput
 from jflow.training.metrics import FILE, Lines, number
 from jflow.training.program import abstract_batch, check_memory, make_program
+from jflow.training.signals import StopFlag
 from jflow.training.state import TrainState
+from jflow.training.validation import Validation
 from jflow.training.watchdog import Watchdog
 
 _NAMED = 20  # rejected records that are named on stderr; the others are only counted
-# (model, tokenizer, nested parameters as numpy arrays) -> an image for each of log.sample_prompts.
-Painter = Callable[[UnifiedModel, Tokenizer, Any], list[Image.Image]]
+# (model, tokenizer, nested parameters as numpy arrays, prompts) -> an image for each prompt.
+Painter = Callable[[UnifiedModel, Tokenizer, Any, Sequence[str]], list[Image.Image]]
+_PROMPTS = 4  # captions of the data that are painted where the config names no prompts
 
 
 def train(
@@ -108,20 +111,25 @@ def _train(
   model = setup.with_room(model, pipeline.most(config.mesh.data * config.mesh.fsdp, config.train.accumulation))
   data = pipeline.identity()
   data_record.check(workdir, data, accepted_data)
+  given, notes = config, pipeline.report()
+  config, said = setup.with_steps(given, pipeline)
+  held_out = setup.open_held_out(config, tokenizer, mesh)
+  notes += said + (held_out.report() if held_out else [])
 
   with jax.set_mesh(mesh):
     make = lambda chosen: make_program(config, chosen, mesh, rule)
     program = make(remat.candidates(model, mesh.devices.flat[0].platform)[-1])
     check_memory(program, mesh)
     about = {
-      "config": config.to_dict(),
+      "config": given.to_dict(),
       "data": data,
       "commit": commit(),
       "versions": workdirs.versions(),
     }
     about |= {"tokenizer": tokenizer.fingerprint}
     keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
-    checkpointer = Checkpointer(workdir / "checkpoints", keep, about, keep_every)
+    keep_best = config.train.early_stop > 0
+    checkpointer = Checkpointer(workdir / "checkpoints", keep, about, keep_every, keep_best)
     opened = time.time()
     state = checkpointer.restore(program.state)
     if state is not None:
@@ -133,15 +141,18 @@ def _train(
     encode.check(pipeline.encoders(), state.frozen, model.config)
     if hosts.is_first():  # after the checks above, so that a mistake leaves no config in the workdir
       data_record.write(workdir, data)
-      workdirs.write_config(workdir, config, tokenizer)
+      workdirs.write_config(workdir, given, tokenizer)
+      best.write(workdir, jax.device_get(state.best) if keep_best else None)
     record = Goodput(workdir, started) if hosts.is_first() else None
     if record:
       record.mark("setup", at=opened)
       record.mark("restore", int(state.step))
-    for line in pipeline.report():  # after the checks, so that a mistake prints only its own line
+    for line in notes:  # after the checks, so that a mistake prints only its own line
       hosts.say(line)
     paint = functools.partial(painter, program.model, tokenizer) if painter else None
     run = _Run(config, workdir, pipeline, checkpointer, record, sharding.batch_sharding(mesh), paint)
+    if held_out:
+      run.validate_on(held_out, program.model, mesh)
     step = program.step
     if model.remat == remat.AUTO and int(state.step) < config.train.steps:
       batch = abstract_batch(config, model, mesh)
@@ -160,14 +171,23 @@ class _Run:
     checkpointer: Checkpointer,
     record: Goodput | None,
     where: jax.sharding.NamedSharding,
-    paint: Callable[[Any], list[Image.Image]] | None = None,
+    paint: Callable[[Any, Sequence[str]], list[Image.Image]] | None = None,
   ):
-    """`record` is None except on process 0; `where`: sharding of a batch; `paint`: parameters to sample images."""
-    self._paint = paint
+    """`record` is None except on process 0; `where`: sharding of a batch; `paint`: (parameters, prompts) to images."""
+    self._validation: Validation | None = None
+    self._prompts = tuple(config.log.sample_prompts) or tuple(pipeline.captions(_PROMPTS))
+    self._paint = paint if self._prompts and config.log.sample_every else None
     self._config, self._workdir, self._where = config, workdir, where
     self._pipeline, self._checkpointer, self._record = pipeline, checkpointer, record
     self._pending: dict[str, Any] | None = None
     self._rejected: set[str] = set()
+
+  def validate_on(self, held_out: HeldOut, model: UnifiedModel, mesh: jax.sharding.Mesh) -> None:
+    """Computes the loss of held-out records along the run, which may paint their captions."""
+    c = self._config
+    model = setup.with_room(model, held_out.most(c.mesh.data * c.mesh.fsdp, c.train.accumulation))
+    self._validation = Validation(self._config, model, mesh, held_out, self._place)
+    self._prompts = tuple(self._config.log.sample_prompts or held_out.captions(_PROMPTS)) or self._prompts
 
   def __call__(
     self,
@@ -176,10 +196,12 @@ class _Run:
   ) -> None:
     """Runs the steps from the state's to the last one."""
     first, last = int(state.step), self._config.train.steps
-    if first >= last:
-      hosts.say(f"{self._workdir} is complete at step {first}")
+    patience = self._config.train.early_stop
+    if first >= last or best.is_over(state.best, patience):
+      hosts.say(f"{self._workdir} is complete at step {first}{best.told(state.best, patience)}")
       return
     interval, every = self._config.checkpoint.interval, self._config.log.sample_every
+    validated = self._config.train.validation_every
     main = hosts.is_first()
     self._trackers = tracking.trackers(self._config, self._workdir) if main else []
     self._metrics = self._open_metrics(first) if main else None
@@ -187,9 +209,13 @@ class _Run:
     self._watchdog = Watchdog(self._config.train.watchdog_seconds, self._pipeline.waiting_for)
     self._watchdog.beat("the start", slow=True)
     self._clock, self._compiled, self._trained = time.monotonic(), False, lora.parts(state.trained)
-    exchange, stop = hosts.Exchange(), _StopFlag()
+    exchange, stop, over = hosts.Exchange(), StopFlag(), False
     self._tracing = False
     try:
+      if not first and self._validation:
+        with compilation.said("the loss of held-out records"):
+          loss = float(self._validation(state)[1]["val_loss"])
+        hosts.say(f"held-out records have the loss {loss:.4f} before the first step")
       batches = self._on_device(self._pipeline.batches(first, last))
       for step, (batch, info) in enumerate(batches, start=first + 1):
         self._trace(step)
@@ -203,7 +229,12 @@ class _Run:
         self._pending = {"row": row, "device": device, "told": exchange(stop.signum, info["fill"], lost)}
         # A single process knows at once. Read once: a signal after this line stops the run after the next step.
         signum = stop.signum if jax.process_count() == 1 else signum
-        save, paint = (bool(n) and (step % n == 0 or step == last) for n in (interval, every if self._paint else 0))
+        wanted = (interval, every if self._paint else 0, validated if self._validation else 0)
+        save, paint, validate = (bool(n) and (step % n == 0 or step == last) for n in wanted)
+        if validate and self._validation:  # whatever signal there is: a run that goes on must have waited as long
+          state, told = self._validate(self._validation, state, step)
+          signum, over = told or signum, best.is_over(state.best, patience)
+          save |= over or best.is_kept(state.best, patience, step)
         if save or paint or signum:
           signum = self._flush() or signum
         if save or signum:
@@ -213,7 +244,12 @@ class _Run:
         if signum:
           self._finish_saving(step)
           raise Terminated(signum, f"stopped at step {step}; the same command goes on from there")
+        if over:
+          last = step
+          break
       self._finish_saving(last)
+      if patience:
+        hosts.say(f"{'stopped early' if over else 'ended'} at step {last}{best.told(state.best, patience)}")
     finally:
       if self._tracing:
         jax.profiler.stop_trace()
@@ -300,14 +336,34 @@ class _Run:
     if self._record:
       self._record.steps(step, now=True)
     self._watchdog.beat(f"step {step}", slow=True)
-    params = hosts.on_host(optim.merge(state.frozen, state.ema))
+    params = hosts.on_host(optim.merge(state.frozen, state.averaged))
     if self._record and self._paint:
-      images = self._paint(params)
+      images = self._paint(params, self._prompts)
       for tracker in self._trackers:
-        tracker.pictures(step, self._config.log.sample_prompts, images)
+        tracker.pictures(step, self._prompts, images)
       self._record.mark("sample", step)
     self._watchdog.beat(f"step {step}")
     self._clock = time.monotonic()
+
+  def _validate(self, validation: Validation, state: TrainState, step: int) -> tuple[TrainState, int]:
+    """Writes the metrics of a step with the losses of the held-out records.
+
+    Returns:
+      The state with the best of them, and the signal as `_flush` does.
+    """
+    pending = self._pending or {}
+    jax.block_until_ready(pending["device"])
+    if self._record:
+      self._record.steps(step, now=True)
+    self._watchdog.beat(f"step {step}", slow=True)
+    began = time.monotonic()
+    with compilation.said("the loss of held-out records"):
+      state, found = validation(state)
+      pending["device"] |= jax.device_get(found)
+    self._clock += time.monotonic() - began  # the step itself was as fast as ever
+    if self._record:
+      self._record.mark("validate", step)
+    return state, self._flush()
 
   def _finish_saving(self, step: int) -> None:
     self._watchdog.beat(f"step {step}", slow=True)
@@ -318,23 +374,9 @@ class _Run:
 
   def _on_device(self, batches: Iterator[tuple[Batch, Any]]) -> Iterator[tuple[Batch, Any]]:
     """Puts each host's rows on its shards of the global batch."""
-    rows = self._config.train.batch_size
-    place = lambda x: jax.make_array_from_process_local_data(self._where, np.asarray(x), (rows, *x.shape[1:]))
     for batch, info in batches:
-      yield jax.tree.map(place, batch), info
+      yield jax.tree.map(self._place, batch), info
 
-
-class _StopFlag:
-  """A handler that remembers SIGTERM and SIGINT until the step in progress is done; a second signal has no effect."""
-
-  def __init__(self) -> None:
-    self.signum = 0
-    self._old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-
-  def _note(self, signum: int, frame: Any) -> None:
-    self.signum = self.signum or signum
-    print("jflow: saving before exit ...", file=sys.stderr, flush=True)
-
-  def restore(self) -> None:
-    for signum, handler in self._old.items():
-      signal.signal(signum, handler)
+  def _place(self, x: np.ndarray) -> jax.Array:
+    rows = self._config.train.batch_size
+    return jax.make_array_from_process_local_data(self._where, np.asarray(x), (rows, *x.shape[1:]))

@@ -56,9 +56,9 @@ def _is_number(value: Any) -> bool:
 
 
 def losses_of(runs: Sequence[Sequence[Row]]) -> list[str]:
-  """Returns the names of the total loss and its parts that any run has."""
+  """Returns the names of the total loss and its parts, also of held-out records, that any run has."""
   names = {name for rows in runs for row in rows for name, value in row.items() if _is_number(value)}
-  return sorted(name for name in names if name == "loss" or name.startswith("loss_"))
+  return sorted(name for name in names if name.removeprefix("val_").partition("_")[0] == "loss")
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:

@@ -64,7 +64,8 @@ def make_program(
         what = f"must not match {part}, which no loss reaches: name it in optimizer.frozen"
         raise refusal("optimizer.trained", config.optimizer.trained, what)
     optim.rate_factors(flatten_dict(trained, sep="/"), config.optimizer.rates)
-    return TrainState.create(trained, frozen, optimizer, spike_window)
+    validated = bool(config.data.validation)
+    return TrainState.create(trained, frozen, optimizer, spike_window, bool(train.ema), validated)
 
   boxed = jax.eval_shape(lambda: state_of(setup.initial_params(config, model)))
   where = sharding.shardings(mesh, boxed)

@@ -16,6 +16,7 @@ from jflow.batch import RowShape
 from jflow.config import RunConfig, TrainConfig
 from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
+from jflow.data.validation import HeldOut
 from jflow.errors import UserError
 from jflow.generation.base import family
 from jflow.interop.checkpoints import Checkpoint, read_checkpoint
@@ -150,6 +151,33 @@ def open_data(config: RunConfig, tokenizer: Tokenizer | None = None, share: Sequ
   tokenizer = tokenizer or Tokenizer.load(config.data.tokenizer)
   shape = row_shape(config, config.model)
   return Pipeline(config.data, tokenizer, shape, config.train.batch_size, config.train.seed, share)
+
+
+def open_held_out(config: RunConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> HeldOut | None:
+  """The held-out records of a run in batches as large as a step's; None where their loss is not wanted."""
+  if not config.train.validation_every:
+    return None
+  rows = config.train.batch_size
+  share = sharding.local_rows(mesh, rows)
+  return HeldOut(config.data, tokenizer, row_shape(config, config.model), rows, config.train.seed, share)
+
+
+def with_steps(config: RunConfig, pipeline: Pipeline) -> tuple[RunConfig, list[str]]:
+  """Returns the config with the steps of `train.epochs`, where `train.steps` is 0, and a line that says so.
+
+  Raises:
+    UserError: the number of steps does not fit another field.
+  """
+  train = config.train
+  if not train.epochs:
+    return config, []
+  one, rows = pipeline.steps_of(1.0), train.batch_size
+  if train.steps:
+    return config, [f"train.steps={train.steps} of {rows} rows are {train.steps / one:.1f} passes over the data"]
+  steps = pipeline.steps_of(train.epochs)
+  config = config.replace(train=dict(steps=steps))
+  run_config.check(config)
+  return config, [f"train.epochs={train.epochs:g} are {steps} steps of {rows} rows"]
 
 
 def start_params(

@@ -96,7 +96,7 @@ def make_step(
     norm = optax.global_norm(grads)
     updates, opt_state = optimizer.update(grads, state.optimizer, state.trained)
     trained: Any = optax.apply_updates(state.trained, updates)
-    ema = update_ema(state.ema, trained, config.train.ema)
+    ema = update_ema(state.ema, trained, config.train.ema) if state.ema else state.ema
     good, recent = jnp.isfinite(norm) & jnp.isfinite(loss), state.recent
     if recent is not None:
       good &= jnp.logical_not(is_spike(recent, loss, norm, config.train.spike_sigmas))

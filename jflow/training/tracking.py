@@ -122,5 +122,8 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
       out |= {f"{name}/{key}": float(number) for key, number in value.items()}
     elif isinstance(value, (int, float)) and name != "step":
       group, _, rest = name.partition("_")
-      out[f"loss/{rest or 'total'}" if group == "loss" else f"run/{name}"] = float(value)
+      if name.startswith("val_loss"):
+        out[f"val/{name.removeprefix('val_loss').removeprefix('_') or 'total'}"] = float(value)
+      else:
+        out[f"loss/{rest or 'total'}" if group == "loss" else f"run/{name}"] = float(value)
   return out

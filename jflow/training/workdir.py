@@ -26,9 +26,12 @@ from jflow.training import data_record
 _MAY_CHANGE = (
   "size",  # a name; its content is compared instead
   "train.steps",
+  "train.epochs",
   "train.watchdog_seconds",
   "train.init_fresh",
   "train.init_dropped",
+  "train.validation_every",
+  "train.early_stop",
   "checkpoint.",
   "distributed.",
   "log.",
@@ -81,7 +84,16 @@ def check_shared(workdir: pathlib.Path) -> None:
 
 def _check_kinds(workdir: pathlib.Path) -> None:
   """Raises UserError where a file of the run is a folder, or a folder of the run is not one."""
-  for name in ("config.json", "data.json", "metrics.jsonl", "goodput.jsonl", "goodput.json", "wandb_id", "unsaved"):
+  for name in (
+    "config.json",
+    "data.json",
+    "metrics.jsonl",
+    "goodput.jsonl",
+    "goodput.json",
+    "best.json",
+    "wandb_id",
+    "unsaved",
+  ):
     if (workdir / name).exists() and not (workdir / name).is_file():
       raise UserError(f"{workdir / name} must be a file: move away what stands there")
   for name in ("checkpoints", "tokenizer", "samples", "profile", "tensorboard"):

@@ -264,7 +264,8 @@ def test_sources_of_a_task_share_its_rows_by_weight(opened):
   "changes, message",
   [
     (dict(mixture=((0, (1, 1)),)), "mixture"),
-    (dict(sources={**SOURCES, "text": ()}), "data.sources.text"),
+    (dict(sources={**SOURCES, "text": ()}, mixture=((0, (0, 0, 1)),)), "data.mixture"),
+    (dict(sources={}), "data.sources.text"),
     (dict(shape=RowShape(10, 3, 9, 6, "flow")), "data.row_tokens is 10"),
     (dict(shape=RowShape(12, 3, 9, 6, "flow")), "101 understanding records"),
     (dict(shape=RowShape(96, 0, 9, 6, "flow")), "0 images"),

@@ -16,7 +16,7 @@ import numpy as np
 
 from jflow import files
 from jflow.batch import RowShape
-from jflow.data import packing
+from jflow.data import held_out, packing
 from jflow.data.examples import CAPTION_PROMPT
 from jflow.data.packing import Plan
 from jflow.data.records import Source
@@ -59,6 +59,8 @@ def planned(
   shape: RowShape,
   cache: str,
   caption_prompt: str = CAPTION_PROMPT,
+  validation: float = 0.0,
+  side: str = held_out.TRAINING,
 ) -> Planned:
   """Returns the plan of a source, from the cache or newly made.
 
@@ -73,6 +75,8 @@ def planned(
     shape: the row's budgets.
     cache: folder for plans that cannot be kept beside the records; empty: none.
     caption_prompt: see `examples.build`.
+    validation: share of the records that are held out.
+    side: of held_out.py, whose records are planned.
   """
   folders = derived.places(source, cache)
   budgets = (shape.tokens, shape.images, shape.image_patches)
@@ -80,6 +84,8 @@ def planned(
     budgets += (shape.writer,)
   if task == "understanding" and caption_prompt != CAPTION_PROMPT:
     budgets += (caption_prompt,)
+  if validation:
+    budgets += (side, validation)
   file = derived.name(
     "plan", _VERSION, getattr(source, "fingerprint", ""), task, tokenizer.fingerprint, template, budgets
   )
@@ -88,18 +94,31 @@ def planned(
     with derived.alone(folders, file) as path:
       found = _read(folders, file, len(source))
       if found is None:
-        found = _plan(source, task, tokenizer, template, shape, cache, caption_prompt)
+        wanted = None
+        if validation:
+          wanted = held_out.held_out(source, validation) == (side == held_out.VALIDATION)
+        found = _plan(source, task, tokenizer, template, shape, cache, caption_prompt, wanted)
         if path and _write(path, found):
           found = _read(folders, file, len(source)) or found
   return found
 
 
 def _plan(
-  source: Source, task: str, tokenizer: Tokenizer, template: str, shape: RowShape, cache: str, caption_prompt: str
+  source: Source,
+  task: str,
+  tokenizer: Tokenizer,
+  template: str,
+  shape: RowShape,
+  cache: str,
+  caption_prompt: str,
+  wanted: np.ndarray | None,
 ) -> Planned:
+  """Makes a plan; `wanted`: bool[N], the records that get a row; None: all."""
   sizes, rejected = lengths.measure(
     source, task, tokenizer, template, shape.image_patches, shape.writer, cache, caption_prompt
   )
+  if wanted is not None:
+    sizes[~wanted] = 0
   if task == "text":
     plan = packing.plan_documents(sizes[:, 0], shape.tokens, _SEED)
   else:

@@ -1,0 +1,96 @@
+"""The loss of held-out records along a run, its best step, and the early end."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from jflow.data.tokenizer import Tokenizer
+from jflow.interop import native
+from jflow.models.unified import loss_counts
+from jflow.training import loop, setup
+from jflow.training.metrics import read_metrics
+from jflow.training.step import draw
+
+NAMES = ("val_loss", "val_loss_text", "val_loss_flow")
+
+
+def config(steps, **train):
+  return tiny.configuration(
+    train=dict(steps=steps, validation_every=3, early_stop=2, ema=0.0, fit_images=20, **train),
+    data=dict(
+      sources={"understanding": (), "generation": (("shapes", 1.0),), "text": (("shapes", 1.0),)},
+      mixture=((0, (3, 1, 1)),),  # nothing to read, and it goes without saying
+      validation=0.2,
+      validation_rows=8,
+      shapes={**vars(tiny.configuration().data.shapes), "size": 60},
+      plan_cache="",
+    ),
+    objective=dict(weights=dict(text=1.0, flow=2.0), logged=()),
+    optimizer=dict(learning_rate=0.5, warmup_steps=1),  # so high that the loss rises soon
+    checkpoint=dict(interval=6, keep=1),
+  )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  """The folder of a run of at most 60 steps, and of one that was stopped at 6 and goes on."""
+  folder = tmp_path_factory.mktemp("validation")
+  loop.train(config(60), folder / "whole")
+  loop.train(config(6), folder / "halves")
+  loop.train(config(60), folder / "halves")
+  return folder
+
+
+def losses(workdir):
+  return [(row["step"], *(row.get(name) for name in ("loss", *NAMES))) for row in read_metrics(workdir)]
+
+
+def test_it_ends_early_and_its_best_step_is_loaded(runs, capsys):
+  rows = read_metrics(runs / "whole")
+  held = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+  assert rows[-1]["step"] < 60 and set(held) == set(range(3, rows[-1]["step"] + 1, 3))
+  best = min(held, key=held.get)
+  assert rows[-1]["step"] == best + 2 * 3
+  assert json.loads((runs / "whole" / "best.json").read_text()) == {"step": best, "val_loss": held[best]}
+  workdir, step = native.resolve(runs / "whole")
+  assert step.name == str(best) and str(best) in capsys.readouterr().err
+  assert {p.name for p in step.parent.iterdir()} == {str(best), str(rows[-1]["step"])}
+
+
+def test_it_goes_on_bit_for_bit_with_its_patience(runs):
+  assert losses(runs / "whole") == losses(runs / "halves")
+  assert (runs / "whole" / "best.json").read_text() == (runs / "halves" / "best.json").read_text()
+
+
+def test_a_run_that_has_ended_early_stays_so(runs, capsys):
+  before = losses(runs / "halves")
+  loop.train(config(60), runs / "halves")
+  assert losses(runs / "halves") == before and "is complete" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"step": 1}', b'{"step": "3"}'])
+def test_without_a_sound_best_step_it_is_the_newest(runs, tmp_path, capsys, content):
+  shutil.copytree(runs / "whole", tmp_path / "run")
+  (tmp_path / "run" / "best.json").write_bytes(content)
+  assert native.resolve(tmp_path / "run")[1].name == str(read_metrics(runs / "whole")[-1]["step"])
+  assert "is not used" in capsys.readouterr().err
+
+
+def test_the_loss_is_the_mean_over_all_terms_of_the_held_out_rows(runs):
+  """Of the best step, computed apart: text has no draws, so one row at a time gives its sum."""
+  run, best = config(60), json.loads((runs / "whole" / "best.json").read_text())["step"]
+  params = native.load_params(native.resolve(runs / "whole")[1])
+  mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "model"))
+  held = setup.open_held_out(run, Tokenizer.load(run.data.tokenizer), mesh)
+  model, total, count = setup.build(run, jax.devices()[0]), 0.0, 0.0
+  for batch in held.batches[0]:
+    draws = draw(model, jax.random.key(0), batch, run.objective)
+    total += float(tiny.loss_sums(model, params, batch, draws, ("text",))["text"])
+    count += float(loss_counts(model.config, batch)["text"])
+  row = next(row for row in read_metrics(runs / "whole") if row["step"] == best)
+  assert np.isclose(row["val_loss_text"], total / count, rtol=1e-5)
+  assert np.isclose(row["val_loss"], row["val_loss_text"] + 2 * row["val_loss_flow"], rtol=1e-6)
