@@ -86,7 +86,7 @@ def base(size: str, sizes: Mapping[str, Callable[[ConfigDict], None]] = SIZES) -
     ),
   )
   c.data = dict(
-    tokenizer="",  # directory with tokenizer.json
+    tokenizer="",  # directory with tokenizer.json; empty: that of train.init_from
     template="plain",  # "plain": prompt and image, image and text; "chat": User / Assistant (stage 3)
     row_tokens=4096,  # tokens of a packed row (paper section 4.1)
     row_images=7,  # image slots of a packed row

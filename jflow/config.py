@@ -320,7 +320,8 @@ def _images_have_tokens(c: RunConfig) -> str:
 
 @constraint("data.tokenizer")
 def _there_is_a_tokenizer(c: RunConfig) -> str:
-  return "" if c.data.tokenizer else "must name a directory with tokenizer.json"
+  there = c.data.tokenizer or c.train.init_from
+  return "" if there else "must name a directory with tokenizer.json, without train.init_from, which may have one"
 
 
 @constraint("data.stored")

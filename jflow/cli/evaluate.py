@@ -15,6 +15,7 @@ benchmarks:
 
 examples:
   python -m jflow evaluate --benchmark=shapes --checkpoint=quickstart/stage3 --output=scores/shapes
+  python -m jflow evaluate --benchmark=records --checkpoint=runs/tuned --data=data/mine --output=scores/mine
   python -m jflow evaluate --benchmark=pope --checkpoint=JanusFlow-1.3B --data=LMUData --output=scores/pope
   python -m jflow evaluate --benchmark=geneval --checkpoint=JanusFlow-1.3B --vae=sdxl-vae --data=geneval --output=scores/geneval
   python -m jflow evaluate --benchmark=geneval --checkpoint=JanusFlow-1.3B --vae=sdxl-vae --data=geneval --output=scores/geneval \\
@@ -73,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     "--limit", type=whole(1), metavar="N", help="only the first N prompts and the first N questions, of each split"
   )
   p.add_argument("--only", choices=("pictures", "questions"), help="shapes: leaves out the other half")
-  p.add_argument("--split", default="", help="vqav2: val (default) or test-dev")
+  p.add_argument("--split", default="", help="vqav2: val (default) or test-dev; records: held-out or held-out:SHARE")
   p.add_argument(
     "--batch_size",
     type=whole(1, 100_000),

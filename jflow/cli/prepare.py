@@ -127,9 +127,9 @@ def _import(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     )
     return
   print(
-    "next: python -m jflow train --config=configs/stage2.py --workdir=runs/stage2 --config.data.tokenizer=DIR "
-    f"--config.data.sources.{arguments.task}=\"(('{arguments.output}', 1.0),)\" "
-    "(DIR and the rest of the command: configs/README.md)"
+    "next: python -m jflow train --config=tune --workdir=runs/tuned --config.train.init_from=CHECKPOINT "
+    f"--config.data.sources.{arguments.task}=\"(('{arguments.output}',1.0),)\" (CHECKPOINT: a run of jflow, a directory "
+    "of JanusFlow, or for --config=janus/tune one of Janus; to pretrain: configs/README.md)"
   )
 
 

@@ -38,7 +38,9 @@ def answer(
 
 def _request(model: Any, question: Question) -> Any:
   images = list(question.images())
-  text = question.text.replace(IMAGE_MARK, IMAGE_MARK * len(images), 1)
+  text = question.text
+  if text.count(IMAGE_MARK) == 1:  # where all images stand
+    text = text.replace(IMAGE_MARK, IMAGE_MARK * len(images), 1)
   return model.request(text, images, question.max_tokens, system=question.system)
 
 

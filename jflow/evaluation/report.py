@@ -29,8 +29,16 @@ h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 
 table { border-collapse: collapse; width: 100%; } th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); }
 th { text-align: left; font-weight: 600; } td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 img { max-width: 100%; border: 1px solid var(--line); } code { font-size: .9em; overflow-wrap: anywhere; }
-li { white-space: pre-wrap; overflow-wrap: anywhere; } td:first-child { white-space: nowrap; } .wrap { overflow-x: auto; }
+li { white-space: pre-wrap; overflow-wrap: anywhere; } td:first-child { white-space: nowrap; } td.s { white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; } .wrap { overflow-x: auto; }
 """
+
+
+class Shown(NamedTuple):
+  """A table of samples on the page, as of answers beside the truth."""
+
+  title: str
+  heads: Sequence[str]
+  rows: Sequence[Sequence[str | Image.Image]]
 
 
 class Result(NamedTuple):
@@ -40,6 +48,7 @@ class Result(NamedTuple):
   notes: Sequence[str] = ()  # sentences that a reader of the scores needs
   pictures: Sequence[tuple[str, Image.Image]] = ()  # (title, sheet)
   files: Mapping[str, Any] = {}  # name -> JSON value: what is handed in elsewhere, each a file of its own
+  shown: Sequence[Shown] = ()  # on the page alone
 
 
 def write(
@@ -83,7 +92,7 @@ def write(
     with outputs.new_file(directory / f"{_file_name(title)}.png") as new:
       sheet.save(new, "PNG")
   outputs.replace(directory / "report.json", json.dumps(body, indent=1, ensure_ascii=False) + "\n")
-  outputs.replace(directory / "report.html", _page(body, what, result.pictures))
+  outputs.replace(directory / "report.html", _page(body, what, result.pictures, result.shown))
   return body
 
 
@@ -186,7 +195,9 @@ def _add(total: Any, paths: Sequence[pathlib.Path]) -> Any:
   return total
 
 
-def _page(body: Mapping[str, Any], what: str, pictures: Sequence[tuple[str, Image.Image]]) -> str:
+def _page(
+  body: Mapping[str, Any], what: str, pictures: Sequence[tuple[str, Image.Image]], shown: Sequence[Shown]
+) -> str:
   groups: dict[str, dict[str, Any]] = {}
   for name, score in body["scores"].items():
     group, _, label = name.rpartition(": ")
@@ -211,10 +222,20 @@ def _page(body: Mapping[str, Any], what: str, pictures: Sequence[tuple[str, Imag
 <title>jflow: {html.escape(body["benchmark"])}</title><style>{_STYLE}</style>
 <h1>{html.escape(body["benchmark"])}</h1><p class="what">{html.escape(what)}</p>
 {tables}
-{f"<h2>Notes</h2><ul>{notes}</ul>" if notes else ""}{sheets}
+{f"<h2>Notes</h2><ul>{notes}</ul>" if notes else ""}{"".join(map(_samples, shown))}{sheets}
 <h2>Settings</h2><div class="wrap"><table>{settings}</table></div>
 </html>
 """
+
+
+def _samples(shown: Shown) -> str:
+  """The HTML table of samples."""
+  cell = lambda x: f'<img alt="" src="{_data_uri(x)}">' if isinstance(x, Image.Image) else html.escape(x)
+  row = lambda cells: "<tr>" + "".join(f'<td class="s">{cell(x)}</td>' for x in cells) + "</tr>"
+  head = "<tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in shown.heads) + "</tr>"
+  return (
+    f'<h2>{html.escape(shown.title)}</h2><div class="wrap"><table>{head}{"".join(map(row, shown.rows))}</table></div>'
+  )
 
 
 def _table(group: str, scores: Mapping[str, Mapping[str, Any]]) -> str:

@@ -13,10 +13,11 @@ from jflow.errors import UserError
 from jflow.evaluation import benchmarks, report
 from jflow.evaluation.benchmark import FLAGS, Benchmark, PaintingBenchmark
 from jflow.evaluation.report import Result
+from jflow.evaluation.runs import Run, run_of
 from jflow.evaluation.samples import Samples, settings_in
 from jflow.evaluation.scores import Score
 from jflow.evaluation.settings import Settings
-from jflow.evaluation.tasks import Painting, Question, RoundTrip, Task
+from jflow.evaluation.tasks import Loss, Painting, Question, RoundTrip, Task
 from jflow.generation import base
 from jflow.generation.base import Family
 from jflow.inference import loading
@@ -39,6 +40,16 @@ class Checkpoint:
   def config(self) -> Any:
     """The model's configuration, read without its weights."""
     return checkpoints.read_config(self.directory)
+
+  @functools.cached_property
+  def run(self) -> Run:
+    """What the run that made the checkpoint knows of its data."""
+    return run_of(self._settings.checkpoint, self.family)
+
+  def described(self) -> checkpoints.Described:
+    """The checkpoint with its tokenizer, its weights not yet read."""
+    settings = self._settings
+    return checkpoints.describe(self.directory, vae=settings.vae, weights=settings.weights, tokenizer=True)
 
   @property
   def family(self) -> Family:
@@ -205,11 +216,18 @@ def predict(
   left = [task for task in tasks if task.key in mine and not _is_done(task, records, settings.output)]
   if not left:
     return
+  from jflow.evaluation.losses import losses
   from jflow.evaluation.predictions import answer, paint, round_trips
 
   of = lambda kind: [task for task in left if isinstance(task, kind)]
-  model, output, size = checkpoint.model(dtype), settings.output, settings.batch_size
+  output, size = settings.output, settings.batch_size
   with Progress(len(mine), len(mine) - len(left), benchmark.name, "samples") as bar:
+    if asked := of(Loss):  # before the model for inference, which has other parameters
+      described, fields = checkpoint.described(), checkpoint.run
+      losses(described, dtype, fields.objective, asked, samples, size, fields.caption_prompt, bar.count)
+    if len(asked) == len(left):
+      return
+    model = checkpoint.model(dtype)
     paint(model, of(Painting), samples, output, size, dataclasses.asdict(chosen) if chosen else {}, bar.count)
     round_trips(model, of(RoundTrip), samples, output, size, bar.count)
     answer(model, of(Question), samples, size, bar.count)
@@ -220,6 +238,8 @@ def _is_done(task: Task, records: dict[str, Any], output: pathlib.Path) -> bool:
   record = records.get(task.key, {})
   if isinstance(task, Question):
     return isinstance(record.get("answer"), str)
+  if isinstance(task, Loss):
+    return isinstance(record.get("answer"), list)
   return record.get("file") == task.file and (output / task.file).is_file()
 
 

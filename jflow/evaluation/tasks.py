@@ -1,4 +1,4 @@
-"""The tasks of an evaluation, one per sample: a question to answer or an image to generate."""
+"""The tasks of an evaluation, one per sample: a question to answer, an image to generate, a loss to compute."""
 
 import pathlib
 from collections.abc import Callable, Sequence
@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from jflow import outputs
+from jflow.data.records import Record
 
 
 class Question(NamedTuple):
@@ -37,7 +38,16 @@ class RoundTrip(NamedTuple):
   file: str
 
 
-Task = Question | Painting | RoundTrip
+class Loss(NamedTuple):
+  """A record whose loss is computed as in training: of the answers or the text, or of the image to write."""
+
+  key: str
+  record: Callable[[], Record]
+  task: str  # of batch.TASKS
+  seed: int  # of the times and the noise
+
+
+Task = Question | Painting | RoundTrip | Loss
 
 
 def save(image: Image.Image, path: pathlib.Path) -> None:

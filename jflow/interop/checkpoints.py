@@ -117,6 +117,18 @@ def read_config(path: str | pathlib.Path) -> ModelConfig:
   return own_layout.read_settings(_workdir_around(path)).config
 
 
+def tokenizer_of(path: str | pathlib.Path) -> pathlib.Path:
+  """The directory that holds the tokenizer.json of a checkpoint, if it has one; its weights are not read.
+
+  Raises:
+    UserError: the path is no checkpoint.
+  """
+  path = remote.local(path)
+  if path.is_dir() and (packed.is_packed(path) or layouts.found(path) is not None):
+    return path
+  return _workdir_around(path) / "tokenizer"
+
+
 def _workdir_around(path: pathlib.Path) -> pathlib.Path:
   """The workdir of a path, which is the workdir itself, its checkpoints folder, or a step."""
   around = (path, path.parent, path.parent.parent)

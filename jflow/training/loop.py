@@ -71,6 +71,7 @@ def train(
   """
   started = time.time()
   setup.check(config)
+  config = setup.with_tokenizer(config)
   optim.check_rule(config.optimizer, rule)
   hosts.start(config.distributed)
   mesh = sharding.make_mesh(**vars(config.mesh))

@@ -19,6 +19,7 @@ from jflow.data.tokenizer import Tokenizer
 from jflow.data.validation import HeldOut
 from jflow.errors import UserError
 from jflow.generation.base import family
+from jflow.interop import checkpoints
 from jflow.interop.checkpoints import Checkpoint, read_checkpoint
 from jflow.models import attention, fp8, initial, lora
 from jflow.models import build as models
@@ -151,6 +152,13 @@ def open_data(config: RunConfig, tokenizer: Tokenizer | None = None, share: Sequ
   tokenizer = tokenizer or Tokenizer.load(config.data.tokenizer)
   shape = row_shape(config, config.model)
   return Pipeline(config.data, tokenizer, shape, config.train.batch_size, config.train.seed, share)
+
+
+def with_tokenizer(config: RunConfig) -> RunConfig:
+  """Returns the config with the tokenizer of `train.init_from` where `data.tokenizer` names none."""
+  if config.data.tokenizer:
+    return config
+  return config.replace(data=dict(tokenizer=str(checkpoints.tokenizer_of(config.train.init_from))))
 
 
 def open_held_out(config: RunConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> HeldOut | None:

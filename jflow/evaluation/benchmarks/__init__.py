@@ -17,6 +17,7 @@ from jflow.evaluation.benchmark import Benchmark
 _HERE = "jflow.evaluation.benchmarks"
 # Name -> "module:class".
 _KNOWN: dict[str, str | type[Benchmark]] = {
+  "records": f"{_HERE}.records:Records",
   "shapes": "jflow.world.benchmark:WorldBenchmark",
   "pope": f"{_HERE}.pope:Pope",
   "mme": f"{_HERE}.mme:Mme",

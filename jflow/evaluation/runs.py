@@ -1,0 +1,44 @@
+"""What the run that made a checkpoint knows of its data, from its config.json; others have the defaults."""
+
+import dataclasses
+import pathlib
+from typing import NamedTuple
+
+from jflow.config import ObjectiveConfig
+from jflow.data.examples import CAPTION_PROMPT
+from jflow.errors import UserError
+from jflow.generation.base import Family
+from jflow.interop import native
+
+# Of `objective.draws`, whatever the run had: the losses of two checkpoints are to be comparable.
+_USUAL = {"time_mean": 0.0, "time_std": 1.0}
+
+
+class Run(NamedTuple):
+  """A run, as far as the loss of a record depends on it."""
+
+  caption_prompt: str  # asks for the caption of a picture without a question
+  validation: float  # share of the records that were held out; 0: none, or not known
+  objective: ObjectiveConfig  # how the writer draws
+
+
+def run_of(checkpoint: str | pathlib.Path, family: Family) -> Run:
+  """Returns what is known of a checkpoint's run.
+
+  Args:
+    checkpoint: a workdir, its `checkpoints` folder or one step; any other has no run.
+    family: its way to write images.
+  """
+  path, fields = pathlib.Path(checkpoint), {}
+  for folder in (path, path.parent, path.parent.parent):
+    if (folder / "checkpoints").is_dir() and (folder / "config.json").is_file():
+      try:
+        fields = native.read_config(folder)
+      except UserError:  # described when the checkpoint is opened
+        break
+      break
+  data, draws = fields.get("data", {}), fields.get("objective", {}).get("draws") or {}
+  names = [field.name for field in dataclasses.fields(family.draws)] if family.draws else []
+  drawing = {name: _USUAL[name] if name in _USUAL else draws.get(name) for name in names}
+  objective = ObjectiveConfig(weights={}, logged=(), draws=drawing)
+  return Run(data.get("caption_prompt") or CAPTION_PROMPT, float(data.get("validation", 0.0)), objective)
