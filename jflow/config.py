@@ -126,6 +126,7 @@ class ComputeConfig(Section):
   attention: str = field(text, before="xla")
   matmul: str = field(one_of("dtype", "fp8"), before="dtype")
   unroll: int = field(whole(1, 1024))
+  memory_gib: float = field(number(0.0), before=0.0)
   compilation_cache: str = field(text)
 
 

@@ -19,7 +19,7 @@ from jflow.models import lora
 from jflow.models.unified import UnifiedModel
 from jflow.objectives import next_token
 from jflow.perf import hlo, targets
-from jflow.training import remat, setup
+from jflow.training import cost, remat, setup
 from jflow.training.flops import model_flops_of
 from jflow.training.program import Program, abstract_batch, make_program
 
@@ -174,11 +174,7 @@ def _options(topology: targets.Topology, effort: float) -> dict[str, Any]:
 
 def _memory(program: Program, batch: Any, analysis: Any, topology: targets.Topology) -> dict[str, float]:
   """Memory of one device by kind, in GiB."""
-
-  def held(tree: Any) -> float:
-    leaf = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
-    return sum(map(leaf, jax.tree.leaves(tree))) / 2**30
-
+  held = lambda tree: cost.held(tree) / 2**30
   state = program.state
   temporaries = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
   out = {

@@ -155,9 +155,9 @@ def _train(
     if held_out:
       run.validate_on(held_out, program.model, mesh)
     step = program.step
-    if model.remat == remat.AUTO and int(state.step) < config.train.steps:
-      batch = abstract_batch(config, model, mesh)
-      step = remat.fit_or_refuse(model, mesh, make, batch, config.train.accumulation).compiled
+    if int(state.step) < config.train.steps and not best.is_over(state.best, config.train.early_stop):
+      batch, given = abstract_batch(config, model, mesh), config.compute.memory_gib
+      step = remat.fit_or_refuse(model, mesh, make, batch, config.train.accumulation, given).compiled
     run(state, step)
 
 
@@ -220,8 +220,7 @@ class _Run:
       batches = self._on_device(self._pipeline.batches(first, last))
       for step, (batch, info) in enumerate(batches, start=first + 1):
         self._trace(step)
-        with contextlib.nullcontext() if step > first + 1 else compilation.said("the training step"):
-          state, device = step_fn(state, batch)
+        state, device = step_fn(state, batch)
         signum = self._flush()
         self._checkpointer.check()
         row = {"step": step, "packs": info["packs"], "rejected": info["rejected"]}

@@ -13,7 +13,7 @@ from jflow.errors import UserError
 from jflow.models import fp8
 from jflow.models.llm.base import ARCHITECTURES
 from jflow.models.unified import UnifiedModel
-from jflow.training import hosts
+from jflow.training import cost, hosts
 
 AUTO = "auto"
 _ALL = "save:query,key,value,attended,gate,up"
@@ -112,8 +112,13 @@ def _say(model: UnifiedModel, least: str, needed: int, limit: int | None, verdic
   )
 
 
-def device_limit(mesh: jax.sharding.Mesh) -> int | None:
-  """Bytes of a device that a step may use, the same on all hosts; None where the device does not say it."""
+def device_limit(mesh: jax.sharding.Mesh, given: float = 0.0) -> int | None:
+  """Bytes of a device that a step may use, the same on all hosts; None where the device does not say it.
+
+  `given`: `compute.memory_gib`, which replaces what the device says unless it is 0.
+  """
+  if given:
+    return int(given * 2**30)
   device = mesh.local_devices[0]
   there = (device.memory_stats() or {}).get("bytes_limit")
   if there is None and device.platform == "cpu":  # the devices of a CPU share the machine's memory
@@ -124,13 +129,35 @@ def device_limit(mesh: jax.sharding.Mesh) -> int | None:
   return mebibytes << 20
 
 
-def fit_or_refuse(model: UnifiedModel, mesh: jax.sharding.Mesh, make: Any, batch: Any, accumulation: int) -> Fitted:
-  """`fit` for the devices of a run; raises UserError where nothing fits."""
-  rows = batch.tokens.sharding.shard_shape(batch.tokens.shape)
-  found = fit(model, mesh, make, batch, math.prod(rows) // accumulation, device_limit(mesh))
+def fit_or_refuse(
+  model: UnifiedModel, mesh: jax.sharding.Mesh, make: Any, batch: Any, accumulation: int, given: float = 0.0
+) -> Fitted:
+  """`fit` for the devices of a run, which says what a step takes of them.
+
+  Args:
+    model: see `fit`.
+    mesh: see `fit`.
+    make: see `fit`.
+    batch: see `fit`.
+    accumulation: microbatches of a step.
+    given: see `device_limit`.
+
+  Raises:
+    UserError: nothing fits. On a CPU, whose memory is the machine's, only "auto" and a limit that is given are held to.
+  """
+  rows, limit = batch.tokens.sharding.shard_shape(batch.tokens.shape), device_limit(mesh, given)
+  try:
+    found = fit(model, mesh, make, batch, math.prod(rows) // accumulation, limit)
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    found = None
   if found is None:
-    raise UserError(
-      "compute.remat='auto': even remat='full' does not fit the memory of a device: fewer rows (train.batch_size, or "
-      "more train.accumulation), or a larger mesh.fsdp"
-    )
+    raise UserError(f"compute.remat={model.remat!r}: no step fits the memory of a device: {cost.FEWER}")
+  kinds = cost.by_kind(found.program.state, batch, found.needed)
+  if given or mesh.devices.flat[0].platform != "cpu":
+    cost.check(kinds, found.needed, limit)
+    hosts.say(cost.told(kinds, found.needed, limit))
+  else:
+    hosts.say(cost.told(kinds, found.needed, None))
   return found

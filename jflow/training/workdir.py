@@ -42,6 +42,7 @@ _MAY_CHANGE = (
   "compute.remat",
   "compute.attention",
   "compute.unroll",
+  "compute.memory_gib",
   "compute.compilation_cache",
   "data.workers",
   "data.threads",

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+from refusals import refused
 
 from jflow import sharding
 from jflow.models.llm.base import ARCHITECTURES
-from jflow.training import remat, setup
+from jflow.training import cost, remat, setup
 from jflow.training.step import make_loss
 
 
@@ -102,3 +103,29 @@ def test_a_model_outside_a_run_keeps_least():
   params = jax.eval_shape(lambda: sharding.unbox(setup.initial_params(auto, model)))
   (value, _), gradient = jax.eval_shape(jax.value_and_grad(loss, has_aux=True), params, tiny.mixed(), jax.random.key(0))
   assert value.shape == () and jax.tree.structure(gradient) == jax.tree.structure(params)
+
+
+KINDS = {"frozen weights": 4 * 2**30, "adapters": 2**26, "averages": 0, "activations": 2**30}
+
+
+def test_a_step_that_does_not_fit_is_refused_with_the_fields_to_change():
+  needed = sum(KINDS.values())
+  cost.check(KINDS, needed, needed)
+  cost.check(KINDS, needed, None)
+  with refused("5.1 GiB", "4.0 GiB", "adapters 64.0 MiB", "train.accumulation", "compute.remat", "lora.rank"):
+    cost.check(KINDS, needed, 4 * 2**30)
+
+
+def test_kinds_add_up_to_what_a_step_takes():
+  state, _ = tiny.training(tiny.configuration())
+  batch = tiny.mixed()
+  kinds = cost.by_kind(state, jax.device_put(batch), 10**9)
+  size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+  assert sum(kinds.values()) == 10**9 and kinds["adapters"] == 0
+  assert kinds["trained weights"] == kinds["averages"] == kinds["gradients"] == size(state.trained)
+  assert (kinds["frozen weights"], kinds["batch"]) == (size(state.frozen), size(batch))
+
+
+def test_a_limit_that_is_given_counts_on_a_cpu():
+  mesh = sharding.make_mesh(1, 1, 1)
+  assert remat.device_limit(mesh, 1.5) == 3 * 2**29

@@ -20,7 +20,7 @@ NAMES = ("val_loss", "val_loss_text", "val_loss_flow")
 
 def config(steps, **train):
   return tiny.configuration(
-    train=dict(steps=steps, validation_every=3, early_stop=2, ema=0.0, fit_images=20, **train),
+    train=dict(steps=steps, validation_every=3, early_stop=2, ema=0.0, **train),
     data=dict(
       sources={"understanding": (), "generation": (("shapes", 1.0),), "text": (("shapes", 1.0),)},
       mixture=((0, (3, 1, 1)),),  # nothing to read, and it goes without saying
