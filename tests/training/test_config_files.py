@@ -208,7 +208,7 @@ TAKES = {
     EMPTY: (),
   },
   "optimizer.rates": {EMPTY: ()},
-  "data.mixture": {},
+  "data.mixture": {EMPTY: ()},
   "train": {},
   "objective.weights": {},
 }
@@ -293,9 +293,8 @@ def test_a_field_that_no_config_has_is_refused_in_a_file_too(tmp_path, name):
 
 HUGE = 10**9
 NEVER = {  # field -> values that are refused before anything is built
-  **dict.fromkeys(
-    ("train.steps", "train.batch_size", "mesh.data", "checkpoint.interval"), (0, -1, 2**40, "3", 2.5, None, True)
-  ),
+  **dict.fromkeys(("train.batch_size", "mesh.data", "checkpoint.interval"), (0, -1, 2**40, "3", 2.5, None, True)),
+  "train.steps": (-1, 2**40, "3", 2.5, None, True),  # 0 needs train.epochs: test_setup.py
   **dict.fromkeys(
     ("mesh.fsdp", "mesh.model", "train.batch_size", "data.workers", "data.threads", "data.prefetch"), (HUGE,)
   ),
@@ -311,7 +310,6 @@ NEVER = {  # field -> values that are refused before anything is built
   "optimizer.rates": ("a", ("a", 0.5), (("a",),), (("a", 0.0),), (("a", True),), (("(", 0.5),), (("", 0.5),)),
   **dict.fromkeys(("train.init_fresh", "train.init_dropped"), ("vae", (3,), None)),
   "data.mixture": (
-    (),
     3,
     ("((((",),
     ((0, (1, 1)),),
