@@ -298,3 +298,22 @@ def test_the_built_in_world_fills_batches(template):
     painted = (batch.image_kind == batch_lib.WRITE).any(axis=1)
     assert (batch.loss_mask.any(axis=1) == ~painted).all() and painted.sum() == 4
     assert (batch.segment_ids[batch.loss_mask] > 0).all()
+
+
+def test_an_empty_mixture_follows_the_rows_and_steps_follow_the_passes(opened):
+  pipeline = _pipeline(
+    batch_size=1, mixture=(), shapes={"size": 40}, sources={**SOURCES, "text": (({"size": 5}, 1.0),)}
+  )
+  rows = [one.plan.rows for one in pipeline.sources()]
+  total = pipeline.steps_of(1.0)
+  assert total == sum(rows) and pipeline.steps_of(2.5) == int(np.ceil(2.5 * total))
+  drawn = collections.Counter(task for step in range(total) for task, _, _ in pipeline.pieces(step))
+  assert all(abs(drawn[task] - count) <= 1 for task, count in zip(TASKS, rows, strict=True))
+
+
+def test_a_type_without_a_source_leaves_the_mixture_and_it_is_said(opened):
+  left = _pipeline(sources={"generation": SOURCES["generation"]})
+  assert set(left.counts(0)) == set(TASKS) and left.counts(0)["generation"] == 8 == left.counts(7)["generation"]
+  assert sum("is empty" in line for line in left.report()) == 2
+  alone = _pipeline(sources={"generation": SOURCES["generation"]}, mixture=((0, (0, 1, 0)),))
+  _same(left.batch(3), alone.batch(3))
