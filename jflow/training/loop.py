@@ -176,8 +176,8 @@ class _Run:
   ):
     """`record` is None except on process 0; `where`: sharding of a batch; `paint`: (parameters, prompts) to images."""
     self._validation: Validation | None = None
-    self._prompts = tuple(config.log.sample_prompts) or tuple(pipeline.captions(_PROMPTS))
-    self._paint = paint if self._prompts and config.log.sample_every else None
+    self._paint = paint if config.log.sample_every else None
+    self._prompts: Sequence[str] = config.log.sample_prompts
     self._config, self._workdir, self._where = config, workdir, where
     self._pipeline, self._checkpointer, self._record = pipeline, checkpointer, record
     self._pending: dict[str, Any] | None = None
@@ -188,7 +188,8 @@ class _Run:
     c = self._config
     model = setup.with_room(model, held_out.most(c.mesh.data * c.mesh.fsdp, c.train.accumulation))
     self._validation = Validation(self._config, model, mesh, held_out, self._place)
-    self._prompts = tuple(self._config.log.sample_prompts or held_out.captions(_PROMPTS)) or self._prompts
+    if self._paint:
+      self._prompts = self._prompts or held_out.captions(_PROMPTS)
 
   def __call__(
     self,
@@ -197,6 +198,11 @@ class _Run:
   ) -> None:
     """Runs the steps from the state's to the last one."""
     first, last = int(state.step), self._config.train.steps
+    if self._paint and not self._prompts:
+      self._prompts = self._pipeline.captions(_PROMPTS)
+      if not self._prompts:
+        hosts.say("no sample pictures: the data hold none to paint, and log.sample_prompts names no prompt")
+        self._paint = None
     patience = self._config.train.early_stop
     if first >= last or best.is_over(state.best, patience):
       hosts.say(f"{self._workdir} is complete at step {first}{best.told(state.best, patience)}")
