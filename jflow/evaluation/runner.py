@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jflow import checks
+from jflow.data import templates
 from jflow.errors import UserError
 from jflow.evaluation import benchmarks, report
 from jflow.evaluation.benchmark import FLAGS, Benchmark, PaintingBenchmark
@@ -21,7 +22,7 @@ from jflow.evaluation.tasks import Loss, Painting, Question, RoundTrip, Task
 from jflow.generation import base
 from jflow.generation.base import Family
 from jflow.inference import loading
-from jflow.interop import checkpoints
+from jflow.interop import adapters, checkpoints, transfer
 from jflow.progress import Progress
 
 
@@ -47,9 +48,21 @@ class Checkpoint:
     return run_of(self._settings.checkpoint, self.family)
 
   def described(self) -> checkpoints.Described:
-    """The checkpoint with its tokenizer, its weights not yet read."""
+    """The checkpoint with its tokenizer, template and adapter, its weights not yet read."""
     settings = self._settings
-    return checkpoints.describe(self.directory, vae=settings.vae, weights=settings.weights, tokenizer=True)
+    found = checkpoints.describe(self.directory, vae=settings.vae, weights=settings.weights, tokenizer=True)
+    if settings.template:
+      templates.check(settings.template, found.tokenizer)
+      found = found._replace(template=settings.template)
+    if not settings.adapter:
+      return found
+    adapter = adapters.describe(settings.adapter, found.config)
+
+    def merged() -> Any:
+      params = found.read_params()
+      return transfer.nest(transfer.flatten(params) | adapters.changed(params, found.config, adapter))
+
+    return found._replace(read_params=merged)
 
   @property
   def family(self) -> Family:
