@@ -26,7 +26,7 @@ from jflow.training.program import abstract_batch, make_program
 from jflow.training.state import TrainState
 from jflow.training.step import make_step
 
-MESHES = ((1, 1, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2))
+MESHES = ((1, 1, 1), (2, 2, 2), (1, 4, 2))
 HEAD_MESHES = ((4, 1, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2), (1, 1, 2))
 COMPILED = ((2, 4, 1), (4, 4, 1))
 ROWS = 2  # per device of those

@@ -65,6 +65,7 @@ PURE = (  # of jflow they import only each other
 )
 
 
+@functools.cache
 def tree(file: str) -> ast.Module:
   return ast.parse((ROOT / file).read_text(encoding="utf-8"))
 

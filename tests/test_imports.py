@@ -30,6 +30,7 @@ TOGETHER = {"models": "model", "objectives": "model", "generation": "model"}
 OUTSIDE = ("configs", "launch", "tests")
 
 
+@functools.cache
 def tree(file: str) -> ast.Module:
   return ast.parse((ROOT / file).read_text(encoding="utf-8"))
 

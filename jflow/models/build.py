@@ -16,6 +16,11 @@ from jflow.models.unified import UnifiedModel, make_writer
 
 def initial_params(model: UnifiedModel, seed: int) -> Any:
   """Initial parameters, boxed with their logical axes; to be traced by `initial.create` or `jax.eval_shape`."""
+  return _initial_params(model.clone(remat="none", unroll=1, attention="xla", capacity=None), seed)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "seed"), inline=True)  # traced once for all that ask
+def _initial_params(model: UnifiedModel, seed: int) -> Any:
   c = model.config
   slots = family(c.generation).layout.slots(c.patches)
   shape = RowShape(2 * (1 + c.patches), 1, c.patches, c.image_size, c.generation.kind, slots)

@@ -148,6 +148,7 @@ def test_a_loader_that_stands_still_ends_the_run_with_one_line(tmp_path):
   assert "jflow: no step for 1 s" in done.stderr and "since loader process 2 of 2 (pid " in done.stderr
 
 
+@pytest.mark.soak  # the toys above end in the same ways
 def test_a_run_whose_loader_or_trainer_is_killed(tmp_path, compilation_cache):
   """Nothing is left of a trainer that is killed, even of a loader that is stopped; a loader that is killed ends it."""
   workdir = tmp_path / "run"

@@ -47,10 +47,10 @@ def renders(count: int, seed: int) -> list[np.ndarray]:
 
 
 def test_texture_sees_noise_and_state_sees_content():
-  truth, floor = renders(120, 0), renders(60, 1)
+  truth, floor = renders(80, 0), renders(40, 1)
   rng = np.random.default_rng(0)
   noisy = [np.clip(x + rng.normal(0, 8, x.shape), 0, 255).round().astype(np.uint8) for x in floor]
-  single = [x for x in renders(150, 2) if len(judge.detect(x)) == 1][:60]
+  single = [x for x in renders(100, 2) if len(judge.detect(x)) == 1][:40]
   texture = lambda images: np.stack([features.texture(x) for x in images])
   state = lambda images: np.stack([features.state(judge.detect(x)) for x in images])
   tex = {

@@ -119,16 +119,21 @@ def _argv(command: str, directory: pathlib.Path, rows: int, tmp_path: pathlib.Pa
   "command, name",
   [
     ("parity", "large"),
-    ("official load float32", "sharded"),
     ("official --to=jflow", "large"),
-    ("official --to=official --dtype=bfloat16", "sharded"),
-    ("jflow load float32", "large"),
     ("jflow load bfloat16", "large"),
-    ("jflow --to=official", "large"),
-    ("jflow --to=jflow --dtype=bfloat16", "large"),
-    ("transformers load float32", "sharded janus"),
     ("transformers --to=official", "sharded janus"),
-    ("transformers --to=jflow", "sharded janus"),
+    *(
+      pytest.param(*more, marks=pytest.mark.soak)
+      for more in (
+        ("official load float32", "sharded"),
+        ("official --to=official --dtype=bfloat16", "sharded"),
+        ("jflow load float32", "large"),
+        ("jflow --to=official", "large"),
+        ("jflow --to=jflow --dtype=bfloat16", "large"),
+        ("transformers load float32", "sharded janus"),
+        ("transformers --to=jflow", "sharded janus"),
+      )
+    ),
   ],
 )
 def test_the_peak_is_below_one_and_a_half_times_the_weights(checkpoints, tmp_path, command, name):

@@ -218,6 +218,7 @@ TAKES = {
 def test_any_value_for_any_field(field):
   for value in ODD:
     alone = field == "log.tensorboard" or value.startswith("--")  # what stands behind it is not its value
+    alone = alone or value not in TAKES[field]  # refused behind it by what refuses it beside it
     for arguments in ([f"--config.{field}={value}"], [f"--config.{field}", value])[: 1 if alone else 2]:
       if value in TAKES[field]:
         read = functools.reduce(getattr, field.split("."), config_files.load(STAGE2, arguments))

@@ -34,6 +34,7 @@ def losses(workdir: pathlib.Path) -> np.ndarray:
   return np.array([(row["step"], row["loss"]) for row in read_lines(workdir / "metrics.jsonl")])
 
 
+@pytest.mark.soak  # the toy's runs below, and one process over 16 devices in test_mesh.py, are the same law in parts
 def test_two_processes_of_two_devices_train_as_one_of_four(tmp_path, compilation_cache):
   """The whole program over real `jax.distributed`, from the fits before the first step on."""
   fields = (*REAL, f"--config.compute.compilation_cache={compilation_cache}")
@@ -125,7 +126,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone, whole):
   assert rejected(alone) == [{}, {}, {"checksum": 1}, {}]
 
 
-@pytest.mark.parametrize("interval", [1, 5000])
+@pytest.mark.parametrize("interval", [1, pytest.param(5000, marks=pytest.mark.soak)])
 def test_a_signal_to_any_process_stops_all_after_the_same_step(tmp_path, whole, interval):
   """Also where every step waits for its numbers before it is saved."""
   run = tmp_path / "run"
@@ -147,12 +148,10 @@ def test_a_signal_to_any_process_stops_all_after_the_same_step(tmp_path, whole, 
 @pytest.mark.parametrize(
   "fault, process",
   [
-    ("raise", 0),
     ("raise", 1),
     ("kill", 0),
-    ("kill", 1),
     ("freeze", 1),
-    pytest.param("freeze", 0, marks=pytest.mark.soak),
+    *(pytest.param(fault, at, marks=pytest.mark.soak) for fault, at in (("raise", 0), ("kill", 1), ("freeze", 0))),
   ],
 )
 def test_a_process_that_fails_ends_the_whole_job(tmp_path, whole, fault, process):

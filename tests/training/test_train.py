@@ -121,6 +121,7 @@ def test_stages_that_are_killed_again_and_again_equal_those_that_are_not(kills, 
   assert killed == sum(map(len, kills)) and differing == 0
 
 
+@pytest.mark.kill
 def test_a_killed_run_that_writes_codes_equals_one_that_is_not(runs, compilation_cache):
   """Codes are made in the step; no loss and no weight may differ by a bit, and the VQ is what it was."""
   fields = ("--config.train.batch_size=4", "--config.data.shapes.size=60", f"--config.checkpoint.interval={INTERVAL}")
