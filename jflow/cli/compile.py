@@ -1,4 +1,4 @@
-"""The command `compile`: compiles the train step, or painting or answering, ahead of time for absent hardware."""
+"""The command `compile`: compiles the train step, or generating or answering, ahead of time for absent hardware."""
 
 import argparse
 import pathlib
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     "--program",
     choices=("train", "generate", "understand"),
     default="train",
-    help="what is compiled: the train step, or the loop that paints or answers --rows_per_device (1) at once",
+    help="what is compiled: the train step, or the loop that generates or answers --rows_per_device (1) at once",
   )
   parser.add_argument(
     "--slots", type=whole(), default=1024, metavar="N", help="of the cache that --program=understand covers"
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
 
 
 def _inference(known: argparse.Namespace, fields: list[str], topology: targets.Topology) -> int:
-  """Compiles painting or answering and prints the report."""
+  """Compiles generating or answering and prints the report."""
   rows = 1 if known.rows_per_device is None else known.rows_per_device
   for name, value in (("rows_per_device", rows), ("slots", known.slots)):
     if value < 1:

@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
   """The flags of `generate`."""
   p = Parser(
     prog="python -m jflow generate",
-    description="Paints pictures from prompts: PNG files and a contact sheet.",
+    description="Generates pictures from prompts: PNG files and a contact sheet.",
     epilog=_EPILOG,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )

@@ -33,7 +33,7 @@ something else than before, wherever they lie now; --accept_data goes on with th
 """
 
 
-def _paint_samples(config: RunConfig, model: Any, tokenizer: Any, params: Any, prompts: Sequence[str]) -> list[Any]:
+def _generate_samples(config: RunConfig, model: Any, tokenizer: Any, params: Any, prompts: Sequence[str]) -> list[Any]:
   """Images of prompts, sampled as by `generate`, on one device."""
   import jax
 
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
   from jflow.training.metrics import read_metrics
 
   try:
-    train(config, known.workdir, functools.partial(_paint_samples, config), known.accept_data)
+    train(config, known.workdir, functools.partial(_generate_samples, config), known.accept_data)
   except Terminated as error:
     hosts.say(str(error))
     return 128 + error.signum

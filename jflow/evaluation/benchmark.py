@@ -1,7 +1,7 @@
 """The interface of a benchmark: the tasks it gives a model, and the scores of the predictions.
 
 A benchmark is a class with a few attributes that `--help` and the report print, constructed from the settings of one
-evaluation. Most are a `ReadingBenchmark` or a `PaintingBenchmark`; a file of questions is a `tables.TableBenchmark`.
+evaluation. Most are a `ReadingBenchmark` or a `GenerationBenchmark`; a file of questions is a `tables.TableBenchmark`.
 """
 
 import abc
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from jflow.evaluation.report import Result
 from jflow.evaluation.settings import Settings
-from jflow.evaluation.tasks import Painting, Task
+from jflow.evaluation.tasks import Generation, Task
 from jflow.generation.base import family
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class ReadingBenchmark(Benchmark):
     return shown | {"max_tokens": self.max_tokens}
 
 
-class PaintingBenchmark(Benchmark):
+class GenerationBenchmark(Benchmark):
   """A benchmark of generated images.
 
   Attributes:
@@ -135,7 +135,7 @@ class PaintingBenchmark(Benchmark):
     if settings.pictures is not None:
       self.pictures = settings.pictures
 
-  def of_each(self, prompts: Mapping[str, str], file: str) -> list[Painting]:
+  def of_each(self, prompts: Mapping[str, str], file: str) -> list[Generation]:
     """One task per picture, prompt by prompt, with the seeds that follow the run's.
 
     Args:
@@ -143,7 +143,7 @@ class PaintingBenchmark(Benchmark):
       file: of a picture, a format of the name and the picture's number.
     """
     return [
-      Painting(f"{name}/{j}", prompt, self.settings.seed + j, file.format(name, j))
+      Generation(f"{name}/{j}", prompt, self.settings.seed + j, file.format(name, j))
       for name, prompt in prompts.items()
       for j in range(self.pictures)
     ]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from jflow.data.sequences import IMAGE_MARK
 from jflow.evaluation.samples import Samples
-from jflow.evaluation.tasks import Painting, Question, RoundTrip, save
+from jflow.evaluation.tasks import Generation, Question, RoundTrip, save
 from jflow.inference.pipeline import to_image
 
 _ROUNDS = 4  # batches of questions between two writes; more keep the batch full while long answers end
@@ -44,9 +44,9 @@ def _request(model: Any, question: Question) -> Any:
   return model.request(text, images, question.max_tokens, system=question.system)
 
 
-def paint(
+def generate(
   model: Any,
-  paintings: Sequence[Painting],
+  tasks: Sequence[Generation],
   samples: Samples,
   directory: pathlib.Path,
   batch_size: int,
@@ -57,15 +57,15 @@ def paint(
 
   Args:
     model: a `Pipeline`.
-    paintings: those without a record.
+    tasks: those without a record.
     samples: receives the records.
     directory: to which the images' file names are relative.
     batch_size: images generated at once.
     settings: of the model's way to write images, by name.
     done: called with the number of images just recorded.
   """
-  for at in range(0, len(paintings), batch_size):
-    group = paintings[at : at + batch_size]
+  for at in range(0, len(tasks), batch_size):
+    group = tasks[at : at + batch_size]
     full = _filled(group, batch_size)
     seeds = [one.seed for one in full]
     images = model.generate([one.prompt for one in full], seeds=seeds, batch_size=batch_size, **settings)
@@ -81,7 +81,7 @@ def round_trips(
   batch_size: int,
   done: Callable[[int], None],
 ) -> None:
-  """Encodes and decodes images as the model's way to write them does and records {"key", "file"} of each; arguments as in `paint`."""
+  """Encodes and decodes images as the model's way to write them does and records {"key", "file"} of each; arguments as in `generate`."""
   side = model.model.config.image_size
   for at in range(0, len(trips), batch_size):
     group = trips[at : at + batch_size]
@@ -96,7 +96,7 @@ def _filled(group: Sequence[Any], size: int) -> list[Any]:
 
 
 def _keep(
-  group: Sequence[Painting | RoundTrip], images: Sequence[Image.Image], samples: Samples, directory: pathlib.Path
+  group: Sequence[Generation | RoundTrip], images: Sequence[Image.Image], samples: Samples, directory: pathlib.Path
 ) -> None:
   for task, image in zip(group, images):
     save(image, directory / task.file)

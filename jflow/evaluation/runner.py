@@ -12,13 +12,13 @@ from jflow import checks
 from jflow.data import templates
 from jflow.errors import UserError
 from jflow.evaluation import benchmarks, report
-from jflow.evaluation.benchmark import FLAGS, Benchmark, PaintingBenchmark
+from jflow.evaluation.benchmark import FLAGS, Benchmark, GenerationBenchmark
 from jflow.evaluation.report import Result
 from jflow.evaluation.runs import Run, run_of
 from jflow.evaluation.samples import Samples, settings_in
 from jflow.evaluation.scores import Score
 from jflow.evaluation.settings import Settings
-from jflow.evaluation.tasks import Loss, Painting, Question, RoundTrip, Task
+from jflow.evaluation.tasks import Generation, Loss, Question, RoundTrip, Task
 from jflow.generation import base
 from jflow.generation.base import Family
 from jflow.inference import loading
@@ -101,7 +101,7 @@ def evaluate(settings: Settings, checkpoint: Checkpoint | None = None) -> None:
   benchmark.meet(checkpoint.config)
   chosen = sampling_of(type(benchmark), settings, checkpoint.family)
   tasks = benchmark.tasks()
-  seeds = [task.seed for task in tasks if isinstance(task, Painting)]
+  seeds = [task.seed for task in tasks if isinstance(task, Generation)]
   checks.seed(settings.seed, max(seeds, default=settings.seed) - settings.seed)
   made = checkpoint.family.told(chosen) if chosen else {}
   identity = identity_of(benchmark, checkpoint.fingerprint, benchmark.data_files(), made)
@@ -163,7 +163,7 @@ def sampling_of(kind: type[Benchmark], settings: Settings, family: Family) -> An
   Raises:
     UserError: a setting of another way to write images, or a value out of its range.
   """
-  if not issubclass(kind, PaintingBenchmark):
+  if not issubclass(kind, GenerationBenchmark):
     return None
   with _as_flags(settings.sampling):
     return base.settings(family, {**kind.usual.get(family.name, {}), **settings.sampling})
@@ -182,7 +182,7 @@ def _as_flags(given: Mapping[str, Any]) -> Iterator[None]:
 def _changed(benchmark: Benchmark, family: Family, chosen: Any) -> dict[str, Any]:
   """The flags whose value differs from the benchmark's default."""
   out = {}
-  if isinstance(benchmark, PaintingBenchmark):
+  if isinstance(benchmark, GenerationBenchmark):
     usual = dataclasses.asdict(base.settings(family, benchmark.usual.get(family.name, {})))
     out = {name: value for name, value in sorted(dataclasses.asdict(chosen).items()) if value != usual[name]}
   return out | benchmark.changed()
@@ -230,7 +230,7 @@ def predict(
   if not left:
     return
   from jflow.evaluation.losses import losses
-  from jflow.evaluation.predictions import answer, paint, round_trips
+  from jflow.evaluation.predictions import answer, generate, round_trips
 
   of = lambda kind: [task for task in left if isinstance(task, kind)]
   output, size = settings.output, settings.batch_size
@@ -241,7 +241,7 @@ def predict(
     if len(asked) == len(left):
       return
     model = checkpoint.model(dtype)
-    paint(model, of(Painting), samples, output, size, dataclasses.asdict(chosen) if chosen else {}, bar.count)
+    generate(model, of(Generation), samples, output, size, dataclasses.asdict(chosen) if chosen else {}, bar.count)
     round_trips(model, of(RoundTrip), samples, output, size, bar.count)
     answer(model, of(Question), samples, size, bar.count)
 

@@ -14,7 +14,7 @@ from typing import Any
 from jflow import outputs
 from jflow.errors import UserError, need_extra
 from jflow.evaluation import benchmarks, report, runner
-from jflow.evaluation.benchmark import PaintingBenchmark
+from jflow.evaluation.benchmark import GenerationBenchmark
 from jflow.evaluation.settings import Settings
 from jflow.generation.base import Family
 
@@ -35,7 +35,7 @@ def sweep(settings: Settings, grid: Mapping[str, Sequence[Any]]) -> None:
     UserError: see `runner.evaluate`; or a benchmark or flags that cannot be swept.
   """
   kind, output = benchmarks.get(settings.benchmark), settings.output
-  if not issubclass(kind, PaintingBenchmark):
+  if not issubclass(kind, GenerationBenchmark):
     raise UserError(f"--benchmark={kind.name} generates no pictures: it has no settings to sweep")
   if settings.results or settings.features:
     raise UserError(

@@ -21,7 +21,7 @@ class Question(NamedTuple):
   max_tokens: int = 512
 
 
-class Painting(NamedTuple):
+class Generation(NamedTuple):
   """An image to generate."""
 
   key: str
@@ -47,7 +47,7 @@ class Loss(NamedTuple):
   seed: int  # of the times and the noise
 
 
-Task = Question | Painting | RoundTrip | Loss
+Task = Question | Generation | RoundTrip | Loss
 
 
 def save(image: Image.Image, path: pathlib.Path) -> None:

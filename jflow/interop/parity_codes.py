@@ -68,10 +68,10 @@ def _decode(model: Any, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
   return vq.lookup(codes), vq.decode(codes)
 
 
-# --- painting --------------------------------------------------------------------------------------------
+# --- generation ------------------------------------------------------------------------------------------
 
 
-def _paint(runner: Runner, g: Mapping[str, np.ndarray], want: Callable[[str], bool]) -> dict[str, Output]:
+def _generate(runner: Runner, g: Mapping[str, np.ndarray], want: Callable[[str], bool]) -> dict[str, Output]:
   out, guidance = {}, float(g.get("paint/cfg_weight", np.array(_GUIDANCE)).item())
   if "paint/codes" in g:
     codes = g["paint/codes"].astype(np.int32)
@@ -183,7 +183,7 @@ def _fits_codes(g: Mapping[str, np.ndarray], c: ModelConfig, *names: str) -> Non
       golden.check_ids(name, g[name], c.autoencoder.codebook_size)
 
 
-def _fits_paint(g: Mapping[str, np.ndarray], c: ModelConfig) -> None:
+def _fits_generation(g: Mapping[str, np.ndarray], c: ModelConfig) -> None:
   for name in ("paint/prompt_ids", *(f"{start}prompt_ids" for start in _GREEDY)):
     if name in g:
       golden.check_ids(name, g[name], c.language_model.vocab_size)
@@ -195,7 +195,7 @@ def _fits_paint(g: Mapping[str, np.ndarray], c: ModelConfig) -> None:
       golden.check_margin(f"{start}margin", g[f"{start}margin"], (c.patches,))
 
 
-_PAINT = {
+_GENERATION = {
   "paint/prompt_ids": (IDS, ("S",)),
   "paint/codes": (IDS, ("B", "N")),
   "paint/cfg_weight": (REAL, None),
@@ -233,7 +233,7 @@ GROUPS = (
     run=_vq,
   ),
   Group(
-    inputs=_PAINT,
+    inputs=_GENERATION,
     outputs={
       "paint/gen_embeds": ("generation_embed", _CODES),
       "paint/aligned": ("generation_projector", _CODES),
@@ -250,9 +250,9 @@ GROUPS = (
       "paint/image": ("vq/post_quant_conv or vq/decoder", _SHOWN),
       "paint/image_uint8": ("the pixels", _SHOWN),
     },
-    fits=_fits_paint,
-    run=_paint,
+    fits=_fits_generation,
+    run=_generate,
   ),
-  parity_training.group("image", _HEADS, _loss, _PAINT, _FORCED, _fits_paint),
+  parity_training.group("image", _HEADS, _loss, _GENERATION, _FORCED, _fits_generation),
   parity_training.text(_READING),
 )

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of painting and answering for an absent GPU, and the bytes of one step of their loops.
+"""Ahead-of-time compilation of generating and answering for an absent GPU, and the bytes of one step of their loops.
 
 Legend: a step is one token of every row, or one step of the solver for every picture.
 """
@@ -25,14 +25,14 @@ _PROMPT = 32  # slots of a prompt for a picture
 def compile_report(
   config: RunConfig, topology: targets.Topology, program: str, rows: int, context: int, keep_text: str | None = None
 ) -> dict[str, Any]:
-  """Compiles the loop of painting or of answering, and reports the memory traffic of one step of it.
+  """Compiles the loop of generating or of answering, and reports the memory traffic of one step of it.
 
   Args:
     config: whose model is compiled, in bfloat16.
     topology: one GPU.
     program: one of PROGRAMS.
-    rows: pictures painted or answers decoded at once.
-    context: slots of the cache that decoding covers; painting covers a prompt of 32.
+    rows: pictures generated or answers decoded at once.
+    context: slots of the cache that decoding covers; generating covers a prompt of 32.
     keep_text: file for the compiled program as text; None: none.
 
   Returns:
@@ -47,7 +47,9 @@ def compile_report(
   if program == "generate" and kernels.fuses_causal(model.dtype, config.model.language_model.head_dim):
     inferring = inferring.clone(attention="fused")  # also where no device has shown it right yet
   params = jax.eval_shape(lambda params: for_inference(model, params, gpu=True)[1], whole)
-  loop = _answering(inferring, params, rows, context) if program == "understand" else _painting(inferring, params, rows)
+  loop = (
+    _answering(inferring, params, rows, context) if program == "understand" else _generating(inferring, params, rows)
+  )
   placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_chip), (params, *loop.args))
   started = time.monotonic()
   # Triton's tiles for large products are chosen by trying them on the device; steps of a few rows have none.
@@ -86,7 +88,7 @@ def _answering(model: UnifiedModel, params: Any, rows: int, context: int) -> Loo
   return Loop(reading.run, (state, jax.ShapeDtypeStruct((), jnp.int32)), dict(eos=2, slots=context, greedy=True))
 
 
-def _painting(model: UnifiedModel, params: Any, rows: int) -> Loop:
+def _generating(model: UnifiedModel, params: Any, rows: int) -> Loop:
   """The loop of the family's sampler."""
   kind = family(model.config.generation)
   ids = types.SimpleNamespace(image_start=0, pad=0)

@@ -41,14 +41,14 @@ from jflow.training.watchdog import Watchdog
 
 _NAMED = 20  # rejected records that are named on stderr; the others are only counted
 # (model, tokenizer, nested parameters as numpy arrays, prompts) -> an image for each prompt.
-Painter = Callable[[UnifiedModel, Tokenizer, Any, Sequence[str]], list[Image.Image]]
-_PROMPTS = 4  # captions of the data that are painted where the config names no prompts
+Sampler = Callable[[UnifiedModel, Tokenizer, Any, Sequence[str]], list[Image.Image]]
+_PROMPTS = 4  # captions of the data that pictures are generated for where the config names no prompts
 
 
 def train(
   config: RunConfig,
   workdir: pathlib.Path,
-  painter: Painter | None = None,
+  sampler: Sampler | None = None,
   accepted_data: str = "",
   rule: optim.Rule | None = None,
 ) -> None:
@@ -59,7 +59,7 @@ def train(
   Args:
     config: of the whole run.
     workdir: directory of the run; gets config.json, data.json, tokenizer/, metrics.jsonl, goodput.jsonl, checkpoints/.
-    painter: generates the sample images of `log.sample_every`.
+    sampler: generates the sample images of `log.sample_every`.
     accepted_data: digest of changed data that the run may continue with; see `data_record.check`.
     rule: replaces AdamW, as `optax.lion`; it gets the run's rate, clipped gradients, and the parameters that
       `optimizer.trained` names. Every start of a run must give the same one.
@@ -79,7 +79,7 @@ def train(
   templates.check_fits(config.data.template, tokenizer, config.model)
   held = hosts.first_alone(lambda: workdirs.claim(workdir, config, tokenizer))
   try:
-    _train(config, workdir, mesh, tokenizer, started, painter, accepted_data, rule)
+    _train(config, workdir, mesh, tokenizer, started, sampler, accepted_data, rule)
   except OSError as error:
     inside = os.path.join(os.path.abspath(workdir), "")
     named = isinstance(error.filename, str) and os.path.abspath(error.filename).startswith(inside)
@@ -98,7 +98,7 @@ def _train(
   mesh: jax.sharding.Mesh,
   tokenizer: Tokenizer,
   started: float,
-  painter: Painter | None,
+  sampler: Sampler | None,
   accepted_data: str,
   rule: optim.Rule | None,
 ) -> None:
@@ -150,8 +150,8 @@ def _train(
       record.mark("restore", int(state.step))
     for line in notes:  # after the checks, so that a mistake prints only its own line
       hosts.say(line)
-    paint = functools.partial(painter, program.model, tokenizer) if painter else None
-    run = _Run(config, workdir, pipeline, checkpointer, record, sharding.batch_sharding(mesh), paint)
+    bound = functools.partial(sampler, program.model, tokenizer) if sampler else None
+    run = _Run(config, workdir, pipeline, checkpointer, record, sharding.batch_sharding(mesh), bound)
     if held_out:
       run.validate_on(held_out, program.model, mesh)
     step = program.step
@@ -172,11 +172,11 @@ class _Run:
     checkpointer: Checkpointer,
     record: Goodput | None,
     where: jax.sharding.NamedSharding,
-    paint: Callable[[Any, Sequence[str]], list[Image.Image]] | None = None,
+    sampler: Callable[[Any, Sequence[str]], list[Image.Image]] | None = None,
   ):
-    """`record` is None except on process 0; `where`: sharding of a batch; `paint`: (parameters, prompts) to images."""
+    """`record` is None except on process 0; `where`: sharding of a batch; `sampler`: (parameters, prompts) to images."""
     self._validation: Validation | None = None
-    self._paint = paint if config.log.sample_every else None
+    self._sampler = sampler if config.log.sample_every else None
     self._prompts: Sequence[str] = config.log.sample_prompts
     self._config, self._workdir, self._where = config, workdir, where
     self._pipeline, self._checkpointer, self._record = pipeline, checkpointer, record
@@ -188,7 +188,7 @@ class _Run:
     c = self._config
     model = setup.with_room(model, held_out.most(c.mesh.data * c.mesh.fsdp, c.train.accumulation))
     self._validation = Validation(self._config, model, mesh, held_out, self._place)
-    if self._paint:
+    if self._sampler:
       self._prompts = self._prompts or held_out.captions(_PROMPTS)
 
   def __call__(
@@ -198,11 +198,11 @@ class _Run:
   ) -> None:
     """Runs the steps from the state's to the last one."""
     first, last = int(state.step), self._config.train.steps
-    if self._paint and not self._prompts:
+    if self._sampler and not self._prompts:
       self._prompts = self._pipeline.captions(_PROMPTS)
       if not self._prompts:
         hosts.say("no sample pictures: the data hold none to paint, and log.sample_prompts names no prompt")
-        self._paint = None
+        self._sampler = None
     patience = self._config.train.early_stop
     if first >= last or best.is_over(state.best, patience):
       hosts.say(f"{self._workdir} is complete at step {first}{best.told(state.best, patience)}")
@@ -235,17 +235,17 @@ class _Run:
         self._pending = {"row": row, "device": device, "told": exchange(stop.signum, info["fill"], lost)}
         # A single process knows at once. Read once: a signal after this line stops the run after the next step.
         signum = stop.signum if jax.process_count() == 1 else signum
-        wanted = (interval, every if self._paint else 0, validated if self._validation else 0)
-        save, paint, validate = (bool(n) and (step % n == 0 or step == last) for n in wanted)
+        wanted = (interval, every if self._sampler else 0, validated if self._validation else 0)
+        save, sample, validate = (bool(n) and (step % n == 0 or step == last) for n in wanted)
         if validate and self._validation:  # whatever signal there is: a run that goes on must have waited as long
           state, told = self._validate(self._validation, state, step)
           signum, over = told or signum, best.is_over(state.best, patience)
           save |= over or best.is_kept(state.best, patience, step)
-        if save or paint or signum:
+        if save or sample or signum:
           signum = self._flush() or signum
         if save or signum:
           self._save(state, step)
-        if paint and not signum:
+        if sample and not signum:
           self._sample(state, step)
         if signum:
           self._finish_saving(step)
@@ -343,8 +343,8 @@ class _Run:
       self._record.steps(step, now=True)
     self._watchdog.beat(f"step {step}", slow=True)
     params = hosts.on_host(optim.merge(state.frozen, state.averaged))
-    if self._record and self._paint:
-      images = self._paint(params, self._prompts)
+    if self._record and self._sampler:
+      images = self._sampler(params, self._prompts)
       for tracker in self._trackers:
         tracker.pictures(step, self._prompts, images)
       self._record.mark("sample", step)

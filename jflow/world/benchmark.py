@@ -14,12 +14,12 @@ from PIL import Image
 from jflow.data.sequences import IMAGE_MARK
 from jflow.errors import UserError
 from jflow.evaluation import answers, distances, scores
-from jflow.evaluation.benchmark import PaintingBenchmark
+from jflow.evaluation.benchmark import GenerationBenchmark
 from jflow.evaluation.report import Result
 from jflow.evaluation.samples import need_all
 from jflow.evaluation.scores import Score
 from jflow.evaluation.settings import Settings
-from jflow.evaluation.tasks import Painting, Question, RoundTrip
+from jflow.evaluation.tasks import Generation, Question, RoundTrip
 from jflow.inference.sheet import contact_sheet
 from jflow.world import features, judge, questions, references, scenes, source
 from jflow.world.questions import Question as Asked
@@ -36,7 +36,7 @@ FLOORS = 3  # sets of other renders, each as large as the set of generated pictu
 _SHOWN = 8  # successes and failures per category on a sheet
 
 
-class Painted(NamedTuple):
+class Generated(NamedTuple):
   """A generated picture with its judgement."""
 
   tag: str
@@ -47,7 +47,7 @@ class Painted(NamedTuple):
   metadata: dict[str, Any]
 
 
-class WorldBenchmark(PaintingBenchmark):
+class WorldBenchmark(GenerationBenchmark):
   """GenEval's six categories, questions and distances, each for seen and for held-out combinations."""
 
   name = "shapes"
@@ -89,15 +89,15 @@ class WorldBenchmark(PaintingBenchmark):
     """The world's source files, since prompts, questions and true answers depend on them."""
     return list(source.CODE)
 
-  def tasks(self) -> list[Painting | RoundTrip | Question]:
+  def tasks(self) -> list[Generation | RoundTrip | Question]:
     """All images to generate, true ones to encode and decode where the model does so, then all questions."""
-    out: list[Painting | RoundTrip | Question] = []
+    out: list[Generation | RoundTrip | Question] = []
     seeds = itertools.count(self._seed)  # shared noise would correlate the pictures
     for split, prompts in self._prompts.items():
       for number, (text, _) in enumerate(prompts):
         for j in range(self.pictures):
           file = f"pictures/{split}/{number:04d}_{j}.png"
-          out.append(Painting(f"paint/{split}/{number:04d}/{j}", text, next(seeds), file))
+          out.append(Generation(f"paint/{split}/{number:04d}/{j}", text, next(seeds), file))
     for number, (scene, _) in enumerate(self._true if self.encodes else ()):
       out.append(RoundTrip(f"codec/{number:04d}", scene.render, f"pictures/codec/{number:04d}.png"))
     for split, asked in self._questions.items():
@@ -120,18 +120,18 @@ class WorldBenchmark(PaintingBenchmark):
     need_all([task.key for task in self.tasks()], records, "shapes", "run the same command again")
     out, sheets, ceiling = {}, [], self._ceiling()
     for split, name in SPLITS.items():
-      painted = list(self._painted(split))
+      generated = list(self._generated(split))
       for rule in RULES:
-        out |= _painting_scores(painted, rule, name, ceiling[rule])
-      out |= _distances(painted, split, name, self._cache)
-      sheets += [(f"{name}: {tag}", sheet) for tag, sheet in _sheets(painted)]
+        out |= _generation_scores(generated, rule, name, ceiling[rule])
+      out |= _distances(generated, split, name, self._cache)
+      sheets += [(f"{name}: {tag}", sheet) for tag, sheet in _sheets(generated)]
       said = [records[f"ask/{split}/{i:04d}"]["answer"] for i in range(len(self._questions[split]))]
       out |= _question_scores(self._questions[split], said, name)
     for kind in ("pictures", "questions"):
       out |= _gap(out, kind)
     notes = [
       "Pictures: strict means exactly what was asked and nothing else; lenient is GenEval's rule, which allows for more. "
-      "Chance is the judge on pictures painted for other prompts of the same category; the ceiling, on true pictures "
+      "Chance is the judge on pictures generated for other prompts of the same category; the ceiling, on true pictures "
       "that the VAE has encoded and decoded. Intervals: Wilson's, with the pictures of a prompt counted as alike as they are.",
       "Questions: their intervals count a yes and a no about one picture, and the orders of one choice, as alike as they are. "
       "Beside each score stand the most frequent answer of the kind; a model that has read the questions of "
@@ -142,11 +142,11 @@ class WorldBenchmark(PaintingBenchmark):
     ]
     return Result(out, notes, sheets)
 
-  def _painted(self, split: str) -> Iterator[Painted]:
+  def _generated(self, split: str) -> Iterator[Generated]:
     for number, (text, metadata) in enumerate(self._prompts[split]):
       for j in range(self.pictures):
         file = self._output / f"pictures/{split}/{number:04d}_{j}.png"
-        yield Painted(metadata["tag"], number, file, text, judge.detect(_read(file)), metadata)
+        yield Generated(metadata["tag"], number, file, text, judge.detect(_read(file)), metadata)
 
 
 def prompt_of(question: Asked) -> str:
@@ -165,15 +165,15 @@ def right(question: Asked, answer: str) -> bool:
   return answers.normal_answer(answer) == answers.normal_answer(question.answer)
 
 
-def _painting_scores(
-  painted: Sequence[Painted], rule: str, name: str, ceiling: Mapping[str, float]
+def _generation_scores(
+  generated: Sequence[Generated], rule: str, name: str, ceiling: Mapping[str, float]
 ) -> dict[str, Score]:
   """Share of accepted pictures per category and the mean; chance is the share for pictures of other prompts."""
   accept = RULES[rule]
   suffix = "" if rule == "strict" else " (lenient)"
   out = {}
   for tag in TAGS:
-    rows = [p for p in painted if p.tag == tag]
+    rows = [p for p in generated if p.tag == tag]
     groups = collections.defaultdict(list)
     for p in rows:
       groups[p.prompt].append(accept(p.detections, p.metadata))
@@ -185,7 +185,7 @@ def _painting_scores(
   return out | {f"{name} pictures: overall{suffix}": scores.average(list(out.values()))} if out else {}
 
 
-def _others(rows: Sequence[Painted]) -> list[tuple[Painted, dict[str, Any]]]:
+def _others(rows: Sequence[Generated]) -> list[tuple[Generated, dict[str, Any]]]:
   """Each picture with the metadata of three other prompts of its category."""
   asked = list({str(p.metadata): p.metadata for p in rows}.values())
   rng = random.Random(0)
@@ -196,21 +196,21 @@ def _others(rows: Sequence[Painted]) -> list[tuple[Painted, dict[str, Any]]]:
   return pairs
 
 
-def _distances(painted: Sequence[Painted], split: str, name: str, cache: pathlib.Path | None) -> dict[str, Score]:
+def _distances(generated: Sequence[Generated], split: str, name: str, cache: pathlib.Path | None) -> dict[str, Score]:
   """Frechet and kernel distances to true pictures on two kinds of features, each with its floor between true ones."""
-  if len(painted) < 2:
+  if len(generated) < 2:
     return {}
-  pictures = [_read(p.file) for p in painted]
+  pictures = [_read(p.file) for p in generated]
   own = {
     "tex": np.stack([features.texture(p) for p in pictures]),
-    "state": np.stack([features.state(p.detections) for p in painted]),
+    "state": np.stack([features.state(p.detections) for p in generated]),
   }
-  tags, count, side = [p.tag for p in painted], len(painted), len(pictures[0])
+  tags, count, side = [p.tag for p in generated], len(generated), len(pictures[0])
   true = lambda many, set_name: references.features_of_renders(split, tags, many, side, set_name, cache)
   target = true(min(REFERENCE, 10 * count), "reference")
   floors = [true(count, f"floor {i}") for i in range(FLOORS)]
   prompts = collections.defaultdict(list)
-  for i, p in enumerate(painted):
+  for i, p in enumerate(generated):
     prompts[p.prompt].append(i)
   groups = list(prompts.values())
   out = {}
@@ -239,10 +239,10 @@ def _read(path: pathlib.Path) -> np.ndarray:
   return np.asarray(image)
 
 
-def _sheets(painted: Sequence[Painted]) -> Iterator[tuple[str, Image.Image]]:
+def _sheets(generated: Sequence[Generated]) -> Iterator[tuple[str, Image.Image]]:
   """Yields (title, sheet) per category: the first successes in the first row, the first failures in the second."""
   for tag in TAGS:
-    rows = [p for p in painted if p.tag == tag]
+    rows = [p for p in generated if p.tag == tag]
     if not rows:
       continue
     chosen = []

@@ -1,4 +1,4 @@
-"""Painting benchmarks write what their scorers read, and read what these write; VQAv2 from its own files."""
+"""Generation benchmarks write what their scorers read, and read what these write; VQAv2 from its own files."""
 
 import dataclasses
 import json

@@ -335,7 +335,7 @@ def test_predictions_about_another_world_are_refused(tmp_path, monkeypatch):
 
 def test_every_picture_of_the_world_starts_from_noise_of_its_own(tmp_path):
   benchmark = shapes_benchmark(tmp_path, limit=12, pictures=2)
-  painted = [task for task in benchmark.tasks() if isinstance(task, tasks.Painting)]
+  painted = [task for task in benchmark.tasks() if isinstance(task, tasks.Generation)]
   assert len({task.seed for task in painted}) == len(painted) == 2 * 2 * 12  # two splits
 
 
@@ -345,7 +345,7 @@ def test_true_pictures_and_true_answers_score_one(tmp_path):
   records = {}
   rng = np.random.default_rng(0)
   for task in benchmark.tasks():
-    if isinstance(task, tasks.Painting):
+    if isinstance(task, tasks.Generation):
       split, number = task.key.split("/")[1:3]
       metadata = benchmark._prompts[split][int(number)][1]
       tasks.save(Image.fromarray(_drawn(metadata, split, rng).render(64)), tmp_path / task.file)

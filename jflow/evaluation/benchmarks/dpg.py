@@ -10,15 +10,15 @@ from PIL import Image
 from jflow.data.importers.inputs import is_hidden
 from jflow.errors import UserError
 from jflow.evaluation import outside, scores
-from jflow.evaluation.benchmark import PaintingBenchmark
+from jflow.evaluation.benchmark import GenerationBenchmark
 from jflow.evaluation.report import Result
 from jflow.evaluation.samples import need_all
 from jflow.evaluation.scores import Score
 from jflow.evaluation.settings import Settings
-from jflow.evaluation.tasks import Painting, save
+from jflow.evaluation.tasks import Generation, save
 
 
-class Dpg(PaintingBenchmark):
+class Dpg(GenerationBenchmark):
   """DPG-Bench: writes grids/NAME.png, the four images of a prompt in a square, as the official scorer cuts them."""
 
   name = "dpg"
@@ -46,7 +46,7 @@ class Dpg(PaintingBenchmark):
       "other": {"Janus": 86.41, "Pro-1B": 88.3, "Pro-7B": 89.48},
     },
   }
-  flags = PaintingBenchmark.flags | {"pictures", "results"}
+  flags = GenerationBenchmark.flags | {"pictures", "results"}
   pictures = 4
   published = 1065  # prompts
 
@@ -68,7 +68,7 @@ class Dpg(PaintingBenchmark):
     """The files with the prompts, on which the images depend."""
     return list(self._files)
 
-  def tasks(self) -> list[Painting]:
+  def tasks(self) -> list[Generation]:
     """One task per image, prompt by prompt."""
     return self.of_each(self._prompts, "pictures/{}_{}.png")
 

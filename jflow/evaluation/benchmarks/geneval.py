@@ -10,17 +10,17 @@ from typing import Any
 from jflow import outputs
 from jflow.errors import UserError
 from jflow.evaluation import outside, scores
-from jflow.evaluation.benchmark import PaintingBenchmark
+from jflow.evaluation.benchmark import GenerationBenchmark
 from jflow.evaluation.report import Result
 from jflow.evaluation.samples import need, need_all
 from jflow.evaluation.scores import Score
 from jflow.evaluation.settings import Settings
-from jflow.evaluation.tasks import Painting
+from jflow.evaluation.tasks import Generation
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 
-class Geneval(PaintingBenchmark):
+class Geneval(GenerationBenchmark):
   """GenEval: writes pictures/00000/metadata.jsonl and pictures/00000/samples/00000.png, as its evaluator reads them."""
 
   name = "geneval"
@@ -47,7 +47,7 @@ class Geneval(PaintingBenchmark):
       "color_attr": {"Janus": 0.42, "Pro-1B": 0.56, "Pro-7B": 0.66},
     },
   }
-  flags = PaintingBenchmark.flags | {"pictures", "results"}
+  flags = GenerationBenchmark.flags | {"pictures", "results"}
   pictures = 4
   published = 553  # prompts
 
@@ -70,7 +70,7 @@ class Geneval(PaintingBenchmark):
     """The file with the prompts, on which the images depend."""
     return [self._file]
 
-  def tasks(self) -> list[Painting]:
+  def tasks(self) -> list[Generation]:
     """One task per image, prompt by prompt."""
     prompts = {f"{i:05d}": row["prompt"] for i, row in enumerate(self._prompts)}
     return self.of_each(prompts, "pictures/{}/samples/{:05d}.png")

@@ -11,17 +11,17 @@ import numpy as np
 
 from jflow.errors import UserError
 from jflow.evaluation import distances, outside, scores
-from jflow.evaluation.benchmark import PaintingBenchmark
+from jflow.evaluation.benchmark import GenerationBenchmark
 from jflow.evaluation.report import Result
 from jflow.evaluation.samples import need, need_all
 from jflow.evaluation.scores import Score
 from jflow.evaluation.settings import Settings
-from jflow.evaluation.tasks import Painting
+from jflow.evaluation.tasks import Generation
 
 _FEATURES = "run launch/experiments/features.py again"
 
 
-class Mjhq(PaintingBenchmark):
+class Mjhq(GenerationBenchmark):
   """MJHQ-30K: writes pictures/ID.png; FID and CLIP similarity are computed from extracted features."""
 
   name = "mjhq"
@@ -32,7 +32,7 @@ class Mjhq(PaintingBenchmark):
   )
   section = "table 4"
   paper = {"flow": {"FID": {"384": 9.51, "256": 12.70}}, "codes": {"FID": {"Janus": 10.10}}}
-  flags = PaintingBenchmark.flags | {"features"}
+  flags = GenerationBenchmark.flags | {"features"}
   published = 30_000  # pictures and prompts
   prompts: int = 0  # of those of the data, as many of each category; 0: all
 
@@ -57,11 +57,11 @@ class Mjhq(PaintingBenchmark):
     """The file with the prompts, on which the images depend."""
     return [self._file]
 
-  def tasks(self) -> list[Painting]:
+  def tasks(self) -> list[Generation]:
     """One image per prompt, each from its own noise."""
     first = self.settings.seed
     return [
-      Painting(name, prompt, first + i, f"pictures/{name}.png")
+      Generation(name, prompt, first + i, f"pictures/{name}.png")
       for i, (name, prompt) in enumerate(self._prompts.items())
     ]
 
