@@ -151,7 +151,7 @@ def main(directory: pathlib.Path) -> dict:
   check_head_loss()
   out["codes"] = {str(sizes): losses_of_codes(sizes) for sizes in ((1, 1, 1), (2, 2, 2))}
   out["overfull"] = losses_of_codes((2, 2, 2), less=1)[0]
-  generation.depthwise = generation._convolution
+  generation.depthwise = generation.convolution
   out["collectives"] = [collectives(sizes) for sizes in COMPILED]
   return out
 

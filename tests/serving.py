@@ -3,13 +3,14 @@
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import httpx
 import tiny
 
 from jflow.data.tokenizer import Tokenizer
 from jflow.generation.flow import FAMILY
+from jflow.inference.decoding import Decoder
 from jflow.inference.pipeline import Pipeline
 from jflow.serving import schemas, server
 from jflow.serving.api import Api
@@ -53,6 +54,16 @@ def serving(
     thread.join(60)
     assert not thread.is_alive(), "the server does not end"
     engine.stop()
+
+
+def decoder(engine: Engine) -> Decoder:
+  """The slots where the engine answers with the model itself, without an adapter."""
+  return engine._decoders[""]
+
+
+def requests(engine: Engine) -> Collection:
+  """What the engine has taken and not answered yet."""
+  return engine._open
 
 
 def until(condition, seconds=20.0) -> None:

@@ -218,7 +218,7 @@ class Model(_base()):
       from jflow.interop import checkpoints
 
       arguments["checkpoint"] = checkpoints.locate(arguments["checkpoint"])
-    self._answers = Answers(**arguments)
+    self.answers = Answers(**arguments)
     self._kept = Kept(cache, _settings(arguments) if cache else {})
 
   def close(self) -> None:
@@ -228,7 +228,7 @@ class Model(_base()):
   def generate_until(self, requests: Sequence[Any]) -> list[str]:
     """Answers requests (context, generation arguments, images, document, task, split)."""
     read = lambda context, arguments, *_: (context, dict(arguments))
-    ask = lambda asked: self._answers.answer([(text, images, arguments) for text, arguments, images in asked])
+    ask = lambda asked: self.answers.answer([(text, images, arguments) for text, arguments, images in asked])
     return self._all("generate_until", requests, read, ask)
 
   def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -238,7 +238,7 @@ class Model(_base()):
       return context, target(self.task_dict[task][split][doc_id]) if callable(target) else target
 
     def ask(asked: list) -> list[tuple[float, bool]]:
-      scored = self._answers.likelihoods([(text, images, answer) for text, answer, images in asked])
+      scored = self.answers.likelihoods([(text, images, answer) for text, answer, images in asked])
       return [(float(value), bool(greedy)) for value, greedy in scored]
 
     return [tuple(scored) for scored in self._all("loglikelihood", requests, read, ask)]
@@ -263,7 +263,7 @@ class Model(_base()):
     ]
     answers = [self._kept.get(key) for key in keys]
     missing = [i for i, answer in enumerate(answers) if answer is None]
-    size = _ROUNDS * self._answers.batch_size
+    size = _ROUNDS * self.answers.batch_size
     with Progress(len(keys), len(keys) - len(missing), kind, "requests") as bar:
       for at in range(0, len(missing), size):
         group = missing[at : at + size]

@@ -13,6 +13,7 @@ import numpy as np
 import tokenizers
 from flax.traverse_util import flatten_dict
 
+from jflow import sharding
 from jflow.data import tokenizer_file
 from jflow.data.tokenizer import SPECIAL_TOKENS, Tokenizer, build
 from jflow.errors import UserError
@@ -23,12 +24,12 @@ from jflow.interop.fields import Fields
 from jflow.interop.published import Loaded
 from jflow.interop.safetensors_io import Checkpoint
 from jflow.interop.transformers_config import LANGUAGE_MODELS, is_tied, language_model_config, siglip_config
+from jflow.models import initial
 from jflow.models import weights as names
 from jflow.models.build import initial_params
 from jflow.models.config import JANUSFLOW_READER, ModelConfig, SiglipConfig
 from jflow.models.llm.config import LanguageModelConfig
 from jflow.models.unified import UnifiedModel
-from jflow.sharding import unbox
 from jflow.strict_json import read_object
 
 # The fresh parts have the release's sizes (g_enc and g_dec; REPA reads block 6 of the LLM, paper section 4.1).
@@ -123,12 +124,12 @@ def _fresh(config: ModelConfig, seed: int, there: Collection[str]) -> dict[str, 
   """Fresh f32 parameters of the parts without a checkpoint, equal to those of a run that starts fresh."""
   model = UnifiedModel(config, jnp.dtype("float32"), "none", 1, "xla")
 
-  @jax.jit
-  def make() -> dict[str, jax.Array]:  # what is not returned is not computed
-    flat: dict[str, Any] = flatten_dict(unbox(initial_params(model, seed)), sep="/")
+  def missing() -> dict[str, Any]:
+    flat: dict[str, Any] = flatten_dict(initial_params(model, seed), sep="/")
     return {path: x for path, x in flat.items() if path not in there}
 
-  return {path: np.asarray(x) for path, x in make().items()}
+  mesh = sharding.make_mesh(1, 1, 1, jax.local_devices()[:1])
+  return {path: np.asarray(x) for path, x in initial.create(missing, mesh).items()}
 
 
 def load(

@@ -82,7 +82,7 @@ def _epoch(output) -> collections.Counter:
   pipeline = Pipeline(
     config, TOKENIZER, RowShape(tokens=96, images=4, image_patches=4, image_size=8, writer="flow"), 1, 0
   )
-  rows, counts, read = pipeline._rows[1][0].plan.rows, collections.Counter(), 0
+  rows, counts, read = pipeline.sources()[0].plan.rows, collections.Counter(), 0
   for batch, info in pipeline.batches(0, rows):
     counts.update(info["rejected"])
     read += int((batch.image_kind > 0).sum())

@@ -168,7 +168,7 @@ def test_an_epoch_shows_each_record_once_and_the_next_in_another_order(opened):
   for number, task in enumerate(TASKS):
     weights = tuple(int(i == number) for i in range(3))
     pipeline = _pipeline(batch_size=1, mixture=((0, weights),), prompt_drop=0.0, first_sentence=0.0)
-    rows = pipeline._rows[number][0].plan.rows
+    (rows,) = (source.plan.rows for source in pipeline.sources())
     epochs = []
     for epoch in range(2):
       texts = [text for step in range(rows) for _, text in _segments(pipeline.batch(epoch * rows + step))]
@@ -205,7 +205,7 @@ def test_samples_are_those_made_alone(opened):
 
 def test_randomness_differs_between_epochs(opened):
   pipeline = _pipeline(batch_size=1, mixture=((0, (0, 1, 0)),), prompt_drop=0.5, first_sentence=0.0)
-  rows = pipeline._rows[1][0].plan.rows
+  rows = pipeline.sources()[0].plan.rows
   kept = [
     {
       _index(text)
@@ -221,7 +221,7 @@ def test_randomness_differs_between_epochs(opened):
 def test_a_bad_image_costs_its_sample_alone(opened):
   good = _pipeline(mixture=((0, (1, 0, 0)),))
   bad = _pipeline(mixture=((0, (1, 0, 0)),), shapes={"size": 101, "bad": (3, 50)})
-  steps = -(-good._rows[0][0].plan.rows // 8)
+  steps = -(-good.sources()[0].plan.rows // 8)
   lost, counted, named = collections.Counter(), collections.Counter(), collections.Counter()
   for step, (batch, info) in enumerate(bad.batches(0, steps)):
     expected = [text for _, text in _segments(good.batch(step))]
@@ -246,7 +246,7 @@ def test_too_many_bad_images_stop_the_run(opened):
 def test_records_that_do_not_fit_are_left_out_and_counted(opened):
   pipeline = _pipeline(shapes={"size": 50, "long": (4, 5), "lost": (7,)})
   for number, task in enumerate(TASKS):
-    rows = pipeline._rows[number][0]
+    rows = pipeline.sources()[number]
     assert rows.rejected == ({"corrupt": 1} if task == "text" else {"too_long": 2, "corrupt": 1})
     expected = set(range(50)) - {7} - (set() if task == "text" else {4, 5})
     assert set(rows.plan.record_ids.tolist()) == expected

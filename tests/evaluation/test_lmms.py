@@ -57,7 +57,7 @@ def test_images_of_a_task_are_never_all_in_memory_and_the_answers_keep_their_ord
     open_images.clear()
     return [text.upper() for text, _, _ in asked]
 
-  monkeypatch.setattr(model._answers, "answer", answer)
+  monkeypatch.setattr(model.answers, "answer", answer)
   model.task_dict = {"t": {"s": list(range(10))}}
   texts = [f"q{i}" for i in range(10)]
   requests = [Request((text, {}, visual, i, "t", "s")) for i, text in enumerate(texts)]
@@ -75,22 +75,22 @@ def test_a_stopped_run_goes_on_with_its_cache(tiny_checkpoint, tmp_path):
     out = lmms.Model(checkpoint=tiny_checkpoint, batch_size="1", cache=cache, **more)
     out.task_dict, out.asked = docs, []
     for name in ("answer", "likelihoods"):
-      run = getattr(out._answers, name)
-      setattr(out._answers, name, lambda asked, run=run: out.asked.extend(asked) or run(asked))
+      run = getattr(out.answers, name)
+      setattr(out.answers, name, lambda asked, run=run: out.asked.extend(asked) or run(asked))
     return out
 
   plain = model()
   expected, likely = plain.generate_until(requests), plain.loglikelihood(scored)
   cache = str(tmp_path / "cache")
   first = model(cache)
-  read = first._answers.answer
+  read = first.answers.answer
 
   def stops(asked):
     if len(asked) == 2:  # the second group
       raise KeyboardInterrupt
     return read(asked)
 
-  first._answers.answer = stops
+  first.answers.answer = stops
   with pytest.raises(KeyboardInterrupt):
     first.generate_until(requests)
   first.close()  # as the end of its process does

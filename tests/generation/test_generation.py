@@ -47,7 +47,7 @@ def _depthwise_loop(x, kernel):
   return out
 
 
-@pytest.mark.parametrize("path", ["depthwise", "_convolution", "_shifted_sum"])
+@pytest.mark.parametrize("path", ["depthwise", "convolution", "shifted_sum"])
 def test_depthwise_convolution_equals_its_definition(path):
   x, kernel = _random(2, 5, 9, 3), _random(7, 7, 3, seed=1)
   np.testing.assert_allclose(getattr(generation, path)(x, kernel), _depthwise_loop(x, kernel), rtol=1e-4, atol=1e-4)
@@ -58,7 +58,7 @@ def test_depthwise_gradient_equals_that_of_the_convolution():
   x, kernel, weight = _random(2, 8, 5, 3), _random(7, 7, 3, seed=1), _random(2, 8, 5, 3, seed=2)
   loss = lambda f: lambda x, k: jnp.sum(weight * jnp.square(f(x, k)))
   got = jax.grad(loss(generation.depthwise), argnums=(0, 1))(x, kernel)
-  expected = jax.grad(loss(generation._convolution), argnums=(0, 1))(x, kernel)
+  expected = jax.grad(loss(generation.convolution), argnums=(0, 1))(x, kernel)
   for a, b in zip(got, expected):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 

@@ -155,22 +155,22 @@ def test_a_conversation_fills_the_context_until_a_new_one_begins(browser, model)
 @browser_only
 def test_stop_frees_the_model_and_keeps_what_was_said(browser, served, monkeypatch):
   _, engine = served
-  gate, real = threading.Semaphore(2), engine._decoders[""].step
+  gate, real = threading.Semaphore(2), serving.decoder(engine).step
 
   def step(n):
     assert gate.acquire(timeout=30)
     return real(n)
 
-  monkeypatch.setattr(engine._decoders[""], "step", step)
+  monkeypatch.setattr(serving.decoder(engine), "step", step)
   browser.ask("Why?")
   browser.wait_for("#chat .bot.message", lambda found: found and len(found[-1].text) > 3)
   browser.wait_for("#question .stop-button", lambda found: found and found[0].is_enabled())[0].click()
   browser.wait_for("#question .submit-button")
   gate.release(9)
   limit = time.monotonic() + 20
-  while engine._open and time.monotonic() < limit:
+  while serving.requests(engine) and time.monotonic() < limit:
     time.sleep(0.05)
-  assert not engine._open and len(browser.answers()) == 1
+  assert not serving.requests(engine) and len(browser.answers()) == 1
 
 
 @browser_only
@@ -181,7 +181,7 @@ def test_a_question_that_failed_stands_in_its_field_alone_and_is_asked_again_onc
     raise RuntimeError("no memory")
 
   with monkeypatch.context() as patch:
-    patch.setattr(engine._decoders[""], "step", fail)
+    patch.setattr(serving.decoder(engine), "step", fail)
     browser.ask("Why?")
     assert "the model failed at this request" in browser.toast()
   browser.wait_for("#chat", lambda found: not browser.all("#chat .message"))

@@ -233,13 +233,13 @@ def test_a_session_is_its_visitors_alone(visitor, other, served):
 
 def test_one_page_answers_one_question_at_a_time(visitor, served, monkeypatch):
   _, engine = served
-  begin, real = threading.Event(), engine._decoders[""].step
+  begin, real = threading.Event(), serving.decoder(engine).step
 
   def step(n):
     assert begin.wait(30)
     return real(n)
 
-  monkeypatch.setattr(engine._decoders[""], "step", step)
+  monkeypatch.setattr(serving.decoder(engine), "step", step)
   for _ in range(2):
     assert visitor.join("answer", visitor.values("answer", _3=1)).status_code == 200
   with visitor.listening() as messages:
@@ -372,17 +372,17 @@ def test_others_are_served_while_a_picture_is_decoded(visitor, other, monkeypatc
 
 def test_work_ends_when_its_visitor_leaves(visitor, served, monkeypatch):
   _, engine = served
-  begin, real = threading.Event(), engine._decoders[""].step
+  begin, real = threading.Event(), serving.decoder(engine).step
 
   def step(n):
     assert begin.wait(30)
     return real(n)
 
-  monkeypatch.setattr(engine._decoders[""], "step", step)
+  monkeypatch.setattr(serving.decoder(engine), "step", step)
   assert visitor.join("answer", visitor.values("answer")).is_success
   with visitor.listening() as messages:
     assert any(x["msg"] == "process_generating" for x in messages)
-  jobs = list(engine._open)
+  jobs = list(serving.requests(engine))
   limit = time.monotonic() + 20
   while not all(x.gone for x in jobs) and time.monotonic() < limit:
     time.sleep(0.02)

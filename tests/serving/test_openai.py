@@ -177,8 +177,8 @@ def test_errors_are_those_of_the_client(openai, client, served, model, monkeypat
     raw = known.chat.completions.with_raw_response.create(**ask(), model=serving.NAME)
     assert raw.headers["content-type"] == "application/json" and raw.parse().choices
     step = itertools.count()
-    real = engine._decoders[""].step
-    monkeypatch.setattr(engine._decoders[""], "step", lambda n: real(1) if next(step) < 3 else 1 // 0)
+    real = serving.decoder(engine).step
+    monkeypatch.setattr(serving.decoder(engine), "step", lambda n: real(1) if next(step) < 3 else 1 // 0)
     seen = []
     with pytest.raises(openai.APIError) as caught:
       for chunk in known.chat.completions.create(**ask(max_tokens=50), model=serving.NAME, stream=True):
@@ -544,8 +544,8 @@ def test_a_stop_sequence_frees_the_slot_at_once(model, monkeypatch):
   with serving.serving(model, slots=1) as (base, engine), serving.client(base) as client:
     whole = said(client.post(CHAT, json=ask(max_tokens=100)))
     steps = itertools.count()
-    real = engine._decoders[""].step
-    monkeypatch.setattr(engine._decoders[""], "step", lambda n: (next(steps), real(min(n, 4)))[1])
+    real = serving.decoder(engine).step
+    monkeypatch.setattr(serving.decoder(engine), "step", lambda n: (next(steps), real(min(n, 4)))[1])
     client.post(CHAT, json=ask(max_tokens=100, stop=whole[:3]))
     assert said(client.post(CHAT, json=ask(max_tokens=1)))
     assert next(steps) < 12, "the answer went on after its stop sequence"

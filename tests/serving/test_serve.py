@@ -191,13 +191,13 @@ class Gate:
 
   def __init__(self, monkeypatch, engine, steps: int = 0):
     self._steps, self._open = threading.Semaphore(steps), False
-    real = engine._decoders[""].step
+    real = serving.decoder(engine).step
 
     def step(n):
       assert self._open or self._steps.acquire(timeout=30)
       return real(n)
 
-    monkeypatch.setattr(engine._decoders[""], "step", step)
+    monkeypatch.setattr(serving.decoder(engine), "step", step)
 
   def open(self):
     self._open = True
@@ -219,7 +219,7 @@ def test_a_full_queue_says_when_to_come_again(model, monkeypatch):
     gate = Gate(monkeypatch, engine)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
       first = [pool.submit(client.post, CHAT, json=ask(max_tokens=2)) for _ in range(2)]
-      serving.until(lambda: len(engine._open) == 2)
+      serving.until(lambda: len(serving.requests(engine)) == 2)
       for body, path in ((ask(), CHAT), ({"prompt": "a ring"}, PAINT)):
         refused = client.post(path, json=body)
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
@@ -239,9 +239,9 @@ def test_who_leaves_frees_the_slot(model, monkeypatch, stream):
     else:
       with pytest.raises(httpx.ReadTimeout):
         client.post(CHAT, json=ask(max_tokens=100), timeout=1.0)
-    serving.until(lambda: all(job.gone for job in engine._open))
+    serving.until(lambda: all(job.gone for job in serving.requests(engine)))
     gate.open()
-    serving.until(lambda: not engine._open)
+    serving.until(lambda: not serving.requests(engine))
     assert not engine._answering and metrics(client)["jflow_tokens_total/written"] < 100
     assert said(client.post(CHAT, json=ask()))
 
@@ -252,12 +252,12 @@ def test_a_request_that_takes_too_long_is_ended(model, monkeypatch):
     late = client.post(CHAT, json=ask())
     assert late.status_code == 504 and "longer than 1 s" in late.json()["error"]["message"]
     gate.open()
-    serving.until(lambda: not engine._open)
+    serving.until(lambda: not serving.requests(engine))
 
 
 def test_a_failure_of_the_model_costs_what_it_worked_on_alone(model, monkeypatch):
   with serving.serving(model) as (base, engine), serving.client(base) as client:
-    monkeypatch.setattr(engine._decoders[""], "step", lambda n: 1 // 0)
+    monkeypatch.setattr(serving.decoder(engine), "step", lambda n: 1 // 0)
     failed = client.post(CHAT, json=ask())
     assert failed.status_code == 500 and "\n" not in failed.json()["error"]["message"]
     assert said(client.post(CHAT, json=ask())) and engine.state == "ready"
@@ -269,7 +269,7 @@ def test_a_failure_of_the_model_costs_what_it_worked_on_alone(model, monkeypatch
 
 def test_a_model_that_keeps_failing_ends_the_server(model, monkeypatch):
   with serving.serving(model) as (base, engine), serving.client(base) as client:
-    monkeypatch.setattr(engine._decoders[""], "step", lambda n: 1 // 0)
+    monkeypatch.setattr(serving.decoder(engine), "step", lambda n: 1 // 0)
     monkeypatch.setattr("jflow.serving.engine.Decoder", lambda *_: 1 // 0)
     assert metrics(client)["jflow_ready"] == 1
     assert client.post(CHAT, json=ask()).status_code == 503

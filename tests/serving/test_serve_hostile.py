@@ -247,13 +247,13 @@ def test_pipelined_requests_are_answered_in_their_order(served):
 def test_a_client_that_pipelines_and_leaves_is_noticed(served, monkeypatch):
   client, engine = served
   opened = threading.Event()
-  real = engine._decoders[""].step
-  monkeypatch.setattr(engine._decoders[""], "step", lambda n: (opened.wait(20), real(n))[1])
+  real = serving.decoder(engine).step
+  monkeypatch.setattr(serving.decoder(engine), "step", lambda n: (opened.wait(20), real(n))[1])
   with connect(client) as connection:
     connection.sendall(HEAD + LENGTH + b"\r\n" + BODY + GET + b"\r\n")
-    serving.until(lambda: engine._open)
+    serving.until(lambda: serving.requests(engine))
   try:
-    serving.until(lambda: all(job.gone for job in engine._open))
+    serving.until(lambda: all(job.gone for job in serving.requests(engine)))
   finally:
     opened.set()
 
@@ -473,12 +473,12 @@ def test_who_leaves_while_a_program_is_compiled_frees_the_place(served, monkeypa
   long = "x" * 70
   for target, name, held, path, body in (
     (engine.pipeline, "prepare_images", lambda prompts, _, rows: long in prompts, PAINT, {"prompt": long, "n": 2}),
-    (engine._decoders[""], "prepare", lambda request: len(request.tokens) > 40, CHAT, ask(long)),
+    (serving.decoder(engine), "prepare", lambda request: len(request.tokens) > 40, CHAT, ask(long)),
   ):
     gate = Gate(monkeypatch, target, name, held)
     with pytest.raises(httpx.ReadTimeout):
       client.post(path, json=body, timeout=0.5)
-    serving.until(lambda: not engine._open)
+    serving.until(lambda: not serving.requests(engine))
     assert not gate.opened.is_set()
     works(client)
     gate.opened.set()
@@ -506,7 +506,7 @@ def test_a_mistake_in_a_painting_is_never_the_models(served, settings, seed, cou
   _, engine = served
   with pytest.raises(UserError):
     engine.submit(Pictures("a ring", count, seed, Settings(**settings)))
-  assert engine.state == "ready" and not engine._open
+  assert engine.state == "ready" and not serving.requests(engine)
 
 
 @pytest.mark.parametrize(
@@ -526,7 +526,7 @@ def test_a_mistake_in_a_question_is_never_the_models(served, field, value):
   _, engine = served
   with pytest.raises(UserError):
     engine.submit(engine.pipeline.request("Why?")._replace(**{field: value}))
-  assert engine.state == "ready" and not engine._open
+  assert engine.state == "ready" and not serving.requests(engine)
 
 
 def test_a_mistake_that_the_models_thread_finds_costs_its_request_alone(served, monkeypatch):
@@ -551,7 +551,7 @@ def test_a_mistake_that_the_models_thread_finds_costs_its_request_alone(served, 
     paint = lambda prompt: client.post(PAINT, json={"prompt": prompt, "steps": 3, "shift": 2}).status_code
     assert list(pool.map(paint, ["good", "bad"])) == [200, 400]
   with monkeypatch.context() as patch:
-    patch.setattr(engine._decoders[""], "admit", admit)
+    patch.setattr(serving.decoder(engine), "admit", admit)
     for _ in range(4):
       assert client.post(CHAT, json=ask()).status_code == 400
   works(client)

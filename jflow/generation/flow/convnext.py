@@ -38,7 +38,8 @@ def unpatchify(x_BHWC: jax.Array, patch_size: int) -> jax.Array:
   return x.reshape(b, h * s, w * s, c // (s * s))
 
 
-def _convolution(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
+def convolution(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
+  """`depthwise` as XLA's own convolution."""
   return jax.lax.conv_general_dilated(
     x_BHWC,
     kernel[:, :, None],
@@ -49,7 +50,7 @@ def _convolution(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
   )
 
 
-def _shifted_sum(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
+def shifted_sum(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
   """The depthwise convolution as a sum of k * k shifted images."""
   k, (h, w) = kernel.shape[0], x_BHWC.shape[1:3]
   padded = jnp.pad(x_BHWC.astype(jnp.float32), ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
@@ -76,7 +77,7 @@ def depthwise(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
   One implementation per platform: on a CPU a sum of shifted images is much faster than XLA's convolution, and for TPU
   the kernel's gradient compiles much faster as a sum by taps.
   """
-  return jax.lax.platform_dependent(x_BHWC, kernel, cpu=_shifted_sum, default=_convolution)
+  return jax.lax.platform_dependent(x_BHWC, kernel, cpu=shifted_sum, default=convolution)
 
 
 def _depthwise_forward(x_BHWC, kernel):
@@ -84,11 +85,11 @@ def _depthwise_forward(x_BHWC, kernel):
 
 
 def _depthwise_backward(residuals, dy_BHWC):
-  convolved = lambda x, k, dy: jax.vjp(_convolution, x, k)[1](dy)
+  convolved = lambda x, k, dy: jax.vjp(convolution, x, k)[1](dy)
   return jax.lax.platform_dependent(
     *residuals,
     dy_BHWC,
-    cpu=lambda x, k, dy: (_shifted_sum(dy, k[::-1, ::-1]), _kernel_gradient(x, k, dy)),
+    cpu=lambda x, k, dy: (shifted_sum(dy, k[::-1, ::-1]), _kernel_gradient(x, k, dy)),
     tpu=lambda x, k, dy: (convolved(x, k, dy)[0], _kernel_gradient(x, k, dy)),
     default=convolved,
   )
