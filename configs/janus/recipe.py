@@ -37,7 +37,7 @@ NEVER = ("understanding_encoder/head", "vq")  # the unused pooling head; the VQ 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """What a stage of a recipe sets."""
+  """The values that a stage of a recipe sets."""
 
   steps: int
   rows: int  # of 4,096 tokens per step

@@ -1,4 +1,4 @@
-"""What the official config.json of JanusFlow and of Janus have in common: the LLM's section and SigLIP's, both ways."""
+"""The sections that the official config.json of JanusFlow and of Janus share, the LLM's and SigLIP's, both ways."""
 
 import math
 from typing import Any

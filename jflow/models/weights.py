@@ -198,23 +198,24 @@ def conv(name: str, path: str, out: int, into: int, size: int) -> Iterator[Entry
   yield Entry(f"{name}.bias", (out,), f"{path}/bias", SAME)
 
 
-def _resnet(name: str, path: str, out: int, into: int) -> Iterator[Entry]:
+def resnet(name: str, path: str, out: int, into: int, shortcut: str = "conv_shortcut") -> Iterator[Entry]:
+  """A block of two convolutions; `shortcut`: the layout's name of the third, where the width changes."""
   yield from norm(f"{name}.norm1", f"{path}/norm_1", into)
   yield from conv(f"{name}.conv1", f"{path}/conv_1", out, into, 3)
   yield from norm(f"{name}.norm2", f"{path}/norm_2", out)
   yield from conv(f"{name}.conv2", f"{path}/conv_2", out, out, 3)
   if out != into:
-    yield from conv(f"{name}.conv_shortcut", f"{path}/shortcut", out, into, 1)
+    yield from conv(f"{name}.{shortcut}", f"{path}/shortcut", out, into, 1)
 
 
 def _middle(name: str, path: str, width: int, old: bool) -> Iterator[Entry]:
-  yield from _resnet(f"{name}.resnets.0", f"{path}/resnet_1", width, width)
+  yield from resnet(f"{name}.resnets.0", f"{path}/resnet_1", width, width)
   attention, ours = f"{name}.attentions.0", f"{path}/attention"
   yield from norm(f"{attention}.group_norm", f"{ours}/norm", width)
   theirs = ("query", "key", "value", "proj_attn") if old else ("to_q", "to_k", "to_v", "to_out.0")
   for leaf, ours_leaf in zip(theirs, ("query", "key", "value", "output"), strict=True):
     yield from linear(f"{attention}.{leaf}", f"{ours}/{ours_leaf}", width, width)
-  yield from _resnet(f"{name}.resnets.1", f"{path}/resnet_2", width, width)
+  yield from resnet(f"{name}.resnets.1", f"{path}/resnet_2", width, width)
 
 
 def autoencoder_kl(c: AutoencoderKLConfig, old: bool = False) -> list[Entry]:
@@ -225,7 +226,7 @@ def autoencoder_kl(c: AutoencoderKLConfig, old: bool = False) -> list[Entry]:
   for i, out in enumerate(channels):
     for j in range(c.layers_per_block):
       path = f"vae/encoder/down_{i}_resnet_{j}"
-      entries += _resnet(f"encoder.down_blocks.{i}.resnets.{j}", path, out, into)
+      entries += resnet(f"encoder.down_blocks.{i}.resnets.{j}", path, out, into)
       into = out
     if i + 1 < len(channels):
       name = f"encoder.down_blocks.{i}.downsamplers.0.conv"
@@ -241,7 +242,7 @@ def autoencoder_kl(c: AutoencoderKLConfig, old: bool = False) -> list[Entry]:
   for i, out in enumerate(reversed(channels)):
     for j in range(c.layers_per_block + 1):
       path = f"vae/decoder/up_{i}_resnet_{j}"
-      entries += _resnet(f"decoder.up_blocks.{i}.resnets.{j}", path, out, into)
+      entries += resnet(f"decoder.up_blocks.{i}.resnets.{j}", path, out, into)
       into = out
     if i + 1 < len(channels):
       entries += conv(f"decoder.up_blocks.{i}.upsamplers.0.conv", f"vae/decoder/up_{i}_sample", out, out, 3)

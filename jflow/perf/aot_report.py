@@ -65,7 +65,7 @@ def expected(config: RunConfig, model: UnifiedModel) -> tuple[model_flops.Work, 
 
 
 def room(config: RunConfig, shards: int) -> tuple[int, ...]:
-  """What `Pipeline.most` returns, for a run on the samples of `expected`."""
+  """The result of `Pipeline.most` for a run on the samples of `expected`."""
   data, patches = config.data, config.model.patches
   read, written = (min(data.row_tokens // (patches + text), data.row_images) for text in (_READ_TEXT, _WRITE_TEXT))
   held = np.array([[read, 0, read], [0, written, written], [0, 0, 0]])

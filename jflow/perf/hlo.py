@@ -60,7 +60,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-  """What a device reaches, for the roofline of each launch: the slowest of its FLOPs, its bytes and the launch itself."""
+  """Peaks of a device, for the roofline of each launch: the slowest of its FLOPs, its bytes and the launch itself."""
 
   products: float  # FLOP/s of matrix products; twice as many in 8 bits
   convolutions: float  # FLOP/s

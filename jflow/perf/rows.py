@@ -21,7 +21,7 @@ def synthetic(rows: int, shape: RowShape, mixture: tuple[float, ...], vocabulary
 
 
 def most(batch: Batch, shards: int, accumulation: int) -> tuple[int, ...]:
-  """What `Pipeline.most` returns, of one batch."""
+  """The result of `Pipeline.most` for one batch."""
   masks = (batch.image_kind == READ, batch.image_kind == WRITE, batch.image_kind > 0)
   parts = (mask.sum(axis=1).reshape(shards, -1, accumulation).sum(axis=1) for mask in masks)
   return (*(max(1, int(part.max())) for part in parts), int(batch.segment_ids.max()))

@@ -21,7 +21,7 @@ class ShapesConfig(Section):
 
 
 class WorldConfig(Section):
-  """What `jflow.world.start` fits before the first step of fresh parameters."""
+  """Fits of `jflow.world.start` before the first step of fresh parameters."""
 
   fit_labels: int = field(whole(0, 10**7, "; 0 leaves SigLIP fresh"), before=0)
   fit_images: int = field(whole(1, 10**6))

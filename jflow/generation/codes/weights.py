@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from jflow.models.autoencoders.vq import VQConfig
 from jflow.models.config import ModelConfig
-from jflow.models.weights import PATCH, SAME, Entry, conv, language_model, linear, norm, siglip
+from jflow.models.weights import PATCH, SAME, Entry, conv, language_model, linear, norm, resnet, siglip
 
 
 def official(c: ModelConfig, tied: bool = False) -> list[Entry]:
@@ -37,7 +37,7 @@ def vq(c: VQConfig, prefix: str) -> Iterator[Entry]:
   for i, out in enumerate(widths):
     name, path = f"{encoder}.conv_blocks.{i}", f"vq/encoder/down_{i}"
     for j in range(c.blocks_per_level):
-      yield from _resnet(f"{name}.res.{j}", f"{path}_resnet_{j}", out, into)
+      yield from resnet(f"{name}.res.{j}", f"{path}_resnet_{j}", out, into, "nin_shortcut")
       into = out
       if i + 1 == levels:
         yield from _attention(f"{name}.attn.{j}", f"{path}_attention_{j}", out)
@@ -55,7 +55,7 @@ def vq(c: VQConfig, prefix: str) -> Iterator[Entry]:
   for i, out in enumerate(reversed(widths)):
     name, path = f"{decoder}.conv_blocks.{i}", f"vq/decoder/up_{i}"
     for j in range(c.blocks_per_level + 1):
-      yield from _resnet(f"{name}.res.{j}", f"{path}_resnet_{j}", out, into)
+      yield from resnet(f"{name}.res.{j}", f"{path}_resnet_{j}", out, into, "nin_shortcut")
       into = out
       if not i:
         yield from _attention(f"{name}.attn.{j}", f"{path}_attention_{j}", out)
@@ -66,18 +66,9 @@ def vq(c: VQConfig, prefix: str) -> Iterator[Entry]:
 
 
 def _middle(name: str, path: str, width: int) -> Iterator[Entry]:
-  yield from _resnet(f"{name}.mid.0", f"{path}/resnet_1", width, width)
+  yield from resnet(f"{name}.mid.0", f"{path}/resnet_1", width, width)
   yield from _attention(f"{name}.mid.1", f"{path}/attention", width)
-  yield from _resnet(f"{name}.mid.2", f"{path}/resnet_2", width, width)
-
-
-def _resnet(name: str, path: str, out: int, into: int) -> Iterator[Entry]:
-  yield from norm(f"{name}.norm1", f"{path}/norm_1", into)
-  yield from conv(f"{name}.conv1", f"{path}/conv_1", out, into, 3)
-  yield from norm(f"{name}.norm2", f"{path}/norm_2", out)
-  yield from conv(f"{name}.conv2", f"{path}/conv_2", out, out, 3)
-  if out != into:
-    yield from conv(f"{name}.nin_shortcut", f"{path}/shortcut", out, into, 1)
+  yield from resnet(f"{name}.mid.2", f"{path}/resnet_2", width, width)
 
 
 def _attention(name: str, path: str, width: int) -> Iterator[Entry]:
