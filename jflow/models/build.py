@@ -16,7 +16,7 @@ from jflow.models.unified import UnifiedModel, make_writer
 
 def initial_params(model: UnifiedModel, seed: int) -> Any:
   """Initial parameters, boxed with their logical axes; to be traced by `initial.create` or `jax.eval_shape`."""
-  return _initial_params(model.clone(remat="none", unroll=1, attention="xla", capacity=None), seed)
+  return _initial_params(model.clone(remat="none", capacity=None), seed)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "seed"), inline=True)  # traced once for all that ask
