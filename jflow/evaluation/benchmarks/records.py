@@ -16,13 +16,13 @@ from jflow.data.sequences import IMAGE_MARK
 from jflow.data.store.prepared import SUMMARY, PreparedSource, read_summary
 from jflow.errors import UserError
 from jflow.evaluation import answers, scores
-from jflow.evaluation.benchmark import PaintingBenchmark
+from jflow.evaluation.benchmark import GenerationBenchmark
 from jflow.evaluation.report import Result, Shown
 from jflow.evaluation.runs import run_of
 from jflow.evaluation.samples import need_all
 from jflow.evaluation.scores import Score
 from jflow.evaluation.settings import Settings
-from jflow.evaluation.tasks import Loss, Painting, Question, Task
+from jflow.evaluation.tasks import Generation, Loss, Question, Task
 from jflow.generation.base import FAMILIES, family
 
 _MOST = 64  # records without --limit
@@ -31,7 +31,7 @@ _SMALL = 16  # pixels of a picture that is compared with others
 _HELD_OUT = re.compile(r"held-out(?::(0?\.\d{1,9}))?")
 
 
-class Records(PaintingBenchmark):
+class Records(GenerationBenchmark):
   """Records of one prepared data set, evenly spread over it."""
 
   name = "records"
@@ -40,7 +40,7 @@ class Records(PaintingBenchmark):
     "a directory that `jflow prepare` wrote; --split=held-out takes the records that the run in --checkpoint held out "
     "(data.validation), --split=held-out:0.05 those of a share, for a checkpoint of another"
   )
-  flags = PaintingBenchmark.flags | {"split"}
+  flags = GenerationBenchmark.flags | {"split"}
 
   def __init__(self, settings: Settings):
     """Opens the data set and chooses the records."""
@@ -101,7 +101,7 @@ class Records(PaintingBenchmark):
       seed, record = self.settings.seed + int(name), functools.partial(self._record, name)
       made.append(Loss(f"loss/{name}", record, self._task, seed))
       if self._task == "generation":
-        made.append(Painting(f"paint/{name}", outline.text.strip(), seed, f"pictures/{name}.png"))
+        made.append(Generation(f"paint/{name}", outline.text.strip(), seed, f"pictures/{name}.png"))
       elif self._task == "understanding" and (asked := _asked(outline, self._caption_prompt)):
         made.append(Question(f"ask/{name}", asked[0], functools.partial(self._pictures, name, asked[0])))
     return made
