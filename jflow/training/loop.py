@@ -156,8 +156,13 @@ def _train(
       run.validate_on(held_out, program.model, mesh)
     step = program.step
     if int(state.step) < config.train.steps and not best.is_over(state.best, config.train.early_stop):
-      batch, given = abstract_batch(config, model, mesh), config.compute.memory_gib
-      step = remat.fit_or_refuse(model, mesh, make, batch, config.train.accumulation, given).compiled
+      batch, given, micro = abstract_batch(config, model, mesh), config.compute.memory_gib, config.train.accumulation
+      auto = model.remat == remat.AUTO
+      first = remat.earlier(workdir, model, mesh, micro) if auto else 0
+      fitted = remat.fit_or_refuse(model, mesh, make, batch, micro, given, first)
+      if auto:
+        remat.remember(workdir, fitted.model, mesh, micro)
+      step = fitted.compiled
     run(state, step)
 
 

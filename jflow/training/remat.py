@@ -2,20 +2,23 @@
 
 import contextlib
 import math
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jflow import compilation, memory, registry
+from jflow import compilation, files, memory, registry
 from jflow.errors import UserError
 from jflow.models import fp8
 from jflow.models.llm.base import ARCHITECTURES
 from jflow.models.unified import UnifiedModel
+from jflow.strict_json import Malformed
 from jflow.training import cost, hosts
 
 AUTO = "auto"
+FILE = "remat.json"  # in the workdir: what was chosen, and for what
 _ALL = "save:query,key,value,attended,gate,up"
 _SHARE = 0.95  # of a device's memory that a program may use; the rest is for two batches and the kernels' own
 
@@ -70,6 +73,7 @@ def fit(
   batch: Any,
   tokens: int,
   limit: int | None,
+  first: int = 0,
 ) -> Fitted | None:
   """Compiles the first candidate whose step fits into `limit` bytes of a device; None: none does.
 
@@ -80,8 +84,9 @@ def fit(
     batch: of ShapeDtypeStruct with shardings.
     tokens: that a device holds at once; what would keep more than `limit` of them is not compiled.
     limit: None where it is not known: the first.
+    first: place of the candidate to begin with, see `earlier`.
   """
-  for candidate in candidates(model, mesh.devices.flat[0].platform):
+  for candidate in candidates(model, mesh.devices.flat[0].platform)[first:]:
     least = kept(candidate, tokens)
     if model.remat == AUTO and limit is not None and least > limit:
       _say(candidate, "at least ", least, limit, "too much")
@@ -129,8 +134,48 @@ def device_limit(mesh: jax.sharding.Mesh, given: float = 0.0) -> int | None:
   return mebibytes << 20
 
 
+def layout(model: UnifiedModel, mesh: jax.sharding.Mesh, accumulation: int) -> dict[str, Any]:
+  """What a choice is made for: another one may need another choice."""
+  kind, sizes = mesh.devices.flat[0].device_kind, dict(mesh.shape)
+  return {"device": kind, "mesh": sizes, "accumulation": accumulation, "attention": model.attention}
+
+
+def earlier(workdir: pathlib.Path, model: UnifiedModel, mesh: jax.sharding.Mesh, accumulation: int) -> int:
+  """The place among the candidates of what the run of this workdir has chosen for the same layout, else 0.
+
+  A continuation begins with it: another choice differs by rounding, and would be compiled in vain where it does not fit.
+  """
+  place, found = 0, {}
+  if hosts.is_first():
+    try:
+      found = files.read_object(workdir / FILE)
+    except FileNotFoundError:
+      pass
+    except Malformed as error:
+      hosts.say(f"{workdir / FILE}: {error}: compute.remat is chosen anew")
+  names = [(one.remat, one.unroll) for one in candidates(model, mesh.devices.flat[0].platform)]
+  chosen = (found.get("remat"), found.get("unroll"))
+  if found.get("layout") == layout(model, mesh, accumulation) and chosen in names:
+    place = names.index(chosen)
+    hosts.say(f"compute.remat=auto begins with what {workdir / FILE} says: {chosen[0]}, compute.unroll={chosen[1]}")
+  return hosts.from_first([place])[0]
+
+
+def remember(workdir: pathlib.Path, model: UnifiedModel, mesh: jax.sharding.Mesh, accumulation: int) -> None:
+  """Writes the choice, for `earlier`; by process 0."""
+  if hosts.is_first():
+    chosen = {"remat": model.remat, "unroll": model.unroll, "layout": layout(model, mesh, accumulation)}
+    files.write_json(workdir / FILE, chosen)
+
+
 def fit_or_refuse(
-  model: UnifiedModel, mesh: jax.sharding.Mesh, make: Any, batch: Any, accumulation: int, given: float = 0.0
+  model: UnifiedModel,
+  mesh: jax.sharding.Mesh,
+  make: Any,
+  batch: Any,
+  accumulation: int,
+  given: float = 0.0,
+  first: int = 0,
 ) -> Fitted:
   """`fit` for the devices of a run, which says what a step takes of them.
 
@@ -141,13 +186,14 @@ def fit_or_refuse(
     batch: see `fit`.
     accumulation: microbatches of a step.
     given: see `device_limit`.
+    first: see `fit`.
 
   Raises:
     UserError: nothing fits. On a CPU, whose memory is the machine's, only "auto" and a limit that is given are held to.
   """
   rows, limit = batch.tokens.sharding.shard_shape(batch.tokens.shape), device_limit(mesh, given)
   try:
-    found = fit(model, mesh, make, batch, math.prod(rows) // accumulation, limit)
+    found = fit(model, mesh, make, batch, math.prod(rows) // accumulation, limit, first)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise

@@ -92,6 +92,7 @@ def _check_kinds(workdir: pathlib.Path) -> None:
     "goodput.jsonl",
     "goodput.json",
     "best.json",
+    "remat.json",
     "wandb_id",
     "unsaved",
   ):

@@ -40,6 +40,7 @@ class Question(NamedTuple):
 def questions(size: str) -> list[Question]:
   """The questions for models of a size, first the one that decides most."""
   stage2, stage3 = f"stage2:{size}", f"stage3:{size}"
+  codes = f"janus/stage3:{'1b' if size in ('384', '256') else size}"
 
   def step(rows: int, *fields: str) -> tuple[str, ...]:
     fields = tuple(f"config.compute.{field}" for field in fields)
@@ -53,11 +54,17 @@ def questions(size: str) -> list[Question]:
     ask("step-4-full-cudnn", 80, step(4, "remat=full", "attention=cudnn"), "the table of segments inside the step"),
     ask("step-4-none-cudnn", 140, step(4, *everything, "attention=cudnn"), "no recompute, no loop over layers"),
     ask("step-8-none-cudnn", 150, step(8, *everything, "attention=cudnn"), "the headline"),
+    ask("step-8-none-cudnn-fp8", 170, step(8, *everything, "attention=cudnn", "matmul=fp8"), "products in 8 bits"),
     ask("step-8-none-packed", 150, step(8, *everything, "attention=packed"), "our own kernel inside the step"),
     ask("step-8-auto", 150, step(8, "remat=auto"), "what a user gets"),
     ask("parts", 120, ("train", f"--config={stage2}", "--rows=4", "--steps=8"), "each part alone"),
     ask("step-4-save-cudnn", 110, step(4, "remat=save:query,key,value,attended,gate,up", "attention=cudnn"), "80 GB"),
     ask("paint-16", 120, ("generate", f"--config={stage3}", "--batch_size=16", "--repeats=2"), "pictures a second"),
+    ask(
+      "codes-1", 90, ("generate", f"--config={codes}", "--batch_size=1", "--repeats=2"), "codes: share of the memory"
+    ),
+    ask("codes-16", 120, ("generate", f"--config={codes}", "--batch_size=16", "--repeats=2"), "the same, 16 pictures"),
+    ask("codes-64", 150, ("generate", f"--config={codes}", "--batch_size=64", "--repeats=2"), "the same, 64 pictures"),
     ask("read-1", 90, ("understand", f"--config={stage3}", "--new_tokens=256", "--repeats=2"), "tokens a second"),
     ask("read-16", 120, ("understand", f"--config={stage3}", "--batch_size=16", "--repeats=2"), "the same, 16 rows"),
     ask(
@@ -156,7 +163,7 @@ def main(argv: list[str]) -> int:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-  """The steps among the answers as Markdown."""
+  """The steps, and the loops that paint and read, among the answers as Markdown."""
   lines = [
     "| question | seconds a step | tokens a second | MFU | peak, GiB | compiled, s |",
     "| --- | --- | --- | --- | --- | --- |",
@@ -170,7 +177,29 @@ def table(rows: list[dict[str, Any]]) -> str:
       f"| {row['question']} | {r['seconds_per_step']['median']:.3f} | {r['tokens_per_second']:,.0f} | {mfu} "
       f"| {r['peak_bytes'] / 2**30:.1f} | {r['compile_seconds']:.0f} |"
     )
+  lines += [
+    "",
+    "| question | pictures a second | tokens a second | ms a step of the loop | share of the FLOPs | share of the memory |",
+    "| --- | --- | --- | --- | --- | --- |",
+  ]
+  lines += [_loop(row) for row in rows if row["report"].get("workload") in ("generate", "understand")]
   return "\n".join(lines) + "\n"
+
+
+def _loop(row: dict[str, Any]) -> str:
+  """The line of a loop that paints or reads; what its report lacks is left open."""
+  report = row["report"]
+
+  def shown(name: str, form: str) -> str:
+    return f"{report[name]:{form}}" if report.get(name) else ""
+
+  step = (
+    report["seconds_per_step"]["median"] if "pictures" in report else report["answers"] / report["tokens_per_second"]
+  )
+  return (
+    f"| {row['question']} | {shown('images_per_second', ',.2f')} | {shown('tokens_per_second', ',.0f')} "
+    f"| {1e3 * step:.2f} | {shown('mfu', '.0%')} | {shown('bandwidth_share', '.0%')} |"
+  )
 
 
 if __name__ == "__main__":

@@ -37,10 +37,10 @@ def make(model):
   return types.SimpleNamespace(step=step, state=jax.ShapeDtypeStruct((), jnp.float32))
 
 
-def chosen(limit, name="auto", tokens=0):
+def chosen(limit, name="auto", tokens=0, first=0):
   mesh = types.SimpleNamespace(devices=types.SimpleNamespace(flat=jax.devices()))
   batch = jax.ShapeDtypeStruct((), jnp.float32)
-  return remat.fit(tiny.model(remat=name, unroll=2), mesh, make, batch, tokens, limit)
+  return remat.fit(tiny.model(remat=name, unroll=2), mesh, make, batch, tokens, limit, first)
 
 
 @pytest.mark.parametrize("kibibytes, name", [(None, "none"), (80, "none"), (40, "save"), (8, "full")])
@@ -129,3 +129,28 @@ def test_kinds_add_up_to_what_a_step_takes():
 def test_a_limit_that_is_given_counts_on_a_cpu():
   mesh = sharding.make_mesh(1, 1, 1)
   assert remat.device_limit(mesh, 1.5) == 3 * 2**29
+
+
+def device_mesh():
+  return sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+
+
+def test_a_continuation_begins_with_the_run_s_choice(tmp_path, capsys):
+  """Which is kept where more would fit by now, and left where it no longer fits."""
+  model, mesh = tiny.model(remat="auto", unroll=2), device_mesh()
+  assert remat.earlier(tmp_path, model, mesh, 1) == 0
+  remat.remember(tmp_path, chosen(40 * 1024).model, mesh, 1)
+  first = remat.earlier(tmp_path, model, mesh, 1)
+  assert chosen(None, first=first).model.remat.startswith("save")
+  assert chosen(8 * 1024, first=first).model.remat == "full"
+  assert remat.FILE in capsys.readouterr().err
+  assert remat.earlier(tmp_path, model.clone(attention="triton"), mesh, 1) == 0
+  assert remat.earlier(tmp_path, model, mesh, 2) == 0
+
+
+@pytest.mark.parametrize(
+  "content", ["", "[]", "{}", '{"remat": "full"', '{"remat": ["full"], "unroll": {}, "layout": 3}']
+)
+def test_a_damaged_record_is_a_choice_anew(tmp_path, content):
+  (tmp_path / remat.FILE).write_text(content)
+  assert remat.earlier(tmp_path, tiny.model(remat="auto"), device_mesh(), 1) == 0
