@@ -16,7 +16,7 @@ from jflow import sharding
 from jflow.batch import TASKS, Batch
 from jflow.errors import UserError
 from jflow.generation.flow import convnext as generation
-from jflow.models import build
+from jflow.models import build, fp8
 from jflow.objectives import next_token
 from jflow.perf import hlo
 from jflow.perf.rows import most
@@ -121,6 +121,23 @@ def check_head_loss() -> None:
     jax.tree.map(same, got, want)
 
 
+def check_products_in_8_bits() -> None:
+  """Asserts that a product and its gradient are on a mesh what they are on one device: the scales are of whole tensors."""
+  rng, axes = np.random.default_rng(0), ("embed", "mlp")
+  x, kernel, dy = (rng.standard_normal(shape, np.float32) for shape in ((32, 64), (64, 48), (32, 48)))
+
+  def computed(x, kernel, dy):
+    y, back = jax.vjp(lambda x, kernel: fp8.product(x, kernel, axes), x, kernel)
+    return y, *back(dy)
+
+  want = computed(x, kernel, dy)
+  mesh = sharding.make_mesh(2, 2, 2, devices=jax.devices()[:8])
+  put = lambda x, *names: jax.device_put(x, sharding.named(mesh, names, x.shape))
+  with jax.set_mesh(mesh):
+    got = jax.jit(computed)(put(x, "batch", None), put(kernel, *axes), put(dy, "batch", "mlp"))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+
+
 def main(directory: pathlib.Path) -> dict:
   """Returns losses per mesh, the share of a weight on one device, losses after a change of mesh, and collectives."""
   rows = [tiny.mixed(), tiny.mixed()._replace(tokens=tiny.mixed().tokens[:, ::-1].copy())]
@@ -149,6 +166,7 @@ def main(directory: pathlib.Path) -> dict:
   except UserError as error:
     out["refused"] = str(error)
   check_head_loss()
+  check_products_in_8_bits()
   out["codes"] = {str(sizes): losses_of_codes(sizes) for sizes in ((1, 1, 1), (2, 2, 2))}
   out["overfull"] = losses_of_codes((2, 2, 2), less=1)[0]
   generation.depthwise = generation.convolution

@@ -66,6 +66,7 @@ def product(x_RD: jax.Array, kernel_DF: jax.Array, axes: tuple[str | None, str |
 def _forward(x_RD, kernel_DF, axes):
   (x, of_x), (kernel, of_kernel) = quantized(x_RD, FORWARD), quantized(kernel_DF, FORWARD)
   like = jnp.zeros((0,), x_RD.dtype), jnp.zeros((0,), kernel_DF.dtype)
+  kernel = constrain(kernel, *axes)  # or XLA gathers it before it is rounded
   return _dot(x, whole(kernel, *axes), (1, 0), of_x * of_kernel, x_RD.dtype), (x, of_x, kernel, of_kernel, *like)
 
 

@@ -17,6 +17,7 @@ from jflow.inference import reading
 from jflow.models import build, flops, kernels
 from jflow.models.unified import UnifiedModel, for_inference, inference_model
 from jflow.perf import hlo, targets
+from jflow.perf.aot_report import RATES
 
 PROGRAMS = ("generate", "understand")
 _PROMPT = 32  # slots of a prompt for a picture
@@ -37,7 +38,8 @@ def compile_report(
 
   Returns:
     The report as plain values. `step_bytes` is the traffic of one step of the compiled program; `step_bytes_needed`
-    counts once each matrix that a step multiplies by, and the keys and values of all rows.
+    counts once each matrix that a step multiplies by, and the keys and values of all rows; `step_seconds_by_launch` is
+    the roofline of each launch, one after the other, at what a device reaches.
   """
   device = targets.devices(topology)[0]
   on_chip = jax.sharding.SingleDeviceSharding(device)
@@ -61,8 +63,9 @@ def compile_report(
   if keep_text:
     with open(keep_text, "w", encoding="utf-8") as file:
       file.write(text)
-  runs = [hlo.count(text, {}, lambda loop, n=n: n) for n in (1, 2)]
-  size, work = runs[1].memory_bytes - runs[0].memory_bytes, runs[1].flops - runs[0].flops
+  rates = RATES[topology.chip.platform](topology.chip)
+  once, twice = (hlo.count(text, {}, lambda loop, n=n: n, rates) for n in (1, 2))
+  size, work = twice.memory_bytes - once.memory_bytes, twice.flops - once.flops
   analysis = compiled.memory_analysis()
   return {
     "program": program,
@@ -72,6 +75,8 @@ def compile_report(
     "step_bytes": size,
     "step_bytes_needed": _needed(inferring, params, loop, program),
     "step_flops": work,
+    "step_launches": twice.launches - once.launches,
+    "step_seconds_by_launch": twice.seconds - once.seconds,
     "step_seconds_at_least": max(size / topology.chip.memory_bandwidth, work / topology.chip.peak_flops),
     "memory_gib": {
       "arguments": analysis.argument_size_in_bytes / 2**30,

@@ -28,7 +28,7 @@ def worker(tmp_path_factory) -> subprocess.CompletedProcess:
   }
   command = [sys.executable, tiny.ROOT / "tests" / "mesh_worker.py", tmp_path_factory.mktemp("mesh")]
   done = subprocess.run(command, env=environment, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr  # the head's loss too is the plain one on every mesh
+  assert done.returncode == 0, done.stderr  # the head's loss and products in 8 bits are the plain ones on every mesh
   return done
 
 
