@@ -119,22 +119,22 @@ def markdown(reports: list[dict]) -> str:
   """The table as Markdown."""
   lines = [
     "| topology | data x fsdp | rows per chip | state + temporaries, GiB | fits | TFLOP | collectives, GB "
-    "| compute / memory / network, ms | bound by | MFU at most | compile, s |",
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    "| compute / memory / network, ms | bound by | MFU at most | predicted by launch, ms | compile, s |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
   ]
   for r in reports:
     if "seconds" not in r:
       why = r.get("error") or f"{r['memory_gib']['total']:.1f} GiB of {r['memory_gib']['limit']:.1f}"
-      lines.append(f"| {r['topology']} | | | | no | {why} | | | | | |")
+      lines.append(f"| {r['topology']} | | | | no | {why} | | | | | | |")
       continue
-    m, s = r["memory_gib"], r["seconds"]
+    m, s, launched = r["memory_gib"], r["seconds"], r.get("seconds_by_launch")
     state = m["total"] - m["temporaries"]
     lines.append(
       f"| {r['topology']} | {r['mesh']['data']} x {r['mesh']['fsdp']} | {r['rows_per_device']} "
       f"| {state:.1f} + {m['temporaries']:.1f} | {'yes' if r['fits'] else 'no'} "
       f"| {(r['flops']['program'] + r['flops']['kernels']) / 1e12:.0f} | {r['collective_bytes_total'] / 1e9:.1f} "
       f"| {1e3 * s['compute']:.0f} / {1e3 * s['memory']:.0f} / {1e3 * s['network']:.0f} | {r['bound']} "
-      f"| {100 * r['mfu_at_most']:.0f} % | {r['compile_seconds']:.0f} |"
+      f"| {100 * r['mfu_at_most']:.0f} % | {f'{1e3 * launched:.0f}' if launched else ''} | {r['compile_seconds']:.0f} |"
     )
   return "\n".join(lines) + "\n"
 
