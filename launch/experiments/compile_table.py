@@ -3,6 +3,7 @@
   python launch/experiments/compile_table.py launch/experiments/results/compile_table
   python launch/experiments/compile_table.py launch/experiments/results/compile_table_janus_1b janus/stage2:1b
   python launch/experiments/compile_table.py launch/experiments/results/compile_table_janus_7b janus/stage2:pro-7b
+  python launch/experiments/compile_table.py fits configs/stage2.py --fits     # one H200: rows and remat, and what fits
 
 Writes NAME.json and NAME.md, about 3 minutes a row on a free core; an interrupted run resumes.
 """
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from jflow import outputs
 from jflow.chips import CHIPS
 from jflow.perf.targets import Topology
+from jflow.training import config_files
 
 # Topology and rows per device; fsdp stays at 8 or 16 (TPU) or 8 (GPU), data grows. The smallest and the largest of each
 # kind come first, since they show whether the cost per chip grows.
@@ -54,6 +56,12 @@ LARGE = (
   ("h100:8x8", 1),
 )
 
+# One H200: what is kept for the backward pass, with all layers unrolled for "none" as `auto` has them, and rows.
+GPU = "h200:1x1"
+KEPT = ("full", "save:query,key,value,attended,gate,up", "none")
+FITS = tuple((remat, rows) for rows in (4, 8) for remat in KEPT)
+SIZES = {"80 GB": 72.3, "141 GB": 127.4}  # a device -> GiB of it that a program may use
+
 # Full effort takes the TPU compiler far longer and changes only the memory of the result; see jflow/perf/README.md.
 _EFFORT = {"tpu": -1.0, "gpu": 0.0}
 # Fixed for the table; "auto" takes Triton on a GPU, see `attention.choose`.
@@ -65,24 +73,51 @@ def write_table(name: pathlib.Path, config: str = CONFIG) -> int:
 
   Rows in NAME.json are reused, so that an interrupted run resumes; delete a row from the file to compile it again.
   """
+  jobs = {row: lambda row=row: _compiled(config, *row) for row in (LARGE if config.endswith("7b") else ROWS)}
+  key = lambda report: report["topology"]
+  return _written(name, {topology: job for (topology, _), job in jobs.items()}, key, _place, markdown)
+
+
+def write_fits(name: pathlib.Path, config: str = CONFIG) -> int:
+  """Compiles the step of one GPU for every number of rows and choice of what is kept, as `write_table` does its rows."""
+  jobs = {}
+  for remat, rows in FITS:
+    fields = [f"--config.compute.remat={remat}"]
+    if remat == "none":
+      fields.append(f"--config.compute.unroll={config_files.load(config, ()).model.language_model.num_layers}")
+    made = {"remat": remat, "rows_per_device": rows}
+    jobs[remat, rows] = lambda made=made, fields=fields: made | _compiled(config, GPU, made["rows_per_device"], *fields)
+  key = lambda report: (report["remat"], report["rows_per_device"])
+  return _written(name, jobs, key, lambda report: FITS.index(key(report)), fits)
+
+
+def _written(name: pathlib.Path, jobs: dict, key, place, table) -> int:
+  """Runs the jobs whose report is not yet in NAME.json, and writes NAME.json and NAME.md after each; 1 where one failed.
+
+  Args:
+    name: of the files, without their ending.
+    jobs: key of a report -> what makes it.
+    key: report -> its key.
+    place: report -> its place in the table.
+    table: reports -> Markdown.
+  """
   file = name.with_suffix(".json")
   known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-  reports = {report["topology"]: report for report in known if "error" not in report}
-  failed = {}
-  for topology, rows in tqdm(LARGE if config.endswith("7b") else ROWS, unit="mesh"):
-    if topology in reports:
+  reports, failed = {key(report): report for report in known if "error" not in report}, {}
+  for wanted, job in tqdm(jobs.items(), unit="program"):
+    if wanted in reports:
       continue
-    report = _compiled(config, topology, rows)
-    (failed if "error" in report else reports)[topology] = report
-    order = sorted((reports | failed).values(), key=_place)
+    report = job()
+    (failed if "error" in report else reports)[wanted] = report
+    order = sorted((reports | failed).values(), key=place)
     file.parent.mkdir(parents=True, exist_ok=True)
     outputs.replace(file, json.dumps(order, indent=1) + "\n")
-    outputs.replace(name.with_suffix(".md"), markdown(order))
+    outputs.replace(name.with_suffix(".md"), table(order))
   print(f"table: {name.with_suffix('.md')}", file=sys.stderr)
   return 1 if failed else 0
 
 
-def _compiled(config: str, topology: str, rows: int) -> dict:
+def _compiled(config: str, topology: str, rows: int, *fields: str) -> dict:
   """The report of a row, or its error, from its own process, so that the compiler's memory is freed."""
   platform = Topology.parse(topology).chip.platform
   effort, attention = _EFFORT[platform], _ATTENTION[platform]
@@ -99,7 +134,7 @@ def _compiled(config: str, topology: str, rows: int) -> dict:
       f"--effort={effort}",
       f"--json={file}",
       f"--config.compute.attention={attention}",
-      "--config.compute.remat=full",  # the same for all, and soon compiled
+      *(fields or ("--config.compute.remat=full",)),  # the same for all, and soon compiled
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     if file.exists():
@@ -139,7 +174,27 @@ def markdown(reports: list[dict]) -> str:
   return "\n".join(lines) + "\n"
 
 
+def fits(reports: list[dict]) -> str:
+  """What a device needs and how long its step takes, by what is kept and rows, as Markdown; attention's time included."""
+  lines = [
+    f"| remat | rows | GiB of a device | executed TFLOP | predicted ms of 4 rows | {' | '.join(f'fits {n}' for n in SIZES)} |",
+    "| --- | ---: | ---: | ---: | ---: " + "| --- " * len(SIZES) + "|",
+  ]
+  for r in reports:
+    start = f"| {r['remat']} | {r['rows_per_device']} |"
+    if "error" in r:
+      lines.append(f"{start} {r['error']} | | |" + " |" * len(SIZES))
+      continue
+    total = r["memory_gib"]["total"]
+    verdicts = " | ".join("yes" if total <= room else "no" for room in SIZES.values())
+    work = f"{r['executed_flops'] / 1e12:.0f}" if "executed_flops" in r else ""
+    time = f"{4e3 * r['seconds_by_launch'] / r['rows_per_device']:.0f}" if "seconds_by_launch" in r else ""
+    lines.append(f"{start} {total:.1f} | {work} | {time} | {verdicts} |")
+  return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
-  if len(sys.argv) not in (2, 3) or sys.argv[1].startswith("-"):
+  words = [word for word in sys.argv[1:] if word != "--fits"]
+  if len(words) not in (1, 2) or words[0].startswith("-"):
     sys.exit(__doc__)
-  sys.exit(write_table(pathlib.Path(sys.argv[1]), *sys.argv[2:]))
+  sys.exit((write_fits if "--fits" in sys.argv else write_table)(pathlib.Path(words[0]), *words[1:]))

@@ -33,6 +33,30 @@ def test_a_table_goes_on_where_it_was(monkeypatch, tmp_path):
   assert (tmp_path / "all.md").read_text().count("\n") == 2 + 3
 
 
+def test_what_fits_is_asked_by_rows_and_what_is_kept(monkeypatch, tmp_path):
+  """And said for both sizes of a device; without a loop over layers where everything is kept."""
+  asked = []
+
+  def compiled(config: str, topology: str, rows: int, *fields: str) -> dict:
+    asked.append((topology, rows, *fields))
+    if len(asked) == 2:
+      return {"topology": topology, "error": "?"}
+    return {"memory_gib": {"total": 20.0 * rows}, "executed_flops": 2e12, "seconds_by_launch": 0.1 * rows}
+
+  monkeypatch.setattr(table, "FITS", (("full", 2), ("full", 4), ("none", 4)))
+  monkeypatch.setattr(table, "_compiled", compiled)
+  assert table.write_fits(tmp_path / "fits", "stage2:tiny") == 1
+  assert [one[:3] for one in asked[:2]] == [("h200:1x1", rows, "--config.compute.remat=full") for rows in (2, 4)]
+  assert asked[2][2:] == ("--config.compute.remat=none", "--config.compute.unroll=4")
+  assert table.write_fits(tmp_path / "fits", "stage2:tiny") == 0 and asked[3] == asked[1]
+  rows = [line.split("|")[1:-1] for line in (tmp_path / "fits.md").read_text().splitlines()[2:]]
+  assert [[cell.strip() for cell in row] for row in rows] == [
+    ["full", "2", "40.0", "2", "400", "yes", "yes"],
+    ["full", "4", "80.0", "2", "400", "no", "yes"],
+    ["none", "4", "80.0", "2", "400", "no", "yes"],
+  ]
+
+
 def test_a_row_of_the_table_names_the_attention_that_it_was_made_with(monkeypatch):
   commands = []
   failed = types.SimpleNamespace(stderr="")
