@@ -11,12 +11,14 @@ same prompts by both, and FOLDER/curves.png.
 """
 
 import argparse
+import collections
 import itertools
 import json
 import pathlib
+import random
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -36,10 +38,11 @@ from jflow.evaluation import scores
 from jflow.inference.pipeline import Pipeline
 from jflow.inference.sheet import contact_sheet
 from jflow.training.metrics import read_metrics
-from jflow.world import judge, questions
+from jflow.world import judge, questions, scenes
 from jflow.world import source as world
 
 PROMPTS, SEEDS, CHOOSING = 64, 4, 1  # of the 68 pairs of color and shape; pictures of each, and of each choice
+TRUE = 500  # true pictures
 QUESTIONS = 192  # per split
 KINDS = ("color", "shape", "color", "shape", "existence_shape")  # the last one twice, as a yes and a no
 CHOICES = {
@@ -72,6 +75,31 @@ def judged(painted: Sequence[Sequence[Image.Image]]) -> dict[str, scores.Score]:
     wanted = metadata["include"][0]["color"]
     color.append([float(bool(things) and all(thing.color == wanted for thing in things)) for things in found])
   return {"right": scores.clustered(right), "color": scores.clustered(color)}
+
+
+def variety(pictures: Iterable[Sequence[Any]]) -> float:
+  """The mean over prompts of the root mean square difference, of 255, of two pictures of one prompt."""
+  apart = lambda a, b: float(np.sqrt(np.mean(np.square(np.subtract(a, b, dtype=np.float64)))))
+  return float(np.mean([apart(a, b) for group in pictures for a, b in itertools.combinations(group, 2)]))
+
+
+def true_variety(size: int) -> float:
+  """`variety` of the pictures that training is drawn from."""
+  rng, groups = random.Random(0), collections.defaultdict(list)
+  for _ in range(TRUE):
+    scene, combination = scenes.sample("colors", "val", rng, 1.0, QUICK_SPREAD)
+    groups[combination.pairs].append(scene.render(size))
+  return variety(group[:SEEDS] for group in groups.values())
+
+
+def short(score: scores.Score) -> dict[str, Any]:
+  """The value, its interval and the number of samples."""
+  return {
+    "value": round(score.value, 4),
+    "low": round(score.low, 4),
+    "high": round(score.high, 4),
+    "count": score.count,
+  }
 
 
 def answered(model: Pipeline) -> dict[str, scores.Score]:
@@ -132,10 +160,10 @@ def scored(model: Pipeline, name: str, file: pathlib.Path) -> dict[str, Any]:
     file.with_suffix(".png")
   )
   body = {
-    "choices": [{**setting, "right": score._asdict()} for setting, score in zip(CHOICES[name], tried)],
+    "choices": [{**setting, "right": short(score)} for setting, score in zip(CHOICES[name], tried)],
     "sampling": best,
-    "pictures": {kind: score._asdict() for kind, score in judged(painted).items()},
-    "questions": {split: score._asdict() for split, score in answered(model).items()},
+    "pictures": {kind: short(score) for kind, score in judged(painted).items()} | {"variety": variety(painted)},
+    "questions": {split: short(score) for split, score in answered(model).items()},
   }
   outputs.replace(file, json.dumps(body, indent=1) + "\n")
   return body
@@ -152,7 +180,9 @@ def main() -> None:
     found[name] = scored(models[name], name, args.folder / name / f"scores{args.stage}.json")
     print(name, found[name]["sampling"], found[name]["pictures"], found[name]["questions"], flush=True)
   cost = costs(models, {name: body["sampling"] for name, body in found.items()})
-  body = {"commit": commit(), "stage": args.stage, **found, "cost of a picture": cost}
+  size = next(iter(models.values())).model.config.image_size
+  more = {"cost of a picture": cost, "variety of true pictures": true_variety(size)}
+  body = {"commit": commit(), "stage": args.stage, **found, **more}
   outputs.replace(args.folder / f"stage{args.stage}.json", json.dumps(body, indent=1) + "\n")
   sheets = [np.asarray(Image.open(args.folder / name / f"scores{args.stage}.png")) for name in CHOICES]
   Image.fromarray(np.concatenate(sheets)).save(args.folder / f"stage{args.stage}.png", optimize=True)
