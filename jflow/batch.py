@@ -41,11 +41,16 @@ class RowShape:
   written_slots: int = 0  # slots that an image to write takes; 0: as many as one that is read
   stored: tuple[int, ...] = (0,)  # shape of an image's precomputed encoder output; empty where the step encodes
   stored_dtype: str = "uint8"
+  written_patches: int = 0  # of an image to write; 0: as many as of one that is read
 
   @property
   def image_slots(self) -> int:
     """K: slots that every image has, whether it fills them or not."""
     return max(self.slots_of(READ), self.slots_of(WRITE))
+
+  def patches_of(self, task: str) -> int:
+    """Patches of an image in a sample of a task."""
+    return self.written_patches if task == "generation" and self.written_patches else self.image_patches
 
   def slots_of(self, kind: int) -> int:
     """Slots that an image of this kind (READ or WRITE) takes."""

@@ -45,6 +45,7 @@ FAST = {
   "models/fp8",
   "models/initial",
   "models/llm",
+  "models/other_grids",
   "models/siglip",
   "models/unified",
   "models/wirings",

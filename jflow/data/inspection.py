@@ -164,7 +164,7 @@ class _Sheet:
       if edge > 6:
         small = Image.fromarray(arrays.images[slot]).resize((edge, edge))
         self._paper.paste(small, (int(left + (right - left - edge) / 2), top + 14 - edge // 2))
-      carried = slice(start + first, start + first + shape.image_patches)
+      carried = slice(start + first, start + first + shape.patches_of("generation"))
       loss[carried] |= arrays.image_kind[slot] == WRITE
     begins = np.flatnonzero(np.diff(np.concatenate([[0], loss.astype(np.int8), [0]])))
     for begin, end in zip(begins[::2], begins[1::2]):

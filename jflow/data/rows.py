@@ -165,7 +165,7 @@ class Rows:
       self.task,
       self._tokenizer,
       self._template,
-      self._shape.image_patches,
+      self._shape.patches_of(self.task),
       rng,
       self._first_sentence,
       self._prompt_drop,

@@ -151,7 +151,7 @@ class Pipeline:
         "this checkpoint has no VAE, so it can answer but not paint: give the VAE's directory (--vae=DIR)"
       )
     c = self.model.config
-    room = c.language_model.max_length - self.family.layout.slots(c.patches)
+    room = c.language_model.max_length - self.family.layout.slots(c.written_patches)
     return generation_prompt(text, self.template, self.tokenizer, room)
 
   def request(

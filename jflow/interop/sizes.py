@@ -109,7 +109,9 @@ def check_siglip(
   side, shape = axis(tensors, patch, 3), tensors[positions].shape if positions in tensors else ()
   image = None
   if side is not None and len(shape) > 1:
-    image = Found(side.size * math.isqrt(shape[-2]), f"tensor {positions} has the shape {list(shape)}")
+    along = math.isqrt(shape[-2])  # whole patches of an image
+    size = c.image_size if c.image_size // side.size == along else side.size * along
+    image = Found(size, f"tensor {positions} has the shape {list(shape)}")
   claimed = {fields[0]: c.num_layers, fields[1]: c.embed_dim, "patch_size": c.patch_size, "image_size": c.image_size}
   found = {
     fields[0]: count_of(tensors, layers),

@@ -22,8 +22,8 @@ def initial_params(model: UnifiedModel, seed: int) -> Any:
 @functools.partial(jax.jit, static_argnames=("model", "seed"), inline=True)  # traced once for all that ask
 def _initial_params(model: UnifiedModel, seed: int) -> Any:
   c = model.config
-  slots = family(c.generation).layout.slots(c.patches)
-  shape = RowShape(2 * (1 + c.patches), 1, c.patches, c.image_size, c.generation.kind, slots)
+  slots = family(c.generation).layout.slots(c.written_patches)
+  shape = RowShape(2 * (1 + max(c.patches, c.written_patches)), 1, c.patches, c.image_size, c.generation.kind, slots)
   batch = jax.tree.map(jnp.asarray, empty(1, shape))
   draws = make_writer(c, model.dtype).example_draws(batch)
   params = model.init(jax.random.key(seed), batch, draws, method="initialise")["params"]

@@ -75,13 +75,14 @@ class SiglipConfig:
 
   @property
   def patches(self) -> int:
+    """Whole patches; what is left at the right and the bottom is not seen, as by a convolution without padding."""
     return (self.image_size // self.patch_size) ** 2
 
   def check(self, model: "ModelConfig") -> None:
     """Raises UserError naming field and value."""
-    if self.image_size % self.patch_size:
+    if self.image_size < self.patch_size:
       raise UserError(
-        f"model.understanding_encoder.image_size={self.image_size} must be a multiple of patch_size={self.patch_size}"
+        f"model.understanding_encoder.image_size={self.image_size} must be at least patch_size={self.patch_size}"
       )
     if self.embed_dim % self.num_heads:
       raise UserError(
@@ -133,6 +134,12 @@ class ModelConfig:
   def patches(self) -> int:
     """P: patches of an image that is read."""
     return self.understanding_encoder.patches
+
+  @property
+  def written_patches(self) -> int:
+    """Patches of an image that is written; as many as of one that is read, unless the writer counts its own."""
+    own = getattr(self.generation, "written_patches", None)
+    return own(self) if own else self.patches
 
   @property
   def hidden_layer(self) -> int:

@@ -18,8 +18,9 @@ from jflow.sharding import constrain, whole
 
 def patchify(x: jax.Array, patch_size: int) -> jax.Array:
   """[B, height, width, C] -> [B, P, patch_size * patch_size * C]; raster order; inside: row, column, channel."""
-  b, h, w, c = x.shape
   s = patch_size
+  x = x[:, : x.shape[1] // s * s, : x.shape[2] // s * s]  # whole patches
+  b, h, w, c = x.shape
   x = x.reshape(b, h // s, s, w // s, s, c).transpose(0, 1, 3, 2, 4, 5)
   return x.reshape(b, (h // s) * (w // s), s * s * c)
 

@@ -166,7 +166,7 @@ class UnifiedModel(nn.Module):
     if set(wanted) & set(self.writer.losses_made):
       losses = self.writer.losses(lambda first, count: at(out.hidden, first, count), context, counted)
       sums |= {name: value for name, value in losses.items() if name in wanted}
-    patches = lambda x_BSD: at(x_BSD, self.writer.patches_from, self.config.patches)
+    patches = lambda x_BSD: at(x_BSD, self.writer.patches_from, self.config.written_patches)
     features = written.of(seen, features) if compared else None
     forward = Forward(batch, out.hidden, out.layer, features, counted, patches, written.take)
     sums |= {name: objective(forward) for name, objective in self.objectives.items() if name in wanted}

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jflow.batch import WRITE, Batch
+from jflow.errors import UserError
 from jflow.models.layers import Linear
 from jflow.objectives.base import Forward, Part
 
@@ -21,7 +22,12 @@ class AlignmentConfig:
   hidden_dim: int  # hidden width of the head
 
   def check(self, model: Any) -> None:
-    """Nothing beyond what `ModelConfig` checks of every objective."""
+    """Raises UserError where the patches of a written image are not those that SigLIP sees."""
+    if model.patches != model.written_patches:
+      raise UserError(
+        f"model.objectives.alignment: a written image has {model.written_patches} patches, a read one {model.patches}: they "
+        "must be equal, since eq. 8 compares them one by one; leave the objective out"
+      )
 
 
 def loss(projected: jax.Array, features: jax.Array, mask: jax.Array) -> jax.Array:

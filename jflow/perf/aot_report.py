@@ -57,7 +57,7 @@ def expected(config: RunConfig, model: UnifiedModel) -> tuple[model_flops.Work, 
   und, gen, text = weights / weights.sum()
   tokens = train.batch_size * data.row_tokens
   share = sum(w * _LOSS_SHARE[task] for w, task in zip((und, gen, text), TASKS))
-  read_length, write_length = model.config.patches + _READ_TEXT, model.config.patches + _WRITE_TEXT
+  read_length, write_length = model.config.patches + _READ_TEXT, model.config.written_patches + _WRITE_TEXT
   lengths = ((und, read_length), (gen, write_length), (text, data.row_tokens))
   pairs = sum(w * tokens * (n + 1) / 2 for w, n in lengths)
   read, written = und * tokens / read_length, gen * tokens / write_length
@@ -66,8 +66,9 @@ def expected(config: RunConfig, model: UnifiedModel) -> tuple[model_flops.Work, 
 
 def room(config: RunConfig, shards: int) -> tuple[int, ...]:
   """The result of `Pipeline.most` for a run on the samples of `expected`."""
-  data, patches = config.data, config.model.patches
-  read, written = (min(data.row_tokens // (patches + text), data.row_images) for text in (_READ_TEXT, _WRITE_TEXT))
+  data, model = config.data, config.model
+  lengths = (model.patches + _READ_TEXT, model.written_patches + _WRITE_TEXT)
+  read, written = (min(data.row_tokens // length, data.row_images) for length in lengths)
   held = np.array([[read, 0, read], [0, written, written], [0, 0, 0]])
   most = most_at_once(assumed(data), config.train.batch_size, shards, config.train.accumulation, held)
   return (*(max(1, int(n)) for n in most), max(1, read, written))

@@ -52,7 +52,7 @@ def _parts(
   apply = lambda p, method, *args: model.apply({"params": p}, *args, method=method)
   total = lambda x: jnp.sum(x.astype(jnp.float32))
   hidden = 0.1 * jax.random.normal(key, (rows, seq, lm.embed_dim), model.dtype)
-  written = 0.1 * jax.random.normal(key, (chosen.places, c.patches, lm.embed_dim), model.dtype)
+  written = 0.1 * jax.random.normal(key, (chosen.places, c.written_patches, lm.embed_dim), model.dtype)
 
   def gradient(function, names, *args):
     """Gradient of the sum of a function's output by the parameters of some parts and by its last argument."""

@@ -135,9 +135,10 @@ def row_shape(config: RunConfig, model: ModelConfig) -> RowShape:
     model.patches,
     model.image_size,
     writes.name,
-    writes.layout.slots(model.patches),
+    writes.layout.slots(model.written_patches),
     writes.stored.shape(model) if data.stored and writes.stored else (0,),
     writes.stored.dtype if writes.stored else "bfloat16",
+    model.written_patches,
   )
 
 

@@ -79,7 +79,7 @@ def planned(
     side: of held_out.py, whose records are planned.
   """
   folders = derived.places(source, cache)
-  budgets = (shape.tokens, shape.images, shape.image_patches)
+  budgets = (shape.tokens, shape.images, shape.patches_of(task))
   if task == "generation" and shape.writer != "flow":  # plans cached by versions without a choice stay valid
     budgets += (shape.writer,)
   if task == "understanding" and caption_prompt != CAPTION_PROMPT:
@@ -115,7 +115,7 @@ def _plan(
 ) -> Planned:
   """Makes a plan; `wanted`: bool[N], the records that get a row; None: all."""
   sizes, rejected = lengths.measure(
-    source, task, tokenizer, template, shape.image_patches, shape.writer, cache, caption_prompt
+    source, task, tokenizer, template, shape.patches_of(task), shape.writer, cache, caption_prompt
   )
   if wanted is not None:
     sizes[~wanted] = 0

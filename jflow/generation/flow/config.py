@@ -50,9 +50,12 @@ class FlowConfig:
         f"image_size={size} must be a multiple of autoencoder factor {factor} x "
         f"model.generation.patch_size={self.patch_size}"
       )
-    patches = (model.latent_size // self.patch_size) ** 2
-    if patches != model.patches:
+    if model.reader.kind != "siglip" and model.patches != self.written_patches(model):
       raise UserError(
-        f"a written image has {patches} patches, a read one {model.patches}: they must be equal, since "
-        "the alignment loss (eq. 8) compares them position by position"
+        f"model.reader.kind={shown(model.reader.kind)} reads the {self.written_patches(model)} patches of a written image, "
+        f"and SigLIP's image_size and patch_size give {model.patches}: they must be equal"
       )
+
+  def written_patches(self, model: Any) -> int:
+    """Patches of latents of a written image."""
+    return (model.latent_size // self.patch_size) ** 2

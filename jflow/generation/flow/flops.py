@@ -30,7 +30,11 @@ def image(config: ModelConfig, settings: Settings, prompt: int) -> float:
     settings: of the sampler. The unconditional half sees BOS alone; the encoder's output serves both halves.
     prompt: its tokens, BOS included.
   """
-  lm, slots, weights = config.language_model, config.patches + 1, model_flops.body_weights(config.language_model)
+  lm, slots, weights = (
+    config.language_model,
+    config.written_patches + 1,
+    model_flops.body_weights(config.language_model),
+  )
 
   def llm(before: int) -> float:
     pairs = slots * before + slots * (slots + 1) / 2
@@ -48,7 +52,7 @@ def encoder(config: ModelConfig) -> float:
   latent = g.patch_size**2 * config.autoencoder.latent_channels
   per_patch = latent * g.channels + g.encoder_blocks * _block(g.channels) + g.channels * d
   modulation = 2 * d * g.encoder_blocks * g.channels
-  return float(per_patch * config.patches + modulation + g.channels * d + d * d)
+  return float(per_patch * config.written_patches + modulation + g.channels * d + d * d)
 
 
 def decoder(config: ModelConfig) -> float:
@@ -56,7 +60,7 @@ def decoder(config: ModelConfig) -> float:
   g, d = config.generation, config.language_model.embed_dim
   latent = g.patch_size**2 * config.autoencoder.latent_channels
   per_patch = d * g.channels + g.decoder_blocks * _block(2 * g.channels) + 2 * g.channels * latent
-  return float(per_patch * config.patches + 2 * d * g.decoder_blocks * 2 * g.channels)
+  return float(per_patch * config.written_patches + 2 * d * g.decoder_blocks * 2 * g.channels)
 
 
 def _block(channels: int) -> int:

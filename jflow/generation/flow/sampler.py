@@ -211,7 +211,7 @@ def velocity(
   interval: jax.Array | np.ndarray,
 ) -> equations.Velocity:
   """The velocity of `n` images behind their prompts; a prefix of two caches turns guidance on."""
-  k = 1 + model.config.patches
+  k = 1 + model.config.written_patches
   guided = len(prefix.caches) == 2
   twice = lambda x: jnp.concatenate([x, x]) if guided else x
   positions = twice(lengths_I)[:, None] + jnp.arange(k)

@@ -123,7 +123,7 @@ class FlowWriter(nn.Module):
     self, hidden_at: Callable[[int, int], jax.Array], context: Context, written: jax.Array
   ) -> dict[str, jax.Array]:
     """The flow loss (eq. 7); see `Writer.losses`."""
-    hidden = hidden_at(self.patches_from, self.config.patches)
+    hidden = hidden_at(self.patches_from, self.config.written_patches)
     velocity = self.velocity(hidden, context.skip, context.time_embedding)
     target = equations.velocity_target(context.noise, context.data)
     return {"flow": flow_matching.loss(velocity, target, written)}
