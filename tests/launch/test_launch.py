@@ -289,3 +289,33 @@ def test_a_manifest_is_a_jobset_that_starts_the_command(file, tmp_path):
     assert int(fields["--config.distributed.processes"]) == job_spec["parallelism"]
   else:
     assert fields["--config.distributed.cluster"] == "auto"
+
+
+@pytest.mark.parametrize("nodes", [1, 3])
+def test_skypilot_starts_the_command_on_every_machine(tmp_path, nodes):
+  """SkyPilot gives each machine the addresses of all, a line each, and its own number."""
+  task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
+  assert set(task) == {"name", "num_nodes", "resources", "workdir", "file_mounts", "setup", "run"}
+  assert set(task["resources"]) <= {"accelerators", "disk_size"} and task["file_mounts"]["/runs"]["mode"] == "MOUNT"
+  subprocess.run(["bash", "-n", "-c", task["setup"]], check=True)
+  stage = Stage(tmp_path, (0,))
+  given = {
+    "SKYPILOT_NUM_NODES": nodes,
+    "SKYPILOT_NODE_RANK": nodes - 1,
+    "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2\n10.0.0.3",
+  }
+  done = subprocess.run(
+    ["bash", "-c", task["run"].replace(".venv/", f"{tmp_path}/venv/")],
+    cwd=tiny.ROOT,
+    env=stage.environment | {name: str(value) for name, value in given.items()},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  (call,) = stage.calls("python")
+  parts = [part for part in call.strip("[]").split("][") if part.startswith("--config")]
+  config = config_files.load(parts[0].removeprefix("--config="), parts[1:])
+  assert config.data.sources.generation == (("/runs/data/mine", 1.0),)
+  found = config.distributed
+  assert (found.processes, found.process_id) == (nodes, nodes - 1)
+  assert found.coordinator == ("10.0.0.1:8476" if nodes > 1 else "")
