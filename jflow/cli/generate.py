@@ -133,19 +133,19 @@ def main(argv: list[str]) -> int:
 
 def _generate(model: "Pipeline", prompts: list[str], chosen: Any, call: dict[str, int]) -> list["Image.Image"]:
   """Generates images with a progress bar that counts sampling steps, since an image may take a minute."""
-  from tqdm import tqdm
+  from jflow.progress import Progress
 
   pictures, steps, batch = len(prompts) * call["num_images"], model.sampler.evaluations(chosen), call["batch_size"]
   sizes = iter([min(batch, pictures - at) for at in range(0, pictures, batch)])
-  with tqdm(total=pictures * steps, unit="step", disable=not sys.stderr.isatty()) as bar:
+  with Progress(pictures * steps, name="generate", unit="pictures") as bar:
     state = {"size": next(sizes), "before": 0}
 
     def on_step(done: int, total: int) -> None:
-      bar.update(state["before"] + done * steps // total * state["size"] - bar.n)
+      bar.show(state["before"] * steps + done * steps // total * state["size"], state["before"])
 
     def on_batch(done: int, total: int) -> None:
-      state.update(size=next(sizes, 0), before=done * steps)
-      bar.set_postfix_str(f"{done} of {total} pictures")
+      state.update(size=next(sizes, 0), before=done)
+      bar.show(done * steps, done)
 
-    told = None if bar.disable else on_step
+    told = on_step if sys.stderr.isatty() else None
     return model.generate(prompts, **call, **dataclasses.asdict(chosen), progress=on_batch, on_step=told)

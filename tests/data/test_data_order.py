@@ -122,7 +122,7 @@ def test_the_ids_of_the_batches_are_those_of_the_plan(order, count):
   compare(count, named, wanted)
 
 
-@pytest.mark.parametrize("workers, threads", [(0, 1), (0, 5), (1, 2), (4, 1)])
+@pytest.mark.parametrize("workers, threads", [(0, 1), (0, 5), (1, 2), (3, 1)])
 def test_workers_do_not_change_the_order(order, count, workers, threads):
   compare(count, loaded(0, STEPS, workers=workers, threads=threads), order)
 
