@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import resource
+from typing import Any
 
 _CONTAINERS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -24,3 +25,9 @@ def limit() -> int:
       used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     limits.append(most - used)
   return min(limits)
+
+
+def of_device(device: Any, local: int) -> int | None:
+  """Returns the bytes of a `jax.Device`; None where it does not say it. A CPU's, `local` of them, share the machine's."""
+  there = (device.memory_stats() or {}).get("bytes_limit")
+  return limit() // local if there is None and device.platform == "cpu" else there

@@ -87,10 +87,7 @@ def check_memory(program: Program, mesh: jax.sharding.Mesh) -> None:
   Raises:
     UserError: it does not fit.
   """
-  device = mesh.local_devices[0]
-  there = (device.memory_stats() or {}).get("bytes_limit")
-  if there is None and device.platform == "cpu":  # the devices of a CPU share the machine's memory
-    there = memory.limit() // len(mesh.local_devices)
+  there = memory.of_device(mesh.local_devices[0], len(mesh.local_devices))
   leaves = jax.tree.leaves(program.state)
   needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
   if there is not None and needed // mesh.size > there:

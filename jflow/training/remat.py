@@ -124,10 +124,7 @@ def device_limit(mesh: jax.sharding.Mesh, given: float = 0.0) -> int | None:
   """
   if given:
     return int(given * 2**30)
-  device = mesh.local_devices[0]
-  there = (device.memory_stats() or {}).get("bytes_limit")
-  if there is None and device.platform == "cpu":  # the devices of a CPU share the machine's memory
-    there = memory.limit() // len(mesh.local_devices)
+  there = memory.of_device(mesh.local_devices[0], len(mesh.local_devices))
   if there is None:
     return None
   (mebibytes,) = hosts.from_first([int(_SHARE * there) >> 20])
