@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import runs
 import tiny
 from refusals import refused
 
@@ -27,13 +26,11 @@ def blocks() -> list[str]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-  """The names that the page's code leaves behind, and the folder where it ran; on a model that compiles sooner."""
+  """The names that the page's code leaves behind, and the folder where it ran."""
   before, folder, names = os.getcwd(), tmp_path_factory.mktemp("page"), {"__name__": "page"}
   os.chdir(folder)
   try:
     for number, block in enumerate(blocks(), 1):
-      block = block.replace('["--config.train.batch_size=4"]', str(list(runs.SMALL)))
-      assert number > 1 or str(runs.SMALL[-1]) in block
       exec(compile(block, f"{PAGE}, block {number}", "exec"), names)
     yield names, folder
   finally:

@@ -261,6 +261,11 @@ def test_a_damaged_checkpoint(capsys, model, tmp_path):
   assert "the save did not finish" in _refused(capsys, *argv, f"--checkpoint={damaged}/checkpoints/0")
 
 
+def _beside_the_time(err: str) -> list[str]:
+  """Lines of stderr but those that a slow machine gets: that something compiles, and how far it is."""
+  return [line for line in err.splitlines() if not line.startswith(("jflow: compil", "generate: "))]
+
+
 def test_generate_writes_pictures_a_sheet_and_what_it_did(capsys, model, tmp_path):
   (tmp_path / "prompts.txt").write_text("a red circle\n\ntwo blue stars\n", encoding="utf-8")
   out = tmp_path / "out"
@@ -276,7 +281,7 @@ def test_generate_writes_pictures_a_sheet_and_what_it_did(capsys, model, tmp_pat
     "--batch_size=1",
     f"--json={out / 'log' / 'made.json'}",
   )
-  assert code == 0 and err == ""
+  assert code == 0 and not _beside_the_time(err)
   names = [f"{i:04d}_{j:02d}.png" for i in range(2) for j in range(2)]
   assert sorted(p.name for p in out.glob("*.png")) == [*names, "sheet.png"] and str(out / "sheet.png") in said
   assert all(Image.open(out / name).size == (16, 16) for name in names)
@@ -383,7 +388,7 @@ def test_understand_prints_the_answer(capsys, model, picture, tmp_path):
   file = tmp_path / "answer.json"
   flags = (f"--image={picture}", "--question=What is it?", "--max_tokens=5", f"--json={file}")
   code, out, err = _run(capsys, "understand", f"--checkpoint={model}", *flags)
-  assert code == 0 and err == ""
+  assert code == 0 and not _beside_the_time(err)
   made = json.loads(file.read_text())
   assert made["answer"] == out.removesuffix("\n") and made["question"] == "What is it?"
   assert made["images"] == [str(picture)]
