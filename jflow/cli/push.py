@@ -17,6 +17,8 @@ examples:
   python -m jflow convert --from=jflow --to=official --input=runs/mine --output=JanusFlow-mine
   python -m jflow push JanusFlow-mine me/JanusFlow-mine --license=mit --run=runs/mine --report=scores --dry_run
   python -m jflow push JanusFlow-mine me/JanusFlow-mine --license=mit --run=runs/mine --report=scores --private
+  python -m jflow convert --adapter --input=runs/mine --output=adapters/mine
+  python -m jflow push adapters/mine me/mine --run=runs/mine      # for --checkpoint=BASE --adapter=me/mine
 """
 
 
@@ -24,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
   """The flags of `push`."""
   p = Parser(prog="python -m jflow push", description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
   p.add_argument(
-    "directory", type=pathlib.Path, metavar="DIR", help="model of a published layout, as convert writes it"
+    "directory", type=pathlib.Path, metavar="DIR", help="model of a published layout, or adapter, as convert writes it"
   )
   p.add_argument("name", metavar="ORG/NAME", help="repository on the hub; created where it does not exist")
   p.add_argument(

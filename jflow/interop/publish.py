@@ -8,7 +8,7 @@ from typing import Any
 from jflow.errors import Stopped, UserError, one_line
 from jflow.files import read_object
 from jflow.generation.base import family
-from jflow.interop import checkpoints, layouts, packed
+from jflow.interop import adapter_files, checkpoints, layouts, packed, safetensors_io
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _OTHERS = ("json", "model", "txt")  # of the configuration and the tokenizer
@@ -24,7 +24,7 @@ def check_name(name: str) -> str:
 
 
 def files_of(directory: pathlib.Path) -> list[str]:
-  """The names, below a published or packed model, of the files to publish: weights, configuration, tokenizer.
+  """The names, below a published or packed model or an adapter, of the files to publish: weights, configuration, tokenizer.
 
   Raises:
     UserError: it is another folder, holds a pickle, or its files do not fit each other.
@@ -36,12 +36,16 @@ def files_of(directory: pathlib.Path) -> list[str]:
       f"{directory} is a run: first convert it (python -m jflow convert --from=jflow --input={directory} "
       "--output=DIR), and publish that folder"
     )
-  if layouts.found(directory) is None and not packed.is_packed(directory):
-    raise UserError(f"{directory} must be a model of a published layout: config.json and safetensors")
+  adapter = adapter_files.is_adapter(directory)
+  if not adapter and layouts.found(directory) is None and not packed.is_packed(directory):
+    raise UserError(f"{directory} must be a model of a published layout, config.json and safetensors, or an adapter")
   names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
   if pickles := [name for name in names if name.endswith(_PICKLES)]:
     raise UserError(f"{directory / pickles[0]} looks like a pickle, which is never published: remove it")
-  checkpoints.describe(directory)  # the headers of the weights fit config.json
+  if adapter:
+    safetensors_io.Checkpoint(directory, (adapter_files.STEM,))  # its header is whole
+  else:
+    checkpoints.describe(directory)  # the headers of the weights fit config.json
   wanted = [name for name in names if name.endswith(_WEIGHTS) or name.rpartition(".")[2] in _OTHERS]
   return [name for name in wanted if not name.split("/")[-1].startswith(".")]
 
@@ -61,16 +65,37 @@ def card(
   Raises:
     UserError: a file is missing or damaged.
   """
-  config = checkpoints.read_config(directory)
+  adapter = adapter_files.is_adapter(directory)
   front = ["---", f"license: {license}", "library_name: jflow", "pipeline_tag: any-to-any", "tags:", "- jflow"]
-  writer = family(config.generation)
-  language = config.language_model
-  lines = [
-    *front,
-    "---",
+  front += ["- lora"] if adapter else []
+  lines = [*front, "---", "", f"# {name.split('/')[1]}", "", *(_adapter if adapter else _model)(name, directory)]
+  if run is not None:
+    lines += ["", "## Training", "", *_recipe(run)]
+  for body in reports:
+    lines += ["", *_scores(body)]
+  return "\n".join(lines) + "\n"
+
+
+def _adapter(name: str, directory: pathlib.Path) -> list[str]:
+  """The lines about an adapter: its rank, how to use it."""
+  values = read_object(directory / adapter_files.CONFIG)
+  return [
+    f"An adapter (LoRA of rank {values.get('rank', values.get('r'))}) of a model of the Janus family, to be merged into its base. "
+    f"Made with jflow{', in the format of PEFT' if 'peft_type' in values else ''}.",
     "",
-    f"# {name.split('/')[1]}",
+    "```python",
+    "import jflow",
     "",
+    f'model = jflow.load("BASE", adapter="{name}")',
+    "```",
+  ]
+
+
+def _model(name: str, directory: pathlib.Path) -> list[str]:
+  """The lines about a model: its sizes, how to use it."""
+  config = checkpoints.read_config(directory)
+  writer, language = family(config.generation), config.language_model
+  return [
     f"One language model ({language.num_layers} blocks of width {language.embed_dim}) that reads images through SigLIP "
     f"and writes images of {config.image_size} x {config.image_size} pixels by {writer.about or writer.name}. Made with jflow.",
     "",
@@ -81,11 +106,6 @@ def card(
     'model.generate(["a red circle"])[0].save("picture.png")',
     "```",
   ]
-  if run is not None:
-    lines += ["", "## Training", "", *_recipe(run)]
-  for body in reports:
-    lines += ["", *_scores(body)]
-  return "\n".join(lines) + "\n"
 
 
 def _recipe(run: pathlib.Path) -> list[str]:

@@ -10,11 +10,12 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import official_checkpoint
 import pytest
 
 from jflow.errors import UserError
-from jflow.interop import publish
+from jflow.interop import adapter_files, publish, remote
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAME = "me/small-model"
@@ -162,6 +163,20 @@ def test_the_card_says_recipe_and_scores(model, tmp_path):
   text = publish.card(NAME, model, "mit", run, [body])
   for part in ("7 x 8 of 128", "rank 4", "| data: generation | mine (1) |", "| overall | 0.75 |", "Judged strictly."):
     assert part in text
+
+
+def test_an_adapter_is_published_with_a_card_of_its_own(tmp_path):
+  adapter_files.save(tmp_path, {"format": "jflow", "rank": 4}, {"a/lora_a": np.zeros((2, 4), np.float32)})
+  assert publish.files_of(tmp_path) == ["adapter_config.json", "adapter_model.safetensors"]
+  text = publish.card(NAME, tmp_path, "mit", None, [])
+  assert "- lora" in text and "rank 4" in text and f'adapter="{NAME}"' in text
+  assert remote._wanted(NAME, {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}, None) == [
+    "adapter_config.json",
+    "adapter_model.safetensors",
+  ]
+  (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+  with pytest.raises(UserError, match="adapter_model.bin"):
+    publish.files_of(tmp_path)
 
 
 @pytest.mark.parametrize(
