@@ -6,7 +6,7 @@ from typing import Any
 
 from jflow import files
 from jflow.interop import steps
-from jflow.strict_json import Malformed
+from jflow.strict_json import Malformed, parse, shown
 
 FILE = "best.json"
 
@@ -21,12 +21,26 @@ def best_step(workdir: pathlib.Path) -> int | None:
   except (OSError, Malformed) as error:
     print(f"jflow: {path} is not used: {error}", file=sys.stderr)
     return None
-  step = found.get("step")
-  if isinstance(step, bool) or not isinstance(step, int) or steps.number(str(step)) is None:
-    print(f"jflow: {path} is not used: step must be a step, got {str(step)[:20]!r}", file=sys.stderr)
+  step = _step(found)
+  if step is None:
+    print(f"jflow: {path} is not used: step must be a step, got {shown(found.get('step'))}", file=sys.stderr)
     return None
   why = steps.damage(workdir / "checkpoints" / str(step))
   if why is not None:
     print(f"jflow: step {step}, the best of {workdir}, is not used: {why}", file=sys.stderr)
     return None
   return step
+
+
+def named_in(content: bytes) -> int | None:
+  """Returns the step that the bytes of a best.json name; None where they are damaged."""
+  try:
+    found = parse(content)
+  except Malformed:
+    return None
+  return _step(found) if isinstance(found, dict) else None
+
+
+def _step(found: dict[str, Any]) -> int | None:
+  step = found.get("step")
+  return step if type(step) is int and steps.number(str(step)) is not None else None

@@ -11,10 +11,12 @@ import hashlib
 import os
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 from jflow.errors import UserError, install_line, one_line
 from jflow.files import replacing
+from jflow.interop import best
 
 SHIPPED = {"world": pathlib.Path(__file__).parents[1] / "world" / "model"}  # in the layout of `packed`
 ADAPTER = "adapter_config.json"  # of a folder that holds an adapter alone
@@ -61,8 +63,8 @@ def local(path: str | pathlib.Path) -> pathlib.Path:
 def fetch(path: str | pathlib.Path, cache: pathlib.Path = CACHE) -> pathlib.Path:
   """Copies a remote checkpoint, of either layout, to this machine.
 
-  Of a workdir, it copies the config, the tokenizer and the newest complete step (or the one that the path names); the
-  step's manifest is verified when it is read. The copy's name is a hash of the store's metadata of every file, so only
+  Of a workdir, it copies the config, the tokenizer and a complete step: the one that the path names, else the best as
+  best.json names it, else the newest. The step's manifest is verified when it is read. The copy's name is a hash of the store's metadata of every file, so only
   a changed checkpoint is copied again.
 
   Args:
@@ -86,7 +88,7 @@ def fetch(path: str | pathlib.Path, cache: pathlib.Path = CACHE) -> pathlib.Path
   try:
     store, folder = fsspec.core.url_to_fs(root)
     files = {os.path.relpath(name, folder): info for name, info in store.find(folder, detail=True).items()}
-    wanted = _wanted(url, set(files), step)
+    wanted = _wanted(url, set(files), step, lambda name: store.cat_file(os.path.join(folder, name)))
     told = [(name, files[name].get("size"), store.ukey(os.path.join(folder, name))) for name in wanted]
   except UserError:
     raise
@@ -108,13 +110,15 @@ def _from_hub(name: str) -> pathlib.Path:
   Raises:
     UserError: the model or revision does not exist, there is no connection, or it is no checkpoint.
   """
-  from huggingface_hub import HfApi, errors, snapshot_download
+  from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
 
   repository, _, revision = name.partition("@")
   of = {"repo_id": repository, "revision": revision or None}
+  read = lambda file: pathlib.Path(hf_hub_download(filename=file, **of)).read_bytes()
   try:
     names = {file.rfilename for file in HfApi().model_info(**of).siblings or ()}
-    return pathlib.Path(snapshot_download(**of, allow_patterns=[glob.escape(x) for x in _wanted(name, names, None)]))
+    wanted = [glob.escape(file) for file in _wanted(name, names, None, read)]
+    return pathlib.Path(snapshot_download(**of, allow_patterns=wanted))
   except UserError:
     raise
   except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.GatedRepoError) as error:
@@ -135,8 +139,8 @@ def _from_hub(name: str) -> pathlib.Path:
       ) from error
 
 
-def _wanted(url: str, files: set[str], step: str | None) -> list[str]:
-  """The names, below its folder, of the files of a checkpoint that are read."""
+def _wanted(url: str, files: set[str], step: str | None, read: Callable[[str], bytes]) -> list[str]:
+  """The names, below its folder, of the files of a checkpoint that are read; `read` returns the content of one."""
   if outside := sorted(name for name in files if name.startswith("../")):
     raise UserError(f"checkpoint {url} holds a file outside its folder: {outside[0]}")
   sealed = {int(m[1]) for name in files if (m := re.fullmatch(r"checkpoints/(\d+)/manifest\.json", name))}
@@ -147,8 +151,12 @@ def _wanted(url: str, files: set[str], step: str | None) -> list[str]:
     return found
   if not sealed or (step is not None and int(step) not in sealed):
     raise UserError(f"checkpoint {url} holds no complete step{' yet' if step is None else ' of that number'}")
-  parts = ("tokenizer/", f"checkpoints/{max(sealed) if step is None else step}/")
-  return sorted(name for name in files if name == "config.json" or name.startswith(parts))
+  alone = {"config.json"}
+  if step is None:
+    early = best.named_in(read(best.FILE)) if best.FILE in files else None
+    step, alone = str(early if early in sealed else max(sealed)), alone | {best.FILE}
+  parts = ("tokenizer/", f"checkpoints/{step}/")
+  return sorted(name for name in files if name in alone or name.startswith(parts))
 
 
 def _copy(store: Any, source: str, size: int | None, target: pathlib.Path, url: str) -> None:

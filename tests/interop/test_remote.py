@@ -63,6 +63,18 @@ def test_what_has_changed_is_copied_anew_and_a_flipped_bit_is_found(store):
     read_checkpoint("memory://bucket/run")
 
 
+def test_of_a_run_that_stopped_early_the_best_step_is_read(store, tmp_path):
+  memory, step = store
+  later = f"/bucket/run/checkpoints/{step + 7}"
+  memory.pipe(f"{later}/{MANIFEST}", memory.cat(f"/bucket/run/checkpoints/{step}/{MANIFEST}"))
+  best = lambda content: (memory.pipe("/bucket/run/best.json", content), locate("memory://bucket/run").name)[1]
+  assert locate("memory://bucket/run").name == str(step + 7)
+  assert best(json.dumps({"step": step, "val_loss": 1.0}).encode()) == str(step)
+  assert locate(f"memory://bucket/run/checkpoints/{step + 7}").name == str(step + 7)
+  for damaged in (b"{", b"[]", json.dumps({"step": step + 1}).encode()):
+    assert best(damaged) == str(step + 7)
+
+
 @pytest.mark.parametrize(
   "path, said",
   [
@@ -102,7 +114,7 @@ def test_a_copy_that_came_short_is_refused_and_not_kept(store, monkeypatch, tmp_
 
 def test_a_name_that_leads_out_of_the_folder_is_refused():
   with refused("../../evil.json"):
-    remote._wanted("gs://bucket/run", {"config.json", "../../evil.json"}, None)
+    remote._wanted("gs://bucket/run", {"config.json", "../../evil.json"}, None, lambda name: b"")
 
 
 def test_a_remote_checkpoint_has_the_fingerprint_of_its_copy(store, tmp_path):
