@@ -59,12 +59,12 @@ def packed_attention(
 
 
 def with_segments(implementation: str, most: int) -> str:
-  """The implementation for rows of at most `most` segments: cuDNN gets a table of that size.
+  """The implementation for rows of at most `most` segments: cuDNN gets a table of that size, in place of any it has.
 
   Raises:
     UserError: the rows have more than its largest table.
   """
-  if implementation != "cudnn":
+  if implementation.partition(":")[0] != "cudnn":
     return implementation
   table = kernels.table_for(most)
   if table is None:
