@@ -43,6 +43,7 @@ from jflow.world import source as world
 
 PROMPTS, SEEDS, CHOOSING = 64, 4, 1  # of the 68 pairs of color and shape; pictures of each, and of each choice
 TRUE = 500  # true pictures
+UNSEEN = "held_out"  # split of the pairs that training never shows
 QUESTIONS = 192  # per split
 KINDS = ("color", "shape", "color", "shape", "existence_shape")  # the last one twice, as a yes and a no
 CHOICES = {
@@ -53,23 +54,26 @@ BATCHES, ROUNDS = (1, 16), 5  # pictures at once, and timed rounds
 SHOWN = 12
 
 
-def paint(model: Pipeline, setting: Mapping[str, float], first: int, count: int) -> list[list[Image.Image]]:
+def paint(
+  model: Pipeline, setting: Mapping[str, float], first: int, count: int, split: str = "train"
+) -> list[list[Image.Image]]:
   """Pictures of each prompt from `count` seeds, no two of them alike."""
-  prompts = [text for text, _ in asked()]
+  prompts = [text for text, _ in asked(split)]
   numbers = range(first, first + count * len(prompts))
   images = model.generate(prompts, num_images=count, seeds=list(numbers), batch_size=64, **setting)
   return [images[at : at + count] for at in range(0, len(images), count)]
 
 
-def asked() -> list[tuple[str, dict]]:
-  """The prompts of single objects with a color, with what the judge is told."""
-  return [one for one in world.evaluation_prompts("train", 600, seed=1) if one[1]["tag"] == "colors"][:PROMPTS]
+def asked(split: str = "train") -> list[tuple[str, dict]]:
+  """The prompts of single objects with a color, each pair of color and shape once, with what the judge is told."""
+  found = [one for one in world.evaluation_prompts(split, 600, seed=1) if one[1]["tag"] == "colors"]
+  return list({text: (text, metadata) for text, metadata in found}.values())[:PROMPTS]
 
 
-def judged(painted: Sequence[Sequence[Image.Image]]) -> dict[str, scores.Score]:
+def judged(painted: Sequence[Sequence[Image.Image]], split: str = "train") -> dict[str, scores.Score]:
   """Shares of pictures right in color and shape and nothing else, and right in color."""
   right, color = [], []
-  for images, (_, metadata) in zip(painted, asked()):
+  for images, (_, metadata) in zip(painted, asked(split)):
     found = [judge.detect(np.asarray(image)) for image in images]
     right.append([float(judge.strict(things, metadata)) for things in found])
     wanted = metadata["include"][0]["color"]
@@ -181,7 +185,14 @@ def main() -> None:
     print(name, found[name]["sampling"], found[name]["pictures"], found[name]["questions"], flush=True)
   cost = costs(models, {name: body["sampling"] for name, body in found.items()})
   size = next(iter(models.values())).model.config.image_size
-  more = {"cost of a picture": cost, "variety of true pictures": true_variety(size)}
+  unseen = {
+    name: {
+      kind: short(score)
+      for kind, score in judged(paint(model, found[name]["sampling"], 0, SEEDS, UNSEEN), UNSEEN).items()
+    }
+    for name, model in models.items()
+  }
+  more = {"pictures of unseen pairs": unseen, "cost of a picture": cost, "variety of true pictures": true_variety(size)}
   body = {"commit": commit(), "stage": args.stage, **found, **more}
   outputs.replace(args.folder / f"stage{args.stage}.json", json.dumps(body, indent=1) + "\n")
   sheets = [np.asarray(Image.open(args.folder / name / f"scores{args.stage}.png")) for name in CHOICES]
