@@ -27,6 +27,12 @@ Stages start from the one before (stage 1 from `convert --from=huggingface-parts
   data and tokenizer, as under "Pretrain" in configs/README.md
 Set any field of configs/base.py with --config.FIELD=VALUE, for example
   --config.train.steps=100 --config.optimizer.learning_rate=3e-4 --config.mesh.data=8
+Tuning on one's own data (configs/README.md, "Tune it by adapters"); data sets of `prepare`, to paint, to read, or both:
+  python -m jflow train --config=tune --workdir=runs/mine --config.train.init_from=CHECKPOINT \\
+    "--config.data.sources.generation=(('data/mine',1.0),)"
+A share of the records, --config.data.validation=0.05, is held out; every train.validation_every steps their loss stands in
+metrics.jsonl as val_loss; after train.early_stop such losses without a lower one the run ends, and its best step is what
+other commands load. Before the first step a line says what a step takes of a device's memory, by kind.
 The model's sizes are those of the checkpoint in train.init_from, where --config.model.FIELD=VALUE sets no other.
 Stop it at any moment; the same command goes on from the last checkpoint in the workdir. It refuses data sets that hold
 something else than before, wherever they lie now; --accept_data goes on with them, and with them from then on.

@@ -145,7 +145,7 @@ def figure(runs: Mapping[str, Sequence[Row]], metrics: Sequence[str], window: in
   for metric, panels in zip(metrics, fig.subplots(len(metrics), columns, squeeze=False), strict=True):
     curves = [curve(rows, metric) for rows in runs.values()]
     for one in curves:
-      _draw(panels[0], one, window)
+      _draw(panels[0], one, 1 if metric.startswith("val_") else window)  # each is a mean over all held-out records
     panels[0].set_title(_plain(metric), parse_math=False)
     if columns == 2:
       delta = difference(*curves)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jflow import sharding
 from jflow.batch import Batch
@@ -97,7 +98,8 @@ class Validation:
     draws = family(model.config.generation).draws and any(r.task == "generation" and r.plan.rows for r in data.sources)
     self._draws = max(1, min(_MOST_DRAWS, config.data.validation_rows // data.rows)) if draws else 1
     whole = sharding.replicated(mesh)
-    self._names = wanted_losses(config)
+    nothing = jnp.zeros((), jnp.float32)
+    self._zero = jax.jit(lambda: dict.fromkeys(wanted_losses(config), (nothing, nothing)), out_shardings=whole)
     self._add = jax.jit(add_batch(model, config), out_shardings=whole)
 
     def judge(totals: Totals, best: Any, step: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
@@ -112,9 +114,9 @@ class Validation:
     for message in lost:
       hosts.say(f"held-out records: left out {message}")
     lost.clear()
-    totals = {name: (jnp.float32(0), jnp.float32(0)) for name in self._names}
+    totals = self._zero()
     for number in range(self._draws * len(batches)):
       batch = jax.tree.map(self._place, batches[number % len(batches)])
-      totals = self._add(totals, state.averaged, state.frozen, batch, jnp.int32(number))
+      totals = self._add(totals, state.averaged, state.frozen, batch, np.int32(number))
     best, found = self._judge(totals, state.best, state.step)
     return state.replace(best=best), found

@@ -29,7 +29,7 @@ def test_a_benchmark_of_one_file_is_asked_scored_and_reported(tiny_checkpoint, t
   assert body["settings"]["prompt"].startswith("<image>QUESTION") and body["settings"]["max_tokens"] == 4
   assert main(["evaluate", *flags, "--limit=2"]) == 2  # another evaluation than the one on disk
   assert main(["evaluate", *flags, "--split=val"]) == 2
-  assert "--split=val does not belong to --benchmark=colors, but to vqav2" in capsys.readouterr().err
+  assert "--split=val does not belong to --benchmark=colors, but to records, vqav2" in capsys.readouterr().err
   assert main(["evaluate", *flags, "--sweep_steps=2"]) == 2  # it paints nothing
 
 

@@ -25,6 +25,9 @@ ROW = {
   "packs": {"understanding": 2, "text": 1},
   "rejected": {},
   "skipped": 0,
+  "val_loss": 1.25,
+  "val_loss_text": 0.75,
+  "val_loss_flow": None,  # no held-out record has one
 }
 
 
@@ -49,6 +52,8 @@ def test_tensorboard_reads_scalars_and_pictures_back(tmp_path):
     "run/skipped": 0.0,
     "packs/understanding": 2.0,
     "packs/text": 1.0,
+    "val/total": 1.25,
+    "val/text": 0.75,
   }
   assert {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]} == {
     tag: [(3, value), (4, value)] for tag, value in wanted.items()
