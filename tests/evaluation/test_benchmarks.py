@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from painting import benchmark, commands, paint, settings
+from generating import benchmark, commands, generate, settings
 from PIL import Image
 from refusals import refused
 
@@ -71,7 +71,7 @@ def geneval_results(folder) -> list[dict]:
 def test_geneval_layout_and_results(geneval):
   bench = benchmark("geneval", geneval)
   assert bench.data_files() == [geneval / "data" / "evaluation_metadata.jsonl"]
-  records = paint(bench, geneval)
+  records = generate(bench, geneval)
   notes = bench.score(records).notes
   assert "3 prompts, the published benchmark 553" in notes[-1] and "--sweep_guidance=2,3,5,7.5" in notes[-2]
   out = (geneval / "out").resolve()
@@ -150,7 +150,7 @@ def test_dpg_grids_are_cut_as_the_scorer_cuts_them(dpg):
   bench = benchmark("dpg", dpg)
   assert bench.tasks()[0].prompt == "a long prompt, 0"
   assert bench.data_files() == [dpg / "data" / "prompts" / f"diffusiondb{i}.txt" for i in range(3)]
-  records = paint(bench, dpg)
+  records = generate(bench, dpg)
   notes = bench.score(records).notes
   out = (dpg / "out").resolve()
   assert commands(notes[0])[0] == [
@@ -196,7 +196,7 @@ DPG_ROWS = [dpg_row(i) for i in range(3)]
 
 def test_dpg_results_are_read(dpg):
   bench = benchmark("dpg", dpg)
-  records = paint(bench, dpg)
+  records = generate(bench, dpg)
   path = dpg / "results.txt"
   write_lines(path, DPG_ROWS + DPG_SUMMARY)
   out = benchmark("dpg", dpg, results=path).score(records).scores
@@ -248,7 +248,7 @@ def changed(number: int, **fields):
 def test_wrong_results_are_one_line_with_file_and_number(name, change, message, request, tmp_path):
   request.getfixturevalue(name)
   bench = benchmark(name, tmp_path)
-  records = paint(bench, tmp_path)
+  records = generate(bench, tmp_path)
   bench.score(records)
   path = tmp_path / "results.txt"
   rows = change(geneval_results(tmp_path / "out" / "pictures") if name == "geneval" else [])

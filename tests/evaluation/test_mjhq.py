@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import tiny
-from painting import benchmark, commands, paint
+from generating import benchmark, commands, generate
 from PIL import Image
 from refusals import refused
 
@@ -46,7 +46,7 @@ def features_of(names, reference_names=NAMES, resize="lanczos", seed=1) -> dict[
 def test_mjhq_measures_features_of_all_its_pictures_by_name(mjhq):
   bench = benchmark("mjhq", mjhq)
   assert len({task.seed for task in bench.tasks()}) == 6 and bench.data_files() == [mjhq / "data" / "meta_data.json"]
-  records = paint(bench, mjhq)
+  records = generate(bench, mjhq)
   notes = bench.score(records).notes
   first, then = commands(notes[0])
   assert first[1].endswith("launch/experiments/features.py") and f"--output={mjhq / 'out/features.npz'}" in first
@@ -102,7 +102,7 @@ def with_nan(arrays):
 )
 def test_wrong_features_are_one_line_with_the_file(change, message, mjhq):
   bench = benchmark("mjhq", mjhq)
-  records, path = paint(bench, mjhq), mjhq / "features.npz"
+  records, path = generate(bench, mjhq), mjhq / "features.npz"
   arrays = change(features_of(NAMES))
   if isinstance(arrays, dict):
     np.savez(path, **arrays)
@@ -122,7 +122,7 @@ def test_mjhq10k_takes_as_many_prompts_of_each_category_and_the_whole_reference(
   bench = benchmark("mjhq10k", mjhq)
   keys = [task.key for task in bench.tasks()]
   assert sorted(keys) == keys and [int(key[2:]) % 2 for key in keys].count(0) == 2
-  records, path = paint(bench, mjhq), mjhq / "features.npz"
+  records, path = generate(bench, mjhq), mjhq / "features.npz"
   np.savez(path, **features_of(keys))
   result = benchmark("mjhq10k", mjhq, features=path).score(records)
   assert result.scores["FID"].count == 4 and "the reference is all 6 true pictures" in " ".join(result.notes)
@@ -164,7 +164,7 @@ def pictures(mjhq):
     Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(path)
   (mjhq / "data" / ".Trash-1000").mkdir()
   (mjhq / "data" / ".Trash-1000" / path.name).write_bytes(b"what was deleted")
-  paint(benchmark("mjhq", mjhq), mjhq)
+  generate(benchmark("mjhq", mjhq), mjhq)
   return mjhq
 
 

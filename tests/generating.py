@@ -1,4 +1,4 @@
-"""Benchmarks that paint, with their flags, and pictures in the place of a model's."""
+"""Benchmarks that generate, with their flags, and pictures in the place of a model's."""
 
 import shlex
 
@@ -22,7 +22,7 @@ def commands(note: str) -> tuple[list[str], list[str]]:
   return first, then
 
 
-def paint(bench, tmp_path) -> dict:
+def generate(bench, tmp_path) -> dict:
   """A picture of its own color for each task."""
   records = {}
   for i, task in enumerate(bench.tasks()):
