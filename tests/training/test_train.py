@@ -19,6 +19,7 @@ from refusals import refused
 from runs import INTERVAL, STEPS, command, command_of, environment, train
 
 from jflow import sharding
+from jflow.__main__ import main
 from jflow.errors import UserError
 from jflow.interop import native, steps
 from jflow.training import setup
@@ -208,14 +209,14 @@ def test_what_is_frozen_has_no_optimizer_state_on_disk(stage1):
   assert moments == 2 * sum(sizes.values()) - scalars
 
 
-def test_a_complete_run_stays_as_it_is(runs, stage3, stage2, compilation_cache):
+def test_a_complete_run_stays_as_it_is(stage3, stage2, compilation_cache, capsys):
   before = (stage3 / "metrics.jsonl").read_bytes()
-  done = train(3, stage3, compilation_cache, stage2)
-  assert f"is complete at step {STEPS}" in done.stderr
+  assert main(command_of(3, stage3, compilation_cache, stage2)[3:]) == 0
+  assert f"is complete at step {STEPS}" in capsys.readouterr().err
   assert (stage3 / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_damaged_run_goes_on_without_loss_or_is_refused(runs, stage3, stage2, compilation_cache):
+def test_a_damaged_run_goes_on_without_loss_or_is_refused(runs, stage3, stage2, compilation_cache, capsys):
   """As a user meets it: a step that was moved away, a line that was spoiled; then all manifests are gone."""
   harmed = runs / "harmed"
   shutil.copytree(stage3, harmed)
@@ -237,9 +238,8 @@ def test_a_damaged_run_goes_on_without_loss_or_is_refused(runs, stage3, stage2, 
   for manifest in harmed.glob("checkpoints/*/manifest.json"):
     manifest.unlink()
   before = {path: path.read_bytes() for path in harmed.rglob("*") if path.is_file()}
-  command = command_of(3, harmed, compilation_cache, stage2, one_more)
-  done = subprocess.run(command, cwd=tiny.ROOT, env=environment(), capture_output=True, text=True)
-  assert done.returncode == 2 and "no complete checkpoint of it" in done.stderr and "Traceback" not in done.stderr
+  assert main(command_of(3, harmed, compilation_cache, stage2, one_more)[3:]) == 2
+  assert str(harmed) in (said := capsys.readouterr().err) and said.count("\n") == 1
   assert {path: path.read_bytes() for path in harmed.rglob("*") if path.is_file()} == before
 
 
