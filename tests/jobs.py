@@ -61,7 +61,7 @@ class Job:
     return [p.poll() for p in self.processes]
 
   def said(self, process: int) -> str:
-    """What a process has printed, without the lines of the library under the collectives."""
+    """The text that a process has printed, without the lines of the library under the collectives."""
     lines = self._logs[process].read_text(errors="replace").splitlines()
     return "\n".join(line for line in lines if "[Gloo]" not in line and "connected peer ranks" not in line)
 

@@ -1,4 +1,4 @@
-"""What the loader processes of the tests load: batches of numbers, and faults. It needs no jax, so they start fast."""
+"""The work of the tests' loader processes: batches of numbers, and faults. It needs no jax, so they start fast."""
 
 import os
 import signal

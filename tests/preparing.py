@@ -1,4 +1,4 @@
-"""What the tests of `prepare` share: small images, a folder in LLaVA's layout, a prepared directory read back."""
+"""Shared by the tests of `prepare`: small images, a folder in LLaVA's layout, a prepared directory read back."""
 
 import io
 import json

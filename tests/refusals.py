@@ -1,4 +1,4 @@
-"""What a refusal is held to: its kind, one line, and the names of field, file and value; not its words."""
+"""The check of a refusal: its kind, one line, and the names of field, file and value; not its words."""
 
 import contextlib
 from collections.abc import Iterator

@@ -62,7 +62,7 @@ def decoder(engine: Engine) -> Decoder:
 
 
 def requests(engine: Engine) -> Collection:
-  """What the engine has taken and not answered yet."""
+  """Requests that the engine has taken and not answered yet."""
   return engine._open
 
 

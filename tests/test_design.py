@@ -203,6 +203,7 @@ def test_files_are_short_and_say_what_they_are():
     lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 410, file
     assert not lines or ast.get_docstring(tree(file)), file
+    assert not [line for line in lines if line.lstrip().startswith('"""What ')], file
     assert pathlib.Path(file).name not in ("utils.py", "helpers.py", "common.py", "misc.py")
     assert not [line for line in lines if "TODO" in line or "FIXME" in line or "XXX" in line], file
 

@@ -48,7 +48,7 @@ class Visitor:
     self.http.close()
 
   def values(self, event: str, **others: Any) -> list[Any]:
-    """What the page sends when nothing was changed but a text; `others` by the position _0, _1, ..."""
+    """The values that the page sends when nothing was changed but a text; `others` by the position _0, _1, ..."""
     texts = {"multimodaltextbox": {"text": "Why?", "files": []}, "textbox": "a red ring", "chatbot": []}
     values = [texts.get(kind, value) for kind, value in map(self._kinds.get, self.events[event]["inputs"])]
     for position, value in others.items():
@@ -141,7 +141,7 @@ def secrets_of(base: str, folder: pathlib.Path) -> Iterator[list[str]]:
 
 
 def warnings(messages: list[dict[str, Any]]) -> list[str]:
-  """What the visitor was told."""
+  """The texts that the visitor was told."""
   return [x["log"] for x in messages if x["msg"] == "log" and x["level"] == "warning"]
 
 

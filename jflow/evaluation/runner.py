@@ -44,7 +44,7 @@ class Checkpoint:
 
   @functools.cached_property
   def run(self) -> Run:
-    """What the run that made the checkpoint knows of its data."""
+    """The data of the run that made the checkpoint."""
     return run_of(self._settings.checkpoint, self.family)
 
   def described(self) -> checkpoints.Described:

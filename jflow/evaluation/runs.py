@@ -1,4 +1,4 @@
-"""What the run that made a checkpoint knows of its data, from its config.json; others have the defaults."""
+"""The data of the run that made a checkpoint, from its config.json; others have the defaults."""
 
 import dataclasses
 import pathlib

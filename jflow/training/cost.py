@@ -1,4 +1,4 @@
-"""What a compiled step takes of a device's memory, by kind, and the refusal of one that does not fit."""
+"""The memory that a compiled step takes of a device, by kind, and the refusal of one that does not fit."""
 
 import math
 from typing import Any

@@ -132,7 +132,7 @@ def device_limit(mesh: jax.sharding.Mesh, given: float = 0.0) -> int | None:
 
 
 def layout(model: UnifiedModel, mesh: jax.sharding.Mesh, accumulation: int) -> dict[str, Any]:
-  """What a choice is made for: another one may need another choice."""
+  """The program that a choice is made for: another one may need another choice."""
   kind, sizes = mesh.devices.flat[0].device_kind, dict(mesh.shape)
   return {"device": kind, "mesh": sizes, "accumulation": accumulation, "attention": model.attention}
 

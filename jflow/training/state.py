@@ -25,7 +25,7 @@ class TrainState(struct.PyTreeNode):
 
   @property
   def averaged(self) -> Any:
-    """What inference and the next stage use: the averaged weights, or the trained ones where there is no average."""
+    """The weights for inference and the next stage: the averaged weights, or the trained ones where there is no average."""
     return self.ema or self.trained
 
   @classmethod

@@ -175,7 +175,7 @@ def markdown(reports: list[dict]) -> str:
 
 
 def fits(reports: list[dict]) -> str:
-  """What a device needs and how long its step takes, by what is kept and rows, as Markdown; attention's time included."""
+  """The memory of a device and the time of its step, by what is kept and rows, as Markdown; attention's time included."""
   lines = [
     f"| remat | rows | GiB of a device | executed TFLOP | predicted ms of 4 rows | {' | '.join(f'fits {n}' for n in SIZES)} |",
     "| --- | ---: | ---: | ---: | ---: " + "| --- " * len(SIZES) + "|",

@@ -1,4 +1,4 @@
-"""What a record says it holds: pictures or not, other media, who speaks, where a conversation ends."""
+"""Claims of a record about itself: pictures or not, other media, who speaks, where a conversation ends."""
 
 import json
 

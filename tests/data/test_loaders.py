@@ -62,7 +62,7 @@ def _loaders(pid: int) -> list[int]:
 
 
 def _shared(pid: int) -> list[str]:
-  """What it has of memory that carries a name, and so can outlive it."""
+  """Its memory that carries a name, and so can outlive it."""
   lines = pathlib.Path(f"/proc/{pid}/maps").read_text().splitlines()
   return [line for line in lines if "/dev/shm/" in line and not line.endswith("(deleted)")]
 

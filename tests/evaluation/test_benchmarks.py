@@ -54,7 +54,7 @@ def as_geneval_reads(folder) -> list[tuple[str, dict]]:
 
 
 def geneval_results(folder) -> list[dict]:
-  """What the evaluator writes if it finds three of four benches, no cow, every red cow."""
+  """The evaluator's lines if it finds three of four benches, no cow, every red cow."""
   return [
     {
       "filename": name,

@@ -25,7 +25,7 @@ from jflow.inference import loading
 
 
 class Request(NamedTuple):
-  """What lmms-eval hands over."""
+  """A request as lmms-eval hands it over."""
 
   args: tuple
 

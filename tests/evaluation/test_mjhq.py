@@ -29,7 +29,7 @@ def mjhq(tmp_path):
 
 
 def features_of(names, reference_names=NAMES, resize="lanczos", seed=1) -> dict[str, np.ndarray]:
-  """What launch/experiments/features.py writes: a picture's features are a function of its name."""
+  """The arrays of launch/experiments/features.py: a picture's features are a function of its name."""
   drawn = lambda kind, one, width: np.random.default_rng([seed, kind, NAMES.index(one)]).normal(size=width)
   stack = lambda kind, names, width: np.stack([drawn(kind, one, width) for one in names]).astype(np.float32)
   return {

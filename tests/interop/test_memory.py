@@ -100,7 +100,7 @@ def checkpoints(tmp_path_factory) -> dict[str, tuple[pathlib.Path, int, int]]:
 
 
 def _argv(command: str, directory: pathlib.Path, rows: int, tmp_path: pathlib.Path) -> list[str]:
-  """What runs a command on a published checkpoint, or on the one that jflow made of it in tmp_path/ours."""
+  """The words that run a command on a published checkpoint, or on the one that jflow made of it in tmp_path/ours."""
   if command == "parity":
     arrays = {"text/input_ids": np.arange(8)[None], "text/logits": np.zeros((1, 8, rows), np.float32)}
     np.savez(tmp_path / "golden.npz", **arrays)

@@ -14,7 +14,7 @@ _TABLE = tiny.ROOT / "launch" / "experiments" / "results" / "compile_table"
 
 
 def test_a_table_goes_on_where_it_was(monkeypatch, tmp_path):
-  """What is there is kept, what failed is tried again, and the file is whole after every row."""
+  """A row that is there is kept, what failed is tried again, and the file is whole after every row."""
   asked, wrong = [], {"h100:1x8"}
 
   def compiled(config: str, topology: str, rows: int) -> dict:

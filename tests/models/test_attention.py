@@ -227,7 +227,7 @@ def test_the_table_of_segments_is_what_the_packer_made():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_cudnn_is_told_where_each_segment_of_each_row_lies(seed):
-  """What jax makes of the table for cuDNN: a flat list of all segments, their places counted in numbers."""
+  """The table for cuDNN as jax makes it: a flat list of all segments, their places counted in numbers."""
   from jax._src.cudnn.fused_attention_stablehlo import _fix_seqlen_offsets
 
   rng = np.random.default_rng(seed)

@@ -131,7 +131,7 @@ def painted_velocity(params, tokens, z, time):
 
 
 def test_the_losses_of_a_picture_are_those_of_the_sampler():
-  """What training regresses is what a sampler asks for: same slots and positions, no shift, z_t, x - z_0."""
+  """Training regresses what a sampler asks for: same slots and positions, no shift, z_t, x - z_0."""
   sample, draws = tiny.writing(2), tiny.draws(1)
   apply = functools.partial(tiny.model().apply, {"params": tiny.params()})
   pixels = np.asarray(sample.images[0], np.float32)[None] / 127.5 - 1

@@ -111,7 +111,7 @@ class Decoder(nn.Module):
 
 
 class Generation(nn.Module):
-  """What stands around the LLM when it paints, with the published names."""
+  """The parts around the LLM when it generates images, with the published names."""
 
   def __init__(self, c: dict):
     super().__init__()

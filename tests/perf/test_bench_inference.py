@@ -1,4 +1,4 @@
-"""What a picture and a token cost by formula, and the reports of `bench generate` and `bench understand`."""
+"""The cost of a picture and a token by formula, and the reports of `bench generate` and `bench understand`."""
 
 import dataclasses
 import functools

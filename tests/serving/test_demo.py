@@ -244,7 +244,7 @@ def _fill(page, selector, value):
 
 
 def _get(driver, url):
-  """What the browser gets there, which shows its cookies."""
+  """The page that the browser gets there, which shows its cookies."""
   cookies = "; ".join(f"{x['name']}={x['value']}" for x in driver.get_cookies())
   with urllib.request.urlopen(urllib.request.Request(url, headers={"Cookie": cookies})) as response:
     return response.read()

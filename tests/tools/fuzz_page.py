@@ -194,7 +194,7 @@ class Fuzzer:
     return tried, got
 
   def _events(self) -> str:
-    """What comes of the events of this session, with the files that it names."""
+    """The outcome of the events of this session, with the files that it names."""
     with self._visitor.listening() as messages:
       told = list(messages)
     failed = [x for x in told if x["msg"] == "process_completed" and not x["success"]]

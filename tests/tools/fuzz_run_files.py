@@ -219,7 +219,7 @@ def read_data(folder: pathlib.Path) -> tuple[list[Any], plans.Planned, list[Any]
 
 
 def at(source: Any, index: int) -> Any:
-  """What stands at an index, as text; None where it is damaged."""
+  """The content at an index, as text; None where it is damaged."""
   try:
     return repr(source[index])
   except RecordError:
@@ -287,7 +287,7 @@ def try_import(folder: pathlib.Path, harmed: set[str], rng: random.Random) -> No
 
 
 class Kind(NamedTuple):
-  """What is harmed."""
+  """A kind of harm: the thing that is made, and a try to harm it."""
 
   make: Callable[[pathlib.Path], None]
   attempt: Callable[[pathlib.Path, set[str], random.Random], None]
@@ -312,7 +312,7 @@ def sound(name: str) -> pathlib.Path:
 
 @functools.cache
 def sound_data() -> tuple[list[Any], plans.Planned, list[Any]]:
-  """What the sound data set holds; copies lie elsewhere and hold the same."""
+  """Content of the sound data set; copies lie elsewhere and hold the same."""
   return read_data(sound("data"))
 
 

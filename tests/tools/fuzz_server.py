@@ -190,7 +190,7 @@ HEADS = (
 
 
 class Try(NamedTuple):
-  """What one connection does."""
+  """The course of one connection."""
 
   pieces: list[bytes]  # that are sent one after the other
   methods: list[str]  # of the requests that they hold, as far as these are sound

@@ -1,4 +1,4 @@
-"""What the layouts of `fuzz_importers` are made of."""
+"""The pieces of the layouts of `fuzz_importers`."""
 
 import pathlib
 import random

@@ -158,7 +158,7 @@ def same(got: Any, want: Any) -> bool:
 
 
 def bad_requests(image_size: int, context: int, max_body: int) -> dict[str, tuple[int, dict[str, Any]]]:
-  """What is wrong -> (the status that it gets, its path, body and headers)."""
+  """Fault -> (the status that it gets, its path, body and headers)."""
   chat, paint = "/v1/chat/completions", "/v1/images/generations"
   say = lambda content, **more: dict(path=chat, body={"messages": [{"role": "user", "content": content}], **more})
   show = lambda url: say([{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}])

@@ -13,7 +13,7 @@ HERE = socket.gethostname()
 
 @pytest.fixture(scope="module")
 def listeners():
-  """What stands for sockets at the loopback, at a wildcard, and at one address."""
+  """Lines that stand for sockets at the loopback, at a wildcard, and at one address."""
 
   class At:
     def __init__(self, host):

@@ -162,7 +162,7 @@ def test_each_broken_sample_is_counted_under_its_reason(tars):
 
 
 def _content(path) -> list[tuple[str, bytes]]:
-  """What Python's tarfile reads: plain files."""
+  """Plain files, as Python's tarfile reads them."""
   with tarfile.open(path) as file:
     return [(m.name, file.extractfile(m).read()) for m in file if m.isreg()]
 
@@ -241,7 +241,7 @@ def test_tars_that_attack_write_nothing_and_are_counted(tars, capsys):
 
 
 def _read(path) -> tuple[list[tuple[str, bytes]], list[str]]:
-  """What the reader gives: files, and the reasons of what is damaged."""
+  """The reader's files, and the reasons of what is damaged."""
   found = list(tar.members(str(path)))
   files = [(m.name, m.data) for m in found if not isinstance(m.data, RecordError)]
   return files, [m.data.reason for m in found if isinstance(m.data, RecordError)]
