@@ -45,7 +45,7 @@ def by_kind(state: Any, batch: Any, needed: int) -> dict[str, int]:
 
 def told(kinds: dict[str, int], needed: int, limit: int | None) -> str:
   """Describes the memory of a step in a line; kinds that take none are left out."""
-  there = f" of its {size(limit)}" if limit is not None else ""
+  there = f" that has {size(limit)} for it" if limit is not None else ""
   parts = ", ".join(f"{name} {size(count)}" for name, count in kinds.items() if count)
   return f"a step takes {size(needed)} of a device{there}: {parts}"
 
