@@ -71,6 +71,7 @@ def save(directory: pathlib.Path, config: ModelConfig, leaves: Mapping[str, Any]
   Raises:
     UserError: transformers has no layout of the model, or a matrix has no layer there.
   """
+  layouts.of(config, "transformers").write_config(config, "float32", None)  # refuses a base that it cannot hold
   tensors, modules, placed = {}, [], set()
   for pair in _pairs(config):
     if pair.place + "lora_a" not in leaves:
