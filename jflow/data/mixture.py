@@ -24,6 +24,8 @@ Schedule = tuple[tuple[int, tuple[float, ...]], ...]
 def without_empty(schedule: Schedule, listed: SourcesConfig) -> tuple[list[str], Schedule]:
   """Returns a schedule without the types that no source is listed for, and a line for each that it had a share of.
 
+  A type with sources and no share has a line, too.
+
   Args:
     schedule: `data.mixture`; empty: the rows decide, see `Pipeline`.
     listed: `data.sources`.
@@ -43,6 +45,8 @@ def without_empty(schedule: Schedule, listed: SourcesConfig) -> tuple[list[str],
       )
   gone = [task for i, task in enumerate(TASKS) if not there[i] and any(row[i] for _, row in schedule)]
   notes = [f"data.sources.{task} is empty, so no row holds {task}: {told(left)}" for task in gone]
+  idle = [task for i, task in enumerate(TASKS) if schedule and there[i] and not any(row[i] for _, row in schedule)]
+  notes += [f"data.mixture gives no row to {task}, so data.sources.{task} is not read: {told(left)}" for task in idle]
   return notes, left
 
 

@@ -7,6 +7,7 @@ import pytest
 from refusals import refused
 
 from jflow.batch import TASKS
+from jflow.config import SourcesConfig
 from jflow.data import mixture
 from jflow.data.mixture import Interleave, StepPlan
 from jflow.errors import UserError
@@ -158,6 +159,23 @@ def test_interleave_is_exact_in_every_cycle_and_uses_each_row_once():
 def test_sources_without_a_share_are_refused(weights):
   with pytest.raises(UserError):
     Interleave(weights, 0)
+
+
+@pytest.mark.parametrize(
+  "schedule, listed, said",
+  [
+    (((0, (1, 1, 0)),), (1, 1, 1), ["text"]),
+    (((0, (1, 0, 0)),), (1, 1, 1), ["generation", "text"]),
+    (((0, (1, 0, 0)), (5, (0, 1, 0))), (1, 1, 0), []),
+    (((0, (1, 1, 1)),), (1, 0, 0), ["generation", "text"]),  # shares without a source
+    (STAGE2, (1, 1, 1), []),
+    ((), (1, 1, 0), []),
+  ],
+)
+def test_sources_without_a_share_and_shares_without_a_source_are_named(schedule, listed, said):
+  sources = SourcesConfig(**{task: (("DIR", 1.0),) * there for task, there in zip(TASKS, listed)})
+  notes, _ = mixture.without_empty(schedule, sources)
+  assert len(notes) == len(said) and all(f"data.sources.{task} " in note for task, note in zip(said, notes))
 
 
 @pytest.mark.parametrize("shards, accumulation", [(1, 1), (4, 1), (2, 3)])
