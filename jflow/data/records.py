@@ -1,6 +1,11 @@
 """The records of a data source, with their images still encoded."""
 
+import hashlib
 from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+DIGITS = 16  # of an image's SHA-256 in hex, as `digest` returns it
 
 
 class Turn(NamedTuple):
@@ -24,6 +29,13 @@ class Record(NamedTuple):
   images: tuple[Any, ...]  # encoded bytes, uint8[H, W, 3], or an object with render(size) -> uint8[size, size, 3]
   text: str
   turns: tuple[Turn, ...]
+
+
+def digest(image: Any) -> str:
+  """The beginning of an image's SHA-256, of its bytes where it is encoded: it knows the image wherever it lies."""
+  if isinstance(image, np.ndarray):
+    image = str((image.dtype, image.shape)).encode() + image.tobytes()
+  return hashlib.sha256(image if isinstance(image, bytes) else repr(image).encode()).hexdigest()[:DIGITS]
 
 
 class Source(Protocol):

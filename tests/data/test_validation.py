@@ -1,4 +1,4 @@
-"""Held-out records: chosen by their content alone, never trained on, the same batches at every loss."""
+"""Held-out records: chosen by their pictures or texts alone, never trained on, the same batches at every loss."""
 
 import dataclasses
 import pathlib
@@ -11,9 +11,10 @@ from refusals import refused
 from jflow.batch import TASKS, RowShape
 from jflow.data.held_out import held_out, is_held_out
 from jflow.data.pipeline import Pipeline
-from jflow.data.records import Record
+from jflow.data.records import Record, Turn
 from jflow.data.tokenizer import Tokenizer
 from jflow.data.validation import HeldOut
+from jflow.world.scenes import Scene
 
 TOKENIZER = Tokenizer.load(pathlib.Path(__file__).parents[2] / "configs" / "tokenizer")
 SHAPE = RowShape(tokens=96, images=3, image_patches=9, image_size=6, writer="flow")
@@ -21,7 +22,7 @@ SHARE = 0.25
 
 
 def records(count):
-  return [Record(f"{i}.jpg", (None,), f"picture {i}", ()) for i in range(count)]
+  return [Record(f"{i}.jpg", (f"picture {i}".encode(),), f"caption {i}", ()) for i in range(count)]
 
 
 def config(**changes):
@@ -35,6 +36,23 @@ def test_a_record_keeps_its_side_when_others_come_and_it_moves():
   again = dict(zip((r.id for r in later), held_out(later, SHARE), strict=True))
   assert chosen.items() <= again.items()
   assert abs(sum(again.values()) / len(again) - SHARE) < 0.03
+
+
+def test_an_inserted_line_moves_no_record():
+  """Ids are often numbers of lines, which an earlier line shifts."""
+  texts = [Record(str(i), (), f"text {i}", ()) for i in range(200)]
+  shifted = [Record("0", (), "a new text", ()), *(text._replace(id=str(i + 1)) for i, text in enumerate(texts))]
+  assert (held_out(shifted, SHARE)[1:] == held_out(texts, SHARE)).all()
+
+
+@pytest.mark.parametrize(
+  "image", [str.encode, lambda name: np.full((1, 1, 3), int(name), np.uint8), lambda name: Scene((), int(name), ())]
+)
+def test_all_that_is_said_of_a_picture_is_on_one_side(image):
+  one = [Record(str(i), (image(f"{i:03d}"),), f"a caption of {i}", ()) for i in range(200)]
+  other = [record._replace(id=record.id + "b", text="another", turns=(Turn("user", "Why?"),)) for record in one]
+  sides = held_out(one, SHARE)
+  assert (held_out(other, SHARE) == sides).all() and 20 < sides.sum() < 80
 
 
 def test_a_larger_share_holds_out_more_of_the_same():

@@ -85,7 +85,7 @@ def planned(
   if task == "understanding" and caption_prompt != CAPTION_PROMPT:
     budgets += (caption_prompt,)
   if validation:
-    budgets += (side, validation)
+    budgets += (side, validation, held_out.VERSION)
   file = derived.name(
     "plan", _VERSION, getattr(source, "fingerprint", ""), task, tokenizer.fingerprint, template, budgets
   )

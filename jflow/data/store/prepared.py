@@ -23,7 +23,7 @@ import numpy as np
 
 from jflow import files
 from jflow.batch import TASKS
-from jflow.data.records import Record, RecordError, Turn
+from jflow.data.records import DIGITS, Record, RecordError, Turn
 from jflow.errors import UserError
 from jflow.strict_json import Malformed, parse
 
@@ -92,10 +92,11 @@ class ShardWriter:
       )
     )
     call_writer(self._path, self._writer.write, example)
-    outline = [record.id, len(record.images), record.text, record.turns]
-    line = json.dumps(outline, ensure_ascii=False).encode("utf-8") + b"\n"
-    self._outlines.write(line)
-    self.digest.update(line + "".join(hashes).encode())
+    outline: list[Any] = [record.id, len(record.images), record.text, record.turns]
+    as_line = lambda outline: json.dumps(outline, ensure_ascii=False).encode("utf-8") + b"\n"
+    self.digest.update(as_line(outline) + "".join(hashes).encode())
+    outline[1] = [name[:DIGITS] for name in hashes] or 0
+    self._outlines.write(as_line(outline))
     self.records += 1
     self.images += len(record.images)
     self.bytes += len(example)
@@ -211,7 +212,7 @@ class PreparedSource:
 
 
 def read_outlines(path: str, records: int | None = None) -> Iterator[Record]:
-  """Yields the records of a shard with None in place of each image.
+  """Yields the records of a shard with `records.digest` in place of each image, or None, as of earlier versions.
 
   Args:
     path: the file.
@@ -235,9 +236,12 @@ def read_outlines(path: str, records: int | None = None) -> Iterator[Record]:
 
 def _outline(value: Any) -> Record:
   match value:
-    case [str(name), int(images), str(text), [*turns]] if 0 <= images < 2**20:
-      if all(isinstance(turn, list) and list(map(type, turn)) == [str, str] for turn in turns):
-        return Record(name, (None,) * images, text, tuple(Turn(*turn) for turn in turns))
+    case [str(name), int() | list() as images, str(text), [*turns]]:
+      if isinstance(images, int):
+        images = [None] * images if 0 <= images < 2**20 else [images]
+      sound = all(image is None or isinstance(image, str) and len(image) == DIGITS for image in images)
+      if sound and all(isinstance(turn, list) and list(map(type, turn)) == [str, str] for turn in turns):
+        return Record(name, tuple(images), text, tuple(Turn(*turn) for turn in turns))
   raise ValueError("not an outline")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from jflow.data import images
-from jflow.data.held_out import is_held_out
+from jflow.data.held_out import held_out
 from jflow.data.records import Record, RecordError
 from jflow.data.sequences import IMAGE_MARK
 from jflow.data.store.prepared import SUMMARY, PreparedSource, read_summary
@@ -58,7 +58,7 @@ class Records(GenerationBenchmark):
     chosen = range(len(outlines))
     if settings.split:
       share = self._share(settings)
-      chosen = [i for i in chosen if is_held_out(outlines[i], share)]
+      chosen = np.flatnonzero(held_out(self._source, share)).tolist()
       if not chosen:
         raise UserError(
           f"--split={settings.split}: none of the {len(outlines):,} records of {settings.data} is held out"

@@ -1,15 +1,17 @@
 """The prepared directory: read back, refused where it is not whole, verified record by record."""
 
 import gzip
+import json
 import pathlib
 
 import numpy as np
 import pytest
 from data_config import data_config
-from preparing import image, make_folder, run
+from preparing import image, make_folder, read_back, run
 from refusals import refused
 
 from jflow.batch import RowShape
+from jflow.data import held_out
 from jflow.data.pipeline import Pipeline
 from jflow.data.records import RecordError
 from jflow.data.store import lengths, prepared
@@ -133,6 +135,8 @@ def test_damaged_outlines_are_named(tmp_path, damage):
     b'["a", 1, "t"]\n' * 2,
     b'["a", 1e9, "t", []]\n' * 2,
     b'["a", 99999999999, "t", []]\n' * 2,
+    b'["a", ["short"], "t", []]\n' * 2,
+    b'["a", [1], "t", []]\n' * 2,
     b'["a", 1, "t", [["user"]]]\n' * 2,
     b'["a", 1, null, []]\n' * 2,
     b"[" * 100_000 + b"\n\n",
@@ -147,6 +151,20 @@ def test_outlines_that_are_not_those_of_the_shard_are_named(tmp_path, lines):
     path.write_bytes(content)
     with refused("outlines-00000"):
       list(prepared.read_outlines(str(path), 2))
+
+
+def test_outlines_hold_out_what_the_records_do(folder):
+  """Also those of an earlier version, which hold the number of images in place of their digests."""
+  _, output = run(folder)
+  source = PreparedSource(output, "understanding")
+  wanted = [held_out.is_held_out(record, 0.5) for record in read_back(output)]
+  assert 0 < sum(wanted) < 12 and held_out.held_out(source, 0.5).tolist() == wanted
+  (path,) = source.outline_paths
+  with gzip.open(path, "rt") as lines:
+    outlines = [[name, len(images), *rest] for name, images, *rest in map(json.loads, lines)]
+  with gzip.open(path, "wt") as new:
+    new.writelines(json.dumps(outline) + "\n" for outline in outlines)
+  assert held_out.held_out(source, 0.5).tolist() == wanted
 
 
 def test_the_pipeline_reads_the_directory_and_counts_what_is_damaged(folder):
