@@ -85,6 +85,21 @@ def base(size: str, sizes: Mapping[str, Callable[[ConfigDict], None]] = SIZES) -
       time_std=1.0,
     ),
   )
+  c.rl = dict(  # reinforcement learning (jflow/rl/README.md) in place of the losses above; not in the paper
+    method="",  # "grpo": pictures of the model's own, scored by rewards; "dpo": given pairs of pictures; "": none
+    prompts="",  # "shapes": those of the built-in world by data.shapes; or a file of JSON lines with "prompt"
+    group=8,  # pictures of a prompt; train.batch_size counts pictures
+    rewards=(),  # ((name, "package.module:function" or http://..., weight), ...)
+    timeout=60.0,  # seconds for an answer of a reward behind http://
+    retries=3,  # further tries of such a reward
+    advantage="group",  # reward less its group's mean, by the deviation of the "group" or the "batch"; "mean": by nothing
+    clip=1e-3,  # the ratio to the policy that painted counts up to 1 -/+ so much
+    kl=0.0,  # weight of the divergence from the model of step 0; 0: none
+    updates=1,  # optimizer steps on each batch of pictures, each on a part of it
+    pairs="",  # "dpo": a folder with pairs.jsonl of "prompt", "better", "worse"; or "shapes"
+    beta=1.0,  # "dpo": how soon a pair counts as learned
+    explore={},  # how the policy draws, by the family's own fields
+  )
   c.data = dict(
     tokenizer="",  # directory with tokenizer.json; empty: that of train.init_from
     template="plain",  # "plain": prompt and image, image and text; "chat": User / Assistant (stage 3)

@@ -173,6 +173,7 @@ class RunConfig(Section):
   optimizer: OptimizerConfig
   lora: LoraConfig
   objective: ObjectiveConfig
+  rl: Any = section("jflow.rl.config:RlConfig")
   data: DataConfig
   compute: ComputeConfig
   mesh: MeshConfig

@@ -30,6 +30,10 @@ class Stopped(Exception):
   """
 
 
+class Unscored(Exception):
+  """A batch of pictures without scores: a reward failed. One line names it; the run stops (`Stopped`)."""
+
+
 class Terminated(KeyboardInterrupt):
   """A signal, in a command that turns it into an exception: SIGTERM in `prepare`, the end of a run that was saved.
 

@@ -34,7 +34,10 @@ NEVER = {
   "jflow/world/": ("jflow.serving", "jflow.perf"),
   **{  # loader processes draw the world, and the judge counts as data does: without jax
     f"jflow/world/{name}.py": ("jax", "flax", "jflow.models", "jflow.training", "jflow.inference")
-    for name in ("config", "scenes", "words", "questions", "source", "importer", "judge", "features")
+    for name in (
+      *("config", "scenes", "words", "questions", "source", "importer", "judge", "features"),
+      *("prompts", "rewards"),
+    )
   },
   "jflow/models/": ("jflow.data", "jflow.training", "jflow.inference", "jflow.interop", "jflow.evaluation"),
   "jflow/training/": ("jflow.inference", "jflow.evaluation"),  # but for EXCEPT
@@ -49,6 +52,9 @@ WORLD = {
   "jflow/data/importers/__init__.py",
   "jflow/evaluation/benchmarks/__init__.py",
   "jflow/training/fresh.py",
+  "jflow/rl/pairs.py",
+  "jflow/rl/prompts.py",
+  "jflow/rl/rewards/__init__.py",
 }
 PURE = (  # of jflow they import only each other
   "batch",

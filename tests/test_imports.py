@@ -19,7 +19,7 @@ LAYERS = (
   ("jflow/models/", "jflow/objectives/", "jflow/generation/"),
   ("jflow/interop/",),  # checkpoints of others and of our own
   ("jflow/training/", "jflow/inference/"),
-  ("jflow/evaluation/",),
+  ("jflow/evaluation/", "jflow/rl/"),
   ("jflow/world/",),
   ("jflow/serving/", "jflow/perf/"),
   ("jflow/cli/", "jflow/__init__.py", "jflow/__main__.py"),

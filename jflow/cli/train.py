@@ -19,7 +19,7 @@ configs/stage2.py); the part behind the colon is the size:
   384 (none named), 256  the paper's models    tiny  for trying things out, in seconds, on the built-in world
   shapes, quick          learn the built-in world in minutes on two cores     mid  for `bench`
   janus/stage1 to janus/stage3 are those of Janus and Janus-Pro (1b, pro-1b, pro-7b, tiny, shapes); tune and janus/tune put
-  adapters beside the frozen weights of a checkpoint
+  adapters beside the frozen weights of a checkpoint; grpo and dpo (janus/grpo, janus/dpo) learn from rewards and from pairs
 Stages start from the one before (stage 1 from `convert --from=huggingface-parts`, or stage 0 of the built-in world):
   python -m jflow train --config=configs/stage2.py:tiny --workdir=runs/try
   python -m jflow train --config=configs/stage2.py --workdir=runs/stage2 --config.train.init_from=runs/stage1 \\
@@ -87,12 +87,14 @@ def main(argv: list[str]) -> int:
   need_text_name("--workdir", known.workdir)
   config = config_files.load(known.config, settings, functools.partial(_start_model, known.workdir))
 
+  from jflow.rl.run import method
   from jflow.training import hosts  # after the flags: a typo needs no import of jax
   from jflow.training.loop import train
   from jflow.training.metrics import read_metrics
 
   try:
-    train(config, known.workdir, functools.partial(_generate_samples, config), known.accept_data)
+    sampler = functools.partial(_generate_samples, config)
+    train(config, known.workdir, sampler, known.accept_data, method=method(config))
   except Terminated as error:
     hosts.say(str(error))
     return 128 + error.signum

@@ -77,6 +77,11 @@ class Pipeline:
       self._mixture = ((0, tuple(float(sum(one.plan.rows for one in listed)) for listed in self._rows)),)
       self.notes += [f"data.mixture: as many rows of each type as there are, {mixture.told(self._mixture)}"]
 
+  @property
+  def tokens(self) -> int:
+    """Tokens of a batch over all hosts."""
+    return self._batch_size * self._shape.tokens
+
   def report(self) -> list[str]:
     """Returns one line per source (records, planned rows, fill, records left out), and the mixture's own lines."""
     return [rows.report() for rows in self.sources()] + self.notes

@@ -9,6 +9,7 @@ A family has
   settings    the frozen dataclass of its sampling settings
   writer      the Linen module: targets, embeddings of the image slots, losses (`Writer`)
   sampler     prompts to pixels (`Sampler`)
+  policy      how it learns from rewards (`Policy`)
   stored      what its frozen encoder makes of an image, which may be computed ahead of training (`Stored`)
 """
 
@@ -178,6 +179,69 @@ class Loop(NamedTuple):
   static: dict[str, Any]
 
 
+class Trajectory(NamedTuple):
+  """Drawn pictures and what they were drawn by; every array has the leading axis I."""
+
+  latents: "jax.Array"  # what `Policy.decode` turns into pictures
+  drawn: Any  # a pytree of the actions, and of the policy's numbers at each
+
+
+class Compared(NamedTuple):
+  """The drawn actions of a trajectory under other parameters; an image has A actions."""
+
+  log_ratio: "jax.Array"  # f32[I, A]; 0 under the parameters that drew them
+  divergence: "jax.Array"  # f32[I, A]; KL to the reference, at least 0; zeros without one
+
+
+class Policy(Protocol):
+  """A family as a policy of reinforcement learning, made as `Policy(model, exploration, tokenizer)`.
+
+  Every method is pure, to be traced into a program of its own. The model is that of training, and its parameters may
+  hold adapters. Of the tokenizer it takes the ids of special tokens.
+
+  Legend: I images, S prompt slots, A actions of an image.
+  """
+
+  def sample(
+    self, params: Any, tokens_IS: "jax.Array", lengths_I: "jax.Array", key: "jax.Array", group: int
+  ) -> Trajectory:
+    """Draws an image for each prompt.
+
+    Args:
+      params: nested.
+      tokens_IS, lengths_I: prompts, as for `Sampler.sample`; the `group` images of a prompt are consecutive.
+      key: of all draws.
+      group: images of a prompt; what is no action may be shared within a group.
+    """
+
+  def decode(self, params: Any, latents: "jax.Array") -> "jax.Array":
+    """Pixels f32[I, H, W, 3], about [-1, 1], not clipped."""
+
+  def compare(
+    self, params: Any, reference: Any, tokens_IS: "jax.Array", lengths_I: "jax.Array", drawn: Any
+  ) -> Compared:
+    """Compares the policy of `params` with the one that drew, and with that of `reference`, or None.
+
+    Reverse mode differentiates it by `params`.
+    """
+
+  def likelihood(
+    self, params: Any, tokens_IS: "jax.Array", lengths_I: "jax.Array", pixels_IHWC: "jax.Array", draws: Any
+  ) -> "jax.Array":
+    """Log-likelihoods of given pictures behind their prompts, f32[I], the mean over a picture's latents or codes.
+
+    Of flow an estimate at the times and the noise of `draws`, up to a constant. Reverse mode differentiates it.
+
+    Args:
+      params, tokens_IS, lengths_I: see `sample`.
+      pixels_IHWC: f32 in [-1, 1].
+      draws: of the same images, see `draw`.
+    """
+
+  def draw(self, key: "jax.Array", count: int) -> Any:
+    """Draws what `likelihood` of so many pictures needs, a pytree of arrays [count, ...]; None where it is exact."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Stored:
   """The output of a family's frozen encoder, which training reads from disk where it was computed ahead.
@@ -222,6 +286,8 @@ class Family:
   frozen: tuple[str, ...] = ()  # first parts of the paths of parameters that no loss reaches
   derived: Any = None  # (model config, parameters by path) -> {path: first value} of those that follow from others
   about: str = ""  # how it writes images, for the card of a model; its name by default
+  policy: Any = None  # the class of its `Policy`; None: it does not learn from rewards
+  explores: type | None = None  # frozen dataclass of the section `rl.explore`, which the policy reads
   draws: type | None = None  # frozen dataclass of the section `objective.draws`, which `Writer.draw` reads; None: {}
 
   @property

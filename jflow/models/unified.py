@@ -275,6 +275,17 @@ def for_inference(model: UnifiedModel, params: Any, gpu: bool | None = None) -> 
   return inference_model(model, gpu), cast_matrices(params, model.dtype)
 
 
+def with_separate_layers(model: UnifiedModel, params: Any) -> tuple[UnifiedModel, Any]:
+  """The model and its nested parameters with separate LLM layers, adapters beside their matrices; differentiable.
+
+  As `for_inference` on a CPU, but for the adapters, which stay low-rank, and for what the blocks keep, `remat`.
+  """
+  lm = params["language_model"]
+  if model.unroll:
+    lm = separate_layers(lm, model.config.language_model.num_layers)
+  return inference_model(model, False), cast_matrices({**params, "language_model": lm}, model.dtype)
+
+
 def inference_model(model: UnifiedModel, gpu: bool) -> UnifiedModel:
   """The model of `for_inference` without its parameters."""
   kernel = kernels.AUTO_BEHIND_PREFIX["gpu"] if gpu else "xla"

@@ -36,6 +36,7 @@ def _items(state: TrainState) -> dict[str, Any]:
     "trained": state.trained,
     "frozen": state.frozen,
     "ema": state.ema,
+    "reference": state.reference,
     "progress": {"optimizer": state.optimizer, **progress},
   }
   return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}

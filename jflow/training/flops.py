@@ -49,10 +49,12 @@ def model_flops_of(
 def mfu(config: RunConfig, trained: Collection[str], row: dict[str, Any], seconds: float) -> float | None:
   """The share of the devices' dense bf16 peak that a step used; None for a device without a known peak (a CPU).
 
-  None too for a writer whose FLOPs no formula gives.
+  None too for a writer whose FLOPs no formula gives, and for a step that does not say its work.
 
   Removes the step's work_... metrics from `row`.
   """
+  if "work_tokens" not in row:
+    return None
   fields = (field.name for field in dataclasses.fields(model_flops.Work))
   work = model_flops.Work(**{name: row.pop(f"work_{name}") for name in fields})
   peak = chips.peak_flops(jax.devices()[0].device_kind)

@@ -22,7 +22,7 @@ from jflow.data import templates
 from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
 from jflow.data.validation import HeldOut
-from jflow.errors import Stopped, Terminated
+from jflow.errors import Stopped, Terminated, Unscored
 from jflow.interop import steps
 from jflow.models import lora
 from jflow.models.unified import UnifiedModel
@@ -32,6 +32,7 @@ from jflow.training import workdir as workdirs
 from jflow.training.checkpoint import Checkpointer
 from jflow.training.flops import mfu
 from jflow.training.goodput import Goodput
+from jflow.training.method import Method
 from jflow.training.metrics import FILE, Lines, number
 from jflow.training.program import abstract_batch, check_memory, make_program
 from jflow.training.signals import StopFlag
@@ -51,6 +52,7 @@ def train(
   sampler: Sampler | None = None,
   accepted_data: str = "",
   rule: optim.Rule | None = None,
+  method: Method | None = None,
 ) -> None:
   """Runs a stage to its last step, from its newest checkpoint if there is one.
 
@@ -63,6 +65,7 @@ def train(
     accepted_data: digest of changed data that the run may continue with; see `data_record.check`.
     rule: replaces AdamW, as `optax.lion`; it gets the run's rate, clipped gradients, and the parameters that
       `optimizer.trained` names. Every start of a run must give the same one.
+    method: what the run learns from in place of the losses on its data.
 
   Raises:
     UserError: a mistake in config, data or workdir, found before compilation where possible.
@@ -79,7 +82,7 @@ def train(
   templates.check_fits(config.data.template, tokenizer, config.model)
   held = hosts.first_alone(lambda: workdirs.claim(workdir, config, tokenizer))
   try:
-    _train(config, workdir, mesh, tokenizer, started, sampler, accepted_data, rule)
+    _train(config, workdir, mesh, tokenizer, started, sampler, accepted_data, rule, method)
   except OSError as error:
     inside = os.path.join(os.path.abspath(workdir), "")
     named = isinstance(error.filename, str) and os.path.abspath(error.filename).startswith(inside)
@@ -101,6 +104,7 @@ def _train(
   sampler: Sampler | None,
   accepted_data: str,
   rule: optim.Rule | None,
+  method: Method | None,
 ) -> None:
   """Runs `train` once the workdir is locked. `started`: `time.time()` when it was called."""
   workdirs.check_shared(workdir)
@@ -108,8 +112,12 @@ def _train(
 
   open_data = functools.partial(setup.open_data, config, tokenizer)
   model = setup.undecided(config, mesh.devices.flat[0])
-  pipeline = open_data(sharding.local_rows(mesh, config.train.batch_size))
-  model = setup.with_room(model, pipeline.most(config.mesh.data * config.mesh.fsdp, config.train.accumulation))
+  rows = sharding.local_rows(mesh, config.train.batch_size)
+  if method:
+    pipeline: Any = method.open_data(tokenizer, rows)
+  else:
+    pipeline = open_data(rows)
+    model = setup.with_room(model, pipeline.most(config.mesh.data * config.mesh.fsdp, config.train.accumulation))
   data = pipeline.identity()
   data_record.check(workdir, data, accepted_data)
   given, notes = config, pipeline.report()
@@ -118,7 +126,7 @@ def _train(
   notes += said + (held_out.report() if held_out else [])
 
   with jax.set_mesh(mesh):
-    make = lambda chosen: make_program(config, chosen, mesh, rule)
+    make = lambda chosen: make_program(config, chosen, mesh, rule, method.make_step if method else None)
     program = make(remat.candidates(model, mesh.devices.flat[0].platform)[-1])
     check_memory(program, mesh)
     about = {
@@ -155,7 +163,8 @@ def _train(
     if held_out:
       run.validate_on(held_out, program.model, mesh)
     step = program.step
-    if int(state.step) < config.train.steps and not best.is_over(state.best, config.train.early_stop):
+    over = int(state.step) >= config.train.steps or best.is_over(state.best, config.train.early_stop)
+    if not method and not over:
       batch, given, micro = abstract_batch(config, model, mesh), config.compute.memory_gib, config.train.accumulation
       auto = model.remat == remat.AUTO
       first = remat.earlier(workdir, model, mesh, micro) if auto else 0
@@ -231,7 +240,7 @@ class _Run:
       batches = self._on_device(self._pipeline.batches(first, last))
       for step, (batch, info) in enumerate(batches, start=first + 1):
         self._trace(step)
-        state, device = step_fn(state, batch)
+        state, device = self._step(step_fn, state, batch)
         signum = self._flush()
         self._checkpointer.check()
         row = {"step": step, "packs": info["packs"], "rejected": info["rejected"]}
@@ -274,6 +283,12 @@ class _Run:
         if file:
           file.close()
 
+  def _step(self, step_fn: Callable[..., Any], state: TrainState, batch: Batch) -> Any:
+    try:
+      return step_fn(state, batch)
+    except Unscored as error:
+      raise Stopped(f"{error}; {self._checkpointer.newest()}") from error
+
   def _open_metrics(self, first: int) -> Lines:
     """Opens metrics.jsonl after step `first`; where a later checkpoint was skipped, a copy is kept."""
     later = any(step > first for step in steps.steps_of(self._workdir / "checkpoints"))
@@ -297,7 +312,7 @@ class _Run:
     if elsewhere := int(told[:, 2].sum()) - sum(row["rejected"].values()):
       row["rejected"] = row["rejected"] | {"other_processes": elsewhere}
     row |= {name: number(value) for name, value in device.items()}
-    tokens = self._config.train.batch_size * self._config.data.row_tokens
+    tokens = self._pipeline.tokens
     seconds, self._clock = max(now - self._clock, 1e-9), now
     row |= {"tokens_per_second": tokens / seconds, "mfu": mfu(self._config, self._trained, row, seconds)}
     in_a_row = row.pop("skipped_in_a_row")

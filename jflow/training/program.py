@@ -46,11 +46,20 @@ class Program(NamedTuple):
 
 
 def make_program(
-  config: RunConfig, model: UnifiedModel, mesh: jax.sharding.Mesh, rule: optim.Rule | None = None
+  config: RunConfig,
+  model: UnifiedModel,
+  mesh: jax.sharding.Mesh,
+  rule: optim.Rule | None = None,
+  make: Callable[..., Any] | None = None,
 ) -> Program:
   """Builds the program of a config; nothing is compiled or allocated. Call it, and the step, under `mesh`.
 
-  `rule`: see `optim.make_optimizer`.
+  Args:
+    config: of the run.
+    model: see `setup.build`.
+    mesh: of the run.
+    rule: see `optim.make_optimizer`.
+    make: (model, optimizer, shardings of the state, options of the compiler) -> the step, in place of `step.make_step`.
   """
   optimizer = optim.make_optimizer(config.optimizer, rule)
   train = config.train
@@ -65,20 +74,32 @@ def make_program(
         raise refusal("optimizer.trained", config.optimizer.trained, what)
     optim.rate_factors(flatten_dict(trained, sep="/"), config.optimizer.rates)
     validated = bool(config.data.validation)
-    return TrainState.create(trained, frozen, optimizer, spike_window, bool(train.ema), validated)
+    return TrainState.create(
+      trained, frozen, optimizer, spike_window, bool(train.ema), validated, referred=_referred(config)
+    )
 
   boxed = jax.eval_shape(lambda: state_of(setup.initial_params(config, model)))
   where = sharding.shardings(mesh, boxed)
   shaped = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
   platform = mesh.devices.flat[0].platform
   kept = KEPT_OPTIONS if platform == "gpu" and model.remat not in ("none", "full") else {}
-  step = jax.jit(
-    make_step(model, optimizer, config),
-    donate_argnums=0,
-    out_shardings=(where, sharding.replicated(mesh)),
-    compiler_options={**COMPILER_OPTIONS.get(platform, {}), **kept} or None,
+  options = {**COMPILER_OPTIONS.get(platform, {}), **kept} or None
+  step = (
+    make(model, optimizer, where, options)
+    if make
+    else jax.jit(
+      make_step(model, optimizer, config),
+      donate_argnums=0,
+      out_shardings=(where, sharding.replicated(mesh)),
+      compiler_options=options,
+    )
   )
   return Program(step, jax.tree.map(shaped, sharding.unbox(boxed), where), where, state_of, model)
+
+
+def _referred(config: RunConfig) -> bool:
+  """Whether the state holds the trained parameters of step 0; adapters have their base as reference."""
+  return bool(config.rl.method == "dpo" or config.rl.method and config.rl.kl) and not config.lora.rank
 
 
 def check_memory(program: Program, mesh: jax.sharding.Mesh) -> None:

@@ -59,12 +59,24 @@ def check(config: RunConfig) -> None:
     raise refusal(
       "data.stored", True, f"must be False with model.generation.kind={writes.name!r}, which stores nothing"
     )
-  known = [field.name for field in dataclasses.fields(writes.draws)] if writes.draws else []
-  if set(draws) != set(known):
-    what = f"must hold {', '.join(known) or 'nothing'} with model.generation.kind={writes.name!r}"
-    raise refusal("objective.draws", draws, what)
-  if writes.draws:
-    writes.draws(**draws)
+  _check_own("objective.draws", draws, writes.draws, f"with model.generation.kind={writes.name!r}")
+  if not config.rl.method:
+    _check_own("rl.explore", config.rl.explore, None, "without rl.method")
+    return
+  if not writes.policy:
+    raise refusal(
+      "rl.method", config.rl.method, f"must be '' with model.generation.kind={writes.name!r}: it has no policy"
+    )
+  _check_own("rl.explore", config.rl.explore, writes.explores, f"with model.generation.kind={writes.name!r}")
+
+
+def _check_own(field: str, given: Mapping[str, Any], kind: type | None, where: str) -> None:
+  """Builds a family's own section from its mapping; raises UserError where it holds other names or wrong values."""
+  known = [one.name for one in dataclasses.fields(kind)] if kind else []
+  if set(given) != set(known):
+    raise refusal(field, given, f"must hold {', '.join(known) or 'nothing'} {where}")
+  if kind:
+    kind(**given)
 
 
 def _check_remat(config: RunConfig) -> None:

@@ -22,6 +22,7 @@ class TrainState(struct.PyTreeNode):
   skipped_in_a_row: jax.Array  # int32[]
   recent: Recent | None  # recent values for the guard against spikes; None: no guard
   best: Best | None  # of the held-out records; None: there are none
+  reference: Any = None  # the trained parameters of step 0, where reinforcement learning keeps close to them
 
   @property
   def averaged(self) -> Any:
@@ -37,6 +38,7 @@ class TrainState(struct.PyTreeNode):
     spike_window: int = 0,
     average: bool = True,
     validated: bool = False,
+    referred: bool = False,
   ) -> "TrainState":
     """Returns the state of step 0.
 
@@ -47,9 +49,21 @@ class TrainState(struct.PyTreeNode):
       spike_window: number of steps that the guard against spikes keeps; 0: no guard.
       average: whether the trained weights have an average.
       validated: whether the run has held-out records.
+      referred: whether it holds a copy of `trained` as `reference`.
     """
     zero = lambda: jnp.zeros((), jnp.int32)
-    copy = jax.tree.map(lambda x: x + 0.0, trained) if average else {}
+    copy = lambda: jax.tree.map(lambda x: x + 0.0, trained)
     recent = Recent.empty(spike_window) if spike_window else None
     best = Best.none() if validated else None
-    return cls(zero(), trained, frozen, copy, optimizer.init(trained), zero(), zero(), recent, best)
+    return cls(
+      zero(),
+      trained,
+      frozen,
+      copy() if average else {},
+      optimizer.init(trained),
+      zero(),
+      zero(),
+      recent,
+      best,
+      copy() if referred else None,
+    )

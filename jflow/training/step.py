@@ -81,37 +81,8 @@ def make_step(
     def loss_fn(trained: Any, rows: Batch, row_draws: Any) -> tuple[Any, dict[str, jax.Array]]:
       return weighed(merge(trained, state.frozen), rows, row_draws, counts)
 
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    if micro == 1:
-      (loss, parts), grads = grad_fn(state.trained, batch, draws)
-    else:
-      cut = lambda x: x.reshape(x.shape[0] // micro, micro, *x.shape[1:]).swapaxes(0, 1)
-      zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad_fn, state.trained, batch, draws))
-
-      def body(carry: Any, rows: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, carry, grad_fn(state.trained, *rows)), None
-
-      ((loss, parts), grads), _ = jax.lax.scan(body, zero, jax.tree.map(cut, (batch, draws)))
-
-    norm = optax.global_norm(grads)
-    updates, opt_state = optimizer.update(grads, state.optimizer, state.trained)
-    trained: Any = optax.apply_updates(state.trained, updates)
-    ema = update_ema(state.ema, trained, config.train.ema) if state.ema else state.ema
-    good, recent = jnp.isfinite(norm) & jnp.isfinite(loss), state.recent
-    if recent is not None:
-      good &= jnp.logical_not(is_spike(recent, loss, norm, config.train.spike_sigmas))
-      recent = remember(recent, loss, norm, good)
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
-    bad = jnp.logical_not(good).astype(jnp.int32)
-    new = state.replace(
-      step=state.step + 1,
-      trained=keep(trained, state.trained),
-      ema=keep(ema, state.ema),
-      optimizer=keep(opt_state, state.optimizer),
-      skipped=state.skipped + bad,
-      skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
-      recent=recent,
-    )
+    (loss, parts), grads = accumulated(loss_fn, state.trained, (batch, draws), micro)
+    new, norm = updated(state, optimizer, config, loss, grads)
     metrics: dict[str, Any] = {"loss": loss, "grad_norm": norm, "learning_rate": rate(state.step - state.skipped)}
     metrics |= {f"loss_{name}": value for name, value in parts.items()}
     metrics |= {f"work_{name}": value for name, value in vars(counted(batch, jnp)).items()}
@@ -119,3 +90,49 @@ def make_step(
     return new, metrics
 
   return train_step
+
+
+def cut(rows: Any, parts: int) -> Any:
+  """Cuts every array [B, ...] of a tree into [parts, B / parts, ...], whose parts lie on all devices as the whole does."""
+  one = lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+  return jax.tree.map(one, rows)
+
+
+def accumulated(loss_fn: Callable[..., tuple[Any, Any]], trained: Any, rows: tuple[Any, ...], micro: int) -> Any:
+  """((loss, parts), gradient) of loss_fn(trained, *rows), the sums over `micro` microbatches of the rows."""
+  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  if micro == 1:
+    return grad_fn(trained, *rows)
+  zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad_fn, trained, *rows))
+
+  def body(carry: Any, some: Any) -> tuple[Any, None]:
+    return jax.tree.map(jnp.add, carry, grad_fn(trained, *some)), None
+
+  total, _ = jax.lax.scan(body, zero, cut(rows, micro))
+  return total
+
+
+def updated(
+  state: TrainState, optimizer: optax.GradientTransformation, config: RunConfig, loss: jax.Array, grads: Any
+) -> tuple[TrainState, jax.Array]:
+  """The state after a step with a gradient, and the gradient's norm; one that is not finite, or a spike, is skipped."""
+  norm = optax.global_norm(grads)
+  updates, opt_state = optimizer.update(grads, state.optimizer, state.trained)
+  trained: Any = optax.apply_updates(state.trained, updates)
+  ema = update_ema(state.ema, trained, config.train.ema) if state.ema else state.ema
+  good, recent = jnp.isfinite(norm) & jnp.isfinite(loss), state.recent
+  if recent is not None:
+    good &= jnp.logical_not(is_spike(recent, loss, norm, config.train.spike_sigmas))
+    recent = remember(recent, loss, norm, good)
+  keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+  bad = jnp.logical_not(good).astype(jnp.int32)
+  new = state.replace(
+    step=state.step + 1,
+    trained=keep(trained, state.trained),
+    ema=keep(ema, state.ema),
+    optimizer=keep(opt_state, state.optimizer),
+    skipped=state.skipped + bad,
+    skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
+    recent=recent,
+  )
+  return new, norm

@@ -173,7 +173,9 @@ def describe(scene: Scene, long: bool = False) -> str:
   return f"{text}. {' '.join(_details(scene._replace(objects=tuple(ordered))))}" if long else text
 
 
-def evaluation_prompts(split: str, count: int, seed: int) -> list[tuple[str, dict[str, Any]]]:
+def evaluation_prompts(
+  split: str, count: int, seed: int, tags: Sequence[str] = TAGS
+) -> list[tuple[str, dict[str, Any]]]:
   """Returns prompts for pictures, in evaluation's wording, with the metadata of the requested objects.
 
   The tags have equally many prompts, and a prompt of a tag repeats only after all others of the tag.
@@ -183,13 +185,14 @@ def evaluation_prompts(split: str, count: int, seed: int) -> list[tuple[str, dic
       "single_object" and "two_object": they name no color.
     count: number of prompts.
     seed: of the draws.
+    tags: kinds of prompts.
 
   Returns:
     (prompt, metadata) in GenEval's schema: {"tag", "include": [{"class", "count", "color"?, "position"?}],
     "exclude"?, "prompt"}; "position": [relation, index in "include" of the object that it refers to].
   """
   words.check("split", split, scenes.SPLITS)
-  pools = [(tag, scenes.combinations(tag, split == "held_out")) for tag in TAGS]
+  pools = [(tag, scenes.combinations(tag, split == "held_out")) for tag in tags]
   streams = [_cycle(pool, random.Random(f"{seed}/{split}/prompts/{tag}")) for tag, pool in pools if pool]
   return [prompt(next(streams[i % len(streams)])) for i in range(count)]
 

@@ -1,7 +1,7 @@
 """Codes of a frozen tokenizer of images, one after another (Janus, arXiv 2410.13848; Janus-Pro, arXiv 2501.17811)."""
 
 from jflow.generation.base import Family, Stored
-from jflow.generation.codes.config import CodesConfig
+from jflow.generation.codes.config import CodesConfig, CodesExploration
 from jflow.generation.codes.layout import CodesLayout
 from jflow.generation.codes.settings import Settings
 
@@ -19,6 +19,8 @@ FAMILY = Family(
   flops="jflow.generation.codes.flops",
   frozen=("vq",),
   derived="jflow.generation.codes.writer:derived",
+  policy="jflow.generation.codes.policy:CodesPolicy",
+  explores=CodesExploration,
   stored=Stored(
     name="codes",
     array="codes",

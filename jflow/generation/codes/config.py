@@ -3,11 +3,32 @@
 import dataclasses
 from typing import Any
 
+from jflow import checks, values
 from jflow.errors import UserError
 from jflow.models.autoencoders.base import CodebookConfig
 from jflow.strict_json import shown
 
 _MOST = 2**16  # a stored code is a uint16
+
+
+@dataclasses.dataclass(frozen=True)
+class CodesExploration:
+  """The section `rl.explore`: how the policy draws codes.
+
+  Attributes:
+    guidance: w on logits; 1: none.
+    temperature: of each draw.
+
+  Raises:
+    UserError: a value out of its range.
+  """
+
+  guidance: float
+  temperature: float
+
+  def __post_init__(self) -> None:
+    checks.need("config.rl.explore.guidance", self.guidance, values.number(least=1.0))
+    checks.need("config.rl.explore.temperature", self.temperature, values.number(above=0.0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from jflow.generation.base import Family, Stored
-from jflow.generation.flow.config import FlowConfig, FlowDraws
+from jflow.generation.flow.config import FlowConfig, FlowDraws, FlowExploration
 from jflow.generation.flow.layout import FlowLayout
 from jflow.generation.flow.settings import Settings
 
@@ -36,4 +36,6 @@ FAMILY = Family(
     about="the mean and log variance of the VAE's posterior (bfloat16, 36 KB at 384)",
   ),
   draws=FlowDraws,
+  policy="jflow.generation.flow.policy:FlowPolicy",
+  explores=FlowExploration,
 )

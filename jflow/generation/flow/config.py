@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from jflow import checks, values
 from jflow.errors import UserError
 from jflow.models.autoencoders.base import AutoencoderConfig
 from jflow.strict_json import shown
@@ -22,6 +23,42 @@ class FlowDraws:
   def __post_init__(self) -> None:
     if not self.time_std > 0:
       raise UserError(f"config.objective.draws.time_std must be above 0, got {self.time_std}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowExploration:
+  """The section `rl.explore`: how the policy draws a trajectory, see `sde`.
+
+  Attributes:
+    steps: of the solver, from noise to data.
+    noise: a of `sde`, the level of the noise that steps add.
+    window: consecutive steps of a trajectory that draw and are learned from, their place drawn for each batch; the
+      others follow the ODE. 0: all but the last.
+    guidance: w of eq. 5; 1: none.
+    normalised: 1 or 0, whether ratios are without their bias and of one scale at all times, see `sde.log_ratio`.
+
+  Raises:
+    UserError: a value out of its range.
+  """
+
+  steps: int
+  noise: float
+  window: int
+  guidance: float
+  normalised: bool
+
+  def __post_init__(self) -> None:
+    for name in ("steps", "window"):  # a section of numbers holds floats
+      value: Any = getattr(self, name)
+      object.__setattr__(self, name, int(value) if value == int(value) else value)
+    wrong = "config.rl.explore."
+    checks.need(wrong + "steps", self.steps, values.whole(2, 10_000))
+    checks.need(wrong + "noise", self.noise, values.number(above=0.0))
+    checks.need(wrong + "window", self.window, values.whole(0, self.steps - 1))
+    checks.need(wrong + "guidance", self.guidance, values.guidance)
+    if self.normalised not in (0, 1):
+      raise UserError(f"{wrong}normalised={self.normalised} must be 1 or 0")
+    object.__setattr__(self, "normalised", bool(self.normalised))
 
 
 @dataclasses.dataclass(frozen=True)

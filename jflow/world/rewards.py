@@ -1,0 +1,51 @@
+"""Rewards of the world (see `jflow.rl.rewards`): what the judge says, and how far a picture is from true ones."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from jflow.world import features, judge, references, scenes
+
+_TRUE = 600  # renders that a picture's texture is compared with
+_LEAST = 0.05  # of a feature's deviation, as a share of the largest, so that constant ones do not decide
+
+
+def strict(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[float]:
+  """1 where a picture shows exactly what was asked and nothing else, else 0."""
+  return [float(judge.strict(judge.detect(_large(x)), about)) for x, about in zip(images, metadata, strict=True)]
+
+
+def lenient(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[float]:
+  """1 where GenEval's rules accept a picture, else 0."""
+  return [float(judge.lenient(judge.detect(_large(x)), about)) for x, about in zip(images, metadata, strict=True)]
+
+
+def true(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[float]:
+  """Minus the distance of a picture's texture from that of true pictures: a guard against pictures for the judge alone.
+
+  The root mean square over Gabor features of the difference from the mean of true pictures of all kinds, in their
+  deviations: about -1 for a true picture.
+  """
+  mean, deviation = _true(images.shape[1])
+  return [-float(np.sqrt(np.mean(np.square((features.texture(x) - mean) / deviation)))) for x in images]
+
+
+strict.needs = lenient.needs = ("include",)  # pyrefly: ignore
+
+
+@functools.cache
+def _true(side: int) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and deviation of the texture of true pictures of `side` pixels."""
+  seen = np.stack([features.texture(x) for x in references.renders("train", scenes.TAGS, _TRUE, side, "reward")])
+  deviation = seen.std(0)
+  return seen.mean(0), np.maximum(deviation, _LEAST * deviation.max())
+
+
+def _large(image: np.ndarray) -> np.ndarray:
+  """A picture that is large enough for the judge."""
+  if len(image) >= judge.LEAST_SIDE:
+    return image
+  return np.asarray(Image.fromarray(image).resize((judge.LEAST_SIDE,) * 2, Image.Resampling.BICUBIC))

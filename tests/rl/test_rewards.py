@@ -1,0 +1,164 @@
+"""Rewards: what they give, and that what cannot be scored stops a run by name."""
+
+import base64
+import http.server
+import io
+import json
+import random
+import threading
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+from refusals import refused
+
+from jflow.errors import Unscored
+from jflow.rl import prompts, rewards
+from jflow.rl.rewards import Weighted
+from jflow.world import scenes, source
+
+SIDE = 64
+
+
+def config(*names, **rl):
+  return tiny.configuration(rl=dict(rewards=tuple((name, 1.0) for name in names)) | rl).rl
+
+
+def drawn(seed):
+  """(A true picture, its prompt, its metadata)."""
+  scene, combination = scenes.sample("colors", "train", random.Random(seed))
+  return scene.render(SIDE), *source.prompt(combination)
+
+
+def test_the_judge_is_right_about_what_was_asked():
+  (first, right, about), (_, wrong, other) = drawn(0), drawn(1)
+  assert about["include"] != other["include"]
+  opened = rewards.opened(config("strict", "lenient"), [about, other])
+  got = rewards.scores(opened, np.stack([first, first]), [right, wrong], [about, other])
+  np.testing.assert_array_equal(got, [[1, 1], [0, 0]])
+
+
+def test_the_guard_prefers_a_true_picture_to_noise():
+  noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+  opened = rewards.opened(config("true"), [{}, {}])
+  (true,), (false,) = rewards.scores(opened, np.stack([drawn(0)[0], noise]), ["", ""], [{}, {}])
+  assert true > 2 * false
+
+
+def mean_red(images, prompts, metadata):
+  return images[..., 0].mean((1, 2))
+
+
+def test_a_reward_of_ones_own_comes_by_its_import_path():
+  (own,) = rewards.opened(config(f"{__name__}:mean_red"), [{}])
+  np.testing.assert_array_equal(rewards.scores([own], np.full((1, 4, 4, 3), 7, np.uint8), [""], [{}]), [[7]])
+
+
+@pytest.mark.parametrize(
+  "names, metadata, named",
+  [
+    (["nobody"], [{}], "nobody"),
+    (["no.such.module:f"], [{}], "no.such.module"),
+    (["math:pi"], [{}], "math:pi"),
+    (["strict"], [{"include": []}, {}], "include"),
+    (["true", "true"], [{}], "true"),
+  ],
+)
+def test_a_reward_that_cannot_be_used_is_refused_before_the_run(names, metadata, named):
+  with refused(named):
+    rewards.opened(config(*names), metadata)
+
+
+def _raises(images, prompts, metadata):
+  raise RuntimeError("out of\nmemory")
+
+
+@pytest.mark.parametrize(
+  "function",
+  [_raises, lambda i, p, m: [1.0], lambda i, p, m: [1.0, float("nan")], lambda i, p, m: "good", lambda i, p, m: None],
+)
+def test_a_reward_that_fails_is_named(function):
+  with refused("mine", error=Unscored):
+    rewards.scores([Weighted("mine", 1.0, function)], np.zeros((2, 4, 4, 3), np.uint8), ["a", "b"], [{}, {}])
+
+
+class _Scorer(http.server.BaseHTTPRequestHandler):
+  """Answers the mean of each picture; fails as often as `fails` says."""
+
+  fails, status, answer = 0, 503, None
+
+  def do_POST(self):
+    body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    cls = type(self)
+    if cls.fails:
+      cls.fails -= 1
+      self.send_error(cls.status)
+      return
+    means = [float(np.asarray(Image.open(io.BytesIO(base64.b64decode(x)))).mean()) for x in body["images"]]
+    assert len(body["prompts"]) == len(body["metadata"]) == len(means)
+    self.send_response(200)
+    self.end_headers()
+    self.wfile.write(cls.answer or json.dumps({"scores": means}).encode())
+
+  def log_message(self, *_):
+    pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+  monkeypatch.setattr(rewards.http, "_PAUSE", 0.0)
+  scorer = type("Scorer", (_Scorer,), {})
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), scorer) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield scorer, f"http://127.0.0.1:{server.server_address[1]}/score"
+    server.shutdown()
+
+
+PICTURES = np.stack([np.full((4, 4, 3), 10, np.uint8), np.full((4, 4, 3), 90, np.uint8)])
+
+
+def from_server(address, retries=2):
+  opened = rewards.opened(config(address, timeout=20.0, retries=retries), [{}])
+  return rewards.scores(opened, PICTURES, ["a", "b"], [{"tag": 1}, {}])
+
+
+def test_a_server_scores_pictures_and_is_asked_again(server):
+  scorer, address = server
+  scorer.fails = 2
+  np.testing.assert_array_equal(from_server(address), [[10], [90]])
+
+
+@pytest.mark.parametrize(
+  "fails, status, answer",
+  [
+    (9, 503, None),
+    (1, 400, None),
+    (0, 200, b"{}"),
+    (0, 200, b"x"),
+    (0, 200, b'{"scores": [1, "2"]}'),
+    (0, 200, b'{"scores": [1]}'),
+  ],
+)
+def test_a_server_without_scores_is_named(server, fails, status, answer):
+  scorer, address = server
+  scorer.fails, scorer.status, scorer.answer = fails, status, answer
+  with refused(address, error=Unscored):
+    from_server(address)
+
+
+@pytest.mark.parametrize("line", ["[]", "{", '{"prompt": ""}', '{"text": "a"}', ""])
+def test_prompts_that_are_none_are_refused(tmp_path, line):
+  (tmp_path / "prompts.jsonl").write_text(line + "\n")
+  with refused("rl.prompts", tmp_path / "prompts.jsonl"):
+    prompts.read(str(tmp_path / "prompts.jsonl"), {})
+
+
+def test_prompts_are_the_lines_of_a_file_or_the_worlds(tmp_path):
+  file = tmp_path / "prompts.jsonl"
+  file.write_text('{"prompt": "a dog", "tag": "x"}\n\n{"prompt": "a cat"}\n')
+  assert prompts.read(str(file), {}) == [("a dog", {"prompt": "a dog", "tag": "x"}), ("a cat", {"prompt": "a cat"})]
+  shapes = vars(tiny.configuration().data.shapes) | {"tags": {"colors": 1.0, "several": 1.0}}
+  found = prompts.read("shapes", shapes)
+  held_out = {text for text, _ in source.evaluation_prompts("held_out", 500, 0)}
+  assert {about["tag"] for _, about in found} == {"colors"} and not held_out & {text for text, _ in found}
