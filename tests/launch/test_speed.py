@@ -8,6 +8,8 @@ import sys
 import tiny
 
 SCRIPT = tiny.ROOT / "launch" / "experiments" / "speed.py"
+sys.path.insert(0, str(SCRIPT.parent))
+import speed
 
 
 def ask(folder, *flags: str) -> tuple[int, list[dict]]:
@@ -32,3 +34,32 @@ def test_answers_are_kept_and_open_questions_asked_again(tmp_path):
   assert products["bfloat16_mlp"]["flops_per_second"] > 0
   assert attention["xla"]["leaks"] is False and attention["packed"] == {"skipped": "does not run on cpu"}
   assert ask(tmp_path) == (0, rows)
+
+
+def test_the_table_holds_steps_and_loops():
+  """A loop of codes has seconds of its own, one that reads has tokens a second; what a CPU lacks is left open."""
+  seconds = {"min": 0.01, "median": 0.02, "max": 0.03}
+  reports = {
+    "step": dict(workload="train", seconds_per_step=seconds, tokens_per_second=800.0, mfu=None, peak_bytes=2**31),
+    "codes-16": dict(workload="generate", pictures=16, seconds_per_step=seconds, images_per_second=1.5, mfu=None),
+    "read-2": dict(workload="understand", answers=2, tokens_per_second=40.0, bandwidth_share=0.5),
+    "products": dict(workload="products"),
+  }
+  rows = [{"question": name, "report": {"compile_seconds": 3.0} | report} for name, report in reports.items()]
+  cells = [line.split("|")[1:-1] for line in speed.table(rows).splitlines()]
+  found = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in cells if row and row[0].strip() in reports}
+  assert found == {
+    "step": ["0.020", "800", "", "2.0", "3"],
+    "codes-16": ["1.50", "", "20.00", "", ""],
+    "read-2": ["", "40", "50.00", "", "50%"],
+  }
+
+
+def test_every_question_is_a_command_of_bench():
+  """For models of the paper's size and for small ones; fp8 and codes are among them."""
+  for size in ("384", "tiny"):
+    asked = speed.questions(size)
+    assert len({question.name for question in asked}) == len(asked)
+    commands = [" ".join(question.command) for question in asked]
+    assert sum("matmul=fp8" in command for command in commands) == 1
+    assert sum("--config=janus/stage3:" in command for command in commands) == 3
