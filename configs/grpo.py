@@ -28,7 +28,8 @@ def reinforced(c: ConfigDict, trained: tuple[str, ...], frozen: tuple[str, ...])
   c.train.ema = 0.0
   c.compute.remat = "none"
   c.data.template = "chat"
-  c.train.steps, c.train.batch_size, c.rl.group, c.checkpoint.interval = 200, 96, 12, 50
+  c.train.steps, c.train.batch_size, c.rl.group, c.checkpoint.interval = 200, 96, 16, 50
+  c.rl.advantage = "batch"  # most groups of an easy prompt differ by one picture
   if c.size == "tiny":
     c.train.steps, c.train.batch_size, c.rl.group, c.checkpoint.interval = 4, 8, 4, 2
     c.rl.rewards = (("strict", 1.0), ("true", 0.1))  # a fresh model shows nothing that the judge could accept
@@ -53,5 +54,5 @@ def get_config(size: str = ""):
   c.rl.explore = dict(steps=10, noise=0.7, window=0, guidance=1.0, normalised=1)
   if c.size in base.PAPER:
     return published(c, tune.BLOCKS)
-  c.rl.explore.steps = 4 if c.size == "tiny" else 6
+  c.rl.explore.steps, c.rl.explore.window = (4, 0) if c.size == "tiny" else (6, 2)
   return reinforced(c, TRAINED, FROZEN)

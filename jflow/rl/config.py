@@ -6,7 +6,7 @@ from jflow.values import number, one_of, text, weighted, whole
 
 
 class RlConfig(Section):
-  """What a run learns from in place of the losses of `objective`; the values are in configs/base.py."""
+  """Learning from rewards or preferences, in place of the losses of `objective`; the values are in configs/base.py."""
 
   method: str = field(one_of("", "grpo", "dpo"), before="")
   prompts: str = field(text, before="")

@@ -30,7 +30,7 @@ from jflow.training.step import accumulated, cut, updated
 
 
 class Reinforced:
-  """What a run with `rl.method="grpo"` learns from; see `training.method.Method`."""
+  """The method of a run with `rl.method="grpo"`; see `training.method.Method`."""
 
   def __init__(self, config: RunConfig):
     """Reads the prompts and opens the rewards, before anything is compiled.
@@ -76,7 +76,7 @@ class Reinforced:
 
 
 class Preferred:
-  """What a run with `rl.method="dpo"` learns from; see `training.method.Method`."""
+  """The method of a run with `rl.method="dpo"`; see `training.method.Method`."""
 
   def __init__(self, config: RunConfig):
     """Reads the list of pairs.
@@ -110,7 +110,7 @@ _METHODS = {"grpo": Reinforced, "dpo": Preferred}
 
 
 def method(config: RunConfig) -> Method | None:
-  """What `training.loop.train` learns from with this config; None where the losses of the config say it."""
+  """The method of a config, for `training.loop.train`; None without `rl.method`."""
   return _METHODS[config.rl.method](config) if config.rl.method else None
 
 

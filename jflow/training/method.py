@@ -1,4 +1,4 @@
-"""The protocol of what a run learns from, in place of the losses on packed rows."""
+"""The protocol of a method of learning, in place of the losses on packed rows."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -9,7 +9,7 @@ from jflow.training.state import TrainState
 
 
 class Method(Protocol):
-  """What a run learns from; `jflow.rl.run` has two."""
+  """Data and step of a run; `jflow.rl.run` has two."""
 
   def open_data(self, tokenizer: Tokenizer, share: Sequence[int]) -> Any:
     """The data of steps, with the methods of `Pipeline` that a run calls. `share`: see `setup.open_data`."""

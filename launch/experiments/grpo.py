@@ -3,7 +3,7 @@
   python launch/experiments/grpo.py start=runs/stage3 rewarded=runs/grpo supervised=runs/more --curves=runs/grpo \\
     --output=launch/experiments/results/grpo.json --sheet=launch/experiments/pictures/grpo.png
 
-Each paints every pair of shape and color, seen and held out, by the ODE, from the same noise. strict and lenient are the
+Each generates every pair of shape and color, seen and held out, by the ODE, from the same noise. strict and lenient are the
 judge's; diversity and `true` are the fields of metrics.jsonl.
 """
 
@@ -26,7 +26,7 @@ CURVES = ("reward", "reward_spread", "kl", "diversity", "grad_norm")
 SHOWN = 12  # prompts on the sheet, one row for each checkpoint
 
 
-def painted(path: str, each: int, steps: int, guidance: float) -> dict[str, tuple[list, list, np.ndarray]]:
+def generated(path: str, each: int, steps: int, guidance: float) -> dict[str, tuple[list, list, np.ndarray]]:
   """Split -> prompts, their metadata and pictures uint8[N, H, W, 3], `each` of a prompt, consecutive."""
   model, out = jflow.load(path), {}
   for name, unseen in SPLITS.items():
@@ -75,7 +75,7 @@ def main() -> int:
   args = p.parse_args()
   table, shown, captions = {}, [], []
   for name, path in (one.split("=", 1) for one in args.checkpoints):
-    found = painted(path, args.pictures, args.steps, args.guidance)
+    found = generated(path, args.pictures, args.steps, args.guidance)
     table[name] = {split: scores(one, args.pictures) for split, one in found.items()}
     print(name, json.dumps(table[name]), flush=True)
     texts, _, images = found["held-out"]
