@@ -38,9 +38,12 @@ def reinforced(c: ConfigDict, trained: tuple[str, ...], frozen: tuple[str, ...])
 
 def published(c: ConfigDict, blocks: tuple[str, ...]) -> ConfigDict:
   """Returns the config of a run of adapters on a published model; prompts and rewards are the user's."""
-  c = tune.by_adapters(c, blocks, published=True)
-  c.rl.method = "grpo"
+  c.lora.rank, c.lora.alpha, c.lora.patterns, c.lora.frozen_dtype = 16, 32.0, blocks, "bfloat16"
+  c.optimizer.trained, c.optimizer.frozen = (), (".*",)
+  c.optimizer.learning_rate, c.optimizer.warmup_steps, c.optimizer.weight_decay = 2e-4, 20, 0.0
+  c.rl.method, c.train.ema = "grpo", 0.0
   c.train.batch_size, c.rl.group, c.train.accumulation, c.train.steps = 96, 24, 12, 300
+  c.checkpoint.interval = 50
   c.rl.kl, c.rl.updates = 0.01, 2
   c.compute.remat = "full"
   return c

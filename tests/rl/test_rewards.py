@@ -16,6 +16,7 @@ from refusals import refused
 from jflow.errors import Unscored
 from jflow.rl import prompts, rewards
 from jflow.rl.rewards import Weighted
+from jflow.training import config_files, setup
 from jflow.world import scenes, source
 
 SIDE = 64
@@ -162,3 +163,27 @@ def test_prompts_are_the_lines_of_a_file_or_the_worlds(tmp_path):
   found = prompts.read("shapes", shapes)
   held_out = {text for text, _ in source.evaluation_prompts("held_out", 500, 0)}
   assert {about["tag"] for _, about in found} == {"colors"} and not held_out & {text for text, _ in found}
+
+
+GIVEN = ("--config.data.tokenizer=configs/tokenizer", "--config.train.init_from=runs/none")
+PUBLISHED = ("--config.rl.prompts=x.jsonl", "--config.rl.rewards=(('http://scorer/score',1.0),)")
+
+
+@pytest.mark.parametrize(
+  "named, flags",
+  [
+    ("grpo", PUBLISHED),
+    ("grpo:quick", ()),
+    ("grpo:shapes", ()),
+    ("janus/grpo:pro-7b", PUBLISHED),
+    ("janus/grpo:shapes", ()),
+    ("dpo", ("--config.rl.pairs=data/pairs",)),
+    ("dpo:shapes", ()),
+    ("janus/dpo:pro-1b", ("--config.rl.pairs=data/pairs",)),
+    ("janus/dpo:tiny", ()),
+  ],
+)
+def test_the_configs_fit(named, flags):
+  config = config_files.load(named, [*GIVEN, *flags])
+  setup.check(config)
+  assert config.rl.method == ("dpo" if "dpo" in named else "grpo")
