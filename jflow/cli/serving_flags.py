@@ -27,7 +27,7 @@ def add(p: argparse.ArgumentParser, port: int, several: bool = False) -> None:
       type=_named,
       metavar="NAME=DIR",
       help="an adapter of the checkpoint, served beside it as the model NAME; repeatable. Each takes the memory of the "
-      "matrices that it changes, and from its first conversation that of --slots conversations",
+      "matrices that it changes, and that of --slots conversations",
     )
   p.add_argument("--host", default="127.0.0.1", help="address to listen at (default %(default)s: this machine only)")
   p.add_argument(

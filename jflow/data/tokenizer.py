@@ -32,6 +32,8 @@ SPEAKERS = {"user": "<|User|>", "assistant": "<|Assistant|>"}
 # Those that only some models need, see `Tokenizer.need`. No image mark: another id serves, as none is looked up.
 _OPTIONAL = ("pad", "image", "generation_start", *SPEAKERS)
 
+# Words, numbers, spaces and other scripts, which the rules of tokenizers cut differently.
+_PROBE = " It's 2024:  Ein Häuschen,\tUNDER_score 12345.67\n\n你好，世界! naïve e\u0301 🙂 "
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 # The release's file has 4.6 MB; the largest vocabularies in use have 35 MB.
 _MAX_FILE_BYTES = 48 * 2**20
@@ -151,6 +153,13 @@ class Tokenizer:
         f"{self._origin} has ids up to {self.vocabulary_size - 1}, the model's vocabulary {vocabulary_size} "
         "(model.language_model.vocab_size): they belong to different models"
       )
+
+  def reading(self) -> str:
+    """Returns a hash of what the ids mean: vocabulary, special tokens, and the ids of a text, in any form of the files."""
+    special = [getattr(self, attribute) for attribute in SPECIAL_TOKENS | SPEAKERS]
+    vocabulary = sorted(self._tokenizer.get_vocab(with_added_tokens=True).items())
+    told = json.dumps([vocabulary, special, self.encode(_PROBE)])
+    return hashlib.sha256(told.encode()).hexdigest()
 
   def settings(self) -> dict[str, Any]:
     """The contents of tokenizer_config.json; empty where there is none."""

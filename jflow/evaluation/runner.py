@@ -43,20 +43,28 @@ class Checkpoint:
     return checkpoints.read_config(self.directory)
 
   @functools.cached_property
+  def adapter(self) -> adapters.Adapter | None:
+    """The adapter beside the checkpoint, its tensors not yet read."""
+    return adapters.describe(self._settings.adapter, self.config) if self._settings.adapter else None
+
+  @functools.cached_property
   def run(self) -> Run:
-    """The data of the run that made the checkpoint."""
-    return run_of(self._settings.checkpoint, self.family)
+    """The data of the run that made the checkpoint, its prompt of captions that of the adapter beside it."""
+    found = run_of(self.directory, self.family)
+    told = self.adapter and self.adapter.run.caption_prompt
+    return found._replace(caption_prompt=told) if told else found
 
   def described(self) -> checkpoints.Described:
     """The checkpoint with its tokenizer, template and adapter, its weights not yet read."""
     settings = self._settings
     found = checkpoints.describe(self.directory, vae=settings.vae, weights=settings.weights, tokenizer=True)
+    if (adapter := self.adapter) is not None:
+      found = found._replace(template=adapters.template_of(adapter, found))
     if settings.template:
       templates.check(settings.template, found.tokenizer)
       found = found._replace(template=settings.template)
-    if not settings.adapter:
+    if adapter is None:
       return found
-    adapter = adapters.describe(settings.adapter, found.config)
 
     def merged() -> Any:
       params = found.read_params()

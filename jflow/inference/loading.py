@@ -33,8 +33,8 @@ def load(
     vae: directory of the SDXL-VAE, for a checkpoint without one; without a VAE the model can answer but not generate.
     dtype: compute dtype, "float32" or "bfloat16"; default: float32 on a CPU, bfloat16 elsewhere.
     weights: "ema" or "raw", for a checkpoint of jflow's own training.
-    template: of turns, in place of the checkpoint's: "plain", "chat" or "pro", see `data.templates`. A published Janus does
-      not name its own: "pro" is assumed where the tokenizer has the speakers of Janus-Pro.
+    template: of turns, in place of the adapter's and the checkpoint's: "plain", "chat" or "pro", see `data.templates`. A
+      published Janus does not name its own: "pro" is assumed where the tokenizer has the speakers of Janus-Pro.
     adapter: folder, or name on the hub, of an adapter of this checkpoint, which is merged into it: one that `convert
       --adapter` wrote, or one in PEFT's format over transformers' names.
 
@@ -91,6 +91,7 @@ def _load(
   if template is not None:
     templates.check(template, found.tokenizer)
   described = {name: adapter_folders.describe(folder, found.config) for name, folder in adapters.items()}
+  own = {name: adapter_folders.template_of(adapter, found) for name, adapter in described.items()}
   compute = jnp.dtype(dtype or usual_dtype())
   model = UnifiedModel(found.config, compute, remat="none", unroll=1, attention="xla")
   params, changed = found.read_params(), {}
@@ -99,12 +100,12 @@ def _load(
     cast_for_inference(nested, compute)
     changed[name] = transfer.flatten(nested)
   cast_for_inference(params, compute)
-  opened = lambda params, beside: Pipeline(
-    model, params, found.tokenizer, template or found.template, found.has_vae, beside=beside
+  opened = lambda params, usual, beside: Pipeline(
+    model, params, found.tokenizer, template or usual, found.has_vae, beside=beside
   )
-  base = opened(params, None) if with_base else None
+  base = opened(params, found.template, None) if with_base else None
   flat = transfer.flatten(params)
-  return base, {name: opened(transfer.nest(flat | own), base) for name, own in changed.items()}
+  return base, {name: opened(transfer.nest(flat | new), own[name], base) for name, new in changed.items()}
 
 
 def usual_dtype() -> str:

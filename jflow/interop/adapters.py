@@ -2,8 +2,8 @@
 
   adapter_model.safetensors  `lora_a` and `lora_b` of each matrix, and the parameters that were trained whole, named as
                              the parameters, keys joined by "/"
-  adapter_config.json        rank, alpha, patterns, the names above, and the base: its fingerprint, and the type that
-                             its matrices were rounded to (`lora.frozen_dtype`)
+  adapter_config.json        rank, alpha, patterns, the names above; the base: its fingerprint, and the type that its
+                             matrices were rounded to (`lora.frozen_dtype`); the run, see `Run`
 
 transformers' layout of Janus has PEFT's format in its place, see `peft_layout`. An adapter is merged into a copy of the
 matrices that it touches, with the arithmetic of a checkpoint with adapters: the model is that of the run, bit for bit.
@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jflow.data import templates
+from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.generation.base import family
 from jflow.interop import adapter_files, checkpoints, native, packed, peft_layout, remote, safetensors_io, transfer
@@ -42,6 +44,14 @@ class Base(NamedTuple):
   dtype: str  # that its frozen matrices were rounded to
 
 
+class Run(NamedTuple):
+  """The way a run told its text, which may differ from its base's; None: the folder does not tell."""
+
+  template: str | None = None  # of `data.templates`
+  caption_prompt: str | None = None  # `data.caption_prompt`
+  tokenizer: str | None = None  # `Tokenizer.reading`
+
+
 class Adapter(NamedTuple):
   """An adapter whose files fit a model, its tensors not read yet."""
 
@@ -49,6 +59,7 @@ class Adapter(NamedTuple):
   base: Base
   whole: tuple[str, ...]  # parameters that it replaces
   read: Callable[[], dict[str, np.ndarray]]  # path -> leaf: of the adapters, and the parameters of `whole`
+  run: Run
 
 
 def fingerprint(params: Mapping[str, Any], config: ModelConfig, without: Collection[str] = ()) -> str:
@@ -92,7 +103,8 @@ def export(source: pathlib.Path, weights: str, layout: str, directory: pathlib.P
   step = checkpoints.locate(source)  # which a run that goes on does not change
   found = checkpoints.describe(step, weights=weights)
   workdir = checkpoints.workdir_of(step)
-  own = native.read_config(workdir).get("lora") or {}
+  fields = native.read_config(workdir)
+  own, data = fields.get("lora") or {}, fields["data"]
   frozen, trained = map(transfer.flatten, native.load_parts(step, weights))
   scales = {path: x for path, x in frozen.items() if path.endswith(f"/{lora.SCALE}")}
   if not scales:
@@ -106,6 +118,10 @@ def export(source: pathlib.Path, weights: str, layout: str, directory: pathlib.P
   known = parameter_shapes(config)
   whole = {path: x for path, x in trained.items() if path in known}
   base = Base(fingerprint(frozen | trained, config, whole), own.get("frozen_dtype", "float32"))
+  words = workdir / "tokenizer"
+  reading = Tokenizer.load(str(words)).reading() if words.is_dir() else None
+  run = Run(found.template, data.get("caption_prompt") or None, reading)
+  told = {"run": {name: x for name, x in run._asdict().items() if x is not None}}
   if layout == "transformers":
     if whole:
       raise UserError(
@@ -114,7 +130,7 @@ def export(source: pathlib.Path, weights: str, layout: str, directory: pathlib.P
       )
     pairs = {path: x for path, x in trained.items() if lora.is_adapter(path)}
     peft_layout.save(directory, config, pairs, rank, alpha)
-    adapter_files.write_json(directory / PEFT_BASE, {"fingerprint": base.fingerprint, "dtype": base.dtype})
+    adapter_files.write_json(directory / PEFT_BASE, {"fingerprint": base.fingerprint, "dtype": base.dtype} | told)
     return
   tensors = {path: x for path, x in sorted(trained.items()) if lora.is_adapter(path)} | dict(sorted(whole.items()))
   body = {
@@ -125,7 +141,7 @@ def export(source: pathlib.Path, weights: str, layout: str, directory: pathlib.P
     "matrices": [path.removesuffix(lora.SCALE) + "kernel" for path in sorted(scales)],
     "whole": sorted(whole),
     "base": {"fingerprint": base.fingerprint, "dtype": base.dtype},
-  }
+  } | told
   adapter_files.save(directory, body, {path: np.asarray(x, np.float32) for path, x in tensors.items()})
 
 
@@ -148,7 +164,8 @@ def describe(path: str | pathlib.Path, config: ModelConfig) -> Adapter:
   checkpoint = safetensors_io.Checkpoint(directory, (STEM,))
   if "peft_type" in values:
     read = peft_layout.describe(Fields(values, str(directory / CONFIG)), checkpoint, config)
-    return Adapter(directory, _peft_base(directory), (), read)
+    base, run = _peft_base(directory)
+    return Adapter(directory, base, (), read, run)
   return _describe_own(Fields(values, str(directory / CONFIG)), checkpoint, config)
 
 
@@ -158,7 +175,7 @@ def _describe_own(f: Fields, checkpoint: safetensors_io.Checkpoint, config: Mode
   f.get("patterns", list, [])
   rank, alpha = f.get("rank", int), f.get("alpha", float)
   matrices, whole = (_names(f, name) for name in ("matrices", "whole"))
-  base = _base(f.sub("base"))
+  run, base = _run(f), _base(f.sub("base"))
   f.close()
   shapes = parameter_shapes(dataclasses.replace(config, objectives=()))
   wanted = {}
@@ -181,7 +198,25 @@ def _describe_own(f: Fields, checkpoint: safetensors_io.Checkpoint, config: Mode
     scale = lambda path: np.full(shapes[path][:-2], alpha / rank, np.float32)
     return leaves | {path.removesuffix("kernel") + lora.SCALE: scale(path) for path in matrices}
 
-  return Adapter(checkpoint.directory, base, whole, read)
+  return Adapter(checkpoint.directory, base, whole, read, run)
+
+
+def template_of(adapter: Adapter, base: checkpoints.Described) -> str:
+  """Returns the template of a base's turns with an adapter: that of the adapter's run, else the base's.
+
+  Raises:
+    UserError: the run had another tokenizer, or that of the base lacks a token of the template.
+  """
+  run, words = adapter.run, base.tokenizer
+  if words is not None and run.tokenizer is not None and run.tokenizer != words.reading():
+    raise UserError(
+      f"--adapter={adapter.directory} was trained with another tokenizer than that of {base.directory}: name the "
+      "checkpoint that its run started from"
+    )
+  if run.template is None:
+    return base.template
+  templates.check(run.template, words)
+  return run.template
 
 
 def changed(params: Mapping[str, Any], config: ModelConfig, adapter: Adapter) -> dict[str, np.ndarray]:
@@ -231,7 +266,23 @@ def _base(f: Fields) -> Base:
   return base
 
 
-def _peft_base(directory: pathlib.Path) -> Base:
-  """The base of an adapter in PEFT's format, which one of another origin does not tell."""
+def _run(f: Fields) -> Run:
+  """The run as a field of a file tells it."""
+  if f.values.get("run") is None:
+    f.ignore(["run"])
+    return Run()
+  f = f.sub("run")
+  f.only("template", *templates.TEMPLATES)
+  run = Run(*(f.get(name, str, "") or None for name in Run._fields))
+  f.close()
+  return run
+
+
+def _peft_base(directory: pathlib.Path) -> tuple[Base, Run]:
+  """The base and the run of an adapter in PEFT's format, which one of another origin does not tell."""
   path = directory / PEFT_BASE
-  return _base(Fields(read_object(path), str(path))) if path.is_file() else Base(None, "float32")
+  if not path.is_file():
+    return Base(None, "float32"), Run()
+  f = Fields(read_object(path), str(path))
+  run = _run(f)
+  return _base(f), run

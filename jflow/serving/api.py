@@ -45,7 +45,7 @@ class Api:
     """Args: `name` of the model, `token` required of clients (None: none), `max_body` largest request in bytes."""
     self._engine, self._name, self._token = engine, name, token
     self._bodies = Bodies(max_body, engine.timeout)
-    self._preparing = prepare.Preparing(engine.pipeline, engine.context, engine.timeout)
+    self._preparing = prepare.Preparing(engine.pipelines, engine.context, engine.timeout)
     pipeline = engine.pipeline
     self._images = schemas.ImageRequests(pipeline.family, name, pipeline.model.config.image_size, engine.adapters)
     self._began = int(time.time())
@@ -87,14 +87,14 @@ class Api:
   async def images(self, request: Request) -> Response:
     """POST /v1/images/generations."""
     parse = lambda body: self._images.parse(parse_json(body))
-    work = await self._prepared(request, self._preparing.pictures, parse)
-    with self._engine.submit(work, work.model) as job:
+    wanted, work = await self._prepared(request, self._preparing.pictures, parse)
+    with self._engine.submit(work, wanted.model) as job:
       made = await _while_connected(request, _all(job, work.count))
     data = [
       {"b64_json": await self._preparing.run(functools.partial(_png, x)), "seed": work.seed + x.index} for x in made
     ]
     settings = {field.name: getattr(work.settings, field.name) for field in self._engine.pipeline.family.served}
-    return Json({"created": int(time.time()), "model": work.model or self._name, **settings, "data": data})
+    return Json({"created": int(time.time()), "model": wanted.model or self._name, **settings, "data": data})
 
   async def models(self, request: Request) -> Response:
     """GET /v1/models."""

@@ -38,7 +38,7 @@ def app(engine: Engine, name: str, max_upload: int, files: pathlib.Path) -> ASGI
   """
   outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
   visitors = Visitors(files, max_upload * 2**20)
-  preparing = prepare.Preparing(engine.pipeline, engine.context, engine.timeout)
+  preparing = prepare.Preparing(engine.pipelines, engine.context, engine.timeout)
   blocks = page(Work(engine, name, visitors, preparing))
   blocks.state_session_capacity = MAX_SESSIONS
   blocks.max_threads = (
@@ -223,7 +223,7 @@ def _paint_tab(work: Work) -> None:
       wanted = _images(values, work)
       with session.working("a painting"):
         await session.listened()
-        task = await session.while_here(work.preparing.pictures(lambda: wanted))
+        _, task = await session.while_here(work.preparing.pictures(lambda: wanted))
         visitors.drop(session.painted)
         files = session.painted = list[File]()
         stem, seed, started = _file_name(task.prompt), task.seed, time.monotonic()

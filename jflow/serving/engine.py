@@ -45,9 +45,10 @@ class Engine:
   for one batch at most. Work that needs a program not yet compiled is set aside until it is.
 
   Adapters of the model are models beside it with the same programs. Conversations of each have a batch and a cache of
-  their own, made at its first one; pictures share a batch with those of the same model.
+  their own, made at the start; pictures share a batch with those of the same model.
 
   Attributes:
+    pipelines: by the name of the adapter; "": the base.
     state: "warming up" (requests wait for the first compilation), "ready", "draining" or "failed".
   """
 
@@ -75,8 +76,8 @@ class Engine:
       timeout: seconds that a request may take.
     """
     self.pipeline, self.slots, self.context, self.batch = pipeline, slots, context, batch
-    self._pipelines = {"": pipeline, **(adapters or {})}
-    self._decoders: dict[str, Decoder] = {}  # of the models that have answered
+    self.pipelines = {"": pipeline, **(adapters or {})}
+    self._decoders: dict[str, Decoder] = {}
     self.queue, self.timeout, self.metrics, self.state = queue, timeout, metrics, "warming up"
     self._changed = threading.Condition()  # guards the queues and the open requests
     self._open: set[Job] = set()
@@ -97,7 +98,7 @@ class Engine:
   @property
   def adapters(self) -> tuple[str, ...]:
     """The names of the models beside the base."""
-    return tuple(name for name in self._pipelines if name)
+    return tuple(name for name in self.pipelines if name)
 
   def start(self) -> None:
     """Starts the thread, which compiles first."""
@@ -176,7 +177,8 @@ class Engine:
   def _warm_up(self) -> None:
     """Compiles the programs of most requests: a text, an image read, any number of images with default settings."""
     started, c = time.monotonic(), self.pipeline.model.config
-    decoder = self._decoder_of("")
+    self._make_room()
+    decoder = self._decoders[""]
     picture = np.zeros((c.image_size, c.image_size, 3), np.uint8)
     for images in ([], [picture]):
       if len(self.pipeline.request("Why?", images, 1).tokens) < self.context:
@@ -262,7 +264,7 @@ class Engine:
         if not self._prepared(job):
           continue
         job.started = True
-        self._answering[job.model, self._decoder_of(job.model).admit(job.work)] = job
+        self._answering[job.model, self._decoders[job.model].admit(job.work)] = job
       except UserError as error:
         self._end(job, ApiError(400, str(error)))
       except Exception:
@@ -285,15 +287,14 @@ class Engine:
       else:
         job.emit(Tokens(ids, None))
 
-  def _decoder_of(self, model: str) -> Decoder:
-    """The batch of a model's conversations, with room for all slots."""
-    if model not in self._decoders:
-      self._decoders[model] = Decoder(self._pipelines[model], self.slots, self.context)
-    return self._decoders[model]
+  def _make_room(self) -> None:
+    """Makes the batch of each model's conversations, with room for all slots, so that none lacks memory at a request."""
+    self._decoders.clear()  # their memory is needed
+    self._decoders |= {name: Decoder(each, self.slots, self.context) for name, each in self.pipelines.items()}
 
   def _prepared(self, job: Job) -> bool:
     """Whether a conversation's programs are compiled; else it is queued again when they are."""
-    decoder = self._decoder_of(job.model)
+    decoder = self._decoders[job.model]
     if job.prepared or decoder.prepare(job.work, compile=False):
       return True
 
@@ -336,7 +337,8 @@ class Engine:
   def _ready(self, batch: Batch) -> bool:
     """Whether a batch's programs are compiled; else it is set aside until they are."""
     prompts = [job.work.prompt for job, _ in batch.units]
-    compiled = functools.partial(self.pipeline.prepare_images, prompts, batch.settings, rows=batch.rows)
+    model = self.pipelines[batch.model]
+    compiled = functools.partial(model.prepare_images, prompts, batch.settings, rows=batch.rows)
     if compiled(compile=False):
       return True
     future = self._compile(compiled)
@@ -361,7 +363,7 @@ class Engine:
   def _images_of(self, model: str, wanted: list[tuple[str, int]], settings: Any, rows: int) -> list[Image.Image]:
     """Generates the images of (prompt, seed) pairs, padded to `rows`."""
     prompts, seeds = zip(*(wanted + wanted[:1] * (rows - len(wanted))))
-    images = self._pipelines[model].generate(prompts, seeds=seeds, batch_size=rows, **dataclasses.asdict(settings))
+    images = self.pipelines[model].generate(prompts, seeds=seeds, batch_size=rows, **dataclasses.asdict(settings))
     self.metrics.batch.observe(len(wanted))
     self.metrics.pictures.inc(len(wanted))
     return images[: len(wanted)]
@@ -377,12 +379,11 @@ class Engine:
     self._count()
 
   def _fail(self, kind: str) -> None:
-    """Fails the requests that the model worked on; a batch of conversations then needs a new cache."""
+    """Fails the requests that the model worked on; the batches of conversations then need new caches."""
     error = ApiError(500, "the model failed at this request or at one that shared its batch")
     if kind == "chat":
       jobs, self._answering = list(self._answering.values()), {}
-      self._decoders.clear()  # their memory is needed
-      self._decoder_of("")
+      self._make_room()
     else:
       jobs = list({job for job, _ in self._current})
       with self._changed:

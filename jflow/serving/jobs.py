@@ -31,7 +31,6 @@ class Pictures(NamedTuple):
   count: int
   seed: int
   settings: Any  # typed, of the model's way to write images
-  model: str = ""  # name of the adapter; "": the base
 
 
 class Job:

@@ -11,7 +11,7 @@ import itertools
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -34,9 +34,9 @@ T = TypeVar("T")
 class Preparing:
   """Parses, tokenizes and decodes within the time of a request, and stops when its client disconnects."""
 
-  def __init__(self, pipeline: Pipeline, context: int, seconds: float):
-    """Args: `context` tokens of a conversation, `seconds` that a request may take."""
-    self._pipeline, self._context, self._seconds = pipeline, context, seconds
+  def __init__(self, pipelines: Mapping[str, Pipeline], context: int, seconds: float):
+    """Args: `pipelines` by the model of a request, `context` tokens of a conversation, `seconds` that a request may take."""
+    self._pipelines, self._context, self._seconds = pipelines, context, seconds
     pool = functools.partial(concurrent.futures.ThreadPoolExecutor, _THREADS)
     self._texts, self._pictures = pool("text"), pool("picture")
 
@@ -56,12 +56,18 @@ class Preparing:
     with Patience(self._seconds) as patience:
       wanted = await self._on(self._texts, patience, parse)
       threads = self._pictures if any(isinstance(x, bytes) for x in wanted.images) else self._texts
-      return await self._on(threads, patience, lambda: chat(self._pipeline, wanted, self._context, patience.check))
+      pipeline = self._pipelines[wanted.model]
+      return await self._on(threads, patience, lambda: chat(pipeline, wanted, self._context, patience.check))
 
-  async def pictures(self, parse: Callable[[], Images]) -> Pictures:
+  async def pictures(self, parse: Callable[[], Images]) -> tuple[Images, Pictures]:
     """Image generation ready for the engine; see `chat`."""
+
+    def work() -> tuple[Images, Pictures]:
+      wanted = parse()
+      return wanted, pictures(self._pipelines[wanted.model], wanted)
+
     with Patience(self._seconds) as patience:
-      return await self._on(self._texts, patience, lambda: pictures(self._pipeline, parse()))
+      return await self._on(self._texts, patience, work)
 
   async def run(self, work: Callable[[], T]) -> T:
     """The result of other slow work, such as encoding a PNG file."""
@@ -183,7 +189,7 @@ def pictures(pipeline: Pipeline, wanted: Images) -> Pictures:
   """
   _check_length(pipeline, [wanted.prompt], pipeline.model.config.language_model.max_length)
   seed = secrets.randbelow(SEEDS - wanted.count) if wanted.seed is None else wanted.seed
-  work = Pictures(wanted.prompt, wanted.count, seed, wanted.settings, wanted.model)
+  work = Pictures(wanted.prompt, wanted.count, seed, wanted.settings)
   check(work, 0)
   pipeline.generation_prompt(wanted.prompt)
   return work

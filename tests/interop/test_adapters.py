@@ -39,7 +39,7 @@ def tiny_run(folder: pathlib.Path, **more) -> pathlib.Path:
 def folder(tmp_path_factory):
   """Holds `run`, its `adapter`, and `other`, a base of other weights."""
   folder = tmp_path_factory.mktemp("adapters")
-  export(tiny_run(folder / "run"), folder / "adapter")
+  export(tiny_run(folder / "run", template="chat", caption_prompt="What is this?"), folder / "adapter")
   return folder
 
 
@@ -109,6 +109,8 @@ def test_models_of_one_base_share_what_no_adapter_changes(folder, tiny_checkpoin
   assert changed == {
     path for path, x in leaves(base).items() if not np.array_equal(x, leaves(beside["a"])[path])
   } and len(changed) < len(shared)
+  asked = lambda model: model.request("Why?").tokens.tolist()
+  assert asked(beside["a"]) == asked(alone) == asked(run) != asked(base)  # the run's template is not the base's
   assert hash(base.model) == hash(beside["a"].model) and base.model == beside["a"].model  # so that programs are shared
 
 
@@ -128,7 +130,7 @@ def test_pefts_format_holds_the_same(tmp_path, codes):
   own, theirs = codes / "own", shutil.copytree(codes / "peft", tmp_path / "peft")
   read = [adapters.describe(path, janus.CONFIG) for path in (own, theirs)]
   same(read[0].read(), read[1].read())
-  assert read[0].base == read[1].base
+  assert read[0].base == read[1].base and read[0].run == read[1].run and read[0].run.template == "pro"
   tensors = load_file(theirs / "adapter_model.safetensors")
   name = "base_model.model.model.language_model.layers.1.self_attn.q_proj.lora_A.weight"
   np.testing.assert_array_equal(tensors[name].T, read[0].read()["language_model/layers/attention/query/lora_a"][1])
@@ -175,6 +177,8 @@ def pickle_only(folder: pathlib.Path) -> None:
     (lambda f: edited(f, whole=["nothing"]), ("nothing",)),
     (lambda f: edited(f, dropout=0.1), ("dropout", "0.1")),
     (lambda f: edited(f, base={"fingerprint": "abc", "dtype": "int8"}), ("dtype", "int8")),
+    (lambda f: edited(f, run={"template": "prose"}), ("template", "prose")),
+    (lambda f: edited(f, run={"tone": "warm"}), ("run", "tone")),
     (lambda f: edited(f, peft_type="IA3"), ("peft_type", "IA3")),
     (pickle_only, ("adapter_model.bin", "pickle")),
     (lambda f: (f / "adapter_model.safetensors").unlink(), ("adapter_model.safetensors",)),
@@ -215,6 +219,23 @@ def test_an_adapter_of_another_base_is_refused(tmp_path, folder):
   }
   with refused("--adapter", folder / "adapter", "--checkpoint"):
     adapters.changed(transfer.nest(other), config, adapters.describe(folder / "adapter", config))
+
+
+def test_an_adapter_tells_how_its_run_read_text_and_another_tokenizer_is_refused(tmp_path, folder, tiny_checkpoint):
+  base = checkpoints.describe(tiny_checkpoint, tokenizer=True)
+  found = adapters.describe(folder / "adapter", base.config)
+  words = Tokenizer.load(str(tiny.TOKENIZER))
+  assert found.run == adapters.Run("chat", "What is this?", words.reading())
+  content = json.loads((tiny.TOKENIZER / "tokenizer.json").read_text())
+  same = Tokenizer({"tokenizer.json": json.dumps(content, indent=7).encode()}, "the same")
+  assert same.fingerprint != words.fingerprint
+  assert adapters.template_of(found, base._replace(tokenizer=same)) == "chat"
+  older = shutil.copytree(folder / "adapter", tmp_path / "older")
+  edited(older, run=None)
+  assert adapters.template_of(adapters.describe(older, base.config), base) == base.template == "plain"
+  other = Tokenizer.load(str(janus_checkpoint.PROCESSOR))
+  with refused("--adapter", folder / "adapter", "tokenizer"):
+    adapters.template_of(found, base._replace(tokenizer=other))
 
 
 @pytest.mark.parametrize(

@@ -29,17 +29,27 @@ def models():
   base = serving.pipeline()
   flat = {path: np.asarray(x) for path, x in transfer.flatten(tiny.params()).items()}
   words, models = Tokenizer.load(str(tiny.TOKENIZER)), {serving.NAME: base}
-  for seed, name in enumerate(NAMES):
+  for seed, (name, template) in enumerate(zip(NAMES, ("plain", "chat"), strict=True)):
     own = flat | adapted.leaves(flat, ("language_model/layers", "generation_decoder"), seed)
-    models[name] = Pipeline(tiny.model(), lora.merged(transfer.nest(own)), words, "plain", beside=base)
+    models[name] = Pipeline(tiny.model(), lora.merged(transfer.nest(own)), words, template, beside=base)
   return models
 
 
 @pytest.fixture(scope="module")
-def client(models):
-  adapters = {name: models[name] for name in NAMES}
-  with serving.serving(models[serving.NAME], adapters=adapters, slots=2) as (base, _), serving.client(base) as client:
+def served(models):
+  """The address of a server of all of them, and its engine."""
+  with serving.serving(models[serving.NAME], adapters={name: models[name] for name in NAMES}, slots=2) as found:
+    yield found
+
+
+@pytest.fixture(scope="module")
+def client(served):
+  with serving.client(served[0]) as client:
     yield client
+
+
+def test_the_memory_of_all_conversations_is_taken_at_the_start(served):
+  assert set(served[1]._decoders) == {"", *NAMES}
 
 
 def ask(text="Why?", **more):
