@@ -6,7 +6,7 @@ evaluation. Most are a `ReadingBenchmark` or a `GenerationBenchmark`; a file of 
 
 import abc
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from jflow.evaluation.report import Result
@@ -15,6 +15,8 @@ from jflow.evaluation.tasks import Generation, Task
 from jflow.generation.base import family
 
 if TYPE_CHECKING:
+  from jflow.evaluation.runs import Run
+  from jflow.interop.checkpoints import Described
   from jflow.models.config import ModelConfig
 
 # Flags that only some benchmarks take; "sampling" stands for all settings of a way to write images.
@@ -37,6 +39,7 @@ class Benchmark(abc.ABC):
     settings: of this evaluation.
     writes: the model's way to write images, a name of `generation.base.FAMILIES`; `meet` sets it.
     encodes: whether the model encodes images to write them.
+    run: what the model's run knows of its data; `meet_run` sets it.
   """
 
   name: ClassVar[str]
@@ -48,6 +51,7 @@ class Benchmark(abc.ABC):
   split: ClassVar[str] = ""
   writes: str = "flow"
   encodes: bool = True
+  run: "Run"
 
   def __init__(self, settings: Settings):
     self.settings = settings
@@ -55,6 +59,15 @@ class Benchmark(abc.ABC):
   def meet(self, config: "ModelConfig") -> None:
     """Tells the benchmark which model it will score, before it is asked for tasks."""
     self.writes, self.encodes = config.generation.kind, family(config.generation).stored is not None
+
+  def meet_run(self, run: "Run", described: Callable[[], "Described"]) -> None:
+    """Tells the benchmark, before it is asked for tasks, what the model's run knows of its data.
+
+    Args:
+      run: of the checkpoint.
+      described: reads the checkpoint but for its weights.
+    """
+    self.run = run
 
   @property
   def reported(self) -> Mapping[str, Mapping[str, float]]:

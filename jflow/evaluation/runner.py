@@ -83,12 +83,16 @@ class Checkpoint:
     made = self._settings
     return report.fingerprint(self.directory, made.weights, made.vae, made.adapter)
 
+  def use_cache(self) -> None:
+    """Keeps the programs that are compiled from here on."""
+    from jflow import compilation
+
+    compilation.use_cache(self._settings.cache)
+
   def model(self, dtype: str) -> Any:
     """The pipeline in a compute dtype."""
     if dtype not in self._models:
-      from jflow import compilation
-
-      compilation.use_cache(self._settings.cache)
+      self.use_cache()
       same = {name: getattr(self._settings, name) for name in ("vae", "weights", "template", "adapter")}
       self._models[dtype] = loading.load(self.directory, dtype=dtype, **same)
     return self._models[dtype]
@@ -107,9 +111,10 @@ def evaluate(settings: Settings, checkpoint: Checkpoint | None = None) -> None:
   """
   benchmark, checkpoint = opened(settings), checkpoint or Checkpoint(settings)
   benchmark.meet(checkpoint.config)
+  benchmark.meet_run(checkpoint.run, checkpoint.described)
   chosen = sampling_of(type(benchmark), settings, checkpoint.family)
   tasks = benchmark.tasks()
-  seeds = [task.seed for task in tasks if isinstance(task, Generation)]
+  seeds = [task.seed for task in tasks if isinstance(task, (Generation, Loss))]
   checks.seed(settings.seed, max(seeds, default=settings.seed) - settings.seed)
   made = checkpoint.family.told(chosen) if chosen else {}
   identity = identity_of(benchmark, checkpoint.fingerprint, benchmark.data_files(), made)
@@ -244,8 +249,8 @@ def predict(
   output, size = settings.output, settings.batch_size
   with Progress(len(mine), len(mine) - len(left), benchmark.name, "samples") as bar:
     if asked := of(Loss):  # before the model for inference, which has other parameters
-      described, fields = checkpoint.described(), checkpoint.run
-      losses(described, dtype, fields.objective, asked, samples, size, fields.caption_prompt, bar.count)
+      checkpoint.use_cache()
+      losses(checkpoint.described(), dtype, checkpoint.run, asked, samples, size, bar.count)
     if len(asked) == len(left):
       return
     model = checkpoint.model(dtype)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jflow.config import ObjectiveConfig
 from jflow.data.examples import CAPTION_PROMPT
@@ -19,17 +19,18 @@ class Run(NamedTuple):
 
   caption_prompt: str  # asks for the caption of a picture without a question
   validation: float  # share of the records that were held out; 0: none, or not known
+  crop: str  # of pictures to write, as of `images.for_generation`, "center" in place of "random"
   objective: ObjectiveConfig  # how the writer draws
 
 
-def run_of(checkpoint: str | pathlib.Path, family: Family) -> Run:
+def run_of(path: pathlib.Path, family: Family) -> Run:
   """Returns what is known of a checkpoint's run.
 
   Args:
-    checkpoint: a workdir, its `checkpoints` folder or one step; any other has no run.
+    path: a local workdir, its `checkpoints` folder or one step; any other has no run.
     family: its way to write images.
   """
-  path, fields = pathlib.Path(checkpoint), {}
+  fields: dict[str, Any] = {}
   for folder in (path, path.parent, path.parent.parent):
     if (folder / "checkpoints").is_dir() and (folder / "config.json").is_file():
       try:
@@ -41,4 +42,5 @@ def run_of(checkpoint: str | pathlib.Path, family: Family) -> Run:
   names = [field.name for field in dataclasses.fields(family.draws)] if family.draws else []
   drawing = {name: _USUAL[name] if name in _USUAL else draws.get(name) for name in names}
   objective = ObjectiveConfig(weights={}, logged=(), draws=drawing)
-  return Run(data.get("caption_prompt") or CAPTION_PROMPT, float(data.get("validation", 0.0)), objective)
+  crop = {"random": "center"}.get(data.get("crop", ""), data.get("crop") or "center")
+  return Run(data.get("caption_prompt") or CAPTION_PROMPT, float(data.get("validation", 0.0)), crop, objective)

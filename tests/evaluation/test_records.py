@@ -1,32 +1,47 @@
 """One's own records: each has a loss as in training, and an answer or a picture beside the truth on the page."""
 
+import dataclasses
 import json
 import pathlib
 
+import fsspec
 import jax
 import numpy as np
 import pytest
 import tiny
 from data_config import data_config
-from preparing import make_folder, run
+from PIL import ExifTags, Image
+from preparing import chat, make_folder, run, write_lines
 from refusals import refused
 
 from jflow.__main__ import main
+from jflow.data import images
 from jflow.data.held_out import held_out
 from jflow.data.pipeline import Pipeline
 from jflow.data.store import prepare
 from jflow.data.store.prepared import PreparedSource
 from jflow.data.tokenizer import Tokenizer
-from jflow.evaluation import runner
+from jflow.evaluation import losses, runner
 from jflow.evaluation.benchmarks.records import words_shared
 from jflow.evaluation.settings import Settings
-from jflow.interop import native
+from jflow.evaluation.tasks import Question
+from jflow.inference.pipeline import prepare_image
+from jflow.interop import native, remote
 
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory):
   """A prepared set of 12 pictures with a question each."""
   return run(make_folder(tmp_path_factory.mktemp("records") / "in"))[1]
+
+
+def met(checkpoint, data, output, **fields):
+  """The benchmark as it is before its tasks, and the checkpoint."""
+  settings = Settings("records", str(checkpoint), output, data=pathlib.Path(data), **fields)
+  benchmark, opened = runner.opened(settings), runner.Checkpoint(settings)
+  benchmark.meet(opened.config)
+  benchmark.meet_run(opened.run, opened.described)
+  return benchmark, opened
 
 
 def evaluated(checkpoint, data, output, *flags):
@@ -69,15 +84,14 @@ def test_pictures_stand_beside_the_truth(tiny_checkpoint, tmp_path):
 
 def test_held_out_records_are_those_of_the_share(tiny_checkpoint, chats, tmp_path):
   found = held_out(PreparedSource(chats, "understanding"), 0.4)
-  settings = Settings("records", tiny_checkpoint, tmp_path, data=pathlib.Path(chats), split="held-out:0.4")
-  names = {task.key.split("/")[1] for task in runner.opened(settings).tasks()}
+  benchmark, _ = met(tiny_checkpoint, chats, tmp_path, split="held-out:0.4")
+  names = {task.key.split("/")[1] for task in benchmark.tasks()}
   assert names == {f"{i:08d}" for i in np.flatnonzero(found)} and names
 
 
 @pytest.mark.parametrize(
   "given, named",
   [
-    (dict(split="held-out"), "data.validation"),
     (dict(split="half"), "--split=half"),
     (dict(split="held-out:0.00001"), "--split=held-out:0.00001"),
     (dict(sampling={"steps": 3}), "--steps"),
@@ -88,6 +102,67 @@ def test_what_does_not_fit_is_refused(tiny_checkpoint, chats, tmp_path, given, n
   fields = dict(data=chats) | given
   with refused(named):
     runner.opened(Settings("records", tiny_checkpoint, tmp_path, data=pathlib.Path(fields.pop("data")), **fields))
+
+
+def test_a_run_without_held_out_records_has_none_to_evaluate(tiny_checkpoint, chats, tmp_path):
+  with refused("--split=held-out", "data.validation"):
+    met(tiny_checkpoint, chats, tmp_path, split="held-out")
+
+
+def test_a_seed_beyond_the_last_is_refused(tiny_checkpoint, chats, tmp_path):
+  with refused("seed"):
+    runner.evaluate(Settings("records", tiny_checkpoint, tmp_path, data=pathlib.Path(chats), seed=2**32 - 1))
+
+
+def test_the_model_sees_what_training_shows_and_what_is_too_long_is_left_out(tiny_checkpoint, tmp_path):
+  folder, pictures = tmp_path / "in", []
+  folder.mkdir()
+  grey = np.full((9, 12, 4), 99, np.uint8)
+  grey[:4, :, 3] = 0
+  turned = Image.Exif()
+  turned[ExifTags.Base.Orientation] = 6
+  for i, format, more in ((0, "PNG", {}), (1, "JPEG", {"exif": turned})):
+    Image.fromarray(grey[..., : 4 - i]).save(folder / f"{i}", format, **more)
+    pictures.append((folder / f"{i}").read_bytes())
+  answers = ("This.", "That.", "Word " * 200)
+  write_lines(folder / "chat.jsonl", [chat(str(min(i, 1)), answer=text) for i, text in enumerate(answers)])
+  benchmark, _ = met(tiny_checkpoint, run(folder)[1], tmp_path)
+  asked = [task for task in benchmark.tasks() if isinstance(task, Question)]
+  assert [task.key for task in asked] == ["ask/00000000", "ask/00000001"]
+  for task, picture in zip(asked, pictures, strict=True):
+    want = images.for_understanding(picture, 16)
+    np.testing.assert_array_equal(prepare_image(task.images()[0], 16), want)
+
+
+def test_a_text_longer_than_the_context_is_read_in_pieces(tiny_checkpoint, tmp_path):
+  words = "word " * 200
+  (tmp_path / "a.txt").write_text(words)
+  _, data = run(tmp_path, "text", name="a.txt", format="text", output=str(tmp_path / "out"))
+  benchmark, opened = met(tiny_checkpoint, data, tmp_path / "report")
+  (task,) = benchmark.tasks()
+  found = opened.described()
+  cut = losses.pieces(found, task, opened.run)
+  tokens = found.tokenizer.encode(words.strip())
+  assert len(cut) > 1 and max(len(piece.tokens) for piece in cut) <= tiny.CONFIG.language_model.max_length
+  targets = np.concatenate([piece.targets[piece.loss_mask] for piece in cut])
+  assert targets.tolist() == [*tokens, found.tokenizer.eos]
+
+
+def test_what_the_run_knows_is_read_of_the_copy_of_a_store(tiny_checkpoint, tmp_path, monkeypatch):
+  monkeypatch.setattr(remote.fetch, "__defaults__", (tmp_path / "cache",))
+  memory = fsspec.filesystem("memory")
+  memory.put(tiny_checkpoint, "/records/run", recursive=True)
+  config = json.loads(memory.cat("/records/run/config.json"))
+  config["data"] |= {"caption_prompt": "What is this?", "validation": 0.25, "crop": "pad"}
+  memory.pipe("/records/run/config.json", json.dumps(config).encode())
+  settings = Settings("records", "memory://records/run", tmp_path)
+  told, usual = (
+    runner.Checkpoint(settings).run,
+    runner.Checkpoint(dataclasses.replace(settings, checkpoint=tiny_checkpoint)).run,
+  )
+  memory.rm("/records", recursive=True)
+  assert (told.caption_prompt, told.validation, told.crop) == ("What is this?", 0.25, "pad")
+  assert (usual.validation, usual.crop) == (0.0, "center")
 
 
 @pytest.mark.parametrize(

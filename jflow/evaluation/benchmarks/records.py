@@ -3,8 +3,8 @@
 import functools
 import pathlib
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -18,12 +18,14 @@ from jflow.errors import UserError
 from jflow.evaluation import answers, scores
 from jflow.evaluation.benchmark import GenerationBenchmark
 from jflow.evaluation.report import Result, Shown
-from jflow.evaluation.runs import run_of
+from jflow.evaluation.runs import Run
 from jflow.evaluation.samples import need_all
 from jflow.evaluation.scores import Score
 from jflow.evaluation.settings import Settings
 from jflow.evaluation.tasks import Generation, Loss, Question, Task
-from jflow.generation.base import FAMILIES, family
+
+if TYPE_CHECKING:
+  from jflow.interop.checkpoints import Described
 
 _MOST = 64  # records without --limit
 _SIDE = 160  # pixels of a picture on the page
@@ -53,46 +55,51 @@ class Records(GenerationBenchmark):
         f"--{name} must be left out: {settings.data} holds {self._task} records, of which none is painted"
       )
     self._source = PreparedSource(str(settings.data), self._task)
-    self._caption_prompt = ""
-    outlines = list(self._source.outlines())
-    chosen = range(len(outlines))
-    if settings.split:
-      share = self._share(settings)
-      chosen = np.flatnonzero(held_out(self._source, share)).tolist()
-      if not chosen:
-        raise UserError(
-          f"--split={settings.split}: none of the {len(outlines):,} records of {settings.data} is held out"
-        )
-    self._all = len(chosen)
-    count = min(settings.limit or _MOST, len(chosen))
-    places = np.linspace(0, len(chosen) - 1, count).round().astype(int)
-    self._records = {f"{chosen[i]:08d}": outlines[chosen[i]] for i in places.tolist()}
+    self._outlines = list(self._source.outlines())
+    self._too_long = 0
+    self._share = _share(settings.split)
+    if self._share is not None:
+      self._choose(self._share)
 
-  def _share(self, settings: Settings) -> float:
-    """The share of held-out records that --split names, or else the run."""
-    found = _HELD_OUT.fullmatch(settings.split)
-    if not found:
-      raise UserError(f"--split={settings.split} must be held-out, or held-out:SHARE, as held-out:0.05")
-    if found[1]:
-      return float(found[1])
-    share = run_of(settings.checkpoint, FAMILIES.get("flow")).validation
-    if not share:
+  def _choose(self, share: float) -> None:
+    """Chooses records evenly spread over those of a share that is held out; 0: over all."""
+    chosen = np.flatnonzero(held_out(self._source, share)).tolist() if share else list(range(len(self._outlines)))
+    if not chosen:
       raise UserError(
-        f"--split=held-out needs the run of {settings.checkpoint} to have data.validation above 0; name the share, as "
-        "--split=held-out:0.05"
+        f"--split={self.settings.split}: none of the {len(self._outlines):,} records of {self._directory} is held out"
       )
-    return share
+    self._all = len(chosen)
+    count = min(self.settings.limit or _MOST, len(chosen))
+    places = np.linspace(0, len(chosen) - 1, count).round().astype(int)
+    self._records = {f"{chosen[i]:08d}": self._outlines[chosen[i]] for i in places.tolist()}
 
-  def meet(self, config: Any) -> None:
-    super().meet(config)
-    self._caption_prompt = run_of(self.settings.checkpoint, family(config.generation)).caption_prompt
+  def meet_run(self, run: Run, described: Callable[[], "Described"]) -> None:
+    """Chooses by the run's share of held-out records where --split names none, and leaves out what is too long."""
+    from jflow.evaluation.losses import fits
+
+    super().meet_run(run, described)
+    if self._share is None:
+      if not run.validation:
+        raise UserError(
+          f"--split=held-out needs the run of {self.settings.checkpoint} to have data.validation above 0; name the "
+          "share, as --split=held-out:0.05"
+        )
+      self._choose(run.validation)
+    found, before = described(), len(self._records)
+    self._records = {name: one for name, one in self._records.items() if fits(found, one, self._task, run)}
+    self._too_long = before - len(self._records)
+    if not self._records:
+      raise UserError(
+        f"each of {before:,} records of {self._directory} is longer than the context of "
+        f"{found.config.language_model.max_length} tokens"
+      )
 
   def data_files(self) -> list[pathlib.Path]:
     """The summary of the data set, which holds the hash of its records."""
     return [self._directory / SUMMARY]
 
   def identity(self) -> dict[str, Any]:
-    return {"caption_prompt": self._caption_prompt}
+    return {"caption_prompt": self.run.caption_prompt}
 
   def tasks(self) -> list[Task]:
     """A loss for each record, and what is asked or painted of it."""
@@ -102,7 +109,7 @@ class Records(GenerationBenchmark):
       made.append(Loss(f"loss/{name}", record, self._task, seed))
       if self._task == "generation":
         made.append(Generation(f"paint/{name}", outline.text.strip(), seed, f"pictures/{name}.png"))
-      elif self._task == "understanding" and (asked := _asked(outline, self._caption_prompt)):
+      elif self._task == "understanding" and (asked := _asked(outline, self.run.caption_prompt)):
         made.append(Question(f"ask/{name}", asked[0], functools.partial(self._pictures, name, asked[0])))
     return made
 
@@ -112,10 +119,10 @@ class Records(GenerationBenchmark):
     except RecordError as error:
       raise UserError(f"{error}: run `jflow prepare` on the source again") from None
 
-  def _pictures(self, name: str, question: str) -> list[Image.Image]:
-    """The pictures of a question: those of its marks."""
+  def _pictures(self, name: str, question: str) -> list[Any]:
+    """The pictures of a question, those of its marks, as training gets them."""
     found = self._record(name).images[: question.count(IMAGE_MARK)]
-    return [images.as_published(image) for image in found]
+    return list(found)
 
   def score(self, records: Mapping[str, Any]) -> Result:
     """Scores, and the table of all records."""
@@ -129,7 +136,9 @@ class Records(GenerationBenchmark):
       out = {"loss of a token": Score(float(total / max(count, 1.0)), count=int(count))}
     of = {"generation": self._painted, "understanding": self._answered, "text": self._read}[self._task]
     more, shown, notes = of(records, each)
-    if self._all > len(self._records):
+    if self._too_long:
+      notes.append(f"{self._too_long:,} more are left out, longer than the context, as training leaves them out.")
+    if self._all > len(self._records) + self._too_long:
       notes.append(f"{len(self._records):,} of {self._all:,} records, evenly spread; --limit takes more.")
     return Result(out | more, notes, shown=[shown])
 
@@ -141,7 +150,7 @@ class Records(GenerationBenchmark):
       with Image.open(self.settings.output / records[f"paint/{name}"]["file"]) as file:
         painted = file.convert("RGB")
       side = painted.width
-      pixels = images.for_generation(self._record(name).images[0], side, np.random.default_rng(0), "center")
+      pixels = images.for_generation(self._record(name).images[0], side, np.random.default_rng(0), self.run.crop)
       truth = Image.fromarray(pixels)
       true[name], made[name] = _thumbnail(truth), _thumbnail(painted)
       rows.append([_page_size(truth), _page_size(painted), outline.text, f"{each[name]:.4f}"])
@@ -160,7 +169,7 @@ class Records(GenerationBenchmark):
   ) -> tuple[dict[str, Score], Shown, list[str]]:
     rows, same, shared, skipped = [], [], [], 0
     for name, outline in self._records.items():
-      asked = _asked(outline, self._caption_prompt)
+      asked = _asked(outline, self.run.caption_prompt)
       if not asked:
         skipped += 1
         continue
@@ -169,7 +178,8 @@ class Records(GenerationBenchmark):
       shared.append(words_shared(said, truth))
       pictures = self._pictures(name, asked[0])
       question = asked[0].replace(IMAGE_MARK, "").strip()
-      rows.append([_page_size(pictures[0]) if pictures else "", question, truth, said, f"{each[name]:.4f}"])
+      shown = _page_size(Image.fromarray(images.decode(pictures[0]))) if pictures else ""
+      rows.append([shown, question, truth, said, f"{each[name]:.4f}"])
     out = {"same answer": scores.accuracy(same), "words shared": scores.mean(shared)} if same else {}
     notes = [
       "Same answer: equal in the VQA challenge's normal form. Words shared: F1 of the words of answer and truth. Of a "
@@ -183,6 +193,16 @@ class Records(GenerationBenchmark):
     texts = [record.text or " / ".join(turn.text for turn in record.turns) for record in self._records.values()]
     rows = [[text[:300], f"{loss:.4f}"] for text, loss in zip(texts, each.values(), strict=True)]
     return {}, Shown("Texts", ("Text", "Loss"), rows), []
+
+
+def _share(split: str) -> float | None:
+  """The share of held-out records that --split names, 0 for all records; None: that of the run."""
+  if not split:
+    return 0.0
+  found = _HELD_OUT.fullmatch(split)
+  if not found:
+    raise UserError(f"--split={split} must be held-out, or held-out:SHARE, as held-out:0.05")
+  return float(found[1]) if found[1] else None
 
 
 def words_shared(said: str, truth: str) -> float:
