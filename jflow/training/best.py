@@ -14,6 +14,7 @@ from flax import struct
 from jflow import files
 from jflow.interop.best import FILE
 from jflow.interop.steps import MANIFEST
+from jflow.training import hosts
 
 
 class Best(struct.PyTreeNode):
@@ -44,16 +45,30 @@ def is_kept(best: Best | None, patience: int, step: int) -> bool:
   return best is not None and patience > 0 and int(best.step) == step
 
 
-def told(best: Best | None, patience: int) -> str:
-  """The end of a message that names the best step of a run that stops early; "" for another run."""
-  if best is None or not patience or not int(best.step):
+def found(best: Best | None, workdir: pathlib.Path) -> Best | None:
+  """The best as a state holds it, or none where its step is not kept: a run without patience keeps no such step.
+
+  Nothing is waited for then, and the next loss is the best. All processes call it, and get the same.
+  """
+  if best is None or hosts.from_first([_is_sealed(workdir, int(best.step))])[0]:
+    return best
+  return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), Best.none(), best)
+
+
+def _is_sealed(workdir: pathlib.Path, step: int) -> bool:
+  return step > 0 and (workdir / "checkpoints" / str(step) / MANIFEST).exists()
+
+
+def told(best: Best | None, patience: int, workdir: pathlib.Path) -> str:
+  """The end of a message that names the best step of a run that stops early; "" for another run, or without the step."""
+  if best is None or not patience or not _is_sealed(workdir, int(best.step)):
     return ""
   return f": held-out records had their lowest loss, {float(best.loss):.4f}, at step {int(best.step)}, which is loaded"
 
 
 def write(workdir: pathlib.Path, best: Best | None) -> None:
   """Writes best.json of a run that stops early, or removes it: `best` is None, or its step was not kept."""
-  if best is None or not (workdir / "checkpoints" / str(int(best.step)) / MANIFEST).exists():
+  if best is None or not _is_sealed(workdir, int(best.step)):
     with contextlib.suppress(FileNotFoundError):
       (workdir / FILE).unlink()
     return

@@ -13,6 +13,7 @@ import absl.logging
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from jflow import files
 from jflow.errors import Stopped, UserError
 from jflow.interop import steps
 from jflow.interop.native import load, seal
@@ -88,8 +89,11 @@ class Checkpointer:
     self._error: BaseException | None = None
     self._told: dict[int, str] = {}
 
-  def save(self, state: TrainState) -> None:
-    """Starts saving `state` under its step; raises the error of the previous save, if it failed."""
+  def save(self, state: TrainState, judged: bool = True) -> None:
+    """Starts saving `state` under its step; raises the error of the previous save, if it failed.
+
+    `judged`: see `is_judged`.
+    """
     self.wait()
     step = int(state.step)
     try:
@@ -100,14 +104,15 @@ class Checkpointer:
     except OSError as error:
       raise self._stopped(step, error) from error
     found = jax.device_get(state.best) if self._keep_best else None
-    self._thread = threading.Thread(target=self._finish, args=(step, response, found), name="checkpoint")
+    self._thread = threading.Thread(target=self._finish, args=(step, response, found, judged), name="checkpoint")
     self._thread.start()
 
-  def _finish(self, step: int, response: Any, found: best.Best | None) -> None:
+  def _finish(self, step: int, response: Any, found: best.Best | None, judged: bool) -> None:
     try:
       response.result()
       process, processes = jax.process_index(), jax.process_count()
-      seal(self._directory / str(step), {"step": step, **self._metadata}, process, processes)
+      late = {} if judged else {"judged": False}
+      seal(self._directory / str(step), {"step": step, **late, **self._metadata}, process, processes)
       if process == 0:
         steps.complete(self._directory, step)
         best.write(self._directory.parent, found)
@@ -164,6 +169,10 @@ class Checkpointer:
       steps.complete(self._directory, step)
       steps.clean(self._directory)
     return state.replace(**loaded, **counters)
+
+  def is_judged(self, step: int) -> bool:
+    """Whether a saved step needs no loss of held-out records any more: a signal may have come before it."""
+    return files.read_object(self._directory / str(step) / steps.MANIFEST).get("judged") is not False
 
   def _begin(self) -> None:
     steps.check_not_lost(self._directory)

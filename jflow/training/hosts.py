@@ -77,6 +77,13 @@ def any_of(flag: bool) -> bool:
   return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
+def total(number: int) -> int:
+  """The sum of a number over all processes. Waits for all of them."""
+  if jax.process_count() == 1:
+    return number
+  return int(np.sum(multihost_utils.process_allgather(np.asarray(number, np.int32))))
+
+
 def from_first(numbers: list[int]) -> list[int]:
   """Returns process 0's list. Waits for all processes."""
   if jax.process_count() == 1:

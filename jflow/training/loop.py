@@ -5,10 +5,11 @@ import errno
 import functools
 import os
 import pathlib
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -33,7 +34,7 @@ from jflow.training.checkpoint import Checkpointer
 from jflow.training.flops import mfu
 from jflow.training.goodput import Goodput
 from jflow.training.method import Method
-from jflow.training.metrics import FILE, Lines, number
+from jflow.training.metrics import FILE, Lines, amend, number
 from jflow.training.program import abstract_batch, check_memory, make_program
 from jflow.training.signals import StopFlag
 from jflow.training.state import TrainState
@@ -74,7 +75,7 @@ def train(
   """
   started = time.time()
   setup.check(config)
-  config = setup.with_tokenizer(config)
+  config = setup.with_tokenizer(config, workdir)
   optim.check_rule(config.optimizer, rule)
   hosts.start(config.distributed)
   mesh = sharding.make_mesh(**vars(config.mesh))
@@ -141,8 +142,10 @@ def _train(
     checkpointer = Checkpointer(workdir / "checkpoints", keep, about, keep_every, keep_best)
     opened = time.time()
     state = checkpointer.restore(program.state)
+    judged = state is None or checkpointer.is_judged(int(state.step))
     if state is not None:
       hosts.say(f"going on from step {int(state.step)} of {workdir / 'checkpoints'}")
+      state = state.replace(best=best.found(state.best, workdir)) if keep_best else state
     else:
       state = jax.jit(program.state_of, out_shardings=program.shardings)(
         setup.start_params(config, program.model, mesh, open_data)
@@ -162,6 +165,7 @@ def _train(
     run = _Run(config, workdir, pipeline, checkpointer, record, sharding.batch_sharding(mesh), bound)
     if held_out:
       run.validate_on(held_out, program.model, mesh)
+      state = state if judged else run.judged(state)
     step = program.step
     over = int(state.step) >= config.train.steps or best.is_over(state.best, config.train.early_stop)
     if not method and not over:
@@ -205,6 +209,18 @@ class _Run:
     if self._sampler:
       self._prompts = self._prompts or held_out.captions(_PROMPTS)
 
+  def judged(self, state: TrainState) -> TrainState:
+    """The state with the losses of held-out records at its step, which a signal came before; metrics get them, too."""
+    step = int(state.step)
+    with compilation.said("the loss of held-out records"):
+      state, found = cast("Validation", self._validation)(state)
+    if self._record:
+      self._open_metrics(step).close()
+      amend(self._workdir, step, {name: number(value) for name, value in jax.device_get(found).items()})
+      best.write(self._workdir, jax.device_get(state.best) if self._config.train.early_stop else None)
+      self._record.mark("validate", step)
+    return state
+
   def __call__(
     self,
     state: TrainState,
@@ -219,7 +235,7 @@ class _Run:
         self._sampler = None
     patience = self._config.train.early_stop
     if first >= last or best.is_over(state.best, patience):
-      hosts.say(f"{self._workdir} is complete at step {first}{best.told(state.best, patience)}")
+      hosts.say(f"{self._workdir} is complete at step {first}{best.told(state.best, patience, self._workdir)}")
       return
     interval, every = self._config.checkpoint.interval, self._config.log.sample_every
     validated = self._config.train.validation_every
@@ -251,14 +267,16 @@ class _Run:
         signum = stop.signum if jax.process_count() == 1 else signum
         wanted = (interval, every if self._sampler else 0, validated if self._validation else 0)
         save, sample, validate = (bool(n) and (step % n == 0 or step == last) for n in wanted)
-        if validate and self._validation:  # whatever signal there is: a run that goes on must have waited as long
-          state, told = self._validate(self._validation, state, step)
-          signum, over = told or signum, best.is_over(state.best, patience)
+        late = validate  # after a signal the state is saved first, and these losses are left to the continuation
+        if validate and self._validation and not signum:
+          state, late = self._validate(self._validation, state, step, stop)
+          signum = self._flush() or (stop.signum or signal.SIGTERM if late else 0)
+          over = best.is_over(state.best, patience)
           save |= over or best.is_kept(state.best, patience, step)
         if save or sample or signum:
           signum = self._flush() or signum
         if save or signum:
-          self._save(state, step)
+          self._save(state, step, judged=not late)
         if sample and not signum:
           self._sample(state, step)
         if signum:
@@ -269,7 +287,9 @@ class _Run:
           break
       self._finish_saving(last)
       if patience:
-        hosts.say(f"{'stopped early' if over else 'ended'} at step {last}{best.told(state.best, patience)}")
+        hosts.say(
+          f"{'stopped early' if over else 'ended'} at step {last}{best.told(state.best, patience, self._workdir)}"
+        )
     finally:
       if self._tracing:
         jax.profiler.stop_trace()
@@ -342,11 +362,11 @@ class _Run:
       hosts.say(f"trace of {steps} steps: {self._workdir / 'profile'}; open it with xprof or Perfetto")
     self._tracing = inside
 
-  def _save(self, state: TrainState, step: int) -> None:
+  def _save(self, state: TrainState, step: int, judged: bool) -> None:
     if self._record and self._metrics:
       self._record.steps(step, now=True)
       self._metrics.sync()
-    self._checkpointer.save(state)
+    self._checkpointer.save(state, judged)
     if self._record:
       self._record.mark("save", step)
 
@@ -371,11 +391,11 @@ class _Run:
     self._watchdog.beat(f"step {step}")
     self._clock = time.monotonic()
 
-  def _validate(self, validation: Validation, state: TrainState, step: int) -> tuple[TrainState, int]:
-    """Writes the metrics of a step with the losses of the held-out records.
+  def _validate(self, validation: Validation, state: TrainState, step: int, stop: StopFlag) -> tuple[TrainState, bool]:
+    """Adds the losses of the held-out records to the pending metrics of a step.
 
     Returns:
-      The state with the best of them, and the signal as `_flush` does.
+      The state with the best of them, and whether they are left out: a signal came to any process meanwhile.
     """
     pending = self._pending or {}
     jax.block_until_ready(pending["device"])
@@ -384,12 +404,12 @@ class _Run:
     self._watchdog.beat(f"step {step}", slow=True)
     began = time.monotonic()
     with compilation.said("the loss of held-out records"):
-      state, found = validation(state)
+      state, found = validation(state, lambda: hosts.any_of(bool(stop.signum)))
       pending["device"] |= jax.device_get(found)
     self._clock += time.monotonic() - began  # the step itself was as fast as ever
     if self._record:
       self._record.mark("validate", step)
-    return state, self._flush()
+    return state, not found
 
   def _finish_saving(self, step: int) -> None:
     self._watchdog.beat(f"step {step}", slow=True)

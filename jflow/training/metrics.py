@@ -102,6 +102,13 @@ def _said(damaged: list[tuple[int, str]]) -> str:
   return f"line {number} is damaged ({why})" + (f", and {more} more" if more else "")
 
 
+def amend(workdir: pathlib.Path, step: int, values: Row) -> None:
+  """Adds values to the line of a step of metrics.jsonl, if there is one; `Lines` has mended the file, and is closed."""
+  rows = _read(workdir / FILE, wrong_metrics).rows
+  lines = [json.dumps(row | values).encode() if row["step"] == step else line for line, row in rows]
+  files.write_bytes(workdir / FILE, b"".join(line + b"\n" for line in lines))
+
+
 class Lines:
   """A file of JSON lines to append to, each line atomically. Floats parse back to the same float32."""
 

@@ -1,6 +1,7 @@
 """The setup of a run: checks of the config, the model, the initial parameters."""
 
 import dataclasses
+import pathlib
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ from jflow.models.llm.base import ARCHITECTURES
 from jflow.models.unified import UnifiedModel, cast_matrices, loss_names
 from jflow.sections import refusal
 from jflow.training import fresh, hosts, optim, remat, start_model
+from jflow.training import workdir as workdirs
 
 
 def check(config: RunConfig) -> None:
@@ -167,11 +169,15 @@ def open_data(config: RunConfig, tokenizer: Tokenizer | None = None, share: Sequ
   return Pipeline(config.data, tokenizer, shape, config.train.batch_size, config.train.seed, share)
 
 
-def with_tokenizer(config: RunConfig) -> RunConfig:
-  """Returns the config with the tokenizer of `train.init_from` where `data.tokenizer` names none."""
+def with_tokenizer(config: RunConfig, workdir: pathlib.Path) -> RunConfig:
+  """Returns the config with a tokenizer where `data.tokenizer` names none: the run's own, or that of `train.init_from`.
+
+  A run that has begun needs its beginning no more, which may have changed or gone.
+  """
   if config.data.tokenizer:
     return config
-  return config.replace(data=dict(tokenizer=str(checkpoints.tokenizer_of(config.train.init_from))))
+  found = workdirs.own_tokenizer(workdir) or checkpoints.tokenizer_of(config.train.init_from)
+  return config.replace(data=dict(tokenizer=str(found)))
 
 
 def open_held_out(config: RunConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> HeldOut | None:

@@ -1,9 +1,11 @@
 """The loss of held-out records: a function of a step's parameters alone, so that it can be compared between steps.
 
 Its rows, times and noise are the same at every step. It is computed with the averaged weights, which a run hands on,
-and sums and counts are those of all rows, so that neither the mesh nor the size of a batch changes it.
+and sums and counts are those of all rows, so that neither the mesh nor the accumulation changes it. Times and noise are
+those of a batch and of a row's place in it: runs with batches of other sizes compare text alone.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,7 @@ from jflow.training.step import draw, loss_sums
 
 _STREAM = 2**31 - 1  # a step that no run reaches: its random numbers are validation's
 _MOST_DRAWS = 8
+_NAMED = 20  # records left out that a process names on stderr; the others are only counted
 Totals = dict[str, tuple[jax.Array, jax.Array]]  # loss -> (sum, count) so far
 
 
@@ -95,6 +98,7 @@ class Validation:
       place: puts this host's rows of a batch on its shards.
     """
     self._data, self._place = data, place
+    self._lost: int | None = None  # held-out records that cannot be used, of all processes
     draws = family(model.config.generation).draws and any(r.task == "generation" and r.plan.rows for r in data.sources)
     self._draws = max(1, min(_MOST_DRAWS, config.data.validation_rows // data.rows)) if draws else 1
     whole = sharding.replicated(mesh)
@@ -108,15 +112,24 @@ class Validation:
 
     self._judge = jax.jit(judge, out_shardings=(whole, whole))
 
-  def __call__(self, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Returns the state with its best loss brought up to date, and the losses by name, f32[] still being computed."""
+  def __call__(
+    self, state: TrainState, stopped: Callable[[], bool] = lambda: False
+  ) -> tuple[TrainState, dict[str, Any]]:
+    """Returns the state with its best loss brought up to date, and the losses by name, f32[] still being computed.
+
+    Where `stopped` becomes true between two batches, on all processes alike, the state is as it was and there are none.
+    """
     batches, lost = self._data.batches
-    for message in lost:
-      hosts.say(f"held-out records: left out {message}")
-    lost.clear()
+    if self._lost is None:
+      for message in lost[:_NAMED]:
+        print(f"jflow: held-out records: left out {message}", file=sys.stderr, flush=True)
+      self._lost = hosts.total(len(lost))
     totals = self._zero()
     for number in range(self._draws * len(batches)):
+      jax.block_until_ready(totals)
+      if stopped():
+        return state, {}
       batch = jax.tree.map(self._place, batches[number % len(batches)])
       totals = self._add(totals, state.averaged, state.frozen, batch, np.int32(number))
     best, found = self._judge(totals, state.best, state.step)
-    return state.replace(best=best), found
+    return state.replace(best=best), found | {"val_rejected": self._lost}

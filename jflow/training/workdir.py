@@ -223,6 +223,15 @@ def check_same_run(workdir: pathlib.Path, config: RunConfig, tokenizer: Tokenize
     )
 
 
+def own_tokenizer(workdir: pathlib.Path) -> pathlib.Path | None:
+  """Returns the run's copy of its tokenizer; None where it is not the one of the newest checkpoint, or there is none."""
+  kept, wanted = workdir / "tokenizer", _newest_manifest(workdir).get("tokenizer")
+  try:
+    return kept if wanted and Tokenizer.load(str(kept)).fingerprint == wanted else None
+  except UserError:
+    return None
+
+
 def _as_now(values: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
   """Converts the plain values of a run's config, perhaps of an earlier version, to this version's fields."""
   try:

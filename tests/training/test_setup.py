@@ -1,10 +1,15 @@
 """Laws of the checks before a run: every mistake in a config is one line that names its field."""
 
+import json
+import shutil
+
 import pytest
 import tiny
+from refusals import refused
 
 from configs import stage0, stage1, stage2, stage3
 from jflow.config import RunConfig
+from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.models.config import ModelConfig
 from jflow.training import config_files, setup
@@ -19,6 +24,21 @@ def test_the_stages_pass(stage, size):
   typed = RunConfig.from_dict(config.to_dict(), ModelConfig.from_dict)
   setup.check(typed)
   assert typed.model.image_size in (32, 48, 384, 256)
+
+
+def test_a_run_that_has_begun_takes_its_own_tokenizer(tmp_path):
+  """Not that of the checkpoint it began from, which may be gone; one that is not the run's is not taken."""
+  config = tiny.configuration(train=dict(init_from=str(tmp_path / "gone")), data=dict(tokenizer=""))
+  kept, step = tmp_path / "run" / "tokenizer", tmp_path / "run" / "checkpoints" / "1"
+  step.mkdir(parents=True)
+  shutil.copytree(tiny.TOKENIZER, kept)
+  with refused("gone"):  # nothing is saved yet
+    setup.with_tokenizer(config, tmp_path / "run")
+  (step / "manifest.json").write_text(json.dumps({"tokenizer": Tokenizer.load(str(kept)).fingerprint}))
+  assert setup.with_tokenizer(config, tmp_path / "run").data.tokenizer == str(kept)
+  (step / "manifest.json").write_text(json.dumps({"tokenizer": "another"}))
+  with refused("gone"):
+    setup.with_tokenizer(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

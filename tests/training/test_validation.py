@@ -1,14 +1,18 @@
 """The loss of held-out records along a run, its best step, and the early end."""
 
 import json
+import os
 import shutil
+import signal
 
 import jax
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 from jflow.data.tokenizer import Tokenizer
+from jflow.errors import Terminated
 from jflow.interop import native
 from jflow.models.unified import loss_counts
 from jflow.training import loop, setup
@@ -70,6 +74,39 @@ def test_a_run_that_has_ended_early_stays_so(runs, capsys):
   before = losses(runs / "halves")
   loop.train(config(60), runs / "halves")
   assert losses(runs / "halves") == before and "is complete" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_a_signal_saves_before_these_losses_which_the_continuation_computes(runs, tmp_path, at_the_end):
+  """Bit for bit as in a run that goes on. The signal comes with the sample pictures of the step before."""
+  rows = read_metrics(runs / "whole")
+  at, run = rows[-1]["step"] if at_the_end else 6, tmp_path / "run"
+
+  def ask(model, tokenizer, params, prompts):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return [Image.new("RGB", (8, 8))] * len(prompts)
+
+  with pytest.raises(Terminated):
+    loop.train(config(60).replace(log=dict(sample_every=at - 1)), run, ask)
+  stopped = read_metrics(run)
+  assert stopped[-1]["step"] == at and "val_loss" not in stopped[-1] and native.load_params(run / f"checkpoints/{at}")
+  loop.train(config(60), run)
+  assert losses(run) == losses(runs / "whole")
+  assert (run / "best.json").read_text() == (runs / "whole" / "best.json").read_text()
+
+
+def test_patience_begins_anew_where_the_best_step_is_not_kept(runs, tmp_path, capsys):
+  """As of a run that gets its patience later, and has kept the newest steps alone."""
+  shutil.copytree(runs / "whole", tmp_path / "run")
+  best, last = (
+    json.loads((runs / "whole" / "best.json").read_text())["step"],
+    read_metrics(runs / "whole")[-1]["step"],
+  )
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / str(best))
+  loop.train(config(last + 3), tmp_path / "run")
+  found = json.loads((tmp_path / "run" / "best.json").read_text())
+  assert found["step"] == last + 3 == read_metrics(tmp_path / "run")[-1]["step"]
+  assert f"at step {best}," not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"step": 1}', b'{"step": "3"}'])
