@@ -171,10 +171,10 @@ def _train(
     if not method and not over:
       batch, given, micro = abstract_batch(config, model, mesh), config.compute.memory_gib, config.train.accumulation
       auto = model.remat == remat.AUTO
-      first = remat.earlier(workdir, model, mesh, micro) if auto else 0
+      first = remat.earlier(workdir, model, mesh, micro, given) if auto else 0
       fitted = remat.fit_or_refuse(model, mesh, make, batch, micro, given, first)
       if auto:
-        remat.remember(workdir, fitted.model, mesh, micro)
+        remat.remember(workdir, fitted.model, mesh, micro, given)
       step = fitted.compiled
     run(state, step)
 

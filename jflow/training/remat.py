@@ -131,16 +131,20 @@ def device_limit(mesh: jax.sharding.Mesh, given: float = 0.0) -> int | None:
   return mebibytes << 20
 
 
-def layout(model: UnifiedModel, mesh: jax.sharding.Mesh, accumulation: int) -> dict[str, Any]:
-  """The program that a choice is made for: another one may need another choice."""
+def layout(model: UnifiedModel, mesh: jax.sharding.Mesh, accumulation: int, given: float) -> dict[str, Any]:
+  """The program that a choice is made for, and a limit that is given: another one may need another choice."""
   kind, sizes = mesh.devices.flat[0].device_kind, dict(mesh.shape)
-  return {"device": kind, "mesh": sizes, "accumulation": accumulation, "attention": model.attention}
+  limited = {"memory_gib": given} if given else {}
+  return {"device": kind, "mesh": sizes, "accumulation": accumulation, "attention": model.attention} | limited
 
 
-def earlier(workdir: pathlib.Path, model: UnifiedModel, mesh: jax.sharding.Mesh, accumulation: int) -> int:
+def earlier(
+  workdir: pathlib.Path, model: UnifiedModel, mesh: jax.sharding.Mesh, accumulation: int, given: float = 0.0
+) -> int:
   """The place among the candidates of what the run of this workdir has chosen for the same layout, else 0.
 
   A continuation begins with it: another choice differs by rounding, and would be compiled in vain where it does not fit.
+  `given`: see `device_limit`.
   """
   place, found = 0, {}
   if hosts.is_first():
@@ -152,16 +156,18 @@ def earlier(workdir: pathlib.Path, model: UnifiedModel, mesh: jax.sharding.Mesh,
       hosts.say(f"{workdir / FILE}: {error}: compute.remat is chosen anew")
   names = [(one.remat, one.unroll) for one in candidates(model, mesh.devices.flat[0].platform)]
   chosen = (found.get("remat"), found.get("unroll"))
-  if found.get("layout") == layout(model, mesh, accumulation) and chosen in names:
+  if found.get("layout") == layout(model, mesh, accumulation, given) and chosen in names:
     place = names.index(chosen)
     hosts.say(f"compute.remat=auto begins with what {workdir / FILE} says: {chosen[0]}, compute.unroll={chosen[1]}")
   return hosts.from_first([place])[0]
 
 
-def remember(workdir: pathlib.Path, model: UnifiedModel, mesh: jax.sharding.Mesh, accumulation: int) -> None:
+def remember(
+  workdir: pathlib.Path, model: UnifiedModel, mesh: jax.sharding.Mesh, accumulation: int, given: float = 0.0
+) -> None:
   """Writes the choice, for `earlier`; by process 0."""
   if hosts.is_first():
-    chosen = {"remat": model.remat, "unroll": model.unroll, "layout": layout(model, mesh, accumulation)}
+    chosen = {"remat": model.remat, "unroll": model.unroll, "layout": layout(model, mesh, accumulation, given)}
     files.write_json(workdir / FILE, chosen)
 
 

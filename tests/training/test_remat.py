@@ -146,6 +146,8 @@ def test_a_continuation_begins_with_the_run_s_choice(tmp_path, capsys):
   assert remat.FILE in capsys.readouterr().err
   assert remat.earlier(tmp_path, model.clone(attention="triton"), mesh, 1) == 0
   assert remat.earlier(tmp_path, model, mesh, 2) == 0
+  remat.remember(tmp_path, chosen(8 * 1024).model, mesh, 1, 8.0)
+  assert remat.earlier(tmp_path, model, mesh, 1, 8.0) and not remat.earlier(tmp_path, model, mesh, 1)  # a trial's limit
 
 
 @pytest.mark.parametrize(
