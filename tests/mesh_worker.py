@@ -14,6 +14,7 @@ import tiny
 
 from jflow import sharding
 from jflow.batch import TASKS, Batch
+from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.generation.flow import convnext as generation
 from jflow.models import build, fp8
@@ -25,6 +26,7 @@ from jflow.training.checkpoint import Checkpointer
 from jflow.training.program import abstract_batch, make_program
 from jflow.training.state import TrainState
 from jflow.training.step import make_step
+from jflow.training.validation import Validation
 
 MESHES = ((1, 1, 1), (2, 2, 2), (1, 4, 2))
 HEAD_MESHES = ((4, 1, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2), (1, 1, 2))
@@ -101,6 +103,26 @@ def losses_of_codes(sizes: tuple[int, int, int], less: int = 0) -> list[list[flo
   return out
 
 
+def losses_of_held_out(sizes: tuple[int, int, int], accumulation: int) -> dict[str, float]:
+  """The losses of held-out records of all types, of which one is said to be damaged."""
+  sources = dict(sources=dict.fromkeys(TASKS, (("shapes", 1.0),)), mixture=((0, (1, 2, 1)),), plan_cache="")
+  config = tiny.configuration(
+    train=dict(batch_size=8, accumulation=accumulation, validation_every=1),
+    data=sources | dict(validation=0.3, validation_rows=16, shapes=dict(size=60)),
+  )
+  mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+  with jax.set_mesh(mesh):
+    held = setup.open_held_out(config, Tokenizer.load(config.data.tokenizer), mesh)
+    held.batches[1].append("a damaged record")
+    model = setup.with_room(tiny.model(), held.most(sizes[0] * sizes[1], accumulation))
+    program = make_program(config, model, mesh)
+    params = jax.tree.map(np.asarray, tiny.params())
+    state = jax.jit(program.state_of, out_shardings=program.shardings)(params)
+    place = lambda x: jax.device_put(x, sharding.batch_sharding(mesh))
+    _, found = Validation(config, model, mesh, held, place)(state)
+  return {name: float(value) for name, value in found.items()}
+
+
 def check_head_loss() -> None:
   """Asserts that the head's loss and gradients are the plain ones on every mesh; devices have more and less to do."""
   rng = np.random.default_rng(0)
@@ -169,6 +191,7 @@ def main(directory: pathlib.Path) -> dict:
   check_products_in_8_bits()
   out["codes"] = {str(sizes): losses_of_codes(sizes) for sizes in ((1, 1, 1), (2, 2, 2))}
   out["overfull"] = losses_of_codes((2, 2, 2), less=1)[0]
+  out["held_out"] = [losses_of_held_out((1, 1, 1), 1), losses_of_held_out((2, 2, 2), 2)]
   generation.depthwise = generation.convolution
   out["collectives"] = [collectives(sizes) for sizes in COMPILED]
   return out

@@ -52,6 +52,14 @@ def test_losses_of_codes_do_not_depend_on_the_mesh(result):
   np.testing.assert_allclose(cut, alone, rtol=1e-5)
 
 
+def test_losses_of_held_out_records_depend_on_neither_the_mesh_nor_the_accumulation(result, worker):
+  alone, cut = result["held_out"]
+  assert alone["val_loss_text"] > 0 and alone["val_loss_flow"] > 0
+  assert alone.keys() == cut.keys()
+  np.testing.assert_allclose(list(cut.values()), list(alone.values()), rtol=1e-5)
+  assert alone["val_rejected"] == 1 and worker.stderr.count("a damaged record") == 2  # once a run
+
+
 def test_one_device_with_too_many_images_leaves_no_number(result):
   """Each loss is NaN, although the other devices have room; such a step changes no parameter."""
   *losses, _ = result["overfull"]
