@@ -144,7 +144,7 @@ def base(size: str, sizes: Mapping[str, Callable[[ConfigDict], None]] = SIZES) -
     attention="auto",  # of packed rows: "xla", "cudnn", "triton", "splash"; auto: by device
     matmul="dtype",  # of the LLM's blocks; "fp8": in 8 bits (GPU from compute capability 8.9); not in the paper
     unroll=1,  # LLM layers per iteration of the scan; remat="auto" takes all where a GPU keeps everything
-    memory_gib=0.0,  # of a device that a step may use, GiB; 0: as much as the device has
+    memory_gib=0.0,  # of a device that a step may use, GiB, in place of what it has; 0: as much as it has
     compilation_cache="~/.cache/jflow",  # compiled programs, reused by a restart; empty: none
   )
   c.mesh = dict(data=1, fsdp=1, model=1)  # the product is the number of devices of all processes

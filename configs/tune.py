@@ -3,7 +3,8 @@
   jflow prepare --format=imagefolder --task=generation --input=my_pictures --output=data/mine
   jflow train --config=tune --workdir=runs/tuned --config.train.init_from=runs/janusflow \\
     "--config.data.sources.generation=(('data/mine',1.0),)"
-  jflow evaluate --benchmark=records --checkpoint=runs/tuned --data=data/mine --output=scores/mine
+  jflow evaluate --benchmark=records --checkpoint=runs/tuned --data=data/mine --split=held-out \\
+    --output=scores/mine
   jflow train --config=tune:tiny --workdir=runs/tiny_tune                   # seconds, built-in data
 
 Data to paint, to read (`data.sources.understanding`) and texts, each alone or together: a batch holds as many rows of

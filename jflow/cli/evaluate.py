@@ -15,7 +15,7 @@ benchmarks:
 
 examples:
   python -m jflow evaluate --benchmark=shapes --checkpoint=quickstart/stage3 --output=scores/shapes
-  python -m jflow evaluate --benchmark=records --checkpoint=runs/tuned --data=data/mine --output=scores/mine
+  python -m jflow evaluate --benchmark=records --checkpoint=runs/tuned --data=data/mine --split=held-out --output=scores/mine
   python -m jflow evaluate --benchmark=pope --checkpoint=JanusFlow-1.3B --data=LMUData --output=scores/pope
   python -m jflow evaluate --benchmark=geneval --checkpoint=JanusFlow-1.3B --vae=sdxl-vae --data=geneval --output=scores/geneval
   python -m jflow evaluate --benchmark=geneval --checkpoint=JanusFlow-1.3B --vae=sdxl-vae --data=geneval --output=scores/geneval \\

@@ -18,13 +18,13 @@ from jflow.errors import UserError
 from jflow.evaluation import answers, scores
 from jflow.evaluation.benchmark import GenerationBenchmark
 from jflow.evaluation.report import Result, Shown
-from jflow.evaluation.runs import Run
 from jflow.evaluation.samples import need_all
 from jflow.evaluation.scores import Score
 from jflow.evaluation.settings import Settings
 from jflow.evaluation.tasks import Generation, Loss, Question, Task
 
 if TYPE_CHECKING:
+  from jflow.evaluation.runs import Run
   from jflow.interop.checkpoints import Described
 
 _MOST = 64  # records without --limit
@@ -73,7 +73,7 @@ class Records(GenerationBenchmark):
     places = np.linspace(0, len(chosen) - 1, count).round().astype(int)
     self._records = {f"{chosen[i]:08d}": self._outlines[chosen[i]] for i in places.tolist()}
 
-  def meet_run(self, run: Run, described: Callable[[], "Described"]) -> None:
+  def meet_run(self, run: "Run", described: Callable[[], "Described"]) -> None:
     """Chooses by the run's share of held-out records where --split names none, and leaves out what is too long."""
     from jflow.evaluation.losses import fits
 
