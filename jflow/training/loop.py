@@ -24,7 +24,6 @@ from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
 from jflow.data.validation import HeldOut
 from jflow.errors import Stopped, Terminated, Unscored
-from jflow.interop import steps
 from jflow.models import lora
 from jflow.models.unified import UnifiedModel
 from jflow.progress import StepProgress
@@ -34,10 +33,11 @@ from jflow.training.checkpoint import Checkpointer
 from jflow.training.flops import mfu
 from jflow.training.goodput import Goodput
 from jflow.training.method import Method
-from jflow.training.metrics import FILE, Lines, amend, number
+from jflow.training.metrics import amend, number, resumed
 from jflow.training.program import abstract_batch, check_memory, make_program
 from jflow.training.signals import StopFlag
 from jflow.training.state import TrainState
+from jflow.training.tracing import Trace
 from jflow.training.validation import Validation
 from jflow.training.watchdog import Watchdog
 
@@ -215,7 +215,7 @@ class _Run:
     with compilation.said("the loss of held-out records"):
       state, found = cast("Validation", self._validation)(state)
     if self._record:
-      self._open_metrics(step).close()
+      resumed(self._workdir, step).close()
       amend(self._workdir, step, {name: number(value) for name, value in jax.device_get(found).items()})
       best.write(self._workdir, jax.device_get(state.best) if self._config.train.early_stop else None)
       self._record.mark("validate", step)
@@ -241,13 +241,13 @@ class _Run:
     validated = self._config.train.validation_every
     main = hosts.is_first()
     self._trackers = tracking.trackers(self._config, self._workdir) if main else []
-    self._metrics = self._open_metrics(first) if main else None
+    self._metrics = resumed(self._workdir, first) if main else None
     self._progress = StepProgress(last, first, self._config.log.every_seconds, shown=main)
     self._watchdog = Watchdog(self._config.train.watchdog_seconds, self._pipeline.waiting_for)
     self._watchdog.beat("the start", slow=True)
     self._clock, self._compiled, self._trained = time.monotonic(), False, lora.parts(state.trained)
     exchange, stop, over = hosts.Exchange(), StopFlag(), False
-    self._tracing = False
+    trace = Trace(self._config.profile, self._workdir / "profile")
     try:
       if not first and self._validation:
         with compilation.said("the loss of held-out records"):
@@ -255,7 +255,7 @@ class _Run:
         hosts.say(f"held-out records have the loss {loss:.4f} before the first step")
       batches = self._on_device(self._pipeline.batches(first, last))
       for step, (batch, info) in enumerate(batches, start=first + 1):
-        self._trace(step)
+        trace.at(step)
         state, device = self._step(step_fn, state, batch)
         signum = self._flush()
         self._checkpointer.check()
@@ -291,8 +291,7 @@ class _Run:
           f"{'stopped early' if over else 'ended'} at step {last}{best.told(state.best, patience, self._workdir)}"
         )
     finally:
-      if self._tracing:
-        jax.profiler.stop_trace()
+      trace.stop()
       self._watchdog.stop()
       if jax.process_count() == 1:  # a save in progress may still complete after an error
         with contextlib.suppress(Stopped):
@@ -308,14 +307,6 @@ class _Run:
       return step_fn(state, batch)
     except Unscored as error:
       raise Stopped(f"{error}; {self._checkpointer.newest()}") from error
-
-  def _open_metrics(self, first: int) -> Lines:
-    """Opens metrics.jsonl after step `first`; where a later checkpoint was skipped, a copy is kept."""
-    later = any(step > first for step in steps.steps_of(self._workdir / "checkpoints"))
-    lines = Lines(self._workdir / FILE, first + 1, keep_dropped=later)
-    if first and not lines.rows:
-      hosts.say(f"{self._workdir / FILE} has no line of the steps up to {first}: it begins with the next")
-    return lines
 
   def _flush(self) -> int:
     """Waits for the pending step, writes its metrics, and stops the run when too many steps were skipped.
@@ -350,17 +341,6 @@ class _Run:
         f"{self._checkpointer.newest()}"
       )
     return int(told[:, 0].max())
-
-  def _trace(self, step: int) -> None:
-    """Starts the profiler's trace before the first step of its window, and ends it after the last one."""
-    start, steps = self._config.profile.start, self._config.profile.steps
-    inside = start <= step < start + steps
-    if inside and not self._tracing:
-      jax.profiler.start_trace(self._workdir / "profile")
-    elif self._tracing and not inside:
-      jax.profiler.stop_trace()
-      hosts.say(f"trace of {steps} steps: {self._workdir / 'profile'}; open it with xprof or Perfetto")
-    self._tracing = inside
 
   def _save(self, state: TrainState, step: int, judged: bool) -> None:
     if self._record and self._metrics:

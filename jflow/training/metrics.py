@@ -11,7 +11,9 @@ import numpy as np
 
 from jflow import files
 from jflow.errors import Stopped, UserError
+from jflow.interop import steps
 from jflow.strict_json import Malformed, parse
+from jflow.training import hosts
 
 FILE = "metrics.jsonl"
 Row = dict[str, Any]
@@ -168,6 +170,15 @@ class Lines:
 
   def close(self) -> None:
     os.close(self._file)
+
+
+def resumed(workdir: pathlib.Path, first: int) -> Lines:
+  """Opens the metrics of a run after step `first`; where a later checkpoint was skipped, a copy is kept."""
+  later = any(step > first for step in steps.steps_of(workdir / "checkpoints"))
+  lines = Lines(workdir / FILE, first + 1, keep_dropped=later)
+  if first and not lines.rows:
+    hosts.say(f"{workdir / FILE} has no line of the steps up to {first}: it begins with the next")
+  return lines
 
 
 def number(x: Any) -> float | int | None:
