@@ -70,3 +70,24 @@ def _nothing_is_held_out(c: RunConfig) -> str:
 @constraint("train.epochs")
 def _steps_are_given(c: RunConfig) -> str:
   return "" if not c.rl.method or not c.train.epochs else "must be 0 with rl.method: give train.steps"
+
+
+@constraint("compute.remat")
+def _nothing_is_fitted(c: RunConfig) -> str:
+  return (
+    "" if not c.rl.method or c.compute.remat != "auto" else "must name what is kept with rl.method: 'none', 'full', ..."
+  )
+
+
+@constraint("compute.memory_gib")
+def _no_memory_is_checked(c: RunConfig) -> str:
+  return (
+    "" if not c.rl.method or not c.compute.memory_gib else "must be 0 with rl.method, whose programs are not fitted"
+  )
+
+
+@constraint("optimizer.trained")
+def _the_reference_stays(c: RunConfig) -> str:
+  refers = c.rl.method == "dpo" or c.rl.method == "grpo" and c.rl.kl
+  fits = not (refers and c.lora.rank and c.optimizer.trained)
+  return "" if fits else "must be () with adapters and a reference, which is the base without them (or rl.kl=0 of grpo)"

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jflow import files
+from jflow import files, progress
 from jflow.errors import Stopped, UserError
 from jflow.interop import steps
 from jflow.strict_json import Malformed, parse
-from jflow.training import hosts
 
 FILE = "metrics.jsonl"
 Row = dict[str, Any]
@@ -173,11 +172,11 @@ class Lines:
 
 
 def resumed(workdir: pathlib.Path, first: int) -> Lines:
-  """Opens the metrics of a run after step `first`; where a later checkpoint was skipped, a copy is kept."""
+  """Opens the metrics of a run after step `first`, on process 0; where a later checkpoint was skipped, a copy is kept."""
   later = any(step > first for step in steps.steps_of(workdir / "checkpoints"))
   lines = Lines(workdir / FILE, first + 1, keep_dropped=later)
   if first and not lines.rows:
-    hosts.say(f"{workdir / FILE} has no line of the steps up to {first}: it begins with the next")
+    progress.say(f"{workdir / FILE} has no line of the steps up to {first}: it begins with the next")
   return lines
 
 

@@ -414,7 +414,7 @@ def test_understand_prints_the_answer(capsys, model, picture, tmp_path):
     (["--config.optimizer.muon=('language_model/norm',)"], "matches no parameter named kernel"),
     (["--config.optimizer.rates=(('understanding_encoder',0.1),)"], "matches no trained parameter"),
     (["--config.data.sources=()"], "data.sources"),
-    (["--config.train.early_stop=2"], "train.early_stop=2"),
+    (["--config.train.early_stop=2"], "config.train.early_stop must be 0 without train.validation_every"),
     (["--config.train.init_from=nowhere"], "checkpoint nowhere is not a directory"),
     (["--workdir=/dev/null/run"], "workdir /dev/null/run cannot be written"),
   ],

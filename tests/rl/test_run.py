@@ -6,7 +6,7 @@ import runs
 from flax.traverse_util import flatten_dict
 
 from jflow.cli import train
-from jflow.errors import Stopped
+from jflow.errors import Stopped, UserError
 from jflow.interop.checkpoints import read_checkpoint
 from jflow.training.metrics import read_metrics
 
@@ -77,3 +77,17 @@ def test_its_checkpoint_is_a_model_like_any_other(folder):
   assert before.keys() == after.keys() and not any("reference" in path for path in after)
   moved = {path.split("/")[0] for path in after if not np.array_equal(before[path], after[path])}
   assert moved == {"language_model"} | {path.split("/")[0] for path in after if path.startswith("generation")}
+
+
+@pytest.mark.parametrize(
+  "flags, said",
+  [
+    (["--config.compute.remat=auto"], "config.compute.remat"),
+    (["--config.compute.memory_gib=2"], "config.compute.memory_gib"),
+    (["--config.lora.rank=2", "--config.optimizer.trained=('language_model/norm',)"], "config.optimizer.trained"),
+  ],
+)
+def test_what_it_does_not_compute_is_refused(tmp_path, flags, said):
+  with pytest.raises(UserError) as error:
+    train.main([*FLAGS, f"--workdir={tmp_path / 'run'}", *flags])
+  assert said in str(error.value)
