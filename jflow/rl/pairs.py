@@ -18,6 +18,7 @@ from jflow.rl.prompts import Asked, Prompts
 FILE = "pairs.jsonl"
 # Name -> function(section data.shapes as a mapping) -> (prompt, {"better": picture, "worse": picture}) pairs.
 BUILT_IN = {"shapes": "jflow.world.prompts:pairs"}
+_CHECKED = 16  # pixels a side of a picture that is only tried
 
 
 class Compared(NamedTuple):
@@ -32,7 +33,7 @@ def read(named: str, shapes: Mapping[str, Any]) -> list[prompts.Prompt]:
   """The pairs that `rl.pairs` names: prompts, each with its two pictures under "better" and "worse".
 
   Raises:
-    UserError: DIR/pairs.jsonl cannot be read, or a line of it names no picture that is there.
+    UserError: DIR/pairs.jsonl cannot be read, or a line of it names no picture that is there and can be decoded.
   """
   if named in BUILT_IN:
     return registry.load(BUILT_IN[named])(shapes)
@@ -46,12 +47,13 @@ def read(named: str, shapes: Mapping[str, Any]) -> list[prompts.Prompt]:
           f"rl.pairs: {folder / FILE} must name a file of the folder as {name!r} of {text[:60]!r}, got {file!r}"
         )
       found[name] = folder / file
+      decoded(found[name], _CHECKED)
     out.append((text, found))
   return out
 
 
 class Pairs(Prompts):
-  """The data of a run of preferences; an unreadable picture ends it."""
+  """The data of a run of preferences."""
 
   def __init__(self, config: RunConfig, read: Sequence[prompts.Prompt], tokenizer: Tokenizer, share: Sequence[int]):
     """See `Prompts`."""
@@ -61,7 +63,7 @@ class Pairs(Prompts):
   def batch_of_pairs(self, step: int) -> Compared:
     """This host's share of a step's pairs; of a picture its central square."""
     asked = self.batch(step)
-    pictures = ([self._picture(self.metadata[n][name]) for n in asked.number] for name in ("better", "worse"))
+    pictures = ([decoded(self.metadata[n][name], self._size) for n in asked.number] for name in ("better", "worse"))
     return Compared(asked, *map(np.stack, pictures))
 
   def batches(self, start_step: int, stop_step: int) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -69,9 +71,15 @@ class Pairs(Prompts):
     for step, (_, info) in zip(range(start_step, stop_step), super().batches(start_step, stop_step)):
       yield self.batch_of_pairs(step), info
 
-  def _picture(self, picture: Any) -> np.ndarray:
-    try:
-      content = picture.read_bytes() if isinstance(picture, pathlib.Path) else picture
-      return images.for_generation(content, self._size, np.random.default_rng(0), "center")
-    except (ImageError, OSError) as error:
-      raise UserError(f"rl.pairs: {picture} cannot be used: {error}") from error
+
+def decoded(picture: Any, size: int) -> np.ndarray:
+  """The central square of a picture (a path, or what `images.for_generation` takes), uint8[size, size, 3].
+
+  Raises:
+    UserError: it cannot be read.
+  """
+  try:
+    content = picture.read_bytes() if isinstance(picture, pathlib.Path) else picture
+    return images.for_generation(content, size, np.random.default_rng(0), "center")
+  except (ImageError, OSError) as error:
+    raise UserError(f"rl.pairs: {picture} cannot be used: {error}") from error

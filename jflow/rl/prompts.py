@@ -110,7 +110,7 @@ class Prompts:
       row[: len(one)] = one
     self._lengths = np.asarray([len(one) for one in ids], np.int32)
     self.tokens = self._batch * (width + slots)
-    content = json.dumps([self.texts, self.metadata], sort_keys=True, default=str)
+    content = json.dumps([self.texts, self.metadata], sort_keys=True, default=_of_picture)
     self._fingerprint = hashlib.sha256(content.encode()).hexdigest()
 
   def numbers(self, step: int) -> np.ndarray:
@@ -156,3 +156,9 @@ class Prompts:
   def waiting_for(self) -> str:
     """No process is waited for."""
     return ""
+
+
+def _of_picture(x: Any) -> str:
+  """A picture by its bytes, so that a folder may move, but not change, under a run."""
+  content = x.read_bytes() if isinstance(x, pathlib.Path) else x
+  return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else str(x)

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 from refusals import refused
 from scipy import special
 
+from jflow.data.tokenizer import Tokenizer
 from jflow.generation.flow.writer import Draws
 from jflow.models.unified import normalise
 from jflow.rl import dpo, pairs, run
@@ -90,10 +92,38 @@ def test_a_pair_begins_undecided_and_the_better_picture_gains():
   "row", [{}, {"better": "a.png"}, {"better": "a.png", "worse": "gone.png"}, {"better": "a.png", "worse": 3}]
 )
 def test_a_pair_without_its_pictures_is_refused(tmp_path, row):
-  (tmp_path / "a.png").write_bytes(b"")
+  painted(tmp_path / "a.png", 0)
   (tmp_path / pairs.FILE).write_text(json.dumps({"prompt": "a dog"} | row) + "\n")
   with refused("rl.pairs", tmp_path / pairs.FILE):
     pairs.read(str(tmp_path), {})
+
+
+def painted(file, seed):
+  Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 30, 3), np.uint8)).save(file)
+
+
+def folder_of_pairs(folder, *seeds):
+  folder.mkdir()
+  for name, seed in zip(("a.png", "b.png"), seeds):
+    painted(folder / name, seed)
+  row = {"prompt": "a dog", "better": "a.png", "worse": "b.png"}
+  (folder / pairs.FILE).write_text(json.dumps(row) + "\n")
+  return folder
+
+
+def test_a_picture_that_is_cut_is_named_before_the_run(tmp_path):
+  file = folder_of_pairs(tmp_path / "pairs", 0, 1) / "b.png"
+  file.write_bytes(file.read_bytes()[:200])
+  with refused("rl.pairs", file):
+    pairs.read(str(file.parent), {})
+
+
+def test_pairs_are_known_by_their_pictures_wherever_they_lie(tmp_path):
+  config, tokenizer = configuration(), Tokenizer.load(str(tiny.TOKENIZER))
+  folders = [folder_of_pairs(tmp_path / name, 0, seed) for name, seed in (("here", 1), ("there", 1), ("other", 2))]
+  opened = [pairs.Pairs(config, pairs.read(str(folder), {}), tokenizer, range(PAIRS)) for folder in folders]
+  here, there, other = (data.identity()["prompts"][0]["fingerprint"] for data in opened)
+  assert here == there != other
 
 
 def test_a_run_without_pairs_is_refused():

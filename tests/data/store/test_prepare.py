@@ -304,8 +304,7 @@ def test_the_command_says_what_comes_next(folder, capsys):
   )
   printed = capsys.readouterr().out
   assert (
-    "12 records with 12 images" in printed
-    and f"--config.data.sources.understanding=\"(('{output}',1.0),)\"" in printed
+    "12 records with 12 images" in printed and f"--config.data.sources.understanding=\"(('{output}',1.0),)\"" in printed
   )
 
 
