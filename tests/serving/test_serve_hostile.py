@@ -377,6 +377,7 @@ def test_who_leaves_while_pictures_are_decoded_holds_nobody_up(served, monkeypat
   for connection in held[2:]:
     connection.close()
   serving.until(lambda: not engine._coming)
+  time.sleep(0.5)  # their work is told a turn of the event loop later
   opened.set()
   time.sleep(0.2)
   assert len(decoded) == len(held), "a second picture was decoded for somebody who had left"
