@@ -35,6 +35,8 @@ from jflow.training.state import TrainState
 class Data:
   """Rows that are a function of (step, place): f32[rows, 16]."""
 
+  tokens = 8 * 16  # of a batch
+
   def __init__(self, rows: list[int], fault: list[str]):
     self._rows, self._fault = rows, fault
 
@@ -111,5 +113,5 @@ def train(config: RunConfig, workdir: pathlib.Path, fault: list[str]) -> None:
 if __name__ == "__main__":
   at = sys.argv.index("--")
   fault = sys.argv[1:at]
-  loop.train = lambda config, workdir, *_: train(config, workdir, fault)
+  loop.train = lambda config, workdir, *_, **__: train(config, workdir, fault)
   sys.exit(__main__.main(["train", f"--config={ROOT}/configs/stage1.py:tiny", *sys.argv[at + 1 :]]))
