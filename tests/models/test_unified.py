@@ -276,7 +276,7 @@ BAD = [
   ("language_model.experts", 8, "language_model.experts"),
   ("language_model", 5, "model.language_model"),
   ("understanding_encoder.patch_size", 0, "understanding_encoder.patch_size"),
-  ("understanding_encoder.patch_size", 5, "patch_size=5"),
+  ("understanding_encoder.patch_size", 5, "16 patches, a read one 9"),
   ("understanding_encoder.patch_size", 8, "16 patches, a read one 4"),
   ("understanding_encoder.num_heads", 5, "num_heads=5"),
   ("understanding_encoder.gelu", "relu", "gelu='relu'"),
