@@ -32,7 +32,7 @@ def read_under(root: str, name: str, limit: int = MAX_IMAGE_FILE) -> bytes:
   root = os.path.normpath(os.path.abspath(root))
   path = os.path.normpath(os.path.join(root, name))
   if os.path.commonpath([path, root]) != os.path.commonpath([root]):  # which writes "//folder" as "/folder"
-    raise RecordError("outside_root", f"image {name:.200} lies outside {root}: set --image_root")
+    raise RecordError("outside_root", f"image {name:.200} lies outside {root} (llava-jsonl, parquet: set --image_root)")
   try:
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
@@ -44,7 +44,8 @@ def read_under(root: str, name: str, limit: int = MAX_IMAGE_FILE) -> bytes:
   except (OSError, ValueError) as error:
     if getattr(error, "errno", None) in _TRANSIENT:
       raise
-    raise RecordError("missing_image", f"image {name:.200} not found in {root}: see --image_root") from None
+    hint = "(llava-jsonl, parquet: see --image_root)"  # imagefolder refuses the flag
+    raise RecordError("missing_image", f"image {name:.200} not found in {root} {hint}") from None
   if git_lfs.is_pointer(data):
     raise RecordError("git_lfs_pointer", f"image {name:.200} is a git-lfs pointer: run `git lfs pull` in {root}")
   return data
