@@ -102,9 +102,10 @@ class StepProgress:
 
     Args:
       row: its metrics: "step", "tokens_per_second", "loss" and a "loss_NAME" for each objective, None where it is not
-        computed.
+        computed; of reinforcement learning "reward" or "preferred".
     """
-    losses = {name.removeprefix("loss_"): value for name, value in row.items() if name.startswith("loss")}
+    shown = lambda name: name.startswith("loss") or name in ("reward", "preferred")
+    losses = {name.removeprefix("loss_"): value for name, value in row.items() if shown(name)}
     parts = {name: f"{value:.3f}" for name, value in losses.items() if value is not None}
     if row.get("val_loss") is not None:
       self._held_out = f"{row['val_loss']:.3f} at {row['step']}"
@@ -115,7 +116,8 @@ class StepProgress:
     self._bar.update()
     now, step = time.monotonic(), row["step"]
     if self._first is None:  # the first step compiles, so its time is not that of the others
-      text = f"compiled in {(now - self._started) / 60:.1f} min"
+      minutes = (now - self._started) / 60
+      text = f"compiled in {minutes:.1f} min" if minutes >= 0.05 else ""
       self._started, self._first = now, step
       self._bar.initial, self._bar.start_t = step, time.time()
     else:
@@ -123,7 +125,7 @@ class StepProgress:
     if self._plain and (now >= self._next or step == self._total):
       self._next = now + self._every
       losses = " ".join(f"{k} {v}" for k, v in parts.items())
-      print(f"step {step}/{self._total} {losses} {text}", file=sys.stderr, flush=True)
+      print(f"step {step}/{self._total} {losses} {text}".rstrip(), file=sys.stderr, flush=True)
 
   def close(self) -> None:
     """Ends the bar."""

@@ -66,6 +66,10 @@ class Pairs(Prompts):
     pictures = ([decoded(self.metadata[n][name], self._size) for n in asked.number] for name in ("better", "worse"))
     return Compared(asked, *map(np.stack, pictures))
 
+  def report(self) -> list[str]:
+    """One line on the pairs."""
+    return [f"pairs {self._named}: {len(self.texts):,}; a step takes {self._batch:,}"]
+
   def batches(self, start_step: int, stop_step: int) -> Iterator[tuple[Any, dict[str, Any]]]:
     """See `Prompts.batches`."""
     for step, (_, info) in zip(range(start_step, stop_step), super().batches(start_step, stop_step)):

@@ -145,9 +145,7 @@ class Prompts:
   def report(self) -> list[str]:
     """One line on the prompts."""
     groups = self._batch // self._group
-    return [
-      f"prompts {self._named}: {len(self.texts):,}, of which a step takes {groups:,} with {self._group} pictures each"
-    ]
+    return [f"prompts {self._named}: {len(self.texts):,}; a step takes {groups:,}, with {self._group} pictures of each"]
 
   def captions(self, count: int) -> list[str]:
     """The first prompts."""
