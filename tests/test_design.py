@@ -236,7 +236,8 @@ def headings(page: pathlib.Path) -> set[str]:
 @pytest.mark.smoke
 def test_what_an_import_really_brings_along():
   """Loader processes and `--help` start without jax, no module needs PyTorch, and the core none of the extras."""
-  without = set() if importlib.util.find_spec("gradio") else {"jflow/serving/demo.py"}  # an extra's page
+  page = {"jflow/serving/demo.py", "jflow/serving/theme.py"}  # of an extra
+  without = set() if importlib.util.find_spec("gradio") else page
   modules = [file[:-3].replace("/", ".").removesuffix(".__init__") for file in FILES if file not in without]
   data = [m for m in modules if of("jflow.data", m)] + ["jflow", "jflow.__main__", "jflow.batch"]
   core = [m for m in modules if not m.startswith(("jflow.serving", PLUGIN.replace("/", ".")))]
