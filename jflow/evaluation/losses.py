@@ -112,7 +112,7 @@ def _sequence(found: Described, record: Record, task: str, run: Run) -> examples
     task,
     found.tokenizer,
     found.template,
-    c.patches,
+    c.written_patches if task == "generation" else c.patches,
     layout=family(c.generation).layout,
     caption_prompt=run.caption_prompt,
   )
@@ -144,5 +144,5 @@ def _shape(config: Any, made: Sequence[examples.Sample]) -> RowShape:
   writes = family(config.generation)
   tokens = -(-max(len(sample.tokens) for sample in made) // _STEP) * _STEP
   pictures = max(1, *(len(sample.images) for sample in made))
-  slots = writes.layout.slots(config.patches)
-  return RowShape(tokens, pictures, config.patches, config.image_size, writes.name, slots)
+  slots, written = writes.layout.slots(config.written_patches), config.written_patches
+  return RowShape(tokens, pictures, config.patches, config.image_size, writes.name, slots, written_patches=written)

@@ -34,7 +34,7 @@ def run(args: Settings) -> dict[str, Any]:
   greedy = {"temperature": 0.0} if args.versus and "temperature" in kind.setting_names else {}  # else draws differ
   chosen = settings(kind, greedy | args.sampling)
   work = versus.work_of(args, c, chosen)
-  room = c.language_model.max_length - kind.layout.slots(c.patches)
+  room = c.language_model.max_length - kind.layout.slots(c.written_patches)
   if args.prompt_tokens > room:
     raise UserError(
       f"--prompt_tokens={args.prompt_tokens} must be at most {room}, which a picture's {c.language_model.max_length - room} "

@@ -18,15 +18,17 @@ from jflow.__main__ import main
 from jflow.data import images
 from jflow.data.held_out import held_out
 from jflow.data.pipeline import Pipeline
+from jflow.data.records import Record
 from jflow.data.store import prepare
 from jflow.data.store.prepared import PreparedSource
 from jflow.data.tokenizer import Tokenizer
 from jflow.evaluation import losses, runner
 from jflow.evaluation.benchmarks.records import words_shared
 from jflow.evaluation.settings import Settings
-from jflow.evaluation.tasks import Question
+from jflow.evaluation.tasks import Loss, Question
 from jflow.inference.pipeline import prepare_image
 from jflow.interop import native, remote
+from jflow.models.config import ModelConfig
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,21 @@ def test_the_model_sees_what_training_shows_and_what_is_too_long_is_left_out(tin
   for task, picture in zip(asked, pictures, strict=True):
     want = images.for_understanding(picture, 16)
     np.testing.assert_array_equal(prepare_image(task.images()[0], 16), want)
+
+
+def test_a_picture_to_write_has_the_patches_of_the_writers_grid(tiny_checkpoint, tmp_path):
+  """Also where SigLIP's grid is another one: 25 patches are read here, and 16 written."""
+  settings = Settings(benchmark="records", checkpoint=tiny_checkpoint, output=tmp_path, data=tmp_path)
+  opened = runner.Checkpoint(settings)
+  tower = tiny.DICT["understanding_encoder"] | dict(patch_size=3)
+  config = ModelConfig.from_dict(tiny.DICT | dict(objectives={}, understanding_encoder=tower))
+  found = opened.described()._replace(config=config)
+  image = np.zeros((16, 16, 3), np.uint8)
+  record = lambda: Record("a", (image,), "a red ring", ())
+  for name, patches in (("generation", config.written_patches), ("understanding", config.patches)):
+    (made,) = losses.pieces(found, Loss("loss/0", record, name, 0), opened.run)
+    words = losses.pieces(opened.described(), Loss("loss/0", record, name, 0), opened.run)[0]
+    assert len(made.tokens) - len(words.tokens) == patches - tiny.CONFIG.patches
 
 
 def test_a_text_longer_than_the_context_is_read_in_pieces(tiny_checkpoint, tmp_path):
