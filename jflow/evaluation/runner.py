@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jflow import checks
-from jflow.data import templates
 from jflow.errors import UserError
 from jflow.evaluation import benchmarks, report
 from jflow.evaluation.benchmark import FLAGS, Benchmark, GenerationBenchmark
@@ -22,7 +21,7 @@ from jflow.evaluation.tasks import Generation, Loss, Question, RoundTrip, Task
 from jflow.generation import base
 from jflow.generation.base import Family
 from jflow.inference import loading
-from jflow.interop import adapters, checkpoints, transfer
+from jflow.interop import adapters, checkpoints
 from jflow.progress import Progress
 
 
@@ -31,6 +30,7 @@ class Checkpoint:
 
   def __init__(self, settings: Settings):
     self._settings, self._models = settings, {}
+    self._opened = {name: getattr(settings, name) for name in ("vae", "weights", "template", "adapter")}
 
   @functools.cached_property
   def directory(self) -> pathlib.Path:
@@ -56,21 +56,7 @@ class Checkpoint:
 
   def described(self) -> checkpoints.Described:
     """The checkpoint with its tokenizer, template and adapter, its weights not yet read."""
-    settings = self._settings
-    found = checkpoints.describe(self.directory, vae=settings.vae, weights=settings.weights, tokenizer=True)
-    if (adapter := self.adapter) is not None:
-      found = found._replace(template=adapters.template_of(adapter, found))
-    if settings.template:
-      templates.check(settings.template, found.tokenizer)
-      found = found._replace(template=settings.template)
-    if adapter is None:
-      return found
-
-    def merged() -> Any:
-      params = found.read_params()
-      return transfer.nest(transfer.flatten(params) | adapters.changed(params, found.config, adapter))
-
-    return found._replace(read_params=merged)
+    return loading.described(self.directory, **self._opened)
 
   @property
   def family(self) -> Family:
@@ -93,8 +79,7 @@ class Checkpoint:
     """The pipeline in a compute dtype."""
     if dtype not in self._models:
       self.use_cache()
-      same = {name: getattr(self._settings, name) for name in ("vae", "weights", "template", "adapter")}
-      self._models[dtype] = loading.load(self.directory, dtype=dtype, **same)
+      self._models[dtype] = loading.load(self.directory, dtype=dtype, **self._opened)
     return self._models[dtype]
 
 

@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jflow.errors import UserError
 from jflow.inference.pipeline import Pipeline
 from jflow.interop import adapters as adapter_folders
 from jflow.interop import transfer
-from jflow.interop.checkpoints import describe
+from jflow.interop.checkpoints import Described, describe
 from jflow.models.unified import UnifiedModel, cast_for_inference
 
 
@@ -41,9 +42,11 @@ def load(
   Raises:
     UserError: a file is missing or wrong, in one line.
   """
-  given = {} if adapter is None else {"": adapter}
-  base, own = _load(path, vae, dtype, weights, template, given, with_base=adapter is None)
-  return own[""] if base is None else base
+  _check(dtype)
+  found = described(path, vae=vae, weights=weights, template=template, adapter=adapter)
+  compute, params = jnp.dtype(dtype or usual_dtype()), found.read_params()
+  cast_for_inference(params, compute)
+  return Pipeline(_model(found, compute), params, found.tokenizer, found.template, found.has_vae)
 
 
 def load_with_adapters(
@@ -67,22 +70,36 @@ def load_with_adapters(
   Raises:
     UserError: see `load`.
   """
-  base, own = _load(path, vae, dtype, weights, template, adapters, with_base=True)
-  assert base is not None
-  return base, own
+  _check(dtype)
+  found = described(path, vae=vae, weights=weights, template=template)
+  given = {name: adapter_folders.describe(folder, found.config) for name, folder in adapters.items()}
+  usual = {name: adapter_folders.template_of(adapter, found) for name, adapter in given.items()}
+  compute = jnp.dtype(dtype or usual_dtype())
+  model, params, changed = _model(found, compute), found.read_params(), {}
+  for name, adapter in given.items():  # from the numbers of the files, before they are cast
+    nested = transfer.nest(adapter_folders.changed(params, found.config, adapter))
+    cast_for_inference(nested, compute)
+    changed[name] = transfer.flatten(nested)
+  cast_for_inference(params, compute)
+  base, flat = Pipeline(model, params, found.tokenizer, found.template, found.has_vae), transfer.flatten(params)
+  opened = lambda name, own: Pipeline(
+    model, transfer.nest(flat | own), found.tokenizer, template or usual[name], found.has_vae, beside=base
+  )
+  return base, {name: opened(name, own) for name, own in changed.items()}
 
 
-def _load(
+def described(
   path: str | pathlib.Path,
-  vae: str | pathlib.Path | None,
-  dtype: str | None,
-  weights: str,
-  template: str | None,
-  adapters: Mapping[str, str | pathlib.Path],
-  with_base: bool,
-) -> tuple[Pipeline | None, dict[str, Pipeline]]:
-  if dtype not in (None, "float32", "bfloat16"):
-    raise UserError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
+  *,
+  vae: str | pathlib.Path | None = None,
+  weights: str = "ema",
+  template: str | None = None,
+  adapter: str | pathlib.Path | None = None,
+) -> Described:
+  """A checkpoint with its tokenizer and the template of its turns, whose weights, not yet read, have the adapter merged.
+
+  Arguments and errors as of `load`.
+  """
   if weights not in ("ema", "raw"):
     raise UserError(f"weights={weights!r} must be 'ema' or 'raw'")
   if template is not None:
@@ -90,22 +107,25 @@ def _load(
   found = describe(path, vae=vae, weights=weights, tokenizer=True)
   if template is not None:
     templates.check(template, found.tokenizer)
-  described = {name: adapter_folders.describe(folder, found.config) for name, folder in adapters.items()}
-  own = {name: adapter_folders.template_of(adapter, found) for name, adapter in described.items()}
-  compute = jnp.dtype(dtype or usual_dtype())
-  model = UnifiedModel(found.config, compute, remat="none", unroll=1, attention="xla")
-  params, changed = found.read_params(), {}
-  for name, adapter in described.items():  # from the numbers of the files, before they are cast
-    nested = transfer.nest(adapter_folders.changed(params, found.config, adapter))
-    cast_for_inference(nested, compute)
-    changed[name] = transfer.flatten(nested)
-  cast_for_inference(params, compute)
-  opened = lambda params, usual, beside: Pipeline(
-    model, params, found.tokenizer, template or usual, found.has_vae, beside=beside
-  )
-  base = opened(params, found.template, None) if with_base else None
-  flat = transfer.flatten(params)
-  return base, {name: opened(transfer.nest(flat | new), own[name], base) for name, new in changed.items()}
+  if adapter is None:
+    return found._replace(template=template or found.template)
+  beside = adapter_folders.describe(adapter, found.config)
+  usual = adapter_folders.template_of(beside, found)
+
+  def merged() -> dict[str, Any]:
+    params = found.read_params()
+    return transfer.nest(transfer.flatten(params) | adapter_folders.changed(params, found.config, beside))
+
+  return found._replace(template=template or usual, read_params=merged)
+
+
+def _check(dtype: str | None) -> None:
+  if dtype not in (None, "float32", "bfloat16"):
+    raise UserError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
+
+
+def _model(found: Described, compute: Any) -> UnifiedModel:
+  return UnifiedModel(found.config, compute, remat="none", unroll=1, attention="xla")
 
 
 def usual_dtype() -> str:
