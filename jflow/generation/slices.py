@@ -1,6 +1,6 @@
 """Decoding of many images a few at a time, since the activations of an autoencoder are wider than its images."""
 
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,10 @@ def at_once(image_size: int) -> int:
   return max(1, _PIXELS // image_size**2)
 
 
-def decoded(decode: Callable[[jax.Array], jax.Array], written: jax.Array, most: int) -> jax.Array:
-  """Images of latents or codes [I, ...], at most `most` at a time."""
-  n = len(written)
+def decoded(model: Any, params: Any, written: jax.Array, most: int = 0) -> jax.Array:
+  """Images of latents or codes [I, ...] by the model's writer, at most `most` at a time; 0: as `at_once` says."""
+  decode = lambda part: model.bind({"params": params}).writer.decode(part)
+  n, most = len(written), most or at_once(model.config.image_size)
   if n <= most:
     return decode(written)
   cut = n - n % most

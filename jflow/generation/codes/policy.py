@@ -55,8 +55,7 @@ class CodesPolicy:
 
   def decode(self, params: Any, latents: jax.Array) -> jax.Array:
     """See `generation.base.Policy.decode`."""
-    whole = lambda codes: self._model.bind({"params": params}).writer.decode(codes)
-    return slices.decoded(whole, latents, slices.at_once(self._model.config.image_size))
+    return slices.decoded(self._model, params, latents)
 
   def compare(self, params: Any, reference: Any, tokens_IS: jax.Array, lengths_I: jax.Array, drawn: Drawn) -> Compared:
     """See `generation.base.Policy.compare`; the divergence is the exact sum over the codebook."""

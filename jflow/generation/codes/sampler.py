@@ -256,4 +256,4 @@ def encode(model: UnifiedModel, params: Any, pixels_IHW3: jax.Array) -> jax.Arra
 @bounded(most=6)
 def decode(model: UnifiedModel, params: Any, codes_IP: jax.Array, *, most: int) -> jax.Array:
   """Codes -> f32[I, H, W, 3], by the tokenizer's decoder on at most `most` images at a time."""
-  return slices.decoded(lambda codes: model.bind({"params": params}).writer.decode(codes), codes_IP, most)
+  return slices.decoded(model, params, codes_IP, most)

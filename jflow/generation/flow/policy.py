@@ -64,8 +64,7 @@ class FlowPolicy:
 
   def decode(self, params: Any, latents: jax.Array) -> jax.Array:
     """See `generation.base.Policy.decode`."""
-    whole = lambda z: self._model.bind({"params": params}).writer.decode(z)
-    return slices.decoded(whole, latents, slices.at_once(self._model.config.image_size))
+    return slices.decoded(self._model, params, latents)
 
   def compare(self, params: Any, reference: Any, tokens_IS: jax.Array, lengths_I: jax.Array, drawn: Drawn) -> Compared:
     """See `generation.base.Policy.compare`. Of each step the state alone is kept for the backward pass."""

@@ -251,5 +251,4 @@ def encode(model: UnifiedModel, params: Any, pixels_NHW3: jax.Array) -> jax.Arra
 @bounded(most=6)
 def decode(model: UnifiedModel, params: Any, z_NhwC: jax.Array, *, at_once: int) -> jax.Array:
   """Scaled latents -> f32[I, H, W, 3], by the VAE on at most `at_once` images at a time."""
-  whole = lambda z: model.bind({"params": params}).writer.decode(z.astype(jnp.float32))
-  return slices.decoded(whole, z_NhwC, at_once)
+  return slices.decoded(model, params, z_NhwC.astype(jnp.float32), at_once)
