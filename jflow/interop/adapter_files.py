@@ -1,12 +1,12 @@
 """The two files of an adapter's folder, which jflow's layout and PEFT's have in common."""
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from jflow import files
 from jflow.errors import UserError
 from jflow.interop import remote, safetensors_io
 from jflow.progress import Progress
@@ -20,14 +20,9 @@ def is_adapter(directory: pathlib.Path) -> bool:
   return (directory / CONFIG).is_file()
 
 
-def write_json(path: pathlib.Path, body: Mapping[str, Any]) -> None:
-  """Writes a JSON object as a file of its own."""
-  path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-
-
 def save(directory: pathlib.Path, body: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
   """Writes an adapter's configuration and its tensors, in their order, to a folder, which must exist."""
-  write_json(directory / CONFIG, body)
+  files.write_json(directory / CONFIG, body)
   shapes = {name: (tuple(x.shape), x.dtype) for name, x in tensors.items()}
   size = sum(x.nbytes for x in tensors.values())
   with Progress(size / 2**20, 0, "writing the adapter", "MiB", delay=2) as progress:

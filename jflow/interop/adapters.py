@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jflow import files
 from jflow.data import templates
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
@@ -130,7 +131,7 @@ def export(source: pathlib.Path, weights: str, layout: str, directory: pathlib.P
       )
     pairs = {path: x for path, x in trained.items() if lora.is_adapter(path)}
     peft_layout.save(directory, config, pairs, rank, alpha)
-    adapter_files.write_json(directory / PEFT_BASE, {"fingerprint": base.fingerprint, "dtype": base.dtype} | told)
+    files.write_json(directory / PEFT_BASE, {"fingerprint": base.fingerprint, "dtype": base.dtype} | told)
     return
   tensors = {path: x for path, x in sorted(trained.items()) if lora.is_adapter(path)} | dict(sorted(whole.items()))
   body = {
