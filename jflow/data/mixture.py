@@ -50,6 +50,11 @@ def without_empty(schedule: Schedule, listed: SourcesConfig) -> tuple[list[str],
   return notes, left
 
 
+def drawn(schedule: Schedule) -> list[bool]:
+  """Which of the three types a schedule gives rows; an empty one gives them to all."""
+  return [not schedule or any(row[i] for _, row in schedule) for i in range(len(TASKS))]
+
+
 def told(schedule: Schedule) -> str:
   """Describes the shares of a schedule, as "understanding 30 : generation 70, from step 100 on generation 1"."""
   parts = []

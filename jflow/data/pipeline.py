@@ -62,8 +62,8 @@ class Pipeline:
     if config.mixture:
       mixture.StepPlan(config.mixture, batch_size, 1)  # checks it
     self.notes, schedule = mixture.without_empty(config.mixture, config.sources)
-    used = [not schedule or any(weights[i] > 0 for _, weights in schedule) for i in range(len(TASKS))]
-    self._weights = [[w for _, w in getattr(config.sources, task)] if used[i] else [] for i, task in enumerate(TASKS)]
+    used = zip(TASKS, mixture.drawn(schedule), strict=True)
+    self._weights = [[w for _, w in getattr(config.sources, task)] if drawn else [] for task, drawn in used]
     self._interleaves = [
       mixture.Interleave(weights, mixture.seed_of_part(seed, i)) if weights else None
       for i, weights in enumerate(self._weights)

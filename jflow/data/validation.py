@@ -41,8 +41,8 @@ class HeldOut:
     plain = dataclasses.replace(config, first_sentence=0.0, prompt_drop=0.0)
     self.sources = [
       rows
-      for i, task in enumerate(TASKS)
-      if not schedule or any(weights[i] for _, weights in schedule)
+      for task, drawn in zip(TASKS, mixture.drawn(schedule), strict=True)
+      if drawn
       for rows in open_rows(plain, task, tokenizer, row_shape, seed, held_out.VALIDATION)
     ]
     # Row i of n of a source stands at (i + 1/2) / n of all rows, so that every batch holds the types by their shares.
