@@ -5,7 +5,8 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 
@@ -79,3 +80,16 @@ def said(what: str, patience: float = _PATIENCE) -> Iterator[None]:
       timer.cancel()
     if begun:
       progress.say(f"{done} {what} after {time.monotonic() - started:.0f} s")
+
+
+def told(what: str, program: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns a jitted function of one shape whose first call, which compiles it, is reported as by `said`."""
+  called = False
+
+  def run(*args: Any) -> Any:
+    nonlocal called
+    with contextlib.nullcontext() if called else said(what):
+      called = True
+      return program(*args)
+
+  return run

@@ -22,6 +22,11 @@ class RlConfig(Section):
   beta: float = field(number(above=0.0), before=1.0)
   explore: dict = field(number(), before={})
 
+  @property
+  def refers(self) -> bool:
+    """Whether the objective compares with the parameters of step 0."""
+    return self.method == "dpo" or bool(self.method and self.kl)
+
 
 @constraint("rl.group")
 def _groups_fill_a_batch(c: RunConfig) -> str:
@@ -88,6 +93,5 @@ def _no_memory_is_checked(c: RunConfig) -> str:
 
 @constraint("optimizer.trained")
 def _the_reference_stays(c: RunConfig) -> str:
-  refers = c.rl.method == "dpo" or c.rl.method == "grpo" and c.rl.kl
-  fits = not (refers and c.lora.rank and c.optimizer.trained)
+  fits = not (c.rl.refers and c.lora.rank and c.optimizer.trained)
   return "" if fits else "must be () with adapters and a reference, which is the base without them (or rl.kl=0 of grpo)"

@@ -5,7 +5,6 @@ uint8, and scores pass the host. What a step draws is a function of train.seed a
 bit wherever its rewards do. Each process scores the pictures of its own devices.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,7 +61,8 @@ class Reinforced:
       donate_argnums=0,
       compiler_options=options,
     )
-    draws, updates = told("the drawing of pictures", sample), told("the update", update)
+    draws = compilation.told("the drawing of pictures", sample)
+    updates = compilation.told("the update", update)
     texts, about = zip(*self._read, strict=True)
 
     def step(state: TrainState, asked: prompts.Asked) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -103,7 +103,7 @@ class Preferred:
       donate_argnums=0,
       compiler_options=options,
     )
-    return told("the update", update)
+    return compilation.told("the update", update)
 
 
 _METHODS = {"grpo": Reinforced, "dpo": Preferred}
@@ -152,7 +152,7 @@ def make_update(
     rewards_I = scores @ weights
     advantages = grpo.advantages(rewards_I, own.group, own.advantage)
     count = len(rewards_I) // own.updates
-    reference = reference_of(state) if own.kl else None
+    reference = reference_of(state) if own.refers else None
 
     def loss_fn(trained: Any, asked: prompts.Asked, drawn: Any, advantages: jax.Array) -> tuple[Any, grpo.Objective]:
       params = merge(trained, state.frozen)
@@ -216,19 +216,6 @@ def reference_of(state: TrainState) -> Any:
     return jax.lax.stop_gradient(merge(state.reference, state.frozen))
   flat = flatten_dict(merge(state.trained, state.frozen), sep="/")
   return jax.lax.stop_gradient(unflatten_dict({p: x for p, x in flat.items() if not lora.is_adapter(p)}, sep="/"))
-
-
-def told(what: str, program: Callable[..., Any]) -> Callable[..., Any]:
-  """A program whose first call says on stderr that it compiles."""
-  called = False
-
-  def run(*args: Any) -> Any:
-    nonlocal called
-    with contextlib.nullcontext() if called else compilation.said(what):
-      called = True
-      return program(*args)
-
-  return run
 
 
 def local(x: jax.Array) -> np.ndarray:

@@ -169,12 +169,12 @@ def _train(
     step = program.step
     over = int(state.step) >= config.train.steps or best.is_over(state.best, config.train.early_stop)
     if not method and not over:
-      batch, given, micro = abstract_batch(config, model, mesh), config.compute.memory_gib, config.train.accumulation
+      batch, limit, micro = abstract_batch(config, model, mesh), config.compute.memory_gib, config.train.accumulation
       auto = model.remat == remat.AUTO
-      first = remat.earlier(workdir, model, mesh, micro, given) if auto else 0
-      fitted = remat.fit_or_refuse(model, mesh, make, batch, micro, given, first)
+      first = remat.earlier(workdir, model, mesh, micro, limit) if auto else 0
+      fitted = remat.fit_or_refuse(model, mesh, make, batch, micro, limit, first)
       if auto:
-        remat.remember(workdir, fitted.model, mesh, micro, given)
+        remat.remember(workdir, fitted.model, mesh, micro, limit)
       step = fitted.compiled
     run(state, step)
 
@@ -212,8 +212,7 @@ class _Run:
   def judged(self, state: TrainState) -> TrainState:
     """The state with the losses of held-out records at its step, which a signal came before; metrics get them, too."""
     step = int(state.step)
-    with compilation.said("the loss of held-out records"):
-      state, found = cast("Validation", self._validation)(state)
+    state, found = cast("Validation", self._validation)(state)
     if self._record:
       resumed(self._workdir, step).close()
       amend(self._workdir, step, {name: number(value) for name, value in jax.device_get(found).items()})
@@ -250,8 +249,7 @@ class _Run:
     trace = Trace(self._config.profile, self._workdir / "profile")
     try:
       if not first and self._validation:
-        with compilation.said("the loss of held-out records"):
-          loss = float(self._validation(state)[1]["val_loss"])
+        loss = float(self._validation(state)[1]["val_loss"])
         hosts.say(f"held-out records have the loss {loss:.4f} before the first step")
       batches = self._on_device(self._pipeline.batches(first, last))
       for step, (batch, info) in enumerate(batches, start=first + 1):
@@ -383,9 +381,8 @@ class _Run:
       self._record.steps(step, now=True)
     self._watchdog.beat(f"step {step}", slow=True)
     began = time.monotonic()
-    with compilation.said("the loss of held-out records"):
-      state, found = validation(state, lambda: hosts.any_of(bool(stop.signum)))
-      pending["device"] |= jax.device_get(found)
+    state, found = validation(state, lambda: hosts.any_of(bool(stop.signum)))
+    pending["device"] |= jax.device_get(found)
     self._clock += time.monotonic() - began  # the step itself was as fast as ever
     if self._record:
       self._record.mark("validate", step)

@@ -74,9 +74,8 @@ def make_program(
         raise refusal("optimizer.trained", config.optimizer.trained, what)
     optim.rate_factors(flatten_dict(trained, sep="/"), config.optimizer.rates)
     validated = bool(config.data.validation)
-    return TrainState.create(
-      trained, frozen, optimizer, spike_window, bool(train.ema), validated, referred=_referred(config)
-    )
+    referred = config.rl.refers and not config.lora.rank  # adapters have their base as reference
+    return TrainState.create(trained, frozen, optimizer, spike_window, bool(train.ema), validated, referred)
 
   boxed = jax.eval_shape(lambda: state_of(setup.initial_params(config, model)))
   where = sharding.shardings(mesh, boxed)
@@ -95,11 +94,6 @@ def make_program(
     )
   )
   return Program(step, jax.tree.map(shaped, sharding.unbox(boxed), where), where, state_of, model)
-
-
-def _referred(config: RunConfig) -> bool:
-  """Whether the state holds the trained parameters of step 0; adapters have their base as reference."""
-  return bool(config.rl.method == "dpo" or config.rl.method and config.rl.kl) and not config.lora.rank
 
 
 def check_memory(program: Program, mesh: jax.sharding.Mesh) -> None:

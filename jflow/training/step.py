@@ -33,6 +33,11 @@ def loss_sums(
   return sums
 
 
+def wanted_losses(objective: ObjectiveConfig) -> tuple[str, ...]:
+  """The names of the losses that a run weighs or logs."""
+  return tuple(dict.fromkeys((*(name for name, weight in objective.weights.items() if weight), *objective.logged)))
+
+
 def make_loss(model: UnifiedModel, objective: ObjectiveConfig) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
   """Builds loss(params, batch, key) -> (loss, {name: its part}), pure, to be differentiated by its first argument.
 
@@ -49,7 +54,7 @@ def make_loss(model: UnifiedModel, objective: ObjectiveConfig) -> Callable[..., 
 def _weighed(model: UnifiedModel, objective: ObjectiveConfig) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
   """Builds loss(params, rows, draws, counts) -> (loss, parts); `counts` are those of the global batch."""
   weights = {name: weight for name, weight in objective.weights.items() if weight}
-  wanted = tuple(dict.fromkeys((*weights, *objective.logged)))
+  wanted = wanted_losses(objective)
 
   def loss(params: Any, rows: Batch, draws: Any, counts: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
     sums = loss_sums(model, params, rows, draws, wanted)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jflow import sharding
+from jflow import compilation, sharding
 from jflow.batch import Batch
 from jflow.config import RunConfig
 from jflow.data.validation import HeldOut
@@ -22,7 +22,7 @@ from jflow.models.unified import UnifiedModel, loss_counts
 from jflow.training import hosts
 from jflow.training.optim import merge
 from jflow.training.state import TrainState
-from jflow.training.step import draw, loss_sums
+from jflow.training.step import cut, draw, loss_sums, wanted_losses
 
 _STREAM = 2**31 - 1  # a step that no run reaches: its random numbers are validation's
 _MOST_DRAWS = 8
@@ -30,22 +30,16 @@ _NAMED = 20  # records left out that a process names on stderr; the others are o
 Totals = dict[str, tuple[jax.Array, jax.Array]]  # loss -> (sum, count) so far
 
 
-def wanted_losses(config: RunConfig) -> tuple[str, ...]:
-  """The names of the losses that a run weighs or logs."""
-  return tuple(dict.fromkeys((*(n for n, w in config.objective.weights.items() if w), *config.objective.logged)))
-
-
 def add_batch(model: UnifiedModel, config: RunConfig) -> Callable[..., Totals]:
   """Builds add(totals, averaged, frozen, batch, number) -> totals with the losses of a batch; `number` seeds its draws.
 
   A batch is cut into the microbatches of a step, after its draws, which do not depend on them.
   """
-  wanted, micro = wanted_losses(config), config.train.accumulation
+  wanted, micro = wanted_losses(config.objective), config.train.accumulation
 
   def add(totals: Totals, averaged: Any, frozen: Any, batch: Batch, number: jax.Array) -> Totals:
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.train.seed), _STREAM), number)
     draws, params = draw(model, key, batch, config.objective), merge(averaged, frozen)
-    cut = lambda x: x.reshape(x.shape[0] // micro, micro, *x.shape[1:]).swapaxes(0, 1)
 
     def body(sums: Any, part: Any) -> tuple[Any, None]:
       found = loss_sums(model, params, part[0], part[1], wanted)
@@ -55,7 +49,7 @@ def add_batch(model: UnifiedModel, config: RunConfig) -> Callable[..., Totals]:
     if micro == 1:
       sums, _ = body(zero, (batch, draws))
     else:
-      sums, _ = jax.lax.scan(body, zero, jax.tree.map(cut, (batch, draws)))
+      sums, _ = jax.lax.scan(body, zero, cut((batch, draws), micro))
     counts = loss_counts(model.config, batch)
     none = lambda name: (counts[name] == 1) & (sums[name] == 0)  # a batch without a term counts as 1, too
     return {
@@ -103,8 +97,11 @@ class Validation:
     self._draws = max(1, min(_MOST_DRAWS, config.data.validation_rows // data.rows)) if draws else 1
     whole = sharding.replicated(mesh)
     nothing = jnp.zeros((), jnp.float32)
-    self._zero = jax.jit(lambda: dict.fromkeys(wanted_losses(config), (nothing, nothing)), out_shardings=whole)
-    self._add = jax.jit(add_batch(model, config), out_shardings=whole)
+    self._zero = jax.jit(
+      lambda: dict.fromkeys(wanted_losses(config.objective), (nothing, nothing)), out_shardings=whole
+    )
+    add = jax.jit(add_batch(model, config), out_shardings=whole)
+    self._add = compilation.told("the loss of held-out records", add)
 
     def judge(totals: Totals, best: Any, step: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
       found = losses(totals, config)
