@@ -34,6 +34,7 @@ class Benchmark(abc.ABC):
     where: what to download and where to put it.
     section: of JanusFlow's paper with its scores.
     paper: way to write images -> score -> {size or model: value}; of the papers of JanusFlow (flow) and Janus (codes).
+    goals: score -> value to reach.
     flags: those of FLAGS that it takes.
     split: of the data, unless --split names another.
     settings: of this evaluation.
@@ -47,6 +48,7 @@ class Benchmark(abc.ABC):
   where: ClassVar[str] = ""
   section: ClassVar[str] = ""
   paper: ClassVar[Mapping[str, Mapping[str, Mapping[str, float]]]] = {}
+  goals: ClassVar[Mapping[str, float]] = {}
   flags: ClassVar[frozenset[str]] = frozenset({"data"})
   split: ClassVar[str] = ""
   writes: str = "flow"

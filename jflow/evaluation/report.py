@@ -1,10 +1,7 @@
 """report.json and report.html: scores beside the paper's, with all settings needed to reproduce them."""
 
-import base64
 import datetime
 import hashlib
-import html
-import io
 import json
 import pathlib
 import platform
@@ -17,28 +14,11 @@ from PIL import Image
 from jflow import outputs
 from jflow.commit import commit
 from jflow.errors import UserError
+from jflow.evaluation.page import Shown, digits, page
 from jflow.evaluation.samples import object_in
 from jflow.evaluation.scores import Score
 
 _PACKAGES = ("jax", "flax", "numpy", "pillow", "scipy")
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --faint: #888; --bar: #3b7dd8; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-.what, .faint, footer { color: var(--faint); }
-table { border-collapse: collapse; width: 100%; } th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); }
-th { text-align: left; font-weight: 600; } td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-img { max-width: 100%; border: 1px solid var(--line); } code { font-size: .9em; overflow-wrap: anywhere; }
-li { white-space: pre-wrap; overflow-wrap: anywhere; } td:first-child { white-space: nowrap; } td.s { white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; } .wrap { overflow-x: auto; }
-"""
-
-
-class Shown(NamedTuple):
-  """A table of samples on the page, as of answers beside the truth."""
-
-  title: str
-  heads: Sequence[str]
-  rows: Sequence[Sequence[str | Image.Image]]
 
 
 class Result(NamedTuple):
@@ -58,6 +38,7 @@ def write(
   result: Result,
   paper: Mapping[str, Mapping[str, float]],
   settings: Mapping[str, Any],
+  goals: Mapping[str, float] = {},
 ) -> dict[str, Any]:
   """Writes report.json, report.html and the sheets, and returns the content of report.json.
 
@@ -68,6 +49,7 @@ def write(
     result: scores and pictures.
     paper: score -> {size or model: value}, where the paper has it.
     settings: of the predictions, the checkpoint's fingerprint among them.
+    goals: score -> value to reach, where the benchmark has one.
 
   Raises:
     Stopped: the directory cannot be written.
@@ -77,6 +59,8 @@ def write(
     scores[name] = {key: value for key, value in score._asdict().items() if value is not None}
     if name in paper:
       scores[name]["paper"] = dict(paper[name])
+    if name in goals:
+      scores[name]["goal"] = goals[name]
   body = {
     "benchmark": benchmark,
     "scores": scores,
@@ -92,7 +76,7 @@ def write(
     with outputs.new_file(directory / f"{_file_name(title)}.png") as new:
       sheet.save(new, "PNG")
   outputs.replace(directory / "report.json", json.dumps(body, indent=1, ensure_ascii=False) + "\n")
-  outputs.replace(directory / "report.html", _page(body, what, result.pictures, result.shown))
+  outputs.replace(directory / "report.html", page(body, what, result.pictures, result.shown))
   return body
 
 
@@ -130,14 +114,15 @@ def table(body: Mapping[str, Any]) -> str:
   lines = []
   for name in names:
     score = body["scores"][name]
-    cells = [f"{name:{width}}  {_digits(score['value']):>9}"]
+    cells = [f"{name:{width}}  {digits(score['value']):>9}"]
     if "low" in score:
-      cells.append(f"[{_digits(score['low'])}, {_digits(score['high'])}]")
+      cells.append(f"[{digits(score['low'])}, {digits(score['high'])}]")
     if "chance" in score:
-      cells.append(f"chance {_digits(score['chance'])}")
-    cells += [f"{label} {_digits(value)}" for label, value in score.get("beside", {}).items()]
+      cells.append(f"chance {digits(score['chance'])}")
+    cells += [f"goal {digits(score['goal'])}"] if "goal" in score else []
+    cells += [f"{label} {digits(value)}" for label, value in score.get("beside", {}).items()]
     if "paper" in score:
-      cells.append("paper " + ", ".join(f"{size}: {_digits(value)}" for size, value in score["paper"].items()))
+      cells.append("paper " + ", ".join(f"{size}: {digits(value)}" for size, value in score["paper"].items()))
     lines.append("  ".join(cells))
   return "\n".join(lines)
 
@@ -195,91 +180,9 @@ def _add(total: Any, paths: Sequence[pathlib.Path]) -> Any:
   return total
 
 
-def _page(
-  body: Mapping[str, Any], what: str, pictures: Sequence[tuple[str, Image.Image]], shown: Sequence[Shown]
-) -> str:
-  groups: dict[str, dict[str, Any]] = {}
-  for name, score in body["scores"].items():
-    group, _, label = name.rpartition(": ")
-    groups.setdefault(group, {})[label] = score
-  tables = "".join(_table(group, scores) for group, scores in groups.items())
-  settings = "".join(
-    f"<tr><td>{html.escape(name)}</td><td><code>{html.escape(_plain(value))}</code></td></tr>"
-    for name, value in {
-      **body["settings"],
-      "commit": body["commit"],
-      **body["versions"],
-      "date": body["date"],
-    }.items()
-  )
-  sheets = "".join(
-    f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="{_data_uri(sheet)}">'
-    for title, sheet in pictures
-  )
-  notes = "".join(f"<li>{html.escape(note)}</li>" for note in body["notes"])
-  return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>jflow: {html.escape(body["benchmark"])}</title><style>{_STYLE}</style>
-<h1>{html.escape(body["benchmark"])}</h1><p class="what">{html.escape(what)}</p>
-{tables}
-{f"<h2>Notes</h2><ul>{notes}</ul>" if notes else ""}{"".join(map(_samples, shown))}{sheets}
-<h2>Settings</h2><div class="wrap"><table>{settings}</table></div>
-</html>
-"""
-
-
-def _samples(shown: Shown) -> str:
-  """The HTML table of samples."""
-  cell = lambda x: f'<img alt="" src="{_data_uri(x)}">' if isinstance(x, Image.Image) else html.escape(x)
-  row = lambda cells: "<tr>" + "".join(f'<td class="s">{cell(x)}</td>' for x in cells) + "</tr>"
-  head = "<tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in shown.heads) + "</tr>"
-  return (
-    f'<h2>{html.escape(shown.title)}</h2><div class="wrap"><table>{head}{"".join(map(row, shown.rows))}</table></div>'
-  )
-
-
-def _table(group: str, scores: Mapping[str, Mapping[str, Any]]) -> str:
-  """The HTML table of one group of scores, with the columns that any of them fills."""
-  sizes = list(dict.fromkeys(size for score in scores.values() for size in score.get("paper", {})))
-  beside = list(dict.fromkeys(label for score in scores.values() for label in score.get("beside", {})))
-  chance = any("chance" in score for score in scores.values())
-  head = ["Score", "Value", "95 % interval", *(["Chance"] if chance else [])]
-  head += [label[0].upper() + label[1:] for label in beside] + [f"Paper, {size}" for size in sizes] + ["Samples"]
-  rows = [head]
-  for label, score in scores.items():
-    interval = f"{_digits(score['low'])} to {_digits(score['high'])}" if "low" in score else ""
-    cells = [html.escape(label), f"<b>{_digits(score['value'])}</b>", interval]
-    cells += [_digits(score.get("chance"))] if chance else []
-    cells += [_digits(score.get("beside", {}).get(name)) for name in beside]
-    rows.append(cells + [_digits(score.get("paper", {}).get(size)) for size in sizes] + [str(score.get("count", ""))])
-  lines = []
-  for tag, cells in zip(["th"] + ["td"] * len(scores), rows):
-    first, *others = cells
-    lines.append(f"<tr><{tag}>{first}</{tag}>" + "".join(f'<{tag} class="n">{x}</{tag}>' for x in others) + "</tr>")
-  title = f"<h2>{html.escape(group[0].upper() + group[1:])}</h2>" if group else ""
-  return f'{title}<div class="wrap"><table>{"".join(lines)}</table></div>'
-
-
-def _digits(value: float | None) -> str:
-  """A number as text: three decimals below 2 (shares), else two."""
-  if value is None:
-    return ""
-  return f"{round(value, 3) + 0.0:.3f}" if abs(value) < 2 else f"{value:.2f}"  # + 0.0: no minus before a zero
-
-
 def _is_number(value: Any) -> bool:
   return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _plain(value: Any) -> str:
-  return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
 def _file_name(title: str) -> str:
   return "".join(c if c.isalnum() else "_" for c in title.lower())
-
-
-def _data_uri(image: Image.Image) -> str:
-  buffer = io.BytesIO()
-  image.save(buffer, "PNG", optimize=True)
-  return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -12,6 +12,7 @@ from jflow import checks
 from jflow.errors import UserError
 from jflow.evaluation import benchmarks, report
 from jflow.evaluation.benchmark import FLAGS, Benchmark, GenerationBenchmark
+from jflow.evaluation.page import verdict
 from jflow.evaluation.report import Result
 from jflow.evaluation.runs import Run, run_of
 from jflow.evaluation.samples import Samples, settings_in
@@ -83,12 +84,13 @@ class Checkpoint:
     return self._models[dtype]
 
 
-def evaluate(settings: Settings, checkpoint: Checkpoint | None = None) -> None:
+def evaluate(settings: Settings, checkpoint: Checkpoint | None = None, brief: bool = False) -> None:
   """Predicts the samples without a record, scores all, and writes and prints the report.
 
   Args:
     settings: of the evaluation.
     checkpoint: that of `settings`, if another evaluation has opened it already.
+    brief: print the verdict alone.
 
   Raises:
     UserError: a setting or the data is wrong, or the directory holds another evaluation.
@@ -115,9 +117,11 @@ def evaluate(settings: Settings, checkpoint: Checkpoint | None = None) -> None:
   keep = before and not result.scores
   changed = _changed(benchmark, checkpoint.family, chosen)
   body = before if keep else _write(benchmark, str(checkpoint.directory), identity, changed, result, before)
-  print(report.table(body))
-  for note in body["notes"]:
+  if not brief:
+    print(report.table(body))
+  for note in body["notes"] if not brief or not body["scores"] else ():
     print(note)
+  print(verdict(body["scores"]))
   print(f"report: {settings.output / 'report.html'} (and report.json)", file=sys.stderr)
 
 
@@ -287,4 +291,6 @@ def _write(
     if path is not None:
       more[name] = f"{path} (sha256 {report.hash_of([path])[:16]})"
   result = result._replace(notes=notes, scores=scores)
-  return report.write(settings.output, benchmark.name, benchmark.what, result, benchmark.reported, {**identity, **more})
+  return report.write(
+    settings.output, benchmark.name, benchmark.what, result, benchmark.reported, {**identity, **more}, benchmark.goals
+  )

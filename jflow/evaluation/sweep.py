@@ -61,7 +61,7 @@ def sweep(settings: Settings, grid: Mapping[str, Sequence[Any]]) -> None:
     points[*values.values()] = dataclasses.replace(one, sampling={**one.sampling, **values}, output=folder)
   for number, (point, one) in enumerate(points.items(), 1):
     print(f"{number}/{len(points)}: {_told(axes, point)}, in {one.output}", flush=True)
-    runner.evaluate(one, checkpoint)
+    runner.evaluate(one, checkpoint, brief=True)
   found, shared = reports(output, axes, list(points))
   names = plotted(found)
   if not names:

@@ -33,6 +33,7 @@ REFERENCE = 1500  # renders to compare pictures with, or ten per picture if that
 RULES = {"strict": judge.strict, "lenient": judge.lenient}
 CEILING = 60  # true pictures per category to encode and decode with the VAE
 FLOORS = 3  # sets of other renders, each as large as the set of generated pictures
+LEAST_FLOOR = 2  # pictures per feature, below which true pictures can be farther from each other than generated ones
 _SHOWN = 8  # successes and failures per category on a sheet
 
 
@@ -55,6 +56,15 @@ class WorldBenchmark(GenerationBenchmark):
   where = "made by jflow itself"
   flags = frozenset({"only", "sampling", "pictures"})
   pictures = 4
+  goals = {
+    "seen pictures: single_object": 0.95,
+    "seen pictures: colors": 0.9,
+    "seen pictures: counting": 0.7,
+    "seen pictures: position": 0.8,
+    "seen pictures: two_object": 0.8,
+    "seen pictures: color_attr": 0.7,
+    "seen questions: overall": 0.95,
+  }
 
   def __init__(self, settings: Settings):
     """Draws prompts and questions."""
@@ -138,7 +148,8 @@ class WorldBenchmark(GenerationBenchmark):
       "training and sees no picture; and what was right for the nearest picture of training.",
       "FD-tex (Gabor filters) sees noise and blur, FD-state (what the judge finds) sees content; neither is comparable "
       "with an FID. MMD: the unbiased kernel distance on the same features. Floor: what other renders of the same number "
-      f"give, mean, least and most of {FLOORS} sets; no less can be had. Other intervals: jackknife over prompts.",
+      f"give, mean, least and most of {FLOORS} sets; no less can be had, and fewer than {LEAST_FLOOR} pictures per "
+      "feature give none. Other intervals: jackknife over prompts.",
     ]
     return Result(out, notes, sheets)
 
@@ -221,9 +232,10 @@ def _distances(generated: Sequence[Generated], split: str, name: str, cache: pat
       return distances.frechet(b, a[np.concatenate([groups[i] for i in chosen])])
 
     out[f"{name} pictures: FD-{what}"] = scores.jackknife(of_prompts, groups)._replace(count=count)
-    out[f"{name} pictures: FD-{what}, floor"] = _spread([distances.frechet(b, x) for x in others], count)
     out[f"{name} pictures: MMD-{what}"] = Score(distances.kernel_distance(a, b), count=count)
-    out[f"{name} pictures: MMD-{what}, floor"] = _spread([distances.kernel_distance(x, b) for x in others], count)
+    if count >= LEAST_FLOOR * a.shape[1]:
+      out[f"{name} pictures: FD-{what}, floor"] = _spread([distances.frechet(b, x) for x in others], count)
+      out[f"{name} pictures: MMD-{what}, floor"] = _spread([distances.kernel_distance(x, b) for x in others], count)
   return out
 
 
@@ -262,7 +274,9 @@ def _sheets(generated: Sequence[Generated]) -> Iterator[tuple[str, Image.Image]]
       if part and part is not chosen[-1]:
         images += [Image.new("RGB", images[0].size, "white")] * blank
         captions += [""] * blank
-    yield f"{tag}, right above, wrong below", contact_sheet(images, captions, columns, side=112, lines=4)
+    above, below = map(len, chosen)
+    told = "right above, wrong below" if above and below else "all of them right" if above else "none of them right"
+    yield f"{tag}, {told}", contact_sheet(images, captions, columns, side=112, lines=4)
 
 
 def _question_scores(asked: Sequence[tuple[Any, Asked]], said: Sequence[str], name: str) -> dict[str, Score]:

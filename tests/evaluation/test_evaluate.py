@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import jflow
 from jflow import outputs
 from jflow.__main__ import main
 from jflow.errors import Stopped
-from jflow.evaluation import benchmarks, prompts, report, runner, sweep, tables, tasks
+from jflow.evaluation import benchmarks, page, prompts, report, runner, sweep, tables, tasks
 from jflow.evaluation.report import Result
 from jflow.evaluation.samples import Samples
 from jflow.evaluation.scores import Score
@@ -176,8 +177,8 @@ def test_a_reading_benchmark_from_file_to_report(tiny_checkpoint, data, tmp_path
   settings = body["settings"]
   assert len(settings["fingerprint"]) == 64 and settings["system"] == "" and settings["dtype"] == "float32"
   assert settings["prompt"].startswith("<image>\nQUESTION\nAnswer") and settings["max_tokens"] == 512
-  page = (output / "report.html").read_text()
-  assert "88.00" in page and body["settings"]["fingerprint"] in page and "http" not in page
+  text = (output / "report.html").read_text()
+  assert "88.00" in text and body["settings"]["fingerprint"] in text and "http" not in text
   assert "paper 384: 88.00" in capsys.readouterr().out
   before = (output / "records.jsonl").read_bytes()
   assert main(["evaluate", "--benchmark=pope", *flags]) == 0  # nothing is left to do
@@ -341,7 +342,7 @@ def test_every_picture_of_the_world_starts_from_noise_of_its_own(tmp_path):
 
 def test_true_pictures_and_true_answers_score_one(tmp_path):
   """Renders of what each prompt asks for, and the world's own answers, in the place of a model's."""
-  benchmark = shapes_benchmark(tmp_path, limit=24, pictures=1)
+  benchmark = shapes_benchmark(tmp_path, limit=48, pictures=1)
   records = {}
   rng = np.random.default_rng(0)
   for task in benchmark.tasks():
@@ -366,6 +367,7 @@ def test_true_pictures_and_true_answers_score_one(tmp_path):
     assert all(value < 0.8 for value in result.scores[f"{split} questions: overall"].beside.values())
     fd, floor = (result.scores[f"{split} pictures: FD-state{end}"] for end in ("", ", floor"))
     assert fd.value < 2 * floor.value and floor.low <= floor.value <= floor.high and fd.low < fd.value < fd.high
+    assert f"{split} pictures: FD-tex, floor" not in result.scores  # fewer pictures than features
   assert len(result.pictures) == 6 + 4
 
 
@@ -416,9 +418,9 @@ def test_answers_to_the_world_are_judged_by_kind():
 def test_a_report_escapes_what_it_shows_and_holds_its_pictures(tmp_path):
   result = Result({"a<b": Score(0.5, 0.4, 0.6, 10, 0.1)}, ["x & y"], [("Sheet", Image.new("RGB", (4, 4), "red"))])
   body = report.write(tmp_path, "n", "what", result, {"a<b": {"384": 0.7}}, {"prompt": "<script>"})
-  page = (tmp_path / "report.html").read_text()
-  assert "a&lt;b" in page and "x &amp; y" in page and "&lt;script&gt;" in page and "<script>" not in page
-  assert "data:image/png;base64," in page and (tmp_path / "sheet.png").is_file()
+  text = (tmp_path / "report.html").read_text()
+  assert "a&lt;b" in text and "x &amp; y" in text and "&lt;script&gt;" in text and "<script>" not in text
+  assert "data:image/png;base64," in text and (tmp_path / "sheet.png").is_file()
   assert body["scores"]["a<b"] == {
     "value": 0.5,
     "low": 0.4,
@@ -428,6 +430,33 @@ def test_a_report_escapes_what_it_shows_and_holds_its_pictures(tmp_path):
     "paper": {"384": 0.7},
   }
   assert "0.500  [0.400, 0.600]  chance 0.100  paper 384: 0.700" in report.table(body)
+
+
+def test_a_report_opens_with_a_verdict_and_bars_and_folds_the_numbers(tmp_path):
+  scores = {"seen: a": Score(0.5, 0.4, 0.6, 10), "seen: b": Score(0.9, 0.8, 0.95, 10), "overall": Score(0.7)}
+  goals = {"seen: a": 0.8, "seen: b": 0.9}
+  sheet, settings = ("Sheet", Image.new("RGB", (4, 4), "red")), {"checkpoint": "runs/mine"}
+  body = report.write(tmp_path, "n", "what", Result(scores, ["x"], [sheet]), {}, settings, goals)
+  assert [body["scores"][name].get("goal") for name in scores] == [0.8, 0.9, None]
+  text = (tmp_path / "report.html").read_text()
+  places = [text.index(x) for x in ("runs/mine", body["date"][:10], "1 of 2 goals", 'class="bars', "<img", "<table")]
+  assert places == sorted(places) and text.count('class="fill"') == 2 and "seen: a, 0.500 of 0.800" in text
+  assert "left:80.00%" in text and "left:40.00%;width:20.00%" in text  # the goal; the interval
+  before = [text[: found.start()] for found in re.finditer("<table", text)]
+  assert len(before) == 3 and all(part.count("<details") == part.count("</details") + 1 for part in before)
+
+
+@pytest.mark.parametrize(
+  ("scores", "said"),
+  [
+    ({}, "No scores yet"),
+    ({"FID": {"value": 9.8, "paper": {"384": 9.51}}, "x": {"value": 1.0}}, "FID 9.80, in the paper 9.51 (384)."),
+    ({"a": {"value": 0.1}, "a: overall": {"value": 0.5, "low": 0.4, "high": 0.6}}, "a: overall 0.500 [0.400, 0.600]."),
+    ({"a": {"value": 0.9, "goal": 0.9}}, "The goal is reached."),
+  ],
+)
+def test_the_verdict_compares_with_what_there_is(scores, said):
+  assert page.verdict(scores).startswith(said)
 
 
 def test_a_fingerprint_changes_with_weights_and_configuration(tiny_checkpoint, tmp_path):

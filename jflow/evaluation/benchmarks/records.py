@@ -17,7 +17,8 @@ from jflow.data.store.prepared import SUMMARY, PreparedSource, read_summary
 from jflow.errors import UserError
 from jflow.evaluation import answers, scores
 from jflow.evaluation.benchmark import GenerationBenchmark
-from jflow.evaluation.report import Result, Shown
+from jflow.evaluation.page import Shown
+from jflow.evaluation.report import Result
 from jflow.evaluation.samples import need_all
 from jflow.evaluation.scores import Score
 from jflow.evaluation.settings import Settings
