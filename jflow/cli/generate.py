@@ -87,6 +87,7 @@ def main(argv: list[str]) -> int:
   args = parser().parse_args(argv)
   prompts = read_prompts(args.prompt, args.prompts)
 
+  from jflow import png
   from jflow.generation.base import check_settings
   from jflow.inference.pipeline import check_prompts
   from jflow.inference.sheet import contact_sheet
@@ -106,15 +107,15 @@ def main(argv: list[str]) -> int:
   model = flags.open_model(args)
   chosen = model.settings(**given)
   images = _generate(model, prompts, chosen, call)
-  records = []
+  records, settings = [], {"checkpoint": str(args.checkpoint), **dataclasses.asdict(chosen)}
   sheet = args.output / _SHEET
   columns = args.num_images if args.num_images > 1 else min(6, len(images))
   with writing(args.output):
     for i, (name, image) in enumerate(zip(names, images, strict=True)):
+      prompt, seed = prompts[i // args.num_images], args.seed + i % args.num_images
       with files.output(args.output / name) as new:
-        image.save(new, "PNG")
-      prompt, j = prompts[i // args.num_images], i % args.num_images
-      records.append({"file": name, "prompt": prompt, "seed": args.seed + j})
+        png.save(image, new, prompt, {"seed": seed, **settings})
+      records.append({"file": name, "prompt": prompt, "seed": seed})
     with files.output(sheet) as new:
       contact_sheet(images, [r["prompt"] for r in records], columns).save(new, "PNG")
   if args.json:

@@ -5,7 +5,6 @@ import base64
 import contextlib
 import functools
 import hmac
-import io
 import json
 import logging
 import time
@@ -91,7 +90,7 @@ class Api:
     with self._engine.submit(work, wanted.model) as job:
       made = await _while_connected(request, _all(job, work.count))
     data = [
-      {"b64_json": await self._preparing.run(functools.partial(_png, x)), "seed": work.seed + x.index} for x in made
+      {"b64_json": await self._preparing.run(functools.partial(_base64, x)), "seed": work.seed + x.index} for x in made
     ]
     settings = {field.name: getattr(work.settings, field.name) for field in self._engine.pipeline.family.served}
     return Json({"created": int(time.time()), "model": wanted.model or self._name, **settings, "data": data})
@@ -236,11 +235,9 @@ async def _all(job: Job, count: int) -> list[Picture]:
   return sorted([await job.next() for _ in range(count)], key=lambda picture: picture.index)
 
 
-def _png(picture: Picture) -> str:
+def _base64(picture: Picture) -> str:
   """An image as base64 of a PNG file."""
-  out = io.BytesIO()
-  picture.image.save(out, "PNG")
-  return base64.b64encode(out.getvalue()).decode()
+  return base64.b64encode(picture.png()).decode()
 
 
 def _on_error(request: Request, error: ApiError) -> Response:

@@ -1,7 +1,6 @@
 """The page of `demo`: chat about pictures, and image generation. Needs nothing from the network."""
 
 import dataclasses
-import functools
 import html
 import io
 import pathlib
@@ -21,7 +20,6 @@ from jflow.inference.decoding import Request, Text
 from jflow.serving import prepare, schemas, theme
 from jflow.serving.engine import Engine
 from jflow.serving.front import Front
-from jflow.serving.jobs import Picture
 from jflow.serving.schemas import IMAGE_MARK, MAX_PICTURES, SEEDS, ApiError
 from jflow.serving.visitors import MAX_FILES, MAX_SESSIONS, File, Left, Session, Talk, Visitors
 
@@ -231,7 +229,7 @@ def _paint_tab(work: Work) -> None:
           yield still(f"Painting {task.count} …")
           while len(done) < task.count:
             picture = await session.while_here(job.next())
-            data = await work.preparing.run(functools.partial(_png, picture))
+            data = await work.preparing.run(picture.png)
             name = f"{stem}_seed{seed + picture.index}.png"
             files.append(await _kept(visitors, session, name, "image/png", data))
             done.append((files[-1].path, f"seed {seed + picture.index}"))
@@ -345,12 +343,6 @@ async def _kept(visitors: Visitors, session: Session, name: str, kind: str, data
   file = await visitors.keep(session.owner, name, kind, data)
   file.held = True
   return file
-
-
-def _png(picture: Picture) -> bytes:
-  out = io.BytesIO()
-  picture.image.save(out, "PNG")
-  return out.getvalue()
 
 
 def _zip(files: list[File]) -> bytes:

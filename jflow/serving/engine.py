@@ -332,7 +332,8 @@ class Engine:
     for (job, i), image in zip(batch.units, images):
       job.images += 1
       last = job.images == job.work.count
-      self._end(job, Picture(i, image)) if last else job.emit(Picture(i, image))
+      picture = Picture(i, image, job.work)
+      self._end(job, picture) if last else job.emit(picture)
 
   def _ready(self, batch: Batch) -> bool:
     """Whether a batch's programs are compiled; else it is set aside until they are."""

@@ -1,11 +1,14 @@
 """Jobs of the engine and their events."""
 
 import asyncio
+import dataclasses
+import io
 import time
 from typing import Any, NamedTuple
 
 from PIL import Image
 
+from jflow import png
 from jflow.inference.decoding import Request
 from jflow.serving.schemas import ApiError
 
@@ -22,6 +25,14 @@ class Picture(NamedTuple):
 
   index: int
   image: Image.Image
+  work: "Pictures"
+
+  def png(self) -> bytes:
+    """The picture as a PNG file that says how it was made."""
+    out = io.BytesIO()
+    told = {"seed": self.work.seed + self.index, **dataclasses.asdict(self.work.settings)}
+    png.save(self.image, out, self.work.prompt, told)
+    return out.getvalue()
 
 
 class Pictures(NamedTuple):

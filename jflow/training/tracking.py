@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from jflow import files
+from jflow import files, png
 from jflow.config import RunConfig
 
 
@@ -32,9 +32,9 @@ class TensorBoard:
   def pictures(self, step: int, prompts: Sequence[str], images: Sequence[Image.Image]) -> None:
     values = []
     for prompt, image in zip(prompts, images, strict=True):
-      png = io.BytesIO()
-      image.save(png, "PNG")
-      sized = dict(height=image.height, width=image.width, colorspace=3, encoded_image_string=png.getvalue())
+      out = io.BytesIO()
+      image.save(out, "PNG")
+      sized = dict(height=image.height, width=image.width, colorspace=3, encoded_image_string=out.getvalue())
       values.append(self._summary.Value(tag=f"samples/{prompt}", image=self._summary.Image(**sized)))
     self._add(step, values)
 
@@ -95,9 +95,9 @@ class Files:
 
   def pictures(self, step: int, prompts: Sequence[str], images: Sequence[Image.Image]) -> None:
     self._directory.mkdir(exist_ok=True)
-    for number, image in enumerate(images):
+    for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
       with files.replacing(self._directory / f"{step:08d}_{number}.png") as new:
-        image.save(new, "PNG")
+        png.save(image, new, prompt, {"step": step})
 
   def close(self) -> None:
     pass

@@ -179,6 +179,9 @@ def test_a_picture_is_that_of_its_prompt_and_seed_in_any_batch(served, model):
     for x, image in zip(data, want, strict=True):
       got = Image.open(io.BytesIO(base64.b64decode(x["b64_json"])))
       assert np.abs(np.asarray(got).astype(int) - np.asarray(image)).max() <= 1
+      told = json.loads(got.text["jflow"])
+      assert got.text["Description"] == told["prompt"] == body["prompt"]
+      assert (told["seed"], told["steps"], told["solver"]) == (x["seed"], 4, "euler")
   sums = metrics(client)
   assert sums["jflow_painting_batch_sum"] > sums["jflow_painting_batch_count"], "no two pictures shared a batch"
 
