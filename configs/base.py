@@ -120,6 +120,12 @@ def base(size: str, sizes: Mapping[str, Callable[[ConfigDict], None]] = SIZES) -
     validation=0.0,  # share of records that are held out of training, by a hash of each
     validation_rows=64,  # rows of them that a loss is computed over, at most; few records are drawn several times
     stored=False,  # True: images to write come as `prepare --latents` (or --codes) has encoded and cropped them
+    # Rows in a random order over all shards ("global"), or "blocks": of groups of shards, so that a host reads few files
+    # at a time, each for as long as it needs it. Not in the paper.
+    order="global",
+    block_records=8192,  # "blocks": records of a group of shards at most, each of whose rows is of that group alone
+    block_window=4,  # "blocks": groups of a lane whose rows are mixed
+    block_lanes=16,  # "blocks": parts of the batch that read groups of their own; as many as hosts, or a multiple
     workers=0,  # loader processes; 0: threads only
     threads=2,  # per process
     prefetch=2,  # batches ahead per process

@@ -23,6 +23,7 @@ FAST = {
   "data/importers/llava",
   "data/importers/text",
   "data/mixture",
+  "data/order",
   "data/packing",
   "data/tokenizer",
   "data/validation",
@@ -72,6 +73,7 @@ FAST = {
 PROCESS = {
   "cli/commands",
   "cli/help",
+  "data/store/groups",
   "data/store/plans",
   "data/store/prepare",
   "design",

@@ -142,10 +142,11 @@ JPEGs at a fraction. Tokens a second of a training run over rows_per_cpu_second 
   add(
     "--plan",
     metavar="RECORDS",
-    type=whole(0, 10**8),
+    type=whole(0, 10**10),
     default=0,
     help="plan so many records of realistic lengths instead",
   )
+  add("--group_records", type=whole(0, 2**31), default=0, help="with --plan: as data.block_records (default: global)")
 
 
 # Workload -> (its flags, its help); it is in jflow/perf/WORKLOAD.py, whose settings have the names of the flags.

@@ -11,6 +11,7 @@ import json
 import numpy as np
 
 from jflow.data.records import Record, RecordError, Source, digest
+from jflow.data.store.parts import Part, records_of
 
 TRAINING, VALIDATION = "training", "validation"  # the two sides
 VERSION = 2  # to be raised when other records are held out
@@ -23,15 +24,15 @@ def is_held_out(record: Record, share: float) -> bool:
   return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8]) < share * 2**64
 
 
-def held_out(source: Source, share: float) -> np.ndarray:
-  """Returns bool[N], the records of a source that are held out.
+def held_out(source: Source, share: float, part: Part | None = None) -> np.ndarray:
+  """Returns bool[N], the records of a source that are held out; of a part its N.
 
   Outlines spare reading the images, but for a data set whose outlines do not hold their digests yet.
   """
-  outlines = source.outlines() if hasattr(source, "outlines") else [None] * len(source)
-  out = np.zeros(len(source), bool)
-  for index, outline in enumerate(outlines):
+  indices = range(part.first, part.stop) if part else range(len(source))
+  out = np.zeros(len(indices), bool)
+  for place, (index, outline) in enumerate(zip(indices, records_of(source, part), strict=True)):
     with contextlib.suppress(RecordError):  # it is left out of both sides
-      known = outline is not None and None not in outline.images
-      out[index] = is_held_out(outline if known else source[index], share)
+      known = isinstance(outline, Record) and not any(image is None for image in outline.images)
+      out[place] = is_held_out(outline if known else source[index], share)
   return out

@@ -7,6 +7,7 @@ rows are assigned by the remainder that each task is owed: over the steps each t
 import bisect
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -233,6 +234,31 @@ class StepPlan:
     tasks, ranks = spread(tuple(self._counts[segment][passed % CYCLE].tolist()))
     return [(int(tasks[place]), int(first[tasks[place]] + ranks[place])) for place in self._share]
 
+  def places(self, task: int, rows: np.ndarray) -> np.ndarray:
+    """Returns the places in their batches of rows of a task, int64[n]; 0 of a row that no step draws.
+
+    Args:
+      task: its number.
+      rows: int64[n], row numbers of that task.
+    """
+    bases = np.array([base[task] for base in self._bases])
+    segments = np.searchsorted(bases, rows, side="right") - 1
+    places = np.zeros(len(rows), np.int64)
+    for segment in np.unique(segments).tolist():
+      before, counts = self._before[segment][:, task], self._counts[segment]
+      if not before[-1]:
+        continue
+      mine = np.flatnonzero(segments == segment)
+      passed = (rows[mine] - bases[segment]) % before[-1]
+      steps = np.searchsorted(before, passed, side="right") - 1
+      kinds, kind_of = np.unique(counts, axis=0, return_inverse=True)
+      for kind, count in enumerate(kinds.tolist()):
+        these = np.flatnonzero(kind_of.reshape(-1)[steps] == kind)
+        if len(these):
+          tasks, _ = spread(tuple(count))
+          places[mine[these]] = np.flatnonzero(tasks == task)[passed[these] - before[steps[these]]]
+    return places
+
   def _segment(self, step: int) -> tuple[int, int]:
     """Returns the part of the schedule that a step lies in, and how many of its steps come before."""
     segment = bisect.bisect_right(self._starts, step) - 1
@@ -268,7 +294,27 @@ class Interleave:
       where = self._pattern == source
       self._ranks[where] = np.arange(where.sum())
 
+  def rows_of(self, source: int, rows: np.ndarray) -> np.ndarray:
+    """Returns the row numbers of the task at which rows of a source are drawn, int64[n]."""
+    cycles, ranks = np.divmod(rows, self._counts[source])
+    return cycles * CYCLE + np.flatnonzero(self._pattern == source)[ranks]
+
   def __getitem__(self, row: int) -> tuple[int, int]:
     cycle, place = divmod(row, CYCLE)
     source = int(self._pattern[place])
     return source, int(cycle * self._counts[source] + self._ranks[place])
+
+
+class Lanes(NamedTuple):
+  """A map from row numbers of a source to the lanes of the batch that draw them, of `lanes` with as many places each."""
+
+  step_plan: StepPlan
+  interleave: Interleave
+  batch_size: int
+  lanes: int
+  task: int
+  source: int
+
+  def __call__(self, rows: np.ndarray) -> np.ndarray:
+    places = self.step_plan.places(self.task, self.interleave.rows_of(self.source, rows))
+    return places * self.lanes // self.batch_size

@@ -30,6 +30,26 @@ class Plan(NamedTuple):
   def rows(self) -> int:
     return len(self.row_offsets) - 1
 
+  def slices(self) -> list[slice]:
+    """Slices that together hold all pieces, each few enough for temporary arrays."""
+    return slices(len(self.record_ids))
+
+  def most_pieces(self) -> int:
+    """The most pieces that a row holds."""
+    return max((int(np.diff(self.row_offsets[s.start : s.stop + 1]).max()) for s in slices(self.rows)), default=0)
+
+
+def slices(length: int) -> list[slice]:
+  """Cuts an array of a length into slices of 4 Mi."""
+  return [slice(first, min(first + 2**22, length)) for first in range(0, length, 2**22)]
+
+
+def tokens(plan: Plan) -> int:
+  """The number of tokens in all rows; a piece that continues a document has a BOS of its own."""
+  return sum(
+    int((plan.stops[s] - plan.starts[s]).sum(dtype=np.int64) + (plan.starts[s] > 0).sum()) for s in plan.slices()
+  )
+
 
 def plan(lengths: np.ndarray, shape: RowShape, seed: int) -> Plan:
   """Plans rows of whole samples. A sample that no row can hold is left out, as is one of length 0.
@@ -45,7 +65,7 @@ def plan(lengths: np.ndarray, shape: RowShape, seed: int) -> Plan:
   """
   lengths = np.asarray(lengths)
   usable = (lengths[:, 0] > 0) & (lengths[:, 0] <= shape.tokens) & (lengths[:, 1] <= shape.images)
-  order = np.random.default_rng(seed).permutation(np.flatnonzero(usable).astype(_index_type(len(lengths))))
+  order = np.random.default_rng(seed).permutation(np.flatnonzero(usable).astype(index_type(len(lengths))))
   keys = (lengths[:, 1] * (shape.tokens + 1) + lengths[:, 0]).astype(np.int32)[order]
   order = order[np.argsort(keys, kind="stable")]
   counts = np.bincount(keys, minlength=(shape.images + 1) * (shape.tokens + 1))
@@ -77,7 +97,7 @@ def plan_documents(lengths: np.ndarray, row_tokens: int, seed: int) -> Plan:
     seed: chooses the order.
   """
   lengths = np.asarray(lengths, np.int64)
-  order = np.random.default_rng(seed).permutation(np.flatnonzero(lengths > 0).astype(_index_type(len(lengths))))
+  order = np.random.default_rng(seed).permutation(np.flatnonzero(lengths > 0).astype(index_type(len(lengths))))
   ends = np.cumsum(lengths[order])  # in the concatenation of all documents
   begins = ends - lengths[order]
   total = int(ends[-1]) if len(ends) else 0
@@ -159,7 +179,7 @@ def pack_into(row: Batch, samples: Sequence[Sample], shape: RowShape) -> None:
     offset = span.stop
 
 
-def _index_type(count: int) -> type[np.integer]:
+def index_type(count: int) -> type[np.integer]:
   """The integer type for the indices of `count` records: int32 where it suffices, which halves the plan."""
   return np.int32 if count < 2**31 else np.int64
 
@@ -183,14 +203,8 @@ def _patterns(counts: np.ndarray, even: bool) -> Iterator[tuple[list[tuple[int, 
     divmod(int(key), token_limit + 1) for key in np.argsort(-need, axis=None, kind="stable") if counts.flat[key]
   ]
   # floor[m, t]: most tokens, up to t, among the samples left with up to m images; 0: none.
-  floor = np.zeros_like(counts)
-
-  def refresh() -> None:
-    left = np.where(counts > 0, tokens, 0)
-    best = np.maximum.accumulate(left, axis=0)
-    np.maximum.accumulate(best, axis=1, out=floor)
-
-  refresh()
+  floor = np.maximum.accumulate(np.where(counts > 0, tokens, 0), axis=0)
+  floor = np.maximum.accumulate(floor, axis=1)
   for first in by_need:
     while counts[first]:
       pattern: list[tuple[int, int]] = []
@@ -199,15 +213,27 @@ def _patterns(counts: np.ndarray, even: bool) -> Iterator[tuple[list[tuple[int, 
         pattern.append(size)
         counts[size] -= 1
         if not counts[size]:
-          refresh()
+          _used_up(counts, floor, *size)
         room, image_room = room - size[1], image_room - size[0]
         size = _next(counts, floor, room, image_room, even)
       times = 1 + min(int(counts[size]) // pattern.count(size) for size in pattern)
       for size in pattern:
         counts[size] -= times - 1
         if times > 1 and not counts[size]:
-          refresh()
+          _used_up(counts, floor, *size)
       yield pattern, times
+
+
+def _used_up(counts: np.ndarray, floor: np.ndarray, images: int, tokens: int) -> None:
+  """Takes a size of which none is left out of `floor`, in place."""
+  if counts[:images, tokens].any():  # another size is as long and has fewer images
+    return
+  for most in range(images, len(floor)):
+    if counts[most, tokens]:
+      return
+    line = floor[most]
+    if line[tokens] == tokens:
+      line[tokens : np.searchsorted(line, tokens, side="right")] = line[tokens - 1]
 
 
 def _next(counts: np.ndarray, floor: np.ndarray, room: int, image_room: int, even: bool) -> tuple[int, int] | None:

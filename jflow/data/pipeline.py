@@ -76,6 +76,17 @@ class Pipeline:
     if not schedule:
       self._mixture = ((0, tuple(float(sum(one.plan.rows for one in listed)) for listed in self._rows)),)
       self.notes += [f"data.mixture: as many rows of each type as there are, {mixture.told(self._mixture)}"]
+    if config.order == "blocks":
+      self._read_in_blocks()
+
+  def _read_in_blocks(self) -> None:
+    """Orders the rows of all sources by `order.Blocks`."""
+    window, lanes = self._config.block_window, self._config.block_lanes
+    step_plan = mixture.StepPlan(self._mixture, self._batch_size, 1, ())
+    for task, (listed, interleave) in enumerate(zip(self._rows, self._interleaves, strict=True)):
+      for source, rows in enumerate(listed):
+        lane_of = mixture.Lanes(step_plan, interleave, self._batch_size, lanes, task, source)
+        rows.read_in_blocks(window, lanes, lane_of)
 
   @property
   def tokens(self) -> int:
@@ -138,7 +149,7 @@ class Pipeline:
     held = np.array([[rows["understanding"], 0], [0, rows["generation"]], [0, 0]])
     held = np.concatenate([held, held.sum(axis=1, keepdims=True)], axis=1)
     images = mixture.most_at_once(self._mixture, self._batch_size, shards, accumulation, held)
-    samples = max(int(np.diff(rows.plan.row_offsets).max()) for rows in self.sources())
+    samples = max(rows.plan.most_pieces() for rows in self.sources())
     return (*(max(1, int(n)) for n in images), samples)
 
   def batch(self, step: int) -> Batch:

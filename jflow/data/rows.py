@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from jflow import batch as batch_lib
 from jflow.batch import TASKS, Batch, RowShape
 from jflow.config import DataConfig
-from jflow.data import examples, held_out, images, packing, sources
+from jflow.data import examples, held_out, images, order, packing, sources
 from jflow.data.examples import Sample
 from jflow.data.mixture import seed_of_part
 from jflow.data.records import RecordError, Source
@@ -70,7 +71,7 @@ class Rows:
     self._caption_prompt = config.caption_prompt
     self._first_sentence, self._prompt_drop = config.first_sentence, config.prompt_drop
     self._seed = seed
-    self._orders: dict[int, np.ndarray] = {}
+    blocks = config.order == "blocks" and side == held_out.TRAINING
     self.planned = plans.planned(
       source,
       task,
@@ -81,8 +82,11 @@ class Rows:
       config.caption_prompt,
       config.validation,
       side,
+      config.block_records if blocks else 0,
     )
     self.plan, self.rejected = self.planned.plan, self.planned.rejected
+    shuffled = order.Global if self.planned.groups is None else order.Scattered
+    self._order: order.Order = shuffled(self.plan.rows, seed, TASKS.index(task))
     ahead = task == "generation" and config.stored
     self.stored = StoredImages(family.stored, source, shape.image_size, shape.stored) if ahead else None
     self._divided = config.validation > 0
@@ -92,13 +96,20 @@ class Rows:
         f"and {shape.images} images; rejected: {dict(self.rejected)}"
       )
 
+  def read_in_blocks(self, window: int, lanes: int, lane_of: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Takes the order of `order.Blocks` with these arguments; the rows must be planned by `data.block_records`."""
+    groups = self.planned.groups
+    if groups is None:
+      raise TypeError("the rows are not planned by groups")
+    self._order = order.Blocks(groups, self.plan.rows, self._seed, TASKS.index(self.task), window, lanes, lane_of)
+
   @functools.cached_property
   def most_images(self) -> int:
     """The most images that a row holds, by its plan."""
     if self.task == "text":
       return 0
     if self.task == "generation":  # one image for each sample
-      return min(int(np.diff(self.plan.row_offsets).max()), self._shape.images)
+      return min(self.plan.most_pieces(), self._shape.images)
     return min(self._shape.tokens // self._shape.slots_of(batch_lib.READ), self._shape.images)
 
   def report(self) -> str:
@@ -109,7 +120,7 @@ class Rows:
     made = f"; {self.stored.kind.name} made ahead" if self.stored else ""
     records = _counted(self.planned.records, "record")
     if self._divided:
-      records = f"{len(np.unique(self.plan.record_ids)):,} of {records}"
+      records = f"{sum(int((self.plan.starts[s] == 0).sum()) for s in self.plan.slices()):,} of {records}"
     held = " held out" if self._side == held_out.VALIDATION else ""
     return (
       f"{self.task:13} {self.name}: {records}{held} in {_counted(self.plan.rows, 'row')}, "
@@ -152,7 +163,7 @@ class Rows:
   def pieces(self, number: int) -> list[Piece]:
     """Returns the pieces of a row, in order."""
     epoch, index = divmod(number, self.plan.rows)
-    index = self._shuffled(epoch)[index]
+    index = self._order(epoch, index)
     span = slice(*self.plan.row_offsets[index : index + 2])
     columns = (self.plan.record_ids[span], self.plan.starts[span], self.plan.stops[span])
     return [Piece(epoch, *piece) for piece in zip(*(column.tolist() for column in columns))]
@@ -184,15 +195,6 @@ class Rows:
     else:
       pixels = tuple(images.for_understanding(image, size) for image in sample.images)
     return sample._replace(images=pixels)
-
-  def _shuffled(self, epoch: int) -> np.ndarray:
-    order = self._orders.get(epoch)
-    if order is None:
-      rng = np.random.default_rng([self._seed, epoch, TASKS.index(self.task)])
-      order = rng.permutation(self.plan.rows)
-      # Threads may be in two epochs at once: a new dict, so that none is changed while another thread reads it.
-      self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1} | {epoch: order}
-    return order
 
 
 def _counted(number: int, what: str) -> str:

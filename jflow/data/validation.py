@@ -77,7 +77,7 @@ class HeldOut:
       held[:, 2] = held[:, 0] + held[:, 1]  # of text there is none
       parts = held.reshape(shards, -1, accumulation, 3).sum(axis=1)
       images = np.maximum(images, parts.max(axis=(0, 1)))
-    samples = max(int(np.diff(rows.plan.row_offsets).max(initial=1)) for rows in self.sources)
+    samples = max(1, *(rows.plan.most_pieces() for rows in self.sources))
     return (*(max(1, int(n)) for n in images), samples)
 
   @functools.cached_property

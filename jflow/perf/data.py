@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import os
 import pathlib
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,12 +21,12 @@ from PIL import Image, ImageDraw
 
 from jflow.batch import NONE, TASKS, RowShape
 from jflow.config import DataConfig
-from jflow.data import packing
 from jflow.data.pipeline import Pipeline
 from jflow.data.store import prepare
 from jflow.data.store.prepared import PreparedSource, read_summary
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
+from jflow.perf import planning
 from jflow.perf.timing import interleaved
 from jflow.progress import Progress
 from jflow.training import config_files, setup
@@ -48,6 +47,7 @@ class Settings:
   threads: int = 1  # reader threads
   workers: int = 0  # loader processes, measured in addition
   plan: int = 0  # plan so many records of realistic lengths instead
+  group_records: int = 0  # of a group of shards that is planned alone; 0: as large as memory allows
 
 
 def run(args: Settings) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def run(args: Settings) -> dict[str, Any]:
   model, data = config.model, config.data
   shape = setup.row_shape(config, model)
   if args.plan:
-    return {"workload": "data", "planned_records": args.plan, **_planning(args.plan, shape)}
+    return {"workload": "data", "planned_records": args.plan, **planning.measure(args.plan, shape, args.group_records)}
   with tempfile.TemporaryDirectory() as folder:
     inputs = args.input or [_made(folder, task, args.pictures) for task in ("understanding", "generation")]
     report: dict[str, Any] = {"workload": "data", "image_size": shape.image_size, "row_tokens": shape.tokens}
@@ -192,42 +192,3 @@ def _picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
     draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=tuple(rng.integers(0, 256, 3).tolist()))
   grain = rng.normal(0, 6, (height, width, 1))
   return Image.fromarray(np.clip(np.asarray(soft) + grain, 0, 255).astype(np.uint8))
-
-
-def _planning(records: int, shape: RowShape) -> dict[str, Any]:
-  """Plans realistic lengths of each task; reports CPU seconds, fill, and the process's peak memory after each."""
-  report = {}
-  for task in ("understanding", "generation", "text"):
-    sizes = realistic_lengths(task, records, shape)
-    tokens = int(sizes[:, 0].sum(dtype=np.int64))
-    start = time.process_time()
-    if task == "text":
-      plan = packing.plan_documents(sizes[:, 0], shape.tokens, seed=0)
-    else:
-      plan = packing.plan(sizes, shape, seed=0)
-    report[task] = {
-      "cpu_seconds": time.process_time() - start,
-      "rows": plan.rows,
-      "fill": tokens / (plan.rows * shape.tokens),
-      "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-  return report
-
-
-def realistic_lengths(task: str, records: int, shape: RowShape) -> np.ndarray:
-  """Realistic record lengths of a task, int32[records, 2]: tokens and images.
-
-  Captions of 8 to 300 tokens with one image; conversations of 1 to 6 turns about one image; documents of 50 to
-  20,000 tokens; each log-uniform.
-  """
-  rng = np.random.default_rng(0)
-  between = lambda least, most: np.exp(rng.uniform(np.log(least), np.log(most), records)).astype(np.int32)
-  if task == "text":
-    return np.stack([between(50, 20_000), np.zeros(records, np.int32)], 1)
-  if task == "generation":
-    return np.stack([1 + between(8, 300) + shape.image_slots, np.ones(records, np.int32)], 1)
-  tokens = np.full(records, 1 + shape.image_slots + 1, np.int32)
-  turns = rng.integers(1, 7, records)
-  for turn in range(6):
-    tokens += np.where(turns > turn, rng.integers(8, 40, records, np.int32) + between(8, 300), 0)
-  return np.stack([tokens, np.ones(records, np.int32)], 1)

@@ -127,6 +127,11 @@ def test_workers_do_not_change_the_order(order, count, workers, threads):
   compare(count, loaded(0, STEPS, workers=workers, threads=threads), order)
 
 
+def test_workers_do_not_change_the_order_of_blocks(count):
+  fields = dict(order="blocks", block_records=8, block_window=2, block_lanes=2)
+  compare(count, loaded(9, 15, workers=1, **fields), loaded(9, 15, **fields))
+
+
 @pytest.mark.parametrize("hosts", [1, 2, 4, 8])
 def test_the_union_over_hosts_is_the_global_order(order, count, hosts):
   parts = [loaded(0, STEPS, share=share) for share in np.arange(BATCH).reshape(hosts, -1)]

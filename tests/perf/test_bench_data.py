@@ -7,7 +7,7 @@ from refusals import refused
 
 from jflow.batch import RowShape
 from jflow.cli import bench as command
-from jflow.perf import data
+from jflow.perf import planning
 
 SHAPE = RowShape(tokens=4096, images=7, image_patches=576, image_size=384, writer="flow")
 TINY = "--config=stage2:tiny"
@@ -34,10 +34,10 @@ def test_the_report_compares_loop_and_pipeline_on_the_same_pictures(tmp_path, ca
 
 
 def test_planning_of_realistic_lengths_fills_the_rows():
-  found = data._planning(20_000, SHAPE)
+  found = planning.measure(20_000, SHAPE, 0)
   for task, least in (("understanding", 0.97), ("generation", 0.95), ("text", 0.99)):
     assert least < found[task]["fill"] <= 1
-    assert found[task]["rows"] >= data.realistic_lengths(task, 20_000, SHAPE)[:, 0].sum() / 4096
+    assert found[task]["rows"] >= planning.realistic_lengths(task, 20_000, SHAPE)[:, 0].sum() / 4096
 
 
 @pytest.mark.parametrize("flag", ["--pictures=0", "--repeats=0", "--threads=-1"])

@@ -13,7 +13,7 @@ import functools
 import io
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,8 @@ from jflow.data import examples
 from jflow.data.examples import Sample
 from jflow.data.processes import end_with_parent
 from jflow.data.records import Record, RecordError, Source
-from jflow.data.store import derived, prepared
+from jflow.data.store import derived, parts, prepared
+from jflow.data.store.parts import Part
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import Stopped
 from jflow.generation.base import FAMILIES
@@ -44,12 +45,13 @@ def measure(
   writer: str,
   cache: str = "",
   caption_prompt: str = examples.CAPTION_PROMPT,
+  part: Part | None = None,
 ) -> tuple[np.ndarray, collections.Counter]:
   """Returns the tokens and images of every record, int32[N, 2], and the counts of rejected ones by reason.
 
   A rejected record has length 0. Where chance decides (first sentence, dropped prompt), the longest counts.
   `writer` is a name of generation/base.py; `cache` the folder for what cannot be kept beside the records;
-  `caption_prompt` as in `examples.build`.
+  `caption_prompt` as in `examples.build`; `part` those records alone, which this process measures without help.
   """
   folders = derived.places(source, cache)
   fingerprint = getattr(source, "fingerprint", "")
@@ -62,6 +64,8 @@ def measure(
     made_for += [writer, measured]
   if task == "understanding" and caption_prompt != examples.CAPTION_PROMPT:
     made_for.append(caption_prompt)
+  if part:
+    made_for.append(part[:2])
   file = derived.name("lengths", _VERSION, fingerprint, *made_for) + ".npz"
   build = functools.partial(
     examples.build,
@@ -72,10 +76,15 @@ def measure(
     layout=layout,
     caption_prompt=caption_prompt,
   )
-  found = _read(folders, file, len(source))
+  records = part.stop - part.first if part else len(source)
+  found = _read(folders, file, records)
   if found is None:
     with derived.alone(folders, file) as path:
-      found = _read(folders, file, len(source)) or _measure(source, task, build)
+      found = _read(folders, file, records)
+      if found is None and part:
+        found = _sizes(parts.records_of(source, part), build, lambda: None)
+      elif found is None:
+        found = _measure(source, task, build)
       if path and not os.path.exists(path):
         _write(path, *found)
   lengths, rejected = found
@@ -89,20 +98,19 @@ def _measure(source: Source, task: str, build: Callable[[Record], Sample]) -> tu
   processes = min(os.cpu_count() or 1, len(paths))
   with Progress(len(source), 0, f"measure {task}", delay=2) as bar:
     if processes < 2 or len(source) < _WORTH_PROCESSES:
-      records = source.outlines() if hasattr(source, "outlines") else _records(source)
-      return _sizes(records, build, lambda: bar.count(1))
-    parts = []
+      return _sizes(parts.records_of(source), build, lambda: bar.count(1))
+    measured = []
     # Threads of the parent would not survive a fork.
     with concurrent.futures.ProcessPoolExecutor(
       processes, multiprocessing.get_context("spawn"), end_with_parent
     ) as pool:
       try:
-        for part in pool.map(functools.partial(_measure_shard, build), paths, source.shard_lengths):
-          parts.append(part)
-          bar.count(len(part[0]))
+        for shard in pool.map(functools.partial(_measure_shard, build), paths, source.shard_lengths):
+          measured.append(shard)
+          bar.count(len(shard[0]))
       except concurrent.futures.process.BrokenProcessPool:
         raise Stopped(f"a process that measured {task} was killed (out of memory?): start again") from None
-  return np.concatenate([sizes for sizes, _ in parts]), sum((r for _, r in parts), collections.Counter())
+  return np.concatenate([sizes for sizes, _ in measured]), sum((r for _, r in measured), collections.Counter())
 
 
 def _measure_shard(
@@ -130,14 +138,6 @@ def _sizes(
     sizes.extend(size)
     progress()
   return np.array(sizes, np.int32).reshape(-1, 2), rejected
-
-
-def _records(source: Source) -> Iterator[Record | RecordError]:
-  for index in range(len(source)):
-    try:
-      yield source[index]
-    except RecordError as error:
-      yield error
 
 
 def _read(folders: list[str], file: str, records: int) -> tuple[np.ndarray, collections.Counter] | None:

@@ -1,15 +1,18 @@
 """The packing plan of a source, made once, cached (derived.py), and memory-mapped by all processes.
 
 A plan is a folder `plan-HASH`: the arrays of `packing.Plan` as .npy files, and plan.json with their checksums and the
-counts of records left out. HASH covers the records, the tokenizer, the template and the row's budgets.
+counts of records left out. HASH covers the records, the tokenizer, the template and the row's budgets. A plan by groups
+(groups.py) also has groups.npy.
 """
 
 import collections
 import contextlib
 import os
 import shutil
+import tempfile
 import uuid
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,13 +23,13 @@ from jflow.data import held_out, packing
 from jflow.data.examples import CAPTION_PROMPT
 from jflow.data.packing import Plan
 from jflow.data.records import Source
-from jflow.data.store import derived, lengths
+from jflow.data.store import derived, groups, parts
+from jflow.data.store.groups import Wanted
 from jflow.data.tokenizer import Tokenizer
+from jflow.errors import UserError
 
 # To be raised when packing.py plans other rows.
 _VERSION = 1
-# The order among records of one size. A run's own seed shuffles the rows, not the plan, which all runs share.
-_SEED = 0
 
 
 class MappedPlan(Plan):
@@ -45,6 +48,7 @@ class Planned(NamedTuple):
   records: int
   tokens: int  # in all rows; the rest is padding
   rejected: collections.Counter  # reason -> records that no row has; "too_long" fit none
+  groups: np.ndarray | None = None  # int64[groups]; the first row of each group of shards; None: planned at once
 
   def fill(self, row_tokens: int) -> float:
     """Share of the rows' slots that are not padding."""
@@ -61,6 +65,7 @@ def planned(
   caption_prompt: str = CAPTION_PROMPT,
   validation: float = 0.0,
   side: str = held_out.TRAINING,
+  group_records: int = 0,
 ) -> Planned:
   """Returns the plan of a source, from the cache or newly made.
 
@@ -77,6 +82,11 @@ def planned(
     caption_prompt: see `examples.build`.
     validation: share of the records that are held out.
     side: of held_out.py, whose records are planned.
+    group_records: records of a group of shards at most, each of whose rows holds records of that group alone; 0:
+      groups as large as memory allows, one of all records where they are few, or where their plan is kept so.
+
+  Raises:
+    UserError: a plan of so many records must be kept in a folder, and there is none.
   """
   folders = derived.places(source, cache)
   budgets = (shape.tokens, shape.images, shape.patches_of(task))
@@ -86,46 +96,55 @@ def planned(
     budgets += (caption_prompt,)
   if validation:
     budgets += (side, validation, held_out.VERSION)
-  file = derived.name(
-    "plan", _VERSION, getattr(source, "fingerprint", ""), task, tokenizer.fingerprint, template, budgets
-  )
+  key = (getattr(source, "fingerprint", ""), task, tokenizer.fingerprint, template, budgets)
+  wanted = Wanted(source, task, tokenizer, template, shape, cache, caption_prompt, validation, side, group_records)
+  file = derived.name("plan", _VERSION, *key)
+  if group_records or len(source) > parts.MOST_AT_ONCE and not derived.find(folders, file):
+    file = derived.name("plan", _VERSION, *key, ("groups", groups.VERSION, group_records))
+    make = _plan_groups
+  else:
+    make = _plan_at_once
   found = _read(folders, file, len(source))
   if found is None:
     with derived.alone(folders, file) as path:
-      found = _read(folders, file, len(source))
-      if found is None:
-        wanted = None
-        if validation:
-          wanted = held_out.held_out(source, validation) == (side == held_out.VALIDATION)
-        found = _plan(source, task, tokenizer, template, shape, cache, caption_prompt, wanted)
-        if path and _write(path, found):
-          found = _read(folders, file, len(source)) or found
+      found = _read(folders, file, len(source)) or make(wanted, path, folders)
   return found
 
 
-def _plan(
-  source: Source,
-  task: str,
-  tokenizer: Tokenizer,
-  template: str,
-  shape: RowShape,
-  cache: str,
-  caption_prompt: str,
-  wanted: np.ndarray | None,
-) -> Planned:
-  """Makes a plan; `wanted`: bool[N], the records that get a row; None: all."""
-  sizes, rejected = lengths.measure(
-    source, task, tokenizer, template, shape.patches_of(task), shape.writer, cache, caption_prompt
-  )
-  if wanted is not None:
-    sizes[~wanted] = 0
-  if task == "text":
-    plan = packing.plan_documents(sizes[:, 0], shape.tokens, _SEED)
-  else:
-    too_long = (sizes[:, 0] > shape.tokens) | (sizes[:, 1] > shape.images)
-    rejected.update(too_long=int(too_long.sum()))
-    plan = packing.plan(sizes, shape, _SEED)
-  return Planned(plan, len(source), _tokens(plan), +rejected)
+def _plan_at_once(wanted: Wanted, path: str | None, folders: list[str]) -> Planned:
+  """Makes a plan of all records and keeps it at `path` if that can be written."""
+  plan, rejected = wanted.plan()
+  found = Planned(plan, len(wanted.source), packing.tokens(plan), rejected)
+
+  def write(temporary: str) -> Planned:
+    for field, array in zip(Plan._fields, plan):
+      np.save(os.path.join(temporary, field + ".npy"), array)
+    return found
+
+  return path and _write(path, write) and _read(folders, os.path.basename(path), found.records) or found
+
+
+def _plan_groups(wanted: Wanted, path: str | None, folders: list[str]) -> Planned:
+  """Makes a plan of groups part by part; in a folder of its own where there is no `path` to keep it at."""
+  records = len(wanted.source)
+  large = records > parts.MOST_AT_ONCE
+
+  def write(temporary: str) -> Planned:
+    rejected = groups.write(wanted, temporary, path + ".parts" if path and large else None)
+    plan = _map(temporary)
+    return Planned(plan, records, packing.tokens(plan), rejected, np.load(os.path.join(temporary, "groups.npy")))
+
+  if path and _write(path, write) and (found := _read(folders, os.path.basename(path), records)):
+    return found
+  if large:
+    places = " or ".join(folders) or "no folder, since data.plan_cache is empty"
+    raise UserError(
+      f"the plan of {records:,} records must be kept on disk, some 30 bytes each, and cannot be written to {places}: "
+      "set --config.data.plan_cache to a folder with room"
+    )
+  with tempfile.TemporaryDirectory() as temporary:
+    found = write(temporary)
+    return found._replace(plan=Plan(*map(np.array, found.plan)))
 
 
 def _read(folders: list[str], file: str, records: int) -> Planned | None:
@@ -136,8 +155,13 @@ def _read(folders: list[str], file: str, records: int) -> Planned | None:
   try:
     header = files.read_object(os.path.join(path, "plan.json"))
     plan = _map(path)
+    begins = None
+    if "groups" in header:
+      begins = np.load(os.path.join(path, "groups.npy"))
+      if header["groups"] != zlib.crc32(np.ascontiguousarray(begins)) or not _are_groups(begins, plan.rows):
+        raise ValueError("not groups of these rows")
     if header["checksums"] == _checksums(plan) and header["records"] == records and _fits(plan, records):
-      return Planned(plan, records, _tokens(plan), derived.counts(header["rejected"]))
+      return Planned(plan, records, packing.tokens(plan), derived.counts(header["rejected"]), begins)
   except Exception:  # damage to an array's header raises many types; the plan is made again
     pass
   with contextlib.suppress(OSError):
@@ -154,32 +178,35 @@ def _fits(plan: Plan, records: int) -> bool:
     and len(offsets) > 0
     and offsets[0] == 0
     and offsets[-1] == len(plan.record_ids)
-    and bool((np.diff(offsets) >= 0).all())
-    and (not len(plan.record_ids) or 0 <= plan.record_ids.min() <= plan.record_ids.max() < records)
+    and all((np.diff(offsets[s.start : s.stop + 1]) >= 0).all() for s in packing.slices(len(offsets)))
+    and all(0 <= ids.min() <= ids.max() < records for ids in map(plan.record_ids.__getitem__, plan.slices()))
   )
 
 
-def _tokens(plan: Plan) -> int:
-  """The number of tokens in all rows; a piece that continues a document has a BOS of its own."""
-  return int((plan.stops - plan.starts).sum(dtype=np.int64) + (plan.starts > 0).sum())
+def _are_groups(begins: np.ndarray, rows: int) -> bool:
+  """Whether an array holds the first row of each group, of which none is empty."""
+  if begins.ndim != 1 or begins.dtype != np.int64 or bool(len(begins)) != bool(rows):
+    return False
+  return not rows or begins[0] == 0 and bool((np.diff(begins, append=rows) > 0).all())
 
 
-def _write(path: str, found: Planned) -> bool:
-  """Writes a folder atomically; returns False where it cannot be written."""
+def _write(path: str, write: Callable[[str], Planned]) -> bool:
+  """Writes a folder atomically, its arrays by `write`; returns False where it cannot be written."""
   temporary = f"{path}.{uuid.uuid4().hex}"
   try:
     os.mkdir(temporary)
-    for field, array in zip(Plan._fields, found.plan):
-      np.save(os.path.join(temporary, field + ".npy"), array)
-    header: dict[str, Any] = found._asdict() | {"checksums": _checksums(found.plan)}
+    header: dict[str, Any] = (found := write(temporary))._asdict() | {"checksums": _checksums(found.plan)}
     header.pop("plan")
+    if header.pop("groups") is not None:
+      header["groups"] = zlib.crc32(np.ascontiguousarray(found.groups))
     files.write_json(os.path.join(temporary, "plan.json"), header)
     files.remove(path)  # a link to nowhere, or what could not be removed when it was read
     files.publish(temporary, path)
     return True
   except OSError:
-    shutil.rmtree(temporary, ignore_errors=True)
     return False
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _map(path: str) -> MappedPlan:

@@ -205,9 +205,9 @@ class PreparedSource:
       raise RecordError("checksum", f"an image of {where} is not what was stored")
     return record
 
-  def outlines(self) -> Iterator[Record]:
-    """Yields the records in order without reading their images; see `read_outlines`."""
-    for path, length in zip(self.outline_paths, self.shard_lengths):
+  def outlines(self, shards: slice = slice(None)) -> Iterator[Record]:
+    """Yields the records of some shards in order without reading their images; see `read_outlines`."""
+    for path, length in zip(self.outline_paths[shards], self.shard_lengths[shards]):
       yield from read_outlines(path, length)
 
 

@@ -1,0 +1,101 @@
+"""bench data --plan: what it costs to plan the rows of many records, of realistic lengths."""
+
+import os
+import resource
+import tempfile
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jflow.batch import TASKS, RowShape
+from jflow.data import packing
+from jflow.data.store import groups, parts
+from jflow.data.store.parts import Part
+
+_SHARD = 4096  # records, as `prepare` writes them
+
+
+class Shards(NamedTuple):
+  """The records of a prepared data set by number alone, in shards of equal size; as much of a `Source` as plans need."""
+
+  records: int
+
+  def __len__(self) -> int:
+    return self.records
+
+  @property
+  def shard_lengths(self) -> list[int]:
+    return [min(_SHARD, self.records - first) for first in range(0, self.records, _SHARD)]
+
+
+class Drawn(groups.Wanted):
+  """A plan of records whose lengths are drawn in place of measured."""
+
+  def sizes(self, part: Part | None = None) -> Any:
+    first, stop = part[:2] if part else (0, len(self.source))
+    return realistic_lengths(self.task, stop - first, self.shape, first), {}
+
+  @classmethod
+  def of(cls, task: str, records: int, shape: RowShape, group_records: int) -> "Drawn":
+    source: Any = Shards(records)
+    none: Any = None
+    return cls(source, task, none, "", shape, "", "", 0.0, "", group_records)
+
+
+def measure(records: int, shape: RowShape, group_records: int) -> dict[str, Any]:
+  """Plans realistic lengths of each task as `train` would; returns CPU seconds, fill, and the most memory so far.
+
+  Args:
+    records: of each task.
+    shape: the row's budgets.
+    group_records: of a group of shards at most; 0: as large as memory allows.
+  """
+  report = {}
+  for task in TASKS:
+    wanted = Drawn.of(task, records, shape, group_records)
+    start = _cpu_seconds()
+    if group_records or records > parts.MOST_AT_ONCE:
+      with tempfile.TemporaryDirectory() as folder:
+        groups.write(wanted, folder, None)
+        arrays = {name: np.load(os.path.join(folder, name + ".npy"), mmap_mode="r") for name in packing.Plan._fields}
+        plan = packing.Plan(**arrays)
+        rows, tokens = plan.rows, packing.tokens(plan)
+    else:
+      plan = wanted.plan()[0]
+      rows, tokens = plan.rows, packing.tokens(plan)
+    report[task] = {
+      "cpu_seconds": _cpu_seconds() - start,
+      "rows": rows,
+      "fill": tokens / max(rows * shape.tokens, 1),
+      "peak_bytes": _peak(resource.RUSAGE_SELF),
+      "peak_bytes_of_a_process": _peak(resource.RUSAGE_CHILDREN),
+    }
+  return report
+
+
+def _cpu_seconds() -> float:
+  """CPU seconds of this process and of those that it has started and that have ended."""
+  return sum(os.times()[:4])
+
+
+def _peak(who: int) -> int:
+  return resource.getrusage(who).ru_maxrss * 1024
+
+
+def realistic_lengths(task: str, records: int, shape: RowShape, seed: int = 0) -> np.ndarray:
+  """Realistic record lengths of a task, int32[records, 2]: tokens and images.
+
+  Captions of 8 to 300 tokens with one image; conversations of 1 to 6 turns about one image; documents of 50 to
+  20,000 tokens; each log-uniform.
+  """
+  rng = np.random.default_rng(seed)
+  between = lambda least, most: np.exp(rng.uniform(np.log(least), np.log(most), records)).astype(np.int32)
+  if task == "text":
+    return np.stack([between(50, 20_000), np.zeros(records, np.int32)], 1)
+  if task == "generation":
+    return np.stack([1 + between(8, 300) + shape.image_slots, np.ones(records, np.int32)], 1)
+  tokens = np.full(records, 1 + shape.image_slots + 1, np.int32)
+  turns = rng.integers(1, 7, records)
+  for turn in range(6):
+    tokens += np.where(turns > turn, rng.integers(8, 40, records, np.int32) + between(8, 300), 0)
+  return np.stack([tokens, np.ones(records, np.int32)], 1)
