@@ -120,6 +120,8 @@ class DataConfig(Section):
   threads: int = field(whole(0, 1024))
   prefetch: int = field(whole(0, 1024))
   plan_cache: str = field(text, before="")
+  cache: str = field(text, before="~/.cache/jflow")
+  cache_gib: float = field(number(above=0.0), before=100.0)
   max_rejected_share: float = field(number(0.0, 1.0))
   shapes: Any = section("jflow.world.config:ShapesConfig")
 

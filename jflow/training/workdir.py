@@ -48,6 +48,7 @@ _MAY_CHANGE = (
   "data.threads",
   "data.prefetch",
   "data.plan_cache",
+  "data.cache",  # and its size
   "data.tokenizer",  # a path; its files are compared instead
 )
 

@@ -1,6 +1,7 @@
 """The cache of data derived from a source: its lengths and packing plans.
 
-Files are kept beside the records where that folder can be written, else under `data.plan_cache`. A file's name is a
+Files are kept beside the records where that is a folder of this machine that can be written, else under
+`data.plan_cache`. A file's name is a
 hash of all that it depends on, so that it is never out of date. Files are written atomically; of several processes that
 need the same one, the first makes it and the others wait.
 """
@@ -12,7 +13,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from jflow import files
+from jflow import files, stores
 from jflow.data.records import Source
 
 
@@ -20,7 +21,7 @@ def places(source: Source, cache: str) -> list[str]:
   """Returns the folders to look in, the best first; none for a source that has no fingerprint."""
   if not hasattr(source, "fingerprint"):
     return []
-  found = [source.directory] if hasattr(source, "directory") else []
+  found = [source.directory] if hasattr(source, "directory") and not stores.is_address(source.directory) else []
   return found + ([os.path.expanduser(cache)] if cache else [])
 
 

@@ -72,10 +72,15 @@ def clear(paths: Sequence[str]) -> None:
       os.unlink(path)
 
 
-def write_report(path: str, report: dict[str, Any], paths: Sequence[str]) -> None:
-  """Writes the report of a part whose files are finished; its presence means that they are complete."""
+def write_report(path: str, report: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+  """Writes the report of a part whose files are finished; its presence means that they are complete.
+
+  Returns:
+    The report, with "files": the size and hash of each.
+  """
   report = {**report, "files": {os.path.basename(file): files.entry(file) for file in paths}}
   files.write_json(path, {**report, _DIGEST: _digest(report)})
+  return report
 
 
 def read_report(path: str) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ from jflow.data.importers import Importer, Item
 from jflow.data.processes import end_with_parent
 from jflow.data.records import Record, RecordError, Unwanted
 from jflow.data.sequences import IMAGE_MARK
-from jflow.data.store import machines, prepared
+from jflow.data.store import machines, prepared, shards
 from jflow.data.store.partial import clear, open_partial, read_report, write_report
 from jflow.errors import Stopped, Terminated, UserError, need_text_name
 from jflow.progress import Progress
@@ -239,8 +239,7 @@ def _import_part(
     "notes": dict(notes),
     "first_rejected": first,
   }
-  write_report(stem + ".json", report, paths)
-  return report
+  return write_report(stem + ".json", report, paths)
 
 
 def _learnable(item: Item, task: str) -> tuple[Record, list[str]]:
@@ -356,10 +355,13 @@ def _finish(
   files.remove(whole)
   os.mkdir(whole)
   kept = [index for index, report in enumerate(reports) if report["records"]]
+  checksums = {}
   for shard, index in enumerate(kept):
-    stem = stems[index]
-    _link(stem + ".array_record", os.path.join(whole, prepared.shard_name(task, shard, len(kept))))
-    _link(stem + ".outlines", os.path.join(whole, prepared.outline_name(shard, len(kept))))
+    names = prepared.shard_name(task, shard, len(kept)), prepared.outline_name(shard, len(kept))
+    for suffix, name in zip(_SUFFIXES, names):
+      _link(stems[index] + suffix, os.path.join(whole, name))
+      checksums[name] = reports[index]["files"][os.path.basename(stems[index]) + suffix]["sha256"]
+  shards.write_checksums(whole, checksums)
   _join([stem + ".rejected" for stem in stems], whole)
   prepared.write_metadata(whole, task, summary["shard_lengths"], summary["bytes"])
   files.write_json(os.path.join(whole, prepared.SUMMARY), summary)

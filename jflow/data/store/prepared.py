@@ -1,9 +1,12 @@
 """The prepared data set: a directory of ArrayRecord shards in TFDS's layout, with images in their original encoding.
 
+It lies on this machine or in a store, whose shards are read through a cache (cache.py).
+
   features.json, dataset_info.json                      read by tfds.builder_from_directory(DIR)
   jflow_TASK-train.array_record-00000-of-00002          id, images, text, conversations (JSON), meta (JSON)
   outlines-00000-of-00002.jsonl.gz                      the same records without images, to plan rows with
   summary.json                                          schema, task, accepted, rejected by reason, filtered, ...
+  sha256sums.txt                                        hash and name of each shard and its outlines
   rejected.jsonl                                        every record that was left out: where, message, reason
 
 `meta` holds the SHA-256 of every image, which is verified on load, since Pillow decodes many damaged images without an
@@ -14,17 +17,18 @@ import errno
 import gzip
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from jflow import files
+from jflow import files, stores
 from jflow.batch import TASKS
 from jflow.data.records import DIGITS, Record, RecordError, Turn
-from jflow.errors import UserError
+from jflow.data.store import shards
+from jflow.data.store.cache import Cache
+from jflow.errors import Stopped, UserError
 from jflow.strict_json import Malformed, parse
 
 SCHEMA = 1
@@ -144,20 +148,24 @@ class PreparedSource:
 
   Attributes:
     directory: its path.
+    cache: of a store's shards.
     fingerprint: hash of its records.
     outline_paths: files of the outlines, one per shard.
     shard_lengths: records of each shard.
   """
 
-  def __init__(self, directory: str, task: str):
+  def __init__(self, directory: str, task: str, cache: Cache | None = None):
     """Opens a directory.
+
+    Args:
+      directory: of this machine or, with a cache, of a store.
+      task: of its records.
+      cache: of the copies of a store's shards.
 
     Raises:
       UserError: it is not a complete prepared data set of this task.
     """
-    from array_record.python import array_record_data_source
-
-    self.directory = directory
+    self.directory, self.cache = directory, cache
     summary = read_summary(directory)
     self.fingerprint = summary["fingerprint"]
     if summary["task"] != task:
@@ -166,19 +174,16 @@ class PreparedSource:
         f"prepare the source again with --task={task}"
       )
     lengths = self.shard_lengths = summary["shard_lengths"]
-    paths = [os.path.join(directory, shard_name(task, i, len(lengths))) for i in range(len(lengths))]
-    self.outline_paths = [os.path.join(directory, outline_name(i, len(lengths))) for i in range(len(lengths))]
-    for path in paths + self.outline_paths:
-      if not os.path.isfile(path):
-        raise UserError(f"{path} is missing: prepare the source again")
-    for path, size in zip(paths, summary["shard_bytes"]):
-      if os.path.getsize(path) != size:
-        raise UserError(f"{path} has {os.path.getsize(path):,} bytes, and must have {size:,}: prepare the source again")
+    names = [shard_name(task, i, len(lengths)) for i in range(len(lengths))]
+    outlines = [outline_name(i, len(lengths)) for i in range(len(lengths))]
+    self.outline_paths = [stores.join(directory, name) for name in outlines]
+    again = "prepare the source again"
+    for name, found, size in zip(names, shards.sizes(directory, names + outlines, again), summary["shard_bytes"]):
+      if found != size:
+        path = stores.join(directory, name)
+        raise UserError(f"{path} has {found:,} bytes, and must have {size:,}: {again}")
     self._length = sum(lengths)
-    # With the number of records, no shard is opened before it is read.
-    self._records = array_record_data_source.ArrayRecordDataSource(
-      [f"{path}[0:{length}]" for path, length in zip(paths, lengths)]
-    )
+    self._records = shards.open_entries(directory, names, lengths, cache, again)
     self._features = features()
 
   def __len__(self) -> int:
@@ -199,6 +204,8 @@ class PreparedSource:
         example["id"].decode(), tuple(bytes(i) for i in example["images"]), example["text"].decode(), turns
       )
       hashes = meta["sha256"]
+    except (Stopped, UserError):  # of a store
+      raise
     except Exception as error:  # damage may raise any exception in the readers
       raise RecordError("corrupt", f"{where} cannot be read ({type(error).__name__})") from None
     if [hashlib.sha256(image).hexdigest() for image in record.images] != hashes:
@@ -223,7 +230,7 @@ def read_outlines(path: str, records: int | None = None) -> Iterator[Record]:
   """
   number = 0
   try:
-    with gzip.open(path, "rb") as lines:
+    with stores.open_file(path) as raw, gzip.open(raw, "rb") as lines:
       for number, line in enumerate(lines, 1):
         if number == records:  # as many as expected, or more
           number += len(lines.read(1))
@@ -231,6 +238,8 @@ def read_outlines(path: str, records: int | None = None) -> Iterator[Record]:
     if records is not None and number != records:
       raise ValueError
   except (OSError, EOFError, ValueError, zlib.error) as error:
+    if getattr(error, "errno", None):  # the disk or the store, not the data
+      raise Stopped(f"{path} cannot be read ({error.strerror}): start again") from None
     raise UserError(f"{path} is damaged ({type(error).__name__}): prepare the source again") from None
 
 
@@ -252,10 +261,10 @@ def read_summary(directory: str) -> dict[str, Any]:
     UserError: the directory is not one, or was written with another schema.
   """
   try:
-    summary = files.read_object(os.path.join(directory, SUMMARY))
+    summary = parse(stores.read_bytes(stores.join(directory, SUMMARY)))
     schema = summary["schema"]
     whole = schema != SCHEMA or _is_whole(summary)
-  except (OSError, Malformed, KeyError):
+  except (OSError, Malformed, KeyError, TypeError):
     whole = False
   if not whole:
     raise UserError(f"{directory} is not a data set that `jflow prepare` wrote (no readable {SUMMARY})") from None

@@ -20,15 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from jflow import files
+from jflow import files, stores
 from jflow.data import images
 from jflow.data.records import RecordError
-from jflow.data.store import prepared
+from jflow.data.store import prepared, shards
 from jflow.data.store.partial import clear, open_partial, read_report, write_report
-from jflow.errors import UserError
+from jflow.errors import Stopped, UserError
 from jflow.generation.base import Stored
 from jflow.progress import Progress
-from jflow.strict_json import Malformed
+from jflow.strict_json import Malformed, parse
 
 SCHEMA = 1
 _BOX = np.dtype("<i4")
@@ -57,8 +57,6 @@ class StoredImages:
     Raises:
       UserError: there are none, or they were made from other records, in another size or by another kind of encoder.
     """
-    from array_record.python import array_record_data_source
-
     if not hasattr(source, "directory"):
       raise UserError(
         "data.stored=True needs prepared data sets, and a source of the run is drawn on the fly: write it with "
@@ -79,13 +77,12 @@ class StoredImages:
     made_from = [header.get(name) for name in ("records", "encoder", "image_size", kind.array, "seed")]
     self.fingerprint = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
     self._shape = shape
-    paths = [os.path.join(self.directory, _shard(kind, i, header)) for i in range(len(header["shard_lengths"]))]
-    for path, size in zip(paths, header["shard_bytes"]):
-      if not os.path.isfile(path) or os.path.getsize(path) != size:
-        raise UserError(f"{path} is missing or does not have its {size:,} bytes; {again}")
-    self._entries = array_record_data_source.ArrayRecordDataSource(
-      [f"{path}[0:{length}]" for path, length in zip(paths, header["shard_lengths"])]
-    )
+    lengths = header["shard_lengths"]
+    names = [_shard(kind, i, header) for i in range(len(lengths))]
+    for name, found, size in zip(names, shards.sizes(self.directory, names, again), header["shard_bytes"]):
+      if found != size:
+        raise UserError(f"{stores.join(self.directory, name)} has {found:,} bytes, and must have {size:,}; {again}")
+    self._entries = shards.open_entries(self.directory, names, lengths, source.cache, again)
 
   def __getitem__(self, index: int) -> tuple[tuple[int, int, int], np.ndarray]:
     """Returns the square (left, top, side) in the upright image, and its array.
@@ -98,6 +95,8 @@ class StoredImages:
       box, array = entry[: 3 * _BOX.itemsize], entry[3 * _BOX.itemsize :]
       box = tuple(np.frombuffer(box, _BOX).tolist())
       return box, np.frombuffer(array, _type(self.kind)).reshape(self._shape)
+    except (Stopped, UserError):  # of a store
+      raise
     except Exception as error:  # damage may raise any exception in the reader
       raise RecordError(
         self.kind.name, f"entry {index} of {self.directory} cannot be used ({type(error).__name__})"
@@ -106,7 +105,7 @@ class StoredImages:
 
 def folder(kind: Stored, directory: str, image_size: int) -> str:
   """Returns the folder for the encoded images of a prepared data set."""
-  return os.path.join(directory, f"{kind.name}-{image_size}")
+  return stores.join(directory, f"{kind.name}-{image_size}")
 
 
 def _type(kind: Stored) -> np.dtype:
@@ -152,6 +151,10 @@ def write(
   Raises:
     UserError: the directory is not such a data set, has such arrays already, or cannot be written.
   """
+  if stores.is_address(directory):
+    raise UserError(
+      f"--input={directory} is in a store: {kind.name} are made beside records of this machine; copy both there after"
+    )
   task = prepared.read_summary(directory)["task"]
   if task != "generation":
     raise UserError(f"--input={directory} holds {task} records: {kind.name} are for images to write, --task=generation")
@@ -175,6 +178,7 @@ def write(
       reports = _write_shards(kind, source, partial, header, encode, batch_size, threads)
       header["shard_bytes"] = [report["bytes"] for report in reports]
       header["rejected"] = dict(sum((collections.Counter(r["rejected"]) for r in reports), collections.Counter()))
+      shards.write_checksums(partial, {name: one["sha256"] for r in reports for name, one in r["files"].items()})
       files.write_json(os.path.join(partial, _header_name(kind)), header)
       files.publish(partial, output)
     except KeyboardInterrupt:
@@ -184,7 +188,7 @@ def write(
         f"{error.filename or partial}: {error.strerror or error}; run the same command again to go on"
       ) from None
   for name in os.listdir(output):
-    if name != _header_name(kind) and not name.endswith(".array_record"):
+    if name not in (_header_name(kind), shards.CHECKSUMS) and not name.endswith(".array_record"):
       os.unlink(os.path.join(output, name))
   return header
 
@@ -218,8 +222,7 @@ def _write_shards(
           prepared.call_writer(path, writer.write, entry)
           bar.count(1)
         prepared.call_writer(path, writer.close)
-        report = {"bytes": os.path.getsize(path), "rejected": lost}
-        write_report(path + ".json", report, [path])
+        report = write_report(path + ".json", {"bytes": os.path.getsize(path), "rejected": lost}, [path])
       else:
         bar.count(length)
       reports.append(report)
@@ -276,14 +279,15 @@ def _shard(kind: Stored, number: int, header: dict[str, Any]) -> str:
 
 def _read_header(kind: Stored, path: str, directory: str, image_size: int, again: str) -> dict[str, Any]:
   """Returns the contents of the header. `again`: how to make the arrays again, for messages."""
-  file = os.path.join(path, _header_name(kind))
+  file = stores.join(path, _header_name(kind))
   try:
-    header = files.read_object(file)
+    header = parse(stores.read_bytes(file))
     schema = header["schema"]
     if schema == SCHEMA:
       _check_header(kind, header)
   except FileNotFoundError:
-    others = sorted(name for name in os.listdir(directory) if name.startswith(f"{kind.name}-"))
+    names = os.listdir(directory) if not stores.is_address(directory) else ()
+    others = sorted(name for name in names if name.startswith(f"{kind.name}-"))
     there = f"; there are: {', '.join(others)}" if others else ""
     raise UserError(
       f"data.stored=True, and {directory} has no {kind.name} of {image_size} pixels{there}; make them: "

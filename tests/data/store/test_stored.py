@@ -10,6 +10,7 @@ import shutil
 import types
 
 import jax
+import loopback
 import numpy as np
 import pytest
 import tiny
@@ -23,6 +24,7 @@ from jflow.data import images
 from jflow.data.pipeline import Pipeline
 from jflow.data.records import RecordError
 from jflow.data.store import prepare, prepared, stored
+from jflow.data.store.cache import Cache
 from jflow.data.store.prepared import PreparedSource
 from jflow.data.tokenizer import Tokenizer
 from jflow.generation.base import family
@@ -185,7 +187,7 @@ def test_a_killed_run_goes_on_and_nothing_is_there_before_all_is(data):
     assert resumed[index][0] == whole[index][0]
     np.testing.assert_allclose(*(x[index][1].astype(np.float32) for x in (resumed, whole)), rtol=2**-7, atol=1e-5)
   shards = [f"latents-{i:05d}-of-00004.array_record" for i in range(4)]
-  assert sorted(killed) == [*shards, "latents.json"]
+  assert sorted(killed) == [*shards, "latents.json", "sha256sums.txt"]
 
 
 def test_one_process_writes_and_a_full_disk_gets_one_clear_line(data, monkeypatch):
@@ -400,3 +402,21 @@ def test_a_model_that_writes_in_another_way_names_its_own_flag(data, monkeypatch
   monkeypatch.setattr(encoding, "read_checkpoint", lambda *_, **__: types.SimpleNamespace(config=model, params={}))
   with refused(f"--{other}", f"--{name}"):
     encoding.make(name, "somewhere", data, None, "ema", 1, 0, 1)
+
+
+def test_arrays_in_a_store_are_those_of_the_folder(data, tmp_path):
+  write(data)
+  here = stored.StoredImages(LATENTS, PreparedSource(data, "generation"), 16, MOMENTS)
+  with loopback.serving() as server:
+    address = server.put(pathlib.Path(data), "bucket/set")
+    source = PreparedSource(address, "generation", Cache(str(tmp_path / "cache"), 2**30))
+    there = stored.StoredImages(LATENTS, source, 16, MOMENTS)
+    assert (there.encoder, there.fingerprint) == (here.encoder, here.fingerprint)
+    for index in range(RECORDS):
+      assert here[index][0] == there[index][0]
+      np.testing.assert_array_equal(here[index][1], there[index][1])
+    with refused("latents", address):
+      write(address)
+    del server.files["bucket/set/latents-16/latents-00001-of-00004.array_record"]
+    with refused("latents-00001"):
+      stored.StoredImages(LATENTS, source, 16, MOMENTS)
