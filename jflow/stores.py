@@ -8,6 +8,7 @@ before its size is right, and its hash where one is known.
 
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import errno
 import functools
@@ -16,7 +17,6 @@ import io
 import os
 import random
 import re
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -29,6 +29,7 @@ BLOCK = 8 * 2**20  # bytes of a request
 WAITS: Sequence[float] = (0.5, 1, 2, 4, 8, 16, 30, 60, 60, 60)  # seconds before a further try, four minutes in all
 FIRST = 5  # of these, for a store that has not answered yet
 _QUIET = 2  # tries that fail before one is told
+_AT_ONCE = 32  # requests, where many files are asked for
 _SILENCE = 60  # seconds without a byte after which a request has failed, where the store's library has no limit
 _KEPT = 4  # blocks of an open file in memory: a table's columns are read in turn
 _AGAIN = (408, 425, 429)
@@ -54,7 +55,7 @@ _T = TypeVar("_T")
 
 
 class Stat(NamedTuple):
-  """What is known of a file without reading it."""
+  """Size and version of a file, known without reading it."""
 
   size: int
   version: str  # another one after a change
@@ -86,7 +87,7 @@ def stat(path: str) -> Stat:
   if not is_address(path):
     found = os.stat(path)
     return Stat(found.st_size, str(found.st_mtime_ns))
-  return _stat_of(_call(path, lambda store, name: _fresh(store).info(name)))
+  return stat_of(call(path, lambda store, name: fresh(store).info(name)))
 
 
 def exists(path: str) -> bool:
@@ -94,8 +95,41 @@ def exists(path: str) -> bool:
   if not is_address(path):
     return os.path.exists(path)
   with contextlib.suppress(FileNotFoundError):
-    return bool(_call(path, lambda store, name: _fresh(store).info(name), missing=True))
+    return bool(call(path, lambda store, name: fresh(store).info(name), missing=True))
   return False
+
+
+def find(path: str) -> Stat | None:
+  """Size and version of a file; None where there is none of this name.
+
+  Raises:
+    UserError: the store is not open to us.
+    OSError: the store answers no more.
+  """
+  try:
+    if is_address(path):
+      info = call(path, lambda store, name: fresh(store).info(name), missing=True)
+      return None if info.get("type") == "directory" else stat_of(info)
+    return stat(path) if os.path.isfile(path) else None
+  except FileNotFoundError:
+    return None
+
+
+def each(function: Callable[[str], _T], paths: Sequence[str]) -> list[_T]:
+  """Returns function(path) of each path; of a store's, many at a time."""
+  if not any(map(is_address, paths)):
+    return list(map(function, paths))
+  with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+    return list(pool.map(function, paths))
+
+
+def head(path: str, count: int) -> bytes:
+  """The first bytes of a file, fewer of a smaller one."""
+  if not is_address(path):
+    with open(path, "rb") as file:
+      return file.read(count)
+  size = min(count, stat(path).size)
+  return _range(path, 0, size) if size else b""
 
 
 def read_bytes(path: str, sha256: str | None = None) -> bytes:
@@ -111,14 +145,14 @@ def read_bytes(path: str, sha256: str | None = None) -> bytes:
     return files.read_bytes(path)
 
   def read(store: Any, name: str) -> bytes:
-    size, data = _fresh(store).info(name)["size"], store.cat_file(name)
+    size, data = fresh(store).info(name)["size"], store.cat_file(name)
     if size not in (None, len(data)):
       raise OSError(f"{len(data):,} bytes came of {size:,}")
     if sha256 and hashlib.sha256(data).hexdigest() != sha256:
       raise OSError("the bytes have another hash than they should")
     return data
 
-  return _call(path, read, missing=True)
+  return call(path, read, missing=True)
 
 
 def open_file(path: str) -> BinaryIO:
@@ -152,20 +186,29 @@ def listed(folder: str) -> dict[str, Stat]:
   return dict(sorted(found.items()))
 
 
+def folders(folder: str) -> list[str]:
+  """The names of the folders in a folder, in order; none where it is missing."""
+  if is_address(folder):
+    return sorted(name for name, kind, _ in _entries(folder) if kind == "directory")
+  with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+    return sorted(entry.name for entry in entries if entry.is_dir())
+  return []
+
+
 def _entries(folder: str) -> list[tuple[str, str, Stat | None]]:
   """Name, type and what is known of each entry; fsspec's own walk would leave out folders that fail to answer."""
 
   def read(store: Any, name: str) -> list[tuple[str, str, Stat | None]]:
     root, out = name.rstrip("/") + "/", []
-    for info in _fresh(store).ls(root, detail=True):
+    for info in fresh(store).ls(root, detail=True):
       path = info["name"].rstrip("/")
       if path.startswith(root) and "/" not in path[len(root) :]:
         sized = info.get("type") != "directory" and isinstance(info.get("size"), int)
-        out.append((path[len(root) :], info.get("type", "file"), _stat_of(info) if sized else None))
+        out.append((path[len(root) :], info.get("type", "file"), stat_of(info) if sized else None))
     return out
 
   with contextlib.suppress(FileNotFoundError):
-    return _call(folder, read, missing=True)
+    return call(folder, read, missing=True)
   return []
 
 
@@ -184,69 +227,10 @@ def download(address: str, known: Stat, target: BinaryIO) -> str:
   return digest.hexdigest()
 
 
-def upload(path: str, address: str) -> None:
-  """Copies a file to a store, and checks what has arrived there by its size and hash.
-
-  Raises:
-    UserError: the store takes no files, or is not open to us.
-    OSError: the store answers no more, or the file cannot be read.
-  """
-  size, md5, sha256 = os.path.getsize(path), _hash(path, "md5"), files.sha256(path)
-
-  def put(store: Any, name: str) -> None:
-    store.put_file(path, name)
-    there = _stat_of(_fresh(store).info(name))
-    if there.size != size:
-      raise OSError(f"{there.size:,} bytes arrived of {size:,}")
-    if there.md5 != md5 and _hash_there(store, name, size) != sha256:
-      raise OSError("what arrived has another hash")
-
-  need_writable("--output", address)
-  _call(address, put)
-
-
-def write_bytes(address: str, content: bytes) -> None:
-  """Writes a small file of a store; see `upload`."""
-  with tempfile.NamedTemporaryFile() as file:
-    file.write(content)
-    file.flush()
-    upload(file.name, address)
-
-
-def copy(source: str, target: str) -> None:
-  """Copies a file within a store: by the store itself where it can, else through this machine."""
-  before = stat(source)
-
-  def within(store: Any, name: str) -> bool:
-    try:
-      store.cp_file(store._strip_protocol(source), name)
-    except NotImplementedError:
-      return False
-    if (there := _stat_of(_fresh(store).info(name))).size != before.size:
-      raise OSError(f"{there.size:,} bytes arrived of {before.size:,}")
-    return True
-
-  if not _call(target, within):
-    with tempfile.NamedTemporaryFile() as file:
-      download(source, before, file)  # type: ignore[arg-type]
-      file.flush()
-      upload(file.name, target)
-
-
 def remove(address: str) -> None:
   """Removes a file or folder of a store with all below it; a missing one is accepted."""
   with contextlib.suppress(FileNotFoundError):
-    _call(address, lambda store, name: _fresh(store).rm(name, recursive=True), missing=True)
-
-
-def need_writable(flag: str, address: str) -> None:
-  """Checks that files can be written to a kind of store.
-
-  Raises:
-    UserError: it is a web server, which only reads.
-  """
-  if address.startswith(("http://", "https://")):
-    raise UserError(f"{flag}={address} is on a web server, which takes no files: name a folder, gs:// or s3://")
+    call(address, lambda store, name: fresh(store).rm(name, recursive=True), missing=True)
 
 
 class _Ranges(io.RawIOBase):
@@ -297,10 +281,10 @@ def _range(address: str, start: int, stop: int) -> bytes:
       raise OSError(f"{len(data):,} bytes came of {stop - start:,}")
     return data
 
-  return _call(address, read)
+  return call(address, read)
 
 
-def _call(address: str, request: Callable[[Any, str], _T], missing: bool = False) -> _T:
+def call(address: str, request: Callable[[Any, str], _T], missing: bool = False) -> _T:
   """Returns request(store, name in it), tried as often as `WAITS` says.
 
   Args:
@@ -373,13 +357,13 @@ def _store(protocol: str, root: str) -> Any:
   return fsspec.core.url_to_fs(root + "/", **options)[0]
 
 
-def _fresh(store: Any) -> Any:
+def fresh(store: Any) -> Any:
   """A store without what it remembers of its folders."""
   store.invalidate_cache()
   return store
 
 
-def _stat_of(info: dict[str, Any]) -> Stat:
+def stat_of(info: dict[str, Any]) -> Stat:
   if info.get("type") == "directory":
     raise IsADirectoryError(errno.EISDIR, "it is a folder")
   if not isinstance(info.get("size"), int):
@@ -391,15 +375,3 @@ def _stat_of(info: dict[str, Any]) -> Stat:
     with contextlib.suppress(ValueError):
       etag = base64.b64decode(md5).hex()
   return Stat(info["size"], version, etag if re.fullmatch("[0-9a-f]{32}", etag) else "")
-
-
-def _hash_there(store: Any, name: str, size: int) -> str:
-  digest = hashlib.sha256()
-  for start in range(0, size, BLOCK):
-    digest.update(store.cat_file(name, start=start, end=min(start + BLOCK, size)))
-  return digest.hexdigest()
-
-
-def _hash(path: str, kind: str) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, kind).hexdigest()

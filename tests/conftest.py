@@ -26,6 +26,7 @@ FAST = {
   "data/order",
   "data/packing",
   "data/store/cache",
+  "data/store/prepare_stores",
   "data/tokenizer",
   "data/validation",
   "evaluation/scorers",

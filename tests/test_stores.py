@@ -7,7 +7,7 @@ import loopback
 import pytest
 from refusals import refused
 
-from jflow import stores
+from jflow import stores, uploads
 
 DATA = random.Random(0).randbytes(50_000)
 FAULTS = ["429", "503", "drop", "cut", "hang"]
@@ -32,7 +32,7 @@ def test_a_fault_costs_a_further_try(server, fault):
   server.fail(fault)
   assert stores.listed(f"{server.address}/bucket")["data.bin"].size == len(DATA)
   server.fail(fault)
-  stores.write_bytes(f"{server.address}/bucket/new", DATA)
+  uploads.write_bytes(f"{server.address}/bucket/new", DATA)
   assert server.files["bucket/new"] == DATA and not server.faults
 
 
@@ -98,13 +98,13 @@ def test_what_arrived_otherwise_is_sent_again(server, tmp_path, fault, tags_of_p
   server.tags_of_parts = tags_of_parts
   (tmp_path / "file").write_bytes(DATA)
   server.fail(fault)
-  stores.upload(str(tmp_path / "file"), f"{server.address}/bucket/new/file")
+  uploads.upload(str(tmp_path / "file"), f"{server.address}/bucket/new/file")
   assert server.files["bucket/new/file"] == DATA
   assert [method for method, _ in server.asked].count("PUT") == 2
 
 
 def test_files_are_copied_and_removed_in_the_store(server):
-  stores.copy(f"{server.address}/bucket/data.bin", f"{server.address}/bucket/two/data.bin")
+  uploads.copy(f"{server.address}/bucket/data.bin", f"{server.address}/bucket/two/data.bin")
   assert server.files["bucket/two/data.bin"] == DATA
   for _ in range(2):
     stores.remove(f"{server.address}/bucket/two")
@@ -128,4 +128,4 @@ def test_a_library_that_is_missing_is_named(address, said, monkeypatch):
 
 def test_a_web_server_takes_no_files(tmp_path):
   with refused("https://host/a"):
-    stores.need_writable("--output", "https://host/a")
+    uploads.need_writable("--output", "https://host/a")

@@ -20,7 +20,8 @@ from jflow.errors import Terminated, UserError
 
 _EPILOG = """\
 formats: --input is a file, a folder, a pattern ("tars/*.tar") or a range ("tars/{00000..00041}.tar"); of a folder,
-         hidden files and folders are left out, links are followed, and each file is read once
+         hidden files and folders are left out, links are followed, and each file is read once. In webdataset,
+         parquet, llava-jsonl and text it may be in a store: gs://BUCKET/tars, s3://..., https://..., hf://...
   llava-jsonl  JSON objects, one per line or in an array; images are files in the same folder (--image_root)
                  {"id": "7", "image": "7.jpg", "conversations": [
                    {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
@@ -69,7 +70,9 @@ afterwards
   python -m jflow prepare --inspect OUTPUT    draw packed rows as the model will see them
   python -m jflow prepare --latents --help    run the VAE over a data set ahead of time; for Janus --codes, its VQ
 
-On many machines with a shared disk, a Slurm array or an indexed job runs the command with --part=K/N, once per machine:
+--output may be in a store too: each finished part is sent there and checked, summary.json last.
+
+On many machines with a shared disk or a store, a Slurm array or an indexed job runs the command with --part=K/N, once per machine:
   python -m jflow prepare --format=webdataset --input=tars --output=data/paint --task=generation \\
     --part=$((SLURM_ARRAY_TASK_ID + 1))/$SLURM_ARRAY_TASK_COUNT
 and at the end once with --merge in its place. The records, their order and the fingerprint are those of one machine."""
@@ -161,9 +164,9 @@ def _parser() -> argparse.ArgumentParser:
     action="extend",
     default=[],
     metavar="PATH",
-    help="file, folder, pattern or range to read, in quotes (`shapes` reads none)",
+    help="file, folder, pattern, range or address to read, in quotes (`shapes` reads none)",
   )
-  add("--output", help="the directory to write; must not exist yet")
+  add("--output", help="the directory or address to write; must not exist yet")
   add("--task", choices=TASKS, help="what the records are to teach")
   add(
     "--processes",

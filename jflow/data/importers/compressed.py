@@ -2,12 +2,12 @@
 
 import gzip
 import io
-import os
 import re
 import zlib
 from collections.abc import Sequence
 from typing import BinaryIO
 
+from jflow import stores
 from jflow.data.records import RecordError
 from jflow.errors import UserError
 
@@ -41,17 +41,14 @@ def check(paths: Sequence[str], gzip_is_read: bool) -> None:
     UserError: a file is; the message says how to unpack it.
   """
   others = _OTHERS if gzip_is_read else (*_OTHERS, (re.escape(_GZIP), "compressed by gzip", "gunzip"))
-  for path in paths:
-    with open(path, "rb") as file:
-      start = file.read(16)
+  for path, start in zip(paths, stores.each(lambda path: stores.head(path, 16), paths)):
     for pattern, what, tool in others:
       if re.match(pattern, start):
         raise UserError(f"{path} is {what}, which this format is not read from: `{tool}` it first")
 
 
 def is_gzip(path: str) -> bool:
-  with open(path, "rb") as file:
-    return file.read(len(_GZIP)) == _GZIP
+  return stores.head(path, len(_GZIP)) == _GZIP
 
 
 def unfold(raw: BinaryIO) -> io.BufferedReader:
@@ -66,7 +63,7 @@ def unfold(raw: BinaryIO) -> io.BufferedReader:
 class _Unfolded(io.RawIOBase):
   def __init__(self, raw: BinaryIO):
     self._file = gzip.GzipFile(fileobj=raw)
-    self._left = os.fstat(raw.fileno()).st_size * MAX_RATIO + 2**20
+    self._left = stores.size_of(raw) * MAX_RATIO + 2**20
 
   def readable(self) -> bool:
     return True

@@ -41,6 +41,7 @@ class ImageFolder:
 
   def __init__(self, options: Options):
     self._options, folder = options, options.input
+    inputs.refuse_address(folder, "imagefolder")
     if not os.path.isdir(folder):
       raise UserError(f"--input={folder} must be a folder of pictures for --format=imagefolder")
     found = sorted(path for name in _METADATA for path in glob.glob(f"{glob.escape(folder)}/**/{name}", recursive=True))

@@ -7,7 +7,7 @@ import os
 import re
 from typing import NamedTuple
 
-from jflow import git_lfs
+from jflow import git_lfs, stores
 from jflow.data.importers import compressed
 from jflow.errors import UserError
 
@@ -48,15 +48,16 @@ def input_files(pattern: str, endings: tuple[str, ...], format: str) -> Inputs:
     UserError: nothing is found, a file of a range or the target of a link is missing, a folder cannot be read, or a
       file is a git-lfs pointer, or compressed in an unsupported format.
   """
-  if "://" in pattern:
-    raise UserError(f"--input={pattern} is an address: only local files are read, so fetch it first")
   left_out: collections.Counter = collections.Counter()
-  if os.path.isfile(pattern):
+  match = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", pattern)
+  if stores.is_address(pattern):
+    found, wanted = _in_store(pattern, match, endings, left_out)
+  elif os.path.isfile(pattern):
     found, wanted = [pattern], ""
   elif os.path.isdir(pattern):
     found = _walk(pattern, compressed.with_compressed(endings), (), left_out)
     wanted = f"no file that ends in {', '.join(endings)}"
-  elif match := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", pattern):
+  elif match:
     found, wanted = _range(pattern, *match.groups()), "an empty range"
   else:
     found = _matching(pattern, left_out)
@@ -64,24 +65,65 @@ def input_files(pattern: str, endings: tuple[str, ...], format: str) -> Inputs:
   if not found:
     counts = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
     without = f" (left out: {counts})" if counts else ""
-    what = "holds nothing to read" if os.path.isdir(pattern) else "not found"
+    what = "holds nothing to read" if is_folder(pattern) else "not found"
     raise UserError(f"input {pattern} {what}: {wanted}{without}; --format={format} reads a file, a folder or a pattern")
-  git_lfs.check(found)
+  git_lfs.check([path for path in found if not stores.is_address(path)])
   compressed.check(found, any(ending.endswith(("gz", ".tar")) for ending in endings))
   return Inputs(found, dict(left_out))
 
 
 def _range(pattern: str, before: str, first: str, last: str, after: str) -> list[str]:
-  numbers = range(int(first), int(last) + 1)
-  missing, found = [], []
-  for number in numbers:
-    path = f"{before}{number:0{len(first)}d}{after}"
-    (found if os.path.isfile(path) else missing).append(path)
+  numbers, missing, found = range(int(first), int(last) + 1), [], []
+  for begin in range(0, len(numbers), 1000):
+    paths = [f"{before}{number:0{len(first)}d}{after}" for number in numbers[begin : begin + 1000]]
+    for path, known in zip(paths, stores.each(stores.find, paths)):
+      (missing if known is None else found).append(path)
     if len(missing) > 100_000:
       break
   if missing:
     raise UserError(f"{missing[0]} is missing ({len(missing):,} of the {len(numbers):,} files of {pattern} are)")
   return found
+
+
+def is_folder(path: str) -> bool:
+  """Whether a path is a folder, of this machine or of a store."""
+  if not stores.is_address(path):
+    return os.path.isdir(path)
+  return not glob.has_magic(path) and stores.find(path.rstrip("/")) is None and stores.exists(path.rstrip("/"))
+
+
+def refuse_address(path: str, format: str) -> None:
+  """Checks that an input is of this machine, for a format that is read from no store.
+
+  Raises:
+    UserError: it is an address.
+  """
+  if stores.is_address(path):
+    raise UserError(
+      f"--input={path} is an address, and --format={format} reads a folder of this machine: fetch it, or keep it in a "
+      "store as tars (webdataset), parquet or llava-jsonl"
+    )
+
+
+def _in_store(
+  pattern: str, numbered: re.Match[str] | None, endings: tuple[str, ...], left_out: collections.Counter
+) -> tuple[list[str], str]:
+  """The files of a store that an input names, and what there would have to be for one more."""
+  if numbered:
+    return _range(pattern, *numbered.groups()), "an empty range"
+  parts = pattern.split("/")
+  first = next((number for number, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+  if first == len(parts) and stores.find(pattern) is not None:
+    return [pattern], ""
+  root, rest, found = "/".join(parts[:first]).rstrip("/"), parts[first:], []
+  ending = ("",) if rest else compressed.with_compressed(endings)
+  for name in stores.listed(root):
+    fits = _fits(name.split("/"), rest) if rest else name.lower().endswith(ending)
+    if fits and is_hidden(name) and not any(map(is_hidden, rest)):
+      left_out["hidden"] += 1
+    elif fits:
+      found.append(stores.join(root, name))
+  return found, "no such file" if rest else f"no file that ends in {', '.join(endings)}"
 
 
 def _matching(pattern: str, left_out: collections.Counter) -> list[str]:

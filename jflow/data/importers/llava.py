@@ -6,10 +6,10 @@ or {"image": ..., "caption": ...}; objects.py has the other forms.
 """
 
 import functools
-import os
 from collections.abc import Iterator
 from typing import Any
 
+from jflow import stores
 from jflow.data.importers import arrays, inputs, json_texts, keys, media, objects, reading
 from jflow.data.importers.importer import Item, Options, make_item
 from jflow.data.records import Record, RecordError, Unwanted
@@ -29,8 +29,8 @@ class Llava:
   def __init__(self, options: Options):
     self._options = options
     self._paths, self.left_out = inputs.input_files(options.input, (".jsonl", ".ndjson", ".json"), "llava-jsonl")
-    self._root = options.image_root or (options.input if os.path.isdir(options.input) else None)
-    if self._root and not os.path.isdir(self._root):
+    self._root = options.image_root or (options.input if inputs.is_folder(options.input) else None)
+    if self._root and not inputs.is_folder(self._root):
       raise UserError(f"--image_root {self._root} is not a directory")
 
   def files(self) -> list[str]:
@@ -48,7 +48,7 @@ class Llava:
       for number, value in enumerate(_load_array(path)[first : first + count], start=first):
         yield self._item(path, f"{path} entry {number}", number, value)
       return
-    with open(path, "rb") as file:
+    with stores.open_file(path) as file:
       file.seek(start)
       for number, (line, _) in zip(range(first + 1, first + count + 1), reading.lines(file)):
         if not reading.is_blank(line):
@@ -61,7 +61,7 @@ class Llava:
       count = len(_load_array(path))
       return [(path, _ARRAY, i, min(size, count - i)) for i in range(0, count, size)]
     parts, offset, start, first, number = [], 0, 0, 0, 0
-    with open(path, "rb") as file:
+    with stores.open_file(path) as file:
       for number, (_, length) in enumerate(reading.lines(file), start=1):
         offset += length
         if number - first == size:
@@ -92,7 +92,7 @@ class Llava:
     if task == "understanding" and not paths and caption is None and isinstance(value.get("text"), str):
       raise Unwanted("text_only", "a document without an image is learned by --task=text")
     record = objects.make_record(name, value, tuple(paths), task, self._options.text_column)
-    root = self._root or os.path.dirname(os.path.abspath(path))
+    root = self._root or reading.folder_of(path)
     return record._replace(images=_read(root, paths)), objects.notes(value)
 
 
@@ -111,7 +111,7 @@ def _read(root: str, paths: list[str]) -> tuple[bytes, ...]:
 
 def _is_array(path: str) -> bool:
   """Whether a file is one JSON array, and not lines that begin with one."""
-  with open(path, "rb") as file:
+  with stores.open_file(path) as file:
     line = next((line for line, _ in reading.lines(file) if not reading.is_blank(line)), b"")
     if not line.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
       return False
@@ -125,13 +125,13 @@ def _is_array(path: str) -> bool:
 
 
 def _load_array(path: str) -> list[Any]:
-  return _parse_array(path, os.stat(path).st_mtime_ns)
+  return _parse_array(path, stores.stat(path).version)
 
 
 @functools.lru_cache(maxsize=1)
-def _parse_array(path: str, changed: int) -> list[Any]:
+def _parse_array(path: str, changed: str) -> list[Any]:
   """Returns the entries of an array; `changed` is a key of the cache, another one after the file has changed."""
-  with open(path, "rb") as file:
+  with stores.open_file(path) as file:
     try:
       return arrays.parse_array(file.read())
     except RecordError as error:

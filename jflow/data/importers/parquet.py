@@ -15,12 +15,13 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from jflow import stores
 from jflow.data import images as images_lib
 from jflow.data.importers import keys, media, objects
 from jflow.data.importers.cells import broken_in
 from jflow.data.importers.importer import Item, Options, make_item
 from jflow.data.importers.inputs import input_files
-from jflow.data.importers.reading import read_under
+from jflow.data.importers.reading import folder_of, read_under
 from jflow.data.records import Record, RecordError, Unwanted
 from jflow.errors import UserError
 
@@ -54,7 +55,7 @@ class Parquet:
     """
     parts = []
     for path in self._paths:
-      size = os.path.getsize(path)
+      size = stores.stat(path).size
       if not size:
         parts.append((path, 0, 0, 0))
         continue
@@ -74,13 +75,13 @@ class Parquet:
 
   def items(self, part: Part) -> Iterator[Item]:
     path, group, first, rows = part
-    if not os.path.getsize(path):
+    if not (file_size := stores.stat(path).size):
       yield Item(path, RecordError("empty_shard", "the file is empty"), {})
       return
     with _open(path) as table:
       columns = self._columns(path, table.schema_arrow)
       size = table.metadata.row_group(group).total_byte_size
-      if size > MAX_RATIO * os.path.getsize(path) + 2**20:
+      if size > MAX_RATIO * file_size + 2**20:
         bomb = RecordError("bomb", f"the row group unfolds to more than {MAX_RATIO} times the size of its file")
         yield from (Item(f"{path} row {number}", bomb, {}) for number in range(first, first + rows))
         return
@@ -168,7 +169,7 @@ class Parquet:
     if isinstance(value, RecordError):
       raise value
     if isinstance(value, str) and value:
-      value = read_under(self._options.image_root or os.path.dirname(os.path.abspath(path)), value)
+      value = read_under(self._options.image_root or folder_of(path), value)
     if value is None or value == "":
       raise RecordError("missing_image", "the image has no bytes and no path")
     if not isinstance(value, bytes):
@@ -239,18 +240,20 @@ def _open(path: str) -> Any:
 
   try:
     return pyarrow.parquet.ParquetFile(
-      path,
-      metadata=_plain_metadata(path, os.stat(path).st_mtime_ns),
+      stores.open_file(path) if stores.is_address(path) else path,
+      metadata=_plain_metadata(path, stores.stat(path).version),
       memory_map=True,
       pre_buffer=False,
       page_checksum_verification=True,
     )
   except Exception as error:  # pyarrow raises many types on a damaged footer
+    if stores.is_address(path) and (isinstance(error, UserError) or getattr(error, "errno", None)):
+      raise  # of the store
     raise UserError(f"{path} is not a readable parquet file ({str(error)[:80]}){_advice(path)}") from None
 
 
 @functools.lru_cache(maxsize=1)  # reading them again for each row group would take quadratic time
-def _plain_metadata(path: str, changed: int) -> Any:
+def _plain_metadata(path: str, changed: str) -> Any:
   """Returns the metadata of a file without the Arrow schema that its writer may have added.
 
   The schema would restore types, such as dictionaries, in which a single text that is not UTF-8 costs the whole column.
@@ -258,7 +261,7 @@ def _plain_metadata(path: str, changed: int) -> Any:
   """
   import pyarrow.parquet
 
-  with open(path, "rb") as file:
+  with stores.open_file(path) as file:
     size = file.seek(-8, os.SEEK_END) + 8
     length = int.from_bytes(file.read(4), "little")
     file.seek(max(0, size - 8 - length))
@@ -268,8 +271,7 @@ def _plain_metadata(path: str, changed: int) -> Any:
 
 
 def _advice(path: str) -> str:
-  with open(path, "rb") as file:
-    start = file.read(6)
+  start = stores.head(path, 6)
   if start == b"ARROW1":
     return ": it is an Arrow file, which pyarrow.parquet.write_table writes as parquet"
   return ": decrypt it first" if start[:4] == b"PARE" else ": fetch it again"

@@ -3,11 +3,12 @@
 import codecs
 import errno
 import os
+import posixpath
 import stat
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from jflow import git_lfs
+from jflow import git_lfs, stores
 from jflow.data.records import RecordError
 from jflow.errors import UserError
 
@@ -29,6 +30,8 @@ def read_under(root: str, name: str, limit: int = MAX_IMAGE_FILE) -> bytes:
     RecordError: it is outside the folder ("outside_root"), missing ("missing_image"), a folder, a pipe or a device
       ("not_a_file"), too large ("too_large"), or a git-lfs pointer ("git_lfs_pointer").
   """
+  if stores.is_address(root):
+    return _read_in_store(root, name, limit)
   root = os.path.normpath(os.path.abspath(root))
   path = os.path.normpath(os.path.join(root, name))
   if os.path.commonpath([path, root]) != os.path.commonpath([root]):  # which writes "//folder" as "/folder"
@@ -49,6 +52,27 @@ def read_under(root: str, name: str, limit: int = MAX_IMAGE_FILE) -> bytes:
   if git_lfs.is_pointer(data):
     raise RecordError("git_lfs_pointer", f"image {name:.200} is a git-lfs pointer: run `git lfs pull` in {root}")
   return data
+
+
+def _read_in_store(root: str, name: str, limit: int) -> bytes:
+  """`read_under` for a folder of a store."""
+  below = posixpath.normpath(name)
+  if stores.is_address(name) or below.startswith(("/", "../")) or below == "..":
+    raise RecordError("outside_root", f"image {name:.200} lies outside {root} (llava-jsonl, parquet: set --image_root)")
+  path = stores.join(root, below)
+  found = stores.find(path)
+  if found is None:
+    raise RecordError(
+      "missing_image", f"image {name:.200} not found in {root} (llava-jsonl, parquet: see --image_root)"
+    )
+  if found.size > limit:
+    raise RecordError("too_large", f"the images of the record have more than {MAX_IMAGE_FILE:,} bytes")
+  return stores.read_bytes(path)
+
+
+def folder_of(path: str) -> str:
+  """The folder that a file lies in."""
+  return path.rpartition("/")[0] if stores.is_address(path) else os.path.dirname(os.path.abspath(path))
 
 
 def lines(file: BinaryIO, limit: int = MAX_LINE) -> Iterator[tuple[bytes, int]]:
@@ -82,6 +106,5 @@ def check_encoding(path: str) -> None:
   Raises:
     UserError: it is UTF-16 or UTF-32.
   """
-  with open(path, "rb") as file:
-    if is_utf16(file.read(16)):
-      raise UserError(f"{path} is UTF-16 or UTF-32 text: convert it to UTF-8, as in iconv -f UTF-16 -t UTF-8")
+  if is_utf16(stores.head(path, 16)):
+    raise UserError(f"{path} is UTF-16 or UTF-32 text: convert it to UTF-8, as in iconv -f UTF-16 -t UTF-8")

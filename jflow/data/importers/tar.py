@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
+from jflow import stores
 from jflow.data.importers import compressed
 from jflow.data.records import RecordError
 
@@ -45,7 +46,7 @@ def members(path: str) -> Iterator[Member]:
   damaged ("broken_tar", "broken_gzip"). After a damaged header, reading continues at the next sound one. After an end
   mark another tar may follow, as `cat` joins them; anything else there is damage.
   """
-  with open(path, "rb") as raw:
+  with stores.open_file(path) as raw:
     stream = _Stream(raw, compressed.is_gzip(path))
     while True:
       try:
@@ -105,7 +106,7 @@ class _Stream:
 
   def __init__(self, raw: BinaryIO, gzipped: bool):
     self._file = compressed.unfold(raw) if gzipped else raw
-    self._size = None if gzipped else os.fstat(raw.fileno()).st_size
+    self._size = None if gzipped else stores.size_of(raw)
     self._found = b""
     self.offset = 0
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from jflow import stores
 from jflow.data.importers import compressed, inputs, json_texts, objects, reading
 from jflow.data.importers.importer import Item, Options, make_item
 from jflow.data.records import Record, RecordError
@@ -64,9 +65,9 @@ class Text:
   def items(self, part: tuple[Piece, ...]) -> Iterator[Item]:
     for path, start, stop in part:
       try:
-        if not os.path.getsize(path):
+        if not stores.stat(path).size:
           raise RecordError("empty_shard", "the file is empty")
-        with open(path, "rb") as raw:
+        with stores.open_file(path) as raw:
           raw.seek(start)
           gzipped, kind = compressed.is_gzip(path), self._kind(path)
           file = compressed.unfold(raw) if gzipped else raw
@@ -82,12 +83,12 @@ class Text:
 
   def _cut(self, path: str) -> list[Piece]:
     """Cuts a file into pieces of about PART_BYTES between documents."""
-    size, kind = os.path.getsize(path), self._kind(path)
+    size, kind = stores.stat(path).size, self._kind(path)
     if kind == "file" or not size or compressed.is_gzip(path):
       return [(path, 0, size)]
     reading.check_encoding(path)
     pieces, start = [], 0
-    with open(path, "rb") as file:
+    with stores.open_file(path) as file:
       while start < size:
         file.seek(start + PART_BYTES)
         for number, (line, _) in enumerate(reading.lines(file)):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jflow import git_lfs
-from jflow.data.importers import json_texts, keys, objects
+from jflow.data.importers import inputs, json_texts, keys, objects
 from jflow.data.importers.cells import broken_in
 from jflow.data.importers.importer import Item, Options, make_item
 from jflow.data.records import Record, RecordError, Unwanted
@@ -32,6 +32,7 @@ class Tfds:
 
   def __init__(self, options: Options):
     self._options = options
+    inputs.refuse_address(options.input, "tfds")
     if not os.path.isfile(os.path.join(options.input, "dataset_info.json")):
       raise UserError(f"{options.input} is not a TFDS data set: name the directory that holds dataset_info.json")
     git_lfs.check(self.files())

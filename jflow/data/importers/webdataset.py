@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from jflow import stores
 from jflow.data.importers import json_texts, keys, media, objects, tar
 from jflow.data.importers.importer import Item, Options, make_item
 from jflow.data.importers.inputs import input_files, is_hidden
@@ -34,6 +35,7 @@ class WebDataset:
   def __init__(self, options: Options):
     self._options = options
     self._paths, self.left_out = input_files(options.input, _ENDINGS, "webdataset")
+    self._sizes = dict(zip(self._paths, stores.each(lambda path: stores.stat(path).size, self._paths)))
     self._image_ending, self._text_ending = (
       column.lower().lstrip(".") for column in (options.image_column, options.text_column)
     )
@@ -45,7 +47,7 @@ class WebDataset:
     return self._paths
 
   def work(self, part: str) -> int:
-    return os.path.getsize(part)
+    return self._sizes[part]
 
   def items(self, part: str) -> Iterator[Item]:
     seen: set[str] = set()

@@ -14,13 +14,14 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 from jflow import files, stores
 from jflow.errors import UserError
 from jflow.progress import say
 
 USUAL = "~/.cache/jflow"
+_POLL = 0.02  # seconds
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _T = TypeVar("_T")
 
@@ -83,12 +84,29 @@ class Cache:
       OSError: the store answers no more, or the disk is full.
     """
     path = os.path.join(self._root, remote.name)
-    with self._locked(remote.name):
-      if not _has_size(path, remote.size):
-        self._fetch(remote, path)
-      with contextlib.suppress(OSError):
-        os.utime(path)
-      return opener(path)
+    waits, told = iter(stores.WAITS), False
+    while True:
+      try:
+        with self._locked(remote.name):
+          if _has_size(path, remote.size) or self._fetch(remote, path):
+            with contextlib.suppress(OSError):
+              os.utime(path)
+            if told:
+              say(f"{self._root} has room again")
+            return opener(path)
+        time.sleep(_POLL)  # files that others fetch are in the way, and without a lock held they all come
+      except OSError as error:
+        if error.errno not in _FULL:
+          raise
+        if (wait := next(waits, None)) is None:
+          message = (
+            f"the disk has no room for a shard of {remote.size:,} bytes: make some, or name another {self._field}"
+          )
+          raise OSError(error.errno, message, self._root) from None
+        if not told:
+          say(f"{self._root}: the disk is full; waiting for room for {remote.size:,} bytes")
+          told = True
+        time.sleep(wait)
 
   def drop_damaged(self, remote: Remote) -> bool:
     """Removes a copy whose bytes are not those of the store any more; returns whether it has."""
@@ -111,47 +129,21 @@ class Cache:
     with contextlib.suppress(OSError):
       os.utime(os.path.join(self._root, remote.name))
 
-  def _fetch(self, remote: Remote, path: str) -> None:
-    """Copies a file, and waits for the disk where that is full; its lock is held."""
-    told = False
-    for tries, wait in enumerate((*stores.WAITS, None)):
-      try:
-        self._make_room(remote.size)
-        self._copy(remote, path)
-        if told:
-          say(f"{self._root} has room again")
-        return
-      except OSError as error:
-        if error.errno not in _FULL:
-          raise
-        if self._make_room(remote.size, remote.size) and not tries:  # other files fill the disk: fewer copies
-          continue
-        if wait is None:
-          raise OSError(
-            error.errno,
-            f"the disk has no room for a shard of {remote.size:,} bytes: make some, or name another {self._field}",
-            self._root,
-          ) from None
-        if wait and not told:
-          say(f"{self._root}: the disk is full; waiting for room for {remote.size:,} bytes")
-          told = True
-        time.sleep(wait)
-
-  def _copy(self, remote: Remote, path: str) -> None:
-    """Copies a file, twice where it came with another hash; of what fails nothing is left."""
-    known = stores.Stat(remote.size, remote.version)
-    new = path + files.PART
+  def _fetch(self, remote: Remote, path: str) -> bool:
+    """Copies a file, whose lock is held; of what fails nothing is left. Returns False where there is no room yet."""
+    known, new = stores.Stat(remote.size, remote.version), path + files.PART
     try:
-      for _ in range(2):
-        with open(new, "wb") as file:
-          if remote.size:
-            with _only_full():
-              os.posix_fallocate(file.fileno(), 0, remote.size)
+      with open(new, "wb") as file:
+        if not self._reserve(remote, file):
+          return False
+        for _ in range(2):
+          file.seek(0)
           digest = stores.download(remote.address, known, file)
-          file.flush()
-          os.fsync(file.fileno())
-        if not remote.sha256 or digest == remote.sha256:
-          return os.replace(new, path)
+          if not remote.sha256 or digest == remote.sha256:
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(new, path)
+            return True
       raise UserError(
         f"{remote.address} has not the bytes that its list of hashes says: it was changed or damaged; prepare the "
         "source again"
@@ -159,35 +151,56 @@ class Cache:
     finally:
       files.remove(new)
 
-  def _make_room(self, size: int, freed: int = 0) -> bool:
-    """Removes the copies that were not used for the longest, until `size` more bytes fit and so many are freed.
+  def _reserve(self, remote: Remote, file: BinaryIO) -> bool:
+    """Takes room for a file, where need be from the copies that were not used for the longest; returns whether it fits.
 
-    Returns whether a copy was removed.
+    Raises:
+      OSError: the disk is full of other files.
     """
-    begun = -freed
     with self._locked("room"):
-      held = []
-      with os.scandir(self._root) as entries:
-        for entry in entries:
-          with contextlib.suppress(OSError):  # it was just removed
-            if entry.is_file(follow_symlinks=False):
-              found = entry.stat(follow_symlinks=False)
-              held.append((found.st_mtime_ns, found.st_size, entry.name))
-      total = sum(bytes for _, bytes, _ in held) + size
-      for _, bytes, name in sorted(held):
-        if total <= self._most and begun >= 0:
-          break
-        if self._remove(name):
-          total, begun = total - bytes, begun + bytes
-    return begun > -freed
-
-  def _remove(self, name: str) -> bool:
-    """Removes a copy, or what a killed process left of one, unless a process is at it; returns whether it has."""
-    with contextlib.suppress(OSError), files.open_lock(self._lock_name(name)) as lock:
-      if files.lock(lock):
-        os.unlink(os.path.join(self._root, name))
-        return True
+      held, total = self._held(), remote.size
+      total += sum(size for _, size, _ in held)
+      while held and total > self._most:
+        total -= self._remove(held.pop(0), remote)
+      while total <= self._most:
+        try:
+          if remote.size:
+            os.posix_fallocate(file.fileno(), 0, remote.size)
+          return True
+        except OSError as error:
+          if error.errno not in _FULL:  # a file system that reserves nothing
+            return True
+          if not held:
+            raise
+          self._remove(held.pop(0), remote)
     return False
+
+  def _held(self) -> list[tuple[int, int, str]]:
+    """(time of last use, bytes, name) of all copies, the least recently used first."""
+    found = []
+    with os.scandir(self._root) as entries:
+      for entry in entries:
+        with contextlib.suppress(OSError):  # it was just removed
+          if entry.is_file(follow_symlinks=False):
+            known = entry.stat(follow_symlinks=False)
+            found.append((known.st_mtime_ns, known.st_size, entry.name))
+    return sorted(found)
+
+  def _remove(self, held: tuple[int, int, str], remote: Remote) -> int:
+    """Removes a copy, or what a killed process left of one, unless another is at it; returns the bytes that are free.
+
+    Args:
+      held: of `_held`.
+      remote: the file whose lock this process holds.
+    """
+    _, size, name = held
+    if name == remote.name + files.PART:
+      return 0
+    with contextlib.suppress(OSError), files.open_lock(self._lock_name(name)) as lock:
+      if name[:2] == remote.name[:2] or files.lock(lock):
+        os.unlink(os.path.join(self._root, name))
+        return size
+    return 0
 
   @contextlib.contextmanager
   def _locked(self, name: str) -> Iterator[None]:
@@ -198,16 +211,6 @@ class Cache:
 
   def _lock_name(self, name: str) -> str:
     return os.path.join(self._root, "locks", name if name == "room" else name[:2])
-
-
-@contextlib.contextmanager
-def _only_full() -> Iterator[None]:
-  """Passes the error of a full disk alone: some file systems reserve nothing."""
-  try:
-    yield
-  except OSError as error:
-    if error.errno in _FULL:
-      raise
 
 
 def _has_size(path: str, size: int) -> bool:

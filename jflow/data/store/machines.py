@@ -4,16 +4,14 @@ A machine's folder holds every N-th part of the input, as OUTPUT.partial of one 
 """
 
 import concurrent.futures
-import glob
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jflow import files
+from jflow import stores
 from jflow.data.store.partial import JOB, read_report
 from jflow.errors import UserError
-from jflow.strict_json import Malformed
+from jflow.strict_json import Malformed, parse
 
 _DIGITS = 5
 
@@ -34,7 +32,9 @@ def shares(output: str, job: Mapping[str, Any], parts: int) -> list[str]:
   Raises:
     UserError: there is none, one is missing, or one is of another import.
   """
-  found = [path for path in glob.glob(glob.escape(output) + ".machine-*-of-*") if os.path.isdir(path)]
+  folder, _, name = output.rpartition("/")
+  named = re.compile(re.escape(name) + r"\.machine-\d{5}-of-\d{5}")
+  found = [stores.join(folder, one) for one in stores.folders(folder or "/") if named.fullmatch(one)]
   counts = {match[1] for path in found if (match := re.search(r"-of-(\d{5})$", path))}
   if not counts:
     raise UserError(f"--merge: no share of {output} is there: first run the command on each machine with --part=K/N")
@@ -43,13 +43,15 @@ def shares(output: str, job: Mapping[str, Any], parts: int) -> list[str]:
   number = int(counts.pop())
   folders = [output + suffix(machine, number) for machine in range(1, number + 1)]
   for machine, folder in enumerate(folders, 1):
-    if not os.path.isdir(folder) and machine <= parts:
+    if folder not in found and machine <= parts:
       raise UserError(f"--merge: {folder} is missing: run --part={machine}/{number}")
   for machine, folder in enumerate(folders, 1):
-    if not os.path.isdir(folder):  # more machines than parts
+    if folder not in found:  # more machines than parts
       continue
     try:
-      made = files.read_object(os.path.join(folder, JOB))
+      made = parse(stores.read_bytes(stores.join(folder, JOB)))
+      if not isinstance(made, dict):
+        raise Malformed("it holds no object")
     except (OSError, Malformed) as error:
       raise UserError(f"--merge: {folder} cannot be read ({error}): run --part={machine}/{number} again") from None
     if made != {**job, "machines": number}:

@@ -7,9 +7,11 @@ import os
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from jflow import files
+from jflow import files, stores
+from jflow.data.store.scratch import local
 from jflow.errors import UserError
-from jflow.strict_json import Malformed
+from jflow.strict_json import Malformed, parse
+from jflow.uploads import need_writable, write_bytes
 
 JOB, _LOCK = "job.json", "lock"
 _DIGEST = "digest_of_report"
@@ -29,17 +31,21 @@ def open_partial(partial: str, job: dict[str, Any], flag: str) -> TextIO:
   Raises:
     UserError: it cannot be written, another process writes in it, or it holds files of an unknown origin.
   """
+  here = partial if not stores.is_address(partial) else os.path.dirname(local(stores.join(partial, _LOCK)))
   try:
-    os.makedirs(partial, exist_ok=True)
-    lock = files.open_lock(os.path.join(partial, _LOCK))
+    os.makedirs(here, exist_ok=True)
+    lock = files.open_lock(os.path.join(here, _LOCK))
   except OSError as error:
-    raise UserError(f"{flag}: cannot write {partial} ({error.strerror})") from None
+    raise UserError(f"{flag}: cannot write {here} ({error.strerror})") from None
   try:
     if not files.lock(lock):
       lock.close()
       raise UserError(f"{partial} is being written by another process: wait until it ends")
   except OSError:  # a file system without locks
     pass
+  if here != partial:
+    _begin_in_store(partial, job, flag, lock)
+    return lock
   path = os.path.join(partial, JOB)
   for name in os.listdir(partial):
     if name.startswith(JOB + ".") and name.endswith(files.PART):  # a kill while it was written
@@ -59,6 +65,24 @@ def open_partial(partial: str, job: dict[str, Any], flag: str) -> TextIO:
     files.remove(os.path.join(partial, name))
   files.write_json(path, job)  # last, so that after a kill the next start still removes the rest
   return lock
+
+
+def _begin_in_store(partial: str, job: dict[str, Any], flag: str, lock: TextIO) -> None:
+  """`open_partial` for a folder of a store, whose lock is one of this machine."""
+  need_writable(flag, partial)
+  path, others = stores.join(partial, JOB), [name for name in stores.listed(partial) if name != JOB]
+  try:
+    if parse(stores.read_bytes(path)) == job:
+      return
+  except (FileNotFoundError, Malformed) as error:
+    if others:  # of an unknown origin
+      lock.close()
+      raise UserError(
+        f"{partial} holds {others[0]}, and its {JOB} is missing or damaged ({error}): if it is of no use, remove it"
+      ) from None
+  for name in others:
+    stores.remove(stores.join(partial, name))
+  write_bytes(path, json.dumps(job, ensure_ascii=False, indent=1).encode())
 
 
 def clear(paths: Sequence[str]) -> None:
@@ -86,15 +110,25 @@ def write_report(path: str, report: dict[str, Any], paths: Sequence[str]) -> dic
 def read_report(path: str) -> dict[str, Any] | None:
   """Returns the report of a part; None where it is missing, or it or a file of the part has changed."""
   try:
-    report = files.read_object(path)
-    if report.pop(_DIGEST, None) != _digest(report):
+    report = parse(stores.read_bytes(path))
+    if not isinstance(report, dict) or report.pop(_DIGEST, None) != _digest(report):
       return None
+    folder = path.rpartition("/")[0]
     for name, entry in report["files"].items():
-      file = os.path.join(os.path.dirname(path), name)
+      if stores.is_address(path):  # whose hash was checked when it was sent
+        found = stores.find(stores.join(folder, name))
+        if found is None or found.size != entry["bytes"]:
+          return None
+        continue
+      file = os.path.join(folder, name)
       if not os.path.isfile(file) or files.sha256(file) != entry["sha256"]:
         return None
     return report
-  except (OSError, Malformed):
+  except (FileNotFoundError, Malformed):
+    return None
+  except OSError:
+    if stores.is_address(path):
+      raise
     return None
 
 

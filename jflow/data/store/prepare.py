@@ -1,7 +1,8 @@
 """`python -m jflow prepare`: checks records and writes them as a prepared data set (prepared.py).
 
 The input is cut into parts; each part becomes a shard, written under OUTPUT.partial. After a kill, the same command
-continues with the missing parts. OUTPUT appears, by a rename, only once it is complete.
+continues with the missing parts. OUTPUT appears, by a rename, only once it is complete. It may be in a store: parts are
+made on this machine and sent there one by one, and it is complete once it holds summary.json.
 
 Many machines share the work by `--part=K/N`: each writes every N-th part under a folder of its own beside OUTPUT, and
 `--merge` makes OUTPUT of them, the same as one machine would.
@@ -12,32 +13,31 @@ import concurrent.futures
 import concurrent.futures.process
 import dataclasses
 import hashlib
-import json
 import multiprocessing
 import os
-import shutil
+import re
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jflow import files
+from jflow import stores
 from jflow.batch import TASKS
-from jflow.data import examples, images, importers
+from jflow.data import importers
 from jflow.data.filters import Filters
-from jflow.data.importers import Importer, Item
+from jflow.data.importers import Importer
 from jflow.data.processes import end_with_parent
-from jflow.data.records import Record, RecordError, Unwanted
-from jflow.data.sequences import IMAGE_MARK
-from jflow.data.store import machines, prepared, shards
-from jflow.data.store.partial import clear, open_partial, read_report, write_report
+from jflow.data.store import machines, prepared, scratch
+from jflow.data.store.finish import finish
+from jflow.data.store.part import import_part
+from jflow.data.store.partial import open_partial, read_report
 from jflow.errors import Stopped, Terminated, UserError, need_text_name
 from jflow.progress import Progress
 
-_SUFFIXES = (".array_record", ".outlines", ".rejected")  # of the files of a part
-REJECTED = "rejected.jsonl"  # every record that was left out: where, message, reason
-MAX_TEXT = 65_536  # characters of a record with images; a row of 4,096 tokens holds about 16,000
+# The files of an output.
+_OURS = re.compile(r"jflow_|outlines-|features\.json|dataset_info\.json|sha256sums\.txt|rejected\.jsonl")
 _done: Any = None  # in a worker: work and records done by all of them, and whether to stop
+_job: Any = None  # in a worker: the importer, the task and the filters
 
 
 def prepare(
@@ -80,15 +80,15 @@ def prepare(
   options = importers.Options(input=input, task=task, **options)
   importer = importers.open_importer(format, options)
   need_text_name("--output", output)
-  output = os.path.abspath(output)
-  if os.path.exists(output) and (not os.path.isdir(output) or os.listdir(output)):
+  output = stores.absolute(output)
+  if _is_taken(output):
     raise UserError(f"{output} exists: name another --output or remove it")
   job = {
     **dataclasses.asdict(options),
     "schema": prepared.SCHEMA,
     "format": format,
     "filters": {name: value for name, value in filters._asdict().items() if value is not None},
-    "input": os.path.abspath(input) if input else "",
+    "input": stores.absolute(input) if input else "",
     "files": _fingerprint(importer.files()),
   }
   parts = importer.parts()
@@ -96,7 +96,7 @@ def prepare(
     job["machines"] = part[1]
   shares = machines.shares(output, job, len(parts)) if merge else []
   partial = output + (machines.suffix(*part) if part else ".partial")
-  stems = [os.path.join(shares[i % len(shares)] if merge else partial, f"part-{i:05d}") for i in range(len(parts))]
+  stems = [stores.join(shares[i % len(shares)] if merge else partial, f"part-{i:05d}") for i in range(len(parts))]
   own = range(part[0] - 1, len(parts), part[1]) if part else range(len(parts))
   again = "run the same command again to go on"
   with open_partial(partial, job, "--output"):
@@ -110,7 +110,7 @@ def prepare(
         return summary
       problem = _problem(summary, max_rejected_share)
       if not problem:
-        _finish(partial, output, task, stems, reports, summary)
+        finish(partial, output, task, stems, reports, summary)
       elif summary["accepted"]:
         _read_again(importer, stems, reports)
     except Terminated as error:
@@ -123,7 +123,7 @@ def prepare(
       raise UserError(f"{error.filename or output}: {error.strerror or error}; {again}") from None
   if not problem or not summary["accepted"]:
     for folder in (partial, *shares):
-      files.remove(folder)
+      scratch.remove(folder)
   if problem:
     raise UserError(problem)
   return summary
@@ -139,28 +139,29 @@ def _run(
   processes: int,
 ) -> list[dict[str, Any]]:
   """Imports the missing parts of `own`, to files named by `stems`; returns the reports of those parts, in order."""
-  paths = [stems[index] + ".json" for index in own]
-  if there := sum(map(os.path.exists, paths)):  # hashing each takes a while
-    print(f"jflow: checking {there:,} of {len(own):,} parts, which are there already", file=sys.stderr, flush=True)
+  reports: dict[int, Any] = dict.fromkeys(own)
+  there = _begun(stems, own)
+  if there:  # hashing each takes a while
+    print(f"jflow: checking {len(there):,} of {len(own):,} parts, which are there already", file=sys.stderr, flush=True)
   with concurrent.futures.ThreadPoolExecutor(max(1, processes)) as pool:
-    reports: dict[int, Any] = dict(zip(own, pool.map(read_report, paths)))
+    reports |= zip(there, pool.map(read_report, [stems[index] + ".json" for index in there]))
   todo = [index for index, report in reports.items() if report is None]
   work = {index: importer.work(parts[index]) for index in own}
   with Progress(sum(work.values()), sum(work.values()) - sum(work[i] for i in todo)) as progress:
     if min(processes, len(todo)) <= 1:
       for index in todo:
-        reports[index] = _import_part(importer, parts[index], stems[index], task, filters, progress.add)
+        reports[index] = import_part(importer, parts[index], stems[index], task, filters, progress.add)
       return list(reports.values())
     # Threads of the parent would not survive a fork.
     context = multiprocessing.get_context("spawn")
     done = context.Array("q", 3)
     with concurrent.futures.ProcessPoolExecutor(
-      min(processes, len(todo)), context, initializer=_begin_process, initargs=(done,)
+      min(processes, len(todo)), context, initializer=_begin_process, initargs=(done, importer, task, filters)
     ) as pool:
       # Workers inherit that they ignore Ctrl-C.
       signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
       try:
-        futures = {pool.submit(_import_in_process, importer, parts[i], stems[i], task, filters): i for i in todo}
+        futures = {pool.submit(_import_in_process, parts[i], stems[i]): i for i in todo}
       finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
       waiting = set(futures)
@@ -177,14 +178,24 @@ def _run(
   return list(reports.values())
 
 
-def _begin_process(done: Any) -> None:
-  global _done
-  _done = done
+def _begun(stems: Sequence[str], own: Sequence[int]) -> list[int]:
+  """The parts of `own` that have a report."""
+  if not own or not stores.is_address(stems[own[0]]):
+    return [index for index in own if os.path.exists(stems[index] + ".json")]
+  folder = stems[own[0]].rpartition("/")[0]
+  names = stores.listed(folder)
+  return [index for index in own if stems[index].rpartition("/")[2] + ".json" in names]
+
+
+def _begin_process(done: Any, importer: Importer, task: str, filters: Filters) -> None:
+  global _done, _job
+  _done, _job = done, (importer, task, filters)
   end_with_parent()  # so that no worker writes a part that the next run also writes
 
 
-def _import_in_process(*arguments: Any) -> dict[str, Any]:
-  return _import_part(*arguments, _count)
+def _import_in_process(part: Any, stem: str) -> dict[str, Any]:
+  importer, task, filters = _job
+  return import_part(importer, part, stem, task, filters, _count)
 
 
 def _count(work: int) -> None:
@@ -193,103 +204,6 @@ def _count(work: int) -> None:
     _done[1] += 1
     if _done[2]:
       raise Stopped("another part of the import failed, or it was interrupted")
-
-
-def _import_part(
-  importer: Importer,
-  part: Any,
-  stem: str,
-  task: str,
-  filters: Filters,
-  count: Callable[[int], None],
-) -> dict[str, Any]:
-  """Writes one part's shard, then its report, whose presence means that the shard is complete."""
-  paths = [stem + suffix for suffix in _SUFFIXES]
-  clear(paths)
-  writer = prepared.ShardWriter(stem + ".array_record", stem + ".outlines")
-  rejected, filtered, notes, first = *(collections.Counter() for _ in range(3)), {}
-  with open(stem + ".rejected", "w", encoding="ascii") as log:
-    for item in importer.items(part):
-      try:
-        record, said = _learnable(item, task)
-        dropped = _check(record, item.meta, task, filters)
-        if dropped:
-          filtered[dropped] += 1
-        else:
-          sizes = {image: list(images.decode(image).shape[1::-1]) for image in dict.fromkeys(record.images)}
-          writer.write(record, {**item.meta, "sizes": [sizes[image] for image in record.images]})
-          notes.update(said)
-      except Unwanted as error:
-        filtered[error.reason] += 1
-      except RecordError as error:
-        rejected[error.reason] += 1
-        entry = {"where": item.where, "message": str(error)}
-        first.setdefault(error.reason, entry)
-        print(json.dumps({**entry, "reason": error.reason}), file=log)
-      count(item.work)
-  writer.close()
-  report = {
-    "records": writer.records,
-    "images": writer.images,
-    "bytes": writer.bytes,
-    "digest": writer.digest.hexdigest(),
-    "file_bytes": os.path.getsize(paths[0]),
-    "rejected": dict(rejected),
-    "filtered": dict(filtered),
-    "notes": dict(notes),
-    "first_rejected": first,
-  }
-  return write_report(stem + ".json", report, paths)
-
-
-def _learnable(item: Item, task: str) -> tuple[Record, list[str]]:
-  """Returns the record of an item as used in training, and the notes about it.
-
-  "first_answer" and "last_question" are turns that were left out; "mark_as_text" is an `<image>` without an image.
-
-  Raises:
-    RecordError: the item is not a record.
-  """
-  if isinstance(item.record, RecordError):
-    raise item.record
-  record, said = item.record, []
-  if task != "generation":
-    turns, said = examples.learnable(record.turns)
-    record = record._replace(turns=turns)
-  if not record.images and any(IMAGE_MARK in text for text in _texts(record)):
-    said.append("mark_as_text")
-  return record, said
-
-
-def _texts(record: Record) -> list[str]:
-  return [record.text, *(turn.text for turn in record.turns)]
-
-
-def _check(record: Record, meta: Mapping[str, Any], task: str, filters: Filters) -> str | None:
-  """Returns the filter that drops a record, or None; the images' bodies are not decoded.
-
-  In data sets with images in some records only, those of the other task are dropped as "text_only" or "with_images";
-  importing the same input for that task takes them.
-
-  Raises:
-    RecordError: the record cannot be used.
-  """
-  if task == "understanding" and record.turns and not record.images:
-    return "text_only"
-  if task == "text" and record.images:
-    return "with_images"
-  examples.check(record, task)
-  texts = _texts(record)
-  for text in (record.id, *texts):
-    if "\0" in text:
-      raise RecordError("nul_character", "the text holds a NUL character")
-    try:
-      text.encode("utf-8")
-    except UnicodeEncodeError:  # JSON allows it
-      raise RecordError("invalid_utf8", "the text holds a lone surrogate") from None
-  if record.images and sum(map(len, texts)) > MAX_TEXT:
-    raise RecordError("text_too_long", f"the text has more than {MAX_TEXT:,} characters, which no row can hold")
-  return filters.drops([images.size(image) for image in record.images], meta)
 
 
 def _summary(job: dict[str, Any], reports: Sequence[dict[str, Any]], left_out: Mapping[str, int]) -> dict[str, Any]:
@@ -339,63 +253,28 @@ def _problem(summary: dict[str, Any], max_rejected_share: float) -> str | None:
   return None if accepted else f"{summary['input']}: no records found"
 
 
-def _finish(
-  partial: str,
-  output: str,
-  task: str,
-  stems: Sequence[str],
-  reports: Sequence[dict[str, Any]],
-  summary: dict[str, Any],
-) -> None:
-  """Names the shards as TFDS does, writes the metadata, and renames the directory into place.
-
-  It works in a separate directory of links to the parts, so that a kill leaves the parts unchanged.
-  """
-  whole = os.path.join(partial, "whole")
-  files.remove(whole)
-  os.mkdir(whole)
-  kept = [index for index, report in enumerate(reports) if report["records"]]
-  checksums = {}
-  for shard, index in enumerate(kept):
-    names = prepared.shard_name(task, shard, len(kept)), prepared.outline_name(shard, len(kept))
-    for suffix, name in zip(_SUFFIXES, names):
-      _link(stems[index] + suffix, os.path.join(whole, name))
-      checksums[name] = reports[index]["files"][os.path.basename(stems[index]) + suffix]["sha256"]
-  shards.write_checksums(whole, checksums)
-  _join([stem + ".rejected" for stem in stems], whole)
-  prepared.write_metadata(whole, task, summary["shard_lengths"], summary["bytes"])
-  files.write_json(os.path.join(whole, prepared.SUMMARY), summary)
-  if os.path.isdir(output):
-    os.rmdir(output)
-  files.publish(whole, output)
-
-
-def _link(source: str, target: str) -> None:
-  """Links a file to a second name, or copies it where the file system has no links."""
-  try:
-    os.link(source, target)
-  except OSError:
-    shutil.copyfile(source, target)
-
-
-def _join(paths: Sequence[str], directory: str) -> None:
-  """Joins the parts' files of rejected records into one file, if there are any."""
-  paths = [path for path in paths if os.path.getsize(path)]
-  if paths:
-    with open(os.path.join(directory, REJECTED), "wb") as joined:
-      for path in paths:
-        with open(path, "rb") as file:
-          shutil.copyfileobj(file, joined)
+def _is_taken(output: str) -> bool:
+  """Whether an output is there, or something else in its place; in a store, an unfinished one may be gone on with."""
+  if not stores.is_address(output):
+    return os.path.exists(output) and (not os.path.isdir(output) or bool(os.listdir(output)))
+  names = stores.listed(output)
+  return prepared.SUMMARY in names or any(not _OURS.match(name) for name in names) or stores.find(output) is not None
 
 
 def _read_again(importer: Importer, stems: Sequence[str], reports: Sequence[dict[str, Any]]) -> None:
   """Removes the reports of parts with a rejected image file, which may be repaired, so that the next run reads them."""
   for stem, report in zip(stems, reports, strict=True):
     if importer.images_beside and report["rejected"]:
-      os.remove(stem + ".json")
+      scratch.remove(stem + ".json")
 
 
 def _fingerprint(files: Sequence[str]) -> str:
   """Returns a hash of the names, sizes and times of files."""
-  stats = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
+  known = zip(files, stores.each(stores.stat, files))
+  stats = [
+    (path, stat.size, stat.version)
+    if stores.is_address(path)
+    else (os.path.abspath(path), stat.size, int(stat.version))
+    for path, stat in known
+  ]
   return hashlib.sha256(repr(stats).encode()).hexdigest()

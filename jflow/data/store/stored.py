@@ -81,7 +81,7 @@ class StoredImages:
     names = [_shard(kind, i, header) for i in range(len(lengths))]
     for name, found, size in zip(names, shards.sizes(self.directory, names, again), header["shard_bytes"]):
       if found != size:
-        raise UserError(f"{stores.join(self.directory, name)} has {found:,} bytes, and must have {size:,}; {again}")
+        raise UserError(f"{stores.join(self.directory, name)} has {found:,} and must have {size:,} bytes; {again}")
     self._entries = shards.open_entries(self.directory, names, lengths, source.cache, again)
 
   def __getitem__(self, index: int) -> tuple[tuple[int, int, int], np.ndarray]:

@@ -79,19 +79,19 @@ def test_a_larger_share_goes_on_with_what_is_done(folder, monkeypatch):
   write_lines(folder / "books.jsonl", lines)
   with refused("4 of 40"):
     run(folder, "text", "books.jsonl", "text")
-  monkeypatch.setattr(prepare, "_import_part", None)  # no part is read again
+  monkeypatch.setattr(prepare, "import_part", None)  # no part is read again
   summary, output = run(folder, "text", "books.jsonl", "text", max_rejected_share=0.1)
   assert summary["rejected"] == {"empty_text": 4}
   assert [record.id for record in read_back(output, "text")] == [str(i) for i in range(40) if i % 10]
 
 
 def test_a_shard_that_the_machine_lost_is_made_again(folder, monkeypatch):
-  finish = prepare._finish
-  monkeypatch.setattr(prepare, "_finish", lambda *_: 1 / 0)
+  finish = prepare.finish
+  monkeypatch.setattr(prepare, "finish", lambda *_: 1 / 0)
   with pytest.raises(ZeroDivisionError):
     run(folder, part_records=4)
   os.truncate(folder.parent / "out.partial" / "part-00001.array_record", 100)
-  monkeypatch.setattr(prepare, "_finish", finish)
+  monkeypatch.setattr(prepare, "finish", finish)
   _, output = run(folder, part_records=4)
   assert [record.id for record in read_back(output)] == [f"r{i}" for i in range(12)]
 
@@ -183,7 +183,7 @@ def test_the_built_in_world_is_drawn_once(tmp_path, task):
 @pytest.mark.parametrize("killed_after", [0, 1, 3])
 def test_a_killed_run_goes_on_without_losing_or_doubling(folder, monkeypatch, killed_after):
   imported = []
-  import_part = prepare._import_part
+  import_part = prepare.import_part
 
   def killed(importer, part, stem, *rest):
     if len(imported) == killed_after:
@@ -192,7 +192,7 @@ def test_a_killed_run_goes_on_without_losing_or_doubling(folder, monkeypatch, ki
     imported.append(os.path.relpath(stem, folder.parent))
     return import_part(importer, part, stem, *rest)
 
-  monkeypatch.setattr(prepare, "_import_part", killed)
+  monkeypatch.setattr(prepare, "import_part", killed)
   with pytest.raises(KeyboardInterrupt):
     run(folder, part_records=3)
   assert not (folder.parent / "out").exists()
@@ -223,7 +223,7 @@ sys.exit(main({["prepare", *files, *options]!r}))
 
 
 def test_parts_of_another_input_are_not_used(folder, monkeypatch):
-  import_part = prepare._import_part
+  import_part = prepare.import_part
 
   def killed(importer, part, stem, *rest):
     if stem.endswith("part-00002"):
@@ -231,7 +231,7 @@ def test_parts_of_another_input_are_not_used(folder, monkeypatch):
     return import_part(importer, part, stem, *rest)
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(prepare, "_import_part", killed)
+    patch.setattr(prepare, "import_part", killed)
     run(folder, part_records=3)
   write_lines(folder / "chat.jsonl", [chat("pictures/1.png", answer="changed")] * 10)
   _, output = run(folder, part_records=3)

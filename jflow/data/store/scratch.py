@@ -1,0 +1,48 @@
+"""Unfinished work whose folder is in a store: files are made in a folder of this machine, and sent when they are whole."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Sequence
+
+from jflow import files, stores
+from jflow.errors import UserError
+from jflow.uploads import upload
+
+FOLDER = "~/.cache/jflow/prepare"
+
+
+def local(path: str) -> str:
+  """Where a file of unfinished work is made: the path itself, or one of this machine for an address."""
+  if not stores.is_address(path):
+    return path
+  folder, _, name = path.rpartition("/")
+  here = os.path.join(os.path.expanduser(FOLDER), hashlib.sha256(folder.encode()).hexdigest()[:16])
+  try:
+    os.makedirs(here, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"{here}, where files for {folder} are made, cannot be written ({error.strerror})") from None
+  return os.path.join(here, name)
+
+
+def send(stem: str, suffixes: Sequence[str]) -> None:
+  """Sends the files of one stem to its store, the last of them last, and removes those of this machine.
+
+  Raises:
+    OSError: the store answers no more.
+  """
+  if stores.is_address(stem):
+    for suffix in suffixes:
+      upload(local(stem) + suffix, stem + suffix)
+    for suffix in suffixes:
+      with contextlib.suppress(FileNotFoundError):
+        os.unlink(local(stem) + suffix)
+
+
+def remove(path: str) -> None:
+  """Removes a file or a folder with its contents, here or in a store."""
+  if not stores.is_address(path):
+    files.remove(path)
+    return
+  stores.remove(path)
+  files.remove(os.path.dirname(local(stores.join(path, "any"))))
