@@ -57,8 +57,8 @@ def test_depthwise_convolution_equals_its_definition(path):
 def test_depthwise_gradient_equals_that_of_the_convolution():
   x, kernel, weight = _random(2, 8, 5, 3), _random(7, 7, 3, seed=1), _random(2, 8, 5, 3, seed=2)
   loss = lambda f: lambda x, k: jnp.sum(weight * jnp.square(f(x, k)))
-  got = jax.grad(loss(generation.depthwise), argnums=(0, 1))(x, kernel)
-  expected = jax.grad(loss(generation.convolution), argnums=(0, 1))(x, kernel)
+  gradient = lambda f: jax.jit(jax.grad(loss(f), argnums=(0, 1)))(x, kernel)
+  got, expected = gradient(generation.depthwise), gradient(generation.convolution)
   for a, b in zip(got, expected):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 
@@ -98,7 +98,7 @@ def test_modulation_comes_after_the_residual():
   params["params"]["modulation"] = {"kernel": kernel, "bias": bias}
   condition = time / (1 + np.exp(-time)) @ kernel + bias
   expected = x * (1 + condition[:, None, None, :8]) + condition[:, None, None, 8:]
-  np.testing.assert_allclose(block.apply(params, x, time), expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(jax.jit(block.apply)(params, x, time), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -107,25 +107,25 @@ def stack():
   decoder = GenerationDecoder(TINY, 6, 3, jnp.float32)
   latents, time = _random(2, 8, 8, 3), np.array([0.2, 0.9], np.float32)
   encoder_params = _noisy(unbox(jax.jit(encoder.init)(jax.random.key(0), latents, time)))
-  features, skip, embedding = encoder.apply(encoder_params, latents, time)
-  decoder_params = _noisy(unbox(jax.jit(decoder.init)(jax.random.key(1), features, skip, embedding)))
-  return encoder, encoder_params, decoder, decoder_params, latents, time
+  encode, decode = jax.jit(encoder.apply), jax.jit(decoder.apply)
+  decoder_params = unbox(jax.jit(decoder.init)(jax.random.key(1), *encode(encoder_params, latents, time)))
+  return encode, encoder_params, decode, _noisy(decoder_params), latents, time
 
 
 def test_shapes_and_skip(stack):
-  encoder, params, decoder, decoder_params, latents, time = stack
-  features, skip, embedding = encoder.apply(params, latents, time)
+  encode, params, decode, decoder_params, latents, time = stack
+  features, skip, embedding = encode(params, latents, time)
   assert (features.shape, skip.shape, embedding.shape) == ((2, 16, 8), (2, 4, 4, 8), (2, 6))
   np.testing.assert_array_equal(features.reshape(skip.shape), skip)
-  velocity = decoder.apply(decoder_params, features, skip, embedding)
+  velocity = decode(decoder_params, features, skip, embedding)
   assert velocity.shape == latents.shape and velocity.dtype == jnp.float32
 
 
 def test_images_do_not_see_each_other_and_each_has_its_own_time(stack):
-  encoder, params, decoder, decoder_params, latents, time = stack
+  encode, params, decode, decoder_params, latents, time = stack
 
   def velocity(latents, time):
-    return decoder.apply(decoder_params, *encoder.apply(params, latents, time))
+    return decode(decoder_params, *encode(params, latents, time))
 
   together = velocity(latents, time)
   for i in range(2):
@@ -144,9 +144,9 @@ def test_patch_embedding_is_the_strided_convolution(stack):
 
 
 def test_wrong_latent_channels_are_refused(stack):
-  encoder, params, *_ = stack
+  encode, params, *_ = stack
   with pytest.raises(ValueError, match="5 channels"):
-    encoder.apply(params, _random(1, 8, 8, 5), np.zeros(1, np.float32))
+    encode(params, _random(1, 8, 8, 5), np.zeros(1, np.float32))
 
 
 def test_the_full_heads_have_the_published_number_of_parameters():

@@ -72,9 +72,10 @@ def test_blocks_of_queries_equal_the_whole_with_gradients(monkeypatch):
   def loss(q, k, v):
     return jnp.sum(jnp.where(real, attention(q, k, v, *rest), 0.0) * weight)
 
-  whole = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+  run = lambda *x: jax.value_and_grad(loss, argnums=(0, 1, 2))(*x)
+  whole = jax.jit(run)(q, k, v)
   monkeypatch.setattr(plain_attention, "QUERY_BLOCK", 15)  # five blocks of 13: one position of padding
-  blocks = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+  blocks = jax.jit(lambda *x: run(*x))(q, k, v)  # another function to jit, which traces it anew
   assert "dynamic_slice" in str(jax.make_jaxpr(loss)(q, k, v))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, blocks)
 
@@ -103,7 +104,8 @@ def test_no_length_falls_back_to_all_pairs():
 def test_gradients_stay_finite_where_a_query_sees_nothing():
   q, k, v, *_ = inputs(1, 8, 8, 2, 2, 4)
   nothing = np.zeros((1, 8), np.int32)
-  gradients = jax.grad(lambda *x: jnp.sum(attention(*x, nothing, nothing, 0)), argnums=(0, 1, 2))(q, k, v)
+  loss = lambda *x: jnp.sum(attention(*x, nothing, nothing, 0))
+  gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
   assert all(np.isfinite(g).all() for g in gradients)
 
 
@@ -133,20 +135,22 @@ def compare(kernel, seq: int, width: int, dtype, tolerance: float) -> None:
   q, k, v, weight = (jnp.asarray(rng.standard_normal((2, seq, 2, width)), dtype) for _ in range(4))
   real = (segments > 0)[..., None, None]
 
-  def loss(f, segment=None):
-    counted = real if segment is None else (segments == segment)[..., None, None]
-    return lambda *qkv: jnp.sum(jnp.where(counted, f(*qkv, segments).astype(jnp.float32) * weight, 0.0))
+  def program(f):
+    def loss(q, k, v, counted):
+      out = f(q, k, v, segments)
+      return jnp.sum(jnp.where(counted, out.astype(jnp.float32) * weight, 0.0)), out
 
-  plain = lambda *args: packed_attention(*args, "xla")
-  run = lambda f, *a: jax.jit(jax.value_and_grad(loss(f, *a), argnums=(0, 1, 2)))
-  got, want = run(kernel)(q, k, v), run(plain)(q, k, v)
-  for ours, theirs in zip(got[1], want[1], strict=True):
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+  run = program(kernel)
+  got, want = run(q, k, v, real), program(lambda *args: packed_attention(*args, "xla"))(q, k, v, real)
+  for ours, theirs in zip(got[0], want[0], strict=True):
     ours, theirs = (np.where(real, np.asarray(x, np.float64), 0) for x in (ours, theirs))
     assert np.isfinite(ours).all()
     assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs)
-  ours, theirs = (np.where(real, np.asarray(f(q, k, v, segments), np.float64), 0) for f in (kernel, plain))
+  ours, theirs = (np.where(real, np.asarray(x[1], np.float64), 0) for x in (got, want))
   np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max())
-  for gradient in run(kernel, 2)(q, k, v)[1]:
+  for gradient in run(q, k, v, (segments == 2)[..., None, None])[0]:
     assert not np.asarray(gradient, np.float32)[segments != 2].any()
 
 
@@ -164,7 +168,7 @@ def test_tiles_of_other_segments_are_not_visited():
   q, k, v = (jnp.asarray(RNG.standard_normal((1, 384, 1, 16)), jnp.float32) for _ in range(3))
   poison = lambda x: jnp.where((segments != 2)[..., None, None], jnp.nan, x)
   loss = lambda q, k, v: jnp.sum(kernels.packed(q, k, v, segments, interpret=True)[:, 128:256] ** 2)
-  run = jax.value_and_grad(loss, argnums=(0, 1, 2))
+  run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
   want, got = run(q, k, v), run(poison(q), poison(k), poison(v))
   assert float(got[0]) == float(want[0])
   for ours, theirs in zip(got[1], want[1], strict=True):

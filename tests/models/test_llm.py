@@ -226,7 +226,7 @@ def test_the_loss_is_that_of_the_logits():
   def theirs(variables, x):
     return plain.next_token(llm().apply(variables, x, method="logits"), targets, mask)
 
-  got, want = (jax.value_and_grad(f, argnums=(0, 1))(params(), X) for f in (ours, theirs))
+  got, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(params(), X) for f in (ours, theirs))
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * max(float(np.abs(b).max()), 1e-6))
   jax.tree.map(close, got, want)
 

@@ -36,6 +36,11 @@ def _noisy(params, seed=1):
   return tree.unflatten([x + 0.1 * rng.standard_normal(x.shape).astype(np.float32) for x in leaves])
 
 
+@jax.jit
+def features(params, pixels):
+  return Siglip(TINY, jnp.float32, remat=False).apply(params, pixels)
+
+
 @pytest.fixture(scope="module")
 def params():
   model = Siglip(TINY, jnp.float32, remat=False)
@@ -53,16 +58,15 @@ def test_patchify_is_raster_order_with_channels_last():
 
 
 def test_images_of_a_batch_do_not_see_each_other(params):
-  model, pixels = Siglip(TINY, jnp.float32, remat=False), _pixels(3)
-  together = model.apply(params, pixels)
+  pixels = _pixels(3)
+  together = features(params, pixels)
   assert together.shape == (3, 16, 16)
   for i in range(3):
-    np.testing.assert_allclose(together[i], model.apply(params, pixels[i : i + 1])[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(together[i], features(params, pixels[i : i + 1])[0], rtol=1e-5, atol=1e-5)
 
 
 def test_every_patch_sees_every_patch(params):
-  model = Siglip(TINY, jnp.float32, remat=False)
-  jacobian = jax.jacrev(lambda x: model.apply(params, x).sum(-1)[0])(_pixels(1))  # [P, 1, H, W, 3]
+  jacobian = jax.jit(jax.jacrev(lambda x: features(params, x).sum(-1)[0]))(_pixels(1))  # [P, 1, H, W, 3]
   reach = patchify(np.abs(jacobian)[:, 0], 4).max(-1)
   assert (reach > 0).all()
 
@@ -77,18 +81,19 @@ def test_remat_changes_neither_parameters_nor_gradients(params):
 
 def test_pool_is_permutation_invariant_and_one_vector_per_image(params):
   model = Siglip(TINY, jnp.float32, remat=False)
-  features = model.apply(params, _pixels(2))
-  pool = lambda x: model.apply(params, x, method="pool")
-  assert pool(features).shape == (2, 16)
-  np.testing.assert_allclose(pool(features), pool(features[:, ::-1]), rtol=1e-5, atol=1e-5)
-  assert np.abs(pool(features)[0] - pool(features)[1]).max() > 1e-3
+  patches = np.random.default_rng(2).standard_normal((2, 16, 16)).astype(np.float32)
+  pool = jax.jit(lambda x: model.apply(params, x, method="pool"))
+  pooled = pool(patches)
+  assert pooled.shape == (2, 16)
+  np.testing.assert_allclose(pooled, pool(patches[:, ::-1]), rtol=1e-5, atol=1e-5)
+  assert np.abs(pooled[0] - pooled[1]).max() > 1e-3
 
 
 def test_bfloat16_compute_keeps_f32_parameters(params):
-  features = Siglip(TINY, jnp.bfloat16, remat=False).apply(params, _pixels(1))
-  exact = Siglip(TINY, jnp.float32, remat=False).apply(params, _pixels(1))
-  assert features.dtype == jnp.bfloat16
-  assert np.linalg.norm(features.astype(np.float32) - exact) < 0.05 * np.linalg.norm(exact)
+  rough = jax.jit(Siglip(TINY, jnp.bfloat16, remat=False).apply)(params, _pixels(1))
+  exact = features(params, _pixels(1))
+  assert rough.dtype == jnp.bfloat16
+  assert np.linalg.norm(rough.astype(np.float32) - exact) < 0.05 * np.linalg.norm(exact)
 
 
 def test_the_large_tower_has_the_published_number_of_parameters():

@@ -89,7 +89,7 @@ def test_muon_leaves_what_is_frozen_out():
   """Stage 1 names the LLM's matrices, as all stages do, and trains none of them."""
   optimizer = optim.make_optimizer(CONFIG.replace(muon=("c",)))
   params = {"b": tree_of_matrices(0)["b"]}
-  updates, _ = optimizer.update(params, optimizer.init(params), params)
+  updates = jax.eval_shape(lambda: optimizer.update(params, optimizer.init(params), params)[0])
   assert list(updates) == ["b"]
 
 
@@ -107,8 +107,8 @@ def test_a_factor_of_a_part_multiplies_its_updates_with_the_decay(muon):
   config = CONFIG.replace(weight_decay=0.1, muon=muon)
   plain, half = optim.make_optimizer(config), optim.make_optimizer(config.replace(rates=(("a", 0.5), ("c", 1.0))))
   params, gradients = tree_of_matrices(0), tree_of_matrices(1)
-  want, want_state = plain.update(gradients, plain.init(params), params)
-  got, state = half.update(gradients, half.init(params), params)
+  first = lambda optimizer: jax.jit(lambda: optimizer.update(gradients, optimizer.init(params), params))()
+  (want, want_state), (got, state) = first(plain), first(half)
   jax.tree.map(np.testing.assert_array_equal, got["a"], jax.tree.map(lambda x: x / 2, want["a"]))
   jax.tree.map(np.testing.assert_array_equal, (got["b"], got["c"], state), (want["b"], want["c"], want_state))
 

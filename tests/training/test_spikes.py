@@ -80,8 +80,12 @@ def test_a_restart_inside_the_spike_decides_as_a_run_without_one(tmp_path):
 
 
 def test_a_spike_changes_no_weight_no_moment_and_no_average():
-  """The real step. A window of tiny losses makes any batch a spike; an unfilled one, none."""
-  config = tiny.configuration(train=dict(spike_sigmas=6.0, spike_window=WINDOW))
+  """The real step, of texts alone. A window of tiny losses makes any batch a spike; an unfilled one, none."""
+  config = tiny.configuration(
+    train=dict(spike_sigmas=6.0, spike_window=WINDOW),
+    objective=dict(weights=dict(text=1.0)),
+    optimizer=dict(trained=("language_model",), frozen=("understanding_.*", "generation_.*", "alignment_head", "vae")),
+  )
   optimizer = optim.make_optimizer(config.optimizer)
   patterns = config.optimizer.trained, config.optimizer.frozen
   state = TrainState.create(*optim.partition(tiny.params(), *patterns), optimizer, spike_window=WINDOW)
@@ -89,7 +93,7 @@ def test_a_spike_changes_no_weight_no_moment_and_no_average():
   after, metrics = step(state, tiny.mixed())
   assert metrics["skipped"] == 0 and after.recent.count == 1
   np.testing.assert_array_equal(after.recent.values[:, 0], [metrics["loss"], metrics["grad_norm"]])
-  full = after.replace(recent=Recent(jnp.full((2, WINDOW), 1e-3), jnp.asarray(WINDOW, jnp.int32)))
+  full = after.replace(recent=Recent(jnp.full((2, WINDOW), 1e-3, jnp.float32), jnp.asarray(WINDOW, jnp.int32)))
   skipped, metrics = step(full, tiny.mixed())
   assert metrics["skipped"] == metrics["skipped_in_a_row"] == 1
   counters = dict(step=full.step, skipped=full.skipped, skipped_in_a_row=full.skipped_in_a_row)
