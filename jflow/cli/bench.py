@@ -121,6 +121,7 @@ examples
   python -m jflow bench data --input=data/paint --threads=8     # 256 pictures of your own data set
   python -m jflow bench data --workers=4 --json=data.json       # loader processes as well
   python -m jflow bench data --plan=10000000                    # how long ten million records take to plan
+  python -m jflow bench data --hosts=16                         # what each of 16 hosts reads in the two orders
 
 ratio is the pipeline's CPU seconds per picture over those of the loop; below 1 where the pipeline decodes large
 JPEGs at a fraction. Tokens a second of a training run over rows_per_cpu_second x row_tokens are the cores that feed it."""
@@ -147,6 +148,19 @@ JPEGs at a fraction. Tokens a second of a training run over rows_per_cpu_second 
     help="plan so many records of realistic lengths instead",
   )
   add("--group_records", type=whole(0, 2**31), default=0, help="with --plan: as data.block_records (default: global)")
+  counted = p.add_argument_group(
+    "what hosts read", "shards and bytes of each step and host, for both values of data.order"
+  )
+  add = counted.add_argument
+  add(
+    "--hosts",
+    type=whole(0, 2**14),
+    default=0,
+    help="count for so many hosts, on --plan records of each type (1,000,000)",
+  )
+  add("--rows", type=whole(most=2**20), default=512, help="of a batch (default %(default)s)")
+  add("--steps", type=whole(most=10**6), default=300, help="that are counted (default %(default)s)")
+  add("--cache_gib", type=float, default=100.0, help="of shards that a host keeps (default %(default)s)")
 
 
 # Workload -> (its flags, its help); it is in jflow/perf/WORKLOAD.py, whose settings have the names of the flags.

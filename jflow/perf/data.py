@@ -26,7 +26,7 @@ from jflow.data.store import prepare
 from jflow.data.store.prepared import PreparedSource, read_summary
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
-from jflow.perf import planning
+from jflow.perf import planning, reads
 from jflow.perf.timing import interleaved
 from jflow.progress import Progress
 from jflow.training import config_files, setup
@@ -34,6 +34,8 @@ from jflow.training import config_files, setup
 _WORDS = (
   "a photograph of the old red sailing boat on calm sea near small white houses at sunset with many birds".split()
 )
+
+_RECORDS = 1_000_000  # of each type, whose reads are counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,10 @@ class Settings:
   workers: int = 0  # loader processes, measured in addition
   plan: int = 0  # plan so many records of realistic lengths instead
   group_records: int = 0  # of a group of shards that is planned alone; 0: as large as memory allows
+  hosts: int = 0  # count what so many hosts read, in place of the loader's cost
+  rows: int = 512  # of a batch, with hosts
+  steps: int = 300  # that are counted, with hosts
+  cache_gib: float = 100.0  # of each host's cache of shards, with hosts
 
 
 def run(args: Settings) -> dict[str, Any]:
@@ -61,6 +67,14 @@ def run(args: Settings) -> dict[str, Any]:
     config = config.replace(data=dict(tokenizer=small.data.tokenizer))
   model, data = config.model, config.data
   shape = setup.row_shape(config, model)
+  if args.hosts:
+    records = dict.fromkeys(TASKS, args.plan or _RECORDS)
+    of_order = lambda order: data.replace(order=order, block_lanes=args.hosts)
+    counted = {
+      order: reads.count(of_order(order), records, shape, args.rows, args.hosts, args.steps, args.cache_gib * 2**30)
+      for order in ("global", "blocks")
+    }
+    return {"workload": "data", "hosts": args.hosts, "records_of_a_type": records[TASKS[0]], **counted}
   if args.plan:
     return {"workload": "data", "planned_records": args.plan, **planning.measure(args.plan, shape, args.group_records)}
   with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ from jflow.data import packing
 from jflow.data.store import groups, parts
 from jflow.data.store.parts import Part
 
-_SHARD = 4096  # records, as `prepare` writes them
+SHARD = 4096  # records, as `prepare` writes them
 
 
 class Shards(NamedTuple):
@@ -25,7 +25,7 @@ class Shards(NamedTuple):
 
   @property
   def shard_lengths(self) -> list[int]:
-    return [min(_SHARD, self.records - first) for first in range(0, self.records, _SHARD)]
+    return [min(SHARD, self.records - first) for first in range(0, self.records, SHARD)]
 
 
 class Drawn(groups.Wanted):
@@ -41,6 +41,17 @@ class Drawn(groups.Wanted):
     none: Any = None
     return cls(source, task, none, "", shape, "", "", 0.0, "", group_records)
 
+  def made(self, folder: str) -> tuple[packing.Plan, np.ndarray | None]:
+    """Returns the plan and the first row of each of its groups, None for one group, as `plans.planned` makes them.
+
+    `folder`: an empty one for a plan by groups, which is mapped from there.
+    """
+    if not self.group_records and len(self.source) <= parts.MOST_AT_ONCE:
+      return self.plan()[0], None
+    groups.write(self, folder, None)
+    arrays = [np.load(os.path.join(folder, n + ".npy"), mmap_mode="r") for n in (*packing.Plan._fields, "groups")]
+    return packing.Plan(*arrays[:-1]), arrays[-1]
+
 
 def measure(records: int, shape: RowShape, group_records: int) -> dict[str, Any]:
   """Plans realistic lengths of each task as `train` would; returns CPU seconds, fill, and the most memory so far.
@@ -52,21 +63,14 @@ def measure(records: int, shape: RowShape, group_records: int) -> dict[str, Any]
   """
   report = {}
   for task in TASKS:
-    wanted = Drawn.of(task, records, shape, group_records)
     start = _cpu_seconds()
-    if group_records or records > parts.MOST_AT_ONCE:
-      with tempfile.TemporaryDirectory() as folder:
-        groups.write(wanted, folder, None)
-        arrays = {name: np.load(os.path.join(folder, name + ".npy"), mmap_mode="r") for name in packing.Plan._fields}
-        plan = packing.Plan(**arrays)
-        rows, tokens = plan.rows, packing.tokens(plan)
-    else:
-      plan = wanted.plan()[0]
-      rows, tokens = plan.rows, packing.tokens(plan)
+    with tempfile.TemporaryDirectory() as folder:
+      plan, _ = Drawn.of(task, records, shape, group_records).made(folder)
+      tokens = packing.tokens(plan)
     report[task] = {
       "cpu_seconds": _cpu_seconds() - start,
-      "rows": rows,
-      "fill": tokens / max(rows * shape.tokens, 1),
+      "rows": plan.rows,
+      "fill": tokens / max(plan.rows * shape.tokens, 1),
       "peak_bytes": _peak(resource.RUSAGE_SELF),
       "peak_bytes_of_a_process": _peak(resource.RUSAGE_CHILDREN),
     }

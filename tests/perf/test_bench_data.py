@@ -7,7 +7,9 @@ from refusals import refused
 
 from jflow.batch import RowShape
 from jflow.cli import bench as command
-from jflow.perf import planning
+from jflow.data import mixture
+from jflow.perf import planning, reads
+from jflow.training import config_files
 
 SHAPE = RowShape(tokens=4096, images=7, image_patches=576, image_size=384, writer="flow")
 TINY = "--config=stage2:tiny"
@@ -44,3 +46,21 @@ def test_planning_of_realistic_lengths_fills_the_rows():
 def test_numbers_below_1_are_refused(flag):
   with refused(flag):
     command.main(["data", TINY, flag])
+
+
+def test_blocks_read_fewer_shards_of_the_same_batches():
+  """Of a host for each lane: a shard comes once in an epoch, whatever else the host reads, and no sooner."""
+  data = config_files.load("stage2").data
+  sizes = dict(understanding=0, generation=60_000, text=0)
+  found = {
+    order: reads.count(data.replace(order=order, block_lanes=4), sizes, SHAPE, 64, 4, 40, 2.0**40)
+    for order in ("global", "blocks")
+  }
+  rows = sum(mixture.rows_of_steps((0, 1, 0), 64, 40)[:, 1])
+  for one in found.values():
+    assert one["records"] * 4 * 40 == pytest.approx(6 * rows, rel=0.01)
+    assert one["requests"] <= one["shards"] <= one["records"]
+    assert one["fetched_bytes"] == one["requests"] * reads.RECORD_BYTES["generation"] * planning.SHARD
+    assert one["cache_bytes"] <= one["fetched_bytes"] * 40 * 4
+  assert found["blocks"]["requests"] * 40 * 4 < 0.6 * found["global"]["requests"] * 40 * 4
+  assert found["blocks"]["shards_of_step"] < found["global"]["shards_of_step"] <= 15
