@@ -272,7 +272,7 @@ def for_inference(model: UnifiedModel, params: Any, gpu: bool | None = None) -> 
     often = getattr(_writer(model.config), "every_token", ())
     params = {**params, **{name: transposed(params[name], ()) for name in often if name in params}}
   params = {**params, "language_model": lm}
-  return inference_model(model, gpu), cast_matrices(params, model.dtype)
+  return inference_model(model, gpu).clone(remat="none"), cast_matrices(params, model.dtype)
 
 
 def with_separate_layers(model: UnifiedModel, params: Any) -> tuple[UnifiedModel, Any]:

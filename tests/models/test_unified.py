@@ -55,6 +55,12 @@ def test_the_full_models_have_the_published_number_of_parameters(preset, patches
   assert round(count("generation_encoder", "generation_decoder") / 1e6, 2) == 72.18
 
 
+def test_a_model_that_recomputes_for_training_writes_by_the_same_modules():
+  """Sample pictures of a run with `compute.remat="full"`: a cache does not go through recomputed blocks."""
+  params = tiny.params()
+  assert for_inference(tiny.model().clone(remat="full"), params)[0] == for_inference(tiny.model(), params)[0]
+
+
 def test_the_full_loss_and_its_gradient_have_the_right_shapes():
   config = ModelConfig.from_dict(models.janusflow_384())
   batch = empty(2, RowShape(tokens=1024, images=1, image_patches=576, image_size=384, writer="flow"))
