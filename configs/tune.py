@@ -42,6 +42,8 @@ def on_own_data(c: ConfigDict, published: bool) -> ConfigDict:
   c.train.batch_size = 8
   c.data.crop = "center"  # of few pictures, a random square often shows half of what the caption says
   if published:
+    c.data.row_tokens = 0  # as long as the checkpoint's context, which may be a small one's
+    c.data.row_images = c.data.row_images if c.size == "256" else 0
     c.train.steps, c.train.epochs = 0, 10.0
     c.train.accumulation = 8  # a row at a time: what a small GPU holds
     c.train.validation_every, c.train.early_stop = 50, 3

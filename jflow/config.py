@@ -101,8 +101,8 @@ TASKS = tuple(one.name for one in dataclasses.fields(SourcesConfig))  # in the o
 class DataConfig(Section):
   tokenizer: str = field(text)
   template: str = field(one_of("plain", "chat", "pro"))
-  row_tokens: int = field(whole(1))
-  row_images: int = field(whole(1, 2**16))
+  row_tokens: int = field(whole(0))
+  row_images: int = field(whole(0, 2**16))
   sources: SourcesConfig
   mixture: tuple = field(phases(*TASKS))
   caption_prompt: str = field(text, before="Generate the caption of this picture.")
@@ -317,12 +317,16 @@ def _some_rate_is_left(c: RunConfig) -> str:
 @constraint("data.row_tokens")
 def _rows_fit_the_language_model(c: RunConfig) -> str:
   most = c.model.language_model.max_length
+  if not c.data.row_tokens:  # `config_files.load` puts a number in its place
+    return "must be at least 1"
   return "" if c.data.row_tokens <= most else f"must be at most model.language_model.max_length={most}"
 
 
 @constraint("data.row_images")
 def _images_have_tokens(c: RunConfig) -> str:
   most = c.data.row_tokens
+  if not c.data.row_images:
+    return "must be at least 1"
   return "" if c.data.row_images <= most else f"must be at most data.row_tokens={most}"
 
 

@@ -30,6 +30,8 @@ from jflow.training import overrides
 SHIPPED = (pathlib.Path(__file__).parents[1] / "configs").resolve()  # a link in the source tree, a folder in a wheel
 Start = Callable[[RunConfig, Collection[str]], dict[str, Any]]
 _PACKAGE = "jflow_config"  # the package that a config file is loaded in, for what it imports relatively
+_ROW_TOKENS = 4096  # of a row, at most, where it is as long as the model's context (paper section 4.1)
+_BESIDE = 9  # tokens beside an image that a row has room for where its image slots are as many as fit
 _INSTALLED = {"site-packages", "dist-packages"}
 
 
@@ -62,7 +64,15 @@ def load(named: str, arguments: Sequence[str] = (), start: Start | None = None) 
       _check_used(path, values, config.model.to_dict())
   except UserError as error:
     raise UserError(f"{file}: {error}") from None
-  return config
+  return _with_rows(config)
+
+
+def _with_rows(config: RunConfig) -> RunConfig:
+  """Returns the config with sizes of a row in place of a 0: the model's context, and the images that fit into it."""
+  data, model = config.data, config.model
+  tokens = data.row_tokens or min(_ROW_TOKENS, model.language_model.max_length)
+  images = data.row_images or max(1, tokens // (max(model.patches, model.written_patches) + _BESIDE))
+  return config.replace(data=dict(row_tokens=tokens, row_images=images))
 
 
 def _check_used(path: str, values: Mapping[str, Any], model: Mapping[str, Any]) -> None:

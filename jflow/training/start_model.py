@@ -17,7 +17,7 @@ PARTS = {
   "autoencoder": ("vae", "vq"),
   "generation": ("generation_encoder", "generation_head"),
 }
-# No weight depends on it, so the run's own value stays.
+# No weight depends on it, so the run's own value stays, unless its rows are to be as long as it.
 _FREE = "language_model.max_length"
 
 
@@ -26,7 +26,8 @@ def model_of(config: RunConfig, given: Collection[str], workdir: pathlib.Path) -
 
   A run that has begun keeps its own, even if the checkpoint has changed or gone. Kept from the config: fields that the
   command line sets, the context, the reader and the objectives, and generation and autoencoder where the checkpoint
-  writes images in another way. A line on stderr names the fields that changed.
+  writes images in another way. A line on stderr says that the sizes are the checkpoint's, and names the fields in which the
+  command line departs from it.
 
   Args:
     config: of the run; its model may still be plain values.
@@ -34,15 +35,18 @@ def model_of(config: RunConfig, given: Collection[str], workdir: pathlib.Path) -
     workdir: of the run.
 
   Raises:
-    UserError: a checkpoint, or its config.json, cannot be read; the model is no sections of fields.
+    UserError: a checkpoint, or its config.json, cannot be read; the model is no sections of fields; the checkpoint writes
+      images in another way, and the config names none of the parts that are then dropped, fresh, or from elsewhere.
   """
-  model, changed = dict(config.model), []
+  model, taken_over, departs = dict(config.model), False, []
   for section in PARTS:
     without = section == "autoencoder" and section in model and model[section] is None
     if not (without or isinstance(model.get(section), Mapping)):
       raise refusal(f"model.{section}", model.get(section), "must be a section")
+  free = _FREE if config.data.row_tokens else ""  # rows as long as the checkpoint's own context
   theirs = {section: _plain(path) for section, path in _origins(config.train, workdir).items()}
   written = model["generation"].get("kind")
+  _check_way(config.train, written, theirs["generation"]["generation"].get("kind"))
   for section in PARTS:
     if theirs[section][section] is None or model[section] is None:  # an autoencoder that a way to write does without
       continue
@@ -50,7 +54,7 @@ def model_of(config: RunConfig, given: Collection[str], workdir: pathlib.Path) -
     explicit = {
       name: value
       for name, value in model[section].items()
-      if _is_given(f"model.{section}.{name}", given) or f"{section}.{name}" == _FREE
+      if _is_given(f"model.{section}.{name}", given) or f"{section}.{name}" == free
     }
     another_kind = explicit.get("kind", taken.get("kind")) != taken.get("kind")
     absent = taken.get("kind") == "absent"  # missing parameters are refused later, by their names
@@ -58,7 +62,8 @@ def model_of(config: RunConfig, given: Collection[str], workdir: pathlib.Path) -
     if another_kind or absent or other_way and section in ("generation", "autoencoder"):
       continue
     made = taken | explicit
-    changed += _changes(section, model[section], made)
+    taken_over |= _differ(model[section], made)
+    departs += _departures(section, made, taken, given)
     model[section] = made
   if not isinstance(model.get("objectives"), Mapping) or not all(
     isinstance(own, Mapping) for own in model["objectives"].values()
@@ -71,11 +76,26 @@ def model_of(config: RunConfig, given: Collection[str], workdir: pathlib.Path) -
       explicit = {
         field: x for field, x in own.items() if field == "layer" or _is_given(f"model.{section}.{field}", given)
       }
-      changed += _changes(section, own, head | explicit)
+      taken_over |= _differ(own, head | explicit)
+      departs += _departures(section, head | explicit, head, given)
       model["objectives"][name] = head | explicit
-  if changed and config.distributed.process_id == 0:
-    print(f"jflow: the model is that of {config.train.init_from}: {', '.join(changed)}", file=sys.stderr)
+  if (taken_over or departs) and config.distributed.process_id == 0:
+    but = f", but for {', '.join(departs)}" if departs else ""
+    print(f"jflow: the model is that of {config.train.init_from} ({_size(model)}){but}", file=sys.stderr)
   return model
+
+
+def _check_way(train: TrainConfig, written: str | None, theirs: str) -> None:
+  """Raises UserError where the checkpoint writes images in another way and the config says nothing of those parts."""
+  others = PARTS["generation"] + PARTS["autoencoder"]
+  named = {*train.init_fresh, *train.init_dropped, *dict(train.init_parts)}
+  if written in (None, theirs) or named & set(others):
+    return
+  what = (
+    f"must be {theirs!r}, as {train.init_from} writes images: take a config of that way (codes: configs/janus/, as janus/tune; "
+    f"flow: configs/, as tune), or name the parts that change in train.init_dropped and train.init_fresh"
+  )
+  raise refusal("model.generation.kind", written, what)
 
 
 def _is_given(field: str, given: Collection[str]) -> bool:
@@ -103,10 +123,24 @@ def _plain(path: str) -> dict[str, Any]:
   return checkpoints.read_config(path).to_dict()
 
 
-def _changes(section: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-  prefix = f"{section}." if section else ""
-  same = lambda name: _listed(before.get(name)) == _listed(now[name])
-  return [f"{prefix}{name}={now[name]} (not {before.get(name)})" for name in now if not same(name)]
+def _differ(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+  """Whether a field of `now` has another value in `before`."""
+  return any(_listed(before.get(name)) != _listed(now[name]) for name in now)
+
+
+def _departures(section: str, made: Mapping[str, Any], theirs: Mapping[str, Any], given: Collection[str]) -> list[str]:
+  """The fields of a section that the command line sets and that differ from the checkpoint's, as text."""
+  return [
+    f"{section}.{name}={made[name]} (there {theirs.get(name)})"
+    for name in made
+    if _is_given(f"model.{section}.{name}", given) and _listed(made[name]) != _listed(theirs.get(name))
+  ]
+
+
+def _size(model: Mapping[str, Any]) -> str:
+  """The size of a model in a few words."""
+  llm, encoder = model["language_model"], model["understanding_encoder"]
+  return f"{llm.get('num_layers')} layers of {llm.get('embed_dim')}, images of {encoder.get('image_size')} pixels"
 
 
 def _listed(value: Any) -> Any:

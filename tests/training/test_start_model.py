@@ -40,8 +40,36 @@ def test_sizes_are_those_of_the_checkpoint(tmp_path, capsys):
   head, theirs, mine = (dict(c.objectives)["alignment"] for c in (model, tiny.CONFIG, own))
   assert (head.hidden_dim, head.layer) == (theirs.hidden_dim, mine.layer)
   said = capsys.readouterr().err
-  assert said.count("\n") == 1 and f"{source}: " in said and "language_model.embed_dim=32 (not 64)" in said
+  assert said.count("\n") == 1 and str(source) in said and "embed_dim" not in said
   assert loaded(source, tmp_path / "run") == model
+  capsys.readouterr()
+  loaded(source, tmp_path / "run", "--config.model.language_model.mlp_dim=40")
+  said = capsys.readouterr().err
+  assert said.count("\n") == 1 and "mlp_dim=40" in said and "embed_dim" not in said
+
+
+@pytest.mark.parametrize("ours, theirs", [("tune", tiny.JANUS), ("janus/tune", tiny.CONFIG)])
+def test_a_checkpoint_of_the_other_way_to_write_is_refused_first(tmp_path, ours, theirs):
+  source = written(tmp_path / "source", theirs)
+  with refused("model.generation.kind", repr(theirs.generation.kind), str(source)):
+    loaded(source, tmp_path / "run", named=ours)
+
+
+@pytest.mark.parametrize("context, tokens", [(96, 96), (8192, 4096)])
+def test_rows_are_as_long_as_the_context_of_a_checkpoint(tmp_path, context, tokens):
+  """At most 4,096; the size of the config is the paper's. What a flag names stays, and a run keeps what it has."""
+  language = dataclasses.replace(tiny.CONFIG.language_model, max_length=context)
+  source = written(tmp_path / "source", dataclasses.replace(tiny.CONFIG, language_model=language))
+  start = lambda config, given: start_model.model_of(config, given, tmp_path / "run")
+  flags = [f"--config.train.init_from={source}"]
+  config = config_files.load("tune", flags, start)
+  assert (config.data.row_tokens, config.model.language_model.max_length) == (tokens, context)
+  assert config.data.row_images == tokens // (tiny.CONFIG.patches + 9)
+  assert config_files.load("tune", [*flags, "--config.data.row_tokens=64"], start).data.row_tokens == 64
+  assert [(c.row_tokens, c.row_images) for c in (config_files.load(f"tune:{n}").data for n in (384, 256))] == [
+    (4096, 7),
+    (4096, 14),
+  ]
 
 
 def test_a_checkpoint_of_the_same_sizes_is_not_told(tmp_path, capsys):
