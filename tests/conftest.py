@@ -59,6 +59,7 @@ FAST = {
   "training/optim",
   "training/remat",
   "training/setup",
+  "training/signals",
   "training/spikes",
   "training/step",
   "training/work",

@@ -35,7 +35,7 @@ from jflow.training.goodput import Goodput
 from jflow.training.method import Method
 from jflow.training.metrics import amend, number, resumed
 from jflow.training.program import abstract_batch, check_memory, make_program
-from jflow.training.signals import StopFlag
+from jflow.training.signals import StopFlag, answered
 from jflow.training.state import TrainState
 from jflow.training.tracing import Trace
 from jflow.training.validation import Validation
@@ -83,7 +83,8 @@ def train(
   templates.check_fits(config.data.template, tokenizer, config.model)
   held = hosts.first_alone(lambda: workdirs.claim(workdir, config, tokenizer))
   try:
-    _train(config, workdir, mesh, tokenizer, started, sampler, accepted_data, rule, method)
+    with answered("stopping after the compilation in progress ..."):
+      _train(config, workdir, mesh, tokenizer, started, sampler, accepted_data, rule, method)
   except OSError as error:
     inside = os.path.join(os.path.abspath(workdir), "")
     named = isinstance(error.filename, str) and os.path.abspath(error.filename).startswith(inside)
