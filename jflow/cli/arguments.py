@@ -4,6 +4,7 @@ A number beyond any machine (10**30 pictures) or one that is not finite ends a c
 """
 
 import argparse
+import difflib
 import math
 import re
 import sys
@@ -30,8 +31,20 @@ class Parser(argparse.ArgumentParser):
     """Ends with code 2; a value refused by a type below is shown as --FLAG=VALUE, like in all other errors."""
     if (found := re.match(r"argument (\S+): (\S+) must be ", message)) and "=".join(found.groups()) in self._given:
       message = message.removeprefix("argument ").replace(": ", "=", 1)
+    message = self._meant() or message
     told = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in message)
     self.exit(2, f"jflow: error: {told if len(told) <= 600 else told[:600] + '...'}; see {self.prog} --help\n")
+
+  def _meant(self) -> str:
+    """A line about the first flag that there is none of and one that is near; empty without such a flag."""
+    known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+    for flag in (one.partition("=")[0] for one in self._given if one.startswith("--")):
+      abbreviates = self.allow_abbrev and any(one.startswith(flag) for one in known)
+      if flag in known or abbreviates or "." in flag:  # a field of a config
+        continue
+      if near := difflib.get_close_matches(flag[:100], known, n=1, cutoff=0.75):
+        return f"unknown argument {flag[:100]}: did you mean {near[0]}?"
+    return ""
 
 
 def whole(least: int | None = None, most: int = 10**9) -> Callable[[str], int]:

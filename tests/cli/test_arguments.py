@@ -76,6 +76,9 @@ def test_an_unknown_flag_and_a_missing_one_are_one_line(capsys):
   assert "--nothing" in refused(capsys, f"generate {CHECKPOINT} --prompt=a --output=x", "--nothing=1")
   assert "--output" in refused(capsys, f"generate {CHECKPOINT} --prompt=a")
   assert "steps" in refused(capsys, f"generate {CHECKPOINT} --prompt=a --output=x", "--steps")
+  for mistyped, meant in (("--checkpont=/nowhere", "--checkpoint"), ("--confg=tune", "--config")):
+    told = refused(capsys, "train --workdir=x" if "confg" in mistyped else "generate --prompt=a --output=x", mistyped)
+    assert mistyped.partition("=")[0] in told and f"{meant}?" in told
 
 
 @pytest.mark.parametrize(
