@@ -50,9 +50,10 @@ def main(argv: list[str]) -> int:
     listener = server.bind(args.host, args.port)
     engine = flags.engine(args)
     app = demo.app(engine, pathlib.Path(args.checkpoint).resolve().name, args.max_upload, pathlib.Path(uploads))
-    print(f"the page is at {server.address(listener)}; Ctrl-C ends it", flush=True)
+    where = server.address(listener)
+    print(f"starting the page at {where}; what is asked waits until all is compiled ...", flush=True)
     if not server.is_local(listener):
       print(f"warning: --host={args.host} lets others use the page, which asks for no password", flush=True)
     app = Guarded(app, Hosts(listener, args.host, args.allowed_host))
-    server.run(app, engine, listener, grace=5)
+    server.run(app, engine, listener, grace=5, ready=f"the page is at {where}; Ctrl-C ends it")
   return 0

@@ -59,14 +59,15 @@ def main(argv: list[str]) -> int:
   engine = flags.engine(args, adapters)
   api = Api(engine, name=name, token=token, max_body=args.max_body * 2**20)
   names = ", ".join(map(repr, (name, *adapters)))
-  print(f"serving {names} at {server.address(listener)}; Ctrl-C ends it", flush=True)
+  where = server.address(listener)
+  print(f"starting at {where}; requests wait until all is compiled ...", flush=True)
   if token is None and not server.is_local(listener):
     print(
       f"warning: --host={args.host} lets others connect, and without --token_file anyone may use the model",
       flush=True,
     )
   app = Guarded(api.app, Hosts(listener, args.host, args.allowed_host))
-  server.run(app, engine, listener, grace=args.timeout + 5)
+  server.run(app, engine, listener, args.timeout + 5, ready=f"serving {names} at {where}; Ctrl-C ends it")
   print("stopped; every request that was accepted has its answer")
   return 0
 

@@ -53,7 +53,7 @@ def address(listener: socket.socket) -> str:
 class Server(uvicorn.Server):
   """uvicorn's server; the first SIGTERM or SIGINT finishes accepted requests, the second ends at once."""
 
-  def __init__(self, app: object, engine: Engine, grace: float, limits: Limits | None = None):
+  def __init__(self, app: object, engine: Engine, grace: float, limits: Limits | None = None, ready: str = ""):
     limits = limits or Limits.here()
     config = uvicorn.Config(
       app,
@@ -68,6 +68,7 @@ class Server(uvicorn.Server):
       backlog=limits.backlog,
     )
     super().__init__(config)
+    self._unsaid = ready  # the line, until it is printed
     self._engine, self._ticks = engine, max(1, round(10 * limits.look))
 
   async def on_tick(self, counter: int) -> bool:
@@ -81,6 +82,9 @@ class Server(uvicorn.Server):
           connection.end()
     if counter % 10 == 0:
       logs.tell()
+    if self._unsaid and self._engine.state == "ready":
+      print(self._unsaid, flush=True)
+      self._unsaid = ""
     return await super().on_tick(counter) or self._engine.state == "failed"
 
   def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
@@ -92,15 +96,17 @@ class Server(uvicorn.Server):
     self._engine.drain()
 
 
-def run(app: object, engine: Engine, listener: socket.socket, grace: float) -> None:
+def run(app: object, engine: Engine, listener: socket.socket, grace: float, ready: str = "") -> None:
   """Serves until a signal, after which connections have `grace` seconds to end.
+
+  `ready` is printed once the engine has compiled its programs; requests before that wait for them.
 
   A second signal ends the process with code 1, since the model's thread may be in a program that cannot be stopped.
 
   Raises:
     Stopped: the model failed.
   """
-  server = Server(app, engine, grace)
+  server = Server(app, engine, grace, ready=ready)
   # uvicorn restores these handlers when it ends, so that a late signal kills nothing.
   for signum in (signal.SIGTERM, signal.SIGINT):
     signal.signal(signum, server.handle_exit)

@@ -248,13 +248,9 @@ def start(checkpoint: pathlib.Path, *flags: str) -> tuple[subprocess.Popen, str]
   log = tempfile.TemporaryFile("w+")
   server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
   address = re.search(r"http://[^;]+", server.stdout.readline())
-  while address and server.poll() is None:
-    try:
-      if json.loads(send(f"{address[0]}/health", timeout=60)[1])["status"] == "ready":
-        return server, address[0]
-    except OSError:  # the address is taken, but nobody listens yet
-      pass
-    time.sleep(0.2)
+  ready = server.stdout.readline()
+  if address and ready.startswith("serving ") and f"at {address[0]};" in ready:
+    return server, address[0]
   log.seek(0)
   raise SystemExit(f"the server ended with code {server.wait()}:\n{log.read()[-2000:]}")
 
