@@ -3,6 +3,7 @@
 import argparse
 import functools
 import pathlib
+import shlex
 import sys
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -66,6 +67,26 @@ def _workdir(text: str) -> pathlib.Path:
   return pathlib.Path(text)
 
 
+def _next(config: RunConfig, workdir: pathlib.Path) -> list[str]:
+  """The commands that follow a run, by what it has learned."""
+  run, sources = shlex.quote(f"--checkpoint={workdir}"), config.data.sources
+  writes, reads = bool(sources.generation or config.rl.method), bool(sources.understanding)
+  commands = []
+  if writes or not reads:
+    commands.append(f"generate {run} --prompt=... --output=pictures")
+  if reads and not writes:
+    commands.append(f"understand {run} --image=... --question=...")
+  own = [name for name, _ in (*sources.generation, *sources.understanding) if pathlib.Path(name).is_dir()]
+  if config.data.validation and own:
+    data = shlex.quote(f"--data={own[0]}")
+    commands.append(f"evaluate --benchmark=records {run} {data} --split=held-out --output=scores")
+  if config.lora.rank:
+    commands.append(
+      f"convert --adapter {shlex.quote(f'--input={workdir}')} --output=adapter   # what it learned, alone"
+    )
+  return commands
+
+
 def main(argv: list[str]) -> int:
   """Parses the flags and trains; returns 143 or 130 after SIGTERM or SIGINT, when the state is saved."""
   parser = Parser(
@@ -110,5 +131,6 @@ def main(argv: list[str]) -> int:
       f"done: step {rows[-1]['step']}, loss {loss}; checkpoints in {known.workdir / 'checkpoints'}",
       file=sys.stderr,
     )
-  print(f"next: python -m jflow generate --checkpoint={known.workdir} --prompt=...", file=sys.stderr)
+  for command in _next(config, known.workdir):
+    print(f"next: python -m jflow {command}", file=sys.stderr)
   return 0
