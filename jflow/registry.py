@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jflow.errors import UserError
+from jflow.errors import UserError, one_line
 from jflow.strict_json import shown
 
 
@@ -22,6 +22,27 @@ def load(place: Any) -> Any:
   module, _, attribute = place.partition(":")
   found = importlib.import_module(module)
   return getattr(found, attribute) if attribute else found
+
+
+def imported(field: str, name: str, what: str) -> Any:
+  """Returns the function at an import path "package.module:function" that a user has named.
+
+  Args:
+    field: the config field or flag that named it, for messages.
+    name: the import path.
+    what: the function it must be, for messages.
+
+  Raises:
+    UserError: it cannot be imported, or is no function.
+  """
+  module, _, attribute = name.partition(":")
+  try:
+    function = getattr(importlib.import_module(module), attribute)
+  except Exception as error:  # of the module: whatever it raises
+    raise UserError(f"{field}: {name} cannot be imported: {type(error).__name__}: {one_line(error)}") from error
+  if not callable(function):
+    raise UserError(f"{field}: {name} must be {what}")
+  return function
 
 
 class Registry:

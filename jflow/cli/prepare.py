@@ -13,6 +13,7 @@ from jflow.batch import TASKS
 from jflow.cli import encode
 from jflow.cli.arguments import SEED, Parser, number, whole
 from jflow.data import importers
+from jflow.data.duplicates import KINDS
 from jflow.data.filters import AESTHETIC, Filters
 from jflow.data.importers.text import DOCUMENTS
 from jflow.data.store.prepare import prepare
@@ -51,7 +52,7 @@ examples
   python -m jflow prepare --format=webdataset --input=tars --output=data/paint --task=generation \\
     --min_size=256 --max_aspect=2 --min_aesthetic=5
   python -m jflow prepare --format=parquet --input="tables/*.parquet" --output=data/tables --task=understanding \\
-    --image_column=image --text_column=caption
+    --image_column=image --text_column=caption --keep='pwatermark<0.5' --duplicates=near
   python -m jflow prepare --format=text --input=books --output=data/books --task=text
   python -m jflow prepare --format=tfds --input=tfds/pets/1.0.0 --output=data/pets --task=generation \\
     --text_column=label
@@ -104,6 +105,7 @@ def _import(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
   if arguments.part and arguments.merge:
     raise UserError("--part and --merge are two commands: first every part, then --merge without --part")
   options = {name: value for name, value in vars(arguments).items() if value is not None}
+  options |= {name: tuple(options[name]) for name in ("keep", "filter", "against") if name in options}
   options["input"] = "".join(arguments.input)
   filters = Filters(**{name: options.pop(name) for name in Filters._fields if name in options})
   before = signal.signal(signal.SIGTERM, _terminate)
@@ -196,6 +198,32 @@ def _parser() -> argparse.ArgumentParser:
     type=number(),
     metavar="SCORE",
     help=f"score in the metadata ({', '.join(AESTHETIC)}), at least",
+  )
+  add(
+    "--keep",
+    action="append",
+    metavar="CONDITION",
+    help="on a column or key of the metadata, may be repeated: pwatermark<0.5, language==en, words>=3 (also characters)",
+  )
+  add(
+    "--filter",
+    action="append",
+    metavar="MODULE:FUNCTION",
+    help="a function of yours, (record, metadata) -> whether it is wanted; may be repeated",
+  )
+  add(
+    "--duplicates", choices=("exact", "near"), help="drop records that repeat an earlier one: the same bytes, or nearly"
+  )
+  add(
+    "--duplicates_of",
+    choices=KINDS,
+    help="what is repeated: pictures and texts of a record, as by default, or the one or the other alone",
+  )
+  add(
+    "--against",
+    action="append",
+    metavar="DIR",
+    help="a data set prepared with --duplicates, whose records are earlier ones; may be repeated",
   )
   add = parser.add_argument_group("how to read").add_argument
   add("--image_root", help="folder that image paths start from (default: that of the input)")

@@ -9,7 +9,7 @@ from typing import Any
 
 from jflow import files, stores, uploads
 from jflow.data.store import prepared, shards
-from jflow.data.store.part import SUFFIXES
+from jflow.data.store.part import SIGNATURES, SUFFIXES
 
 REJECTED = "rejected.jsonl"  # every record that was left out: where, message, reason
 
@@ -40,10 +40,15 @@ def finish(
   """
   kept = [index for index, report in enumerate(reports) if report["records"]]
   names, checksums = {}, {}
+  signed = all(os.path.basename(stems[index]) + SIGNATURES in reports[index]["files"] for index in kept)
   for shard, index in enumerate(kept):
-    for suffix, name in zip(
-      SUFFIXES, (prepared.shard_name(task, shard, len(kept)), prepared.outline_name(shard, len(kept)))
-    ):
+    made = {
+      SUFFIXES[0]: prepared.shard_name(task, shard, len(kept)),
+      SUFFIXES[1]: prepared.outline_name(shard, len(kept)),
+    }
+    if signed:
+      made[SIGNATURES] = prepared.signature_name(shard, len(kept))
+    for suffix, name in made.items():
       names[stems[index] + suffix] = name
       checksums[name] = reports[index]["files"][os.path.basename(stems[index]) + suffix]["sha256"]
   with tempfile.TemporaryDirectory() if stores.is_address(output) else _empty(partial) as whole:

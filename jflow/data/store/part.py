@@ -9,16 +9,20 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from jflow.data import examples, images
 from jflow.data.filters import Filters
 from jflow.data.importers import Importer, Item
 from jflow.data.records import Record, RecordError, Unwanted
 from jflow.data.sequences import IMAGE_MARK
+from jflow.data.signatures import DTYPE, signature
 from jflow.data.store import prepared
 from jflow.data.store.partial import clear, write_report
 from jflow.data.store.scratch import local, send
 
 SUFFIXES = (".array_record", ".outlines", ".rejected")  # of the files of a part
+SIGNATURES = ".signatures"  # of one more, where duplicates are dropped
 MAX_TEXT = 65_536  # characters of a record with images; a row of 4,096 tokens holds about 16,000
 
 
@@ -44,10 +48,12 @@ def import_part(
     The report, counts and hashes.
   """
   here = local(stem)
-  paths = [here + suffix for suffix in SUFFIXES]
+  suffixes = (*SUFFIXES, SIGNATURES) if filters.rule else SUFFIXES
+  paths = [here + suffix for suffix in suffixes]
   clear(paths)
   writer = prepared.ShardWriter(paths[0], paths[1])
   rejected, filtered, notes, first = *(collections.Counter() for _ in range(3)), {}
+  signed: list[np.ndarray] = []
   with open(paths[2], "w", encoding="ascii") as log:
     for item in importer.items(part):
       try:
@@ -56,6 +62,8 @@ def import_part(
         if dropped:
           filtered[dropped] += 1
         else:
+          if filters.rule:
+            signed.append(signature(record))
           sizes = {image: list(images.decode(image).shape[1::-1]) for image in dict.fromkeys(record.images)}
           writer.write(record, {**item.meta, "sizes": [sizes[image] for image in record.images]})
           notes.update(said)
@@ -68,6 +76,8 @@ def import_part(
         print(json.dumps({**entry, "reason": error.reason}), file=log)
       count(item.work)
   writer.close()
+  if filters.rule:
+    save_signatures(paths[3], np.array(signed, DTYPE))
   report = {
     "records": writer.records,
     "images": writer.images,
@@ -80,8 +90,14 @@ def import_part(
     "first_rejected": first,
   }
   report = write_report(here + ".json", report, paths)
-  send(stem, (*SUFFIXES, ".json"))
+  send(stem, (*suffixes, ".json"))
   return report
+
+
+def save_signatures(path: str, signed: np.ndarray) -> None:
+  """Writes the signatures of a part."""
+  with open(path, "wb") as file:
+    np.save(file, signed)
 
 
 def _learnable(item: Item, task: str) -> tuple[Record, list[str]]:
@@ -131,4 +147,4 @@ def _check(record: Record, meta: Mapping[str, Any], task: str, filters: Filters)
       raise RecordError("invalid_utf8", "the text holds a lone surrogate") from None
   if record.images and sum(map(len, texts)) > MAX_TEXT:
     raise RecordError("text_too_long", f"the text has more than {MAX_TEXT:,} characters, which no row can hold")
-  return filters.drops([images.size(image) for image in record.images], meta)
+  return filters.drops(record, [images.size(image) for image in record.images], meta)

@@ -27,7 +27,7 @@ from jflow.data import importers
 from jflow.data.filters import Filters
 from jflow.data.importers import Importer
 from jflow.data.processes import end_with_parent
-from jflow.data.store import machines, prepared, scratch
+from jflow.data.store import machines, prepared, repeats, scratch
 from jflow.data.store.finish import finish
 from jflow.data.store.part import import_part
 from jflow.data.store.partial import open_partial, read_report
@@ -77,6 +77,7 @@ def prepare(
   if task not in TASKS:
     raise UserError(f"--task={task} is unknown: use one of {', '.join(TASKS)}")
   importers.check_flags(format, options)
+  filters.check()
   options = importers.Options(input=input, task=task, **options)
   importer = importers.open_importer(format, options)
   need_text_name("--output", output)
@@ -87,10 +88,12 @@ def prepare(
     **dataclasses.asdict(options),
     "schema": prepared.SCHEMA,
     "format": format,
-    "filters": {name: value for name, value in filters._asdict().items() if value is not None},
+    "filters": filters.told(),
     "input": stores.absolute(input) if input else "",
     "files": _fingerprint(importer.files()),
   }
+  if filters.against:
+    job["against"] = repeats.check(filters.against)
   parts = importer.parts()
   if part:
     job["machines"] = part[1]
@@ -109,6 +112,10 @@ def prepare(
       if part:
         return summary
       problem = _problem(summary, max_rejected_share)
+      if filters.rule and not problem:
+        stems, reports = repeats.dropped(partial, stems, reports, filters, processes)
+        summary = _summary(job, reports, importer.left_out)
+        problem = _problem(summary, max_rejected_share)
       if not problem:
         finish(partial, output, task, stems, reports, summary)
       elif summary["accepted"]:

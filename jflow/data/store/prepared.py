@@ -6,6 +6,7 @@ It lies on this machine or in a store, whose shards are read through a cache (ca
   jflow_TASK-train.array_record-00000-of-00002          id, images, text, conversations (JSON), meta (JSON)
   outlines-00000-of-00002.jsonl.gz                      the same records without images, to plan rows with
   summary.json                                          schema, task, accepted, rejected by reason, filtered, ...
+  signatures-00000-of-00002.npy                         signatures.py of its records, where duplicates were dropped
   sha256sums.txt                                        hash and name of each shard and its outlines
   rejected.jsonl                                        every record that was left out: where, message, reason
 
@@ -43,6 +44,10 @@ def dataset_name(task: str) -> str:
 
 def shard_name(task: str, shard: int, shards: int) -> str:
   return f"{dataset_name(task)}-train.array_record-{shard:05d}-of-{shards:05d}"
+
+
+def signature_name(shard: int, shards: int) -> str:
+  return f"signatures-{shard:05d}-of-{shards:05d}.npy"
 
 
 def outline_name(shard: int, shards: int) -> str:
@@ -143,6 +148,14 @@ def write_metadata(directory: str, task: str, shard_lengths: Sequence[int], num_
   )
 
 
+def decoded(features: Any, entry: bytes) -> tuple[Record, dict[str, Any]]:
+  """The record of an entry of a shard, and its metadata; whatever the readers raise where it is damaged."""
+  example = features.deserialize_example_np(entry)
+  turns = tuple(Turn(*turn) for turn in json.loads(example["conversations"]))
+  images = tuple(bytes(image) for image in example["images"])
+  return Record(example["id"].decode(), images, example["text"].decode(), turns), json.loads(example["meta"])
+
+
 class PreparedSource:
   """The records of a prepared data set; a `Source`.
 
@@ -197,12 +210,7 @@ class PreparedSource:
     """
     where = f"record {index} of {self.directory}"
     try:
-      example = self._features.deserialize_example_np(self._records[index])
-      meta = json.loads(example["meta"])
-      turns = tuple(Turn(*turn) for turn in json.loads(example["conversations"]))
-      record = Record(
-        example["id"].decode(), tuple(bytes(i) for i in example["images"]), example["text"].decode(), turns
-      )
+      record, meta = decoded(self._features, self._records[index])
       hashes = meta["sha256"]
     except (Stopped, UserError):  # of a store
       raise

@@ -39,6 +39,15 @@ def send(stem: str, suffixes: Sequence[str]) -> None:
         os.unlink(local(stem) + suffix)
 
 
+def fetched(stem: str, suffixes: Sequence[str]) -> str:
+  """The stem of files on this machine, copied from their store if they lie there."""
+  if stores.is_address(stem):
+    for suffix in suffixes:
+      with open(local(stem) + suffix, "wb") as file:
+        stores.download(stem + suffix, stores.stat(stem + suffix), file)
+  return local(stem)
+
+
 def remove(path: str) -> None:
   """Removes a file or a folder with its contents, here or in a store."""
   if not stores.is_address(path):

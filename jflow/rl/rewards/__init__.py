@@ -13,7 +13,6 @@ here, by an import path "package.module:function", or by the address of a server
 
 import dataclasses
 import functools
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -73,14 +72,7 @@ def _function(name: str, config: RlConfig) -> Reward:
     return functools.partial(http.score, name, config.timeout, config.retries)
   if ":" not in name:
     return REWARDS.get(name)
-  module, _, attribute = name.partition(":")
-  try:
-    function = getattr(importlib.import_module(module), attribute)
-  except Exception as error:  # of the module: whatever it raises
-    raise UserError(f"rl.rewards: {name} cannot be imported: {type(error).__name__}: {one_line(error)}") from error
-  if not callable(function):
-    raise UserError(f"rl.rewards: {name} must be a function of images, prompts and metadata")
-  return function
+  return registry.imported("rl.rewards", name, "a function of images, prompts and metadata")
 
 
 def scores(

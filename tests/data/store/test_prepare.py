@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -381,14 +382,46 @@ def _scored(folder):
     (Filters(max_aspect=2.0), range(7), {"max_aspect": 5}),  # 18 / 9 is still 2
     (Filters(min_aesthetic=2.0), range(4, 11), {"min_aesthetic": 4, "no_aesthetic_score": 1}),
     (Filters(9, 1.9, 2.0), (4, 5), {"min_aesthetic": 4, "max_aspect": 5, "no_aesthetic_score": 1}),
+    (Filters(keep=("Aesthetic_Score<=2",)), range(5), {"Aesthetic_Score<=2": 6, "no_Aesthetic_Score": 1}),
+    (
+      Filters(keep=("aesthetic_score!=3", "words>=2")),
+      (*range(6), *range(7, 11)),
+      {"aesthetic_score!=3": 1, "no_aesthetic_score": 1},
+    ),
+    (Filters(keep=("characters<9",)), range(10), {"characters<9": 2}),
+    (Filters(keep=("language==en",)), (), {"no_language": 12}),
+    (Filters(filter=("filters_of_mine:even",)), range(0, 12, 2), {"filters_of_mine:even": 6}),
   ],
 )
-def test_filters_keep_what_they_say_and_count_the_others_apart(folder, filters, kept, counts):
+def test_filters_keep_what_they_say_and_count_the_others_apart(folder, filters, kept, counts, monkeypatch):
   _scored(folder)
+  mine = types.SimpleNamespace(even=lambda record, meta: int(record.text.split()[1]) % 2 == 0 and record.images)
+  monkeypatch.setitem(sys.modules, "filters_of_mine", mine)
+  if not kept:
+    with refused(*counts):
+      run(folder, "generation", "scored.jsonl", filters=filters)
+    return
   summary, output = run(folder, "generation", "scored.jsonl", filters=filters, max_rejected_share=0.0)
   assert [record.text for record in read_back(output, "generation")] == [f"number {i}" for i in kept]
   assert summary["filtered"] == counts and summary["rejected"] == {}
   assert summary["accepted"] + sum(counts.values()) == 12
+
+
+@pytest.mark.parametrize(
+  "filters, said",
+  [
+    (Filters(keep=("pwatermark",)), "--keep='pwatermark'"),
+    (Filters(keep=("pwatermark<low",)), "pwatermark<low"),
+    (Filters(keep=("<0.5",)), "<0.5"),
+    (Filters(filter=("os:no_such",)), "os:no_such"),
+    (Filters(filter=("no_module_of_mine",)), "no_module_of_mine"),
+    (Filters(filter=("os:sep",)), "os:sep"),
+    (Filters(filter=("operator:add",)), "operator:add failed on record 'r0'"),
+  ],
+)
+def test_a_filter_that_is_none_is_named(folder, filters, said):
+  with refused(said):
+    run(folder, filters=filters)
 
 
 def test_filters_may_leave_nothing_and_say_so(folder):
