@@ -90,6 +90,7 @@ class Rows:
     ahead = task == "generation" and config.stored
     self.stored = StoredImages(family.stored, source, shape.image_size, shape.stored) if ahead else None
     self._divided = config.validation > 0
+    self.rule = held_out.VERSION if self._divided else 0  # by which records are held out; 0: none are
     if not self.plan.rows and side == held_out.TRAINING:
       raise UserError(
         f"{name}: none of the {len(source):,} {task} records fits a row of {shape.tokens:,} tokens "

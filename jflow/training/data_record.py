@@ -1,7 +1,7 @@
 """The record of a run's data, by content: WORKDIR/data.json, with a copy in each checkpoint's manifest.
 
-Per task a list of sources in their order: records, fingerprint, weight, and the precomputed latents. Together they
-determine the batches. Paths are not part of it: a data set may be moved or copied.
+Per task a list of sources in their order: records, fingerprint, weight, the precomputed latents, and with data.validation
+the version of the rule that holds records out (`held_out.VERSION`). Together they determine the batches. Paths are not part of it: a data set may be moved or copied.
 """
 
 import hashlib
@@ -102,6 +102,11 @@ def _check(workdir: pathlib.Path, now: Data, accepted: str) -> None:
     return
   changes = differences(before, now)
   if not changes:
+    if _rules(now) - {0} and 0 in _rules(before):
+      hosts.say(
+        f"{workdir} has no record of the rule that held its records out (data.validation): if it was an earlier one, the "
+        "run has trained on some that are held out from now on"
+      )
     return
   told = f"workdir {workdir} holds a run on other data: {'; '.join(changes)}"
   if accepted != digest(now)[:8]:
@@ -109,6 +114,11 @@ def _check(workdir: pathlib.Path, now: Data, accepted: str) -> None:
       f"{told}; use another --workdir, or go on with this data on purpose by --accept_data={digest(now)[:8]}"
     )
   hosts.say(f"{told}; it goes on with this data, as --accept_data={accepted} says")
+
+
+def _rules(data: Data) -> set[int]:
+  """The rules by which the records of the sources are held out; 0: none, or a record from before it was kept."""
+  return {source.get("rule", 0) for sources in data.values() for source in sources}
 
 
 def digest(data: Data) -> str:
@@ -123,9 +133,11 @@ def differences(before: Data, now: Data) -> list[str]:
   for task in sorted(set(before) | set(now)):
     old, new = before.get(task, []), now.get(task, [])
     key = lambda source: json.dumps([source[name] for name in _CONTENT])
-    if [*map(key, old)] == [*map(key, new)]:
-      continue
     field = f"data.sources.{task}"
+    if [*map(key, old)] == [*map(key, new)]:
+      if _rules({task: old}) - {0} and _rules({task: old}) != _rules({task: new}):
+        out.append(f"{field} has records held out by another rule (data.validation) than the run has begun with")
+      continue
     if sorted(map(key, old)) == sorted(map(key, new)):
       out.append(f"{field} lists its sources in another order")
       continue

@@ -116,6 +116,19 @@ def test_the_order_of_sources_and_the_latents_count(sets):
   assert said.endswith("has latents abc, and the run has begun with no latents")
 
 
+def test_a_rule_that_holds_out_other_records_is_told(run, sets, capsys):
+  """Refused where the run has kept its rule, and said where it has begun before that was kept."""
+  now = identity([*fields_of(sets), "--config.data.validation=0.2"])
+  by = lambda **rule: {task: [{k: x for k, x in s.items() if k != "rule"} | rule for s in now[task]] for task in now}
+  for before, said in ((now, ""), (by(), "data.validation")):
+    data_record.write(run, before)
+    data_record.check(run, now, "")
+    assert said in (err := capsys.readouterr().err) and err.count("\n") == bool(said)
+  data_record.write(run, by(rule=1))
+  with refused(PAINT, "data.validation"):
+    data_record.check(run, now, "")
+
+
 def test_workers_and_threads_and_shares_do_not_count(sets):
   fields = fields_of(sets)
   assert identity([*fields, "--config.data.workers=3", "--config.data.threads=5"]) == identity(fields)
