@@ -27,7 +27,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jflow import files
 from jflow.errors import UserError
-from jflow.interop import steps
+from jflow.interop import remote, steps
 from jflow.interop.best import best_step
 from jflow.interop.steps import MANIFEST, damage, steps_of
 from jflow.models import lora
@@ -122,6 +122,11 @@ def resolve(path: str | pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     workdir, folder = path.parent, path
   elif steps.number(path.name) is not None and path.parent.name == "checkpoints":
     workdir, folder = path.parent.parent, path
+  elif (path / remote.ADAPTER).is_file():
+    raise UserError(
+      f"{path} holds an adapter alone: name its base, with --adapter={path} beside it; to train on, name the run that it "
+      "comes from, whose adapters are merged"
+    )
   else:
     raise UserError(f"{path} must be a jflow checkpoint: it has no checkpoints/ folder")
   if not (workdir / "config.json").is_file():
