@@ -22,7 +22,8 @@ from jflow.errors import Terminated, UserError
 _EPILOG = """\
 formats: --input is a file, a folder, a pattern ("tars/*.tar") or a range ("tars/{00000..00041}.tar"); of a folder,
          hidden files and folders are left out, links are followed, and each file is read once. In webdataset,
-         parquet, llava-jsonl and text it may be in a store: gs://BUCKET/tars, s3://..., https://..., hf://...
+         parquet, llava-jsonl and text it may be in a store: gs://BUCKET/tars, s3://..., https://..., or a data set
+         of the Hugging Face hub, by its name: hf://ORG/NAME, hf://ORG/NAME/data/train-*.parquet
   llava-jsonl  JSON objects, one per line or in an array; images are files in the same folder (--image_root)
                  {"id": "7", "image": "7.jpg", "conversations": [
                    {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
@@ -92,6 +93,13 @@ def main(argv: Sequence[str] | None = None) -> int | None:
   return None
 
 
+def _whole_name(source: str) -> str:
+  """An input with the kind of a repository of the hub where its address lacks it: a data set."""
+  named = source.removeprefix("hf://")
+  kinds = ("datasets/", "models/", "spaces/", "buckets/")
+  return source if named == source or named.startswith(kinds) else f"hf://datasets/{named}"
+
+
 def _import(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
   """Imports records into a prepared data set."""
   missing = [f"--{name}" for name in ("format", "output", "task") if not getattr(arguments, name)]
@@ -106,7 +114,7 @@ def _import(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     raise UserError("--part and --merge are two commands: first every part, then --merge without --part")
   options = {name: value for name, value in vars(arguments).items() if value is not None}
   options |= {name: tuple(options[name]) for name in ("keep", "filter", "against") if name in options}
-  options["input"] = "".join(arguments.input)
+  options["input"] = _whole_name("".join(arguments.input))
   filters = Filters(**{name: options.pop(name) for name in Filters._fields if name in options})
   before = signal.signal(signal.SIGTERM, _terminate)
   try:

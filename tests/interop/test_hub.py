@@ -1,7 +1,8 @@
-"""A checkpoint of the Hugging Face hub, by its name: a small server stands in for the hub."""
+"""A checkpoint, or a data set, of the Hugging Face hub, by its name: a small server stands in for the hub."""
 
 import hashlib
 import http.server
+import io
 import json
 import os
 import pathlib
@@ -9,8 +10,12 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import official_checkpoint
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 from jflow.interop import remote
@@ -20,11 +25,11 @@ NAME, COMMIT = "org/small-model", "a" * 40
 
 
 class Hub(http.server.ThreadingHTTPServer):
-  """Serves the files of a folder as those of one model, whose revisions are `main` and `v1`."""
+  """Serves the files of a folder as those of one model, or data set, whose revisions are `main` and `v1`."""
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(self, folder: pathlib.Path, kind: str = "models"):
     super().__init__(("127.0.0.1", 0), Handler)
-    self.folder, self.asked = folder, []
+    self.folder, self.kind, self.asked = folder, kind, []
     self.address = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -37,16 +42,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
     path = self.path.split("?")[0]
     self.server.asked.append(path)
     files = {p.name: p for p in self.server.folder.iterdir()}
+    api, place = f"/api/{self.server.kind}/{NAME}", "" if self.server.kind == "models" else f"/{self.server.kind}"
     for revision in ("main", "v1", COMMIT):
-      if path in (f"/api/models/{NAME}/revision/{revision}", f"/api/models/{NAME}"):
+      if path in (f"{api}/revision/{revision}", api):
         return self._send(200, json.dumps(self._info(files)).encode())
-      if path.startswith(f"/api/models/{NAME}/tree/{revision}"):
+      if path.startswith(f"{api}/tree/{revision}"):
         tree = [{"type": "file", "path": x, "size": p.stat().st_size, "oid": "b" * 40} for x, p in files.items()]
         return self._send(200, json.dumps(tree).encode())
-      name = path.removeprefix(f"/{NAME}/resolve/{revision}/")
+      name = path.removeprefix(f"{place}/{NAME}/resolve/{revision}/")
       if name in files:
         return self._send(200, files[name].read_bytes())
-    code = "RevisionNotFound" if path.startswith(f"/api/models/{NAME}/") else "RepoNotFound"
+    code = "RevisionNotFound" if path.startswith(f"{api}/") else "RepoNotFound"
     return self._send(404, b"{}", {"X-Error-Code": code})
 
   do_HEAD = do_GET
@@ -55,9 +61,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     return {"id": NAME, "modelId": NAME, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
 
   def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
-    self.send_response(status)
     tag = hashlib.sha256(content).hexdigest()
-    lines = {"Content-Length": str(len(content)), "ETag": f'"{tag}"', "X-Repo-Commit": COMMIT, "Connection": "close"}
+    lines = {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT, "Connection": "close"}
+    if status == 200 and (asked := self.headers.get("Range")):
+      first, last = (int(n) for n in asked.removeprefix("bytes=").split("-"))
+      lines["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+      status, content = 206, content[first : last + 1]
+    lines["Content-Length"] = str(len(content))
+    self.send_response(status)
     for name, value in (lines | (headers or {})).items():
       self.send_header(name, value)
     self.end_headers()
@@ -66,6 +77,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
   def log_message(self, *args: object) -> None:
     """Says nothing."""
+
+
+def pictures(count: int) -> list[bytes]:
+  """Small PNG files, no two of them alike."""
+  out = []
+  for number in range(count):
+    file = io.BytesIO()
+    Image.fromarray(np.full((40, 40, 3), number, np.uint8)).save(file, "PNG")
+    out.append(file.getvalue())
+  return out
 
 
 @pytest.fixture
@@ -114,6 +135,34 @@ def test_what_the_hub_lacks_is_one_line(hub, name, part):
   _, convert = hub
   done = convert(name, "out")
   assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and part in done.stderr, done.stderr
+
+
+@pytest.mark.process
+def test_a_data_set_is_read_by_its_name(tmp_path):
+  """Its tables alone, by ranges; the name is that of the hub, with or without `datasets/`."""
+  folder = tmp_path / "hub"
+  folder.mkdir()
+  (folder / "README.md").write_text("cats")
+  cells = [{"bytes": picture, "path": f"{i}.png"} for i, picture in enumerate(pictures(6))]
+  for part in range(2):
+    table = {"image": cells[3 * part :][:3], "text": [f"cat {part} {i}" for i in range(3)]}
+    pq.write_table(pa.table(table), folder / f"train-{part}.parquet")
+  server = Hub(folder, "datasets")
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  environment = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+  argv = ["prepare", "--format=parquet", f"--input=hf://{NAME}", "--task=generation", "--output=out"]
+  done = subprocess.run(
+    [sys.executable, "-m", "jflow", *argv],
+    cwd=tmp_path,
+    env=os.environ | environment | {"no_proxy": "*"},
+    capture_output=True,
+    text=True,
+    timeout=100,
+  )
+  server.shutdown()
+  assert done.returncode == 0, done.stderr
+  assert json.loads((tmp_path / "out" / "summary.json").read_text())["accepted"] == 6
+  assert not [path for path in server.asked if path.endswith(".md")]
 
 
 def test_a_folder_that_is_here_is_never_looked_for_elsewhere(tmp_path, monkeypatch):
