@@ -117,6 +117,8 @@ def base(size: str, sizes: Mapping[str, Callable[[ConfigDict], None]] = SIZES) -
     prompt_drop=0.1,  # share of prompts dropped, so that guidance works (paper section 3.4)
     # The square of an image to write: "random" or "center" of its longer side; "pad": all of it with gray margins.
     crop="random",
+    # Of pictures to read: "exact", the release's pixels; "scaled": of large upright JPEGs half of them or fewer are decoded.
+    decode="exact",
     validation=0.0,  # share of records that are held out of training, by a hash of each
     validation_rows=64,  # rows of them that a loss is computed over, at most; few records are drawn several times
     stored=False,  # True: images to write come as `prepare --latents` (or --codes) has encoded and cropped them

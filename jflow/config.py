@@ -109,6 +109,7 @@ class DataConfig(Section):
   first_sentence: float = field(number(0.0, 1.0))
   prompt_drop: float = field(number(0.0, 1.0))
   crop: str = field(one_of("random", "center", "pad"), before="random")
+  decode: str = field(one_of("exact", "scaled"), before="exact")
   validation: float = field(number(least=0.0, below=1.0), before=0.0)
   validation_rows: int = field(whole(1, 2**20), before=64)
   stored: bool = field(truth, before=False)

@@ -134,7 +134,11 @@ def read(path: str) -> np.ndarray:
 
 
 def for_understanding(
-  image: Any, size: int, background: tuple[int, int, int] = (127, 127, 127), min_size: int = 14
+  image: Any,
+  size: int,
+  background: tuple[int, int, int] = (127, 127, 127),
+  min_size: int = 14,
+  scaled: bool = False,
 ) -> np.ndarray:
   """Returns an image to read, uint8[size, size, 3]: long side to `size`, padded to a square.
 
@@ -144,23 +148,35 @@ def for_understanding(
   Args:
     image: see `decode`; an object with `render(size)` draws itself at that size.
     size: side in pixels.
+    scaled: decode large JPEGs at a fraction of their size, as `square` does; no longer the release's pixels.
 
   Raises:
     ImageError: the image cannot be used.
   """
   if hasattr(image, "render"):
     return image.render(size)
-  picture = _open(image, MAX_PIXELS)
-  width, height = picture.size
-  longest = max(width, height)
-  floor = min(min_size, size)
-  width, height = (max(int(side / longest * size), floor) for side in (width, height))
-  picture = _resize(picture, (width, height), (0, 0, *picture.size))
+  header = _header(image, MAX_PIXELS)
+  whole = header.image.size
+  if scaled and header.orientation == 1:
+    header.image.draft(None, _fitted(whole, size, min_size))
+    picture = _load(header)
+    scale = round(whole[0] / picture.width)
+  else:
+    picture = _load(header)
+    whole, scale = picture.size, 1
+  width, height = _fitted(whole, size, min_size)
+  picture = _resize(picture, (width, height), (0, 0, whole[0] / scale, whole[1] / scale))
   square = np.empty((size, size, 3), np.uint8)
   square.reshape(size, -1)[:] = np.tile(np.array(background, np.uint8), size)
   left, top = (size - width) // 2, (size - height) // 2
   square[top : top + height, left : left + width] = np.asarray(picture)
   return square
+
+
+def _fitted(sides: tuple[int, int], size: int, min_size: int) -> tuple[int, int]:
+  """The sides of an image whose longer one becomes `size`."""
+  width, height = (max(int(side / max(sides) * size), min(min_size, size)) for side in sides)
+  return width, height
 
 
 def for_generation(image: Any, size: int, rng: np.random.Generator, crop: str = "random") -> np.ndarray:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 _ROUNDS = 6  # of the Feistel network
-_WINDOWS = 8  # that a lane of `Blocks` reads in a span
+_SPAN_ROWS = 2**23  # of a span of `Blocks`, as long as a lane reads _WINDOWS[0] to _WINDOWS[1] windows in it
+_WINDOWS = (2, 8)
 
 
 class Order(Protocol):
@@ -104,7 +105,9 @@ class Blocks:
       lane_of: int64[n] numbers of rows in the run (epoch * rows + index) -> int64[n] their lanes.
     """
     self._begins, self._rows, self._seed, self._stream = begins, rows, seed, stream
-    self._window, self._lane_of, self._span_groups = window, lane_of, _WINDOWS * window * lanes
+    self._window, self._lane_of = window, lane_of
+    windows = int(np.clip(_SPAN_ROWS * len(begins) // max(rows * window * lanes, 1), *_WINDOWS))
+    self._span_groups = windows * window * lanes
     self._epochs: dict[int, _Epoch] = {}
     self._spans: dict[tuple[int, int], np.ndarray] = {}
 
@@ -136,12 +139,14 @@ class Blocks:
     group = np.repeat(np.arange(len(groups)), sizes)
     rows = np.arange(len(group)) + np.repeat(self._begins[groups] - (np.cumsum(sizes) - sizes), sizes)
     rng = np.random.default_rng([self._seed, epoch, self._stream, span])
-    rows = rows[np.lexsort((rng.random(len(rows)), group))]  # where two lanes share a group, chance deals it out
+    # Where two lanes share a group, chance deals it out.
+    rows = rows[np.argsort(group + rng.random(len(rows)), kind="stable")]
     lane = self._lane_of(np.arange(cut.edges[span], cut.edges[span + 1]) + epoch * self._rows)
     by_lane = np.argsort(lane, kind="stable")
     when = group + rng.random(len(group)) * self._window
+    when += lane[by_lane] * float(len(groups) + self._window)
     table = np.empty(len(rows), np.int32 if self._rows < 2**31 else np.int64)
-    table[by_lane] = rows[np.lexsort((when, lane[by_lane]))]
+    table[by_lane] = rows[np.argsort(when, kind="stable")]
     return table
 
 

@@ -67,7 +67,7 @@ class Rows:
     self._source, self._tokenizer, self._shape = source, tokenizer, shape
     family = FAMILIES.get(shape.writer)
     self._layout = family.layout  # loader processes know no names that a script has registered
-    self._template, self._crop = config.template, config.crop
+    self._template, self._crop, self._scaled = config.template, config.crop, config.decode == "scaled"
     self._caption_prompt = config.caption_prompt
     self._first_sentence, self._prompt_drop = config.first_sentence, config.prompt_drop
     self._seed = seed
@@ -194,7 +194,7 @@ class Rows:
     if self.task == "generation":
       pixels = tuple(images.for_generation(image, size, rng, self._crop) for image in sample.images)
     else:
-      pixels = tuple(images.for_understanding(image, size) for image in sample.images)
+      pixels = tuple(images.for_understanding(image, size, scaled=self._scaled) for image in sample.images)
     return sample._replace(images=pixels)
 
 

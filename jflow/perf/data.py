@@ -35,6 +35,8 @@ _WORDS = (
   "a photograph of the old red sailing boat on calm sea near small white houses at sunset with many birds".split()
 )
 
+_CORES = (16, 64, 128)  # of a host
+_TOKENS = 53_000  # a second that a fast accelerator trains on
 _RECORDS = 1_000_000  # of each type, whose reads are counted
 
 
@@ -48,6 +50,7 @@ class Settings:
   repeats: int = 5  # rounds, loop and pipeline in turn
   threads: int = 1  # reader threads
   workers: int = 0  # loader processes, measured in addition
+  decode: str = "exact"  # data.decode
   plan: int = 0  # plan so many records of realistic lengths instead
   group_records: int = 0  # of a group of shards that is planned alone; 0: as large as memory allows
   hosts: int = 0  # count what so many hosts read, in place of the loader's cost
@@ -103,7 +106,13 @@ def _compare(
   weights = tuple(float(name == task) for name in TASKS)
   sources = {name: ((directory, 1.0),) if name == task else () for name in TASKS}
   config = config.replace(
-    sources=sources, mixture=((0, weights),), threads=args.threads, workers=0, plan_cache="", stored=False
+    sources=sources,
+    mixture=((0, weights),),
+    threads=args.threads,
+    workers=0,
+    plan_cache="",
+    stored=False,
+    decode=args.decode,
   )
   pipeline = Pipeline(config, tokenizer, shape, 1, 0)
   source = PreparedSource(directory, task)
@@ -132,17 +141,27 @@ def _compare(
     "images_per_cpu_second": ours,
     "rows_per_cpu_second": rows / seconds["pipeline"]["median"],
     "ratio": loop / ours,
+    "accelerators_fed": {
+      f"{cores} cores": _fed(cores, rows / seconds["pipeline"]["median"], shape) for cores in _CORES
+    },
     "seconds": seconds,
   }
   if args.workers:
     processes = Pipeline(config.replace(workers=args.workers, threads=1), tokenizer, shape, 1, 0)
     ours, rate = _with_workers(processes, rows, args.repeats)
+    of_rows = ours * rows / len(files)
     report["with_processes"] = {
       "images_per_cpu_second": ours,
       "ratio": loop / ours,
+      "accelerators_fed": {f"{cores} cores": _fed(cores, of_rows, shape) for cores in _CORES},
       "images_per_second": rate,
     }
   return report
+
+
+def _fed(cores: int, rows: float, shape: RowShape) -> float:
+  """The accelerators that so many cores feed, each of which loads so many rows a second."""
+  return cores * rows * shape.tokens / _TOKENS
 
 
 def _loop(files: list[bytes], size: int) -> None:

@@ -1,8 +1,10 @@
 """bench data --plan: what it costs to plan the rows of many records, of realistic lengths."""
 
+import multiprocessing
 import os
-import resource
+import pathlib
 import tempfile
+import threading
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,7 +56,7 @@ class Drawn(groups.Wanted):
 
 
 def measure(records: int, shape: RowShape, group_records: int) -> dict[str, Any]:
-  """Plans realistic lengths of each task as `train` would; returns CPU seconds, fill, and the most memory so far.
+  """Plans realistic lengths of each task as `train` would; returns CPU seconds, fill, and the most memory of all processes.
 
   Args:
     records: of each task.
@@ -63,7 +65,8 @@ def measure(records: int, shape: RowShape, group_records: int) -> dict[str, Any]
   """
   report = {}
   for task in TASKS:
-    start = _cpu_seconds()
+    start, memory = _cpu_seconds(), _Memory()
+    memory.start()
     with tempfile.TemporaryDirectory() as folder:
       plan, _ = Drawn.of(task, records, shape, group_records).made(folder)
       tokens = packing.tokens(plan)
@@ -71,8 +74,7 @@ def measure(records: int, shape: RowShape, group_records: int) -> dict[str, Any]
       "cpu_seconds": _cpu_seconds() - start,
       "rows": plan.rows,
       "fill": tokens / max(plan.rows * shape.tokens, 1),
-      "peak_bytes": _peak(resource.RUSAGE_SELF),
-      "peak_bytes_of_a_process": _peak(resource.RUSAGE_CHILDREN),
+      "peak_bytes": memory.end(),
     }
   return report
 
@@ -82,8 +84,31 @@ def _cpu_seconds() -> float:
   return sum(os.times()[:4])
 
 
-def _peak(who: int) -> int:
-  return resource.getrusage(who).ru_maxrss * 1024
+class _Memory(threading.Thread):
+  """The most memory that this process and those it starts hold at once, mapped files left out (Linux)."""
+
+  def __init__(self) -> None:
+    super().__init__(daemon=True)
+    self.most, self._ended = 0, threading.Event()
+
+  def run(self) -> None:
+    while not self._ended.wait(0.05):
+      pids = [os.getpid(), *(process.pid for process in multiprocessing.active_children())]
+      self.most = max(self.most, sum(map(_held, pids)))
+
+  def end(self) -> int:
+    self._ended.set()
+    self.join()
+    return self.most
+
+
+def _held(pid: int | None) -> int:
+  """The bytes of a process that are no file's; 0 where it has ended."""
+  try:
+    status = pathlib.Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+  except (OSError, IndexError):
+    return 0
 
 
 def realistic_lengths(task: str, records: int, shape: RowShape, seed: int = 0) -> np.ndarray:

@@ -36,7 +36,15 @@ class Reads(NamedTuple):
 class Simulated:
   """The rows of a run on drawn data sets, one per type, with their plans on disk."""
 
-  def __init__(self, config: DataConfig, records: Mapping[str, int], shape: RowShape, batch_size: int, seed: int):
+  def __init__(
+    self,
+    config: DataConfig,
+    records: Mapping[str, int],
+    shape: RowShape,
+    batch_size: int,
+    seed: int,
+    drawn: int = 2**20,
+  ):
     """Plans the rows.
 
     Args:
@@ -45,6 +53,7 @@ class Simulated:
       shape: the row's budgets.
       batch_size: rows of a batch over all hosts.
       seed: of the run.
+      drawn: records whose lengths are drawn and planned, whole groups of them; the others are like these.
     """
     schedule = tuple((start, tuple(w * bool(records[t]) for w, t in zip(row, TASKS))) for start, row in config.mixture)
     self.batch_size, self._step_plan = batch_size, mixture.StepPlan(schedule, batch_size, 2**40)
@@ -54,23 +63,22 @@ class Simulated:
     for number, task in enumerate(TASKS):
       plan = order = None
       if records[task]:
-        plan, order = self._planned(number, records[task], config, shape, seed)
+        plan, order = self._planned(number, records[task], config, shape, seed, drawn)
       self._plans.append(plan)
       self._orders.append(order)
 
   def _planned(
-    self, number: int, records: int, config: DataConfig, shape: RowShape, seed: int
+    self, number: int, records: int, config: DataConfig, shape: RowShape, seed: int, drawn: int
   ) -> tuple[packing.Plan, Order]:
     blocks = config.order == "blocks"
-    wanted = Drawn.of(TASKS[number], records, shape, config.block_records if blocks else 0)
+    copies = max(1, records // (drawn // config.block_records * config.block_records))
+    wanted = Drawn.of(TASKS[number], records // copies, shape, config.block_records if blocks else 0)
     folder = os.path.join(self._folder.name, TASKS[number])
     os.mkdir(folder)
-    plan, begins = wanted.made(folder)
+    plan, begins = _repeated(*wanted.made(folder), records // copies, copies)
     seed = mixture.seed_of_part(mixture.seed_of_part(seed, number), 0)
-    if begins is None:
-      return plan, Global(plan.rows, seed, number)
-    if not blocks:
-      return plan, Scattered(plan.rows, seed, number)
+    if begins is None or not blocks:
+      return plan, (Global if plan.rows < 2**22 else Scattered)(plan.rows, seed, number)
     one = mixture.Interleave([1.0], 0)
     lanes = mixture.Lanes(self._step_plan, one, self.batch_size, config.block_lanes, number, 0)
     return plan, Blocks(begins, plan.rows, seed, number, config.block_window, config.block_lanes, lanes)
@@ -107,6 +115,20 @@ class Simulated:
     found, records = np.unique(np.concatenate(keys), return_counts=True)
     who = found >> _BITS
     return Reads(who // hosts + steps.start, who % hosts, found & (1 << _BITS) - 1, records)
+
+
+def _repeated(
+  plan: packing.Plan, begins: np.ndarray | None, records: int, copies: int
+) -> tuple[packing.Plan, np.ndarray | None]:
+  """Returns the plan of so many times the records, and its groups; without groups a row's lie anywhere among them."""
+  kinds = np.arange(copies)[:, None]
+  offsets = (plan.row_offsets[:-1] + kinds * plan.row_offsets[-1]).ravel()
+  ids = plan.record_ids * copies + kinds if begins is None else plan.record_ids + kinds * records
+  whole = plan._replace(
+    row_offsets=np.append(offsets, plan.row_offsets[-1] * copies),
+    record_ids=ids.ravel().astype(packing.index_type(records * copies)),
+  )
+  return whole, None if begins is None else (begins + kinds * plan.rows).ravel()
 
 
 class Hosts:

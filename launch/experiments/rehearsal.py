@@ -30,7 +30,9 @@ def main() -> None:
   add("--killed", type=int, default=10, help="hosts that die")
   add("--steps", type=int, default=10_000)
   add("--killed_at", type=int, default=6_100, help="the step; the last checkpoint is 100 before")
-  add("--records", type=int, nargs=3, default=(8_000_000, 8_000_000, 4_000_000), metavar=TASKS)
+  add("--records", type=int, nargs=3, default=(40_000_000, 40_000_000, 10_000_000), metavar=TASKS)
+  add("--orders", nargs="+", choices=("blocks", "global"), default=("blocks", "global"))
+  add("--drawn", type=int, default=2**18, help="records of each type that are planned; the others are like them")
   add("--block_records", type=int, default=8192)
   add("--cache_gib", type=float, default=100.0, help="of a host")
   add("--gib_per_second", type=float, default=1.0, help="from the store to a host")
@@ -46,10 +48,10 @@ def main() -> None:
   config = config_files.load("stage2")
   shape = setup.row_shape(config, config.model)
   report = {"settings": {k: str(v) for k, v in vars(args).items()}, "loader": loader(), "orders": {}}
-  for order in ("blocks", "global"):
+  for order in args.orders:
     began = time.process_time()
     own = config.data.replace(order=order, block_records=args.block_records, block_lanes=args.hosts)
-    run = reads.Simulated(own, dict(zip(TASKS, args.records)), shape, config.train.batch_size, seed=0)
+    run = reads.Simulated(own, dict(zip(TASKS, args.records)), shape, config.train.batch_size, 0, args.drawn)
     planned = time.process_time() - began
     found = {"planning_cpu_seconds": planned, "rows": run.rows} | rehearse(run, args, report["loader"])
     report["orders"][order] = found

@@ -531,6 +531,24 @@ def test_a_square_of_a_large_jpeg_is_that_of_the_whole_picture(orientation):
       assert np.abs(images.square(buffer.getvalue(), size, moved).astype(int) - whole).mean() > 3
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_picture_to_read_may_be_decoded_at_a_fraction(orientation):
+  """Nearly the same pixels, and the very same where no fraction is decoded: turned, not a JPEG, or not twice as large."""
+  rng = np.random.default_rng(orientation)
+  soft = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8)).resize((421, 307), Image.Resampling.BICUBIC)
+  exif = Image.Exif()
+  exif[ExifTags.Base.Orientation] = orientation
+  buffer, png = io.BytesIO(), io.BytesIO()
+  soft.save(buffer, "JPEG", quality=95, exif=exif)
+  soft.save(png, "PNG")
+  for size in (48, 100, 210, 300):
+    exact, scaled = (images.for_understanding(buffer.getvalue(), size, scaled=scaled) for scaled in (False, True))
+    assert np.abs(exact.astype(int) - scaled).mean() < 1.5
+    assert (exact == scaled).all() == (orientation != 1 or size > 210)
+    one, two = (images.for_understanding(png.getvalue(), size, scaled=scaled) for scaled in (False, True))
+    np.testing.assert_array_equal(one, two)
+
+
 def test_a_square_outside_the_picture_is_refused():
   for box in ((0, 0, 9), (-1, 0, 8), (5, 0, 8), (0, 1, 8), (0, 0, 0)):
     with pytest.raises(images.ImageError) as caught:
