@@ -21,6 +21,7 @@ import jflow
 from configs.world import QUICK_SPREAD
 from jflow.inference.pipeline import Pipeline
 from jflow.inference.sheet import contact_sheet
+from jflow.training import plots
 from jflow.training.metrics import read_metrics
 from jflow.world import judge, questions
 from jflow.world import source as world
@@ -80,18 +81,21 @@ def answer(model: Pipeline, out: pathlib.Path) -> str:
 
 
 def plot(out: pathlib.Path) -> None:
-  """Writes losses.png: every loss of every stage."""
-  stages = sorted(p for p in out.glob("stage*") if (p / "metrics.jsonl").exists())
-  figure, axes = plt.subplots(1, len(stages), figsize=(4 * len(stages), 3), squeeze=False)
+  """Writes losses.png: a row for each loss, a column for each stage, smoothed over a fiftieth of the stage."""
+  stages = {path.name: read_metrics(path) for path in sorted(out.glob("stage*")) if (path / "metrics.jsonl").exists()}
+  names = [name for name in plots.losses_of(list(stages.values())) if name != "loss"]
+  size = (3.2 * len(stages), 2.2 * len(names))
+  figure, axes = plt.subplots(len(names), len(stages), figsize=size, sharex="col", sharey="row", squeeze=False)
+  for row, name in zip(axes, names):
+    row[0].set_ylabel(name.removeprefix("loss_"))
+    for axis, metrics in zip(row, stages.values()):
+      curve = plots.curve(metrics, name)
+      axis.plot(curve.steps, plots.smoothed(curve.values, max(1, len(metrics) // 50)), linewidth=1)
+      axis.grid(alpha=0.3)
   for axis, stage in zip(axes[0], stages):
-    rows = read_metrics(stage)
-    for name in sorted({k for row in rows for k in row if k.startswith("loss_")}):
-      values = np.array([row.get(name) or np.nan for row in rows], float)
-      if np.isfinite(values).any():
-        axis.plot([row["step"] for row in rows], values, label=name.removeprefix("loss_"), linewidth=1)
-    axis.set_title(stage.name)
+    axis.set_title(stage)
+  for axis in axes[-1]:
     axis.set_xlabel("step")
-    axis.legend(fontsize=7)
   figure.tight_layout()
   figure.savefig(out / "losses.png", dpi=90)
 
