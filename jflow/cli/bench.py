@@ -157,7 +157,7 @@ JPEGs at a fraction. accelerators_fed says how many, at 53,000 tokens a second e
     "--hosts",
     type=whole(0, 2**14),
     default=0,
-    help="count for so many hosts, on --plan records of each type (1,000,000)",
+    help="count for so many hosts, on --plan records of each type (4,000,000)",
   )
   add("--rows", type=whole(most=2**20), default=512, help="of a batch (default %(default)s)")
   add("--steps", type=whole(most=10**6), default=300, help="that are counted (default %(default)s)")

@@ -37,7 +37,7 @@ _WORDS = (
 
 _CORES = (16, 64, 128)  # of a host
 _TOKENS = 53_000  # a second that a fast accelerator trains on
-_RECORDS = 1_000_000  # of each type, whose reads are counted
+_RECORDS = 4_000_000  # of each type, whose reads are counted
 
 
 @dataclasses.dataclass(frozen=True)

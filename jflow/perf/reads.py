@@ -43,7 +43,7 @@ class Simulated:
     shape: RowShape,
     batch_size: int,
     seed: int,
-    drawn: int = 2**20,
+    drawn: int = 2**17,
   ):
     """Plans the rows.
 
@@ -189,7 +189,7 @@ def count(
   Returns:
     Per step and host: `records` and their `record_bytes`, different `shards`, `requests` (shards that the cache had to
     fetch) and `fetched_bytes`; `cache_bytes`, the most that a host kept; of the batch of all hosts, `shards_of_step` and
-    the share of those that the step before has read, `of_the_step_before`, which is next to 0 in a global shuffle.
+    the share of those that the step before has read, `of_the_step_before`: among many shards next to 0 in a global shuffle.
   """
   run, caches = Simulated(config, records, shape, batch_size, 0), Hosts(hosts, cache_bytes)
   fetched = moved = shards = again = 0

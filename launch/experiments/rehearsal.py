@@ -37,7 +37,12 @@ def main() -> None:
   add("--cache_gib", type=float, default=100.0, help="of a host")
   add("--gib_per_second", type=float, default=1.0, help="from the store to a host")
   add("--latency", type=float, default=0.1, help="seconds of a request")
-  add("--step_seconds", type=float, default=0.25, help="of the accelerators: 8,192 tokens a host at 32,000 a second")
+  add(
+    "--step_seconds",
+    type=float,
+    default=0.25,
+    help="of the accelerators of all hosts: 8,192 tokens of each at 32,000 a second",
+  )
   add("--cores", type=int, default=16, help="of a host's loader")
   add("--ahead", type=int, default=16, help="steps that a host loads ahead")
   add("--output", type=pathlib.Path)
@@ -114,7 +119,7 @@ class Phase:
           self._longest = max(self._longest, wait)
         else:
           self._begin = wait
-        ended.append(begin + args.step_seconds)
+        ended.append(begin + args.step_seconds * args.hosts / hosts)
         self._fetches, self._bytes, number = self._fetches + fetches, self._bytes + moved, number + 1
     self._seconds = ended[-1] - self._begin
 
