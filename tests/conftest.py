@@ -19,6 +19,7 @@ import quick
 FAST = {
   "chips",
   "data/conversations",
+  "data/corpus",
   "data/examples",
   "data/importers/llava",
   "data/importers/text",

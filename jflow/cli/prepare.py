@@ -1,4 +1,4 @@
-"""The command `prepare`: imports records, and runs --inspect, --latents and --codes."""
+"""The command `prepare`: imports records, and runs --inspect, --report, --latents and --codes."""
 
 import argparse
 import importlib
@@ -70,6 +70,7 @@ left out when the rows are planned, and counted as "too_long".
 
 afterwards
   python -m jflow prepare --inspect OUTPUT    draw packed rows as the model will see them
+  python -m jflow prepare --report OUTPUT     a page: histograms, samples, what was left out and why
   python -m jflow prepare --latents --help    run the VAE over a data set ahead of time; for Janus --codes, its VQ
 
 --output may be in a store too: each finished part is sent there and checked, summary.json last.
@@ -86,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
   flags = {argument.split("=")[0] for argument in argv}
   if "--inspect" in flags:  # it and those below have a --help of their own
     return importlib.import_module("jflow.cli.inspect").main(argv)
+  if "--report" in flags:
+    return importlib.import_module("jflow.cli.corpus").main(argv)
   if "--format" not in flags and flags & set(encode.kinds()):
     return encode.main(argv)
   parser = _parser()

@@ -1,39 +1,15 @@
 """report.html: a verdict and bars first, then pictures and samples, then all numbers, folded."""
 
-import base64
 import html
-import io
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 
+from jflow.pages import STYLE, Shown, data_uri, samples
+
 _MOST_BARS = 24
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --faint: #888; --bar: #3b7dd8; --mark: #d8743b; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-.verdict { font-size: 1.15rem; } .faint, .what { color: var(--faint); overflow-wrap: anywhere; }
-.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .35rem .8rem; align-items: center; }
-.track { position: relative; height: 1.1rem; background: var(--line); border-radius: 3px; }
-.track * { position: absolute; top: 0; bottom: 0; } .fill { left: 0; background: var(--bar); border-radius: 3px; }
-.range { top: 45%; bottom: 45%; background: currentColor; } .mark { width: 3px; background: var(--mark); }
-table { border-collapse: collapse; width: 100%; } th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); }
-th { text-align: left; font-weight: 600; } td:first-child { white-space: nowrap; } .wrap { overflow-x: auto; }
-td.n, th.n, .n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-td.s { white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; }
-img { max-width: 100%; border: 1px solid var(--line); } code { font-size: .9em; overflow-wrap: anywhere; }
-li { white-space: pre-wrap; overflow-wrap: anywhere; } summary { cursor: pointer; margin-top: 1rem; }
-"""
-
-
-class Shown(NamedTuple):
-  """A table of samples on the page, as of answers beside the truth."""
-
-  title: str
-  heads: Sequence[str]
-  rows: Sequence[Sequence[str | Image.Image]]
 
 
 def page(
@@ -58,7 +34,7 @@ def page(
     for name, value in told.items()
   )
   sheets = "".join(
-    f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="{_data_uri(sheet)}">'
+    f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="{data_uri(sheet)}">'
     for title, sheet in pictures
   )
   notes = "".join(f"<li>{html.escape(note)}</li>" for note in body["notes"])
@@ -67,11 +43,11 @@ def page(
   where += [body["date"].replace("T", " ").replace("+00:00", " UTC"), f"commit {body['commit'] or 'unknown'}"]
   return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>jflow: {html.escape(body["benchmark"])}{f" of {html.escape(str(of))}" if of else ""}</title><style>{_STYLE}</style>
+<title>jflow: {html.escape(body["benchmark"])}{f" of {html.escape(str(of))}" if of else ""}</title><style>{STYLE}</style>
 <h1>{html.escape(body["benchmark"])}</h1><p class="what">{html.escape(what)}<br>{html.escape(" · ".join(where))}</p>
 <p class="verdict">{html.escape(verdict(body["scores"]))}</p>
 {_bars(body["scores"])}
-{sheets}{"".join(map(_samples, shown))}
+{sheets}{"".join(map(samples, shown))}
 {f"<details><summary>All {len(body['scores'])} scores</summary>{tables}</details>" if tables else ""}
 {f"<details><summary>How they are counted</summary><ul>{notes}</ul></details>" if notes else ""}
 <details><summary>Settings</summary><div class="wrap"><table>{settings}</table></div></details>
@@ -142,16 +118,6 @@ def _bars(scores: Mapping[str, Mapping[str, Any]]) -> str:
   return f'<div class="bars">{"".join(rows)}</div>' if rows else ""
 
 
-def _samples(shown: Shown) -> str:
-  """The HTML table of samples."""
-  cell = lambda x: f'<img alt="" src="{_data_uri(x)}">' if isinstance(x, Image.Image) else html.escape(x)
-  row = lambda cells: "<tr>" + "".join(f'<td class="s">{cell(x)}</td>' for x in cells) + "</tr>"
-  head = "<tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in shown.heads) + "</tr>"
-  return (
-    f'<h2>{html.escape(shown.title)}</h2><div class="wrap"><table>{head}{"".join(map(row, shown.rows))}</table></div>'
-  )
-
-
 def _table(group: str, scores: Mapping[str, Mapping[str, Any]]) -> str:
   """The HTML table of one group of scores, with the columns that any of them fills."""
   sizes = list(dict.fromkeys(size for score in scores.values() for size in score.get("paper", {})))
@@ -176,9 +142,3 @@ def _table(group: str, scores: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _plain(value: Any) -> str:
   return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _data_uri(image: Image.Image) -> str:
-  buffer = io.BytesIO()
-  image.save(buffer, "PNG", optimize=True)
-  return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

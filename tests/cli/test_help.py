@@ -8,7 +8,7 @@ import tiny
 _ALL = r"""
 import contextlib, io, sys
 from jflow.__main__ import COMMANDS, main
-asked = [[name] for name in COMMANDS] + [["prepare", "--latents"], ["prepare", "--inspect"]]
+asked = [[name] for name in COMMANDS] + [["prepare", "--latents"], ["prepare", "--inspect"], ["prepare", "--report"]]
 asked += [["bench", name] for name in ("train", "generate", "understand", "data")]
 for words in asked:
   out = io.StringIO()
