@@ -1,6 +1,10 @@
 """Overfitting of real photographs: imports and memorizes them, generates from captions, answers questions.
 
   python launch/experiments/photos.py FOLDER       # a few minutes on 2 cores; needs scikit-image and scikit-learn
+  python launch/experiments/photos.py FOLDER --base=quickstart/stage3         # by adapters of rank 8 beside that model
+
+With --base, a model of size `quick`, its other abilities are measured before and after: single objects of the built-in world
+and questions about them. --rehearsed mixes the world's records into the training.
 
 FOLDER gets photos/ (JPEG and PNG of their own sizes and two LLaVA JSONL files), the data sets of `prepare`, the run,
 painted.png and result.json. Exits with 1 unless 9 of 10 pictures and answers are right.
@@ -23,6 +27,8 @@ except ImportError:
 
 root = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(root))
+
+import writers
 
 import jflow
 from jflow.data import images
@@ -59,6 +65,23 @@ PHOTOS = {
 }
 
 
+TUNED = (  # the words of the photographs are new to the base: so the head has an adapter, too
+  "--config=tune:quick",
+  "--config.lora.rank=8",
+  "--config.lora.alpha=16.0",
+  "--config.lora.patterns=('language_model','generation_(encoder|decoder)','generation_(output_)?projector',"
+  "'understanding_projector')",
+  "--config.train.steps=600",
+  "--config.optimizer.learning_rate=6e-3",
+  "--config.optimizer.cooldown_steps=600",
+  "--config.objective.draws.time_mean=0.0",
+  "--config.objective.draws.time_std=1.0",
+  "--config.data.first_sentence=0.0",
+  "--config.data.sources.text=()",
+  "--config.data.mixture=((0,(25,75,0)),)",
+)
+
+
 def original(name: str) -> np.ndarray:
   """A photograph as shipped: uint8[H, W] or uint8[H, W, 3]."""
   if name in ("china", "flower"):
@@ -93,7 +116,12 @@ def main() -> int:
     description="Memorizes 14 photographs, generates them, and answers questions about them."
   )
   parser.add_argument("folder", type=pathlib.Path, help="where all of it goes; the same folder goes on")
-  out = parser.parse_args().folder.resolve()
+  parser.add_argument(
+    "--base", metavar="CHECKPOINT", type=pathlib.Path, help="a model of size quick, to tune by adapters"
+  )
+  parser.add_argument("--rehearsed", action="store_true", help="with --base: half of what is seen is the world's")
+  args = parser.parse_args()
+  out = args.folder.resolve()
   write_photos(out / "photos")
   for task, file in (("understanding", "reading"), ("generation", "painting")):
     if not (out / task).exists():
@@ -104,11 +132,15 @@ def main() -> int:
         f"--output={out / task}",
         f"--task={task}",
       )
+  how = ("--config=configs/photos.py",)
+  if args.base:
+    how = (*TUNED, f"--config.train.init_from={args.base.resolve()}")
+  others = ",('shapes',1.0)" if args.rehearsed else ""
   command(
     "train",
-    "--config=configs/photos.py",
+    *how,
     f"--workdir={out / 'run'}",
-    *(f"--config.data.sources.{task}=(('{out / task}',1.0),)" for task in ("understanding", "generation")),
+    *(f"--config.data.sources.{task}=(('{out / task}',1.0){others},)" for task in ("understanding", "generation")),
   )
 
   model = jflow.load(out / "run")
@@ -142,6 +174,8 @@ def main() -> int:
     "answered": [correct, len(answers)],
     "answers": answers,
   }
+  if args.base:
+    result["abilities"] = {"before": writers.abilities(jflow.load(args.base)), "after": writers.abilities(model)}
   (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
   print(f"painted: the nearest photograph is the right one for {right} of {len(PHOTOS)}")
   print(f"answered: {correct} of {len(answers)} questions word for word")

@@ -127,6 +127,14 @@ def answered(model: Pipeline) -> dict[str, scores.Score]:
   return out
 
 
+def abilities(model: Pipeline) -> dict[str, dict[str, Any]]:
+  """What a model of size `quick` can do: single objects right in color and shape, and answers about new pictures."""
+  painted = judged(paint(model, dict(steps=30, guidance=2.0), 0, 2))
+  found = {f"pictures, {kind}": score for kind, score in painted.items()}
+  found |= {f"questions, {split}": score for split, score in answered(model).items()}
+  return {name: short(score) for name, score in found.items()}
+
+
 def costs(models: Mapping[str, Pipeline], settings: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
   """Medians of CPU and wall seconds per picture, writer -> pictures at once -> clock; the writers take turns."""
   prompts = [text for text, _ in asked()]
