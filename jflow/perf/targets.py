@@ -86,7 +86,7 @@ def devices(topology: Topology) -> list[Any]:
   gpu = topology.chip.platform == "gpu"
   if not gpu and importlib.util.find_spec("libtpu") is None:
     raise UserError(f"compiling for TPU needs libtpu, which runs anywhere: {install_line('compile')}")
-  if gpu and not any(map(importlib.util.find_spec, ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"))):
+  if gpu and not any(map(_is_installed, ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"))):
     raise UserError(
       "compiling for GPU needs jax's CUDA plugin, without a GPU: pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt"
     )
@@ -104,6 +104,12 @@ def devices(topology: Topology) -> list[Any]:
     first = str(error).strip().splitlines()[0]
     raise UserError(f"--topology={topology.name} does not exist, says its compiler: {first}") from error
   return list(found.devices)
+
+
+def _is_installed(module: str) -> bool:
+  """Whether there is a module; `find_spec` itself raises where the package around it is missing."""
+  package = module.partition(".")[0]
+  return importlib.util.find_spec(package) is not None and importlib.util.find_spec(module) is not None
 
 
 def make_mesh(topology: Topology, sizes: tuple[int, int, int]) -> Any:

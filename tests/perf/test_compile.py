@@ -63,7 +63,11 @@ def test_the_report_says_what_a_device_holds_and_what_bounds_it(report):
 
 @pytest.mark.parametrize("name, package", [("v5e:2x4", "libtpu"), ("h100:1x8", "CUDA plugin")])
 def test_a_compiler_that_is_missing_is_asked_for_in_one_line(monkeypatch, name, package):
-  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  def absent(module: str) -> None:  # as the real one where a package is missing, too
+    if "." in module:
+      raise ModuleNotFoundError(module)
+
+  monkeypatch.setattr(importlib.util, "find_spec", absent)
   with refused(f"{package}", "pip install"):
     targets.devices(targets.Topology.parse(name))
 
