@@ -28,6 +28,9 @@ def limit() -> int:
 
 
 def of_device(device: Any, local: int) -> int | None:
-  """Returns the bytes of a `jax.Device`; None where it does not say it. A CPU's, `local` of them, share the machine's."""
+  """Returns the bytes of a `jax.Device`; None where it does not say it.
+
+  A CPU's, `local` of them, share the machine's.
+  """
   there = (device.memory_stats() or {}).get("bytes_limit")
   return limit() // local if there is None and device.platform == "cpu" else there

@@ -16,8 +16,8 @@ class Programs:
   """A function of a model, compiled for each of its shapes; called like the function.
 
   Its first two arguments are the model and its params. One program belongs to the model, the keyword arguments, and
-  the shapes of the other arguments. May be called from several threads. `function` is what it compiles, for who compiles it within
-  something larger.
+  the shapes of the other arguments. May be called from several threads. `function` is what it compiles, for who
+  compiles it within something larger.
   """
 
   def __init__(self, function: Callable[..., Any], most: int, donate: Sequence[str] = ()):

@@ -93,7 +93,7 @@ PROCESS = {
 }
 
 
-MAPS = 20_000  # memory maps of this process after which compiled programs are dropped
+MAPS = 35_000  # memory maps of this process after which compiled programs are dropped
 
 # What jax and the processes that tests start read from the environment, unless it is set. `pytest --cache-clear`
 # empties the cache.

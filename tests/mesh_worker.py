@@ -144,7 +144,8 @@ def check_head_loss() -> None:
 
 
 def check_products_in_8_bits() -> None:
-  """Asserts that a product and its gradient are on a mesh what they are on one device: the scales are of whole tensors."""
+  """Asserts that a product and its gradient are on a mesh what they are on one device: the scales are of whole
+  tensors."""
   rng, axes = np.random.default_rng(0), ("embed", "mlp")
   x, kernel, dy = (rng.standard_normal(shape, np.float32) for shape in ((32, 64), (64, 48), (32, 48)))
 

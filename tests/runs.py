@@ -4,8 +4,12 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import tiny
+
+from jflow.cli import train as train_command
+from jflow.training.metrics import read_metrics
 
 INTERVAL, STEPS = 4, 24  # of a save, of a stage
 SMALL = (
@@ -57,3 +61,9 @@ def train(*args) -> subprocess.CompletedProcess:
   done = subprocess.run(command_of(*args), cwd=tiny.ROOT, env=environment(), capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   return done
+
+
+def inside(flags: Sequence[str], workdir: pathlib.Path, steps: int, *more: str) -> list[dict]:
+  """The metrics of a run to its end in this process."""
+  assert not train_command.main([*flags, f"--workdir={workdir}", f"--config.train.steps={steps}", *more])
+  return read_metrics(workdir)

@@ -6,9 +6,7 @@ import time
 from collections.abc import Collection, Iterator
 
 import httpx
-import tiny
 
-from jflow.data.tokenizer import Tokenizer
 from jflow.generation.flow import FAMILY
 from jflow.inference.decoding import Decoder
 from jflow.inference.pipeline import Pipeline
@@ -19,10 +17,6 @@ from jflow.serving.hosts import Guarded, Hosts
 from jflow.serving.metrics import Metrics
 
 NAME = "tiny"
-
-
-def pipeline() -> Pipeline:
-  return Pipeline(tiny.model(), tiny.params(), Tokenizer.load(str(tiny.TOKENIZER)), "plain")
 
 
 def images(body: dict) -> schemas.Images:
@@ -54,6 +48,12 @@ def serving(
     thread.join(60)
     assert not thread.is_alive(), "the server does not end"
     engine.stop()
+
+
+def said(response) -> str:
+  """The text of an answer of the API."""
+  assert response.status_code == 200, response.text
+  return response.json()["choices"][0]["message"]["content"]
 
 
 def decoder(engine: Engine) -> Decoder:

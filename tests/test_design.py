@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterable
 
 import pytest
+from parsed import tree
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDERS = ("jflow", "configs", "launch", "tests")
@@ -69,11 +70,6 @@ PURE = (  # of jflow they import only each other
   "strict_json",
   "values",
 )
-
-
-@functools.cache
-def tree(file: str) -> ast.Module:
-  return ast.parse((ROOT / file).read_text(encoding="utf-8"))
 
 
 @functools.cache

@@ -9,6 +9,8 @@ import functools
 import pathlib
 from collections.abc import Iterable, Mapping
 
+from parsed import tree
+
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "jflow").rglob("*.py"))
 
@@ -28,11 +30,6 @@ LAYERS = (
 TOGETHER = {"models": "model", "objectives": "model", "generation": "model"}
 # Folders of the top level; jflow reads a file of theirs only where a user names it.
 OUTSIDE = ("configs", "launch", "tests")
-
-
-@functools.cache
-def tree(file: str) -> ast.Module:
-  return ast.parse((ROOT / file).read_text(encoding="utf-8"))
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import serving
+import tiny
 
 from jflow.generation.flow import equations as flow
 from jflow.generation.flow import sampler as painting
@@ -71,7 +71,7 @@ def test_the_time_grid_is_to_the_bit_that_of_jax(shift):
 
 
 def test_what_is_prepared_is_what_is_run():
-  model, counted = serving.pipeline(), (painting.read_prompts, painting.solve, painting.decode)
+  model, counted = tiny.pipeline(), (painting.read_prompts, painting.solve, painting.decode)
   chosen, other = model.settings(steps=5), model.settings(steps=5, guidance=1.0, solver="heun")
   assert model.prepare_images(PROMPTS, chosen, rows=2)
   assert model.prepare_images(PROMPTS, chosen, rows=2, compile=False)
@@ -83,7 +83,7 @@ def test_what_is_prepared_is_what_is_run():
 
 def test_other_steps_are_no_other_program_and_a_padded_grid_changes_no_bit(monkeypatch):
   monkeypatch.setattr(painting.solve, "_kept", collections.OrderedDict())  # others may have filled it
-  model = serving.pipeline()
+  model = tiny.pipeline()
   few = model.generate(PROMPTS, 3, seed=4)
   kept = len(painting.solve)
   for steps in (1, 33, 65, 200):

@@ -20,7 +20,9 @@ from jflow.batch import READ, TASKS, WRITE, Batch, RowShape
 from jflow.config import RunConfig
 from jflow.data.examples import Sample
 from jflow.data.packing import pack
+from jflow.data.tokenizer import Tokenizer
 from jflow.generation.flow.writer import Draws
+from jflow.inference.pipeline import Pipeline
 from jflow.models import build
 from jflow.models.config import ModelConfig
 from jflow.models.unified import UnifiedModel
@@ -161,9 +163,9 @@ def text(seed: int, length: int = 12) -> Sample:
   return _sample([BOS] + _ids(rng, length) + [EOS], [True] * (length + 2), [], READ, rng)
 
 
-def batch(*rows: list[Sample]) -> Batch:
-  """Packs each list of samples into a row of SHAPE."""
-  return jax.tree.map(lambda *x: np.stack(x), *[pack(row, SHAPE) for row in rows])
+def batch(*rows: list[Sample], shape: RowShape = SHAPE) -> Batch:
+  """Packs each list of samples into a row."""
+  return jax.tree.map(lambda *x: np.stack(x), *[pack(row, shape) for row in rows])
 
 
 def mixed() -> Batch:
@@ -241,6 +243,22 @@ def janus(**sections) -> RunConfig:
   for name, section in sections.items():
     fields[name] = fields.get(name, {}) | section
   return configuration(**fields).replace(model=JANUS)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+  """The likeness of images in [-1, 1], in dB."""
+  return float(10 * np.log10(4 / np.mean((np.clip(a, -1, 1) - b) ** 2)))
+
+
+def adam(state: TrainState):
+  """The state of Adam in that of the optimizer: `mu`, `nu`."""
+  is_adam = lambda x: hasattr(x, "mu")
+  return next(filter(is_adam, jax.tree.leaves(state.optimizer, is_leaf=is_adam)))
+
+
+def pipeline() -> Pipeline:
+  """The model, ready to answer and to write, as a checkpoint of it loads."""
+  return Pipeline(model(), params(), Tokenizer.load(str(TOKENIZER)), "plain")
 
 
 def training(config: RunConfig):

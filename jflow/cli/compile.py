@@ -101,11 +101,9 @@ def _inference(known: argparse.Namespace, fields: list[str], topology: targets.T
   from jflow.perf.aot_inference import compile_report
 
   report = {"config": known.config} | compile_report(config, topology, known.program, rows, known.slots, known.hlo)
-  paints = "code of each picture" if config.model.generation.kind == "codes" else "solver step"
-  unit = paints if known.program == "generate" else "token of each row"
   print(
-    f"{report['topology']}: {known.program}, {rows} rows; a {unit}: {report['step_bytes'] / 1e9:.2f} GB of memory "
-    f"traffic ({report['step_bytes_needed'] / 1e9:.2f} needed), {report['step_flops'] / 1e12:.3f} TFLOP, at least "
+    f"{report['topology']}: {known.program}, {rows} rows; a {report['step']}: {report['step_bytes'] / 1e9:.2f} GB of "
+    f"memory traffic ({report['step_bytes_needed'] / 1e9:.2f} needed), {report['step_flops'] / 1e12:.3f} TFLOP, at least "
     f"{1e3 * report['step_seconds_at_least']:.2f} ms; predicted {1e3 * report['step_seconds_by_launch']:.2f} ms, "
     f"{report['step_launches']:.0f} launches one after the other"
   )

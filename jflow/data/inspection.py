@@ -19,7 +19,7 @@ from jflow.data.tokenizer import Tokenizer
 from jflow.generation.base import FAMILIES
 
 WIDTH = 1680
-_MARGIN, _GAP, _LINE, _PICTURE = 44, 14, 21, 120
+_MARGIN, _GAP, _LINE, PICTURE = 44, 14, 21, 120
 _LINES = 11  # of a card, pictures not counted
 _COLUMNS = 3
 _CARDS = 12  # of a row; the band shows all
@@ -87,7 +87,7 @@ def draw(
   return sheet.finish()
 
 
-def _is_dropped(arrays: Batch, segment: int, pad: int) -> bool:
+def is_dropped(arrays: Batch, segment: int, pad: int) -> bool:
   """Whether a sample writes an image without its prompt, which leaves a gap of positions, or pads after BOS."""
   where = np.flatnonzero(arrays.segment_ids == segment)
   writes = np.any(arrays.segment_ids[arrays.image_start[arrays.image_kind == WRITE]] == segment)
@@ -143,7 +143,7 @@ class _Sheet:
     self._band(arrays, shape)
     self._y += 50
     shown = min(samples, _CARDS)
-    cards = [_runs(arrays, segment, tokenizer, shape.image_slots) for segment in range(1, shown + 1)]
+    cards = [runs_of(arrays, segment, tokenizer, shape.image_slots) for segment in range(1, shown + 1)]
     for first in range(0, shown, _COLUMNS):
       self._cards(first, cards[first : first + _COLUMNS], arrays, tokenizer.pad)
     if samples > shown:
@@ -189,7 +189,7 @@ class _Sheet:
       self._pen.rounded_rectangle((left, top, left + width, top + height), 8, _CARD, _RULE)
       self._pen.rounded_rectangle((left, top, left + width, top + 26), 8, colour, corners=(True, True, False, False))
       where = np.flatnonzero(arrays.segment_ids == segment)
-      dropped = "   prompt dropped" if _is_dropped(arrays, segment, pad) else ""
+      dropped = "   prompt dropped" if is_dropped(arrays, segment, pad) else ""
       says = f"sample {segment}   {len(where):,} tokens from {where[0]:,}{dropped}"
       self._pen.text((left + 14, top + 5), says, _INK, self._small)
       for x, y, item in items:
@@ -202,12 +202,12 @@ class _Sheet:
           self._pen.text((x, y), item.text, _INK if item.learned else _GREY, self._text)
         else:
           written = arrays.image_kind[item.slot] != READ
-          picture = Image.fromarray(arrays.images[item.slot]).resize((_PICTURE, _PICTURE))
+          picture = Image.fromarray(arrays.images[item.slot]).resize((PICTURE, PICTURE))
           self._paper.paste(picture, (int(x), int(y)))
-          edge = (x - 2, y - 2, x + _PICTURE + 1, y + _PICTURE + 1)
+          edge = (x - 2, y - 2, x + PICTURE + 1, y + PICTURE + 1)
           self._pen.rectangle(edge, outline=_LOSS if written else _INK, width=2)
           says = "to write" if written else "to read"
-          self._pen.text((x + _PICTURE + 10, y + _PICTURE - 18), says, _GREY, self._small)
+          self._pen.text((x + PICTURE + 10, y + PICTURE - 18), says, _GREY, self._small)
     self._y += height + _GAP
 
   def _lay(self, runs: Sequence[_Run], width: int) -> tuple[list[tuple[float, int, _Run]], int]:
@@ -219,11 +219,11 @@ class _Sheet:
         if x:
           y += _LINE + 4
         items.append((0, y, run))
-        x, y = 0.0, y + _PICTURE + 10
+        x, y = 0.0, y + PICTURE + 10
         continue
       if lines > _LINES:  # cut; the card says so
         continue
-      for word in _words(run.text):
+      for word in split_words(run.text):
         length = self._text.getlength(word.rstrip("\n"))
         if "\n" in word or (x and x + length > width):
           x, y, lines = 0.0, y + _LINE, lines + 1
@@ -296,7 +296,7 @@ class _Sheet:
       self._paper, self._pen = longer, ImageDraw.Draw(longer)
 
 
-def _runs(arrays: Batch, segment: int, tokenizer: Tokenizer, image_slots: int) -> list[_Run]:
+def runs_of(arrays: Batch, segment: int, tokenizer: Tokenizer, image_slots: int) -> list[_Run]:
   """Cuts a sample into images, text with loss, and text without."""
   names = {tokenizer.bos: "‹bos›", tokenizer.eos: "‹eos›", tokenizer.image_end: ""}
   runs: list[_Run] = []
@@ -331,7 +331,7 @@ def _runs(arrays: Batch, segment: int, tokenizer: Tokenizer, image_slots: int) -
   return runs
 
 
-def _words(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
   """Cuts text before its spaces; each line break is a word of its own."""
   return re.findall(r"\n| [^ \n]*|[^ \n]+", text.replace("\r", "").replace("\t", " "))
 

@@ -51,6 +51,7 @@ class Tokenizer:
       `image` is the first id behind the others.
     generation_start, user, assistant: ids of special tokens that some models have; None: this one has not.
     vocabulary_size: the largest id + 1; an embedding table needs at least that many rows.
+    files: name -> contents, of what it was loaded from.
     fingerprint: hash of the files.
   """
 
@@ -64,6 +65,7 @@ class Tokenizer:
   user: int | None
   assistant: int | None
   vocabulary_size: int
+  files: dict[str, bytes]
   fingerprint: str
 
   def __init__(self, files: dict[str, bytes], origin: str, checked: bool = False):
@@ -74,7 +76,7 @@ class Tokenizer:
       origin: names them in messages.
       checked: whether a tokenizer was already built from them.
     """
-    self._files = files
+    self.files = files
     self._origin = origin
     added = [] if checked else tokenizer_file.check(files["tokenizer.json"], origin).get("added_tokens") or []
     config, other = (_settings(files, name, origin) for name in ("tokenizer_config.json", "special_tokens_map.json"))
@@ -163,17 +165,17 @@ class Tokenizer:
 
   def settings(self) -> dict[str, Any]:
     """The contents of tokenizer_config.json; empty where there is none."""
-    return _settings(self._files, "tokenizer_config.json", self._origin)
+    return _settings(self.files, "tokenizer_config.json", self._origin)
 
   def save(self, directory: str | os.PathLike[str]) -> None:
     """Writes the files of the tokenizer byte for byte."""
     os.makedirs(directory, exist_ok=True)
-    for name, content in self._files.items():
+    for name, content in self.files.items():
       write_bytes(os.path.join(directory, name), content)
 
   def __reduce__(self):
     # The library's own pickling forgets `encode_special_tokens`.
-    return Tokenizer, (self._files, self._origin, True)
+    return Tokenizer, (self.files, self._origin, True)
 
 
 @contextlib.contextmanager

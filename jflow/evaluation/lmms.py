@@ -189,7 +189,7 @@ def _image(one: Any, where: str) -> Image.Image:
     raise UserError(f"{where} gives {name}, no image to read: {error}") from None
 
 
-def _base() -> type:
+def base() -> type:
   """lmms-eval's class of models, or `object` where lmms-eval is not installed."""
   try:
     from lmms_eval.api.model import lmms
@@ -200,7 +200,7 @@ def _base() -> type:
   return lmms
 
 
-class Model(_base()):
+class Model(base()):
   """The model class that lmms-eval calls; lmms-eval fills its `task_dict`."""
 
   is_simple = True

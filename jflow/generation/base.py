@@ -172,11 +172,13 @@ class Sampler(Protocol):
 
 
 class Loop(NamedTuple):
-  """A compiled loop of a sampler and how it is called."""
+  """A loop that is to be compiled, and how it is called."""
 
   program: Any  # programs.Programs
   args: tuple[Any, ...]  # shapes, after the params
   static: dict[str, Any]
+  step: str  # what one step of it makes, in words: "solver step"
+  large: bool  # whether a step multiplies matrices by many positions of each row, not by one
 
 
 class Trajectory(NamedTuple):

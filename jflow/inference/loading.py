@@ -29,13 +29,13 @@ def load(
 
   Args:
     path: an official directory (config.json and safetensors, no conversion needed) or a jflow one: a workdir,
-      its checkpoints/ folder or one step; or the name of either on the Hugging Face hub, ORG/NAME or ORG/NAME@REVISION; or
-      "world", the small model of the built-in world that comes with jflow.
+      its checkpoints/ folder or one step; or the name of either on the Hugging Face hub, ORG/NAME or ORG/NAME@REVISION;
+      or "world", the small model of the built-in world that comes with jflow.
     vae: directory of the SDXL-VAE, for a checkpoint without one; without a VAE the model can answer but not generate.
     dtype: compute dtype, "float32" or "bfloat16"; default: float32 on a CPU, bfloat16 elsewhere.
     weights: "ema" or "raw", for a checkpoint of jflow's own training.
-    template: of turns, in place of the adapter's and the checkpoint's: "plain", "chat" or "pro", see `data.templates`. A
-      published Janus does not name its own: "pro" is assumed where the tokenizer has the speakers of Janus-Pro.
+    template: of turns, in place of the adapter's and the checkpoint's: "plain", "chat" or "pro", see `data.templates`.
+      A published Janus does not name its own: "pro" is assumed where the tokenizer has the speakers of Janus-Pro.
     adapter: folder, or name on the hub, of an adapter of this checkpoint, which is merged into it: one that `convert
       --adapter` wrote, or one in PEFT's format over transformers' names.
 

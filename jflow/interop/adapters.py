@@ -192,7 +192,7 @@ def _describe_own(f: Fields, checkpoint: safetensors_io.Checkpoint, config: Mode
     if path not in shapes:
       raise UserError(f"{f.where}: {shown(path)} is no parameter of this model: an adapter of another one?")
     wanted[path] = shapes[path]
-  adapter_files.check(checkpoint, wanted)
+  transfer.check(wanted, checkpoint)
 
   def read() -> dict[str, np.ndarray]:
     leaves = {name: checkpoint.read(name).astype(np.float32, copy=False) for name in wanted}

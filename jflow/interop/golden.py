@@ -44,8 +44,8 @@ class Group:
 
   Attributes:
     inputs: name -> (kinds of its type, its axes; None: a scalar or one number per image).
-    outputs: name -> (the component that computes it from those before, the inputs that it needs); a tuple of names needs
-      one of them. In the order in which components feed one another.
+    outputs: name -> (the component that computes it from those before, the inputs that it needs); a tuple of names
+      needs one of them. In the order in which components feed one another.
     check: (file, arrays) checks that the inputs fit one another.
     fits: (arrays, config) checks the inputs against the model's configuration, before its weights are read.
     run: (runner, arrays, whether an output is wanted) -> the outputs.

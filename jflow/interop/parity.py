@@ -64,7 +64,8 @@ def compare_model(checkpoint: str, path: pathlib.Path, tolerance: float) -> list
 def compare(
   arrays: Mapping[str, np.ndarray], ours: Mapping[str, Output], present: Iterable[Group], tolerance: float
 ) -> list[Line]:
-  """Compares every output in the golden file, whole or as a variant (`_last4`, `_first8`, `_mean`, `_crop`, `_pooled`)."""
+  """Compares every output in the golden file, whole or as a variant (`_last4`, `_first8`, `_mean`, `_crop`,
+  `_pooled`)."""
   lines = []
   for key, (component, _) in itertools.chain.from_iterable(group.outputs.items() for group in present):
     for name in arrays:

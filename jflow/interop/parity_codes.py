@@ -143,7 +143,8 @@ def _embedded(model: Any, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _forced(model: Any, prompt: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The LLM's output from which each code is predicted, [B, N, D], and the logits of codes, behind a prompt with BOI."""
+  """The LLM's output from which each code is predicted, [B, N, D], and the logits of codes, behind a prompt with
+  BOI."""
   n, s = codes.shape[1], len(prompt)
   x = model.embed(prompt)
   x = jnp.concatenate([jnp.broadcast_to(x, (len(codes), *x.shape)), model.writer.slots(codes[:, :-1])], axis=1)

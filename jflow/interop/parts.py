@@ -1,4 +1,5 @@
-"""The starting point of stage 1: a pretrained LLM (Llama, Mistral, Qwen2 or Qwen3), SigLIP and VAE, with fresh parts between them."""
+"""The starting point of stage 1: a pretrained LLM (Llama, Mistral, Qwen2 or Qwen3), SigLIP and VAE, with fresh parts
+between them."""
 
 import dataclasses
 import json
@@ -72,7 +73,7 @@ def _tokenizer(directory: pathlib.Path) -> Tokenizer:
   )
 
 
-def _describe_siglip(directory: pathlib.Path) -> tuple[SiglipConfig, transfer.Weights]:
+def describe_siglip(directory: pathlib.Path) -> tuple[SiglipConfig, transfer.Weights]:
   """Reads the configuration and the headers of a SiglipModel (its vision tower) or a SiglipVisionModel."""
   f = _config(directory / "config.json")
   config = siglip_config(f)
@@ -143,8 +144,8 @@ def load(
   """Builds a JanusFlow from a trained language model, vision tower and VAE, with the other parts fresh.
 
   Args:
-    llm: directory of a causal model of transformers, see `LANGUAGE_MODELS`; a head that is tied to the embedding becomes
-      a copy of it, which training moves apart.
+    llm: directory of a causal model of transformers, see `LANGUAGE_MODELS`; a head that is tied to the embedding
+      becomes a copy of it, which training moves apart.
     siglip: directory of a SiglipModel or SiglipVisionModel of transformers.
     vae: directory of an AutoencoderKL of diffusers.
     tokenizer: directory with tokenizer.json; None: that of the LLM. Missing special tokens are added.
@@ -156,7 +157,7 @@ def load(
   """
   language, llm_weights = _describe_llm(llm)
   words = _tokenizer(tokenizer or llm)
-  vision, siglip_weights = _describe_siglip(siglip)
+  vision, siglip_weights = describe_siglip(siglip)
   autoencoder, vae_weights = diffusers_vae.describe(vae)
   rows = language.vocab_size
   if words.vocabulary_size > rows:

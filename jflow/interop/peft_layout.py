@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jflow.errors import UserError
-from jflow.interop import adapter_files, layouts, safetensors_io
+from jflow.interop import adapter_files, layouts, safetensors_io, transfer
 from jflow.interop.fields import Fields
 from jflow.models import lora, weights
 from jflow.models.config import ModelConfig
 from jflow.models.weights import LINEAR, PATCH, Entry
 
 _PREFIX = "base_model.model."
-# Of LoraConfig: what changes nothing once adapters are trained, and what jflow does not compute, with its value when off.
+# Of LoraConfig: what changes nothing once adapters are trained, and what jflow does not compute, with its value when
+# off.
 _FREE = (
   "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules exclude_modules "
   "lora_dropout megatron_core qalora_group_size"
@@ -124,7 +125,7 @@ def describe(
   for pair in chosen:
     if rank > (least := min(pair.entry.part_shape[0], int(np.prod(pair.entry.part_shape[1:])))):
       raise UserError(f"{f.where}: r={rank} must be at most {least}, the smaller side of {pair.entry.name}")
-  adapter_files.check(checkpoint, {name: shape for pair in chosen for name, shape in pair.shapes(rank).items()})
+  transfer.check({name: shape for pair in chosen for name, shape in pair.shapes(rank).items()}, checkpoint)
   if not chosen:
     raise UserError(f"{checkpoint.directory} holds no tensor of an adapter")
 

@@ -64,8 +64,8 @@ def fetch(path: str | pathlib.Path, cache: pathlib.Path = CACHE) -> pathlib.Path
   """Copies a remote checkpoint, of either layout, to this machine.
 
   Of a workdir, it copies the config, the tokenizer and a complete step: the one that the path names, else the best as
-  best.json names it, else the newest. The step's manifest is verified when it is read. The copy's name is a hash of the store's metadata of every file, so only
-  a changed checkpoint is copied again.
+  best.json names it, else the newest. The step's manifest is verified when it is read. The copy's name is a hash of the
+  store's metadata of every file, so only a changed checkpoint is copied again.
 
   Args:
     path: any address that fsspec reads (gs:// needs gcsfs), or a name of the hub.
@@ -88,7 +88,7 @@ def fetch(path: str | pathlib.Path, cache: pathlib.Path = CACHE) -> pathlib.Path
   try:
     store, folder = fsspec.core.url_to_fs(root)
     files = {os.path.relpath(name, folder): info for name, info in store.find(folder, detail=True).items()}
-    wanted = _wanted(url, set(files), step, lambda name: store.cat_file(os.path.join(folder, name)))
+    wanted = files_wanted(url, set(files), step, lambda name: store.cat_file(os.path.join(folder, name)))
     told = [(name, files[name].get("size"), store.ukey(os.path.join(folder, name))) for name in wanted]
   except UserError:
     raise
@@ -117,7 +117,7 @@ def _from_hub(name: str) -> pathlib.Path:
   read = lambda file: pathlib.Path(hf_hub_download(filename=file, **of)).read_bytes()
   try:
     names = {file.rfilename for file in HfApi().model_info(**of).siblings or ()}
-    wanted = [glob.escape(file) for file in _wanted(name, names, None, read)]
+    wanted = [glob.escape(file) for file in files_wanted(name, names, None, read)]
     return pathlib.Path(snapshot_download(**of, allow_patterns=wanted))
   except UserError:
     raise
@@ -139,7 +139,7 @@ def _from_hub(name: str) -> pathlib.Path:
       ) from error
 
 
-def _wanted(url: str, files: set[str], step: str | None, read: Callable[[str], bytes]) -> list[str]:
+def files_wanted(url: str, files: set[str], step: str | None, read: Callable[[str], bytes]) -> list[str]:
   """The names, below its folder, of the files of a checkpoint that are read; `read` returns the content of one."""
   if outside := sorted(name for name in files if name.startswith("../")):
     raise UserError(f"checkpoint {url} holds a file outside its folder: {outside[0]}")

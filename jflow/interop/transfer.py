@@ -13,33 +13,45 @@ from jflow.interop import budget, safetensors_io
 from jflow.models import weights as names
 from jflow.models.weights import Entry
 from jflow.progress import Progress
+from jflow.strict_json import shown
 
 _BITS = {2: np.uint16, 4: np.uint32}
 
 
-def check(entries: Sequence[Entry], checkpoint: safetensors_io.Checkpoint, ignored: Callable[[str], bool]) -> None:
-  """Checks names, shapes and types against the model's, before anything is read.
+def check(
+  wanted: Mapping[str, tuple[int, ...]],
+  checkpoint: safetensors_io.Checkpoint,
+  ignored: Callable[[str], bool] = lambda name: False,
+) -> None:
+  """Checks names, shapes and types of the tensors of a model or an adapter, before any is read.
+
+  Args:
+    wanted: name -> shape of those that must be there.
+    checkpoint: with the headers of those that are.
+    ignored: whether another tensor may be there too.
 
   Raises:
     UserError: a tensor is missing, unexpected, or of another shape or type; the first one is named.
   """
-  wanted = {entry.name: entry.shape for entry in entries}
   present, where = checkpoint.tensors, checkpoint.directory
   missing = [name for name in wanted if name not in present]
   if missing:
     others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-    raise UserError(f"{where} lacks tensor {missing[0]} {list(wanted[missing[0]])}{others}: another model?")
+    raise UserError(
+      f"{where} lacks tensor {missing[0]} {list(wanted[missing[0]])}{others}: cut short, or of another model?"
+    )
   for name, tensor in present.items():
     if name in wanted and tensor.shape != wanted[name]:
       raise UserError(
-        f"{tensor.file}: tensor {name} has the shape {list(tensor.shape)}, config.json asks for {list(wanted[name])}"
+        f"{tensor.file}: tensor {name} has the shape {list(tensor.shape)}, the model asks for {list(wanted[name])}"
       )
     if name in wanted and tensor.dtype not in safetensors_io.DTYPES:
       raise UserError(f"{tensor.file}: tensor {name} has the type {tensor.dtype}, weights are F32, BF16 or F16")
   unexpected = sorted(name for name in present if name not in wanted and not ignored(name))
   if unexpected:
     others = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
-    raise UserError(f"{where} holds tensor {unexpected[0]}{others}, which this model does not have: another model?")
+    name = shown(unexpected[0])[1:-1]
+    raise UserError(f"{where} holds tensor {name}{others}, which the model does not have: of another model?")
 
 
 def load(
@@ -75,7 +87,7 @@ class Weights:
     Raises:
       UserError: see `check`.
     """
-    check(entries, checkpoint, ignored)
+    check({entry.name: entry.shape for entry in entries}, checkpoint, ignored)
     return cls(entries, checkpoint, what)
 
   def types(self, dtype: np.dtype | None) -> dict[str, np.dtype]:

@@ -1,11 +1,11 @@
 """Matrix products in 8 bits, `compute.matmul="fp8"`: e4m3 forward, e5m2 for gradients (https://arxiv.org/abs/2209.05433).
 
-A tensor is divided by one scale so that its largest magnitude just fits, cast, multiplied, and the product multiplied by both
-scales again; sums are f32. The scale is that of the tensor itself ("current", not "delayed" by an earlier step): so there
-is no state, a step depends on nothing but (state, batch), and microbatches and resumption need no care. Flax's modules
-for such products keep delayed scales as parameters, which scans, adapters and checkpoints here would have to know; of
-them only the cast is used. Scales are powers of two: dividing by one loses nothing, so that another scale, of another
-microbatch or share of the rows, changes only what is too small for the type.
+A tensor is divided by one scale so that its largest magnitude just fits, cast, multiplied, and the product multiplied
+by both scales again; sums are f32. The scale is that of the tensor itself ("current", not "delayed" by an earlier
+step): so there is no state, a step depends on nothing but (state, batch), and microbatches and resumption need no care.
+Flax's modules for such products keep delayed scales as parameters, which scans, adapters and checkpoints here would
+have to know; of them only the cast is used. Scales are powers of two: dividing by one loses nothing, so that another
+scale, of another microbatch or share of the rows, changes only what is too small for the type.
 
 Not in the paper: it trains in bfloat16.
 

@@ -117,7 +117,8 @@ def _origins_of_scan(params: dict[str, Any], given: list[Any]) -> list[Any]:
 
 
 def _draw(boxes: list[sharding.Boxed], keys: list[Any], normal: Callable[..., jax.Array]) -> list[np.ndarray]:
-  """The arrays of boxes that `_is_small` lets pass, each drawn by `_normal` with its key, or with one for each layer."""
+  """The arrays of boxes that `_is_small` lets pass, each drawn by `_normal` with its key, or with one for each
+  layer."""
   made = [np.full(b.value.shape, b.init is nn.initializers.ones, b.value.dtype) for b in boxes]
   for cut in (True, False):
     chosen = [i for i, b in enumerate(boxes) if isinstance(b.init, Normal) and (b.init.stddev is None) == cut]

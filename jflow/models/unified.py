@@ -1,7 +1,7 @@
 """The unified model: one LLM, a reader of images and a writer of images.
 
-Legend: B rows, S sequence, M images of a row, I images (places for images in training), K slots per image, P patches, C channels,
-D embed, E SigLIP's width, V vocab, H W pixels.
+Legend: B rows, S sequence, M images of a row, I images (places for images in training), K slots per image, P patches, C
+channels, D embed, E SigLIP's width, V vocab, H W pixels.
 """
 
 from typing import Any
@@ -259,7 +259,8 @@ def for_inference(model: UnifiedModel, params: Any, gpu: bool | None = None) -> 
     model: as trained, or already a result of this function.
     params: its nested parameters, NumPy or JAX arrays.
     gpu: whether the LLM's matrices are stored as [out, in], those of one input merged (a CPU is slower with them for
-      a few rows), and attention behind a prefix is what `kernels.AUTO_BEHIND_PREFIX` names; None: whether this is a GPU.
+      a few rows), and attention behind a prefix is what `kernels.AUTO_BEHIND_PREFIX` names; None: whether this is a
+      GPU.
   """
   gpu = jax.default_backend() == "gpu" if gpu is None else gpu
   params = lora.merged(params)

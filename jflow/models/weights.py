@@ -1,7 +1,7 @@
 """Two-way tables between PyTorch's tensor names and jflow's parameter paths: the parts that published layouts share.
 
-The tables of whole models are their families' (generation/*/weights.py); transformers' names for Janus's are a map of the
-official ones (interop/janus_transformers.py).
+The tables of whole models are their families' (generation/*/weights.py); transformers' names for Janus's are a map of
+the official ones (interop/janus_transformers.py).
 
 An `Entry` maps a part of a tensor to a part of a parameter. A stack of L layers is one parameter [L, ...] in jflow and
 L tensors in PyTorch; a fused qkv is one tensor in PyTorch and three parameters in jflow.

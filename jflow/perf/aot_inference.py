@@ -55,8 +55,7 @@ def compile_report(
   placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_chip), (params, *loop.args))
   started = time.monotonic()
   # Triton's tiles for large products are chosen by trying them on the device; steps of a few rows have none.
-  large = program == "generate" and config.model.generation.kind == "flow"
-  options = {"xla_gpu_enable_triton_gemm": not large}
+  options = {"xla_gpu_enable_triton_gemm": not loop.large}
   with targets.absent_gpu(topology), compilation.said(f"{program} for {topology.name}"):
     compiled = loop.program.jitted(inferring, **loop.static).lower(*placed).compile(options)
   text = compiled.as_text()
@@ -72,6 +71,7 @@ def compile_report(
     "topology": topology.name,
     "rows": rows,
     "slots": context if program == "understand" else _PROMPT,
+    "step": loop.step,
     "step_bytes": size,
     "step_bytes_needed": _needed(inferring, params, loop, program),
     "step_flops": work,
@@ -90,7 +90,8 @@ def compile_report(
 def _answering(model: UnifiedModel, params: Any, rows: int, context: int) -> Loop:
   """The loop of decoding; its cache is whole."""
   state = jax.eval_shape(lambda: reading.Rows.empty(model, rows, context))
-  return Loop(reading.run, (state, jax.ShapeDtypeStruct((), jnp.int32)), dict(eos=2, slots=context, greedy=True))
+  args, static = (state, jax.ShapeDtypeStruct((), jnp.int32)), dict(eos=2, slots=context, greedy=True)
+  return Loop(reading.run, args, static, step="token of each row", large=False)
 
 
 def _generating(model: UnifiedModel, params: Any, rows: int) -> Loop:

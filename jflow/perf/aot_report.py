@@ -27,15 +27,16 @@ from jflow.training.program import Program, abstract_batch, make_program
 _LOSS_SHARE = dict(zip(TASKS, (200 / 776, 0.0, 1.0), strict=True))
 _KERNEL_SHARE = 0.5  # of the peak that fused attention is taken to reach
 _READ_TEXT, _WRITE_TEXT = 200, 74  # tokens around an image
-# What a chip reaches of its vendor's peaks, for the roofline of each launch. GPU: products of the step's shapes and copies
-# on one H200. TPU: the peaks, since no figure of ours stands for one.
+# What a chip reaches of its vendor's peaks, for the roofline of each launch. GPU: products of the step's shapes and
+# copies on one H200. TPU: the peaks, since no figure of ours stands for one.
 RATES: dict[str, Any] = {
   "gpu": lambda chip: hlo.Rates(
     0.708 * chip.peak_flops, 0.556 * chip.peak_flops, 0.833 * chip.memory_bandwidth, 2.5e-6
   ),
   "tpu": lambda chip: hlo.Rates(chip.peak_flops, chip.peak_flops, chip.memory_bandwidth, 0.0),
 }
-# Part of the step -> what the name of its instructions holds; the first that fits, and "rest": optimizer, averages, draws.
+# Part of the step -> what the name of its instructions holds; the first that fits, and "rest": optimizer, averages,
+# draws.
 _PARTS = {
   "head": f"{next_token.SCOPE}|next_token",
   "siglip": "understanding_encoder",

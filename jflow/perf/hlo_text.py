@@ -137,7 +137,8 @@ def _group(text: str) -> list[int]:
 
 
 def _iota(text: str) -> np.ndarray:
-  """Devices in XLA's short form: [SHAPE]<=[DIMS]T(PERMUTATION) or, counting from 0 through DIMS permuted, [DIMS]T(...)."""
+  """Devices in XLA's short form: [SHAPE]<=[DIMS]T(PERMUTATION) or, counting from 0 through DIMS permuted,
+  [DIMS]T(...)."""
   shape, dims, order = re.match(r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?", text).groups()
   ints = lambda s: [int(x) for x in s.split(",")]
   ids = np.arange(math.prod(ints(dims or shape))).reshape(ints(dims or shape))

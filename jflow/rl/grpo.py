@@ -49,8 +49,8 @@ def advantages(rewards_I: jax.Array, group: int, kind: str) -> jax.Array:
 def objective(compared: Compared, advantages_I: jax.Array, clip: float, kl: float, count: int) -> Objective:
   """The clipped surrogate with the divergence from the reference, to be minimised.
 
-  -min(r a, clip(r, 1 - c, 1 + c) a) + kl KL, the mean over actions and over `count` pictures, of which these are a part:
-  the sums of parts add up. At the parameters that drew, r = 1 and the gradient is REINFORCE's, -a grad log p.
+  -min(r a, clip(r, 1 - c, 1 + c) a) + kl KL, the mean over actions and over `count` pictures, of which these are a
+  part: the sums of parts add up. At the parameters that drew, r = 1 and the gradient is REINFORCE's, -a grad log p.
   """
   ratio_IA, advantage_I1 = jnp.exp(compared.log_ratio), advantages_I[:, None]
   inside_IA = jnp.clip(ratio_IA, 1.0 - clip, 1.0 + clip)

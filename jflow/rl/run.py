@@ -1,8 +1,8 @@
 """A run of reinforcement learning: a training run whose step draws pictures, scores them, and updates on the scores.
 
 Two programs, each compiled once: `sample` (prompts to pictures) and `update` (scores to parameters). Only pictures, as
-uint8, and scores pass the host. What a step draws is a function of train.seed and the step, so that a run resumes bit for
-bit wherever its rewards do. Each process scores the pictures of its own devices.
+uint8, and scores pass the host. What a step draws is a function of train.seed and the step, so that a run resumes bit
+for bit wherever its rewards do. Each process scores the pictures of its own devices.
 """
 
 from collections.abc import Callable, Sequence

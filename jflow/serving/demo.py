@@ -188,7 +188,7 @@ def _paint_tab(work: Work) -> None:
         go = gr.Button("Paint", variant="primary", elem_id="go", scale=2)
         stop = gr.Button("Stop", elem_id="stop", scale=1)
       controls = [gr.Slider(1, MAX_PICTURES, 4, step=1, label="Pictures", elem_id="count", render=False)]
-      controls += [_control(field) for field in _shown(work)]
+      controls += [_control(field) for field in on_page(work)]
       for two in (controls[at : at + 2] for at in range(0, len(controls), 2)):
         with gr.Row():
           for control in two:
@@ -218,7 +218,7 @@ def _paint_tab(work: Work) -> None:
     seed = gr.skip()
     still = lambda note: (list(done), note, seed, gr.DownloadButton(interactive=False))
     try:
-      wanted = _images(values, work)
+      wanted = images_asked(values, work)
       with session.working("a painting"):
         await session.listened()
         _, task = await session.while_here(work.preparing.pictures(lambda: wanted))
@@ -283,7 +283,7 @@ def _wanted(text: str, settings: list[Any], name: str) -> schemas.Chat:
   return schemas.parse_chat({"messages": [{"role": "user", "content": text}], "stream": True} | fields, name)
 
 
-def _shown(work: Work) -> list[dataclasses.Field]:
+def on_page(work: Work) -> list[dataclasses.Field]:
   """The sampling settings that the page offers."""
   return [field for field in work.engine.pipeline.family.served if "page" in field.metadata]
 
@@ -297,9 +297,9 @@ def _control(field: dataclasses.Field) -> gr.Slider | gr.Dropdown:
   return gr.Slider(least, most, step=step, **place)
 
 
-def _images(values: list[Any], work: Work) -> schemas.Images:
+def images_asked(values: list[Any], work: Work) -> schemas.Images:
   """A request for images, with the checks of the HTTP interface; the seed is drawn where a new one is requested."""
-  fields = dict(zip(("prompt", "n", *(field.name for field in _shown(work)), "seed", "dice"), values))
+  fields = dict(zip(("prompt", "n", *(field.name for field in on_page(work)), "seed", "dice"), values))
   if fields["dice"] is True:
     fields["seed"] = secrets.randbelow(10**6)
   elif fields["dice"] is not False:

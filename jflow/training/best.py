@@ -60,7 +60,8 @@ def _is_sealed(workdir: pathlib.Path, step: int) -> bool:
 
 
 def told(best: Best | None, patience: int, workdir: pathlib.Path) -> str:
-  """The end of a message that names the best step of a run that stops early; "" for another run, or without the step."""
+  """The end of a message that names the best step of a run that stops early; "" for another run, or without the
+  step."""
   if best is None or not patience or not _is_sealed(workdir, int(best.step)):
     return ""
   return f": held-out records had their lowest loss, {float(best.loss):.4f}, at step {int(best.step)}, which is loaded"

@@ -1,7 +1,7 @@
 """The frozen encoder of a writer over a prepared data set, ahead of training.
 
-A run with data.stored=True reads the encoder's outputs from disk, which saves its forward pass. The step still makes its
-draws from them, and SigLIP still reads the pixels.
+A run with data.stored=True reads the encoder's outputs from disk, which saves its forward pass. The step still makes
+its draws from them, and SigLIP still reads the pixels.
 """
 
 import hashlib

@@ -69,8 +69,8 @@ def summary(workdir: pathlib.Path) -> dict[str, float]:
   """Returns the seconds of each phase over all starts.
 
   Returns:
-    productive, save, restore, compile, setup, sample, validate, lost (steps that were computed again, and the time between a kill
-    and the next start), wall (their sum), starts, and goodput = productive / wall.
+    productive, save, restore, compile, setup, sample, validate, lost (steps that were computed again, and the time
+    between a kill and the next start), wall (their sum), starts, and goodput = productive / wall.
   """
   out = dict.fromkeys(("productive", "save", "restore", "compile", "setup", "sample", "validate", "lost"), 0.0)
   rows = read_lines(workdir / FILE, _wrong)

@@ -193,7 +193,8 @@ class _Run:
     where: jax.sharding.NamedSharding,
     sampler: Callable[[Any, Sequence[str]], list[Image.Image]] | None = None,
   ):
-    """`record` is None except on process 0; `where`: sharding of a batch; `sampler`: (parameters, prompts) to images."""
+    """`record` is None except on process 0; `where`: sharding of a batch; `sampler`: (parameters, prompts) to
+    images."""
     self._validation: Validation | None = None
     self._sampler = sampler if config.log.sample_every else None
     self._prompts: Sequence[str] = config.log.sample_prompts

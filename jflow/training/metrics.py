@@ -172,7 +172,8 @@ class Lines:
 
 
 def resumed(workdir: pathlib.Path, first: int) -> Lines:
-  """Opens the metrics of a run after step `first`, on process 0; where a later checkpoint was skipped, a copy is kept."""
+  """Opens the metrics of a run after step `first`, on process 0; where a later checkpoint was skipped, a copy is
+  kept."""
   later = any(step > first for step in steps.steps_of(workdir / "checkpoints"))
   lines = Lines(workdir / FILE, first + 1, keep_dropped=later)
   if first and not lines.rows:

@@ -183,8 +183,8 @@ def check_rule(config: OptimizerConfig, rule: Rule | None) -> None:
 def muon_axes(params: Params, patterns: Iterable[str]) -> Params:
   """The tree of `params` with (rows, columns) of every matrix that Muon updates, and None for the others.
 
-  A matrix is a parameter named "kernel" of two axes, or of three where the first counts layers, each a matrix of its own.
-  Its path matches a pattern, see `partition`.
+  A matrix is a parameter named "kernel" of two axes, or of three where the first counts layers, each a matrix of its
+  own. Its path matches a pattern, see `partition`.
   """
   compiled = [_compiled("muon", pattern) for pattern in patterns]
 

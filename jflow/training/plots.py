@@ -68,7 +68,8 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def standard_error(values: np.ndarray, window: int) -> np.ndarray:
-  """f64[n], of the means that `smoothed` returns, where the values do not depend on each other; nan for a single one."""
+  """f64[n], of the means that `smoothed` returns, where the values do not depend on each other; nan for a single
+  one."""
   centred = values - np.median(values) if len(values) else values
   (total, count), (squares, _) = _sums(centred, window), _sums(centred**2, window)
   spread = np.maximum(squares - total**2 / count, 0.0)

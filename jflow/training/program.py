@@ -30,8 +30,8 @@ COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
   "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
 }
 
-# Further options on a GPU where a loop over layers keeps products: this pass writes a product into the stack by a copy of
-# the product, which then runs twice (openxla/xla PR 45799).
+# Further options on a GPU where a loop over layers keeps products: this pass writes a product into the stack by a copy
+# of the product, which then runs twice (openxla/xla PR 45799).
 KEPT_OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": False}
 
 

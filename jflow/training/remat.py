@@ -143,8 +143,8 @@ def earlier(
 ) -> int:
   """The place among the candidates of what the run of this workdir has chosen for the same layout, else 0.
 
-  A continuation begins with it: another choice differs by rounding, and would be compiled in vain where it does not fit.
-  `given`: see `device_limit`.
+  A continuation begins with it: another choice differs by rounding, and would be compiled in vain where it does not
+  fit. `given`: see `device_limit`.
   """
   place, found = 0, {}
   if hosts.is_first():

@@ -26,7 +26,8 @@ class TrainState(struct.PyTreeNode):
 
   @property
   def averaged(self) -> Any:
-    """The weights for inference and the next stage: the averaged weights, or the trained ones where there is no average."""
+    """The weights for inference and the next stage: the averaged weights, or the trained ones where there is no
+    average."""
     return self.ema or self.trained
 
   @classmethod

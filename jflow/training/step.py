@@ -98,7 +98,8 @@ def make_step(
 
 
 def cut(rows: Any, parts: int) -> Any:
-  """Cuts every array [B, ...] of a tree into [parts, B / parts, ...], whose parts lie on all devices as the whole does."""
+  """Cuts every array [B, ...] of a tree into [parts, B / parts, ...], whose parts lie on all devices as the whole
+  does."""
   one = lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
   return jax.tree.map(one, rows)
 

@@ -225,7 +225,8 @@ def check_same_run(workdir: pathlib.Path, config: RunConfig, tokenizer: Tokenize
 
 
 def own_tokenizer(workdir: pathlib.Path) -> pathlib.Path | None:
-  """Returns the run's copy of its tokenizer; None where it is not the one of the newest checkpoint, or there is none."""
+  """Returns the run's copy of its tokenizer; None where it is not the one of the newest checkpoint, or there is
+  none."""
   kept, wanted = workdir / "tokenizer", _newest_manifest(workdir).get("tokenizer")
   try:
     return kept if wanted and Tokenizer.load(str(kept)).fingerprint == wanted else None

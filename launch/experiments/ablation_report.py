@@ -74,7 +74,7 @@ def write(folder: pathlib.Path, reports: Mapping[str, pathlib.Path], ends: Mappi
   for letter in ends:
     letters[letter] = _entry(folder / letter, reports[letter], ends[letter]) if letter in reports else None
   body = {"command": command, "commit": commit(), "letters": letters, "comparisons": compare(letters)}
-  outputs.replace(folder / "results.json", _compact(body))
+  outputs.replace(folder / "results.json", compact(body))
   outputs.replace(folder / "table.md", table(body))
   runs = {letter: read_metrics(folder / letter) for letter in ends}
   until = {letter: entry["steps"] if entry else ends[letter] for letter, entry in letters.items()}
@@ -293,7 +293,7 @@ def pictures(reports: Mapping[str, pathlib.Path]) -> Image.Image | None:
   return contact_sheet(images, captions, count, side=96, lines=3) if images else None
 
 
-def _compact(body: Mapping[str, Any]) -> str:
+def compact(body: Mapping[str, Any]) -> str:
   """JSON with a line per innermost object, to be read and compared easily."""
   text = json.dumps(_rounded(body), indent=1, ensure_ascii=False)
   return re.sub(r"\{[^{}\[\]]*\}", lambda inner: " ".join(inner[0].split()), text) + "\n"

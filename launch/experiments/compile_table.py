@@ -73,7 +73,7 @@ def write_table(name: pathlib.Path, config: str = CONFIG) -> int:
 
   Rows in NAME.json are reused, so that an interrupted run resumes; delete a row from the file to compile it again.
   """
-  jobs = {row: lambda row=row: _compiled(config, *row) for row in (LARGE if config.endswith("7b") else ROWS)}
+  jobs = {row: lambda row=row: compiled(config, *row) for row in (LARGE if config.endswith("7b") else ROWS)}
   key = lambda report: report["topology"]
   return _written(name, {topology: job for (topology, _), job in jobs.items()}, key, _place, markdown)
 
@@ -86,7 +86,7 @@ def write_fits(name: pathlib.Path, config: str = CONFIG) -> int:
     if remat == "none":
       fields.append(f"--config.compute.unroll={config_files.load(config, ()).model.language_model.num_layers}")
     made = {"remat": remat, "rows_per_device": rows}
-    jobs[remat, rows] = lambda made=made, fields=fields: made | _compiled(config, GPU, made["rows_per_device"], *fields)
+    jobs[remat, rows] = lambda made=made, fields=fields: made | compiled(config, GPU, made["rows_per_device"], *fields)
   key = lambda report: (report["remat"], report["rows_per_device"])
   return _written(name, jobs, key, lambda report: FITS.index(key(report)), fits)
 
@@ -117,7 +117,7 @@ def _written(name: pathlib.Path, jobs: dict, key, place, table) -> int:
   return 1 if failed else 0
 
 
-def _compiled(config: str, topology: str, rows: int, *fields: str) -> dict:
+def compiled(config: str, topology: str, rows: int, *fields: str) -> dict:
   """The report of a row, or its error, from its own process, so that the compiler's memory is freed."""
   platform = Topology.parse(topology).chip.platform
   effort, attention = _EFFORT[platform], _ATTENTION[platform]

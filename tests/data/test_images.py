@@ -444,7 +444,7 @@ def test_a_picture_in_a_million_pieces_is_refused(data):
   ],
 )
 def test_what_is_no_image_is_named(data, word):
-  with pytest.raises(ImageError, match=word) as caught:
+  with refused(word, error=ImageError) as caught:
     images.decode(data)
   assert caught.value.reason == "format"
 

@@ -52,24 +52,24 @@ def _row(*samples) -> Batch:
 
 
 def test_a_sample_is_cut_into_its_images_and_what_is_learned():
-  runs = inspection._runs(_row(_text(), _reading()), 2, TOKENIZER, SHAPE.image_slots)
+  runs = inspection.runs_of(_row(_text(), _reading()), 2, TOKENIZER, SHAPE.image_slots)
   assert [run.slot for run in runs if run.slot is not None] == [0, 1]
   assert "".join(run.text for run in runs) == "‹bos›What is this, andthat? A cat; a dog.‹eos›Sure? Yes.‹eos›"
   assert "".join(run.text for run in runs if run.learned) == " A cat; a dog.‹eos› Yes.‹eos›"
-  runs = inspection._runs(_row(_writing()), 1, TOKENIZER, SHAPE.image_slots)
+  runs = inspection.runs_of(_row(_writing()), 1, TOKENIZER, SHAPE.image_slots)
   assert [(run.text, run.learned, run.slot) for run in runs] == [
     ("‹bos›", False, None),
     ("a house by the sea", False, None),
     ("", False, 0),
   ]
-  runs = inspection._runs(_row(_text()), 1, TOKENIZER, SHAPE.image_slots)
+  runs = inspection.runs_of(_row(_text()), 1, TOKENIZER, SHAPE.image_slots)
   assert "".join(r.text for r in runs if r.learned) == ("Once upon a time. " * 3).strip() + "‹eos›"
   assert [r.text for r in runs if not r.learned] == ["‹bos›"]
 
 
 def test_words_lose_no_letter():
   for text in ("a b  c\n\nd", " x", "\n", "tabs\tand\r\nlines", ""):
-    words = inspection._words(text)
+    words = inspection.split_words(text)
     assert "".join(words) == text.replace("\r", "").replace("\t", " ")
     assert all(word == "\n" or "\n" not in word for word in words)
 
@@ -79,7 +79,7 @@ def test_every_image_of_a_row_is_in_the_picture():
   shown = inspection.draw([inspection.Row("understanding", "data", row)], [], SHAPE, TOKENIZER, "title")
   canvas = np.asarray(shown)
   for number in (1, 2, 3):
-    side = inspection._PICTURE
+    side = inspection.PICTURE
     wanted = np.asarray(Image.fromarray(_pixels(number)).resize((side, side)))
     corners = np.argwhere((canvas[:-side, :-side] == wanted[0, 0]).all(axis=2))
     found = [c for c in corners if (canvas[c[0] : c[0] + side, c[1] : c[1] + side] == wanted).all()]
@@ -131,7 +131,7 @@ def test_only_a_sample_that_writes_has_no_prompt(writes):
   layout = FAMILIES.get(writes).layout
   samples = (_reading(), _writing(layout=layout), _text(), _writing(1.0, layout))
   row = packing.pack(samples, RowShape(tokens=300, images=4, image_patches=9, image_size=24, writer=writes))
-  of_pad = lambda pad: [inspection._is_dropped(row, segment, pad) for segment in (1, 2, 3, 4)]
+  of_pad = lambda pad: [inspection.is_dropped(row, segment, pad) for segment in (1, 2, 3, 4)]
   assert of_pad(TOKENIZER.pad) == [False, False, False, True]
   assert of_pad(TOKENIZER.eos)[:3] == [False] * 3 and TOKENIZER.eos in row.tokens
 

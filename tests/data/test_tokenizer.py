@@ -39,7 +39,7 @@ def test_round_trip(tokenizer, text):
 
 
 def test_special_ids_are_those_of_the_file(tokenizer):
-  added = {token["content"]: token["id"] for token in json.loads(tokenizer._files["tokenizer.json"])["added_tokens"]}
+  added = {token["content"]: token["id"] for token in json.loads(tokenizer.files["tokenizer.json"])["added_tokens"]}
   for attribute, name in SPECIAL_TOKENS.items():
     assert getattr(tokenizer, attribute) == added[name]
   assert tokenizer.vocabulary_size == max(added.values()) + 1
@@ -75,7 +75,7 @@ def test_save_copies_the_bytes(tokenizer, tmp_path):
   names = sorted(path.name for path in (tmp_path / "copy").iterdir())
   assert names == ["tokenizer.json", "tokenizer_config.json"]
   for name in names:
-    assert (tmp_path / "copy" / name).read_bytes() == tokenizer._files[name]
+    assert (tmp_path / "copy" / name).read_bytes() == tokenizer.files[name]
 
 
 def _write(directory, content, config=None):
@@ -212,7 +212,7 @@ def test_missing_and_oversized_files_are_refused(tmp_path):
 def test_training_depends_on_the_texts_alone():
   texts = ["a red circle and a blue star 123"] * 3 + ["two stars"] * 2
   first, second = (tokenizer_lib.train(list(texts), 273) for _ in range(2))
-  assert first._files == second._files
+  assert first.files == second.files
   assert first.vocabulary_size == 273
   assert first.bos == 266  # the special tokens are the last ids
   assert first.encode("12") != first.encode("1") and len(first.encode("123")) == 3  # digits stand alone
@@ -336,7 +336,7 @@ def test_a_token_that_the_file_does_not_mark_as_special_stays_text_too(tmp_path)
 def test_a_special_token_that_is_a_word_is_refused(tmp_path):
   words = {token: i for i, token in enumerate((*SPECIAL_TOKENS.values(), "a"))}
   model = {"type": "WordLevel", "vocab": words, "unk_token": "a"}
-  with pytest.raises(UserError, match="must hold it as a special token|unk_token"):
+  with refused("special"):
     Tokenizer.load(_write(tmp_path, {"version": "1.0", "model": model, "pre_tokenizer": {"type": "WhitespaceSplit"}}))
 
 
@@ -410,5 +410,5 @@ def test_whatever_the_library_raises_is_one_line(tmp_path, monkeypatch, error):
 
   monkeypatch.setattr(tokenizer, "_tokenizer", Broken())
   for call in (lambda: tokenizer.encode("a"), lambda: tokenizer.decode([1])):
-    with pytest.raises(UserError, match=str(error)):
+    with refused(error):
       call()

@@ -10,7 +10,6 @@ from PIL import Image
 from refusals import refused
 
 from jflow.cli.evaluate import parser, settings_of
-from jflow.errors import UserError
 from jflow.evaluation import benchmarks, runner, scores, tasks
 from jflow.evaluation.benchmark import FLAGS
 from jflow.evaluation.benchmarks import geneval as geneval_file
@@ -386,23 +385,23 @@ def test_every_benchmark_is_complete():
 
 
 @pytest.mark.parametrize(
-  "answers, message",
+  "answers, named",
   [
-    (["yes"], r"question 10, has answers=\['yes'\]"),
-    (3, "question 10, has answers=3, which"),
-    ([], "question 10, has answers=[], which"),
-    ([{"answer_id": 1}] * 10, "question 10, one of its answers, has no field 'answer'; it has answer_id"),
-    ([{"answer": "yes"}] * 3, "question 10, has 3 answers"),
-    ([{"answer": ["yes"]}] * 10, r"question 10, one of its answers, has answer=\['yes'\]"),
+    (["yes"], ["answers=['yes']"]),
+    (3, ["answers=3"]),
+    ([], ["answers=[]"]),
+    ([{"answer_id": 1}] * 10, ["'answer'", "answer_id"]),
+    ([{"answer": "yes"}] * 3, ["3 answers"]),
+    ([{"answer": ["yes"]}] * 10, ["answer=['yes']"]),
   ],
 )
-def test_vqav2_annotations_that_are_none_are_named(tmp_path, answers, message):
+def test_vqav2_annotations_that_are_none_are_named(tmp_path, answers, named):
   vqa_files(tmp_path)
   path = tmp_path / "v2_mscoco_val2014_annotations.json"
   body = json.loads(path.read_text())
   body["annotations"][0]["answers"] = answers
   path.write_text(json.dumps(body))
-  with pytest.raises(UserError, match=message.replace("=[]", r"=\[\]")):
+  with refused("question 10", *named):
     vqav2(tmp_path)
   (tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json").write_text('{"questions": [1]}')
   with refused("questions"):

@@ -1,4 +1,5 @@
-"""MJHQ: features that launch/experiments/features.py makes of pictures with networks on disk, and what is measured on them."""
+"""MJHQ: features that launch/experiments/features.py makes of pictures with networks on disk, and what is measured on
+them."""
 
 import collections
 import importlib.util

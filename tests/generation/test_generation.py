@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from refusals import refused
 
 from jflow.generation.flow import convnext as generation
 from jflow.generation.flow.config import FlowConfig
@@ -145,7 +146,7 @@ def test_patch_embedding_is_the_strided_convolution(stack):
 
 def test_wrong_latent_channels_are_refused(stack):
   encode, params, *_ = stack
-  with pytest.raises(ValueError, match="5 channels"):
+  with refused("5 channels", error=ValueError):
     encode(params, _random(1, 8, 8, 5), np.zeros(1, np.float32))
 
 

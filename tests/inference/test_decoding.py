@@ -9,7 +9,6 @@ import pytest
 import tiny
 from refusals import refused
 
-from jflow.data.tokenizer import Tokenizer
 from jflow.inference.decoding import Decoder, bucket, power_of_two
 from jflow.inference.pipeline import Pipeline
 
@@ -19,7 +18,7 @@ CONTEXT = tiny.CONFIG.language_model.max_length
 
 @pytest.fixture(scope="module")
 def pipeline() -> Pipeline:
-  return Pipeline(MODEL, tiny.params(), Tokenizer.load(str(tiny.TOKENIZER)), "plain")
+  return tiny.pipeline()
 
 
 @pytest.fixture(scope="module")

@@ -25,13 +25,13 @@ LATENTS = (tiny.CONFIG.latent_size, tiny.CONFIG.latent_size, tiny.CONFIG.autoenc
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-  return Tokenizer.load(str(tiny.TOKENIZER))
+def tokenizer(pipeline) -> Tokenizer:
+  return pipeline.tokenizer
 
 
 @pytest.fixture(scope="module")
-def pipeline(tokenizer) -> Pipeline:
-  return Pipeline(MODEL, tiny.params(), tokenizer, "plain")
+def pipeline() -> Pipeline:
+  return tiny.pipeline()
 
 
 def _prompts(*lengths: int) -> list[np.ndarray]:

@@ -22,13 +22,13 @@ SLOTS = 1 + tiny.CONFIG.patches
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-  return Tokenizer.load(str(tiny.TOKENIZER))
+def tokenizer(pipeline) -> Tokenizer:
+  return pipeline.tokenizer
 
 
 @pytest.fixture(scope="module")
-def pipeline(tokenizer) -> Pipeline:
-  return Pipeline(MODEL, tiny.params(), tokenizer, "plain")
+def pipeline() -> Pipeline:
+  return tiny.pipeline()
 
 
 def _picture(seed: int = 0, size: int = 16) -> np.ndarray:

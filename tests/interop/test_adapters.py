@@ -1,4 +1,5 @@
-"""Adapters as folders: beside their base they are the run's own checkpoint, bit for bit; what does not fit is refused."""
+"""Adapters as folders: beside their base they are the run's own checkpoint, bit for bit; what does not fit is
+refused."""
 
 import json
 import pathlib

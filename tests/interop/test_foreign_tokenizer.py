@@ -54,7 +54,7 @@ def test_another_class_is_refused(byte_level, change, part):
   folder, _ = byte_level
   (folder / "evil.py").write_text("raise SystemExit('run')")
   (folder / "tokenizer_config.json").write_text(json.dumps(CONFIG | change))
-  with pytest.raises(UserError, match=part):
+  with refused(part):
     foreign_tokenizer.read(folder)
 
 

@@ -91,7 +91,8 @@ def pictures(count: int) -> list[bytes]:
 
 @pytest.fixture
 def hub(tmp_path):
-  """The hub with a small published checkpoint and files that nobody should download; a function that converts from it."""
+  """The hub with a small published checkpoint and files that nobody should download; a function that converts from
+  it."""
   folder = official_checkpoint.write(tmp_path / "hub", tokenizer=True)
   for name in ("pytorch_model.bin", "modeling_janus.py", "README.md"):
     (folder / name).write_text("print('no')")

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import changes
 import janus_checkpoint
 import ml_dtypes
 import numpy as np
@@ -190,15 +191,6 @@ def sources(tmp_path_factory) -> dict[pathlib.Path, pathlib.Path]:
   return {layout: janus_checkpoint.write(root / layout.name, layout) for layout in LAYOUTS}
 
 
-def _set(value, *path):
-  def change(values):
-    for key in path[:-1]:
-      values = values[key]
-    values[path[-1]] = value
-
-  return change
-
-
 _ALIGNER, _VQ, _HEAD = (f"{part}_config" for part in ("aligner", "gen_vision", "gen_head"))
 
 
@@ -207,34 +199,34 @@ _ALIGNER, _VQ, _HEAD = (f"{part}_config" for part in ("aligner", "gen_vision", "
   [
     (
       OFFICIAL,
-      _set("low_high_hybrid_split_mlp_gelu", _ALIGNER, "params", "projector_type"),
+      changes.put("low_high_hybrid_split_mlp_gelu", _ALIGNER, "params", "projector_type"),
       "projector_type low_high_hy",
     ),
-    (OFFICIAL, _set("linear", "gen_aligner_config", "params", "projector_type"), "projector_type 'linear'"),
-    (OFFICIAL, _set(32, _ALIGNER, "params", "n_embed"), "aligner_config n_embed=32 64"),
-    (OFFICIAL, _set(47, _ALIGNER, "params", "input_dim"), "aligner_config input_dim=47 48"),
-    (OFFICIAL, _set(3, _ALIGNER, "params", "depth"), "aligner_config depth=3 weights"),
-    (OFFICIAL, _set(16, _HEAD, "params", "image_token_embed"), "gen_head_config image_token_embed=16 weights"),
-    (OFFICIAL, _set(500, _HEAD, "params", "image_token_size"), "gen_head_config image_token_size=500 512"),
-    (OFFICIAL, _set("VQ-8", _VQ, "cls"), "gen_vision_config cls VQ-8"),
-    (OFFICIAL, _set([1, 1, 2], _VQ, "params", "ch_mult"), "gen_vision_config ch_mult 256 16"),
-    (OFFICIAL, _set([1, 0], _VQ, "params", "ch_mult"), "gen_vision_config ch_mult"),
-    (OFFICIAL, _set(0.1, _VQ, "params", "dropout"), "gen_vision_config dropout=0.1"),
-    (OFFICIAL, _set(1, _VQ, "params", "num_res_blocks"), "gen_vision_config num_res_blocks=1 weights"),
-    (OFFICIAL, _set("patch", "vision_config", "params", "select_feature"), "vision_config select_feature patch"),
-    (OFFICIAL, _set({}, "something_config"), "something_config"),
-    (TRANSFORMERS, _set("relu", "vision_config", "hidden_act"), "vision_config hidden_act relu"),
-    (TRANSFORMERS, _set(True, "vision_config", "use_qk_norm"), "vision_config use_qk_norm"),
-    (TRANSFORMERS, _set(0.5, "vision_config", "attention_dropout"), "vision_config attention_dropout"),
-    (TRANSFORMERS, _set(9, "vision_config", "num_image_tokens"), "vision_config num_image_tokens=9 16"),
-    (TRANSFORMERS, _set(1e308, "vision_config", "mlp_ratio"), "vision_config mlp_ratio=1e+308"),
-    (TRANSFORMERS, _set(1e-9, "vision_config", "mlp_ratio"), "vision_config mlp_ratio=1e-09"),
-    (TRANSFORMERS, _set(3, "vision_config", "depth"), "vision_config depth=3 weights"),
-    (TRANSFORMERS, _set(32, "vq_config", "projection_dim"), "vq_config projection_dim=32 64"),
-    (TRANSFORMERS, _set(True, "vq_config", "double_latent"), "vq_config double_latent"),
-    (TRANSFORMERS, _set(256, "vq_config", "num_embeddings"), "vq_config num_embeddings=256 weights"),
-    (TRANSFORMERS, _set("gemma", "text_config", "model_type"), "text_config model_type gemma"),
-    (TRANSFORMERS, _set(1, "quantization_config"), "quantization_config=1"),
+    (OFFICIAL, changes.put("linear", "gen_aligner_config", "params", "projector_type"), "projector_type 'linear'"),
+    (OFFICIAL, changes.put(32, _ALIGNER, "params", "n_embed"), "aligner_config n_embed=32 64"),
+    (OFFICIAL, changes.put(47, _ALIGNER, "params", "input_dim"), "aligner_config input_dim=47 48"),
+    (OFFICIAL, changes.put(3, _ALIGNER, "params", "depth"), "aligner_config depth=3 weights"),
+    (OFFICIAL, changes.put(16, _HEAD, "params", "image_token_embed"), "gen_head_config image_token_embed=16 weights"),
+    (OFFICIAL, changes.put(500, _HEAD, "params", "image_token_size"), "gen_head_config image_token_size=500 512"),
+    (OFFICIAL, changes.put("VQ-8", _VQ, "cls"), "gen_vision_config cls VQ-8"),
+    (OFFICIAL, changes.put([1, 1, 2], _VQ, "params", "ch_mult"), "gen_vision_config ch_mult 256 16"),
+    (OFFICIAL, changes.put([1, 0], _VQ, "params", "ch_mult"), "gen_vision_config ch_mult"),
+    (OFFICIAL, changes.put(0.1, _VQ, "params", "dropout"), "gen_vision_config dropout=0.1"),
+    (OFFICIAL, changes.put(1, _VQ, "params", "num_res_blocks"), "gen_vision_config num_res_blocks=1 weights"),
+    (OFFICIAL, changes.put("patch", "vision_config", "params", "select_feature"), "vision_config select_feature patch"),
+    (OFFICIAL, changes.put({}, "something_config"), "something_config"),
+    (TRANSFORMERS, changes.put("relu", "vision_config", "hidden_act"), "vision_config hidden_act relu"),
+    (TRANSFORMERS, changes.put(True, "vision_config", "use_qk_norm"), "vision_config use_qk_norm"),
+    (TRANSFORMERS, changes.put(0.5, "vision_config", "attention_dropout"), "vision_config attention_dropout"),
+    (TRANSFORMERS, changes.put(9, "vision_config", "num_image_tokens"), "vision_config num_image_tokens=9 16"),
+    (TRANSFORMERS, changes.put(1e308, "vision_config", "mlp_ratio"), "vision_config mlp_ratio=1e+308"),
+    (TRANSFORMERS, changes.put(1e-9, "vision_config", "mlp_ratio"), "vision_config mlp_ratio=1e-09"),
+    (TRANSFORMERS, changes.put(3, "vision_config", "depth"), "vision_config depth=3 weights"),
+    (TRANSFORMERS, changes.put(32, "vq_config", "projection_dim"), "vq_config projection_dim=32 64"),
+    (TRANSFORMERS, changes.put(True, "vq_config", "double_latent"), "vq_config double_latent"),
+    (TRANSFORMERS, changes.put(256, "vq_config", "num_embeddings"), "vq_config num_embeddings=256 weights"),
+    (TRANSFORMERS, changes.put("gemma", "text_config", "model_type"), "text_config model_type gemma"),
+    (TRANSFORMERS, changes.put(1, "quantization_config"), "quantization_config=1"),
   ],
 )
 def test_what_is_not_computed_is_refused_by_field_and_value(sources, tmp_path, capsys, layout, change, words):

@@ -39,7 +39,8 @@ print("peak", next(line.split()[1] for line in open("/proc/self/status") if line
 
 
 def _write(directory: pathlib.Path, shards: int, janus: bool, **sizes: int) -> int:
-  """Writes a checkpoint of such a language model, of JanusFlow or of Janus as transformers has it; returns its bytes."""
+  """Writes a checkpoint of such a language model, of JanusFlow or of Janus as transformers has it; returns its
+  bytes."""
   if janus:
     janus_checkpoint.write(directory, janus_checkpoint.TRANSFORMERS, tokenizer=True)
     layout, language = janus_transformers.LAYOUT, "text_config"

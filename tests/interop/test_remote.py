@@ -114,7 +114,7 @@ def test_a_copy_that_came_short_is_refused_and_not_kept(store, monkeypatch, tmp_
 
 def test_a_name_that_leads_out_of_the_folder_is_refused():
   with refused("../../evil.json"):
-    remote._wanted("gs://bucket/run", {"config.json", "../../evil.json"}, None, lambda name: b"")
+    remote.files_wanted("gs://bucket/run", {"config.json", "../../evil.json"}, None, lambda name: b"")
 
 
 def test_a_remote_checkpoint_has_the_fingerprint_of_its_copy(store, tmp_path):

@@ -60,7 +60,7 @@ def test_the_table_names_what_is_missing_and_unfinished():
 
 def test_json_has_a_line_per_score_and_stays_what_it_was():
   body = {"letters": {"A": entry(0.123456)}}
-  text = made._compact(body)
+  text = made.compact(body)
   assert json.loads(text)["letters"]["A"]["scores"]["seen questions: overall"]["value"] == 0.6235
   assert any('"seen questions: overall": { "value"' in line and '"count"' in line for line in text.splitlines())
 

@@ -23,7 +23,7 @@ def test_a_table_goes_on_where_it_was(monkeypatch, tmp_path):
     return {"topology": topology} | ({"error": "?"} if topology in wrong else {"fits": False, "memory_gib": memory})
 
   monkeypatch.setattr(table, "ROWS", (("h100:2x8", 4), ("v5e:2x4", 1), ("h100:1x8", 4)))
-  monkeypatch.setattr(table, "_compiled", compiled)
+  monkeypatch.setattr(table, "compiled", compiled)
   assert table.write_table(tmp_path / "all") == 1
   assert asked == ["h100:2x8", "v5e:2x4", "h100:1x8"]
   wrong.clear()
@@ -44,7 +44,7 @@ def test_what_fits_is_asked_by_rows_and_what_is_kept(monkeypatch, tmp_path):
     return {"memory_gib": {"total": 20.0 * rows}, "executed_flops": 2e12, "seconds_by_launch": 0.1 * rows}
 
   monkeypatch.setattr(table, "FITS", (("full", 2), ("full", 4), ("none", 4)))
-  monkeypatch.setattr(table, "_compiled", compiled)
+  monkeypatch.setattr(table, "compiled", compiled)
   assert table.write_fits(tmp_path / "fits", "stage2:tiny") == 1
   assert [one[:3] for one in asked[:2]] == [("h200:1x1", rows, "--config.compute.remat=full") for rows in (2, 4)]
   assert asked[2][2:] == ("--config.compute.remat=none", "--config.compute.unroll=4")
@@ -62,7 +62,7 @@ def test_a_row_of_the_table_names_the_attention_that_it_was_made_with(monkeypatc
   failed = types.SimpleNamespace(stderr="")
   monkeypatch.setattr(table.subprocess, "run", lambda command, **_: commands.append(command) or failed)
   for topology in ("h100:1x8", "v5e:2x4"):
-    assert "error" in table._compiled("configs/stage2.py", topology, 1)
+    assert "error" in table.compiled("configs/stage2.py", topology, 1)
   assert ["--config.compute.attention=cudnn" in command for command in commands] == [True, False]
   assert "--config.compute.attention=splash" in commands[1]
 

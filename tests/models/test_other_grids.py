@@ -1,4 +1,5 @@
-"""A reader with another grid of patches than the writer's, floored as transformers does: SigLIP so400m, patch 14 at 384."""
+"""A reader with another grid of patches than the writer's, floored as transformers does: SigLIP so400m, patch 14 at
+384."""
 
 import dataclasses
 import functools
@@ -11,7 +12,6 @@ import tiny
 from refusals import refused
 
 from jflow.batch import RowShape
-from jflow.data.packing import pack
 from jflow.generation.flow.writer import Draws
 from jflow.models.config import ModelConfig
 from jflow.models.siglip import patchify
@@ -39,10 +39,6 @@ def reading(seed: int):
   return sample._replace(tokens=tokens, targets=targets, loss_mask=loss, positions=positions)
 
 
-def batch(*rows):
-  return jax.tree.map(lambda *x: np.stack(x), *[pack(row, shape()) for row in rows])
-
-
 def draws(rows: int, images: int, seed: int) -> Draws:
   rng, size = np.random.default_rng(seed), (CONFIG.latent_size, CONFIG.latent_size, CONFIG.autoencoder.latent_channels)
   normal = lambda: rng.standard_normal((rows, images, *size)).astype(np.float32)
@@ -60,11 +56,11 @@ def test_packed_together_equals_one_by_one():
   model, params = tiny.model(CONFIG), tiny.params(CONFIG)
   samples, drawn = [reading(1), tiny.writing(2), reading(4)], draws(1, 3, 0)
   sums = functools.partial(tiny.loss_sums, model, params, wanted=("text", "flow"))
-  together = sums(batch(samples), drawn)
+  together = sums(tiny.batch(samples, shape=shape()), drawn)
   alone = {"text": 0.0, "flow": 0.0}
   for i, sample in enumerate(samples):
     own = jax.tree.map(lambda x, i=i: np.roll(x, -i, axis=1), drawn)  # the draws of its slot
-    for name, value in sums(batch([sample]), own).items():
+    for name, value in sums(tiny.batch([sample], shape=shape()), own).items():
       alone[name] += float(value)
   for name, value in together.items():
     assert float(value) == pytest.approx(alone[name], rel=1e-5) and alone[name]

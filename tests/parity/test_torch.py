@@ -151,7 +151,7 @@ def _read(described):
 def test_siglip_features_and_pooling(tmp_path, seed):
   change = ({}, {"hidden_act": "gelu", "image_size": 50}, {"layer_norm_eps": 1e-5, "patch_size": 8})[seed]
   theirs = siglip(tmp_path, seed, whole=seed == 2, **change)
-  config, params = _read(parts._describe_siglip(tmp_path))
+  config, params = _read(parts.describe_siglip(tmp_path))
   model = Siglip(config, jnp.float32, remat=False)
   nested = {"params": transfer.nest(params)["understanding_encoder"]}
   size = config.image_size

@@ -1,4 +1,5 @@
-"""Twenty steps of training against plain PyTorch: the same weights, batches and draws, for both ways to write images."""
+"""Twenty steps of training against plain PyTorch: the same weights, batches and draws, for both ways to write
+images."""
 
 import dataclasses
 

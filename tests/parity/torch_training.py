@@ -229,7 +229,8 @@ class Trainer:
     )
 
   def step(self, batch: dict[str, np.ndarray], draws: dict[str, np.ndarray]) -> dict[str, float]:
-    """Takes a step and returns the losses before it; the gradients stay in the parameters, before the clip in `norms`."""
+    """Takes a step and returns the losses before it; the gradients stay in the parameters, before the clip in
+    `norms`."""
     losses = self.model.losses(batch, draws)
     self.adamw.zero_grad()
     sum(self.weights[name] * value for name, value in losses.items() if self.weights.get(name)).backward()

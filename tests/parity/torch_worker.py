@@ -2,8 +2,9 @@
 
 python tests/parity/torch_worker.py DIR DTYPE
 
-A request {"do": "load", "file": NPZ} takes the inputs of the following runs; {"do": "solve" | "draw" | "decode" | "answer",
-"save": NPZ or null, ...} runs them and replies once it is done. The process waits without using a core in between.
+A request {"do": "load", "file": NPZ} takes the inputs of the following runs; {"do": "solve" | "draw" | "decode" |
+"answer", "save": NPZ or null, ...} runs them and replies once it is done. The process waits without using a core in
+between.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""Laws of preferences: likelihoods are the losses of training, a pair begins undecided, and the better picture gains."""
+"""Laws of preferences: likelihoods are the losses of training, a pair begins undecided, and the better picture
+gains."""
 
 import functools
 import json

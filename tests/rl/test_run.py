@@ -1,5 +1,7 @@
 """Runs of reinforcement learning as a user starts them: resumed bit for bit, stopped by a reward that fails."""
 
+import functools
+
 import numpy as np
 import pytest
 import runs
@@ -30,9 +32,7 @@ def brightness(images, prompts, metadata):
   return images.mean((1, 2, 3)) / 255
 
 
-def run(workdir, steps, *flags):
-  assert not train.main([*FLAGS, f"--workdir={workdir}", f"--config.train.steps={steps}", *flags])
-  return read_metrics(workdir)
+run = functools.partial(runs.inside, FLAGS)
 
 
 @pytest.fixture(scope="module")

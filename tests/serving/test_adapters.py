@@ -26,7 +26,7 @@ NAMES = ("birds", "rings")
 @pytest.fixture(scope="module")
 def models():
   """The base under "tiny", and two models with adapters."""
-  base = serving.pipeline()
+  base = tiny.pipeline()
   flat = {path: np.asarray(x) for path, x in transfer.flatten(tiny.params()).items()}
   words, models = Tokenizer.load(str(tiny.TOKENIZER)), {serving.NAME: base}
   for seed, (name, template) in enumerate(zip(NAMES, ("plain", "chat"), strict=True)):
@@ -85,7 +85,7 @@ def test_a_request_without_a_model_is_for_the_base(client, models):
 
 
 def test_a_base_with_adapters_beside_it_computes_the_same_bits(client, models):
-  alone = serving.pipeline()
+  alone = tiny.pipeline()
   for path, x in transfer.flatten(alone.params).items():
     np.testing.assert_array_equal(x, transfer.flatten(models[serving.NAME].params)[path])
   images = [np.asarray(model.generate(["a ring"], 2, seed=3)[0]) for model in (alone, models[serving.NAME])]

@@ -41,6 +41,6 @@ def test_the_page_offers_its_settings(served):
   from jflow.serving import demo
 
   work = demo.Work(served[1], "codes", None, None)
-  assert [field.name for field in demo._shown(work)] == ["guidance", "temperature"]
-  wanted = demo._images(["a red ring", 2, 5, 0.5, 7, False], work)
+  assert [field.name for field in demo.on_page(work)] == ["guidance", "temperature"]
+  wanted = demo.images_asked(["a red ring", 2, 5, 0.5, 7, False], work)
   assert (wanted.count, wanted.seed, wanted.settings.guidance, wanted.settings.temperature) == (2, 7, 5.0, 0.5)

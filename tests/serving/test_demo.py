@@ -1,4 +1,5 @@
-"""The page in a browser without a screen: it answers, paints, says what is wrong, and fetches nothing from elsewhere."""
+"""The page in a browser without a screen: it answers, paints, says what is wrong, and fetches nothing from
+elsewhere."""
 
 import importlib.util
 import io
@@ -11,6 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 import serving
+import tiny
 from PIL import Image
 
 from jflow.__main__ import main
@@ -36,7 +38,7 @@ MAX_UPLOAD = 1  # MB
 
 @pytest.fixture(scope="module")
 def model():
-  return serving.pipeline()
+  return tiny.pipeline()
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import urllib.parse
 import numpy as np
 import pytest
 import serving
+import tiny
 from PIL import Image
 
 from jflow.data.tokenizer import Tokenizer
@@ -24,7 +25,7 @@ USER = {"role": "user", "content": "Why?"}
 
 @pytest.fixture(scope="module")
 def model():
-  return serving.pipeline()
+  return tiny.pipeline()
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +62,6 @@ URL = "data:image/png;base64," + base64.b64encode(picture()).decode()
 def show(url, text="What?", **more):
   part = {"type": "image_url", "image_url": {"url": url} | more}
   return {"role": "user", "content": [part, {"type": "text", "text": text}]}
-
-
-def said(response) -> str:
-  assert response.status_code == 200, response.text
-  return response.json()["choices"][0]["message"]["content"]
 
 
 def optional(method) -> list[str]:
@@ -437,7 +433,7 @@ ANSWER = {"role": "assistant", "content": "A ring."}
 )
 def test_a_history_goes_on(served, messages, same):
   client, _ = served
-  assert said(client.post(CHAT, json=ask(*messages))) == said(client.post(CHAT, json=ask(*same)))
+  assert serving.said(client.post(CHAT, json=ask(*messages))) == serving.said(client.post(CHAT, json=ask(*same)))
 
 
 def test_a_system_turn_is_read_wherever_it_stands(served, model):
@@ -445,7 +441,7 @@ def test_a_system_turn_is_read_wherever_it_stands(served, model):
   system = {"role": "system", "content": "Answer with one word."}
   for messages in ([system, USER], [USER, ANSWER, system, USER], [USER, ANSWER, USER, system]):
     turns = [x for x in messages if x is not system]
-    got = said(client.post(CHAT, json=ask(*messages, max_tokens=20)))
+    got = serving.said(client.post(CHAT, json=ask(*messages, max_tokens=20)))
     assert got == model.understand(messages, max_tokens=20) != model.understand(turns, max_tokens=20)
 
 
@@ -460,7 +456,7 @@ def test_a_seed_of_any_kind_gives_one_answer_and_one_picture(served, model):
   texts = [x["choices"][0]["message"]["content"] for x in answers]
   assert len(set(texts)) == len(seeds)
   again = client.post(CHAT, json=ask(temperature=1.0, max_tokens=20, seed=-1))
-  assert said(again) == texts[seeds.index(-1)]
+  assert serving.said(again) == texts[seeds.index(-1)]
   assert texts[:2] == [model.understand([USER], max_tokens=20, temperature=1.0, seed=seed) for seed in seeds[:2]]
 
   def paint(seed, n=1):
@@ -488,7 +484,7 @@ def _pixels(b64_json: str) -> np.ndarray:
 def test_an_answer_ends_before_its_stop_sequence(served):
   client, engine = served
   body = ask(max_tokens=100)
-  whole = said(client.post(CHAT, json=body))
+  whole = serving.said(client.post(CHAT, json=body))
   middle = len(whole) // 2
   for stop in (
     whole[middle : middle + 1],
@@ -507,7 +503,7 @@ def test_an_answer_ends_before_its_stop_sequence(served):
     assert all(x["usage"] is None for x in chunks)
   answer = client.post(CHAT, json=body | {"stop": [whole[0]]}).json()
   assert answer["choices"][0]["message"]["content"] == "" and answer["choices"][0]["finish_reason"] == "stop"
-  assert said(client.post(CHAT, json=body | {"stop": [whole + "x"]})) == whole
+  assert serving.said(client.post(CHAT, json=body | {"stop": [whole + "x"]})) == whole
 
 
 @pytest.mark.parametrize(
@@ -542,12 +538,12 @@ def test_no_part_of_a_stop_sequence_is_shown(text, stops, want):
 
 def test_a_stop_sequence_frees_the_slot_at_once(model, monkeypatch):
   with serving.serving(model, slots=1) as (base, engine), serving.client(base) as client:
-    whole = said(client.post(CHAT, json=ask(max_tokens=100)))
+    whole = serving.said(client.post(CHAT, json=ask(max_tokens=100)))
     steps = itertools.count()
     real = serving.decoder(engine).step
     monkeypatch.setattr(serving.decoder(engine), "step", lambda n: (next(steps), real(min(n, 4)))[1])
     client.post(CHAT, json=ask(max_tokens=100, stop=whole[:3]))
-    assert said(client.post(CHAT, json=ask(max_tokens=1)))
+    assert serving.said(client.post(CHAT, json=ask(max_tokens=1)))
     assert next(steps) < 12, "the answer went on after its stop sequence"
 
 
@@ -614,7 +610,7 @@ def test_every_format_is_read_by_its_bytes(served, model, kind):
   file = picture(1, kind)
   url = f"data:image/{kind.lower()};base64," + base64.b64encode(file).decode()
   turns = [{"role": "user", "content": "<image>\nWhat?"}]
-  assert said(client.post(CHAT, json=ask(show(url)))) == model.understand(turns, [file], 8)
+  assert serving.said(client.post(CHAT, json=ask(show(url)))) == model.understand(turns, [file], 8)
 
 
 def test_pictures_of_earlier_turns_and_the_first_of_an_animation_are_seen(served, model):
@@ -632,4 +628,4 @@ def test_pictures_of_earlier_turns_and_the_first_of_an_animation_are_seen(served
   ]
   first = io.BytesIO()
   Image.open(file).convert("RGB").save(first, "PNG")
-  assert said(client.post(CHAT, json=ask(*messages))) == model.understand(turns, [first.getvalue(), PNG], 8)
+  assert serving.said(client.post(CHAT, json=ask(*messages))) == model.understand(turns, [first.getvalue(), PNG], 8)

@@ -36,7 +36,7 @@ CHAT, PAINT = "/v1/chat/completions", "/v1/images/generations"
 
 @pytest.fixture(scope="module")
 def model():
-  return serving.pipeline()
+  return tiny.pipeline()
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +48,6 @@ def served(model):
 
 def ask(text="Why?", **more):
   return {"messages": [{"role": "user", "content": text}], "max_tokens": 12} | more
-
-
-def said(response) -> str:
-  assert response.status_code == 200, response.text
-  return response.json()["choices"][0]["message"]["content"]
 
 
 def events(response) -> list:
@@ -105,11 +100,11 @@ def test_half_a_character_at_the_end_is_not_lost():
 def test_a_seed_gives_one_answer_whatever_shares_the_batch(served):
   client, _ = served
   body = ask(temperature=1.0, seed=5)
-  alone = said(client.post(CHAT, json=body))
+  alone = serving.said(client.post(CHAT, json=body))
   others = [ask(f"What is {i}? " * (i + 1), temperature=1.0, seed=i, max_tokens=5 + 7 * i) for i in range(6)]
   with concurrent.futures.ThreadPoolExecutor(12) as pool:
     jobs = [pool.submit(client.post, CHAT, json=x) for x in (body, *others, body)]
-    answers = [said(job.result()) for job in jobs]
+    answers = [serving.said(job.result()) for job in jobs]
   assert answers[0] == answers[-1] == alone
   assert len(set(answers)) == len(others) + 1
 
@@ -118,7 +113,7 @@ def test_without_a_seed_sampled_answers_differ_and_tell_theirs(served):
   client, _ = served
   first, second = (client.post(CHAT, json=ask(temperature=1.0)).json() for _ in range(2))
   assert said_of(first) != said_of(second)
-  assert said(client.post(CHAT, json=ask(temperature=1.0, seed=first["seed"]))) == said_of(first)
+  assert serving.said(client.post(CHAT, json=ask(temperature=1.0, seed=first["seed"]))) == said_of(first)
 
 
 def test_pictures_stand_where_the_conversation_shows_them(served, model):
@@ -144,7 +139,9 @@ def test_pictures_stand_where_the_conversation_shows_them(served, model):
     {"role": "assistant", "content": "A ring."},
     {"role": "user", "content": "And\n<image>\nthis one?"},
   ]
-  assert said(client.post(CHAT, json={"messages": messages, "max_tokens": 9})) == model.understand(turns, pictures, 9)
+  assert serving.said(client.post(CHAT, json={"messages": messages, "max_tokens": 9})) == model.understand(
+    turns, pictures, 9
+  )
 
 
 @pytest.mark.parametrize("mark", ["<image>", "<image_placeholder>"])
@@ -163,7 +160,7 @@ def test_a_body_on_its_way_takes_no_place_of_the_queue(model):
       head += f"Content-Length: {len(body)}\r\n\r\n"
       slow.sendall(head.encode() + body[:10])
       for _ in range(3):
-        assert said(client.post(CHAT, json=ask(max_tokens=1)))
+        assert serving.said(client.post(CHAT, json=ask(max_tokens=1)))
       slow.sendall(body[10:])
       assert slow.recv(100).startswith(b"HTTP/1.1 200")
 
@@ -228,8 +225,8 @@ def test_a_full_queue_says_when_to_come_again(model, monkeypatch):
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["type"] == "rate_limit_error"
       gate.open()
-      assert all(said(job.result()) for job in first)
-    assert said(client.post(CHAT, json=ask()))
+      assert all(serving.said(job.result()) for job in first)
+    assert serving.said(client.post(CHAT, json=ask()))
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -246,7 +243,7 @@ def test_who_leaves_frees_the_slot(model, monkeypatch, stream):
     gate.open()
     serving.until(lambda: not serving.requests(engine))
     assert not engine._answering and metrics(client)["jflow_tokens_total/written"] < 100
-    assert said(client.post(CHAT, json=ask()))
+    assert serving.said(client.post(CHAT, json=ask()))
 
 
 def test_a_request_that_takes_too_long_is_ended(model, monkeypatch):
@@ -263,7 +260,7 @@ def test_a_failure_of_the_model_costs_what_it_worked_on_alone(model, monkeypatch
     monkeypatch.setattr(serving.decoder(engine), "step", lambda n: 1 // 0)
     failed = client.post(CHAT, json=ask())
     assert failed.status_code == 500 and "\n" not in failed.json()["error"]["message"]
-    assert said(client.post(CHAT, json=ask())) and engine.state == "ready"
+    assert serving.said(client.post(CHAT, json=ask())) and engine.state == "ready"
     monkeypatch.setattr(model, "generate", lambda *_, **__: 1 // 0)
     assert client.post(PAINT, json={"prompt": "a ring"}).status_code == 500
     monkeypatch.undo()
@@ -342,7 +339,7 @@ def test_models_tell_what_is_served(served):
   client, _ = served
   (model,) = client.get("/v1/models").json()["data"]
   assert model["id"] == serving.NAME and model["image_size"] == "16x16" and model["can_paint"]
-  assert said(client.post(CHAT, json=ask(model=serving.NAME)))
+  assert serving.said(client.post(CHAT, json=ask(model=serving.NAME)))
 
 
 def test_a_model_that_cannot_paint_is_what_is_wrong(served, monkeypatch):

@@ -15,6 +15,7 @@ import httpx
 import numpy as np
 import pytest
 import serving
+import tiny
 from PIL import Image
 from tools import fuzz_server
 
@@ -35,7 +36,7 @@ MAX_BODY = 2**20
 
 @pytest.fixture(scope="module")
 def model():
-  return serving.pipeline()
+  return tiny.pipeline()
 
 
 @pytest.fixture(scope="module")

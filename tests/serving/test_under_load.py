@@ -12,7 +12,7 @@ MAX_BODY = 2**20
 
 @pytest.fixture(scope="module")
 def model():
-  return serving.pipeline()
+  return tiny.pipeline()
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -27,7 +27,7 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in
 
 from preparing import image
 from tools import fuzz_layouts
-from tools.fuzzing import Layout, mark, spoil_bytes
+from tools.fuzzing import Layout, mark, places, spoil_bytes
 
 from jflow.data.store import prepare, prepared
 from jflow.errors import UserError
@@ -117,14 +117,6 @@ KEYS = (
   "prompt",
   "",
 )
-
-
-def places(value: Any) -> Iterator[tuple[Any, Any]]:
-  """Yields (list or object, index or key) of every value in a value."""
-  items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-  for key, inner in list(items):
-    yield value, key
-    yield from places(inner)
 
 
 def spoil_fields(rng: random.Random, record: dict[str, Any]) -> dict[str, Any]:

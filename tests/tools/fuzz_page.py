@@ -1,8 +1,8 @@
 """Fuzzes the endpoints of `demo`'s page: python tests/tools/fuzz_page.py --seed=0 --tries=2000
 
 A try is one request of a visitor whom nobody should trust: an event with values that are trees of odd and of file-like
-things, an upload, a file, a stream, in any order and for any session, or anything at an address of Gradio. Asked is that
-no try is answered with an error of the server or with what stands in a file that is not this visitor's, that none
+things, an upload, a file, a stream, in any order and for any session, or anything at an address of Gradio. Asked is
+that no try is answered with an error of the server or with what stands in a file that is not this visitor's, that none
 fetches an address, that each is answered in time, and that another visitor is answered and painted for all the while.
 Prints one line of JSON, {"tried", "escaped", "hung", "lost"}, and on stderr what broke and how to see it again.
 """
@@ -324,11 +324,12 @@ def pages() -> Iterator[tuple[str, pathlib.Path]]:
   with tempfile.TemporaryDirectory() as folder:
     os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
     import serving
+    import tiny
 
     from jflow.serving import demo
 
     app = lambda engine: demo.app(engine, "tiny", 1, pathlib.Path(folder))
-    with serving.serving(serving.pipeline(), app) as (base, _):
+    with serving.serving(tiny.pipeline(), app) as (base, _):
       yield base, pathlib.Path(folder)
 
 

@@ -2,8 +2,8 @@
 
 Half of the tries are pictures of which bytes were changed: nothing but `ImageError` may escape, in time. The other half
 are sound pictures with metadata that is spoiled, large or of a wrong kind: their pixels have to come out, upright or in
-any rotation that the metadata may say. Prints one line of JSON, {"tried", "escaped", "hung", "lost"}, and on stderr what
-broke.
+any rotation that the metadata may say. Prints one line of JSON, {"tried", "escaped", "hung", "lost"}, and on stderr
+what broke.
 """
 
 import argparse

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -35,6 +35,7 @@ import optax
 import tiny
 from ml_dtypes import bfloat16
 from preparing import make_folder
+from tools.fuzzing import places
 
 from jflow.batch import RowShape
 from jflow.config import RunConfig
@@ -390,7 +391,7 @@ def harm(folder: pathlib.Path, elsewhere: pathlib.Path, rng: random.Random) -> s
         path, elsewhere, rng
       )
     else:
-      rng.choice((remove, link_away, dangle, to_folder, to_pipe, *[odd] * 2, *[spoil] * 4, *[values] * 4))(
+      rng.choice((remove, link_away, dangle, to_folder, to_pipe, *[to_file] * 2, *[spoil] * 4, *[values] * 4))(
         path, elsewhere, rng
       )
   return touched
@@ -455,11 +456,6 @@ def strip_json(path: pathlib.Path, elsewhere: pathlib.Path, rng: random.Random) 
       file.unlink()
 
 
-def odd(path: pathlib.Path, elsewhere: pathlib.Path, rng: random.Random) -> None:
-  remove(path, elsewhere, rng)
-  path.write_bytes(rng.choice(ODD))
-
-
 def spoil(path: pathlib.Path, elsewhere: pathlib.Path, rng: random.Random) -> None:
   """Changes, cuts or adds bytes, or lines."""
   if not path.is_file():
@@ -505,14 +501,6 @@ def values(path: pathlib.Path, elsewhere: pathlib.Path, rng: random.Random) -> N
   lines[number] = json.dumps(value)
   path.unlink()
   path.write_text("\n".join(lines))
-
-
-def places(value: Any) -> Iterator[tuple[Any, Any]]:
-  """Yields (list or object, index or key) of every value in a value."""
-  items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-  for key, inner in list(items):
-    yield value, key
-    yield from places(inner)
 
 
 # --- tries -----------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""The pieces of the layouts of `fuzz_importers`."""
+"""What fuzzers share: the pieces of the layouts of `fuzz_importers`, and ways to spoil values."""
 
 import pathlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 
@@ -21,6 +21,14 @@ class Layout(NamedTuple):
 def mark(number: int) -> str:
   """A text that no other record holds."""
   return f"Sound {number:04d}."
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+  """Yields (list or object, index or key) of every value in a value."""
+  items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+  for key, inner in list(items):
+    yield value, key
+    yield from places(inner)
 
 
 def spoil_bytes(rng: random.Random, data: bytes) -> bytes:

@@ -4,9 +4,9 @@
   python tests/tools/soak.py runs/soak --minutes=120 --config=configs/stage2.py:tiny --seed=1
 
 First a run that nothing disturbs; then the same run, struck by one random fault per start (tests/tools/faults.py lists
-them; besides, kills from outside at any moment and inside a save, SIGTERM once and twice, and bits flipped in the newest
-checkpoint). A line of JSON per fault goes to FOLDER/faults.jsonl. After each fault every loss so far must equal the
-undisturbed run's bit for bit; at the end of a run, all parameters and moments too. Exit code 1 if anything differs.
+them; besides, kills from outside at any moment and inside a save, SIGTERM once and twice, and bits flipped in the
+newest checkpoint). A line of JSON per fault goes to FOLDER/faults.jsonl. After each fault every loss so far must equal
+the undisturbed run's bit for bit; at the end of a run, all parameters and moments too. Exit code 1 if anything differs.
 """
 
 import argparse

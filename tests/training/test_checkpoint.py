@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 from refusals import refused
 
 from jflow.data.tokenizer import Tokenizer
-from jflow.errors import Stopped, UserError
+from jflow.errors import Stopped
 from jflow.interop import native, steps
 from jflow.training import checkpoint
 from jflow.training.checkpoint import Checkpointer
@@ -421,19 +421,19 @@ def test_resolve_takes_a_workdir_its_folder_or_one_step(saved):
 
 
 def test_resolve_says_what_is_wrong(copy):
-  def refused(path: pathlib.Path, text: str) -> None:
-    with pytest.raises(UserError, match=text):
+  def wrong(path: pathlib.Path, *named: object) -> None:
+    with refused(*named):
       native.resolve(path)
 
-  refused(copy.parent / "nowhere", "nowhere does not exist")
-  refused(copy.parent.parent, "has no checkpoints/ folder")
-  refused(copy / "7", "does not exist")
+  wrong(copy.parent / "nowhere", copy.parent / "nowhere")
+  wrong(copy.parent.parent, copy.parent.parent, "checkpoints/")
+  wrong(copy / "7", copy / "7")
   (copy / "4" / steps.MANIFEST).unlink()
-  refused(copy / "4", "the save did not finish")
+  wrong(copy / "4", copy / "4")
   shutil.rmtree(copy / "2")
-  refused(copy.parent, "holds no complete checkpoint yet")
+  wrong(copy.parent, copy.parent)
   (copy.parent / "config.json").unlink()
-  refused(copy.parent, "config.json is missing")
+  wrong(copy.parent, "config.json")
 
 
 def test_load_params_gives_the_averaged_or_the_raw_weights(saved):

@@ -48,16 +48,11 @@ def first_step():
   return step(state, batch())
 
 
-def adam(state):
-  is_adam = lambda x: hasattr(x, "mu")
-  return next(filter(is_adam, jax.tree.leaves(state.optimizer, is_leaf=is_adam)))
-
-
 def close(ours, theirs):
   for name in theirs[1]:
     assert float(ours[1][name]) == pytest.approx(float(theirs[1][name]), rel=2e-5), name
   near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(np.abs(b).max()))
-  jax.tree.map(near, adam(ours[0]).mu, adam(theirs[0]).mu)
+  jax.tree.map(near, tiny.adam(ours[0]).mu, tiny.adam(theirs[0]).mu)
 
 
 def test_rows_one_by_one_have_the_loss_and_the_gradient_of_all_at_once():

@@ -1,4 +1,5 @@
-"""A run goes on with the data that it has begun with: told apart by content, whatever it is called and wherever it lies."""
+"""A run goes on with the data that it has begun with: told apart by content, whatever it is called and wherever it
+lies."""
 
 import json
 import pathlib
@@ -22,7 +23,8 @@ TOKENIZER = Tokenizer.load(str(tiny.TOKENIZER))
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory) -> pathlib.Path:
-  """Prepared data sets: TASK, as it was; TASK-more and TASK-other, made again with more records and from another seed."""
+  """Prepared data sets: TASK, as it was; TASK-more and TASK-other, made again with more records and from another
+  seed."""
   folder = tmp_path_factory.mktemp("sets")
   for name, records, seed in (("", 6, 1), ("-more", 9, 1), ("-other", 6, 2)):
     for task in TASKS if not name else ("generation",):

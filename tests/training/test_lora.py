@@ -1,10 +1,13 @@
 """A run with adapters: resumed, loaded, and tuned again."""
 
+import functools
+
 import numpy as np
 import pytest
+import runs
 from flax.traverse_util import flatten_dict
 
-from jflow.cli import convert, train
+from jflow.cli import convert
 from jflow.interop import adapters
 from jflow.interop.checkpoints import read_checkpoint
 from jflow.models import lora
@@ -13,9 +16,7 @@ from jflow.training.metrics import read_metrics
 FLAGS = ("--config=tune:tiny", "--config.lora.rank=2", "--config.optimizer.learning_rate=0.01")
 
 
-def run(workdir, steps, *flags):
-  assert not train.main([*FLAGS, f"--workdir={workdir}", f"--config.train.steps={steps}", *flags])
-  return read_metrics(workdir)
+run = functools.partial(runs.inside, FLAGS)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"""The start of Janus from the parts of a JanusFlow: a VQ from elsewhere, never a random one, and the words of its turns."""
+"""The start of Janus from the parts of a JanusFlow: a VQ from elsewhere, never a random one, and the words of its
+turns."""
 
 import dataclasses
 

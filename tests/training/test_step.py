@@ -52,11 +52,6 @@ def size(tree) -> int:
   return sum(x.size for x in jax.tree.leaves(tree))
 
 
-def adam(state):
-  is_adam = lambda x: hasattr(x, "mu")
-  return next(filter(is_adam, jax.tree.leaves(state.optimizer, is_leaf=is_adam)))
-
-
 def test_losses_are_sums_over_counts_of_the_whole_batch():
   """Under the draws of (seed, step); `loss` weighs them by the objective's weights."""
   batch, (_, metrics) = tiny.mixed(), first_step()
@@ -88,7 +83,7 @@ def test_a_loss_without_a_weight_is_logged_where_asked_for_and_teaches_nothing()
     assert float(metrics[name]) == pytest.approx(float(want[name]), rel=2e-5), name
   identical(new.trained["alignment_head"], start.trained["alignment_head"])
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
-  jax.tree.map(close, adam(new).mu, adam(silent).mu)
+  jax.tree.map(close, tiny.adam(new).mu, tiny.adam(silent).mu)
 
 
 def test_frozen_parameters_keep_their_bits_and_have_no_optimizer_state():
@@ -105,7 +100,7 @@ def test_every_trained_parameter_moves_by_the_rate_of_the_first_step():
   """Adam's first step is the rate times the gradient's sign wherever the gradient is far above epsilon."""
   state, (new, metrics) = start(), first_step()
   rate = float(metrics["learning_rate"])
-  old, now, gradient = (flatten_dict(x) for x in (state.trained, new.trained, adam(new).mu))
+  old, now, gradient = (flatten_dict(x) for x in (state.trained, new.trained, tiny.adam(new).mu))
   for path, g in gradient.items():
     g = np.asarray(g, np.float64) / (1 - 0.9)
     moved = np.asarray(now[path], np.float64) - np.asarray(old[path])
@@ -116,13 +111,15 @@ def test_every_trained_parameter_moves_by_the_rate_of_the_first_step():
 def test_the_gradient_is_clipped_to_its_norm():
   _, metrics = first_step()
   assert float(metrics["grad_norm"]) > 1
-  squares = sum(np.sum(np.square(np.asarray(m) / (1 - 0.9))) for m in jax.tree.leaves(adam(first_step()[0]).mu))
+  squares = sum(np.sum(np.square(np.asarray(m) / (1 - 0.9))) for m in jax.tree.leaves(tiny.adam(first_step()[0]).mu))
   assert squares == pytest.approx(1.0, rel=1e-4)
 
 
 def test_the_gradient_is_that_of_the_loss():
   """Against the loss at two points along it (the loss of the metrics is taken before the update)."""
-  gradient = jax.tree.map(lambda m: np.asarray(m) / np.float32(1 - 0.9), adam(first_step()[0]).mu)  # clipped to norm 1
+  gradient = jax.tree.map(
+    lambda m: np.asarray(m) / np.float32(1 - 0.9), tiny.adam(first_step()[0]).mu
+  )  # clipped to norm 1
   step = 0.02
   losses = []
   for sign in (1, -1):
@@ -145,7 +142,7 @@ def test_accumulation_changes_neither_loss_nor_gradient():
   for name in want:
     assert float(got[name]) == pytest.approx(float(want[name]), rel=2e-5), name
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(np.abs(b).max()))
-  jax.tree.map(close, adam(cut).mu, adam(whole).mu)
+  jax.tree.map(close, tiny.adam(cut).mu, tiny.adam(whole).mu)
 
 
 def test_a_step_is_a_function_of_state_and_batch():
@@ -169,7 +166,7 @@ def test_a_huge_gradient_is_clipped_and_the_step_taken():
   assert int(metrics["skipped"]) == 0
   moved = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), new.trained, start().trained)
   assert 0 < max(jax.tree.leaves(moved)) <= 1.001 * float(metrics["learning_rate"])
-  squares = sum(np.sum(np.square(np.asarray(m) / (1 - 0.9))) for m in jax.tree.leaves(adam(new).mu))
+  squares = sum(np.sum(np.square(np.asarray(m) / (1 - 0.9))) for m in jax.tree.leaves(tiny.adam(new).mu))
   assert squares == pytest.approx(1.0, rel=1e-3)
 
 

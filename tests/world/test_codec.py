@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from jflow.sharding import unbox
 from jflow.world.codec import PatchPCA, PatchPCAConfig, fit_patch_pca
@@ -35,11 +36,6 @@ def _pictures(count: int, seed: int = 0) -> np.ndarray:
   return out
 
 
-def _psnr(a: np.ndarray, b: np.ndarray) -> float:
-  """dB of images in [-1, 1]."""
-  return float(10 * np.log10(4 / np.mean((np.clip(a, -1, 1) - b) ** 2)))
-
-
 def _round_trip(config, train, test):
   model = config.make(jnp.float32)
   params = {"params": fit_patch_pca(train, config)}
@@ -65,7 +61,7 @@ def test_no_code_of_single_patches_is_better(channels):
   bound = np.linalg.eigvalsh(np.cov(patches.T, bias=True))[:-channels].sum() / 48
   assert np.mean((out - pixels) ** 2) < bound
   pixels, _, out = _round_trip(_pca(channels), train, _pictures(50, seed=1))
-  assert _psnr(out, pixels) > 10 * np.log10(4 / bound)
+  assert tiny.psnr(out, pixels) > 10 * np.log10(4 / bound)
 
 
 @pytest.mark.parametrize("scaling", [1.0, 0.3])
@@ -99,4 +95,4 @@ def test_pictures_of_the_world_keep_32_decibels():
   """8 channels of 4 x 4 pixels keep more than the 31.1 dB of plain patch PCA, on new pictures."""
   draw = lambda split, n: np.stack([WorldSource("generation", n, 0, split)[i].images[0].render(64) for i in range(n)])
   pixels, _, out = _round_trip(_pca(8), draw("train", 300), draw("val", 50))
-  assert _psnr(out, pixels) > 32
+  assert tiny.psnr(out, pixels) > 32

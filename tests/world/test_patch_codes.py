@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from refusals import refused
 
 from jflow.sharding import unbox
@@ -18,11 +19,6 @@ def _config(codebook: int, dim: int = 12) -> PatchCodesConfig:
 def _pictures(count: int, split: str = "train") -> np.ndarray:
   source = WorldSource("generation", count, 0, split)
   return np.stack([source[i].images[0].render(48) for i in range(count)])
-
-
-def _psnr(a: np.ndarray, b: np.ndarray) -> float:
-  """dB of images in [-1, 1]."""
-  return float(10 * np.log10(4 / np.mean((np.clip(a, -1, 1) - b) ** 2)))
 
 
 def test_codes_are_the_nearest_rows_and_more_of_them_keep_more():
@@ -40,7 +36,7 @@ def test_codes_are_the_nearest_rows_and_more_of_them_keep_more():
     assert np.take_along_axis(distances, codes[..., None], -1) == pytest.approx(
       distances.min(-1, keepdims=True), abs=1e-4
     )
-    kept.append(_psnr(model.apply(params, codes, method="decode"), test))
+    kept.append(tiny.psnr(model.apply(params, codes, method="decode"), test))
   assert kept[1] > kept[0] + 2 > 20
 
 

@@ -1,4 +1,5 @@
-"""The source of the world: captions are true, training never meets what is held out, records are those of their version."""
+"""The source of the world: captions are true, training never meets what is held out, records are those of their
+version."""
 
 import collections
 import hashlib

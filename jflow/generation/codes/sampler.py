@@ -1,7 +1,7 @@
 """Sampling: prompts -> codes, one after another with guidance on logits -> pixels. One program draws all codes.
 
-Legend: I images, S prompt slots (bucketed), P codes of an image, R rows: the images, twice where guidance has two halves,
-D embed, V rows of the codebook.
+Legend: I images, S prompt slots (bucketed), P codes of an image, R rows: the images, twice where guidance has two
+halves, D embed, V rows of the codebook.
 """
 
 from collections.abc import Callable, Sequence
@@ -130,7 +130,8 @@ class CodesSampler:
     halves = 2 if _halves(settings) == "both" else 1
     prompts = (jax.ShapeDtypeStruct((halves * rows, *more), jnp.int32) for more in ((slots,), ()))
     cache = jax.eval_shape(read_prompts.jitted(self._model), self._params, *prompts)
-    return Loop(draw, self._drawing(cache, rows), _static(settings, slots + self._model.config.patches))
+    static = _static(settings, slots + self._model.config.patches)
+    return Loop(draw, self._drawing(cache, rows), static, step="code of each picture", large=False)
 
   def _drawing(self, cache: Cache, rows: int) -> tuple[Any, ...]:
     """The arguments of `draw` after the params, as shapes."""
@@ -203,7 +204,8 @@ def draw(
   halves = len(cache.filled) // i
   both = lambda x: jnp.concatenate([x] * halves)
   guided = lambda x: guide(x[:i], x[i:], guidance.astype(x.dtype)) if halves == 2 else x
-  # Logits are linear in what the last product takes: guided before it, half the rows. bfloat16 would be rounded between.
+  # Logits are linear in what the last product takes: guided before it, half the rows. bfloat16 would be rounded
+  # between.
   early = model.dtype == jnp.float32 and not release
 
   def body(k: jax.Array, carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
@@ -227,7 +229,8 @@ def draw(
 
 
 def _row_by_row(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-  """Two products of one row in place of one product of two rows, which XLA:CPU takes half as long again for in float32."""
+  """Two products of one row in place of one product of two rows, which XLA:CPU takes half as long again for in
+  float32."""
   on_cpu = isinstance(context.module, Linear) and jax.default_backend() == "cpu"
   if not on_cpu or context.module.dtype != jnp.float32 or args[0].size != 2 * args[0].shape[-1]:
     return call(*args, **kwargs)

@@ -134,7 +134,8 @@ class FlowSampler:
     """See `generation.base.Sampler.loop`."""
     tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, slots), (rows,)))
     read = read_prompts.jitted(self._model, guided=settings.guidance != 1.0)
-    return Loop(solve, *self._solving(jax.eval_shape(read, self._params, tokens, lengths), rows, settings))
+    args, static = self._solving(jax.eval_shape(read, self._params, tokens, lengths), rows, settings)
+    return Loop(solve, args, static, step="solver step", large=True)
 
   def _solving(self, prefix: Prefix, rows: int, settings: Settings) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of `solve` after the params, as shapes, and its static ones."""

@@ -10,8 +10,8 @@ For any s(t), the Fokker-Planck equation of
   dz = [v + s^2 / 2 score] dt + s dw
 
 is that of dz = v dt, since s^2 / 2 div(p score) = s^2 / 2 laplace(p): same marginals. In x^ = z + (1 - t) v, the data
-that the velocity points to, and e^ = z - t v, the noise that it comes from (z = t x^ + (1 - t) e^), the SDE reads, while
-x^ stays as it is,
+that the velocity points to, and e^ = z - t v, the noise that it comes from (z = t x^ + (1 - t) e^), the SDE reads,
+while x^ stays as it is,
 
   de^ = -L' / 2 e^ dt + sqrt(L') dw,   L'(t) = s^2 / (1 - t)^2,
 
@@ -19,13 +19,14 @@ an Ornstein-Uhlenbeck process that forgets noise and draws it anew. Over a step 
 
   z_u = u x^ + (1 - u) (k e^ + sqrt(1 - k^2) eps),   k = exp(-(L(u) - L(t)) / 2),   eps ~ N(0, 1).
 
-With s^2 = a^2 (1 - t) / t, Flow-GRPO's (arXiv 2505.05470, whose time runs the other way), L = a^2 log(t / (1 - t)), thus
+With s^2 = a^2 (1 - t) / t, Flow-GRPO's (arXiv 2505.05470, whose time runs the other way), L = a^2 log(t / (1 - t)),
+thus
 
   k = (t (1 - u) / (u (1 - t)))^(a^2 / 2).
 
-Differs from that paper: it takes Euler-Maruyama's step, whose variance is too large for few steps and infinite at t = 0.
-This one has the noise of time u at every number of steps (as arXiv 2509.05952 asks), is finite at both ends, and with
-a = 0 is Euler's step of the ODE. The last step, to u = 1, draws nothing.
+Differs from that paper: it takes Euler-Maruyama's step, whose variance is too large for few steps and infinite at t =
+0. This one has the noise of time u at every number of steps (as arXiv 2509.05952 asks), is finite at both ends, and
+with a = 0 is Euler's step of the ODE. The last step, to u = 1, draws nothing.
 
 Log-probabilities, ratios and divergences are means over an image's latents, as in the papers: of sums, a ratio of
 thousands of dimensions would leave any clip range at the first update.

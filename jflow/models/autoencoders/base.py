@@ -1,7 +1,7 @@
 """The protocol of the frozen autoencoder between pixels and latents or codes, and its kinds by name.
 
-A kind is one file: a subclass of `AutoencoderConfig` (latents) or of `CodebookConfig` (codes), and the Linen module that
-it makes. The module has
+A kind is one file: a subclass of `AutoencoderConfig` (latents) or of `CodebookConfig` (codes), and the Linen module
+that it makes. The module has
 
   encode: f32[B, H, W, 3] in [-1, 1] -> what an image is written as
     latents: mean, log variance of the posterior, f32[B, h, w, latent_channels], not scaled

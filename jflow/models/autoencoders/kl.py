@@ -277,7 +277,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """The middle at the lowest resolution, then resnets at each; attributes as in `Encoder`, `blocks` + 1 resnets each."""
+  """The middle at the lowest resolution, then resnets at each; attributes as in `Encoder`, `blocks` + 1 resnets
+  each."""
 
   widths: tuple[int, ...]
   blocks: int

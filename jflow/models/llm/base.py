@@ -32,12 +32,14 @@ class Architecture:
   """The description of a language model.
 
   Attributes:
-    config: the frozen dataclass of the section `model.language_model`. It has kind, vocab_size, embed_dim, mlp_dim, num_layers,
-      num_heads, num_kv_heads, head_dim, rms_norm_epsilon and max_length, which caches, heads and writers read.
+    config: the frozen dataclass of the section `model.language_model`. It has kind, vocab_size, embed_dim, mlp_dim,
+      num_layers, num_heads, num_kv_heads, head_dim, rms_norm_epsilon and max_length, which caches, heads and writers
+      read.
     module: the Linen module, or "package.module:Class".
     remat: checks a value of `compute.remat`, of which it raises UserError for those that the module does not know;
       or "package.module:function". None: the module knows "none" alone.
-    matmul: the values of `compute.matmul` that the module takes as an attribute of that name; without "fp8" it needs none.
+    matmul: the values of `compute.matmul` that the module takes as an attribute of that name; without "fp8" it needs
+      none.
   """
 
   config: type

@@ -1,4 +1,5 @@
-"""Images encoded ahead of time: the same losses as live, and no run takes those of another encoder, size or data set."""
+"""Images encoded ahead of time: the same losses as live, and no run takes those of another encoder, size or data
+set."""
 
 import errno
 import functools

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from refusals import refused
 
-from jflow.errors import UserError
 from jflow.models.autoencoders import kl, vq
 from jflow.models.config import ModelConfig
 
@@ -120,5 +120,5 @@ def test_the_published_size_takes_what_the_sources_say():
 def test_a_bad_size_is_named(field, value):
   values = copy.deepcopy(janus.DICT)
   values["autoencoder"][field] = value
-  with pytest.raises(UserError, match=field):
+  with refused(field):
     ModelConfig.from_dict(values)
