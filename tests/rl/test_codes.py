@@ -19,7 +19,7 @@ IDS = types.SimpleNamespace(image_start=5, pad=6)
 GROUP, IMAGES, P = 4, 8, tiny.JANUS.patches
 
 
-def configuration(**explore):
+def configuration(updates=1, **explore):
   return tiny.janus(
     train=dict(batch_size=IMAGES, ema=0.0),
     optimizer=dict(
@@ -32,6 +32,7 @@ def configuration(**explore):
       rewards=(("arm", 1.0),),
       clip=0.2,
       kl=0.01,
+      updates=updates,
       explore=dict(guidance=1.0, temperature=1.0) | explore,
     ),
   )
@@ -43,9 +44,9 @@ def asked():
 
 
 @functools.cache
-def started():
+def started(updates=1):
   """(policy, state of step 0, sample, update)."""
-  config = configuration()
+  config = configuration(updates)
   policy, optimizer = run.make_policy(config, tiny.model(tiny.JANUS), IDS), optim.make_optimizer(config.optimizer)
   parts = optim.partition(tiny.params(tiny.JANUS), config.optimizer.trained, config.optimizer.frozen)
   state = TrainState.create(*parts, optimizer, referred=True)
@@ -97,3 +98,13 @@ def test_a_bandit_pulls_the_arm_that_pays():
   assert rows[0]["ratio"] == pytest.approx(1, abs=1e-5) and rows[0]["kl"] == pytest.approx(0, abs=1e-6)
   assert np.mean([row["reward"] for row in rows[-3:]]) > np.mean([row["reward"] for row in rows[:3]]) + 0.1
   assert rows[-1]["kl"] > 1e-3
+
+
+def test_several_updates_on_a_batch_clip_and_count_as_one_step():
+  _, state, sample, _ = started()
+  drawn, _, diversity = sample(state.trained, state.frozen, state.step, asked())
+  reward = np.asarray(drawn.codes).mean(1).astype(np.float32)
+  new, metrics = started(updates=2)[3](state, asked(), drawn, reward[:, None], diversity)
+  assert int(new.step) == 1
+  assert any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(state.trained), jax.tree.leaves(new.trained)))
+  assert float(metrics["ratio"]) != 1.0 and 0 <= float(metrics["clipped"]) <= 1

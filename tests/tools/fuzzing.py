@@ -1,4 +1,4 @@
-"""What fuzzers share: the pieces of the layouts of `fuzz_importers`, and ways to spoil values."""
+"""The parts that fuzzers share: the pieces of the layouts of `fuzz_importers`, and ways to spoil values."""
 
 import pathlib
 import random
