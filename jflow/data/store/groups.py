@@ -7,10 +7,10 @@ the files are joined into the arrays of a plan. A row holds records of one group
 import collections
 import concurrent.futures
 import concurrent.futures.process
-import contextlib
 import multiprocessing
 import os
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -87,21 +87,37 @@ def write(wanted: Wanted, folder: str, kept: str | None) -> collections.Counter:
   Args:
     wanted: see `Wanted`.
     folder: empty.
-    kept: folder where finished parts wait for the others, also over a kill; None: inside `folder`.
+    kept: folder where finished parts wait for the others, also over a kill, and stay; None: none.
+  """
+  inside = os.path.join(folder, "parts")
+  paths = make_parts(wanted, kept or inside)
+  rejected = sum((_join(paths, field, folder) for field in _FIELDS), collections.Counter())
+  files.remove(inside)
+  return rejected
+
+
+def make_parts(wanted: Wanted, kept: str, enough: Callable[[], object] = lambda: False) -> list[str]:
+  """Plans the parts that are missing; returns their files in order.
+
+  Several machines may do it at once: each takes the parts in an order of its own, and none that another is at.
+
+  Args:
+    wanted: see `Wanted`.
+    kept: folder of the files.
+    enough: whether to stop, since another machine has the plan.
   """
   most = max(parts.PART_RECORDS, wanted.group_records)
   shards = parts.lengths_of(wanted.source, wanted.group_records or most)
   todo = parts.parts(shards, most)
-  kept = kept or os.path.join(folder, "parts")
   os.makedirs(kept, exist_ok=True)
   paths = [os.path.join(kept, f"{i:05d}-of-{len(todo):05d}.npz") for i in range(len(todo))]
   made = _in_processes if len(wanted.source) > parts.MOST_AT_ONCE else _here
   with Progress(len(wanted.source), 0, f"plan {wanted.task}", delay=2) as bar:
     for records in made(wanted, shards, list(zip(todo, paths, strict=True))):
       bar.count(records)
-  rejected = sum((_join(paths, field, folder) for field in _FIELDS), collections.Counter())
-  files.remove(kept)
-  return rejected
+      if enough():
+        break
+  return paths
 
 
 def _here(wanted: Wanted, shards: list[int], todo: list[tuple[Part, str]]) -> Iterator[int]:
@@ -116,11 +132,15 @@ def _here(wanted: Wanted, shards: list[int], todo: list[tuple[Part, str]]) -> It
 def _in_processes(wanted: Wanted, shards: list[int], todo: list[tuple[Part, str]]) -> Iterator[int]:
   """Measures and plans the parts, a process per core; yields the records of each."""
   count = min(os.cpu_count() or 1, len(todo))
+  todo = random.SystemRandom().sample(todo, len(todo))
   # Threads of the parent would not survive a fork.
   context = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(count, context, _begin, (wanted, shards)) as pool:
     try:
       yield from pool.map(_measured_part, todo)
+    except GeneratorExit:
+      pool.shutdown(cancel_futures=True)
+      raise
     except concurrent.futures.process.BrokenProcessPool:
       raise Stopped(f"a process that planned {wanted.task} was killed (out of memory?): start again") from None
 
@@ -137,10 +157,11 @@ def _begin(wanted: Wanted, shards: list[int]) -> None:
 def _measured_part(todo: tuple[Part, str]) -> int:
   part, path = todo
   wanted, shards = _given
-  with contextlib.suppress(Exception):  # none yet, or damaged
-    _read_part(path)
-    return part.stop - part.first
-  _write_part(wanted, shards, part, path, *wanted.sizes(part))
+  folder, file = os.path.split(path)
+  if not _is_whole(path):
+    with derived.alone([folder], file):
+      if not _is_whole(path):  # another machine may just have made it
+        _write_part(wanted, shards, part, path, *wanted.sizes(part))
   return part.stop - part.first
 
 
@@ -168,9 +189,13 @@ def _write_part(
     np.savez(file, **arrays)
 
 
-def _read_part(path: str) -> dict[str, np.ndarray]:
-  with np.load(path) as arrays:
-    return {name: arrays[name] for name in (*_FIELDS, "reasons", "counts")}
+def _is_whole(path: str) -> bool:
+  """Whether the file of a part is there and undamaged."""
+  try:
+    with np.load(path) as arrays:
+      return all(len(arrays[name]) >= 0 for name in (*_FIELDS, "reasons", "counts"))
+  except Exception:  # damage to a zip file raises many types
+    return False
 
 
 def _join(paths: list[str], field: str, folder: str) -> collections.Counter:

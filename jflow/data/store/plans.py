@@ -30,6 +30,7 @@ from jflow.errors import UserError
 
 # To be raised when packing.py plans other rows.
 _VERSION = 1
+_PARTS = ".parts"  # of the folder of finished parts, behind the plan's name
 
 
 class MappedPlan(Plan):
@@ -106,9 +107,21 @@ def planned(
     make = _plan_at_once
   found = _read(folders, file, len(source))
   if found is None:
+    if make is _plan_groups and len(source) > parts.MOST_AT_ONCE:
+      _help(wanted, folders, file)
     with derived.alone(folders, file) as path:
       found = _read(folders, file, len(source)) or make(wanted, path, folders)
+      if path:
+        shutil.rmtree(path + _PARTS, ignore_errors=True)
   return found
+
+
+def _help(wanted: Wanted, folders: list[str], file: str) -> None:
+  """Plans parts beside all other machines that want the plan, in the first folder that can be written."""
+  for folder in folders:
+    with contextlib.suppress(OSError):  # told where the plan is written
+      groups.make_parts(wanted, os.path.join(folder, file + _PARTS), lambda: derived.find(folders, file))
+      return
 
 
 def _plan_at_once(wanted: Wanted, path: str | None, folders: list[str]) -> Planned:
@@ -130,7 +143,7 @@ def _plan_groups(wanted: Wanted, path: str | None, folders: list[str]) -> Planne
   large = records > parts.MOST_AT_ONCE
 
   def write(temporary: str) -> Planned:
-    rejected = groups.write(wanted, temporary, path + ".parts" if path and large else None)
+    rejected = groups.write(wanted, temporary, path + _PARTS if path and large else None)
     plan = _map(temporary)
     return Planned(plan, records, packing.tokens(plan), rejected, np.load(os.path.join(temporary, "groups.npy")))
 
