@@ -82,6 +82,14 @@ class Pipeline:
   def _read_in_blocks(self) -> None:
     """Orders the rows of all sources by `order.Blocks`."""
     window, lanes = self._config.block_window, self._config.block_lanes
+    places = range(self._batch_size) if self._share is None else self._share
+    own = len({place * lanes // self._batch_size for place in places})
+    held = own * (window + 1) * sum(rows.cached_group_bytes for rows in self.sources()) / 2**30
+    if held > self._config.cache_gib:
+      self.notes.append(
+        f"data.cache_gib={self._config.cache_gib:g} should be {held:.0f} or more: a host reads {own} of "
+        f"data.block_lanes={lanes}, and shards that do not fit come again for every record"
+      )
     step_plan = mixture.StepPlan(self._mixture, self._batch_size, 1, ())
     for task, (listed, interleave) in enumerate(zip(self._rows, self._interleaves, strict=True)):
       for source, rows in enumerate(listed):

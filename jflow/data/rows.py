@@ -104,6 +104,13 @@ class Rows:
       raise TypeError("the rows are not planned by groups")
     self._order = order.Blocks(groups, self.plan.rows, self._seed, TASKS.index(self.task), window, lanes, lane_of)
 
+  @property
+  def cached_group_bytes(self) -> float:
+    """The mean size of the shards of a group, where they lie in a cache of the host; 0 elsewhere."""
+    if not getattr(self._source, "cache", None) or self.planned.groups is None:
+      return 0.0
+    return sum(self._source.shard_bytes) / max(len(self.planned.groups), 1)
+
   @functools.cached_property
   def most_images(self) -> int:
     """The most images that a row holds, by its plan."""

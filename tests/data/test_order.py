@@ -148,3 +148,23 @@ def test_in_blocks_a_row_holds_records_of_one_group(expected):
     for _, _, pieces in step:
       assert len({piece.record // 16 for piece in pieces}) == 1
   assert expected[0] != pipeline(order="global").pieces(0)
+
+
+class Cached(Named):
+  """Records in shards of 10 that come to a cache, 1 GiB each."""
+
+  cache = True
+
+  def __init__(self, task):
+    super().__init__(task)
+    self.shard_lengths = [10] * (len(self) // 10)
+    self.shard_bytes = [2**30] * len(self.shard_lengths)
+
+
+@pytest.mark.parametrize("hosts, least", [(1, 4), (2, 2), (4, 1)])
+def test_a_cache_that_is_too_small_for_the_lanes_of_a_host_is_told(monkeypatch, hosts, least):
+  """Three sources, groups of one shard, two of them mixed and one more at hand, in each of a host's lanes."""
+  monkeypatch.setattr(sources, "open_source", lambda spec, task, config: Cached(task))
+  share = np.arange(BATCH).reshape(hosts, -1)[0]
+  told = lambda gib: [line for line in pipeline(share, cache_gib=gib).notes if "data.cache_gib" in line]
+  assert not told(least * 9.0) and f"should be {least * 9}" in told(least * 9.0 - 0.1)[0]

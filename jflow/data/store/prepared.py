@@ -165,6 +165,7 @@ class PreparedSource:
     fingerprint: hash of its records.
     outline_paths: files of the outlines, one per shard.
     shard_lengths: records of each shard.
+    shard_bytes: its size.
   """
 
   def __init__(self, directory: str, task: str, cache: Cache | None = None):
@@ -186,7 +187,8 @@ class PreparedSource:
         f"{directory} holds {summary['task']} records and is listed in data.sources.{task}: "
         f"prepare the source again with --task={task}"
       )
-    lengths = self.shard_lengths = summary["shard_lengths"]
+    lengths, self.shard_bytes = summary["shard_lengths"], summary["shard_bytes"]
+    self.shard_lengths = lengths
     names = [shard_name(task, i, len(lengths)) for i in range(len(lengths))]
     outlines = [outline_name(i, len(lengths)) for i in range(len(lengths))]
     self.outline_paths = [stores.join(directory, name) for name in outlines]
