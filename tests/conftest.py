@@ -26,6 +26,7 @@ FAST = {
   "data/mixture",
   "data/order",
   "data/packing",
+  "data/store/beam",
   "data/store/cache",
   "data/store/prepare_stores",
   "data/tokenizer",

@@ -78,7 +78,10 @@ afterwards
 On many machines with a shared disk or a store, a Slurm array or an indexed job runs the command with --part=K/N, once per machine:
   python -m jflow prepare --format=webdataset --input=tars --output=data/paint --task=generation \\
     --part=$((SLURM_ARRAY_TASK_ID + 1))/$SLURM_ARRAY_TASK_COUNT
-and at the end once with --merge in its place. The records, their order and the fingerprint are those of one machine."""
+and at the end once with --merge in its place; or Apache Beam spreads the parts, on Dataflow, Flink, Spark or here:
+  python -m jflow prepare --format=webdataset --input=gs://BUCKET/tars --output=gs://BUCKET/paint --task=generation \\
+    --beam='--runner=DataflowRunner --project=... --region=... --temp_location=gs://BUCKET/tmp'
+The records, their order and the fingerprint are those of one machine."""
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -115,6 +118,8 @@ def _import(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     )
   if arguments.part and arguments.merge:
     raise UserError("--part and --merge are two commands: first every part, then --merge without --part")
+  if arguments.beam is not None and (arguments.part or arguments.merge):
+    raise UserError("--beam spreads the parts itself: leave out --part and --merge")
   options = {name: value for name, value in vars(arguments).items() if value is not None}
   options |= {name: tuple(options[name]) for name in ("keep", "filter", "against") if name in options}
   options["input"] = _whole_name("".join(arguments.input))
@@ -200,6 +205,13 @@ def _parser() -> argparse.ArgumentParser:
   )
   add.add_argument(
     "--merge", action="store_true", help="make the output of all shares, as one machine would have made it"
+  )
+  add.add_argument(
+    "--beam",
+    nargs="?",
+    const="",
+    metavar="FLAGS",
+    help="import on Apache Beam in place of processes, by its own flags: --beam='--runner=FlinkRunner ...'",
   )
   add = parser.add_argument_group("filters: records that do not pass are dropped").add_argument
   add("--min_size", type=whole(1), metavar="PIXELS", help="of the shorter side of each image, at least")

@@ -33,6 +33,7 @@ def import_part(
   task: str,
   filters: Filters,
   count: Callable[[int], None],
+  here: str = "",
 ) -> dict[str, Any]:
   """Writes one part's shard, then its report, whose presence means that the shard is complete.
 
@@ -43,11 +44,12 @@ def import_part(
     task: "understanding", "generation" or "text".
     filters: which records are wanted.
     count: is called with the work of each item.
+    here: stem of the files while they are made, with the same name in another folder; empty: the usual one.
 
   Returns:
     The report, counts and hashes.
   """
-  here = local(stem)
+  here = here or local(stem)
   suffixes = (*SUFFIXES, SIGNATURES) if filters.rule else SUFFIXES
   paths = [here + suffix for suffix in suffixes]
   clear(paths)
@@ -90,7 +92,7 @@ def import_part(
     "first_rejected": first,
   }
   report = write_report(here + ".json", report, paths)
-  send(stem, (*suffixes, ".json"))
+  send(here, stem, (*suffixes, ".json"))
   return report
 
 

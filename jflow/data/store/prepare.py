@@ -27,6 +27,7 @@ from jflow.data import importers
 from jflow.data.filters import Filters
 from jflow.data.importers import Importer
 from jflow.data.processes import end_with_parent
+from jflow.data.store import beam as beam_lib
 from jflow.data.store import machines, prepared, repeats, scratch
 from jflow.data.store.finish import finish
 from jflow.data.store.part import import_part
@@ -50,6 +51,7 @@ def prepare(
   processes: int = 1,
   part: tuple[int, int] | None = None,
   merge: bool = False,
+  beam: str | None = None,
   **options: Any,
 ) -> dict[str, Any]:
   """Writes a prepared data set and returns its summary.
@@ -65,6 +67,7 @@ def prepare(
     processes: processes that read and check.
     part: (K, N) of `--part`: does only the K-th of N machines' share, 1 <= K <= N, which `merge` joins with the others.
     merge: joins the shares of all N machines in place of importing.
+    beam: flags of Apache Beam, which imports the parts in place of processes; None: it does not.
     options: the other fields of `importers.Options` that the format reads.
 
   Returns:
@@ -78,6 +81,8 @@ def prepare(
     raise UserError(f"--task={task} is unknown: use one of {', '.join(TASKS)}")
   importers.check_flags(format, options)
   filters.check()
+  if beam is not None:
+    beam_lib.check(beam)
   options = importers.Options(input=input, task=task, **options)
   importer = importers.open_importer(format, options)
   need_text_name("--output", output)
@@ -107,7 +112,7 @@ def prepare(
       if merge:
         reports = machines.reports(stems, shares)
       else:
-        reports = _run(importer, parts, stems, own, task, filters, processes)
+        reports = _run(importer, parts, stems, own, task, filters, processes, beam)
       summary = _summary(job, reports, importer.left_out)
       if part:
         return summary
@@ -144,6 +149,7 @@ def _run(
   task: str,
   filters: Filters,
   processes: int,
+  beam: str | None,
 ) -> list[dict[str, Any]]:
   """Imports the missing parts of `own`, to files named by `stems`; returns the reports of those parts, in order."""
   reports: dict[int, Any] = dict.fromkeys(own)
@@ -153,6 +159,12 @@ def _run(
   with concurrent.futures.ThreadPoolExecutor(max(1, processes)) as pool:
     reports |= zip(there, pool.map(read_report, [stems[index] + ".json" for index in there]))
   todo = [index for index, report in reports.items() if report is None]
+  if beam is not None and todo:
+    beam_lib.run(importer, parts, stems, todo, task, filters, beam)
+    reports |= {index: read_report(stems[index] + ".json") for index in todo}
+    if (lost := next((index for index in todo if reports[index] is None), None)) is not None:
+      raise UserError(f"{stems[lost]} was made by Beam and is not here: its workers must share the disk, or a store")
+    return list(reports.values())
   work = {index: importer.work(parts[index]) for index in own}
   with Progress(sum(work.values()), sum(work.values()) - sum(work[i] for i in todo)) as progress:
     if min(processes, len(todo)) <= 1:

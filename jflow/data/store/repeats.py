@@ -114,7 +114,7 @@ def _without(task: tuple[str, str, dict[str, Any], np.ndarray, dict[str, int]]) 
     "filtered": dict(collections.Counter(report["filtered"]) + collections.Counter(counts)),
   }
   report = write_report(here + ".json", report, paths)
-  scratch.send(target, (*SUFFIXES, SIGNATURES, ".json"))
+  scratch.send(here, target, (*SUFFIXES, SIGNATURES, ".json"))
   return report
 
 

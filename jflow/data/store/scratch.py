@@ -25,18 +25,22 @@ def local(path: str) -> str:
   return os.path.join(here, name)
 
 
-def send(stem: str, suffixes: Sequence[str]) -> None:
-  """Sends the files of one stem to its store, the last of them last, and removes those of this machine.
+def send(here: str, stem: str, suffixes: Sequence[str]) -> None:
+  """Moves the files of one stem to where they belong, here or in a store, the last of them last.
 
   Raises:
     OSError: the store answers no more.
   """
-  if stores.is_address(stem):
-    for suffix in suffixes:
-      upload(local(stem) + suffix, stem + suffix)
-    for suffix in suffixes:
-      with contextlib.suppress(FileNotFoundError):
-        os.unlink(local(stem) + suffix)
+  if here == stem:
+    return
+  for suffix in suffixes:
+    if stores.is_address(stem):
+      upload(here + suffix, stem + suffix)
+    else:
+      os.replace(here + suffix, stem + suffix)
+  for suffix in suffixes:
+    with contextlib.suppress(FileNotFoundError):
+      os.unlink(here + suffix)
 
 
 def fetched(stem: str, suffixes: Sequence[str]) -> str:
