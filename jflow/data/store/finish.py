@@ -60,6 +60,8 @@ def finish(
     shards.write_checksums(whole, checksums)
     files.write_json(os.path.join(whole, prepared.SUMMARY), summary)
     if stores.is_address(output):
+      for name in {*stores.listed(output)}.difference(os.listdir(whole)):  # of an end that was killed, on another input
+        stores.remove(stores.join(output, name))
       stores.each(lambda source: uploads.copy(source, stores.join(output, names[source])), list(names))
       for name in sorted({*os.listdir(whole)}.difference(names.values()), key=lambda name: name == prepared.SUMMARY):
         uploads.upload(os.path.join(whole, name), stores.join(output, name))

@@ -36,7 +36,7 @@ from jflow.errors import Stopped, Terminated, UserError, need_text_name
 from jflow.progress import Progress
 
 # The files of an output.
-_OURS = re.compile(r"jflow_|outlines-|features\.json|dataset_info\.json|sha256sums\.txt|rejected\.jsonl")
+_OURS = re.compile(r"jflow_|outlines-|signatures-|features\.json|dataset_info\.json|sha256sums\.txt|rejected\.jsonl")
 _done: Any = None  # in a worker: work and records done by all of them, and whether to stop
 _job: Any = None  # in a worker: the importer, the task and the filters
 

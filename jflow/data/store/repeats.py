@@ -104,6 +104,7 @@ def _without(task: tuple[str, str, dict[str, Any], np.ndarray, dict[str, int]]) 
   reader.close()
   shutil.copyfile(source + SUFFIXES[2], paths[2])
   save_signatures(paths[3], _read(source + SIGNATURES)[keep])
+  scratch.forget(stem, (*SUFFIXES, SIGNATURES))
   report = {
     **report,
     "records": writer.records,

@@ -43,6 +43,14 @@ def send(here: str, stem: str, suffixes: Sequence[str]) -> None:
       os.unlink(here + suffix)
 
 
+def forget(stem: str, suffixes: Sequence[str]) -> None:
+  """Removes the copies on this machine of files that lie in a store; files that lie here alone stay."""
+  if stores.is_address(stem):
+    for suffix in suffixes:
+      with contextlib.suppress(FileNotFoundError):
+        os.unlink(local(stem) + suffix)
+
+
 def fetched(stem: str, suffixes: Sequence[str]) -> str:
   """The stem of files on this machine, copied from their store if they lie there."""
   if stores.is_address(stem):

@@ -14,6 +14,7 @@ from preparing import chat, image, make_folder, run, write_lines, write_tar
 from refusals import refused
 
 from jflow import stores
+from jflow.data.filters import Filters
 from jflow.data.store import prepare, scratch
 
 
@@ -142,17 +143,19 @@ def test_an_output_in_a_store_is_that_of_a_folder(server, tmp_path):
 @pytest.mark.parametrize("moment", ["part-00002.array_record", "part-00002.json", "summary.json"])
 def test_an_import_whose_store_is_lost_goes_on(server, tmp_path, moment):
   folder = make_folder(tmp_path / "in")
-  _, here = run(folder, part_records=3)
+  options = dict(part_records=3, filters=Filters(duplicates="exact"))
+  _, here = run(folder, **options)
   address = f"{server.address}/bucket/out"
   server.always[moment] = "503"
   if moment == "summary.json":
     server.always = {"out/summary.json": "503"}
   with refused(moment, "go on"):
-    run(folder, output=address, part_records=3)
+    run(folder, output=address, **options)
   assert not [name for name in server.files if name.endswith("out/summary.json")]
   server.always.clear()
   server.asked.clear()
-  run(folder, output=address, part_records=3)
+  server.files["bucket/out/outlines-00000-of-00009.jsonl.gz"] = b"of an input with more parts"
+  run(folder, output=address, **options)
   assert in_store(server, "bucket/out/") == contents(here)
   assert not [path for method, path in server.asked if method == "PUT" and "part-00001" in path]
 
