@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from jflow.data.records import Record, RecordError
+from jflow.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,19 +85,19 @@ class Importer(Protocol):
 
 
 def make_item(where: str, read: Callable[[], tuple[Record, dict[str, Any]]], work: int = 1) -> Item:
-  """Returns the item of one record; any fault costs only this record.
+  """Returns the item of one record; any fault of its own costs only this record.
 
   Args:
     where: for messages.
-    read: returns the record and its metadata, or raises `RecordError`. Other exceptions, except for the machine's own
-      failures, become the reason "malformed", with the class and the place.
+    read: returns the record and its metadata, or raises `RecordError`. Other exceptions, except for failures of
+      the machine or of a store, become the reason "malformed", with the class and the place.
     work: see `Item`.
   """
   try:
     return Item(where, *read(), work)
   except RecordError as error:
     return Item(where, error, {}, work)
-  except (OSError, MemoryError):
+  except (OSError, MemoryError, UserError):
     raise
   except Exception as error:
     place = traceback.extract_tb(error.__traceback__)[-1]

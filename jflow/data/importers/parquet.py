@@ -195,7 +195,7 @@ def _cells(table: Any, group: int, name: str, rows: int) -> Iterator[Any]:
       yield from map(_value, batch.column(name))
     broken = RecordError("corrupt", f'"{name}" ends before the row group does')
   except Exception as error:  # pyarrow raises many types on damaged pages
-    if getattr(error, "errno", None):  # the disk, not the data
+    if isinstance(error, UserError) or getattr(error, "errno", None):  # the disk or the store, not the data
       raise
     broken = RecordError("corrupt", f'the rest of "{name}" in the row group cannot be read ({type(error).__name__})')
   while True:

@@ -17,6 +17,7 @@ from jflow.strict_json import Malformed
 
 CHECKSUMS = "sha256sums.txt"  # of a folder's files, for copies of it
 _OPEN = 64  # shards of a store that a process holds open at most
+_OF_A_PROCESS = ("_lock", "_renewing", "_open", "_checked")
 _TOUCHED = 30  # seconds between two notes that a copy is in use
 
 
@@ -116,12 +117,12 @@ class _Cached:
     self._begin()
 
   def _begin(self) -> None:
-    self._lock = threading.Lock()
+    self._lock, self._renewing = threading.Lock(), threading.Lock()
     self._open: OrderedDict[int, tuple[Any, float]] = OrderedDict()  # shard -> its reader, last note of its use
     self._checked: set[int] = set()  # shards of which an entry was damaged
 
   def __getstate__(self) -> dict[str, Any]:
-    return {name: value for name, value in vars(self).items() if name not in ("_lock", "_open", "_checked")}
+    return {name: value for name, value in vars(self).items() if name not in _OF_A_PROCESS}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     vars(self).update(state)
@@ -143,7 +144,7 @@ class _Cached:
     try:
       return reader.read([place])[0]
     except Exception:  # damage: of the copy or of the file itself
-      if not self._renewed(shard):
+      if not self._renewed(shard, reader):
         raise
     return self._reader(shard).read([place])[0]
 
@@ -174,14 +175,18 @@ class _Cached:
         self._open.popitem(last=False)
     return reader
 
-  def _renewed(self, shard: int) -> bool:
-    """Whether the copy of a shard with a damaged entry was not that of the store, and is fetched again."""
-    with self._lock:
-      if shard in self._checked:
-        return False
+  def _renewed(self, shard: int, reader: Any) -> bool:
+    """Whether the copy that a reader found damaged was not that of the store, and another is fetched in its place.
+
+    Threads that have met the same damage wait for the first of them.
+    """
+    with self._renewing:
+      if shard not in self._checked and self._cache.drop_damaged(self._remotes[shard]):
+        with self._lock:
+          self._open.pop(shard, None)
       self._checked.add(shard)
-      self._open.pop(shard, None)
-    return self._cache.drop_damaged(self._remotes[shard])
+      with self._lock:
+        return self._open.get(shard, (None,))[0] is not reader
 
 
 def _open_reader(path: str) -> Any:

@@ -207,3 +207,11 @@ def test_a_table_is_read_by_its_columns_and_not_whole(server, tmp_path):
   assert summary["accepted"] == 8
   gets = [path for method, path in server.asked if method == "GET"]
   assert len(gets) * stores.BLOCK < len(buffer.getvalue())
+
+
+def test_a_picture_that_a_store_does_not_give_ends_the_import(server, tmp_path):
+  """Access that was lost is no fault of the record."""
+  address = server.put(make_folder(tmp_path / "in"), "bucket/in")
+  server.always["pictures/7.png"] = "403"
+  with refused("pictures/7.png"):
+    prepare.prepare("llava-jsonl", str(tmp_path / "out"), "understanding", address, max_rejected_share=1.0)
