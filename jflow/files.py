@@ -164,6 +164,14 @@ def remove(path: str | pathlib.Path) -> None:
     pathlib.Path(path).unlink(missing_ok=True)
 
 
+def link(source: str, target: str) -> None:
+  """Links a file to a second name, or copies it where the file system has no links."""
+  try:
+    os.link(source, target)
+  except OSError:
+    shutil.copyfile(source, target)
+
+
 def set_aside(path: str | pathlib.Path, word: str) -> pathlib.Path:
   """Renames a file or folder to NAME.WORD, or NAME.WORD-2 and so on, and returns the new name."""
   aside = _free(pathlib.Path(path), word)

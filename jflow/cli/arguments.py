@@ -84,6 +84,14 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], list]:
   return read
 
 
+def share(text: str) -> tuple[int, int]:
+  """The share K/N of one machine of many, with 1 <= K <= N."""
+  found = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
+  if not found or not 1 <= int(found[1]) <= int(found[2]):
+    raise argparse.ArgumentTypeError(f"must be K/N with 1 <= K <= N, as 3/16, got {text!r}")
+  return int(found[1]), int(found[2])
+
+
 def _within(found: Any, text: str, least: float | None, most: float) -> Any:
   if least is not None and found < least:
     raise argparse.ArgumentTypeError(f"{_short(text)} must be at least {least:g}")

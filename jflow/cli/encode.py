@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 
-from jflow.cli.arguments import SEED, Parser, whole
+from jflow.cli.arguments import SEED, Parser, share, whole
 from jflow.errors import UserError
 from jflow.generation.base import FAMILIES, Stored
 
@@ -19,7 +19,8 @@ examples
 They lie beside the records, in INPUT/{name}-SIZE: per picture {about}
 and the one square that was cut out, which training then uses in every epoch. A run refuses {name}
 of another encoder, another size or other records. A run of this command that was killed goes on where it
-stopped. All devices of this machine share the work, in float32."""
+stopped. All devices of this machine share the work, in float32; many machines with one disk do it by --part=K/N on each,
+and --merge after: the {name} are those of one machine."""
 
 
 def kinds() -> dict[str, Stored]:
@@ -60,7 +61,16 @@ def main(argv: list[str]) -> int:
     default=os.cpu_count() or 1,
     help="that read and decode (default: one per core)",
   )
+  add(
+    "--part",
+    type=share,
+    metavar="K/N",
+    help="do the share of machine K of N, from 1; all see the same disk, and any may go on again",
+  )
+  add("--merge", action="store_true", help="join the shares of all machines")
   args = parser.parse_args(argv)
+  if args.part and args.merge:
+    raise UserError("--part and --merge are two commands: first every part, then --merge without --part")
   for name in ("batch_size", "threads"):
     if getattr(args, name) < 1:
       raise UserError(f"--{name}={getattr(args, name)} should be at least 1")
@@ -70,8 +80,14 @@ def main(argv: list[str]) -> int:
   from jflow.training.encode import make
 
   vae = getattr(args, "vae", None)
-  header = make(kind.name, args.checkpoint, args.input, vae, args.weights, args.batch_size, args.seed, args.threads)
+  numbers = args.batch_size, args.seed, args.threads
+  header = make(kind.name, args.checkpoint, args.input, vae, args.weights, *numbers, args.part, args.merge)
   lost = f"; without: {header['rejected']}" if header["rejected"] else ""
+  if args.part:
+    machine, count = args.part
+    print(f"share {machine} of {count} of the {kind.name} is done{lost}")
+    print("next: when all are, the same command with --merge in place of --part", file=sys.stderr)
+    return 0
   where = stored.folder(kind, args.input, header["image_size"])
   print(f"{kind.name} of {sum(header['shard_lengths']):,} pictures in {where}{lost}")
   print("next: train with --config.data.stored=True", file=sys.stderr)

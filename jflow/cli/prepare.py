@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import os
-import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from jflow.batch import TASKS
 from jflow.cli import encode
-from jflow.cli.arguments import SEED, Parser, number, whole
+from jflow.cli.arguments import SEED, Parser, number, share, whole
 from jflow.data import importers
 from jflow.data.duplicates import KINDS
 from jflow.data.filters import AESTHETIC, Filters
@@ -158,14 +157,6 @@ def _terminate(*_: Any) -> None:
   raise Terminated
 
 
-def _part(text: str) -> tuple[int, int]:
-  """K/N with 1 <= K <= N."""
-  found = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
-  if not found or not 1 <= int(found[1]) <= int(found[2]):
-    raise argparse.ArgumentTypeError(f"must be K/N with 1 <= K <= N, as 3/16, got {text!r}")
-  return int(found[1]), int(found[2])
-
-
 def _parser() -> argparse.ArgumentParser:
   parser = Parser(
     prog="python -m jflow prepare",
@@ -201,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   add = parser.add_argument_group("many machines that share a disk: the command with --part on each, then with --merge")
   add.add_argument(
-    "--part", type=_part, metavar="K/N", help="do the share of machine K of N, from 1; any may go on again"
+    "--part", type=share, metavar="K/N", help="do the share of machine K of N, from 1; any may go on again"
   )
   add.add_argument(
     "--merge", action="store_true", help="make the output of all shares, as one machine would have made it"

@@ -77,7 +77,16 @@ def encoder(kind: Stored, params: Any, config: ModelConfig) -> Callable[[np.ndar
 
 
 def make(
-  name: str, checkpoint: str, directory: str, vae: str | None, weights: str, batch_size: int, seed: int, threads: int
+  name: str,
+  checkpoint: str,
+  directory: str,
+  vae: str | None,
+  weights: str,
+  batch_size: int,
+  seed: int,
+  threads: int,
+  part: tuple[int, int] | None = None,
+  merge: bool = False,
 ) -> dict[str, Any]:
   """Writes the encoded images of a prepared data set; see `stored.write`.
 
@@ -90,6 +99,7 @@ def make(
     batch_size: images at a time, at least.
     seed: of the squares.
     threads: that read and decode.
+    part, merge: see `stored.write`.
 
   Raises:
     UserError: the checkpoint has no such encoder; see also `stored.write`.
@@ -114,4 +124,6 @@ def make(
     -(-batch_size // devices) * devices,
     seed,
     threads,
+    part,
+    merge,
   )

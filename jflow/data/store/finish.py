@@ -54,7 +54,7 @@ def finish(
   with tempfile.TemporaryDirectory() if stores.is_address(output) else _empty(partial) as whole:
     for source, name in names.items():
       path = os.path.join(whole, name)
-      open(path, "wb").close() if stores.is_address(output) else _link(source, path)  # TFDS looks for it
+      open(path, "wb").close() if stores.is_address(output) else files.link(source, path)  # TFDS looks for it
     _join([stem + SUFFIXES[2] for stem, report in zip(stems, reports) if report["rejected"]], whole)
     prepared.write_metadata(whole, task, summary["shard_lengths"], summary["bytes"])
     shards.write_checksums(whole, checksums)
@@ -78,14 +78,6 @@ def _empty(partial: str) -> Iterator[str]:
   files.remove(whole)
   os.mkdir(whole)
   yield whole
-
-
-def _link(source: str, target: str) -> None:
-  """Links a file to a second name, or copies it where the file system has no links."""
-  try:
-    os.link(source, target)
-  except OSError:
-    shutil.copyfile(source, target)
 
 
 def _join(paths: Sequence[str], directory: str) -> None:

@@ -13,9 +13,10 @@ training/encode.py runs the encoder.
 import collections
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ import numpy as np
 from jflow import files, stores
 from jflow.data import images
 from jflow.data.records import RecordError
-from jflow.data.store import prepared, shards
+from jflow.data.store import machines, prepared, shards
 from jflow.data.store.partial import clear, open_partial, read_report, write_report
 from jflow.errors import Stopped, UserError
 from jflow.generation.base import Stored
@@ -132,10 +133,13 @@ def write(
   batch_size: int,
   seed: int,
   threads: int,
+  part: tuple[int, int] | None = None,
+  merge: bool = False,
 ) -> dict[str, Any]:
   """Writes the encoded images of a prepared data set, and returns the contents of their header.
 
-  Shards that a killed run has finished are kept; the folder appears once all are complete.
+  Shards that a killed run has finished are kept; the folder appears once all are complete. The shares of many machines
+  lie in folders of their own until then (machines.py).
 
   Args:
     kind: what the arrays are.
@@ -147,9 +151,12 @@ def write(
     batch_size: images per call of `encode`.
     seed: of the squares.
     threads: that read and decode.
+    part: (K, N) of `--part`: does only the K-th of N machines' share of the shards.
+    merge: joins the shares of all machines in place of encoding.
 
   Raises:
-    UserError: the directory is not such a data set, has such arrays already, or cannot be written.
+    UserError: the directory is not such a data set, has such arrays already, or cannot be written, or a share that
+      `merge` needs is missing, unfinished or of another encoder or data set.
   """
   if stores.is_address(directory):
     raise UserError(
@@ -172,12 +179,19 @@ def write(
     "seed": seed,
     "shard_lengths": lengths,
   }
-  partial = output + ".partial"
-  with open_partial(partial, header, "--input"):
+  shares = machines.shares(output, header, len(lengths)) if merge else []
+  partial = output + (machines.suffix(*part) if part else ".partial")
+  own = range(part[0] - 1, len(lengths), part[1]) if part else range(len(lengths))
+  with open_partial(partial, {**header, "machines": part[1]} if part else header, "--input"):
     try:
-      reports = _write_shards(kind, source, partial, header, encode, batch_size, threads)
+      if merge:
+        reports = _joined(kind, partial, header, shares)
+      else:
+        reports = _write_shards(kind, source, partial, header, own, encode, batch_size, threads)
       header["shard_bytes"] = [report["bytes"] for report in reports]
       header["rejected"] = dict(sum((collections.Counter(r["rejected"]) for r in reports), collections.Counter()))
+      if part:
+        return header
       shards.write_checksums(partial, {name: one["sha256"] for r in reports for name, one in r["files"].items()})
       files.write_json(os.path.join(partial, _header_name(kind)), header)
       files.publish(partial, output)
@@ -190,7 +204,20 @@ def write(
   for name in os.listdir(output):
     if name not in (_header_name(kind), shards.CHECKSUMS) and not name.endswith(".array_record"):
       os.unlink(os.path.join(output, name))
+  for share in shares:
+    files.remove(share)
   return header
+
+
+def _joined(kind: Stored, partial: str, header: dict[str, Any], shares: Sequence[str]) -> list[dict[str, Any]]:
+  """Links the shards of all machines into one folder; returns their reports, in order."""
+  names = [_shard(kind, number, header) for number in range(len(header["shard_lengths"]))]
+  paths = [os.path.join(shares[number % len(shares)], name) for number, name in enumerate(names)]
+  reports = machines.reports(paths, shares)
+  for path, name in zip(paths, names):
+    clear([os.path.join(partial, name)])
+    files.link(path, os.path.join(partial, name))
+  return reports
 
 
 def _write_shards(
@@ -198,20 +225,23 @@ def _write_shards(
   source: prepared.PreparedSource,
   partial: str,
   header: dict[str, Any],
+  own: Sequence[int],
   encode: Callable[[np.ndarray], np.ndarray],
   batch_size: int,
   threads: int,
 ) -> list[dict[str, Any]]:
-  """Writes the missing shards, each with its report; returns the reports of all shards."""
+  """Writes the missing shards of `own`, each with its report; returns the reports of these shards."""
   from array_record.python import array_record_module
 
-  lengths, first, reports = header["shard_lengths"], 0, []
+  lengths, reports = header["shard_lengths"], []
+  begins = [0, *itertools.accumulate(lengths)]
   read = lambda index: _picture(source, index, header["image_size"], header["seed"])
   with (
-    Progress(sum(lengths), 0, kind.name, "images") as bar,
+    Progress(sum(lengths[number] for number in own), 0, kind.name, "images") as bar,
     concurrent.futures.ThreadPoolExecutor(threads) as pool,
   ):
-    for number, length in enumerate(lengths):
+    for number in own:
+      length, first = lengths[number], begins[number]
       path = os.path.join(partial, _shard(kind, number, header))
       report = read_report(path + ".json")
       if report is None:
@@ -226,7 +256,6 @@ def _write_shards(
       else:
         bar.count(length)
       reports.append(report)
-      first += length
   return reports
 
 

@@ -51,8 +51,8 @@ def fingerprint() -> str:
   return encoding.fingerprint(LATENTS, tiny.params()["vae"], tiny.CONFIG)
 
 
-def write(directory, encoder=encode, **changes):
-  arguments = dict(encoder=fingerprint(), batch_size=4, seed=7, threads=2) | changes
+def write(directory, encoder=encode, encoder_name="", **changes):
+  arguments = dict(encoder=encoder_name or fingerprint(), batch_size=4, seed=7, threads=2) | changes
   return stored.write(LATENTS, str(directory), 16, MOMENTS, encode=lambda x: encoder()(x), **arguments)
 
 
@@ -403,6 +403,31 @@ def test_a_model_that_writes_in_another_way_names_its_own_flag(data, monkeypatch
   monkeypatch.setattr(encoding, "read_checkpoint", lambda *_, **__: types.SimpleNamespace(config=model, params={}))
   with refused(f"--{other}", f"--{name}"):
     encoding.make(name, "somewhere", data, None, "ema", 1, 0, 1)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_shares_joined_are_what_one_machine_makes(data, count):
+  folder = stored.folder(LATENTS, data, 16)
+  whole = write(data)
+  here = {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()}
+  shutil.rmtree(folder)
+  with refused("--part=K/N"):
+    write(data, merge=True)
+  for machine in range(count, 1, -1):
+    write(data, part=(machine, count))
+  with refused(f"--part=1/{count}"):
+    write(data, merge=True)
+  write(data, part=(1, count))
+  with refused("encoder", f"--part=1/{count}"):
+    write(data, encoder_name="another", merge=True)
+  shard = f"{folder}.machine-00001-of-{count:05d}/latents-00000-of-00004.array_record"
+  os.rename(shard, shard + ".lost")
+  with refused("latents-00000", f"--part=1/{count}"):
+    write(data, merge=True)
+  os.rename(shard + ".lost", shard)
+  assert write(data, merge=True) == whole
+  assert {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()} == here
+  assert not list(pathlib.Path(data).glob("*.machine-*"))
 
 
 def test_arrays_in_a_store_are_those_of_the_folder(data, tmp_path):
