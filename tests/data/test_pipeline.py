@@ -1,6 +1,7 @@
 """The pipeline: the batch of a step is a pure function of the step, whoever makes it."""
 
 import collections
+import io
 import pathlib
 import re
 import types
@@ -8,6 +9,7 @@ import types
 import numpy as np
 import pytest
 from data_config import data_config
+from PIL import Image
 from refusals import refused
 
 from jflow import batch as batch_lib
@@ -317,3 +319,23 @@ def test_a_type_without_a_source_leaves_the_mixture_and_it_is_said(opened):
   assert sum("is empty" in line for line in left.report()) == 2
   alone = _pipeline(sources={"generation": SOURCES["generation"]}, mixture=((0, (0, 1, 0)),))
   _same(left.batch(3), alone.batch(3))
+
+
+def test_pictures_to_read_change_only_where_the_config_says_so(opened, monkeypatch):
+  """Those to write and all else of a batch stay, whatever `data.decode` is."""
+  soft = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)).resize((70, 50))
+  buffer = io.BytesIO()
+  soft.save(buffer, "JPEG", quality=95)
+  number = Numbers.__getitem__
+  monkeypatch.setattr(
+    Numbers,
+    "__getitem__",
+    lambda self, i: number(self, i)._replace(images=self.task != "text" and (buffer.getvalue(),) or ()),
+  )
+  exact, scaled = (Pipeline(_config(decode=decode), TOKENIZER, SHAPE, 10, 0).batch(0) for decode in ("exact", "scaled"))
+  read = exact.image_kind == batch_lib.READ
+  assert (exact.images[read] != scaled.images[read]).any() and (
+    exact.images[read][0] == images.for_understanding(buffer.getvalue(), 6)
+  ).all()
+  for name, one, two in zip(exact._fields, exact, scaled, strict=True):
+    np.testing.assert_array_equal(one[~read] if name == "images" else one, two[~read] if name == "images" else two)
