@@ -18,7 +18,7 @@ python=${JFLOW_VENV:-.venv}/bin/python
 # Its resize alone is used, which needs PyTorch; with its requirements it would bring torchvision too.
 [ "${JFLOW_PARITY:-0}" = 1 ] && "$python" -m pip install --quiet --no-deps "clean-fid==0.1.35"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-$([ -n "${JFLOW_ACCELERATOR:-}" ] || echo cpu)}
-others="process"
+others="process and not kill and not soak"
 [ "$*" != --all ] || { others="process or kill or soak"; set --; }
 [ $# = 0 ] || exec "$python" -m pytest "$@"
 cores=$(nproc)

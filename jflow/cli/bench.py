@@ -7,7 +7,7 @@ import pathlib
 import sys
 from collections.abc import Callable
 
-from jflow.cli.arguments import Parser, whole
+from jflow.cli.arguments import Parser, number, whole
 from jflow.cli.flags import add_model, add_settings, check_json, settings_of
 from jflow.outputs import write_json
 
@@ -124,7 +124,8 @@ examples
   python -m jflow bench data --hosts=16                         # what each of 16 hosts reads in the two orders
 
 ratio is the pipeline's CPU seconds per picture over those of the loop; below 1 where the pipeline decodes large
-JPEGs at a fraction. accelerators_fed says how many, at 53,000 tokens a second each, the cores of a host feed. Tokens a second of a training run over rows_per_cpu_second x row_tokens are the cores that feed it."""
+JPEGs at a fraction. accelerators_fed says how many, at 53,000 tokens a second each, the cores of a host feed. Tokens
+a second of a training run over rows_per_cpu_second x row_tokens are the cores that feed it."""
   add = p.add_argument
   add("--config", metavar="FILE[:SIZE]", default="stage2", help="row and picture sizes (default %(default)s, 384)")
   add(
@@ -159,9 +160,9 @@ JPEGs at a fraction. accelerators_fed says how many, at 53,000 tokens a second e
     default=0,
     help="count for so many hosts, on --plan records of each type (4,000,000)",
   )
-  add("--rows", type=whole(most=2**20), default=512, help="of a batch (default %(default)s)")
-  add("--steps", type=whole(most=10**6), default=300, help="that are counted (default %(default)s)")
-  add("--cache_gib", type=float, default=100.0, help="of shards that a host keeps (default %(default)s)")
+  add("--rows", type=whole(1, 2**20), default=512, help="of a batch (default %(default)s)")
+  add("--steps", type=whole(1, 10**6), default=300, help="that are counted (default %(default)s)")
+  add("--cache_gib", type=number(0), default=100.0, help="of shards that a host keeps (default %(default)s)")
 
 
 # Workload -> (its flags, its help); it is in jflow/perf/WORKLOAD.py, whose settings have the names of the flags.

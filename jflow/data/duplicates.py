@@ -1,8 +1,7 @@
 """Records that say the same as an earlier one, found by their signatures (signatures.py).
 
 Candidates come of tables of parts of the signatures, each sorted once, so that no pair of all is compared; whether two
-are near is then decided by the whole signatures. Memory is that of one table, 16 bytes a record, beside the signatures,
-which may be memory maps.
+are near is then decided by the whole signatures. Beside these, memory is that of one table, some 100 bytes a record.
 """
 
 import itertools

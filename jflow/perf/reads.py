@@ -71,7 +71,7 @@ class Simulated:
     self, number: int, records: int, config: DataConfig, shape: RowShape, seed: int, drawn: int
   ) -> tuple[packing.Plan, Order]:
     blocks = config.order == "blocks"
-    copies = max(1, records // (drawn // config.block_records * config.block_records))
+    copies = max(1, records // (max(1, drawn // config.block_records) * config.block_records))
     wanted = Drawn.of(TASKS[number], records // copies, shape, config.block_records if blocks else 0)
     folder = os.path.join(self._folder.name, TASKS[number])
     os.mkdir(folder)

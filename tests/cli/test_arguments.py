@@ -38,6 +38,7 @@ COMMANDS = {
   f"bench generate {CHECKPOINT}": (("repeats", "steps", "batch_size", "prompt_tokens"), ("guidance",)),
   f"bench understand {CHECKPOINT}": (("repeats", "batch_size", "new_tokens", "question_tokens"), ()),
   f"bench data {TINY}": (("pictures", "repeats", "threads", "workers", "plan"), ()),
+  f"bench data {TINY} --plan=9": (("hosts", "rows", "steps", "group_records"), ("cache_gib",)),
   f"compile {TINY} --topology=v5e:2x2": (("rows_per_device",), ("effort",)),
   f"serve {CHECKPOINT}": (("port", "slots", "context", "batch", "queue", "max_body"), ("timeout",)),
   f"demo {CHECKPOINT}": (("port", "slots", "context", "batch", "queue", "max_upload"), ("timeout",)),
@@ -69,6 +70,8 @@ def test_pictures_and_tokens_in_numbers_that_no_machine_holds(capsys):
   assert "--num_images" in refused(capsys, generate, f"--num_images={10**9}")
   assert "--interval" in refused(capsys, generate, "--interval", "nan", "1")
   assert "--rows" in refused(capsys, f"bench train {TINY}", f"--rows={10**9}")
+  for flag in ("--rows=0", "--steps=0", "--cache_gib=-1"):
+    assert flag in refused(capsys, f"bench data {TINY} --hosts=2", flag)
   assert "train.batch_size" in refused(capsys, f"compile {TINY} --topology=v5e:2x2", f"--rows_per_device={10**8}")
 
 

@@ -156,12 +156,11 @@ def _run(
   there = _begun(stems, own)
   if there:  # hashing each takes a while
     print(f"jflow: checking {len(there):,} of {len(own):,} parts, which are there already", file=sys.stderr, flush=True)
-  with concurrent.futures.ThreadPoolExecutor(max(1, processes)) as pool:
-    reports |= zip(there, pool.map(read_report, [stems[index] + ".json" for index in there]))
+  reports |= _read_reports(stems, there, processes)
   todo = [index for index, report in reports.items() if report is None]
   if beam is not None and todo:
     beam_lib.run(importer, parts, stems, todo, task, filters, beam)
-    reports |= {index: read_report(stems[index] + ".json") for index in todo}
+    reports |= _read_reports(stems, todo, processes)
     if (lost := next((index for index in todo if reports[index] is None), None)) is not None:
       raise UserError(f"{stems[lost]} was made by Beam and is not here: its workers must share the disk, or a store")
     return list(reports.values())
@@ -195,6 +194,12 @@ def _run(
         pool.shutdown(wait=False, cancel_futures=True)
         raise
   return list(reports.values())
+
+
+def _read_reports(stems: Sequence[str], indices: Sequence[int], processes: int) -> dict[int, Any]:
+  """The reports of parts, many at a time; None of one that is missing or damaged."""
+  with concurrent.futures.ThreadPoolExecutor(max(1, processes)) as pool:
+    return dict(zip(indices, pool.map(read_report, [stems[index] + ".json" for index in indices])))
 
 
 def _begun(stems: Sequence[str], own: Sequence[int]) -> list[int]:

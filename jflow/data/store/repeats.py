@@ -58,16 +58,16 @@ def dropped(
   """
   rule = filters.rule
   assert rule is not None
-  earlier = [_read(path) for directory in filters.against or () for path in _signed(directory)]
-  signed = [_read(stem + SIGNATURES) for stem in stems]
-  known = np.concatenate([np.empty(0, DTYPE), *earlier, *signed])
+  earlier = [file for directory in filters.against or () for file in _signed(directory)]
+  signed = [(stem + SIGNATURES, report["records"]) for stem, report in zip(stems, reports, strict=True)]
+  known = _joined([*earlier, *signed])
   repeated = duplicates.found(known, rule)
-  begin, tasks = sum(map(len, earlier)), {}
+  begin, tasks = sum(count for _, count in earlier), {}
   new_stems, new_reports = list(stems), list(reports)
-  for index, own in enumerate(signed):
-    first = repeated[begin : begin + len(own)]
-    same = known["content"][begin : begin + len(own)] == known["content"][first]
-    begin += len(own)
+  for index, (_, count) in enumerate(signed):
+    first = repeated[begin : begin + count]
+    same = known["content"][begin : begin + count] == known["content"][first]
+    begin += count
     if (first >= 0).any():
       new_stems[index] = stores.join(partial, f"kept-{index:05d}")
       counts = collections.Counter({"duplicate": int((same & (first >= 0)).sum())})
@@ -119,9 +119,23 @@ def _without(task: tuple[str, str, dict[str, Any], np.ndarray, dict[str, int]]) 
   return report
 
 
-def _signed(directory: str) -> list[str]:
-  count = len(prepared.read_summary(directory)["shard_lengths"])
-  return [stores.join(directory, prepared.signature_name(shard, count)) for shard in range(count)]
+def _signed(directory: str) -> list[tuple[str, int]]:
+  """The files of a data set's signatures, and how many each holds."""
+  lengths = prepared.read_summary(directory)["shard_lengths"]
+  names = [prepared.signature_name(shard, len(lengths)) for shard in range(len(lengths))]
+  return [(stores.join(directory, name), length) for name, length in zip(names, lengths)]
+
+
+def _joined(files: Sequence[tuple[str, int]]) -> np.ndarray:
+  """The signatures of files, each of so many, DTYPE[N]: held once, not beside those of each file."""
+  known, begin = np.empty(sum(count for _, count in files), DTYPE), 0
+  for path, count in files:
+    found = _read(path)
+    if len(found) != count:
+      raise UserError(f"{path} has {len(found):,} signatures, and must have {count:,}: prepare its data set again")
+    known[begin : begin + count] = found
+    begin += count
+  return known
 
 
 def _read(path: str) -> np.ndarray:
