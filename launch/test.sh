@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs all but those marked `kill` or `soak`: first those that start no process, one
-# of pytest's processes for each of up to four cores, then the others one by one.
+# Installs what the tests need and runs all but those marked `kill` or `soak`: on up to four cores, a file on each, and
+# those marked `alone` after them, one by one.
 #   launch/test.sh --all      also those marked `kill` or `soak`
 #   launch/test.sh ...        pytest with these arguments in its place: -m fast, the laws alone, in under three minutes
 #   JFLOW_COMPILE=1 also installs libtpu (213 MB), for the step compiled for a TPU (skipped without it)
@@ -18,11 +18,11 @@ python=${JFLOW_VENV:-.venv}/bin/python
 # Its resize alone is used, which needs PyTorch; with its requirements it would bring torchvision too.
 [ "${JFLOW_PARITY:-0}" = 1 ] && "$python" -m pip install --quiet --no-deps "clean-fid==0.1.35"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-$([ -n "${JFLOW_ACCELERATOR:-}" ] || echo cpu)}
-others="process and not kill and not soak"
-[ "$*" != --all ] || { others="process or kill or soak"; set --; }
+but=" and not kill and not soak"
+[ "$*" != --all ] || { but=; set --; }
 [ $# = 0 ] || exec "$python" -m pytest "$@"
 cores=$(nproc)
 status=0
-"$python" -m pytest -n $((cores < 4 ? cores : 4)) --dist loadfile -m "not process and not kill and not soak" || status=$?
-"$python" -m pytest -m "$others" || status=$?
+"$python" -m pytest -n $((cores < 4 ? cores : 4)) --dist loadfile -m "not alone$but" || status=$?
+"$python" -m pytest -m "alone$but" || status=$?
 exit "$status"

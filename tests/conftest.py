@@ -93,6 +93,18 @@ PROCESS = {
   "training/workdir",
 }
 
+# Files whose tests wait for what must happen within seconds, or time what they start. Their tests are `alone`.
+ALONE = {
+  "data/loaders",
+  "launch/launch",
+  "perf/bench_data",
+  "perf/bench_train",
+  "serving/under_load",
+  "training/distributed",
+  "training/hosts",
+  "training/train",
+  "training/workdir",
+}
 
 MAPS = 35_000  # memory maps of this process after which compiled programs are dropped
 
@@ -148,7 +160,7 @@ def _fast_tests_start_no_process(request: pytest.FixtureRequest, monkeypatch: py
 
 
 def _file(name: str) -> pathlib.Path:
-  """The file of a name in FAST or PROCESS."""
+  """The file of a name in FAST, PROCESS or ALONE."""
   folder, _, stem = name.rpartition("/")
   return TESTS / folder / f"test_{stem}.py"
 
@@ -166,7 +178,7 @@ def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   """Puts tests into their lanes; skips those marked `gpu` where jax has none."""
-  gone = sorted(name for name in FAST | PROCESS if not _file(name).exists())
+  gone = sorted(name for name in FAST | PROCESS | ALONE if not _file(name).exists())
   if gone:
     raise pytest.UsageError(f"tests/conftest.py names files that are not there: {', '.join(gone)}")
   for item in items:
@@ -176,6 +188,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
       item.add_marker("fast")
     elif module in PROCESS:
       item.add_marker("process")
+    if module in ALONE:
+      item.add_marker("alone")
   marked = [item for item in items if item.get_closest_marker("gpu")]
   if marked:
     import jax
