@@ -121,6 +121,7 @@ class Pipeline:
           "latents": rows.stored.fingerprint if rows.stored else "",  # of codes too: the name is as old as the files
         }
         | ({"rule": rows.rule} if rows.rule else {})
+        | ({"groups": rows.grouping} if rows.grouping else {})
         for rows, weight in zip(listed, weights, strict=True)
       ]
       for task, listed, weights in zip(TASKS, self._rows, self._weights, strict=True)

@@ -15,7 +15,7 @@ from jflow.data import examples, held_out, images, order, packing, sources
 from jflow.data.examples import Sample
 from jflow.data.mixture import seed_of_part
 from jflow.data.records import RecordError, Source
-from jflow.data.store import plans
+from jflow.data.store import groups, plans
 from jflow.data.store.stored import StoredImages
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
@@ -91,6 +91,7 @@ class Rows:
     self.stored = StoredImages(family.stored, source, shape.image_size, shape.stored) if ahead else None
     self._divided = config.validation > 0
     self.rule = held_out.VERSION if self._divided else 0  # by which records are held out; 0: none are
+    self.grouping = 0 if self.planned.groups is None else groups.VERSION  # by which rows are planned; 0: all at once
     if not self.plan.rows and side == held_out.TRAINING:
       raise UserError(
         f"{name}: none of the {len(source):,} {task} records fits a row of {shape.tokens:,} tokens "
@@ -99,10 +100,10 @@ class Rows:
 
   def read_in_blocks(self, window: int, lanes: int, lane_of: Callable[[np.ndarray], np.ndarray]) -> None:
     """Takes the order of `order.Blocks` with these arguments; the rows must be planned by `data.block_records`."""
-    groups = self.planned.groups
-    if groups is None:
+    begins = self.planned.groups
+    if begins is None:
       raise TypeError("the rows are not planned by groups")
-    self._order = order.Blocks(groups, self.plan.rows, self._seed, TASKS.index(self.task), window, lanes, lane_of)
+    self._order = order.Blocks(begins, self.plan.rows, self._seed, TASKS.index(self.task), window, lanes, lane_of)
 
   @property
   def cached_group_bytes(self) -> float:

@@ -1,7 +1,9 @@
 """The record of a run's data, by content: WORKDIR/data.json, with a copy in each checkpoint's manifest.
 
-Per task a list of sources in their order: records, fingerprint, weight, the precomputed latents, and with data.validation
-the version of the rule that holds records out (`held_out.VERSION`). Together they determine the batches. Paths are not part of it: a data set may be moved or copied.
+Per task a list of sources in their order: records, fingerprint, weight, the precomputed latents, with data.validation
+the version of the rule that holds records out (`held_out.VERSION`), and that of the groups of shards where rows are
+planned by them (`groups.VERSION`). Together they determine the batches. Paths are not part of it: a data set may be
+moved or copied.
 """
 
 import hashlib
@@ -121,9 +123,18 @@ def _rules(data: Data) -> set[int]:
   return {source.get("rule", 0) for sources in data.values() for source in sources}
 
 
+def _key(source: dict[str, Any]) -> list[Any]:
+  return [source[name] for name in _CONTENT]
+
+
+def _groups(sources: list[dict[str, Any]]) -> list[tuple[int, int]]:
+  """The sources that are planned by groups of shards: place and version of groups.py."""
+  return [(place, source["groups"]) for place, source in enumerate(sources) if source.get("groups")]
+
+
 def digest(data: Data) -> str:
   """Returns a hash of the data's content; the names of sources do not count."""
-  content = {task: [[source[name] for name in _CONTENT] for source in sources] for task, sources in data.items()}
+  content = {task: [_key(source) + _groups([source]) for source in sources] for task, sources in data.items()}
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -132,11 +143,13 @@ def differences(before: Data, now: Data) -> list[str]:
   out = []
   for task in sorted(set(before) | set(now)):
     old, new = before.get(task, []), now.get(task, [])
-    key = lambda source: json.dumps([source[name] for name in _CONTENT])
+    key = lambda source: json.dumps(_key(source))
     field = f"data.sources.{task}"
     if [*map(key, old)] == [*map(key, new)]:
       if _rules({task: old}) - {0} and _rules({task: old}) != _rules({task: new}):
         out.append(f"{field} has records held out by another rule (data.validation) than the run has begun with")
+      if _groups(old) != _groups(new):
+        out.append(f"{field} has rows planned in other groups of shards than the run has begun with: its plan is lost")
       continue
     if sorted(map(key, old)) == sorted(map(key, new)):
       out.append(f"{field} lists its sources in another order")

@@ -131,6 +131,20 @@ def test_a_rule_that_holds_out_other_records_is_told(run, sets, capsys):
     data_record.check(run, now, "")
 
 
+def test_rows_that_are_planned_in_another_way_are_other_data(run, sets):
+  """A plan of many records that is lost is made by groups now; neither another start nor another process may mix them."""
+  now = identity(fields_of(sets))
+  grouped = now | {"generation": [now["generation"][0] | {"groups": 1}]}
+  assert data_record.digest(grouped) != data_record.digest(now)
+  for before, after in ((now, grouped), (grouped, now)):
+    data_record.write(run, before)
+    data_record.check(run, before, "")
+    with refused(PAINT, "planned"):
+      data_record.check(run, after, "")
+  blocks = identity([*fields_of(sets), "--config.data.order=blocks"])
+  assert all(source["groups"] for sources in blocks.values() for source in sources)
+
+
 def test_workers_and_threads_and_shares_do_not_count(sets):
   fields = fields_of(sets)
   assert identity([*fields, "--config.data.workers=3", "--config.data.threads=5"]) == identity(fields)
