@@ -32,6 +32,8 @@ VERSION = 1
 # The order among records of one size. A run's own seed shuffles the rows, not the plan, which all runs share.
 _SEED = 0
 _FIELDS = (*Plan._fields, "groups")
+_Given = tuple[np.ndarray, collections.Counter]  # lengths of a part, and the counts of records left out
+_Work = tuple[Part, str, _Given | None]  # a part, its file, and its lengths where they are known
 
 
 class Wanted(NamedTuple):
@@ -111,33 +113,36 @@ def make_parts(wanted: Wanted, kept: str, enough: Callable[[], object] = lambda:
   todo = parts.parts(shards, most)
   os.makedirs(kept, exist_ok=True)
   paths = [os.path.join(kept, f"{i:05d}-of-{len(todo):05d}.npz") for i in range(len(todo))]
-  made = _in_processes if len(wanted.source) > parts.MOST_AT_ONCE else _here
+  given: list[_Given | None] = [None] * len(todo)
+  if len(wanted.source) <= parts.MOST_AT_ONCE:
+    sizes, rejected = wanted.sizes()
+    given = [(sizes[part.first : part.stop], collections.Counter()) for part in todo]
+    given[:1] = [(sizes, rejected) for sizes, _ in given[:1]]  # counted once
+  work = list(zip(todo, paths, given, strict=True))
+  made = _in_processes if len(todo) > 1 else _here
   with Progress(len(wanted.source), 0, f"plan {wanted.task}", delay=2) as bar:
-    for records in made(wanted, shards, list(zip(todo, paths, strict=True))):
+    for records in made(wanted, shards, work):
       bar.count(records)
       if enough():
         break
   return paths
 
 
-def _here(wanted: Wanted, shards: list[int], todo: list[tuple[Part, str]]) -> Iterator[int]:
-  """Plans the parts in this process, of lengths that are measured at once; yields the records of each."""
-  sizes, rejected = wanted.sizes()
-  for part, path in todo:
-    _write_part(wanted, shards, part, path, sizes[part.first : part.stop], rejected)
-    rejected = collections.Counter()  # counted once
-    yield part.stop - part.first
+def _here(wanted: Wanted, shards: list[int], work: list[_Work]) -> Iterator[int]:
+  """Makes the parts in this process; yields the records of each."""
+  for part in work:
+    yield _make_part(wanted, shards, *part)
 
 
-def _in_processes(wanted: Wanted, shards: list[int], todo: list[tuple[Part, str]]) -> Iterator[int]:
-  """Measures and plans the parts, a process per core; yields the records of each."""
-  count = min(os.cpu_count() or 1, len(todo))
-  todo = random.SystemRandom().sample(todo, len(todo))
+def _in_processes(wanted: Wanted, shards: list[int], work: list[_Work]) -> Iterator[int]:
+  """Makes the parts, a process per core; yields the records of each."""
+  count = min(os.cpu_count() or 1, len(work))
+  work = random.SystemRandom().sample(work, len(work))
   # Threads of the parent would not survive a fork.
   context = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(count, context, _begin, (wanted, shards)) as pool:
     try:
-      yield from pool.map(_measured_part, todo)
+      yield from pool.map(_make_given_part, work)
     except GeneratorExit:
       pool.shutdown(cancel_futures=True)
       raise
@@ -145,23 +150,26 @@ def _in_processes(wanted: Wanted, shards: list[int], todo: list[tuple[Part, str]
       raise Stopped(f"a process that planned {wanted.task} was killed (out of memory?): start again") from None
 
 
-_given: tuple[Wanted, list[int]]  # of a process of `_in_processes`
+_shared: tuple[Wanted, list[int]]  # of a process of `_in_processes`
 
 
 def _begin(wanted: Wanted, shards: list[int]) -> None:
-  global _given
+  global _shared
   end_with_parent()
-  _given = wanted, shards
+  _shared = wanted, shards
 
 
-def _measured_part(todo: tuple[Part, str]) -> int:
-  part, path = todo
-  wanted, shards = _given
+def _make_given_part(work: _Work) -> int:
+  return _make_part(*_shared, *work)
+
+
+def _make_part(wanted: Wanted, shards: list[int], part: Part, path: str, given: _Given | None) -> int:
+  """Plans a part, unless it is there, of lengths that are given or measured now; returns its records."""
   folder, file = os.path.split(path)
   if not _is_whole(path):
     with derived.alone([folder], file):
       if not _is_whole(path):  # another machine may just have made it
-        _write_part(wanted, shards, part, path, *wanted.sizes(part))
+        _write_part(wanted, shards, part, path, *(given or wanted.sizes(part)))
   return part.stop - part.first
 
 

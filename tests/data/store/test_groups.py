@@ -80,7 +80,7 @@ def test_a_large_source_is_planned_by_parts_in_processes(tmp_path, monkeypatch):
   made = []
   write_part = groups._write_part
   monkeypatch.setattr(groups, "_write_part", lambda *a: made.append(a[2]) or write_part(*a))
-  monkeypatch.setattr(groups, "_in_processes", _one_after_the_other)
+  monkeypatch.setattr(groups, "_in_processes", groups._here)
   wanted = groups.Wanted(
     WorldSource("generation", size=SIZE, seed=0), "generation", TOKENIZER, "plain", SHAPE, "", "", 0.0, "training", 0
   )
@@ -105,7 +105,7 @@ def test_several_machines_plan_the_parts_together(tmp_path, monkeypatch):
   monkeypatch.setattr(parts, "MOST_AT_ONCE", SIZE - 1)
   monkeypatch.setattr(parts, "PART_RECORDS", 25)
   monkeypatch.setattr(parts, "_RUN", 25)
-  monkeypatch.setattr(groups, "_in_processes", _one_after_the_other)
+  monkeypatch.setattr(groups, "_in_processes", groups._here)
   made = []
   write_part = groups._write_part
 
@@ -122,13 +122,14 @@ def test_several_machines_plan_the_parts_together(tmp_path, monkeypatch):
   assert [path.suffix for path in sorted(tmp_path.glob("plan-*"))] == [""]
 
 
-def _one_after_the_other(wanted, shards, todo):
-  groups._begin(wanted, shards)
-  yield from map(groups._measured_part, todo)
-
-
 def _killed(*_):
   raise KeyboardInterrupt
+
+
+def test_processes_plan_the_same_groups_of_lengths_that_were_measured_at_once(tmp_path, monkeypatch):
+  alone = planned(tmp_path / "alone", "understanding", 16)
+  monkeypatch.setattr(parts, "PART_RECORDS", 64)
+  same(planned(tmp_path / "shared", "understanding", 16), alone)
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x93NUMPY\x01\0", "other", "gone"])
@@ -147,7 +148,7 @@ def test_damaged_groups_are_made_again(tmp_path, damage):
 
 def test_both_sides_of_held_out_records_are_planned_by_groups(tmp_path, monkeypatch):
   monkeypatch.setattr(parts, "MOST_AT_ONCE", SIZE - 1)
-  monkeypatch.setattr(groups, "_in_processes", _one_after_the_other)
+  monkeypatch.setattr(groups, "_in_processes", groups._here)
   sides = [planned(tmp_path, validation=0.3, side=side) for side in ("training", "validation")]
   ids = [set(side.plan.record_ids.tolist()) for side in sides]
   assert not ids[0] & ids[1] and len(ids[0] | ids[1]) == SIZE and 20 < len(ids[1]) < 80
