@@ -21,7 +21,7 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-$([ -n "${JFLOW_ACCELERATOR:-}" ] || echo 
 but=" and not kill and not soak"
 [ "$*" != --all ] || { but=; set --; }
 [ $# = 0 ] || exec "$python" -m pytest "$@"
-cores=$(nproc)
+cores=$([ -n "${JFLOW_ACCELERATOR:-}" ] && echo 1 || nproc)  # one process has the accelerator
 status=0
 "$python" -m pytest -n $((cores < 4 ? cores : 4)) --dist loadfile -m "not alone$but" || status=$?
 "$python" -m pytest -m "alone$but" || status=$?

@@ -1,9 +1,8 @@
 """The cache of data derived from a source: its lengths and packing plans.
 
 Files are kept beside the records where that is a folder of this machine that can be written, else under
-`data.plan_cache`. A file's name is a
-hash of all that it depends on, so that it is never out of date. Files are written atomically; of several processes that
-need the same one, the first makes it and the others wait.
+`data.plan_cache`. A file's name is a hash of all that it depends on, so that it is never out of date. Files are written
+atomically; of several processes that need the same one, the first makes it and the others wait.
 """
 
 import collections

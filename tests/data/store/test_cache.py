@@ -6,6 +6,7 @@ import os
 import pathlib
 import pickle
 import random
+import time
 
 import loopback
 import numpy as np
@@ -118,6 +119,14 @@ def test_a_shard_that_was_changed_in_the_store_is_named(server, tmp_path):
   assert not [one for one in held(tmp_path / "cache") if shards_name(1) in one]
 
 
+class Slow(Cache):
+  """A cache in which other threads meet the damage that one of them has met."""
+
+  def drop_damaged(self, remote):
+    time.sleep(0.2)
+    return super().drop_damaged(remote)
+
+
 def test_a_damaged_copy_is_fetched_again_and_a_damaged_shard_costs_its_record(server, output, tmp_path):
   address, cache = f"{server.address}/bucket/set", Cache(str(tmp_path / "cache"), 2**30)
   assert records(address, cache) == read_back(output)
@@ -126,6 +135,10 @@ def test_a_damaged_copy_is_fetched_again_and_a_damaged_shard_costs_its_record(se
   data[400] ^= 1
   copy.write_bytes(data)
   assert records(address, cache) == read_back(output) and copy.read_bytes() != data
+  copy.write_bytes(data)
+  source, truth = PreparedSource(address, TASK, Slow(str(tmp_path / "cache"), 2**30)), read_back(output)[0]
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    assert all(pool.map(lambda _: source[0] == truth, range(4)))
   copy.write_bytes(data[:-1])
   assert records(address, cache) == read_back(output)
   # In the store itself, in a set without a list of hashes, as of earlier versions:
