@@ -65,8 +65,8 @@ def base(size: str, sizes: Mapping[str, Callable[[ConfigDict], None]] = SIZES) -
     # Patterns of matrices that Muon updates in place of AdamW, as ("language_model/layers",); all others then get
     # NAdamW. Not in the paper; tested at :shapes only.
     muon=(),
-    # (pattern, factor) pairs, as (("understanding_encoder", 0.1),): the rate of what a pattern names is so many times the
-    # learning rate; of all others it is the learning rate. Not in the paper.
+    # (pattern, factor) pairs, as (("understanding_encoder", 0.1),): the rate of what a pattern names is so many times
+    # the learning rate; of all others it is the learning rate. Not in the paper.
     rates=(),
     trained=(),  # patterns of parameter paths; every parameter must match one of the two lists
     frozen=(),
@@ -110,20 +110,22 @@ def base(size: str, sizes: Mapping[str, Callable[[ConfigDict], None]] = SIZES) -
       generation=(),
       text=(),
     ),
-    # (from step, rows understanding : generation : text); types without a source leave it. (): rows of each as there are.
+    # (from step, rows understanding : generation : text); types without a source leave it. (): rows of each as there
+    # are.
     mixture=((0, (50, 50, 0)),),
     caption_prompt="Generate the caption of this picture.",  # asks for a caption to read (paper section 4.2)
     first_sentence=0.25,  # share of captions cut to their first sentence for generation (paper section 4.2)
     prompt_drop=0.1,  # share of prompts dropped, so that guidance works (paper section 3.4)
     # The square of an image to write: "random" or "center" of its longer side; "pad": all of it with gray margins.
     crop="random",
-    # Of pictures to read: "exact", the release's pixels; "scaled": of large upright JPEGs half of them or fewer are decoded.
+    # Of pictures to read: "exact", the release's pixels; "scaled": of large upright JPEGs half of them or fewer are
+    # decoded.
     decode="exact",
     validation=0.0,  # share of records that are held out of training, by a hash of each
     validation_rows=64,  # rows of them that a loss is computed over, at most; few records are drawn several times
     stored=False,  # True: images to write come as `prepare --latents` (or --codes) has encoded and cropped them
-    # Rows in a random order over all shards ("global"), or "blocks": of groups of shards, so that a host reads few files
-    # at a time, each for as long as it needs it. Not in the paper.
+    # Rows in a random order over all shards ("global"), or "blocks": of groups of shards, so that a host reads few
+    # files at a time, each for as long as it needs it. Not in the paper.
     order="global",
     block_records=8192,  # "blocks": records of a group of shards at most, each of whose rows is of that group alone
     block_window=4,  # "blocks": groups of a lane whose rows are mixed

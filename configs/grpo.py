@@ -1,4 +1,6 @@
-"""Reinforcement learning of a trained model by Flow-GRPO: rewards of its own pictures (jflow/rl/README.md). Not in the paper.
+"""Reinforcement learning of a trained model by Flow-GRPO: rewards of its own pictures (jflow/rl/README.md).
+
+Not in the paper.
 
   jflow train --config=grpo --workdir=runs/grpo --config.train.init_from=runs/janusflow \\
     --config.data.tokenizer=runs/janusflow/tokenizer --config.rl.prompts=prompts.jsonl \\

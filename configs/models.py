@@ -2,8 +2,8 @@
 
 janusflow_384, janusflow_256: the paper's (paper section 4.1, appendix A; sizes of the release where it is silent).
 janus_1b, janus_pro_7b: Janus-1.3B, which Janus-Pro-1B equals in all sizes, and Janus-Pro-7B.
-tiny, janus_tiny: for tests. shapes, janus_shapes: learn the built-in world in minutes on two cores. quick, janus_quick: lone
-  large objects of it, at a third of the time per picture.
+tiny, janus_tiny: for tests. shapes, janus_shapes: learn the built-in world in minutes on two cores. quick, janus_quick:
+  lone large objects of it, at a third of the time per picture.
 mid: the paper's parts at a width where the parts' shares of the time on a CPU are those on an accelerator; for `bench`.
 """
 
@@ -261,8 +261,8 @@ def janus_tiny() -> dict:
 def janus_shapes() -> dict:
   """`shapes` with codes: 64 of 1,024 patches of 6 x 6 pixels.
 
-  The judge accepts 0.947 of all kinds of true pictures after this tokenizer, fitted to 1,500 of them (512 patches: 0.887;
-  without a tokenizer: 0.987).
+  The judge accepts 0.947 of all kinds of true pictures after this tokenizer, fitted to 1,500 of them (512 patches:
+  0.887; without a tokenizer: 0.987).
   """
   return shapes() | dict(
     generation=dict(kind="codes", hidden_dim=192, projector_layers=2),
@@ -275,8 +275,8 @@ def janus_shapes() -> dict:
 def janus_quick() -> dict:
   """`quick` with codes: 16 of 4,096 patches of 12 x 12 pixels.
 
-  The judge accepts 0.98 of 150 true pictures of a large object after this tokenizer, fitted to 6,000 of them (1,024 patches:
-  0.78; without a tokenizer: all).
+  The judge accepts 0.98 of 150 true pictures of a large object after this tokenizer, fitted to 6,000 of them (1,024
+  patches: 0.78; without a tokenizer: all).
   """
   codes = janus_shapes()
   return quick() | dict(

@@ -1,8 +1,8 @@
 """Stage 0, only for the built-in world: replaces the pretrained parts of the paper.
 
 Before the first step a codec in place of the VAE is fitted in closed form, and a small SigLIP to labels of its patches'
-contents and positions (jflow/world/siglip_fit.py). Then the small LLM is trained on text and, with the linear aligner, on
-captions and questions.
+contents and positions (jflow/world/siglip_fit.py). Then the small LLM is trained on text and, with the linear aligner,
+on captions and questions.
 
   jflow train --config=stage0:shapes --workdir=runs/stage0
 

@@ -1,9 +1,9 @@
 """Files in object stores, by their address: gs://, s3://, https://, hf:// and whatever else fsspec opens.
 
 Each request is tried again, after a wait that doubles, where it may succeed: no connection, no answer, an answer that
-is cut, 408, 425, 429 and all of 5xx. What is missing or forbidden is refused at once. A store that has never answered is
-given up after seconds, as a wrong name is likely; one that has, after minutes, each try told. Nothing is taken for whole
-before its size is right, and its hash where one is known.
+is cut, 408, 425, 429 and all of 5xx. What is missing or forbidden is refused at once. A store that has never answered
+is given up after seconds, as a wrong name is likely; one that has, after minutes, each try told. Nothing is taken for
+whole before its size is right, and its hash where one is known.
 """
 
 import base64
@@ -174,7 +174,8 @@ def size_of(file: BinaryIO) -> int:
 
 
 def listed(folder: str) -> dict[str, Stat]:
-  """The files below a folder of a store, those in folders inside it too, by their path from it; empty: there is none."""
+  """The files below a folder of a store, those in folders inside it too, by their path from it; empty: there is
+  none."""
   found, waiting = {}, [""]
   while waiting:
     below = waiting.pop()

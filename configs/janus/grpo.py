@@ -1,4 +1,6 @@
-"""Reinforcement learning of Janus or Janus-Pro: GRPO on the log-probabilities of codes (jflow/rl/README.md). Not in the papers.
+"""Reinforcement learning of Janus or Janus-Pro: GRPO on the log-probabilities of codes (jflow/rl/README.md).
+
+Not in the papers.
 
   jflow train --config=janus/grpo:pro-1b --workdir=runs/grpo --config.train.init_from=Janus-Pro-1B \\
     --config.data.tokenizer=Janus-Pro-1B --config.rl.prompts=prompts.jsonl \\

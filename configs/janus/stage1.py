@@ -6,8 +6,8 @@
     --config.data.sources.understanding="(('DIR', 1.0),)" --config.data.sources.generation="(('DIR', 1.0),)"
   jflow train --config=janus/stage1:tiny --workdir=runs/tiny1               # seconds, built-in data
 
-runs/parts: LLM and SigLIP of `convert --from=huggingface-parts` (../README.md); what a JanusFlow has between them is left
-out. The VQ, LlamaGen's VQ-16, is that of any published Janus.
+runs/parts: LLM and SigLIP of `convert --from=huggingface-parts` (../README.md); what a JanusFlow has between them is
+left out. The VQ, LlamaGen's VQ-16, is that of any published Janus.
 Data: captions of ShareGPT4V to read, ImageNet with class names as prompts to write, in equal parts; Pro writes three
 times as much and trains twice as long. Result: the papers give no numbers, and we have not run this size.
 """

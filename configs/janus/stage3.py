@@ -3,7 +3,8 @@
   jflow train --config=janus/stage3:pro-1b --workdir=runs/janus3 --config.train.init_from=runs/janus2 ...
   jflow train --config=janus/stage3:tiny --workdir=runs/tiny3               # seconds, built-in data
 
-Result: the papers' tables (GenEval 0.61 for Janus, 0.73 and 0.80 for Janus-Pro-1B and -7B); we have not run these sizes.
+Result: the papers' tables (GenEval 0.61 for Janus, 0.73 and 0.80 for Janus-Pro-1B and -7B); we have not run these
+sizes.
 """
 
 from configs.janus import recipe

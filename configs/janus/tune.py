@@ -6,7 +6,8 @@
 
 As for JanusFlow (../tune.py), which says how data, steps and the held-out records are chosen. Sizes: 1b (the default),
 pro-1b, pro-7b, each also as pro-1b-heads (aligners, gen_embed and gen_head whole) and pro-1b-full (all but the VQ, as
-stage 3). An adapter stands beside every matrix of the LLM's blocks, gen_aligner and gen_head. Nobody has run these sizes.
+stage 3). An adapter stands beside every matrix of the LLM's blocks, gen_aligner and gen_head. Nobody has run these
+sizes.
 """
 
 from configs import tune

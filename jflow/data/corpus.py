@@ -1,4 +1,5 @@
-"""Counts and samples of prepared data sets, and the page that shows them: what is in a corpus, and what was left out."""
+"""Counts and samples of prepared data sets, and the page that shows them: what is in a corpus, and what was left
+out."""
 
 import contextlib
 import html

@@ -29,7 +29,7 @@ class Rule(NamedTuple):
 
 
 def found(known: np.ndarray, rule: Rule) -> np.ndarray:
-  """Returns int64[N]: for each signature the place of the earlier one that it repeats, which is kept; -1: it is kept too.
+  """Returns int64[N]: for each signature the place of the earlier one that it repeats, which is kept; -1: none.
 
   Args:
     known: DTYPE[N], in order of precedence.

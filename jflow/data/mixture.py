@@ -306,7 +306,8 @@ class Interleave:
 
 
 class Lanes(NamedTuple):
-  """A map from row numbers of a source to the lanes of the batch that draw them, of `lanes` with as many places each."""
+  """A map from row numbers of a source to the lanes of the batch that draw them, of `lanes` with as many places
+  each."""
 
   step_plan: StepPlan
   interleave: Interleave

@@ -157,7 +157,8 @@ class Tokenizer:
       )
 
   def reading(self) -> str:
-    """Returns a hash of what the ids mean: vocabulary, special tokens, and the ids of a text, in any form of the files."""
+    """Returns a hash of what the ids mean: vocabulary, special tokens, and the ids of a text, in any form of the
+    files."""
     special = [getattr(self, attribute) for attribute in SPECIAL_TOKENS | SPEAKERS]
     vocabulary = sorted(self._tokenizer.get_vocab(with_added_tokens=True).items())
     told = json.dumps([vocabulary, special, self.encode(_PROBE)])

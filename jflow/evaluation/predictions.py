@@ -81,7 +81,8 @@ def round_trips(
   batch_size: int,
   done: Callable[[int], None],
 ) -> None:
-  """Encodes and decodes images as the model's way to write them does and records {"key", "file"} of each; arguments as in `generate`."""
+  """Encodes and decodes images as the model's way to write them does and records {"key", "file"} of each; arguments as
+  in `generate`."""
   side = model.model.config.image_size
   for at in range(0, len(trips), batch_size):
     group = trips[at : at + batch_size]

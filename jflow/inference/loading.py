@@ -96,7 +96,7 @@ def described(
   template: str | None = None,
   adapter: str | pathlib.Path | None = None,
 ) -> Described:
-  """A checkpoint with its tokenizer and the template of its turns, whose weights, not yet read, have the adapter merged.
+  """A checkpoint with its tokenizer and template, whose weights, not yet read, have the adapter merged.
 
   Arguments and errors as of `load`.
   """

@@ -24,7 +24,7 @@ def check_name(name: str) -> str:
 
 
 def files_of(directory: pathlib.Path) -> list[str]:
-  """The names, below a published or packed model or an adapter, of the files to publish: weights, configuration, tokenizer.
+  """The names of the files to publish below a model or an adapter: weights, configuration, tokenizer.
 
   Raises:
     UserError: it is another folder, holds a pickle, or its files do not fit each other.

@@ -18,7 +18,8 @@ SHARD = 4096  # records, as `prepare` writes them
 
 
 class Shards(NamedTuple):
-  """The records of a prepared data set by number alone, in shards of equal size; as much of a `Source` as plans need."""
+  """The records of a prepared data set by number alone, in shards of equal size; as much of a `Source` as plans
+  need."""
 
   records: int
 
@@ -56,7 +57,7 @@ class Drawn(groups.Wanted):
 
 
 def measure(records: int, shape: RowShape, group_records: int) -> dict[str, Any]:
-  """Plans realistic lengths of each task as `train` would; returns CPU seconds, fill, and the most memory of all processes.
+  """Plans realistic lengths of each task as `train` would; returns CPU seconds, fill, and the peak memory.
 
   Args:
     records: of each task.

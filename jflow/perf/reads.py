@@ -93,7 +93,8 @@ class Simulated:
     return self._step_plan.counts(step)
 
   def shards(self, start: int, stop: int, hosts: int) -> Iterator[Reads]:
-    """Yields the reads of the steps [start, stop) in pieces, for a number of hosts that have equal shares of a batch."""
+    """Yields the reads of the steps [start, stop) in pieces, for a number of hosts that have equal shares of a
+    batch."""
     for first in range(start, stop, _CHUNK):
       yield self._reads(range(first, min(first + _CHUNK, stop)), hosts)
 
@@ -188,8 +189,9 @@ def count(
 
   Returns:
     Per step and host: `records` and their `record_bytes`, different `shards`, `requests` (shards that the cache had to
-    fetch) and `fetched_bytes`; `cache_bytes`, the most that a host kept; of the batch of all hosts, `shards_of_step` and
-    the share of those that the step before has read, `of_the_step_before`: among many shards next to 0 in a global shuffle.
+    fetch) and `fetched_bytes`; `cache_bytes`, the most that a host kept; of the batch of all hosts, `shards_of_step`
+    and the share of those that the step before has read, `of_the_step_before`: among many shards next to 0 in a global
+    shuffle.
   """
   run, caches = Simulated(config, records, shape, batch_size, 0), Hosts(hosts, cache_bytes)
   fetched = moved = shards = again = 0

@@ -42,7 +42,8 @@ class Batches:
     self._waiting.extend((job, i) for i in range(job.work.count))
 
   def next(self, most: int) -> Batch:
-    """Takes a batch whose programs are compiled now, else at most `most` images of the model and settings of the first."""
+    """Takes a batch whose programs are compiled now, else at most `most` images of the model and settings of the
+    first."""
     if batch := self._compiled():
       self.aside.remove(batch)
       return batch

@@ -143,7 +143,7 @@ class Engine:
         self._coming -= 1
 
   def submit(self, work: Request | Pictures, model: str = "") -> Job:
-    """Queues work of a model and returns its job, to be used as a context manager; call it on the event loop that awaits it.
+    """Queues work of a model and returns its job, a context manager; call it on the event loop that awaits it.
 
     Raises:
       ApiError: see `check_room`.
@@ -288,7 +288,8 @@ class Engine:
         job.emit(Tokens(ids, None))
 
   def _make_room(self) -> None:
-    """Makes the batch of each model's conversations, with room for all slots, so that none lacks memory at a request."""
+    """Makes the batch of each model's conversations, with room for all slots, so that none lacks memory at a
+    request."""
     self._decoders.clear()  # their memory is needed
     self._decoders |= {name: Decoder(each, self.slots, self.context) for name, each in self.pipelines.items()}
 

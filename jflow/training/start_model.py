@@ -26,8 +26,8 @@ def model_of(config: RunConfig, given: Collection[str], workdir: pathlib.Path) -
 
   A run that has begun keeps its own, even if the checkpoint has changed or gone. Kept from the config: fields that the
   command line sets, the context, the reader and the objectives, and generation and autoencoder where the checkpoint
-  writes images in another way. A line on stderr says that the sizes are the checkpoint's, and names the fields in which the
-  command line departs from it.
+  writes images in another way. A line on stderr says that the sizes are the checkpoint's, and names the fields in which
+  the command line departs from it.
 
   Args:
     config: of the run; its model may still be plain values.
@@ -35,8 +35,9 @@ def model_of(config: RunConfig, given: Collection[str], workdir: pathlib.Path) -
     workdir: of the run.
 
   Raises:
-    UserError: a checkpoint, or its config.json, cannot be read; the model is no sections of fields; the checkpoint writes
-      images in another way, and the config names none of the parts that are then dropped, fresh, or from elsewhere.
+    UserError: a checkpoint, or its config.json, cannot be read; the model is no sections of fields; the checkpoint
+      writes images in another way, and the config names none of the parts that are then dropped, fresh, or from
+      elsewhere.
   """
   model, taken_over, departs = dict(config.model), False, []
   for section in PARTS:

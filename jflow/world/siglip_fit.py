@@ -1,8 +1,8 @@
 """A small SigLIP for the world, fitted to labels of patches, in place of a pretrained one.
 
-SigLIP is pretrained on billions of pairs of pictures and texts (paper section 3.2). From the few pictures of a small run
-the sigmoid loss learns colors but not shapes. So the loss here is supervised: each patch predicts its object's shape
-and color, and its own row and column, without which the features lose positions.
+SigLIP is pretrained on billions of pairs of pictures and texts (paper section 3.2). From the few pictures of a small
+run the sigmoid loss learns colors but not shapes. So the loss here is supervised: each patch predicts its object's
+shape and color, and its own row and column, without which the features lose positions.
 
 The world's training scenes lack some pairs of shape and color, and shapes learned from them do not transfer to these.
 So some objects are recolored with colors that have no name in the world. Labels of color are given for the other

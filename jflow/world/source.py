@@ -1,4 +1,4 @@
-"""The data source of the world: unlimited pictures with exact captions and questions, so that all of jflow runs offline.
+"""The data source of the world: unlimited pictures with exact captions and questions, for runs without a network.
 
 Pictures show one to four colored shapes on gray, in GenEval's terms: a class is a shape. `scenes` renders them,
 `questions` asks about them; this file describes them and makes them a source of records. Some pairs of shape and color,

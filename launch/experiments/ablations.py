@@ -4,12 +4,12 @@
   python launch/experiments/ablations.py runs/ablations --letters=FA      # some of them; the others stay as they are
   python launch/experiments/ablations.py runs/ablations --report          # from what is there, trained to the end or not
 
-FOLDER gets stage0 and stage1 (trained once, unless --start names a stage 1), a workdir for each letter, its scores under
-scores/, and results.json, table.md, losses.png, pictures.png. After a stop, the same command resumes. D and E take their
-share of F's steps (configs/ablation.py). With --slice the letters train in turns, F at most that many steps and the
-others the same share of theirs, so that all progress equally; the losses are those of an uninterrupted run. With
---jobs=2 two letters train at once, each on half of the cores, which is faster than one after the other; their output
-goes to FOLDER/LETTER.log. Other arguments (--config.FIELD=VALUE) go to the training of every letter.
+FOLDER gets stage0 and stage1 (trained once, unless --start names a stage 1), a workdir for each letter, its scores
+under scores/, and results.json, table.md, losses.png, pictures.png. After a stop, the same command resumes. D and E
+take their share of F's steps (configs/ablation.py). With --slice the letters train in turns, F at most that many steps
+and the others the same share of theirs, so that all progress equally; the losses are those of an uninterrupted run.
+With --jobs=2 two letters train at once, each on half of the cores, which is faster than one after the other; their
+output goes to FOLDER/LETTER.log. Other arguments (--config.FIELD=VALUE) go to the training of every letter.
 """
 
 import argparse

@@ -79,7 +79,8 @@ def write_table(name: pathlib.Path, config: str = CONFIG) -> int:
 
 
 def write_fits(name: pathlib.Path, config: str = CONFIG) -> int:
-  """Compiles the step of one GPU for every number of rows and choice of what is kept, as `write_table` does its rows."""
+  """Compiles the step of one GPU for every number of rows and choice of what is kept, as `write_table` does its
+  rows."""
   jobs = {}
   for remat, rows in FITS:
     fields = [f"--config.compute.remat={remat}"]
@@ -92,7 +93,7 @@ def write_fits(name: pathlib.Path, config: str = CONFIG) -> int:
 
 
 def _written(name: pathlib.Path, jobs: dict, key, place, table) -> int:
-  """Runs the jobs whose report is not yet in NAME.json, and writes NAME.json and NAME.md after each; 1 where one failed.
+  """Runs the jobs that NAME.json lacks, and writes NAME.json and NAME.md after each; returns 1 where one failed.
 
   Args:
     name: of the files, without their ending.
@@ -175,7 +176,8 @@ def markdown(reports: list[dict]) -> str:
 
 
 def fits(reports: list[dict]) -> str:
-  """The memory of a device and the time of its step, by what is kept and rows, as Markdown; attention's time included."""
+  """The memory of a device and the time of its step, by what is kept and rows, as Markdown; attention's time
+  included."""
   lines = [
     f"| remat | rows | GiB of a device | executed TFLOP | predicted ms of 4 rows | {' | '.join(f'fits {n}' for n in SIZES)} |",
     "| --- | ---: | ---: | ---: | ---: " + "| --- " * len(SIZES) + "|",

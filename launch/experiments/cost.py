@@ -1,4 +1,4 @@
-"""Draws what a run's scores on the built-in world cost: score against pictures painted in training, a line per category.
+"""Draws what a run's scores on the built-in world cost: against pictures painted in training, by category.
 
   python launch/experiments/cost.py runs/world/stage2 2500=scores/2500 5000=scores/5000 --records=120000 --rows=20713 \\
     --output=launch/experiments/results/cost

@@ -3,8 +3,8 @@
   python launch/experiments/grpo.py start=runs/stage3 rewarded=runs/grpo supervised=runs/more --curves=runs/grpo \\
     --output=launch/experiments/results/grpo.json --sheet=launch/experiments/pictures/grpo.png
 
-Each generates every pair of shape and color, seen and held out, by the ODE, from the same noise. strict and lenient are the
-judge's; diversity and `true` are the fields of metrics.jsonl.
+Each generates every pair of shape and color, seen and held out, by the ODE, from the same noise. strict and lenient are
+the judge's; diversity and `true` are the fields of metrics.jsonl.
 """
 
 import argparse

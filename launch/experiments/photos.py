@@ -3,8 +3,8 @@
   python launch/experiments/photos.py FOLDER       # a few minutes on 2 cores; needs scikit-image and scikit-learn
   python launch/experiments/photos.py FOLDER --base=quickstart/stage3         # by adapters of rank 8 beside that model
 
-With --base, a model of size `quick`, its other abilities are measured before and after: single objects of the built-in world
-and questions about them. --rehearsed mixes the world's records into the training.
+With --base, a model of size `quick`, its other abilities are measured before and after: single objects of the built-in
+world and questions about them. --rehearsed mixes the world's records into the training.
 
 FOLDER gets photos/ (JPEG and PNG of their own sizes and two LLaVA JSONL files), the data sets of `prepare`, the run,
 painted.png and result.json. Exits with 1 unless 9 of 10 pictures and answers are right.

@@ -3,9 +3,9 @@
   python launch/experiments/rehearsal.py --output=launch/experiments/results/rehearsal.json   # half an hour on one core
 
 The data sets are drawn (jflow/perf/reads.py), planned and ordered as `train` would; every host's cache of shards is
-counted, and the loader of one host runs on pictures of its own, so that its CPU seconds are real. Waits follow from them
-by a model: a host fetches one shard after the other, at most `ahead` steps before it needs it, and each step waits for the
-slowest host.
+counted, and the loader of one host runs on pictures of its own, so that its CPU seconds are real. Waits follow from
+them by a model: a host fetches one shard after the other, at most `ahead` steps before it needs it, and each step waits
+for the slowest host.
 """
 
 import argparse

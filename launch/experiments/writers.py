@@ -2,12 +2,13 @@
 
   python launch/experiments/writers.py FOLDER [--stage=3]     # after writers.sh FOLDER quick; minutes of one core
 
-FOLDER holds flow/stageN and codes/stageN. The guidance of each writer, and the temperature of codes, are chosen on pictures
-of seeds of their own; then 64 prompts are painted from 4 seeds each, and as many questions about new pictures are answered
-as about pairs that training never shows. A picture's cost is CPU seconds of one batch, the two writers in turn.
+FOLDER holds flow/stageN and codes/stageN. The guidance of each writer, and the temperature of codes, are chosen on
+pictures of seeds of their own; then 64 prompts are painted from 4 seeds each, and as many questions about new pictures
+are answered as about pairs that training never shows. A picture's cost is CPU seconds of one batch, the two writers in
+turn.
 
-Writes FOLDER/stageN.json, with 95 % intervals that count the pictures of a prompt as alike as they are, FOLDER/stageN.png, the
-same prompts by both, and FOLDER/curves.png.
+Writes FOLDER/stageN.json, with 95 % intervals that count the pictures of a prompt as alike as they are,
+FOLDER/stageN.png, the same prompts by both, and FOLDER/curves.png.
 """
 
 import argparse

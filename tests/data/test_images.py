@@ -533,7 +533,8 @@ def test_a_square_of_a_large_jpeg_is_that_of_the_whole_picture(orientation):
 
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_a_picture_to_read_may_be_decoded_at_a_fraction(orientation):
-  """Nearly the same pixels, and the very same where no fraction is decoded: turned, not a JPEG, or not twice as large."""
+  """Nearly the same pixels, and the very same where no fraction is decoded: turned, not a JPEG, or not twice as
+  large."""
   rng = np.random.default_rng(orientation)
   soft = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8)).resize((421, 307), Image.Resampling.BICUBIC)
   exif = Image.Exif()

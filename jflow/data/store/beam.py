@@ -1,8 +1,8 @@
 """An import on Apache Beam: the parts on its workers, joined as those of one machine are.
 
-Beam has the list of parts, spreads them over its workers and tries again what fails; each worker writes the files and the
-report of a part as a process of this machine would. Workers may do a part twice, at the same time too: files are made in a
-folder of the attempt and moved or sent when they are whole, and both attempts write the same bytes.
+Beam has the list of parts, spreads them over its workers and tries again what fails; each worker writes the files and
+the report of a part as a process of this machine would. Workers may do a part twice, at the same time too: files are
+made in a folder of the attempt and moved or sent when they are whole, and both attempts write the same bytes.
 """
 
 import contextlib

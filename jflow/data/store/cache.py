@@ -3,9 +3,9 @@
   CACHE/shards/HASH-NAME    a copy; its time of change is that of its last use
   CACHE/shards/locks/00     a lock, under which the files whose hash begins so are fetched, opened or removed
 
-All processes of a host share it. A copy may be removed while another process reads it, whose open file lives on until it
-closes it. A name is a hash of address, size and content, so that no copy is ever out of date. A copy is checked by size
-whenever it is opened, and by its hash when it came, or when a record of it is found to be damaged.
+All processes of a host share it. A copy may be removed while another process reads it, whose open file lives on until
+it closes it. A name is a hash of address, size and content, so that no copy is ever out of date. A copy is checked by
+size whenever it is opened, and by its hash when it came, or when a record of it is found to be damaged.
 """
 
 import contextlib

@@ -1,4 +1,5 @@
-"""Unfinished work whose folder is in a store: files are made in a folder of this machine, and sent when they are whole."""
+"""Unfinished work whose folder is in a store: files are made in a folder of this machine, and sent when they are
+whole."""
 
 import contextlib
 import hashlib

@@ -23,7 +23,7 @@ def sample(
   z_IhwC: jax.Array,
   settings: Settings,
 ) -> jax.Array:
-  """Images f32[I, H, W, 3], about [-1, 1], not clipped; a function of `params` and `z_IhwC`, to be jitted by the caller.
+  """Images f32[I, H, W, 3], about [-1, 1], not clipped, of `params` and `z_IhwC`; the caller jits it.
 
   Of each solver step the state alone is kept for the backward pass, which computes the velocity again.
 

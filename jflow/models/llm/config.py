@@ -59,7 +59,7 @@ class Qwen3Config(LanguageModelConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Config(LanguageModelConfig):
-  """The section of a Llama 3.1 or later (https://arxiv.org/abs/2407.21783): a Llama whose slow rotations are slower still.
+  """The section of a Llama 3.1 or later (https://arxiv.org/abs/2407.21783), whose slow rotations are slower still.
 
   A frequency that turns less than `rope_low` times within `rope_original_length` is divided by `rope_factor`, one that
   turns more than `rope_high` times is kept, and between the two the factor moves with the number of turns.

@@ -1,4 +1,5 @@
-"""An import on Apache Beam is that of one machine, where its extra is installed; without it one line names the extra."""
+"""An import on Apache Beam is that of one machine, where its extra is installed; without it one line names the
+extra."""
 
 import importlib.util
 import pathlib
