@@ -111,10 +111,10 @@ def _in_store(
   """The files of a store that an input names, and what there would have to be for one more."""
   if numbered:
     return _range(pattern, *numbered.groups()), "an empty range"
+  if stores.find(pattern) is not None:  # it may look like a pattern: https://host/a.tar?download=true
+    return [pattern], ""
   parts = pattern.split("/")
   first = next((number for number, part in enumerate(parts) if glob.has_magic(part)), len(parts))
-  if first == len(parts) and stores.find(pattern) is not None:
-    return [pattern], ""
   root, rest, found = "/".join(parts[:first]).rstrip("/"), parts[first:], []
   ending = ("",) if rest else compressed.with_compressed(endings)
   for name in stores.listed(root):

@@ -105,6 +105,14 @@ def test_files_are_named_as_those_of_a_folder(server, tmp_path, pattern):
   assert summary["accepted"] == 12
 
 
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(server, tmp_path):
+  (tmp_path / "in").mkdir()
+  _tars(tmp_path / "in")
+  server.files["bucket/a[0].tar?download=true"] = (tmp_path / "in" / "00000.tar").read_bytes()
+  address = f"{server.address}/bucket/a[0].tar?download=true"
+  assert prepare.prepare("webdataset", str(tmp_path / "out"), "generation", address)["accepted"] == 4
+
+
 @pytest.mark.parametrize(
   "format, name, said",
   [
