@@ -39,7 +39,8 @@ def imported(field: str, name: str, what: str) -> Any:
   try:
     function = getattr(importlib.import_module(module), attribute)
   except Exception as error:  # of the module: whatever it raises
-    raise UserError(f"{field}: {name} cannot be imported: {type(error).__name__}: {one_line(error)}") from error
+    hint = "; its folder must be on PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
+    raise UserError(f"{field}: {name} cannot be imported: {type(error).__name__}: {one_line(error)}{hint}") from error
   if not callable(function):
     raise UserError(f"{field}: {name} must be {what}")
   return function

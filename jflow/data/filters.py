@@ -1,5 +1,6 @@
 """Filters of `prepare`, which drop sound records. Drops are counted separately from rejected records."""
 
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +48,9 @@ class Condition(NamedTuple):
       if not found:
         raise ValueError
       column, sign, value = found.groups()
-      return cls(text, column, sign, value if sign in ("==", "!=") else float(value))
+      if sign not in ("==", "!=") and not math.isfinite(value := float(value)):
+        raise ValueError
+      return cls(text, column, sign, value)
     except ValueError:
       raise UserError(
         f"--keep={text!r} must be COLUMN, one of {' '.join(_COMPARED)}, and a number, as pwatermark<0.5, or with == and "
@@ -62,6 +65,8 @@ class Condition(NamedTuple):
       value = _COUNTED[name](record)
     if value is None:
       return f"no_{self.column}"
+    if isinstance(value, bool) and str(self.value).lower() in ("true", "false"):
+      return None if _COMPARED[self.sign](str(value).lower(), str(self.value).lower()) else self.text
     if isinstance(self.value, str) and isinstance(value, str):
       return None if _COMPARED[self.sign](value, self.value) else self.text
     try:

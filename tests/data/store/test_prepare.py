@@ -369,7 +369,10 @@ def test_help_teaches(capsys):
 
 def _scored(folder):
   """Twelve captions: image i has 12 + i by 9 pixels, a score of i / 2, and none for the last."""
-  rows = [{"image": f"pictures/{i}.png", "caption": f"number {i}", "aesthetic_score": i / 2} for i in range(12)]
+  rows: list[dict] = [
+    {"image": f"pictures/{i}.png", "caption": f"number {i}", "aesthetic_score": i / 2, "nsfw": i % 2 == 1}
+    for i in range(12)
+  ]
   del rows[11]["aesthetic_score"]
   return write_lines(folder / "scored.jsonl", rows)
 
@@ -390,6 +393,7 @@ def _scored(folder):
     ),
     (Filters(keep=("characters<9",)), range(10), {"characters<9": 2}),
     (Filters(keep=("language==en",)), (), {"no_language": 12}),
+    (Filters(keep=("nsfw==False",)), (0, 2, 4, 6, 8, 10), {"nsfw==False": 6}),
     (Filters(filter=("filters_of_mine:even",)), range(0, 12, 2), {"filters_of_mine:even": 6}),
   ],
 )
@@ -413,6 +417,7 @@ def test_filters_keep_what_they_say_and_count_the_others_apart(folder, filters, 
     (Filters(keep=("pwatermark",)), "--keep='pwatermark'"),
     (Filters(keep=("pwatermark<low",)), "pwatermark<low"),
     (Filters(keep=("<0.5",)), "<0.5"),
+    (Filters(keep=("pwatermark<nan",)), "pwatermark<nan"),
     (Filters(filter=("os:no_such",)), "os:no_such"),
     (Filters(filter=("no_module_of_mine",)), "no_module_of_mine"),
     (Filters(filter=("os:sep",)), "os:sep"),
