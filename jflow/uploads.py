@@ -8,6 +8,8 @@ from typing import Any
 from jflow import files, stores
 from jflow.errors import UserError
 
+_WITH_FOLDERS = ("file", "local", "sftp", "ssh", "smb", "hdfs", "webhdfs")
+
 
 def upload(path: str, address: str) -> None:
   """Copies a file to a store, and checks what has arrived there by its size and hash.
@@ -19,6 +21,7 @@ def upload(path: str, address: str) -> None:
   size, md5, sha256 = os.path.getsize(path), _hash(path, "md5"), files.sha256(path)
 
   def put(store: Any, name: str) -> None:
+    _make_folder(store, address, name)
     store.put_file(path, name)
     there = stores.stat_of(stores.fresh(store).info(name))
     if there.size != size:
@@ -44,6 +47,7 @@ def copy(source: str, target: str) -> None:
 
   def within(store: Any, name: str) -> bool:
     try:
+      _make_folder(store, target, name)
       store.cp_file(store._strip_protocol(source), name)
     except NotImplementedError:
       return False
@@ -56,6 +60,12 @@ def copy(source: str, target: str) -> None:
       stores.download(source, before, file)  # type: ignore[arg-type]
       file.flush()
       upload(file.name, target)
+
+
+def _make_folder(store: Any, address: str, name: str) -> None:
+  """Makes the folder of a file, where a store has real ones; in others it might make a bucket."""
+  if address.split("://")[0] in _WITH_FOLDERS:
+    store.makedirs(name.rpartition("/")[0], exist_ok=True)
 
 
 def need_writable(flag: str, address: str) -> None:

@@ -126,6 +126,17 @@ def test_a_library_that_is_missing_is_named(address, said, monkeypatch):
     stores.stat(address)
 
 
+def test_a_store_with_folders_gets_those_of_its_files(tmp_path):
+  for name in ("a/b/one", "a/c/two"):
+    uploads.write_bytes(f"file://{tmp_path}/{name}", DATA)
+  uploads.copy(f"file://{tmp_path}/a/b/one", f"file://{tmp_path}/d/three")
+  found = stores.listed(f"file://{tmp_path}")
+  assert list(found) == ["a/b/one", "a/c/two", "d/three"] and {known.size for known in found.values()} == {len(DATA)}
+  assert (tmp_path / "d" / "three").read_bytes() == DATA
+  stores.remove(f"file://{tmp_path}/a")
+  assert list(stores.listed(f"file://{tmp_path}")) == ["d/three"]
+
+
 def test_a_web_server_takes_no_files(tmp_path):
   with refused("https://host/a"):
     uploads.need_writable("--output", "https://host/a")

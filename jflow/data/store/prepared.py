@@ -89,7 +89,7 @@ class ShardWriter:
     """Appends a record, whose images are encoded bytes; `meta` is kept beside it as JSON."""
     hashes = [hashlib.sha256(image).hexdigest() for image in record.images]
     conversations = json.dumps(record.turns, ensure_ascii=False)
-    example = self._serializer.serialize_example(
+    example = self._serializer.get_tf_example(
       self._features.encode_example(
         {
           "id": record.id,
@@ -99,7 +99,7 @@ class ShardWriter:
           "meta": json.dumps({**meta, "sha256": hashes}),  # ASCII: it may hold lone surrogates
         }
       )
-    )
+    ).SerializeToString(deterministic=True)  # else the order of its fields is another in every process
     call_writer(self._path, self._writer.write, example)
     outline: list[Any] = [record.id, len(record.images), record.text, record.turns]
     as_line = lambda outline: json.dumps(outline, ensure_ascii=False).encode("utf-8") + b"\n"

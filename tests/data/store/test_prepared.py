@@ -110,6 +110,15 @@ def test_an_image_that_is_not_what_was_stored_costs_its_record(folder, monkeypat
   assert source[4].id == "r4"
 
 
+def test_a_record_has_the_same_bytes_in_every_process(folder):
+  """Protobuf writes the fields of a map in an order of each process, unless they are sorted."""
+  _, output = run(folder)
+  for index in range(12):
+    entry = bytes(PreparedSource(output, "understanding")._records[index])
+    places = [entry.index(b"\n" + bytes([len(name)]) + name) for name in (b"conversations", b"id", b"meta", b"text")]
+    assert places == sorted(places)
+
+
 def _pipeline(output):
   config = data_config(mixture=((0, (1, 0, 0)),), sources={"understanding": ((output, 1.0),)})
   return Pipeline(config, TOKENIZER, RowShape(tokens=64, images=2, image_patches=4, image_size=8, writer="flow"), 4, 0)
