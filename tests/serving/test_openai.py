@@ -522,7 +522,7 @@ def test_an_answer_ends_before_its_stop_sequence(served):
   ],
 )
 def test_no_part_of_a_stop_sequence_is_shown(text, stops, want):
-  tokenizer = Tokenizer.load(str(serving.tiny.TOKENIZER))
+  tokenizer = Tokenizer.load(str(tiny.TOKENIZER))
   ids, counts = tokenizer.encode(" " + text), set()
   for size in (1, 2, 3, len(ids)):
     stream, shown = Text(tokenizer, stops), ""
