@@ -2,8 +2,8 @@
 
 janusflow_384, janusflow_256: the paper's (paper section 4.1, appendix A; sizes of the release where it is silent).
 janus_1b, janus_pro_7b: Janus-1.3B, which Janus-Pro-1B equals in all sizes, and Janus-Pro-7B.
-tiny, janus_tiny: for tests. shapes, janus_shapes: learn the built-in world in minutes on two cores. quick, janus_quick:
-  lone large objects of it, at a third of the time per picture.
+tiny, janus_tiny: for tests. shapes, janus_shapes: learn the built-in world in minutes on two cores. quick, janus_quick: at
+  a third of the time per picture.
 mid: the paper's parts at a width where the parts' shares of the time on a CPU are those on an accelerator; for `bench`.
 """
 

@@ -3,7 +3,7 @@
   tiny    trains in seconds: for trying things out
   quick   learns lone large objects near the middle, and their questions, in minutes on two cores
   shapes  learns the whole world
-  world   the same model, trained for hours: every kind of scene and question (launch/experiments/world.sh)
+  world   every kind of scene and question: the model that ships, in two hours of one core (launch/experiments/world.sh)
   mid     for `bench` on a CPU
 
 `jflow/world/README.md` describes the world.
@@ -57,7 +57,9 @@ def shapes(c: ConfigDict) -> None:
 def world(c: ConfigDict) -> None:
   """Sets the fields of size `world`, except steps and rates, which depend on the stage (`at_stage`)."""
   shapes(c)
+  c.model = models.quick()
   c.train.batch_size, c.train.ema = 16, 0.998
+  c.data.row_tokens, c.data.row_images = 192, 6
   c.data.shapes.size = 120_000
   c.data.shapes.tags = dict(
     single_object=0.1, colors=0.12, two_object=0.28, counting=0.16, position=0.14, color_attr=0.15, several=0.05
@@ -124,7 +126,7 @@ def at_stage(c: ConfigDict, stage: int) -> ConfigDict:
     if stage == 3:
       c.optimizer.cooldown_steps = 300
   if c.size == "world":
-    c.train.steps, c.optimizer.learning_rate = ((600, 2e-3), (300, 3e-3), (24_000, 3e-3), (8000, 3e-3))[stage]
+    c.train.steps, c.optimizer.learning_rate = ((900, 2e-3), (300, 3e-3), (10_000, 3e-3), (3000, 3e-3))[stage]
     if stage < 2:
       c.data.shapes.size = 40_000
     if stage == 0:

@@ -89,6 +89,7 @@ def _shapes(c: ConfigDict) -> None:
 def _world(c: ConfigDict) -> None:
   world.world(c)
   _codes(c, models.janus_shapes(), fit_images=1500)
+  c.data.row_tokens, c.data.row_images = 256, 3  # four times as many codes as flow has latents
 
 
 def _codes(c: ConfigDict, model: dict, fit_images: int) -> None:
