@@ -22,7 +22,8 @@ _PATIENCE = 0.4  # seconds without a byte after which the client gives a request
 
 
 class Server(http.server.ThreadingHTTPServer):
-  """The server. Faults: a status, "drop" (no answer), "cut" (half of the body), "hang", "flip" (a bit of the body)."""
+  """The server. Faults: a status, "drop" (no answer), "cut" (half of the body), "hang", "flip" (a bit of the body), "whole" (in place of
+  a range)."""
 
   daemon_threads = True
   request_queue_size = 64
@@ -92,7 +93,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if path not in files:
       return self._answer(404, b"")
     data, about = files[path], json.dumps(self._about(files[path]))
-    if found := self.headers.get("Range"):
+    if (found := self.headers.get("Range")) and fault != "whole":
       first, last = map(int, found.removeprefix("bytes=").split("-"))
       data = data[first : last + 1]
     data = _flipped(data) if fault == "flip" else data

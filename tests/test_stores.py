@@ -67,6 +67,13 @@ def test_what_no_try_can_mend_is_refused_at_once(server, status):
   assert [method for method, _ in server.asked if method != "LIST"] == ["HEAD"]
 
 
+def test_a_server_that_gives_no_ranges_is_refused_at_once(server):
+  server.always["data.bin"] = "whole"
+  with refused(f"{server.address}/bucket/data.bin", "ranges"):
+    stores.head(f"{server.address}/bucket/data.bin", 16)
+  assert [method for method, _ in server.asked] == ["HEAD", "GET"]
+
+
 def test_a_lost_store_is_given_up_after_tries_that_are_told(server, capsys):
   address = f"{server.address}/bucket/data.bin"
   with stores.open_file(address) as file:
