@@ -62,10 +62,10 @@ Every record is checked: the images (PNG, JPEG, WebP or GIF) are decoded, each c
 be used is left out, counted by reason in OUTPUT/summary.json and listed in OUTPUT/rejected.jsonl; what a filter drops, or
 belongs to another task, is counted apart and not listed.
 A run that was killed goes on where it stopped, as does one with a larger --max_rejected_share. Images beside a file
-of lines are not watched between the two: remove OUTPUT.partial when sound ones were replaced. The images stay as they are, encoded; what training sees of odd ones:
-EXIF rotation applied, alpha over white, the first frame of an animation, the upper 8 of 16 bits, CMYK, grey and
-palette as RGB. Documents longer than a row of training are cut; a conversation or caption that no row can hold is
-left out when the rows are planned, and counted as "too_long".
+of lines are not watched between the two: remove OUTPUT.partial when sound ones were replaced. The images stay as they
+are, encoded; what training sees of odd ones: EXIF rotation applied, alpha over white, the first frame of an animation,
+the upper 8 of 16 bits, CMYK, grey and palette as RGB. Documents longer than a row of training are cut; a conversation
+or caption that no row can hold is left out when the rows are planned, and counted as "too_long".
 
 afterwards
   python -m jflow prepare --inspect OUTPUT    draw packed rows as the model will see them
@@ -74,7 +74,8 @@ afterwards
 
 --output may be in a store too: each finished part is sent there and checked, summary.json last.
 
-On many machines with a shared disk or a store, a Slurm array or an indexed job runs the command with --part=K/N, once per machine:
+On many machines with a shared disk or a store, a Slurm array or an indexed job runs the command with --part=K/N, once
+per machine:
   python -m jflow prepare --format=webdataset --input=tars --output=data/paint --task=generation \\
     --part=$((SLURM_ARRAY_TASK_ID + 1))/$SLURM_ARRAY_TASK_COUNT
 and at the end once with --merge in its place; or Apache Beam spreads the parts, on Dataflow, Flink, Spark or here:
