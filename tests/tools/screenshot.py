@@ -22,7 +22,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 sys.path[:0] = [str(pathlib.Path(__file__).parents[2])]
 from jflow.world import scenes
 
-FLAGS = ("headless", "no-sandbox", "disable-gpu", "window-size=1000,817")
+FLAGS = ("headless", "no-sandbox", "disable-gpu", "window-size=1000,1000")
 PROMPT = "a picture of a red heart left of a yellow star"
 
 
@@ -66,7 +66,7 @@ def main(address: str, output: str) -> None:
   both = Image.new("RGB", (ask.width + paint.width + 12, ask.height), "#cbd5e1")
   both.paste(ask, (0, 0))
   both.paste(paint, (ask.width + 12, 0))
-  both.quantize(64).save(output, optimize=True)
+  both.save(output, optimize=True)
 
 
 def _two_objects() -> tuple[scenes.Scene, tuple[str, str]]:
