@@ -107,7 +107,9 @@ def main(argv: list[str]) -> int:
   model = flags.open_model(args)
   chosen = model.settings(**given)
   images = _generate(model, prompts, chosen, call)
-  records, settings = [], {"checkpoint": str(args.checkpoint), **dataclasses.asdict(chosen)}
+  named = pathlib.PurePath(args.checkpoint)
+  named = named.name if named.is_absolute() else str(named)  # a picture that is shared names no home folder
+  records, settings = [], {"checkpoint": named, **dataclasses.asdict(chosen)}
   sheet = args.output / _SHEET
   columns = args.num_images if args.num_images > 1 else min(6, len(images))
   with writing(args.output):

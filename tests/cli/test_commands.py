@@ -144,7 +144,7 @@ def test_a_name_that_is_no_text_costs_no_picture(capsys, model, tmp_path):
   with Image.open(f"{output}/0000_00.png") as picture:  # a picture says how it was made
     assert picture.text["Description"] == "a ring"
     told = json.loads(picture.text["jflow"])
-    assert (told["prompt"], told["seed"], told["steps"], told["checkpoint"]) == ("a ring", 0, 1, str(model))
+    assert (told["prompt"], told["seed"], told["steps"], told["checkpoint"]) == ("a ring", 0, 1, model.name)
 
 
 def test_a_checkpoint_under_a_name_that_is_no_text_is_told(capsys, model, tmp_path):
