@@ -84,6 +84,19 @@ def test_texts_that_nearly_repeat_are_found_as_by_comparing_all():
   np.testing.assert_array_equal(found(known, Rule("texts", near=True)) >= 0, brute >= 0)
 
 
+def test_a_record_near_to_a_dropped_one_and_to_a_kept_one_is_dropped():
+  known = np.zeros(4, signatures.DTYPE)
+  known["words"] = 1
+  first, second, third, last = known["text"].reshape(4, 16, 4)  # by bands, by one of which near ones are found
+  second[4:, 0] = third[4:, 1] = 1  # near to the last by the first four bands, and not to each other
+  first[:] = second
+  first[:12, 2] = 2  # near to the second by the last four bands, and to no other
+  assert not last.any()
+  for many in (1, 3):  # of each
+    expected = [-1] + [0] * (many - 1) + [0] * many + [-1] + [2 * many] * (many - 1) + [2 * many] * many
+    assert found(known.repeat(many), Rule("texts", near=True)).tolist() == expected
+
+
 def test_other_cases_and_spaces_are_the_same_text_and_empty_ones_are_none():
   known = sign(text("A  red", "CAT, here"), text("a red cat here"), text(), text(), text("猫がいる"), text("猫が いる"))
   assert found(known, Rule("texts", near=True)).tolist() == [-1, 0, -1, -1, -1, 4]
