@@ -60,7 +60,8 @@ def _write_inputs(folder) -> None:
     members |= {f"{i:09d}.json": json.dumps(meta).encode()}
   write_tar(folder / "tars" / "00000.tar", members)
   (folder / "tables").mkdir()
-  rows = [{"image": {"bytes": _photo(i), "path": f"{i}.jpg"}, "caption": f"Squares number {i}."} for i in range(10)]
+  image = lambda i: {"bytes": _photo(i), "path": f"{i}.jpg"}
+  rows = [{"image": image(i), "caption": f"Squares number {i}.", "pwatermark": 0.1} for i in range(10)]
   pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "tables" / "train-00000-of-00001.parquet")
   (folder / "books").mkdir()
   for i in range(10):
