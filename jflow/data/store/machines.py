@@ -4,13 +4,16 @@ A machine's folder holds every N-th part of the input, as OUTPUT.partial of one 
 """
 
 import concurrent.futures
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jflow import stores
+from jflow.data.store import scratch
 from jflow.data.store.partial import JOB, read_report
 from jflow.errors import UserError
+from jflow.progress import say
 from jflow.strict_json import Malformed, parse
 
 _DIGITS = 5
@@ -32,9 +35,7 @@ def shares(output: str, job: Mapping[str, Any], parts: int) -> list[str]:
   Raises:
     UserError: there is none, one is missing, or one is of another import.
   """
-  folder, _, name = output.rpartition("/")
-  named = re.compile(re.escape(name) + r"\.machine-\d{5}-of-\d{5}")
-  found = [stores.join(folder, one) for one in stores.folders(folder or "/") if named.fullmatch(one)]
+  found = _beside(output, r"\.machine-\d{5}-of-\d{5}")
   counts = {match[1] for path in found if (match := re.search(r"-of-(\d{5})$", path))}
   if not counts:
     raise UserError(f"--merge: no share of {output} is there: first run the command on each machine with --part=K/N")
@@ -61,6 +62,35 @@ def shares(output: str, job: Mapping[str, Any], parts: int) -> list[str]:
         f"{machine}/{number} again, with the flags of --merge"
       )
   return folders
+
+
+def remove_left(output: str, job: Mapping[str, Any]) -> bool:
+  """Removes the unfinished work and the shares that a kill has left of an import whose output is whole.
+
+  Args:
+    output: of the import.
+    job: all that the work depends on; folders of another stay.
+
+  Returns:
+    Whether there was any.
+  """
+  left = []
+  for folder in _beside(output, r"\.partial|\.machine-\d{5}-of-\d{5}"):
+    with contextlib.suppress(OSError, Malformed):
+      made = parse(stores.read_bytes(stores.join(folder, JOB)))
+      if isinstance(made, dict) and {**made, "machines": 0} == {**job, "machines": 0}:
+        left.append(folder)
+  for folder in left:
+    say(f"{output} is whole: removing {folder}")
+    scratch.remove(folder)
+  return bool(left)
+
+
+def _beside(output: str, end: str) -> list[str]:
+  """The folders beside an output that have its name and an end, a regular expression, in order."""
+  folder, _, name = output.rpartition("/")
+  named = re.compile(f"{re.escape(name)}(?:{end})")
+  return [stores.join(folder or "/", one) for one in stores.folders(folder or "/") if named.fullmatch(one)]
 
 
 def reports(stems: Sequence[str], folders: Sequence[str]) -> list[dict[str, Any]]:

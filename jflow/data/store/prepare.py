@@ -87,8 +87,6 @@ def prepare(
   importer = importers.open_importer(format, options)
   need_text_name("--output", output)
   output = stores.absolute(output)
-  if _is_taken(output):
-    raise UserError(f"{output} exists: name another --output or remove it")
   job = {
     **dataclasses.asdict(options),
     "schema": prepared.SCHEMA,
@@ -99,6 +97,10 @@ def prepare(
   }
   if filters.against:
     job["against"] = repeats.check(filters.against)
+  if _is_taken(output):
+    if not part and (summary := _ended(output, job)):
+      return summary
+    raise UserError(f"{output} exists: name another --output or remove it")
   parts = importer.parts()
   if part:
     job["machines"] = part[1]
@@ -283,6 +285,17 @@ def _is_taken(output: str) -> bool:
     return os.path.exists(output) and (not os.path.isdir(output) or bool(os.listdir(output)))
   names = stores.listed(output)
   return prepared.SUMMARY in names or any(not _OURS.match(name) for name in names) or stores.find(output) is not None
+
+
+def _ended(output: str, job: dict[str, Any]) -> dict[str, Any] | None:
+  """The summary of an output whose import was killed at its very end, and what is left of that removed; None: it was
+  not."""
+  try:
+    summary = prepared.read_summary(output)
+  except UserError:
+    return None
+  same = all(summary.get(name) == job[name] for name in ("task", "format", "input", "filters"))
+  return summary if same and machines.remove_left(output, job) else None
 
 
 def _read_again(importer: Importer, stems: Sequence[str], reports: Sequence[dict[str, Any]]) -> None:

@@ -167,8 +167,6 @@ def write(
     raise UserError(f"--input={directory} holds {task} records: {kind.name} are for images to write, --task=generation")
   source = prepared.PreparedSource(directory, "generation")
   output = folder(kind, directory, image_size)
-  if os.path.exists(output):
-    raise UserError(f"{output} exists: remove it to make the {kind.name} again")
   lengths = prepared.read_summary(directory)["shard_lengths"]
   header = {
     "schema": SCHEMA,
@@ -179,6 +177,10 @@ def write(
     "seed": seed,
     "shard_lengths": lengths,
   }
+  if os.path.exists(output):
+    if not part and (ended := _ended(kind, output, header)):
+      return ended
+    raise UserError(f"{output} exists: remove it to make the {kind.name} again")
   shares = machines.shares(output, header, len(lengths)) if merge else []
   partial = output + (machines.suffix(*part) if part else ".partial")
   own = range(part[0] - 1, len(lengths), part[1]) if part else range(len(lengths))
@@ -201,12 +203,32 @@ def write(
       raise UserError(
         f"{error.filename or partial}: {error.strerror or error}; run the same command again to go on"
       ) from None
-  for name in os.listdir(output):
-    if name not in (_header_name(kind), shards.CHECKSUMS) and not name.endswith(".array_record"):
-      os.unlink(os.path.join(output, name))
+  _tidy(kind, output)
   for share in shares:
     files.remove(share)
   return header
+
+
+def _tidy(kind: Stored, output: str) -> bool:
+  """Removes what was needed for unfinished work alone; returns whether there was any."""
+  needed = (_header_name(kind), shards.CHECKSUMS)
+  left = [name for name in os.listdir(output) if name not in needed and not name.endswith(".array_record")]
+  for name in left:
+    os.unlink(os.path.join(output, name))
+  return bool(left)
+
+
+def _ended(kind: Stored, output: str, header: dict[str, Any]) -> dict[str, Any] | None:
+  """The header of an output whose making was killed at its very end, and what is left of that removed; None: it was
+  not."""
+  try:
+    found = files.read_object(os.path.join(output, _header_name(kind)))
+  except (OSError, Malformed):
+    return None
+  if any(found.get(name) != value for name, value in header.items()):
+    return None
+  left = machines.remove_left(output, header)
+  return found if _tidy(kind, output) or left else None
 
 
 def _joined(kind: Stored, partial: str, header: dict[str, Any], shares: Sequence[str]) -> list[dict[str, Any]]:

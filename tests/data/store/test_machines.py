@@ -3,6 +3,7 @@
 import glob
 import os
 import pathlib
+import shutil
 
 import pytest
 from preparing import chat, make_folder, read_back, run, write_lines
@@ -43,6 +44,24 @@ def test_the_shares_joined_are_what_one_machine_makes(folder, machines):
   mine, theirs = contents(output), contents(one)
   assert mine == theirs
   assert sorted(os.listdir(folder.parent)) == ["in", "many", "out"]
+
+
+def test_what_a_kill_leaves_beside_a_whole_output_is_removed_by_the_same_command(folder):
+  output = str(folder.parent / "many")
+  for machine in (1, 2):
+    run(folder, output=output, part=(machine, 2), **OPTIONS)
+    shutil.copytree(f"{output}.machine-0000{machine}-of-00002", folder.parent / f"left{machine}")
+  whole, _ = run(folder, output=output, merge=True, **OPTIONS)
+  made = contents(output)
+  for machine, name in ((1, ".machine-00001-of-00002"), (2, ".partial")):
+    shutil.move(folder.parent / f"left{machine}", output + name)
+  with refused(output, "exists"):
+    run(folder, output=output, merge=True, **{**OPTIONS, "part_records": 4})
+  assert sorted(os.listdir(folder.parent)) == ["in", "many", "many.machine-00001-of-00002", "many.partial"]
+  assert run(folder, output=output, merge=True, **OPTIONS)[0] == whole
+  assert sorted(os.listdir(folder.parent)) == ["in", "many"] and contents(output) == made
+  with refused(output, "exists"):
+    run(folder, output=output, merge=True, **OPTIONS)
 
 
 def test_a_share_goes_on_with_its_missing_parts_and_until_then_is_named(folder):

@@ -425,7 +425,14 @@ def test_shares_joined_are_what_one_machine_makes(data, count):
   with refused("latents-00000", f"--part=1/{count}"):
     write(data, merge=True)
   os.rename(shard + ".lost", shard)
+  left = pathlib.Path(data, "left")
+  shutil.copytree(f"{folder}.machine-00002-of-{count:05d}", left)
   assert write(data, merge=True) == whole
+  shutil.copy(left / "job.json", folder)
+  left.rename(f"{folder}.machine-00002-of-{count:05d}")
+  with refused(folder, "exists"):
+    write(data, encoder_name="another", merge=True)
+  assert write(data, merge=True) == whole  # of a kill at the very end
   assert {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()} == here
   assert not list(pathlib.Path(data).glob("*.machine-*"))
 
