@@ -60,6 +60,7 @@ class Stat(NamedTuple):
   size: int
   version: str  # another one after a change
   md5: str = ""  # in hex; "": the store does not say
+  ranges: bool = True  # False: its server says that it gives whole files alone
 
 
 def is_address(path: object) -> bool:
@@ -128,7 +129,9 @@ def head(path: str, count: int) -> bytes:
   if not is_address(path):
     with open(path, "rb") as file:
       return file.read(count)
-  size = min(count, stat(path).size)
+  known = stat(path)
+  _need_ranges(path, known, count)
+  size = min(count, known.size)
   return _range(path, 0, size) if size else b""
 
 
@@ -162,7 +165,11 @@ def open_file(path: str) -> BinaryIO:
     UserError: it does not exist, or the store is not open to us.
     OSError: it cannot be read.
   """
-  return io.BufferedReader(_Ranges(path, stat(path)), 2**16) if is_address(path) else open(path, "rb")
+  if not is_address(path):
+    return open(path, "rb")
+  known = stat(path)
+  _need_ranges(path, known, BLOCK)
+  return io.BufferedReader(_Ranges(path, known), 2**16)
 
 
 def size_of(file: BinaryIO) -> int:
@@ -217,9 +224,10 @@ def download(address: str, known: Stat, target: BinaryIO) -> str:
   """Copies a file of a store into an open one, which begins empty; returns the SHA-256 of what came.
 
   Raises:
-    UserError: it is gone.
+    UserError: it is gone, or its server gives no ranges.
     OSError: the store answers no more, or `target` cannot be written, and then its `filename` is another.
   """
+  _need_ranges(address, known, BLOCK)
   digest = hashlib.sha256()
   for start in range(0, known.size, BLOCK):
     data = _range(address, start, min(start + BLOCK, known.size))
@@ -273,6 +281,12 @@ class _Ranges(io.RawIOBase):
         self._blocks.popitem(last=False)
     self._blocks.move_to_end(number)
     return self._blocks[number]
+
+
+def _need_ranges(address: str, known: Stat, count: int) -> None:
+  """Checks that so many bytes of a file can be had alone: before its server sends all of it into memory."""
+  if not known.ranges and known.size > count:
+    raise UserError(f"{address} cannot be read: its server gives whole files alone, not ranges of bytes")
 
 
 def _range(address: str, start: int, stop: int) -> bytes:
@@ -377,4 +391,5 @@ def stat_of(info: dict[str, Any]) -> Stat:
   if isinstance(md5, str):
     with contextlib.suppress(ValueError):
       etag = base64.b64decode(md5).hex()
-  return Stat(info["size"], version, etag if re.fullmatch("[0-9a-f]{32}", etag) else "")
+  md5 = etag if re.fullmatch("[0-9a-f]{32}", etag) else ""
+  return Stat(info["size"], version, md5, info.get("partial") is not False)

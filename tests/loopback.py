@@ -22,8 +22,8 @@ _PATIENCE = 0.4  # seconds without a byte after which the client gives a request
 
 
 class Server(http.server.ThreadingHTTPServer):
-  """The server. Faults: a status, "drop" (no answer), "cut" (half of the body), "hang", "flip" (a bit of the body), "whole" (in place of
-  a range)."""
+  """The server. Faults: a status, "drop" (no answer), "cut" (half of the body), "hang", "flip" (a bit of the body), "whole"
+  (in place of a range)."""
 
   daemon_threads = True
   request_queue_size = 64
@@ -34,6 +34,7 @@ class Server(http.server.ThreadingHTTPServer):
     self.faults: list[str] = []
     self.always: dict[str, str] = {}  # part of a path -> its fault
     self.tags_of_parts = False  # as S3 tags a file that came in parts: not by its MD5
+    self.ranges = True  # whether it says that it gives them
     self.asked: list[tuple[str, str]] = []  # method, path
     self.address = f"loop://{self.server_address[1]}"
 
@@ -101,7 +102,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def _about(self, data: bytes) -> dict:
     tag = f"{hashlib.md5(data).hexdigest()}{'-1' if self.server.tags_of_parts else ''}"
-    return {"size": len(data), "type": "file", "ETag": tag}
+    return {"size": len(data), "type": "file", "ETag": tag, **({} if self.server.ranges else {"partial": False})}
 
   def _answer(self, status: int, body: bytes, about: str = "", cut: bool = False) -> None:
     self.send_response(status)

@@ -74,6 +74,19 @@ def test_a_server_that_gives_no_ranges_is_refused_at_once(server):
   assert [method for method, _ in server.asked] == ["HEAD", "GET"]
 
 
+def test_a_server_that_says_so_is_asked_for_no_ranges(server):
+  server.ranges, server.always["data.bin"] = False, "whole"
+  address = f"{server.address}/bucket/data.bin"
+  for read in (lambda: stores.head(address, 16), lambda: stores.open_file(address)):
+    with refused(address, "ranges"):
+      read()
+  with refused(address, "ranges"):
+    stores.download(address, stores.stat(address), io.BytesIO())
+  assert {method for method, _ in server.asked} == {"HEAD"}
+  server.files["bucket/data.bin"] = DATA[:4096]  # one request gives all of it
+  assert stores.open_file(address).read() == DATA[:4096]
+
+
 def test_a_lost_store_is_given_up_after_tries_that_are_told(server, capsys):
   address = f"{server.address}/bucket/data.bin"
   with stores.open_file(address) as file:
