@@ -101,7 +101,8 @@ def exists(path: str) -> bool:
 
 
 def find(path: str) -> Stat | None:
-  """Size and version of a file; None where there is none of this name.
+  """Size and version of a file; None where there is none of this name, as where a web server gives a page in its place:
+  it does so for a folder.
 
   Raises:
     UserError: the store is not open to us.
@@ -110,7 +111,8 @@ def find(path: str) -> Stat | None:
   try:
     if is_address(path):
       info = call(path, lambda store, name: fresh(store).info(name), missing=True)
-      return None if info.get("type") == "directory" else stat_of(info)
+      page = info.get("mimetype") == "text/html" and not path.lower().endswith((".html", ".htm"))
+      return None if page or info.get("type") == "directory" else stat_of(info)
     return stat(path) if os.path.isfile(path) else None
   except FileNotFoundError:
     return None

@@ -102,7 +102,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def _about(self, data: bytes) -> dict:
     tag = f"{hashlib.md5(data).hexdigest()}{'-1' if self.server.tags_of_parts else ''}"
-    return {"size": len(data), "type": "file", "ETag": tag, **({} if self.server.ranges else {"partial": False})}
+    more = {"mimetype": "text/html"} if data.startswith(b"<html>") else {}
+    more |= {} if self.server.ranges else {"partial": False}
+    return {"size": len(data), "type": "file", "ETag": tag, **more}
 
   def _answer(self, status: int, body: bytes, about: str = "", cut: bool = False) -> None:
     self.send_response(status)

@@ -105,6 +105,16 @@ def test_files_are_named_as_those_of_a_folder(server, tmp_path, pattern):
   assert summary["accepted"] == 12
 
 
+def test_a_page_of_a_web_server_is_its_folder(server, tmp_path):
+  (tmp_path / "in").mkdir()
+  _tars(tmp_path / "in")
+  address = server.put(tmp_path / "in", "bucket/in")
+  server.files["bucket/in"] = server.files["bucket/login.tar"] = b"<html>"
+  assert prepare.prepare("webdataset", str(tmp_path / "out"), "generation", address)["accepted"] == 12
+  with refused("bucket/login.tar", "holds nothing"):
+    prepare.prepare("webdataset", str(tmp_path / "none"), "generation", f"{server.address}/bucket/login.tar")
+
+
 def test_a_file_whose_name_looks_like_a_pattern_is_that_file(server, tmp_path):
   (tmp_path / "in").mkdir()
   _tars(tmp_path / "in")
