@@ -160,8 +160,12 @@ def read_bytes(path: str, sha256: str | None = None) -> bytes:
   return call(path, read, missing=True)
 
 
-def open_file(path: str) -> BinaryIO:
+def open_file(path: str, known: Stat | None = None) -> BinaryIO:
   """Opens a file to read; one of a store is read by ranges, never as a whole. Its end is known: `size_of`.
+
+  Args:
+    path: of the file.
+    known: what `stat` says of it; None: the store is asked.
 
   Raises:
     UserError: it does not exist, or the store is not open to us.
@@ -169,7 +173,7 @@ def open_file(path: str) -> BinaryIO:
   """
   if not is_address(path):
     return open(path, "rb")
-  known = stat(path)
+  known = known or stat(path)
   _need_ranges(path, known, BLOCK)
   return io.BufferedReader(_Ranges(path, known), 2**16)
 

@@ -43,6 +43,7 @@ class Parquet:
   def __init__(self, options: Options):
     self._options = options
     self._paths, self.left_out = input_files(options.input, (".parquet",), "parquet")
+    self._known = dict(zip(self._paths, stores.each(stores.stat, self._paths)))  # once: a store is asked for each
 
   def files(self) -> list[str]:
     return self._paths
@@ -55,11 +56,11 @@ class Parquet:
     """
     parts = []
     for path in self._paths:
-      size = stores.stat(path).size
+      size = self._known[path].size
       if not size:
         parts.append((path, 0, 0, 0))
         continue
-      with _open(path) as table:
+      with _open(path, self._known[path]) as table:
         self._columns(path, table.schema_arrow)
         row = 0
         for group in range(table.metadata.num_row_groups):
@@ -75,10 +76,10 @@ class Parquet:
 
   def items(self, part: Part) -> Iterator[Item]:
     path, group, first, rows = part
-    if not (file_size := stores.stat(path).size):
+    if not (file_size := self._known[path].size):
       yield Item(path, RecordError("empty_shard", "the file is empty"), {})
       return
-    with _open(path) as table:
+    with _open(path, self._known[path]) as table:
       columns = self._columns(path, table.schema_arrow)
       size = table.metadata.row_group(group).total_byte_size
       if size > MAX_RATIO * file_size + 2**20:
@@ -235,13 +236,13 @@ def _names_files(kind: Any) -> bool:
   return types.is_struct(kind) or (listed and (types.is_string(kind) or types.is_large_string(kind)))
 
 
-def _open(path: str) -> Any:
+def _open(path: str, known: stores.Stat) -> Any:
   import pyarrow.parquet
 
   try:
     return pyarrow.parquet.ParquetFile(
-      stores.open_file(path) if stores.is_address(path) else path,
-      metadata=_plain_metadata(path, stores.stat(path).version),
+      stores.open_file(path, known) if stores.is_address(path) else path,
+      metadata=_plain_metadata(path, known),
       memory_map=True,
       pre_buffer=False,
       page_checksum_verification=True,
@@ -253,15 +254,15 @@ def _open(path: str) -> Any:
 
 
 @functools.lru_cache(maxsize=1)  # reading them again for each row group would take quadratic time
-def _plain_metadata(path: str, changed: str) -> Any:
+def _plain_metadata(path: str, known: stores.Stat) -> Any:
   """Returns the metadata of a file without the Arrow schema that its writer may have added.
 
   The schema would restore types, such as dictionaries, in which a single text that is not UTF-8 costs the whole column.
-  `changed` is a key of the cache, another one after the file has changed.
+  With `known`, a file that has changed since the last call is read again.
   """
   import pyarrow.parquet
 
-  with stores.open_file(path) as file:
+  with stores.open_file(path, known) as file:
     size = file.seek(-8, os.SEEK_END) + 8
     length = int.from_bytes(file.read(4), "little")
     file.seek(max(0, size - 8 - length))

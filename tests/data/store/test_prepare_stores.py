@@ -213,18 +213,22 @@ def test_an_output_is_not_written_over_what_is_not_its_own(server, tmp_path):
 
 
 def test_a_table_is_read_by_its_columns_and_not_whole(server, tmp_path):
-  """A column that no import reads is not fetched."""
+  """A column that no import reads is not fetched, and the store is asked once for size and version, not for each row
+  group."""
   rows = {"image": [image(i) for i in range(8)], "caption": ["A."] * 8, "payload": [os.urandom(1 << 17)] * 8}
-  buffer = io.BytesIO()
-  pyarrow.parquet.write_table(pyarrow.table(rows), buffer, use_dictionary=False, compression="none")
-  server.files["bucket/a.parquet"] = buffer.getvalue()
-  columns = dict(image_column="image", text_column="caption")
-  summary = prepare.prepare(
-    "parquet", str(tmp_path / "out"), "generation", f"{server.address}/bucket/a.parquet", **columns
-  )
-  assert summary["accepted"] == 8
-  gets = [path for method, path in server.asked if method == "GET"]
-  assert len(gets) * stores.BLOCK < len(buffer.getvalue())
+  columns, heads = dict(image_column="image", text_column="caption"), set()
+  for group in (8, 2):
+    buffer, name = io.BytesIO(), f"bucket/{group}.parquet"
+    table = pyarrow.table(rows)
+    pyarrow.parquet.write_table(table, buffer, use_dictionary=False, compression="none", row_group_size=group)
+    server.files[name] = buffer.getvalue()
+    address = f"{server.address}/{name}"
+    summary = prepare.prepare("parquet", str(tmp_path / f"{group}"), "generation", address, **columns)
+    assert summary["accepted"] == 8
+    methods = [method for method, path in server.asked if path == name]
+    assert methods.count("GET") * stores.BLOCK < len(buffer.getvalue())
+    heads.add(methods.count("HEAD"))
+  assert len(heads) == 1
 
 
 def test_a_picture_that_a_store_does_not_give_ends_the_import(server, tmp_path):
