@@ -5,7 +5,8 @@ import pathlib
 import sys
 
 from jflow import files, stores
-from jflow.cli.arguments import Parser, whole
+from jflow.cli.arguments import Parser, number, whole
+from jflow.data.store.cache import USUAL, Cache
 from jflow.errors import UserError
 
 _EPILOG = """\
@@ -35,15 +36,18 @@ def main(argv: list[str]) -> int:
     help="HTML (default corpus.html)",
   )
   add("--samples", type=whole(0, 1000), default=8, help="records to show of each data set (default 8)")
+  add(
+    "--cache", metavar="DIR", default=USUAL, help="copies of shards of a store, on a local disk (default %(default)s)"
+  )
+  add("--cache_gib", type=number(0), default=100.0, help="of all copies (default %(default)g)")
   args = parser.parse_args(argv)
   if not args.report:
     raise UserError("--report must name data sets, as in --report data/chat data/paint")
   if args.output.suffix.lower() not in (".html", ".htm"):
     raise UserError(f"--output={args.output}: the page is HTML, so its name must end in .html")
   from jflow.data import corpus
-  from jflow.data.store.cache import USUAL, Cache
 
-  cache = Cache(USUAL, 100 * 2**30, "the cache") if any(map(stores.is_address, args.report)) else None
+  cache = Cache(args.cache, args.cache_gib * 2**30, "--cache") if any(map(stores.is_address, args.report)) else None
   page = corpus.page([corpus.measured(stores.absolute(directory), cache, args.samples) for directory in args.report])
   try:
     args.output.parent.mkdir(parents=True, exist_ok=True)

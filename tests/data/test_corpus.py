@@ -76,3 +76,11 @@ def test_the_command_writes_one_file_and_refuses_others(sets, tmp_path):
     prepare_command.main(["--report", *directories, f"--output={tmp_path}/page.txt"])
   with refused(tmp_path / "in"):
     prepare_command.main(["--report", str(tmp_path / "in"), f"--output={tmp_path}/page.html"])
+
+
+@pytest.mark.parametrize("flag, value", [("--cache", "{}/in/chat.jsonl/x"), ("--cache_gib", "1e-06")])
+def test_a_cache_that_cannot_hold_a_set_of_a_store_is_named_by_its_flag(sets, tmp_path, flag, value):
+  flags = {"--cache": f"{tmp_path}/cache", flag: value.format(tmp_path)}
+  with refused(f"{flag}={flags[flag]}"):
+    given = [f"{name}={value}" for name, value in flags.items()]
+    prepare_command.main(["--report", f"file://{sets[0][1]}", f"--output={tmp_path}/page.html", *given])
