@@ -130,11 +130,16 @@ def _differ(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 
 def _departures(section: str, made: Mapping[str, Any], theirs: Mapping[str, Any], given: Collection[str]) -> list[str]:
-  """The fields of a section that the command line sets and that differ from the checkpoint's, as text."""
+  """The fields of a section that the command line sets and that differ from the checkpoint's, as text.
+
+  An empty value of a field that the checkpoint's kind does not have is no difference.
+  """
   return [
     f"{section}.{name}={made[name]} (there {theirs.get(name)})"
     for name in made
-    if _is_given(f"model.{section}.{name}", given) and _listed(made[name]) != _listed(theirs.get(name))
+    if _is_given(f"model.{section}.{name}", given)
+    and (name in theirs or made[name])
+    and _listed(made[name]) != _listed(theirs.get(name))
   ]
 
 
