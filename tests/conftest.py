@@ -99,6 +99,7 @@ ALONE = {
   "launch/launch",
   "perf/bench_data",
   "perf/bench_train",
+  "serving/serve_hostile",
   "serving/under_load",
   "training/distributed",
   "training/hosts",

@@ -45,7 +45,7 @@ def serving(
     yield base, engine
   finally:
     running.should_exit = True
-    thread.join(60)
+    thread.join(180)  # a program that is being compiled is waited for
     assert not thread.is_alive(), "the server does not end"
     engine.stop()
 
