@@ -5,7 +5,6 @@ In an import to a store, the files are made on this machine, sent there, checked
 
 import collections
 import json
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -77,15 +76,11 @@ def import_part(
         first.setdefault(error.reason, entry)
         print(json.dumps({**entry, "reason": error.reason}), file=log)
       count(item.work)
-  writer.close()
+  written = writer.close()
   if filters.rule:
     save_signatures(paths[3], np.array(signed, DTYPE))
   report = {
-    "records": writer.records,
-    "images": writer.images,
-    "bytes": writer.bytes,
-    "digest": writer.digest.hexdigest(),
-    "file_bytes": os.path.getsize(paths[0]),
+    **written,
     "rejected": dict(rejected),
     "filtered": dict(filtered),
     "notes": dict(notes),

@@ -18,6 +18,7 @@ import errno
 import gzip
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -110,9 +111,17 @@ class ShardWriter:
     self.images += len(record.images)
     self.bytes += len(example)
 
-  def close(self) -> None:
+  def close(self) -> dict[str, Any]:
+    """Completes the files; returns what a part's report says of them."""
     call_writer(self._path, self._writer.close)
     self._outlines.close()
+    return {
+      "records": self.records,
+      "images": self.images,
+      "bytes": self.bytes,
+      "digest": self.digest.hexdigest(),
+      "file_bytes": os.path.getsize(self._path),
+    }
 
 
 def call_writer(path: str, function: Callable[..., Any], *arguments: Any) -> None:

@@ -3,7 +3,6 @@
 import collections
 import concurrent.futures
 import multiprocessing
-import os
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -100,18 +99,14 @@ def _without(task: tuple[str, str, dict[str, Any], np.ndarray, dict[str, int]]) 
   for place in np.flatnonzero(keep).tolist():
     record, meta = prepared.decoded(features, reader.read([place])[0])
     writer.write(record, {name: value for name, value in meta.items() if name != "sha256"})
-  writer.close()
+  written = writer.close()
   reader.close()
   shutil.copyfile(source + SUFFIXES[2], paths[2])
   save_signatures(paths[3], _read(source + SIGNATURES)[keep])
   scratch.forget(stem, (*SUFFIXES, SIGNATURES))
   report = {
     **report,
-    "records": writer.records,
-    "images": writer.images,
-    "bytes": writer.bytes,
-    "digest": writer.digest.hexdigest(),
-    "file_bytes": os.path.getsize(paths[0]),
+    **written,
     "filtered": dict(collections.Counter(report["filtered"]) + collections.Counter(counts)),
   }
   report = write_report(here + ".json", report, paths)
