@@ -4,7 +4,7 @@ import argparse
 import pathlib
 import sys
 
-from jflow import files, stores
+from jflow import outputs, stores
 from jflow.cli.arguments import Parser, number, whole
 from jflow.data.store.cache import USUAL, Cache
 from jflow.errors import UserError
@@ -45,15 +45,13 @@ def main(argv: list[str]) -> int:
     raise UserError("--report must name data sets, as in --report data/chat data/paint")
   if args.output.suffix.lower() not in (".html", ".htm"):
     raise UserError(f"--output={args.output}: the page is HTML, so its name must end in .html")
+  outputs.make_directory(args.output.parent, "--output")
+  if args.output.is_dir():
+    raise UserError(f"--output={args.output} is a directory: name a file")
   from jflow.data import corpus
 
   cache = Cache(args.cache, args.cache_gib * 2**30, "--cache") if any(map(stores.is_address, args.report)) else None
   page = corpus.page([corpus.measured(stores.absolute(directory), cache, args.samples) for directory in args.report])
-  try:
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with files.output(args.output) as new:
-      new.write_text(page, encoding="utf-8", errors="backslashreplace")
-  except OSError as error:
-    raise UserError(f"--output={args.output} cannot be written: {error.strerror}") from error
+  outputs.replace(args.output, page)
   print(f"{len(args.report):,} data sets in {args.output}", file=sys.stdout)
   return 0

@@ -119,8 +119,9 @@ def evaluate(settings: Settings, checkpoint: Checkpoint | None = None, brief: bo
   body = before if keep else _write(benchmark, str(checkpoint.directory), identity, changed, result, before)
   if not brief:
     print(report.table(body))
-  for note in body["notes"] if not brief or not body["scores"] else ():
-    print(note)
+  if not brief or not body["scores"]:  # then the notes say what is left to do
+    for note in body["notes"]:
+      print(note)
   print(verdict(body["scores"]))
   print(f"report: {settings.output / 'report.html'} (and report.json)", file=sys.stderr)
 
