@@ -146,8 +146,13 @@ def sync(path: str | pathlib.Path) -> None:
 
 def sha256(path: str | pathlib.Path) -> str:
   """Hash of a file's content."""
+  return digest(path, "sha256")
+
+
+def digest(path: str | pathlib.Path, kind: str) -> str:
+  """Hash of a file's content, of a kind that hashlib knows."""
   with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.file_digest(file, kind).hexdigest()
 
 
 def entry(path: str | pathlib.Path) -> dict[str, Any]:

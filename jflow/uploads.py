@@ -18,7 +18,7 @@ def upload(path: str, address: str) -> None:
     UserError: the store takes no files, or is not open to us.
     OSError: the store answers no more, or the file cannot be read.
   """
-  size, md5, sha256 = os.path.getsize(path), _hash(path, "md5"), files.sha256(path)
+  size, md5, sha256 = os.path.getsize(path), files.digest(path, "md5"), files.sha256(path)
 
   def put(store: Any, name: str) -> None:
     _make_folder(store, address, name)
@@ -83,8 +83,3 @@ def _hash_there(store: Any, name: str, size: int) -> str:
   for start in range(0, size, stores.BLOCK):
     digest.update(store.cat_file(name, start=start, end=min(start + stores.BLOCK, size)))
   return digest.hexdigest()
-
-
-def _hash(path: str, kind: str) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, kind).hexdigest()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from jflow import outputs
+from jflow import files, outputs
 from jflow.commit import commit
 from jflow.errors import UserError
 from jflow.evaluation.page import Shown, digits, page
@@ -151,11 +151,11 @@ def fingerprint(
   from jflow.interop.steps import MANIFEST
 
   if layouts.found(directory) is not None or is_packed(directory):
-    files = [*directory.glob("*.json"), *directory.glob("vae/*.json"), *directory.rglob("*.safetensors")]
+    paths = [*directory.glob("*.json"), *directory.glob("vae/*.json"), *directory.rglob("*.safetensors")]
   else:
     workdir = workdir_of(directory)
-    files = [workdir / "config.json", *(workdir / "tokenizer").glob("*"), directory / MANIFEST]  # it holds all hashes
-  total = _add(hashlib.sha256(weights.encode()), files)
+    paths = [workdir / "config.json", *(workdir / "tokenizer").glob("*"), directory / MANIFEST]  # it holds all hashes
+  total = _add(hashlib.sha256(weights.encode()), paths)
   if vae:
     weights_of_vae, config = list(pathlib.Path(vae).glob("*.safetensors")), pathlib.Path(vae) / "config.json"
     if not weights_of_vae or not config.is_file():
@@ -175,8 +175,7 @@ def hash_of(paths: Sequence[pathlib.Path]) -> str:
 def _add(total: Any, paths: Sequence[pathlib.Path]) -> Any:
   """Adds names and contents of files to a hash, in the order of their names, and returns it."""
   for path in sorted(paths):
-    with open(path, "rb") as file:
-      total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    total.update(f"{path.name} {files.sha256(path)}\n".encode())
   return total
 
 
