@@ -36,10 +36,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
   """Serves the page until a signal."""
   args = parser().parse_args(argv)
-  need_extra("demo", "gradio", "fastapi")
-  flags.check(args)
+  flags.check(args, extra="demo")
   if args.max_upload < 1:
     raise UserError(f"--max_upload={args.max_upload} must be at least 1")
+  need_extra("demo", "gradio", "fastapi")
   with tempfile.TemporaryDirectory(prefix="jflow-demo-") as uploads:
     os.environ["GRADIO_TEMP_DIR"] = uploads  # private, and gone at the end
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

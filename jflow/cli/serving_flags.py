@@ -85,9 +85,14 @@ def adapters_of(args: argparse.Namespace, model: str) -> dict[str, str]:
   return out
 
 
-def check(args: argparse.Namespace) -> None:
-  """Checks the flags as far as possible without the model; raises UserError."""
-  need_extra("serve", "starlette", "uvicorn", "h11", "pydantic", "prometheus_client")
+def check(args: argparse.Namespace, extra: str = "serve") -> None:
+  """Checks the flags as far as possible without the model; raises UserError.
+
+  Args:
+    args: of the command.
+    extra: of pyproject.toml, that has the packages which any server needs.
+  """
+  need_extra(extra, "starlette", "uvicorn", "h11", "pydantic", "prometheus_client")
   from jflow.serving import hosts
 
   for name, least in (("slots", 1), ("batch", 1), ("queue", 1), ("context", 2)):
