@@ -9,6 +9,7 @@ model.understand("What color is the circle?", ["circle.png"])
 from typing import Any
 
 __all__ = ["load"]
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """A bounded cache of files of object stores, one per host: whole copies, the least recently used removed first.
 
   CACHE/shards/HASH-NAME    a copy; its time of change is that of its last use
-  CACHE/shards/locks/00     a lock, under which the files whose hash begins so are fetched, opened or removed
+  CACHE/shards/locks/000    a lock, under which the files whose hash begins so are fetched, opened or removed
 
 All processes of a host share it. A copy may be removed while another process reads it, whose open file lives on until
 it closes it. A name is a hash of address, size and content, so that no copy is ever out of date. A copy is checked by
@@ -22,6 +22,7 @@ from jflow.progress import say
 
 USUAL = "~/.cache/jflow"
 _POLL = 0.02  # seconds
+_SHARED = 3  # digits of a hash: 4,096 locks, so that a file whose store fails makes hardly another one wait
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _T = TypeVar("_T")
 
@@ -60,7 +61,7 @@ class Cache:
     self._root, self._most, self._field = os.path.join(os.path.expanduser(folder), "shards"), most, field
     try:
       os.makedirs(os.path.join(self._root, "locks"), exist_ok=True)
-      files.open_lock(self._lock_name("00")).close()
+      files.open_lock(self._lock_name("0" * _SHARED)).close()
     except OSError as error:
       raise UserError(f"{field}={folder} cannot be written ({error.strerror}): name a folder of a local disk") from None
 
@@ -197,7 +198,7 @@ class Cache:
     if name == remote.name + files.PART:
       return 0
     with contextlib.suppress(OSError), files.open_lock(self._lock_name(name)) as lock:
-      if name[:2] == remote.name[:2] or files.lock(lock):
+      if name[:_SHARED] == remote.name[:_SHARED] or files.lock(lock):
         os.unlink(os.path.join(self._root, name))
         return size
     return 0
@@ -210,7 +211,7 @@ class Cache:
       yield
 
   def _lock_name(self, name: str) -> str:
-    return os.path.join(self._root, "locks", name if name == "room" else name[:2])
+    return os.path.join(self._root, "locks", name if name == "room" else name[:_SHARED])
 
 
 def _has_size(path: str, size: int) -> bool:

@@ -101,7 +101,7 @@ def reports(stems: Sequence[str], folders: Sequence[str]) -> list[dict[str, Any]
     folders: from `shares`.
 
   Raises:
-    UserError: a part is unfinished, or a file of it has changed.
+    UserError: a part is unfinished, a file of it has changed, or two are of different versions of jflow.
   """
   with concurrent.futures.ThreadPoolExecutor() as pool:
     found = list(pool.map(lambda stem: read_report(stem + ".json"), stems))
@@ -111,4 +111,11 @@ def reports(stems: Sequence[str], folders: Sequence[str]) -> list[dict[str, Any]
       raise UserError(
         f"--merge: {stems[index]} is unfinished or damaged: run --part={machine}/{len(folders)} again to go on"
       )
-  return [report for report in found if report is not None]
+  reports = [report for report in found if report is not None]
+  versions = [report.get("version", "before 0.1.0") for report in reports]
+  if other := next((index for index, version in enumerate(versions) if version != versions[0]), 0):
+    raise UserError(
+      f"--merge: {stems[0]} was made by jflow {versions[0]}, and {stems[other]} by jflow {versions[other]}: remove the "
+      "folder of the one, and run its --part again by the version of the other"
+    )
+  return reports

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from jflow import files, stores
+from jflow import __version__, files, stores
 from jflow.data.store.scratch import local
 from jflow.errors import UserError
 from jflow.strict_json import Malformed, parse
@@ -100,28 +100,32 @@ def write_report(path: str, report: dict[str, Any], paths: Sequence[str]) -> dic
   """Writes the report of a part whose files are finished; its presence means that they are complete.
 
   Returns:
-    The report, with "files": the size and hash of each.
+    The report, with "files", the size and hash of each, and "version", that of jflow.
   """
-  report = {**report, "files": {os.path.basename(file): files.entry(file) for file in paths}}
+  report = {**report, "version": __version__, "files": {os.path.basename(file): files.entry(file) for file in paths}}
   files.write_json(path, {**report, _DIGEST: _digest(report)})
   return report
 
 
-def read_report(path: str) -> dict[str, Any] | None:
-  """Returns the report of a part; None where it is missing, or it or a file of the part has changed."""
+def read_report(path: str, by_size: bool = False) -> dict[str, Any] | None:
+  """Returns the report of a part; None where it is missing, or it or a file of the part has changed.
+
+  Args:
+    path: of the report.
+    by_size: whether files of this machine are not hashed, as those that were just made.
+  """
   try:
     report = parse(stores.read_bytes(path))
     if not isinstance(report, dict) or report.pop(_DIGEST, None) != _digest(report):
       return None
     folder = path.rpartition("/")[0]
     for name, entry in report["files"].items():
-      if stores.is_address(path):  # whose hash was checked when it was sent
-        found = stores.find(stores.join(folder, name))
-        if found is None or found.size != entry["bytes"]:
-          return None
-        continue
-      file = os.path.join(folder, name)
-      if not os.path.isfile(file) or files.sha256(file) != entry["sha256"]:
+      file = stores.join(folder, name)
+      found = stores.find(file)
+      if found is None or found.size != entry["bytes"]:
+        return None
+      # The hash of a store's file was checked when it was sent.
+      if not (by_size or stores.is_address(path)) and files.sha256(file) != entry["sha256"]:
         return None
     return report
   except (FileNotFoundError, Malformed):

@@ -162,7 +162,7 @@ def _run(
   todo = [index for index, report in reports.items() if report is None]
   if beam is not None and todo:
     beam_lib.run(importer, parts, stems, todo, task, filters, beam)
-    reports |= _read_reports(stems, todo, processes)
+    reports |= _read_reports(stems, todo, processes, by_size=True)  # its workers have hashed what they wrote
     if (lost := next((index for index in todo if reports[index] is None), None)) is not None:
       raise UserError(f"{stems[lost]} was made by Beam and is not here: its workers must share the disk, or a store")
     return list(reports.values())
@@ -198,10 +198,12 @@ def _run(
   return list(reports.values())
 
 
-def _read_reports(stems: Sequence[str], indices: Sequence[int], processes: int) -> dict[int, Any]:
-  """The reports of parts, many at a time; None of one that is missing or damaged."""
+def _read_reports(
+  stems: Sequence[str], indices: Sequence[int], processes: int, by_size: bool = False
+) -> dict[int, Any]:
+  """The reports of parts, many at a time; None of one that is missing or damaged. `by_size`: see `read_report`."""
   with concurrent.futures.ThreadPoolExecutor(max(1, processes)) as pool:
-    return dict(zip(indices, pool.map(read_report, [stems[index] + ".json" for index in indices])))
+    return dict(zip(indices, pool.map(lambda index: read_report(stems[index] + ".json", by_size), indices)))
 
 
 def _begun(stems: Sequence[str], own: Sequence[int]) -> list[int]:

@@ -10,6 +10,7 @@ from preparing import chat, make_folder, read_back, run, write_lines
 from refusals import refused
 
 from jflow.cli import prepare as prepare_command
+from jflow.data.store import partial
 from jflow.errors import UserError
 
 
@@ -106,6 +107,13 @@ def two_numbers(folder, output):
   run(folder, output=output, part=(1, 3), **OPTIONS)
 
 
+def other_version(folder, output):
+  shutil.rmtree(f"{output}.machine-00002-of-00002")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(partial, "__version__", "99.0")
+    run(folder, output=output, part=(2, 2), **OPTIONS)
+
+
 @pytest.mark.parametrize(
   "change, part",
   [
@@ -113,6 +121,7 @@ def two_numbers(folder, output):
     (other_flags, "part_records"),
     (other_input, "files"),
     (two_numbers, "00002 and of 00003"),
+    (other_version, "00002/part-00001 by jflow 99.0"),
   ],
 )
 def test_shares_that_do_not_belong_together_are_refused(folder, change, part):
