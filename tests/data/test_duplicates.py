@@ -1,6 +1,8 @@
 """Signatures and duplicates: against brute force, a true Jaccard similarity, and pictures saved in other ways."""
 
 import io
+import os
+import tempfile
 
 import numpy as np
 import pytest
@@ -8,12 +10,13 @@ from PIL import Image
 from preparing import image, run, write_lines
 from refusals import refused
 
-from jflow.data import signatures
-from jflow.data.duplicates import Rule, found
+from jflow.data import duplicates, signatures
+from jflow.data.duplicates import Rule
 from jflow.data.filters import Filters
 from jflow.data.records import Record, Turn
 from jflow.data.store import prepared
 
+_NONE = np.empty((0, 2), np.int64)
 WORDS = [f"word{i}" for i in range(400)]
 
 
@@ -31,6 +34,18 @@ def saved(picture: Image.Image, format: str = "PNG", **options) -> bytes:
 
 def sign(*records: Record) -> np.ndarray:
   return np.array([signatures.signature(record) for record in records], signatures.DTYPE)
+
+
+def found(known: np.ndarray, rule: Rule, most: int = duplicates.AT_ONCE) -> np.ndarray:
+  """For each signature the place of the earlier one that it repeats; -1: none."""
+  first = np.full(len(known), -1)
+  with tempfile.TemporaryDirectory() as folder:
+    known.tofile(f"{folder}/known")
+    for later, earlier in np.concatenate(list(duplicates.found(f"{folder}/known", rule, folder, most)) or [_NONE]):
+      assert first[later] == -1 and earlier < later
+      first[later] = earlier
+    assert os.listdir(folder) == ["known"]
+  return first
 
 
 def text(*words: str) -> Record:
@@ -95,6 +110,27 @@ def test_a_record_near_to_a_dropped_one_and_to_a_kept_one_is_dropped():
   for many in (1, 3):  # of each
     expected = [-1] + [0] * (many - 1) + [0] * many + [-1] + [2 * many] * (many - 1) + [2 * many] * many
     assert found(known.repeat(many), Rule("texts", near=True)).tolist() == expected
+
+
+@pytest.mark.parametrize("kind", duplicates.KINDS)
+@pytest.mark.parametrize("near", [False, True])
+def test_what_is_found_does_not_depend_on_what_memory_holds(kind, near, monkeypatch):
+  """Keys of more records than are held at once, with more firsts than are compared, among keys of one record."""
+  monkeypatch.setattr(duplicates, "_MOST", 5)
+  chance = np.random.default_rng(2)
+  known = np.zeros(300, signatures.DTYPE)
+  known["text"] = chance.integers(0, 2**32, (30, 64), np.uint32)[chance.integers(0, 30, 300)]
+  known["text"][:, ::2][chance.random((300, 32)) < 0.3] = 7
+  known["hash"] = 1 << chance.integers(0, 3, 300)
+  known["thumb"] = chance.integers(0, 3, 300)[:, None] * 12
+  known["words"], known["count"] = chance.integers(0, 3, (2, 300))
+  for field in ("content", "pictures", "texts"):
+    known[field] = chance.integers(1, 60, 300)
+  whole = found(known, Rule(kind, near))
+  assert (whole >= 0).sum() > 30
+  for most in (40, 170):
+    monkeypatch.setattr(duplicates, "_BLOCK", most // 3)
+    np.testing.assert_array_equal(found(known, Rule(kind, near), most), whole)
 
 
 def test_other_cases_and_spaces_are_the_same_text_and_empty_ones_are_none():

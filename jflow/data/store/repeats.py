@@ -2,7 +2,11 @@
 
 import collections
 import concurrent.futures
+import hashlib
+import itertools
+import json
 import multiprocessing
+import os
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +20,7 @@ from jflow.data.processes import end_with_parent
 from jflow.data.signatures import DTYPE
 from jflow.data.store import prepared, scratch
 from jflow.data.store.part import SIGNATURES, SUFFIXES, save_signatures
-from jflow.data.store.partial import clear, write_report
+from jflow.data.store.partial import clear, read_report, write_report
 from jflow.errors import UserError
 
 
@@ -55,26 +59,49 @@ def dropped(
     UserError: a data set of --against is damaged.
     OSError: a file cannot be read or written.
   """
-  rule = filters.rule
-  assert rule is not None
+  assert filters.rule is not None
   earlier = [file for directory in filters.against or () for file in _signed(directory)]
   signed = [(stem + SIGNATURES, report["records"]) for stem, report in zip(stems, reports, strict=True)]
-  known = _joined([*earlier, *signed])
-  repeated = duplicates.found(known, rule)
-  begin, tasks = sum(count for _, count in earlier), {}
+  known = scratch.local(stores.join(partial, "signatures"))
+  try:
+    _join([*earlier, *signed], known)
+    gone = _gone(known, [sum(count for _, count in earlier), *(count for _, count in signed)], filters.rule)
+  finally:
+    clear([known])
   new_stems, new_reports = list(stems), list(reports)
-  for index, (_, count) in enumerate(signed):
-    first = repeated[begin : begin + count]
-    same = known["content"][begin : begin + count] == known["content"][first]
-    begin += count
-    if (first >= 0).any():
-      new_stems[index] = stores.join(partial, f"kept-{index:05d}")
-      counts = collections.Counter({"duplicate": int((same & (first >= 0)).sum())})
-      counts["near_duplicate"] = int((first >= 0).sum()) - counts["duplicate"]
-      tasks[index] = (stems[index], new_stems[index], reports[index], first < 0, {k: n for k, n in counts.items() if n})
-  for index, report in zip(tasks, _all_without(list(tasks.values()), processes)):
+  tasks = []
+  for index in gone:
+    new_stems[index] = stores.join(partial, f"kept-{index:05d}")
+    tasks.append((stems[index], new_stems[index], reports[index], *gone[index]))
+  for index, report in zip(gone, _all_without(tasks, processes)):
     new_reports[index] = report
   return new_stems, new_reports
+
+
+def _gone(path: str, counts: Sequence[int], rule: duplicates.Rule) -> dict[int, tuple[np.ndarray, dict[str, int]]]:
+  """The records that repeat earlier ones: number of a part -> their places in it, int64[n], and counts by reason.
+
+  Args:
+    path: of all signatures, those of other data sets first.
+    counts: of those of other data sets, and of each part.
+    rule: the meaning of a duplicate.
+  """
+  ends, found = np.cumsum(counts), collections.defaultdict(list)
+  content = np.memmap(path, DTYPE, "r")["content"] if ends[-1] else np.empty(0, np.uint64)
+  for pairs in duplicates.found(path, rule, os.path.dirname(path)):
+    pairs = pairs[pairs[:, 0] >= counts[0]]
+    parts = np.searchsorted(ends, pairs[:, 0], "right") - 1
+    same = content[pairs[:, 0]] == content[pairs[:, 1]]
+    edges = np.flatnonzero(np.concatenate([[True], parts[1:] != parts[:-1], [True]])) if len(parts) else []
+    for begin, end in itertools.pairwise(edges):
+      part = int(parts[begin])
+      found[part].append((pairs[begin:end, 0] - ends[part], int(same[begin:end].sum())))
+  gone = {}
+  for part, several in found.items():
+    places, same = np.concatenate([later for later, _ in several]), sum(same for _, same in several)
+    by_reason = {"duplicate": same, "near_duplicate": len(places) - same}
+    gone[part] = places, {reason: count for reason, count in by_reason.items() if count}
+  return gone
 
 
 def _all_without(tasks: Sequence[Any], processes: int) -> list[dict[str, Any]]:
@@ -87,10 +114,15 @@ def _all_without(tasks: Sequence[Any], processes: int) -> list[dict[str, Any]]:
 
 
 def _without(task: tuple[str, str, dict[str, Any], np.ndarray, dict[str, int]]) -> dict[str, Any]:
-  """Writes one part again, without the records that `keep` leaves out; returns its report."""
+  """Writes one part again, without the records of some places; returns its report."""
   from array_record.python import array_record_module
 
-  stem, target, report, keep, counts = task
+  stem, target, report, gone, counts = task
+  made_of = hashlib.sha256(json.dumps(report, sort_keys=True).encode() + gone.astype("<i8").tobytes()).hexdigest()
+  if (made := read_report(target + ".json")) and made.get("made_of") == made_of:  # before a kill
+    return made
+  keep = np.ones(report["records"], bool)
+  keep[gone] = False
   source, here = scratch.fetched(stem, (*SUFFIXES, SIGNATURES)), scratch.local(target)
   paths = [here + suffix for suffix in (*SUFFIXES, SIGNATURES)]
   clear(paths)
@@ -107,6 +139,7 @@ def _without(task: tuple[str, str, dict[str, Any], np.ndarray, dict[str, int]]) 
   report = {
     **report,
     **written,
+    "made_of": made_of,
     "filtered": dict(collections.Counter(report["filtered"]) + collections.Counter(counts)),
   }
   report = write_report(here + ".json", report, paths)
@@ -121,16 +154,14 @@ def _signed(directory: str) -> list[tuple[str, int]]:
   return [(stores.join(directory, name), length) for name, length in zip(names, lengths)]
 
 
-def _joined(files: Sequence[tuple[str, int]]) -> np.ndarray:
-  """The signatures of files, each of so many, DTYPE[N]: held once, not beside those of each file."""
-  known, begin = np.empty(sum(count for _, count in files), DTYPE), 0
-  for path, count in files:
-    found = _read(path)
-    if len(found) != count:
-      raise UserError(f"{path} has {len(found):,} signatures, and must have {count:,}: prepare its data set again")
-    known[begin : begin + count] = found
-    begin += count
-  return known
+def _join(files: Sequence[tuple[str, int]], target: str) -> None:
+  """Writes the signatures of files, each of so many, to one file without a header."""
+  with open(target, "wb") as joined:
+    for path, count in files:
+      found = _read(path)
+      if len(found) != count:
+        raise UserError(f"{path} has {len(found):,} signatures, and must have {count:,}: prepare its data set again")
+      joined.write(found.tobytes())
 
 
 def _read(path: str) -> np.ndarray:

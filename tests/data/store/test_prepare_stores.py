@@ -161,6 +161,9 @@ def test_an_output_in_a_store_is_that_of_a_folder(server, tmp_path):
 @pytest.mark.parametrize("moment", ["part-00002.array_record", "part-00002.json", "summary.json"])
 def test_an_import_whose_store_is_lost_goes_on(server, tmp_path, moment):
   folder = make_folder(tmp_path / "in")
+  with open(folder / "chat.jsonl", "a") as lines:
+    lines.write(json.dumps(chat("pictures/1.png", answer="Number 1, né.")) + "\n")
+    lines.write(json.dumps(chat("pictures/1.png", answer="Other.")) + "\n")
   options = dict(part_records=3, filters=Filters(duplicates="exact"))
   _, here = run(folder, **options)
   address = f"{server.address}/bucket/out"
@@ -170,12 +173,15 @@ def test_an_import_whose_store_is_lost_goes_on(server, tmp_path, moment):
   with refused(moment, "go on"):
     run(folder, output=address, **options)
   assert not [name for name in server.files if name.endswith("out/summary.json")]
+  assert ("bucket/out.partial/kept-00004.json" in server.files) == (moment == "summary.json")
   server.always.clear()
   server.asked.clear()
   server.files["bucket/out/outlines-00000-of-00009.jsonl.gz"] = b"of an input with more parts"
   run(folder, output=address, **options)
   assert in_store(server, "bucket/out/") == contents(here)
-  assert not [path for method, path in server.asked if method == "PUT" and "part-00001" in path]
+  sent = [path for method, path in server.asked if method == "PUT"]
+  assert not [path for path in sent if "part-00001" in path]
+  assert moment != "summary.json" or not [path for path in sent if "kept-00004" in path]
 
 
 def test_shares_in_a_store_are_joined_there(server, tmp_path):
