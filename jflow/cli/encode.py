@@ -7,7 +7,9 @@ import argparse
 import os
 import sys
 
-from jflow.cli.arguments import SEED, Parser, share, whole
+from jflow import stores
+from jflow.cli.arguments import SEED, Parser, number, share, whole
+from jflow.data.store.cache import USUAL, Cache
 from jflow.errors import UserError
 from jflow.generation.base import FAMILIES, Stored
 
@@ -19,8 +21,9 @@ examples
 They lie beside the records, in INPUT/{name}-SIZE: per picture {about}
 and the one square that was cut out, which training then uses in every epoch. A run refuses {name}
 of another encoder, another size or other records. A run of this command that was killed goes on where it
-stopped. All devices of this machine share the work, in float32; many machines with one disk do it by --part=K/N on each,
-and --merge after: the {name} are those of one machine."""
+stopped. All devices of this machine share the work, in float32; many machines with one disk, or whose records are in a
+store, do it by --part=K/N on each, and --merge after: the {name} are those of one machine. Of a data set in a store
+(--input=gs://BUCKET/paint) shards are read through --cache, and the {name} are sent there."""
 
 
 def kinds() -> dict[str, Stored]:
@@ -43,7 +46,9 @@ def main(argv: list[str]) -> int:
   )
   add = parser.add_argument
   add(f"--{kind.name}", action="store_true", required=True, help="this command")
-  add("--input", metavar="DIR", required=True, help="a data set that `prepare --task=generation` wrote")
+  add(
+    "--input", metavar="DIR", required=True, help="a data set that `prepare --task=generation` wrote, also in a store"
+  )
   add(
     "--checkpoint",
     metavar="DIR",
@@ -62,10 +67,14 @@ def main(argv: list[str]) -> int:
     help="that read and decode (default: one per core)",
   )
   add(
+    "--cache", metavar="DIR", default=USUAL, help="copies of shards of a store, on a local disk (default %(default)s)"
+  )
+  add("--cache_gib", type=number(0), default=100.0, help="of all copies (default %(default)g)")
+  add(
     "--part",
     type=share,
     metavar="K/N",
-    help="do the share of machine K of N, from 1; all see the same disk, and any may go on again",
+    help="do the share of machine K of N, from 1; all see the same disk or store, and any may go on again",
   )
   add("--merge", action="store_true", help="join the shares of all machines")
   args = parser.parse_args(argv)
@@ -79,9 +88,10 @@ def main(argv: list[str]) -> int:
   from jflow.data.store import stored
   from jflow.training.encode import make
 
+  cache = Cache(args.cache, args.cache_gib * 2**30, "--cache") if stores.is_address(args.input) else None
   vae = getattr(args, "vae", None)
   numbers = args.batch_size, args.seed, args.threads
-  header = make(kind.name, args.checkpoint, args.input, vae, args.weights, *numbers, args.part, args.merge)
+  header = make(kind.name, args.checkpoint, args.input, vae, args.weights, *numbers, args.part, args.merge, cache)
   lost = f"; without: {header['rejected']}" if header["rejected"] else ""
   if args.part:
     machine, count = args.part

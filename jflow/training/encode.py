@@ -13,7 +13,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jflow import registry, sharding
-from jflow.data.store import stored
+from jflow.data.store import stored_writer
+from jflow.data.store.cache import Cache
 from jflow.errors import UserError
 from jflow.generation.base import Stored, family
 from jflow.interop.checkpoints import read_checkpoint
@@ -87,8 +88,9 @@ def make(
   threads: int,
   part: tuple[int, int] | None = None,
   merge: bool = False,
+  cache: Cache | None = None,
 ) -> dict[str, Any]:
-  """Writes the encoded images of a prepared data set; see `stored.write`.
+  """Writes the encoded images of a prepared data set; see `stored_writer.write`.
 
   Args:
     name: of what is made, "latents" or "codes".
@@ -99,10 +101,10 @@ def make(
     batch_size: images at a time, at least.
     seed: of the squares.
     threads: that read and decode.
-    part, merge: see `stored.write`.
+    part, merge, cache: see `stored_writer.write`.
 
   Raises:
-    UserError: the checkpoint has no such encoder; see also `stored.write`.
+    UserError: the checkpoint has no such encoder; see also `stored_writer.write`.
   """
   found = read_checkpoint(checkpoint, vae=vae, weights=weights)
   config, writes = found.config, family(found.config.generation)
@@ -114,7 +116,7 @@ def make(
     how = ": name the folder of the SDXL-VAE with --vae=DIR" if kind.part == "vae" else ""
     raise UserError(f"{checkpoint} has no {kind.part.upper()}{how}")
   params, devices = found.params[kind.part], jax.local_device_count()
-  return stored.write(
+  return stored_writer.write(
     kind,
     directory,
     config.image_size,
@@ -126,4 +128,5 @@ def make(
     threads,
     part,
     merge,
+    cache,
   )

@@ -19,12 +19,13 @@ from ml_dtypes import bfloat16
 from PIL import Image
 from refusals import refused
 
+from jflow import stores
 from jflow.batch import WRITE
 from jflow.cli import prepare as prepare_command
 from jflow.data import images
 from jflow.data.pipeline import Pipeline
 from jflow.data.records import RecordError
-from jflow.data.store import prepare, prepared, stored
+from jflow.data.store import prepare, prepared, scratch, stored, stored_writer
 from jflow.data.store.cache import Cache
 from jflow.data.store.prepared import PreparedSource
 from jflow.data.tokenizer import Tokenizer
@@ -53,7 +54,7 @@ def fingerprint() -> str:
 
 def write(directory, encoder=encode, encoder_name="", **changes):
   arguments = dict(encoder=encoder_name or fingerprint(), batch_size=4, seed=7, threads=2) | changes
-  return stored.write(LATENTS, str(directory), 16, MOMENTS, encode=lambda x: encoder()(x), **arguments)
+  return stored_writer.write(LATENTS, str(directory), 16, MOMENTS, encode=lambda x: encoder()(x), **arguments)
 
 
 @pytest.fixture
@@ -376,17 +377,17 @@ def test_latents_of_pictures_to_read_and_a_run_that_is_interrupted_get_one_clear
     raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt, match="stopped; run the same command again to go on"):
-    stored.write(LATENTS, data, 16, MOMENTS, "x", interrupt, 4, 7, 2)
+    stored_writer.write(LATENTS, data, 16, MOMENTS, "x", interrupt, 4, 7, 2)
   read = str(tmp_path / "read")
   prepare.prepare("shapes", read, "understanding", records=1, image_size=16)
   with refused("--input=", "understanding", "--task=generation"):
-    stored.write(LATENTS, read, 16, MOMENTS, "x", interrupt, 4, 7, 2)
+    stored_writer.write(LATENTS, read, 16, MOMENTS, "x", interrupt, 4, 7, 2)
 
 
 def test_codes_lie_beside_the_records_as_latents_do(data):
   kind, source = family(tiny.JANUS.generation).stored, PreparedSource(data, "generation")
   codes = lambda pixels: 250 * pixels.reshape(len(pixels), -1)[:, :16].astype(np.uint16)
-  stored.write(kind, data, 16, (16,), "x", codes, 4, 7, 2)
+  stored_writer.write(kind, data, 16, (16,), "x", codes, 4, 7, 2)
   made = stored.StoredImages(kind, source, 16, (16,))
   for index in range(RECORDS):
     box, found = made[index]
@@ -448,8 +449,42 @@ def test_arrays_in_a_store_are_those_of_the_folder(data, tmp_path):
     for index in range(RECORDS):
       assert here[index][0] == there[index][0]
       np.testing.assert_array_equal(here[index][1], there[index][1])
-    with refused("latents", address):
-      write(address)
     del server.files["bucket/set/latents-16/latents-00001-of-00004.array_record"]
     with refused("latents-00001"):
       stored.StoredImages(LATENTS, source, 16, MOMENTS)
+
+
+def test_a_set_in_a_store_gets_what_that_of_a_folder_does(data, tmp_path, monkeypatch):
+  """By one machine, whose store is lost at each kind of file, and by several."""
+  monkeypatch.setattr(stores, "WAITS", (0.01,) * 6)
+  monkeypatch.setattr(scratch, "FOLDER", str(tmp_path / "scratch"))
+  half = lambda: lambda pixels: np.broadcast_to(pixels.mean((1, 2, 3))[:, None, None, None], (len(pixels), *MOMENTS))
+  with loopback.serving() as server:
+    address = server.put(pathlib.Path(data), "bucket/set")
+    whole = write(data, half)
+    here = {path.name: path.read_bytes() for path in pathlib.Path(data, "latents-16").iterdir()}
+    there = functools.partial(write, address, half, cache=Cache(str(tmp_path / "cache"), 2**30))
+    made = lambda: {name.split("/")[-1]: data for name, data in server.files.items() if "/latents-16/" in name}
+    records = set(server.files)
+    for moment in ("partial/latents-00002", "latents-16/latents-00001", "latents-16/latents.json"):
+      server.always[moment] = "503"
+      with refused("latents-0000" if "0000" in moment else "latents.json", "go on"):
+        there()
+      server.always.clear()
+      assert "latents.json" not in made()
+    server.asked.clear()
+    assert there() == whole and made() == here
+    assert not [path for method, path in server.asked if method == "PUT" and "partial/" in path]
+    with refused(f"{address}/latents-16", "exists"):
+      there()
+    for name in set(server.files) - records:
+      del server.files[name]
+    for machine in (2, 1):
+      there(part=(machine, 2))
+    lost = server.files.pop("bucket/set/latents-16.machine-00002-of-00002/latents-00003-of-00004.array_record")
+    with refused("latents-00003", "--part=2/2"):
+      there(merge=True)
+    server.files["bucket/set/latents-16.machine-00002-of-00002/latents-00003-of-00004.array_record"] = lost
+    assert there(merge=True) == whole and made() == here
+    assert set(server.files) - records == {f"bucket/set/latents-16/{name}" for name in here}
+  assert not any(names for *_, names in os.walk(tmp_path / "scratch"))
