@@ -6,6 +6,7 @@ Not in the paper.
     --config.data.tokenizer=runs/janusflow/tokenizer --config.rl.prompts=prompts.jsonl \\
     "--config.rl.rewards=(('http://scorer:8000/score',1.0),)"
   jflow train --config=grpo:quick --workdir=runs/grpo --config.train.init_from=runs/stage3    # the built-in world, minutes
+  jflow train --config=grpo:world --workdir=runs/grpo --config.train.init_from=world          # all its kinds of scenes
   jflow train --config=grpo:tiny --workdir=runs/tiny_grpo                                     # seconds
 
 train.batch_size counts pictures: train.batch_size / rl.group prompts a step. At 384 adapters are trained and the frozen
@@ -60,4 +61,7 @@ def get_config(size: str = ""):
   if c.size in base.PAPER:
     return published(c, tune.BLOCKS)
   c.rl.explore.steps, c.rl.explore.window = (4, 0) if c.size == "tiny" else (6, 2)
-  return reinforced(c, TRAINED, FROZEN)
+  c = reinforced(c, TRAINED, FROZEN)
+  if c.size == "world":  # learns what it paints with guidance, which costs twice as much
+    c.rl.explore.guidance, c.train.steps, c.checkpoint.interval = 3.0, 480, 120
+  return c

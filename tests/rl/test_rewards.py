@@ -175,6 +175,7 @@ PUBLISHED = ("--config.rl.prompts=x.jsonl", "--config.rl.rewards=(('http://score
     ("grpo", PUBLISHED),
     ("grpo:quick", ()),
     ("grpo:shapes", ()),
+    ("grpo:world", ()),
     ("janus/grpo:pro-7b", PUBLISHED),
     ("janus/grpo:shapes", ()),
     ("dpo", ("--config.rl.pairs=data/pairs",)),
