@@ -25,7 +25,7 @@ from tools.faults import struck
 from jflow import __main__, sharding
 from jflow.config import RunConfig
 from jflow.models import flops as model_flops
-from jflow.training import hosts, loop, optim
+from jflow.training import hosts, loop, optim, setup
 from jflow.training import workdir as workdirs
 from jflow.training.checkpoint import Checkpointer
 from jflow.training.goodput import Goodput
@@ -59,6 +59,17 @@ class Data:
       return made
     fault, step, process = self._fault
     return struck(made, start, fault, int(step), int(process))
+
+
+class Packed(Data):
+  """The rows of a pipeline as f32[rows, 16], means of their tokens."""
+
+  def __init__(self, config: RunConfig, rows: list[int]):
+    self._pipeline = setup.open_data(config, share=rows)
+
+  def batches(self, start: int, stop: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+    for batch, info in self._pipeline.batches(start, stop):
+      yield (batch.tokens.reshape(len(batch.tokens), 16, -1) / 256).mean(2).astype(np.float32), info
 
 
 def step(optimizer, state: TrainState, x: jax.Array):
@@ -103,7 +114,8 @@ def train(config: RunConfig, workdir: pathlib.Path, fault: list[str]) -> None:
       rows = sharding.local_rows(mesh, config.train.batch_size)
       out = (where, sharding.replicated(mesh))
       step_fn = jax.jit(lambda state, x: step(optimizer, state, x), donate_argnums=0, out_shardings=out)
-      run = loop._Run(config, workdir, Data(rows, fault), checkpointer, record, sharding.batch_sharding(mesh))
+      data = Packed(config, rows) if config.data.sources.text else Data(rows, fault)
+      run = loop._Run(config, workdir, data, checkpointer, record, sharding.batch_sharding(mesh))
       run(state, step_fn)
   finally:
     if held:

@@ -13,6 +13,7 @@ from jobs import TRAIN, WORKER, Job
 from refusals import refused
 from runs import SMALL
 
+from jflow.data.store import prepare
 from jflow.interop import native
 from jflow.interop.steps import damage
 from jflow.training.metrics import read_lines
@@ -124,6 +125,24 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone, whole):
   np.testing.assert_allclose(losses(tmp_path / "run"), whole, rtol=1e-5)
   assert rejected(tmp_path / "run") == [{}, {}, {"other_processes": 1}, {}]
   assert rejected(alone) == [{}, {}, {"checksum": 1}, {}]
+
+
+def test_in_blocks_two_processes_train_as_one(tmp_path):
+  """Bit for bit, where the devices are as many."""
+  lines = [{"text": f"n{i} said. " * (5 + i * 7 % 40)} for i in range(300)]
+  (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  prepare.prepare("text", str(tmp_path / "set"), "text", str(tmp_path / "in.jsonl"), part_records=10)
+  blocks = dict(order="blocks", block_records=20, block_window=2, block_lanes=2, workers=0, mixture="((0,(0,0,1)),)")
+  sources = dict(understanding=(), generation=(), text=((str(tmp_path / "set"), 1.0),))
+  fields = [f"--config.data.{name}={value}" for name, value in blocks.items()]
+  fields += [f"--config.data.sources.{name}={value}" for name, value in sources.items()]
+  made = []
+  for name, processes in (("one", 1), ("two", 2)):
+    with toy(tmp_path, name, processes=processes, devices=2 // processes, steps=12, fields=fields) as job:
+      assert job.codes() == [0] * processes, job.said(0)
+    made.append(losses(tmp_path / name))
+  assert len(made[0]) == 12
+  np.testing.assert_array_equal(*made)
 
 
 @pytest.mark.parametrize("interval", [1, pytest.param(5000, marks=pytest.mark.soak)])
