@@ -30,7 +30,10 @@ def upload(path: str, address: str) -> None:
       raise OSError("what arrived has another hash")
 
   need_writable("--output", address)
-  stores.call(address, put)
+  try:
+    stores.call(address, put, missing=True)
+  except FileNotFoundError:
+    raise UserError(f"{address} cannot be written: its bucket or folder does not exist") from None
 
 
 def write_bytes(address: str, content: bytes) -> None:

@@ -123,6 +123,13 @@ def test_what_arrived_otherwise_is_sent_again(server, tmp_path, fault, tags_of_p
   assert [method for method, _ in server.asked].count("PUT") == 2
 
 
+def test_a_bucket_that_is_not_there_is_told(server):
+  server.always["none/"] = "404"
+  with refused(f"{server.address}/none/file", "bucket"):
+    uploads.write_bytes(f"{server.address}/none/file", DATA)
+  assert [method for method, _ in server.asked] == ["PUT"]
+
+
 def test_files_are_copied_and_removed_in_the_store(server):
   uploads.copy(f"{server.address}/bucket/data.bin", f"{server.address}/bucket/two/data.bin")
   assert server.files["bucket/two/data.bin"] == DATA
