@@ -4,7 +4,7 @@ import re
 from collections.abc import Container, Mapping
 from typing import Any
 
-from jflow.data.importers.keys import IMAGES, TEXTS, is_conversation
+from jflow.data.importers.keys import CONVERSATIONS, IMAGES, TEXTS, is_conversation
 from jflow.data.records import RecordError, Unwanted
 
 # Media that no task reads: their keys and columns, and endings of their files.
@@ -73,7 +73,7 @@ _MAX_DEPTH = 16  # of lists and objects in which a value is looked for
 
 
 def images_of(fields: Mapping[str, Any], task: str, column: str = "") -> list[Any]:
-  """Returns the values of the first usual key that holds images.
+  """Returns the values of the first usual key that holds images, else those that parts of a conversation name.
 
   None is left out of a list: an interleaved document has a text there. In an object that names no image, `<image>` is
   text.
@@ -91,6 +91,8 @@ def images_of(fields: Mapping[str, Any], task: str, column: str = "") -> list[An
   value = next((fields[key] for key in keys if not is_empty(fields.get(key))), None)
   if value is not None:
     return [each for each in value if each is not None] if isinstance(value, (list, tuple)) else [value]
+  if not column and (value := _of_parts(fields)):
+    return value
   conversation = is_conversation(fields)
   for key in () if column else fields:
     lower, value = key.lower(), fields[key]
@@ -101,6 +103,26 @@ def images_of(fields: Mapping[str, Any], task: str, column: str = "") -> list[An
         raise Unwanted("with_images", "a record with an image is not text")
       raise RecordError("missing_image", f"the image is under {key[:40]!r}: name it by --image_column")
   return []
+
+
+def part_kind(part: Mapping[str, Any]) -> str:
+  """Returns the kind of a part of a turn, such as "text", "image" or "video", or ""."""
+  kind = part.get("type")
+  return kind.lower().removesuffix("_url") if isinstance(kind, str) else ""
+
+
+def _of_parts(fields: Mapping[str, Any]) -> list[Any]:
+  """Returns what parts such as {"type": "image", "image": PATH} or {"type": "image_url", "image_url": {"url": PATH}} name."""
+  named = []
+  for turns in (fields[key] for key in CONVERSATIONS if isinstance(fields.get(key), (list, tuple))):
+    for turn in (turn for turn in turns if isinstance(turn, Mapping)):
+      parts = turn.get("content")
+      for part in parts if isinstance(parts, (list, tuple)) else ():
+        if isinstance(part, Mapping) and part_kind(part) == "image":
+          value = next((part[key] for key in (*IMAGES[:1], "image_url", *_PLACE) if not is_empty(part.get(key))), None)
+          named.append(value.get("url") if isinstance(value, Mapping) and "url" in value else value)
+    break
+  return [value for value in named if value is not None]
 
 
 def check_media(names: Mapping[str, Any], column: str = "", pictured: bool = False) -> None:

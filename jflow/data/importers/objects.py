@@ -6,7 +6,7 @@ from typing import Any
 
 from jflow.data.importers.json_texts import parse_json
 from jflow.data.importers.keys import CAPTIONS, CONVERSATIONS, DOCUMENTS, IMAGES, TEXTS
-from jflow.data.importers.media import check_media, images_of
+from jflow.data.importers.media import check_media, images_of, part_kind
 from jflow.data.records import Record, RecordError, Turn, Unwanted
 from jflow.data.sequences import IMAGE_MARK
 
@@ -154,7 +154,7 @@ def _check_parts(images: tuple[Any, ...], task: str) -> None:
   if not images and task == "text":
     raise Unwanted("with_images", "a record with an image is not text")
   if not images:
-    raise RecordError("image_count", "a part of the text is an image, and the record names none")
+    raise RecordError("image_count", 'a part of the text is an image, and neither it nor "images" names one')
 
 
 def _content(value: Any) -> tuple[str | None, bool]:
@@ -168,8 +168,7 @@ def _content(value: Any) -> tuple[str | None, bool]:
     return None, False
   pieces, image = [], False
   for piece in value:
-    kind = piece.get("type")
-    kind = kind.lower().removesuffix("_url") if isinstance(kind, str) else ""
+    kind = part_kind(piece)
     check_media({kind: kind or None, **piece})
     if kind == "image":
       image = True

@@ -53,6 +53,21 @@ def test_captions_lists_arrays_and_texts(folder):
   assert [(r.text, len(r.turns)) for r in read_back(output, "text")] == [("A story.", 0), ("", 2)]
 
 
+@pytest.mark.parametrize(
+  "part", [{"image": "pictures/3.png"}, {"path": "pictures/3.png"}, {"image_url": {"url": "pictures/3.png"}}]
+)
+def test_parts_of_a_message_name_their_pictures(folder, part):
+  shown = {"type": "image_url" if "image_url" in part else "image", **part}
+  asked = [{"type": "image", "image": "pictures/4.png"}, {"type": "text", "text": "\nand "}, shown]
+  said = [{"type": "text", "text": "These."}]
+  messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+  write_lines(folder / "messages.jsonl", [{"messages": messages}])
+  _, output = run(folder, name="messages.jsonl")
+  (record,) = read_back(output)
+  assert record.images == (image(4), image(3))
+  assert [turn[1] for turn in record.turns] == ["<image>\nand <image>", "These."]
+
+
 def _damaged() -> dict[str, bytes]:
   noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
   png = image(0)
@@ -95,6 +110,7 @@ BAD_LINES = [
   ({"image": "pictures/1.png", "conversations": [{"from": "robot", "value": "x"}]}, "bad_turns"),
   ({"image": "pictures/1.png", "conversations": ["x"]}, "bad_turns"),
   ({"caption": "no image"}, "image_count"),
+  ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "image_count"),
   (chat("cut.jpg"), "unreadable"),
   (chat("empty.png"), "empty"),
   (chat("map.bmp"), "format"),
