@@ -41,14 +41,17 @@ something else than before, wherever they lie now; --accept_data goes on with th
 
 
 def _generate_samples(config: RunConfig, model: Any, tokenizer: Any, params: Any, prompts: Sequence[str]) -> list[Any]:
-  """Images of prompts, sampled as by `generate`, on one device."""
+  """Images of prompts, sampled as by `generate`, on one device; on a CPU in float32, since XLA has not all of bfloat16."""
   import jax
+  import jax.numpy as jnp
 
   from jflow import sharding
   from jflow.inference.pipeline import Pipeline
 
   log = config.log
   with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])):
+    if jax.default_backend() == "cpu":
+      model = model.clone(dtype=jnp.dtype("float32"))
     pipeline = Pipeline(model, params, tokenizer, config.data.template)
     asked = {"steps": log.sample_steps, "guidance": log.sample_guidance}
     chosen = {name: value for name, value in asked.items() if name in pipeline.family.setting_names}

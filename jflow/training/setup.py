@@ -204,7 +204,13 @@ def with_steps(config: RunConfig, pipeline: Pipeline) -> tuple[RunConfig, list[s
   steps = pipeline.steps_of(train.epochs)
   config = config.replace(train=dict(steps=steps))
   run_config.check(config)
-  return config, [f"train.epochs={train.epochs:g} are {steps} steps of {rows} rows"]
+  said = f"train.epochs={train.epochs:g} are {steps} steps of {rows} rows"
+  warmup = config.optimizer.warmup_steps
+  if steps < 2 * warmup:
+    said += (
+      f", and the rate rises for the first {warmup} (optimizer.warmup_steps): so little data wants more train.epochs"
+    )
+  return config, [said]
 
 
 def start_params(
