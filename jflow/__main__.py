@@ -12,7 +12,7 @@ from jflow.errors import Stopped, Terminated, UserError
 # Command -> (module with main(argv) -> exit code or None, what it does).
 COMMANDS = {
   "prepare": ("jflow.cli.prepare", "import pictures and texts into a training set"),
-  "train": ("jflow.cli.train", "train a stage"),
+  "train": ("jflow.cli.train", "train a stage, tune by adapters, learn from rewards"),
   "plot": ("jflow.cli.plot", "compare the losses of runs in a picture"),
   "generate": ("jflow.cli.generate", "generate images from prompts"),
   "understand": ("jflow.cli.understand", "answer a question about images"),
@@ -27,11 +27,10 @@ COMMANDS = {
 }
 
 _START = """
-start with a small model that has learned a built-in world (bash launch/quickstart.sh makes it):
-  python -m jflow generate --checkpoint=quickstart/stage3 --prompt="a picture of a red ring" --output=rings
-  python -m jflow understand --checkpoint=quickstart/stage3 --image=rings/0000_00.png \\
-    --question="What color is the ring?"
-  python -m jflow evaluate --benchmark=shapes --checkpoint=quickstart/stage3 --output=scores --limit=48
+start with the small model of a built-in world that comes with jflow:
+  python -m jflow generate --checkpoint=world --guidance=3 --prompt="a picture of a red ring" --output=rings
+  python -m jflow understand --checkpoint=world --image=rings/0000_00.png --question="What color is the ring?"
+  python -m jflow evaluate --benchmark=shapes --checkpoint=world --guidance=3 --output=scores --limit=48
   python -m jflow train --config=configs/stage2.py:tiny --workdir=runs/try --config.train.steps=20"""
 
 

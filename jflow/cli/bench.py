@@ -86,7 +86,7 @@ def _generate(p: argparse.ArgumentParser) -> None:
   p.epilog = """\
 examples
   python -m jflow bench generate --versus=tests/parity/torch_worker.py   # a mid-size model, random weights
-  python -m jflow bench generate --checkpoint=quickstart/stage3 --batch_size=4
+  python -m jflow bench generate --checkpoint=world --batch_size=4
   python -m jflow bench generate --config=janus/stage3:mid --versus=tests/parity/torch_worker.py   # by codes
   python -m jflow bench generate --config=stage3:384 --batch_size=16     # on a GPU
 
@@ -103,7 +103,7 @@ def _understand(p: argparse.ArgumentParser) -> None:
   p.epilog = """\
 examples
   python -m jflow bench understand --versus=tests/parity/torch_worker.py # a mid-size model, random weights
-  python -m jflow bench understand --checkpoint=quickstart/stage3 --batch_size=8
+  python -m jflow bench understand --checkpoint=world --batch_size=8
   python -m jflow bench understand --config=stage3:384 --batch_size=16   # on a GPU
 
 Each row reads one picture and a question and answers greedily; the PyTorch side is transformers' generate. On a GPU
@@ -184,7 +184,7 @@ def parser() -> argparse.ArgumentParser:
     epilog="""\
 examples
   python -m jflow bench train --config=stage2:tiny --json=train.json
-  python -m jflow bench understand --checkpoint=quickstart/stage3 --batch_size=8
+  python -m jflow bench understand --checkpoint=world --batch_size=8
   python -m jflow bench data --help        explains one""",
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )

@@ -11,7 +11,7 @@ from jflow.errors import UserError, need_extra
 
 _EPILOG = """
 examples:
-  python -m jflow demo --checkpoint=quickstart/stage3
+  python -m jflow demo --checkpoint=world
   python -m jflow demo --checkpoint=JanusFlow-1.3B --vae=sdxl-vae --port=7861
 
 The page needs no network. On a distant machine, `ssh -L 7860:localhost:7860 HOST` brings it here.

@@ -14,13 +14,13 @@ benchmarks:
 {benchmarks}
 
 examples:
-  python -m jflow evaluate --benchmark=shapes --checkpoint=quickstart/stage3 --output=scores/shapes
+  python -m jflow evaluate --benchmark=shapes --checkpoint=world --output=scores/shapes
   python -m jflow evaluate --benchmark=records --checkpoint=runs/tuned --data=data/mine --split=held-out --output=scores/mine
   python -m jflow evaluate --benchmark=pope --checkpoint=JanusFlow-1.3B --data=LMUData --output=scores/pope
   python -m jflow evaluate --benchmark=geneval --checkpoint=JanusFlow-1.3B --vae=sdxl-vae --data=geneval --output=scores/geneval
   python -m jflow evaluate --benchmark=geneval --checkpoint=JanusFlow-1.3B --vae=sdxl-vae --data=geneval --output=scores/geneval \\
     --results=results.jsonl          # what GenEval's own evaluator wrote for scores/geneval/pictures
-  python -m jflow evaluate --benchmark=shapes --checkpoint=quickstart/stage3 --output=scores/sweep \\
+  python -m jflow evaluate --benchmark=shapes --checkpoint=world --output=scores/sweep \\
     --sweep_guidance=1,2,4 --sweep_steps=5,30
 
 The same command goes on where it was stopped. Several processes share the work as --part=0/4 ... --part=3/4 with the

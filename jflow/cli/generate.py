@@ -21,7 +21,7 @@ _SHEET = "sheet.png"
 
 _EPILOG = """
 examples:
-  python -m jflow generate --checkpoint=quickstart/stage3 --prompt="a picture of a red circle" --output=pictures
+  python -m jflow generate --checkpoint=world --prompt="a picture of a red circle" --output=pictures
   python -m jflow generate --checkpoint=JanusFlow-1.3B --vae=sdxl-vae --prompts=prompts.txt --num_images=4 --output=pictures
 """
 

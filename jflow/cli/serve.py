@@ -9,7 +9,7 @@ from jflow.errors import UserError
 
 _EPILOG = """
 examples:
-  python -m jflow serve --checkpoint=quickstart/stage3
+  python -m jflow serve --checkpoint=world
   python -m jflow serve --checkpoint=JanusFlow-1.3B --vae=sdxl-vae --host=0.0.0.0 --token_file=token.txt --slots=16
   python -m jflow serve --checkpoint=runs/janusflow --adapter=birds=adapters/birds --adapter=ink=adapters/ink
 

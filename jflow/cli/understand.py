@@ -11,7 +11,7 @@ from jflow.outputs import write_json
 
 _EPILOG = """
 examples:
-  python -m jflow understand --checkpoint=quickstart/stage3 --image=circle.png --question="What color is the circle?"
+  python -m jflow understand --checkpoint=world --image=circle.png --question="What color is the circle?"
   python -m jflow understand --checkpoint=JanusFlow-1.3B --image=a.jpg --image=b.jpg --question="What changed?"
 """
 
