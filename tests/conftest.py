@@ -20,6 +20,7 @@ FAST = {
   "chips",
   "data/conversations",
   "data/corpus",
+  "data/disk_sort",
   "data/examples",
   "data/importers/llava",
   "data/importers/text",

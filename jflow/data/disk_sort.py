@@ -10,12 +10,12 @@ _BYTES = 16  # of a pair
 
 
 def ordered(pairs: Iterable[np.ndarray], folder: str, most: int) -> Iterator[np.ndarray]:
-  """Yields all pairs in order: by the first number, of equal ones by the second. Each piece is u64[n, 2], n <= most.
+  """Yields all pairs in order: by the first number, of equal ones by the second. A piece is u64[n, 2], 0 < n <= most.
 
   Args:
     pairs: u64[n, 2], any number of blocks.
     folder: to write to, 16 bytes for each pair; nothing stays, however the process ends.
-    most: pairs that are sorted at once, 80 bytes of memory each; at least the number of runs of so many.
+    most: pairs that are sorted at once, 80 bytes of memory each. Of more than its square, pieces are larger.
 
   Raises:
     OSError: the disk is full.
