@@ -26,7 +26,7 @@ def reinforced(c: ConfigDict, trained: tuple[str, ...], frozen: tuple[str, ...])
   """Returns the config of a run that trains all weights that patterns name on rewards of the built-in world."""
   c.rl.method, c.rl.prompts, c.rl.rewards = "grpo", "shapes", (("strict", 1.0),)
   c.optimizer.trained, c.optimizer.frozen = trained, frozen
-  c.optimizer.weight_decay, c.optimizer.warmup_steps, c.optimizer.muon = 0.0, 5, ()
+  c.optimizer.weight_decay, c.optimizer.warmup_steps, c.optimizer.muon, c.optimizer.rates = 0.0, 5, (), ()
   c.optimizer.learning_rate = 1e-4
   c.train.ema = 0.0
   c.compute.remat = "none"

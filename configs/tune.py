@@ -37,7 +37,7 @@ def split(size: str) -> tuple[str, str]:
 def on_own_data(c: ConfigDict, published: bool) -> ConfigDict:
   """Returns the config with what a few thousand records need; `published`: of a published model."""
   c.optimizer.learning_rate, c.optimizer.warmup_steps, c.optimizer.weight_decay = 2e-4, 20, 0.0
-  c.optimizer.cooldown_steps, c.optimizer.muon = 0, ()
+  c.optimizer.cooldown_steps, c.optimizer.muon, c.optimizer.rates = 0, (), ()
   c.train.ema = 0.0  # a run of few steps has nothing to average
   c.train.batch_size = 8
   c.data.crop = "center"  # of few pictures, a random square often shows half of what the caption says

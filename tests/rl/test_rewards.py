@@ -7,16 +7,19 @@ import json
 import random
 import threading
 
+import jax
 import numpy as np
 import pytest
 import tiny
+from flax.traverse_util import flatten_dict
 from PIL import Image
 from refusals import refused
 
+from jflow import sharding
 from jflow.errors import Unscored
 from jflow.rl import prompts, rewards
 from jflow.rl.rewards import Weighted
-from jflow.training import config_files, setup
+from jflow.training import config_files, optim, setup
 from jflow.world import scenes, source
 
 SIDE = 64
@@ -188,3 +191,16 @@ def test_the_configs_fit(named, flags):
   config = config_files.load(named, [*GIVEN, *flags])
   setup.check(config)
   assert config.rl.method == ("dpo" if "dpo" in named else "grpo")
+
+
+@pytest.mark.parametrize("size", ["tiny", "quick", "shapes", "world"])
+@pytest.mark.parametrize("named", ["grpo", "janus/grpo", "dpo", "janus/dpo", "tune", "janus/tune"])
+def test_their_patterns_name_what_is_trained(named, size):
+  """Also those that a size brings along from stage 3, where more is trained."""
+  config = config_files.load(f"{named}:{size}", [*GIVEN, "--config.compute.remat=none"])
+  model = setup.build(config, jax.devices()[0])
+  params = jax.eval_shape(lambda: sharding.unbox(setup.initial_params(config, model)))
+  own = config.optimizer
+  trained, _ = optim.partition(params, own.trained, own.frozen)
+  optim.rate_factors(flatten_dict(trained, sep="/"), own.rates)
+  optim.check_muon(trained, own.muon)
