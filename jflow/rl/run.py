@@ -173,7 +173,8 @@ def make_update(
     for column, name in enumerate(names):
       metrics[f"reward_{name}"] = jnp.mean(scores[:, column])
       metrics[f"reward_spread_{name}"] = grpo.spread(scores[:, column], own.group)
-    metrics |= {"kl": mean.divergence, "ratio": mean.ratio, "clipped": mean.clipped, "diversity": diversity}
+    metrics |= {"kl": mean.divergence} if own.refers else {}  # else there is nothing to compare with
+    metrics |= {"ratio": mean.ratio, "clipped": mean.clipped, "diversity": diversity}
     metrics |= {"skipped": new.skipped, "skipped_in_a_row": new.skipped_in_a_row}
     return new.replace(step=state.step + 1), metrics
 
