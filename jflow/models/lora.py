@@ -1,7 +1,9 @@
 """Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685): y = x W + (alpha / rank) (x A) B beside a frozen W.
 
 An adapter is a property of the parameters, not of a module: three leaves beside a `kernel`, which `layers.Linear` uses
-where they are there. So the optimizer, checkpoints and meshes treat adapters as any other parameters.
+where they are there. So the optimizer, checkpoints and meshes treat adapters as any other parameters. Not by qwix, which
+intercepts the products of a module's call and names variables of its own: here the tree of parameters alone says what is adapted,
+as what reads, merges and exports a checkpoint without building the model needs it.
 
   lora_a      f32[in, rank], or f32[L, in, rank] in a stack of L layers; normal with deviation in^-1/2
   lora_b      f32[rank, out]; zeros, so that a fresh adapter changes nothing

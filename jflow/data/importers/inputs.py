@@ -4,6 +4,7 @@ import collections
 import fnmatch
 import glob
 import os
+import pathlib
 import re
 from typing import NamedTuple
 
@@ -57,6 +58,8 @@ def input_files(pattern: str, endings: tuple[str, ...], format: str) -> Inputs:
   elif os.path.isdir(pattern):
     found = _walk(pattern, compressed.with_compressed(endings), (), left_out)
     wanted = f"no file that ends in {', '.join(endings)}"
+    if not found and next(pathlib.Path(pattern).rglob("*.arrow"), None):
+      wanted += " (Arrow files, of save_to_disk: datasets.load_from_disk(DIR).to_parquet(FILE) makes one that is read)"
   elif match:
     found, wanted = _range(pattern, *match.groups()), "an empty range"
   else:

@@ -238,3 +238,9 @@ def test_the_pictures_of_a_record_have_a_limit_together(tmp_path):
   write_lines(folder / "chat.jsonl", lines)
   summary, output = run(folder, max_rejected_share=1.0)
   assert summary["rejected"] == {"too_large": 2} and len(read_back(output)[0].images) == 2
+
+
+def test_arrow_files_are_named_with_what_makes_them_parquet(folder):
+  _write(folder / "set" / "data-00000-of-00001.arrow")
+  with refused("set", ".parquet", "to_parquet"):
+    run(folder, "text", "set", "parquet")
