@@ -16,8 +16,8 @@ one the run ends. The best step is what all commands load; they merge the adapte
   tune:full, tune:384-full     all but the VAE, as stage 3
 
 Steps: ten passes over the data, at most; 5,000 pictures are 800 rows, 100 steps a pass. Compiled for one H100 a step of
-`tune` takes 5.7 GiB and about a second, so ten passes a quarter of an hour; configs/README.md has the others. Nobody
-has run the published size.
+`tune` takes 5.7 GiB and about a second, so ten passes a quarter of an hour; configs/README.md has what fits
+GPUs of 24 to 141 GB. Nobody has run the published size.
 """
 
 from ml_collections import ConfigDict

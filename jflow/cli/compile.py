@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     "--rows_per_device",
     type=whole(),
     metavar="N",
-    help="default: train.batch_size / devices",
+    help="rows that a device computes at once; a step has train.accumulation times as many (default: by train.batch_size)",
   )
   parser.add_argument(
     "--program",

@@ -1,13 +1,16 @@
-"""The tables of jflow/perf/README.md: stage 2 over TPU and GPU meshes of 8 to 256 chips.
+"""The tables of jflow/perf/README.md, stage 2 over TPU and GPU meshes of 8 to 256 chips, and of configs/README.md.
 
   python launch/experiments/compile_table.py launch/experiments/results/compile_table
   python launch/experiments/compile_table.py launch/experiments/results/compile_table_janus_1b janus/stage2:1b
   python launch/experiments/compile_table.py launch/experiments/results/compile_table_janus_7b janus/stage2:pro-7b
   python launch/experiments/compile_table.py fits configs/stage2.py --fits     # one H200: rows and remat, and what fits
+  python launch/experiments/compile_table.py launch/experiments/results/tune_memory --tune    # what tuning takes of a GPU
 
-Writes NAME.json and NAME.md, about 3 minutes a row on a free core; an interrupted run resumes.
+Writes NAME.json and NAME.md, about 3 minutes a row on a free core; an interrupted run resumes. `--tune` with the name of a
+recipe compiles that one alone.
 """
 
+import itertools
 import json
 import pathlib
 import subprocess
@@ -15,6 +18,9 @@ import sys
 import tempfile
 
 from tqdm import tqdm
+
+root = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(root))
 
 from jflow import outputs
 from jflow.chips import CHIPS
@@ -62,6 +68,14 @@ KEPT = ("full", "save:query,key,value,attended,gate,up", "none")
 FITS = tuple((remat, rows) for rows in (4, 8) for remat in KEPT)
 SIZES = {"80 GB": 72.3, "141 GB": 127.4}  # a device -> GiB of it that a program may use
 
+# What tuning takes of one GPU: recipes, and what of each is compiled, remat and rows at once of the step's eight. Bytes are
+# linear in rows at once but for buffers that the compiler shares, so the rows between are read off a line.
+TUNED = ("tune", "tune:heads", "tune:full", "janus/tune:pro-1b", "janus/tune:pro-7b")
+TUNE_ROWS, ENDS = 8, (1, 8)
+TUNE_POINTS = tuple((remat, rows) for remat in ("full", "none") for rows in ENDS)
+# A device -> GiB that a program may use: 0.92 of what the driver reports; of 24 GB, that is 22.5 GiB on an L4 or A10G.
+DEVICES = {"24 GB": 20.7, "40 GB": 36.3, "80 GB": 72.3, "141 GB": 127.4}
+
 # Full effort takes the TPU compiler far longer and changes only the memory of the result; see jflow/perf/README.md.
 _EFFORT = {"tpu": -1.0, "gpu": 0.0}
 # Fixed for the table; "auto" takes Triton on a GPU, see `attention.choose`.
@@ -90,6 +104,26 @@ def write_fits(name: pathlib.Path, config: str = CONFIG) -> int:
     jobs[remat, rows] = lambda made=made, fields=fields: made | compiled(config, GPU, made["rows_per_device"], *fields)
   key = lambda report: (report["remat"], report["rows_per_device"])
   return _written(name, jobs, key, lambda report: FITS.index(key(report)), fits)
+
+
+def write_tune(name: pathlib.Path, *recipes: str) -> int:
+  """Compiles the step of one H100 for every recipe, choice of what is kept and rows at once, as `write_table` its rows."""
+  jobs = {}
+  for recipe, (remat, rows) in itertools.product(recipes or TUNED, TUNE_POINTS):
+    fields = [
+      f"--config.compute.remat={remat}",
+      f"--config.train.accumulation={TUNE_ROWS // rows}",
+      "--config.compute.attention=auto",
+    ]
+    if remat == "none":
+      fields.append(f"--config.compute.unroll={config_files.load(recipe, ()).model.language_model.num_layers}")
+    made = {"recipe": recipe, "remat": remat, "rows": rows}
+    jobs[recipe, remat, rows] = lambda made=made, fields=fields: (
+      made | compiled(made["recipe"], "h100:1x1", made["rows"], *fields)
+    )
+  key = lambda report: (report["recipe"], report["remat"], report["rows"])
+  place = lambda report: (TUNED.index(report["recipe"]), TUNE_POINTS.index((report["remat"], report["rows"])))
+  return _written(name, jobs, key, place, tune)
 
 
 def _written(name: pathlib.Path, jobs: dict, key, place, table) -> int:
@@ -121,7 +155,7 @@ def _written(name: pathlib.Path, jobs: dict, key, place, table) -> int:
 def compiled(config: str, topology: str, rows: int, *fields: str) -> dict:
   """The report of a row, or its error, from its own process, so that the compiler's memory is freed."""
   platform = Topology.parse(topology).chip.platform
-  effort, attention = _EFFORT[platform], _ATTENTION[platform]
+  effort = _EFFORT[platform]
   with tempfile.TemporaryDirectory() as folder:
     file = pathlib.Path(folder) / "report.json"
     command = [
@@ -134,10 +168,11 @@ def compiled(config: str, topology: str, rows: int, *fields: str) -> dict:
       f"--rows_per_device={rows}",
       f"--effort={effort}",
       f"--json={file}",
-      f"--config.compute.attention={attention}",
       *(fields or ("--config.compute.remat=full",)),  # the same for all, and soon compiled
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    if not any(field.startswith("--config.compute.attention=") for field in fields):
+      command.append(f"--config.compute.attention={_ATTENTION[platform]}")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     if file.exists():
       return json.loads(file.read_text(encoding="utf-8"))
   error = (done.stderr.strip().splitlines() or ["?"])[-1]
@@ -195,8 +230,33 @@ def fits(reports: list[dict]) -> str:
   return "\n".join(lines) + "\n"
 
 
+def tune(reports: list[dict]) -> str:
+  """The memory of a step by recipe, remat and rows at once, and the most rows at once that fit a device, as Markdown."""
+  lines = [
+    f"| | recomputed | GiB at 1 row | at {ENDS[-1]} | s a step, predicted | {' | '.join(DEVICES)} |",
+    "| --- | --- | ---: | ---: | ---: " + "| --- " * len(DEVICES) + "|",
+  ]
+  found = {(r["recipe"], r["remat"], r["rows"]): r for r in reports}
+  for recipe, remat in itertools.product(TUNED, ("full", "none")):
+    points = [found.get((recipe, remat, rows)) for rows in ENDS]
+    points = [point for point in points if point and "error" not in point]
+    if not points or points[0]["rows"] > 1:
+      continue
+    total = {point["rows"]: point["memory_gib"]["total"] for point in points}
+    each = (total[max(total)] - total[1]) / max(1, max(total) - 1)
+    takes = {rows: total[1] + each * (rows - 1) for rows in (1, 2, 4, 8) if rows <= max(total)}
+    most = [max((rows for rows, needed in takes.items() if needed <= room), default="no") for room in DEVICES.values()]
+    most = [f"{rows} at least" if len(points) == 1 and rows == 1 else rows for rows in most]
+    seconds = " to ".join(f"{point['seconds_by_launch']:.2f}" for point in points)
+    kept = "all" if remat == "full" else "nothing"
+    sizes = " | ".join(f"{total[rows]:.1f}" if rows in total else "" for rows in ENDS)
+    lines.append(f"| `{recipe}` | {kept} | {sizes} | {seconds} | {' | '.join(map(str, most))} |")
+  return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
-  words = [word for word in sys.argv[1:] if word != "--fits"]
+  words = [word for word in sys.argv[1:] if word not in ("--fits", "--tune")]
   if len(words) not in (1, 2) or words[0].startswith("-"):
     sys.exit(__doc__)
-  sys.exit((write_fits if "--fits" in sys.argv else write_table)(pathlib.Path(words[0]), *words[1:]))
+  write = write_fits if "--fits" in sys.argv else write_tune if "--tune" in sys.argv else write_table
+  sys.exit(write(pathlib.Path(words[0]), *words[1:]))
