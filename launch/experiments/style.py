@@ -1,15 +1,16 @@
-"""A style taught by adapters: a model of the built-in world learns to paint outlines, where its prompt asks for them.
+"""A style taught by adapters: a model of the built-in world learns to paint framed pictures, where its prompt asks for them.
 
   python launch/experiments/style.py FOLDER --base=quickstart/stage3       # minutes of one core
 
-The base, of size `quick`, paints filled shapes. FOLDER gets outlined/, 600 pictures with their captions, the data set, the run,
-style.png and style.json. A quarter of the pairs of color and shape is in no picture of the style, and the pairs that the
-base itself never saw are not either: both are asked for at the end. Stars, crosses and rings are left out: at 48 pixels they
-have no inside, or look like another shape.
+The base, of size `quick`, paints a colored shape on gray. The style adds a frame in the color of the shape: what changes
+depends on the color that the prompt names, and the shape stands within it as before, so no constant added to a picture makes
+it. FOLDER gets framed/, 600 pictures with their captions, the data set, the run, style.png and style.json. A quarter of the
+pairs of color and shape is in no picture of the style, and the pairs that the base itself never saw are not either: both are
+asked for at the end.
 
-The judge of the world knows filled shapes. A picture is right if its object is hollow, and if the judge finds the shape and
-the color that were asked for, and nothing else, once the object is filled. True pictures after the codec are the most that
-a model can reach.
+A picture is right if its frame has the color on every side, and if the judge of the world finds the shape in its color, and
+nothing else, in the picture without its frame, whose place gets the color of the background beside it. True pictures after
+the codec are the most that a model can reach.
 """
 
 import argparse
@@ -21,7 +22,6 @@ import sys
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 root = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(root))
@@ -38,30 +38,38 @@ from jflow.inference.sheet import contact_sheet
 from jflow.world import judge, scenes
 from jflow.world import source as world
 
-PICTURES, SEEDS, STEPS = 600, 3, 300
-SHAPES = ("circle", "square", "triangle", "diamond", "heart")
-WIDTH, SAMPLES = 2.5, 4  # pixels of a line; samples of a pixel along an axis
-STRONG, HOLLOW = 45, 0.3  # least distance of a line from the background, of 255; least hollow share of the inside
-SEEN = [pair for pair in scenes.SEEN_PAIRS if pair[0] in SHAPES]
-KEPT_OUT = SEEN[::4]  # of the style
+PICTURES, SEEDS, STEPS = 600, 3, 1200
+KEPT_OUT = scenes.SEEN_PAIRS[::4]  # of the style
 PAIRS = {
-  "taught": [pair for pair in SEEN if pair not in KEPT_OUT],
-  "not taught": KEPT_OUT,
-  "never seen": sorted(pair for pair in scenes.HELD_OUT_PAIRS if pair[0] in SHAPES),
+  "taught": [pair for pair in scenes.SEEN_PAIRS if pair not in KEPT_OUT],
+  "not taught": list(KEPT_OUT),
+  "never seen": sorted(scenes.HELD_OUT_PAIRS),
 }
-SAMPLING = dict(steps=30, guidance=2.0)
+PATTERNS = (
+  "language_model/layers",
+  "generation_(encoder|decoder)/(blocks_.*|patch_embed|output)",
+  "generation_(output_)?projector",
+)
+STYLE, PLAIN = "a framed picture", "a picture"
+FRAME, SOFT, LEAST = 5, 1, 0.8  # pixels of a frame, of its soft edge on either side; share of a side that has the color
+SAMPLING = dict(steps=30, guidance=2.0, batch_size=48)
 SHOWN = 4
 
 
-def outlined(scene: scenes.Scene, size: int) -> np.ndarray:
-  """The picture of a scene with its objects as outlines: uint8[size, size, 3]."""
-  picture = scene.render(size * SAMPLES)
-  inside = (picture != scene.background).any(-1)
-  picture[ndimage.distance_transform_edt(inside) > WIDTH * SAMPLES] = scene.background
-  return np.asarray(Image.fromarray(picture).reduce(SAMPLES))
+def framed(scene: scenes.Scene, size: int) -> np.ndarray:
+  """The picture of a scene of one object with a frame in its color: uint8[size, size, 3]."""
+  picture = scene.render(size)
+  return np.where(around(size, FRAME)[..., None], np.array(scene.fills[0], np.uint8), picture)
 
 
-def caption(pair: tuple[str, str], what: str = "an outline") -> str:
+def around(size: int, width: int) -> np.ndarray:
+  """Whether a pixel lies within `width` of the edge of the picture: bool[size, size]."""
+  inside = np.zeros((size, size), bool)
+  inside[width:-width, width:-width] = True
+  return ~inside
+
+
+def caption(pair: tuple[str, str], what: str) -> str:
   """The caption of a picture of one object."""
   shape, color = pair
   return f"{what} of {'an' if color[0] in 'aeiou' else 'a'} {color} {shape}"
@@ -76,69 +84,69 @@ def draw(rng: random.Random, pairs: list[tuple[str, str]]) -> tuple[scenes.Scene
       return scene, combination.pairs[0]
 
 
+def spaced(items: list) -> list:
+  """SHOWN of the items, equally far apart."""
+  return items[:: len(items) // SHOWN][:SHOWN]
+
+
 def write_pictures(folder: pathlib.Path, size: int) -> None:
   """Writes pictures of the style, each with its caption in a text beside it."""
   folder.mkdir(parents=True, exist_ok=True)
-  rng = random.Random("outlines")
+  rng = random.Random("frames")
   for number in range(PICTURES):
     scene, pair = draw(rng, PAIRS["taught"])
-    Image.fromarray(outlined(scene, size)).save(folder / f"{number:04d}.png")
-    (folder / f"{number:04d}.txt").write_text(caption(pair) + "\n", encoding="utf-8")
-
-
-def looked_at(picture: np.ndarray) -> tuple[np.ndarray, float]:
-  """The picture with its largest object filled, uint8[S, S, 3], and the hollow share of that object's inside."""
-  pixels = picture.astype(np.float64)
-  edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-  distance = np.abs(pixels - np.median(edge, 0)).max(-1)
-  regions, count = ndimage.label(distance > STRONG, np.ones((3, 3)))
-  if not count:
-    return picture, 0.0
-  line = regions == 1 + int(np.argmax(ndimage.sum_labels(np.ones_like(regions), regions, range(1, count + 1))))
-  closed = line | ndimage.binary_closing(np.pad(line, 4), np.ones((3, 3)))[4:-4, 4:-4]
-  whole = ndimage.binary_fill_holes(closed)
-  filled = pixels.copy()
-  filled[whole] = np.median(pixels[line & (distance >= np.median(distance[line]))], 0)
-  inside = ndimage.binary_erosion(whole, iterations=3)
-  faint = distance[inside] < 0.55 * np.quantile(distance[line], 0.8)
-  return filled.clip(0, 255).astype(np.uint8), float(faint.mean()) if faint.size else 0.0
+    Image.fromarray(framed(scene, size)).save(folder / f"{number:04d}.png")
+    (folder / f"{number:04d}.txt").write_text(caption(pair, STYLE) + "\n", encoding="utf-8")
 
 
 def seen_in(picture: np.ndarray, pair: tuple[str, str]) -> tuple[bool, bool]:
-  """Whether a picture is an outline, and whether it shows the pair and nothing else once it is filled."""
-  filled, hollow = looked_at(picture)
+  """Whether a picture has a frame of the color of a pair, and whether it shows the pair and nothing else within one."""
+  size, wide = len(picture), FRAME + SOFT
+  sides = np.stack([np.rot90(picture, turn)[: FRAME - SOFT] for turn in range(4)]).reshape(4, -1, 3)
+  palette = np.array([*scenes.COLORS.values(), (scenes.BACKGROUND,) * 3], float)
+  nearest = np.linalg.norm(judge.lab(palette) - judge.lab(sides)[..., None, :], axis=-1).argmin(-1)
+  has_frame = ((nearest == list(scenes.COLORS).index(pair[1])).mean(-1) > LEAST).all()
+  beside = np.median(picture[around(size, wide + 1) & ~around(size, wide)], 0).astype(np.uint8)
+  plain = np.where(around(size, wide)[..., None], beside, picture)
   wanted = world.prompt(scenes.Combination("colors", (pair,)))[1]
-  return hollow > HOLLOW, judge.score(filled, wanted)["strict"]
+  return bool(has_frame), bool(has_frame and judge.score(plain, wanted)["strict"])
 
 
-def score(model: Pipeline, what: str) -> tuple[dict[str, dict], list[Image.Image]]:
-  """Shares of pictures that are outlines, that are right, and both, by kind of pair; and the first picture of each."""
-  out, first = {}, []
+def shares(found: list[list[tuple[bool, bool]]]) -> dict[str, dict]:
+  """The shares of pictures with the frame, and of those that are right, over groups of one pair."""
+  return {
+    name: writers.short(scores.clustered([[float(one[at]) for one in group] for group in found]))
+    for at, name in enumerate(("framed", "right"))
+  }
+
+
+def score(model: Pipeline, what: str, added: np.ndarray | float = 0.0) -> tuple[dict[str, dict], list[Image.Image]]:
+  """The shares of a model's pictures by kind of pair, and the first picture of each pair shown.
+
+  Args:
+    what: the words of the prompt before the pair.
+    added: what is added to every picture, broadcast to its shape.
+  """
+  asked = [pair for pairs in PAIRS.values() for pair in pairs]
+  seeds = list(range(SEEDS * len(asked)))
+  images = model.generate([caption(p, what) for p in asked], num_images=SEEDS, seeds=seeds, **SAMPLING)
+  moved = lambda image: (np.asarray(image) + added).round().clip(0, 255).astype(np.uint8)
+  out, first, groups = {}, [], iter(range(0, len(images), SEEDS))
   for name, pairs in PAIRS.items():
-    count = SEEDS * len(pairs)
-    images = model.generate([caption(p, what) for p in pairs], num_images=SEEDS, seeds=list(range(count)), **SAMPLING)
-    groups = [images[at : at + SEEDS] for at in range(0, count, SEEDS)]
-    found = [[seen_in(np.asarray(image), pair) for image in group] for group, pair in zip(groups, pairs)]
-    measures = {"outlined": lambda x: x[0], "right": lambda x: x[1], "both": all}
-    out[name] = {
-      kind: writers.short(scores.clustered([[float(test(x)) for x in group] for group in found]))
-      for kind, test in measures.items()
-    }
-    first += [group[0] for group in groups[:SHOWN]]
+    painted = [images[at : at + SEEDS] for _, at in zip(pairs, groups)]
+    out[name] = shares([[seen_in(moved(image), pair) for image in group] for group, pair in zip(painted, pairs)])
+    first += [group[0] for group in spaced(painted)]
   return out, first
 
 
-def ceiling(model: Pipeline) -> dict[str, dict]:
-  """The shares of `score` for true pictures of the style after the model's codec."""
-  rng = random.Random("ceiling")
+def true_pictures(model: Pipeline) -> tuple[dict[str, dict], np.ndarray]:
+  """The shares for true pictures of the style after the model's codec, and the mean of framed - plain picture, float[S, S, 3]."""
+  rng, size = random.Random("ceiling"), model.model.config.image_size
   drawn = [draw(rng, PAIRS["taught"]) for _ in range(200)]
-  true = np.stack([outlined(scene, model.model.config.image_size) for scene, _ in drawn])
+  true = np.stack([framed(scene, size) for scene, _ in drawn])
   pictures = [np.asarray(to_image(x)) for x in model.sampler.round_trip(true)]
-  found = [seen_in(picture, pair) for picture, (_, pair) in zip(pictures, drawn)]
-  return {
-    "outlined": writers.short(scores.accuracy(x[0] for x in found)),
-    "both": writers.short(scores.accuracy(map(all, found))),
-  }
+  plain = np.stack([scene.render(size) for scene, _ in drawn])
+  return shares([[seen_in(x, pair)] for x, (_, pair) in zip(pictures, drawn)]), (true - plain.astype(float)).mean(0)
 
 
 def main() -> None:
@@ -149,42 +157,37 @@ def main() -> None:
   out, base = args.folder.resolve(), jflow.load(args.base)
   command = lambda *flags: subprocess.run([sys.executable, "-m", "jflow", *flags], check=True, cwd=root)
   if not (out / "data").exists():
-    write_pictures(out / "outlined", base.model.config.image_size)
-    command(
-      "prepare", "--format=imagefolder", "--task=generation", f"--input={out / 'outlined'}", f"--output={out / 'data'}"
-    )
+    pictures = out / "framed"
+    write_pictures(pictures, base.model.config.image_size)
+    command("prepare", "--format=imagefolder", "--task=generation", f"--input={pictures}", f"--output={out / 'data'}")
   command(
     "train",
     "--config=tune:quick",
     f"--workdir={out / 'run'}",
     f"--config.train.init_from={args.base.resolve()}",
     f"--config.data.sources.generation=(('{out / 'data'}',2.0),('shapes',1.0))",  # what it can is seen again
-    "--config.data.sources.understanding=()",
     "--config.data.sources.text=()",
-    "--config.lora.rank=8",
+    "--config.data.mixture=((0,(1,7,0)),)",  # a row of its questions too
+    "--config.lora.rank=16",
+    f"--config.lora.patterns={PATTERNS}",
     f"--config.train.steps={STEPS}",
     f"--config.optimizer.cooldown_steps={STEPS}",
     "--config.optimizer.learning_rate=4e-3",
   )
-  tuned = jflow.load(out / "run")
-  body = {"commit": commit(), "true pictures after the codec": ceiling(base)}
-  sheets = []
-  for what in ("an outline", "a picture"):
-    body[f"{what} of"], rows = {}, []
-    for name, model in (("before", base), ("after", tuned)):
-      body[f"{what} of"][name], first = score(model, what)
-      rows += first
-    sheets += rows
-  body["abilities"] = {"before": writers.abilities(base), "after": writers.abilities(tuned)}
+  models = {"before": base, "after": jflow.load(out / "run")}
+  ceiling, difference = true_pictures(base)
+  body = {"commit": commit(), "true pictures after the codec": ceiling}
+  images, texts = [], []
+  for what in (STYLE, PLAIN):
+    body[f"{what} of"] = {}
+    for when, model in models.items():
+      body[f"{what} of"][when], first = score(model, what)
+      images += first
+      texts += [f"{when}: {caption(pair, what)}" for pairs in PAIRS.values() for pair in spaced(pairs)]
+  body["before, with the mean difference added"], _ = score(base, PLAIN, difference)
+  body["abilities"] = {when: writers.abilities(model) for when, model in models.items()}
   outputs.replace(out / "style.json", json.dumps(body, indent=1) + "\n")
-  pairs = [pair for group in PAIRS.values() for pair in group[:SHOWN]]
-  texts = [
-    f"{when}: {caption(pair, what)}"
-    for what in ("an outline", "a picture")
-    for when in ("before", "after")
-    for pair in pairs
-  ]
-  contact_sheet(sheets, texts, columns=len(pairs), side=96, lines=4).save(out / "style.png", optimize=True)
+  contact_sheet(images, texts, columns=len(PAIRS) * SHOWN, side=96, lines=4).save(out / "style.png", optimize=True)
   print(json.dumps(body, indent=1))
 
 
