@@ -95,6 +95,7 @@ def _model(name: str, directory: pathlib.Path) -> list[str]:
   """The lines about a model: its sizes, how to use it."""
   config = checkpoints.read_config(directory)
   writer, language = family(config.generation), config.language_model
+  vae = "" if checkpoints.describe(directory).has_vae else ', vae="stabilityai/sdxl-vae"'
   return [
     f"One language model ({language.num_layers} blocks of width {language.embed_dim}) that reads images through SigLIP "
     f"and writes images of {config.image_size} x {config.image_size} pixels by {writer.about or writer.name}. Made with jflow.",
@@ -102,7 +103,7 @@ def _model(name: str, directory: pathlib.Path) -> list[str]:
     "```python",
     "import jflow",
     "",
-    f'model = jflow.load("{name}")',
+    f'model = jflow.load("{name}"{vae})',
     'model.generate(["a red circle"])[0].save("picture.png")',
     "```",
   ]

@@ -126,7 +126,7 @@ def test_all_files_and_a_card_arrive_in_one_commit_and_nothing_twice(model, tmp_
   assert hub.stored == {sent["model.safetensors"]["oid"]: weights}
   assert base64.b64decode(sent["config.json"]["content"]) == (model / "config.json").read_bytes()
   card = base64.b64decode(sent["README.md"]["content"]).decode()
-  assert card.startswith("---\nlicense: mit\n") and f'jflow.load("{NAME}")' in card
+  assert card.startswith("---\nlicense: mit\n") and f'jflow.load("{NAME}", vae=' in card
   assert run(again := Hub(), tmp_path, model, NAME).returncode == 0 and again.puts == 1
 
 
@@ -164,6 +164,10 @@ def test_the_card_says_recipe_and_scores(model, tmp_path):
   text = publish.card(NAME, model, "mit", run, [body])
   for part in ("7 x 8 of 128", "rank 4", "| data: generation | mine (1) |", "| overall | 0.75 |", "Judged strictly."):
     assert part in text
+
+
+def test_the_card_of_a_model_with_its_autoencoder_names_no_other():
+  assert f'jflow.load("{NAME}")' in publish.card(NAME, ROOT / "jflow" / "world" / "model", "mit", None, [])
 
 
 def test_an_adapter_is_published_with_a_card_of_its_own(tmp_path):
