@@ -11,7 +11,7 @@ class RlConfig(Section):
   method: str = field(one_of("", "grpo", "dpo"), before="")
   prompts: str = field(text, before="")
   group: int = field(whole(2, 2**16, "; a picture is compared with others of its prompt"), before=8)
-  rewards: tuple = field(weighted("(reward, weight) pairs, as (('strict', 1.0),)"), before=())
+  rewards: tuple = field(weighted("(reward, weight) pairs with weights of 0 or more, as (('strict', 1.0),)"), before=())
   timeout: float = field(number(above=0.0, most=10**7), before=60.0)
   retries: int = field(whole(0, 1000), before=3)
   advantage: str = field(one_of("group", "batch", "mean"), before="group")

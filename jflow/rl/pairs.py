@@ -42,7 +42,7 @@ def read(named: str, shapes: Mapping[str, Any]) -> list[prompts.Prompt]:
     found = {}
     for name in ("better", "worse"):
       file = row.get(name)
-      if not isinstance(file, str) or not (folder / file).is_file():
+      if not isinstance(file, str) or not _below(file) or not (folder / file).is_file():
         raise UserError(
           f"rl.pairs: {folder / FILE} must name a file of the folder as {name!r} of {text[:60]!r}, got {file!r}"
         )
@@ -74,6 +74,12 @@ class Pairs(Prompts):
     """See `Prompts.batches`."""
     for step, (_, info) in zip(range(start_step, stop_step), super().batches(start_step, stop_step)):
       yield self.batch_of_pairs(step), info
+
+
+def _below(file: str) -> bool:
+  """Whether a path stays in its folder, so that a folder that is copied is whole."""
+  path = pathlib.PurePath(file)
+  return not path.is_absolute() and ".." not in path.parts
 
 
 def decoded(picture: Any, size: int) -> np.ndarray:

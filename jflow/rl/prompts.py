@@ -13,7 +13,7 @@ import numpy as np
 
 from jflow import files, registry
 from jflow.config import RunConfig
-from jflow.data.prompts import generation_prompt
+from jflow.data.prompts import PromptTooLong, generation_prompt
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.generation.base import family
@@ -53,8 +53,10 @@ def lines(field: str, file: pathlib.Path) -> list[Prompt]:
   """
   try:
     content = files.read_bytes(file).splitlines()
-  except OSError as error:
-    raise UserError(f"{field}: {file} cannot be read: {error.strerror}") from None
+  except FileNotFoundError:
+    raise UserError(f"{field}: {file} cannot be read: there is no such file") from None
+  except Malformed as error:
+    raise UserError(f"{field}: {file} cannot be used: {error}") from None
   out = []
   for number, line in enumerate(content, 1):
     if not line.strip():
@@ -103,7 +105,12 @@ class Prompts:
     slots = family(model.generation).layout.slots(model.written_patches)
     room = model.language_model.max_length - slots
     self.texts, self.metadata = [text for text, _ in prompts], [about for _, about in prompts]
-    ids = [generation_prompt(text, config.data.template, tokenizer, room) for text in self.texts]
+    ids = []
+    for text in self.texts:
+      try:
+        ids.append(generation_prompt(text, config.data.template, tokenizer, room))
+      except PromptTooLong as error:
+        raise PromptTooLong(f"{named}: of {text[:60]!r}, {error}") from None
     width = -(-max(map(len, ids)) // _BUCKET) * _BUCKET
     self._tokens = np.full((len(ids), width), tokenizer.pad, np.int32)
     for row, one in zip(self._tokens, ids):

@@ -90,13 +90,18 @@ def test_a_pair_begins_undecided_and_the_better_picture_gains():
 
 
 @pytest.mark.parametrize(
-  "row", [{}, {"better": "a.png"}, {"better": "a.png", "worse": "gone.png"}, {"better": "a.png", "worse": 3}]
+  "row",
+  [{}, {"better": "a.png"}, {"better": "a.png", "worse": "gone.png"}, {"better": "a.png", "worse": 3}]
+  + [{"better": "a.png", "worse": "../a.png"}],
 )
 def test_a_pair_without_its_pictures_is_refused(tmp_path, row):
+  folder = tmp_path / "pairs"
+  folder.mkdir()
+  painted(folder / "a.png", 0)
   painted(tmp_path / "a.png", 0)
-  (tmp_path / pairs.FILE).write_text(json.dumps({"prompt": "a dog"} | row) + "\n")
-  with refused("rl.pairs", tmp_path / pairs.FILE):
-    pairs.read(str(tmp_path), {})
+  (folder / pairs.FILE).write_text(json.dumps({"prompt": "a dog"} | row) + "\n")
+  with refused("rl.pairs", folder / pairs.FILE):
+    pairs.read(str(folder), {})
 
 
 def painted(file, seed):

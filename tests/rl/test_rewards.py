@@ -67,6 +67,8 @@ def test_a_reward_of_ones_own_comes_by_its_import_path():
     (["math:pi"], [{}], "math:pi"),
     (["strict"], [{"include": []}, {}], "include"),
     (["true", "true"], [{}], "true"),
+    (["http://"], [{}], "http://"),
+    (["http://scorer:none/score"], [{}], "http://scorer:none/score"),
   ],
 )
 def test_a_reward_that_cannot_be_used_is_refused_before_the_run(names, metadata, named):
@@ -78,9 +80,26 @@ def _raises(images, prompts, metadata):
   raise RuntimeError("out of\nmemory")
 
 
+def _paints(images, prompts, metadata):
+  """Changes what the next reward is given."""
+  images[:] = 0
+  return [0.0, 1.0]
+
+
 @pytest.mark.parametrize(
   "function",
-  [_raises, lambda i, p, m: [1.0], lambda i, p, m: [1.0, float("nan")], lambda i, p, m: "good", lambda i, p, m: None],
+  [
+    _raises,
+    _paints,
+    lambda i, p, m: [1.0],
+    lambda i, p, m: [1.0, float("nan")],
+    lambda i, p, m: "good",
+    lambda i, p, m: None,
+    lambda i, p, m: ["1", "2"],
+    lambda i, p, m: [1j, 2j],
+    lambda i, p, m: [1e300, 0.0],
+    lambda i, p, m: np.zeros((2, 1)),
+  ],
 )
 def test_a_reward_that_fails_is_named(function):
   with refused("mine", error=Unscored):
@@ -127,9 +146,10 @@ def from_server(address, retries=2):
   return rewards.scores(opened, PICTURES, ["a", "b"], [{"tag": 1}, {}])
 
 
-def test_a_server_scores_pictures_and_is_asked_again(server):
+@pytest.mark.parametrize("status", [503, 429])
+def test_a_server_scores_pictures_and_is_asked_again(server, status):
   scorer, address = server
-  scorer.fails = 2
+  scorer.fails, scorer.status = 2, status
   np.testing.assert_array_equal(from_server(address), [[10], [90]])
 
 
@@ -156,6 +176,12 @@ def test_prompts_that_are_none_are_refused(tmp_path, line):
   (tmp_path / "prompts.jsonl").write_text(line + "\n")
   with refused("rl.prompts", tmp_path / "prompts.jsonl"):
     prompts.read(str(tmp_path / "prompts.jsonl"), {})
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", ""])
+def test_a_file_of_prompts_that_is_none_is_refused(tmp_path, name):
+  with refused("rl.prompts", tmp_path / name):
+    prompts.read(str(tmp_path / name), {})
 
 
 def test_prompts_are_the_lines_of_a_file_or_the_worlds(tmp_path):

@@ -2,7 +2,7 @@
 
 A reward is a function (images, prompts, metadata) -> scores:
 
-  images    uint8[N, H, W, 3]
+  images    uint8[N, H, W, 3], read-only: the next reward is given the same
   prompts   N texts
   metadata  N mappings, the objects of the prompts' lines
   scores    N finite numbers, the higher the better; the same for the same arguments, or a resumed run differs
@@ -49,7 +49,7 @@ def opened(config: RlConfig, metadata: Sequence[Mapping[str, Any]]) -> list[Weig
   """The rewards of a run, checked against its prompts.
 
   Raises:
-    UserError: a reward that does not exist, or whose metadata a prompt lacks.
+    UserError: a reward that does not exist, an address that is none, or metadata that a prompt lacks.
   """
   out = []
   for name, weight in config.rewards:
@@ -69,6 +69,7 @@ def opened(config: RlConfig, metadata: Sequence[Mapping[str, Any]]) -> list[Weig
 
 def _function(name: str, config: RlConfig) -> Reward:
   if name.startswith(("http://", "https://")):
+    http.check(name)
     return functools.partial(http.score, name, config.timeout, config.retries)
   if ":" not in name:
     return REWARDS.get(name)
@@ -81,12 +82,18 @@ def scores(
   """The scores of pictures by every reward, f32[N, R].
 
   Raises:
-    Unscored: a reward raises, or gives another number of scores, or one that is not finite.
+    Unscored: a reward raises, or gives another number of scores, or one that is no number or not finite.
   """
+  images = images.view()
+  images.flags.writeable = False
   out = np.zeros((len(images), len(rewards)), np.float32)
   for column, reward in enumerate(rewards):
     try:
-      given = np.asarray(reward.function(images, prompts, metadata), np.float32)
+      given = np.asarray(reward.function(images, prompts, metadata))
+      if given.dtype.kind in "cmMSU":  # a cast would drop what is imaginary, or read texts
+        raise TypeError(f"it must give numbers, got {given.dtype}")
+      with np.errstate(over="ignore"):  # infinity, which is refused below
+        given = given.astype(np.float32)
     except Exception as error:  # of the reward: whatever it raises
       raise Unscored(f"reward {reward.name} failed: {type(error).__name__}: {one_line(error, 300)}") from error
     if given.shape != (len(images),):

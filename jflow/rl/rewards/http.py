@@ -9,6 +9,7 @@ import io
 import json
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,9 +17,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from jflow.errors import UserError
 from jflow.strict_json import Malformed, parse
 
 _MOST = 64 * 2**20  # bytes of an answer
+_AGAIN = (408, 425, 429)  # statuses below 500 of a server that may answer later
 _PAUSE = 1.0  # seconds before the second try; twice as long before each further one
 
 
@@ -34,8 +37,9 @@ def score(
 
   Args:
     address: http:// or https://.
-    timeout: seconds for each try.
-    retries: further tries after one that fails: no connection, no answer in time, a status of 500 or more.
+    timeout: seconds that each try waits for a connection, and for more of an answer.
+    retries: further tries after one that fails: no connection, no answer in time, one that is cut, a status of 500 or
+      more, or of a server that is busy.
     images, prompts, metadata: see `rewards`.
 
   Raises:
@@ -48,16 +52,34 @@ def score(
     request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
     try:
       with urllib.request.urlopen(request, timeout=timeout) as answer:
-        return _scores(answer.read(_MOST))
+        content = answer.read(_MOST)
+        if answer.length:
+          raise ConnectionError("the answer is cut or too long")
+        return _scores(content)
     except urllib.error.HTTPError as error:
       said = f"status {error.code}"
-      if error.code < 500:
+      if error.code < 500 and error.code not in _AGAIN:
         raise ConnectionError(f"{address} refuses: {said}") from error
     except (OSError, TimeoutError) as error:
       said = str(getattr(error, "reason", error))
     if left:
       time.sleep(_PAUSE * 2 ** (retries - left))
   raise ConnectionError(f"{address} gave no scores in {retries + 1} tries: {said}")
+
+
+def check(address: str) -> None:
+  """Checks an address before a run.
+
+  Raises:
+    UserError: it names no host, or a port that is none.
+  """
+  try:
+    parts = urllib.parse.urlsplit(address)
+    fits = bool(parts.hostname) and parts.port != 0 and not any(x.isspace() for x in address)
+  except ValueError:
+    fits = False
+  if not fits:
+    raise UserError(f"rl.rewards must name a server as http://HOST:PORT/PATH, got {address!r}")
 
 
 def _scores(content: bytes) -> list[float]:
