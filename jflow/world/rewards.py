@@ -33,7 +33,25 @@ def true(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[
   return [-float(np.sqrt(np.mean(np.square((features.texture(x) - mean) / deviation)))) for x in images]
 
 
+def unknown(about: Mapping[str, Any]) -> str:
+  """Why the judge would never accept a picture of a prompt with this metadata, or could not read it; "" if neither."""
+  include = about["include"]
+  if not isinstance(include, list) or not include or not all(isinstance(x, Mapping) for x in include):
+    return f"'include' must be a list of objects, got {include!r:.60}"
+  for wanted in include:
+    if wanted.get("class") not in scenes.SHAPES:
+      return (
+        f"'class' must be one of {', '.join(scenes.SHAPES)}, the shapes of the world, got {wanted.get('class')!r:.60}"
+      )
+    if type(wanted.get("count")) is not int or wanted["count"] < 1:
+      return f"'count' must be a whole number above 0, got {wanted.get('count')!r:.60}"
+    if wanted.get("color", "red") not in tuple(scenes.COLORS):
+      return f"'color' must be one of {', '.join(scenes.COLORS)}, got {wanted['color']!r:.60}"
+  return ""
+
+
 strict.needs = lenient.needs = ("include",)  # pyrefly: ignore
+strict.refuses = lenient.refuses = unknown  # pyrefly: ignore
 
 
 @functools.cache

@@ -7,7 +7,8 @@ A reward is a function (images, prompts, metadata) -> scores:
   metadata  N mappings, the objects of the prompts' lines
   scores    N finite numbers, the higher the better; the same for the same arguments, or a resumed run differs
 
-An attribute `needs` may list the names that the metadata of every prompt must have. A run names a reward by its name
+An attribute `needs` may list the names that the metadata of every prompt must have, and an attribute `refuses`, a
+function of the metadata of a prompt, say why it cannot be scored ("" if it can). A run names a reward by its name
 here, by an import path "package.module:function", or by the address of a server (`http`).
 """
 
@@ -49,7 +50,8 @@ def opened(config: RlConfig, metadata: Sequence[Mapping[str, Any]]) -> list[Weig
   """The rewards of a run, checked against its prompts.
 
   Raises:
-    UserError: a reward that does not exist, an address that is none, or metadata that a prompt lacks.
+    UserError: a reward that does not exist, an address that is none, or metadata that a prompt lacks or a reward
+      refuses.
   """
   out = []
   for name, weight in config.rewards:
@@ -61,6 +63,11 @@ def opened(config: RlConfig, metadata: Sequence[Mapping[str, Any]]) -> list[Weig
           f"rl.rewards: {name} needs {needed!r} beside every prompt, and {without:,} of {len(metadata):,} prompts of "
           "rl.prompts have none"
         )
+    refuses = getattr(function, "refuses", None)
+    for about in metadata if refuses else ():
+      why = refuses(about)
+      if why:
+        raise UserError(f"rl.rewards: {name} cannot score {str(about.get('prompt', ''))[:60]!r}: {why}")
     out.append(Weighted(name, weight, function))
   if len({one.name for one in out}) < len(out):
     raise UserError(f"rl.rewards must name each reward once, got {', '.join(one.name for one in out)}")
