@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the small model of the built-in world, stages 0 to 3 from nothing: some two hours of one core.
+# Trains the small model of the built-in world, stages 0 to 3 from nothing: some three hours of one core.
 # After a stop, the same command resumes. Arguments: [FOLDER], the output folder (default runs/world), and
 # --config.FIELD=VALUE for every stage.
 set -euo pipefail
