@@ -306,6 +306,7 @@ class _Run:
     try:
       return step_fn(state, batch)
     except Unscored as error:
+      self._checkpointer.wait()  # a save in progress is the one to go on from
       raise Stopped(f"{error}; {self._checkpointer.newest()}") from error
 
   def _flush(self) -> int:
