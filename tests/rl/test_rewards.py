@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import random
+import sys
 import threading
 
 import jax
@@ -103,11 +104,22 @@ def _paints(images, prompts, metadata):
     lambda i, p, m: [1j, 2j],
     lambda i, p, m: [1e300, 0.0],
     lambda i, p, m: np.zeros((2, 1)),
+    lambda i, p, m: sys.exit(0),
   ],
 )
 def test_a_reward_that_fails_is_named(function):
   with refused("mine", error=Unscored):
     rewards.scores([Weighted("mine", 1.0, function)], np.zeros((2, 4, 4, 3), np.uint8), ["a", "b"], [{}, {}])
+
+
+def test_a_reward_that_writes_into_metadata_changes_only_its_own():
+  asked = [{"tag": "one"}, {"tag": "two"}]
+  several = [
+    Weighted(name, 1.0, lambda i, p, m: [len(about.pop("tag")) for about in m]) for name in ("first", "second")
+  ]
+  found = rewards.scores(several, np.zeros((2, 4, 4, 3), np.uint8), ["a", "b"], asked)
+  np.testing.assert_array_equal(found, 3)
+  assert asked == [{"tag": "one"}, {"tag": "two"}]
 
 
 class _Scorer(http.server.BaseHTTPRequestHandler):

@@ -12,6 +12,7 @@ function of the metadata of a prompt, say why it cannot be scored ("" if it can)
 here, by an import path "package.module:function", or by the address of a server (`http`).
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -96,12 +97,12 @@ def scores(
   out = np.zeros((len(images), len(rewards)), np.float32)
   for column, reward in enumerate(rewards):
     try:
-      given = np.asarray(reward.function(images, prompts, metadata))
+      given = np.asarray(reward.function(images, prompts, copy.deepcopy(metadata)))  # it may write into its own
       if given.dtype.kind in "cmMSU":  # a cast would drop what is imaginary, or read texts
         raise TypeError(f"it must give numbers, got {given.dtype}")
       with np.errstate(over="ignore"):  # infinity, which is refused below
         given = given.astype(np.float32)
-    except Exception as error:  # of the reward: whatever it raises
+    except (Exception, SystemExit) as error:  # of the reward: whatever it raises
       raise Unscored(f"reward {reward.name} failed: {type(error).__name__}: {one_line(error, 300)}") from error
     if given.shape != (len(images),):
       raise Unscored(f"reward {reward.name} must give {len(images)} scores, got an array of shape {given.shape}")
