@@ -40,7 +40,7 @@ from tools.fuzzing import places
 from jflow.batch import RowShape
 from jflow.config import RunConfig
 from jflow.data.records import RecordError
-from jflow.data.store import plans, prepare, prepared, stored
+from jflow.data.store import plans, prepare, prepared, stored, stored_writer
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
 from jflow.generation.flow import FAMILY
@@ -207,7 +207,7 @@ def make_data(folder: pathlib.Path) -> None:
   """Writes a prepared data set with its plan, lengths and latents."""
   prepare.prepare("shapes", str(folder), "generation", records=RECORDS, image_size=8, part_records=SHARD)
   encode = lambda pixels: np.repeat(pixels.mean((1, 2, 3)), 16).reshape(-1, *MOMENTS).astype(bfloat16)
-  stored.write(LATENTS, str(folder), 8, MOMENTS, "encoder", encode, batch_size=4, seed=0, threads=1)
+  stored_writer.write(LATENTS, str(folder), 8, MOMENTS, "encoder", encode, batch_size=4, seed=0, threads=1)
   read_data(folder)
 
 
