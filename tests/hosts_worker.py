@@ -114,7 +114,7 @@ def train(config: RunConfig, workdir: pathlib.Path, fault: list[str]) -> None:
       rows = sharding.local_rows(mesh, config.train.batch_size)
       out = (where, sharding.replicated(mesh))
       step_fn = jax.jit(lambda state, x: step(optimizer, state, x), donate_argnums=0, out_shardings=out)
-      data = Packed(config, rows) if config.data.sources.text else Data(rows, fault)
+      data = Packed(config, rows) if config.data.order == "blocks" else Data(rows, fault)
       run = loop._Run(config, workdir, data, checkpointer, record, sharding.batch_sharding(mesh))
       run(state, step_fn)
   finally:
