@@ -138,7 +138,10 @@ def main() -> int:
   p.add_argument("--sheet", type=pathlib.Path, required=True)
   args = p.parse_args()
   scored, runs = dict(args.scored), {name: curves(run) for name, run in args.curves}
-  settings = {name: report.read(folder)["settings"] for name, folder in scored.items()}
+  settings = {name: dict(report.read(folder)["settings"]) for name, folder in scored.items()}
+  for one in settings.values():  # where it lay here; its fingerprint stays
+    for name in ("checkpoint", "read_from"):
+      one.pop(name, None)
   tables = {name: table(folder, args.kinds) for name, folder in scored.items()}
   kl = {name: round(divergence(dict(args.curves)[name], str(start)), 5) for name, start in args.kl}
   result = {"settings": settings, "checkpoints": tables, "kl": kl, "curves": runs}
