@@ -5,8 +5,8 @@ import pathlib
 import sys
 
 from jflow import outputs, stores
-from jflow.cli.arguments import Parser, number, whole
-from jflow.data.store.cache import USUAL, Cache
+from jflow.cli import cache_flags
+from jflow.cli.arguments import Parser, whole
 from jflow.errors import UserError
 
 _EPILOG = """\
@@ -36,10 +36,7 @@ def main(argv: list[str]) -> int:
     help="HTML (default corpus.html)",
   )
   add("--samples", type=whole(0, 1000), default=8, help="records to show of each data set (default 8)")
-  add(
-    "--cache", metavar="DIR", default=USUAL, help="copies of shards of a store, on a local disk (default %(default)s)"
-  )
-  add("--cache_gib", type=number(0), default=100.0, help="of all copies (default %(default)g)")
+  cache_flags.add(parser)
   args = parser.parse_args(argv)
   if not args.report:
     raise UserError("--report must name data sets, as in --report data/chat data/paint")
@@ -50,7 +47,7 @@ def main(argv: list[str]) -> int:
     raise UserError(f"--output={args.output} is a directory: name a file")
   from jflow.data import corpus
 
-  cache = Cache(args.cache, args.cache_gib * 2**30, "--cache") if any(map(stores.is_address, args.report)) else None
+  cache = cache_flags.opened(args, args.report)
   page = corpus.page([corpus.measured(stores.absolute(directory), cache, args.samples) for directory in args.report])
   outputs.replace(args.output, page)
   print(f"{len(args.report):,} data sets in {args.output}", file=sys.stdout)

@@ -7,9 +7,8 @@ import argparse
 import os
 import sys
 
-from jflow import stores
-from jflow.cli.arguments import SEED, Parser, number, share, whole
-from jflow.data.store.cache import USUAL, Cache
+from jflow.cli import cache_flags
+from jflow.cli.arguments import SEED, Parser, share, whole
 from jflow.errors import UserError
 from jflow.generation.base import FAMILIES, Stored
 
@@ -66,10 +65,7 @@ def main(argv: list[str]) -> int:
     default=os.cpu_count() or 1,
     help="that read and decode (default: one per core)",
   )
-  add(
-    "--cache", metavar="DIR", default=USUAL, help="copies of shards of a store, on a local disk (default %(default)s)"
-  )
-  add("--cache_gib", type=number(0), default=100.0, help="of all copies (default %(default)g)")
+  cache_flags.add(parser)
   add(
     "--part",
     type=share,
@@ -88,7 +84,7 @@ def main(argv: list[str]) -> int:
   from jflow.data.store import stored
   from jflow.training.encode import make
 
-  cache = Cache(args.cache, args.cache_gib * 2**30, "--cache") if stores.is_address(args.input) else None
+  cache = cache_flags.opened(args, [args.input])
   vae = getattr(args, "vae", None)
   numbers = args.batch_size, args.seed, args.threads
   header = make(kind.name, args.checkpoint, args.input, vae, args.weights, *numbers, args.part, args.merge, cache)
