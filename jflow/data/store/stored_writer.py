@@ -63,12 +63,12 @@ def write(
       `merge` needs is missing, unfinished or of another encoder or data set.
   """
   directory = directory.rstrip("/") if stores.is_address(directory) else directory
-  task = prepared.read_summary(directory)["task"]
+  summary = prepared.read_summary(directory)
+  task, lengths = summary["task"], summary["shard_lengths"]
   if task != "generation":
     raise UserError(f"--input={directory} holds {task} records: {kind.name} are for images to write, --task=generation")
   source = prepared.PreparedSource(directory, "generation", cache)
   output = folder(kind, directory, image_size)
-  lengths = prepared.read_summary(directory)["shard_lengths"]
   header = {
     "schema": SCHEMA,
     "records": source.fingerprint,
