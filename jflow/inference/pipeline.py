@@ -114,7 +114,7 @@ class Pipeline:
       start = self.sampler.start(seeds)
     out: list[Image.Image] = []
     for at in range(0, len(ids), batch_size):
-      tokens, lengths = _pad(ids[at : at + batch_size], self.tokenizer.pad)
+      tokens, lengths = padded(ids[at : at + batch_size], self.tokenizer.pad)
       pixels = self.sampler.sample(tokens, lengths, start[at : at + batch_size], chosen, on_step)
       out.extend(to_image(x) for x in pixels)
       if progress:
@@ -336,7 +336,8 @@ def _with_marks(messages: str | Sequence[Any], count: int) -> Sequence[Any]:
   return turns
 
 
-def _pad(ids: Sequence[np.ndarray], pad: int) -> tuple[np.ndarray, np.ndarray]:
+def padded(ids: Sequence[np.ndarray], pad: int) -> tuple[np.ndarray, np.ndarray]:
+  """Prompts as one array: tokens int32[I, S], padded on the right with `pad` to a usual width, and lengths int32[I]."""
   lengths = np.asarray([len(x) for x in ids], np.int32)
   tokens = np.full((len(ids), bucket(int(lengths.max()))), pad, np.int32)
   for row, x in zip(tokens, ids):

@@ -25,6 +25,7 @@ import jflow
 from jflow import outputs, registry
 from jflow.evaluation import report
 from jflow.generation.base import family
+from jflow.inference.pipeline import padded
 from jflow.inference.sheet import contact_sheet
 from jflow.training.metrics import read_metrics
 from jflow.world import source
@@ -85,10 +86,7 @@ def divergence(run: pathlib.Path, start: str) -> float:
   writes = family(after.model.config.generation)
   policy = registry.load(writes.policy)(after.model, writes.explores(**explore), after.tokenizer)
   ids = [after.generation_prompt(text) for text, _ in source.evaluation_prompts("val", COMPARED, 0)]
-  tokens = np.full((len(ids), max(map(len, ids))), after.tokenizer.pad, np.int32)
-  for row, one in zip(tokens, ids):
-    row[: len(one)] = one
-  lengths = np.asarray([len(one) for one in ids], np.int32)
+  tokens, lengths = padded(ids, after.tokenizer.pad)
   drawn = jax.jit(policy.sample, static_argnums=4)(after.params, tokens, lengths, jax.random.key(0), 1).drawn
   return float(jnp.mean(jax.jit(policy.compare)(after.params, before.params, tokens, lengths, drawn).divergence))
 
@@ -138,10 +136,11 @@ def main() -> int:
   p.add_argument("--sheet", type=pathlib.Path, required=True)
   args = p.parse_args()
   scored, runs = dict(args.scored), {name: curves(run) for name, run in args.curves}
-  settings = {name: dict(report.read(folder)["settings"]) for name, folder in scored.items()}
-  for one in settings.values():  # where it lay here; its fingerprint stays
-    for name in ("checkpoint", "read_from"):
-      one.pop(name, None)
+  where = ("checkpoint", "read_from")  # of no use elsewhere; the fingerprint stays
+  settings = {
+    name: {key: value for key, value in report.read(folder)["settings"].items() if key not in where}
+    for name, folder in scored.items()
+  }
   tables = {name: table(folder, args.kinds) for name, folder in scored.items()}
   kl = {name: round(divergence(dict(args.curves)[name], str(start)), 5) for name, start in args.kl}
   result = {"settings": settings, "checkpoints": tables, "kl": kl, "curves": runs}

@@ -22,7 +22,7 @@ from jflow.commit import commit
 from jflow.evaluation import distances
 from jflow.generation.flow.config import FlowExploration
 from jflow.generation.flow.policy import FlowPolicy
-from jflow.inference.pipeline import Pipeline, to_image
+from jflow.inference.pipeline import Pipeline, padded, to_image
 from jflow.world import features, judge, source
 
 PROMPTS, EACH, GUIDANCE, NOISE = 120, 4, 3.0, 0.7
@@ -42,10 +42,7 @@ def by_sde(model: Pipeline, texts: list[str], steps: int, seed: int) -> np.ndarr
   explored = FlowExploration(steps=steps, noise=NOISE, window=0, guidance=GUIDANCE, normalised=1)
   policy = FlowPolicy(model.model, explored)
   ids = [model.generation_prompt(text) for text in texts]
-  tokens = np.full((len(ids), max(map(len, ids))), model.tokenizer.pad, np.int32)
-  for row, one in zip(tokens, ids):
-    row[: len(one)] = one
-  lengths = np.asarray([len(one) for one in ids], np.int32)
+  tokens, lengths = padded(ids, model.tokenizer.pad)
 
   @jax.jit
   def of(params, tokens, lengths, key):
