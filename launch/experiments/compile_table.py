@@ -155,7 +155,7 @@ def _written(name: pathlib.Path, jobs: dict, key, place, table) -> int:
 def compiled(config: str, topology: str, rows: int, *fields: str) -> dict:
   """The report of a row, or its error, from its own process, so that the compiler's memory is freed."""
   platform = Topology.parse(topology).chip.platform
-  effort = _EFFORT[platform]
+  effort, attention = _EFFORT[platform], _ATTENTION[platform]
   with tempfile.TemporaryDirectory() as folder:
     file = pathlib.Path(folder) / "report.json"
     command = [
@@ -168,10 +168,9 @@ def compiled(config: str, topology: str, rows: int, *fields: str) -> dict:
       f"--rows_per_device={rows}",
       f"--effort={effort}",
       f"--json={file}",
+      f"--config.compute.attention={attention}",  # one of `fields` comes after it, and counts
       *(fields or ("--config.compute.remat=full",)),  # the same for all, and soon compiled
     ]
-    if not any(field.startswith("--config.compute.attention=") for field in fields):
-      command.append(f"--config.compute.attention={_ATTENTION[platform]}")
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     if file.exists():
       return json.loads(file.read_text(encoding="utf-8"))
