@@ -142,14 +142,14 @@ def at_stage(c: ConfigDict, stage: int) -> ConfigDict:
 
 
 def at_ablation(c: ConfigDict) -> ConfigDict:
-  """Returns the config of an ablation; size `shapes` has a rate, a cool-down and a mixture of scenes of its own."""
-  if c.size == "shapes":
+  """Returns the config of an ablation; `shapes` and `world` have a rate, a cool-down and a mixture of scenes of its own."""
+  if c.size in ("shapes", "world"):
     c.optimizer.learning_rate, c.train.ema = 3e-3, 0.998
     c.optimizer.cooldown_start = c.train.steps * 7 // 10
     c.optimizer.cooldown_steps = c.train.steps - c.optimizer.cooldown_start
     c.checkpoint.interval, c.data.shapes.size = 500, 50_000
-    # More of the harder kinds of scenes than above, and as many short captions, like the prompts, as long ones.
-    c.data.shapes.long_captions = 0.5
+    # More of the kinds that are learned early than above, so that a short run shows which letter learns.
+    c.data.shapes.long_captions = 0.5 if c.size == "shapes" else 0.3
     c.data.shapes.tags = dict(
       single_object=0.12, colors=0.25, two_object=0.13, counting=0.13, position=0.17, color_attr=0.15, several=0.05
     )

@@ -4,12 +4,13 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy import stats
 
 from jflow import outputs
 from jflow.commit import commit
@@ -61,30 +62,58 @@ LOSSES = ("flow", "text", "alignment")
 SHEET = 12  # prompts, two per category
 
 
-def write(folder: pathlib.Path, reports: Mapping[str, pathlib.Path], ends: Mapping[str, int], command: str) -> None:
+def write(
+  folder: pathlib.Path, reports: Mapping[str, Mapping[int, pathlib.Path]], ends: Mapping[str, int], command: str
+) -> None:
   """Writes the four files.
 
   Args:
-    folder: holds a workdir for each letter.
-    reports: letter -> folder of its evaluation, for those that have one.
+    folder: holds a workdir seedN/LETTER for each training.
+    reports: letter -> seed -> folder of its evaluation, for those that have one.
     ends: letter -> steps of its budget, for all.
     command: that made the scores.
   """
-  letters = {}
-  for letter in ends:
-    letters[letter] = _entry(folder / letter, reports[letter], ends[letter]) if letter in reports else None
+  letters, first, runs = {}, {}, {}
+  for letter, end in ends.items():
+    seeds = reports.get(letter, {})
+    entries = [_entry(folder / f"seed{seed}" / letter, output, end) for seed, output in seeds.items()]
+    letters[letter] = merged(entries) if entries else None
+    if entries:
+      seed, first[letter] = next(iter(seeds.items()))
+      rows = read_metrics(folder / f"seed{seed}" / letter)
+      runs[letter] = [row for row in rows if row["step"] <= entries[0]["steps"]]
   body = {"command": command, "commit": commit(), "letters": letters, "comparisons": compare(letters)}
   outputs.replace(folder / "results.json", compact(body))
   outputs.replace(folder / "table.md", table(body))
-  runs = {letter: read_metrics(folder / letter) for letter in ends}
-  until = {letter: entry["steps"] if entry else ends[letter] for letter, entry in letters.items()}
-  runs = {letter: [row for row in rows if row["step"] <= until[letter]] for letter, rows in runs.items()}
   losses(runs).savefig(folder / "losses.png", dpi=110)
-  sheet = pictures(reports)
+  sheet = pictures(first)
   if sheet:
     sheet.save(folder / "pictures.png", optimize=True)
   print((folder / "table.md").read_text(encoding="utf-8"))
   print(f"results: {folder}/results.json, table.md, losses.png, pictures.png")
+
+
+def merged(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """What several trainings of one letter have in common: means of scores, interval ends and losses.
+
+  A score's "seeds" are its values one by one, its "count" is that of all trainings together. A score that a training
+  lacks is left out; "steps" are those of the shortest.
+  """
+  whole = dict(min(entries, key=lambda entry: entry["steps"]))
+  mean = lambda dicts, name: float(np.mean([one[name] for one in dicts]))
+  common = lambda dicts: [name for name in dicts[0] if all(name in one for one in dicts)]
+  every = [entry["scores"] for entry in entries]
+  whole["scores"] = {}
+  for name in common(every):
+    parts = [scores[name] for scores in every]
+    one = dict(parts[0]) | {key: mean(parts, key) for key in ("value", "low", "high", "chance") if key in common(parts)}
+    if "count" in one:
+      one["count"] = sum(part["count"] for part in parts)
+    whole["scores"][name] = one | {"seeds": [part["value"] for part in parts]}
+  if (kind := "losses_of_the_last_twentieth") in whole:
+    every = [entry[kind] for entry in entries]
+    whole[kind] = {name: mean(every, name) for name in common(every)}
+  return whole
 
 
 def fingerprint_of(output: pathlib.Path) -> str | None:
@@ -134,12 +163,15 @@ def compare(letters: Mapping[str, Mapping[str, Any] | None]) -> list[dict[str, A
 
   "agrees" is null where 0 is within the 95 % interval of our difference, where the paper has no number, and for an F1
   where neither answers more questions than chance, so that it only measures how often they say yes. The intervals are
-  over pictures and questions; they do not include the variation between trainings of one letter.
+  over pictures and questions and, where letters were trained more than once, over trainings too.
   """
   out = []
   for split in ("seen", "held-out"):
     for row in ROWS:
       name = f"{split} {row.score}"
+      half = _between_trainings(
+        [entry["scores"][name] for entry in letters.values() if entry and name in entry["scores"]]
+      )
       for letter in letters:
         ours = [(letters[x] or {}).get("scores", {}).get(name) for x in (letter, "F")]
         if letter == "F" or None in ours or any("low" not in x for x in ours):  # of too few samples
@@ -147,6 +179,7 @@ def compare(letters: Mapping[str, Mapping[str, Any] | None]) -> list[dict[str, A
         theirs = [PAPER[row.paper].get(x) for x in (letter, "F")]
         sign = -1 if row.low_is_good else 1
         difference, low, high = _difference(*ours, sign)
+        low, high = difference - math.hypot(difference - low, half), difference + math.hypot(high - difference, half)
         paper = None if None in theirs else round(sign * (theirs[0] - theirs[1]), 2)
         plain = [(letters[x] or {}).get("scores", {}).get(name.removesuffix(", F1"), {}) for x in (letter, "F")]
         learned = not name.endswith(", F1") or any(one.get("low", 0) > 0.5 for one in plain)
@@ -164,6 +197,19 @@ def compare(letters: Mapping[str, Mapping[str, Any] | None]) -> list[dict[str, A
           }
         )
   return out
+
+
+def _between_trainings(ours: Sequence[Mapping[str, Any]]) -> float:
+  """Half of the 95 % interval of the difference of two letters' means that trainings of one letter account for.
+
+  By Student's t, with one variance for all letters, pooled over them; 0 where none was trained twice.
+  """
+  seeds = [np.asarray(one["seeds"]) for one in ours if len(one.get("seeds", ())) > 1]
+  freedom = sum(len(x) - 1 for x in seeds)
+  if not freedom:
+    return 0.0
+  variance = sum(float(np.square(x - x.mean()).sum()) for x in seeds) / freedom
+  return float(stats.t.ppf(0.975, freedom)) * math.sqrt(2 * variance / min(len(x) for x in seeds))
 
 
 def _difference(a: Mapping[str, float], b: Mapping[str, float], sign: int) -> tuple[float, float, float]:
@@ -218,9 +264,12 @@ def table(body: Mapping[str, Any]) -> str:
   text += "In brackets: the best of three simple answers, the most frequent one, that to the question alone and that "
   text += "for the nearest picture of training (questions), pictures for other prompts (pictures), other "
   text += f"renders (distances).\n\n{join(lines)}\n\n"
+  trainings = max((len(one.get("seeds", ())) for e in letters.values() if e for one in e["scores"].values()), default=1)
+  leaves = "leaves out" if trainings < 2 else f"includes, by {trainings} trainings of each,"
   text += "Above 0 the letter is better than F (a distance that is less counts as better). Undecided: 0 is within the "
-  text += "interval, which leaves out how much two trainings of one letter differ; or an F1 of two that answer by "
-  text += "chance.\n\n"
+  text += (
+    f"interval, which {leaves} how much trainings of one letter differ; or an F1 of two that answer by chance.\n\n"
+  )
   text += f"{join(against)}\n"
   return text
 

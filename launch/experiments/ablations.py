@@ -1,15 +1,17 @@
 """The paper's table 6 on the built-in world: trains A to F at equal budgets, scores them, and writes the table.
 
-  python launch/experiments/ablations.py runs/ablations --slice=2000 --jobs=2 --guidance=3 --pictures=2   # 2 hours on 2 cores
+  python launch/experiments/ablations.py runs/ablations --seeds=0,1 --jobs=2 --guidance=3 --pictures=2   # 2 hours on 2 cores
   python launch/experiments/ablations.py runs/ablations --letters=FA      # some of them; the others stay as they are
   python launch/experiments/ablations.py runs/ablations --report          # from what is there, trained to the end or not
 
-FOLDER gets stage0 and stage1 (trained once, unless --start names a stage 1), a workdir for each letter, its scores
-under scores/, and results.json, table.md, losses.png, pictures.png. After a stop, the same command resumes. D and E
-take their share of F's steps (configs/ablation.py). With --slice the letters train in turns, F at most that many steps
-and the others the same share of theirs, so that all progress equally; the losses are those of an uninterrupted run.
-With --jobs=2 two letters train at once, each on half of the cores, which is faster than one after the other; their
-output goes to FOLDER/LETTER.log. Other arguments (--config.FIELD=VALUE) go to the training of every letter.
+FOLDER gets stage0 and stage1 (trained once, unless --start names a stage 1), a workdir for each letter under seedN/,
+its scores under seedN/scores/, and results.json, table.md, losses.png, pictures.png. After a stop, the same command
+resumes. D and E take their share of F's steps (configs/ablation.py). Several seeds differ in the parts that start fresh,
+the order of records, times and noise, and tell how much two trainings of one letter differ. With --slice the letters
+train in turns, F at most that many steps and the others the same share of theirs, so that all progress equally; the
+losses are those of an uninterrupted run. With --jobs=2 two letters train at once, each on half of the cores, which is
+faster than one after the other; their output goes to FOLDER/seedN-LETTER.log. Other arguments (--config.FIELD=VALUE) go
+to the training of every letter.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "launch" / "experiments")]
@@ -136,15 +139,29 @@ def stages(args: argparse.Namespace) -> Iterator[list[str]]:
     before = str(workdir)
 
 
-def turns(args: argparse.Namespace, letter: str, end: int, count: int) -> Iterator[list[str]]:
+class Trial(NamedTuple):
+  """One training of a letter."""
+
+  letter: str
+  seed: int
+
+  def workdir(self, folder: pathlib.Path) -> pathlib.Path:
+    return folder / f"seed{self.seed}" / self.letter
+
+  @property
+  def name(self) -> str:
+    return f"seed{self.seed}-{self.letter}"
+
+
+def turns(args: argparse.Namespace, trial: Trial, end: int, count: int) -> Iterator[list[str]]:
   """Yields the commands that train a letter to its end in `count` turns, from its current step."""
-  workdir, start = args.folder / letter, args.start or args.folder / "stage1"
+  workdir, start = trial.workdir(args.folder), args.start or args.folder / "stage1"
   for turn in range(1, count + 1):
     until = end * turn // count
     if steps_done(workdir) < until:
-      config = f"--config=configs/ablation.py:{letter}-{args.size}-{args.steps}"
-      fields = [f"--config.train.init_from={start}", f"--config.train.steps={until}", *args.fields]
-      yield ["train", config, f"--workdir={workdir}", *fields]
+      config = f"--config=configs/ablation.py:{trial.letter}-{args.size}-{args.steps}"
+      fields = [f"--config.train.init_from={start}", f"--config.train.seed={trial.seed}", *args.fields]
+      yield ["train", config, f"--workdir={workdir}", *fields, f"--config.train.steps={until}"]
 
 
 def options_of(args: argparse.Namespace) -> dict[str, float]:
@@ -153,20 +170,21 @@ def options_of(args: argparse.Namespace) -> dict[str, float]:
   return {name: value for name, value in options.items() if value is not None}
 
 
-def scores(args: argparse.Namespace, letter: str) -> pathlib.Path:
-  """The folder of the report on the newest checkpoint of a letter."""
+def scores(args: argparse.Namespace, trial: Trial) -> pathlib.Path:
+  """The folder of the report on the newest checkpoint of a trial."""
+  workdir = trial.workdir(args.folder)
   options = (f"{name}{value:g}" for name, value in options_of(args).items())
-  return args.folder / "scores" / "-".join([letter, str(steps_done(args.folder / letter)), *options])
+  return workdir.parent / "scores" / "-".join([trial.letter, str(steps_done(workdir)), *options])
 
 
-def scoring(args: argparse.Namespace, letter: str) -> Iterator[list[str]]:
-  """Yields the command that scores the newest checkpoint of a letter, if its report is missing."""
-  output, options = scores(args, letter), options_of(args)
-  if letter in NOT_ASKED:
-    options["only"] = NOT_ASKED[letter]
+def scoring(args: argparse.Namespace, trial: Trial) -> Iterator[list[str]]:
+  """Yields the command that scores the newest checkpoint of a trial, if its report is missing."""
+  output, options, workdir = scores(args, trial), options_of(args), trial.workdir(args.folder)
+  if trial.letter in NOT_ASKED:
+    options["only"] = NOT_ASKED[trial.letter]
   flags = [f"--{name}={value:g}" if name == "guidance" else f"--{name}={value}" for name, value in options.items()]
-  if ablation_report.fingerprint_of(output) != report.fingerprint(checkpoints.locate(args.folder / letter), "ema"):
-    checkpoint, size = f"--checkpoint={args.folder / letter}", f"--batch_size={args.batch_size}"
+  if ablation_report.fingerprint_of(output) != report.fingerprint(checkpoints.locate(workdir), "ema"):
+    checkpoint, size = f"--checkpoint={workdir}", f"--batch_size={args.batch_size}"
     yield ["evaluate", "--benchmark=shapes", checkpoint, f"--output={output}", size, *flags]
 
 
@@ -180,10 +198,13 @@ def tunables() -> str:
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("folder", nargs="?", type=pathlib.Path, default=pathlib.Path("runs/ablations"), metavar="FOLDER")
-  parser.add_argument("--size", choices=("shapes", "tiny"), default="shapes", help="default %(default)s")
+  parser.add_argument("--size", choices=("world", "shapes", "tiny"), default="world", help="default %(default)s")
   parser.add_argument("--steps", type=int, help="of F (default: configs/ablation.py's)")
   parser.add_argument("--pretrain", type=int, metavar="STEPS", help="of stage 0 (default: configs/stage0.py's)")
   parser.add_argument("--letters", default=ablation.LETTERS, help="which, and in which order (default %(default)s)")
+  parser.add_argument(
+    "--seeds", default="0", metavar="N,M", help="a training of each letter per seed (default %(default)s)"
+  )
   parser.add_argument("--slice", type=int, metavar="STEPS", help="train in turn, so many steps of F at a time")
   parser.add_argument(
     "--jobs", type=int, default=1, help="commands at a time, each on its share of the cores (default %(default)s)"
@@ -200,6 +221,8 @@ def main() -> int:
       parser.error(f"unknown argument {field}; fields of the training are --config.FIELD=VALUE")
   if unknown := set(args.letters) - set(ablation.LETTERS):
     parser.error(f"--letters={args.letters}: {', '.join(sorted(unknown))} is none of {ablation.LETTERS}")
+  if not all(seed.isdigit() for seed in args.seeds.split(",")):
+    parser.error(f"--seeds={args.seeds} must be whole numbers with commas between them, as in 0,1")
   for name in ("steps", "pretrain", "slice", "jobs", "limit", "pictures"):
     if getattr(args, name) is not None and getattr(args, name) < 1:
       parser.error(f"--{name}={getattr(args, name)} must be at least 1")
@@ -216,15 +239,18 @@ def main() -> int:
   args.folder.mkdir(parents=True, exist_ok=True)
   args.steps = args.steps or ablation.BUDGETS[args.size]
   ends = {letter: ablation.get_config(f"{letter}-{args.size}-{args.steps}").train.steps for letter in ablation.LETTERS}
+  trials = [Trial(letter, seed) for seed in dict.fromkeys(map(int, args.seeds.split(","))) for letter in ends]
   if not args.report:
     if not args.start:
       run({"stages": stages(args)}, args.folder)
     count = -(-ends["F"] // (args.slice or ends["F"]))
-    run({letter: turns(args, letter, ends[letter], count) for letter in args.letters}, args.folder, args.jobs)
-  done = {letter: steps_done(args.folder / letter) for letter in ends}
-  scored = [letter for letter in ends if done[letter] >= (1 if args.report else ends[letter])]
-  run({letter: scoring(args, letter) for letter in scored}, args.folder, args.jobs)
-  reports = {letter: scores(args, letter) for letter in scored}
+    wanted = sorted((t for t in trials if t.letter in args.letters), key=lambda t: args.letters.index(t.letter))
+    wanted.sort(key=lambda t: t.seed)
+    run({t.name: turns(args, t, ends[t.letter], count) for t in wanted}, args.folder, args.jobs)
+  least = lambda t: 1 if args.report else ends[t.letter]
+  scored = [t for t in trials if steps_done(t.workdir(args.folder)) >= least(t)]
+  run({t.name: scoring(args, t) for t in scored}, args.folder, args.jobs)
+  reports = {letter: {t.seed: scores(args, t) for t in scored if t.letter == letter} for letter in ends}
   ablation_report.write(
     args.folder, reports, ends, "python " + shlex.join(["launch/experiments/ablations.py", *sys.argv[1:]])
   )

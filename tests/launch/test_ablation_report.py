@@ -46,6 +46,21 @@ def test_differences_have_newcombes_interval_and_a_distance_that_is_less_is_bett
   assert one["agrees"] is None
 
 
+def test_trainings_of_a_letter_widen_the_interval_by_students_t():
+  """Two of each of three letters: 3 degrees of freedom, t = 3.182, as tables of Student's distribution have it."""
+  name, spread = "seen questions: overall", {"A": 0.02, "B": 0.04, "F": 0.06}
+  letters = {x: made.merged([entry(-0.2 - d), entry(-0.2 + d)]) for x, d in spread.items()}
+  assert letters["A"]["scores"][name]["value"] == pytest.approx(0.3)
+  assert letters["A"]["scores"][name]["seeds"] == pytest.approx([0.28, 0.32])
+  assert letters["A"]["scores"][name]["count"] == 18 and letters["A"]["pictures"] == entry(0)["pictures"]
+  variance = 2 * (0.02**2 + 0.04**2 + 0.06**2) / 3
+  (one,) = [x for x in made.compare(letters) if (x["letter"], x["score"]) == ("A", name)]
+  half = (2 * 0.05**2 + 3.182**2 * 2 * variance / 2) ** 0.5
+  assert (one["low"], one["high"]) == pytest.approx((-half, half), rel=1e-3)
+  once = made.compare({x: made.merged([entry(0)]) for x in spread})
+  assert all(x["high"] == pytest.approx(0.05 * 2**0.5) for x in once)  # one training says nothing about others
+
+
 def test_the_table_names_what_is_missing_and_unfinished():
   letters = {"A": entry(-0.3, steps=40), "B": None, "F": entry(0)}
   letters["F"]["scores"]["seen pictures: overall"]["chance"] = 0.02
@@ -73,7 +88,7 @@ def test_the_papers_table_has_what_each_letter_can_do():
 
 
 @pytest.mark.parametrize(
-  "argument", ["--letters=AG", "--steps=0", "--steps=4", "--start=nowhere", "--confg.train.seed=1"]
+  "argument", ["--letters=AG", "--steps=0", "--steps=4", "--start=nowhere", "--seeds=0;1", "--confg.train.seed=1"]
 )
 def test_mistakes_end_before_any_training(argument, monkeypatch, capsys):
   monkeypatch.setattr(ablations, "run", lambda *_: pytest.fail("a command was started"))
@@ -92,9 +107,10 @@ def test_slices_train_every_letter_in_turn(monkeypatch, tmp_path):
 
     def __init__(self, command, **_):
       flags = dict(one.removeprefix("--").split("=", 1) for one in command[4:])
-      letter = flags["workdir"].rsplit("/", 1)[1]
-      done[letter] = int(flags["config.train.steps"])
-      called.append((letter, done[letter]))
+      folder, letter = flags["workdir"].split("/")[-2:]
+      assert folder == f"seed{flags['config.train.seed']}"
+      done[folder, letter] = int(flags["config.train.steps"])
+      called.append((folder, letter, done[folder, letter]))
 
     def poll(self):
       return self.returncode
@@ -102,15 +118,19 @@ def test_slices_train_every_letter_in_turn(monkeypatch, tmp_path):
   monkeypatch.setenv("GLIBC_TUNABLES", ablations.tunables())
   monkeypatch.setattr(ablations, "tunables", lambda: os.environ["GLIBC_TUNABLES"])
   monkeypatch.setattr(ablations.subprocess, "Popen", Trained)
-  monkeypatch.setattr(ablations, "steps_done", lambda workdir: done.get(workdir.name, 0))
+  monkeypatch.setattr(ablations, "steps_done", lambda workdir: done.get(workdir.parts[-2:], 0))
   monkeypatch.setattr(ablations, "scoring", lambda *_: iter(()))
   monkeypatch.setattr(ablations.checkpoints, "locate", lambda path: path)
-  monkeypatch.setattr(made, "write", lambda folder, reports, ends, command: called.append(sorted(reports)))
   monkeypatch.setattr(
-    sys, "argv", ["x", str(tmp_path), "--size=tiny", "--steps=100", "--slice=40", "--start=s", "--letters=FD"]
+    made, "write", lambda folder, reports, ends, command: called.append({x: sorted(y) for x, y in reports.items() if y})
   )
+  flags = ["--size=tiny", "--steps=100", "--slice=40", "--start=s", "--letters=FD", "--seeds=3,5"]
+  monkeypatch.setattr(sys, "argv", ["x", str(tmp_path), *flags])
   assert ablations.main() == 0
-  assert called == [("F", 33), ("D", 8), ("F", 66), ("D", 17), ("F", 100), ("D", 26), ["D", "F"]]
+  turns = [("F", 33), ("D", 8), ("F", 66), ("D", 17), ("F", 100), ("D", 26)]
+  trained, written = called[:-1], called[-1]
+  of = lambda seed: [x[1:] for x in trained if x[0] == f"seed{seed}"]
+  assert of(3) == turns == of(5) and written == {"D": [3, 5], "F": [3, 5]}
 
 
 @pytest.fixture
