@@ -6,28 +6,35 @@ from typing import Any
 
 from jflow.errors import UserError
 from jflow.world import scenes, source
-from jflow.world.scenes import DEFAULT_TAGS, TAGS
+from jflow.world.scenes import TAGS
 
-_EACH = 240  # prompts of a kind; those of a small kind repeat
+_EACH = 240  # prompts of a kind on average; those of a small kind repeat
 
 
 def for_rewards(shapes: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-  """The prompts of training's combinations of the kinds that `shapes["tags"]` names, as many of each; none held out.
+  """The prompts of training's combinations of the kinds that `shapes["tags"]` names, in their shares; none held out.
 
   Args:
-    shapes: the section data.shapes of a config; None as its tags stands for all kinds.
+    shapes: the section data.shapes of a config; None as its tags stands for equal shares of all kinds.
 
   Raises:
     UserError: it names no kind that a prompt can describe.
   """
-  tags = _tags(shapes)
-  return source.evaluation_prompts("train", _EACH * len(tags), shapes["seed"], tags)
+  shares = _shares(shapes)
+  whole = sum(shares.values())
+  return [
+    one
+    for tag, share in shares.items()
+    for one in source.evaluation_prompts(
+      "train", max(1, round(_EACH * len(shares) * share / whole)), shapes["seed"], [tag]
+    )
+  ]
 
 
 def pairs(shapes: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-  """Prompts as `for_rewards`, each with a true scene as "better" and one of another prompt of its kind as "worse"."""
+  """As many prompts of each kind, each with a true scene as "better" and one of another prompt of its kind as "worse"."""
   rng, out = random.Random(f"{shapes['seed']}/pairs"), []
-  for tag in (tag for tag in _tags(shapes) for _ in range(_EACH)):
+  for tag in (tag for tag in _shares(shapes) for _ in range(_EACH)):
     better, combination = scenes.sample(tag, "train", rng, shapes["large"], shapes["spread"])
     worse, other = scenes.sample(tag, "train", rng, shapes["large"], shapes["spread"])
     while other == combination:
@@ -36,9 +43,10 @@ def pairs(shapes: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
   return out
 
 
-def _tags(shapes: Mapping[str, Any]) -> list[str]:
-  named = DEFAULT_TAGS if shapes["tags"] is None else shapes["tags"]
-  tags = [tag for tag in TAGS if named.get(tag)]
-  if not tags:
+def _shares(shapes: Mapping[str, Any]) -> dict[str, float]:
+  """Kind of prompts -> share, above 0."""
+  named = dict.fromkeys(TAGS, 1.0) if shapes["tags"] is None else shapes["tags"]
+  shares = {tag: float(named[tag]) for tag in TAGS if named.get(tag)}
+  if not shares:
     raise UserError(f"data.shapes.tags must give one of {', '.join(TAGS)} a share above 0, got {dict(named)}")
-  return tags
+  return shares

@@ -214,6 +214,9 @@ def test_prompts_are_the_lines_of_a_file_or_the_worlds(tmp_path):
   found = prompts.read("shapes", shapes)
   held_out = {text for text, _ in source.evaluation_prompts("held_out", 500, 0)}
   assert {about["tag"] for _, about in found} == {"colors"} and not held_out & {text for text, _ in found}
+  tags = {"two_object": 0.3, "colors": 0.1, "several": 0.6}
+  found = [about["tag"] for _, about in prompts.read("shapes", shapes | {"tags": tags})]
+  assert found.count("two_object") == 3 * found.count("colors") > 0
 
 
 GIVEN = ("--config.data.tokenizer=configs/tokenizer", "--config.train.init_from=runs/none")
