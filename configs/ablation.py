@@ -41,7 +41,7 @@ def get_config(size: str = ""):
   c.train.steps, c.data.mixture = steps, ((0, FIRST), (turn, THEN))
   if letter == "D":
     c.train.steps = reading(FIRST[0] + FIRST[2], THEN[0] + THEN[2]) // 100
-    first = (FIRST[0] + FIRST[2]) * turn // 100
+    first = max(1, (FIRST[0] + FIRST[2]) * turn // 100)
     c.data.mixture = ((0, (FIRST[0], 0, FIRST[2])), (first, (THEN[0], 0, THEN[2])))
   if letter == "E":
     c.train.steps, c.data.mixture = reading(FIRST[1], THEN[1]) // 100, ((0, (0, 1, 0)),)

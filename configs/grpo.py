@@ -63,5 +63,7 @@ def get_config(size: str = ""):
   c.rl.explore.steps, c.rl.explore.window = (4, 0) if c.size == "tiny" else (6, 2)
   c = reinforced(c, TRAINED, FROZEN)
   if c.size == "world":  # learns what it paints with guidance, which costs twice as much
-    c.rl.explore.guidance, c.train.steps, c.checkpoint.interval = 3.0, 480, 120
+    c.rl.explore.guidance, c.train.steps, c.checkpoint.interval = 3.0, 600, 120
+    c.optimizer.learning_rate, c.rl.kl = 2.5e-4, 0.002  # the weight keeps textures, which the judge does not see
+    c.optimizer.cooldown_start = c.optimizer.cooldown_steps = c.train.steps // 2
   return c

@@ -3,12 +3,12 @@
   python launch/experiments/second_judge.py --reader=runs/world/stage3 --output=second.json \\
     before=scores/before after=scores/after
 
-NAME=FOLDER is an evaluation by `evaluate --benchmark=shapes` whose first picture of each prompt is judged. It is right if
-the reader gives each expected answer: that each object of the prompt is there, how many of each of its shapes there are,
-their relation, and that a color of another object is not on it. Reinforcement learning with the world's own judge
+NAME=FOLDER is an evaluation by `evaluate --benchmark=shapes`. A picture is right if the reader gives each expected
+answer: that each object of the prompt is there, how many of each of its shapes there are, their relation, and that the
+color of one object is not on the other. Reinforcement learning with the world's own judge
 (jflow/world/judge.py) may please that judge alone; this one shares neither code nor features with it. "true" are renders
-of the same kinds of scenes: what the reader makes of pictures that are right; "others", true pictures under the prompts
-of their neighbours: what it accepts wrongly.
+of the same kinds: what the reader makes of pictures that are right; "others", the same under prompts of their
+neighbours: what it accepts wrongly.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from jflow.world.words import NUMBERS
 
 SPLITS = {"seen": "val", "held-out": "held_out"}  # as in reports, as folders of pictures
 BATCH = 64
+TRUE = 60  # true pictures of a kind
 
 
 def asked(about: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -66,20 +67,20 @@ def judged(reader: Pipeline, shown: Sequence[tuple[Image.Image, Mapping[str, Any
   return right
 
 
-def renders(split: str, prompts: Sequence[tuple[str, Mapping[str, Any]]], side: int) -> list[Image.Image]:
-  """A true picture of each prompt's combination."""
-  rng, wanted = (
-    random.Random(f"second judge/{split}"),
-    {json.dumps(about, sort_keys=True): None for _, about in prompts},
-  )
-  tags = {about["tag"] for _, about in prompts}
-  while any(image is None for image in wanted.values()):
-    for tag in tags:
-      scene, combination = scenes.sample(tag, split, rng)
-      key = json.dumps(source.prompt(combination)[1], sort_keys=True)
-      if key in wanted and wanted[key] is None:
-        wanted[key] = Image.fromarray(scene.render(side))
-  return [wanted[json.dumps(about, sort_keys=True)] for _, about in prompts]
+def true_pictures(split: str, tags: Sequence[str], side: int) -> list[tuple[Image.Image, Mapping[str, Any]]]:
+  """Renders with the metadata of their own prompts."""
+  rng = random.Random(f"second judge/{split}")
+  drawn = [scenes.sample(tag, split, rng) for tag in tags for _ in range(TRUE)]
+  return [(Image.fromarray(scene.render(side)), source.prompt(combination)[1]) for scene, combination in drawn]
+
+
+def by_kind(right: Sequence[bool], about: Sequence[Mapping[str, Any]]) -> dict[str, scores.Score]:
+  """Kind of prompt -> share of pictures that are right; pictures of one prompt count as related."""
+  kinds: dict[str, dict[str, list[float]]] = {}
+  for one, prompt in zip(right, about, strict=True):
+    kinds.setdefault(prompt["tag"], {}).setdefault(prompt["prompt"], []).append(float(one))
+  out = {tag: scores.clustered(list(groups.values())) for tag, groups in kinds.items()}
+  return out | {"overall": scores.average(list(out.values()))}
 
 
 def main() -> int:
@@ -91,31 +92,26 @@ def main() -> int:
   args = p.parse_args()
   reader, out = jflow.load(args.reader), {}
   for split, folder in SPLITS.items():
-    files = {name: sorted((pathlib.Path(path) / "pictures" / folder).glob("*_0.png")) for name, path in args.scored}
-    prompts = source.evaluation_prompts(folder, len(next(iter(files.values()))), 0)
-    about = [one for _, one in prompts]
-    shown = {name: [Image.open(file).convert("RGB") for file in found] for name, found in files.items()}
-    shown["true"] = renders(folder, prompts, next(iter(shown.values()))[0].width)
-    tags = list(dict.fromkeys(one["tag"] for one in about))
-    for name, images in shown.items():
-      right = judged(reader, list(zip(images, about, strict=True)))
-      kinds = {tag: scores.accuracy(r for r, one in zip(right, about) if one["tag"] == tag) for tag in tags}
-      kinds["overall"] = scores.average(list(kinds.values()))
-      out.setdefault(name, {})[split] = {tag: [round(x, 4) for x in one[:3]] for tag, one in kinds.items()}
-      print(f"{split:9}{name:12}" + "  ".join(f"{tag} {one.value:.3f}" for tag, one in kinds.items()), flush=True)
-    others = [
-      next(x for x in about[i + 1 :] + about[:i] if x["tag"] == one["tag"] and x != one) for i, one in enumerate(about)
-    ]
-    wrong = judged(reader, list(zip(shown["true"], others, strict=True)))
-    out.setdefault("others", {})[split] = {"overall": round(sum(wrong) / len(wrong), 4)}
-    print(f"{split:9}{'others':12}overall {sum(wrong) / len(wrong):.3f}", flush=True)
+    shown, numbers = {}, []
+    for name, path in args.scored:
+      files = sorted((pathlib.Path(path) / "pictures" / folder).glob("*_*.png"))
+      numbers = [int(file.stem.split("_")[0]) for file in files]
+      prompts = source.evaluation_prompts(folder, 1 + max(numbers), 0)
+      shown[name] = [(Image.open(file).convert("RGB"), prompts[i][1]) for file, i in zip(files, numbers, strict=True)]
+    images = next(iter(shown.values()))
+    tags = list(dict.fromkeys(about["tag"] for _, about in images))
+    shown["true"] = true_pictures(folder, tags, images[0][0].width)
+    nearby = [about for _, about in shown["true"]]
+    shown["others"] = [(image, about) for (image, _), about in zip(shown["true"], nearby[1:] + nearby[:1], strict=True)]
+    for name, pictures in shown.items():
+      right = by_kind(judged(reader, pictures), [about for _, about in pictures])
+      out.setdefault(name, {})[split] = {tag: [round(x, 4) for x in one[:3]] for tag, one in right.items()}
+      print(f"{split:9}{name:12}" + "  ".join(f"{tag} {one.value:.3f}" for tag, one in right.items()), flush=True)
+  kept = ("fingerprint", "steps", "guidance", "seed", "pictures")
   settings = {name: report.read(pathlib.Path(path))["settings"] for name, path in args.scored}
-  kept = ("fingerprint", "steps", "guidance", "seed")
-  body = {
-    "reader": report.fingerprint(checkpoints.locate(args.reader), "ema"),
-    "settings": {n: {k: s[k] for k in kept} for n, s in settings.items()},
-  }
-  outputs.replace(args.output, json.dumps(body | {"right": out}, indent=1) + "\n")
+  body = {"reader": report.fingerprint(checkpoints.locate(args.reader), "ema"), "right": out}
+  body["settings"] = {name: {key: one[key] for key in kept} for name, one in settings.items()}
+  outputs.replace(args.output, json.dumps(body, indent=1) + "\n")
   return 0
 
 

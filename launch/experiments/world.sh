@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the small model of the built-in world, stages 0 to 3 from nothing: some three hours of one core.
+# Trains the small model of the built-in world, stages 0 to 3 from nothing and then on rewards: some four hours of one core.
 # After a stop, the same command resumes. Arguments: [FOLDER], the output folder (default runs/world), and
 # --config.FIELD=VALUE for every stage.
 set -euo pipefail
@@ -16,4 +16,5 @@ for stage in 0 1 2 3; do
     --config.train.init_from="$before" "$@"
   before=$out/stage$stage
 done
-echo "score it: $python -m jflow evaluate --benchmark=shapes --checkpoint=$out/stage3 --output=$out/scores --guidance=3"
+"$python" -m jflow train --config=configs/grpo.py:world --workdir="$out/rewarded" --config.train.init_from="$before" "$@"
+echo "score it: $python -m jflow evaluate --benchmark=shapes --checkpoint=$out/rewarded --output=$out/scores --guidance=3"
