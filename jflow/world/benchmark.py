@@ -1,4 +1,4 @@
-"""The benchmark `shapes`: generated pictures of the world, scored by the judge, and questions about its pictures."""
+"""The benchmarks `shapes` and `lone`: painted pictures of the world, scored by the judge, and questions about its own."""
 
 import collections
 import dataclasses
@@ -26,8 +26,6 @@ from jflow.world.questions import Question as Asked
 from jflow.world.scenes import TAGS
 
 SPLITS = {"val": "seen", "held_out": "held-out"}  # split of the world -> name in the report
-PROMPTS_PER_TAG = {"val": 60, "held_out": 40}
-QUESTIONS = 1500  # per split
 SIDE = 96  # pixels of the pictures that questions are about; the model resizes them like any other
 REFERENCE = 1500  # renders to compare pictures with, or ten per picture if that is fewer
 RULES = {"strict": judge.strict, "lenient": judge.lenient}
@@ -56,6 +54,10 @@ class WorldBenchmark(GenerationBenchmark):
   where = "made by jflow itself"
   flags = frozenset({"only", "sampling", "pictures"})
   pictures = 4
+  scope = references.Scope()
+  prompts_per_tag: Mapping[str, int] = {"val": 60, "held_out": 40}
+  questions = 1500  # per split
+  distances: tuple[str, ...] = ("tex", "state")  # the features that distances to true pictures are measured on
   goals = {
     "seen pictures: single_object": 0.95,
     "seen pictures: colors": 0.9,
@@ -73,15 +75,17 @@ class WorldBenchmark(GenerationBenchmark):
     self._cache = pathlib.Path(settings.cache).expanduser() if settings.cache else None
     limit, only = settings.limit, settings.only
     self._prompts, self._questions = {}, {}
-    for split, each in PROMPTS_PER_TAG.items():
-      tags = sum(bool(scenes.combinations(tag, split == "held_out")) for tag in TAGS)
-      prompts = source.evaluation_prompts(split, each * tags, 0)[:limit]
+    scope, asked = self.scope, self.scope.prompts
+    for split, each in self.prompts_per_tag.items():
+      tags = sum(bool(scenes.combinations(tag, split == "held_out")) for tag in asked)
+      prompts = source.evaluation_prompts(split, each * tags, 0, asked)[:limit]
       self._prompts[split] = [] if only == "questions" else prompts
-      count = 0 if only == "pictures" else min(QUESTIONS, limit or QUESTIONS)
-      self._questions[split] = questions.for_evaluation(split, count, 0) if count else []
+      count = 0 if only == "pictures" else min(self.questions, limit or self.questions)
+      self._questions[split] = references.asked_of(scope, split, count, 0) if count else []
     self._true = []
-    for i in range(0 if only == "questions" else min(CEILING * len(TAGS), limit or CEILING * len(TAGS))):
-      scene, combination = scenes.sample(TAGS[i % len(TAGS)], "val", random.Random(f"evaluation/codec/{i}"))
+    for i in range(0 if only == "questions" else min(CEILING * len(asked), limit or CEILING * len(asked))):
+      rng = random.Random(f"evaluation/codec/{i}")
+      scene, combination = scenes.sample(asked[i % len(asked)], "val", rng, scope.large, scope.spread)
       self._true.append((scene, source.prompt(combination)[1]))
 
   def identity(self) -> dict[str, Any]:
@@ -127,16 +131,16 @@ class WorldBenchmark(GenerationBenchmark):
 
   def score(self, records: Mapping[str, Mapping[str, Any]]) -> Result:
     """Scores of pictures and answers."""
-    need_all([task.key for task in self.tasks()], records, "shapes", "run the same command again")
+    need_all([task.key for task in self.tasks()], records, self.name, "run the same command again")
     out, sheets, ceiling = {}, [], self._ceiling()
     for split, name in SPLITS.items():
       generated = list(self._generated(split))
       for rule in RULES:
         out |= _generation_scores(generated, rule, name, ceiling[rule])
-      out |= _distances(generated, split, name, self._cache)
+      out |= _distances(generated, split, name, self._cache, self.scope, self.distances)
       sheets += [(f"{name}: {tag}", sheet) for tag, sheet in _sheets(generated)]
       said = [records[f"ask/{split}/{i:04d}"]["answer"] for i in range(len(self._questions[split]))]
-      out |= _question_scores(self._questions[split], said, name)
+      out |= _question_scores(self._questions[split], said, name, self.scope)
     for kind in ("pictures", "questions"):
       out |= _gap(out, kind)
     notes = [
@@ -158,6 +162,20 @@ class WorldBenchmark(GenerationBenchmark):
       for j in range(self.pictures):
         file = self._output / f"pictures/{split}/{number:04d}_{j}.png"
         yield Generated(metadata["tag"], number, file, text, judge.detect(_read(file)), metadata)
+
+
+class LoneBenchmark(WorldBenchmark):
+  """The part of the world that size `quick` learns: one large object near the middle, its color and shape."""
+
+  name = "lone"
+  what = "the built-in world's lone large objects, which the quickstart learns: pictures by the same judge, questions"
+  scope = references.Scope(
+    ("colors",), ("colors",), ("existence", "existence_adversarial", "existence_shape", "color", "shape"), 1.0, 0.12
+  )
+  prompts_per_tag: Mapping[str, int] = {"val": 64, "held_out": 12}
+  questions = 600
+  distances = ("state",)  # the same gray in every corner: textures that hardly vary would decide
+  goals = {}
 
 
 def prompt_of(question: Asked) -> str:
@@ -207,7 +225,14 @@ def _others(rows: Sequence[Generated]) -> list[tuple[Generated, dict[str, Any]]]
   return pairs
 
 
-def _distances(generated: Sequence[Generated], split: str, name: str, cache: pathlib.Path | None) -> dict[str, Score]:
+def _distances(
+  generated: Sequence[Generated],
+  split: str,
+  name: str,
+  cache: pathlib.Path | None,
+  scope: references.Scope,
+  kinds: Sequence[str],
+) -> dict[str, Score]:
   """Frechet and kernel distances to true pictures on two kinds of features, each with its floor between true ones."""
   if len(generated) < 2:
     return {}
@@ -217,7 +242,7 @@ def _distances(generated: Sequence[Generated], split: str, name: str, cache: pat
     "state": np.stack([features.state(p.detections) for p in generated]),
   }
   tags, count, side = [p.tag for p in generated], len(generated), len(pictures[0])
-  true = lambda many, set_name: references.features_of_renders(split, tags, many, side, set_name, cache)
+  true = lambda many, set_name: references.features_of_renders(split, tags, many, side, set_name, cache, scope)
   target = true(min(REFERENCE, 10 * count), "reference")
   floors = [true(count, f"floor {i}") for i in range(FLOORS)]
   prompts = collections.defaultdict(list)
@@ -225,7 +250,8 @@ def _distances(generated: Sequence[Generated], split: str, name: str, cache: pat
     prompts[p.prompt].append(i)
   groups = list(prompts.values())
   out = {}
-  for what, least in (("tex", 1e-6), ("state", features.LEAST_STATE)):
+  for what in kinds:
+    least = {"tex": 1e-6, "state": features.LEAST_STATE}[what]
     a, b, *others = (distances.normalised(x[what], target[what], least) for x in (own, target, *floors))
 
     def of_prompts(chosen: Sequence[int], a: np.ndarray = a, b: np.ndarray = b) -> float:
@@ -279,7 +305,9 @@ def _sheets(generated: Sequence[Generated]) -> Iterator[tuple[str, Image.Image]]
     yield f"{tag}, {told}", contact_sheet(images, captions, columns, side=112, lines=4)
 
 
-def _question_scores(asked: Sequence[tuple[Any, Asked]], said: Sequence[str], name: str) -> dict[str, Score]:
+def _question_scores(
+  asked: Sequence[tuple[Any, Asked]], said: Sequence[str], name: str, scope: references.Scope
+) -> dict[str, Score]:
   """Accuracy per kind and the mean; F1 of "yes" as in POPE; groups as in MME's accuracy+ and MMBench's circular score.
 
   Intervals account for the correlation within a group (a yes and a no, the orders of a choice).
@@ -293,7 +321,7 @@ def _question_scores(asked: Sequence[tuple[Any, Asked]], said: Sequence[str], na
     groups[question.kind][number].append(right(question, answer))
     if question.kind in questions.PAIRED:
       yes[question.kind][number].append((question.answer == "yes", answers.yes_or_no(answer) == "Yes"))
-  prefix, beside = f"{name} questions: ", references.baselines(asked)
+  prefix, beside = f"{name} questions: ", references.baselines(asked, scope)
   out = {}
   for kind, judged in groups.items():
     out[f"{prefix}{kind}"] = scores.clustered(list(judged.values()))._replace(beside=beside[kind])

@@ -7,6 +7,7 @@ import pathlib
 import random
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,7 +22,22 @@ _SIDE = 24  # pixels at which pictures are compared to find the nearest
 Asked = tuple[scenes.Scene, Question]
 
 
-def baselines(asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
+class Scope(NamedTuple):
+  """The part of the world that a benchmark is about."""
+
+  prompts: tuple[str, ...] = scenes.TAGS  # kinds of scenes that prompts ask for
+  shown: tuple[str, ...] = tuple(scenes.DEFAULT_TAGS)  # kinds of scenes that questions are about
+  kinds: tuple[str, ...] = questions.KINDS  # of questions
+  large: float = scenes.LARGE  # see `scenes.sample`
+  spread: float = scenes.ANYWHERE
+
+
+def asked_of(scope: Scope, split: str, count: int, seed: int) -> list[Asked]:
+  """Questions with their scenes; see `questions.for_evaluation`."""
+  return questions.for_evaluation(split, count, seed, scope.kinds, scope.shown, scope.large, scope.spread)
+
+
+def baselines(asked: Sequence[Asked], scope: Scope = Scope()) -> dict[str, dict[str, float]]:
   """Kind of question -> baseline -> its accuracy.
 
   FREQUENT gives the most frequent right answer of the kind. BLIND gives the most frequent answer to the same words
@@ -29,7 +45,7 @@ def baselines(asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
   among those with the same question; of a choice it takes the option with that word. For questions that training does
   not have, both answer as FREQUENT.
   """
-  learned = _learned()
+  learned = _learned(scope)
   kinds: dict[str, list[Asked]] = collections.defaultdict(list)
   for scene, question in asked:
     kinds[question.kind].append((scene, question))
@@ -49,10 +65,10 @@ def baselines(asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
 
 
 @functools.cache
-def _learned() -> dict[str, list[Asked]]:
+def _learned(scope: Scope) -> dict[str, list[Asked]]:
   """Words of a question -> the training questions with these words, and their scenes."""
   out: dict[str, list[Asked]] = collections.defaultdict(list)
-  for scene, question in questions.for_evaluation("train", LEARNED, 1):
+  for scene, question in asked_of(scope, "train", LEARNED, 1):
     out[_words(question)].append((scene, question))
   return dict(out)
 
@@ -92,7 +108,13 @@ def _nearest(scene: scenes.Scene, question: Question, pool: Sequence[Asked], pix
 
 
 def features_of_renders(
-  split: str, tags: Sequence[str], count: int, side: int, name: str, cache: pathlib.Path | None
+  split: str,
+  tags: Sequence[str],
+  count: int,
+  side: int,
+  name: str,
+  cache: pathlib.Path | None,
+  scope: Scope = Scope(),
 ) -> dict[str, np.ndarray]:
   """Features of true pictures with the same shares of categories: "tex" f64[count, 228], "state" f64[count, 24].
 
@@ -103,16 +125,19 @@ def features_of_renders(
     side: in pixels.
     name: of the set, which seeds its draws.
     cache: folder for the result, which depends only on these arguments and the code; None: no cache.
+    scope: sizes and places of the objects.
   """
   path = None
   if cache:
     files = (*source.CODE, *(pathlib.Path(module.__file__) for module in (judge, features)))
     code = b"".join(file.read_bytes() for file in files)
-    key = hashlib.sha256(code + repr((split, tuple(tags), count, side, name)).encode()).hexdigest()
+    key = hashlib.sha256(
+      code + repr((split, tuple(tags), count, side, name, scope.large, scope.spread)).encode()
+    ).hexdigest()
     path = cache / f"renders-{key[:16]}.npz"
     if (kept := _kept(path)) is not None:
       return kept
-  pictures = renders(split, tags, count, side, name)
+  pictures = renders(split, tags, count, side, name, scope)
   out = {
     "tex": np.stack([features.texture(image) for image in pictures]),
     "state": np.stack([features.state(judge.detect(image)) for image in pictures]),
@@ -139,7 +164,10 @@ def _kept(path: pathlib.Path) -> dict[str, np.ndarray] | None:
     return None
 
 
-def renders(split: str, tags: Sequence[str], count: int, side: int, name: str) -> list[np.ndarray]:
+def renders(
+  split: str, tags: Sequence[str], count: int, side: int, name: str, scope: Scope = Scope()
+) -> list[np.ndarray]:
   """True pictures, uint8[side, side, 3] each, with the same shares of categories."""
   rng = random.Random(f"evaluation/{split}/{name}")
-  return [scenes.sample(tags[i % len(tags)], split, rng)[0].render(side) for i in range(count)]
+  drawn = (scenes.sample(tags[i % len(tags)], split, rng, scope.large, scope.spread)[0] for i in range(count))
+  return [scene.render(side) for scene in drawn]

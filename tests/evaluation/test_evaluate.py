@@ -19,6 +19,7 @@ from refusals import refused
 from tsv import pope_folder, pope_rows, write_table
 
 import jflow
+from configs import stage2
 from jflow import outputs
 from jflow.__main__ import main
 from jflow.errors import Stopped
@@ -371,11 +372,37 @@ def test_true_pictures_and_true_answers_score_one(tmp_path):
   assert len(result.pictures) == 6 + 4
 
 
-def _drawn(metadata, split, rng):
+def test_lone_objects_are_those_that_size_quick_learns(tmp_path):
+  benchmark = benchmarks.get("lone")(Settings("lone", "x", tmp_path, cache="", pictures=1))
+  quick = stage2.get_config("quick").data.shapes
+  assert benchmark.scope[3:] == (quick.large, quick.spread) and set(benchmark.scope.prompts) == set(quick.tags)
+  records, rng = {}, np.random.default_rng(0)
+  for task in benchmark.tasks():
+    if isinstance(task, tasks.Question):
+      split, number = task.key.split("/")[1:]
+      scene, question = benchmark._questions[split][int(number)]
+      (thing,) = scene.objects
+      assert max(abs(thing.x - 0.5), abs(thing.y - 0.5)) <= quick.spread and question.kind in benchmark.scope.kinds
+      records[task.key] = {"answer": question.answer}
+    else:
+      picture = task.picture if isinstance(task, tasks.RoundTrip) else None
+      if picture is None:
+        split, number = task.key.split("/")[1:3]
+        picture = _drawn(benchmark._prompts[split][int(number)][1], split, rng, *benchmark.scope[3:]).render
+      tasks.save(Image.fromarray(picture(64)), tmp_path / task.file)
+      records[task.key] = {"file": task.file}
+  scores = benchmark.score(records).scores
+  for split, count in (("seen", 64), ("held-out", 12)):
+    assert scores[f"{split} pictures: overall"].value == scores[f"{split} questions: overall"].value == 1
+    assert scores[f"{split} pictures: colors"].count == count and scores[f"{split} pictures: colors"].chance < 0.1
+  assert scores["seen pictures: FD-state"].value < 2 * scores["seen pictures: FD-state, floor"].value
+
+
+def _drawn(metadata, split, rng, *sizes):
   """A scene that shows what the metadata ask for."""
   wanted = {(one["class"], one.get("color"), one.get("count")) for one in metadata["include"]}
   while True:
-    scene, combination = scenes.sample(metadata["tag"], split, rng)
+    scene, combination = scenes.sample(metadata["tag"], split, rng, *sizes)
     have = {(shape, color, combination.count) for shape, color in combination.pairs}
     relation = [one["position"][0] for one in metadata["include"] if "position" in one]
     if have == wanted and (not relation or relation[0] == combination.relation):

@@ -19,6 +19,7 @@ _HERE = "jflow.evaluation.benchmarks"
 _KNOWN: dict[str, str | type[Benchmark]] = {
   "records": f"{_HERE}.records:Records",
   "shapes": "jflow.world.benchmark:WorldBenchmark",
+  "lone": "jflow.world.benchmark:LoneBenchmark",
   "pope": f"{_HERE}.pope:Pope",
   "mme": f"{_HERE}.mme:Mme",
   "mmbench": f"{_HERE}.mmbench:MmBench",
