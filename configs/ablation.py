@@ -21,7 +21,7 @@ always frozen. C's understanding encoder starts fresh where `train.init_from` na
 from configs import base, world
 
 LETTERS = "ABCDEF"
-BUDGETS = {"384": 50_000, "256": 50_000, "shapes": 4000, "world": 2000, "tiny": 20}  # steps of F
+BUDGETS = {"384": 50_000, "256": 50_000, "shapes": 4000, "world": 6000, "quick": 1500, "tiny": 20}  # steps of F
 FIRST, THEN = (30, 50, 20), (14, 80, 6)  # understanding : generation : text
 _READER = {"B": "shared", "C": "separate"}
 

@@ -142,12 +142,14 @@ def at_stage(c: ConfigDict, stage: int) -> ConfigDict:
 
 
 def at_ablation(c: ConfigDict) -> ConfigDict:
-  """Returns the config of an ablation; `shapes` and `world` have a rate, a cool-down and a mixture of scenes of its own."""
-  if c.size in ("shapes", "world"):
-    c.optimizer.learning_rate, c.train.ema = 3e-3, 0.998
+  """Returns the config of an ablation, with a cool-down; larger sizes have a mixture of scenes of its own."""
+  if c.size in ("quick", "shapes", "world"):
+    c.optimizer.learning_rate = 3e-3
     c.optimizer.cooldown_start = c.train.steps * 7 // 10
     c.optimizer.cooldown_steps = c.train.steps - c.optimizer.cooldown_start
-    c.checkpoint.interval, c.data.shapes.size = 500, 50_000
+    c.checkpoint.interval = 500
+  if c.size in ("shapes", "world"):
+    c.train.ema, c.data.shapes.size = 0.998, 50_000
     # More of the kinds that are learned early than above, so that a short run shows which letter learns.
     c.data.shapes.long_captions = 0.5 if c.size == "shapes" else 0.3
     c.data.shapes.tags = dict(

@@ -14,8 +14,10 @@ from scipy import stats
 
 from jflow import outputs
 from jflow.commit import commit
+from jflow.config import RunConfig
 from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
+from jflow.evaluation import benchmarks
 from jflow.inference.sheet import contact_sheet
 from jflow.interop.native import read_config
 from jflow.models.config import ModelConfig
@@ -146,8 +148,8 @@ def _entry(workdir: pathlib.Path, output: pathlib.Path, budget: int) -> dict[str
 
 def pictures_seen(workdir: pathlib.Path, steps: int) -> dict[str, int]:
   """The number of pictures read and generated in a run's first steps, with repetitions."""
-  config, tokenizer = read_config(workdir), Tokenizer.load(str(workdir / "tokenizer"))
-  shape = setup.row_shape(config, ModelConfig.from_dict(config.model))
+  config = RunConfig.from_dict(read_config(workdir), ModelConfig.from_dict)
+  tokenizer, shape = Tokenizer.load(str(workdir / "tokenizer")), setup.row_shape(config, config.model)
   pipeline = Pipeline(config.data, tokenizer, shape, config.train.batch_size, config.train.seed)
   seen = {"read": 0, "painted": 0}
   names = {"understanding": "read", "generation": "painted"}  # of the built-in world's records each has one picture
@@ -237,7 +239,9 @@ def table(body: Mapping[str, Any]) -> str:
       *(cell(x, lambda e: f"{e['pictures']['read']:,} / {e['pictures']['painted']:,}") for x in names),
     ]
   )
-  for before, row in zip((None, *ROWS), ROWS):
+  scored = {name for entry in letters.values() if entry for name in entry["scores"]}
+  rows = [row for row in ROWS if not scored or any(name.endswith(f" {row.score}") for name in scored)]
+  for before, row in zip((None, *rows), rows):
     if before is None or row.paper != before.paper:
       lines.append([f"paper: {row.paper}", *(_number(PAPER[row.paper].get(x)) for x in names)])
     for split in ("seen", "held-out"):
@@ -328,7 +332,10 @@ def losses(runs: Mapping[str, list[dict[str, Any]]]) -> Figure:
 
 def pictures(reports: Mapping[str, pathlib.Path]) -> Image.Image | None:
   """A sheet with a row per letter that generates, the same prompt and noise in a column; None if no letter does."""
-  prompts = [text for text, _ in world.evaluation_prompts("val", SHEET, 0)]
+  named = {json.loads((output / "report.json").read_text(encoding="utf-8"))["benchmark"] for output in reports.values()}
+  if len(named) != 1:  # nothing is scored yet
+    return None
+  prompts = [text for text, _ in world.evaluation_prompts("val", SHEET, 0, benchmarks.get(named.pop()).scope.prompts)]
   files = {
     letter: [output / f"pictures/val/{i:04d}_0.png" for i in range(SHEET)]
     for letter, output in reports.items()
