@@ -40,12 +40,15 @@ def figure(found: list[dict]) -> Figure:
   axis = fig.subplots()
   for name in SCORES:
     line = [(point["painted"], *point["scores"][name]) for point in found if name in point["scores"]]
-    if line:
+    if len(line) > 1:
       x, y, low, high = zip(*line)
       axis.plot(x, y, marker="o", markersize=4, label=name.removeprefix("seen "))
       axis.fill_between(x, low, high, alpha=0.1)
-  axis.set(xscale="log", ylim=(0, 1), xlabel="pictures painted in training", ylabel="right, strict")
-  axis.grid(alpha=0.3, which="both")
+  axis.set(xscale="log", ylim=(0, 1), xlabel="pictures painted in training, thousands", ylabel="right, strict")
+  painted = [point["painted"] for point in found]
+  axis.set_xticks(painted, [f"{n / 1000:,.0f}" for n in painted])
+  axis.minorticks_off()
+  axis.grid(alpha=0.3)
   fig.legend(loc="outside right center", frameon=False)
   return fig
 
