@@ -142,7 +142,7 @@ def at_stage(c: ConfigDict, stage: int) -> ConfigDict:
 
 
 def at_ablation(c: ConfigDict) -> ConfigDict:
-  """Returns the config of an ablation, with a cool-down; larger sizes have a mixture of scenes of its own."""
+  """Returns the config of an ablation, where `quick`, `shapes` and `world` cool down, the last two with scenes of their own."""
   if c.size in ("quick", "shapes", "world"):
     c.optimizer.learning_rate = 3e-3
     c.optimizer.cooldown_start = c.train.steps * 7 // 10
@@ -150,7 +150,7 @@ def at_ablation(c: ConfigDict) -> ConfigDict:
     c.checkpoint.interval = 500
   if c.size in ("shapes", "world"):
     c.train.ema, c.data.shapes.size = 0.998, 50_000
-    # More of the kinds that are learned early than above, so that a short run shows which letter learns.
+    # Fewer of the kinds that are learned last than size `world` has: a short run shows which letter learns.
     c.data.shapes.long_captions = 0.5 if c.size == "shapes" else 0.3
     c.data.shapes.tags = dict(
       single_object=0.12, colors=0.25, two_object=0.13, counting=0.13, position=0.17, color_attr=0.15, several=0.05

@@ -309,10 +309,11 @@ def _early_stop_has_a_loss(c: RunConfig) -> str:
 @constraint("optimizer.cooldown_steps")
 def _some_rate_is_left(c: RunConfig) -> str:
   start, steps = c.optimizer.cooldown_start, c.optimizer.cooldown_steps
-  fits = not steps or c.train.steps <= start + steps
-  return (
-    "" if fits else f"must be 0, or end the cool-down at train.steps={c.train.steps} or later, not at {start + steps}"
-  )
+  updates, named = c.train.steps, "train.steps"
+  if c.rl.method == "grpo":
+    updates, named = c.train.steps * c.rl.updates, "train.steps * rl.updates"
+  fits = not steps or updates <= start + steps
+  return "" if fits else f"must be 0, or end the cool-down at {named} = {updates} or later, not at {start + steps}"
 
 
 @constraint("data.row_tokens")

@@ -6,7 +6,7 @@ from typing import Any
 
 from jflow.errors import UserError
 from jflow.world import scenes, source
-from jflow.world.scenes import TAGS
+from jflow.world.scenes import DEFAULT_TAGS, TAGS
 
 _EACH = 240  # prompts of a kind on average; those of a small kind repeat
 
@@ -15,7 +15,7 @@ def for_rewards(shapes: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
   """The prompts of training's combinations of the kinds that `shapes["tags"]` names, in their shares; none held out.
 
   Args:
-    shapes: the section data.shapes of a config; None as its tags stands for equal shares of all kinds.
+    shapes: the section data.shapes of a config; None as its tags stands for `scenes.DEFAULT_TAGS`, as in training.
 
   Raises:
     UserError: it names no kind that a prompt can describe.
@@ -32,7 +32,7 @@ def for_rewards(shapes: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def pairs(shapes: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-  """As many prompts of each kind, each with a true scene as "better" and one of another prompt of its kind as "worse"."""
+  """As many prompts of each kind, each with a true scene as "better", one of another prompt of its kind as "worse"."""
   rng, out = random.Random(f"{shapes['seed']}/pairs"), []
   for tag in (tag for tag in _shares(shapes) for _ in range(_EACH)):
     better, combination = scenes.sample(tag, "train", rng, shapes["large"], shapes["spread"])
@@ -45,8 +45,8 @@ def pairs(shapes: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def _shares(shapes: Mapping[str, Any]) -> dict[str, float]:
   """Kind of prompts -> share, above 0."""
-  named = dict.fromkeys(TAGS, 1.0) if shapes["tags"] is None else shapes["tags"]
-  shares = {tag: float(named[tag]) for tag in TAGS if named.get(tag)}
+  named = DEFAULT_TAGS if shapes["tags"] is None else shapes["tags"]
+  shares = {tag: float(named[tag]) for tag in TAGS if named.get(tag, 0) > 0}
   if not shares:
     raise UserError(f"data.shapes.tags must give one of {', '.join(TAGS)} a share above 0, got {dict(named)}")
   return shares

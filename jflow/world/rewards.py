@@ -9,7 +9,7 @@ from PIL import Image
 
 from jflow.world import features, judge, references, scenes
 
-_TRUE = 600  # renders that a picture's texture is compared with
+_TRUE = 600  # renders: half that a picture's texture is compared with, half that say how far true ones lie
 _LEAST = 0.05  # of a feature's deviation, as a share of the largest, so that constant ones do not decide
 
 
@@ -26,7 +26,7 @@ def lenient(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mappi
 def true(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[float]:
   """Minus how much farther a picture's texture is from that of true pictures than 19 of 20 true ones: a guard.
 
-  0 for all that lie within, so that no picture gains by likeness to the mean: variety costs nothing. The distance is the
+  0 for all that lie within, so that no picture gains by likeness to the mean: variety costs nothing. Distance is the
   root mean square over Gabor features of the difference from their mean, in their deviations. It sees single pictures,
   so that a small shift that all share costs nothing either.
   """
@@ -58,13 +58,11 @@ strict.refuses = lenient.refuses = unknown  # pyrefly: ignore
 @functools.cache
 def _true(side: int) -> tuple[np.ndarray, np.ndarray, float]:
   """Mean and deviation of the texture of true pictures of `side` pixels, and the distance that 95 % of others keep."""
-  drawn = lambda name: np.stack(
-    [features.texture(x) for x in references.renders("train", scenes.TAGS, _TRUE, side, name)]
-  )
-  seen = drawn("reward")
+  drawn = np.stack([features.texture(x) for x in references.renders("train", scenes.TAGS, _TRUE, side, "reward")])
+  seen, others = drawn[: _TRUE // 2], drawn[_TRUE // 2 :]
   mean, deviation = seen.mean(0), seen.std(0)
   deviation = np.maximum(deviation, _LEAST * deviation.max())
-  return mean, deviation, float(np.quantile([_distance(x, mean, deviation) for x in drawn("others")], 0.95))
+  return mean, deviation, float(np.quantile([_distance(x, mean, deviation) for x in others], 0.95))
 
 
 def _distance(texture: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> float:

@@ -244,6 +244,12 @@ def test_the_configs_fit(named, flags):
   assert config.rl.method == ("dpo" if "dpo" in named else "grpo")
 
 
+def test_a_cool_down_that_ends_before_the_updates_do_is_refused():
+  """It counts updates: with two of each batch the rate of the second half would be 0."""
+  with refused("optimizer.cooldown_steps", "1200"):
+    setup.check(config_files.load("grpo:world", [*GIVEN, "--config.rl.updates=2"]))
+
+
 @pytest.mark.parametrize("size", ["tiny", "quick", "shapes", "world"])
 @pytest.mark.parametrize("named", ["grpo", "janus/grpo", "dpo", "janus/dpo", "tune", "janus/tune"])
 def test_their_patterns_name_what_is_trained(named, size):
