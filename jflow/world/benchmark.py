@@ -1,4 +1,4 @@
-"""The benchmarks `shapes` and `lone`: painted pictures of the world, scored by the judge, and questions about its own."""
+"""The benchmarks `shapes` and `lone`: pictures painted for prompts of the world, and questions about true ones."""
 
 import collections
 import dataclasses
@@ -32,6 +32,10 @@ RULES = {"strict": judge.strict, "lenient": judge.lenient}
 CEILING = 60  # true pictures per category to encode and decode with the VAE
 FLOORS = 3  # sets of other renders, each as large as the set of generated pictures
 LEAST_FLOOR = 2  # pictures per feature, below which true pictures can be farther from each other than generated ones
+_SEES = {
+  "tex": "FD-tex (Gabor filters) sees noise and blur",
+  "state": "FD-state (what the judge finds) sees content",
+}
 _SHOWN = 8  # successes and failures per category on a sheet
 
 
@@ -56,8 +60,8 @@ class WorldBenchmark(GenerationBenchmark):
   pictures = 4
   scope = references.Scope()
   prompts_per_tag: Mapping[str, int] = {"val": 60, "held_out": 40}
-  questions = 1500  # per split
-  distances: tuple[str, ...] = ("tex", "state")  # the features that distances to true pictures are measured on
+  question_count = 1500  # per split
+  distance_kinds: tuple[str, ...] = ("tex", "state")  # features on which distances to true pictures are measured
   goals = {
     "seen pictures: single_object": 0.95,
     "seen pictures: colors": 0.9,
@@ -75,17 +79,17 @@ class WorldBenchmark(GenerationBenchmark):
     self._cache = pathlib.Path(settings.cache).expanduser() if settings.cache else None
     limit, only = settings.limit, settings.only
     self._prompts, self._questions = {}, {}
-    scope, asked = self.scope, self.scope.prompts
+    scope, tags = self.scope, self.scope.prompts
     for split, each in self.prompts_per_tag.items():
-      tags = sum(bool(scenes.combinations(tag, split == "held_out")) for tag in asked)
-      prompts = source.evaluation_prompts(split, each * tags, 0, asked)[:limit]
+      there = sum(bool(scenes.combinations(tag, split == "held_out")) for tag in tags)
+      prompts = source.evaluation_prompts(split, each * there, 0, tags)[:limit]
       self._prompts[split] = [] if only == "questions" else prompts
-      count = 0 if only == "pictures" else min(self.questions, limit or self.questions)
+      count = 0 if only == "pictures" else min(self.question_count, limit or self.question_count)
       self._questions[split] = references.asked_of(scope, split, count, 0) if count else []
     self._true = []
-    for i in range(0 if only == "questions" else min(CEILING * len(asked), limit or CEILING * len(asked))):
+    for i in range(0 if only == "questions" else min(CEILING * len(tags), limit or CEILING * len(tags))):
       rng = random.Random(f"evaluation/codec/{i}")
-      scene, combination = scenes.sample(asked[i % len(asked)], "val", rng, scope.large, scope.spread)
+      scene, combination = scenes.sample(tags[i % len(tags)], "val", rng, scope.large, scope.spread)
       self._true.append((scene, source.prompt(combination)[1]))
 
   def identity(self) -> dict[str, Any]:
@@ -137,7 +141,7 @@ class WorldBenchmark(GenerationBenchmark):
       generated = list(self._generated(split))
       for rule in RULES:
         out |= _generation_scores(generated, rule, name, ceiling[rule])
-      out |= _distances(generated, split, name, self._cache, self.scope, self.distances)
+      out |= _distances(generated, split, name, self._cache, self.scope, self.distance_kinds)
       sheets += [(f"{name}: {tag}", sheet) for tag, sheet in _sheets(generated)]
       said = [records[f"ask/{split}/{i:04d}"]["answer"] for i in range(len(self._questions[split]))]
       out |= _question_scores(self._questions[split], said, name, self.scope)
@@ -150,8 +154,7 @@ class WorldBenchmark(GenerationBenchmark):
       "Questions: their intervals count a yes and a no about one picture, and the orders of one choice, as alike as they are. "
       "Beside each score stand the most frequent answer of the kind; a model that has read the questions of "
       "training and sees no picture; and what was right for the nearest picture of training.",
-      "FD-tex (Gabor filters) sees noise and blur, FD-state (what the judge finds) sees content; neither is comparable "
-      "with an FID. MMD: the unbiased kernel distance on the same features. Floor: what other renders of the same number "
+      f"{', '.join(_SEES[kind] for kind in self.distance_kinds)}; not comparable with an FID. MMD: the unbiased kernel distance on the same features. Floor: what other renders of the same number "
       f"give, mean, least and most of {FLOORS} sets; no less can be had, and fewer than {LEAST_FLOOR} pictures per "
       "feature give none. Other intervals: jackknife over prompts.",
     ]
@@ -172,9 +175,9 @@ class LoneBenchmark(WorldBenchmark):
   scope = references.Scope(
     ("colors",), ("colors",), ("existence", "existence_adversarial", "existence_shape", "color", "shape"), 1.0, 0.12
   )
-  prompts_per_tag: Mapping[str, int] = {"val": 64, "held_out": 12}
-  questions = 600
-  distances = ("state",)  # the same gray in every corner: textures that hardly vary would decide
+  prompts_per_tag: Mapping[str, int] = {"val": 68, "held_out": 12}  # every pair
+  question_count = 600
+  distance_kinds = ("state",)  # FD-tex would be that of the corners, which are nearly the same gray in every picture
   goals = {}
 
 

@@ -391,10 +391,13 @@ def test_lone_objects_are_those_that_size_quick_learns(tmp_path):
         picture = _drawn(benchmark._prompts[split][int(number)][1], split, rng, *benchmark.scope[3:]).render
       tasks.save(Image.fromarray(picture(64)), tmp_path / task.file)
       records[task.key] = {"file": task.file}
-  scores = benchmark.score(records).scores
-  for split, count in (("seen", 64), ("held-out", 12)):
+  result = benchmark.score(records)
+  scores = result.scores
+  assert "FD-tex" not in "".join([*result.notes, *scores])
+  for split, count in (("seen", 68), ("held-out", 12)):
     assert scores[f"{split} pictures: overall"].value == scores[f"{split} questions: overall"].value == 1
     assert scores[f"{split} pictures: colors"].count == count and scores[f"{split} pictures: colors"].chance < 0.1
+  assert len({text for text, _ in benchmark._prompts["val"]}) == len(scenes.SEEN_PAIRS) == 68
   assert scores["seen pictures: FD-state"].value < 2 * scores["seen pictures: FD-state, floor"].value
 
 
