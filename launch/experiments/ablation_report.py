@@ -48,7 +48,7 @@ class Row(NamedTuple):
   """A score of the paper and its counterpart here."""
 
   paper: str
-  score: str  # of the benchmark `shapes`, behind the split
+  score: str  # of the benchmark, behind the split
   low_is_good: bool = False
 
 
@@ -61,13 +61,13 @@ ROWS = (
   Row("CLIP", "pictures: overall"),
 )
 LOSSES = ("flow", "text", "alignment")
-SHEET = 12  # prompts, two per category
+SHEET = 12  # prompts
 
 
 def write(
   folder: pathlib.Path, reports: Mapping[str, Mapping[int, pathlib.Path]], ends: Mapping[str, int], command: str
 ) -> None:
-  """Writes the four files.
+  """Writes the four files; losses and pictures are of the first training of each letter.
 
   Args:
     folder: holds a workdir seedN/LETTER for each training.
@@ -77,13 +77,15 @@ def write(
   """
   letters, first, runs = {}, {}, {}
   for letter, end in ends.items():
-    seeds = reports.get(letter, {})
-    entries = [_entry(folder / f"seed{seed}" / letter, output, end) for seed, output in seeds.items()]
+    entries = {
+      seed: _entry(folder / f"seed{seed}" / letter, path, end) for seed, path in reports.get(letter, {}).items()
+    }
     letters[letter] = merged(entries) if entries else None
     if entries:
-      seed, first[letter] = next(iter(seeds.items()))
+      seed = next(iter(letters[letter]["trainings"]))
+      first[letter] = reports[letter][seed]
       rows = read_metrics(folder / f"seed{seed}" / letter)
-      runs[letter] = [row for row in rows if row["step"] <= entries[0]["steps"]]
+      runs[letter] = [row for row in rows if row["step"] <= letters[letter]["steps"]]
   body = {"command": command, "commit": commit(), "letters": letters, "comparisons": compare(letters)}
   outputs.replace(folder / "results.json", compact(body))
   outputs.replace(folder / "table.md", table(body))
@@ -95,26 +97,33 @@ def write(
   print(f"results: {folder}/results.json, table.md, losses.png, pictures.png")
 
 
-def merged(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """What several trainings of one letter have in common: means of scores, interval ends and losses.
+def merged(entries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+  """What several trainings of one letter have in common: means of scores, of the ends of intervals and of losses.
 
-  A score's "seeds" are its values one by one, its "count" is that of all trainings together. A score that a training
-  lacks is left out; "steps" are those of the shortest.
+  Args:
+    entries: seed -> what `_entry` returns. Those with fewer steps than the longest are left out.
+
+  Returns:
+    An entry with "trainings": seed -> commit and fingerprint. A score's "each" are its values one by one; its "count"
+    is that of one training, as its interval is. A score that a training lacks is left out.
   """
-  whole = dict(min(entries, key=lambda entry: entry["steps"]))
+  steps = max(entry["steps"] for entry in entries.values())
+  kept = {seed: entry for seed, entry in entries.items() if entry["steps"] == steps}
+  every = list(kept.values())
+  whole = {key: value for key, value in every[0].items() if key not in ("commit", "settings")}
+  told = lambda entry: {"commit": entry.get("commit"), **entry.get("settings", {})}
+  whole["trainings"] = {seed: told(entry) for seed, entry in kept.items()}
   mean = lambda dicts, name: float(np.mean([one[name] for one in dicts]))
   common = lambda dicts: [name for name in dicts[0] if all(name in one for one in dicts)]
-  every = [entry["scores"] for entry in entries]
+  every_score = [entry["scores"] for entry in every]
   whole["scores"] = {}
-  for name in common(every):
-    parts = [scores[name] for scores in every]
-    one = dict(parts[0]) | {key: mean(parts, key) for key in ("value", "low", "high", "chance") if key in common(parts)}
-    if "count" in one:
-      one["count"] = sum(part["count"] for part in parts)
-    whole["scores"][name] = one | {"seeds": [part["value"] for part in parts]}
+  for name in common(every_score):
+    parts = [scores[name] for scores in every_score]
+    means = {key: mean(parts, key) for key in ("value", "low", "high", "chance") if key in common(parts)}
+    whole["scores"][name] = {**parts[0], **means, "each": [part["value"] for part in parts]}
   if (kind := "losses_of_the_last_twentieth") in whole:
-    every = [entry[kind] for entry in entries]
-    whole[kind] = {name: mean(every, name) for name in common(every)}
+    losses_of = [entry[kind] for entry in every]
+    whole[kind] = {name: mean(losses_of, name) for name in common(losses_of)}
   return whole
 
 
@@ -165,15 +174,16 @@ def compare(letters: Mapping[str, Mapping[str, Any] | None]) -> list[dict[str, A
 
   "agrees" is null where 0 is within the 95 % interval of our difference, where the paper has no number, and for an F1
   where neither answers more questions than chance, so that it only measures how often they say yes. The intervals are
-  over pictures and questions and, where letters were trained more than once, over trainings too.
+  over pictures and questions and, where letters were trained more than once, over trainings too: half their widths are
+  the root of the sum of squares of both. Trainings differ also because each paints from noise of its own, so that the
+  intervals are rather too wide.
   """
   out = []
   for split in ("seen", "held-out"):
     for row in ROWS:
       name = f"{split} {row.score}"
-      half = _between_trainings(
-        [entry["scores"][name] for entry in letters.values() if entry and name in entry["scores"]]
-      )
+      every = [entry["scores"][name] for entry in letters.values() if entry and name in entry["scores"]]
+      deviation = _of_trainings(every)
       for letter in letters:
         ours = [(letters[x] or {}).get("scores", {}).get(name) for x in (letter, "F")]
         if letter == "F" or None in ours or any("low" not in x for x in ours):  # of too few samples
@@ -181,6 +191,7 @@ def compare(letters: Mapping[str, Mapping[str, Any] | None]) -> list[dict[str, A
         theirs = [PAPER[row.paper].get(x) for x in (letter, "F")]
         sign = -1 if row.low_is_good else 1
         difference, low, high = _difference(*ours, sign)
+        half = deviation * math.sqrt(sum(1 / len(x.get("each", (0,))) for x in ours))
         low, high = difference - math.hypot(difference - low, half), difference + math.hypot(high - difference, half)
         paper = None if None in theirs else round(sign * (theirs[0] - theirs[1]), 2)
         plain = [(letters[x] or {}).get("scores", {}).get(name.removesuffix(", F1"), {}) for x in (letter, "F")]
@@ -201,17 +212,14 @@ def compare(letters: Mapping[str, Mapping[str, Any] | None]) -> list[dict[str, A
   return out
 
 
-def _between_trainings(ours: Sequence[Mapping[str, Any]]) -> float:
-  """Half of the 95 % interval of the difference of two letters' means that trainings of one letter account for.
-
-  By Student's t, with one variance for all letters, pooled over them; 0 where none was trained twice.
-  """
-  seeds = [np.asarray(one["seeds"]) for one in ours if len(one.get("seeds", ())) > 1]
-  freedom = sum(len(x) - 1 for x in seeds)
+def _of_trainings(ours: Sequence[Mapping[str, Any]]) -> float:
+  """Student's t, two-sided at 95 %, times the deviation of trainings of a letter, pooled over letters; 0 if all are one."""
+  several = [np.asarray(one["each"]) for one in ours if len(one.get("each", ())) > 1]
+  freedom = sum(len(x) - 1 for x in several)
   if not freedom:
     return 0.0
-  variance = sum(float(np.square(x - x.mean()).sum()) for x in seeds) / freedom
-  return float(stats.t.ppf(0.975, freedom)) * math.sqrt(2 * variance / min(len(x) for x in seeds))
+  variance = sum(float(np.square(x - x.mean()).sum()) for x in several) / freedom
+  return float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
 
 
 def _difference(a: Mapping[str, float], b: Mapping[str, float], sign: int) -> tuple[float, float, float]:
@@ -268,8 +276,9 @@ def table(body: Mapping[str, Any]) -> str:
   text += "In brackets: the best of three simple answers, the most frequent one, that to the question alone and that "
   text += "for the nearest picture of training (questions), pictures for other prompts (pictures), other "
   text += f"renders (distances).\n\n{join(lines)}\n\n"
-  trainings = max((len(one.get("seeds", ())) for e in letters.values() if e for one in e["scores"].values()), default=1)
-  leaves = "leaves out" if trainings < 2 else f"includes, by {trainings} trainings of each,"
+  trainings = {len(entry.get("trainings", (0,))) for entry in letters.values() if entry}
+  many = " or ".join(map(str, sorted(trainings)))
+  leaves = "leaves out" if trainings <= {1} else f"includes, by {many} trainings of a letter,"
   text += "Above 0 the letter is better than F (a distance that is less counts as better). Undecided: 0 is within the "
   text += (
     f"interval, which {leaves} how much trainings of one letter differ; or an F1 of two that answer by chance.\n\n"
@@ -313,7 +322,7 @@ def losses(runs: Mapping[str, list[dict[str, Any]]]) -> Figure:
   """A figure with a panel per loss, a line per letter, each point the mean of about a fiftieth of the run."""
   fig = Figure(figsize=(4.4 * len(LOSSES), 3.4), layout="constrained")
   for panel, name in zip(fig.subplots(1, len(LOSSES)), LOSSES):
-    for i, (letter, rows) in enumerate(runs.items()):
+    for letter, rows in runs.items():
       points = [(row["step"], row[f"loss_{name}"]) for row in rows if row.get(f"loss_{name}") is not None]
       if not points:
         continue
@@ -321,7 +330,7 @@ def losses(runs: Mapping[str, list[dict[str, Any]]]) -> Figure:
       points = np.array(points[: len(points) // width * width]).reshape(-1, width, 2).mean(1)
       if np.ptp(points[:, 1]) == 0:  # a loss without weight
         continue
-      panel.plot(*points.T, color=f"C{i}", label=f"{letter}: {WHAT[letter]}", linewidth=1.2)
+      panel.plot(*points.T, color=f"C{list(WHAT).index(letter)}", label=f"{letter}: {WHAT[letter]}", linewidth=1.2)
     panel.set(xlabel="step", title=f"{name} loss")
     panel.grid(alpha=0.3)
   handles = {h.get_label(): h for panel in fig.axes for h in panel.get_legend_handles_labels()[0]}
@@ -333,7 +342,7 @@ def losses(runs: Mapping[str, list[dict[str, Any]]]) -> Figure:
 def pictures(reports: Mapping[str, pathlib.Path]) -> Image.Image | None:
   """A sheet with a row per letter that generates, the same prompt and noise in a column; None if no letter does."""
   named = {json.loads((output / "report.json").read_text(encoding="utf-8"))["benchmark"] for output in reports.values()}
-  if len(named) != 1:  # nothing is scored yet
+  if not named:
     return None
   prompts = [text for text, _ in world.evaluation_prompts("val", SHEET, 0, benchmarks.get(named.pop()).scope.prompts)]
   files = {

@@ -2,8 +2,8 @@
 
   python launch/experiments/ablations.py runs/ablations --seeds=0,1     # lone large objects, 80 minutes of one core
   python launch/experiments/ablations.py runs/ablations --size=world --seeds=0,1 --jobs=2   # all kinds, hours
-  python launch/experiments/ablations.py runs/ablations --letters=FA      # some of them; the others stay as they are
-  python launch/experiments/ablations.py runs/ablations --report          # from what is there, trained to the end or not
+  python launch/experiments/ablations.py runs/ablations --letters=FA    # some of them; the others stay as they are
+  python launch/experiments/ablations.py runs/ablations --report        # of what is there, trained to the end or not
 
 FOLDER gets stage0 and stage1 (trained once, unless --start names a stage 1), a workdir for each letter under seedN/,
 its scores under seedN/scores/, and results.json, table.md, losses.png, pictures.png. After a stop, the same command
@@ -38,6 +38,7 @@ from jflow.evaluation import report
 from jflow.interop import checkpoints, remote
 from jflow.interop.steps import sealed_steps
 
+OWN = {"train.seed": "--seeds", "train.steps": "--steps", "train.init_from": "--start"}  # fields that each trial gets
 BENCHMARKS = {"quick": "lone"}  # of a size, where it is not "shapes"
 NOT_ASKED = {"D": "questions", "E": "pictures"}  # the half that each of the two is trained for; only this is scored
 
@@ -224,9 +225,11 @@ def main() -> int:
   for field in args.fields:
     if not field.startswith("--config.") or "=" not in field:
       parser.error(f"unknown argument {field}; fields of the training are --config.FIELD=VALUE")
+    if flag := OWN.get(field.removeprefix("--config.").split("=")[0]):
+      parser.error(f"{field}: give {flag} in its place")
   if unknown := set(args.letters) - set(ablation.LETTERS):
     parser.error(f"--letters={args.letters}: {', '.join(sorted(unknown))} is none of {ablation.LETTERS}")
-  if not all(seed.isdigit() for seed in args.seeds.split(",")):
+  if not all(seed.isascii() and seed.isdigit() for seed in args.seeds.split(",")):
     parser.error(f"--seeds={args.seeds} must be whole numbers with commas between them, as in 0,1")
   for name in ("steps", "pretrain", "slice", "jobs", "limit", "pictures"):
     if getattr(args, name) is not None and getattr(args, name) < 1:

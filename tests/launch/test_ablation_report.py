@@ -1,12 +1,15 @@
 """The table of the ablations: signs against F, missing letters, what the files hold."""
 
+import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import tiny
+from PIL import Image
 
 sys.path.insert(0, str(tiny.ROOT / "launch" / "experiments"))
 
@@ -14,6 +17,7 @@ import ablation_report as made
 import ablations
 
 from configs import ablation
+from jflow.training import config_files
 
 
 def entry(shift: float, steps: int = 100, half: float = 0.05) -> dict:
@@ -47,18 +51,24 @@ def test_differences_have_newcombes_interval_and_a_distance_that_is_less_is_bett
 
 
 def test_trainings_of_a_letter_widen_the_interval_by_students_t():
-  """Two of each of three letters: 3 degrees of freedom, t = 3.182, as tables of Student's distribution have it."""
-  name, spread = "seen questions: overall", {"A": 0.02, "B": 0.04, "F": 0.06}
-  letters = {x: made.merged([entry(-0.2 - d), entry(-0.2 + d)]) for x, d in spread.items()}
+  """Two of A and B, four of F: 5 degrees of freedom, t = 2.571, as tables of Student's distribution have it."""
+  name, shifts = "seen questions: overall", {"A": (-0.02, 0.02), "B": (-0.04, 0.04), "F": (-0.06, -0.06, 0.06, 0.06)}
+  letters = {x: made.merged({i: entry(-0.2 - d) for i, d in enumerate(each)}) for x, each in shifts.items()}
   assert letters["A"]["scores"][name]["value"] == pytest.approx(0.3)
-  assert letters["A"]["scores"][name]["seeds"] == pytest.approx([0.28, 0.32])
-  assert letters["A"]["scores"][name]["count"] == 18 and letters["A"]["pictures"] == entry(0)["pictures"]
-  variance = 2 * (0.02**2 + 0.04**2 + 0.06**2) / 3
+  assert letters["A"]["scores"][name]["each"] == pytest.approx([0.32, 0.28])
+  assert letters["A"]["scores"][name]["count"] == 9 and set(letters["A"]["trainings"]) == {0, 1}
+  variance = (2 * 0.02**2 + 2 * 0.04**2 + 4 * 0.06**2) / 5
   (one,) = [x for x in made.compare(letters) if (x["letter"], x["score"]) == ("A", name)]
-  half = (2 * 0.05**2 + 3.182**2 * 2 * variance / 2) ** 0.5
+  half = (2 * 0.05**2 + 2.571**2 * variance * (1 / 2 + 1 / 4)) ** 0.5
   assert (one["low"], one["high"]) == pytest.approx((-half, half), rel=1e-3)
-  once = made.compare({x: made.merged([entry(0)]) for x in spread})
+  once = made.compare({x: made.merged({0: entry(0)}) for x in shifts})
   assert all(x["high"] == pytest.approx(0.05 * 2**0.5) for x in once)  # one training says nothing about others
+
+
+def test_a_training_that_has_not_come_as_far_is_left_out():
+  whole = made.merged({0: entry(0, steps=50), 1: entry(0.2)})
+  assert whole["steps"] == 100 and set(whole["trainings"]) == {1}
+  assert whole["scores"]["seen questions: overall"]["each"] == [0.7]
 
 
 def test_the_table_names_what_is_missing_and_unfinished():
@@ -71,6 +81,57 @@ def test_the_table_names_what_is_missing_and_unfinished():
   rows = [line for line in text.splitlines() if line.startswith("| ")]
   assert len([line for line in rows if line.startswith("| paper: FID")]) == 1
   assert len({line.count("|") for line in rows if line.startswith(("| paper", "| seen", "| steps"))}) == 1
+
+
+def test_the_files_are_of_all_trainings(tmp_path):
+  """Two of A and F, each a config, a tokenizer, metrics and a report, but no weights."""
+  config = config_files.load(f"{tiny.ROOT}/configs/ablation.py:F-tiny-20")
+  reports = {}
+  for letter, value in (("A", 0.2), ("F", 0.6)):
+    for seed in (0, 4):
+      workdir, scored = (tmp_path / f"seed{seed}" / x for x in (letter, f"scores/{letter}-20"))
+      scored.mkdir(parents=True)
+      shutil.copytree(tiny.TOKENIZER, workdir / "tokenizer")
+      (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+      rows = [{"step": i, "loss_flow": 1 / i, "loss_text": float(seed)} for i in range(1, 21)]
+      (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+      score = {"value": value + seed / 100, "low": 0.1, "high": 0.9, "count": 7}
+      body = {"benchmark": "lone", "settings": {"fingerprint": f"{letter}{seed}", "only": None}, "commit": "c"}
+      (scored / "report.json").write_text(json.dumps(body | {"scores": {"seen pictures: overall": score}, "notes": []}))
+      for i in range(made.SHEET):
+        (scored / "pictures/val").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(scored / f"pictures/val/{i:04d}_0.png")
+      reports.setdefault(letter, {})[seed] = scored
+  made.write(tmp_path, reports, {"A": 20, "B": 20, "F": 20}, "the command")
+  body = json.loads((tmp_path / "results.json").read_text())
+  assert body["letters"]["B"] is None
+  whole = body["letters"]["F"]
+  assert whole["trainings"]["4"]["fingerprint"] == "F4" and whole["pictures"]["painted"] > whole["pictures"]["read"] > 0
+  assert whole["scores"]["seen pictures: overall"]["value"] == pytest.approx(0.62)
+  assert whole["losses_of_the_last_twentieth"] == {"flow": 0.05, "text": 2.0}
+  (one,) = body["comparisons"]
+  assert (one["letter"], one["better_by"]) == ("A", pytest.approx(-0.4))
+  text = (tmp_path / "table.md").read_text()
+  assert "by 2 trainings of a letter" in text and "relation" not in text
+  assert all((tmp_path / name).stat().st_size for name in ("losses.png", "pictures.png"))
+
+
+@pytest.mark.parametrize("size, benchmark", [("quick", "lone"), ("world", "shapes")])
+def test_each_size_is_scored_by_the_benchmark_of_its_scenes(size, benchmark, monkeypatch, tmp_path):
+  monkeypatch.setattr(ablations, "steps_done", lambda _: 7)
+  monkeypatch.setattr(ablations.checkpoints, "locate", lambda path: path)
+  monkeypatch.setattr(ablations.report, "fingerprint", lambda *_: "of the weights")
+  args = argparse.Namespace(folder=tmp_path, size=size, limit=None, guidance=3.0, pictures=None, batch_size=16)
+  (command,) = ablations.scoring(args, ablations.Trial("D", 2))
+  assert command == [
+    "evaluate",
+    f"--benchmark={benchmark}",
+    f"--checkpoint={tmp_path}/seed2/D",
+    f"--output={tmp_path}/seed2/scores/D-7-guidance3",
+    "--batch_size=16",
+    "--guidance=3",
+    "--only=questions",
+  ]
 
 
 def test_json_has_a_line_per_score_and_stays_what_it_was():
@@ -88,7 +149,16 @@ def test_the_papers_table_has_what_each_letter_can_do():
 
 
 @pytest.mark.parametrize(
-  "argument", ["--letters=AG", "--steps=0", "--steps=4", "--start=nowhere", "--seeds=0;1", "--confg.train.seed=1"]
+  "argument",
+  [
+    "--letters=AG",
+    "--steps=0",
+    "--steps=4",
+    "--start=nowhere",
+    "--seeds=0;1",
+    "--config.train.seed=7",
+    "--confg.train.seed=1",
+  ],
 )
 def test_mistakes_end_before_any_training(argument, monkeypatch, capsys):
   monkeypatch.setattr(ablations, "run", lambda *_: pytest.fail("a command was started"))
