@@ -3,7 +3,7 @@
   tiny    trains in seconds: for trying things out
   quick   learns lone large objects near the middle, and their questions, in minutes on two cores
   shapes  learns the whole world
-  world   every kind of scene and question: the model that ships, in three hours of one core (launch/experiments/world.sh)
+  world   every kind of scene and question: the model that ships, in hours of one core (launch/experiments/world.sh)
   mid     for `bench` on a CPU
 
 `jflow/world/README.md` describes the world.
@@ -126,7 +126,7 @@ def at_stage(c: ConfigDict, stage: int) -> ConfigDict:
     if stage == 3:
       c.optimizer.cooldown_steps = 300
   if c.size == "world":
-    c.train.steps, c.optimizer.learning_rate = ((900, 2e-3), (300, 3e-3), (20_000, 3e-3), (6000, 3e-3))[stage]
+    c.train.steps, c.optimizer.learning_rate = ((900, 2e-3), (300, 3e-3), (30_000, 3e-3), (6000, 3e-3))[stage]
     if stage < 2:
       c.data.shapes.size = 40_000
     if stage == 0:
@@ -142,7 +142,7 @@ def at_stage(c: ConfigDict, stage: int) -> ConfigDict:
 
 
 def at_ablation(c: ConfigDict) -> ConfigDict:
-  """Returns the config of an ablation, where `quick`, `shapes` and `world` cool down, the last two with scenes of their own."""
+  """Returns the config of an ablation: `quick`, `shapes` and `world` cool down, the last two on scenes of their own."""
   if c.size in ("quick", "shapes", "world"):
     c.optimizer.learning_rate = 3e-3
     c.optimizer.cooldown_start = c.train.steps * 7 // 10
