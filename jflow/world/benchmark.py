@@ -154,9 +154,10 @@ class WorldBenchmark(GenerationBenchmark):
       "Questions: their intervals count a yes and a no about one picture, and the orders of one choice, as alike as they are. "
       "Beside each score stand the most frequent answer of the kind; a model that has read the questions of "
       "training and sees no picture; and what was right for the nearest picture of training.",
-      f"{', '.join(_SEES[kind] for kind in self.distance_kinds)}; not comparable with an FID. MMD: the unbiased kernel distance on the same features. Floor: what other renders of the same number "
-      f"give, mean, least and most of {FLOORS} sets; no less can be had, and fewer than {LEAST_FLOOR} pictures per "
-      "feature give none. Other intervals: jackknife over prompts.",
+      f"{', '.join(_SEES[kind] for kind in self.distance_kinds)}; not comparable with an FID. MMD: the unbiased kernel "
+      "distance on the same features. Floor: what other renders of the same number give, mean, least and most of "
+      f"{FLOORS} sets; no less can be had, and fewer than {LEAST_FLOOR} pictures per feature give none. Other intervals: "
+      "jackknife over prompts.",
     ]
     return Result(out, notes, sheets)
 

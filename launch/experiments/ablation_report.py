@@ -213,7 +213,7 @@ def compare(letters: Mapping[str, Mapping[str, Any] | None]) -> list[dict[str, A
 
 
 def _of_trainings(ours: Sequence[Mapping[str, Any]]) -> float:
-  """Student's t, two-sided at 95 %, times the deviation of trainings of a letter, pooled over letters; 0 if all are one."""
+  """Student's t, 95 % two-sided, times the deviation of trainings of a letter, pooled over letters; 0 if none has two."""
   several = [np.asarray(one["each"]) for one in ours if len(one.get("each", ())) > 1]
   freedom = sum(len(x) - 1 for x in several)
   if not freedom:

@@ -7,12 +7,12 @@
 
 FOLDER gets stage0 and stage1 (trained once, unless --start names a stage 1), a workdir for each letter under seedN/,
 its scores under seedN/scores/, and results.json, table.md, losses.png, pictures.png. After a stop, the same command
-resumes. D and E take their share of F's steps (configs/ablation.py). Several seeds differ in the parts that start fresh,
-the order of records, times and noise, and tell how much two trainings of one letter differ. With --slice the letters
-train in turns, F at most that many steps and the others the same share of theirs, so that all progress equally; the
-losses are those of an uninterrupted run. With --jobs=2 two letters train at once, each on half of the cores, which is
-faster than one after the other; their output goes to FOLDER/seedN-LETTER.log. Other arguments (--config.FIELD=VALUE) go
-to the training of every letter.
+resumes. D and E take their share of F's steps (configs/ablation.py). Several seeds differ in the parts that start
+fresh, the order of records, times and noise, and tell how much two trainings of one letter differ. With --slice the
+letters train in turns, F at most that many steps and the others the same share of theirs, so that all progress equally;
+the losses are those of an uninterrupted run. With --jobs=2 two letters train at once, each on half of the cores, which
+is faster than one after the other; their output goes to FOLDER/seedN-LETTER.log. Other arguments (--config.FIELD=VALUE)
+go to the training of every letter.
 """
 
 import argparse
