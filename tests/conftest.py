@@ -172,6 +172,11 @@ def _name(file: pathlib.Path) -> str:
   return (file.parent / file.stem.removeprefix("test_")).relative_to(TESTS).as_posix()
 
 
+def pytest_make_parametrize_id(val, argname):
+  """Names bytes by their length: gzip writes the time into its own, and all workers must collect the same names."""
+  return f"{argname}_of_{len(val)}_bytes" if isinstance(val, bytes) else None
+
+
 def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
   """True for the files of other lanes in the fast one, so that what they import is not."""
   test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
