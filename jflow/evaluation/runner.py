@@ -149,7 +149,7 @@ def check(kind: type[Benchmark], settings: Settings) -> None:
   for name, (value, flag) in given.items():
     if value not in (None, "") and flag not in kind.flags:
       names = sorted(name for name in benchmarks.names() if flag in benchmarks.get(name).flags)
-      some = ", ".join(names) if len(names) < 7 else "other benchmarks"
+      some = ", ".join(names) if len(names) < 9 else "other benchmarks"
       raise UserError(f"--{name}={value} does not belong to --benchmark={kind.name}, but to {some}")
   if settings.sampling:
     with _as_flags(settings.sampling):

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
@@ -17,13 +18,13 @@ from jflow.commit import commit
 from jflow.config import RunConfig
 from jflow.data.pipeline import Pipeline
 from jflow.data.tokenizer import Tokenizer
-from jflow.evaluation import benchmarks
+from jflow.evaluation import benchmarks, scores
 from jflow.inference.sheet import contact_sheet
 from jflow.interop.native import read_config
 from jflow.models.config import ModelConfig
 from jflow.training import setup
 from jflow.training.metrics import read_metrics
-from jflow.world import questions, scenes
+from jflow.world import benchmark, judge, questions, references, scenes
 from jflow.world import source as world
 from jflow.world.references import BLIND, FREQUENT, NEAREST
 
@@ -87,7 +88,10 @@ def write(
       rows = read_metrics(folder / f"seed{seed}" / letter)
       runs[letter] = [row for row in rows if row["step"] <= letters[letter]["steps"]]
   body = {"command": command, "commit": commit(), "letters": letters, "comparisons": compare(letters)}
-  outputs.replace(folder / "results.json", compact(body))
+  told = {
+    letter: entry and {key: x for key, x in entry.items() if key != "groups"} for letter, entry in letters.items()
+  }
+  outputs.replace(folder / "results.json", compact(body | {"letters": told}))
   outputs.replace(folder / "table.md", table(body))
   losses(runs).savefig(folder / "losses.png", dpi=110)
   sheet = pictures(first)
@@ -121,6 +125,7 @@ def merged(entries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     parts = [scores[name] for scores in every_score]
     means = {key: mean(parts, key) for key in ("value", "low", "high", "chance") if key in common(parts)}
     whole["scores"][name] = {**parts[0], **means, "each": [part["value"] for part in parts]}
+  whole["groups"] = jax.tree.map(lambda *each: np.mean(each, 0), *(entry["groups"] for entry in every))
   if (kind := "losses_of_the_last_twentieth") in whole:
     losses_of = [entry[kind] for entry in every]
     whole[kind] = {name: mean(losses_of, name) for name in common(losses_of)}
@@ -152,7 +157,40 @@ def _entry(workdir: pathlib.Path, output: pathlib.Path, budget: int) -> dict[str
     "commit": body["commit"],
     "settings": {name: body["settings"][name] for name in kept if body["settings"].get(name) is not None},
     "scores": body["scores"],
+    "groups": judged(output, body),
   }
+
+
+def judged(output: pathlib.Path, report: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+  """Score -> kind -> the share that is right of each prompt, or of each group of questions, as `compare` pairs them.
+
+  Of what was painted and answered for the overall scores; all letters have the same prompts, noise and questions.
+  """
+  scope, out = benchmarks.get(report["benchmark"]).scope, {}
+  lines = (json.loads(line) for line in (output / "records.jsonl").read_text(encoding="utf-8").splitlines())
+  said = {line["key"]: line["answer"] for line in lines if line["key"].startswith("ask/")}
+  for split, name in benchmark.SPLITS.items():
+    files = sorted((output / "pictures" / split).glob("*_*.png"))
+    groups: dict[str, dict[int, list[bool]]] = {}
+    if files:
+      numbers = [int(file.stem.split("_")[0]) for file in files]
+      prompts = world.evaluation_prompts(split, 1 + max(numbers), 0, scope.prompts)
+      for number, file in zip(numbers, files, strict=True):
+        about, image = prompts[number][1], np.asarray(Image.open(file).convert("RGB"))
+        groups.setdefault(about["tag"], {}).setdefault(number, []).append(judge.strict(judge.detect(image), about))
+      out[f"{name} pictures: overall"] = _means(groups)
+    answers, groups = [text for key, text in sorted(said.items()) if key.startswith(f"ask/{split}/")], {}
+    if answers:
+      number, last = -1, None
+      for (scene, question), answer in zip(references.asked_of(scope, split, len(answers), 0), answers, strict=True):
+        number, last = number + ((scene, question.kind) != last), (scene, question.kind)
+        groups.setdefault(question.kind, {}).setdefault(number, []).append(benchmark.right(question, answer))
+      out[f"{name} questions: overall"] = _means(groups)
+  return out
+
+
+def _means(groups: Mapping[str, Mapping[int, Sequence[bool]]]) -> dict[str, np.ndarray]:
+  return {kind: np.array([np.mean(group) for group in one.values()]) for kind, one in groups.items()}
 
 
 def pictures_seen(workdir: pathlib.Path, steps: int) -> dict[str, int]:
@@ -174,9 +212,9 @@ def compare(letters: Mapping[str, Mapping[str, Any] | None]) -> list[dict[str, A
 
   "agrees" is null where 0 is within the 95 % interval of our difference, where the paper has no number, and for an F1
   where neither answers more questions than chance, so that it only measures how often they say yes. The intervals are
-  over pictures and questions and, where letters were trained more than once, over trainings too: half their widths are
-  the root of the sum of squares of both. Trainings differ also because each paints from noise of its own, so that the
-  intervals are rather too wide.
+  over pictures and questions (of overall scores by pairs of equal prompts, of others as if those were drawn anew for
+  each letter) and, where letters were trained more than once, over trainings too: half their widths are the root of the
+  sum of squares of both.
   """
   out = []
   for split in ("seen", "held-out"):
@@ -191,6 +229,9 @@ def compare(letters: Mapping[str, Mapping[str, Any] | None]) -> list[dict[str, A
         theirs = [PAPER[row.paper].get(x) for x in (letter, "F")]
         sign = -1 if row.low_is_good else 1
         difference, low, high = _difference(*ours, sign)
+        pairs = [(letters[x] or {}).get("groups", {}).get(name) for x in (letter, "F")]
+        if None not in pairs:
+          low, high = (difference + side * _of_pairs(*pairs) for side in (-1, 1))
         half = deviation * math.sqrt(sum(1 / len(x.get("each", (0,))) for x in ours))
         low, high = difference - math.hypot(difference - low, half), difference + math.hypot(high - difference, half)
         paper = None if None in theirs else round(sign * (theirs[0] - theirs[1]), 2)
@@ -210,6 +251,12 @@ def compare(letters: Mapping[str, Mapping[str, Any] | None]) -> list[dict[str, A
           }
         )
   return out
+
+
+def _of_pairs(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
+  """Half of the 95 % interval of the difference of two overall scores, the mean over kinds, by pairs of equal prompts."""
+  variances = [np.var(a[kind] - b[kind], ddof=1) / len(a[kind]) for kind in a]
+  return scores.CONFIDENCE_Z * math.sqrt(sum(variances)) / len(variances)
 
 
 def _of_trainings(ours: Sequence[Mapping[str, Any]]) -> float:

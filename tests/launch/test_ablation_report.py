@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tiny
 from PIL import Image
@@ -17,7 +18,11 @@ import ablation_report as made
 import ablations
 
 from configs import ablation
+from jflow.evaluation import benchmarks
+from jflow.evaluation.settings import Settings
+from jflow.evaluation.tasks import Generation, Question, save
 from jflow.training import config_files
+from jflow.world import scenes, source
 
 
 def entry(shift: float, steps: int = 100, half: float = 0.05) -> dict:
@@ -28,7 +33,7 @@ def entry(shift: float, steps: int = 100, half: float = 0.05) -> dict:
     scores[f"seen {row.score}"] = {"value": value, "low": value - half, "high": value + half, "count": 9}
   accuracy = 0.7 + shift
   scores["seen questions: existence"] = {"value": accuracy, "low": accuracy - half, "high": accuracy + half, "count": 9}
-  return {"steps": steps, "budget": 100, "pictures": {"read": 1234, "painted": 5}, "scores": scores}
+  return {"steps": steps, "budget": 100, "pictures": {"read": 1234, "painted": 5}, "scores": scores, "groups": {}}
 
 
 def test_differences_have_newcombes_interval_and_a_distance_that_is_less_is_better():
@@ -63,6 +68,57 @@ def test_trainings_of_a_letter_widen_the_interval_by_students_t():
   assert (one["low"], one["high"]) == pytest.approx((-half, half), rel=1e-3)
   once = made.compare({x: made.merged({0: entry(0)}) for x in shifts})
   assert all(x["high"] == pytest.approx(0.05 * 2**0.5) for x in once)  # one training says nothing about others
+
+
+def test_overall_scores_are_compared_by_pairs_of_equal_prompts():
+  """Two kinds whose prompts differ much among themselves and little between letters; by hand."""
+  name = "seen pictures: overall"
+  f = {"x": np.array([0.0, 1.0, 1.0, 0.0]), "y": np.array([1.0, 0.0])}
+  a = {"x": f["x"] - (0.1, 0.1, 0.3, 0.3), "y": f["y"] - 0.2}
+  letters = {letter: entry(shift) | {"groups": {name: of}} for letter, shift, of in (("A", -0.2, a), ("F", 0.0, f))}
+  (one,) = [x for x in made.compare(letters) if x["score"] == name]
+  half = 1.96 * ((4 * 0.1**2 / 3) / 4) ** 0.5 / 2  # the second kind's differences are all equal
+  assert (one["better_by"], one["low"], one["high"]) == pytest.approx((-0.2, -0.2 - half, -0.2 + half), rel=1e-3)
+  whole = made.merged({0: entry(0) | {"groups": {name: a}}, 1: entry(0) | {"groups": {name: f}}})
+  np.testing.assert_allclose(whole["groups"][name]["x"], (a["x"] + f["x"]) / 2)
+
+
+@pytest.mark.parametrize("only", ["pictures", "questions", ""])
+def test_what_is_right_of_each_prompt_makes_the_overall_scores(only, tmp_path):
+  """True pictures for every second prompt, gray ones for the others; the answers to a question and its opposite."""
+  settings = Settings("lone", "x", tmp_path, cache="", pictures=1, limit=6)
+  lone = benchmarks.get("lone")(settings)
+  records, rng = {}, np.random.default_rng(0)
+  for task in lone.tasks():
+    split, number = task.key.split("/")[1:3] if isinstance(task, Generation | Question) else ("", 0)
+    if isinstance(task, Question):
+      records[task.key] = {"key": task.key, "answer": "yes"}
+      continue
+    image = Image.new("RGB", (48, 48), (128, 128, 128))
+    if isinstance(task, Generation) and int(number) % 2:
+      wanted = lone._prompts[split][int(number)][1]
+      while True:
+        scene, combination = scenes.sample("colors", split, rng, *lone.scope[3:])
+        if source.prompt(combination)[1] == wanted:
+          break
+      image = Image.fromarray(scene.render(48))
+    save(image, tmp_path / task.file)
+    records[task.key] = {"key": task.key, "file": task.file}
+  (tmp_path / "records.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records.values()))
+  if only == "pictures":
+    (tmp_path / "records.jsonl").write_text("")
+  if only == "questions":
+    shutil.rmtree(tmp_path / "pictures/val")
+    shutil.rmtree(tmp_path / "pictures/held_out")
+  found = made.judged(tmp_path, {"benchmark": "lone"})
+  expected = {} if only else lone.score(records).scores
+  names = [f"{split} {kind}: overall" for split in ("seen", "held-out") for kind in ("pictures", "questions")]
+  assert set(found) == {name for name in names if not only or only in name}
+  for name, kinds in found.items():
+    if name in expected:
+      assert np.mean([x.mean() for x in kinds.values()]) == pytest.approx(expected[name].value)
+  if only != "questions":
+    np.testing.assert_array_equal(found["seen pictures: overall"]["colors"], [0, 1, 0, 1, 0, 1])
 
 
 def test_a_training_that_has_not_come_as_far_is_left_out():
@@ -100,7 +156,8 @@ def test_the_files_are_of_all_trainings(tmp_path):
       (scored / "report.json").write_text(json.dumps(body | {"scores": {"seen pictures: overall": score}, "notes": []}))
       for i in range(made.SHEET):
         (scored / "pictures/val").mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (16, 16)).save(scored / f"pictures/val/{i:04d}_0.png")
+        Image.new("RGB", (48, 48), "gray").save(scored / f"pictures/val/{i:04d}_0.png")
+      (scored / "records.jsonl").write_text(json.dumps({"key": "ask/val/0000", "answer": "yes"}) + "\n")
       reports.setdefault(letter, {})[seed] = scored
   made.write(tmp_path, reports, {"A": 20, "B": 20, "F": 20}, "the command")
   body = json.loads((tmp_path / "results.json").read_text())
