@@ -39,7 +39,7 @@ def test_the_papers_counts_of_steps_are_the_shares_of_the_unified_run():
   np.testing.assert_allclose(rows(ablation.get_config("E-256")), unified * (0, 1, 0))
 
 
-@pytest.mark.parametrize("size", ["F", "G-tiny", "F-huge", "F-quick", "F-tiny-x", "F-tiny-0", "tiny", ""])
+@pytest.mark.parametrize("size", ["F", "G-tiny", "F-huge", "F-mid", "F-tiny-x", "F-tiny-0", "tiny", ""])
 def test_other_sizes_are_refused(size):
   with pytest.raises(ValueError):
     ablation.get_config(size)
