@@ -64,6 +64,6 @@ def get_config(size: str = ""):
   c = reinforced(c, TRAINED, FROZEN)
   if c.size == "world":  # learns what it paints with guidance, which costs twice as much
     c.rl.explore.guidance, c.train.steps, c.checkpoint.interval = 3.0, 600, 120
-    c.optimizer.learning_rate, c.rl.kl = 2.5e-4, 0.002  # the weight keeps textures, which the judge does not see
+    c.optimizer.learning_rate, c.rl.kl = 2.5e-4, 0.002  # the weight holds back what the judge does not see
     c.optimizer.cooldown_start = c.optimizer.cooldown_steps = c.train.steps // 2  # counted in updates
   return c

@@ -128,7 +128,7 @@ class WorldBenchmark(GenerationBenchmark):
     """Rule -> category -> share of true pictures accepted after encoding and decoding by the VAE."""
     found: dict[str, dict[str, list[bool]]] = {rule: collections.defaultdict(list) for rule in RULES}
     for number, (_, metadata) in enumerate(self._true if self.encodes else ()):
-      detections = judge.detect(_read(self._output / f"pictures/codec/{number:04d}.png"))
+      detections = judge.detect(read_picture(self._output / f"pictures/codec/{number:04d}.png"))
       for rule, accept in RULES.items():
         found[rule][metadata["tag"]].append(accept(detections, metadata))
     return {rule: {tag: float(np.mean(judged)) for tag, judged in by_tag.items()} for rule, by_tag in found.items()}
@@ -165,7 +165,7 @@ class WorldBenchmark(GenerationBenchmark):
     for number, (text, metadata) in enumerate(self._prompts[split]):
       for j in range(self.pictures):
         file = self._output / f"pictures/{split}/{number:04d}_{j}.png"
-        yield Generated(metadata["tag"], number, file, text, judge.detect(_read(file)), metadata)
+        yield Generated(metadata["tag"], number, file, text, judge.detect(read_picture(file)), metadata)
 
 
 class LoneBenchmark(WorldBenchmark):
@@ -240,7 +240,7 @@ def _distances(
   """Frechet and kernel distances to true pictures on two kinds of features, each with its floor between true ones."""
   if len(generated) < 2:
     return {}
-  pictures = [_read(p.file) for p in generated]
+  pictures = [read_picture(p.file) for p in generated]
   own = {
     "tex": np.stack([features.texture(p) for p in pictures]),
     "state": np.stack([features.state(p.detections) for p in generated]),
@@ -273,7 +273,7 @@ def _spread(values: Sequence[float], count: int) -> Score:
   return Score(float(np.mean(values)), min(values), max(values), count)
 
 
-def _read(path: pathlib.Path) -> np.ndarray:
+def read_picture(path: pathlib.Path) -> np.ndarray:
   """Reads a picture, uint8[S, S, 3], enlarged if it is too small for the judge."""
   image = Image.open(path).convert("RGB")
   if image.width < judge.LEAST_SIDE:
@@ -321,7 +321,7 @@ def _question_scores(
   by_group = lambda: collections.defaultdict(lambda: collections.defaultdict(list))
   groups: dict[str, dict[int, list[bool]]] = by_group()
   yes: dict[str, dict[int, list[tuple[bool, bool]]]] = by_group()
-  for (number, (_, question)), answer in zip(_grouped(asked), said, strict=True):
+  for (number, (_, question)), answer in zip(grouped(asked), said, strict=True):
     groups[question.kind][number].append(right(question, answer))
     if question.kind in questions.PAIRED:
       yes[question.kind][number].append((question.answer == "yes", answers.yes_or_no(answer) == "Yes"))
@@ -339,7 +339,7 @@ def _question_scores(
   return out
 
 
-def _grouped(asked: Sequence[tuple[Any, Asked]]) -> Iterator[tuple[int, tuple[Any, Asked]]]:
+def grouped(asked: Sequence[tuple[Any, Asked]]) -> Iterator[tuple[int, tuple[Any, Asked]]]:
   """Yields (group number, question); a group is consecutive questions of one kind about one scene."""
   number, last = -1, None
   for scene, question in asked:

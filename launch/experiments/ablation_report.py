@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
@@ -125,7 +124,9 @@ def merged(entries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     parts = [scores[name] for scores in every_score]
     means = {key: mean(parts, key) for key in ("value", "low", "high", "chance") if key in common(parts)}
     whole["scores"][name] = {**parts[0], **means, "each": [part["value"] for part in parts]}
-  whole["groups"] = jax.tree.map(lambda *each: np.mean(each, 0), *(entry["groups"] for entry in every))
+  groups = [entry["groups"] for entry in every]
+  same = [x for x in common(groups) if len({tuple((k, len(v)) for k, v in one[x].items()) for one in groups}) == 1]
+  whole["groups"] = {x: {k: np.mean([one[x][k] for one in groups], 0) for k in groups[0][x]} for x in same}
   if (kind := "losses_of_the_last_twentieth") in whole:
     losses_of = [entry[kind] for entry in every]
     whole[kind] = {name: mean(losses_of, name) for name in common(losses_of)}
@@ -164,7 +165,8 @@ def _entry(workdir: pathlib.Path, output: pathlib.Path, budget: int) -> dict[str
 def judged(output: pathlib.Path, report: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
   """Score -> kind -> the share that is right of each prompt, or of each group of questions, as `compare` pairs them.
 
-  Of what was painted and answered for the overall scores; all letters have the same prompts, noise and questions.
+  Of what was painted and answered for the overall scores; all letters have the same prompts, noise and questions, which
+  the benchmark draws with seed 0.
   """
   scope, out = benchmarks.get(report["benchmark"]).scope, {}
   lines = (json.loads(line) for line in (output / "records.jsonl").read_text(encoding="utf-8").splitlines())
@@ -176,14 +178,13 @@ def judged(output: pathlib.Path, report: Mapping[str, Any]) -> dict[str, dict[st
       numbers = [int(file.stem.split("_")[0]) for file in files]
       prompts = world.evaluation_prompts(split, 1 + max(numbers), 0, scope.prompts)
       for number, file in zip(numbers, files, strict=True):
-        about, image = prompts[number][1], np.asarray(Image.open(file).convert("RGB"))
+        about, image = prompts[number][1], benchmark.read_picture(file)
         groups.setdefault(about["tag"], {}).setdefault(number, []).append(judge.strict(judge.detect(image), about))
       out[f"{name} pictures: overall"] = _means(groups)
     answers, groups = [text for key, text in sorted(said.items()) if key.startswith(f"ask/{split}/")], {}
     if answers:
-      number, last = -1, None
-      for (scene, question), answer in zip(references.asked_of(scope, split, len(answers), 0), answers, strict=True):
-        number, last = number + ((scene, question.kind) != last), (scene, question.kind)
+      asked = benchmark.grouped(references.asked_of(scope, split, len(answers), 0))
+      for (number, (_, question)), answer in zip(asked, answers, strict=True):
         groups.setdefault(question.kind, {}).setdefault(number, []).append(benchmark.right(question, answer))
       out[f"{name} questions: overall"] = _means(groups)
   return out
@@ -214,14 +215,12 @@ def compare(letters: Mapping[str, Mapping[str, Any] | None]) -> list[dict[str, A
   where neither answers more questions than chance, so that it only measures how often they say yes. The intervals are
   over pictures and questions (of overall scores by pairs of equal prompts, of others as if those were drawn anew for
   each letter) and, where letters were trained more than once, over trainings too: half their widths are the root of the
-  sum of squares of both.
+  sum of squares of both, somewhat too wide, since noise counts in both.
   """
   out = []
   for split in ("seen", "held-out"):
     for row in ROWS:
       name = f"{split} {row.score}"
-      every = [entry["scores"][name] for entry in letters.values() if entry and name in entry["scores"]]
-      deviation = _of_trainings(every)
       for letter in letters:
         ours = [(letters[x] or {}).get("scores", {}).get(name) for x in (letter, "F")]
         if letter == "F" or None in ours or any("low" not in x for x in ours):  # of too few samples
@@ -229,10 +228,10 @@ def compare(letters: Mapping[str, Mapping[str, Any] | None]) -> list[dict[str, A
         theirs = [PAPER[row.paper].get(x) for x in (letter, "F")]
         sign = -1 if row.low_is_good else 1
         difference, low, high = _difference(*ours, sign)
-        pairs = [(letters[x] or {}).get("groups", {}).get(name) for x in (letter, "F")]
-        if None not in pairs:
-          low, high = (difference + side * _of_pairs(*pairs) for side in (-1, 1))
-        half = deviation * math.sqrt(sum(1 / len(x.get("each", (0,))) for x in ours))
+        pairs = [(letters[x] or {}).get("groups", {}).get(name, {}) for x in (letter, "F")]
+        if (near := _of_pairs(*pairs)) is not None:
+          low, high = difference - near, difference + near
+        half = _of_trainings(*ours)
         low, high = difference - math.hypot(difference - low, half), difference + math.hypot(high - difference, half)
         paper = None if None in theirs else round(sign * (theirs[0] - theirs[1]), 2)
         plain = [(letters[x] or {}).get("scores", {}).get(name.removesuffix(", F1"), {}) for x in (letter, "F")]
@@ -253,20 +252,29 @@ def compare(letters: Mapping[str, Mapping[str, Any] | None]) -> list[dict[str, A
   return out
 
 
-def _of_pairs(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
-  """Half of the 95 % interval of the difference of two overall scores, the mean over kinds, by pairs of equal prompts."""
-  variances = [np.var(a[kind] - b[kind], ddof=1) / len(a[kind]) for kind in a]
-  return scores.CONFIDENCE_Z * math.sqrt(sum(variances)) / len(variances)
+def _of_pairs(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float | None:
+  """Half of the 95 % interval of the difference of two overall scores, the mean over kinds, by pairs of equal prompts.
+
+  None where the two have not the same prompts, or too few to tell.
+  """
+  if not a or a.keys() != b.keys() or any(len(a[kind]) != len(b[kind]) or len(a[kind]) < 2 for kind in a):
+    return None
+  variance = sum(np.var(a[kind] - b[kind], ddof=1) / len(a[kind]) for kind in a)
+  return scores.CONFIDENCE_Z * math.sqrt(variance) / len(a) if variance else None
 
 
-def _of_trainings(ours: Sequence[Mapping[str, Any]]) -> float:
-  """Student's t, 95 % two-sided, times the deviation of trainings of a letter, pooled over letters; 0 if none has two."""
-  several = [np.asarray(one["each"]) for one in ours if len(one.get("each", ())) > 1]
-  freedom = sum(len(x) - 1 for x in several)
+def _of_trainings(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
+  """Half of the 95 % interval of the difference of two letters' means that is due to trainings.
+
+  By Student's t, the variance pooled over the two, not over all letters: those that answer by chance vary most. 0 where
+  neither was trained twice.
+  """
+  each = [np.asarray(one.get("each", (one["value"],))) for one in (a, b)]
+  freedom = sum(len(x) - 1 for x in each)
   if not freedom:
     return 0.0
-  variance = sum(float(np.square(x - x.mean()).sum()) for x in several) / freedom
-  return float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
+  variance = sum(float(np.square(x - x.mean()).sum()) for x in each) / freedom
+  return float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance * sum(1 / len(x) for x in each))
 
 
 def _difference(a: Mapping[str, float], b: Mapping[str, float], sign: int) -> tuple[float, float, float]:

@@ -1,7 +1,7 @@
 """Compares checkpoints before and after reinforcement learning, by their evaluations on the built-in world.
 
   python launch/experiments/grpo.py start=scores/start supervised=scores/more rewarded=scores/rewarded \\
-    --curves rewarded=runs/grpo --output=launch/experiments/results/grpo --sheet=launch/experiments/pictures/grpo.png
+    --curves rewarded=runs/grpo --output=scores/rewards --sheet=scores/rewards_sheet.png
 
 NAME=FOLDER is an evaluation by `evaluate --benchmark=shapes`; --curves has the runs whose metrics are kept. Writes OUTPUT.json,
 a table of strict scores with 95 % intervals, Frechet distances and diversity; OUTPUT.png, reward, KL and diversity over the

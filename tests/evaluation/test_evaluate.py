@@ -246,7 +246,10 @@ def test_mistakes_are_one_line_and_exit_code_2(tiny_checkpoint, tmp_path, capsys
     (["--benchmark=pope"], "needs --data=DIR: download https"),
     (["--benchmark=pope", f"--data={tmp_path / 'no'}"], "does not exist: download https"),
     (["--benchmark=mme", f"--data={tmp_path}"], "MME.tsv does not exist: download https"),
-    (["--benchmark=mme", "--guidance=3"], "--guidance=3.0 does not belong to --benchmark=mme, but to dpg, geneval, lone, mj"),
+    (
+      ["--benchmark=mme", "--guidance=3"],
+      "--guidance=3.0 does not belong to --benchmark=mme, but to dpg, geneval, lone, mj",
+    ),
     (["--benchmark=shapes", "--features=x.npz"], "--features=x.npz does not belong"),
     (["--benchmark=geneval", "--only=pictures"], "--only=pictures does not belong"),
     (["--benchmark=geneval", "--results=no.jsonl"], "--results=no.jsonl does not exist"),

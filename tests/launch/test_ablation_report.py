@@ -55,19 +55,27 @@ def test_differences_have_newcombes_interval_and_a_distance_that_is_less_is_bett
   assert one["agrees"] is None
 
 
-def test_trainings_of_a_letter_widen_the_interval_by_students_t():
-  """Two of A and B, four of F: 5 degrees of freedom, t = 2.571, as tables of Student's distribution have it."""
-  name, shifts = "seen questions: overall", {"A": (-0.02, 0.02), "B": (-0.04, 0.04), "F": (-0.06, -0.06, 0.06, 0.06)}
+def test_trainings_of_two_letters_widen_the_interval_by_students_t():
+  """Two of A, four of F: 4 degrees of freedom, t = 2.776, as tables of Student's distribution have it; B counts not."""
+  name, shifts = "seen questions: overall", {"A": (-0.02, 0.02), "B": (-0.3, 0.3), "F": (-0.06, -0.06, 0.06, 0.06)}
   letters = {x: made.merged({i: entry(-0.2 - d) for i, d in enumerate(each)}) for x, each in shifts.items()}
   assert letters["A"]["scores"][name]["value"] == pytest.approx(0.3)
   assert letters["A"]["scores"][name]["each"] == pytest.approx([0.32, 0.28])
   assert letters["A"]["scores"][name]["count"] == 9 and set(letters["A"]["trainings"]) == {0, 1}
-  variance = (2 * 0.02**2 + 2 * 0.04**2 + 4 * 0.06**2) / 5
+  variance = (2 * 0.02**2 + 4 * 0.06**2) / 4
   (one,) = [x for x in made.compare(letters) if (x["letter"], x["score"]) == ("A", name)]
-  half = (2 * 0.05**2 + 2.571**2 * variance * (1 / 2 + 1 / 4)) ** 0.5
+  half = (2 * 0.05**2 + 2.776**2 * variance * (1 / 2 + 1 / 4)) ** 0.5
   assert (one["low"], one["high"]) == pytest.approx((-half, half), rel=1e-3)
   once = made.compare({x: made.merged({0: entry(0)}) for x in shifts})
   assert all(x["high"] == pytest.approx(0.05 * 2**0.5) for x in once)  # one training says nothing about others
+
+
+@pytest.mark.parametrize("few", [{}, {"x": np.ones(1)}, {"x": np.ones(3)}, {"x": np.ones(4), "y": np.ones(2)}])
+def test_without_pairs_the_interval_is_that_of_scores_apart(few):
+  name = "seen pictures: overall"
+  letters = {"A": entry(-0.2) | {"groups": {name: few}}, "F": entry(0) | {"groups": {name: {"x": np.zeros(4)}}}}
+  (one,) = [x for x in made.compare(letters) if x["score"] == name]
+  assert one["high"] - one["low"] == pytest.approx(0.1 * 2**0.5)
 
 
 def test_overall_scores_are_compared_by_pairs_of_equal_prompts():
@@ -81,6 +89,8 @@ def test_overall_scores_are_compared_by_pairs_of_equal_prompts():
   assert (one["better_by"], one["low"], one["high"]) == pytest.approx((-0.2, -0.2 - half, -0.2 + half), rel=1e-3)
   whole = made.merged({0: entry(0) | {"groups": {name: a}}, 1: entry(0) | {"groups": {name: f}}})
   np.testing.assert_allclose(whole["groups"][name]["x"], (a["x"] + f["x"]) / 2)
+  other = entry(0) | {"groups": {name: {"x": np.zeros(3)}}}
+  assert made.merged({0: entry(0) | {"groups": {name: a}}, 1: other})["groups"] == {}
 
 
 @pytest.mark.parametrize("only", ["pictures", "questions", ""])
@@ -156,7 +166,7 @@ def test_the_files_are_of_all_trainings(tmp_path):
       (scored / "report.json").write_text(json.dumps(body | {"scores": {"seen pictures: overall": score}, "notes": []}))
       for i in range(made.SHEET):
         (scored / "pictures/val").mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (48, 48), "gray").save(scored / f"pictures/val/{i:04d}_0.png")
+        Image.new("RGB", (32, 32), "gray").save(scored / f"pictures/val/{i:04d}_0.png")
       (scored / "records.jsonl").write_text(json.dumps({"key": "ask/val/0000", "answer": "yes"}) + "\n")
       reports.setdefault(letter, {})[seed] = scored
   made.write(tmp_path, reports, {"A": 20, "B": 20, "F": 20}, "the command")
