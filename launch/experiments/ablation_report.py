@@ -416,7 +416,7 @@ def pictures(reports: Mapping[str, pathlib.Path]) -> Image.Image | None:
 def compact(body: Mapping[str, Any]) -> str:
   """JSON with a line per innermost object, to be read and compared easily."""
   text = json.dumps(_rounded(body), indent=1, ensure_ascii=False)
-  return re.sub(r"\{[^{}\[\]]*\}", lambda inner: " ".join(inner[0].split()), text) + "\n"
+  return re.sub(r"\{[^{}]*\}", lambda inner: " ".join(inner[0].split()), text) + "\n"
 
 
 def _rounded(value: Any) -> Any:
