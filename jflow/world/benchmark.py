@@ -182,6 +182,17 @@ class LoneBenchmark(WorldBenchmark):
   goals = {}
 
 
+def painted(
+  output: pathlib.Path, split: str, scope: references.Scope
+) -> Iterator[tuple[int, dict[str, Any], pathlib.Path]]:
+  """Yields (number of its prompt, its metadata, file) for the pictures of an evaluation that are there, in order."""
+  files = sorted((output / "pictures" / split).glob("*_*.png"))
+  numbers = [int(file.stem.split("_")[0]) for file in files]
+  prompts = source.evaluation_prompts(split, 1 + max(numbers, default=-1), 0, scope.prompts)
+  for number, file in zip(numbers, files, strict=True):
+    yield number, prompts[number][1], file
+
+
 def prompt_of(question: Asked) -> str:
   """The user's turn: picture, question, and the instruction for short answers unless the question has options."""
   suffix = "" if question.kind == "choice" else questions.SHORT_ANSWER

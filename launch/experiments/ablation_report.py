@@ -172,14 +172,11 @@ def judged(output: pathlib.Path, report: Mapping[str, Any]) -> dict[str, dict[st
   lines = (json.loads(line) for line in (output / "records.jsonl").read_text(encoding="utf-8").splitlines())
   said = {line["key"]: line["answer"] for line in lines if line["key"].startswith("ask/")}
   for split, name in benchmark.SPLITS.items():
-    files = sorted((output / "pictures" / split).glob("*_*.png"))
     groups: dict[str, dict[int, list[bool]]] = {}
-    if files:
-      numbers = [int(file.stem.split("_")[0]) for file in files]
-      prompts = world.evaluation_prompts(split, 1 + max(numbers), 0, scope.prompts)
-      for number, file in zip(numbers, files, strict=True):
-        about, image = prompts[number][1], benchmark.read_picture(file)
-        groups.setdefault(about["tag"], {}).setdefault(number, []).append(judge.strict(judge.detect(image), about))
+    for number, about, file in benchmark.painted(output, split, scope):
+      right = judge.strict(judge.detect(benchmark.read_picture(file)), about)
+      groups.setdefault(about["tag"], {}).setdefault(number, []).append(right)
+    if groups:
       out[f"{name} pictures: overall"] = _means(groups)
     answers, groups = [text for key, text in sorted(said.items()) if key.startswith(f"ask/{split}/")], {}
     if answers:

@@ -247,13 +247,13 @@ def main() -> int:
   args.folder.mkdir(parents=True, exist_ok=True)
   args.steps = args.steps or ablation.BUDGETS[args.size]
   ends = {letter: ablation.get_config(f"{letter}-{args.size}-{args.steps}").train.steps for letter in ablation.LETTERS}
-  trials = [Trial(letter, seed) for seed in dict.fromkeys(map(int, args.seeds.split(","))) for letter in ends]
+  seeds = dict.fromkeys(map(int, args.seeds.split(",")))
+  trials = [Trial(letter, seed) for seed in seeds for letter in ends]
   if not args.report:
     if not args.start:
       run({"stages": stages(args)}, args.folder)
     count = -(-ends["F"] // (args.slice or ends["F"]))
-    wanted = sorted((t for t in trials if t.letter in args.letters), key=lambda t: args.letters.index(t.letter))
-    wanted.sort(key=lambda t: t.seed)
+    wanted = [Trial(letter, seed) for seed in seeds for letter in args.letters]
     run({t.name: turns(args, t, ends[t.letter], count) for t in wanted}, args.folder, args.jobs)
   least = lambda t: 1 if args.report else ends[t.letter]
   scored = [t for t in trials if steps_done(t.workdir(args.folder)) >= least(t)]

@@ -30,11 +30,10 @@ from jflow.evaluation import report, scores
 from jflow.evaluation.answers import normal_answer
 from jflow.inference.pipeline import Pipeline
 from jflow.interop import checkpoints
-from jflow.world import judge, scenes, source, words
+from jflow.world import benchmark, judge, references, scenes, source, words
 from jflow.world.questions import SHORT_ANSWER
 from jflow.world.words import NUMBERS
 
-SPLITS = {"seen": "val", "held-out": "held_out"}  # as in reports, as folders of pictures
 BATCH = 64
 TRUE = 60  # true pictures of a kind
 RESERVED = ("true", "others")
@@ -124,13 +123,11 @@ def main() -> int:
   p.add_argument("--output", type=pathlib.Path, required=True)
   args = p.parse_args()
   reader, out = jflow.load(args.reader), {}
-  for split, folder in SPLITS.items():
+  for folder, split in benchmark.SPLITS.items():
     shown: dict[str, list[Shown]] = {}
     for name, path, _ in args.scored:
-      files = sorted((path / "pictures" / folder).glob("*_*.png"))
-      numbers = [int(file.stem.split("_")[0]) for file in files]
-      prompts = source.evaluation_prompts(folder, 1 + max(numbers), 0)
-      shown[name] = [(Image.open(file).convert("RGB"), prompts[i][1]) for file, i in zip(files, numbers, strict=True)]
+      found = benchmark.painted(path, folder, references.Scope())
+      shown[name] = [(Image.open(file).convert("RGB"), about) for _, about, file in found]
     images = next(iter(shown.values()))
     tags = list(dict.fromkeys(about["tag"] for _, about in images))
     shown["true"], shown["others"] = true_pictures(folder, tags, images[0][0].width)
