@@ -88,7 +88,7 @@ def _shapes(c: ConfigDict) -> None:
 
 def _world(c: ConfigDict) -> None:
   world.world(c)
-  _codes(c, models.janus_shapes(), fit_images=1500)
+  _codes(c, models.janus_world(), fit_images=4000)
   c.data.row_tokens, c.data.row_images = 256, 3  # four times as many codes as flow has latents
 
 
@@ -128,7 +128,11 @@ def at_stage(size: str, number: int) -> ConfigDict:
       c.objective.weights.codes, c.data.mixture = 0.0, ((0, (80, 0, 20)),)
       c.optimizer.trained = ("language_model", "understanding_projector")
       c.optimizer.frozen = (*NEW_PARTS[1:], *NEVER, *base.SIGLIP)
-    return world.at_stage(c, number)
+    world.at_stage(c, number)
+    if c.size == "world" and number > 1:  # a third of flow's: a picture is four times as many codes as latents
+      c.train.steps = 10_000 if number == 2 else 3000
+      c.optimizer.cooldown_steps = c.train.steps if number == 3 else 0
+    return c
   c.train.ema = 0.0
   if number == 1:
     c.train.init_dropped, c.train.init_fresh = JANUSFLOW, NEW_PARTS
