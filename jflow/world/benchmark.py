@@ -248,16 +248,13 @@ def _distances(
   scope: references.Scope,
   kinds: Sequence[str],
 ) -> dict[str, Score]:
-  """Frechet and kernel distances to true pictures on two kinds of features, each with its floor between true ones."""
+  """Frechet and kernel distances to true pictures on kinds of features, each with its floor between true ones."""
   if len(generated) < 2:
     return {}
   pictures = [read_picture(p.file) for p in generated]
-  own = {
-    "tex": np.stack([features.texture(p) for p in pictures]),
-    "state": np.stack([features.state(p.detections) for p in generated]),
-  }
+  own = features.stacked(kinds, pictures, [p.detections for p in generated])
   tags, count, side = [p.tag for p in generated], len(generated), len(pictures[0])
-  true = lambda many, set_name: references.features_of_renders(split, tags, many, side, set_name, cache, scope)
+  true = lambda many, set_name: references.features_of_renders(split, tags, many, side, set_name, cache, scope, kinds)
   target = true(min(REFERENCE, 10 * count), "reference")
   floors = [true(count, f"floor {i}") for i in range(FLOORS)]
   prompts = collections.defaultdict(list)

@@ -19,6 +19,24 @@ LEAST_STATE = 0.25  # least deviation of a state feature, so that nearly constan
 _OPPONENT = np.array([[1, 1, 1], [1, -1, 0], [0.5, 0.5, -1]]) / np.array([[3.0], [1.0], [1.0]])
 
 
+def stacked(
+  kinds: Sequence[str], images: Sequence[np.ndarray], found: Sequence[Sequence[judge.Detection]] | None = None
+) -> dict[str, np.ndarray]:
+  """Features of pictures by kind: "tex" f64[pictures, 228], "state" f64[pictures, 24].
+
+  Args:
+    kinds: of features.
+    images: uint8[S, S, 3] each.
+    found: what the judge detects in each; None: it is asked.
+  """
+  out = {}
+  if "tex" in kinds:
+    out["tex"] = np.stack([texture(image) for image in images])
+  if "state" in kinds:
+    out["state"] = np.stack([state(one) for one in (map(judge.detect, images) if found is None else found)])
+  return out
+
+
 def texture(image: np.ndarray) -> np.ndarray:
   """Responses of Gabor filters, sensitive to texture, noise, edges and layout, but not to which shape is missing.
 

@@ -115,8 +115,9 @@ def features_of_renders(
   name: str,
   cache: pathlib.Path | None,
   scope: Scope = Scope(),
+  kinds: Sequence[str] = ("tex", "state"),
 ) -> dict[str, np.ndarray]:
-  """Features of true pictures with the same shares of categories: "tex" f64[count, 228], "state" f64[count, 24].
+  """Features (see `features.stacked`) of true pictures with the same shares of categories.
 
   Args:
     split: of the world.
@@ -126,22 +127,18 @@ def features_of_renders(
     name: of the set, which seeds its draws.
     cache: folder for the result, which depends only on these arguments and the code; None: no cache.
     scope: sizes and places of the objects.
+    kinds: of features.
   """
   path = None
   if cache:
     files = (*source.CODE, *(pathlib.Path(module.__file__) for module in (judge, features)))
     code = b"".join(file.read_bytes() for file in files)
-    key = hashlib.sha256(
-      code + repr((split, tuple(tags), count, side, name, scope.large, scope.spread)).encode()
-    ).hexdigest()
+    drawn = (split, tuple(tags), count, side, name, scope.large, scope.spread, tuple(kinds))
+    key = hashlib.sha256(code + repr(drawn).encode()).hexdigest()
     path = cache / f"renders-{key[:16]}.npz"
     if (kept := _kept(path)) is not None:
       return kept
-  pictures = renders(split, tags, count, side, name, scope)
-  out = {
-    "tex": np.stack([features.texture(image) for image in pictures]),
-    "state": np.stack([features.state(judge.detect(image)) for image in pictures]),
-  }
+  out = features.stacked(kinds, renders(split, tags, count, side, name, scope))
   if path:
     try:
       cache.mkdir(parents=True, exist_ok=True)

@@ -60,11 +60,8 @@ def by_sde(model: Pipeline, texts: list[str], steps: int, seed: int) -> np.ndarr
 def measured(pictures: np.ndarray, asked: list[dict]) -> dict:
   """Both kinds of features, and the share that the judge accepts."""
   found = [judge.detect(picture) for picture in pictures]
-  return {
-    "tex": np.stack([features.texture(picture) for picture in pictures]),
-    "state": np.stack([features.state(one) for one in found]),
-    "strict": float(np.mean([judge.strict(one, about) for one, about in zip(found, asked, strict=True)])),
-  }
+  strict = np.mean([judge.strict(one, about) for one, about in zip(found, asked, strict=True)])
+  return features.stacked(("tex", "state"), pictures, found) | {"strict": float(strict)}
 
 
 def main() -> None:

@@ -426,9 +426,13 @@ def test_the_nearest_picture_answers_for_a_picture_that_is_almost_one_of_trainin
 
 
 def test_features_of_true_pictures_are_kept(tmp_path, monkeypatch):
-  make = lambda name: references.features_of_renders("val", ["colors", "counting"], 4, 48, name, tmp_path)
+  make = lambda name, **kinds: references.features_of_renders(
+    "val", ["colors", "counting"], 4, 48, name, tmp_path, **kinds
+  )
   first, other = make("a"), make("b")
-  (kept,) = [path for path in tmp_path.iterdir() if np.array_equal(np.load(path)["tex"], first["tex"])]
+  alone = make("a", kinds=("state",))
+  assert alone.keys() == {"state"} and np.array_equal(alone["state"], first["state"])  # not the file of both
+  (kept,) = [path for path in tmp_path.iterdir() if np.array_equal(np.load(path).get("tex"), first["tex"])]
   monkeypatch.setattr(references, "renders", lambda *_: pytest.fail("drawn again"))
   np.testing.assert_array_equal(make("a")["state"], first["state"])
   assert first["tex"].shape == (4, 228) and not np.array_equal(first["tex"], other["tex"])
