@@ -41,6 +41,40 @@ def _updates_cut_a_batch(c: RunConfig) -> str:
   return "" if fits else f"times train.accumulation x mesh.data x mesh.fsdp must divide {c.train.batch_size} pictures"
 
 
+@constraint("rl.updates")
+def _pairs_are_taken_once(c: RunConfig) -> str:
+  return "" if c.rl.method == "grpo" or c.rl.updates == 1 else "must be 1 without rl.method='grpo'"
+
+
+@constraint("rl.kl")
+def _rewards_are_weighed_against_divergence(c: RunConfig) -> str:
+  return "" if c.rl.method == "grpo" or not c.rl.kl else "must be 0 without rl.method='grpo'"
+
+
+@constraint("rl.beta")
+def _pairs_are_preferred(c: RunConfig) -> str:
+  return "" if c.rl.method == "dpo" or c.rl.beta == 1 else "must be 1 without rl.method='dpo'"
+
+
+@constraint("data.crop")
+def _pairs_are_cropped(c: RunConfig) -> str:
+  return "" if c.rl.method != "dpo" or c.data.crop != "pad" else "must not be 'pad' with rl.method='dpo', which crops"
+
+
+@constraint("data.stored")
+def _nothing_is_stored(c: RunConfig) -> str:
+  return (
+    ""
+    if not c.rl.method or not c.data.stored
+    else "must be False with rl.method, whose pictures have no latents or codes"
+  )
+
+
+@constraint("objective.logged")
+def _no_loss_is_logged(c: RunConfig) -> str:
+  return "" if not c.rl.method or not c.objective.logged else "must be () with rl.method, which computes no such loss"
+
+
 @constraint("rl.rewards")
 def _something_is_rewarded(c: RunConfig) -> str:
   if c.rl.method != "grpo":

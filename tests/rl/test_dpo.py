@@ -132,9 +132,20 @@ def test_pairs_are_known_by_their_pictures_wherever_they_lie(tmp_path):
   assert here == there != other
 
 
-def test_a_run_without_pairs_is_refused():
-  with refused("rl.pairs"):
-    setup.check(configuration(pairs=""))
+@pytest.mark.parametrize(
+  "section, values, named",
+  [
+    ("rl", dict(pairs=""), "rl.pairs"),
+    ("rl", dict(kl=0.5), "rl.kl"),
+    ("rl", dict(updates=2), "rl.updates"),
+    ("data", dict(crop="pad"), "data.crop"),
+    ("data", dict(stored=True), "data.stored"),
+    ("objective", dict(logged=("flow",)), "objective.logged"),
+  ],
+)
+def test_what_a_run_of_pairs_does_not_compute_is_refused(section, values, named):
+  with refused(named):
+    setup.check(configuration().replace(**{section: values}))
 
 
 def test_the_worlds_pairs_are_of_one_kind_and_differ():

@@ -212,6 +212,7 @@ def test_a_ratio_beyond_the_clip_range_has_no_gradient_where_it_has_gone_far_eno
     (dict(prompts=""), "rl.prompts"),
     (dict(updates=3), "rl.updates"),
     (dict(pairs="shapes"), "rl.pairs"),
+    (dict(beta=2.0), "rl.beta"),
     (dict(explore=dict(steps=4)), "rl.explore"),
     (dict(explore=EXPLORE | dict(steps=1)), "rl.explore.steps"),
     (dict(explore=EXPLORE | dict(steps=2.5)), "rl.explore.steps"),

@@ -131,14 +131,17 @@ def test_a_reward_that_writes_into_metadata_changes_only_its_own():
 class _Scorer(http.server.BaseHTTPRequestHandler):
   """Answers the mean of each picture; fails as often as `fails` says."""
 
-  fails, status, answer = 0, 503, None
+  fails, status, answer = 0, 503, None  # a status of b"...": what is sent in place of an answer
 
   def do_POST(self):
     body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
     cls = type(self)
     if cls.fails:
       cls.fails -= 1
-      self.send_error(cls.status)
+      if isinstance(cls.status, bytes):
+        self.wfile.write(cls.status)
+      else:
+        self.send_error(cls.status)
       return
     means = [float(np.asarray(Image.open(io.BytesIO(base64.b64decode(x)))).mean()) for x in body["images"]]
     assert len(body["prompts"]) == len(body["metadata"]) == len(means)
@@ -168,7 +171,10 @@ def from_server(address, retries=2):
   return rewards.scores(opened, PICTURES, ["a", "b"], [{"tag": 1}, {}])
 
 
-@pytest.mark.parametrize("status", [503, 429])
+CUT = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n{"
+
+
+@pytest.mark.parametrize("status", [503, 429, CUT, b"?\r\n\r\n"], ids=["busy", "too many", "cut", "no status"])
 def test_a_server_scores_pictures_and_is_asked_again(server, status):
   scorer, address = server
   scorer.fails, scorer.status = 2, status

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ def score(
       said = f"status {error.code}"
       if error.code < 500 and error.code not in _AGAIN:
         raise ConnectionError(f"{address} refuses: {said}") from error
-    except (OSError, TimeoutError) as error:
+    except (OSError, HTTPException) as error:
       said = str(getattr(error, "reason", error))
     if left:
       time.sleep(_PAUSE * 2 ** (retries - left))
