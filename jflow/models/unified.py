@@ -4,6 +4,7 @@ Legend: B rows, S sequence, M images of a row, I images (places for images in tr
 channels, D embed, E SigLIP's width, V vocab, H W pixels.
 """
 
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -183,23 +184,28 @@ class UnifiedModel(nn.Module):
     self.writer.initialise()
 
 
-def _cast_at_use(name: str) -> bool:
-  return name.endswith("kernel") or name == "embed"
+# Kernels that are used in f32 whatever the model computes in: of the VQ's encoder, and of upsampling, whose taps are added first.
+_USED_IN_FLOAT32 = re.compile(r"vq/(encoder|quant_conv)/.*|(vae|vq)/decoder/up_\d+_sample/kernel")
+
+
+def _cast_at_use(path: tuple[str, ...]) -> bool:
+  matrix = path[-1].endswith("kernel") or path[-1] == "embed"
+  return matrix and not _USED_IN_FLOAT32.fullmatch("/".join(path))
 
 
 def cast_matrices(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
   """Casts the parameters that a layer casts where it uses them (kernels, the embedding table); leaves may be boxed."""
   flat = flatten_dict(params)
   cast = lambda leaf: jax.tree.map(lambda x: x.astype(dtype, copy=False), leaf)
-  return unflatten_dict({path: cast(x) if _cast_at_use(path[-1]) else x for path, x in flat.items()})
+  return unflatten_dict({path: cast(x) if _cast_at_use(path) else x for path, x in flat.items()})
 
 
-def cast_for_inference(params: dict[str, Any], dtype: Any) -> None:
+def cast_for_inference(params: dict[str, Any], dtype: Any, above: tuple[str, ...] = ()) -> None:
   """Casts nested parameters as `for_inference` does, in place and one by one, which keeps the peak of memory low."""
   for name, x in params.items():
     if isinstance(x, dict):
-      cast_for_inference(x, dtype)
-    elif _cast_at_use(name):
+      cast_for_inference(x, dtype, (*above, name))
+    elif _cast_at_use((*above, name)):
       params[name] = x.astype(dtype, copy=False)
 
 
@@ -252,7 +258,7 @@ def separate_layers(params: Any, layers: int) -> dict[str, Any]:
 def for_inference(model: UnifiedModel, params: Any, gpu: bool | None = None) -> tuple[UnifiedModel, Any]:
   """The model with separate LLM layers, which decoding needs, and its parameters in the compute dtype.
 
-  Only parameters that a layer casts where it uses them are cast (kernels, the embedding table): the outputs are
+  Only parameters that a layer casts where it uses them are cast (most kernels, the embedding table): the outputs are
   bit-identical to those of the f32 parameters.
 
   Args:
@@ -279,12 +285,13 @@ def for_inference(model: UnifiedModel, params: Any, gpu: bool | None = None) -> 
 def with_separate_layers(model: UnifiedModel, params: Any) -> tuple[UnifiedModel, Any]:
   """The model and its nested parameters with separate LLM layers, adapters beside their matrices; differentiable.
 
-  As `for_inference` on a CPU, but for the adapters, which stay low-rank, and for what the blocks keep, `remat`.
+  As `for_inference` on a CPU, but for the adapters, which stay low-rank, for what the blocks keep, `remat`, and for the matrices,
+  which stay in f32: a loop around the model would add up their gradients in the type that it finds them in.
   """
   lm = params["language_model"]
   if model.unroll:
     lm = separate_layers(lm, model.config.language_model.num_layers)
-  return inference_model(model, False), cast_matrices({**params, "language_model": lm}, model.dtype)
+  return inference_model(model, False), {**params, "language_model": lm}
 
 
 def inference_model(model: UnifiedModel, gpu: bool) -> UnifiedModel:

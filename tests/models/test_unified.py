@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 
+import janus
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +29,23 @@ from jflow.world.codec import PatchPCA
 
 CONFIG = tiny.CONFIG
 RNG = np.random.default_rng(0)
+
+
+def test_autoencoders_compute_the_same_with_parameters_in_the_compute_type():
+  """The VQ's encoder is in f32 in a model of bf16, and upsampling adds its taps up in f32."""
+  rng = np.random.default_rng(0)
+  for own in (tiny, janus):
+    model, params = own.model().clone(dtype=jnp.dtype("bfloat16")), own.params()
+    cast = for_inference(model, params)[1]
+    pixels = rng.uniform(-1, 1, (8, model.config.image_size, model.config.image_size, 3)).astype(np.float32)
+    apply = lambda params, x, method, model=model: getattr(model.bind({"params": params}).writer, method)(x)
+    if own is janus:
+      np.testing.assert_array_equal(apply(cast, pixels, "encode"), apply(params, pixels, "encode"))
+      written = rng.integers(0, model.config.autoencoder.codebook_size, (2, model.config.patches))
+    else:
+      side, channels = model.config.latent_size, model.config.autoencoder.latent_channels
+      written = rng.standard_normal((2, side, side, channels)).astype(np.float32)
+    np.testing.assert_array_equal(apply(cast, written, "decode"), apply(params, written, "decode"))
 
 
 def sums(batch, draws):
