@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import re
 
 from jflow.cli.arguments import Parser
 from jflow.errors import UserError
@@ -45,6 +46,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
   """Publishes a model and prints the address of the commit."""
   args = parser().parse_args(argv)
+  if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", args.license):
+    raise UserError(f"--license={args.license} must be an identifier of the hub, such as mit or apache-2.0")
   from jflow.evaluation import report
   from jflow.interop import publish
 

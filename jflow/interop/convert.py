@@ -51,6 +51,8 @@ def _read(args: Conversion) -> tuple[Loaded, pathlib.Path | None]:
     return parts.load(args.llm, args.siglip, args.vae, args.tokenizer, dtype, args.seed), None
   layout = layouts.found(args.input)
   if layout is not None:
+    if args.weights != "ema":
+      raise UserError(f"--weights={args.weights} must be ema: {args.input} holds one set of weights")
     found = published.describe(layout, args.input, args.vae)
     if args.to != "jflow":
       layouts.of(found.config, args.to).write_config(

@@ -11,7 +11,7 @@ from jflow.generation.base import family
 from jflow.interop import adapter_files, checkpoints, layouts, packed, safetensors_io
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
-_OTHERS = ("json", "model", "txt")  # of the configuration and the tokenizer
+_OTHERS = ("json", "model", "txt", "jinja")  # of the configuration and the tokenizer
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -111,7 +111,10 @@ def _model(name: str, directory: pathlib.Path) -> list[str]:
 
 def _recipe(run: pathlib.Path) -> list[str]:
   """The lines of a run's config that say how it was trained."""
-  values = read_object(run / "config.json")
+  try:
+    values = read_object(run / "config.json")
+  except OSError as error:
+    raise UserError(f"--run={run} must be a run: its config.json cannot be read ({error.strerror})") from error
   try:
     train, data, optimizer = values["train"], values["data"], values["optimizer"]
     rows = {

@@ -361,6 +361,12 @@ def test_a_missing_tensor_is_named(source, tmp_path, capsys):
   _refused(source, tmp_path, capsys, "lacks tensor vision_gen_dec_aligner.bias [32]")
 
 
+def test_a_published_checkpoint_has_no_raw_weights(source, tmp_path, capsys):
+  _refused(source, tmp_path, capsys, "--weights=raw must be ema", "--weights=raw")
+  with refused("weights='raw' must be 'ema'", source):
+    read_checkpoint(source, weights="raw")
+
+
 def test_an_unexpected_tensor_is_named(source, tmp_path, capsys):
   _rewrite(source, lambda t: t.update({"vision_gen_dec_model.extra": np.zeros(3, np.float32)}))
   _refused(source, tmp_path, capsys, "holds tensor vision_gen_dec_model.extra")

@@ -15,6 +15,7 @@ import official_checkpoint
 import pytest
 from refusals import refused
 
+from jflow.__main__ import main
 from jflow.errors import UserError
 from jflow.interop import adapter_files, publish, remote
 
@@ -114,13 +115,14 @@ def run(hub, *args):
 
 @pytest.mark.process
 def test_all_files_and_a_card_arrive_in_one_commit_and_nothing_twice(model, tmp_path):
+  (model / "chat_template.jinja").write_text("{{ messages }}")
   hub = Hub()
   done = run(hub, tmp_path, model, NAME, "--license=mit")
   assert done.returncode == 0, done.stderr
   (header, *lines) = hub.commits[0]
   assert len(hub.commits) == 1 and header["key"] == "header"
   sent = {one["value"]["path"]: one["value"] for one in lines}
-  assert set(sent) == set(publish.files_of(model)) | {"README.md"}
+  assert set(sent) == set(publish.files_of(model)) | {"README.md"} >= {"chat_template.jinja"}
   weights = (model / "model.safetensors").read_bytes()
   assert sent["model.safetensors"]["oid"] == hashlib.sha256(weights).hexdigest()
   assert hub.stored == {sent["model.safetensors"]["oid"]: weights}
@@ -176,6 +178,8 @@ def test_an_adapter_is_published_with_a_card_of_its_own(tmp_path):
   text = publish.card(NAME, tmp_path, "mit", None, [])
   assert "- lora" in text and "rank 4" in text and f'adapter="{NAME}"' in text
   files = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}
+  with_template = {"config.json", "chat_template.jinja", "model.bin"}
+  assert remote.files_wanted(NAME, with_template, None, lambda name: b"") == ["chat_template.jinja", "config.json"]
   assert remote.files_wanted(NAME, files, None, lambda name: b"") == [
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -200,6 +204,13 @@ def test_what_is_no_model_is_not_published(model, change, part):
   with pytest.raises(UserError) as error:
     publish.files_of(model)
   assert part in str(error.value)
+
+
+@pytest.mark.parametrize("flag, named", [("--run=.", "config.json"), ("--license=a b: c", "--license=a b: c")])
+def test_a_card_that_cannot_be_is_refused(model, tmp_path, monkeypatch, capsys, flag, named):
+  monkeypatch.chdir(tmp_path)
+  assert main(["push", str(model), NAME, "--dry_run", flag]) == 2
+  assert named in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["me", "me/", "/x", "me/x/y", "me/x@v1", "../x"])
