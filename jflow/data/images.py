@@ -331,6 +331,8 @@ def _but(data: bytes) -> str:
 
 
 def _check_pixels(image: Image.Image, max_pixels: int) -> None:
+  if not image.width * image.height:
+    raise ImageError("empty", "the image has no pixels")
   if image.width * image.height > max_pixels:
     raise ImageError("too_large", f"{image.width} x {image.height} is more than {max_pixels:,} pixels")
 

@@ -98,8 +98,13 @@ def described(
 ) -> Described:
   """A checkpoint with its tokenizer and template, whose weights, not yet read, have the adapter merged.
 
-  Arguments and errors as of `load`.
+  Arguments as of `load`.
+
+  Raises:
+    UserError: as `load`.
   """
+  if not isinstance(path, str | pathlib.Path):
+    raise UserError(f"a checkpoint must be named by its folder or hub name, got {path!r:.80}")
   if weights not in ("ema", "raw"):
     raise UserError(f"weights={weights!r} must be 'ema' or 'raw'")
   if template is not None:

@@ -83,7 +83,7 @@ class Pipeline:
       seed: image j of a prompt starts from seed + j.
       noise: for flow f32[I, C, h, w] latents at time 0 (PyTorch's layout) in place of seeds, I = prompts x num_images.
       num_images: images per prompt.
-      seeds: I seeds in place of seed + j.
+      seeds: I seeds in place of seed + j; not beside `noise`.
       batch_size: images generated at once.
       progress: called with (images done, images in all).
       on_step: called with (steps done, steps) about ten times per batch.
@@ -96,16 +96,18 @@ class Pipeline:
       UserError: a value out of its range, a setting that this model's family does not have, an empty prompt or one
         longer than the context.
     """
-    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-      prompts = [prompts]
-    prompts = list(prompts)
+    prompts = [prompts] if isinstance(prompts, str) or not np.iterable(prompts) else list(prompts)
     check_prompts(prompts, seed=seed, num_images=num_images, batch_size=batch_size)
     seed, num_images, batch_size = int(seed), int(num_images), int(batch_size)  # NumPy's wrap around
     chosen = self.settings(steps=steps, guidance=guidance, **rest)
     ids = [x for x in map(self.generation_prompt, prompts) for _ in range(num_images)]
     if noise is not None:
+      if seeds is not None:
+        raise UserError("give noise or seeds: noise takes the place of seeds")
       start = self.sampler.given(noise, len(ids))
     else:
+      if seeds is not None and not np.iterable(seeds):
+        raise UserError(f"seeds must be a number for each of {len(ids)} images, got {seeds!r:.80}")
       seeds = [seed + j for j in range(num_images)] * len(prompts) if seeds is None else list(seeds)
       if len(seeds) != len(ids):
         raise UserError(f"seeds must have one number for each of {len(ids)} images, got {len(seeds)}")
@@ -180,7 +182,12 @@ class Pipeline:
     """
     if not isinstance(images, (list, tuple)):
       images = [images]
+    if isinstance(messages, Mapping | bytes) or not isinstance(messages, Iterable):
+      raise UserError(f"messages must be a question or a list of turns, got {messages!r:.80}")
+    if not isinstance(system, str):
+      raise UserError(f"system must be text, got {system!r:.80}")
     checks.answer(max_tokens, temperature, top_p, seed)
+    max_tokens, seed, temperature, top_p = int(max_tokens), int(seed), float(temperature), float(top_p)  # from NumPy's
     c = self.model.config
     context = min(context or c.language_model.max_length, c.language_model.max_length)
     prompt = chat_prompt(
@@ -252,6 +259,7 @@ class Pipeline:
       One answer per request, in their order.
     """
     checks.whole("batch_size", batch_size)
+    requests = list(requests)
     if not requests:
       return []
     return decoding.answer_all(self, requests, batch_size, stream, progress)
@@ -271,7 +279,9 @@ class Pipeline:
     Raises:
       UserError: as `understand`; an empty answer, or one that does not fit the context.
     """
-    if not answers:
+    if isinstance(answers, str) or not all(isinstance(answer, str) for answer in answers):
+      raise UserError(f"answers must be a list of texts, got {answers!r:.80}")
+    if not len(answers):
       return []
     return likelihood.loglikelihood(self, self.request(messages, images, 1, system=system), answers)
 
@@ -308,12 +318,13 @@ def to_image(pixels: np.ndarray) -> Image.Image:
 
 def prepare_image(image: Any, size: int) -> np.ndarray:
   """A path, bytes, PIL image or array -> uint8[size, size, 3]; see `images.for_understanding`."""
-  name = str(image) if isinstance(image, (str, pathlib.Path)) else "the image"
+  name = (str(image) or "''") if isinstance(image, (str, pathlib.Path)) else "the image"
   if isinstance(image, (str, pathlib.Path)):
     try:
       image = pathlib.Path(image).read_bytes()
-    except OSError as error:
-      raise UserError(f"image {name} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # the latter of a zero byte in its name
+      why = error.strerror if isinstance(error, OSError) else error
+      raise UserError(f"image {name} cannot be read: {why}") from error
   try:
     return images.for_understanding(image, size)
   except ImageError as error:
@@ -322,17 +333,19 @@ def prepare_image(image: Any, size: int) -> np.ndarray:
 
 def _with_marks(messages: str | Sequence[Any], count: int) -> Sequence[Any]:
   """Puts one image mark per image before the first question, where the messages hold none."""
-  messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+  messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
   if not all(isinstance(m, (Turn, Mapping)) for m in messages):
     return messages  # which `prompts.chat_prompt` refuses
   turns = [m._asdict() | {"content": m.text} if isinstance(m, Turn) else dict(m) for m in messages]
+  if not all(isinstance(t.get("content"), str) for t in turns):
+    return turns  # likewise
   mark = IMAGE_MARK
-  marked = lambda mark: any(mark in str(t.get("content", "")) for t in turns)
+  marked = lambda mark: any(mark in t["content"] for t in turns)
   if count and not marked(mark) and marked(published := SPECIAL_TOKENS["image"]):
-    return [t | {"content": str(t.get("content", "")).replace(published, mark)} for t in turns]
+    return [t | {"content": t["content"].replace(published, mark)} for t in turns]
   asked = [i for i, t in enumerate(turns) if str(t.get("role", "")).lower() == "user"]
   if asked and count and not marked(mark):
-    turns[asked[0]] |= {"content": mark * count + "\n" + str(turns[asked[0]].get("content", ""))}
+    turns[asked[0]]["content"] = mark * count + "\n" + turns[asked[0]]["content"]
   return turns
 
 

@@ -202,7 +202,7 @@ def pick(
   def nucleus() -> jax.Array:
     falling = -jnp.sort(-log_p, axis=-1)
     p = jnp.exp(falling)
-    inside = jnp.cumsum(p, axis=-1) - p < top_p_B[:, None]
+    inside = (jnp.cumsum(p, axis=-1) - p < top_p_B[:, None]).at[:, 0].set(True)  # a top_p of 1e-50 is 0 here
     least = jnp.min(jnp.where(inside, falling, jnp.inf), axis=-1, keepdims=True)
     return jnp.where((log_p >= least) | (top_p_B[:, None] >= 1), log_p, -jnp.inf)
 

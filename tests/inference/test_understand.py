@@ -127,7 +127,7 @@ def _frequencies(temperature: float, top_p: float, draws: int = 4000) -> np.ndar
 
 @pytest.mark.parametrize(
   "top_p, kept",
-  [(0.01, [1]), (0.39, [1]), (0.5, [1, 4]), (0.69, [1, 4]), (0.8, [1, 2, 4]), (1.0, [0, 1, 2, 3, 4])],
+  [(1e-50, [1]), (0.01, [1]), (0.39, [1]), (0.5, [1, 4]), (0.69, [1, 4]), (0.8, [1, 2, 4]), (1.0, [0, 1, 2, 3, 4])],
 )
 def test_top_p_keeps_the_smallest_set_of_that_mass(top_p, kept):
   want = np.zeros(5)
@@ -219,6 +219,12 @@ def test_the_answer_ends_at_eos_at_max_tokens_and_at_the_context(pipeline, token
     (dict(messages=""), "end with a question"),
     (dict(messages=[]), "end with a question"),
     (dict(messages=[{"role": "user"}]), '"role" and "content"'),
+    (dict(messages=None), "messages must be a question or a list of turns, got None"),
+    (dict(messages={"role": "user", "content": "What?"}), "messages must be a question or a list of turns"),
+    (dict(messages=[{"role": "user", "content": None}], images=[_picture()]), '"content" of a message must be text'),
+    (dict(messages=[{"role": "user", "content": [{"text": "Why?"}]}], images=[_picture()]), "must be text"),
+    (dict(messages=[{"role": "user"}], images=[_picture()]), '"role" and "content"'),
+    (dict(system=3), "system must be text"),
     (dict(messages=["What is this?"]), '"role" and "content", got \'What is this'),
     (dict(messages=[("user", "What is this?")], images=[_picture()]), '"role" and "content"'),
     (
@@ -238,11 +244,27 @@ def test_the_answer_ends_at_eos_at_max_tokens_and_at_the_context(pipeline, token
     (dict(seed=-1), "seed=-1 "),
     (dict(images=["nowhere.png"]), "nowhere.png"),
     (dict(images=[b"no picture"]), "PNG, JPEG"),
+    (dict(images=[Image.new("RGB", (0, 5))]), "no pixels"),
+    (dict(images=["a\0b.png"]), "cannot be read"),
   ],
 )
 def test_bad_input_is_named(pipeline, arguments, named):
   with refused(named):
     pipeline.understand(**(dict(messages="Why?") | arguments))
+
+
+@pytest.mark.parametrize("answers", ["red", ["red", 3], [b"red"]])
+def test_answers_to_score_are_texts(pipeline, answers):
+  with refused("answers must be a list of texts"):
+    pipeline.loglikelihood("Why?", [], answers)
+
+
+def test_numbers_of_numpy_turns_that_come_once_and_requests_that_come_once(pipeline):
+  plain = pipeline.understand("Why?", max_tokens=4, temperature=1, top_p=0.5, seed=3)
+  numbers = dict(max_tokens=np.int8(4), temperature=np.float32(1), top_p=np.float16(0.5), seed=np.uint32(3))
+  turns = (turn for turn in [{"role": "user", "content": "Why?"}])
+  assert pipeline.understand(turns, **numbers) == plain
+  assert pipeline.understand_batch(pipeline.request("Why?", **numbers) for _ in "a") == [plain]
 
 
 def test_a_picture_may_come_as_a_path_bytes_an_image_or_an_array(tmp_path):

@@ -2,11 +2,12 @@
 
 import dataclasses
 
-from jflow import checks
+from jflow import checks, values
 from jflow.errors import UserError
 from jflow.generation.base import setting
 
 PRECISIONS = ("exact", "release")
+MOST = 1e6  # of guidance and temperature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,20 +24,18 @@ class Settings:
   """
 
   guidance: float = setting(
-    5.0, "w of the guidance on logits: 1 is none, 5 the paper's", most=1e6, served=(0, 1000), page=(1, 10, 0.5)
+    5.0, "w of the guidance on logits: 1 is none, 5 the paper's", most=MOST, served=(0, 1000), page=(1, 10, 0.5)
   )
   temperature: float = setting(
-    1.0, "of each code's draw; 0: the most likely", most=1e6, served=(0, 100), page=(0, 2, 0.05)
+    1.0, "of each code's draw; 0: the most likely", most=MOST, served=(0, 100), page=(0, 2, 0.05)
   )
   precision: str = setting("exact", "f32 logits, or release: bf16, as published", choices=PRECISIONS, served=False)
 
   def __post_init__(self) -> None:
-    checks.number("guidance", self.guidance)
+    checks.need("guidance", self.guidance, values.number(most=MOST))
     if not (self.guidance >= 1 or self.guidance == 0):
       raise UserError(f"guidance={self.guidance} must be at least 1 (1: none), or 0 (ignore the prompt)")
-    checks.number("temperature", self.temperature)
-    if self.temperature < 0:
-      raise UserError(f"temperature={self.temperature} must be at least 0")
+    checks.need("temperature", self.temperature, values.number(0.0, MOST))
     if not isinstance(self.precision, str) or self.precision not in PRECISIONS:
       raise UserError(f"precision={self.precision!r} must be 'exact' or 'release'")
     for name in ("guidance", "temperature"):  # NumPy's numbers are no keys of a program

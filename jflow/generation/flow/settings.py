@@ -4,12 +4,13 @@ import dataclasses
 import operator
 from typing import Any
 
-from jflow import checks
+from jflow import checks, values
 from jflow.errors import UserError
 from jflow.generation.base import setting
 
 SOLVERS = ("euler", "heun", "midpoint")  # the keys of equations.SOLVERS, which imports jax
 PRECISIONS = ("exact", "release")
+MOST_STEPS, MOST_GUIDANCE, MOST_SHIFT = 10_000, 1e6, 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +29,12 @@ class Settings:
     UserError: a value out of its range.
   """
 
-  steps: int = setting(30, "solver steps, as in the paper", most=10_000, served=(1, 200), page=(1, 100, 1))
+  steps: int = setting(30, "solver steps, as in the paper", most=MOST_STEPS, served=(1, 200), page=(1, 100, 1))
   guidance: float = setting(
-    2.0, "w of eq. 5: 1 is none, 2 the paper's for FID", most=1e6, served=(0, 1000), page=(1, 10, 0.5)
+    2.0, "w of eq. 5: 1 is none, 2 the paper's for FID", most=MOST_GUIDANCE, served=(0, 1000), page=(1, 10, 0.5)
   )
   solver: str = setting("euler", "how the ODE is solved", choices=SOLVERS, page=True)
-  shift: float = setting(1.0, "of the time grid; 1 is even", most=1e6, served=(0.01, 100))
+  shift: float = setting(1.0, "of the time grid; 1 is even", most=MOST_SHIFT, served=(0.01, 100))
   interval: tuple[float, float] = setting(
     (0.0, 1.0), "guidance acts at these times only", metavar=("FROM", "TO"), served=False
   )
@@ -42,8 +43,8 @@ class Settings:
   )
 
   def __post_init__(self) -> None:
-    checks.whole("steps", self.steps)
-    checks.number("guidance", self.guidance)
+    checks.need("steps", self.steps, values.whole(1, MOST_STEPS))
+    checks.need("guidance", self.guidance, values.number(most=MOST_GUIDANCE))
     _need(
       self.guidance >= 1 or self.guidance == 0,
       f"guidance={self.guidance} must be at least 1 (1: none), or 0 (ignore the prompt)",
@@ -52,8 +53,7 @@ class Settings:
       isinstance(self.solver, str) and self.solver in SOLVERS,
       f"solver={self.solver!r} must be one of {', '.join(SOLVERS)}",
     )
-    checks.number("shift", self.shift)
-    _need(self.shift > 0, f"shift={self.shift} must be positive")
+    checks.need("shift", self.shift, values.number(1 / MOST_SHIFT, MOST_SHIFT))
     _check_interval(self.interval)
     plain_types = dict(  # NumPy's whole numbers wrap around, and its arrays are no keys of a program
       steps=operator.index(self.steps),
