@@ -7,7 +7,9 @@ import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from jflow.errors import UserError
+from PIL import Image
+
+from jflow.errors import UserError, one_line
 from jflow.files import lock, write_first
 from jflow.outputs import make_directory, writing
 
@@ -172,3 +174,18 @@ def need_all(wanted: Collection[str], present: Collection[str], what: str, hint:
   if missing:
     some = ", ".join(map(str, missing[:3]))
     raise UserError(f"{what}: {len(missing)} of {len(wanted)} samples are missing ({some}...): {hint}")
+
+
+def read_picture(path: pathlib.Path) -> Image.Image:
+  """A picture of an evaluation, RGB.
+
+  Raises:
+    UserError: it is missing or damaged.
+  """
+  try:
+    with Image.open(path) as image:
+      return image.convert("RGB")
+  except (OSError, SyntaxError, ValueError) as error:  # of Pillow, for damaged files
+    raise UserError(
+      f"picture {path} cannot be read ({one_line(error)}): delete it and run the same command again"
+    ) from None

@@ -13,10 +13,9 @@ from PIL import Image
 
 from jflow.data.sequences import IMAGE_MARK
 from jflow.errors import UserError
-from jflow.evaluation import answers, distances, scores
+from jflow.evaluation import answers, distances, samples, scores
 from jflow.evaluation.benchmark import GenerationBenchmark
 from jflow.evaluation.report import Result
-from jflow.evaluation.samples import need_all
 from jflow.evaluation.scores import Score
 from jflow.evaluation.settings import Settings
 from jflow.evaluation.tasks import Generation, Question, RoundTrip
@@ -135,7 +134,7 @@ class WorldBenchmark(GenerationBenchmark):
 
   def score(self, records: Mapping[str, Mapping[str, Any]]) -> Result:
     """Scores of pictures and answers."""
-    need_all([task.key for task in self.tasks()], records, self.name, "run the same command again")
+    samples.need_all([task.key for task in self.tasks()], records, self.name, "run the same command again")
     out, sheets, ceiling = {}, [], self._ceiling()
     for split, name in SPLITS.items():
       generated = list(self._generated(split))
@@ -283,7 +282,7 @@ def _spread(values: Sequence[float], count: int) -> Score:
 
 def read_picture(path: pathlib.Path) -> np.ndarray:
   """Reads a picture, uint8[S, S, 3], enlarged if it is too small for the judge."""
-  image = Image.open(path).convert("RGB")
+  image = samples.read_picture(path)
   if image.width < judge.LEAST_SIDE:
     image = image.resize((judge.LEAST_SIDE,) * 2, Image.Resampling.BICUBIC)
   return np.asarray(image)
@@ -304,7 +303,7 @@ def _sheets(generated: Sequence[Generated]) -> Iterator[tuple[str, Image.Image]]
     images, captions = [], []
     for part in chosen:
       for p, accepted in part:
-        images.append(Image.open(p.file).convert("RGB"))
+        images.append(samples.read_picture(p.file))
         found = ", ".join(f"{d.color} {d.shape}" for d in p.detections) or "nothing"
         asked = p.text.removeprefix("a picture of ")
         captions.append(asked if accepted else f"{asked}: found {found}")

@@ -395,6 +395,9 @@ def test_lone_objects_are_those_that_size_quick_learns(tmp_path):
       tasks.save(Image.fromarray(picture(64)), tmp_path / task.file)
       records[task.key] = {"file": task.file}
   result = benchmark.score(records)
+  (tmp_path / "pictures" / "val" / "0000_0.png").write_bytes(b"x")
+  with refused(tmp_path / "pictures" / "val" / "0000_0.png", "delete"):
+    benchmark.score(records)
   scores = result.scores
   assert "FD-tex" not in "".join([*result.notes, *scores])
   for split, count in (("seen", 68), ("held-out", 12)):

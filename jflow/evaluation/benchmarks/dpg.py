@@ -12,7 +12,7 @@ from jflow.errors import UserError
 from jflow.evaluation import outside, scores
 from jflow.evaluation.benchmark import GenerationBenchmark
 from jflow.evaluation.report import Result
-from jflow.evaluation.samples import need_all
+from jflow.evaluation.samples import need_all, read_picture
 from jflow.evaluation.scores import Score
 from jflow.evaluation.settings import Settings
 from jflow.evaluation.tasks import Generation, save
@@ -77,7 +77,7 @@ class Dpg(GenerationBenchmark):
     need_all([task.key for task in self.tasks()], records, "dpg", "run the same command again")
     output, side = self.settings.output.resolve(), 0
     for name in self._prompts:
-      tiles = [Image.open(output / f"pictures/{name}_{j}.png") for j in range(self.pictures)]
+      tiles = [read_picture(output / f"pictures/{name}_{j}.png") for j in range(self.pictures)]
       side = tiles[0].width
       if not (output / f"grids/{name}.png").exists():
         save(grid(tiles), output / f"grids/{name}.png")

@@ -19,7 +19,7 @@ from jflow.evaluation import answers, scores
 from jflow.evaluation.benchmark import GenerationBenchmark
 from jflow.evaluation.page import Shown
 from jflow.evaluation.report import Result
-from jflow.evaluation.samples import need_all
+from jflow.evaluation.samples import need_all, read_picture
 from jflow.evaluation.scores import Score
 from jflow.evaluation.settings import Settings
 from jflow.evaluation.tasks import Generation, Loss, Question, Task
@@ -148,8 +148,7 @@ class Records(GenerationBenchmark):
   ) -> tuple[dict[str, Score], Shown, list[str]]:
     side, true, made, rows = 0, {}, {}, []
     for name, outline in self._records.items():
-      with Image.open(self.settings.output / records[f"paint/{name}"]["file"]) as file:
-        painted = file.convert("RGB")
+      painted = read_picture(self.settings.output / records[f"paint/{name}"]["file"])
       side = painted.width
       pixels = images.for_generation(self._record(name).images[0], side, np.random.default_rng(0), self.run.crop)
       truth = Image.fromarray(pixels)
