@@ -1,7 +1,11 @@
 """Filters of `prepare`, which drop sound records. Drops are counted separately from rejected records."""
 
+import contextlib
+import hashlib
+import inspect
 import math
 import operator
+import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -113,6 +117,15 @@ class Filters(NamedTuple):
       for name, value in self._asdict().items()
       if value is not None
     }
+
+  def sources(self) -> dict[str, str]:
+    """The SHA-256 of the file of each user's function, by its name: another version of it may want other records."""
+    out = {}
+    for name in self.filter or ():
+      function = registry.imported("--filter", name, "a function of a record and its metadata")
+      with contextlib.suppress(TypeError, OSError):  # of a function without a file
+        out[name] = hashlib.sha256(pathlib.Path(inspect.getfile(inspect.unwrap(function))).read_bytes()).hexdigest()
+    return out
 
   def drops(self, record: Record, sizes: Sequence[tuple[int, int]], meta: Mapping[str, Any]) -> str | None:
     """Returns the name of the filter that drops a record, or None.

@@ -1,6 +1,7 @@
 """The files of an input, and those of a folder that are left out."""
 
 import collections
+import contextlib
 import fnmatch
 import glob
 import os
@@ -8,12 +9,16 @@ import pathlib
 import re
 from typing import NamedTuple
 
-from jflow import git_lfs, stores
+from jflow import files, git_lfs, stores
 from jflow.data.importers import compressed
 from jflow.errors import UserError
+from jflow.strict_json import Malformed
 
 # System files besides hidden ones: a Mac's archives, a Synology's thumbnails, trash.
 _OF_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+
+
+_OF_PREPARED = ("job.json", "summary.json")  # of a data set, unfinished or finished; each names its schema
 
 
 class Inputs(NamedTuple):
@@ -36,8 +41,8 @@ def input_files(pattern: str, endings: tuple[str, ...], format: str) -> Inputs:
 
   A folder is read recursively, links to folders included. Left out and counted are hidden files and folders and a
   system's own ("hidden"), a second link to the same file ("linked_twice"), a link to a folder that contains the input
-  ("linked_back") or to nothing ("broken_link"), pipes and devices ("not_a_file"), and folders that match a pattern
-  ("folder"). Files that the pattern itself names are read, hidden or not.
+  ("linked_back") or to nothing ("broken_link"), pipes and devices ("not_a_file"), folders that match a pattern ("folder"),
+  and data sets that `prepare` has written or is writing ("prepared"). Files that the pattern itself names are read, hidden or not.
 
   Args:
     pattern: a file; a folder, whose files with one of the endings count; a pattern with `*`; or a numbered
@@ -215,6 +220,8 @@ def _walk(root: str, endings: tuple[str, ...], named: tuple[str, ...], left_out:
           left_out["broken_link"] += 1
         else:
           left_out["not_a_file"] += wanted
+      elif entry.is_dir() and _is_prepared(entry.path):
+        left_out["prepared"] += 1
       elif entry.is_dir():
         folders.append((path, os.path.join(real, entry.name)))
       elif wanted and entry.is_file():
@@ -225,6 +232,15 @@ def _walk(root: str, endings: tuple[str, ...], named: tuple[str, ...], left_out:
   for reason in [reason for reason, count in left_out.items() if not count]:
     del left_out[reason]
   return found
+
+
+def _is_prepared(folder: str) -> bool:
+  """Whether a folder is a data set of `prepare`, or the beginning of one: it may lie in the folder that it is made of."""
+  for name in _OF_PREPARED:
+    with contextlib.suppress(FileNotFoundError, Malformed):
+      if "schema" in files.read_object(os.path.join(folder, name)):
+        return True
+  return False
 
 
 def _entries(folder: str, shown: str) -> list[os.DirEntry]:

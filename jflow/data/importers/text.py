@@ -127,7 +127,8 @@ def _documents(file: BinaryIO, length: int | None, kind: str) -> Iterator[tuple[
   A long document is cut as by `reading.lines`.
   """
   if kind == "file":
-    yield file.read(min(length, MAX_DOCUMENT + 1)), length
+    content = file.read(MAX_DOCUMENT + 1 if length is None else min(length, MAX_DOCUMENT + 1))
+    yield content, len(content) if length is None else length
     return
   document, taken, done = bytearray(), 0, 0
   begun = False  # whether the document holds more than blank lines

@@ -95,6 +95,8 @@ def prepare(
     "input": stores.absolute(input) if input else "",
     "files": _fingerprint(importer.files()),
   }
+  if sources := filters.sources():
+    job["filter_sources"] = sources
   if filters.against:
     job["against"] = repeats.check(filters.against)
   if _is_taken(output):

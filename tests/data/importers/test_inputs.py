@@ -35,6 +35,17 @@ def _write(path, data=b"x"):
   path.write_bytes(data)
 
 
+def test_an_import_into_a_folder_of_its_own_input_reads_no_file_of_its_own(folder):
+  """Neither of the parts that a refused import leaves for the next start, nor of a data set that is finished."""
+  write_lines(folder / "a.jsonl", [b'{"text": "x"}'] * 3 + [b"{"])
+  out = str(folder / "out")
+  with refused("max_rejected_share"):
+    run(folder, "text", "", "text", output=out, max_rejected_share=0.01)
+  summary, _ = run(folder, "text", "", "text", output=out, max_rejected_share=0.5)
+  assert (summary["accepted"], summary["rejected"]) == (4, {"broken_json": 1})
+  assert run(folder, "text", "", "text", max_rejected_share=0.5)[0]["left_out"] == {"prepared": 1}
+
+
 HIDDEN = (
   ".git",
   ".ipynb_checkpoints",

@@ -62,6 +62,13 @@ def test_lines_are_the_same_wherever_parts_are_cut(folder, monkeypatch, part_byt
   assert [t.strip() for t in _texts(output)] == (lines if ending == ".txt" else DOCUMENTS)
 
 
+def test_a_file_is_one_document_also_where_it_is_compressed(folder):
+  (folder / "a.txt").write_bytes(gzip.compress(b"one\n\ntwo"))
+  (folder / "b.txt").write_bytes(b"three")
+  summary, output = _run(folder)
+  assert _texts(output) == ["one\n\ntwo", "three"] and summary["rejected"] == {}
+
+
 def test_the_text_may_stand_under_another_key(folder):
   write_lines(folder / "a.jsonl", [{"content": "one"}, {"document": "two"}])
   assert _texts(_run(folder)[1]) == ["one", "two"]

@@ -63,6 +63,11 @@ def made(monkeypatch):
 def test_a_plan_is_made_once_and_is_the_plan_of_its_lengths(tmp_path, made, task):
   first = _planned(tmp_path, task)
   assert made == {"measured": 1, "planned": 1}
+  (plan,) = tmp_path.glob("plan-*")
+  plan.rename(plan.with_name(f"{plan.name}.{'0' * 32}"))  # as a process that is killed while it writes leaves it
+  _same(_planned(tmp_path, task), first)
+  assert made == {"measured": 1, "planned": 2} and list(tmp_path.glob("plan-*")) == [plan]
+  made["planned"] = 1
   _same(_planned(tmp_path, task), first)
   assert made == {"measured": 1, "planned": 1}
   _same(_planned("", task), first)  # nowhere to keep it: made again, the same

@@ -429,6 +429,24 @@ def test_a_filter_that_is_none_is_named(folder, filters, said):
     run(folder, filters=filters)
 
 
+def test_another_version_of_a_filter_starts_an_import_over(folder, tmp_path, monkeypatch):
+  _scored(folder)
+  with open(folder / "scored.jsonl", "a") as file:
+    file.write("{\n" * 2)
+  monkeypatch.syspath_prepend(tmp_path)
+  for wanted, share in (("True", 0.01), ("'7' in record.text", 0.5)):
+    (tmp_path / "filters_in_a_file.py").write_text(f"def keep(record, meta):\n  return {wanted}\n")
+    sys.modules.pop("filters_in_a_file", None)
+    sys.path_importer_cache.clear()
+    mine = dict(filters=Filters(filter=("filters_in_a_file:keep",)), max_rejected_share=share)
+    if share == 0.01:
+      with refused("max_rejected_share"):
+        run(folder, "generation", "scored.jsonl", **mine)
+    else:
+      summary, _ = run(folder, "generation", "scored.jsonl", **mine)
+  assert summary["accepted"] == 1 and summary["filtered"] == {"filters_in_a_file:keep": 11}
+
+
 def test_filters_may_leave_nothing_and_say_so(folder):
   _scored(folder)
   with refused("min_size", "12"):
