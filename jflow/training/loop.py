@@ -253,6 +253,9 @@ class _Run:
       if not first and self._validation:
         loss = float(self._validation(state)[1]["val_loss"])
         hosts.say(f"held-out records have the loss {loss:.4f} before the first step")
+        if self._record:
+          self._record.mark("validate", first)
+        self._clock = time.monotonic()
       batches = self._on_device(self._pipeline.batches(first, last))
       for step, (batch, info) in enumerate(batches, start=first + 1):
         trace.at(step)
@@ -347,7 +350,9 @@ class _Run:
     if self._record and self._metrics:
       self._record.steps(step, now=True)
       self._metrics.sync()
+    self._watchdog.beat(f"step {step}", slow=True)  # an earlier save may still be going on
     self._checkpointer.save(state, judged)
+    self._watchdog.beat(f"step {step}")
     if self._record:
       self._record.mark("save", step)
 
@@ -381,7 +386,8 @@ class _Run:
     pending = self._pending or {}
     jax.block_until_ready(pending["device"])
     if self._record:
-      self._record.steps(step, now=True)
+      self._record.steps(step, now=True) if self._compiled else self._record.mark("compile", step)
+    self._compiled = True
     self._watchdog.beat(f"step {step}", slow=True)
     began = time.monotonic()
     state, found = validation(state, lambda: hosts.any_of(bool(stop.signum)))

@@ -16,7 +16,7 @@ from jflow.errors import Terminated
 from jflow.interop import native
 from jflow.models.unified import loss_counts
 from jflow.training import loop, setup
-from jflow.training.metrics import read_metrics
+from jflow.training.metrics import read_lines, read_metrics
 from jflow.training.step import draw
 
 NAMES = ("val_loss", "val_loss_text", "val_loss_flow")
@@ -24,7 +24,7 @@ NAMES = ("val_loss", "val_loss_text", "val_loss_flow")
 
 def config(steps, **train):
   return tiny.configuration(
-    train=dict(steps=steps, validation_every=3, early_stop=2, ema=0.0, **train),
+    train=dict(steps=steps, validation_every=3, early_stop=2, ema=0.0) | train,
     data=dict(
       sources={"understanding": (), "generation": (("shapes", 1.0),), "text": (("shapes", 1.0),)},
       mixture=((0, (3, 1, 1)),),  # nothing to read, and it goes without saying
@@ -63,6 +63,13 @@ def test_it_ends_early_and_its_best_step_is_loaded(runs, capsys):
   workdir, step = native.resolve(runs / "whole")
   assert step.name == str(best) and str(best) in capsys.readouterr().err
   assert {p.name for p in step.parent.iterdir()} == {str(best), str(rows[-1]["step"])}
+
+
+def test_the_compilation_is_no_productive_time_where_the_first_step_is_validated(tmp_path):
+  loop.train(config(2, validation_every=1), tmp_path / "run")
+  rows = [(row["phase"], row["step"]) for row in read_lines(tmp_path / "run" / "goodput.jsonl")]
+  assert rows.index(("validate", 0)) < rows.index(("compile", 1)) < rows.index(("validate", 1))
+  assert [phase for phase, _ in rows if phase in ("compile", "steps")][0] == "compile" and ("steps", 2) in rows
 
 
 def test_it_goes_on_bit_for_bit_with_its_patience(runs):

@@ -186,7 +186,8 @@ def test_a_run_of_the_first_version_goes_on(tmp_path):
 def test_what_does_not_change_the_run_may_change(tmp_path):
   _begin(tmp_path, tiny.configuration())
   changed = tiny.configuration(
-    train=dict(steps=900, accumulation=2),
+    train=dict(steps=900, accumulation=2, max_skipped=99),
+    data=dict(max_rejected_share=0.5),
     checkpoint=dict(keep=9),
     mesh=dict(data=4),
     distributed=dict(processes=4),
