@@ -104,6 +104,8 @@ def main(argv: list[str]) -> int:
       f"--output={args.output} holds {earlier[0]} of an earlier run: give another directory, or --overwrite"
     )
   flags.check_json(args)
+  if args.json and args.json.resolve() in {(args.output / name).resolve() for name in (*names, _SHEET)}:
+    raise UserError(f"--json={args.json} must not be a picture of --output={args.output}")
   model = flags.open_model(args)
   chosen = model.settings(**given)
   images = _generate(model, prompts, chosen, call)
