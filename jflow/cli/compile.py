@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from jflow.cli.arguments import Parser, number, whole
-from jflow.cli.flags import check_json
+from jflow.cli.flags import check_file, check_json
 from jflow.config import RunConfig
 from jflow.errors import UserError
 from jflow.outputs import write_json
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     help="of the compiler, from -1 (soonest) to 0, as in training",
   )
   parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the report as JSON")
-  parser.add_argument("--hlo", metavar="FILE", help="write the compiled program as text")
+  parser.add_argument("--hlo", type=pathlib.Path, metavar="FILE", help="write the compiled program as text")
   known, fields = parser.parse_known_args(argv)
   if not known.config or not known.topology:
     raise UserError("name --config and --topology, for example --config=configs/stage2.py --topology=v5e:4x4")
@@ -77,6 +77,7 @@ def main(argv: list[str]) -> int:
   config = config_files.load(known.config, fields)
   config = fitted(config, topology, known.rows_per_device)
   check_json(known)
+  check_file(known.hlo, "--hlo")
   from jflow.perf.aot_report import compile_report
 
   report = {"config": known.config} | compile_report(config, topology, known.effort, known.hlo)
@@ -98,6 +99,7 @@ def _inference(known: argparse.Namespace, fields: list[str], topology: targets.T
   targets.quiet_environment()
   config = config_files.load(known.config, fields)
   check_json(known)
+  check_file(known.hlo, "--hlo")
   from jflow.perf.aot_inference import compile_report
 
   report = {"config": known.config} | compile_report(config, topology, known.program, rows, known.slots, known.hlo)

@@ -131,8 +131,13 @@ def add_json(p: argparse.ArgumentParser, what: str) -> None:
 
 
 def check_json(args: argparse.Namespace) -> None:
-  """Creates the folder of --json before the work starts; raises UserError if it cannot, or if --json is a folder."""
-  if args.json and args.json.is_dir():
-    raise UserError(f"--json={args.json} is a directory: name a file")
-  if args.json and not args.json.exists():  # /dev/stdout exists, in a folder that is not writable
-    make_directory(args.json.parent, "--json")
+  """`check_file` of --json."""
+  check_file(args.json, "--json")
+
+
+def check_file(path: pathlib.Path | None, flag: str) -> None:
+  """Creates the folder of a file before the work starts; raises UserError if it cannot, or if the file is a folder."""
+  if path and path.is_dir():
+    raise UserError(f"{flag}={path} is a directory: name a file")
+  if path and not path.exists():  # /dev/stdout exists, in a folder that is not writable
+    make_directory(path.parent, flag)

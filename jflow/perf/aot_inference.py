@@ -3,6 +3,7 @@
 Legend: a step is one token of every row, or one step of the solver for every picture.
 """
 
+import pathlib
 import time
 import types
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jflow import compilation, registry, sharding
+from jflow import compilation, outputs, registry, sharding
 from jflow.config import RunConfig
 from jflow.generation.base import Loop, family
 from jflow.inference import reading
@@ -24,7 +25,12 @@ _PROMPT = 32  # slots of a prompt for a picture
 
 
 def compile_report(
-  config: RunConfig, topology: targets.Topology, program: str, rows: int, context: int, keep_text: str | None = None
+  config: RunConfig,
+  topology: targets.Topology,
+  program: str,
+  rows: int,
+  context: int,
+  keep_text: pathlib.Path | None = None,
 ) -> dict[str, Any]:
   """Compiles the loop of generating or of answering, and reports the memory traffic of one step of it.
 
@@ -60,8 +66,7 @@ def compile_report(
     compiled = loop.program.jitted(inferring, **loop.static).lower(*placed).compile(options)
   text = compiled.as_text()
   if keep_text:
-    with open(keep_text, "w", encoding="utf-8") as file:
-      file.write(text)
+    outputs.replace(keep_text, text)
   rates = RATES[topology.chip.platform](topology.chip)
   once, twice = (hlo.count(text, {}, lambda loop, n=n: n, rates) for n in (1, 2))
   size, work = twice.memory_bytes - once.memory_bytes, twice.flops - once.flops

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 import re
 import time
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jflow import compilation
+from jflow import compilation, outputs
 from jflow.batch import TASKS
 from jflow.config import RunConfig
 from jflow.data.mixture import assumed, most_at_once
@@ -76,7 +77,7 @@ def room(config: RunConfig, shards: int) -> tuple[int, ...]:
 
 
 def compile_report(
-  config: RunConfig, topology: targets.Topology, effort: float = 0.0, keep_text: str | None = None
+  config: RunConfig, topology: targets.Topology, effort: float = 0.0, keep_text: pathlib.Path | None = None
 ) -> dict[str, Any]:
   """Compiles the train step and reports memory, FLOPs, traffic and a bound of its time.
 
@@ -125,8 +126,7 @@ def compile_report(
     return report
   text = compiled.as_text()
   if keep_text:
-    with open(keep_text, "w", encoding="utf-8") as file:
-      file.write(text)
+    outputs.replace(keep_text, text)
   micro = per_device * config.data.row_tokens / config.train.accumulation
   chunks = next_token.chunks(math.ceil(share * micro))
   rates = RATES[topology.chip.platform](topology.chip)
