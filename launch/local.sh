@@ -7,7 +7,7 @@
 # With GPUs, process i sees only the i-th GPU (of CUDA_VISIBLE_DEVICES, if set); with JAX_PLATFORMS=cpu each has JAX_NUM_CPU_DEVICES (default 1).
 set -uo pipefail
 cd "$(dirname "$0")/.."
-[[ "${1:-}" =~ ^[1-9][0-9]*$ && "${2:-}" == -- ]] || { sed -n '2,3p' "$0" | cut -c3- >&2; exit 2; }
+[[ "${1:-}" =~ ^[1-9][0-9]*$ && "${2:-}" == -- ]] || { sed -n '2,3p' launch/local.sh | cut -c3- >&2; exit 2; }
 processes=$1
 shift 2
 venv=${JFLOW_VENV:-.venv}

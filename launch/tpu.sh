@@ -11,8 +11,10 @@ set -uo pipefail
 if [ "${1:-}" != --here ]; then
   : "${TPU:?name the TPU in TPU=}" "${ZONE:?name its zone in ZONE=}"
   printf -v command '%q ' bash launch/tpu.sh --here "$@"
+  folder='"$HOME/jflow"'
+  [ -z "${JFLOW_DIR:-}" ] || printf -v folder %q "$JFLOW_DIR"
   exec gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all \
-    --command="cd ${JFLOW_DIR:-\$HOME/jflow} && JFLOW_RESTARTS=${JFLOW_RESTARTS:-10} $command"
+    --command="cd $folder && JFLOW_RESTARTS=${JFLOW_RESTARTS:-10} $command"
 fi
 shift
 cd "$(dirname "$0")/.."

@@ -105,6 +105,8 @@ def test_local_starts_again_after_a_failure_and_not_after_a_mistake(tmp_path):
   assert len(stage.calls("python")) == 2
   done = stage.run("local.sh", "two", "--", *FIELDS)
   assert done.returncode == 2 and "bash launch/local.sh 2 --" in done.stderr
+  done = subprocess.run(["bash", "local.sh"], cwd=LAUNCH, capture_output=True, text=True)
+  assert done.returncode == 2 and "bash launch/local.sh 2 --" in done.stderr
 
 
 def test_slurm_runs_one_task_per_gpu_and_requeues_a_failed_job(tmp_path):
@@ -140,13 +142,16 @@ def test_slurm_saves_before_the_time_limit_and_goes_back_into_the_queue(tmp_path
   assert stage.calls("scontrol") == ["[requeue][17]"]
 
 
-def test_tpu_starts_the_same_command_on_every_vm(tmp_path):
+@pytest.mark.parametrize("folder", ["", "/opt/my flow"])
+def test_tpu_starts_the_same_command_on_every_vm(tmp_path, folder):
   stage = Stage(tmp_path, (134, 0))
-  done = stage.run("tpu.sh", *FIELDS, TPU="pod", ZONE="us-east5-a")
+  done = stage.run("tpu.sh", *FIELDS, TPU="pod", ZONE="us-east5-a", JFLOW_DIR=folder)
   assert done.returncode == 0, done.stderr
   (call,) = stage.calls("gcloud")
   assert "[pod][--zone=us-east5-a][--worker=all]" in call
-  remote = call.split("[--command=")[1].removesuffix("]").split("&& ", 1)[1]
+  enter, remote = call.split("[--command=")[1].removesuffix("]").split("&& ", 1)
+  entered = subprocess.run(["bash", "-c", f'cd() {{ echo "$#:$1"; }}; {enter}'], capture_output=True, text=True)
+  assert entered.stdout == f"1:{folder or os.environ['HOME'] + '/jflow'}\n"
   remote = remote.replace("launch/tpu.sh", str(LAUNCH / "tpu.sh"))  # what a VM is asked to do
   (tmp_path / "venv" / "bin" / "sleep").symlink_to("/bin/true")
   done = subprocess.run(
