@@ -6,7 +6,6 @@ import functools
 import os
 import pathlib
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -33,7 +32,7 @@ from jflow.training.checkpoint import Checkpointer
 from jflow.training.flops import mfu
 from jflow.training.goodput import Goodput
 from jflow.training.method import Method
-from jflow.training.metrics import amend, number, resumed
+from jflow.training.metrics import Rejected, amend, number, resumed
 from jflow.training.program import abstract_batch, check_memory, make_program
 from jflow.training.signals import StopFlag, answered
 from jflow.training.state import TrainState
@@ -41,7 +40,6 @@ from jflow.training.tracing import Trace
 from jflow.training.validation import Validation
 from jflow.training.watchdog import Watchdog
 
-_NAMED = 20  # rejected records that are named on stderr; the others are only counted
 # (model, tokenizer, nested parameters as numpy arrays, prompts) -> an image for each prompt.
 Sampler = Callable[[UnifiedModel, Tokenizer, Any, Sequence[str]], list[Image.Image]]
 _PROMPTS = 4  # captions of the data that pictures are generated for where the config names no prompts
@@ -201,7 +199,7 @@ class _Run:
     self._config, self._workdir, self._where = config, workdir, where
     self._pipeline, self._checkpointer, self._record = pipeline, checkpointer, record
     self._pending: dict[str, Any] | None = None
-    self._rejected: set[str] = set()
+    self._rejected = Rejected()
 
   def validate_on(self, held_out: HeldOut, model: UnifiedModel, mesh: jax.sharding.Mesh) -> None:
     """Computes the loss of held-out records along the run, which may paint their captions."""
@@ -263,7 +261,7 @@ class _Run:
         signum = self._flush()
         self._checkpointer.check()
         row = {"step": step, "packs": info["packs"], "rejected": info["rejected"]}
-        self._name_rejected(step, info["messages"])
+        self._rejected.name(step, info["messages"])
         lost = sum(info["rejected"].values())
         self._pending = {"row": row, "device": device, "told": exchange(stop.signum, info["fill"], lost)}
         # A single process knows at once. Read once: a signal after this line stops the run after the next step.
@@ -331,12 +329,11 @@ class _Run:
     seconds, self._clock = max(now - self._clock, 1e-9), now
     row |= {"tokens_per_second": tokens / seconds, "mfu": mfu(self._config, self._trained, row, seconds)}
     in_a_row = row.pop("skipped_in_a_row")
-    if self._metrics and self._record:
+    if self._metrics:
       self._metrics.write(row)
-      self._record.steps(step) if self._compiled else self._record.mark("compile", step)
       for tracker in self._trackers:
         tracker.scalars(step, tracking.scalars(row))
-    self._compiled = True
+    self._book(step)
     self._progress.update(row)
     self._watchdog.beat(f"step {step}")
     if in_a_row >= self._config.train.max_skipped:
@@ -346,9 +343,15 @@ class _Run:
       )
     return int(told[:, 0].max())
 
+  def _book(self, step: int, now: bool = False) -> None:
+    """Books the time up to a step as training, or as compiling where it is the first of this start."""
+    if self._record:
+      self._record.steps(step, now) if self._compiled else self._record.mark("compile", step)
+    self._compiled = True
+
   def _save(self, state: TrainState, step: int, judged: bool) -> None:
-    if self._record and self._metrics:
-      self._record.steps(step, now=True)
+    self._book(step, now=True)
+    if self._metrics:
       self._metrics.sync()
     self._watchdog.beat(f"step {step}", slow=True)  # an earlier save may still be going on
     self._checkpointer.save(state, judged)
@@ -356,17 +359,9 @@ class _Run:
     if self._record:
       self._record.mark("save", step)
 
-  def _name_rejected(self, step: int, messages: Sequence[str]) -> None:
-    """Names on stderr the first records that this process rejected, each once."""
-    for message in messages:
-      if message not in self._rejected and len(self._rejected) < _NAMED:
-        self._rejected.add(message)
-        print(f"jflow: step {step}: left out {message}", file=sys.stderr, flush=True)
-
   def _sample(self, state: TrainState, step: int) -> None:
     """Generates the sample images with the averaged weights, on process 0."""
-    if self._record:
-      self._record.steps(step, now=True)
+    self._book(step, now=True)
     self._watchdog.beat(f"step {step}", slow=True)
     params = hosts.on_host(optim.merge(state.frozen, state.averaged))
     if self._record and self._sampler:
@@ -385,9 +380,7 @@ class _Run:
     """
     pending = self._pending or {}
     jax.block_until_ready(pending["device"])
-    if self._record:
-      self._record.steps(step, now=True) if self._compiled else self._record.mark("compile", step)
-    self._compiled = True
+    self._book(step, now=True)
     self._watchdog.beat(f"step {step}", slow=True)
     began = time.monotonic()
     state, found = validation(state, lambda: hosts.any_of(bool(stop.signum)))

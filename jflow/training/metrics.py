@@ -4,7 +4,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -187,3 +187,19 @@ def number(x: Any) -> float | int | None:
   if np.issubdtype(x.dtype, np.integer):
     return int(x)
   return float(x) if np.isfinite(x) else None
+
+
+class Rejected:
+  """The first records that a process rejects, named on stderr, each once; the others are only counted."""
+
+  _MOST = 20
+
+  def __init__(self) -> None:
+    self._named: set[str] = set()
+
+  def name(self, step: int, messages: Iterable[str]) -> None:
+    """Names those of a step."""
+    for message in messages:
+      if message not in self._named and len(self._named) < self._MOST:
+        self._named.add(message)
+        print(f"jflow: step {step}: left out {message}", file=sys.stderr, flush=True)
