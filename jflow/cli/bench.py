@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from jflow.cli.arguments import Parser, number, whole
-from jflow.cli.flags import add_model, add_settings, check_json, settings_of
+from jflow.cli.flags import add_json, add_model, add_settings, check_json, settings_of
 from jflow.outputs import write_json
 
 
@@ -191,7 +191,7 @@ examples
   chosen = p.add_subparsers(dest="workload", required=True, metavar="|".join(WORKLOADS))
   for name, (add_flags, what) in WORKLOADS.items():
     sub = chosen.add_parser(name, help=what, description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sub.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the report as JSON")
+    add_json(sub, "the report")
     add_flags(sub)
   return p
 

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from jflow.cli.arguments import Parser, number, whole
-from jflow.cli.flags import check_file, check_json
+from jflow.cli.flags import add_json, check_file, check_json
 from jflow.config import RunConfig
 from jflow.errors import UserError
 from jflow.outputs import write_json
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     metavar="E",
     help="of the compiler, from -1 (soonest) to 0, as in training",
   )
-  parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the report as JSON")
+  add_json(parser, "the report")
   parser.add_argument("--hlo", type=pathlib.Path, metavar="FILE", help="write the compiled program as text")
   known, fields = parser.parse_known_args(argv)
   if not known.config or not known.topology:

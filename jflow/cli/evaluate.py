@@ -6,7 +6,7 @@ import pathlib
 import textwrap
 
 from jflow.cli import flags
-from jflow.cli.arguments import SEED, Parser, whole
+from jflow.cli.arguments import SEED, Parser, share, whole
 from jflow.evaluation.settings import Settings
 
 _EPILOG = """
@@ -23,7 +23,7 @@ examples:
   python -m jflow evaluate --benchmark=shapes --checkpoint=world --output=scores/sweep \\
     --sweep_guidance=1,2,4 --sweep_steps=5,30
 
-The same command goes on where it was stopped. Several processes share the work as --part=0/4 ... --part=3/4 with the
+The same command goes on where it was stopped. Several processes share the work as --part=1/4 ... --part=4/4 with the
 same --output, each on a device of its own; the last one to end writes the report.
 """
 
@@ -59,19 +59,16 @@ def parser() -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   p.add_argument("--benchmark", required=True, metavar="NAME", help="one of those below, or a Python file with one")
-  p.add_argument(
-    "--checkpoint",
-    required=True,
-    metavar="DIR",
-    help="official directory, or a jflow workdir or step; also gs://... and ORG/NAME@REVISION of the Hugging Face hub",
-  )
-  p.add_argument("--vae", metavar="DIR", help="SDXL-VAE, for a checkpoint that holds none")
+  flags.add_model(p)
   flags.add_template(p)
   flags.add_adapter(p)
   p.add_argument("--data", type=pathlib.Path, metavar="DIR", help="the benchmark's data, see below (shapes needs none)")
   p.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="where everything goes")
   p.add_argument(
-    "--limit", type=whole(1), metavar="N", help="only the first N prompts and the first N questions, of each split"
+    "--limit",
+    type=whole(1),
+    metavar="N",
+    help="only the first N prompts and the first N questions, of each split; records: N of them, evenly spread (default 64)",
   )
   p.add_argument("--only", choices=("pictures", "questions"), help="shapes: leaves out the other half")
   p.add_argument("--split", default="", help="vqav2: val (default) or test-dev; records: held-out or held-out:SHARE")
@@ -89,10 +86,12 @@ def parser() -> argparse.ArgumentParser:
   )
   flags.add_settings(p, "default: the benchmark's, mostly")
   p.add_argument("--pictures", type=whole(1, 1000), metavar="N", help="pictures per prompt (default: the benchmark's)")
-  p.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: float32 on a CPU)")
-  p.add_argument("--weights", choices=("ema", "raw"), default=Settings.weights, help="of a jflow training run")
   p.add_argument(
-    "--part", type=_part, default=Settings.part, metavar="K/N", help="make every N-th sample, from the K-th"
+    "--part",
+    type=share,
+    default=(1, 1),
+    metavar="K/N",
+    help="the K-th of N processes: makes every N-th sample from the K-th",
   )
   p.add_argument("--results", type=pathlib.Path, metavar="FILE", help="what an outside scorer wrote: into the report")
   p.add_argument(
@@ -113,8 +112,9 @@ def parser() -> argparse.ArgumentParser:
 
 def settings_of(args: argparse.Namespace) -> Settings:
   """The settings from the flags, without those of a sweep."""
-  names = {field.name for field in dataclasses.fields(Settings)} - {"sampling"}
-  return Settings(**{name: getattr(args, name) for name in names}, sampling=flags.settings_of(args))
+  names = {field.name for field in dataclasses.fields(Settings)} - {"sampling", "part"}
+  (number, parts), values = args.part, {name: getattr(args, name) for name in names}
+  return Settings(**values, part=(number - 1, parts), sampling=flags.settings_of(args))
 
 
 def main(argv: list[str]) -> int:
@@ -130,11 +130,3 @@ def main(argv: list[str]) -> int:
 
     evaluate(settings)
   return 0
-
-
-def _part(text: str) -> tuple[int, int]:
-  number, _, parts = text.partition("/")
-  digits = all(one.isascii() and one.isdigit() and len(one) < 10 for one in (number, parts))
-  if not (digits and int(number) < int(parts)):
-    raise argparse.ArgumentTypeError(f"{text!r} must be K/N with K from 0 to N - 1, for example 0/4")
-  return int(number), int(parts)

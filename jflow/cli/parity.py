@@ -5,7 +5,7 @@ import math
 import pathlib
 
 from jflow.cli.arguments import Parser, number
-from jflow.cli.flags import check_json
+from jflow.cli.flags import add_json, check_json
 from jflow.errors import UserError
 
 _ABOUT = """\
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     type=number(),
     help="largest relative L2 error (default: 1e-5; processor: 1e-6)",
   )
-  p.add_argument("--json", type=pathlib.Path, help="write the result here")
+  add_json(p, "the result")
   return p
 
 

@@ -17,9 +17,9 @@ from jflow.training import config_files
 _EPILOG = """
 A config is a Python file with get_config(size), or the name of one that comes with jflow (stage2, also written
 configs/stage2.py); the part behind the colon is the size:
-  384 (none named), 256  the paper's models    tiny  for trying things out, in seconds, on the built-in world
-  shapes, quick          learn the built-in world in minutes on two cores     mid  for `bench`
-  janus/stage1 to janus/stage3 are those of Janus and Janus-Pro (1b, pro-1b, pro-7b, tiny, shapes); tune and janus/tune put
+  384 (none named), 256  the paper's models    tiny  for trying things out, in a minute or two, on the built-in world
+  quick, shapes, world   learn the built-in world, in minutes or hours of two cores     mid  for `bench`
+  janus/stage1 to janus/stage3 are those of Janus and Janus-Pro (1b, pro-1b, pro-7b, and the small ones); tune and janus/tune put
   adapters beside the frozen weights of a checkpoint; grpo and dpo (janus/grpo, janus/dpo) learn from rewards and from pairs
 Stages start from the one before (stage 1 from `convert --from=huggingface-parts`, or stage 0 of the built-in world):
   python -m jflow train --config=configs/stage2.py:tiny --workdir=runs/try

@@ -107,7 +107,7 @@ def test_the_printed_command_reads_the_results_with_all_flags_of_the_first(genev
     "--limit=2",
     "--seed=7",
     "--sweep_guidance=5,6",
-    "--part=0/2",
+    "--part=1/2",
     "--weights=raw",
   ]
   args = parser().parse_args(given)
@@ -124,7 +124,7 @@ def test_the_printed_command_reads_the_results_with_all_flags_of_the_first(genev
   assert again.output == geneval / "with space" and again.data == geneval / "data" and str(again.results) == first[4]
   kept = ("benchmark", "checkpoint", "pictures", "guidance", "limit", "seed", "weights", "steps", "vae", "dtype")
   assert all(getattr(again, name) == getattr(args, name) for name in kept)
-  assert again.sweep_guidance is None and again.part == (0, 1)
+  assert again.sweep_guidance is None and again.part == (1, 1)
 
 
 def test_geneval_seeds_are_pinned_and_prompts_share_them(geneval):
