@@ -2,7 +2,7 @@
 
   jflow train --config=dpo --workdir=runs/dpo --config.train.init_from=runs/janusflow \\
     --config.data.tokenizer=runs/janusflow/tokenizer --config.rl.pairs=data/pairs
-  jflow train --config=dpo:tiny --workdir=runs/tiny_dpo                     # seconds, built-in pairs
+  jflow train --config=dpo:tiny --workdir=runs/tiny_dpo                     # a minute or two, built-in pairs
 
 data/pairs/pairs.jsonl holds lines {"prompt": ..., "better": FILE, "worse": FILE}. train.batch_size counts pairs.
 """

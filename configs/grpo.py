@@ -7,7 +7,7 @@ Not in the paper.
     "--config.rl.rewards=(('http://scorer:8000/score',1.0),)"
   jflow train --config=grpo:quick --workdir=runs/grpo --config.train.init_from=runs/stage3    # the built-in world, minutes
   jflow train --config=grpo:world --workdir=runs/grpo --config.train.init_from=world          # all its kinds of scenes
-  jflow train --config=grpo:tiny --workdir=runs/tiny_grpo                                     # seconds
+  jflow train --config=grpo:tiny --workdir=runs/tiny_grpo                                     # a minute or two
 
 train.batch_size counts pictures: train.batch_size / rl.group prompts a step. At 384 adapters are trained and the frozen
 base is the reference; nobody has run this size. The sizes of the world train all weights.

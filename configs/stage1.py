@@ -3,7 +3,7 @@
   jflow train --config=stage1 --workdir=runs/stage1 --config.train.init_from=runs/parts \\
     --config.data.tokenizer=runs/parts/tokenizer --config.mesh.fsdp=8 --config.train.accumulation=16 \\
     --config.data.sources.understanding="(('DIR', 1.0),)" --config.data.sources.generation="(('DIR', 1.0),)"
-  jflow train --config=stage1:tiny --workdir=runs/tiny1                     # seconds, built-in data
+  jflow train --config=stage1:tiny --workdir=runs/tiny1                     # a minute or two, built-in data
 
 Time: 10,000 steps of 2.1 million tokens, 1.3e20 FLOPs: 16 hours of 8 H200 at 30 % of their peak.
 Result: the losses of flow and alignment fall; the paper gives no numbers, and we have not run this size.

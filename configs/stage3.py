@@ -1,7 +1,7 @@
 """Stage 3, supervised fine-tuning: trains everything except the VAE, on dialogues (paper section 3.3, table 1).
 
   jflow train --config=stage3 --workdir=runs/stage3 --config.train.init_from=runs/stage2 ...    # data as for stage 2
-  jflow train --config=stage3:tiny --workdir=runs/tiny3                     # seconds, built-in data
+  jflow train --config=stage3:tiny --workdir=runs/tiny3                     # a minute or two, built-in data
 
 Time: 26,000 steps of 1.05 million tokens, 2.6e20 FLOPs: 30 hours of 8 H200 at 30 % of their peak.
 Result: the scores of the paper's tables 2 to 4. At :shapes, after stages 0 to 3: of single objects 32 of 32 in the

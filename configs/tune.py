@@ -5,13 +5,13 @@
     "--config.data.sources.generation=(('data/mine',1.0),)"
   jflow evaluate --benchmark=records --checkpoint=runs/tuned --data=data/mine --split=held-out \\
     --output=scores/mine
-  jflow train --config=tune:tiny --workdir=runs/tiny_tune                   # seconds, built-in data
+  jflow train --config=tune:tiny --workdir=runs/tiny_tune                   # a minute or two, built-in data
 
 Data to paint, to read (`data.sources.understanding`) and texts, each alone or together: a batch holds as many rows of
 each as there are. One record in twenty is held out; their loss is taken every 50 steps, and after three without a lower
 one the run ends. The best step is what all commands load; they merge the adapters.
 
-  tune, tune:384, tune:256     an adapter for every matrix of the LLM's blocks, g_enc and g_dec
+  tune, tune:384, tune:256     an adapter for every matrix in the blocks of the LLM, g_enc and g_dec
   tune:heads, tune:384-heads   the aligners, g_enc and g_dec whole, the LLM and SigLIP frozen
   tune:full, tune:384-full     all but the VAE, as stage 3
 

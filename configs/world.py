@@ -1,6 +1,6 @@
 """The sizes for the built-in world: their changes to the paper's fields in configs/base.py.
 
-  tiny    trains in seconds: for trying things out
+  tiny    trains in a minute or two, most of it compiling: for trying things out
   quick   learns lone large objects near the middle, and their questions, in minutes on two cores
   shapes  learns the whole world
   world   every kind of scene and question: the model that ships, in hours of one core (launch/experiments/world.sh)

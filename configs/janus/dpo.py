@@ -2,7 +2,7 @@
 
   jflow train --config=janus/dpo:pro-1b --workdir=runs/dpo --config.train.init_from=Janus-Pro-1B \\
     --config.data.tokenizer=Janus-Pro-1B --config.rl.pairs=data/pairs
-  jflow train --config=janus/dpo:tiny --workdir=runs/tiny_dpo               # seconds, built-in pairs
+  jflow train --config=janus/dpo:tiny --workdir=runs/tiny_dpo               # a minute or two, built-in pairs
 """
 
 from configs import dpo

@@ -6,7 +6,7 @@ Not in the papers.
     --config.data.tokenizer=Janus-Pro-1B --config.rl.prompts=prompts.jsonl \\
     "--config.rl.rewards=(('http://scorer:8000/score',1.0),)"
   jflow train --config=janus/grpo:shapes --workdir=runs/grpo --config.train.init_from=runs/janus3   # the built-in world
-  jflow train --config=janus/grpo:tiny --workdir=runs/tiny_grpo                                     # seconds
+  jflow train --config=janus/grpo:tiny --workdir=runs/tiny_grpo                                     # a minute or two
 
 As ../grpo.py, with adapters at the published sizes, which nobody has run.
 """
@@ -14,7 +14,6 @@ As ../grpo.py, with adapters at the published sizes, which nobody has run.
 from configs import grpo
 from configs.janus import recipe, tune
 
-TRAINED = ("language_model/layers", "language_model/norm", "generation_.*")
 FROZEN = ("language_model/(embed|head)", "understanding_.*", "vq")
 
 
@@ -25,4 +24,4 @@ def get_config(size: str = "1b"):
   c.rl.clip = 0.2  # of the ratio of one code
   if c.size in recipe.PAPER:
     return grpo.published(c, tune.BLOCKS)
-  return grpo.reinforced(c, TRAINED, FROZEN)
+  return grpo.reinforced(c, grpo.TRAINED, FROZEN)

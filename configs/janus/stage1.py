@@ -4,7 +4,7 @@
     --config.train.init_parts="(('vq','Janus-Pro-1B'),)" --config.data.tokenizer=runs/parts/tokenizer \\
     --config.mesh.fsdp=8 --config.train.accumulation=8 \\
     --config.data.sources.understanding="(('DIR', 1.0),)" --config.data.sources.generation="(('DIR', 1.0),)"
-  jflow train --config=janus/stage1:tiny --workdir=runs/tiny1               # seconds, built-in data
+  jflow train --config=janus/stage1:tiny --workdir=runs/tiny1               # a minute or two, built-in data
 
 runs/parts: LLM and SigLIP of `convert --from=huggingface-parts` (../README.md); what a JanusFlow has between them is
 left out. The VQ, LlamaGen's VQ-16, is that of any published Janus.

@@ -2,7 +2,7 @@
 
   jflow train --config=janus/tune:pro-1b --workdir=runs/tuned --config.train.init_from=Janus-Pro-1B \\
     "--config.data.sources.generation=(('data/mine',1.0),)"
-  jflow train --config=janus/tune:tiny --workdir=runs/tiny_tune             # seconds, built-in data
+  jflow train --config=janus/tune:tiny --workdir=runs/tiny_tune             # a minute or two, built-in data
 
 As for JanusFlow (../tune.py), which says how data, steps and the held-out records are chosen. Sizes: 1b (the default),
 pro-1b, pro-7b, each also as pro-1b-heads (aligners, gen_embed and gen_head whole) and pro-1b-full (all but the VQ, as

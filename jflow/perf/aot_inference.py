@@ -20,7 +20,6 @@ from jflow.models.unified import UnifiedModel, for_inference, inference_model
 from jflow.perf import hlo, targets
 from jflow.perf.aot_report import RATES
 
-PROGRAMS = ("generate", "understand")
 _PROMPT = 32  # slots of a prompt for a picture
 
 
@@ -37,7 +36,7 @@ def compile_report(
   Args:
     config: whose model is compiled, in bfloat16.
     topology: one GPU.
-    program: one of PROGRAMS.
+    program: "generate" or "understand".
     rows: pictures generated or answers decoded at once.
     context: slots of the cache that decoding covers; generating covers a prompt of 32.
     keep_text: file for the compiled program as text; None: none.
