@@ -4,7 +4,8 @@
     --output=launch/experiments/results/cost
 
 STEP=FOLDER is an evaluation of the run's step by `evaluate --benchmark=shapes`; records and rows are those of the line
-"generation shapes" of the run's log. Writes OUTPUT.json and OUTPUT.png.
+"generation shapes" of the run's log. --beside=NAME=FILE, an OUTPUT.json of another run, is drawn dashed: its mean. Writes OUTPUT.json and
+OUTPUT.png.
 """
 
 import argparse
@@ -34,8 +35,8 @@ def points(run: pathlib.Path, scored: dict[int, pathlib.Path], per_row: float) -
   return out
 
 
-def figure(found: list[dict]) -> Figure:
-  """One panel, the pictures on a logarithmic axis."""
+def figure(found: list[dict], other: list[dict], name_of_other: str) -> Figure:
+  """One panel, the pictures on a logarithmic axis; of another run, the mean over categories."""
   fig = Figure(figsize=(7, 4), layout="constrained")
   axis = fig.subplots()
   for name in SCORES:
@@ -44,8 +45,11 @@ def figure(found: list[dict]) -> Figure:
       x, y, low, high = zip(*line)
       axis.plot(x, y, marker="o", markersize=4, label=name.removeprefix("seen "))
       axis.fill_between(x, low, high, alpha=0.1)
+  if other:
+    line = [(point["painted"], point["scores"]["seen pictures: overall"][0]) for point in other]
+    axis.plot(*zip(*line), "k--", marker="o", markersize=3, linewidth=1, label=f"{name_of_other}: pictures: overall")
   axis.set(xscale="log", ylim=(0, 1), xlabel="pictures painted in training, thousands", ylabel="right, strict")
-  painted = [point["painted"] for point in found]
+  painted = sorted(point["painted"] for point in found + other)
   axis.set_xticks(painted, [f"{n / 1000:,.0f}" for n in painted])
   axis.minorticks_off()
   axis.grid(alpha=0.3)
@@ -60,11 +64,14 @@ def main() -> None:
   parser.add_argument("--records", type=int, required=True, help="records of generation in the plan")
   parser.add_argument("--rows", type=int, required=True, help="rows that hold them")
   parser.add_argument("--output", type=pathlib.Path, required=True, help="path without suffix")
+  parser.add_argument("--beside", metavar="NAME=FILE", default="", help="points of another run, its mean drawn dashed")
   args = parser.parse_args()
   scored = {int(step): pathlib.Path(folder) for step, _, folder in (one.partition("=") for one in args.scores)}
   found = points(args.run, scored, args.records / args.rows)
   args.output.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-  figure(found).savefig(args.output.with_suffix(".png"), dpi=90)
+  name, _, file = args.beside.partition("=")
+  other = json.loads(pathlib.Path(file).read_text(encoding="utf-8")) if file else []
+  figure(found, other, name).savefig(args.output.with_suffix(".png"), dpi=90)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Packs a trained model of the built-in world as the one that ships with jflow, with its card.
+"""Packs a trained model of the built-in world as one that ships with jflow, with its card.
 
-  python launch/experiments/ship.py runs/world/stage3 jflow/world/model
+  python launch/experiments/ship.py runs/world/rewarded jflow/world/model
   python -m jflow evaluate --benchmark=shapes --checkpoint=jflow/world/model --output=scores/world --guidance=3
   python launch/experiments/ship.py --card jflow/world/model --scores=scores/world/report.json --recipe="the commands"
 
-The first command writes the weights, the last one the card (README.md) from scores of just these weights.
+The first command writes the weights, the last one the card (README.md) from scores of just these weights. A model that writes codes goes
+to jflow/world/model_codes in the same way.
 """
 
 import argparse
@@ -23,6 +24,10 @@ from jflow.errors import UserError
 from jflow.evaluation import report
 from jflow.interop import checkpoints, packed
 
+NAMES = {
+  "flow": ("world", "JanusFlow"),
+  "codes": ("world-codes", "Janus"),
+}  # of a way to write: the checkpoint, its family
 SHOWN = ("single_object", "colors", "counting", "position", "two_object", "color_attr", "overall")
 
 
@@ -51,13 +56,17 @@ def card(folder: pathlib.Path, scores: pathlib.Path, recipe: str) -> str:
       seen, unseen = (found.get(f"{split} {kind}: {name}") for split in ("seen", "held-out"))
       cells = (f"{x['value']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" if x else "" for x in (seen, unseen))
       rows.append(f"| {kind}: {name} | {' | '.join(cells)} |")
-  return f"""# world
+  name, family = NAMES[checkpoints.read_config(folder).generation.kind]
+  sampling = ", ".join(
+    f"{key} {settings[key]:g}" for key in ("steps", "guidance", "temperature") if settings.get(key) is not None
+  )
+  return f"""# {name}
 
-The small JanusFlow of jflow's built-in world: lone and several colored shapes on gray, 48 x 48 pixels. It paints them from
+The small {family} of jflow's built-in world: lone and several colored shapes on gray, 48 x 48 pixels. It paints them from
 prompts such as "a picture of a red circle left of a star" and answers questions about them; it knows nothing else.
 
 - **Recipe**: {recipe}
-- **Commit of the scores**: {told["commit"]}, {told["date"][:10]}; seed {settings["seed"]}, {settings["steps"]} steps, guidance {settings["guidance"]:g}.
+- **Commit of the scores**: {told["commit"]}, {told["date"][:10]}; seed {settings["seed"]}, {sampling}.
 - **Weights**: averaged, bfloat16, `model.safetensors`; `config.json` and the tokenizer beside it. License: that of jflow.
 
 | strict, with 95 % intervals | seen combinations | held-out combinations |

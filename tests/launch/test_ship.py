@@ -35,8 +35,20 @@ def test_the_card_is_of_the_weights_beside_it(tmp_path, tiny_checkpoint, ship):
   text = ship.card(folder, scores, "bash train.sh")
   assert "| pictures: colors | 0.500 [0.250, 0.750] |  |" in text
   assert "| questions: overall |  | 0.125 [0.000, 0.500] |" in text
-  assert "bash train.sh" in text and "abc, 2026-01-02; seed 3" in text
+  assert text.startswith("# world\n") and "bash train.sh" in text
+  assert "abc, 2026-01-02; seed 3, steps 30, guidance 2." in text
   told["settings"]["fingerprint"] = "0" * 64
   scores.write_text(json.dumps(told))
   with refused(scores, folder):
     ship.card(folder, scores, "")
+
+
+@pytest.mark.parametrize("name, scores", [("world", "world.json")])
+def test_the_scores_that_are_told_are_of_the_weights_that_ship(name, scores):
+  told = json.loads((tiny.ROOT / "launch" / "experiments" / "results" / scores).read_text(encoding="utf-8"))
+  folder = checkpoints.locate(name)
+  assert told["settings"]["fingerprint"] == report.fingerprint(folder, "ema")
+  card = (folder / "README.md").read_text(encoding="utf-8")
+  assert all(
+    f"{told['scores'][one]['value']:.3f}" in card for one in ("seen pictures: overall", "held-out questions: overall")
+  )

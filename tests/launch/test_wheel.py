@@ -47,5 +47,5 @@ def test_a_wheel_holds_every_module_and_config(installed):
   files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
   wanted = {name for name in files if name.startswith("jflow/") and name.endswith(".py")}
   wanted |= {f"jflow/{name}" for name in files if name.startswith("configs/") and not name.endswith(".md")}
-  wanted |= {name for name in files if name.startswith("jflow/world/model/")}
+  wanted |= {name for name in files if name.startswith(("jflow/world/model/", "jflow/world/model_codes/"))}
   assert not {name for name in wanted if not (installed / name).is_file()}
