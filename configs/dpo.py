@@ -17,7 +17,7 @@ def preferred(c: ConfigDict, beta: float) -> ConfigDict:
   published = bool(c.lora.rank)
   c.rl.method, c.rl.prompts, c.rl.rewards, c.rl.kl, c.rl.updates = "dpo", "", (), 0.0, 1
   c.rl.beta, c.rl.pairs = beta, "" if published else "shapes"
-  c.rl.clip, c.rl.group = 1e-3, 8  # of rewards
+  c.rl.clip, c.rl.group, c.rl.advantage = 1e-3, 8, "group"  # of rewards
   if c.size not in ("tiny",):
     c.train.batch_size = 32
     c.train.accumulation = 8 if published else 1

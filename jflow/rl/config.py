@@ -1,5 +1,7 @@
 """The section `rl` of a run config: reinforcement learning."""
 
+from typing import Any
+
 from jflow.config import RunConfig, constraint
 from jflow.sections import Section, field
 from jflow.values import number, one_of, text, weighted, whole
@@ -41,14 +43,18 @@ def _updates_cut_a_batch(c: RunConfig) -> str:
   return "" if fits else f"times train.accumulation x mesh.data x mesh.fsdp must divide {c.train.batch_size} pictures"
 
 
-@constraint("rl.updates")
-def _pairs_are_taken_once(c: RunConfig) -> str:
-  return "" if c.rl.method == "grpo" or c.rl.updates == 1 else "must be 1 without rl.method='grpo'"
+_OF_GRPO = dict(kl=0.0, updates=1, group=8, advantage="group", clip=1e-3, timeout=60.0, retries=3)  # and their defaults
 
 
-@constraint("rl.kl")
-def _rewards_are_weighed_against_divergence(c: RunConfig) -> str:
-  return "" if c.rl.method == "grpo" or not c.rl.kl else "must be 0 without rl.method='grpo'"
+def _only_of_grpo(name: str, default: Any) -> None:
+  @constraint(f"rl.{name}")
+  def check(c: RunConfig) -> str:
+    fits = c.rl.method == "grpo" or getattr(c.rl, name) == default
+    return "" if fits else f"must be {default!r} without rl.method='grpo'"
+
+
+for _name, _default in _OF_GRPO.items():
+  _only_of_grpo(_name, _default)
 
 
 @constraint("rl.beta")
