@@ -5,7 +5,6 @@ A number beyond any machine (10**30 pictures) or one that is not finite ends a c
 
 import argparse
 import difflib
-import itertools
 import math
 import pathlib
 import re
@@ -27,13 +26,6 @@ class Parser(argparse.ArgumentParser):
     for flag, equals, value in (one.partition("=") for one in args):
       if flag.startswith("-") and equals and value == "--":  # argparse would take it for the end of the flags
         self.error(f"argument {flag}: expected one argument")
-    for flag, value in (
-      *(one.partition("=")[::2] for one in self._given if "=" in one),
-      *itertools.pairwise(self._given),
-    ):
-      action = self._option_string_actions.get(flag)
-      if action is not None and action.type is pathlib.Path and not value:  # which would be the current folder
-        self.error(f"argument {flag}: expected a path, got ''")
     return super().parse_known_args(args, namespace)
 
   def error(self, message: str) -> NoReturn:
@@ -91,6 +83,13 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], list]:
 
   read.__name__ = "list"
   return read
+
+
+def path(text: str) -> pathlib.Path:
+  """An argparse type: a file or folder. An empty one, as of an unset variable, would be the current folder."""
+  if not text:
+    raise argparse.ArgumentTypeError("expected a path, got ''")
+  return pathlib.Path(text)
 
 
 def share(text: str) -> tuple[int, int]:

@@ -3,11 +3,10 @@
 import argparse
 import dataclasses
 import importlib
-import pathlib
 import sys
 from collections.abc import Callable
 
-from jflow.cli.arguments import Parser, number, whole
+from jflow.cli.arguments import Parser, number, path, whole
 from jflow.cli.flags import add_json, add_model, add_settings, check_json, settings_of
 from jflow.outputs import write_json
 
@@ -74,7 +73,7 @@ def _inference(p: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
   )
   add(
     "--versus",
-    type=pathlib.Path,
+    type=path,
     metavar="FILE",
     help="a program that does the same work with the same weights, in turn: tests/parity/torch_worker.py, PyTorch's",
   )

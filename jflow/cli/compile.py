@@ -1,11 +1,10 @@
 """The command `compile`: compiles the train step, or generating or answering, ahead of time for absent hardware."""
 
 import argparse
-import pathlib
 import sys
 from typing import Any
 
-from jflow.cli.arguments import Parser, number, whole
+from jflow.cli.arguments import Parser, number, path, whole
 from jflow.cli.flags import add_json, check_file, check_json
 from jflow.config import RunConfig
 from jflow.errors import UserError
@@ -64,7 +63,7 @@ def main(argv: list[str]) -> int:
     help="of the compiler, from -1 (soonest) to 0, as in training",
   )
   add_json(parser, "the report")
-  parser.add_argument("--hlo", type=pathlib.Path, metavar="FILE", help="write the compiled program as text")
+  parser.add_argument("--hlo", type=path, metavar="FILE", help="write the compiled program as text")
   known, fields = parser.parse_known_args(argv)
   if not known.config or not known.topology:
     raise UserError("name --config and --topology, for example --config=configs/stage2.py --topology=v5e:4x4")
@@ -76,8 +75,7 @@ def main(argv: list[str]) -> int:
   targets.quiet_environment()
   config = config_files.load(known.config, fields)
   config = fitted(config, topology, known.rows_per_device)
-  check_json(known)
-  check_file(known.hlo, "--hlo")
+  _check_files(known)
   from jflow.perf.aot_report import compile_report
 
   report = {"config": known.config} | compile_report(config, topology, known.effort, known.hlo)
@@ -86,6 +84,13 @@ def main(argv: list[str]) -> int:
     write_json(known.json, report)
     print(f"report: {known.json}", file=sys.stderr)
   return 0 if report["fits"] else 1
+
+
+def _check_files(known: argparse.Namespace) -> None:
+  check_json(known)
+  check_file(known.hlo, "--hlo")
+  if known.json and known.hlo and known.json.resolve() == known.hlo.resolve():
+    raise UserError(f"--hlo={known.hlo} must be another file than --json")
 
 
 def _inference(known: argparse.Namespace, fields: list[str], topology: targets.Topology) -> int:
@@ -98,8 +103,7 @@ def _inference(known: argparse.Namespace, fields: list[str], topology: targets.T
     raise UserError(f"--topology={topology.name} must be one GPU with --program={known.program}, as h200:1x1")
   targets.quiet_environment()
   config = config_files.load(known.config, fields)
-  check_json(known)
-  check_file(known.hlo, "--hlo")
+  _check_files(known)
   from jflow.perf.aot_inference import compile_report
 
   report = {"config": known.config} | compile_report(config, topology, known.program, rows, known.slots, known.hlo)

@@ -1,9 +1,8 @@
 """The command `convert`: converts checkpoints from and to the published layouts."""
 
 import argparse
-import pathlib
 
-from jflow.cli.arguments import SEED, Parser, whole
+from jflow.cli.arguments import SEED, Parser, path, whole
 
 _ABOUT = """\
 Converts weights from and to the published PyTorch layouts.
@@ -37,13 +36,13 @@ def parser() -> argparse.ArgumentParser:
     help="layout of --input (default: what it looks like)",
   )
   p.add_argument("--to", choices=layouts, help="layout of --output (default: jflow; of a jflow one: official)")
-  p.add_argument("--input", type=pathlib.Path, help="checkpoint directory; not for --from=huggingface-parts")
+  p.add_argument("--input", type=path, help="checkpoint directory; not for --from=huggingface-parts")
   p.add_argument("--adapter", action="store_true", help="write the adapter of a run alone (default: merged weights)")
-  p.add_argument("--output", type=pathlib.Path, required=True, help="directory to create")
-  p.add_argument("--llm", type=pathlib.Path, help="huggingface-parts: directory of a LlamaForCausalLM")
-  p.add_argument("--siglip", type=pathlib.Path, help="huggingface-parts: directory of a Siglip(Vision)Model")
-  p.add_argument("--vae", type=pathlib.Path, help="directory of a diffusers AutoencoderKL (sdxl-vae)")
-  p.add_argument("--tokenizer", type=pathlib.Path, help="huggingface-parts: default the LLM's directory")
+  p.add_argument("--output", type=path, required=True, help="directory to create")
+  p.add_argument("--llm", type=path, help="huggingface-parts: directory of a LlamaForCausalLM")
+  p.add_argument("--siglip", type=path, help="huggingface-parts: directory of a Siglip(Vision)Model")
+  p.add_argument("--vae", type=path, help="directory of a diffusers AutoencoderKL (sdxl-vae)")
+  p.add_argument("--tokenizer", type=path, help="huggingface-parts: default the LLM's directory")
   p.add_argument("--dtype", choices=("float32", "bfloat16"), help="type of the weights (default: as they are)")
   p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a jflow checkpoint (default: ema)")
   p.add_argument("--seed", type=whole(most=SEED), default=0, help="of the fresh parts of huggingface-parts")

@@ -6,7 +6,7 @@ import sys
 
 from jflow import outputs, stores
 from jflow.cli import cache_flags
-from jflow.cli.arguments import Parser, whole
+from jflow.cli.arguments import Parser, path, whole
 from jflow.errors import UserError
 
 _EPILOG = """\
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
   add(
     "--output",
     metavar="FILE",
-    type=pathlib.Path,
+    type=path,
     default=pathlib.Path("corpus.html"),
     help="HTML (default corpus.html)",
   )

@@ -2,11 +2,10 @@
 
 import argparse
 import dataclasses
-import pathlib
 import textwrap
 
 from jflow.cli import flags
-from jflow.cli.arguments import SEED, Parser, share, whole
+from jflow.cli.arguments import SEED, Parser, path, share, whole
 from jflow.evaluation.settings import Settings
 
 _EPILOG = """
@@ -62,8 +61,8 @@ def parser() -> argparse.ArgumentParser:
   flags.add_model(p)
   flags.add_template(p)
   flags.add_adapter(p)
-  p.add_argument("--data", type=pathlib.Path, metavar="DIR", help="the benchmark's data, see below (shapes needs none)")
-  p.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="where everything goes")
+  p.add_argument("--data", type=path, metavar="DIR", help="the benchmark's data, see below (shapes needs none)")
+  p.add_argument("--output", required=True, type=path, metavar="DIR", help="where everything goes")
   p.add_argument(
     "--limit",
     type=whole(1),
@@ -93,10 +92,10 @@ def parser() -> argparse.ArgumentParser:
     metavar="K/N",
     help="the K-th of N processes: makes every N-th sample from the K-th",
   )
-  p.add_argument("--results", type=pathlib.Path, metavar="FILE", help="what an outside scorer wrote: into the report")
+  p.add_argument("--results", type=path, metavar="FILE", help="what an outside scorer wrote: into the report")
   p.add_argument(
     "--features",
-    type=pathlib.Path,
+    type=path,
     metavar="FILE",
     help="mjhq, mjhq10k: the .npz that launch/experiments/features.py writes",
   )

@@ -5,7 +5,7 @@ import dataclasses
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from jflow.cli.arguments import listed, number, whole
+from jflow.cli.arguments import listed, number, path, whole
 from jflow.errors import UserError
 from jflow.outputs import make_directory
 
@@ -127,7 +127,7 @@ def _reading(field: dataclasses.Field) -> dict[str, Any]:
 
 def add_json(p: argparse.ArgumentParser, what: str) -> None:
   """Adds --json."""
-  p.add_argument("--json", type=pathlib.Path, metavar="FILE", help=f"write {what} as JSON")
+  p.add_argument("--json", type=path, metavar="FILE", help=f"write {what} as JSON")
 
 
 def check_json(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jflow import files
 from jflow.cli import flags
-from jflow.cli.arguments import SEED, Parser, whole
+from jflow.cli.arguments import SEED, Parser, path, whole
 from jflow.errors import UserError
 from jflow.outputs import make_directory, write_json, writing
 
@@ -38,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
   flags.add_template(p)
   flags.add_adapter(p)
   p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="of the picture; repeat for several")
-  p.add_argument("--prompts", type=pathlib.Path, metavar="FILE", help="a text file with one prompt per line")
-  p.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="where the PNG files go")
+  p.add_argument("--prompts", type=path, metavar="FILE", help="a text file with one prompt per line")
+  p.add_argument("--output", required=True, type=path, metavar="DIR", help="where the PNG files go")
   p.add_argument("--overwrite", action="store_true", help="replace pictures of an earlier run in --output")
   flags.add_settings(p)
   p.add_argument(

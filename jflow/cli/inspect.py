@@ -7,7 +7,7 @@ import sys
 import numpy as np
 
 from jflow.batch import TASKS, Batch
-from jflow.cli.arguments import Parser, whole
+from jflow.cli.arguments import Parser, path, whole
 from jflow.config import RunConfig
 from jflow.data import inspection, mixture
 from jflow.data.pipeline import Pipeline
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
   add(
     "--output",
     metavar="FILE",
-    type=pathlib.Path,
+    type=path,
     default=pathlib.Path("rows.png"),
     help="PNG (default rows.png)",
   )

@@ -2,9 +2,8 @@
 
 import argparse
 import math
-import pathlib
 
-from jflow.cli.arguments import Parser, number
+from jflow.cli.arguments import Parser, number, path
 from jflow.cli.flags import add_json, check_json
 from jflow.errors import UserError
 
@@ -58,8 +57,8 @@ def parser() -> argparse.ArgumentParser:
   """The flags of `parity`."""
   p = Parser(prog="python -m jflow parity", description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
   p.add_argument("--checkpoint", help="checkpoint directory of any layout, or a name on the hub")
-  p.add_argument("--golden", type=pathlib.Path, help="golden outputs of the PyTorch code, npz")
-  p.add_argument("--processor", type=pathlib.Path, help="directory with a tokenizer, images, cases.json, golden.npz")
+  p.add_argument("--golden", type=path, help="golden outputs of the PyTorch code, npz")
+  p.add_argument("--processor", type=path, help="directory with a tokenizer, images, cases.json, golden.npz")
   p.add_argument(
     "--tolerance",
     type=number(),

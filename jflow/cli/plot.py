@@ -1,9 +1,8 @@
 """The command `plot`."""
 
 import argparse
-import pathlib
 
-from jflow.cli.arguments import Parser, whole
+from jflow.cli.arguments import Parser, path, whole
 from jflow.errors import UserError, need_extra
 from jflow.outputs import make_directory, new_file
 from jflow.training import plots
@@ -25,8 +24,8 @@ def parser() -> argparse.ArgumentParser:
     epilog=_EPILOG,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  p.add_argument("runs", nargs="+", metavar="RUN", type=pathlib.Path, help="workdir of a run")
-  p.add_argument("--output", required=True, metavar="FILE", type=pathlib.Path, help="a PNG, PDF or SVG file")
+  p.add_argument("runs", nargs="+", metavar="RUN", type=path, help="workdir of a run")
+  p.add_argument("--output", required=True, metavar="FILE", type=path, help="a PNG, PDF or SVG file")
   p.add_argument("--metric", metavar="NAME,...", help="metrics to draw (default: the loss and its parts)")
   p.add_argument(
     "--smooth",

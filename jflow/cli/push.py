@@ -1,10 +1,9 @@
 """The command `push`: publishes a model on the Hugging Face hub, with a card."""
 
 import argparse
-import pathlib
 import re
 
-from jflow.cli.arguments import Parser
+from jflow.cli.arguments import Parser, path
 from jflow.errors import UserError
 
 _ABOUT = """\
@@ -27,15 +26,15 @@ def parser() -> argparse.ArgumentParser:
   """The flags of `push`."""
   p = Parser(prog="python -m jflow push", description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
   p.add_argument(
-    "directory", type=pathlib.Path, metavar="DIR", help="model of a published layout, or adapter, as convert writes it"
+    "directory", type=path, metavar="DIR", help="model of a published layout, or adapter, as convert writes it"
   )
   p.add_argument("name", metavar="ORG/NAME", help="repository on the hub; created where it does not exist")
   p.add_argument(
     "--license", default="other", help="of the weights, as the hub names it: mit, apache-2.0 (default: other)"
   )
-  p.add_argument("--run", type=pathlib.Path, help="workdir of its training: the card gets recipe and data")
+  p.add_argument("--run", type=path, help="workdir of its training: the card gets recipe and data")
   p.add_argument(
-    "--report", type=pathlib.Path, action="append", default=[], help="folder of evaluate: the card gets its scores"
+    "--report", type=path, action="append", default=[], help="folder of evaluate: the card gets its scores"
   )
   p.add_argument("--private", action="store_true", help="create a private repository")
   p.add_argument("--message", default="Publish the model", help="of the commit")

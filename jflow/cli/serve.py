@@ -4,7 +4,7 @@ import argparse
 import pathlib
 
 from jflow.cli import serving_flags as flags
-from jflow.cli.arguments import Parser, whole
+from jflow.cli.arguments import Parser, path, whole
 from jflow.errors import UserError
 
 _EPILOG = """
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument("--max_body", type=whole(), default=20, metavar="MB", help="largest request (default %(default)s)")
   secret = p.add_mutually_exclusive_group()
   secret.add_argument("--token", metavar="TEXT", help="what clients must bear (others here can read it in `ps`)")
-  secret.add_argument("--token_file", type=pathlib.Path, metavar="FILE", help="a file that holds the token")
+  secret.add_argument("--token_file", type=path, metavar="FILE", help="a file that holds the token")
   return p
 
 

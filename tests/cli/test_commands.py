@@ -226,6 +226,7 @@ def test_a_prompt_longer_than_the_context(capsys, model, tmp_path):
     (["--prompt=a", "--json=/dev/null/x/y.json"], "--json: directory /dev/null/x cannot be made"),
     (["--prompt=a", "--output=/dev/null/x"], "--output: directory /dev/null/x cannot be made"),
     (["--prompt=a", "--output="], "argument --output: expected a path, got ''"),
+    (["--prompt=a", "--outp="], "argument --output: expected a path, got ''"),
     (["--prompt=a", "--output", ""], "argument --output: expected a path, got ''"),
     (["--prompt=a", "--json=out/0000_00.png"], "--json=out/0000_00.png must not be a picture of --output=out"),
     (["--prompt=a", "--output=/proc"], "--output: directory /proc cannot be written"),
