@@ -18,7 +18,10 @@ from jflow.strict_json import Malformed
 _OF_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 
-_OF_PREPARED = ("job.json", "summary.json")  # of a data set, unfinished or finished; each names its schema
+_OF_PREPARED = {
+  "job.json": "files",
+  "summary.json": "accepted",
+}  # of a data set, unfinished or finished; a key beside "schema"
 
 
 class Inputs(NamedTuple):
@@ -42,7 +45,7 @@ def input_files(pattern: str, endings: tuple[str, ...], format: str) -> Inputs:
   A folder is read recursively, links to folders included. Left out and counted are hidden files and folders and a
   system's own ("hidden"), a second link to the same file ("linked_twice"), a link to a folder that contains the input
   ("linked_back") or to nothing ("broken_link"), pipes and devices ("not_a_file"), folders that match a pattern ("folder"),
-  and data sets that `prepare` has written or is writing ("prepared"). Files that the pattern itself names are read, hidden or not.
+  and, of the folders below, data sets that `prepare` has written or is writing ("prepared"). Files that the pattern itself names are read, hidden or not.
 
   Args:
     pattern: a file; a folder, whose files with one of the endings count; a pattern with `*`; or a numbered
@@ -200,6 +203,9 @@ def _walk(root: str, endings: tuple[str, ...], named: tuple[str, ...], left_out:
     if real in entered:
       continue
     entered.add(real)
+    if real != top and _is_prepared(real):
+      left_out["prepared"] += 1
+      continue
     for entry in _entries(real, shown):
       path = os.path.join(shown, entry.name)
       wanted = entry.name.lower().endswith(endings)
@@ -220,8 +226,6 @@ def _walk(root: str, endings: tuple[str, ...], named: tuple[str, ...], left_out:
           left_out["broken_link"] += 1
         else:
           left_out["not_a_file"] += wanted
-      elif entry.is_dir() and _is_prepared(entry.path):
-        left_out["prepared"] += 1
       elif entry.is_dir():
         folders.append((path, os.path.join(real, entry.name)))
       elif wanted and entry.is_file():
@@ -236,9 +240,10 @@ def _walk(root: str, endings: tuple[str, ...], named: tuple[str, ...], left_out:
 
 def _is_prepared(folder: str) -> bool:
   """Whether a folder is a data set of `prepare`, or the beginning of one: it may lie in the folder that it is made of."""
-  for name in _OF_PREPARED:
+  for name, beside in _OF_PREPARED.items():
     with contextlib.suppress(FileNotFoundError, Malformed):
-      if "schema" in files.read_object(os.path.join(folder, name)):
+      found = files.read_object(os.path.join(folder, name))
+      if isinstance(found.get("schema"), int) and beside in found:
         return True
   return False
 

@@ -43,7 +43,11 @@ def test_an_import_into_a_folder_of_its_own_input_reads_no_file_of_its_own(folde
     run(folder, "text", "", "text", output=out, max_rejected_share=0.01)
   summary, _ = run(folder, "text", "", "text", output=out, max_rejected_share=0.5)
   assert (summary["accepted"], summary["rejected"]) == (4, {"broken_json": 1})
-  assert run(folder, "text", "", "text", max_rejected_share=0.5)[0]["left_out"] == {"prepared": 1}
+  (folder / "again").symlink_to("out")
+  _write(folder / "mine" / "summary.json", b'{"schema": "my own", "accepted": 3}')
+  _write(folder / "mine" / "b.txt")
+  summary, _ = run(folder, "text", "", "text", max_rejected_share=0.5)
+  assert summary["accepted"] == 5 and summary["left_out"] == {"prepared": 1}
 
 
 HIDDEN = (
