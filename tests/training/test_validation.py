@@ -72,6 +72,19 @@ def test_the_compilation_is_no_productive_time_where_the_first_step_is_validated
   assert [phase for phase, _ in rows if phase in ("compile", "steps")][0] == "compile" and ("steps", 2) in rows
 
 
+def test_a_save_that_waits_for_an_earlier_one_has_the_time_of_a_slow_step(tmp_path, monkeypatch):
+  allowed, at_save, beat, save = [], [], loop.Watchdog.beat, loop.Checkpointer.save
+
+  def beaten(self, what, slow=False):
+    allowed.append(slow)
+    beat(self, what, slow)
+
+  monkeypatch.setattr(loop.Watchdog, "beat", beaten)
+  monkeypatch.setattr(loop.Checkpointer, "save", lambda *args: (at_save.append(allowed[-1]), save(*args)))
+  loop.train(config(7, validation_every=0, early_stop=0), tmp_path / "run")
+  assert at_save == [True, True] and allowed[-3:] == [True, False, True]  # the save, what follows, the last wait
+
+
 def test_it_goes_on_bit_for_bit_with_its_patience(runs):
   assert losses(runs / "whole") == losses(runs / "halves")
   assert (runs / "whole" / "best.json").read_text() == (runs / "halves" / "best.json").read_text()
