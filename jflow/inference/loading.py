@@ -30,7 +30,7 @@ def load(
   Args:
     path: an official directory (config.json and safetensors, no conversion needed) or a jflow one: a workdir,
       its checkpoints/ folder or one step; or the name of either on the Hugging Face hub, ORG/NAME or ORG/NAME@REVISION;
-      or "world", the small model of the built-in world that comes with jflow.
+      or "world" or "world-codes", the small models of the built-in world that come with jflow.
     vae: directory of the SDXL-VAE, for a checkpoint without one; without a VAE the model can answer but not generate.
     dtype: compute dtype, "float32" or "bfloat16"; default: float32 on a CPU, bfloat16 elsewhere.
     weights: "ema" or "raw", for a checkpoint of jflow's own training.

@@ -279,9 +279,10 @@ class Pipeline:
     Raises:
       UserError: as `understand`; an empty answer, or one that does not fit the context.
     """
-    if isinstance(answers, str) or not all(isinstance(answer, str) for answer in answers):
-      raise UserError(f"answers must be a list of texts, got {answers!r:.80}")
-    if not len(answers):
+    given, answers = answers, list(answers) if np.iterable(answers) else [None]
+    if isinstance(given, str) or not all(isinstance(answer, str) for answer in answers):
+      raise UserError(f"answers must be a list of texts, got {given!r:.80}")
+    if not answers:
       return []
     return likelihood.loglikelihood(self, self.request(messages, images, 1, system=system), answers)
 

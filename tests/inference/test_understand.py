@@ -253,7 +253,7 @@ def test_bad_input_is_named(pipeline, arguments, named):
     pipeline.understand(**(dict(messages="Why?") | arguments))
 
 
-@pytest.mark.parametrize("answers", ["red", ["red", 3], [b"red"]])
+@pytest.mark.parametrize("answers", ["red", ["red", 3], [b"red"], None])
 def test_answers_to_score_are_texts(pipeline, answers):
   with refused("answers must be a list of texts"):
     pipeline.loglikelihood("Why?", [], answers)
