@@ -6,7 +6,7 @@ on captions and questions.
 
   jflow train --config=stage0:shapes --workdir=runs/stage0
 
-Time: two cores take some 14 minutes for the stages 0 to 3 at :shapes, 1,100 CPU seconds at
+Time: two cores take some 14 minutes for the stages 0 to 3 at :shapes, 1,200 CPU seconds at
 :quick.
 Result: a checkpoint for stage 1; it cannot generate images yet.
 """

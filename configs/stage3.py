@@ -5,7 +5,7 @@
 
 Time: 26,000 steps of 1.05 million tokens, 2.6e20 FLOPs: 30 hours of 8 H200 at 30 % of their peak.
 Result: the scores of the paper's tables 2 to 4. At :shapes, after stages 0 to 3: of single objects 32 of 32 in the
-right color, 5 of 32 in the right shape; at :quick 103 of 128 lone large ones in color and shape.
+right color, 5 of 32 in the right shape; at :quick 105 of 128 lone large ones in color and shape.
 """
 
 from configs import base, world

@@ -3,7 +3,7 @@
   tiny    trains in a minute or two, most of it compiling: for trying things out
   quick   learns lone large objects near the middle, and their questions, in minutes on two cores
   shapes  learns the whole world
-  world   every kind of scene and question: the model that ships, in hours of one core (launch/experiments/world.sh)
+  world   every kind of scene and question: the models that ship, in hours of one core (launch/experiments/world.sh)
   mid     for `bench` on a CPU
 
 `jflow/world/README.md` describes the world.

@@ -6,7 +6,7 @@
   tiny     Janus's stages on the built-in world: configs/world.py
   quick    learn the built-in world, by the steps, rates and ratios of JanusFlow's sizes of the same names, so that the two
   shapes   ways to write can be compared
-  world
+  world    the model of codes that ships: the same in fewer steps (launch/experiments/world.sh --codes)
   mid      for `bench` on a CPU
 
 Sources: table 1 and section 3 of both papers; section 2.2 of the second for steps and ratios. No EMA is mentioned.

@@ -227,8 +227,8 @@ KERNELS: dict[str, Callable[..., jax.Array]] = {
   "packed": packed,
   "splash": splash,
 }
-# Platform -> what "auto" takes there: on a GPU only a kernel whose tests have passed on one (`pytest -m gpu`). Splash has run in the
-# interpreter, and has been compiled for TPUs.
+# Platform -> what "auto" takes there: on a GPU only a kernel whose tests have passed on one (`pytest -m gpu`). Splash
+# has run in the interpreter, and has been compiled for TPUs.
 AUTO = {"tpu": "splash", "gpu": "triton"}
 # Likewise for the positions of an image that is generated: "fused" for `causal`, or "xla".
 AUTO_BEHIND_PREFIX = {"gpu": "xla"}

@@ -285,8 +285,8 @@ def for_inference(model: UnifiedModel, params: Any, gpu: bool | None = None) -> 
 def with_separate_layers(model: UnifiedModel, params: Any) -> tuple[UnifiedModel, Any]:
   """The model and its nested parameters with separate LLM layers, adapters beside their matrices; differentiable.
 
-  As `for_inference` on a CPU, but for the adapters, which stay low-rank, for what the blocks keep, `remat`, and for the matrices,
-  which stay in f32: a loop around the model would add up their gradients in the type that it finds them in.
+  As `for_inference` on a CPU, but for the adapters, which stay low-rank, for what the blocks keep, `remat`, and for the
+  matrices, which stay in f32: a loop around the model would add up their gradients in the type that it finds them in.
   """
   lm = params["language_model"]
   if model.unroll:

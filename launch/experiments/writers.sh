@@ -2,7 +2,7 @@
 # Flow against codes on the built-in world at equal budgets: the same LLM, SigLIP, data, rows and steps, stages 0 to 3.
 #   bash launch/experiments/writers.sh [FOLDER] [SIZE] [--config.FIELD=VALUE ...]
 # FOLDER (default runs/writers) gets flow/stageN and codes/stageN, their scores, curves.png and the cost of a picture. SIZE is
-# quick (default; lone large objects, some 35 minutes of one core for the two), scored by writers.py; or shapes or world
+# quick (default; lone large objects, some 35 minutes of one core for the two), scored by writers.py; or shapes
 # (hours), scored by --benchmark=shapes. The fields are set in every run. After a stop, the same command goes on.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
