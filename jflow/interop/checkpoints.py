@@ -46,7 +46,7 @@ def locate(path: str | pathlib.Path) -> pathlib.Path:
 
   Args:
     path: local directory, one in a store (gs://BUCKET/FOLDER) or on the hub (ORG/NAME@REVISION), see `remote.fetch`,
-      or "world", the model that comes with jflow.
+      or "world" or "world-codes", the models that come with jflow.
 
   Raises:
     UserError: the path is no checkpoint, or no step is intact.

@@ -149,7 +149,8 @@ class WorldBenchmark(GenerationBenchmark):
     notes = [
       "Pictures: strict means exactly what was asked and nothing else; lenient is GenEval's rule, which allows for more. "
       "Chance is the judge on pictures generated for other prompts of the same category; the ceiling, on true pictures "
-      "that the VAE has encoded and decoded. Intervals: Wilson's, with the pictures of a prompt counted as alike as they are.",
+      "that the model's autoencoder has encoded and decoded. Intervals: Wilson's, with the pictures of a prompt counted as "
+      "alike as they are.",
       "Questions: their intervals count a yes and a no about one picture, and the orders of one choice, as alike as they are. "
       "Beside each score stand the most frequent answer of the kind; a model that has read the questions of "
       "training and sees no picture; and what was right for the nearest picture of training.",
@@ -223,7 +224,7 @@ def _generation_scores(
     others = [accept(p.detections, metadata) for p, metadata in _others(rows)]
     if rows:
       chance = float(np.mean(others)) if others else None
-      beside = {"ceiling of the VAE": ceiling[tag]} if tag in ceiling else None
+      beside = {"ceiling of the autoencoder": ceiling[tag]} if tag in ceiling else None
       out[f"{name} pictures: {tag}{suffix}"] = scores.clustered(list(groups.values()), chance)._replace(beside=beside)
   return out | {f"{name} pictures: overall{suffix}": scores.average(list(out.values()))} if out else {}
 

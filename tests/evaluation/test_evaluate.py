@@ -367,7 +367,7 @@ def test_true_pictures_and_true_answers_score_one(tmp_path):
       assert score.value == 1, name
   for split in ("seen", "held-out"):
     overall = result.scores[f"{split} pictures: overall"]
-    assert overall.chance < 0.25 and overall.low < 1 and overall.beside == {"ceiling of the VAE": 1}
+    assert overall.chance < 0.25 and overall.low < 1 and overall.beside == {"ceiling of the autoencoder": 1}
     assert all(value < 0.8 for value in result.scores[f"{split} questions: overall"].beside.values())
     fd, floor = (result.scores[f"{split} pictures: FD-state{end}"] for end in ("", ", floor"))
     assert fd.value < 2 * floor.value and floor.low <= floor.value <= floor.high and fd.low < fd.value < fd.high

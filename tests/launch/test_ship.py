@@ -3,12 +3,15 @@
 import importlib.util
 import json
 
+import numpy as np
 import pytest
 import tiny
 from refusals import refused
 
+import jflow
 from jflow.evaluation import report
 from jflow.interop import checkpoints
+from jflow.world import judge, source
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +55,17 @@ def test_the_scores_that_are_told_are_of_the_weights_that_ship(name, scores):
   assert all(
     f"{told['scores'][one]['value']:.3f}" in card for one in ("seen pictures: overall", "held-out questions: overall")
   )
+
+
+@pytest.mark.parametrize(
+  "name, settings", [("world", dict(guidance=3.0)), ("world-codes", dict(guidance=2.0, temperature=0.5))]
+)
+def test_a_model_that_ships_paints_what_it_is_asked_for_and_reads_it(name, settings):
+  model = jflow.load(name)
+  asked = source.evaluation_prompts("val", 12, 0, ("colors",))
+  pictures = model.generate([text for text, _ in asked], **settings)
+  right = [judge.strict(judge.detect(np.asarray(x)), about) for x, (_, about) in zip(pictures, asked, strict=True)]
+  assert sum(right) >= 9
+  question = lambda about: f"What color is the {about['include'][0]['class']}?"
+  said = [model.understand(question(about), [x], 8) for x, (_, about) in zip(pictures, asked, strict=True)]
+  assert sum(word == about["include"][0]["color"] for word, (_, about) in zip(said, asked, strict=True)) >= 9
