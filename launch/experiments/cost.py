@@ -4,8 +4,8 @@
     --output=launch/experiments/results/cost
 
 STEP=FOLDER is an evaluation of the run's step by `evaluate --benchmark=shapes`; records and rows are those of the line
-"generation shapes" of the run's log. --beside=NAME=FILE, an OUTPUT.json of another run, is drawn dashed: its mean. Writes OUTPUT.json and
-OUTPUT.png.
+"generation shapes" of the run's log. --beside=NAME=FILE, an OUTPUT.json of another run, is drawn dashed: its mean.
+Writes OUTPUT.json and OUTPUT.png.
 """
 
 import argparse
@@ -49,7 +49,9 @@ def figure(found: list[dict], other: list[dict], name_of_other: str) -> Figure:
     line = [(point["painted"], point["scores"]["seen pictures: overall"][0]) for point in other]
     axis.plot(*zip(*line), "k--", marker="o", markersize=3, linewidth=1, label=f"{name_of_other}: pictures: overall")
   axis.set(xscale="log", ylim=(0, 1), xlabel="pictures painted in training, thousands", ylabel="right, strict")
-  painted = sorted(point["painted"] for point in found + other)
+  painted: list[int] = []
+  for number in sorted(point["painted"] for point in found + other):
+    painted += [number] * (not painted or number > 1.3 * painted[-1])  # labels that do not overlap
   axis.set_xticks(painted, [f"{n / 1000:,.0f}" for n in painted])
   axis.minorticks_off()
   axis.grid(alpha=0.3)
