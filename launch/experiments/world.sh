@@ -20,7 +20,7 @@ for stage in 0 1 2 3; do
     --config.train.init_from="$before" "$@"
   before=$out/stage$stage
 done
-checkpoint=$before sampling="--guidance=2 --temperature=0.5"
+checkpoint=$before sampling="--guidance=2 --temperature=0.6"
 if [ "$name" = world ]; then
   checkpoint=$out/rewarded sampling=--guidance=3
   "$python" -m jflow train --config=configs/grpo.py:world --workdir="$out/rewarded_once" --config.train.init_from="$before"

@@ -46,7 +46,7 @@ def test_the_card_is_of_the_weights_beside_it(tmp_path, tiny_checkpoint, ship):
     ship.card(folder, scores, "")
 
 
-@pytest.mark.parametrize("name, scores", [("world", "world.json")])
+@pytest.mark.parametrize("name, scores", [("world", "world.json"), ("world-codes", "world_codes.json")])
 def test_the_scores_that_are_told_are_of_the_weights_that_ship(name, scores):
   told = json.loads((tiny.ROOT / "launch" / "experiments" / "results" / scores).read_text(encoding="utf-8"))
   folder = checkpoints.locate(name)
@@ -58,7 +58,7 @@ def test_the_scores_that_are_told_are_of_the_weights_that_ship(name, scores):
 
 
 @pytest.mark.parametrize(
-  "name, settings", [("world", dict(guidance=3.0)), ("world-codes", dict(guidance=2.0, temperature=0.5))]
+  "name, settings", [("world", dict(guidance=3.0)), ("world-codes", dict(guidance=2.0, temperature=0.6))]
 )
 def test_a_model_that_ships_paints_what_it_is_asked_for_and_reads_it(name, settings):
   model = jflow.load(name)

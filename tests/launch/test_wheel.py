@@ -8,6 +8,8 @@ import zipfile
 
 import pytest
 
+from jflow.interop import remote
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -49,3 +51,5 @@ def test_a_wheel_holds_every_module_and_config(installed):
   wanted |= {f"jflow/{name}" for name in files if name.startswith("configs/") and not name.endswith(".md")}
   wanted |= {name for name in files if name.startswith(("jflow/world/model/", "jflow/world/model_codes/"))}
   assert not {name for name in wanted if not (installed / name).is_file()}
+  for folder in remote.SHIPPED.values():
+    assert (installed / folder.relative_to(ROOT) / "model.safetensors").is_file()
