@@ -28,6 +28,7 @@ NAMES = {
   "flow": ("world", "JanusFlow"),
   "codes": ("world-codes", "Janus"),
 }  # of a way to write: the checkpoint, its family
+USES = {"world": "", "world-codes": "; the defaults, the paper's 5 and 1, tear pictures as small as these"}
 SHOWN = ("single_object", "colors", "counting", "position", "two_object", "color_attr", "overall")
 
 
@@ -57,14 +58,15 @@ def card(folder: pathlib.Path, scores: pathlib.Path, recipe: str) -> str:
       cells = (f"{x['value']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" if x else "" for x in (seen, unseen))
       rows.append(f"| {kind}: {name} | {' | '.join(cells)} |")
   name, family = NAMES[checkpoints.read_config(folder).generation.kind]
-  sampling = ", ".join(
-    f"{key} {settings[key]:g}" for key in ("steps", "guidance", "temperature") if settings.get(key) is not None
-  )
+  chosen = {key: settings[key] for key in ("steps", "guidance", "temperature") if settings.get(key) is not None}
+  sampling = ", ".join(f"{key} {value:g}" for key, value in chosen.items())
+  flags = " ".join(f"--{key}={value:g}" for key, value in chosen.items() if key != "steps")
   return f"""# {name}
 
 The small {family} of jflow's built-in world: lone and several colored shapes on gray, 48 x 48 pixels. It paints them from
 prompts such as "a picture of a red circle left of a star" and answers questions about them; it knows nothing else.
 
+- **Use**: `python -m jflow generate --checkpoint={name} {flags} --prompt="a picture of a pink ring" --output=ring`{USES[name]}
 - **Recipe**: {recipe}
 - **Commit of the scores**: {told["commit"]}, {told["date"][:10]}; seed {settings["seed"]}, {sampling}.
 - **Weights**: averaged, bfloat16, `model.safetensors`; `config.json` and the tokenizer beside it. License: that of jflow.

@@ -38,7 +38,7 @@ def test_the_card_is_of_the_weights_beside_it(tmp_path, tiny_checkpoint, ship):
   text = ship.card(folder, scores, "bash train.sh")
   assert "| pictures: colors | 0.500 [0.250, 0.750] |  |" in text
   assert "| questions: overall |  | 0.125 [0.000, 0.500] |" in text
-  assert text.startswith("# world\n") and "bash train.sh" in text
+  assert "--checkpoint=world --guidance=2 --prompt" in text and text.startswith("# world\n") and "bash train.sh" in text
   assert "abc, 2026-01-02; seed 3, steps 30, guidance 2." in text
   told["settings"]["fingerprint"] = "0" * 64
   scores.write_text(json.dumps(told))
