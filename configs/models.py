@@ -3,8 +3,8 @@
 janusflow_384, janusflow_256: the paper's (paper section 4.1, appendix A; sizes of the release where it is silent).
 janus_1b, janus_pro_7b: Janus-1.3B, which Janus-Pro-1B equals in all sizes, and Janus-Pro-7B.
 tiny, janus_tiny: for tests. shapes, janus_shapes: learn the built-in world in minutes on two cores. quick, janus_quick: at
-  a third of the time per picture.
-mid: the paper's parts at a width where the parts' shares of the time on a CPU are those on an accelerator; for `bench`.
+  a third of the time per picture. janus_world: all kinds of scenes by codes.
+mid, janus_mid: the paper's parts at a width where the parts' shares of the time on a CPU are those on an accelerator; for `bench`.
 """
 
 
@@ -275,8 +275,8 @@ def janus_shapes() -> dict:
 def janus_world() -> dict:
   """`janus_shapes` with 2,048 patches in place of 1,024.
 
-  The judge accepts 0.968 of 400 true pictures of all kinds after this tokenizer, fitted to 4,000 others, and 0.946 of
-  those of held-out combinations (1,024 patches: 0.934 and 0.935).
+  The judge accepts 0.968 of 400 true pictures of one or two kinds of objects after this tokenizer, fitted to 4,000
+  others, and 0.946 of those of held-out combinations (1,024 patches, of the same pictures: 0.934 and 0.935).
   """
   model = janus_shapes()
   model["autoencoder"]["codebook_size"] = 2048

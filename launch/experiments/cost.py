@@ -24,7 +24,7 @@ SCORES = (*(f"seen pictures: {name}" for name in NAMES), "seen questions: overal
 
 
 def points(run: pathlib.Path, scored: dict[int, pathlib.Path], per_row: float) -> list[dict]:
-  """A point for each scored step: pictures painted and read in training so far, and each score with its interval."""
+  """A point for each scored step: pictures painted in training so far, and each score with its interval."""
   rows = {row["step"]: row["packs"] for row in read_metrics(run)}
   out = []
   for step, folder in sorted(scored.items()):
@@ -50,8 +50,8 @@ def figure(found: list[dict], other: list[dict], name_of_other: str) -> Figure:
     axis.plot(*zip(*line), "k--", marker="o", markersize=3, linewidth=1, label=f"{name_of_other}: pictures: overall")
   axis.set(xscale="log", ylim=(0, 1), xlabel="pictures painted in training, thousands", ylabel="right, strict")
   painted: list[int] = []
-  for number in sorted(point["painted"] for point in found + other):
-    painted += [number] * (not painted or number > 1.3 * painted[-1])  # labels that do not overlap
+  for number in (point["painted"] for point in found + other):  # labels that do not overlap, the run's own first
+    painted += [number] * all(not 1 / 1.6 < number / one < 1.6 for one in painted)
   axis.set_xticks(painted, [f"{n / 1000:,.0f}" for n in painted])
   axis.minorticks_off()
   axis.grid(alpha=0.3)

@@ -28,12 +28,12 @@ NAMES = {
   "flow": ("world", "JanusFlow"),
   "codes": ("world-codes", "Janus"),
 }  # of a way to write: the checkpoint, its family
-USES = {"world": "", "world-codes": "; the defaults, the paper's 5 and 1, tear pictures as small as these"}
+USES = {"world": "", "world-codes": "; the defaults, the paper's 5 and 1, spoil pictures as small as these"}
 SHOWN = ("single_object", "colors", "counting", "position", "two_object", "color_attr", "overall")
 
 
 def pack(source: str, folder: pathlib.Path) -> None:
-  """Writes the averaged weights in bfloat16, config and tokenizer."""
+  """Writes the averaged weights, or the last ones of a run without an average, in bfloat16, config and tokenizer."""
   found = checkpoints.describe(source, tokenizer=True)
   params = flatten_dict(found.read_params(), sep="/")
   folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ prompts such as "a picture of a red circle left of a star" and answers questions
 - **Use**: `python -m jflow generate --checkpoint={name} {flags} --prompt="a picture of a pink ring" --output=ring`{USES[name]}
 - **Recipe**: {recipe}
 - **Commit of the scores**: {told["commit"]}, {told["date"][:10]}; seed {settings["seed"]}, {sampling}.
-- **Weights**: averaged, bfloat16, `model.safetensors`; `config.json` and the tokenizer beside it. License: that of jflow.
+- **Weights**: bfloat16, `model.safetensors`; `config.json` and the tokenizer beside it. License: that of jflow.
 
 | strict, with 95 % intervals | seen combinations | held-out combinations |
 | --- | ---: | ---: |
@@ -85,6 +85,8 @@ def main() -> int:
   parser.add_argument("--scores", type=pathlib.Path, help="report.json of the evaluation of the packed model")
   parser.add_argument("--recipe", default="", help="the commands that made it, for the card")
   args = parser.parse_args()
+  if args.card and args.scores is None:
+    parser.error("--card needs --scores")
   try:
     if args.source:
       pack(args.source, args.folder)

@@ -12,7 +12,7 @@ python=${JFLOW_VENV:-.venv}/bin/python
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 source launch/xla_flags.sh
 [ "$JAX_PLATFORMS" != cpu ] || jflow_xla_flags cpu
-declare -A config=([flow]=stage [codes]=janus/stage) guidance=([flow]=3 [codes]=5)
+declare -A config=([flow]=stage [codes]=janus/stage) sampling=([flow]="--guidance=3" [codes]="--guidance=2 --temperature=0.6")
 for writer in flow codes; do
   before=
   for stage in 0 1 2 3; do
@@ -30,8 +30,8 @@ fi
 for writer in flow codes; do
   last=$out/$writer/stage3
   [ -e "$out/$writer/scores/report.json" ] || "$python" -m jflow evaluate --benchmark=shapes --checkpoint="$last" \
-    --output="$out/$writer/scores" --guidance="${guidance[$writer]}"
-  "$python" -m jflow generate --checkpoint="$last" --output="$out/$writer/pictures" --overwrite --guidance="${guidance[$writer]}" \
+    --output="$out/$writer/scores" ${sampling[$writer]}
+  "$python" -m jflow generate --checkpoint="$last" --output="$out/$writer/pictures" --overwrite ${sampling[$writer]} \
     --prompt="a picture of a red circle" --prompt="a picture of a blue star" --prompt="a green square left of a heart"
   [ -e "$out/$writer/cost.json" ] || "$python" -m jflow bench generate --config="${config[$writer]}3:$size" \
     --json="$out/$writer/cost.json"
