@@ -7,6 +7,7 @@ atomically; of several processes that need the same one, the first makes it and 
 
 import collections
 import contextlib
+import glob
 import hashlib
 import os
 from collections.abc import Iterator
@@ -38,7 +39,8 @@ def find(folders: list[str], file: str) -> str | None:
 def alone(folders: list[str], file: str) -> Iterator[str | None]:
   """Locks a file to write; yields its path, or None where no folder can be written.
 
-  Waits while another process holds the lock, so look for the file again inside. The lock ends with its process.
+  What processes that were killed while they wrote it have left is removed. Waits while another process holds the lock,
+  so look for the file again inside. The lock ends with its process.
   """
   for folder in folders:
     path = os.path.join(folder, file)
@@ -50,6 +52,7 @@ def alone(folders: list[str], file: str) -> Iterator[str | None]:
     with handle:
       with contextlib.suppress(OSError):  # a file system without locks: each process makes its own
         files.lock(handle, wait=True)
+        _clear(path)
       try:
         yield path
       finally:
@@ -57,6 +60,13 @@ def alone(folders: list[str], file: str) -> Iterator[str | None]:
           os.unlink(path + ".lock")
     return
   yield None
+
+
+def _clear(path: str) -> None:
+  """Removes unfinished versions of a file or folder whose lock is held."""
+  for unfinished in ("[0-9a-f]" * 32, "[0-9a-f]" * 8 + files.PART):  # of plans.py, of `files.replacing`
+    for left in glob.glob(f"{glob.escape(path)}.{unfinished}"):
+      files.remove(left)
 
 
 def counts(value: Any) -> collections.Counter:

@@ -7,7 +7,6 @@ counts of records left out. HASH covers the records, the tokenizer, the template
 
 import collections
 import contextlib
-import glob
 import os
 import shutil
 import tempfile
@@ -111,8 +110,6 @@ def planned(
     if make is _plan_groups and len(source) > parts.MOST_AT_ONCE:
       _help(wanted, folders, file)
     with derived.alone(folders, file) as path:
-      if path:
-        _clear(path)
       found = _read(folders, file, len(source)) or make(wanted, path, folders)
       if path:
         shutil.rmtree(path + _PARTS, ignore_errors=True)
@@ -204,12 +201,6 @@ def _are_groups(begins: np.ndarray, rows: int) -> bool:
   if begins.ndim != 1 or begins.dtype != np.int64 or bool(len(begins)) != bool(rows):
     return False
   return not rows or begins[0] == 0 and bool((np.diff(begins, append=rows) > 0).all())
-
-
-def _clear(path: str) -> None:
-  """Removes what processes that were killed left of a plan, whose lock is held."""
-  for left in glob.glob(f"{glob.escape(path)}.{'[0-9a-f]' * 32}"):
-    shutil.rmtree(left, ignore_errors=True)
 
 
 def _write(path: str, write: Callable[[str], Planned]) -> bool:
