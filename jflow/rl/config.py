@@ -1,6 +1,6 @@
 """The section `rl` of a run config: reinforcement learning."""
 
-from typing import Any
+import dataclasses
 
 from jflow.config import RunConfig, constraint
 from jflow.sections import Section, field
@@ -43,23 +43,25 @@ def _updates_cut_a_batch(c: RunConfig) -> str:
   return "" if fits else f"times train.accumulation x mesh.data x mesh.fsdp must divide {c.train.batch_size} pictures"
 
 
-_OF_GRPO = dict(kl=0.0, updates=1, group=8, advantage="group", clip=1e-3, timeout=60.0, retries=3)  # and their defaults
+_OF_METHOD = {
+  "grpo": ("prompts", "rewards", "group", "timeout", "retries", "advantage", "clip", "kl", "updates"),
+  "dpo": ("pairs", "beta"),
+}
 
 
-def _only_of_grpo(name: str, default: Any) -> None:
+def _only_of(method: str, name: str) -> None:
+  """Constrains a field that one method reads: with another it must be what it is where nobody sets it."""
+  (unset,) = (field.metadata["before"] for field in dataclasses.fields(RlConfig) if field.name == name)
+
   @constraint(f"rl.{name}")
   def check(c: RunConfig) -> str:
-    fits = c.rl.method == "grpo" or getattr(c.rl, name) == default
-    return "" if fits else f"must be {default!r} without rl.method='grpo'"
+    fits = c.rl.method == method or getattr(c.rl, name) == unset
+    return "" if fits else f"must be {unset!r} without rl.method={method!r}"
 
 
-for _name, _default in _OF_GRPO.items():
-  _only_of_grpo(_name, _default)
-
-
-@constraint("rl.beta")
-def _pairs_are_preferred(c: RunConfig) -> str:
-  return "" if c.rl.method == "dpo" or c.rl.beta == 1 else "must be 1 without rl.method='dpo'"
+for _method, _names in _OF_METHOD.items():
+  for _name in _names:
+    _only_of(_method, _name)
 
 
 @constraint("data.crop")
@@ -83,23 +85,18 @@ def _no_loss_is_logged(c: RunConfig) -> str:
 
 @constraint("rl.rewards")
 def _something_is_rewarded(c: RunConfig) -> str:
-  if c.rl.method != "grpo":
-    return "" if not c.rl.rewards else "must be () without rl.method='grpo'"
-  return "" if any(weight for _, weight in c.rl.rewards) else "must hold a weight above 0, as (('strict', 1.0),)"
+  fits = c.rl.method != "grpo" or any(weight for _, weight in c.rl.rewards)
+  return "" if fits else "must hold a weight above 0, as (('strict', 1.0),)"
 
 
 @constraint("rl.prompts")
 def _there_are_prompts(c: RunConfig) -> str:
-  if c.rl.method != "grpo":
-    return "" if not c.rl.prompts else "must be '' without rl.method='grpo'"
-  return "" if c.rl.prompts else "must name a file of JSON lines, or 'shapes'"
+  return "" if c.rl.method != "grpo" or c.rl.prompts else "must name a file of JSON lines, or 'shapes'"
 
 
 @constraint("rl.pairs")
 def _there_are_pairs(c: RunConfig) -> str:
-  if c.rl.method != "dpo":
-    return "" if not c.rl.pairs else "must be '' without rl.method='dpo'"
-  return "" if c.rl.pairs else "must name a folder with pairs.jsonl, or 'shapes'"
+  return "" if c.rl.method != "dpo" or c.rl.pairs else "must name a folder with pairs.jsonl, or 'shapes'"
 
 
 @constraint("compute.matmul")
