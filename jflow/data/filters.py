@@ -1,16 +1,14 @@
 """Filters of `prepare`, which drop sound records. Drops are counted separately from rejected records."""
 
 import contextlib
-import hashlib
 import inspect
 import math
 import operator
-import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jflow import registry
+from jflow import files, registry
 from jflow.data.duplicates import Rule
 from jflow.data.records import Record
 from jflow.errors import UserError, one_line
@@ -103,7 +101,7 @@ class Filters(NamedTuple):
     for text in self.keep or ():
       Condition.parse(text)
     for name in self.filter or ():
-      registry.imported("--filter", name, "a function of a record and its metadata")
+      _function(name)
 
   @property
   def rule(self) -> Rule | None:
@@ -122,9 +120,8 @@ class Filters(NamedTuple):
     """The SHA-256 of the file of each user's function, by its name: another version of it may want other records."""
     out = {}
     for name in self.filter or ():
-      function = registry.imported("--filter", name, "a function of a record and its metadata")
       with contextlib.suppress(TypeError, OSError):  # of a function without a file
-        out[name] = hashlib.sha256(pathlib.Path(inspect.getfile(inspect.unwrap(function))).read_bytes()).hexdigest()
+        out[name] = files.sha256(inspect.getfile(inspect.unwrap(_function(name))))
     return out
 
   def drops(self, record: Record, sizes: Sequence[tuple[int, int]], meta: Mapping[str, Any]) -> str | None:
@@ -155,8 +152,13 @@ class Filters(NamedTuple):
     return next((name for name in self.filter or () if not _wants(name, record, meta)), None)
 
 
+def _function(name: str) -> Callable[..., Any]:
+  """Returns the function that an import path names; raises UserError where there is none."""
+  return registry.imported("--filter", name, "a function of a record and its metadata")
+
+
 def _wants(name: str, record: Record, meta: Mapping[str, Any]) -> bool:
-  function = registry.imported("--filter", name, "a function of a record and its metadata")
+  function = _function(name)
   try:
     return bool(function(record, dict(meta)))
   except Exception as error:  # of the function: whatever it raises

@@ -261,7 +261,7 @@ class _Run:
         signum = self._flush()
         self._checkpointer.check()
         row = {"step": step, "packs": info["packs"], "rejected": info["rejected"]}
-        self._rejected.name(step, info["messages"])
+        self._rejected.name(f"step {step}", info["messages"])
         lost = sum(info["rejected"].values())
         self._pending = {"row": row, "device": device, "told": exchange(stop.signum, info["fill"], lost)}
         # A single process knows at once. Read once: a signal after this line stops the run after the next step.

@@ -190,16 +190,16 @@ def number(x: Any) -> float | int | None:
 
 
 class Rejected:
-  """The first records that a process rejects, named on stderr, each once; the others are only counted."""
+  """The first records that a process leaves out, named on stderr, each once; the others are only counted."""
 
   _MOST = 20
 
   def __init__(self) -> None:
     self._named: set[str] = set()
 
-  def name(self, step: int, messages: Iterable[str]) -> None:
-    """Names those of a step."""
+  def name(self, place: str, messages: Iterable[str]) -> None:
+    """Names those of a place, such as a step."""
     for message in messages:
       if message not in self._named and len(self._named) < self._MOST:
         self._named.add(message)
-        print(f"jflow: step {step}: left out {message}", file=sys.stderr, flush=True)
+        print(f"jflow: {place}: left out {message}", file=sys.stderr, flush=True)

@@ -5,7 +5,6 @@ and sums and counts are those of all rows, so that neither the mesh nor the accu
 those of a batch and of a row's place in it: runs with batches of other sizes compare text alone.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,13 +19,13 @@ from jflow.data.validation import HeldOut
 from jflow.generation.base import family
 from jflow.models.unified import UnifiedModel, loss_counts
 from jflow.training import hosts
+from jflow.training.metrics import Rejected
 from jflow.training.optim import merge
 from jflow.training.state import TrainState
 from jflow.training.step import cut, draw, loss_sums, wanted_losses
 
 _STREAM = 2**31 - 1  # a step that no run reaches: its random numbers are validation's
 _MOST_DRAWS = 8
-_NAMED = 20  # records left out that a process names on stderr; the others are only counted
 Totals = dict[str, tuple[jax.Array, jax.Array]]  # loss -> (sum, count) so far
 
 
@@ -118,8 +117,7 @@ class Validation:
     """
     batches, lost = self._data.batches
     if self._lost is None:
-      for message in lost[:_NAMED]:
-        print(f"jflow: held-out records: left out {message}", file=sys.stderr, flush=True)
+      Rejected().name("held-out records", lost)
       self._lost = hosts.total(len(lost))
     totals = self._zero()
     for number in range(self._draws * len(batches)):

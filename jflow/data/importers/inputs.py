@@ -16,12 +16,8 @@ from jflow.strict_json import Malformed
 
 # System files besides hidden ones: a Mac's archives, a Synology's thumbnails, trash.
 _OF_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
-
-
-_OF_PREPARED = {
-  "job.json": "files",
-  "summary.json": "accepted",
-}  # of a data set, unfinished or finished; a key beside "schema"
+# Files of a data set of `prepare`, unfinished or finished, and a key of each beside "schema".
+_OF_PREPARED = {"job.json": "files", "summary.json": "accepted"}
 
 
 class Inputs(NamedTuple):
@@ -44,8 +40,9 @@ def input_files(pattern: str, endings: tuple[str, ...], format: str) -> Inputs:
 
   A folder is read recursively, links to folders included. Left out and counted are hidden files and folders and a
   system's own ("hidden"), a second link to the same file ("linked_twice"), a link to a folder that contains the input
-  ("linked_back") or to nothing ("broken_link"), pipes and devices ("not_a_file"), folders that match a pattern ("folder"),
-  and, of the folders below, data sets that `prepare` has written or is writing ("prepared"). Files that the pattern itself names are read, hidden or not.
+  ("linked_back") or to nothing ("broken_link"), pipes and devices ("not_a_file"), folders that match a pattern
+  ("folder"), and, of the folders below, data sets that `prepare` has written or is writing ("prepared"). Files that the
+  pattern itself names are read, hidden or not.
 
   Args:
     pattern: a file; a folder, whose files with one of the endings count; a pattern with `*`; or a numbered
