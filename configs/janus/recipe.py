@@ -129,9 +129,10 @@ def at_stage(size: str, number: int) -> ConfigDict:
       c.optimizer.trained = ("language_model", "understanding_projector")
       c.optimizer.frozen = (*NEW_PARTS[1:], *NEVER, *base.SIGLIP)
     world.at_stage(c, number)
-    if c.size == "world" and number > 1:  # fewer than flow's: a picture is four times as many codes as latents
-      c.train.steps = 8000 if number == 2 else 3000
-      c.optimizer.cooldown_steps = c.train.steps if number == 3 else 0
+    if c.size == "world" and number == 2:  # fewer than flow's: a picture is four times as many codes as latents
+      c.train.steps = 8000
+    if c.size == "world" and number == 3:
+      c.train.steps = c.optimizer.cooldown_steps = 3000
     return c
   c.train.ema = 0.0
   if number == 1:

@@ -135,9 +135,9 @@ def check_json(args: argparse.Namespace) -> None:
   check_file(args.json, "--json")
 
 
-def check_file(path: pathlib.Path | None, flag: str) -> None:
+def check_file(file: pathlib.Path | None, flag: str) -> None:
   """Creates the folder of a file before the work starts; raises UserError if it cannot, or if the file is a folder."""
-  if path and path.is_dir():
-    raise UserError(f"{flag}={path} is a directory: name a file")
-  if path and not path.exists():  # /dev/stdout exists, in a folder that is not writable
-    make_directory(path.parent, flag)
+  if file and file.is_dir():
+    raise UserError(f"{flag}={file} is a directory: name a file")
+  if file and not file.exists():  # /dev/stdout exists, in a folder that is not writable
+    make_directory(file.parent, flag)

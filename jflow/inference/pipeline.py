@@ -279,9 +279,9 @@ class Pipeline:
     Raises:
       UserError: as `understand`; an empty answer, or one that does not fit the context.
     """
-    given, answers = answers, list(answers) if np.iterable(answers) else [None]
-    if isinstance(given, str) or not all(isinstance(answer, str) for answer in answers):
-      raise UserError(f"answers must be a list of texts, got {given!r:.80}")
+    answers = answers if isinstance(answers, str) or not np.iterable(answers) else list(answers)
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+      raise UserError(f"answers must be a list of texts, got {answers!r:.80}")
     if not answers:
       return []
     return likelihood.loglikelihood(self, self.request(messages, images, 1, system=system), answers)

@@ -96,7 +96,7 @@ def describe(
   layout = layouts.found(path) if path.is_dir() else None
   if layout is None:
     return _describe_own(path, vae, weights, tokenizer, whole)
-  _only_averaged(path, weights)
+  _not_raw(path, weights)
   if tokenizer and not (path / "tokenizer.json").is_file():
     Tokenizer.load(str(path))  # says what is missing
   found = published.describe(layout, path, vae)
@@ -137,13 +137,13 @@ def _workdir_around(path: pathlib.Path) -> pathlib.Path:
   return workdir or workdir_of(locate(path))  # raises with the reason if there is none
 
 
-def _only_averaged(path: pathlib.Path, weights: str) -> None:
+def _not_raw(path: pathlib.Path, weights: str) -> None:
   if weights != "ema":
     raise UserError(f"weights={weights!r} must be 'ema': {path} holds one set of weights")
 
 
 def _describe_packed(path: pathlib.Path, vae: pathlib.Path | None, weights: str, tokenizer: bool) -> Described:
-  _only_averaged(path, weights)
+  _not_raw(path, weights)
   settings, tensors = packed.describe(path)
   if vae is not None:
     raise UserError(f"{vae} is not read: {path} holds its own VAE")

@@ -22,13 +22,8 @@ _WORLD = pathlib.Path(__file__).parents[1] / "world"
 SHIPPED = {"world": _WORLD / "model", "world-codes": _WORLD / "model_codes"}  # in the layout of `packed`
 ADAPTER = "adapter_config.json"  # of a folder that holds an adapter alone
 CACHE = pathlib.Path("~/.cache/jflow/checkpoints")
-_SUFFIXES = (
-  ".json",
-  ".safetensors",
-  ".model",
-  ".txt",
-  ".jinja",
-)  # files to copy of a published checkpoint; never a pickle
+# Of files to copy of a published checkpoint; never a pickle.
+_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 
 
 _HUB = re.compile(r"([A-Za-z0-9][\w.-]*)/[A-Za-z0-9][\w.-]*(@[A-Za-z0-9][\w./-]*)?")

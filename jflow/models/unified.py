@@ -184,7 +184,8 @@ class UnifiedModel(nn.Module):
     self.writer.initialise()
 
 
-# Kernels that are used in f32 whatever the model computes in: of the VQ's encoder, and of upsampling, whose taps are added first.
+# Kernels that are used in f32 whatever the model computes in: of the VQ's encoder, and of upsampling, whose taps are
+# added first.
 _USED_IN_FLOAT32 = re.compile(r"vq/(encoder|quant_conv)/.*|(vae|vq)/decoder/up_\d+_sample/kernel")
 
 

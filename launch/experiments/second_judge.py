@@ -28,6 +28,7 @@ from jflow import outputs
 from jflow.data.sequences import IMAGE_MARK
 from jflow.evaluation import report, scores
 from jflow.evaluation.answers import normal_answer
+from jflow.evaluation.samples import read_picture
 from jflow.inference.pipeline import Pipeline
 from jflow.interop import checkpoints
 from jflow.world import benchmark, judge, references, scenes, source, words
@@ -127,7 +128,7 @@ def main() -> int:
     shown: dict[str, list[Shown]] = {}
     for name, path, _ in args.scored:
       found = benchmark.painted(path, folder, references.Scope())
-      shown[name] = [(Image.open(file).convert("RGB"), about) for _, about, file in found]
+      shown[name] = [(read_picture(file), about) for _, about, file in found]
     images = next(iter(shown.values()))
     tags = list(dict.fromkeys(about["tag"] for _, about in images))
     shown["true"], shown["others"] = true_pictures(folder, tags, images[0][0].width)

@@ -49,7 +49,6 @@ def test_a_wheel_holds_every_module_and_config(installed):
   files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
   wanted = {name for name in files if name.startswith("jflow/") and name.endswith(".py")}
   wanted |= {f"jflow/{name}" for name in files if name.startswith("configs/") and not name.endswith(".md")}
-  wanted |= {name for name in files if name.startswith(("jflow/world/model/", "jflow/world/model_codes/"))}
+  models = tuple(f"{folder.relative_to(ROOT)}/" for folder in remote.SHIPPED.values())
+  wanted |= {name for name in files if name.startswith(models)} | {f"{model}model.safetensors" for model in models}
   assert not {name for name in wanted if not (installed / name).is_file()}
-  for folder in remote.SHIPPED.values():
-    assert (installed / folder.relative_to(ROOT) / "model.safetensors").is_file()
