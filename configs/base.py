@@ -85,6 +85,9 @@ def base(size: str, sizes: Mapping[str, Callable[[ConfigDict], None]] = SIZES) -
       time_std=1.0,
     ),
   )
+  # How the model is sampled unless one asks otherwise, by the names of its family's settings (`generate --help`), as
+  # dict(guidance=3.0). The run's checkpoints carry it. What is not set is that of train.init_from, else the family's.
+  c.sampling = {}
   c.rl = dict(  # reinforcement learning (jflow/rl/README.md) in place of the losses above; not in the paper
     method="",  # "grpo": pictures of the model's own, scored by rewards; "dpo": given pairs of pictures; "": none
     prompts="",  # "shapes": those of the built-in world by data.shapes; or a file of JSON lines with "prompt"
@@ -180,8 +183,6 @@ def base(size: str, sizes: Mapping[str, Callable[[ConfigDict], None]] = SIZES) -
     wandb="",  # project of Weights & Biases that gets the same; needs the package wandb; empty: none
     sample_every=0,  # steps between sample pictures (workdir/samples); one device holds the weights twice; 0: none
     sample_prompts=(),  # empty: captions of the data, held-out ones where there are any
-    sample_steps=30,  # solver steps of a sample picture
-    sample_guidance=2.0,
   )
   c.world = dict(  # fits of fresh parameters in place of pretraining; data.shapes has the built-in world's records
     fit_labels=0,  # labelled pictures of it to fit a fresh SigLIP to; 0: it stays fresh

@@ -68,6 +68,7 @@ def world(c: ConfigDict) -> None:
   c.data.shapes.in_order = 0.75
   c.data.shapes.named_colors, c.data.shapes.long_captions = 0.4, 0.3
   c.data.shapes.asked = (("place", 5.0), ("relation", 6.0), ("count", 4.0), ("choice", 2.0))
+  c.sampling = dict(guidance=3.0)
   c.checkpoint.interval = 250
 
 

@@ -28,9 +28,9 @@ COMMANDS = {
 
 _START = """
 start with the small model of a built-in world that comes with jflow:
-  python -m jflow generate --checkpoint=world --guidance=3 --prompt="a picture of a red ring" --output=rings
+  python -m jflow generate --checkpoint=world --prompt="a picture of a red ring" --output=rings
   python -m jflow understand --checkpoint=world --image=rings/0000_00.png --question="What color is the ring?"
-  python -m jflow evaluate --benchmark=shapes --checkpoint=world --guidance=3 --output=scores --limit=48
+  python -m jflow evaluate --benchmark=shapes --checkpoint=world --output=scores --limit=48
   python -m jflow train --config=configs/stage2.py:tiny --workdir=runs/try --config.train.steps=20"""
 
 

@@ -20,13 +20,13 @@ from jflow.sections import Section, built, field, refusal, section
 from jflow.values import (
   address,
   factors,
-  guidance,
   number,
   one_of,
   pairs,
   patterns,
   phases,
   prompts,
+  setting,
   text,
   truth,
   weighted,
@@ -169,8 +169,6 @@ class LogConfig(Section):
   wandb: str = field(text, before="")
   sample_every: int = field(whole(0, note=_OFF), before=0)
   sample_prompts: tuple = field(prompts, before=())
-  sample_steps: int = field(whole(1, 10_000), before=30)
-  sample_guidance: float = field(guidance, before=2.0)
 
 
 class RunConfig(Section):
@@ -180,6 +178,7 @@ class RunConfig(Section):
   optimizer: OptimizerConfig
   lora: LoraConfig
   objective: ObjectiveConfig
+  sampling: Mapping = field(setting, before={})
   rl: Any = section("jflow.rl.config:RlConfig")
   data: DataConfig
   compute: ComputeConfig
@@ -207,6 +206,8 @@ class RunConfig(Section):
 # The dotted name that a field had in an earlier version -> its name now. An old name still loads, everywhere.
 RENAMED = {
   "data.latents": "data.stored",
+  "log.sample_guidance": "sampling.guidance",
+  "log.sample_steps": "sampling.steps",
   "objective.time_mean": "objective.draws.time_mean",
   "objective.time_std": "objective.draws.time_std",
   "train.fit_images": "world.fit_images",

@@ -15,6 +15,8 @@ _REQUIRED = object()
 def field(check: Check, before: Any = _REQUIRED) -> Any:
   """Declares a field of a section, without a default; on a mapping, `check` applies to each value.
 
+  The values of a `dict` become floats, those of a `Mapping` stay what they are.
+
   Args:
     check: value -> what it must be, or "" where it fits.
     before: the value for a config.json of a version without the field.
@@ -121,15 +123,15 @@ def _checked(declared: dataclasses.Field, value: Any, path: str) -> Any:
   """Converts a value to its field's type: lists to tuples, a whole number to a float; raises UserError."""
   name, needed = path + declared.name, declared.metadata["check"]
   value = _tuples(value)
-  if declared.type in (dict, dict | None):
-    if value is None and declared.type is not dict:
+  if declared.type in (dict, dict | None, Mapping):
+    if value is None and declared.type == dict | None:
       return None
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
       raise refusal(name, value, "must be a mapping of names")
     for key, one in value.items():
       if what := needed(one):
         raise refusal(f"{name}.{key}", one, what)
-    return {key: float(one) for key, one in value.items()}
+    return dict(value) if declared.type is Mapping else {key: float(one) for key, one in value.items()}
   if what := needed(value):
     raise refusal(name, value, what)
   return float(value) if declared.type is float else value

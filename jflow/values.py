@@ -52,6 +52,13 @@ def text(value: Any) -> str:
   return "" if isinstance(value, str) and not re.search(r"[\x00-\x1f\x7f]", value) else "must be text of one line"
 
 
+def setting(value: Any) -> str:
+  """A number, a text of one line, or a tuple of numbers."""
+  parts = value if isinstance(value, tuple) else (value,)
+  fine = parts and all(not number()(one) for one in parts) or isinstance(value, str) and not text(value)
+  return "" if fine else "must be a number, a text of one line, or a tuple of numbers"
+
+
 def truth(value: Any) -> str:
   """True or false."""
   return "" if isinstance(value, bool) else "must be true or false"

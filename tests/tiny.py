@@ -219,7 +219,7 @@ def values() -> dict:
   c.compute.compilation_cache = ""
   c.distributed.update(start_seconds=60, heartbeat_seconds=10)
   c.checkpoint.update(interval=2, keep=2)
-  c.log.update(sample_prompts=("a red ring",), sample_steps=2)
+  c.log.sample_prompts, c.sampling = ("a red ring",), dict(steps=2)
   return c.to_dict()
 
 

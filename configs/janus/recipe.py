@@ -97,6 +97,7 @@ def _codes(c: ConfigDict, model: dict, fit_images: int) -> None:
   c.model = model
   c.world.fit_images = fit_images  # the codebook is for patches with an edge, a quarter of all
   c.optimizer.muon = ("language_model/layers",)
+  c.sampling = dict(guidance=2.0, temperature=0.6)  # 5 and 1, the paper's, spoil pictures of few codes
 
 
 def _mid(c: ConfigDict) -> None:
@@ -115,7 +116,6 @@ def at_stage(size: str, number: int) -> ConfigDict:
   c = base.base(size or "1b", SIZES)
   stage = PAPER.get(c.size, JANUS)[max(0, number - 1)]
   c.objective.weights, c.objective.draws = dict(text=1.0, codes=1.0), {}  # no weights between the losses
-  c.log.sample_guidance = 5.0
   c.data.template = "plain" if number < 3 else "pro" if c.size.startswith("pro-") else "chat"
   c.optimizer.trained = NEW_PARTS + (("language_model",) if number > 1 else ()) + (base.SIGLIP if number > 2 else ())
   c.optimizer.frozen = NEVER + (() if number > 1 else ("language_model",)) + (() if number > 2 else base.SIGLIP)

@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     default=Settings.seed,
     help="added to the seeds of the pictures (default %(default)s)",
   )
-  flags.add_settings(p, "default: the benchmark's, mostly")
+  flags.add_settings(p, "default, unless benchmark or checkpoint has its own:")
   p.add_argument("--pictures", type=whole(1, 1000), metavar="N", help="pictures per prompt (default: the benchmark's)")
   p.add_argument(
     "--part",

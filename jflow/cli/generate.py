@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument("--prompts", type=path, metavar="FILE", help="a text file with one prompt per line")
   p.add_argument("--output", required=True, type=path, metavar="DIR", help="where the PNG files go")
   p.add_argument("--overwrite", action="store_true", help="replace pictures of an earlier run in --output")
-  flags.add_settings(p)
+  flags.add_settings(p, "default, unless the checkpoint has its own:")
   p.add_argument(
     "--seed",
     type=whole(most=SEED),

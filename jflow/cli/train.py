@@ -48,20 +48,17 @@ def _generate_samples(config: RunConfig, model: Any, tokenizer: Any, params: Any
   from jflow import sharding
   from jflow.inference.pipeline import Pipeline
 
-  log = config.log
   with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])):
     if jax.default_backend() == "cpu":
       model = model.clone(dtype=jnp.dtype("float32"))
-    pipeline = Pipeline(model, params, tokenizer, config.data.template)
-    asked = {"steps": log.sample_steps, "guidance": log.sample_guidance}
-    chosen = {name: value for name, value in asked.items() if name in pipeline.family.setting_names}
-    return pipeline.generate(prompts, seed=0, **chosen)
+    pipeline = Pipeline(model, params, tokenizer, config.data.template, sampling=config.sampling)
+    return pipeline.generate(prompts, seed=0)
 
 
-def _start_model(workdir: pathlib.Path, config: RunConfig, given: Collection[str]) -> dict[str, Any]:
+def _start_sections(workdir: pathlib.Path, config: RunConfig, given: Collection[str]) -> dict[str, Any]:
   from jflow.training import start_model  # after the flags, too
 
-  return start_model.model_of(config, given, workdir)
+  return start_model.sections_of(config, given, workdir)
 
 
 def _workdir(text: str) -> pathlib.Path:
@@ -109,7 +106,7 @@ def main(argv: list[str]) -> int:
   )
   known, settings = parser.parse_known_args(argv)
   need_text_name("--workdir", known.workdir)
-  config = config_files.load(known.config, settings, functools.partial(_start_model, known.workdir))
+  config = config_files.load(known.config, settings, functools.partial(_start_sections, known.workdir))
 
   from jflow.rl.run import method
   from jflow.training import hosts  # after the flags: a typo needs no import of jax

@@ -65,6 +65,11 @@ class Checkpoint:
     return base.family(self.config.generation)
 
   @functools.cached_property
+  def sampling(self) -> Mapping[str, Any]:
+    """The sampling settings that the checkpoint sets."""
+    return checkpoints.sampling_of(self.directory)
+
+  @functools.cached_property
   def fingerprint(self) -> str:
     """The hash of `report.fingerprint`."""
     made = self._settings
@@ -99,7 +104,7 @@ def evaluate(settings: Settings, checkpoint: Checkpoint | None = None, brief: bo
   benchmark, checkpoint = opened(settings), checkpoint or Checkpoint(settings)
   benchmark.meet(checkpoint.config)
   benchmark.meet_run(checkpoint.run, checkpoint.described)
-  chosen = sampling_of(type(benchmark), settings, checkpoint.family)
+  chosen = sampling_of(type(benchmark), settings, checkpoint.family, checkpoint.sampling)
   tasks = benchmark.tasks()
   seeds = [task.seed for task in tasks if isinstance(task, (Generation, Loss))]
   checks.seed(settings.seed, max(seeds, default=settings.seed) - settings.seed)
@@ -115,7 +120,7 @@ def evaluate(settings: Settings, checkpoint: Checkpoint | None = None, brief: bo
   result = benchmark.score(records)
   before = report.scored_before(settings.output, identity)
   keep = before and not result.scores
-  changed = _changed(benchmark, checkpoint.family, chosen)
+  changed = _changed(benchmark, checkpoint.family, checkpoint.sampling, chosen)
   body = before if keep else _write(benchmark, str(checkpoint.directory), identity, changed, result, before)
   if not brief:
     print(report.table(body))
@@ -160,8 +165,10 @@ def check(kind: type[Benchmark], settings: Settings) -> None:
       raise UserError(f"--{name}={path} does not exist{writer}")
 
 
-def sampling_of(kind: type[Benchmark], settings: Settings, family: Family) -> Any:
-  """The typed settings of the pictures: those given, else the benchmark's, else the family's; None: there are none.
+def sampling_of(kind: type[Benchmark], settings: Settings, family: Family, own: Mapping[str, Any]) -> Any:
+  """The typed settings of the pictures; None: there are none.
+
+  Those given, else the benchmark's, else the checkpoint's `own`, else the family's.
 
   Raises:
     UserError: a setting of another way to write images, or a value out of its range.
@@ -169,7 +176,7 @@ def sampling_of(kind: type[Benchmark], settings: Settings, family: Family) -> An
   if not issubclass(kind, GenerationBenchmark):
     return None
   with _as_flags(settings.sampling):
-    return base.settings(family, {**kind.usual.get(family.name, {}), **settings.sampling})
+    return base.settings(family, {**own, **kind.usual.get(family.name, {}), **settings.sampling})
 
 
 @contextlib.contextmanager
@@ -182,11 +189,11 @@ def _as_flags(given: Mapping[str, Any]) -> Iterator[None]:
     raise UserError(f"{flag}{error}") from None
 
 
-def _changed(benchmark: Benchmark, family: Family, chosen: Any) -> dict[str, Any]:
-  """The flags whose value differs from the benchmark's default."""
+def _changed(benchmark: Benchmark, family: Family, own: Mapping[str, Any], chosen: Any) -> dict[str, Any]:
+  """The flags whose value differs from the default of the benchmark and the checkpoint's `own`."""
   out = {}
   if isinstance(benchmark, GenerationBenchmark):
-    usual = dataclasses.asdict(base.settings(family, benchmark.usual.get(family.name, {})))
+    usual = dataclasses.asdict(base.settings(family, {**own, **benchmark.usual.get(family.name, {})}))
     out = {name: value for name, value in sorted(dataclasses.asdict(chosen).items()) if value != usual[name]}
   return out | benchmark.changed()
 

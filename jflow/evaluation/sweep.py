@@ -55,7 +55,7 @@ def sweep(settings: Settings, grid: Mapping[str, Sequence[Any]]) -> None:
   axes = axes_of(checkpoint.family, grid)
   points = {}
   for one in each:
-    chosen = runner.sampling_of(kind, one, checkpoint.family)
+    chosen = runner.sampling_of(kind, one, checkpoint.family, checkpoint.sampling)
     values = {name: getattr(chosen, name) for name in axes}
     folder = output / "_".join(name + _short(value) for name, value in values.items())
     points[*values.values()] = dataclasses.replace(one, sampling={**one.sampling, **values}, output=folder)

@@ -46,7 +46,9 @@ def load(
   found = described(path, vae=vae, weights=weights, template=template, adapter=adapter)
   compute, params = jnp.dtype(dtype or usual_dtype()), found.read_params()
   cast_for_inference(params, compute)
-  return Pipeline(_model(found, compute), params, found.tokenizer, found.template, found.has_vae)
+  return Pipeline(
+    _model(found, compute), params, found.tokenizer, found.template, found.has_vae, sampling=found.sampling
+  )
 
 
 def load_with_adapters(
@@ -81,9 +83,16 @@ def load_with_adapters(
     cast_for_inference(nested, compute)
     changed[name] = transfer.flatten(nested)
   cast_for_inference(params, compute)
-  base, flat = Pipeline(model, params, found.tokenizer, found.template, found.has_vae), transfer.flatten(params)
+  base = Pipeline(model, params, found.tokenizer, found.template, found.has_vae, sampling=found.sampling)
+  flat = transfer.flatten(params)
   opened = lambda name, own: Pipeline(
-    model, transfer.nest(flat | own), found.tokenizer, template or usual[name], found.has_vae, beside=base
+    model,
+    transfer.nest(flat | own),
+    found.tokenizer,
+    template or usual[name],
+    found.has_vae,
+    sampling=found.sampling,
+    beside=base,
   )
   return base, {name: opened(name, own) for name, own in changed.items()}
 

@@ -34,6 +34,7 @@ class Pipeline:
     template: str,
     can_generate: bool = True,
     *,
+    sampling: Mapping[str, Any] = {},
     beside: "Pipeline | None" = None,
   ):
     """Places the parameters on the device, as inference lays them out.
@@ -44,21 +45,22 @@ class Pipeline:
       tokenizer: of the checkpoint.
       template: of turns, "plain" (stages 1, 2), "chat" (stage 3, JanusFlow, Janus) or "pro" (Janus-Pro).
       can_generate: whether there is an autoencoder.
+      sampling: settings of its pictures in place of its family's defaults.
       beside: another one with the same model, of whose arrays on the device those that are equal are shared.
     """
     self.model, params = for_inference(model, params)
     self.params, self.can_generate = _placed(params, beside and beside.params), can_generate
     self.family = family(self.model.config.generation)
     self.sampler = registry.load(self.family.sampler)(self.model, self.params, tokenizer)
-    self.tokenizer, self.template = tokenizer, template
+    self.tokenizer, self.template, self._sampling = tokenizer, template, sampling
 
   def settings(self, **given: Any) -> Any:
-    """The typed sampling settings of this model's family; None stands for its default.
+    """The typed sampling settings of this model's family; None stands for the checkpoint's own, else its default.
 
     Raises:
       UserError: a setting of another family, or a value out of its range.
     """
-    return settings(self.family, given)
+    return settings(self.family, {**self._sampling, **{name: x for name, x in given.items() if x is not None}})
 
   def generate(
     self,
@@ -79,7 +81,8 @@ class Pipeline:
 
     Args:
       prompts: one or several texts.
-      steps, guidance: settings of the family; for flow solver steps (30) and w of eq. 5 (2).
+      steps, guidance: settings of the family; for flow solver steps (30) and w of eq. 5 (2). None: as the checkpoint
+        says, else the default.
       seed: image j of a prompt starts from seed + j.
       noise: for flow f32[I, C, h, w] latents at time 0 (PyTorch's layout) in place of seeds, I = prompts x num_images.
       num_images: images per prompt.

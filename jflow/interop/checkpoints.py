@@ -1,7 +1,7 @@
 """Opens a checkpoint of any layout: a published one, or jflow's own."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict
@@ -22,6 +22,7 @@ class Checkpoint(NamedTuple):
   tokenizer: pathlib.Path  # directory with tokenizer.json, if the checkpoint has one
   template: str  # of `data.templates`
   has_vae: bool
+  sampling: Mapping[str, Any] = {}  # sampling settings that are not its family's defaults
 
 
 class Described(NamedTuple):
@@ -33,10 +34,11 @@ class Described(NamedTuple):
   template: str
   has_vae: bool
   read_params: Callable[[], Any]  # nested numpy arrays
+  sampling: Mapping[str, Any] = {}  # sampling settings that are not its family's defaults
 
   def read(self) -> Checkpoint:
     """Reads the weights."""
-    return Checkpoint(self.config, self.read_params(), self.directory, self.template, self.has_vae)
+    return Checkpoint(self.config, self.read_params(), self.directory, self.template, self.has_vae, self.sampling)
 
 
 def locate(path: str | pathlib.Path) -> pathlib.Path:
@@ -118,6 +120,18 @@ def read_config(path: str | pathlib.Path) -> ModelConfig:
   return own_layout.read_settings(_workdir_around(path)).config
 
 
+def sampling_of(path: str | pathlib.Path) -> Mapping[str, Any]:
+  """The sampling settings that a checkpoint's config.json sets; none of a published one.
+
+  Raises:
+    UserError: see `describe`.
+  """
+  path = remote.local(path)
+  if path.is_dir() and not packed.is_packed(path) and layouts.found(path) is not None:
+    return {}
+  return own_layout.read_settings(path if path.is_dir() and packed.is_packed(path) else _workdir_around(path)).sampling
+
+
 def tokenizer_of(path: str | pathlib.Path) -> pathlib.Path:
   """The directory that holds the tokenizer.json of a checkpoint, if it has one; its weights are not read.
 
@@ -152,7 +166,7 @@ def _describe_packed(path: pathlib.Path, vae: pathlib.Path | None, weights: str,
     words = Tokenizer.load(str(path))
     templates.check_fits(settings.template, words, settings.config)
   read = lambda: transfer.nest(packed.read(tensors))
-  return Described(settings.config, path, words, settings.template, settings.has_vae, read)
+  return Described(settings.config, path, words, settings.template, settings.has_vae, read, settings.sampling)
 
 
 def _describe_own(
@@ -178,4 +192,5 @@ def _describe_own(
     own_layout.check_names(settings, found, step)
   own_layout.check_bytes(found, step)
   read = lambda: native.load_params(step, weights) | (transfer.nest(given.read(None)) if given else {})
-  return Described(config, workdir / "tokenizer", words, settings.template, given is not None or settings.has_vae, read)
+  has_vae = given is not None or settings.has_vae
+  return Described(config, workdir / "tokenizer", words, settings.template, has_vae, read, settings.sampling)

@@ -78,7 +78,8 @@ def _read(args: Conversion) -> tuple[Loaded, pathlib.Path | None]:
   has_vae = found.config.autoencoder is None or any(path.startswith(("vae/", "vq/")) for path in params)
   wanted = layouts.names() if args.to == "jflow" else [args.to]
   kept = [folder for name in wanted if (folder := found.directory.parent / name).is_dir()]
-  return Loaded(found.config, params, has_vae, tokenizer, found.template), kept[0] if kept else None
+  loaded = Loaded(found.config, params, has_vae, tokenizer, found.template, found.sampling)
+  return loaded, kept[0] if kept else None
 
 
 def _write_jflow(output: pathlib.Path, loaded: Loaded, folder: str, kept: pathlib.Path | None) -> None:
@@ -87,6 +88,7 @@ def _write_jflow(output: pathlib.Path, loaded: Loaded, folder: str, kept: pathli
   from jflow.interop.native import save_params
 
   config = {"model": loaded.config.to_dict(), "data": {"template": loaded.template}, "has_vae": loaded.has_vae}
+  config |= {"sampling": dict(loaded.sampling)} if loaded.sampling else {}
   # By default Orbax copies every host array before it writes, and compresses all of them at once: either would hold the
   # weights in memory twice.
   context = ocp.Context()
@@ -112,6 +114,9 @@ def _say_what_is_left_out(loaded: Loaded, to: str) -> None:
     say(f"left out, since {layout.title}'s {to} layout has no place for it: {', '.join(left_out)}")
   if layout.vae_apart and loaded.config.autoencoder.kind != "autoencoder_kl":
     say("left out: the VAE, a linear codec that the PyTorch code does not know")
+  if loaded.sampling:
+    told = ", ".join(f"{name}={value}" for name, value in loaded.sampling.items())
+    say(f"left out: the sampling settings of this model ({told}), for which that layout has no place")
   if loaded.config.understanding_encoder.gelu != "erf":
     say("the PyTorch code computes SigLIP with the exact GELU, this model with its tanh form: results differ")
 

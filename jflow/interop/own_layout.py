@@ -8,6 +8,7 @@ import numpy as np
 
 from jflow.data.templates import TEMPLATES
 from jflow.errors import UserError
+from jflow.generation import base as generation
 from jflow.interop import budget, native
 from jflow.models import lora
 from jflow.models.build import parameter_shapes
@@ -26,6 +27,7 @@ class Settings(NamedTuple):
   config: ModelConfig
   template: str  # of `data.templates.TEMPLATES`
   has_vae: bool
+  sampling: Mapping[str, Any]  # sampling settings that are not its family's defaults
 
 
 def read_settings(workdir: pathlib.Path) -> Settings:
@@ -42,8 +44,13 @@ def read_settings(workdir: pathlib.Path) -> Settings:
   has_vae = fields.get("has_vae", True)
   if type(has_vae) is not bool:
     raise UserError(f"{path}: has_vae={shown(has_vae)} must be true or false")
+  sampling = fields.get("sampling", {})
+  if not isinstance(sampling, dict):
+    raise UserError(f"{path}: sampling={shown(sampling)} must be a section")
   try:
-    return Settings(ModelConfig.from_dict(fields["model"]), template, has_vae)
+    config = ModelConfig.from_dict(fields["model"])
+    generation.settings(generation.family(config.generation), sampling)
+    return Settings(config, template, has_vae, sampling)
   except UserError as error:
     raise UserError(f"{path}: {error}") from None
 

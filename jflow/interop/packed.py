@@ -1,6 +1,6 @@
 """A jflow model in one flat folder, to ship and to read anywhere: the layout of `world`, which comes with jflow.
 
-  config.json          `model`, `data.template` and `has_vae`, as in a workdir
+  config.json          `model`, `data.template`, `has_vae` and `sampling`, as in a workdir
   model.safetensors    tensors named as the parameters, keys joined by "/"
   tokenizer.json, tokenizer_config.json
 
@@ -65,6 +65,7 @@ def save(
   tokenizer: Tokenizer,
   has_vae: bool,
   dtype: np.dtype,
+  sampling: Mapping[str, Any] = {},
 ) -> None:
   """Writes a model to a folder, which must exist.
 
@@ -76,9 +77,11 @@ def save(
     tokenizer: of the model.
     has_vae: whether `params` have one.
     dtype: of the tensors.
+    sampling: settings in place of the family's defaults.
   """
   model = ModelConfig.from_dict(config.to_dict() | {"objectives": {}})
   settings = {"model": model.to_dict(), "data": {"template": template}, "has_vae": has_vae}
+  settings |= {"sampling": dict(sampling)} if sampling else {}
   (directory / "config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
   tokenizer.save(directory)
   kept = {name: np.asarray(params[name]) for name in sorted(parameter_shapes(model)) if name in params}

@@ -95,7 +95,9 @@ def _model(name: str, directory: pathlib.Path) -> list[str]:
   """The lines about a model: its sizes, how to use it."""
   config = checkpoints.read_config(directory)
   writer, language = family(config.generation), config.language_model
-  vae = "" if checkpoints.describe(directory).has_vae else ', vae="stabilityai/sdxl-vae"'
+  found = checkpoints.describe(directory)
+  vae = "" if found.has_vae else ', vae="stabilityai/sdxl-vae"'
+  sampled = ", ".join(f"{name} {value}" for name, value in found.sampling.items())
   return [
     f"One language model ({language.num_layers} blocks of width {language.embed_dim}) that reads images through SigLIP "
     f"and writes images of {config.image_size} x {config.image_size} pixels by {writer.about or writer.name}. Made with jflow.",
@@ -106,6 +108,7 @@ def _model(name: str, directory: pathlib.Path) -> list[str]:
     f'model = jflow.load("{name}"{vae})',
     'model.generate(["a red circle"])[0].save("picture.png")',
     "```",
+    *(["", f"Sampled with {sampled} unless a call says otherwise."] if sampled else []),
   ]
 
 

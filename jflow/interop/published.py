@@ -8,7 +8,7 @@ import json
 import pathlib
 import shutil
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,6 +45,7 @@ class Loaded(NamedTuple):
   has_vae: bool
   tokenizer: Tokenizer | None
   template: str  # of `data.templates`
+  sampling: Mapping[str, Any] = {}  # sampling settings that are not its family's defaults
 
 
 class Described(NamedTuple):

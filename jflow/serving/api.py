@@ -46,7 +46,8 @@ class Api:
     self._bodies = Bodies(max_body, engine.timeout)
     self._preparing = prepare.Preparing(engine.pipelines, engine.context, engine.timeout)
     pipeline = engine.pipeline
-    self._images = schemas.ImageRequests(pipeline.family, name, pipeline.model.config.image_size, engine.adapters)
+    size, usual = pipeline.model.config.image_size, pipeline.settings()
+    self._images = schemas.ImageRequests(pipeline.family, name, size, engine.adapters, usual)
     self._began = int(time.time())
     routes = [
       Route("/v1/chat/completions", self._guarded(self.chat), methods=["POST"]),

@@ -188,7 +188,8 @@ def _paint_tab(work: Work) -> None:
         go = gr.Button("Paint", variant="primary", elem_id="go", scale=2)
         stop = gr.Button("Stop", elem_id="stop", scale=1)
       controls = [gr.Slider(1, MAX_PICTURES, 4, step=1, label="Pictures", elem_id="count", render=False)]
-      controls += [_control(field) for field in on_page(work)]
+      usual = work.engine.pipeline.settings()
+      controls += [_control(field, getattr(usual, field.name)) for field in on_page(work)]
       for two in (controls[at : at + 2] for at in range(0, len(controls), 2)):
         with gr.Row():
           for control in two:
@@ -288,9 +289,9 @@ def on_page(work: Work) -> list[dataclasses.Field]:
   return [field for field in work.engine.pipeline.family.served if "page" in field.metadata]
 
 
-def _control(field: dataclasses.Field) -> gr.Slider | gr.Dropdown:
+def _control(field: dataclasses.Field, value: Any) -> gr.Slider | gr.Dropdown:
   """The control of a sampling setting, not yet placed."""
-  place = {"value": field.default, "label": field.name.capitalize(), "elem_id": field.name, "render": False}
+  place = {"value": value, "label": field.name.capitalize(), "elem_id": field.name, "render": False}
   if "choices" in field.metadata:
     return gr.Dropdown(list(field.metadata["choices"]), **place)
   least, most, step = field.metadata["page"]
@@ -307,7 +308,8 @@ def images_asked(values: list[Any], work: Work) -> schemas.Images:
   _check_given(fields)
   del fields["dice"]
   pipeline = work.engine.pipeline
-  return schemas.ImageRequests(pipeline.family, work.name, pipeline.model.config.image_size).parse(fields)
+  size, usual = pipeline.model.config.image_size, pipeline.settings()
+  return schemas.ImageRequests(pipeline.family, work.name, size, usual=usual).parse(fields)
 
 
 def _check_given(fields: dict[str, Any]) -> None:

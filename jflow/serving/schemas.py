@@ -222,8 +222,9 @@ def parse_chat(body: dict[str, Any], model: str, adapters: Collection[str] = ())
 class ImageRequests:
   """Parses requests for /v1/images/generations; the sampling settings are fields of the body."""
 
-  def __init__(self, family: Family, model: str, image_size: int, adapters: Collection[str] = ()):
-    """Args: the model's `family`, its name, the side of its images in pixels, names of the models beside it."""
+  def __init__(self, family: Family, model: str, image_size: int, adapters: Collection[str] = (), usual: Any = None):
+    """Args: the model's `family`, its name, the side of its images in pixels, names of the models beside it, and its
+    settings where a request sets none, the family's by default."""
     self._family, self._model, self._size, self._adapters = family, model, image_size, adapters
     others = {name for other in FAMILIES.all().values() for name in other.setting_names} - family.setting_names
     foreign = f"is not a setting of a model that writes images by {family.name}: leave it out"
@@ -232,7 +233,8 @@ class ImageRequests:
       raise refuse(foreign, "unknown_parameter")
 
     fields = {name: (Annotated[Any, AfterValidator(refused)], None) for name in others - {*_ImagesBody.model_fields}}
-    fields |= {field.name: (_of_setting(field), field.default) for field in family.served}
+    self._usual = family.settings() if usual is None else usual
+    fields |= {field.name: (_of_setting(field), getattr(self._usual, field.name)) for field in family.served}
     self._body = pydantic.create_model("_Body", __base__=_ImagesBody, **fields)
 
   def parse(self, body: dict[str, Any]) -> Images:
@@ -255,7 +257,7 @@ class ImageRequests:
     """The typed settings; what their constructor refuses is an error of the field that it names."""
     values = {field.name: getattr(given, field.name) for field in self._family.served}
     try:
-      return self._family.settings(**values)
+      return dataclasses.replace(self._usual, **values)
     except UserError as error:
       message, name = str(error), str(error).partition("=")[0]
       if name not in values:

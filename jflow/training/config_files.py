@@ -41,8 +41,8 @@ def load(named: str, arguments: Sequence[str] = (), start: Start | None = None) 
   Args:
     named: FILE or FILE:SIZE, or the name of a config that comes with jflow in place of its file: stage2:tiny.
     arguments: --config.FIELD=VALUE, see `overrides.apply`.
-    start: (config, names of the fields that `arguments` set) -> the section `model`, for a run with `train.init_from`;
-      the config's model is still plain values.
+    start: (config, names of the fields that `arguments` set) -> the sections `model` and `sampling`, for a run with
+      `train.init_from`; the config's model is still plain values.
 
   Raises:
     UserError: the file is missing or fails, or a field is unknown, missing or out of its constraint.
@@ -57,7 +57,7 @@ def load(named: str, arguments: Sequence[str] = (), start: Start | None = None) 
   except UserError as error:
     raise UserError(f"{file}: {error}") from None
   if start and config.train.init_from:
-    values["model"] = start(config, given)
+    values |= start(config, given)
   try:
     config = RunConfig.from_dict(values, ModelConfig.from_dict)
     for path in sorted(given):

@@ -1,6 +1,7 @@
 """Fields of a config on the command line: --config.FIELD=VALUE, each value parsed by the type of its field."""
 
 import ast
+import dataclasses
 import difflib
 import math
 import re
@@ -9,13 +10,19 @@ from typing import Any
 
 from jflow.config import RENAMED, RunConfig
 from jflow.errors import UserError
+from jflow.generation.base import FAMILIES
 from jflow.models.config import reader_section
 from jflow.sections import flat, kinds
 from jflow.strict_json import shown
 
 _TRUE, _FALSE = ("true", "t", "1"), ("false", "f", "0")
 _SHOWN = 60  # characters of a value in a message
-_KINDS = dict(kinds(RunConfig))
+_SAMPLING = {  # the settings of all families
+  f"sampling.{field.name}": type(field.default)
+  for kind in FAMILIES.all().values()
+  for field in dataclasses.fields(kind.settings)
+}
+_KINDS = dict(kinds(RunConfig)) | _SAMPLING
 _RENAMED = RENAMED | {  # of a file, `ModelConfig.from_dict` reads them
   "model.alignment_layer": "model.objectives.alignment.layer",
   "model.alignment_width": "model.objectives.alignment.hidden_dim",
@@ -44,7 +51,7 @@ def apply(values: dict[str, Any], arguments: Sequence[str]) -> set[str]:
     if path == "model.reader" and value and value.isidentifier():  # its kind, as before it was a section
       where[name] = reader_section(value)
       continue
-    read = _value(_kind(where, name, path), where[name], argument, value)
+    read = _value(_kind(where, name, path), where.get(name), argument, value)
     where[name] = where[name] + read if path in given and isinstance(read, tuple) else read
     given.add(path)
   return given
@@ -77,9 +84,9 @@ def _place(values: dict[str, Any], path: str, argument: str) -> tuple[dict[str, 
     if not isinstance(where, dict):
       above = ".".join(parts[:depth])
       raise UserError(f"unknown field {shown(name)} ({argument}): {above} is a field, not a section")
-    if name not in where:
+    if name not in where and path not in _SAMPLING:  # which a config names as it likes
       raise UserError(f"unknown field {shown(name)} ({argument}){_meant(values, path)}")
-    section, where = where, where[name]
+    section, where = where, where.get(name)
   return section, parts[-1]
 
 
@@ -94,7 +101,7 @@ def _meant(values: dict[str, Any], path: str) -> str:
 
 def _kind(where: dict[str, Any], name: str, path: str) -> Any:
   """The type of a field; in the model or a mapping, that of its current value."""
-  return _KINDS.get(path, type(where[name]))
+  return _KINDS[path] if path in _KINDS else type(where[name])
 
 
 def _value(kind: Any, now: Any, argument: str, text: str | None) -> Any:
@@ -103,8 +110,10 @@ def _value(kind: Any, now: Any, argument: str, text: str | None) -> Any:
     if kind is bool:
       return True
     raise UserError(f"{argument} needs a value, as {argument}=VALUE")
-  if kind == dict | None:  # of any names
-    return None if text.strip() == "None" else _mapping(None, argument, text)
+  if kind == dict | None and text.strip() == "None":
+    return None
+  if kind in (dict | None, Mapping):  # of any names
+    return _mapping(None, argument, text)
   if isinstance(now, Mapping):
     return _mapping(now, argument, text)
   readers = {bool: _boolean, int: _integer, float: _number, str: _text, tuple: _tuple, list: _tuple}

@@ -20,6 +20,7 @@ from jflow.data.tokenizer import Tokenizer
 from jflow.data.validation import HeldOut
 from jflow.errors import UserError
 from jflow.generation.base import family
+from jflow.generation.base import settings as sampling_settings
 from jflow.interop import checkpoints
 from jflow.interop.checkpoints import Checkpoint, read_checkpoint
 from jflow.models import attention, fp8, initial, lora
@@ -61,6 +62,10 @@ def check(config: RunConfig) -> None:
     raise refusal(
       "data.stored", True, f"must be False with model.generation.kind={writes.name!r}, which stores nothing"
     )
+  try:
+    sampling_settings(writes, config.sampling)
+  except UserError as error:
+    raise UserError(f"config.sampling.{error}") from None
   _check_own("objective.draws", draws, writes.draws, f"with model.generation.kind={writes.name!r}")
   if not config.rl.method:
     _check_own("rl.explore", config.rl.explore, None, "without rl.method")

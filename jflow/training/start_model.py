@@ -1,4 +1,4 @@
-"""The model section of a run that starts from a checkpoint: the sizes of its weights override the config file."""
+"""The sections of a run that its start from a checkpoint decides: its sizes, and how it is sampled."""
 
 import pathlib
 import sys
@@ -19,6 +19,19 @@ PARTS = {
 }
 # No weight depends on it, so the run's own value stays, unless its rows are to be as long as it.
 _FREE = "language_model.max_length"
+
+
+def sections_of(config: RunConfig, given: Collection[str], workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns the sections of a config that its start decides: `model` and `sampling`.
+
+  A setting of `sampling` that the config does not name is the one of the checkpoint, if that writes images in the same
+  way. Arguments and errors as of `model_of`.
+  """
+  model = model_of(config, given, workdir)
+  origin = _origins(config.train, workdir)["generation"]
+  same = model["generation"].get("kind") == _plain(origin)["generation"].get("kind")
+  theirs = checkpoints.sampling_of(origin) if same else {}
+  return {"model": model, "sampling": {**theirs, **config.sampling}}
 
 
 def model_of(config: RunConfig, given: Collection[str], workdir: pathlib.Path) -> dict[str, Any]:

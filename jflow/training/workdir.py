@@ -6,6 +6,7 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ _MAY_CHANGE = (
   "log.",
   "objective.logged",
   "profile.",
+  "sampling.",
   "mesh.",
   "train.accumulation",
   "compute.remat",
@@ -242,6 +244,8 @@ def _as_now(values: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
     model = ModelConfig.from_dict(values["model"]).to_dict()
   except UserError as error:
     raise UserError(f"workdir {workdir} holds a run with another model: {error}") from None
+  if isinstance(log := values.get("log"), Mapping):  # of sample pictures alone, and of codes more than they have
+    values = values | {"log": {name: x for name, x in log.items() if name not in ("sample_steps", "sample_guidance")}}
   return _read_back(completed(renamed(values), RunConfig) | {"model": model})
 
 

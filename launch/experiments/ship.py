@@ -1,7 +1,7 @@
 """Packs a trained model of the built-in world as one that ships with jflow, with its card.
 
   python launch/experiments/ship.py runs/world/rewarded jflow/world/model
-  python -m jflow evaluate --benchmark=shapes --checkpoint=jflow/world/model --output=scores/world --guidance=3
+  python -m jflow evaluate --benchmark=shapes --checkpoint=jflow/world/model --output=scores/world
   python launch/experiments/ship.py --card jflow/world/model --scores=scores/world/report.json --recipe="the commands"
 
 The first command writes the weights, the last one the card (README.md) from scores of just these weights. A model that
@@ -24,11 +24,7 @@ from jflow.errors import UserError
 from jflow.evaluation import report
 from jflow.interop import checkpoints, packed
 
-# Of a way to write: the checkpoint, its family, what to mind in its use.
-NAMES = {
-  "flow": ("world", "JanusFlow", ""),
-  "codes": ("world-codes", "Janus", "; the defaults, the paper's 5 and 1, spoil pictures as small as these"),
-}
+NAMES = {"flow": ("world", "JanusFlow"), "codes": ("world-codes", "Janus")}  # way to write -> checkpoint, family
 SHOWN = ("single_object", "colors", "counting", "position", "two_object", "color_attr", "overall")
 
 
@@ -38,7 +34,7 @@ def pack(source: str, folder: pathlib.Path) -> None:
   params = flatten_dict(found.read_params(), sep="/")
   folder.mkdir(parents=True, exist_ok=True)
   dtype = np.dtype(ml_dtypes.bfloat16)
-  packed.save(folder, found.config, found.template, params, found.tokenizer, found.has_vae, dtype)
+  packed.save(folder, found.config, found.template, params, found.tokenizer, found.has_vae, dtype, found.sampling)
 
 
 def card(folder: pathlib.Path, scores: pathlib.Path, recipe: str) -> str:
@@ -57,16 +53,15 @@ def card(folder: pathlib.Path, scores: pathlib.Path, recipe: str) -> str:
       seen, unseen = (found.get(f"{split} {kind}: {name}") for split in ("seen", "held-out"))
       cells = (f"{x['value']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" if x else "" for x in (seen, unseen))
       rows.append(f"| {kind}: {name} | {' | '.join(cells)} |")
-  name, family, minded = NAMES[checkpoints.read_config(folder).generation.kind]
+  name, family = NAMES[checkpoints.read_config(folder).generation.kind]
   chosen = {key: settings[key] for key in ("steps", "guidance", "temperature") if settings.get(key) is not None}
   sampling = ", ".join(f"{key} {value:g}" for key, value in chosen.items())
-  flags = " ".join(f"--{key}={value:g}" for key, value in chosen.items() if key != "steps")
   return f"""# {name}
 
 The small {family} of jflow's built-in world: lone and several colored shapes on gray, 48 x 48 pixels. It paints them from
 prompts such as "a picture of a red circle left of a star" and answers questions about them; it knows nothing else.
 
-- **Use**: `python -m jflow generate --checkpoint={name} {flags} --prompt="a picture of a pink ring" --output=ring`{minded}
+- **Use**: `python -m jflow generate --checkpoint={name} --prompt="a picture of a pink ring" --output=ring`
 - **Recipe**: {recipe}
 - **Commit of the scores**: {told["commit"]}, {told["date"][:10]}; seed {settings["seed"]}, {sampling}.
 - **Weights**: bfloat16, `model.safetensors`; `config.json` and the tokenizer beside it. License: that of jflow.

@@ -20,13 +20,13 @@ for stage in 0 1 2 3; do
     --config.train.init_from="$before" "$@"
   before=$out/stage$stage
 done
-checkpoint=$before sampling="--guidance=2 --temperature=0.6"
+checkpoint=$before
 if [ "$name" = world ]; then
-  checkpoint=$out/rewarded sampling=--guidance=3
+  checkpoint=$out/rewarded
   "$python" -m jflow train --config=configs/grpo.py:world --workdir="$out/rewarded_once" --config.train.init_from="$before"
   # Again from there, from fresh moments: two thirds of the steps, 23 % of the prompts about one object without a color.
   "$python" -m jflow train --config=configs/grpo.py:world --workdir="$checkpoint" --config.train.init_from="$out/rewarded_once" \
     --config.train.seed=1 --config.data.shapes.tags.single_object=0.25 --config.train.steps=400 \
     --config.optimizer.cooldown_start=200 --config.optimizer.cooldown_steps=200
 fi
-echo "score it: $python -m jflow evaluate --benchmark=shapes --checkpoint=$checkpoint --output=$out/scores $sampling"
+echo "score it: $python -m jflow evaluate --benchmark=shapes --checkpoint=$checkpoint --output=$out/scores"

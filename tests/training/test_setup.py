@@ -88,8 +88,10 @@ def test_a_run_that_has_begun_takes_its_own_tokenizer(tmp_path):
     ("distributed.process_id", 1),
     ("distributed.heartbeat_seconds", 0),
     ("log.sample_every", -1),
-    ("log.sample_steps", 0),
-    ("log.sample_guidance", 0.5),
+    ("sampling.steps", 0),
+    ("sampling.guidance", 0.5),
+    ("sampling.temperature", 0.5),  # of codes
+    ("sampling.solver", True),
     ("log.sample_prompts", ("", "a ring")),
   ],
 )

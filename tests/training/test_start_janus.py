@@ -94,7 +94,7 @@ def test_sizes_of_the_tokenizer_are_those_of_its_own_checkpoint(tmp_path):
   """Also where the other parts come from a model that writes in another way."""
   parts, other = saved(tmp_path / "parts", tiny.CONFIG), saved(tmp_path / "janus", tiny.JANUS)
   flags = [f"--config.train.init_from={parts}", f"--config.train.init_parts=(('vq','{other}'),)"]
-  begin = lambda config, given: start_model.model_of(config, given, tmp_path / "run")
+  begin = lambda config, given: start_model.sections_of(config, given, tmp_path / "run")
   model = config_files.load("janus/stage1:tiny", flags, begin).model
   assert model.autoencoder == tiny.JANUS.autoencoder and model.language_model.embed_dim == 32
   assert model.generation.kind == "codes" and model.reader == tiny.JANUS.reader

@@ -25,7 +25,7 @@ def written(workdir: pathlib.Path, model: ModelConfig = tiny.CONFIG) -> pathlib.
 
 
 def loaded(init_from: pathlib.Path, workdir: pathlib.Path, *fields: str, named: str = STAGE2) -> ModelConfig:
-  start = lambda config, given: start_model.model_of(config, given, workdir)
+  start = lambda config, given: start_model.sections_of(config, given, workdir)
   return config_files.load(named, [f"--config.train.init_from={init_from}", *fields], start).model
 
 
@@ -59,7 +59,7 @@ def test_rows_are_as_long_as_the_context_of_a_checkpoint(tmp_path, context, toke
   """At most 4,096; the size of the config is the paper's. What a flag names stays, and a run keeps what it has."""
   language = dataclasses.replace(tiny.CONFIG.language_model, max_length=context)
   source = written(tmp_path / "source", dataclasses.replace(tiny.CONFIG, language_model=language))
-  start = lambda config, given: start_model.model_of(config, given, tmp_path / "run")
+  start = lambda config, given: start_model.sections_of(config, given, tmp_path / "run")
   flags = [f"--config.train.init_from={source}"]
   config = config_files.load("tune", flags, start)
   assert (config.data.row_tokens, config.model.language_model.max_length) == (tokens, context)
@@ -143,7 +143,7 @@ def test_no_device_is_touched_before_processes_have_met(tmp_path):
   code = f"""
 import functools, pathlib
 from jflow.training import config_files, start_model
-start = lambda config, given: start_model.model_of(config, given, pathlib.Path("run"))
+start = lambda config, given: start_model.sections_of(config, given, pathlib.Path("run"))
 config_files.load({STAGE2!r}, ["--config.train.init_from={source}"], start)
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()
