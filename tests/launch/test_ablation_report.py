@@ -15,6 +15,7 @@ from PIL import Image
 sys.path.insert(0, str(tiny.ROOT / "launch" / "experiments"))
 
 import ablation_report as made
+import ablation_table as paper
 import ablations
 
 from configs import ablation
@@ -28,7 +29,7 @@ from jflow.world import scenes, source
 def entry(shift: float, steps: int = 100, half: float = 0.05) -> dict:
   """`shift` is how much better than F it is, in every score."""
   scores = {}
-  for row in made.ROWS:
+  for row in paper.ROWS:
     value = 5 - shift if row.low_is_good else 0.5 + shift
     scores[f"seen {row.score}"] = {"value": value, "low": value - half, "high": value + half, "count": 9}
   accuracy = 0.7 + shift
@@ -38,9 +39,9 @@ def entry(shift: float, steps: int = 100, half: float = 0.05) -> dict:
 
 def test_differences_have_newcombes_interval_and_a_distance_that_is_less_is_better():
   letters = {"A": entry(-0.3), "B": entry(0.01), "C": None, "F": entry(0)}
-  out = {(one["letter"], one["score"]): one for one in made.compare(letters)}
-  assert {letter for letter, _ in out} == {"A", "B"} and len(out) == 2 * len(made.ROWS)
-  for row in made.ROWS:
+  out = {(one["letter"], one["score"]): one for one in paper.compare(letters)}
+  assert {letter for letter, _ in out} == {"A", "B"} and len(out) == 2 * len(paper.ROWS)
+  for row in paper.ROWS:
     one = out["A", f"seen {row.score}"]
     assert one["better_by"] == pytest.approx(-0.3)
     assert (one["low"], one["high"]) == pytest.approx((-0.3 - 0.05 * 2**0.5, -0.3 + 0.05 * 2**0.5))
@@ -51,7 +52,7 @@ def test_differences_have_newcombes_interval_and_a_distance_that_is_less_is_bett
   assert out["B", "seen questions: overall"]["agrees"] is None  # 0 is within the interval
   for letter in "AF":  # both answer by chance: how often they say yes decides nothing
     letters[letter]["scores"]["seen questions: existence"]["low"] = 0.49
-  (one,) = [one for one in made.compare({x: letters[x] for x in "AF"}) if one["score"].endswith(", F1")]
+  (one,) = [one for one in paper.compare({x: letters[x] for x in "AF"}) if one["score"].endswith(", F1")]
   assert one["agrees"] is None
 
 
@@ -63,10 +64,10 @@ def test_trainings_of_two_letters_widen_the_interval_by_students_t():
   assert letters["A"]["scores"][name]["each"] == pytest.approx([0.32, 0.28])
   assert letters["A"]["scores"][name]["count"] == 9 and set(letters["A"]["trainings"]) == {0, 1}
   variance = (2 * 0.02**2 + 4 * 0.06**2) / 4
-  (one,) = [x for x in made.compare(letters) if (x["letter"], x["score"]) == ("A", name)]
+  (one,) = [x for x in paper.compare(letters) if (x["letter"], x["score"]) == ("A", name)]
   half = (2 * 0.05**2 + 2.776**2 * variance * (1 / 2 + 1 / 4)) ** 0.5
   assert (one["low"], one["high"]) == pytest.approx((-half, half), rel=1e-3)
-  once = made.compare({x: made.merged({0: entry(0)}) for x in shifts})
+  once = paper.compare({x: made.merged({0: entry(0)}) for x in shifts})
   assert all(x["high"] == pytest.approx(0.05 * 2**0.5) for x in once)  # one training says nothing about others
 
 
@@ -74,7 +75,7 @@ def test_trainings_of_two_letters_widen_the_interval_by_students_t():
 def test_without_pairs_the_interval_is_that_of_scores_apart(few):
   name = "seen pictures: overall"
   letters = {"A": entry(-0.2) | {"groups": {name: few}}, "F": entry(0) | {"groups": {name: {"x": np.zeros(4)}}}}
-  (one,) = [x for x in made.compare(letters) if x["score"] == name]
+  (one,) = [x for x in paper.compare(letters) if x["score"] == name]
   assert one["high"] - one["low"] == pytest.approx(0.1 * 2**0.5)
 
 
@@ -84,7 +85,7 @@ def test_overall_scores_are_compared_by_pairs_of_equal_prompts():
   f = {"x": np.array([0.0, 1.0, 1.0, 0.0]), "y": np.array([1.0, 0.0])}
   a = {"x": f["x"] - (0.1, 0.1, 0.3, 0.3), "y": f["y"] - 0.2}
   letters = {letter: entry(shift) | {"groups": {name: of}} for letter, shift, of in (("A", -0.2, a), ("F", 0.0, f))}
-  (one,) = [x for x in made.compare(letters) if x["score"] == name]
+  (one,) = [x for x in paper.compare(letters) if x["score"] == name]
   half = 1.96 * ((4 * 0.1**2 / 3) / 4) ** 0.5 / 2  # the second kind's differences are all equal
   assert (one["better_by"], one["low"], one["high"]) == pytest.approx((-0.2, -0.2 - half, -0.2 + half), rel=1e-3)
   whole = made.merged({0: entry(0) | {"groups": {name: a}}, 1: entry(0) | {"groups": {name: f}}})
@@ -140,7 +141,7 @@ def test_a_training_that_has_not_come_as_far_is_left_out():
 def test_the_table_names_what_is_missing_and_unfinished():
   letters = {"A": entry(-0.3, steps=40), "B": None, "F": entry(0)}
   letters["F"]["scores"]["seen pictures: overall"]["chance"] = 0.02
-  text = made.table({"command": "c", "commit": "abc", "letters": letters, "comparisons": made.compare(letters)})
+  text = paper.table({"command": "c", "commit": "abc", "letters": letters, "comparisons": paper.compare(letters)})
   assert "Not trained yet: B (one latent encoder for both)." in text
   assert "| steps | 40 of 100 |  | 100 |" in text and "1,234 / 5" in text
   assert "0.500 (0.02)" in text and "| A | POPE / seen questions: existence, F1 | -2.33 | -0.300 |" in text
@@ -209,8 +210,8 @@ def test_json_has_a_line_per_score_and_stays_what_it_was():
 
 
 def test_the_papers_table_has_what_each_letter_can_do():
-  assert set(made.WHAT) == set(ablation.LETTERS)
-  for name, row in made.PAPER.items():
+  assert set(paper.WHAT) == set(ablation.LETTERS)
+  for name, row in paper.PAPER.items():
     paints = name in ("FID", "CLIP")
     assert set(row) == set(ablation.LETTERS) - ({"D"} if paints else {"E"})
 
