@@ -94,7 +94,13 @@ generate, and both sides take the most likely code. On a GPU or TPU the report s
 pictures' FLOPs take (mfu), and of codes which share of the memory bandwidth their loop reaches (bandwidth_share)."""
   add = _inference(p)
   add("--batch_size", type=whole(most=4096), default=2, help="pictures generated at once (default %(default)s)")
-  add_settings(p)
+  add_settings(p, "default, unless the checkpoint has its own:")
+  add(
+    "--attention",
+    choices=("auto", "xla", "fused"),
+    default="auto",
+    help="of a picture's own positions; fused: a GPU's causal kernel (default: what inference takes)",
+  )
   add("--prompt_tokens", type=whole(), default=32, help="of the longest prompt (default %(default)s)")
 
 

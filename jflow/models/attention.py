@@ -89,8 +89,11 @@ def over_shards(kernel: Callable[..., jax.Array], q_BSNH, k_BSKH, v_BSKH, segmen
 
 
 def unmasked(packed: str, dtype: Any, head_dim: int) -> str:
-  """The implementation of attention without a mask: "cudnn" where packed rows have it and the heads fit, else "xla"."""
-  chosen = packed.partition(":")[0] == "cudnn"
+  """The implementation of attention without a mask beside that of packed rows: "cudnn" or "xla".
+
+  "cudnn" where a config names a kernel of a GPU and the heads fit; not beside "triton", which "auto" takes there.
+  """
+  chosen = packed.partition(":")[0] in ("cudnn", "packed")
   return "cudnn" if chosen and kernels.fuses_causal(dtype, head_dim) else "xla"
 
 

@@ -1,8 +1,9 @@
 """Matrix products in 8 bits, `compute.matmul="fp8"`: e4m3 forward, e5m2 for gradients (https://arxiv.org/abs/2209.05433).
 
 A tensor is divided by one scale so that its largest magnitude just fits, cast, multiplied, and the product multiplied
-by both scales again; sums are f32. The scale is that of the tensor itself ("current", not "delayed" by an earlier
-step): so there is no state, a step depends on nothing but (state, batch), and microbatches and resumption need no care.
+by both scales again; sums are f32 in the backward products, and in the forward ones as a device makes them. The scale
+is that of the tensor itself ("current", not "delayed" by an earlier step): so there is no state, a step depends on
+nothing but (state, batch), and microbatches and resumption need no care.
 Flax's modules for such products keep delayed scales as parameters, which scans, adapters and checkpoints here would
 have to know; of them only the cast is used. Scales are powers of two: dividing by one loses nothing, so that another
 scale, of another microbatch or share of the rows, changes only what is too small for the type.
@@ -73,15 +74,18 @@ def _forward(x_RD, kernel_DF, axes):
 def _backward(axes, kept, dy_RF):
   x, of_x, kernel, of_kernel, like_x, like_kernel = kept
   dy, of_dy = quantized(dy_RF, BACKWARD)
-  dx_RD = _dot(dy, whole(kernel, *axes), (1, 1), of_dy * of_kernel, like_x.dtype)
-  dkernel_DF = constrain(_dot(x, dy, (0, 0), of_x * of_dy, like_x.dtype), *axes)
+  exact = jax.lax.Precision.HIGHEST  # by default cuBLASLt adds up 8-bit products in less than f32
+  dx_RD = _dot(dy, whole(kernel, *axes), (1, 1), of_dy * of_kernel, like_x.dtype, exact)
+  dkernel_DF = constrain(_dot(x, dy, (0, 0), of_x * of_dy, like_x.dtype, exact), *axes)
   return dx_RD, dkernel_DF.astype(like_kernel.dtype)
 
 
 product.defvjp(_forward, _backward)
 
 
-def _dot(a: jax.Array, b: jax.Array, over: tuple[int, int], scale: jax.Array, dtype: Any) -> jax.Array:
+def _dot(
+  a: jax.Array, b: jax.Array, over: tuple[int, int], scale: jax.Array, dtype: Any, precision: Any = None
+) -> jax.Array:
   """The product of two matrices over one axis of each, times `scale`: on a GPU one call of cuBLASLt."""
   dimensions = (((over[0],), (over[1],)), ((), ()))
-  return jax.lax.dot_general(a, b, dimensions, preferred_element_type=dtype) * scale.astype(dtype)
+  return jax.lax.dot_general(a, b, dimensions, precision, preferred_element_type=dtype) * scale.astype(dtype)

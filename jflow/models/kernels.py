@@ -7,6 +7,7 @@ Legend: B batch, S sequence, N heads, H head dim, Z segments of a row.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -33,6 +34,8 @@ def obstacle(name: str, device: jax.Device, dtype: Any, head_dim: int) -> str:
       return f"needs compute.dtype='bfloat16', not {jnp.dtype(dtype).name!r}"
     if head_dim > 128 or head_dim % 8:
       return f"needs heads of at most 128 and a multiple of 8, not {head_dim}"
+    if not _known_cudnn():
+      return f"is not known to work with jax {jax.__version__}, whose private functions differ"
     if _capability(device) < 9:
       return f"needs a GPU of compute capability 9.0 or later for packed rows, not {device.compute_capability}"
   if name in ("triton", "packed") and (head_dim & (head_dim - 1) or not 16 <= head_dim <= 128):
@@ -42,6 +45,14 @@ def obstacle(name: str, device: jax.Device, dtype: Any, head_dim: int) -> str:
 
 def _capability(device: jax.Device) -> float:
   return float(getattr(device, "compute_capability", "0"))
+
+
+def _known_cudnn() -> bool:
+  """Whether this jax has the private function of `_cudnn_backward` as it is called there."""
+  from jax._src.cudnn import fused_attention_stablehlo as fused
+
+  names = list(inspect.signature(fused._dot_product_attention_bwd_rule).parameters)
+  return len(names) == 11 and names[7:10] == ["is_training", "return_residual", "res"]
 
 
 def _padded(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -10,6 +10,9 @@ import numpy as np
 from jflow import registry
 from jflow.errors import UserError
 from jflow.generation.base import check_settings, family, settings
+from jflow.inference.pipeline import Pipeline
+from jflow.interop import checkpoints
+from jflow.models import kernels
 from jflow.perf import inference, versus
 
 
@@ -19,6 +22,9 @@ class Settings(inference.Settings):
 
   batch_size: int = 2  # images generated at once
   prompt_tokens: int = 32  # of the longest prompt
+  attention: str = (
+    "auto"  # of a picture's own positions: "xla", "fused" (a GPU's causal kernel), or what inference takes
+  )
   sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # settings of the model's way to write images
 
 
@@ -32,7 +38,8 @@ def run(args: Settings) -> dict[str, Any]:
   source = inference.open_source(args)
   c, n, kind = source.config, args.batch_size, family(source.config.generation)
   greedy = {"temperature": 0.0} if args.versus and "temperature" in kind.setting_names else {}  # else draws differ
-  chosen = settings(kind, greedy | args.sampling)
+  own = checkpoints.sampling_of(args.checkpoint) if args.checkpoint else {}
+  chosen = settings(kind, {**own, **greedy, **args.sampling})
   work = versus.work_of(args, c, chosen)
   room = c.language_model.max_length - kind.layout.slots(c.written_patches)
   if args.prompt_tokens > room:
@@ -41,6 +48,7 @@ def run(args: Settings) -> dict[str, Any]:
       f"slots leave of the context of {c.language_model.max_length}"
     )
   pipeline = source.pipeline()
+  _choose_attention(pipeline, args.attention)
   rng, sampler, dtype = np.random.default_rng(0), pipeline.sampler, str(pipeline.model.dtype)
   shorter = 1 if work and work.same_lengths else min(8, args.prompt_tokens)
   lengths = np.asarray([args.prompt_tokens - i % shorter for i in range(n)], np.int32)
@@ -81,6 +89,7 @@ def run(args: Settings) -> dict[str, Any]:
   per_step = {k: v / evaluations for k, v in measured[first]["seconds"].items()}
   report |= {
     "pictures": n,
+    "attention": pipeline.model.attention,
     **kind.told(chosen),
     "seconds_per_step": per_step,
     "seconds_decode": measured[second]["seconds"] if second else None,
@@ -99,3 +108,16 @@ def run(args: Settings) -> dict[str, Any]:
     report["speedup"] = {"all": theirs / seconds} | {part: ratio(part, "seconds") for part in parts}
     report["speedup_cpu_seconds"] = {part: ratio(part, "cpu_seconds") for part in parts}
   return {name: value for name, value in report.items() if value is not None or name == "mfu"}
+
+
+def _choose_attention(pipeline: Pipeline, name: str) -> None:
+  """Gives the pipeline's sampler another kernel; raises UserError where the device or the model has none."""
+  if name == "auto" or name == pipeline.model.attention:
+    return
+  c, platform = pipeline.model.config, jax.default_backend()
+  if name == "fused" and not (
+    platform == "gpu" and kernels.fuses_causal(pipeline.model.dtype, c.language_model.head_dim)
+  ):
+    raise UserError(f"--attention=fused needs a GPU, half precision and heads of at most 128, not {platform}")
+  pipeline.model = pipeline.model.clone(attention=name)
+  pipeline.sampler = registry.load(pipeline.family.sampler)(pipeline.model, pipeline.params, pipeline.tokenizer)

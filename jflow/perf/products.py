@@ -1,6 +1,7 @@
 """bench products: what a device reaches on matrix products of a step's shapes, and on a copy."""
 
 import dataclasses
+import functools
 import time
 from typing import Any
 
@@ -18,7 +19,10 @@ class Settings:
 
 
 def run(args: Settings) -> dict[str, Any]:
-  """Times each product [tokens, D] x [D, F] of the LLM forward and by its weights, in bf16 and fp8, and a copy."""
+  """Times each product [tokens, D] x [D, F] of the LLM forward and by its weights, in bf16 and fp8, and a copy.
+
+  Of fp8 both kinds: e4m3 forward, and with one side in e5m2, as in the products of gradients, which add up in f32.
+  """
   import jax
   import jax.numpy as jnp
 
@@ -36,21 +40,22 @@ def run(args: Settings) -> dict[str, Any]:
     "mlp": (tokens, lm.embed_dim, lm.mlp_dim),
     "mlp_weights": (lm.embed_dim, tokens, lm.mlp_dim),
   }
-  dtypes = {"bfloat16": jnp.bfloat16}
+  kinds = {"bfloat16": (jnp.bfloat16, jnp.bfloat16, None)}
   if device.platform == "gpu":
-    dtypes["float8_e4m3fn"] = jnp.float8_e4m3fn
+    kinds["float8_e4m3fn"] = (jnp.float8_e4m3fn, jnp.float8_e4m3fn, None)
+    kinds["float8_e5m2"] = (jnp.float8_e5m2, jnp.float8_e4m3fn, jax.lax.Precision.HIGHEST)
   out: dict[str, Any] = {"workload": "products", "device": device.device_kind, "tokens": tokens}
   peak, keys = chips.peak_flops(device.device_kind), jax.random.split(jax.random.key(0))
-  for name, dtype in dtypes.items():
+  for name, (*dtypes, precision) in kinds.items():
+    product = jax.jit(functools.partial(jnp.dot, precision=precision, preferred_element_type=jnp.bfloat16))
     for shape, (m, k, n) in sizes.items():
-      a, b = (jax.random.normal(key, s).astype(dtype) for key, s in zip(keys, ((m, k), (k, n))))
-      product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.bfloat16))
+      a, b = (jax.random.normal(key, s).astype(kind) for key, s, kind in zip(keys, ((m, k), (k, n)), dtypes))
       seconds = _fastest(product, (a, b), args.repeats)
       out[f"{name}_{shape}"] = {
         "flops_per_second": 2 * m * k * n / seconds,
         "of_peak": peak and 2 * m * k * n / seconds / peak,
       }
-  x = jax.random.normal(keys[0], (tokens, lm.embed_dim))
+  x = jnp.ones(2**29 if device.platform != "cpu" else tokens * lm.embed_dim)  # 2 GiB: no cache holds a part of it
   out["copy_bytes_per_second"] = 2 * x.nbytes / _fastest(jax.jit(lambda x: x + 1.0), (x,), args.repeats)
   return out
 

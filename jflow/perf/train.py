@@ -1,12 +1,13 @@
 """bench train: the train step of a config on synthetic full rows: tokens/s, MFU, memory, and its parts alone."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from jflow.config import RunConfig
-from jflow.errors import UserError
+from jflow.errors import Stopped, UserError
 from jflow.models import initial, lora
 
 
@@ -51,6 +52,9 @@ def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
     config: of a run.
     steps: timed steps, after two that are not.
     parts: time LLM, head, SigLIP, heads, VAE and optimizer too.
+
+  Raises:
+    Stopped: a step had no finite gradient, so that what was timed is not a step.
   """
   import jax
 
@@ -89,6 +93,9 @@ def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
       jax.block_until_ready(metrics["loss"])
       if i >= 0:
         seconds.append(time.perf_counter() - started)
+    loss, skipped = float(metrics["loss"]), int(metrics["skipped"])
+    if skipped or not math.isfinite(loss):
+      raise Stopped(f"{skipped} of {steps + 2} steps were skipped, and the loss is {loss}: the times say nothing")
     flops = model_flops_of(config, model.config, lora.parts(state.trained), counted(host))
     tokens, total = int((host.segment_ids > 0).sum()), sum(flops.values())
     peak = chips.peak_flops(device.device_kind)
@@ -107,6 +114,8 @@ def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
       "seconds_per_step": step,
       "tokens_per_second": tokens / step["median"],
       "tokens_per_step": tokens,
+      "learned_tokens_per_step": int(host.loss_mask.sum()),
+      "pictures_per_step": int((host.image_kind > 0).sum()),
       "images_per_second": int((host.image_kind > 0).sum()) / step["median"],
       "model_flops": total,
       "model_flops_per_token": total / tokens,
@@ -114,7 +123,7 @@ def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
       "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use", predicted),
       "predicted_bytes": predicted,
       "compile_seconds": compile_seconds,
-      "loss": float(metrics["loss"]),
+      "loss": loss,
     }
     if parts:
       report["parts"] = {}

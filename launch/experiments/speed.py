@@ -2,30 +2,34 @@
 
   python launch/experiments/speed.py runs/speed                     # 470 seconds at most; the same command goes on
   python launch/experiments/speed.py runs/speed --seconds=3600      # all of it
+  python launch/experiments/speed.py /tmp/speed --copy=$OUT         # on a lent machine: what is to come back, at once
   python launch/experiments/speed.py runs/speed --size=tiny --questions products,attention   # anywhere
   python launch/experiments/speed.py runs/speed --list              # the questions, their caps and commands
 
-Each answer is one line of FOLDER/results.jsonl, written as soon as it is there, and a question with an answer is not
-asked again; one that failed or ran past its cap is asked again by the next run. All share FOLDER/cache, the cache of
-compiled programs, so keep it: a second start takes seconds. Beside jflow the GPU needs these wheels, and for --versus
-the last two: jax-cuda13-plugin, jax-cuda13-pjrt, nvidia's libraries that they ask for (pip download
-"jax[cuda13]"), ml-collections, array-record, grain; torch, diffusers.
+Each answer is one line of FOLDER/results.jsonl, written as soon as it is there and printed, and a question with an answer is not
+asked again; one that failed or ran past its cap is asked again by the next run. A question is begun where the time left holds its
+cap. All share FOLDER/cache, the cache of compiled programs, so keep it, at the same place: a second start takes seconds. Beside jax with
+its CUDA plugin and jflow's other requirements (ml-collections, grain, array-record) the tests need pytest, --versus torch and diffusers.
 """
 
 import argparse
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from typing import Any, NamedTuple
 
 from jflow import outputs
 
 SECONDS = 470.0  # of a command with ten minutes, with time left to fetch the results
+TESTS = ("pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/models/test_attention.py")
 _WORKER = "tests/parity/torch_worker.py"
+_TOLD = 20  # last lines of the log of a question that failed
 
 
 class Question(NamedTuple):
@@ -33,7 +37,7 @@ class Question(NamedTuple):
 
   name: str
   cap: float
-  command: tuple[str, ...]  # words behind `python -m jflow bench`
+  command: tuple[str, ...]  # words behind `python -m jflow bench`, or `TESTS`
   decides: str
 
 
@@ -47,38 +51,42 @@ def questions(size: str) -> list[Question]:
     return ("train", f"--config={stage2}", f"--rows={rows}", "--steps=8", "--no-parts", "--fields", *fields)
 
   everything = ("remat=none", "unroll=24") if size in ("384", "256") else ("remat=none",)
+  attention = lambda *kernels: ("attention", f"--config={stage2}", "--kernels", "xla", *kernels)
+  paint = ("generate", f"--config={stage3}", "--batch_size=16", "--repeats=2")
+  read = ("understand", f"--config={stage3}", "--batch_size=16", "--repeats=2")
+  codes_of = lambda rows: ("generate", f"--config={codes}", f"--batch_size={rows}", "--repeats=2")
   ask = Question
+  # A kernel that faults may take the process with it: each has its own.
   return [
-    ask("products", 25, ("products", f"--config={stage2}"), "the rate that the model of a step is scaled by; fp8"),
-    ask("attention", 75, ("attention", f"--config={stage2}"), "which kernel is right, and its share; `kernels.AUTO`"),
-    ask("step-4-full-cudnn", 80, step(4, "remat=full", "attention=cudnn"), "the table of segments inside the step"),
-    ask("step-4-none-cudnn", 140, step(4, *everything, "attention=cudnn"), "no recompute, no loop over layers"),
-    ask("step-8-none-cudnn", 150, step(8, *everything, "attention=cudnn"), "the headline"),
-    ask("step-8-none-cudnn-fp8", 170, step(8, *everything, "attention=cudnn", "matmul=fp8"), "products in 8 bits"),
-    ask("step-8-none-packed", 150, step(8, *everything, "attention=packed"), "our own kernel inside the step"),
-    ask("step-8-auto", 150, step(8, "remat=auto"), "what a user gets"),
-    ask("parts", 120, ("train", f"--config={stage2}", "--rows=4", "--steps=8"), "each part alone"),
-    ask("step-4-save-cudnn", 110, step(4, "remat=save:query,key,value,attended,gate,up", "attention=cudnn"), "80 GB"),
-    ask("paint-16", 120, ("generate", f"--config={stage3}", "--batch_size=16", "--repeats=2"), "pictures a second"),
-    ask(
-      "codes-1", 90, ("generate", f"--config={codes}", "--batch_size=1", "--repeats=2"), "codes: share of the memory"
-    ),
-    ask("codes-16", 120, ("generate", f"--config={codes}", "--batch_size=16", "--repeats=2"), "the same, 16 pictures"),
-    ask("codes-64", 150, ("generate", f"--config={codes}", "--batch_size=64", "--repeats=2"), "the same, 64 pictures"),
+    ask("attention-cudnn", 60, attention("cudnn:8"), "whether the table of segments is right, and its share"),
+    ask("step-8-none-cudnn", 280, step(8, *everything, "attention=cudnn"), "the headline"),
+    ask("tests-attention", 90, TESTS, "`kernels.AUTO` and `AUTO_BEHIND_PREFIX`, whose kernels must pass them"),
+    ask("products", 60, ("products", f"--config={stage2}"), "the rate that the model of a step is scaled by; fp8"),
+    ask("attention-packed", 60, attention("packed"), "our own kernel"),
+    ask("step-8-none-cudnn-fp8", 280, step(8, *everything, "attention=cudnn", "matmul=fp8"), "products in 8 bits"),
+    ask("paint-16", 120, paint, "pictures a second"),
+    ask("paint-16-fused", 120, (*paint, "--attention=fused"), "the causal kernel beside the prompt"),
     ask("read-1", 90, ("understand", f"--config={stage3}", "--new_tokens=256", "--repeats=2"), "tokens a second"),
-    ask("read-16", 120, ("understand", f"--config={stage3}", "--batch_size=16", "--repeats=2"), "the same, 16 rows"),
+    ask("read-16", 120, read, "the same, 16 rows"),
+    ask("step-8-none-packed", 280, step(8, *everything, "attention=packed"), "our own kernel inside the step"),
+    ask("step-8-auto", 280, step(8, "remat=auto"), "what a user gets"),
+    ask("step-8-full-cudnn", 120, step(8, "remat=full", "attention=cudnn"), "what recompute and the loop cost"),
+    ask("step-4-none-cudnn", 280, step(4, *everything, "attention=cudnn"), "half the rows"),
+    ask("step-4-save-cudnn", 150, step(4, "remat=save:query,key,value,attended,gate,up", "attention=cudnn"), "80 GB"),
     ask(
-      "paint-16-torch",
-      300,
-      ("generate", f"--config={stage3}", "--batch_size=16", "--repeats=2", f"--versus={_WORKER}"),
-      "ratios",
+      "parts",
+      240,
+      ("train", f"--config={stage2}", "--rows=4", "--steps=8", "--fields")
+      + ("config.compute.remat=full", "config.compute.attention=cudnn"),
+      "each part alone",
     ),
-    ask(
-      "read-16-torch",
-      300,
-      ("understand", f"--config={stage3}", "--batch_size=16", "--repeats=2", f"--versus={_WORKER}"),
-      "ratios",
-    ),
+    ask("attention-triton", 60, attention("triton"), "jax's kernel"),
+    ask("attention-cudnn-128", 60, attention("cudnn:128"), "the largest table"),
+    ask("codes-1", 90, codes_of(1), "codes: share of the memory"),
+    ask("codes-16", 120, codes_of(16), "the same, 16 pictures"),
+    ask("codes-64", 150, codes_of(64), "the same, 64 pictures"),
+    ask("paint-16-torch", 300, (*paint, f"--versus={_WORKER}"), "ratios"),
+    ask("read-16-torch", 300, (*read, f"--versus={_WORKER}"), "ratios"),
   ]
 
 
@@ -99,15 +107,17 @@ def ask(question: Question, folder: pathlib.Path, cap: float) -> dict[str, Any]:
   """Runs a question for at most `cap` seconds; returns its line."""
   report = folder / f"{question.name}.json"
   report.unlink(missing_ok=True)
-  command = [sys.executable, "-m", "jflow", "bench", question.command[0], f"--json={report}", *question.command[1:]]
+  tests = question.command == TESTS
+  words = TESTS if tests else ("jflow", "bench", question.command[0], f"--json={report}", *question.command[1:])
   environment = {
     "JAX_COMPILATION_CACHE_DIR": str((folder / "cache").absolute()),
-    "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "all",
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
+    # PyTorch needs its own share of the memory.
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false" if f"--versus={_WORKER}" in words else "true",
   }
   started, log = time.monotonic(), folder / f"{question.name}.log"
   with log.open("w", encoding="utf-8") as file:  # `timeout` also ends a child whose parent was killed
-    limited = ["timeout", "--signal=KILL", f"{cap:.1f}", *command]
+    limited = ["timeout", "--signal=KILL", f"{cap:.1f}", sys.executable, "-m", *words]
     child = subprocess.Popen(limited, stdout=file, stderr=file, env=environment | os.environ, start_new_session=True)
     try:
       code = child.wait()
@@ -117,10 +127,12 @@ def ask(question: Question, folder: pathlib.Path, cap: float) -> dict[str, Any]:
         child.wait()
   why = f"stopped after {cap:.0f} s" if time.monotonic() - started >= cap else f"exit code {code}"
   row: dict[str, Any] = {"question": question.name, "seconds": round(time.monotonic() - started, 1)}
+  last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_TOLD:] or [""]
+  if tests and code == 0:
+    return row | {"report": {"workload": "tests", "said": last[-1]}}
   if report.exists():
     return row | {"report": json.loads(report.read_text(encoding="utf-8"))}
-  last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or [""]
-  return row | {"failed": f"{why}: {last[0][:300]}"}
+  return row | {"failed": f"{why}: {last[-1][:300]}", "log": last}
 
 
 def main(argv: list[str]) -> int:
@@ -131,7 +143,8 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--size", default="384", help="of the configs (default %(default)s)")
   parser.add_argument("--questions", default="", help="names, comma-separated (default: all)")
   parser.add_argument("--cap", type=float, help="seconds of each question, in place of its own cap")
-  parser.add_argument("--list", action="store_true")
+  parser.add_argument("--copy", type=pathlib.Path, help="a folder that gets results, table and logs after each answer")
+  parser.add_argument("--list", action="store_true", help="say what would be asked, and stop")
   args = parser.parse_args(argv)
   chosen = questions(args.size)
   if args.questions:
@@ -149,24 +162,44 @@ def main(argv: list[str]) -> int:
   there = answered(file)
   for question in chosen:
     left = ends - time.monotonic()
-    if question.name in there or left < 5:
+    cap = min(args.cap or question.cap, args.seconds)
+    if question.name in there or left < cap:
       continue
-    row = ask(question, args.folder, min(args.cap or question.cap, left))
+    row = ask(question, args.folder, cap)
     with file.open("a", encoding="utf-8") as lines:
       lines.write(json.dumps(row) + "\n")
       lines.flush()
       os.fsync(lines.fileno())
+    print(json.dumps(row), flush=True)
     print(f"{question.name}: {row.get('failed') or 'answered'} ({row['seconds']} s)", file=sys.stderr, flush=True)
-  there = answered(file)
-  outputs.replace(args.folder / "results.md", table([there[q.name] for q in chosen if q.name in there]))
-  return 0 if all(question.name in there for question in chosen) else 1
+    there = answered(file)
+    outputs.replace(args.folder / "results.md", table([there[q.name] for q in chosen if q.name in there]))
+    if args.copy:
+      _copy(args.folder, args.copy)
+  open_ones = [question.name for question in chosen if question.name not in there]
+  if open_ones:
+    print(f"open: {', '.join(open_ones)}; the same command goes on", file=sys.stderr)
+  return 1 if open_ones else 0
+
+
+def _copy(folder: pathlib.Path, to: pathlib.Path) -> None:
+  """Copies results and table, and all logs as one file."""
+  to.mkdir(parents=True, exist_ok=True)
+  for name in ("results.jsonl", "results.md"):
+    shutil.copyfile(folder / name, to / name)
+  with tarfile.open(to / "logs.tar.gz", "w:gz") as tar:
+    for path in sorted(folder.glob("*.log")):
+      tar.add(path, path.name)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-  """The steps, and the loops that paint and read, among the answers as Markdown."""
+  """The steps, and the loops that paint and read, among the answers as Markdown.
+
+  Steps of other numbers of rows are other work; those of one number must have one loss, but for rounding.
+  """
   lines = [
-    "| question | seconds a step | tokens a second | MFU | peak, GiB | compiled, s |",
-    "| --- | --- | --- | --- | --- | --- |",
+    "| question | rows | pictures | learned tokens | loss | seconds a step | tokens a second | MFU | peak, GiB | compiled, s |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
   ]
   for row in rows:
     r = row["report"]
@@ -174,7 +207,8 @@ def table(rows: list[dict[str, Any]]) -> str:
       continue
     mfu = f"{100 * r['mfu']:.1f} %" if r["mfu"] else ""
     lines.append(
-      f"| {row['question']} | {r['seconds_per_step']['median']:.3f} | {r['tokens_per_second']:,.0f} | {mfu} "
+      f"| {row['question']} | {r['rows']} | {r['pictures_per_step']} | {r['learned_tokens_per_step']:,} | {r['loss']:.4f} "
+      f"| {r['seconds_per_step']['median']:.3f} | {r['tokens_per_second']:,.0f} | {mfu} "
       f"| {r['peak_bytes'] / 2**30:.1f} | {r['compile_seconds']:.0f} |"
     )
   lines += [

@@ -190,3 +190,16 @@ def test_a_gpu_without_such_products_and_a_tpu_are_refused():
 def test_it_is_said_that_a_cpu_emulates(capsys):
   setup.build(tiny.configuration(compute=dict(matmul="fp8")), jax.devices()[0])
   assert "compute.matmul=fp8 is emulated" in capsys.readouterr().err
+
+
+def test_products_of_gradients_add_up_in_float32():
+  """A GPU's default for 8 bits adds up in less; flax's own products ask for it in the same way."""
+  x, kernel = jnp.ones((16, 8)), jnp.ones((8, 32))
+
+  def gradients(x, kernel):
+    y, back = jax.vjp(lambda x, kernel: fp8.product(x, kernel, AXES), x, kernel)
+    return back(y)
+
+  count = lambda function: jax.jit(function).lower(x, kernel).as_text().count("precision = [HIGHEST, HIGHEST]")
+  assert count(lambda x, kernel: fp8.product(x, kernel, AXES)) == 0
+  assert count(gradients) == 2
