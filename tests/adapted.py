@@ -41,6 +41,7 @@ def save_run(
   frozen_dtype: str = "float32",
   whole: Sequence[str] = (),
   seed: int = 0,
+  sampling: Mapping[str, Any] = {},
   **data: str,
 ) -> pathlib.Path:
   """Writes a run at step 1: nested `params` frozen but for those of `whole`, which are trained, and adapters."""
@@ -52,7 +53,7 @@ def save_run(
   frozen = transfer.flatten(cast_matrices(transfer.nest(flat), np.dtype(frozen_dtype))) | exact
   frozen |= {path: x for path, x in made.items() if path.endswith(lora.SCALE)}
   own = {"rank": RANK, "alpha": ALPHA, "patterns": list(patterns), "frozen_dtype": frozen_dtype}
-  values = {"model": config.to_dict(), "data": {"template": template, **data}, "lora": own}
+  values = {"model": config.to_dict(), "data": {"template": template, **data}, "lora": own, "sampling": dict(sampling)}
   tokenizer.save(workdir / "tokenizer")
   (workdir / "config.json").write_text(json.dumps(values))
   step = (workdir / "checkpoints" / "1").absolute()

@@ -66,8 +66,9 @@ class Checkpoint:
 
   @functools.cached_property
   def sampling(self) -> Mapping[str, Any]:
-    """The sampling settings that the checkpoint sets."""
-    return checkpoints.sampling_of(self.directory)
+    """The sampling settings that the adapter beside the checkpoint sets, or else the checkpoint."""
+    told = self.adapter and self.adapter.run.sampling
+    return checkpoints.sampling_of(self.directory) if told is None else told
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -120,8 +121,10 @@ def evaluate(settings: Settings, checkpoint: Checkpoint | None = None, brief: bo
   result = benchmark.score(records)
   before = report.scored_before(settings.output, identity)
   keep = before and not result.scores
-  changed = _changed(benchmark, checkpoint.family, checkpoint.sampling, chosen)
-  body = before if keep else _write(benchmark, str(checkpoint.directory), identity, changed, result, before)
+  if not keep:
+    notes = _on_settings(benchmark, checkpoint.family, checkpoint.sampling, chosen)
+    result = result._replace(notes=[*result.notes, *notes])
+  body = before if keep else _write(benchmark, str(checkpoint.directory), identity, result, before)
   if not brief:
     print(report.table(body))
   if not brief or not body["scores"]:  # then the notes say what is left to do
@@ -189,13 +192,26 @@ def _as_flags(given: Mapping[str, Any]) -> Iterator[None]:
     raise UserError(f"{flag}{error}") from None
 
 
-def _changed(benchmark: Benchmark, family: Family, own: Mapping[str, Any], chosen: Any) -> dict[str, Any]:
-  """The flags whose value differs from the default of the benchmark and the checkpoint's `own`."""
-  out = {}
+def _on_settings(benchmark: Benchmark, family: Family, own: Mapping[str, Any], chosen: Any) -> list[str]:
+  """Notes on settings other than the benchmark's: the checkpoint's `own`, and the flags of a call."""
+  theirs, flags = {}, {}
   if isinstance(benchmark, GenerationBenchmark):
-    usual = dataclasses.asdict(base.settings(family, {**own, **benchmark.usual.get(family.name, {})}))
-    out = {name: value for name, value in sorted(dataclasses.asdict(chosen).items()) if value != usual[name]}
-  return out | benchmark.changed()
+    usual = benchmark.usual.get(family.name, {})
+    plain, with_own = (dataclasses.asdict(base.settings(family, {**x, **usual})) for x in ({}, own))
+    made = sorted(dataclasses.asdict(chosen).items())
+    flags = {name: value for name, value in made if value != with_own[name]}
+    theirs = {name: value for name, value in made if name not in flags and value != plain[name]}
+  flags |= benchmark.changed()
+  notes = []
+  if theirs:
+    said = ", ".join(f"{name} {value}" for name, value in theirs.items())
+    notes.append(f"Painted as the checkpoint itself says: {said}.")
+  if flags:
+    said = ", ".join(f"--{name}={value}" for name, value in flags.items())
+    notes.append(f"Not the benchmark's settings: {said}.")
+  if notes and benchmark.reported:
+    notes[-1] += " The paper's scores stand for the recipe."
+  return notes
 
 
 def identity_of(
@@ -270,35 +286,29 @@ def _write(
   benchmark: Benchmark,
   directory: str,
   identity: dict[str, Any],
-  changed: Mapping[str, Any],
   result: Result,
   before: dict[str, Any] | None,
 ) -> dict[str, Any]:
-  """Writes the report, with notes on what differs from the benchmark's usual settings.
+  """Writes the report.
 
   Args:
     benchmark: of the evaluation.
     directory: that the checkpoint was read from.
     identity: of the predictions.
-    changed: flags whose value differs from the benchmark's default.
     result: of their scoring.
     before: an earlier report on the same predictions; its FID for the other way of resizing is kept.
   """
-  settings, notes, scores = benchmark.settings, list(result.notes), dict(result.scores)
+  settings, scores = benchmark.settings, dict(result.scores)
   for name, score in (before or {}).get("scores", {}).items():
     if name.startswith("FID") and name not in scores:
       scores[name] = Score(**{field: score.get(field) for field in Score._fields})
-  if changed:
-    said = ", ".join(f"--{name}={value}" for name, value in changed.items())
-    paper = " The paper's scores stand for the recipe." if benchmark.reported else ""
-    notes.append(f"Not the benchmark's settings: {said}.{paper}")
   more = {"checkpoint": settings.checkpoint, "read_from": directory, "vae": settings.vae}
   more |= {"adapter": settings.adapter} if settings.adapter else {}
   for name in ("results", "features"):
     path = getattr(settings, name)
     if path is not None:
       more[name] = f"{path} (sha256 {report.hash_of([path])[:16]})"
-  result = result._replace(notes=notes, scores=scores)
+  result = result._replace(scores=scores)
   return report.write(
     settings.output, benchmark.name, benchmark.what, result, benchmark.reported, {**identity, **more}, benchmark.goals
   )

@@ -348,7 +348,7 @@ def check_settings(given: Mapping[str, Any]) -> None:
   Raises:
     UserError: no family does, or a value is out of range.
   """
-  error = UserError(f"no kind of image generation takes all of {', '.join(given)}")
+  error = UserError(f"no kind of image generation takes all of {', '.join(map(_name, given))}")
   for family in FAMILIES.all().values():
     if set(given) <= family.setting_names:
       try:
@@ -370,7 +370,29 @@ def settings(family: Family, given: Mapping[str, Any]) -> Any:
   for name, value in chosen.items():
     if name not in known:
       raise UserError(
-        f"{name}={shown(value)} is not a setting of a model that writes images by {family.name}; it has "
+        f"{_name(name)}={shown(value)} is not a setting of a model that writes images by {family.name}; it has "
         f"{', '.join(sorted(known))}"
       )
   return family.settings(**chosen)
+
+
+def own_settings(family: Family, given: Any) -> dict[str, Any]:
+  """Checks the sampling settings that a checkpoint sets, as JSON holds them.
+
+  Raises:
+    UserError: no section, a setting that the family does not have, or a value out of its range; null is one.
+  """
+  if not isinstance(given, dict):
+    raise UserError(f"sampling={shown(given)} must be a section")
+  for name, value in given.items():
+    if value is None:
+      raise UserError(f"sampling.{_name(name)}=null must be a value: leave it out for the default")
+  try:
+    settings(family, given)
+  except UserError as error:
+    raise UserError(f"sampling.{error}") from None
+  return dict(given)
+
+
+def _name(name: str) -> str:
+  return shown(name)[1:-1]

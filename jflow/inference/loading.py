@@ -91,7 +91,7 @@ def load_with_adapters(
     found.tokenizer,
     template or usual[name],
     found.has_vae,
-    sampling=found.sampling,
+    sampling=adapter_folders.sampling_of(given[name], found),
     beside=base,
   )
   return base, {name: opened(name, own) for name, own in changed.items()}
@@ -130,7 +130,8 @@ def described(
     params = found.read_params()
     return transfer.nest(transfer.flatten(params) | adapter_folders.changed(params, found.config, beside))
 
-  return found._replace(template=template or usual, read_params=merged)
+  sampling = adapter_folders.sampling_of(beside, found)
+  return found._replace(template=template or usual, read_params=merged, sampling=sampling)
 
 
 def _check(dtype: str | None) -> None:

@@ -22,7 +22,7 @@ from jflow import files
 from jflow.data import templates
 from jflow.data.tokenizer import Tokenizer
 from jflow.errors import UserError
-from jflow.generation.base import family
+from jflow.generation.base import family, own_settings
 from jflow.interop import adapter_files, checkpoints, native, packed, peft_layout, remote, safetensors_io, transfer
 from jflow.interop.adapter_files import CONFIG, STEM
 from jflow.interop.fields import Fields
@@ -46,11 +46,12 @@ class Base(NamedTuple):
 
 
 class Run(NamedTuple):
-  """The way a run told its text, which may differ from its base's; None: the folder does not tell."""
+  """How a run told its text and is sampled, which may differ from its base's; None: the folder does not tell."""
 
   template: str | None = None  # of `data.templates`
   caption_prompt: str | None = None  # `data.caption_prompt`
   tokenizer: str | None = None  # `Tokenizer.reading`
+  sampling: Mapping[str, Any] | None = None  # see `generation.base.own_settings`
 
 
 class Adapter(NamedTuple):
@@ -121,7 +122,7 @@ def export(source: pathlib.Path, weights: str, layout: str, directory: pathlib.P
   base = Base(fingerprint(frozen | trained, config, whole), own.get("frozen_dtype", "float32"))
   words = workdir / "tokenizer"
   reading = Tokenizer.load(str(words)).reading() if words.is_dir() else None
-  run = Run(found.template, data.get("caption_prompt") or None, reading)
+  run = Run(found.template, data.get("caption_prompt") or None, reading, found.sampling)
   told = {"run": {name: x for name, x in run._asdict().items() if x is not None}}
   if layout == "transformers":
     if whole:
@@ -165,7 +166,7 @@ def describe(path: str | pathlib.Path, config: ModelConfig) -> Adapter:
   checkpoint = safetensors_io.Checkpoint(directory, (STEM,))
   if "peft_type" in values:
     read = peft_layout.describe(Fields(values, str(directory / CONFIG)), checkpoint, config)
-    base, run = _peft_base(directory)
+    base, run = _peft_base(directory, config)
     return Adapter(directory, base, (), read, run)
   return _describe_own(Fields(values, str(directory / CONFIG)), checkpoint, config)
 
@@ -176,7 +177,7 @@ def _describe_own(f: Fields, checkpoint: safetensors_io.Checkpoint, config: Mode
   f.get("patterns", list, [])
   rank, alpha = f.get("rank", int), f.get("alpha", float)
   matrices, whole = (_names(f, name) for name in ("matrices", "whole"))
-  run, base = _run(f), _base(f.sub("base"))
+  run, base = _run(f, config), _base(f.sub("base"))
   f.close()
   shapes = parameter_shapes(dataclasses.replace(config, objectives=()))
   wanted = {}
@@ -218,6 +219,11 @@ def template_of(adapter: Adapter, base: checkpoints.Described) -> str:
     return base.template
   templates.check(run.template, words)
   return run.template
+
+
+def sampling_of(adapter: Adapter, base: checkpoints.Described) -> Mapping[str, Any]:
+  """Returns the sampling settings of a base with an adapter: those of the adapter's run, else the base's."""
+  return base.sampling if adapter.run.sampling is None else adapter.run.sampling
 
 
 def changed(params: Mapping[str, Any], config: ModelConfig, adapter: Adapter) -> dict[str, np.ndarray]:
@@ -267,23 +273,28 @@ def _base(f: Fields) -> Base:
   return base
 
 
-def _run(f: Fields) -> Run:
+def _run(f: Fields, config: ModelConfig) -> Run:
   """The run as a field of a file tells it."""
   if f.values.get("run") is None:
     f.ignore(["run"])
     return Run()
   f = f.sub("run")
   f.only("template", *templates.TEMPLATES)
-  run = Run(*(f.get(name, str, "") or None for name in Run._fields))
+  texts = [f.get(name, str, "") or None for name in ("template", "caption_prompt", "tokenizer")]
+  f.ignore(["sampling"])
   f.close()
-  return run
+  given = f.values.get("sampling")
+  try:
+    return Run(*texts, None if given is None else own_settings(family(config.generation), given))
+  except UserError as error:
+    raise UserError(f"{f.where}: {error}") from None
 
 
-def _peft_base(directory: pathlib.Path) -> tuple[Base, Run]:
+def _peft_base(directory: pathlib.Path, config: ModelConfig) -> tuple[Base, Run]:
   """The base and the run of an adapter in PEFT's format, which one of another origin does not tell."""
   path = directory / PEFT_BASE
   if not path.is_file():
     return Base(None, "float32"), Run()
   f = Fields(read_object(path), str(path))
-  run = _run(f)
+  run = _run(f, config)
   return _base(f), run

@@ -22,7 +22,7 @@ class Checkpoint(NamedTuple):
   tokenizer: pathlib.Path  # directory with tokenizer.json, if the checkpoint has one
   template: str  # of `data.templates`
   has_vae: bool
-  sampling: Mapping[str, Any] = {}  # sampling settings that are not its family's defaults
+  sampling: Mapping[str, Any] = {}  # see `generation.base.own_settings`
 
 
 class Described(NamedTuple):
@@ -34,7 +34,7 @@ class Described(NamedTuple):
   template: str
   has_vae: bool
   read_params: Callable[[], Any]  # nested numpy arrays
-  sampling: Mapping[str, Any] = {}  # sampling settings that are not its family's defaults
+  sampling: Mapping[str, Any] = {}  # see `generation.base.own_settings`
 
   def read(self) -> Checkpoint:
     """Reads the weights."""

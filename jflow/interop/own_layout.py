@@ -27,7 +27,7 @@ class Settings(NamedTuple):
   config: ModelConfig
   template: str  # of `data.templates.TEMPLATES`
   has_vae: bool
-  sampling: Mapping[str, Any]  # sampling settings that are not its family's defaults
+  sampling: Mapping[str, Any]  # see `generation.base.own_settings`
 
 
 def read_settings(workdir: pathlib.Path) -> Settings:
@@ -44,12 +44,9 @@ def read_settings(workdir: pathlib.Path) -> Settings:
   has_vae = fields.get("has_vae", True)
   if type(has_vae) is not bool:
     raise UserError(f"{path}: has_vae={shown(has_vae)} must be true or false")
-  sampling = fields.get("sampling", {})
-  if not isinstance(sampling, dict):
-    raise UserError(f"{path}: sampling={shown(sampling)} must be a section")
   try:
     config = ModelConfig.from_dict(fields["model"])
-    generation.settings(generation.family(config.generation), sampling)
+    sampling = generation.own_settings(generation.family(config.generation), fields.get("sampling", {}))
     return Settings(config, template, has_vae, sampling)
   except UserError as error:
     raise UserError(f"{path}: {error}") from None

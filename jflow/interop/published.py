@@ -45,7 +45,7 @@ class Loaded(NamedTuple):
   has_vae: bool
   tokenizer: Tokenizer | None
   template: str  # of `data.templates`
-  sampling: Mapping[str, Any] = {}  # sampling settings that are not its family's defaults
+  sampling: Mapping[str, Any] = {}  # see `generation.base.own_settings`
 
 
 class Described(NamedTuple):

@@ -45,9 +45,7 @@ class Api:
     self._engine, self._name, self._token = engine, name, token
     self._bodies = Bodies(max_body, engine.timeout)
     self._preparing = prepare.Preparing(engine.pipelines, engine.context, engine.timeout)
-    pipeline = engine.pipeline
-    size, usual = pipeline.model.config.image_size, pipeline.settings()
-    self._images = schemas.ImageRequests(pipeline.family, name, size, engine.adapters, usual)
+    self._images = schemas.ImageRequests.of(engine.pipelines, name)
     self._began = int(time.time())
     routes = [
       Route("/v1/chat/completions", self._guarded(self.chat), methods=["POST"]),

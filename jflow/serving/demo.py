@@ -290,12 +290,12 @@ def on_page(work: Work) -> list[dataclasses.Field]:
 
 
 def _control(field: dataclasses.Field, value: Any) -> gr.Slider | gr.Dropdown:
-  """The control of a sampling setting, not yet placed."""
+  """The control of a sampling setting, not yet placed; a slider reaches as far as its first `value`."""
   place = {"value": value, "label": field.name.capitalize(), "elem_id": field.name, "render": False}
   if "choices" in field.metadata:
     return gr.Dropdown(list(field.metadata["choices"]), **place)
   least, most, step = field.metadata["page"]
-  return gr.Slider(least, most, step=step, **place)
+  return gr.Slider(min(least, value), max(most, value), step=step, **place)
 
 
 def images_asked(values: list[Any], work: Work) -> schemas.Images:
@@ -307,9 +307,7 @@ def images_asked(values: list[Any], work: Work) -> schemas.Images:
     raise ApiError(400, "dice must be true or false", "dice")
   _check_given(fields)
   del fields["dice"]
-  pipeline = work.engine.pipeline
-  size, usual = pipeline.model.config.image_size, pipeline.settings()
-  return schemas.ImageRequests(pipeline.family, work.name, size, usual=usual).parse(fields)
+  return schemas.ImageRequests.of(work.engine.pipelines, work.name).parse(fields)
 
 
 def _check_given(fields: dict[str, Any]) -> None:

@@ -188,12 +188,12 @@ class Engine:
         decoder.step(2)
         decoder.release(slot)
     if self.pipeline.can_generate:
-      settings = self.pipeline.settings()
-      self._images_of("", [("a circle", 0)], settings, 1)
-      rows = 2
-      while rows <= self.batch and rows < 2 * MAX_PICTURES:
-        self.pipeline.prepare_images(["a circle"], settings, rows=rows)
-        rows *= 2
+      for settings in dict.fromkeys(each.settings() for each in self.pipelines.values()):
+        self._images_of("", [("a circle", 0)], settings, 1)
+        rows = 2
+        while rows <= self.batch and rows < 2 * MAX_PICTURES:
+          self.pipeline.prepare_images(["a circle"], settings, rows=rows)
+          rows *= 2
     with self._changed:
       if self.state == "warming up":
         self.state = "ready"

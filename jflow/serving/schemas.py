@@ -6,8 +6,8 @@ default behaviour. Fields that ask for something jflow does not compute are refu
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Collection, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, WrapValidator
@@ -16,6 +16,9 @@ from jflow.errors import UserError
 from jflow.generation.base import FAMILIES, Family
 from jflow.serving import data_uri
 from jflow.serving.fields import ApiError, Strict, only, place, refuse, shown
+
+if TYPE_CHECKING:
+  from jflow.inference.pipeline import Pipeline
 
 # The mark of an image inside the text of a turn. A client's text must not hold it.
 IMAGE_MARK = "\x00"
@@ -222,10 +225,11 @@ def parse_chat(body: dict[str, Any], model: str, adapters: Collection[str] = ())
 class ImageRequests:
   """Parses requests for /v1/images/generations; the sampling settings are fields of the body."""
 
-  def __init__(self, family: Family, model: str, image_size: int, adapters: Collection[str] = (), usual: Any = None):
-    """Args: the model's `family`, its name, the side of its images in pixels, names of the models beside it, and its
-    settings where a request sets none, the family's by default."""
-    self._family, self._model, self._size, self._adapters = family, model, image_size, adapters
+  def __init__(self, family: Family, model: str, image_size: int, usual: Mapping[str, Any] | None = None):
+    """Args: the model's `family`, its name, the side of its images in pixels, and the settings where a request sets
+    none: adapter -> settings, "" for the model without; None: the family's."""
+    self._family, self._model, self._size = family, model, image_size
+    self._usual = usual or {"": family.settings()}
     others = {name for other in FAMILIES.all().values() for name in other.setting_names} - family.setting_names
     foreign = f"is not a setting of a model that writes images by {family.name}: leave it out"
 
@@ -233,9 +237,16 @@ class ImageRequests:
       raise refuse(foreign, "unknown_parameter")
 
     fields = {name: (Annotated[Any, AfterValidator(refused)], None) for name in others - {*_ImagesBody.model_fields}}
-    self._usual = family.settings() if usual is None else usual
-    fields |= {field.name: (_of_setting(field), getattr(self._usual, field.name)) for field in family.served}
+    own = lambda field: [getattr(settings, field.name) for settings in self._usual.values()]
+    fields |= {field.name: (_of_setting(field, own(field)), field.default) for field in family.served}
     self._body = pydantic.create_model("_Body", __base__=_ImagesBody, **fields)
+
+  @classmethod
+  def of(cls, pipelines: Mapping[str, "Pipeline"], name: str) -> Self:
+    """Args: adapter -> pipeline, "" for the model `name` itself."""
+    base = pipelines[""]
+    usual = {adapter: each.settings() for adapter, each in pipelines.items()}
+    return cls(base.family, name, base.model.config.image_size, usual)
 
   def parse(self, body: dict[str, Any]) -> Images:
     """The images that a request asks for.
@@ -244,20 +255,21 @@ class ImageRequests:
       ApiError: a field is wrong; it is named.
     """
     given, size = self._body.parse(body), f"{self._size}x{self._size}"
-    chosen = _chosen(given, self._model, self._adapters)
+    chosen = _chosen(given, self._model, [name for name in self._usual if name])
     if given.size not in (size, "auto"):
       raise ApiError(400, f"size must be one of {size}, auto, got {shown(given.size)}", "size")
     if given.response_format != "b64_json":
       raise ApiError(400, "response_format must be b64_json: no picture is kept to link to", "response_format")
     if given.seed is not None and given.seed + given.n > 2**64:  # the pictures take the seeds that follow
       raise ApiError(400, f"seed must be at most {2**64 - given.n}, got {given.seed}", "seed")
-    return Images(given.prompt, given.n, given.seed, self._settings(given), chosen)
+    return Images(given.prompt, given.n, given.seed, self._settings(given, self._usual[chosen]), chosen)
 
-  def _settings(self, given: _ImagesBody) -> Any:
-    """The typed settings; what their constructor refuses is an error of the field that it names."""
-    values = {field.name: getattr(given, field.name) for field in self._family.served}
+  def _settings(self, given: _ImagesBody, usual: Any) -> Any:
+    """The typed settings, `usual` but for those given; what their constructor refuses is an error of that field."""
+    names = {field.name for field in self._family.served} & given.model_fields_set
+    values = {name: getattr(given, name) for name in names}
     try:
-      return dataclasses.replace(self._usual, **values)
+      return dataclasses.replace(usual, **values)
     except UserError as error:
       message, name = str(error), str(error).partition("=")[0]
       if name not in values:
@@ -266,12 +278,14 @@ class ImageRequests:
       raise ApiError(400, f"{name} {rest}, got {value}", name) from None
 
 
-def _of_setting(field: dataclasses.Field) -> Any:
-  """The type of a sampling setting as a field of a request."""
+def _of_setting(field: dataclasses.Field, own: Sequence[Any]) -> Any:
+  """The type of a sampling setting as a field of a request; what a model sets as its own is within its limits."""
   if "choices" in field.metadata:
     return Literal[tuple(field.metadata["choices"])]
   bounds = field.metadata.get("served")
   least, most = bounds if isinstance(bounds, tuple) else (None, field.metadata.get("most"))
+  if isinstance(bounds, tuple):
+    least, most = min(least, *own), max(most, *own)
   return Annotated[type(field.default), Field(ge=least, le=most)]
 
 

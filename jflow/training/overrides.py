@@ -17,12 +17,7 @@ from jflow.strict_json import shown
 
 _TRUE, _FALSE = ("true", "t", "1"), ("false", "f", "0")
 _SHOWN = 60  # characters of a value in a message
-_SAMPLING = {  # the settings of all families
-  f"sampling.{field.name}": type(field.default)
-  for kind in FAMILIES.all().values()
-  for field in dataclasses.fields(kind.settings)
-}
-_KINDS = dict(kinds(RunConfig)) | _SAMPLING
+_KINDS = dict(kinds(RunConfig))
 _RENAMED = RENAMED | {  # of a file, `ModelConfig.from_dict` reads them
   "model.alignment_layer": "model.objectives.alignment.layer",
   "model.alignment_width": "model.objectives.alignment.hidden_dim",
@@ -84,14 +79,14 @@ def _place(values: dict[str, Any], path: str, argument: str) -> tuple[dict[str, 
     if not isinstance(where, dict):
       above = ".".join(parts[:depth])
       raise UserError(f"unknown field {shown(name)} ({argument}): {above} is a field, not a section")
-    if name not in where and path not in _SAMPLING:  # which a config names as it likes
+    if name not in where and path not in _sampling():  # which a config names as it likes
       raise UserError(f"unknown field {shown(name)} ({argument}){_meant(values, path)}")
     section, where = where, where.get(name)
   return section, parts[-1]
 
 
 def _meant(values: dict[str, Any], path: str) -> str:
-  known = [name for name, _ in flat(values)]
+  known = list(dict.fromkeys([*(name for name, _ in flat(values)), *_sampling()]))
   known += sorted({".".join(parts[:i]) for parts in (name.split(".") for name in known) for i in range(1, len(parts))})
   last = path.rpartition(".")[2]
   near = [name for name in known if name.rpartition(".")[2] == last][:3]
@@ -101,7 +96,17 @@ def _meant(values: dict[str, Any], path: str) -> str:
 
 def _kind(where: dict[str, Any], name: str, path: str) -> Any:
   """The type of a field; in the model or a mapping, that of its current value."""
-  return _KINDS[path] if path in _KINDS else type(where[name])
+  known = _KINDS | _sampling()
+  return known[path] if path in known else type(where[name])
+
+
+def _sampling() -> dict[str, Any]:
+  """The settings of all families, whoever has registered them: dotted name -> type."""
+  return {
+    f"sampling.{field.name}": type(field.default)
+    for kind in FAMILIES.all().values()
+    for field in dataclasses.fields(kind.settings)
+  }
 
 
 def _value(kind: Any, now: Any, argument: str, text: str | None) -> Any:
@@ -113,20 +118,19 @@ def _value(kind: Any, now: Any, argument: str, text: str | None) -> Any:
   if kind == dict | None and text.strip() == "None":
     return None
   if kind in (dict | None, Mapping):  # of any names
-    return _mapping(None, argument, text)
+    return _mapping(None, argument, text, "must be a dict" + ", or None" * (kind != Mapping))
   if isinstance(now, Mapping):
     return _mapping(now, argument, text)
   readers = {bool: _boolean, int: _integer, float: _number, str: _text, tuple: _tuple, list: _tuple}
   return readers[kind](argument, text)
 
 
-def _mapping(now: Mapping[str, Any] | None, argument: str, text: str) -> dict[str, Any]:
-  """Parses a mapping with all names of a section, or with any names for an empty one."""
-  what = (
-    f"names a section: set one of its fields, or all of {', '.join(now)} as a dict"
-    if now
-    else "must be a dict, or None"
-  )
+def _mapping(
+  now: Mapping[str, Any] | None, argument: str, text: str, what: str = "must be a dict, or None"
+) -> dict[str, Any]:
+  """Parses a mapping with all names of a section, or with any names for an empty one; `what` it must be otherwise."""
+  if now:
+    what = f"names a section: set one of its fields, or all of {', '.join(now)} as a dict"
   read = _plain(argument, _literal(argument, text, what))
   if not isinstance(read, dict) or now and set(read) != set(now):
     raise UserError(f"{argument} {what}, got {shown(text)}")

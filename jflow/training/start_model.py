@@ -25,9 +25,11 @@ def sections_of(config: RunConfig, given: Collection[str], workdir: pathlib.Path
   """Returns the sections of a config that its start decides: `model` and `sampling`.
 
   A setting of `sampling` that the config does not name is the one of the checkpoint, if that writes images in the same
-  way. Arguments and errors as of `model_of`.
+  way; where the command line sets the whole section, it counts alone. Arguments and errors as of `model_of`.
   """
   model = model_of(config, given, workdir)
+  if "sampling" in given:
+    return {"model": model}
   origin = _origins(config.train, workdir)["generation"]
   same = model["generation"].get("kind") == _plain(origin)["generation"].get("kind")
   theirs = checkpoints.sampling_of(origin) if same else {}

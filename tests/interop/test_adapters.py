@@ -24,6 +24,7 @@ from jflow.models import lora
 PATTERNS = ("language_model/layers/(attention/query|mlp)", "language_model/head", "generation_.*/blocks_0")
 CODES = ("language_model/layers", "generation_head", "understanding_projector", "language_model/head")
 CODES += ("understanding_encoder/(layers|patch_embed)",)  # a convolution there
+SAMPLING = {"guidance": 4.0, "steps": 3}
 
 
 def export(run: pathlib.Path, output: pathlib.Path, *flags: str) -> pathlib.Path:
@@ -40,7 +41,8 @@ def tiny_run(folder: pathlib.Path, **more) -> pathlib.Path:
 def folder(tmp_path_factory):
   """Holds `run`, its `adapter`, and `other`, a base of other weights."""
   folder = tmp_path_factory.mktemp("adapters")
-  export(tiny_run(folder / "run", template="chat", caption_prompt="What is this?"), folder / "adapter")
+  told = dict(template="chat", caption_prompt="What is this?", sampling=SAMPLING)
+  export(tiny_run(folder / "run", **told), folder / "adapter")
   return folder
 
 
@@ -112,6 +114,7 @@ def test_models_of_one_base_share_what_no_adapter_changes(folder, tiny_checkpoin
   } and len(changed) < len(shared)
   asked = lambda model: model.request("Why?").tokens.tolist()
   assert asked(beside["a"]) == asked(alone) == asked(run) != asked(base)  # the run's template is not the base's
+  assert beside["a"].settings() == alone.settings() == run.settings() == base.settings(**SAMPLING) != base.settings()
   assert hash(base.model) == hash(beside["a"].model) and base.model == beside["a"].model  # so that programs are shared
 
 
@@ -226,14 +229,20 @@ def test_an_adapter_tells_how_its_run_read_text_and_another_tokenizer_is_refused
   base = checkpoints.describe(tiny_checkpoint, tokenizer=True)
   found = adapters.describe(folder / "adapter", base.config)
   words = Tokenizer.load(str(tiny.TOKENIZER))
-  assert found.run == adapters.Run("chat", "What is this?", words.reading())
+  assert found.run == adapters.Run("chat", "What is this?", words.reading(), SAMPLING)
   content = json.loads((tiny.TOKENIZER / "tokenizer.json").read_text())
   same = Tokenizer({"tokenizer.json": json.dumps(content, indent=7).encode()}, "the same")
   assert same.fingerprint != words.fingerprint
   assert adapters.template_of(found, base._replace(tokenizer=same)) == "chat"
   older = shutil.copytree(folder / "adapter", tmp_path / "older")
   edited(older, run=None)
-  assert adapters.template_of(adapters.describe(older, base.config), base) == base.template == "plain"
+  untold = adapters.describe(older, base.config)
+  assert adapters.template_of(untold, base) == base.template == "plain"
+  own = base._replace(sampling={"guidance": 7.0})
+  assert adapters.sampling_of(untold, own) == own.sampling and adapters.sampling_of(found, own) == SAMPLING
+  edited(older, run={"sampling": {"guidance": 0.5}})
+  with refused(older / "adapter_config.json", "sampling.guidance"):
+    adapters.describe(older, base.config)
   other = Tokenizer.load(str(janus_checkpoint.PROCESSOR))
   with refused("--adapter", folder / "adapter", "tokenizer"):
     adapters.template_of(found, base._replace(tokenizer=other))

@@ -19,6 +19,7 @@ from jflow.evaluation.settings import Settings
 from jflow.generation import flow
 from jflow.interop import checkpoints, packed
 from jflow.serving import schemas
+from jflow.serving.fields import ApiError
 from jflow.training import config_files, start_model
 
 OWN = {"guidance": 4.0, "steps": 3}
@@ -68,12 +69,20 @@ def test_a_published_layout_has_no_place_for_it(own, tmp_path, capsys):
 
 @pytest.mark.parametrize(
   "sampling, named",
-  [([], "sampling"), ({"guidance": 0.5}, "guidance"), ({"temperature": 1.0}, "temperature"), ({"steps": "3"}, "steps")],
+  [
+    ([], "sampling"),
+    ({"guidance": 0.5}, "sampling.guidance"),
+    ({"temperature": 1.0}, "sampling.temperature"),
+    ({"steps": "3"}, "sampling.steps"),
+    ({"solver": None}, "sampling.solver=null"),
+    ({"x" * 10_000: 1}, "sampling.xxx"),
+  ],
 )
 def test_what_it_cannot_say_is_refused_by_its_file(own, sampling, named):
   sets(own, sampling)
-  with refused(str(own / "config.json"), named):
+  with refused(str(own / "config.json"), named) as found:
     checkpoints.describe(own)
+  assert len(str(found.value)) < 600
 
 
 def test_a_run_keeps_what_its_config_does_not_set(own, tmp_path):
@@ -83,7 +92,8 @@ def test_a_run_keeps_what_its_config_does_not_set(own, tmp_path):
 
   assert loaded() == OWN
   assert loaded("--config.sampling.guidance=2.5") == OWN | {"guidance": 2.5}
-  assert loaded("--config.sampling={'solver': 'heun'}") == OWN | {"solver": "heun"}
+  assert loaded("--config.sampling={'solver': 'heun'}") == {"solver": "heun"}
+  assert loaded("--config.sampling={}") == {}
   begun = tmp_path / "begun"
   shutil.copytree(own, begun)
   sets(begun, {"guidance": 7.0})
@@ -93,9 +103,18 @@ def test_a_run_keeps_what_its_config_does_not_set(own, tmp_path):
   assert loaded(parts, patch, named="janus/tune:tiny") == {}  # settings of flow say nothing about codes
 
 
-@pytest.mark.parametrize("field", ["sampling.guidence=3", "sampling.steps=x", "sampling=3"])
-def test_a_field_that_no_family_has_is_refused(field):
-  with refused(f"--config.{field}"):
+@pytest.mark.parametrize(
+  "field, said",
+  [
+    ("sampling.guidence=3", "did you mean sampling.guidance"),
+    ("temperature=3", "did you mean sampling.temperature"),
+    ("sampling.steps=x", "whole number"),
+    ("sampling=3", "must be a dict, got"),
+    ("sampling=None", "must be a dict, got"),
+  ],
+)
+def test_a_field_that_no_family_has_is_refused(field, said):
+  with refused(f"--config.{field}", said):
     config_files.load(STAGE2, [f"--config.{field}"])
 
 
@@ -115,6 +134,34 @@ def test_an_evaluation_takes_it_behind_the_benchmarks_own():
 
 
 def test_a_request_without_settings_takes_it():
-  asked = schemas.ImageRequests(flow.FAMILY, NAME, 16, usual=flow.FAMILY.settings(**OWN, precision="exact"))
-  assert asked.parse({"prompt": "a"}).settings == flow.FAMILY.settings(**OWN)
-  assert asked.parse({"prompt": "a", "steps": 5}).settings == flow.FAMILY.settings(guidance=4.0, steps=5)
+  asked = schemas.ImageRequests(flow.FAMILY, NAME, 16, usual={"": flow.FAMILY.settings(**OWN, interval=(0, 0.9))})
+  made = lambda **given: asked.parse({"prompt": "a", **given}).settings
+  assert made() == made(steps=None) == flow.FAMILY.settings(**OWN, interval=(0, 0.9))
+  assert made(steps=5) == flow.FAMILY.settings(guidance=4.0, steps=5, interval=(0, 0.9))
+
+
+def test_a_server_takes_a_model_s_own_setting_beyond_its_limits():
+  usual = {"": flow.FAMILY.settings(steps=500), "few": flow.FAMILY.settings(steps=2)}
+  requests = schemas.ImageRequests(flow.FAMILY, NAME, 16, usual=usual)
+  steps = lambda **given: requests.parse({"prompt": "a", **given}).settings.steps
+  assert (steps(), steps(model="few"), steps(steps=500)) == (500, 2, 500)
+  with pytest.raises(ApiError, match="steps must be .*500"):
+    steps(steps=501)
+
+
+def test_a_report_says_what_the_checkpoint_and_what_a_call_sets(tmp_path):
+  def notes(kind: type, own: dict, **given: float) -> list[str]:
+    asked = Settings(kind.name, "checkpoint", tmp_path, data=tmp_path, sampling=given)
+    benchmark = kind.__new__(kind)
+    benchmark.settings, benchmark.pictures = asked, kind.pictures
+    return runner._on_settings(benchmark, flow.FAMILY, own, runner.sampling_of(kind, asked, flow.FAMILY, own))
+
+  itself = "Painted as the checkpoint itself says: "
+  paper = " The paper's scores stand for the recipe."
+  assert notes(mjhq.Mjhq, {}) == []
+  assert notes(mjhq.Mjhq, OWN) == [f"{itself}guidance 4.0, steps 3.{paper}"]
+  assert notes(mjhq.Mjhq10k, OWN) == [f"{itself}steps 3.{paper}"]  # the benchmark has a guidance
+  assert notes(mjhq.Mjhq, OWN, guidance=2.0) == [
+    f"{itself}steps 3.",
+    f"Not the benchmark's settings: --guidance=2.0.{paper}",
+  ]

@@ -95,6 +95,14 @@ def test_a_report_has_what_the_contract_names(tmp_path, workload, flags, wanted)
   assert report["mfu" if workload == "generate" else "bandwidth_share"] is None  # a CPU has no peak in the table
 
 
+def test_a_checkpoint_is_timed_as_it_is_sampled(tmp_path):
+  """`world` sets a guidance of 3; a flag counts more."""
+  file = tmp_path / "report.json"
+  for flags, guidance in (((), 3.0), (("--guidance=1",), 1.0)):
+    assert main(["bench", "generate", "--checkpoint=world", "--steps=1", "--repeats=1", f"--json={file}", *flags]) == 0
+    assert json.loads(file.read_text())["guidance"] == guidance
+
+
 def test_frameworks_that_differ_are_not_timed():
   with refused("latents", error=Stopped):
     versus.agree("latents", np.ones(4), np.zeros(4) + 2, "float32")

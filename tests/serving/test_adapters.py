@@ -31,7 +31,9 @@ def models():
   words, models = Tokenizer.load(str(tiny.TOKENIZER)), {serving.NAME: base}
   for seed, (name, template) in enumerate(zip(NAMES, ("plain", "chat"), strict=True)):
     own = flat | adapted.leaves(flat, ("language_model/layers", "generation_decoder"), seed)
-    models[name] = Pipeline(tiny.model(), lora.merged(transfer.nest(own)), words, template, beside=base)
+    sampling = {"guidance": 4.0} if name == "rings" else {}
+    model, params = tiny.model(), lora.merged(transfer.nest(own))
+    models[name] = Pipeline(model, params, words, template, sampling=sampling, beside=base)
   return models
 
 

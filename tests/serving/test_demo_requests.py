@@ -287,6 +287,15 @@ SETTINGS = [
 ]
 
 
+def test_a_slider_reaches_a_models_own_setting(model):
+  from jflow.serving import demo
+
+  steps, solver = (next(f for f in model.family.served if f.name == name) for name in ("steps", "solver"))
+  slider = demo._control(steps, 500)
+  assert (slider.value, slider.minimum, slider.maximum) == (500, 1, 500)
+  assert demo._control(steps, 5).maximum == 100 and demo._control(solver, "heun").value == "heun"
+
+
 @pytest.mark.parametrize(("event", "position", "field", "values"), SETTINGS, ids=[f"{x[0]}-{x[2]}" for x in SETTINGS])
 def test_a_wrong_setting_is_its_visitors_mistake(visitor, served, event, position, field, values):
   _, engine = served

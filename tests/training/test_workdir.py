@@ -150,6 +150,13 @@ def _rewritten(workdir: pathlib.Path, section: str, change) -> None:
   (workdir / "config.json").write_text(json.dumps(values))
 
 
+def test_a_run_that_painted_samples_by_fields_of_its_log_goes_on(tmp_path):
+  """They were of the pictures in its log alone, so they say nothing about how its checkpoints are sampled."""
+  _rewritten(tmp_path, "log", lambda section: section.update(sample_steps=30, sample_guidance=2.0))
+  workdirs.check_same_run(tmp_path, tiny.configuration(), TOKENIZER)
+  workdirs.check_same_run(tmp_path, tiny.configuration(sampling=dict(guidance=5.0)), TOKENIZER)
+
+
 @pytest.mark.parametrize("value", [0, 0.0, "", [], False, None])
 def test_a_field_that_is_gone_must_have_been_off(tmp_path, value):
   """An update of jflow must not end a run, nor change what it computes."""

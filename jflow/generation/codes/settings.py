@@ -5,6 +5,7 @@ import dataclasses
 from jflow import checks, values
 from jflow.errors import UserError
 from jflow.generation.base import setting
+from jflow.strict_json import shown
 
 PRECISIONS = ("exact", "release")
 MOST = 1e6  # of guidance and temperature
@@ -37,6 +38,6 @@ class Settings:
       raise UserError(f"guidance={self.guidance} must be at least 1 (1: none), or 0 (ignore the prompt)")
     checks.need("temperature", self.temperature, values.number(0.0, MOST))
     if not isinstance(self.precision, str) or self.precision not in PRECISIONS:
-      raise UserError(f"precision={self.precision!r} must be 'exact' or 'release'")
+      raise UserError(f"precision={shown(self.precision)} must be 'exact' or 'release'")
     for name in ("guidance", "temperature"):  # NumPy's numbers are no keys of a program
       object.__setattr__(self, name, float(getattr(self, name)))

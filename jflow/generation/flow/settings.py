@@ -7,6 +7,7 @@ from typing import Any
 from jflow import checks, values
 from jflow.errors import UserError
 from jflow.generation.base import setting
+from jflow.strict_json import shown
 
 SOLVERS = ("euler", "heun", "midpoint")  # the keys of equations.SOLVERS, which imports jax
 PRECISIONS = ("exact", "release")
@@ -51,7 +52,7 @@ class Settings:
     )
     _need(
       isinstance(self.solver, str) and self.solver in SOLVERS,
-      f"solver={self.solver!r} must be one of {', '.join(SOLVERS)}",
+      f"solver={shown(self.solver)} must be one of {', '.join(SOLVERS)}",
     )
     checks.need("shift", self.shift, values.number(1 / MOST_SHIFT, MOST_SHIFT))
     _check_interval(self.interval)
@@ -65,7 +66,7 @@ class Settings:
       object.__setattr__(self, name, value)
     _need(
       isinstance(self.precision, str) and self.precision in PRECISIONS,
-      f"precision={self.precision!r} must be 'exact' or 'release'",
+      f"precision={shown(self.precision)} must be 'exact' or 'release'",
     )
     plain = self.solver == "euler" and self.shift == 1.0
     _need(self.precision == "exact" or plain, "precision='release' goes with solver='euler' and shift=1")
@@ -80,7 +81,7 @@ def _check_interval(interval: Any) -> None:
   two = isinstance(interval, (tuple, list)) and len(interval) == 2
   _need(two, f"interval={interval!r:.60} must hold two times in [0, 1], in order")
   for time in interval:
-    checks.number("a time of interval", time)
+    checks.number("interval: a time", time)
   ordered = 0 <= interval[0] <= interval[1] <= 1
   _need(ordered, f"interval={tuple(interval)} must hold two times in [0, 1], in order")
 
