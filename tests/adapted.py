@@ -50,7 +50,7 @@ def save_run(
   trained = {path: flat.pop(path) + np.float32(0.1) for path in whole}
   trained |= {path: x for path, x in made.items() if not path.endswith(lora.SCALE)}
   exact = {path: x for path, x in flat.items() if path.startswith(("vae/", "vq/"))}
-  frozen = transfer.flatten(cast_matrices(transfer.nest(flat), np.dtype(frozen_dtype))) | exact
+  frozen = transfer.flatten(cast_matrices(transfer.nest(flat), np.dtype(frozen_dtype), config)) | exact
   frozen |= {path: x for path, x in made.items() if path.endswith(lora.SCALE)}
   own = {"rank": RANK, "alpha": ALPHA, "patterns": list(patterns), "frozen_dtype": frozen_dtype}
   values = {"model": config.to_dict(), "data": {"template": template, **data}, "lora": own, "sampling": dict(sampling)}

@@ -55,7 +55,7 @@ def losses(
     raise UserError(f"{found.directory} has no VAE, which images to write are encoded by: name one with --vae")
   model = UnifiedModel(found.config, jnp.dtype(dtype), remat="none", unroll=1, attention="xla")
   params = found.read_params()
-  cast_for_inference(params, model.dtype)
+  cast_for_inference(params, model.dtype, found.config)
   params = jax.device_put(params)
   score = _score(model, run.objective, DRAWS if writes else 1)
   for at in range(0, len(asked), batch_size):

@@ -45,7 +45,7 @@ def load(
   _check(dtype)
   found = described(path, vae=vae, weights=weights, template=template, adapter=adapter)
   compute, params = jnp.dtype(dtype or usual_dtype()), found.read_params()
-  cast_for_inference(params, compute)
+  cast_for_inference(params, compute, found.config)
   return Pipeline(
     _model(found, compute), params, found.tokenizer, found.template, found.has_vae, sampling=found.sampling
   )
@@ -80,9 +80,9 @@ def load_with_adapters(
   model, params, changed = _model(found, compute), found.read_params(), {}
   for name, adapter in given.items():  # from the numbers of the files, before they are cast
     nested = transfer.nest(adapter_folders.changed(params, found.config, adapter))
-    cast_for_inference(nested, compute)
+    cast_for_inference(nested, compute, found.config)
     changed[name] = transfer.flatten(nested)
-  cast_for_inference(params, compute)
+  cast_for_inference(params, compute, found.config)
   base = Pipeline(model, params, found.tokenizer, found.template, found.has_vae, sampling=found.sampling)
   flat = transfer.flatten(params)
   opened = lambda name, own: Pipeline(

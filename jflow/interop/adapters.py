@@ -249,7 +249,8 @@ def changed(params: Mapping[str, Any], config: ModelConfig, adapter: Adapter) ->
   stored = family(config.generation).stored
   kept = {path: x for path, x in flat.items() if not (stored and path.startswith(f"{stored.part}/"))}
   if adapter.base.dtype != "float32":  # what the base holds beyond the type in which the run froze it
-    for path, x in transfer.flatten(cast_matrices(transfer.nest(kept), np.dtype(adapter.base.dtype))).items():
+    cast = cast_matrices(transfer.nest(kept), np.dtype(adapter.base.dtype), config)
+    for path, x in transfer.flatten(cast).items():
       if x is not kept[path] and not np.array_equal(x.astype(np.float32), kept[path]):
         out[path] = x
   kernels = [path.removesuffix(lora.SCALE) + "kernel" for path in leaves if path.endswith(f"/{lora.SCALE}")]

@@ -184,29 +184,27 @@ class UnifiedModel(nn.Module):
     self.writer.initialise()
 
 
-# Kernels that are used in f32 whatever the model computes in: of the VQ's encoder, and of upsampling, whose taps are
-# added first.
-_USED_IN_FLOAT32 = re.compile(r"vq/(encoder|quant_conv)/.*|(vae|vq)/decoder/up_\d+_sample/kernel")
+def _cast_at_use(path: tuple[str, ...], config: ModelConfig) -> bool:
+  """Whether a layer casts a parameter where it uses it: kernels and the embedding table, but for some of the codec."""
+  codec, stored = config.autoencoder, family(config.generation).stored
+  if codec and stored and path[0] == stored.part and re.fullmatch(codec.used_in_float32, "/".join(path[1:])):
+    return False
+  return path[-1].endswith("kernel") or path[-1] == "embed"
 
 
-def _cast_at_use(path: tuple[str, ...]) -> bool:
-  matrix = path[-1].endswith("kernel") or path[-1] == "embed"
-  return matrix and not _USED_IN_FLOAT32.fullmatch("/".join(path))
-
-
-def cast_matrices(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
+def cast_matrices(params: dict[str, Any], dtype: Any, config: ModelConfig) -> dict[str, Any]:
   """Casts the parameters that a layer casts where it uses them (kernels, the embedding table); leaves may be boxed."""
   flat = flatten_dict(params)
   cast = lambda leaf: jax.tree.map(lambda x: x.astype(dtype, copy=False), leaf)
-  return unflatten_dict({path: cast(x) if _cast_at_use(path) else x for path, x in flat.items()})
+  return unflatten_dict({path: cast(x) if _cast_at_use(path, config) else x for path, x in flat.items()})
 
 
-def cast_for_inference(params: dict[str, Any], dtype: Any, above: tuple[str, ...] = ()) -> None:
+def cast_for_inference(params: dict[str, Any], dtype: Any, config: ModelConfig, above: tuple[str, ...] = ()) -> None:
   """Casts nested parameters as `for_inference` does, in place and one by one, which keeps the peak of memory low."""
   for name, x in params.items():
     if isinstance(x, dict):
-      cast_for_inference(x, dtype, (*above, name))
-    elif _cast_at_use((*above, name)):
+      cast_for_inference(x, dtype, config, (*above, name))
+    elif _cast_at_use((*above, name), config):
       params[name] = x.astype(dtype, copy=False)
 
 
@@ -280,7 +278,7 @@ def for_inference(model: UnifiedModel, params: Any, gpu: bool | None = None) -> 
     often = getattr(_writer(model.config), "every_token", ())
     params = {**params, **{name: transposed(params[name], ()) for name in often if name in params}}
   params = {**params, "language_model": lm}
-  return inference_model(model, gpu).clone(remat="none"), cast_matrices(params, model.dtype)
+  return inference_model(model, gpu).clone(remat="none"), cast_matrices(params, model.dtype, model.config)
 
 
 def with_separate_layers(model: UnifiedModel, params: Any) -> tuple[UnifiedModel, Any]:

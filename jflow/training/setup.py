@@ -134,7 +134,7 @@ def initial_params(config: RunConfig, model: UnifiedModel) -> Any:
   trained, frozen = optim.partition(params, config.optimizer.trained, config.optimizer.frozen)
   stored = family(config.model.generation).stored
   exact = {part: frozen[part] for part in frozen if stored and part == stored.part}
-  return optim.merge(trained, cast_matrices(frozen, jnp.dtype(own.frozen_dtype)) | exact)
+  return optim.merge(trained, cast_matrices(frozen, jnp.dtype(own.frozen_dtype), config.model) | exact)
 
 
 def with_room(model: UnifiedModel, most: Sequence[int]) -> UnifiedModel:

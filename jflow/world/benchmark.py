@@ -127,7 +127,7 @@ class WorldBenchmark(GenerationBenchmark):
     """Rule -> category -> share of true pictures accepted after encoding and decoding by the VAE."""
     found: dict[str, dict[str, list[bool]]] = {rule: collections.defaultdict(list) for rule in RULES}
     for number, (_, metadata) in enumerate(self._true if self.encodes else ()):
-      detections = judge.detect(read_picture(self._output / f"pictures/codec/{number:04d}.png"))
+      detections = judge.detect(judged_picture(self._output / f"pictures/codec/{number:04d}.png"))
       for rule, accept in RULES.items():
         found[rule][metadata["tag"]].append(accept(detections, metadata))
     return {rule: {tag: float(np.mean(judged)) for tag, judged in by_tag.items()} for rule, by_tag in found.items()}
@@ -165,7 +165,7 @@ class WorldBenchmark(GenerationBenchmark):
     for number, (text, metadata) in enumerate(self._prompts[split]):
       for j in range(self.pictures):
         file = self._output / f"pictures/{split}/{number:04d}_{j}.png"
-        yield Generated(metadata["tag"], number, file, text, judge.detect(read_picture(file)), metadata)
+        yield Generated(metadata["tag"], number, file, text, judge.detect(judged_picture(file)), metadata)
 
 
 class LoneBenchmark(WorldBenchmark):
@@ -251,7 +251,7 @@ def _distances(
   """Frechet and kernel distances to true pictures on kinds of features, each with its floor between true ones."""
   if len(generated) < 2:
     return {}
-  pictures = [read_picture(p.file) for p in generated]
+  pictures = [judged_picture(p.file) for p in generated]
   own = features.stacked(kinds, pictures, [p.detections for p in generated])
   tags, count, side = [p.tag for p in generated], len(generated), len(pictures[0])
   true = lambda many, set_name: references.features_of_renders(split, tags, many, side, set_name, cache, scope, kinds)
@@ -281,7 +281,7 @@ def _spread(values: Sequence[float], count: int) -> Score:
   return Score(float(np.mean(values)), min(values), max(values), count)
 
 
-def read_picture(path: pathlib.Path) -> np.ndarray:
+def judged_picture(path: pathlib.Path) -> np.ndarray:
   """Reads a picture, uint8[S, S, 3], enlarged if it is too small for the judge."""
   image = samples.read_picture(path)
   if image.width < judge.LEAST_SIDE:

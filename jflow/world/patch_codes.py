@@ -26,6 +26,8 @@ _PLAIN, _KEPT = 0.02, 10  # largest range of a channel in a patch of one color; 
 class PatchCodesConfig(CodebookConfig):
   """The sizes of a `PatchCodes`."""
 
+  used_in_float32 = "encoder/.*"
+
   patch_size: int  # pixels per code
 
   @property
@@ -62,7 +64,7 @@ class PatchCodes(nn.Module):
 
   def setup(self) -> None:
     c = self.config
-    self.encoder = Conv(c.code_dim, c.patch_size, self.dtype, stride=c.patch_size, padding=(0, 0))
+    self.encoder = Conv(c.code_dim, c.patch_size, jnp.float32, stride=c.patch_size, padding=(0, 0))
     shape = (c.codebook_size, c.code_dim)
     self.codebook = parameter(self, "codebook", nn.initializers.normal(1.0), shape, (None, None))
     self.decoder = Conv(3 * c.patch_size**2, REACH, self.dtype, padding=(0, 0))

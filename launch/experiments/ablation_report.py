@@ -139,7 +139,7 @@ def judged(output: pathlib.Path, report: Mapping[str, Any]) -> dict[str, dict[st
   for split, name in benchmark.SPLITS.items():
     groups: dict[str, dict[int, list[bool]]] = {}
     for number, about, file in benchmark.painted(output, split, scope):
-      right = judge.strict(judge.detect(benchmark.read_picture(file)), about)
+      right = judge.strict(judge.detect(benchmark.judged_picture(file)), about)
       groups.setdefault(about["tag"], {}).setdefault(number, []).append(right)
     if groups:
       out[f"{name} pictures: overall"] = _means(groups)

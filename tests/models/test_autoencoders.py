@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax.traverse_util import flatten_dict
 from refusals import refused
 
 from jflow.models.autoencoders import base
@@ -16,6 +17,7 @@ from jflow.models.autoencoders.base import AutoencoderConfig, config_class
 from jflow.models.build import parameter_shapes
 from jflow.models.config import ModelConfig
 from jflow.models.layers import Linear
+from jflow.models.unified import cast_matrices
 
 # As config.json held it before each kind had fields of its own.
 OLD = {
@@ -27,6 +29,8 @@ OLD = {
 @dataclasses.dataclass(frozen=True)
 class MeansConfig(AutoencoderConfig):
   """A toy kind: the means of blocks of pixels, and one matrix back."""
+
+  used_in_float32 = "ba.k/kernel"
 
   block: int
 
@@ -109,6 +113,10 @@ def test_a_new_kind_is_one_file_and_its_name(monkeypatch):
   eye = {"back": {"kernel": np.eye(3, dtype=np.float32), "bias": np.zeros(3, np.float32)}}
   shown = config.autoencoder.make(jnp.float32).apply({"params": eye}, pixels)
   np.testing.assert_allclose(shown[:, ::2, 1::2], pixels.reshape(2, 8, 2, 8, 2, 3).mean((2, 4)), atol=1e-6)
+  leaf = {"kernel": np.ones((3, 3), np.float32)}
+  cast = cast_matrices({"vae": {"back": leaf, "front": leaf}, "head": {"back": leaf}}, jnp.bfloat16, config)
+  kept = {path[:-1] for path, x in flatten_dict(cast).items() if x.dtype == np.float32}
+  assert kept == {("vae", "back")}
   values["autoencoder"]["blocks"] = 2
   with refused("autoencoder.blocks"):
     ModelConfig.from_dict(values)

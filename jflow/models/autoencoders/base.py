@@ -15,7 +15,7 @@ The caller multiplies latents by `config.scaling` after `encode` and divides bef
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from jflow import registry
 from jflow.errors import UserError
@@ -39,6 +39,9 @@ _SHARED_SECTION = ("block_channels", "layers_per_block", "norm_groups", "patch_s
 @dataclasses.dataclass(frozen=True)
 class CodecConfig:
   """The field that every kind has, and what each can say."""
+
+  # A regular expression of paths below the codec's parameters: kernels that it uses in f32 whatever it computes in.
+  used_in_float32: ClassVar[str] = ""
 
   kind: str  # a key of KINDS
 

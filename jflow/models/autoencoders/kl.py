@@ -20,11 +20,14 @@ from jflow.strict_json import shown
 _EPSILON = 1e-6  # group norms
 _LOG_VARIANCE = (-30.0, 20.0)  # range to which the posterior's log variance is clamped
 MOST_LEVELS = 12  # a factor of 2048 between pixels and latents
+UPSAMPLED = r"up_\d+_sample/kernel"  # of a `Decoder`, whose taps are added before they are cast
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderKLConfig(AutoencoderConfig):
   """The sizes of diffusers' AutoencoderKL."""
+
+  used_in_float32 = rf"decoder/{UPSAMPLED}"
 
   block_channels: tuple[int, ...]  # channels per resolution; the factor is 2 ** (len - 1)
   layers_per_block: int

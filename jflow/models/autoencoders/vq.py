@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jflow.errors import UserError
 from jflow.models.autoencoders.base import CodebookConfig
-from jflow.models.autoencoders.kl import MOST_LEVELS, Conv, Decoder, Encoder, decoder_flops, encoder_flops
+from jflow.models.autoencoders.kl import MOST_LEVELS, UPSAMPLED, Conv, Decoder, Encoder, decoder_flops, encoder_flops
 from jflow.models.initial import Normal
 from jflow.models.layers import parameter
 from jflow.strict_json import shown
@@ -24,6 +24,8 @@ _SHORTEST = 1e-12  # a vector is divided by its L2 norm, at least this
 @dataclasses.dataclass(frozen=True)
 class VQConfig(CodebookConfig):
   """The sizes of a `VQ`."""
+
+  used_in_float32 = rf"(encoder|quant_conv)/.*|decoder/{UPSAMPLED}"  # a code is exact, so its encoder is
 
   channels: int  # of the first convolution
   multipliers: tuple[int, ...]  # of `channels`, per resolution; the factor is 2 ** (len - 1)
