@@ -34,7 +34,7 @@ def _device(p: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
   add = p.add_argument
   add("--config", metavar="FILE[:SIZE]", default="stage2", help="sizes (default %(default)s, 384)")
   add("--rows", type=whole(most=2**20), default=4, help="rows whose tokens are taken (default %(default)s)")
-  add("--repeats", type=whole(most=100_000), default=10, help="timed calls (default %(default)s)")
+  add("--repeats", type=whole(most=100_000), default=10, help="calls that are timed together (default %(default)s)")
   add("--fields", nargs="*", default=(), metavar="config.FIELD=VALUE", help="set fields of the config")
   return add
 
@@ -53,8 +53,8 @@ examples
   python -m jflow bench attention                      # one GPU: every kernel that runs there
   python -m jflow bench attention --kernels xla packed # these two
 
-Each is compared with plain attention, the first: relative L2 errors of output and gradients, and whether a segment's
-output feels another's inputs."""
+Each is compared with plain attention, the first: relative L2 errors of output and gradients, as a whole and of the worst
+position, and whether a segment's output feels another's inputs (null: no row holds two segments)."""
   add = _device(p)
   add(
     "--kernels", nargs="*", default=(), metavar="NAME", help="as compute.attention, cudnn:Z with a table of Z segments"

@@ -67,8 +67,8 @@ class Checkpoint:
   @functools.cached_property
   def sampling(self) -> Mapping[str, Any]:
     """The sampling settings that the adapter beside the checkpoint sets, or else the checkpoint."""
-    told = self.adapter and self.adapter.run.sampling
-    return checkpoints.sampling_of(self.directory) if told is None else told
+    own = checkpoints.sampling_of(self.directory)
+    return adapters.sampling_of(self.adapter, own) if self.adapter else own
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -122,7 +122,7 @@ def evaluate(settings: Settings, checkpoint: Checkpoint | None = None, brief: bo
   before = report.scored_before(settings.output, identity)
   keep = before and not result.scores
   if not keep:
-    notes = _on_settings(benchmark, checkpoint.family, checkpoint.sampling, chosen)
+    notes = _on_settings(benchmark, checkpoint.family, chosen)
     result = result._replace(notes=[*result.notes, *notes])
   body = before if keep else _write(benchmark, str(checkpoint.directory), identity, result, before)
   if not brief:
@@ -192,15 +192,15 @@ def _as_flags(given: Mapping[str, Any]) -> Iterator[None]:
     raise UserError(f"{flag}{error}") from None
 
 
-def _on_settings(benchmark: Benchmark, family: Family, own: Mapping[str, Any], chosen: Any) -> list[str]:
-  """Notes on settings other than the benchmark's: the checkpoint's `own`, and the flags of a call."""
+def _on_settings(benchmark: Benchmark, family: Family, chosen: Any) -> list[str]:
+  """Notes on settings other than the benchmark's: the checkpoint's own, and the flags of a call."""
   theirs, flags = {}, {}
   if isinstance(benchmark, GenerationBenchmark):
-    usual = benchmark.usual.get(family.name, {})
-    plain, with_own = (dataclasses.asdict(base.settings(family, {**x, **usual})) for x in ({}, own))
-    made = sorted(dataclasses.asdict(chosen).items())
-    flags = {name: value for name, value in made if value != with_own[name]}
-    theirs = {name: value for name, value in made if name not in flags and value != plain[name]}
+    usual = dataclasses.asdict(base.settings(family, benchmark.usual.get(family.name, {})))
+    made = {name: x for name, x in sorted(dataclasses.asdict(chosen).items()) if x != usual[name]}
+    given = {name for name, value in benchmark.settings.sampling.items() if value is not None}
+    flags = {name: value for name, value in made.items() if name in given}
+    theirs = {name: value for name, value in made.items() if name not in given}
   flags |= benchmark.changed()
   notes = []
   if theirs:

@@ -91,7 +91,7 @@ def load_with_adapters(
     found.tokenizer,
     template or usual[name],
     found.has_vae,
-    sampling=adapter_folders.sampling_of(given[name], found),
+    sampling=adapter_folders.sampling_of(given[name], found.sampling),
     beside=base,
   )
   return base, {name: opened(name, own) for name, own in changed.items()}
@@ -130,7 +130,7 @@ def described(
     params = found.read_params()
     return transfer.nest(transfer.flatten(params) | adapter_folders.changed(params, found.config, beside))
 
-  sampling = adapter_folders.sampling_of(beside, found)
+  sampling = adapter_folders.sampling_of(beside, found.sampling)
   return found._replace(template=template or usual, read_params=merged, sampling=sampling)
 
 

@@ -122,7 +122,8 @@ def export(source: pathlib.Path, weights: str, layout: str, directory: pathlib.P
   base = Base(fingerprint(frozen | trained, config, whole), own.get("frozen_dtype", "float32"))
   words = workdir / "tokenizer"
   reading = Tokenizer.load(str(words)).reading() if words.is_dir() else None
-  run = Run(found.template, data.get("caption_prompt") or None, reading, found.sampling)
+  sampling = found.sampling if "sampling" in fields else None  # of an earlier version
+  run = Run(found.template, data.get("caption_prompt") or None, reading, sampling)
   told = {"run": {name: x for name, x in run._asdict().items() if x is not None}}
   if layout == "transformers":
     if whole:
@@ -221,9 +222,9 @@ def template_of(adapter: Adapter, base: checkpoints.Described) -> str:
   return run.template
 
 
-def sampling_of(adapter: Adapter, base: checkpoints.Described) -> Mapping[str, Any]:
-  """Returns the sampling settings of a base with an adapter: those of the adapter's run, else the base's."""
-  return base.sampling if adapter.run.sampling is None else adapter.run.sampling
+def sampling_of(adapter: Adapter, own: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Returns the sampling settings of a base with an adapter: those of the adapter's run, else the base's `own`."""
+  return own if adapter.run.sampling is None else adapter.run.sampling
 
 
 def changed(params: Mapping[str, Any], config: ModelConfig, adapter: Adapter) -> dict[str, np.ndarray]:

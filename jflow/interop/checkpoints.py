@@ -113,11 +113,9 @@ def read_config(path: str | pathlib.Path) -> ModelConfig:
     UserError: see `describe`.
   """
   path = remote.local(path)
-  if path.is_dir() and packed.is_packed(path):
-    return own_layout.read_settings(path).config
-  if path.is_dir() and (layout := layouts.found(path)) is not None:
+  if path.is_dir() and not packed.is_packed(path) and (layout := layouts.found(path)) is not None:
     return published.read_config(layout, path)
-  return own_layout.read_settings(_workdir_around(path)).config
+  return _own_settings(path).config
 
 
 def sampling_of(path: str | pathlib.Path) -> Mapping[str, Any]:
@@ -129,7 +127,12 @@ def sampling_of(path: str | pathlib.Path) -> Mapping[str, Any]:
   path = remote.local(path)
   if path.is_dir() and not packed.is_packed(path) and layouts.found(path) is not None:
     return {}
-  return own_layout.read_settings(path if path.is_dir() and packed.is_packed(path) else _workdir_around(path)).sampling
+  return _own_settings(path).sampling
+
+
+def _own_settings(path: pathlib.Path) -> own_layout.Settings:
+  """The settings of a packed checkpoint, or of the workdir around a path."""
+  return own_layout.read_settings(path if path.is_dir() and packed.is_packed(path) else _workdir_around(path))
 
 
 def tokenizer_of(path: str | pathlib.Path) -> pathlib.Path:

@@ -49,9 +49,12 @@ def _capability(device: jax.Device) -> float:
 
 def _known_cudnn() -> bool:
   """Whether this jax has the private function of `_cudnn_backward` as it is called there."""
-  from jax._src.cudnn import fused_attention_stablehlo as fused
+  try:
+    from jax._src.cudnn import fused_attention_stablehlo as fused
 
-  names = list(inspect.signature(fused._dot_product_attention_bwd_rule).parameters)
+    names = list(inspect.signature(fused._dot_product_attention_bwd_rule).parameters)
+  except (ImportError, AttributeError):
+    return False
   return len(names) == 11 and names[7:10] == ["is_training", "return_residual", "res"]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jflow import registry
 from jflow.errors import UserError
 from jflow.generation.base import check_settings, family, settings
-from jflow.inference.pipeline import Pipeline
+from jflow.inference.loading import usual_dtype
 from jflow.interop import checkpoints
 from jflow.models import kernels
 from jflow.perf import inference, versus
@@ -22,9 +22,7 @@ class Settings(inference.Settings):
 
   batch_size: int = 2  # images generated at once
   prompt_tokens: int = 32  # of the longest prompt
-  attention: str = (
-    "auto"  # of a picture's own positions: "xla", "fused" (a GPU's causal kernel), or what inference takes
-  )
+  attention: str = "auto"  # of a picture's own positions: "xla", "fused" (a GPU's), "auto": what inference takes
   sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # settings of the model's way to write images
 
 
@@ -47,8 +45,12 @@ def run(args: Settings) -> dict[str, Any]:
       f"--prompt_tokens={args.prompt_tokens} must be at most {room}, which a picture's {c.language_model.max_length - room} "
       f"slots leave of the context of {c.language_model.max_length}"
     )
+  if args.attention == "fused":
+    _check_fused(c.language_model.head_dim, args.dtype or usual_dtype())
   pipeline = source.pipeline()
-  _choose_attention(pipeline, args.attention)
+  if args.attention not in ("auto", pipeline.model.attention):
+    pipeline.model = pipeline.model.clone(attention=args.attention)
+    pipeline.sampler = registry.load(kind.sampler)(pipeline.model, pipeline.params, pipeline.tokenizer)
   rng, sampler, dtype = np.random.default_rng(0), pipeline.sampler, str(pipeline.model.dtype)
   shorter = 1 if work and work.same_lengths else min(8, args.prompt_tokens)
   lengths = np.asarray([args.prompt_tokens - i % shorter for i in range(n)], np.int32)
@@ -110,14 +112,11 @@ def run(args: Settings) -> dict[str, Any]:
   return {name: value for name, value in report.items() if value is not None or name == "mfu"}
 
 
-def _choose_attention(pipeline: Pipeline, name: str) -> None:
-  """Gives the pipeline's sampler another kernel; raises UserError where the device or the model has none."""
-  if name == "auto" or name == pipeline.model.attention:
-    return
-  c, platform = pipeline.model.config, jax.default_backend()
-  if name == "fused" and not (
-    platform == "gpu" and kernels.fuses_causal(pipeline.model.dtype, c.language_model.head_dim)
-  ):
-    raise UserError(f"--attention=fused needs a GPU, half precision and heads of at most 128, not {platform}")
-  pipeline.model = pipeline.model.clone(attention=name)
-  pipeline.sampler = registry.load(pipeline.family.sampler)(pipeline.model, pipeline.params, pipeline.tokenizer)
+def _check_fused(head_dim: int, dtype: str) -> None:
+  """Raises UserError where the device or the model has no fused causal kernel."""
+  if (platform := jax.default_backend()) != "gpu":
+    raise UserError(f"--attention=fused needs a GPU, and this is a {platform}")
+  if not kernels.fuses_causal(dtype, head_dim):
+    raise UserError(
+      f"--attention=fused needs --dtype=bfloat16 and heads of at most 128 and a multiple of 8, not {dtype} and {head_dim}"
+    )

@@ -226,8 +226,13 @@ class ImageRequests:
   """Parses requests for /v1/images/generations; the sampling settings are fields of the body."""
 
   def __init__(self, family: Family, model: str, image_size: int, usual: Mapping[str, Any] | None = None):
-    """Args: the model's `family`, its name, the side of its images in pixels, and the settings where a request sets
-    none: adapter -> settings, "" for the model without; None: the family's."""
+    """Args:
+    family: of the model.
+    model: its name.
+    image_size: the side of its images in pixels.
+    usual: the settings where a request sets none, by the name of the adapter, "" for the model itself; None: the
+      family's defaults.
+    """
     self._family, self._model, self._size = family, model, image_size
     self._usual = usual or {"": family.settings()}
     others = {name for other in FAMILIES.all().values() for name in other.setting_names} - family.setting_names

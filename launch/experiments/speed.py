@@ -3,19 +3,21 @@
   python launch/experiments/speed.py runs/speed                     # 470 seconds at most; the same command goes on
   python launch/experiments/speed.py runs/speed --seconds=3600      # all of it
   python launch/experiments/speed.py /tmp/speed --copy=$OUT         # on a lent machine: what is to come back, at once
-  python launch/experiments/speed.py runs/speed --size=tiny --questions products,attention   # anywhere
+  python launch/experiments/speed.py runs/speed --size=tiny --questions products,read-1   # anywhere
   python launch/experiments/speed.py runs/speed --list              # the questions, their caps and commands
 
 Each answer is one line of FOLDER/results.jsonl, written as soon as it is there and printed, and a question with an answer is not
-asked again; one that failed or ran past its cap is asked again by the next run. A question is begun where the time left holds its
-cap. All share FOLDER/cache, the cache of compiled programs, so keep it, at the same place: a second start takes seconds. Beside jax with
+asked again; one that failed or ran past its cap is asked again by the next run. The first is begun at once, others where the
+time left holds their cap. All share FOLDER/cache, the cache of compiled programs, so keep it, at the same place: a second start takes seconds. Beside jax with
 its CUDA plugin and jflow's other requirements (ml-collections, grain, array-record) the tests need pytest, --versus torch and diffusers.
 """
 
 import argparse
 import json
+import math
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -103,12 +105,18 @@ def answered(file: pathlib.Path) -> dict[str, dict[str, Any]]:
   return found
 
 
+def _words(question: Question, *flags: str) -> tuple[str, ...]:
+  """The words of a question's command behind `python -m`; `flags` are for a measurement."""
+  if question.command == TESTS:
+    return TESTS
+  return ("jflow", "bench", question.command[0], *flags, *question.command[1:])
+
+
 def ask(question: Question, folder: pathlib.Path, cap: float) -> dict[str, Any]:
   """Runs a question for at most `cap` seconds; returns its line."""
   report = folder / f"{question.name}.json"
   report.unlink(missing_ok=True)
-  tests = question.command == TESTS
-  words = TESTS if tests else ("jflow", "bench", question.command[0], f"--json={report}", *question.command[1:])
+  words = _words(question, f"--json={report}")
   environment = {
     "JAX_COMPILATION_CACHE_DIR": str((folder / "cache").absolute()),
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
@@ -128,7 +136,9 @@ def ask(question: Question, folder: pathlib.Path, cap: float) -> dict[str, Any]:
   why = f"stopped after {cap:.0f} s" if time.monotonic() - started >= cap else f"exit code {code}"
   row: dict[str, Any] = {"question": question.name, "seconds": round(time.monotonic() - started, 1)}
   last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_TOLD:] or [""]
-  if tests and code == 0:
+  if words == TESTS and code == 0:
+    if not re.search(r"\d passed", last[-1]):  # skipped, say without a GPU
+      return row | {"failed": f"no test ran: {last[-1][:300]}", "log": last}
     return row | {"report": {"workload": "tests", "said": last[-1]}}
   if report.exists():
     return row | {"report": json.loads(report.read_text(encoding="utf-8"))}
@@ -139,10 +149,10 @@ def main(argv: list[str]) -> int:
   """Asks what has no answer yet, within the time; returns 1 where a question is left open."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("folder", type=pathlib.Path)
-  parser.add_argument("--seconds", type=float, default=SECONDS, help="for all questions (default %(default)s)")
+  parser.add_argument("--seconds", type=_seconds, default=SECONDS, help="for all questions (default %(default)s)")
   parser.add_argument("--size", default="384", help="of the configs (default %(default)s)")
   parser.add_argument("--questions", default="", help="names, comma-separated (default: all)")
-  parser.add_argument("--cap", type=float, help="seconds of each question, in place of its own cap")
+  parser.add_argument("--cap", type=_seconds, help="seconds of each question, in place of its own cap")
   parser.add_argument("--copy", type=pathlib.Path, help="a folder that gets results, table and logs after each answer")
   parser.add_argument("--list", action="store_true", help="say what would be asked, and stop")
   args = parser.parse_args(argv)
@@ -154,18 +164,19 @@ def main(argv: list[str]) -> int:
     chosen = [question for question in chosen if question.name in wanted]
   if args.list:
     for question in chosen:
-      print(f"{question.name:20} {question.cap:4.0f} s  {question.decides}\n  jflow bench {' '.join(question.command)}")
+      print(f"{question.name:20} {question.cap:4.0f} s  {question.decides}\n  python -m {' '.join(_words(question))}")
     return 0
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`, which ends the child
   args.folder.mkdir(parents=True, exist_ok=True)
   file, ends = args.folder / "results.jsonl", time.monotonic() + args.seconds
-  there = answered(file)
+  there, begun = answered(file), False
+  _write(args.folder, chosen, there, args.copy)
   for question in chosen:
     left = ends - time.monotonic()
-    cap = min(args.cap or question.cap, args.seconds)
-    if question.name in there or left < cap:
+    cap = question.cap if args.cap is None else args.cap
+    if question.name in there or begun and left < cap:
       continue
-    row = ask(question, args.folder, cap)
+    begun, row = True, ask(question, args.folder, min(cap, left))
     with file.open("a", encoding="utf-8") as lines:
       lines.write(json.dumps(row) + "\n")
       lines.flush()
@@ -173,20 +184,29 @@ def main(argv: list[str]) -> int:
     print(json.dumps(row), flush=True)
     print(f"{question.name}: {row.get('failed') or 'answered'} ({row['seconds']} s)", file=sys.stderr, flush=True)
     there = answered(file)
-    outputs.replace(args.folder / "results.md", table([there[q.name] for q in chosen if q.name in there]))
-    if args.copy:
-      _copy(args.folder, args.copy)
+    _write(args.folder, chosen, there, args.copy)
   open_ones = [question.name for question in chosen if question.name not in there]
   if open_ones:
     print(f"open: {', '.join(open_ones)}; the same command goes on", file=sys.stderr)
   return 1 if open_ones else 0
 
 
-def _copy(folder: pathlib.Path, to: pathlib.Path) -> None:
-  """Copies results and table, and all logs as one file."""
+def _seconds(text: str) -> float:
+  value = float(text)
+  if not 0 < value < math.inf:
+    raise argparse.ArgumentTypeError(f"{text} must be a positive number")
+  return value
+
+
+def _write(folder: pathlib.Path, chosen: list[Question], there: dict[str, Any], to: pathlib.Path | None) -> None:
+  """Writes the table, and copies results, table, and all logs as one file."""
+  outputs.replace(folder / "results.md", table([there[q.name] for q in chosen if q.name in there]))
+  if to is None:
+    return
   to.mkdir(parents=True, exist_ok=True)
   for name in ("results.jsonl", "results.md"):
-    shutil.copyfile(folder / name, to / name)
+    if (folder / name).exists():
+      shutil.copyfile(folder / name, to / name)
   with tarfile.open(to / "logs.tar.gz", "w:gz") as tar:
     for path in sorted(folder.glob("*.log")):
       tar.add(path, path.name)
@@ -207,7 +227,8 @@ def table(rows: list[dict[str, Any]]) -> str:
       continue
     mfu = f"{100 * r['mfu']:.1f} %" if r["mfu"] else ""
     lines.append(
-      f"| {row['question']} | {r['rows']} | {r['pictures_per_step']} | {r['learned_tokens_per_step']:,} | {r['loss']:.4f} "
+      f"| {row['question']} | {r['rows']} | {r.get('pictures_per_step', '')} | {r.get('learned_tokens_per_step', '')} "
+      f"| {r['loss']:.4f} "
       f"| {r['seconds_per_step']['median']:.3f} | {r['tokens_per_second']:,.0f} | {mfu} "
       f"| {r['peak_bytes'] / 2**30:.1f} | {r['compile_seconds']:.0f} |"
     )

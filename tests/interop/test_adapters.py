@@ -238,8 +238,8 @@ def test_an_adapter_tells_how_its_run_read_text_and_another_tokenizer_is_refused
   edited(older, run=None)
   untold = adapters.describe(older, base.config)
   assert adapters.template_of(untold, base) == base.template == "plain"
-  own = base._replace(sampling={"guidance": 7.0})
-  assert adapters.sampling_of(untold, own) == own.sampling and adapters.sampling_of(found, own) == SAMPLING
+  own = {"guidance": 7.0}
+  assert adapters.sampling_of(untold, own) == own and adapters.sampling_of(found, own) == SAMPLING
   edited(older, run={"sampling": {"guidance": 0.5}})
   with refused(older / "adapter_config.json", "sampling.guidance"):
     adapters.describe(older, base.config)

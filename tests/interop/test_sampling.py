@@ -1,4 +1,4 @@
-"""How a checkpoint says that it is sampled: from a run's config to each command that paints, unless a call says more."""
+"""How a checkpoint says that it is sampled: from a run's config to all that paints, unless a call says more."""
 
 import json
 import pathlib
@@ -154,14 +154,15 @@ def test_a_report_says_what_the_checkpoint_and_what_a_call_sets(tmp_path):
     asked = Settings(kind.name, "checkpoint", tmp_path, data=tmp_path, sampling=given)
     benchmark = kind.__new__(kind)
     benchmark.settings, benchmark.pictures = asked, kind.pictures
-    return runner._on_settings(benchmark, flow.FAMILY, own, runner.sampling_of(kind, asked, flow.FAMILY, own))
+    return runner._on_settings(benchmark, flow.FAMILY, runner.sampling_of(kind, asked, flow.FAMILY, own))
 
   itself = "Painted as the checkpoint itself says: "
   paper = " The paper's scores stand for the recipe."
   assert notes(mjhq.Mjhq, {}) == []
   assert notes(mjhq.Mjhq, OWN) == [f"{itself}guidance 4.0, steps 3.{paper}"]
   assert notes(mjhq.Mjhq10k, OWN) == [f"{itself}steps 3.{paper}"]  # the benchmark has a guidance
-  assert notes(mjhq.Mjhq, OWN, guidance=2.0) == [
+  assert notes(mjhq.Mjhq, OWN, guidance=2.0, steps=30) == []  # the benchmark's
+  assert notes(mjhq.Mjhq, OWN, guidance=4.0) == [
     f"{itself}steps 3.",
-    f"Not the benchmark's settings: --guidance=2.0.{paper}",
+    f"Not the benchmark's settings: --guidance=4.0.{paper}",
   ]

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
 
+import pytest
 import tiny
 
 SCRIPT = tiny.ROOT / "launch" / "experiments" / "speed.py"
@@ -31,16 +33,36 @@ def test_answers_are_kept_and_open_questions_asked_again(tmp_path):
   assert code == 1 and [row["failed"].startswith("stopped after 0 s") for row in rows] == [True] * 3
   with (tmp_path / "results.jsonl").open("a") as file:
     file.write('{"question": "products", "report": \n')
-  copied = tmp_path / "copied"
-  code, rows = ask(tmp_path, "--seconds=900", "--cap=300", f"--copy={copied}")
-  assert code == 0 and [row["question"] for row in rows[3:]] == list(ASKED)
-  attention, tests, products = (row["report"] for row in rows[3:])
-  assert products["bfloat16_mlp"]["flops_per_second"] > 0 and "skipped" in tests["said"]
+  code, rows = ask(tmp_path, "--seconds=900", "--cap=300")
+  assert code == 1 and [row["question"] for row in rows[3:]] == list(ASKED)
+  attention, products = (row["report"] for row in (rows[3], rows[5]))
+  assert products["bfloat16_mlp"]["flops_per_second"] > 0
   assert attention["xla"]["leaks"] is None and attention["cudnn:8"] == {"skipped": "does not run on cpu"}
-  assert ask(tmp_path) == (0, rows)
+  assert rows[4]["failed"].startswith("no test ran: ")  # without a GPU all are skipped, which answers nothing
+  copied = tmp_path / "copied"
+  (tmp_path / "results.md").unlink()
+  assert ask(tmp_path, "--questions=products", f"--copy={copied}") == (0, rows)
   assert (copied / "results.jsonl").read_text() == (tmp_path / "results.jsonl").read_text()
   with tarfile.open(copied / "logs.tar.gz") as tar:
     assert set(tar.getnames()) == {f"{name}.log" for name in ASKED}
+
+
+def test_the_first_question_gets_what_time_there_is(tmp_path):
+  code, rows = ask(tmp_path, "--questions=products", "--seconds=0.2")
+  assert code == 1 and rows[0]["failed"].startswith("stopped after 0 s")
+  assert len(ask(tmp_path, "--seconds=0.3")[1]) == 2  # one more, and none behind it
+
+
+@pytest.mark.parametrize("flags", [("--cap=0",), ("--seconds=-1",), ("--questions=product",)])
+def test_what_cannot_be_asked_is_refused(tmp_path, capsys, flags):
+  with pytest.raises(SystemExit):
+    speed.main([str(tmp_path), *flags])
+  assert flags[0].split("=")[0] in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_commands_of_its_help_are_right(tmp_path):
+  command = re.search(r"speed.py (runs/speed --size=.*?)  #", speed.__doc__)[1].strip().split()
+  assert speed.main([str(tmp_path), *command[1:], "--list"]) == 0
 
 
 def test_a_question_is_begun_where_its_cap_is_left(tmp_path, monkeypatch, capsys):

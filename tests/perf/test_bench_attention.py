@@ -63,5 +63,11 @@ def test_a_cpu_has_no_fused_kernel():
     generate.run(generate.Settings(config=f"{tiny.ROOT}/configs/stage3.py:tiny", attention="fused"))
 
 
-def test_this_jax_has_the_private_function_that_cudnn_needs():
+def test_this_jax_has_the_private_function_that_cudnn_needs(monkeypatch):
+  from jax._src.cudnn import fused_attention_stablehlo as fused
+
   assert kernels._known_cudnn()
+  monkeypatch.setattr(fused, "_dot_product_attention_bwd_rule", lambda config, res, grad: None)
+  assert not kernels._known_cudnn()
+  monkeypatch.delattr(fused, "_dot_product_attention_bwd_rule")
+  assert not kernels._known_cudnn()
