@@ -68,8 +68,7 @@ def _inference(p: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
   add(
     "--config",
     metavar="FILE[:SIZE]",
-    default="stage3:mid",
-    help="random weights of this size (default %(default)s; :384 is the paper's model)",
+    help="random weights of this size, without --checkpoint (default stage3:mid; :384 is the paper's model)",
   )
   add(
     "--versus",

@@ -88,14 +88,19 @@ def main(argv: list[str]) -> int:
   prompts = read_prompts(args.prompt, args.prompts)
 
   from jflow import png
-  from jflow.generation.base import check_settings
+  from jflow.generation.base import check_settings, family, settings
   from jflow.inference.pipeline import check_prompts
   from jflow.inference.sheet import contact_sheet
+  from jflow.interop import checkpoints
 
   given = flags.settings_of(args)
   call = dict(seed=args.seed, num_images=args.num_images, batch_size=args.batch_size)
   check_prompts(prompts, **call)
   check_settings(given)
+  flags.check_json(args)
+  # What the checkpoint does not take is said before a folder is made and its weights are read.
+  way = family(checkpoints.read_config(args.checkpoint).generation)
+  settings(way, given if args.adapter else {**checkpoints.sampling_of(args.checkpoint), **given})
   names = [f"{i:04d}_{j:02d}.png" for i in range(len(prompts)) for j in range(args.num_images)]
   make_directory(args.output, "--output")
   earlier = [name for name in (*names, _SHEET) if (args.output / name).exists()]
@@ -103,7 +108,6 @@ def main(argv: list[str]) -> int:
     raise UserError(
       f"--output={args.output} holds {earlier[0]} of an earlier run: give another directory, or --overwrite"
     )
-  flags.check_json(args)
   if args.json and args.json.resolve() in {(args.output / name).resolve() for name in (*names, _SHEET)}:
     raise UserError(f"--json={args.json} must not be a picture of --output={args.output}")
   model = flags.open_model(args)
@@ -111,14 +115,14 @@ def main(argv: list[str]) -> int:
   images = _generate(model, prompts, chosen, call)
   named = pathlib.PurePath(args.checkpoint)
   named = named.name if named.is_absolute() else str(named)  # a picture that is shared names no home folder
-  records, settings = [], {"checkpoint": named, **dataclasses.asdict(chosen)}
+  records, told = [], {"checkpoint": named, **dataclasses.asdict(chosen)}
   sheet = args.output / _SHEET
   columns = args.num_images if args.num_images > 1 else min(6, len(images))
   with writing(args.output):
     for i, (name, image) in enumerate(zip(names, images, strict=True)):
       prompt, seed = prompts[i // args.num_images], args.seed + i % args.num_images
       with files.output(args.output / name) as new:
-        png.save(image, new, prompt, {"seed": seed, **settings})
+        png.save(image, new, prompt, {"seed": seed, **told})
       records.append({"file": name, "prompt": prompt, "seed": seed})
     with files.output(sheet) as new:
       contact_sheet(images, [r["prompt"] for r in records], columns).save(new, "PNG")

@@ -122,7 +122,8 @@ def evaluate(settings: Settings, checkpoint: Checkpoint | None = None, brief: bo
   before = report.scored_before(settings.output, identity)
   keep = before and not result.scores
   if not keep:
-    notes = _on_settings(benchmark, checkpoint.family, chosen)
+    paints = any(isinstance(task, Generation) for task in tasks)
+    notes = _on_settings(benchmark, checkpoint.family, chosen if paints else None)
     result = result._replace(notes=[*result.notes, *notes])
   body = before if keep else _write(benchmark, str(checkpoint.directory), identity, result, before)
   if not brief:
@@ -193,9 +194,12 @@ def _as_flags(given: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _on_settings(benchmark: Benchmark, family: Family, chosen: Any) -> list[str]:
-  """Notes on settings other than the benchmark's: the checkpoint's own, and the flags of a call."""
+  """Notes on settings other than the benchmark's: the checkpoint's own, and the flags of a call.
+
+  `chosen` is None where nothing is painted.
+  """
   theirs, flags = {}, {}
-  if isinstance(benchmark, GenerationBenchmark):
+  if chosen is not None:
     usual = dataclasses.asdict(base.settings(family, benchmark.usual.get(family.name, {})))
     made = {name: x for name, x in sorted(dataclasses.asdict(chosen).items()) if x != usual[name]}
     given = {name for name, value in benchmark.settings.sampling.items() if value is not None}

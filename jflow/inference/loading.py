@@ -114,6 +114,8 @@ def described(
   """
   if not isinstance(path, str | pathlib.Path):
     raise UserError(f"a checkpoint must be named by its folder or hub name, got {path!r:.80}")
+  if not isinstance(adapter, str | pathlib.Path | None):
+    raise UserError(f"an adapter must be named by its folder or hub name, got {adapter!r:.80}")
   if weights not in ("ema", "raw"):
     raise UserError(f"weights={weights!r} must be 'ema' or 'raw'")
   if template is not None:

@@ -99,7 +99,7 @@ class Pipeline:
       UserError: a value out of its range, a setting that this model's family does not have, an empty prompt or one
         longer than the context.
     """
-    prompts = [prompts] if isinstance(prompts, str) or not np.iterable(prompts) else list(prompts)
+    prompts = [prompts] if isinstance(prompts, str | Mapping) or not np.iterable(prompts) else list(prompts)
     check_prompts(prompts, seed=seed, num_images=num_images, batch_size=batch_size)
     seed, num_images, batch_size = int(seed), int(num_images), int(batch_size)  # NumPy's wrap around
     chosen = self.settings(steps=steps, guidance=guidance, **rest)
@@ -265,6 +265,9 @@ class Pipeline:
     requests = list(requests)
     if not requests:
       return []
+    for one in requests:
+      if not isinstance(one, Request):
+        raise UserError(f"a request must be made by `request`, got {one!r:.80}")
     return decoding.answer_all(self, requests, batch_size, stream, progress)
 
   def loglikelihood(

@@ -178,8 +178,6 @@ def _describe_own(f: Fields, checkpoint: safetensors_io.Checkpoint, config: Mode
   f.get("patterns", list, [])
   rank, alpha = f.get("rank", int), f.get("alpha", float)
   matrices, whole = (_names(f, name) for name in ("matrices", "whole"))
-  run, base = _run(f, config), _base(f.sub("base"))
-  f.close()
   shapes = parameter_shapes(dataclasses.replace(config, objectives=()))
   wanted = {}
   for path in matrices:
@@ -194,6 +192,8 @@ def _describe_own(f: Fields, checkpoint: safetensors_io.Checkpoint, config: Mode
     if path not in shapes:
       raise UserError(f"{f.where}: {shown(path)} is no parameter of this model: an adapter of another one?")
     wanted[path] = shapes[path]
+  run, base = _run(f, config), _base(f.sub("base"))  # after the matrices: another model's settings are a lesser sign
+  f.close()
   transfer.check(wanted, checkpoint)
 
   def read() -> dict[str, np.ndarray]:

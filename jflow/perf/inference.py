@@ -32,7 +32,7 @@ class Settings:
   vae: str | None = None
   dtype: str | None = None
   weights: str = "ema"
-  config: str = "stage3:mid"
+  config: str | None = None  # None: stage3:mid, where there is no checkpoint
   versus: pathlib.Path | None = None  # program that does the same work with the same weights, in alternation
   repeats: int = 5  # timed rounds
 
@@ -54,10 +54,14 @@ def open_source(args: Settings) -> Source:
   if args.repeats < 1:
     raise UserError(f"--repeats={args.repeats} must be at least 1")
   if args.checkpoint:
+    if args.config:
+      raise UserError(f"--config={args.config} is of random weights: leave it out, or --checkpoint")
     config = checkpoints.read_config(args.checkpoint)
     read = lambda: checkpoints.read_checkpoint(args.checkpoint, vae=args.vae, weights=args.weights).params
     return Source(config, read, lambda: load(args.checkpoint, vae=args.vae, dtype=args.dtype, weights=args.weights))
-  config = config_files.load(args.config).model
+  if args.vae or args.weights != "ema":
+    raise UserError("--vae and --weights belong to a --checkpoint: name one, or leave them out")
+  config = config_files.load(args.config or "stage3:mid").model
   dtype = jnp.dtype(args.dtype or usual_dtype())
   model = UnifiedModel(config, dtype, remat="none", unroll=1, attention="xla")
   tokenizer = Tokenizer.load(config_files.load("stage3:tiny").data.tokenizer)

@@ -90,8 +90,15 @@ def _meant(values: dict[str, Any], path: str) -> str:
   known += sorted({".".join(parts[:i]) for parts in (name.split(".") for name in known) for i in range(1, len(parts))})
   last = path.rpartition(".")[2]
   near = [name for name in known if name.rpartition(".")[2] == last][:3]
-  near = near or difflib.get_close_matches(path[:100], known, n=1, cutoff=0.75)
-  return f"; did you mean {' or '.join(near)}?" if near else f"; sections are {', '.join(values)}"
+  section = path.rpartition(".")[0]
+  beside = [name.rpartition(".")[2] for name in known if section and name.rpartition(".")[0] == section]
+  if not near and beside:
+    near = [f"{section}.{name}" for name in difflib.get_close_matches(last[:100], beside, n=1)]
+  elif not near:
+    near = difflib.get_close_matches(path[:100], known, n=1, cutoff=0.75)
+  if near:
+    return f"; did you mean {' or '.join(near)}?"
+  return f"; {section} has {', '.join(beside)}" if beside else f"; sections are {', '.join(values)}"
 
 
 def _kind(where: dict[str, Any], name: str, path: str) -> Any:
@@ -118,7 +125,9 @@ def _value(kind: Any, now: Any, argument: str, text: str | None) -> Any:
   if kind == dict | None and text.strip() == "None":
     return None
   if kind in (dict | None, Mapping):  # of any names
-    return _mapping(None, argument, text, "must be a dict" + ", or None" * (kind != Mapping))
+    return _mapping(
+      None, argument, text, "must be a dict, {} for none" if kind is Mapping else "must be a dict, or None"
+    )
   if isinstance(now, Mapping):
     return _mapping(now, argument, text)
   readers = {bool: _boolean, int: _integer, float: _number, str: _text, tuple: _tuple, list: _tuple}

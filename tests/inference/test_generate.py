@@ -197,6 +197,7 @@ def test_the_longest_prompt_that_fits_and_one_more(pipeline, tokenizer):
     (dict(seed=1.5), "seed=1.5"),
     (dict(guidance="2"), "guidance='2' must be a finite number"),
     (dict(interval=0.5), "interval=0.5"),
+    (dict(interval=np.array([0.0, 0.5, 1.0])), "interval=[0.0, 0.5, 1.0]"),
     (dict(guidance=float("nan")), "guidance=nan "),
     (dict(guidance=float("inf")), "guidance=inf "),
     (dict(guidance=0.5), "guidance=0.5 must be at least 1"),

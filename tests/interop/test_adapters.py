@@ -240,6 +240,10 @@ def test_an_adapter_tells_how_its_run_read_text_and_another_tokenizer_is_refused
   assert adapters.template_of(untold, base) == base.template == "plain"
   own = {"guidance": 7.0}
   assert adapters.sampling_of(untold, own) == own and adapters.sampling_of(found, own) == SAMPLING
+  with refused("an adapter of another one"):  # not by its settings, which a model of codes does not have
+    adapters.describe(folder / "adapter", janus.CONFIG)
+  with refused("an adapter must be named", "3"):
+    jflow.load(tiny_checkpoint, adapter=3)
   edited(older, run={"sampling": {"guidance": 0.5}})
   with refused(older / "adapter_config.json", "sampling.guidance"):
     adapters.describe(older, base.config)

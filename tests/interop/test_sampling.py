@@ -107,10 +107,11 @@ def test_a_run_keeps_what_its_config_does_not_set(own, tmp_path):
   "field, said",
   [
     ("sampling.guidence=3", "did you mean sampling.guidance"),
+    ("sampling.foo=3", "sampling has "),
     ("temperature=3", "did you mean sampling.temperature"),
     ("sampling.steps=x", "whole number"),
-    ("sampling=3", "must be a dict, got"),
-    ("sampling=None", "must be a dict, got"),
+    ("sampling=3", "must be a dict, {} for none, got"),
+    ("sampling=None", "must be a dict, {} for none, got"),
   ],
 )
 def test_a_field_that_no_family_has_is_refused(field, said):
@@ -121,6 +122,16 @@ def test_a_field_that_no_family_has_is_refused(field, said):
 @pytest.mark.parametrize("old", ["log.sample_guidance=3.5", "sampling.guidance=3.5"])
 def test_its_name_in_earlier_versions_still_sets_it(old):
   assert config_files.load(STAGE2, [f"--config.{old}"]).sampling == {"guidance": 3.5}
+
+
+@pytest.mark.parametrize("flag", ["--temperature=1", "--solver=heun"])
+def test_a_flag_that_the_checkpoint_does_not_take_is_refused_before_anything_is_made(own, tmp_path, flag, capsys):
+  sets(own, {"precision": "release"})
+  for weights in own.rglob("d/*"):
+    weights.unlink()
+  asked = ["generate", f"--checkpoint={own}", "--prompt=a", f"--output={tmp_path / 'pictures'}", flag]
+  assert main(asked) == 2 and not (tmp_path / "pictures").exists()
+  assert ("precision='exact'" if "heun" in flag else "temperature=1.0 is not a setting") in capsys.readouterr().err
 
 
 def test_an_evaluation_takes_it_behind_the_benchmarks_own():
@@ -147,6 +158,17 @@ def test_a_server_takes_a_model_s_own_setting_beyond_its_limits():
   assert (steps(), steps(model="few"), steps(steps=500)) == (500, 2, 500)
   with pytest.raises(ApiError, match="steps must be .*500"):
     steps(steps=501)
+
+
+@pytest.mark.parametrize("more", [dict(sampling={"steps": 3}), dict(pictures=3)])
+def test_questions_alone_take_no_settings_of_pictures_and_say_none(tmp_path, more):
+  with refused(f"--{'steps' if 'sampling' in more else 'pictures'}", "--only=questions"):
+    runner.opened(Settings("shapes", "checkpoint", tmp_path, only="questions", **more))
+  benchmark = runner.opened(Settings("shapes", "checkpoint", tmp_path, only="questions", limit=2))
+  tasks = benchmark.tasks()
+  notes = benchmark.score({task.key: {"key": task.key, "answer": "no"} for task in tasks}).notes
+  assert [note.split(":")[0] for note in notes] == ["Questions"]
+  assert runner._on_settings(benchmark, flow.FAMILY, None) == ["Not the benchmark's settings: --limit=2."]
 
 
 def test_a_report_says_what_the_checkpoint_and_what_a_call_sets(tmp_path):

@@ -103,6 +103,16 @@ def test_a_checkpoint_is_timed_as_it_is_sampled(tmp_path):
     assert json.loads(file.read_text())["guidance"] == guidance
 
 
+@pytest.mark.parametrize("workload", ["generate", "understand"])
+@pytest.mark.parametrize(
+  "flags", [("--checkpoint=world", "--config=nonsense"), ("--vae=/nowhere",), ("--weights=raw",)]
+)
+def test_a_flag_of_the_other_kind_of_model_is_refused(workload, flags, capsys):
+  assert main(["bench", workload, *flags]) == 2
+  said = capsys.readouterr().err
+  assert flags[-1].split("=")[0] in said and "--checkpoint" in said
+
+
 def test_frameworks_that_differ_are_not_timed():
   with refused("latents", error=Stopped):
     versus.agree("latents", np.ones(4), np.zeros(4) + 2, "float32")

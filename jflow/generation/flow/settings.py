@@ -45,6 +45,8 @@ class Settings:
   )
 
   def __post_init__(self) -> None:
+    if hasattr(self.interval, "tolist"):  # NumPy's
+      object.__setattr__(self, "interval", self.interval.tolist())
     checks.need("steps", self.steps, values.whole(1, MOST_STEPS))
     checks.need("guidance", self.guidance, values.number(most=MOST_GUIDANCE))
     _need(
@@ -70,7 +72,11 @@ class Settings:
       f"precision={shown(self.precision)} must be 'exact' or 'release'",
     )
     plain = self.solver == "euler" and self.shift == 1.0
-    _need(self.precision == "exact" or plain, "precision='release' goes with solver='euler' and shift=1")
+    _need(
+      self.precision == "exact" or plain,
+      f"precision='release' goes with solver='euler' and shift=1, not with solver={self.solver!r} and "
+      f"shift={self.shift:g}: leave these, or set precision='exact'",
+    )
 
   @property
   def evaluations(self) -> int:
