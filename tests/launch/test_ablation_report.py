@@ -19,7 +19,8 @@ import ablation_table as paper
 import ablations
 
 from configs import ablation
-from jflow.evaluation import benchmarks
+from jflow.cli import evaluate
+from jflow.evaluation import benchmarks, runner
 from jflow.evaluation.settings import Settings
 from jflow.evaluation.tasks import Generation, Question, save
 from jflow.training import config_files
@@ -197,9 +198,9 @@ def test_each_size_is_scored_by_the_benchmark_of_its_scenes(size, benchmark, mon
     f"--checkpoint={tmp_path}/seed2/D",
     f"--output={tmp_path}/seed2/scores/D-7-guidance3",
     "--batch_size=16",
-    "--guidance=3",
     "--only=questions",
   ]
+  runner.opened(evaluate.settings_of(evaluate.parser().parse_args(command[1:])))  # which it takes
 
 
 def test_json_has_a_line_per_score_and_stays_what_it_was():
