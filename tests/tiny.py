@@ -239,6 +239,7 @@ def janus(**sections) -> RunConfig:
   fields = dict(
     optimizer=dict(trained=trained, frozen=("understanding_encoder", "vq")),
     objective=dict(weights=dict(text=1.0, codes=1.0), draws={}),
+    sampling={},
   )
   for name, section in sections.items():
     fields[name] = fields.get(name, {}) | section
