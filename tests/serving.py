@@ -70,7 +70,8 @@ def until(condition, seconds=20.0) -> None:
   """Waits for a condition; fails after so many seconds without it."""
   limit = time.monotonic() + seconds
   while not condition():
-    assert time.monotonic() < limit, "it never came true"
+    if time.monotonic() >= limit:
+      raise AssertionError("it never came true")
     time.sleep(0.01)
 
 

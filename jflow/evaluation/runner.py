@@ -120,12 +120,13 @@ def evaluate(settings: Settings, checkpoint: Checkpoint | None = None, brief: bo
     return
   result = benchmark.score(records)
   before = report.scored_before(settings.output, identity)
-  keep = before and not result.scores
-  if not keep:
+  if before and not result.scores:
+    body = before
+  else:
     paints = any(isinstance(task, Generation) for task in tasks)
     notes = _on_settings(benchmark, checkpoint.family, chosen if paints else None)
     result = result._replace(notes=[*result.notes, *notes])
-  body = before if keep else _write(benchmark, str(checkpoint.directory), identity, result, before)
+    body = _write(benchmark, str(checkpoint.directory), identity, result, before)
   if not brief:
     print(report.table(body))
   if not brief or not body["scores"]:  # then the notes say what is left to do

@@ -97,7 +97,7 @@ def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
     if skipped or not math.isfinite(loss):
       raise Stopped(f"{skipped} of {steps + 2} steps were skipped, and the loss is {loss}: the times say nothing")
     flops = model_flops_of(config, model.config, lora.parts(state.trained), counted(host))
-    tokens, total = int((host.segment_ids > 0).sum()), sum(flops.values())
+    tokens, pictures, total = int((host.segment_ids > 0).sum()), int((host.image_kind > 0).sum()), sum(flops.values())
     peak = chips.peak_flops(device.device_kind)
     step = spread(seconds)
     rate = lambda f, s: f / s / (peak * mesh.size) if peak else None
@@ -115,8 +115,8 @@ def measure(config: RunConfig, steps: int, parts: bool) -> dict[str, Any]:
       "tokens_per_second": tokens / step["median"],
       "tokens_per_step": tokens,
       "learned_tokens_per_step": int(host.loss_mask.sum()),
-      "pictures_per_step": int((host.image_kind > 0).sum()),
-      "images_per_second": int((host.image_kind > 0).sum()) / step["median"],
+      "pictures_per_step": pictures,
+      "images_per_second": pictures / step["median"],
       "model_flops": total,
       "model_flops_per_token": total / tokens,
       "mfu": rate(total, step["median"]),

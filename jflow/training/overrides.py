@@ -88,9 +88,8 @@ def _place(values: dict[str, Any], path: str, argument: str) -> tuple[dict[str, 
 def _meant(values: dict[str, Any], path: str) -> str:
   known = list(dict.fromkeys([*(name for name, _ in flat(values)), *_sampling()]))
   known += sorted({".".join(parts[:i]) for parts in (name.split(".") for name in known) for i in range(1, len(parts))})
-  last = path.rpartition(".")[2]
+  section, _, last = path.rpartition(".")
   near = [name for name in known if name.rpartition(".")[2] == last][:3]
-  section = path.rpartition(".")[0]
   beside = [name.rpartition(".")[2] for name in known if section and name.rpartition(".")[0] == section]
   if not near and beside:
     near = [f"{section}.{name}" for name in difflib.get_close_matches(last[:100], beside, n=1)]

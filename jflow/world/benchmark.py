@@ -78,9 +78,9 @@ class WorldBenchmark(GenerationBenchmark):
     self._cache = pathlib.Path(settings.cache).expanduser() if settings.cache else None
     limit, only = settings.limit, settings.only
     if only == "questions":
-      paints = [*settings.sampling, *["pictures"] * (settings.pictures is not None)]
-      if paints:
-        raise UserError(f"--{paints[0]} is for pictures, and --only=questions paints none: leave one of them out")
+      of_pictures = [*settings.sampling] + ["pictures"] * (settings.pictures is not None)
+      if of_pictures:
+        raise UserError(f"--{of_pictures[0]} is for pictures, and --only=questions paints none: leave one of them out")
     self._prompts, self._questions = {}, {}
     scope, tags = self.scope, self.scope.prompts
     for split, each in self.prompts_per_tag.items():
@@ -150,26 +150,21 @@ class WorldBenchmark(GenerationBenchmark):
       out |= _question_scores(self._questions[split], said, name, self.scope)
     for kind in ("pictures", "questions"):
       out |= _gap(out, kind)
-    of_pictures = [
+    painted, asked = (self.settings.only != other for other in ("questions", "pictures"))
+    notes = {
       "Pictures: strict means exactly what was asked and nothing else; lenient is GenEval's rule, which allows for more. "
       "Chance is the judge on pictures generated for other prompts of the same category; the ceiling, on true pictures "
       "that the model's autoencoder has encoded and decoded. Intervals: Wilson's, with the pictures of a prompt counted as "
-      "alike as they are."
-    ]
-    of_questions = [
+      "alike as they are.": painted,
       "Questions: their intervals count a yes and a no about one picture, and the orders of one choice, as alike as they are. "
       "Beside each score stand the most frequent answer of the kind; a model that has read the questions of "
-      "training and sees no picture; and what was right for the nearest picture of training."
-    ]
-    of_distances = [
+      "training and sees no picture; and what was right for the nearest picture of training.": asked,
       f"{', '.join(_SEES[kind] for kind in self.distance_kinds)}; not comparable with an FID. MMD: the unbiased kernel "
       "distance on the same features. Floor: what other renders of the same number give, mean, least and most of "
       f"{FLOORS} sets; no less can be had, and fewer than {LEAST_FLOOR} pictures per feature give none. Other intervals: "
-      "jackknife over prompts."
-    ]
-    only = self.settings.only
-    notes = of_pictures * (only != "questions") + of_questions * (only != "pictures")
-    return Result(out, notes + of_distances * (only != "questions"), sheets)
+      "jackknife over prompts.": painted,
+    }
+    return Result(out, [note for note, told in notes.items() if told], sheets)
 
   def _generated(self, split: str) -> Iterator[Generated]:
     for number, (text, metadata) in enumerate(self._prompts[split]):

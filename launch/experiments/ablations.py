@@ -185,7 +185,7 @@ def scoring(args: argparse.Namespace, trial: Trial) -> Iterator[list[str]]:
   output, options, workdir = scores(args, trial), options_of(args), trial.workdir(args.folder)
   if trial.letter in NOT_ASKED:
     options["only"] = NOT_ASKED[trial.letter]
-  if options.get("only") == "questions":
+  if NOT_ASKED.get(trial.letter) == "questions":
     options = {name: value for name, value in options.items() if name not in ("guidance", "pictures")}
   flags = [f"--{name}={value:g}" if name == "guidance" else f"--{name}={value}" for name, value in options.items()]
   if ablation_report.fingerprint_of(output) != report.fingerprint(checkpoints.locate(workdir), "ema"):

@@ -6,10 +6,11 @@
   python launch/experiments/speed.py runs/speed --size=tiny --questions products,read-1   # anywhere
   python launch/experiments/speed.py runs/speed --list              # the questions, their caps and commands
 
-Each answer is one line of FOLDER/results.jsonl, written as soon as it is there and printed, and a question with an answer is not
-asked again; one that failed or ran past its cap is asked again by the next run. The first is begun at once, others where the
-time left holds their cap. All share FOLDER/cache, the cache of compiled programs, so keep it, at the same place: a second start takes seconds. Beside jax with
-its CUDA plugin and jflow's other requirements (ml-collections, grain, array-record) the tests need pytest, --versus torch and diffusers.
+Each answer is one line of FOLDER/results.jsonl, written as soon as it is there and printed, and a question with an
+answer is not asked again; one that failed or ran past its cap is asked again by the next run. The first is begun at
+once, others where the time left holds their cap. All share FOLDER/cache, the cache of compiled programs, so keep it, at
+the same place: a second start takes seconds. Beside jax with its CUDA plugin and jflow's other requirements
+(ml-collections, grain, array-record) the tests need pytest, --versus torch and diffusers.
 """
 
 import argparse

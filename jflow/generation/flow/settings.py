@@ -1,7 +1,6 @@
 """The sampling settings of rectified flow."""
 
 import dataclasses
-import numbers
 import operator
 from typing import Any
 
@@ -86,8 +85,10 @@ class Settings:
 
 def _check_interval(interval: Any) -> None:
   two = isinstance(interval, (tuple, list)) and len(interval) == 2
-  real = two and all(isinstance(time, numbers.Real) and not isinstance(time, bool) for time in interval)
-  ordered = real and 0 <= interval[0] <= interval[1] <= 1  # which no NaN is
+  _need(two, f"interval={shown(interval)} must hold two times in [0, 1], in order")
+  for time in interval:
+    checks.number("interval", time)
+  ordered = 0 <= interval[0] <= interval[1] <= 1
   _need(ordered, f"interval={shown(interval)} must hold two times in [0, 1], in order")
 
 
